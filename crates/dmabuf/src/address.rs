@@ -1,0 +1,230 @@
+//! Reserved ranges of addresses, and the mappings put into them.
+//!
+//! A file's segments are mapped side by side into one reserved range, so what crosses a boundary between two
+//! segments is still contiguous in memory. The range knows which parts of it are taken: two mappings never
+//! overlap, and an unmapped part goes back to being reserved, so nobody else's mapping can land in it.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+use crate::{Error, HUGE_PAGE_BYTES, Memory, page_bytes};
+
+/// A reserved range of addresses, aligned to 2 MiB. It costs no memory until something is mapped into it.
+#[derive(Debug)]
+pub struct AddressRange {
+    base: NonNull<u8>,
+    bytes: usize,
+    /// Start → length of every live mapping.
+    taken: Mutex<BTreeMap<usize, usize>>,
+}
+
+// SAFETY: the range is plain address space; whatever changes it goes through the mutex or the kernel.
+unsafe impl Send for AddressRange {}
+// SAFETY: as above: the pointer is never dereferenced here.
+unsafe impl Sync for AddressRange {}
+
+impl AddressRange {
+    /// Reserves at least `bytes` bytes of addresses, starting at a multiple of 2 MiB.
+    ///
+    /// # Errors
+    /// ENOMEM when the address space is full (RLIMIT_AS, or the number of mappings), EINVAL for a length of 0.
+    pub fn reserve(bytes: usize) -> Result<Arc<Self>, Error> {
+        let failed = |errno| Error::new("reserve addresses", bytes, errno);
+        let bytes = bytes.checked_next_multiple_of(page_bytes()).filter(|&b| b > 0).ok_or(failed(Errno::INVAL))?;
+        let padded = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(failed(Errno::NOMEM))?;
+        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), padded, ProtFlags::empty(), reserved()) }.map_err(failed)?;
+        let lead = start.addr().next_multiple_of(HUGE_PAGE_BYTES) - start.addr();
+        let base = start.wrapping_byte_add(lead);
+        trim(start, lead);
+        trim(base.wrapping_byte_add(bytes), padded - lead - bytes);
+        let base = NonNull::new(base.cast::<u8>()).ok_or(failed(Errno::NOMEM))?;
+        Ok(Arc::new(AddressRange { base, bytes, taken: Mutex::default() }))
+    }
+
+    /// The first address.
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// The length in bytes, a multiple of the page size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Maps `bytes` bytes of `memory`, from its offset 0, at `at` bytes into the range; readable and writable.
+    ///
+    /// # Errors
+    /// EINVAL when `at` or `bytes` is not a multiple of the page size, is zero, or reaches past the range or the
+    /// memory; EEXIST when a part is mapped already; else what `mmap(2)` answered.
+    pub fn map(self: &Arc<Self>, memory: &Memory, at: usize, bytes: usize) -> Result<Mapping, Error> {
+        let failed = |errno| Error::new("map memory", bytes, errno);
+        let page = page_bytes();
+        let end = at.checked_add(bytes).ok_or(failed(Errno::INVAL))?;
+        let room = memory.memfd().map_or(usize::MAX, |memfd| memfd.bytes().next_multiple_of(page));
+        if bytes == 0 || at % page != 0 || bytes % page != 0 || end > self.bytes || bytes > room {
+            return Err(failed(Errno::INVAL));
+        }
+        let mut taken = self.taken();
+        if taken.range(..end).next_back().is_some_and(|(start, length)| start + length > at) {
+            return Err(failed(Errno::EXIST));
+        }
+        let address = self.base.as_ptr().wrapping_add(at).cast::<c_void>();
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        match memory {
+            // SAFETY: [at, end) lies in the range, which is ours, and no live mapping is in it (checked above,
+            // under the lock): what MAP_FIXED replaces is reserved address space and nothing else.
+            Memory::Memfd(memfd) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, memfd, 0) },
+            // SAFETY: as above.
+            Memory::Anonymous => unsafe { mmap_anonymous(address, bytes, access, MapFlags::PRIVATE | MapFlags::FIXED) },
+        }
+        .map_err(failed)?;
+        taken.insert(at, bytes);
+        drop(taken);
+        Ok(Mapping { range: Arc::clone(self), at, bytes })
+    }
+
+    fn taken(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
+        // The map is only touched by single inserts and removes: a panic elsewhere can't leave it half-changed.
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for AddressRange {
+    fn drop(&mut self) {
+        // SAFETY: every Mapping holds an Arc of this range, so none is left.
+        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}
+
+fn reserved() -> MapFlags {
+    MapFlags::PRIVATE | MapFlags::NORESERVE
+}
+
+fn trim(start: *mut c_void, bytes: usize) {
+    if bytes > 0 {
+        // SAFETY: the range was reserved a moment ago, and nobody has been told of it.
+        let _ = unsafe { munmap(start, bytes) };
+    }
+}
+
+/// A part of an [`AddressRange`] that has memory behind it. Dropping it unmaps, which takes milliseconds for
+/// large mappings of small pages: not a thing to do on an async thread.
+#[derive(Debug)]
+pub struct Mapping {
+    range: Arc<AddressRange>,
+    at: usize,
+    bytes: usize,
+}
+
+impl Mapping {
+    /// The first address, page-aligned.
+    pub fn address(&self) -> NonNull<u8> {
+        // SAFETY: `at` is below the range's length, and the range is one allocation of addresses.
+        unsafe { self.range.base.add(self.at) }
+    }
+
+    /// The length in bytes, a multiple of the page size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The range it lies in.
+    pub fn range(&self) -> &Arc<AddressRange> {
+        &self.range
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let mut taken = self.range.taken();
+        let address = self.address().as_ptr().cast::<c_void>();
+        // SAFETY: this mapping is the only owner of these addresses; reserving them anew unmaps its pages and
+        // keeps the place from being given to anybody else.
+        let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved() | MapFlags::FIXED) };
+        // Where that fails (too many mappings), the pages stay until the whole range goes: late, but never wrong.
+        if reserved.is_ok() {
+            taken.remove(&self.at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Memfd;
+
+    const PAGE: usize = 4096;
+
+    fn mapped_pages(range: &AddressRange) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let (from, to) = (range.base().addr().get(), range.base().addr().get() + range.bytes());
+        let lines = maps.lines().filter_map(|line| line.split_once('-').map(|(start, rest)| (start, rest.split(' ').nth(1).unwrap())));
+        lines
+            .filter(|(start, access)| {
+                let start = usize::from_str_radix(start, 16).unwrap();
+                (from..to).contains(&start) && access.starts_with("rw")
+            })
+            .count()
+    }
+
+    #[test]
+    fn a_range_starts_at_a_huge_page() {
+        for bytes in [1, PAGE, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1] {
+            let range = AddressRange::reserve(bytes).unwrap();
+            assert_eq!(range.base().addr().get() % HUGE_PAGE_BYTES, 0);
+            assert!(range.bytes() >= bytes);
+        }
+        assert_eq!(AddressRange::reserve(0).unwrap_err().errno, Errno::INVAL);
+    }
+
+    #[test]
+    fn two_mappings_never_overlap_and_a_dropped_one_gives_its_place_back() {
+        let range = AddressRange::reserve(8 * PAGE).unwrap();
+        let first = range.map(&Memory::Anonymous, PAGE, 2 * PAGE).unwrap();
+        for (at, bytes) in [(0, 2 * PAGE), (PAGE, PAGE), (2 * PAGE, PAGE), (0, 8 * PAGE)] {
+            assert_eq!(range.map(&Memory::Anonymous, at, bytes).unwrap_err().errno, Errno::EXIST, "{at} {bytes}");
+        }
+        let _before = range.map(&Memory::Anonymous, 0, PAGE).unwrap();
+        let _after = range.map(&Memory::Anonymous, 3 * PAGE, PAGE).unwrap();
+        drop(first);
+        range.map(&Memory::Anonymous, PAGE, 2 * PAGE).unwrap();
+    }
+
+    #[test]
+    fn what_is_unaligned_or_out_of_range_is_refused() {
+        let range = AddressRange::reserve(4 * PAGE).unwrap();
+        let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
+        for (at, bytes) in [(1, PAGE), (0, 100), (0, 0), (3 * PAGE, 2 * PAGE), (0, 2 * PAGE), (usize::MAX - PAGE + 1, PAGE)] {
+            assert_eq!(range.map(&memory, at, bytes).unwrap_err().errno, Errno::INVAL, "{at} {bytes}");
+        }
+    }
+
+    #[test]
+    fn a_dropped_mapping_leaves_no_pages_behind() {
+        let range = AddressRange::reserve(4 * PAGE).unwrap();
+        let memory = Memory::Memfd(Memfd::create("test", 4 * PAGE).unwrap());
+        let mapping = range.map(&memory, 0, 4 * PAGE).unwrap();
+        assert_eq!(mapped_pages(&range), 1);
+        drop(mapping);
+        assert_eq!(mapped_pages(&range), 0);
+    }
+
+    #[test]
+    fn a_memfd_shows_the_bytes_that_are_written_through_its_mapping() {
+        let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
+        let range = AddressRange::reserve(PAGE).unwrap();
+        let mapping = range.map(&memory, 0, PAGE).unwrap();
+        // SAFETY: the mapping is PAGE bytes long, writable, and only this test knows it.
+        unsafe { mapping.address().as_ptr().write_bytes(0xA5, PAGE) };
+        let mut seen = [0; 16];
+        rustix::io::pread(memory.memfd().unwrap(), &mut seen, 4080).unwrap();
+        assert_eq!(seen, [0xA5; 16]);
+    }
+}

@@ -1,0 +1,95 @@
+//! Memory files: pages with a file descriptor, no device and no privilege needed.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::Errno;
+
+use crate::Error;
+
+/// A memory file of a fixed size that can't shrink: mapped pages never turn into SIGBUS.
+#[derive(Debug)]
+pub struct Memfd {
+    fd: OwnedFd,
+    bytes: usize,
+}
+
+impl Memfd {
+    /// Creates a memory file of `bytes` bytes, sealed against shrinking. No page is allocated yet.
+    ///
+    /// `name` shows in `/proc/PID/maps`. Asks for `MFD_NOEXEC_SEAL` (Linux 6.3), since `vm.memfd_noexec=2`
+    /// refuses everything else, and goes without it on kernels that do not know the flag.
+    ///
+    /// # Errors
+    /// What `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)` answered: EMFILE when the limit of open
+    /// files is reached, EFBIG over RLIMIT_FSIZE.
+    pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+            Err(Errno::INVAL) => memfd_create(name, flags),
+            other => other,
+        }
+        .map_err(|errno| Error::new("create a memfd", bytes, errno))?;
+        ftruncate(&fd, bytes as u64).map_err(|errno| Error::new("size a memfd", bytes, errno))?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(|errno| Error::new("seal a memfd", bytes, errno))?;
+        Ok(Memfd { fd, bytes })
+    }
+
+    /// The size in bytes, fixed at creation.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Allocates pages for a range without mapping them; `false` where the kernel refused.
+    ///
+    /// A refusal is no error: populating the mapping does the same work later, and reports what is wrong.
+    pub(crate) fn allocate(&self, offset: u64, bytes: u64) -> bool {
+        fallocate(&self.fd, FallocateFlags::empty(), offset, bytes).is_ok()
+    }
+
+    /// Forbids every later change through this file: new writable mappings, `write(2)`, growing, punching
+    /// holes, and further seals. Mappings that exist stay as they are. After this the descriptor can be given
+    /// to anybody.
+    ///
+    /// `F_SEAL_FUTURE_WRITE` needs Linux 5.1. Sealing twice is no error.
+    ///
+    /// # Errors
+    /// EINVAL before Linux 5.1; EPERM when somebody else has sealed the seals.
+    pub fn seal_against_writes(&self) -> Result<(), Error> {
+        let wanted = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
+        let has = rustix::fs::fcntl_get_seals(&self.fd).map_err(|errno| Error::new("read the seals", self.bytes, errno))?;
+        if has.contains(wanted) {
+            return Ok(());
+        }
+        fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::new("seal a memfd against writes", self.bytes, errno))
+    }
+}
+
+impl AsFd for Memfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_memfd_cannot_shrink() {
+        let memfd = Memfd::create("test", 8192).unwrap();
+        assert_eq!(ftruncate(&memfd, 4096), Err(Errno::PERM));
+    }
+
+    #[test]
+    fn a_sealed_memfd_refuses_writes_holes_and_growth_and_may_be_sealed_twice() {
+        let memfd = Memfd::create("test", 8192).unwrap();
+        assert_eq!(rustix::io::pwrite(&memfd, b"before", 0), Ok(6));
+        memfd.seal_against_writes().unwrap();
+        memfd.seal_against_writes().unwrap();
+        assert_eq!(rustix::io::pwrite(&memfd, b"after", 0), Err(Errno::PERM));
+        assert_eq!(ftruncate(&memfd, 1 << 20), Err(Errno::PERM));
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        assert_eq!(fallocate(&memfd, hole, 0, 4096), Err(Errno::PERM));
+    }
+}

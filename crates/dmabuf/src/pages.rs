@@ -1,0 +1,196 @@
+//! Which page sizes a range of memory really got.
+//!
+//! Asking for 2 MiB pages says nothing about getting them: the sysfs switches, fragmentation and the kernel's
+//! version decide. Two ways to look: the `PAGEMAP_SCAN` ioctl (Linux 6.7, fs/proc/task_mmu.c), which walks just
+//! the range, and `/proc/self/smaps`, which walks every mapping of the process and is therefore asked once a
+//! load, not once a segment.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::fs::File;
+use std::ops::Range;
+
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+
+/// The size of a huge page: what one entry of the page middle directory maps on x86-64 and on arm64 with 4 KiB pages.
+pub const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// The size of a small page on this machine.
+pub fn page_bytes() -> usize {
+    rustix::param::page_size()
+}
+
+/// How much of a populated range was looked at, and how much of that lies on huge pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PageCount {
+    /// Bytes that were looked at; 0 when the kernel offers no way to look.
+    pub seen_bytes: u64,
+    /// Bytes of these on pages of 2 MiB.
+    pub huge_bytes: u64,
+}
+
+impl PageCount {
+    /// Adds another count to this one.
+    pub fn add(&mut self, other: PageCount) {
+        self.seen_bytes += other.seen_bytes;
+        self.huge_bytes += other.huge_bytes;
+    }
+}
+
+const PAGE_IS_HUGE: u64 = 1 << 6;
+
+/// `struct page_region` of include/uapi/linux/fs.h.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// `struct pm_scan_arg` of include/uapi/linux/fs.h.
+#[repr(C)]
+#[derive(Default)]
+struct ScanArgument {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+const _: () = assert!(size_of::<ScanArgument>() == 96 && size_of::<PageRegion>() == 24);
+
+struct Scan<'a>(&'a mut ScanArgument);
+
+// SAFETY: the opcode is PAGEMAP_SCAN (_IOWR('f', 16, struct pm_scan_arg)), the pointer is to such a struct, and
+// the kernel writes only into it and into the regions that its `vec` and `vec_len` describe.
+unsafe impl Ioctl for Scan<'_> {
+    type Output = usize;
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        opcode::read_write::<ScanArgument>(b'f', 16)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::from_mut(self.0).cast()
+    }
+
+    unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<usize> {
+        usize::try_from(output).map_err(|_| Errno::INVAL)
+    }
+}
+
+/// Counts the huge pages under mapped addresses by walking just their page tables; `None` where the kernel has
+/// no `PAGEMAP_SCAN`.
+pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
+    let pagemap = File::open("/proc/self/pagemap").ok()?;
+    let mut regions = [PageRegion::default(); 32];
+    let mut count = PageCount { seen_bytes: addresses.len() as u64, huge_bytes: 0 };
+    let mut start = addresses.start as u64;
+    while start < addresses.end as u64 {
+        let mut argument = ScanArgument {
+            size: size_of::<ScanArgument>() as u64,
+            start,
+            end: addresses.end as u64,
+            vec: regions.as_mut_ptr().expose_provenance() as u64,
+            vec_len: regions.len() as u64,
+            category_mask: PAGE_IS_HUGE,
+            return_mask: PAGE_IS_HUGE,
+            ..Default::default()
+        };
+        // SAFETY: `vec` and `vec_len` describe `regions`, which outlives the call.
+        let found = unsafe { ioctl(&pagemap, Scan(&mut argument)) }.ok()?;
+        count.huge_bytes += regions.iter().take(found).map(|region| region.end - region.start).sum::<u64>();
+        if argument.walk_end <= start {
+            return None;
+        }
+        start = argument.walk_end;
+    }
+    Some(count)
+}
+
+/// Counts the huge pages under mapped addresses, by whatever way this kernel has.
+///
+/// With `PAGEMAP_SCAN` it costs microseconds; without, it reads all of `/proc/self/smaps`.
+pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
+    scan(addresses.clone())
+        .or_else(|| std::fs::read_to_string("/proc/self/smaps").ok().map(|smaps| from_smaps(&smaps, &addresses)))
+        .unwrap_or_default()
+}
+
+/// Sums what smaps says of the mappings that touch the range. A mapping that reaches beyond the range is counted
+/// up to the part inside: adjacent mappings of the same file are shown as one.
+fn from_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
+    let mut count = PageCount::default();
+    let mut inside = 0;
+    for line in smaps.lines() {
+        let Some((key, rest)) = line.split_once(' ') else { continue };
+        if let Some((start, end)) = key.split_once('-').and_then(|(start, end)| Some((hex(start)?, hex(end)?))) {
+            inside = addresses.end.min(end).saturating_sub(addresses.start.max(start)) as u64;
+        } else if inside > 0 {
+            let bytes = || rest.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024;
+            match key {
+                "Rss:" => count.seen_bytes += bytes().min(inside),
+                "AnonHugePages:" | "ShmemPmdMapped:" | "FilePmdMapped:" => count.huge_bytes += bytes().min(inside),
+                _ => {}
+            }
+        }
+    }
+    count
+}
+
+fn hex(digits: &str) -> Option<usize> {
+    usize::from_str_radix(digits, 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AddressRange, Memory};
+
+    const SMAPS: &str = "\
+7f0000000000-7f0000400000 rw-s 00000000 00:01 1 /memfd:a (deleted)
+Size:               4096 kB
+Rss:                4096 kB
+ShmemPmdMapped:     2048 kB
+7f0000400000-7f0000600000 rw-p 00000000 00:00 0
+Rss:                2048 kB
+AnonHugePages:      2048 kB
+7f0000800000-7f0000a00000 rw-p 00000000 00:00 0
+Rss:                2048 kB
+AnonHugePages:      2048 kB
+";
+
+    #[test]
+    fn smaps_counts_only_what_lies_inside() {
+        let count = from_smaps(SMAPS, &(0x7f00_0000_0000..0x7f00_0060_0000));
+        assert_eq!(count, PageCount { seen_bytes: 6 << 20, huge_bytes: 4 << 20 });
+        assert_eq!(from_smaps(SMAPS, &(0x7f00_0060_0000..0x7f00_0080_0000)), PageCount::default());
+    }
+
+    #[test]
+    fn small_pages_are_seen_as_small_by_both_ways() {
+        let range = AddressRange::reserve(HUGE_PAGE_BYTES).unwrap();
+        let mapping = range.map(&Memory::Anonymous, 0, 16 * page_bytes()).unwrap();
+        // SAFETY: the mapping is that long, writable, and only this test knows it.
+        unsafe { mapping.address().as_ptr().write_bytes(1, mapping.bytes()) };
+        let start = mapping.address().addr().get();
+        let addresses = start..start + mapping.bytes();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let expected = PageCount { seen_bytes: mapping.bytes() as u64, huge_bytes: 0 };
+        assert_eq!(from_smaps(&smaps, &addresses), expected);
+        if let Some(count) = scan(addresses) {
+            assert_eq!(count, expected);
+        }
+    }
+}

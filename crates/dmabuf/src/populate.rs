@@ -1,0 +1,257 @@
+//! Putting pages under a mapping before a device reads into it.
+//!
+//! Page size decides the speed of everything that follows (populating, pinning, the number of block requests),
+//! so 2 MiB pages are worth some trouble. `MADV_COLLAPSE` (Linux 6.1, mm/khugepaged.c) makes one of whatever
+//! pages lie in an aligned extent, for any user, with the sysfs switches at `never`. It wants at least one page
+//! in the extent, and its return value says little (stock 6.1 and 6.12 answer EINVAL after having done it all):
+//! what was obtained is looked up in the page tables.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
+
+use crate::pages::scan;
+use crate::{Error, HUGE_PAGE_BYTES, Mapping, Memory, PageCount, page_bytes};
+
+/// Which page size to populate with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// 2 MiB pages wherever they can be had, small ones for the rest.
+    #[default]
+    Auto,
+    /// Small pages only.
+    Small,
+    /// 2 MiB pages for every whole 2 MiB extent, or an error.
+    Huge,
+}
+
+/// What populating gave.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Populated {
+    /// The page sizes obtained; `None` where the kernel has no cheap way to look (before Linux 6.7).
+    pub pages: Option<PageCount>,
+    /// Why an extent is not on a huge page although one was wanted. `None` too where nothing could be seen.
+    pub refused: Option<Errno>,
+}
+
+/// Collapsing can fail for a moment (a page on its way elsewhere, a lock held by somebody else).
+const COLLAPSE_TRIES: usize = 3;
+
+impl Mapping {
+    /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that neither the
+    /// reader nor the device meets a page fault. `memory` is what the mapping was made of.
+    ///
+    /// # Errors
+    /// ENOMEM or EFAULT when there is no memory (a cgroup limit, for one); EINVAL when `part` is unaligned or
+    /// reaches past the mapping; ENOTSUP under [`Pages::Huge`] when an extent is seen to be on small pages.
+    pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
+        let failed = |errno| Error::new("populate memory", part.len(), errno);
+        let page = page_bytes();
+        if part.is_empty() || part.end > self.bytes() || part.start % page != 0 || part.end % page != 0 {
+            return Err(failed(Errno::INVAL));
+        }
+        let area = Area { mapping: self, memory, part: part.clone() };
+        let extents = area.whole_extents();
+        let refused = match pages {
+            Pages::Small => {
+                // A kernel without huge pages refuses the advice, and needs none.
+                let _ = area.advise(part.clone(), Advice::LinuxNoHugepage);
+                None
+            }
+            Pages::Auto | Pages::Huge if extents.is_empty() => None,
+            Pages::Auto | Pages::Huge => area.make_huge(extents.clone()),
+        };
+        area.fault_in().map_err(failed)?;
+
+        let pages_seen = scan(area.addresses(part.clone()));
+        let whole = extents.len() as u64;
+        let short = pages != Pages::Small && pages_seen.is_some_and(|seen| seen.huge_bytes < whole);
+        if short && pages == Pages::Huge {
+            return Err(Error::new("put 2 MiB pages under memory", part.len(), refused.unwrap_or(Errno::NOTSUP)));
+        }
+        Ok(Populated { pages: pages_seen, refused: if short { Some(refused.unwrap_or(Errno::NOTSUP)) } else { None } })
+    }
+}
+
+struct Area<'a> {
+    mapping: &'a Mapping,
+    memory: &'a Memory,
+    part: Range<usize>,
+}
+
+impl Area<'_> {
+    /// The part of the area that consists of whole, aligned 2 MiB extents. Mappings begin at the memory's offset
+    /// 0, so what is aligned in addresses is aligned in the memory too when the mapping itself is.
+    fn whole_extents(&self) -> Range<usize> {
+        if self.mapping.address().addr().get() % HUGE_PAGE_BYTES != 0 {
+            return 0..0;
+        }
+        let start = self.part.start.next_multiple_of(HUGE_PAGE_BYTES);
+        let end = self.part.end / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        if start < end { start..end } else { 0..0 }
+    }
+
+    /// Tries to get a huge page under each extent. Returns the last refusal.
+    fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
+        // Lets a plain fault give a huge page where the administrator allows it; refused where THP is not built in.
+        let _ = self.advise(self.part.clone(), Advice::LinuxHugepage);
+        match self.memory {
+            Memory::Memfd(memfd) => {
+                for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
+                    memfd.allocate(extent as u64, page_bytes() as u64);
+                }
+            }
+            // Private memory needs no collapse as long as a fault may give a huge page; asking for one page tells.
+            Memory::Anonymous => {
+                for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
+                    let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);
+                }
+            }
+        }
+        let mut refused = None;
+        for _ in 0..COLLAPSE_TRIES {
+            match self.collapse(extents.clone()) {
+                Ok(()) => return None,
+                Err(errno) => refused = Some(errno),
+            }
+            // Worth another try only where the kernel says that it was a matter of the moment.
+            if !matches!(refused, Some(Errno::AGAIN | Errno::BUSY)) {
+                break;
+            }
+        }
+        // Small pages it is, at least for some extents: taking them all in one call is cheaper than by faults.
+        if let (Memory::Memfd(memfd), Some(Errno::INVAL | Errno::NOMEM)) = (self.memory, refused) {
+            let seen = scan(self.addresses(extents.clone()));
+            if seen.is_some_and(|seen| seen.huge_bytes == 0) {
+                memfd.allocate(self.part.start as u64, self.part.len() as u64);
+            }
+        }
+        refused
+    }
+
+    fn collapse(&self, part: Range<usize>) -> Result<(), Errno> {
+        let (address, bytes) = self.pointer(part);
+        // SAFETY: the range lies in the mapping, which is ours and not read by anybody yet; collapsing moves
+        // pages but changes no byte.
+        let result = unsafe { libc::madvise(address, bytes, libc::MADV_COLLAPSE) };
+        if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
+    }
+
+    /// Makes every page present and writable.
+    fn fault_in(&self) -> Result<(), Errno> {
+        loop {
+            match self.advise(self.part.clone(), Advice::LinuxPopulateWrite) {
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                // Before Linux 5.14 there is no such advice.
+                Err(Errno::INVAL) => return self.touch(),
+                other => return other,
+            }
+        }
+    }
+
+    /// What `MADV_POPULATE_WRITE` does, by hand: an atomic add of 0 dirties a page and keeps its bytes.
+    fn touch(&self) -> Result<(), Errno> {
+        for at in self.part.clone().step_by(page_bytes()) {
+            // SAFETY: `at` lies in the mapping, which is readable and writable.
+            let byte = unsafe { self.mapping.address().add(at) };
+            // SAFETY: an AtomicU8 has the layout of a u8 and no alignment to miss.
+            let byte = unsafe { byte.cast::<std::sync::atomic::AtomicU8>().as_ref() };
+            byte.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn advise(&self, part: Range<usize>, advice: Advice) -> Result<(), Errno> {
+        let (address, bytes) = self.pointer(part);
+        // SAFETY: the range lies in the mapping, and none of the advices used here drops or changes bytes.
+        unsafe { madvise(address, bytes, advice) }
+    }
+
+    fn pointer(&self, part: Range<usize>) -> (*mut c_void, usize) {
+        let start: NonNull<u8> = self.mapping.address();
+        (start.as_ptr().wrapping_add(part.start).cast(), part.len())
+    }
+
+    fn addresses(&self, part: Range<usize>) -> Range<usize> {
+        let start = self.mapping.address().addr().get();
+        start + part.start..start + part.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AddressRange, Memfd, huge_bytes_in};
+
+    fn mapped(memory: &Memory, bytes: usize) -> Mapping {
+        AddressRange::reserve(bytes).unwrap().map(memory, 0, bytes).unwrap()
+    }
+
+    fn resident_bytes(memory: &Memory) -> u64 {
+        rustix::fs::fstat(memory.memfd().unwrap()).unwrap().st_blocks as u64 * 512
+    }
+
+    #[test]
+    fn populating_allocates_every_page_of_the_part_and_no_other() {
+        let bytes = 4 * HUGE_PAGE_BYTES;
+        for pages in [Pages::Small, Pages::Auto] {
+            let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
+            let mapping = mapped(&memory, bytes);
+            mapping.populate(&memory, HUGE_PAGE_BYTES..2 * HUGE_PAGE_BYTES + page_bytes(), pages).unwrap();
+            let expected = (HUGE_PAGE_BYTES + page_bytes()) as u64;
+            assert_eq!(resident_bytes(&memory), expected, "{pages:?}");
+        }
+    }
+
+    #[test]
+    fn small_pages_are_small_and_the_count_agrees_with_smaps() {
+        let bytes = 2 * HUGE_PAGE_BYTES;
+        for memory in [Memory::Memfd(Memfd::create("test", bytes).unwrap()), Memory::Anonymous] {
+            let mapping = mapped(&memory, bytes);
+            let populated = mapping.populate(&memory, 0..bytes, Pages::Small).unwrap();
+            let start = mapping.address().addr().get();
+            assert_eq!(huge_bytes_in(start..start + bytes).huge_bytes, 0);
+            assert_eq!(populated.refused, None);
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_either_there_or_their_absence_is_told() {
+        let bytes = 3 * HUGE_PAGE_BYTES + 5 * page_bytes();
+        for memory in [Memory::Memfd(Memfd::create("test", bytes).unwrap()), Memory::Anonymous] {
+            let mapping = mapped(&memory, bytes);
+            let populated = mapping.populate(&memory, 0..bytes, Pages::Auto).unwrap();
+            if let Some(seen) = populated.pages {
+                assert_eq!(seen.seen_bytes, bytes as u64);
+                assert_eq!(seen.huge_bytes == 3 * HUGE_PAGE_BYTES as u64, populated.refused.is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn a_part_that_is_unaligned_or_too_long_is_refused() {
+        let memory = Memory::Anonymous;
+        let mapping = mapped(&memory, 4 * page_bytes());
+        for part in [0..1, 1..page_bytes(), 0..5 * page_bytes(), 0..0] {
+            assert_eq!(mapping.populate(&memory, part, Pages::Auto).unwrap_err().errno, Errno::INVAL);
+        }
+    }
+
+    #[test]
+    fn populating_again_keeps_the_bytes() {
+        let bytes = 2 * HUGE_PAGE_BYTES;
+        let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
+        let mapping = mapped(&memory, bytes);
+        rustix::io::pwrite(memory.memfd().unwrap(), b"kept", 4096).unwrap();
+        mapping.populate(&memory, 0..bytes, Pages::Auto).unwrap();
+        let area = Area { mapping: &mapping, memory: &memory, part: 0..bytes };
+        area.touch().unwrap();
+        let mut seen = [0; 4];
+        rustix::io::pread(memory.memfd().unwrap(), &mut seen, 4096).unwrap();
+        assert_eq!(&seen, b"kept");
+    }
+}
