@@ -1,0 +1,109 @@
+//! The second job of a load, again and again: memory for a piece, ahead of its reads.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use dmabuf::Populated;
+
+use super::{Engine, Permit};
+use crate::error::{Error, Result};
+use crate::headroom::headroom;
+use crate::load::{Allocation, LoadShared};
+use crate::memory::{Backing, PieceBuffer};
+use crate::ring::FileSpec;
+use crate::source::OpenFile;
+
+/// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
+#[derive(Debug, Default)]
+pub(super) struct Allowance {
+    bytes: u64,
+    until: Option<Instant>,
+}
+
+const ALLOWANCE_BYTES: u64 = 64 << 20;
+const ALLOWANCE_TIME: Duration = Duration::from_millis(200);
+
+impl Engine {
+    /// Allocates and populates a piece, and hands it to the ring thread. The permit comes back by itself, whatever
+    /// happens.
+    pub(super) fn allocate(&self, load: &LoadShared, number: usize, permit: Permit) {
+        let Some(allocation) = load.allocation(number) else { return };
+        match self.fill_in(load, &allocation) {
+            Ok((file, backing)) => {
+                let piece = allocation.piece;
+                let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
+                let spec = FileSpec {
+                    handle: file,
+                    index: allocation.file_index,
+                    route: allocation.route,
+                    alignment_bytes: allocation.alignment_bytes,
+                };
+                self.ring.piece(load.id, number, piece, spec, PieceBuffer::new(backing, offset, bytes, permit));
+            }
+            Err(error) => self.fail(load, error),
+        }
+    }
+
+    fn fill_in(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<OpenFile>, Arc<Backing>)> {
+        let file = opened(allocation)?;
+        self.check_headroom(allocation.piece.memory_bytes)?;
+        load.begin_allocating();
+        let populated = self.populate(load, allocation);
+        load.end_allocating(&allocation.piece, populated.as_ref().ok().map(|(_, populated)| populated));
+        Ok((file, populated?.0))
+    }
+
+    fn populate(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
+        let refused = |error| load.memory_error(error);
+        let backing = {
+            let mut cell = allocation.segment.lock().unwrap_or_else(PoisonError::into_inner);
+            match &*cell {
+                Some(backing) => Arc::clone(backing),
+                None => {
+                    let bytes = to_usize(allocation.segment_memory_bytes);
+                    let memory = self.heap.allocate(bytes).map_err(refused)?;
+                    let mapping = allocation.range.map(&memory, to_usize(allocation.range_offset), bytes).map_err(refused)?;
+                    Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone()))))
+                }
+            }
+        };
+        let piece = &allocation.piece;
+        let part = to_usize(piece.memory_offset)..to_usize(piece.memory_offset + piece.memory_bytes);
+        let populated = match backing.parts() {
+            Some((mapping, memory)) => self.heap.populate(mapping, memory, part).map_err(refused)?,
+            None => Populated::default(),
+        };
+        Ok((backing, populated))
+    }
+
+    /// Refuses what would wake the OOM killer.
+    fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
+        let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if allowance.bytes < wanted_bytes || allowance.until.is_none_or(|until| until < now) {
+            let Some(headroom) = headroom() else { return Ok(()) };
+            if headroom.available_bytes < wanted_bytes {
+                let available_bytes = headroom.available_bytes;
+                return Err(Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit: headroom.limit });
+            }
+            *allowance = Allowance { bytes: headroom.available_bytes.min(ALLOWANCE_BYTES.max(wanted_bytes)), until: Some(now + ALLOWANCE_TIME) };
+        }
+        allowance.bytes -= wanted_bytes;
+        Ok(())
+    }
+}
+
+/// The file, opened if it is not; it must be what was planned.
+fn opened(allocation: &Allocation) -> Result<Arc<OpenFile>> {
+    let mut cell = allocation.file.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(file) = &*cell {
+        return Ok(Arc::clone(file));
+    }
+    let file = OpenFile::open(&allocation.path)?;
+    file.check_unchanged(&allocation.identity)?;
+    Ok(Arc::clone(cell.insert(file)))
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,347 @@
+//! The engine: what all loads of a loader share, and the threads that work for them.
+//!
+//! ```text
+//!   workers (allocator threads)   open and plan ──► allocate and populate ──► check at the end
+//!        │ jobs from the scheduler, permits from its window          ▲
+//!        ▼                                                           │
+//!   ring thread                   pieces in ──► reads ──► pieces full ┘ ──► segments to the loads
+//! ```
+//!
+//! Locks: the schedule's and each load's are never held at the same time.
+
+mod allocate;
+mod open;
+
+pub(crate) use open::read_header;
+
+use std::collections::HashMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::{Error, Result};
+use crate::heap::Heap;
+use crate::load::{FileRead, Load, LoadShared};
+use crate::memory::PieceBuffer;
+use crate::reaper::Reaper;
+use crate::ring::{Events, Failure, LoadId, RingThread};
+use crate::route::{Fallback, Route};
+use crate::schedule::{Job, Scheduler};
+use crate::settings::{LoadOptions, Settings};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    settings: Settings,
+    heap: Arc<dyn Heap>,
+    reaper: Reaper,
+    ring: RingThread<PieceBuffer<Permit>>,
+    schedule: Mutex<Schedule>,
+    changed: Condvar,
+    allowance: Mutex<allocate::Allowance>,
+    threads: Mutex<usize>,
+    thread_ended: Condvar,
+    leaked_bytes: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Schedule {
+    scheduler: Scheduler<LoadId>,
+    loads: HashMap<LoadId, Arc<LoadShared>>,
+    next_id: u64,
+    closing: bool,
+}
+
+/// A permit of the window: gives its bytes back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    engine: Arc<Engine>,
+    bytes: u64,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.engine.schedule().scheduler.give_back(self.bytes);
+        self.engine.changed.notify_one();
+    }
+}
+
+/// What a shutdown had to leave behind, past its deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes that reads in flight may still write to were leaked on purpose")]
+pub struct Leaked {
+    /// How much memory that is.
+    pub bytes: u64,
+}
+
+/// Keeps an engine running: held by loaders and loads. With the last one the threads end by themselves.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    engine: Arc<Engine>,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.engine.close();
+    }
+}
+
+impl Guard {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// [`Error::Config`]; [`Error::File`]-like refusals of threads and descriptors as [`Error::Ring`].
+    pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>) -> Result<Arc<Self>> {
+        settings.check(&settings.load)?;
+        let no_thread = |error: io::Error| Error::Ring { errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::AGAIN) };
+        let engine = Arc::new(Engine {
+            heap,
+            reaper: Reaper::start().map_err(no_thread)?,
+            ring: RingThread::new().map_err(|errno| Error::Ring { errno })?,
+            schedule: Mutex::new(Schedule {
+                scheduler: Scheduler::new(settings.window_bytes, settings.max_open_loads),
+                loads: HashMap::new(),
+                next_id: 0,
+                closing: false,
+            }),
+            changed: Condvar::new(),
+            allowance: Mutex::default(),
+            threads: Mutex::new(0),
+            thread_ended: Condvar::new(),
+            leaked_bytes: AtomicU64::new(0),
+            settings,
+        });
+        // From here on whatever fails ends the threads that were started: the guard is dropped.
+        let guard = Arc::new(Guard { engine: Arc::clone(&engine) });
+        engine.counted(|| engine.ring.start(engine.settings.queue_depth, Instant::now(), Arc::clone(&engine))).map_err(no_thread)?;
+        for number in 0..engine.settings.allocator_threads.max(1) {
+            let own = Arc::clone(&engine);
+            let builder = thread::Builder::new().name(format!("dmaload-alloc-{number}"));
+            engine.counted(|| builder.spawn(move || own.work()).map(|_| ())).map_err(no_thread)?;
+        }
+        Ok(guard)
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.engine.settings
+    }
+
+    /// Starts a load.
+    pub(crate) fn load(self: &Arc<Self>, paths: Vec<PathBuf>, options: LoadOptions) -> Load {
+        let engine = &self.engine;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let checked = engine.settings.check(&options);
+        let mut schedule = engine.schedule();
+        let id = LoadId(schedule.next_id);
+        schedule.next_id += 1;
+        let shared = Arc::new(LoadShared::new(id, options, paths, &engine.heap.name(), sender));
+        let refused = checked.err().or(schedule.closing.then_some(Error::ShutDown));
+        if refused.is_none() {
+            schedule.loads.insert(id, Arc::clone(&shared));
+            schedule.scheduler.submit(id);
+        }
+        drop(schedule);
+        match refused {
+            Some(error) => shared.fail(error),
+            None => engine.changed.notify_one(),
+        }
+        Load::new(receiver, shared, Arc::clone(self))
+    }
+
+    /// Nobody waits for this load any more.
+    pub(crate) fn abandon(&self, load: &LoadShared) {
+        self.engine.abandon(load);
+    }
+
+    /// Ends all loads and all threads, leaking past the deadline; `done` hears of it.
+    pub(crate) fn shut_down(self: &Arc<Self>, done: oneshot::Sender<Result<(), Leaked>>) {
+        let engine = Arc::clone(&self.engine);
+        engine.close();
+        let body = move || {
+            let _ = done.send(engine.wait_for_threads());
+        };
+        // Without a thread to wait on, the receiver sees the sender dropped.
+        let _ = thread::Builder::new().name("dmaload-close".to_owned()).spawn(body);
+    }
+}
+
+impl Engine {
+    fn schedule(&self) -> MutexGuard<'_, Schedule> {
+        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counted(&self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        *self.threads.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        let started = start();
+        if started.is_err() {
+            self.thread_has_ended();
+        }
+        started
+    }
+
+    fn thread_has_ended(&self) {
+        *self.threads.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.thread_ended.notify_all();
+    }
+
+    /// No new loads; those that run fail; the threads end when the last read has come back.
+    fn close(&self) {
+        let loads: Vec<_> = {
+            let mut schedule = self.schedule();
+            schedule.closing = true;
+            schedule.loads.values().cloned().collect()
+        };
+        for load in loads {
+            load.fail(Error::ShutDown);
+            self.abandon(&load);
+        }
+        self.changed.notify_all();
+        self.ring.close();
+    }
+
+    fn wait_for_threads(&self) -> Result<(), Leaked> {
+        self.wait_until(Instant::now() + self.settings.shutdown_timeout);
+        self.ring.give_up();
+        // The ring thread needs a moment to leave; a worker that hangs in the kernel is left alone.
+        self.wait_until(Instant::now() + Duration::from_secs(1));
+        match self.leaked_bytes.load(Ordering::Acquire) {
+            0 => Ok(()),
+            bytes => Err(Leaked { bytes }),
+        }
+    }
+
+    fn wait_until(&self, deadline: Instant) {
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        while *threads > 0 {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return };
+            threads = self.thread_ended.wait_timeout(threads, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn abandon(&self, load: &LoadShared) {
+        load.abandoned.store(true, Ordering::Release);
+        self.forget(load.id);
+        self.ring.wake();
+    }
+
+    /// Nothing more is to be scheduled for this load.
+    fn forget(&self, id: LoadId) {
+        let mut schedule = self.schedule();
+        schedule.scheduler.forget(&id);
+        schedule.loads.remove(&id);
+    }
+
+    fn load_of(&self, id: LoadId) -> Option<Arc<LoadShared>> {
+        self.schedule().loads.get(&id).cloned()
+    }
+
+    /// Fails a load for good: its reads in flight are drained by the ring thread.
+    fn fail(&self, load: &LoadShared, error: Error) {
+        load.fail(error);
+        self.abandon(load);
+    }
+
+    /// A worker thread.
+    fn work(self: &Arc<Self>) {
+        while let Some((job, load)) = self.next_job() {
+            let done = catch_unwind(AssertUnwindSafe(|| match job {
+                Job::Open(_) => self.open(&load),
+                Job::Allocate(_, piece, bytes) => self.allocate(&load, piece, Permit { engine: Arc::clone(self), bytes }),
+                Job::Check(_, file) => self.check(&load, file),
+            }));
+            if done.is_err() {
+                // A heap of the caller's may panic. Whatever the job held was released by unwinding.
+                self.fail(&load, Error::Ring { errno: rustix::io::Errno::CANCELED });
+            }
+        }
+        self.thread_has_ended();
+    }
+
+    fn next_job(&self) -> Option<(Job<LoadId>, Arc<LoadShared>)> {
+        let mut schedule = self.schedule();
+        loop {
+            if schedule.closing {
+                return None;
+            }
+            match schedule.scheduler.next() {
+                Some(job) => {
+                    let (Job::Open(id) | Job::Allocate(id, ..) | Job::Check(id, _)) = job;
+                    // A load that was forgotten has no jobs left: both happen under this lock.
+                    let load = schedule.loads.get(&id).cloned()?;
+                    drop(schedule);
+                    // There may be more to do than one thread was woken for.
+                    self.changed.notify_one();
+                    return Some((job, load));
+                }
+                None => schedule = self.changed.wait(schedule).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    /// A load holds no files and no memory of the driver any more: another may be opened.
+    fn end(&self) {
+        self.schedule().scheduler.end();
+        self.changed.notify_one();
+    }
+
+    /// The file was read: it must be what it was, or nobody gets its last segment.
+    fn check(&self, load: &LoadShared, file: usize) {
+        let Some((open, identity)) = load.take_file(file) else { return };
+        match open.check_unchanged(&identity) {
+            Ok(()) => {
+                drop(open);
+                if load.file_checked(file) == crate::load::Handover::Over {
+                    self.forget(load.id);
+                }
+            }
+            Err(error) => self.fail(load, error),
+        }
+    }
+}
+
+impl Events<PieceBuffer<Permit>> for Engine {
+    fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: PieceBuffer<Permit>) {
+        // The permit goes back first: the allocator may go on while the rest is done here.
+        drop(buffer);
+        let Some(shared) = self.load_of(load) else { return };
+        if let Some(FileRead(file)) = shared.piece_full(piece, route) {
+            self.schedule().scheduler.file_read(load, file);
+            self.changed.notify_one();
+        }
+    }
+
+    fn stepped_down(&self, load: LoadId, fallback: Fallback) {
+        if let Some(shared) = self.load_of(load) {
+            shared.stepped_down(fallback);
+        }
+    }
+
+    fn failed(&self, load: LoadId, failure: Failure) {
+        if let Some(shared) = self.load_of(load) {
+            shared.fail_for(failure);
+            self.forget(load);
+        }
+    }
+
+    fn gone(&self, load: LoadId, reading: Duration) {
+        if let Some(shared) = self.load_of(load)
+            && shared.gone(reading) == crate::load::Handover::Over
+        {
+            self.forget(load);
+        }
+        self.end();
+    }
+
+    fn ended(&self, leaked_bytes: u64) {
+        self.leaked_bytes.fetch_add(leaked_bytes, Ordering::AcqRel);
+        // Reached with loads only after a panic or past a deadline: they must not wait for ever.
+        self.close();
+        self.thread_has_ended();
+    }
+}

@@ -1,0 +1,127 @@
+//! The first job of a load: opening its files, reading their headers, planning.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::sync::Arc;
+
+use dmabuf::AddressRange;
+
+use super::Engine;
+use crate::error::{Error, Result};
+use crate::load::{FilePlan, LoadShared};
+use crate::model::safetensors::{Sniff, parse, sniff};
+use crate::model::{ModelError, TensorMap};
+use crate::plan::{Plan, Shape};
+use crate::ring::LoadSpec;
+use crate::route::{Attempt, Fallback, Route};
+use crate::settings::{Format, LoadOptions};
+use crate::source::OpenFile;
+
+/// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
+/// thousands of files must fit into the limit of open files.
+const KEPT_OPEN: usize = 8;
+
+/// The unit of allocation. Small enough for the first reads to start early and for the window to be fine-grained; large
+/// enough that registering and populating cost nothing per call.
+const PIECE_BYTES: u64 = 16 << 20;
+
+impl Engine {
+    /// Opens and plans a load, and announces it to the ring thread.
+    pub(super) fn open(&self, load: &Arc<LoadShared>) {
+        let planned = plan_all(load);
+        let Some((files, fallbacks)) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
+            return self.end();
+        };
+        for fallback in &fallbacks {
+            tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
+        }
+        let pieces = load.planned(files, fallbacks);
+        if pieces.is_empty() {
+            self.forget(load.id);
+            return self.end();
+        }
+        let LoadOptions { chunk_bytes, strict, .. } = load.options;
+        let spec = LoadSpec { id: load.id, pieces: pieces.len(), chunk_bytes, strict };
+        self.ring.begin(spec, Arc::clone(&load.abandoned));
+        let mut schedule = self.schedule();
+        if schedule.loads.contains_key(&load.id) {
+            schedule.scheduler.opened(load.id, pieces);
+        }
+        drop(schedule);
+        self.changed.notify_all();
+    }
+}
+
+fn plan_all(load: &LoadShared) -> Result<(Vec<FilePlan>, Vec<Fallback>)> {
+    let mut files = Vec::new();
+    let mut fallbacks = Vec::new();
+    for (index, path) in load.paths.iter().enumerate() {
+        if load.is_over() {
+            break;
+        }
+        let (mut planned, fallback) = plan_file(load, index, path)?;
+        if index >= KEPT_OPEN {
+            planned.open = None;
+        }
+        files.push(planned);
+        fallbacks.extend(fallback);
+    }
+    Ok((files, fallbacks))
+}
+
+fn plan_file(load: &LoadShared, index: usize, path: &Path) -> Result<(FilePlan, Option<Fallback>)> {
+    let options = &load.options;
+    let file = OpenFile::open(path)?;
+    let (route, fallback) = starting_route(&file, index, options)?;
+    let tensors = read_header(&file, options.format)?.map(Arc::new);
+    let shape = Shape {
+        layout: options.layout,
+        segment_bytes: options.segment_bytes,
+        piece_bytes: PIECE_BYTES.min(options.segment_bytes),
+        alignment_bytes: file.alignment_bytes,
+    };
+    let plan = Plan::new(file.identity.bytes, shape);
+    let memory_bytes = usize::try_from(plan.memory_bytes()).unwrap_or(usize::MAX);
+    let range = if memory_bytes == 0 { None } else { Some(AddressRange::reserve(memory_bytes).map_err(|error| load.memory_error(error))?) };
+    let (identity, alignment_bytes) = (file.identity, file.alignment_bytes);
+    Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, open: Some(file) }, fallback))
+}
+
+/// The route that reads of this file start at: what was asked for, or buffered where `O_DIRECT` is refused.
+fn starting_route(file: &OpenFile, index: usize, options: &LoadOptions) -> Result<(Route, Option<Fallback>)> {
+    let refused = file.direct_refused().filter(|_| options.route.is_direct());
+    let Some(errno) = refused else { return Ok((options.route, None)) };
+    let (from, to, attempt) = (options.route, Route::Buffered, Attempt::OpenDirect);
+    if options.strict {
+        return Err(Error::Refused { path: file.path.clone(), offset: 0, route: from, attempt, errno });
+    }
+    Ok((to, Some(Fallback { file_index: Some(index), from, to, attempt, errno })))
+}
+
+/// Reads and checks a safetensors header; `None` for a file of raw bytes.
+pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<TensorMap>> {
+    let bytes = file.identity.bytes;
+    let wrong = |source| Error::Model { path: file.path.clone(), source };
+    // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
+    if format == Format::Raw || (format == Format::Auto && bytes == 0) {
+        return Ok(None);
+    }
+    let mut start = [0; 9];
+    let start = start.get_mut(..usize::try_from(bytes.min(9)).unwrap_or(9)).unwrap_or_default();
+    file.read_exact(start, 0)?;
+    let named = file.path.extension() == Some(OsStr::new("safetensors"));
+    match sniff(start, bytes, named || format == Format::Safetensors) {
+        Sniff::Safetensors { header_bytes } => {
+            let mut header = header_buffer(header_bytes).map_err(wrong)?;
+            file.read_exact(&mut header, 8)?;
+            parse(&header, bytes).map(Some).map_err(wrong)
+        }
+        Sniff::Broken { error } => Err(wrong(error)),
+        Sniff::Not { .. } => Ok(None),
+    }
+}
+
+/// At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
+fn header_buffer(header_bytes: u64) -> Result<Vec<u8>, ModelError> {
+    Ok(vec![0; usize::try_from(header_bytes).unwrap_or(0)])
+}

@@ -1,0 +1,169 @@
+//! What can go wrong, told so that a person can act on it.
+
+use std::path::PathBuf;
+
+use rustix::io::Errno;
+
+use crate::model::ModelError;
+use crate::route::{Attempt, Route};
+
+/// Why a load, or the making of a loader, failed.
+///
+/// The text says what was tried, on which file and where, and the errno by name; [`Error::hint`] what can be done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting makes no sense. Nothing was started.
+    #[error("{0}")]
+    Config(String),
+    /// A file could not be opened or looked at.
+    #[error("{}: cannot {operation}: {}", .path.display(), dmabuf::errno::describe(*.errno))]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        operation: &'static str,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// What the path names is no regular file.
+    #[error("{}: is {kind}, not a regular file", .path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// A read failed for good.
+    #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", .path.display(), dmabuf::errno::describe(*.errno))]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file the read began.
+        offset: u64,
+        /// How much it asked for.
+        bytes: u64,
+        /// The route it took.
+        route: Route,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// The file ended before the end that it had when the load began.
+    #[error("{}: ends at offset {offset}, but had {planned_bytes} bytes when the load began (read by {route})", .path.display())]
+    Ended {
+        /// The file.
+        path: PathBuf,
+        /// Where the end was met.
+        offset: u64,
+        /// The length that was planned.
+        planned_bytes: u64,
+        /// The route of the read that met it.
+        route: Route,
+    },
+    /// The file is not what it was when the load began: its bytes may be of different moments.
+    #[error("{}: {change} during the load", .path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// What happened to it.
+        change: &'static str,
+    },
+    /// A strict load was refused its route.
+    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", .path.display(), dmabuf::errno::describe(*.errno))]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file.
+        offset: u64,
+        /// The route.
+        route: Route,
+        /// What was being tried.
+        attempt: Attempt,
+        /// The kernel's answer.
+        errno: Errno,
+    },
+    /// Memory could not be had.
+    #[error("{heap}: cannot {source} ({loaded_bytes} of {planned_bytes} bytes of the load were allocated before)")]
+    Memory {
+        /// The heap that was asked.
+        heap: String,
+        /// The step that failed.
+        source: dmabuf::Error,
+        /// What the load had before.
+        loaded_bytes: u64,
+        /// What it needs in all.
+        planned_bytes: u64,
+    },
+    /// Allocating would have taken the machine, or this process' memory cgroup, to its limit.
+    #[error("{heap}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({limit})")]
+    OutOfMemory {
+        /// The heap.
+        heap: String,
+        /// The next allocation.
+        wanted_bytes: u64,
+        /// What may be taken without waking the OOM killer.
+        available_bytes: u64,
+        /// What sets the limit.
+        limit: String,
+    },
+    /// The model's header is wrong.
+    #[error("{}: {source}", .path.display())]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: ModelError,
+    },
+    /// No file of the image has a tensor of this name.
+    #[error("no tensor named {0:?}")]
+    NoSuchTensor(String),
+    /// This memory has no file descriptor of the kind that was asked for.
+    #[error("heap {heap} gives no {wanted}")]
+    NoDescriptor {
+        /// The heap.
+        heap: String,
+        /// What was asked for.
+        wanted: &'static str,
+    },
+    /// The loader was shut down before the load was finished.
+    #[error("the loader was shut down")]
+    ShutDown,
+    /// The thread that runs the reads broke down. Other loaders are not concerned.
+    #[error("the ring broke down: {}; what it was reading into is leaked on purpose", dmabuf::errno::describe(*.errno))]
+    Ring {
+        /// The kernel's answer.
+        errno: Errno,
+    },
+}
+
+impl Error {
+    /// What a person can do about it, if there is something to say that the text does not say already.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Error::File { errno: Errno::NOENT, .. } => "check the path",
+            Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
+            Error::File { errno: Errno::MFILE, .. }
+            | Error::Memory { source: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
+                "the limit of open files is reached: raise it (ulimit -n), or load with larger segments or --layout single"
+            }
+            Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {
+                "the storage can't give these bytes: see the kernel's log (dmesg), and restore the file from a good copy"
+            }
+            Error::Ended { .. } | Error::Changed { .. } => "load it again when nobody writes to it",
+            Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
+            Error::Memory { source: dmabuf::Error { errno: Errno::NOMEM, .. }, .. } => {
+                "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count"
+            }
+            Error::Memory { source: dmabuf::Error { errno: Errno::NOTSUP, .. }, .. } => {
+                "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or load with --pages auto"
+            }
+            Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
+            Error::Model { .. } => "the file is damaged or was cut off; --format raw loads it as plain bytes",
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+}
+
+/// A result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,124 @@
+//! How much memory can be taken before somebody is killed for it.
+//!
+//! Asking for pages that are not there does not fail on Linux: the OOM killer ends some process, maybe this one.
+//! So each allocation asks first: `MemAvailable` of the machine, and the limit of the memory cgroups (v2 and v1)
+//! that this process is in.
+
+use std::fs::read_to_string;
+use std::path::{Path, PathBuf};
+
+/// The tightest limit and what it leaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Headroom {
+    pub(crate) available_bytes: u64,
+    pub(crate) limit: String,
+}
+
+/// Left to everybody else: without it the machine would be at its limit just after the load.
+const MARGIN_BYTES: u64 = 32 << 20;
+
+/// What is left now. `None` where nothing can be read (no procfs): then nothing is refused.
+pub(crate) fn headroom() -> Option<Headroom> {
+    let machine = read_to_string("/proc/meminfo").ok().as_deref().and_then(available_in_meminfo);
+    let machine = machine.map(|bytes| Headroom { available_bytes: bytes, limit: "MemAvailable of this machine".to_owned() });
+    let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let groups = cgroup_folders(&groups, Path::new("/sys/fs/cgroup")).into_iter().filter_map(|folder| headroom_of_cgroup(&folder));
+    let tightest = machine.into_iter().chain(groups).min_by_key(|headroom| headroom.available_bytes)?;
+    Some(Headroom { available_bytes: tightest.available_bytes.saturating_sub(MARGIN_BYTES), ..tightest })
+}
+
+fn available_in_meminfo(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
+/// The folders of the memory cgroups that hold this process: its own and all above it, since each may have a limit.
+fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    for line in cgroups.lines() {
+        let mut fields = line.splitn(3, ':');
+        let (Some(_), Some(controllers), Some(group)) = (fields.next(), fields.next(), fields.next()) else { continue };
+        let mounts: &[&str] = if controllers.is_empty() {
+            &["", "unified"]
+        } else if controllers.split(',').any(|controller| controller == "memory") {
+            &["memory"]
+        } else {
+            &[]
+        };
+        for mount in mounts {
+            let mount = root.join(mount);
+            // In a container the group's path may be that of the host while the mount shows just its own part.
+            let own = mount.join(group.trim_start_matches('/'));
+            folders.extend(own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned));
+        }
+    }
+    folders.sort();
+    folders.dedup();
+    folders
+}
+
+/// A group's limit less what it uses and can't give back. Page cache counts as free: it is dropped first.
+fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
+    let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+    let (limit_file, limit) = ["memory.max", "memory.limit_in_bytes"].into_iter().find_map(|name| Some((name, number(name)?)))?;
+    let used = number("memory.current").or_else(|| number("memory.usage_in_bytes"))?;
+    let stat = read_to_string(folder.join("memory.stat")).unwrap_or_default();
+    let stat = |key: &str| {
+        let line = stat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        line.and_then(|value| value.parse::<u64>().ok())
+    };
+    let cache = ["inactive_file", "active_file"].map(|key| stat(&format!("total_{key}")).or_else(|| stat(key)).unwrap_or(0));
+    let kept = used.saturating_sub(cache.iter().sum());
+    // v1 writes "no limit" as a number close to 2^63.
+    (limit < 1 << 62).then(|| Headroom {
+        available_bytes: limit.saturating_sub(kept),
+        limit: format!("{} is {limit}", folder.join(limit_file).display()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{create_dir_all, write};
+
+    #[test]
+    fn the_machine_has_some_memory_left() {
+        assert!(headroom().unwrap().available_bytes > 0);
+    }
+
+    #[test]
+    fn meminfo_is_in_kibibytes() {
+        assert_eq!(available_in_meminfo("MemTotal: 9 kB\nMemAvailable:    3 kB\n"), Some(3072));
+        assert_eq!(available_in_meminfo("MemTotal: 9 kB\n"), None);
+    }
+
+    #[test]
+    fn every_group_above_counts_in_v2_and_v1() {
+        let folders = cgroup_folders("5:cpu,memory:/a/b\n3:cpu:/x\n0::/u\n", Path::new("/r"));
+        let expected = ["/r", "/r/memory", "/r/memory/a", "/r/memory/a/b", "/r/u", "/r/unified", "/r/unified/u"];
+        assert_eq!(folders, expected.map(PathBuf::from));
+    }
+
+    #[test]
+    fn page_cache_counts_as_free_and_no_limit_as_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let v2 = folder.path().join("v2");
+        create_dir_all(&v2).unwrap();
+        for (name, text) in [("memory.max", "1000\n"), ("memory.current", "900\n"), ("memory.stat", "anon 5\ninactive_file 300\nactive_file 100\n")] {
+            write(v2.join(name), text).unwrap();
+        }
+        assert_eq!(headroom_of_cgroup(&v2).unwrap().available_bytes, 500);
+        write(v2.join("memory.max"), "max\n").unwrap();
+        assert_eq!(headroom_of_cgroup(&v2), None);
+
+        let v1 = folder.path().join("v1");
+        create_dir_all(&v1).unwrap();
+        let texts = [("memory.limit_in_bytes", "2000"), ("memory.usage_in_bytes", "1500"), ("memory.stat", "inactive_file 1\ntotal_inactive_file 700\n")];
+        for (name, text) in texts {
+            write(v1.join(name), text).unwrap();
+        }
+        assert_eq!(headroom_of_cgroup(&v1).unwrap().available_bytes, 1200);
+        write(v1.join("memory.limit_in_bytes"), "9223372036854771712").unwrap();
+        assert_eq!(headroom_of_cgroup(&v1), None);
+    }
+}

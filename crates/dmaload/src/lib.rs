@@ -1,0 +1,51 @@
+//! Loads model files of gigabytes from storage straight into shareable memory, without the page cache.
+//!
+//! ```text
+//!   path ── open O_DIRECT ──► Plan: segments, pieces, chunks ────────────┐
+//!   Window ── permit ──► allocator threads: memory, 2 MiB pages ──► piece ──► ring thread ── reads ──► storage
+//!      ▲                                                                        │ last byte
+//!      └──────────────── permit comes back ◄────────────────────────────────────┴──► Segment ──► Load (a Stream) ──► Image
+//! ```
+//!
+//! A plan is made before the first read; one thread owns everything in flight; others allocate ahead of it; a window of
+//! bytes between the two bounds what is allocated and not yet filled. Segments can be used while the rest is being read.
+//!
+//! Start at [`Loader`]. What a load did, and every step it took down from the best [`Route`], is in its [`Report`].
+//!
+//! Linux only. io_uring, `O_DIRECT` and huge pages are used where they can be had; each is done without where the kernel
+//! refuses it, never silently.
+
+mod busy;
+mod engine;
+mod error;
+mod headroom;
+pub mod heap;
+mod image;
+mod inspect;
+mod load;
+mod loader;
+mod memory;
+pub mod model;
+mod plan;
+mod reaper;
+mod report;
+mod ring;
+mod route;
+mod schedule;
+mod segment;
+mod settings;
+mod source;
+mod window;
+
+pub use dmabuf;
+pub use engine::Leaked;
+pub use error::{Error, Result};
+pub use image::{Image, ImageFile, Tensor, TensorPart};
+pub use inspect::{Inspected, inspect};
+pub use load::{Load, Progress, Segments};
+pub use loader::{Loader, LoaderBuilder};
+pub use plan::Layout;
+pub use report::{FileReport, Report};
+pub use route::{Attempt, Fallback, Route};
+pub use segment::Segment;
+pub use settings::{Format, LoadOptions};

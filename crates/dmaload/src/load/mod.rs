@@ -1,0 +1,202 @@
+//! A load from the caller's side: a stream of segments, or an image when all are there.
+
+mod state;
+
+use std::future::{Future, IntoFuture};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_core::Stream;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+pub(crate) use state::{Allocation, FilePlan, FileRead, Handover, LoadShared};
+
+use crate::engine::Guard;
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::model::TensorMap;
+use crate::report::Report;
+use crate::segment::Segment;
+
+/// What a load tells its consumer, in this order: segments, then the end or an error.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Segment(Segment),
+    Done(Box<Finished>),
+    Failed(Error),
+}
+
+/// What is known at the end.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) report: Report,
+    pub(crate) files: Vec<(Arc<PathBuf>, u64, Option<Arc<TensorMap>>)>,
+}
+
+/// A load that is under way. It runs by itself, on the loader's threads, whether it is polled or not.
+///
+/// - [`Load::next`] (it is a [`Stream`], too) gives the segments in order, each as soon as it is complete, while the rest
+///   is still being read. The load keeps them as well, for the image.
+/// - [`Load::finish`], or awaiting the load itself, gives the [`Image`].
+/// - [`Load::into_segments`] gives a stream that keeps nothing: a consumer that drops what it has used can stream a
+///   file larger than memory.
+///
+/// Dropping it cancels the load: nothing new is read, what is in flight is drained in the background, then its memory
+/// is freed. Segments that were handed over stay.
+///
+/// It needs no particular runtime, nor any: only something that polls it.
+#[derive(Debug)]
+#[must_use = "a load that is dropped is cancelled"]
+pub struct Load {
+    segments: Segments,
+    kept: Vec<Segment>,
+}
+
+impl Load {
+    pub(crate) fn new(events: UnboundedReceiver<Event>, shared: Arc<LoadShared>, guard: Arc<Guard>) -> Self {
+        Load { segments: Segments { events, shared, guard, finished: None, failed: None }, kept: Vec::new() }
+    }
+
+    /// The next segment, in order; `None` after the last one. An error ends the load.
+    ///
+    /// A file that is changed while it is being read is found out at its end: before its last segment, not before
+    /// its first ones.
+    ///
+    /// Cancel-safe: a segment is lost to a dropped future in no case.
+    ///
+    /// # Errors
+    /// Whatever made the load fail; after that, `None`.
+    pub async fn next(&mut self) -> Option<Result<Segment>> {
+        std::future::poll_fn(|context| self.poll_segment(context)).await
+    }
+
+    /// Waits for the rest, and gives all of it.
+    ///
+    /// Not cancel-safe in the sense of going on: dropping the future drops the load, which cancels it.
+    ///
+    /// # Errors
+    /// Whatever made the load fail, also if it was told before by [`Load::next`].
+    pub async fn finish(mut self) -> Result<Image> {
+        while let Some(segment) = self.next().await {
+            segment?;
+        }
+        let Load { mut segments, kept } = self;
+        match (segments.finished.take(), segments.failed.take()) {
+            (Some(finished), _) => Ok(Image::new(finished.files, kept, finished.report)),
+            (None, Some(error)) => Err(error),
+            (None, None) => Err(Error::ShutDown),
+        }
+    }
+
+    /// A stream that keeps none of the segments it gives.
+    pub fn into_segments(self) -> Segments {
+        self.segments
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        self.segments.progress()
+    }
+
+    fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
+        let polled = self.segments.poll_segment(context);
+        if let Poll::Ready(Some(Ok(segment))) = &polled {
+            self.kept.push(segment.clone());
+        }
+        polled
+    }
+}
+
+impl Stream for Load {
+    type Item = Result<Segment>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll_segment(context)
+    }
+}
+
+impl IntoFuture for Load {
+    type Output = Result<Image>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Result<Image>> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(self.finish())
+    }
+}
+
+/// The segments of a load, each handed over once and not kept. Dropping it cancels the load.
+#[derive(Debug)]
+#[must_use = "a load that is dropped is cancelled"]
+pub struct Segments {
+    events: UnboundedReceiver<Event>,
+    shared: Arc<LoadShared>,
+    guard: Arc<Guard>,
+    finished: Option<Box<Finished>>,
+    failed: Option<Error>,
+}
+
+impl Segments {
+    /// The next segment, in order; `None` after the last one. Cancel-safe, like [`Load::next`].
+    ///
+    /// # Errors
+    /// Whatever made the load fail; after that, `None`.
+    pub async fn next(&mut self) -> Option<Result<Segment>> {
+        std::future::poll_fn(|context| self.poll_segment(context)).await
+    }
+
+    /// The report, once the last segment was given.
+    pub fn report(&self) -> Option<&Report> {
+        self.finished.as_ref().map(|finished| &finished.report)
+    }
+
+    /// How far the load is.
+    pub fn progress(&self) -> Progress {
+        self.shared.progress()
+    }
+
+    fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
+        if self.finished.is_some() || self.failed.is_some() {
+            return Poll::Ready(None);
+        }
+        let event = std::task::ready!(self.events.poll_recv(context));
+        Poll::Ready(match event.unwrap_or(Event::Failed(Error::ShutDown)) {
+            Event::Segment(segment) => Some(Ok(segment)),
+            Event::Done(finished) => {
+                self.finished = Some(finished);
+                None
+            }
+            Event::Failed(error) => {
+                self.failed = Some(error.clone());
+                Some(Err(error))
+            }
+        })
+    }
+}
+
+impl Stream for Segments {
+    type Item = Result<Segment>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll_segment(context)
+    }
+}
+
+impl Drop for Segments {
+    fn drop(&mut self) {
+        self.guard.abandon(&self.shared);
+    }
+}
+
+/// How far a load is, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// What is to be loaded; 0 until the files are opened.
+    pub planned_bytes: u64,
+    /// What has memory.
+    pub allocated_bytes: u64,
+    /// What is read.
+    pub read_bytes: u64,
+}

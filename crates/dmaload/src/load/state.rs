@@ -1,0 +1,413 @@
+//! A load from the engine's side: what is planned, what is full, what can be handed over.
+//!
+//! Segments are handed over in order. The last one of a file waits until the file was checked: a file that changed
+//! while it was read gives an error instead.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dmabuf::{AddressRange, PageCount, Populated};
+use rustix::io::Errno;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{Event, Finished, Progress};
+use crate::busy::BusyTime;
+use crate::error::Error;
+use crate::memory::Backing;
+use crate::model::TensorMap;
+use crate::plan::{Piece, Plan};
+use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
+use crate::ring::{Failure, LoadId};
+use crate::route::{Fallback, Route};
+use crate::segment::Segment;
+use crate::settings::LoadOptions;
+use crate::source::{Identity, OpenFile};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct LoadShared {
+    pub(crate) id: LoadId,
+    pub(crate) options: LoadOptions,
+    pub(crate) paths: Vec<Arc<PathBuf>>,
+    /// Nobody waits for this load any more, or it has failed.
+    pub(crate) abandoned: Arc<AtomicBool>,
+    heap: Arc<str>,
+    started: Instant,
+    cpu_before: Duration,
+    planned_bytes: AtomicU64,
+    allocated_bytes: AtomicU64,
+    read_bytes: AtomicU64,
+    state: Mutex<State>,
+}
+
+/// A file as it was when the load began, and what is to be done with it.
+#[derive(Debug)]
+pub(crate) struct FilePlan {
+    pub(crate) identity: Identity,
+    pub(crate) alignment_bytes: u64,
+    pub(crate) plan: Plan,
+    pub(crate) tensors: Option<Arc<TensorMap>>,
+    /// Where its segments are mapped; `None` for an empty file.
+    pub(crate) range: Option<Arc<AddressRange>>,
+    /// The route its reads start at.
+    pub(crate) route: Route,
+    /// Open already, or to be opened when its first piece is allocated.
+    pub(crate) open: Option<Arc<OpenFile>>,
+}
+
+/// What it takes to allocate a piece. The cells are shared by the pieces of a segment and of a file: whoever comes first
+/// fills them.
+#[derive(Debug)]
+pub(crate) struct Allocation {
+    pub(crate) piece: Piece,
+    pub(crate) file_index: usize,
+    pub(crate) path: Arc<PathBuf>,
+    pub(crate) identity: Identity,
+    pub(crate) alignment_bytes: u64,
+    pub(crate) route: Route,
+    pub(crate) file: Arc<Mutex<Option<Arc<OpenFile>>>>,
+    pub(crate) segment: Arc<Mutex<Option<Arc<Backing>>>>,
+    pub(crate) segment_memory_bytes: u64,
+    pub(crate) range: Arc<AddressRange>,
+    pub(crate) range_offset: u64,
+}
+
+/// All reads of a file are done; it is to be checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileRead(pub(crate) usize);
+
+/// What handing over has led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Handover {
+    /// There is more to come.
+    Going,
+    /// The load has given its end, or was over already.
+    Over,
+}
+
+#[derive(Debug)]
+struct State {
+    /// `None` when the load is over: finished, failed, or nobody listens.
+    events: Option<UnboundedSender<Event>>,
+    files: Vec<FileState>,
+    segments: Vec<SegmentState>,
+    /// Piece → file and index in the file's plan.
+    pieces: Vec<(usize, usize)>,
+    handed: usize,
+    files_left: usize,
+    reading: Option<Duration>,
+    allocating: BusyTime,
+    first_segment: Option<Duration>,
+    pages: PageCount,
+    pages_refused: Option<Errno>,
+    fallbacks: Vec<Fallback>,
+}
+
+#[derive(Debug)]
+struct FileState {
+    planned: FilePlan,
+    open: Arc<Mutex<Option<Arc<OpenFile>>>>,
+    first_segment: usize,
+    pieces_left: usize,
+    route: Route,
+}
+
+#[derive(Debug)]
+struct SegmentState {
+    file: usize,
+    cell: Arc<Mutex<Option<Arc<Backing>>>>,
+    pieces_left: usize,
+    /// The last segment of a file waits for its check.
+    unchecked: bool,
+}
+
+impl LoadShared {
+    pub(crate) fn new(id: LoadId, options: LoadOptions, paths: Vec<PathBuf>, heap: &str, events: UnboundedSender<Event>) -> Self {
+        LoadShared {
+            id,
+            options,
+            paths: paths.into_iter().map(Arc::new).collect(),
+            abandoned: Arc::default(),
+            heap: heap.into(),
+            started: Instant::now(),
+            cpu_before: cpu_time(),
+            planned_bytes: AtomicU64::new(0),
+            allocated_bytes: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            state: Mutex::new(State {
+                events: Some(events),
+                files: Vec::new(),
+                segments: Vec::new(),
+                pieces: Vec::new(),
+                handed: 0,
+                files_left: 0,
+                reading: None,
+                allocating: BusyTime::default(),
+                first_segment: None,
+                pages: PageCount::default(),
+                pages_refused: None,
+                fallbacks: Vec::new(),
+            }),
+        }
+    }
+
+    /// Whether anything is still to be done for it.
+    pub(crate) fn is_over(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire) || self.state().events.is_none()
+    }
+
+    /// Takes the plan; gives the memory of each piece, over all files. Without any piece the load ends here.
+    pub(crate) fn planned(&self, files: Vec<FilePlan>, fallbacks: Vec<Fallback>) -> Vec<u64> {
+        let mut state = self.state();
+        state.fallbacks = fallbacks;
+        let mut memory = Vec::new();
+        for (index, planned) in files.into_iter().enumerate() {
+            self.planned_bytes.fetch_add(planned.plan.file_bytes, Ordering::Relaxed);
+            let first_segment = state.segments.len();
+            let segments = planned.plan.segments.len();
+            for (number, segment) in planned.plan.segments.iter().enumerate() {
+                let (cell, pieces_left) = (Arc::default(), segment.pieces.len());
+                state.segments.push(SegmentState { file: index, cell, pieces_left, unchecked: number + 1 == segments });
+            }
+            state.pieces.extend((0..planned.plan.pieces.len()).map(|piece| (index, piece)));
+            memory.extend(planned.plan.pieces.iter().map(|piece| piece.memory_bytes));
+            let (pieces_left, route) = (planned.plan.pieces.len(), planned.route);
+            state.files_left += usize::from(pieces_left > 0);
+            let open = Arc::new(Mutex::new(planned.open.clone().filter(|_| pieces_left > 0)));
+            let planned = FilePlan { open: None, ..planned };
+            state.files.push(FileState { planned, open, first_segment, pieces_left, route });
+        }
+        if memory.is_empty() {
+            state.reading = Some(Duration::ZERO);
+            self.hand_over(&mut state);
+        }
+        memory
+    }
+
+    /// What it takes to allocate this piece; `None` when the load is over.
+    pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
+        if self.is_over() {
+            return None;
+        }
+        let state = self.state();
+        let &(file_index, piece) = state.pieces.get(number)?;
+        let file = state.files.get(file_index)?;
+        let piece = *file.planned.plan.pieces.get(piece)?;
+        let segment = file.planned.plan.segments.get(piece.segment)?;
+        Some(Allocation {
+            piece,
+            file_index,
+            path: Arc::clone(self.paths.get(file_index)?),
+            identity: file.planned.identity,
+            alignment_bytes: file.planned.alignment_bytes,
+            route: file.route,
+            file: Arc::clone(&file.open),
+            segment: Arc::clone(&state.segments.get(file.first_segment + piece.segment)?.cell),
+            segment_memory_bytes: segment.memory_bytes,
+            range: Arc::clone(file.planned.range.as_ref()?),
+            range_offset: segment.file_range.start,
+        })
+    }
+
+    pub(crate) fn begin_allocating(&self) {
+        self.state().allocating.begin(self.started.elapsed());
+    }
+
+    /// A piece was populated, or the attempt has failed.
+    pub(crate) fn end_allocating(&self, piece: &Piece, populated: Option<&Populated>) {
+        let mut state = self.state();
+        state.allocating.end(self.started.elapsed());
+        let Some(populated) = populated else { return };
+        self.allocated_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
+        if let Some(pages) = populated.pages {
+            state.pages.add(pages);
+        }
+        if populated.refused.is_some() && state.pages_refused.is_none() {
+            state.pages_refused = populated.refused;
+            let errno = populated.refused.map(dmabuf::errno::describe);
+            tracing::warn!(load = self.id.0, errno, "2 MiB pages could not be had for all of the memory: small pages are slower");
+        }
+    }
+
+    /// A piece holds its bytes.
+    pub(crate) fn piece_full(&self, number: usize, route: Route) -> Option<FileRead> {
+        let mut state = self.state();
+        let &(file_index, piece) = state.pieces.get(number)?;
+        let file = state.files.get_mut(file_index)?;
+        let piece = *file.planned.plan.pieces.get(piece)?;
+        self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
+        file.route = file.route.max(route);
+        file.pieces_left -= 1;
+        let read = file.pieces_left == 0;
+        let segment = file.first_segment + piece.segment;
+        if let Some(segment) = state.segments.get_mut(segment) {
+            segment.pieces_left -= 1;
+        }
+        self.hand_over(&mut state);
+        read.then_some(FileRead(file_index))
+    }
+
+    /// The file to be checked, and what it was. Taken out: it is closed when the caller drops it.
+    pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
+        let (cell, identity) = {
+            let state = self.state();
+            let file = state.files.get(index)?;
+            (Arc::clone(&file.open), file.planned.identity)
+        };
+        let open = cell.lock().unwrap_or_else(PoisonError::into_inner).take();
+        open.map(|open| (open, identity))
+    }
+
+    /// A file has not changed.
+    pub(crate) fn file_checked(&self, index: usize) -> Handover {
+        let mut state = self.state();
+        state.files_left = state.files_left.saturating_sub(1);
+        for segment in state.segments.iter_mut().filter(|segment| segment.file == index) {
+            segment.unchecked = false;
+        }
+        self.hand_over(&mut state)
+    }
+
+    /// A step down the ladder was taken.
+    pub(crate) fn stepped_down(&self, fallback: Fallback) {
+        let path = fallback.file_index.and_then(|index| self.paths.get(index)).map(|path| path.display().to_string());
+        tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno = dmabuf::errno::describe(fallback.errno), "{}", fallback.reason());
+        self.state().fallbacks.push(fallback);
+    }
+
+    /// The driver has forgotten the load, which took this long to read.
+    pub(crate) fn gone(&self, reading: Duration) -> Handover {
+        let mut state = self.state();
+        state.reading = Some(reading);
+        self.hand_over(&mut state)
+    }
+
+    /// Ends the load with an error. Only the first one is told.
+    pub(crate) fn fail(&self, error: Error) {
+        let mut state = self.state();
+        self.abandoned.store(true, Ordering::Release);
+        if let Some(events) = state.events.take() {
+            tracing::debug!(load = self.id.0, %error, "load failed");
+            let _ = events.send(Event::Failed(error));
+        }
+        // What was full but not handed over goes now; what is being filled belongs to the driver.
+        state.segments.clear();
+        state.files.clear();
+    }
+
+    /// The same, told by the driver.
+    pub(crate) fn fail_for(&self, failure: Failure) {
+        let path = |file: usize| self.paths.get(file).map(|path| path.as_ref().clone()).unwrap_or_default();
+        let error = match failure {
+            Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
+            Failure::Refused { file, offset, route, attempt, errno } => Error::Refused { path: path(file), offset, route, attempt, errno },
+            Failure::Kernel { errno } => Error::Ring { errno },
+            Failure::Ended { file, offset, route } => {
+                let planned_bytes = self.state().files.get(file).map_or(0, |file| file.planned.identity.bytes);
+                Error::Ended { path: path(file), offset, planned_bytes, route }
+            }
+        };
+        self.fail(error);
+    }
+
+    /// The error for memory that could not be had.
+    pub(crate) fn memory_error(&self, source: dmabuf::Error) -> Error {
+        Error::Memory {
+            heap: self.heap.to_string(),
+            source,
+            loaded_bytes: self.allocated_bytes.load(Ordering::Relaxed),
+            planned_bytes: self.planned_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        Progress {
+            planned_bytes: self.planned_bytes.load(Ordering::Relaxed),
+            allocated_bytes: self.allocated_bytes.load(Ordering::Relaxed),
+            read_bytes: self.read_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Hands over what is complete and next in order; after the last segment, the end.
+    fn hand_over(&self, state: &mut State) -> Handover {
+        let Some(events) = state.events.clone() else { return Handover::Over };
+        while let Some(next) = state.segments.get(state.handed).filter(|next| next.pieces_left == 0 && !next.unchecked) {
+            let Some(segment) = self.segment(state, next) else { break };
+            state.first_segment.get_or_insert_with(|| self.started.elapsed());
+            state.handed += 1;
+            let _ = events.send(Event::Segment(segment));
+        }
+        let Some(reading) = state.reading.filter(|_| state.handed == state.segments.len() && state.files_left == 0) else {
+            return Handover::Going;
+        };
+        let report = self.report(state, reading);
+        tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
+        let files = state.files.drain(..).zip(&self.paths);
+        let files = files.map(|(file, path)| (Arc::clone(path), file.planned.plan.file_bytes, file.planned.tensors)).collect();
+        state.events = None;
+        let _ = events.send(Event::Done(Box::new(Finished { report, files })));
+        Handover::Over
+    }
+
+    fn segment(&self, state: &State, segment: &SegmentState) -> Option<Segment> {
+        let file = state.files.get(segment.file)?;
+        let index = state.handed;
+        let file_range = file.planned.plan.segments.get(index - file.first_segment)?.file_range.clone();
+        let backing = segment.cell.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        let (path, heap) = (Arc::clone(self.paths.get(segment.file)?), Arc::clone(&self.heap));
+        // SAFETY: `pieces_left` is 0, so the driver has given back every piece of this segment: all bytes were read, and
+        // no read is in flight. The backing was just taken out of its cell, and pieces drop theirs unread.
+        Some(unsafe { Segment::new(index, segment.file, path, file_range, heap, backing) })
+    }
+
+    fn report(&self, state: &State, reading: Duration) -> Report {
+        let files = state.files.iter().zip(&self.paths);
+        let files = files.map(|(file, path)| FileReport {
+            path: path.as_ref().clone(),
+            bytes: file.planned.plan.file_bytes,
+            route: file.route,
+        });
+        Report {
+            bytes: self.planned_bytes.load(Ordering::Relaxed),
+            segments: state.segments.len(),
+            total: self.started.elapsed(),
+            allocating: state.allocating.total(),
+            reading,
+            first_segment: state.first_segment,
+            cpu: cpu_time().saturating_sub(self.cpu_before),
+            peak_resident_bytes: peak_resident_bytes(),
+            pages: state.pages,
+            pages_refused: state.pages_refused,
+            heap: self.heap.to_string(),
+            layout: self.options.layout,
+            route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
+            fallbacks: merged(&state.fallbacks),
+            files: files.collect(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The same step of many files is one line, without a file.
+fn merged(fallbacks: &[Fallback]) -> Vec<Fallback> {
+    let mut merged: Vec<Fallback> = Vec::new();
+    let mut seen = HashMap::new();
+    for fallback in fallbacks {
+        let key = (fallback.from, fallback.to, fallback.attempt, fallback.errno.raw_os_error());
+        match seen.get(&key).and_then(|&at: &usize| merged.get_mut(at)) {
+            Some(first) => first.file_index = None,
+            None => {
+                seen.insert(key, merged.len());
+                merged.push(fallback.clone());
+            }
+        }
+    }
+    merged
+}

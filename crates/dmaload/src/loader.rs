@@ -1,0 +1,175 @@
+//! The loader: what a service makes once, and shares.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use crate::engine::{Guard, Leaked};
+use crate::error::Result;
+use crate::heap::{self, Heap};
+use crate::load::Load;
+use crate::settings::{Format, LoadOptions, Settings};
+use crate::{Layout, Route};
+
+/// Loads files. Cheap to clone, shared by every task of a service; all its loads share one window of memory, one ring and a
+/// handful of threads.
+///
+/// When the last clone and the last load are gone, the threads drain what is in flight and end by themselves; no drop
+/// waits for that. [`Loader::shutdown`] does wait.
+///
+/// ```no_run
+/// # async fn example() -> dmaload::Result<()> {
+/// let loader = dmaload::Loader::builder().window_bytes(128 << 20).build()?;
+/// let image = loader.load("model.safetensors").await?;
+/// let q = image.tensor("model.layers.0.self_attn.q_proj.weight")?;
+/// println!("{} {:?} {} bytes", q.dtype(), q.shape(), q.bytes()?.len());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Loader {
+    guard: Arc<Guard>,
+}
+
+impl Loader {
+    /// A loader with the defaults.
+    ///
+    /// # Errors
+    /// As [`LoaderBuilder::build`].
+    pub fn new() -> Result<Self> {
+        Loader::builder().build()
+    }
+
+    /// Says how a loader is to be.
+    pub fn builder() -> LoaderBuilder {
+        LoaderBuilder { settings: Settings::default(), heap: Arc::new(heap::auto()) }
+    }
+
+    /// Starts loading a file. Never blocks: opening and reading happen on the loader's threads, and whatever goes wrong is
+    /// told by the load.
+    pub fn load(&self, path: impl Into<PathBuf>) -> Load {
+        self.load_with([path], self.options())
+    }
+
+    /// Starts loading several files as one load, with options of its own.
+    pub fn load_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Load {
+        self.guard.load(paths.into_iter().map(Into::into).collect(), options)
+    }
+
+    /// The options that the loader was built with, to be changed for one load.
+    pub fn options(&self) -> LoadOptions {
+        self.guard.settings().load.clone()
+    }
+
+    /// Stops: loads that are not finished fail with [`crate::Error::ShutDown`], reads in flight are drained, the threads end.
+    ///
+    /// Other clones stay valid, but every load on them fails. Dropping the future does not stop the shutdown.
+    ///
+    /// # Errors
+    /// [`Leaked`] when reads are still in flight past the deadline ([`LoaderBuilder::shutdown_timeout`]): the memory that
+    /// they may write to is never freed.
+    pub async fn shutdown(self) -> Result<(), Leaked> {
+        let (done, wait) = oneshot::channel();
+        self.guard.shut_down(done);
+        wait.await.unwrap_or(Ok(()))
+    }
+}
+
+/// Says how a loader is to be; see [`Loader::builder`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct LoaderBuilder {
+    settings: Settings,
+    heap: Arc<dyn Heap>,
+}
+
+impl LoaderBuilder {
+    /// Where segments' memory comes from. Default: [`heap::auto`].
+    pub fn heap(mut self, heap: impl Heap) -> Self {
+        self.heap = Arc::new(heap);
+        self
+    }
+
+    /// The most bytes that may be allocated and not yet filled, over all loads: at least a segment. Default: 128 MiB.
+    pub fn window_bytes(mut self, bytes: u64) -> Self {
+        self.settings.window_bytes = bytes;
+        self
+    }
+
+    /// Reads in flight at once, over all loads, from 1 to 4096. Default: 32.
+    pub fn queue_depth(mut self, reads: usize) -> Self {
+        self.settings.queue_depth = reads;
+        self
+    }
+
+    /// Threads that open files and allocate memory; at least one. Default: two, or one on a machine with one CPU.
+    pub fn allocator_threads(mut self, threads: usize) -> Self {
+        self.settings.allocator_threads = threads;
+        self
+    }
+
+    /// Loads that have files open at once; others wait in the order they came. At least one. Default: 64.
+    pub fn max_open_loads(mut self, loads: usize) -> Self {
+        self.settings.max_open_loads = loads.max(1);
+        self
+    }
+
+    /// How long [`Loader::shutdown`] waits for reads in flight before it leaks their memory. Default: 10 s.
+    pub fn shutdown_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.shutdown_timeout = timeout;
+        self
+    }
+
+    /// What holds for loads that choose nothing else.
+    pub fn options(mut self, options: LoadOptions) -> Self {
+        self.settings.load = options;
+        self
+    }
+
+    /// See [`LoadOptions::layout`].
+    pub fn layout(mut self, layout: Layout) -> Self {
+        self.settings.load = self.settings.load.layout(layout);
+        self
+    }
+
+    /// See [`LoadOptions::segment_bytes`].
+    pub fn segment_bytes(mut self, bytes: u64) -> Self {
+        self.settings.load = self.settings.load.segment_bytes(bytes);
+        self
+    }
+
+    /// See [`LoadOptions::chunk_bytes`].
+    pub fn chunk_bytes(mut self, bytes: u64) -> Self {
+        self.settings.load = self.settings.load.chunk_bytes(bytes);
+        self
+    }
+
+    /// See [`LoadOptions::route`].
+    pub fn route(mut self, route: Route) -> Self {
+        self.settings.load = self.settings.load.route(route);
+        self
+    }
+
+    /// See [`LoadOptions::strict`].
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.settings.load = self.settings.load.strict(strict);
+        self
+    }
+
+    /// See [`LoadOptions::format`].
+    pub fn format(mut self, format: Format) -> Self {
+        self.settings.load = self.settings.load.format(format);
+        self
+    }
+
+    /// Starts the loader's threads.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] for settings that make no sense; [`crate::Error::Ring`] when no thread or descriptor can be
+    /// had. That io_uring is refused is no error here: loads take the next route, and say so.
+    pub fn build(self) -> Result<Loader> {
+        Ok(Loader { guard: Guard::start(self.settings, self.heap)? })
+    }
+}

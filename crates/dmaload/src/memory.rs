@@ -1,0 +1,86 @@
+//! A segment's memory while it is being filled, and after.
+#![allow(unsafe_code)]
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use dmabuf::{Mapping, Memory};
+
+use crate::reaper::{Holding, Reaper};
+use crate::ring::Buffer;
+
+/// Mapped memory with its owner. Dropping it leaves the unmapping to the reaper thread.
+#[derive(Debug)]
+pub(crate) struct Backing {
+    /// Only `None` inside `drop`.
+    holding: Option<Box<Holding>>,
+    address: NonNull<u8>,
+    bytes: usize,
+    reaper: Reaper,
+}
+
+// SAFETY: the pointer is into the mapping that `holding` owns, which is not bound to a thread.
+unsafe impl Send for Backing {}
+// SAFETY: as above; who may look at the bytes is decided by the owners of the Backing.
+unsafe impl Sync for Backing {}
+
+impl Backing {
+    pub(crate) fn new(mapping: Mapping, memory: Memory, reaper: Reaper) -> Self {
+        let (address, bytes) = (mapping.address(), mapping.bytes());
+        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reaper }
+    }
+
+    pub(crate) fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn parts(&self) -> Option<(&Mapping, &Memory)> {
+        self.holding.as_ref().map(|holding| (&holding.mapping, &holding.memory))
+    }
+}
+
+impl Drop for Backing {
+    fn drop(&mut self) {
+        if let Some(holding) = self.holding.take() {
+            self.reaper.bury(holding);
+        }
+    }
+}
+
+/// A part of a segment's memory that the kernel may write into. `P` is its permit, which goes back with it.
+#[derive(Debug)]
+pub(crate) struct PieceBuffer<P> {
+    backing: Arc<Backing>,
+    offset: usize,
+    bytes: usize,
+    _permit: P,
+}
+
+impl<P> PieceBuffer<P> {
+    /// The part of `backing` that begins at `offset`.
+    ///
+    /// # Panics
+    /// When it reaches past the memory.
+    pub(crate) fn new(backing: Arc<Backing>, offset: usize, bytes: usize, permit: P) -> Self {
+        let end = offset.checked_add(bytes);
+        assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece lies within its segment");
+        PieceBuffer { backing, offset, bytes, _permit: permit }
+    }
+}
+
+// SAFETY: the address is inside the mapping, by the check in `new`, and the Arc keeps that mapped; a segment's bytes
+// are shown to nobody before all of its pieces have come back from the driver.
+unsafe impl<P> Buffer for PieceBuffer<P> {
+    fn address(&self) -> NonNull<u8> {
+        // SAFETY: `offset` is within the mapping, by the check in `new`.
+        unsafe { self.backing.address().add(self.offset) }
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+}

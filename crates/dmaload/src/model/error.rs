@@ -1,0 +1,401 @@
+//! Why a model file was refused.
+
+use std::fmt;
+
+use super::dtype::DType;
+use super::safetensors::{HEADER_LIMIT_BYTES, RANK_LIMIT};
+
+/// Why a model file was refused: what is wrong, where, and what was expected.
+///
+/// Names that come from the file are kept whole in the fields; the messages
+/// quote them with control characters escaped and long ones shortened, because
+/// a hostile file chooses them and a terminal shows them.
+///
+/// Offsets named `offset` count bytes of the JSON header, which begins at byte
+/// 8 of the file; they tell how far the header had been read when the fault
+/// was seen. Tensor offsets are relative to the data, as the header has them;
+/// ranges are absolute in the file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The file is shorter than the smallest safetensors file.
+    #[error(
+        "the file has {file_bytes} bytes; the smallest safetensors file has 10 (an 8-byte length and \"{{}}\")"
+    )]
+    FileTooShort {
+        /// The length of the file.
+        file_bytes: u64,
+    },
+
+    /// The caller showed too little of a file to tell what it is.
+    #[error("{given} bytes of the file's start are too few to tell its format; 9 are needed")]
+    StartTooShort {
+        /// How many bytes the caller gave.
+        given: usize,
+    },
+
+    /// The length prefix leaves no room for any JSON object.
+    #[error(
+        "the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2"
+    )]
+    HeaderTooSmall {
+        /// The declared length of the JSON header.
+        header_bytes: u64,
+    },
+
+    /// The length prefix is beyond what the format allows.
+    #[error(
+        "the header's declared length is {header_bytes} bytes, more than the {HEADER_LIMIT_BYTES} allowed; \
+         the file is damaged or no safetensors file"
+    )]
+    HeaderTooLarge {
+        /// The declared length of the JSON header.
+        header_bytes: u64,
+    },
+
+    /// The header would end past the end of the file.
+    #[error(
+        "the header's declared length is {header_bytes} bytes (and 8 for the length itself), but the file \
+         has only {file_bytes}; it is cut short (an incomplete download?) or no safetensors file"
+    )]
+    HeaderPastEnd {
+        /// The declared length of the JSON header.
+        header_bytes: u64,
+        /// The length of the file.
+        file_bytes: u64,
+    },
+
+    /// The header's first byte is not `{`.
+    #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
+    NotAnObject {
+        /// The byte found.
+        found: u8,
+    },
+
+    /// The header is not UTF-8.
+    #[error("the header is not UTF-8: byte {offset} of it is in no valid sequence")]
+    InvalidUtf8 {
+        /// Where the first invalid sequence begins.
+        offset: usize,
+    },
+
+    /// The header is not JSON.
+    #[error("the header is not valid JSON near byte {offset} of it: {reason}")]
+    NotJson {
+        /// How far the header had been read.
+        offset: usize,
+        /// What the JSON reader objected to.
+        reason: String,
+    },
+
+    /// Something other than padding follows the JSON object.
+    #[error(
+        "byte {found:#04x} follows the header's JSON object at byte {offset} of the header; \
+         only spaces (0x20) may pad it"
+    )]
+    BytesAfterJson {
+        /// Where it is.
+        offset: usize,
+        /// The byte found.
+        found: u8,
+    },
+
+    /// A part of a tensor's entry has the wrong JSON type.
+    #[error("tensor {}{}, near byte {offset} of the header: {reason}", quote(.tensor), under(*.key))]
+    WrongType {
+        /// The tensor's name.
+        tensor: String,
+        /// The key whose value is wrong, or `None` for the entry as a whole.
+        key: Option<&'static str>,
+        /// How far the header had been read.
+        offset: usize,
+        /// What was found, and what was expected.
+        reason: String,
+    },
+
+    /// A tensor's entry lacks a key.
+    #[error("tensor {} has no \"{key}\"", quote(.tensor))]
+    MissingKey {
+        /// The tensor's name.
+        tensor: String,
+        /// The key that is missing.
+        key: &'static str,
+    },
+
+    /// A tensor's entry has a key that the format does not know.
+    #[error(
+        "tensor {} has the unknown key {}; only \"dtype\", \"shape\" and \"data_offsets\" are allowed",
+        quote(.tensor), quote(.key)
+    )]
+    UnknownKey {
+        /// The tensor's name.
+        tensor: String,
+        /// The key.
+        key: String,
+    },
+
+    /// A tensor's entry has a key twice.
+    #[error("tensor {} has \"{key}\" twice; which one holds cannot be told", quote(.tensor))]
+    DuplicateKey {
+        /// The tensor's name.
+        tensor: String,
+        /// The key.
+        key: &'static str,
+    },
+
+    /// Two tensors have the same name.
+    #[error("tensor {} is in the header twice; which one holds cannot be told", quote(.tensor))]
+    DuplicateTensor {
+        /// The name.
+        tensor: String,
+    },
+
+    /// The header has `__metadata__` twice.
+    #[error("\"__metadata__\" is in the header twice; which one holds cannot be told")]
+    DuplicateMetadata,
+
+    /// `__metadata__` has a key twice.
+    #[error("\"__metadata__\" has the key {} twice; which one holds cannot be told", quote(.key))]
+    DuplicateMetadataKey {
+        /// The key.
+        key: String,
+    },
+
+    /// `__metadata__` is not a JSON object.
+    #[error("\"__metadata__\", near byte {offset} of the header: {reason}")]
+    MetadataNotObject {
+        /// How far the header had been read.
+        offset: usize,
+        /// What was found, and what was expected.
+        reason: String,
+    },
+
+    /// A value in `__metadata__` is not a string.
+    #[error("\"__metadata__\" key {}, near byte {offset} of the header: {reason}", quote(.key))]
+    MetadataNotString {
+        /// The key.
+        key: String,
+        /// How far the header had been read.
+        offset: usize,
+        /// What was found, and what was expected.
+        reason: String,
+    },
+
+    /// A tensor's element type is not one of [`DType::ALL`].
+    #[error("tensor {} has the unknown dtype {} (names are exact: \"BF16\", \"F8_E4M3\")", quote(.tensor), quote(.found))]
+    UnknownDType {
+        /// The tensor's name.
+        tensor: String,
+        /// The type's name in the header.
+        found: String,
+    },
+
+    /// A number in `shape` or `data_offsets` is negative, not whole, or beyond 64 bits.
+    #[error(
+        "tensor {}, \"{key}\": {found} found, expected an integer from 0 to {max} without fraction or exponent",
+        quote(.tensor), max = u64::MAX
+    )]
+    BadNumber {
+        /// The tensor's name.
+        tensor: String,
+        /// `shape` or `data_offsets`.
+        key: &'static str,
+        /// The number, as it was understood.
+        found: String,
+    },
+
+    /// A shape has more dimensions than [`RANK_LIMIT`].
+    #[error("tensor {} has more than {RANK_LIMIT} dimensions", quote(.tensor))]
+    RankTooLarge {
+        /// The tensor's name.
+        tensor: String,
+    },
+
+    /// `data_offsets` does not have two numbers.
+    #[error("tensor {}: \"data_offsets\" has {found} numbers{}, expected 2 (begin and end)",
+        quote(.tensor), if *.found > 2 { " or more" } else { "" })]
+    OffsetCount {
+        /// The tensor's name.
+        tensor: String,
+        /// How many there are; counting stops at 3.
+        found: usize,
+    },
+
+    /// The bits of a tensor do not fit 64 bits.
+    #[error("tensor {}: shape {shape:?} of {dtype} has more bits than fit an unsigned 64-bit number", quote(.tensor))]
+    ShapeOverflow {
+        /// The tensor's name.
+        tensor: String,
+        /// Its element type.
+        dtype: DType,
+        /// Its shape.
+        shape: Vec<u64>,
+    },
+
+    /// A tensor of a type smaller than a byte ends within a byte.
+    #[error(
+        "tensor {}: shape {shape:?} of {dtype} has {bits} bits, which is no whole number of bytes",
+        quote(.tensor)
+    )]
+    PartialByte {
+        /// The tensor's name.
+        tensor: String,
+        /// Its element type.
+        dtype: DType,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The bits that type and shape make.
+        bits: u64,
+    },
+
+    /// A tensor begins after its end.
+    #[error("tensor {}: \"data_offsets\" [{begin}, {end}] begin after their end", quote(.tensor))]
+    OffsetsReversed {
+        /// The tensor's name.
+        tensor: String,
+        /// Where it begins, relative to the data.
+        begin: u64,
+        /// Where it ends, relative to the data.
+        end: u64,
+    },
+
+    /// A tensor ends past the end of the file.
+    #[error(
+        "tensor {} ends at byte {end} of the data, but the file has only {data_bytes} bytes of data; \
+         it is cut short by at least {} bytes (an incomplete download?)",
+        quote(.tensor), .end - .data_bytes
+    )]
+    PastEnd {
+        /// The tensor's name.
+        tensor: String,
+        /// Where it ends, relative to the data.
+        end: u64,
+        /// The bytes of the file that follow the header.
+        data_bytes: u64,
+    },
+
+    /// A tensor's range has not the length that its type and shape need.
+    #[error(
+        "tensor {}: \"data_offsets\" cover {found} bytes, but shape {shape:?} of {dtype} needs {expected}",
+        quote(.tensor)
+    )]
+    WrongLength {
+        /// The tensor's name.
+        tensor: String,
+        /// Its element type.
+        dtype: DType,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The bytes that type and shape need.
+        expected: u64,
+        /// The bytes that the offsets cover.
+        found: u64,
+    },
+
+    /// Two tensors share bytes, or an empty one lies inside another.
+    #[error(
+        "tensor {} begins at byte {second_begin} of the file, before tensor {} ends at byte {first_end}",
+        quote(.second), quote(.first)
+    )]
+    Overlap {
+        /// The tensor that begins first.
+        first: String,
+        /// Where it ends in the file.
+        first_end: u64,
+        /// The tensor that begins inside it.
+        second: String,
+        /// Where that one begins in the file.
+        second_begin: u64,
+    },
+
+    /// Bytes before a tensor belong to no tensor.
+    #[error("bytes {begin}..{end} of the file, before tensor {}, belong to no tensor", quote(.before))]
+    Hole {
+        /// The first such byte in the file.
+        begin: u64,
+        /// The end of them: where the next tensor begins.
+        end: u64,
+        /// The tensor that follows them.
+        before: String,
+    },
+
+    /// Bytes at the end of the file belong to no tensor.
+    #[error(
+        "the tensors end at byte {data_end} of the file, but it has {file_bytes} bytes; \
+         the last {} belong to no tensor",
+        .file_bytes - .data_end
+    )]
+    TrailingBytes {
+        /// Where the last tensor ends in the file.
+        data_end: u64,
+        /// The length of the file.
+        file_bytes: u64,
+    },
+}
+
+/// How many characters of a text from the file a message shows.
+const SHOWN_CHARS: usize = 120;
+
+/// Text from the file, quoted so that it can go to a terminal.
+fn quote(text: &str) -> impl fmt::Display {
+    fmt::from_fn(move |f| match text.char_indices().nth(SHOWN_CHARS) {
+        None => write!(f, "{text:?}"),
+        Some((cut, _)) => write!(f, "{:?}… ({} bytes)", &text[..cut], text.len()),
+    })
+}
+
+/// The key of an entry that a message is about, if it is about one.
+fn under(key: Option<&'static str>) -> impl fmt::Display {
+    fmt::from_fn(move |f| key.map_or(Ok(()), |key| write!(f, ", \"{key}\"")))
+}
+
+/// Cuts a reason that quotes the file at length.
+pub(super) fn shorten(mut reason: String) -> String {
+    if let Some((cut, _)) = reason.char_indices().nth(2 * SHOWN_CHARS) {
+        reason.truncate(cut);
+        reason.push('…');
+    }
+    reason
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_disarm_and_shorten_names_from_the_file() {
+        let name = format!("\u{1b}[2J{}", "ä".repeat(10_000));
+        let error = ModelError::DuplicateTensor {
+            tensor: name.clone(),
+        };
+        let message = error.to_string();
+        assert!(!message.contains('\u{1b}'), "{message}");
+        assert!(message.contains("(20004 bytes)"), "{message}");
+        assert!(message.len() < 500, "{message}");
+        assert_eq!(error, ModelError::DuplicateTensor { tensor: name });
+    }
+
+    #[test]
+    fn a_message_says_what_was_found_and_what_was_expected() {
+        let error = ModelError::WrongLength {
+            tensor: "w".into(),
+            dtype: DType::BF16,
+            shape: vec![2, 3],
+            expected: 12,
+            found: 10,
+        };
+        assert_eq!(
+            error.to_string(),
+            r#"tensor "w": "data_offsets" cover 10 bytes, but shape [2, 3] of BF16 needs 12"#
+        );
+    }
+
+    #[test]
+    fn reasons_are_cut_between_characters() {
+        assert_eq!(shorten("short".into()), "short");
+        assert_eq!(
+            shorten("ä".repeat(1000)).chars().count(),
+            2 * SHOWN_CHARS + 1
+        );
+    }
+}

@@ -1,0 +1,291 @@
+//! The tensors of a file, in file order and by name.
+
+use std::{fmt, ops::Range, slice};
+
+use super::dtype::DType;
+
+/// One tensor: its name, its type, its shape, and where its bytes are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// The name, unique in its file. May be empty.
+    pub name: String,
+    /// The type of the elements.
+    pub dtype: DType,
+    /// The lengths of the dimensions in row-major order: `[]` is a scalar, a
+    /// zero makes the tensor empty.
+    pub shape: Vec<u64>,
+    /// The bytes of the tensor, as an absolute range in the file. Its length
+    /// is exactly what `dtype` and `shape` need.
+    pub file_range: Range<u64>,
+}
+
+/// The tensors of one file, with its metadata.
+///
+/// Tensors are in file order: by begin, then by end, then (for empty ones) by
+/// name. Looking one up by name is a binary search.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorMap {
+    tensors: Vec<TensorInfo>,
+    by_name: NameIndex,
+    metadata: Metadata,
+    header_bytes: u64,
+}
+
+impl TensorMap {
+    /// Takes tensors in any order, and puts them into file order. Two of the
+    /// same name are an error, which holds the name.
+    pub(super) fn new(
+        mut tensors: Vec<TensorInfo>,
+        metadata: Metadata,
+        header_bytes: u64,
+    ) -> Result<Self, String> {
+        // An unstable sort needs no second copy of a hostile list; the name
+        // makes the order total, so that it does not show.
+        tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
+        tensors.shrink_to_fit();
+        let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name)
+            .map_err(|duplicate| tensors[duplicate].name.clone())?;
+        Ok(Self {
+            tensors,
+            by_name,
+            metadata,
+            header_bytes,
+        })
+    }
+
+    /// The tensor of that name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        let position = self.by_name.find(name, |i| &self.tensors[i].name)?;
+        Some(&self.tensors[position])
+    }
+
+    /// The tensors in file order.
+    pub fn iter(&self) -> slice::Iter<'_, TensorInfo> {
+        self.tensors.iter()
+    }
+
+    /// How many tensors there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether there are none, which is valid.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// The file's free-form metadata; empty if the file has none.
+    #[must_use]
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// The length of the JSON header in bytes, padding included. The 8 bytes
+    /// before it that declare it are not counted: data begin at `8 + header_bytes`.
+    #[must_use]
+    pub fn header_bytes(&self) -> u64 {
+        self.header_bytes
+    }
+}
+
+impl<'a> IntoIterator for &'a TensorMap {
+    type Item = &'a TensorInfo;
+    type IntoIter = slice::Iter<'a, TensorInfo>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+fn file_order(tensor: &TensorInfo) -> (u64, u64, &str) {
+    (tensor.file_range.start, tensor.file_range.end, &tensor.name)
+}
+
+/// The free-form strings of a file's `__metadata__`, in header order.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Metadata {
+    pairs: Pairs,
+    by_key: NameIndex,
+}
+
+impl Metadata {
+    /// Takes the pairs as read. A key that comes twice is an error, which
+    /// holds the key.
+    pub(super) fn new(mut pairs: Pairs) -> Result<Self, String> {
+        pairs.text.shrink_to_fit();
+        pairs.ends.shrink_to_fit();
+        let by_key = NameIndex::new(pairs.len(), |i| pairs.key(i))
+            .map_err(|duplicate| pairs.key(duplicate).to_owned())?;
+        Ok(Self { pairs, by_key })
+    }
+
+    /// The value of that key.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&str> {
+        let position = self.by_key.find(key, |i| self.pairs.key(i))?;
+        Some(self.pairs.value(position))
+    }
+
+    /// Keys and values, in header order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
+        (0..self.len()).map(|i| (self.pairs.key(i), self.pairs.value(i)))
+    }
+
+    /// How many pairs there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
+    }
+}
+
+/// Strings by twos, all in one buffer: a hostile header can hold ten million
+/// pairs, and two allocations for each would be many times its length.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub(super) struct Pairs {
+    text: String,
+    /// Where each string ends in `text`; keys are even, values odd.
+    ends: Vec<u32>,
+}
+
+impl Pairs {
+    /// Appends a string: a key, then its value, then the next key.
+    pub(super) fn push(&mut self, string: &str) {
+        self.text.push_str(string);
+        let end =
+            u32::try_from(self.text.len()).expect("unescaped text is no longer than its header");
+        self.ends.push(end);
+    }
+
+    /// The last string pushed.
+    pub(super) fn last(&self) -> &str {
+        self.ends
+            .len()
+            .checked_sub(1)
+            .map_or("", |last| self.string(last))
+    }
+
+    fn len(&self) -> usize {
+        self.ends.len() / 2
+    }
+
+    fn key(&self, position: usize) -> &str {
+        self.string(2 * position)
+    }
+
+    fn value(&self, position: usize) -> &str {
+        self.string(2 * position + 1)
+    }
+
+    fn string(&self, position: usize) -> &str {
+        let begin = position
+            .checked_sub(1)
+            .map_or(0, |before| self.ends[before]);
+        &self.text[begin as usize..self.ends[position] as usize]
+    }
+}
+
+/// Positions in some list, sorted by the names there.
+///
+/// Against a hash map it needs no second copy of the names, and no key for a
+/// hostile header to aim at; it finds duplicates as neighbours.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct NameIndex(Vec<u32>);
+
+impl NameIndex {
+    /// Indexes `count` names. If two are the same, the error is the position of one.
+    fn new<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Self, usize> {
+        let mut order: Vec<u32> = (0..).take(count).collect();
+        order.sort_unstable_by_key(|&i| name(i as usize));
+        match order
+            .windows(2)
+            .find(|pair| name(pair[0] as usize) == name(pair[1] as usize))
+        {
+            Some(pair) => Err(pair[0] as usize),
+            None => Ok(Self(order)),
+        }
+    }
+
+    fn find<'a>(&self, wanted: &str, name: impl Fn(usize) -> &'a str) -> Option<usize> {
+        let found = self
+            .0
+            .binary_search_by(|&i| name(i as usize).cmp(wanted))
+            .ok()?;
+        Some(self.0[found] as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(name: &str, file_range: Range<u64>) -> TensorInfo {
+        let shape = vec![file_range.end - file_range.start];
+        TensorInfo {
+            name: name.into(),
+            dtype: DType::U8,
+            shape,
+            file_range,
+        }
+    }
+
+    #[test]
+    fn tensors_are_in_file_order_and_found_by_name() {
+        let tensors = vec![
+            tensor("b", 4..4),
+            tensor("c", 4..8),
+            tensor("z", 0..4),
+            tensor("a", 4..4),
+        ];
+        let map = TensorMap::new(tensors, Metadata::default(), 2).unwrap();
+        let names: Vec<_> = map.iter().map(|t| t.name.as_str()).collect();
+        assert_eq!(names, ["z", "a", "b", "c"]);
+        assert_eq!(map.get("c").unwrap().file_range, 4..8);
+        assert!(map.iter().all(|t| map.get(&t.name) == Some(t)));
+        assert_eq!(map.get("d"), None);
+        assert_eq!((map.len(), map.is_empty()), (4, false));
+        assert_eq!((&map).into_iter().count(), 4);
+    }
+
+    #[test]
+    fn a_duplicate_is_named() {
+        let tensors = vec![tensor("b", 4..5), tensor("a", 0..4), tensor("b", 5..6)];
+        assert_eq!(
+            TensorMap::new(tensors, Metadata::default(), 2),
+            Err("b".into())
+        );
+    }
+
+    #[test]
+    fn metadata_keep_the_order_of_the_header() {
+        let mut pairs = Pairs::default();
+        assert_eq!(pairs.last(), "");
+        for string in ["z", "1", "", "ä", "a", ""] {
+            pairs.push(string);
+            assert_eq!(pairs.last(), string);
+        }
+        let metadata = Metadata::new(pairs).unwrap();
+        assert_eq!(
+            metadata.iter().collect::<Vec<_>>(),
+            [("z", "1"), ("", "ä"), ("a", "")]
+        );
+        assert_eq!(metadata.get(""), Some("ä"));
+        assert_eq!(metadata.get("a"), Some(""));
+        assert_eq!(metadata.get("1"), None);
+        assert_eq!(format!("{metadata:?}"), r#"{"z": "1", "": "ä", "a": ""}"#);
+    }
+}

@@ -1,0 +1,22 @@
+//! What a model file says about itself: which tensors it holds, and where.
+//!
+//! Pure logic: nothing here opens, reads or maps a file. The caller hands in
+//! the bytes of a header and the length of the file, and gets a [`TensorMap`]
+//! or a [`ModelError`] that says what is wrong and where. A map that is handed
+//! out is complete and consistent: every byte of the data belongs to exactly
+//! one tensor, and every tensor has exactly the bytes its type and shape need.
+//!
+//! ```text
+//! first bytes ──► sniff ──► parse_prefix ──► header bytes ──► parse ──► TensorMap
+//!                   │                                           │
+//!                   └──► not safetensors: a raw file            └──► ModelError
+//! ```
+
+mod dtype;
+mod error;
+mod map;
+pub mod safetensors;
+
+pub use dtype::DType;
+pub use error::ModelError;
+pub use map::{Metadata, TensorInfo, TensorMap};

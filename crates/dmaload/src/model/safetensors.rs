@@ -1,0 +1,230 @@
+//! The safetensors format: an 8-byte little-endian length, a JSON header of
+//! that length, and the tensors' bytes, which fill the rest of the file.
+//!
+//! The facts come from the *Format* section of the README of
+//! <https://github.com/huggingface/safetensors>. Where it is silent, the crate
+//! `safetensors` 0.8 decides. A file that this module accepts, the crate
+//! accepts too, and reads the same.
+//!
+//! This module is stricter where leniency would make two readers see different
+//! tensors, or hide damage. It refuses, and the crate lets through:
+//!
+//! - names that come twice, of tensors or in `__metadata__` (the README forbids them);
+//! - a header that does not begin with `{`, or is padded with anything but
+//!   spaces (the README forbids both; the crate takes any JSON whitespace);
+//! - unknown keys in a tensor's entry, which could change what the rest means;
+//! - an entry written as an array, or a dtype written as an object, which are
+//!   accidents of the crate's deserialiser;
+//! - more than [`RANK_LIMIT`] dimensions.
+//!
+//! It does accept `"__metadata__": null`, as the crate does: MLX writes it.
+//!
+//! Memory and time are bounded by the header: parsing takes a small multiple
+//! of its length, and no more than `n log n` comparisons of names. Nesting is
+//! at most three deep by construction: a value of the wrong type is refused
+//! where it begins, not read through.
+
+mod header;
+
+use super::{
+    error::ModelError,
+    map::{TensorInfo, TensorMap},
+};
+
+/// The longest JSON header that is read, in bytes; the limit of the
+/// `safetensors` crate.
+pub const HEADER_LIMIT_BYTES: u64 = 100_000_000;
+
+/// The most dimensions a tensor may have. The format sets no limit; tensor
+/// libraries stop at 254 or far below.
+pub const RANK_LIMIT: usize = 255;
+
+/// The length prefix in front of the header, in bytes.
+const PREFIX_BYTES: u64 = 8;
+
+/// The shortest header there is: `{}`.
+const HEADER_MIN_BYTES: u64 = 2;
+
+/// What the beginning of a file says about its format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Sniff {
+    /// Take it for safetensors. If its header then fails to [`parse`], that is
+    /// an error, and no reason to load the file raw.
+    Safetensors {
+        /// The length of the JSON header, which begins at byte 8.
+        header_bytes: u64,
+    },
+    /// No safetensors file, and nothing claims that it is one.
+    Not {
+        /// The rule that it does not meet.
+        why: ModelError,
+    },
+    /// It claims to be safetensors, by name or by look, and can't be.
+    Broken {
+        /// What is wrong with it.
+        error: ModelError,
+    },
+}
+
+/// Tells from the first 9 bytes of a file whether it is a safetensors file.
+///
+/// `first` is the beginning of the file, at least 9 bytes of it unless the
+/// whole file is shorter; `named_safetensors` is whether its name ends with
+/// `.safetensors`.
+///
+/// A file *looks* like safetensors when its byte 8 is `{` and its first 8 are
+/// a length of 2 to [`HEADER_LIMIT_BYTES`]. Then:
+///
+/// | looks like it | header fits the file | named so | verdict |
+/// |---|---|---|---|
+/// | yes | yes | –   | [`Sniff::Safetensors`] |
+/// | yes | no  | –   | [`Sniff::Broken`]: most likely cut short |
+/// | no  | –   | yes | [`Sniff::Broken`] |
+/// | no  | –   | no  | [`Sniff::Not`] |
+///
+/// So a damaged model is an error rather than a raw file, and the price is
+/// that a raw file with such a beginning is an error too, until it is loaded
+/// as raw explicitly. That is rare (five of the nine bytes have one value,
+/// a sixth has six) and loud; the reverse would be silent.
+#[must_use]
+pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
+    match look(first, file_bytes) {
+        Ok(header_bytes) => Sniff::Safetensors { header_bytes },
+        Err(error) if named_safetensors || speaks_for_safetensors(&error) => {
+            Sniff::Broken { error }
+        }
+        Err(why) => Sniff::Not { why },
+    }
+}
+
+/// Whether a fault found by [`look`] must not end in a raw load, whatever the
+/// file's name.
+fn speaks_for_safetensors(error: &ModelError) -> bool {
+    // Too few bytes from the caller say nothing about the file, so "raw" would be a guess.
+    matches!(
+        error,
+        ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. }
+    )
+}
+
+/// The length of the header of a file that looks like safetensors.
+fn look(first: &[u8], file_bytes: u64) -> Result<u64, ModelError> {
+    if file_bytes < PREFIX_BYTES + HEADER_MIN_BYTES {
+        return Err(ModelError::FileTooShort { file_bytes });
+    }
+    let Some((prefix, [brace, ..])) = first.split_first_chunk() else {
+        return Err(ModelError::StartTooShort { given: first.len() });
+    };
+    // The brace goes first: without it a length past the end is no sign of a
+    // file cut short, but of one in another format.
+    if *brace != b'{' {
+        return Err(ModelError::NotAnObject { found: *brace });
+    }
+    parse_prefix(*prefix, file_bytes)
+}
+
+/// The length of the JSON header in bytes, from the first 8 bytes of a file of
+/// `file_bytes`.
+///
+/// After this the header may be allocated: it is within the file, and no
+/// longer than [`HEADER_LIMIT_BYTES`].
+///
+/// # Errors
+///
+/// [`ModelError::HeaderTooSmall`], [`ModelError::HeaderTooLarge`] or
+/// [`ModelError::HeaderPastEnd`].
+pub fn parse_prefix(first8: [u8; 8], file_bytes: u64) -> Result<u64, ModelError> {
+    let header_bytes = u64::from_le_bytes(first8);
+    data_bytes(header_bytes, file_bytes)?;
+    Ok(header_bytes)
+}
+
+/// The bytes of a file that follow a header of that length, if it can have one.
+fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
+    if header_bytes < HEADER_MIN_BYTES {
+        return Err(ModelError::HeaderTooSmall { header_bytes });
+    }
+    if header_bytes > HEADER_LIMIT_BYTES {
+        return Err(ModelError::HeaderTooLarge { header_bytes });
+    }
+    file_bytes
+        .checked_sub(PREFIX_BYTES + header_bytes)
+        .ok_or(ModelError::HeaderPastEnd {
+            header_bytes,
+            file_bytes,
+        })
+}
+
+/// Reads and checks a header, and places its tensors in the file.
+///
+/// `header` is the JSON with its padding, without the 8 bytes in front;
+/// `file_bytes` the length of the whole file.
+///
+/// # Errors
+///
+/// Any [`ModelError`] but those that only [`sniff`] makes. A file with several
+/// faults is refused for one of them.
+pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
+    let header_bytes = header.len() as u64;
+    let data_bytes = data_bytes(header_bytes, file_bytes)?;
+    let data_begin = PREFIX_BYTES + header_bytes;
+
+    let contents = header::read(text(header)?, data_begin, data_bytes)?;
+    let map = TensorMap::new(contents.tensors, contents.metadata, header_bytes)
+        .map_err(|tensor| ModelError::DuplicateTensor { tensor })?;
+    check_cover(&map, data_begin, file_bytes)?;
+    Ok(map)
+}
+
+/// The header as text that begins like a JSON object.
+fn text(header: &[u8]) -> Result<&str, ModelError> {
+    match header.first() {
+        Some(b'{') => {}
+        Some(&found) => return Err(ModelError::NotAnObject { found }),
+        None => return Err(ModelError::HeaderTooSmall { header_bytes: 0 }),
+    }
+    str::from_utf8(header).map_err(|error| ModelError::InvalidUtf8 {
+        offset: error.valid_up_to(),
+    })
+}
+
+/// Checks that tensors in file order cover the data from its first byte to its
+/// last, each byte once.
+fn check_cover(map: &TensorMap, data_begin: u64, file_bytes: u64) -> Result<(), ModelError> {
+    let mut covered = data_begin;
+    let mut before: Option<&TensorInfo> = None;
+    for tensor in map {
+        let begin = tensor.file_range.start;
+        if begin > covered {
+            return Err(ModelError::Hole {
+                begin: covered,
+                end: begin,
+                before: tensor.name.clone(),
+            });
+        }
+        if let Some(first) = before.filter(|_| begin < covered) {
+            return Err(overlap(first, tensor));
+        }
+        covered = tensor.file_range.end;
+        before = Some(tensor);
+    }
+    if covered < file_bytes {
+        return Err(ModelError::TrailingBytes {
+            data_end: covered,
+            file_bytes,
+        });
+    }
+    Ok(())
+}
+
+fn overlap(first: &TensorInfo, second: &TensorInfo) -> ModelError {
+    ModelError::Overlap {
+        first: first.name.clone(),
+        first_end: first.file_range.end,
+        second: second.name.clone(),
+        second_begin: second.file_range.start,
+    }
+}
+
+#[cfg(test)]
+mod tests;

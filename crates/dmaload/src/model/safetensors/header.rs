@@ -1,0 +1,640 @@
+//! Reads the JSON of a header.
+//!
+//! `serde_json` does the tokens; the visitors here see every key as it comes,
+//! so that none can replace an earlier one. They check each tensor by itself
+//! as soon as its entry ends. Faults that JSON knows nothing of go through
+//! [`Reader::refuse`], because `serde`'s errors carry only text.
+
+use std::{borrow::Cow, fmt};
+
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::error::Category;
+
+use super::RANK_LIMIT;
+use crate::model::{
+    dtype::DType,
+    error::{ModelError, shorten},
+    map::{Metadata, Pairs, TensorInfo},
+};
+
+/// The one key of a header that names no tensor.
+const METADATA_KEY: &str = "__metadata__";
+
+/// What a header holds, each tensor checked by itself but not against others.
+#[derive(Debug)]
+pub(super) struct Contents {
+    /// In header order.
+    pub(super) tensors: Vec<TensorInfo>,
+    pub(super) metadata: Metadata,
+}
+
+/// Reads a header whose tensors lie in the `data_bytes` that begin at
+/// `data_begin` of the file.
+pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Contents, ModelError> {
+    let unpadded = json.trim_end_matches(' ');
+    let mut reader = Reader::new(data_begin, data_bytes);
+    let mut tokens = serde_json::Deserializer::from_str(unpadded);
+
+    if let Err(error) = reader.deserialize(&mut tokens) {
+        return Err(reader.explain(&error, unpadded));
+    }
+    let extra = match tokens.end() {
+        Err(error) => Some(offset(&error, unpadded).saturating_sub(1)),
+        Ok(()) => odd_padding(unpadded),
+    };
+    if let Some(offset) = extra {
+        let found = unpadded.as_bytes()[offset];
+        return Err(ModelError::BytesAfterJson { offset, found });
+    }
+
+    let metadata = Metadata::new(reader.metadata.unwrap_or_default())
+        .map_err(|key| ModelError::DuplicateMetadataKey { key })?;
+    Ok(Contents {
+        tensors: reader.tensors,
+        metadata,
+    })
+}
+
+/// Where padding that JSON allows, but the format does not, first is something
+/// other than a space.
+fn odd_padding(unpadded: &str) -> Option<usize> {
+    let end = unpadded.trim_ascii_end().len();
+    let odd = unpadded[end..].find(|c| c != ' ')?;
+    Some(end + odd)
+}
+
+/// The state of reading one header; the seed of its outermost object.
+struct Reader {
+    data_begin: u64,
+    data_bytes: u64,
+    tensors: Vec<TensorInfo>,
+    /// `Some` once the key has come, also if its value was null.
+    metadata: Option<Pairs>,
+    /// The numbers of the list being read, to be copied at their final size.
+    numbers: Vec<u64>,
+    /// Where reading stopped, if it did.
+    place: Place,
+    fault: Option<ModelError>,
+}
+
+/// Which value was being read when an error came from `serde_json`.
+enum Place {
+    Header,
+    Tensor {
+        tensor: String,
+        key: Option<&'static str>,
+    },
+    Metadata,
+    MetadataValue {
+        key: String,
+    },
+}
+
+impl Reader {
+    fn new(data_begin: u64, data_bytes: u64) -> Self {
+        Self {
+            data_begin,
+            data_bytes,
+            tensors: Vec::new(),
+            metadata: None,
+            numbers: Vec::new(),
+            place: Place::Header,
+            fault: None,
+        }
+    }
+
+    fn deserialize<'de, D: Deserializer<'de>>(&mut self, json: D) -> Result<(), D::Error> {
+        json.deserialize_map(self)
+    }
+
+    /// Stops reading for a fault that `serde` has no words for.
+    fn refuse<E: Error>(&mut self, fault: ModelError) -> E {
+        self.fault = Some(fault);
+        E::custom("refused")
+    }
+
+    /// What stopped the reading, which ended in `error`.
+    fn explain(self, error: &serde_json::Error, json: &str) -> ModelError {
+        if let Some(fault) = self.fault {
+            return fault;
+        }
+        let (offset, reason) = (offset(error, json), reason(error));
+        match (error.classify(), self.place) {
+            (Category::Data, Place::Tensor { tensor, key }) => ModelError::WrongType {
+                tensor,
+                key,
+                offset,
+                reason,
+            },
+            (Category::Data, Place::Metadata) => ModelError::MetadataNotObject { offset, reason },
+            (Category::Data, Place::MetadataValue { key }) => ModelError::MetadataNotString {
+                key,
+                offset,
+                reason,
+            },
+            _ => ModelError::NotJson { offset, reason },
+        }
+    }
+
+    fn read_metadata<'de, A: MapAccess<'de>>(&mut self, header: &mut A) -> Result<(), A::Error> {
+        if self.metadata.is_some() {
+            return Err(self.refuse(ModelError::DuplicateMetadata));
+        }
+        self.place = Place::Metadata;
+        let pairs = header.next_value_seed(MetadataSeed {
+            place: &mut self.place,
+        })?;
+        self.place = Place::Header;
+        self.metadata = Some(pairs);
+        Ok(())
+    }
+
+    fn read_tensor<'de, A: MapAccess<'de>>(
+        &mut self,
+        name: String,
+        header: &mut A,
+    ) -> Result<(), A::Error> {
+        let mut key = None;
+        let seed = EntrySeed {
+            reader: self,
+            tensor: &name,
+            key: &mut key,
+        };
+        let entry = match header.next_value_seed(seed) {
+            Ok(entry) => entry,
+            Err(error) => {
+                self.place = Place::Tensor { tensor: name, key };
+                return Err(error);
+            }
+        };
+        match entry.place(name, self.data_begin, self.data_bytes) {
+            Ok(tensor) => self.tensors.push(tensor),
+            Err(fault) => return Err(self.refuse(fault)),
+        }
+        Ok(())
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Reader {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut header: A) -> Result<(), A::Error> {
+        while let Some(key) = header.next_key::<String>()? {
+            if key == METADATA_KEY {
+                self.read_metadata(&mut header)?;
+            } else {
+                self.read_tensor(key, &mut header)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many bytes of `json` had been read when `error` came.
+fn offset(error: &serde_json::Error, json: &str) -> usize {
+    let lines_before = json
+        .split_inclusive('\n')
+        .take(error.line().saturating_sub(1));
+    let read = lines_before.map(str::len).sum::<usize>() + error.column();
+    read.min(json.len())
+}
+
+/// The text of `error` without its line and column, which are no help in a
+/// header that is one long line.
+fn reason(error: &serde_json::Error) -> String {
+    let mut text = error.to_string();
+    if let Some(at) = text.rfind(" at line ") {
+        text.truncate(at);
+    }
+    shorten(text)
+}
+
+/// `__metadata__`: an object of strings, or null for none.
+struct MetadataSeed<'a> {
+    place: &'a mut Place,
+}
+
+impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
+    type Value = Pairs;
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Pairs, D::Error> {
+        json.deserialize_option(self)
+    }
+}
+
+impl<'de> Visitor<'de> for MetadataSeed<'_> {
+    type Value = Pairs;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of strings")
+    }
+
+    fn visit_none<E: Error>(self) -> Result<Pairs, E> {
+        Ok(Pairs::default())
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<Pairs, D::Error> {
+        json.deserialize_map(self)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
+        let mut pairs = Pairs::default();
+        while map.next_key_seed(PushString(&mut pairs))?.is_some() {
+            if let Err(error) = map.next_value_seed(PushString(&mut pairs)) {
+                *self.place = Place::MetadataValue {
+                    key: pairs.last().to_owned(),
+                };
+                return Err(error);
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+/// Reads a string to where it stays, without one of its own.
+struct PushString<'a>(&'a mut Pairs);
+
+impl<'de> DeserializeSeed<'de> for PushString<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        json.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for PushString<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+
+    fn visit_str<E: Error>(self, string: &str) -> Result<(), E> {
+        self.0.push(string);
+        Ok(())
+    }
+}
+
+/// A tensor's entry as the header has it.
+struct Entry {
+    dtype: DType,
+    shape: Vec<u64>,
+    begin: u64,
+    end: u64,
+}
+
+impl Entry {
+    /// The tensor of that name and entry in its file, if its bytes are within
+    /// the data and as many as its type and shape need.
+    fn place(
+        self,
+        name: String,
+        data_begin: u64,
+        data_bytes: u64,
+    ) -> Result<TensorInfo, ModelError> {
+        let Self { begin, end, .. } = self;
+        if begin > end {
+            return Err(ModelError::OffsetsReversed {
+                tensor: name,
+                begin,
+                end,
+            });
+        }
+        if end > data_bytes {
+            return Err(ModelError::PastEnd {
+                tensor: name,
+                end,
+                data_bytes,
+            });
+        }
+        let Self { dtype, shape, .. } = self;
+        let Some(bits) = bits(dtype, &shape) else {
+            return Err(ModelError::ShapeOverflow {
+                tensor: name,
+                dtype,
+                shape,
+            });
+        };
+        if bits % 8 != 0 {
+            return Err(ModelError::PartialByte {
+                tensor: name,
+                dtype,
+                shape,
+                bits,
+            });
+        }
+        let (expected, found) = (bits / 8, end - begin);
+        if expected != found {
+            return Err(ModelError::WrongLength {
+                tensor: name,
+                dtype,
+                shape,
+                expected,
+                found,
+            });
+        }
+        let file_range = data_begin + begin..data_begin + end;
+        Ok(TensorInfo {
+            name,
+            dtype,
+            shape,
+            file_range,
+        })
+    }
+}
+
+/// The bits of a tensor, or `None` if they overflow. As in the crate, an
+/// overflow before a zero dimension counts.
+fn bits(dtype: DType, shape: &[u64]) -> Option<u64> {
+    let elements = shape
+        .iter()
+        .try_fold(1_u64, |product, &dim| product.checked_mul(dim))?;
+    elements.checked_mul(dtype.bits())
+}
+
+/// Reads the entry of one tensor.
+struct EntrySeed<'a> {
+    reader: &'a mut Reader,
+    tensor: &'a str,
+    /// The key whose value is being read, for the caller to blame.
+    key: &'a mut Option<&'static str>,
+}
+
+/// The values of an entry that have come so far.
+#[derive(Default)]
+struct Draft {
+    dtype: Option<DType>,
+    shape: Option<Vec<u64>>,
+    offsets: Option<(u64, u64)>,
+}
+
+impl EntrySeed<'_> {
+    fn read_value<'de, A: MapAccess<'de>>(
+        &mut self,
+        key: Key,
+        entry: &mut A,
+        draft: &mut Draft,
+    ) -> Result<(), A::Error> {
+        if draft.has(key) {
+            return Err(self.refuse(|tensor| ModelError::DuplicateKey {
+                tensor,
+                key: key.name(),
+            }));
+        }
+        *self.key = Some(key.name());
+        match key {
+            Key::DType => draft.dtype = Some(self.read_dtype(entry)?),
+            Key::Shape => {
+                self.read_numbers(key, entry)?;
+                draft.shape = Some(self.reader.numbers.clone());
+            }
+            Key::DataOffsets => {
+                self.read_numbers(key, entry)?;
+                draft.offsets = Some(self.begin_and_end()?);
+            }
+        }
+        *self.key = None;
+        Ok(())
+    }
+
+    fn read_dtype<'de, A: MapAccess<'de>>(&mut self, entry: &mut A) -> Result<DType, A::Error> {
+        let name = entry.next_value_seed(Text("the name of a dtype"))?;
+        DType::parse(&name).ok_or_else(|| {
+            self.refuse(|tensor| ModelError::UnknownDType {
+                tensor,
+                found: name.into_owned(),
+            })
+        })
+    }
+
+    fn read_numbers<'de, A: MapAccess<'de>>(
+        &mut self,
+        key: Key,
+        entry: &mut A,
+    ) -> Result<(), A::Error> {
+        entry.next_value_seed(NumbersSeed {
+            reader: self.reader,
+            tensor: self.tensor,
+            key,
+        })
+    }
+
+    fn begin_and_end<E: Error>(&mut self) -> Result<(u64, u64), E> {
+        match self.reader.numbers[..] {
+            [begin, end] => Ok((begin, end)),
+            ref numbers => {
+                let found = numbers.len();
+                Err(self.refuse(|tensor| ModelError::OffsetCount { tensor, found }))
+            }
+        }
+    }
+
+    fn refuse<E: Error>(&mut self, fault: impl FnOnce(String) -> ModelError) -> E {
+        self.reader.refuse(fault(self.tensor.to_owned()))
+    }
+}
+
+impl Draft {
+    fn has(&self, key: Key) -> bool {
+        match key {
+            Key::DType => self.dtype.is_some(),
+            Key::Shape => self.shape.is_some(),
+            Key::DataOffsets => self.offsets.is_some(),
+        }
+    }
+
+    /// The whole entry, or the key that it lacks.
+    fn finish(self) -> Result<Entry, Key> {
+        let dtype = self.dtype.ok_or(Key::DType)?;
+        let shape = self.shape.ok_or(Key::Shape)?;
+        let (begin, end) = self.offsets.ok_or(Key::DataOffsets)?;
+        Ok(Entry {
+            dtype,
+            shape,
+            begin,
+            end,
+        })
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for EntrySeed<'_> {
+    type Value = Entry;
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Entry, D::Error> {
+        json.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for EntrySeed<'_> {
+    type Value = Entry;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with \"dtype\", \"shape\" and \"data_offsets\"")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut entry: A) -> Result<Entry, A::Error> {
+        let mut draft = Draft::default();
+        while let Some(name) = entry.next_key_seed(Text("a key"))? {
+            let Some(key) = Key::parse(&name) else {
+                let key = name.into_owned();
+                return Err(self.refuse(|tensor| ModelError::UnknownKey { tensor, key }));
+            };
+            self.read_value(key, &mut entry, &mut draft)?;
+        }
+        draft.finish().map_err(|key| {
+            self.refuse(|tensor| ModelError::MissingKey {
+                tensor,
+                key: key.name(),
+            })
+        })
+    }
+}
+
+/// The keys of an entry.
+#[derive(Clone, Copy)]
+enum Key {
+    DType,
+    Shape,
+    DataOffsets,
+}
+
+impl Key {
+    fn parse(name: &str) -> Option<Self> {
+        [Self::DType, Self::Shape, Self::DataOffsets]
+            .into_iter()
+            .find(|key| key.name() == name)
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::DType => "dtype",
+            Self::Shape => "shape",
+            Self::DataOffsets => "data_offsets",
+        }
+    }
+}
+
+/// Reads a string, borrowed where the header has it without escapes. The field
+/// is what an error says was expected.
+struct Text(&'static str);
+
+impl<'de> DeserializeSeed<'de> for Text {
+    type Value = Cow<'de, str>;
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
+        json.deserialize_str(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Text {
+    type Value = Cow<'de, str>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+
+    fn visit_borrowed_str<E: Error>(self, string: &'de str) -> Result<Self::Value, E> {
+        Ok(Cow::Borrowed(string))
+    }
+
+    fn visit_str<E: Error>(self, string: &str) -> Result<Self::Value, E> {
+        Ok(Cow::Owned(string.to_owned()))
+    }
+}
+
+/// Reads a list of numbers into [`Reader::numbers`].
+struct NumbersSeed<'a> {
+    reader: &'a mut Reader,
+    tensor: &'a str,
+    key: Key,
+}
+
+impl NumbersSeed<'_> {
+    /// Takes one more number, if it is one and there is room for it.
+    fn take<E: Error>(&mut self, number: Number) -> Result<(), E> {
+        let tensor = || self.tensor.to_owned();
+        let numbers = &mut self.reader.numbers;
+        let fault = match (number, self.key) {
+            (Number::Other(found), key) => ModelError::BadNumber {
+                tensor: tensor(),
+                key: key.name(),
+                found,
+            },
+            (_, Key::Shape) if numbers.len() == RANK_LIMIT => {
+                ModelError::RankTooLarge { tensor: tensor() }
+            }
+            (_, Key::DataOffsets) if numbers.len() == 2 => ModelError::OffsetCount {
+                tensor: tensor(),
+                found: 3,
+            },
+            (Number::Count(count), _) => {
+                numbers.push(count);
+                return Ok(());
+            }
+        };
+        Err(self.reader.refuse(fault))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for NumbersSeed<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        json.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for NumbersSeed<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array of integers")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
+        self.reader.numbers.clear();
+        while let Some(number) = list.next_element()? {
+            self.take(number)?;
+        }
+        Ok(())
+    }
+}
+
+/// A JSON number: one that counts something, or how another one reads.
+enum Number {
+    Count(u64),
+    Other(String),
+}
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
+        json.deserialize_u64(NumberVisitor)
+    }
+}
+
+struct NumberVisitor;
+
+impl Visitor<'_> for NumberVisitor {
+    type Value = Number;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an integer")
+    }
+
+    fn visit_u64<E: Error>(self, count: u64) -> Result<Number, E> {
+        Ok(Number::Count(count))
+    }
+
+    fn visit_i64<E: Error>(self, negative: i64) -> Result<Number, E> {
+        Ok(Number::Other(negative.to_string()))
+    }
+
+    // Also what serde_json makes of integers beyond 64 bits.
+    fn visit_f64<E: Error>(self, float: f64) -> Result<Number, E> {
+        Ok(Number::Other(format!("{float:?}")))
+    }
+}

@@ -1,0 +1,134 @@
+//! What happened during a load.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dmabuf::{HUGE_PAGE_BYTES, PageCount, page_bytes};
+use rustix::io::Errno;
+
+use crate::plan::Layout;
+use crate::route::{Fallback, Route};
+
+/// What happened during a load: how much, how long, by which ways.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Report {
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// Number of segments.
+    pub segments: usize,
+    /// From the call of `load` to the last segment.
+    pub total: Duration,
+    /// While at least one piece was being allocated and populated.
+    pub allocating: Duration,
+    /// While at least one read was in flight.
+    pub reading: Duration,
+    /// Until the first segment was handed over; `None` when there was none.
+    pub first_segment: Option<Duration>,
+    /// CPU time of the whole process, user and system, during the load.
+    pub cpu: Duration,
+    /// The most memory that the process has ever had resident, shared memory included (`VmHWM`).
+    pub peak_resident_bytes: u64,
+    /// How much of the segments' memory lies on 2 MiB pages.
+    pub pages: PageCount,
+    /// Why a 2 MiB extent has small pages although huge ones were wanted.
+    pub pages_refused: Option<Errno>,
+    /// The heap.
+    pub heap: String,
+    /// The layout.
+    pub layout: Layout,
+    /// The lowest route that any byte took.
+    pub route: Route,
+    /// Every step down the ladder, in the order taken.
+    pub fallbacks: Vec<Fallback>,
+    /// The files, in the order given.
+    pub files: Vec<FileReport>,
+}
+
+/// What happened to one file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FileReport {
+    /// The path, as it was given.
+    pub path: PathBuf,
+    /// Its length when the load began, which is what was loaded.
+    pub bytes: u64,
+    /// The lowest route that any of its bytes took.
+    pub route: Route,
+}
+
+impl Report {
+    /// Bytes per second over the whole load, allocation included.
+    #[allow(clippy::cast_precision_loss)]
+    pub fn throughput_bytes_per_second(&self) -> f64 {
+        self.bytes as f64 / self.total.as_secs_f64().max(f64::MIN_POSITIVE)
+    }
+
+    /// The page size that most of the memory has.
+    pub fn page_size_bytes(&self) -> usize {
+        if self.pages.huge_bytes * 2 > self.pages.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }
+    }
+
+    /// How much of the shorter of allocating and reading was hidden behind the longer: 1 when the load took no longer
+    /// than the longer of the two, 0 when they ran one after the other.
+    pub fn overlap(&self) -> f64 {
+        let shorter = self.allocating.min(self.reading).as_secs_f64();
+        let hidden = (self.allocating + self.reading).saturating_sub(self.total).as_secs_f64();
+        if shorter > 0.0 { (hidden / shorter).clamp(0.0, 1.0) } else { 0.0 }
+    }
+}
+
+/// CPU time of this process so far.
+pub(crate) fn cpu_time() -> Duration {
+    let seconds = |time: rustix::time::Timespec| {
+        Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+    };
+    seconds(rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime))
+}
+
+/// `VmHWM`, the peak of resident memory since the process began.
+pub(crate) fn peak_resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(total_ms: u64, allocating_ms: u64, reading_ms: u64) -> Report {
+        let ms = Duration::from_millis;
+        Report {
+            bytes: 1 << 20,
+            segments: 1,
+            total: ms(total_ms),
+            allocating: ms(allocating_ms),
+            reading: ms(reading_ms),
+            first_segment: None,
+            cpu: ms(0),
+            peak_resident_bytes: 0,
+            pages: PageCount::default(),
+            pages_refused: None,
+            heap: "memfd".to_owned(),
+            layout: Layout::Segmented,
+            route: Route::Buffered,
+            fallbacks: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn overlap_is_what_was_hidden_of_the_shorter_part() {
+        for (total, allocating, reading, expected) in [(300, 100, 200, 0.0), (200, 100, 200, 1.0), (250, 100, 200, 0.5), (5, 0, 5, 0.0)] {
+            assert!((report(total, allocating, reading).overlap() - expected).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn this_process_has_used_some_cpu_and_some_memory() {
+        assert!(cpu_time() > Duration::ZERO);
+        assert!(peak_resident_bytes() > 1 << 20);
+    }
+}

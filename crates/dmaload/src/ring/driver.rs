@@ -1,0 +1,574 @@
+//! The state machine that owns everything in flight.
+//!
+//! ```text
+//!   piece ──► queue of its load ──► chunks, in turn over the loads, at most `depth` in flight ──► kernel
+//!                                      ▲                                                          │
+//!                                      └─ the rest of a short read; the same read by a lower ─────┤ completion
+//!                                         route after a refusal                                   ▼
+//!                                                       last chunk: zero the tail, unregister ──► PieceFull
+//! ```
+//!
+//! Memory: a piece's buffer is moved in with [`Driver::piece`] and leaves with [`Output::PieceFull`], or is dropped
+//! here, and in both cases only when no read into it is in flight. A load that failed or was abandoned keeps its
+//! buffers here until its last read has come back. If the kernel itself fails, what is in flight is leaked.
+//!
+//! It makes no syscall and knows no clock of its own: [`Kernel`] is the only door.
+#![allow(unsafe_code)]
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::kernel::{Buffer, Completion, Kernel, Read};
+use super::slots::{Slots, Token};
+use crate::busy::BusyTime;
+use crate::plan::{Piece, split};
+use crate::route::{Attempt, Fallback, Route, is_refusal};
+
+/// Names a load. Never used twice by one loader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct LoadId(pub(crate) u64);
+
+/// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
+const IDLE_TRIES: u32 = 64;
+
+/// A direct read that gives less than a block this often in a row has met the end of the file, or a file system
+/// that can't do better.
+const PART_OF_A_BLOCK_TRIES: u32 = 3;
+
+/// What the driver has to know of a load before its first piece.
+#[derive(Debug, Clone)]
+pub(crate) struct LoadSpec {
+    pub(crate) id: LoadId,
+    /// Number of pieces over all files.
+    pub(crate) pieces: usize,
+    pub(crate) chunk_bytes: u64,
+    pub(crate) strict: bool,
+}
+
+/// A file of a load, as each of its pieces brings it along.
+#[derive(Debug, Clone)]
+pub(crate) struct FileSpec<F> {
+    pub(crate) handle: F,
+    pub(crate) index: usize,
+    /// The best route that opening it allows.
+    pub(crate) route: Route,
+    /// What direct reads must be aligned to, in the file and in memory.
+    pub(crate) alignment_bytes: u64,
+}
+
+/// What happened, for the thread around the driver to act on.
+#[derive(Debug)]
+pub(crate) enum Output<B> {
+    /// A piece holds its bytes.
+    PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
+    /// A step down the ladder was taken.
+    SteppedDown { load: LoadId, fallback: Fallback },
+    /// The load can't be finished. Told once; its memory goes when its last read has come back.
+    Failed { load: LoadId, failure: Failure },
+    /// No buffer of this load is here any more, and none will be.
+    Gone { load: LoadId, reading: Duration },
+}
+
+/// Why a load failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// A read failed for good.
+    Read { file: usize, offset: u64, bytes: u64, route: Route, errno: Errno },
+    /// The file ended before its planned end.
+    Ended { file: usize, offset: u64, route: Route },
+    /// A route was refused, and the load is strict or there is no lower one.
+    Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
+    /// The ring broke down.
+    Kernel { errno: Errno },
+}
+
+#[derive(Debug)]
+struct PieceEntry<F, B> {
+    load: LoadId,
+    number: usize,
+    piece: Piece,
+    file: FileSpec<F>,
+    buffer: B,
+    buffer_slot: Option<u16>,
+    /// Chunks that are not complete, in flight or not.
+    chunks_left: usize,
+    in_flight: usize,
+    /// The lowest route that any of its bytes took.
+    route: Route,
+}
+
+/// A read to be done: a range of a piece's memory.
+#[derive(Debug, Clone)]
+struct Chunk {
+    piece: Token,
+    range: Range<u64>,
+    idle_tries: u32,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    chunk: Chunk,
+    route: Route,
+}
+
+#[derive(Debug)]
+struct LoadEntry {
+    spec: LoadSpec,
+    pieces_left: usize,
+    chunks: VecDeque<Chunk>,
+    pieces: Vec<Token>,
+    in_flight: usize,
+    reading: BusyTime,
+    /// The best route that is left to all files.
+    floor: Route,
+    /// The best route that is left to a file which has stepped down by itself.
+    stepped: HashMap<usize, Route>,
+    ended: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Driver<K: Kernel, B: Buffer> {
+    kernel: K,
+    depth: usize,
+    loads: HashMap<LoadId, LoadEntry>,
+    turns: VecDeque<LoadId>,
+    pieces: Slots<PieceEntry<K::File, B>>,
+    reads: Slots<InFlight>,
+    buffer_slots: Vec<u16>,
+    completions: Vec<Completion>,
+    outputs: Vec<Output<B>>,
+}
+
+impl<K: Kernel, B: Buffer> Driver<K, B> {
+    pub(crate) fn new(kernel: K, depth: usize) -> Self {
+        let buffer_slots = (0..kernel.buffer_slots()).rev().collect();
+        Driver {
+            kernel,
+            depth,
+            loads: HashMap::new(),
+            turns: VecDeque::new(),
+            pieces: Slots::new(),
+            reads: Slots::new(),
+            buffer_slots,
+            completions: Vec::new(),
+            outputs: Vec::new(),
+        }
+    }
+
+    pub(crate) fn kernel(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Reads that the kernel has.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.reads.len()
+    }
+
+    /// Bytes of memory that are here: queued, or in flight.
+    pub(crate) fn held_bytes(&mut self) -> u64 {
+        let mut bytes = 0;
+        for token in self.pieces.tokens() {
+            bytes += self.pieces.get_mut(token).map_or(0, |entry| entry.buffer.bytes() as u64);
+        }
+        bytes
+    }
+
+    /// Takes what has happened since the last call.
+    pub(crate) fn outputs(&mut self) -> Vec<Output<B>> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    /// A load whose pieces are about to come.
+    pub(crate) fn begin(&mut self, spec: LoadSpec) {
+        let entry = LoadEntry {
+            pieces_left: spec.pieces,
+            spec,
+            chunks: VecDeque::new(),
+            pieces: Vec::new(),
+            in_flight: 0,
+            reading: BusyTime::default(),
+            floor: Route::UringFixedDirect,
+            stepped: HashMap::new(),
+            ended: false,
+        };
+        let id = entry.spec.id;
+        self.loads.insert(id, entry);
+        self.turns.push_back(id);
+    }
+
+    /// Takes a piece that is allocated and populated, to be filled. One of a load that has failed, or was
+    /// abandoned, is dropped at once.
+    pub(crate) fn piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
+        assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
+        let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return };
+        let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
+        file.route = file.route.max(load.floor).max(stepped);
+        let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
+        self.kernel.attach(&file.handle);
+        let chunk_bytes = load.spec.chunk_bytes;
+        // A direct read takes whole blocks; the planned memory has room for them.
+        let route = file.route;
+        let token = self.pieces.insert(PieceEntry {
+            load: id,
+            number,
+            piece,
+            file,
+            buffer,
+            buffer_slot: None,
+            chunks_left: 0,
+            in_flight: 0,
+            route,
+        });
+        load.pieces.push(token);
+        let ranges = split(0..piece.bytes, chunk_bytes);
+        let chunks: Vec<_> = ranges.map(|range| Chunk { piece: token, range, idle_tries: 0 }).collect();
+        if let Some(entry) = self.pieces.get_mut(token) {
+            entry.chunks_left = chunks.len();
+        }
+        load.chunks.extend(chunks);
+        if let Some(errno) = refused {
+            // The ring was refused for all its routes at once: that is one step, to the first one without it.
+            self.step_down(token, route, Route::PreadDirect, Attempt::SetUpRing, errno, piece.file_offset);
+        }
+    }
+
+    /// Nobody wants this load any more: nothing new is submitted, and what it holds goes when its last read has
+    /// come back.
+    pub(crate) fn abandon(&mut self, id: LoadId) {
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.ended = true;
+            load.chunks.clear();
+            self.release_idle(id);
+        }
+    }
+
+    /// Issues reads while there are any and the depth allows.
+    pub(crate) fn issue(&mut self) {
+        let mut passed = 0;
+        while self.reads.len() < self.depth && passed < self.turns.len() {
+            let Some(id) = self.turns.pop_front() else { break };
+            self.turns.push_back(id);
+            let chunk = self.loads.get_mut(&id).and_then(|load| load.chunks.pop_front());
+            match chunk {
+                Some(chunk) => {
+                    passed = if self.issue_chunk(id, chunk) { 0 } else { passed + 1 };
+                }
+                None => passed += 1,
+            }
+        }
+    }
+
+    /// Hands reads to the kernel, optionally waits, and works off what came back.
+    ///
+    /// # Errors
+    /// The kernel's, when it can't be used any more: [`Self::give_up`] is all that can be done then.
+    pub(crate) fn turn(&mut self, wait: bool) -> Result<(), Errno> {
+        self.kernel.submit(wait)?;
+        let mut completions = std::mem::take(&mut self.completions);
+        self.kernel.reap(&mut completions);
+        for completion in completions.drain(..) {
+            self.complete(completion);
+        }
+        self.completions = completions;
+        Ok(())
+    }
+
+    /// The kernel failed, or time is up: every load here fails with `failure`, and memory that a read may still
+    /// be writing to is leaked. Returns how many bytes that was.
+    pub(crate) fn give_up(&mut self, failure: Failure) -> u64 {
+        let mut leaked = 0;
+        for token in self.reads.tokens() {
+            self.reads.remove(token);
+        }
+        for token in self.pieces.tokens() {
+            let Some(entry) = self.pieces.remove(token) else { continue };
+            if entry.in_flight > 0 {
+                leaked += entry.buffer.bytes() as u64;
+                // The kernel may write here at any later time, so this memory must never be anybody else's, and
+                // the file must stay open as long.
+                std::mem::forget(entry);
+            }
+        }
+        let now = self.kernel.now();
+        self.turns.clear();
+        for (id, mut load) in std::mem::take(&mut self.loads) {
+            for _ in 0..load.in_flight {
+                load.reading.end(now);
+            }
+            if !load.ended {
+                self.outputs.push(Output::Failed { load: id, failure });
+            }
+            self.outputs.push(Output::Gone { load: id, reading: load.reading.total() });
+        }
+        leaked
+    }
+
+    /// Puts another kernel in the place of one that failed, after [`Self::give_up`]. The old one is leaked: the
+    /// reads that it holds are not ended by closing it.
+    pub(crate) fn replace_kernel(&mut self, kernel: K) {
+        assert_eq!(self.reads.len() + self.pieces.len(), 0, "give_up comes first");
+        self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
+        std::mem::forget(std::mem::replace(&mut self.kernel, kernel));
+    }
+
+    /// Issues one read. `false` when it has to wait for a buffer slot.
+    fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        if entry.file.route == Route::UringFixedDirect && entry.buffer_slot.is_none() {
+            let Some(slot) = self.buffer_slots.pop() else {
+                if let Some(load) = self.loads.get_mut(&id) {
+                    load.chunks.push_front(chunk);
+                }
+                return false;
+            };
+            let (address, bytes) = (entry.buffer.address(), entry.buffer.bytes());
+            match self.kernel.register_buffer(slot, address, bytes) {
+                Ok(()) => entry.buffer_slot = Some(slot),
+                Err(errno) => {
+                    self.buffer_slots.push(slot);
+                    let (token, offset) = (chunk.piece, entry.piece.file_offset + chunk.range.start);
+                    if let Some(load) = self.loads.get_mut(&id) {
+                        load.chunks.push_front(chunk);
+                    }
+                    self.step_down(token, Route::UringFixedDirect, Route::UringDirect, Attempt::RegisterBuffer, errno, offset);
+                    return true;
+                }
+            }
+        }
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let route = entry.file.route;
+        entry.route = entry.route.max(route);
+        entry.in_flight += 1;
+        let bytes = chunk.range.end - chunk.range.start;
+        let bytes = if route.is_direct() { bytes.next_multiple_of(entry.file.alignment_bytes) } else { bytes };
+        let (start, bytes) = (to_usize(chunk.range.start), to_usize(bytes));
+        assert!(start + bytes <= entry.buffer.bytes(), "a read stays within its piece");
+        let read = Read {
+            token: self.reads.insert(InFlight { chunk: chunk.clone(), route }),
+            route,
+            buffer_slot: entry.buffer_slot.filter(|_| route == Route::UringFixedDirect),
+            // SAFETY: `start` is within the buffer, by the assertion above.
+            address: unsafe { entry.buffer.address().add(start) },
+            bytes,
+            offset: entry.piece.file_offset + chunk.range.start,
+        };
+        // SAFETY: the piece entry owns the buffer and is not removed before its `in_flight` is back at 0, which
+        // happens only in `complete`; `give_up` forgets it instead.
+        unsafe { self.kernel.read(&entry.file.handle, read) };
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.in_flight += 1;
+            load.reading.begin(self.kernel.now());
+        }
+        true
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        let in_flight = self.reads.remove(completion.token);
+        assert!(in_flight.is_some(), "a completion for a read that is not in flight: {completion:?}");
+        let Some(InFlight { chunk, route }) = in_flight else { return };
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        entry.in_flight -= 1;
+        let id = entry.load;
+        let now = self.kernel.now();
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        load.in_flight -= 1;
+        load.reading.end(now);
+        if load.ended {
+            self.release_idle(id);
+            return;
+        }
+        match completion.result {
+            Ok(bytes) => self.advance(chunk, route, bytes as u64),
+            Err(Errno::INTR | Errno::AGAIN) => self.again(chunk, route),
+            Err(errno) => self.refused(chunk, route, errno),
+        }
+    }
+
+    /// `bytes` bytes of a chunk came.
+    fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let wanted = chunk.range.end - chunk.range.start;
+        if bytes >= wanted {
+            entry.chunks_left -= 1;
+            if entry.chunks_left == 0 {
+                self.fill(chunk.piece);
+            }
+            return;
+        }
+        let (id, file, offset) = (entry.load, entry.file.index, entry.piece.file_offset + chunk.range.start);
+        let strict = self.loads.get(&id).is_some_and(|load| load.spec.strict);
+        if bytes == 0 || (strict && chunk.idle_tries == PART_OF_A_BLOCK_TRIES) {
+            self.fail(id, Failure::Ended { file, offset: offset + bytes, route });
+            return;
+        }
+        // The rest of a direct read must start at a block again: the part of a block is read twice.
+        let progress = if route.is_direct() { bytes - bytes % entry.file.alignment_bytes } else { bytes };
+        chunk.range.start += progress;
+        if progress > 0 {
+            chunk.idle_tries = 0;
+            self.requeue(id, chunk);
+        } else if chunk.idle_tries < PART_OF_A_BLOCK_TRIES {
+            chunk.idle_tries += 1;
+            self.requeue(id, chunk);
+        } else {
+            // Only a buffered read can tell whether the file ends here. The kernel gave no error, so the step is
+            // told with the one that reading on from the middle of a block would give.
+            let piece = chunk.piece;
+            self.requeue(id, chunk);
+            self.step_down(piece, route, Route::Buffered, Attempt::Read, Errno::INVAL, offset);
+        }
+    }
+
+    /// A read was interrupted, or is to be tried again.
+    fn again(&mut self, mut chunk: Chunk, route: Route) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let id = entry.load;
+        chunk.idle_tries += 1;
+        if chunk.idle_tries > IDLE_TRIES {
+            let failure = Failure::Read {
+                file: entry.file.index,
+                offset: entry.piece.file_offset + chunk.range.start,
+                bytes: chunk.range.end - chunk.range.start,
+                route,
+                errno: Errno::AGAIN,
+            };
+            self.fail(id, failure);
+        } else {
+            self.requeue(id, chunk);
+        }
+    }
+
+    /// A read failed: by a lower route, if the error says that this one is at fault.
+    fn refused(&mut self, chunk: Chunk, route: Route, errno: Errno) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let (id, piece) = (entry.load, chunk.piece);
+        let offset = entry.piece.file_offset + chunk.range.start;
+        let lower = if is_refusal(errno) { route.lower() } else { None };
+        match lower {
+            Some(lower) => {
+                self.requeue(id, chunk);
+                self.step_down(piece, route, lower, Attempt::Read, errno, offset);
+            }
+            None => {
+                let bytes = chunk.range.end - chunk.range.start;
+                let failure = Failure::Read { file: entry.file.index, offset, bytes, route, errno };
+                self.fail(id, failure);
+            }
+        }
+    }
+
+    fn requeue(&mut self, id: LoadId, chunk: Chunk) {
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.chunks.push_front(chunk);
+        }
+    }
+
+    /// `from` was refused to the file of this piece: all of its reads from now on go by `to`, unless they have gone
+    /// lower already. What the ring refuses, it refuses to every file.
+    fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
+        let Some(entry) = self.pieces.get_mut(piece) else { return };
+        let (id, file) = (entry.load, entry.file.index);
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        if load.spec.strict {
+            self.fail(id, Failure::Refused { file, offset, route: from, attempt, errno });
+            return;
+        }
+        let file_index = match attempt {
+            Attempt::SetUpRing | Attempt::RegisterBuffer => None,
+            Attempt::OpenDirect | Attempt::Read => Some(file),
+        };
+        let left = match file_index {
+            None => &mut load.floor,
+            Some(file) => load.stepped.entry(file).or_insert(load.floor),
+        };
+        // Several reads may be refused before the first refusal is seen; one step is told once.
+        let first = *left < to;
+        *left = to.max(*left);
+        for &token in &load.pieces {
+            let concerned = |file: &FileSpec<K::File>| file_index.is_none_or(|index| index == file.index);
+            if let Some(other) = self.pieces.get_mut(token).filter(|other| concerned(&other.file)) {
+                other.file.route = other.file.route.max(to);
+            }
+        }
+        if first {
+            self.outputs.push(Output::SteppedDown { load: id, fallback: Fallback { file_index, from, to, attempt, errno } });
+        }
+    }
+
+    /// All bytes of a piece are there.
+    fn fill(&mut self, token: Token) {
+        let Some(mut entry) = self.pieces.remove(token) else { return };
+        assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
+        let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
+        // SAFETY: the tail is within the buffer, which is valid for writes, and no read into it is in flight.
+        unsafe { entry.buffer.address().add(tail.start).write_bytes(0, tail.len()) };
+        self.unregister(&mut entry);
+        self.kernel.detach(&entry.file.handle);
+        let id = entry.load;
+        self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        load.pieces.retain(|&other| other != token);
+        load.pieces_left -= 1;
+        if load.pieces_left == 0 {
+            self.remove(id);
+        }
+    }
+
+    fn fail(&mut self, id: LoadId, failure: Failure) {
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        if !load.ended {
+            self.outputs.push(Output::Failed { load: id, failure });
+            self.abandon(id);
+        }
+    }
+
+    /// Drops the pieces of an ended load that no read is writing to; with the last one, the load itself.
+    fn release_idle(&mut self, id: LoadId) {
+        let Some(tokens) = self.loads.get_mut(&id).map(|load| std::mem::take(&mut load.pieces)) else { return };
+        let mut busy = Vec::new();
+        for token in tokens {
+            if self.pieces.get_mut(token).is_some_and(|entry| entry.in_flight > 0) {
+                busy.push(token);
+            } else if let Some(mut entry) = self.pieces.remove(token) {
+                self.unregister(&mut entry);
+                self.kernel.detach(&entry.file.handle);
+            }
+        }
+        if busy.is_empty() {
+            self.remove(id);
+        } else if let Some(load) = self.loads.get_mut(&id) {
+            load.pieces = busy;
+        }
+    }
+
+    fn unregister(&mut self, entry: &mut PieceEntry<K::File, B>) {
+        if let Some(slot) = entry.buffer_slot.take() {
+            self.kernel.unregister_buffer(slot);
+            self.buffer_slots.push(slot);
+        }
+    }
+
+    fn remove(&mut self, id: LoadId) {
+        if let Some(load) = self.loads.remove(&id) {
+            self.turns.retain(|&other| other != id);
+            self.outputs.push(Output::Gone { load: id, reading: load.reading.total() });
+        }
+    }
+}
+
+impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
+    /// Reached with reads in flight only by a panic: what they may write to is leaked.
+    fn drop(&mut self) {
+        if !self.reads.is_empty() {
+            self.give_up(Failure::Kernel { errno: Errno::CANCELED });
+        }
+    }
+}
+
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,81 @@
+//! The kernel as the driver sees it: a small trait with two implementations, the real one ([`super::linux`]) and
+//! the seeded simulator ([`super::sim`]).
+
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::slots::Token;
+use crate::route::Route;
+
+/// Memory that the kernel may write into while reads are in flight.
+///
+/// # Safety
+/// `address()` must stay the same and be valid for writes of `bytes()` bytes until the value is dropped, and
+/// nobody may look at these bytes meanwhile.
+#[allow(unsafe_code)]
+pub(crate) unsafe trait Buffer {
+    fn address(&self) -> NonNull<u8>;
+    fn bytes(&self) -> usize;
+}
+
+/// One read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Read {
+    pub(crate) token: Token,
+    pub(crate) route: Route,
+    /// The registered buffer that `address` lies in; only for [`Route::UringFixedDirect`].
+    pub(crate) buffer_slot: Option<u16>,
+    pub(crate) address: NonNull<u8>,
+    pub(crate) bytes: usize,
+    pub(crate) offset: u64,
+}
+
+/// What became of a read: the bytes that came, or the error.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Completion {
+    pub(crate) token: Token,
+    pub(crate) result: Result<usize, Errno>,
+}
+
+pub(crate) trait Kernel {
+    /// A file that can be read from, kept open by every clone.
+    type File: Clone;
+
+    /// Time since some fixed moment.
+    fn now(&self) -> Duration;
+
+    /// Why there is no io_uring; reads by its routes are not allowed then.
+    fn ring(&self) -> Result<(), Errno>;
+
+    /// How many buffers can be registered at once.
+    fn buffer_slots(&self) -> u16;
+
+    /// Pins memory for [`Route::UringFixedDirect`].
+    fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno>;
+
+    /// Unpins it. No read into it is in flight.
+    fn unregister_buffer(&mut self, slot: u16);
+
+    /// Reads from this file are about to come.
+    fn attach(&mut self, file: &Self::File);
+
+    /// No read from this file is in flight, and none comes before it is attached again.
+    fn detach(&mut self, file: &Self::File);
+
+    /// Queues a read.
+    ///
+    /// # Safety
+    /// The memory at `read.address` must stay valid for writes until the read's completion was reaped, or for
+    /// ever if that never comes.
+    #[allow(unsafe_code)]
+    unsafe fn read(&mut self, file: &Self::File, read: Read);
+
+    /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the
+    /// thread. An error means that this kernel can't be used any more; what was queued may be in flight.
+    fn submit(&mut self, wait: bool) -> Result<(), Errno>;
+
+    /// Takes the completions that have come.
+    fn reap(&mut self, into: &mut Vec<Completion>);
+}

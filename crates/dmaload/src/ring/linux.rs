@@ -1,0 +1,293 @@
+//! The real kernel: io_uring where it is allowed, threads that `pread` where it is not.
+//!
+//! What it needs: `IORING_OP_READ` (Linux 5.6). What it uses where it can, found by trying: `SINGLE_ISSUER` with
+//! `DEFER_TASKRUN` (6.1; completions are worked off when this thread asks, not by interrupting it), sparse tables of
+//! registered buffers and files (5.19). What it leaves aside, measured without gain: `SQPOLL` (2.7 times the CPU),
+//! `IOPOLL` (most devices are not set up for it).
+//!
+//! Closing a ring does not end the reads in it, so it is only closed when none is in flight (see [`super::driver`]).
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use rustix::io::Errno;
+
+use super::kernel::{Completion, Kernel, Read};
+use super::pread::PreadPool;
+use super::slots::Token;
+use super::wake::Wake;
+use crate::route::Route;
+use crate::source::OpenFile;
+
+/// Registered buffers at once. A piece is registered from its first read to its last, and reads are issued piece after
+/// piece, so it is the queue depth that bounds how many are needed.
+const BUFFER_SLOTS: u16 = 512;
+const FILE_SLOTS: u32 = 64;
+/// No read has this token: its slot would be the four billionth.
+const WAKE_USER_DATA: u64 = u64::MAX;
+
+/// See the module.
+pub(crate) struct LinuxKernel {
+    started: Instant,
+    wake: Arc<Wake>,
+    ring: Result<Ring, Errno>,
+    pool: PreadPool,
+}
+
+impl LinuxKernel {
+    /// Sets up a ring for `depth` reads in flight. Must be called by the thread that uses it: a ring with
+    /// `SINGLE_ISSUER` belongs to the thread that made it.
+    pub(crate) fn new(depth: usize, started: Instant, wake: Arc<Wake>) -> Self {
+        let ring = Ring::new(depth, &wake);
+        LinuxKernel { started, pool: PreadPool::new(Arc::clone(&wake)), ring, wake }
+    }
+}
+
+impl Kernel for LinuxKernel {
+    type File = Arc<OpenFile>;
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn ring(&self) -> Result<(), Errno> {
+        self.ring.as_ref().map(|_| ()).map_err(|errno| *errno)
+    }
+
+    fn buffer_slots(&self) -> u16 {
+        BUFFER_SLOTS
+    }
+
+    fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno> {
+        let ring = self.ring.as_mut().map_err(|errno| *errno)?;
+        ring.buffers?;
+        ring.update_buffer(slot, address.as_ptr(), bytes)
+    }
+
+    fn unregister_buffer(&mut self, slot: u16) {
+        if let Ok(ring) = &mut self.ring {
+            // An empty entry can't be refused; and if it were, the pages would only stay pinned until the slot is used
+            // again or the ring is closed.
+            let _ = ring.update_buffer(slot, std::ptr::null_mut(), 0);
+        }
+    }
+
+    fn attach(&mut self, file: &Arc<OpenFile>) {
+        if let Ok(ring) = &mut self.ring {
+            ring.files.attach(&ring.ring, file);
+        }
+    }
+
+    fn detach(&mut self, file: &Arc<OpenFile>) {
+        if let Ok(ring) = &mut self.ring {
+            ring.files.detach(&ring.ring, file);
+        }
+    }
+
+    unsafe fn read(&mut self, file: &Arc<OpenFile>, read: Read) {
+        match &mut self.ring {
+            Ok(ring) if read.route.uses_ring() => ring.queue.push(ring.files.entry(file, &read)),
+            // SAFETY: the caller's promise is the same.
+            _ => unsafe { self.pool.read(Arc::clone(file), read) },
+        }
+    }
+
+    fn submit(&mut self, wait: bool) -> Result<(), Errno> {
+        let wait = wait && !self.pool.has_completions();
+        match &mut self.ring {
+            Ok(ring) => ring.submit(wait, &self.wake),
+            Err(_) => {
+                if wait {
+                    self.wake.wait();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn reap(&mut self, into: &mut Vec<Completion>) {
+        self.pool.reap(into);
+        if let Ok(ring) = &mut self.ring {
+            ring.reap(into, &self.wake);
+        }
+    }
+}
+
+struct Ring {
+    ring: IoUring,
+    /// Entries that did not go into the submission queue yet.
+    queue: Vec<squeue::Entry>,
+    /// Whether a poll of the eventfd is in the kernel.
+    armed: bool,
+    buffers: Result<(), Errno>,
+    files: FileTable,
+}
+
+impl Ring {
+    fn new(depth: usize, wake: &Wake) -> Result<Self, Errno> {
+        let entries = u32::try_from(depth + 1).unwrap_or(u32::MAX).next_power_of_two().clamp(8, 4096);
+        let ring = set_up(entries)?;
+        let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
+        let files = FileTable::new(&ring);
+        let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files };
+        // A kernel that sets up rings but refuses to enter them (a seccomp profile) is found out here.
+        ring.submit(false, wake)?;
+        Ok(ring)
+    }
+
+    fn update_buffer(&mut self, slot: u16, address: *mut u8, bytes: usize) -> Result<(), Errno> {
+        let vector = libc_iovec(address, bytes);
+        // SAFETY: the memory stays mapped while it is registered: the driver unregisters before it lets go of a buffer,
+        // or leaks both. One slot a call: of several the kernel may take some and still say nothing.
+        unsafe { self.ring.submitter().register_buffers_update(u32::from(slot), &[vector], None) }.map_err(|error| errno(&error))
+    }
+
+    fn submit(&mut self, wait: bool, wake: &Wake) -> Result<(), Errno> {
+        if !self.armed {
+            let poll = opcode::PollAdd::new(types::Fd(wake.as_fd().as_raw_fd()), u32::from(rustix::event::PollFlags::IN.bits()));
+            self.queue.push(poll.build().user_data(WAKE_USER_DATA));
+            self.armed = true;
+        }
+        loop {
+            let mut left = self.queue.drain(..).as_slice().to_vec();
+            let room = {
+                let mut submission = self.ring.submission();
+                let room = (submission.capacity() - submission.len()).min(left.len());
+                for entry in left.drain(..room) {
+                    // SAFETY: what the entry points to stays valid until its completion: the eventfd for as long as the
+                    // ring, a read's memory by the caller's promise to `Kernel::read`.
+                    let pushed = unsafe { submission.push(&entry) };
+                    debug_assert!(pushed.is_ok(), "there was room");
+                }
+                room
+            };
+            self.queue = left;
+            let want = usize::from(wait && self.queue.is_empty());
+            match self.ring.submit_and_wait(want) {
+                Ok(_) if self.queue.is_empty() || room == 0 => return Ok(()),
+                Ok(_) => {}
+                // Interrupted, or the kernel is short of something until completions are taken: the caller does that
+                // next, and what is queued stays queued.
+                Err(error) => match errno(&error) {
+                    Errno::INTR | Errno::AGAIN | Errno::BUSY | Errno::TIME => return Ok(()),
+                    errno => return Err(errno),
+                },
+            }
+        }
+    }
+
+    fn reap(&mut self, into: &mut Vec<Completion>, wake: &Wake) {
+        for entry in self.ring.completion() {
+            if entry.user_data() == WAKE_USER_DATA {
+                self.armed = false;
+                wake.clear();
+                continue;
+            }
+            let token = Token::from_user_data(entry.user_data());
+            let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()));
+            into.push(Completion { token, result });
+        }
+    }
+}
+
+/// Registered files: a read by table index spares the kernel a look-up and a reference count.
+struct FileTable {
+    /// File → its slot, if there was one, and the number of pieces that use it.
+    slots: HashMap<u64, (Option<u32>, usize)>,
+    free: Vec<u32>,
+}
+
+impl FileTable {
+    fn new(ring: &IoUring) -> Self {
+        let usable = ring.submitter().register_files_sparse(FILE_SLOTS).is_ok();
+        FileTable { slots: HashMap::new(), free: if usable { (0..FILE_SLOTS).rev().collect() } else { Vec::new() } }
+    }
+
+    fn attach(&mut self, ring: &IoUring, file: &OpenFile) {
+        let entry = self.slots.entry(file.id).or_insert((None, 0));
+        entry.1 += 1;
+        if entry.1 == 1
+            && let Some(slot) = self.free.pop()
+        {
+            let fd = file.descriptor(Route::UringDirect).as_raw_fd();
+            match ring.submitter().register_files_update(slot, &[fd]) {
+                Ok(1) => entry.0 = Some(slot),
+                _ => self.free.push(slot),
+            }
+        }
+    }
+
+    fn detach(&mut self, ring: &IoUring, file: &OpenFile) {
+        let Some(entry) = self.slots.get_mut(&file.id) else { return };
+        entry.1 -= 1;
+        if entry.1 == 0
+            && let Some((Some(slot), _)) = self.slots.remove(&file.id)
+        {
+            // A slot that could not be emptied is not used again.
+            if ring.submitter().register_files_update(slot, &[-1]).is_ok() {
+                self.free.push(slot);
+            }
+        }
+    }
+
+    fn entry(&self, file: &OpenFile, read: &Read) -> squeue::Entry {
+        let bytes = u32::try_from(read.bytes).unwrap_or(u32::MAX);
+        let address = read.address.as_ptr();
+        let entry = match (self.slots.get(&file.id), read.buffer_slot) {
+            (Some(&(Some(slot), _)), Some(buffer)) => {
+                opcode::ReadFixed::new(types::Fixed(slot), address, bytes, buffer).offset(read.offset).build()
+            }
+            (Some(&(Some(slot), _)), None) => opcode::Read::new(types::Fixed(slot), address, bytes).offset(read.offset).build(),
+            (_, Some(buffer)) => {
+                let fd = types::Fd(file.descriptor(read.route).as_raw_fd());
+                opcode::ReadFixed::new(fd, address, bytes, buffer).offset(read.offset).build()
+            }
+            (_, None) => {
+                let fd = types::Fd(file.descriptor(read.route).as_raw_fd());
+                opcode::Read::new(fd, address, bytes).offset(read.offset).build()
+            }
+        };
+        entry.user_data(read.token.user_data())
+    }
+}
+
+/// Tries the better ways of running a ring first; only EINVAL says that the kernel does not know one.
+fn set_up(entries: u32) -> Result<IoUring, Errno> {
+    let ways: [fn(&mut io_uring::Builder); 3] = [
+        |builder| {
+            builder.setup_clamp().setup_single_issuer().setup_defer_taskrun();
+        },
+        |builder| {
+            builder.setup_clamp().setup_coop_taskrun();
+        },
+        |builder| {
+            builder.setup_clamp();
+        },
+    ];
+    let mut refused = Errno::INVAL;
+    for way in ways {
+        let mut builder = IoUring::builder();
+        way(&mut builder);
+        match builder.build(entries) {
+            Ok(ring) => return Ok(ring),
+            Err(error) => refused = errno(&error),
+        }
+        if refused != Errno::INVAL {
+            break;
+        }
+    }
+    Err(refused)
+}
+
+fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+fn libc_iovec(address: *mut u8, bytes: usize) -> libc::iovec {
+    libc::iovec { iov_base: address.cast(), iov_len: bytes }
+}

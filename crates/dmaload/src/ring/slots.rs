@@ -1,0 +1,109 @@
+//! Slots with generations: the numbers that travel through the kernel as `user_data` and come back.
+//!
+//! A token packs index and generation. A slot that is used again has another generation, so a completion that
+//! comes late, or twice, finds nobody home instead of somebody else's read.
+
+/// What a read is known by while the kernel has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Token(u64);
+
+impl Token {
+    fn new(index: u32, generation: u32) -> Self {
+        Token(u64::from(generation) << 32 | u64::from(index))
+    }
+
+    pub(crate) fn from_user_data(user_data: u64) -> Self {
+        Token(user_data)
+    }
+
+    pub(crate) fn user_data(self) -> u64 {
+        self.0
+    }
+
+    fn index(self) -> usize {
+        (self.0 & u64::from(u32::MAX)) as usize
+    }
+}
+
+/// A table of entries that keep their token until they are removed.
+#[derive(Debug)]
+pub(crate) struct Slots<T> {
+    entries: Vec<(u32, Option<T>)>,
+    free: Vec<u32>,
+}
+
+impl<T> Slots<T> {
+    pub(crate) fn new() -> Self {
+        Slots { entries: Vec::new(), free: Vec::new() }
+    }
+
+    pub(crate) fn insert(&mut self, entry: T) -> Token {
+        if let Some(index) = self.free.pop()
+            && let Some((generation, place)) = self.entries.get_mut(index as usize)
+        {
+            *place = Some(entry);
+            return Token::new(index, *generation);
+        }
+        let index = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
+        assert!(index < u32::MAX, "four billion entries in flight");
+        self.entries.push((0, Some(entry)));
+        Token::new(index, 0)
+    }
+
+    /// Takes an entry out; `None` for a token that is stale.
+    pub(crate) fn remove(&mut self, token: Token) -> Option<T> {
+        self.get_mut(token)?;
+        let (generation, place) = self.entries.get_mut(token.index())?;
+        *generation = generation.wrapping_add(1);
+        self.free.push(u32::try_from(token.index()).unwrap_or(u32::MAX));
+        place.take()
+    }
+
+    pub(crate) fn get_mut(&mut self, token: Token) -> Option<&mut T> {
+        let (generation, place) = self.entries.get_mut(token.index())?;
+        if Token::new(u32::try_from(token.index()).unwrap_or(u32::MAX), *generation) == token { place.as_mut() } else { None }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn tokens(&self) -> Vec<Token> {
+        let live = self.entries.iter().enumerate().filter(|(_, (_, entry))| entry.is_some());
+        live.map(|(index, (generation, _))| Token::new(u32::try_from(index).unwrap_or(u32::MAX), *generation)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_that_is_used_again_has_another_token() {
+        let mut slots = Slots::new();
+        let first = slots.insert('a');
+        assert_eq!(slots.remove(first), Some('a'));
+        let second = slots.insert('b');
+        assert_eq!(first.index(), second.index());
+        assert_ne!(first, second);
+        assert_eq!(slots.remove(first), None, "a stale token finds nobody");
+        assert_eq!(slots.get_mut(second), Some(&mut 'b'));
+        assert_eq!(slots.len(), 1);
+    }
+
+    #[test]
+    fn a_token_survives_the_way_through_user_data() {
+        let mut slots = Slots::new();
+        for _ in 0..3 {
+            let token = slots.insert(());
+            slots.remove(token);
+        }
+        let token = slots.insert(());
+        assert_eq!(Token::from_user_data(token.user_data()), token);
+        assert_eq!(slots.tokens(), [token]);
+    }
+}

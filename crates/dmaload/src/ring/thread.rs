@@ -1,0 +1,189 @@
+//! The thread around the driver: commands in, outputs out.
+
+use std::collections::HashMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use super::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use super::kernel::{Buffer, Kernel};
+use super::linux::LinuxKernel;
+use super::wake::Wake;
+use crate::plan::Piece;
+use crate::route::{Fallback, Route};
+use crate::source::OpenFile;
+
+/// What the ring thread tells the engine. All calls come from that thread and must not block.
+pub(crate) trait Events<B>: Send + Sync + 'static {
+    /// A piece holds its bytes.
+    fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: B);
+    /// A step down the ladder was taken.
+    fn stepped_down(&self, load: LoadId, fallback: Fallback);
+    /// The load can't be finished.
+    fn failed(&self, load: LoadId, failure: Failure);
+    /// The driver has forgotten the load.
+    fn gone(&self, load: LoadId, reading: Duration);
+    /// The thread ends, and has leaked this much.
+    fn ended(&self, leaked_bytes: u64);
+}
+
+#[derive(Debug)]
+enum Command<B> {
+    Begin(LoadSpec, Arc<AtomicBool>),
+    Piece { load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B },
+}
+
+#[derive(Debug)]
+struct Shared<B> {
+    /// `None` when the thread has ended: what is sent then is dropped at once.
+    commands: Mutex<Option<Vec<Command<B>>>>,
+    closing: AtomicBool,
+    giving_up: AtomicBool,
+    wake: Arc<Wake>,
+}
+
+impl<B> Shared<B> {
+    fn commands(&self) -> MutexGuard<'_, Option<Vec<Command<B>>>> {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The way to the ring thread.
+#[derive(Debug)]
+pub(crate) struct RingThread<B> {
+    shared: Arc<Shared<B>>,
+}
+
+impl<B: Buffer + Send + 'static> RingThread<B> {
+    /// Prepares the way to a thread that is yet to be started.
+    ///
+    /// # Errors
+    /// When no eventfd can be made (EMFILE).
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let wake = Arc::new(Wake::new()?);
+        let (closing, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(RingThread { shared: Arc::new(Shared { commands: Mutex::new(Some(Vec::new())), closing, giving_up, wake }) })
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(crate) fn start(&self, depth: usize, started: Instant, events: Arc<impl Events<B>>) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let body = move || {
+            let leaked = catch_unwind(AssertUnwindSafe(|| run(&shared, depth, started, &*events)));
+            let commands = shared.commands().take();
+            drop(commands);
+            // After a panic everything in flight was leaked by the driver's drop; how much is not known.
+            events.ended(leaked.unwrap_or(0));
+        };
+        thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
+    }
+
+    /// Announces a load. When `abandoned` is set, and the thread woken, the load is given up.
+    pub(crate) fn begin(&self, spec: LoadSpec, abandoned: Arc<AtomicBool>) {
+        self.send(Command::Begin(spec, abandoned));
+    }
+
+    /// Hands over a piece to be filled.
+    pub(crate) fn piece(&self, load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B) {
+        self.send(Command::Piece { load, number, piece, file, buffer });
+    }
+
+    /// Makes the thread look at its flags.
+    pub(crate) fn wake(&self) {
+        self.shared.wake.wake();
+    }
+
+    /// The thread ends when its last load is gone.
+    pub(crate) fn close(&self) {
+        self.shared.closing.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// The thread leaks what is in flight, and ends.
+    pub(crate) fn give_up(&self) {
+        self.shared.giving_up.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn send(&self, command: Command<B>) {
+        let mut commands = self.shared.commands();
+        let refused = match &mut *commands {
+            Some(commands) => {
+                commands.push(command);
+                None
+            }
+            None => Some(command),
+        };
+        drop(commands);
+        // What is refused is dropped without the lock: its permit goes back through other locks.
+        drop(refused);
+        self.wake();
+    }
+}
+
+fn run<B: Buffer>(shared: &Shared<B>, depth: usize, started: Instant, events: &impl Events<B>) -> u64 {
+    let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
+    let mut driver = Driver::new(new_kernel(), depth);
+    let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
+    let mut leaked_bytes = 0;
+    loop {
+        let commands = shared.commands().as_mut().map(std::mem::take).unwrap_or_default();
+        for command in commands {
+            match command {
+                Command::Begin(spec, abandoned) => {
+                    watched.insert(spec.id, abandoned);
+                    driver.begin(spec);
+                }
+                Command::Piece { load, number, piece, file, buffer } => driver.piece(load, number, piece, file, buffer),
+            }
+        }
+        for (&load, _) in watched.iter().filter(|(_, abandoned)| abandoned.load(Ordering::Acquire)) {
+            driver.abandon(load);
+        }
+        driver.issue();
+        for output in driver.outputs() {
+            if let Output::Gone { load, .. } = output {
+                watched.remove(&load);
+            }
+            deliver(output, events);
+        }
+        if shared.giving_up.load(Ordering::Acquire) {
+            return leaked_bytes + give_up(&mut driver, Errno::TIMEDOUT, events);
+        }
+        if shared.closing.load(Ordering::Acquire) && watched.is_empty() && shared.commands().as_ref().is_none_or(Vec::is_empty) {
+            return leaked_bytes;
+        }
+        if let Err(errno) = driver.turn(true) {
+            tracing::error!(errno = dmabuf::errno::describe(errno), "io_uring broke down");
+            leaked_bytes += give_up(&mut driver, errno, events);
+            driver.replace_kernel(new_kernel());
+            watched.clear();
+        }
+    }
+}
+
+fn give_up<K: Kernel, B: Buffer>(driver: &mut Driver<K, B>, errno: Errno, events: &impl Events<B>) -> u64 {
+    let leaked_bytes = driver.give_up(Failure::Kernel { errno });
+    tracing::error!(leaked_bytes, "memory that reads may still write to is leaked");
+    for output in driver.outputs() {
+        deliver(output, events);
+    }
+    leaked_bytes
+}
+
+fn deliver<B>(output: Output<B>, events: &impl Events<B>) {
+    match output {
+        Output::PieceFull { load, piece, route, buffer } => events.piece_full(load, piece, route, buffer),
+        Output::SteppedDown { load, fallback } => events.stepped_down(load, fallback),
+        Output::Failed { load, failure } => events.failed(load, failure),
+        Output::Gone { load, reading } => events.gone(load, reading),
+    }
+}

@@ -1,0 +1,37 @@
+//! Waking a thread that waits in the kernel.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+/// An eventfd: written by whoever has something for the ring thread, waited on by that thread.
+#[derive(Debug)]
+pub(crate) struct Wake(OwnedFd);
+
+impl Wake {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map(Wake)
+    }
+
+    pub(crate) fn wake(&self) {
+        // The only error of a non-blocking eventfd is a counter that is full, and then the thread is awake anyway.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn clear(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
+    }
+
+    /// Waits without a ring.
+    pub(crate) fn wait(&self) {
+        let _ = poll(&mut [PollFd::new(&self.0, PollFlags::IN)], None);
+        self.clear();
+    }
+}
+
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,183 @@
+//! How bytes get from storage into a segment, and the ladder between the ways.
+
+use std::fmt;
+use std::str::FromStr;
+
+use rustix::io::Errno;
+
+/// A way for bytes to get into a segment, best first. A load starts at the one it was asked for (by default the
+/// first) and steps down when the kernel refuses it; each step is a [`Fallback`] in the report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Route {
+    /// io_uring with registered buffers and `O_DIRECT`: the device writes into pages that were pinned once.
+    UringFixedDirect,
+    /// io_uring with `O_DIRECT`: each read pins its pages itself. What an ordinary user's memlock limit allows.
+    UringDirect,
+    /// `pread(2)` with `O_DIRECT`, by a few threads. For kernels and containers that refuse io_uring.
+    PreadDirect,
+    /// `pread(2)` through the page cache, by a few threads. For file systems that refuse `O_DIRECT`.
+    Buffered,
+}
+
+impl Route {
+    /// All of them, best first.
+    pub const ALL: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Buffered];
+
+    /// The next one down the ladder.
+    pub fn lower(self) -> Option<Route> {
+        Route::ALL.into_iter().find(|&other| other > self)
+    }
+
+    /// Whether reads bypass the page cache, and so need aligned offsets, lengths and addresses.
+    pub fn is_direct(self) -> bool {
+        self != Route::Buffered
+    }
+
+    /// Whether reads go through io_uring.
+    pub fn uses_ring(self) -> bool {
+        matches!(self, Route::UringFixedDirect | Route::UringDirect)
+    }
+
+    /// The name used on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Route::UringFixedDirect => "uring-fixed-direct",
+            Route::UringDirect => "uring-direct",
+            Route::PreadDirect => "pread-direct",
+            Route::Buffered => "buffered",
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Route {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Route::ALL.into_iter().find(|route| route.name() == name).ok_or_else(|| {
+            format!("no such route: {name:?}; the routes are {}", Route::ALL.map(Route::name).join(", "))
+        })
+    }
+}
+
+/// One step down the ladder.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Fallback {
+    /// The file whose reads took the step; `None` when it concerns all files of the load.
+    pub file_index: Option<usize>,
+    /// The route that was refused.
+    pub from: Route,
+    /// The route taken instead.
+    pub to: Route,
+    /// What was being tried.
+    pub attempt: Attempt,
+    /// The kernel's answer.
+    pub errno: Errno,
+}
+
+impl Fallback {
+    /// What was refused and what would change it, in a sentence.
+    pub fn reason(&self) -> String {
+        match self.attempt.hint(self.errno) {
+            Some(hint) => format!("{} was refused; {hint}", self.attempt),
+            None => format!("{} was refused", self.attempt),
+        }
+    }
+}
+
+/// What a route needs from the kernel, and may be refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Attempt {
+    /// `io_uring_setup(2)`.
+    SetUpRing,
+    /// Opening the file with `O_DIRECT`.
+    OpenDirect,
+    /// Registering a segment's pages with the ring.
+    RegisterBuffer,
+    /// A read.
+    Read,
+}
+
+impl Attempt {
+    /// What a person can do about a refusal.
+    pub fn hint(self, errno: Errno) -> Option<&'static str> {
+        match (self, errno) {
+            (Attempt::SetUpRing, Errno::PERM) => Some(
+                "the sysctl kernel.io_uring_disabled or a container's seccomp profile forbids io_uring: allow io_uring_setup, io_uring_enter and io_uring_register",
+            ),
+            (Attempt::SetUpRing, Errno::ACCESS) => Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy"),
+            (Attempt::SetUpRing, Errno::NOSYS) => {
+                Some("this kernel has no io_uring, or a seccomp profile hides it: Linux 5.11 or a profile that allows it is needed")
+            }
+            (Attempt::SetUpRing, Errno::NOMEM) => Some("the limit of locked memory is too small for a ring: raise it (ulimit -l)"),
+            (Attempt::OpenDirect | Attempt::Read, Errno::INVAL | Errno::OPNOTSUPP) => {
+                Some("this file system has no O_DIRECT for this file: keep models on one that has it (ext4, xfs, btrfs)")
+            }
+            (Attempt::RegisterBuffer, Errno::NOMEM) => {
+                Some("the limit of locked memory is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
+            }
+            (Attempt::RegisterBuffer, Errno::FAULT | Errno::OPNOTSUPP) => Some("this memory can't be pinned"),
+            (Attempt::RegisterBuffer, Errno::INVAL) => Some("sparse buffer tables need Linux 5.19"),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Attempt::SetUpRing => "setting up io_uring",
+            Attempt::OpenDirect => "opening with O_DIRECT",
+            Attempt::RegisterBuffer => "registering memory with io_uring",
+            Attempt::Read => "a read by this route",
+        })
+    }
+}
+
+/// Whether an error of a read says "not this way" (another route may do) rather than "these bytes can't be had".
+///
+/// EINVAL and EOPNOTSUPP come from file systems without `O_DIRECT` or stricter about alignment than they told;
+/// EFAULT from memory that can't be pinned; the others from security modules and limits. Everything that
+/// speaks of the medium (EIO, ENODATA, ESTALE, ...) is an error on every route.
+pub(crate) fn is_refusal(errno: Errno) -> bool {
+    matches!(errno, Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::FAULT | Errno::NOMEM | Errno::PERM | Errno::ACCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ladder_goes_down_one_step_at_a_time_and_ends() {
+        let mut route = Route::UringFixedDirect;
+        let mut seen = vec![route];
+        while let Some(lower) = route.lower() {
+            route = lower;
+            seen.push(route);
+        }
+        assert_eq!(seen, Route::ALL);
+    }
+
+    #[test]
+    fn a_name_is_read_back_as_the_same_route() {
+        for route in Route::ALL {
+            assert_eq!(route.to_string().parse(), Ok(route));
+        }
+        assert!("bounce-house".parse::<Route>().unwrap_err().contains("pread-direct"));
+    }
+
+    #[test]
+    fn a_bad_medium_is_no_refusal() {
+        for errno in [Errno::IO, Errno::NODATA, Errno::STALE, Errno::TIMEDOUT, Errno::REMOTEIO, Errno::NODEV] {
+            assert!(!is_refusal(errno));
+        }
+    }
+}

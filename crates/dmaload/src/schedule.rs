@@ -1,0 +1,176 @@
+//! Who is served next: the scheduler of opening, allocating and finishing, over all loads of a loader.
+//!
+//! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one piece each, so a large one
+//! can't starve a small one; when the piece whose turn it is does not fit into the window, nobody overtakes it,
+//! so a small one can't starve a large one either. The number of loads that are open at once is bounded; the
+//! others wait in the order they came.
+
+use std::collections::VecDeque;
+
+use crate::window::Window;
+
+/// Something for a worker thread to do. `L` names a load.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Job<L> {
+    /// Open the files, read their headers, plan.
+    Open(L),
+    /// Allocate the piece of this number, counted over all files of the load, of this many bytes, for which the permit
+    /// is taken.
+    Allocate(L, usize, u64),
+    /// All reads of a file are done: see whether it is still the file that was opened.
+    Check(L, usize),
+}
+
+#[derive(Debug)]
+struct Turn<L> {
+    load: L,
+    /// Memory of each piece, in order.
+    pieces: Vec<u64>,
+    next: usize,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Scheduler<L> {
+    window: Window,
+    max_open: usize,
+    open: usize,
+    waiting: VecDeque<L>,
+    checks: VecDeque<(L, usize)>,
+    turns: VecDeque<Turn<L>>,
+}
+
+impl<L: Clone + PartialEq> Scheduler<L> {
+    pub(crate) fn new(window_bytes: u64, max_open: usize) -> Self {
+        Scheduler {
+            window: Window::new(window_bytes),
+            max_open,
+            open: 0,
+            waiting: VecDeque::new(),
+            checks: VecDeque::new(),
+            turns: VecDeque::new(),
+        }
+    }
+
+    /// A new load. It is opened when its turn comes; from then on it counts as open until [`Self::end`].
+    pub(crate) fn submit(&mut self, load: L) {
+        self.waiting.push_back(load);
+    }
+
+    /// A load was opened and planned: these are its pieces.
+    pub(crate) fn opened(&mut self, load: L, pieces: Vec<u64>) {
+        self.turns.push_back(Turn { load, pieces, next: 0 });
+    }
+
+    /// All pieces of this file are full.
+    pub(crate) fn file_read(&mut self, load: L, file: usize) {
+        self.checks.push_back((load, file));
+    }
+
+    /// The next thing to do, if there is one now.
+    pub(crate) fn next(&mut self) -> Option<Job<L>> {
+        if let Some((load, file)) = self.checks.pop_front() {
+            return Some(Job::Check(load, file));
+        }
+        if self.open < self.max_open
+            && let Some(load) = self.waiting.pop_front()
+        {
+            self.open += 1;
+            return Some(Job::Open(load));
+        }
+        while let Some(mut turn) = self.turns.pop_front() {
+            let Some(&bytes) = turn.pieces.get(turn.next) else { continue };
+            if !self.window.take(bytes) {
+                self.turns.push_front(turn);
+                return None;
+            }
+            let job = Job::Allocate(turn.load.clone(), turn.next, bytes);
+            turn.next += 1;
+            self.turns.push_back(turn);
+            return Some(job);
+        }
+        None
+    }
+
+    /// A permit comes back.
+    pub(crate) fn give_back(&mut self, bytes: u64) {
+        self.window.give_back(bytes);
+    }
+
+    /// A load failed or was dropped: nothing more is to be done for it. Whether it was opened is for the caller to
+    /// know; one that was must be ended too.
+    pub(crate) fn forget(&mut self, load: &L) {
+        self.waiting.retain(|other| other != load);
+        self.checks.retain(|(other, _)| other != load);
+        self.turns.retain(|turn| turn.load != *load);
+    }
+
+    /// An opened load holds no files any more.
+    pub(crate) fn end(&mut self) {
+        self.open = self.open.saturating_sub(1);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn window_taken_bytes(&self) -> u64 {
+        self.window.taken_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(window: u64, loads: &[(u32, &[u64])]) -> Scheduler<u32> {
+        let mut scheduler = Scheduler::new(window, 8);
+        for &(load, pieces) in loads {
+            scheduler.submit(load);
+            assert_eq!(scheduler.next(), Some(Job::Open(load)));
+            scheduler.opened(load, pieces.to_vec());
+        }
+        scheduler
+    }
+
+    fn drain(scheduler: &mut Scheduler<u32>) -> Vec<Job<u32>> {
+        std::iter::from_fn(|| scheduler.next()).collect()
+    }
+
+    #[test]
+    fn loads_take_turns() {
+        let mut scheduler = opened(100, &[(1, &[10, 10, 10]), (2, &[10])]);
+        let jobs = drain(&mut scheduler);
+        assert_eq!(jobs, [Job::Allocate(1, 0, 10), Job::Allocate(2, 0, 10), Job::Allocate(1, 1, 10), Job::Allocate(1, 2, 10)]);
+    }
+
+    #[test]
+    fn nothing_is_allocated_beyond_the_window_and_nobody_overtakes() {
+        let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[10, 1])]);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, 10), Job::Allocate(2, 0, 10)]);
+        scheduler.give_back(10);
+        assert_eq!(drain(&mut scheduler), [], "the large piece of load 1 waits, and the small one of load 2 behind it");
+        scheduler.give_back(10);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, 20), Job::Allocate(2, 1, 1)]);
+        assert_eq!(scheduler.window_taken_bytes(), 21);
+    }
+
+    #[test]
+    fn only_so_many_loads_are_open_at_once() {
+        let mut scheduler = Scheduler::new(100, 2);
+        for load in 0..4 {
+            scheduler.submit(load);
+        }
+        assert_eq!(drain(&mut scheduler), [Job::Open(0), Job::Open(1)]);
+        scheduler.end();
+        assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
+    }
+
+    #[test]
+    fn a_forgotten_load_gets_no_more_jobs() {
+        let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
+        scheduler.submit(3);
+        scheduler.file_read(1, 0);
+        for load in [1, 3] {
+            scheduler.forget(&load);
+        }
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, 10)]);
+    }
+}

@@ -1,0 +1,189 @@
+//! What a loader and a load can be told.
+
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::plan::Layout;
+use crate::route::Route;
+
+/// What a path's bytes are taken for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Format {
+    /// safetensors where the file looks like it, else raw bytes.
+    #[default]
+    Auto,
+    /// safetensors, or an error.
+    Safetensors,
+    /// Bytes; no header is looked for.
+    Raw,
+}
+
+impl Format {
+    /// The name used on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Auto => "auto",
+            Format::Safetensors => "safetensors",
+            Format::Raw => "raw",
+        }
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        [Format::Auto, Format::Safetensors, Format::Raw]
+            .into_iter()
+            .find(|format| format.name() == name)
+            .ok_or_else(|| format!("no such format: {name:?}; the formats are auto, safetensors, raw"))
+    }
+}
+
+/// What can be chosen for each load; the loader's builder sets what holds for those that choose nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadOptions {
+    pub(crate) layout: Layout,
+    pub(crate) segment_bytes: u64,
+    pub(crate) chunk_bytes: u64,
+    pub(crate) route: Route,
+    pub(crate) strict: bool,
+    pub(crate) format: Format,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        LoadOptions {
+            layout: Layout::Segmented,
+            segment_bytes: 64 << 20,
+            chunk_bytes: 2 << 20,
+            route: Route::UringFixedDirect,
+            strict: false,
+            format: Format::Auto,
+        }
+    }
+}
+
+impl LoadOptions {
+    /// How files are spread over segments. Default: [`Layout::Segmented`].
+    #[must_use]
+    pub fn layout(mut self, layout: Layout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB. Default: 64 MiB. With [`Layout::Single`] it bounds
+    /// nothing but the check against the window.
+    #[must_use]
+    pub fn segment_bytes(mut self, bytes: u64) -> Self {
+        self.segment_bytes = bytes;
+        self
+    }
+
+    /// The size of one read: a multiple of 64 KiB, at most 1 GiB. Default: 2 MiB.
+    #[must_use]
+    pub fn chunk_bytes(mut self, bytes: u64) -> Self {
+        self.chunk_bytes = bytes;
+        self
+    }
+
+    /// The route to start at. Default: the best.
+    #[must_use]
+    pub fn route(mut self, route: Route) -> Self {
+        self.route = route;
+        self
+    }
+
+    /// Fail rather than take another route than the one to start at. Default: false.
+    #[must_use]
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
+    }
+
+    /// What the files' bytes are taken for. Default: [`Format::Auto`].
+    #[must_use]
+    pub fn format(mut self, format: Format) -> Self {
+        self.format = format;
+        self
+    }
+}
+
+/// A segment is a whole number of huge pages, so that no 2 MiB extent is shared by two.
+pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
+/// One registered buffer holds at most this much before Linux 7.
+const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
+const CHUNK_STEP_BYTES: u64 = 64 << 10;
+
+/// What holds for a whole loader.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) window_bytes: u64,
+    pub(crate) queue_depth: usize,
+    pub(crate) allocator_threads: usize,
+    pub(crate) max_open_loads: usize,
+    pub(crate) shutdown_timeout: Duration,
+    pub(crate) load: LoadOptions,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(2));
+        Settings {
+            window_bytes: 128 << 20,
+            queue_depth: 32,
+            allocator_threads: threads,
+            max_open_loads: 64,
+            shutdown_timeout: Duration::from_secs(10),
+            load: LoadOptions::default(),
+        }
+    }
+}
+
+impl Settings {
+    pub(crate) fn check(&self, load: &LoadOptions) -> Result<()> {
+        let wrong = |text: String| Err(Error::Config(text));
+        let LoadOptions { segment_bytes, chunk_bytes, .. } = *load;
+        if segment_bytes == 0 || segment_bytes % SEGMENT_STEP_BYTES != 0 || segment_bytes > LARGEST_SEGMENT_BYTES {
+            return wrong(format!("the segment size must be a multiple of 2 MiB and at most 1 GiB, not {segment_bytes} bytes"));
+        }
+        if chunk_bytes == 0 || chunk_bytes % CHUNK_STEP_BYTES != 0 || chunk_bytes > LARGEST_SEGMENT_BYTES {
+            return wrong(format!("the chunk size must be a multiple of 64 KiB and at most 1 GiB, not {chunk_bytes} bytes"));
+        }
+        if self.window_bytes < segment_bytes {
+            return wrong(format!(
+                "the window ({} bytes) is smaller than a segment ({segment_bytes} bytes): nothing could be allocated",
+                self.window_bytes
+            ));
+        }
+        if self.queue_depth == 0 || self.queue_depth > 4096 {
+            return wrong(format!("the queue depth must be from 1 to 4096, not {}", self.queue_depth));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_allowed() {
+        let settings = Settings::default();
+        settings.check(&settings.load).unwrap();
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_in_words() {
+        let settings = Settings::default();
+        let says = |settings: &Settings, load: LoadOptions| settings.check(&load).unwrap_err().to_string();
+        let load = LoadOptions::default;
+        assert!(says(&settings, load().segment_bytes(3 << 20)).contains("multiple of 2 MiB"));
+        assert!(says(&settings, load().segment_bytes(0)).contains("multiple of 2 MiB"));
+        assert!(says(&settings, load().segment_bytes(2 << 30)).contains("at most 1 GiB"));
+        assert!(says(&settings, load().chunk_bytes(4096)).contains("multiple of 64 KiB"));
+        assert!(says(&settings, load().segment_bytes(256 << 20)).contains("smaller than a segment"));
+        assert!(says(&Settings { queue_depth: 0, ..settings.clone() }, load()).contains("queue depth"));
+    }
+}

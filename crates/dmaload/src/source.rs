@@ -1,0 +1,234 @@
+//! Files to read from: opening, what they are, and whether they still are it at the end.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags, fstat, open, stat, statx};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+use crate::route::Route;
+
+/// What a file was when the load began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    device: u64,
+    inode: u64,
+    pub(crate) bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(stat: &Stat) -> Self {
+        Identity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            bytes: u64::try_from(stat.st_size).unwrap_or(0),
+            modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+        }
+    }
+
+    fn is_same_file(&self, other: &Identity) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
+    /// What has become of it, if that can have mixed its bytes. A file that grew has kept the planned ones.
+    fn change_to(&self, now: &Identity) -> Option<&'static str> {
+        if now.bytes < self.bytes {
+            Some("it shrank")
+        } else if now.bytes == self.bytes && now.modified != self.modified {
+            Some("it was modified")
+        } else {
+            None
+        }
+    }
+}
+
+/// An open file.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    /// Never used twice: file descriptors are.
+    pub(crate) id: u64,
+    pub(crate) path: PathBuf,
+    pub(crate) identity: Identity,
+    /// What direct reads must be aligned to; a power of two, at least 4096.
+    pub(crate) alignment_bytes: u64,
+    buffered: OwnedFd,
+    direct: std::result::Result<OwnedFd, Errno>,
+}
+
+/// Alignment of direct reads where the file system does not tell: no block device in use has larger blocks.
+const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
+
+impl OpenFile {
+    /// Opens a regular file for reading, twice: with `O_DIRECT`, where that is allowed, and through the page cache.
+    ///
+    /// # Errors
+    /// What `open(2)` or `fstat(2)` answered; [`Error::NotAFile`] for everything that is no regular file (opening
+    /// does not wait for a writer of a FIFO).
+    pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno };
+        let buffered = open(path, flags, Mode::empty()).map_err(failed("open"))?;
+        let status = fstat(&buffered).map_err(failed("stat"))?;
+        if let Some(kind) = kind_of(FileType::from_raw_mode(status.st_mode)) {
+            return Err(Error::NotAFile { path: path.to_owned(), kind });
+        }
+        let identity = Identity::of(&status);
+        let direct = open_direct(&buffered, path, flags, &identity);
+        if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
+            return Err(failed("open")(errno));
+        }
+        Ok(Arc::new(OpenFile {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            path: path.to_owned(),
+            identity,
+            alignment_bytes: alignment(&buffered),
+            buffered,
+            direct,
+        }))
+    }
+
+    /// The descriptor that reads by this route use.
+    pub(crate) fn descriptor(&self, route: Route) -> BorrowedFd<'_> {
+        match &self.direct {
+            Ok(direct) if route.is_direct() => direct.as_fd(),
+            _ => self.buffered.as_fd(),
+        }
+    }
+
+    /// Why the file has no direct route.
+    pub(crate) fn direct_refused(&self) -> Option<Errno> {
+        self.direct.as_ref().err().copied()
+    }
+
+    /// Reads exactly `buffer.len()` bytes through the page cache.
+    pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            match rustix::io::pread(&self.buffered, &mut buffer[done..], at) {
+                Ok(0) => {
+                    let planned_bytes = self.identity.bytes;
+                    return Err(Error::Ended { path: self.path.clone(), offset: at, planned_bytes, route: Route::Buffered });
+                }
+                Ok(bytes) => done += bytes,
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Err(errno) => {
+                    let bytes = (buffer.len() - done) as u64;
+                    return Err(Error::Read { path: self.path.clone(), offset: at, bytes, route: Route::Buffered, errno });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails unless this file, and what its path names, are still what was planned.
+    ///
+    /// A file that was deleted meanwhile is fine: its bytes stay until it is closed.
+    pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
+        let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
+        let now = fstat(&self.buffered).map_err(|errno| Error::File { path: self.path.clone(), operation: "stat", errno })?;
+        let now = Identity::of(&now);
+        if !planned.is_same_file(&now) {
+            return changed("it was replaced");
+        }
+        if let Some(change) = planned.change_to(&now) {
+            return changed(change);
+        }
+        match stat(&self.path) {
+            Ok(status) if !planned.is_same_file(&Identity::of(&status)) => changed("it was replaced"),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn kind_of(file_type: FileType) -> Option<&'static str> {
+    match file_type {
+        FileType::RegularFile => None,
+        FileType::Directory => Some("a directory"),
+        FileType::Fifo => Some("a FIFO"),
+        FileType::Socket => Some("a socket"),
+        FileType::CharacterDevice => Some("a character device"),
+        FileType::BlockDevice => Some("a block device"),
+        _ => Some("something else"),
+    }
+}
+
+/// Opens the same file again with `O_DIRECT`: by its descriptor, so that it is the same file even if its path
+/// names another by now; by its path, and compared, where there is no procfs.
+fn open_direct(buffered: &OwnedFd, path: &Path, flags: OFlags, identity: &Identity) -> std::result::Result<OwnedFd, Errno> {
+    use std::os::fd::AsRawFd;
+    let flags = flags | OFlags::DIRECT;
+    match open(format!("/proc/self/fd/{}", buffered.as_raw_fd()), flags, Mode::empty()) {
+        Err(Errno::NOENT) => {
+            let direct = open(path, flags, Mode::empty())?;
+            let same = identity.is_same_file(&Identity::of(&fstat(&direct)?));
+            if same { Ok(direct) } else { Err(Errno::STALE) }
+        }
+        other => other,
+    }
+}
+
+/// `STATX_DIOALIGN` (Linux 6.1) tells the alignment; a first read proves it. Smaller ones are raised to a page.
+fn alignment(file: &OwnedFd) -> u64 {
+    let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+    let told = told.filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let told = told.map_or(0, |status| u64::from(status.stx_dio_offset_align.max(status.stx_dio_mem_align)));
+    if told.is_power_of_two() { told.max(DEFAULT_ALIGNMENT_BYTES) } else { DEFAULT_ALIGNMENT_BYTES }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::CWD;
+    use std::fs;
+
+    #[test]
+    fn what_is_no_regular_file_is_told_by_its_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        for (path, expected) in [(folder.path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")] {
+            let Err(Error::NotAFile { kind, .. }) = OpenFile::open(path) else { panic!("{}", path.display()) };
+            assert_eq!(kind, expected);
+        }
+    }
+
+    #[test]
+    fn growing_and_deleting_are_no_change_but_shrinking_replacing_and_writing_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let write = |bytes: &[u8]| fs::write(&path, bytes).unwrap();
+        let opened = || {
+            write(b"four");
+            let file = fs::File::open(&path).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+            OpenFile::open(&path).unwrap()
+        };
+        let check = |file: &OpenFile| match file.check_unchanged(&file.identity) {
+            Ok(()) => "unchanged",
+            Err(Error::Changed { change, .. }) => change,
+            Err(other) => panic!("{other}"),
+        };
+        let file = opened();
+        assert_eq!(check(&file), "unchanged");
+        write(b"fours");
+        assert_eq!(check(&file), "unchanged");
+        write(b"for");
+        assert_eq!(check(&file), "it shrank");
+
+        let file = opened();
+        write(b"FOUR");
+        assert_eq!(check(&file), "it was modified");
+
+        let file = opened();
+        fs::remove_file(&path).unwrap();
+        assert_eq!(check(&file), "unchanged");
+        write(b"four");
+        assert_eq!(check(&file), "it was replaced");
+    }
+}

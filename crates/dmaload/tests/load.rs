@@ -1,0 +1,188 @@
+//! Real files, real reads: what was loaded is what is in the file, by every route, heap, layout and size.
+
+mod common;
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::heap::{AnonHeap, MemfdHeap};
+use dmaload::{Error, Layout, Loader, Route};
+
+const SEGMENT: usize = 2 << 20;
+
+fn sizes() -> Vec<usize> {
+    vec![1, 511, 512, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, 5 * SEGMENT + 1, 40 * SEGMENT + 777]
+}
+
+#[tokio::test]
+async fn every_size_by_every_route_and_layout_equals_the_file() {
+    let folder = folder();
+    let loader = Loader::builder().segment_bytes(SEGMENT as u64).window_bytes(3 * SEGMENT as u64).build().unwrap();
+    for (seed, len) in sizes().into_iter().enumerate() {
+        let bytes = random_bytes(len, seed as u64);
+        let path = file(folder.path(), "model.bin", &bytes);
+        for route in ROUTES {
+            for layout in [Layout::Segmented, Layout::Single] {
+                let what = format!("{len} bytes, {route}, {layout}");
+                let options = loader.options().route(route).layout(layout).strict(true);
+                let image = loader.load_with([&path], options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+                assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
+                assert_eq!(image.report().route, route, "{what}");
+                let expected = if layout == Layout::Single { 1 } else { len.div_ceil(SEGMENT) };
+                assert_eq!(image.segments().len(), expected, "{what}");
+                let sum: usize = image.segments().iter().map(dmaload::Segment::len).sum();
+                assert_eq!(sum, len, "{what}");
+            }
+        }
+    }
+    loader.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_bytes_after_the_end_of_the_file_are_zero_and_the_memfd_holds_the_same() {
+    let folder = folder();
+    let bytes = random_bytes(SEGMENT + 5000, 7);
+    let path = file(folder.path(), "model.bin", &bytes);
+    for route in ROUTES {
+        let loader = Loader::builder().segment_bytes(SEGMENT as u64).route(route).strict(true).build().unwrap();
+        let image = loader.load(&path).await.unwrap();
+        let last = &image.segments()[1];
+        let mut memory = vec![0xEE; last.memory_bytes()];
+        rustix::io::pread(last.memfd().unwrap(), &mut memory, 0).unwrap();
+        assert_same(&memory[..5000], &bytes[SEGMENT..], "the memfd");
+        assert!(memory.len() > 5000 && memory[5000..].iter().all(|&byte| byte == 0), "{route}: the tail is zero");
+    }
+}
+
+#[tokio::test]
+async fn both_heaps_give_the_bytes_and_anon_has_no_descriptor() {
+    let folder = folder();
+    let bytes = random_bytes(9 << 20, 3);
+    let path = file(folder.path(), "model.bin", &bytes);
+    for (name, builder) in
+        [("memfd", Loader::builder().heap(MemfdHeap::default())), ("anon", Loader::builder().heap(AnonHeap::default()))]
+    {
+        let image = builder.build().unwrap().load(&path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &bytes, name);
+        assert_eq!(image.report().heap, name);
+        match image.segments()[0].memfd() {
+            Ok(_) => assert_eq!(name, "memfd"),
+            Err(Error::NoDescriptor { .. }) => assert_eq!(name, "anon"),
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_of_no_bytes_is_a_good_load_without_segments() {
+    let folder = folder();
+    let empty = file(folder.path(), "empty.bin", b"");
+    let other = file(folder.path(), "other.bin", b"something");
+    let loader = Loader::new().unwrap();
+    let mut load = loader.load(&empty);
+    assert!(load.next().await.is_none());
+    let image = load.finish().await.unwrap();
+    assert_eq!((image.segments().len(), image.files()[0].bytes().unwrap().len()), (0, 0));
+
+    let image = loader.load_with([&empty, &other, &empty], loader.options()).await.unwrap();
+    assert_eq!(image.files().iter().map(dmaload::ImageFile::len).collect::<Vec<_>>(), [0, 9, 0]);
+    assert_same(&image.files()[1].bytes().unwrap(), b"something", "the file between two empty ones");
+}
+
+#[tokio::test]
+async fn segments_come_in_order_and_the_image_has_the_same_ones() {
+    let folder = folder();
+    let bytes = random_bytes(20 * SEGMENT + 1, 11);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
+    let mut load = loader.load(&path);
+    let mut at = 0;
+    while let Some(segment) = load.next().await {
+        let segment = segment.unwrap();
+        assert_eq!(segment.file_range().start as usize, at);
+        assert_same(segment.as_ref(), &bytes[at..at + segment.len()], "a segment");
+        at += segment.len();
+    }
+    assert_eq!(at, bytes.len());
+    let image = load.finish().await.unwrap();
+    assert_eq!(image.segments().len(), 21);
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the image");
+}
+
+#[tokio::test]
+async fn a_stream_gives_each_segment_once_and_a_report_at_the_end() {
+    let folder = folder();
+    let bytes = random_bytes(6 * SEGMENT + 9, 12);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
+    let mut segments = loader.load(&path).into_segments();
+    let mut seen = Vec::new();
+    while let Some(segment) = segments.next().await {
+        seen.extend_from_slice(segment.unwrap().as_ref());
+    }
+    assert_same(&seen, &bytes, "the stream");
+    assert_eq!(segments.report().unwrap().bytes, bytes.len() as u64);
+}
+
+#[tokio::test]
+async fn segments_and_views_outlive_the_loader() {
+    let folder = folder();
+    let bytes = random_bytes(3 * SEGMENT, 13);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
+    let image = loader.load(&path).await.unwrap();
+    loader.shutdown().await.unwrap();
+    let whole = image.files()[0].bytes().unwrap();
+    let middle = image.segments()[1].bytes().unwrap();
+    drop(image);
+    std::fs::remove_file(&path).unwrap();
+    assert_same(&whole, &bytes, "the view of the file");
+    assert_same(&middle, &bytes[SEGMENT..2 * SEGMENT], "the view of a segment");
+}
+
+#[tokio::test]
+async fn many_files_in_one_load_keep_their_order_and_few_descriptors() {
+    let folder = folder();
+    let contents: Vec<_> = (0..300).map(|seed| random_bytes(1 + seed * 97, seed as u64)).collect();
+    let paths: Vec<_> =
+        contents.iter().enumerate().map(|(index, bytes)| file(folder.path(), &format!("{index}.bin"), bytes)).collect();
+    let loader = Loader::builder().heap(AnonHeap::default()).build().unwrap();
+    let image = loader.load_with(&paths, loader.options()).await.unwrap();
+    for (index, bytes) in contents.iter().enumerate() {
+        assert_same(&image.files()[index].bytes().unwrap(), bytes, &format!("file {index}"));
+    }
+}
+
+#[tokio::test]
+async fn a_window_smaller_than_a_segment_is_refused_in_words() {
+    let Err(error) = Loader::builder().segment_bytes(64 << 20).window_bytes(32 << 20).build() else { panic!("it was built") };
+    assert!(matches!(&error, Error::Config(text) if text.contains("smaller than a segment")), "{error}");
+    let loader = Loader::new().unwrap();
+    let error = loader.load_with(["/dev/null"], loader.options().segment_bytes(1 << 30)).await.unwrap_err();
+    assert!(matches!(error, Error::Config(_)));
+}
+
+#[tokio::test]
+async fn a_load_after_the_shutdown_fails_and_says_why() {
+    let loader = Loader::new().unwrap();
+    let other = loader.clone();
+    loader.shutdown().await.unwrap();
+    assert_eq!(other.load("whatever").await.unwrap_err(), Error::ShutDown);
+    other.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_loaded_is_told_with_its_path() {
+    let folder = folder();
+    let loader = Loader::new().unwrap();
+    let missing = folder.path().join("missing.bin");
+    let error = loader.load(&missing).await.unwrap_err();
+    assert!(error.to_string().contains("missing.bin: cannot open: ENOENT"), "{error}");
+    for (path, kind) in [(folder.path(), "a directory"), (std::path::Path::new("/dev/null"), "a character device")] {
+        let error = loader.load(path).await.unwrap_err();
+        assert!(error.to_string().contains(kind), "{error}");
+    }
+}
+
+#[test]
+fn routes_are_all_tried_here() {
+    assert_eq!(ROUTES, Route::ALL);
+}
