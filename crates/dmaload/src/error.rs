@@ -49,11 +49,11 @@ pub enum Error {
         errno: Errno,
     },
     /// The file ended before the end that it had when the load began.
-    #[error("{}: ends at offset {offset}, but had {planned_bytes} bytes when the load began (read by {route})", .path.display())]
+    #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", .path.display())]
     Ended {
         /// The file.
         path: PathBuf,
-        /// Where the end was met.
+        /// Where nothing was left to read: its end, or an offset beyond.
         offset: u64,
         /// The length that was planned.
         planned_bytes: u64,

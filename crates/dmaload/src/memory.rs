@@ -83,4 +83,9 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
     fn bytes(&self) -> usize {
         self.bytes
     }
+
+    fn leak(self) {
+        // The permit goes back: the window must not be smaller for the loads to come.
+        std::mem::forget(self.backing);
+    }
 }

@@ -130,6 +130,7 @@ impl Metadata {
     }
 
     /// Keys and values, in header order.
+    #[must_use = "iterators do nothing until they are consumed"]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
         (0..self.len()).map(|i| (self.pairs.key(i), self.pairs.value(i)))
     }

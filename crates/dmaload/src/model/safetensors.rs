@@ -82,6 +82,8 @@ pub enum Sniff {
 /// | no  | –   | yes | [`Sniff::Broken`] |
 /// | no  | –   | no  | [`Sniff::Not`] |
 ///
+/// Fewer than 9 bytes of a longer file are [`Sniff::Broken`] too: they tell nothing.
+///
 /// So a damaged model is an error rather than a raw file, and the price is
 /// that a raw file with such a beginning is an error too, until it is loaded
 /// as raw explicitly. That is rare (five of the nine bytes have one value,

@@ -32,11 +32,11 @@ use crate::route::{Attempt, Fallback, Route, is_refusal};
 pub(crate) struct LoadId(pub(crate) u64);
 
 /// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
-const IDLE_TRIES: u32 = 64;
+const INTERRUPTIONS: u32 = 64;
 
 /// A direct read that gives less than a block this often in a row has met the end of the file, or a file system
 /// that can't do better.
-const PART_OF_A_BLOCK_TRIES: u32 = 3;
+const PARTS_OF_A_BLOCK: u32 = 16;
 
 /// What the driver has to know of a load before its first piece.
 #[derive(Debug, Clone)]
@@ -77,7 +77,7 @@ pub(crate) enum Output<B> {
 pub(crate) enum Failure {
     /// A read failed for good.
     Read { file: usize, offset: u64, bytes: u64, route: Route, errno: Errno },
-    /// The file ended before its planned end.
+    /// The file has no bytes at this offset, which is before its planned end.
     Ended { file: usize, offset: u64, route: Route },
     /// A route was refused, and the load is strict or there is no lower one.
     Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
@@ -105,7 +105,15 @@ struct PieceEntry<F, B> {
 struct Chunk {
     piece: Token,
     range: Range<u64>,
-    idle_tries: u32,
+    /// How often in a row it gave less than a block, or was interrupted.
+    parts_of_a_block: u32,
+    interruptions: u32,
+}
+
+impl Chunk {
+    fn new(piece: Token, range: Range<u64>) -> Self {
+        Chunk { piece, range, parts_of_a_block: 0, interruptions: 0 }
+    }
 }
 
 #[derive(Debug)]
@@ -159,22 +167,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn kernel(&mut self) -> &mut K {
         &mut self.kernel
     }
 
     /// Reads that the kernel has.
+    #[cfg(test)]
     pub(crate) fn in_flight(&self) -> usize {
         self.reads.len()
-    }
-
-    /// Bytes of memory that are here: queued, or in flight.
-    pub(crate) fn held_bytes(&mut self) -> u64 {
-        let mut bytes = 0;
-        for token in self.pieces.tokens() {
-            bytes += self.pieces.get_mut(token).map_or(0, |entry| entry.buffer.bytes() as u64);
-        }
-        bytes
     }
 
     /// Takes what has happened since the last call.
@@ -225,7 +226,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         });
         load.pieces.push(token);
         let ranges = split(0..piece.bytes, chunk_bytes);
-        let chunks: Vec<_> = ranges.map(|range| Chunk { piece: token, range, idle_tries: 0 }).collect();
+        let chunks: Vec<_> = ranges.map(|range| Chunk::new(token, range)).collect();
         if let Some(entry) = self.pieces.get_mut(token) {
             entry.chunks_left = chunks.len();
         }
@@ -285,12 +286,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.reads.remove(token);
         }
         for token in self.pieces.tokens() {
-            let Some(entry) = self.pieces.remove(token) else { continue };
-            if entry.in_flight > 0 {
+            let Some(mut entry) = self.pieces.remove(token) else { continue };
+            if entry.in_flight == 0 {
+                // A ring that is never closed would keep its pages pinned.
+                self.unregister(&mut entry);
+            } else {
                 leaked += entry.buffer.bytes() as u64;
-                // The kernel may write here at any later time, so this memory must never be anybody else's, and
-                // the file must stay open as long.
-                std::mem::forget(entry);
+                // The file must stay open as long as the kernel may read from it.
+                std::mem::forget(entry.file.handle);
+                entry.buffer.leak();
             }
         }
         let now = self.kernel.now();
@@ -401,18 +405,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         let (id, file, offset) = (entry.load, entry.file.index, entry.piece.file_offset + chunk.range.start);
         let strict = self.loads.get(&id).is_some_and(|load| load.spec.strict);
-        if bytes == 0 || (strict && chunk.idle_tries == PART_OF_A_BLOCK_TRIES) {
+        if bytes == 0 || (strict && chunk.parts_of_a_block == PARTS_OF_A_BLOCK) {
             self.fail(id, Failure::Ended { file, offset: offset + bytes, route });
             return;
         }
         // The rest of a direct read must start at a block again: the part of a block is read twice.
         let progress = if route.is_direct() { bytes - bytes % entry.file.alignment_bytes } else { bytes };
-        chunk.range.start += progress;
         if progress > 0 {
-            chunk.idle_tries = 0;
-            self.requeue(id, chunk);
-        } else if chunk.idle_tries < PART_OF_A_BLOCK_TRIES {
-            chunk.idle_tries += 1;
+            self.requeue(id, Chunk::new(chunk.piece, chunk.range.start + progress..chunk.range.end));
+        } else if chunk.parts_of_a_block < PARTS_OF_A_BLOCK {
+            chunk.parts_of_a_block += 1;
             self.requeue(id, chunk);
         } else {
             // Only a buffered read can tell whether the file ends here. The kernel gave no error, so the step is
@@ -427,8 +429,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     fn again(&mut self, mut chunk: Chunk, route: Route) {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         let id = entry.load;
-        chunk.idle_tries += 1;
-        if chunk.idle_tries > IDLE_TRIES {
+        chunk.interruptions += 1;
+        if chunk.interruptions > INTERRUPTIONS {
             let failure = Failure::Read {
                 file: entry.file.index,
                 offset: entry.piece.file_offset + chunk.range.start,

@@ -18,6 +18,9 @@ use crate::route::Route;
 pub(crate) unsafe trait Buffer {
     fn address(&self) -> NonNull<u8>;
     fn bytes(&self) -> usize;
+
+    /// Never frees the memory, since reads may write to it at any later time; lets go of everything else.
+    fn leak(self);
 }
 
 /// One read.

@@ -15,6 +15,8 @@ mod driver;
 mod kernel;
 mod linux;
 mod pread;
+#[cfg(test)]
+mod sim;
 
 mod slots;
 mod thread;

@@ -319,7 +319,7 @@ impl Entry {
                 shape,
             });
         };
-        if bits % 8 != 0 {
+        if !bits.is_multiple_of(8) {
             return Err(ModelError::PartialByte {
                 tensor: name,
                 dtype,

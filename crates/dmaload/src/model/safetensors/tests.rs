@@ -339,7 +339,7 @@ mod refuses_text {
         ] {
             match refused(json) {
                 ModelError::WrongType { tensor, offset, .. } => {
-                    assert!(tensor == "t" && offset < 50)
+                    assert!(tensor == "t" && offset < 50);
                 }
                 other => panic!("{other:?}"),
             }

@@ -1,0 +1,366 @@
+//! A kernel that is a list of reads in flight, and memory that knows who may still write to it.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::Random;
+use crate::ring::kernel::{Buffer, Completion, Kernel, Read};
+use crate::route::Route;
+
+pub(super) const BLOCK: u64 = 4096;
+/// What memory holds before anything was read into it; no file has this byte.
+const POISON: u8 = 0xEE;
+
+/// A file of the simulated disk: its bytes follow from its number.
+#[derive(Debug, Clone)]
+pub(super) struct SimFile {
+    pub(super) number: u64,
+    /// Its length on disk, which may differ from the planned one.
+    pub(super) bytes: u64,
+    pub(super) faults: Rc<FileFaults>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct FileFaults {
+    /// Reads that touch this range fail.
+    pub(super) bad: Option<(Range<u64>, Errno)>,
+    /// Direct reads are refused.
+    pub(super) no_direct: Option<Errno>,
+    /// io_uring reads are refused.
+    pub(super) no_ring: Option<Errno>,
+}
+
+impl SimFile {
+    pub(super) fn byte(&self, offset: u64) -> u8 {
+        let mixed = (offset ^ self.number << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+        let byte = (mixed & 0xFF) as u8;
+        if byte == POISON || byte == 0 { 0x11 } else { byte }
+    }
+}
+
+/// What the simulated kernel may do.
+#[derive(Debug, Clone)]
+pub(super) struct Faults {
+    pub(super) ring: Option<Errno>,
+    pub(super) register: Option<Errno>,
+    /// Of those that would be taken, this many of 1000 registrations are refused.
+    pub(super) register_per_mille: u64,
+    pub(super) short_per_mille: u64,
+    pub(super) interrupted_per_mille: u64,
+    pub(super) breaks_per_mille: u64,
+    pub(super) buffer_slots: u16,
+}
+
+impl Faults {
+    pub(super) fn none() -> Self {
+        Faults {
+            ring: None,
+            register: None,
+            register_per_mille: 0,
+            short_per_mille: 0,
+            interrupted_per_mille: 0,
+            breaks_per_mille: 0,
+            buffer_slots: 16,
+        }
+    }
+}
+
+/// What has been allocated and what is being written to, for the kernel and its memory to agree on.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    /// Memory that reads in flight may write to, by token.
+    writing: BTreeMap<u64, Range<usize>>,
+    registered: BTreeMap<u16, Range<usize>>,
+    /// Allocated and not yet full.
+    pub(super) unfilled_bytes: u64,
+    pub(super) leaked_bytes: u64,
+    pub(super) live_buffers: usize,
+}
+
+impl Memory {
+    fn is_written_to(&self, range: &Range<usize>) -> bool {
+        self.writing.values().any(|other| other.start < range.end && range.start < other.end)
+    }
+
+    fn is_registered(&self, range: &Range<usize>) -> bool {
+        self.registered.values().any(|other| other.start < range.end && range.start < other.end)
+    }
+}
+
+/// A piece of memory that panics when it is freed too early.
+#[derive(Debug)]
+pub(super) struct SimBuffer {
+    address: NonNull<u8>,
+    bytes: usize,
+    memory: Rc<RefCell<Memory>>,
+}
+
+impl SimBuffer {
+    pub(super) fn new(bytes: u64, memory: &Rc<RefCell<Memory>>) -> Self {
+        let layout = layout(usize::try_from(bytes).unwrap());
+        // SAFETY: the layout has a size above zero.
+        let address = NonNull::new(unsafe { alloc(layout) }).expect("memory for a test");
+        // SAFETY: the memory was just allocated with this size.
+        unsafe { address.as_ptr().write_bytes(POISON, layout.size()) };
+        memory.borrow_mut().unfilled_bytes += bytes;
+        memory.borrow_mut().live_buffers += 1;
+        SimBuffer { address, bytes: layout.size(), memory: Rc::clone(memory) }
+    }
+
+    pub(super) fn contents(&self) -> &[u8] {
+        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are looked at while a read may write to them");
+        // SAFETY: the memory is that long and initialised (poisoned), and nothing writes to it.
+        unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
+    }
+
+    fn range(&self) -> Range<usize> {
+        let start = self.address.addr().get();
+        start..start + self.bytes
+    }
+}
+
+fn layout(bytes: usize) -> Layout {
+    Layout::from_size_align(bytes, 4096).expect("a valid layout")
+}
+
+// SAFETY: the memory is allocated until the drop, and shown only by `contents`, which looks whether it may.
+unsafe impl Buffer for SimBuffer {
+    fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn leak(self) {
+        self.memory.borrow_mut().unfilled_bytes -= self.bytes as u64;
+        self.memory.borrow_mut().leaked_bytes += self.bytes as u64;
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for SimBuffer {
+    fn drop(&mut self) {
+        let mut memory = self.memory.borrow_mut();
+        if !std::thread::panicking() {
+            assert!(!memory.is_written_to(&self.range()), "memory is freed while a read may write to it");
+            assert!(!memory.is_registered(&self.range()), "memory is freed while it is registered");
+        }
+        memory.unfilled_bytes -= self.bytes as u64;
+        memory.live_buffers -= 1;
+        drop(memory);
+        // SAFETY: allocated in `new` with the same layout, and not freed before.
+        unsafe { dealloc(self.address.as_ptr(), layout(self.bytes)) };
+    }
+}
+
+#[derive(Debug)]
+struct InFlight {
+    file: SimFile,
+    read: Read,
+    due: Duration,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct SimKernel {
+    random: Random,
+    faults: Faults,
+    memory: Rc<RefCell<Memory>>,
+    clock: Rc<Cell<Duration>>,
+    /// Queued, and not yet handed to the kernel.
+    queued: Vec<InFlight>,
+    in_flight: Vec<InFlight>,
+    done: Vec<Completion>,
+    /// How long the disk takes for one read; it does one at a time.
+    service: Duration,
+    disk_free_at: Duration,
+    attached: BTreeMap<u64, usize>,
+}
+
+impl SimKernel {
+    pub(super) fn new(seed: u64, faults: Faults, memory: &Rc<RefCell<Memory>>, clock: &Rc<Cell<Duration>>, service: Duration) -> Self {
+        // A new ring has an empty table.
+        memory.borrow_mut().registered.clear();
+        SimKernel {
+            random: Random::new(seed),
+            faults,
+            memory: Rc::clone(memory),
+            clock: Rc::clone(clock),
+            queued: Vec::new(),
+            in_flight: Vec::new(),
+            done: Vec::new(),
+            service,
+            disk_free_at: Duration::ZERO,
+            attached: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn reads_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    pub(super) fn is_clean(&self) -> bool {
+        self.memory.borrow().registered.is_empty() && self.attached.is_empty() && self.in_flight.is_empty() && self.queued.is_empty()
+    }
+
+    /// When the next read is due by the clock.
+    pub(super) fn next_due(&self) -> Option<Duration> {
+        self.in_flight.iter().map(|read| read.due).min()
+    }
+
+    /// Completes what is due.
+    pub(super) fn complete_due(&mut self) {
+        let now = self.clock.get();
+        while let Some(index) = self.in_flight.iter().position(|read| read.due <= now) {
+            self.complete(index);
+        }
+    }
+
+    /// Completes any read, in any way.
+    pub(super) fn complete_any(&mut self) {
+        if !self.in_flight.is_empty() {
+            let index = self.random.below(self.in_flight.len() as u64);
+            self.complete(usize::try_from(index).unwrap());
+        }
+    }
+
+    fn complete(&mut self, index: usize) {
+        let InFlight { file, read, .. } = self.in_flight.swap_remove(index);
+        let result = self.perform(&file, &read);
+        self.memory.borrow_mut().writing.remove(&read.token.user_data());
+        self.done.push(Completion { token: read.token, result });
+    }
+
+    fn perform(&mut self, file: &SimFile, read: &Read) -> Result<usize, Errno> {
+        let refused = match read.route {
+            Route::Buffered => None,
+            Route::PreadDirect => file.faults.no_direct,
+            _ => file.faults.no_ring.or(file.faults.no_direct),
+        };
+        if let Some(errno) = refused {
+            return Err(errno);
+        }
+        if self.random.chance(self.faults.interrupted_per_mille) {
+            return Err(*self.random.pick(&[Errno::INTR, Errno::AGAIN]));
+        }
+        let wanted = read.offset..read.offset + read.bytes as u64;
+        if let Some((bad, errno)) = &file.faults.bad
+            && bad.start < wanted.end
+            && wanted.start < bad.end
+        {
+            return Err(*errno);
+        }
+        let there = file.bytes.min(wanted.end).saturating_sub(wanted.start);
+        let short = there > 0 && self.random.chance(self.faults.short_per_mille);
+        let bytes = if short { 1 + self.random.below(there) } else { there };
+        for at in 0..bytes {
+            // SAFETY: the driver promised that the memory is valid for `read.bytes` bytes until this completes.
+            unsafe { read.address.add(usize::try_from(at).unwrap()).write(file.byte(wanted.start + at)) };
+        }
+        // A device writes whole blocks: past the end of the file it leaves whatever was there on disk.
+        if read.route.is_direct() && bytes == there {
+            for at in bytes..(bytes.next_multiple_of(BLOCK)).min(read.bytes as u64) {
+                // SAFETY: as above.
+                unsafe { read.address.add(usize::try_from(at).unwrap()).write(0xBB) };
+            }
+        }
+        Ok(usize::try_from(bytes).unwrap())
+    }
+}
+
+impl Kernel for SimKernel {
+    type File = SimFile;
+
+    fn now(&self) -> Duration {
+        self.clock.get()
+    }
+
+    fn ring(&self) -> Result<(), Errno> {
+        self.faults.ring.map_or(Ok(()), Err)
+    }
+
+    fn buffer_slots(&self) -> u16 {
+        self.faults.buffer_slots
+    }
+
+    fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno> {
+        assert!(self.faults.ring.is_none(), "registered without a ring");
+        assert!(slot < self.faults.buffer_slots);
+        if let Some(errno) = self.faults.register
+            && self.random.chance(self.faults.register_per_mille)
+        {
+            return Err(errno);
+        }
+        let start = address.addr().get();
+        let before = self.memory.borrow_mut().registered.insert(slot, start..start + bytes);
+        assert_eq!(before, None, "slot {slot} is used while it is taken");
+        Ok(())
+    }
+
+    fn unregister_buffer(&mut self, slot: u16) {
+        let mut memory = self.memory.borrow_mut();
+        let range = memory.registered.remove(&slot).expect("only what is registered is unregistered");
+        assert!(!memory.is_written_to(&range), "unregistered while a read is in flight");
+    }
+
+    fn attach(&mut self, file: &SimFile) {
+        *self.attached.entry(file.number).or_default() += 1;
+    }
+
+    fn detach(&mut self, file: &SimFile) {
+        let count = self.attached.get_mut(&file.number).expect("only what is attached is detached");
+        *count -= 1;
+        if *count == 0 {
+            self.attached.remove(&file.number);
+        }
+    }
+
+    unsafe fn read(&mut self, file: &SimFile, read: Read) {
+        assert!(self.attached.contains_key(&file.number), "a read from a file that is not attached");
+        assert!(read.bytes > 0);
+        let start = read.address.addr().get();
+        let range = start..start + read.bytes;
+        if read.route.uses_ring() {
+            assert!(self.faults.ring.is_none(), "a ring read without a ring");
+        }
+        if read.route.is_direct() {
+            let aligned = read.offset % BLOCK == 0 && read.bytes as u64 % BLOCK == 0 && start as u64 % BLOCK == 0;
+            assert!(aligned, "a direct read must be aligned: {read:?}");
+        }
+        let mut memory = self.memory.borrow_mut();
+        assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
+        if let Some(slot) = read.buffer_slot {
+            let registered = memory.registered.get(&slot).expect("the buffer is registered");
+            assert!(registered.start <= range.start && range.end <= registered.end, "a read leaves its registered buffer");
+        }
+        assert!(!memory.is_written_to(&range), "two reads in flight write to the same memory");
+        assert_eq!(memory.writing.insert(read.token.user_data(), range), None, "a token is used twice");
+        drop(memory);
+        self.queued.push(InFlight { file: file.clone(), read, due: Duration::ZERO });
+    }
+
+    fn submit(&mut self, _wait: bool) -> Result<(), Errno> {
+        let breaks = self.random.chance(self.faults.breaks_per_mille);
+        for mut read in self.queued.drain(..) {
+            read.due = self.disk_free_at.max(self.clock.get()) + self.service;
+            self.disk_free_at = read.due;
+            self.in_flight.push(read);
+        }
+        // Even where the call fails, the kernel may have taken what was queued.
+        if breaks { Err(*self.random.pick(&[Errno::IO, Errno::BADF, Errno::NOMEM])) } else { Ok(()) }
+    }
+
+    fn reap(&mut self, into: &mut Vec<Completion>) {
+        into.append(&mut self.done);
+    }
+}

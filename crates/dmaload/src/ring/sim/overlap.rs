@@ -1,0 +1,89 @@
+//! The point of it all: allocating and reading take as long as the longer of the two, not as long as both.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use crate::plan::{Layout, Plan, Shape};
+use crate::ring::driver::{Driver, FileSpec, LoadId, LoadSpec, Output};
+use crate::route::Route;
+use crate::schedule::{Job, Scheduler};
+
+const PIECES: u32 = 24;
+
+/// Loads a file of 24 pieces with one allocator that takes `allocating` a piece and a disk that takes `reading` a piece;
+/// returns how long it took, and how far the allocator ever was ahead, in pieces.
+fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
+    let memory: Rc<RefCell<Memory>> = Rc::default();
+    let clock: Rc<Cell<Duration>> = Rc::default();
+    let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, piece_bytes: BLOCK, alignment_bytes: BLOCK };
+    let plan = Plan::new(u64::from(PIECES) * BLOCK, shape);
+    let file = SimFile { number: 1, bytes: plan.file_bytes, faults: Rc::new(FileFaults::default()) };
+    let id = LoadId(0);
+    let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1);
+    let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32);
+    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true });
+    scheduler.submit(id);
+    assert_eq!(scheduler.next(), Some(Job::Open(id)));
+    scheduler.opened(id, plan.pieces.iter().map(|piece| piece.memory_bytes).collect());
+
+    let mut allocation: Option<(usize, Duration)> = None;
+    let (mut out, mut most_out) = (0, 0);
+    loop {
+        if let Some((number, _)) = allocation.filter(|&(_, due)| due <= clock.get()) {
+            allocation = None;
+            let spec = FileSpec { handle: file.clone(), index: 0, route: Route::UringFixedDirect, alignment_bytes: BLOCK };
+            driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(BLOCK, &memory));
+        }
+        driver.kernel().complete_due();
+        driver.issue();
+        driver.turn(false).unwrap();
+        for output in driver.outputs() {
+            match output {
+                Output::PieceFull { .. } => {
+                    out -= 1;
+                    scheduler.give_back(BLOCK);
+                }
+                Output::Gone { .. } => return (clock.get(), most_out),
+                other => panic!("{other:?}"),
+            }
+        }
+        if allocation.is_none()
+            && let Some(Job::Allocate(_, number, _)) = scheduler.next()
+        {
+            out += 1;
+            most_out = most_out.max(out);
+            allocation = Some((number, clock.get() + allocating));
+        }
+        let next = allocation.map(|(_, due)| due).into_iter().chain(driver.kernel().next_due()).min();
+        clock.set(next.expect("something is under way until the load is gone"));
+    }
+}
+
+const MS: Duration = Duration::from_millis(1);
+
+#[test]
+fn the_longer_part_hides_the_shorter_one() {
+    for (allocating, reading) in [(10, 10), (10, 3), (3, 10), (10, 1), (1, 10)] {
+        let (total, _) = simulate(2, allocating * MS, reading * MS);
+        let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
+        // One piece must be allocated before the first read, and one read comes after the last allocation.
+        assert_eq!(total, (PIECES * longer + shorter) * MS, "allocating {allocating} ms, reading {reading} ms");
+    }
+}
+
+#[test]
+fn with_a_window_of_one_piece_nothing_overlaps() {
+    let (total, _) = simulate(1, 10 * MS, 10 * MS);
+    assert_eq!(total, PIECES * 20 * MS);
+}
+
+#[test]
+fn the_allocator_never_runs_more_than_the_window_ahead() {
+    for window in 1..6 {
+        // A disk so slow that only the window holds the allocator back.
+        let (_, most_ahead) = simulate(window, MS, 1000 * MS);
+        assert_eq!(most_ahead, window);
+    }
+}

@@ -1,0 +1,396 @@
+//! Seeded worlds: loads, faults, cancellations in any order; and what must hold in all of them.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::Random;
+use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use crate::plan::{Layout, Piece, Plan, Shape};
+use crate::ring::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::route::Route;
+use crate::schedule::{Job, Scheduler};
+
+struct SimLoad {
+    start: Route,
+    strict: bool,
+    chunk_bytes: u64,
+    files: Vec<(SimFile, Plan)>,
+    /// Piece → file, and its place in the file.
+    pieces: Vec<(usize, Piece)>,
+    full: Vec<bool>,
+    begun: bool,
+    abandoned: bool,
+    failure: Option<Failure>,
+    gone: bool,
+    /// The lowest route that a fallback was told to.
+    told: Route,
+}
+
+impl SimLoad {
+    fn is_over(&self) -> bool {
+        self.gone || (!self.begun && self.abandoned)
+    }
+
+    /// Whether something is wrong with its files that no route can get around.
+    fn must_fail(&self) -> bool {
+        self.files.iter().any(|(file, plan)| {
+            let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < plan.file_bytes.next_multiple_of(BLOCK));
+            plan.file_bytes > 0 && (bad || file.bytes < plan.file_bytes)
+        })
+    }
+}
+
+/// A piece whose memory is being allocated.
+struct Allocating {
+    load: LoadId,
+    number: usize,
+    bytes: u64,
+}
+
+struct World {
+    random: Random,
+    faults: Faults,
+    memory: Rc<RefCell<Memory>>,
+    clock: Rc<Cell<Duration>>,
+    window_bytes: u64,
+    depth: usize,
+    scheduler: Scheduler<LoadId>,
+    driver: Driver<SimKernel, SimBuffer>,
+    loads: BTreeMap<LoadId, SimLoad>,
+    allocating: Vec<Allocating>,
+    alloc_fails_per_mille: u64,
+    abandon_per_mille: u64,
+    leaked_bytes: u64,
+    broken: bool,
+}
+
+fn shape(random: &mut Random) -> Shape {
+    let layout = *random.pick(&[Layout::Segmented, Layout::Single]);
+    let piece_pages = 1 + random.below(4);
+    Shape { layout, segment_bytes: piece_pages * (1 + random.below(3)) * BLOCK, piece_bytes: piece_pages * BLOCK, alignment_bytes: BLOCK }
+}
+
+fn file(random: &mut Random, number: u64, calm: bool) -> (SimFile, Plan) {
+    let shape = shape(random);
+    let pages = random.below(14);
+    let planned = match random.below(4) {
+        0 => pages * BLOCK,
+        1 => (pages * BLOCK).saturating_sub(1),
+        2 => pages * BLOCK + 1,
+        _ => random.below(14 * BLOCK),
+    };
+    let mut bytes = planned;
+    let mut faults = FileFaults::default();
+    if !calm {
+        match random.below(40) {
+            0 if planned > 0 => bytes = random.below(planned),
+            1..4 => bytes = planned + random.below(3 * BLOCK),
+            4 if planned > 0 => {
+                let start = random.below(planned) / BLOCK * BLOCK;
+                faults.bad = Some((start..start + BLOCK, *random.pick(&[Errno::IO, Errno::NODATA])));
+            }
+            5..8 => faults.no_direct = Some(*random.pick(&[Errno::INVAL, Errno::OPNOTSUPP])),
+            8..11 => faults.no_ring = Some(*random.pick(&[Errno::OPNOTSUPP, Errno::FAULT, Errno::ACCESS, Errno::NOMEM])),
+            _ => {}
+        }
+    }
+    (SimFile { number, bytes, faults: Rc::new(faults) }, Plan::new(planned, shape))
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let calm = random.chance(200);
+        let faults = Faults {
+            ring: if !calm && random.chance(100) { Some(*random.pick(&[Errno::PERM, Errno::NOSYS, Errno::ACCESS])) } else { None },
+            register: if !calm && random.chance(200) { Some(*random.pick(&[Errno::NOMEM, Errno::FAULT, Errno::OPNOTSUPP])) } else { None },
+            register_per_mille: *random.pick(&[1000, 300]),
+            short_per_mille: *random.pick(&[0, 0, 50, 400]),
+            interrupted_per_mille: *random.pick(&[0, 0, 100, 300]),
+            breaks_per_mille: if !calm && random.chance(50) { 20 } else { 0 },
+            buffer_slots: *random.pick(&[1, 2, 16]),
+        };
+        let memory = Rc::default();
+        let clock = Rc::default();
+        let depth = *random.pick(&[1, 2, 8, 32]);
+        let window_bytes = (4 + random.below(12)) * BLOCK;
+        let kernel = SimKernel::new(random.next(), faults.clone(), &memory, &clock, Duration::ZERO);
+        let mut world = World {
+            faults,
+            memory,
+            clock,
+            window_bytes,
+            depth,
+            scheduler: Scheduler::new(window_bytes, 1 + usize::try_from(random.below(3)).unwrap()),
+            driver: Driver::new(kernel, depth),
+            loads: BTreeMap::new(),
+            allocating: Vec::new(),
+            alloc_fails_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
+            abandon_per_mille: if !calm && random.chance(300) { 10 } else { 0 },
+            leaked_bytes: 0,
+            broken: false,
+            random,
+        };
+        for id in 0..1 + world.random.below(5) {
+            world.add_load(LoadId(id), calm);
+        }
+        world
+    }
+
+    fn add_load(&mut self, id: LoadId, calm: bool) {
+        let random = &mut self.random;
+        let files: Vec<_> = (0..1 + random.below(3)).map(|number| file(random, id.0 * 100 + number, calm)).collect();
+        let pieces: Vec<_> =
+            files.iter().enumerate().flat_map(|(index, (_, plan))| plan.pieces.iter().map(move |&piece| (index, piece))).collect();
+        let start = *random.pick(&[Route::UringFixedDirect, Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Buffered]);
+        let load = SimLoad {
+            start,
+            strict: random.chance(150),
+            chunk_bytes: (1 + random.below(3)) * BLOCK,
+            files,
+            full: vec![false; pieces.len()],
+            pieces,
+            begun: false,
+            abandoned: false,
+            failure: None,
+            gone: false,
+            told: start,
+        };
+        self.loads.insert(id, load);
+        self.scheduler.submit(id);
+    }
+
+    /// Runs to the end, or panics.
+    fn run(&mut self) {
+        let mut steps = 0;
+        while !self.loads.values().all(SimLoad::is_over) {
+            steps += 1;
+            assert!(steps < 200_000, "nothing moves any more: {} reads in flight", self.driver.in_flight());
+            match self.random.below(4) {
+                0 => self.schedule(),
+                1 => self.finish_allocation(),
+                2 => self.driver.kernel().complete_any(),
+                _ => self.turn(),
+            }
+            if self.random.chance(self.abandon_per_mille) {
+                self.abandon_one();
+            }
+            let unfilled = self.memory.borrow().unfilled_bytes;
+            let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
+            assert!(ahead <= self.window_bytes, "{ahead} bytes ahead, the window has {}", self.window_bytes);
+            assert!(self.driver.kernel().reads_in_flight() <= self.depth || self.broken, "deeper than the queue depth");
+        }
+        for allocating in std::mem::take(&mut self.allocating) {
+            self.scheduler.give_back(allocating.bytes);
+        }
+        self.check_end();
+    }
+
+    fn schedule(&mut self) {
+        match self.scheduler.next() {
+            Some(Job::Open(id)) => {
+                let load = self.loads.get_mut(&id).unwrap();
+                load.begun = true;
+                let sizes: Vec<_> = load.pieces.iter().map(|(_, piece)| piece.memory_bytes).collect();
+                if sizes.is_empty() {
+                    load.gone = true;
+                    self.scheduler.end();
+                    return;
+                }
+                self.driver.begin(LoadSpec { id, pieces: sizes.len(), chunk_bytes: load.chunk_bytes, strict: load.strict });
+                self.scheduler.opened(id, sizes);
+            }
+            Some(Job::Allocate(load, number, bytes)) => self.allocating.push(Allocating { load, number, bytes }),
+            Some(Job::Check(..)) => unreachable!("the simulator asks for no checks"),
+            None => {}
+        }
+    }
+
+    fn finish_allocation(&mut self) {
+        if self.allocating.is_empty() {
+            return;
+        }
+        let index = self.random.below(self.allocating.len() as u64);
+        let Allocating { load: id, number, bytes } = self.allocating.swap_remove(usize::try_from(index).unwrap());
+        if self.random.chance(self.alloc_fails_per_mille) {
+            self.scheduler.give_back(bytes);
+            self.abandon(id);
+            return;
+        }
+        let load = &self.loads[&id];
+        let (file, piece) = load.pieces[number];
+        let buffer = SimBuffer::new(bytes, &self.memory);
+        let spec = FileSpec { handle: load.files[file].0.clone(), index: file, route: load.start, alignment_bytes: BLOCK };
+        let before = self.memory.borrow().live_buffers;
+        self.driver.piece(id, number, piece, spec, buffer);
+        // The driver drops what it has no use for; its permit goes with it.
+        if self.memory.borrow().live_buffers < before {
+            self.sync_window();
+        }
+        self.act_on_outputs();
+    }
+
+    /// Permits go back when buffers do: the simulator counts them by the bytes that are alive.
+    fn sync_window(&mut self) {
+        let unfilled = self.memory.borrow().unfilled_bytes;
+        let out = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
+        let taken = self.scheduler.window_taken_bytes();
+        assert!(taken >= out, "a permit came back while its memory is still there");
+        self.scheduler.give_back(taken - out);
+    }
+
+    fn turn(&mut self) {
+        self.driver.issue();
+        self.act_on_outputs();
+        if let Err(errno) = self.driver.turn(false) {
+            self.leaked_bytes += self.driver.give_up(Failure::Kernel { errno });
+            let calmer = Faults { breaks_per_mille: 0, ..self.faults.clone() };
+            self.broken = true;
+            // Whatever the old kernel has in flight goes on writing; here it is simply forgotten, with its memory.
+            self.act_on_outputs();
+            // The memory that was not in flight was freed while registered with the dead ring: a new table, a new count.
+            let seed = self.random.next();
+            self.driver.replace_kernel(SimKernel::new(seed, calmer, &self.memory, &self.clock, Duration::ZERO));
+        }
+        self.act_on_outputs();
+    }
+
+    fn abandon_one(&mut self) {
+        let ids: Vec<_> = self.loads.keys().copied().collect();
+        let id = *self.random.pick(&ids);
+        self.abandon(id);
+    }
+
+    fn abandon(&mut self, id: LoadId) {
+        let load = self.loads.get_mut(&id).unwrap();
+        if !load.is_over() {
+            load.abandoned = true;
+            self.scheduler.forget(&id);
+            self.driver.abandon(id);
+            self.act_on_outputs();
+        }
+    }
+
+    fn act_on_outputs(&mut self) {
+        for output in self.driver.outputs() {
+            match output {
+                Output::PieceFull { load: id, piece: number, route, buffer } => {
+                    let load = self.loads.get_mut(&id).unwrap();
+                    assert!(!load.gone && load.failure.is_none() && !load.abandoned, "a piece of a load that is over");
+                    assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
+                    assert!(route <= load.told, "a piece went by {route}, but only a step to {} was told", load.told);
+                    check_bytes(load, number, buffer.contents());
+                    drop(buffer);
+                }
+                Output::SteppedDown { load: id, fallback } => {
+                    let load = self.loads.get_mut(&id).unwrap();
+                    assert!(!load.strict, "a strict load steps down");
+                    assert!(fallback.from < fallback.to);
+                    load.told = load.told.max(fallback.to);
+                }
+                Output::Failed { load: id, failure } => {
+                    let load = self.loads.get_mut(&id).unwrap();
+                    assert_eq!(load.failure.replace(failure), None, "a load fails once");
+                    assert!(!load.gone && !load.abandoned);
+                    self.scheduler.forget(&id);
+                }
+                Output::Gone { load: id, .. } => {
+                    let load = self.loads.get_mut(&id).unwrap();
+                    assert!(!std::mem::replace(&mut load.gone, true), "a load is gone once");
+                    self.scheduler.end();
+                }
+            }
+        }
+        self.sync_window();
+    }
+
+    fn check_end(&mut self) {
+        self.sync_window();
+        for (id, load) in &self.loads {
+            let complete = load.full.iter().all(|&full| full);
+            match load.failure {
+                None if load.abandoned => {}
+                None => {
+                    assert!(complete, "{id:?} is gone without a failure, and not complete");
+                    assert!(!load.must_fail(), "{id:?} must fail and did not");
+                }
+                Some(failure) => {
+                    assert!(!complete, "{id:?} failed after it was complete");
+                    self.check_failure(load, failure);
+                }
+            }
+        }
+        let memory = self.memory.borrow();
+        assert_eq!(memory.unfilled_bytes, 0, "all memory is freed but what was leaked on purpose");
+        assert_eq!(memory.leaked_bytes, self.leaked_bytes, "what was leaked was told");
+        assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits are back");
+        drop(memory);
+        assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
+    }
+
+    /// A failure tells what really is wrong, and where.
+    fn check_failure(&self, load: &SimLoad, failure: Failure) {
+        let file = |index: usize| &load.files[index];
+        match failure {
+            Failure::Ended { file: index, offset, .. } => {
+                let (file, plan) = file(index);
+                // A strict load can't ask by a buffered read where in its last block the file ends.
+                let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
+                assert!(file.bytes < plan.file_bytes && end <= offset && offset < plan.file_bytes, "{failure:?} of {file:?}");
+            }
+            Failure::Read { file: index, offset, bytes, errno, .. } => {
+                let (file, _) = file(index);
+                match &file.faults.bad {
+                    Some((bad, expected)) => {
+                        assert_eq!(errno, *expected);
+                        assert!(bad.start < offset.next_multiple_of(BLOCK) + bytes.next_multiple_of(BLOCK) && offset < bad.end);
+                    }
+                    None => assert!(self.faults.interrupted_per_mille > 0 && errno == Errno::AGAIN),
+                }
+            }
+            Failure::Refused { file: index, route, .. } => {
+                let (file, _) = file(index);
+                let refused = self.faults.ring.is_some() || self.faults.register.is_some();
+                let refused = refused || file.faults.no_direct.is_some() || file.faults.no_ring.is_some();
+                assert!(load.strict && refused, "{route} was refused by nobody");
+            }
+            Failure::Kernel { .. } => assert!(self.broken),
+        }
+    }
+}
+
+fn check_bytes(load: &SimLoad, number: usize, seen: &[u8]) {
+    let (file, piece) = load.pieces[number];
+    let file = &load.files[file].0;
+    assert_eq!(seen.len() as u64, piece.memory_bytes);
+    for (at, &byte) in seen.iter().enumerate() {
+        let expected = if (at as u64) < piece.bytes { file.byte(piece.file_offset + at as u64) } else { 0 };
+        assert_eq!(byte, expected, "byte {at} of piece {number} ({piece:?})");
+    }
+}
+
+fn run(seed: u64) {
+    let result = std::panic::catch_unwind(|| World::new(seed).run());
+    if let Err(panic) = result {
+        eprintln!("the world of seed {seed} is broken; replay it with DMALOAD_SIM_SEED={seed}");
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn in_every_world_what_is_full_is_right_and_what_is_wrong_is_told() {
+    if let Some(seed) = number_from("DMALOAD_SIM_SEED") {
+        return run(seed);
+    }
+    for seed in 0..number_from("DMALOAD_SIM_SEEDS").unwrap_or(5_000) {
+        run(seed);
+    }
+}
