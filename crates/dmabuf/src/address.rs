@@ -68,7 +68,7 @@ impl AddressRange {
         let page = page_bytes();
         let end = at.checked_add(bytes).ok_or(failed(Errno::INVAL))?;
         let room = memory.memfd().map_or(usize::MAX, |memfd| memfd.bytes().next_multiple_of(page));
-        if bytes == 0 || at % page != 0 || bytes % page != 0 || end > self.bytes || bytes > room {
+        if bytes == 0 || !at.is_multiple_of(page) || !bytes.is_multiple_of(page) || end > self.bytes || bytes > room {
             return Err(failed(Errno::INVAL));
         }
         let mut taken = self.taken();
@@ -165,7 +165,8 @@ mod tests {
     fn mapped_pages(range: &AddressRange) -> usize {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let (from, to) = (range.base().addr().get(), range.base().addr().get() + range.bytes());
-        let lines = maps.lines().filter_map(|line| line.split_once('-').map(|(start, rest)| (start, rest.split(' ').nth(1).unwrap())));
+        let lines =
+            maps.lines().filter_map(|line| line.split_once('-').map(|(start, rest)| (start, rest.split(' ').nth(1).unwrap())));
         lines
             .filter(|(start, access)| {
                 let start = usize::from_str_radix(start, 16).unwrap();

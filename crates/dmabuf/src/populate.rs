@@ -51,7 +51,7 @@ impl Mapping {
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::new("populate memory", part.len(), errno);
         let page = page_bytes();
-        if part.is_empty() || part.end > self.bytes() || part.start % page != 0 || part.end % page != 0 {
+        if part.is_empty() || part.end > self.bytes() || !part.start.is_multiple_of(page) || !part.end.is_multiple_of(page) {
             return Err(failed(Errno::INVAL));
         }
         let area = Area { mapping: self, memory, part: part.clone() };
@@ -87,7 +87,7 @@ impl Area<'_> {
     /// The part of the area that consists of whole, aligned 2 MiB extents. Mappings begin at the memory's offset
     /// 0, so what is aligned in addresses is aligned in the memory too when the mapping itself is.
     fn whole_extents(&self) -> Range<usize> {
-        if self.mapping.address().addr().get() % HUGE_PAGE_BYTES != 0 {
+        if !self.mapping.address().addr().get().is_multiple_of(HUGE_PAGE_BYTES) {
             return 0..0;
         }
         let start = self.part.start.next_multiple_of(HUGE_PAGE_BYTES);
@@ -125,7 +125,7 @@ impl Area<'_> {
         }
         // Small pages it is, at least for some extents: taking them all in one call is cheaper than by faults.
         if let (Memory::Memfd(memfd), Some(Errno::INVAL | Errno::NOMEM)) = (self.memory, refused) {
-            let seen = scan(self.addresses(extents.clone()));
+            let seen = scan(self.addresses(extents));
             if seen.is_some_and(|seen| seen.huge_bytes == 0) {
                 memfd.allocate(self.part.start as u64, self.part.len() as u64);
             }
@@ -192,7 +192,7 @@ mod tests {
     }
 
     fn resident_bytes(memory: &Memory) -> u64 {
-        rustix::fs::fstat(memory.memfd().unwrap()).unwrap().st_blocks as u64 * 512
+        rustix::fs::fstat(memory.memfd().unwrap()).unwrap().st_blocks.cast_unsigned() * 512
     }
 
     #[test]

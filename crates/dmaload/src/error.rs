@@ -142,8 +142,7 @@ impl Error {
         let hint = match self {
             Error::File { errno: Errno::NOENT, .. } => "check the path",
             Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
-            Error::File { errno: Errno::MFILE, .. }
-            | Error::Memory { source: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
+            Error::File { errno: Errno::MFILE, .. } | Error::Memory { source: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
                 "the limit of open files is reached: raise it (ulimit -n), or load with larger segments or --layout single"
             }
             Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {

@@ -22,7 +22,8 @@ pub(crate) fn headroom() -> Option<Headroom> {
     let machine = read_to_string("/proc/meminfo").ok().as_deref().and_then(available_in_meminfo);
     let machine = machine.map(|bytes| Headroom { available_bytes: bytes, limit: "MemAvailable of this machine".to_owned() });
     let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let groups = cgroup_folders(&groups, Path::new("/sys/fs/cgroup")).into_iter().filter_map(|folder| headroom_of_cgroup(&folder));
+    let groups =
+        cgroup_folders(&groups, Path::new("/sys/fs/cgroup")).into_iter().filter_map(|folder| headroom_of_cgroup(&folder));
     let tightest = machine.into_iter().chain(groups).min_by_key(|headroom| headroom.available_bytes)?;
     Some(Headroom { available_bytes: tightest.available_bytes.saturating_sub(MARGIN_BYTES), ..tightest })
 }
@@ -104,7 +105,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let v2 = folder.path().join("v2");
         create_dir_all(&v2).unwrap();
-        for (name, text) in [("memory.max", "1000\n"), ("memory.current", "900\n"), ("memory.stat", "anon 5\ninactive_file 300\nactive_file 100\n")] {
+        for (name, text) in [
+            ("memory.max", "1000\n"),
+            ("memory.current", "900\n"),
+            ("memory.stat", "anon 5\ninactive_file 300\nactive_file 100\n"),
+        ] {
             write(v2.join(name), text).unwrap();
         }
         assert_eq!(headroom_of_cgroup(&v2).unwrap().available_bytes, 500);
@@ -113,7 +118,11 @@ mod tests {
 
         let v1 = folder.path().join("v1");
         create_dir_all(&v1).unwrap();
-        let texts = [("memory.limit_in_bytes", "2000"), ("memory.usage_in_bytes", "1500"), ("memory.stat", "inactive_file 1\ntotal_inactive_file 700\n")];
+        let texts = [
+            ("memory.limit_in_bytes", "2000"),
+            ("memory.usage_in_bytes", "1500"),
+            ("memory.stat", "inactive_file 1\ntotal_inactive_file 700\n"),
+        ];
         for (name, text) in texts {
             write(v1.join(name), text).unwrap();
         }

@@ -96,7 +96,9 @@ impl Plan {
     /// Plans a file of `file_bytes` bytes. A file of 0 bytes has no segments.
     pub(crate) fn new(file_bytes: u64, shape: Shape) -> Plan {
         debug_assert!(shape.alignment_bytes.is_power_of_two());
-        debug_assert!(shape.segment_bytes % shape.alignment_bytes == 0 && shape.piece_bytes % shape.alignment_bytes == 0);
+        debug_assert!(
+            shape.segment_bytes.is_multiple_of(shape.alignment_bytes) && shape.piece_bytes.is_multiple_of(shape.alignment_bytes)
+        );
         let segment_bytes = match shape.layout {
             Layout::Segmented => shape.segment_bytes,
             Layout::Single => u64::MAX,
@@ -145,7 +147,12 @@ mod tests {
     const ALIGNMENT: u64 = 4096;
 
     fn shape(layout: Layout, segment_pages: u64, piece_pages: u64) -> Shape {
-        Shape { layout, segment_bytes: segment_pages * ALIGNMENT, piece_bytes: piece_pages * ALIGNMENT, alignment_bytes: ALIGNMENT }
+        Shape {
+            layout,
+            segment_bytes: segment_pages * ALIGNMENT,
+            piece_bytes: piece_pages * ALIGNMENT,
+            alignment_bytes: ALIGNMENT,
+        }
     }
 
     #[test]

@@ -121,7 +121,9 @@ mod tests {
 
     #[test]
     fn overlap_is_what_was_hidden_of_the_shorter_part() {
-        for (total, allocating, reading, expected) in [(300, 100, 200, 0.0), (200, 100, 200, 1.0), (250, 100, 200, 0.5), (5, 0, 5, 0.0)] {
+        for (total, allocating, reading, expected) in
+            [(300, 100, 200, 0.0), (200, 100, 200, 1.0), (250, 100, 200, 0.5), (5, 0, 5, 0.0)]
+        {
             assert!((report(total, allocating, reading).overlap() - expected).abs() < 1e-9);
         }
     }

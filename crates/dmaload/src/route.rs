@@ -60,9 +60,10 @@ impl FromStr for Route {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Route::ALL.into_iter().find(|route| route.name() == name).ok_or_else(|| {
-            format!("no such route: {name:?}; the routes are {}", Route::ALL.map(Route::name).join(", "))
-        })
+        Route::ALL
+            .into_iter()
+            .find(|route| route.name() == name)
+            .ok_or_else(|| format!("no such route: {name:?}; the routes are {}", Route::ALL.map(Route::name).join(", ")))
     }
 }
 
@@ -113,11 +114,15 @@ impl Attempt {
             (Attempt::SetUpRing, Errno::PERM) => Some(
                 "the sysctl kernel.io_uring_disabled or a container's seccomp profile forbids io_uring: allow io_uring_setup, io_uring_enter and io_uring_register",
             ),
-            (Attempt::SetUpRing, Errno::ACCESS) => Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy"),
-            (Attempt::SetUpRing, Errno::NOSYS) => {
-                Some("this kernel has no io_uring, or a seccomp profile hides it: Linux 5.11 or a profile that allows it is needed")
+            (Attempt::SetUpRing, Errno::ACCESS) => {
+                Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy")
             }
-            (Attempt::SetUpRing, Errno::NOMEM) => Some("the limit of locked memory is too small for a ring: raise it (ulimit -l)"),
+            (Attempt::SetUpRing, Errno::NOSYS) => Some(
+                "this kernel has no io_uring, or a seccomp profile hides it: Linux 5.11 or a profile that allows it is needed",
+            ),
+            (Attempt::SetUpRing, Errno::NOMEM) => {
+                Some("the limit of locked memory is too small for a ring: raise it (ulimit -l)")
+            }
             (Attempt::OpenDirect | Attempt::Read, Errno::INVAL | Errno::OPNOTSUPP) => {
                 Some("this file system has no O_DIRECT for this file: keep models on one that has it (ext4, xfs, btrfs)")
             }

@@ -124,7 +124,12 @@ impl AsRef<[u8]> for Segment {
 impl fmt::Debug for Segment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Inner { index, path, file_range, heap, .. } = &*self.0;
-        f.debug_struct("Segment").field("index", index).field("path", path).field("file_range", file_range).field("heap", heap).finish()
+        f.debug_struct("Segment")
+            .field("index", index)
+            .field("path", path)
+            .field("file_range", file_range)
+            .field("heap", heap)
+            .finish()
     }
 }
 
@@ -162,7 +167,9 @@ impl AsRef<[u8]> for Contiguous {
         let offset = usize::try_from(self.range.start - first.file_range().start).unwrap_or(0);
         let bytes = usize::try_from(self.range.end - self.range.start).unwrap_or(0);
         // SAFETY: `new` has checked that the range lies within the segments' bytes, and that these lie side by side in
-        // one reserved address range; each is mapped, complete and unchanging as long as it lives (see Segment).
-        unsafe { std::slice::from_raw_parts(first.0.backing.address().as_ptr().add(offset), bytes) }
+        // one reserved address range.
+        let start = unsafe { first.0.backing.address().add(offset) };
+        // SAFETY: as above; each segment is mapped, complete and unchanging as long as it lives (see `Segment::new`).
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
     }
 }

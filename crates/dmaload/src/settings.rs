@@ -184,6 +184,6 @@ mod tests {
         assert!(says(&settings, load().segment_bytes(2 << 30)).contains("at most 1 GiB"));
         assert!(says(&settings, load().chunk_bytes(4096)).contains("multiple of 64 KiB"));
         assert!(says(&settings, load().segment_bytes(256 << 20)).contains("smaller than a segment"));
-        assert!(says(&Settings { queue_depth: 0, ..settings.clone() }, load()).contains("queue depth"));
+        assert!(says(&Settings { queue_depth: 0, ..settings }, load()).contains("queue depth"));
     }
 }

@@ -192,7 +192,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let fifo = folder.path().join("fifo");
         rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        for (path, expected) in [(folder.path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")] {
+        for (path, expected) in
+            [(folder.path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")]
+        {
             let Err(Error::NotAFile { kind, .. }) = OpenFile::open(path) else { panic!("{}", path.display()) };
             assert_eq!(kind, expected);
         }

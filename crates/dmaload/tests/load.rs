@@ -97,7 +97,7 @@ async fn segments_come_in_order_and_the_image_has_the_same_ones() {
     let mut at = 0;
     while let Some(segment) = load.next().await {
         let segment = segment.unwrap();
-        assert_eq!(segment.file_range().start as usize, at);
+        assert_eq!(segment.file_range().start, at as u64);
         assert_same(segment.as_ref(), &bytes[at..at + segment.len()], "a segment");
         at += segment.len();
     }

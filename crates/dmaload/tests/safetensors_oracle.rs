@@ -40,18 +40,14 @@ fn ours(file: &[u8]) -> Result<TensorMap, ModelError> {
     };
     let first8 = file[..8].try_into().expect("sniffed, so at least 10 bytes");
     assert_eq!(parse_prefix(first8, file_bytes), Ok(header_bytes));
-    parse(
-        &file[8..8 + usize::try_from(header_bytes).unwrap()],
-        file_bytes,
-    )
+    parse(&file[8..8 + usize::try_from(header_bytes).unwrap()], file_bytes)
 }
 
 /// Checks that both read the same tensors and metadata from a file that the
 /// parser accepted.
 fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
-    let oracle = SafeTensors::deserialize(file).map_err(|error| {
-        TestCaseError::fail(format!("looser than the crate, which says: {error}"))
-    })?;
+    let oracle = SafeTensors::deserialize(file)
+        .map_err(|error| TestCaseError::fail(format!("looser than the crate, which says: {error}")))?;
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
         let info = map.get(name).expect("the crate's tensor is in the map");
@@ -66,11 +62,7 @@ fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     let (header_bytes, metadata) = SafeTensors::read_metadata(file).unwrap();
     prop_assert_eq!(map.header_bytes(), header_bytes as u64);
     let theirs = metadata.metadata().clone().unwrap_or_default();
-    let ours: HashMap<_, _> = map
-        .metadata()
-        .iter()
-        .map(|(k, v)| (k.to_owned(), v.to_owned()))
-        .collect();
+    let ours: HashMap<_, _> = map.metadata().iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
     prop_assert_eq!(map.metadata().len(), theirs.len());
     prop_assert_eq!(ours, theirs);
     Ok(())
@@ -114,10 +106,7 @@ fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
             if SafeTensors::deserialize(file).is_err() {
                 return Ok(Verdict::BothRefuse);
             }
-            prop_assert!(
-                stricter_on_purpose(&error),
-                "stricter than the crate, by {error:?}"
-            );
+            prop_assert!(stricter_on_purpose(&error), "stricter than the crate, by {error:?}");
             Ok(Verdict::OnlyWeRefuse)
         }
     }
@@ -141,16 +130,10 @@ impl Tensor {
 /// All dtypes of the crate, as its deserialiser lists them when it meets an
 /// unknown one: the enum itself can't be enumerated.
 fn oracle_dtypes() -> Vec<Dtype> {
-    let error = serde_json::from_str::<Dtype>("\"none\"")
-        .unwrap_err()
-        .to_string();
-    let (_, expected) = error
-        .split_once("expected one of")
-        .expect("a list of variants");
+    let error = serde_json::from_str::<Dtype>("\"none\"").unwrap_err().to_string();
+    let (_, expected) = error.split_once("expected one of").expect("a list of variants");
     let names = expected.split('`').skip(1).step_by(2);
-    names
-        .map(|name| serde_json::from_str(&format!("\"{name}\"")).unwrap())
-        .collect()
+    names.map(|name| serde_json::from_str(&format!("\"{name}\"")).unwrap()).collect()
 }
 
 fn any_tensor() -> impl Strategy<Value = Tensor> {
@@ -164,8 +147,7 @@ fn any_tensor() -> impl Strategy<Value = Tensor> {
 }
 
 fn any_tensors() -> impl Strategy<Value = BTreeMap<String, Tensor>> {
-    let name = prop_oneof![4 => "[a-d]{1,2}", 1 => any::<String>()]
-        .prop_filter("reserved", |name| name != "__metadata__");
+    let name = prop_oneof![4 => "[a-d]{1,2}", 1 => any::<String>()].prop_filter("reserved", |name| name != "__metadata__");
     btree_map(name, any_tensor(), 0..6)
 }
 
@@ -175,10 +157,7 @@ fn any_metadata() -> impl Strategy<Value = Option<BTreeMap<String, String>>> {
 }
 
 /// A file as the crate writes it.
-fn serialized(
-    tensors: &BTreeMap<String, Tensor>,
-    metadata: Option<BTreeMap<String, String>>,
-) -> Vec<u8> {
+fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<String, String>>) -> Vec<u8> {
     // Crate 0.8 writes `{}"__metadata__":{}` for no tensors and empty metadata,
     // and then refuses that itself.
     let metadata = metadata.filter(|pairs| !pairs.is_empty() || !tensors.is_empty());
@@ -206,24 +185,11 @@ struct Style {
 fn any_style() -> impl Strategy<Value = Style> {
     (
         (vec(any::<u32>(), 6), vec(any::<u32>(), 6), 0..3_usize),
-        (
-            0..20_usize,
-            select(vec!["", " ", "\n\t", "\r\n"]),
-            any::<bool>(),
-            any::<bool>(),
-        ),
+        (0..20_usize, select(vec!["", " ", "\n\t", "\r\n"]), any::<bool>(), any::<bool>()),
     )
         .prop_map(|((data_order, entry_order, key_rotation), rest)| {
             let (padding, whitespace, metadata_first, null_metadata) = rest;
-            Style {
-                data_order,
-                entry_order,
-                key_rotation,
-                padding,
-                whitespace,
-                metadata_first,
-                null_metadata,
-            }
+            Style { data_order, entry_order, key_rotation, padding, whitespace, metadata_first, null_metadata }
         })
 }
 
@@ -232,11 +198,7 @@ fn quoted(text: &str) -> String {
 }
 
 /// A file built by hand: entries and keys in any order, odd whitespace, any padding.
-fn hand_built(
-    tensors: &BTreeMap<String, Tensor>,
-    metadata: Option<&BTreeMap<String, String>>,
-    style: &Style,
-) -> Vec<u8> {
+fn hand_built(tensors: &BTreeMap<String, Tensor>, metadata: Option<&BTreeMap<String, String>>, style: &Style) -> Vec<u8> {
     let mut placed: Vec<_> = tensors.iter().zip(&style.data_order).collect();
     placed.sort_by_key(|&(_, order)| order);
     let mut end = 0;
@@ -266,25 +228,17 @@ fn entry(name: &str, tensor: &Tensor, begin: usize, end: usize, style: &Style) -
         format!("\"data_offsets\":[{space}{begin}{space},{end}]"),
     ];
     keys.rotate_left(style.key_rotation);
-    format!(
-        "{}{space}:{{{space}{}{space}}}",
-        quoted(name),
-        keys.join(",")
-    )
+    format!("{}{space}:{{{space}{}{space}}}", quoted(name), keys.join(","))
 }
 
 fn metadata_item(metadata: Option<&BTreeMap<String, String>>, style: &Style) -> Option<String> {
     let pairs = match metadata {
         Some(metadata) => metadata.iter(),
         None => {
-            return style
-                .null_metadata
-                .then(|| "\"__metadata__\":null".to_owned());
+            return style.null_metadata.then(|| "\"__metadata__\":null".to_owned());
         }
     };
-    let pairs: Vec<_> = pairs
-        .map(|(key, value)| format!("{}:{}", quoted(key), quoted(value)))
-        .collect();
+    let pairs: Vec<_> = pairs.map(|(key, value)| format!("{}:{}", quoted(key), quoted(value))).collect();
     Some(format!("\"__metadata__\":{{{}}}", pairs.join(",")))
 }
 
@@ -297,12 +251,10 @@ fn framed(header: &str, data_bytes: usize) -> Vec<u8> {
 }
 
 fn any_file() -> impl Strategy<Value = Vec<u8>> {
-    (any_tensors(), any_metadata(), option::of(any_style())).prop_map(
-        |(tensors, metadata, style)| match style {
-            Some(style) => hand_built(&tensors, metadata.as_ref(), &style),
-            None => serialized(&tensors, metadata),
-        },
-    )
+    (any_tensors(), any_metadata(), option::of(any_style())).prop_map(|(tensors, metadata, style)| match style {
+        Some(style) => hand_built(&tensors, metadata.as_ref(), &style),
+        None => serialized(&tensors, metadata),
+    })
 }
 
 #[test]
@@ -487,10 +439,7 @@ impl Damage {
         match self {
             Self::CutFromHeader(at, count) => {
                 let at = boundary(header, *at);
-                let end = header[at..]
-                    .char_indices()
-                    .nth(*count)
-                    .map_or(header.len(), |(i, _)| at + i);
+                let end = header[at..].char_indices().nth(*count).map_or(header.len(), |(i, _)| at + i);
                 header.replace_range(at..end, "");
             }
             // Commas and braces are where an insertion most often leaves valid JSON.
@@ -507,18 +456,13 @@ impl Damage {
             Self::SwapNumbers(a, b) if !numbers.is_empty() => {
                 let (a, b) = (a.get(&numbers).clone(), b.get(&numbers).clone());
                 let (first, second) = if a.start <= b.start { (a, b) } else { (b, a) };
-                let (one, other) = (
-                    header[first.clone()].to_owned(),
-                    header[second.clone()].to_owned(),
-                );
+                let (one, other) = (header[first.clone()].to_owned(), header[second.clone()].to_owned());
                 header.replace_range(second, &one);
                 header.replace_range(first, &other);
             }
             Self::RepeatMember(from, to) => {
                 let from = joint(header, *from);
-                let end = header[from..]
-                    .find(['}', ']'])
-                    .map_or(header.len(), |i| from + i + 1);
+                let end = header[from..].find(['}', ']']).map_or(header.len(), |i| from + i + 1);
                 let member = format!("{},", header[from..end].trim_end_matches(','));
                 header.insert_str(joint(header, *to), &member);
             }
@@ -527,9 +471,7 @@ impl Damage {
                 let Some(from) = (!entries.is_empty()).then(|| at.get(&entries)) else {
                     return;
                 };
-                let end = header[*from..]
-                    .find('}')
-                    .map_or(header.len(), |i| from + i + 1);
+                let end = header[*from..].find('}').map_or(header.len(), |i| from + i + 1);
                 let alias = format!("\"alias\":{},", &header[*from..end]);
                 header.insert_str(1.min(header.len()), &alias);
             }
@@ -542,11 +484,7 @@ impl Damage {
 /// The runs of digits in a header.
 fn digits(header: &str) -> Vec<std::ops::Range<usize>> {
     let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
-    for (at, _) in header
-        .bytes()
-        .enumerate()
-        .filter(|(_, byte)| byte.is_ascii_digit())
-    {
+    for (at, _) in header.bytes().enumerate().filter(|(_, byte)| byte.is_ascii_digit()) {
         match runs.last_mut() {
             Some(run) if run.end == at => run.end += 1,
             _ => runs.push(at..at + 1),
@@ -557,49 +495,32 @@ fn digits(header: &str) -> Vec<std::ops::Range<usize>> {
 
 /// Some place between two characters.
 fn boundary(header: &str, at: Index) -> usize {
-    (0..=at.index(header.len() + 1))
-        .rev()
-        .find(|&i| header.is_char_boundary(i))
-        .unwrap_or(0)
+    (0..=at.index(header.len() + 1)).rev().find(|&i| header.is_char_boundary(i)).unwrap_or(0)
 }
 
 /// Some place after a comma or an opening brace, or any place if there is none.
 fn joint(header: &str, at: Index) -> usize {
-    let joints: Vec<_> = header
-        .match_indices([',', '{', '['])
-        .map(|(i, _)| i + 1)
-        .collect();
-    if joints.is_empty() {
-        boundary(header, at)
-    } else {
-        *at.get(&joints)
-    }
+    let joints: Vec<_> = header.match_indices([',', '{', '[']).map(|(i, _)| i + 1).collect();
+    if joints.is_empty() { boundary(header, at) } else { *at.get(&joints) }
 }
 
 #[test]
 fn damaged_files_are_never_read_more_loosely_or_differently() {
-    let config = ProptestConfig {
-        cases: MUTANTS,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    };
+    let config = ProptestConfig { cases: MUTANTS, failure_persistence: None, ..ProptestConfig::default() };
     // A fixed seed: the counts below must not depend on the day.
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let counts = Cell::new([0_u32; 3]);
     TestRunner::new_with_rng(config, rng)
-        .run(
-            &(any_file(), vec(any_damage(), 1..3)),
-            |(mut file, damages)| {
-                for damage in &damages {
-                    damage.apply(&mut file);
-                }
-                let verdict = compare(&file)?;
-                let mut now = counts.get();
-                now[verdict as usize] += 1;
-                counts.set(now);
-                Ok(())
-            },
-        )
+        .run(&(any_file(), vec(any_damage(), 1..3)), |(mut file, damages)| {
+            for damage in &damages {
+                damage.apply(&mut file);
+            }
+            let verdict = compare(&file)?;
+            let mut now = counts.get();
+            now[verdict as usize] += 1;
+            counts.set(now);
+            Ok(())
+        })
         .unwrap();
 
     // The comparison says nothing unless each verdict comes often.
@@ -623,11 +544,7 @@ fn each_known_difference_is_one() {
         format!(r#"{{"t":{{"dtype":"U8","shape":[0,{ones}],"data_offsets":[0,0]}}}}"#),
     ];
     for header in headers {
-        assert_eq!(
-            compare(&framed(&header, 0)).unwrap(),
-            Verdict::OnlyWeRefuse,
-            "{header}"
-        );
+        assert_eq!(compare(&framed(&header, 0)).unwrap(), Verdict::OnlyWeRefuse, "{header}");
     }
 }
 
@@ -653,22 +570,11 @@ fn two_hundred_thousand_tensors() {
     let start = Instant::now();
     let map = ours(&file).unwrap();
     let parsed = start.elapsed();
-    assert!(
-        map.iter()
-            .all(|tensor| map.get(&tensor.name) == Some(tensor))
-    );
-    println!(
-        "{} header bytes: parsed in {parsed:?}, with all look-ups {:?}",
-        header.len(),
-        start.elapsed()
-    );
+    assert!(map.iter().all(|tensor| map.get(&tensor.name) == Some(tensor)));
+    println!("{} header bytes: parsed in {parsed:?}, with all look-ups {:?}", header.len(), start.elapsed());
 
     assert_eq!(map.len(), COUNT);
-    assert!(
-        map.iter()
-            .zip(map.iter().skip(1))
-            .all(|(a, b)| a.file_range.end == b.file_range.start)
-    );
+    assert!(map.iter().zip(map.iter().skip(1)).all(|(a, b)| a.file_range.end == b.file_range.start));
     agree(&map, &file).unwrap();
     // Far above what a slow machine needs unoptimised, far below anything quadratic.
     assert!(parsed < Duration::from_mins(1), "{parsed:?}");

@@ -84,9 +84,17 @@ impl Engine {
             let Some(headroom) = headroom() else { return Ok(()) };
             if headroom.available_bytes < wanted_bytes {
                 let available_bytes = headroom.available_bytes;
-                return Err(Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit: headroom.limit });
+                return Err(Error::OutOfMemory {
+                    heap: self.heap.name().into_owned(),
+                    wanted_bytes,
+                    available_bytes,
+                    limit: headroom.limit,
+                });
             }
-            *allowance = Allowance { bytes: headroom.available_bytes.min(ALLOWANCE_BYTES.max(wanted_bytes)), until: Some(now + ALLOWANCE_TIME) };
+            *allowance = Allowance {
+                bytes: headroom.available_bytes.min(ALLOWANCE_BYTES.max(wanted_bytes)),
+                until: Some(now + ALLOWANCE_TIME),
+            };
         }
         allowance.bytes -= wanted_bytes;
         Ok(())

@@ -99,7 +99,9 @@ impl Guard {
     /// [`Error::Config`]; [`Error::File`]-like refusals of threads and descriptors as [`Error::Ring`].
     pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>) -> Result<Arc<Self>> {
         settings.check(&settings.load)?;
-        let no_thread = |error: io::Error| Error::Ring { errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::AGAIN) };
+        let no_thread = |error: io::Error| Error::Ring {
+            errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::AGAIN),
+        };
         let engine = Arc::new(Engine {
             heap,
             reaper: Reaper::start().map_err(no_thread)?,
@@ -119,7 +121,9 @@ impl Guard {
         });
         // From here on whatever fails ends the threads that were started: the guard is dropped.
         let guard = Arc::new(Guard { engine: Arc::clone(&engine) });
-        engine.counted(|| engine.ring.start(engine.settings.queue_depth, Instant::now(), Arc::clone(&engine))).map_err(no_thread)?;
+        engine
+            .counted(|| engine.ring.start(engine.settings.queue_depth, Instant::now(), Arc::clone(&engine)))
+            .map_err(no_thread)?;
         for number in 0..engine.settings.allocator_threads.max(1) {
             let own = Arc::clone(&engine);
             let builder = thread::Builder::new().name(format!("dmaload-alloc-{number}"));

@@ -82,7 +82,11 @@ fn plan_file(load: &LoadShared, index: usize, path: &Path) -> Result<(FilePlan, 
     };
     let plan = Plan::new(file.identity.bytes, shape);
     let memory_bytes = usize::try_from(plan.memory_bytes()).unwrap_or(usize::MAX);
-    let range = if memory_bytes == 0 { None } else { Some(AddressRange::reserve(memory_bytes).map_err(|error| load.memory_error(error))?) };
+    let range = if memory_bytes == 0 {
+        None
+    } else {
+        Some(AddressRange::reserve(memory_bytes).map_err(|error| load.memory_error(error))?)
+    };
     let (identity, alignment_bytes) = (file.identity, file.alignment_bytes);
     Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, open: Some(file) }, fallback))
 }

@@ -304,7 +304,9 @@ impl LoadShared {
         let path = |file: usize| self.paths.get(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
             Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
-            Failure::Refused { file, offset, route, attempt, errno } => Error::Refused { path: path(file), offset, route, attempt, errno },
+            Failure::Refused { file, offset, route, attempt, errno } => {
+                Error::Refused { path: path(file), offset, route, attempt, errno }
+            }
             Failure::Kernel { errno } => Error::Ring { errno },
             Failure::Ended { file, offset, route } => {
                 let planned_bytes = self.state().files.get(file).map_or(0, |file| file.planned.identity.bytes);

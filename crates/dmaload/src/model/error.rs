@@ -19,9 +19,7 @@ use super::safetensors::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[non_exhaustive]
 pub enum ModelError {
     /// The file is shorter than the smallest safetensors file.
-    #[error(
-        "the file has {file_bytes} bytes; the smallest safetensors file has 10 (an 8-byte length and \"{{}}\")"
-    )]
+    #[error("the file has {file_bytes} bytes; the smallest safetensors file has 10 (an 8-byte length and \"{{}}\")")]
     FileTooShort {
         /// The length of the file.
         file_bytes: u64,
@@ -35,9 +33,7 @@ pub enum ModelError {
     },
 
     /// The length prefix leaves no room for any JSON object.
-    #[error(
-        "the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2"
-    )]
+    #[error("the header's declared length is {header_bytes} bytes; the shortest header, \"{{}}\", has 2")]
     HeaderTooSmall {
         /// The declared length of the JSON header.
         header_bytes: u64,
@@ -365,9 +361,7 @@ mod tests {
     #[test]
     fn messages_disarm_and_shorten_names_from_the_file() {
         let name = format!("\u{1b}[2J{}", "ä".repeat(10_000));
-        let error = ModelError::DuplicateTensor {
-            tensor: name.clone(),
-        };
+        let error = ModelError::DuplicateTensor { tensor: name.clone() };
         let message = error.to_string();
         assert!(!message.contains('\u{1b}'), "{message}");
         assert!(message.contains("(20004 bytes)"), "{message}");
@@ -377,25 +371,14 @@ mod tests {
 
     #[test]
     fn a_message_says_what_was_found_and_what_was_expected() {
-        let error = ModelError::WrongLength {
-            tensor: "w".into(),
-            dtype: DType::BF16,
-            shape: vec![2, 3],
-            expected: 12,
-            found: 10,
-        };
-        assert_eq!(
-            error.to_string(),
-            r#"tensor "w": "data_offsets" cover 10 bytes, but shape [2, 3] of BF16 needs 12"#
-        );
+        let error =
+            ModelError::WrongLength { tensor: "w".into(), dtype: DType::BF16, shape: vec![2, 3], expected: 12, found: 10 };
+        assert_eq!(error.to_string(), r#"tensor "w": "data_offsets" cover 10 bytes, but shape [2, 3] of BF16 needs 12"#);
     }
 
     #[test]
     fn reasons_are_cut_between_characters() {
         assert_eq!(shorten("short".into()), "short");
-        assert_eq!(
-            shorten("ä".repeat(1000)).chars().count(),
-            2 * SHOWN_CHARS + 1
-        );
+        assert_eq!(shorten("ä".repeat(1000)).chars().count(), 2 * SHOWN_CHARS + 1);
     }
 }

@@ -34,23 +34,13 @@ pub struct TensorMap {
 impl TensorMap {
     /// Takes tensors in any order, and puts them into file order. Two of the
     /// same name are an error, which holds the name.
-    pub(super) fn new(
-        mut tensors: Vec<TensorInfo>,
-        metadata: Metadata,
-        header_bytes: u64,
-    ) -> Result<Self, String> {
+    pub(super) fn new(mut tensors: Vec<TensorInfo>, metadata: Metadata, header_bytes: u64) -> Result<Self, String> {
         // An unstable sort needs no second copy of a hostile list; the name
         // makes the order total, so that it does not show.
         tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
         tensors.shrink_to_fit();
-        let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name)
-            .map_err(|duplicate| tensors[duplicate].name.clone())?;
-        Ok(Self {
-            tensors,
-            by_name,
-            metadata,
-            header_bytes,
-        })
+        let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name).map_err(|duplicate| tensors[duplicate].name.clone())?;
+        Ok(Self { tensors, by_name, metadata, header_bytes })
     }
 
     /// The tensor of that name.
@@ -117,8 +107,7 @@ impl Metadata {
     pub(super) fn new(mut pairs: Pairs) -> Result<Self, String> {
         pairs.text.shrink_to_fit();
         pairs.ends.shrink_to_fit();
-        let by_key = NameIndex::new(pairs.len(), |i| pairs.key(i))
-            .map_err(|duplicate| pairs.key(duplicate).to_owned())?;
+        let by_key = NameIndex::new(pairs.len(), |i| pairs.key(i)).map_err(|duplicate| pairs.key(duplicate).to_owned())?;
         Ok(Self { pairs, by_key })
     }
 
@@ -167,17 +156,13 @@ impl Pairs {
     /// Appends a string: a key, then its value, then the next key.
     pub(super) fn push(&mut self, string: &str) {
         self.text.push_str(string);
-        let end =
-            u32::try_from(self.text.len()).expect("unescaped text is no longer than its header");
+        let end = u32::try_from(self.text.len()).expect("unescaped text is no longer than its header");
         self.ends.push(end);
     }
 
     /// The last string pushed.
     pub(super) fn last(&self) -> &str {
-        self.ends
-            .len()
-            .checked_sub(1)
-            .map_or("", |last| self.string(last))
+        self.ends.len().checked_sub(1).map_or("", |last| self.string(last))
     }
 
     fn len(&self) -> usize {
@@ -193,9 +178,7 @@ impl Pairs {
     }
 
     fn string(&self, position: usize) -> &str {
-        let begin = position
-            .checked_sub(1)
-            .map_or(0, |before| self.ends[before]);
+        let begin = position.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.text[begin as usize..self.ends[position] as usize]
     }
 }
@@ -212,20 +195,14 @@ impl NameIndex {
     fn new<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Self, usize> {
         let mut order: Vec<u32> = (0..).take(count).collect();
         order.sort_unstable_by_key(|&i| name(i as usize));
-        match order
-            .windows(2)
-            .find(|pair| name(pair[0] as usize) == name(pair[1] as usize))
-        {
+        match order.windows(2).find(|pair| name(pair[0] as usize) == name(pair[1] as usize)) {
             Some(pair) => Err(pair[0] as usize),
             None => Ok(Self(order)),
         }
     }
 
     fn find<'a>(&self, wanted: &str, name: impl Fn(usize) -> &'a str) -> Option<usize> {
-        let found = self
-            .0
-            .binary_search_by(|&i| name(i as usize).cmp(wanted))
-            .ok()?;
+        let found = self.0.binary_search_by(|&i| name(i as usize).cmp(wanted)).ok()?;
         Some(self.0[found] as usize)
     }
 }
@@ -236,22 +213,12 @@ mod tests {
 
     fn tensor(name: &str, file_range: Range<u64>) -> TensorInfo {
         let shape = vec![file_range.end - file_range.start];
-        TensorInfo {
-            name: name.into(),
-            dtype: DType::U8,
-            shape,
-            file_range,
-        }
+        TensorInfo { name: name.into(), dtype: DType::U8, shape, file_range }
     }
 
     #[test]
     fn tensors_are_in_file_order_and_found_by_name() {
-        let tensors = vec![
-            tensor("b", 4..4),
-            tensor("c", 4..8),
-            tensor("z", 0..4),
-            tensor("a", 4..4),
-        ];
+        let tensors = vec![tensor("b", 4..4), tensor("c", 4..8), tensor("z", 0..4), tensor("a", 4..4)];
         let map = TensorMap::new(tensors, Metadata::default(), 2).unwrap();
         let names: Vec<_> = map.iter().map(|t| t.name.as_str()).collect();
         assert_eq!(names, ["z", "a", "b", "c"]);
@@ -265,10 +232,7 @@ mod tests {
     #[test]
     fn a_duplicate_is_named() {
         let tensors = vec![tensor("b", 4..5), tensor("a", 0..4), tensor("b", 5..6)];
-        assert_eq!(
-            TensorMap::new(tensors, Metadata::default(), 2),
-            Err("b".into())
-        );
+        assert_eq!(TensorMap::new(tensors, Metadata::default(), 2), Err("b".into()));
     }
 
     #[test]
@@ -280,10 +244,7 @@ mod tests {
             assert_eq!(pairs.last(), string);
         }
         let metadata = Metadata::new(pairs).unwrap();
-        assert_eq!(
-            metadata.iter().collect::<Vec<_>>(),
-            [("z", "1"), ("", "ä"), ("a", "")]
-        );
+        assert_eq!(metadata.iter().collect::<Vec<_>>(), [("z", "1"), ("", "ä"), ("a", "")]);
         assert_eq!(metadata.get(""), Some("ä"));
         assert_eq!(metadata.get("a"), Some(""));
         assert_eq!(metadata.get("1"), None);

@@ -92,9 +92,7 @@ pub enum Sniff {
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     match look(first, file_bytes) {
         Ok(header_bytes) => Sniff::Safetensors { header_bytes },
-        Err(error) if named_safetensors || speaks_for_safetensors(&error) => {
-            Sniff::Broken { error }
-        }
+        Err(error) if named_safetensors || speaks_for_safetensors(&error) => Sniff::Broken { error },
         Err(why) => Sniff::Not { why },
     }
 }
@@ -103,10 +101,7 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
 /// file's name.
 fn speaks_for_safetensors(error: &ModelError) -> bool {
     // Too few bytes from the caller say nothing about the file, so "raw" would be a guess.
-    matches!(
-        error,
-        ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. }
-    )
+    matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 
 /// The length of the header of a file that looks like safetensors.
@@ -149,12 +144,7 @@ fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
     if header_bytes > HEADER_LIMIT_BYTES {
         return Err(ModelError::HeaderTooLarge { header_bytes });
     }
-    file_bytes
-        .checked_sub(PREFIX_BYTES + header_bytes)
-        .ok_or(ModelError::HeaderPastEnd {
-            header_bytes,
-            file_bytes,
-        })
+    file_bytes.checked_sub(PREFIX_BYTES + header_bytes).ok_or(ModelError::HeaderPastEnd { header_bytes, file_bytes })
 }
 
 /// Reads and checks a header, and places its tensors in the file.
@@ -185,9 +175,7 @@ fn text(header: &[u8]) -> Result<&str, ModelError> {
         Some(&found) => return Err(ModelError::NotAnObject { found }),
         None => return Err(ModelError::HeaderTooSmall { header_bytes: 0 }),
     }
-    str::from_utf8(header).map_err(|error| ModelError::InvalidUtf8 {
-        offset: error.valid_up_to(),
-    })
+    str::from_utf8(header).map_err(|error| ModelError::InvalidUtf8 { offset: error.valid_up_to() })
 }
 
 /// Checks that tensors in file order cover the data from its first byte to its
@@ -198,11 +186,7 @@ fn check_cover(map: &TensorMap, data_begin: u64, file_bytes: u64) -> Result<(), 
     for tensor in map {
         let begin = tensor.file_range.start;
         if begin > covered {
-            return Err(ModelError::Hole {
-                begin: covered,
-                end: begin,
-                before: tensor.name.clone(),
-            });
+            return Err(ModelError::Hole { begin: covered, end: begin, before: tensor.name.clone() });
         }
         if let Some(first) = before.filter(|_| begin < covered) {
             return Err(overlap(first, tensor));
@@ -211,10 +195,7 @@ fn check_cover(map: &TensorMap, data_begin: u64, file_bytes: u64) -> Result<(), 
         before = Some(tensor);
     }
     if covered < file_bytes {
-        return Err(ModelError::TrailingBytes {
-            data_end: covered,
-            file_bytes,
-        });
+        return Err(ModelError::TrailingBytes { data_end: covered, file_bytes });
     }
     Ok(())
 }

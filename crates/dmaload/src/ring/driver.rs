@@ -506,8 +506,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let Some(mut entry) = self.pieces.remove(token) else { return };
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
-        // SAFETY: the tail is within the buffer, which is valid for writes, and no read into it is in flight.
-        unsafe { entry.buffer.address().add(tail.start).write_bytes(0, tail.len()) };
+        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its buffer.
+        let after = unsafe { entry.buffer.address().add(tail.start) };
+        // SAFETY: from there to the buffer's end it is valid for writes, and no read into it is in flight.
+        unsafe { after.write_bytes(0, tail.len()) };
         self.unregister(&mut entry);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;

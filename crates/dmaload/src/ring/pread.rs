@@ -109,7 +109,8 @@ fn run(shared: &Shared) {
         drop(queues);
         // SAFETY: the driver keeps this memory until the completion is reaped, lets nobody else look at it or write
         // to it meanwhile, and MaybeUninit<u8> has no invalid bytes.
-        let buffer = unsafe { std::slice::from_raw_parts_mut(job.read.address.cast::<MaybeUninit<u8>>().as_ptr(), job.read.bytes) };
+        let buffer =
+            unsafe { std::slice::from_raw_parts_mut(job.read.address.cast::<MaybeUninit<u8>>().as_ptr(), job.read.bytes) };
         let file = job.file.descriptor(job.read.route);
         let result = rustix::io::pread(file, buffer, job.read.offset).map(|(read, _)| read.len());
         let token = job.read.token;

@@ -21,7 +21,7 @@ impl Token {
     }
 
     fn index(self) -> usize {
-        (self.0 & u64::from(u32::MAX)) as usize
+        usize::try_from(self.0 & u64::from(u32::MAX)).unwrap_or(usize::MAX)
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the integration tests share: files of known random bytes, on a real disk.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 use std::fs;
 use std::io::Write;

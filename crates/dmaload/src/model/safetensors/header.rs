@@ -47,12 +47,8 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
         return Err(ModelError::BytesAfterJson { offset, found });
     }
 
-    let metadata = Metadata::new(reader.metadata.unwrap_or_default())
-        .map_err(|key| ModelError::DuplicateMetadataKey { key })?;
-    Ok(Contents {
-        tensors: reader.tensors,
-        metadata,
-    })
+    let metadata = Metadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
+    Ok(Contents { tensors: reader.tensors, metadata })
 }
 
 /// Where padding that JSON allows, but the format does not, first is something
@@ -80,14 +76,9 @@ struct Reader {
 /// Which value was being read when an error came from `serde_json`.
 enum Place {
     Header,
-    Tensor {
-        tensor: String,
-        key: Option<&'static str>,
-    },
+    Tensor { tensor: String, key: Option<&'static str> },
     Metadata,
-    MetadataValue {
-        key: String,
-    },
+    MetadataValue { key: String },
 }
 
 impl Reader {
@@ -120,18 +111,9 @@ impl Reader {
         }
         let (offset, reason) = (offset(error, json), reason(error));
         match (error.classify(), self.place) {
-            (Category::Data, Place::Tensor { tensor, key }) => ModelError::WrongType {
-                tensor,
-                key,
-                offset,
-                reason,
-            },
+            (Category::Data, Place::Tensor { tensor, key }) => ModelError::WrongType { tensor, key, offset, reason },
             (Category::Data, Place::Metadata) => ModelError::MetadataNotObject { offset, reason },
-            (Category::Data, Place::MetadataValue { key }) => ModelError::MetadataNotString {
-                key,
-                offset,
-                reason,
-            },
+            (Category::Data, Place::MetadataValue { key }) => ModelError::MetadataNotString { key, offset, reason },
             _ => ModelError::NotJson { offset, reason },
         }
     }
@@ -141,25 +123,15 @@ impl Reader {
             return Err(self.refuse(ModelError::DuplicateMetadata));
         }
         self.place = Place::Metadata;
-        let pairs = header.next_value_seed(MetadataSeed {
-            place: &mut self.place,
-        })?;
+        let pairs = header.next_value_seed(MetadataSeed { place: &mut self.place })?;
         self.place = Place::Header;
         self.metadata = Some(pairs);
         Ok(())
     }
 
-    fn read_tensor<'de, A: MapAccess<'de>>(
-        &mut self,
-        name: String,
-        header: &mut A,
-    ) -> Result<(), A::Error> {
+    fn read_tensor<'de, A: MapAccess<'de>>(&mut self, name: String, header: &mut A) -> Result<(), A::Error> {
         let mut key = None;
-        let seed = EntrySeed {
-            reader: self,
-            tensor: &name,
-            key: &mut key,
-        };
+        let seed = EntrySeed { reader: self, tensor: &name, key: &mut key };
         let entry = match header.next_value_seed(seed) {
             Ok(entry) => entry,
             Err(error) => {
@@ -196,9 +168,7 @@ impl<'de> Visitor<'de> for &mut Reader {
 
 /// How many bytes of `json` had been read when `error` came.
 fn offset(error: &serde_json::Error, json: &str) -> usize {
-    let lines_before = json
-        .split_inclusive('\n')
-        .take(error.line().saturating_sub(1));
+    let lines_before = json.split_inclusive('\n').take(error.line().saturating_sub(1));
     let read = lines_before.map(str::len).sum::<usize>() + error.column();
     read.min(json.len())
 }
@@ -245,9 +215,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
         let mut pairs = Pairs::default();
         while map.next_key_seed(PushString(&mut pairs))?.is_some() {
             if let Err(error) = map.next_value_seed(PushString(&mut pairs)) {
-                *self.place = Place::MetadataValue {
-                    key: pairs.last().to_owned(),
-                };
+                *self.place = Place::MetadataValue { key: pairs.last().to_owned() };
                 return Err(error);
             }
         }
@@ -290,69 +258,34 @@ struct Entry {
 impl Entry {
     /// The tensor of that name and entry in its file, if its bytes are within
     /// the data and as many as its type and shape need.
-    fn place(
-        self,
-        name: String,
-        data_begin: u64,
-        data_bytes: u64,
-    ) -> Result<TensorInfo, ModelError> {
+    fn place(self, name: String, data_begin: u64, data_bytes: u64) -> Result<TensorInfo, ModelError> {
         let Self { begin, end, .. } = self;
         if begin > end {
-            return Err(ModelError::OffsetsReversed {
-                tensor: name,
-                begin,
-                end,
-            });
+            return Err(ModelError::OffsetsReversed { tensor: name, begin, end });
         }
         if end > data_bytes {
-            return Err(ModelError::PastEnd {
-                tensor: name,
-                end,
-                data_bytes,
-            });
+            return Err(ModelError::PastEnd { tensor: name, end, data_bytes });
         }
         let Self { dtype, shape, .. } = self;
         let Some(bits) = bits(dtype, &shape) else {
-            return Err(ModelError::ShapeOverflow {
-                tensor: name,
-                dtype,
-                shape,
-            });
+            return Err(ModelError::ShapeOverflow { tensor: name, dtype, shape });
         };
         if !bits.is_multiple_of(8) {
-            return Err(ModelError::PartialByte {
-                tensor: name,
-                dtype,
-                shape,
-                bits,
-            });
+            return Err(ModelError::PartialByte { tensor: name, dtype, shape, bits });
         }
         let (expected, found) = (bits / 8, end - begin);
         if expected != found {
-            return Err(ModelError::WrongLength {
-                tensor: name,
-                dtype,
-                shape,
-                expected,
-                found,
-            });
+            return Err(ModelError::WrongLength { tensor: name, dtype, shape, expected, found });
         }
         let file_range = data_begin + begin..data_begin + end;
-        Ok(TensorInfo {
-            name,
-            dtype,
-            shape,
-            file_range,
-        })
+        Ok(TensorInfo { name, dtype, shape, file_range })
     }
 }
 
 /// The bits of a tensor, or `None` if they overflow. As in the crate, an
 /// overflow before a zero dimension counts.
 fn bits(dtype: DType, shape: &[u64]) -> Option<u64> {
-    let elements = shape
-        .iter()
-        .try_fold(1_u64, |product, &dim| product.checked_mul(dim))?;
+    let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim))?;
     elements.checked_mul(dtype.bits())
 }
 
@@ -373,17 +306,9 @@ struct Draft {
 }
 
 impl EntrySeed<'_> {
-    fn read_value<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: Key,
-        entry: &mut A,
-        draft: &mut Draft,
-    ) -> Result<(), A::Error> {
+    fn read_value<'de, A: MapAccess<'de>>(&mut self, key: Key, entry: &mut A, draft: &mut Draft) -> Result<(), A::Error> {
         if draft.has(key) {
-            return Err(self.refuse(|tensor| ModelError::DuplicateKey {
-                tensor,
-                key: key.name(),
-            }));
+            return Err(self.refuse(|tensor| ModelError::DuplicateKey { tensor, key: key.name() }));
         }
         *self.key = Some(key.name());
         match key {
@@ -403,24 +328,11 @@ impl EntrySeed<'_> {
 
     fn read_dtype<'de, A: MapAccess<'de>>(&mut self, entry: &mut A) -> Result<DType, A::Error> {
         let name = entry.next_value_seed(Text("the name of a dtype"))?;
-        DType::parse(&name).ok_or_else(|| {
-            self.refuse(|tensor| ModelError::UnknownDType {
-                tensor,
-                found: name.into_owned(),
-            })
-        })
+        DType::parse(&name).ok_or_else(|| self.refuse(|tensor| ModelError::UnknownDType { tensor, found: name.into_owned() }))
     }
 
-    fn read_numbers<'de, A: MapAccess<'de>>(
-        &mut self,
-        key: Key,
-        entry: &mut A,
-    ) -> Result<(), A::Error> {
-        entry.next_value_seed(NumbersSeed {
-            reader: self.reader,
-            tensor: self.tensor,
-            key,
-        })
+    fn read_numbers<'de, A: MapAccess<'de>>(&mut self, key: Key, entry: &mut A) -> Result<(), A::Error> {
+        entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
     }
 
     fn begin_and_end<E: Error>(&mut self) -> Result<(u64, u64), E> {
@@ -452,12 +364,7 @@ impl Draft {
         let dtype = self.dtype.ok_or(Key::DType)?;
         let shape = self.shape.ok_or(Key::Shape)?;
         let (begin, end) = self.offsets.ok_or(Key::DataOffsets)?;
-        Ok(Entry {
-            dtype,
-            shape,
-            begin,
-            end,
-        })
+        Ok(Entry { dtype, shape, begin, end })
     }
 }
 
@@ -485,12 +392,7 @@ impl<'de> Visitor<'de> for EntrySeed<'_> {
             };
             self.read_value(key, &mut entry, &mut draft)?;
         }
-        draft.finish().map_err(|key| {
-            self.refuse(|tensor| ModelError::MissingKey {
-                tensor,
-                key: key.name(),
-            })
-        })
+        draft.finish().map_err(|key| self.refuse(|tensor| ModelError::MissingKey { tensor, key: key.name() }))
     }
 }
 
@@ -504,9 +406,7 @@ enum Key {
 
 impl Key {
     fn parse(name: &str) -> Option<Self> {
-        [Self::DType, Self::Shape, Self::DataOffsets]
-            .into_iter()
-            .find(|key| key.name() == name)
+        [Self::DType, Self::Shape, Self::DataOffsets].into_iter().find(|key| key.name() == name)
     }
 
     const fn name(self) -> &'static str {
@@ -559,18 +459,9 @@ impl NumbersSeed<'_> {
         let tensor = || self.tensor.to_owned();
         let numbers = &mut self.reader.numbers;
         let fault = match (number, self.key) {
-            (Number::Other(found), key) => ModelError::BadNumber {
-                tensor: tensor(),
-                key: key.name(),
-                found,
-            },
-            (_, Key::Shape) if numbers.len() == RANK_LIMIT => {
-                ModelError::RankTooLarge { tensor: tensor() }
-            }
-            (_, Key::DataOffsets) if numbers.len() == 2 => ModelError::OffsetCount {
-                tensor: tensor(),
-                found: 3,
-            },
+            (Number::Other(found), key) => ModelError::BadNumber { tensor: tensor(), key: key.name(), found },
+            (_, Key::Shape) if numbers.len() == RANK_LIMIT => ModelError::RankTooLarge { tensor: tensor() },
+            (_, Key::DataOffsets) if numbers.len() == 2 => ModelError::OffsetCount { tensor: tensor(), found: 3 },
             (Number::Count(count), _) => {
                 numbers.push(count);
                 return Ok(());

@@ -22,9 +22,7 @@ fn one(entry: &str) -> String {
 
 /// A header with the one tensor "t" of that type, shape and offsets.
 fn tensor(dtype: &str, shape: &str, offsets: &str) -> String {
-    one(&format!(
-        r#""dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}"#
-    ))
+    one(&format!(r#""dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}"#))
 }
 
 /// A header of byte tensors, with a name and offsets for each.
@@ -32,10 +30,7 @@ fn bytes(tensors: &[(&str, u64, u64)]) -> String {
     let entries: Vec<_> = tensors
         .iter()
         .map(|(name, begin, end)| {
-            format!(
-                r#""{name}":{{"dtype":"U8","shape":[{}],"data_offsets":[{begin},{end}]}}"#,
-                end - begin
-            )
+            format!(r#""{name}":{{"dtype":"U8","shape":[{}],"data_offsets":[{begin},{end}]}}"#, end - begin)
         })
         .collect();
     format!("{{{}}}", entries.join(","))
@@ -53,12 +48,7 @@ mod accepts {
         let json = tensor("BF16", "[2,4]", "[0,16]");
         let map = parse_with(&json, 16).unwrap();
         let begin = 8 + json.len() as u64;
-        let expected = TensorInfo {
-            name: t(),
-            dtype: DType::BF16,
-            shape: vec![2, 4],
-            file_range: begin..begin + 16,
-        };
+        let expected = TensorInfo { name: t(), dtype: DType::BF16, shape: vec![2, 4], file_range: begin..begin + 16 };
         assert_eq!(map.get("t"), Some(&expected));
         assert_eq!(map.header_bytes(), json.len() as u64);
         assert!(map.metadata().is_empty());
@@ -79,13 +69,7 @@ mod accepts {
 
     #[test]
     fn tensors_in_any_order_and_empty_ones_anywhere() {
-        let json = bytes(&[
-            ("last", 8, 16),
-            ("b", 8, 8),
-            ("first", 0, 8),
-            ("a", 8, 8),
-            ("end", 16, 16),
-        ]);
+        let json = bytes(&[("last", 8, 16), ("b", 8, 8), ("first", 0, 8), ("a", 8, 8), ("end", 16, 16)]);
         let map = parse_with(json, 16).unwrap();
         let names: Vec<_> = map.iter().map(|t| t.name.as_str()).collect();
         assert_eq!(names, ["first", "a", "b", "last", "end"]);
@@ -102,10 +86,7 @@ mod accepts {
     #[test]
     fn the_keys_of_an_entry_in_any_order_and_escaped() {
         let json = one(r#""data_offsets":[0,4],"sh\u0061pe":[1],"dtype":"F\u00332""#);
-        assert_eq!(
-            parse_with(json, 4).unwrap().get("t").unwrap().dtype,
-            DType::F32
-        );
+        assert_eq!(parse_with(json, 4).unwrap().get("t").unwrap().dtype, DType::F32);
     }
 
     #[test]
@@ -142,26 +123,17 @@ mod prefix {
     fn lengths_at_their_bounds() {
         let file = 8 + HEADER_LIMIT_BYTES;
         assert_eq!(parse_prefix(2_u64.to_le_bytes(), 10), Ok(2));
-        assert_eq!(
-            parse_prefix(HEADER_LIMIT_BYTES.to_le_bytes(), file),
-            Ok(HEADER_LIMIT_BYTES)
-        );
+        assert_eq!(parse_prefix(HEADER_LIMIT_BYTES.to_le_bytes(), file), Ok(HEADER_LIMIT_BYTES));
         for header_bytes in [0, 1] {
             let error = ModelError::HeaderTooSmall { header_bytes };
             assert_eq!(parse_prefix(header_bytes.to_le_bytes(), file), Err(error));
         }
         for header_bytes in [HEADER_LIMIT_BYTES + 1, u64::MAX - 7, u64::MAX] {
             let error = ModelError::HeaderTooLarge { header_bytes };
-            assert_eq!(
-                parse_prefix(header_bytes.to_le_bytes(), u64::MAX),
-                Err(error)
-            );
+            assert_eq!(parse_prefix(header_bytes.to_le_bytes(), u64::MAX), Err(error));
         }
         for file_bytes in [0, 8, 107] {
-            let error = ModelError::HeaderPastEnd {
-                header_bytes: 100,
-                file_bytes,
-            };
+            let error = ModelError::HeaderPastEnd { header_bytes: 100, file_bytes };
             assert_eq!(parse_prefix(100_u64.to_le_bytes(), file_bytes), Err(error));
         }
         assert_eq!(parse_prefix(100_u64.to_le_bytes(), 108), Ok(100));
@@ -169,14 +141,8 @@ mod prefix {
 
     #[test]
     fn parse_holds_to_them_too() {
-        assert_eq!(
-            parse(b"", 100),
-            Err(ModelError::HeaderTooSmall { header_bytes: 0 })
-        );
-        let error = ModelError::HeaderPastEnd {
-            header_bytes: 2,
-            file_bytes: 9,
-        };
+        assert_eq!(parse(b"", 100), Err(ModelError::HeaderTooSmall { header_bytes: 0 }));
+        let error = ModelError::HeaderPastEnd { header_bytes: 2, file_bytes: 9 };
         assert_eq!(parse(b"{}", 9), Err(error));
     }
 }
@@ -191,30 +157,16 @@ mod sniffing {
     #[test]
     fn what_looks_like_it_is_taken_for_it() {
         for named in [false, true] {
-            assert_eq!(
-                sniff(&first(2, b'{'), 10, named),
-                Sniff::Safetensors { header_bytes: 2 }
-            );
-            assert_eq!(
-                sniff(&first(2, b'{')[..9], 10, named),
-                Sniff::Safetensors { header_bytes: 2 }
-            );
+            assert_eq!(sniff(&first(2, b'{'), 10, named), Sniff::Safetensors { header_bytes: 2 });
+            assert_eq!(sniff(&first(2, b'{')[..9], 10, named), Sniff::Safetensors { header_bytes: 2 });
         }
     }
 
     #[test]
     fn a_header_cut_short_is_never_a_raw_file() {
-        let error = ModelError::HeaderPastEnd {
-            header_bytes: 100,
-            file_bytes: 107,
-        };
+        let error = ModelError::HeaderPastEnd { header_bytes: 100, file_bytes: 107 };
         for named in [false, true] {
-            assert_eq!(
-                sniff(&first(100, b'{'), 107, named),
-                Sniff::Broken {
-                    error: error.clone()
-                }
-            );
+            assert_eq!(sniff(&first(100, b'{'), 107, named), Sniff::Broken { error: error.clone() });
         }
     }
 
@@ -222,39 +174,15 @@ mod sniffing {
     fn other_files_are_raw_unless_their_name_claims_otherwise() {
         let cases = [
             (first(2, b'['), 10, ModelError::NotAnObject { found: b'[' }),
-            (
-                first(100, b' '),
-                20,
-                ModelError::NotAnObject { found: b' ' },
-            ),
-            (
-                first(1, b'{'),
-                10,
-                ModelError::HeaderTooSmall { header_bytes: 1 },
-            ),
-            (
-                first(u64::MAX, b'{'),
-                10,
-                ModelError::HeaderTooLarge {
-                    header_bytes: u64::MAX,
-                },
-            ),
+            (first(100, b' '), 20, ModelError::NotAnObject { found: b' ' }),
+            (first(1, b'{'), 10, ModelError::HeaderTooSmall { header_bytes: 1 }),
+            (first(u64::MAX, b'{'), 10, ModelError::HeaderTooLarge { header_bytes: u64::MAX }),
             (vec![], 0, ModelError::FileTooShort { file_bytes: 0 }),
-            (
-                first(2, b'{')[..9].to_vec(),
-                9,
-                ModelError::FileTooShort { file_bytes: 9 },
-            ),
+            (first(2, b'{')[..9].to_vec(), 9, ModelError::FileTooShort { file_bytes: 9 }),
         ];
         for (first, file_bytes, why) in cases {
-            assert_eq!(
-                sniff(&first, file_bytes, false),
-                Sniff::Not { why: why.clone() }
-            );
-            assert_eq!(
-                sniff(&first, file_bytes, true),
-                Sniff::Broken { error: why }
-            );
+            assert_eq!(sniff(&first, file_bytes, false), Sniff::Not { why: why.clone() });
+            assert_eq!(sniff(&first, file_bytes, true), Sniff::Broken { error: why });
         }
     }
 
@@ -277,14 +205,8 @@ mod refuses_text {
 
     #[test]
     fn that_is_not_utf8() {
-        assert_eq!(
-            refused(b"{\"\xff\":1}"),
-            ModelError::InvalidUtf8 { offset: 2 }
-        );
-        assert_eq!(
-            refused(b"{\"\xed\xa0\x80\":1}"),
-            ModelError::InvalidUtf8 { offset: 2 }
-        );
+        assert_eq!(refused(b"{\"\xff\":1}"), ModelError::InvalidUtf8 { offset: 2 });
+        assert_eq!(refused(b"{\"\xed\xa0\x80\":1}"), ModelError::InvalidUtf8 { offset: 2 });
     }
 
     #[test]
@@ -295,18 +217,9 @@ mod refuses_text {
             ("{\"t\":\n\n]", 8),
             (r#"{"\ud800":1}"#, 9),
             ("{\"a\nb\":1}", 4),
-            (
-                r#"{"t":{"dtype":"U8","shape":[1,],"data_offsets":[0,1]}}"#,
-                31,
-            ),
-            (
-                r#"{"t":{"dtype":"U8","shape":[01],"data_offsets":[0,1]}}"#,
-                30,
-            ),
-            (
-                r#"{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},}"#,
-                54,
-            ),
+            (r#"{"t":{"dtype":"U8","shape":[1,],"data_offsets":[0,1]}}"#, 31),
+            (r#"{"t":{"dtype":"U8","shape":[01],"data_offsets":[0,1]}}"#, 30),
+            (r#"{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},}"#, 54),
         ] {
             match refused(json) {
                 ModelError::NotJson { offset, .. } => assert_eq!(offset, at, "{json}"),
@@ -317,13 +230,9 @@ mod refuses_text {
 
     #[test]
     fn followed_by_anything_but_spaces() {
-        for (json, offset, found) in [
-            ("{}\n", 2, b'\n'),
-            ("{} \t ", 3, b'\t'),
-            ("{}\0\0", 2, 0),
-            ("{}  {}", 4, b'{'),
-            ("{\n}\n x", 5, b'x'),
-        ] {
+        for (json, offset, found) in
+            [("{}\n", 2, b'\n'), ("{} \t ", 3, b'\t'), ("{}\0\0", 2, 0), ("{}  {}", 4, b'{'), ("{\n}\n x", 5, b'x')]
+        {
             let error = ModelError::BytesAfterJson { offset, found };
             assert_eq!(refused(json), error, "{json:?}");
         }
@@ -332,11 +241,7 @@ mod refuses_text {
     #[test]
     fn nested_without_end_and_without_reading_it() {
         let deep = "[".repeat(1_000_000);
-        for json in [
-            format!("{{\"t\":{deep}"),
-            one(&format!("\"shape\":[{deep}")),
-            one(&format!("\"dtype\":{deep}")),
-        ] {
+        for json in [format!("{{\"t\":{deep}"), one(&format!("\"shape\":[{deep}")), one(&format!("\"dtype\":{deep}"))] {
             match refused(json) {
                 ModelError::WrongType { tensor, offset, .. } => {
                     assert!(tensor == "t" && offset < 50);
@@ -345,15 +250,9 @@ mod refuses_text {
             }
         }
         let objects = "{\"a\":".repeat(1_000_000);
-        assert!(matches!(
-            refused(format!("{{\"t\":{objects}")),
-            ModelError::UnknownKey { .. }
-        ));
+        assert!(matches!(refused(format!("{{\"t\":{objects}")), ModelError::UnknownKey { .. }));
         let metadata = format!("{{\"__metadata__\":{{\"a\":{deep}");
-        assert!(matches!(
-            refused(metadata),
-            ModelError::MetadataNotString { .. }
-        ));
+        assert!(matches!(refused(metadata), ModelError::MetadataNotString { .. }));
     }
 }
 
@@ -369,31 +268,23 @@ mod refuses_keys {
             (r#""dtype":"U8","data_offsets":[0,16]"#, "shape"),
             (r#""dtype":"U8","shape":[16]"#, "data_offsets"),
         ] {
-            assert_eq!(
-                refused(one(entry)),
-                ModelError::MissingKey { tensor: t(), key }
-            );
+            assert_eq!(refused(one(entry)), ModelError::MissingKey { tensor: t(), key });
         }
     }
 
     #[test]
     fn unknown() {
         for key in ["strides", "Shape", ""] {
-            let error = ModelError::UnknownKey {
-                tensor: t(),
-                key: key.to_owned(),
-            };
+            let error = ModelError::UnknownKey { tensor: t(), key: key.to_owned() };
             assert_eq!(refused(one(&format!(r#"{WHOLE},"{key}":1"#))), error);
         }
     }
 
     #[test]
     fn twice_in_an_entry_even_with_the_same_value() {
-        for (key, again) in [
-            ("dtype", r#""dtype":"U8""#),
-            ("shape", r#""sh\u0061pe":[16]"#),
-            ("data_offsets", r#""data_offsets":[0,16]"#),
-        ] {
+        for (key, again) in
+            [("dtype", r#""dtype":"U8""#), ("shape", r#""sh\u0061pe":[16]"#), ("data_offsets", r#""data_offsets":[0,16]"#)]
+        {
             let error = refused(one(&format!("{WHOLE},{again}")));
             assert_eq!(error, ModelError::DuplicateKey { tensor: t(), key });
         }
@@ -412,17 +303,11 @@ mod refuses_keys {
 
     #[test]
     fn twice_as_metadata() {
-        for json in [
-            r#"{"__metadata__":{},"__metadata__":{}}"#,
-            r#"{"__metadata__":null,"__metadat\u0061__":null}"#,
-        ] {
+        for json in [r#"{"__metadata__":{},"__metadata__":{}}"#, r#"{"__metadata__":null,"__metadat\u0061__":null}"#] {
             assert_eq!(refused(json), ModelError::DuplicateMetadata);
         }
         let json = r#"{"__metadata__":{"a":"1","b":"2","\u0061":"1"}}"#;
-        assert_eq!(
-            refused(json),
-            ModelError::DuplicateMetadataKey { key: "a".into() }
-        );
+        assert_eq!(refused(json), ModelError::DuplicateMetadataKey { key: "a".into() });
     }
 }
 
@@ -444,17 +329,9 @@ mod refuses_values {
             (one(r#""data_offsets":{"0":1}"#), Some("data_offsets")),
         ] {
             match refused(&json) {
-                ModelError::WrongType {
-                    tensor,
-                    key: found,
-                    reason,
-                    ..
-                } => {
+                ModelError::WrongType { tensor, key: found, reason, .. } => {
                     assert_eq!((tensor.as_str(), found), ("t", key), "{json}");
-                    assert!(
-                        reason.contains("expected") && !reason.contains(" line "),
-                        "{reason}"
-                    );
+                    assert!(reason.contains("expected") && !reason.contains(" line "), "{reason}");
                 }
                 other => panic!("{json}: {other:?}"),
             }
@@ -465,27 +342,18 @@ mod refuses_values {
     fn of_metadata_that_are_not_strings() {
         for value in ["1", "null", "{}", "[\"a\"]", "true"] {
             let error = refused(format!(r#"{{"__metadata__":{{"a":"b","k":{value}}}}}"#));
-            assert!(
-                matches!(&error, ModelError::MetadataNotString { key, .. } if key == "k"),
-                "{error:?}"
-            );
+            assert!(matches!(&error, ModelError::MetadataNotString { key, .. } if key == "k"), "{error:?}");
         }
         for value in ["1", "[]", "\"\""] {
             let error = refused(format!(r#"{{"__metadata__":{value}}}"#));
-            assert!(
-                matches!(error, ModelError::MetadataNotObject { .. }),
-                "{error:?}"
-            );
+            assert!(matches!(error, ModelError::MetadataNotObject { .. }), "{error:?}");
         }
     }
 
     #[test]
     fn of_unknown_dtypes() {
         for found in ["F128", "bf16", ""] {
-            let error = ModelError::UnknownDType {
-                tensor: t(),
-                found: found.to_owned(),
-            };
+            let error = ModelError::UnknownDType { tensor: t(), found: found.to_owned() };
             assert_eq!(refused(tensor(found, "[16]", "[0,16]")), error);
         }
     }
@@ -502,16 +370,9 @@ mod refuses_values {
         ] {
             for (json, key) in [
                 (tensor("U8", &format!("[{number}]"), "[0,16]"), "shape"),
-                (
-                    tensor("U8", "[16]", &format!("[0,{number}]")),
-                    "data_offsets",
-                ),
+                (tensor("U8", "[16]", &format!("[0,{number}]")), "data_offsets"),
             ] {
-                let error = ModelError::BadNumber {
-                    tensor: t(),
-                    key,
-                    found: found.to_owned(),
-                };
+                let error = ModelError::BadNumber { tensor: t(), key, found: found.to_owned() };
                 assert_eq!(refused(json), error);
             }
         }
@@ -545,14 +406,7 @@ mod refuses_layouts {
             (DType::U8, vec![1 << 32, 1 << 32, 0]),
         ] {
             let json = tensor(dtype.name(), &format!("{shape:?}"), "[0,16]");
-            assert_eq!(
-                refused(json),
-                ModelError::ShapeOverflow {
-                    tensor: t(),
-                    dtype,
-                    shape
-                }
-            );
+            assert_eq!(refused(json), ModelError::ShapeOverflow { tensor: t(), dtype, shape });
         }
     }
 
@@ -560,35 +414,19 @@ mod refuses_layouts {
     fn that_end_within_a_byte() {
         let json = tensor("F4", "[3,11]", "[0,16]");
         let (dtype, shape) = (DType::F4, vec![3, 11]);
-        assert_eq!(
-            refused(json),
-            ModelError::PartialByte {
-                tensor: t(),
-                dtype,
-                shape,
-                bits: 132
-            }
-        );
+        assert_eq!(refused(json), ModelError::PartialByte { tensor: t(), dtype, shape, bits: 132 });
     }
 
     #[test]
     fn whose_offsets_are_reversed() {
-        let error = ModelError::OffsetsReversed {
-            tensor: t(),
-            begin: 16,
-            end: 0,
-        };
+        let error = ModelError::OffsetsReversed { tensor: t(), begin: 16, end: 0 };
         assert_eq!(refused(tensor("U8", "[16]", "[16,0]")), error);
     }
 
     #[test]
     fn that_end_past_the_file() {
         for end in [17, u64::MAX] {
-            let error = ModelError::PastEnd {
-                tensor: t(),
-                end,
-                data_bytes: 16,
-            };
+            let error = ModelError::PastEnd { tensor: t(), end, data_bytes: 16 };
             assert_eq!(refused(tensor("U8", "[17]", &format!("[0,{end}]"))), error);
         }
     }
@@ -598,13 +436,7 @@ mod refuses_layouts {
         for (shape, expected) in [(vec![3], 12), (vec![5], 20), (vec![0], 0), (vec![], 4)] {
             let json = tensor("F32", &format!("{shape:?}"), "[0,16]");
             let dtype = DType::F32;
-            let error = ModelError::WrongLength {
-                tensor: t(),
-                dtype,
-                shape,
-                expected,
-                found: 16,
-            };
+            let error = ModelError::WrongLength { tensor: t(), dtype, shape, expected, found: 16 };
             assert_eq!(refused(json), error);
         }
     }
@@ -632,18 +464,12 @@ mod refuses_layouts {
 
     #[test]
     fn with_holes() {
-        for (tensors, begin, end) in [
-            (vec![("a", 0, 4), ("b", 8, 16)], 4, 8),
-            (vec![("b", 1, 16)], 0, 1),
-            (vec![("a", 0, 4), ("b", 5, 5)], 4, 5),
-        ] {
+        for (tensors, begin, end) in
+            [(vec![("a", 0, 4), ("b", 8, 16)], 4, 8), (vec![("b", 1, 16)], 0, 1), (vec![("a", 0, 4), ("b", 5, 5)], 4, 5)]
+        {
             let json = bytes(&tensors);
             let data = 8 + json.len() as u64;
-            let error = ModelError::Hole {
-                begin: data + begin,
-                end: data + end,
-                before: "b".into(),
-            };
+            let error = ModelError::Hole { begin: data + begin, end: data + end, before: "b".into() };
             assert_eq!(refused(json), error);
         }
     }
@@ -653,13 +479,7 @@ mod refuses_layouts {
         for (json, covered) in [("{}".to_owned(), 0), (bytes(&[("a", 0, 15)]), 15)] {
             let data_end = 8 + json.len() as u64 + covered;
             let file_bytes = 8 + json.len() as u64 + 16;
-            assert_eq!(
-                refused(json),
-                ModelError::TrailingBytes {
-                    data_end,
-                    file_bytes
-                }
-            );
+            assert_eq!(refused(json), ModelError::TrailingBytes { data_end, file_bytes });
         }
     }
 }

@@ -188,7 +188,13 @@ pub(super) struct SimKernel {
 }
 
 impl SimKernel {
-    pub(super) fn new(seed: u64, faults: Faults, memory: &Rc<RefCell<Memory>>, clock: &Rc<Cell<Duration>>, service: Duration) -> Self {
+    pub(super) fn new(
+        seed: u64,
+        faults: Faults,
+        memory: &Rc<RefCell<Memory>>,
+        clock: &Rc<Cell<Duration>>,
+        service: Duration,
+    ) -> Self {
         // A new ring has an empty table.
         memory.borrow_mut().registered.clear();
         SimKernel {
@@ -210,7 +216,10 @@ impl SimKernel {
     }
 
     pub(super) fn is_clean(&self) -> bool {
-        self.memory.borrow().registered.is_empty() && self.attached.is_empty() && self.in_flight.is_empty() && self.queued.is_empty()
+        self.memory.borrow().registered.is_empty()
+            && self.attached.is_empty()
+            && self.in_flight.is_empty()
+            && self.queued.is_empty()
     }
 
     /// When the next read is due by the clock.
@@ -264,18 +273,24 @@ impl SimKernel {
         let short = there > 0 && self.random.chance(self.faults.short_per_mille);
         let bytes = if short { 1 + self.random.below(there) } else { there };
         for at in 0..bytes {
-            // SAFETY: the driver promised that the memory is valid for `read.bytes` bytes until this completes.
-            unsafe { read.address.add(usize::try_from(at).unwrap()).write(file.byte(wanted.start + at)) };
+            write(read, at, file.byte(wanted.start + at));
         }
         // A device writes whole blocks: past the end of the file it leaves whatever was there on disk.
         if read.route.is_direct() && bytes == there {
             for at in bytes..(bytes.next_multiple_of(BLOCK)).min(read.bytes as u64) {
-                // SAFETY: as above.
-                unsafe { read.address.add(usize::try_from(at).unwrap()).write(0xBB) };
+                write(read, at, 0xBB);
             }
         }
         Ok(usize::try_from(bytes).unwrap())
     }
+}
+
+fn write(read: &Read, at: u64, byte: u8) {
+    let at = usize::try_from(at).unwrap();
+    assert!(at < read.bytes);
+    let address = read.address.as_ptr().wrapping_add(at);
+    // SAFETY: the driver promised that the memory is valid for `read.bytes` bytes until this read completes.
+    unsafe { address.write(byte) };
 }
 
 impl Kernel for SimKernel {
@@ -334,7 +349,9 @@ impl Kernel for SimKernel {
             assert!(self.faults.ring.is_none(), "a ring read without a ring");
         }
         if read.route.is_direct() {
-            let aligned = read.offset % BLOCK == 0 && read.bytes as u64 % BLOCK == 0 && start as u64 % BLOCK == 0;
+            let aligned = read.offset.is_multiple_of(BLOCK)
+                && (read.bytes as u64).is_multiple_of(BLOCK)
+                && (start as u64).is_multiple_of(BLOCK);
             assert!(aligned, "a direct read must be aligned: {read:?}");
         }
         let mut memory = self.memory.borrow_mut();

@@ -71,7 +71,12 @@ struct World {
 fn shape(random: &mut Random) -> Shape {
     let layout = *random.pick(&[Layout::Segmented, Layout::Single]);
     let piece_pages = 1 + random.below(4);
-    Shape { layout, segment_bytes: piece_pages * (1 + random.below(3)) * BLOCK, piece_bytes: piece_pages * BLOCK, alignment_bytes: BLOCK }
+    Shape {
+        layout,
+        segment_bytes: piece_pages * (1 + random.below(3)) * BLOCK,
+        piece_bytes: piece_pages * BLOCK,
+        alignment_bytes: BLOCK,
+    }
 }
 
 fn file(random: &mut Random, number: u64, calm: bool) -> (SimFile, Plan) {
@@ -106,8 +111,16 @@ impl World {
         let mut random = Random::new(seed);
         let calm = random.chance(200);
         let faults = Faults {
-            ring: if !calm && random.chance(100) { Some(*random.pick(&[Errno::PERM, Errno::NOSYS, Errno::ACCESS])) } else { None },
-            register: if !calm && random.chance(200) { Some(*random.pick(&[Errno::NOMEM, Errno::FAULT, Errno::OPNOTSUPP])) } else { None },
+            ring: if !calm && random.chance(100) {
+                Some(*random.pick(&[Errno::PERM, Errno::NOSYS, Errno::ACCESS]))
+            } else {
+                None
+            },
+            register: if !calm && random.chance(200) {
+                Some(*random.pick(&[Errno::NOMEM, Errno::FAULT, Errno::OPNOTSUPP]))
+            } else {
+                None
+            },
             register_per_mille: *random.pick(&[1000, 300]),
             short_per_mille: *random.pick(&[0, 0, 50, 400]),
             interrupted_per_mille: *random.pick(&[0, 0, 100, 300]),
@@ -144,9 +157,18 @@ impl World {
     fn add_load(&mut self, id: LoadId, calm: bool) {
         let random = &mut self.random;
         let files: Vec<_> = (0..1 + random.below(3)).map(|number| file(random, id.0 * 100 + number, calm)).collect();
-        let pieces: Vec<_> =
-            files.iter().enumerate().flat_map(|(index, (_, plan))| plan.pieces.iter().map(move |&piece| (index, piece))).collect();
-        let start = *random.pick(&[Route::UringFixedDirect, Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Buffered]);
+        let pieces: Vec<_> = files
+            .iter()
+            .enumerate()
+            .flat_map(|(index, (_, plan))| plan.pieces.iter().map(move |&piece| (index, piece)))
+            .collect();
+        let start = *random.pick(&[
+            Route::UringFixedDirect,
+            Route::UringFixedDirect,
+            Route::UringDirect,
+            Route::PreadDirect,
+            Route::Buffered,
+        ]);
         let load = SimLoad {
             start,
             strict: random.chance(150),

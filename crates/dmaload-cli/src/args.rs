@@ -1,0 +1,170 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dmaload::dmabuf::Pages;
+use dmaload::{Format, Layout, Route};
+
+use crate::digest::Algorithm;
+
+/// Loads model files straight into shareable memory through io_uring, without the page cache.
+#[derive(Debug, Parser)]
+#[command(name = "dmaload", version, max_term_width = 100)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Loads files into memory, and tells how it went.
+    ///
+    /// Exit status: 0 done, 1 a load failed, 2 wrong usage.
+    Load(Load),
+    /// Loads a file, then writes the loaded memory to standard output.
+    Cat(Cat),
+    /// Shows what tensors a file holds; reads only its header.
+    Inspect(Inspect),
+    /// Makes a synthetic model, loads it cold, verifies it, and compares with allocate + mmap + memcpy.
+    Demo(Demo),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Load {
+    /// The files.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+    /// Compute this digest of each file, from the loaded memory.
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) digest: Option<Algorithm>,
+    /// Print one JSON object, and nothing else, on standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print nothing but errors.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cat {
+    /// The file.
+    pub(crate) path: PathBuf,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// What its bytes are taken for: auto, safetensors, raw.
+    #[arg(long, default_value = "auto")]
+    pub(crate) format: Format,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// The size of the model.
+    #[arg(long, default_value = "1GiB", value_parser = bytes)]
+    pub(crate) size: u64,
+    /// The folder for it; by default one on a disk, not in memory.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// How often each way is measured; the median counts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+}
+
+/// How to load.
+#[derive(Debug, Args)]
+pub(crate) struct Engine {
+    /// Where memory comes from.
+    #[arg(long, default_value = "auto")]
+    pub(crate) heap: HeapName,
+    /// Require memory that can be handed out as a dma-buf.
+    #[arg(long)]
+    pub(crate) dma_buf: bool,
+    /// The page size: auto takes 2 MiB pages wherever they can be had, 2m fails without them.
+    #[arg(long, default_value = "auto")]
+    pub(crate) pages: PageChoice,
+    /// How files are spread over segments: segmented, single.
+    #[arg(long, default_value = "segmented")]
+    pub(crate) layout: Layout,
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB.
+    #[arg(long, default_value = "64MiB", value_name = "BYTES", value_parser = bytes)]
+    pub(crate) segment_size: u64,
+    /// The most memory that is allocated and not yet filled: at least a segment.
+    #[arg(long, default_value = "128MiB", value_name = "BYTES", value_parser = bytes)]
+    pub(crate) window: u64,
+    /// The size of one read: a multiple of 64 KiB.
+    #[arg(long, default_value = "2MiB", value_name = "BYTES", value_parser = bytes)]
+    pub(crate) chunk_size: u64,
+    /// Reads in flight at once.
+    #[arg(long, default_value_t = 32, value_name = "READS")]
+    pub(crate) queue_depth: usize,
+    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, buffered.
+    #[arg(long, default_value = "auto")]
+    pub(crate) route: RouteChoice,
+    /// Fail rather than take a lower route than the one to start at.
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// What the files' bytes are taken for: auto, safetensors, raw.
+    #[arg(long, default_value = "auto")]
+    pub(crate) format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HeapName {
+    /// memfd.
+    Auto,
+    /// Memory files that other processes can map.
+    Memfd,
+    /// Private memory.
+    Anon,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum PageChoice {
+    Auto,
+    #[value(name = "4k")]
+    Small,
+    #[value(name = "2m")]
+    Huge,
+}
+
+impl From<PageChoice> for Pages {
+    fn from(choice: PageChoice) -> Self {
+        match choice {
+            PageChoice::Auto => Pages::Auto,
+            PageChoice::Small => Pages::Small,
+            PageChoice::Huge => Pages::Huge,
+        }
+    }
+}
+
+/// A route, or the best one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RouteChoice(pub(crate) Route);
+
+impl FromStr for RouteChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "auto" => Ok(RouteChoice(Route::ALL[0])),
+            name => name.parse().map(RouteChoice),
+        }
+    }
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("{text:?} is no size; write it like 64MiB or 1GiB"))
+}

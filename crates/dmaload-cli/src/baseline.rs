@@ -1,0 +1,94 @@
+//! What people do today, to compare with: allocate, map the file, copy.
+//!
+//! This is the baseline of the kernel's own "allocate and read" series, with a memfd in the place of the dma-buf:
+//! shareable memory of the file's size, the file mapped through the page cache, and one `memcpy` between them, which
+//! faults in the pages of both sides. Nothing is tuned and nothing is hobbled: page sizes are what the machine gives.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use memmap2::MmapMut;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+use crate::cold::{self, ColdError};
+use crate::errors::{At, FileError};
+use crate::sys;
+
+/// A file loaded as it is done today.
+#[derive(Debug)]
+pub(crate) struct Normal {
+    /// From before the memory was asked for until the last byte was copied.
+    pub(crate) elapsed: Duration,
+    /// The copy, so that it can be verified outside of the measured time.
+    pub(crate) memory: MmapMut,
+}
+
+/// Why the comparison could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BaselineError {
+    /// A call failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The file is not cold, so the time would say nothing.
+    #[error(transparent)]
+    NotCold(#[from] ColdError),
+    /// There is nothing to map.
+    #[error("{} is empty", .0.display())]
+    Empty(PathBuf),
+}
+
+/// Makes the file cold, then loads it as it is done today. The seconds are `elapsed` alone; evicting is not in them.
+///
+/// # Errors
+/// When the file can't be made cold or can't be loaded.
+pub(crate) fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
+    cold::make_cold(path)?;
+    load(path)
+}
+
+/// Loads the file as it is done today, from wherever its bytes are.
+///
+/// # Errors
+/// When the file is empty or a call fails.
+pub(crate) fn load(path: &Path) -> Result<Normal, BaselineError> {
+    let started = Instant::now();
+    let file = File::open(path).at("open", path)?;
+    let length = file.metadata().at("look at", path)?.len();
+    if length == 0 {
+        return Err(BaselineError::Empty(path.to_owned()));
+    }
+    let mut memory = allocate(length).at("allocate memory for", path)?;
+    let source = sys::map_file(&file).at("map", path)?;
+    memory.copy_from_slice(&source);
+    Ok(Normal { elapsed: started.elapsed(), memory })
+}
+
+fn allocate(length: u64) -> std::io::Result<MmapMut> {
+    let memory = File::from(memfd_create("dmaload-baseline", MemfdFlags::CLOEXEC)?);
+    memory.set_len(length)?;
+    sys::map_memory(&memory)
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    #[test]
+    fn copies_the_whole_file() {
+        let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let content: Vec<u8> = (0..1_000_003_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        file.write_all(&content).unwrap();
+        let normal = load_cold(file.path()).unwrap();
+        assert!(*normal.memory == *content);
+        assert!(normal.elapsed > Duration::ZERO);
+    }
+
+    #[test]
+    fn an_empty_file_is_an_error_that_says_so() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(load(file.path()).unwrap_err().to_string().ends_with("is empty"));
+    }
+}

@@ -1,0 +1,19 @@
+//! `dmaload cat`: what was loaded, written out.
+
+use std::io::Write;
+
+use anyhow::Result;
+
+use crate::{args, block_on, engine};
+
+pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
+    let loader = engine::loader(&arguments.engine)?;
+    let mut segments = loader.load_with([&arguments.path], loader.options()).into_segments();
+    block_on(async {
+        let mut stdout = std::io::stdout().lock();
+        while let Some(segment) = segments.next().await {
+            stdout.write_all(segment?.as_ref())?;
+        }
+        Ok(stdout.flush()?)
+    })
+}

@@ -1,0 +1,212 @@
+//! A file that must come from storage: out of the page cache, and proof that it is.
+//!
+//! `POSIX_FADV_DONTNEED` is a wish: dirty pages, pages that somebody has mapped, and file systems that live in memory
+//! keep theirs, and the call still says 0. A measurement that believed it would measure the page cache. So
+//! [`make_cold`] looks afterwards.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::Advice;
+
+use crate::errors::{At, FileError};
+use crate::summary::bytes;
+use crate::sys;
+
+/// How often a file that stays warm is evicted before it counts as an error: pages under writeback or waiting in
+/// another core's batch leave a moment later.
+const ATTEMPTS: u32 = 4;
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Who told how much of a file is cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// `cachestat(2)`, Linux 6.5 and later.
+    Cachestat,
+    /// `mincore(2)` on a mapping. For a file that the caller neither owns nor may write, the kernel answers "all
+    /// of it", whatever is true.
+    Mincore,
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Cachestat => "cachestat",
+            Self::Mincore => "mincore",
+        })
+    }
+}
+
+/// How much of a file is in the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Residency {
+    /// Cached bytes, in whole pages.
+    pub(crate) resident: u64,
+    /// The length of the file.
+    pub(crate) total: u64,
+    /// Who said so.
+    pub(crate) method: Method,
+}
+
+impl Residency {
+    /// Nothing of the file is cached: every byte must come from storage.
+    #[must_use]
+    pub(crate) fn is_cold(&self) -> bool {
+        self.resident == 0
+    }
+}
+
+/// Why a file could not be made cold.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ColdError {
+    /// A call failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// Every call succeeded, and the file is still cached.
+    #[error(
+        "{} is still in the page cache: {} of {} according to {}; another process maps or reads it, or its file \
+         system keeps files in memory",
+        path.display(), bytes(found.resident), bytes(found.total), found.method
+    )]
+    StillCached {
+        /// The file.
+        path: PathBuf,
+        /// What was found after the last attempt.
+        found: Residency,
+    },
+}
+
+/// Writes back what is dirty, then asks the kernel to forget the file's pages. It may not: see [`make_cold`].
+///
+/// # Errors
+/// When the file can't be opened, written back or advised on.
+pub(crate) fn evict(path: &Path) -> Result<(), FileError> {
+    evict_open(&File::open(path).at("open", path)?, path)
+}
+
+fn evict_open(file: &File, path: &Path) -> Result<(), FileError> {
+    // Dirty pages can't be dropped.
+    file.sync_all().at("write back", path)?;
+    rustix::fs::fadvise(file, 0, None, Advice::DontNeed).at("drop the cached pages of", path)
+}
+
+/// How much of the file is in the page cache, and how that is known. Reads nothing.
+///
+/// # Errors
+/// When the file can't be opened, or neither `cachestat` nor `mincore` answers.
+pub(crate) fn resident_bytes(path: &Path) -> Result<Residency, FileError> {
+    residency(&File::open(path).at("open", path)?, path)
+}
+
+fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
+    let total = file.metadata().at("look at", path)?.len();
+    let (resident, method) = match sys::cachestat(file) {
+        Ok(resident) => (resident, Method::Cachestat),
+        Err(error) if is_refusal(&error) => (by_mincore(file, path)?, Method::Mincore),
+        Err(error) => return Err(error).at("count the cached pages of", path),
+    };
+    Ok(Residency { resident, total, method })
+}
+
+/// Older kernels don't know the call, sandboxes forbid it, and some files have no page cache to ask about.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EOPNOTSUPP))
+}
+
+fn by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
+    // An empty range can't be mapped, and has nothing to count.
+    if file.metadata().at("look at", path)?.len() == 0 {
+        return Ok(0);
+    }
+    let mapping = sys::map_file(file).at("map", path)?;
+    sys::mincore(&mapping).at("count the cached pages of", path)
+}
+
+/// Evicts the file and makes sure of it.
+///
+/// # Errors
+/// [`ColdError::StillCached`] when pages are left after a few attempts, otherwise what [`evict`] and
+/// [`resident_bytes`] fail with.
+pub(crate) fn make_cold(path: &Path) -> Result<Residency, ColdError> {
+    let file = File::open(path).at("open", path)?;
+    let mut attempt = 1;
+    loop {
+        evict_open(&file, path)?;
+        let found = residency(&file, path)?;
+        match (found.is_cold(), attempt == ATTEMPTS) {
+            (true, _) => return Ok(found),
+            (false, true) => return Err(ColdError::StillCached { path: path.to_owned(), found }),
+            (false, false) => thread::sleep(PAUSE),
+        }
+        attempt += 1;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    const LENGTH: u64 = 3 << 20;
+
+    fn warm_file(folder: &Path) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new_in(folder).unwrap();
+        file.write_all(&vec![0x5A; LENGTH as usize]).unwrap();
+        file
+    }
+
+    /// Next to the build's output, which is on a disk, unlike perhaps the system's temporary folder.
+    fn on_disk() -> tempfile::NamedTempFile {
+        warm_file(Path::new(env!("CARGO_MANIFEST_DIR")))
+    }
+
+    #[test]
+    fn a_written_file_is_warm_until_it_is_made_cold() {
+        let file = on_disk();
+        let before = resident_bytes(file.path()).unwrap();
+        assert_eq!((before.resident, before.total), (LENGTH, LENGTH));
+        let after = make_cold(file.path()).unwrap();
+        assert!(after.is_cold());
+        std::fs::read(file.path()).unwrap();
+        assert!(!resident_bytes(file.path()).unwrap().is_cold());
+    }
+
+    #[test]
+    fn mincore_tells_the_same() {
+        let file = on_disk();
+        let open = file.as_file();
+        assert_eq!(by_mincore(open, file.path()).unwrap(), LENGTH);
+        make_cold(file.path()).unwrap();
+        assert_eq!(by_mincore(open, file.path()).unwrap(), 0);
+    }
+
+    #[test]
+    fn an_empty_file_is_cold() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        assert_eq!(make_cold(file.path()).unwrap().resident, 0);
+        assert_eq!(by_mincore(file.as_file(), file.path()).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_file_in_memory_cannot_be_made_cold() {
+        let shm = Path::new("/dev/shm");
+        if !shm.is_dir() {
+            return;
+        }
+        let file = warm_file(shm);
+        let error = make_cold(file.path()).unwrap_err();
+        assert!(matches!(error, ColdError::StillCached { found, .. } if found.resident == LENGTH), "{error}");
+        assert!(error.to_string().contains("3.00 MiB of 3.00 MiB"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let error = evict(Path::new("/nonexistent/x")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot open /nonexistent/x: ENOENT (No such file or directory)");
+    }
+}

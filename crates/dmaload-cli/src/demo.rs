@@ -1,0 +1,104 @@
+//! `dmaload demo`: the main job on a model of random values, beside what people do today.
+//!
+//! Each way is measured the same number of times, in turn, from a cold file, with as much warm memory free as it needs
+//! (a virtual machine that has given memory back to its host would measure the host). What was loaded is verified
+//! outside of the measured time.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use dmaload::{Image, Loader};
+use memmap2::MmapOptions;
+
+use crate::load::{finish, progress_bar, summary};
+use crate::scratch::ScratchFile;
+use crate::summary::{Pairs, bytes, duration, rate};
+use crate::synth::Model;
+use crate::{args, baseline, block_on, cold};
+
+/// Any would do; this one makes the same model every time.
+const SEED: u64 = 1;
+
+pub(crate) fn run(arguments: &args::Demo) -> Result<()> {
+    let file = ScratchFile::create(arguments.dir.as_deref(), "demo.safetensors", arguments.size)?;
+    let model = Model::new(arguments.size, SEED)?;
+    write(&model, file.path())?;
+
+    let mut engine = Vec::new();
+    let mut normal = Vec::new();
+    let mut last = None;
+    for _ in 0..arguments.rounds {
+        // Its memory is needed for the next one.
+        drop(last.take());
+        warm(model.bytes)?;
+        normal.push(normal_round(&model, file.path(), normal.is_empty())?);
+        warm(model.bytes)?;
+        let image = engine_round(file.path())?;
+        engine.push(image.report().total);
+        last = Some(image);
+    }
+    let image = last.context("at least one round")?;
+    let loaded = image.files().first().context("one file")?;
+    model.verify(0, &loaded.bytes()?).context("the loaded model is not what was written")?;
+    print(arguments, &model, &image, &mut engine, &mut normal)
+}
+
+fn write(model: &Model, path: &Path) -> Result<()> {
+    let bar = if std::io::stderr().is_terminal() { progress_bar("writing") } else { indicatif::ProgressBar::hidden() };
+    bar.set_length(model.bytes);
+    model.write(path, |written| bar.set_position(written))?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {
+    let loaded = baseline::load_cold(path)?;
+    if verify {
+        model.verify(0, &loaded.memory).context("the copied model is not what was written")?;
+    }
+    Ok(loaded.elapsed)
+}
+
+fn engine_round(path: &Path) -> Result<Image> {
+    cold::make_cold(path)?;
+    let loader = Loader::new()?;
+    block_on(finish(loader.load(path), !std::io::stderr().is_terminal()))
+}
+
+/// Touches as much memory as a load takes, and gives it back to the kernel.
+fn warm(len: u64) -> Result<()> {
+    let len = usize::try_from(len)?;
+    drop(MmapOptions::new().len(len).populate().map_anon()?);
+    Ok(())
+}
+
+fn print(arguments: &args::Demo, model: &Model, image: &Image, engine: &mut [Duration], normal: &mut [Duration]) -> Result<()> {
+    let ratios: Vec<f64> =
+        normal.iter().zip(&*engine).map(|(normal, engine)| normal.as_secs_f64() / engine.as_secs_f64()).collect();
+    let (engine, normal, ratio) = (median(engine), median(normal), median_of(ratios));
+    let told = |time| format!("{}, {}", duration(time), rate(model.bytes, time));
+    let tensors = model.tensors.len();
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "a synthetic model of {} with {tensors} tensors of random values, loaded cold\n", bytes(model.bytes))?;
+    write!(stdout, "{}", summary(image, &[None]))?;
+    let rounds = arguments.rounds;
+    let pairs = Pairs::new()
+        .with("verified", "every byte, against the generator")
+        .with("dmaload", format!("{} (median of {rounds}, allocation included)", told(engine)))
+        .with("normal", format!("{} (allocate + mmap + memcpy, in the same run)", told(normal)))
+        .with("ratio", format!("{ratio:.1} times as fast as normal (median of the rounds' ratios)"));
+    write!(stdout, "\n{pairs}")?;
+    Ok(stdout.flush()?)
+}
+
+fn median(times: &mut [Duration]) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+fn median_of(mut ratios: Vec<f64>) -> f64 {
+    ratios.sort_unstable_by(f64::total_cmp);
+    ratios.get(ratios.len() / 2).copied().unwrap_or_default()
+}

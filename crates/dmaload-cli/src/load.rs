@@ -1,0 +1,175 @@
+//! `dmaload load`: loads, and tells how it went.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use anyhow::Result;
+use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno};
+use dmaload::{Fallback, Image, Load, Report, Segment};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use crate::args;
+use crate::digest::{Digest, digest};
+use crate::summary::{Pairs, bytes, duration, rate};
+use crate::{block_on, engine};
+
+pub(crate) fn run(arguments: &args::Load) -> Result<()> {
+    let loader = engine::loader(&arguments.engine)?;
+    let load = loader.load_with(&arguments.paths, loader.options());
+    let quiet = arguments.quiet || arguments.json || !std::io::stderr().is_terminal();
+    let image = block_on(finish(load, quiet))?;
+    let digests = match arguments.digest {
+        Some(algorithm) => image.files().iter().map(|file| Ok(Some(digest(algorithm, &file.bytes()?)))).collect::<Result<_>>()?,
+        None => vec![None; image.files().len()],
+    };
+    let mut stdout = std::io::stdout().lock();
+    if arguments.json {
+        writeln!(stdout, "{:#}", to_json(&image, &digests))?;
+    } else if !arguments.quiet {
+        write!(stdout, "{}", summary(&image, &digests))?;
+    }
+    Ok(stdout.flush()?)
+}
+
+/// Waits for a load, with a bar on the terminal unless it is to be quiet.
+pub(crate) async fn finish(mut load: Load, quiet: bool) -> Result<Image> {
+    if quiet {
+        return Ok(load.await?);
+    }
+    let bar = progress_bar("loading");
+    loop {
+        // `next` may be dropped at any time without losing a segment.
+        match tokio::time::timeout(Duration::from_millis(50), load.next()).await {
+            Ok(Some(Ok(_))) => {}
+            // An error is told by `finish`, too.
+            Ok(Some(Err(_)) | None) => break,
+            Err(_) => {
+                let progress = load.progress();
+                bar.set_length(progress.planned_bytes);
+                bar.set_position(progress.read_bytes);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    Ok(load.finish().await?)
+}
+
+/// A bar with rate and time left.
+pub(crate) fn progress_bar(what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg:10} [{bar:32}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left",
+    );
+    let bar = ProgressBar::new(0).with_message(what);
+    if let Ok(style) = style {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}
+
+/// What happened, for people.
+pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
+    let report = image.report();
+    let mut pairs = Pairs::new()
+        .with("loaded", format!("{} in {}, {}", bytes(report.bytes), duration(report.total), rate(report.bytes, report.total)))
+        .with("route", report.route)
+        .with("memory", format!("{}, {} ({})", report.heap, report.layout, counted(report.segments, "segment")))
+        .with("pages", pages(report))
+        .with("time", times(report))
+        .with(
+            "CPU",
+            format!("{} for the whole process, {} resident at most", duration(report.cpu), bytes(report.peak_resident_bytes)),
+        );
+    let tensors = image.tensors().count();
+    if tensors > 0 {
+        pairs = pairs.with("tensors", tensors);
+    }
+    for fallback in &report.fallbacks {
+        pairs = pairs.with("fallback", described(report, fallback));
+    }
+    for (file, digest) in report.files.iter().zip(digests) {
+        let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex, file.path.display()));
+        pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm.to_string()).unwrap_or_default(), told);
+    }
+    pairs.to_string()
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+fn pages(report: &Report) -> String {
+    let (seen, huge) = (report.pages.seen_bytes, report.pages.huge_bytes);
+    let told = match (seen, huge) {
+        (0, _) => return "of unknown size (this kernel offers no way to look)".to_owned(),
+        (_, 0) => format!("{}, all of them", bytes(report.page_size_bytes() as u64)),
+        (seen, huge) if seen - huge < HUGE_PAGE_BYTES as u64 => "2 MiB".to_owned(),
+        (seen, huge) => format!("2 MiB for {} of {}", bytes(huge), bytes(seen)),
+    };
+    match report.pages_refused {
+        Some(errno) => format!("{told}; more 2 MiB pages were refused: {}", errno::describe(errno)),
+        None => told,
+    }
+}
+
+fn times(report: &Report) -> String {
+    let first = report.first_segment.map(|first| format!("; first segment after {}", duration(first))).unwrap_or_default();
+    let (allocating, reading) = (duration(report.allocating), duration(report.reading));
+    format!("allocating {allocating}, reading {reading}, {:.0} % overlapped{first}", report.overlap() * 100.0)
+}
+
+fn described(report: &Report, fallback: &Fallback) -> String {
+    let file = fallback.file_index.and_then(|index| report.files.get(index));
+    let file = file.map(|file| format!("{}: ", file.path.display())).unwrap_or_default();
+    format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), errno::describe(fallback.errno))
+}
+
+/// What happened, for programs.
+pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
+    let report = image.report();
+    let files = report.files.iter().zip(digests).map(|(file, digest)| {
+        json!({
+            "path": file.path.to_string_lossy(),
+            "bytes": file.bytes,
+            "route": file.route.name(),
+            "digest": digest.as_ref().map(|digest| json!({ "algorithm": digest.algorithm.to_string(), "hex": digest.hex })),
+        })
+    });
+    json!({
+        "bytes": report.bytes,
+        "seconds": report.total.as_secs_f64(),
+        "throughput_bytes_per_second": report.throughput_bytes_per_second(),
+        "allocate_seconds": report.allocating.as_secs_f64(),
+        "read_seconds": report.reading.as_secs_f64(),
+        "overlap": report.overlap(),
+        "first_segment_seconds": report.first_segment.map(|first| first.as_secs_f64()),
+        "cpu_seconds": report.cpu.as_secs_f64(),
+        "peak_resident_bytes": report.peak_resident_bytes,
+        "page_size_bytes": report.page_size_bytes(),
+        "huge_page_bytes": report.pages.huge_bytes,
+        "pages_refused": report.pages_refused.map(errno::describe),
+        "heap": report.heap,
+        "layout": report.layout.name(),
+        "route": report.route.name(),
+        "fallbacks": report.fallbacks.iter().map(|fallback| json!({
+            "from": fallback.from.name(),
+            "to": fallback.to.name(),
+            "reason": fallback.reason(),
+            "errno": errno::name(fallback.errno).map_or_else(|| fallback.errno.raw_os_error().to_string(), str::to_owned),
+            "file": fallback.file_index,
+        })).collect::<Vec<_>>(),
+        "segments": image.segments().iter().map(segment_to_json).collect::<Vec<_>>(),
+        "tensors": image.tensors().count(),
+        "files": files.collect::<Vec<_>>(),
+    })
+}
+
+fn segment_to_json(segment: &Segment) -> Value {
+    json!({
+        "index": segment.index(),
+        "file": segment.file_index(),
+        "file_offset": segment.file_range().start,
+        "bytes": segment.len(),
+        "dma_buf": false,
+    })
+}

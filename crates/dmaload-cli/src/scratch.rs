@@ -1,0 +1,300 @@
+//! A large file that is gone afterwards: on a real disk, with room for it, removed on drop and on Ctrl-C.
+//!
+//! - **A disk.** `/tmp` is often a tmpfs: reading from there measures memory, `O_DIRECT` is refused or a pretence, and
+//!   a few GiB of it can end in the OOM killer. So folders are asked for their file system first.
+//! - **Room.** A file system that fills up under a demo is worse than no demo: free space is compared before the
+//!   first byte, and a tenth of it is left alone.
+//! - **A name.** A nameless file (`O_TMPFILE`) would need no cleaning up, but loaders choose the format by the file's
+//!   extension, and other programs are shown the same path. So it has a name, and a signal thread that removes it
+//!   when the process is interrupted. Only SIGKILL leaves it behind; it is called `dmaload-PID-…` to be found.
+
+use std::collections::BTreeSet;
+use std::env;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
+
+use rustix::fs::{Access, FsWord, StatFs, access, fstatfs, statfs};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
+
+use crate::errors::{At, FileError, Named};
+use crate::summary::bytes;
+
+/// File systems that keep their files in memory, by the `f_type` of `statfs(2)`.
+const IN_MEMORY: &[(FsWord, &str)] =
+    &[(0x0102_1994, "tmpfs"), (0x8584_58F6_u32 as FsWord, "ramfs"), (0x9584_58F6_u32 as FsWord, "hugetlbfs")];
+
+/// The scratch files that exist now: what the signal thread removes.
+static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// A file that is removed when this is dropped, or when the process is interrupted.
+#[derive(Debug)]
+pub(crate) struct ScratchFile {
+    path: PathBuf,
+}
+
+/// Why there is no scratch file.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ScratchError {
+    /// No folder will do; it lists each with its reason.
+    #[error("no folder for a scratch file of {}{}\nname one with --dir, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
+    NoFolder {
+        /// How much room was wanted.
+        wanted: u64,
+        /// What was tried, and what was wrong with it.
+        refused: Vec<(PathBuf, Refusal)>,
+    },
+    /// The folder looked good, and the file could still not be made.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// What is wrong with a folder.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refusal {
+    /// Reading from it would measure memory.
+    #[error("is in memory ({0})")]
+    InMemory(&'static str),
+    /// Not enough free space.
+    #[error("has {} free for this user, of which a tenth stays free", bytes(*.0))]
+    NoRoom(u64),
+    /// It can't be looked at.
+    #[error("{}", Named(.0))]
+    Unusable(io::Error),
+}
+
+struct Reasons<'a>(&'a [(PathBuf, Refusal)]);
+
+impl fmt::Display for Reasons<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|(folder, refusal)| write!(f, "\n  {}: {refusal}", folder.display()))
+    }
+}
+
+impl ScratchFile {
+    /// Creates an empty scratch file with room for `length` bytes, in `folder` or else in the first good one of
+    /// `$TMPDIR`, `/var/tmp` and the current folder. `suffix` ends its name: `"demo.safetensors"`.
+    ///
+    /// A folder named by the caller must be good too: it is never silently replaced.
+    ///
+    /// # Errors
+    /// When no folder will do, or the file can't be created.
+    pub(crate) fn create(folder: Option<&Path>, suffix: &str, length: u64) -> Result<Self, ScratchError> {
+        let candidates = folder.map_or_else(usual_folders, |folder| vec![folder.to_owned()]);
+        let folder = choose(candidates, length)?;
+        Ok(Self::create_in(&folder, suffix)?)
+    }
+
+    fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
+        remove_on_signals();
+        let mut alive = alive();
+        let path = free_name(folder, suffix, &alive);
+        OpenOptions::new().write(true).create_new(true).open(&path).at("create", &path)?;
+        alive.insert(path.clone());
+        Ok(Self { path })
+    }
+
+    /// Where it is: an absolute path, so a later change of folder does no harm.
+    #[must_use]
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Keeps the file: from here on it is the caller's.
+    #[must_use]
+    pub(crate) fn keep(self) -> PathBuf {
+        alive().remove(&self.path);
+        self.path.clone()
+    }
+}
+
+impl Drop for ScratchFile {
+    fn drop(&mut self) {
+        if alive().remove(&self.path) {
+            // Nobody is left to tell, and a file that someone else has removed is what was wanted.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// `$TMPDIR` comes first even where it is unset: then it is the system's `/tmp`.
+fn usual_folders() -> Vec<PathBuf> {
+    let mut folders = vec![env::temp_dir(), PathBuf::from("/var/tmp"), PathBuf::from(".")];
+    folders.dedup();
+    folders
+}
+
+fn choose(candidates: Vec<PathBuf>, wanted: u64) -> Result<PathBuf, ScratchError> {
+    let mut refused = Vec::new();
+    for folder in candidates {
+        match examine(&folder, wanted) {
+            Ok(folder) => return Ok(folder),
+            Err(refusal) => refused.push((folder, refusal)),
+        }
+    }
+    Err(ScratchError::NoFolder { wanted, refused })
+}
+
+/// The absolute path of a folder that is on a disk and has room.
+fn examine(folder: &Path, wanted: u64) -> Result<PathBuf, Refusal> {
+    let folder = fs::canonicalize(folder).map_err(Refusal::Unusable)?;
+    let about = statfs(&folder).map_err(|errno| Refusal::Unusable(errno.into()))?;
+    if let Some(name) = in_memory(&about) {
+        return Err(Refusal::InMemory(name));
+    }
+    let free = about.f_bavail.saturating_mul(u64::try_from(about.f_bsize).unwrap_or(0));
+    if wanted > free - free / 10 {
+        return Err(Refusal::NoRoom(free));
+    }
+    access(&folder, Access::WRITE_OK).map_err(|errno| Refusal::Unusable(errno.into()))?;
+    Ok(folder)
+}
+
+fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf {
+    (0_u32..)
+        .map(|n| folder.join(OsString::from(format!("dmaload-{}-{n}-{suffix}", process::id()))))
+        .find(|path| !alive.contains(path) && !path.exists())
+        .expect("fewer than 2^32 scratch files in one process")
+}
+
+/// A thread that panicked while it held the lock has left the set whole: every change to it is one call.
+fn alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts, once, the thread that removes what exists when a signal ends the process. Where it can't be started the
+/// files are still removed on drop.
+fn remove_on_signals() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        let Ok(mut signals) = Signals::new(heeded_signals()) else { return };
+        let watch = move || {
+            if let Some(signal) = signals.forever().next() {
+                // Held until the end: a file created from here on would be left behind.
+                let alive = alive();
+                for path in alive.iter() {
+                    let _ = fs::remove_file(path);
+                }
+                // Ends the process by the signal itself, so that a shell sees it was interrupted.
+                let _ = emulate_default_handler(signal);
+            }
+        };
+        let _ = thread::Builder::new().name("dmaload-signals".into()).spawn(watch);
+    });
+}
+
+/// The signals that end a process politely, less those it was started to ignore: `nohup`, and shells for what they run
+/// in the background, say so by ignoring them, and a handler would undo that.
+fn heeded_signals() -> impl Iterator<Item = i32> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    [SIGHUP, SIGINT, SIGTERM].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
+}
+
+/// Whether a file is kept in memory by its file system, and by which: then reading it measures nothing.
+///
+/// # Errors
+/// When the file can't be looked at.
+pub(crate) fn kept_in_memory(file: &File, path: &Path) -> Result<Option<&'static str>, FileError> {
+    Ok(in_memory(&fstatfs(file).at("look at the file system of", path)?))
+}
+
+fn in_memory(about: &StatFs) -> Option<&'static str> {
+    IN_MEMORY.iter().find(|&&(magic, _)| magic == about.f_type).map(|&(_, name)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn here() -> &'static Path {
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+    }
+
+    #[test]
+    fn exists_until_dropped() {
+        let file = ScratchFile::create(Some(here()), "a.safetensors", 4096).unwrap();
+        let path = file.path().to_owned();
+        assert!(path.is_absolute() && path.exists());
+        assert_eq!(path.extension().unwrap(), "safetensors");
+        drop(file);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn two_have_different_names() {
+        let one = ScratchFile::create(Some(here()), "b", 0).unwrap();
+        let two = ScratchFile::create(Some(here()), "b", 0).unwrap();
+        assert_ne!(one.path(), two.path());
+    }
+
+    #[test]
+    fn a_kept_file_stays() {
+        let path = ScratchFile::create(Some(here()), "c", 0).unwrap().keep();
+        assert!(path.exists());
+        fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn memory_is_refused_by_name() {
+        if !Path::new("/dev/shm").is_dir() {
+            return;
+        }
+        let error = ScratchFile::create(Some(Path::new("/dev/shm")), "d", 1).unwrap_err();
+        assert!(error.to_string().contains("/dev/shm: is in memory (tmpfs)"), "{error}");
+    }
+
+    #[test]
+    fn a_full_disk_is_found_before_the_first_byte() {
+        let error = ScratchFile::create(Some(here()), "e", u64::MAX / 2).unwrap_err().to_string();
+        assert!(error.starts_with("no folder for a scratch file of 8.00 EiB\n"), "{error}");
+        assert!(error.contains(" free for this user"), "{error}");
+    }
+
+    #[test]
+    fn every_folder_tried_is_listed() {
+        let folders = vec![PathBuf::from("/nonexistent/one"), PathBuf::from("/nonexistent/two")];
+        let error = choose(folders, 1).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/one: ENOENT (No such file or directory)\n"), "{error}");
+        assert!(error.contains("/nonexistent/two: "), "{error}");
+    }
+
+    /// Runs this test binary again as a process that can be interrupted.
+    #[test]
+    fn an_interrupt_removes_it_and_ends_the_process_by_the_signal() {
+        use std::io::BufRead as _;
+        use std::os::unix::process::ExitStatusExt as _;
+
+        let mut child = process::Command::new(env::current_exe().unwrap())
+            .args(["--exact", "scratch::tests::waits_to_be_interrupted", "--ignored", "--nocapture"])
+            .stdout(process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = io::BufReader::new(child.stdout.take().unwrap());
+        let line = output.lines().map(Result::unwrap).find(|line| line.contains("SCRATCH=")).unwrap();
+        let path = PathBuf::from(line.split_once("SCRATCH=").unwrap().1);
+        assert!(path.exists());
+
+        let id = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(id, rustix::process::Signal::INT).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(SIGINT));
+        assert!(!path.exists());
+    }
+
+    #[test]
+    #[ignore = "only the test above runs it, in a process of its own"]
+    fn waits_to_be_interrupted() {
+        let file = ScratchFile::create(Some(here()), "interrupted", 0).unwrap();
+        println!("SCRATCH={}", file.path().display());
+        thread::sleep(std::time::Duration::from_secs(60));
+    }
+}
