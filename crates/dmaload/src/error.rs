@@ -94,6 +94,12 @@ pub enum Error {
         /// What it needs in all.
         planned_bytes: u64,
     },
+    /// The heap's own code panicked: a defect of the heap, which its author must mend.
+    #[error("heap {heap} panicked")]
+    HeapPanicked {
+        /// The heap.
+        heap: String,
+    },
     /// Allocating would have taken the machine, or this process' memory cgroup, to its limit.
     #[error("{heap}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({limit})")]
     OutOfMemory {

@@ -89,3 +89,21 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
         std::mem::forget(self.backing);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dmabuf::AddressRange;
+
+    #[test]
+    fn dropping_a_backing_unmaps_nothing_by_itself() {
+        let range = AddressRange::reserve(4096).unwrap();
+        let mapping = range.map(&Memory::Anonymous, 0, 4096).unwrap();
+        // A reaper whose thread does nothing.
+        let reaper = Reaper::without_thread();
+        drop(Backing::new(mapping, Memory::Anonymous, reaper.clone()));
+        assert!(range.map(&Memory::Anonymous, 0, 4096).is_err(), "the mapping is still there");
+        reaper.run_once();
+        range.map(&Memory::Anonymous, 0, 4096).unwrap();
+    }
+}

@@ -70,6 +70,18 @@ impl Reaper {
         Ok(reaper)
     }
 
+    #[cfg(test)]
+    pub(crate) fn without_thread() -> Self {
+        Reaper { shared: Arc::new(Closing(Arc::default())) }
+    }
+
+    /// Does the thread's work in the caller.
+    #[cfg(test)]
+    pub(crate) fn run_once(&self) {
+        let holding = self.shared.0.list().head.take();
+        drop(holding);
+    }
+
     /// Leaves memory to the thread, to be unmapped and freed.
     pub(crate) fn bury(&self, mut holding: Box<Holding>) {
         let mut list = self.shared.0.list();

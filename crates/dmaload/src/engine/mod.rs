@@ -260,8 +260,8 @@ impl Engine {
                 Job::Check(_, file) => self.check(&load, file),
             }));
             if done.is_err() {
-                // A heap of the caller's may panic. Whatever the job held was released by unwinding.
-                self.fail(&load, Error::Ring { errno: rustix::io::Errno::CANCELED });
+                // Only the heap's code is not ours. Whatever the job held was released by unwinding.
+                self.fail(&load, Error::HeapPanicked { heap: self.heap.name().into_owned() });
             }
         }
         self.thread_has_ended();

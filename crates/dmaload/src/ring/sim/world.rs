@@ -412,7 +412,7 @@ fn in_every_world_what_is_full_is_right_and_what_is_wrong_is_told() {
     if let Some(seed) = number_from("DMALOAD_SIM_SEED") {
         return run(seed);
     }
-    for seed in 0..number_from("DMALOAD_SIM_SEEDS").unwrap_or(5_000) {
+    for seed in 0..number_from("DMALOAD_SIM_SEEDS").unwrap_or(2_000) {
         run(seed);
     }
 }

@@ -1,0 +1,248 @@
+//! What happens to a file, or to memory, while it is being loaded: a correct load or a clear error, never wrong bytes.
+
+mod common;
+
+use std::borrow::Cow;
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::dmabuf::{Mapping, Memory, Populated};
+use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
+use dmaload::{Error, Image, Loader, Route};
+
+const SEGMENT: usize = 2 << 20;
+const SEGMENTS: usize = 4;
+
+/// A heap that stops before its last segment until the test says go: the rest has been planned, and may be read.
+#[derive(Debug, Clone, Default)]
+struct GatedHeap(Arc<Gate>);
+
+#[derive(Debug, Default)]
+struct Gate {
+    calls: AtomicUsize,
+    open: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Heap for GatedHeap {
+    fn name(&self) -> Cow<'_, str> {
+        "gated".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
+        if self.0.calls.fetch_add(1, Ordering::Relaxed) == SEGMENTS - 1 {
+            let mut open = self.0.open.lock().unwrap();
+            while !*open {
+                open = self.0.changed.wait(open).unwrap();
+            }
+        }
+        MemfdHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
+        MemfdHeap::default().populate(mapping, memory, part)
+    }
+}
+
+/// Loads a file, and does something to it after its first segment has come and before its last one can be read.
+async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", bytes);
+    // A change in the same tick of the clock as the writing would not show in the file's time.
+    fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let heap = GatedHeap::default();
+    let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).route(route).build().unwrap();
+    let mut load = loader.load(&path);
+    load.next().await.expect("the first segment needs no last one").unwrap();
+    change(&path);
+    heap.0.open();
+    load.finish().await
+}
+
+fn model() -> Vec<u8> {
+    random_bytes((SEGMENTS - 1) * SEGMENT + 70_000, 21)
+}
+
+#[tokio::test]
+async fn a_file_that_grows_is_loaded_at_its_planned_length_with_a_zero_tail() {
+    for route in ROUTES {
+        let bytes = model();
+        let grow = |path: &Path| {
+            use std::io::Write;
+            fs::OpenOptions::new().append(true).open(path).unwrap().write_all(&[0xAB; 9000]).unwrap();
+        };
+        let image = load_and(route, &bytes, grow).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
+        let last = image.segments().last().unwrap();
+        let mut memory = vec![1; last.memory_bytes()];
+        rustix::io::pread(last.memfd().unwrap(), &mut memory, 0).unwrap();
+        assert!(memory[last.len()..].iter().all(|&byte| byte == 0), "{route}: no byte beyond the planned end shows");
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_shrinks_fails_and_tells_where_it_ended() {
+    for route in ROUTES {
+        for left in [3 * SEGMENT + 4096, 3 * SEGMENT + 5000, 3 * SEGMENT, SEGMENT] {
+            let shrink = |path: &Path| fs::OpenOptions::new().write(true).open(path).unwrap().set_len(left as u64).unwrap();
+            match load_and(route, &model(), shrink).await {
+                Err(Error::Ended { offset, planned_bytes, .. }) => {
+                    assert!(offset >= left as u64 && planned_bytes == model().len() as u64, "{offset} {planned_bytes}");
+                }
+                // What was read before it shrank is complete; the check at the end finds out.
+                Err(Error::Changed { change, .. }) => assert_eq!(change, "it shrank"),
+                other => panic!("{route}, {left} bytes left: {other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_is_replaced_or_written_to_fails_and_a_deleted_one_is_loaded() {
+    let replace = |path: &Path| {
+        let other = path.with_extension("new");
+        fs::write(&other, random_bytes(model().len(), 22)).unwrap();
+        fs::rename(other, path).unwrap();
+    };
+    let error = load_and(Route::UringFixedDirect, &model(), replace).await.unwrap_err();
+    assert!(matches!(error, Error::Changed { change: "it was replaced", .. }), "{error}");
+
+    let write = |path: &Path| {
+        use std::os::unix::fs::FileExt;
+        fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"other weights", 100).unwrap();
+    };
+    let error = load_and(Route::UringFixedDirect, &model(), write).await.unwrap_err();
+    assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{error}");
+    assert!(error.to_string().contains("model.bin"), "{error}");
+
+    let image = load_and(Route::UringFixedDirect, &model(), |path| fs::remove_file(path).unwrap()).await.unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &model(), "a deleted file");
+}
+
+#[tokio::test]
+async fn the_last_segment_is_withheld_from_a_stream_when_the_file_has_changed() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let heap = GatedHeap::default();
+    let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).build().unwrap();
+    let mut segments = loader.load(&path).into_segments();
+    segments.next().await.unwrap().unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    heap.0.open();
+    let mut given = 1;
+    let error = loop {
+        match segments.next().await.expect("an error comes before the end") {
+            Ok(_) => given += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Changed { .. }), "{error}");
+    assert_eq!(given, SEGMENTS - 1);
+    assert!(segments.next().await.is_none(), "nothing comes after an error");
+}
+
+/// A heap that fails its n-th call of either kind.
+#[derive(Debug)]
+struct FailingHeap {
+    allocations: AtomicUsize,
+    populations: AtomicUsize,
+}
+
+impl FailingHeap {
+    fn new(allocations: usize, populations: usize) -> Self {
+        FailingHeap { allocations: AtomicUsize::new(allocations), populations: AtomicUsize::new(populations) }
+    }
+
+    fn count(left: &AtomicUsize, operation: &'static str, bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+        match left.fetch_sub(1, Ordering::Relaxed) {
+            0 => Err(dmaload::dmabuf::Error::new(operation, bytes, rustix::io::Errno::NOMEM)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Heap for FailingHeap {
+    fn name(&self) -> Cow<'_, str> {
+        "failing".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
+        Self::count(&self.allocations, "allocate memory", bytes)?;
+        AnonHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
+        Self::count(&self.populations, "populate memory", part.len())?;
+        AnonHeap::default().populate(mapping, memory, part)
+    }
+}
+
+#[tokio::test]
+async fn a_heap_that_runs_out_half_way_fails_the_load_and_not_the_loader() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    for (allocations, populations, operation) in [(2, usize::MAX, "allocate memory"), (usize::MAX, 2, "populate memory")] {
+        let heap = FailingHeap::new(allocations, populations);
+        let loader = Loader::builder().heap(heap).segment_bytes(SEGMENT as u64).build().unwrap();
+        let error = loader.load(&path).await.unwrap_err();
+        let told = error.to_string();
+        assert!(told.contains("failing") && told.contains(operation) && told.contains("ENOMEM"), "{told}");
+        // The failing call was the only one: the same loader goes on.
+        let image = loader.load(&path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &model(), "the load after the failure");
+    }
+}
+
+/// A heap whose author has made a mistake.
+#[derive(Debug)]
+struct PanickingHeap;
+
+impl Heap for PanickingHeap {
+    fn name(&self) -> Cow<'_, str> {
+        "panicking".into()
+    }
+
+    fn allocate(&self, _bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
+        panic!("a mistake")
+    }
+
+    fn populate(&self, _: &Mapping, _: &Memory, _: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
+        unreachable!()
+    }
+}
+
+#[tokio::test]
+async fn a_heap_that_panics_fails_its_loads_and_hangs_none() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    let loader = Loader::builder().heap(PanickingHeap).build().unwrap();
+    for _ in 0..5 {
+        let error = loader.load(&path).await.unwrap_err();
+        assert_eq!(error, Error::HeapPanicked { heap: "panicking".to_owned() });
+    }
+    loader.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_among_many_that_cannot_be_loaded_is_named() {
+    let folder = folder();
+    let good: Vec<PathBuf> =
+        (0..20).map(|index| file(folder.path(), &format!("{index}.bin"), &random_bytes(10_000, index))).collect();
+    let mut paths = good.clone();
+    paths.insert(13, folder.path().join("missing.bin"));
+    let loader = Loader::new().unwrap();
+    let error = loader.load_with(&paths, loader.options()).await.unwrap_err();
+    assert!(error.to_string().contains("missing.bin") && error.to_string().contains("ENOENT"), "{error}");
+}

@@ -1,0 +1,164 @@
+//! After whatever loads did (finish, fail, be dropped at any moment, be shut down) nothing is left: no file descriptor, no
+//! mapping, no thread. One test, in a process of its own, since it counts what the process has.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::heap::AnonHeap;
+use dmaload::{Error, Layout, Loader, LoaderBuilder};
+
+const SEGMENT: u64 = 2 << 20;
+
+#[derive(Debug, PartialEq, Eq)]
+struct Holdings {
+    descriptors: usize,
+    threads: Vec<String>,
+    mappings: BTreeMap<String, usize>,
+}
+
+fn holdings() -> Holdings {
+    let names = fs::read_dir("/proc/self/task").unwrap().filter_map(|task| {
+        let name = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        name.starts_with("dmaload").then(|| name.trim().to_owned())
+    });
+    let mut mappings = BTreeMap::new();
+    for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
+        let name = line.splitn(6, ' ').last().unwrap_or("").trim();
+        // Reserved addresses have no name. What the C library reserves for its arenas does not begin at a huge page.
+        let (start, bytes) = place_of(line);
+        let reserved = line.contains("---p") && name.is_empty() && start % SEGMENT == 0 && bytes >= SEGMENT;
+        if name.contains("dmaload") || name.contains("io_uring") || reserved {
+            *mappings.entry(if reserved { "reserved".to_owned() } else { name.to_owned() }).or_insert(0) += 1;
+        }
+    }
+    Holdings { descriptors: fs::read_dir("/proc/self/fd").unwrap().count(), threads: names.collect(), mappings }
+}
+
+fn place_of(line: &str) -> (u64, u64) {
+    let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+    let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+    (start, end - start)
+}
+
+struct Files {
+    _folder: tempfile::TempDir,
+    files: Vec<(PathBuf, Vec<u8>)>,
+    large: PathBuf,
+}
+
+fn files() -> Files {
+    let folder = folder();
+    let sizes = (0..100u64).map(|index| (index * 137_777 + index % 3) % (5 * SEGMENT));
+    let files = sizes.enumerate().map(|(index, size)| {
+        let bytes = random_bytes(usize::try_from(size).unwrap(), index as u64);
+        (file(folder.path(), &format!("{index}.bin"), &bytes), bytes)
+    });
+    let files = files.collect();
+    let large = file(folder.path(), "large.bin", &random_bytes(96 << 20, 1000));
+    Files { _folder: folder, files, large }
+}
+
+fn small_window() -> LoaderBuilder {
+    Loader::builder().segment_bytes(SEGMENT).window_bytes(4 * SEGMENT)
+}
+
+async fn a_hundred_loads_at_once(files: &Files) {
+    for builder in [small_window(), small_window().heap(AnonHeap::default()), Loader::builder().layout(Layout::Single)] {
+        let loader = builder.build().unwrap();
+        let loads: Vec<_> = files.files.iter().map(|(path, _)| tokio::spawn(loader.load(path).into_future())).collect();
+        for (load, (path, bytes)) in loads.into_iter().zip(&files.files) {
+            let image = load.await.unwrap().unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), bytes, &path.display().to_string());
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
+async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
+    for route in ROUTES {
+        let loader = small_window().route(route).build().unwrap();
+        let mut state = 88_172_645_463_325_252u64;
+        for round in 0..50 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let mut load = loader.load(&files.large);
+            match state % 4 {
+                0 => {}
+                1 => tokio::time::sleep(Duration::from_micros(state % 20_000)).await,
+                2 => drop(load.next().await),
+                _ => {
+                    let _ = tokio::time::timeout(Duration::from_micros(state % 30_000), load.next()).await;
+                }
+            }
+            drop(load);
+            // What is dropped does not disturb what is wanted.
+            let (path, bytes) = &files.files[round];
+            let image = loader.load(path).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), bytes, "a load among dropped ones");
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
+async fn loads_that_fail(files: &Files, folder: &Path) {
+    let lying = file(folder, "lying.safetensors", b"\xff\xff\xff\xff\0\0\0\0{\"a\":");
+    let loader = small_window().build().unwrap();
+    for path in [Path::new("/nonexistent"), Path::new("/dev/null"), folder, &lying] {
+        loader.load(path).await.unwrap_err();
+    }
+    let shrinking = file(folder, "shrinking.bin", &random_bytes(64 << 20, 5));
+    let mut load = loader.load(&shrinking);
+    drop(load.next().await);
+    fs::OpenOptions::new().write(true).open(&shrinking).unwrap().set_len(1000).unwrap();
+    // Whether the rest had been read before is a matter of luck; the check at the end is not.
+    load.finish().await.unwrap_err();
+    drop(loader);
+
+    let loader = small_window().build().unwrap();
+    let mut load = loader.load(&files.large);
+    drop(load.next().await);
+    loader.shutdown().await.unwrap();
+    assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
+}
+
+async fn a_loader_that_is_dropped_with_a_load_under_way(files: &Files) {
+    let loader = small_window().build().unwrap();
+    let load = loader.load(&files.large);
+    drop(loader);
+    let image = load.await.unwrap();
+    assert_eq!(image.report().bytes, 96 << 20, "the load keeps the threads alive");
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let files = files();
+    let scratch = folder();
+    // Whatever a first load initialises for good is not a leak.
+    runtime.block_on(a_loader_that_is_dropped_with_a_load_under_way(&files));
+    std::thread::sleep(Duration::from_millis(500));
+    let before = holdings();
+    assert!(before.threads.is_empty(), "{before:?}");
+    assert!(before.mappings.keys().all(|name| name == "reserved"), "{before:?}");
+
+    let started = Instant::now();
+    runtime.block_on(async {
+        a_hundred_loads_at_once(&files).await;
+        two_hundred_loads_dropped_at_random_moments(&files).await;
+        loads_that_fail(&files, scratch.path()).await;
+        a_loader_that_is_dropped_with_a_load_under_way(&files).await;
+    });
+    println!("loads took {:?}", started.elapsed());
+
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while holdings() != before {
+        assert!(Instant::now() < deadline, "left behind: {:?}\nbefore: {before:?}", holdings());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
