@@ -1,0 +1,89 @@
+//! Does allocating hide behind reading, and reading behind allocating?
+//!
+//! Reads a file as it is, takes the time that reading takes per piece, and slows allocating down by multiples of it. With
+//! real overlap the total is near the longer of the two; without, it is near their sum.
+
+use std::borrow::Cow;
+use std::io::Write;
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use dmaload::dmabuf::{Error, Mapping, Memory, Populated};
+use dmaload::heap::{Heap, MemfdHeap};
+use dmaload::{Loader, Report};
+
+const FILE_BYTES: usize = 512 << 20;
+/// Segments of one piece each.
+const SEGMENT_BYTES: usize = 16 << 20;
+const ROUNDS: usize = 5;
+
+/// Memory that takes longer to get.
+#[derive(Debug)]
+struct SlowHeap(Duration);
+
+impl Heap for SlowHeap {
+    fn name(&self) -> Cow<'_, str> {
+        "slow".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, Error> {
+        MemfdHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, Error> {
+        std::thread::sleep(self.0);
+        MemfdHeap::default().populate(mapping, memory, part)
+    }
+}
+
+fn load(path: &Path, delay: Duration, window_pieces: u64) -> anyhow::Result<Report> {
+    let builder = Loader::builder().heap(SlowHeap(delay)).allocator_threads(1);
+    let loader = builder.segment_bytes(SEGMENT_BYTES as u64).window_bytes(window_pieces * SEGMENT_BYTES as u64).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    Ok(runtime.block_on(loader.load(path).into_future())?.report().clone())
+}
+
+fn main() -> anyhow::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(std::env::var_os("BENCH_DIR").unwrap_or("/var/tmp".into()))?;
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    for _ in 0..FILE_BYTES / (1 << 20) {
+        let mut block = Vec::with_capacity(1 << 20);
+        while block.len() < 1 << 20 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            block.extend_from_slice(&state.to_le_bytes());
+        }
+        file.write_all(&block)?;
+    }
+    file.as_file().sync_all()?;
+
+    let pieces = u32::try_from(FILE_BYTES / SEGMENT_BYTES)?;
+    load(file.path(), Duration::ZERO, 4)?;
+    println!(
+        "{:>22} {:>11} {:>9} {:>9} {:>12} {:>12}",
+        "allocating slowed by", "allocating", "reading", "total", "total / max", "total / sum"
+    );
+    for (factor, window) in [(1, 4), (3, 4), (1, 1)] {
+        let mut rounds = Vec::new();
+        for _ in 0..ROUNDS {
+            let reading = load(file.path(), Duration::ZERO, 4)?.reading;
+            rounds.push(load(file.path(), reading / pieces * factor, window)?);
+        }
+        rounds.sort_by_key(|report| report.total);
+        let median = &rounds[ROUNDS / 2];
+        let (longer, sum) = (median.allocating.max(median.reading), median.allocating + median.reading);
+        let what = format!("{factor} x read, window {window}");
+        let ratio = |of: Duration| median.total.as_secs_f64() / of.as_secs_f64();
+        println!(
+            "{what:>22} {:>9.0?} {:>9.0?} {:>9.0?} {:>12.2} {:>12.2}",
+            median.allocating,
+            median.reading,
+            median.total,
+            ratio(longer),
+            ratio(sum)
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! What the command's tests share: real files on a disk, the real binary, and what came of running it.
+#![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that can't make its file or start its program has failed")]
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+pub const MIB: usize = 1 << 20;
+pub const ROUTES: [&str; 4] = ["uring-fixed-direct", "uring-direct", "pread-direct", "buffered"];
+/// Small segments, so that small files have several.
+pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-size", "2MiB", "--window", "4MiB"];
+/// Somebody without any rights.
+pub const NOBODY: u32 = 65534;
+/// A program that runs longer hangs.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The folder for files that must be on a disk, not in memory: `O_DIRECT` is to be the real thing.
+pub fn base() -> &'static Path {
+    let base = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    fs::create_dir_all(base).unwrap();
+    base
+}
+
+/// A folder of one test's own, which anyone may enter, removed at its end.
+pub fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir_in(base()).unwrap();
+    allow(folder.path(), 0o755);
+    folder
+}
+
+pub fn allow(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Random bytes, the same for the same seed. Never a run of zeros: memory that was not read must show.
+pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = folder.join(name);
+    fs::write(&path, bytes).unwrap();
+    allow(&path, 0o644);
+    path
+}
+
+/// A file of random bytes.
+pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
+    file(folder, name, &random_bytes(len, len as u64))
+}
+
+/// Many random bytes, quickly: one MiB over and over, with a number of its own in every sector.
+pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
+    const SECTOR: u64 = 512;
+    let path = folder.join(name);
+    let mut file = File::create(&path).unwrap();
+    let mut block = random_bytes(MIB, len);
+    let mut written = 0;
+    while written < len {
+        for (number, sector) in (written / SECTOR..).zip(block.chunks_exact_mut(512)) {
+            sector[..8].copy_from_slice(&number.to_le_bytes());
+        }
+        let next = block.len().min(usize::try_from(len - written).unwrap());
+        file.write_all(&block[..next]).unwrap();
+        written += next as u64;
+    }
+    path
+}
+
+/// A safetensors file: this header, then so many random bytes.
+pub fn safetensors(folder: &Path, name: &str, header: &[u8], data: usize) -> PathBuf {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header);
+    bytes.extend(random_bytes(data, 1));
+    file(folder, name, &bytes)
+}
+
+pub fn dmaload<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dmaload"));
+    command.env_remove("DMALOAD_LOG").env("LC_ALL", "C").args(arguments);
+    command
+}
+
+/// The same command below limits of the shell's `ulimit`: `-n 12`.
+pub fn limited(command: &Command, ulimit: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("ulimit {ulimit} && exec \"$@\""), "sh"]).arg(command.get_program()).args(command.get_args());
+    shell.env_remove("DMALOAD_LOG").env("LC_ALL", "C");
+    shell
+}
+
+/// Makes a command run without any rights; `Err` tells why it can't.
+pub fn as_nobody(mut command: Command) -> Result<Command, &'static str> {
+    if !is_root() {
+        return Err("only root can run a program as somebody else");
+    }
+    let reachable = dmaload(["--version"]).uid(NOBODY).gid(NOBODY).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if !reachable.is_ok_and(|status| status.success()) {
+        return Err("the build's folder is closed to other users");
+    }
+    command.uid(NOBODY).gid(NOBODY);
+    Ok(command)
+}
+
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// What came of running a program.
+pub struct Done {
+    pub command: String,
+    pub code: Option<i32>,
+    pub signal: Option<i32>,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+/// Runs a program to its end, and kills it when it hangs.
+pub fn run(command: &mut Command) -> Done {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    finish(format!("{command:?}"), child)
+}
+
+/// As [`run`], for a program that was started by hand.
+pub fn finish(command: String, child: Child) -> Done {
+    let pid = Pid::from_child(&child);
+    let (ended, wait) = mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        let hangs = wait.recv_timeout(PATIENCE) == Err(mpsc::RecvTimeoutError::Timeout);
+        if hangs {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        hangs
+    });
+    let Output { status, stdout, stderr } = child.wait_with_output().unwrap();
+    drop(ended);
+    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+    let done = Done { command, code: status.code(), signal: status.signal(), stdout, stderr };
+    assert!(!watchdog.join().unwrap(), "hangs: {done}");
+    done
+}
+
+impl Done {
+    #[track_caller]
+    pub fn exits(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "exit status of {self}");
+        self
+    }
+
+    /// Exit status 0, and nothing on standard error.
+    #[track_caller]
+    pub fn succeeds(self) -> Self {
+        assert_eq!(self.stderr, "", "standard error of {self}");
+        self.exits(0)
+    }
+
+    /// This exit status, nothing on standard output, and all these words on standard error.
+    #[track_caller]
+    pub fn fails(self, code: i32, words: &[&str]) -> Self {
+        for word in words {
+            assert!(self.stderr.contains(word), "{word:?} is missing in standard error of {self}");
+        }
+        assert!(!self.stderr.contains("panicked"), "{self}");
+        assert!(self.stdout.is_empty(), "standard output of {self}");
+        self.exits(code)
+    }
+
+    /// The one JSON object on standard output.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        let value: Value = serde_json::from_slice(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self}"));
+        assert!(value.is_object(), "{self}");
+        value
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}
+
+impl fmt::Display for Done {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Done { command, code, signal, stdout, stderr } = self;
+        let stdout = String::from_utf8_lossy(&stdout[..stdout.len().min(4000)]);
+        write!(
+            f,
+            "{command}\nexit {code:?}, signal {signal:?}\nstdout ({} bytes):\n{stdout}\nstderr:\n{stderr}",
+            self.stdout.len()
+        )
+    }
+}
+
+/// Loads, successfully, and gives the JSON.
+#[track_caller]
+pub fn load_json(path: &Path, arguments: &[&str]) -> Value {
+    run(dmaload(["load", "--json"]).args(arguments).arg(path)).succeeds().json()
+}
+
+/// What coreutils say: an implementation that has nothing to do with ours.
+pub fn sha256sum(path: &Path) -> String {
+    let done = run(Command::new("sha256sum").arg("--").arg(path)).succeeds();
+    done.text().split_whitespace().next().unwrap().trim_start_matches('\\').to_owned()
+}
+
+/// The digest of the only file.
+#[track_caller]
+pub fn digest_of(json: &Value) -> &str {
+    json["files"][0]["digest"]["hex"].as_str().unwrap_or_else(|| panic!("no digest: {json:#}"))
+}
+
+/// Why this machine, in this folder, has no such route; told by the kernel's own refusal of it.
+pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
+    let probe = random_file(folder, "probe", 10_000);
+    let json = load_json(&probe, &["--route", route]);
+    fs::remove_file(probe).unwrap();
+    let fallback = json["fallbacks"].get(0)?;
+    let (errno, reason) = (fallback["errno"].as_str()?, fallback["reason"].as_str()?);
+    let excused = match errno {
+        "EPERM" | "EACCES" | "ENOSYS" => reason.contains("io_uring"),
+        "ENOMEM" => reason.contains("ulimit -l"),
+        "EINVAL" | "EOPNOTSUPP" => reason.contains("O_DIRECT") || reason.contains("5.19"),
+        _ => false,
+    };
+    assert!(excused, "a fallback that no machine needs: {fallback}");
+    Some(format!("{errno}: {reason}"))
+}
+
+/// Tells why something is not tested here, past the test runner, which would swallow it.
+pub fn skip(reason: impl fmt::Display) {
+    let name = thread::current().name().unwrap_or("?").to_owned();
+    let _ = writeln!(io::stderr(), "skipped in {name}: {reason}");
+}
+
+/// Bytes that may still be allocated, by the kernel's estimate.
+pub fn available_memory() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or("0 kB");
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) * 1024
+}
+
+pub fn free_disk(folder: &Path) -> u64 {
+    let about = rustix::fs::statvfs(folder).unwrap();
+    about.f_bavail * about.f_frsize
+}
+
+/// Why there is no room for so much on the disk and in memory.
+pub fn no_room(folder: &Path, disk: u64, memory: u64) -> Option<String> {
+    let (free, available) = (free_disk(folder), available_memory());
+    (free < disk || available < memory)
+        .then(|| format!("{disk} bytes of disk and {memory} of memory are needed; there are {free} and {available}"))
+}

@@ -1,0 +1,35 @@
+//! A model that people use: every tensor, byte by byte, against what the `safetensors` crate reads from the same file.
+//!
+//! `just real-model` fetches it and runs this. Without a file in `DMALOAD_REAL_MODEL` there is nothing to test.
+
+mod common;
+
+use common::{ROUTES, assert_same};
+use dmaload::{Layout, Loader};
+
+#[tokio::test]
+async fn every_tensor_of_a_real_model_is_what_the_safetensors_crate_reads() {
+    let Some(path) = std::env::var_os("DMALOAD_REAL_MODEL") else {
+        println!("skipped: DMALOAD_REAL_MODEL names no model; `just real-model` fetches one");
+        return;
+    };
+    let bytes = std::fs::read(&path).unwrap();
+    let oracle = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let loader = Loader::builder().segment_bytes(4 << 20).build().unwrap();
+    for route in ROUTES {
+        for layout in [Layout::Segmented, Layout::Single] {
+            let options = loader.options().route(route).layout(layout).strict(true);
+            let image = loader.load_with([&path], options).await.unwrap();
+            assert_eq!(image.tensors().count(), oracle.len());
+            for (name, expected) in oracle.iter() {
+                let tensor = image.tensor(name).unwrap();
+                assert_eq!(tensor.dtype().to_string(), expected.dtype().to_string(), "{name}");
+                assert_eq!(tensor.shape().iter().map(|&n| usize::try_from(n).unwrap()).collect::<Vec<_>>(), expected.shape(), "{name}");
+                assert_same(&tensor.bytes().unwrap(), expected.data(), name);
+                let parts: Vec<u8> = tensor.parts().iter().flat_map(|part| &part.segment.as_ref()[part.offset..][..part.len]).copied().collect();
+                assert_same(&parts, expected.data(), &format!("the parts of {name}"));
+            }
+        }
+    }
+    println!("{} tensors, {} bytes: equal by every route and layout", oracle.len(), bytes.len());
+}

@@ -1,0 +1,20 @@
+//! Uses each segment while the rest is still being read, and keeps none: what a consumer that uploads to a device does.
+
+use dmaload::Loader;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let path = std::env::args().nth(1).unwrap_or("model.safetensors".to_owned());
+    let loader = Loader::builder().segment_bytes(16 << 20).build()?;
+    let mut segments = loader.load(path).into_segments();
+    while let Some(segment) = segments.next().await {
+        let segment = segment?;
+        let sum = segment.as_ref().iter().fold(0u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        println!("bytes {:?}: {sum:016x}", segment.file_range());
+    }
+    if let Some(report) = segments.report() {
+        println!("{} bytes in {:?}, {:.0} % overlapped", report.bytes, report.total, report.overlap() * 100.0);
+    }
+    loader.shutdown().await?;
+    Ok(())
+}

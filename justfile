@@ -1,0 +1,49 @@
+# Every verb of this project. `just` lists them.
+
+_default:
+    @just --list --unsorted
+
+# The main job on a synthetic model, beside allocate + mmap + memcpy.
+demo *ARGS:
+    cargo run --release -p dmaload-cli -- demo {{ARGS}}
+
+# Loads a file: `just load model.safetensors --digest sha256`.
+load *ARGS:
+    cargo run --release -p dmaload-cli -- load {{ARGS}}
+
+# All tests that need nothing but this machine.
+test:
+    cargo test --workspace
+
+# Fetches a small real model, loads it, and compares every tensor with what the safetensors crate reads.
+real-model:
+    cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
+    DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" cargo test -p dmaload --test real_model -- --nocapture
+
+# The seeded simulator; a failure prints the seed that DMALOAD_SIM_SEED replays.
+simulate SEEDS="50000":
+    DMALOAD_SIM_SEEDS={{SEEDS}} cargo test --release -p dmaload --lib ring::sim
+
+# The benches.
+bench:
+    cargo bench -p dmaload-benches --bench overlap
+
+# The documentation of the libraries.
+doc:
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p dmaload -p dmabuf
+
+# Formatting, as CI checks it.
+fmt:
+    cargo fmt --all
+
+# Lints, as CI checks them.
+lint:
+    cargo clippy --workspace --all-targets -- -D warnings
+
+# Licences and sources of all dependencies (needs cargo-deny).
+deny:
+    cargo deny --config deny.toml check licenses bans sources
+
+# All that CI runs.
+ci:
+    .ci/run
