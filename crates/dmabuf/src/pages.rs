@@ -3,7 +3,7 @@
 //! Asking for 2 MiB pages says nothing about getting them: the sysfs switches, fragmentation and the kernel's
 //! version decide. Two ways to look: the `PAGEMAP_SCAN` ioctl (Linux 6.7, fs/proc/task_mmu.c), which walks just
 //! the range, and `/proc/self/smaps`, which walks every mapping of the process and is therefore asked once a
-//! load, not once a segment.
+//! load, not once a piece.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;

@@ -382,7 +382,7 @@ impl LoadShared {
             first_segment: state.first_segment,
             cpu: cpu_time().saturating_sub(self.cpu_before),
             peak_resident_bytes: peak_resident_bytes(),
-            pages: state.pages,
+            pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(&state.files) },
             pages_refused: state.pages_refused,
             heap: self.heap.to_string(),
             layout: self.options.layout,
@@ -395,6 +395,16 @@ impl LoadShared {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Before Linux 6.7 looking is expensive: once a load, not once a piece. Segments that were dropped by then are not seen.
+fn pages_by_smaps(files: &[FileState]) -> PageCount {
+    let mut pages = PageCount::default();
+    for range in files.iter().filter_map(|file| file.planned.range.as_ref()) {
+        let start = range.base().addr().get();
+        pages.add(dmabuf::huge_bytes_in(start..start + range.bytes()));
+    }
+    pages
 }
 
 /// The same step of many files is one line, without a file.
