@@ -6,7 +6,7 @@ use dmaload::Loader;
 async fn main() -> anyhow::Result<()> {
     let path = std::env::args().nth(1).unwrap_or("model.safetensors".to_owned());
     let loader = Loader::builder().segment_bytes(16 << 20).build()?;
-    let mut segments = loader.load(path).into_segments();
+    let mut segments = loader.stream(path);
     while let Some(segment) = segments.next().await {
         let segment = segment?;
         let sum = segment.as_ref().iter().fold(0u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));

@@ -8,7 +8,7 @@ use crate::{args, block_on, engine};
 
 pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     let loader = engine::loader(&arguments.engine)?;
-    let mut segments = loader.load_with([&arguments.path], loader.options()).into_segments();
+    let mut segments = loader.stream_with([&arguments.path], loader.options());
     block_on(async {
         let mut stdout = std::io::stdout().lock();
         while let Some(segment) = segments.next().await {

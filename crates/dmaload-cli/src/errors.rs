@@ -17,14 +17,6 @@ pub(crate) struct FileError {
     cause: io::Error,
 }
 
-impl FileError {
-    /// What the operating system answered.
-    #[must_use]
-    pub(crate) fn cause(&self) -> &io::Error {
-        &self.cause
-    }
-}
-
 /// Says what was being done, and to which file, when a call fails.
 pub(crate) trait At<T> {
     /// `action` completes the sentence "cannot … PATH": `"open"`, `"write to"`.
@@ -53,9 +45,49 @@ impl fmt::Display for Named<'_> {
     }
 }
 
+/// An error with its causes, outermost first. Errors that have told their cause already don't tell it again.
+pub(crate) fn told(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
+        told if told.is_empty() => next,
+        told if told.contains(&next) => told,
+        told => format!("{told}: {next}"),
+    })
+}
+
+/// Says which files were being loaded, where an error of the engine speaks of none: of memory, for example.
+pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
+    use dmaload::Error;
+    let names_no_file =
+        matches!(error, Error::Memory { .. } | Error::OutOfMemory { .. } | Error::NoDescriptor { .. } | Error::Ring { .. });
+    match paths {
+        [first, others @ ..] if names_no_file => {
+            let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
+            anyhow::Error::new(error).context(format!("{}{others}", first.display()))
+        }
+        _ => error.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("reading failed: {0}")]
+        struct Outer(#[source] io::Error);
+        let error = anyhow::Error::new(Outer(io::Error::other("torn"))).context("a.bin");
+        assert_eq!(told(&error), "a.bin: reading failed: torn");
+    }
+
+    #[test]
+    fn an_error_of_memory_names_the_files_and_is_still_found() {
+        let error = dmaload::Error::NoDescriptor { heap: "memfd".to_owned(), wanted: "dma-buf" };
+        let error = about(error, &["a".into(), "b".into(), "c".into()]);
+        assert_eq!(told(&error), "a and 2 more: heap memfd gives no dma-buf");
+        assert!(error.downcast_ref::<dmaload::Error>().is_some());
+    }
 
     #[test]
     fn a_failed_open_names_file_and_errno() {

@@ -53,7 +53,7 @@ fn main() -> ExitCode {
 fn report(error: &anyhow::Error) {
     let mut stderr = std::io::stderr().lock();
     // Nobody is left to be told when this fails.
-    let _ = writeln!(stderr, "dmaload: {error:#}");
+    let _ = writeln!(stderr, "dmaload: {}", errors::told(error));
     if let Some(hint) = error.downcast_ref::<dmaload::Error>().and_then(dmaload::Error::hint) {
         let _ = writeln!(stderr, "  {hint}");
     }

@@ -16,6 +16,14 @@ pub enum Error {
     /// A setting makes no sense. Nothing was started.
     #[error("{0}")]
     Config(String),
+    /// The loader's threads could not be started.
+    #[error("cannot start a loader: {operation}: {}", dmabuf::errno::describe(*.errno))]
+    Start {
+        /// What could not be had.
+        operation: &'static str,
+        /// The kernel's answer.
+        errno: Errno,
+    },
     /// A file could not be opened or looked at.
     #[error("{}: cannot {operation}: {}", .path.display(), dmabuf::errno::describe(*.errno))]
     File {

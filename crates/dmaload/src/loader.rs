@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use crate::engine::{Guard, Leaked};
 use crate::error::Result;
 use crate::heap::{self, Heap};
-use crate::load::Load;
+use crate::load::{Load, Segments};
 use crate::settings::{Format, LoadOptions, Settings};
 use crate::{Layout, Route};
 
@@ -55,7 +55,19 @@ impl Loader {
 
     /// Starts loading several files as one load, with options of its own.
     pub fn load_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Load {
-        self.guard.load(paths.into_iter().map(Into::into).collect(), options)
+        Load::new(self.guard.load(paths.into_iter().map(Into::into).collect(), options, true))
+    }
+
+    /// Starts loading a file whose segments are to be used as they come, and not kept.
+    ///
+    /// What is kept anyway, by the caller or because it was not taken yet, must fit into memory; the file need not.
+    pub fn stream(&self, path: impl Into<PathBuf>) -> Segments {
+        self.stream_with([path], self.options())
+    }
+
+    /// The same for several files, with options of its own.
+    pub fn stream_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Segments {
+        self.guard.load(paths.into_iter().map(Into::into).collect(), options, false)
     }
 
     /// The options that the loader was built with, to be changed for one load.
@@ -167,7 +179,7 @@ impl LoaderBuilder {
     /// Starts the loader's threads.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] for settings that make no sense; [`crate::Error::Ring`] when no thread or descriptor can be
+    /// [`crate::Error::Config`] for settings that make no sense; [`crate::Error::Start`] when no thread or descriptor can be
     /// had. That io_uring is refused is no error here: loads take the next route, and say so.
     pub fn build(self) -> Result<Loader> {
         Ok(Loader { guard: Guard::start(self.settings, self.heap)? })

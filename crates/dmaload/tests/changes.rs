@@ -1,4 +1,5 @@
 //! What happens to a file, or to memory, while it is being loaded: a correct load or a clear error, never wrong bytes.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
 
@@ -137,7 +138,7 @@ async fn the_last_segment_is_withheld_from_a_stream_when_the_file_has_changed() 
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
     let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).build().unwrap();
-    let mut segments = loader.load(&path).into_segments();
+    let mut segments = loader.stream(&path);
     segments.next().await.unwrap().unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
     heap.0.open();

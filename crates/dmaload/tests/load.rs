@@ -113,7 +113,7 @@ async fn a_stream_gives_each_segment_once_and_a_report_at_the_end() {
     let bytes = random_bytes(6 * SEGMENT + 9, 12);
     let path = file(folder.path(), "model.bin", &bytes);
     let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
-    let mut segments = loader.load(&path).into_segments();
+    let mut segments = loader.stream(&path);
     let mut seen = Vec::new();
     while let Some(segment) = segments.next().await {
         seen.extend_from_slice(segment.unwrap().as_ref());
@@ -185,4 +185,21 @@ async fn what_cannot_be_loaded_is_told_with_its_path() {
 #[test]
 fn routes_are_all_tried_here() {
     assert_eq!(ROUTES, Route::ALL);
+}
+
+#[tokio::test]
+async fn a_file_larger_than_memory_is_refused_before_anything_is_allocated() {
+    let folder = folder();
+    let path = folder.path().join("sparse.bin");
+    std::fs::File::create(&path).unwrap().set_len(10 << 40).unwrap();
+    for layout in [Layout::Segmented, Layout::Single] {
+        let loader = Loader::builder().layout(layout).build().unwrap();
+        let mut load = loader.load(&path);
+        let error = load.next().await.unwrap().unwrap_err();
+        assert!(matches!(&error, Error::OutOfMemory { wanted_bytes, .. } if *wanted_bytes == 10 << 40), "{error}");
+        assert_eq!(load.progress().allocated_bytes, 0);
+    }
+    // A stream need not fit.
+    let mut segments = Loader::new().unwrap().stream(&path);
+    assert!(segments.next().await.unwrap().unwrap().as_ref().iter().all(|&byte| byte == 0));
 }

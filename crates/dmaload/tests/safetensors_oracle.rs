@@ -5,6 +5,8 @@
 //! and reads the same, however a file was damaged. Where the parser is the
 //! stricter of the two, [`stricter_on_purpose`] has the reason.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 use std::{
     cell::Cell,
     collections::{BTreeMap, HashMap},

@@ -7,7 +7,7 @@ use dmabuf::Populated;
 
 use super::{Engine, Permit};
 use crate::error::{Error, Result};
-use crate::headroom::headroom;
+use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared};
 use crate::memory::{Backing, PieceBuffer};
 use crate::ring::FileSpec;
@@ -46,7 +46,7 @@ impl Engine {
 
     fn fill_in(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<OpenFile>, Arc<Backing>)> {
         let file = opened(allocation)?;
-        self.check_headroom(allocation.piece.memory_bytes)?;
+        self.take_allowance(allocation.piece.memory_bytes)?;
         load.begin_allocating();
         let populated = self.populate(load, allocation);
         load.end_allocating(&allocation.piece, populated.as_ref().ok().map(|(_, populated)| populated));
@@ -77,24 +77,25 @@ impl Engine {
     }
 
     /// Refuses what would wake the OOM killer.
-    fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
+    pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
+        match headroom() {
+            Some(Headroom { available_bytes, limit }) if available_bytes < wanted_bytes => {
+                Err(Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The same for a piece, looking at the limits only now and then.
+    fn take_allowance(&self, wanted_bytes: u64) -> Result<()> {
         let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         if allowance.bytes < wanted_bytes || allowance.until.is_none_or(|until| until < now) {
-            let Some(headroom) = headroom() else { return Ok(()) };
-            if headroom.available_bytes < wanted_bytes {
-                let available_bytes = headroom.available_bytes;
-                return Err(Error::OutOfMemory {
-                    heap: self.heap.name().into_owned(),
-                    wanted_bytes,
-                    available_bytes,
-                    limit: headroom.limit,
-                });
-            }
-            *allowance = Allowance {
-                bytes: headroom.available_bytes.min(ALLOWANCE_BYTES.max(wanted_bytes)),
-                until: Some(now + ALLOWANCE_TIME),
-            };
+            let bytes = ALLOWANCE_BYTES.max(wanted_bytes);
+            // Near the limit it is looked at for each piece.
+            let bytes = if self.check_headroom(bytes).is_ok() { bytes } else { wanted_bytes };
+            self.check_headroom(bytes)?;
+            *allowance = Allowance { bytes, until: Some(now + ALLOWANCE_TIME) };
         }
         allowance.bytes -= wanted_bytes;
         Ok(())

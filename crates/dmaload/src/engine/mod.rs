@@ -23,11 +23,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{Error, Result};
 use crate::heap::Heap;
-use crate::load::{FileRead, Load, LoadShared};
+use crate::load::{FileRead, LoadShared, Segments};
 use crate::memory::PieceBuffer;
 use crate::reaper::Reaper;
 use crate::ring::{Events, Failure, LoadId, RingThread};
@@ -96,16 +97,17 @@ impl Guard {
     /// Starts the threads.
     ///
     /// # Errors
-    /// [`Error::Config`]; [`Error::File`]-like refusals of threads and descriptors as [`Error::Ring`].
+    /// [`Error::Config`]; [`Error::Start`] when no thread or descriptor can be had.
     pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>) -> Result<Arc<Self>> {
         settings.check(&settings.load)?;
-        let no_thread = |error: io::Error| Error::Ring {
-            errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::AGAIN),
+        let no_thread = |error: io::Error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+            Error::Start { operation: "no thread could be had", errno }
         };
         let engine = Arc::new(Engine {
             heap,
             reaper: Reaper::start().map_err(no_thread)?,
-            ring: RingThread::new().map_err(|errno| Error::Ring { errno })?,
+            ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
             schedule: Mutex::new(Schedule {
                 scheduler: Scheduler::new(settings.window_bytes, settings.max_open_loads),
                 loads: HashMap::new(),
@@ -136,15 +138,15 @@ impl Guard {
         &self.engine.settings
     }
 
-    /// Starts a load.
-    pub(crate) fn load(self: &Arc<Self>, paths: Vec<PathBuf>, options: LoadOptions) -> Load {
+    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    pub(crate) fn load(self: &Arc<Self>, paths: Vec<PathBuf>, options: LoadOptions, keep: bool) -> Segments {
         let engine = &self.engine;
         let (sender, receiver) = mpsc::unbounded_channel();
         let checked = engine.settings.check(&options);
         let mut schedule = engine.schedule();
         let id = LoadId(schedule.next_id);
         schedule.next_id += 1;
-        let shared = Arc::new(LoadShared::new(id, options, paths, &engine.heap.name(), sender));
+        let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.heap.name(), sender));
         let refused = checked.err().or(schedule.closing.then_some(Error::ShutDown));
         if refused.is_none() {
             schedule.loads.insert(id, Arc::clone(&shared));
@@ -155,7 +157,7 @@ impl Guard {
             Some(error) => shared.fail(error),
             None => engine.changed.notify_one(),
         }
-        Load::new(receiver, shared, Arc::clone(self))
+        Segments::new(receiver, shared, Arc::clone(self))
     }
 
     /// Nobody waits for this load any more.

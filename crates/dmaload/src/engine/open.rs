@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::load::{FilePlan, LoadShared};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ModelError, TensorMap};
-use crate::plan::{Plan, Shape};
+use crate::plan::{Layout, Plan, Shape};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::settings::{Format, LoadOptions};
@@ -32,6 +32,14 @@ impl Engine {
         let Some((files, fallbacks)) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.end();
         };
+        let memory_bytes = files.iter().map(|file| file.plan.memory_bytes()).sum();
+        // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
+        if let Some(error) =
+            self.check_headroom(memory_bytes).err().filter(|_| load.keep || load.options.layout == Layout::Single)
+        {
+            self.fail(load, error);
+            return self.end();
+        }
         for fallback in &fallbacks {
             tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
         }
@@ -80,13 +88,14 @@ fn plan_file(load: &LoadShared, index: usize, path: &Path) -> Result<(FilePlan, 
         piece_bytes: PIECE_BYTES.min(options.segment_bytes),
         alignment_bytes: file.alignment_bytes,
     };
-    let plan = Plan::new(file.identity.bytes, shape);
-    let memory_bytes = usize::try_from(plan.memory_bytes()).unwrap_or(usize::MAX);
-    let range = if memory_bytes == 0 {
-        None
-    } else {
-        Some(AddressRange::reserve(memory_bytes).map_err(|error| load.memory_error(error))?)
+    // Addresses come first: a file too large for them (sparse ones can be) is not worth a plan of its size.
+    let memory_bytes = usize::try_from(file.identity.bytes.next_multiple_of(file.alignment_bytes)).unwrap_or(usize::MAX);
+    let range = match memory_bytes {
+        0 => None,
+        bytes => Some(AddressRange::reserve(bytes).map_err(|error| load.memory_error(error))?),
     };
+    let plan = Plan::new(file.identity.bytes, shape);
+    debug_assert_eq!(plan.memory_bytes(), memory_bytes as u64);
     let (identity, alignment_bytes) = (file.identity, file.alignment_bytes);
     Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, open: Some(file) }, fallback))
 }

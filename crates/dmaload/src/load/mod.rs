@@ -40,8 +40,8 @@ pub(crate) struct Finished {
 /// - [`Load::next`] (it is a [`Stream`], too) gives the segments in order, each as soon as it is complete, while the rest
 ///   is still being read. The load keeps them as well, for the image.
 /// - [`Load::finish`], or awaiting the load itself, gives the [`Image`].
-/// - [`Load::into_segments`] gives a stream that keeps nothing: a consumer that drops what it has used can stream a
-///   file larger than memory.
+///
+/// For a stream that keeps nothing there is [`crate::Loader::stream`].
 ///
 /// Dropping it cancels the load: nothing new is read, what is in flight is drained in the background, then its memory
 /// is freed. Segments that were handed over stay.
@@ -55,8 +55,8 @@ pub struct Load {
 }
 
 impl Load {
-    pub(crate) fn new(events: UnboundedReceiver<Event>, shared: Arc<LoadShared>, guard: Arc<Guard>) -> Self {
-        Load { segments: Segments { events, shared, guard, finished: None, failed: None }, kept: Vec::new() }
+    pub(crate) fn new(segments: Segments) -> Self {
+        Load { segments, kept: Vec::new() }
     }
 
     /// The next segment, in order; `None` after the last one. An error ends the load.
@@ -90,11 +90,6 @@ impl Load {
         }
     }
 
-    /// A stream that keeps none of the segments it gives.
-    pub fn into_segments(self) -> Segments {
-        self.segments
-    }
-
     /// How far it is.
     pub fn progress(&self) -> Progress {
         self.segments.progress()
@@ -126,7 +121,8 @@ impl IntoFuture for Load {
     }
 }
 
-/// The segments of a load, each handed over once and not kept. Dropping it cancels the load.
+/// The segments of a load, each handed over once and not kept: a consumer that drops what it has used can stream a file
+/// larger than memory. Dropping it cancels the load.
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Segments {
@@ -138,6 +134,10 @@ pub struct Segments {
 }
 
 impl Segments {
+    pub(crate) fn new(events: UnboundedReceiver<Event>, shared: Arc<LoadShared>, guard: Arc<Guard>) -> Self {
+        Segments { events, shared, guard, finished: None, failed: None }
+    }
+
     /// The next segment, in order; `None` after the last one. Cancel-safe, like [`Load::next`].
     ///
     /// # Errors

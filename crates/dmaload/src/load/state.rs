@@ -32,6 +32,8 @@ use crate::source::{Identity, OpenFile};
 pub(crate) struct LoadShared {
     pub(crate) id: LoadId,
     pub(crate) options: LoadOptions,
+    /// Whether all of it will be in memory at once.
+    pub(crate) keep: bool,
     pub(crate) paths: Vec<Arc<PathBuf>>,
     /// Nobody waits for this load any more, or it has failed.
     pub(crate) abandoned: Arc<AtomicBool>,
@@ -126,10 +128,18 @@ struct SegmentState {
 }
 
 impl LoadShared {
-    pub(crate) fn new(id: LoadId, options: LoadOptions, paths: Vec<PathBuf>, heap: &str, events: UnboundedSender<Event>) -> Self {
+    pub(crate) fn new(
+        id: LoadId,
+        options: LoadOptions,
+        keep: bool,
+        paths: Vec<PathBuf>,
+        heap: &str,
+        events: UnboundedSender<Event>,
+    ) -> Self {
         LoadShared {
             id,
             options,
+            keep,
             paths: paths.into_iter().map(Arc::new).collect(),
             abandoned: Arc::default(),
             heap: heap.into(),

@@ -154,19 +154,17 @@ impl Ring {
             self.armed = true;
         }
         loop {
-            let mut left = self.queue.drain(..).as_slice().to_vec();
             let room = {
                 let mut submission = self.ring.submission();
-                let room = (submission.capacity() - submission.len()).min(left.len());
-                for entry in left.drain(..room) {
+                let room = (submission.capacity() - submission.len()).min(self.queue.len());
+                for entry in self.queue.drain(..room) {
                     // SAFETY: what the entry points to stays valid until its completion: the eventfd for as long as the
                     // ring, a read's memory by the caller's promise to `Kernel::read`.
                     let pushed = unsafe { submission.push(&entry) };
-                    debug_assert!(pushed.is_ok(), "there was room");
+                    assert!(pushed.is_ok(), "there was room");
                 }
                 room
             };
-            self.queue = left;
             let want = usize::from(wait && self.queue.is_empty());
             match self.ring.submit_and_wait(want) {
                 Ok(_) if self.queue.is_empty() || room == 0 => return Ok(()),
