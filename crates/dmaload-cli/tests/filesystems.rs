@@ -1,0 +1,186 @@
+//! The bytes are right on every file system, by every route, whatever the file system refuses.
+//!
+//! Real file systems on loop devices, which take root, `mkfs.xfs` (package xfsprogs), `mkfs.btrfs` (btrfs-progs) and
+//! `mksquashfs` (squashfs-tools). Where the machine can't, the reason is printed.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{MIB, ROUTES, SMALL_SEGMENTS, digest_of, folder, is_root, load_json, random_file, run, sha256sum, skip};
+use serde_json::Value;
+
+const SIZES: [usize; 7] = [0, 1, 4095, 4096, 4097, 2 * MIB + 1, 9 * MIB + 777];
+const IMAGE_BYTES: u64 = 400 << 20;
+
+/// A mounted file system, unmounted at the end of the test, whatever comes of it.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// Runs a program of the system; `Err` tells why it did not work.
+fn tool(program: &str, arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
+    if output.status.success() { Ok(()) } else { Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim())) }
+}
+
+fn mount(arguments: &[&str], at: &Path) -> Result<Mounted, String> {
+    if !is_root() {
+        return Err("only root can mount".to_owned());
+    }
+    fs::create_dir_all(at).unwrap();
+    let at_name = at.to_str().unwrap();
+    tool("mount", &[arguments, &[at_name]].concat())?;
+    Ok(Mounted(at.to_owned()))
+}
+
+fn loop_mounted(folder: &Path, kind: &str, mkfs: &[&str]) -> Result<Mounted, String> {
+    let image = folder.join(format!("{kind}.img"));
+    fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+    let image = image.to_str().unwrap();
+    let (program, options) = mkfs.split_first().unwrap();
+    tool(program, &[options, &[image]].concat())?;
+    mount(&["-o", "loop", "-t", kind, image], &folder.join(kind))
+}
+
+fn files(folder: &Path) -> Vec<PathBuf> {
+    SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
+}
+
+/// Loads each file by each route: right bytes, and no step down that is not told.
+fn check(what: &str, files: &[PathBuf]) {
+    for route in ["auto"].into_iter().chain(ROUTES) {
+        let mut seen = Vec::new();
+        for (path, size) in files.iter().zip(SIZES) {
+            let json = load_json(path, &[&SMALL_SEGMENTS[..], &["--digest", "sha256", "--route", route]].concat());
+            assert_eq!(digest_of(&json), sha256sum(path), "{what}, {size} bytes, {route}");
+            let asked = if route == "auto" { ROUTES[0] } else { route };
+            assert_every_step_is_told(asked, &json, &format!("{what}, {size} bytes"));
+            if size > 0 {
+                seen.push(json);
+            }
+        }
+        let last = seen.last().unwrap();
+        println!("{what}: {route} gave {} {}", last["route"], last["fallbacks"]);
+        // A strict load takes the route asked for, or fails; it never takes another.
+        let path = files.last().unwrap();
+        let mut strict = common::dmaload(["load", "--json", "--strict", "--route", route]);
+        let strict = run(strict.arg(path));
+        if last["fallbacks"].as_array().unwrap().is_empty() {
+            assert_eq!(strict.succeeds().json()["route"], last["route"], "{what}");
+        } else {
+            strict.fails(1, &["strict", path.to_str().unwrap()]);
+        }
+    }
+}
+
+fn assert_every_step_is_told(asked: &str, json: &Value, what: &str) {
+    let place = |name: &str| ROUTES.iter().position(|&route| route == name).unwrap();
+    let mut at = place(asked);
+    for fallback in json["fallbacks"].as_array().unwrap() {
+        let (from, to) = (place(fallback["from"].as_str().unwrap()), place(fallback["to"].as_str().unwrap()));
+        assert!(from == at && to > from, "{what}: steps follow each other: {}", json["fallbacks"]);
+        at = to;
+    }
+    assert_eq!(json["route"], ROUTES[at], "{what}: the route is where the steps lead: {}", json["fallbacks"]);
+}
+
+fn check_mounted(what: &str, mounted: Result<Mounted, String>) {
+    match mounted {
+        Ok(mounted) => check(what, &files(&mounted.0)),
+        Err(reason) => skip(reason),
+    }
+}
+
+#[test]
+fn on_ext4() {
+    let folder = folder();
+    check_mounted("ext4", loop_mounted(folder.path(), "ext4", &["mkfs.ext4", "-q"]));
+}
+
+#[test]
+fn on_ext4_with_blocks_of_1_kib() {
+    let folder = folder();
+    check_mounted("ext4 with 1 KiB blocks", loop_mounted(folder.path(), "ext4", &["mkfs.ext4", "-q", "-b", "1024"]));
+}
+
+#[test]
+fn on_xfs() {
+    let folder = folder();
+    check_mounted("xfs", loop_mounted(folder.path(), "xfs", &["mkfs.xfs", "-q"]));
+}
+
+#[test]
+fn on_btrfs() {
+    let folder = folder();
+    check_mounted("btrfs", loop_mounted(folder.path(), "btrfs", &["mkfs.btrfs", "-q"]));
+}
+
+#[test]
+fn on_tmpfs() {
+    let folder = folder();
+    check_mounted("tmpfs", mount(&["-t", "tmpfs", "-o", "size=64m", "tmpfs"], &folder.path().join("tmpfs")));
+}
+
+/// Mounts an overlay whose lower layer is `lower`.
+fn overlay(folder: &Path, lower: &Path) -> Result<Mounted, String> {
+    let (upper, work) = (folder.join("upper"), folder.join("work"));
+    fs::create_dir_all(&upper).unwrap();
+    fs::create_dir_all(&work).unwrap();
+    let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+    mount(&["-t", "overlay", "-o", &options, "overlay"], &folder.join("merged"))
+}
+
+#[test]
+fn on_overlayfs_over_ext4_in_both_layers() {
+    let folder = folder();
+    let ext4 = match loop_mounted(folder.path(), "ext4", &["mkfs.ext4", "-q"]) {
+        Ok(ext4) => ext4,
+        Err(reason) => return skip(reason),
+    };
+    let lower = ext4.0.join("lower");
+    fs::create_dir(&lower).unwrap();
+    let names = files(&lower);
+    match overlay(&ext4.0, &lower) {
+        Ok(merged) => {
+            let below: Vec<_> = names.iter().map(|path| merged.0.join(path.file_name().unwrap())).collect();
+            check("overlayfs, lower layer", &below);
+            fs::create_dir(merged.0.join("new")).unwrap();
+            check("overlayfs, upper layer", &files(&merged.0.join("new")));
+        }
+        Err(reason) => skip(reason),
+    }
+}
+
+#[test]
+fn on_overlayfs_over_squashfs() {
+    let folder = folder();
+    let sources = folder.path().join("sources");
+    fs::create_dir(&sources).unwrap();
+    let names = files(&sources);
+    let image = folder.path().join("squashfs.img");
+    let image = image.to_str().unwrap();
+    let squashed = tool("mksquashfs", &[sources.to_str().unwrap(), image, "-quiet", "-no-progress"]);
+    let squashed = squashed.and_then(|()| mount(&["-o", "loop", "-t", "squashfs", image], &folder.path().join("squashfs")));
+    let squashed = match squashed {
+        Ok(squashed) => squashed,
+        Err(reason) => return skip(reason),
+    };
+    // The upper layer of an overlay can't be on an overlay itself: tmpfs will do.
+    let layers = mount(&["-t", "tmpfs", "-o", "size=16m", "tmpfs"], &folder.path().join("layers"));
+    // What is declared last is unmounted first.
+    match layers.and_then(|layers| overlay(&layers.0, &squashed.0).map(|merged| (layers, merged))) {
+        Ok((_layers, merged)) => {
+            let paths: Vec<_> = names.iter().map(|path| merged.0.join(path.file_name().unwrap())).collect();
+            check("overlayfs over squashfs", &paths);
+        }
+        Err(reason) => skip(reason),
+    }
+}
