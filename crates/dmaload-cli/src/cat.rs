@@ -4,6 +4,7 @@ use std::io::Write;
 
 use anyhow::Result;
 
+use crate::errors::about;
 use crate::{args, block_on, engine};
 
 pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
@@ -12,8 +13,9 @@ pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     block_on(async {
         let mut stdout = std::io::stdout().lock();
         while let Some(segment) = segments.next().await {
-            stdout.write_all(segment?.as_ref())?;
+            let segment = segment.map_err(|error| about(error, std::slice::from_ref(&arguments.path)))?;
+            stdout.write_all(segment.as_ref())?;
         }
         Ok(stdout.flush()?)
-    })
+    })?
 }

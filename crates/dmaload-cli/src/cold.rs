@@ -81,27 +81,13 @@ pub(crate) enum ColdError {
 }
 
 /// Writes back what is dirty, then asks the kernel to forget the file's pages. It may not: see [`make_cold`].
-///
-/// # Errors
-/// When the file can't be opened, written back or advised on.
-pub(crate) fn evict(path: &Path) -> Result<(), FileError> {
-    evict_open(&File::open(path).at("open", path)?, path)
-}
-
-fn evict_open(file: &File, path: &Path) -> Result<(), FileError> {
+fn evict(file: &File, path: &Path) -> Result<(), FileError> {
     // Dirty pages can't be dropped.
     file.sync_all().at("write back", path)?;
     rustix::fs::fadvise(file, 0, None, Advice::DontNeed).at("drop the cached pages of", path)
 }
 
 /// How much of the file is in the page cache, and how that is known. Reads nothing.
-///
-/// # Errors
-/// When the file can't be opened, or neither `cachestat` nor `mincore` answers.
-pub(crate) fn resident_bytes(path: &Path) -> Result<Residency, FileError> {
-    residency(&File::open(path).at("open", path)?, path)
-}
-
 fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
     let total = file.metadata().at("look at", path)?.len();
     let (resident, method) = match sys::cachestat(file) {
@@ -129,13 +115,12 @@ fn by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
 /// Evicts the file and makes sure of it.
 ///
 /// # Errors
-/// [`ColdError::StillCached`] when pages are left after a few attempts, otherwise what [`evict`] and
-/// [`resident_bytes`] fail with.
+/// [`ColdError::StillCached`] when pages are left after a few attempts, otherwise the call that failed.
 pub(crate) fn make_cold(path: &Path) -> Result<Residency, ColdError> {
     let file = File::open(path).at("open", path)?;
     let mut attempt = 1;
     loop {
-        evict_open(&file, path)?;
+        evict(&file, path)?;
         let found = residency(&file, path)?;
         match (found.is_cold(), attempt == ATTEMPTS) {
             (true, _) => return Ok(found),
@@ -165,15 +150,19 @@ mod tests {
         warm_file(Path::new(env!("CARGO_MANIFEST_DIR")))
     }
 
+    fn resident_bytes(path: &Path) -> Residency {
+        residency(&File::open(path).unwrap(), path).unwrap()
+    }
+
     #[test]
     fn a_written_file_is_warm_until_it_is_made_cold() {
         let file = on_disk();
-        let before = resident_bytes(file.path()).unwrap();
+        let before = resident_bytes(file.path());
         assert_eq!((before.resident, before.total), (LENGTH, LENGTH));
         let after = make_cold(file.path()).unwrap();
         assert!(after.is_cold());
         std::fs::read(file.path()).unwrap();
-        assert!(!resident_bytes(file.path()).unwrap().is_cold());
+        assert!(!resident_bytes(file.path()).is_cold());
     }
 
     #[test]
@@ -206,7 +195,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_not_there_is_named() {
-        let error = evict(Path::new("/nonexistent/x")).unwrap_err();
+        let error = make_cold(Path::new("/nonexistent/x")).unwrap_err();
         assert_eq!(error.to_string(), "cannot open /nonexistent/x: ENOENT (No such file or directory)");
     }
 }

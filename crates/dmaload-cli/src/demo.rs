@@ -41,7 +41,7 @@ pub(crate) fn run(arguments: &args::Demo) -> Result<()> {
     }
     let image = last.context("at least one round")?;
     let loaded = image.files().first().context("one file")?;
-    model.verify(0, &loaded.bytes()?).context("the loaded model is not what was written")?;
+    model.verify_all(&loaded.bytes()?).context("the loaded model is not what was written")?;
     print(arguments, &model, &image, &mut engine, &mut normal)
 }
 
@@ -56,7 +56,7 @@ fn write(model: &Model, path: &Path) -> Result<()> {
 fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {
     let loaded = baseline::load_cold(path)?;
     if verify {
-        model.verify(0, &loaded.memory).context("the copied model is not what was written")?;
+        model.verify_all(&loaded.memory).context("the copied model is not what was written")?;
     }
     Ok(loaded.elapsed)
 }
@@ -66,7 +66,7 @@ fn engine_round(path: &Path) -> Result<Image> {
     // Forgets the peak of what was measured before (proc_pid_clear_refs(5)); without that it is only less telling.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     let loader = Loader::new()?;
-    block_on(finish(loader.load(path), !std::io::stderr().is_terminal()))
+    Ok(block_on(finish(loader.load(path), !std::io::stderr().is_terminal()))??)
 }
 
 /// Touches as much memory as a load takes, and gives it back to the kernel.

@@ -12,13 +12,14 @@ use serde_json::{Value, json};
 use crate::args;
 use crate::digest::{Digest, digest};
 use crate::summary::{Pairs, bytes, duration, rate};
-use crate::{block_on, engine};
+use crate::{block_on, engine, errors};
 
 pub(crate) fn run(arguments: &args::Load) -> Result<()> {
-    let loader = engine::loader(&arguments.engine)?;
+    let about = |error| errors::about(error, &arguments.paths);
+    let loader = engine::loader(&arguments.engine).map_err(about)?;
     let load = loader.load_with(&arguments.paths, loader.options());
     let quiet = arguments.quiet || arguments.json || !std::io::stderr().is_terminal();
-    let image = block_on(finish(load, quiet))?;
+    let image = block_on(finish(load, quiet))?.map_err(about)?;
     let digests = match arguments.digest {
         Some(algorithm) => image.files().iter().map(|file| Ok(Some(digest(algorithm, &file.bytes()?)))).collect::<Result<_>>()?,
         None => vec![None; image.files().len()],
@@ -33,9 +34,9 @@ pub(crate) fn run(arguments: &args::Load) -> Result<()> {
 }
 
 /// Waits for a load, with a bar on the terminal unless it is to be quiet.
-pub(crate) async fn finish(mut load: Load, quiet: bool) -> Result<Image> {
+pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image> {
     if quiet {
-        return Ok(load.await?);
+        return load.await;
     }
     let bar = progress_bar("loading");
     loop {
@@ -52,7 +53,7 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> Result<Image> {
         }
     }
     bar.finish_and_clear();
-    Ok(load.finish().await?)
+    load.finish().await
 }
 
 /// A bar with rate and time left.

@@ -60,6 +60,6 @@ fn report(error: &anyhow::Error) {
 }
 
 /// Runs a future to its end: one thread is enough, the loader has its own.
-fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future)
+fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

@@ -13,14 +13,14 @@ use std::env;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 
-use rustix::fs::{Access, FsWord, StatFs, access, fstatfs, statfs};
+use rustix::fs::{Access, FsWord, StatFs, access, statfs};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
@@ -106,13 +106,6 @@ impl ScratchFile {
     #[must_use]
     pub(crate) fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Keeps the file: from here on it is the caller's.
-    #[must_use]
-    pub(crate) fn keep(self) -> PathBuf {
-        alive().remove(&self.path);
-        self.path.clone()
     }
 }
 
@@ -200,14 +193,7 @@ fn heeded_signals() -> impl Iterator<Item = i32> {
     [SIGHUP, SIGINT, SIGTERM].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
 }
 
-/// Whether a file is kept in memory by its file system, and by which: then reading it measures nothing.
-///
-/// # Errors
-/// When the file can't be looked at.
-pub(crate) fn kept_in_memory(file: &File, path: &Path) -> Result<Option<&'static str>, FileError> {
-    Ok(in_memory(&fstatfs(file).at("look at the file system of", path)?))
-}
-
+/// The file system, if it is one that keeps its files in memory: then reading them measures nothing.
 fn in_memory(about: &StatFs) -> Option<&'static str> {
     IN_MEMORY.iter().find(|&&(magic, _)| magic == about.f_type).map(|&(_, name)| name)
 }
@@ -235,13 +221,6 @@ mod tests {
         let one = ScratchFile::create(Some(here()), "b", 0).unwrap();
         let two = ScratchFile::create(Some(here()), "b", 0).unwrap();
         assert_ne!(one.path(), two.path());
-    }
-
-    #[test]
-    fn a_kept_file_stays() {
-        let path = ScratchFile::create(Some(here()), "c", 0).unwrap().keep();
-        assert!(path.exists());
-        fs::remove_file(path).unwrap();
     }
 
     #[test]

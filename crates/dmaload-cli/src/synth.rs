@@ -136,30 +136,6 @@ pub(crate) enum Mismatch {
     },
 }
 
-/// Writes a model of `bytes` bytes, rounded down to a multiple of 8, and flushes it to storage. Reports how many are
-/// written so far, about once a MiB.
-///
-/// # Errors
-/// When the size is below [`BYTES_MIN`], or the file can't be written.
-pub(crate) fn write_model(path: &Path, bytes: u64, seed: u64, progress: impl FnMut(u64)) -> Result<Model, SynthError> {
-    let model = Model::new(bytes, seed)?;
-    model.write(path, progress)?;
-    Ok(model)
-}
-
-/// Whether these are all the bytes of the model that [`write_model`] makes of the same `seed` and `bytes`.
-///
-/// # Errors
-/// The first difference. A size below [`BYTES_MIN`] is one, too: no model has it.
-pub(crate) fn verify(content: &[u8], seed: u64, bytes: u64) -> Result<(), Mismatch> {
-    let wrong_length = |expected| Mismatch::Length { expected, found: content.len() as u64 };
-    let model = Model::new(bytes, seed).map_err(|_| wrong_length(BYTES_MIN))?;
-    if content.len() as u64 != model.bytes {
-        return Err(wrong_length(model.bytes));
-    }
-    model.verify(0, content)
-}
-
 impl Model {
     /// Lays a model out. Nothing is written.
     ///
@@ -215,11 +191,22 @@ impl Model {
         file.sync_all().at("flush", path)
     }
 
+    /// Whether these are all the bytes of the model.
+    ///
+    /// # Errors
+    /// The first difference; a length of its own is one, too.
+    pub(crate) fn verify_all(&self, content: &[u8]) -> Result<(), Mismatch> {
+        if content.len() as u64 != self.bytes {
+            return Err(Mismatch::Length { expected: self.bytes, found: content.len() as u64 });
+        }
+        self.verify(0, content)
+    }
+
     /// Whether `content` is what the model has from `offset` on. Any piece will do, wherever it is cut.
     ///
     /// # Errors
     /// The first byte that differs; or that the piece reaches beyond the end.
-    pub(crate) fn verify(&self, offset: u64, content: &[u8]) -> Result<(), Mismatch> {
+    fn verify(&self, offset: u64, content: &[u8]) -> Result<(), Mismatch> {
         let end = offset.saturating_add(content.len() as u64);
         if end > self.bytes {
             return Err(Mismatch::Length { expected: self.bytes, found: end });
@@ -444,6 +431,16 @@ fn padded_header(json: &str, padded: usize) -> Vec<u8> {
 mod tests {
     use super::*;
     use safetensors::SafeTensors;
+
+    fn write_model(path: &Path, bytes: u64, seed: u64, progress: impl FnMut(u64)) -> Result<Model, SynthError> {
+        let model = Model::new(bytes, seed)?;
+        model.write(path, progress)?;
+        Ok(model)
+    }
+
+    fn verify(content: &[u8], seed: u64, bytes: u64) -> Result<(), Mismatch> {
+        Model::new(bytes, seed).unwrap().verify_all(content)
+    }
 
     fn content(bytes: u64, seed: u64) -> Vec<u8> {
         let model = Model::new(bytes, seed).unwrap();

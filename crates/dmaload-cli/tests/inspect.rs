@@ -10,8 +10,9 @@ use common::{dmaload, file, folder, run};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 fn model() -> Vec<u8> {
-    let tensors = [("a.weight", Dtype::F32, vec![2, 3], 24), ("b", Dtype::BF16, vec![5], 10), ("empty", Dtype::I64, vec![0, 7], 0)];
-    let data = vec![7; 64];
+    let tensors =
+        [("a.weight", Dtype::F32, vec![2, 3], 24), ("b", Dtype::BF16, vec![5], 10), ("empty", Dtype::I64, vec![0, 7], 0)];
+    let data = [7; 64];
     let views = tensors.map(|(name, dtype, shape, len)| (name, TensorView::new(dtype, shape, &data[..len]).unwrap()));
     serialize(views, None).unwrap()
 }
@@ -32,7 +33,10 @@ fn the_json_has_every_tensor_with_its_place_in_the_file() {
         let (start, end) = expected.data_offsets;
         assert_eq!(tensor["dtype"].as_str().unwrap(), expected.dtype.to_string());
         assert_eq!(tensor["shape"], serde_json::json!(expected.shape));
-        assert_eq!((tensor["offset"].as_u64(), tensor["bytes"].as_u64()), (Some((8 + header + start) as u64), Some((end - start) as u64)));
+        assert_eq!(
+            (tensor["offset"].as_u64(), tensor["bytes"].as_u64()),
+            (Some((8 + header + start) as u64), Some((end - start) as u64))
+        );
     }
 }
 

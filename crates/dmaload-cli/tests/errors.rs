@@ -1,0 +1,370 @@
+//! What can't be loaded is told: what, where, why by the errno's name, and what to do. Status 1 for a load that failed,
+//! 2 for wrong usage; nothing on standard output; never a panic or a hang.
+#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use common::{MIB, allow, as_nobody, dmaload, file, folder, is_root, limited, random_file, run, safetensors, sha256sum, skip};
+use serde_json::Value;
+
+fn load(path: &Path) -> Command {
+    let mut command = dmaload(["load", "--json"]);
+    command.arg(path);
+    command
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A file of this length that takes no room.
+fn sparse(folder: &Path, bytes: u64) -> std::path::PathBuf {
+    let path = file(folder, "sparse.bin", &[]);
+    fs::File::options().write(true).open(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+/// Every command that opens a file says the same about it.
+#[track_caller]
+fn every_command_fails(path: &Path, words: &[&str]) {
+    for arguments in [&["load", "--json"][..], &["load"], &["load", "--quiet"], &["cat"], &["inspect"], &["inspect", "--json"]] {
+        run(dmaload(arguments).arg(path)).fails(1, &[&[text(path)], words].concat());
+    }
+}
+
+#[test]
+fn a_missing_file_is_named_with_its_errno_and_a_hint() {
+    let folder = folder();
+    every_command_fails(&folder.path().join("none.safetensors"), &["ENOENT", "check the path"]);
+}
+
+#[test]
+fn a_path_through_a_file_is_enotdir_and_a_loop_of_links_is_eloop() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 1);
+    every_command_fails(&path.join("below"), &["ENOTDIR"]);
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&link, &link).unwrap();
+    every_command_fails(&link, &["ELOOP"]);
+}
+
+#[test]
+fn a_folder_is_no_file() {
+    let folder = folder();
+    every_command_fails(folder.path(), &["a directory"]);
+}
+
+/// Opening a FIFO for reading waits for its writer, and none comes.
+#[test]
+fn a_fifo_is_refused_without_waiting_for_a_writer() {
+    let folder = folder();
+    let path = folder.path().join("fifo");
+    run(Command::new("mkfifo").arg(&path)).succeeds();
+    every_command_fails(&path, &["a FIFO"]);
+}
+
+#[test]
+fn a_device_is_no_file() {
+    every_command_fails(Path::new("/dev/null"), &["a character device"]);
+    every_command_fails(Path::new("/dev/zero"), &["a character device"]);
+}
+
+#[test]
+fn a_file_that_may_not_be_read_is_eacces() {
+    let folder = folder();
+    let path = random_file(folder.path(), "secret.bin", 5000);
+    allow(&path, 0o000);
+    let command = if is_root() { as_nobody(load(&path)) } else { Ok(load(&path)) };
+    match command {
+        Ok(mut command) => drop(run(&mut command).fails(1, &[text(&path), "EACCES", "permissions"])),
+        Err(reason) => skip(reason),
+    }
+}
+
+#[test]
+fn one_bad_file_among_good_ones_fails_the_load_and_is_the_one_named() {
+    let folder = folder();
+    let good = random_file(folder.path(), "good.bin", 3 * MIB);
+    let bad = folder.path().join("bad.bin");
+    let done = run(dmaload(["load", "--json"]).args([&good, &bad, &good])).fails(1, &[text(&bad), "ENOENT"]);
+    assert!(!done.stderr.contains(text(&good)), "{done}");
+}
+
+#[test]
+fn wrong_usage_is_status_2_and_says_what_is_wrong() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let cases: [(&[&str], &str); 16] = [
+        (&["--window", "32MiB"], "smaller than a segment"),
+        (&["--segment-size", "3MiB"], "multiple of 2 MiB"),
+        (&["--segment-size", "0"], "multiple of 2 MiB"),
+        (&["--segment-size", "2GiB", "--window", "2GiB"], "at most 1 GiB"),
+        (&["--chunk-size", "1000"], "multiple of 64 KiB"),
+        (&["--queue-depth", "0"], "queue depth"),
+        (&["--queue-depth", "5000"], "queue depth"),
+        (&["--segment-size", "much"], "much"),
+        (&["--window", "-1"], "-1"),
+        (&["--route", "scenic"], "pread-direct"),
+        (&["--heap", "attic"], "memfd"),
+        (&["--layout", "spiral"], "segmented"),
+        (&["--format", "poem"], "safetensors"),
+        (&["--digest", "md5"], "sha256"),
+        (&["--dma-buf", "--heap", "memfd"], "dma-buf"),
+        (&["--quiet", "--json"], "--quiet"),
+    ];
+    for (arguments, word) in cases {
+        run(dmaload(["load"]).args(arguments).arg(&path)).fails(2, &[word]);
+    }
+    run(&mut dmaload(["load"])).fails(2, &["PATH"]);
+    run(&mut dmaload(["unload"])).fails(2, &["unload"]);
+    run(dmaload(["load", "--frobnicate"]).arg(&path)).fails(2, &["--frobnicate"]);
+}
+
+/// Settings are wrong whatever the file is like: they are looked at first.
+#[test]
+fn wrong_usage_comes_before_a_missing_file() {
+    run(&mut dmaload(["load", "--window", "2MiB", "/nonexistent"])).fails(2, &["smaller than a segment"]);
+}
+
+#[test]
+fn help_and_version_are_no_errors() {
+    for arguments in [&["--help"][..], &["--version"], &["load", "--help"], &["demo", "--help"]] {
+        let done = run(&mut dmaload(arguments)).succeeds();
+        assert!(done.text().contains("dmaload"), "{done}");
+    }
+}
+
+#[test]
+fn the_largest_legal_settings_load() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 3 * MIB + 1);
+    let most =
+        ["--segment-size", "1GiB", "--window", "1GiB", "--chunk-size", "1GiB", "--queue-depth", "4096", "--digest", "sha256"];
+    let json = common::load_json(&path, &most);
+    assert_eq!(common::digest_of(&json), sha256sum(&path), "{json:#}");
+}
+
+/// A header with one tensor, as it should be or not.
+fn header(entry: &str) -> Vec<u8> {
+    format!(r#"{{"w":{entry}}}"#).into_bytes()
+}
+
+/// Headers that lie about 16 bytes of data, and a word of what is said about each.
+fn lies() -> Vec<(&'static str, Vec<u8>, &'static str)> {
+    let good = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
+    let two = |second: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}},"b":{second}}}"#).into_bytes();
+    let mut not_utf8 = header(good);
+    not_utf8[2] = 0xFF;
+    vec![
+        ("past the end", header(r#"{"dtype":"U8","shape":[17],"data_offsets":[0,17]}"#), "cut short"),
+        ("trailing bytes", header(r#"{"dtype":"U8","shape":[15],"data_offsets":[0,15]}"#), "belong to no tensor"),
+        ("a hole at the start", header(r#"{"dtype":"U8","shape":[8],"data_offsets":[8,16]}"#), "belong to no tensor"),
+        ("a wrong length", header(r#"{"dtype":"F32","shape":[16],"data_offsets":[0,16]}"#), "needs 64"),
+        ("reversed offsets", header(r#"{"dtype":"U8","shape":[16],"data_offsets":[16,0]}"#), "begin after their end"),
+        ("an unknown dtype", header(r#"{"dtype":"Q4","shape":[16],"data_offsets":[0,16]}"#), "unknown dtype"),
+        ("negative offsets", header(r#"{"dtype":"U8","shape":[16],"data_offsets":[-16,0]}"#), "-16"),
+        (
+            "a shape beyond 64 bits",
+            header(r#"{"dtype":"U8","shape":[4294967296,4294967296,16],"data_offsets":[0,16]}"#),
+            "64-bit",
+        ),
+        ("overlapping tensors", two(r#"{"dtype":"U8","shape":[12],"data_offsets":[4,16]}"#), "before tensor"),
+        ("a hole in the middle", two(r#"{"dtype":"U8","shape":[4],"data_offsets":[12,16]}"#), "belong to no tensor"),
+        ("a tensor twice", format!(r#"{{"w":{good},"w":{good}}}"#).into_bytes(), "twice"),
+        ("no UTF-8", not_utf8, "not UTF-8"),
+        ("no JSON", b"{\"w\":}".to_vec(), "not valid JSON"),
+        ("no object", b"[1,2,3]".to_vec(), "expected '{'"),
+        ("a missing key", header(r#"{"dtype":"U8","shape":[16]}"#), "data_offsets"),
+    ]
+}
+
+#[test]
+fn a_header_that_lies_is_told_and_the_same_file_loads_as_raw_bytes() {
+    let folder = folder();
+    for (what, header, word) in lies() {
+        println!("{what}");
+        let path = safetensors(folder.path(), "lie.safetensors", &header, 16);
+        every_command_fails(&path, &[word, "--format raw"]);
+        assert_loads_as_raw(&path);
+    }
+}
+
+#[track_caller]
+fn assert_loads_as_raw(path: &Path) {
+    let json = common::load_json(path, &["--format", "raw", "--digest", "sha256"]);
+    assert_eq!(common::digest_of(&json), sha256sum(path), "{json:#}");
+    assert_eq!(json["tensors"], 0, "{json:#}");
+}
+
+#[test]
+fn a_header_length_that_lies_is_told_and_the_same_file_loads_as_raw_bytes() {
+    let folder = folder();
+    for (length, word) in
+        [(u64::MAX, "more than"), (200_000_000, "more than"), (1_000_000, "has only"), (1, "shortest"), (0, "shortest")]
+    {
+        let mut bytes = length.to_le_bytes().to_vec();
+        bytes.extend_from_slice(b"{}");
+        bytes.resize(5000, b' ');
+        let path = file(folder.path(), "length.safetensors", &bytes);
+        every_command_fails(&path, &[word]);
+        assert_loads_as_raw(&path);
+    }
+    let short = file(folder.path(), "short.safetensors", b"12345");
+    every_command_fails(&short, &["5 bytes"]);
+    assert_loads_as_raw(&short);
+}
+
+/// A name from the file reaches the terminal only with its control characters disarmed.
+#[test]
+fn a_hostile_name_in_a_header_does_not_reach_the_terminal() {
+    let folder = folder();
+    let lie = br#"{"\u001b[2Jgone":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#;
+    let path = safetensors(folder.path(), "hostile.safetensors", lie, 16);
+    let done = run(&mut load(&path)).fails(1, &[text(&path), "gone"]);
+    assert!(!done.stderr.contains('\u{1b}'), "{done}");
+}
+
+#[test]
+fn a_dma_buf_that_can_not_be_had_is_never_replaced_by_something_else() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    run(load(&path).arg("--dma-buf")).fails(1, &[text(&path), "dma-buf"]);
+    for heap in ["memfd", "anon"] {
+        run(load(&path).args(["--dma-buf", "--heap", heap])).fails(2, &["dma-buf"]);
+    }
+}
+
+/// At 4 the ring, at 6 the file, from 7 on the segments find no descriptor left.
+#[test]
+fn the_limit_of_open_files_is_told_wherever_it_is_met() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 64 * MIB);
+    let mut command = load(&path);
+    command.args(common::SMALL_SEGMENTS);
+    for files in 4..=16 {
+        let limited = &mut limited(&command, &format!("-n {files}"));
+        run(limited).fails(1, &[text(&path), "EMFILE", "ulimit -n"]);
+    }
+    run(&mut limited(&load(&path), "-n 64")).succeeds();
+}
+
+/// All segments of one memfd need one descriptor: the hint's way out is one.
+#[test]
+fn a_single_segment_needs_few_descriptors() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 64 * MIB);
+    let mut command = load(&path);
+    command.args(common::SMALL_SEGMENTS).args(["--layout", "single"]);
+    run(&mut limited(&command, "-n 16")).succeeds();
+}
+
+/// From a limit that leaves room for the program to one that leaves room for all but the file.
+#[test]
+fn the_limit_of_addresses_is_told_and_nothing_panics() {
+    const KIB: u64 = 1 << 10;
+    let folder = folder();
+    let path = sparse(folder.path(), 1 << 30);
+    for mib in [64, 128, 256, 512, 1000, 1024] {
+        for heap in ["memfd", "anon"] {
+            let mut command = load(&path);
+            command.args(["--heap", heap]);
+            run(&mut limited(&command, &format!("-v {}", mib * KIB))).fails(1, &[text(&path), "ENOMEM", "ulimit -v"]);
+        }
+    }
+}
+
+/// Where it begins: the threads' stacks are refused one after the other. Whatever happens, it is told.
+#[test]
+fn however_few_addresses_there_are_a_load_fails_in_words() {
+    let folder = folder();
+    let path = sparse(folder.path(), 1 << 30);
+    for mib in 8..=40 {
+        let done = run(&mut limited(&load(&path), &format!("-v {}", mib << 10)));
+        if done.code == Some(127) {
+            continue; // The dynamic linker found no room for the program itself.
+        }
+        let done = done.fails(1, &["dmaload: "]);
+        assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
+    }
+}
+
+/// More memory than any machine has.
+#[test]
+fn a_file_larger_than_memory_is_refused_before_it_is_read() {
+    let folder = folder();
+    let path = sparse(folder.path(), 1 << 42);
+    if fs::metadata(&path).unwrap().len() != 1 << 42 {
+        return skip("this file system has no file of 4 TiB");
+    }
+    for heap in ["memfd", "anon"] {
+        for layout in ["segmented", "single"] {
+            let done = run(load(&path).args(["--heap", heap, "--layout", layout])).fails(1, &[text(&path)]);
+            assert!(done.stderr.contains("available") || done.stderr.contains("ENOMEM"), "{done}");
+        }
+    }
+}
+
+/// An ordinary user's limit of locked memory (8 MiB by default, 64 KiB before Linux 5.16).
+#[test]
+fn a_small_memlock_limit_takes_the_next_route_and_says_which_limit() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 100 * MIB + 1);
+    if let Some(reason) = common::unavailable("uring-direct", folder.path()) {
+        return skip(reason);
+    }
+    for kib in ["64", "8192"] {
+        let limit = format!("-l {kib}");
+        let mut lenient = load(&path);
+        lenient.args(["--digest", "sha256"]);
+        let mut strict = load(&path);
+        strict.arg("--strict");
+        let (lenient, strict) = match (as_nobody(limited(&lenient, &limit)), as_nobody(limited(&strict, &limit))) {
+            (Ok(lenient), Ok(strict)) => (lenient, strict),
+            (Err(reason), _) | (_, Err(reason)) => return skip(reason),
+        };
+        memlock_is_told(lenient, strict, &path);
+    }
+}
+
+fn memlock_is_told(mut lenient: Command, mut strict: Command, path: &Path) {
+    let json = run(&mut lenient).succeeds().json();
+    assert_eq!(common::digest_of(&json), sha256sum(path), "{json:#}");
+    assert_eq!(json["route"], "uring-direct", "{json:#}");
+    let fallbacks = json["fallbacks"].as_array().unwrap();
+    let [step] = fallbacks.as_slice() else { panic!("one step: {json:#}") };
+    let expected = [("from", "uring-fixed-direct"), ("to", "uring-direct"), ("errno", "ENOMEM")];
+    assert!(expected.iter().all(|&(key, value)| step[key] == value), "{step:#}");
+    let reason = step["reason"].as_str().unwrap();
+    assert!(reason.contains("locked memory") && reason.contains("MEMLOCK"), "{reason}");
+    run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
+}
+
+/// The same file, loaded without a limit: the test above would else prove nothing about the limit.
+#[test]
+fn without_a_memlock_limit_root_takes_the_best_route() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 20 * MIB);
+    if !is_root() {
+        return skip("only root is without the limit");
+    }
+    if let Some(reason) = common::unavailable("uring-fixed-direct", folder.path()) {
+        return skip(reason);
+    }
+    let json = run(&mut limited(&load(&path), "-l 64")).succeeds().json();
+    assert_eq!((&json["route"], &json["fallbacks"]), (&"uring-fixed-direct".into(), &Value::Array(vec![])), "{json:#}");
+}
+
+#[test]
+fn a_full_standard_output_is_an_error() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", MIB);
+    for command in [&["load", "--json"][..], &["load"], &["cat"], &["inspect"]] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let child = dmaload(command).arg(&path).stdout(full).stderr(std::process::Stdio::piped()).spawn().unwrap();
+        common::finish(format!("dmaload {command:?} > /dev/full"), child).fails(1, &["No space left on device"]);
+    }
+}
