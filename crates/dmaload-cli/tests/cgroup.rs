@@ -6,6 +6,7 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -24,10 +25,16 @@ impl MemoryGroup {
         let mut reasons = Vec::new();
         for (parent, file) in places {
             let group = Path::new(parent).join(&name);
-            let made = fs::create_dir(&group).map(|()| MemoryGroup(group.clone()));
-            match made.and_then(|made| fs::write(group.join(file), limit.to_string()).map(|()| made)) {
+            // A cgroup file system makes the files; in a folder that is none, writing one would limit nothing.
+            let limit_file = group.join(file);
+            let made = fs::create_dir(&group).map(|()| MemoryGroup(group));
+            let written = |made: MemoryGroup| {
+                fs::OpenOptions::new().write(true).open(&limit_file)?.write_all(limit.to_string().as_bytes())?;
+                Ok(made)
+            };
+            match made.and_then(written) {
                 Ok(group) => return Ok(group),
-                Err(error) => reasons.push(format!("{}: {error}", group.join(file).display())),
+                Err(error) => reasons.push(format!("{}: {error}", limit_file.display())),
             }
         }
         Err(reasons.join("; "))

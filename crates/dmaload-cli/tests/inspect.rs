@@ -73,7 +73,7 @@ fn only_the_header_is_read() {
     large.set_len(8 + header.len() as u64 + data).unwrap();
 
     // The shell's own reads are a few KiB; `rchar` of its children is counted when they have been waited for.
-    let script = "before=$(awk '/rchar/{print $2}' /proc/$$/io); \"$0\" inspect \"$1\" >/dev/null || exit 1; \
+    let script = "ulimit -v 1048576; before=$(awk '/rchar/{print $2}' /proc/$$/io); \"$0\" inspect \"$1\" >/dev/null || exit 1; \
                   after=$(awk '/rchar/{print $2}' /proc/$$/io); echo $((after - before))";
     let mut shell = std::process::Command::new("sh");
     let done = run(shell.args(["-c", script, env!("CARGO_BIN_EXE_dmaload")]).arg(&path)).succeeds();
