@@ -1,0 +1,72 @@
+//! Containers refuse io_uring by a seccomp filter. So does this test, call by call and errno by errno: each load takes the next
+//! route, says so, and gives the right bytes; a strict one fails.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "a filter is installed between fork and exec")]
+
+mod common;
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use common::{MIB, digest_of, dmaload, folder, random_file, run, sha256sum};
+
+/// The same numbers on every architecture.
+const SETUP: u32 = 425;
+const ENTER: u32 = 426;
+const REGISTER: u32 = 427;
+
+/// Makes the command's calls of these numbers fail with `errno`.
+fn refusing(mut command: Command, calls: &[u32], errno: i32) -> Command {
+    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let refuse = libc::SECCOMP_RET_ERRNO | errno.cast_unsigned();
+    // Loads the call's number; for each refused one: if equal, answer with the errno; else allow.
+    let mut filter = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0)];
+    for &call in calls {
+        filter.push(statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call));
+        filter.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, refuse));
+    }
+    filter.push(statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW));
+    let install = move || {
+        let program = libc::sock_fprog { len: u16::try_from(filter.len()).unwrap(), filter: filter.as_mut_ptr() };
+        // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers only.
+        let allowed = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        // SAFETY: the program points to `filter`, which outlives the call.
+        let installed = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+        if allowed == 0 && installed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(install) };
+    command
+}
+
+#[test]
+fn a_refused_io_uring_is_a_step_that_is_told_and_the_bytes_are_right() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 9 * MIB + 777);
+    let load = |arguments: &[&str]| {
+        let mut command = dmaload(["load", "--json", "--digest", "sha256"]);
+        command.args(arguments).arg(&path);
+        command
+    };
+    for (calls, route, reason) in [
+        (&[SETUP][..], "pread-direct", "setting up io_uring"),
+        (&[SETUP, ENTER, REGISTER], "pread-direct", "setting up io_uring"),
+        (&[ENTER], "pread-direct", "setting up io_uring"),
+        (&[REGISTER], "uring-direct", "registering memory"),
+    ] {
+        for (errno, name) in [(libc::EPERM, "EPERM"), (libc::ENOSYS, "ENOSYS"), (libc::EACCES, "EACCES")] {
+            let json = run(&mut refusing(load(&[]), calls, errno)).succeeds().json();
+            assert_eq!(digest_of(&json), sha256sum(&path));
+            assert_eq!(json["route"], route, "{calls:?} {name}: {json:#}");
+            let fallback = &json["fallbacks"][0];
+            assert_eq!((fallback["from"].as_str(), fallback["to"].as_str()), (Some("uring-fixed-direct"), Some(route)));
+            assert_eq!(fallback["errno"], name);
+            assert!(fallback["reason"].as_str().unwrap().contains(reason), "{fallback}");
+            run(&mut refusing(load(&["--strict"]), calls, errno)).fails(1, &["model.bin", "uring-fixed-direct", name, "strict"]);
+            // Who asks for the lower route has asked for nothing that is refused.
+            let asked = run(&mut refusing(load(&["--route", route, "--strict"]), calls, errno)).succeeds().json();
+            assert_eq!((asked["route"].as_str(), asked["fallbacks"].as_array().map(Vec::len)), (Some(route), Some(0)));
+        }
+    }
+}
