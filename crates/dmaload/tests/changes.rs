@@ -18,7 +18,8 @@ use dmaload::{Error, Image, Loader, Route};
 const SEGMENT: usize = 2 << 20;
 const SEGMENTS: usize = 4;
 
-/// A heap that stops before its last segment until the test says go: the rest has been planned, and may be read.
+/// A heap that stops before its last segment until the test says go: the rest has been planned, and may be read. With one
+/// allocator thread the last call is that for the last segment.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<Gate>);
 
@@ -63,7 +64,8 @@ async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Res
     // A change in the same tick of the clock as the writing would not show in the file's time.
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).route(route).build().unwrap();
+    let loader =
+        Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64).route(route).build().unwrap();
     let mut load = loader.load(&path);
     load.next().await.expect("the first segment needs no last one").unwrap();
     change(&path);
@@ -137,7 +139,7 @@ async fn the_last_segment_is_withheld_from_a_stream_when_the_file_has_changed() 
     let path = file(folder.path(), "model.bin", &model());
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).build().unwrap();
+    let loader = Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
     let mut segments = loader.stream(&path);
     segments.next().await.unwrap().unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
