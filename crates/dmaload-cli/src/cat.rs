@@ -4,17 +4,16 @@ use std::io::Write;
 
 use anyhow::Result;
 
-use crate::errors::about;
-use crate::{args, block_on, engine};
+use crate::{args, block_on, engine, errors};
 
 pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
-    let loader = engine::loader(&arguments.engine)?;
+    let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
+    let loader = engine::loader(&arguments.engine).map_err(about)?;
     let mut segments = loader.stream_with([&arguments.path], loader.options());
     block_on(async {
         let mut stdout = std::io::stdout().lock();
         while let Some(segment) = segments.next().await {
-            let segment = segment.map_err(|error| about(error, std::slice::from_ref(&arguments.path)))?;
-            stdout.write_all(segment.as_ref())?;
+            stdout.write_all(segment.map_err(about)?.as_ref())?;
         }
         Ok(stdout.flush()?)
     })?

@@ -9,12 +9,18 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{MIB, allow, as_nobody, dmaload, file, folder, is_root, limited, random_file, run, safetensors, sha256sum, skip};
+use rustix::process::Signal;
 use serde_json::Value;
 
 fn load(path: &Path) -> Command {
     let mut command = dmaload(["load", "--json"]);
     command.arg(path);
     command
+}
+
+/// Run by somebody without any rights, who this user perhaps is already.
+fn unprivileged(command: Command) -> Result<Command, &'static str> {
+    if is_root() { as_nobody(command) } else { Ok(command) }
 }
 
 fn text(path: &Path) -> &str {
@@ -78,8 +84,7 @@ fn a_file_that_may_not_be_read_is_eacces() {
     let folder = folder();
     let path = random_file(folder.path(), "secret.bin", 5000);
     allow(&path, 0o000);
-    let command = if is_root() { as_nobody(load(&path)) } else { Ok(load(&path)) };
-    match command {
+    match unprivileged(load(&path)) {
         Ok(mut command) => drop(run(&mut command).fails(1, &[text(&path), "EACCES", "permissions"])),
         Err(reason) => skip(reason),
     }
@@ -233,6 +238,7 @@ fn a_dma_buf_that_can_not_be_had_is_never_replaced_by_something_else() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     run(load(&path).arg("--dma-buf")).fails(1, &[text(&path), "dma-buf"]);
+    run(dmaload(["cat", "--dma-buf"]).arg(&path)).fails(1, &[text(&path), "dma-buf"]);
     for heap in ["memfd", "anon"] {
         run(load(&path).args(["--dma-buf", "--heap", heap])).fails(2, &["dma-buf"]);
     }
@@ -287,6 +293,9 @@ fn however_few_addresses_there_are_a_load_fails_in_words() {
         if done.code == Some(127) {
             continue; // The dynamic linker found no room for the program itself.
         }
+        if done.signal == Some(Signal::ABORT.as_raw()) && done.stderr.contains("memory allocation of") {
+            continue; // The standard library found no room for a few bytes, and has no other answer.
+        }
         let done = done.fails(1, &["dmaload: "]);
         assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
     }
@@ -322,7 +331,7 @@ fn a_small_memlock_limit_takes_the_next_route_and_says_which_limit() {
         lenient.args(["--digest", "sha256"]);
         let mut strict = load(&path);
         strict.arg("--strict");
-        let (lenient, strict) = match (as_nobody(limited(&lenient, &limit)), as_nobody(limited(&strict, &limit))) {
+        let (lenient, strict) = match (unprivileged(limited(&lenient, &limit)), unprivileged(limited(&strict, &limit))) {
             (Ok(lenient), Ok(strict)) => (lenient, strict),
             (Err(reason), _) | (_, Err(reason)) => return skip(reason),
         };

@@ -91,15 +91,15 @@ pub enum Error {
         errno: Errno,
     },
     /// Memory could not be had.
-    #[error("{heap}: cannot {source} ({loaded_bytes} of {planned_bytes} bytes of the load were allocated before)")]
+    #[error("{heap}: cannot {refusal}{}", before(*.loaded_bytes, *.planned_bytes))]
     Memory {
         /// The heap that was asked.
         heap: String,
         /// The step that failed.
-        source: dmabuf::Error,
+        refusal: dmabuf::Error,
         /// What the load had before.
         loaded_bytes: u64,
-        /// What it needs in all.
+        /// What it needs in all; 0 when that was not known yet.
         planned_bytes: u64,
     },
     /// The heap's own code panicked: a defect of the heap, which its author must mend.
@@ -121,12 +121,12 @@ pub enum Error {
         limit: String,
     },
     /// The model's header is wrong.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {fault}", .path.display())]
     Model {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: ModelError,
+        fault: ModelError,
     },
     /// No file of the image has a tensor of this name.
     #[error("no tensor named {0:?}")]
@@ -154,9 +154,13 @@ impl Error {
     /// What a person can do about it, if there is something to say that the text does not say already.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
+            Error::Start { errno: Errno::AGAIN | Errno::NOMEM, .. } => {
+                "the limit of processes or of the address space is reached: see ulimit -u and ulimit -v"
+            }
             Error::File { errno: Errno::NOENT, .. } => "check the path",
             Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
-            Error::File { errno: Errno::MFILE, .. } | Error::Memory { source: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
+            Error::File { errno: Errno::MFILE, .. }
+            | Error::Memory { refusal: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
                 "the limit of open files is reached: raise it (ulimit -n), or load with larger segments or --layout single"
             }
             Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {
@@ -164,10 +168,10 @@ impl Error {
             }
             Error::Ended { .. } | Error::Changed { .. } => "load it again when nobody writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
-            Error::Memory { source: dmabuf::Error { errno: Errno::NOMEM, .. }, .. } => {
+            Error::Memory { refusal: dmabuf::Error { errno: Errno::NOMEM, .. }, .. } => {
                 "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count"
             }
-            Error::Memory { source: dmabuf::Error { errno: Errno::NOTSUP, .. }, .. } => {
+            Error::Memory { refusal: dmabuf::Error { errno: Errno::NOTSUP, .. }, .. } => {
                 "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or load with --pages auto"
             }
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
@@ -175,6 +179,13 @@ impl Error {
             _ => return None,
         };
         Some(hint.to_owned())
+    }
+}
+
+fn before(loaded_bytes: u64, planned_bytes: u64) -> String {
+    match planned_bytes {
+        0 => String::new(),
+        planned => format!(" ({loaded_bytes} of {planned} bytes of the load were allocated before)"),
     }
 }
 

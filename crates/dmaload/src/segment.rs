@@ -101,7 +101,7 @@ impl Segment {
         let memfd = self.0.backing.parts().and_then(|(_, memory)| memory.memfd());
         let memfd = memfd.ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "memfd" })?;
         let bytes = self.len() as u64;
-        let failed = |source| Error::Memory { heap: heap(), source, loaded_bytes: bytes, planned_bytes: bytes };
+        let failed = |refusal| Error::Memory { heap: heap(), refusal, loaded_bytes: bytes, planned_bytes: bytes };
         memfd.seal_against_writes().map_err(failed)?;
         Ok(memfd.as_fd())
     }

@@ -114,7 +114,7 @@ fn starting_route(file: &OpenFile, index: usize, options: &LoadOptions) -> Resul
 /// Reads and checks a safetensors header; `None` for a file of raw bytes.
 pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<TensorMap>> {
     let bytes = file.identity.bytes;
-    let wrong = |source| Error::Model { path: file.path.clone(), source };
+    let wrong = |fault| Error::Model { path: file.path.clone(), fault };
     // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
     if format == Format::Raw || (format == Format::Auto && bytes == 0) {
         return Ok(None);

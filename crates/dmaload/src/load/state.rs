@@ -327,10 +327,10 @@ impl LoadShared {
     }
 
     /// The error for memory that could not be had.
-    pub(crate) fn memory_error(&self, source: dmabuf::Error) -> Error {
+    pub(crate) fn memory_error(&self, refusal: dmabuf::Error) -> Error {
         Error::Memory {
             heap: self.heap.to_string(),
-            source,
+            refusal,
             loaded_bytes: self.allocated_bytes.load(Ordering::Relaxed),
             planned_bytes: self.planned_bytes.load(Ordering::Relaxed),
         }
