@@ -203,3 +203,19 @@ async fn a_file_larger_than_memory_is_refused_before_anything_is_allocated() {
     let mut segments = Loader::new().unwrap().stream(&path);
     assert!(segments.next().await.unwrap().unwrap().as_ref().iter().all(|&byte| byte == 0));
 }
+
+#[test]
+fn everything_can_be_sent_to_another_thread() {
+    fn sent<T: Send + 'static>(_: &T) {}
+    fn sent_and_shared<T: Send + Sync + 'static>() {}
+    sent_and_shared::<(Loader, dmaload::Segment, dmaload::Image, dmaload::Tensor, dmaload::Report, Error)>();
+    let loader = Loader::new().unwrap();
+    let mut load = loader.load("/nonexistent");
+    sent(&async move {
+        let _ = load.next().await;
+        load.finish().await
+    });
+    sent(&loader.load("/nonexistent").into_future());
+    sent(&loader.stream("/nonexistent"));
+    sent(&loader.shutdown());
+}
