@@ -92,6 +92,15 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         None
     }
 
+    /// Nobody will do this job: what was taken for it comes back.
+    pub(crate) fn decline(&mut self, job: &Job<L>) {
+        match job {
+            Job::Open(_) => self.end(),
+            Job::Allocate(_, _, bytes) => self.give_back(*bytes),
+            Job::Check(..) => {}
+        }
+    }
+
     /// A permit comes back.
     pub(crate) fn give_back(&mut self, bytes: u64) {
         self.window.give_back(bytes);
@@ -108,6 +117,11 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// An opened load holds no files any more.
     pub(crate) fn end(&mut self) {
         self.open = self.open.saturating_sub(1);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn open_loads(&self) -> usize {
+        self.open
     }
 
     #[cfg(test)]

@@ -278,8 +278,11 @@ impl Engine {
             match schedule.scheduler.next() {
                 Some(job) => {
                     let (Job::Open(id) | Job::Allocate(id, ..) | Job::Check(id, _)) = job;
-                    // A load that was forgotten has no jobs left: both happen under this lock.
-                    let load = schedule.loads.get(&id).cloned()?;
+                    let Some(load) = schedule.loads.get(&id).cloned() else {
+                        // Forgotten a moment ago; what the job took goes back.
+                        schedule.scheduler.decline(&job);
+                        continue;
+                    };
                     drop(schedule);
                     // There may be more to do than one thread was woken for.
                     self.changed.notify_one();
@@ -288,6 +291,16 @@ impl Engine {
                 None => schedule = self.changed.wait(schedule).unwrap_or_else(PoisonError::into_inner),
             }
         }
+    }
+
+    /// A file is to be checked, unless its load was forgotten meanwhile.
+    fn file_read(&self, load: LoadId, file: usize) {
+        let mut schedule = self.schedule();
+        if schedule.loads.contains_key(&load) {
+            schedule.scheduler.file_read(load, file);
+        }
+        drop(schedule);
+        self.changed.notify_one();
     }
 
     /// A load holds no files and no memory of the driver any more: another may be opened.
@@ -317,8 +330,7 @@ impl Events<PieceBuffer<Permit>> for Engine {
         drop(buffer);
         let Some(shared) = self.load_of(load) else { return };
         if let Some(FileRead(file)) = shared.piece_full(piece, route) {
-            self.schedule().scheduler.file_read(load, file);
-            self.changed.notify_one();
+            self.file_read(load, file);
         }
     }
 
@@ -349,5 +361,41 @@ impl Events<PieceBuffer<Permit>> for Engine {
         // Reached with loads only after a panic or past a deadline: they must not wait for ever.
         self.close();
         self.thread_has_ended();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
+        let guard = Guard::start(Settings::default(), Arc::new(crate::heap::AnonHeap::default())).unwrap();
+        let gone = LoadId(u64::MAX);
+        let window_bytes = guard.settings().window_bytes;
+        for _ in 0..8 {
+            // What a load leaves in the scheduler when it is forgotten between two of its steps.
+            let mut schedule = guard.engine.schedule();
+            schedule.scheduler.file_read(gone, 0);
+            schedule.scheduler.opened(gone, vec![window_bytes]);
+            schedule.scheduler.submit(gone);
+            drop(schedule);
+            guard.engine.changed.notify_all();
+        }
+        let mut events = guard.load(vec!["/proc/self/status".into()], LoadOptions::default(), true);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        // An empty file as far as stat knows: a good load without segments.
+        let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
+        assert!(next.expect("the workers are still there").is_none());
+        // The worker tells the consumer of the end before it tells the scheduler.
+        let taken = || {
+            let schedule = guard.engine.schedule();
+            (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while taken() != (0, 0) {
+            assert!(Instant::now() < deadline, "permits and places that never come back: {:?}", taken());
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 }
