@@ -53,7 +53,7 @@ pub(crate) struct OpenFile {
     pub(crate) id: u64,
     pub(crate) path: PathBuf,
     pub(crate) identity: Identity,
-    /// What direct reads must be aligned to; a power of two, at least 4096.
+    /// What direct reads must be aligned to; a power of two, at least a page.
     pub(crate) alignment_bytes: u64,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
@@ -178,7 +178,9 @@ fn alignment(file: &OwnedFd) -> u64 {
     let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
     let told = told.filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let told = told.map_or(0, |status| u64::from(status.stx_dio_offset_align.max(status.stx_dio_mem_align)));
-    if told.is_power_of_two() { told.max(DEFAULT_ALIGNMENT_BYTES) } else { DEFAULT_ALIGNMENT_BYTES }
+    // Memory is mapped and populated in whole pages, which are larger than 4 KiB on some machines.
+    let least = DEFAULT_ALIGNMENT_BYTES.max(dmabuf::page_bytes() as u64);
+    if told.is_power_of_two() { told.max(least) } else { least }
 }
 
 #[cfg(test)]
