@@ -249,3 +249,25 @@ async fn a_file_among_many_that_cannot_be_loaded_is_named() {
     let error = loader.load_with(&paths, loader.options()).await.unwrap_err();
     assert!(error.to_string().contains("missing.bin") && error.to_string().contains("ENOENT"), "{error}");
 }
+
+#[tokio::test]
+async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_heap_hangs() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    let heap = GatedHeap::default();
+    let builder = Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64);
+    let loader = builder.shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
+    let mut load = loader.load(&path);
+    let segment = load.next().await.expect("the first segment needs no last one").unwrap();
+    loader.shutdown().await.expect("nothing is in flight, so nothing is leaked");
+    // What was handed over before is told before the error.
+    let error = loop {
+        if let Err(error) = load.next().await.expect("an error comes before the end") {
+            break error;
+        }
+    };
+    assert_eq!(error, Error::ShutDown);
+    assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
+    assert_same(segment.as_ref(), &model()[..SEGMENT], "a segment after the shutdown");
+    heap.0.open();
+}
