@@ -24,6 +24,11 @@ impl Memfd {
     /// What `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)` answered: EMFILE when the limit of open
     /// files is reached, EFBIG over RLIMIT_FSIZE.
     pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
+        // The kernel says EFBIG too, but sends SIGXFSZ with it, which ends a process that is not prepared.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+        if limit.is_some_and(|limit| bytes as u64 > limit) {
+            return Err(Error::new("size a memfd", bytes, Errno::FBIG));
+        }
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
             Err(Errno::INVAL) => memfd_create(name, flags),

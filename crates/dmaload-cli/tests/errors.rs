@@ -377,3 +377,14 @@ fn a_full_standard_output_is_an_error() {
         common::finish(format!("dmaload {command:?} > /dev/full"), child).fails(1, &["No space left on device"]);
     }
 }
+
+/// The kernel's own answer is SIGXFSZ, which ends a process.
+#[test]
+fn the_limit_of_file_sizes_is_told_by_name() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5 * MIB);
+    run(&mut limited(&load(&path), "-f 1000")).fails(1, &[text(&path), "EFBIG", "ulimit -f"]);
+    let mut anon = load(&path);
+    anon.args(["--heap", "anon"]);
+    run(&mut limited(&anon, "-f 1000")).succeeds();
+}

@@ -76,7 +76,7 @@ pub enum Error {
         /// What happened to it.
         change: &'static str,
     },
-    /// A strict load was refused its route.
+    /// A route was refused to a load that takes no other: a strict one, or one that was allowed it when it was planned.
     #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", .path.display(), dmabuf::errno::describe(*.errno))]
     Refused {
         /// The file.
@@ -170,6 +170,9 @@ impl Error {
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
             Error::Memory { refusal: dmabuf::Error { errno: Errno::NOMEM, .. }, .. } => {
                 "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count"
+            }
+            Error::Memory { refusal: dmabuf::Error { errno: Errno::FBIG, .. }, .. } => {
+                "the limit of file sizes counts for memory files, too: raise it (ulimit -f), or use the heap anon"
             }
             Error::Memory { refusal: dmabuf::Error { errno: Errno::NOTSUP, .. }, .. } => {
                 "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or load with --pages auto"

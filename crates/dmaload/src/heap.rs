@@ -8,6 +8,10 @@ use dmabuf::{Mapping, Memfd, Memory, Pages, Populated};
 
 /// A source of memory for segments.
 ///
+/// The loader alone may write to the memory that it was given, and reads may go on writing to it after a load was dropped:
+/// an implementation keeps no descriptor and no mapping of it that it writes through. (A memfd is sealed against writes
+/// before any segment of it is shown.)
+///
 /// Implement it to add a vendor's allocator, or around another heap to count, slow or fail its calls. All calls come
 /// from the loader's own threads, so they may block.
 pub trait Heap: Debug + Send + Sync + 'static {

@@ -81,11 +81,11 @@ impl Loader {
     ///
     /// # Errors
     /// [`Leaked`] when reads are still in flight past the deadline ([`LoaderBuilder::shutdown_timeout`]): the memory that
-    /// they may write to is never freed.
+    /// they may write to is never freed; or when another thread has not ended by then.
     pub async fn shutdown(self) -> Result<(), Leaked> {
         let (done, wait) = oneshot::channel();
         self.guard.shut_down(done);
-        wait.await.unwrap_or(Ok(()))
+        wait.await.unwrap_or(Err(Leaked::UNKNOWN))
     }
 }
 

@@ -18,6 +18,9 @@ pub(crate) struct Identity {
     inode: u64,
     pub(crate) bytes: u64,
     modified: (i64, i64),
+    /// Whether a longer file is as good. A model has the length that its header says, so one that has grown was
+    /// rewritten; raw bytes may have been appended to.
+    pub(crate) may_grow: bool,
 }
 
 impl Identity {
@@ -27,6 +30,7 @@ impl Identity {
             inode: stat.st_ino,
             bytes: u64::try_from(stat.st_size).unwrap_or(0),
             modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+            may_grow: true,
         }
     }
 
@@ -34,10 +38,13 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// What has become of it, if that can have mixed its bytes. A file that grew has kept the planned ones.
+    /// What has become of it, if that can have mixed its bytes. One that grew is taken to have kept the planned ones,
+    /// where it may grow at all.
     fn change_to(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
+        } else if now.bytes > self.bytes && !self.may_grow {
+            Some("it grew")
         } else if now.bytes == self.bytes && now.modified != self.modified {
             Some("it was modified")
         } else {

@@ -95,6 +95,48 @@ async fn a_file_that_grows_is_loaded_at_its_planned_length_with_a_zero_tail() {
 }
 
 #[tokio::test]
+async fn a_model_that_grows_was_rewritten_and_fails() {
+    let data = SEGMENTS * SEGMENT - 4096;
+    let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend(random_bytes(data, 23));
+    let longer = |path: &Path| fs::write(path, random_bytes(bytes.len() + 1, 24)).unwrap();
+    let error = load_and(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();
+    assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_heap_that_keeps_a_descriptor_cannot_write_to_a_finished_segment() {
+    /// Keeps what it should not.
+    #[derive(Debug, Clone, Default)]
+    struct KeepingHeap(Arc<Mutex<Vec<std::os::fd::OwnedFd>>>);
+    impl Heap for KeepingHeap {
+        fn name(&self) -> Cow<'_, str> {
+            "keeping".into()
+        }
+        fn allocate(&self, bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
+            use std::os::fd::AsFd;
+            let memory = MemfdHeap::default().allocate(bytes)?;
+            let kept = memory.memfd().map(|memfd| memfd.as_fd().try_clone_to_owned().unwrap());
+            self.0.lock().unwrap().extend(kept);
+            Ok(memory)
+        }
+        fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
+            MemfdHeap::default().populate(mapping, memory, part)
+        }
+    }
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    let heap = KeepingHeap::default();
+    let image = Loader::builder().heap(heap.clone()).build().unwrap().load(&path).await.unwrap();
+    for kept in heap.0.lock().unwrap().iter() {
+        assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(rustix::io::Errno::PERM));
+    }
+    assert_same(&image.files()[0].bytes().unwrap(), &model(), "the image");
+}
+
+#[tokio::test]
 async fn a_file_that_shrinks_fails_and_tells_where_it_ended() {
     for route in ROUTES {
         for left in [3 * SEGMENT + 4096, 3 * SEGMENT + 5000, 3 * SEGMENT, SEGMENT] {
@@ -259,7 +301,11 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     let loader = builder.shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
     let mut load = loader.load(&path);
     let segment = load.next().await.expect("the first segment needs no last one").unwrap();
-    loader.shutdown().await.expect("nothing is in flight, so nothing is leaked");
+    while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    let left = loader.shutdown().await.unwrap_err();
+    assert_eq!((left.bytes, left.threads), (0, 1), "nothing is in flight, so nothing is leaked; the worker is in the heap");
     // What was handed over before is told before the error.
     let error = loop {
         if let Err(error) = load.next().await.expect("an error comes before the end") {

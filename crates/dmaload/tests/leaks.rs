@@ -103,6 +103,13 @@ async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
             let image = loader.load(path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), bytes, "a load among dropped ones");
         }
+        let threads = holdings().threads;
+        let workers = threads.iter().filter(|name| name.starts_with("dmaload-alloc")).count();
+        assert_eq!(
+            workers,
+            std::thread::available_parallelism().unwrap().get().min(2),
+            "a dropped load costs no worker: {threads:?}"
+        );
         loader.shutdown().await.unwrap();
     }
 }

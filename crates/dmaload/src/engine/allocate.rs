@@ -11,6 +11,7 @@ use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared};
 use crate::memory::{Backing, PieceBuffer};
 use crate::ring::FileSpec;
+use crate::route::Attempt;
 use crate::source::OpenFile;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -110,6 +111,11 @@ fn opened(allocation: &Allocation) -> Result<Arc<OpenFile>> {
     }
     let file = OpenFile::open(&allocation.path)?;
     file.check_unchanged(&allocation.identity)?;
+    if let Some(errno) = file.direct_refused().filter(|_| allocation.route.is_direct()) {
+        // It was allowed when the load was planned: nobody was told of another route.
+        let (path, offset) = (file.path.clone(), allocation.piece.file_offset);
+        return Err(Error::Refused { path, offset, route: allocation.route, attempt: Attempt::OpenDirect, errno });
+    }
     Ok(Arc::clone(cell.insert(file)))
 }
 

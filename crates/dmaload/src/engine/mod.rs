@@ -57,6 +57,8 @@ struct Schedule {
     loads: HashMap<LoadId, Arc<LoadShared>>,
     next_id: u64,
     closing: bool,
+    /// Loads that nobody waits for, to be dropped by a worker.
+    forgotten: Vec<Arc<LoadShared>>,
 }
 
 /// A permit of the window: gives its bytes back when it is dropped.
@@ -75,10 +77,18 @@ impl Drop for Permit {
 
 /// What a shutdown had to leave behind, past its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{bytes} bytes that reads in flight may still write to were leaked on purpose")]
+#[error("{bytes} bytes that reads in flight may still write to were leaked on purpose; {threads} threads have not ended")]
+#[non_exhaustive]
 pub struct Leaked {
     /// How much memory that is.
     pub bytes: u64,
+    /// Threads that hang, in the kernel or in a heap's code, and end when that lets go of them.
+    pub threads: usize,
+}
+
+impl Leaked {
+    /// No thread could be had to wait for the others.
+    pub(crate) const UNKNOWN: Leaked = Leaked { bytes: 0, threads: 1 };
 }
 
 /// Keeps an engine running: held by loaders and loads. With the last one the threads end by themselves.
@@ -113,6 +123,7 @@ impl Guard {
                 loads: HashMap::new(),
                 next_id: 0,
                 closing: false,
+                forgotten: Vec::new(),
             }),
             changed: Condvar::new(),
             allowance: Mutex::default(),
@@ -161,8 +172,11 @@ impl Guard {
     }
 
     /// Nobody waits for this load any more.
-    pub(crate) fn abandon(&self, load: &LoadShared) {
-        self.engine.abandon(load);
+    pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
+        self.engine.abandon(&load);
+        // Its files and address ranges are closed and unmapped by a worker: the caller may be an async task.
+        self.engine.schedule().forgotten.push(load);
+        self.engine.changed.notify_one();
     }
 
     /// Ends all loads and all threads, leaking past the deadline; `done` hears of it.
@@ -172,8 +186,10 @@ impl Guard {
         let body = move || {
             let _ = done.send(engine.wait_for_threads());
         };
-        // Without a thread to wait on, the receiver sees the sender dropped.
-        let _ = thread::Builder::new().name("dmaload-close".to_owned()).spawn(body);
+        if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
+            // Without a thread to wait on, nobody would end what hangs; the receiver sees the sender dropped.
+            self.engine.ring.give_up();
+        }
     }
 }
 
@@ -212,22 +228,22 @@ impl Engine {
     }
 
     fn wait_for_threads(&self) -> Result<(), Leaked> {
-        self.wait_until(Instant::now() + self.settings.shutdown_timeout);
-        self.ring.give_up();
-        // The ring thread needs a moment to leave; a worker that hangs in the kernel is left alone.
-        self.wait_until(Instant::now() + Duration::from_secs(1));
-        match self.leaked_bytes.load(Ordering::Acquire) {
-            0 => Ok(()),
-            bytes => Err(Leaked { bytes }),
+        let mut threads = self.wait_for(self.settings.shutdown_timeout);
+        if threads > 0 {
+            self.ring.give_up();
+            // The ring thread needs a moment to leave; a worker that hangs in the kernel is left alone.
+            threads = self.wait_for(Duration::from_secs(1));
+        }
+        match (self.leaked_bytes.load(Ordering::Acquire), threads) {
+            (0, 0) => Ok(()),
+            (bytes, threads) => Err(Leaked { bytes, threads }),
         }
     }
 
-    fn wait_until(&self, deadline: Instant) {
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        while *threads > 0 {
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return };
-            threads = self.thread_ended.wait_timeout(threads, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    /// Waits until all threads have ended, or the time is up; how many are left.
+    fn wait_for(&self, timeout: Duration) -> usize {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        *self.thread_ended.wait_timeout_while(threads, timeout, |threads| *threads > 0).unwrap_or_else(PoisonError::into_inner).0
     }
 
     fn abandon(&self, load: &LoadShared) {
@@ -263,7 +279,7 @@ impl Engine {
             }));
             if done.is_err() {
                 // Only the heap's code is not ours. Whatever the job held was released by unwinding.
-                self.fail(&load, Error::HeapPanicked { heap: self.heap.name().into_owned() });
+                self.fail(&load, Error::HeapPanicked { heap: load.heap().to_owned() });
             }
         }
         self.thread_has_ended();
@@ -272,6 +288,13 @@ impl Engine {
     fn next_job(&self) -> Option<(Job<LoadId>, Arc<LoadShared>)> {
         let mut schedule = self.schedule();
         loop {
+            let forgotten = std::mem::take(&mut schedule.forgotten);
+            if !forgotten.is_empty() {
+                drop(schedule);
+                drop(forgotten);
+                schedule = self.schedule();
+                continue;
+            }
             if schedule.closing {
                 return None;
             }

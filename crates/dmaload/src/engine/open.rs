@@ -96,7 +96,9 @@ fn plan_file(load: &LoadShared, index: usize, path: &Path) -> Result<(FilePlan, 
     };
     let plan = Plan::new(file.identity.bytes, shape);
     debug_assert_eq!(plan.memory_bytes(), memory_bytes as u64);
-    let (identity, alignment_bytes) = (file.identity, file.alignment_bytes);
+    let mut identity = file.identity;
+    identity.may_grow = tensors.is_none();
+    let alignment_bytes = file.alignment_bytes;
     Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, open: Some(file) }, fallback))
 }
 

@@ -127,7 +127,8 @@ impl IntoFuture for Load {
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Segments {
     events: UnboundedReceiver<Event>,
-    shared: Arc<LoadShared>,
+    /// Only `None` inside `drop`.
+    shared: Option<Arc<LoadShared>>,
     guard: Arc<Guard>,
     finished: Option<Box<Finished>>,
     failed: Option<Error>,
@@ -135,7 +136,7 @@ pub struct Segments {
 
 impl Segments {
     pub(crate) fn new(events: UnboundedReceiver<Event>, shared: Arc<LoadShared>, guard: Arc<Guard>) -> Self {
-        Segments { events, shared, guard, finished: None, failed: None }
+        Segments { events, shared: Some(shared), guard, finished: None, failed: None }
     }
 
     /// The next segment, in order; `None` after the last one. Cancel-safe, like [`Load::next`].
@@ -153,7 +154,7 @@ impl Segments {
 
     /// How far the load is.
     pub fn progress(&self) -> Progress {
-        self.shared.progress()
+        self.shared.as_ref().map(|shared| shared.progress()).unwrap_or_default()
     }
 
     fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
@@ -185,7 +186,9 @@ impl Stream for Segments {
 
 impl Drop for Segments {
     fn drop(&mut self) {
-        self.guard.abandon(&self.shared);
+        if let Some(shared) = self.shared.take() {
+            self.guard.abandon(shared);
+        }
     }
 }
 

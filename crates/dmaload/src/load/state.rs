@@ -165,6 +165,11 @@ impl LoadShared {
         }
     }
 
+    /// The heap's name.
+    pub(crate) fn heap(&self) -> &str {
+        &self.heap
+    }
+
     /// Whether anything is still to be done for it.
     pub(crate) fn is_over(&self) -> bool {
         self.abandoned.load(Ordering::Acquire) || self.state().events.is_none()
@@ -173,6 +178,10 @@ impl LoadShared {
     /// Takes the plan; gives the memory of each piece, over all files. Without any piece the load ends here.
     pub(crate) fn planned(&self, files: Vec<FilePlan>, fallbacks: Vec<Fallback>) -> Vec<u64> {
         let mut state = self.state();
+        if state.events.is_none() {
+            // It failed meanwhile, and holds nothing any more.
+            return Vec::new();
+        }
         state.fallbacks = fallbacks;
         let mut memory = Vec::new();
         for (index, planned) in files.into_iter().enumerate() {
@@ -370,6 +379,11 @@ impl LoadShared {
         let index = state.handed;
         let file_range = file.planned.plan.segments.get(index - file.first_segment)?.file_range.clone();
         let backing = segment.cell.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        if let Some(memfd) = backing.parts().and_then(|(_, memory)| memory.memfd()) {
+            // Whoever else has its descriptor (a heap of the caller's may) can't write to it from now on. Before Linux 5.1
+            // there is no such seal, and the promise is the heap's alone.
+            let _ = memfd.seal_against_writes();
+        }
         let (path, heap) = (Arc::clone(self.paths.get(segment.file)?), Arc::clone(&self.heap));
         // SAFETY: `pieces_left` is 0, so the driver has given back every piece of this segment: all bytes were read, and
         // no read is in flight. The backing was just taken out of its cell, and pieces drop theirs unread.
