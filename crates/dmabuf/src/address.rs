@@ -67,7 +67,7 @@ impl AddressRange {
         let failed = |errno| Error::new("map memory", bytes, errno);
         let page = page_bytes();
         let end = at.checked_add(bytes).ok_or(failed(Errno::INVAL))?;
-        let room = memory.memfd().map_or(usize::MAX, |memfd| memfd.bytes().next_multiple_of(page));
+        let room = memory.bytes().unwrap_or(usize::MAX);
         if bytes == 0 || !at.is_multiple_of(page) || !bytes.is_multiple_of(page) || end > self.bytes || bytes > room {
             return Err(failed(Errno::INVAL));
         }
@@ -81,6 +81,8 @@ impl AddressRange {
             // SAFETY: [at, end) lies in the range, which is ours, and no live mapping is in it (checked above,
             // under the lock): what MAP_FIXED replaces is reserved address space and nothing else.
             Memory::Memfd(memfd) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, memfd, 0) },
+            // SAFETY: as above.
+            Memory::DmaBuf(dma_buf) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, dma_buf, 0) },
             // SAFETY: as above.
             Memory::Anonymous => unsafe { mmap_anonymous(address, bytes, access, MapFlags::PRIVATE | MapFlags::FIXED) },
         }

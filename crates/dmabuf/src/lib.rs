@@ -4,6 +4,9 @@
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
 //!    └─ Mapping    a part of it, backed by a Memory: a memfd or private pages
 //!        └─ populate()   pages put under it, of 2 MiB where they can be had
+//!
+//!   Udmabuf ── create(memfd) ──┐
+//!   DmaHeap ── allocate ───────┴─► DmaBuf   what drivers and other processes import
 //! ```
 //!
 //! This crate knows nothing of io_uring or of async code: it creates, maps, populates and seals. Who may
@@ -13,17 +16,25 @@
 //! Needs Linux 3.17 (`memfd_create`); each newer feature is tried, and done without where it is refused.
 
 mod address;
+mod device;
+mod dma_buf;
+mod dma_heap;
 pub mod errno;
 mod error;
 mod memfd;
 mod pages;
 mod populate;
+mod udmabuf;
 
 pub use address::{AddressRange, Mapping};
+pub use device::DeviceError;
+pub use dma_buf::{Access, CpuAccess, DmaBuf};
+pub use dma_heap::DmaHeap;
 pub use error::Error;
 pub use memfd::Memfd;
 pub use pages::{HUGE_PAGE_BYTES, PageCount, huge_bytes_in, page_bytes};
 pub use populate::{Pages, Populated};
+pub use udmabuf::{Part, Udmabuf, UdmabufLimits};
 
 /// What stands behind a [`Mapping`].
 #[derive(Debug)]
@@ -33,6 +44,8 @@ pub enum Memory {
     Memfd(Memfd),
     /// Private memory of this process, without a file descriptor.
     Anonymous,
+    /// A dma-buf of a dma-heap, whose pages are all there from the start.
+    DmaBuf(DmaBuf),
 }
 
 impl Memory {
@@ -40,6 +53,23 @@ impl Memory {
     pub fn memfd(&self) -> Option<&Memfd> {
         match self {
             Memory::Memfd(memfd) => Some(memfd),
+            Memory::Anonymous | Memory::DmaBuf(_) => None,
+        }
+    }
+
+    /// The dma-buf, if it is one.
+    pub fn dma_buf(&self) -> Option<&DmaBuf> {
+        match self {
+            Memory::DmaBuf(dma_buf) => Some(dma_buf),
+            Memory::Anonymous | Memory::Memfd(_) => None,
+        }
+    }
+
+    /// How much can be mapped of it: whole pages; `None` where there is no end.
+    fn bytes(&self) -> Option<usize> {
+        match self {
+            Memory::Memfd(memfd) => Some(memfd.bytes().next_multiple_of(page_bytes())),
+            Memory::DmaBuf(dma_buf) => Some(dma_buf.bytes()),
             Memory::Anonymous => None,
         }
     }

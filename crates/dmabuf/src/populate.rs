@@ -54,6 +54,10 @@ impl Mapping {
         if part.is_empty() || part.end > self.bytes() || !part.start.is_multiple_of(page) || !part.end.is_multiple_of(page) {
             return Err(failed(Errno::INVAL));
         }
+        if memory.dma_buf().is_some() {
+            // Its exporter has put all pages there, of whatever sizes, and refuses every advice.
+            return Ok(Populated::default());
+        }
         let area = Area { mapping: self, memory, part: part.clone() };
         let extents = area.whole_extents();
         let refused = match pages {
@@ -106,7 +110,7 @@ impl Area<'_> {
                 }
             }
             // Private memory needs no collapse as long as a fault may give a huge page; asking for one page tells.
-            Memory::Anonymous => {
+            Memory::Anonymous | Memory::DmaBuf(_) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);
                 }

@@ -1,0 +1,170 @@
+//! dma-bufs: memory with a file descriptor that drivers import.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
+
+use crate::Error;
+
+/// `struct dma_buf_sync` of include/uapi/linux/dma-buf.h.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Sync {
+    flags: u64,
+}
+
+const DMA_BUF_IOCTL_SYNC: Opcode = opcode::write::<Sync>(b'b', 0);
+const _: () = assert!(size_of::<Sync>() == 8 && DMA_BUF_IOCTL_SYNC == 0x4008_6200);
+
+const SYNC_READ: u64 = 1;
+const SYNC_WRITE: u64 = 2;
+const SYNC_END: u64 = 1 << 2;
+
+/// What the CPU is about to do with a dma-buf's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Look at them.
+    Read,
+    /// Change them.
+    Write,
+    /// Both.
+    ReadWrite,
+}
+
+impl Access {
+    fn flags(self) -> u64 {
+        match self {
+            Access::Read => SYNC_READ,
+            Access::Write => SYNC_WRITE,
+            Access::ReadWrite => SYNC_READ | SYNC_WRITE,
+        }
+    }
+}
+
+/// A dma-buf: its descriptor, and its size.
+///
+/// It lives as long as any descriptor of it, mapping of it or importer: longer than the device it came from, and
+/// longer than the process that made it, if another one has the descriptor.
+#[derive(Debug)]
+pub struct DmaBuf {
+    fd: OwnedFd,
+    bytes: usize,
+}
+
+impl DmaBuf {
+    pub(crate) fn new(fd: OwnedFd, bytes: usize) -> Self {
+        DmaBuf { fd, bytes }
+    }
+
+    /// Takes a dma-buf that came from elsewhere: from another process, or a driver.
+    ///
+    /// # Errors
+    /// ENOTTY or EINVAL when the descriptor is no dma-buf.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
+        let failed = |errno| Error::new("take a dma-buf", 0, errno);
+        // A dma-buf tells its size this way and no other (drivers/dma-buf/dma-buf.c, dma_buf_llseek).
+        let bytes = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0)).map_err(failed)?;
+        let dma_buf = DmaBuf { fd, bytes: usize::try_from(bytes).map_err(|_| failed(Errno::OVERFLOW))? };
+        dma_buf.cpu_access(Access::Read)?.end()?;
+        Ok(dma_buf)
+    }
+
+    /// The size in bytes, a multiple of the page size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Begins an access of the CPU to its bytes: caches that are not coherent with devices are made so. Ends with the
+    /// guard.
+    ///
+    /// # Errors
+    /// What `DMA_BUF_IOCTL_SYNC` answered.
+    pub fn cpu_access(&self, access: Access) -> Result<CpuAccess<'_>, Error> {
+        self.begin_cpu_access(access)?;
+        Ok(CpuAccess { dma_buf: self, access, ended: false })
+    }
+
+    /// As [`DmaBuf::cpu_access`], for an access that ends elsewhere: by [`DmaBuf::end_cpu_access`].
+    ///
+    /// # Errors
+    /// What `DMA_BUF_IOCTL_SYNC` answered.
+    pub fn begin_cpu_access(&self, access: Access) -> Result<(), Error> {
+        self.sync("begin CPU access to a dma-buf", access.flags())
+    }
+
+    /// Ends an access that [`DmaBuf::begin_cpu_access`] began.
+    ///
+    /// # Errors
+    /// What `DMA_BUF_IOCTL_SYNC` answered: EINVAL on a udmabuf when none was ever begun.
+    pub fn end_cpu_access(&self, access: Access) -> Result<(), Error> {
+        self.sync("end CPU access to a dma-buf", access.flags() | SYNC_END)
+    }
+
+    fn sync(&self, operation: &'static str, flags: u64) -> Result<(), Error> {
+        loop {
+            // SAFETY: the opcode is DMA_BUF_IOCTL_SYNC (asserted above), which reads one `struct dma_buf_sync`.
+            let request = unsafe { Setter::<DMA_BUF_IOCTL_SYNC, Sync>::new(Sync { flags }) };
+            // SAFETY: as above; it touches no memory of this process.
+            match unsafe { ioctl(&self.fd, request) } {
+                // The documentation of the ioctl asks for this loop.
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                other => return other.map_err(|errno| Error::new(operation, self.bytes, errno)),
+            }
+        }
+    }
+}
+
+impl AsFd for DmaBuf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<DmaBuf> for OwnedFd {
+    fn from(dma_buf: DmaBuf) -> Self {
+        dma_buf.fd
+    }
+}
+
+/// An access of the CPU to a dma-buf's bytes, which ends when this is dropped.
+#[derive(Debug)]
+#[must_use = "the access ends when the guard is dropped"]
+pub struct CpuAccess<'a> {
+    dma_buf: &'a DmaBuf,
+    access: Access,
+    ended: bool,
+}
+
+impl CpuAccess<'_> {
+    /// Ends it, and tells whether that went well; dropping the guard can't tell.
+    ///
+    /// # Errors
+    /// What `DMA_BUF_IOCTL_SYNC` answered.
+    pub fn end(mut self) -> Result<(), Error> {
+        self.ended = true;
+        self.dma_buf.end_cpu_access(self.access)
+    }
+}
+
+impl Drop for CpuAccess<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Only a descriptor that is no dma-buf, or flags that make no sense, are refused.
+            let _ = self.dma_buf.end_cpu_access(self.access);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_dma_buf_is_refused() {
+        let memfd = crate::Memfd::create("test", 4096).unwrap();
+        let refused = DmaBuf::from_fd(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap_err();
+        assert!(matches!(refused.errno, Errno::NOTTY | Errno::INVAL), "{refused}");
+    }
+}

@@ -1,0 +1,148 @@
+//! dma-heaps: allocators of dma-bufs, one device each under `/dev/dma_heap`.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+
+use crate::device::open_device;
+use crate::{DeviceError, DmaBuf, Error, page_bytes};
+
+/// `struct dma_heap_allocation_data` of include/uapi/linux/dma-heap.h.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Allocation {
+    len: u64,
+    fd: u32,
+    fd_flags: u32,
+    heap_flags: u64,
+}
+
+const DMA_HEAP_IOCTL_ALLOC: Opcode = opcode::read_write::<Allocation>(b'H', 0);
+const _: () = assert!(size_of::<Allocation>() == 24 && DMA_HEAP_IOCTL_ALLOC == 0xC018_4800);
+
+struct Allocate(Allocation);
+
+// SAFETY: the opcode is that of DMA_HEAP_IOCTL_ALLOC, and the pointer is to the struct that it reads and writes.
+unsafe impl Ioctl for Allocate {
+    type Output = u32;
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        DMA_HEAP_IOCTL_ALLOC
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        (&raw mut self.0).cast()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, pointer: *mut c_void) -> rustix::io::Result<u32> {
+        // SAFETY: this is the pointer that `as_ptr` gave.
+        Ok(unsafe { (*pointer.cast::<Allocation>()).fd })
+    }
+}
+
+/// An open dma-heap.
+#[derive(Debug)]
+pub struct DmaHeap {
+    fd: OwnedFd,
+    name: String,
+}
+
+impl DmaHeap {
+    /// Where the kernel puts them.
+    pub const FOLDER: &str = "/dev/dma_heap";
+
+    /// The names of the heaps that this machine has, in order; none where it has no such folder.
+    pub fn names() -> Vec<String> {
+        let entries = std::fs::read_dir(Self::FOLDER).into_iter().flatten().flatten();
+        let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort();
+        names
+    }
+
+    /// The device of the heap of this name.
+    pub fn path(name: &str) -> PathBuf {
+        Path::new(Self::FOLDER).join(name)
+    }
+
+    /// Opens the heap of this name: `system`, `reserved`, or what the vendor calls it.
+    ///
+    /// # Errors
+    /// ENOENT for a name that this machine does not have (the error lists those it has), EACCES without the right to it
+    /// (the devices are mode 0600), EINVAL for a name that is a path.
+    pub fn open(name: &str) -> Result<Self, DeviceError> {
+        let path = Self::path(name);
+        if name.is_empty() || name.contains('/') || name == "." || name == ".." {
+            let about = Some("a heap's name is a name, not a path".to_owned());
+            return Err(DeviceError { path, errno: Errno::INVAL, about });
+        }
+        let fd = open_device(&path).map_err(|error| match error.errno {
+            Errno::NOENT => DeviceError { about: Some(others()), ..error },
+            _ => error,
+        })?;
+        Ok(DmaHeap { fd, name: name.to_owned() })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Allocates a dma-buf of at least `bytes` bytes: whole pages, all of them zero, all of them there when this returns.
+    ///
+    /// **Asking a heap for more than the machine has wakes the OOM killer instead of failing** (seen on the system heap of
+    /// 6.12): look at `MemAvailable` and the memory cgroup first. This method does not.
+    ///
+    /// # Errors
+    /// EINVAL for 0 bytes; ENOMEM.
+    pub fn allocate(&self, bytes: usize) -> Result<DmaBuf, Error> {
+        let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC;
+        self.allocate_with(bytes, flags.bits(), 0)
+    }
+
+    /// As [`DmaHeap::allocate`], with flags for the descriptor and for the heap (which knows none today).
+    ///
+    /// # Errors
+    /// As [`DmaHeap::allocate`], and EINVAL for flags that the kernel does not know.
+    pub fn allocate_with(&self, bytes: usize, fd_flags: u32, heap_flags: u64) -> Result<DmaBuf, Error> {
+        let failed = |errno| Error::new("allocate a dma-buf", bytes, errno);
+        let rounded = bytes.checked_next_multiple_of(page_bytes()).ok_or(failed(Errno::NOMEM))?;
+        let request = Allocate(Allocation { len: bytes as u64, fd: 0, fd_flags, heap_flags });
+        // SAFETY: the request describes itself truly, see its `Ioctl` implementation.
+        let fd = unsafe { ioctl(&self.fd, request) }.map_err(failed)?;
+        let fd = i32::try_from(fd).map_err(|_| failed(Errno::BADF))?;
+        // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(DmaBuf::new(fd, rounded))
+    }
+}
+
+fn others() -> String {
+    match DmaHeap::names() {
+        names if names.is_empty() => "this machine has no dma-heaps (CONFIG_DMABUF_HEAPS)".to_owned(),
+        names => format!("the heaps here are {}", names.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_no_path() {
+        for name in ["", ".", "..", "../null", "a/b", "/dev/null"] {
+            assert_eq!(DmaHeap::open(name).unwrap_err().errno, Errno::INVAL, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_is_told_with_the_known_ones() {
+        let error = DmaHeap::open("no-such-heap").unwrap_err();
+        assert_eq!(error.errno, Errno::NOENT);
+        assert!(error.to_string().contains("heaps"), "{error}");
+    }
+}
