@@ -9,7 +9,7 @@ async fn main() -> anyhow::Result<()> {
     let mut segments = loader.stream(path);
     while let Some(segment) = segments.next().await {
         let segment = segment?;
-        let sum = segment.as_ref().iter().fold(0u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        let sum = segment.bytes()?.iter().fold(0u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));
         println!("bytes {:?}: {sum:016x}", segment.file_range());
     }
     if let Some(report) = segments.report() {

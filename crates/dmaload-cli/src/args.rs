@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -48,6 +49,11 @@ pub(crate) struct Load {
     /// Print nothing but errors.
     #[arg(long, conflicts_with = "json")]
     pub(crate) quiet: bool,
+    /// Then run this command, to the end of the line, with the segments' descriptors from 3 on; exit as it does.
+    ///
+    /// DMALOAD_FDS tells their number, DMALOAD_SEGMENTS and DMALOAD_FILES what each holds: see docs/cli.md.
+    #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
+    pub(crate) exec: Vec<OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -86,21 +92,24 @@ pub(crate) struct Demo {
 /// How to load.
 #[derive(Debug, Args)]
 pub(crate) struct Engine {
-    /// Where memory comes from.
+    /// Where memory comes from: auto, memfd, anon, udmabuf, dma-heap:NAME.
     #[arg(long, default_value = "auto")]
     pub(crate) heap: HeapName,
-    /// Require memory that can be handed out as a dma-buf.
+    /// Require dma-bufs: with --heap auto, udmabuf, else the dma-heap system.
     #[arg(long)]
     pub(crate) dma_buf: bool,
     /// The page size: auto takes 2 MiB pages wherever they can be had, 2m fails without them.
     #[arg(long, default_value = "auto")]
     pub(crate) pages: PageChoice,
+    /// Allow 2 MiB pages in a udmabuf on Linux 6.11 to 6.15, where drivers that map it see WRONG BYTES.
+    #[arg(long)]
+    pub(crate) despite_udmabuf_bug: bool,
     /// How files are spread over segments: segmented, single.
     #[arg(long, default_value = "segmented")]
     pub(crate) layout: Layout,
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB.
-    #[arg(long, default_value = "64MiB", value_name = "BYTES", value_parser = bytes)]
-    pub(crate) segment_size: u64,
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less where the heap gives less].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) segment_size: Option<u64>,
     /// The most memory that is allocated and not yet filled: at least a segment.
     #[arg(long, default_value = "128MiB", value_name = "BYTES", value_parser = bytes)]
     pub(crate) window: u64,
@@ -110,7 +119,10 @@ pub(crate) struct Engine {
     /// Reads in flight at once.
     #[arg(long, default_value_t = 32, value_name = "READS")]
     pub(crate) queue_depth: usize,
-    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, buffered.
+    /// The most memory that reads are staged in by the route bounce.
+    #[arg(long, default_value = "16MiB", value_name = "BYTES", value_parser = bytes)]
+    pub(crate) staging: u64,
+    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
     /// Fail rather than take a lower route than the one to start at.
@@ -121,14 +133,29 @@ pub(crate) struct Engine {
     pub(crate) format: Format,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+/// A heap by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum HeapName {
-    /// memfd.
     Auto,
-    /// Memory files that other processes can map.
     Memfd,
-    /// Private memory.
     Anon,
+    Udmabuf,
+    DmaHeap(String),
+}
+
+impl FromStr for HeapName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match (name, name.strip_prefix("dma-heap:")) {
+            ("auto", _) => Ok(HeapName::Auto),
+            ("memfd", _) => Ok(HeapName::Memfd),
+            ("anon", _) => Ok(HeapName::Anon),
+            ("udmabuf", _) => Ok(HeapName::Udmabuf),
+            (_, Some(heap)) if !heap.is_empty() => Ok(HeapName::DmaHeap(heap.to_owned())),
+            _ => Err(format!("no such heap: {name:?}; the heaps are auto, memfd, anon, udmabuf, dma-heap:NAME")),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

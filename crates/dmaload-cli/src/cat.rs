@@ -13,7 +13,7 @@ pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     block_on(async {
         let mut stdout = std::io::stdout().lock();
         while let Some(segment) = segments.next().await {
-            stdout.write_all(segment.map_err(about)?.as_ref())?;
+            stdout.write_all(&segment.and_then(|segment| segment.bytes()).map_err(about)?)?;
         }
         Ok(stdout.flush()?)
     })?

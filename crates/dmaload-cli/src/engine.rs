@@ -1,35 +1,55 @@
 //! From the command line to a loader.
 
-use dmaload::heap::{AnonHeap, MemfdHeap};
+use std::sync::Arc;
+
+use dmaload::dmabuf::Pages;
+use dmaload::heap::{self, AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use dmaload::{Error, LoadOptions, Loader, Result};
 
 use crate::args::{Engine, HeapName};
 
 /// The loader that the command line asks for.
 pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
-    if arguments.dma_buf {
-        return Err(no_dma_buf(arguments.heap));
-    }
-    let options = LoadOptions::default()
+    let mut options = LoadOptions::default()
         .layout(arguments.layout)
-        .segment_bytes(arguments.segment_size)
         .chunk_bytes(arguments.chunk_size)
         .route(arguments.route.0)
         .strict(arguments.strict)
         .format(arguments.format);
-    let builder = Loader::builder().window_bytes(arguments.window).queue_depth(arguments.queue_depth).options(options);
-    let pages = arguments.pages.into();
-    match arguments.heap {
-        HeapName::Auto | HeapName::Memfd => builder.heap(MemfdHeap { pages }),
-        HeapName::Anon => builder.heap(AnonHeap { pages }),
+    if let Some(bytes) = arguments.segment_size {
+        options = options.segment_bytes(bytes);
     }
-    .build()
+    let mut builder = Loader::builder()
+        .window_bytes(arguments.window)
+        .queue_depth(arguments.queue_depth)
+        .staging_bytes(arguments.staging)
+        .dma_buf(arguments.dma_buf)
+        .options(options);
+    let (heap, reason) = heap(arguments)?;
+    if let Some(reason) = reason {
+        builder = builder.note(reason);
+    }
+    builder.heap(heap).build()
 }
 
-/// A dma-buf was required: something else is never given quietly instead.
-fn no_dma_buf(heap: HeapName) -> Error {
-    match heap {
-        HeapName::Memfd | HeapName::Anon => Error::Config("--dma-buf: neither memfd nor anon memory is a dma-buf".to_owned()),
-        HeapName::Auto => Error::NoDescriptor { heap: "auto (memfd)".to_owned(), wanted: "dma-buf" },
+/// The heap, and why it is this one where that was left to us.
+fn heap(arguments: &Engine) -> Result<(Arc<dyn Heap>, Option<String>)> {
+    let pages: Pages = arguments.pages.into();
+    let chosen = |heap: Arc<dyn Heap>| Ok((heap, None));
+    match &arguments.heap {
+        HeapName::Auto if arguments.dma_buf && !arguments.despite_udmabuf_bug => {
+            heap::for_dma_buf(pages).map(|(heap, reason)| (heap, Some(reason)))
+        }
+        HeapName::Auto if !arguments.dma_buf => chosen(Arc::new(MemfdHeap { pages })),
+        HeapName::Memfd => chosen(Arc::new(MemfdHeap { pages })),
+        HeapName::Anon => chosen(Arc::new(AnonHeap { pages })),
+        HeapName::Auto | HeapName::Udmabuf if arguments.despite_udmabuf_bug => {
+            chosen(Arc::new(UdmabufHeap::open_despite_bug(pages)?))
+        }
+        HeapName::Auto | HeapName::Udmabuf => chosen(Arc::new(UdmabufHeap::open(pages)?)),
+        HeapName::DmaHeap(_) if pages != Pages::Auto => {
+            Err(Error::Config("--pages: a dma-heap chooses its page sizes itself".to_owned()))
+        }
+        HeapName::DmaHeap(name) => chosen(Arc::new(DmaHeap::open(name)?)),
     }
 }

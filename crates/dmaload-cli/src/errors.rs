@@ -57,8 +57,15 @@ pub(crate) fn told(error: &anyhow::Error) -> String {
 /// Says which files were being loaded, where an error of the engine speaks of none: of memory, for example.
 pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     use dmaload::Error;
-    let names_no_file =
-        matches!(error, Error::Memory { .. } | Error::OutOfMemory { .. } | Error::NoDescriptor { .. } | Error::Ring { .. });
+    let names_no_file = matches!(
+        error,
+        Error::Memory { .. }
+            | Error::OutOfMemory { .. }
+            | Error::NoDescriptor { .. }
+            | Error::NoDmaBuf { .. }
+            | Error::Device(_)
+            | Error::Ring { .. }
+    );
     match paths {
         [first, others @ ..] if names_no_file => {
             let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };

@@ -1,6 +1,7 @@
 //! `dmaload load`: loads, and tells how it went.
 
 use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -12,9 +13,9 @@ use serde_json::{Value, json};
 use crate::args;
 use crate::digest::{Digest, digest};
 use crate::summary::{Pairs, bytes, duration, rate};
-use crate::{block_on, engine, errors};
+use crate::{block_on, engine, errors, exec};
 
-pub(crate) fn run(arguments: &args::Load) -> Result<()> {
+pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let load = loader.load_with(&arguments.paths, loader.options());
@@ -30,7 +31,12 @@ pub(crate) fn run(arguments: &args::Load) -> Result<()> {
     } else if !arguments.quiet {
         write!(stdout, "{}", summary(&image, &digests))?;
     }
-    Ok(stdout.flush()?)
+    stdout.flush()?;
+    drop(stdout);
+    match arguments.exec.as_slice() {
+        [] => Ok(ExitCode::SUCCESS),
+        [program, rest @ ..] => exec::run(&image, program, rest),
+    }
 }
 
 /// Waits for a load, with a bar on the terminal unless it is to be quiet.
@@ -85,6 +91,9 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
     if tensors > 0 {
         pairs = pairs.with("tensors", tensors);
     }
+    for note in &report.notes {
+        pairs = pairs.with("note", note);
+    }
     for fallback in &report.fallbacks {
         pairs = pairs.with("fallback", described(report, fallback));
     }
@@ -116,7 +125,8 @@ fn pages(report: &Report) -> String {
 fn times(report: &Report) -> String {
     let first = report.first_segment.map(|first| format!("; first segment after {}", duration(first))).unwrap_or_default();
     let (allocating, reading) = (duration(report.allocating), duration(report.reading));
-    format!("allocating {allocating}, reading {reading}, {:.0} % overlapped{first}", report.overlap() * 100.0)
+    let copying = if report.copying.is_zero() { String::new() } else { format!(", copying {}", duration(report.copying)) };
+    format!("allocating {allocating}, reading {reading}{copying}, {:.0} % overlapped{first}", report.overlap() * 100.0)
 }
 
 fn described(report: &Report, fallback: &Fallback) -> String {
@@ -142,6 +152,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
         "throughput_bytes_per_second": report.throughput_bytes_per_second(),
         "allocate_seconds": report.allocating.as_secs_f64(),
         "read_seconds": report.reading.as_secs_f64(),
+        "copy_seconds": report.copying.as_secs_f64(),
         "overlap": report.overlap(),
         "first_segment_seconds": report.first_segment.map(|first| first.as_secs_f64()),
         "cpu_seconds": report.cpu.as_secs_f64(),
@@ -150,6 +161,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
         "huge_page_bytes": report.pages.huge_bytes,
         "pages_refused": report.pages_refused.map(errno::describe),
         "heap": report.heap,
+        "notes": report.notes,
         "layout": report.layout.name(),
         "route": report.route.name(),
         "fallbacks": report.fallbacks.iter().map(|fallback| json!({
@@ -171,6 +183,6 @@ fn segment_to_json(segment: &Segment) -> Value {
         "file": segment.file_index(),
         "file_offset": segment.file_range().start,
         "bytes": segment.len(),
-        "dma_buf": false,
+        "dma_buf": segment.has_dma_buf(),
     })
 }

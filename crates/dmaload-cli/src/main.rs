@@ -8,6 +8,7 @@ mod demo;
 mod digest;
 mod engine;
 mod errors;
+mod exec;
 mod inspect;
 mod load;
 mod scratch;
@@ -35,12 +36,12 @@ fn main() -> ExitCode {
         .init();
     let result = match arguments.command {
         Command::Load(arguments) => load::run(&arguments),
-        Command::Cat(arguments) => cat::run(&arguments),
-        Command::Inspect(arguments) => inspect::run(&arguments),
-        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Cat(arguments) => cat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Inspect(arguments) => inspect::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if summary::is_closed_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);

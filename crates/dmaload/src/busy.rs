@@ -25,6 +25,14 @@ impl BusyTime {
         }
     }
 
+    /// Everything that was running ends.
+    pub(crate) fn stop(&mut self, now: Duration) {
+        if self.running > 0 {
+            self.running = 1;
+            self.end(now);
+        }
+    }
+
     pub(crate) fn total(&self) -> Duration {
         self.total
     }
@@ -45,5 +53,11 @@ mod tests {
         busy.begin(at(8));
         busy.end(at(9));
         assert_eq!(busy.total(), at(5));
+        busy.stop(at(10));
+        assert_eq!(busy.total(), at(5));
+        busy.begin(at(11));
+        busy.begin(at(12));
+        busy.stop(at(13));
+        assert_eq!(busy.total(), at(7));
     }
 }

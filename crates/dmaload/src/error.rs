@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use rustix::io::Errno;
 
+use crate::heap::SizeLimit;
 use crate::model::ModelError;
 use crate::route::{Attempt, Route};
 
@@ -128,6 +129,51 @@ pub enum Error {
         /// What is wrong.
         fault: ModelError,
     },
+    /// A device could not be opened.
+    #[error(transparent)]
+    Device(#[from] dmabuf::DeviceError),
+    /// A dma-buf would be larger than its heap allows.
+    #[error("{}: a dma-buf of {wanted_bytes} bytes is more than {heap} allows: {limit}", .path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The heap.
+        heap: String,
+        /// What would be needed.
+        wanted_bytes: u64,
+        /// What it allows, and where that is set.
+        limit: SizeLimit,
+    },
+    /// Dma-bufs were required, and no heap of this machine gives any.
+    #[error("no heap here gives dma-bufs: {}", .tried.join("; "))]
+    NoDmaBuf {
+        /// Each heap that was tried, with what it said.
+        tried: Vec<String>,
+    },
+    /// The segment's dma-buf was handed out: others may write to it, so its bytes can't be lent any more.
+    #[error(
+        "the dma-buf of segment {segment} was handed out, and others may write to it: look at its bytes through `cpu_access`"
+    )]
+    HandedOut {
+        /// The segment.
+        segment: usize,
+    },
+    /// The segment's bytes are lent: handing out its dma-buf would let others write under them.
+    #[error("{views} views of segment {segment} are alive: its dma-buf can be handed out when they are dropped")]
+    Viewed {
+        /// The segment.
+        segment: usize,
+        /// How many.
+        views: usize,
+    },
+    /// The tensor lies in more than one segment, so no single dma-buf holds it.
+    #[error("tensor {tensor:?} lies in {segments} segments: use its parts, or load with larger segments or Layout::Single")]
+    Straddles {
+        /// The tensor.
+        tensor: String,
+        /// How many.
+        segments: usize,
+    },
     /// No file of the image has a tensor of this name.
     #[error("no tensor named {0:?}")]
     NoSuchTensor(String),
@@ -176,6 +222,21 @@ impl Error {
             }
             Error::Memory { refusal: dmabuf::Error { errno: Errno::NOTSUP, .. }, .. } => {
                 "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or load with --pages auto"
+            }
+            Error::Device(dmabuf::DeviceError { errno: Errno::ACCESS | Errno::PERM, path, .. }) => {
+                return Some(format!(
+                    "give yourself the right to it: sudo setfacl -m u:$USER:rw {0}, or a udev rule; or have a process that has it hand you the dma-bufs",
+                    path.display()
+                ));
+            }
+            Error::Device(dmabuf::DeviceError { errno: Errno::NOENT, path, .. }) if path.ends_with("udmabuf") => {
+                "load the module (sudo modprobe udmabuf); it needs a kernel with CONFIG_UDMABUF"
+            }
+            Error::TooLarge { wanted_bytes, limit, .. } => {
+                return Some(format!("raise it as root: {}; or load in smaller segments", limit.raise(*wanted_bytes)));
+            }
+            Error::NoDmaBuf { .. } => {
+                "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other processes can map"
             }
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
             Error::Model { .. } => "the file is damaged or was cut off; --format raw loads it as plain bytes",

@@ -1,6 +1,7 @@
 //! A finished load: all segments, with the map of what is in them.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -102,7 +103,7 @@ impl ImageFile {
     /// # Errors
     /// As [`Segment::bytes`].
     pub fn bytes(&self) -> Result<Bytes> {
-        Ok(self.slice(0..self.len))
+        self.slice(0..self.len)
     }
 
     /// Its tensor of this name.
@@ -115,8 +116,8 @@ impl ImageFile {
         self.tensor_map().into_iter().flatten().map(|info| Tensor { info: info.clone(), file: self.clone() })
     }
 
-    fn slice(&self, range: Range<u64>) -> Bytes {
-        Contiguous::new(Arc::clone(&self.segments), range).bytes()
+    fn slice(&self, range: Range<u64>) -> Result<Bytes> {
+        Contiguous::bytes(&self.segments, range)
     }
 }
 
@@ -169,7 +170,21 @@ impl Tensor {
     /// # Errors
     /// As [`Segment::bytes`].
     pub fn bytes(&self) -> Result<Bytes> {
-        Ok(self.file.slice(self.file_range()))
+        self.file.slice(self.file_range())
+    }
+
+    /// The dma-buf that holds all of it; where in that it begins, its only part tells.
+    ///
+    /// # Errors
+    /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as
+    /// [`Segment::dma_buf`].
+    pub fn dma_buf(&self) -> Result<BorrowedFd<'_>> {
+        let parts = self.parts();
+        let segment = match &*parts {
+            [part] => self.file.segments.iter().find(|segment| segment.index() == part.segment.index()),
+            _ => None,
+        };
+        segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: parts.len() })?.dma_buf()
     }
 
     /// Where it is in memory: one part for each segment that holds some of it. An empty tensor has none.

@@ -47,5 +47,5 @@ pub use loader::{Loader, LoaderBuilder};
 pub use plan::Layout;
 pub use report::{FileReport, Report};
 pub use route::{Attempt, Fallback, Route};
-pub use segment::Segment;
+pub use segment::{Segment, SegmentAccess};
 pub use settings::{Format, LoadOptions};

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dmabuf::Pages;
 use tokio::sync::oneshot;
 
 use crate::engine::{Guard, Leaked};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::heap::{self, Heap};
 use crate::load::{Load, Segments};
 use crate::settings::{Format, LoadOptions, Settings};
@@ -44,7 +45,7 @@ impl Loader {
 
     /// Says how a loader is to be.
     pub fn builder() -> LoaderBuilder {
-        LoaderBuilder { settings: Settings::default(), heap: Arc::new(heap::auto()) }
+        LoaderBuilder { settings: Settings::default(), heap: None, dma_buf: false, notes: Vec::new() }
     }
 
     /// Starts loading a file. Never blocks: opening and reading happen on the loader's threads, and whatever goes wrong is
@@ -94,13 +95,21 @@ impl Loader {
 #[must_use]
 pub struct LoaderBuilder {
     settings: Settings,
-    heap: Arc<dyn Heap>,
+    heap: Option<Arc<dyn Heap>>,
+    dma_buf: bool,
+    notes: Vec<String>,
 }
 
 impl LoaderBuilder {
     /// Where segments' memory comes from. Default: [`heap::auto`].
     pub fn heap(mut self, heap: impl Heap) -> Self {
-        self.heap = Arc::new(heap);
+        self.heap = Some(Arc::new(heap));
+        self
+    }
+
+    /// Requires dma-bufs: without a heap that was chosen, [`heap::for_dma_buf`] chooses one. Default: false.
+    pub fn dma_buf(mut self, required: bool) -> Self {
+        self.dma_buf = required;
         self
     }
 
@@ -113,6 +122,19 @@ impl LoaderBuilder {
     /// Reads in flight at once, over all loads, from 1 to 4096. Default: 32.
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
+        self
+    }
+
+    /// The most memory that [`Route::Bounce`] stages reads in, from 2 MiB to 1 GiB. It is taken when a load first needs it,
+    /// and kept. Default: 16 MiB.
+    pub fn staging_bytes(mut self, bytes: u64) -> Self {
+        self.settings.staging_bytes = bytes;
+        self
+    }
+
+    /// Something that the reports of all loads are to say, such as why the caller chose this heap.
+    pub fn note(mut self, note: impl Into<String>) -> Self {
+        self.notes.push(note.into());
         self
     }
 
@@ -180,8 +202,19 @@ impl LoaderBuilder {
     ///
     /// # Errors
     /// [`crate::Error::Config`] for settings that make no sense; [`crate::Error::Start`] when no thread or descriptor can be
-    /// had. That io_uring is refused is no error here: loads take the next route, and say so.
+    /// had; [`crate::Error::NoDmaBuf`] where dma-bufs are required and can't be had. That io_uring is refused is no error here:
+    /// loads take the next route, and say so.
     pub fn build(self) -> Result<Loader> {
-        Ok(Loader { guard: Guard::start(self.settings, self.heap)? })
+        let (heap, reason) = match self.heap {
+            Some(heap) if self.dma_buf && !heap.exports() => {
+                return Err(Error::Config(format!("dma-bufs are required, and the heap {} gives none", heap.name())));
+            }
+            Some(heap) => (heap, None),
+            None if self.dma_buf => heap::for_dma_buf(Pages::Auto).map(|(heap, reason)| (heap, Some(reason)))?,
+            None => (Arc::new(heap::auto()) as Arc<dyn Heap>, None),
+        };
+        tracing::debug!(heap = %heap.name(), reason, "heap");
+        let notes = self.notes.into_iter().chain(reason).chain(heap.notes()).collect();
+        Ok(Loader { guard: Guard::start(self.settings, heap, notes)? })
     }
 }

@@ -4,8 +4,9 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use dmabuf::{Mapping, Memory};
+use dmabuf::{Access, DmaBuf, Mapping, Memory};
 
+use crate::heap::Heap;
 use crate::reaper::{Holding, Reaper};
 use crate::ring::Buffer;
 
@@ -36,6 +37,29 @@ impl Backing {
 
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Its dma-buf: the memory itself, or what was made of it.
+    pub(crate) fn dma_buf(&self) -> Option<&DmaBuf> {
+        self.holding.as_ref().and_then(|holding| holding.memory.dma_buf().or_else(|| holding.exported.get()))
+    }
+
+    /// Makes a dma-buf of memory that holds all its bytes, and lets devices see them.
+    pub(crate) fn export(&self, heap: &dyn Heap) -> Result<(), dmabuf::Error> {
+        let Some(holding) = &self.holding else { return Ok(()) };
+        if let Some(dma_buf) = holding.memory.dma_buf() {
+            // It was begun when the memory was allocated.
+            return dma_buf.end_cpu_access(Access::ReadWrite);
+        }
+        let dma_buf = heap.export(&holding.memory)?;
+        // The tail was zeroed, and maybe more was copied, by the CPU: what it wrote before the dma-buf existed is flushed, too.
+        dma_buf.cpu_access(Access::ReadWrite)?.end()?;
+        if let Some(memfd) = holding.memory.memfd() {
+            // After the export: newer kernels refuse to export what is sealed like that.
+            memfd.seal_against_writes()?;
+        }
+        let _ = holding.exported.set(dma_buf);
+        Ok(())
     }
 
     pub(crate) fn parts(&self) -> Option<(&Mapping, &Memory)> {

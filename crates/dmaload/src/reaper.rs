@@ -5,22 +5,24 @@
 //! put something on the list, which may be longer than the loader.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
-use dmabuf::{Mapping, Memory};
+use dmabuf::{DmaBuf, Mapping, Memory};
 
 /// Mapped memory on its way to be freed, or not yet.
 #[derive(Debug)]
 pub(crate) struct Holding {
     pub(crate) mapping: Mapping,
     pub(crate) memory: Memory,
+    /// The dma-buf that was made of the memory. Closing it frees pages, too.
+    pub(crate) exported: OnceLock<DmaBuf>,
     next: Option<Box<Holding>>,
 }
 
 impl Holding {
     pub(crate) fn new(mapping: Mapping, memory: Memory) -> Box<Self> {
-        Box::new(Holding { mapping, memory, next: None })
+        Box::new(Holding { mapping, memory, exported: OnceLock::new(), next: None })
     }
 }
 

@@ -23,6 +23,8 @@ pub struct Report {
     pub allocating: Duration,
     /// While at least one read was in flight.
     pub reading: Duration,
+    /// While at least one copy from staging was under way; zero where nothing was bounced.
+    pub copying: Duration,
     /// Until the first segment was handed over; `None` when there was none.
     pub first_segment: Option<Duration>,
     /// CPU time of the whole process, user and system, during the load.
@@ -35,6 +37,8 @@ pub struct Report {
     pub pages_refused: Option<Errno>,
     /// The heap.
     pub heap: String,
+    /// Why it is this heap, where it was chosen for the caller, and what it does otherwise than one might expect.
+    pub notes: Vec<String>,
     /// The layout.
     pub layout: Layout,
     /// The lowest route that any byte took.
@@ -106,12 +110,14 @@ mod tests {
             total: ms(total_ms),
             allocating: ms(allocating_ms),
             reading: ms(reading_ms),
+            copying: ms(0),
             first_segment: None,
             cpu: ms(0),
             peak_resident_bytes: 0,
             pages: PageCount::default(),
             pages_refused: None,
             heap: "memfd".to_owned(),
+            notes: Vec::new(),
             layout: Layout::Segmented,
             route: Route::Buffered,
             fallbacks: Vec::new(),

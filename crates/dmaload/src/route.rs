@@ -16,17 +16,26 @@ pub enum Route {
     UringDirect,
     /// `pread(2)` with `O_DIRECT`, by a few threads. For kernels and containers that refuse io_uring.
     PreadDirect,
+    /// Direct reads into a few staging buffers, by the best of the ways above, and a copy from there. For memory that
+    /// can't be pinned: the mappings of most dma-heaps.
+    Bounce,
     /// `pread(2)` through the page cache, by a few threads. For file systems that refuse `O_DIRECT`.
     Buffered,
 }
 
 impl Route {
     /// All of them, best first.
-    pub const ALL: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Buffered];
+    pub const ALL: [Route; 5] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];
 
-    /// The next one down the ladder.
-    pub fn lower(self) -> Option<Route> {
-        Route::ALL.into_iter().find(|&other| other > self)
+    /// The next one down the ladder after this one was refused with `errno`.
+    ///
+    /// EFAULT is memory that can't be pinned: no direct read can go into it, so the next one is [`Route::Bounce`]. Any
+    /// other refusal is none of the memory's, and bouncing would not help.
+    pub fn lower(self, errno: Errno) -> Option<Route> {
+        if errno == Errno::FAULT && self < Route::Bounce {
+            return Some(Route::Bounce);
+        }
+        Route::ALL.into_iter().find(|&other| other > self && other != Route::Bounce)
     }
 
     /// Whether reads bypass the page cache, and so need aligned offsets, lengths and addresses.
@@ -45,6 +54,7 @@ impl Route {
             Route::UringFixedDirect => "uring-fixed-direct",
             Route::UringDirect => "uring-direct",
             Route::PreadDirect => "pread-direct",
+            Route::Bounce => "bounce",
             Route::Buffered => "buffered",
         }
     }
@@ -103,6 +113,8 @@ pub enum Attempt {
     OpenDirect,
     /// Registering a segment's pages with the ring.
     RegisterBuffer,
+    /// Registering a staging buffer of [`Route::Bounce`] with the ring.
+    RegisterStaging,
     /// A read.
     Read,
 }
@@ -126,11 +138,14 @@ impl Attempt {
             (Attempt::OpenDirect | Attempt::Read, Errno::INVAL | Errno::OPNOTSUPP) => {
                 Some("this file system has no O_DIRECT for this file: keep models on one that has it (ext4, xfs, btrfs)")
             }
-            (Attempt::RegisterBuffer, Errno::NOMEM) => {
+            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::NOMEM) => {
                 Some("the limit of locked memory is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
             }
-            (Attempt::RegisterBuffer, Errno::FAULT | Errno::OPNOTSUPP) => Some("this memory can't be pinned"),
-            (Attempt::RegisterBuffer, Errno::INVAL) => Some("sparse buffer tables need Linux 5.19"),
+            (Attempt::RegisterBuffer | Attempt::Read, Errno::FAULT) => Some(
+                "the kernel can't pin this heap's mappings, so reads go through staging buffers: memfd and udmabuf need none",
+            ),
+            (Attempt::RegisterBuffer, Errno::OPNOTSUPP) => Some("this memory can't be registered"),
+            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::INVAL) => Some("sparse buffer tables need Linux 5.19"),
             _ => None,
         }
     }
@@ -142,6 +157,7 @@ impl fmt::Display for Attempt {
             Attempt::SetUpRing => "setting up io_uring",
             Attempt::OpenDirect => "opening with O_DIRECT",
             Attempt::RegisterBuffer => "registering memory with io_uring",
+            Attempt::RegisterStaging => "registering a staging buffer with io_uring",
             Attempt::Read => "a read by this route",
         })
     }
@@ -162,13 +178,17 @@ mod tests {
 
     #[test]
     fn the_ladder_goes_down_one_step_at_a_time_and_ends() {
-        let mut route = Route::UringFixedDirect;
-        let mut seen = vec![route];
-        while let Some(lower) = route.lower() {
-            route = lower;
-            seen.push(route);
-        }
-        assert_eq!(seen, Route::ALL);
+        let ladder = |errno| {
+            let mut seen = vec![Route::UringFixedDirect];
+            while let Some(lower) = seen.last().and_then(|route| route.lower(errno)) {
+                seen.push(lower);
+            }
+            seen
+        };
+        use Route::{Bounce, Buffered, PreadDirect, UringDirect, UringFixedDirect};
+        assert_eq!(ladder(Errno::INVAL), [UringFixedDirect, UringDirect, PreadDirect, Buffered]);
+        assert_eq!(ladder(Errno::FAULT), [UringFixedDirect, Bounce, Buffered]);
+        assert_eq!(Bounce.lower(Errno::INVAL), Some(Buffered));
     }
 
     #[test]

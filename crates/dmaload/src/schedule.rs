@@ -19,6 +19,17 @@ pub(crate) enum Job<L> {
     Allocate(L, usize, u64),
     /// All reads of a file are done: see whether it is still the file that was opened.
     Check(L, usize),
+    /// All bytes of a segment are there: make it a dma-buf.
+    Export(L, usize),
+}
+
+impl<L> Job<L> {
+    /// The load that it is for.
+    pub(crate) fn load(&self) -> &L {
+        match self {
+            Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Export(load, _) => load,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -36,7 +47,8 @@ pub(crate) struct Scheduler<L> {
     max_open: usize,
     open: usize,
     waiting: VecDeque<L>,
-    checks: VecDeque<(L, usize)>,
+    /// What comes before anything else: a consumer waits for it.
+    urgent: VecDeque<Job<L>>,
     turns: VecDeque<Turn<L>>,
 }
 
@@ -47,7 +59,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             max_open,
             open: 0,
             waiting: VecDeque::new(),
-            checks: VecDeque::new(),
+            urgent: VecDeque::new(),
             turns: VecDeque::new(),
         }
     }
@@ -64,13 +76,18 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// All pieces of this file are full.
     pub(crate) fn file_read(&mut self, load: L, file: usize) {
-        self.checks.push_back((load, file));
+        self.urgent.push_back(Job::Check(load, file));
+    }
+
+    /// All pieces of this segment are full.
+    pub(crate) fn segment_read(&mut self, load: L, segment: usize) {
+        self.urgent.push_back(Job::Export(load, segment));
     }
 
     /// The next thing to do, if there is one now.
     pub(crate) fn next(&mut self) -> Option<Job<L>> {
-        if let Some((load, file)) = self.checks.pop_front() {
-            return Some(Job::Check(load, file));
+        if let Some(job) = self.urgent.pop_front() {
+            return Some(job);
         }
         if self.open < self.max_open
             && let Some(load) = self.waiting.pop_front()
@@ -97,7 +114,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         match job {
             Job::Open(_) => self.end(),
             Job::Allocate(_, _, bytes) => self.give_back(*bytes),
-            Job::Check(..) => {}
+            Job::Check(..) | Job::Export(..) => {}
         }
     }
 
@@ -110,7 +127,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// know; one that was must be ended too.
     pub(crate) fn forget(&mut self, load: &L) {
         self.waiting.retain(|other| other != load);
-        self.checks.retain(|(other, _)| other != load);
+        self.urgent.retain(|job| job.load() != load);
         self.turns.retain(|turn| turn.load != *load);
     }
 
@@ -182,6 +199,7 @@ mod tests {
         let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
         scheduler.submit(3);
         scheduler.file_read(1, 0);
+        scheduler.segment_read(1, 0);
         for load in [1, 3] {
             scheduler.forget(&load);
         }

@@ -1,13 +1,18 @@
-//! Finished segments: memory that holds a known range of a file, and changes no more.
+//! Finished segments: memory that holds a known range of a file.
+//!
+//! Its bytes are either lent, as views that nobody writes under, or its dma-buf is handed out, and then whoever has it may
+//! write: never both. The first of the two decides; views that are dropped undo their part, handing out is for good.
 #![allow(unsafe_code)]
 
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
+use dmabuf::{Access, DmaBuf};
 
 use crate::error::{Error, Result};
 use crate::memory::Backing;
@@ -26,7 +31,12 @@ struct Inner {
     file_range: Range<u64>,
     heap: Arc<str>,
     backing: Arc<Backing>,
+    /// The number of views that are alive, or [`HANDED_OUT`].
+    lent: AtomicUsize,
 }
+
+/// No number of views.
+const HANDED_OUT: usize = usize::MAX;
 
 impl Segment {
     /// Makes a segment of memory that is filled.
@@ -43,7 +53,7 @@ impl Segment {
         backing: Arc<Backing>,
     ) -> Self {
         assert!(file_range.end - file_range.start <= backing.bytes() as u64, "a segment's bytes fit into its memory");
-        Segment(Arc::new(Inner { index, file_index, path, file_range, heap, backing }))
+        Segment(Arc::new(Inner { index, file_index, path, file_range, heap, backing, lent: AtomicUsize::new(0) }))
     }
 
     /// Its number in the load, counted over all files.
@@ -68,7 +78,7 @@ impl Segment {
 
     /// How many bytes of the file it holds.
     pub fn len(&self) -> usize {
-        self.as_ref().len()
+        usize::try_from(self.0.file_range.end - self.0.file_range.start).unwrap_or(usize::MAX)
     }
 
     /// Whether it holds none; no load gives such a segment.
@@ -84,12 +94,65 @@ impl Segment {
     /// Its bytes, without a copy. They keep the memory alive.
     ///
     /// # Errors
-    /// None yet: a heap whose descriptors allow others to write will refuse it once a descriptor is out.
+    /// [`Error::HandedOut`] once [`Segment::dma_buf`] was asked for: others may write to it.
     pub fn bytes(&self) -> Result<Bytes> {
-        Ok(Bytes::from_owner(self.clone()))
+        Ok(Bytes::from_owner(View::new(self)?))
     }
 
-    /// The memory file's descriptor, to be given to other processes: they can map it, read-only.
+    /// Whether it has a dma-buf.
+    pub fn has_dma_buf(&self) -> bool {
+        self.0.backing.dma_buf().is_some()
+    }
+
+    /// Its dma-buf, for importers and other processes.
+    ///
+    /// Whoever has it can write to it (a dma-buf can't be made read-only), so from now on [`Segment::bytes`] is refused, and
+    /// [`Segment::cpu_access`] takes its place. It stays valid as long as anybody has a descriptor of it, an import or a
+    /// mapping: longer than this segment, its loader and this process. It is [`Segment::memory_bytes`] long, and the file's
+    /// bytes begin at its offset 0.
+    ///
+    /// # Errors
+    /// [`Error::NoDescriptor`] on a heap that makes none; [`Error::Viewed`] while views of its bytes are alive.
+    pub fn dma_buf(&self) -> Result<BorrowedFd<'_>> {
+        let heap = || self.0.heap.to_string();
+        let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
+        match self.0.lent.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) | Err(HANDED_OUT) => Ok(dma_buf.as_fd()),
+            Err(views) => Err(Error::Viewed { segment: self.0.index, views }),
+        }
+    }
+
+    /// Its dma-buf as a descriptor of the caller's own (close-on-exec).
+    ///
+    /// # Errors
+    /// As [`Segment::dma_buf`], and [`Error::File`] at the limit of open files.
+    pub fn to_dma_buf(&self) -> Result<OwnedFd> {
+        self.dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
+            path: self.path().to_owned(),
+            operation: "duplicate its dma-buf",
+            errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::MFILE),
+        })
+    }
+
+    /// Begins an access of the CPU to its bytes, also when its dma-buf was handed out: on a dma-buf it is bracketed by
+    /// `DMA_BUF_IOCTL_SYNC`, so that what a device wrote is seen. Ends with the guard.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the kernel refuses it.
+    pub fn cpu_access(&self) -> Result<SegmentAccess<'_>> {
+        let bytes = self.len() as u64;
+        let begin = |dma_buf: &DmaBuf| dma_buf.begin_cpu_access(Access::Read);
+        self.0.backing.dma_buf().map_or(Ok(()), begin).map_err(|refusal| Error::Memory {
+            heap: self.0.heap.to_string(),
+            refusal,
+            loaded_bytes: bytes,
+            planned_bytes: bytes,
+        })?;
+        Ok(SegmentAccess { segment: self })
+    }
+
+    /// The memory file's descriptor, to be given to other processes: they can map it, read-only. On the heap udmabuf it shows
+    /// what importers of the dma-buf write.
     ///
     /// It is sealed before it is shown: nobody can write to it, resize it or punch holes into it, so the bytes here
     /// stay what they are. With [`crate::Layout::Segmented`] the segment's bytes begin at offset 0.
@@ -112,12 +175,79 @@ impl Segment {
     }
 }
 
-impl AsRef<[u8]> for Segment {
+/// The right to look at a segment's bytes: while one exists, its dma-buf is handed to nobody.
+#[derive(Debug)]
+struct View(Segment);
+
+impl View {
+    fn new(segment: &Segment) -> Result<Self> {
+        let one_more = |views: usize| (views < HANDED_OUT - 1).then_some(views + 1);
+        match segment.0.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
+            Ok(_) => Ok(View(segment.clone())),
+            Err(_) => Err(Error::HandedOut { segment: segment.0.index }),
+        }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        self.0.0.lent.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        let bytes = usize::try_from(self.0.file_range.end - self.0.file_range.start).unwrap_or(0);
-        // SAFETY: the memory is mapped as long as the backing lives, holds that many bytes (checked in `new`), all of
-        // them initialised, and nobody writes to it any more (promised to `new`; descriptors are sealed first).
-        unsafe { std::slice::from_raw_parts(self.0.backing.address().as_ptr(), bytes) }
+        // SAFETY: the memory is mapped as long as the backing lives, holds that many bytes (checked in `Segment::new`), all
+        // of them initialised, and nobody writes to it: promised to `new`; memfds are sealed before they are shown, and a
+        // dma-buf is handed to nobody while this view exists.
+        unsafe { std::slice::from_raw_parts(self.0.0.backing.address().as_ptr(), self.0.len()) }
+    }
+}
+
+/// An access of the CPU to a segment's bytes, which ends when this is dropped; see [`Segment::cpu_access`].
+#[derive(Debug)]
+#[must_use = "the access ends when the guard is dropped"]
+pub struct SegmentAccess<'a> {
+    segment: &'a Segment,
+}
+
+impl SegmentAccess<'_> {
+    /// Copies bytes out, from `offset` bytes into the segment; returns how many there were (fewer than `buffer` holds at
+    /// the segment's end). If somebody who has the dma-buf writes meanwhile, what is copied may be partly old and new.
+    pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
+        let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
+        if bytes > 0 {
+            // SAFETY: `offset` is below the segment's length.
+            let from = unsafe { self.address().add(offset) };
+            // SAFETY: `from` has that many bytes left, mapped and initialised, the buffer at least as many, and it is memory
+            // of this process' own. No reference to the segment's bytes is made, so others may write to them.
+            unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), buffer.as_mut_ptr(), bytes) };
+        }
+        bytes
+    }
+
+    /// Where its bytes begin in this process: [`Segment::memory_bytes`] of them are mapped, readable and writable, as long as
+    /// the segment lives.
+    pub fn address(&self) -> std::ptr::NonNull<u8> {
+        self.segment.0.backing.address()
+    }
+
+    /// Its bytes.
+    ///
+    /// # Safety
+    /// As long as the slice lives, nobody who has the dma-buf may write to it.
+    pub unsafe fn as_slice(&self) -> &[u8] {
+        // SAFETY: as for a `View`, but that nobody writes is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.address().as_ptr(), self.segment.len()) }
+    }
+}
+
+impl Drop for SegmentAccess<'_> {
+    fn drop(&mut self) {
+        if let Some(dma_buf) = self.segment.0.backing.dma_buf() {
+            // It was begun, so it can be ended.
+            let _ = dma_buf.end_cpu_access(Access::Read);
+        }
     }
 }
 
@@ -134,42 +264,44 @@ impl fmt::Debug for Segment {
 }
 
 /// A file's segments, seen as one.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Contiguous {
-    segments: Arc<[Segment]>,
+    /// Those that the range touches.
+    views: Vec<View>,
     range: Range<u64>,
 }
 
 impl Contiguous {
     /// The bytes `range` of the file that these segments hold, all of it, in order.
     ///
+    /// # Errors
+    /// [`Error::HandedOut`] for the first segment of the range whose dma-buf is out.
+    ///
     /// # Panics
     /// When the segments do not hold the range, or do not lie in memory as they do in the file.
-    pub(crate) fn new(segments: Arc<[Segment]>, range: Range<u64>) -> Self {
-        let mut expected = segments.first().map(|first| (first.file_range().start, first.address()));
-        for segment in &*segments {
+    pub(crate) fn bytes(segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
+        let touched = |segment: &&Segment| segment.0.file_range.start < range.end && range.start < segment.0.file_range.end;
+        let views = segments.iter().filter(touched).map(View::new).collect::<Result<Vec<_>>>()?;
+        let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
+        for View(segment) in &views {
             assert_eq!(Some((segment.file_range().start, segment.address())), expected, "segments lie side by side");
             expected = Some((segment.file_range().end, segment.address() + segment.len()));
         }
-        let held = segments.first().map_or(0, |first| first.file_range().start)..expected.map_or(0, |(end, _)| end);
+        let held = views.first().map_or(0, |View(first)| first.file_range().start)..expected.map_or(0, |(end, _)| end);
         assert!(range.is_empty() || (held.start <= range.start && range.end <= held.end), "{range:?} is not within {held:?}");
-        Contiguous { segments, range }
-    }
-
-    pub(crate) fn bytes(self) -> Bytes {
-        if self.range.is_empty() { Bytes::new() } else { Bytes::from_owner(self) }
+        Ok(if range.is_empty() { Bytes::new() } else { Bytes::from_owner(Contiguous { views, range }) })
     }
 }
 
 impl AsRef<[u8]> for Contiguous {
     fn as_ref(&self) -> &[u8] {
-        let Some(first) = self.segments.first() else { return &[] };
+        let Some(View(first)) = self.views.first() else { return &[] };
         let offset = usize::try_from(self.range.start - first.file_range().start).unwrap_or(0);
         let bytes = usize::try_from(self.range.end - self.range.start).unwrap_or(0);
-        // SAFETY: `new` has checked that the range lies within the segments' bytes, and that these lie side by side in
+        // SAFETY: `bytes` has checked that the range lies within the segments' bytes, and that these lie side by side in
         // one reserved address range.
         let start = unsafe { first.0.backing.address().add(offset) };
-        // SAFETY: as above; each segment is mapped, complete and unchanging as long as it lives (see `Segment::new`).
+        // SAFETY: as above; each segment is mapped, complete and unchanging as long as its view lives (see `View`).
         unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
     }
 }

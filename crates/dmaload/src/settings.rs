@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::plan::Layout;
+use crate::ring::StagingBudget;
 use crate::route::Route;
 
 /// What a path's bytes are taken for.
@@ -45,7 +46,8 @@ impl std::str::FromStr for Format {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
     pub(crate) layout: Layout,
-    pub(crate) segment_bytes: u64,
+    /// `None` leaves the choice to us.
+    pub(crate) segment_bytes: Option<u64>,
     pub(crate) chunk_bytes: u64,
     pub(crate) route: Route,
     pub(crate) strict: bool,
@@ -56,7 +58,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         LoadOptions {
             layout: Layout::Segmented,
-            segment_bytes: 64 << 20,
+            segment_bytes: None,
             chunk_bytes: 2 << 20,
             route: Route::UringFixedDirect,
             strict: false,
@@ -73,12 +75,20 @@ impl LoadOptions {
         self
     }
 
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB. Default: 64 MiB. With [`Layout::Single`] it bounds
-    /// nothing but the check against the window.
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB. Default: 64 MiB, or what the heap takes where that is
+    /// less (a size that was asked for is never made smaller). With [`Layout::Single`] it bounds nothing but the check
+    /// against the window.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
-        self.segment_bytes = bytes;
+        self.segment_bytes = Some(bytes);
         self
+    }
+
+    /// The size of a segment on a heap that takes segments up to this size.
+    pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
+        let fits = |limit: u64| (limit / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES).max(SEGMENT_STEP_BYTES);
+        self.segment_bytes
+            .unwrap_or_else(|| limit_bytes.map_or(DEFAULT_SEGMENT_BYTES, |limit| fits(limit).min(DEFAULT_SEGMENT_BYTES)))
     }
 
     /// The size of one read: a multiple of 64 KiB, at most 1 GiB. Default: 2 MiB.
@@ -112,8 +122,11 @@ impl LoadOptions {
 
 /// A segment is a whole number of huge pages, so that no 2 MiB extent is shared by two.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
+/// What fits into the caches of today's processors, is a huge page, and is a default chunk.
+const STAGING_SLOT_BYTES: u64 = 2 << 20;
 /// One registered buffer holds at most this much before Linux 7.
 const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
+const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;
 
 /// What holds for a whole loader.
@@ -121,6 +134,7 @@ const CHUNK_STEP_BYTES: u64 = 64 << 10;
 pub(crate) struct Settings {
     pub(crate) window_bytes: u64,
     pub(crate) queue_depth: usize,
+    pub(crate) staging_bytes: u64,
     pub(crate) allocator_threads: usize,
     pub(crate) max_open_loads: usize,
     pub(crate) shutdown_timeout: Duration,
@@ -133,6 +147,7 @@ impl Default for Settings {
         Settings {
             window_bytes: 128 << 20,
             queue_depth: 32,
+            staging_bytes: 16 << 20,
             allocator_threads: threads,
             max_open_loads: 64,
             shutdown_timeout: Duration::from_secs(10),
@@ -144,7 +159,7 @@ impl Default for Settings {
 impl Settings {
     pub(crate) fn check(&self, load: &LoadOptions) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
-        let LoadOptions { segment_bytes, chunk_bytes, .. } = *load;
+        let (segment_bytes, chunk_bytes) = (load.segment_bytes_within(None), load.chunk_bytes);
         if segment_bytes == 0 || segment_bytes % SEGMENT_STEP_BYTES != 0 || segment_bytes > LARGEST_SEGMENT_BYTES {
             return wrong(format!("the segment size must be a multiple of 2 MiB and at most 1 GiB, not {segment_bytes} bytes"));
         }
@@ -160,7 +175,16 @@ impl Settings {
         if self.queue_depth == 0 || self.queue_depth > 4096 {
             return wrong(format!("the queue depth must be from 1 to 4096, not {}", self.queue_depth));
         }
+        if self.staging_bytes < STAGING_SLOT_BYTES || self.staging_bytes > LARGEST_SEGMENT_BYTES {
+            return wrong(format!("staging must have from 2 MiB to 1 GiB, not {} bytes", self.staging_bytes));
+        }
         Ok(())
+    }
+
+    /// The staging budget in slots.
+    pub(crate) fn staging(&self) -> StagingBudget {
+        let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        StagingBudget { slot_bytes: bytes(STAGING_SLOT_BYTES), slots: bytes(self.staging_bytes / STAGING_SLOT_BYTES) }
     }
 }
 
@@ -184,6 +208,17 @@ mod tests {
         assert!(says(&settings, load().segment_bytes(2 << 30)).contains("at most 1 GiB"));
         assert!(says(&settings, load().chunk_bytes(4096)).contains("multiple of 64 KiB"));
         assert!(says(&settings, load().segment_bytes(256 << 20)).contains("smaller than a segment"));
-        assert!(says(&Settings { queue_depth: 0, ..settings }, load()).contains("queue depth"));
+        assert!(says(&Settings { queue_depth: 0, ..settings.clone() }, load()).contains("queue depth"));
+        assert!(says(&Settings { staging_bytes: 1 << 20, ..settings }, load()).contains("staging"));
+    }
+
+    #[test]
+    fn a_size_that_was_left_open_fits_the_heap_and_one_that_was_chosen_stays() {
+        let open = LoadOptions::default();
+        assert_eq!(open.segment_bytes_within(None), 64 << 20);
+        assert_eq!(open.segment_bytes_within(Some(100 << 20)), 64 << 20);
+        assert_eq!(open.segment_bytes_within(Some(9 << 20)), 8 << 20);
+        assert_eq!(open.segment_bytes_within(Some(1 << 20)), 2 << 20);
+        assert_eq!(open.segment_bytes(32 << 20).segment_bytes_within(Some(9 << 20)), 32 << 20);
     }
 }

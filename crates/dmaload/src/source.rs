@@ -34,6 +34,11 @@ impl Identity {
         }
     }
 
+    /// Names the mounted file system.
+    pub(crate) fn mount(&self) -> u64 {
+        self.device
+    }
+
     fn is_same_file(&self, other: &Identity) -> bool {
         (self.device, self.inode) == (other.device, other.inode)
     }

@@ -314,6 +314,6 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     };
     assert_eq!(error, Error::ShutDown);
     assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
-    assert_same(segment.as_ref(), &model()[..SEGMENT], "a segment after the shutdown");
+    assert_same(&segment.bytes().unwrap(), &model()[..SEGMENT], "a segment after the shutdown");
     heap.0.open();
 }

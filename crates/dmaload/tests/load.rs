@@ -98,7 +98,7 @@ async fn segments_come_in_order_and_the_image_has_the_same_ones() {
     while let Some(segment) = load.next().await {
         let segment = segment.unwrap();
         assert_eq!(segment.file_range().start, at as u64);
-        assert_same(segment.as_ref(), &bytes[at..at + segment.len()], "a segment");
+        assert_same(&segment.bytes().unwrap(), &bytes[at..at + segment.len()], "a segment");
         at += segment.len();
     }
     assert_eq!(at, bytes.len());
@@ -116,7 +116,7 @@ async fn a_stream_gives_each_segment_once_and_a_report_at_the_end() {
     let mut segments = loader.stream(&path);
     let mut seen = Vec::new();
     while let Some(segment) = segments.next().await {
-        seen.extend_from_slice(segment.unwrap().as_ref());
+        seen.extend_from_slice(&segment.unwrap().bytes().unwrap());
     }
     assert_same(&seen, &bytes, "the stream");
     assert_eq!(segments.report().unwrap().bytes, bytes.len() as u64);
@@ -201,7 +201,7 @@ async fn a_file_larger_than_memory_is_refused_before_anything_is_allocated() {
     }
     // A stream need not fit.
     let mut segments = Loader::new().unwrap().stream(&path);
-    assert!(segments.next().await.unwrap().unwrap().as_ref().iter().all(|&byte| byte == 0));
+    assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
 
 #[test]

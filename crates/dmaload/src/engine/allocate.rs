@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use dmabuf::Populated;
+use dmabuf::{Access, Populated};
 
 use super::{Engine, Permit};
 use crate::error::{Error, Result};
@@ -11,7 +11,7 @@ use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared};
 use crate::memory::{Backing, PieceBuffer};
 use crate::ring::FileSpec;
-use crate::route::Attempt;
+use crate::route::{Attempt, Route};
 use crate::source::OpenFile;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -38,6 +38,8 @@ impl Engine {
                     index: allocation.file_index,
                     route: allocation.route,
                     alignment_bytes: allocation.alignment_bytes,
+                    staged_by: Some(load.options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect),
+                    mount: allocation.identity.mount(),
                 };
                 self.ring.piece(load.id, number, piece, spec, PieceBuffer::new(backing, offset, bytes, permit));
             }
@@ -63,6 +65,10 @@ impl Engine {
                 None => {
                     let bytes = to_usize(allocation.segment_memory_bytes);
                     let memory = self.heap.allocate(bytes).map_err(refused)?;
+                    if let Some(dma_buf) = memory.dma_buf() {
+                        // Ended when the segment is exported. One that never is closes with the access open, which is allowed.
+                        dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
+                    }
                     let mapping = allocation.range.map(&memory, to_usize(allocation.range_offset), bytes).map_err(refused)?;
                     Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone()))))
                 }

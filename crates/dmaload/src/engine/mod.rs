@@ -28,10 +28,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{Error, Result};
 use crate::heap::Heap;
-use crate::load::{FileRead, LoadShared, Segments};
+use crate::load::{Follows, HeapFacts, LoadShared, Segments};
 use crate::memory::PieceBuffer;
 use crate::reaper::Reaper;
-use crate::ring::{Events, Failure, LoadId, RingThread};
+use crate::ring::{Events, Failure, LoadId, RingThread, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::{Job, Scheduler};
 use crate::settings::{LoadOptions, Settings};
@@ -41,6 +41,7 @@ use crate::settings::{LoadOptions, Settings};
 pub(crate) struct Engine {
     settings: Settings,
     heap: Arc<dyn Heap>,
+    facts: HeapFacts,
     reaper: Reaper,
     ring: RingThread<PieceBuffer<Permit>>,
     schedule: Mutex<Schedule>,
@@ -108,14 +109,16 @@ impl Guard {
     ///
     /// # Errors
     /// [`Error::Config`]; [`Error::Start`] when no thread or descriptor can be had.
-    pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>) -> Result<Arc<Self>> {
+    pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>, notes: Vec<String>) -> Result<Arc<Self>> {
         settings.check(&settings.load)?;
         let no_thread = |error: io::Error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
             Error::Start { operation: "no thread could be had", errno }
         };
+        let facts = HeapFacts { name: heap.name().into(), notes: notes.into(), exports: heap.exports() };
         let engine = Arc::new(Engine {
             heap,
+            facts,
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
             schedule: Mutex::new(Schedule {
@@ -135,7 +138,10 @@ impl Guard {
         // From here on whatever fails ends the threads that were started: the guard is dropped.
         let guard = Arc::new(Guard { engine: Arc::clone(&engine) });
         engine
-            .counted(|| engine.ring.start(engine.settings.queue_depth, Instant::now(), Arc::clone(&engine)))
+            .counted(|| {
+                let Settings { queue_depth, .. } = engine.settings;
+                engine.ring.start(queue_depth, engine.settings.staging(), Instant::now(), Arc::clone(&engine))
+            })
             .map_err(no_thread)?;
         for number in 0..engine.settings.allocator_threads.max(1) {
             let own = Arc::clone(&engine);
@@ -157,7 +163,7 @@ impl Guard {
         let mut schedule = engine.schedule();
         let id = LoadId(schedule.next_id);
         schedule.next_id += 1;
-        let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.heap.name(), sender));
+        let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.facts, sender));
         let refused = checked.err().or(schedule.closing.then_some(Error::ShutDown));
         if refused.is_none() {
             schedule.loads.insert(id, Arc::clone(&shared));
@@ -276,6 +282,7 @@ impl Engine {
                 Job::Open(_) => self.open(&load),
                 Job::Allocate(_, piece, bytes) => self.allocate(&load, piece, Permit { engine: Arc::clone(self), bytes }),
                 Job::Check(_, file) => self.check(&load, file),
+                Job::Export(_, segment) => self.export(&load, segment),
             }));
             if done.is_err() {
                 // Only the heap's code is not ours. Whatever the job held was released by unwinding.
@@ -300,8 +307,7 @@ impl Engine {
             }
             match schedule.scheduler.next() {
                 Some(job) => {
-                    let (Job::Open(id) | Job::Allocate(id, ..) | Job::Check(id, _)) = job;
-                    let Some(load) = schedule.loads.get(&id).cloned() else {
+                    let Some(load) = schedule.loads.get(job.load()).cloned() else {
                         // Forgotten a moment ago; what the job took goes back.
                         schedule.scheduler.decline(&job);
                         continue;
@@ -316,11 +322,19 @@ impl Engine {
         }
     }
 
-    /// A file is to be checked, unless its load was forgotten meanwhile.
-    fn file_read(&self, load: LoadId, file: usize) {
+    /// There is something to be done for a load, unless it was forgotten meanwhile.
+    fn follow(&self, load: LoadId, follows: Follows) {
+        if follows == Follows::default() {
+            return;
+        }
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&load) {
-            schedule.scheduler.file_read(load, file);
+            if let Some(segment) = follows.export {
+                schedule.scheduler.segment_read(load, segment);
+            }
+            if let Some(file) = follows.check {
+                schedule.scheduler.file_read(load, file);
+            }
         }
         drop(schedule);
         self.changed.notify_one();
@@ -347,14 +361,29 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// Makes a dma-buf of a full segment's memory.
+    fn export(&self, load: &LoadShared, number: usize) {
+        let Some(backing) = load.full_segment(number) else { return };
+        match backing.export(&*self.heap) {
+            Ok(()) => {
+                drop(backing);
+                if load.segment_exported(number) == crate::load::Handover::Over {
+                    self.forget(load.id);
+                }
+            }
+            Err(refusal) => self.fail(load, load.memory_error(refusal)),
+        }
+    }
+}
+
 impl Events<PieceBuffer<Permit>> for Engine {
     fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: PieceBuffer<Permit>) {
         // The permit goes back first: the allocator may go on while the rest is done here.
         drop(buffer);
         let Some(shared) = self.load_of(load) else { return };
-        if let Some(FileRead(file)) = shared.piece_full(piece, route) {
-            self.file_read(load, file);
-        }
+        let follows = shared.piece_full(piece, route);
+        self.follow(load, follows);
     }
 
     fn stepped_down(&self, load: LoadId, fallback: Fallback) {
@@ -370,9 +399,9 @@ impl Events<PieceBuffer<Permit>> for Engine {
         }
     }
 
-    fn gone(&self, load: LoadId, reading: Duration) {
+    fn gone(&self, load: LoadId, times: Times) {
         if let Some(shared) = self.load_of(load)
-            && shared.gone(reading) == crate::load::Handover::Over
+            && shared.gone(times) == crate::load::Handover::Over
         {
             self.forget(load);
         }
@@ -393,13 +422,14 @@ mod tests {
 
     #[test]
     fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
-        let guard = Guard::start(Settings::default(), Arc::new(crate::heap::AnonHeap::default())).unwrap();
+        let guard = Guard::start(Settings::default(), Arc::new(crate::heap::AnonHeap::default()), Vec::new()).unwrap();
         let gone = LoadId(u64::MAX);
         let window_bytes = guard.settings().window_bytes;
         for _ in 0..8 {
             // What a load leaves in the scheduler when it is forgotten between two of its steps.
             let mut schedule = guard.engine.schedule();
             schedule.scheduler.file_read(gone, 0);
+            schedule.scheduler.segment_read(gone, 0);
             schedule.scheduler.opened(gone, vec![window_bytes]);
             schedule.scheduler.submit(gone);
             drop(schedule);

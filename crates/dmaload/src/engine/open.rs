@@ -8,6 +8,7 @@ use dmabuf::AddressRange;
 
 use super::Engine;
 use crate::error::{Error, Result};
+use crate::heap::Heap;
 use crate::load::{FilePlan, LoadShared};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ModelError, TensorMap};
@@ -28,7 +29,7 @@ const PIECE_BYTES: u64 = 16 << 20;
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>) {
-        let planned = plan_all(load);
+        let planned = plan_all(load, &*self.heap);
         let Some((files, fallbacks)) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.end();
         };
@@ -60,14 +61,14 @@ impl Engine {
     }
 }
 
-fn plan_all(load: &LoadShared) -> Result<(Vec<FilePlan>, Vec<Fallback>)> {
+fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<(Vec<FilePlan>, Vec<Fallback>)> {
     let mut files = Vec::new();
     let mut fallbacks = Vec::new();
     for (index, path) in load.paths.iter().enumerate() {
         if load.is_over() {
             break;
         }
-        let (mut planned, fallback) = plan_file(load, index, path)?;
+        let (mut planned, fallback) = plan_file(load, heap, index, path)?;
         if index >= KEPT_OPEN {
             planned.open = None;
         }
@@ -77,15 +78,20 @@ fn plan_all(load: &LoadShared) -> Result<(Vec<FilePlan>, Vec<Fallback>)> {
     Ok((files, fallbacks))
 }
 
-fn plan_file(load: &LoadShared, index: usize, path: &Path) -> Result<(FilePlan, Option<Fallback>)> {
+fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> Result<(FilePlan, Option<Fallback>)> {
     let options = &load.options;
     let file = OpenFile::open(path)?;
     let (route, fallback) = starting_route(&file, index, options)?;
     let tensors = read_header(&file, options.format)?.map(Arc::new);
+    let limit = heap.size_limit();
+    let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
+    // Where a segment's memory comes all at once, the window has to count all of it. (Not for a whole file: it may be larger
+    // than the window, and nobody could load it.)
+    let at_once = heap.allocates_at_once() && options.layout == Layout::Segmented;
     let shape = Shape {
         layout: options.layout,
-        segment_bytes: options.segment_bytes,
-        piece_bytes: PIECE_BYTES.min(options.segment_bytes),
+        segment_bytes,
+        piece_bytes: if at_once { segment_bytes } else { PIECE_BYTES.min(segment_bytes) },
         alignment_bytes: file.alignment_bytes,
     };
     // Addresses come first: a file too large for them (sparse ones can be) is not worth a plan of its size.
@@ -96,6 +102,11 @@ fn plan_file(load: &LoadShared, index: usize, path: &Path) -> Result<(FilePlan, 
     };
     let plan = Plan::new(file.identity.bytes, shape);
     debug_assert_eq!(plan.memory_bytes(), memory_bytes as u64);
+    if let (Some(limit), Some(wanted_bytes)) = (limit, plan.segments.iter().map(|segment| segment.memory_bytes).max())
+        && wanted_bytes > limit.bytes
+    {
+        return Err(Error::TooLarge { path: path.to_owned(), heap: load.heap().to_owned(), wanted_bytes, limit });
+    }
     let mut identity = file.identity;
     identity.may_grow = tensors.is_none();
     let alignment_bytes = file.alignment_bytes;

@@ -21,7 +21,7 @@ use crate::memory::Backing;
 use crate::model::TensorMap;
 use crate::plan::{Piece, Plan};
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
-use crate::ring::{Failure, LoadId};
+use crate::ring::{Failure, LoadId, Times};
 use crate::route::{Fallback, Route};
 use crate::segment::Segment;
 use crate::settings::LoadOptions;
@@ -38,6 +38,9 @@ pub(crate) struct LoadShared {
     /// Nobody waits for this load any more, or it has failed.
     pub(crate) abandoned: Arc<AtomicBool>,
     heap: Arc<str>,
+    notes: Arc<[String]>,
+    /// Whether its segments become dma-bufs.
+    exports: bool,
     started: Instant,
     cpu_before: Duration,
     planned_bytes: AtomicU64,
@@ -78,9 +81,22 @@ pub(crate) struct Allocation {
     pub(crate) range_offset: u64,
 }
 
-/// All reads of a file are done; it is to be checked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct FileRead(pub(crate) usize);
+/// What follows from a piece that is full.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Follows {
+    /// All reads of this file are done; it is to be checked.
+    pub(crate) check: Option<usize>,
+    /// All bytes of this segment are there; it is to be made a dma-buf.
+    pub(crate) export: Option<usize>,
+}
+
+/// What a load has to know of the heap.
+#[derive(Debug)]
+pub(crate) struct HeapFacts {
+    pub(crate) name: Arc<str>,
+    pub(crate) notes: Arc<[String]>,
+    pub(crate) exports: bool,
+}
 
 /// What handing over has led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +117,8 @@ struct State {
     pieces: Vec<(usize, usize)>,
     handed: usize,
     files_left: usize,
-    reading: Option<Duration>,
+    /// Set when the driver has forgotten the load.
+    times: Option<Times>,
     allocating: BusyTime,
     first_segment: Option<Duration>,
     pages: PageCount,
@@ -125,6 +142,14 @@ struct SegmentState {
     pieces_left: usize,
     /// The last segment of a file waits for its check.
     unchecked: bool,
+    /// It is to become a dma-buf first.
+    unexported: bool,
+}
+
+impl SegmentState {
+    fn is_ready(&self) -> bool {
+        self.pieces_left == 0 && !self.unchecked && !self.unexported
+    }
 }
 
 impl LoadShared {
@@ -133,7 +158,7 @@ impl LoadShared {
         options: LoadOptions,
         keep: bool,
         paths: Vec<PathBuf>,
-        heap: &str,
+        heap: &HeapFacts,
         events: UnboundedSender<Event>,
     ) -> Self {
         LoadShared {
@@ -142,7 +167,9 @@ impl LoadShared {
             keep,
             paths: paths.into_iter().map(Arc::new).collect(),
             abandoned: Arc::default(),
-            heap: heap.into(),
+            heap: Arc::clone(&heap.name),
+            notes: Arc::clone(&heap.notes),
+            exports: heap.exports,
             started: Instant::now(),
             cpu_before: cpu_time(),
             planned_bytes: AtomicU64::new(0),
@@ -155,7 +182,7 @@ impl LoadShared {
                 pieces: Vec::new(),
                 handed: 0,
                 files_left: 0,
-                reading: None,
+                times: None,
                 allocating: BusyTime::default(),
                 first_segment: None,
                 pages: PageCount::default(),
@@ -190,7 +217,13 @@ impl LoadShared {
             let segments = planned.plan.segments.len();
             for (number, segment) in planned.plan.segments.iter().enumerate() {
                 let (cell, pieces_left) = (Arc::default(), segment.pieces.len());
-                state.segments.push(SegmentState { file: index, cell, pieces_left, unchecked: number + 1 == segments });
+                state.segments.push(SegmentState {
+                    file: index,
+                    cell,
+                    pieces_left,
+                    unchecked: number + 1 == segments,
+                    unexported: self.exports,
+                });
             }
             state.pieces.extend((0..planned.plan.pieces.len()).map(|piece| (index, piece)));
             memory.extend(planned.plan.pieces.iter().map(|piece| piece.memory_bytes));
@@ -201,7 +234,7 @@ impl LoadShared {
             state.files.push(FileState { planned, open, first_segment, pieces_left, route });
         }
         if memory.is_empty() {
-            state.reading = Some(Duration::ZERO);
+            state.times = Some(Times::default());
             self.hand_over(&mut state);
         }
         memory
@@ -253,8 +286,14 @@ impl LoadShared {
     }
 
     /// A piece holds its bytes.
-    pub(crate) fn piece_full(&self, number: usize, route: Route) -> Option<FileRead> {
+    pub(crate) fn piece_full(&self, number: usize, route: Route) -> Follows {
         let mut state = self.state();
+        let follows = self.count_piece(&mut state, number, route).unwrap_or_default();
+        self.hand_over(&mut state);
+        follows
+    }
+
+    fn count_piece(&self, state: &mut State, number: usize, route: Route) -> Option<Follows> {
         let &(file_index, piece) = state.pieces.get(number)?;
         let file = state.files.get_mut(file_index)?;
         let piece = *file.planned.plan.pieces.get(piece)?;
@@ -262,12 +301,26 @@ impl LoadShared {
         file.route = file.route.max(route);
         file.pieces_left -= 1;
         let read = file.pieces_left == 0;
-        let segment = file.first_segment + piece.segment;
-        if let Some(segment) = state.segments.get_mut(segment) {
-            segment.pieces_left -= 1;
+        let number = file.first_segment + piece.segment;
+        let segment = state.segments.get_mut(number)?;
+        segment.pieces_left -= 1;
+        let export = segment.pieces_left == 0 && segment.unexported;
+        Some(Follows { check: read.then_some(file_index), export: export.then_some(number) })
+    }
+
+    /// The memory of a full segment that is to become a dma-buf; `None` when the load is over.
+    pub(crate) fn full_segment(&self, number: usize) -> Option<Arc<Backing>> {
+        let cell = Arc::clone(&self.state().segments.get(number)?.cell);
+        cell.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A segment is a dma-buf now.
+    pub(crate) fn segment_exported(&self, number: usize) -> Handover {
+        let mut state = self.state();
+        if let Some(segment) = state.segments.get_mut(number) {
+            segment.unexported = false;
         }
-        self.hand_over(&mut state);
-        read.then_some(FileRead(file_index))
+        self.hand_over(&mut state)
     }
 
     /// The file to be checked, and what it was. Taken out: it is closed when the caller drops it.
@@ -299,9 +352,9 @@ impl LoadShared {
     }
 
     /// The driver has forgotten the load, which took this long to read.
-    pub(crate) fn gone(&self, reading: Duration) -> Handover {
+    pub(crate) fn gone(&self, times: Times) -> Handover {
         let mut state = self.state();
-        state.reading = Some(reading);
+        state.times = Some(times);
         self.hand_over(&mut state)
     }
 
@@ -327,6 +380,10 @@ impl LoadShared {
                 Error::Refused { path: path(file), offset, route, attempt, errno }
             }
             Failure::Kernel { errno } => Error::Ring { errno },
+            Failure::Staging { bytes, errno } => {
+                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                self.memory_error(dmabuf::Error::new("allocate a staging buffer", bytes, errno))
+            }
             Failure::Ended { file, offset, route } => {
                 let planned_bytes = self.state().files.get(file).map_or(0, |file| file.planned.identity.bytes);
                 Error::Ended { path: path(file), offset, planned_bytes, route }
@@ -356,16 +413,16 @@ impl LoadShared {
     /// Hands over what is complete and next in order; after the last segment, the end.
     fn hand_over(&self, state: &mut State) -> Handover {
         let Some(events) = state.events.clone() else { return Handover::Over };
-        while let Some(next) = state.segments.get(state.handed).filter(|next| next.pieces_left == 0 && !next.unchecked) {
+        while let Some(next) = state.segments.get(state.handed).filter(|next| next.is_ready()) {
             let Some(segment) = self.segment(state, next) else { break };
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
             let _ = events.send(Event::Segment(segment));
         }
-        let Some(reading) = state.reading.filter(|_| state.handed == state.segments.len() && state.files_left == 0) else {
+        let Some(times) = state.times.filter(|_| state.handed == state.segments.len() && state.files_left == 0) else {
             return Handover::Going;
         };
-        let report = self.report(state, reading);
+        let report = self.report(state, times);
         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
         let files = state.files.drain(..).zip(&self.paths);
         let files = files.map(|(file, path)| (Arc::clone(path), file.planned.plan.file_bytes, file.planned.tensors)).collect();
@@ -390,7 +447,7 @@ impl LoadShared {
         Some(unsafe { Segment::new(index, segment.file, path, file_range, heap, backing) })
     }
 
-    fn report(&self, state: &State, reading: Duration) -> Report {
+    fn report(&self, state: &State, times: Times) -> Report {
         let files = state.files.iter().zip(&self.paths);
         let files = files.map(|(file, path)| FileReport {
             path: path.as_ref().clone(),
@@ -402,13 +459,15 @@ impl LoadShared {
             segments: state.segments.len(),
             total: self.started.elapsed(),
             allocating: state.allocating.total(),
-            reading,
+            reading: times.reading,
+            copying: times.copying,
             first_segment: state.first_segment,
             cpu: cpu_time().saturating_sub(self.cpu_before),
             peak_resident_bytes: peak_resident_bytes(),
             pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(&state.files) },
             pages_refused: state.pages_refused,
             heap: self.heap.to_string(),
+            notes: self.notes.to_vec(),
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
             fallbacks: merged(&state.fallbacks),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   piece ──► queue of its load ──► chunks, in turn over the loads, at most `depth` in flight ──► kernel
-//!                                      ▲                                                          │
+//!                                      ▲                              (bounce: staging ──► copy)  │
 //!                                      └─ the rest of a short read; the same read by a lower ─────┤ completion
 //!                                         route after a refusal                                   ▼
 //!                                                       last chunk: zero the tail, unregister ──► PieceFull
@@ -17,12 +17,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
+use std::ptr::NonNull;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Completion, Kernel, Read};
+use super::kernel::{Buffer, Completion, Copy, Kernel, Read};
 use super::slots::{Slots, Token};
+use super::staging::{Staging, StagingBudget, StagingSlot};
 use crate::busy::BusyTime;
 use crate::plan::{Piece, split};
 use crate::route::{Attempt, Fallback, Route, is_refusal};
@@ -55,6 +57,10 @@ pub(crate) struct FileSpec<F> {
     pub(crate) index: usize,
     /// The best route that opening it allows.
     pub(crate) route: Route,
+    /// The best route for reads into staging, where it comes to that.
+    pub(crate) staged_by: Route,
+    /// Names the file system that it is on.
+    pub(crate) mount: u64,
     /// What direct reads must be aligned to, in the file and in memory.
     pub(crate) alignment_bytes: u64,
 }
@@ -69,7 +75,16 @@ pub(crate) enum Output<B> {
     /// The load can't be finished. Told once; its memory goes when its last read has come back.
     Failed { load: LoadId, failure: Failure },
     /// No buffer of this load is here any more, and none will be.
-    Gone { load: LoadId, reading: Duration },
+    Gone { load: LoadId, times: Times },
+}
+
+/// How long the parts of a load took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Times {
+    /// While at least one read was in flight.
+    pub(crate) reading: Duration,
+    /// While at least one copy from staging was under way.
+    pub(crate) copying: Duration,
 }
 
 /// Why a load failed.
@@ -81,6 +96,8 @@ pub(crate) enum Failure {
     Ended { file: usize, offset: u64, route: Route },
     /// A route was refused, and the load is strict or there is no lower one.
     Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
+    /// There is no memory to stage reads in.
+    Staging { bytes: u64, errno: Errno },
     /// The ring broke down.
     Kernel { errno: Errno },
 }
@@ -120,6 +137,18 @@ impl Chunk {
 struct InFlight {
     chunk: Chunk,
     route: Route,
+    step: Step,
+}
+
+/// What is in flight.
+#[derive(Debug, Clone, std::marker::Copy)]
+enum Step {
+    /// A read into the piece's memory.
+    Read,
+    /// A read into staging.
+    Staged(StagingSlot),
+    /// A copy from staging into the piece's memory.
+    Copied(StagingSlot),
 }
 
 #[derive(Debug)]
@@ -128,13 +157,30 @@ struct LoadEntry {
     pieces_left: usize,
     chunks: VecDeque<Chunk>,
     pieces: Vec<Token>,
-    in_flight: usize,
     reading: BusyTime,
+    copying: BusyTime,
+    /// Whether it knows why its reads into staging do not take the best way.
+    staging_told: bool,
     /// The best route that is left to all files.
     floor: Route,
     /// The best route that is left to a file which has stepped down by itself.
     stepped: HashMap<usize, Route>,
     ended: bool,
+}
+
+impl LoadEntry {
+    fn times(&self) -> Times {
+        Times { reading: self.reading.total(), copying: self.copying.total() }
+    }
+}
+
+/// What the first reads from a file system have shown.
+#[derive(Debug)]
+enum Mount {
+    /// Direct reads work: a file that refuses them is one of its own kind.
+    Direct,
+    /// Reads by routes better than this one were refused.
+    Refused { to: Route, errno: Errno },
 }
 
 /// See the module.
@@ -147,12 +193,16 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     pieces: Slots<PieceEntry<K::File, B>>,
     reads: Slots<InFlight>,
     buffer_slots: Vec<u16>,
+    staging: Staging<K::Staging>,
+    /// How the heap's memory was found out to be one that can't be pinned: later loads need not try again.
+    unpinnable: Option<(Attempt, Errno)>,
+    mounts: HashMap<u64, Mount>,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
 }
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
-    pub(crate) fn new(kernel: K, depth: usize) -> Self {
+    pub(crate) fn new(kernel: K, depth: usize, staging: StagingBudget) -> Self {
         let buffer_slots = (0..kernel.buffer_slots()).rev().collect();
         Driver {
             kernel,
@@ -162,6 +212,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             pieces: Slots::new(),
             reads: Slots::new(),
             buffer_slots,
+            staging: Staging::new(staging),
+            unpinnable: None,
+            mounts: HashMap::new(),
             completions: Vec::new(),
             outputs: Vec::new(),
         }
@@ -190,8 +243,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             spec,
             chunks: VecDeque::new(),
             pieces: Vec::new(),
-            in_flight: 0,
             reading: BusyTime::default(),
+            copying: BusyTime::default(),
+            staging_told: false,
             floor: Route::UringFixedDirect,
             stepped: HashMap::new(),
             ended: false,
@@ -213,6 +267,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let chunk_bytes = load.spec.chunk_bytes;
         // A direct read takes whole blocks; the planned memory has room for them.
         let route = file.route;
+        // A strict load finds out for itself, and fails for the real reason.
+        let known = if load.spec.strict { None } else { known_refusal(self.unpinnable, self.mounts.get(&file.mount), route) };
         let token = self.pieces.insert(PieceEntry {
             load: id,
             number,
@@ -234,6 +290,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         if let Some(errno) = refused {
             // The ring was refused for all its routes at once: that is one step, to the first one without it.
             self.step_down(token, route, Route::PreadDirect, Attempt::SetUpRing, errno, piece.file_offset);
+            if let Some(load) = self.loads.get_mut(&id) {
+                load.staging_told = true;
+            }
+        }
+        if let Some((to, attempt, errno)) = known {
+            self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
     }
 
@@ -297,16 +359,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 entry.buffer.leak();
             }
         }
+        leaked += self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
         let now = self.kernel.now();
         self.turns.clear();
         for (id, mut load) in std::mem::take(&mut self.loads) {
-            for _ in 0..load.in_flight {
-                load.reading.end(now);
-            }
+            load.reading.stop(now);
+            load.copying.stop(now);
             if !load.ended {
                 self.outputs.push(Output::Failed { load: id, failure });
             }
-            self.outputs.push(Output::Gone { load: id, reading: load.reading.total() });
+            self.outputs.push(Output::Gone { load: id, times: load.times() });
         }
         leaked
     }
@@ -319,69 +381,188 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         std::mem::forget(std::mem::replace(&mut self.kernel, kernel));
     }
 
-    /// Issues one read. `false` when it has to wait for a buffer slot.
+    /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
     fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
-        if entry.file.route == Route::UringFixedDirect && entry.buffer_slot.is_none() {
-            let Some(slot) = self.buffer_slots.pop() else {
-                if let Some(load) = self.loads.get_mut(&id) {
-                    load.chunks.push_front(chunk);
-                }
-                return false;
-            };
-            let (address, bytes) = (entry.buffer.address(), entry.buffer.bytes());
-            match self.kernel.register_buffer(slot, address, bytes) {
-                Ok(()) => entry.buffer_slot = Some(slot),
-                Err(errno) => {
-                    self.buffer_slots.push(slot);
-                    let (token, offset) = (chunk.piece, entry.piece.file_offset + chunk.range.start);
-                    if let Some(load) = self.loads.get_mut(&id) {
-                        load.chunks.push_front(chunk);
+        match entry.file.route {
+            Route::Bounce => self.issue_staged(id, chunk),
+            Route::UringFixedDirect if entry.buffer_slot.is_none() => {
+                let Some(slot) = self.buffer_slots.pop() else {
+                    self.requeue(id, chunk);
+                    return false;
+                };
+                match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
+                    Ok(()) => {
+                        entry.buffer_slot = Some(slot);
+                        self.issue_read(id, chunk);
                     }
-                    self.step_down(token, Route::UringFixedDirect, Route::UringDirect, Attempt::RegisterBuffer, errno, offset);
-                    return true;
+                    Err(errno) => {
+                        self.buffer_slots.push(slot);
+                        let (token, offset) = (chunk.piece, entry.piece.file_offset + chunk.range.start);
+                        self.requeue(id, chunk);
+                        let from = Route::UringFixedDirect;
+                        let to = from.lower(errno).unwrap_or(Route::UringDirect);
+                        self.step_down(token, from, to, Attempt::RegisterBuffer, errno, offset);
+                    }
                 }
+                true
+            }
+            _ => {
+                self.issue_read(id, chunk);
+                true
             }
         }
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+    }
+
+    /// Issues a read into the piece's own memory.
+    fn issue_read(&mut self, id: LoadId, chunk: Chunk) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         let route = entry.file.route;
-        entry.route = entry.route.max(route);
-        entry.in_flight += 1;
-        let bytes = chunk.range.end - chunk.range.start;
-        let bytes = if route.is_direct() { bytes.next_multiple_of(entry.file.alignment_bytes) } else { bytes };
-        let (start, bytes) = (to_usize(chunk.range.start), to_usize(bytes));
+        let bytes = read_bytes(&chunk, &entry.file);
+        let start = to_usize(chunk.range.start);
         assert!(start + bytes <= entry.buffer.bytes(), "a read stays within its piece");
-        let read = Read {
-            token: self.reads.insert(InFlight { chunk: chunk.clone(), route }),
-            route,
-            buffer_slot: entry.buffer_slot.filter(|_| route == Route::UringFixedDirect),
-            // SAFETY: `start` is within the buffer, by the assertion above.
-            address: unsafe { entry.buffer.address().add(start) },
-            bytes,
-            offset: entry.piece.file_offset + chunk.range.start,
+        // SAFETY: `start` is within the buffer, by the assertion above.
+        let address = unsafe { entry.buffer.address().add(start) };
+        let buffer_slot = entry.buffer_slot.filter(|_| route == Route::UringFixedDirect);
+        self.start_read(id, InFlight { chunk, route, step: Step::Read }, route, buffer_slot, address, bytes);
+    }
+
+    /// Issues a read into staging. `false` when all of it is busy.
+    fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
+        let slot = match self.staging.take(&mut self.kernel, &mut self.buffer_slots) {
+            Ok(Some(slot)) => slot,
+            Ok(None) => {
+                self.requeue(id, chunk);
+                return false;
+            }
+            Err(errno) => {
+                self.fail(id, Failure::Staging { bytes: self.staging.slot_bytes() as u64, errno });
+                return true;
+            }
         };
-        // SAFETY: the piece entry owns the buffer and is not removed before its `in_flight` is back at 0, which
-        // happens only in `complete`; `give_up` forgets it instead.
+        if !self.tell_of_staging(id, &chunk) {
+            self.staging.give_back(slot);
+            return true;
+        }
+        let Some((buffer, registered)) = self.staging.get(slot) else { return true };
+        let (address, slot_bytes) = (buffer.address(), buffer.bytes());
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        // A chunk that is larger than a slot goes in parts.
+        let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
+        if end < chunk.range.end {
+            entry.chunks_left += 1;
+            let rest = Chunk::new(chunk.piece, end..chunk.range.end);
+            chunk.range.end = end;
+            self.requeue(id, rest);
+        }
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let bytes = read_bytes(&chunk, &entry.file);
+        assert!(bytes <= slot_bytes, "a read stays within its slot");
+        let best = match (self.kernel.ring(), registered) {
+            (Err(_), _) => Route::PreadDirect,
+            (Ok(()), None) => Route::UringDirect,
+            (Ok(()), Some(_)) => Route::UringFixedDirect,
+        };
+        let by = best.max(entry.file.staged_by);
+        let registered = registered.filter(|_| by == Route::UringFixedDirect);
+        let in_flight = InFlight { chunk, route: Route::Bounce, step: Step::Staged(slot) };
+        self.start_read(id, in_flight, by, registered, address, bytes);
+        true
+    }
+
+    /// Tells a load, once, that its reads into staging do not take the best way. `false` when it is strict, and fails.
+    fn tell_of_staging(&mut self, id: LoadId, chunk: &Chunk) -> bool {
+        let Some(step) = self.staging.step() else { return true };
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
+        let Some(load) = self.loads.get_mut(&id) else { return true };
+        // What was not wanted was not missed.
+        if wanted >= step.to || std::mem::replace(&mut load.staging_told, true) {
+            return true;
+        }
+        let (attempt, errno) = (step.attempt, step.errno);
+        if load.spec.strict {
+            self.fail(id, Failure::Refused { file, offset, route: Route::Bounce, attempt, errno });
+            return false;
+        }
+        let fallback = Fallback { file_index: None, from: Route::UringFixedDirect, to: step.to, attempt, errno };
+        self.outputs.push(Output::SteppedDown { load: id, fallback });
+        true
+    }
+
+    fn start_read(
+        &mut self,
+        id: LoadId,
+        in_flight: InFlight,
+        by: Route,
+        buffer_slot: Option<u16>,
+        address: NonNull<u8>,
+        bytes: usize,
+    ) {
+        let Some(entry) = self.pieces.get_mut(in_flight.chunk.piece) else { return };
+        entry.route = entry.route.max(in_flight.route);
+        entry.in_flight += 1;
+        let offset = entry.piece.file_offset + in_flight.chunk.range.start;
+        let token = self.reads.insert(in_flight);
+        let read = Read { token, route: by, buffer_slot, address, bytes, offset };
+        // SAFETY: the address is in the piece's buffer, or in a slot of the staging. The piece entry owns the buffer and is
+        // not removed before its `in_flight` is back at 0, the slot stays taken until then; that happens only in
+        // `complete`. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         if let Some(load) = self.loads.get_mut(&id) {
-            load.in_flight += 1;
             load.reading.begin(self.kernel.now());
         }
-        true
+    }
+
+    /// Has what a read brought into staging copied to where it belongs.
+    fn start_copy(&mut self, id: LoadId, chunk: Chunk, slot: StagingSlot, bytes: usize) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let Some((staging, _)) = self.staging.get(slot) else { return };
+        let start = to_usize(chunk.range.start);
+        assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy stays within both buffers");
+        // SAFETY: `start` is within the buffer, by the assertion above.
+        let to = unsafe { entry.buffer.address().add(start) };
+        let from = staging.address();
+        entry.in_flight += 1;
+        let token = self.reads.insert(InFlight { chunk, route: Route::Bounce, step: Step::Copied(slot) });
+        // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
+        // looked at, before the completion, and a taken slot is read into by nobody else.
+        unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.copying.begin(self.kernel.now());
+        }
     }
 
     fn complete(&mut self, completion: Completion) {
         let in_flight = self.reads.remove(completion.token);
         assert!(in_flight.is_some(), "a completion for a read that is not in flight: {completion:?}");
-        let Some(InFlight { chunk, route }) = in_flight else { return };
+        let Some(InFlight { chunk, route, step }) = in_flight else { return };
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         entry.in_flight -= 1;
         let id = entry.load;
+        let alignment_bytes = entry.file.alignment_bytes;
         let now = self.kernel.now();
         let Some(load) = self.loads.get_mut(&id) else { return };
-        load.in_flight -= 1;
-        load.reading.end(now);
-        if load.ended {
+        match step {
+            Step::Read | Step::Staged(_) => load.reading.end(now),
+            Step::Copied(_) => load.copying.end(now),
+        }
+        let ended = load.ended;
+        match step {
+            Step::Read => {}
+            Step::Staged(slot) => {
+                let came = completion.result.unwrap_or(0) as u64;
+                let wanted = chunk.range.end - chunk.range.start;
+                let bytes = if came >= wanted { wanted } else { came - came % alignment_bytes };
+                if bytes > 0 && !ended {
+                    self.start_copy(id, chunk, slot, to_usize(bytes));
+                    return;
+                }
+                self.staging.give_back(slot);
+            }
+            Step::Copied(slot) => self.staging.give_back(slot),
+        }
+        if ended {
             self.release_idle(id);
             return;
         }
@@ -449,7 +630,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         let (id, piece) = (entry.load, chunk.piece);
         let offset = entry.piece.file_offset + chunk.range.start;
-        let lower = if is_refusal(errno) { route.lower() } else { None };
+        let lower = if is_refusal(errno) { route.lower(errno) } else { None };
         match lower {
             Some(lower) => {
                 self.requeue(id, chunk);
@@ -479,10 +660,21 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.fail(id, Failure::Refused { file, offset, route: from, attempt, errno });
             return;
         }
+        let mount = entry.file.mount;
         let file_index = match attempt {
-            Attempt::SetUpRing | Attempt::RegisterBuffer => None,
+            // What memory refuses, it refuses to every file.
+            Attempt::Read if errno == Errno::FAULT => None,
+            Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
             Attempt::OpenDirect | Attempt::Read => Some(file),
         };
+        if to == Route::Bounce {
+            self.unpinnable.get_or_insert((attempt, errno));
+        } else if attempt == Attempt::Read && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
+            let known = self.mounts.entry(mount).or_insert(Mount::Refused { to, errno });
+            if let Mount::Refused { to: known, .. } = known {
+                *known = to.max(*known);
+            }
+        }
         let left = match file_index {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),
@@ -512,6 +704,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         unsafe { after.write_bytes(0, tail.len()) };
         self.unregister(&mut entry);
         self.kernel.detach(&entry.file.handle);
+        if entry.route.is_direct() {
+            self.mounts.insert(entry.file.mount, Mount::Direct);
+        }
         let id = entry.load;
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let Some(load) = self.loads.get_mut(&id) else { return };
@@ -559,7 +754,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     fn remove(&mut self, id: LoadId) {
         if let Some(load) = self.loads.remove(&id) {
             self.turns.retain(|&other| other != id);
-            self.outputs.push(Output::Gone { load: id, reading: load.reading.total() });
+            self.outputs.push(Output::Gone { load: id, times: load.times() });
         }
     }
 }
@@ -570,7 +765,24 @@ impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
         if !self.reads.is_empty() {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });
         }
+        self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
     }
+}
+
+/// What is known to be refused to reads by this route, before trying: the lowest step that follows from it.
+fn known_refusal(unpinnable: Option<(Attempt, Errno)>, mount: Option<&Mount>, route: Route) -> Option<(Route, Attempt, Errno)> {
+    let memory = unpinnable.map(|(attempt, errno)| (Route::Bounce, attempt, errno));
+    let mount = match mount {
+        Some(&Mount::Refused { to, errno }) => Some((to, Attempt::Read, errno)),
+        Some(Mount::Direct) | None => None,
+    };
+    memory.into_iter().chain(mount).filter(|&(to, ..)| route < to).max_by_key(|&(to, ..)| to)
+}
+
+/// How much a read for this chunk asks for: a direct one takes whole blocks.
+fn read_bytes<F>(chunk: &Chunk, file: &FileSpec<F>) -> usize {
+    let bytes = chunk.range.end - chunk.range.start;
+    to_usize(if file.route.is_direct() { bytes.next_multiple_of(file.alignment_bytes) } else { bytes })
 }
 
 fn to_usize(bytes: u64) -> usize {

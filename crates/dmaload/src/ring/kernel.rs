@@ -35,7 +35,16 @@ pub(crate) struct Read {
     pub(crate) offset: u64,
 }
 
-/// What became of a read: the bytes that came, or the error.
+/// A copy from a staging buffer to where its bytes belong.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Copy {
+    pub(crate) token: Token,
+    pub(crate) from: NonNull<u8>,
+    pub(crate) to: NonNull<u8>,
+    pub(crate) bytes: usize,
+}
+
+/// What became of a read or a copy: the bytes that came, or the error.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Completion {
     pub(crate) token: Token,
@@ -45,6 +54,8 @@ pub(crate) struct Completion {
 pub(crate) trait Kernel {
     /// A file that can be read from, kept open by every clone.
     type File: Clone;
+    /// Memory that any read can go into, for [`Route::Bounce`].
+    type Staging: Buffer;
 
     /// Time since some fixed moment.
     fn now(&self) -> Duration;
@@ -74,6 +85,17 @@ pub(crate) trait Kernel {
     /// ever if that never comes.
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
+
+    /// Memory of `bytes` bytes that can be pinned, with its pages there.
+    fn staging(&mut self, bytes: usize) -> Result<Self::Staging, Errno>;
+
+    /// Has some other thread copy. Its completion comes like that of a read, and can't be an error.
+    ///
+    /// # Safety
+    /// Until the completion was reaped, or for ever if that never comes: both places stay mapped for `bytes` bytes, they
+    /// don't overlap, nobody writes to the first one, and nobody looks at the second one.
+    #[allow(unsafe_code)]
+    unsafe fn copy(&mut self, copy: Copy);
 
     /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the
     /// thread. An error means that this kernel can't be used any more; what was queued may be in flight.

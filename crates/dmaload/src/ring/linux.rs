@@ -14,11 +14,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{Completion, Kernel, Read};
-use super::pread::PreadPool;
+use super::kernel::{Buffer, Completion, Copy, Kernel, Read};
+use super::pool::Pool;
 use super::slots::Token;
 use super::wake::Wake;
 use crate::route::Route;
@@ -36,7 +37,7 @@ pub(crate) struct LinuxKernel {
     started: Instant,
     wake: Arc<Wake>,
     ring: Result<Ring, Errno>,
-    pool: PreadPool,
+    pool: Pool,
 }
 
 impl LinuxKernel {
@@ -44,12 +45,13 @@ impl LinuxKernel {
     /// `SINGLE_ISSUER` belongs to the thread that made it.
     pub(crate) fn new(depth: usize, started: Instant, wake: Arc<Wake>) -> Self {
         let ring = Ring::new(depth, &wake);
-        LinuxKernel { started, pool: PreadPool::new(Arc::clone(&wake)), ring, wake }
+        LinuxKernel { started, pool: Pool::new(Arc::clone(&wake)), ring, wake }
     }
 }
 
 impl Kernel for LinuxKernel {
     type File = Arc<OpenFile>;
+    type Staging = StagingMemory;
 
     fn now(&self) -> Duration {
         self.started.elapsed()
@@ -97,6 +99,15 @@ impl Kernel for LinuxKernel {
         }
     }
 
+    fn staging(&mut self, bytes: usize) -> Result<StagingMemory, Errno> {
+        StagingMemory::new(bytes).map_err(|error| error.errno)
+    }
+
+    unsafe fn copy(&mut self, copy: Copy) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.pool.copy(copy) };
+    }
+
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
         let wait = wait && !self.pool.has_completions();
         match &mut self.ring {
@@ -115,6 +126,33 @@ impl Kernel for LinuxKernel {
         if let Ok(ring) = &mut self.ring {
             ring.reap(into, &self.wake);
         }
+    }
+}
+
+/// Private memory with its pages there, huge ones where they can be had.
+#[derive(Debug)]
+pub(crate) struct StagingMemory(Mapping);
+
+impl StagingMemory {
+    fn new(bytes: usize) -> Result<Self, dmabuf::Error> {
+        let mapping = AddressRange::reserve(bytes)?.map(&Memory::Anonymous, 0, bytes)?;
+        mapping.populate(&Memory::Anonymous, 0..bytes, Pages::Auto)?;
+        Ok(StagingMemory(mapping))
+    }
+}
+
+// SAFETY: the memory is mapped, writable, at the same place and shown to nobody until the mapping is dropped.
+unsafe impl Buffer for StagingMemory {
+    fn address(&self) -> NonNull<u8> {
+        self.0.address()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    fn leak(self) {
+        std::mem::forget(self);
     }
 }
 

@@ -5,7 +5,7 @@
 //!    └─ driver   the state machine (pure)                 │ one thread
 //!        └─ kernel   the trait: linux, or sim in tests    │
 //!            ├─ io_uring                                 ─┘
-//!            └─ pread   a few threads, where io_uring is refused
+//!            └─ pool    a few threads: pread where io_uring is refused, copies from staging
 //! ```
 //!
 //! How it ends: the thread leaves when it was told to close and no load is left in the driver, that is when the last
@@ -14,14 +14,15 @@
 mod driver;
 mod kernel;
 mod linux;
-mod pread;
+mod pool;
 #[cfg(test)]
 mod sim;
-
 mod slots;
+mod staging;
 mod thread;
 mod wake;
 
-pub(crate) use driver::{Failure, FileSpec, LoadId, LoadSpec};
+pub(crate) use driver::{Failure, FileSpec, LoadId, LoadSpec, Times};
 pub(crate) use kernel::Buffer;
+pub(crate) use staging::StagingBudget;
 pub(crate) use thread::{Events, RingThread};

@@ -6,13 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use super::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output, Times};
 use super::kernel::{Buffer, Kernel};
 use super::linux::LinuxKernel;
+use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::plan::Piece;
 use crate::route::{Fallback, Route};
@@ -27,7 +28,7 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     /// The load can't be finished.
     fn failed(&self, load: LoadId, failure: Failure);
     /// The driver has forgotten the load.
-    fn gone(&self, load: LoadId, reading: Duration);
+    fn gone(&self, load: LoadId, times: Times);
     /// The thread ends, and has leaked this much.
     fn ended(&self, leaked_bytes: u64);
 }
@@ -74,10 +75,16 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn start(&self, depth: usize, started: Instant, events: Arc<impl Events<B>>) -> io::Result<()> {
+    pub(crate) fn start(
+        &self,
+        depth: usize,
+        staging: StagingBudget,
+        started: Instant,
+        events: Arc<impl Events<B>>,
+    ) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let body = move || {
-            let leaked = catch_unwind(AssertUnwindSafe(|| run(&shared, depth, started, &*events)));
+            let leaked = catch_unwind(AssertUnwindSafe(|| run(&shared, depth, staging, started, &*events)));
             let commands = shared.commands().take();
             drop(commands);
             // After a panic everything in flight was leaked by the driver's drop; how much is not known.
@@ -129,9 +136,9 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     }
 }
 
-fn run<B: Buffer>(shared: &Shared<B>, depth: usize, started: Instant, events: &impl Events<B>) -> u64 {
+fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, started: Instant, events: &impl Events<B>) -> u64 {
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
-    let mut driver = Driver::new(new_kernel(), depth);
+    let mut driver = Driver::new(new_kernel(), depth, staging);
     let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
     let mut leaked_bytes = 0;
     loop {
@@ -184,6 +191,6 @@ fn deliver<B>(output: Output<B>, events: &impl Events<B>) {
         Output::PieceFull { load, piece, route, buffer } => events.piece_full(load, piece, route, buffer),
         Output::SteppedDown { load, fallback } => events.stepped_down(load, fallback),
         Output::Failed { load, failure } => events.failed(load, failure),
-        Output::Gone { load, reading } => events.gone(load, reading),
+        Output::Gone { load, times } => events.gone(load, times),
     }
 }

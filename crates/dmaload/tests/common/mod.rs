@@ -47,4 +47,4 @@ pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
     }
 }
 
-pub const ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Buffered];
+pub const ROUTES: [Route; 5] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];

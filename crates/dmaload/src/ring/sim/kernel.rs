@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Random;
-use crate::ring::kernel::{Buffer, Completion, Kernel, Read};
+use crate::ring::kernel::{Buffer, Completion, Copy, Kernel, Read};
 use crate::route::Route;
 
 pub(super) const BLOCK: u64 = 4096;
@@ -57,6 +57,10 @@ pub(super) struct Faults {
     pub(super) interrupted_per_mille: u64,
     pub(super) breaks_per_mille: u64,
     pub(super) buffer_slots: u16,
+    /// Neither registration nor direct reads can pin the heap's memory.
+    pub(super) unpinnable: bool,
+    /// So many staging buffers can be had.
+    pub(super) staging: usize,
 }
 
 impl Faults {
@@ -69,6 +73,8 @@ impl Faults {
             interrupted_per_mille: 0,
             breaks_per_mille: 0,
             buffer_slots: 16,
+            unpinnable: false,
+            staging: usize::MAX,
         }
     }
 }
@@ -83,9 +89,15 @@ pub(super) struct Memory {
     pub(super) unfilled_bytes: u64,
     pub(super) leaked_bytes: u64,
     pub(super) live_buffers: usize,
+    /// Staging, which is no part of the window.
+    pub(super) staging: Vec<Range<usize>>,
 }
 
 impl Memory {
+    fn is_staging(&self, address: usize) -> bool {
+        self.staging.iter().any(|staging| staging.contains(&address))
+    }
+
     fn is_written_to(&self, range: &Range<usize>) -> bool {
         self.writing.values().any(|other| other.start < range.end && range.start < other.end)
     }
@@ -163,11 +175,52 @@ impl Drop for SimBuffer {
     }
 }
 
+/// Staging: the same memory, counted apart.
+#[derive(Debug)]
+pub(super) struct SimStaging(SimBuffer);
+
+// SAFETY: as for the buffer in it.
+unsafe impl Buffer for SimStaging {
+    fn address(&self) -> NonNull<u8> {
+        self.0.address()
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.bytes()
+    }
+
+    fn leak(self) {
+        // What was counted out of the window comes back into it, to be counted as leaked.
+        self.0.memory.borrow_mut().unfilled_bytes += self.0.bytes as u64;
+        let memory = Rc::clone(&self.0.memory);
+        let range = self.0.range();
+        memory.borrow_mut().staging.retain(|other| *other != range);
+        // SAFETY: `self` is forgotten, so the buffer in it is moved out once.
+        let buffer = unsafe { std::ptr::read(&raw const self.0) };
+        std::mem::forget(self);
+        buffer.leak();
+    }
+}
+
+impl Drop for SimStaging {
+    fn drop(&mut self) {
+        let range = self.0.range();
+        let mut memory = self.0.memory.borrow_mut();
+        memory.staging.retain(|other| *other != range);
+        memory.unfilled_bytes += self.0.bytes as u64;
+    }
+}
+
 #[derive(Debug)]
 struct InFlight {
-    file: SimFile,
-    read: Read,
+    job: Job,
     due: Duration,
+}
+
+#[derive(Debug)]
+enum Job {
+    Read(SimFile, Read),
+    Copy(Copy),
 }
 
 /// See the module.
@@ -183,6 +236,8 @@ pub(super) struct SimKernel {
     done: Vec<Completion>,
     /// How long the disk takes for one read; it does one at a time.
     service: Duration,
+    /// How long a copy takes.
+    pub(super) copying: Duration,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
 }
@@ -206,6 +261,7 @@ impl SimKernel {
             in_flight: Vec::new(),
             done: Vec::new(),
             service,
+            copying: Duration::ZERO,
             disk_free_at: Duration::ZERO,
             attached: BTreeMap::new(),
         }
@@ -216,7 +272,8 @@ impl SimKernel {
     }
 
     pub(super) fn is_clean(&self) -> bool {
-        self.memory.borrow().registered.is_empty()
+        let memory = self.memory.borrow();
+        memory.registered.values().all(|range| memory.is_staging(range.start))
             && self.attached.is_empty()
             && self.in_flight.is_empty()
             && self.queued.is_empty()
@@ -224,13 +281,13 @@ impl SimKernel {
 
     /// When the next read is due by the clock.
     pub(super) fn next_due(&self) -> Option<Duration> {
-        self.in_flight.iter().map(|read| read.due).min()
+        self.in_flight.iter().map(|job| job.due).min()
     }
 
     /// Completes what is due.
     pub(super) fn complete_due(&mut self) {
         let now = self.clock.get();
-        while let Some(index) = self.in_flight.iter().position(|read| read.due <= now) {
+        while let Some(index) = self.in_flight.iter().position(|job| job.due <= now) {
             self.complete(index);
         }
     }
@@ -244,10 +301,21 @@ impl SimKernel {
     }
 
     fn complete(&mut self, index: usize) {
-        let InFlight { file, read, .. } = self.in_flight.swap_remove(index);
-        let result = self.perform(&file, &read);
-        self.memory.borrow_mut().writing.remove(&read.token.user_data());
-        self.done.push(Completion { token: read.token, result });
+        let (token, result) = match self.in_flight.swap_remove(index).job {
+            Job::Read(file, read) => (read.token, self.perform(&file, &read)),
+            Job::Copy(copy) => {
+                for at in 0..copy.bytes {
+                    // SAFETY: the driver promised both places for that many bytes until this copy completes.
+                    let byte = unsafe { copy.from.as_ptr().wrapping_add(at).read() };
+                    // SAFETY: as above.
+                    unsafe { copy.to.as_ptr().wrapping_add(at).write(byte) };
+                }
+                self.memory.borrow_mut().writing.remove(&!copy.token.user_data());
+                (copy.token, Ok(copy.bytes))
+            }
+        };
+        self.memory.borrow_mut().writing.remove(&token.user_data());
+        self.done.push(Completion { token, result });
     }
 
     fn perform(&mut self, file: &SimFile, read: &Read) -> Result<usize, Errno> {
@@ -258,6 +326,9 @@ impl SimKernel {
         };
         if let Some(errno) = refused {
             return Err(errno);
+        }
+        if self.faults.unpinnable && read.route.is_direct() && !self.memory.borrow().is_staging(read.address.addr().get()) {
+            return Err(Errno::FAULT);
         }
         if self.random.chance(self.faults.interrupted_per_mille) {
             return Err(*self.random.pick(&[Errno::INTR, Errno::AGAIN]));
@@ -295,6 +366,7 @@ fn write(read: &Read, at: u64, byte: u8) {
 
 impl Kernel for SimKernel {
     type File = SimFile;
+    type Staging = SimStaging;
 
     fn now(&self) -> Duration {
         self.clock.get()
@@ -317,6 +389,9 @@ impl Kernel for SimKernel {
             return Err(errno);
         }
         let start = address.addr().get();
+        if self.faults.unpinnable && !self.memory.borrow().is_staging(start) {
+            return Err(Errno::FAULT);
+        }
         let before = self.memory.borrow_mut().registered.insert(slot, start..start + bytes);
         assert_eq!(before, None, "slot {slot} is used while it is taken");
         Ok(())
@@ -363,15 +438,41 @@ impl Kernel for SimKernel {
         assert!(!memory.is_written_to(&range), "two reads in flight write to the same memory");
         assert_eq!(memory.writing.insert(read.token.user_data(), range), None, "a token is used twice");
         drop(memory);
-        self.queued.push(InFlight { file: file.clone(), read, due: Duration::ZERO });
+        self.queued.push(InFlight { job: Job::Read(file.clone(), read), due: Duration::ZERO });
+    }
+
+    fn staging(&mut self, bytes: usize) -> Result<SimStaging, Errno> {
+        if self.memory.borrow().staging.len() >= self.faults.staging {
+            return Err(Errno::NOMEM);
+        }
+        let buffer = SimBuffer::new(bytes as u64, &self.memory);
+        let mut memory = self.memory.borrow_mut();
+        memory.staging.push(buffer.range());
+        memory.unfilled_bytes -= bytes as u64;
+        drop(memory);
+        Ok(SimStaging(buffer))
+    }
+
+    unsafe fn copy(&mut self, copy: Copy) {
+        let range = |start: NonNull<u8>| start.addr().get()..start.addr().get() + copy.bytes;
+        let mut memory = self.memory.borrow_mut();
+        assert!(memory.is_staging(copy.from.addr().get()) && !memory.is_staging(copy.to.addr().get()));
+        assert!(!memory.is_written_to(&range(copy.from)), "staging is copied while a read writes to it");
+        assert!(!memory.is_written_to(&range(copy.to)), "a copy goes where somebody else writes");
+        memory.writing.insert(copy.token.user_data(), range(copy.to));
+        // What is being copied must not be read into either.
+        memory.writing.insert(!copy.token.user_data(), range(copy.from));
+        drop(memory);
+        // A copy needs no submission, and does not occupy the disk.
+        self.in_flight.push(InFlight { job: Job::Copy(copy), due: self.clock.get() + self.copying });
     }
 
     fn submit(&mut self, _wait: bool) -> Result<(), Errno> {
         let breaks = self.random.chance(self.faults.breaks_per_mille);
-        for mut read in self.queued.drain(..) {
-            read.due = self.disk_free_at.max(self.clock.get()) + self.service;
-            self.disk_free_at = read.due;
-            self.in_flight.push(read);
+        for mut job in self.queued.drain(..) {
+            job.due = self.disk_free_at.max(self.clock.get()) + self.service;
+            self.disk_free_at = job.due;
+            self.in_flight.push(job);
         }
         // Even where the call fails, the kernel may have taken what was queued.
         if breaks { Err(*self.random.pick(&[Errno::IO, Errno::BADF, Errno::NOMEM])) } else { Ok(()) }

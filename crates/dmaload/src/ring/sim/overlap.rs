@@ -7,14 +7,27 @@ use std::time::Duration;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
 use crate::plan::{Layout, Plan, Shape};
 use crate::ring::driver::{Driver, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Job, Scheduler};
 
 const PIECES: u32 = 24;
+const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
 
 /// Loads a file of 24 pieces with one allocator that takes `allocating` a piece and a disk that takes `reading` a piece;
 /// returns how long it took, and how far the allocator ever was ahead, in pieces.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
+    simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
+}
+
+/// The same by any route; a copy from staging takes `copying` a piece.
+fn simulate_route(
+    route: Route,
+    window_pieces: u64,
+    allocating: Duration,
+    reading: Duration,
+    copying: Duration,
+) -> (Duration, u64) {
     let memory: Rc<RefCell<Memory>> = Rc::default();
     let clock: Rc<Cell<Duration>> = Rc::default();
     let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, piece_bytes: BLOCK, alignment_bytes: BLOCK };
@@ -22,7 +35,8 @@ fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Dur
     let file = SimFile { number: 1, bytes: plan.file_bytes, faults: Rc::new(FileFaults::default()) };
     let id = LoadId(0);
     let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1);
-    let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32);
+    let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, STAGING);
+    driver.kernel().copying = copying;
     driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
@@ -33,7 +47,14 @@ fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Dur
     loop {
         if let Some((number, _)) = allocation.filter(|&(_, due)| due <= clock.get()) {
             allocation = None;
-            let spec = FileSpec { handle: file.clone(), index: 0, route: Route::UringFixedDirect, alignment_bytes: BLOCK };
+            let spec = FileSpec {
+                handle: file.clone(),
+                index: 0,
+                route,
+                staged_by: Route::UringFixedDirect,
+                mount: 0,
+                alignment_bytes: BLOCK,
+            };
             driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(BLOCK, &memory));
         }
         driver.kernel().complete_due();
@@ -70,6 +91,16 @@ fn the_longer_part_hides_the_shorter_one() {
         let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
         // One piece must be allocated before the first read, and one read comes after the last allocation.
         assert_eq!(total, (PIECES * longer + shorter) * MS, "allocating {allocating} ms, reading {reading} ms");
+    }
+}
+
+#[test]
+fn bounced_reads_copies_and_allocation_all_overlap() {
+    for (allocating, reading, copying) in [(10, 10, 10), (3, 10, 5), (10, 3, 5), (1, 10, 10)] {
+        let (total, _) = simulate_route(Route::Bounce, 4, allocating * MS, reading * MS, copying * MS);
+        let longest = allocating.max(reading).max(copying);
+        // Each piece passes through all three; only one of them is waited for.
+        assert_eq!(total, ((PIECES - 1) * longest + allocating + reading + copying) * MS, "{allocating} {reading} {copying}");
     }
 }
 

@@ -11,6 +11,7 @@ use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
 use crate::plan::{Layout, Piece, Plan, Shape};
 use crate::ring::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Job, Scheduler};
 
@@ -33,6 +34,10 @@ struct SimLoad {
 impl SimLoad {
     fn is_over(&self) -> bool {
         self.gone || (!self.begun && self.abandoned)
+    }
+
+    fn staged_by(&self) -> Route {
+        if self.start < Route::Bounce { self.start } else { Route::UringFixedDirect }
     }
 
     /// Whether something is wrong with its files that no route can get around.
@@ -66,6 +71,11 @@ struct World {
     abandon_per_mille: u64,
     leaked_bytes: u64,
     broken: bool,
+}
+
+fn staging(random: &mut Random) -> StagingBudget {
+    let slots = 1 + usize::try_from(random.below(4)).unwrap();
+    StagingBudget { slot_bytes: usize::try_from((1 + random.below(2)) * BLOCK).unwrap(), slots }
 }
 
 fn shape(random: &mut Random) -> Shape {
@@ -126,6 +136,8 @@ impl World {
             interrupted_per_mille: *random.pick(&[0, 0, 100, 300]),
             breaks_per_mille: if !calm && random.chance(50) { 20 } else { 0 },
             buffer_slots: *random.pick(&[1, 2, 16]),
+            unpinnable: !calm && random.chance(250),
+            staging: if !calm && random.chance(100) { usize::try_from(random.below(3)).unwrap() } else { usize::MAX },
         };
         let memory = Rc::default();
         let clock = Rc::default();
@@ -139,7 +151,7 @@ impl World {
             window_bytes,
             depth,
             scheduler: Scheduler::new(window_bytes, 1 + usize::try_from(random.below(3)).unwrap()),
-            driver: Driver::new(kernel, depth),
+            driver: Driver::new(kernel, depth, staging(&mut random)),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
             alloc_fails_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
@@ -167,6 +179,7 @@ impl World {
             Route::UringFixedDirect,
             Route::UringDirect,
             Route::PreadDirect,
+            Route::Bounce,
             Route::Buffered,
         ]);
         let load = SimLoad {
@@ -227,7 +240,7 @@ impl World {
                 self.scheduler.opened(id, sizes);
             }
             Some(Job::Allocate(load, number, bytes)) => self.allocating.push(Allocating { load, number, bytes }),
-            Some(Job::Check(..)) => unreachable!("the simulator asks for no checks"),
+            Some(Job::Check(..) | Job::Export(..)) => unreachable!("the simulator asks for neither"),
             None => {}
         }
     }
@@ -246,7 +259,14 @@ impl World {
         let load = &self.loads[&id];
         let (file, piece) = load.pieces[number];
         let buffer = SimBuffer::new(bytes, &self.memory);
-        let spec = FileSpec { handle: load.files[file].0.clone(), index: file, route: load.start, alignment_bytes: BLOCK };
+        let spec = FileSpec {
+            handle: load.files[file].0.clone(),
+            index: file,
+            route: load.start,
+            staged_by: load.staged_by(),
+            mount: load.files[file].0.number % 2,
+            alignment_bytes: BLOCK,
+        };
         let before = self.memory.borrow().live_buffers;
         self.driver.piece(id, number, piece, spec, buffer);
         // The driver drops what it has no use for; its permit goes with it.
@@ -376,11 +396,12 @@ impl World {
             }
             Failure::Refused { file: index, route, .. } => {
                 let (file, _) = file(index);
-                let refused = self.faults.ring.is_some() || self.faults.register.is_some();
+                let refused = self.faults.ring.is_some() || self.faults.register.is_some() || self.faults.unpinnable;
                 let refused = refused || file.faults.no_direct.is_some() || file.faults.no_ring.is_some();
                 assert!(load.strict && refused, "{route} was refused by nobody");
             }
             Failure::Kernel { .. } => assert!(self.broken),
+            Failure::Staging { .. } => assert_eq!(self.faults.staging, 0),
         }
     }
 }

@@ -1,0 +1,158 @@
+//! What is done beside the ring thread: reads without io_uring, by `pread(2)`, and copies from staging.
+//!
+//! The threads start with the first job and end with the pool. They are not joined: one that hangs in a dead disk would
+//! take the caller with it. What they write to is owned by the driver, which keeps it until the completion is here.
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::mem::MaybeUninit;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use rustix::io::Errno;
+
+use super::kernel::{Completion, Copy, Read};
+use super::wake::Wake;
+use crate::source::OpenFile;
+
+/// Enough to keep a device busy with large reads: four threads reached its limit where one reached an eighth. Copies need
+/// fewer.
+const THREADS: usize = 4;
+
+#[derive(Debug)]
+enum Job {
+    Read(Arc<OpenFile>, Read),
+    Copy(Copy),
+}
+
+// SAFETY: the pointers in it are to memory that the driver keeps until the job's completion is reaped.
+unsafe impl Send for Job {}
+
+#[derive(Debug, Default)]
+struct Queues {
+    jobs: VecDeque<Job>,
+    done: Vec<Completion>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queues: Mutex<Queues>,
+    changed: Condvar,
+    wake: Arc<Wake>,
+}
+
+impl Shared {
+    fn queues(&self) -> MutexGuard<'_, Queues> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    threads: usize,
+}
+
+impl Pool {
+    pub(crate) fn new(wake: Arc<Wake>) -> Self {
+        Pool { shared: Arc::new(Shared { queues: Mutex::default(), changed: Condvar::new(), wake }), threads: 0 }
+    }
+
+    /// Queues a read.
+    ///
+    /// # Safety
+    /// As for [`super::kernel::Kernel::read`].
+    pub(crate) unsafe fn read(&mut self, file: Arc<OpenFile>, read: Read) {
+        if self.start_threads() {
+            self.queue(Job::Read(file, read));
+        } else {
+            self.shared.queues().done.push(Completion { token: read.token, result: Err(Errno::NOMEM) });
+            self.shared.wake.wake();
+        }
+    }
+
+    /// Queues a copy; without any thread to be had it is done here and now.
+    ///
+    /// # Safety
+    /// As for [`super::kernel::Kernel::copy`].
+    pub(crate) unsafe fn copy(&mut self, copy: Copy) {
+        if self.start_threads() {
+            self.queue(Job::Copy(copy));
+        } else {
+            let completion = perform(copy);
+            self.shared.queues().done.push(completion);
+            self.shared.wake.wake();
+        }
+    }
+
+    fn queue(&self, job: Job) {
+        self.shared.queues().jobs.push_back(job);
+        self.shared.changed.notify_one();
+    }
+
+    /// Whether there is any thread.
+    fn start_threads(&mut self) -> bool {
+        while self.threads < THREADS {
+            let shared = Arc::clone(&self.shared);
+            let name = format!("dmaload-pool-{}", self.threads);
+            if thread::Builder::new().name(name).spawn(move || run(&shared)).is_err() {
+                break;
+            }
+            self.threads += 1;
+        }
+        self.threads > 0
+    }
+
+    /// Takes the completions that have come.
+    pub(crate) fn reap(&self, into: &mut Vec<Completion>) {
+        into.append(&mut self.shared.queues().done);
+    }
+
+    pub(crate) fn has_completions(&self) -> bool {
+        !self.shared.queues().done.is_empty()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.queues().closed = true;
+        self.shared.changed.notify_all();
+    }
+}
+
+fn run(shared: &Shared) {
+    let mut queues = shared.queues();
+    while !queues.closed {
+        let Some(job) = queues.jobs.pop_front() else {
+            queues = shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        drop(queues);
+        // The file is let go before the driver hears of it: it may be the last to hold it.
+        let completion = match job {
+            Job::Read(file, read) => pread(&file, &read),
+            Job::Copy(copy) => perform(copy),
+        };
+        queues = shared.queues();
+        queues.done.push(completion);
+        shared.wake.wake();
+    }
+}
+
+fn pread(file: &OpenFile, read: &Read) -> Completion {
+    // SAFETY: the driver keeps this memory until the completion is reaped, lets nobody else look at it or write
+    // to it meanwhile, and MaybeUninit<u8> has no invalid bytes.
+    let buffer = unsafe { std::slice::from_raw_parts_mut(read.address.cast::<MaybeUninit<u8>>().as_ptr(), read.bytes) };
+    let result = rustix::io::pread(file.descriptor(read.route), buffer, read.offset).map(|(read, _)| read.len());
+    Completion { token: read.token, result }
+}
+
+fn perform(copy: Copy) -> Completion {
+    let Copy { token, from, to, bytes } = copy;
+    // SAFETY: the driver has promised both places for that many bytes until this copy's completion is reaped, that they
+    // don't overlap, and that nobody else writes to the first or looks at the second.
+    unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), bytes) };
+    Completion { token, result: Ok(bytes) }
+}
