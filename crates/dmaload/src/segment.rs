@@ -181,7 +181,7 @@ struct View(Segment);
 
 impl View {
     fn new(segment: &Segment) -> Result<Self> {
-        let one_more = |views: usize| (views < HANDED_OUT - 1).then_some(views + 1);
+        let one_more = |views: usize| (views < HANDED_OUT - 1).then(|| views + 1);
         match segment.0.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
             Ok(_) => Ok(View(segment.clone())),
             Err(_) => Err(Error::HandedOut { segment: segment.0.index }),

@@ -1,0 +1,91 @@
+#!/bin/busybox sh
+# Process 1 of the guest. It gets everything ready, runs the suites, and switches the machine off.
+#
+# The first serial port is the console: kernel messages, and what suites write to stderr. The second one carries the
+# results: what suites write to stdout, between lines that begin with @@ (see transcript.rs).
+
+/bin/busybox mkdir -p /proc /sys /dev /tmp /disk /bad-nvme /bad-virtio
+/bin/busybox --install -s /bin
+export PATH=/bin HOME=/ LC_ALL=C
+
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+exec </dev/null >/dev/ttyS1 2>/dev/ttyS0
+stty -F /dev/ttyS1 raw
+
+mkdir -p /dev/shm /dev/pts
+mount -t devpts pts /dev/pts
+mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t tmpfs -o mode=1777 shm /dev/shm
+mount -t debugfs debug /sys/kernel/debug
+mount -t cgroup2 cgroup /sys/fs/cgroup
+for controller in memory io cpu pids; do
+    echo "+$controller" >/sys/fs/cgroup/cgroup.subtree_control
+done
+ifconfig lo up
+
+. /etc/guest/env
+touch "$DMALOAD_GUEST_ROWS"
+chmod 666 "$DMALOAD_GUEST_ROWS"
+
+while read -r module parameters; do
+    # shellcheck disable=SC2086
+    insmod "/modules/$module" $parameters || echo "@@problem module $module can't be loaded"
+done </etc/guest/modules
+
+# Prints the block device with this serial number.
+device() {
+    for folder in /sys/block/*; do
+        for file in "$folder/serial" "$folder/device/serial"; do
+            serial=
+            [ -e "$file" ] && read -r serial <"$file"
+            [ "$serial" = "$1" ] && echo "/dev/${folder##*/}" && return
+        done
+    done
+}
+
+while read -r serial folder options; do
+    tries=0
+    until device=$(device "$serial") && [ -n "$device" ]; do
+        tries=$((tries + 1))
+        [ "$tries" -gt 100 ] && break
+        sleep 0.1
+    done
+    mount -t ext4 -o "$options" "$device" "$folder" || echo "@@problem disk $serial can't be mounted"
+done </etc/guest/disks
+
+# Where the tests take their folder on a disk to be, and the command: paths of the machine that built them.
+mkdir -p -m 1777 /disk/tests "$(dirname "$GUEST_TESTS_FOLDER")" "$(dirname "$GUEST_COMMAND")"
+chmod 1777 /disk/tests
+ln -s /disk/tests "$GUEST_TESTS_FOLDER"
+ln -s /bin/dmaload "$GUEST_COMMAND"
+
+seconds() {
+    read -r up _ </proc/uptime
+    echo "${up%.*}"
+}
+
+dmesg -c >/dev/null
+echo "@@ready"
+while read -r name seconds_max arguments; do
+    echo "@@begin $name"
+    begin=$(seconds)
+    # shellcheck disable=SC2086
+    (cd /tmp && exec timeout -s KILL "$seconds_max" "/suites/$name" --test-threads=1 $arguments </dev/null)
+    status=$?
+    # Whatever a killed suite has started. Process 1 is spared.
+    kill -9 -1
+    # Waits until the console has it all.
+    stty -F /dev/ttyS0 -echo
+    echo
+    echo "@@end $name status=$status seconds=$(($(seconds) - begin))"
+done </etc/guest/suites
+
+echo "@@rows"
+cat "$DMALOAD_GUEST_ROWS"
+echo "@@kernel"
+dmesg | grep -E 'BUG:|WARNING:|Oops|general protection fault'
+echo "@@done"
+stty -F /dev/ttyS1 raw
+poweroff -f

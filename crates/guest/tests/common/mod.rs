@@ -1,0 +1,169 @@
+//! What the suites share: files on the guest's disk, loads, and a look at a dma-buf through its own mapping.
+#![allow(dead_code, unreachable_pub, reason = "each suite uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a suite that can't make its file has failed")]
+#![allow(unsafe_code, reason = "a mapping of a dma-buf is shown as a slice")]
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use dmabuf::{Access, AddressRange, DmaBuf, Memory, Pages};
+use dmaload::heap::{DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::{Image, LoadOptions, Loader, Result, Segment};
+use dmaload_guest::random_bytes;
+
+pub const MIB: usize = 1 << 20;
+/// A large file that is no multiple of anything.
+pub const LARGE: usize = 200 * MIB + 777;
+
+/// A folder on the guest's disk.
+pub fn disk() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// The bytes of all files here: a file of `len` bytes holds the first `len` of them.
+pub fn original() -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    BYTES.get_or_init(|| random_bytes(LARGE, 11))
+}
+
+/// A file with the first `len` bytes of the original.
+pub fn file(len: usize) -> PathBuf {
+    let path = disk().join(format!("{len}.bin"));
+    if fs::metadata(&path).map_or(0, |found| found.len()) != len as u64 || len == 0 {
+        let mut file = fs::File::create(&path).unwrap();
+        file.write_all(&original()[..len]).unwrap();
+        file.sync_all().unwrap();
+    }
+    path
+}
+
+/// A file of zeros that takes no room on the disk.
+pub fn sparse_file(name: &str, len: u64) -> PathBuf {
+    let path = disk().join(name);
+    fs::File::create(&path).unwrap().set_len(len).unwrap();
+    path
+}
+
+pub fn heap(name: &str) -> Arc<dyn Heap> {
+    match name {
+        "memfd" => Arc::new(MemfdHeap::default()),
+        "udmabuf" => Arc::new(UdmabufHeap::open(Pages::Auto).unwrap()),
+        name => Arc::new(DmaHeap::open(name.strip_prefix("dma-heap:").unwrap()).unwrap()),
+    }
+}
+
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+}
+
+pub fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Result<Image> {
+    block_on(async { loader.load_with([path], options).await })
+}
+
+pub fn shut_down(loader: Loader) {
+    block_on(loader.shutdown()).unwrap();
+}
+
+/// Shows a dma-buf's bytes through a mapping of its own, between begin and end of CPU access.
+pub fn with_mapping<T>(dma_buf: OwnedFd, look: impl FnOnce(&[u8]) -> T) -> T {
+    let memory = Memory::DmaBuf(DmaBuf::from_fd(dma_buf).unwrap());
+    let dma_buf = memory.dma_buf().unwrap();
+    let bytes = dma_buf.bytes();
+    let mapping = AddressRange::reserve(bytes).unwrap().map(&memory, 0, bytes).unwrap();
+    let access = dma_buf.cpu_access(Access::Read).unwrap();
+    // SAFETY: the mapping has that many bytes, and nobody writes to the dma-buf while a test looks at it.
+    let seen = look(unsafe { std::slice::from_raw_parts(mapping.address().as_ptr(), bytes) });
+    access.end().unwrap();
+    seen
+}
+
+/// The segments' dma-bufs hold exactly these bytes, and zeros to their ends.
+#[track_caller]
+pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
+    let mut at = 0;
+    for segment in segments {
+        let len = segment.len();
+        with_mapping(segment.to_dma_buf().unwrap(), |seen| {
+            assert_eq!(seen.len(), segment.memory_bytes(), "{what}: the dma-buf's length");
+            assert_same(&seen[..len], &expected[at..at + len], what);
+            assert!(seen[len..].iter().all(|&byte| byte == 0), "{what}: the tail is zero");
+        });
+        at += len;
+    }
+    assert_eq!(at, expected.len(), "{what}: all of the file");
+}
+
+/// Where two long byte strings differ first. `assert_eq!` would print megabytes.
+#[track_caller]
+pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(seen.len(), expected.len(), "{what}: length");
+    if seen != expected {
+        let at = seen.iter().zip(expected).position(|(a, b)| a != b).unwrap();
+        panic!("{what}: differs at {at}: {:02x} instead of {:02x}", seen[at], expected[at]);
+    }
+}
+
+pub fn available_bytes() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// The guest's memory comes back to what it was.
+#[track_caller]
+pub fn assert_memory_is_back(before: u64) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while available_bytes() + (24 << 20) < before {
+        assert!(Instant::now() < deadline, "{} bytes of {before} are available", available_bytes());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+pub fn open_descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// The number of open descriptors when none goes any more: segments of earlier tests are closed by a thread.
+pub fn settled_descriptors() -> usize {
+    let mut seen = open_descriptors();
+    loop {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = open_descriptors();
+        if now == seen {
+            return now;
+        }
+        seen = now;
+    }
+}
+
+#[track_caller]
+pub fn assert_descriptors_are_back(before: usize) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while open_descriptors() != before {
+        assert!(Instant::now() < deadline, "{} descriptors are open, {before} were", open_descriptors());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
+
+/// Raises udmabuf's size limit, until it is dropped.
+pub struct RaisedLimit(String);
+
+impl RaisedLimit {
+    pub fn to(mib: u32) -> Self {
+        let before = fs::read_to_string(SIZE_LIMIT).unwrap();
+        fs::write(SIZE_LIMIT, mib.to_string()).unwrap();
+        RaisedLimit(before)
+    }
+}
+
+impl Drop for RaisedLimit {
+    fn drop(&mut self) {
+        fs::write(SIZE_LIMIT, self.0.trim()).unwrap();
+    }
+}

@@ -1,0 +1,276 @@
+//! What is loaded into dma-bufs is what is in the file: every heap, layout, route and size, read through the dma-bufs' own
+//! mappings; and what becomes of a dma-buf afterwards.
+#![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
+
+mod common;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+
+use common::{LARGE, MIB, RaisedLimit, assert_dma_bufs, assert_same, disk, file, heap, load, original, shut_down, with_mapping};
+use dmabuf::Pages;
+use dmaload::{Attempt, Error, Layout, Loader, Route};
+use dmaload_guest::{command, kernel, row};
+use rustix::io::Errno;
+
+const SEGMENT: usize = 8 * MIB;
+
+fn sizes() -> [usize; 9] {
+    [0, 1, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, LARGE]
+}
+
+/// The route that this heap's memory leaves of the one that was asked for.
+fn expected(heap: &str, asked: Route) -> Route {
+    if heap == "dma-heap:system" && asked < Route::Bounce { Route::Bounce } else { asked }
+}
+
+fn every_route_and_size(name: &str, layout: Layout) {
+    let _raised = RaisedLimit::to(256);
+    for route in Route::ALL {
+        // A loader of its own: what one load has found out would be known to the next.
+        let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).window_bytes(32 << 20).build().unwrap();
+        let expected = expected(name, route);
+        let options = loader.options().layout(layout).route(route).strict(expected == route);
+        for len in sizes() {
+            let what = format!("{name}, {layout}, {route}, {len} bytes");
+            let image = load(&loader, &file(len), options.clone()).unwrap_or_else(|error| panic!("{what}: {error}"));
+            let segments = if layout == Layout::Single { len.min(1) } else { len.div_ceil(SEGMENT) };
+            assert_eq!(image.segments().len(), segments, "{what}");
+            assert_dma_bufs(image.segments(), &original()[..len], &what);
+            let report = image.report();
+            if len > 0 {
+                assert_eq!(report.route, expected, "{what}");
+            }
+            let told = report.fallbacks.iter().any(|step| step.to == Route::Bounce && step.errno == Errno::FAULT);
+            assert_eq!(told, expected != route && len > 0, "{what}: {:?}", report.fallbacks);
+        }
+        let sizes = "0, 1, 4095, 4096, 4097, 8 MiB − 1, 8 MiB, 8 MiB + 1, 200 MiB + 777";
+        row("matrix", &[name, layout.name(), route.name(), expected.name(), sizes, "equal"]);
+        shut_down(loader);
+    }
+}
+
+#[test]
+fn udmabuf_segmented_equals_the_file() {
+    every_route_and_size("udmabuf", Layout::Segmented);
+}
+
+#[test]
+fn udmabuf_single_equals_the_file() {
+    every_route_and_size("udmabuf", Layout::Single);
+}
+
+#[test]
+fn system_heap_segmented_equals_the_file() {
+    every_route_and_size("dma-heap:system", Layout::Segmented);
+}
+
+#[test]
+fn system_heap_single_equals_the_file() {
+    every_route_and_size("dma-heap:system", Layout::Single);
+}
+
+#[test]
+fn a_single_udmabuf_above_the_limit_says_which_limit_and_how_to_raise_it() {
+    let path = file(LARGE);
+    let loader = Loader::builder().heap(heap("udmabuf")).build().unwrap();
+    let error = load(&loader, &path, loader.options().layout(Layout::Single)).unwrap_err();
+    let text = error.to_string();
+    for words in [path.to_str().unwrap(), "size_limit_mb is 64", "67108864"] {
+        assert!(text.contains(words), "{words} is not in: {text}");
+    }
+    assert!(error.hint().unwrap().contains("echo 201 > /sys/module/udmabuf/parameters/size_limit_mb"), "{:?}", error.hint());
+    // A size that was chosen is not made smaller; one that was left open is.
+    let _lowered = RaisedLimit::to(9);
+    let chosen = load(&loader, &path, loader.options().segment_bytes(64 << 20)).unwrap_err();
+    assert!(matches!(chosen, Error::TooLarge { .. }), "{chosen}");
+    let image = load(&loader, &path, loader.options()).unwrap();
+    assert_eq!(image.segments()[0].len(), 8 * MIB);
+    assert_dma_bufs(image.segments(), original(), "smaller segments");
+    shut_down(loader);
+}
+
+#[test]
+fn the_heap_is_probed_once_and_remembered() {
+    let loader = Loader::builder().heap(heap("dma-heap:system")).build().unwrap();
+    for round in 0..3 {
+        let image = load(&loader, &file(4097), loader.options()).unwrap();
+        let report = image.report();
+        // Every load tells it, also those that did not have to try.
+        let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
+        let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
+        assert_eq!(steps, expected, "load {round}");
+    }
+    // A strict load is told the real reason, not a memory of it.
+    let error = load(&loader, &file(4097), loader.options().strict(true)).unwrap_err();
+    assert!(matches!(error, Error::Refused { errno: Errno::FAULT, .. }), "{error}");
+    shut_down(loader);
+}
+
+#[test]
+fn auto_takes_udmabuf_when_dma_bufs_are_required_and_says_why() {
+    let loader = Loader::builder().dma_buf(true).build().unwrap();
+    let image = load(&loader, &file(4097), loader.options()).unwrap();
+    let report = image.report();
+    assert_eq!(report.heap, "udmabuf");
+    assert!(report.notes[0].contains("dma-bufs are required"), "{:?}", report.notes);
+    assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), report.notes.len() == 2, "{:?}", report.notes);
+    shut_down(loader);
+    // Nothing else is given where it was not required.
+    let loader = Loader::new().unwrap();
+    let image = load(&loader, &file(4097), loader.options()).unwrap();
+    assert_eq!(image.report().heap, "memfd");
+    assert!(matches!(image.segments()[0].dma_buf(), Err(Error::NoDescriptor { .. })));
+    shut_down(loader);
+    let error = Loader::builder().heap(heap("memfd")).dma_buf(true).build().unwrap_err();
+    assert!(matches!(error, Error::Config(_)), "{error}");
+}
+
+#[test]
+fn bytes_are_lent_or_the_dma_buf_is_handed_out_never_both() {
+    for name in ["udmabuf", "dma-heap:system"] {
+        let loader = Loader::builder().heap(heap(name)).build().unwrap();
+        let image = load(&loader, &file(SEGMENT + 1), loader.options()).unwrap();
+        let segment = &image.segments()[0];
+        let bytes = segment.bytes().unwrap();
+        let other = bytes.slice(7..9);
+        assert_same(&bytes, &original()[..SEGMENT + 1], name);
+        drop(bytes);
+        assert!(matches!(segment.dma_buf(), Err(Error::Viewed { views: 1, .. })), "{name}");
+        drop(other);
+        segment.dma_buf().unwrap();
+        assert!(matches!(segment.bytes(), Err(Error::HandedOut { .. })), "{name}");
+        assert!(matches!(image.files()[0].bytes(), Err(Error::HandedOut { .. })), "{name}");
+        let mut seen = vec![0; 100];
+        let access = segment.cpu_access().unwrap();
+        assert_eq!(access.read_at(&mut seen, SEGMENT - 49), 50, "{name}: what is left");
+        assert_same(&seen[..50], &original()[SEGMENT - 49..SEGMENT + 1], name);
+        drop(access);
+        shut_down(loader);
+    }
+}
+
+#[test]
+fn a_udmabufs_memfd_is_sealed_and_refuses_writes_and_holes() {
+    let loader = Loader::builder().heap(heap("udmabuf")).build().unwrap();
+    let image = load(&loader, &file(SEGMENT), loader.options()).unwrap();
+    let segment = &image.segments()[0];
+    let memfd = segment.memfd().unwrap();
+    assert_eq!(rustix::io::pwrite(memfd, b"x", 0), Err(Errno::PERM));
+    let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    assert_eq!(rustix::fs::fallocate(memfd, hole, 0, 4096), Err(Errno::PERM));
+    assert_dma_bufs(image.segments(), &original()[..SEGMENT], "after the attempts");
+    shut_down(loader);
+}
+
+/// What a child of these tests is to do.
+const ROLE: &str = "DMALOAD_GUEST_ROLE";
+
+fn child(test: &str, role: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture"]).env(ROLE, role).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// One process loads, gives the dma-buf to another, drops everything and ends; the other one reads the right bytes.
+#[test]
+fn a_dma_buf_survives_its_loader_and_its_process() {
+    let socket = disk().join("socket");
+    if let Ok(name) = std::env::var(ROLE) {
+        let loader = Loader::builder().heap(heap(&name)).build().unwrap();
+        let image = load(&loader, &file(SEGMENT + 1), loader.options()).unwrap();
+        let dma_buf = image.segments()[0].to_dma_buf().unwrap();
+        shut_down(loader);
+        drop(image);
+        send(&UnixStream::connect(&socket).unwrap(), &dma_buf);
+        return;
+    }
+    for name in ["udmabuf", "dma-heap:system"] {
+        let _ = std::fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let sender = child("a_dma_buf_survives_its_loader_and_its_process", name).spawn().unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let output = sender.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        // The sender has ended: what it sent waits in the socket.
+        let dma_buf = receive(&stream);
+        with_mapping(dma_buf, |seen| assert_same(&seen[..SEGMENT + 1], &original()[..SEGMENT + 1], name));
+        row("handing", &[name, "loader dropped, process ended", "another process maps it", "equal"]);
+    }
+}
+
+fn send(stream: &UnixStream, fd: &OwnedFd) {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(stream, &[std::io::IoSlice::new(b"x")], &mut control, SendFlags::empty()).unwrap();
+}
+
+fn receive(stream: &UnixStream) -> OwnedFd {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    recvmsg(stream, &mut [std::io::IoSliceMut::new(&mut [0])], &mut control, RecvFlags::empty()).unwrap();
+    let message = control.drain().next().unwrap();
+    let RecvAncillaryMessage::ScmRights(mut fds) = message else { panic!("no descriptor came") };
+    fds.next().unwrap()
+}
+
+/// `--exec` gives a program the dma-bufs, and tells which is which.
+#[test]
+fn a_program_that_is_run_by_exec_inherits_the_dma_bufs() {
+    if std::env::var(ROLE).is_ok() {
+        check_inherited();
+        return;
+    }
+    let path = file(LARGE);
+    let program = std::env::current_exe().unwrap();
+    for heap in ["udmabuf", "dma-heap:system"] {
+        let output = Command::new("/bin/dmaload")
+            .args(["load", path.to_str().unwrap(), "--quiet", "--heap", heap, "--exec", program.to_str().unwrap()])
+            .args(["--exact", "a_program_that_is_run_by_exec_inherits_the_dma_bufs", "--nocapture"])
+            .env(ROLE, heap)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        row("handing", &[heap, "dmaload load --exec", "the program maps its descriptors", "equal"]);
+    }
+    let output = command(&["load", path.to_str().unwrap(), "--quiet", "--dma-buf", "--exec", "sh", "-c", "exit 37"]);
+    assert_eq!(output.status.code(), Some(37), "the exit status is the program's");
+}
+
+fn check_inherited() {
+    use std::os::fd::{BorrowedFd, RawFd};
+    let segments: serde_json::Value = serde_json::from_str(&std::env::var("DMALOAD_SEGMENTS").unwrap()).unwrap();
+    let files: Vec<String> = serde_json::from_str(&std::env::var("DMALOAD_FILES").unwrap()).unwrap();
+    assert_eq!(files, [file(LARGE).to_str().unwrap()]);
+    let segments = segments.as_array().unwrap();
+    assert_eq!(std::env::var("DMALOAD_FDS").unwrap(), segments.len().to_string());
+    let mut at = 0;
+    for (number, segment) in (3..).zip(segments) {
+        assert_eq!(segment["fd"].as_i64(), Some(number));
+        assert_eq!((segment["dma_buf"].as_bool(), segment["file"].as_i64()), (Some(true), Some(0)));
+        assert_eq!(segment["file_offset"].as_u64(), Some(at as u64));
+        let len = usize::try_from(segment["bytes"].as_u64().unwrap()).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: the descriptor was inherited, stays open to the end of this process, and is only duplicated here.
+        let fd = unsafe { BorrowedFd::borrow_raw(RawFd::try_from(number).unwrap()) };
+        with_mapping(fd.try_clone_to_owned().unwrap(), |seen| {
+            assert_same(&seen[..len], &original()[at..at + len], "an inherited segment");
+        });
+        at += len;
+    }
+    assert_eq!(at, LARGE);
+}
+
+#[test]
+fn a_heap_of_2_mib_pages_that_would_show_wrong_bytes_is_refused() {
+    assert_eq!(dmabuf::Udmabuf::huge_pages_show_wrong_bytes(), kernel().starts_with("6.12"));
+    let error = dmaload::heap::UdmabufHeap::open(Pages::Huge).unwrap_err();
+    assert!(matches!(&error, Error::Config(text) if text.contains("wrong bytes")), "{error}");
+    let output = command(&["load", "--heap", "udmabuf", "--pages", "2m", file(4097).to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+}

@@ -1,0 +1,200 @@
+//! What goes wrong with dma-bufs: no permission, no such heap, no memory, a bad sector. Clear errors, everything released.
+#![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
+
+mod common;
+
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output};
+
+use common::{
+    MIB, assert_descriptors_are_back, assert_dma_bufs, assert_memory_is_back, assert_same, available_bytes, block_on, file, heap,
+    load, original, settled_descriptors, shut_down, sparse_file,
+};
+use dmaload::{Error, Layout, Loader, Route};
+use dmaload_guest::{BadDisk, SECTOR, bad_bytes, command, row};
+use rustix::io::Errno;
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[track_caller]
+fn fails(output: &Output, words: &[&str]) {
+    let text = stderr(output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(!text.contains("panicked"), "{text}");
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in: {text}");
+    }
+}
+
+#[test]
+fn devices_without_permission_are_told_with_their_mode_and_what_to_do() {
+    let path = file(4097);
+    let as_nobody = |arguments: &[&str]| {
+        let path = path.to_str().unwrap();
+        Command::new("/bin/dmaload").arg("load").arg(path).args(arguments).uid(65534).gid(65534).output().unwrap()
+    };
+    fails(&as_nobody(&["--heap", "udmabuf"]), &["/dev/udmabuf", "EACCES", "mode is 0600", "owner 0", "setfacl"]);
+    fails(&as_nobody(&["--heap", "dma-heap:system"]), &["/dev/dma_heap/system", "EACCES", "mode is 0600"]);
+    // Never quietly a memfd instead.
+    fails(&as_nobody(&["--dma-buf"]), &["no heap here gives dma-bufs", "udmabuf: ", "dma-heap:system: ", "EACCES", "doctor"]);
+    assert!(as_nobody(&[]).status.success(), "a memfd needs no permission");
+}
+
+#[test]
+fn an_unknown_heap_is_told_with_the_known_ones() {
+    let path = file(4097);
+    let output = command(&["load", "--heap", "dma-heap:nope", path.to_str().unwrap()]);
+    fails(&output, &["/dev/dma_heap/nope", "ENOENT", "the heaps here are", "system"]);
+    let output = command(&["load", "--heap", "dma-heap:../udmabuf", path.to_str().unwrap()]);
+    fails(&output, &["EINVAL", "not a path"]);
+}
+
+/// The system heap would wake the OOM killer: it must not even be asked.
+#[test]
+fn more_than_the_machine_has_is_refused_before_the_heap_is_asked() {
+    let before = available_bytes();
+    let path = sparse_file("too-large.bin", 8 << 30);
+    for heap in ["dma-heap:system", "udmabuf"] {
+        for layout in ["segmented", "single"] {
+            let output = command(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
+            let limited = heap == "udmabuf" && layout == "single";
+            fails(&output, if limited { &["size_limit_mb"] } else { &["8589934592 more bytes are needed", "MemAvailable"] });
+        }
+    }
+    std::fs::remove_file(path).unwrap();
+    assert_memory_is_back(before);
+}
+
+/// A stream's consumer keeps all it gets, and the memory runs out half-way.
+#[test]
+fn a_heap_that_runs_out_half_way_fails_clearly_and_gives_everything_back() {
+    let path = sparse_file("half-way.bin", 3 << 30);
+    for name in ["dma-heap:system", "udmabuf"] {
+        let (before, descriptors) = (available_bytes(), settled_descriptors());
+        let loader = Loader::builder().heap(heap(name)).build().unwrap();
+        let mut kept = Vec::new();
+        let error = block_on(async {
+            let mut segments = loader.stream(&path);
+            loop {
+                match segments.next().await {
+                    Some(Ok(segment)) => kept.push(segment),
+                    Some(Err(error)) => return error,
+                    None => panic!("{name}: 3 GiB do not fit"),
+                }
+            }
+        });
+        assert!(matches!(&error, Error::OutOfMemory { limit, .. } if limit.contains("MemAvailable")), "{name}: {error}");
+        let loaded: usize = kept.iter().map(dmaload::Segment::len).sum();
+        assert!(loaded > 256 * MIB, "{name}: {loaded} bytes came before");
+        row("faults", &[name, "memory runs out in mid-load", "OutOfMemory, all of it given back"]);
+        drop(kept);
+        // The next load works.
+        let image = load(&loader, &file(4097), loader.options()).unwrap();
+        assert_dma_bufs(image.segments(), &original()[..4097], name);
+        drop(image);
+        shut_down(loader);
+        assert_memory_is_back(before);
+        assert_descriptors_are_back(descriptors);
+    }
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn loads_that_are_dropped_give_everything_back() {
+    for name in ["dma-heap:system", "udmabuf"] {
+        let (before, descriptors) = (available_bytes(), settled_descriptors());
+        let loader = Loader::builder().heap(heap(name)).segment_bytes(8 << 20).build().unwrap();
+        for round in 0..20 {
+            let mut load = loader.load(file(64 * MIB));
+            let segment = block_on(async { if round % 2 == 0 { load.next().await } else { None } });
+            drop(load);
+            if let Some(segment) = segment {
+                assert_dma_bufs(&[segment.unwrap()], &original()[..8 * MIB], name);
+            }
+        }
+        shut_down(loader);
+        assert_memory_is_back(before);
+        assert_descriptors_are_back(descriptors);
+    }
+}
+
+/// A real medium error, on every heap and route: the load fails and says where; what was handed over before is right; the
+/// next load works.
+fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
+    let (expected, bad) = (bad_bytes(), disk.offset);
+    for name in ["memfd", "udmabuf", "dma-heap:system"] {
+        let loader = Loader::builder().heap(heap(name)).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
+        for route in Route::ALL {
+            let what = format!("{name}, {route}");
+            let mut segments = loader.stream_with([&disk.file], loader.options().route(route));
+            let (seen, error) = block_on(async {
+                let mut seen = 0;
+                loop {
+                    match segments.next().await {
+                        Some(Ok(segment)) => {
+                            let range = segment.file_range();
+                            assert!(
+                                range.end <= bad || bad + SECTOR as u64 <= range.start,
+                                "{what}: the bad sector is in {range:?}"
+                            );
+                            let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+                            assert_same(&segment.bytes().unwrap(), &expected[range], &what);
+                            seen += 1;
+                        }
+                        Some(Err(error)) => return (seen, error),
+                        None => panic!("{what}: a load over a bad sector succeeded"),
+                    }
+                }
+            });
+            // Through the page cache every error of the disk is EIO.
+            let errno = if route == Route::Buffered { Errno::IO } else { Errno::from_raw_os_error(disk.errno) };
+            let Error::Read { path, offset, bytes, errno: told, .. } = &error else { panic!("{what}: {error}") };
+            assert_eq!((path, *told), (&disk.file, errno), "{what}: {error}");
+            assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");
+            assert!(error.hint().unwrap().contains("storage"), "{what}");
+            // Segments come in order, so none behind the bad one was shown.
+            assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
+        }
+        let image = load(&loader, &file(4 * MIB), loader.options()).unwrap();
+        for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
+            assert_same(&segment.bytes().unwrap(), part, name);
+        }
+        shut_down(loader);
+        row("faults", &[name, how, "the load fails with file, offset and errno by every route; the next one works"]);
+    }
+}
+
+#[test]
+fn a_bad_sector_under_nvme_fails_the_load_with_enodata() {
+    a_bad_sector_fails_the_load(&BadDisk::nvme(), "a bad sector under nvme (ENODATA)");
+}
+
+#[test]
+fn a_bad_sector_under_virtio_fails_the_load_with_eio() {
+    a_bad_sector_fails_the_load(&BadDisk::virtio(), "a bad sector under virtio-blk (EIO)");
+}
+
+#[test]
+fn the_command_names_the_file_and_the_offset_of_a_bad_sector() {
+    let disk = BadDisk::nvme();
+    let path = disk.file.to_str().unwrap();
+    let output = command(&["load", "--dma-buf", "--layout", "single", path]);
+    fails(&output, &[path, "ENODATA", "at offset", "dmesg"]);
+    assert!(output.stdout.is_empty());
+}
+
+#[test]
+fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
+    let before = available_bytes();
+    let loader = Loader::builder().heap(heap("dma-heap:system")).layout(Layout::Single).build().unwrap();
+    for _ in 0..3 {
+        let image = load(&loader, &file(200 * MIB + 777), loader.options()).unwrap();
+        let taken = before.saturating_sub(available_bytes());
+        assert!(taken < 400 << 20, "{taken} bytes are taken for 200 MiB");
+        drop(image);
+    }
+    shut_down(loader);
+    assert_memory_is_back(before);
+}
