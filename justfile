@@ -24,6 +24,14 @@ real-model:
 simulate SEEDS="50000":
     DMALOAD_SIM_SEEDS={{SEEDS}} cargo test --release -p dmaload --lib ring::sim
 
+# Boots stock kernels with real dma-bufs in QEMU and runs the suites inside: `just guest-test --kernel 6.12-cloud --only faults`.
+guest-test *ARGS:
+    cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}
+
+# The same, and writes the tables of docs/kernels.md from what was seen.
+kernels-md:
+    cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
+
 # The benches.
 bench:
     cargo bench -p dmaload-benches --bench overlap
@@ -39,6 +47,7 @@ fmt:
 # Lints, as CI checks them.
 lint:
     cargo clippy --workspace --all-targets -- -D warnings
+    cargo clippy -p dmaload-guest --test '*' -- -D warnings
 
 # Licences and sources of all dependencies (needs cargo-deny).
 deny:

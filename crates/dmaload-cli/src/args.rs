@@ -29,6 +29,10 @@ pub(crate) enum Command {
     Cat(Cat),
     /// Shows what tensors a file holds; reads only its header.
     Inspect(Inspect),
+    /// Tells what loads get from this machine, by trying, and what would help most.
+    ///
+    /// Exit status: 0 when a load would work, 1 when not, 2 wrong usage.
+    Doctor(Doctor),
     /// Makes a synthetic model, loads it cold, verifies it, and compares with allocate + mmap + memcpy.
     Demo(Demo),
 }
@@ -72,6 +76,15 @@ pub(crate) struct Inspect {
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
     /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// A file to be loaded, or the folder of such files.
+    pub(crate) path: Option<PathBuf>,
+    /// Print one JSON object, and nothing else, on standard output.
     #[arg(long)]
     pub(crate) json: bool,
 }

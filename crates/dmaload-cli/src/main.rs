@@ -6,6 +6,7 @@ mod cat;
 mod cold;
 mod demo;
 mod digest;
+mod doctor;
 mod engine;
 mod errors;
 mod exec;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Load(arguments) => load::run(&arguments),
         Command::Cat(arguments) => cat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Inspect(arguments) => inspect::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {

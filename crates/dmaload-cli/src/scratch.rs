@@ -93,7 +93,11 @@ impl ScratchFile {
         Ok(Self::create_in(&folder, suffix)?)
     }
 
-    fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
+    /// Creates one in a folder that may be in memory and is not asked for room; `folder` is an absolute path.
+    ///
+    /// # Errors
+    /// When the file can't be created.
+    pub(crate) fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
         remove_on_signals();
         let mut alive = alive();
         let path = free_name(folder, suffix, &alive);

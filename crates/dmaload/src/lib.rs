@@ -27,6 +27,7 @@ mod loader;
 mod memory;
 pub mod model;
 mod plan;
+pub mod probe;
 mod reaper;
 mod report;
 mod ring;

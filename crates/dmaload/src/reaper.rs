@@ -7,6 +7,7 @@
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use dmabuf::{DmaBuf, Mapping, Memory};
 
@@ -29,6 +30,8 @@ impl Holding {
 #[derive(Debug, Default)]
 struct List {
     head: Option<Box<Holding>>,
+    /// Whether the thread is freeing something that is not on the list any more.
+    busy: bool,
     closed: bool,
 }
 
@@ -36,6 +39,7 @@ struct List {
 struct Shared {
     list: Mutex<List>,
     changed: Condvar,
+    idle: Condvar,
 }
 
 impl Shared {
@@ -84,6 +88,17 @@ impl Reaper {
         drop(holding);
     }
 
+    /// Waits until all that was left to the thread is freed, or the time is up; whether there was anything to wait for.
+    pub(crate) fn wait_until_idle(&self, timeout: Duration) -> bool {
+        let is_busy = |list: &mut List| list.busy || list.head.is_some();
+        let mut list = self.shared.0.list();
+        if !is_busy(&mut list) {
+            return false;
+        }
+        let _ = self.shared.0.idle.wait_timeout_while(list, timeout, is_busy);
+        true
+    }
+
     /// Leaves memory to the thread, to be unmapped and freed.
     pub(crate) fn bury(&self, mut holding: Box<Holding>) {
         let mut list = self.shared.0.list();
@@ -100,9 +115,14 @@ fn run(shared: &Shared) {
         match list.head.take() {
             Some(mut holding) => {
                 list.head = holding.next.take();
+                list.busy = true;
                 drop(list);
                 drop(holding);
                 list = shared.list();
+                list.busy = false;
+                if list.head.is_none() {
+                    shared.idle.notify_all();
+                }
             }
             None if list.closed => return,
             None => list = shared.changed.wait(list).unwrap_or_else(PoisonError::into_inner),
@@ -114,7 +134,7 @@ fn run(shared: &Shared) {
 mod tests {
     use super::*;
     use dmabuf::AddressRange;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     #[test]
     fn what_is_buried_is_unmapped_by_the_thread_even_after_the_last_handle_is_gone() {

@@ -48,6 +48,7 @@ pub(crate) const SUITES: &[Suite] = &[
     Suite { seconds_max: 240, ..guest("faults", CLOUD) },
     guest("importers", &["6.12-full"]),
     guest("older", OLDER),
+    guest("doctor", ALL),
     Suite::new("dmabuf", Program::Lib("dmabuf"), UNITS),
     Suite::new("dmaload", Program::Lib("dmaload"), UNITS),
     Suite::new("load", Program::Test("dmaload", "load"), UNITS),

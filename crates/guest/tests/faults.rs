@@ -103,6 +103,7 @@ fn a_heap_that_runs_out_half_way_fails_clearly_and_gives_everything_back() {
 
 #[test]
 fn loads_that_are_dropped_give_everything_back() {
+    file(64 * MIB);
     for name in ["dma-heap:system", "udmabuf"] {
         let (before, descriptors) = (available_bytes(), settled_descriptors());
         let loader = Loader::builder().heap(heap(name)).segment_bytes(8 << 20).build().unwrap();

@@ -23,6 +23,8 @@ pub(super) struct Allowance {
 
 const ALLOWANCE_BYTES: u64 = 64 << 20;
 const ALLOWANCE_TIME: Duration = Duration::from_millis(200);
+/// Freeing takes up to half a second per GiB.
+const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
     /// Allocates and populates a piece, and hands it to the ring thread. The permit comes back by itself, whatever
@@ -83,9 +85,14 @@ impl Engine {
         Ok((backing, populated))
     }
 
-    /// Refuses what would wake the OOM killer.
+    /// Refuses what would wake the OOM killer. Memory of dropped segments that is still on its way to be freed is waited for.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
-        match headroom() {
+        let there_is_room = |seen: &Option<Headroom>| seen.as_ref().is_none_or(|seen| seen.available_bytes >= wanted_bytes);
+        let mut seen = headroom();
+        if !there_is_room(&seen) && self.reaper.wait_until_idle(FREEING_TIME) {
+            seen = headroom();
+        }
+        match seen {
             Some(Headroom { available_bytes, limit }) if available_bytes < wanted_bytes => {
                 Err(Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit })
             }

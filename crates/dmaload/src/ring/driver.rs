@@ -125,11 +125,13 @@ struct Chunk {
     /// How often in a row it gave less than a block, or was interrupted.
     parts_of_a_block: u32,
     interruptions: u32,
+    /// It failed, and is to be tried once more with no other read of its load in flight.
+    alone: bool,
 }
 
 impl Chunk {
     fn new(piece: Token, range: Range<u64>) -> Self {
-        Chunk { piece, range, parts_of_a_block: 0, interruptions: 0 }
+        Chunk { piece, range, parts_of_a_block: 0, interruptions: 0, alone: false }
     }
 }
 
@@ -156,6 +158,10 @@ struct LoadEntry {
     spec: LoadSpec,
     pieces_left: usize,
     chunks: VecDeque<Chunk>,
+    /// Chunks that are read one at a time, before all others.
+    alone: VecDeque<Chunk>,
+    alone_in_flight: bool,
+    in_flight: usize,
     pieces: Vec<Token>,
     reading: BusyTime,
     copying: BusyTime,
@@ -169,6 +175,16 @@ struct LoadEntry {
 }
 
 impl LoadEntry {
+    /// What is to be read next, if anything can be now.
+    fn next_chunk(&mut self) -> Option<Chunk> {
+        if self.in_flight > 0 && (self.alone_in_flight || !self.alone.is_empty()) {
+            return None;
+        }
+        let alone = self.alone.pop_front();
+        self.alone_in_flight = alone.is_some();
+        alone.or_else(|| self.chunks.pop_front())
+    }
+
     fn times(&self) -> Times {
         Times { reading: self.reading.total(), copying: self.copying.total() }
     }
@@ -242,6 +258,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             pieces_left: spec.pieces,
             spec,
             chunks: VecDeque::new(),
+            alone: VecDeque::new(),
+            alone_in_flight: false,
+            in_flight: 0,
             pieces: Vec::new(),
             reading: BusyTime::default(),
             copying: BusyTime::default(),
@@ -305,6 +324,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         if let Some(load) = self.loads.get_mut(&id) {
             load.ended = true;
             load.chunks.clear();
+            load.alone.clear();
             self.release_idle(id);
         }
     }
@@ -315,7 +335,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         while self.reads.len() < self.depth && passed < self.turns.len() {
             let Some(id) = self.turns.pop_front() else { break };
             self.turns.push_back(id);
-            let chunk = self.loads.get_mut(&id).and_then(|load| load.chunks.pop_front());
+            let chunk = self.loads.get_mut(&id).and_then(LoadEntry::next_chunk);
             match chunk {
                 Some(chunk) => {
                     passed = if self.issue_chunk(id, chunk) { 0 } else { passed + 1 };
@@ -510,6 +530,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // `complete`. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         if let Some(load) = self.loads.get_mut(&id) {
+            load.in_flight += 1;
             load.reading.begin(self.kernel.now());
         }
     }
@@ -529,6 +550,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // looked at, before the completion, and a taken slot is read into by nobody else.
         unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
         if let Some(load) = self.loads.get_mut(&id) {
+            load.in_flight += 1;
             load.copying.begin(self.kernel.now());
         }
     }
@@ -540,9 +562,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         entry.in_flight -= 1;
         let id = entry.load;
-        let alignment_bytes = entry.file.alignment_bytes;
         let now = self.kernel.now();
         let Some(load) = self.loads.get_mut(&id) else { return };
+        load.in_flight -= 1;
         match step {
             Step::Read | Step::Staged(_) => load.reading.end(now),
             Step::Copied(_) => load.copying.end(now),
@@ -551,11 +573,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         match step {
             Step::Read => {}
             Step::Staged(slot) => {
-                let came = completion.result.unwrap_or(0) as u64;
-                let wanted = chunk.range.end - chunk.range.start;
-                let bytes = if came >= wanted { wanted } else { came - came % alignment_bytes };
-                if bytes > 0 && !ended {
-                    self.start_copy(id, chunk, slot, to_usize(bytes));
+                let came = completion.result.unwrap_or(0);
+                if came > 0 && !ended {
+                    let wanted = to_usize(chunk.range.end - chunk.range.start);
+                    self.start_copy(id, chunk, slot, came.min(wanted));
                     return;
                 }
                 self.staging.give_back(slot);
@@ -625,8 +646,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// A read failed: by a lower route, if the error says that this one is at fault.
-    fn refused(&mut self, chunk: Chunk, route: Route, errno: Errno) {
+    /// A read failed: by a lower route, if the error says that this one is at fault; else once more, alone.
+    ///
+    /// The kernel merges neighbouring reads into one request, and when the medium can't give a block of it, all of them fail:
+    /// alone, only the one fails that asks for the bad block.
+    fn refused(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         let (id, piece) = (entry.load, chunk.piece);
         let offset = entry.piece.file_offset + chunk.range.start;
@@ -635,6 +659,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             Some(lower) => {
                 self.requeue(id, chunk);
                 self.step_down(piece, route, lower, Attempt::Read, errno, offset);
+            }
+            None if !chunk.alone => {
+                chunk.alone = true;
+                self.requeue(id, chunk);
             }
             None => {
                 let bytes = chunk.range.end - chunk.range.start;
@@ -646,7 +674,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     fn requeue(&mut self, id: LoadId, chunk: Chunk) {
         if let Some(load) = self.loads.get_mut(&id) {
-            load.chunks.push_front(chunk);
+            if chunk.alone { load.alone.push_front(chunk) } else { load.chunks.push_front(chunk) }
         }
     }
 

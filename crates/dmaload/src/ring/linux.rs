@@ -22,6 +22,7 @@ use super::kernel::{Buffer, Completion, Copy, Kernel, Read};
 use super::pool::Pool;
 use super::slots::Token;
 use super::wake::Wake;
+use crate::probe;
 use crate::route::Route;
 use crate::source::OpenFile;
 
@@ -100,7 +101,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn staging(&mut self, bytes: usize) -> Result<StagingMemory, Errno> {
-        StagingMemory::new(bytes).map_err(|error| error.errno)
+        StagingMemory::new(bytes, Pages::Auto).map_err(|error| error.errno)
     }
 
     unsafe fn copy(&mut self, copy: Copy) {
@@ -129,14 +130,14 @@ impl Kernel for LinuxKernel {
     }
 }
 
-/// Private memory with its pages there, huge ones where they can be had.
+/// Private memory with its pages there.
 #[derive(Debug)]
 pub(crate) struct StagingMemory(Mapping);
 
 impl StagingMemory {
-    fn new(bytes: usize) -> Result<Self, dmabuf::Error> {
+    fn new(bytes: usize, pages: Pages) -> Result<Self, dmabuf::Error> {
         let mapping = AddressRange::reserve(bytes)?.map(&Memory::Anonymous, 0, bytes)?;
-        mapping.populate(&Memory::Anonymous, 0..bytes, Pages::Auto)?;
+        mapping.populate(&Memory::Anonymous, 0..bytes, pages)?;
         Ok(StagingMemory(mapping))
     }
 }
@@ -236,12 +237,14 @@ struct FileTable {
     /// File → its slot, if there was one, and the number of pieces that use it.
     slots: HashMap<u64, (Option<u32>, usize)>,
     free: Vec<u32>,
+    refused: Option<Errno>,
 }
 
 impl FileTable {
     fn new(ring: &IoUring) -> Self {
-        let usable = ring.submitter().register_files_sparse(FILE_SLOTS).is_ok();
-        FileTable { slots: HashMap::new(), free: if usable { (0..FILE_SLOTS).rev().collect() } else { Vec::new() } }
+        let refused = ring.submitter().register_files_sparse(FILE_SLOTS).err().map(|error| errno(&error));
+        let free = if refused.is_none() { (0..FILE_SLOTS).rev().collect() } else { Vec::new() };
+        FileTable { slots: HashMap::new(), free, refused }
     }
 
     fn attach(&mut self, ring: &IoUring, file: &OpenFile) {
@@ -292,32 +295,79 @@ impl FileTable {
     }
 }
 
+/// Ways of running a ring, the better ones first.
+const WAYS: [fn(&mut io_uring::Builder); 3] = [
+    |builder| {
+        builder.setup_clamp().setup_single_issuer().setup_defer_taskrun();
+    },
+    |builder| {
+        builder.setup_clamp().setup_coop_taskrun();
+    },
+    |builder| {
+        builder.setup_clamp();
+    },
+];
+
 /// Tries the better ways of running a ring first; only EINVAL says that the kernel does not know one.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
-    let ways: [fn(&mut io_uring::Builder); 3] = [
-        |builder| {
-            builder.setup_clamp().setup_single_issuer().setup_defer_taskrun();
-        },
-        |builder| {
-            builder.setup_clamp().setup_coop_taskrun();
-        },
-        |builder| {
-            builder.setup_clamp();
-        },
-    ];
     let mut refused = Errno::INVAL;
-    for way in ways {
-        let mut builder = IoUring::builder();
-        way(&mut builder);
-        match builder.build(entries) {
+    for way in WAYS {
+        match build(way, entries) {
             Ok(ring) => return Ok(ring),
-            Err(error) => refused = errno(&error),
+            Err(errno) => refused = errno,
         }
         if refused != Errno::INVAL {
             break;
         }
     }
     Err(refused)
+}
+
+fn build(way: fn(&mut io_uring::Builder), entries: u32) -> Result<IoUring, Errno> {
+    let mut builder = IoUring::builder();
+    way(&mut builder);
+    builder.build(entries).map_err(|error| errno(&error))
+}
+
+/// Tries, on a ring as the engine's, what the engine would use.
+pub(crate) fn probe() -> Result<probe::IoUring, Errno> {
+    let wake = Wake::new()?;
+    let mut ring = Ring::new(1, &wake)?;
+    let (registrable_bytes, register) = largest_registrable(&mut ring);
+    Ok(probe::IoUring {
+        setup: Ok(()),
+        deferred_task_run: build(WAYS[0], 8).map(drop),
+        buffer_table: ring.buffers,
+        file_table: ring.files.refused.map_or(Ok(()), Err),
+        register,
+        registrable_bytes,
+    })
+}
+
+/// The largest power of two that can be registered at once, and whether that is a whole piece.
+fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
+    if let Err(errno) = ring.buffers {
+        return (0, Err(errno));
+    }
+    // Small pages: of a huge one that is registered in part, all counts.
+    let memory = match StagingMemory::new(probe::REGISTER_BYTES_MAX, Pages::Small) {
+        Ok(memory) => memory,
+        Err(error) => return (0, Err(error.errno)),
+    };
+    let mut told = Ok(());
+    let mut bytes = probe::REGISTER_BYTES_MAX;
+    while bytes >= probe::REGISTER_BYTES_MIN {
+        match ring.update_buffer(0, memory.address().as_ptr(), bytes) {
+            Ok(()) => {
+                // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
+                let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
+                return (bytes as u64, told);
+            }
+            Err(errno) => told = told.and(Err(errno)),
+        }
+        bytes /= 2;
+    }
+    (0, told)
 }
 
 fn errno(error: &std::io::Error) -> Errno {

@@ -24,5 +24,6 @@ mod wake;
 
 pub(crate) use driver::{Failure, FileSpec, LoadId, LoadSpec, Times};
 pub(crate) use kernel::Buffer;
+pub(crate) use linux::probe;
 pub(crate) use staging::StagingBudget;
 pub(crate) use thread::{Events, RingThread};

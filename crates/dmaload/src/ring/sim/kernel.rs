@@ -55,6 +55,8 @@ pub(super) struct Faults {
     pub(super) register_per_mille: u64,
     pub(super) short_per_mille: u64,
     pub(super) interrupted_per_mille: u64,
+    /// So many of 1000 reads fail because another one of the file, in flight too, is taken to hit a bad block.
+    pub(super) collateral_per_mille: u64,
     pub(super) breaks_per_mille: u64,
     pub(super) buffer_slots: u16,
     /// Neither registration nor direct reads can pin the heap's memory.
@@ -71,6 +73,7 @@ impl Faults {
             register_per_mille: 0,
             short_per_mille: 0,
             interrupted_per_mille: 0,
+            collateral_per_mille: 0,
             breaks_per_mille: 0,
             buffer_slots: 16,
             unpinnable: false,
@@ -339,6 +342,10 @@ impl SimKernel {
             && wanted.start < bad.end
         {
             return Err(*errno);
+        }
+        let neighbour = |job: &InFlight| matches!(&job.job, Job::Read(other, _) if other.number == file.number);
+        if self.in_flight.iter().any(neighbour) && self.random.chance(self.faults.collateral_per_mille) {
+            return Err(Errno::IO);
         }
         let there = file.bytes.min(wanted.end).saturating_sub(wanted.start);
         let short = there > 0 && self.random.chance(self.faults.short_per_mille);

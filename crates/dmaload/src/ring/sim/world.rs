@@ -12,7 +12,7 @@ use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKe
 use crate::plan::{Layout, Piece, Plan, Shape};
 use crate::ring::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
-use crate::route::Route;
+use crate::route::{Attempt, Route};
 use crate::schedule::{Job, Scheduler};
 
 struct SimLoad {
@@ -29,6 +29,9 @@ struct SimLoad {
     gone: bool,
     /// The lowest route that a fallback was told to.
     told: Route,
+    /// What was told to be refused.
+    refused: Vec<Attempt>,
+    bounced: bool,
 }
 
 impl SimLoad {
@@ -134,6 +137,7 @@ impl World {
             register_per_mille: *random.pick(&[1000, 300]),
             short_per_mille: *random.pick(&[0, 0, 50, 400]),
             interrupted_per_mille: *random.pick(&[0, 0, 100, 300]),
+            collateral_per_mille: *random.pick(&[0, 0, 0, 100]),
             breaks_per_mille: if !calm && random.chance(50) { 20 } else { 0 },
             buffer_slots: *random.pick(&[1, 2, 16]),
             unpinnable: !calm && random.chance(250),
@@ -194,6 +198,8 @@ impl World {
             failure: None,
             gone: false,
             told: start,
+            refused: Vec::new(),
+            bounced: false,
         };
         self.loads.insert(id, load);
         self.scheduler.submit(id);
@@ -325,6 +331,7 @@ impl World {
                     assert!(!load.gone && load.failure.is_none() && !load.abandoned, "a piece of a load that is over");
                     assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
                     assert!(route <= load.told, "a piece went by {route}, but only a step to {} was told", load.told);
+                    load.bounced |= route == Route::Bounce;
                     check_bytes(load, number, buffer.contents());
                     drop(buffer);
                 }
@@ -333,6 +340,8 @@ impl World {
                     assert!(!load.strict, "a strict load steps down");
                     assert!(fallback.from < fallback.to);
                     load.told = load.told.max(fallback.to);
+                    load.refused.push(fallback.attempt);
+                    assert!(fallback.errno != Errno::FAULT || fallback.file_index.is_none(), "memory is no file's: {fallback:?}");
                 }
                 Output::Failed { load: id, failure } => {
                     let load = self.loads.get_mut(&id).unwrap();
@@ -359,6 +368,7 @@ impl World {
                 None => {
                     assert!(complete, "{id:?} is gone without a failure, and not complete");
                     assert!(!load.must_fail(), "{id:?} must fail and did not");
+                    self.check_staging_was_told(load);
                 }
                 Some(failure) => {
                     assert!(!complete, "{id:?} failed after it was complete");
@@ -372,6 +382,19 @@ impl World {
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits are back");
         drop(memory);
         assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
+    }
+
+    /// What keeps reads into staging from the best way is told, too.
+    fn check_staging_was_told(&self, load: &SimLoad) {
+        if !load.bounced || self.broken {
+            return;
+        }
+        let Faults { ring, register, register_per_mille, buffer_slots, .. } = self.faults;
+        if ring.is_some() && load.staged_by() < Route::PreadDirect {
+            assert!(load.refused.contains(&Attempt::SetUpRing), "staging without a ring was not told");
+        } else if register.is_some() && register_per_mille == 1000 && buffer_slots > 1 && load.staged_by() < Route::UringDirect {
+            assert!(load.refused.contains(&Attempt::RegisterStaging), "staging that was not registered was not told");
+        }
     }
 
     /// A failure tells what really is wrong, and where.

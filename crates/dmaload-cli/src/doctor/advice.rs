@@ -1,0 +1,349 @@
+//! What would help most: a ranked list, concluded from the facts.
+//!
+//! The rank is what was measured (2 cores, 1.8 GB/s, 1 GiB): a load through the page cache costs up to twice the time and fills
+//! it, 4 KiB pages nearly twice; four threads that `pread` keep up with io_uring on such a disk, and fall behind on faster
+//! ones; registered memory gains nothing measurable on 2 MiB pages. Dma-bufs make no load faster: they come last.
+
+use std::path::Path;
+
+use dmaload::dmabuf::{HUGE_PAGE_BYTES, Udmabuf, errno::describe};
+use rustix::io::Errno;
+
+use super::cause::Cause;
+use super::facts::Facts;
+use super::system::SHMEM_ENABLED;
+use super::trial::{DMA_HEAP, HeapTrial, Loaded};
+use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
+use crate::summary::bytes;
+
+/// So many are shown.
+pub(crate) const SHOWN: usize = 3;
+/// The default window, and as much again for everything else.
+const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
+/// A model that is no toy.
+const MODEL_BYTES: u64 = 1 << 30;
+
+/// One change of the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Advice {
+    /// What to change.
+    pub(crate) change: String,
+    /// How.
+    pub(crate) command: String,
+    /// What that gains.
+    pub(crate) gain: String,
+}
+
+impl Advice {
+    fn new(change: impl Into<String>, command: impl Into<String>, gain: impl Into<String>) -> Self {
+        Advice { change: change.into(), command: command.into(), gain: gain.into() }
+    }
+}
+
+/// All that would help, most gain first.
+pub(crate) fn ranked(facts: &Facts) -> Vec<Advice> {
+    let rules = [memory, direct, pages, ring, registering, permission, device, size_limit, bug];
+    rules.into_iter().filter_map(|rule| rule(facts)).collect()
+}
+
+fn memory(facts: &Facts) -> Option<Advice> {
+    let memory = facts.memory.as_ref()?;
+    let change = match too_large(facts) {
+        Some((wanted, _)) => format!("free {} of memory, or raise the limit ({})", bytes(wanted - memory.bytes), memory.limit),
+        None if memory.bytes < LITTLE_MEMORY_BYTES => {
+            format!("free memory: only {} are available ({})", bytes(memory.bytes), memory.limit)
+        }
+        None => return None,
+    };
+    let command = match memory.limit.split_once(" is ") {
+        Some((file, _)) if file.starts_with('/') => format!("echo {} > {file}", MODEL_BYTES.max(2 * needed(facts))),
+        _ => "ps -eo rss,comm --sort=-rss | head".to_owned(),
+    };
+    Some(Advice::new(change, command, "a load that works: what does not fit is refused before it wakes the OOM killer"))
+}
+
+fn needed(facts: &Facts) -> u64 {
+    path_file(facts).map_or(0, |file| file.bytes)
+}
+
+fn direct(facts: &Facts) -> Option<Advice> {
+    let errno = direct_refused(facts)?;
+    let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
+    let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
+    Some(Advice::new(
+        format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} answers {}", describe(errno)),
+        "findmnt -t ext4,xfs,btrfs -o TARGET,FSTYPE,AVAIL",
+        "up to half the time: no page cache, no copy, and nothing else is pushed out of memory",
+    ))
+}
+
+/// The default heap's load.
+fn loaded(facts: &Facts) -> Option<&Loaded> {
+    facts.trial.heap("memfd")?.outcome.as_ref().ok()
+}
+
+fn has_small_pages(facts: &Facts) -> bool {
+    loaded(facts).and_then(|loaded| loaded.page_bytes).is_some_and(|bytes| bytes < HUGE_PAGE_BYTES as u64)
+}
+
+fn pages(facts: &Facts) -> Option<Advice> {
+    if !has_small_pages(facts) {
+        return None;
+    }
+    let (change, command) = match facts.huge_pages.shmem_enabled.as_deref() {
+        _ if facts.huge_pages.denied_to_process => (
+            "start dmaload from a process that has huge pages (PR_SET_THP_DISABLE is set)".to_owned(),
+            "grep THP_enabled /proc/$PPID/status".to_owned(),
+        ),
+        None => ("boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE".to_owned(), "uname -r".to_owned()),
+        Some("never" | "deny") => ("switch on 2 MiB pages for memory files".to_owned(), format!("echo advise > {SHMEM_ENABLED}")),
+        Some(_) => (
+            "make room for 2 MiB pages: free memory is in small pieces".to_owned(),
+            "echo 1 > /proc/sys/vm/compact_memory".to_owned(),
+        ),
+    };
+    Some(Advice::new(change, command, "about half the time: 512 times fewer pages to allocate, to clear and to pin"))
+}
+
+const CALLS: &str = "io_uring_setup, io_uring_enter and io_uring_register";
+
+fn ring(facts: &Facts) -> Option<Advice> {
+    facts.io_uring.setup.err()?;
+    let gain = "32 reads in flight from one thread instead of 4 threads: more on fast disks, less CPU";
+    let (change, command) = allowing(facts.cause.as_ref());
+    Some(Advice::new(change, command, gain))
+}
+
+/// How io_uring is allowed again.
+fn allowing(cause: Option<&Cause>) -> (String, String) {
+    match cause {
+        Some(Cause::Sysctl(1)) => {
+            ("allow io_uring to this user's group".to_owned(), "sysctl -w kernel.io_uring_group=$(id -g)".to_owned())
+        }
+        Some(Cause::Sysctl(_)) => ("allow io_uring".to_owned(), "sysctl -w kernel.io_uring_disabled=0".to_owned()),
+        Some(Cause::Seccomp) => (
+            format!("allow {CALLS} in the container's seccomp profile"),
+            "docker run --security-opt seccomp=PROFILE.json …".to_owned(),
+        ),
+        Some(Cause::Lsm(name)) => {
+            let command = match name.as_deref() {
+                Some("selinux") => "ausearch -m AVC -ts recent | audit2allow -M io_uring && semodule -i io_uring.pp",
+                Some("apparmor") => "journalctl -k -g apparmor=.DENIED",
+                _ => "journalctl -k -g denied",
+            };
+            let name = name.as_deref().unwrap_or("the security module");
+            (format!("allow io_uring in the policy of {name}"), command.to_owned())
+        }
+        Some(Cause::Kernel) => ("boot a kernel with CONFIG_IO_URING (Linux 5.6)".to_owned(), "uname -r".to_owned()),
+        Some(Cause::Memlock) => ("raise the limit of locked memory".to_owned(), "ulimit -l unlimited".to_owned()),
+        Some(Cause::Unknown) | None => (
+            format!("find out who refuses {CALLS}"),
+            "strace -fe io_uring_setup,io_uring_enter,io_uring_register dmaload doctor".to_owned(),
+        ),
+    }
+}
+
+fn registering(facts: &Facts) -> Option<Advice> {
+    if facts.io_uring.setup.is_err() || direct_refused(facts).is_some() || memlock_suffices(facts) {
+        return None;
+    }
+    let gain = if has_small_pages(facts) {
+        "the route uring-fixed-direct: pages are pinned once a piece, not once a read"
+    } else {
+        "little on 2 MiB pages: the route uring-fixed-direct instead of uring-direct"
+    };
+    let (change, command) = match facts.io_uring.register {
+        Ok(()) | Err(Errno::NOMEM) => (
+            "raise the limit of locked memory (services: LimitMEMLOCK=infinity; or setcap cap_ipc_lock+ep)".to_owned(),
+            "ulimit -l unlimited".to_owned(),
+        ),
+        Err(Errno::INVAL) => ("boot a kernel with sparse buffer tables (Linux 5.19)".to_owned(), "uname -r".to_owned()),
+        Err(_) => allowing(facts.cause.as_ref()),
+    };
+    Some(Advice::new(change, command, gain))
+}
+
+fn heap<'a>(facts: &'a Facts, name: &str) -> Option<&'a HeapTrial> {
+    facts.trial.heap(name)
+}
+
+/// Devices that are there and can't be opened, where no other gives dma-bufs as well.
+fn permission(facts: &Facts) -> Option<Advice> {
+    if heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok()) {
+        return None;
+    }
+    let refused = facts.trial.heaps.iter().filter_map(|heap| heap.device.as_ref());
+    let (path, errno) = refused
+        .filter(|(_, errno)| matches!(*errno, Errno::ACCESS | Errno::PERM))
+        .min_by_key(|(path, _)| (path.as_path() != Path::new(Udmabuf::PATH), !path.ends_with("system")))?;
+    let path = path.display();
+    Some(Advice::new(
+        format!("give this user the right to {path} ({}; for good: a udev rule)", describe(*errno)),
+        format!("sudo setfacl -m u:$USER:rw {path}"),
+        "load --dma-buf, whose memory drivers import",
+    ))
+}
+
+fn device(facts: &Facts) -> Option<Advice> {
+    let (_, errno) = heap(facts, "udmabuf")?.device.as_ref()?;
+    if !matches!(*errno, Errno::NOENT | Errno::NODEV | Errno::NXIO) {
+        return None;
+    }
+    let others = facts.trial.heaps.iter().any(|heap| heap.name.starts_with(DMA_HEAP) && heap.outcome.is_ok());
+    let gain =
+        if others { "load --dma-buf without a copy" } else { "load --dma-buf, whose memory drivers import, without a copy" };
+    let change = "load the module udmabuf (a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS)";
+    Some(Advice::new(change, "sudo modprobe udmabuf", gain))
+}
+
+fn size_limit(facts: &Facts) -> Option<Advice> {
+    let limit = heap(facts, "udmabuf").filter(|heap| heap.outcome.is_ok())?.limit_bytes?;
+    let wanted = path_file(facts).map_or(MODEL_BYTES, |file| file.bytes);
+    (limit < wanted).then(|| {
+        Advice::new(
+            format!("let a udmabuf be larger than {}", bytes(limit)),
+            format!("echo {} > {}/size_limit_mb", wanted.div_ceil(1 << 20), Udmabuf::PARAMETERS),
+            "load --dma-buf --layout single, the whole file in one dma-buf",
+        )
+    })
+}
+
+fn bug(facts: &Facts) -> Option<Advice> {
+    let usable = heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok());
+    (usable && facts.udmabuf_bug).then(|| {
+        Advice::new(
+            "boot Linux 6.16 or newer: 6.11 to 6.15 show drivers wrong bytes in a udmabuf on 2 MiB pages",
+            "uname -r",
+            "load --dma-buf on 2 MiB pages, about half the time of allocating and reading",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use dmaload::probe::{File, IoUring, MemoryAvailable};
+    use dmaload::{Attempt, Route};
+
+    use super::*;
+    use crate::doctor::facts::PathFacts;
+    use crate::doctor::trial::Step;
+
+    type Change = fn(&mut Facts);
+
+    fn after(changes: &[Change]) -> Vec<Advice> {
+        let mut facts = Facts::best();
+        changes.iter().for_each(|change| change(&mut facts));
+        ranked(&facts)
+    }
+
+    fn memfd(facts: &mut Facts) -> &mut Loaded {
+        facts.trial.heaps[0].outcome.as_mut().unwrap()
+    }
+
+    fn udmabuf(facts: &mut Facts, errno: Errno) {
+        facts.trial.heaps[1].outcome = Err("cannot open".to_owned());
+        facts.trial.heaps[1].device = Some((Udmabuf::PATH.into(), errno));
+    }
+
+    const GIB: u64 = 1 << 30;
+
+    fn path(facts: &mut Facts, bytes: u64, open_direct: Result<(), Errno>) {
+        let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1) };
+        facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file) });
+    }
+
+    const LITTLE: Change = |facts| facts.memory = Some(MemoryAvailable { bytes: 100 << 20, limit: "MemAvailable".to_owned() });
+    const BUFFERED: Change = |facts| path(facts, GIB, Err(Errno::INVAL));
+    const SMALL_PAGES: Change = |facts| memfd(facts).page_bytes = Some(4096);
+    const NO_RING: Change = |facts| {
+        let no = Err(Errno::PERM);
+        facts.io_uring =
+            IoUring { setup: no, deferred_task_run: no, buffer_table: no, file_table: no, register: no, registrable_bytes: 0 };
+        facts.cause = Some(Cause::Sysctl(2));
+    };
+    const SMALL_MEMLOCK: Change = |facts| {
+        facts.memlock.soft_bytes = Some(8 << 20);
+        facts.memlock.cap_ipc_lock = false;
+        facts.io_uring.register = Err(Errno::NOMEM);
+        facts.io_uring.registrable_bytes = 8 << 20;
+    };
+    const NO_RIGHT: Change = |facts| udmabuf(facts, Errno::ACCESS);
+    const NO_DEVICE: Change = |facts| udmabuf(facts, Errno::NOENT);
+    const SMALL_UDMABUFS: Change = |facts| facts.trial.heaps[1].limit_bytes = Some(64 << 20);
+    const BUG: Change = |facts| facts.udmabuf_bug = true;
+
+    #[test]
+    fn each_lack_has_its_own_advice_and_the_best_machine_none() {
+        assert_eq!(after(&[]), []);
+        for (change, command) in [
+            (LITTLE, "ps -eo rss"),
+            (BUFFERED, "findmnt"),
+            (SMALL_PAGES, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+            (NO_RING, "sysctl -w kernel.io_uring_disabled=0"),
+            (SMALL_MEMLOCK, "ulimit -l unlimited"),
+            (NO_RIGHT, "sudo setfacl -m u:$USER:rw /dev/udmabuf"),
+            (NO_DEVICE, "sudo modprobe udmabuf"),
+            (SMALL_UDMABUFS, "echo 1024 > /sys/module/udmabuf/parameters/size_limit_mb"),
+            (BUG, "uname -r"),
+        ] {
+            let advice = after(&[change]);
+            assert_eq!(advice.len(), 1, "{command}: {advice:#?}");
+            assert!(advice[0].command.contains(command), "{command}: {advice:#?}");
+        }
+    }
+
+    #[test]
+    fn the_most_gain_comes_first() {
+        let commands = |advice: Vec<Advice>| advice.into_iter().map(|advice| advice.command).collect::<Vec<_>>();
+        let all = commands(after(&[BUFFERED, LITTLE, SMALL_PAGES, NO_RING, NO_DEVICE, SMALL_MEMLOCK]));
+        let order = ["ps ", "findmnt", "echo advise", "sysctl", "sudo modprobe"];
+        // With no direct reads, registered memory gains nothing.
+        assert_eq!(all.len(), order.len(), "{all:#?}");
+        assert!(all.iter().zip(order).all(|(command, start)| command.starts_with(start)), "{all:#?}");
+        let others = commands(after(&[SMALL_UDMABUFS, BUG, SMALL_MEMLOCK]));
+        assert_eq!(others[0], "ulimit -l unlimited");
+        assert_eq!(others.len(), 3, "{others:#?}");
+    }
+
+    #[test]
+    fn a_small_limit_of_locked_memory_matters_little_on_huge_pages() {
+        assert!(after(&[SMALL_MEMLOCK])[0].gain.starts_with("little"));
+        let both = after(&[SMALL_PAGES, SMALL_MEMLOCK]);
+        assert!(!both[1].gain.contains("little"), "{both:#?}");
+        // A file that fits under the limit is not held back by it.
+        assert_eq!(after(&[SMALL_MEMLOCK, |facts| path(facts, 4 << 20, Ok(()))]), []);
+    }
+
+    #[test]
+    fn a_refused_registration_is_none_of_the_limit() {
+        let advice = after(&[|facts| {
+            facts.io_uring.register = Err(Errno::PERM);
+            facts.io_uring.registrable_bytes = 0;
+            facts.cause = Some(Cause::Seccomp);
+        }]);
+        assert!(advice[0].change.contains("seccomp"), "{advice:#?}");
+    }
+
+    #[test]
+    fn huge_pages_that_are_on_already_need_room() {
+        let advice = after(&[SMALL_PAGES, |facts| facts.huge_pages.shmem_enabled = Some("advise".to_owned())]);
+        assert!(advice[0].command.contains("compact_memory"), "{advice:#?}");
+        let advice = after(&[SMALL_PAGES, |facts| facts.huge_pages.denied_to_process = true]);
+        assert!(advice[0].change.contains("PR_SET_THP_DISABLE"), "{advice:#?}");
+    }
+
+    #[test]
+    fn a_file_that_does_not_fit_comes_before_everything() {
+        let advice = after(&[SMALL_PAGES, |facts| path(facts, 1 << 50, Ok(()))]);
+        assert!(advice[0].change.starts_with("free "), "{advice:#?}");
+    }
+
+    #[test]
+    fn without_a_path_the_small_files_refusal_counts() {
+        let advice = after(&[|facts| {
+            let (from, to, reason) = (Route::UringFixedDirect, Route::Buffered, String::new());
+            memfd(facts).steps = vec![Step { from, to, attempt: Attempt::OpenDirect, reason, errno: Errno::INVAL }];
+        }]);
+        assert!(advice[0].change.contains("EINVAL"), "{advice:#?}");
+    }
+}

@@ -1,0 +1,120 @@
+//! Who refuses io_uring: from the errno, and what could have answered so.
+
+use std::fmt;
+
+use rustix::io::Errno;
+
+/// What bears on a refusal.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Circumstances {
+    /// `kernel.io_uring_disabled`: 0 allowed, 1 for the privileged and a group, 2 for nobody; `None` before Linux 6.6.
+    pub(crate) sysctl: Option<u32>,
+    /// Whether 1 allows it to this process: by CAP_SYS_ADMIN, or as a member of `kernel.io_uring_group`.
+    pub(crate) privileged: bool,
+    /// Whether a seccomp filter watches this process.
+    pub(crate) seccomp: bool,
+    /// The security modules, where they are told.
+    pub(crate) lsms: Vec<String>,
+}
+
+/// Who refuses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The sysctl, of this value.
+    Sysctl(u32),
+    /// A seccomp filter.
+    Seccomp,
+    /// A security module, by its name where that is known.
+    Lsm(Option<String>),
+    /// The kernel has none.
+    Kernel,
+    /// The limit of locked memory.
+    Memlock,
+    /// Nobody that could be found.
+    Unknown,
+}
+
+/// Security modules that decide by a policy, and so can refuse io_uring.
+const POLICIES: [&str; 5] = ["selinux", "apparmor", "smack", "tomoyo", "bpf"];
+
+pub(crate) fn of(errno: Errno, around: &Circumstances) -> Cause {
+    let policy = around.lsms.iter().find(|lsm| POLICIES.contains(&lsm.as_str())).cloned();
+    match (errno, around.sysctl) {
+        (Errno::PERM, Some(value @ 2..)) => Cause::Sysctl(value),
+        (Errno::PERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
+        (Errno::PERM | Errno::NOSYS, _) if around.seccomp => Cause::Seccomp,
+        // A filter may answer with any errno; a security module is the likelier one where there is one.
+        (Errno::ACCESS, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
+        (Errno::ACCESS, _) => Cause::Lsm(policy),
+        (Errno::NOSYS, _) => Cause::Kernel,
+        (Errno::NOMEM, _) => Cause::Memlock,
+        _ => Cause::Unknown,
+    }
+}
+
+impl Cause {
+    /// For programs.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Cause::Sysctl(_) => "sysctl",
+            Cause::Seccomp => "seccomp",
+            Cause::Lsm(_) => "lsm",
+            Cause::Kernel => "kernel",
+            Cause::Memlock => "memlock",
+            Cause::Unknown => "unknown",
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::Sysctl(value) => write!(f, "the sysctl kernel.io_uring_disabled={value}"),
+            Cause::Seccomp => f.write_str("a seccomp filter (a container's profile)"),
+            Cause::Lsm(Some(name)) => write!(f, "the security module {name}"),
+            Cause::Lsm(None) => f.write_str("a security module"),
+            Cause::Kernel => f.write_str("the kernel, which has none (CONFIG_IO_URING)"),
+            Cause::Memlock => f.write_str("the limit of locked memory"),
+            Cause::Unknown => f.write_str("something that left no trace"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_refuses_is_told_by_errno_and_circumstances() {
+        let free = Circumstances::default();
+        let sysctl = |value, privileged| Circumstances { sysctl: Some(value), privileged, ..Circumstances::default() };
+        let filtered = Circumstances { seccomp: true, ..sysctl(0, true) };
+        let guarded = |seccomp| Circumstances {
+            seccomp,
+            lsms: ["lockdown", "capability", "landlock", "selinux"].map(str::to_owned).to_vec(),
+            ..Circumstances::default()
+        };
+        let selinux = Cause::Lsm(Some("selinux".to_owned()));
+        for (errno, around, expected) in [
+            (Errno::PERM, sysctl(2, true), Cause::Sysctl(2)),
+            (Errno::PERM, sysctl(2, false), Cause::Sysctl(2)),
+            (Errno::PERM, sysctl(1, false), Cause::Sysctl(1)),
+            // With the right to it, 1 refuses nothing.
+            (Errno::PERM, sysctl(1, true), Cause::Unknown),
+            (Errno::PERM, Circumstances { seccomp: true, ..sysctl(1, true) }, Cause::Seccomp),
+            (Errno::PERM, filtered.clone(), Cause::Seccomp),
+            (Errno::PERM, sysctl(0, false), Cause::Unknown),
+            (Errno::PERM, free.clone(), Cause::Unknown),
+            (Errno::NOSYS, filtered.clone(), Cause::Seccomp),
+            (Errno::NOSYS, free.clone(), Cause::Kernel),
+            (Errno::ACCESS, guarded(false), selinux.clone()),
+            (Errno::ACCESS, guarded(true), selinux),
+            (Errno::ACCESS, free.clone(), Cause::Lsm(None)),
+            (Errno::ACCESS, filtered.clone(), Cause::Seccomp),
+            (Errno::NOMEM, filtered, Cause::Memlock),
+            (Errno::MFILE, free, Cause::Unknown),
+        ] {
+            assert_eq!(of(errno, &around), expected, "{errno:?} {around:?}");
+        }
+    }
+}

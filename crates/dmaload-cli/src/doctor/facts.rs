@@ -1,0 +1,150 @@
+//! What was found out, as plain data.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use dmaload::dmabuf::{Pages, Udmabuf};
+use dmaload::{Error, heap, probe};
+use rustix::io::Errno;
+
+use super::cause::{self, Cause};
+use super::mounts::{self, Mount};
+use super::system::{self, HugePages, Memlock, Status};
+use super::trial::Trial;
+
+/// All that is told or concluded from.
+#[derive(Debug, Clone)]
+pub(crate) struct Facts {
+    pub(crate) kernel: String,
+    pub(crate) io_uring: probe::IoUring,
+    /// Who refuses it, where it is refused: setting it up, or else registering with it.
+    pub(crate) cause: Option<Cause>,
+    pub(crate) memlock: Memlock,
+    pub(crate) memory: Option<probe::MemoryAvailable>,
+    pub(crate) huge_pages: HugePages,
+    pub(crate) path: Option<PathFacts>,
+    pub(crate) trial: Trial,
+    pub(crate) dma_buf: DmaBuf,
+    /// Whether udmabufs have small pages only, by a bug of this kernel.
+    pub(crate) udmabuf_bug: bool,
+}
+
+/// The path that was asked about.
+#[derive(Debug, Clone)]
+pub(crate) struct PathFacts {
+    pub(crate) path: PathBuf,
+    pub(crate) mount: Option<Mount>,
+    /// The file; `None` for a folder.
+    pub(crate) file: Option<probe::File>,
+}
+
+/// What `--dma-buf` would choose.
+#[derive(Debug, Clone)]
+pub(crate) struct DmaBuf {
+    pub(crate) heap: Option<String>,
+    /// Why that one, or what is missing.
+    pub(crate) reason: String,
+}
+
+impl Facts {
+    /// # Errors
+    /// Where there is a path, and it can't be opened.
+    pub(crate) fn gather(path: Option<&Path>) -> Result<Self> {
+        let path = path.map(PathFacts::gather).transpose()?;
+        let status = Status::read();
+        // Before the loads: the limit of locked memory counts what a ring that was just closed has not given back yet.
+        let io_uring = probe::io_uring();
+        let refused = [io_uring.setup, io_uring.buffer_table].into_iter().find_map(Result::err);
+        let trial = Trial::run(path.as_ref().map(PathFacts::folder));
+        Ok(Facts {
+            kernel: system::kernel(),
+            io_uring,
+            cause: refused.map(|errno| cause::of(errno, &status.circumstances())),
+            memlock: status.memlock(),
+            memory: probe::memory_available(),
+            huge_pages: status.huge_pages(),
+            dma_buf: DmaBuf::gather(),
+            udmabuf_bug: Udmabuf::huge_pages_show_wrong_bytes(),
+            path,
+            trial,
+        })
+    }
+}
+
+impl PathFacts {
+    fn gather(path: &Path) -> Result<Self> {
+        let failed = |operation| {
+            move |error: std::io::Error| Error::File {
+                path: path.to_owned(),
+                operation,
+                errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+            }
+        };
+        let metadata = fs::metadata(path).map_err(failed("open"))?;
+        let file = if metadata.is_dir() { None } else { Some(probe::file(path)?) };
+        let real = fs::canonicalize(path).map_err(failed("open"))?;
+        let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
+        let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
+        let mount = mounts::find(&String::from_utf8_lossy(&mountinfo), &real, device);
+        Ok(PathFacts { path: path.to_owned(), mount, file })
+    }
+
+    /// Where a file beside it would be.
+    fn folder(&self) -> &Path {
+        match (&self.file, self.path.parent()) {
+            (None, _) => &self.path,
+            (Some(_), Some(folder)) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        }
+    }
+}
+
+impl DmaBuf {
+    fn gather() -> Self {
+        match heap::for_dma_buf(Pages::Auto) {
+            Ok((heap, reason)) => DmaBuf { heap: Some(heap.name().into_owned()), reason },
+            Err(error) => DmaBuf { heap: None, reason: error.to_string() },
+        }
+    }
+}
+
+#[cfg(test)]
+impl Facts {
+    /// A machine that lacks nothing.
+    pub(crate) fn best() -> Self {
+        use super::trial::{HeapTrial, Loaded};
+        let heap = |name: &str| HeapTrial {
+            name: name.to_owned(),
+            outcome: Ok(Loaded {
+                route: dmaload::Route::UringFixedDirect,
+                page_bytes: Some(2 << 20),
+                pages_refused: None,
+                steps: Vec::new(),
+            }),
+            device: None,
+            limit_bytes: None,
+            limit_parts: None,
+        };
+        Facts {
+            kernel: "Linux".to_owned(),
+            io_uring: probe::IoUring {
+                setup: Ok(()),
+                deferred_task_run: Ok(()),
+                buffer_table: Ok(()),
+                file_table: Ok(()),
+                register: Ok(()),
+                registrable_bytes: 16 << 20,
+            },
+            cause: None,
+            memlock: Memlock { soft_bytes: Some(8 << 20), hard_bytes: Some(8 << 20), cap_ipc_lock: true },
+            memory: Some(probe::MemoryAvailable { bytes: 1 << 40, limit: "MemAvailable".to_owned() }),
+            huge_pages: HugePages { shmem_enabled: Some("never".to_owned()), ..HugePages::default() },
+            path: None,
+            trial: Trial { folder: Ok("/tmp".into()), elsewhere: None, file: None, heaps: vec![heap("memfd"), heap("udmabuf")] },
+            dma_buf: DmaBuf { heap: Some("udmabuf".to_owned()), reason: "udmabuf".to_owned() },
+            udmabuf_bug: false,
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! `dmaload doctor`: what loads get here, and what would help most.
+//!
+//! ```text
+//!   system   files of /proc and /sys ─┐
+//!   mounts   which file system        ├─► facts ─┬─► verdict   what a load would do (pure)
+//!   trial    real loads of a file    ─┘          └─► advice    what would help most (pure)
+//!   cause    who refuses io_uring (pure)                 └───► screen, json
+//! ```
+//!
+//! What can be tried is tried, with the engine itself; files of the system are read only to tell why something was refused.
+
+mod advice;
+mod cause;
+mod facts;
+mod json;
+mod mounts;
+mod screen;
+mod system;
+mod trial;
+mod verdict;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::args;
+use facts::Facts;
+
+pub(crate) fn run(arguments: &args::Doctor) -> Result<ExitCode> {
+    let facts = Facts::gather(arguments.path.as_deref())?;
+    let mut stdout = std::io::stdout().lock();
+    if arguments.json {
+        writeln!(stdout, "{:#}", json::object(&facts))?;
+    } else {
+        write!(stdout, "{}", screen::screen(&facts))?;
+    }
+    stdout.flush()?;
+    Ok(if verdict::load(&facts).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,219 @@
+//! The facts for people: one screen.
+
+use std::fmt;
+
+use dmaload::dmabuf::errno::describe;
+use dmaload::probe::IoUring;
+
+use super::advice::{self, Advice};
+use super::facts::{Facts, PathFacts};
+use super::system::{HugePages, Memlock};
+use super::trial::{HeapTrial, Loaded};
+use super::verdict::{self, Expected};
+use crate::summary::{Pairs, bytes};
+
+const WIDTH: usize = 80;
+/// The longest name of a row, and the gap.
+const INDENT: usize = 14;
+
+pub(crate) fn screen(facts: &Facts) -> String {
+    let mut rows = Rows(Pairs::new());
+    rows.add("kernel", &facts.kernel);
+    rows.add("io_uring", &io_uring(facts));
+    rows.add("memlock", &memlock(&facts.memlock, &facts.io_uring));
+    let memory = facts.memory.as_ref();
+    rows.add(
+        "memory",
+        &memory.map_or("unknown".to_owned(), |memory| format!("{} available ({})", size(memory.bytes), memory.limit)),
+    );
+    rows.add("huge pages", &huge_pages(facts));
+    if let Some(path) = &facts.path {
+        rows.add("path", &about(path));
+    }
+    rows.add("tried in", &tried(facts));
+    for heap in &facts.trial.heaps {
+        rows.add(&format!("  {}", heap.name), &heap_line(heap));
+    }
+    rows.add("load", &verdict_line(verdict::load(facts)));
+    rows.add("  --dma-buf", &dma_buf_line(facts));
+    let advice = advice::ranked(facts);
+    if advice.is_empty() {
+        rows.add("would help", "nothing: this is as good as it gets");
+    }
+    let shown = advice.iter().take(advice::SHOWN).enumerate();
+    format!("{}{}", rows.0, shown.map(|(index, advice)| Numbered(index + 1, advice).to_string()).collect::<String>())
+}
+
+/// Limits and pages are round numbers: `2 MiB`.
+fn size(count: u64) -> String {
+    bytes(count).replace(".00 ", " ").replace(".0 ", " ")
+}
+
+/// Pairs whose values go on in lines of their own.
+struct Rows(Pairs);
+
+impl Rows {
+    fn add(&mut self, what: &str, value: &str) {
+        let mut what = format!("{what:INDENT$}", INDENT = INDENT - 2);
+        for line in wrapped(value, WIDTH - INDENT) {
+            self.0 = std::mem::take(&mut self.0).with(std::mem::take(&mut what), line);
+        }
+    }
+}
+
+/// Lines of at most so many characters, broken at blanks; a longer word has a line of its own.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let Some(line) = lines.last_mut() else { continue };
+        if line.is_empty() {
+            line.push_str(word);
+        } else if line.chars().count() + 1 + word.chars().count() <= width {
+            line.push(' ');
+            line.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    lines
+}
+
+/// A change with its command, which is never broken: it is to be copied.
+struct Numbered<'a>(usize, &'a Advice);
+
+impl fmt::Display for Numbered<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Numbered(number, advice) = self;
+        if *number == 1 {
+            writeln!(f, "\nwould help most")?;
+        }
+        for (index, line) in wrapped(&advice.change, WIDTH - 5).iter().enumerate() {
+            if index == 0 { writeln!(f, "  {number}. {line}")? } else { writeln!(f, "     {line}")? }
+        }
+        writeln!(f, "       {}", advice.command)?;
+        wrapped(&format!("gains: {}", advice.gain), WIDTH - 5).iter().try_for_each(|line| writeln!(f, "     {line}"))
+    }
+}
+
+fn io_uring(facts: &Facts) -> String {
+    let found = &facts.io_uring;
+    let by = facts.cause.as_ref().map(|cause| format!(", by {cause}")).unwrap_or_default();
+    if let Err(errno) = found.setup {
+        return format!("refused: {}{by}", describe(errno));
+    }
+    let features = [
+        ("SINGLE_ISSUER+DEFER_TASKRUN", found.deferred_task_run),
+        ("buffer table", found.buffer_table),
+        ("file table", found.file_table),
+    ];
+    let had: Vec<_> = features.iter().filter(|(_, tried)| tried.is_ok()).map(|(name, _)| *name).collect();
+    let refused = features.iter().filter_map(|(name, tried)| Some(format!("; {name} refused: {}", describe(tried.err()?))));
+    let by = if found.buffer_table.is_err() { by } else { String::new() };
+    let had = if had.is_empty() { String::new() } else { format!(" with {}", had.join(", ")) };
+    format!("works{had}{}{by}", refused.collect::<String>())
+}
+
+fn memlock(limit: &Memlock, ring: &IoUring) -> String {
+    let told = |limit: Option<u64>| limit.map_or("unlimited".to_owned(), size);
+    let capability = if limit.cap_ipc_lock { "but CAP_IPC_LOCK lifts it" } else { "no CAP_IPC_LOCK" };
+    let registrable = match (ring.setup, ring.register, ring.registrable_bytes) {
+        (Err(_), ..) => String::new(),
+        (_, Ok(()), most) => format!("; {} at once could be registered", size(most)),
+        (_, Err(errno), 0) => format!("; nothing could be registered: {}", describe(errno)),
+        (_, Err(errno), most) => format!("; {} at once could be registered, more: {}", size(most), describe(errno)),
+    };
+    format!("{} (hard limit {}), {capability}{registrable}", told(limit.soft_bytes), told(limit.hard_bytes))
+}
+
+fn huge_pages(facts: &Facts) -> String {
+    let got = match facts.trial.heap("memfd").and_then(|heap| heap.outcome.as_ref().ok()) {
+        Some(Loaded { page_bytes: Some(bytes_each), pages_refused, .. }) => {
+            let refused = pages_refused.map(|errno| format!(" (larger ones: {})", describe(errno))).unwrap_or_default();
+            format!("memfd got {}{refused}", size(*bytes_each))
+        }
+        Some(_) => "unknown: this kernel offers no way to look".to_owned(),
+        None => "not tried".to_owned(),
+    };
+    let HugePages { shmem_enabled, enabled, denied_to_process } = &facts.huge_pages;
+    let set = |value: &Option<String>| value.clone().unwrap_or_else(|| "missing".to_owned());
+    let denied = if *denied_to_process { ", PR_SET_THP_DISABLE" } else { "" };
+    format!("{got}; shmem_enabled={}, enabled={}{denied}", set(shmem_enabled), set(enabled))
+}
+
+fn about(facts: &PathFacts) -> String {
+    let mount = facts.mount.as_ref();
+    let mount = mount.map_or("on an unknown file system".to_owned(), |mount| {
+        format!("on {}, mounted at {}", mount.file_system, mount.point.display())
+    });
+    let what = facts.file.map_or("a folder".to_owned(), |file| size(file.bytes));
+    format!("{}: {what}, {mount}", facts.path.display())
+}
+
+fn first_read(file: &dmaload::probe::File) -> String {
+    match (file.open_direct, file.first_read) {
+        (Ok(()), Ok(_)) => format!("O_DIRECT at {} works", size(file.alignment_bytes)),
+        (Ok(()), Err(errno)) => format!("the first O_DIRECT read fails: {}", describe(errno)),
+        (Err(refused), Ok(_)) => format!("O_DIRECT refused: {}; a cached read works", describe(refused)),
+        (Err(refused), Err(errno)) => format!("O_DIRECT refused: {}; a cached read, too: {}", describe(refused), describe(errno)),
+    }
+}
+
+fn tried(facts: &Facts) -> String {
+    let folder = match &facts.trial.folder {
+        Ok(folder) => format!("{}: 4 MiB written and loaded", folder.display()),
+        Err(reason) => format!("no folder: {reason}"),
+    };
+    // What the path itself says counts more than what the small file said.
+    let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
+    let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
+    let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not beside the path: {reason}")).unwrap_or_default();
+    format!("{folder}{first_read}{elsewhere}")
+}
+
+fn heap_line(heap: &HeapTrial) -> String {
+    let mut limits = heap.limit_bytes.map(|most| format!(", {} a dma-buf at most", size(most))).unwrap_or_default();
+    limits.push_str(&heap.limit_parts.map(|most| format!(", {most} parts")).unwrap_or_default());
+    match &heap.outcome {
+        Err(reason) => format!("no: {reason}"),
+        Ok(loaded) => {
+            let pages = loaded.page_bytes.map(|bytes_each| format!(", {} pages", size(bytes_each))).unwrap_or_default();
+            let steps =
+                loaded.steps.iter().map(|step| format!("; not {}: {}: {}", step.from, describe(step.errno), step.attempt));
+            format!("{}{pages}{limits}{}", loaded.route, steps.collect::<String>())
+        }
+    }
+}
+
+fn verdict_line(verdict: Result<Expected, String>) -> String {
+    match verdict {
+        Ok(Expected { route, page_bytes, because }) => {
+            let pages = page_bytes.map(|bytes_each| format!(", {} pages", size(bytes_each))).unwrap_or_default();
+            let because = because.map(|because| format!(": {because}")).unwrap_or_default();
+            format!("works: memfd by {route}{pages}{because}")
+        }
+        Err(reason) => format!("would fail: {reason}"),
+    }
+}
+
+fn dma_buf_line(facts: &Facts) -> String {
+    match verdict::load_dma_buf(facts) {
+        Ok(Expected { route, .. }) => format!("works, by {route}: {}", facts.dma_buf.reason),
+        Err(reason) => {
+            // The reasons of each heap stand above.
+            let told = if facts.dma_buf.heap.is_none() { "no heap here gives dma-bufs".to_owned() } else { reason };
+            format!("would fail: {told}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_broken_at_blanks_and_long_words_are_whole() {
+        assert_eq!(wrapped("ab cd ef", 5), ["ab cd", "ef"]);
+        assert_eq!(wrapped("a /very/long/path b", 4), ["a", "/very/long/path", "b"]);
+        assert_eq!(wrapped("", 4), [""]);
+    }
+}

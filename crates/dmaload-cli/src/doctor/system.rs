@@ -1,0 +1,116 @@
+//! What files of the system say: why something is refused, and which limits hold. Nothing of it is taken for a feature.
+
+use std::fs::read_to_string;
+
+use rustix::process::{Resource, getegid, getgroups, getrlimit};
+use rustix::system::uname;
+
+use super::cause::Circumstances;
+
+const CAP_IPC_LOCK: u32 = 14;
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// The limit of locked memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Memlock {
+    /// `None` is no limit.
+    pub(crate) soft_bytes: Option<u64>,
+    pub(crate) hard_bytes: Option<u64>,
+    /// With it, no limit holds.
+    pub(crate) cap_ipc_lock: bool,
+}
+
+/// Huge pages, as the system has them set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct HugePages {
+    /// Those of memfds; `None` on kernels without transparent huge pages.
+    pub(crate) shmem_enabled: Option<String>,
+    /// Those of private memory.
+    pub(crate) enabled: Option<String>,
+    /// Whether this process is denied them (`PR_SET_THP_DISABLE`).
+    pub(crate) denied_to_process: bool,
+}
+
+pub(crate) const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+const ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+
+pub(crate) fn kernel() -> String {
+    let about = uname();
+    format!("{} {}", about.sysname().to_string_lossy(), about.release().to_string_lossy())
+}
+
+/// `/proc/self/status`.
+pub(crate) struct Status(String);
+
+impl Status {
+    pub(crate) fn read() -> Self {
+        Status(read_to_string("/proc/self/status").unwrap_or_default())
+    }
+
+    fn field(&self, name: &str) -> Option<&str> {
+        self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+    }
+
+    fn has(&self, capability: u32) -> bool {
+        let set = self.field("CapEff").and_then(|set| u64::from_str_radix(set, 16).ok());
+        set.is_some_and(|set| set >> capability & 1 == 1)
+    }
+
+    pub(crate) fn memlock(&self) -> Memlock {
+        let limit = getrlimit(Resource::Memlock);
+        Memlock { soft_bytes: limit.current, hard_bytes: limit.maximum, cap_ipc_lock: self.has(CAP_IPC_LOCK) }
+    }
+
+    pub(crate) fn huge_pages(&self) -> HugePages {
+        let chosen = |path| read_to_string(path).ok().as_deref().and_then(chosen);
+        HugePages {
+            shmem_enabled: chosen(SHMEM_ENABLED),
+            enabled: chosen(ENABLED),
+            denied_to_process: self.field("THP_enabled") == Some("0"),
+        }
+    }
+
+    pub(crate) fn circumstances(&self) -> Circumstances {
+        let sysctl = |name: &str| read_to_string(format!("/proc/sys/kernel/{name}")).ok();
+        // -1 is no group.
+        let group = sysctl("io_uring_group").and_then(|group| group.trim().parse::<u32>().ok());
+        let is_member =
+            |group| getegid().as_raw() == group || getgroups().is_ok_and(|own| own.iter().any(|own| own.as_raw() == group));
+        let lsms = read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+        Circumstances {
+            sysctl: sysctl("io_uring_disabled").and_then(|value| value.trim().parse().ok()),
+            privileged: self.has(CAP_SYS_ADMIN) || group.is_some_and(is_member),
+            seccomp: self.field("Seccomp").is_some_and(|mode| mode != "0"),
+            lsms: lsms.trim().split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect(),
+        }
+    }
+}
+
+/// The one in brackets of `always [madvise] never`.
+fn chosen(choices: &str) -> Option<String> {
+    let (_, rest) = choices.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_choice_is_the_one_in_brackets() {
+        assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
+        assert_eq!(chosen("always within_size advise [never] deny force").as_deref(), Some("never"));
+        assert_eq!(chosen("none"), None);
+    }
+
+    #[test]
+    fn capabilities_and_filters_are_read_from_the_status() {
+        let status =
+            Status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n".to_owned());
+        assert!(status.has(CAP_IPC_LOCK) && !status.has(CAP_SYS_ADMIN));
+        assert!(status.circumstances().seccomp);
+        assert!(status.huge_pages().denied_to_process);
+        let nothing = Status(String::new());
+        assert!(!nothing.has(CAP_IPC_LOCK) && !nothing.circumstances().seccomp && !nothing.huge_pages().denied_to_process);
+    }
+}

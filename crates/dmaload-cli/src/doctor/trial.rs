@@ -1,0 +1,196 @@
+//! Real loads of a small file of random bytes, one on each heap: what a load gets is what these got.
+
+use std::env;
+use std::fs;
+use std::hash::{BuildHasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use dmaload::dmabuf::{self, Pages, Udmabuf};
+use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::{Attempt, Error, Loader, Route, probe};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
+
+use crate::errors::{self, At};
+use crate::scratch::ScratchFile;
+use crate::{block_on, load};
+
+const BYTES: usize = 4 << 20;
+/// The name of the line that says that there is no dma-heap.
+pub(crate) const DMA_HEAP: &str = "dma-heap";
+
+/// What came of the loads.
+#[derive(Debug, Clone)]
+pub(crate) struct Trial {
+    /// The folder of the file; or why no folder would do.
+    pub(crate) folder: Result<PathBuf, String>,
+    /// Why it is not in the folder that was asked for.
+    pub(crate) elsewhere: Option<String>,
+    /// Its first read, where that could be tried.
+    pub(crate) file: Option<probe::File>,
+    pub(crate) heaps: Vec<HeapTrial>,
+}
+
+/// What came of one heap.
+#[derive(Debug, Clone)]
+pub(crate) struct HeapTrial {
+    pub(crate) name: String,
+    pub(crate) outcome: Result<Loaded, String>,
+    /// The device that could not be opened.
+    pub(crate) device: Option<(PathBuf, Errno)>,
+    /// The most bytes of one dma-buf.
+    pub(crate) limit_bytes: Option<u64>,
+    /// The most memfds that are joined to one dma-buf.
+    pub(crate) limit_parts: Option<u64>,
+}
+
+/// A load that worked, and whose bytes were right.
+#[derive(Debug, Clone)]
+pub(crate) struct Loaded {
+    pub(crate) route: Route,
+    /// `None` where the kernel offers no way to look.
+    pub(crate) page_bytes: Option<u64>,
+    pub(crate) pages_refused: Option<Errno>,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// A step down the ladder.
+#[derive(Debug, Clone)]
+pub(crate) struct Step {
+    pub(crate) from: Route,
+    pub(crate) to: Route,
+    pub(crate) attempt: Attempt,
+    pub(crate) reason: String,
+    pub(crate) errno: Errno,
+}
+
+impl Trial {
+    /// Loads a file in this folder, or, where none can be written there, in another.
+    pub(crate) fn run(wanted: Option<&Path>) -> Self {
+        let content = random_bytes();
+        let mut elsewhere = None;
+        let scratch = wanted.and_then(|folder| match written(folder, &content) {
+            Ok(scratch) => Some(Ok(scratch)),
+            Err(error) => {
+                elsewhere = Some(errors::told(&error));
+                None
+            }
+        });
+        match scratch.unwrap_or_else(|| written_anywhere(&content)) {
+            Ok(scratch) => Trial {
+                folder: Ok(scratch.path().parent().unwrap_or(Path::new("/")).to_owned()),
+                elsewhere,
+                file: probe::file(scratch.path()).ok(),
+                heaps: try_heaps(|heap| load_and_compare(heap, scratch.path(), &content)),
+            },
+            Err(error) => {
+                let reason = errors::told(&error);
+                let heaps = try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written")));
+                Trial { folder: Err(reason), elsewhere, file: None, heaps }
+            }
+        }
+    }
+
+    pub(crate) fn heap(&self, name: &str) -> Option<&HeapTrial> {
+        self.heaps.iter().find(|heap| heap.name == name)
+    }
+}
+
+/// Never the same twice: no cache of any layer below has seen them.
+fn random_bytes() -> Vec<u8> {
+    let seeds = RandomState::new();
+    (0..BYTES / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
+}
+
+fn written(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
+    let folder = fs::canonicalize(folder).at("look at", folder)?;
+    fill(ScratchFile::create_in(&folder, "doctor.bin")?, content)
+}
+
+fn fill(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
+    // Writing beyond it would end the process (SIGXFSZ).
+    let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
+    ensure!(content.len() as u64 <= limit, "the limit of file sizes (ulimit -f) is {limit} bytes");
+    fs::write(scratch.path(), content).at("write to", scratch.path())?;
+    Ok(scratch)
+}
+
+/// On a disk if that can be had.
+fn written_anywhere(content: &[u8]) -> Result<ScratchFile> {
+    match ScratchFile::create(None, "doctor.bin", content.len() as u64) {
+        Ok(scratch) => fill(scratch, content),
+        Err(refused) => written(&env::temp_dir(), content).map_err(|_| refused.into()),
+    }
+}
+
+fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapTrial> {
+    let mut tried = |name: &str, heap: dmaload::Result<Arc<dyn Heap>>| {
+        let device = match &heap {
+            Err(Error::Device(error)) => Some((error.path.clone(), error.errno)),
+            _ => None,
+        };
+        let outcome = heap.map_err(anyhow::Error::new).and_then(&mut load).map_err(|error| errors::told(&error));
+        HeapTrial { name: name.to_owned(), outcome, device, limit_bytes: None, limit_parts: None }
+    };
+    let mut heaps = vec![tried("memfd", Ok(Arc::new(MemfdHeap::default()))), tried("anon", Ok(Arc::new(AnonHeap::default())))];
+    let limits = Udmabuf::limits();
+    let udmabuf = tried(UdmabufHeap::NAME, UdmabufHeap::open(Pages::Auto).map(|heap| Arc::new(heap) as Arc<dyn Heap>));
+    heaps.push(HeapTrial { limit_bytes: limits.size_bytes, limit_parts: limits.list_entries, ..udmabuf });
+    let names = dmabuf::DmaHeap::names();
+    for name in &names {
+        let heap = DmaHeap::open(name).map(|heap| Arc::new(heap) as Arc<dyn Heap>);
+        heaps.push(tried(&format!("{DMA_HEAP}:{name}"), heap));
+    }
+    if names.is_empty() {
+        heaps.push(no_dma_heap());
+    }
+    heaps
+}
+
+fn no_dma_heap() -> HeapTrial {
+    let folder = PathBuf::from(dmabuf::DmaHeap::FOLDER);
+    let (reason, errno) = match fs::read_dir(&folder) {
+        Ok(_) => ("is empty".to_owned(), Errno::NOENT),
+        Err(error) => (errors::Named(&error).to_string(), Errno::from_io_error(&error).unwrap_or(Errno::NOENT)),
+    };
+    HeapTrial {
+        name: DMA_HEAP.to_owned(),
+        outcome: Err(format!("{}: {reason}; a kernel with CONFIG_DMABUF_HEAPS has some", folder.display())),
+        device: Some((folder, errno)),
+        limit_bytes: None,
+        limit_parts: None,
+    }
+}
+
+fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
+    let exports = heap.exports();
+    let loader = Loader::builder().heap(heap).build()?;
+    let image = block_on(load::finish(loader.load(path), true))??;
+    let mut compared = 0;
+    for segment in image.segments() {
+        let bytes = segment.bytes()?;
+        let expected = content.get(compared..compared + bytes.len()).context("more was loaded than was written")?;
+        if let Some(wrong) = bytes.iter().zip(expected).position(|(loaded, written)| loaded != written) {
+            anyhow::bail!("WRONG BYTES were loaded: the first at offset {}", compared + wrong);
+        }
+        ensure!(segment.has_dma_buf() == exports, "a segment has no dma-buf");
+        compared += bytes.len();
+    }
+    ensure!(compared == content.len(), "{compared} bytes were loaded of {}", content.len());
+    let report = image.report();
+    let steps = report.fallbacks.iter().map(|fallback| Step {
+        from: fallback.from,
+        to: fallback.to,
+        attempt: fallback.attempt,
+        reason: fallback.reason(),
+        errno: fallback.errno,
+    });
+    Ok(Loaded {
+        route: report.route,
+        page_bytes: (report.pages.seen_bytes > 0).then(|| report.page_size_bytes() as u64),
+        pages_refused: report.pages_refused,
+        steps: steps.collect(),
+    })
+}

@@ -1,0 +1,143 @@
+//! What a load would do, concluded from the facts.
+
+use dmaload::dmabuf::errno::describe;
+use dmaload::{Attempt, Route, probe};
+use rustix::io::Errno;
+
+use super::facts::Facts;
+use super::trial::Loaded;
+use crate::summary::bytes;
+
+/// The default window: no load registers more at once.
+const REGISTERED_BYTES_MAX: u64 = 128 << 20;
+const PIECE_BYTES: u64 = 16 << 20;
+
+/// A load that would work.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Expected {
+    pub(crate) route: Route,
+    pub(crate) page_bytes: Option<u64>,
+    /// Why the route is another than that of the small file that was loaded.
+    pub(crate) because: Option<String>,
+}
+
+/// What `dmaload load` would do with the path, or else with a large file; or why it would fail.
+pub(crate) fn load(facts: &Facts) -> Result<Expected, String> {
+    on_heap(facts, "memfd")
+}
+
+/// The same for `dmaload load --dma-buf`.
+pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
+    match &facts.dma_buf.heap {
+        Some(heap) => on_heap(facts, heap),
+        None => Err(facts.dma_buf.reason.clone()),
+    }
+}
+
+fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
+    let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
+    let loaded = tried.outcome.as_ref().map_err(|reason| match &facts.trial.folder {
+        Ok(_) => format!("{heap}: {reason}"),
+        Err(reason) => format!("not tried: {reason}"),
+    })?;
+    if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
+        return Err(format!("its first block can't be read: {}", describe(errno)));
+    }
+    if let Some((wanted, memory)) = too_large(facts) {
+        return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
+    }
+    Ok(expected(facts, loaded))
+}
+
+fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
+    let (mut route, mut because) = (loaded.route, None);
+    if let Some(errno) = path_file(facts).and_then(probe::File::direct_refused) {
+        route = Route::Buffered;
+        because = Some(format!("its file system refuses O_DIRECT: {}", describe(errno)));
+    } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
+        route = Route::UringDirect;
+        because = Some("the limit of locked memory is too small for uring-fixed-direct".to_owned());
+    }
+    Expected { route, page_bytes: loaded.page_bytes, because }
+}
+
+/// The file that was asked about.
+pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
+    facts.path.as_ref()?.file.as_ref()
+}
+
+/// How much it needs and how much there is, if the file that was asked about does not fit into memory.
+pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)> {
+    let (wanted, memory) = (path_file(facts)?.bytes, facts.memory.as_ref()?);
+    (wanted > memory.bytes).then_some((wanted, memory))
+}
+
+/// Whether all that a load of the path, or of a large file, registers at once can be registered.
+///
+/// What was tried with small pieces says nothing of that: a limit of 8 MiB lets 4 MiB be registered.
+pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
+    let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
+    let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
+    allowed && facts.io_uring.registrable_bytes >= wanted.min(PIECE_BYTES)
+}
+
+/// Why direct reads are refused where the path is, or else where the small file was.
+pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
+    if let Some(file) = path_file(facts) {
+        return file.direct_refused();
+    }
+    let loaded = facts.trial.heap("memfd")?.outcome.as_ref().ok()?;
+    let refused = loaded
+        .steps
+        .iter()
+        .find(|step| step.to == Route::Buffered && matches!(step.attempt, Attempt::OpenDirect | Attempt::Read));
+    refused.map(|step| step.errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::facts::PathFacts;
+
+    fn asked(file: probe::File) -> Facts {
+        let path = PathFacts { path: "m".into(), mount: None, file: Some(file) };
+        Facts { path: Some(path), ..Facts::best() }
+    }
+
+    const FILE: probe::File = probe::File { bytes: 1 << 30, alignment_bytes: 4096, open_direct: Ok(()), first_read: Ok(4096) };
+
+    #[test]
+    fn what_was_tried_holds_unless_the_path_says_otherwise() {
+        let route = |file| load(&asked(file)).map(|expected| expected.route);
+        assert_eq!(route(FILE), Ok(Route::UringFixedDirect));
+        assert_eq!(route(probe::File { open_direct: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
+        assert_eq!(route(probe::File { first_read: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
+        assert!(route(probe::File { first_read: Err(Errno::IO), ..FILE }).unwrap_err().contains("EIO"));
+        assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
+    }
+
+    #[test]
+    fn a_small_limit_of_locked_memory_holds_back_large_files_only() {
+        let route = |bytes| {
+            let mut facts = asked(probe::File { bytes, ..FILE });
+            facts.memlock.cap_ipc_lock = false;
+            facts.io_uring.registrable_bytes = 8 << 20;
+            load(&facts).unwrap().route
+        };
+        assert_eq!(
+            [4 << 20, 8 << 20, 9 << 20].map(route),
+            [Route::UringFixedDirect, Route::UringFixedDirect, Route::UringDirect]
+        );
+    }
+
+    #[test]
+    fn without_a_load_that_worked_none_would() {
+        let mut facts = Facts::best();
+        facts.trial.heaps[0].outcome = Err("refused".to_owned());
+        assert_eq!(load(&facts), Err("memfd: refused".to_owned()));
+        // The other heap worked all the same.
+        assert!(load_dma_buf(&facts).is_ok());
+        facts.trial.folder = Err("read-only".to_owned());
+        assert_eq!(load(&facts), Err("not tried: read-only".to_owned()));
+    }
+}

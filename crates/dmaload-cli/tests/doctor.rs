@@ -1,0 +1,320 @@
+//! `dmaload doctor` says what is so: with and without rights, io_uring, huge pages, locked memory, and a path that works.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "filters and limits are set between fork and exec")]
+
+mod common;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+use common::{MIB, allow, as_nobody, base, dmaload, folder, is_root, load_json, random_file, run, skip};
+use serde_json::{Value, json};
+
+const SETUP: u32 = 425;
+const REGISTER: u32 = 427;
+
+fn doctor(path: Option<&Path>) -> Command {
+    let mut command = dmaload(["doctor", "--json"]);
+    command.args(path);
+    command
+}
+
+/// Makes one call of the command fail with `errno`, as `tests/seccomp.rs` does.
+fn refusing(mut command: Command, call: u32, errno: i32) -> Command {
+    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned()),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let install = move || {
+        let program = libc::sock_fprog { len: u16::try_from(filter.len()).unwrap(), filter: filter.as_mut_ptr() };
+        // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers only.
+        let allowed = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        // SAFETY: the program points to `filter`, which outlives the call.
+        let installed = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+        if allowed == 0 && installed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(install) };
+    command
+}
+
+/// Denies the command huge pages.
+fn on_small_pages(mut command: Command) -> Command {
+    let deny = || {
+        // SAFETY: PR_SET_THP_DISABLE takes numbers only.
+        let denied = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
+        if denied == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(deny) };
+    command
+}
+
+fn with_memlock(mut command: Command, bytes: u64) -> Command {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    let set = move || {
+        // SAFETY: the limit lives as long as the closure.
+        let set = unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) };
+        if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(set) };
+    command
+}
+
+#[track_caller]
+fn heap<'a>(json: &'a Value, name: &str) -> &'a Value {
+    let heaps = json["heaps"].as_array().unwrap();
+    heaps.iter().find(|heap| heap["name"] == name).unwrap_or_else(|| panic!("no heap {name}: {json:#}"))
+}
+
+fn advises(json: &Value, command: &str) -> bool {
+    json["advice"].as_array().unwrap().iter().any(|advice| advice["command"].as_str().unwrap().contains(command))
+}
+
+/// Whether the kernel, asked by this test, opens and reads a file with `O_DIRECT`.
+fn has_direct(path: &Path) -> bool {
+    fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
+}
+
+#[test]
+fn what_is_told_is_what_a_load_gets() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 40 * MIB + 777);
+    let told = run(&mut doctor(Some(&path))).succeeds().json();
+    let got = load_json(&path, &[]);
+    assert_eq!(told["load"]["works"], true);
+    assert_eq!((&told["load"]["heap"], &told["load"]["route"]), (&got["heap"], &got["route"]), "{told:#}");
+    assert_eq!(told["huge_pages"]["obtained_bytes"], got["page_size_bytes"]);
+    assert_eq!(heap(&told, "memfd")["fallbacks"], load_json(&random_file(folder.path(), "small", 4 * MIB), &[])["fallbacks"]);
+    let anon = load_json(&path, &["--heap", "anon"]);
+    assert_eq!(heap(&told, "anon")["usable"], true);
+    assert_eq!(heap(&told, "anon")["page_size_bytes"], anon["page_size_bytes"]);
+    let about = &told["path"];
+    assert_eq!((about["kind"].as_str(), about["bytes"].as_u64()), (Some("file"), Some(40 * MIB as u64 + 777)));
+    assert_eq!((&about["o_direct"], &about["first_read"]), (&json!(has_direct(&path)), &json!(true)));
+    assert_eq!(about["fits_memory"], true);
+    let stat = run(Command::new("stat").args(["-c", "%m"]).arg(&path)).succeeds().text();
+    assert_eq!(about["mount_point"], stat.trim());
+    let findmnt = run(Command::new("findmnt").args(["-no", "FSTYPE", "-T"]).arg(&path)).succeeds().text();
+    assert_eq!(about["file_system"], findmnt.trim());
+    assert_eq!(told["kernel"], run(Command::new("uname").arg("-sr")).succeeds().text().trim());
+    assert_eq!(told["trial"]["folder"], fs::canonicalize(folder.path()).unwrap().to_str().unwrap());
+    // Nothing is left behind.
+    let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["model.bin", "small"]);
+}
+
+#[test]
+fn the_screen_is_one() {
+    let folder = folder();
+    let screen = run(dmaload(["doctor"]).arg(folder.path())).succeeds().text();
+    for word in
+        ["kernel ", "io_uring ", "memlock ", "memory ", "huge pages ", "memfd ", "anon ", "udmabuf ", "load ", "--dma-buf "]
+    {
+        assert!(screen.lines().any(|line| line.trim_start().starts_with(word)), "{word}: {screen}");
+    }
+    assert!(screen.lines().count() <= 40, "{screen}");
+    // Commands and paths are never broken.
+    let is_text = |line: &&str| !line.contains("/") && !line.starts_with("       ");
+    assert!(screen.lines().filter(is_text).all(|line| line.chars().count() <= 80), "{screen}");
+    assert!(fs::read_dir(folder.path()).unwrap().next().is_none());
+}
+
+#[test]
+fn missing_devices_are_told_and_how_to_get_them() {
+    let json = run(&mut doctor(None)).succeeds().json();
+    assert_eq!(json["path"], Value::Null);
+    let mut missing = 0;
+    for (name, device) in [("udmabuf", "/dev/udmabuf"), ("dma-heap", "/dev/dma_heap")] {
+        if Path::new(device).exists() {
+            continue;
+        }
+        missing += 1;
+        let heap = heap(&json, name);
+        assert_eq!((&heap["usable"], &heap["route"]), (&json!(false), &Value::Null));
+        let error = heap["error"].as_str().unwrap();
+        assert!(error.contains(device) && error.contains("ENOENT"), "{error}");
+        assert_eq!(advises(&json, "modprobe udmabuf"), !Path::new("/dev/udmabuf").exists(), "{json:#}");
+    }
+    let required = run(dmaload(["load", "--dma-buf"]).arg(random_file(folder().path(), "a", 1)));
+    if missing == 2 {
+        assert_eq!((&json["dma_buf"]["works"], &json["dma_buf"]["heap"]), (&json!(false), &Value::Null));
+        assert!(json["dma_buf"]["reason"].as_str().unwrap().contains("/dev/udmabuf"), "{json:#}");
+        required.fails(1, &["/dev/udmabuf"]);
+    }
+}
+
+#[test]
+fn who_refuses_io_uring_is_told_and_the_load_works() {
+    let folder = folder();
+    for (call, errno, name, route) in [
+        (SETUP, libc::EPERM, "EPERM", "pread-direct"),
+        (SETUP, libc::ENOSYS, "ENOSYS", "pread-direct"),
+        (REGISTER, libc::EPERM, "EPERM", "uring-direct"),
+    ] {
+        let json = run(&mut refusing(doctor(Some(folder.path())), call, errno)).succeeds().json();
+        let (ring, table) = (&json["io_uring"], &json["io_uring"]["features"]["buffer_table"]);
+        assert_eq!(ring["cause"], "seccomp", "{json:#}");
+        assert_eq!(ring["available"], call != SETUP);
+        assert_eq!(ring["errno"], if call == SETUP { json!(name) } else { Value::Null });
+        assert_eq!((&table["available"], table["errno"].as_str()), (&json!(false), Some(name)));
+        assert_eq!(json["memlock"]["registrable_bytes"], 0);
+        assert_eq!((&json["load"]["works"], json["load"]["route"].as_str()), (&json!(true), Some(route)));
+        let fallback = &heap(&json, "memfd")["fallbacks"][0];
+        assert_eq!((fallback["to"].as_str(), fallback["errno"].as_str()), (Some(route), Some(name)));
+        assert!(json["advice"][0]["change"].as_str().unwrap().contains("seccomp"), "{json:#}");
+        let screen = run(&mut refusing(dmaload(["doctor"]), call, errno)).succeeds().text();
+        assert!(screen.contains(name) && screen.contains("seccomp"), "{screen}");
+    }
+    let free = run(&mut doctor(None)).succeeds().json();
+    if free["io_uring"]["available"] == true {
+        assert_eq!((&free["io_uring"]["errno"], &free["io_uring"]["cause"]), (&Value::Null, &Value::Null));
+    }
+}
+
+#[test]
+fn a_small_limit_of_locked_memory_is_told_and_what_it_allows() {
+    let folder = folder();
+    allow(folder.path(), 0o777);
+    let path = random_file(folder.path(), "model.bin", 20 * MIB);
+    for bytes in [64 << 10, 8 << 20] {
+        let command = match as_nobody(doctor(Some(&path))) {
+            Ok(command) => with_memlock(command, bytes),
+            Err(reason) => return skip(reason),
+        };
+        let json = run(&mut { command }).succeeds().json();
+        if json["io_uring"]["available"] == false {
+            return skip("io_uring is refused here");
+        }
+        let memlock = &json["memlock"];
+        assert_eq!((memlock["soft_bytes"].as_u64(), memlock["cap_ipc_lock"].as_bool()), (Some(bytes), Some(false)));
+        // Other tests of the same user may lock something meanwhile.
+        let registrable = memlock["registrable_bytes"].as_u64().unwrap();
+        assert!(registrable <= bytes && (registrable == 0 || registrable.is_power_of_two()), "{json:#}");
+        assert_eq!(json["io_uring"]["features"]["register_16_mib"]["errno"], "ENOMEM");
+        assert!(advises(&json, "ulimit -l unlimited"), "{json:#}");
+        // 4 MiB were registered under 8 MiB, and the file's 20 still could not be.
+        let load = with_memlock(as_nobody(dmaload(["load", "--json"])).unwrap(), bytes);
+        let got = run({ load }.arg(&path)).succeeds().json();
+        assert_eq!(json["load"]["route"], got["route"], "{json:#}");
+        assert_eq!(json["load"]["route"], "uring-direct");
+    }
+}
+
+#[test]
+fn root_is_not_held_back_by_the_limit() {
+    if !is_root() {
+        return skip("only root has CAP_IPC_LOCK");
+    }
+    let json = run(&mut with_memlock(doctor(None), 64 << 10)).succeeds().json();
+    let memlock = &json["memlock"];
+    assert_eq!(memlock["soft_bytes"], 64 << 10);
+    if memlock["cap_ipc_lock"] == true && json["io_uring"]["available"] == true {
+        assert_eq!(memlock["registrable_bytes"], 16 * MIB);
+        assert!(!advises(&json, "ulimit"), "{json:#}");
+    }
+}
+
+#[test]
+fn small_pages_are_told_and_how_to_get_larger_ones() {
+    let folder = folder();
+    let json = run(&mut on_small_pages(doctor(Some(folder.path())))).succeeds().json();
+    assert_eq!(json["huge_pages"]["obtained_bytes"], 4096, "{json:#}");
+    assert_eq!(json["huge_pages"]["denied_to_process"], true);
+    assert_eq!(heap(&json, "memfd")["page_size_bytes"], 4096);
+    assert!(json["advice"][0]["change"].as_str().unwrap().contains("PR_SET_THP_DISABLE"), "{json:#}");
+}
+
+#[test]
+fn a_folder_in_memory_is_told_by_its_file_system() {
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
+    let path = random_file(folder.path(), "model.bin", 5 * MIB);
+    for asked in [folder.path(), &path] {
+        let json = run(&mut doctor(Some(asked))).succeeds().json();
+        let about = &json["path"];
+        assert_eq!((about["file_system"].as_str(), about["mount_point"].as_str()), (Some("tmpfs"), Some("/dev/shm")), "{json:#}");
+        assert_eq!(json["trial"]["folder"], folder.path().to_str().unwrap());
+        assert_eq!(about["o_direct"], has_direct(&path), "{json:#}");
+        assert_eq!(json["load"]["route"], load_json(&path, &[])["route"]);
+    }
+}
+
+#[test]
+fn a_file_system_without_direct_reads_is_told() {
+    // sysfs has none, and there is nowhere to write.
+    let path = Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
+    if !path.exists() {
+        return skip("no such file in sysfs");
+    }
+    let json = run(&mut doctor(Some(path))).succeeds().json();
+    let about = &json["path"];
+    assert_eq!((about["file_system"].as_str(), about["o_direct"].as_bool()), (Some("sysfs"), Some(false)), "{json:#}");
+    assert_eq!((about["o_direct_errno"].as_str(), about["first_read"].as_bool()), (Some("EINVAL"), Some(true)));
+    assert_eq!(json["load"]["route"], "buffered");
+    assert!(json["trial"]["not_beside_path"].is_string(), "{json:#}");
+    assert!(json["advice"][0]["change"].as_str().unwrap().contains("O_DIRECT"), "{json:#}");
+}
+
+#[test]
+fn a_path_that_cannot_be_loaded_is_an_error() {
+    let folder = folder();
+    for arguments in [&["doctor"][..], &["doctor", "--json"]] {
+        let missing = folder.path().join("missing");
+        run(dmaload(arguments).arg(&missing)).fails(1, &["missing", "ENOENT", "check the path"]);
+        run(dmaload(arguments).arg("/dev/null")).fails(1, &["/dev/null", "character device"]);
+    }
+    run(&mut dmaload(["doctor", "--jsno"])).fails(2, &["--jsno"]);
+    let path = random_file(folder.path(), "closed", 10);
+    allow(&path, 0o600);
+    match as_nobody(doctor(Some(&path))) {
+        Ok(mut command) => drop(run(&mut command).fails(1, &["closed", "EACCES"])),
+        Err(reason) => skip(reason),
+    }
+}
+
+#[test]
+fn a_load_that_would_fail_is_told_with_exit_status_1() {
+    let folder = folder();
+    // It does not fit into memory, but is no larger on the disk than its name.
+    let path = folder.path().join("huge");
+    fs::File::create(&path).unwrap().set_len(8 << 40).unwrap();
+    let json = run(&mut doctor(Some(&path))).exits(1).json();
+    assert_eq!((&json["load"]["works"], &json["path"]["fits_memory"]), (&json!(false), &json!(false)), "{json:#}");
+    assert!(json["load"]["reason"].as_str().unwrap().contains("8.00 TiB"), "{json:#}");
+    assert!(json["advice"][0]["change"].as_str().unwrap().starts_with("free "), "{json:#}");
+    // Memory files alone are refused: all the rest is told as ever.
+    let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();
+    let json = run(&mut refusing(doctor(None), memfd_create, libc::EPERM)).exits(1).json();
+    assert_eq!((&json["load"]["works"], &heap(&json, "memfd")["usable"]), (&json!(false), &json!(false)), "{json:#}");
+    assert!(json["load"]["reason"].as_str().unwrap().contains("EPERM"), "{json:#}");
+    assert_eq!(heap(&json, "anon")["usable"], true);
+    let screen = run(&mut refusing(dmaload(["doctor"]), memfd_create, libc::EPERM)).exits(1).text();
+    assert!(screen.contains("would fail: "), "{screen}");
+    // No file can be written, so nothing is known to work.
+    let json = run(&mut common::limited(&doctor(None), "-f 8")).exits(1).json();
+    assert_eq!((&json["load"]["works"], &json["trial"]["folder"]), (&json!(false), &Value::Null));
+    assert!(json["load"]["reason"].as_str().unwrap().contains("ulimit -f"), "{json:#}");
+}
+
+#[test]
+fn an_ordinary_user_is_told_of_another_folder() {
+    let folder = folder();
+    match as_nobody(doctor(Some(folder.path()))) {
+        Ok(mut command) => {
+            let json = run(command.env("TMPDIR", base())).json();
+            assert!(json["trial"]["not_beside_path"].as_str().unwrap().contains("EACCES"), "{json:#}");
+            assert_ne!(json["trial"]["folder"], folder.path().to_str().unwrap());
+            assert_eq!(json["path"]["first_read"], Value::Null);
+        }
+        Err(reason) => skip(reason),
+    }
+}

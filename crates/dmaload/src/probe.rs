@@ -1,0 +1,163 @@
+//! What this machine offers a load, found by trying: for tools that tell what is missing, such as `dmaload doctor`.
+//!
+//! Each function tries what a load would do, in the way a load does it, and undoes it. None compares versions, and none
+//! asks why: that is for the caller, who knows of sysctls and containers.
+
+use std::path::Path;
+
+use rustix::io::{Errno, pread};
+
+use crate::error::Result;
+use crate::headroom::headroom;
+use crate::ring;
+use crate::route::{Route, is_refusal};
+use crate::source::OpenFile;
+
+/// A piece: what a load registers at a time.
+pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
+pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
+
+/// What io_uring allows here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoUring {
+    /// Setting up a ring and entering it. Where it is refused, so is all the rest.
+    pub setup: Result<(), Errno>,
+    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are worked off in batches.
+    pub deferred_task_run: Result<(), Errno>,
+    /// A sparse table of registered buffers, which [`Route::UringFixedDirect`] needs.
+    pub buffer_table: Result<(), Errno>,
+    /// A sparse table of registered files: no look-up per read.
+    pub file_table: Result<(), Errno>,
+    /// Registering 16 MiB, which is a piece of a load. ENOMEM is the limit of locked memory.
+    pub register: Result<(), Errno>,
+    /// The largest power of two from 64 KiB to 16 MiB that could be registered; 0 for none.
+    pub registrable_bytes: u64,
+}
+
+impl IoUring {
+    fn refused(errno: Errno) -> Self {
+        let refused = Err(errno);
+        IoUring {
+            setup: refused,
+            deferred_task_run: refused,
+            buffer_table: refused,
+            file_table: refused,
+            register: refused,
+            registrable_bytes: 0,
+        }
+    }
+}
+
+/// Tries what a load would do with io_uring.
+pub fn io_uring() -> IoUring {
+    ring::probe().unwrap_or_else(IoUring::refused)
+}
+
+/// A file that could be opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct File {
+    /// Its length.
+    pub bytes: u64,
+    /// What direct reads are aligned to.
+    pub alignment_bytes: u64,
+    /// Opening it with `O_DIRECT`.
+    pub open_direct: Result<(), Errno>,
+    /// Reading its first block: with `O_DIRECT` where it could be opened so, else through the page cache. How many bytes
+    /// there were.
+    pub first_read: Result<u64, Errno>,
+}
+
+impl File {
+    /// Why a load of it would go through the page cache ([`Route::Buffered`]).
+    pub fn direct_refused(&self) -> Option<Errno> {
+        self.open_direct.err().or(self.first_read.err().filter(|&errno| is_refusal(errno)))
+    }
+
+    /// Why a load of it would fail on every route.
+    pub fn unreadable(&self) -> Option<Errno> {
+        self.first_read.err().filter(|&errno| self.open_direct.is_err() || !is_refusal(errno))
+    }
+}
+
+/// Opens a regular file as a load does, and reads its first block.
+///
+/// # Errors
+/// [`crate::Error::File`] where it can't be opened, [`crate::Error::NotAFile`] for what is no regular file.
+pub fn file(path: impl AsRef<Path>) -> Result<File> {
+    let file = OpenFile::open(path.as_ref())?;
+    let block = usize::try_from(file.alignment_bytes).unwrap_or(usize::MAX);
+    let open_direct = file.direct_refused().map_or(Ok(()), Err);
+    // Twice as much holds an aligned block, wherever it begins.
+    let mut memory = vec![0; block.saturating_mul(2)];
+    let start = memory.as_ptr().align_offset(block);
+    let block = &mut memory[start..start + block];
+    let route = if open_direct.is_ok() { Route::PreadDirect } else { Route::Buffered };
+    let first_read = loop {
+        match pread(file.descriptor(route), &mut *block, 0) {
+            Err(Errno::INTR) => {}
+            read => break read.map(|bytes| bytes as u64),
+        }
+    };
+    Ok(File { bytes: file.identity.bytes, alignment_bytes: file.alignment_bytes, open_direct, first_read })
+}
+
+/// What may be allocated before somebody is killed for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryAvailable {
+    /// How much.
+    pub bytes: u64,
+    /// What sets the limit: the machine, or one of the memory cgroups that this process is in.
+    pub limit: String,
+}
+
+/// How much a load may allocate now; `None` where it can't be known (no procfs).
+pub fn memory_available() -> Option<MemoryAvailable> {
+    headroom().map(|headroom| MemoryAvailable { bytes: headroom.available_bytes, limit: headroom.limit })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn a_ring_that_works_can_register_something_or_says_why_not() {
+        let found = io_uring();
+        if let Err(errno) = found.setup {
+            assert_eq!(found, IoUring::refused(errno));
+        } else {
+            assert_eq!(found.register.is_ok(), found.registrable_bytes == REGISTER_BYTES_MAX as u64, "{found:?}");
+            assert!(found.registrable_bytes == 0 || found.registrable_bytes.is_power_of_two(), "{found:?}");
+        }
+        // Nothing stays registered: a second look finds as much.
+        assert_eq!(io_uring(), found);
+    }
+
+    #[test]
+    fn a_first_block_is_read_and_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        for (bytes, expected) in [(0, 0), (777, 777), (4096, 4096), (100_000, 4096)] {
+            let path = folder.path().join("file");
+            std::fs::write(&path, vec![1; bytes]).unwrap();
+            let found = file(&path).unwrap();
+            assert_eq!(found.bytes, bytes as u64);
+            if found.alignment_bytes == 4096 && found.direct_refused().is_none() {
+                assert_eq!(found.first_read, Ok(expected), "{bytes} bytes");
+            }
+            assert_eq!(found.unreadable(), None);
+        }
+        assert!(matches!(file(folder.path()), Err(Error::NotAFile { .. })));
+        assert!(matches!(file(folder.path().join("missing")), Err(Error::File { errno: Errno::NOENT, .. })));
+    }
+
+    #[test]
+    fn a_refusal_is_none_of_the_medium() {
+        let file = |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read };
+        let verdict = |file: File| (file.direct_refused(), file.unreadable());
+        assert_eq!(verdict(file(Ok(()), Ok(1))), (None, None));
+        assert_eq!(verdict(file(Err(Errno::INVAL), Ok(1))), (Some(Errno::INVAL), None));
+        assert_eq!(verdict(file(Ok(()), Err(Errno::INVAL))), (Some(Errno::INVAL), None));
+        assert_eq!(verdict(file(Ok(()), Err(Errno::IO))), (None, Some(Errno::IO)));
+        assert_eq!(verdict(file(Err(Errno::INVAL), Err(Errno::PERM))), (Some(Errno::INVAL), Some(Errno::PERM)));
+    }
+}
