@@ -62,8 +62,12 @@ impl Mapping {
         let extents = area.whole_extents();
         let refused = match pages {
             Pages::Small => {
-                // A kernel without huge pages refuses the advice, and needs none.
-                let _ = area.advise(part.clone(), Advice::LinuxNoHugepage);
+                match area.advise(part.clone(), Advice::LinuxNoHugepage) {
+                    // A kernel without huge pages does not know the advice, and needs none.
+                    Ok(()) | Err(Errno::INVAL) => {}
+                    // Any other refusal (ENOMEM: too many mappings) would let huge pages in.
+                    Err(errno) => return Err(Error::new("keep to small pages", part.len(), errno)),
+                }
                 None
             }
             Pages::Auto | Pages::Huge if extents.is_empty() => None,

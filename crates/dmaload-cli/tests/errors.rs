@@ -353,6 +353,32 @@ fn memlock_is_told(mut lenient: Command, mut strict: Command, path: &Path) {
     run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
 }
 
+/// The route bounce registers its staging buffers, which a limit may refuse: a step of its own.
+#[test]
+fn staging_beyond_the_memlock_limit_is_told_and_refused_to_a_strict_load() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 40 * MIB + 1);
+    if let Some(reason) = common::unavailable("uring-direct", folder.path()) {
+        return skip(reason);
+    }
+    let bounced = |arguments: &[&str]| {
+        let mut command = load(&path);
+        command.args(["--route", "bounce", "--digest", "sha256"]).args(arguments);
+        unprivileged(limited(&command, "-l 64"))
+    };
+    let (mut lenient, mut strict) = match (bounced(&[]), bounced(&["--strict"])) {
+        (Ok(lenient), Ok(strict)) => (lenient, strict),
+        (Err(reason), _) | (_, Err(reason)) => return skip(reason),
+    };
+    let json = run(&mut lenient).succeeds().json();
+    assert_eq!((&json["route"], common::digest_of(&json)), (&"bounce".into(), sha256sum(&path).as_str()), "{json:#}");
+    let fallbacks = json["fallbacks"].as_array().unwrap();
+    let [step] = fallbacks.as_slice() else { panic!("one step: {json:#}") };
+    assert_eq!((&step["to"], &step["errno"]), (&"uring-direct".into(), &"ENOMEM".into()), "{json:#}");
+    assert!(step["reason"].as_str().unwrap().contains("staging"), "{json:#}");
+    run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
+}
+
 /// The same file, loaded without a limit: the test above would else prove nothing about the limit.
 #[test]
 fn without_a_memlock_limit_root_takes_the_best_route() {

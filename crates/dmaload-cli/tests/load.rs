@@ -72,6 +72,11 @@ fn every_size_and_shape_by_pread_direct_equals_sha256sum() {
 }
 
 #[test]
+fn every_size_and_shape_by_bounce_equals_sha256sum() {
+    every_size_and_shape("bounce");
+}
+
+#[test]
 fn every_size_and_shape_by_the_page_cache_equals_sha256sum() {
     every_size_and_shape("buffered");
 }
@@ -294,6 +299,13 @@ fn the_peak_beyond_the_payload_stays_under_48_mib() {
         let beyond = peak.checked_sub(SIZE).unwrap_or_else(|| panic!("a peak of {peak} can't hold the payload: {json:#}"));
         println!("{heap}, {layout}: {beyond} bytes beyond the payload");
         assert!(beyond < 48 << 20, "{heap}, {layout}: {beyond} bytes beyond the payload: {json:#}");
+    }
+    // Staging comes on top, and no more than its budget.
+    for (staging, most) in [("4MiB", 36 << 20), ("64MiB", 112 << 20)] {
+        let json = load_json(&path, &["--route", "bounce", "--strict", "--staging", staging]);
+        let beyond = json["peak_resident_bytes"].as_u64().unwrap() - SIZE;
+        println!("bounce, {staging}: {beyond} bytes beyond the payload");
+        assert!(beyond < most, "{staging}: {beyond} bytes beyond the payload: {json:#}");
     }
 }
 

@@ -64,6 +64,13 @@ fn a_refused_io_uring_is_a_step_that_is_told_and_the_bytes_are_right() {
             assert_eq!(fallback["errno"], name);
             assert!(fallback["reason"].as_str().unwrap().contains(reason), "{fallback}");
             run(&mut refusing(load(&["--strict"]), calls, errno)).fails(1, &["model.bin", "uring-fixed-direct", name, "strict"]);
+            // Staging is read into by what is left.
+            let bounced = run(&mut refusing(load(&["--route", "bounce"]), calls, errno)).succeeds().json();
+            assert_eq!((digest_of(&bounced), &bounced["route"]), (sha256sum(&path).as_str(), &"bounce".into()));
+            let step = &bounced["fallbacks"][0];
+            assert_eq!((&step["to"], &step["errno"]), (&route.into(), &name.into()), "{bounced:#}");
+            run(&mut refusing(load(&["--route", "bounce", "--strict"]), calls, errno))
+                .fails(1, &["model.bin", "bounce", name, "strict"]);
             // Who asks for the lower route has asked for nothing that is refused.
             let asked = run(&mut refusing(load(&["--route", route, "--strict"]), calls, errno)).succeeds().json();
             assert_eq!((asked["route"].as_str(), asked["fallbacks"].as_array().map(Vec::len)), (Some(route), Some(0)));

@@ -137,6 +137,21 @@ mod tests {
     use std::time::Instant;
 
     #[test]
+    fn memory_on_its_way_to_be_freed_is_waited_for() {
+        let reaper = Reaper::start().unwrap();
+        assert!(!reaper.wait_until_idle(Duration::from_secs(10)), "there is nothing to wait for");
+        let bytes = 64 << 20;
+        let range = AddressRange::reserve(bytes).unwrap();
+        for _ in 0..4 {
+            let mapping = range.map(&Memory::Anonymous, 0, bytes).unwrap();
+            mapping.populate(&Memory::Anonymous, 0..bytes, dmabuf::Pages::Small).unwrap();
+            reaper.bury(Holding::new(mapping, Memory::Anonymous));
+            reaper.wait_until_idle(Duration::from_secs(60));
+            assert_eq!(Arc::strong_count(&range), 1, "it was freed before the wait ended");
+        }
+    }
+
+    #[test]
     fn what_is_buried_is_unmapped_by_the_thread_even_after_the_last_handle_is_gone() {
         let reaper = Reaper::start().unwrap();
         let range = AddressRange::reserve(40 * 4096).unwrap();

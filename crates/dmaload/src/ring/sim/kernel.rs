@@ -243,6 +243,8 @@ pub(super) struct SimKernel {
     pub(super) copying: Duration,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
+    /// Reads and registrations that were refused.
+    pub(super) refusals: usize,
 }
 
 impl SimKernel {
@@ -267,6 +269,7 @@ impl SimKernel {
             copying: Duration::ZERO,
             disk_free_at: Duration::ZERO,
             attached: BTreeMap::new(),
+            refusals: 0,
         }
     }
 
@@ -328,6 +331,7 @@ impl SimKernel {
             _ => file.faults.no_ring.or(file.faults.no_direct),
         };
         if let Some(errno) = refused {
+            self.refusals += 1;
             return Err(errno);
         }
         if self.faults.unpinnable && read.route.is_direct() && !self.memory.borrow().is_staging(read.address.addr().get()) {
@@ -397,6 +401,7 @@ impl Kernel for SimKernel {
         }
         let start = address.addr().get();
         if self.faults.unpinnable && !self.memory.borrow().is_staging(start) {
+            self.refusals += 1;
             return Err(Errno::FAULT);
         }
         let before = self.memory.borrow_mut().registered.insert(slot, start..start + bytes);

@@ -8,6 +8,7 @@
 
 mod kernel;
 mod overlap;
+mod remember;
 mod world;
 
 /// Random numbers for the simulator (xorshift64*): the same seed, the same world.

@@ -74,6 +74,7 @@ struct World {
     abandon_per_mille: u64,
     leaked_bytes: u64,
     broken: bool,
+    staging: StagingBudget,
 }
 
 fn staging(random: &mut Random) -> StagingBudget {
@@ -147,6 +148,7 @@ impl World {
         let clock = Rc::default();
         let depth = *random.pick(&[1, 2, 8, 32]);
         let window_bytes = (4 + random.below(12)) * BLOCK;
+        let staging = staging(&mut random);
         let kernel = SimKernel::new(random.next(), faults.clone(), &memory, &clock, Duration::ZERO);
         let mut world = World {
             faults,
@@ -155,13 +157,14 @@ impl World {
             window_bytes,
             depth,
             scheduler: Scheduler::new(window_bytes, 1 + usize::try_from(random.below(3)).unwrap()),
-            driver: Driver::new(kernel, depth, staging(&mut random)),
+            driver: Driver::new(kernel, depth, staging),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
             alloc_fails_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
             abandon_per_mille: if !calm && random.chance(300) { 10 } else { 0 },
             leaked_bytes: 0,
             broken: false,
+            staging,
             random,
         };
         for id in 0..1 + world.random.below(5) {
@@ -223,6 +226,8 @@ impl World {
             let unfilled = self.memory.borrow().unfilled_bytes;
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
             assert!(ahead <= self.window_bytes, "{ahead} bytes ahead, the window has {}", self.window_bytes);
+            let staged = self.memory.borrow().staging.len();
+            assert!(staged <= self.staging.slots, "{staged} staging buffers, the budget has {:?}", self.staging);
             assert!(self.driver.kernel().reads_in_flight() <= self.depth || self.broken, "deeper than the queue depth");
         }
         for allocating in std::mem::take(&mut self.allocating) {

@@ -1,0 +1,81 @@
+//! `dmaload load --exec`: a program gets the segments by descriptor, and is told what each holds.
+#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+
+mod common;
+
+use common::{MIB, SMALL_SEGMENTS, dmaload, folder, random_bytes, random_file, run};
+
+#[test]
+fn a_program_reads_the_segments_from_its_descriptors() {
+    let folder = folder();
+    let sizes = [5 * MIB + 7, 0, 3 * MIB];
+    let paths = ["a", "b", "c"].iter().zip(sizes).map(|(name, len)| random_file(folder.path(), name, len));
+    let paths: Vec<_> = paths.collect();
+    // In the order told, the segments are the files one after the other.
+    let script = r#"
+        printf '%s|%s|%s|' "$DMALOAD_FDS" "$DMALOAD_FILES" "$DMALOAD_SEGMENTS"
+        for fd in 3 4 5 6 7; do cat <&$fd; done
+        [ -e /proc/self/fd/8 ] && printf 'one too many'
+        exit 0
+    "#;
+    let mut command = dmaload(["load", "--quiet"]);
+    command.args(SMALL_SEGMENTS).args(&paths).args(["--exec", "sh", "-c", script]);
+    let done = run(&mut command).succeeds();
+    let mut parts = done.stdout.splitn(4, |&byte| byte == b'|');
+    let mut next = || parts.next().unwrap();
+    assert_eq!(next(), b"5");
+    let files: Vec<String> = serde_json::from_slice(next()).unwrap();
+    assert_eq!(files, paths.iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>());
+    let segments: serde_json::Value = serde_json::from_slice(next()).unwrap();
+    let described: Vec<_> = segments.as_array().unwrap().iter().collect();
+    let told = |key: &str| described.iter().map(|segment| segment[key].as_u64().unwrap()).collect::<Vec<_>>();
+    let mib = MIB as u64;
+    assert_eq!(told("fd"), [3, 4, 5, 6, 7]);
+    assert_eq!(told("file"), [0, 0, 0, 2, 2]);
+    assert_eq!(told("file_offset"), [0, 2 * mib, 4 * mib, 0, 2 * mib]);
+    assert_eq!(told("bytes"), [2 * mib, 2 * mib, mib + 7, 2 * mib, mib]);
+    assert!(described.iter().all(|segment| segment["dma_buf"] == false));
+    // A memfd is as long as its memory; the file's last bytes are followed by zeros to the page's end.
+    let memory = next();
+    let padded = (5 * MIB + 7).next_multiple_of(4096);
+    assert_eq!(memory.len(), padded + 3 * MIB);
+    assert!(memory[..sizes[0]] == random_bytes(sizes[0], sizes[0] as u64), "the first file");
+    assert!(memory[sizes[0]..padded].iter().all(|&byte| byte == 0), "its tail");
+    assert!(memory[padded..] == random_bytes(sizes[2], sizes[2] as u64), "the third file");
+}
+
+#[test]
+fn the_exit_status_is_the_programs() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let exec = |script: &str| {
+        let mut command = dmaload(["load", "--quiet"]);
+        command.arg(&path).args(["--exec", "sh", "-c", script]);
+        run(&mut command)
+    };
+    exec("exit 0").succeeds();
+    exec("exit 37").exits(37);
+    exec("kill -TERM $$").exits(128 + 15);
+    // A report comes before what the program says.
+    let mut command = dmaload(["load", "--json"]);
+    command.arg(&path).args(["--exec", "echo", "--flag-of-the-program"]);
+    let done = run(&mut command).succeeds();
+    let text = done.text();
+    let (json, said) = text.rsplit_once("}\n").unwrap();
+    assert!(serde_json::from_str::<serde_json::Value>(&format!("{json}}}")).is_ok(), "{text}");
+    assert_eq!(said, "--flag-of-the-program\n");
+}
+
+#[test]
+fn what_can_not_be_handed_over_or_run_is_an_error() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let name = path.to_str().unwrap();
+    run(&mut dmaload(["load", "--quiet", name, "--exec", "/nonexistent/program"])).fails(1, &["/nonexistent/program"]);
+    run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(1, &["anon", "memfd"]);
+    // A load that fails runs nothing.
+    let missing = folder.path().join("missing.bin");
+    run(&mut dmaload(["load", "--quiet", missing.to_str().unwrap(), "--exec", "echo", "ran"]))
+        .fails(1, &["missing.bin", "ENOENT"]);
+    run(&mut dmaload(["load", name, "--exec"])).fails(2, &["--exec"]);
+}

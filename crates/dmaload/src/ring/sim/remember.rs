@@ -1,0 +1,113 @@
+//! What memory or a file system refuses is tried once, and known to later loads; each of them tells it all the same.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use crate::plan::{Layout, Plan, Shape};
+use crate::ring::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::staging::StagingBudget;
+use crate::route::{Attempt, Fallback, Route};
+
+struct Machine {
+    driver: Driver<SimKernel, SimBuffer>,
+    memory: Rc<RefCell<Memory>>,
+    loads: u64,
+}
+
+/// What came of a load.
+struct Done {
+    fallbacks: Vec<Fallback>,
+    failure: Option<Failure>,
+    /// Registrations and reads that were refused meanwhile.
+    refusals: usize,
+}
+
+impl Machine {
+    fn new(faults: Faults) -> Self {
+        let memory: Rc<RefCell<Memory>> = Rc::default();
+        let clock: Rc<Cell<Duration>> = Rc::default();
+        let kernel = SimKernel::new(1, faults, &memory, &clock, Duration::ZERO);
+        let staging = StagingBudget { slot_bytes: 4096, slots: 2 };
+        Machine { driver: Driver::new(kernel, 4, staging), memory, loads: 0 }
+    }
+
+    /// Loads a file of three pieces on this mount, which refuses direct reads with this errno.
+    fn load(&mut self, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
+        let id = LoadId(self.loads);
+        self.loads += 1;
+        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, piece_bytes: BLOCK, alignment_bytes: BLOCK };
+        let plan = Plan::new(3 * BLOCK, shape);
+        let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
+        let file = SimFile { number: id.0, bytes: plan.file_bytes, faults };
+        let before = self.driver.kernel().refusals;
+        self.driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict });
+        for (number, &piece) in plan.pieces.iter().enumerate() {
+            let route = Route::UringFixedDirect;
+            let spec = FileSpec { handle: file.clone(), index: 0, route, staged_by: route, mount, alignment_bytes: BLOCK };
+            self.driver.piece(id, number, piece, spec, SimBuffer::new(BLOCK, &self.memory));
+        }
+        let mut done = Done { fallbacks: Vec::new(), failure: None, refusals: 0 };
+        loop {
+            self.driver.issue();
+            self.driver.turn(false).unwrap();
+            self.driver.kernel().complete_any();
+            for output in self.driver.outputs() {
+                match output {
+                    Output::SteppedDown { fallback, .. } => done.fallbacks.push(fallback),
+                    Output::Failed { failure, .. } => done.failure = Some(failure),
+                    Output::PieceFull { .. } => {}
+                    Output::Gone { .. } => {
+                        done.refusals = self.driver.kernel().refusals - before;
+                        return done;
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Done {
+    fn steps(&self) -> Vec<(Route, Route, Attempt, Errno)> {
+        self.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect()
+    }
+}
+
+#[test]
+fn memory_that_can_not_be_pinned_is_tried_once() {
+    let mut machine = Machine::new(Faults { unpinnable: true, ..Faults::none() });
+    let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
+    let first = machine.load(0, None, false);
+    assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
+    // On another mount, too: it is the memory's refusal.
+    let second = machine.load(1, None, false);
+    assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "known, and told");
+    let strict = machine.load(0, None, true);
+    assert_eq!(strict.refusals, 1, "a strict load tries for itself");
+    assert!(matches!(strict.failure, Some(Failure::Refused { attempt: Attempt::RegisterBuffer, errno: Errno::FAULT, .. })));
+}
+
+#[test]
+fn a_mount_without_direct_reads_is_tried_once() {
+    let mut machine = Machine::new(Faults::none());
+    let first = machine.load(7, Some(Errno::INVAL), false);
+    assert!(first.refusals > 0 && first.steps().last().unwrap().1 == Route::Buffered);
+    let second = machine.load(7, Some(Errno::INVAL), false);
+    let known = [(Route::UringFixedDirect, Route::Buffered, Attempt::Read, Errno::INVAL)];
+    assert_eq!((second.steps(), second.refusals), (known.to_vec(), 0), "known, and told");
+    let other = machine.load(8, None, false);
+    assert_eq!(other.steps(), [], "another mount is not concerned");
+    let strict = machine.load(7, Some(Errno::INVAL), true);
+    assert!(strict.refusals > 0 && matches!(strict.failure, Some(Failure::Refused { .. })));
+}
+
+#[test]
+fn a_file_of_its_own_kind_is_no_judgement_on_its_mount() {
+    let mut machine = Machine::new(Faults::none());
+    assert_eq!(machine.load(7, None, false).steps(), []);
+    assert!(!machine.load(7, Some(Errno::INVAL), false).steps().is_empty());
+    assert_eq!(machine.load(7, None, false).steps(), [], "direct reads have worked there");
+}
