@@ -42,6 +42,8 @@ fn every_route_and_size(name: &str, layout: Layout) {
             if len > 0 {
                 assert_eq!(report.route, expected, "{what}");
             }
+            let at_once = report.notes.iter().any(|note| note.contains("one allocation"));
+            assert_eq!(at_once, name != "udmabuf" && layout == Layout::Single, "{what}: {:?}", report.notes);
             let told = report.fallbacks.iter().any(|step| step.to == Route::Bounce && step.errno == Errno::FAULT);
             assert_eq!(told, expected != route && len > 0, "{what}: {:?}", report.fallbacks);
         }

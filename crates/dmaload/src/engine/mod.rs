@@ -115,7 +115,12 @@ impl Guard {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
             Error::Start { operation: "no thread could be had", errno }
         };
-        let facts = HeapFacts { name: heap.name().into(), notes: notes.into(), exports: heap.exports() };
+        let facts = HeapFacts {
+            name: heap.name().into(),
+            notes: notes.into(),
+            exports: heap.exports(),
+            allocates_at_once: heap.allocates_at_once(),
+        };
         let engine = Arc::new(Engine {
             heap,
             facts,

@@ -19,7 +19,7 @@ use crate::busy::BusyTime;
 use crate::error::Error;
 use crate::memory::Backing;
 use crate::model::TensorMap;
-use crate::plan::{Piece, Plan};
+use crate::plan::{Layout, Piece, Plan};
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::ring::{Failure, LoadId, Times};
 use crate::route::{Fallback, Route};
@@ -41,6 +41,7 @@ pub(crate) struct LoadShared {
     notes: Arc<[String]>,
     /// Whether its segments become dma-bufs.
     exports: bool,
+    allocates_at_once: bool,
     started: Instant,
     cpu_before: Duration,
     planned_bytes: AtomicU64,
@@ -96,6 +97,7 @@ pub(crate) struct HeapFacts {
     pub(crate) name: Arc<str>,
     pub(crate) notes: Arc<[String]>,
     pub(crate) exports: bool,
+    pub(crate) allocates_at_once: bool,
 }
 
 /// What handing over has led to.
@@ -170,6 +172,7 @@ impl LoadShared {
             heap: Arc::clone(&heap.name),
             notes: Arc::clone(&heap.notes),
             exports: heap.exports,
+            allocates_at_once: heap.allocates_at_once,
             started: Instant::now(),
             cpu_before: cpu_time(),
             planned_bytes: AtomicU64::new(0),
@@ -447,6 +450,14 @@ impl LoadShared {
         Some(unsafe { Segment::new(index, segment.file, path, file_range, heap, backing) })
     }
 
+    fn notes(&self) -> Vec<String> {
+        let mut notes = self.notes.to_vec();
+        if self.allocates_at_once && self.options.layout == Layout::Single {
+            notes.push("the memory of a whole file was one allocation, so nothing was read while it was being made".to_owned());
+        }
+        notes
+    }
+
     fn report(&self, state: &State, times: Times) -> Report {
         let files = state.files.iter().zip(&self.paths);
         let files = files.map(|(file, path)| FileReport {
@@ -467,7 +478,7 @@ impl LoadShared {
             pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(&state.files) },
             pages_refused: state.pages_refused,
             heap: self.heap.to_string(),
-            notes: self.notes.to_vec(),
+            notes: self.notes(),
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
             fallbacks: merged(&state.fallbacks),
