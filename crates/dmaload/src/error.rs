@@ -77,7 +77,7 @@ pub enum Error {
         /// What happened to it.
         change: &'static str,
     },
-    /// A route was refused to a load that takes no other: a strict one, or one that was allowed it when it was planned.
+    /// A route was refused to a load that takes no other: a strict one.
     #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", .path.display(), dmabuf::errno::describe(*.errno))]
     Refused {
         /// The file.

@@ -11,7 +11,7 @@ use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared};
 use crate::memory::{Backing, PieceBuffer};
 use crate::ring::FileSpec;
-use crate::route::{Attempt, Route};
+use crate::route::{Attempt, Fallback, Route};
 use crate::source::OpenFile;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -36,9 +36,9 @@ impl Engine {
                 let piece = allocation.piece;
                 let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
                 let spec = FileSpec {
-                    handle: file,
                     index: allocation.file_index,
-                    route: allocation.route,
+                    route: if file.direct_refused().is_some() { Route::Buffered } else { allocation.route },
+                    handle: file,
                     alignment_bytes: allocation.alignment_bytes,
                     staged_by: Some(load.options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect),
                     mount: allocation.identity.mount(),
@@ -50,7 +50,7 @@ impl Engine {
     }
 
     fn fill_in(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<OpenFile>, Arc<Backing>)> {
-        let file = opened(allocation)?;
+        let file = opened(load, allocation)?;
         self.take_allowance(allocation.piece.memory_bytes)?;
         load.begin_allocating();
         let populated = self.populate(load, allocation);
@@ -117,7 +117,7 @@ impl Engine {
 }
 
 /// The file, opened if it is not; it must be what was planned.
-fn opened(allocation: &Allocation) -> Result<Arc<OpenFile>> {
+fn opened(load: &LoadShared, allocation: &Allocation) -> Result<Arc<OpenFile>> {
     let mut cell = allocation.file.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(file) = &*cell {
         return Ok(Arc::clone(file));
@@ -125,9 +125,13 @@ fn opened(allocation: &Allocation) -> Result<Arc<OpenFile>> {
     let file = OpenFile::open(&allocation.path)?;
     file.check_unchanged(&allocation.identity)?;
     if let Some(errno) = file.direct_refused().filter(|_| allocation.route.is_direct()) {
-        // It was allowed when the load was planned: nobody was told of another route.
-        let (path, offset) = (file.path.clone(), allocation.piece.file_offset);
-        return Err(Error::Refused { path, offset, route: allocation.route, attempt: Attempt::OpenDirect, errno });
+        // It was allowed when the load was planned.
+        let (from, attempt) = (allocation.route, Attempt::OpenDirect);
+        if load.options.strict {
+            let (path, offset) = (file.path.clone(), allocation.piece.file_offset);
+            return Err(Error::Refused { path, offset, route: from, attempt, errno });
+        }
+        load.stepped_down(Fallback { file_index: Some(allocation.file_index), from, to: Route::Buffered, attempt, errno });
     }
     Ok(Arc::clone(cell.insert(file)))
 }
