@@ -26,13 +26,13 @@ mod pages;
 mod populate;
 mod udmabuf;
 
-pub use address::{AddressRange, Mapping};
+pub use address::{AddressRange, Mapping, NotMoved};
 pub use device::DeviceError;
 pub use dma_buf::{Access, CpuAccess, DmaBuf};
 pub use dma_heap::DmaHeap;
 pub use error::Error;
 pub use memfd::Memfd;
-pub use pages::{HUGE_PAGE_BYTES, PageCount, huge_bytes_in, page_bytes};
+pub use pages::{HUGE_PAGE_BYTES, PageCount, count_pages, huge_bytes_in, page_bytes};
 pub use populate::{Pages, Populated};
 pub use udmabuf::{Part, Udmabuf, UdmabufLimits};
 

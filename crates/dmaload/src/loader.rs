@@ -76,6 +76,17 @@ impl Loader {
         self.guard.settings().load.clone()
     }
 
+    /// Frees memory that the pool keeps, the oldest first, until it has at most `keep_bytes`; returns how much that is. The
+    /// freeing itself is done by a thread.
+    pub fn trim_pool(&self, keep_bytes: u64) -> u64 {
+        self.guard.trim_pool(keep_bytes)
+    }
+
+    /// How much memory the pool keeps now.
+    pub fn pooled_bytes(&self) -> u64 {
+        self.guard.pooled_bytes()
+    }
+
     /// Stops: loads that are not finished fail with [`crate::Error::ShutDown`], reads in flight are drained, the threads end.
     ///
     /// Other clones stay valid, but every load on them fails. Dropping the future does not stop the shutdown.
@@ -129,6 +140,15 @@ impl LoaderBuilder {
     /// and kept. Default: 16 MiB.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
         self.settings.staging_bytes = bytes;
+        self
+    }
+
+    /// How much memory of dropped segments is kept for loads to come. Such memory needs no allocating, zeroing or populating,
+    /// which is most of the work on small pages. It is used again for a segment of the same size, so for a model of the same
+    /// size and layout. Only segments whose descriptors never left are kept; when memory gets short, an allocation
+    /// takes it from the pool before it fails. Default: 0, nothing is kept.
+    pub fn pool_bytes(mut self, bytes: u64) -> Self {
+        self.settings.pool_bytes = bytes;
         self
     }
 

@@ -3,8 +3,9 @@
 
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use dmabuf::{Access, DmaBuf, Mapping, Memory};
+use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memory};
 
 use crate::heap::Heap;
 use crate::reaper::{Holding, Reaper};
@@ -17,6 +18,8 @@ pub(crate) struct Backing {
     holding: Option<Box<Holding>>,
     address: NonNull<u8>,
     bytes: usize,
+    /// Whether its pages are there already.
+    reused: bool,
     reaper: Reaper,
 }
 
@@ -28,7 +31,40 @@ unsafe impl Sync for Backing {}
 impl Backing {
     pub(crate) fn new(mapping: Mapping, memory: Memory, reaper: Reaper) -> Self {
         let (address, bytes) = (mapping.address(), mapping.bytes());
-        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reaper }
+        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, reaper }
+    }
+
+    /// Memory from the pool, moved to where it is needed now; `None` when it can't be moved: then it is freed.
+    pub(crate) fn reused(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
+        holding.reusable.store(false, Ordering::Release);
+        match holding.moved_to(range, at) {
+            Ok(holding) => {
+                let (address, bytes) = (holding.mapping.address(), holding.mapping.bytes());
+                Some(Backing { holding: Some(holding), address, bytes, reused: true, reaper: reaper.clone() })
+            }
+            Err(holding) => {
+                reaper.bury(holding);
+                None
+            }
+        }
+    }
+
+    pub(crate) fn is_reused(&self) -> bool {
+        self.reused
+    }
+
+    /// It is complete: when it is dropped, it may be used again.
+    pub(crate) fn allow_reuse(&self) {
+        if let Some(holding) = &self.holding {
+            holding.reusable.store(true, Ordering::Release);
+        }
+    }
+
+    /// A descriptor of it was handed out: it is never used again.
+    pub(crate) fn forbid_reuse(&self) {
+        if let Some(holding) = &self.holding {
+            holding.reusable.store(false, Ordering::Release);
+        }
     }
 
     pub(crate) fn address(&self) -> NonNull<u8> {
@@ -50,6 +86,10 @@ impl Backing {
         if let Some(dma_buf) = holding.memory.dma_buf() {
             // It was begun when the memory was allocated.
             return dma_buf.end_cpu_access(Access::ReadWrite);
+        }
+        if let Some(dma_buf) = holding.exported.get() {
+            // It was used before, and its pages are the same.
+            return dma_buf.cpu_access(Access::ReadWrite)?.end();
         }
         let dma_buf = heap.export(&holding.memory)?;
         // The tail was zeroed, and maybe more was copied, by the CPU: what it wrote before the dma-buf existed is flushed, too.
@@ -117,7 +157,6 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dmabuf::AddressRange;
 
     #[test]
     fn dropping_a_backing_unmaps_nothing_by_itself() {

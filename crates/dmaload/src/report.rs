@@ -35,6 +35,8 @@ pub struct Report {
     pub pages: PageCount,
     /// Why a 2 MiB extent has small pages although huge ones were wanted.
     pub pages_refused: Option<Errno>,
+    /// How much of the segments' memory came from the pool ([`crate::LoaderBuilder::pool_bytes`]).
+    pub reused_bytes: u64,
     /// The heap.
     pub heap: String,
     /// Why it is this heap, where it was chosen for the caller, and what it does otherwise than one might expect.
@@ -116,6 +118,7 @@ mod tests {
             peak_resident_bytes: 0,
             pages: PageCount::default(),
             pages_refused: None,
+            reused_bytes: 0,
             heap: "memfd".to_owned(),
             notes: Vec::new(),
             layout: Layout::Segmented,

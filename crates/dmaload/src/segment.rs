@@ -117,7 +117,10 @@ impl Segment {
         let heap = || self.0.heap.to_string();
         let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
         match self.0.lent.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) | Err(HANDED_OUT) => Ok(dma_buf.as_fd()),
+            Ok(_) | Err(HANDED_OUT) => {
+                self.0.backing.forbid_reuse();
+                Ok(dma_buf.as_fd())
+            }
             Err(views) => Err(Error::Viewed { segment: self.0.index, views }),
         }
     }
@@ -166,6 +169,7 @@ impl Segment {
         let bytes = self.len() as u64;
         let failed = |refusal| Error::Memory { heap: heap(), refusal, loaded_bytes: bytes, planned_bytes: bytes };
         memfd.seal_against_writes().map_err(failed)?;
+        self.0.backing.forbid_reuse();
         Ok(memfd.as_fd())
     }
 

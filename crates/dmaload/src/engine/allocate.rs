@@ -51,46 +51,66 @@ impl Engine {
 
     fn fill_in(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<OpenFile>, Arc<Backing>)> {
         let file = opened(load, allocation)?;
-        self.take_allowance(allocation.piece.memory_bytes)?;
         load.begin_allocating();
         let populated = self.populate(load, allocation);
-        load.end_allocating(&allocation.piece, populated.as_ref().ok().map(|(_, populated)| populated));
+        let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
+        load.end_allocating(&allocation.piece, told);
         Ok((file, populated?.0))
     }
 
     fn populate(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
-        let refused = |error| load.memory_error(error);
-        let backing = {
-            let mut cell = allocation.segment.lock().unwrap_or_else(PoisonError::into_inner);
-            match &*cell {
-                Some(backing) => Arc::clone(backing),
-                None => {
-                    let bytes = to_usize(allocation.segment_memory_bytes);
-                    let memory = self.heap.allocate(bytes).map_err(refused)?;
-                    if let Some(dma_buf) = memory.dma_buf() {
-                        // Ended when the segment is exported. One that never is closes with the access open, which is allowed.
-                        dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
-                    }
-                    let mapping = allocation.range.map(&memory, to_usize(allocation.range_offset), bytes).map_err(refused)?;
-                    Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone()))))
-                }
-            }
-        };
         let piece = &allocation.piece;
         let part = to_usize(piece.memory_offset)..to_usize(piece.memory_offset + piece.memory_bytes);
+        let backing = self.backing(load, allocation)?;
         let populated = match backing.parts() {
-            Some((mapping, memory)) => self.heap.populate(mapping, memory, part).map_err(refused)?,
+            Some((mapping, _)) if backing.is_reused() => {
+                let start = mapping.address().addr().get();
+                Populated { pages: dmabuf::count_pages(start + part.start..start + part.end), refused: None }
+            }
+            Some((mapping, memory)) => self.heap.populate(mapping, memory, part).map_err(|error| load.memory_error(error))?,
             None => Populated::default(),
         };
         Ok((backing, populated))
     }
 
-    /// Refuses what would wake the OOM killer. Memory of dropped segments that is still on its way to be freed is waited for.
+    /// The memory of the piece's segment: there already, from the pool, or allocated now. What has to be populated has been
+    /// allowed by the limits.
+    fn backing(&self, load: &LoadShared, allocation: &Allocation) -> Result<Arc<Backing>> {
+        let refused = |error| load.memory_error(error);
+        let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.segment_memory_bytes));
+        let mut cell = allocation.segment.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(backing) = &*cell {
+            let backing = Arc::clone(backing);
+            drop(cell);
+            if !backing.is_reused() {
+                self.take_allowance(allocation.piece.memory_bytes)?;
+            }
+            return Ok(backing);
+        }
+        let kept = self.reaper.reuse(bytes);
+        if let Some(backing) = kept.and_then(|kept| Backing::reused(*kept, &allocation.range, at, &self.reaper)) {
+            return Ok(Arc::clone(cell.insert(Arc::new(backing))));
+        }
+        self.take_allowance(allocation.piece.memory_bytes)?;
+        let memory = self.heap.allocate(bytes).map_err(refused)?;
+        if let Some(dma_buf) = memory.dma_buf() {
+            // Ended when the segment is exported. One that never is closes with the access open, which is allowed.
+            dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
+        }
+        let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
+        Ok(Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone())))))
+    }
+
+    /// Refuses what would wake the OOM killer. What the pool keeps goes first, and memory of dropped segments that is still
+    /// on its way to be freed is waited for.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
         let there_is_room = |seen: &Option<Headroom>| seen.as_ref().is_none_or(|seen| seen.available_bytes >= wanted_bytes);
         let mut seen = headroom();
-        if !there_is_room(&seen) && self.reaper.wait_until_idle(FREEING_TIME) {
-            seen = headroom();
+        if !there_is_room(&seen) {
+            let trimmed = self.reaper.trim_pool(0);
+            if self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0 {
+                seen = headroom();
+            }
         }
         match seen {
             Some(Headroom { available_bytes, limit }) if available_bytes < wanted_bytes => {

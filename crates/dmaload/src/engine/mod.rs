@@ -140,6 +140,7 @@ impl Guard {
             leaked_bytes: AtomicU64::new(0),
             settings,
         });
+        engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
         // From here on whatever fails ends the threads that were started: the guard is dropped.
         let guard = Arc::new(Guard { engine: Arc::clone(&engine) });
         engine
@@ -154,6 +155,14 @@ impl Guard {
             engine.counted(|| builder.spawn(move || own.work()).map(|_| ())).map_err(no_thread)?;
         }
         Ok(guard)
+    }
+
+    pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
+        self.engine.reaper.trim_pool(keep_bytes)
+    }
+
+    pub(crate) fn pooled_bytes(&self) -> u64 {
+        self.engine.reaper.pooled_bytes()
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -236,6 +245,8 @@ impl Engine {
         }
         self.changed.notify_all();
         self.ring.close();
+        // No load comes any more that could use it.
+        self.reaper.set_pool_bytes(0);
     }
 
     fn wait_for_threads(&self) -> Result<(), Leaked> {

@@ -33,7 +33,9 @@ impl Engine {
         let Some((files, fallbacks)) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.end();
         };
-        let memory_bytes = files.iter().map(|file| file.plan.memory_bytes()).sum();
+        let memory_bytes: u64 = files.iter().map(|file| file.plan.memory_bytes()).sum();
+        // What the pool has may serve again; where its sizes do not fit, each allocation looks for itself.
+        let memory_bytes = memory_bytes.saturating_sub(self.reaper.pooled_bytes());
         // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
         if let Some(error) =
             self.check_headroom(memory_bytes).err().filter(|_| load.keep || load.options.layout == Layout::Single)

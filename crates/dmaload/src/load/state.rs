@@ -125,6 +125,7 @@ struct State {
     first_segment: Option<Duration>,
     pages: PageCount,
     pages_refused: Option<Errno>,
+    reused_bytes: u64,
     fallbacks: Vec<Fallback>,
 }
 
@@ -190,6 +191,7 @@ impl LoadShared {
                 first_segment: None,
                 pages: PageCount::default(),
                 pages_refused: None,
+                reused_bytes: 0,
                 fallbacks: Vec::new(),
             }),
         }
@@ -273,11 +275,14 @@ impl LoadShared {
     }
 
     /// A piece was populated, or the attempt has failed.
-    pub(crate) fn end_allocating(&self, piece: &Piece, populated: Option<&Populated>) {
+    pub(crate) fn end_allocating(&self, piece: &Piece, populated: Option<(&Populated, bool)>) {
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
-        let Some(populated) = populated else { return };
+        let Some((populated, reused)) = populated else { return };
         self.allocated_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
+        if reused {
+            state.reused_bytes += piece.memory_bytes;
+        }
         if let Some(pages) = populated.pages {
             state.pages.add(pages);
         }
@@ -444,6 +449,7 @@ impl LoadShared {
             // there is no such seal, and the promise is the heap's alone.
             let _ = memfd.seal_against_writes();
         }
+        backing.allow_reuse();
         let (path, heap) = (Arc::clone(self.paths.get(segment.file)?), Arc::clone(&self.heap));
         // SAFETY: `pieces_left` is 0, so the driver has given back every piece of this segment: all bytes were read, and
         // no read is in flight. The backing was just taken out of its cell, and pieces drop theirs unread.
@@ -477,6 +483,7 @@ impl LoadShared {
             peak_resident_bytes: peak_resident_bytes(),
             pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(&state.files) },
             pages_refused: state.pages_refused,
+            reused_bytes: state.reused_bytes,
             heap: self.heap.to_string(),
             notes: self.notes(),
             layout: self.options.layout,
