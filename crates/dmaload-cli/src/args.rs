@@ -53,6 +53,9 @@ pub(crate) struct Load {
     /// Print nothing but errors.
     #[arg(long, conflicts_with = "json")]
     pub(crate) quiet: bool,
+    /// Write a timeline of the load to this file, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
     /// Then run this command, to the end of the line, with the segments' descriptors from 3 on; exit as it does.
     ///
     /// DMALOAD_FDS tells their number, DMALOAD_SEGMENTS and DMALOAD_FILES what each holds: see docs/cli.md.

@@ -12,15 +12,20 @@ use serde_json::{Value, json};
 
 use crate::args;
 use crate::digest::{Digest, digest};
+use crate::errors::At;
 use crate::summary::{Pairs, bytes, duration, rate};
-use crate::{block_on, engine, errors, exec};
+use crate::{block_on, engine, errors, exec, trace};
 
 pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     let loader = engine::loader(&arguments.engine).map_err(about)?;
-    let load = loader.load_with(&arguments.paths, loader.options());
+    let options = loader.options().trace(arguments.trace.is_some());
+    let load = loader.load_with(&arguments.paths, options);
     let quiet = arguments.quiet || arguments.json || !std::io::stderr().is_terminal();
     let image = block_on(finish(load, quiet))?.map_err(about)?;
+    if let Some(file) = &arguments.trace {
+        std::fs::write(file, trace::to_json(image.report()).to_string()).at("write the timeline to", file)?;
+    }
     let digests = match arguments.digest {
         Some(algorithm) => image.files().iter().map(|file| Ok(Some(digest(algorithm, &file.bytes()?)))).collect::<Result<_>>()?,
         None => vec![None; image.files().len()],

@@ -16,6 +16,7 @@ mod scratch;
 mod summary;
 mod synth;
 mod sys;
+mod trace;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

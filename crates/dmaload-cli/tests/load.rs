@@ -309,6 +309,58 @@ fn the_peak_beyond_the_payload_stays_under_48_mib() {
     }
 }
 
+/// The timeline accounts for every byte, by every route.
+#[test]
+fn a_trace_has_an_event_for_each_thing_that_was_done() {
+    let folder = folder();
+    let size = 9 * MIB + 777;
+    let path = random_file(folder.path(), "model.bin", size);
+    for route in ["uring-fixed-direct", "pread-direct", "bounce"] {
+        if let Some(reason) = common::unavailable(route, folder.path()) {
+            skip(reason);
+            continue;
+        }
+        let out = folder.path().join("trace.json");
+        let arguments = ["--trace", out.to_str().unwrap(), "--route", route, "--strict"];
+        let json = load_json(&path, &[&arguments[..], &SMALL_SEGMENTS].concat());
+        let trace: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+        let events: Vec<_> = trace["traceEvents"].as_array().unwrap().iter().filter(|event| event["ph"] == "X").collect();
+        let of = |kind: &str| events.iter().filter(|event| event["cat"] == kind).copied().collect::<Vec<_>>();
+        let bytes = |kind: &str| of(kind).iter().map(|event| event["args"]["bytes"].as_u64().unwrap()).sum::<u64>();
+        assert_eq!(bytes("read"), size as u64, "{route}");
+        assert_eq!(bytes("hand over"), size as u64, "{route}");
+        assert_eq!(bytes("allocate"), size.next_multiple_of(4096) as u64, "{route}");
+        assert_eq!(bytes("copy"), if route == "bounce" { size as u64 } else { 0 }, "{route}");
+        assert_eq!(of("register").len(), if route == "uring-fixed-direct" { 5 } else { 0 }, "{route}");
+        let segments: Vec<_> = of("hand over").iter().map(|event| event["args"]["segment"].as_u64().unwrap()).collect();
+        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: in order");
+        let total = json["seconds"].as_f64().unwrap() * 1e6;
+        for event in &events {
+            let (start, length) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
+            assert!(start >= 0.0 && length >= 0.0 && start + length <= total, "{route}: {event} ends after {total}");
+        }
+        // Nothing is handed over before it was read.
+        for segment in 0..5 {
+            let of_segment =
+                |kind: &str| of(kind).into_iter().filter(|event| event["args"]["segment"] == segment).collect::<Vec<_>>();
+            let handed = of_segment("hand over")[0]["ts"].as_f64().unwrap();
+            let read = of_segment("read");
+            assert!(!read.is_empty());
+            assert!(read.iter().all(|read| read["ts"].as_f64().unwrap() + read["dur"].as_f64().unwrap() <= handed), "{route}");
+        }
+        // What shares a row does not overlap.
+        for (number, event) in events.iter().enumerate() {
+            let end = |event: &Value| event["ts"].as_f64().unwrap() + event["dur"].as_f64().unwrap();
+            let clash = events[..number].iter().find(|other| {
+                other["tid"] == event["tid"]
+                    && end(other) > event["ts"].as_f64().unwrap() + 0.01
+                    && end(event) > other["ts"].as_f64().unwrap() + 0.01
+            });
+            assert!(clash.is_none(), "{event} overlaps {}", clash.unwrap());
+        }
+    }
+}
+
 #[test]
 fn quiet_prints_nothing() {
     let folder = folder();

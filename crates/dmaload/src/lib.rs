@@ -36,6 +36,7 @@ mod schedule;
 mod segment;
 mod settings;
 mod source;
+mod trace;
 mod window;
 
 pub use dmabuf;
@@ -50,3 +51,4 @@ pub use report::{FileReport, Report};
 pub use route::{Attempt, Fallback, Route};
 pub use segment::{Segment, SegmentAccess};
 pub use settings::{Format, LoadOptions};
+pub use trace::{TraceEvent, TraceKind};

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 
 use crate::plan::Layout;
 use crate::route::{Fallback, Route};
+use crate::trace::TraceEvent;
 
 /// What happened during a load: how much, how long, by which ways.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,6 +48,8 @@ pub struct Report {
     pub route: Route,
     /// Every step down the ladder, in the order taken.
     pub fallbacks: Vec<Fallback>,
+    /// What was done when, in the order in which it ended; empty unless [`crate::LoadOptions::trace`] was asked for.
+    pub trace: Vec<TraceEvent>,
     /// The files, in the order given.
     pub files: Vec<FileReport>,
 }
@@ -124,6 +127,7 @@ mod tests {
             layout: Layout::Segmented,
             route: Route::Buffered,
             fallbacks: Vec::new(),
+            trace: Vec::new(),
             files: Vec::new(),
         }
     }

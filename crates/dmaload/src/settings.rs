@@ -52,6 +52,7 @@ pub struct LoadOptions {
     pub(crate) route: Route,
     pub(crate) strict: bool,
     pub(crate) format: Format,
+    pub(crate) trace: bool,
 }
 
 impl Default for LoadOptions {
@@ -63,6 +64,7 @@ impl Default for LoadOptions {
             route: Route::UringFixedDirect,
             strict: false,
             format: Format::Auto,
+            trace: false,
         }
     }
 }
@@ -109,6 +111,13 @@ impl LoadOptions {
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
+        self
+    }
+
+    /// Record what is done when, for [`crate::Report::trace`]: an event of 56 bytes for each read. Default: false.
+    #[must_use]
+    pub fn trace(mut self, trace: bool) -> Self {
+        self.trace = trace;
         self
     }
 

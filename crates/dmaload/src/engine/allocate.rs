@@ -51,10 +51,11 @@ impl Engine {
 
     fn fill_in(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<OpenFile>, Arc<Backing>)> {
         let file = opened(load, allocation)?;
+        let start = Instant::now();
         load.begin_allocating();
         let populated = self.populate(load, allocation);
         let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
-        load.end_allocating(&allocation.piece, told);
+        load.end_allocating(allocation, start, told);
         Ok((file, populated?.0))
     }
 

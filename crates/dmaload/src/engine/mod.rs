@@ -31,10 +31,11 @@ use crate::heap::Heap;
 use crate::load::{Follows, HeapFacts, LoadShared, Segments};
 use crate::memory::PieceBuffer;
 use crate::reaper::Reaper;
-use crate::ring::{Events, Failure, LoadId, RingThread, Times};
+use crate::ring::{Events, Failure, LoadId, RingThread, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::{Job, Scheduler};
 use crate::settings::{LoadOptions, Settings};
+use crate::trace::TraceKind;
 
 /// See the module.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(crate) struct Engine {
     settings: Settings,
     heap: Arc<dyn Heap>,
     facts: HeapFacts,
+    /// When the ring thread's clock began.
+    epoch: Instant,
     reaper: Reaper,
     ring: RingThread<PieceBuffer<Permit>>,
     schedule: Mutex<Schedule>,
@@ -124,6 +127,7 @@ impl Guard {
         let engine = Arc::new(Engine {
             heap,
             facts,
+            epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
             schedule: Mutex::new(Schedule {
@@ -146,7 +150,7 @@ impl Guard {
         engine
             .counted(|| {
                 let Settings { queue_depth, .. } = engine.settings;
-                engine.ring.start(queue_depth, engine.settings.staging(), Instant::now(), Arc::clone(&engine))
+                engine.ring.start(queue_depth, engine.settings.staging(), engine.epoch, Arc::clone(&engine))
             })
             .map_err(no_thread)?;
         for number in 0..engine.settings.allocator_threads.max(1) {
@@ -381,8 +385,10 @@ impl Engine {
     /// Makes a dma-buf of a full segment's memory.
     fn export(&self, load: &LoadShared, number: usize) {
         let Some(backing) = load.full_segment(number) else { return };
+        let start = Instant::now();
         match backing.export(&*self.heap) {
             Ok(()) => {
+                load.segment_traced(number, TraceKind::Export, start);
                 drop(backing);
                 if load.segment_exported(number) == crate::load::Handover::Over {
                     self.forget(load.id);
@@ -405,6 +411,12 @@ impl Events<PieceBuffer<Permit>> for Engine {
     fn stepped_down(&self, load: LoadId, fallback: Fallback) {
         if let Some(shared) = self.load_of(load) {
             shared.stepped_down(fallback);
+        }
+    }
+
+    fn traced(&self, load: LoadId, piece: usize, span: Span) {
+        if let Some(shared) = self.load_of(load) {
+            shared.traced(piece, span, self.epoch);
         }
     }
 

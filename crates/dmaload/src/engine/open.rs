@@ -51,8 +51,8 @@ impl Engine {
             self.forget(load.id);
             return self.end();
         }
-        let LoadOptions { chunk_bytes, strict, .. } = load.options;
-        let spec = LoadSpec { id: load.id, pieces: pieces.len(), chunk_bytes, strict };
+        let LoadOptions { chunk_bytes, strict, trace, .. } = load.options;
+        let spec = LoadSpec { id: load.id, pieces: pieces.len(), chunk_bytes, strict, trace };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&load.id) {

@@ -21,11 +21,12 @@ use crate::memory::Backing;
 use crate::model::TensorMap;
 use crate::plan::{Layout, Piece, Plan};
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
-use crate::ring::{Failure, LoadId, Times};
+use crate::ring::{Failure, LoadId, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::segment::Segment;
 use crate::settings::LoadOptions;
 use crate::source::{Identity, OpenFile};
+use crate::trace::{TraceEvent, TraceKind};
 
 /// See the module.
 #[derive(Debug)]
@@ -127,6 +128,7 @@ struct State {
     pages_refused: Option<Errno>,
     reused_bytes: u64,
     fallbacks: Vec<Fallback>,
+    trace: Vec<TraceEvent>,
 }
 
 #[derive(Debug)]
@@ -147,6 +149,15 @@ struct SegmentState {
     unchecked: bool,
     /// It is to become a dma-buf first.
     unexported: bool,
+}
+
+impl State {
+    /// The file and the segment that a piece belongs to.
+    fn place_of(&self, number: usize) -> Option<(usize, usize)> {
+        let &(file_index, piece) = self.pieces.get(number)?;
+        let file = self.files.get(file_index)?;
+        Some((file_index, file.first_segment + file.planned.plan.pieces.get(piece)?.segment))
+    }
 }
 
 impl SegmentState {
@@ -193,6 +204,7 @@ impl LoadShared {
                 pages_refused: None,
                 reused_bytes: 0,
                 fallbacks: Vec::new(),
+                trace: Vec::new(),
             }),
         }
     }
@@ -275,11 +287,18 @@ impl LoadShared {
     }
 
     /// A piece was populated, or the attempt has failed.
-    pub(crate) fn end_allocating(&self, piece: &Piece, populated: Option<(&Populated, bool)>) {
+    pub(crate) fn end_allocating(&self, allocation: &Allocation, start: Instant, populated: Option<(&Populated, bool)>) {
+        let piece = &allocation.piece;
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
         let Some((populated, reused)) = populated else { return };
         self.allocated_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
+        if self.options.trace {
+            let segment = state.files.get(allocation.file_index).map_or(0, |file| file.first_segment) + piece.segment;
+            let event =
+                self.event(TraceKind::Allocate, start, Instant::now(), allocation.file_index, segment, piece.memory_bytes);
+            state.trace.push(event);
+        }
         if reused {
             state.reused_bytes += piece.memory_bytes;
         }
@@ -359,6 +378,30 @@ impl LoadShared {
         self.state().fallbacks.push(fallback);
     }
 
+    /// The ring thread did something for a piece; its clock began at `epoch`.
+    pub(crate) fn traced(&self, number: usize, span: Span, epoch: Instant) {
+        let mut state = self.state();
+        let Some((file_index, segment)) = state.place_of(number) else { return };
+        let (start, end) = (epoch + span.start, epoch + span.end);
+        let event = self.event(span.kind, start, end, file_index, segment, span.bytes);
+        state.trace.push(event);
+    }
+
+    /// Something was done for a segment, from `start` until now.
+    pub(crate) fn segment_traced(&self, number: usize, kind: TraceKind, start: Instant) {
+        if self.options.trace {
+            let mut state = self.state();
+            let file_index = state.segments.get(number).map_or(0, |segment| segment.file);
+            let event = self.event(kind, start, Instant::now(), file_index, number, 0);
+            state.trace.push(event);
+        }
+    }
+
+    fn event(&self, kind: TraceKind, start: Instant, end: Instant, file_index: usize, segment: usize, bytes: u64) -> TraceEvent {
+        let since = |moment: Instant| moment.saturating_duration_since(self.started);
+        TraceEvent { kind, start: since(start), end: since(end), file_index, segment, bytes }
+    }
+
     /// The driver has forgotten the load, which took this long to read.
     pub(crate) fn gone(&self, times: Times) -> Handover {
         let mut state = self.state();
@@ -425,6 +468,11 @@ impl LoadShared {
             let Some(segment) = self.segment(state, next) else { break };
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
+            if self.options.trace {
+                let (now, bytes) = (Instant::now(), segment.len() as u64);
+                let event = self.event(TraceKind::HandOver, now, now, segment.file_index(), segment.index(), bytes);
+                state.trace.push(event);
+            }
             let _ = events.send(Event::Segment(segment));
         }
         let Some(times) = state.times.filter(|_| state.handed == state.segments.len() && state.files_left == 0) else {
@@ -464,7 +512,7 @@ impl LoadShared {
         notes
     }
 
-    fn report(&self, state: &State, times: Times) -> Report {
+    fn report(&self, state: &mut State, times: Times) -> Report {
         let files = state.files.iter().zip(&self.paths);
         let files = files.map(|(file, path)| FileReport {
             path: path.as_ref().clone(),
@@ -489,6 +537,7 @@ impl LoadShared {
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
             fallbacks: merged(&state.fallbacks),
+            trace: std::mem::take(&mut state.trace),
             files: files.collect(),
         }
     }

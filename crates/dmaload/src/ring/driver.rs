@@ -28,6 +28,7 @@ use super::staging::{Staging, StagingBudget, StagingSlot};
 use crate::busy::BusyTime;
 use crate::plan::{Piece, split};
 use crate::route::{Attempt, Fallback, Route, is_refusal};
+use crate::trace::TraceKind;
 
 /// Names a load. Never used twice by one loader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,6 +49,7 @@ pub(crate) struct LoadSpec {
     pub(crate) pieces: usize,
     pub(crate) chunk_bytes: u64,
     pub(crate) strict: bool,
+    pub(crate) trace: bool,
 }
 
 /// A file of a load, as each of its pieces brings it along.
@@ -72,10 +74,21 @@ pub(crate) enum Output<B> {
     PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
     /// A step down the ladder was taken.
     SteppedDown { load: LoadId, fallback: Fallback },
+    /// Something was done for a piece; only where the load wants to know.
+    Traced { load: LoadId, piece: usize, span: Span },
     /// The load can't be finished. Told once; its memory goes when its last read has come back.
     Failed { load: LoadId, failure: Failure },
     /// No buffer of this load is here any more, and none will be.
     Gone { load: LoadId, times: Times },
+}
+
+/// Something that was done, by the kernel's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) kind: TraceKind,
+    pub(crate) start: Duration,
+    pub(crate) end: Duration,
+    pub(crate) bytes: u64,
 }
 
 /// How long the parts of a load took.
@@ -140,6 +153,7 @@ struct InFlight {
     chunk: Chunk,
     route: Route,
     step: Step,
+    since: Duration,
 }
 
 /// What is in flight.
@@ -411,9 +425,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                     self.requeue(id, chunk);
                     return false;
                 };
+                let start = self.kernel.now();
                 match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
                     Ok(()) => {
                         entry.buffer_slot = Some(slot);
+                        if self.loads.get(&id).is_some_and(|load| load.spec.trace) {
+                            let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
+                            let span = Span { kind: TraceKind::Register, start, end, bytes };
+                            self.outputs.push(Output::Traced { load: id, piece: entry.number, span });
+                        }
                         self.issue_read(id, chunk);
                     }
                     Err(errno) => {
@@ -444,7 +464,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // SAFETY: `start` is within the buffer, by the assertion above.
         let address = unsafe { entry.buffer.address().add(start) };
         let buffer_slot = entry.buffer_slot.filter(|_| route == Route::UringFixedDirect);
-        self.start_read(id, InFlight { chunk, route, step: Step::Read }, route, buffer_slot, address, bytes);
+        self.start_read(
+            id,
+            InFlight { chunk, route, step: Step::Read, since: self.kernel.now() },
+            route,
+            buffer_slot,
+            address,
+            bytes,
+        );
     }
 
     /// Issues a read into staging. `false` when all of it is busy.
@@ -485,7 +512,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         };
         let by = best.max(entry.file.staged_by);
         let registered = registered.filter(|_| by == Route::UringFixedDirect);
-        let in_flight = InFlight { chunk, route: Route::Bounce, step: Step::Staged(slot) };
+        let in_flight = InFlight { chunk, route: Route::Bounce, step: Step::Staged(slot), since: self.kernel.now() };
         self.start_read(id, in_flight, by, registered, address, bytes);
         true
     }
@@ -545,7 +572,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let to = unsafe { entry.buffer.address().add(start) };
         let from = staging.address();
         entry.in_flight += 1;
-        let token = self.reads.insert(InFlight { chunk, route: Route::Bounce, step: Step::Copied(slot) });
+        let since = self.kernel.now();
+        let token = self.reads.insert(InFlight { chunk, route: Route::Bounce, step: Step::Copied(slot), since });
         // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
         // looked at, before the completion, and a taken slot is read into by nobody else.
         unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
@@ -558,10 +586,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     fn complete(&mut self, completion: Completion) {
         let in_flight = self.reads.remove(completion.token);
         assert!(in_flight.is_some(), "a completion for a read that is not in flight: {completion:?}");
-        let Some(InFlight { chunk, route, step }) = in_flight else { return };
+        let Some(InFlight { chunk, route, step, since }) = in_flight else { return };
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         entry.in_flight -= 1;
-        let id = entry.load;
+        let (id, piece) = (entry.load, entry.number);
         let now = self.kernel.now();
         let Some(load) = self.loads.get_mut(&id) else { return };
         load.in_flight -= 1;
@@ -570,6 +598,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             Step::Copied(_) => load.copying.end(now),
         }
         let ended = load.ended;
+        if load.spec.trace {
+            let kind = if matches!(step, Step::Copied(_)) { TraceKind::Copy } else { TraceKind::Read };
+            let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
+            self.outputs.push(Output::Traced { load: id, piece, span: Span { kind, start: since, end: now, bytes } });
+        }
         match step {
             Step::Read => {}
             Step::Staged(slot) => {

@@ -37,7 +37,7 @@ fn simulate_route(
     let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1);
     let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, STAGING);
     driver.kernel().copying = copying;
-    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true });
+    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
     scheduler.opened(id, plan.pieces.iter().map(|piece| piece.memory_bytes).collect());

@@ -44,7 +44,7 @@ impl Machine {
         let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
         let file = SimFile { number: id.0, bytes: plan.file_bytes, faults };
         let before = self.driver.kernel().refusals;
-        self.driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict });
+        self.driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict, trace: false });
         for (number, &piece) in plan.pieces.iter().enumerate() {
             let route = Route::UringFixedDirect;
             let spec = FileSpec { handle: file.clone(), index: 0, route, staged_by: route, mount, alignment_bytes: BLOCK };
@@ -59,7 +59,7 @@ impl Machine {
                 match output {
                     Output::SteppedDown { fallback, .. } => done.fallbacks.push(fallback),
                     Output::Failed { failure, .. } => done.failure = Some(failure),
-                    Output::PieceFull { .. } => {}
+                    Output::PieceFull { .. } | Output::Traced { .. } => {}
                     Output::Gone { .. } => {
                         done.refusals = self.driver.kernel().refusals - before;
                         return done;

@@ -247,7 +247,13 @@ impl World {
                     self.scheduler.end();
                     return;
                 }
-                self.driver.begin(LoadSpec { id, pieces: sizes.len(), chunk_bytes: load.chunk_bytes, strict: load.strict });
+                self.driver.begin(LoadSpec {
+                    id,
+                    pieces: sizes.len(),
+                    chunk_bytes: load.chunk_bytes,
+                    strict: load.strict,
+                    trace: true,
+                });
                 self.scheduler.opened(id, sizes);
             }
             Some(Job::Allocate(load, number, bytes)) => self.allocating.push(Allocating { load, number, bytes }),
@@ -340,6 +346,7 @@ impl World {
                     check_bytes(load, number, buffer.contents());
                     drop(buffer);
                 }
+                Output::Traced { .. } => {}
                 Output::SteppedDown { load: id, fallback } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!load.strict, "a strict load steps down");

@@ -1,0 +1,77 @@
+//! `load --trace`: a timeline that Perfetto (<https://ui.perfetto.dev>) and chrome://tracing open.
+//!
+//! The Trace Event Format: an object with `traceEvents`, complete events (`"ph": "X"`) with times in microseconds. What
+//! overlaps goes to rows of its own, so each kind of event has as many rows as there were of it at once.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use dmaload::{Report, TraceEvent, TraceKind};
+use serde_json::{Value, json};
+
+/// The timeline of a load.
+pub(crate) fn to_json(report: &Report) -> Value {
+    let mut events = report.trace.clone();
+    events.sort_by_key(|event| (event.kind, event.start, event.end));
+    let mut rows = Rows::default();
+    let mut out = Vec::new();
+    for event in &events {
+        out.push(complete(report, event, rows.place(event)));
+    }
+    let names = rows.0.iter().flat_map(|(&kind, ends)| (0..ends.len()).map(move |row| (kind, row)));
+    out.extend(names.map(|(kind, row)| {
+        json!({ "ph": "M", "name": "thread_name", "pid": 1, "tid": thread(kind, row), "args": { "name": format!("{} {row}", kind.name()) } })
+    }));
+    out.push(json!({ "ph": "M", "name": "process_name", "pid": 1, "args": { "name": "dmaload" } }));
+    json!({ "displayTimeUnit": "ms", "traceEvents": out })
+}
+
+fn complete(report: &Report, event: &TraceEvent, row: usize) -> Value {
+    let file = report.files.get(event.file_index).map(|file| file.path.to_string_lossy());
+    json!({
+        "ph": "X",
+        "name": format!("{} {}", event.kind.name(), event.segment),
+        "cat": event.kind.name(),
+        "pid": 1,
+        "tid": thread(event.kind, row),
+        "ts": microseconds(event.start),
+        "dur": microseconds(event.end.saturating_sub(event.start)),
+        "args": { "file": file, "segment": event.segment, "bytes": event.bytes },
+    })
+}
+
+/// Rows are threads to the viewer; those of a kind have neighbouring numbers.
+fn thread(kind: TraceKind, row: usize) -> usize {
+    let kind =
+        [TraceKind::Allocate, TraceKind::Register, TraceKind::Read, TraceKind::Copy, TraceKind::Export, TraceKind::HandOver]
+            .iter()
+            .position(|other| *other == kind)
+            .unwrap_or(9);
+    kind * 10_000 + row
+}
+
+fn microseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}
+
+/// For each kind, when the last event in each of its rows ended.
+#[derive(Debug, Default)]
+struct Rows(BTreeMap<TraceKind, Vec<Duration>>);
+
+impl Rows {
+    /// The first row that is free when this event begins. Events of a kind come in the order of their beginnings.
+    fn place(&mut self, event: &TraceEvent) -> usize {
+        let ends = self.0.entry(event.kind).or_default();
+        let free = ends.iter().position(|&end| end <= event.start);
+        match free.and_then(|row| ends.get_mut(row).map(|end| (row, end))) {
+            Some((row, end)) => {
+                *end = event.end;
+                row
+            }
+            None => {
+                ends.push(event.end);
+                ends.len() - 1
+            }
+        }
+    }
+}
