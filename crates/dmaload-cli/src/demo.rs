@@ -24,7 +24,7 @@ const SEED: u64 = 1;
 pub(crate) fn run(arguments: &args::Demo) -> Result<()> {
     let file = ScratchFile::create(arguments.dir.as_deref(), "demo.safetensors", arguments.size)?;
     let model = Model::new(arguments.size, SEED)?;
-    write(&model, file.path())?;
+    write(&model, &file)?;
 
     let mut engine = Vec::new();
     let mut normal = Vec::new();
@@ -45,10 +45,10 @@ pub(crate) fn run(arguments: &args::Demo) -> Result<()> {
     print(arguments, &model, &image, &mut engine, &mut normal)
 }
 
-fn write(model: &Model, path: &Path) -> Result<()> {
+fn write(model: &Model, file: &ScratchFile) -> Result<()> {
     let bar = if std::io::stderr().is_terminal() { progress_bar("writing") } else { indicatif::ProgressBar::hidden() };
     bar.set_length(model.bytes);
-    model.write(path, |written| bar.set_position(written))?;
+    model.write(file.file(), file.path(), |written| bar.set_position(written))?;
     bar.finish_and_clear();
     Ok(())
 }

@@ -13,7 +13,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
@@ -39,13 +39,16 @@ static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 #[derive(Debug)]
 pub(crate) struct ScratchFile {
     path: PathBuf,
+    /// The file that was created. It is written through this, never by its path: in a folder that others may write to, its
+    /// name may lead elsewhere by then.
+    file: File,
 }
 
 /// Why there is no scratch file.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ScratchError {
     /// No folder will do; it lists each with its reason.
-    #[error("no folder for a scratch file of {}{}\nname one with --dir, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
+    #[error("no folder for a scratch file of {}{}\nname another one, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
     NoFolder {
         /// How much room was wanted.
         wanted: u64,
@@ -101,9 +104,15 @@ impl ScratchFile {
         remove_on_signals();
         let mut alive = alive();
         let path = free_name(folder, suffix, &alive);
-        OpenOptions::new().write(true).create_new(true).open(&path).at("create", &path)?;
+        let file = OpenOptions::new().write(true).create_new(true).open(&path).at("create", &path)?;
         alive.insert(path.clone());
-        Ok(Self { path })
+        Ok(Self { path, file })
+    }
+
+    /// The file, to be written.
+    #[must_use]
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Where it is: an absolute path, so a later change of folder does no harm.

@@ -18,7 +18,7 @@
 
 use std::fmt;
 use std::fmt::Write as _;
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
@@ -173,12 +173,11 @@ impl Model {
         Some(Self { bytes, seed, tensors, header })
     }
 
-    /// Writes the file anew and flushes it to storage.
+    /// Writes an empty file, and flushes it to storage. `path` is for errors only.
     ///
     /// # Errors
-    /// When the file can't be created, written or flushed.
-    pub(crate) fn write(&self, path: &Path, mut progress: impl FnMut(u64)) -> Result<(), FileError> {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path).at("create", path)?;
+    /// When the file can't be written or flushed.
+    pub(crate) fn write(&self, mut file: &File, path: &Path, mut progress: impl FnMut(u64)) -> Result<(), FileError> {
         let mut block = vec![0; BLOCK];
         let mut written = 0;
         while written < self.bytes {
@@ -434,7 +433,8 @@ mod tests {
 
     fn write_model(path: &Path, bytes: u64, seed: u64, progress: impl FnMut(u64)) -> Result<Model, SynthError> {
         let model = Model::new(bytes, seed)?;
-        model.write(path, progress)?;
+        let file = File::create(path).at("create", path)?;
+        model.write(&file, path, progress)?;
         Ok(model)
     }
 

@@ -8,6 +8,7 @@ use anyhow::Result;
 use dmaload::dmabuf::{Pages, Udmabuf};
 use dmaload::{Error, heap, probe};
 use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use super::cause::{self, Cause};
 use super::mounts::{self, Mount};
@@ -27,6 +28,8 @@ pub(crate) struct Facts {
     pub(crate) path: Option<PathFacts>,
     pub(crate) trial: Trial,
     pub(crate) dma_buf: DmaBuf,
+    /// The limit of file sizes, which counts for memory files too.
+    pub(crate) file_size_limit: Option<u64>,
     /// Whether udmabufs have small pages only, by a bug of this kernel.
     pub(crate) udmabuf_bug: bool,
 }
@@ -66,6 +69,7 @@ impl Facts {
             memory: probe::memory_available(),
             huge_pages: status.huge_pages(),
             dma_buf: DmaBuf::gather(),
+            file_size_limit: getrlimit(Resource::Fsize).current,
             udmabuf_bug: Udmabuf::huge_pages_show_wrong_bytes(),
             path,
             trial,
@@ -83,7 +87,13 @@ impl PathFacts {
             }
         };
         let metadata = fs::metadata(path).map_err(failed("open"))?;
-        let file = if metadata.is_dir() { None } else { Some(probe::file(path)?) };
+        let file = if metadata.is_dir() {
+            // Its files can't be opened without the right to look into it.
+            rustix::fs::access(path, rustix::fs::Access::EXEC_OK).map_err(|errno| failed("look into it")(errno.into()))?;
+            None
+        } else {
+            Some(probe::file(path)?)
+        };
         let real = fs::canonicalize(path).map_err(failed("open"))?;
         let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
         let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
@@ -144,6 +154,7 @@ impl Facts {
             path: None,
             trial: Trial { folder: Ok("/tmp".into()), elsewhere: None, file: None, heaps: vec![heap("memfd"), heap("udmabuf")] },
             dma_buf: DmaBuf { heap: Some("udmabuf".to_owned()), reason: "udmabuf".to_owned() },
+            file_size_limit: None,
             udmabuf_bug: false,
         }
     }

@@ -1,8 +1,10 @@
 //! Real loads of a small file of random bytes, one on each heap: what a load gets is what these got.
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +19,7 @@ use crate::errors::{self, At};
 use crate::scratch::ScratchFile;
 use crate::{block_on, load};
 
-const BYTES: usize = 4 << 20;
+const BYTES_MAX: u64 = 4 << 20;
 /// The name of the line that says that there is no dma-heap.
 pub(crate) const DMA_HEAP: &str = "dma-heap";
 
@@ -67,9 +69,11 @@ pub(crate) struct Step {
 }
 
 impl Trial {
-    /// Loads a file in this folder, or, where none can be written there, in another.
+    /// Loads a file in this folder, or, where none can be written there, in another; where no folder will do, one in memory.
     pub(crate) fn run(wanted: Option<&Path>) -> Self {
-        let content = random_bytes();
+        // Writing more would end the process (SIGXFSZ).
+        let limit = getrlimit(Resource::Fsize).current.unwrap_or(BYTES_MAX);
+        let content = random_bytes(BYTES_MAX.min(limit));
         let mut elsewhere = None;
         let scratch = wanted.and_then(|folder| match written(folder, &content) {
             Ok(scratch) => Some(Ok(scratch)),
@@ -86,9 +90,12 @@ impl Trial {
                 heaps: try_heaps(|heap| load_and_compare(heap, scratch.path(), &content)),
             },
             Err(error) => {
-                let reason = errors::told(&error);
-                let heaps = try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written")));
-                Trial { folder: Err(reason), elsewhere, file: None, heaps }
+                let folder = Err(errors::told(&error).replace('\n', " "));
+                let heaps = match in_memory(&content) {
+                    Ok((_file, path)) => try_heaps(|heap| load_and_compare(heap, &path, &content)),
+                    Err(error) => try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written: {error}"))),
+                };
+                Trial { folder, elsewhere, file: None, heaps }
             }
         }
     }
@@ -99,9 +106,9 @@ impl Trial {
 }
 
 /// Never the same twice: no cache of any layer below has seen them.
-fn random_bytes() -> Vec<u8> {
+fn random_bytes(len: u64) -> Vec<u8> {
     let seeds = RandomState::new();
-    (0..BYTES / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
+    (0..len / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
 }
 
 fn written(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
@@ -110,11 +117,17 @@ fn written(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
 }
 
 fn fill(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
-    // Writing beyond it would end the process (SIGXFSZ).
-    let limit = getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX);
-    ensure!(content.len() as u64 <= limit, "the limit of file sizes (ulimit -f) is {limit} bytes");
-    fs::write(scratch.path(), content).at("write to", scratch.path())?;
+    ensure!(!content.is_empty(), "the limit of file sizes (ulimit -f) allows none");
+    scratch.file().write_all(content).at("write to", scratch.path())?;
     Ok(scratch)
+}
+
+/// A file that needs no folder; it is there as long as its descriptor. What it can't tell is how direct reads work.
+fn in_memory(content: &[u8]) -> Result<(File, PathBuf)> {
+    let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all(content)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    Ok((file, path))
 }
 
 /// On a disk if that can be had.

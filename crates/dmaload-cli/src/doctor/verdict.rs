@@ -11,6 +11,8 @@ use crate::summary::bytes;
 /// The default window: no load registers more at once.
 const REGISTERED_BYTES_MAX: u64 = 128 << 20;
 const PIECE_BYTES: u64 = 16 << 20;
+/// The default size of a segment, each of which is a memory file.
+const SEGMENT_BYTES: u64 = 64 << 20;
 
 /// A load that would work.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,10 +38,11 @@ pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
 
 fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
-    let loaded = tried.outcome.as_ref().map_err(|reason| match &facts.trial.folder {
-        Ok(_) => format!("{heap}: {reason}"),
-        Err(reason) => format!("not tried: {reason}"),
-    })?;
+    let loaded = tried.outcome.as_ref().map_err(|reason| format!("{heap}: {reason}"))?;
+    let segment_bytes = path_file(facts).map_or(SEGMENT_BYTES, |file| file.bytes.min(SEGMENT_BYTES));
+    if let Some(limit) = facts.file_size_limit.filter(|&limit| limit < segment_bytes && matches!(heap, "memfd" | "udmabuf")) {
+        return Err(format!("the limit of file sizes (ulimit -f) is {}, and counts for memory files, too", bytes(limit)));
+    }
     if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
         return Err(format!("its first block can't be read: {}", describe(errno)));
     }
@@ -74,7 +77,7 @@ pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)>
 
 /// Whether all that a load of the path, or of a large file, registers at once can be registered.
 ///
-/// What was tried with small pieces says nothing of that: a limit of 8 MiB lets 4 MiB be registered.
+/// What was tried with a small file says nothing of that.
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
@@ -137,7 +140,8 @@ mod tests {
         assert_eq!(load(&facts), Err("memfd: refused".to_owned()));
         // The other heap worked all the same.
         assert!(load_dma_buf(&facts).is_ok());
-        facts.trial.folder = Err("read-only".to_owned());
-        assert_eq!(load(&facts), Err("not tried: read-only".to_owned()));
+        let limited = Facts { file_size_limit: Some(1 << 20), ..Facts::best() };
+        assert!(load(&limited).unwrap_err().contains("ulimit -f"));
+        assert!(load(&Facts { file_size_limit: Some(64 << 20), ..Facts::best() }).is_ok());
     }
 }

@@ -344,7 +344,7 @@ pub(crate) fn probe() -> Result<probe::IoUring, Errno> {
     })
 }
 
-/// The largest power of two that can be registered at once, and whether that is a whole piece.
+/// How much can be registered at once, to within [`probe::REGISTER_BYTES_MIN`], and whether that is a whole piece.
 fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if let Err(errno) = ring.buffers {
         return (0, Err(errno));
@@ -354,20 +354,23 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
         Ok(memory) => memory,
         Err(error) => return (0, Err(error.errno)),
     };
-    let mut told = Ok(());
-    let mut bytes = probe::REGISTER_BYTES_MAX;
-    while bytes >= probe::REGISTER_BYTES_MIN {
-        match ring.update_buffer(0, memory.address().as_ptr(), bytes) {
-            Ok(()) => {
-                // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
-                let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
-                return (bytes as u64, told);
-            }
-            Err(errno) => told = told.and(Err(errno)),
-        }
-        bytes /= 2;
+    let mut register = |bytes: usize| {
+        ring.update_buffer(0, memory.address().as_ptr(), bytes)?;
+        // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
+        let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
+        Ok(())
+    };
+    let whole = register(probe::REGISTER_BYTES_MAX);
+    if whole.is_ok() {
+        return (probe::REGISTER_BYTES_MAX as u64, whole);
     }
-    (0, told)
+    // So many steps are possible, so many are not.
+    let (mut possible, mut impossible) = (0, probe::REGISTER_BYTES_MAX / probe::REGISTER_BYTES_MIN);
+    while possible + 1 < impossible {
+        let middle = possible.midpoint(impossible);
+        if register(middle * probe::REGISTER_BYTES_MIN).is_ok() { possible = middle } else { impossible = middle }
+    }
+    ((possible * probe::REGISTER_BYTES_MIN) as u64, whole)
 }
 
 fn errno(error: &std::io::Error) -> Errno {
