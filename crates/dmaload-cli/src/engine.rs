@@ -35,6 +35,10 @@ pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
 /// The heap, and why it is this one where that was left to us.
 fn heap(arguments: &Engine) -> Result<(Arc<dyn Heap>, Option<String>)> {
     let pages: Pages = arguments.pages.into();
+    let udmabuf = arguments.heap == HeapName::Udmabuf || (arguments.heap == HeapName::Auto && arguments.dma_buf);
+    if arguments.despite_udmabuf_bug && !udmabuf {
+        return Err(Error::Config("--despite-udmabuf-bug is about the heap udmabuf".to_owned()));
+    }
     let chosen = |heap: Arc<dyn Heap>| Ok((heap, None));
     match &arguments.heap {
         HeapName::Auto if arguments.dma_buf && !arguments.despite_udmabuf_bug => {

@@ -3,17 +3,23 @@
 //! Modelled on systemd's socket activation (sd_listen_fds(3)): descriptors from 3 on, told by environment variables.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
-use dmaload::{Image, Segment};
+use dmaload::{Error, Image, Segment};
+use rustix::io::Errno;
 use serde_json::{Value, json};
+
+use crate::errors::At;
 
 /// The first descriptor, after standard input, output and error.
 const FIRST_FD: i32 = 3;
+/// The kernel's MAX_ARG_STRLEN: one string of the environment, its name and its zero included.
+const STRING_BYTES_MAX: usize = 128 << 10;
 
 /// Runs a program that inherits the descriptors of all segments, waits for it, and gives its exit status; 128 and the
 /// signal's number when a signal ended it.
@@ -23,14 +29,21 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     let segments = image.segments();
     let described: Vec<_> = (FIRST_FD..).zip(segments).map(|(fd, segment)| describe(fd, segment)).collect();
     let files: Vec<_> = image.files().iter().map(|file| file.path().to_string_lossy()).collect();
-    command
-        .env("DMALOAD_FDS", segments.len().to_string())
-        .env("DMALOAD_SEGMENTS", Value::from(described).to_string())
-        .env("DMALOAD_FILES", json!(files).to_string());
+    let (described, files) = (Value::from(described).to_string(), json!(files).to_string());
+    for (name, value) in [("DMALOAD_SEGMENTS", &described), ("DMALOAD_FILES", &files)] {
+        ensure!(
+            name.len() + value.len() + 2 <= STRING_BYTES_MAX,
+            "--exec: {} segments of {} files are more than an environment variable can tell ({STRING_BYTES_MAX} bytes): load with \
+             larger segments, --layout single, or fewer files",
+            segments.len(),
+            image.files().len(),
+        );
+    }
+    command.env("DMALOAD_FDS", segments.len().to_string()).env("DMALOAD_SEGMENTS", described).env("DMALOAD_FILES", files);
     let mappings =
         (FIRST_FD..).zip(segments).map(|(child_fd, segment)| Ok(FdMapping { parent_fd: descriptor(segment)?, child_fd }));
     command.fd_mappings(mappings.collect::<Result<_>>()?)?;
-    let status = command.status().with_context(|| format!("cannot run {}", program.display()))?;
+    let status = command.status().at("run", Path::new(program))?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     Ok(ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
 }
@@ -40,7 +53,11 @@ fn descriptor(segment: &Segment) -> Result<OwnedFd> {
     if segment.has_dma_buf() {
         return Ok(segment.to_dma_buf()?);
     }
-    segment.memfd()?.as_fd().try_clone_to_owned().context("cannot duplicate a descriptor")
+    let memfd = segment.memfd()?;
+    memfd.try_clone_to_owned().map_err(|error| {
+        let errno = Errno::from_io_error(&error).unwrap_or(Errno::MFILE);
+        Error::File { path: segment.path().to_owned(), operation: "duplicate a descriptor of its memory", errno }.into()
+    })
 }
 
 fn describe(fd: i32, segment: &Segment) -> Value {

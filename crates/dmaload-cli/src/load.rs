@@ -18,6 +18,9 @@ use crate::{block_on, engine, errors, exec, trace};
 
 pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
+    if !arguments.exec.is_empty() && arguments.engine.heap == args::HeapName::Anon {
+        return Err(dmaload::Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
+    }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let options = loader.options().trace(arguments.trace.is_some());
     let load = loader.load_with(&arguments.paths, options);

@@ -297,6 +297,9 @@ fn however_few_addresses_there_are_a_load_fails_in_words() {
         if done.signal == Some(Signal::ABORT.as_raw()) && nothing_left {
             continue; // The standard library or the C library found no room for a few bytes, and has no other answer.
         }
+        if done.signal == Some(Signal::SEGV.as_raw()) && mib < 11 && done.stderr.is_empty() {
+            continue; // The stack can't grow by the few hundred KiB that reading the command line takes unoptimised.
+        }
         let done = done.fails(1, &["dmaload: "]);
         assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
     }

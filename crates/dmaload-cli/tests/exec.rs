@@ -72,7 +72,14 @@ fn what_can_not_be_handed_over_or_run_is_an_error() {
     let path = random_file(folder.path(), "model.bin", 5000);
     let name = path.to_str().unwrap();
     run(&mut dmaload(["load", "--quiet", name, "--exec", "/nonexistent/program"])).fails(1, &["/nonexistent/program"]);
-    run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(1, &["anon", "memfd"]);
+    run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(2, &["--exec", "anon"]);
+    // What the environment can't hold, and descriptors beyond the limit.
+    let many: Vec<_> = (0..3000).map(|_| name).collect();
+    run(dmaload(["load", "--quiet"]).args(&many).args(["--exec", "true"])).fails(1, &["--exec", "3000 segments", "fewer files"]);
+    let mut some = dmaload(["load", "--quiet"]);
+    some.args(&many[..40]).args(["--exec", "true"]);
+    run(&mut common::limited(&some, "-n 75")).fails(1, &[name, "EMFILE", "ulimit -n"]);
+    run(&mut dmaload(["load", name, "--despite-udmabuf-bug"])).fails(2, &["udmabuf"]);
     // A load that fails runs nothing.
     let missing = folder.path().join("missing.bin");
     run(&mut dmaload(["load", "--quiet", missing.to_str().unwrap(), "--exec", "echo", "ran"]))

@@ -214,6 +214,9 @@ impl Error {
             }
             Error::Ended { .. } | Error::Changed { .. } => "load it again when nobody writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
+            Error::Memory { heap, refusal: dmabuf::Error { errno: Errno::INVAL, .. }, .. } if heap == "udmabuf" => {
+                "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb"
+            }
             Error::Memory { refusal: dmabuf::Error { errno: Errno::NOMEM, .. }, .. } => {
                 "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count"
             }

@@ -117,6 +117,8 @@ pub enum Attempt {
     RegisterStaging,
     /// A read.
     Read,
+    /// Reading on where direct reads gave less than a block, again and again.
+    ReadOn,
 }
 
 impl Attempt {
@@ -159,6 +161,7 @@ impl fmt::Display for Attempt {
             Attempt::RegisterBuffer => "registering memory with io_uring",
             Attempt::RegisterStaging => "registering a staging buffer with io_uring",
             Attempt::Read => "a read by this route",
+            Attempt::ReadOn => "reading on within a block",
         })
     }
 }

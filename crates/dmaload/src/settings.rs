@@ -88,7 +88,9 @@ impl LoadOptions {
 
     /// The size of a segment on a heap that takes segments up to this size.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
-        let fits = |limit: u64| (limit / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES).max(SEGMENT_STEP_BYTES);
+        // Below a huge page any whole page will do: a MiB is the unit of the one limit there is.
+        let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
+        let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
         self.segment_bytes
             .unwrap_or_else(|| limit_bytes.map_or(DEFAULT_SEGMENT_BYTES, |limit| fits(limit).min(DEFAULT_SEGMENT_BYTES)))
     }
@@ -135,6 +137,7 @@ pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 const STAGING_SLOT_BYTES: u64 = 2 << 20;
 /// One registered buffer holds at most this much before Linux 7.
 const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
+const MIB: u64 = 1 << 20;
 const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;
 
@@ -229,7 +232,7 @@ mod tests {
         assert_eq!(open.segment_bytes_within(None), 64 << 20);
         assert_eq!(open.segment_bytes_within(Some(100 << 20)), 64 << 20);
         assert_eq!(open.segment_bytes_within(Some(9 << 20)), 8 << 20);
-        assert_eq!(open.segment_bytes_within(Some(1 << 20)), 2 << 20);
+        assert_eq!(open.segment_bytes_within(Some(1 << 20)), 1 << 20);
         assert_eq!(open.segment_bytes(32 << 20).segment_bytes_within(Some(9 << 20)), 32 << 20);
     }
 }

@@ -252,7 +252,9 @@ impl SuiteRun {
             Some((101, _)) if !problems.is_empty() => {}
             Some((0, _)) => {}
             Some((137, seconds)) => {
-                problems.push(format!("{name}: killed after {seconds} s, probably by its time limit{during}"));
+                problems.push(format!(
+                    "{name}: killed after {seconds} s, by its time limit or for want of memory (see the console){during}"
+                ));
             }
             Some((status, _)) => problems.push(format!("{name}: ended with status {status}{during}")),
         }
@@ -345,7 +347,10 @@ heaps | system
     fn a_suite_that_is_killed_names_the_test() {
         let text = "@@begin s\ntest one ... ok\ntest two ... \n@@end s status=137 seconds=60\n";
         let (transcript, _) = read(text);
-        assert_eq!(transcript.problems(&["s"], false), ["s: killed after 60 s, probably by its time limit, during two"]);
+        assert_eq!(
+            transcript.problems(&["s"], false),
+            ["s: killed after 60 s, by its time limit or for want of memory (see the console), during two"]
+        );
     }
 
     #[test]

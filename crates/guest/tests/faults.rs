@@ -126,8 +126,9 @@ fn loads_that_are_dropped_give_everything_back() {
 fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     let (expected, bad) = (bad_bytes(), disk.offset);
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
-        let loader = Loader::builder().heap(heap(name)).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
         for route in Route::ALL {
+            // A loader of its own: what one load has found out would be known to the next.
+            let loader = Loader::builder().heap(heap(name)).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
             let what = format!("{name}, {route}");
             let mut segments = loader.stream_with([&disk.file], loader.options().route(route));
             let (seen, error) = block_on(async {
@@ -157,12 +158,12 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             assert!(error.hint().unwrap().contains("storage"), "{what}");
             // Segments come in order, so none behind the bad one was shown.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
+            let image = load(&loader, &file(4 * MIB), loader.options()).unwrap();
+            for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
+                assert_same(&segment.bytes().unwrap(), part, &what);
+            }
+            shut_down(loader);
         }
-        let image = load(&loader, &file(4 * MIB), loader.options()).unwrap();
-        for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
-            assert_same(&segment.bytes().unwrap(), part, name);
-        }
-        shut_down(loader);
         row("faults", &[name, how, "the load fails with file, offset and errno by every route; the next one works"]);
     }
 }
@@ -198,4 +199,60 @@ fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
     }
     shut_down(loader);
     assert_memory_is_back(before);
+}
+
+/// Two loads that fit one by one and not together: one of them fails, and nobody is killed.
+#[test]
+fn two_loads_at_once_do_not_wake_the_oom_killer() {
+    let before = available_bytes();
+    let path = sparse_file("most.bin", before / 10 * 6);
+    let loader = Loader::builder().heap(heap("dma-heap:system")).layout(Layout::Single).build().unwrap();
+    let (first, second) = block_on(async {
+        let (first, second) = (loader.load(&path), loader.load(&path));
+        (first.finish().await.map(drop), second.finish().await.map(drop))
+    });
+    for outcome in [&first, &second] {
+        assert!(matches!(outcome, Ok(()) | Err(Error::OutOfMemory { .. })), "{outcome:?}");
+    }
+    shut_down(loader);
+    // Large segments, two of which are allocated at a time.
+    let loader = Loader::builder().heap(heap("dma-heap:system")).segment_bytes(1 << 30).window_bytes(3 << 30).build().unwrap();
+    let path = sparse_file("half-way.bin", 6 << 30);
+    let error = block_on(async {
+        let mut segments = loader.stream(&path);
+        let mut kept = Vec::new();
+        loop {
+            match segments.next().await {
+                Some(Ok(segment)) => kept.push(segment),
+                Some(Err(error)) => return error,
+                None => panic!("6 GiB do not fit"),
+            }
+        }
+    });
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    shut_down(loader);
+    for name in ["most.bin", "half-way.bin"] {
+        std::fs::remove_file(common::disk().join(name)).unwrap();
+    }
+    row("faults", &["dma-heap:system", "two loads, each of 60 % of the memory", "at most one fits; the OOM killer sleeps"]);
+    assert_memory_is_back(before);
+}
+
+/// Limits below the smallest segment there usually is.
+#[test]
+fn a_low_size_limit_gives_smaller_segments_and_none_at_all_another_heap() {
+    let path = file(4 * MIB);
+    let lowered = common::RaisedLimit::to(1);
+    let loader = Loader::builder().dma_buf(true).build().unwrap();
+    let image = load(&loader, &path, loader.options()).unwrap();
+    assert_eq!((image.report().heap.as_str(), image.segments()[0].len()), ("udmabuf", MIB));
+    assert_dma_bufs(image.segments(), &original()[..4 * MIB], "segments of 1 MiB");
+    shut_down(loader);
+    drop(lowered);
+    let _lowered = common::RaisedLimit::to(0);
+    let output = command(&["load", "--heap", "udmabuf", path.to_str().unwrap()]);
+    fails(&output, &["make a udmabuf", "EINVAL", "size_limit_mb"]);
+    let output = command(&["load", "--dma-buf", path.to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.contains("dma-heap:system") && text.contains("EINVAL"), "{text}{}", stderr(&output));
 }

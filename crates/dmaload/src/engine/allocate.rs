@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use dmabuf::{Access, Populated};
 
+use super::allowance::{Grant, grant};
 use super::{Engine, Permit};
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
@@ -14,15 +15,6 @@ use crate::ring::FileSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::source::OpenFile;
 
-/// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
-#[derive(Debug, Default)]
-pub(super) struct Allowance {
-    bytes: u64,
-    until: Option<Instant>,
-}
-
-const ALLOWANCE_BYTES: u64 = 64 << 20;
-const ALLOWANCE_TIME: Duration = Duration::from_millis(200);
 /// Freeing takes up to half a second per GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
@@ -62,7 +54,8 @@ impl Engine {
     fn populate(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
         let piece = &allocation.piece;
         let part = to_usize(piece.memory_offset)..to_usize(piece.memory_offset + piece.memory_bytes);
-        let backing = self.backing(load, allocation)?;
+        // Held until the memory is there.
+        let (backing, _grant) = self.backing(load, allocation)?;
         let populated = match backing.parts() {
             Some((mapping, _)) if backing.is_reused() => {
                 let start = mapping.address().addr().get();
@@ -74,66 +67,65 @@ impl Engine {
         Ok((backing, populated))
     }
 
-    /// The memory of the piece's segment: there already, from the pool, or allocated now. What has to be populated has been
-    /// allowed by the limits.
-    fn backing(&self, load: &LoadShared, allocation: &Allocation) -> Result<Arc<Backing>> {
+    /// The memory of the piece's segment: there already, from the pool, or allocated now; with the right to take what is to be
+    /// taken for this piece.
+    fn backing(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Option<Grant>)> {
         let refused = |error| load.memory_error(error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.segment_memory_bytes));
         let mut cell = allocation.segment.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(backing) = &*cell {
             let backing = Arc::clone(backing);
             drop(cell);
-            if !backing.is_reused() {
-                self.take_allowance(allocation.piece.memory_bytes)?;
-            }
-            return Ok(backing);
+            let is_there = backing.is_reused() || self.facts.allocates_at_once;
+            let grant = if is_there { None } else { Some(self.grant(allocation.piece.memory_bytes)?) };
+            return Ok((backing, grant));
         }
         let kept = self.reaper.reuse(bytes);
         if let Some(backing) = kept.and_then(|kept| Backing::reused(*kept, &allocation.range, at, &self.reaper)) {
-            return Ok(Arc::clone(cell.insert(Arc::new(backing))));
+            return Ok((Arc::clone(cell.insert(Arc::new(backing))), None));
         }
-        self.take_allowance(allocation.piece.memory_bytes)?;
+        let taken = if self.facts.allocates_at_once { allocation.segment_memory_bytes } else { allocation.piece.memory_bytes };
+        let grant = self.grant(taken)?;
         let memory = self.heap.allocate(bytes).map_err(refused)?;
         if let Some(dma_buf) = memory.dma_buf() {
+            if !self.facts.exports {
+                return Err(Error::Config(format!("the heap {} gives dma-bufs, and its `exports` denies it", self.heap.name())));
+            }
             // Ended when the segment is exported. One that never is closes with the access open, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
-        Ok(Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone())))))
+        Ok((Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone())))), Some(grant)))
     }
 
-    /// Refuses what would wake the OOM killer. What the pool keeps goes first, and memory of dropped segments that is still
-    /// on its way to be freed is waited for.
+    /// Refuses a load that could not be held at once.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
-        let there_is_room = |seen: &Option<Headroom>| seen.as_ref().is_none_or(|seen| seen.available_bytes >= wanted_bytes);
-        let mut seen = headroom();
-        if !there_is_room(&seen) {
-            let trimmed = self.reaper.trim_pool(0);
-            if self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0 {
-                seen = headroom();
-            }
-        }
-        match seen {
-            Some(Headroom { available_bytes, limit }) if available_bytes < wanted_bytes => {
-                Err(Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit })
-            }
-            _ => Ok(()),
+        let short = || headroom().filter(|seen| seen.available_bytes < wanted_bytes);
+        match short() {
+            Some(_) if self.make_room() => short().map_or(Ok(()), |seen| Err(self.out_of_memory(wanted_bytes, seen))),
+            Some(seen) => Err(self.out_of_memory(wanted_bytes, seen)),
+            None => Ok(()),
         }
     }
 
-    /// The same for a piece, looking at the limits only now and then.
-    fn take_allowance(&self, wanted_bytes: u64) -> Result<()> {
-        let mut allowance = self.allowance.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        if allowance.bytes < wanted_bytes || allowance.until.is_none_or(|until| until < now) {
-            let bytes = ALLOWANCE_BYTES.max(wanted_bytes);
-            // Near the limit it is looked at for each piece.
-            let bytes = if self.check_headroom(bytes).is_ok() { bytes } else { wanted_bytes };
-            self.check_headroom(bytes)?;
-            *allowance = Allowance { bytes, until: Some(now + ALLOWANCE_TIME) };
-        }
-        allowance.bytes -= wanted_bytes;
-        Ok(())
+    /// The right to take memory for a piece.
+    fn grant(&self, wanted_bytes: u64) -> Result<Grant> {
+        let make_room = || {
+            self.make_room();
+        };
+        grant(wanted_bytes, make_room).map_err(|seen| self.out_of_memory(wanted_bytes, seen))
+    }
+
+    /// Frees what the pool keeps, and waits for memory of dropped segments that is still on its way to be freed; whether there
+    /// was anything of either.
+    fn make_room(&self) -> bool {
+        let trimmed = self.reaper.trim_pool(0);
+        self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0
+    }
+
+    fn out_of_memory(&self, wanted_bytes: u64, seen: Headroom) -> Error {
+        let Headroom { available_bytes, limit } = seen;
+        Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit }
     }
 }
 

@@ -10,6 +10,7 @@
 //! Locks: the schedule's and each load's are never held at the same time.
 
 mod allocate;
+mod allowance;
 mod open;
 
 pub(crate) use open::read_header;
@@ -31,7 +32,7 @@ use crate::heap::Heap;
 use crate::load::{Follows, HeapFacts, LoadShared, Segments};
 use crate::memory::PieceBuffer;
 use crate::reaper::Reaper;
-use crate::ring::{Events, Failure, LoadId, RingThread, Span, Times};
+use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::{Job, Scheduler};
 use crate::settings::{LoadOptions, Settings};
@@ -49,7 +50,6 @@ pub(crate) struct Engine {
     ring: RingThread<PieceBuffer<Permit>>,
     schedule: Mutex<Schedule>,
     changed: Condvar,
-    allowance: Mutex<allocate::Allowance>,
     threads: Mutex<usize>,
     thread_ended: Condvar,
     leaked_bytes: AtomicU64,
@@ -138,7 +138,6 @@ impl Guard {
                 forgotten: Vec::new(),
             }),
             changed: Condvar::new(),
-            allowance: Mutex::default(),
             threads: Mutex::new(0),
             thread_ended: Condvar::new(),
             leaked_bytes: AtomicU64::new(0),
@@ -411,6 +410,12 @@ impl Events<PieceBuffer<Permit>> for Engine {
     fn stepped_down(&self, load: LoadId, fallback: Fallback) {
         if let Some(shared) = self.load_of(load) {
             shared.stepped_down(fallback);
+        }
+    }
+
+    fn retried(&self, load: LoadId, retried: Retried) {
+        if let Some(shared) = self.load_of(load) {
+            shared.retried(&retried);
         }
     }
 

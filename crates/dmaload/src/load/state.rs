@@ -21,7 +21,7 @@ use crate::memory::Backing;
 use crate::model::TensorMap;
 use crate::plan::{Layout, Piece, Plan};
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
-use crate::ring::{Failure, LoadId, Span, Times};
+use crate::ring::{Failure, LoadId, Retried, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::segment::Segment;
 use crate::settings::LoadOptions;
@@ -110,6 +110,9 @@ pub(crate) enum Handover {
     Over,
 }
 
+/// A disk that is dying makes thousands: the first ones say enough.
+const RETRIES_TOLD: usize = 8;
+
 #[derive(Debug)]
 struct State {
     /// `None` when the load is over: finished, failed, or nobody listens.
@@ -127,6 +130,9 @@ struct State {
     pages: PageCount,
     pages_refused: Option<Errno>,
     reused_bytes: u64,
+    /// What is to be told of this load, and how many reads were tried again.
+    notes: Vec<String>,
+    retried: usize,
     fallbacks: Vec<Fallback>,
     trace: Vec<TraceEvent>,
 }
@@ -203,6 +209,8 @@ impl LoadShared {
                 pages: PageCount::default(),
                 pages_refused: None,
                 reused_bytes: 0,
+                notes: Vec::new(),
+                retried: 0,
                 fallbacks: Vec::new(),
                 trace: Vec::new(),
             }),
@@ -378,6 +386,19 @@ impl LoadShared {
         self.state().fallbacks.push(fallback);
     }
 
+    /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
+    pub(crate) fn retried(&self, retried: &Retried) {
+        let Retried { file, offset, bytes, errno } = *retried;
+        let path = self.paths.get(file).map(|path| path.display().to_string()).unwrap_or_default();
+        let errno = dmabuf::errno::describe(errno);
+        tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
+        let mut state = self.state();
+        state.retried += 1;
+        if state.retried <= RETRIES_TOLD {
+            state.notes.push(format!("{path}: reading {bytes} bytes at offset {offset} failed once: {errno}"));
+        }
+    }
+
     /// The ring thread did something for a piece; its clock began at `epoch`.
     pub(crate) fn traced(&self, number: usize, span: Span, epoch: Instant) {
         let mut state = self.state();
@@ -504,8 +525,12 @@ impl LoadShared {
         Some(unsafe { Segment::new(index, segment.file, path, file_range, heap, backing) })
     }
 
-    fn notes(&self) -> Vec<String> {
+    fn notes(&self, state: &State) -> Vec<String> {
         let mut notes = self.notes.to_vec();
+        notes.extend(state.notes.iter().cloned());
+        if state.retried > RETRIES_TOLD {
+            notes.push(format!("{} more reads failed once", state.retried - RETRIES_TOLD));
+        }
         if self.allocates_at_once && self.options.layout == Layout::Single {
             notes.push("the memory of a whole file was one allocation, so nothing was read while it was being made".to_owned());
         }
@@ -533,7 +558,7 @@ impl LoadShared {
             pages_refused: state.pages_refused,
             reused_bytes: state.reused_bytes,
             heap: self.heap.to_string(),
-            notes: self.notes(),
+            notes: self.notes(state),
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
             fallbacks: merged(&state.fallbacks),

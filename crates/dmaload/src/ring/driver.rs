@@ -74,12 +74,23 @@ pub(crate) enum Output<B> {
     PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
     /// A step down the ladder was taken.
     SteppedDown { load: LoadId, fallback: Fallback },
+    /// A read failed, and is tried once more.
+    Retried { load: LoadId, retried: Retried },
     /// Something was done for a piece; only where the load wants to know.
     Traced { load: LoadId, piece: usize, span: Span },
     /// The load can't be finished. Told once; its memory goes when its last read has come back.
     Failed { load: LoadId, failure: Failure },
     /// No buffer of this load is here any more, and none will be.
     Gone { load: LoadId, times: Times },
+}
+
+/// A read that failed, and is tried once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Retried {
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+    pub(crate) errno: Errno,
 }
 
 /// Something that was done, by the kernel's clock.
@@ -209,8 +220,24 @@ impl LoadEntry {
 enum Mount {
     /// Direct reads work: a file that refuses them is one of its own kind.
     Direct,
-    /// Reads by routes better than this one were refused.
-    Refused { to: Route, errno: Errno },
+    /// Reads by routes better than this one were refused; known until then.
+    Refused { to: Route, errno: Errno, until: Duration },
+}
+
+/// How long a refusal is taken for granted. It costs little to try again, and the first file may have been an odd one.
+const KNOWN_FOR: Duration = Duration::from_secs(60);
+
+/// What was found out about the heap's memory.
+#[derive(Debug)]
+enum Pinnable {
+    Unknown,
+    /// Direct reads have gone into it: what is refused with EFAULT is not the memory's.
+    Yes,
+    No {
+        attempt: Attempt,
+        errno: Errno,
+        until: Duration,
+    },
 }
 
 /// See the module.
@@ -224,8 +251,8 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     reads: Slots<InFlight>,
     buffer_slots: Vec<u16>,
     staging: Staging<K::Staging>,
-    /// How the heap's memory was found out to be one that can't be pinned: later loads need not try again.
-    unpinnable: Option<(Attempt, Errno)>,
+    /// What has shown of the heap's memory, and of file systems: later loads need not try again.
+    pinnable: Pinnable,
     mounts: HashMap<u64, Mount>,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
@@ -243,7 +270,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             reads: Slots::new(),
             buffer_slots,
             staging: Staging::new(staging),
-            unpinnable: None,
+            pinnable: Pinnable::Unknown,
             mounts: HashMap::new(),
             completions: Vec::new(),
             outputs: Vec::new(),
@@ -300,8 +327,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let chunk_bytes = load.spec.chunk_bytes;
         // A direct read takes whole blocks; the planned memory has room for them.
         let route = file.route;
-        // A strict load finds out for itself, and fails for the real reason.
-        let known = if load.spec.strict { None } else { known_refusal(self.unpinnable, self.mounts.get(&file.mount), route) };
+        let (strict, mount) = (load.spec.strict, file.mount);
         let token = self.pieces.insert(PieceEntry {
             load: id,
             number,
@@ -327,6 +353,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 load.staging_told = true;
             }
         }
+        // A strict load finds out for itself, and fails for the real reason.
+        let known = if strict { None } else { self.known_refusal(mount, route) };
         if let Some((to, attempt, errno)) = known {
             self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
@@ -476,7 +504,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Issues a read into staging. `false` when all of it is busy.
     fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        let slot = match self.staging.take(&mut self.kernel, &mut self.buffer_slots) {
+        let slot = match self.staging.take(&mut self.kernel) {
             Ok(Some(slot)) => slot,
             Ok(None) => {
                 self.requeue(id, chunk);
@@ -487,7 +515,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 return true;
             }
         };
-        if !self.tell_of_staging(id, &chunk) {
+        if !self.register_staging(id, &chunk, slot) {
             self.staging.give_back(slot);
             return true;
         }
@@ -517,16 +545,21 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         true
     }
 
-    /// Tells a load, once, that its reads into staging do not take the best way. `false` when it is strict, and fails.
-    fn tell_of_staging(&mut self, id: LoadId, chunk: &Chunk) -> bool {
-        let Some(step) = self.staging.step() else { return true };
+    /// Has a slot registered for a load that wants that, and tells it, once, when that can't be. `false` when it is strict, and
+    /// fails.
+    fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let Some(load) = self.loads.get_mut(&id) else { return true };
-        // What was not wanted was not missed.
-        if wanted >= step.to || std::mem::replace(&mut load.staging_told, true) {
+        // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
+        if load.staging_told || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok() {
             return true;
         }
+        let Some(step) = self.staging.register(slot, &mut self.kernel, &mut self.buffer_slots) else { return true };
+        if wanted >= step.to {
+            return true;
+        }
+        load.staging_told = true;
         let (attempt, errno) = (step.attempt, step.errno);
         if load.spec.strict {
             self.fail(id, Failure::Refused { file, offset, route: Route::Bounce, attempt, errno });
@@ -656,7 +689,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             // told with the one that reading on from the middle of a block would give.
             let piece = chunk.piece;
             self.requeue(id, chunk);
-            self.step_down(piece, route, Route::Buffered, Attempt::Read, Errno::INVAL, offset);
+            self.step_down(piece, route, Route::Buffered, Attempt::ReadOn, Errno::INVAL, offset);
         }
     }
 
@@ -694,6 +727,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 self.step_down(piece, route, lower, Attempt::Read, errno, offset);
             }
             None if !chunk.alone => {
+                let retried = Retried { file: entry.file.index, offset, bytes: chunk.range.end - chunk.range.start, errno };
+                self.outputs.push(Output::Retried { load: id, retried });
                 chunk.alone = true;
                 self.requeue(id, chunk);
             }
@@ -726,14 +761,18 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             // What memory refuses, it refuses to every file.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
-            Attempt::OpenDirect | Attempt::Read => Some(file),
+            Attempt::OpenDirect | Attempt::Read | Attempt::ReadOn => Some(file),
         };
+        let until = self.kernel.now() + KNOWN_FOR;
         if to == Route::Bounce {
-            self.unpinnable.get_or_insert((attempt, errno));
+            if !matches!(self.pinnable, Pinnable::Yes) {
+                self.pinnable = Pinnable::No { attempt, errno, until };
+            }
         } else if attempt == Attempt::Read && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
-            let known = self.mounts.entry(mount).or_insert(Mount::Refused { to, errno });
-            if let Mount::Refused { to: known, .. } = known {
+            let known = self.mounts.entry(mount).or_insert(Mount::Refused { to, errno, until });
+            if let Mount::Refused { to: known, until: known_until, .. } = known {
                 *known = to.max(*known);
+                *known_until = until;
             }
         }
         let left = match file_index {
@@ -754,6 +793,20 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
+    /// What is known to be refused to reads by this route, before trying: the lowest step that follows from it.
+    fn known_refusal(&self, mount: u64, route: Route) -> Option<(Route, Attempt, Errno)> {
+        let now = self.kernel.now();
+        let memory = match self.pinnable {
+            Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),
+            _ => None,
+        };
+        let mount = match self.mounts.get(&mount) {
+            Some(&Mount::Refused { to, errno, until }) if now < until => Some((to, Attempt::Read, errno)),
+            _ => None,
+        };
+        memory.into_iter().chain(mount).filter(|&(to, ..)| route < to).max_by_key(|&(to, ..)| to)
+    }
+
     /// All bytes of a piece are there.
     fn fill(&mut self, token: Token) {
         let Some(mut entry) = self.pieces.remove(token) else { return };
@@ -767,6 +820,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.kernel.detach(&entry.file.handle);
         if entry.route.is_direct() {
             self.mounts.insert(entry.file.mount, Mount::Direct);
+            if entry.route < Route::Bounce {
+                self.pinnable = Pinnable::Yes;
+            }
         }
         let id = entry.load;
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
@@ -828,16 +884,6 @@ impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
         }
         self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
     }
-}
-
-/// What is known to be refused to reads by this route, before trying: the lowest step that follows from it.
-fn known_refusal(unpinnable: Option<(Attempt, Errno)>, mount: Option<&Mount>, route: Route) -> Option<(Route, Attempt, Errno)> {
-    let memory = unpinnable.map(|(attempt, errno)| (Route::Bounce, attempt, errno));
-    let mount = match mount {
-        Some(&Mount::Refused { to, errno }) => Some((to, Attempt::Read, errno)),
-        Some(Mount::Direct) | None => None,
-    };
-    memory.into_iter().chain(mount).filter(|&(to, ..)| route < to).max_by_key(|&(to, ..)| to)
 }
 
 /// How much a read for this chunk asks for: a direct one takes whole blocks.

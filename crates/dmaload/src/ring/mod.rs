@@ -22,7 +22,7 @@ mod staging;
 mod thread;
 mod wake;
 
-pub(crate) use driver::{Failure, FileSpec, LoadId, LoadSpec, Span, Times};
+pub(crate) use driver::{Failure, FileSpec, LoadId, LoadSpec, Retried, Span, Times};
 pub(crate) use kernel::Buffer;
 pub(crate) use linux::probe;
 pub(crate) use staging::StagingBudget;

@@ -41,37 +41,27 @@ pub(crate) struct Staging<S> {
     budget: StagingBudget,
     slots: Vec<Slot<S>>,
     free: Vec<StagingSlot>,
-    step: Option<StagingStep>,
 }
 
 impl<S: Buffer> Staging<S> {
     pub(crate) fn new(budget: StagingBudget) -> Self {
-        Staging { budget, slots: Vec::new(), free: Vec::new(), step: None }
+        Staging { budget, slots: Vec::new(), free: Vec::new() }
     }
 
     pub(crate) fn slot_bytes(&self) -> usize {
         self.budget.slot_bytes
     }
 
-    pub(crate) fn step(&self) -> Option<StagingStep> {
-        self.step
-    }
-
     /// Takes a slot; `None` when all of the budget is busy.
     ///
     /// # Errors
     /// When there is no memory for even one.
-    pub(crate) fn take<K: Kernel<Staging = S>>(
-        &mut self,
-        kernel: &mut K,
-        buffer_slots: &mut Vec<u16>,
-    ) -> Result<Option<StagingSlot>, Errno> {
+    pub(crate) fn take<K: Kernel<Staging = S>>(&mut self, kernel: &mut K) -> Result<Option<StagingSlot>, Errno> {
         if self.free.is_empty() && self.slots.len() < self.budget.slots {
             match kernel.staging(self.budget.slot_bytes) {
                 Ok(buffer) => {
-                    let buffer_slot = self.register(kernel, buffer_slots, &buffer);
                     self.free.push(StagingSlot(self.slots.len()));
-                    self.slots.push(Slot { buffer, buffer_slot, busy: false });
+                    self.slots.push(Slot { buffer, buffer_slot: None, busy: false });
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
                 // The ones that exist have to do.
@@ -85,24 +75,30 @@ impl<S: Buffer> Staging<S> {
         Ok(slot)
     }
 
-    /// Registers a new slot, unless an earlier one was refused: what is too much for the limit stays too much.
-    fn register<K: Kernel<Staging = S>>(&mut self, kernel: &mut K, buffer_slots: &mut Vec<u16>, buffer: &S) -> Option<u16> {
-        if self.step.is_some() {
-            return None;
-        }
+    /// Registers a slot that was taken, unless it is already: why it can't be read into the best way, if it can't. Asked for each
+    /// load anew, since the limit of locked memory counts what others hold meanwhile.
+    pub(crate) fn register<K: Kernel<Staging = S>>(
+        &mut self,
+        slot: StagingSlot,
+        kernel: &mut K,
+        buffer_slots: &mut Vec<u16>,
+    ) -> Option<StagingStep> {
         if let Err(errno) = kernel.ring() {
-            self.step = Some(StagingStep { to: Route::PreadDirect, attempt: Attempt::SetUpRing, errno });
-            return None;
+            return Some(StagingStep { to: Route::PreadDirect, attempt: Attempt::SetUpRing, errno });
         }
-        // One place of the table stays for pieces. Without any for staging it goes by unregistered reads: nothing was refused.
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
-        let slot = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
-        match kernel.register_buffer(slot, buffer.address(), buffer.bytes()) {
-            Ok(()) => Some(slot),
-            Err(errno) => {
-                buffer_slots.push(slot);
-                self.step = Some(StagingStep { to: Route::UringDirect, attempt: Attempt::RegisterStaging, errno });
+        let slot = self.slots.get_mut(slot.0).filter(|slot| slot.buffer_slot.is_none())?;
+        // One place of the table stays for pieces. Without any for staging it goes by unregistered reads for now: nothing was
+        // refused.
+        let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
+        match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
+            Ok(()) => {
+                slot.buffer_slot = Some(place);
                 None
+            }
+            Err(errno) => {
+                buffer_slots.push(place);
+                Some(StagingStep { to: Route::UringDirect, attempt: Attempt::RegisterStaging, errno })
             }
         }
     }
@@ -124,7 +120,6 @@ impl<S: Buffer> Staging<S> {
     pub(crate) fn clear<K: Kernel<Staging = S>>(&mut self, kernel: &mut K, buffer_slots: &mut Vec<u16>) -> u64 {
         let mut leaked = 0;
         self.free.clear();
-        self.step = None;
         for slot in self.slots.drain(..) {
             if slot.busy {
                 leaked += slot.buffer.bytes() as u64;

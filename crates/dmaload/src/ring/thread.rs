@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output, Span, Times};
+use super::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
 use super::kernel::{Buffer, Kernel};
 use super::linux::LinuxKernel;
 use super::staging::StagingBudget;
@@ -25,6 +25,8 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: B);
     /// A step down the ladder was taken.
     fn stepped_down(&self, load: LoadId, fallback: Fallback);
+    /// A read failed, and is tried once more.
+    fn retried(&self, load: LoadId, retried: Retried);
     /// Something was done for a piece.
     fn traced(&self, load: LoadId, piece: usize, span: Span);
     /// The load can't be finished.
@@ -192,6 +194,7 @@ fn deliver<B>(output: Output<B>, events: &impl Events<B>) {
     match output {
         Output::PieceFull { load, piece, route, buffer } => events.piece_full(load, piece, route, buffer),
         Output::SteppedDown { load, fallback } => events.stepped_down(load, fallback),
+        Output::Retried { load, retried } => events.retried(load, retried),
         Output::Traced { load, piece, span } => events.traced(load, piece, span),
         Output::Failed { load, failure } => events.failed(load, failure),
         Output::Gone { load, times } => events.gone(load, times),

@@ -41,6 +41,17 @@ pub fn file(len: usize) -> PathBuf {
     path
 }
 
+/// Sizes as a person reads them: `8 MiB + 1`.
+pub fn told(sizes: &[usize]) -> String {
+    let told = |size: &usize| match (size / MIB, size % MIB) {
+        (0, bytes) => bytes.to_string(),
+        (mib, 0) => format!("{mib} MiB"),
+        (mib, bytes) if bytes + 1 == MIB => format!("{} MiB − 1", mib + 1),
+        (mib, bytes) => format!("{mib} MiB + {bytes}"),
+    };
+    sizes.iter().map(told).collect::<Vec<_>>().join(", ")
+}
+
 /// A file of zeros that takes no room on the disk.
 pub fn sparse_file(name: &str, len: u64) -> PathBuf {
     let path = disk().join(name);

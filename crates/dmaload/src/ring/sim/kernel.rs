@@ -273,6 +273,11 @@ impl SimKernel {
         }
     }
 
+    /// From now on registrations are refused for no limit.
+    pub(super) fn allow_registration(&mut self) {
+        self.faults.register = None;
+    }
+
     pub(super) fn reads_in_flight(&self) -> usize {
         self.in_flight.len()
     }

@@ -15,6 +15,7 @@ use crate::route::{Attempt, Fallback, Route};
 struct Machine {
     driver: Driver<SimKernel, SimBuffer>,
     memory: Rc<RefCell<Memory>>,
+    clock: Rc<Cell<Duration>>,
     loads: u64,
 }
 
@@ -32,17 +33,22 @@ impl Machine {
         let clock: Rc<Cell<Duration>> = Rc::default();
         let kernel = SimKernel::new(1, faults, &memory, &clock, Duration::ZERO);
         let staging = StagingBudget { slot_bytes: 4096, slots: 2 };
-        Machine { driver: Driver::new(kernel, 4, staging), memory, loads: 0 }
+        Machine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0 }
     }
 
     /// Loads a file of three pieces on this mount, which refuses direct reads with this errno.
     fn load(&mut self, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
+        self.load_shrunk(0, mount, no_direct, strict)
+    }
+
+    /// The same of a file that has lost so many bytes since it was planned.
+    fn load_shrunk(&mut self, lost: u64, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         let id = LoadId(self.loads);
         self.loads += 1;
         let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, piece_bytes: BLOCK, alignment_bytes: BLOCK };
         let plan = Plan::new(3 * BLOCK, shape);
         let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
-        let file = SimFile { number: id.0, bytes: plan.file_bytes, faults };
+        let file = SimFile { number: id.0, bytes: plan.file_bytes - lost, faults };
         let before = self.driver.kernel().refusals;
         self.driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict, trace: false });
         for (number, &piece) in plan.pieces.iter().enumerate() {
@@ -59,7 +65,7 @@ impl Machine {
                 match output {
                     Output::SteppedDown { fallback, .. } => done.fallbacks.push(fallback),
                     Output::Failed { failure, .. } => done.failure = Some(failure),
-                    Output::PieceFull { .. } | Output::Traced { .. } => {}
+                    Output::PieceFull { .. } | Output::Traced { .. } | Output::Retried { .. } => {}
                     Output::Gone { .. } => {
                         done.refusals = self.driver.kernel().refusals - before;
                         return done;
@@ -110,4 +116,37 @@ fn a_file_of_its_own_kind_is_no_judgement_on_its_mount() {
     assert_eq!(machine.load(7, None, false).steps(), []);
     assert!(!machine.load(7, Some(Errno::INVAL), false).steps().is_empty());
     assert_eq!(machine.load(7, None, false).steps(), [], "direct reads have worked there");
+}
+
+#[test]
+fn a_file_that_was_cut_off_is_no_judgement_on_its_mount() {
+    let mut machine = Machine::new(Faults::none());
+    let cut = machine.load_shrunk(100, 7, None, false);
+    assert_eq!(cut.fallbacks.last().unwrap().attempt, Attempt::ReadOn);
+    assert!(matches!(cut.failure, Some(Failure::Ended { .. })));
+    assert_eq!(machine.load(7, None, false).steps(), []);
+}
+
+#[test]
+fn what_is_known_is_tried_again_after_a_while() {
+    let mut machine = Machine::new(Faults { unpinnable: true, ..Faults::none() });
+    let minute = Duration::from_secs(61);
+    assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
+    machine.clock.set(machine.clock.get() + minute);
+    assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
+
+    let mut machine = Machine::new(Faults::none());
+    assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
+    machine.clock.set(machine.clock.get() + minute);
+    assert_eq!(machine.load(7, None, false).steps(), [], "its first file was an odd one");
+}
+
+#[test]
+fn a_staging_buffer_that_was_refused_is_tried_again_for_the_next_load() {
+    let mut machine =
+        Machine::new(Faults { unpinnable: true, register: Some(Errno::NOMEM), register_per_mille: 1000, ..Faults::none() });
+    let refused = |done: &Done| done.fallbacks.iter().any(|step| step.attempt == Attempt::RegisterStaging);
+    assert!(refused(&machine.load(0, None, false)));
+    machine.driver.kernel().allow_registration();
+    assert!(!refused(&machine.load(0, None, false)), "the limit was raised");
 }

@@ -346,7 +346,7 @@ impl World {
                     check_bytes(load, number, buffer.contents());
                     drop(buffer);
                 }
-                Output::Traced { .. } => {}
+                Output::Traced { .. } | Output::Retried { .. } => {}
                 Output::SteppedDown { load: id, fallback } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!load.strict, "a strict load steps down");
