@@ -362,6 +362,22 @@ fn a_trace_has_an_event_for_each_thing_that_was_done() {
 }
 
 #[test]
+fn a_large_buffered_load_tells_that_it_fills_the_page_cache() {
+    let folder = folder();
+    if let Some(reason) = common::no_room(folder.path(), 0, 3 << 30) {
+        return skip(reason);
+    }
+    let path = folder.path().join("sparse.bin");
+    let file = fs::File::create(&path).unwrap();
+    for (len, expected) in [((1 << 30) - 1, false), (1 << 30, true)] {
+        file.set_len(len).unwrap();
+        let told = |route| load_json(&path, &["--route", route])["notes"].to_string().contains("page cache");
+        assert_eq!(told("buffered"), expected, "{len} bytes");
+        assert!(!told("pread-direct"));
+    }
+}
+
+#[test]
 fn quiet_prints_nothing() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", SEGMENT + 1);

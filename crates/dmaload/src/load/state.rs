@@ -110,6 +110,8 @@ pub(crate) enum Handover {
     Over,
 }
 
+/// Loads through the page cache from this size on say that they fill it.
+const PAGE_CACHE_BYTES_TOLD: u64 = 1 << 30;
 /// A disk that is dying makes thousands: the first ones say enough.
 const RETRIES_TOLD: usize = 8;
 
@@ -530,6 +532,14 @@ impl LoadShared {
         notes.extend(state.notes.iter().cloned());
         if state.retried > RETRIES_TOLD {
             notes.push(format!("{} more reads failed once", state.retried - RETRIES_TOLD));
+        }
+        let cached = state.files.iter().filter(|file| file.route == Route::Buffered);
+        let cached_bytes: u64 = cached.map(|file| file.planned.plan.file_bytes).sum();
+        if cached_bytes >= PAGE_CACHE_BYTES_TOLD {
+            tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
+            notes.push(format!(
+                "{cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now"
+            ));
         }
         if self.allocates_at_once && self.options.layout == Layout::Single {
             notes.push("the memory of a whole file was one allocation, so nothing was read while it was being made".to_owned());

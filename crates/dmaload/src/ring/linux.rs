@@ -19,7 +19,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::kernel::{Buffer, Completion, Copy, Kernel, Read};
-use super::pool::Pool;
+use super::pool::{COPIERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::probe;
@@ -38,7 +38,8 @@ pub(crate) struct LinuxKernel {
     started: Instant,
     wake: Arc<Wake>,
     ring: Result<Ring, Errno>,
-    pool: Pool,
+    readers: Pool,
+    copiers: Pool,
 }
 
 impl LinuxKernel {
@@ -46,7 +47,13 @@ impl LinuxKernel {
     /// `SINGLE_ISSUER` belongs to the thread that made it.
     pub(crate) fn new(depth: usize, started: Instant, wake: Arc<Wake>) -> Self {
         let ring = Ring::new(depth, &wake);
-        LinuxKernel { started, pool: Pool::new(Arc::clone(&wake)), ring, wake }
+        LinuxKernel {
+            started,
+            readers: Pool::new(Arc::clone(&wake), "read", READERS),
+            copiers: Pool::new(Arc::clone(&wake), "copy", COPIERS),
+            ring,
+            wake,
+        }
     }
 }
 
@@ -96,7 +103,7 @@ impl Kernel for LinuxKernel {
         match &mut self.ring {
             Ok(ring) if read.route.uses_ring() => ring.queue.push(ring.files.entry(file, &read)),
             // SAFETY: the caller's promise is the same.
-            _ => unsafe { self.pool.read(Arc::clone(file), read) },
+            _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }
     }
 
@@ -106,11 +113,11 @@ impl Kernel for LinuxKernel {
 
     unsafe fn copy(&mut self, copy: Copy) {
         // SAFETY: the caller's promise is the same.
-        unsafe { self.pool.copy(copy) };
+        unsafe { self.copiers.copy(copy) };
     }
 
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
-        let wait = wait && !self.pool.has_completions();
+        let wait = wait && !self.readers.has_completions() && !self.copiers.has_completions();
         match &mut self.ring {
             Ok(ring) => ring.submit(wait, &self.wake),
             Err(_) => {
@@ -123,7 +130,8 @@ impl Kernel for LinuxKernel {
     }
 
     fn reap(&mut self, into: &mut Vec<Completion>) {
-        self.pool.reap(into);
+        self.readers.reap(into);
+        self.copiers.reap(into);
         if let Ok(ring) = &mut self.ring {
             ring.reap(into, &self.wake);
         }

@@ -15,9 +15,10 @@ use super::kernel::{Completion, Copy, Read};
 use super::wake::Wake;
 use crate::source::OpenFile;
 
-/// Enough to keep a device busy with large reads: four threads reached its limit where one reached an eighth. Copies need
-/// fewer.
-const THREADS: usize = 4;
+/// Enough to keep a device busy with large reads: four threads reached its limit where one reached an eighth.
+pub(crate) const READERS: usize = 4;
+/// Copying is bound by memory: one thread copies faster than most disks read.
+pub(crate) const COPIERS: usize = 2;
 
 #[derive(Debug)]
 enum Job {
@@ -52,12 +53,20 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Pool {
     shared: Arc<Shared>,
+    name: &'static str,
     threads: usize,
+    threads_max: usize,
 }
 
 impl Pool {
-    pub(crate) fn new(wake: Arc<Wake>) -> Self {
-        Pool { shared: Arc::new(Shared { queues: Mutex::default(), changed: Condvar::new(), wake }), threads: 0 }
+    /// A pool of its own for each kind of job: a read that hangs in a dead disk must not keep copies from being done.
+    pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
+        Pool {
+            shared: Arc::new(Shared { queues: Mutex::default(), changed: Condvar::new(), wake }),
+            name,
+            threads: 0,
+            threads_max,
+        }
     }
 
     /// Queues a read.
@@ -94,9 +103,9 @@ impl Pool {
 
     /// Whether there is any thread.
     fn start_threads(&mut self) -> bool {
-        while self.threads < THREADS {
+        while self.threads < self.threads_max {
             let shared = Arc::clone(&self.shared);
-            let name = format!("dmaload-pool-{}", self.threads);
+            let name = format!("dmaload-{}-{}", self.name, self.threads);
             if thread::Builder::new().name(name).spawn(move || run(&shared)).is_err() {
                 break;
             }
