@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use dmaload::dmabuf::Pages;
 use dmaload::{Format, Layout, Route};
 
+use crate::bench::{Mode, Pressure};
 use crate::digest::Algorithm;
 
 /// Loads model files straight into shareable memory through io_uring, without the page cache.
@@ -35,6 +36,13 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Makes a synthetic model, loads it cold, verifies it, and compares with allocate + mmap + memcpy.
     Demo(Demo),
+    /// Compares ways of loading a file cold, in turn, each run in a process of its own.
+    ///
+    /// Exit status: 0 done, 1 a mode failed (without --pressure) or loaded wrong bytes, 2 wrong usage.
+    Bench(Bench),
+    /// A process of `bench`.
+    #[command(subcommand, hide = true)]
+    BenchChild(BenchChild),
 }
 
 #[derive(Debug, Args)]
@@ -103,6 +111,68 @@ pub(crate) struct Demo {
     /// How often each way is measured; the median counts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// The files; several are one load.
+    #[arg(value_name = "PATH", required_unless_present = "size", conflicts_with = "size")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Make a file of random weights of this size, and remove it afterwards.
+    #[arg(long, value_parser = bytes)]
+    pub(crate) size: Option<u64>,
+    /// The folder for files that are made; by default one on a disk, not in memory.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// What is compared, by names with commas between; normal and limit always are [default: all].
+    ///
+    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap: see docs/cli.md.
+    #[arg(long, value_name = "MODES", value_delimiter = ',')]
+    pub(crate) modes: Vec<Mode>,
+    /// How often each mode is measured; the medians count.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// Let memory be short: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE, hog:all-but:SIZE.
+    #[arg(long)]
+    pub(crate) pressure: Option<Pressure>,
+    /// Measure all modes but limit as this user, who may lock 8 MiB of memory; takes root.
+    #[arg(long, value_name = "UID")]
+    pub(crate) user: Option<u32>,
+    /// Print one JSON object, and nothing else, on standard output.
+    #[arg(long, conflicts_with = "md")]
+    pub(crate) json: bool,
+    /// Print a Markdown table.
+    #[arg(long)]
+    pub(crate) md: bool,
+    /// Write a picture of it to this file, an SVG.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+}
+
+/// What `bench` starts.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchChild {
+    /// Measures one run.
+    Load {
+        #[arg(long)]
+        mode: Mode,
+        /// The file that `bench` made.
+        #[arg(long)]
+        scratch: Option<PathBuf>,
+        #[command(flatten)]
+        bench: Box<Bench>,
+    },
+    /// Takes memory.
+    Hog { bytes: u64 },
+    /// Fills page cache.
+    Fill {
+        bytes: u64,
+        path: PathBuf,
+        #[arg(long)]
+        dirty: bool,
+    },
 }
 
 /// How to load.
@@ -174,7 +244,7 @@ impl FromStr for HeapName {
     }
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PageChoice {
     Auto,
     #[value(name = "4k")]

@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &args::Demo) -> Result<()> {
     print(arguments, &model, &image, &mut engine, &mut normal)
 }
 
-fn write(model: &Model, file: &ScratchFile) -> Result<()> {
+pub(crate) fn write(model: &Model, file: &ScratchFile) -> Result<()> {
     let bar = if std::io::stderr().is_terminal() { progress_bar("writing") } else { indicatif::ProgressBar::hidden() };
     bar.set_length(model.bytes);
     model.write(file.file(), file.path(), |written| bar.set_position(written))?;

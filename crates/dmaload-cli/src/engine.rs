@@ -4,17 +4,22 @@ use std::sync::Arc;
 
 use dmaload::dmabuf::Pages;
 use dmaload::heap::{self, AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
-use dmaload::{Error, LoadOptions, Loader, Result};
+use dmaload::{Error, LoadOptions, Loader, Result, Route};
 
 use crate::args::{Engine, HeapName};
 
 /// The loader that the command line asks for.
 pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
+    loader_by(arguments, arguments.route.0, arguments.strict)
+}
+
+/// The same by another route.
+pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Result<Loader> {
     let mut options = LoadOptions::default()
         .layout(arguments.layout)
         .chunk_bytes(arguments.chunk_size)
-        .route(arguments.route.0)
-        .strict(arguments.strict)
+        .route(route)
+        .strict(strict)
         .format(arguments.format);
     if let Some(bytes) = arguments.segment_size {
         options = options.segment_bytes(bytes);
@@ -33,7 +38,7 @@ pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
 }
 
 /// The heap, and why it is this one where that was left to us.
-fn heap(arguments: &Engine) -> Result<(Arc<dyn Heap>, Option<String>)> {
+pub(crate) fn heap(arguments: &Engine) -> Result<(Arc<dyn Heap>, Option<String>)> {
     let pages: Pages = arguments.pages.into();
     let udmabuf = arguments.heap == HeapName::Udmabuf || (arguments.heap == HeapName::Auto && arguments.dma_buf);
     if arguments.despite_udmabuf_bug && !udmabuf {

@@ -2,6 +2,7 @@
 
 mod args;
 mod baseline;
+mod bench;
 mod cat;
 mod cold;
 mod demo;
@@ -42,6 +43,8 @@ fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::BenchChild(arguments) => bench::run_child(arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {
         Ok(code) => code,

@@ -17,7 +17,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread;
 
 use rustix::fs::{Access, FsWord, StatFs, access, statfs};
@@ -34,6 +34,15 @@ const IN_MEMORY: &[(FsWord, &str)] =
 
 /// The scratch files that exist now: what the signal thread removes.
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+/// What else is done when the process is interrupted, before the files are removed.
+static FIRST: OnceLock<fn()> = OnceLock::new();
+
+/// Has something else done, too, when a signal ends the process. Only the first one to ask is heeded.
+pub(crate) fn before_an_interrupt_ends(hook: fn()) {
+    let _ = FIRST.set(hook);
+    remove_on_signals();
+}
 
 /// A file that is removed when this is dropped, or when the process is interrupted.
 #[derive(Debug)]
@@ -184,6 +193,9 @@ fn remove_on_signals() {
         let Ok(mut signals) = Signals::new(heeded_signals()) else { return };
         let watch = move || {
             if let Some(signal) = signals.forever().next() {
+                if let Some(hook) = FIRST.get() {
+                    hook();
+                }
                 // Held until the end: a file created from here on would be left behind.
                 let alive = alive();
                 for path in alive.iter() {

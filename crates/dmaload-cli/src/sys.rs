@@ -10,7 +10,7 @@ use memmap2::{Mmap, MmapMut};
 /// Maps a whole file for reading. A file cut short by someone else while it is mapped ends the process with SIGBUS.
 pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
     // SAFETY: nobody may change the file while it is mapped, which no program can enforce for a file on a disk; the
-    // two callers, of which one copies it once and one never looks at its bytes, hold the mapping for just as long.
+    // callers copy it once, touch each page once or never look at its bytes, and hold the mapping for just as long.
     unsafe { Mmap::map(file) }
 }
 

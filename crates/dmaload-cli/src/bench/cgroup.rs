@@ -1,0 +1,117 @@
+//! A memory cgroup with a limit (v2 and v1), made for one run and removed after it.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+use super::leftovers;
+use crate::errors::{At, FileError, Named};
+
+/// The limit's file, in v2 and v1.
+const LIMITS: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
+
+/// A group that exists until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Group {
+    folder: PathBuf,
+}
+
+impl Group {
+    /// Makes a group with this limit: inside the group that this process is in, or as near to it as the kernel allows.
+    ///
+    /// # Errors
+    /// When no group can be made; every place that was tried is named.
+    pub(crate) fn new(limit_bytes: u64) -> Result<Self> {
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let name = format!("dmaload-bench-{}", std::process::id());
+        let mut reasons = String::new();
+        for parent in places(&own, Path::new("/sys/fs/cgroup")) {
+            match Self::make(&parent.join(&name), limit_bytes) {
+                Ok(group) => return Ok(group),
+                Err(error) => reasons.push_str(&format!("\n  {}: {}", parent.display(), Named(&error))),
+            }
+        }
+        bail!("no memory cgroup can be made; that takes root, and the memory controller in the group above:{reasons}")
+    }
+
+    fn make(folder: &Path, limit_bytes: u64) -> io::Result<Self> {
+        leftovers::make_group(folder)?;
+        let group = Group { folder: folder.to_owned() };
+        // A cgroup file system makes these files. In another folder there is none, and making one would limit nothing.
+        let mut refusal = io::Error::from_raw_os_error(libc::ENOENT);
+        for name in LIMITS {
+            match write(&folder.join(name), limit_bytes) {
+                Ok(()) => return Ok(group),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => refusal = error,
+            }
+        }
+        Err(refusal)
+    }
+
+    /// Moves a process into it.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub(crate) fn add(&self, process: u32) -> Result<(), FileError> {
+        let members = self.folder.join("cgroup.procs");
+        write(&members, u64::from(process)).at("add a process to", &members)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        leftovers::remove_group(&self.folder);
+    }
+}
+
+fn write(path: &Path, number: u64) -> io::Result<()> {
+    OpenOptions::new().write(true).open(path)?.write_all(number.to_string().as_bytes())
+}
+
+/// Where a group may be made: v1's memory hierarchy, then v2's, from this process' own group up to the mount.
+fn places(own: &str, root: &Path) -> Vec<PathBuf> {
+    let mut places = Vec::new();
+    for line in own.lines() {
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else { continue };
+        let mounts: &[&str] = match controllers {
+            "" => &["", "unified"],
+            controllers if controllers.split(',').any(|controller| controller == "memory") => &["memory"],
+            _ => &[],
+        };
+        for mount in mounts.iter().map(|mount| root.join(mount)) {
+            let own = mount.join(group.trim_start_matches('/'));
+            let above: Vec<PathBuf> =
+                own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned).collect();
+            places.extend(above.into_iter().filter(|folder| folder.join("cgroup.procs").exists()));
+        }
+    }
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_own_group_comes_first_and_what_is_no_group_is_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        for group in ["memory", "memory/a", "memory/a/b", "unified"] {
+            fs::create_dir(root.path().join(group)).unwrap();
+            fs::write(root.path().join(group).join("cgroup.procs"), "").unwrap();
+        }
+        let found = places("5:cpu,memory:/a/b\n3:cpu:/x\n0::/\n", root.path());
+        assert_eq!(found, ["memory/a/b", "memory/a", "memory", "unified"].map(|group| root.path().join(group)));
+    }
+
+    #[test]
+    fn a_folder_that_is_no_cgroup_is_refused_and_left_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let group = folder.path().join("group");
+        assert_eq!(Group::make(&group, 1 << 20).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!group.exists());
+    }
+}

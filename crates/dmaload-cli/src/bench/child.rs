@@ -1,0 +1,122 @@
+//! A process of one measured run: it is told to get ready, then to go, and tells in a line of JSON how it went.
+//!
+//! It has just these lines of its own, so CPU time, peak memory and whatever a mode leaves behind are that mode's alone.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::{Value, json};
+
+use super::mode::Mode;
+use super::results::{Apart, Failure, Run};
+use super::ways::{self, WrongBytes};
+use crate::{args, errors};
+
+/// What an ordinary user may lock, on most machines.
+const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
+pub(crate) const PREPARE: &str = "prepare";
+pub(crate) const GO: &str = "go";
+
+/// Waits to be told, makes ready, waits again, runs. Whoever tells it has gone: then it goes, too.
+pub(crate) fn run(mode: Mode, arguments: &args::Bench, scratch: Option<PathBuf>) -> Result<()> {
+    let mut lines = io::stdin().lines();
+    let mut told = |word: &str| -> Result<bool> { Ok(lines.next().transpose()?.is_some_and(|line| line == word)) };
+    if !told(PREPARE)? {
+        return Ok(());
+    }
+    let paths = scratch.map_or_else(|| arguments.paths.clone(), |path| vec![path]);
+    let ready = prepare(mode, arguments, paths);
+    say(&ready.as_ref().map_or_else(failed, |_| json!({ "ready": true })))?;
+    let Ok(ready) = ready else { return Ok(()) };
+    if told(GO)? {
+        say(&ready().as_ref().map_or_else(failed, to_json))?;
+    }
+    Ok(())
+}
+
+fn prepare(mode: Mode, arguments: &args::Bench, paths: Vec<PathBuf>) -> Result<ways::Ready> {
+    if arguments.user.is_some() && mode != Mode::Limit {
+        ordinary_memlock()?;
+    }
+    ways::prepare(mode, &arguments.engine, paths)
+}
+
+/// Lowers the limit of locked memory to the usual one.
+fn ordinary_memlock() -> Result<()> {
+    let now = getrlimit(Resource::Memlock);
+    let lower = |limit: Option<u64>| Some(limit.map_or(ORDINARY_MEMLOCK_BYTES, |limit| limit.min(ORDINARY_MEMLOCK_BYTES)));
+    let limit = Rlimit { current: lower(now.current), maximum: lower(now.maximum) };
+    setrlimit(Resource::Memlock, limit).context("cannot lower the limit of locked memory")
+}
+
+fn say(value: &Value) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{value}")?;
+    Ok(stdout.flush()?)
+}
+
+fn failed(error: &anyhow::Error) -> Value {
+    json!({ "error": errors::told(error), "wrong_bytes": error.is::<WrongBytes>() })
+}
+
+fn to_json(run: &Run) -> Value {
+    json!({
+        "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds,
+        "page_bytes": run.page_bytes,
+        "first_segment_seconds": run.first_segment_seconds,
+        "peak_extra_bytes": run.peak_extra_bytes,
+        "allocate_seconds": run.apart.map(|apart| apart.allocate_seconds),
+        "read_seconds": run.apart.map(|apart| apart.read_seconds),
+        "notes": run.notes,
+    })
+}
+
+/// What a line of [`run`] says; `None` of a line that is none of its own.
+pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
+    let value: Value = serde_json::from_str(line).ok()?;
+    if let Some(reason) = value.get("error").and_then(Value::as_str) {
+        let wrong_bytes = value.get("wrong_bytes").and_then(Value::as_bool).unwrap_or(false);
+        return Some(Err(Failure { reason: reason.to_owned(), wrong_bytes }));
+    }
+    let number = |key: &str| value.get(key).and_then(Value::as_f64);
+    let apart = number("allocate_seconds").zip(number("read_seconds"));
+    let notes = value.get("notes").and_then(Value::as_array);
+    let notes = notes.into_iter().flatten().filter_map(|note| note.as_str().map(str::to_owned));
+    Some(Ok(Run {
+        seconds: number("seconds")?,
+        cpu_seconds: number("cpu_seconds")?,
+        page_bytes: value.get("page_bytes").and_then(Value::as_u64)?,
+        first_segment_seconds: number("first_segment_seconds"),
+        peak_extra_bytes: value.get("peak_extra_bytes").and_then(Value::as_u64),
+        apart: apart.map(|(allocate_seconds, read_seconds)| Apart { allocate_seconds, read_seconds }),
+        notes: notes.collect(),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_is_heard() {
+        let run = Run {
+            seconds: 0.25,
+            cpu_seconds: 0.125,
+            page_bytes: 4096,
+            first_segment_seconds: Some(0.1),
+            peak_extra_bytes: Some(7),
+            apart: Some(Apart { allocate_seconds: 0.1, read_seconds: 0.15 }),
+            notes: vec!["by uring-direct".to_owned()],
+        };
+        assert_eq!(heard(&to_json(&run).to_string()), Some(Ok(run)));
+        let bare = Run { seconds: 1.0, page_bytes: 4096, ..Run::default() };
+        assert_eq!(heard(&to_json(&bare).to_string()), Some(Ok(bare)));
+        let failure = heard(&failed(&anyhow::anyhow!("no memory")).to_string());
+        assert_eq!(failure, Some(Err(Failure { reason: "no memory".to_owned(), wrong_bytes: false })));
+        assert_eq!(heard("{\"ready\":true}"), None);
+        assert_eq!(heard("Killed"), None);
+    }
+}

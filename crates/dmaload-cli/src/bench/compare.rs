@@ -1,0 +1,98 @@
+//! Whether memory holds what a file holds.
+
+use std::io::{self, Read};
+
+/// What is read of the file at a time.
+const BLOCK: usize = 1 << 20;
+
+/// Why memory is not what the file is.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Difference {
+    /// A byte differs; the first.
+    #[error("byte {offset} is {found:#04x} instead of {expected:#04x}")]
+    Byte {
+        /// Where in the file.
+        offset: u64,
+        /// What the file says.
+        expected: u8,
+        /// What is in memory.
+        found: u8,
+    },
+    /// One of the two ends before the other.
+    #[error("{found} bytes were loaded of a file that has {}", if *.more { "more" } else { "fewer" })]
+    Length {
+        /// How many there are in memory.
+        found: u64,
+        /// Whether the file goes on.
+        more: bool,
+    },
+    /// The file can't be read again.
+    #[error("cannot read it again: {0}")]
+    Unreadable(#[from] io::Error),
+}
+
+/// Compares a whole file with memory.
+///
+/// # Errors
+/// The first difference.
+pub(crate) fn compare(mut file: impl Read, memory: &[u8]) -> Result<(), Difference> {
+    let mut block = vec![0; BLOCK];
+    let mut done = 0;
+    loop {
+        let count = match file.read(&mut block) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let (read, rest) = (block.get(..count).unwrap_or_default(), memory.get(done..).unwrap_or_default());
+        let found = rest.get(..count.min(rest.len())).unwrap_or_default();
+        if let Some(at) = read.iter().zip(found).position(|(expected, found)| expected != found) {
+            let byte = |bytes: &[u8]| bytes.get(at).copied().unwrap_or_default();
+            return Err(Difference::Byte { offset: (done + at) as u64, expected: byte(read), found: byte(found) });
+        }
+        match (count, rest.len()) {
+            (0, 0) => return Ok(()),
+            (count, left) if count == 0 || count > left => {
+                return Err(Difference::Length { found: memory.len() as u64, more: count > 0 });
+            }
+            _ => done += count,
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+mod tests {
+    use super::*;
+
+    fn content() -> Vec<u8> {
+        (0..BLOCK as u32 * 2 + 77).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
+    }
+
+    #[test]
+    fn the_same_bytes_are_the_same() {
+        compare(&*content(), &content()).unwrap();
+        compare(&[][..], &[]).unwrap();
+    }
+
+    #[test]
+    fn one_wrong_byte_is_found_wherever_it_is() {
+        for at in [0, BLOCK - 1, BLOCK, 2 * BLOCK + 76] {
+            let mut memory = content();
+            memory[at] ^= 0x10;
+            let error = compare(&*content(), &memory).unwrap_err();
+            assert!(
+                matches!(error, Difference::Byte { offset, expected, found } if offset == at as u64 && expected ^ found == 0x10)
+            );
+        }
+    }
+
+    #[test]
+    fn a_missing_or_surplus_end_is_found() {
+        let content = content();
+        let error = compare(&*content, &content[..content.len() - 1]).unwrap_err();
+        assert_eq!(error.to_string(), format!("{} bytes were loaded of a file that has more", content.len() - 1));
+        let error = compare(&content[..BLOCK], &content).unwrap_err();
+        assert!(matches!(error, Difference::Length { more: false, .. }));
+    }
+}

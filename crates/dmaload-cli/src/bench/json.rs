@@ -1,0 +1,110 @@
+//! The results for programs.
+
+use serde_json::{Map, Value, json};
+
+use super::mode::Mode;
+use super::results::{ModeRuns, Results, Run};
+use super::stats::Spread;
+
+/// One object; see docs/cli.md.
+pub(crate) fn to_json(results: &Results) -> Value {
+    json!({
+        "rounds": results.rounds,
+        "file_bytes": results.file_bytes,
+        "page_size_bytes": results.page_size_bytes(),
+        "limit_bytes_per_second": results.limit_bytes_per_second(),
+        "pressure": results.pressure,
+        "user": results.user,
+        "read_ahead_kib": results.read_ahead_kib,
+        "modes": results.modes.iter().map(|runs| mode_to_json(results, runs)).collect::<Vec<_>>(),
+    })
+}
+
+fn mode_to_json(results: &Results, runs: &ModeRuns) -> Value {
+    let mode = runs.mode;
+    json!({
+        "name": mode.name(),
+        "pages": runs.page_bytes().map(pages),
+        "seconds": runs.seconds().map(spread),
+        "ratio_to_normal": results.ratio(Mode::Normal, mode).map(spread),
+        "share_of_limit": results.ratio(Mode::Limit, mode).map(spread),
+        "overlap": if mode == Mode::DirectIo { results.overlap(mode).map(spread) } else { None },
+        "cpu_seconds_per_gib": results.cpu_seconds_per_gib(mode),
+        "first_segment_share": runs.first_segment_share(),
+        "peak_extra_bytes": runs.peak_extra_bytes(),
+        "notes": runs.notes(),
+        "runs": runs.runs.iter().map(|run| run.as_ref().ok().map(run_to_json)).collect::<Vec<_>>(),
+        "failures": runs.failures().map(|(round, failure)| json!({
+            "round": round,
+            "reason": failure.reason,
+            "wrong_bytes": failure.wrong_bytes,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+fn run_to_json(run: &Run) -> Value {
+    let mut object = Map::new();
+    object.insert("seconds".to_owned(), json!(run.seconds));
+    object.insert("cpu_seconds".to_owned(), json!(run.cpu_seconds));
+    if let Some(apart) = run.apart {
+        object.insert("allocate_seconds".to_owned(), json!(apart.allocate_seconds));
+        object.insert("read_seconds".to_owned(), json!(apart.read_seconds));
+    }
+    object.into()
+}
+
+fn spread(spread: Spread) -> Value {
+    json!({ "median": spread.median, "min": spread.min, "max": spread.max })
+}
+
+/// As `--pages` has them: `4k`, `2m`, or `mixed` when runs got different ones.
+fn pages((smallest, largest): (u64, u64)) -> String {
+    match smallest {
+        _ if smallest != largest => "mixed".to_owned(),
+        size if size < 1 << 20 => format!("{}k", size >> 10),
+        size => format!("{}m", size >> 20),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::results::tests::{killed, results, run};
+    use super::*;
+
+    #[test]
+    fn the_numbers_agree_with_each_other() {
+        let mut measured = results(vec![
+            (Mode::Normal, vec![run(2.0), run(3.0)]),
+            (Mode::DirectIo, vec![run(0.5), killed()]),
+            (Mode::Limit, vec![run(0.25), run(0.25)]),
+        ]);
+        measured.pressure = Some("a cgroup".to_owned());
+        let value = to_json(&measured);
+        assert_eq!(value["limit_bytes_per_second"], f64::from(1_u32 << 31));
+        assert_eq!(value["page_size_bytes"], 4096);
+        let [normal, direct, limit] = value["modes"].as_array().unwrap().as_slice() else { panic!("three modes") };
+        assert_eq!(normal["ratio_to_normal"], json!({ "median": 1.0, "min": 1.0, "max": 1.0 }));
+        assert_eq!(direct["ratio_to_normal"]["median"], 4.0);
+        assert_eq!(direct["share_of_limit"]["median"], 0.5);
+        assert_eq!(direct["pages"], "4k");
+        assert_eq!(direct["runs"], json!([{ "seconds": 0.5, "cpu_seconds": 0.25 }, null]));
+        assert_eq!(direct["failures"], json!([{ "round": 2, "reason": "killed", "wrong_bytes": false }]));
+        assert_eq!(limit["share_of_limit"]["max"], 1.0);
+        assert_eq!(limit["cpu_seconds_per_gib"], 0.25);
+    }
+
+    #[test]
+    fn a_mode_that_always_failed_has_no_numbers() {
+        let measured = results(vec![(Mode::Normal, vec![killed()]), (Mode::Limit, vec![run(1.0)])]);
+        let value = to_json(&measured);
+        for key in ["seconds", "ratio_to_normal", "share_of_limit", "cpu_seconds_per_gib", "pages", "peak_extra_bytes"] {
+            assert_eq!(value["modes"][0][key], Value::Null, "{key}");
+        }
+        assert_eq!(value["modes"][1]["ratio_to_normal"], Value::Null);
+    }
+
+    #[test]
+    fn pages_are_called_as_on_the_command_line() {
+        assert_eq!([(4096, 4096), (2 << 20, 2 << 20), (4096, 2 << 20), (65536, 65536)].map(pages), ["4k", "2m", "mixed", "64k"]);
+    }
+}

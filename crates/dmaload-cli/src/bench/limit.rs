@@ -1,0 +1,241 @@
+//! What the device gives: direct reads, many at once, by a loop that has nothing of the engine.
+//!
+//! It is what `fio --ioengine=io_uring --direct=1 --bs=4M --iodepth=16 --fixedbufs` does. Reads go into one place for each
+//! slot, again and again ([`Into::Slots`], the limit), or each to a place of its own ([`Into::Places`], the second half of
+//! `no-overlap`).
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::sys::{Read, Reader};
+use crate::errors::{At, FileError};
+
+/// One read.
+pub(crate) const CHUNK_BYTES: usize = 4 << 20;
+/// Reads in flight.
+pub(crate) const DEPTH: usize = 16;
+/// What `O_DIRECT` wants of offsets, lengths and addresses, at most.
+const ALIGNMENT: usize = 4096;
+
+/// Where reads go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Into {
+    /// A slot of [`CHUNK_BYTES`] for each read in flight.
+    Slots,
+    /// Where the plan says.
+    Places,
+}
+
+/// A piece of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    /// What the file has there.
+    pub(crate) bytes: usize,
+    /// Its place in memory that holds all files.
+    pub(crate) at: usize,
+}
+
+/// A plan for files of these lengths, and how much memory it takes to hold them all. Each file begins at a multiple of
+/// the alignment; no chunk lies in two parts of the memory.
+pub(crate) fn plan(lengths: &[u64], part_bytes: usize) -> (Vec<Chunk>, usize) {
+    let mut chunks = Vec::new();
+    let mut at = 0;
+    for (file, &length) in lengths.iter().enumerate() {
+        let mut offset = 0;
+        while offset < length {
+            let left = usize::try_from(length - offset).unwrap_or(usize::MAX);
+            let bytes = CHUNK_BYTES.min(left).min(part_bytes - at % part_bytes);
+            chunks.push(Chunk { file, offset, bytes, at });
+            offset += bytes as u64;
+            at += bytes.next_multiple_of(ALIGNMENT);
+        }
+    }
+    (chunks, at)
+}
+
+/// Opens files for reading past the page cache.
+///
+/// # Errors
+/// When one can't be opened so.
+pub(crate) fn open(paths: &[PathBuf]) -> Result<Vec<File>, FileError> {
+    let open =
+        |path: &PathBuf| OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).at("open with O_DIRECT", path);
+    paths.iter().map(open).collect()
+}
+
+/// A chunk that is being read.
+#[derive(Debug, Clone, Copy)]
+struct Active {
+    chunk: Chunk,
+    done: usize,
+}
+
+/// Reads all chunks.
+///
+/// # Errors
+/// The first read that failed, or a file that has become shorter.
+pub(crate) fn read_all(
+    reader: &mut Reader,
+    files: &[File],
+    paths: &[PathBuf],
+    chunks: &[Chunk],
+    into: Into,
+) -> Result<(), FileError> {
+    let mut queue = chunks.iter();
+    let mut slots: Vec<Option<Active>> = vec![None; DEPTH];
+    let mut results = Vec::with_capacity(DEPTH);
+    let path = |file: usize| paths.get(file).map_or(Path::new("?"), PathBuf::as_path);
+    let mut left = chunks.len();
+    for slot in 0..DEPTH {
+        start(reader, files, &mut slots, slot, queue.next(), into).at("read", path(0))?;
+    }
+    while left > 0 {
+        reader.wait(&mut results).at("wait for reads of", path(0))?;
+        for (token, result) in results.drain(..) {
+            let slot = usize::try_from(token).unwrap_or(usize::MAX);
+            let Some(active) = slots.get_mut(slot).and_then(Option::take) else { continue };
+            let place = path(active.chunk.file);
+            let next = advance(active, result).at("read", place)?;
+            if next.is_none() {
+                left -= 1;
+            }
+            match next {
+                Some(active) => push(reader, files, &mut slots, slot, active, into).at("read", place)?,
+                None => start(reader, files, &mut slots, slot, queue.next(), into).at("read", place)?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is left of a chunk after a result: `None` when it is complete.
+fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Active>> {
+    let count = match result {
+        Ok(count) => count,
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => return Ok(Some(active)),
+        Err(error) => return Err(error),
+    };
+    let done = active.done + count;
+    if done >= active.chunk.bytes {
+        return Ok(None);
+    }
+    // What follows must begin at an aligned offset again.
+    let done = done / ALIGNMENT * ALIGNMENT;
+    if done <= active.done {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Some(Active { done, ..active }))
+}
+
+fn start(
+    reader: &mut Reader,
+    files: &[File],
+    slots: &mut [Option<Active>],
+    slot: usize,
+    chunk: Option<&Chunk>,
+    into: Into,
+) -> io::Result<()> {
+    chunk.map_or(Ok(()), |&chunk| push(reader, files, slots, slot, Active { chunk, done: 0 }, into))
+}
+
+fn push(
+    reader: &mut Reader,
+    files: &[File],
+    slots: &mut [Option<Active>],
+    slot: usize,
+    active: Active,
+    into: Into,
+) -> io::Result<()> {
+    let Active { chunk, done } = active;
+    let file = files.get(chunk.file).ok_or(io::ErrorKind::InvalidInput)?;
+    let at = match into {
+        Into::Slots => slot * CHUNK_BYTES,
+        Into::Places => chunk.at,
+    };
+    // The end of a file is read with a whole sector, of which the file has only a part.
+    let bytes = (chunk.bytes - done).next_multiple_of(ALIGNMENT);
+    reader.push(Read { file, offset: chunk.offset + done as u64, at: at + done, bytes, token: slot as u64 })?;
+    if let Some(place) = slots.get_mut(slot) {
+        *place = Some(active);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+mod tests {
+    use super::*;
+    use crate::bench::memory::{PART_BYTES, Region};
+    use crate::bench::sys;
+    use dmaload::dmabuf::Pages;
+    use dmaload::heap::{AnonHeap, Heap};
+    use std::io::Write as _;
+    use std::sync::Arc;
+
+    #[test]
+    fn chunks_cover_the_files_and_stay_within_a_part() {
+        let lengths = [10_000, 0, 2 * PART_BYTES as u64 + 1, 4096];
+        let (chunks, bytes) = plan(&lengths, PART_BYTES);
+        for (file, &length) in lengths.iter().enumerate() {
+            let own: Vec<&Chunk> = chunks.iter().filter(|chunk| chunk.file == file).collect();
+            assert_eq!(own.iter().map(|chunk| chunk.bytes as u64).sum::<u64>(), length);
+            assert!(own.windows(2).all(|pair| pair[0].offset + pair[0].bytes as u64 == pair[1].offset));
+        }
+        for chunk in &chunks {
+            let end = chunk.at + chunk.bytes.next_multiple_of(ALIGNMENT);
+            assert!(chunk.at % ALIGNMENT == 0 && chunk.offset % ALIGNMENT as u64 == 0 && end <= bytes, "{chunk:?}");
+            assert_eq!(chunk.at / PART_BYTES, (end - 1) / PART_BYTES, "{chunk:?}");
+        }
+        assert!(chunks.windows(2).all(|pair| pair[0].at + pair[0].bytes <= pair[1].at));
+    }
+
+    #[test]
+    fn a_short_read_goes_on_at_the_last_sector_and_the_end_of_the_file_is_an_error() {
+        let active = Active { chunk: Chunk { file: 0, offset: 0, bytes: 10_000, at: 0 }, done: 0 };
+        assert!(advance(active, Ok(10_000)).unwrap().is_none());
+        assert_eq!(advance(active, Ok(9_999)).unwrap().unwrap().done, 8192);
+        assert_eq!(advance(active, Err(io::Error::from_raw_os_error(libc::EAGAIN))).unwrap().unwrap().done, 0);
+        assert_eq!(advance(active, Ok(100)).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(advance(active, Ok(0)).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_is_read_is_what_the_files_hold() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let contents: Vec<Vec<u8>> = [9 << 20, 5_000_u32]
+            .into_iter()
+            .map(|len| (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect())
+            .collect();
+        let files: Vec<_> = contents
+            .iter()
+            .map(|content| {
+                let mut file = tempfile::NamedTempFile::new_in(folder).unwrap();
+                file.write_all(content).unwrap();
+                file
+            })
+            .collect();
+        let paths: Vec<PathBuf> = files.iter().map(|file| file.path().to_owned()).collect();
+        let lengths: Vec<u64> = contents.iter().map(|content| content.len() as u64).collect();
+        let heap: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Auto });
+        let (chunks, bytes) = plan(&lengths, PART_BYTES);
+        let Ok(mut reader) = Reader::new(DEPTH as u32, Region::populated(&heap, bytes).unwrap()) else { return };
+        let Ok(open) = open(&paths) else { return };
+        read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap();
+        let region = reader.into_region().unwrap();
+        for (file, content) in contents.iter().enumerate() {
+            for chunk in chunks.iter().filter(|chunk| chunk.file == file) {
+                let expected = &content[chunk.offset as usize..][..chunk.bytes];
+                assert!(sys::bytes(&region)[chunk.at..][..chunk.bytes] == *expected, "{chunk:?}");
+            }
+        }
+        // A file that is shorter than planned is no success.
+        let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES);
+        let mut reader = Reader::new(DEPTH as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
+        let error = read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap_err();
+        assert!(error.to_string().contains(&paths[1].display().to_string()), "{error}");
+    }
+}

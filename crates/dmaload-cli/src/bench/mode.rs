@@ -1,0 +1,117 @@
+//! The ways of loading that are compared.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A way of loading. The first four have the names of the kernel series' own test program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Mode {
+    /// Allocate, map the file, copy: what people do today, on 4 KiB pages.
+    Normal,
+    /// The same allocation, filled by `read(2)` through the page cache.
+    NormalIo,
+    /// This engine.
+    DirectIo,
+    /// This engine; then every byte is compared with the file, outside of the measured time.
+    DirectIoCheck,
+    /// What the device gives: direct reads into memory that is there already.
+    Limit,
+    /// Map the file, touch every page.
+    Mmap,
+    /// `tokio::fs::read`.
+    TokioFs,
+    /// This engine by its route of that name.
+    PreadDirect,
+    /// Allocate everything, then read everything.
+    NoOverlap,
+}
+
+impl Mode {
+    /// Every mode, in the order in which they are shown.
+    pub(crate) const ALL: [Mode; 9] = [
+        Mode::Normal,
+        Mode::NormalIo,
+        Mode::DirectIo,
+        Mode::DirectIoCheck,
+        Mode::Limit,
+        Mode::Mmap,
+        Mode::TokioFs,
+        Mode::PreadDirect,
+        Mode::NoOverlap,
+    ];
+
+    /// The name used on the command line and in every output.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Mode::Normal => "normal",
+            Mode::NormalIo => "normal_io",
+            Mode::DirectIo => "direct_io",
+            Mode::DirectIoCheck => "direct_io_check",
+            Mode::Limit => "limit",
+            Mode::Mmap => "mmap",
+            Mode::TokioFs => "tokio-fs",
+            Mode::PreadDirect => "pread-direct",
+            Mode::NoOverlap => "no-overlap",
+        }
+    }
+
+    /// What is measured: those asked for, or all, and always the two that everything is compared with.
+    pub(crate) fn chosen(asked: &[Mode]) -> Vec<Mode> {
+        let wanted = |mode: &Mode| asked.is_empty() || asked.contains(mode) || matches!(mode, Mode::Normal | Mode::Limit);
+        Mode::ALL.into_iter().filter(wanted).collect()
+    }
+
+    /// The order of a round: one further each time, so that no mode always follows the same traces of another.
+    pub(crate) fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
+        let mut modes = modes.to_vec();
+        let by = round % modes.len().max(1);
+        modes.rotate_left(by);
+        modes
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Mode::ALL.into_iter().find(|mode| mode.name() == name).ok_or_else(|| {
+            let all = Mode::ALL.map(Mode::name).join(", ");
+            format!("no such mode: {name:?}; the modes are {all}")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back_and_a_wrong_one_lists_them() {
+        for mode in Mode::ALL {
+            assert_eq!(mode.name().parse(), Ok(mode));
+        }
+        let error = "fast".parse::<Mode>().unwrap_err();
+        assert!(error.contains("\"fast\"") && error.contains("direct_io_check, limit"), "{error}");
+    }
+
+    #[test]
+    fn what_everything_is_compared_with_is_always_measured_and_nothing_twice() {
+        use Mode::{DirectIo, Limit, Normal};
+        assert_eq!(Mode::chosen(&[]), Mode::ALL);
+        assert_eq!(Mode::chosen(&[DirectIo, DirectIo, Limit]), [Normal, DirectIo, Limit]);
+    }
+
+    #[test]
+    fn each_round_begins_with_another_mode() {
+        let modes = Mode::chosen(&[Mode::DirectIo]);
+        let first: Vec<Mode> = (0..4).map(|round| Mode::rotated(&modes, round)[0]).collect();
+        assert_eq!(first, [Mode::Normal, Mode::DirectIo, Mode::Limit, Mode::Normal]);
+        assert_eq!(Mode::rotated(&[], 3), []);
+    }
+}

@@ -1,0 +1,252 @@
+//! Loading while memory is short.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, Read, Write};
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::{Context, Result};
+use bytesize::ByteSize;
+use memmap2::MmapOptions;
+use serde_json::json;
+
+use super::cgroup::Group;
+use super::host;
+use super::worker::{self, Worker};
+use crate::cold;
+use crate::errors::At;
+use crate::scratch::ScratchFile;
+
+const BLOCK: usize = 1 << 20;
+
+/// The kinds of pressure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pressure {
+    /// Each run in a memory cgroup of this limit, which is perhaps full of page cache from the start.
+    Cgroup(u64, Option<Cache>),
+    /// Another process has so much memory.
+    Hog(u64),
+    /// Another process has all memory but so much.
+    HogAllBut(u64),
+}
+
+/// What the page cache of a group is full of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cache {
+    /// Pages that were read.
+    Clean,
+    /// Pages that were written, and not yet written back.
+    Dirty,
+}
+
+impl FromStr for Pressure {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let forms = "the kinds of pressure are cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE, hog:all-but:SIZE";
+        let size = |size: &str| size.parse::<ByteSize>().map(|size| size.as_u64()).ok().filter(|&size| size > 0);
+        let parsed = match text.split_once(':') {
+            Some(("cgroup", rest)) => match rest.split_once(',') {
+                None => size(rest).map(|bytes| Pressure::Cgroup(bytes, None)),
+                Some((bytes, "clean")) => size(bytes).map(|bytes| Pressure::Cgroup(bytes, Some(Cache::Clean))),
+                Some((bytes, "dirty")) => size(bytes).map(|bytes| Pressure::Cgroup(bytes, Some(Cache::Dirty))),
+                Some(_) => None,
+            },
+            Some(("hog", rest)) => match rest.strip_prefix("all-but:") {
+                None => size(rest).map(Pressure::Hog),
+                Some(bytes) => size(bytes).map(Pressure::HogAllBut),
+            },
+            _ => None,
+        };
+        parsed.ok_or_else(|| format!("no such pressure: {text:?}; {forms}"))
+    }
+}
+
+impl fmt::Display for Pressure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use crate::summary::bytes;
+        match self {
+            Pressure::Cgroup(limit, None) => write!(f, "a cgroup of {}", bytes(*limit)),
+            Pressure::Cgroup(limit, Some(Cache::Clean)) => write!(f, "a cgroup of {} full of clean page cache", bytes(*limit)),
+            Pressure::Cgroup(limit, Some(Cache::Dirty)) => write!(f, "a cgroup of {} full of dirty page cache", bytes(*limit)),
+            Pressure::Hog(taken) => write!(f, "{} taken by another process", bytes(*taken)),
+            Pressure::HogAllBut(left) => write!(f, "all but {} taken by another process", bytes(*left)),
+        }
+    }
+}
+
+/// Pressure that is on.
+#[derive(Debug)]
+pub(crate) struct Arm {
+    pressure: Option<Pressure>,
+    /// What the page cache is filled from, or with.
+    cache: Option<ScratchFile>,
+    /// Ends when its standard input does.
+    _hog: Option<Worker>,
+}
+
+impl Arm {
+    /// Puts the pressure on, as far as it lasts for the whole bench.
+    ///
+    /// # Errors
+    /// When there is not so much memory, or no file for the page cache can be made.
+    pub(crate) fn new(pressure: Option<Pressure>, folder: Option<&Path>) -> Result<Self> {
+        let hog = match pressure {
+            Some(Pressure::Hog(bytes)) => Some(start_hog(bytes)?),
+            Some(Pressure::HogAllBut(bytes)) => Some(start_hog(host::available_bytes().saturating_sub(bytes))?),
+            _ => None,
+        };
+        let cache = match pressure {
+            Some(Pressure::Cgroup(bytes, Some(_))) => {
+                let file = ScratchFile::create(folder, "bench-cache", bytes)?;
+                write_noise(file.file(), bytes).at("write to", file.path())?;
+                Some(file)
+            }
+            _ => None,
+        };
+        Ok(Arm { pressure, cache, _hog: hog })
+    }
+
+    /// Whether memory is to be short.
+    pub(crate) fn is_on(&self) -> bool {
+        self.pressure.is_some()
+    }
+
+    /// The group for one run.
+    ///
+    /// # Errors
+    /// When none can be made.
+    pub(crate) fn group(&self) -> Result<Option<Group>> {
+        match self.pressure {
+            Some(Pressure::Cgroup(bytes, _)) => Group::new(bytes).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Fills the group's page cache.
+    ///
+    /// # Errors
+    /// When the process that does it fails.
+    pub(crate) fn fill(&self, group: &Group) -> Result<()> {
+        let (Some(Pressure::Cgroup(bytes, Some(kind))), Some(cache)) = (self.pressure, &self.cache) else { return Ok(()) };
+        cold::make_cold(cache.path())?;
+        let mut command = worker::command();
+        command.arg("fill").arg(bytes.to_string()).arg(cache.path());
+        if kind == Cache::Dirty {
+            command.arg("--dirty");
+        }
+        let mut filler = Worker::start(&mut command)?;
+        group.add(filler.id())?;
+        filler.tell("go");
+        filler.hear().context("the group's page cache could not be filled")?;
+        Ok(())
+    }
+
+    /// Takes away what a run has left: its dirty pages must not be written during the next one.
+    ///
+    /// # Errors
+    /// When they can't be written.
+    pub(crate) fn settle(&self) -> Result<()> {
+        if let Some(cache) = &self.cache {
+            cold::make_cold(cache.path())?;
+        }
+        Ok(())
+    }
+}
+
+fn start_hog(bytes: u64) -> Result<Worker> {
+    let mut command = worker::command();
+    command.arg("hog").arg(bytes.to_string());
+    let mut hog = Worker::start(&mut command)?;
+    hog.hear().with_context(|| format!("a process that takes {} could not do so", crate::summary::bytes(bytes)))?;
+    Ok(hog)
+}
+
+/// The process that takes memory: until nobody holds the other end of its standard input.
+///
+/// # Errors
+/// When it can't have so much.
+pub(crate) fn hog(bytes: u64) -> Result<()> {
+    let memory = host::touched(usize::try_from(bytes)?)?;
+    tell_ready()?;
+    // Until the end of input, whatever comes.
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    drop(memory);
+    Ok(())
+}
+
+/// The process that fills page cache: whoever reads or writes a page first is charged for it.
+///
+/// # Errors
+/// When the file can't be read or written.
+pub(crate) fn fill(path: &Path, bytes: u64, dirty: bool) -> Result<()> {
+    io::stdin().lock().read_line(&mut String::new())?;
+    if dirty {
+        let file = OpenOptions::new().write(true).open(path).at("open", path)?;
+        write_noise(&file, bytes).at("write to", path)?;
+    } else {
+        let mut file = File::open(path).at("open", path)?;
+        let mut block = vec![0; BLOCK];
+        while file.read(&mut block).at("read", path)? > 0 {}
+    }
+    tell_ready()
+}
+
+fn tell_ready() -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{}", json!({ "ready": true }))?;
+    Ok(stdout.flush()?)
+}
+
+/// Bytes that no layer below can make less of: random, with a number of its own in each sector.
+fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
+    let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    for word in block.chunks_exact_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+    let mut written = 0;
+    while written < bytes {
+        for (number, sector) in (written / 512..).zip(block.chunks_exact_mut(512)) {
+            if let Some(place) = sector.first_chunk_mut() {
+                *place = number.to_le_bytes();
+            }
+        }
+        let next = usize::try_from(bytes - written).unwrap_or(BLOCK).min(BLOCK);
+        file.write_all(block.get(..next).unwrap_or_default())?;
+        written += next as u64;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_are_read() {
+        let parse = |text: &str| text.parse::<Pressure>();
+        assert_eq!(parse("cgroup:1GiB"), Ok(Pressure::Cgroup(1 << 30, None)));
+        assert_eq!(parse("cgroup:64MiB,clean"), Ok(Pressure::Cgroup(64 << 20, Some(Cache::Clean))));
+        assert_eq!(parse("cgroup:64MiB,dirty"), Ok(Pressure::Cgroup(64 << 20, Some(Cache::Dirty))));
+        assert_eq!(parse("hog:3GiB"), Ok(Pressure::Hog(3 << 30)));
+        assert_eq!(parse("hog:all-but:3GiB"), Ok(Pressure::HogAllBut(3 << 30)));
+        for wrong in ["", "cgroup", "cgroup:", "cgroup:0", "cgroup:1GiB,wet", "hog:all-but:", "hog:much", "swap:1GiB"] {
+            assert!(parse(wrong).unwrap_err().contains("cgroup:SIZE,clean"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn noise_is_as_long_as_asked_for_and_no_two_sectors_are_the_same() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        write_noise(file.as_file(), 2 * BLOCK as u64 + 700).unwrap();
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert_eq!(bytes.len(), 2 * BLOCK + 700);
+        let sectors: std::collections::HashSet<_> = bytes.chunks(512).collect();
+        assert_eq!(sectors.len(), bytes.len().div_ceil(512));
+    }
+}

@@ -1,0 +1,213 @@
+//! What was measured, and the numbers people compare.
+
+use super::mode::Mode;
+use super::stats::{Spread, median};
+
+/// One measured run of one mode.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Run {
+    /// From just before the allocation to the last byte in memory.
+    pub(crate) seconds: f64,
+    /// User and system, of the process, within that.
+    pub(crate) cpu_seconds: f64,
+    /// The page size that most of the loaded memory has.
+    pub(crate) page_bytes: u64,
+    /// Until the first segment was usable.
+    pub(crate) first_segment_seconds: Option<f64>,
+    /// The most resident memory, less the file's bytes.
+    pub(crate) peak_extra_bytes: Option<u64>,
+    /// Allocating alone and reading alone, where one followed the other.
+    pub(crate) apart: Option<Apart>,
+    /// The route of the engine, or what else is to be known.
+    pub(crate) notes: Vec<String>,
+}
+
+/// The two halves of a load that does one after the other.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Apart {
+    pub(crate) allocate_seconds: f64,
+    pub(crate) read_seconds: f64,
+}
+
+/// Why a run has no result.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Failure {
+    /// In words.
+    pub(crate) reason: String,
+    /// Whether wrong bytes were loaded, which nothing excuses.
+    pub(crate) wrong_bytes: bool,
+}
+
+/// A mode with its runs, one for each round.
+#[derive(Debug, Clone)]
+pub(crate) struct ModeRuns {
+    pub(crate) mode: Mode,
+    pub(crate) runs: Vec<Result<Run, Failure>>,
+}
+
+impl ModeRuns {
+    pub(crate) fn done(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter().filter_map(|run| run.as_ref().ok())
+    }
+
+    pub(crate) fn failures(&self) -> impl Iterator<Item = (usize, &Failure)> {
+        let numbered = self.runs.iter().zip(1..);
+        numbered.filter_map(|(run, round)| run.as_ref().err().map(|failure| (round, failure)))
+    }
+
+    pub(crate) fn seconds(&self) -> Option<Spread> {
+        Spread::of(self.done().map(|run| run.seconds))
+    }
+
+    /// The smallest and the largest page size that a run got.
+    pub(crate) fn page_bytes(&self) -> Option<(u64, u64)> {
+        let sizes = || self.done().map(|run| run.page_bytes);
+        Some((sizes().min()?, sizes().max()?))
+    }
+
+    pub(crate) fn first_segment_share(&self) -> Option<f64> {
+        median(self.done().filter_map(|run| Some(run.first_segment_seconds? / run.seconds)))
+    }
+
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it came from whole bytes")]
+    pub(crate) fn peak_extra_bytes(&self) -> Option<u64> {
+        median(self.done().filter_map(|run| Some(run.peak_extra_bytes? as f64))).map(|bytes| bytes.round() as u64)
+    }
+
+    /// Everything the runs had to say, once.
+    pub(crate) fn notes(&self) -> Vec<&str> {
+        let mut notes: Vec<&str> = Vec::new();
+        for note in self.done().flat_map(|run| &run.notes) {
+            if !notes.contains(&note.as_str()) {
+                notes.push(note);
+            }
+        }
+        notes
+    }
+}
+
+/// All that was measured.
+#[derive(Debug, Clone)]
+pub(crate) struct Results {
+    pub(crate) rounds: u32,
+    /// Of all files.
+    pub(crate) file_bytes: u64,
+    /// The pressure, as it was asked for.
+    pub(crate) pressure: Option<String>,
+    /// Whom the modes ran as, if not as whoever started the command.
+    pub(crate) user: Option<u32>,
+    /// How far the files' disk reads ahead, on which all that goes through the page cache depends.
+    pub(crate) read_ahead_kib: Option<u64>,
+    /// In the order in which they are shown.
+    pub(crate) modes: Vec<ModeRuns>,
+}
+
+impl Results {
+    pub(crate) fn of(&self, mode: Mode) -> Option<&ModeRuns> {
+        self.modes.iter().find(|runs| runs.mode == mode)
+    }
+
+    /// The seconds of `reference` divided by those of `mode`, round by round: above 1, `mode` is the faster.
+    pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
+        let (reference, mode) = (self.of(reference)?, self.of(mode)?);
+        let pairs = reference.runs.iter().zip(&mode.runs);
+        Spread::of(pairs.filter_map(|pair| match pair {
+            (Ok(reference), Ok(mode)) => Some(reference.seconds / mode.seconds),
+            _ => None,
+        }))
+    }
+
+    /// How close a mode comes to hiding the shorter of allocating and reading behind the longer: the longer of the two
+    /// alone (of `no-overlap`, in the same round) divided by its time.
+    pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
+        let (apart, mode) = (self.of(Mode::NoOverlap)?, self.of(mode)?);
+        let pairs = apart.runs.iter().zip(&mode.runs);
+        Spread::of(pairs.filter_map(|pair| match pair {
+            (Ok(Run { apart: Some(apart), .. }), Ok(mode)) => Some(apart.allocate_seconds.max(apart.read_seconds) / mode.seconds),
+            _ => None,
+        }))
+    }
+
+    pub(crate) fn cpu_seconds_per_gib(&self, mode: Mode) -> Option<f64> {
+        let gib = self.file_bytes as f64 / f64::from(1 << 30);
+        median(self.of(mode)?.done().map(|run| run.cpu_seconds / gib))
+    }
+
+    pub(crate) fn limit_bytes_per_second(&self) -> Option<f64> {
+        Some(self.file_bytes as f64 / self.of(Mode::Limit)?.seconds()?.median)
+    }
+
+    /// The page size that the engine got, the smaller one if it changed; without a run of it, that of `normal`.
+    pub(crate) fn page_size_bytes(&self) -> Option<u64> {
+        let engine = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
+        engine.into_iter().find_map(|mode| self.of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
+    }
+
+    /// Whether the command has failed: wrong bytes always, anything else unless pressure was asked for.
+    pub(crate) fn failed(&self) -> bool {
+        let mut failures = self.modes.iter().flat_map(ModeRuns::failures);
+        failures.any(|(_, failure)| failure.wrong_bytes || self.pressure.is_none())
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(crate) fn run(seconds: f64) -> Result<Run, Failure> {
+        Ok(Run { seconds, cpu_seconds: seconds / 2.0, page_bytes: 4096, ..Run::default() })
+    }
+
+    pub(crate) fn killed() -> Result<Run, Failure> {
+        Err(Failure { reason: "killed".to_owned(), wrong_bytes: false })
+    }
+
+    pub(crate) fn results(modes: Vec<(Mode, Vec<Result<Run, Failure>>)>) -> Results {
+        let rounds = modes.first().map_or(0, |(_, runs)| u32::try_from(runs.len()).unwrap());
+        let modes = modes.into_iter().map(|(mode, runs)| ModeRuns { mode, runs }).collect();
+        Results { rounds, file_bytes: 1 << 29, pressure: None, user: None, read_ahead_kib: Some(8192), modes }
+    }
+
+    #[test]
+    fn ratios_are_paired_within_a_round() {
+        // The machine was twice as slow in the second round: the medians' ratio would not be that of any round.
+        let measured = results(vec![
+            (Mode::Normal, vec![run(2.0), run(4.0), run(8.0)]),
+            (Mode::DirectIo, vec![run(1.0), run(2.0), run(1.0)]),
+        ]);
+        assert_eq!(measured.ratio(Mode::Normal, Mode::DirectIo), Some(Spread { median: 2.0, min: 2.0, max: 8.0 }));
+        assert_eq!(measured.ratio(Mode::Limit, Mode::DirectIo), None);
+        assert_eq!(measured.cpu_seconds_per_gib(Mode::DirectIo), Some(1.0));
+    }
+
+    #[test]
+    fn a_round_in_which_one_of_the_two_failed_makes_no_pair() {
+        let mut measured = results(vec![(Mode::Normal, vec![killed(), run(4.0)]), (Mode::DirectIo, vec![run(1.0), run(2.0)])]);
+        assert_eq!(measured.ratio(Mode::Normal, Mode::DirectIo), Some(Spread { median: 2.0, min: 2.0, max: 2.0 }));
+        assert!(measured.failed());
+        measured.pressure = Some("hog:1GiB".to_owned());
+        assert!(!measured.failed(), "being killed is a result there");
+        let wrong = Failure { reason: "byte 3".to_owned(), wrong_bytes: true };
+        measured.modes[1].runs[0] = Err(wrong);
+        assert!(measured.failed());
+        assert_eq!(measured.modes[1].failures().next().map(|(round, _)| round), Some(1));
+    }
+
+    #[test]
+    fn overlap_is_the_longer_part_alone_divided_by_the_whole() {
+        let apart = |allocate_seconds, read_seconds| {
+            run(allocate_seconds + read_seconds).map(|run| Run { apart: Some(Apart { allocate_seconds, read_seconds }), ..run })
+        };
+        let measured =
+            results(vec![(Mode::NoOverlap, vec![apart(1.0, 3.0), apart(2.0, 1.0)]), (Mode::DirectIo, vec![run(4.0), run(2.0)])]);
+        assert_eq!(measured.overlap(Mode::DirectIo), Some(Spread { median: 0.875, min: 0.75, max: 1.0 }));
+    }
+
+    #[test]
+    fn pages_that_differ_from_run_to_run_are_seen() {
+        let huge = run(1.0).map(|run| Run { page_bytes: 2 << 20, ..run });
+        let measured = results(vec![(Mode::Normal, vec![run(1.0)]), (Mode::DirectIo, vec![huge, run(1.0)])]);
+        assert_eq!(measured.page_size_bytes(), Some(4096));
+        assert_eq!(measured.of(Mode::DirectIo).unwrap().page_bytes(), Some((4096, 2 << 20)));
+    }
+}

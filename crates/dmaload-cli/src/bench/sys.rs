@@ -1,0 +1,133 @@
+//! The unsafe code of the bench: reads by io_uring into memory of its own, and looking at that memory.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::AsRawFd;
+
+use io_uring::{IoUring, opcode, types};
+
+use super::memory::Region;
+
+/// A read to be done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Read<'a> {
+    pub(crate) file: &'a File,
+    pub(crate) offset: u64,
+    /// Where in the region.
+    pub(crate) at: usize,
+    /// At most a part of the region, and within one.
+    pub(crate) bytes: usize,
+    /// Comes back with the result.
+    pub(crate) token: u64,
+}
+
+/// A ring, and the memory that its reads go to. Nobody looks at the memory before the ring has given it back.
+pub(crate) struct Reader {
+    ring: ManuallyDrop<IoUring>,
+    region: ManuallyDrop<Region>,
+    registered: bool,
+    in_flight: usize,
+}
+
+impl Reader {
+    /// A ring for `depth` reads into this memory, which is registered with it if the limit of locked memory allows.
+    ///
+    /// # Errors
+    /// When there is no io_uring.
+    pub(crate) fn new(depth: u32, region: Region) -> io::Result<Self> {
+        let ring = IoUring::new(depth)?;
+        let vectors: Vec<libc::iovec> = region
+            .parts()
+            .map(|(mapping, _)| libc::iovec { iov_base: mapping.address().as_ptr().cast(), iov_len: mapping.bytes() })
+            .collect();
+        // SAFETY: the memory stays mapped as long as the ring lives: `drop` and `into_region` close it first.
+        let registered = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
+        Ok(Reader { ring: ManuallyDrop::new(ring), region: ManuallyDrop::new(region), registered, in_flight: 0 })
+    }
+
+    /// Whether the memory is registered.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.registered
+    }
+
+    /// Queues a read; [`Reader::wait`] starts it.
+    ///
+    /// # Errors
+    /// When it does not fit into a part of the memory, or there are too many already.
+    pub(crate) fn push(&mut self, read: Read<'_>) -> io::Result<()> {
+        let place = self.region.place(read.at, read.bytes).ok_or(io::ErrorKind::InvalidInput)?;
+        let length = u32::try_from(read.bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let (fd, address) = (types::Fd(read.file.as_raw_fd()), place.address.as_ptr());
+        let entry = if self.registered {
+            opcode::ReadFixed::new(fd, address, length, place.part).offset(read.offset).build()
+        } else {
+            opcode::Read::new(fd, address, length).offset(read.offset).build()
+        };
+        // SAFETY: the range lies in a part of the region, which is mapped, writable, and neither looked at nor freed before
+        // every read has completed. Should the file be closed before the read starts, some other file is read into it.
+        let pushed = unsafe { self.ring.submission().push(&entry.user_data(read.token)) };
+        pushed.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Starts what is queued, waits for at least one result, and gives all there are.
+    ///
+    /// # Errors
+    /// When the ring can't be entered.
+    pub(crate) fn wait(&mut self, results: &mut Vec<(u64, io::Result<usize>)>) -> io::Result<()> {
+        match self.ring.submit_and_wait(usize::from(self.in_flight > 0)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        for entry in self.ring.completion() {
+            let result = usize::try_from(entry.result()).map_err(|_| io::Error::from_raw_os_error(-entry.result()));
+            results.push((entry.user_data(), result));
+            self.in_flight -= 1;
+        }
+        Ok(())
+    }
+
+    /// Closes the ring and gives the memory; `None`, and the memory is lost, if reads can't be waited for.
+    pub(crate) fn into_region(self) -> Option<Region> {
+        let mut this = ManuallyDrop::new(self);
+        this.finish()
+    }
+
+    fn finish(&mut self) -> Option<Region> {
+        let mut ignored = Vec::new();
+        while self.in_flight > 0 {
+            // Closing a ring does not end its reads: what they write to must stay.
+            self.wait(&mut ignored).ok()?;
+            ignored.clear();
+        }
+        // SAFETY: called once, by `drop` or by `into_region`, which prevents the drop; the ring is not used after.
+        unsafe { ManuallyDrop::drop(&mut self.ring) };
+        // SAFETY: as above.
+        Some(unsafe { ManuallyDrop::take(&mut self.region) })
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        drop(self.finish());
+    }
+}
+
+/// The bytes of memory that nobody writes to any more.
+#[cfg(test)]
+pub(crate) fn bytes(region: &Region) -> &[u8] {
+    // SAFETY: the parts lie side by side, mapped and readable as long as the region lives. It has no writer: a `Reader` owns
+    // the region it writes to, and `bytes_mut` borrows it for itself.
+    unsafe { std::slice::from_raw_parts(region.address().as_ptr(), region.bytes()) }
+}
+
+/// The bytes of memory, to be written.
+pub(crate) fn bytes_mut(region: &mut Region) -> &mut [u8] {
+    // SAFETY: the parts lie side by side, mapped and writable as long as the region lives; it is borrowed exclusively, no
+    // `Reader` has it, and its descriptors were given to nobody.
+    unsafe { std::slice::from_raw_parts_mut(region.address().as_ptr(), region.bytes()) }
+}

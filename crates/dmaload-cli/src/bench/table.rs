@@ -1,0 +1,170 @@
+//! The results for people: a table, for the terminal or as Markdown, and what it comes to.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::mode::Mode;
+use super::results::{ModeRuns, Results};
+use super::stats::Spread;
+use crate::summary::{Align, Table, bytes, duration};
+
+const HEADER: [&str; 8] =
+    ["mode", "pages", "seconds (min–max)", "× normal", "share of limit", "CPU s/GiB", "first segment", "extra memory"];
+/// `VM_READAHEAD_PAGES` of the kernel.
+const DEFAULT_READ_AHEAD_KIB: u64 = 128;
+const NOTHING: &str = "–";
+
+/// For the terminal.
+pub(crate) fn plain(results: &Results) -> String {
+    let align = |(column, name)| (name, if column < 2 { Align::Left } else { Align::Right });
+    let mut table = Table::new(HEADER.into_iter().enumerate().map(align));
+    for row in rows(results) {
+        table.row(row);
+    }
+    let mut text = table.to_string();
+    for line in verdicts(results).into_iter().chain(remarks(results)) {
+        text.push('\n');
+        text.push_str(&line);
+    }
+    text.push('\n');
+    text
+}
+
+/// The same for a document.
+pub(crate) fn markdown(results: &Results) -> String {
+    let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+    let mut text = line(&HEADER.map(str::to_owned));
+    text.push_str(&line(&std::array::from_fn::<_, 8, _>(|column| if column < 2 { "---" } else { "--:" }.to_owned())));
+    for row in rows(results) {
+        text.push_str(&line(&row));
+    }
+    for remark in verdicts(results).into_iter().chain(remarks(results)) {
+        // Each on a line of its own.
+        let _ = write!(text, "\n{}\n", remark.replace('|', "\\|"));
+    }
+    text
+}
+
+fn rows(results: &Results) -> Vec<[String; 8]> {
+    results.modes.iter().map(|runs| row(results, runs)).collect()
+}
+
+fn row(results: &Results, runs: &ModeRuns) -> [String; 8] {
+    let mode = runs.mode;
+    let or_nothing = |text: Option<String>| text.unwrap_or_else(|| NOTHING.to_owned());
+    [
+        mode.name().to_owned(),
+        or_nothing(runs.page_bytes().map(pages)),
+        runs.seconds().map_or_else(|| "failed".to_owned(), |seconds| range(seconds, 3)),
+        or_nothing(results.ratio(Mode::Normal, mode).map(|ratio| range(ratio, 1))),
+        or_nothing(results.ratio(Mode::Limit, mode).map(|share| range(share, 2))),
+        or_nothing(results.cpu_seconds_per_gib(mode).map(|seconds| format!("{seconds:.2}"))),
+        or_nothing(runs.first_segment_share().map(|share| format!("{:.0} %", share * 100.0))),
+        or_nothing(runs.peak_extra_bytes().map(bytes)),
+    ]
+}
+
+fn range(Spread { median, min, max }: Spread, digits: usize) -> String {
+    let [median, min, max] = [median, min, max].map(|value| format!("{value:.digits$}"));
+    if min == max { median } else { format!("{median} ({min}–{max})") }
+}
+
+fn pages((smallest, largest): (u64, u64)) -> String {
+    if smallest == largest {
+        bytes_of_page(smallest)
+    } else {
+        format!("{} to {}", bytes_of_page(smallest), bytes_of_page(largest))
+    }
+}
+
+/// `4 KiB`, not `4.00 KiB`: a page size is exact.
+fn bytes_of_page(size: u64) -> String {
+    if size < 1 << 20 { format!("{} KiB", size >> 10) } else { format!("{} MiB", size >> 20) }
+}
+
+/// What people want to know.
+fn verdicts(results: &Results) -> Vec<String> {
+    let mut lines = Vec::new();
+    let engine = results.of(Mode::DirectIo);
+    if let Some(ratio) = results.ratio(Mode::Normal, Mode::DirectIo) {
+        lines.push(format!("direct_io is {} × normal", range(ratio, 1)));
+    }
+    if let (Some(share), Some(limit)) = (results.ratio(Mode::Limit, Mode::DirectIo), results.limit_bytes_per_second()) {
+        let whose = format!("{:.2} GiB/s", limit / f64::from(1 << 30));
+        lines.push(format!("direct_io reaches {} of the device's limit, which is {whose}", range(share, 2)));
+    }
+    if let (Some(overlap), Some(engine)) = (results.overlap(Mode::DirectIo), engine.and_then(ModeRuns::seconds)) {
+        lines.push(format!(
+            "overlap: {}, that is max(allocate, read) of no-overlap ÷ the {} of direct_io",
+            range(overlap, 2),
+            duration(Duration::from_secs_f64(engine.median)),
+        ));
+    }
+    lines
+}
+
+/// What else is to be known of the numbers.
+fn remarks(results: &Results) -> Vec<String> {
+    let plural = if results.rounds == 1 { "" } else { "s" };
+    let mut lines = vec![format!(
+        "{} loaded cold in {} round{plural}; medians (min–max), ratios within a round{}{}",
+        bytes(results.file_bytes),
+        results.rounds,
+        results.user.map(|user| format!(", as user {user}")).unwrap_or_default(),
+        results.pressure.as_ref().map(|pressure| format!(", under pressure: {pressure}")).unwrap_or_default(),
+    )];
+    if let Some(kib) = results.read_ahead_kib.filter(|&kib| kib != DEFAULT_READ_AHEAD_KIB) {
+        lines.push(format!(
+            "this disk reads {kib} KiB ahead, not the usual {DEFAULT_READ_AHEAD_KIB} (queue/read_ahead_kb in sysfs), which changes \
+             normal, normal_io, mmap and tokio-fs"
+        ));
+    }
+    for runs in &results.modes {
+        lines.extend(runs.notes().into_iter().map(|note| format!("{}: {note}", runs.mode)));
+    }
+    for runs in &results.modes {
+        let failed = runs.failures().map(|(round, failure)| format!("{} FAILED in round {round}: {}", runs.mode, failure.reason));
+        lines.extend(failed);
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::results::tests::{killed, results, run};
+    use super::*;
+
+    fn some() -> Results {
+        results(vec![
+            (Mode::Normal, vec![run(2.0), run(3.0), run(2.5)]),
+            (Mode::DirectIo, vec![run(0.5), run(0.5), run(0.5)]),
+            (Mode::Limit, vec![run(0.5), run(0.25), run(0.25)]),
+            (Mode::Mmap, vec![killed(), killed(), killed()]),
+        ])
+    }
+
+    #[test]
+    fn people_get_a_table_verdicts_and_failures() {
+        let text = plain(&some());
+        for words in [
+            "normal     4 KiB  2.500 (2.000–3.000)",
+            "direct_io is 5.0 (4.0–6.0) × normal",
+            "direct_io reaches 0.50 (0.50–1.00) of the device's limit, which is 2.00 GiB/s",
+            "512 MiB loaded cold in 3 rounds",
+            "mmap FAILED in round 3: killed",
+            "this disk reads 8192 KiB ahead",
+        ] {
+            assert!(text.contains(words), "{words:?} is missing in\n{text}");
+        }
+        assert!(!text.contains("overlap"), "not without no-overlap");
+    }
+
+    #[test]
+    fn markdown_has_as_many_cells_in_every_row() {
+        let text = markdown(&some());
+        let rows: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
+        assert_eq!(rows.len(), 2 + 4);
+        assert!(rows.iter().all(|row| row.matches('|').count() == 9), "{text}");
+        assert!(text.contains("| mmap | – | failed | – |"), "{text}");
+    }
+}

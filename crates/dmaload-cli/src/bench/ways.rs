@@ -1,0 +1,288 @@
+//! Each mode, made ready and then run once.
+//!
+//! What is made ready is what a process has once, whatever it loads: the engine's threads and ring, and for the limit its
+//! buffers. What is timed begins just before memory is allocated and ends with the last byte in it.
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use dmaload::dmabuf::{Pages, page_bytes};
+use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
+use dmaload::{Image, Loader, Route};
+use rustix::thread::disable_transparent_huge_pages;
+use rustix::time::{ClockId, clock_gettime};
+
+use super::compare::compare;
+use super::limit::{self, CHUNK_BYTES, DEPTH, Into};
+use super::memory::{PART_BYTES, Region, page_bytes_of};
+use super::mode::Mode;
+use super::results::{Apart, Run};
+use super::sys::{self, Reader};
+use crate::args::{Engine, PageChoice};
+use crate::errors::At;
+use crate::{baseline, block_on, engine};
+
+/// Wrong bytes: what no circumstance excuses.
+#[derive(Debug, thiserror::Error)]
+#[error("{} is not in memory as it is on the disk: {what}", path.display())]
+pub(crate) struct WrongBytes {
+    path: PathBuf,
+    what: String,
+}
+
+/// Something that was made ready.
+pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
+
+/// Makes a mode ready.
+///
+/// # Errors
+/// When this machine has no such thing, or the files can't be looked at.
+pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>) -> Result<Ready> {
+    let files = Files::look_at(paths)?;
+    Ok(match mode {
+        Mode::Normal => {
+            small_pages()?;
+            Box::new(move || normal(&files))
+        }
+        Mode::NormalIo => {
+            if matches!(arguments.pages, PageChoice::Small) {
+                small_pages()?;
+            }
+            let populate = matches!(arguments.pages, PageChoice::Huge);
+            Box::new(move || normal_io(&files, populate))
+        }
+        Mode::DirectIo | Mode::DirectIoCheck => {
+            let loader = engine::loader(arguments)?;
+            let check = mode == Mode::DirectIoCheck;
+            Box::new(move || by_engine(&loader, &files, check))
+        }
+        Mode::PreadDirect => {
+            let loader = engine::loader_by(arguments, Route::PreadDirect, true)?;
+            Box::new(move || by_engine(&loader, &files, false))
+        }
+        Mode::Limit => {
+            let (mut reader, notes) = limit_reader()?;
+            let open = limit::open(&files.paths)?;
+            let (chunks, _) = limit::plan(&files.lengths, PART_BYTES);
+            // Memory that no device has written yet would slow the first reads.
+            let first = chunks.get(..DEPTH.min(chunks.len())).unwrap_or_default();
+            limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots)?;
+            drop(open);
+            Box::new(move || device_limit(reader, &files, notes))
+        }
+        Mode::Mmap => Box::new(move || mapped(&files)),
+        Mode::TokioFs => Box::new(move || by_tokio(&files)),
+        Mode::NoOverlap => {
+            let (heap, _) = engine::heap(arguments)?;
+            Box::new(move || no_overlap(&heap, &files))
+        }
+    })
+}
+
+/// The files, with their lengths.
+#[derive(Debug)]
+struct Files {
+    paths: Vec<PathBuf>,
+    lengths: Vec<u64>,
+}
+
+impl Files {
+    fn look_at(paths: Vec<PathBuf>) -> Result<Self> {
+        let mut files = Files { paths: Vec::new(), lengths: Vec::new() };
+        for path in paths {
+            let length = fs::metadata(&path).at("look at", &path)?.len();
+            // There is nothing to map, and nothing to measure.
+            if length > 0 {
+                files.paths.push(path);
+                files.lengths.push(length);
+            }
+        }
+        Ok(files)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.lengths.iter().sum()
+    }
+
+    fn each(&self) -> impl Iterator<Item = (&Path, u64)> {
+        self.paths.iter().map(PathBuf::as_path).zip(self.lengths.iter().copied())
+    }
+}
+
+/// Time and CPU time since it was started.
+struct Stopwatch {
+    start: Instant,
+    cpu: Duration,
+}
+
+impl Stopwatch {
+    fn start() -> Self {
+        Stopwatch { cpu: cpu_time(), start: Instant::now() }
+    }
+
+    fn stop(&self, files: &Files) -> Run {
+        let seconds = self.start.elapsed().as_secs_f64();
+        let cpu_seconds = cpu_time().saturating_sub(self.cpu).as_secs_f64();
+        let peak_extra_bytes = peak_resident_bytes().map(|peak| peak.saturating_sub(files.bytes()));
+        Run { seconds, cpu_seconds, peak_extra_bytes, page_bytes: page_bytes() as u64, ..Run::default() }
+    }
+}
+
+fn cpu_time() -> Duration {
+    clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
+}
+
+fn peak_resident_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
+/// This process gets no huge pages by faults, whatever the machine gives others.
+fn small_pages() -> Result<()> {
+    disable_transparent_huge_pages(true).context("cannot do without huge pages")
+}
+
+fn normal(files: &Files) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let loaded: Vec<_> = files.paths.iter().map(|path| baseline::load(path)).collect::<Result<_, _>>()?;
+    let run = watch.stop(files);
+    // Unmapping the file is no part of it.
+    let seconds = loaded.iter().map(|loaded| loaded.elapsed.as_secs_f64()).sum();
+    let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(&loaded.memory));
+    Ok(Run { seconds, page_bytes, ..run })
+}
+
+fn normal_io(files: &Files, populate: bool) -> Result<Run> {
+    let heap = MemfdHeap { pages: Pages::Huge };
+    let watch = Stopwatch::start();
+    let mut loaded = Vec::new();
+    for (path, length) in files.each() {
+        let mut file = File::open(path).at("open", path)?;
+        let length = usize::try_from(length)?;
+        let mut region = Region::allocate(&heap, length)?;
+        if populate {
+            region.populate(&heap)?;
+        }
+        let memory = sys::bytes_mut(&mut region).get_mut(..length).context("memory is as long as the file")?;
+        file.read_exact(memory).at("read", path)?;
+        loaded.push(region);
+    }
+    let run = watch.stop(files);
+    let page_bytes = loaded.first().map_or(run.page_bytes, Region::page_bytes);
+    Ok(Run { page_bytes, ..run })
+}
+
+fn by_engine(loader: &Loader, files: &Files, check: bool) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let load = loader.load_with(&files.paths, loader.options());
+    let image = block_on(load.finish())??;
+    let run = watch.stop(files);
+    if check {
+        verify(&image)?;
+    }
+    let report = image.report();
+    let mut notes = vec![format!("by {}", report.route)];
+    notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", dmaload::dmabuf::errno::describe(errno))));
+    Ok(Run {
+        page_bytes: report.page_size_bytes() as u64,
+        first_segment_seconds: report.first_segment.map(|first| first.as_secs_f64()),
+        notes,
+        ..run
+    })
+}
+
+/// Compares every byte with the file, read anew through the page cache: not the way it was loaded.
+fn verify(image: &Image) -> Result<()> {
+    for loaded in image.files() {
+        let path = loaded.path();
+        let file = File::open(path).at("open", path)?;
+        compare(file, &loaded.bytes()?).map_err(|what| WrongBytes { path: path.to_owned(), what: what.to_string() })?;
+    }
+    Ok(())
+}
+
+fn limit_reader() -> Result<(Reader, Vec<String>)> {
+    let bytes = DEPTH * CHUNK_BYTES;
+    let mut notes = Vec::new();
+    let huge: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Huge });
+    let region = match Region::populated(&huge, bytes) {
+        Ok(region) => region,
+        Err(refused) => {
+            notes.push(format!("its buffers are not on 2 MiB pages: {refused}"));
+            let any: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Auto });
+            Region::populated(&any, bytes)?
+        }
+    };
+    let reader =
+        Reader::new(u32::try_from(DEPTH)?, region).context("io_uring can't be had, so the device's limit is not known")?;
+    if !reader.is_registered() {
+        notes.push("its buffers are not registered: the limit of locked memory (ulimit -l) is below 64 MiB".to_owned());
+    }
+    Ok((reader, notes))
+}
+
+fn device_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let open = limit::open(&files.paths)?;
+    let (chunks, _) = limit::plan(&files.lengths, PART_BYTES);
+    limit::read_all(&mut reader, &open, &files.paths, &chunks, Into::Slots)?;
+    let run = watch.stop(files);
+    let region = reader.into_region().context("reads can't be waited for")?;
+    // It keeps nothing, so there is nothing that it keeps too much of.
+    Ok(Run { page_bytes: region.page_bytes(), peak_extra_bytes: None, notes, ..run })
+}
+
+fn mapped(files: &Files) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let mut loaded = Vec::new();
+    for path in &files.paths {
+        let file = File::open(path).at("open", path)?;
+        let mapping = crate::sys::map_file(&file).at("map", path)?;
+        let touched: u64 = mapping.iter().step_by(page_bytes()).map(|&byte| u64::from(byte)).sum();
+        black_box(touched);
+        loaded.push(mapping);
+    }
+    let run = watch.stop(files);
+    let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(loaded));
+    Ok(Run { page_bytes, ..run })
+}
+
+fn by_tokio(files: &Files) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let loaded: Vec<Vec<u8>> = block_on(async {
+        let mut loaded = Vec::new();
+        for path in &files.paths {
+            loaded.push(tokio::fs::read(path).await.at("read", path)?);
+        }
+        anyhow::Ok(loaded)
+    })??;
+    let run = watch.stop(files);
+    let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(loaded));
+    Ok(Run { page_bytes, ..run })
+}
+
+fn no_overlap(heap: &Arc<dyn Heap>, files: &Files) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let (_, bytes) = limit::plan(&files.lengths, PART_BYTES);
+    let region = Region::populated(heap, bytes)?;
+    let allocate_seconds = watch.start.elapsed().as_secs_f64();
+    let (chunks, _) = limit::plan(&files.lengths, region.part_bytes());
+    let mut reader = Reader::new(u32::try_from(DEPTH)?, region).context("io_uring can't be had")?;
+    let open = limit::open(&files.paths)?;
+    limit::read_all(&mut reader, &open, &files.paths, &chunks, Into::Places)?;
+    let run = watch.stop(files);
+    let region = reader.into_region().context("reads can't be waited for")?;
+    let apart = Apart { allocate_seconds, read_seconds: run.seconds - allocate_seconds };
+    Ok(Run { page_bytes: region.page_bytes(), apart: Some(apart), ..run })
+}
+
+fn page_bytes_of_slice(memory: &[u8]) -> u64 {
+    let start = memory.as_ptr().addr();
+    page_bytes_of(start..start + memory.len())
+}
