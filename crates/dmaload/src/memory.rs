@@ -53,9 +53,10 @@ impl Backing {
         self.reused
     }
 
-    /// It is complete: when it is dropped, it may be used again.
+    /// It is complete: when it is dropped, it may be used again. A dma-heap's may not: its mapping can't be moved, so keeping
+    /// it would take room in the pool for nothing.
     pub(crate) fn allow_reuse(&self) {
-        if let Some(holding) = &self.holding {
+        if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.dma_buf().is_none()) {
             holding.reusable.store(true, Ordering::Release);
         }
     }

@@ -65,7 +65,10 @@ impl<S: Buffer> Staging<S> {
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
                 // The ones that exist have to do.
-                Err(_) => {}
+                Err(errno) => {
+                    let errno = dmabuf::errno::describe(errno);
+                    tracing::warn!(errno, slots = self.slots.len(), "no memory for more staging: fewer reads at once");
+                }
             }
         }
         let slot = self.free.pop();
