@@ -11,7 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::args;
-use crate::digest::{Digest, digest};
+use crate::checksums::Checksums;
+use crate::digest::Digest;
 use crate::errors::At;
 use crate::summary::{Pairs, bytes, duration, rate};
 use crate::{block_on, engine, errors, exec, trace};
@@ -22,15 +23,19 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
         return Err(dmaload::Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
-    let options = loader.options().trace(arguments.trace.is_some());
+    let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, arguments.paths.len(), loader.heap()));
+    let mut options = loader.options().trace(arguments.trace.is_some());
+    if let Some(checksums) = &checksums {
+        options = checksums.applied_to(options);
+    }
     let load = loader.load_with(&arguments.paths, options);
     let quiet = arguments.quiet || arguments.json || !std::io::stderr().is_terminal();
     let image = block_on(finish(load, quiet))?.map_err(about)?;
     if let Some(file) = &arguments.trace {
         std::fs::write(file, trace::to_json(image.report()).to_string()).at("write the timeline to", file)?;
     }
-    let digests = match arguments.digest {
-        Some(algorithm) => image.files().iter().map(|file| Ok(Some(digest(algorithm, &file.bytes()?)))).collect::<Result<_>>()?,
+    let digests = match &checksums {
+        Some(checksums) => checksums.finish(&image)?.into_iter().map(Some).collect(),
         None => vec![None; image.files().len()],
     };
     let mut stdout = std::io::stdout().lock();

@@ -4,6 +4,7 @@ mod args;
 mod baseline;
 mod bench;
 mod cat;
+mod checksums;
 mod cold;
 mod demo;
 mod digest;

@@ -57,6 +57,18 @@ pub enum Error {
         /// The kernel's answer.
         errno: Errno,
     },
+    /// The load's observer says that these bytes are wrong ([`crate::Observer`]).
+    #[error("{}: {bytes} bytes at offset {offset} were rejected: {reason}", .path.display())]
+    Rejected {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file the bytes began that it was looking at.
+        offset: u64,
+        /// How many they were.
+        bytes: u64,
+        /// What it says.
+        reason: String,
+    },
     /// The file ended before the end that it had when the load began.
     #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", .path.display())]
     Ended {

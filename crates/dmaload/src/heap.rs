@@ -60,6 +60,12 @@ pub trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
+    /// Whether the CPU reads this memory without its caches, which takes a multiple of the time. Bytes are then observed in
+    /// staging ([`crate::Observer`]), not in the segments.
+    fn is_uncached(&self) -> bool {
+        false
+    }
+
     /// The largest segment that it gives now; looked at for every load.
     fn size_limit(&self) -> Option<SizeLimit> {
         None
@@ -94,6 +100,10 @@ impl<H: Heap + ?Sized> Heap for Arc<H> {
 
     fn allocates_at_once(&self) -> bool {
         (**self).allocates_at_once()
+    }
+
+    fn is_uncached(&self) -> bool {
+        (**self).is_uncached()
     }
 
     fn size_limit(&self) -> Option<SizeLimit> {
@@ -316,6 +326,12 @@ impl Heap for DmaHeap {
 
     fn allocates_at_once(&self) -> bool {
         true
+    }
+
+    /// By its name, which is all that user space can see: vendors' heaps of such memory are called `system-uncached`,
+    /// `mtk_mm-uncached`, and the like.
+    fn is_uncached(&self) -> bool {
+        self.name.contains("uncached")
     }
 }
 

@@ -76,6 +76,11 @@ impl Loader {
         self.guard.settings().load.clone()
     }
 
+    /// Where segments' memory comes from.
+    pub fn heap(&self) -> &dyn Heap {
+        self.guard.heap()
+    }
+
     /// Frees memory that the pool keeps, the oldest first, until it has at most `keep_bytes`; returns how much that is. The
     /// freeing itself is done by a thread.
     pub fn trim_pool(&self, keep_bytes: u64) -> u64 {

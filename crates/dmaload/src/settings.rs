@@ -1,8 +1,10 @@
 //! What a loader and a load can be told.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::observe::{Observer, ObserverOption};
 use crate::plan::Layout;
 use crate::ring::StagingBudget;
 use crate::route::Route;
@@ -53,6 +55,7 @@ pub struct LoadOptions {
     pub(crate) strict: bool,
     pub(crate) format: Format,
     pub(crate) trace: bool,
+    pub(crate) observer: Option<ObserverOption>,
 }
 
 impl Default for LoadOptions {
@@ -65,6 +68,7 @@ impl Default for LoadOptions {
             strict: false,
             format: Format::Auto,
             trace: false,
+            observer: None,
         }
     }
 }
@@ -120,6 +124,16 @@ impl LoadOptions {
     #[must_use]
     pub fn trace(mut self, trace: bool) -> Self {
         self.trace = trace;
+        self
+    }
+
+    /// Something that sees every byte before its segment is shown, to compute a checksum or to verify it. Default: none.
+    ///
+    /// On a heap that the CPU reads without its caches every read then goes into staging, where the bytes are cheap to look at:
+    /// the load takes the route [`Route::Bounce`], and a strict load must have asked for it.
+    #[must_use]
+    pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = Some(ObserverOption(observer));
         self
     }
 

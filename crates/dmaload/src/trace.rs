@@ -14,6 +14,8 @@ pub enum TraceKind {
     Read,
     /// What a read brought into staging was copied.
     Copy,
+    /// An observer looked at bytes.
+    Observe,
     /// A segment was made a dma-buf.
     Export,
     /// A segment was handed over to the consumer: a moment.
@@ -28,6 +30,7 @@ impl TraceKind {
             TraceKind::Register => "register",
             TraceKind::Read => "read",
             TraceKind::Copy => "copy",
+            TraceKind::Observe => "observe",
             TraceKind::Export => "export",
             TraceKind::HandOver => "hand over",
         }

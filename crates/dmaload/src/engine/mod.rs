@@ -123,6 +123,7 @@ impl Guard {
             notes: notes.into(),
             exports: heap.exports(),
             allocates_at_once: heap.allocates_at_once(),
+            uncached: heap.is_uncached(),
         };
         let engine = Arc::new(Engine {
             heap,
@@ -166,6 +167,10 @@ impl Guard {
 
     pub(crate) fn pooled_bytes(&self) -> u64 {
         self.engine.reaper.pooled_bytes()
+    }
+
+    pub(crate) fn heap(&self) -> &dyn Heap {
+        &*self.engine.heap
     }
 
     pub(crate) fn settings(&self) -> &Settings {

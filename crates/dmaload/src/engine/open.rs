@@ -52,7 +52,8 @@ impl Engine {
             return self.end();
         }
         let LoadOptions { chunk_bytes, strict, trace, .. } = load.options;
-        let spec = LoadSpec { id: load.id, pieces: pieces.len(), chunk_bytes, strict, trace };
+        let observation = load.observation.clone();
+        let spec = LoadSpec { id: load.id, pieces: pieces.len(), chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&load.id) {
@@ -83,7 +84,7 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<(Vec<FilePlan>, Vec<Fa
 fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> Result<(FilePlan, Option<Fallback>)> {
     let options = &load.options;
     let file = OpenFile::open(path)?;
-    let (route, fallback) = starting_route(&file, index, options)?;
+    let (route, fallback) = starting_route(&file, index, load)?;
     let tensors = read_header(&file, options.format)?.map(Arc::new);
     let limit = heap.size_limit();
     let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
@@ -115,11 +116,21 @@ fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> R
     Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, open: Some(file) }, fallback))
 }
 
-/// The route that reads of this file start at: what was asked for, or buffered where `O_DIRECT` is refused.
-fn starting_route(file: &OpenFile, index: usize, options: &LoadOptions) -> Result<(Route, Option<Fallback>)> {
-    let refused = file.direct_refused().filter(|_| options.route.is_direct());
-    let Some(errno) = refused else { return Ok((options.route, None)) };
-    let (from, to, attempt) = (options.route, Route::Buffered, Attempt::OpenDirect);
+/// The route that reads of this file start at: what was asked for; bounce for what is observed in staging; buffered where
+/// `O_DIRECT` is refused.
+fn starting_route(file: &OpenFile, index: usize, load: &LoadShared) -> Result<(Route, Option<Fallback>)> {
+    let options = &load.options;
+    let mut route = options.route;
+    if route < Route::Bounce && load.is_observed_in_staging() {
+        if options.strict {
+            let why = "is not cached by the CPU, so what is observed goes through staging";
+            return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
+        }
+        route = Route::Bounce;
+    }
+    let refused = file.direct_refused().filter(|_| route.is_direct());
+    let Some(errno) = refused else { return Ok((route, None)) };
+    let (from, to, attempt) = (route, Route::Buffered, Attempt::OpenDirect);
     if options.strict {
         return Err(Error::Refused { path: file.path.clone(), offset: 0, route: from, attempt, errno });
     }

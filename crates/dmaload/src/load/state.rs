@@ -19,6 +19,7 @@ use crate::busy::BusyTime;
 use crate::error::Error;
 use crate::memory::Backing;
 use crate::model::TensorMap;
+use crate::observe::{Observation, Watch};
 use crate::plan::{Layout, Piece, Plan};
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::ring::{Failure, LoadId, Retried, Span, Times};
@@ -43,6 +44,7 @@ pub(crate) struct LoadShared {
     /// Whether its segments become dma-bufs.
     exports: bool,
     allocates_at_once: bool,
+    pub(crate) observation: Option<Observation>,
     started: Instant,
     cpu_before: Duration,
     planned_bytes: AtomicU64,
@@ -99,6 +101,7 @@ pub(crate) struct HeapFacts {
     pub(crate) notes: Arc<[String]>,
     pub(crate) exports: bool,
     pub(crate) allocates_at_once: bool,
+    pub(crate) uncached: bool,
 }
 
 /// What handing over has led to.
@@ -183,8 +186,10 @@ impl LoadShared {
         heap: &HeapFacts,
         events: UnboundedSender<Event>,
     ) -> Self {
+        let watch = options.observer.clone().map(|observer| Arc::new(Watch::new(observer)));
         LoadShared {
             id,
+            observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
             options,
             keep,
             paths: paths.into_iter().map(Arc::new).collect(),
@@ -222,6 +227,11 @@ impl LoadShared {
     /// The heap's name.
     pub(crate) fn heap(&self) -> &str {
         &self.heap
+    }
+
+    /// Whether its bytes are looked at in staging, which each read goes into then.
+    pub(crate) fn is_observed_in_staging(&self) -> bool {
+        self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
     /// Whether anything is still to be done for it.
@@ -453,6 +463,10 @@ impl LoadShared {
             Failure::Refused { file, offset, route, attempt, errno } => {
                 Error::Refused { path: path(file), offset, route, attempt, errno }
             }
+            Failure::Rejected { file, offset, bytes } => {
+                let reason = self.observation.as_ref().map(|observation| observation.watch.reason()).unwrap_or_default();
+                Error::Rejected { path: path(file), offset, bytes, reason }
+            }
             Failure::Kernel { errno } => Error::Ring { errno },
             Failure::Staging { bytes, errno } => {
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
@@ -532,6 +546,11 @@ impl LoadShared {
         notes.extend(state.notes.iter().cloned());
         if state.retried > RETRIES_TOLD {
             notes.push(format!("{} more reads failed once", state.retried - RETRIES_TOLD));
+        }
+        if self.is_observed_in_staging() {
+            notes.push(
+                "this heap is not cached by the CPU: bytes were observed in staging, so all of them were bounced".to_owned(),
+            );
         }
         let cached = state.files.iter().filter(|file| file.route == Route::Buffered);
         let cached_bytes: u64 = cached.map(|file| file.planned.plan.file_bytes).sum();

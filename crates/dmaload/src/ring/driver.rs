@@ -5,8 +5,13 @@
 //!                                      ▲                              (bounce: staging ──► copy)  │
 //!                                      └─ the rest of a short read; the same read by a lower ─────┤ completion
 //!                                         route after a refusal                                   ▼
-//!                                                       last chunk: zero the tail, unregister ──► PieceFull
+//!                                     last chunk: zero the tail, unregister ──► (observer) ──► PieceFull
 //! ```
+//!
+//! Where a load is observed, its bytes are looked at in file order: each full piece, or, on uncached memory, each chunk while it
+//! is in staging. What has not been looked at holds its piece's permit, or its slot. That can't end in a standstill, since reads
+//! are issued in file order then, also what is read once more: of the chunks that hold slots, the first in that order waits for no
+//! other.
 //!
 //! Memory: a piece's buffer is moved in with [`Driver::piece`] and leaves with [`Output::PieceFull`], or is dropped
 //! here, and in both cases only when no read into it is in flight. A load that failed or was abandoned keeps its
@@ -15,14 +20,18 @@
 //! It makes no syscall and knows no clock of its own: [`Kernel`] is the only door.
 #![allow(unsafe_code)]
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Completion, Copy, Kernel, Read};
+use super::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
+use super::known::Known;
+use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
+use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget, StagingSlot};
 use crate::busy::BusyTime;
@@ -30,101 +39,12 @@ use crate::plan::{Piece, split};
 use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::trace::TraceKind;
 
-/// Names a load. Never used twice by one loader.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct LoadId(pub(crate) u64);
-
 /// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
 const INTERRUPTIONS: u32 = 64;
 
 /// A direct read that gives less than a block this often in a row has met the end of the file, or a file system
 /// that can't do better.
 const PARTS_OF_A_BLOCK: u32 = 16;
-
-/// What the driver has to know of a load before its first piece.
-#[derive(Debug, Clone)]
-pub(crate) struct LoadSpec {
-    pub(crate) id: LoadId,
-    /// Number of pieces over all files.
-    pub(crate) pieces: usize,
-    pub(crate) chunk_bytes: u64,
-    pub(crate) strict: bool,
-    pub(crate) trace: bool,
-}
-
-/// A file of a load, as each of its pieces brings it along.
-#[derive(Debug, Clone)]
-pub(crate) struct FileSpec<F> {
-    pub(crate) handle: F,
-    pub(crate) index: usize,
-    /// The best route that opening it allows.
-    pub(crate) route: Route,
-    /// The best route for reads into staging, where it comes to that.
-    pub(crate) staged_by: Route,
-    /// Names the file system that it is on.
-    pub(crate) mount: u64,
-    /// What direct reads must be aligned to, in the file and in memory.
-    pub(crate) alignment_bytes: u64,
-}
-
-/// What happened, for the thread around the driver to act on.
-#[derive(Debug)]
-pub(crate) enum Output<B> {
-    /// A piece holds its bytes.
-    PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
-    /// A step down the ladder was taken.
-    SteppedDown { load: LoadId, fallback: Fallback },
-    /// A read failed, and is tried once more.
-    Retried { load: LoadId, retried: Retried },
-    /// Something was done for a piece; only where the load wants to know.
-    Traced { load: LoadId, piece: usize, span: Span },
-    /// The load can't be finished. Told once; its memory goes when its last read has come back.
-    Failed { load: LoadId, failure: Failure },
-    /// No buffer of this load is here any more, and none will be.
-    Gone { load: LoadId, times: Times },
-}
-
-/// A read that failed, and is tried once more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Retried {
-    pub(crate) file: usize,
-    pub(crate) offset: u64,
-    pub(crate) bytes: u64,
-    pub(crate) errno: Errno,
-}
-
-/// Something that was done, by the kernel's clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Span {
-    pub(crate) kind: TraceKind,
-    pub(crate) start: Duration,
-    pub(crate) end: Duration,
-    pub(crate) bytes: u64,
-}
-
-/// How long the parts of a load took.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Times {
-    /// While at least one read was in flight.
-    pub(crate) reading: Duration,
-    /// While at least one copy from staging was under way.
-    pub(crate) copying: Duration,
-}
-
-/// Why a load failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Failure {
-    /// A read failed for good.
-    Read { file: usize, offset: u64, bytes: u64, route: Route, errno: Errno },
-    /// The file has no bytes at this offset, which is before its planned end.
-    Ended { file: usize, offset: u64, route: Route },
-    /// A route was refused, and the load is strict or there is no lower one.
-    Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
-    /// There is no memory to stage reads in.
-    Staging { bytes: u64, errno: Errno },
-    /// The ring broke down.
-    Kernel { errno: Errno },
-}
 
 #[derive(Debug)]
 struct PieceEntry<F, B> {
@@ -139,12 +59,16 @@ struct PieceEntry<F, B> {
     in_flight: usize,
     /// The lowest route that any of its bytes took.
     route: Route,
+    /// Where it begins in the bytes of all files, one after the other; known when all pieces before it are here.
+    position: u64,
 }
 
 /// A read to be done: a range of a piece's memory.
 #[derive(Debug, Clone)]
 struct Chunk {
     piece: Token,
+    /// Where its piece begins in the bytes of all files of an observed load; else 0.
+    position: u64,
     range: Range<u64>,
     /// How often in a row it gave less than a block, or was interrupted.
     parts_of_a_block: u32,
@@ -154,8 +78,17 @@ struct Chunk {
 }
 
 impl Chunk {
-    fn new(piece: Token, range: Range<u64>) -> Self {
-        Chunk { piece, range, parts_of_a_block: 0, interruptions: 0, alone: false }
+    fn new(piece: Token, position: u64, range: Range<u64>) -> Self {
+        Chunk { piece, position, range, parts_of_a_block: 0, interruptions: 0, alone: false }
+    }
+
+    /// What of it is left to be read, from so many bytes on.
+    fn rest(&self, bytes: u64) -> Self {
+        Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
+    }
+
+    fn at(&self) -> u64 {
+        self.position + self.range.start
     }
 }
 
@@ -176,6 +109,17 @@ enum Step {
     Staged(StagingSlot),
     /// A copy from staging into the piece's memory.
     Copied(StagingSlot),
+    /// A look at what is in staging.
+    SeenStaged(StagingSlot),
+    /// A look at all of the piece.
+    Seen,
+}
+
+/// What is to be looked at when its turn comes.
+#[derive(Debug)]
+enum Unseen {
+    Piece(Token),
+    Staged { chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize },
 }
 
 #[derive(Debug)]
@@ -197,47 +141,44 @@ struct LoadEntry {
     /// The best route that is left to a file which has stepped down by itself.
     stepped: HashMap<usize, Route>,
     ended: bool,
+    unseen: InOrder<Unseen>,
+    /// Of an observed load: the next piece to be read, where it begins in the bytes of all files, and those that came before
+    /// it.
+    next_piece: usize,
+    next_position: u64,
+    early: BTreeMap<usize, (Token, u64)>,
 }
 
 impl LoadEntry {
     /// What is to be read next, if anything can be now.
     fn next_chunk(&mut self) -> Option<Chunk> {
-        if self.in_flight > 0 && (self.alone_in_flight || !self.alone.is_empty()) {
+        let alone = match (self.alone.front(), self.chunks.front()) {
+            // In file order, see the module.
+            (Some(alone), Some(other)) if self.is_observed() => alone.at() < other.at(),
+            (alone, _) => alone.is_some(),
+        };
+        if self.in_flight > 0 && (self.alone_in_flight || alone) {
             return None;
         }
-        let alone = self.alone.pop_front();
-        self.alone_in_flight = alone.is_some();
-        alone.or_else(|| self.chunks.pop_front())
+        self.alone_in_flight = alone;
+        if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
+    }
+
+    /// What could not be read, or not wholly, is to be read before anything else; of an observed load, in file order.
+    fn requeue(&mut self, chunk: Chunk) {
+        let ordered = self.is_observed();
+        let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };
+        let before = if ordered { queue.iter().take_while(|other| other.at() < chunk.at()).count() } else { 0 };
+        queue.insert(before, chunk);
+    }
+
+    fn is_observed(&self) -> bool {
+        self.spec.observation.is_some()
     }
 
     fn times(&self) -> Times {
         Times { reading: self.reading.total(), copying: self.copying.total() }
     }
-}
-
-/// What the first reads from a file system have shown.
-#[derive(Debug)]
-enum Mount {
-    /// Direct reads work: a file that refuses them is one of its own kind.
-    Direct,
-    /// Reads by routes better than this one were refused; known until then.
-    Refused { to: Route, errno: Errno, until: Duration },
-}
-
-/// How long a refusal is taken for granted. It costs little to try again, and the first file may have been an odd one.
-const KNOWN_FOR: Duration = Duration::from_secs(60);
-
-/// What was found out about the heap's memory.
-#[derive(Debug)]
-enum Pinnable {
-    Unknown,
-    /// Direct reads have gone into it: what is refused with EFAULT is not the memory's.
-    Yes,
-    No {
-        attempt: Attempt,
-        errno: Errno,
-        until: Duration,
-    },
 }
 
 /// See the module.
@@ -248,12 +189,11 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     loads: HashMap<LoadId, LoadEntry>,
     turns: VecDeque<LoadId>,
     pieces: Slots<PieceEntry<K::File, B>>,
+    /// Reads, and the copies and looks that follow them.
     reads: Slots<InFlight>,
     buffer_slots: Vec<u16>,
     staging: Staging<K::Staging>,
-    /// What has shown of the heap's memory, and of file systems: later loads need not try again.
-    pinnable: Pinnable,
-    mounts: HashMap<u64, Mount>,
+    known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
 }
@@ -270,8 +210,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             reads: Slots::new(),
             buffer_slots,
             staging: Staging::new(staging),
-            pinnable: Pinnable::Unknown,
-            mounts: HashMap::new(),
+            known: Known::default(),
             completions: Vec::new(),
             outputs: Vec::new(),
         }
@@ -309,6 +248,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             floor: Route::UringFixedDirect,
             stepped: HashMap::new(),
             ended: false,
+            unseen: InOrder::new(),
+            next_piece: 0,
+            next_position: 0,
+            early: BTreeMap::new(),
         };
         let id = entry.spec.id;
         self.loads.insert(id, entry);
@@ -338,14 +281,23 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             chunks_left: 0,
             in_flight: 0,
             route,
+            position: 0,
         });
         load.pieces.push(token);
-        let ranges = split(0..piece.bytes, chunk_bytes);
-        let chunks: Vec<_> = ranges.map(|range| Chunk::new(token, range)).collect();
-        if let Some(entry) = self.pieces.get_mut(token) {
-            entry.chunks_left = chunks.len();
+        if load.is_observed() {
+            load.early.insert(number, (token, piece.bytes));
+            while let Some((token, bytes)) = load.early.remove(&load.next_piece) {
+                let position = load.next_position;
+                load.next_piece += 1;
+                load.next_position += bytes;
+                if let Some(entry) = self.pieces.get_mut(token) {
+                    entry.position = position;
+                    load.chunks.extend(chunks_of(token, entry, chunk_bytes));
+                }
+            }
+        } else if let Some(entry) = self.pieces.get_mut(token) {
+            load.chunks.extend(chunks_of(token, entry, chunk_bytes));
         }
-        load.chunks.extend(chunks);
         if let Some(errno) = refused {
             // The ring was refused for all its routes at once: that is one step, to the first one without it.
             self.step_down(token, route, Route::PreadDirect, Attempt::SetUpRing, errno, piece.file_offset);
@@ -354,7 +306,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
         }
         // A strict load finds out for itself, and fails for the real reason.
-        let known = if strict { None } else { self.known_refusal(mount, route) };
+        let known = if strict { None } else { self.known.refusal(mount, route, self.kernel.now()) };
         if let Some((to, attempt, errno)) = known {
             self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
@@ -367,6 +319,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             load.ended = true;
             load.chunks.clear();
             load.alone.clear();
+            for unseen in load.unseen.drain() {
+                if let Unseen::Staged { slot, .. } = unseen {
+                    self.staging.give_back(slot);
+                }
+            }
             self.release_idle(id);
         }
     }
@@ -446,8 +403,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
     fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let staged = self.loads.get(&id).and_then(|load| load.spec.observation.as_ref()).is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
+            // What is observed in staging goes there by every route.
+            Route::Buffered if staged => self.issue_staged(id, chunk),
             Route::UringFixedDirect if entry.buffer_slot.is_none() => {
                 let Some(slot) = self.buffer_slots.pop() else {
                     self.requeue(id, chunk);
@@ -526,11 +486,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
         if end < chunk.range.end {
             entry.chunks_left += 1;
-            let rest = Chunk::new(chunk.piece, end..chunk.range.end);
+            let rest = chunk.rest(slot_bytes as u64);
             chunk.range.end = end;
             self.requeue(id, rest);
         }
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let route = entry.file.route;
         let bytes = read_bytes(&chunk, &entry.file);
         assert!(bytes <= slot_bytes, "a read stays within its slot");
         let best = match (self.kernel.ring(), registered) {
@@ -538,9 +499,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             (Ok(()), None) => Route::UringDirect,
             (Ok(()), Some(_)) => Route::UringFixedDirect,
         };
-        let by = best.max(entry.file.staged_by);
+        let by = if route == Route::Buffered { route } else { best.max(entry.file.staged_by) };
         let registered = registered.filter(|_| by == Route::UringFixedDirect);
-        let in_flight = InFlight { chunk, route: Route::Bounce, step: Step::Staged(slot), since: self.kernel.now() };
+        let in_flight = InFlight { chunk, route, step: Step::Staged(slot), since: self.kernel.now() };
         self.start_read(id, in_flight, by, registered, address, bytes);
         true
     }
@@ -552,7 +513,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let Some(load) = self.loads.get_mut(&id) else { return true };
         // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
-        if load.staging_told || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok() {
+        if load.staging_told
+            || entry.file.route == Route::Buffered
+            || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
+        {
             return true;
         }
         let Some(step) = self.staging.register(slot, &mut self.kernel, &mut self.buffer_slots) else { return true };
@@ -596,7 +560,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Has what a read brought into staging copied to where it belongs.
-    fn start_copy(&mut self, id: LoadId, chunk: Chunk, slot: StagingSlot, bytes: usize) {
+    fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
         let Some((staging, _)) = self.staging.get(slot) else { return };
         let start = to_usize(chunk.range.start);
@@ -606,7 +570,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let from = staging.address();
         entry.in_flight += 1;
         let since = self.kernel.now();
-        let token = self.reads.insert(InFlight { chunk, route: Route::Bounce, step: Step::Copied(slot), since });
+        let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
         // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
         // looked at, before the completion, and a taken slot is read into by nobody else.
         unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
@@ -614,6 +578,35 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             load.in_flight += 1;
             load.copying.begin(self.kernel.now());
         }
+    }
+
+    /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.
+    fn look(&mut self, id: LoadId) {
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        let Some(watch) = load.spec.observation.as_ref().map(|observation| Arc::clone(&observation.watch)) else { return };
+        let Some(unseen) = load.unseen.take() else { return };
+        let token = match &unseen {
+            Unseen::Piece(token) => *token,
+            Unseen::Staged { chunk, .. } => chunk.piece,
+        };
+        let Some(entry) = self.pieces.get_mut(token) else { return };
+        let (address, bytes, chunk, route, step) = match unseen {
+            Unseen::Piece(token) => {
+                let all = Chunk::new(token, entry.position, 0..entry.piece.bytes);
+                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.route, Step::Seen)
+            }
+            Unseen::Staged { chunk, route, slot, bytes } => {
+                let Some((staging, _)) = self.staging.get(slot) else { return };
+                (staging.address(), bytes, chunk, route, Step::SeenStaged(slot))
+            }
+        };
+        entry.in_flight += 1;
+        load.in_flight += 1;
+        let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
+        let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
+        // SAFETY: these bytes came by reads that have completed. As for reads, neither the piece nor the slot is let go of, or
+        // written to, before the completion.
+        unsafe { self.kernel.look(Look { token, watch, file, offset, address, bytes }) };
     }
 
     fn complete(&mut self, completion: Completion) {
@@ -629,10 +622,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         match step {
             Step::Read | Step::Staged(_) => load.reading.end(now),
             Step::Copied(_) => load.copying.end(now),
+            Step::SeenStaged(_) | Step::Seen => load.unseen.done(),
         }
         let ended = load.ended;
         if load.spec.trace {
-            let kind = if matches!(step, Step::Copied(_)) { TraceKind::Copy } else { TraceKind::Read };
+            let kind = match step {
+                Step::Read | Step::Staged(_) => TraceKind::Read,
+                Step::Copied(_) => TraceKind::Copy,
+                Step::SeenStaged(_) | Step::Seen => TraceKind::Observe,
+            };
             let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
             self.outputs.push(Output::Traced { load: id, piece, span: Span { kind, start: since, end: now, bytes } });
         }
@@ -642,21 +640,71 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 let came = completion.result.unwrap_or(0);
                 if came > 0 && !ended {
                     let wanted = to_usize(chunk.range.end - chunk.range.start);
-                    self.start_copy(id, chunk, slot, came.min(wanted));
+                    self.start_copy(id, chunk, route, slot, came.min(wanted));
                     return;
                 }
                 self.staging.give_back(slot);
             }
-            Step::Copied(slot) => self.staging.give_back(slot),
+            Step::Copied(slot) => {
+                if let (Ok(bytes), false) = (completion.result, ended)
+                    && self.loads.get(&id).is_some_and(|load| load.spec.observation.as_ref().is_some_and(|seen| seen.staged))
+                {
+                    self.copied(id, chunk, route, slot, bytes);
+                    return;
+                }
+                self.staging.give_back(slot);
+            }
+            Step::SeenStaged(slot) => self.staging.give_back(slot),
+            Step::Seen => {}
         }
         if ended {
             self.release_idle(id);
+            return;
+        }
+        if matches!(step, Step::SeenStaged(_) | Step::Seen) {
+            self.seen(id, chunk, route, step, completion.result);
             return;
         }
         match completion.result {
             Ok(bytes) => self.advance(chunk, route, bytes as u64),
             Err(Errno::INTR | Errno::AGAIN) => self.again(chunk, route),
             Err(errno) => self.refused(chunk, route, errno),
+        }
+    }
+
+    /// A copy from staging is done: what is there is to be looked at. A direct read may have brought more than whole blocks,
+    /// which is read again with the rest: that is not looked at yet.
+    fn copied(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
+        if counted == 0 {
+            self.staging.give_back(slot);
+            self.advance(chunk, route, bytes as u64);
+            return;
+        }
+        let position = chunk.at();
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.unseen.ready(position, counted, Unseen::Staged { chunk, route, slot, bytes: to_usize(counted) });
+        }
+        self.look(id);
+    }
+
+    /// The observer has looked at something.
+    fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Errno>) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        match result {
+            Ok(bytes) => {
+                self.look(id);
+                match step {
+                    Step::Seen => self.give(chunk.piece),
+                    _ => self.advance(chunk, route, bytes as u64),
+                }
+            }
+            Err(_) => {
+                let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
+                let bytes = chunk.range.end - chunk.range.start;
+                self.fail(id, Failure::Rejected { file, offset, bytes });
+            }
         }
     }
 
@@ -677,10 +725,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.fail(id, Failure::Ended { file, offset: offset + bytes, route });
             return;
         }
-        // The rest of a direct read must start at a block again: the part of a block is read twice.
-        let progress = if route.is_direct() { bytes - bytes % entry.file.alignment_bytes } else { bytes };
+        let progress = progress(&chunk, bytes, route, entry.file.alignment_bytes);
         if progress > 0 {
-            self.requeue(id, Chunk::new(chunk.piece, chunk.range.start + progress..chunk.range.end));
+            self.requeue(id, chunk.rest(progress));
         } else if chunk.parts_of_a_block < PARTS_OF_A_BLOCK {
             chunk.parts_of_a_block += 1;
             self.requeue(id, chunk);
@@ -742,7 +789,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     fn requeue(&mut self, id: LoadId, chunk: Chunk) {
         if let Some(load) = self.loads.get_mut(&id) {
-            if chunk.alone { load.alone.push_front(chunk) } else { load.chunks.push_front(chunk) }
+            load.requeue(chunk);
         }
     }
 
@@ -763,18 +810,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
             Attempt::OpenDirect | Attempt::Read | Attempt::ReadOn => Some(file),
         };
-        let until = self.kernel.now() + KNOWN_FOR;
-        if to == Route::Bounce {
-            if !matches!(self.pinnable, Pinnable::Yes) {
-                self.pinnable = Pinnable::No { attempt, errno, until };
-            }
-        } else if attempt == Attempt::Read && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
-            let known = self.mounts.entry(mount).or_insert(Mount::Refused { to, errno, until });
-            if let Mount::Refused { to: known, until: known_until, .. } = known {
-                *known = to.max(*known);
-                *known_until = until;
-            }
-        }
+        self.known.stepped_down(mount, to, attempt, errno, self.kernel.now());
         let left = match file_index {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),
@@ -793,37 +829,34 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// What is known to be refused to reads by this route, before trying: the lowest step that follows from it.
-    fn known_refusal(&self, mount: u64, route: Route) -> Option<(Route, Attempt, Errno)> {
-        let now = self.kernel.now();
-        let memory = match self.pinnable {
-            Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),
-            _ => None,
-        };
-        let mount = match self.mounts.get(&mount) {
-            Some(&Mount::Refused { to, errno, until }) if now < until => Some((to, Attempt::Read, errno)),
-            _ => None,
-        };
-        memory.into_iter().chain(mount).filter(|&(to, ..)| route < to).max_by_key(|&(to, ..)| to)
-    }
-
     /// All bytes of a piece are there.
     fn fill(&mut self, token: Token) {
-        let Some(mut entry) = self.pieces.remove(token) else { return };
+        let Some(entry) = self.pieces.get_mut(token) else { return };
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
         // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its buffer.
         let after = unsafe { entry.buffer.address().add(tail.start) };
         // SAFETY: from there to the buffer's end it is valid for writes, and no read into it is in flight.
         unsafe { after.write_bytes(0, tail.len()) };
-        self.unregister(&mut entry);
-        self.kernel.detach(&entry.file.handle);
-        if entry.route.is_direct() {
-            self.mounts.insert(entry.file.mount, Mount::Direct);
-            if entry.route < Route::Bounce {
-                self.pinnable = Pinnable::Yes;
-            }
+        let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
+        if let Some(slot) = entry.buffer_slot.take() {
+            self.kernel.unregister_buffer(slot);
+            self.buffer_slots.push(slot);
         }
+        self.known.worked(entry.file.mount, entry.route);
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        if load.spec.observation.as_ref().is_some_and(|observation| !observation.staged) {
+            load.unseen.ready(position, bytes, Unseen::Piece(token));
+            self.look(id);
+        } else {
+            self.give(token);
+        }
+    }
+
+    /// A piece has all its bytes, and they were looked at where that is wanted.
+    fn give(&mut self, token: Token) {
+        let Some(entry) = self.pieces.remove(token) else { return };
+        self.kernel.detach(&entry.file.handle);
         let id = entry.load;
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let Some(load) = self.loads.get_mut(&id) else { return };
@@ -883,6 +916,24 @@ impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
             self.give_up(Failure::Kernel { errno: Errno::CANCELED });
         }
         self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
+    }
+}
+
+/// The chunks of a piece.
+fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
+    let chunks: Vec<_> = split(0..entry.piece.bytes, chunk_bytes).map(|range| Chunk::new(token, entry.position, range)).collect();
+    entry.chunks_left = chunks.len();
+    chunks
+}
+
+/// How far a chunk is when `bytes` bytes of it came. The rest of a direct read must start at a block again: the part of a block
+/// is read twice.
+fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
+    let wanted = chunk.range.end - chunk.range.start;
+    match bytes {
+        bytes if bytes >= wanted => wanted,
+        bytes if route.is_direct() => bytes - bytes % alignment_bytes,
+        bytes => bytes,
     }
 }
 

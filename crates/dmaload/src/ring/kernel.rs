@@ -2,11 +2,13 @@
 //! the seeded simulator ([`super::sim`]).
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::slots::Token;
+use crate::observe::Watch;
 use crate::route::Route;
 
 /// Memory that the kernel may write into while reads are in flight.
@@ -44,7 +46,18 @@ pub(crate) struct Copy {
     pub(crate) bytes: usize,
 }
 
-/// What became of a read or a copy: the bytes that came, or the error.
+/// Bytes that are there, to be looked at.
+#[derive(Debug, Clone)]
+pub(crate) struct Look {
+    pub(crate) token: Token,
+    pub(crate) watch: Arc<Watch>,
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) address: NonNull<u8>,
+    pub(crate) bytes: usize,
+}
+
+/// What became of a read, a copy or a look: the bytes that came, or the error.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Completion {
     pub(crate) token: Token,
@@ -96,6 +109,14 @@ pub(crate) trait Kernel {
     /// don't overlap, nobody writes to the first one, and nobody looks at the second one.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: Copy);
+
+    /// Has some other thread look. Its completion comes like that of a read; the error is the observer's.
+    ///
+    /// # Safety
+    /// Until the completion was reaped, or for ever if that never comes, the bytes stay mapped, and nobody writes to them. All
+    /// of them are initialised.
+    #[allow(unsafe_code)]
+    unsafe fn look(&mut self, look: Look);
 
     /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the
     /// thread. An error means that this kernel can't be used any more; what was queued may be in flight.

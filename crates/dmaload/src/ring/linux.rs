@@ -18,8 +18,8 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Completion, Copy, Kernel, Read};
-use super::pool::{COPIERS, Pool, READERS};
+use super::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
+use super::pool::{COPIERS, LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::probe;
@@ -40,6 +40,7 @@ pub(crate) struct LinuxKernel {
     ring: Result<Ring, Errno>,
     readers: Pool,
     copiers: Pool,
+    lookers: Pool,
 }
 
 impl LinuxKernel {
@@ -51,6 +52,7 @@ impl LinuxKernel {
             started,
             readers: Pool::new(Arc::clone(&wake), "read", READERS),
             copiers: Pool::new(Arc::clone(&wake), "copy", COPIERS),
+            lookers: Pool::new(Arc::clone(&wake), "look", LOOKERS),
             ring,
             wake,
         }
@@ -116,8 +118,13 @@ impl Kernel for LinuxKernel {
         unsafe { self.copiers.copy(copy) };
     }
 
+    unsafe fn look(&mut self, look: Look) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.lookers.look(look) };
+    }
+
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
-        let wait = wait && !self.readers.has_completions() && !self.copiers.has_completions();
+        let wait = wait && ![&self.readers, &self.copiers, &self.lookers].into_iter().any(Pool::has_completions);
         match &mut self.ring {
             Ok(ring) => ring.submit(wait, &self.wake),
             Err(_) => {
@@ -132,6 +139,7 @@ impl Kernel for LinuxKernel {
     fn reap(&mut self, into: &mut Vec<Completion>) {
         self.readers.reap(into);
         self.copiers.reap(into);
+        self.lookers.reap(into);
         if let Ok(ring) = &mut self.ring {
             ring.reap(into, &self.wake);
         }

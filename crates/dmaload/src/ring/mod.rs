@@ -5,7 +5,7 @@
 //!    └─ driver   the state machine (pure)                 │ one thread
 //!        └─ kernel   the trait: linux, or sim in tests    │
 //!            ├─ io_uring                                 ─┘
-//!            └─ pool    a few threads: pread where io_uring is refused, copies from staging
+//!            └─ pool    a few threads: pread where io_uring is refused, copies from staging, observers
 //! ```
 //!
 //! How it ends: the thread leaves when it was told to close and no load is left in the driver, that is when the last
@@ -13,7 +13,10 @@
 
 mod driver;
 mod kernel;
+mod known;
 mod linux;
+mod message;
+mod order;
 mod pool;
 #[cfg(test)]
 mod sim;
@@ -22,8 +25,8 @@ mod staging;
 mod thread;
 mod wake;
 
-pub(crate) use driver::{Failure, FileSpec, LoadId, LoadSpec, Retried, Span, Times};
 pub(crate) use kernel::Buffer;
 pub(crate) use linux::probe;
+pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Retried, Span, Times};
 pub(crate) use staging::StagingBudget;
 pub(crate) use thread::{Events, RingThread};

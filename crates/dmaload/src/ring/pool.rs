@@ -1,4 +1,4 @@
-//! What is done beside the ring thread: reads without io_uring, by `pread(2)`, and copies from staging.
+//! What is done beside the ring thread: reads without io_uring, by `pread(2)`, copies from staging, and looks.
 //!
 //! The threads start with the first job and end with the pool. They are not joined: one that hangs in a dead disk would
 //! take the caller with it. What they write to is owned by the driver, which keeps it until the completion is here.
@@ -11,7 +11,7 @@ use std::thread;
 
 use rustix::io::Errno;
 
-use super::kernel::{Completion, Copy, Read};
+use super::kernel::{Completion, Copy, Look, Read};
 use super::wake::Wake;
 use crate::source::OpenFile;
 
@@ -19,11 +19,14 @@ use crate::source::OpenFile;
 pub(crate) const READERS: usize = 4;
 /// Copying is bound by memory: one thread copies faster than most disks read.
 pub(crate) const COPIERS: usize = 2;
+/// Each load is looked at by one at a time.
+pub(crate) const LOOKERS: usize = 2;
 
 #[derive(Debug)]
 enum Job {
     Read(Arc<OpenFile>, Read),
     Copy(Copy),
+    Look(Look),
 }
 
 // SAFETY: the pointers in it are to memory that the driver keeps until the job's completion is reaped.
@@ -87,10 +90,23 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
     pub(crate) unsafe fn copy(&mut self, copy: Copy) {
+        self.queue_or_do(Job::Copy(copy));
+    }
+
+    /// Queues a look; without any thread to be had it is done here and now.
+    ///
+    /// # Safety
+    /// As for [`super::kernel::Kernel::look`].
+    pub(crate) unsafe fn look(&mut self, look: Look) {
+        self.queue_or_do(Job::Look(look));
+    }
+
+    fn queue_or_do(&mut self, job: Job) {
         if self.start_threads() {
-            self.queue(Job::Copy(copy));
+            self.queue(job);
         } else {
-            let completion = perform(copy);
+            tracing::warn!(pool = self.name, "no thread could be had: the ring thread does it itself, and reads wait for it");
+            let completion = do_job(job);
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
         }
@@ -139,14 +155,19 @@ fn run(shared: &Shared) {
             continue;
         };
         drop(queues);
-        // The file is let go before the driver hears of it: it may be the last to hold it.
-        let completion = match job {
-            Job::Read(file, read) => pread(&file, &read),
-            Job::Copy(copy) => perform(copy),
-        };
+        let completion = do_job(job);
         queues = shared.queues();
         queues.done.push(completion);
         shared.wake.wake();
+    }
+}
+
+fn do_job(job: Job) -> Completion {
+    match job {
+        // The file is let go before the driver hears of it: it may be the last to hold it.
+        Job::Read(file, read) => pread(&file, &read),
+        Job::Copy(copy) => perform(copy),
+        Job::Look(look) => show(&look),
     }
 }
 
@@ -164,4 +185,11 @@ fn perform(copy: Copy) -> Completion {
     // don't overlap, and that nobody else writes to the first or looks at the second.
     unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), bytes) };
     Completion { token, result: Ok(bytes) }
+}
+
+fn show(look: &Look) -> Completion {
+    // SAFETY: the driver has promised that so many bytes are mapped, initialised and written to by nobody until this look's
+    // completion is reaped.
+    let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
+    Completion { token: look.token, result: look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes) }
 }

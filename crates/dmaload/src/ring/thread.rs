@@ -10,9 +10,10 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
+use super::driver::Driver;
 use super::kernel::{Buffer, Kernel};
 use super::linux::LinuxKernel;
+use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
 use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::plan::Piece;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Random;
-use crate::ring::kernel::{Buffer, Completion, Copy, Kernel, Read};
+use crate::ring::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
 use crate::route::Route;
 
 pub(super) const BLOCK: u64 = 4096;
@@ -40,10 +40,15 @@ pub(super) struct FileFaults {
 
 impl SimFile {
     pub(super) fn byte(&self, offset: u64) -> u8 {
-        let mixed = (offset ^ self.number << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-        let byte = (mixed & 0xFF) as u8;
-        if byte == POISON || byte == 0 { 0x11 } else { byte }
+        byte_of(self.number, offset)
     }
+}
+
+/// The byte at this offset of the file of this number.
+pub(super) fn byte_of(number: u64, offset: u64) -> u8 {
+    let mixed = (offset ^ number << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    let byte = (mixed & 0xFF) as u8;
+    if byte == POISON || byte == 0 { 0x11 } else { byte }
 }
 
 /// What the simulated kernel may do.
@@ -92,6 +97,8 @@ pub(super) struct Memory {
     pub(super) unfilled_bytes: u64,
     pub(super) leaked_bytes: u64,
     pub(super) live_buffers: usize,
+    pub(super) looks_at_staging: usize,
+    pub(super) looks_at_pieces: usize,
     /// Staging, which is no part of the window.
     pub(super) staging: Vec<Range<usize>>,
 }
@@ -224,6 +231,7 @@ struct InFlight {
 enum Job {
     Read(SimFile, Read),
     Copy(Copy),
+    Look(Look),
 }
 
 /// See the module.
@@ -279,7 +287,7 @@ impl SimKernel {
     }
 
     pub(super) fn reads_in_flight(&self) -> usize {
-        self.in_flight.len()
+        self.in_flight.iter().filter(|job| matches!(job.job, Job::Read(..))).count()
     }
 
     pub(super) fn is_clean(&self) -> bool {
@@ -323,6 +331,11 @@ impl SimKernel {
                 }
                 self.memory.borrow_mut().writing.remove(&!copy.token.user_data());
                 (copy.token, Ok(copy.bytes))
+            }
+            Job::Look(look) => {
+                // SAFETY: the driver promised so many initialised bytes that nobody writes to until this look completes.
+                let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
+                (look.token, look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes))
             }
         };
         self.memory.borrow_mut().writing.remove(&token.user_data());
@@ -482,6 +495,21 @@ impl Kernel for SimKernel {
         drop(memory);
         // A copy needs no submission, and does not occupy the disk.
         self.in_flight.push(InFlight { job: Job::Copy(copy), due: self.clock.get() + self.copying });
+    }
+
+    unsafe fn look(&mut self, look: Look) {
+        let start = look.address.addr().get();
+        let range = start..start + look.bytes;
+        let mut memory = self.memory.borrow_mut();
+        assert!(look.bytes > 0 && !memory.is_written_to(&range), "bytes are looked at while somebody writes to them");
+        if memory.is_staging(start) {
+            memory.looks_at_staging += 1;
+        } else {
+            memory.looks_at_pieces += 1;
+        }
+        memory.writing.insert(look.token.user_data(), range);
+        drop(memory);
+        self.in_flight.push(InFlight { job: Job::Look(look), due: self.clock.get() });
     }
 
     fn submit(&mut self, _wait: bool) -> Result<(), Errno> {

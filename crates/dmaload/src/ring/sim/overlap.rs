@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
 use crate::plan::{Layout, Plan, Shape};
-use crate::ring::driver::{Driver, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::driver::Driver;
+use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Job, Scheduler};
@@ -37,7 +38,7 @@ fn simulate_route(
     let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1);
     let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, STAGING);
     driver.kernel().copying = copying;
-    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false });
+    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false, observation: None });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
     scheduler.opened(id, plan.pieces.iter().map(|piece| piece.memory_bytes).collect());

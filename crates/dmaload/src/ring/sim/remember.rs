@@ -8,7 +8,8 @@ use rustix::io::Errno;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
 use crate::plan::{Layout, Plan, Shape};
-use crate::ring::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::driver::Driver;
+use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Fallback, Route};
 
@@ -50,7 +51,14 @@ impl Machine {
         let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
         let file = SimFile { number: id.0, bytes: plan.file_bytes - lost, faults };
         let before = self.driver.kernel().refusals;
-        self.driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict, trace: false });
+        self.driver.begin(LoadSpec {
+            id,
+            pieces: plan.pieces.len(),
+            chunk_bytes: BLOCK,
+            strict,
+            trace: false,
+            observation: None,
+        });
         for (number, &piece) in plan.pieces.iter().enumerate() {
             let route = Route::UringFixedDirect;
             let spec = FileSpec { handle: file.clone(), index: 0, route, staged_by: route, mount, alignment_bytes: BLOCK };

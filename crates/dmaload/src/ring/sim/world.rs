@@ -3,19 +3,65 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::Random;
-use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use crate::observe::{Observation, Observer, ObserverOption, Watch};
 use crate::plan::{Layout, Piece, Plan, Shape};
-use crate::ring::driver::{Driver, Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::driver::Driver;
+use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Route};
 use crate::schedule::{Job, Scheduler};
 
+/// Checks each byte that it is shown, and their order.
+struct SimObserver {
+    /// Number and planned length of each file.
+    files: Vec<(u64, u64)>,
+    /// It rejects what holds this byte of this file.
+    rejects: Option<(usize, u64)>,
+    /// How far it is: file, and offset in it.
+    seen: Mutex<(usize, u64)>,
+}
+
+impl SimObserver {
+    fn has_seen(&self, file: usize, end: u64) -> bool {
+        *self.seen.lock().unwrap() >= (file, end)
+    }
+
+    fn has_seen_all(&self) -> bool {
+        let end = self.files.iter().rposition(|&(_, bytes)| bytes > 0).map(|last| (last, self.files[last].1));
+        end.is_none_or(|(file, bytes)| self.has_seen(file, bytes))
+    }
+}
+
+impl Observer for SimObserver {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        let mut seen = self.seen.lock().unwrap();
+        while seen.1 == self.files[seen.0].1 {
+            *seen = (seen.0 + 1, 0);
+        }
+        let (number, planned) = self.files[file_index];
+        let end = offset + bytes.len() as u64;
+        // A panic in here is taken for a rejection, which the world knows to be none of its own.
+        assert!((file_index, offset) == *seen && end <= planned, "file {file_index}, {offset}..{end}, but {seen:?} is next");
+        for (at, &byte) in bytes.iter().enumerate() {
+            assert_eq!(byte, byte_of(number, offset + at as u64), "byte {at} from {offset} on");
+        }
+        if self.rejects.is_some_and(|(file, at)| file == file_index && (offset..end).contains(&at)) {
+            return Err("this byte".to_owned());
+        }
+        *seen = (file_index, end);
+        Ok(())
+    }
+}
+
 struct SimLoad {
+    observed: Option<(Arc<SimObserver>, Observation)>,
     start: Route,
     strict: bool,
     chunk_bytes: u64,
@@ -37,6 +83,10 @@ struct SimLoad {
 impl SimLoad {
     fn is_over(&self) -> bool {
         self.gone || (!self.begun && self.abandoned)
+    }
+
+    fn is_staged(&self) -> bool {
+        self.observed.as_ref().is_some_and(|(_, observation)| observation.staged)
     }
 
     fn staged_by(&self) -> Route {
@@ -189,7 +239,25 @@ impl World {
             Route::Bounce,
             Route::Buffered,
         ]);
+        let rejects = if !calm && random.chance(100) {
+            let file = random.below(files.len() as u64);
+            let file = usize::try_from(file).unwrap();
+            let bytes = files[file].1.file_bytes;
+            (bytes > 0).then(|| (file, random.below(bytes)))
+        } else {
+            None
+        };
+        let numbers = files.iter().map(|(file, plan)| (file.number, plan.file_bytes)).collect();
+        let observed = random.chance(400).then(|| {
+            let observer = Arc::new(SimObserver { files: numbers, rejects, seen: Mutex::new((0, 0)) });
+            let watch = Arc::new(Watch::new(ObserverOption(observer.clone())));
+            (observer, Observation { watch, staged: random.chance(500) })
+        });
+        // As the engine does: what is observed in staging starts no higher.
+        let staged = observed.as_ref().is_some_and(|(_, observation)| observation.staged);
+        let start = if staged { start.max(Route::Bounce) } else { start };
         let load = SimLoad {
+            observed,
             start,
             strict: random.chance(150),
             chunk_bytes: (1 + random.below(3)) * BLOCK,
@@ -253,6 +321,7 @@ impl World {
                     chunk_bytes: load.chunk_bytes,
                     strict: load.strict,
                     trace: true,
+                    observation: load.observed.as_ref().map(|(_, observation)| observation.clone()),
                 });
                 self.scheduler.opened(id, sizes);
             }
@@ -343,6 +412,10 @@ impl World {
                     assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
                     assert!(route <= load.told, "a piece went by {route}, but only a step to {} was told", load.told);
                     load.bounced |= route == Route::Bounce;
+                    if let Some((observer, _)) = &load.observed {
+                        let (file, piece) = load.pieces[number];
+                        assert!(observer.has_seen(file, piece.file_offset + piece.bytes), "a piece that was not looked at");
+                    }
                     check_bytes(load, number, buffer.contents());
                     drop(buffer);
                 }
@@ -381,6 +454,10 @@ impl World {
                     assert!(complete, "{id:?} is gone without a failure, and not complete");
                     assert!(!load.must_fail(), "{id:?} must fail and did not");
                     self.check_staging_was_told(load);
+                    if let Some((observer, _)) = &load.observed {
+                        assert!(observer.has_seen_all(), "{id:?} was not looked at to its end");
+                        assert!(observer.rejects.is_none(), "{id:?} holds what was rejected");
+                    }
                 }
                 Some(failure) => {
                     assert!(!complete, "{id:?} failed after it was complete");
@@ -389,6 +466,9 @@ impl World {
             }
         }
         let memory = self.memory.borrow();
+        let observed = |staged: bool| self.loads.values().any(|load| load.observed.is_some() && load.is_staged() == staged);
+        assert!(memory.looks_at_staging == 0 || observed(true), "staging is looked at where that was asked for");
+        assert!(memory.looks_at_pieces == 0 || observed(false), "uncached memory is looked at");
         assert_eq!(memory.unfilled_bytes, 0, "all memory is freed but what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "what was leaked was told");
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits are back");
@@ -434,6 +514,12 @@ impl World {
                 let refused = self.faults.ring.is_some() || self.faults.register.is_some() || self.faults.unpinnable;
                 let refused = refused || file.faults.no_direct.is_some() || file.faults.no_ring.is_some();
                 assert!(load.strict && refused, "{route} was refused by nobody");
+            }
+            Failure::Rejected { file: index, offset, bytes } => {
+                let (observer, observation) = load.observed.as_ref().expect("nobody looked");
+                assert_eq!(observation.watch.reason(), "this byte");
+                let (file, at) = observer.rejects.expect("nothing is to be rejected");
+                assert!(file == index && (offset..offset + bytes).contains(&at), "{failure:?}, but {at} is wrong");
             }
             Failure::Kernel { .. } => assert!(self.broken),
             Failure::Staging { .. } => assert_eq!(self.faults.staging, 0),

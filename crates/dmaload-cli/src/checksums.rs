@@ -1,0 +1,110 @@
+//! Digests of what was loaded: of the memory that holds it; on a heap that the CPU reads without its caches, of the staging
+//! buffers that the bytes came through, since reading such memory takes a multiple of the time.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use dmaload::heap::Heap;
+use dmaload::{Image, LoadOptions, Observer};
+
+use crate::digest::{Algorithm, Digest, Hasher, digest};
+
+/// Digests to be computed of a load's files.
+#[derive(Debug)]
+pub(crate) struct Checksums {
+    algorithm: Algorithm,
+    /// Where they are computed while it loads: a hasher for each file.
+    landing: Option<Arc<Landing>>,
+}
+
+#[derive(Debug)]
+struct Landing(Mutex<Vec<Hasher>>);
+
+impl Observer for Landing {
+    fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), String> {
+        let mut hashers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        hashers.get_mut(file_index).ok_or("a file that was not asked for")?.update(bytes);
+        Ok(())
+    }
+}
+
+impl Checksums {
+    /// Prepares digests of so many files from this heap.
+    pub(crate) fn new(algorithm: Algorithm, files: usize, heap: &dyn Heap) -> Self {
+        let hashers = || vec![Hasher::new(algorithm); files];
+        Checksums { algorithm, landing: heap.is_uncached().then(|| Arc::new(Landing(Mutex::new(hashers())))) }
+    }
+
+    /// The options of the load that is to be checked.
+    pub(crate) fn applied_to(&self, options: LoadOptions) -> LoadOptions {
+        match &self.landing {
+            Some(landing) => options.observer(Arc::clone(landing) as Arc<dyn Observer>),
+            None => options,
+        }
+    }
+
+    /// The digests of a load that is finished.
+    pub(crate) fn finish(&self, image: &Image) -> dmaload::Result<Vec<Digest>> {
+        match &self.landing {
+            Some(landing) => {
+                let hashers = landing.0.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(hashers.iter().cloned().map(Hasher::finish).collect())
+            }
+            None => image.files().iter().map(|file| Ok(digest(self.algorithm, &file.bytes()?))).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dmaload::Loader;
+    use dmaload::dmabuf::{self, Mapping, Memory, Populated};
+    use dmaload::heap::MemfdHeap;
+    use std::borrow::Cow;
+    use std::ops::Range;
+
+    #[derive(Debug)]
+    struct Uncached(MemfdHeap);
+
+    impl Heap for Uncached {
+        fn name(&self) -> Cow<'_, str> {
+            "uncached".into()
+        }
+
+        fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+            self.0.allocate(bytes)
+        }
+
+        fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+            self.0.populate(mapping, memory, part)
+        }
+
+        fn is_uncached(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn digests_are_the_same_wherever_they_are_taken() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let paths = [0_usize, 1, 5_000_001].map(|bytes| {
+            let path = folder.path().join(bytes.to_string());
+            std::fs::write(&path, vec![7; bytes]).unwrap();
+            path
+        });
+        let loaders = [
+            Loader::builder().heap(MemfdHeap::default()).build().unwrap(),
+            Loader::builder().heap(Uncached(MemfdHeap::default())).build().unwrap(),
+        ];
+        for algorithm in [Algorithm::Sha256, Algorithm::Blake3, Algorithm::Crc32c, Algorithm::Xxh3] {
+            let expected = paths.each_ref().map(|path| digest(algorithm, &std::fs::read(path).unwrap()));
+            for (loader, landing) in loaders.iter().zip([false, true]) {
+                let checksums = Checksums::new(algorithm, paths.len(), loader.heap());
+                assert_eq!(checksums.landing.is_some(), landing);
+                let load = loader.load_with(&paths, checksums.applied_to(loader.options()));
+                let image = crate::block_on(async { load.await }).unwrap().unwrap();
+                assert_eq!(checksums.finish(&image).unwrap(), expected);
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! What the driver and the thread around it tell each other.
+
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::observe::Observation;
+use crate::route::{Attempt, Fallback, Route};
+use crate::trace::TraceKind;
+
+/// Names a load. Never used twice by one loader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct LoadId(pub(crate) u64);
+
+/// What the driver has to know of a load before its first piece.
+#[derive(Debug, Clone)]
+pub(crate) struct LoadSpec {
+    pub(crate) id: LoadId,
+    /// Number of pieces over all files.
+    pub(crate) pieces: usize,
+    pub(crate) chunk_bytes: u64,
+    pub(crate) strict: bool,
+    pub(crate) trace: bool,
+    pub(crate) observation: Option<Observation>,
+}
+
+/// A file of a load, as each of its pieces brings it along.
+#[derive(Debug, Clone)]
+pub(crate) struct FileSpec<F> {
+    pub(crate) handle: F,
+    pub(crate) index: usize,
+    /// The best route that opening it allows.
+    pub(crate) route: Route,
+    /// The best route for reads into staging, where it comes to that.
+    pub(crate) staged_by: Route,
+    /// Names the file system that it is on.
+    pub(crate) mount: u64,
+    /// What direct reads must be aligned to, in the file and in memory.
+    pub(crate) alignment_bytes: u64,
+}
+
+/// What happened, for the thread around the driver to act on.
+#[derive(Debug)]
+pub(crate) enum Output<B> {
+    /// A piece holds its bytes.
+    PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
+    /// A step down the ladder was taken.
+    SteppedDown { load: LoadId, fallback: Fallback },
+    /// A read failed, and is tried once more.
+    Retried { load: LoadId, retried: Retried },
+    /// Something was done for a piece; only where the load wants to know.
+    Traced { load: LoadId, piece: usize, span: Span },
+    /// The load can't be finished. Told once; its memory goes when its last read has come back.
+    Failed { load: LoadId, failure: Failure },
+    /// No buffer of this load is here any more, and none will be.
+    Gone { load: LoadId, times: Times },
+}
+
+/// A read that failed, and is tried once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Retried {
+    pub(crate) file: usize,
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+    pub(crate) errno: Errno,
+}
+
+/// Something that was done, by the kernel's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) kind: TraceKind,
+    pub(crate) start: Duration,
+    pub(crate) end: Duration,
+    pub(crate) bytes: u64,
+}
+
+/// How long the parts of a load took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Times {
+    /// While at least one read was in flight.
+    pub(crate) reading: Duration,
+    /// While at least one copy from staging was under way.
+    pub(crate) copying: Duration,
+}
+
+/// Why a load failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// A read failed for good.
+    Read { file: usize, offset: u64, bytes: u64, route: Route, errno: Errno },
+    /// The file has no bytes at this offset, which is before its planned end.
+    Ended { file: usize, offset: u64, route: Route },
+    /// A route was refused, and the load is strict or there is no lower one.
+    Refused { file: usize, offset: u64, route: Route, attempt: Attempt, errno: Errno },
+    /// The observer says that these bytes are wrong.
+    Rejected { file: usize, offset: u64, bytes: u64 },
+    /// There is no memory to stage reads in.
+    Staging { bytes: u64, errno: Errno },
+    /// The ring broke down.
+    Kernel { errno: Errno },
+}

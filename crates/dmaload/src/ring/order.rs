@@ -1,0 +1,78 @@
+//! Puts what gets ready in any order into the order of its positions, one at a time.
+
+use std::collections::BTreeMap;
+
+/// Things that cover a range each, without gaps from 0 on. Pure bookkeeping.
+#[derive(Debug)]
+pub(super) struct InOrder<T> {
+    /// Where the next one begins.
+    next: u64,
+    /// One was taken and is not done.
+    busy: bool,
+    waiting: BTreeMap<u64, (u64, T)>,
+}
+
+impl<T> InOrder<T> {
+    pub(super) fn new() -> Self {
+        InOrder { next: 0, busy: false, waiting: BTreeMap::new() }
+    }
+
+    /// `thing`, from `start` on and `bytes` long, is ready.
+    pub(super) fn ready(&mut self, start: u64, bytes: u64, thing: T) {
+        let before = self.waiting.insert(start, (start + bytes, thing));
+        assert!(before.is_none() && start >= self.next, "position {start} is ready twice");
+    }
+
+    /// Takes the next one, if it is ready and the one before is done.
+    pub(super) fn take(&mut self) -> Option<T> {
+        if self.busy {
+            return None;
+        }
+        let first = self.waiting.first_entry().filter(|first| *first.key() == self.next)?;
+        let (end, thing) = first.remove();
+        (self.next, self.busy) = (end, true);
+        Some(thing)
+    }
+
+    /// The one that was taken is done.
+    pub(super) fn done(&mut self) {
+        assert!(self.busy, "nothing was taken");
+        self.busy = false;
+    }
+
+    /// Nothing is taken any more: all that was ready.
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = T> + use<T> {
+        std::mem::take(&mut self.waiting).into_values().map(|(_, thing)| thing)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_and_none_before_its_turn() {
+        let mut order = InOrder::new();
+        order.ready(5, 2, "c");
+        assert_eq!(order.take(), None);
+        order.ready(0, 3, "a");
+        assert_eq!(order.take(), Some("a"));
+        order.ready(3, 2, "b");
+        assert_eq!(order.take(), None, "a is not done");
+        order.done();
+        assert_eq!(order.take(), Some("b"));
+        order.done();
+        assert_eq!(order.take(), Some("c"));
+        order.ready(7, 1, "d");
+        assert_eq!(order.drain().collect::<Vec<_>>(), ["d"]);
+    }
+
+    #[test]
+    #[should_panic(expected = "ready twice")]
+    fn a_position_comes_once() {
+        let mut order = InOrder::new();
+        order.ready(0, 3, ());
+        order.take();
+        order.ready(0, 3, ());
+    }
+}

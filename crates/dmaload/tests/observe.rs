@@ -1,0 +1,189 @@
+//! Observers see every byte before anybody is shown it; on uncached memory in staging, never in the segments.
+#![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+
+mod common;
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::dmabuf::{self, Mapping, Memory, Populated};
+use dmaload::heap::{Heap, MemfdHeap};
+use dmaload::{Error, Loader, Observer, Route};
+
+const SEGMENT: usize = 2 << 20;
+
+/// A memfd heap that says that it is uncached, and knows where its mappings are.
+#[derive(Debug, Default, Clone)]
+struct SpiedHeap {
+    uncached: bool,
+    mapped: Arc<Mutex<Vec<Range<usize>>>>,
+}
+
+impl SpiedHeap {
+    fn holds(&self, bytes: &[u8]) -> bool {
+        self.mapped.lock().unwrap().iter().any(|mapped| mapped.contains(&bytes.as_ptr().addr()))
+    }
+}
+
+impl Heap for SpiedHeap {
+    fn name(&self) -> Cow<'_, str> {
+        "spied".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        MemfdHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        let start = mapping.address().addr().get();
+        self.mapped.lock().unwrap().push(start..start + mapping.bytes());
+        MemfdHeap::default().populate(mapping, memory, part)
+    }
+
+    fn is_uncached(&self) -> bool {
+        self.uncached
+    }
+}
+
+/// Keeps what it sees, and where that was.
+struct Recorder {
+    heap: SpiedHeap,
+    files: Mutex<Vec<Vec<u8>>>,
+    in_segments: AtomicBool,
+    elsewhere: AtomicBool,
+    /// It waits so long for each call.
+    slow: Duration,
+}
+
+impl Recorder {
+    fn new(heap: &SpiedHeap, files: usize) -> Arc<Self> {
+        let files = Mutex::new(vec![Vec::new(); files]);
+        let (in_segments, elsewhere) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Recorder { heap: heap.clone(), files, in_segments, elsewhere, slow: Duration::ZERO })
+    }
+}
+
+impl Observer for Recorder {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        if self.heap.holds(bytes) { &self.in_segments } else { &self.elsewhere }.store(true, Ordering::Relaxed);
+        let mut files = self.files.lock().unwrap();
+        if files[file_index].len() as u64 != offset {
+            return Err(format!("{} was to come, not {offset}", files[file_index].len()));
+        }
+        files[file_index].extend_from_slice(bytes);
+        drop(files);
+        std::thread::sleep(self.slow);
+        Ok(())
+    }
+}
+
+fn loader(heap: &SpiedHeap) -> Loader {
+    Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap()
+}
+
+#[tokio::test]
+async fn every_byte_is_seen_once_in_order_by_every_route_and_on_uncached_memory_in_staging_only() {
+    let folder = folder();
+    let contents = [random_bytes(7 * SEGMENT + 777, 1), Vec::new(), random_bytes(1, 2), random_bytes(SEGMENT, 3)];
+    let paths: Vec<_> = contents.iter().enumerate().map(|(n, bytes)| file(folder.path(), &n.to_string(), bytes)).collect();
+    for uncached in [false, true] {
+        for route in ROUTES {
+            let heap = SpiedHeap { uncached, ..SpiedHeap::default() };
+            let loader = loader(&heap);
+            let recorder = Recorder::new(&heap, paths.len());
+            let options = loader.options().route(route).observer(recorder.clone());
+            let image = loader.load_with(&paths, options).await.unwrap();
+            let what = format!("{route}, uncached: {uncached}");
+            for (index, expected) in contents.iter().enumerate() {
+                assert_same(&recorder.files.lock().unwrap()[index], expected, &what);
+                assert_same(&image.files()[index].bytes().unwrap(), expected, &what);
+            }
+            let seen = [&recorder.in_segments, &recorder.elsewhere].map(|seen| seen.load(Ordering::Relaxed));
+            assert_eq!(seen, [!uncached, uncached], "{what}: where it was seen");
+            let report = image.report();
+            assert_eq!(report.route, if uncached { route.max(Route::Bounce) } else { route }, "{what}");
+            assert_eq!(report.notes.iter().any(|note| note.contains("not cached")), uncached, "{what}: {:?}", report.notes);
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_segment_is_shown_before_it_was_seen_and_a_slow_observer_does_not_let_memory_grow() {
+    let folder = folder();
+    let expected = random_bytes(12 * SEGMENT, 4);
+    let path = file(folder.path(), "slow.bin", &expected);
+    for uncached in [false, true] {
+        let heap = SpiedHeap { uncached, ..SpiedHeap::default() };
+        let loader = loader(&heap);
+        let mut recorder = Arc::into_inner(Recorder::new(&heap, 1)).unwrap();
+        recorder.slow = Duration::from_millis(10);
+        let recorder = Arc::new(recorder);
+        let mut load = loader.load_with([&path], loader.options().observer(recorder.clone()));
+        while let Some(segment) = load.next().await {
+            let (segment, seen) = (segment.unwrap(), recorder.files.lock().unwrap()[0].len() as u64);
+            assert!(seen >= segment.file_range().end, "{seen} bytes were seen, {:?} is shown", segment.file_range());
+            let progress = load.progress();
+            let ahead = progress.allocated_bytes.saturating_sub(seen);
+            assert!(ahead <= 8 << 20, "{ahead} bytes were allocated and not seen");
+        }
+        assert_same(&load.finish().await.unwrap().files()[0].bytes().unwrap(), &expected, "slowly");
+    }
+}
+
+/// Rejects the bytes from an offset on, or panics there.
+struct Judge {
+    at: u64,
+    panics: bool,
+}
+
+impl Observer for Judge {
+    fn bytes(&self, _file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        if !(offset..offset + bytes.len() as u64).contains(&self.at) {
+            return Ok(());
+        }
+        assert!(!self.panics, "a defect of the observer's");
+        Err(format!("byte {} is wrong", self.at))
+    }
+}
+
+#[tokio::test]
+async fn what_is_rejected_fails_the_load_with_the_reason_and_its_place() {
+    let folder = folder();
+    let path = file(folder.path(), "rejected.bin", &random_bytes(5 * SEGMENT, 5));
+    let at = 3 * SEGMENT as u64 + 5;
+    for uncached in [false, true] {
+        for panics in [false, true] {
+            let heap = SpiedHeap { uncached, ..SpiedHeap::default() };
+            let loader = loader(&heap);
+            let mut load = loader.load_with([&path], loader.options().observer(Arc::new(Judge { at, panics })));
+            let error = loop {
+                match load.next().await.unwrap() {
+                    Ok(segment) => assert!(segment.file_range().end <= at, "a rejected segment is shown"),
+                    Err(error) => break error,
+                }
+            };
+            let Error::Rejected { offset, bytes, reason, .. } = &error else { panic!("{error}") };
+            assert!((*offset..offset + bytes).contains(&at), "{error}");
+            let expected = if panics { "the observer panicked".to_owned() } else { format!("byte {at} is wrong") };
+            assert_eq!(*reason, expected);
+            // The loader goes on.
+            loader.load(&path).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_strict_load_on_uncached_memory_must_ask_for_bounce() {
+    let folder = folder();
+    let path = file(folder.path(), "strict.bin", &random_bytes(SEGMENT, 6));
+    let heap = SpiedHeap { uncached: true, ..SpiedHeap::default() };
+    let loader = loader(&heap);
+    let options = loader.options().strict(true).observer(Recorder::new(&heap, 1));
+    let error = loader.load_with([&path], options.clone()).await.unwrap_err();
+    assert!(matches!(&error, Error::Config(text) if text.contains("bounce")), "{error}");
+    loader.load_with([&path], options.route(Route::Bounce)).await.unwrap();
+}
