@@ -75,6 +75,28 @@ fn system_heap_single_equals_the_file() {
 }
 
 #[test]
+fn a_udmabuf_that_was_never_handed_out_is_used_again_and_shows_what_was_loaded_last() {
+    let loader = Loader::builder().heap(heap("udmabuf")).segment_bytes(SEGMENT as u64).window_bytes(32 << 20);
+    let loader = loader.pool_bytes(64 << 20).build().unwrap();
+    let len = 2 * SEGMENT + 777;
+    let other: Vec<u8> = original()[..len].iter().rev().copied().collect();
+    let path = disk().join("reversed");
+    std::fs::write(&path, &other).unwrap();
+    for _ in 0..3 {
+        // Dropped without its dma-bufs having been shown to anybody.
+        drop(load(&loader, &file(len), loader.options()).unwrap());
+        while loader.pooled_bytes() == 0 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let image = load(&loader, &path, loader.options()).unwrap();
+        assert!(image.report().reused_bytes > 0, "nothing was used again");
+        assert_dma_bufs(image.segments(), &other, "used again");
+    }
+    std::fs::remove_file(&path).unwrap();
+    shut_down(loader);
+}
+
+#[test]
 fn a_single_udmabuf_above_the_limit_says_which_limit_and_how_to_raise_it() {
     let path = file(LARGE);
     let loader = Loader::builder().heap(heap("udmabuf")).build().unwrap();

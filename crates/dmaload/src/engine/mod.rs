@@ -418,6 +418,12 @@ impl Events<PieceBuffer<Permit>> for Engine {
         }
     }
 
+    fn less_staging(&self, load: LoadId, bytes: u64, errno: Errno) {
+        if let Some(shared) = self.load_of(load) {
+            shared.less_staging(bytes, errno);
+        }
+    }
+
     fn retried(&self, load: LoadId, retried: Retried) {
         if let Some(shared) = self.load_of(load) {
             shared.retried(&retried);

@@ -398,6 +398,14 @@ impl LoadShared {
         self.state().fallbacks.push(fallback);
     }
 
+    /// There is less staging than the load may use.
+    pub(crate) fn less_staging(&self, bytes: u64, errno: Errno) {
+        let errno = dmabuf::errno::describe(errno);
+        tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads at once");
+        let note = format!("no memory for more than {bytes} bytes of staging ({errno}): fewer reads were in flight at once");
+        self.state().notes.push(note);
+    }
+
     /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
     pub(crate) fn retried(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;

@@ -136,6 +136,8 @@ struct LoadEntry {
     copying: BusyTime,
     /// Whether it knows why its reads into staging do not take the best way.
     staging_told: bool,
+    /// Whether it knows that there is less staging than it may use.
+    less_staging_told: bool,
     /// The best route that is left to all files.
     floor: Route,
     /// The best route that is left to a file which has stepped down by itself.
@@ -245,6 +247,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             reading: BusyTime::default(),
             copying: BusyTime::default(),
             staging_told: false,
+            less_staging_told: false,
             floor: Route::UringFixedDirect,
             stepped: HashMap::new(),
             ended: false,
@@ -464,7 +467,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Issues a read into staging. `false` when all of it is busy.
     fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        let slot = match self.staging.take(&mut self.kernel) {
+        let taken = self.staging.take(&mut self.kernel);
+        if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
+            && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
+        {
+            load.less_staging_told = true;
+            self.outputs.push(Output::LessStaging { load: id, bytes, errno });
+        }
+        let slot = match taken {
             Ok(Some(slot)) => slot,
             Ok(None) => {
                 self.requeue(id, chunk);

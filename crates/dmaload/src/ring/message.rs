@@ -46,6 +46,8 @@ pub(crate) enum Output<B> {
     PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
     /// A step down the ladder was taken.
     SteppedDown { load: LoadId, fallback: Fallback },
+    /// There is less staging than the load may use: fewer of its reads are in flight at once. Told once.
+    LessStaging { load: LoadId, bytes: u64, errno: Errno },
     /// A read failed, and is tried once more.
     Retried { load: LoadId, retried: Retried },
     /// Something was done for a piece; only where the load wants to know.

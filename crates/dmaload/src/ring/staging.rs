@@ -41,11 +41,13 @@ pub(crate) struct Staging<S> {
     budget: StagingBudget,
     slots: Vec<Slot<S>>,
     free: Vec<StagingSlot>,
+    /// Why there are fewer slots than the budget allows.
+    short: Option<Errno>,
 }
 
 impl<S: Buffer> Staging<S> {
     pub(crate) fn new(budget: StagingBudget) -> Self {
-        Staging { budget, slots: Vec::new(), free: Vec::new() }
+        Staging { budget, slots: Vec::new(), free: Vec::new(), short: None }
     }
 
     pub(crate) fn slot_bytes(&self) -> usize {
@@ -60,15 +62,13 @@ impl<S: Buffer> Staging<S> {
         if self.free.is_empty() && self.slots.len() < self.budget.slots {
             match kernel.staging(self.budget.slot_bytes) {
                 Ok(buffer) => {
+                    self.short = None;
                     self.free.push(StagingSlot(self.slots.len()));
                     self.slots.push(Slot { buffer, buffer_slot: None, busy: false });
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
                 // The ones that exist have to do.
-                Err(errno) => {
-                    let errno = dmabuf::errno::describe(errno);
-                    tracing::warn!(errno, slots = self.slots.len(), "no memory for more staging: fewer reads at once");
-                }
+                Err(errno) => self.short = Some(errno),
             }
         }
         let slot = self.free.pop();
@@ -104,6 +104,12 @@ impl<S: Buffer> Staging<S> {
                 Some(StagingStep { to: Route::UringDirect, attempt: Attempt::RegisterStaging, errno })
             }
         }
+    }
+
+    /// How much staging there is, and why it is not more, if more was wanted and could not be had.
+    pub(crate) fn shortage(&self) -> Option<(u64, Errno)> {
+        let bytes = self.slots.iter().map(|slot| slot.buffer.bytes() as u64).sum();
+        self.short.map(|errno| (bytes, errno))
     }
 
     /// The memory of a slot that was taken, and where it is registered.

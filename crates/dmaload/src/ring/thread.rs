@@ -26,6 +26,8 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: B);
     /// A step down the ladder was taken.
     fn stepped_down(&self, load: LoadId, fallback: Fallback);
+    /// There is less staging than the load may use.
+    fn less_staging(&self, load: LoadId, bytes: u64, errno: Errno);
     /// A read failed, and is tried once more.
     fn retried(&self, load: LoadId, retried: Retried);
     /// Something was done for a piece.
@@ -195,6 +197,7 @@ fn deliver<B>(output: Output<B>, events: &impl Events<B>) {
     match output {
         Output::PieceFull { load, piece, route, buffer } => events.piece_full(load, piece, route, buffer),
         Output::SteppedDown { load, fallback } => events.stepped_down(load, fallback),
+        Output::LessStaging { load, bytes, errno } => events.less_staging(load, bytes, errno),
         Output::Retried { load, retried } => events.retried(load, retried),
         Output::Traced { load, piece, span } => events.traced(load, piece, span),
         Output::Failed { load, failure } => events.failed(load, failure),

@@ -78,6 +78,7 @@ struct SimLoad {
     /// What was told to be refused.
     refused: Vec<Attempt>,
     bounced: bool,
+    less_staging: bool,
 }
 
 impl SimLoad {
@@ -271,6 +272,7 @@ impl World {
             told: start,
             refused: Vec::new(),
             bounced: false,
+            less_staging: false,
         };
         self.loads.insert(id, load);
         self.scheduler.submit(id);
@@ -420,6 +422,12 @@ impl World {
                     drop(buffer);
                 }
                 Output::Traced { .. } | Output::Retried { .. } => {}
+                Output::LessStaging { load: id, bytes, .. } => {
+                    let load = self.loads.get_mut(&id).unwrap();
+                    assert!(!std::mem::replace(&mut load.less_staging, true), "told once");
+                    let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
+                    assert!(slots == self.faults.staging && slots < self.staging.slots, "{slots} slots, and nothing was refused");
+                }
                 Output::SteppedDown { load: id, fallback } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!load.strict, "a strict load steps down");
