@@ -229,6 +229,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.reads.len()
     }
 
+    /// Staging slots that somebody holds.
+    #[cfg(test)]
+    pub(crate) fn staging_taken(&self) -> usize {
+        self.staging.taken()
+    }
+
     /// Takes what has happened since the last call.
     pub(crate) fn outputs(&mut self) -> Vec<Output<B>> {
         std::mem::take(&mut self.outputs)

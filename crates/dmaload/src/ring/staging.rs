@@ -125,6 +125,11 @@ impl<S: Buffer> Staging<S> {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn taken(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     /// Frees all slots but those that are busy, which are leaked; how many bytes these have.
     pub(crate) fn clear<K: Kernel<Staging = S>>(&mut self, kernel: &mut K, buffer_slots: &mut Vec<u16>) -> u64 {
         let mut leaked = 0;

@@ -454,6 +454,7 @@ impl World {
 
     fn check_end(&mut self) {
         self.sync_window();
+        assert_eq!(self.driver.staging_taken(), 0, "slots that nobody needs are held");
         for (id, load) in &self.loads {
             let complete = load.full.iter().all(|&full| full);
             match load.failure {
