@@ -36,6 +36,10 @@ kernels-md:
 bench:
     cargo bench -p dmaload-benches --bench overlap
 
+# Measures all of docs/performance.md (root, some 15 minutes on an idle machine) and writes its tables and pictures.
+performance FILTER="":
+    benches/performance.sh "{{FILTER}}"
+
 # The documentation of the libraries.
 doc:
     RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p dmaload -p dmabuf

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
+use super::curves::Curves;
 use super::mode::Mode;
 use super::results::{Apart, Failure, Run};
 use super::ways::{self, WrongBytes};
@@ -40,7 +41,7 @@ fn prepare(mode: Mode, arguments: &args::Bench, paths: Vec<PathBuf>) -> Result<w
     if arguments.user.is_some() && mode != Mode::Limit {
         ordinary_memlock()?;
     }
-    ways::prepare(mode, &arguments.engine, paths)
+    ways::prepare(mode, &arguments.engine, paths, arguments.plot.is_some())
 }
 
 /// Lowers the limit of locked memory to the usual one.
@@ -70,6 +71,7 @@ fn to_json(run: &Run) -> Value {
         "peak_extra_bytes": run.peak_extra_bytes,
         "allocate_seconds": run.apart.map(|apart| apart.allocate_seconds),
         "read_seconds": run.apart.map(|apart| apart.read_seconds),
+        "curves": run.curves.as_ref().map(Curves::to_json),
         "notes": run.notes,
     })
 }
@@ -92,6 +94,7 @@ pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
         first_segment_seconds: number("first_segment_seconds"),
         peak_extra_bytes: value.get("peak_extra_bytes").and_then(Value::as_u64),
         apart: apart.map(|(allocate_seconds, read_seconds)| Apart { allocate_seconds, read_seconds }),
+        curves: value.get("curves").and_then(Curves::from_json),
         notes: notes.collect(),
     }))
 }
@@ -109,6 +112,7 @@ mod tests {
             first_segment_seconds: Some(0.1),
             peak_extra_bytes: Some(7),
             apart: Some(Apart { allocate_seconds: 0.1, read_seconds: 0.15 }),
+            curves: Some(Curves { allocated: vec![(0.25, 7)], filled: vec![(0.5, 7)] }),
             notes: vec!["by uring-direct".to_owned()],
         };
         assert_eq!(heard(&to_json(&run).to_string()), Some(Ok(run)));

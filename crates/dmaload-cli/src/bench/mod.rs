@@ -12,12 +12,14 @@
 mod cgroup;
 mod child;
 mod compare;
+mod curves;
 mod host;
 mod json;
 mod leftovers;
 mod limit;
 mod memory;
 mod mode;
+mod panel;
 mod plot;
 mod pressure;
 mod results;

@@ -1,8 +1,9 @@
-//! The results as a picture: a bar for each mode, whiskers from its quickest to its slowest run, a line at the limit.
+//! The results as a picture: one load over time, then a bar for each mode, whiskers from its quickest to its slowest run, a line at the limit.
 
 use std::fmt::Write as _;
 
 use super::mode::Mode;
+use super::panel;
 use super::results::{ModeRuns, Results};
 use super::stats::Spread;
 use crate::summary::bytes;
@@ -21,18 +22,25 @@ const TICKS: f64 = 6.0;
 pub(crate) fn svg(results: &Results) -> String {
     let height = TOP + ROW * results.modes.len() as f64 + BOTTOM;
     let most = results.modes.iter().filter_map(ModeRuns::seconds).map(|seconds| seconds.max).fold(0.0, f64::max);
-    let scale = Scale { most: if most > 0.0 { most } else { 1.0 } };
+    let scale = Scale { left: LEFT, most: if most > 0.0 { most } else { 1.0 } };
+    let curves = results.of(Mode::DirectIo).and_then(ModeRuns::median_run).and_then(|run| Some((run, run.curves.as_ref()?)));
+    let above = if curves.is_some() { panel::HEIGHT } else { 0.0 };
+    let whole = height + above;
     let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {whole}\" width=\"{WIDTH}\" height=\"{whole}\" \
          font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
     );
+    if let Some((run, curves)) = curves {
+        panel::draw(&mut svg, curves, run.seconds, results.file_bytes);
+    }
+    let _ = writeln!(svg, "<g transform=\"translate(0 {above})\">");
     let size = bytes(results.file_bytes);
     let pressure = results.pressure.as_ref().map(|pressure| format!(", {pressure}")).unwrap_or_default();
     text(&mut svg, 16.0, 26.0, "font-size=\"16\" font-weight=\"bold\"", &format!("Loading {size} from a cold file{pressure}"));
     let rounds = format!("seconds, median of {} rounds with the quickest and the slowest; less is better", results.rounds);
     text(&mut svg, 16.0, 46.0, "fill=\"#666\"", &rounds);
-    axis(&mut svg, &scale, height);
+    scale.ticks(&mut svg, TOP, height - BOTTOM);
     let rows = || results.modes.iter().enumerate().map(|(row, runs)| (TOP + ROW * (row as f64 + 0.5), runs));
     for (middle, runs) in rows() {
         bar(&mut svg, &scale, middle, runs);
@@ -44,18 +52,19 @@ pub(crate) fn svg(results: &Results) -> String {
     for (middle, runs) in rows() {
         label(&mut svg, &scale, middle, results, runs);
     }
-    svg.push_str("</svg>\n");
+    svg.push_str("</g>\n</svg>\n");
     svg
 }
 
 /// From seconds to places.
-struct Scale {
-    most: f64,
+pub(super) struct Scale {
+    pub(super) left: f64,
+    pub(super) most: f64,
 }
 
 impl Scale {
-    fn x(&self, seconds: f64) -> f64 {
-        LEFT + (WIDTH - LEFT - RIGHT) * seconds / self.most
+    pub(super) fn x(&self, seconds: f64) -> f64 {
+        self.left + (WIDTH - self.left - RIGHT) * seconds / self.most
     }
 
     /// A round distance between ticks: 1, 2 or 5 times a power of ten.
@@ -65,32 +74,28 @@ impl Scale {
         let factor = [1.0, 2.0, 5.0].into_iter().find(|factor| factor * power >= rough).unwrap_or(10.0);
         factor * power
     }
-}
 
-fn axis(svg: &mut String, scale: &Scale, height: f64) {
-    let step = scale.step();
-    let digits = if step < 0.01 {
-        3
-    } else if step < 0.1 {
-        2
-    } else if step < 1.0 {
-        1
-    } else {
-        0
-    };
-    let mut tick = 0_u32;
-    while f64::from(tick) * step <= scale.most * 1.0001 {
-        let seconds = f64::from(tick) * step;
-        let x = scale.x(seconds);
-        line(svg, (x, TOP - 4.0), (x, height - BOTTOM + 4.0), "stroke=\"#ddd\"");
-        text(
-            svg,
-            x,
-            height - BOTTOM + 18.0,
-            "text-anchor=\"middle\" fill=\"#666\" font-size=\"12\"",
-            &format!("{seconds:.digits$}"),
-        );
-        tick += 1;
+    /// Lines from `top` to `floor`, and their seconds below.
+    pub(super) fn ticks(&self, svg: &mut String, top: f64, floor: f64) {
+        let step = self.step();
+        let digits = if step < 0.01 {
+            3
+        } else if step < 0.1 {
+            2
+        } else if step < 1.0 {
+            1
+        } else {
+            0
+        };
+        let mut tick = 0_u32;
+        while f64::from(tick) * step <= self.most * 1.0001 {
+            let seconds = f64::from(tick) * step;
+            let x = self.x(seconds);
+            line(svg, (x, top - 4.0), (x, floor + 4.0), "stroke=\"#ddd\"");
+            let style = "text-anchor=\"middle\" fill=\"#666\" font-size=\"12\"";
+            text(svg, x, floor + 18.0, style, &format!("{seconds:.digits$}"));
+            tick += 1;
+        }
     }
 }
 
@@ -134,17 +139,19 @@ fn color(mode: Mode) -> &'static str {
     }
 }
 
-fn line(svg: &mut String, from: (f64, f64), to: (f64, f64), style: &str) {
+pub(super) fn line(svg: &mut String, from: (f64, f64), to: (f64, f64), style: &str) {
     let _ = writeln!(svg, "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" {style}/>", from.0, from.1, to.0, to.1);
 }
 
-fn text(svg: &mut String, x: f64, y: f64, style: &str, text: &str) {
+pub(super) fn text(svg: &mut String, x: f64, y: f64, style: &str, text: &str) {
     let text = text.replace('&', "&amp;").replace('<', "&lt;");
     let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" {style}>{text}</text>");
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::curves::Curves;
+    use super::super::results::Run;
     use super::super::results::tests::{killed, results, run};
     use super::*;
 
@@ -164,6 +171,15 @@ mod tests {
     }
 
     #[test]
+    fn a_load_that_was_traced_is_drawn_over_time() {
+        let curves = Curves { allocated: vec![(0.1, 1 << 30), (0.2, 2 << 30)], filled: vec![(0.3, 1 << 30), (0.5, 2 << 30)] };
+        let traced = run(0.5).map(|run| Run { curves: Some(curves), ..run });
+        let svg = svg(&results(vec![(Mode::DirectIo, vec![traced])]));
+        assert_eq!((svg.matches("<polyline ").count(), svg.matches("<polygon ").count()), (2, 1));
+        assert!(svg.contains("at most 2.00 GiB") && !svg.contains("NaN"), "{svg}");
+    }
+
+    #[test]
     fn nothing_measured_makes_a_picture_too() {
         let svg = svg(&results(vec![(Mode::Normal, vec![killed()])]));
         assert!(svg.contains("failed") && !svg.contains("NaN"), "{svg}");
@@ -172,7 +188,7 @@ mod tests {
     #[test]
     fn ticks_are_round() {
         for (most, step) in [(0.29, 0.05), (3.0, 0.5), (3.1, 1.0), (9.0, 2.0), (60.0, 10.0)] {
-            assert!((Scale { most }.step() - step).abs() < 1e-9, "{most}");
+            assert!((Scale { left: 0.0, most }.step() - step).abs() < 1e-9, "{most}");
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What was measured, and the numbers people compare.
 
+use super::curves::Curves;
 use super::mode::Mode;
 use super::stats::{Spread, median};
 
@@ -18,6 +19,8 @@ pub(crate) struct Run {
     pub(crate) peak_extra_bytes: Option<u64>,
     /// Allocating alone and reading alone, where one followed the other.
     pub(crate) apart: Option<Apart>,
+    /// How far the engine was, over time; where a picture is wanted.
+    pub(crate) curves: Option<Curves>,
     /// The route of the engine, or what else is to be known.
     pub(crate) notes: Vec<String>,
 }
@@ -57,6 +60,13 @@ impl ModeRuns {
 
     pub(crate) fn seconds(&self) -> Option<Spread> {
         Spread::of(self.done().map(|run| run.seconds))
+    }
+
+    /// The run in the middle of those that were done.
+    pub(crate) fn median_run(&self) -> Option<&Run> {
+        let mut runs: Vec<_> = self.done().collect();
+        runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        runs.get(runs.len() / 2).copied()
     }
 
     /// The smallest and the largest page size that a run got.

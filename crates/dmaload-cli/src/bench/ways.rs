@@ -18,6 +18,7 @@ use rustix::thread::disable_transparent_huge_pages;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::compare::compare;
+use super::curves::Curves;
 use super::limit::{self, CHUNK_BYTES, DEPTH, Into};
 use super::memory::{PART_BYTES, Region, page_bytes_of};
 use super::mode::Mode;
@@ -38,11 +39,11 @@ pub(crate) struct WrongBytes {
 /// Something that was made ready.
 pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
 
-/// Makes a mode ready.
+/// Makes a mode ready. With `curves` the engine tells how far it was when.
 ///
 /// # Errors
 /// When this machine has no such thing, or the files can't be looked at.
-pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>) -> Result<Ready> {
+pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curves: bool) -> Result<Ready> {
     let files = Files::look_at(paths)?;
     Ok(match mode {
         Mode::Normal => {
@@ -59,11 +60,11 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>) -> Re
         Mode::DirectIo | Mode::DirectIoCheck => {
             let loader = engine::loader(arguments)?;
             let check = mode == Mode::DirectIoCheck;
-            Box::new(move || by_engine(&loader, &files, check))
+            Box::new(move || by_engine(&loader, &files, check, curves))
         }
         Mode::PreadDirect => {
             let loader = engine::loader_by(arguments, Route::PreadDirect, true)?;
-            Box::new(move || by_engine(&loader, &files, false))
+            Box::new(move || by_engine(&loader, &files, false, false))
         }
         Mode::Limit => {
             let (mut reader, notes) = limit_reader()?;
@@ -178,9 +179,9 @@ fn normal_io(files: &Files, populate: bool) -> Result<Run> {
     Ok(Run { page_bytes, ..run })
 }
 
-fn by_engine(loader: &Loader, files: &Files, check: bool) -> Result<Run> {
+fn by_engine(loader: &Loader, files: &Files, check: bool, curves: bool) -> Result<Run> {
     let watch = Stopwatch::start();
-    let load = loader.load_with(&files.paths, loader.options());
+    let load = loader.load_with(&files.paths, loader.options().trace(curves));
     let image = block_on(load.finish())??;
     let run = watch.stop(files);
     if check {
@@ -192,6 +193,7 @@ fn by_engine(loader: &Loader, files: &Files, check: bool) -> Result<Run> {
     Ok(Run {
         page_bytes: report.page_size_bytes() as u64,
         first_segment_seconds: report.first_segment.map(|first| first.as_secs_f64()),
+        curves: curves.then(|| Curves::of(report)),
         notes,
         ..run
     })
