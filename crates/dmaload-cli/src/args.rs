@@ -7,7 +7,7 @@ use std::str::FromStr;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dmaload::dmabuf::Pages;
-use dmaload::{Format, Layout, Route};
+use dmaload::{Cache, Format, Layout, Route};
 
 use crate::bench::{Mode, Pressure};
 use crate::digest::Algorithm;
@@ -214,6 +214,9 @@ pub(crate) struct Engine {
     /// Fail rather than take a lower route than the one to start at.
     #[arg(long)]
     pub(crate) strict: bool,
+    /// A file that is wholly in the page cache: auto copies it from there, bypass reads it from storage.
+    #[arg(long, default_value = "bypass")]
+    pub(crate) cache: Cache,
     /// What the files' bytes are taken for: auto, safetensors, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,

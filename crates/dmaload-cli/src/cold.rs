@@ -90,7 +90,7 @@ fn evict(file: &File, path: &Path) -> Result<(), FileError> {
 /// How much of the file is in the page cache, and how that is known. Reads nothing.
 fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
     let total = file.metadata().at("look at", path)?.len();
-    let (resident, method) = match sys::cachestat(file) {
+    let (resident, method) = match dmaload::probe::cached_bytes(file).map_err(io::Error::from) {
         Ok(resident) => (resident, Method::Cachestat),
         Err(error) if is_refusal(&error) => (by_mincore(file, path)?, Method::Mincore),
         Err(error) => return Err(error).at("count the cached pages of", path),

@@ -20,7 +20,8 @@ pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Resul
         .chunk_bytes(arguments.chunk_size)
         .route(route)
         .strict(strict)
-        .format(arguments.format);
+        .format(arguments.format)
+        .cache(arguments.cache);
     if let Some(bytes) = arguments.segment_size {
         options = options.segment_bytes(bytes);
     }

@@ -1,9 +1,8 @@
-//! The only unsafe code of the command: two mappings, and two questions to the page cache that no safe wrapper asks.
+//! The only unsafe code of the command: two mappings, and a question to the page cache that no safe wrapper asks.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 
 use memmap2::{Mmap, MmapMut};
 
@@ -18,37 +17,6 @@ pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
 pub(crate) fn map_memory(memory: &File) -> io::Result<MmapMut> {
     // SAFETY: callers make the memfd themselves and hand its descriptor to nobody, so this mapping is its only user.
     unsafe { MmapMut::map_mut(memory) }
-}
-
-/// How many bytes of the file are in the page cache, by `cachestat(2)`. `ENOSYS` before Linux 6.5.
-pub(crate) fn cachestat(file: impl AsFd) -> io::Result<u64> {
-    // The same number on every architecture but alpha; the libc crate has it for a few of them only.
-    const SYS_CACHESTAT: libc::c_long = 451;
-    let whole_file = Range { offset: 0, length: 0 };
-    let mut answer = Answer::default();
-    // SAFETY: both pointers are to live values with the kernel's layout (`struct cachestat_range`, five u64 for
-    // `struct cachestat`), the descriptor is open for the whole call, and flags must be 0.
-    let status = unsafe { libc::syscall(SYS_CACHESTAT, file.as_fd().as_raw_fd(), &raw const whole_file, &raw mut answer, 0_u32) };
-    if status == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(answer.cached_pages * rustix::param::page_size() as u64)
-}
-
-#[repr(C)]
-struct Range {
-    offset: u64,
-    length: u64,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct Answer {
-    cached_pages: u64,
-    dirty: u64,
-    writeback: u64,
-    evicted: u64,
-    recently_evicted: u64,
 }
 
 /// How many bytes of a mapped file are in the page cache, by `mincore(2)`. Counts whole pages.

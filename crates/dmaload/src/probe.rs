@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use std::os::fd::AsFd;
+
 use rustix::io::{Errno, pread};
 
 use crate::error::Result;
@@ -99,6 +101,15 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
         }
     };
     Ok(File { bytes: file.identity.bytes, alignment_bytes: file.alignment_bytes, open_direct, first_read })
+}
+
+/// How many bytes of an open file are in the page cache, in whole pages, by `cachestat(2)`.
+///
+/// # Errors
+/// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor may write; EOPNOTSUPP for files
+/// without a page cache of that kind.
+pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
+    crate::residency::cached_bytes(file)
 }
 
 /// What may be allocated before somebody is killed for it.

@@ -44,6 +44,46 @@ impl std::str::FromStr for Format {
     }
 }
 
+/// What is made of a file that is in the page cache when its load begins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Cache {
+    /// Nothing: it is read from storage, by the route that was asked for.
+    #[default]
+    Bypass,
+    /// A file that is there wholly is copied from there ([`Route::Buffered`]), which is faster than most storage; the report
+    /// says so. Any other is read from storage, and so is every file where it can't be known (Linux before 6.5) and of a strict
+    /// load.
+    Auto,
+}
+
+impl Cache {
+    /// The name used on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Cache::Bypass => "bypass",
+            Cache::Auto => "auto",
+        }
+    }
+}
+
+impl std::fmt::Display for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl std::str::FromStr for Cache {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        [Cache::Bypass, Cache::Auto]
+            .into_iter()
+            .find(|cache| cache.name() == name)
+            .ok_or_else(|| format!("no such choice: {name:?}; the choices are bypass, auto"))
+    }
+}
+
 /// What can be chosen for each load; the loader's builder sets what holds for those that choose nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
@@ -55,6 +95,7 @@ pub struct LoadOptions {
     pub(crate) strict: bool,
     pub(crate) format: Format,
     pub(crate) trace: bool,
+    pub(crate) cache: Cache,
     pub(crate) observer: Option<ObserverOption>,
 }
 
@@ -68,6 +109,7 @@ impl Default for LoadOptions {
             strict: false,
             format: Format::Auto,
             trace: false,
+            cache: Cache::Bypass,
             observer: None,
         }
     }
@@ -124,6 +166,13 @@ impl LoadOptions {
     #[must_use]
     pub fn trace(mut self, trace: bool) -> Self {
         self.trace = trace;
+        self
+    }
+
+    /// What is made of files that are in the page cache already. Default: [`Cache::Bypass`].
+    #[must_use]
+    pub fn cache(mut self, cache: Cache) -> Self {
+        self.cache = cache;
         self
     }
 

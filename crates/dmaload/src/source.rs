@@ -9,6 +9,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags, fstat, open,
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::residency::cached_bytes;
 use crate::route::Route;
 
 /// What a file was when the load began.
@@ -110,6 +111,11 @@ impl OpenFile {
             Ok(direct) if route.is_direct() => direct.as_fd(),
             _ => self.buffered.as_fd(),
         }
+    }
+
+    /// Whether all of it is in the page cache; `false` where that can't be known.
+    pub(crate) fn is_wholly_cached(&self) -> bool {
+        self.identity.bytes > 0 && cached_bytes(&self.buffered).is_ok_and(|cached| cached >= self.identity.bytes)
     }
 
     /// Why the file has no direct route.

@@ -15,7 +15,7 @@ use crate::model::{ModelError, TensorMap};
 use crate::plan::{Layout, Plan, Shape};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
-use crate::settings::{Format, LoadOptions};
+use crate::settings::{Cache, Format, LoadOptions};
 use crate::source::OpenFile;
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
@@ -85,6 +85,8 @@ fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> R
     let options = &load.options;
     let file = OpenFile::open(path)?;
     let (route, fallback) = starting_route(&file, index, load)?;
+    let cached = options.cache == Cache::Auto && !options.strict && route.is_direct() && file.is_wholly_cached();
+    let route = if cached { Route::Buffered } else { route };
     let tensors = read_header(&file, options.format)?.map(Arc::new);
     let limit = heap.size_limit();
     let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
@@ -113,7 +115,7 @@ fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> R
     let mut identity = file.identity;
     identity.may_grow = tensors.is_none();
     let alignment_bytes = file.alignment_bytes;
-    Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, open: Some(file) }, fallback))
+    Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, cached, open: Some(file) }, fallback))
 }
 
 /// The route that reads of this file start at: what was asked for; bounce for what is observed in staging; buffered where

@@ -64,6 +64,8 @@ pub(crate) struct FilePlan {
     pub(crate) range: Option<Arc<AddressRange>>,
     /// The route its reads start at.
     pub(crate) route: Route,
+    /// It was wholly in the page cache, and is copied from there by choice.
+    pub(crate) cached: bool,
     /// Open already, or to be opened when its first piece is allocated.
     pub(crate) open: Option<Arc<OpenFile>>,
 }
@@ -560,7 +562,12 @@ impl LoadShared {
                 "this heap is not cached by the CPU: bytes were observed in staging, so all of them were bounced".to_owned(),
             );
         }
-        let cached = state.files.iter().filter(|file| file.route == Route::Buffered);
+        let there = state.files.iter().filter(|file| file.planned.cached);
+        let there_bytes: u64 = there.map(|file| file.planned.plan.file_bytes).sum();
+        if there_bytes > 0 {
+            notes.push(format!("{there_bytes} bytes were in the page cache already, and were copied from there"));
+        }
+        let cached = state.files.iter().filter(|file| file.route == Route::Buffered && !file.planned.cached);
         let cached_bytes: u64 = cached.map(|file| file.planned.plan.file_bytes).sum();
         if cached_bytes >= PAGE_CACHE_BYTES_TOLD {
             tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
