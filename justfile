@@ -32,9 +32,10 @@ guest-test *ARGS:
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
 
-# The benches.
+# The small benches: overlap, and the parser in instructions.
 bench:
     cargo bench -p dmaload-benches --bench overlap
+    cargo bench -p dmaload-benches --bench parser
 
 # Measures all of docs/performance.md (root, some 15 minutes on an idle machine) and writes its tables and pictures.
 performance FILTER="":

@@ -40,6 +40,13 @@ if [[ -z $filter ]]; then
     machine >"$out/machine"
     insert machine "$out/machine"
 fi
+# NAME BENCH: what one of the small benches prints.
+small() {
+    [[ $1 == *$filter* ]] || return 0
+    { echo "\`cargo bench -p dmaload-benches --bench $2\`"; echo; echo '```text'; cargo bench --quiet --locked -p dmaload-benches --bench "$2"; echo '```'; } >"$out/$1"
+    insert "$1" "$out/$1"
+}
+
 few=normal,limit,direct_io,no-overlap
 measure untuned --size 1GiB --user 1000 --plot docs/performance.svg
 measure untuned-3gib --size 3GiB --user 1000 --modes $few
@@ -50,3 +57,5 @@ measure cgroup --size 1GiB --pressure cgroup:1280MiB --modes normal,normal_io,li
 measure cgroup-clean --size 1GiB --pressure cgroup:1600MiB,clean --modes normal,normal_io,limit,direct_io
 measure cgroup-dirty --size 1GiB --pressure cgroup:1600MiB,dirty --modes normal,normal_io,limit,direct_io
 measure hog --size 3GiB --pressure hog:all-but:3328MiB --modes normal,limit,direct_io --rounds 3
+small parser parser
+small overlap overlap
