@@ -424,6 +424,12 @@ impl Events<PieceBuffer<Permit>> for Engine {
         }
     }
 
+    fn no_thread(&self, load: LoadId) {
+        if let Some(shared) = self.load_of(load) {
+            shared.no_thread();
+        }
+    }
+
     fn retried(&self, load: LoadId, retried: Retried) {
         if let Some(shared) = self.load_of(load) {
             shared.retried(&retried);

@@ -86,6 +86,9 @@ fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> R
     let file = OpenFile::open(path)?;
     let (route, fallback) = starting_route(&file, index, load)?;
     let cached = options.cache == Cache::Auto && !options.strict && route.is_direct() && file.is_wholly_cached();
+    if cached {
+        tracing::info!(load = load.id.0, path = %path.display(), "wholly in the page cache: copied from there");
+    }
     let route = if cached { Route::Buffered } else { route };
     let tensors = read_header(&file, options.format)?.map(Arc::new);
     let limit = heap.size_limit();
@@ -128,6 +131,7 @@ fn starting_route(file: &OpenFile, index: usize, load: &LoadShared) -> Result<(R
             let why = "is not cached by the CPU, so what is observed goes through staging";
             return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
         }
+        tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced");
         route = Route::Bounce;
     }
     let refused = file.direct_refused().filter(|_| route.is_direct());

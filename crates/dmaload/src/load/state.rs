@@ -408,6 +408,13 @@ impl LoadShared {
         self.state().notes.push(note);
     }
 
+    /// No thread could be had for its copies, or for its observer.
+    pub(crate) fn no_thread(&self) {
+        let note = "no thread could be had beside the ring's: reads waited for copies and observers";
+        tracing::warn!(load = self.id.0, "{note}");
+        self.state().notes.push(note.to_owned());
+    }
+
     /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
     pub(crate) fn retried(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;

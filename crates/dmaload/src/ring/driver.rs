@@ -138,6 +138,7 @@ struct LoadEntry {
     staging_told: bool,
     /// Whether it knows that there is less staging than it may use.
     less_staging_told: bool,
+    no_thread_told: bool,
     /// The best route that is left to all files.
     floor: Route,
     /// The best route that is left to a file which has stepped down by itself.
@@ -254,6 +255,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             copying: BusyTime::default(),
             staging_told: false,
             less_staging_told: false,
+            no_thread_told: false,
             floor: Route::UringFixedDirect,
             stepped: HashMap::new(),
             ended: false,
@@ -590,6 +592,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
         // looked at, before the completion, and a taken slot is read into by nobody else.
         unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
+        self.tell_if_alone(id);
         if let Some(load) = self.loads.get_mut(&id) {
             load.in_flight += 1;
             load.copying.begin(self.kernel.now());
@@ -623,6 +626,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // SAFETY: these bytes came by reads that have completed. As for reads, neither the piece nor the slot is let go of, or
         // written to, before the completion.
         unsafe { self.kernel.look(Look { token, watch, file, offset, address, bytes }) };
+        self.tell_if_alone(id);
+    }
+
+    fn tell_if_alone(&mut self, id: LoadId) {
+        if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_told)
+            && self.kernel.is_alone()
+        {
+            load.no_thread_told = true;
+            self.outputs.push(Output::NoThread { load: id });
+        }
     }
 
     fn complete(&mut self, completion: Completion) {

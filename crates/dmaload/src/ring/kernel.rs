@@ -118,6 +118,9 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn look(&mut self, look: Look);
 
+    /// Whether copies and looks were done by this thread itself, since no other could be had: reads wait for them.
+    fn is_alone(&self) -> bool;
+
     /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the
     /// thread. An error means that this kernel can't be used any more; what was queued may be in flight.
     fn submit(&mut self, wait: bool) -> Result<(), Errno>;

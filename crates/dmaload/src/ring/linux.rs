@@ -123,6 +123,10 @@ impl Kernel for LinuxKernel {
         unsafe { self.lookers.look(look) };
     }
 
+    fn is_alone(&self) -> bool {
+        self.copiers.is_alone() || self.lookers.is_alone()
+    }
+
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
         let wait = wait && ![&self.readers, &self.copiers, &self.lookers].into_iter().any(Pool::has_completions);
         match &mut self.ring {

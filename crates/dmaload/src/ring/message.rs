@@ -48,6 +48,8 @@ pub(crate) enum Output<B> {
     SteppedDown { load: LoadId, fallback: Fallback },
     /// There is less staging than the load may use: fewer of its reads are in flight at once. Told once.
     LessStaging { load: LoadId, bytes: u64, errno: Errno },
+    /// No thread could be had for the load's copies, or for its observer: reads wait for them. Told once.
+    NoThread { load: LoadId },
     /// A read failed, and is tried once more.
     Retried { load: LoadId, retried: Retried },
     /// Something was done for a piece; only where the load wants to know.

@@ -59,6 +59,8 @@ pub(crate) struct Pool {
     name: &'static str,
     threads: usize,
     threads_max: usize,
+    /// A job was done by the caller, without any thread.
+    alone: bool,
 }
 
 impl Pool {
@@ -69,6 +71,7 @@ impl Pool {
             name,
             threads: 0,
             threads_max,
+            alone: false,
         }
     }
 
@@ -105,7 +108,7 @@ impl Pool {
         if self.start_threads() {
             self.queue(job);
         } else {
-            tracing::warn!(pool = self.name, "no thread could be had: the ring thread does it itself, and reads wait for it");
+            self.alone = true;
             let completion = do_job(job);
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
@@ -128,6 +131,11 @@ impl Pool {
             self.threads += 1;
         }
         self.threads > 0
+    }
+
+    /// Whether a copy or a look was done by the caller, since there was no thread.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// Takes the completions that have come.
@@ -192,4 +200,31 @@ fn show(look: &Look) -> Completion {
     // completion is reaped.
     let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
     Completion { token: look.token, result: look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::slots::Slots;
+    use std::ptr::NonNull;
+
+    #[test]
+    fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
+        let token = Slots::new().insert(());
+        for threads_max in [0, 1] {
+            let wake = Arc::new(Wake::new().unwrap());
+            let mut pool = Pool::new(Arc::clone(&wake), "test", threads_max);
+            let (mut from, mut to) = ([7_u8; 64], [0_u8; 64]);
+            let copy = Copy { token, from: NonNull::from(&mut from).cast(), to: NonNull::from(&mut to).cast(), bytes: 64 };
+            // SAFETY: both arrays stay, and are left alone, until the completion below.
+            unsafe { pool.copy(copy) };
+            let mut done = Vec::new();
+            while done.is_empty() {
+                wake.wait();
+                pool.reap(&mut done);
+            }
+            assert_eq!((done.len(), to), (1, [7; 64]));
+            assert_eq!(pool.is_alone(), threads_max == 0);
+        }
+    }
 }

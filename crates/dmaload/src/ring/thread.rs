@@ -28,6 +28,8 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     fn stepped_down(&self, load: LoadId, fallback: Fallback);
     /// There is less staging than the load may use.
     fn less_staging(&self, load: LoadId, bytes: u64, errno: Errno);
+    /// No thread could be had for its copies, or for its observer.
+    fn no_thread(&self, load: LoadId);
     /// A read failed, and is tried once more.
     fn retried(&self, load: LoadId, retried: Retried);
     /// Something was done for a piece.
@@ -198,6 +200,7 @@ fn deliver<B>(output: Output<B>, events: &impl Events<B>) {
         Output::PieceFull { load, piece, route, buffer } => events.piece_full(load, piece, route, buffer),
         Output::SteppedDown { load, fallback } => events.stepped_down(load, fallback),
         Output::LessStaging { load, bytes, errno } => events.less_staging(load, bytes, errno),
+        Output::NoThread { load } => events.no_thread(load),
         Output::Retried { load, retried } => events.retried(load, retried),
         Output::Traced { load, piece, span } => events.traced(load, piece, span),
         Output::Failed { load, failure } => events.failed(load, failure),

@@ -66,6 +66,8 @@ pub(super) struct Faults {
     pub(super) buffer_slots: u16,
     /// Neither registration nor direct reads can pin the heap's memory.
     pub(super) unpinnable: bool,
+    /// There is no thread for copies and looks.
+    pub(super) no_threads: bool,
     /// So many staging buffers can be had.
     pub(super) staging: usize,
 }
@@ -82,6 +84,7 @@ impl Faults {
             breaks_per_mille: 0,
             buffer_slots: 16,
             unpinnable: false,
+            no_threads: false,
             staging: usize::MAX,
         }
     }
@@ -510,6 +513,10 @@ impl Kernel for SimKernel {
         memory.writing.insert(look.token.user_data(), range);
         drop(memory);
         self.in_flight.push(InFlight { job: Job::Look(look), due: self.clock.get() });
+    }
+
+    fn is_alone(&self) -> bool {
+        self.faults.no_threads
     }
 
     fn submit(&mut self, _wait: bool) -> Result<(), Errno> {

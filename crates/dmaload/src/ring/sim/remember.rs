@@ -73,7 +73,11 @@ impl Machine {
                 match output {
                     Output::SteppedDown { fallback, .. } => done.fallbacks.push(fallback),
                     Output::Failed { failure, .. } => done.failure = Some(failure),
-                    Output::PieceFull { .. } | Output::Traced { .. } | Output::Retried { .. } | Output::LessStaging { .. } => {}
+                    Output::PieceFull { .. }
+                    | Output::Traced { .. }
+                    | Output::Retried { .. }
+                    | Output::LessStaging { .. }
+                    | Output::NoThread { .. } => {}
                     Output::Gone { .. } => {
                         done.refusals = self.driver.kernel().refusals - before;
                         return done;

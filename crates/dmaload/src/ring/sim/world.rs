@@ -79,6 +79,7 @@ struct SimLoad {
     refused: Vec<Attempt>,
     bounced: bool,
     less_staging: bool,
+    no_thread: bool,
 }
 
 impl SimLoad {
@@ -193,6 +194,7 @@ impl World {
             breaks_per_mille: if !calm && random.chance(50) { 20 } else { 0 },
             buffer_slots: *random.pick(&[1, 2, 16]),
             unpinnable: !calm && random.chance(250),
+            no_threads: !calm && random.chance(100),
             staging: if !calm && random.chance(100) { usize::try_from(random.below(3)).unwrap() } else { usize::MAX },
         };
         let memory = Rc::default();
@@ -273,6 +275,7 @@ impl World {
             refused: Vec::new(),
             bounced: false,
             less_staging: false,
+            no_thread: false,
         };
         self.loads.insert(id, load);
         self.scheduler.submit(id);
@@ -422,6 +425,10 @@ impl World {
                     drop(buffer);
                 }
                 Output::Traced { .. } | Output::Retried { .. } => {}
+                Output::NoThread { load: id } => {
+                    let load = self.loads.get_mut(&id).unwrap();
+                    assert!(!std::mem::replace(&mut load.no_thread, true), "told once");
+                }
                 Output::LessStaging { load: id, bytes, .. } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!std::mem::replace(&mut load.less_staging, true), "told once");
@@ -463,6 +470,9 @@ impl World {
                     assert!(complete, "{id:?} is gone without a failure, and not complete");
                     assert!(!load.must_fail(), "{id:?} must fail and did not");
                     self.check_staging_was_told(load);
+                    let beside = (load.bounced || load.observed.is_some()) && !load.pieces.is_empty();
+                    assert!(!load.no_thread || self.faults.no_threads, "{id:?}: there were threads");
+                    assert!(load.no_thread || !(beside && self.faults.no_threads), "{id:?}: what had no thread was not told");
                     if let Some((observer, _)) = &load.observed {
                         assert!(observer.has_seen_all(), "{id:?} was not looked at to its end");
                         assert!(observer.rejects.is_none(), "{id:?} holds what was rejected");
