@@ -20,22 +20,25 @@
 //! It makes no syscall and knows no clock of its own: [`Kernel`] is the only door.
 #![allow(unsafe_code)]
 
+mod entry;
+mod looking;
+mod staged;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
+use entry::{Chunk, InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of, progress, read_bytes};
+
+use super::kernel::{Buffer, Completion, Kernel, Read};
 use super::known::Known;
-use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
+use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span};
 use super::order::InOrder;
 use super::slots::{Slots, Token};
-use super::staging::{Staging, StagingBudget, StagingSlot};
+use super::staging::{Staging, StagingBudget};
 use crate::busy::BusyTime;
-use crate::plan::{Piece, split};
+use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::trace::TraceKind;
 
@@ -45,144 +48,6 @@ const INTERRUPTIONS: u32 = 64;
 /// A direct read that gives less than a block this often in a row has met the end of the file, or a file system
 /// that can't do better.
 const PARTS_OF_A_BLOCK: u32 = 16;
-
-#[derive(Debug)]
-struct PieceEntry<F, B> {
-    load: LoadId,
-    number: usize,
-    piece: Piece,
-    file: FileSpec<F>,
-    buffer: B,
-    buffer_slot: Option<u16>,
-    /// Chunks that are not complete, in flight or not.
-    chunks_left: usize,
-    in_flight: usize,
-    /// The lowest route that any of its bytes took.
-    route: Route,
-    /// Where it begins in the bytes of all files, one after the other; known when all pieces before it are here.
-    position: u64,
-}
-
-/// A read to be done: a range of a piece's memory.
-#[derive(Debug, Clone)]
-struct Chunk {
-    piece: Token,
-    /// Where its piece begins in the bytes of all files of an observed load; else 0.
-    position: u64,
-    range: Range<u64>,
-    /// How often in a row it gave less than a block, or was interrupted.
-    parts_of_a_block: u32,
-    interruptions: u32,
-    /// It failed, and is to be tried once more with no other read of its load in flight.
-    alone: bool,
-}
-
-impl Chunk {
-    fn new(piece: Token, position: u64, range: Range<u64>) -> Self {
-        Chunk { piece, position, range, parts_of_a_block: 0, interruptions: 0, alone: false }
-    }
-
-    /// What of it is left to be read, from so many bytes on.
-    fn rest(&self, bytes: u64) -> Self {
-        Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
-    }
-
-    fn at(&self) -> u64 {
-        self.position + self.range.start
-    }
-}
-
-#[derive(Debug)]
-struct InFlight {
-    chunk: Chunk,
-    route: Route,
-    step: Step,
-    since: Duration,
-}
-
-/// What is in flight.
-#[derive(Debug, Clone, std::marker::Copy)]
-enum Step {
-    /// A read into the piece's memory.
-    Read,
-    /// A read into staging.
-    Staged(StagingSlot),
-    /// A copy from staging into the piece's memory.
-    Copied(StagingSlot),
-    /// A look at what is in staging.
-    SeenStaged(StagingSlot),
-    /// A look at all of the piece.
-    Seen,
-}
-
-/// What is to be looked at when its turn comes.
-#[derive(Debug)]
-enum Unseen {
-    Piece(Token),
-    Staged { chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize },
-}
-
-#[derive(Debug)]
-struct LoadEntry {
-    spec: LoadSpec,
-    pieces_left: usize,
-    chunks: VecDeque<Chunk>,
-    /// Chunks that are read one at a time, before all others.
-    alone: VecDeque<Chunk>,
-    alone_in_flight: bool,
-    in_flight: usize,
-    pieces: Vec<Token>,
-    reading: BusyTime,
-    copying: BusyTime,
-    /// Whether it knows why its reads into staging do not take the best way.
-    staging_told: bool,
-    /// Whether it knows that there is less staging than it may use.
-    less_staging_told: bool,
-    no_thread_told: bool,
-    /// The best route that is left to all files.
-    floor: Route,
-    /// The best route that is left to a file which has stepped down by itself.
-    stepped: HashMap<usize, Route>,
-    ended: bool,
-    unseen: InOrder<Unseen>,
-    /// Of an observed load: the next piece to be read, where it begins in the bytes of all files, and those that came before
-    /// it.
-    next_piece: usize,
-    next_position: u64,
-    early: BTreeMap<usize, (Token, u64)>,
-}
-
-impl LoadEntry {
-    /// What is to be read next, if anything can be now.
-    fn next_chunk(&mut self) -> Option<Chunk> {
-        let alone = match (self.alone.front(), self.chunks.front()) {
-            // In file order, see the module.
-            (Some(alone), Some(other)) if self.is_observed() => alone.at() < other.at(),
-            (alone, _) => alone.is_some(),
-        };
-        if self.in_flight > 0 && (self.alone_in_flight || alone) {
-            return None;
-        }
-        self.alone_in_flight = alone;
-        if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
-    }
-
-    /// What could not be read, or not wholly, is to be read before anything else; of an observed load, in file order.
-    fn requeue(&mut self, chunk: Chunk) {
-        let ordered = self.is_observed();
-        let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };
-        let before = if ordered { queue.iter().take_while(|other| other.at() < chunk.at()).count() } else { 0 };
-        queue.insert(before, chunk);
-    }
-
-    fn is_observed(&self) -> bool {
-        self.spec.observation.is_some()
-    }
-
-    fn times(&self) -> Times {
-        Times { reading: self.reading.total(), copying: self.copying.total() }
-    }
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -473,85 +338,6 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         );
     }
 
-    /// Issues a read into staging. `false` when all of it is busy.
-    fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        let taken = self.staging.take(&mut self.kernel);
-        if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
-            && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
-        {
-            load.less_staging_told = true;
-            self.outputs.push(Output::LessStaging { load: id, bytes, errno });
-        }
-        let slot = match taken {
-            Ok(Some(slot)) => slot,
-            Ok(None) => {
-                self.requeue(id, chunk);
-                return false;
-            }
-            Err(errno) => {
-                self.fail(id, Failure::Staging { bytes: self.staging.slot_bytes() as u64, errno });
-                return true;
-            }
-        };
-        if !self.register_staging(id, &chunk, slot) {
-            self.staging.give_back(slot);
-            return true;
-        }
-        let Some((buffer, registered)) = self.staging.get(slot) else { return true };
-        let (address, slot_bytes) = (buffer.address(), buffer.bytes());
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
-        // A chunk that is larger than a slot goes in parts.
-        let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
-        if end < chunk.range.end {
-            entry.chunks_left += 1;
-            let rest = chunk.rest(slot_bytes as u64);
-            chunk.range.end = end;
-            self.requeue(id, rest);
-        }
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
-        let route = entry.file.route;
-        let bytes = read_bytes(&chunk, &entry.file);
-        assert!(bytes <= slot_bytes, "a read stays within its slot");
-        let best = match (self.kernel.ring(), registered) {
-            (Err(_), _) => Route::PreadDirect,
-            (Ok(()), None) => Route::UringDirect,
-            (Ok(()), Some(_)) => Route::UringFixedDirect,
-        };
-        let by = if route == Route::Buffered { route } else { best.max(entry.file.staged_by) };
-        let registered = registered.filter(|_| by == Route::UringFixedDirect);
-        let in_flight = InFlight { chunk, route, step: Step::Staged(slot), since: self.kernel.now() };
-        self.start_read(id, in_flight, by, registered, address, bytes);
-        true
-    }
-
-    /// Has a slot registered for a load that wants that, and tells it, once, when that can't be. `false` when it is strict, and
-    /// fails.
-    fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
-        let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
-        let Some(load) = self.loads.get_mut(&id) else { return true };
-        // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
-        if load.staging_told
-            || entry.file.route == Route::Buffered
-            || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
-        {
-            return true;
-        }
-        let Some(step) = self.staging.register(slot, &mut self.kernel, &mut self.buffer_slots) else { return true };
-        if wanted >= step.to {
-            return true;
-        }
-        load.staging_told = true;
-        let (attempt, errno) = (step.attempt, step.errno);
-        if load.spec.strict {
-            self.fail(id, Failure::Refused { file, offset, route: Route::Bounce, attempt, errno });
-            return false;
-        }
-        let fallback = Fallback { file_index: None, from: Route::UringFixedDirect, to: step.to, attempt, errno };
-        self.outputs.push(Output::SteppedDown { load: id, fallback });
-        true
-    }
-
     fn start_read(
         &mut self,
         id: LoadId,
@@ -574,67 +360,6 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         if let Some(load) = self.loads.get_mut(&id) {
             load.in_flight += 1;
             load.reading.begin(self.kernel.now());
-        }
-    }
-
-    /// Has what a read brought into staging copied to where it belongs.
-    fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
-        let Some((staging, _)) = self.staging.get(slot) else { return };
-        let start = to_usize(chunk.range.start);
-        assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy stays within both buffers");
-        // SAFETY: `start` is within the buffer, by the assertion above.
-        let to = unsafe { entry.buffer.address().add(start) };
-        let from = staging.address();
-        entry.in_flight += 1;
-        let since = self.kernel.now();
-        let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
-        // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
-        // looked at, before the completion, and a taken slot is read into by nobody else.
-        unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
-        self.tell_if_alone(id);
-        if let Some(load) = self.loads.get_mut(&id) {
-            load.in_flight += 1;
-            load.copying.begin(self.kernel.now());
-        }
-    }
-
-    /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.
-    fn look(&mut self, id: LoadId) {
-        let Some(load) = self.loads.get_mut(&id) else { return };
-        let Some(watch) = load.spec.observation.as_ref().map(|observation| Arc::clone(&observation.watch)) else { return };
-        let Some(unseen) = load.unseen.take() else { return };
-        let token = match &unseen {
-            Unseen::Piece(token) => *token,
-            Unseen::Staged { chunk, .. } => chunk.piece,
-        };
-        let Some(entry) = self.pieces.get_mut(token) else { return };
-        let (address, bytes, chunk, route, step) = match unseen {
-            Unseen::Piece(token) => {
-                let all = Chunk::new(token, entry.position, 0..entry.piece.bytes);
-                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.route, Step::Seen)
-            }
-            Unseen::Staged { chunk, route, slot, bytes } => {
-                let Some((staging, _)) = self.staging.get(slot) else { return };
-                (staging.address(), bytes, chunk, route, Step::SeenStaged(slot))
-            }
-        };
-        entry.in_flight += 1;
-        load.in_flight += 1;
-        let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
-        let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
-        // SAFETY: these bytes came by reads that have completed. As for reads, neither the piece nor the slot is let go of, or
-        // written to, before the completion.
-        unsafe { self.kernel.look(Look { token, watch, file, offset, address, bytes }) };
-        self.tell_if_alone(id);
-    }
-
-    fn tell_if_alone(&mut self, id: LoadId) {
-        if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_told)
-            && self.kernel.is_alone()
-        {
-            load.no_thread_told = true;
-            self.outputs.push(Output::NoThread { load: id });
         }
     }
 
@@ -698,42 +423,6 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             Ok(bytes) => self.advance(chunk, route, bytes as u64),
             Err(Errno::INTR | Errno::AGAIN) => self.again(chunk, route),
             Err(errno) => self.refused(chunk, route, errno),
-        }
-    }
-
-    /// A copy from staging is done: what is there is to be looked at. A direct read may have brought more than whole blocks,
-    /// which is read again with the rest: that is not looked at yet.
-    fn copied(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
-        let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
-        if counted == 0 {
-            self.staging.give_back(slot);
-            self.advance(chunk, route, bytes as u64);
-            return;
-        }
-        let position = chunk.at();
-        if let Some(load) = self.loads.get_mut(&id) {
-            load.unseen.ready(position, counted, Unseen::Staged { chunk, route, slot, bytes: to_usize(counted) });
-        }
-        self.look(id);
-    }
-
-    /// The observer has looked at something.
-    fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Errno>) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
-        match result {
-            Ok(bytes) => {
-                self.look(id);
-                match step {
-                    Step::Seen => self.give(chunk.piece),
-                    _ => self.advance(chunk, route, bytes as u64),
-                }
-            }
-            Err(_) => {
-                let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
-                let bytes = chunk.range.end - chunk.range.start;
-                self.fail(id, Failure::Rejected { file, offset, bytes });
-            }
         }
     }
 
@@ -946,30 +635,6 @@ impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
         }
         self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
     }
-}
-
-/// The chunks of a piece.
-fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
-    let chunks: Vec<_> = split(0..entry.piece.bytes, chunk_bytes).map(|range| Chunk::new(token, entry.position, range)).collect();
-    entry.chunks_left = chunks.len();
-    chunks
-}
-
-/// How far a chunk is when `bytes` bytes of it came. The rest of a direct read must start at a block again: the part of a block
-/// is read twice.
-fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
-    let wanted = chunk.range.end - chunk.range.start;
-    match bytes {
-        bytes if bytes >= wanted => wanted,
-        bytes if route.is_direct() => bytes - bytes % alignment_bytes,
-        bytes => bytes,
-    }
-}
-
-/// How much a read for this chunk asks for: a direct one takes whole blocks.
-fn read_bytes<F>(chunk: &Chunk, file: &FileSpec<F>) -> usize {
-    let bytes = chunk.range.end - chunk.range.start;
-    to_usize(if file.route.is_direct() { bytes.next_multiple_of(file.alignment_bytes) } else { bytes })
 }
 
 fn to_usize(bytes: u64) -> usize {

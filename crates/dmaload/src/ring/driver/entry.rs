@@ -1,0 +1,176 @@
+//! What the driver knows of a load, of its pieces, and of what is in flight for them.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use super::super::message::{FileSpec, LoadId, LoadSpec, Times};
+use super::super::order::InOrder;
+use super::super::slots::Token;
+use super::super::staging::StagingSlot;
+use super::to_usize;
+use crate::busy::BusyTime;
+use crate::plan::{Piece, split};
+use crate::route::Route;
+
+#[derive(Debug)]
+pub(super) struct PieceEntry<F, B> {
+    pub(super) load: LoadId,
+    pub(super) number: usize,
+    pub(super) piece: Piece,
+    pub(super) file: FileSpec<F>,
+    pub(super) buffer: B,
+    pub(super) buffer_slot: Option<u16>,
+    /// Chunks that are not complete, in flight or not.
+    pub(super) chunks_left: usize,
+    pub(super) in_flight: usize,
+    /// The lowest route that any of its bytes took.
+    pub(super) route: Route,
+    /// Where it begins in the bytes of all files, one after the other; known when all pieces before it are here.
+    pub(super) position: u64,
+}
+
+/// A read to be done: a range of a piece's memory.
+#[derive(Debug, Clone)]
+pub(super) struct Chunk {
+    pub(super) piece: Token,
+    /// Where its piece begins in the bytes of all files of an observed load; else 0.
+    pub(super) position: u64,
+    pub(super) range: Range<u64>,
+    /// How often in a row it gave less than a block, or was interrupted.
+    pub(super) parts_of_a_block: u32,
+    pub(super) interruptions: u32,
+    /// It failed, and is to be tried once more with no other read of its load in flight.
+    pub(super) alone: bool,
+}
+
+impl Chunk {
+    pub(super) fn new(piece: Token, position: u64, range: Range<u64>) -> Self {
+        Chunk { piece, position, range, parts_of_a_block: 0, interruptions: 0, alone: false }
+    }
+
+    /// What of it is left to be read, from so many bytes on.
+    pub(super) fn rest(&self, bytes: u64) -> Self {
+        Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
+    }
+
+    pub(super) fn at(&self) -> u64 {
+        self.position + self.range.start
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pub(super) chunk: Chunk,
+    pub(super) route: Route,
+    pub(super) step: Step,
+    pub(super) since: Duration,
+}
+
+/// What is in flight.
+#[derive(Debug, Clone, std::marker::Copy)]
+pub(super) enum Step {
+    /// A read into the piece's memory.
+    Read,
+    /// A read into staging.
+    Staged(StagingSlot),
+    /// A copy from staging into the piece's memory.
+    Copied(StagingSlot),
+    /// A look at what is in staging.
+    SeenStaged(StagingSlot),
+    /// A look at all of the piece.
+    Seen,
+}
+
+/// What is to be looked at when its turn comes.
+#[derive(Debug)]
+pub(super) enum Unseen {
+    Piece(Token),
+    Staged { chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize },
+}
+
+#[derive(Debug)]
+pub(super) struct LoadEntry {
+    pub(super) spec: LoadSpec,
+    pub(super) pieces_left: usize,
+    pub(super) chunks: VecDeque<Chunk>,
+    /// Chunks that are read one at a time, before all others.
+    pub(super) alone: VecDeque<Chunk>,
+    pub(super) alone_in_flight: bool,
+    pub(super) in_flight: usize,
+    pub(super) pieces: Vec<Token>,
+    pub(super) reading: BusyTime,
+    pub(super) copying: BusyTime,
+    /// Whether it knows why its reads into staging do not take the best way.
+    pub(super) staging_told: bool,
+    /// Whether it knows that there is less staging than it may use.
+    pub(super) less_staging_told: bool,
+    pub(super) no_thread_told: bool,
+    /// The best route that is left to all files.
+    pub(super) floor: Route,
+    /// The best route that is left to a file which has stepped down by itself.
+    pub(super) stepped: HashMap<usize, Route>,
+    pub(super) ended: bool,
+    pub(super) unseen: InOrder<Unseen>,
+    /// Of an observed load: the next piece to be read, where it begins in the bytes of all files, and those that came before
+    /// it.
+    pub(super) next_piece: usize,
+    pub(super) next_position: u64,
+    pub(super) early: BTreeMap<usize, (Token, u64)>,
+}
+
+impl LoadEntry {
+    /// What is to be read next, if anything can be now.
+    pub(super) fn next_chunk(&mut self) -> Option<Chunk> {
+        let alone = match (self.alone.front(), self.chunks.front()) {
+            // In file order, see the module.
+            (Some(alone), Some(other)) if self.is_observed() => alone.at() < other.at(),
+            (alone, _) => alone.is_some(),
+        };
+        if self.in_flight > 0 && (self.alone_in_flight || alone) {
+            return None;
+        }
+        self.alone_in_flight = alone;
+        if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
+    }
+
+    /// What could not be read, or not wholly, is to be read before anything else; of an observed load, in file order.
+    pub(super) fn requeue(&mut self, chunk: Chunk) {
+        let ordered = self.is_observed();
+        let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };
+        let before = if ordered { queue.iter().take_while(|other| other.at() < chunk.at()).count() } else { 0 };
+        queue.insert(before, chunk);
+    }
+
+    pub(super) fn is_observed(&self) -> bool {
+        self.spec.observation.is_some()
+    }
+
+    pub(super) fn times(&self) -> Times {
+        Times { reading: self.reading.total(), copying: self.copying.total() }
+    }
+}
+
+/// The chunks of a piece.
+pub(super) fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
+    let chunks: Vec<_> = split(0..entry.piece.bytes, chunk_bytes).map(|range| Chunk::new(token, entry.position, range)).collect();
+    entry.chunks_left = chunks.len();
+    chunks
+}
+
+/// How far a chunk is when `bytes` bytes of it came. The rest of a direct read must start at a block again: the part of a block
+/// is read twice.
+pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
+    let wanted = chunk.range.end - chunk.range.start;
+    match bytes {
+        bytes if bytes >= wanted => wanted,
+        bytes if route.is_direct() => bytes - bytes % alignment_bytes,
+        bytes => bytes,
+    }
+}
+
+/// How much a read for this chunk asks for: a direct one takes whole blocks.
+pub(super) fn read_bytes<F>(chunk: &Chunk, file: &FileSpec<F>) -> usize {
+    let bytes = chunk.range.end - chunk.range.start;
+    to_usize(if file.route.is_direct() { bytes.next_multiple_of(file.alignment_bytes) } else { bytes })
+}

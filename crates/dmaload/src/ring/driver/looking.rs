@@ -1,0 +1,80 @@
+//! Observed loads: each byte is looked at in file order, in its piece or in staging.
+
+use std::sync::Arc;
+
+use rustix::io::Errno;
+
+use super::super::kernel::{Buffer, Kernel, Look};
+use super::super::message::{Failure, LoadId};
+use super::super::staging::StagingSlot;
+use super::entry::{Chunk, InFlight, Step, Unseen, progress};
+use super::{Driver, to_usize};
+use crate::route::Route;
+
+impl<K: Kernel, B: Buffer> Driver<K, B> {
+    /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.
+    pub(super) fn look(&mut self, id: LoadId) {
+        let Some(load) = self.loads.get_mut(&id) else { return };
+        let Some(watch) = load.spec.observation.as_ref().map(|observation| Arc::clone(&observation.watch)) else { return };
+        let Some(unseen) = load.unseen.take() else { return };
+        let token = match &unseen {
+            Unseen::Piece(token) => *token,
+            Unseen::Staged { chunk, .. } => chunk.piece,
+        };
+        let Some(entry) = self.pieces.get_mut(token) else { return };
+        let (address, bytes, chunk, route, step) = match unseen {
+            Unseen::Piece(token) => {
+                let all = Chunk::new(token, entry.position, 0..entry.piece.bytes);
+                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.route, Step::Seen)
+            }
+            Unseen::Staged { chunk, route, slot, bytes } => {
+                let Some((staging, _)) = self.staging.get(slot) else { return };
+                (staging.address(), bytes, chunk, route, Step::SeenStaged(slot))
+            }
+        };
+        entry.in_flight += 1;
+        load.in_flight += 1;
+        let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
+        let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
+        // SAFETY: these bytes came by reads that have completed. As for reads, neither the piece nor the slot is let go of, or
+        // written to, before the completion.
+        unsafe { self.kernel.look(Look { token, watch, file, offset, address, bytes }) };
+        self.tell_if_alone(id);
+    }
+
+    /// A copy from staging is done: what is there is to be looked at. A direct read may have brought more than whole blocks,
+    /// which is read again with the rest: that is not looked at yet.
+    pub(super) fn copied(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
+        if counted == 0 {
+            self.staging.give_back(slot);
+            self.advance(chunk, route, bytes as u64);
+            return;
+        }
+        let position = chunk.at();
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.unseen.ready(position, counted, Unseen::Staged { chunk, route, slot, bytes: to_usize(counted) });
+        }
+        self.look(id);
+    }
+
+    /// The observer has looked at something.
+    pub(super) fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Errno>) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        match result {
+            Ok(bytes) => {
+                self.look(id);
+                match step {
+                    Step::Seen => self.give(chunk.piece),
+                    _ => self.advance(chunk, route, bytes as u64),
+                }
+            }
+            Err(_) => {
+                let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
+                let bytes = chunk.range.end - chunk.range.start;
+                self.fail(id, Failure::Rejected { file, offset, bytes });
+            }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The route bounce: reads into staging, and copies from there.
+
+use super::super::kernel::{Buffer, Copy, Kernel};
+use super::super::message::{Failure, LoadId, Output};
+use super::super::staging::StagingSlot;
+use super::entry::{Chunk, InFlight, Step, read_bytes};
+use super::{Driver, to_usize};
+use crate::route::{Fallback, Route};
+
+impl<K: Kernel, B: Buffer> Driver<K, B> {
+    /// Issues a read into staging. `false` when all of it is busy.
+    pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
+        let taken = self.staging.take(&mut self.kernel);
+        if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
+            && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
+        {
+            load.less_staging_told = true;
+            self.outputs.push(Output::LessStaging { load: id, bytes, errno });
+        }
+        let slot = match taken {
+            Ok(Some(slot)) => slot,
+            Ok(None) => {
+                self.requeue(id, chunk);
+                return false;
+            }
+            Err(errno) => {
+                self.fail(id, Failure::Staging { bytes: self.staging.slot_bytes() as u64, errno });
+                return true;
+            }
+        };
+        if !self.register_staging(id, &chunk, slot) {
+            self.staging.give_back(slot);
+            return true;
+        }
+        let Some((buffer, registered)) = self.staging.get(slot) else { return true };
+        let (address, slot_bytes) = (buffer.address(), buffer.bytes());
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        // A chunk that is larger than a slot goes in parts.
+        let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
+        if end < chunk.range.end {
+            entry.chunks_left += 1;
+            let rest = chunk.rest(slot_bytes as u64);
+            chunk.range.end = end;
+            self.requeue(id, rest);
+        }
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let route = entry.file.route;
+        let bytes = read_bytes(&chunk, &entry.file);
+        assert!(bytes <= slot_bytes, "a read stays within its slot");
+        let best = match (self.kernel.ring(), registered) {
+            (Err(_), _) => Route::PreadDirect,
+            (Ok(()), None) => Route::UringDirect,
+            (Ok(()), Some(_)) => Route::UringFixedDirect,
+        };
+        let by = if route == Route::Buffered { route } else { best.max(entry.file.staged_by) };
+        let registered = registered.filter(|_| by == Route::UringFixedDirect);
+        let in_flight = InFlight { chunk, route, step: Step::Staged(slot), since: self.kernel.now() };
+        self.start_read(id, in_flight, by, registered, address, bytes);
+        true
+    }
+
+    /// Has a slot registered for a load that wants that, and tells it, once, when that can't be. `false` when it is strict, and
+    /// fails.
+    pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
+        let Some(load) = self.loads.get_mut(&id) else { return true };
+        // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
+        if load.staging_told
+            || entry.file.route == Route::Buffered
+            || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
+        {
+            return true;
+        }
+        let Some(step) = self.staging.register(slot, &mut self.kernel, &mut self.buffer_slots) else { return true };
+        if wanted >= step.to {
+            return true;
+        }
+        load.staging_told = true;
+        let (attempt, errno) = (step.attempt, step.errno);
+        if load.spec.strict {
+            self.fail(id, Failure::Refused { file, offset, route: Route::Bounce, attempt, errno });
+            return false;
+        }
+        let fallback = Fallback { file_index: None, from: Route::UringFixedDirect, to: step.to, attempt, errno };
+        self.outputs.push(Output::SteppedDown { load: id, fallback });
+        true
+    }
+
+    /// Has what a read brought into staging copied to where it belongs.
+    pub(super) fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
+        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let Some((staging, _)) = self.staging.get(slot) else { return };
+        let start = to_usize(chunk.range.start);
+        assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy stays within both buffers");
+        // SAFETY: `start` is within the buffer, by the assertion above.
+        let to = unsafe { entry.buffer.address().add(start) };
+        let from = staging.address();
+        entry.in_flight += 1;
+        let since = self.kernel.now();
+        let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
+        // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
+        // looked at, before the completion, and a taken slot is read into by nobody else.
+        unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
+        self.tell_if_alone(id);
+        if let Some(load) = self.loads.get_mut(&id) {
+            load.in_flight += 1;
+            load.copying.begin(self.kernel.now());
+        }
+    }
+
+    /// Tells, once, that there is no thread for what goes on beside reads.
+    pub(super) fn tell_if_alone(&mut self, id: LoadId) {
+        if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_told)
+            && self.kernel.is_alone()
+        {
+            load.no_thread_told = true;
+            self.outputs.push(Output::NoThread { load: id });
+        }
+    }
+}
