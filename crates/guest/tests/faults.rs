@@ -4,11 +4,12 @@
 mod common;
 
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use common::{
-    MIB, assert_descriptors_are_back, assert_dma_bufs, assert_memory_is_back, assert_same, available_bytes, block_on, file, heap,
-    load, original, settled_descriptors, shut_down, sparse_file,
+    MIB, assert_descriptors_are_back, assert_dma_bufs, assert_gives_memory_back, assert_same, available_bytes, block_on, file,
+    heap, load, original, settled_descriptors, shut_down, sparse_file,
 };
 use dmaload::{Error, Layout, Loader, Route};
 use dmaload_guest::{BadDisk, SECTOR, bad_bytes, command, row};
@@ -54,17 +55,17 @@ fn an_unknown_heap_is_told_with_the_known_ones() {
 /// The system heap would wake the OOM killer: it must not even be asked.
 #[test]
 fn more_than_the_machine_has_is_refused_before_the_heap_is_asked() {
-    let before = available_bytes();
     let path = sparse_file("too-large.bin", 8 << 30);
-    for heap in ["dma-heap:system", "udmabuf"] {
-        for layout in ["segmented", "single"] {
-            let output = command(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
-            let limited = heap == "udmabuf" && layout == "single";
-            fails(&output, if limited { &["size_limit_mb"] } else { &["8589934592 more bytes are needed", "MemAvailable"] });
+    assert_gives_memory_back(|| {
+        for heap in ["dma-heap:system", "udmabuf"] {
+            for layout in ["segmented", "single"] {
+                let output = command(&["load", "--heap", heap, "--layout", layout, path.to_str().unwrap()]);
+                let limited = heap == "udmabuf" && layout == "single";
+                fails(&output, if limited { &["size_limit_mb"] } else { &["8589934592 more bytes are needed", "MemAvailable"] });
+            }
         }
-    }
+    });
     std::fs::remove_file(path).unwrap();
-    assert_memory_is_back(before);
 }
 
 /// A stream's consumer keeps all it gets, and the memory runs out half-way.
@@ -72,53 +73,59 @@ fn more_than_the_machine_has_is_refused_before_the_heap_is_asked() {
 fn a_heap_that_runs_out_half_way_fails_clearly_and_gives_everything_back() {
     let path = sparse_file("half-way.bin", 3 << 30);
     for name in ["dma-heap:system", "udmabuf"] {
-        let (before, descriptors) = (available_bytes(), settled_descriptors());
-        let loader = Loader::builder().heap(heap(name)).build().unwrap();
-        let mut kept = Vec::new();
-        let error = block_on(async {
-            let mut segments = loader.stream(&path);
-            loop {
-                match segments.next().await {
-                    Some(Ok(segment)) => kept.push(segment),
-                    Some(Err(error)) => return error,
-                    None => panic!("{name}: 3 GiB do not fit"),
-                }
-            }
-        });
-        assert!(matches!(&error, Error::OutOfMemory { limit, .. } if limit.contains("MemAvailable")), "{name}: {error}");
-        let loaded: usize = kept.iter().map(dmaload::Segment::len).sum();
-        assert!(loaded > 256 * MIB, "{name}: {loaded} bytes came before");
-        row("faults", &[name, "memory runs out in mid-load", "OutOfMemory, all of it given back"]);
-        drop(kept);
-        // The next load works.
-        let image = load(&loader, &file(4097), loader.options()).unwrap();
-        assert_dma_bufs(image.segments(), &original()[..4097], name);
-        drop(image);
-        shut_down(loader);
-        assert_memory_is_back(before);
+        let descriptors = settled_descriptors();
+        assert_gives_memory_back(|| runs_out_half_way(name, &path));
         assert_descriptors_are_back(descriptors);
+        row("faults", &[name, "memory runs out in mid-load", "OutOfMemory, all of it given back"]);
     }
     std::fs::remove_file(path).unwrap();
+}
+
+fn runs_out_half_way(name: &str, path: &Path) {
+    let loader = Loader::builder().heap(heap(name)).build().unwrap();
+    let mut kept = Vec::new();
+    let error = block_on(async {
+        let mut segments = loader.stream(path);
+        loop {
+            match segments.next().await {
+                Some(Ok(segment)) => kept.push(segment),
+                Some(Err(error)) => return error,
+                None => panic!("{name}: 3 GiB do not fit"),
+            }
+        }
+    });
+    assert!(matches!(&error, Error::OutOfMemory { limit, .. } if limit.contains("MemAvailable")), "{name}: {error}");
+    let loaded: usize = kept.iter().map(dmaload::Segment::len).sum();
+    assert!(loaded > 256 * MIB, "{name}: {loaded} bytes came before");
+    drop(kept);
+    // The next load works.
+    let image = load(&loader, &file(4097), loader.options()).unwrap();
+    assert_dma_bufs(image.segments(), &original()[..4097], name);
+    drop(image);
+    shut_down(loader);
 }
 
 #[test]
 fn loads_that_are_dropped_give_everything_back() {
     file(64 * MIB);
     for name in ["dma-heap:system", "udmabuf"] {
-        let (before, descriptors) = (available_bytes(), settled_descriptors());
-        let loader = Loader::builder().heap(heap(name)).segment_bytes(8 << 20).build().unwrap();
-        for round in 0..20 {
-            let mut load = loader.load(file(64 * MIB));
-            let segment = block_on(async { if round % 2 == 0 { load.next().await } else { None } });
-            drop(load);
-            if let Some(segment) = segment {
-                assert_dma_bufs(&[segment.unwrap()], &original()[..8 * MIB], name);
-            }
-        }
-        shut_down(loader);
-        assert_memory_is_back(before);
+        let descriptors = settled_descriptors();
+        assert_gives_memory_back(|| drop_loads(name));
         assert_descriptors_are_back(descriptors);
     }
+}
+
+fn drop_loads(name: &str) {
+    let loader = Loader::builder().heap(heap(name)).segment_bytes(8 << 20).build().unwrap();
+    for round in 0..20 {
+        let mut load = loader.load(file(64 * MIB));
+        let segment = block_on(async { if round % 2 == 0 { load.next().await } else { None } });
+        drop(load);
+        if let Some(segment) = segment {
+            assert_dma_bufs(&[segment.unwrap()], &original()[..8 * MIB], name);
+        }
+    }
+    shut_down(loader);
 }
 
 /// A real medium error, on every heap and route: the load fails and says where; what was handed over before is right; the
@@ -189,27 +196,24 @@ fn the_command_names_the_file_and_the_offset_of_a_bad_sector() {
 
 #[test]
 fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
-    let before = available_bytes();
-    let loader = Loader::builder().heap(heap("dma-heap:system")).layout(Layout::Single).build().unwrap();
-    for _ in 0..3 {
-        let image = load(&loader, &file(200 * MIB + 777), loader.options()).unwrap();
-        let taken = before.saturating_sub(available_bytes());
-        assert!(taken < 400 << 20, "{taken} bytes are taken for 200 MiB");
-        drop(image);
-    }
-    shut_down(loader);
-    assert_memory_is_back(before);
+    assert_gives_memory_back(|| {
+        let before = available_bytes();
+        let loader = Loader::builder().heap(heap("dma-heap:system")).layout(Layout::Single).build().unwrap();
+        for _ in 0..3 {
+            let image = load(&loader, &file(200 * MIB + 777), loader.options()).unwrap();
+            let taken = before.saturating_sub(available_bytes());
+            assert!(taken < 400 << 20, "{taken} bytes are taken for 200 MiB");
+            drop(image);
+        }
+        shut_down(loader);
+    });
 }
 
 /// Two loads that fit one by one and not together: one of them fails, and nobody is killed.
 #[test]
 fn two_loads_at_once_do_not_wake_the_oom_killer() {
-    // A kernel that was short of memory keeps some for itself from then on: what is lost for good is lost again.
-    fill_memory();
-    let before = available_bytes();
-    fill_memory();
+    assert_gives_memory_back(fill_memory);
     row("faults", &["dma-heap:system", "two loads, each of 60 % of the memory", "at most one fits; the OOM killer sleeps"]);
-    assert_memory_is_back(before);
 }
 
 fn fill_memory() {
