@@ -193,6 +193,9 @@ pub(crate) struct Engine {
     /// How files are spread over segments: segmented, single.
     #[arg(long, default_value = "segmented")]
     pub(crate) layout: Layout,
+    /// Give each small file a memory of its own, where several share one otherwise
+    #[arg(long)]
+    pub(crate) no_pack: bool,
     /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less where the heap gives less].
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) segment_size: Option<u64>,

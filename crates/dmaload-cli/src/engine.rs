@@ -17,6 +17,7 @@ pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
 pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Result<Loader> {
     let mut options = LoadOptions::default()
         .layout(arguments.layout)
+        .packed(!arguments.no_pack)
         .chunk_bytes(arguments.chunk_size)
         .route(route)
         .strict(strict)

@@ -27,7 +27,11 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     let mut command = Command::new(program);
     command.args(arguments);
     let segments = image.segments();
-    let described: Vec<_> = (FIRST_FD..).zip(segments).map(|(fd, segment)| describe(fd, segment)).collect();
+    // Segments that share memory follow one another.
+    let memories: Vec<_> = segments.chunk_by(Segment::shares_memory_with).collect();
+    let described =
+        (FIRST_FD..).zip(&memories).flat_map(|(fd, sharing)| sharing.iter().map(move |segment| describe(fd, segment)));
+    let described: Vec<_> = described.collect();
     let files: Vec<_> = image.files().iter().map(|file| file.path().to_string_lossy()).collect();
     let (described, files) = (Value::from(described).to_string(), json!(files).to_string());
     for (name, value) in [("DMALOAD_SEGMENTS", &described), ("DMALOAD_FILES", &files)] {
@@ -39,9 +43,10 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
             image.files().len(),
         );
     }
-    command.env("DMALOAD_FDS", segments.len().to_string()).env("DMALOAD_SEGMENTS", described).env("DMALOAD_FILES", files);
+    command.env("DMALOAD_FDS", memories.len().to_string()).env("DMALOAD_SEGMENTS", described).env("DMALOAD_FILES", files);
+    let firsts = memories.iter().filter_map(|sharing| sharing.first());
     let mappings =
-        (FIRST_FD..).zip(segments).map(|(child_fd, segment)| Ok(FdMapping { parent_fd: descriptor(segment)?, child_fd }));
+        (FIRST_FD..).zip(firsts).map(|(child_fd, segment)| Ok(FdMapping { parent_fd: descriptor(segment)?, child_fd }));
     command.fd_mappings(mappings.collect::<Result<_>>()?)?;
     let status = command.status().at("run", Path::new(program))?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
@@ -63,6 +68,7 @@ fn descriptor(segment: &Segment) -> Result<OwnedFd> {
 fn describe(fd: i32, segment: &Segment) -> Value {
     json!({
         "fd": fd,
+        "offset": segment.memory_offset(),
         "file": segment.file_index(),
         "file_offset": segment.file_range().start,
         "bytes": segment.len(),

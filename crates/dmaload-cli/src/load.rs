@@ -87,13 +87,18 @@ pub(crate) fn progress_bar(what: &'static str) -> ProgressBar {
     bar
 }
 
+fn memory(report: &Report) -> String {
+    let shared = if report.memories < report.segments { format!(" in {} memories", report.memories) } else { String::new() };
+    format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
+}
+
 /// What happened, for people.
 pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
     let report = image.report();
     let mut pairs = Pairs::new()
         .with("loaded", format!("{} in {}, {}", bytes(report.bytes), duration(report.total), rate(report.bytes, report.total)))
         .with("route", report.route)
-        .with("memory", format!("{}, {} ({})", report.heap, report.layout, counted(report.segments, "segment")))
+        .with("memory", memory(report))
         .with("pages", pages(report))
         .with("time", times(report))
         .with(
@@ -176,6 +181,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
         "heap": report.heap,
         "notes": report.notes,
         "layout": report.layout.name(),
+        "memories": report.memories,
         "route": report.route.name(),
         "fallbacks": report.fallbacks.iter().map(|fallback| json!({
             "from": fallback.from.name(),
@@ -194,6 +200,7 @@ fn segment_to_json(segment: &Segment) -> Value {
     json!({
         "index": segment.index(),
         "file": segment.file_index(),
+        "memory_offset": segment.memory_offset(),
         "file_offset": segment.file_range().start,
         "bytes": segment.len(),
         "dma_buf": segment.has_dma_buf(),

@@ -45,6 +45,33 @@ fn a_program_reads_the_segments_from_its_descriptors() {
 }
 
 #[test]
+fn small_files_share_a_descriptor_unless_they_are_not_to() {
+    let folder = folder();
+    let paths: Vec<_> = (0..3).map(|number| random_file(folder.path(), &number.to_string(), 5000 + number)).collect();
+    let script = r#"printf '%s|%s|' "$DMALOAD_FDS" "$DMALOAD_SEGMENTS"; cat <&3"#;
+    let loaded = |more: &[&str]| {
+        let mut command = dmaload(["load", "--quiet"]);
+        command.args(more).args(&paths).args(["--exec", "sh", "-c", script]);
+        let stdout = run(&mut command).succeeds().stdout;
+        let parts: Vec<_> = stdout.splitn(3, |&byte| byte == b'|').map(<[u8]>::to_vec).collect();
+        let segments: serde_json::Value = serde_json::from_slice(&parts[1]).unwrap();
+        let segments = segments.as_array().unwrap().clone();
+        let told = |key: &str| segments.iter().map(|segment| segment[key].as_u64().unwrap()).collect::<Vec<_>>();
+        (parts[0].clone(), told("fd"), told("offset"), parts[2].clone())
+    };
+    let (fds, fd, offset, memory) = loaded(&[]);
+    assert_eq!((&*fds, &*fd, &*offset), (&b"1"[..], &[3, 3, 3][..], &[0, 8192, 16384][..]));
+    assert_eq!(memory.len(), 3 * 8192);
+    for (number, &offset) in offset.iter().enumerate() {
+        let (part, bytes) = (&memory[usize::try_from(offset).unwrap()..][..8192], 5000 + number);
+        assert!(part[..bytes] == random_bytes(bytes, bytes as u64), "file {number}");
+        assert!(part[bytes..].iter().all(|&byte| byte == 0), "the tail of file {number}");
+    }
+    let (fds, fd, offset, memory) = loaded(&["--no-pack"]);
+    assert_eq!((&*fds, &*fd, &*offset, memory.len()), (&b"3"[..], &[3, 4, 5][..], &[0, 0, 0][..], 8192));
+}
+
+#[test]
 fn the_exit_status_is_the_programs() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);

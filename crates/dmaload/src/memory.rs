@@ -1,9 +1,10 @@
 //! A segment's memory while it is being filled, and after.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memory};
 
@@ -20,8 +21,13 @@ pub(crate) struct Backing {
     bytes: usize,
     /// Whether its pages are there already.
     reused: bool,
+    /// The number of views that are alive, or [`HANDED_OUT`].
+    lent: AtomicUsize,
     reaper: Reaper,
 }
+
+/// No number of views.
+const HANDED_OUT: usize = usize::MAX;
 
 // SAFETY: the pointer is into the mapping that `holding` owns, which is not bound to a thread.
 unsafe impl Send for Backing {}
@@ -31,7 +37,7 @@ unsafe impl Sync for Backing {}
 impl Backing {
     pub(crate) fn new(mapping: Mapping, memory: Memory, reaper: Reaper) -> Self {
         let (address, bytes) = (mapping.address(), mapping.bytes());
-        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, reaper }
+        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: AtomicUsize::new(0), reaper }
     }
 
     /// Memory from the pool, moved to where it is needed now; `None` when it can't be moved: then it is freed.
@@ -40,7 +46,8 @@ impl Backing {
         match holding.moved_to(range, at) {
             Ok(holding) => {
                 let (address, bytes) = (holding.mapping.address(), holding.mapping.bytes());
-                Some(Backing { holding: Some(holding), address, bytes, reused: true, reaper: reaper.clone() })
+                let (lent, reaper) = (AtomicUsize::new(0), reaper.clone());
+                Some(Backing { holding: Some(holding), address, bytes, reused: true, lent, reaper })
             }
             Err(holding) => {
                 reaper.bury(holding);
@@ -101,6 +108,43 @@ impl Backing {
         }
         let _ = holding.exported.set(dma_buf);
         Ok(())
+    }
+
+    /// A view more; `false` once it was handed out.
+    pub(crate) fn lend(&self) -> bool {
+        let one_more = |views: usize| (views < HANDED_OUT - 1).then(|| views + 1);
+        self.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
+    }
+
+    /// A view that [`Backing::lend`] has allowed is gone.
+    pub(crate) fn take_back(&self) {
+        self.lent.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// From now on nobody gets a view. Where there are any, the error is their number.
+    pub(crate) fn hand_out(&self) -> Result<(), usize> {
+        match self.lent.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) | Err(HANDED_OUT) => {
+                self.forbid_reuse();
+                Ok(())
+            }
+            Err(views) => Err(views),
+        }
+    }
+
+    /// Bytes of it.
+    ///
+    /// # Safety
+    /// They must be filled, and nobody may write to them as long as the slice lives.
+    ///
+    /// # Panics
+    /// When they reach past its end.
+    pub(crate) unsafe fn filled(&self, range: Range<usize>) -> &[u8] {
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} is within {} bytes", self.bytes);
+        // SAFETY: the memory is mapped as long as this lives, and the range is within it.
+        let start = unsafe { self.address.add(range.start) };
+        // SAFETY: as above, and what the caller promises.
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), range.len()) }
     }
 
     pub(crate) fn parts(&self) -> Option<(&Mapping, &Memory)> {

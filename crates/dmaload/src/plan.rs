@@ -1,16 +1,25 @@
-//! The plan of a file: which segments it goes into, in which pieces they are filled, and by which reads.
+//! The plan of a load: which segments its files go into, in which memories these are, in which pieces they are filled, and by
+//! which reads.
 //!
 //! ```text
-//!   file      |------------------------- bytes --------------------------|
-//!   segments  |--------- 0 ----------|--------- 1 ----------|---- 2 -----|....|   padded to the alignment
-//!   pieces    |--0--|--1--|--2--|--3-|--4--| ...                                  allocated, populated, registered, permitted
-//!   chunks    |-|-|-|-|-|-|-|-| ...                                               one read each
+//!   a large file   |------------------------- bytes --------------------------|      small files   a |---| b |--| c |---------|
+//!   segments       |--------- 0 ----------|--------- 1 ----------|---- 2 -----|....|               |-3-|.|-4|...|----5----|.|
+//!   memories       |--------- 0 ----------|--------- 1 ----------|------- 2 -------|               |------------ 3 ----------|
+//!   batches        |--0--|--1--|--2--|--3-|--4--| ...     allocated, populated, permitted          |-------7-------|----8----|
+//!   pieces         |--0--|--1--|--2--|--3-|--4--| ...     registered and filled                    |--7--|--8--|-9-|---10----|
+//!   chunks         |-|-|-|-|-|-|-|-| ...                  one read each
 //! ```
+//!
+//! What is dotted is padding up to the alignment. Small files that follow one another share memories, so that a thousand of them
+//! cost a few allocations and can have huge pages; each begins at a multiple of the alignment, which direct reads need.
 //!
 //! Pure: no clock, no syscall, the same answer every time.
 
 use std::num::NonZeroU64;
 use std::ops::Range;
+
+/// The same as the memory's.
+const HUGE_PAGE_BYTES: u64 = dmabuf::HUGE_PAGE_BYTES as u64;
 
 /// How a file is spread over segments.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -50,38 +59,79 @@ impl std::str::FromStr for Layout {
     }
 }
 
-/// What shapes a plan. All sizes are multiples of `alignment_bytes`, which is a power of two and at least a page.
+/// What shapes a plan. Sizes are multiples of every file's alignment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) layout: Layout,
     pub(crate) segment_bytes: u64,
-    pub(crate) piece_bytes: u64,
+    /// What is allocated and populated at once; with `segment_bytes`, all of a memory is.
+    pub(crate) batch_bytes: u64,
+    /// Whether small files share memories.
+    pub(crate) packed: bool,
+}
+
+/// A file to be planned.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FileShape {
+    pub(crate) bytes: u64,
+    /// A power of two, at least a page.
     pub(crate) alignment_bytes: u64,
 }
 
-/// A file's plan.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The plan of all files of a load. Everything is in file order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    pub(crate) file_bytes: u64,
+    /// The length of all memories side by side.
+    pub(crate) memory_bytes: u64,
+    pub(crate) files: Vec<FileParts>,
+    pub(crate) memories: Vec<MemoryPlan>,
     pub(crate) segments: Vec<SegmentPlan>,
+    pub(crate) batches: Vec<Batch>,
     pub(crate) pieces: Vec<Piece>,
 }
 
-/// A segment: the file's bytes in it, and the memory that holds them.
+/// What belongs to a file, as indices into the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct SegmentPlan {
-    pub(crate) file_range: Range<u64>,
-    /// The length of its memory: that of the range, rounded up to the alignment.
-    pub(crate) memory_bytes: u64,
-    /// Its pieces, as indices into the plan's.
+pub(crate) struct FileParts {
+    pub(crate) segments: Range<usize>,
     pub(crate) pieces: Range<usize>,
 }
 
-/// A piece: the unit that is allocated, registered, filled and counted by the window.
+/// A memory: what a heap allocates as one. It holds a segment, or those of many small files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MemoryPlan {
+    /// Where it begins in the load's range of addresses.
+    pub(crate) range_offset: u64,
+    pub(crate) bytes: u64,
+    pub(crate) segments: Range<usize>,
+    pub(crate) pieces: Range<usize>,
+}
+
+/// A segment: a range of a file, and where it is in its memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SegmentPlan {
+    pub(crate) file: usize,
+    pub(crate) memory: usize,
+    pub(crate) memory_offset: u64,
+    pub(crate) file_range: Range<u64>,
+    /// What it takes of its memory: the length of its range, rounded up to the alignment.
+    pub(crate) memory_bytes: u64,
+}
+
+/// A batch: what is allocated, populated and counted by the window at once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Batch {
+    pub(crate) memory: usize,
+    pub(crate) memory_offset: u64,
+    pub(crate) bytes: u64,
+    pub(crate) pieces: Range<usize>,
+}
+
+/// A piece: the part of a batch that belongs to one file. It is registered and filled as one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) segment: usize,
-    /// Where it begins in its segment's memory.
+    /// Where it begins in its memory.
     pub(crate) memory_offset: u64,
     /// Where it begins in the file.
     pub(crate) file_offset: u64,
@@ -92,39 +142,123 @@ pub(crate) struct Piece {
     pub(crate) memory_bytes: u64,
 }
 
+/// The most files that have a part in one batch: each is open while it is read.
+pub(crate) const BATCH_FILES: usize = 64;
+/// Files up to this part of a segment share memories: what a larger one could share is not worth the wait for the others.
+const PACKED_PART: u64 = 4;
+
+impl Shape {
+    /// Whether a file of this size shares its memory with others.
+    pub(crate) fn packs(&self, bytes: u64) -> bool {
+        self.packed && self.layout == Layout::Segmented && bytes > 0 && bytes <= self.segment_bytes / PACKED_PART
+    }
+}
+
 impl Plan {
-    /// Plans a file of `file_bytes` bytes. A file of 0 bytes has no segments.
-    pub(crate) fn new(file_bytes: u64, shape: Shape) -> Plan {
-        debug_assert!(shape.alignment_bytes.is_power_of_two());
-        debug_assert!(
-            shape.segment_bytes.is_multiple_of(shape.alignment_bytes) && shape.piece_bytes.is_multiple_of(shape.alignment_bytes)
-        );
+    /// Plans files. One of 0 bytes has no segments.
+    pub(crate) fn new(files: &[FileShape], shape: Shape) -> Plan {
         let segment_bytes = match shape.layout {
             Layout::Segmented => shape.segment_bytes,
             Layout::Single => u64::MAX,
         };
-        let mut plan = Plan { file_bytes, segments: Vec::new(), pieces: Vec::new() };
-        for file_range in split(0..file_bytes, segment_bytes) {
-            let first_piece = plan.pieces.len();
-            for part in split(file_range.clone(), shape.piece_bytes) {
-                let bytes = part.end - part.start;
-                plan.pieces.push(Piece {
-                    segment: plan.segments.len(),
-                    memory_offset: part.start - file_range.start,
-                    file_offset: part.start,
-                    bytes,
-                    memory_bytes: bytes.next_multiple_of(shape.alignment_bytes),
-                });
+        let mut plan = Plan::default();
+        // The alignment and the number of the files of the memory that more small ones may join.
+        let mut pack: Option<(u64, usize)> = None;
+        for (index, file) in files.iter().enumerate() {
+            debug_assert!(file.alignment_bytes.is_power_of_two());
+            debug_assert!(
+                shape.segment_bytes.is_multiple_of(file.alignment_bytes)
+                    && shape.batch_bytes.is_multiple_of(file.alignment_bytes)
+            );
+            let packed = shape.packs(file.bytes);
+            let first_segment = plan.segments.len();
+            for file_range in split(0..file.bytes, segment_bytes) {
+                let memory_bytes = (file_range.end - file_range.start).next_multiple_of(file.alignment_bytes);
+                // A memory that is allocated at once is one batch.
+                let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { BATCH_FILES };
+                let room = |&(alignment, count): &(u64, usize)| {
+                    let taken = plan.memories.last().map_or(0, |memory| memory.bytes);
+                    alignment == file.alignment_bytes && count < most && taken + memory_bytes <= segment_bytes
+                };
+                pack = match pack.filter(|_| packed).filter(room) {
+                    Some((alignment, count)) => Some((alignment, count + 1)),
+                    None => {
+                        plan.begin_memory(file_range.start > 0);
+                        packed.then_some((file.alignment_bytes, 1))
+                    }
+                };
+                plan.add_segment(index, file_range, memory_bytes);
             }
-            let memory_bytes = (file_range.end - file_range.start).next_multiple_of(shape.alignment_bytes);
-            plan.segments.push(SegmentPlan { file_range, memory_bytes, pieces: first_piece..plan.pieces.len() });
+            plan.files.push(FileParts { segments: first_segment..plan.segments.len(), pieces: 0..0 });
         }
+        for memory in 0..plan.memories.len() {
+            plan.cut(memory, shape.batch_bytes);
+        }
+        plan.memory_bytes = plan.end_of_range();
         plan
     }
 
-    /// The memory that all segments take.
-    pub(crate) fn memory_bytes(&self) -> u64 {
-        self.segments.iter().map(|segment| segment.memory_bytes).sum()
+    fn end_of_range(&self) -> u64 {
+        self.memories.last().map_or(0, |memory| memory.range_offset + memory.bytes)
+    }
+
+    /// A new memory: a file's next one follows its last one without a gap, any other begins where a huge page can.
+    fn begin_memory(&mut self, continues_file: bool) {
+        let end = self.end_of_range();
+        let range_offset = if continues_file { end } else { end.next_multiple_of(HUGE_PAGE_BYTES) };
+        let segments = self.segments.len()..self.segments.len();
+        self.memories.push(MemoryPlan { range_offset, bytes: 0, segments, pieces: 0..0 });
+    }
+
+    /// A segment at the end of the last memory.
+    fn add_segment(&mut self, file: usize, file_range: Range<u64>, memory_bytes: u64) {
+        let Some(number) = self.memories.len().checked_sub(1) else { return };
+        let Some(memory) = self.memories.get_mut(number) else { return };
+        self.segments.push(SegmentPlan { file, memory: number, memory_offset: memory.bytes, file_range, memory_bytes });
+        memory.bytes += memory_bytes;
+        memory.segments.end += 1;
+    }
+
+    /// Cuts a memory into batches, and these into pieces.
+    fn cut(&mut self, number: usize, batch_bytes: u64) {
+        let Plan { files, memories, segments, batches, pieces, .. } = self;
+        let Some(memory) = memories.get_mut(number) else { return };
+        let own = segments.get(memory.segments.clone()).unwrap_or_default();
+        memory.pieces = pieces.len()..pieces.len();
+        let (mut start, mut segment) = (0, 0);
+        while start < memory.bytes {
+            let mut end = start.saturating_add(batch_bytes).min(memory.bytes);
+            if let Some(next) = own.get(segment + BATCH_FILES).filter(|next| next.memory_offset < end) {
+                // A batch that ends within a huge page makes small ones of it: only where files are tiny.
+                let whole = next.memory_offset / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+                end = if whole > start { whole } else { next.memory_offset };
+            }
+            let first_piece = pieces.len();
+            while let Some(planned) = own.get(segment).filter(|planned| planned.memory_offset < end) {
+                let segment_end = planned.memory_offset + planned.memory_bytes;
+                let part = start.max(planned.memory_offset)..end.min(segment_end);
+                let file_offset = planned.file_range.start + (part.start - planned.memory_offset);
+                let memory_bytes = part.end - part.start;
+                if let Some(file) = files.get_mut(planned.file) {
+                    let first = if file.pieces.is_empty() { pieces.len() } else { file.pieces.start };
+                    file.pieces = first..pieces.len() + 1;
+                }
+                pieces.push(Piece {
+                    segment: memory.segments.start + segment,
+                    memory_offset: part.start,
+                    file_offset,
+                    bytes: memory_bytes.min(planned.file_range.end - file_offset),
+                    memory_bytes,
+                });
+                if segment_end > end {
+                    break;
+                }
+                segment += 1;
+            }
+            batches.push(Batch { memory: number, memory_offset: start, bytes: end - start, pieces: first_piece..pieces.len() });
+            start = end;
+        }
+        memory.pieces.end = pieces.len();
     }
 }
 
@@ -145,66 +279,140 @@ mod tests {
     use proptest::prelude::*;
 
     const ALIGNMENT: u64 = 4096;
+    const MIB: u64 = 1 << 20;
 
-    fn shape(layout: Layout, segment_pages: u64, piece_pages: u64) -> Shape {
-        Shape {
-            layout,
-            segment_bytes: segment_pages * ALIGNMENT,
-            piece_bytes: piece_pages * ALIGNMENT,
-            alignment_bytes: ALIGNMENT,
-        }
+    fn shape(layout: Layout, segment_pages: u64, batch_pages: u64) -> Shape {
+        Shape { layout, segment_bytes: segment_pages * ALIGNMENT, batch_bytes: batch_pages * ALIGNMENT, packed: true }
+    }
+
+    fn files(bytes: &[u64]) -> Vec<FileShape> {
+        bytes.iter().map(|&bytes| FileShape { bytes, alignment_bytes: ALIGNMENT }).collect()
     }
 
     #[test]
     fn an_empty_file_has_no_segments() {
-        let plan = Plan::new(0, shape(Layout::Segmented, 4, 2));
-        assert_eq!((plan.segments.len(), plan.pieces.len()), (0, 0));
+        let plan = Plan::new(&files(&[0]), shape(Layout::Segmented, 4, 2));
+        assert_eq!((plan.segments.len(), plan.pieces.len(), plan.files.len()), (0, 0, 1));
     }
 
     #[test]
     fn a_file_of_one_segment_and_a_byte_has_two() {
-        let plan = Plan::new(4 * ALIGNMENT + 1, shape(Layout::Segmented, 4, 2));
+        let plan = Plan::new(&files(&[4 * ALIGNMENT + 1]), shape(Layout::Segmented, 4, 2));
         assert_eq!(plan.segments[1].file_range, 4 * ALIGNMENT..4 * ALIGNMENT + 1);
         assert_eq!(plan.segments[1].memory_bytes, ALIGNMENT);
-        assert_eq!(plan.pieces.len(), 3);
+        assert_eq!((plan.memories.len(), plan.batches.len(), plan.pieces.len()), (2, 3, 3));
     }
 
     #[test]
     fn single_is_one_segment_of_several_pieces() {
-        let plan = Plan::new(9 * ALIGNMENT - 5, shape(Layout::Single, 4, 2));
-        assert_eq!(plan.segments.len(), 1);
+        let plan = Plan::new(&files(&[9 * ALIGNMENT - 5, 1]), shape(Layout::Single, 4, 2));
+        assert_eq!((plan.segments.len(), plan.memories.len()), (2, 2), "and never shares a memory");
         assert_eq!(plan.segments[0].memory_bytes, 9 * ALIGNMENT);
-        assert_eq!(plan.segments[0].pieces, 0..5);
+        assert_eq!(plan.files[0].pieces, 0..5);
+    }
+
+    #[test]
+    fn small_files_share_memories_and_batches_end_at_huge_pages() {
+        let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes: 16 * MIB, packed: true };
+        let plan = Plan::new(&files(&vec![700_000; 2000]), shape);
+        // 171 pages each, 95 of which fit into 64 MiB.
+        assert_eq!((plan.memories.len(), plan.segments.len()), (22, 2000));
+        let whole = |batch: &Batch| batch.memory_offset.is_multiple_of(HUGE_PAGE_BYTES);
+        assert!(plan.batches.iter().all(whole) && plan.batches.len() == 21 * 4 + 1, "{} batches", plan.batches.len());
+        let apart = Plan::new(&files(&vec![700_000; 2000]), Shape { packed: false, ..shape });
+        assert_eq!(apart.memories.len(), 2000);
+    }
+
+    #[test]
+    fn a_batch_has_no_more_files_than_may_be_open() {
+        for batch_bytes in [16 * MIB, 64 * MIB] {
+            let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes, packed: true };
+            let plan = Plan::new(&files(&vec![5; 1000]), shape);
+            assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= BATCH_FILES));
+            assert_eq!(plan.batches.len(), 1000_usize.div_ceil(BATCH_FILES));
+        }
+    }
+
+    #[test]
+    fn a_large_file_ends_the_sharing_so_that_order_and_places_agree() {
+        let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes: 16 * MIB, packed: true };
+        let plan = Plan::new(&files(&[5, 6, 100 * MIB, 7, 8]), shape);
+        let memories: Vec<_> = plan.segments.iter().map(|segment| (segment.file, segment.memory)).collect();
+        assert_eq!(memories, [(0, 0), (1, 0), (2, 1), (2, 2), (3, 3), (4, 3)]);
+        let offsets: Vec<_> = plan.memories.iter().map(|memory| memory.range_offset).collect();
+        assert_eq!(offsets, [0, 2 * MIB, 66 * MIB, 102 * MIB]);
     }
 
     proptest! {
         #[test]
         fn every_byte_is_in_one_segment_and_one_piece(
-            file_bytes in 0u64..2_000_000, segment_pages in 1u64..40, piece_pages in 1u64..50, single: bool,
+            bytes in proptest::collection::vec(prop_oneof![0u64..20_000, 0u64..2_000_000], 1..20),
+            large in proptest::collection::vec(any::<bool>(), 20),
+            segment_pages in 1u64..40, batch_pages in 1u64..50, single: bool, packed: bool,
         ) {
             let layout = if single { Layout::Single } else { Layout::Segmented };
-            let plan = Plan::new(file_bytes, shape(layout, segment_pages, piece_pages));
-            let mut file_at = 0;
-            for (index, segment) in plan.segments.iter().enumerate() {
-                prop_assert_eq!(segment.file_range.start, file_at);
-                let mut memory_at = 0;
-                for piece in &plan.pieces[segment.pieces.clone()] {
-                    prop_assert_eq!(piece.segment, index);
-                    prop_assert_eq!(piece.file_offset, file_at);
-                    prop_assert_eq!(piece.memory_offset, memory_at);
-                    prop_assert!(piece.bytes > 0 && piece.bytes <= piece.memory_bytes);
-                    prop_assert!(piece.memory_bytes - piece.bytes < ALIGNMENT);
-                    prop_assert!(piece.memory_bytes <= piece_pages * ALIGNMENT);
-                    prop_assert_eq!(piece.file_offset % ALIGNMENT, 0);
-                    file_at += piece.bytes;
-                    memory_at += piece.memory_bytes;
-                }
-                prop_assert_eq!(segment.file_range.end, file_at);
-                prop_assert_eq!(segment.memory_bytes, memory_at);
-                prop_assert!(single || segment.memory_bytes <= segment_pages * ALIGNMENT);
+            let shape = Shape { packed, ..shape(layout, segment_pages * 2, batch_pages * 2) };
+            let mut files = files(&bytes);
+            for (file, large) in files.iter_mut().zip(large) {
+                file.alignment_bytes = if large { 2 * ALIGNMENT } else { ALIGNMENT };
             }
-            prop_assert_eq!(file_at, file_bytes);
-            prop_assert_eq!(plan.segments.iter().map(|segment| segment.pieces.len()).sum::<usize>(), plan.pieces.len());
+            let plan = Plan::new(&files, shape);
+            // Files → segments → pieces: all bytes, in order, none twice.
+            prop_assert_eq!(plan.files.len(), files.len());
+            let (mut segment_at, mut piece_at) = (0, 0);
+            for (index, (file, parts)) in files.iter().zip(&plan.files).enumerate() {
+                let mut file_at = 0;
+                prop_assert_eq!(parts.segments.start, segment_at);
+                for segment in &plan.segments[parts.segments.clone()] {
+                    prop_assert_eq!((segment.file, segment.file_range.start), (index, file_at));
+                    prop_assert!(segment.file_range.end > file_at);
+                    prop_assert_eq!(segment.memory_offset % file.alignment_bytes, 0);
+                    let bytes = segment.file_range.end - file_at;
+                    prop_assert_eq!(segment.memory_bytes, bytes.next_multiple_of(file.alignment_bytes));
+                    prop_assert!(single || segment.memory_bytes <= shape.segment_bytes);
+                    file_at = segment.file_range.end;
+                }
+                prop_assert_eq!(file_at, file.bytes);
+                segment_at = parts.segments.end;
+                let mut file_at = 0;
+                prop_assert!(parts.pieces.is_empty() || parts.pieces.start == piece_at);
+                for piece in &plan.pieces[parts.pieces.clone()] {
+                    let segment = &plan.segments[piece.segment];
+                    prop_assert_eq!((segment.file, piece.file_offset), (index, file_at));
+                    prop_assert!(piece.bytes > 0 && piece.bytes <= piece.memory_bytes);
+                    prop_assert!(piece.memory_bytes - piece.bytes < file.alignment_bytes);
+                    prop_assert_eq!(piece.memory_offset - segment.memory_offset, piece.file_offset - segment.file_range.start);
+                    prop_assert_eq!((piece.file_offset % file.alignment_bytes, piece.memory_offset % file.alignment_bytes), (0, 0));
+                    file_at += piece.bytes;
+                    piece_at += 1;
+                }
+                prop_assert_eq!(file_at, file.bytes);
+            }
+            prop_assert_eq!((segment_at, piece_at), (plan.segments.len(), plan.pieces.len()));
+            // Memories → batches → pieces: no gap, nothing twice.
+            let (mut range_at, mut batch_at, mut piece_at) = (0, 0, 0);
+            for (index, memory) in plan.memories.iter().enumerate() {
+                prop_assert!(memory.range_offset >= range_at && !memory.segments.is_empty());
+                prop_assert!(packed || memory.segments.len() == 1);
+                prop_assert!(single || memory.bytes <= shape.segment_bytes);
+                range_at = memory.range_offset + memory.bytes;
+                let mut at = 0;
+                prop_assert_eq!(memory.pieces.start, piece_at);
+                while at < memory.bytes {
+                    let batch = &plan.batches[batch_at];
+                    prop_assert_eq!((batch.memory, batch.memory_offset, batch.pieces.start), (index, at, piece_at));
+                    prop_assert!(batch.bytes <= shape.batch_bytes && batch.pieces.len() <= BATCH_FILES);
+                    for piece in &plan.pieces[batch.pieces.clone()] {
+                        prop_assert_eq!((plan.segments[piece.segment].memory, piece.memory_offset), (index, at));
+                        at += piece.memory_bytes;
+                    }
+                    prop_assert_eq!(at, batch.memory_offset + batch.bytes);
+                    (batch_at, piece_at) = (batch_at + 1, batch.pieces.end);
+                }
+                prop_assert_eq!(memory.pieces.end, piece_at);
+                prop_assert_eq!(memory.segments.clone().map(|number| plan.segments[number].memory_bytes).sum::<u64>(), memory.bytes);
+            }
+            prop_assert_eq!((batch_at, piece_at, range_at), (plan.batches.len(), plan.pieces.len(), plan.memory_bytes));
         }
     }
 }

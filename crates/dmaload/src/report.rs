@@ -18,6 +18,8 @@ pub struct Report {
     pub bytes: u64,
     /// Number of segments.
     pub segments: usize,
+    /// Number of allocations (memfds, dma-bufs) that they are in: fewer where small files share them.
+    pub memories: usize,
     /// From the call of `load` to the last segment.
     pub total: Duration,
     /// While at least one piece was being allocated and populated.
@@ -112,6 +114,7 @@ mod tests {
         Report {
             bytes: 1 << 20,
             segments: 1,
+            memories: 1,
             total: ms(total_ms),
             allocating: ms(allocating_ms),
             reading: ms(reading_ms),

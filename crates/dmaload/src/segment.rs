@@ -8,8 +8,8 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use dmabuf::{Access, DmaBuf};
@@ -19,66 +19,70 @@ use crate::memory::Backing;
 
 /// A contiguous piece of a heap's memory that holds a range of a file, complete.
 ///
-/// Cheap to clone; the memory is freed, by a thread of its own, when the last clone and the last view are gone, and
-/// outlives the loader.
+/// Small files that follow one another in a load share memory: their segments have one dma-buf or memfd, each at its own
+/// [`Segment::memory_offset`] (see [`crate::LoadOptions::packed`]).
+///
+/// Cheap to clone; the memory is freed, by a thread of its own, when the last clone and the last view of the last segment in
+/// it are gone, and outlives the loader.
 #[derive(Clone)]
 pub struct Segment(Arc<Inner>);
 
 struct Inner {
-    index: usize,
-    file_index: usize,
-    path: Arc<PathBuf>,
-    file_range: Range<u64>,
+    place: Place,
     heap: Arc<str>,
     backing: Arc<Backing>,
-    /// The number of views that are alive, or [`HANDED_OUT`].
-    lent: AtomicUsize,
 }
 
-/// No number of views.
-const HANDED_OUT: usize = usize::MAX;
+/// What a segment holds, and where.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) index: usize,
+    pub(crate) file_index: usize,
+    pub(crate) path: Arc<PathBuf>,
+    pub(crate) file_range: Range<u64>,
+    pub(crate) memory_offset: usize,
+    pub(crate) memory_bytes: usize,
+}
 
 impl Segment {
     /// Makes a segment of memory that is filled.
     ///
     /// # Safety
-    /// All bytes of `file_range` must have been read into the memory, from its start; nothing in the kernel may still
-    /// write to it, and nothing in this process may ever again.
-    pub(crate) unsafe fn new(
-        index: usize,
-        file_index: usize,
-        path: Arc<PathBuf>,
-        file_range: Range<u64>,
-        heap: Arc<str>,
-        backing: Arc<Backing>,
-    ) -> Self {
-        assert!(file_range.end - file_range.start <= backing.bytes() as u64, "a segment's bytes fit into its memory");
-        Segment(Arc::new(Inner { index, file_index, path, file_range, heap, backing, lent: AtomicUsize::new(0) }))
+    /// All bytes of the place's `file_range` must have been read into the memory, from its `memory_offset`; nothing in the
+    /// kernel may still write to the memory, and nothing in this process may ever again.
+    pub(crate) unsafe fn new(place: Place, heap: Arc<str>, backing: Arc<Backing>) -> Self {
+        let end = place.memory_offset.checked_add(place.memory_bytes);
+        assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment lies within its memory");
+        assert!(
+            place.file_range.end - place.file_range.start <= place.memory_bytes as u64,
+            "a segment's bytes fit into its part of the memory"
+        );
+        Segment(Arc::new(Inner { place, heap, backing }))
     }
 
     /// Its number in the load, counted over all files.
     pub fn index(&self) -> usize {
-        self.0.index
+        self.0.place.index
     }
 
     /// The number of its file in the load.
     pub fn file_index(&self) -> usize {
-        self.0.file_index
+        self.0.place.file_index
     }
 
     /// The path of its file, as it was given.
     pub fn path(&self) -> &Path {
-        &self.0.path
+        &self.0.place.path
     }
 
     /// The bytes of the file that it holds.
     pub fn file_range(&self) -> Range<u64> {
-        self.0.file_range.clone()
+        self.0.place.file_range.clone()
     }
 
     /// How many bytes of the file it holds.
     pub fn len(&self) -> usize {
-        usize::try_from(self.0.file_range.end - self.0.file_range.start).unwrap_or(usize::MAX)
+        usize::try_from(self.0.place.file_range.end - self.0.place.file_range.start).unwrap_or(usize::MAX)
     }
 
     /// Whether it holds none; no load gives such a segment.
@@ -86,15 +90,27 @@ impl Segment {
         self.len() == 0
     }
 
+    /// Where its memory begins in its dma-buf or memfd, a multiple of the page size: 0, except for small files that share one.
+    pub fn memory_offset(&self) -> usize {
+        self.0.place.memory_offset
+    }
+
     /// The length of its memory: that of its bytes, rounded up. What lies beyond them is zero.
     pub fn memory_bytes(&self) -> usize {
-        self.0.backing.bytes()
+        self.0.place.memory_bytes
+    }
+
+    /// Whether it has its dma-buf or memfd in common with another segment. What is said here of handing it out holds for all
+    /// that share it.
+    pub fn shares_memory_with(&self, other: &Segment) -> bool {
+        Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
 
     /// Its bytes, without a copy. They keep the memory alive.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] once [`Segment::dma_buf`] was asked for: others may write to it.
+    /// [`Error::HandedOut`] once [`Segment::dma_buf`] was asked for, of this segment or of one that shares its memory: others may
+    /// write to it.
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
     }
@@ -108,20 +124,17 @@ impl Segment {
     ///
     /// Whoever has it can write to it (a dma-buf can't be made read-only), so from now on [`Segment::bytes`] is refused, and
     /// [`Segment::cpu_access`] takes its place. It stays valid as long as anybody has a descriptor of it, an import or a
-    /// mapping: longer than this segment, its loader and this process. It is [`Segment::memory_bytes`] long, and the file's
-    /// bytes begin at its offset 0.
+    /// mapping: longer than this segment, its loader and this process. The file's bytes begin at its offset
+    /// [`Segment::memory_offset`], and there are [`Segment::memory_bytes`] for them.
     ///
     /// # Errors
     /// [`Error::NoDescriptor`] on a heap that makes none; [`Error::Viewed`] while views of its bytes are alive.
     pub fn dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
-        match self.0.lent.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) | Err(HANDED_OUT) => {
-                self.0.backing.forbid_reuse();
-                Ok(dma_buf.as_fd())
-            }
-            Err(views) => Err(Error::Viewed { segment: self.0.index, views }),
+        match self.0.backing.hand_out() {
+            Ok(()) => Ok(dma_buf.as_fd()),
+            Err(views) => Err(Error::Viewed { segment: self.index(), views }),
         }
     }
 
@@ -158,7 +171,7 @@ impl Segment {
     /// what importers of the dma-buf write.
     ///
     /// It is sealed before it is shown: nobody can write to it, resize it or punch holes into it, so the bytes here
-    /// stay what they are. With [`crate::Layout::Segmented`] the segment's bytes begin at offset 0.
+    /// stay what they are. The file's bytes begin at [`Segment::memory_offset`].
     ///
     /// # Errors
     /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is refused (Linux before 5.1).
@@ -175,7 +188,20 @@ impl Segment {
 
     /// The first address of its memory. Segments of a file lie in memory as they do in the file, without gaps.
     pub(crate) fn address(&self) -> usize {
-        self.0.backing.address().addr().get()
+        self.start().addr().get()
+    }
+
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: the segment's part is within the mapping, checked in `new`.
+        unsafe { self.0.backing.address().add(self.0.place.memory_offset) }
+    }
+
+    /// # Safety
+    /// As long as the slice lives, nobody may write to its bytes.
+    unsafe fn filled(&self) -> &[u8] {
+        let start = self.0.place.memory_offset;
+        // SAFETY: `new` was promised that these bytes are filled; that nobody writes to them is the caller's promise.
+        unsafe { self.0.backing.filled(start..start + self.len()) }
     }
 }
 
@@ -185,26 +211,21 @@ struct View(Segment);
 
 impl View {
     fn new(segment: &Segment) -> Result<Self> {
-        let one_more = |views: usize| (views < HANDED_OUT - 1).then(|| views + 1);
-        match segment.0.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more) {
-            Ok(_) => Ok(View(segment.clone())),
-            Err(_) => Err(Error::HandedOut { segment: segment.0.index }),
-        }
+        if segment.0.backing.lend() { Ok(View(segment.clone())) } else { Err(Error::HandedOut { segment: segment.index() }) }
     }
 }
 
 impl Drop for View {
     fn drop(&mut self) {
-        self.0.0.lent.fetch_sub(1, Ordering::AcqRel);
+        self.0.0.backing.take_back();
     }
 }
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: the memory is mapped as long as the backing lives, holds that many bytes (checked in `Segment::new`), all
-        // of them initialised, and nobody writes to it: promised to `new`; memfds are sealed before they are shown, and a
-        // dma-buf is handed to nobody while this view exists.
-        unsafe { std::slice::from_raw_parts(self.0.0.backing.address().as_ptr(), self.0.len()) }
+        // SAFETY: nobody writes to it: promised to `new`; memfds are sealed before they are shown, and a dma-buf is handed to
+        // nobody while this view exists.
+        unsafe { self.0.filled() }
     }
 }
 
@@ -232,8 +253,8 @@ impl SegmentAccess<'_> {
 
     /// Where its bytes begin in this process: [`Segment::memory_bytes`] of them are mapped, readable and writable, as long as
     /// the segment lives.
-    pub fn address(&self) -> std::ptr::NonNull<u8> {
-        self.segment.0.backing.address()
+    pub fn address(&self) -> NonNull<u8> {
+        self.segment.start()
     }
 
     /// Its bytes.
@@ -241,8 +262,8 @@ impl SegmentAccess<'_> {
     /// # Safety
     /// As long as the slice lives, nobody who has the dma-buf may write to it.
     pub unsafe fn as_slice(&self) -> &[u8] {
-        // SAFETY: as for a `View`, but that nobody writes is the caller's promise.
-        unsafe { std::slice::from_raw_parts(self.address().as_ptr(), self.segment.len()) }
+        // SAFETY: the caller's promise.
+        unsafe { self.segment.filled() }
     }
 }
 
@@ -257,7 +278,7 @@ impl Drop for SegmentAccess<'_> {
 
 impl fmt::Debug for Segment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { index, path, file_range, heap, .. } = &*self.0;
+        let Inner { place: Place { index, path, file_range, .. }, heap, .. } = &*self.0;
         f.debug_struct("Segment")
             .field("index", index)
             .field("path", path)
@@ -284,7 +305,7 @@ impl Contiguous {
     /// # Panics
     /// When the segments do not hold the range, or do not lie in memory as they do in the file.
     pub(crate) fn bytes(segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
-        let touched = |segment: &&Segment| segment.0.file_range.start < range.end && range.start < segment.0.file_range.end;
+        let touched = |segment: &&Segment| segment.file_range().start < range.end && range.start < segment.file_range().end;
         let views = segments.iter().filter(touched).map(View::new).collect::<Result<Vec<_>>>()?;
         let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
         for View(segment) in &views {
@@ -304,7 +325,7 @@ impl AsRef<[u8]> for Contiguous {
         let bytes = usize::try_from(self.range.end - self.range.start).unwrap_or(0);
         // SAFETY: `bytes` has checked that the range lies within the segments' bytes, and that these lie side by side in
         // one reserved address range.
-        let start = unsafe { first.0.backing.address().add(offset) };
+        let start = unsafe { first.start().add(offset) };
         // SAFETY: as above; each segment is mapped, complete and unchanging as long as its view lives (see `View`).
         unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
     }

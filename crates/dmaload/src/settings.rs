@@ -90,6 +90,7 @@ pub struct LoadOptions {
     pub(crate) layout: Layout,
     /// `None` leaves the choice to us.
     pub(crate) segment_bytes: Option<u64>,
+    pub(crate) packed: bool,
     pub(crate) chunk_bytes: u64,
     pub(crate) route: Route,
     pub(crate) strict: bool,
@@ -104,6 +105,7 @@ impl Default for LoadOptions {
         LoadOptions {
             layout: Layout::Segmented,
             segment_bytes: None,
+            packed: true,
             chunk_bytes: 2 << 20,
             route: Route::UringFixedDirect,
             strict: false,
@@ -129,6 +131,15 @@ impl LoadOptions {
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
+        self
+    }
+
+    /// Whether small files that follow one another share memory, with [`Layout::Segmented`]: those of up to a quarter of a
+    /// segment, each at a multiple of the page size. A thousand of them then cost a few allocations and descriptors, and can
+    /// have huge pages. Whoever is given the dma-buf or memfd of one has all that are in it. Default: true.
+    #[must_use]
+    pub fn packed(mut self, packed: bool) -> Self {
+        self.packed = packed;
         self
     }
 

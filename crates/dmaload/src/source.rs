@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, StatxFlags, fstat, open, stat, statx};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, Statx, StatxFlags, fstat, open, stat, statx};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -191,10 +191,25 @@ fn open_direct(buffered: &OwnedFd, path: &Path, flags: OFlags, identity: &Identi
     }
 }
 
-/// `STATX_DIOALIGN` (Linux 6.1) tells the alignment; a first read proves it. Smaller ones are raised to a page.
+/// What a regular file is, without opening it, and the alignment of direct reads of it.
+///
+/// # Errors
+/// What `stat(2)` answered; [`Error::NotAFile`].
+pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
+    let status = stat(path).map_err(|errno| Error::File { path: path.to_owned(), operation: "stat", errno })?;
+    match kind_of(FileType::from_raw_mode(status.st_mode)) {
+        Some(kind) => Err(Error::NotAFile { path: path.to_owned(), kind }),
+        None => Ok((Identity::of(&status), alignment_told(statx(CWD, path, AtFlags::empty(), StatxFlags::DIOALIGN)))),
+    }
+}
+
 fn alignment(file: &OwnedFd) -> u64 {
-    let told = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-    let told = told.filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    alignment_told(statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN))
+}
+
+/// `STATX_DIOALIGN` (Linux 6.1) tells the alignment; a first read proves it. Smaller ones are raised to a page.
+fn alignment_told(told: rustix::io::Result<Statx>) -> u64 {
+    let told = told.ok().filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let told = told.map_or(0, |status| u64::from(status.stx_dio_offset_align.max(status.stx_dio_mem_align)));
     // Memory is mapped and populated in whole pages, which are larger than 4 KiB on some machines.
     let least = DEFAULT_ALIGNMENT_BYTES.max(dmabuf::page_bytes() as u64);
@@ -204,7 +219,6 @@ fn alignment(file: &OwnedFd) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::CWD;
     use std::fs;
 
     #[test]

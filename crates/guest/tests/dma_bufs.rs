@@ -9,7 +9,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 
 use common::{
-    LARGE, MIB, RaisedLimit, assert_dma_bufs, assert_same, disk, file, heap, load, original, shut_down, told, with_mapping,
+    LARGE, MIB, RaisedLimit, assert_dma_bufs, assert_same, block_on, disk, file, heap, load, original, shut_down, told,
+    with_mapping,
 };
 use dmabuf::Pages;
 use dmaload::{Attempt, Error, Layout, Loader, Route};
@@ -242,6 +243,37 @@ fn receive(stream: &UnixStream) -> OwnedFd {
     let message = control.drain().next().unwrap();
     let RecvAncillaryMessage::ScmRights(mut fds) = message else { panic!("no descriptor came") };
     fds.next().unwrap()
+}
+
+/// Small files of one load are in one dma-buf, each at its offset; handing that out is handing out all of them.
+#[test]
+fn small_files_share_a_dma_buf_and_its_fate() {
+    let paths: Vec<_> = [700_001, 1, 4097, 2 * MIB + 5].into_iter().map(file).collect();
+    for name in ["udmabuf", "dma-heap:system"] {
+        for route in Route::ALL {
+            let loader = Loader::builder().heap(heap(name)).build().unwrap();
+            let what = format!("{name}, {route}");
+            let image = block_on(async { loader.load_with(&paths, loader.options().route(route)).await }).unwrap();
+            assert_eq!((image.report().segments, image.report().memories), (4, 1), "{what}");
+            let [first, second, ..] = image.segments() else { panic!("{what}: four segments") };
+            let view = second.bytes().unwrap();
+            let error = first.dma_buf().unwrap_err();
+            assert!(matches!(error, Error::Viewed { .. }), "{what}: {error}");
+            drop(view);
+            with_mapping(first.to_dma_buf().unwrap(), |seen| {
+                for segment in image.segments() {
+                    let part = &seen[segment.memory_offset()..][..segment.memory_bytes()];
+                    assert_same(&part[..segment.len()], &original()[..segment.len()], &format!("{what}, {segment:?}"));
+                    assert!(part[segment.len()..].iter().all(|&byte| byte == 0), "{what}: the tail of {segment:?}");
+                }
+            });
+            let error = second.bytes().unwrap_err();
+            assert!(matches!(error, Error::HandedOut { .. }), "{what}: {error}");
+            drop(image);
+            shut_down(loader);
+        }
+        row("handing", &[name, "four small files in one load", "in one dma-buf, each at its offset"]);
+    }
 }
 
 /// `--exec` gives a program the dma-bufs, and tells which is which.

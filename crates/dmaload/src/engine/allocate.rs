@@ -1,4 +1,4 @@
-//! The second job of a load, again and again: memory for a piece, ahead of its reads.
+//! The second job of a load, again and again: memory for a batch, ahead of its reads.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -6,54 +6,63 @@ use std::time::{Duration, Instant};
 use dmabuf::{Access, Populated};
 
 use super::allowance::{Grant, grant};
+use super::open::{Chosen, route_for};
 use super::{Engine, Permit};
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
-use crate::load::{Allocation, LoadShared};
+use crate::load::{Allocation, LoadShared, Part};
 use crate::memory::{Backing, PieceBuffer};
 use crate::ring::FileSpec;
-use crate::route::{Attempt, Fallback, Route};
+use crate::route::Route;
+use crate::schedule::Need;
+use crate::settings::Cache;
 use crate::source::OpenFile;
 
 /// Freeing takes up to half a second per GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
-    /// Allocates and populates a piece, and hands it to the ring thread. The permit comes back by itself, whatever
-    /// happens.
+    /// Allocates and populates a batch, opens its files, and hands its pieces to the ring thread. The permit comes back by
+    /// itself, whatever happens.
     pub(super) fn allocate(&self, load: &LoadShared, number: usize, permit: Permit) {
         let Some(allocation) = load.allocation(number) else { return };
-        match self.fill_in(load, &allocation) {
-            Ok((file, backing)) => {
-                let piece = allocation.piece;
-                let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
-                let spec = FileSpec {
-                    index: allocation.file_index,
-                    route: if file.direct_refused().is_some() { Route::Buffered } else { allocation.route },
-                    handle: file,
-                    alignment_bytes: allocation.alignment_bytes,
-                    staged_by: Some(load.options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect),
-                    mount: allocation.identity.mount(),
-                };
-                self.ring.piece(load.id, number, piece, spec, PieceBuffer::new(backing, offset, bytes, permit));
-            }
-            Err(error) => self.fail(load, error),
+        if let Err(error) = self.fill_in(load, &allocation, permit) {
+            self.fail(load, error);
         }
     }
 
-    fn fill_in(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<OpenFile>, Arc<Backing>)> {
-        let file = opened(load, allocation)?;
+    fn fill_in(&self, load: &LoadShared, allocation: &Allocation, mut permit: Permit) -> Result<()> {
         let start = Instant::now();
         load.begin_allocating();
         let populated = self.populate(load, allocation);
         let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
         load.end_allocating(allocation, start, told);
-        Ok((file, populated?.0))
+        let (backing, _) = populated?;
+        for part in &allocation.parts {
+            // Of many files, the rest need not be opened.
+            if load.is_over() {
+                break;
+            }
+            let (file, route) = opened(load, part)?;
+            let piece = part.piece;
+            let permit = permit.split(Need { bytes: piece.memory_bytes, files: part.small.into() });
+            let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
+            let spec = FileSpec {
+                index: part.file_index,
+                route,
+                handle: file,
+                alignment_bytes: part.alignment_bytes,
+                staged_by: Some(load.options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect),
+                mount: part.identity.mount(),
+            };
+            self.ring.piece(load.id, part.number, piece, spec, PieceBuffer::new(Arc::clone(&backing), offset, bytes, permit));
+        }
+        Ok(())
     }
 
     fn populate(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
-        let piece = &allocation.piece;
-        let part = to_usize(piece.memory_offset)..to_usize(piece.memory_offset + piece.memory_bytes);
+        let batch = &allocation.batch;
+        let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
         // Held until the memory is there.
         let (backing, _grant) = self.backing(load, allocation)?;
         let populated = match backing.parts() {
@@ -67,24 +76,24 @@ impl Engine {
         Ok((backing, populated))
     }
 
-    /// The memory of the piece's segment: there already, from the pool, or allocated now; with the right to take what is to be
-    /// taken for this piece.
+    /// The batch's memory: there already, from the pool, or allocated now; with the right to take what is to be taken for this
+    /// batch.
     fn backing(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Option<Grant>)> {
         let refused = |error| load.memory_error(error);
-        let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.segment_memory_bytes));
-        let mut cell = allocation.segment.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
+        let mut cell = allocation.memory.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(backing) = &*cell {
             let backing = Arc::clone(backing);
             drop(cell);
             let is_there = backing.is_reused() || self.facts.allocates_at_once;
-            let grant = if is_there { None } else { Some(self.grant(allocation.piece.memory_bytes)?) };
+            let grant = if is_there { None } else { Some(self.grant(allocation.batch.bytes)?) };
             return Ok((backing, grant));
         }
         let kept = self.reaper.reuse(bytes);
         if let Some(backing) = kept.and_then(|kept| Backing::reused(*kept, &allocation.range, at, &self.reaper)) {
             return Ok((Arc::clone(cell.insert(Arc::new(backing))), None));
         }
-        let taken = if self.facts.allocates_at_once { allocation.segment_memory_bytes } else { allocation.piece.memory_bytes };
+        let taken = if self.facts.allocates_at_once { allocation.memory_bytes } else { allocation.batch.bytes };
         let grant = self.grant(taken)?;
         let memory = self.heap.allocate(bytes).map_err(refused)?;
         if let Some(dma_buf) = memory.dma_buf() {
@@ -108,7 +117,7 @@ impl Engine {
         }
     }
 
-    /// The right to take memory for a piece.
+    /// The right to take memory for a batch.
     fn grant(&self, wanted_bytes: u64) -> Result<Grant> {
         let make_room = || {
             self.make_room();
@@ -129,24 +138,28 @@ impl Engine {
     }
 }
 
-/// The file, opened if it is not; it must be what was planned.
-fn opened(load: &LoadShared, allocation: &Allocation) -> Result<Arc<OpenFile>> {
-    let mut cell = allocation.file.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(file) = &*cell {
-        return Ok(Arc::clone(file));
-    }
-    let file = OpenFile::open(&allocation.path)?;
-    file.check_unchanged(&allocation.identity)?;
-    if let Some(errno) = file.direct_refused().filter(|_| allocation.route.is_direct()) {
-        // It was allowed when the load was planned.
-        let (from, attempt) = (allocation.route, Attempt::OpenDirect);
-        if load.options.strict {
-            let (path, offset) = (file.path.clone(), allocation.piece.file_offset);
-            return Err(Error::Refused { path, offset, route: from, attempt, errno });
+/// The file, opened if it is not, and the route to read it by; it must be what was planned.
+fn opened(load: &LoadShared, part: &Part) -> Result<(Arc<OpenFile>, Route)> {
+    let mut cell = part.file.lock().unwrap_or_else(PoisonError::into_inner);
+    let file = match &*cell {
+        Some(file) => Arc::clone(file),
+        None => {
+            let file = OpenFile::open(&part.path)?;
+            file.check_unchanged(&part.identity)?;
+            // What became of a large one was decided when the load was planned.
+            let cache = if part.small { load.options.cache } else { Cache::Bypass };
+            let (index, offset) = (part.file_index, part.piece.file_offset);
+            let Chosen { route, cached, fallback } = route_for(&file, index, offset, load, part.route, cache)?;
+            if let Some(fallback) = fallback {
+                load.stepped_down(fallback);
+            }
+            load.file_opened(index, route, cached);
+            Arc::clone(cell.insert(file))
         }
-        load.stepped_down(Fallback { file_index: Some(allocation.file_index), from, to: Route::Buffered, attempt, errno });
-    }
-    Ok(Arc::clone(cell.insert(file)))
+    };
+    drop(cell);
+    let route = if file.direct_refused().is_some() { Route::Buffered } else { load.route_of(part.file_index) };
+    Ok((file, route))
 }
 
 fn to_usize(bytes: u64) -> usize {

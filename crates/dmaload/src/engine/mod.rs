@@ -13,6 +13,7 @@ mod allocate;
 mod allowance;
 mod open;
 
+use open::find_header;
 pub(crate) use open::read_header;
 
 use std::collections::HashMap;
@@ -31,12 +32,12 @@ use crate::error::{Error, Result};
 use crate::heap::Heap;
 use crate::load::{Follows, HeapFacts, LoadShared, Segments};
 use crate::memory::PieceBuffer;
+use crate::plan::BATCH_FILES;
 use crate::reaper::Reaper;
 use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
 use crate::route::{Fallback, Route};
-use crate::schedule::{Job, Scheduler};
+use crate::schedule::{Job, Need, Scheduler};
 use crate::settings::{LoadOptions, Settings};
-use crate::trace::TraceKind;
 
 /// See the module.
 #[derive(Debug)]
@@ -65,16 +66,31 @@ struct Schedule {
     forgotten: Vec<Arc<LoadShared>>,
 }
 
-/// A permit of the window: gives its bytes back when it is dropped.
+/// A permit of the window: gives what it is for back when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
     engine: Arc<Engine>,
-    bytes: u64,
+    need: Need,
+}
+
+impl Permit {
+    /// Takes the part of a permit that is for one piece of a batch.
+    ///
+    /// # Panics
+    /// When that is more than there is.
+    fn split(&mut self, part: Need) -> Permit {
+        let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
+        self.need = Need { bytes: left(self.need.bytes, part.bytes), files: left(self.need.files, part.files) };
+        Permit { engine: Arc::clone(&self.engine), need: part }
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.engine.schedule().scheduler.give_back(self.bytes);
+        if self.need == Need::default() {
+            return;
+        }
+        self.engine.schedule().scheduler.give_back(self.need);
         self.engine.changed.notify_one();
     }
 }
@@ -132,7 +148,7 @@ impl Guard {
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
             schedule: Mutex::new(Schedule {
-                scheduler: Scheduler::new(settings.window_bytes, settings.max_open_loads),
+                scheduler: Scheduler::new(settings.window_bytes, open_files(), settings.max_open_loads),
                 loads: HashMap::new(),
                 next_id: 0,
                 closing: false,
@@ -221,6 +237,12 @@ impl Guard {
     }
 }
 
+/// How many small files may be open at once: each takes two descriptors, and what else the process has open needs some, too.
+fn open_files() -> u64 {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    (descriptors / 4).clamp(BATCH_FILES as u64, 4 * BATCH_FILES as u64)
+}
+
 impl Engine {
     fn schedule(&self) -> MutexGuard<'_, Schedule> {
         self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
@@ -304,9 +326,9 @@ impl Engine {
         while let Some((job, load)) = self.next_job() {
             let done = catch_unwind(AssertUnwindSafe(|| match job {
                 Job::Open(_) => self.open(&load),
-                Job::Allocate(_, piece, bytes) => self.allocate(&load, piece, Permit { engine: Arc::clone(self), bytes }),
+                Job::Allocate(_, batch, need) => self.allocate(&load, batch, Permit { engine: Arc::clone(self), need }),
                 Job::Check(_, file) => self.check(&load, file),
-                Job::Export(_, segment) => self.export(&load, segment),
+                Job::Export(_, memory) => self.export(&load, memory),
             }));
             if done.is_err() {
                 // Only the heap's code is not ours. Whatever the job held was released by unwinding.
@@ -353,8 +375,8 @@ impl Engine {
         }
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&load) {
-            if let Some(segment) = follows.export {
-                schedule.scheduler.segment_read(load, segment);
+            if let Some(memory) = follows.export {
+                schedule.scheduler.memory_read(load, memory);
             }
             if let Some(file) = follows.check {
                 schedule.scheduler.file_read(load, file);
@@ -372,11 +394,16 @@ impl Engine {
 
     /// The file was read: it must be what it was, or nobody gets its last segment.
     fn check(&self, load: &LoadShared, file: usize) {
-        let Some((open, identity)) = load.take_file(file) else { return };
-        match open.check_unchanged(&identity) {
-            Ok(()) => {
+        let Some((open, mut identity)) = load.take_file(file) else { return };
+        let checked = load.whole_file(file).map_or(Ok(None), |bytes| find_header(&open, bytes.as_ref(), load.options.format));
+        let checked = checked.and_then(|tensors| {
+            identity.may_grow &= tensors.is_none();
+            open.check_unchanged(&identity).map(|()| tensors)
+        });
+        match checked {
+            Ok(tensors) => {
                 drop(open);
-                if load.file_checked(file) == crate::load::Handover::Over {
+                if load.file_checked(file, tensors.map(Arc::new)) == crate::load::Handover::Over {
                     self.forget(load.id);
                 }
             }
@@ -386,15 +413,14 @@ impl Engine {
 }
 
 impl Engine {
-    /// Makes a dma-buf of a full segment's memory.
+    /// Makes a dma-buf of a full memory.
     fn export(&self, load: &LoadShared, number: usize) {
-        let Some(backing) = load.full_segment(number) else { return };
+        let Some(backing) = load.full_memory(number) else { return };
         let start = Instant::now();
         match backing.export(&*self.heap) {
             Ok(()) => {
-                load.segment_traced(number, TraceKind::Export, start);
                 drop(backing);
-                if load.segment_exported(number) == crate::load::Handover::Over {
+                if load.memory_exported(number, start) == crate::load::Handover::Over {
                     self.forget(load.id);
                 }
             }
@@ -479,8 +505,8 @@ mod tests {
             // What a load leaves in the scheduler when it is forgotten between two of its steps.
             let mut schedule = guard.engine.schedule();
             schedule.scheduler.file_read(gone, 0);
-            schedule.scheduler.segment_read(gone, 0);
-            schedule.scheduler.opened(gone, vec![window_bytes]);
+            schedule.scheduler.memory_read(gone, 0);
+            schedule.scheduler.opened(gone, vec![Need { bytes: window_bytes, files: 1 }]);
             schedule.scheduler.submit(gone);
             drop(schedule);
             guard.engine.changed.notify_all();

@@ -1,4 +1,4 @@
-//! The first job of a load: opening its files, reading their headers, planning.
+//! The first job of a load: opening its large files and reading their headers, looking at its small ones, planning.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -10,30 +10,31 @@ use super::Engine;
 use crate::error::{Error, Result};
 use crate::heap::Heap;
 use crate::load::{FilePlan, LoadShared};
+use crate::model::TensorMap;
 use crate::model::safetensors::{Sniff, parse, sniff};
-use crate::model::{ModelError, TensorMap};
-use crate::plan::{Layout, Plan, Shape};
+use crate::plan::{FileShape, Layout, Plan, Shape};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::settings::{Cache, Format, LoadOptions};
-use crate::source::OpenFile;
+use crate::source::{OpenFile, look_at};
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
 /// thousands of files must fit into the limit of open files.
 const KEPT_OPEN: usize = 8;
 
-/// The unit of allocation. Small enough for the first reads to start early and for the window to be fine-grained; large
+/// What is allocated and populated at once. Small enough for the first reads to start early and for the window to be fine-grained; large
 /// enough that registering and populating cost nothing per call.
-const PIECE_BYTES: u64 = 16 << 20;
+const BATCH_BYTES: u64 = 16 << 20;
 
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>) {
         let planned = plan_all(load, &*self.heap);
-        let Some((files, fallbacks)) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
+        let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.end();
         };
-        let memory_bytes: u64 = files.iter().map(|file| file.plan.memory_bytes()).sum();
+        let Planned { plan, range, files, fallbacks } = planned;
+        let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
         // What the pool has may serve again; where its sizes do not fit, each allocation looks for itself.
         let memory_bytes = memory_bytes.saturating_sub(self.reaper.pooled_bytes());
         // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
@@ -46,127 +47,179 @@ impl Engine {
         for fallback in &fallbacks {
             tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
         }
-        let pieces = load.planned(files, fallbacks);
-        if pieces.is_empty() {
+        let (pieces, batches) = load.planned(plan, range, files, fallbacks);
+        if pieces == 0 {
             self.forget(load.id);
             return self.end();
         }
         let LoadOptions { chunk_bytes, strict, trace, .. } = load.options;
         let observation = load.observation.clone();
-        let spec = LoadSpec { id: load.id, pieces: pieces.len(), chunk_bytes, strict, trace, observation };
+        let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&load.id) {
-            schedule.scheduler.opened(load.id, pieces);
+            schedule.scheduler.opened(load.id, batches);
         }
         drop(schedule);
         self.changed.notify_all();
     }
 }
 
-fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<(Vec<FilePlan>, Vec<Fallback>)> {
-    let mut files = Vec::new();
-    let mut fallbacks = Vec::new();
+#[derive(Debug)]
+struct Planned {
+    plan: Plan,
+    range: Option<Arc<AddressRange>>,
+    files: Vec<FilePlan>,
+    fallbacks: Vec<Fallback>,
+}
+
+fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<Planned> {
+    let options = &load.options;
+    let limit = heap.size_limit();
+    let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
+    // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
+    // than the window, and nobody could load it.)
+    let at_once = heap.allocates_at_once() && options.layout == Layout::Segmented;
+    let batch_bytes = if at_once { segment_bytes } else { BATCH_BYTES.min(segment_bytes) };
+    let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed: options.packed };
+    let (mut files, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), 0);
+    let route = starting_route(load)?;
     for (index, path) in load.paths.iter().enumerate() {
         if load.is_over() {
             break;
         }
-        let (mut planned, fallback) = plan_file(load, heap, index, path)?;
-        if index >= KEPT_OPEN {
+        let (mut planned, fallback) = plan_file(load, &shape, index, path, route)?;
+        kept_open += usize::from(planned.open.is_some());
+        if kept_open > KEPT_OPEN {
             planned.open = None;
         }
         files.push(planned);
         fallbacks.extend(fallback);
     }
-    Ok((files, fallbacks))
+    let shapes: Vec<_> =
+        files.iter().map(|file| FileShape { bytes: file.identity.bytes, alignment_bytes: file.alignment_bytes }).collect();
+    let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
+        0 => Ok(None),
+        bytes => AddressRange::reserve(bytes).map(Some).map_err(|error| load.memory_error(error)),
+    };
+    // Files too large for addresses (sparse ones can be) are not worth a plan of their size.
+    reserve(shapes.iter().fold(0, |sum: u64, file| sum.saturating_add(file.bytes)))?;
+    let plan = Plan::new(&shapes, shape);
+    let range = reserve(plan.memory_bytes)?;
+    if let Some(limit) = limit
+        && let Some(segment) = plan.segments.iter().find(|segment| segment.memory_bytes > limit.bytes)
+        && let Some(path) = load.paths.get(segment.file)
+    {
+        let (path, heap) = (path.as_ref().clone(), load.heap().to_owned());
+        return Err(Error::TooLarge { path, heap, wanted_bytes: segment.memory_bytes, limit });
+    }
+    Ok(Planned { plan, range, files, fallbacks })
 }
 
-fn plan_file(load: &LoadShared, heap: &dyn Heap, index: usize, path: &Path) -> Result<(FilePlan, Option<Fallback>)> {
+fn plan_file(load: &LoadShared, shape: &Shape, index: usize, path: &Path, route: Route) -> Result<(FilePlan, Option<Fallback>)> {
     let options = &load.options;
-    let file = OpenFile::open(path)?;
-    let (route, fallback) = starting_route(&file, index, load)?;
-    let cached = options.cache == Cache::Auto && !options.strict && route.is_direct() && file.is_wholly_cached();
-    if cached {
-        tracing::info!(load = load.id.0, path = %path.display(), "wholly in the page cache: copied from there");
-    }
-    let route = if cached { Route::Buffered } else { route };
-    let tensors = read_header(&file, options.format)?.map(Arc::new);
-    let limit = heap.size_limit();
-    let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
-    // Where a segment's memory comes all at once, the window has to count all of it. (Not for a whole file: it may be larger
-    // than the window, and nobody could load it.)
-    let at_once = heap.allocates_at_once() && options.layout == Layout::Segmented;
-    let shape = Shape {
-        layout: options.layout,
-        segment_bytes,
-        piece_bytes: if at_once { segment_bytes } else { PIECE_BYTES.min(segment_bytes) },
-        alignment_bytes: file.alignment_bytes,
-    };
-    // Addresses come first: a file too large for them (sparse ones can be) is not worth a plan of its size.
-    let memory_bytes = usize::try_from(file.identity.bytes.next_multiple_of(file.alignment_bytes)).unwrap_or(usize::MAX);
-    let range = match memory_bytes {
-        0 => None,
-        bytes => Some(AddressRange::reserve(bytes).map_err(|error| load.memory_error(error))?),
-    };
-    let plan = Plan::new(file.identity.bytes, shape);
-    debug_assert_eq!(plan.memory_bytes(), memory_bytes as u64);
-    if let (Some(limit), Some(wanted_bytes)) = (limit, plan.segments.iter().map(|segment| segment.memory_bytes).max())
-        && wanted_bytes > limit.bytes
+    // What can't be looked at can't be opened either, and that error is the better known.
+    if let Ok((identity, alignment_bytes)) = look_at(path)
+        && shape.packs(identity.bytes)
     {
-        return Err(Error::TooLarge { path: path.to_owned(), heap: load.heap().to_owned(), wanted_bytes, limit });
+        let (tensors, cached, small, open) = (None, false, true, None);
+        return Ok((FilePlan { identity, alignment_bytes, tensors, route, cached, small, open }, None));
     }
+    let file = OpenFile::open(path)?;
+    let Chosen { route, cached, fallback } = route_for(&file, index, 0, load, route, options.cache)?;
+    let tensors = read_header(&file, options.format)?.map(Arc::new);
     let mut identity = file.identity;
     identity.may_grow = tensors.is_none();
     let alignment_bytes = file.alignment_bytes;
-    Ok((FilePlan { identity, alignment_bytes, plan, tensors, range, route, cached, open: Some(file) }, fallback))
+    Ok((FilePlan { identity, alignment_bytes, tensors, route, cached, small: false, open: Some(file) }, fallback))
 }
 
-/// The route that reads of this file start at: what was asked for; bounce for what is observed in staging; buffered where
-/// `O_DIRECT` is refused.
-fn starting_route(file: &OpenFile, index: usize, load: &LoadShared) -> Result<(Route, Option<Fallback>)> {
+/// The route that reads of a load start at: what was asked for; bounce for what is observed in staging.
+fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
-    let mut route = options.route;
-    if route < Route::Bounce && load.is_observed_in_staging() {
-        if options.strict {
-            let why = "is not cached by the CPU, so what is observed goes through staging";
-            return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
-        }
-        tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced");
-        route = Route::Bounce;
+    if options.route >= Route::Bounce || !load.is_observed_in_staging() {
+        return Ok(options.route);
     }
-    let refused = file.direct_refused().filter(|_| route.is_direct());
-    let Some(errno) = refused else { return Ok((route, None)) };
-    let (from, to, attempt) = (route, Route::Buffered, Attempt::OpenDirect);
     if options.strict {
-        return Err(Error::Refused { path: file.path.clone(), offset: 0, route: from, attempt, errno });
+        let why = "is not cached by the CPU, so what is observed goes through staging";
+        return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
     }
-    Ok((to, Some(Fallback { file_index: Some(index), from, to, attempt, errno })))
+    tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced");
+    Ok(Route::Bounce)
+}
+
+/// How a file is read.
+#[derive(Debug)]
+pub(super) struct Chosen {
+    pub(super) route: Route,
+    /// It is wholly in the page cache, and copied from there by choice.
+    pub(super) cached: bool,
+    pub(super) fallback: Option<Fallback>,
+}
+
+/// The route that reads of this file start at: the load's, or buffered where `O_DIRECT` is refused, or where it is in the page
+/// cache and that is to be used.
+pub(super) fn route_for(
+    file: &OpenFile,
+    index: usize,
+    offset: u64,
+    load: &LoadShared,
+    from: Route,
+    cache: Cache,
+) -> Result<Chosen> {
+    let strict = load.options.strict;
+    if let Some(errno) = file.direct_refused().filter(|_| from.is_direct()) {
+        let (route, attempt) = (Route::Buffered, Attempt::OpenDirect);
+        if strict {
+            return Err(Error::Refused { path: file.path.clone(), offset, route: from, attempt, errno });
+        }
+        let fallback = Some(Fallback { file_index: Some(index), from, to: route, attempt, errno });
+        return Ok(Chosen { route, cached: false, fallback });
+    }
+    let cached = cache == Cache::Auto && !strict && from.is_direct() && file.is_wholly_cached();
+    if cached {
+        tracing::info!(load = load.id.0, path = %file.path.display(), "wholly in the page cache: copied from there");
+    }
+    Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
 }
 
 /// Reads and checks a safetensors header; `None` for a file of raw bytes.
 pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<TensorMap>> {
     let bytes = file.identity.bytes;
-    let wrong = |fault| Error::Model { path: file.path.clone(), fault };
     // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
     if format == Format::Raw || (format == Format::Auto && bytes == 0) {
         return Ok(None);
     }
-    let mut start = [0; 9];
-    let start = start.get_mut(..usize::try_from(bytes.min(9)).unwrap_or(9)).unwrap_or_default();
+    let mut start = [0; SNIFFED_BYTES];
+    let start = start.get_mut(..SNIFFED_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))).unwrap_or_default();
     file.read_exact(start, 0)?;
-    let named = file.path.extension() == Some(OsStr::new("safetensors"));
-    match sniff(start, bytes, named || format == Format::Safetensors) {
-        Sniff::Safetensors { header_bytes } => {
-            let mut header = header_buffer(header_bytes).map_err(wrong)?;
-            file.read_exact(&mut header, 8)?;
-            parse(&header, bytes).map(Some).map_err(wrong)
-        }
-        Sniff::Broken { error } => Err(wrong(error)),
-        Sniff::Not { .. } => Ok(None),
-    }
+    let Some(header_bytes) = header_bytes(file, start, format)? else { return Ok(None) };
+    // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
+    let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
+    file.read_exact(&mut header, 8)?;
+    parse(&header, bytes).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
 }
 
-/// At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
-fn header_buffer(header_bytes: u64) -> Result<Vec<u8>, ModelError> {
-    Ok(vec![0; usize::try_from(header_bytes).unwrap_or(0)])
+/// Finds and checks a safetensors header in a file's bytes; `None` for a file of raw bytes.
+pub(super) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Result<Option<TensorMap>> {
+    if format == Format::Raw {
+        return Ok(None);
+    }
+    let Some(header_bytes) = header_bytes(file, bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), format)? else { return Ok(None) };
+    let header = usize::try_from(header_bytes).ok().and_then(|header_bytes| bytes.get(8..)?.get(..header_bytes));
+    let header = header.unwrap_or_default();
+    parse(header, bytes.len() as u64).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
+}
+
+/// What tells a header: its length and its first byte.
+const SNIFFED_BYTES: usize = 9;
+
+/// The length of a file's safetensors header; `None` for a file of raw bytes.
+fn header_bytes(file: &OpenFile, start: &[u8], format: Format) -> Result<Option<u64>> {
+    let named = file.path.extension() == Some(OsStr::new("safetensors"));
+    match sniff(start, file.identity.bytes, named || format == Format::Safetensors) {
+        Sniff::Safetensors { header_bytes } => Ok(Some(header_bytes)),
+        Sniff::Broken { error } => Err(Error::Model { path: file.path.clone(), fault: error }),
+        Sniff::Not { .. } => Ok(None),
+    }
 }

@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use futures_core::Stream;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-pub(crate) use state::{Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared};
+pub(crate) use state::{Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared, Part};
 
 use crate::engine::Guard;
 use crate::error::{Error, Result};

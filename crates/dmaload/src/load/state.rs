@@ -1,10 +1,11 @@
 //! A load from the engine's side: what is planned, what is full, what can be handed over.
 //!
-//! Segments are handed over in order. The last one of a file waits until the file was checked: a file that changed
-//! while it was read gives an error instead.
+//! Segments are handed over in order, and those that share a memory together: whoever gets the memory sees all of it. The last
+//! one of a file waits until the file was checked: a file that changed while it was read gives an error instead.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,11 +21,12 @@ use crate::error::Error;
 use crate::memory::Backing;
 use crate::model::TensorMap;
 use crate::observe::{Observation, Watch};
-use crate::plan::{Layout, Piece, Plan};
+use crate::plan::{Batch, Layout, Piece, Plan, SegmentPlan};
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::ring::{Failure, LoadId, Retried, Span, Times};
 use crate::route::{Fallback, Route};
-use crate::segment::Segment;
+use crate::schedule::Need;
+use crate::segment::{Place, Segment};
 use crate::settings::LoadOptions;
 use crate::source::{Identity, OpenFile};
 use crate::trace::{TraceEvent, TraceKind};
@@ -58,33 +60,56 @@ pub(crate) struct LoadShared {
 pub(crate) struct FilePlan {
     pub(crate) identity: Identity,
     pub(crate) alignment_bytes: u64,
-    pub(crate) plan: Plan,
     pub(crate) tensors: Option<Arc<TensorMap>>,
-    /// Where its segments are mapped; `None` for an empty file.
-    pub(crate) range: Option<Arc<AddressRange>>,
-    /// The route its reads start at.
+    /// The route its reads start at; of a small file, the one that it is to be opened for.
     pub(crate) route: Route,
     /// It was wholly in the page cache, and is copied from there by choice.
     pub(crate) cached: bool,
+    /// A small file: it is opened when its turn comes, and its header is taken from its memory.
+    pub(crate) small: bool,
     /// Open already, or to be opened when its first piece is allocated.
     pub(crate) open: Option<Arc<OpenFile>>,
 }
 
-/// What it takes to allocate a piece. The cells are shared by the pieces of a segment and of a file: whoever comes first
-/// fills them.
+/// What it takes to allocate a batch. The cells are shared by the batches of a memory and the pieces of a file: whoever comes
+/// first fills them.
 #[derive(Debug)]
 pub(crate) struct Allocation {
+    pub(crate) batch: Batch,
+    pub(crate) memory: Arc<Mutex<Option<Arc<Backing>>>>,
+    pub(crate) memory_bytes: u64,
+    pub(crate) range: Arc<AddressRange>,
+    pub(crate) range_offset: u64,
+    pub(crate) parts: Vec<Part>,
+}
+
+/// A piece of a batch, and its file.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) number: usize,
     pub(crate) piece: Piece,
     pub(crate) file_index: usize,
     pub(crate) path: Arc<PathBuf>,
     pub(crate) identity: Identity,
     pub(crate) alignment_bytes: u64,
     pub(crate) route: Route,
+    pub(crate) small: bool,
     pub(crate) file: Arc<Mutex<Option<Arc<OpenFile>>>>,
-    pub(crate) segment: Arc<Mutex<Option<Arc<Backing>>>>,
-    pub(crate) segment_memory_bytes: u64,
-    pub(crate) range: Arc<AddressRange>,
-    pub(crate) range_offset: u64,
+}
+
+/// The bytes of a file that is in one segment, all of them.
+#[derive(Debug)]
+pub(crate) struct WholeFile {
+    backing: Arc<Backing>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for WholeFile {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `LoadShared::whole_file` makes these of files whose pieces have all come back from the driver: their part of
+        // the memory is filled, and nobody writes to it before it is handed over, which its file's check comes before.
+        unsafe { self.backing.filled(self.range.clone()) }
+    }
 }
 
 /// What follows from a piece that is full.
@@ -92,7 +117,7 @@ pub(crate) struct Allocation {
 pub(crate) struct Follows {
     /// All reads of this file are done; it is to be checked.
     pub(crate) check: Option<usize>,
-    /// All bytes of this segment are there; it is to be made a dma-buf.
+    /// All bytes of this memory are there; it is to be made a dma-buf.
     pub(crate) export: Option<usize>,
 }
 
@@ -124,10 +149,11 @@ const RETRIES_TOLD: usize = 8;
 struct State {
     /// `None` when the load is over: finished, failed, or nobody listens.
     events: Option<UnboundedSender<Event>>,
+    plan: Plan,
+    /// Where its memories are mapped; `None` for no bytes at all.
+    range: Option<Arc<AddressRange>>,
     files: Vec<FileState>,
-    segments: Vec<SegmentState>,
-    /// Piece → file and index in the file's plan.
-    pieces: Vec<(usize, usize)>,
+    memories: Vec<MemoryState>,
     handed: usize,
     files_left: usize,
     /// Set when the driver has forgotten the load.
@@ -148,18 +174,16 @@ struct State {
 struct FileState {
     planned: FilePlan,
     open: Arc<Mutex<Option<Arc<OpenFile>>>>,
-    first_segment: usize,
     pieces_left: usize,
     route: Route,
 }
 
 #[derive(Debug)]
-struct SegmentState {
-    file: usize,
+struct MemoryState {
     cell: Arc<Mutex<Option<Arc<Backing>>>>,
     pieces_left: usize,
-    /// The last segment of a file waits for its check.
-    unchecked: bool,
+    /// Files that end in it and wait for their check.
+    unchecked: usize,
     /// It is to become a dma-buf first.
     unexported: bool,
 }
@@ -167,15 +191,20 @@ struct SegmentState {
 impl State {
     /// The file and the segment that a piece belongs to.
     fn place_of(&self, number: usize) -> Option<(usize, usize)> {
-        let &(file_index, piece) = self.pieces.get(number)?;
-        let file = self.files.get(file_index)?;
-        Some((file_index, file.first_segment + file.planned.plan.pieces.get(piece)?.segment))
+        let segment = self.plan.pieces.get(number)?.segment;
+        Some((self.plan.segments.get(segment)?.file, segment))
+    }
+
+    /// The memory that a file ends in; `None` for one without bytes.
+    fn last_memory_of(&self, file: usize) -> Option<usize> {
+        let last = self.plan.files.get(file)?.segments.clone().last()?;
+        Some(self.plan.segments.get(last)?.memory)
     }
 }
 
-impl SegmentState {
+impl MemoryState {
     fn is_ready(&self) -> bool {
-        self.pieces_left == 0 && !self.unchecked && !self.unexported
+        self.pieces_left == 0 && self.unchecked == 0 && !self.unexported
     }
 }
 
@@ -207,9 +236,10 @@ impl LoadShared {
             read_bytes: AtomicU64::new(0),
             state: Mutex::new(State {
                 events: Some(events),
+                plan: Plan::default(),
+                range: None,
                 files: Vec::new(),
-                segments: Vec::new(),
-                pieces: Vec::new(),
+                memories: Vec::new(),
                 handed: 0,
                 files_left: 0,
                 times: None,
@@ -241,88 +271,122 @@ impl LoadShared {
         self.abandoned.load(Ordering::Acquire) || self.state().events.is_none()
     }
 
-    /// Takes the plan; gives the memory of each piece, over all files. Without any piece the load ends here.
-    pub(crate) fn planned(&self, files: Vec<FilePlan>, fallbacks: Vec<Fallback>) -> Vec<u64> {
+    /// Takes the plan, and the addresses for it; gives how many pieces it has, and what each batch takes. Without any piece the
+    /// load ends here.
+    pub(crate) fn planned(
+        &self,
+        plan: Plan,
+        range: Option<Arc<AddressRange>>,
+        files: Vec<FilePlan>,
+        fallbacks: Vec<Fallback>,
+    ) -> (usize, Vec<Need>) {
         let mut state = self.state();
         if state.events.is_none() {
             // It failed meanwhile, and holds nothing any more.
-            return Vec::new();
+            return (0, Vec::new());
         }
         state.fallbacks = fallbacks;
-        let mut memory = Vec::new();
+        state.plan = plan;
+        state.range = range;
+        let state = &mut *state;
+        for memory in &state.plan.memories {
+            let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
+            state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unexported: self.exports });
+        }
         for (index, planned) in files.into_iter().enumerate() {
-            self.planned_bytes.fetch_add(planned.plan.file_bytes, Ordering::Relaxed);
-            let first_segment = state.segments.len();
-            let segments = planned.plan.segments.len();
-            for (number, segment) in planned.plan.segments.iter().enumerate() {
-                let (cell, pieces_left) = (Arc::default(), segment.pieces.len());
-                state.segments.push(SegmentState {
-                    file: index,
-                    cell,
-                    pieces_left,
-                    unchecked: number + 1 == segments,
-                    unexported: self.exports,
-                });
-            }
-            state.pieces.extend((0..planned.plan.pieces.len()).map(|piece| (index, piece)));
-            memory.extend(planned.plan.pieces.iter().map(|piece| piece.memory_bytes));
-            let (pieces_left, route) = (planned.plan.pieces.len(), planned.route);
+            self.planned_bytes.fetch_add(planned.identity.bytes, Ordering::Relaxed);
+            let pieces_left = state.plan.files.get(index).map_or(0, |parts| parts.pieces.len());
             state.files_left += usize::from(pieces_left > 0);
+            if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
+                memory.unchecked += 1;
+            }
             let open = Arc::new(Mutex::new(planned.open.clone().filter(|_| pieces_left > 0)));
+            let route = planned.route;
             let planned = FilePlan { open: None, ..planned };
-            state.files.push(FileState { planned, open, first_segment, pieces_left, route });
+            state.files.push(FileState { planned, open, pieces_left, route });
         }
-        if memory.is_empty() {
+        let is_small = |piece: &Piece| {
+            let segment = state.plan.segments.get(piece.segment);
+            segment.and_then(|segment| state.files.get(segment.file)).is_some_and(|file| file.planned.small)
+        };
+        let need = |batch: &Batch| {
+            let pieces = state.plan.pieces.get(batch.pieces.clone()).unwrap_or_default();
+            Need { bytes: batch.bytes, files: pieces.iter().filter(|piece| is_small(piece)).count() as u64 }
+        };
+        let needs = state.plan.batches.iter().map(need).collect();
+        let pieces = state.plan.pieces.len();
+        if pieces == 0 {
             state.times = Some(Times::default());
-            self.hand_over(&mut state);
+            self.hand_over(state);
         }
-        memory
+        (pieces, needs)
     }
 
-    /// What it takes to allocate this piece; `None` when the load is over.
+    /// What it takes to allocate this batch; `None` when the load is over.
     pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
         if self.is_over() {
             return None;
         }
         let state = self.state();
-        let &(file_index, piece) = state.pieces.get(number)?;
-        let file = state.files.get(file_index)?;
-        let piece = *file.planned.plan.pieces.get(piece)?;
-        let segment = file.planned.plan.segments.get(piece.segment)?;
+        let batch = state.plan.batches.get(number)?.clone();
+        let memory = state.plan.memories.get(batch.memory)?;
+        let part = |number: usize| {
+            let piece = *state.plan.pieces.get(number)?;
+            let file_index = state.plan.segments.get(piece.segment)?.file;
+            let file = state.files.get(file_index)?;
+            Some(Part {
+                number,
+                piece,
+                file_index,
+                path: Arc::clone(self.paths.get(file_index)?),
+                identity: file.planned.identity,
+                alignment_bytes: file.planned.alignment_bytes,
+                route: file.route,
+                small: file.planned.small,
+                file: Arc::clone(&file.open),
+            })
+        };
         Some(Allocation {
-            piece,
-            file_index,
-            path: Arc::clone(self.paths.get(file_index)?),
-            identity: file.planned.identity,
-            alignment_bytes: file.planned.alignment_bytes,
-            route: file.route,
-            file: Arc::clone(&file.open),
-            segment: Arc::clone(&state.segments.get(file.first_segment + piece.segment)?.cell),
-            segment_memory_bytes: segment.memory_bytes,
-            range: Arc::clone(file.planned.range.as_ref()?),
-            range_offset: segment.file_range.start,
+            memory: Arc::clone(&state.memories.get(batch.memory)?.cell),
+            memory_bytes: memory.bytes,
+            range: Arc::clone(state.range.as_ref()?),
+            range_offset: memory.range_offset,
+            parts: batch.pieces.clone().map(part).collect::<Option<_>>()?,
+            batch,
         })
+    }
+
+    /// A file was opened when its turn came, and this route chosen for it; whether it is copied from the page cache by choice.
+    pub(crate) fn file_opened(&self, file_index: usize, route: Route, cached: bool) {
+        if let Some(file) = self.state().files.get_mut(file_index) {
+            file.route = file.route.max(route);
+            file.planned.cached |= cached;
+        }
+    }
+
+    /// The route that reads of a file take now.
+    pub(crate) fn route_of(&self, file_index: usize) -> Route {
+        self.state().files.get(file_index).map_or(self.options.route, |file| file.route)
     }
 
     pub(crate) fn begin_allocating(&self) {
         self.state().allocating.begin(self.started.elapsed());
     }
 
-    /// A piece was populated, or the attempt has failed.
+    /// A batch was populated, or the attempt has failed.
     pub(crate) fn end_allocating(&self, allocation: &Allocation, start: Instant, populated: Option<(&Populated, bool)>) {
-        let piece = &allocation.piece;
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
         let Some((populated, reused)) = populated else { return };
-        self.allocated_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
-        if self.options.trace {
-            let segment = state.files.get(allocation.file_index).map_or(0, |file| file.first_segment) + piece.segment;
-            let event =
-                self.event(TraceKind::Allocate, start, Instant::now(), allocation.file_index, segment, piece.memory_bytes);
+        let bytes = allocation.parts.iter().map(|part| part.piece.bytes).sum();
+        self.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(first) = allocation.parts.first().filter(|_| self.options.trace) {
+            let (end, kind, bytes) = (Instant::now(), TraceKind::Allocate, allocation.batch.bytes);
+            let event = self.event(kind, start, end, first.file_index, first.piece.segment, bytes);
             state.trace.push(event);
         }
         if reused {
-            state.reused_bytes += piece.memory_bytes;
+            state.reused_bytes += allocation.batch.bytes;
         }
         if let Some(pages) = populated.pages {
             state.pages.add(pages);
@@ -343,31 +407,36 @@ impl LoadShared {
     }
 
     fn count_piece(&self, state: &mut State, number: usize, route: Route) -> Option<Follows> {
-        let &(file_index, piece) = state.pieces.get(number)?;
+        let piece = *state.plan.pieces.get(number)?;
+        let SegmentPlan { file: file_index, memory: memory_index, .. } = *state.plan.segments.get(piece.segment)?;
         let file = state.files.get_mut(file_index)?;
-        let piece = *file.planned.plan.pieces.get(piece)?;
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         file.route = file.route.max(route);
         file.pieces_left -= 1;
         let read = file.pieces_left == 0;
-        let number = file.first_segment + piece.segment;
-        let segment = state.segments.get_mut(number)?;
-        segment.pieces_left -= 1;
-        let export = segment.pieces_left == 0 && segment.unexported;
-        Some(Follows { check: read.then_some(file_index), export: export.then_some(number) })
+        let memory = state.memories.get_mut(memory_index)?;
+        memory.pieces_left -= 1;
+        let export = memory.pieces_left == 0 && memory.unexported;
+        Some(Follows { check: read.then_some(file_index), export: export.then_some(memory_index) })
     }
 
-    /// The memory of a full segment that is to become a dma-buf; `None` when the load is over.
-    pub(crate) fn full_segment(&self, number: usize) -> Option<Arc<Backing>> {
-        let cell = Arc::clone(&self.state().segments.get(number)?.cell);
+    /// A full memory that is to become a dma-buf; `None` when the load is over.
+    pub(crate) fn full_memory(&self, number: usize) -> Option<Arc<Backing>> {
+        let cell = Arc::clone(&self.state().memories.get(number)?.cell);
         cell.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// A segment is a dma-buf now.
-    pub(crate) fn segment_exported(&self, number: usize) -> Handover {
+    /// A memory is a dma-buf now.
+    pub(crate) fn memory_exported(&self, number: usize, start: Instant) -> Handover {
         let mut state = self.state();
-        if let Some(segment) = state.segments.get_mut(number) {
-            segment.unexported = false;
+        if let Some(memory) = state.memories.get_mut(number) {
+            memory.unexported = false;
+        }
+        if self.options.trace {
+            let segment = state.plan.memories.get(number).map_or(0, |memory| memory.segments.start);
+            let file_index = state.plan.segments.get(segment).map_or(0, |segment| segment.file);
+            let event = self.event(TraceKind::Export, start, Instant::now(), file_index, segment, 0);
+            state.trace.push(event);
         }
         self.hand_over(&mut state)
     }
@@ -383,12 +452,30 @@ impl LoadShared {
         open.map(|open| (open, identity))
     }
 
-    /// A file has not changed.
-    pub(crate) fn file_checked(&self, index: usize) -> Handover {
+    /// All bytes of a small file, which its header is taken from; `None` for any other file, while it is being read, and when the
+    /// load is over.
+    pub(crate) fn whole_file(&self, index: usize) -> Option<WholeFile> {
+        let (cell, start, bytes) = {
+            let state = self.state();
+            state.files.get(index).filter(|file| file.planned.small && file.pieces_left == 0)?;
+            let segment = state.plan.segments.get(state.plan.files.get(index)?.segments.start)?;
+            let cell = Arc::clone(&state.memories.get(segment.memory)?.cell);
+            (cell, segment.memory_offset, segment.file_range.end)
+        };
+        let backing = cell.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        let at = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        Some(WholeFile { backing, range: at(start)..at(start + bytes) })
+    }
+
+    /// A file has not changed; `tensors` are those that were found in its memory.
+    pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Handover {
         let mut state = self.state();
         state.files_left = state.files_left.saturating_sub(1);
-        for segment in state.segments.iter_mut().filter(|segment| segment.file == index) {
-            segment.unchecked = false;
+        if let (Some(tensors), Some(file)) = (tensors, state.files.get_mut(index)) {
+            file.planned.tensors = Some(tensors);
+        }
+        if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
+            memory.unchecked = memory.unchecked.saturating_sub(1);
         }
         self.hand_over(&mut state)
     }
@@ -437,16 +524,6 @@ impl LoadShared {
         state.trace.push(event);
     }
 
-    /// Something was done for a segment, from `start` until now.
-    pub(crate) fn segment_traced(&self, number: usize, kind: TraceKind, start: Instant) {
-        if self.options.trace {
-            let mut state = self.state();
-            let file_index = state.segments.get(number).map_or(0, |segment| segment.file);
-            let event = self.event(kind, start, Instant::now(), file_index, number, 0);
-            state.trace.push(event);
-        }
-    }
-
     fn event(&self, kind: TraceKind, start: Instant, end: Instant, file_index: usize, segment: usize, bytes: u64) -> TraceEvent {
         let since = |moment: Instant| moment.saturating_duration_since(self.started);
         TraceEvent { kind, start: since(start), end: since(end), file_index, segment, bytes }
@@ -468,7 +545,7 @@ impl LoadShared {
             let _ = events.send(Event::Failed(error));
         }
         // What was full but not handed over goes now; what is being filled belongs to the driver.
-        state.segments.clear();
+        state.memories.clear();
         state.files.clear();
     }
 
@@ -518,8 +595,7 @@ impl LoadShared {
     /// Hands over what is complete and next in order; after the last segment, the end.
     fn hand_over(&self, state: &mut State) -> Handover {
         let Some(events) = state.events.clone() else { return Handover::Over };
-        while let Some(next) = state.segments.get(state.handed).filter(|next| next.is_ready()) {
-            let Some(segment) = self.segment(state, next) else { break };
+        while let Some(segment) = self.next_segment(state) {
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
             if self.options.trace {
@@ -529,33 +605,48 @@ impl LoadShared {
             }
             let _ = events.send(Event::Segment(segment));
         }
-        let Some(times) = state.times.filter(|_| state.handed == state.segments.len() && state.files_left == 0) else {
+        let Some(times) = state.times.filter(|_| state.handed == state.plan.segments.len() && state.files_left == 0) else {
             return Handover::Going;
         };
         let report = self.report(state, times);
         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
         let files = state.files.drain(..).zip(&self.paths);
-        let files = files.map(|(file, path)| (Arc::clone(path), file.planned.plan.file_bytes, file.planned.tensors)).collect();
+        let files = files.map(|(file, path)| (Arc::clone(path), file.planned.identity.bytes, file.planned.tensors)).collect();
         state.events = None;
         let _ = events.send(Event::Done(Box::new(Finished { report, files })));
         Handover::Over
     }
 
-    fn segment(&self, state: &State, segment: &SegmentState) -> Option<Segment> {
-        let file = state.files.get(segment.file)?;
+    /// The segment whose turn it is, once its memory is ready.
+    fn next_segment(&self, state: &State) -> Option<Segment> {
         let index = state.handed;
-        let file_range = file.planned.plan.segments.get(index - file.first_segment)?.file_range.clone();
-        let backing = segment.cell.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        if let Some(memfd) = backing.parts().and_then(|(_, memory)| memory.memfd()) {
-            // Whoever else has its descriptor (a heap of the caller's may) can't write to it from now on. Before Linux 5.1
-            // there is no such seal, and the promise is the heap's alone.
-            let _ = memfd.seal_against_writes();
+        let planned = state.plan.segments.get(index)?;
+        let memory = state.memories.get(planned.memory).filter(|memory| memory.is_ready())?;
+        let sharing = &state.plan.memories.get(planned.memory)?.segments;
+        let mut cell = memory.cell.lock().unwrap_or_else(PoisonError::into_inner);
+        // After the last one it belongs to the consumer alone.
+        let backing = if index + 1 == sharing.end { cell.take()? } else { Arc::clone(cell.as_ref()?) };
+        drop(cell);
+        if index == sharing.start {
+            if let Some(memfd) = backing.parts().and_then(|(_, memory)| memory.memfd()) {
+                // Whoever else has its descriptor (a heap of the caller's may) can't write to it from now on. Before Linux 5.1
+                // there is no such seal, and the promise is the heap's alone.
+                let _ = memfd.seal_against_writes();
+            }
+            // Once: whoever gets the first segment may hand it out before the second one is made.
+            backing.allow_reuse();
         }
-        backing.allow_reuse();
-        let (path, heap) = (Arc::clone(self.paths.get(segment.file)?), Arc::clone(&self.heap));
-        // SAFETY: `pieces_left` is 0, so the driver has given back every piece of this segment: all bytes were read, and
-        // no read is in flight. The backing was just taken out of its cell, and pieces drop theirs unread.
-        Some(unsafe { Segment::new(index, segment.file, path, file_range, heap, backing) })
+        let place = Place {
+            index,
+            file_index: planned.file,
+            path: Arc::clone(self.paths.get(planned.file)?),
+            file_range: planned.file_range.clone(),
+            memory_offset: usize::try_from(planned.memory_offset).ok()?,
+            memory_bytes: usize::try_from(planned.memory_bytes).ok()?,
+        };
+        // SAFETY: `pieces_left` of its memory is 0, so the driver has given back every piece of it: all bytes were read, and
+        // no read is in flight. Pieces drop their share of the backing unread, and the cell's is for segments like this one.
+        Some(unsafe { Segment::new(place, Arc::clone(&self.heap), backing) })
     }
 
     fn notes(&self, state: &State) -> Vec<String> {
@@ -570,12 +661,12 @@ impl LoadShared {
             );
         }
         let there = state.files.iter().filter(|file| file.planned.cached);
-        let there_bytes: u64 = there.map(|file| file.planned.plan.file_bytes).sum();
+        let there_bytes: u64 = there.map(|file| file.planned.identity.bytes).sum();
         if there_bytes > 0 {
             notes.push(format!("{there_bytes} bytes were in the page cache already, and were copied from there"));
         }
         let cached = state.files.iter().filter(|file| file.route == Route::Buffered && !file.planned.cached);
-        let cached_bytes: u64 = cached.map(|file| file.planned.plan.file_bytes).sum();
+        let cached_bytes: u64 = cached.map(|file| file.planned.identity.bytes).sum();
         if cached_bytes >= PAGE_CACHE_BYTES_TOLD {
             tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
             notes.push(format!(
@@ -592,12 +683,13 @@ impl LoadShared {
         let files = state.files.iter().zip(&self.paths);
         let files = files.map(|(file, path)| FileReport {
             path: path.as_ref().clone(),
-            bytes: file.planned.plan.file_bytes,
+            bytes: file.planned.identity.bytes,
             route: file.route,
         });
         Report {
             bytes: self.planned_bytes.load(Ordering::Relaxed),
-            segments: state.segments.len(),
+            segments: state.plan.segments.len(),
+            memories: state.plan.memories.len(),
             total: self.started.elapsed(),
             allocating: state.allocating.total(),
             reading: times.reading,
@@ -605,7 +697,7 @@ impl LoadShared {
             first_segment: state.first_segment,
             cpu: cpu_time().saturating_sub(self.cpu_before),
             peak_resident_bytes: peak_resident_bytes(),
-            pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(&state.files) },
+            pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(state.range.as_deref()) },
             pages_refused: state.pages_refused,
             reused_bytes: state.reused_bytes,
             heap: self.heap.to_string(),
@@ -624,9 +716,9 @@ impl LoadShared {
 }
 
 /// Before Linux 6.7 looking is expensive: once a load, not once a piece. Segments that were dropped by then are not seen.
-fn pages_by_smaps(files: &[FileState]) -> PageCount {
+fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     let mut pages = PageCount::default();
-    for range in files.iter().filter_map(|file| file.planned.range.as_ref()) {
+    if let Some(range) = range {
         let start = range.base().addr().get();
         pages.add(dmabuf::huge_bytes_in(start..start + range.bytes()));
     }

@@ -5,12 +5,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
-use crate::plan::{Layout, Plan, Shape};
+use crate::plan::{FileShape, Layout, Plan, Shape};
 use crate::ring::driver::Driver;
 use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
-use crate::schedule::{Job, Scheduler};
+use crate::schedule::{Job, Need, Scheduler};
 
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
@@ -31,17 +31,18 @@ fn simulate_route(
 ) -> (Duration, u64) {
     let memory: Rc<RefCell<Memory>> = Rc::default();
     let clock: Rc<Cell<Duration>> = Rc::default();
-    let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, piece_bytes: BLOCK, alignment_bytes: BLOCK };
-    let plan = Plan::new(u64::from(PIECES) * BLOCK, shape);
-    let file = SimFile { number: 1, bytes: plan.file_bytes, faults: Rc::new(FileFaults::default()) };
+    let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
+    let bytes = u64::from(PIECES) * BLOCK;
+    let plan = Plan::new(&[FileShape { bytes, alignment_bytes: BLOCK }], shape);
+    let file = SimFile { number: 1, bytes, faults: Rc::new(FileFaults::default()) };
     let id = LoadId(0);
-    let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1);
+    let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1, 1);
     let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, STAGING);
     driver.kernel().copying = copying;
     driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false, observation: None });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
-    scheduler.opened(id, plan.pieces.iter().map(|piece| piece.memory_bytes).collect());
+    scheduler.opened(id, plan.batches.iter().map(|batch| Need { bytes: batch.bytes, files: 0 }).collect());
 
     let mut allocation: Option<(usize, Duration)> = None;
     let (mut out, mut most_out) = (0, 0);
@@ -65,7 +66,7 @@ fn simulate_route(
             match output {
                 Output::PieceFull { .. } => {
                     out -= 1;
-                    scheduler.give_back(BLOCK);
+                    scheduler.give_back(Need { bytes: BLOCK, files: 0 });
                 }
                 Output::Gone { .. } => return (clock.get(), most_out),
                 other => panic!("{other:?}"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
-use crate::plan::{Layout, Plan, Shape};
+use crate::plan::{FileShape, Layout, Plan, Shape};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
@@ -46,10 +46,10 @@ impl Machine {
     fn load_shrunk(&mut self, lost: u64, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         let id = LoadId(self.loads);
         self.loads += 1;
-        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, piece_bytes: BLOCK, alignment_bytes: BLOCK };
-        let plan = Plan::new(3 * BLOCK, shape);
+        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
+        let plan = Plan::new(&[FileShape { bytes: 3 * BLOCK, alignment_bytes: BLOCK }], shape);
         let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
-        let file = SimFile { number: id.0, bytes: plan.file_bytes - lost, faults };
+        let file = SimFile { number: id.0, bytes: 3 * BLOCK - lost, faults };
         let before = self.driver.kernel().refusals;
         self.driver.begin(LoadSpec {
             id,

@@ -11,12 +11,12 @@ use rustix::io::Errno;
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
 use crate::observe::{Observation, Observer, ObserverOption, Watch};
-use crate::plan::{Layout, Piece, Plan, Shape};
+use crate::plan::{FileShape, Layout, Piece, Plan, Shape};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Route};
-use crate::schedule::{Job, Scheduler};
+use crate::schedule::{Job, Need, Scheduler};
 
 /// Checks each byte that it is shown, and their order.
 struct SimObserver {
@@ -65,9 +65,9 @@ struct SimLoad {
     start: Route,
     strict: bool,
     chunk_bytes: u64,
-    files: Vec<(SimFile, Plan)>,
-    /// Piece → file, and its place in the file.
-    pieces: Vec<(usize, Piece)>,
+    /// Each with the length that is planned for it.
+    files: Vec<(SimFile, u64)>,
+    plan: Plan,
     full: Vec<bool>,
     begun: bool,
     abandoned: bool,
@@ -95,19 +95,25 @@ impl SimLoad {
         if self.start < Route::Bounce { self.start } else { Route::UringFixedDirect }
     }
 
+    /// The file of a piece, and its place in the file.
+    fn piece(&self, number: usize) -> (usize, Piece) {
+        let piece = self.plan.pieces[number];
+        (self.plan.segments[piece.segment].file, piece)
+    }
+
     /// Whether something is wrong with its files that no route can get around.
     fn must_fail(&self) -> bool {
-        self.files.iter().any(|(file, plan)| {
-            let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < plan.file_bytes.next_multiple_of(BLOCK));
-            plan.file_bytes > 0 && (bad || file.bytes < plan.file_bytes)
+        self.files.iter().any(|(file, planned)| {
+            let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < planned.next_multiple_of(BLOCK));
+            *planned > 0 && (bad || file.bytes < *planned)
         })
     }
 }
 
-/// A piece whose memory is being allocated.
+/// A batch whose memory is being allocated.
 struct Allocating {
     load: LoadId,
-    number: usize,
+    batch: usize,
     bytes: u64,
 }
 
@@ -136,17 +142,12 @@ fn staging(random: &mut Random) -> StagingBudget {
 
 fn shape(random: &mut Random) -> Shape {
     let layout = *random.pick(&[Layout::Segmented, Layout::Single]);
-    let piece_pages = 1 + random.below(4);
-    Shape {
-        layout,
-        segment_bytes: piece_pages * (1 + random.below(3)) * BLOCK,
-        piece_bytes: piece_pages * BLOCK,
-        alignment_bytes: BLOCK,
-    }
+    let (batch_pages, batches) = (1 + random.below(4), *random.pick(&[1, 2, 3, 8]));
+    Shape { layout, segment_bytes: batch_pages * batches * BLOCK, batch_bytes: batch_pages * BLOCK, packed: random.chance(500) }
 }
 
-fn file(random: &mut Random, number: u64, calm: bool) -> (SimFile, Plan) {
-    let shape = shape(random);
+/// A file, and the length that is planned for it.
+fn file(random: &mut Random, number: u64, calm: bool) -> (SimFile, u64) {
     let pages = random.below(14);
     let planned = match random.below(4) {
         0 => pages * BLOCK,
@@ -169,7 +170,7 @@ fn file(random: &mut Random, number: u64, calm: bool) -> (SimFile, Plan) {
             _ => {}
         }
     }
-    (SimFile { number, bytes, faults: Rc::new(faults) }, Plan::new(planned, shape))
+    (SimFile { number, bytes, faults: Rc::new(faults) }, planned)
 }
 
 impl World {
@@ -209,7 +210,7 @@ impl World {
             clock,
             window_bytes,
             depth,
-            scheduler: Scheduler::new(window_bytes, 1 + usize::try_from(random.below(3)).unwrap()),
+            scheduler: Scheduler::new(window_bytes, 1, 1 + usize::try_from(random.below(3)).unwrap()),
             driver: Driver::new(kernel, depth, staging),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
@@ -228,12 +229,10 @@ impl World {
 
     fn add_load(&mut self, id: LoadId, calm: bool) {
         let random = &mut self.random;
-        let files: Vec<_> = (0..1 + random.below(3)).map(|number| file(random, id.0 * 100 + number, calm)).collect();
-        let pieces: Vec<_> = files
-            .iter()
-            .enumerate()
-            .flat_map(|(index, (_, plan))| plan.pieces.iter().map(move |&piece| (index, piece)))
-            .collect();
+        let count = *random.pick(&[1, 2, 3, 8]);
+        let files: Vec<_> = (0..count).map(|number| file(random, id.0 * 100 + number, calm)).collect();
+        let shapes: Vec<_> = files.iter().map(|&(_, bytes)| FileShape { bytes, alignment_bytes: BLOCK }).collect();
+        let plan = Plan::new(&shapes, shape(random));
         let start = *random.pick(&[
             Route::UringFixedDirect,
             Route::UringFixedDirect,
@@ -245,12 +244,12 @@ impl World {
         let rejects = if !calm && random.chance(100) {
             let file = random.below(files.len() as u64);
             let file = usize::try_from(file).unwrap();
-            let bytes = files[file].1.file_bytes;
+            let bytes = files[file].1;
             (bytes > 0).then(|| (file, random.below(bytes)))
         } else {
             None
         };
-        let numbers = files.iter().map(|(file, plan)| (file.number, plan.file_bytes)).collect();
+        let numbers = files.iter().map(|&(ref file, planned)| (file.number, planned)).collect();
         let observed = random.chance(400).then(|| {
             let observer = Arc::new(SimObserver { files: numbers, rejects, seen: Mutex::new((0, 0)) });
             let watch = Arc::new(Watch::new(ObserverOption(observer.clone())));
@@ -265,8 +264,8 @@ impl World {
             strict: random.chance(150),
             chunk_bytes: (1 + random.below(3)) * BLOCK,
             files,
-            full: vec![false; pieces.len()],
-            pieces,
+            full: vec![false; plan.pieces.len()],
+            plan,
             begun: false,
             abandoned: false,
             failure: None,
@@ -304,7 +303,7 @@ impl World {
             assert!(self.driver.kernel().reads_in_flight() <= self.depth || self.broken, "deeper than the queue depth");
         }
         for allocating in std::mem::take(&mut self.allocating) {
-            self.scheduler.give_back(allocating.bytes);
+            self.give_back(allocating.bytes);
         }
         self.check_end();
     }
@@ -314,23 +313,23 @@ impl World {
             Some(Job::Open(id)) => {
                 let load = self.loads.get_mut(&id).unwrap();
                 load.begun = true;
-                let sizes: Vec<_> = load.pieces.iter().map(|(_, piece)| piece.memory_bytes).collect();
-                if sizes.is_empty() {
+                let needs: Vec<_> = load.plan.batches.iter().map(|batch| Need { bytes: batch.bytes, files: 0 }).collect();
+                if needs.is_empty() {
                     load.gone = true;
                     self.scheduler.end();
                     return;
                 }
                 self.driver.begin(LoadSpec {
                     id,
-                    pieces: sizes.len(),
+                    pieces: load.plan.pieces.len(),
                     chunk_bytes: load.chunk_bytes,
                     strict: load.strict,
                     trace: true,
                     observation: load.observed.as_ref().map(|(_, observation)| observation.clone()),
                 });
-                self.scheduler.opened(id, sizes);
+                self.scheduler.opened(id, needs);
             }
-            Some(Job::Allocate(load, number, bytes)) => self.allocating.push(Allocating { load, number, bytes }),
+            Some(Job::Allocate(load, batch, Need { bytes, .. })) => self.allocating.push(Allocating { load, batch, bytes }),
             Some(Job::Check(..) | Job::Export(..)) => unreachable!("the simulator asks for neither"),
             None => {}
         }
@@ -341,30 +340,41 @@ impl World {
             return;
         }
         let index = self.random.below(self.allocating.len() as u64);
-        let Allocating { load: id, number, bytes } = self.allocating.swap_remove(usize::try_from(index).unwrap());
+        let Allocating { load: id, batch, bytes } = self.allocating.swap_remove(usize::try_from(index).unwrap());
         if self.random.chance(self.alloc_fails_per_mille) {
-            self.scheduler.give_back(bytes);
+            self.give_back(bytes);
             self.abandon(id);
             return;
         }
         let load = &self.loads[&id];
-        let (file, piece) = load.pieces[number];
-        let buffer = SimBuffer::new(bytes, &self.memory);
-        let spec = FileSpec {
-            handle: load.files[file].0.clone(),
-            index: file,
-            route: load.start,
-            staged_by: load.staged_by(),
-            mount: load.files[file].0.number % 2,
-            alignment_bytes: BLOCK,
-        };
-        let before = self.memory.borrow().live_buffers;
-        self.driver.piece(id, number, piece, spec, buffer);
-        // The driver drops what it has no use for; its permit goes with it.
-        if self.memory.borrow().live_buffers < before {
-            self.sync_window();
+        let pieces = load.plan.batches[batch].pieces.clone();
+        let parts: Vec<_> = pieces
+            .map(|number| {
+                let (file, piece) = load.piece(number);
+                let spec = FileSpec {
+                    handle: load.files[file].0.clone(),
+                    index: file,
+                    route: load.start,
+                    staged_by: load.staged_by(),
+                    mount: load.files[file].0.number % 2,
+                    alignment_bytes: BLOCK,
+                };
+                (number, piece, spec, SimBuffer::new(piece.memory_bytes, &self.memory))
+            })
+            .collect();
+        for (number, piece, spec, buffer) in parts {
+            let before = self.memory.borrow().live_buffers;
+            self.driver.piece(id, number, piece, spec, buffer);
+            // The driver drops what it has no use for; its permit goes with it.
+            if self.memory.borrow().live_buffers < before {
+                self.sync_window();
+            }
         }
         self.act_on_outputs();
+    }
+
+    fn give_back(&mut self, bytes: u64) {
+        self.scheduler.give_back(Need { bytes, files: 0 });
     }
 
     /// Permits go back when buffers do: the simulator counts them by the bytes that are alive.
@@ -373,7 +383,7 @@ impl World {
         let out = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
         let taken = self.scheduler.window_taken_bytes();
         assert!(taken >= out, "a permit came back while its memory is still there");
-        self.scheduler.give_back(taken - out);
+        self.give_back(taken - out);
     }
 
     fn turn(&mut self) {
@@ -418,7 +428,7 @@ impl World {
                     assert!(route <= load.told, "a piece went by {route}, but only a step to {} was told", load.told);
                     load.bounced |= route == Route::Bounce;
                     if let Some((observer, _)) = &load.observed {
-                        let (file, piece) = load.pieces[number];
+                        let (file, piece) = load.piece(number);
                         assert!(observer.has_seen(file, piece.file_offset + piece.bytes), "a piece that was not looked at");
                     }
                     check_bytes(load, number, buffer.contents());
@@ -470,7 +480,7 @@ impl World {
                     assert!(complete, "{id:?} is gone without a failure, and not complete");
                     assert!(!load.must_fail(), "{id:?} must fail and did not");
                     self.check_staging_was_told(load);
-                    let beside = (load.bounced || load.observed.is_some()) && !load.pieces.is_empty();
+                    let beside = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
                     assert!(!load.no_thread || self.faults.no_threads, "{id:?}: there were threads");
                     assert!(load.no_thread || !(beside && self.faults.no_threads), "{id:?}: what had no thread was not told");
                     if let Some((observer, _)) = &load.observed {
@@ -513,10 +523,10 @@ impl World {
         let file = |index: usize| &load.files[index];
         match failure {
             Failure::Ended { file: index, offset, .. } => {
-                let (file, plan) = file(index);
+                let (file, planned) = file(index);
                 // A strict load can't ask by a buffered read where in its last block the file ends.
                 let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
-                assert!(file.bytes < plan.file_bytes && end <= offset && offset < plan.file_bytes, "{failure:?} of {file:?}");
+                assert!(file.bytes < *planned && end <= offset && offset < *planned, "{failure:?} of {file:?}");
             }
             Failure::Read { file: index, offset, bytes, errno, .. } => {
                 let (file, _) = file(index);
@@ -547,7 +557,7 @@ impl World {
 }
 
 fn check_bytes(load: &SimLoad, number: usize, seen: &[u8]) {
-    let (file, piece) = load.pieces[number];
+    let (file, piece) = load.piece(number);
     let file = &load.files[file].0;
     assert_eq!(seen.len() as u64, piece.memory_bytes);
     for (at, &byte) in seen.iter().enumerate() {

@@ -1,0 +1,203 @@
+//! Small files of one load share memory: right bytes, each in its place, and nothing is shown before all that share are right.
+#![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+
+use dmaload::dmabuf::Pages;
+use dmaload::heap::AnonHeap;
+use dmaload::{Error, Image, Layout, Loader, Observer, Segment};
+
+/// Segments of 8 MiB: files of up to 2 MiB are small.
+const SEGMENT: u64 = 8 << 20;
+
+fn loader() -> Loader {
+    Loader::builder().segment_bytes(SEGMENT).build().unwrap()
+}
+
+/// Lengths around pages, huge pages, batches and the limit of what is small; large ones and empty ones between them.
+fn contents() -> Vec<Vec<u8>> {
+    let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
+    lengths.extend((0..40).map(|number| 64 << 10 | number * 9973));
+    lengths.iter().zip(0..).map(|(&len, seed)| random_bytes(len, seed)).collect()
+}
+
+fn written(folder: &Path, contents: &[Vec<u8>]) -> Vec<PathBuf> {
+    contents.iter().enumerate().map(|(index, bytes)| file(folder, &format!("{index}.bin"), bytes)).collect()
+}
+
+fn assert_files(image: &Image, contents: &[Vec<u8>], what: &str) {
+    for (index, bytes) in contents.iter().enumerate() {
+        assert_same(&image.files()[index].bytes().unwrap(), bytes, &format!("{what}, file {index}"));
+    }
+}
+
+#[tokio::test]
+async fn every_file_is_right_by_every_route_and_they_share_memories() {
+    let (folder, contents) = (folder(), contents());
+    let paths = written(folder.path(), &contents);
+    let loader = loader();
+    let anon = Loader::builder().segment_bytes(SEGMENT).heap(AnonHeap { pages: Pages::Small }).build().unwrap();
+    for route in ROUTES {
+        for (heap, loader) in [("memfd", &loader), ("anon", &anon)] {
+            let what = format!("{heap}, {route}");
+            let image = loader.load_with(&paths, loader.options().route(route)).await.unwrap();
+            assert_files(&image, &contents, &what);
+            let report = image.report();
+            assert_eq!((report.segments, report.memories), (52, 7), "{what}");
+            assert_eq!(report.bytes, contents.iter().map(|bytes| bytes.len() as u64).sum::<u64>(), "{what}");
+            let (mut place, mut memories) = (None::<&Segment>, 1);
+            for segment in image.segments() {
+                let expected = match place.filter(|last| last.shares_memory_with(segment)) {
+                    Some(last) => last.memory_offset() + last.memory_bytes(),
+                    None => 0,
+                };
+                memories += usize::from(expected == 0 && place.is_some());
+                assert_eq!((segment.memory_offset(), segment.memory_offset() % 4096), (expected, 0), "{what}: {segment:?}");
+                if segment.shares_memory_with(&image.segments()[0]) {
+                    assert!(segment.file_index() < 6, "{segment:?}");
+                }
+                place = Some(segment);
+            }
+            assert_eq!(memories, report.memories, "{what}");
+        }
+    }
+    let apart = loader.load_with(&paths, loader.options().packed(false)).await.unwrap();
+    assert_files(&apart, &contents, "apart");
+    assert_eq!(apart.report().memories, apart.report().segments);
+    let single = loader.load_with(&paths, loader.options().layout(Layout::Single)).await.unwrap();
+    assert_files(&single, &contents, "single");
+    assert_eq!(single.report().memories, 51, "a memory for each file that has bytes");
+}
+
+#[tokio::test]
+async fn the_shared_memfd_holds_each_file_at_its_offset_with_a_zero_tail() {
+    let (folder, contents) = (folder(), contents());
+    let paths = written(folder.path(), &contents);
+    let image = loader().load_with(&paths, loader().options()).await.unwrap();
+    for segment in image.segments() {
+        let mut memory = vec![0xEE; segment.memory_bytes()];
+        rustix::io::pread(segment.memfd().unwrap(), &mut memory, segment.memory_offset() as u64).unwrap();
+        let range = segment.file_range();
+        let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+        assert_same(&memory[..segment.len()], &contents[segment.file_index()][range], &format!("{segment:?}"));
+        assert!(memory[segment.len()..].iter().all(|&byte| byte == 0), "the tail of {segment:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_gives_them_in_order_and_a_memory_lives_as_long_as_any_of_its_segments() {
+    let (folder, contents) = (folder(), contents());
+    let paths = written(folder.path(), &contents);
+    let loader = loader();
+    let mut segments = loader.stream_with(&paths, loader.options());
+    let (mut index, mut kept) = (0, Vec::new());
+    while let Some(segment) = segments.next().await {
+        let segment = segment.unwrap();
+        assert_eq!(segment.index(), index);
+        if index % 7 == 3 {
+            kept.push(segment);
+        }
+        index += 1;
+    }
+    drop(segments);
+    loader.shutdown().await.unwrap();
+    for segment in kept {
+        let range = segment.file_range();
+        let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+        assert_same(&segment.bytes().unwrap(), &contents[segment.file_index()][range], &format!("{segment:?}"));
+    }
+}
+
+/// Whoever gets a memory sees all that is in it, so nothing of it is shown when a file in it has changed.
+#[tokio::test]
+async fn a_small_file_that_changes_fails_the_load_before_any_that_shares_with_it_is_shown() {
+    let folder = folder();
+    let contents: Vec<_> = (0..20).map(|seed| random_bytes(100_000, seed)).collect();
+    let paths = written(folder.path(), &contents);
+    let loader = loader();
+    let options = loader.options().observer(Arc::new(Replacing { number: 19, path: paths[19].clone() }));
+    let mut segments = loader.stream_with(&paths, options);
+    let first = segments.next().await.unwrap();
+    let error = first.expect_err("a segment was shown");
+    assert!(matches!(&error, Error::Changed { path, .. } if *path == paths[19]), "{error}");
+}
+
+/// Replaces a file when it has been read.
+#[derive(Debug)]
+struct Replacing {
+    number: usize,
+    path: PathBuf,
+}
+
+impl Observer for Replacing {
+    fn bytes(&self, file_index: usize, _offset: u64, _bytes: &[u8]) -> Result<(), String> {
+        if file_index == self.number {
+            let new = self.path.with_extension("new");
+            fs::write(&new, random_bytes(100_000, 99)).unwrap();
+            fs::rename(&new, &self.path).unwrap();
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn headers_of_small_models_are_read_from_their_memory_and_what_is_wrong_is_named() {
+    let folder = folder();
+    let model = |name: &str| {
+        let header = r#"{"w":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend_from_slice(name.as_bytes());
+        bytes
+    };
+    let paths = ["abc", "def"].map(|name| file(folder.path(), &format!("{name}.safetensors"), &model(name)));
+    let loader = loader();
+    let image = loader.load_with(&paths, loader.options()).await.unwrap();
+    for (file, data) in image.files().iter().zip(["abc", "def"]) {
+        assert_eq!(file.tensor("w").unwrap().bytes().unwrap(), data.as_bytes());
+        assert_eq!(file.tensor("w").unwrap().parts().len(), 1);
+    }
+    let short = file(folder.path(), "short.safetensors", &model("xy"));
+    let error = loader.load_with([&paths[0], &short, &paths[1]], loader.options()).await.unwrap_err();
+    assert!(matches!(&error, Error::Model { path, .. } if *path == short), "{error}");
+    let stump = file(folder.path(), "stump.safetensors", b"123");
+    let error = loader.load_with([&stump], loader.options()).await.unwrap_err();
+    assert!(matches!(&error, Error::Model { path, .. } if *path == stump), "{error}");
+}
+
+#[tokio::test]
+async fn one_that_is_missing_among_many_is_named() {
+    let folder = folder();
+    let contents: Vec<_> = (0..200).map(|seed| random_bytes(5000, seed)).collect();
+    let mut paths = written(folder.path(), &contents);
+    paths.insert(150, folder.path().join("missing.bin"));
+    let loader = loader();
+    let error = loader.load_with(&paths, loader.options()).await.unwrap_err();
+    assert!(error.to_string().contains("missing.bin: cannot open: ENOENT"), "{error}");
+}
+
+#[tokio::test]
+async fn the_same_files_again_go_into_the_memory_of_the_first_load() {
+    let (folder, contents) = (folder(), contents());
+    let paths = written(folder.path(), &contents);
+    let loader = Loader::builder().segment_bytes(SEGMENT).pool_bytes(1 << 30).build().unwrap();
+    let memory = |image: &Image| image.segments().iter().map(|segment| segment.memory_bytes() as u64).sum::<u64>();
+    let first = loader.load_with(&paths, loader.options()).await.unwrap();
+    let bytes = memory(&first);
+    drop(first);
+    while loader.pooled_bytes() < bytes {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    let mut shuffled: Vec<_> = paths.iter().cloned().zip(contents).collect();
+    shuffled[0..4].rotate_left(1);
+    let (paths, contents): (Vec<_>, Vec<_>) = shuffled.into_iter().unzip();
+    let again = loader.load_with(&paths, loader.options()).await.unwrap();
+    assert_files(&again, &contents, "again");
+    assert_eq!(again.report().reused_bytes, bytes);
+}
