@@ -23,7 +23,7 @@ fn loader() -> Loader {
 /// Lengths around pages, huge pages, batches and the limit of what is small; large ones and empty ones between them.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
-    lengths.extend((0..40).map(|number| 64 << 10 | number * 9973));
+    lengths.extend((0..40).map(|number| 65_536 + number * 9973));
     lengths.iter().zip(0..).map(|(&len, seed)| random_bytes(len, seed)).collect()
 }
 
