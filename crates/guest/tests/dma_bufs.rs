@@ -272,7 +272,7 @@ fn small_files_share_a_dma_buf_and_its_fate() {
             drop(image);
             shut_down(loader);
         }
-        row("handing", &[name, "four small files in one load", "in one dma-buf, each at its offset"]);
+        row("handing", &[name, "small files that share a dma-buf", "a mapping, each at its offset", "equal"]);
     }
 }
 
