@@ -126,7 +126,8 @@ pub(crate) struct Bench {
     pub(crate) dir: Option<PathBuf>,
     /// What is compared, by names with commas between; normal and limit always are [default: all].
     ///
-    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap: see docs/cli.md.
+    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse and at-once where
+    /// they are asked for: see docs/cli.md.
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
     /// How often each mode is measured; the medians count.
@@ -135,6 +136,9 @@ pub(crate) struct Bench {
     /// Let memory be short: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE, hog:all-but:SIZE.
     #[arg(long)]
     pub(crate) pressure: Option<Pressure>,
+    /// Have the files in the page cache before each run, instead of making sure that they are not.
+    #[arg(long, conflicts_with = "pressure")]
+    pub(crate) warm: bool,
     /// Measure all modes but limit as this user, who may lock 8 MiB of memory; takes root.
     #[arg(long, value_name = "UID")]
     pub(crate) user: Option<u32>,

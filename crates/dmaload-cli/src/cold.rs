@@ -131,6 +131,22 @@ pub(crate) fn make_cold(path: &Path) -> Result<Residency, ColdError> {
     }
 }
 
+/// Reads the file into the page cache and makes sure that all of it is there.
+///
+/// # Errors
+/// The call that failed, or ENOMEM where the page cache does not keep it.
+pub(crate) fn make_warm(path: &Path) -> Result<(), FileError> {
+    let mut file = File::open(path).at("open", path)?;
+    // Nothing is dirty: a direct read would have to wait for it to be written.
+    file.sync_all().at("write back", path)?;
+    io::copy(&mut file, &mut io::sink()).at("read", path)?;
+    let found = residency(&file, path)?;
+    if found.resident < found.total {
+        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).at("keep in the page cache all of", path);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 mod tests {
@@ -161,7 +177,8 @@ mod tests {
         assert_eq!((before.resident, before.total), (LENGTH, LENGTH));
         let after = make_cold(file.path()).unwrap();
         assert!(after.is_cold());
-        std::fs::read(file.path()).unwrap();
+        make_warm(file.path()).unwrap();
+        assert_eq!(resident_bytes(file.path()), before);
         assert!(!resident_bytes(file.path()).is_cold());
     }
 

@@ -4,17 +4,26 @@ use std::sync::Arc;
 
 use dmaload::dmabuf::Pages;
 use dmaload::heap::{self, AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
-use dmaload::{Error, LoadOptions, Loader, Result, Route};
+use dmaload::{Error, LoadOptions, Loader, LoaderBuilder, Result, Route};
 
 use crate::args::{Engine, HeapName};
 
 /// The loader that the command line asks for.
 pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
-    loader_by(arguments, arguments.route.0, arguments.strict)
+    builder(arguments, arguments.route.0, arguments.strict)?.build()
 }
 
 /// The same by another route.
 pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Result<Loader> {
+    builder(arguments, route, strict)?.build()
+}
+
+/// The same with a pool of any size.
+pub(crate) fn loader_with_pool(arguments: &Engine) -> Result<Loader> {
+    builder(arguments, arguments.route.0, arguments.strict)?.pool_bytes(u64::MAX).build()
+}
+
+fn builder(arguments: &Engine, route: Route, strict: bool) -> Result<LoaderBuilder> {
     let mut options = LoadOptions::default()
         .layout(arguments.layout)
         .packed(!arguments.no_pack)
@@ -36,7 +45,7 @@ pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Resul
     if let Some(reason) = reason {
         builder = builder.note(reason);
     }
-    builder.heap(heap).build()
+    Ok(builder.heap(heap))
 }
 
 /// The heap, and why it is this one where that was left to us.

@@ -15,6 +15,7 @@ pub(crate) fn to_json(results: &Results) -> Value {
         "limit_bytes_per_second": results.limit_bytes_per_second(),
         "pressure": results.pressure,
         "user": results.user,
+        "warm": results.warm,
         "read_ahead_kib": results.read_ahead_kib,
         "modes": results.modes.iter().map(|runs| mode_to_json(results, runs)).collect::<Vec<_>>(),
     })

@@ -134,6 +134,7 @@ impl<'a> Bench<'a> {
             file_bytes: self.file_bytes,
             pressure: self.arguments.pressure.map(|pressure| pressure.to_string()),
             user: self.arguments.user,
+            warm: self.arguments.warm,
             read_ahead_kib: self.paths.first().and_then(|path| host::read_ahead_kib(path)),
             modes: measured,
         })
@@ -161,7 +162,11 @@ impl<'a> Bench<'a> {
             self.arm.fill(group)?;
         }
         for path in &self.paths {
-            cold::make_cold(path)?;
+            if self.arguments.warm {
+                cold::make_warm(path)?;
+            } else {
+                cold::make_cold(path)?;
+            }
         }
         host::warm(self.file_bytes, self.arm.is_on()).context("cannot warm the machine's memory")?;
         worker.tell(child::GO);

@@ -24,11 +24,15 @@ pub(crate) enum Mode {
     PreadDirect,
     /// Allocate everything, then read everything.
     NoOverlap,
+    /// This engine, into the memory of a load before that was dropped: its pool.
+    Reuse,
+    /// This engine: each file a load of its own, all at once.
+    AtOnce,
 }
 
 impl Mode {
     /// Every mode, in the order in which they are shown.
-    pub(crate) const ALL: [Mode; 9] = [
+    pub(crate) const ALL: [Mode; 11] = [
         Mode::Normal,
         Mode::NormalIo,
         Mode::DirectIo,
@@ -38,6 +42,8 @@ impl Mode {
         Mode::TokioFs,
         Mode::PreadDirect,
         Mode::NoOverlap,
+        Mode::Reuse,
+        Mode::AtOnce,
     ];
 
     /// The name used on the command line and in every output.
@@ -52,12 +58,17 @@ impl Mode {
             Mode::TokioFs => "tokio-fs",
             Mode::PreadDirect => "pread-direct",
             Mode::NoOverlap => "no-overlap",
+            Mode::Reuse => "reuse",
+            Mode::AtOnce => "at-once",
         }
     }
 
-    /// What is measured: those asked for, or all, and always the two that everything is compared with.
+    /// What is measured: those asked for, or all that load a file as if for the first time and alone, and always the two that
+    /// everything is compared with.
     pub(crate) fn chosen(asked: &[Mode]) -> Vec<Mode> {
-        let wanted = |mode: &Mode| asked.is_empty() || asked.contains(mode) || matches!(mode, Mode::Normal | Mode::Limit);
+        let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::AtOnce);
+        let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
+        let wanted = |mode: &Mode| (asked.is_empty() && !special(mode)) || asked.contains(mode) || compared_with(mode);
         Mode::ALL.into_iter().filter(wanted).collect()
     }
 
@@ -103,7 +114,7 @@ mod tests {
     #[test]
     fn what_everything_is_compared_with_is_always_measured_and_nothing_twice() {
         use Mode::{DirectIo, Limit, Normal};
-        assert_eq!(Mode::chosen(&[]), Mode::ALL);
+        assert_eq!(Mode::chosen(&[]), Mode::ALL[..9]);
         assert_eq!(Mode::chosen(&[DirectIo, DirectIo, Limit]), [Normal, DirectIo, Limit]);
     }
 

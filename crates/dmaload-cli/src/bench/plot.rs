@@ -37,7 +37,13 @@ pub(crate) fn svg(results: &Results) -> String {
     let _ = writeln!(svg, "<g transform=\"translate(0 {above})\">");
     let size = bytes(results.file_bytes);
     let pressure = results.pressure.as_ref().map(|pressure| format!(", {pressure}")).unwrap_or_default();
-    text(&mut svg, 16.0, 26.0, "font-size=\"16\" font-weight=\"bold\"", &format!("Loading {size} from a cold file{pressure}"));
+    text(
+        &mut svg,
+        16.0,
+        26.0,
+        "font-size=\"16\" font-weight=\"bold\"",
+        &format!("Loading {size} from a {} file{pressure}", if results.warm { "cached" } else { "cold" }),
+    );
     let rounds = format!("seconds, median of {} rounds with the quickest and the slowest; less is better", results.rounds);
     text(&mut svg, 16.0, 46.0, "fill=\"#666\"", &rounds);
     scale.ticks(&mut svg, TOP, height - BOTTOM);
@@ -132,7 +138,7 @@ fn label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, runs: 
 /// The engine stands out, the limit is what it is held against, everything else is background.
 fn color(mode: Mode) -> &'static str {
     match mode {
-        Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect => "#2471a3",
+        Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::AtOnce => "#2471a3",
         Mode::Limit => "#e6b0aa",
         Mode::NoOverlap => "#7fb3d5",
         Mode::Normal | Mode::NormalIo | Mode::Mmap | Mode::TokioFs => "#aeb6bf",

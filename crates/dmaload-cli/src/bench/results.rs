@@ -106,6 +106,8 @@ pub(crate) struct Results {
     pub(crate) pressure: Option<String>,
     /// Whom the modes ran as, if not as whoever started the command.
     pub(crate) user: Option<u32>,
+    /// Whether the files were in the page cache before each run.
+    pub(crate) warm: bool,
     /// How far the files' disk reads ahead, on which all that goes through the page cache depends.
     pub(crate) read_ahead_kib: Option<u64>,
     /// In the order in which they are shown.
@@ -175,7 +177,7 @@ pub(super) mod tests {
     pub(crate) fn results(modes: Vec<(Mode, Vec<Result<Run, Failure>>)>) -> Results {
         let rounds = modes.first().map_or(0, |(_, runs)| u32::try_from(runs.len()).unwrap());
         let modes = modes.into_iter().map(|(mode, runs)| ModeRuns { mode, runs }).collect();
-        Results { rounds, file_bytes: 1 << 29, pressure: None, user: None, read_ahead_kib: Some(8192), modes }
+        Results { rounds, file_bytes: 1 << 29, pressure: None, user: None, warm: false, read_ahead_kib: Some(8192), modes }
     }
 
     #[test]

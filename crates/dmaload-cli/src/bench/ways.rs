@@ -62,6 +62,15 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
             let check = mode == Mode::DirectIoCheck;
             Box::new(move || by_engine(&loader, &files, check, curves))
         }
+        Mode::Reuse => {
+            let loader = engine::loader_with_pool(arguments)?;
+            drop(block_on(loader.load_with(&files.paths, loader.options()).finish())??);
+            Box::new(move || by_engine(&loader, &files, false, false))
+        }
+        Mode::AtOnce => {
+            let loader = engine::loader(arguments)?;
+            Box::new(move || all_at_once(&loader, &files))
+        }
         Mode::PreadDirect => {
             let loader = engine::loader_by(arguments, Route::PreadDirect, true)?;
             Box::new(move || by_engine(&loader, &files, false, false))
@@ -190,6 +199,9 @@ fn by_engine(loader: &Loader, files: &Files, check: bool, curves: bool) -> Resul
     let report = image.report();
     let mut notes = vec![format!("by {}", report.route)];
     notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", dmaload::dmabuf::errno::describe(errno))));
+    if report.reused_bytes > 0 {
+        notes.push(format!("{} in memory of the pool", crate::summary::bytes(report.reused_bytes)));
+    }
     Ok(Run {
         page_bytes: report.page_size_bytes() as u64,
         first_segment_seconds: report.first_segment.map(|first| first.as_secs_f64()),
@@ -200,6 +212,28 @@ fn by_engine(loader: &Loader, files: &Files, check: bool, curves: bool) -> Resul
 }
 
 /// Compares every byte with the file, read anew through the page cache: not the way it was loaded.
+/// The first segment of any is the first one.
+fn all_at_once(loader: &Loader, files: &Files) -> Result<Run> {
+    let watch = Stopwatch::start();
+    let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path)).collect();
+    let images = block_on(async {
+        let mut images = Vec::new();
+        for load in loads {
+            images.push(load.finish().await?);
+        }
+        Ok::<_, dmaload::Error>(images)
+    })??;
+    let run = watch.stop(files);
+    let reports = || images.iter().map(Image::report);
+    let slowest = reports().map(|report| report.route).max().map(|route| format!("{} loads, by {route}", images.len()));
+    Ok(Run {
+        page_bytes: reports().map(|report| report.page_size_bytes() as u64).min().unwrap_or(run.page_bytes),
+        first_segment_seconds: reports().filter_map(|report| report.first_segment).min().map(|first| first.as_secs_f64()),
+        notes: slowest.into_iter().collect(),
+        ..run
+    })
+}
+
 fn verify(image: &Image) -> Result<()> {
     for loaded in image.files() {
         let path = loaded.path();
