@@ -32,14 +32,18 @@ guest-test *ARGS:
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
 
-# The small benches: overlap, and the parser in instructions.
+# The small benches: overlap, and plan, window, slots and parser in instructions.
 bench:
     cargo bench -p dmaload-benches --bench overlap
-    cargo bench -p dmaload-benches --bench parser
+    cargo bench -p dmaload-benches --bench instructions
 
 # Measures all of docs/performance.md (root, some 15 minutes on an idle machine) and writes its tables and pictures.
 performance FILTER="":
     benches/performance.sh "{{FILTER}}"
+
+# The loaders that people use today, in one run with the engine (installs them: gigabytes), into docs/performance.md.
+bench-peers:
+    benches/performance.sh peers
 
 # The documentation of the libraries.
 doc:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures everything in docs/performance.md and writes its tables and pictures from the results: `just performance`.
-# As root, since page cache, cgroups and other users are involved; on a machine with nothing else to do. FILTER runs a part.
+# As root, since page cache, cgroups and other users are involved; on a machine with nothing else to do. FILTER runs a part;
+# other loaders (which have to be installed: gigabytes) are measured by `peers` alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 page=docs/performance.md out=target/performance filter=${1:-}
@@ -47,11 +48,73 @@ small() {
     insert "$1" "$out/$1"
 }
 
+# A folder of files of random bytes: COUNT LEAST-KIB MOST-KIB, always the same lengths.
+files() {
+    local folder=$out/files-$1
+    mkdir -p "$folder"
+    python3 - "$folder" "$@" <<'PYTHON'
+import os, random, sys
+folder, (count, least, most) = sys.argv[1], map(int, sys.argv[2:])
+lengths = random.Random(1)
+for number in range(count):
+    with open(f"{folder}/{number:04}", "wb") as file:
+        file.write(os.urandom(lengths.randint(least << 10, most << 10)))
+PYTHON
+    chmod -R a+rX "$folder"
+    echo "$folder"
+}
+
+# NAME "COUNT LEAST MOST" ARGUMENTS…: a bench of many files.
+measure_files() {
+    local name=$1 folder
+    [[ $name == *$filter* ]] || return 0
+    folder=$(files $2)
+    grep -qx "<!-- begin:$name -->" "$page"
+    echo "$name: dmaload bench, $2, ${*:3}"
+    "$dmaload" bench "$folder"/* "${@:3}" --md >"$out/$name.md"
+    { echo "\`dmaload bench FOLDER/* ${*:3}\`"; echo; cat "$out/$name.md"; } >"$out/$name"
+    rm -r "$folder"
+    insert "$name" "$out/$name"
+}
+
+# The loaders that people use, in an environment of their own, in one run with the engine.
+peers() {
+    local python=$PWD/$out/peers/bin/python way command=()
+    if [[ ! -x $python ]]; then
+        python3 -m venv "$out/peers"
+        "$python" -m pip install --quiet safetensors fastsafetensors runai-model-streamer torch numpy
+    fi
+    for way in safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
+        command+=(--peer "${way##*/}=$python benches/peers.py ${way##*/}")
+    done
+    local arguments=(--size 1GiB --route uring-direct --modes normal,limit,direct_io)
+    "$dmaload" bench "${arguments[@]}" "${command[@]}" --md >"$out/peers.md"
+    {
+        echo "\`dmaload bench ${arguments[*]} --peer NAME='python benches/peers.py NAME' …\` with"
+        echo "$("$python" -m pip list 2>/dev/null | awk '/^(safetensors|fastsafetensors|runai-model-streamer|torch) / {print $1, $2}' | paste -sd,)"
+        echo
+        cat "$out/peers.md"
+    } >"$out/peers.table"
+    insert peers "$out/peers.table"
+}
+if [[ $filter == peers ]]; then
+    peers
+    exit
+fi
+
 few=normal,limit,direct_io,no-overlap
 measure untuned --size 1GiB --user 1000 --plot docs/performance.svg
 measure untuned-3gib --size 3GiB --user 1000 --modes $few
 measure registered --size 1GiB --modes $few
 measure small-pages --size 1GiB --user 1000 --pages 4k --modes $few
+measure reuse --size 1GiB --user 1000 --pages 4k --modes normal,limit,direct_io,reuse
+measure reuse-bounce --size 1GiB --user 1000 --pages 4k --route bounce --modes normal,limit,direct_io,reuse
+measure reuse-huge --size 1GiB --user 1000 --modes normal,limit,direct_io,reuse
+measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
+measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
+measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
+measure large-8gib --size 8GiB --user 1000 --modes normal,limit,direct_io --rounds 3
+measure large-16gib --size 16GiB --user 1000 --modes normal,limit,direct_io --rounds 3
 measure bounce --size 1GiB --route bounce --modes normal,limit,direct_io
 measure cgroup --size 1GiB --pressure cgroup:1280MiB --modes normal,normal_io,limit,direct_io
 measure cgroup-clean --size 1GiB --pressure cgroup:1600MiB,clean --modes normal,normal_io,limit,direct_io

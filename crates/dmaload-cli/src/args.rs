@@ -130,6 +130,9 @@ pub(crate) struct Bench {
     /// they are asked for: see docs/cli.md.
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
+    /// Another program to compare with, run by the shell with the paths as arguments; may be repeated: see docs/cli.md.
+    #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Mode::peer)]
+    pub(crate) peers: Vec<Mode>,
     /// How often each mode is measured; the medians count.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,

@@ -114,7 +114,8 @@ impl<'a> Bench<'a> {
             bail!("{}: there is nothing to load", paths.first().map(|path| path.display().to_string()).unwrap_or_default());
         }
         let arm = Arm::new(arguments.pressure, arguments.dir.as_deref())?;
-        Ok(Bench { arguments, modes: Mode::chosen(&arguments.modes), scratch, paths, file_bytes, arm })
+        let modes = Mode::chosen(&arguments.modes).into_iter().chain(arguments.peers.iter().copied()).collect();
+        Ok(Bench { arguments, modes, scratch, paths, file_bytes, arm })
     }
 
     fn measure(&self) -> Result<Results> {
@@ -182,13 +183,18 @@ impl<'a> Bench<'a> {
     }
 
     fn start(&self, mode: Mode) -> Result<Worker> {
-        let mut command = worker::command();
-        command.args(["load", "--mode", mode.name()]);
-        if let Some(file) = &self.scratch {
-            command.arg("--scratch").arg(file.path());
-        }
-        // The same options, read by the same parser: everything behind the word `bench`.
-        command.args(env::args_os().skip(2));
+        let mut command = if let Mode::Peer(peer) = mode {
+            worker::peer(&peer.command, &self.paths)
+        } else {
+            let mut command = worker::command();
+            command.args(["load", "--mode", mode.name()]);
+            if let Some(file) = &self.scratch {
+                command.arg("--scratch").arg(file.path());
+            }
+            // The same options, read by the same parser: everything behind the word `bench`.
+            command.args(env::args_os().skip(2));
+            command
+        };
         if let Some(user) = self.arguments.user.filter(|_| mode != Mode::Limit) {
             command.uid(user).gid(user);
         }

@@ -28,6 +28,17 @@ pub(crate) enum Mode {
     Reuse,
     /// This engine: each file a load of its own, all at once.
     AtOnce,
+    /// Another program.
+    Peer(&'static Peer),
+}
+
+/// A program to be compared with. It speaks as the processes of this bench do: gets the paths as arguments, is told `prepare`,
+/// answers `{"ready": true}`, is told `go`, loads, and answers with `seconds`, `cpu_seconds` and `page_bytes`.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Peer {
+    pub(crate) name: String,
+    /// For the shell; the paths follow it.
+    pub(crate) command: String,
 }
 
 impl Mode {
@@ -60,7 +71,21 @@ impl Mode {
             Mode::NoOverlap => "no-overlap",
             Mode::Reuse => "reuse",
             Mode::AtOnce => "at-once",
+            Mode::Peer(peer) => &peer.name,
         }
+    }
+
+    /// Reads `NAME=COMMAND`.
+    ///
+    /// # Errors
+    /// When it has no name or no command, or the name of a mode.
+    pub(crate) fn peer(text: &str) -> Result<Self, String> {
+        let (name, command) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=COMMAND"))?;
+        if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
+            return Err(format!("{text:?}: a name of its own and a command are needed"));
+        }
+        // There are a few, for as long as the program runs.
+        Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 
     /// What is measured: those asked for, or all that load a file as if for the first time and alone, and always the two that
@@ -116,6 +141,15 @@ mod tests {
         use Mode::{DirectIo, Limit, Normal};
         assert_eq!(Mode::chosen(&[]), Mode::ALL[..9]);
         assert_eq!(Mode::chosen(&[DirectIo, DirectIo, Limit]), [Normal, DirectIo, Limit]);
+    }
+
+    #[test]
+    fn a_peer_has_a_name_of_its_own_and_a_command() {
+        let Ok(Mode::Peer(peer)) = Mode::peer("fio=fio --x=1 \"$@\"") else { panic!("it is one") };
+        assert_eq!((&*peer.name, &*peer.command), ("fio", "fio --x=1 \"$@\""));
+        for wrong in ["fio", "=fio", "fio=", "limit=fio"] {
+            assert!(Mode::peer(wrong).unwrap_err().contains(wrong));
+        }
     }
 
     #[test]

@@ -141,7 +141,7 @@ fn color(mode: Mode) -> &'static str {
         Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::AtOnce => "#2471a3",
         Mode::Limit => "#e6b0aa",
         Mode::NoOverlap => "#7fb3d5",
-        Mode::Normal | Mode::NormalIo | Mode::Mmap | Mode::TokioFs => "#aeb6bf",
+        Mode::Normal | Mode::NormalIo | Mode::Mmap | Mode::TokioFs | Mode::Peer(_) => "#aeb6bf",
     }
 }
 

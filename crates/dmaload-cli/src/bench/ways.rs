@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use dmaload::dmabuf::{Pages, page_bytes};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
 use dmaload::{Image, Loader, Route};
@@ -85,6 +85,7 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
             drop(open);
             Box::new(move || device_limit(reader, &files, notes))
         }
+        Mode::Peer(peer) => bail!("{} is another program", peer.name),
         Mode::Mmap => Box::new(move || mapped(&files)),
         Mode::TokioFs => Box::new(move || by_tokio(&files)),
         Mode::NoOverlap => {

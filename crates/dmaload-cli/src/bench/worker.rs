@@ -5,6 +5,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, anyhow};
@@ -16,6 +17,14 @@ pub(crate) fn command() -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("dmaload").arg("bench-child").stdin(Stdio::piped()).stdout(Stdio::piped());
     command
+}
+
+/// Another program, run by the shell. It ends by itself when its standard input does.
+pub(crate) fn peer(command: &str, paths: &[PathBuf]) -> Command {
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg(format!("{command} \"$@\"")).arg("sh").args(paths);
+    shell.stdin(Stdio::piped()).stdout(Stdio::piped());
+    shell
 }
 
 /// Such a process.
