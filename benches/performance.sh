@@ -120,5 +120,5 @@ measure cgroup --size 1GiB --pressure cgroup:1280MiB --modes normal,normal_io,li
 measure cgroup-clean --size 1GiB --pressure cgroup:1600MiB,clean --modes normal,normal_io,limit,direct_io
 measure cgroup-dirty --size 1GiB --pressure cgroup:1600MiB,dirty --modes normal,normal_io,limit,direct_io
 measure hog --size 3GiB --pressure hog:all-but:3328MiB --modes normal,limit,direct_io --rounds 3
-small parser parser
+small instructions instructions
 small overlap overlap

@@ -22,6 +22,9 @@ mod headroom;
 pub mod heap;
 mod image;
 mod inspect;
+#[cfg(any(test, feature = "internals"))]
+#[doc(hidden)]
+pub mod internals;
 mod load;
 mod loader;
 mod memory;
