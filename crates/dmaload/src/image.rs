@@ -133,10 +133,17 @@ pub struct Tensor {
 pub struct TensorPart {
     /// The segment.
     pub segment: Segment,
-    /// Where in the segment's memory the part begins, in bytes.
+    /// Where in the segment the part begins, in bytes.
     pub offset: usize,
     /// Its length in bytes.
     pub len: usize,
+}
+
+impl TensorPart {
+    /// Where in the segment's dma-buf or memfd the part begins, in bytes: not at `offset` where small files share that.
+    pub fn memory_offset(&self) -> usize {
+        self.segment.memory_offset() + self.offset
+    }
 }
 
 impl Tensor {
@@ -173,7 +180,7 @@ impl Tensor {
         self.file.slice(self.file_range())
     }
 
-    /// The dma-buf that holds all of it; where in that it begins, its only part tells.
+    /// The dma-buf that holds all of it; where in that it begins, its only part tells ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
     /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as

@@ -193,7 +193,7 @@ pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<Tens
     let mut start = [0; SNIFFED_BYTES];
     let start = start.get_mut(..SNIFFED_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))).unwrap_or_default();
     file.read_exact(start, 0)?;
-    let Some(header_bytes) = header_bytes(file, start, format)? else { return Ok(None) };
+    let Some(header_bytes) = header_bytes(file, start, bytes, format)? else { return Ok(None) };
     // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
     let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
     file.read_exact(&mut header, 8)?;
@@ -205,19 +205,20 @@ pub(super) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
     if format == Format::Raw {
         return Ok(None);
     }
-    let Some(header_bytes) = header_bytes(file, bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), format)? else { return Ok(None) };
+    let (start, file_bytes) = (bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), bytes.len() as u64);
+    let Some(header_bytes) = header_bytes(file, start, file_bytes, format)? else { return Ok(None) };
     let header = usize::try_from(header_bytes).ok().and_then(|header_bytes| bytes.get(8..)?.get(..header_bytes));
     let header = header.unwrap_or_default();
-    parse(header, bytes.len() as u64).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
+    parse(header, file_bytes).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
 }
 
 /// What tells a header: its length and its first byte.
 const SNIFFED_BYTES: usize = 9;
 
-/// The length of a file's safetensors header; `None` for a file of raw bytes.
-fn header_bytes(file: &OpenFile, start: &[u8], format: Format) -> Result<Option<u64>> {
+/// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
+fn header_bytes(file: &OpenFile, start: &[u8], file_bytes: u64, format: Format) -> Result<Option<u64>> {
     let named = file.path.extension() == Some(OsStr::new("safetensors"));
-    match sniff(start, file.identity.bytes, named || format == Format::Safetensors) {
+    match sniff(start, file_bytes, named || format == Format::Safetensors) {
         Sniff::Safetensors { header_bytes } => Ok(Some(header_bytes)),
         Sniff::Broken { error } => Err(Error::Model { path: file.path.clone(), fault: error }),
         Sniff::Not { .. } => Ok(None),
