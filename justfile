@@ -20,9 +20,25 @@ real-model:
     cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
     DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" cargo test -p dmaload --test real_model -- --nocapture
 
-# The seeded simulator; a failure prints the seed that DMALOAD_SIM_SEED replays.
-simulate SEEDS="50000":
-    DMALOAD_SIM_SEEDS={{SEEDS}} cargo test --release -p dmaload --lib ring::sim
+# The seeded simulator, 50,000 worlds or as many as asked for; a failure prints its seed: `just simulate --seeds 1000000`, `just simulate --seed 17`.
+simulate *ARGS:
+    .ci/simulate {{ARGS}}
+
+# Damaged headers and manifests, so many of each: `just hostile 10000000`.
+hostile INPUTS="1000000" SEED="1":
+    DMALOAD_INPUTS={{INPUTS}} DMALOAD_SEED={{SEED}} cargo test --release -p dmaload --features verify --test hostile -- --nocapture
+
+# Every interleaving of what threads decide by locks and atomics.
+loom:
+    .ci/loom
+
+# The tests under valgrind (needs it; takes an hour).
+valgrind *ARGS:
+    .ci/valgrind {{ARGS}}
+
+# Puts deliberate bugs into a copy of the sources, and fails unless each one's test finds it.
+mutants *NAMES:
+    .ci/mutants {{NAMES}}
 
 # Boots stock kernels with real dma-bufs in QEMU and runs the suites inside: `just guest-test --kernel 6.12-cloud --only faults`.
 guest-test *ARGS:
@@ -36,6 +52,10 @@ kernels-md:
 bench:
     cargo bench -p dmaload-benches --bench overlap
     cargo bench -p dmaload-benches --bench instructions
+
+# Random loads, cancellations and faults for so long, and what the process holds, as a table: `just soak --minutes 30`.
+soak *ARGS:
+    cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
 
 # Measures all of docs/performance.md (root, some 15 minutes on an idle machine) and writes its tables and pictures.
 performance FILTER="":

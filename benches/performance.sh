@@ -115,6 +115,7 @@ measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_i
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
 measure large-8gib --size 8GiB --user 1000 --modes normal,limit,direct_io --rounds 3
 measure large-16gib --size 16GiB --user 1000 --modes normal,limit,direct_io --rounds 3
+measure verify --size 1GiB --user 1000 --modes normal,limit,direct_io,verify
 measure bounce --size 1GiB --route bounce --modes normal,limit,direct_io
 measure cgroup --size 1GiB --pressure cgroup:1280MiB --modes normal,normal_io,limit,direct_io
 measure cgroup-clean --size 1GiB --pressure cgroup:1600MiB,clean --modes normal,normal_io,limit,direct_io

@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::{Error, HUGE_PAGE_BYTES, Memory, page_bytes};
 
@@ -58,7 +58,8 @@ impl AddressRange {
         self.bytes
     }
 
-    /// Maps `bytes` bytes of `memory`, from its offset 0, at `at` bytes into the range; readable and writable.
+    /// Maps `bytes` bytes of `memory`, from its offset 0, at `at` bytes into the range; readable and writable. Anonymous memory
+    /// is kept from forked processes, see [`Mapping::forbid_fork`].
     ///
     /// # Errors
     /// EINVAL when `at` or `bytes` is not a multiple of the page size, is zero, or reaches past the range or the
@@ -89,7 +90,11 @@ impl AddressRange {
         .map_err(failed)?;
         taken.insert(at, bytes);
         drop(taken);
-        Ok(Mapping { range: Arc::clone(self), at, bytes })
+        let mapping = Mapping { range: Arc::clone(self), at, bytes };
+        if memory.is_private() {
+            mapping.forbid_fork()?;
+        }
+        Ok(mapping)
     }
 
     fn taken(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
@@ -149,6 +154,33 @@ impl Mapping {
     /// The range it lies in.
     pub fn range(&self) -> &Arc<AddressRange> {
         &self.range
+    }
+
+    /// Keeps the mapping from processes that are forked from now on: they don't have it.
+    ///
+    /// A device writes to pages, and a fork makes private pages common to two processes: whichever writes first gets a copy,
+    /// and what the device writes afterwards is in the other one's. open(2) demands this call, or a shared mapping, for
+    /// `O_DIRECT` reads in processes that fork. Kernels since 5.10 copy pages that are pinned, as those of registered buffers are,
+    /// when a process forks; direct reads pin theirs since 6.3.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn forbid_fork(&self) -> Result<(), Error> {
+        self.advise(Advice::LinuxDontFork, "keep memory from forked processes")
+    }
+
+    /// Undoes [`Mapping::forbid_fork`]: nothing but the CPU writes to it now.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn allow_fork(&self) -> Result<(), Error> {
+        self.advise(Advice::LinuxDoFork, "let forked processes have memory")
+    }
+
+    fn advise(&self, advice: Advice, operation: &'static str) -> Result<(), Error> {
+        // SAFETY: the range is this mapping's, and the advice changes none of its bytes.
+        unsafe { madvise(self.address().as_ptr().cast(), self.bytes, advice) }
+            .map_err(|errno| Error::new(operation, self.bytes, errno))
     }
 
     /// Moves the mapping, with its page tables, to `at` bytes into another range (or elsewhere in its own): nothing is
@@ -223,6 +255,24 @@ mod tests {
                 (from..to).contains(&start) && access.starts_with("rw")
             })
             .count()
+    }
+
+    fn flags(mapping: &Mapping) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", mapping.address().addr());
+        let own = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        own.skip(1).find_map(|line| line.strip_prefix("VmFlags:")).unwrap().to_owned()
+    }
+
+    #[test]
+    fn private_memory_is_kept_from_forked_processes_until_that_is_allowed() {
+        let range = AddressRange::reserve(4 * PAGE).unwrap();
+        let mapping = range.map(&Memory::Anonymous, 0, PAGE).unwrap();
+        assert!(flags(&mapping).contains(" dc"), "{}", flags(&mapping));
+        mapping.allow_fork().unwrap();
+        assert!(!flags(&mapping).contains(" dc"), "{}", flags(&mapping));
+        let shared = range.map(&Memory::Memfd(Memfd::create("test", PAGE).unwrap()), 2 * PAGE, PAGE).unwrap();
+        assert!(!flags(&shared).contains(" dc"), "{}", flags(&shared));
     }
 
     #[test]

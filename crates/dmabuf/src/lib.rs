@@ -65,6 +65,11 @@ impl Memory {
         }
     }
 
+    /// Whether nobody but this process, and those forked from it, can have it.
+    pub fn is_private(&self) -> bool {
+        matches!(self, Memory::Anonymous)
+    }
+
     /// How much can be mapped of it: whole pages; `None` where there is no end.
     fn bytes(&self) -> Option<usize> {
         match self {

@@ -7,10 +7,11 @@ use std::str::FromStr;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dmaload::dmabuf::Pages;
+use dmaload::verify::Algorithm;
 use dmaload::{Cache, Format, Layout, Route};
 
 use crate::bench::{Mode, Pressure};
-use crate::digest::Algorithm;
+use crate::manifest::Against;
 
 /// Loads model files straight into shareable memory through io_uring, without the page cache.
 #[derive(Debug, Parser)]
@@ -28,6 +29,8 @@ pub(crate) enum Command {
     Load(Load),
     /// Loads a file, then writes the loaded memory to standard output.
     Cat(Cat),
+    /// Writes a manifest of files to standard output: checksums of their chunks, for `load --verify`.
+    Manifest(Manifest),
     /// Shows what tensors a file holds; reads only its header.
     Inspect(Inspect),
     /// Tells what loads get from this machine, by trying, and what would help most.
@@ -52,7 +55,11 @@ pub(crate) struct Load {
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: Engine,
-    /// Compute this digest of each file, from the loaded memory.
+    /// Fail unless the files are what this says: a manifest (see `dmaload manifest`), or sha256:HEX (or blake3:, crc32c:, xxh3:)
+    /// of the one file.
+    #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
+    pub(crate) verify: Option<Against>,
+    /// Compute this digest of each file, from the loaded memory: sha256, blake3, crc32c, xxh3.
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) digest: Option<Algorithm>,
     /// Print one JSON object, and nothing else, on standard output.
@@ -75,6 +82,24 @@ pub(crate) struct Load {
 pub(crate) struct Cat {
     /// The file.
     pub(crate) path: PathBuf,
+    /// Fail unless the file is what this says, as for `load`; only what was verified is written.
+    #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
+    pub(crate) verify: Option<Against>,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Manifest {
+    /// The files.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// The checksum of the chunks: crc32c, xxh3, or, against somebody who forges files, blake3, sha256.
+    #[arg(long, default_value = "crc32c")]
+    pub(crate) algorithm: Algorithm,
+    /// The size of a chunk: a power of two from 4KiB to 1MiB.
+    #[arg(long, default_value = "1MiB", value_name = "BYTES", value_parser = bytes)]
+    pub(crate) chunk: u64,
     #[command(flatten)]
     pub(crate) engine: Engine,
 }
@@ -126,8 +151,8 @@ pub(crate) struct Bench {
     pub(crate) dir: Option<PathBuf>,
     /// What is compared, by names with commas between; normal and limit always are [default: all].
     ///
-    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse and at-once where
-    /// they are asked for: see docs/cli.md.
+    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse, at-once and
+    /// verify where they are asked for: see docs/cli.md.
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
     /// Another program to compare with, run by the shell with the paths as arguments; may be repeated: see docs/cli.md.

@@ -9,7 +9,11 @@ use crate::{args, block_on, engine, errors};
 pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
     let loader = engine::loader(&arguments.engine).map_err(about)?;
-    let mut segments = loader.stream_with([&arguments.path], loader.options());
+    let options = match &arguments.verify {
+        Some(against) => against.applied_to(loader.options())?,
+        None => loader.options(),
+    };
+    let mut segments = loader.stream_with([&arguments.path], options);
     block_on(async {
         let mut stdout = std::io::stdout().lock();
         while let Some(segment) = segments.next().await {

@@ -4,9 +4,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use dmaload::heap::Heap;
-use dmaload::{Image, LoadOptions, Observer};
-
-use crate::digest::{Algorithm, Digest, Hasher, digest};
+use dmaload::verify::{Algorithm, Digest, Hasher, digest};
+use dmaload::{Image, LoadOptions, Observer, Rejection};
 
 /// Digests to be computed of a load's files.
 #[derive(Debug)]
@@ -20,7 +19,7 @@ pub(crate) struct Checksums {
 struct Landing(Mutex<Vec<Hasher>>);
 
 impl Observer for Landing {
-    fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), String> {
+    fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         let mut hashers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         hashers.get_mut(file_index).ok_or("a file that was not asked for")?.update(bytes);
         Ok(())
@@ -96,7 +95,7 @@ mod tests {
             Loader::builder().heap(MemfdHeap::default()).build().unwrap(),
             Loader::builder().heap(Uncached(MemfdHeap::default())).build().unwrap(),
         ];
-        for algorithm in [Algorithm::Sha256, Algorithm::Blake3, Algorithm::Crc32c, Algorithm::Xxh3] {
+        for algorithm in Algorithm::ALL {
             let expected = paths.each_ref().map(|path| digest(algorithm, &std::fs::read(path).unwrap()));
             for (loader, landing) in loaders.iter().zip([false, true]) {
                 let checksums = Checksums::new(algorithm, paths.len(), loader.heap());

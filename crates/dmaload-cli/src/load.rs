@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::Result;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno};
+use dmaload::verify::Digest;
 use dmaload::{Fallback, Image, Load, Report, Segment};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::args;
 use crate::checksums::Checksums;
-use crate::digest::Digest;
 use crate::errors::At;
 use crate::summary::{Pairs, bytes, duration, rate};
 use crate::{block_on, engine, errors, exec, trace};
@@ -25,6 +25,9 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, arguments.paths.len(), loader.heap()));
     let mut options = loader.options().trace(arguments.trace.is_some());
+    if let Some(against) = &arguments.verify {
+        options = against.applied_to(options)?;
+    }
     if let Some(checksums) = &checksums {
         options = checksums.applied_to(options);
     }
@@ -109,6 +112,7 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
     if tensors > 0 {
         pairs = pairs.with("tensors", tensors);
     }
+    pairs = pairs.with_some("verified", report.verified.as_ref());
     for note in &report.notes {
         pairs = pairs.with("note", note);
     }
@@ -116,8 +120,8 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
         pairs = pairs.with("fallback", described(report, fallback));
     }
     for (file, digest) in report.files.iter().zip(digests) {
-        let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex, file.path.display()));
-        pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm.to_string()).unwrap_or_default(), told);
+        let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex(), file.path.display()));
+        pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm().to_string()).unwrap_or_default(), told);
     }
     pairs.to_string()
 }
@@ -161,7 +165,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
             "path": file.path.to_string_lossy(),
             "bytes": file.bytes,
             "route": file.route.name(),
-            "digest": digest.as_ref().map(|digest| json!({ "algorithm": digest.algorithm.to_string(), "hex": digest.hex })),
+            "digest": digest.as_ref().map(|digest| json!({ "algorithm": digest.algorithm().name(), "hex": digest.hex() })),
         })
     });
     json!({
@@ -190,6 +194,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
             "errno": errno::name(fallback.errno).map_or_else(|| fallback.errno.raw_os_error().to_string(), str::to_owned),
             "file": fallback.file_index,
         })).collect::<Vec<_>>(),
+        "verified": report.verified,
         "segments": image.segments().iter().map(segment_to_json).collect::<Vec<_>>(),
         "tensors": image.tensors().count(),
         "files": files.collect::<Vec<_>>(),

@@ -7,13 +7,13 @@ mod cat;
 mod checksums;
 mod cold;
 mod demo;
-mod digest;
 mod doctor;
 mod engine;
 mod errors;
 mod exec;
 mod inspect;
 mod load;
+mod manifest;
 mod scratch;
 mod summary;
 mod synth;
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Load(arguments) => load::run(&arguments),
         Command::Cat(arguments) => cat::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Manifest(arguments) => manifest::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Inspect(arguments) => inspect::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),

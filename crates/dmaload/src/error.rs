@@ -69,6 +69,38 @@ pub enum Error {
         /// What it says.
         reason: String,
     },
+    /// Bytes of the file are not those that were expected ([`crate::LoadOptions::verify`]).
+    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {found} instead of {expected}{}", .path.display(), named(.tensors))]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file the bytes begin that the checksum is of.
+        offset: u64,
+        /// How many they are.
+        bytes: u64,
+        /// The checksum that they should have.
+        expected: String,
+        /// The checksum that they have.
+        found: String,
+        /// The tensors that have bytes among them, where a chunk was verified; none where the file's header can't be read.
+        tensors: Vec<String>,
+    },
+    /// The file has not the length that was expected ([`crate::LoadOptions::verify`]). Nothing was read.
+    #[error("{}: has {bytes} bytes, but should have {expected_bytes}", .path.display())]
+    WrongLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// The length that it should have.
+        expected_bytes: u64,
+    },
+    /// The load was to be verified, and its manifest knows nothing of this file. Nothing was read.
+    #[error("{}: is not in the manifest", .path.display())]
+    NotInManifest {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file ended before the end that it had when the load began.
     #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", .path.display())]
     Ended {
@@ -224,6 +256,12 @@ impl Error {
             Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {
                 "the storage can't give these bytes: see the kernel's log (dmesg), and restore the file from a good copy"
             }
+            Error::Corrupt { .. } | Error::WrongLength { .. } => {
+                "fetch the file again from where the manifest came from; if it is the right one elsewhere, suspect this machine's storage or memory"
+            }
+            Error::NotInManifest { .. } => {
+                "a manifest names files by the ends of their paths: see its \"path\"s, or make a new one (dmaload manifest)"
+            }
             Error::Ended { .. } | Error::Changed { .. } => "load it again when nobody writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
             Error::Memory { heap, refusal: dmabuf::Error { errno: Errno::INVAL, .. }, .. } if heap == "udmabuf" => {
@@ -258,6 +296,19 @@ impl Error {
             _ => return None,
         };
         Some(hint.to_owned())
+    }
+}
+
+/// How many tensors a message names.
+const TENSORS_NAMED: usize = 32;
+
+fn named(tensors: &[String]) -> String {
+    let names: Vec<_> = tensors.iter().take(TENSORS_NAMED).map(|name| format!("{name:?}")).collect();
+    match (tensors.len(), tensors.len().saturating_sub(TENSORS_NAMED)) {
+        (0, _) => String::new(),
+        (1, _) => format!("; in tensor {}", names.join(", ")),
+        (_, 0) => format!("; in tensors {}", names.join(", ")),
+        (_, more) => format!("; in tensors {} and {more} more", names.join(", ")),
     }
 }
 

@@ -25,6 +25,7 @@ mod inspect;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
 pub mod internals;
+mod lent;
 mod load;
 mod loader;
 mod memory;
@@ -41,7 +42,10 @@ mod schedule;
 mod segment;
 mod settings;
 mod source;
+mod sync;
 mod trace;
+#[cfg(feature = "verify")]
+pub mod verify;
 mod window;
 
 pub use dmabuf;
@@ -51,7 +55,7 @@ pub use image::{Image, ImageFile, Tensor, TensorPart};
 pub use inspect::{Inspected, inspect};
 pub use load::{Load, Progress, Segments};
 pub use loader::{Loader, LoaderBuilder};
-pub use observe::Observer;
+pub use observe::{Observer, Rejection, Verify};
 pub use plan::Layout;
 pub use report::{FileReport, Report};
 pub use route::{Attempt, Fallback, Route};

@@ -4,11 +4,12 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memory};
 
 use crate::heap::Heap;
+use crate::lent::Lent;
 use crate::reaper::{Holding, Reaper};
 use crate::ring::Buffer;
 
@@ -21,13 +22,9 @@ pub(crate) struct Backing {
     bytes: usize,
     /// Whether its pages are there already.
     reused: bool,
-    /// The number of views that are alive, or [`HANDED_OUT`].
-    lent: AtomicUsize,
+    lent: Lent,
     reaper: Reaper,
 }
-
-/// No number of views.
-const HANDED_OUT: usize = usize::MAX;
 
 // SAFETY: the pointer is into the mapping that `holding` owns, which is not bound to a thread.
 unsafe impl Send for Backing {}
@@ -37,16 +34,21 @@ unsafe impl Sync for Backing {}
 impl Backing {
     pub(crate) fn new(mapping: Mapping, memory: Memory, reaper: Reaper) -> Self {
         let (address, bytes) = (mapping.address(), mapping.bytes());
-        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: AtomicUsize::new(0), reaper }
+        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: Lent::new(), reaper }
     }
 
     /// Memory from the pool, moved to where it is needed now; `None` when it can't be moved: then it is freed.
     pub(crate) fn reused(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
         holding.reusable.store(false, Ordering::Release);
         match holding.moved_to(range, at) {
+            // Where it can't be kept from forked processes it is no use.
+            Ok(holding) if holding.memory.is_private() && holding.mapping.forbid_fork().is_err() => {
+                reaper.bury(holding);
+                None
+            }
             Ok(holding) => {
                 let (address, bytes) = (holding.mapping.address(), holding.mapping.bytes());
-                let (lent, reaper) = (AtomicUsize::new(0), reaper.clone());
+                let (lent, reaper) = (Lent::new(), reaper.clone());
                 Some(Backing { holding: Some(holding), address, bytes, reused: true, lent, reaper })
             }
             Err(holding) => {
@@ -65,6 +67,14 @@ impl Backing {
     pub(crate) fn allow_reuse(&self) {
         if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.dma_buf().is_none()) {
             holding.reusable.store(true, Ordering::Release);
+        }
+    }
+
+    /// No device writes to it any more: processes that are forked may have it. Where the kernel has no memory to note that,
+    /// they don't.
+    pub(crate) fn allow_fork(&self) {
+        if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.is_private()) {
+            let _ = holding.mapping.allow_fork();
         }
     }
 
@@ -112,24 +122,17 @@ impl Backing {
 
     /// A view more; `false` once it was handed out.
     pub(crate) fn lend(&self) -> bool {
-        let one_more = |views: usize| (views < HANDED_OUT - 1).then(|| views + 1);
-        self.lent.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
+        self.lent.lend()
     }
 
     /// A view that [`Backing::lend`] has allowed is gone.
     pub(crate) fn take_back(&self) {
-        self.lent.fetch_sub(1, Ordering::AcqRel);
+        self.lent.take_back();
     }
 
     /// From now on nobody gets a view. Where there are any, the error is their number.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
-        match self.lent.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) | Err(HANDED_OUT) => {
-                self.forbid_reuse();
-                Ok(())
-            }
-            Err(views) => Err(views),
-        }
+        self.lent.hand_out().inspect(|()| self.forbid_reuse())
     }
 
     /// Bytes of it.

@@ -2,9 +2,13 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
+
+use crate::error::Result;
+use crate::settings::Format;
 
 /// Sees every byte of a load before anybody is shown it; see [`crate::LoadOptions::observer`].
 ///
@@ -19,13 +23,71 @@ pub trait Observer: Send + Sync + 'static {
     /// The next bytes: of file number `file_index` (in the order given to the load), from `offset` on.
     ///
     /// # Errors
-    /// Why these bytes can't be right. The load fails with [`crate::Error::Rejected`], which says so.
-    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), String>;
+    /// Why these bytes can't be right. The load fails with [`crate::Error::Rejected`] or [`crate::Error::Corrupt`], which say so.
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection>;
+}
+
+/// Why an [`Observer`] takes bytes to be wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Rejection {
+    /// In its own words.
+    Reason(String),
+    /// A checksum differs: see [`crate::Error::Corrupt`].
+    Corrupt {
+        /// Where in the file the bytes begin that it is of.
+        offset: u64,
+        /// How many they are.
+        bytes: u64,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        found: String,
+        /// The tensors that have bytes among them.
+        tensors: Vec<String>,
+    },
+}
+
+impl<T: Into<String>> From<T> for Rejection {
+    fn from(reason: T) -> Self {
+        Rejection::Reason(reason.into())
+    }
+}
+
+/// Knows what the files of loads are to be; see [`crate::LoadOptions::verify`]. Manifests and checksums do, with the feature
+/// `verify` ([`crate::verify`]).
+pub trait Verify: Send + Sync + 'static {
+    /// A load of these files, with their lengths, has been planned; gives what is to see their bytes.
+    ///
+    /// # Errors
+    /// Why they can't be what they should be. The load fails with this error before it reads anything.
+    fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
+
+    /// What it compares, for the report: `crc32c of each 1048576 bytes`.
+    fn describe(&self) -> String;
 }
 
 /// An observer as an option. Two are equal when they are the same one.
 #[derive(Clone)]
 pub(crate) struct ObserverOption(pub(crate) Arc<dyn Observer>);
+
+/// The same of what knows what files are to be.
+#[derive(Clone)]
+pub(crate) struct VerifyOption(pub(crate) Arc<dyn Verify>);
+
+impl fmt::Debug for VerifyOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.describe())
+    }
+}
+
+impl PartialEq for VerifyOption {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for VerifyOption {}
 
 impl fmt::Debug for ObserverOption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,33 +103,43 @@ impl PartialEq for ObserverOption {
 
 impl Eq for ObserverOption {}
 
-/// An observer at work for one load.
+/// What looks at the bytes of one load: its verification, then its observer.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    observer: ObserverOption,
-    rejected: Mutex<Option<String>>,
+    /// Made when the lengths of the files are known.
+    verifier: OnceLock<ObserverOption>,
+    observer: Option<ObserverOption>,
+    rejected: Mutex<Option<Rejection>>,
 }
 
 impl Watch {
-    pub(crate) fn new(observer: ObserverOption) -> Self {
-        Watch { observer, rejected: Mutex::new(None) }
+    pub(crate) fn new(observer: Option<ObserverOption>) -> Self {
+        Watch { verifier: OnceLock::new(), observer, rejected: Mutex::new(None) }
     }
 
-    /// Shows it some bytes.
+    /// Has bytes verified by this, before any were looked at.
+    pub(crate) fn verify_by(&self, verifier: Arc<dyn Observer>) {
+        let set = self.verifier.set(ObserverOption(verifier));
+        debug_assert!(set.is_ok(), "a load is planned once");
+    }
+
+    /// Shows them some bytes.
     ///
     /// # Errors
-    /// EBADMSG when it rejects them; [`Self::reason`] has its words.
+    /// EBADMSG when one rejects them; [`Self::rejection`] has its words.
     pub(crate) fn look(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let seen = catch_unwind(AssertUnwindSafe(|| self.observer.0.bytes(file_index, offset, bytes)));
-        seen.unwrap_or_else(|_| Err("the observer panicked".to_owned())).map_err(|reason| {
-            *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-            Errno::BADMSG
+        self.verifier.get().into_iter().chain(&self.observer).try_for_each(|observer| {
+            let seen = catch_unwind(AssertUnwindSafe(|| observer.0.bytes(file_index, offset, bytes)));
+            seen.unwrap_or_else(|_| Err("the observer panicked".into())).map_err(|rejection| {
+                *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = Some(rejection);
+                Errno::BADMSG
+            })
         })
     }
 
-    /// Why it rejected bytes.
-    pub(crate) fn reason(&self) -> String {
-        self.rejected.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_default()
+    /// Why bytes were rejected.
+    pub(crate) fn rejection(&self) -> Rejection {
+        self.rejected.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_else(|| "for no reason".into())
     }
 }
 

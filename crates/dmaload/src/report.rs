@@ -50,6 +50,8 @@ pub struct Report {
     pub route: Route,
     /// Every step down the ladder, in the order taken.
     pub fallbacks: Vec<Fallback>,
+    /// What was compared with what was expected ([`crate::LoadOptions::verify`]); `None` when nothing was.
+    pub verified: Option<String>,
     /// What was done when, in the order in which it ended; empty unless [`crate::LoadOptions::trace`] was asked for.
     pub trace: Vec<TraceEvent>,
     /// The files, in the order given.
@@ -130,6 +132,7 @@ mod tests {
             layout: Layout::Segmented,
             route: Route::Buffered,
             fallbacks: Vec::new(),
+            verified: None,
             trace: Vec::new(),
             files: Vec::new(),
         }

@@ -158,6 +158,13 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open = self.open.saturating_sub(1);
     }
 
+    /// Whether there is nothing to be done, now or later.
+    #[cfg(test)]
+    pub(crate) fn is_idle(&self) -> bool {
+        let done = |turn: &Turn<L>| turn.next == turn.batches.len();
+        self.waiting.is_empty() && self.urgent.is_empty() && self.turns.iter().all(done)
+    }
+
     #[cfg(test)]
     pub(crate) fn open_loads(&self) -> usize {
         self.open

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::observe::{Observer, ObserverOption};
+use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::plan::Layout;
 use crate::ring::StagingBudget;
 use crate::route::Route;
@@ -97,6 +97,7 @@ pub struct LoadOptions {
     pub(crate) format: Format,
     pub(crate) trace: bool,
     pub(crate) cache: Cache,
+    pub(crate) verify: Option<VerifyOption>,
     pub(crate) observer: Option<ObserverOption>,
 }
 
@@ -112,6 +113,7 @@ impl Default for LoadOptions {
             format: Format::Auto,
             trace: false,
             cache: Cache::Bypass,
+            verify: None,
             observer: None,
         }
     }
@@ -184,6 +186,17 @@ impl LoadOptions {
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
         self.cache = cache;
+        self
+    }
+
+    /// What the files are to be: a manifest, or the checksum of the one file ([`crate::verify`]; feature `verify`). A load whose
+    /// files are something else fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
+    /// [`crate::Error::NotInManifest`], and shows no segment that was not verified. Default: nothing is known of them.
+    ///
+    /// Bytes are looked at as by an [observer](Self::observer), before it.
+    #[must_use]
+    pub fn verify(mut self, expected: impl Verify) -> Self {
+        self.verify = Some(VerifyOption(Arc::new(expected)));
         self
     }
 

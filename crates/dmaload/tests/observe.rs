@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::dmabuf::{self, Mapping, Memory, Populated};
 use dmaload::heap::{Heap, MemfdHeap};
-use dmaload::{Error, Loader, Observer, Route};
+use dmaload::{Error, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
@@ -68,11 +68,11 @@ impl Recorder {
 }
 
 impl Observer for Recorder {
-    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), String> {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         if self.heap.holds(bytes) { &self.in_segments } else { &self.elsewhere }.store(true, Ordering::Relaxed);
         let mut files = self.files.lock().unwrap();
         if files[file_index].len() as u64 != offset {
-            return Err(format!("{} was to come, not {offset}", files[file_index].len()));
+            return Err(format!("{} was to come, not {offset}", files[file_index].len()).into());
         }
         files[file_index].extend_from_slice(bytes);
         drop(files);
@@ -141,12 +141,12 @@ struct Judge {
 }
 
 impl Observer for Judge {
-    fn bytes(&self, _file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), String> {
+    fn bytes(&self, _file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         if !(offset..offset + bytes.len() as u64).contains(&self.at) {
             return Ok(());
         }
         assert!(!self.panics, "a defect of the observer's");
-        Err(format!("byte {} is wrong", self.at))
+        Err(format!("byte {} is wrong", self.at).into())
     }
 }
 

@@ -11,7 +11,7 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 
 use dmaload::dmabuf::Pages;
 use dmaload::heap::AnonHeap;
-use dmaload::{Error, Image, Layout, Loader, Observer, Segment};
+use dmaload::{Error, Image, Layout, Loader, Observer, Rejection, Segment};
 
 /// Segments of 8 MiB: files of up to 2 MiB are small.
 const SEGMENT: u64 = 8 << 20;
@@ -136,7 +136,7 @@ struct Replacing {
 }
 
 impl Observer for Replacing {
-    fn bytes(&self, file_index: usize, _offset: u64, _bytes: &[u8]) -> Result<(), String> {
+    fn bytes(&self, file_index: usize, _offset: u64, _bytes: &[u8]) -> Result<(), Rejection> {
         if file_index == self.number {
             let new = self.path.with_extension("new");
             fs::write(&new, random_bytes(100_000, 99)).unwrap();

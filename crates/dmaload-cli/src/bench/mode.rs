@@ -28,6 +28,8 @@ pub(crate) enum Mode {
     Reuse,
     /// This engine: each file a load of its own, all at once.
     AtOnce,
+    /// This engine, each chunk verified by a manifest as it lands.
+    Verify,
     /// Another program.
     Peer(&'static Peer),
 }
@@ -43,7 +45,7 @@ pub(crate) struct Peer {
 
 impl Mode {
     /// Every mode, in the order in which they are shown.
-    pub(crate) const ALL: [Mode; 11] = [
+    pub(crate) const ALL: [Mode; 12] = [
         Mode::Normal,
         Mode::NormalIo,
         Mode::DirectIo,
@@ -55,6 +57,7 @@ impl Mode {
         Mode::NoOverlap,
         Mode::Reuse,
         Mode::AtOnce,
+        Mode::Verify,
     ];
 
     /// The name used on the command line and in every output.
@@ -71,6 +74,7 @@ impl Mode {
             Mode::NoOverlap => "no-overlap",
             Mode::Reuse => "reuse",
             Mode::AtOnce => "at-once",
+            Mode::Verify => "verify",
             Mode::Peer(peer) => &peer.name,
         }
     }
@@ -91,7 +95,7 @@ impl Mode {
     /// What is measured: those asked for, or all that load a file as if for the first time and alone, and always the two that
     /// everything is compared with.
     pub(crate) fn chosen(asked: &[Mode]) -> Vec<Mode> {
-        let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::AtOnce);
+        let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
         let wanted = |mode: &Mode| (asked.is_empty() && !special(mode)) || asked.contains(mode) || compared_with(mode);
         Mode::ALL.into_iter().filter(wanted).collect()

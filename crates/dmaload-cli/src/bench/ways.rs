@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use dmaload::dmabuf::{Pages, page_bytes};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
-use dmaload::{Image, Loader, Route};
+use dmaload::verify::{Algorithm, Manifest, Recorder};
+use dmaload::{Image, LoadOptions, Loader, Route};
 use rustix::thread::disable_transparent_huge_pages;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -26,7 +27,7 @@ use super::results::{Apart, Run};
 use super::sys::{self, Reader};
 use crate::args::{Engine, PageChoice};
 use crate::errors::At;
-use crate::{baseline, block_on, engine};
+use crate::{baseline, block_on, engine, manifest};
 
 /// Wrong bytes: what no circumstance excuses.
 #[derive(Debug, thiserror::Error)]
@@ -60,12 +61,18 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
         Mode::DirectIo | Mode::DirectIoCheck => {
             let loader = engine::loader(arguments)?;
             let check = mode == Mode::DirectIoCheck;
-            Box::new(move || by_engine(&loader, &files, check, curves))
+            Box::new(move || by_engine(&loader, &files, loader.options().trace(curves), check))
         }
         Mode::Reuse => {
             let loader = engine::loader_with_pool(arguments)?;
             drop(block_on(loader.load_with(&files.paths, loader.options()).finish())??);
-            Box::new(move || by_engine(&loader, &files, false, false))
+            Box::new(move || by_engine(&loader, &files, loader.options(), false))
+        }
+        Mode::Verify => {
+            let recorder = Recorder::new(Algorithm::Crc32c, Manifest::LARGEST_CHUNK_BYTES);
+            let manifest = Arc::new(block_on(manifest::recorded(&engine::loader(arguments)?, &files.paths, recorder))??);
+            let loader = engine::loader(arguments)?;
+            Box::new(move || by_engine(&loader, &files, loader.options().verify(manifest), false))
         }
         Mode::AtOnce => {
             let loader = engine::loader(arguments)?;
@@ -73,7 +80,7 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
         }
         Mode::PreadDirect => {
             let loader = engine::loader_by(arguments, Route::PreadDirect, true)?;
-            Box::new(move || by_engine(&loader, &files, false, false))
+            Box::new(move || by_engine(&loader, &files, loader.options(), false))
         }
         Mode::Limit => {
             let (mut reader, notes) = limit_reader()?;
@@ -189,9 +196,9 @@ fn normal_io(files: &Files, populate: bool) -> Result<Run> {
     Ok(Run { page_bytes, ..run })
 }
 
-fn by_engine(loader: &Loader, files: &Files, check: bool, curves: bool) -> Result<Run> {
+fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) -> Result<Run> {
     let watch = Stopwatch::start();
-    let load = loader.load_with(&files.paths, loader.options().trace(curves));
+    let load = loader.load_with(&files.paths, options);
     let image = block_on(load.finish())??;
     let run = watch.stop(files);
     if check {
@@ -206,7 +213,7 @@ fn by_engine(loader: &Loader, files: &Files, check: bool, curves: bool) -> Resul
     Ok(Run {
         page_bytes: report.page_size_bytes() as u64,
         first_segment_seconds: report.first_segment.map(|first| first.as_secs_f64()),
-        curves: curves.then(|| Curves::of(report)),
+        curves: (!report.trace.is_empty()).then(|| Curves::of(report)),
         notes,
         ..run
     })

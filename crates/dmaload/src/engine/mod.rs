@@ -11,17 +11,18 @@
 
 mod allocate;
 mod allowance;
+mod jobs;
 mod open;
 
+use jobs::Jobs;
 use open::find_header;
 pub(crate) use open::read_header;
 
-use std::collections::HashMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,13 +31,13 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::error::{Error, Result};
 use crate::heap::Heap;
-use crate::load::{Follows, HeapFacts, LoadShared, Segments};
+use crate::load::{HeapFacts, LoadShared, Segments};
 use crate::memory::PieceBuffer;
 use crate::plan::BATCH_FILES;
 use crate::reaper::Reaper;
 use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
 use crate::route::{Fallback, Route};
-use crate::schedule::{Job, Need, Scheduler};
+use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 
 /// See the module.
@@ -49,21 +50,10 @@ pub(crate) struct Engine {
     epoch: Instant,
     reaper: Reaper,
     ring: RingThread<PieceBuffer<Permit>>,
-    schedule: Mutex<Schedule>,
-    changed: Condvar,
+    jobs: Jobs<Arc<LoadShared>>,
     threads: Mutex<usize>,
     thread_ended: Condvar,
     leaked_bytes: AtomicU64,
-}
-
-#[derive(Debug)]
-struct Schedule {
-    scheduler: Scheduler<LoadId>,
-    loads: HashMap<LoadId, Arc<LoadShared>>,
-    next_id: u64,
-    closing: bool,
-    /// Loads that nobody waits for, to be dropped by a worker.
-    forgotten: Vec<Arc<LoadShared>>,
 }
 
 /// A permit of the window: gives what it is for back when it is dropped.
@@ -90,8 +80,7 @@ impl Drop for Permit {
         if self.need == Need::default() {
             return;
         }
-        self.engine.schedule().scheduler.give_back(self.need);
-        self.engine.changed.notify_one();
+        self.engine.jobs.give_back(self.need);
     }
 }
 
@@ -147,14 +136,7 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
-            schedule: Mutex::new(Schedule {
-                scheduler: Scheduler::new(settings.window_bytes, open_files(), settings.max_open_loads),
-                loads: HashMap::new(),
-                next_id: 0,
-                closing: false,
-                forgotten: Vec::new(),
-            }),
-            changed: Condvar::new(),
+            jobs: Jobs::new(settings.window_bytes, open_files(), settings.max_open_loads),
             threads: Mutex::new(0),
             thread_ended: Condvar::new(),
             leaked_bytes: AtomicU64::new(0),
@@ -198,19 +180,11 @@ impl Guard {
         let engine = &self.engine;
         let (sender, receiver) = mpsc::unbounded_channel();
         let checked = engine.settings.check(&options);
-        let mut schedule = engine.schedule();
-        let id = LoadId(schedule.next_id);
-        schedule.next_id += 1;
+        let id = engine.jobs.next_id();
         let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.facts, sender));
-        let refused = checked.err().or(schedule.closing.then_some(Error::ShutDown));
-        if refused.is_none() {
-            schedule.loads.insert(id, Arc::clone(&shared));
-            schedule.scheduler.submit(id);
-        }
-        drop(schedule);
-        match refused {
-            Some(error) => shared.fail(error),
-            None => engine.changed.notify_one(),
+        let submit = || engine.jobs.submit(id, Arc::clone(&shared));
+        if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or(Error::ShutDown)) {
+            shared.fail(error);
         }
         Segments::new(receiver, shared, Arc::clone(self))
     }
@@ -219,8 +193,7 @@ impl Guard {
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         self.engine.abandon(&load);
         // Its files and address ranges are closed and unmapped by a worker: the caller may be an async task.
-        self.engine.schedule().forgotten.push(load);
-        self.engine.changed.notify_one();
+        self.engine.jobs.bury(load);
     }
 
     /// Ends all loads and all threads, leaking past the deadline; `done` hears of it.
@@ -244,10 +217,6 @@ fn open_files() -> u64 {
 }
 
 impl Engine {
-    fn schedule(&self) -> MutexGuard<'_, Schedule> {
-        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn counted(&self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         *self.threads.lock().unwrap_or_else(PoisonError::into_inner) += 1;
         let started = start();
@@ -264,16 +233,10 @@ impl Engine {
 
     /// No new loads; those that run fail; the threads end when the last read has come back.
     fn close(&self) {
-        let loads: Vec<_> = {
-            let mut schedule = self.schedule();
-            schedule.closing = true;
-            schedule.loads.values().cloned().collect()
-        };
-        for load in loads {
+        for load in self.jobs.close() {
             load.fail(Error::ShutDown);
             self.abandon(&load);
         }
-        self.changed.notify_all();
         self.ring.close();
         // No load comes any more that could use it.
         self.reaper.set_pool_bytes(0);
@@ -300,19 +263,8 @@ impl Engine {
 
     fn abandon(&self, load: &LoadShared) {
         load.abandoned.store(true, Ordering::Release);
-        self.forget(load.id);
+        self.jobs.forget(load.id);
         self.ring.wake();
-    }
-
-    /// Nothing more is to be scheduled for this load.
-    fn forget(&self, id: LoadId) {
-        let mut schedule = self.schedule();
-        schedule.scheduler.forget(&id);
-        schedule.loads.remove(&id);
-    }
-
-    fn load_of(&self, id: LoadId) -> Option<Arc<LoadShared>> {
-        self.schedule().loads.get(&id).cloned()
     }
 
     /// Fails a load for good: its reads in flight are drained by the ring thread.
@@ -323,7 +275,7 @@ impl Engine {
 
     /// A worker thread.
     fn work(self: &Arc<Self>) {
-        while let Some((job, load)) = self.next_job() {
+        while let Some((job, load)) = self.jobs.next() {
             let done = catch_unwind(AssertUnwindSafe(|| match job {
                 Job::Open(_) => self.open(&load),
                 Job::Allocate(_, batch, need) => self.allocate(&load, batch, Permit { engine: Arc::clone(self), need }),
@@ -338,60 +290,6 @@ impl Engine {
         self.thread_has_ended();
     }
 
-    fn next_job(&self) -> Option<(Job<LoadId>, Arc<LoadShared>)> {
-        let mut schedule = self.schedule();
-        loop {
-            let forgotten = std::mem::take(&mut schedule.forgotten);
-            if !forgotten.is_empty() {
-                drop(schedule);
-                drop(forgotten);
-                schedule = self.schedule();
-                continue;
-            }
-            if schedule.closing {
-                return None;
-            }
-            match schedule.scheduler.next() {
-                Some(job) => {
-                    let Some(load) = schedule.loads.get(job.load()).cloned() else {
-                        // Forgotten a moment ago; what the job took goes back.
-                        schedule.scheduler.decline(&job);
-                        continue;
-                    };
-                    drop(schedule);
-                    // There may be more to do than one thread was woken for.
-                    self.changed.notify_one();
-                    return Some((job, load));
-                }
-                None => schedule = self.changed.wait(schedule).unwrap_or_else(PoisonError::into_inner),
-            }
-        }
-    }
-
-    /// There is something to be done for a load, unless it was forgotten meanwhile.
-    fn follow(&self, load: LoadId, follows: Follows) {
-        if follows == Follows::default() {
-            return;
-        }
-        let mut schedule = self.schedule();
-        if schedule.loads.contains_key(&load) {
-            if let Some(memory) = follows.export {
-                schedule.scheduler.memory_read(load, memory);
-            }
-            if let Some(file) = follows.check {
-                schedule.scheduler.file_read(load, file);
-            }
-        }
-        drop(schedule);
-        self.changed.notify_one();
-    }
-
-    /// A load holds no files and no memory of the driver any more: another may be opened.
-    fn end(&self) {
-        self.schedule().scheduler.end();
-        self.changed.notify_one();
-    }
-
     /// The file was read: it must be what it was, or nobody gets its last segment.
     fn check(&self, load: &LoadShared, file: usize) {
         let Some((open, mut identity)) = load.take_file(file) else { return };
@@ -404,7 +302,7 @@ impl Engine {
             Ok(tensors) => {
                 drop(open);
                 if load.file_checked(file, tensors.map(Arc::new)) == crate::load::Handover::Over {
-                    self.forget(load.id);
+                    self.jobs.forget(load.id);
                 }
             }
             Err(error) => self.fail(load, error),
@@ -421,7 +319,7 @@ impl Engine {
             Ok(()) => {
                 drop(backing);
                 if load.memory_exported(number, start) == crate::load::Handover::Over {
-                    self.forget(load.id);
+                    self.jobs.forget(load.id);
                 }
             }
             Err(refusal) => self.fail(load, load.memory_error(refusal)),
@@ -433,55 +331,55 @@ impl Events<PieceBuffer<Permit>> for Engine {
     fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: PieceBuffer<Permit>) {
         // The permit goes back first: the allocator may go on while the rest is done here.
         drop(buffer);
-        let Some(shared) = self.load_of(load) else { return };
+        let Some(shared) = self.jobs.load_of(load) else { return };
         let follows = shared.piece_full(piece, route);
-        self.follow(load, follows);
+        self.jobs.follow(load, follows);
     }
 
     fn stepped_down(&self, load: LoadId, fallback: Fallback) {
-        if let Some(shared) = self.load_of(load) {
+        if let Some(shared) = self.jobs.load_of(load) {
             shared.stepped_down(fallback);
         }
     }
 
     fn less_staging(&self, load: LoadId, bytes: u64, errno: Errno) {
-        if let Some(shared) = self.load_of(load) {
+        if let Some(shared) = self.jobs.load_of(load) {
             shared.less_staging(bytes, errno);
         }
     }
 
     fn no_thread(&self, load: LoadId) {
-        if let Some(shared) = self.load_of(load) {
+        if let Some(shared) = self.jobs.load_of(load) {
             shared.no_thread();
         }
     }
 
     fn retried(&self, load: LoadId, retried: Retried) {
-        if let Some(shared) = self.load_of(load) {
+        if let Some(shared) = self.jobs.load_of(load) {
             shared.retried(&retried);
         }
     }
 
     fn traced(&self, load: LoadId, piece: usize, span: Span) {
-        if let Some(shared) = self.load_of(load) {
+        if let Some(shared) = self.jobs.load_of(load) {
             shared.traced(piece, span, self.epoch);
         }
     }
 
     fn failed(&self, load: LoadId, failure: Failure) {
-        if let Some(shared) = self.load_of(load) {
+        if let Some(shared) = self.jobs.load_of(load) {
             shared.fail_for(failure);
-            self.forget(load);
+            self.jobs.forget(load);
         }
     }
 
     fn gone(&self, load: LoadId, times: Times) {
-        if let Some(shared) = self.load_of(load)
+        if let Some(shared) = self.jobs.load_of(load)
             && shared.gone(times) == crate::load::Handover::Over
         {
-            self.forget(load);
+            self.jobs.forget(load);
         }
-        self.end();
+        self.jobs.end();
     }
 
     fn ended(&self, leaked_bytes: u64) {
@@ -503,13 +401,7 @@ mod tests {
         let window_bytes = guard.settings().window_bytes;
         for _ in 0..8 {
             // What a load leaves in the scheduler when it is forgotten between two of its steps.
-            let mut schedule = guard.engine.schedule();
-            schedule.scheduler.file_read(gone, 0);
-            schedule.scheduler.memory_read(gone, 0);
-            schedule.scheduler.opened(gone, vec![Need { bytes: window_bytes, files: 1 }]);
-            schedule.scheduler.submit(gone);
-            drop(schedule);
-            guard.engine.changed.notify_all();
+            guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1 });
         }
         let mut events = guard.load(vec!["/proc/self/status".into()], LoadOptions::default(), true);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -517,10 +409,7 @@ mod tests {
         let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
         assert!(next.expect("the workers are still there").is_none());
         // The worker tells the consumer of the end before it tells the scheduler.
-        let taken = || {
-            let schedule = guard.engine.schedule();
-            (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
-        };
+        let taken = || guard.engine.jobs.taken();
         let deadline = Instant::now() + Duration::from_secs(20);
         while taken() != (0, 0) {
             assert!(Instant::now() < deadline, "permits and places that never come back: {:?}", taken());

@@ -31,7 +31,7 @@ impl Engine {
     pub(super) fn open(&self, load: &Arc<LoadShared>) {
         let planned = plan_all(load, &*self.heap);
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
-            return self.end();
+            return self.jobs.end();
         };
         let Planned { plan, range, files, fallbacks } = planned;
         let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
@@ -42,26 +42,21 @@ impl Engine {
             self.check_headroom(memory_bytes).err().filter(|_| load.keep || load.options.layout == Layout::Single)
         {
             self.fail(load, error);
-            return self.end();
+            return self.jobs.end();
         }
         for fallback in &fallbacks {
             tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
         }
         let (pieces, batches) = load.planned(plan, range, files, fallbacks);
         if pieces == 0 {
-            self.forget(load.id);
-            return self.end();
+            self.jobs.forget(load.id);
+            return self.jobs.end();
         }
         let LoadOptions { chunk_bytes, strict, trace, .. } = load.options;
         let observation = load.observation.clone();
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
-        let mut schedule = self.schedule();
-        if schedule.loads.contains_key(&load.id) {
-            schedule.scheduler.opened(load.id, batches);
-        }
-        drop(schedule);
-        self.changed.notify_all();
+        self.jobs.opened(load.id, batches);
     }
 }
 
@@ -113,7 +108,16 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<Planned> {
         let (path, heap) = (path.as_ref().clone(), load.heap().to_owned());
         return Err(Error::TooLarge { path, heap, wanted_bytes: segment.memory_bytes, limit });
     }
+    begin_verifying(load, &files)?;
     Ok(Planned { plan, range, files, fallbacks })
+}
+
+/// What the files are to be is asked when their lengths are known.
+fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
+    let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
+    let lengths: Vec<_> = load.paths.iter().zip(files).map(|(path, file)| (path.as_path(), file.identity.bytes)).collect();
+    observation.watch.verify_by(verify.0.begin(&lengths, load.options.format)?);
+    Ok(())
 }
 
 fn plan_file(load: &LoadShared, shape: &Shape, index: usize, path: &Path, route: Route) -> Result<(FilePlan, Option<Fallback>)> {

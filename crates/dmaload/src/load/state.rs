@@ -21,7 +21,7 @@ use crate::busy::BusyTime;
 use crate::error::Error;
 use crate::memory::Backing;
 use crate::model::TensorMap;
-use crate::observe::{Observation, Watch};
+use crate::observe::{Observation, Rejection, Watch};
 use crate::plan::{Batch, Piece, Plan, SegmentPlan};
 use crate::report::cpu_time;
 use crate::ring::{Failure, LoadId, Retried, Span, Times};
@@ -216,7 +216,8 @@ impl LoadShared {
         heap: &HeapFacts,
         events: UnboundedSender<Event>,
     ) -> Self {
-        let watch = options.observer.clone().map(|observer| Arc::new(Watch::new(observer)));
+        let observed = options.observer.is_some() || options.verify.is_some();
+        let watch = observed.then(|| Arc::new(Watch::new(options.observer.clone())));
         LoadShared {
             id,
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
@@ -557,8 +558,13 @@ impl LoadShared {
                 Error::Refused { path: path(file), offset, route, attempt, errno }
             }
             Failure::Rejected { file, offset, bytes } => {
-                let reason = self.observation.as_ref().map(|observation| observation.watch.reason()).unwrap_or_default();
-                Error::Rejected { path: path(file), offset, bytes, reason }
+                let rejection = self.observation.as_ref().map(|observation| observation.watch.rejection());
+                match rejection.unwrap_or_else(|| "".into()) {
+                    Rejection::Reason(reason) => Error::Rejected { path: path(file), offset, bytes, reason },
+                    Rejection::Corrupt { offset, bytes, expected, found, tensors } => {
+                        Error::Corrupt { path: path(file), offset, bytes, expected, found, tensors }
+                    }
+                }
             }
             Failure::Kernel { errno } => Error::Ring { errno },
             Failure::Staging { bytes, errno } => {
@@ -634,6 +640,7 @@ impl LoadShared {
             }
             // Once: whoever gets the first segment may hand it out before the second one is made.
             backing.allow_reuse();
+            backing.allow_fork();
         }
         let place = Place {
             index,

@@ -71,6 +71,7 @@ impl LoadShared {
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
             fallbacks: merged(&state.fallbacks),
+            verified: self.options.verify.as_ref().map(|verify| verify.0.describe()),
             trace: std::mem::take(&mut state.trace),
             files: files.collect(),
         }

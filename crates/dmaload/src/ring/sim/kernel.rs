@@ -62,7 +62,12 @@ pub(super) struct Faults {
     pub(super) interrupted_per_mille: u64,
     /// So many of 1000 reads fail because another one of the file, in flight too, is taken to hit a bad block.
     pub(super) collateral_per_mille: u64,
+    /// So many of 1000 submissions fail, after a part of what was queued was taken.
     pub(super) breaks_per_mille: u64,
+    /// So many of 1000 reads give nothing, though the file does not end there.
+    pub(super) nothing_per_mille: u64,
+    /// So many of 1000 reads never complete.
+    pub(super) hangs_per_mille: u64,
     pub(super) buffer_slots: u16,
     /// Neither registration nor direct reads can pin the heap's memory.
     pub(super) unpinnable: bool,
@@ -82,6 +87,8 @@ impl Faults {
             interrupted_per_mille: 0,
             collateral_per_mille: 0,
             breaks_per_mille: 0,
+            nothing_per_mille: 0,
+            hangs_per_mille: 0,
             buffer_slots: 16,
             unpinnable: false,
             no_threads: false,
@@ -247,6 +254,8 @@ pub(super) struct SimKernel {
     /// Queued, and not yet handed to the kernel.
     queued: Vec<InFlight>,
     in_flight: Vec<InFlight>,
+    /// In flight, and not to complete while anybody waits for it.
+    hung: Vec<InFlight>,
     done: Vec<Completion>,
     /// How long the disk takes for one read; it does one at a time.
     service: Duration,
@@ -275,6 +284,7 @@ impl SimKernel {
             clock: Rc::clone(clock),
             queued: Vec::new(),
             in_flight: Vec::new(),
+            hung: Vec::new(),
             done: Vec::new(),
             service,
             copying: Duration::ZERO,
@@ -290,7 +300,7 @@ impl SimKernel {
     }
 
     pub(super) fn reads_in_flight(&self) -> usize {
-        self.in_flight.iter().filter(|job| matches!(job.job, Job::Read(..))).count()
+        self.in_flight.iter().chain(&self.hung).filter(|job| matches!(job.job, Job::Read(..))).count()
     }
 
     pub(super) fn is_clean(&self) -> bool {
@@ -298,6 +308,7 @@ impl SimKernel {
         memory.registered.values().all(|range| memory.is_staging(range.start))
             && self.attached.is_empty()
             && self.in_flight.is_empty()
+            && self.hung.is_empty()
             && self.queued.is_empty()
     }
 
@@ -319,6 +330,20 @@ impl SimKernel {
         if !self.in_flight.is_empty() {
             let index = self.random.below(self.in_flight.len() as u64);
             self.complete(usize::try_from(index).unwrap());
+        }
+    }
+
+    /// Whether only what hangs is in flight.
+    pub(super) fn only_hangs(&self) -> bool {
+        !self.hung.is_empty() && self.in_flight.is_empty() && self.queued.is_empty() && self.done.is_empty()
+    }
+
+    /// What hung is written after all, when nobody waits for it any more.
+    pub(super) fn complete_late(&mut self) {
+        self.in_flight.append(&mut self.hung);
+        self.in_flight.append(&mut self.queued);
+        while !self.in_flight.is_empty() {
+            self.complete(0);
         }
     }
 
@@ -367,6 +392,9 @@ impl SimKernel {
             && wanted.start < bad.end
         {
             return Err(*errno);
+        }
+        if self.random.chance(self.faults.nothing_per_mille) {
+            return Ok(0);
         }
         let neighbour = |job: &InFlight| matches!(&job.job, Job::Read(other, _) if other.number == file.number);
         if self.in_flight.iter().any(neighbour) && self.random.chance(self.faults.collateral_per_mille) {
@@ -521,12 +549,15 @@ impl Kernel for SimKernel {
 
     fn submit(&mut self, _wait: bool) -> Result<(), Errno> {
         let breaks = self.random.chance(self.faults.breaks_per_mille);
-        for mut job in self.queued.drain(..) {
+        // Even where the call fails, the kernel may have taken some of what was queued.
+        let queued = self.queued.len();
+        let taken = if breaks { usize::try_from(self.random.below(queued as u64 + 1)).unwrap() } else { queued };
+        for mut job in self.queued.drain(..taken) {
             job.due = self.disk_free_at.max(self.clock.get()) + self.service;
             self.disk_free_at = job.due;
-            self.in_flight.push(job);
+            let hangs = self.random.chance(self.faults.hangs_per_mille);
+            if hangs { &mut self.hung } else { &mut self.in_flight }.push(job);
         }
-        // Even where the call fails, the kernel may have taken what was queued.
         if breaks { Err(*self.random.pick(&[Errno::IO, Errno::BADF, Errno::NOMEM])) } else { Ok(()) }
     }
 

@@ -4,7 +4,7 @@
 //! cancelled when) comes from one seed: a failure prints it, and the same seed fails in the same way again. Time is a
 //! number that the simulator moves.
 //!
-//! `DMALOAD_SIM_SEEDS=50000` runs more seeds; `DMALOAD_SIM_SEED=17` replays one.
+//! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17` replays one.
 
 mod kernel;
 mod overlap;

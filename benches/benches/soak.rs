@@ -1,0 +1,424 @@
+//! Hours of use in minutes: random loads, sizes, routes, heaps, cancellations and faults against real files, from several tasks
+//! at once; every byte that is shown is compared. Between periods all is dropped, and what the process holds is counted: it must
+//! be the same at the end as at the beginning. `just soak --minutes 30`.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use dmaload::dmabuf::{self, Mapping, Memory, Populated};
+use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
+use dmaload::verify::{Algorithm, Manifest, Recorder};
+use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, Route};
+
+const MIB: u64 = 1 << 20;
+/// Tasks at once.
+const TASKS: u64 = 4;
+const PERIOD: Duration = Duration::from_secs(20);
+/// What may differ in memory between two counts: caches of the allocator, stacks that have grown.
+const SLACK_KIB: u64 = 24 << 10;
+
+/// Random numbers (xorshift64*).
+#[derive(Debug, Clone)]
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11) % limit.max(1)
+    }
+
+    fn chance(&mut self, per_cent: u64) -> bool {
+        self.below(100) < per_cent
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[usize::try_from(self.below(from.len() as u64)).expect("an index")]
+    }
+}
+
+/// The byte of a file at an offset, eight at a time: what a file holds follows from its number.
+fn word(number: u64, index: u64) -> [u8; 8] {
+    ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
+}
+
+fn compare(number: u64, start: u64, seen: &[u8]) -> Result<()> {
+    let mut at = start;
+    let mut seen = seen;
+    while !seen.is_empty() {
+        let expected = &word(number, at / 8)[usize::try_from(at % 8)?..];
+        let length = expected.len().min(seen.len());
+        ensure!(seen[..length] == expected[..length], "WRONG BYTES: file {number} at {at}");
+        at += length as u64;
+        seen = &seen[length..];
+    }
+    Ok(())
+}
+
+fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
+    let mut file = std::io::BufWriter::with_capacity(1 << 20, fs::File::create(path)?);
+    for index in 0..bytes.div_ceil(8) {
+        let left = usize::try_from((bytes - index * 8).min(8))?;
+        file.write_all(&word(number, index)[..left])?;
+    }
+    file.into_inner()?.sync_all()?;
+    Ok(())
+}
+
+/// A heap whose memory runs out now and then.
+#[derive(Debug)]
+struct Failing(std::sync::Mutex<Random>);
+
+impl Heap for Failing {
+    fn name(&self) -> Cow<'_, str> {
+        "failing".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        let fails = self.0.lock().expect("no panic before").chance(5);
+        if fails {
+            return Err(dmabuf::Error::new("allocate", bytes, rustix::io::Errno::NOMEM));
+        }
+        MemfdHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        MemfdHeap::default().populate(mapping, memory, part)
+    }
+}
+
+struct World {
+    folder: PathBuf,
+    /// Path and length of each file; its number is its place.
+    files: Vec<(PathBuf, u64)>,
+    manifest: Arc<Manifest>,
+}
+
+impl World {
+    async fn new(folder: &Path) -> Result<Self> {
+        let mut random = Random(42);
+        let mut files = Vec::new();
+        for number in 0..48 {
+            let bytes = match number % 4 {
+                0 => random.below(64 << 10),
+                1 => random.below(2 * MIB),
+                2 => random.below(40 * MIB),
+                _ => 2 * MIB * random.below(100) + number % 3 * 4095,
+            };
+            let path = folder.join(format!("{number}.bin"));
+            write_file(&path, number, bytes)?;
+            files.push((path, bytes));
+        }
+        let loader = Loader::new()?;
+        let recorder = Arc::new(Recorder::new(Algorithm::Xxh3, MIB));
+        let paths: Vec<_> = files.iter().map(|(path, _)| path.clone()).collect();
+        let mut segments = loader.stream_with(&paths, loader.options().observer(recorder.clone()));
+        while let Some(segment) = segments.next().await {
+            let segment = segment?;
+            compare(segment.file_index() as u64, segment.file_range().start, &segment.bytes()?)?;
+        }
+        let manifest = Arc::new(recorder.manifest(segments.report().context("a stream has a report")?));
+        drop(segments);
+        let _ = loader.shutdown().await;
+        Ok(World { folder: folder.to_owned(), files, manifest })
+    }
+}
+
+/// How often things happened.
+#[derive(Debug, Default, Clone)]
+struct Counts {
+    loads: u64,
+    bytes: u64,
+    others: BTreeMap<&'static str, u64>,
+}
+
+impl Counts {
+    fn count(&mut self, what: &'static str) {
+        *self.others.entry(what).or_default() += 1;
+    }
+
+    fn add(&mut self, other: &Counts) {
+        self.loads += other.loads;
+        self.bytes += other.bytes;
+        for (&what, count) in &other.others {
+            *self.others.entry(what).or_default() += count;
+        }
+    }
+}
+
+fn loader(random: &mut Random) -> Result<Loader> {
+    let segment_bytes = random.pick(&[2, 4, 16, 64]) * MIB;
+    let builder = Loader::builder()
+        .segment_bytes(segment_bytes)
+        .window_bytes(segment_bytes * (1 + random.below(4)))
+        .queue_depth(random.pick(&[1, 4, 32, 128]))
+        .staging_bytes(random.pick(&[2, 16]) * MIB)
+        .pool_bytes(random.pick(&[0, 0, 256]) * MIB)
+        .chunk_bytes(random.pick(&[64 << 10, MIB, 2 * MIB]));
+    let builder = match random.below(6) {
+        0 => builder.heap(AnonHeap::default()),
+        1 => builder.heap(Failing(std::sync::Mutex::new(random.clone()))),
+        2 => builder.heap(MemfdHeap { pages: dmabuf::Pages::Small }),
+        _ => builder.heap(MemfdHeap::default()),
+    };
+    Ok(builder.build()?)
+}
+
+fn options(random: &mut Random, loader: &Loader, world: &World) -> LoadOptions {
+    let mut options = loader
+        .options()
+        .route(random.pick(&Route::ALL))
+        .layout(random.pick(&[Layout::Segmented, Layout::Segmented, Layout::Single]))
+        .packed(random.chance(70))
+        .cache(random.pick(&[Cache::Bypass, Cache::Auto]))
+        .trace(random.chance(10));
+    if random.chance(30) {
+        options = options.verify(Arc::clone(&world.manifest));
+    }
+    options
+}
+
+fn check(image: &Image, numbers: &[u64]) -> Result<()> {
+    for (file, &number) in image.files().iter().zip(numbers) {
+        compare(number, 0, &file.bytes()?)?;
+    }
+    Ok(())
+}
+
+/// One thing that somebody does.
+async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, counts: &mut Counts) -> Result<()> {
+    let count = random.pick(&[1, 1, 1, 3, 12]);
+    let numbers: Vec<u64> = (0..count).map(|_| random.below(world.files.len() as u64)).collect();
+    let file = |&number: &u64| world.files[usize::try_from(number).expect("an index")].clone();
+    let (paths, lengths): (Vec<_>, Vec<_>) = numbers.iter().map(file).unzip();
+    let options = options(random, loader, world);
+    let failed = |error: Error, counts: &mut Counts| match error {
+        Error::Memory { heap, .. } if heap == "failing" => {
+            counts.count("out of memory");
+            Ok(())
+        }
+        other => Err(other),
+    };
+    match random.below(10) {
+        0 | 1 => {
+            let load = loader.load_with(&paths, options);
+            tokio::time::sleep(Duration::from_micros(random.below(60_000))).await;
+            drop(load);
+            counts.count("dropped");
+        }
+        2 => {
+            let mut segments = loader.stream_with(&paths, options);
+            let stops = random.chance(30).then(|| random.below(4));
+            let mut given = 0;
+            while let Some(segment) = segments.next().await {
+                if stops == Some(given) {
+                    counts.count("stopped reading");
+                    return Ok(());
+                }
+                given += 1;
+                let segment = match segment {
+                    Ok(segment) => segment,
+                    Err(error) => return Ok(failed(error, counts)?),
+                };
+                compare(numbers[segment.file_index()], segment.file_range().start, &segment.bytes()?)?;
+                counts.bytes += segment.len() as u64;
+            }
+            counts.loads += 1;
+        }
+        3 => {
+            // Somebody writes to the file meanwhile: an error, or what was there before.
+            let (path, bytes) = (world.folder.join(format!("scratch-{task}")), 1 + random.below(8 * MIB));
+            write_file(&path, 99, bytes)?;
+            let load = loader.load_with([&path], options.clone().route(random.pick(&Route::ALL)));
+            tokio::time::sleep(Duration::from_micros(random.below(3000))).await;
+            let change = random.below(3);
+            match change {
+                0 => fs::OpenOptions::new().write(true).open(&path)?.set_len(bytes / 2)?,
+                1 => fs::remove_file(&path)?,
+                _ => {}
+            }
+            match load.await {
+                Ok(image) => check(&image, &[99])?,
+                Err(Error::Ended { .. } | Error::Changed { .. }) if change == 0 => counts.count("shrank"),
+                Err(Error::File { .. }) if change == 1 => counts.count("was gone"),
+                Err(Error::NotInManifest { .. }) => counts.count("not in the manifest"),
+                Err(error) => failed(error, counts)?,
+            }
+            let _ = fs::remove_file(&path);
+        }
+        4 => {
+            // What differs from its manifest by a bit is an error.
+            let other = numbers.first().map_or(0, |number| (number + 1) % world.files.len() as u64);
+            let (path, bytes) = (world.folder.join(format!("{other}-{task}.wrong")), file(&other).1);
+            let Some(at) = bytes.checked_sub(1).map(|last| random.below(last + 1)) else { return Ok(()) };
+            fs::copy(file(&other).0, &path)?;
+            let mut byte = word(other, at / 8)[usize::try_from(at % 8)?];
+            byte ^= 1;
+            std::os::unix::fs::FileExt::write_all_at(&fs::OpenOptions::new().write(true).open(&path)?, &[byte], at)?;
+            let alone = Manifest::parse(one_file(&world.manifest.to_json(), other)?.as_bytes())?;
+            match loader.load_with([&path], options.verify(alone)).await {
+                Err(Error::Corrupt { offset, bytes, .. }) if (offset..offset + bytes).contains(&at) => counts.count("corrupt"),
+                Err(error) => failed(error, counts)?,
+                Ok(_) => bail!("WRONG BYTES: byte {at} of {} passed", path.display()),
+            }
+            fs::remove_file(&path)?;
+        }
+        5 => {
+            let missing = loader.load(world.folder.join("missing")).await;
+            ensure!(matches!(missing, Err(Error::File { .. })), "{missing:?}");
+            counts.count("missing");
+        }
+        _ => match loader.load_with(&paths, options).await {
+            Ok(image) => {
+                check(&image, &numbers)?;
+                counts.loads += 1;
+                counts.bytes += lengths.iter().sum::<u64>();
+                let fallbacks = &image.report().fallbacks;
+                ensure!(fallbacks.is_empty(), "nothing refuses anything here: {fallbacks:?}");
+            }
+            Err(error) => failed(error, counts)?,
+        },
+    }
+    Ok(())
+}
+
+/// The manifest of one of its files.
+fn one_file(json: &str, number: u64) -> Result<String> {
+    let mut value: serde_json::Value = serde_json::from_str(json)?;
+    let name = format!("{number}.bin");
+    let files = value["files"].as_array_mut().context("a manifest has files")?;
+    files.retain(|file| file["path"] == name.as_str());
+    Ok(value.to_string())
+}
+
+async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result<Counts> {
+    let mut random = Random(seed);
+    let mut counts = Counts::default();
+    while Instant::now() < until {
+        let own = loader(&mut random)?;
+        for _ in 0..random.below(12) {
+            act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
+        }
+        // Sometimes with loads under way.
+        let left = random.chance(30).then(|| own.load(&world.files[3].0));
+        if let Err(leaked) = own.shutdown().await {
+            bail!("{leaked}");
+        }
+        drop(left);
+        counts.count("loaders");
+    }
+    Ok(counts)
+}
+
+/// What the process holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Holdings {
+    descriptors: u64,
+    mappings: u64,
+    threads: u64,
+    pinned_kib: u64,
+    resident_kib: u64,
+}
+
+impl Holdings {
+    fn now() -> Result<Self> {
+        let status = fs::read_to_string("/proc/self/status")?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or("0");
+            line.split_whitespace().next().and_then(|number| number.parse().ok()).unwrap_or(0)
+        };
+        Ok(Holdings {
+            descriptors: fs::read_dir("/proc/self/fd")?.count() as u64,
+            mappings: fs::read_to_string("/proc/self/maps")?.lines().count() as u64,
+            threads: field("Threads:"),
+            pinned_kib: field("VmPin:"),
+            resident_kib: field("VmRSS:"),
+        })
+    }
+
+    /// Whether more is held than before; mappings and resident memory within what allocators keep.
+    fn has_grown_since(&self, before: &Holdings) -> bool {
+        self.descriptors > before.descriptors
+            || self.threads > before.threads
+            || self.pinned_kib > before.pinned_kib
+            || self.mappings > before.mappings + 16
+            || self.resident_kib > before.resident_kib + SLACK_KIB
+    }
+}
+
+/// Counts when what was dropped is gone.
+async fn settled(before: Option<&Holdings>) -> Result<Holdings> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = Holdings::now()?;
+        if before.is_none_or(|before| !now.has_grown_since(before)) || Instant::now() > deadline {
+            return Ok(now);
+        }
+    }
+}
+
+fn row(minutes: f64, counts: &Counts, held: &Holdings) {
+    let Holdings { descriptors, mappings, threads, pinned_kib, resident_kib } = held;
+    let gib = counts.bytes as f64 / (1u64 << 30) as f64;
+    println!(
+        "| {minutes:.1} | {} | {gib:.1} | {descriptors} | {mappings} | {threads} | {pinned_kib} | {:.1} |",
+        counts.loads,
+        *resident_kib as f64 / 1024.0
+    );
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+async fn main() -> Result<()> {
+    let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let number = |name: &str, default: u64| -> Result<u64> {
+        match arguments.iter().position(|argument| argument == name) {
+            Some(at) => Ok(arguments.get(at + 1).context("a number is missing")?.parse()?),
+            None => Ok(default),
+        }
+    };
+    // Without being asked for it takes no half hour of `cargo bench`.
+    let (minutes, seed) = (number("--minutes", 1)?, number("--seed", 1)?);
+    let folder = tempfile::tempdir_in(std::env::var_os("BENCH_DIR").unwrap_or("/var/tmp".into()))?;
+    let world = Arc::new(World::new(folder.path()).await?);
+    let started = Instant::now();
+    let end = started + Duration::from_secs(60 * minutes);
+    let (mut before, mut counts, mut rows): (Option<Holdings>, _, _) = (None, Counts::default(), 0u64);
+    println!("| minute | loads | GiB compared | descriptors | mappings | threads | pinned KiB | resident MiB |");
+    println!("| --: | --: | --: | --: | --: | --: | --: | --: |");
+    let mut seed = seed;
+    while Instant::now() < end || before.is_none() {
+        let until = (Instant::now() + PERIOD).min(end.max(started + PERIOD));
+        let tasks: Vec<_> = (0..TASKS)
+            .map(|number| {
+                seed += 1;
+                tokio::spawn(task(Arc::clone(&world), number, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1, until))
+            })
+            .collect();
+        for task in tasks {
+            counts.add(&task.await??);
+        }
+        let held = settled(before.as_ref()).await?;
+        // A tenth of the time, and what is wrong.
+        let told = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
+        let grown = before.is_some_and(|before| held.has_grown_since(&before));
+        if told || grown || Instant::now() >= end {
+            row(started.elapsed().as_secs_f64() / 60.0, &counts, &held);
+        }
+        rows += 1;
+        ensure!(!grown, "it holds more than at first: {held:?}, {before:?}");
+        before.get_or_insert(held);
+    }
+    println!();
+    let others: Vec<_> = counts.others.iter().map(|(what, count)| format!("{what} {count}")).collect();
+    println!("besides: {}", others.join(", "));
+    Ok(())
+}

@@ -1,0 +1,291 @@
+//! Where worker threads get their jobs from, and wait for them: the scheduler and the loads it is about, under one lock.
+//!
+//! Who changes something that may make a job possible wakes one worker; a worker that got a job wakes the next one, since there
+//! may be more than the one it was woken for. Every interleaving of that is tried by `tests`, with loom.
+
+use std::collections::HashMap;
+
+use crate::load::Follows;
+use crate::ring::LoadId;
+use crate::schedule::{Job, Need, Scheduler};
+use crate::sync::{Condvar, Mutex, MutexGuard};
+
+/// See the module. `T` is a load.
+#[derive(Debug)]
+pub(super) struct Jobs<T> {
+    schedule: Mutex<Schedule<T>>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Schedule<T> {
+    scheduler: Scheduler<LoadId>,
+    loads: HashMap<LoadId, T>,
+    next_id: u64,
+    closing: bool,
+    /// Loads that nobody waits for, to be dropped by a worker.
+    buried: Vec<T>,
+}
+
+impl<T: Clone> Jobs<T> {
+    pub(super) fn new(window_bytes: u64, files: u64, max_open: usize) -> Self {
+        let scheduler = Scheduler::new(window_bytes, files, max_open);
+        let schedule = Schedule { scheduler, loads: HashMap::new(), next_id: 0, closing: false, buried: Vec::new() };
+        Jobs { schedule: Mutex::new(schedule), changed: Condvar::new() }
+    }
+
+    fn schedule(&self) -> MutexGuard<'_, Schedule<T>> {
+        crate::sync::lock(&self.schedule)
+    }
+
+    /// A number for a new load.
+    pub(super) fn next_id(&self) -> LoadId {
+        let mut schedule = self.schedule();
+        schedule.next_id += 1;
+        LoadId(schedule.next_id)
+    }
+
+    /// A new load, to be opened when its turn comes. `false` when there are to be no more of them.
+    pub(super) fn submit(&self, id: LoadId, load: T) -> bool {
+        let mut schedule = self.schedule();
+        if schedule.closing {
+            return false;
+        }
+        schedule.loads.insert(id, load);
+        schedule.scheduler.submit(id);
+        drop(schedule);
+        self.changed.notify_one();
+        true
+    }
+
+    /// A load was opened and planned: these are its batches.
+    pub(super) fn opened(&self, id: LoadId, batches: Vec<Need>) {
+        let mut schedule = self.schedule();
+        if schedule.loads.contains_key(&id) {
+            schedule.scheduler.opened(id, batches);
+        }
+        drop(schedule);
+        self.changed.notify_one();
+    }
+
+    /// There is something to be done for a load, unless it was forgotten meanwhile.
+    pub(super) fn follow(&self, id: LoadId, follows: Follows) {
+        if follows == Follows::default() {
+            return;
+        }
+        let mut schedule = self.schedule();
+        if schedule.loads.contains_key(&id) {
+            if let Some(memory) = follows.export {
+                schedule.scheduler.memory_read(id, memory);
+            }
+            if let Some(file) = follows.check {
+                schedule.scheduler.file_read(id, file);
+            }
+        }
+        drop(schedule);
+        self.changed.notify_one();
+    }
+
+    /// A permit comes back.
+    pub(super) fn give_back(&self, need: Need) {
+        self.schedule().scheduler.give_back(need);
+        self.changed.notify_one();
+    }
+
+    /// A load holds no files and no memory of the driver any more: another may be opened.
+    pub(super) fn end(&self) {
+        self.schedule().scheduler.end();
+        self.changed.notify_one();
+    }
+
+    /// Nothing more is to be scheduled for this load.
+    pub(super) fn forget(&self, id: LoadId) {
+        let mut schedule = self.schedule();
+        schedule.scheduler.forget(&id);
+        let load = schedule.loads.remove(&id);
+        drop(schedule);
+        drop(load);
+        // The batch that it waited with may have kept others waiting.
+        self.changed.notify_one();
+    }
+
+    /// A worker is to drop this load: its files and addresses are not the caller's to close and unmap.
+    pub(super) fn bury(&self, load: T) {
+        self.schedule().buried.push(load);
+        self.changed.notify_one();
+    }
+
+    pub(super) fn load_of(&self, id: LoadId) -> Option<T> {
+        self.schedule().loads.get(&id).cloned()
+    }
+
+    /// No more jobs, and no new loads; gives those that there are.
+    pub(super) fn close(&self) -> Vec<T> {
+        let mut schedule = self.schedule();
+        schedule.closing = true;
+        let loads = schedule.loads.values().cloned().collect();
+        drop(schedule);
+        self.changed.notify_all();
+        loads
+    }
+
+    /// What a load leaves in the scheduler when it is forgotten between two of its steps.
+    #[cfg(test)]
+    pub(super) fn leave_behind(&self, gone: LoadId, need: Need) {
+        let mut schedule = self.schedule();
+        schedule.scheduler.file_read(gone, 0);
+        schedule.scheduler.memory_read(gone, 0);
+        schedule.scheduler.opened(gone, vec![need]);
+        schedule.scheduler.submit(gone);
+        drop(schedule);
+        self.changed.notify_all();
+    }
+
+    /// How much of the window is taken, and how many loads are open.
+    #[cfg(test)]
+    pub(super) fn taken(&self) -> (u64, usize) {
+        let schedule = self.schedule();
+        (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
+    }
+
+    /// Waits for a job; `None` when there are to be no more.
+    pub(super) fn next(&self) -> Option<(Job<LoadId>, T)> {
+        let mut schedule = self.schedule();
+        loop {
+            let buried = std::mem::take(&mut schedule.buried);
+            if !buried.is_empty() {
+                drop(schedule);
+                drop(buried);
+                schedule = self.schedule();
+                continue;
+            }
+            if schedule.closing {
+                return None;
+            }
+            match schedule.scheduler.next() {
+                Some(job) => {
+                    let Some(load) = schedule.loads.get(job.load()).cloned() else {
+                        // Forgotten a moment ago; what the job took goes back.
+                        schedule.scheduler.decline(&job);
+                        continue;
+                    };
+                    drop(schedule);
+                    self.changed.notify_one();
+                    return Some((job, load));
+                }
+                None => schedule = crate::sync::wait(&self.changed, schedule),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::model::{Arc, model, spawn};
+
+    /// A load of so many batches, each as large as the window: each waits for the permit of the one before.
+    fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
+        let id = jobs.next_id();
+        assert!(jobs.submit(id, Arc::new(())));
+        assert!(matches!(jobs.next(), Some((Job::Open(_), _))));
+        jobs.opened(id, vec![Need { bytes: 1, files: 0 }; batches]);
+        id
+    }
+
+    /// As an allocator thread with the ring thread behind it: takes permits, gives them back; ends when it is told to.
+    fn worker(jobs: &Jobs<Arc<()>>) -> usize {
+        let mut done = 0;
+        while let Some((job, _load)) = jobs.next() {
+            match job {
+                Job::Allocate(_, _, need) => {
+                    done += 1;
+                    jobs.give_back(need);
+                }
+                Job::Check(..) | Job::Export(..) => done += 1,
+                Job::Open(_) => jobs.end(),
+            }
+        }
+        done
+    }
+
+    #[test]
+    fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
+        model(|| {
+            let jobs = Arc::new(Jobs::new(1, 1, 1));
+            opened(&jobs, 2);
+            // A permit is out; nobody can go on before it comes back.
+            let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
+            let waiting = {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || jobs.next().map(|(job, _)| matches!(job, Job::Allocate(_, 1, _))))
+            };
+            jobs.give_back(need);
+            assert_eq!(waiting.join().unwrap(), Some(true));
+        });
+    }
+
+    #[test]
+    fn two_workers_leave_nothing_undone_and_both_end() {
+        model(|| {
+            let jobs = Arc::new(Jobs::new(1, 1, 1));
+            let id = opened(&jobs, 1);
+            let workers = [(); 2].map(|()| {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || worker(&jobs))
+            });
+            // What the ring thread says when all is read; then nobody needs the workers any more.
+            jobs.follow(id, Follows { check: Some(0), export: None });
+            loop {
+                let left = {
+                    let schedule = jobs.schedule();
+                    !schedule.scheduler.is_idle() || schedule.scheduler.window_taken_bytes() > 0
+                };
+                if !left {
+                    break;
+                }
+                crate::sync::model::yield_now();
+            }
+            jobs.close();
+            let done: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
+            assert_eq!(done, 2, "one batch and one check");
+        });
+    }
+
+    #[test]
+    fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
+        model(|| {
+            let jobs = Arc::new(Jobs::new(1, 1, 2));
+            let first = opened(&jobs, 2);
+            let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
+            opened(&jobs, 1);
+            let waiting = {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || jobs.next().map(|(job, _)| matches!(job, Job::Allocate(..))))
+            };
+            let forgetting = {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || jobs.forget(first))
+            };
+            jobs.give_back(need);
+            forgetting.join().unwrap();
+            assert_eq!(waiting.join().unwrap(), Some(true), "its next batch, or the other load's");
+        });
+    }
+
+    #[test]
+    fn whoever_waits_ends_when_no_more_jobs_come() {
+        model(|| {
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, 1, 1));
+            let waiting = {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || jobs.next().is_none())
+            };
+            let load = Arc::new(());
+            jobs.bury(load);
+            jobs.close();
+            assert!(!jobs.submit(jobs.next_id(), Arc::new(())));
+            assert!(waiting.join().unwrap());
+        });
+    }
+}

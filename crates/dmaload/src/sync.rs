@@ -1,0 +1,48 @@
+//! The standard library's locks and atomics, or loom's, which try every interleaving of a model's threads
+//! (`--cfg dmaload_loom`; not `loom`, which tokio would take to be meant for it).
+
+#[cfg(not(dmaload_loom))]
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
+
+#[cfg(dmaload_loom)]
+pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
+
+/// Locks what is never left half-changed: whoever panicked with the lock has not broken it.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Waits until somebody has changed something.
+pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Models: tried in every interleaving with loom, a few hundred times without.
+#[cfg(test)]
+pub(crate) mod model {
+    #[cfg(dmaload_loom)]
+    pub(crate) use loom::{
+        sync::Arc,
+        thread::{spawn, yield_now},
+    };
+    #[cfg(not(dmaload_loom))]
+    pub(crate) use std::{
+        sync::Arc,
+        thread::{spawn, yield_now},
+    };
+
+    #[cfg(dmaload_loom)]
+    pub(crate) fn model(run: impl Fn() + Send + Sync + 'static) {
+        let mut builder = loom::model::Builder::new();
+        // More are no more likely to show anything, and take hours.
+        builder.preemption_bound = Some(3);
+        builder.check(run);
+    }
+
+    #[cfg(not(dmaload_loom))]
+    pub(crate) fn model(run: impl Fn()) {
+        for _ in 0..300 {
+            run();
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! A file's checksums chunk by chunk, whichever way its bytes are cut when they come.
+
+use super::digest::{Algorithm, Digest, Hasher};
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(super) struct Chunks {
+    hasher: Hasher,
+    chunk_bytes: u64,
+    /// How much it has seen.
+    seen_bytes: u64,
+}
+
+impl Chunks {
+    pub(super) fn new(algorithm: Algorithm, chunk_bytes: u64) -> Self {
+        Chunks { hasher: Hasher::new(algorithm), chunk_bytes, seen_bytes: 0 }
+    }
+
+    pub(super) fn seen_bytes(&self) -> u64 {
+        self.seen_bytes
+    }
+
+    /// Takes the next bytes; calls `each` for every chunk that they complete, with its number.
+    pub(super) fn update<E>(&mut self, mut bytes: &[u8], mut each: impl FnMut(u64, Digest) -> Result<(), E>) -> Result<(), E> {
+        while !bytes.is_empty() {
+            let number = self.seen_bytes / self.chunk_bytes;
+            let left = self.chunk_bytes - self.seen_bytes % self.chunk_bytes;
+            let (part, rest) = bytes.split_at(usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len()));
+            self.hasher.update(part);
+            self.seen_bytes += part.len() as u64;
+            bytes = rest;
+            if part.len() as u64 == left {
+                each(number, self.take())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The file is at its end: gives its last chunk, unless that was a whole one.
+    pub(super) fn finish(&mut self) -> Option<(u64, Digest)> {
+        let number = self.seen_bytes / self.chunk_bytes;
+        (!self.seen_bytes.is_multiple_of(self.chunk_bytes)).then(|| (number, self.take()))
+    }
+
+    fn take(&mut self) -> Digest {
+        let algorithm = self.hasher.algorithm();
+        std::mem::replace(&mut self.hasher, Hasher::new(algorithm)).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::digest::digest;
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn however_they_are_cut_chunks_have_the_checksums_of_their_bytes(
+            bytes in proptest::collection::vec(any::<u8>(), 0..2000),
+            chunk in 1_usize..300,
+            cuts in proptest::collection::vec(0_usize..2000, 0..8),
+        ) {
+            let mut cuts: Vec<_> = cuts.into_iter().map(|cut| cut.min(bytes.len())).collect();
+            cuts.extend([0, bytes.len()]);
+            cuts.sort_unstable();
+            let mut chunks = Chunks::new(Algorithm::Crc32c, chunk as u64);
+            let mut seen = Vec::new();
+            for part in cuts.windows(2) {
+                let each = |number, digest| { seen.push((number, digest)); Ok::<(), ()>(()) };
+                chunks.update(&bytes[part[0]..part[1]], each).unwrap();
+            }
+            seen.extend(chunks.finish());
+            let expected = bytes.chunks(chunk).map(|chunk| digest(Algorithm::Crc32c, chunk));
+            prop_assert_eq!(seen, (0..).zip(expected).collect::<Vec<_>>());
+            prop_assert_eq!(chunks.seen_bytes(), bytes.len() as u64);
+        }
+    }
+}

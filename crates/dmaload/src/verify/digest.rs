@@ -1,0 +1,268 @@
+//! Checksums of what was loaded.
+//!
+//! Four, because people compare with what they have: `sha256` is what model hubs publish, `blake3` is the fast
+//! cryptographic one, `crc32c` is what storage keeps, `xxh3` is the cheapest that still catches a swapped page.
+
+use std::fmt;
+use std::hash::Hasher as _;
+use std::str::FromStr;
+
+use sha2::Digest as _;
+
+/// Which checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Algorithm {
+    /// SHA-256, as published by model hubs and printed by `sha256sum`.
+    Sha256,
+    /// BLAKE3, as printed by `b3sum`.
+    Blake3,
+    /// CRC-32C (Castagnoli), as used by iSCSI, ext4 and object stores.
+    Crc32c,
+    /// XXH3 with 64 bits, as printed by `xxhsum -H3`.
+    Xxh3,
+}
+
+impl Algorithm {
+    /// All of them.
+    pub const ALL: [Algorithm; 4] = [Algorithm::Sha256, Algorithm::Blake3, Algorithm::Crc32c, Algorithm::Xxh3];
+
+    /// The name used on the command line and in manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::Blake3 => "blake3",
+            Self::Crc32c => "crc32c",
+            Self::Xxh3 => "xxh3",
+        }
+    }
+
+    /// How long its checksums are.
+    pub fn digest_bytes(self) -> usize {
+        match self {
+            Self::Sha256 | Self::Blake3 => LONGEST,
+            Self::Crc32c => 4,
+            Self::Xxh3 => 8,
+        }
+    }
+}
+
+impl fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Algorithm {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|algorithm| algorithm.name() == name);
+        known.ok_or_else(|| format!("no such checksum: {name:?}; there are sha256, blake3, crc32c, xxh3"))
+    }
+}
+
+const LONGEST: usize = 32;
+
+/// A finished checksum. Shown, and parsed, as `sha256:ba7816bf…`: the value in hexadecimal, most significant digit first.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Digest {
+    algorithm: Algorithm,
+    /// Beyond [`Algorithm::digest_bytes`] zero.
+    bytes: [u8; LONGEST],
+}
+
+impl Digest {
+    /// A value that was computed with this algorithm; `None` when it has not its length.
+    pub fn new(algorithm: Algorithm, value: &[u8]) -> Option<Self> {
+        let mut bytes = [0; LONGEST];
+        let there = bytes.get_mut(..algorithm.digest_bytes()).filter(|there| there.len() == value.len())?;
+        there.copy_from_slice(value);
+        Some(Digest { algorithm, bytes })
+    }
+
+    /// The same from hexadecimal digits, in either case.
+    pub fn from_hex(algorithm: Algorithm, hex: &str) -> Option<Self> {
+        let digit = |at: usize| hex.as_bytes().get(at).and_then(|&byte| char::from(byte).to_digit(16));
+        let byte = |at: usize| u8::try_from(digit(2 * at)? << 4 | digit(2 * at + 1)?).ok();
+        let value: Option<Vec<u8>> = (0..algorithm.digest_bytes()).map(byte).collect();
+        value.filter(|value| hex.len() == 2 * value.len()).and_then(|value| Digest::new(algorithm, &value))
+    }
+
+    /// What it was made with.
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// The value.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.algorithm.digest_bytes()).unwrap_or_default()
+    }
+
+    /// The value in lower case hexadecimal digits.
+    pub fn hex(&self) -> String {
+        self.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.algorithm, self.hex())
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl FromStr for Digest {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, hex) = text.split_once(':').ok_or_else(|| format!("{text:?} is no checksum: write it like sha256:HEX"))?;
+        let algorithm: Algorithm = name.parse()?;
+        let digits = 2 * algorithm.digest_bytes();
+        Digest::from_hex(algorithm, hex).ok_or_else(|| format!("{algorithm} has {digits} hexadecimal digits, unlike {hex:?}"))
+    }
+}
+
+/// The checksum of bytes that are all there.
+#[must_use]
+pub fn digest(algorithm: Algorithm, bytes: &[u8]) -> Digest {
+    let mut hasher = Hasher::new(algorithm);
+    hasher.update(bytes);
+    hasher.finish()
+}
+
+/// A checksum in the making, for bytes that arrive piece by piece.
+#[derive(Clone)]
+pub struct Hasher(State);
+
+// Two of the states are large, and there is one hasher per file: the boxes cost nothing.
+#[derive(Clone)]
+enum State {
+    Sha256(sha2::Sha256),
+    Blake3(Box<blake3::Hasher>),
+    Crc32c(u32),
+    Xxh3(Box<twox_hash::XxHash3_64>),
+}
+
+impl Hasher {
+    /// A hasher that has seen nothing yet.
+    #[must_use]
+    pub fn new(algorithm: Algorithm) -> Self {
+        Self(match algorithm {
+            Algorithm::Sha256 => State::Sha256(sha2::Sha256::new()),
+            Algorithm::Blake3 => State::Blake3(Box::default()),
+            Algorithm::Crc32c => State::Crc32c(0),
+            Algorithm::Xxh3 => State::Xxh3(Box::default()),
+        })
+    }
+
+    /// What it computes.
+    #[must_use]
+    pub fn algorithm(&self) -> Algorithm {
+        match self.0 {
+            State::Sha256(_) => Algorithm::Sha256,
+            State::Blake3(_) => Algorithm::Blake3,
+            State::Crc32c(_) => Algorithm::Crc32c,
+            State::Xxh3(_) => Algorithm::Xxh3,
+        }
+    }
+
+    /// Takes the next bytes; how they are cut makes no difference.
+    pub fn update(&mut self, bytes: &[u8]) {
+        match &mut self.0 {
+            State::Sha256(state) => state.update(bytes),
+            State::Blake3(state) => {
+                state.update(bytes);
+            }
+            State::Crc32c(crc) => *crc = crc32c::crc32c_append(*crc, bytes),
+            State::Xxh3(state) => state.write(bytes),
+        }
+    }
+
+    /// The checksum of everything taken.
+    #[must_use]
+    pub fn finish(self) -> Digest {
+        let algorithm = self.algorithm();
+        let value = match self.0 {
+            State::Sha256(state) => Digest::new(algorithm, &state.finalize()),
+            State::Blake3(state) => Digest::new(algorithm, state.finalize().as_bytes()),
+            State::Crc32c(crc) => Digest::new(algorithm, &crc.to_be_bytes()),
+            State::Xxh3(state) => Digest::new(algorithm, &state.finish().to_be_bytes()),
+        };
+        value.expect("each algorithm's value has its length")
+    }
+}
+
+impl fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hasher").field("algorithm", &self.algorithm()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+mod tests {
+    use super::*;
+
+    /// FIPS 180-2, the BLAKE3 reference vectors, RFC 3720 B.4 and the xxHash sanity checks.
+    #[test]
+    fn the_published_vectors() {
+        let cases: &[(Algorithm, &[u8], &str)] = &[
+            (Algorithm::Sha256, b"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
+            (Algorithm::Sha256, b"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+            (Algorithm::Blake3, b"", "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"),
+            (Algorithm::Blake3, b"\0", "2d3adedff11b61f14c886e35afa036736dcd87a74d27b5c1510225d0f592e213"),
+            (Algorithm::Crc32c, b"", "00000000"),
+            (Algorithm::Crc32c, b"123456789", "e3069283"),
+            (Algorithm::Crc32c, &[0; 32], "8a9136aa"),
+            (Algorithm::Xxh3, b"", "2d06800538d394c2"),
+            (Algorithm::Xxh3, b"abc", "78af5f94892f3950"),
+        ];
+        for &(algorithm, bytes, expected) in cases {
+            assert_eq!(digest(algorithm, bytes).hex(), expected, "{algorithm} of {bytes:?}");
+        }
+    }
+
+    #[test]
+    fn cuts_make_no_difference() {
+        let bytes: Vec<u8> = (0..10_000_u32).map(|i| ((i * i) >> 3) as u8).collect();
+        for &algorithm in &Algorithm::ALL {
+            let mut hasher = Hasher::new(algorithm);
+            for piece in bytes.chunks(1021) {
+                hasher.update(piece);
+                hasher.update(&[]);
+            }
+            assert_eq!(hasher.finish(), digest(algorithm, &bytes), "{algorithm}");
+        }
+    }
+
+    #[test]
+    fn leading_zeros_are_kept() {
+        let (_, crc) = (0..10_000_u32)
+            .map(|i| (i, digest(Algorithm::Crc32c, &i.to_le_bytes()).hex()))
+            .find(|(_, hex)| hex.starts_with("00"))
+            .expect("one in 256 begins with two zeros");
+        assert_eq!(crc.len(), 8);
+    }
+
+    #[test]
+    fn shown_and_parsed_alike() {
+        for algorithm in Algorithm::ALL {
+            assert_eq!(algorithm.to_string().parse(), Ok(algorithm));
+            let value = digest(algorithm, b"123456789");
+            assert_eq!(value.to_string().parse(), Ok(value));
+            assert_eq!(Digest::from_hex(algorithm, &value.hex().to_uppercase()), Some(value));
+        }
+        assert_eq!(digest(Algorithm::Crc32c, b"123456789").to_string(), "crc32c:e3069283");
+        for wrong in
+            ["", "sha256", "sha256:", "crc32c:e306928", "crc32c:e30692833", "crc32c:+3069283", "crc32c:é306928", "md5:00"]
+        {
+            wrong.parse::<Digest>().unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! Manifests: what files are to be, chunk by chunk, as JSON.
+//!
+//! ```json
+//! { "format": "dmaload-manifest", "version": 1, "algorithm": "crc32c", "chunk_bytes": 1048576,
+//!   "files": [ { "path": "model.safetensors", "bytes": 1500000, "sha256": "9f86d0…", "chunks": ["e3069283", "8a9136aa"] } ] }
+//! ```
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::digest::{Algorithm, Digest};
+
+const FORMAT: &str = "dmaload-manifest";
+const VERSION: u64 = 1;
+
+/// What files are to be; see the [module](super).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    pub(super) algorithm: Algorithm,
+    pub(super) chunk_bytes: u64,
+    pub(super) files: Vec<ManifestFile>,
+}
+
+/// What one file is to be.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ManifestFile {
+    pub(super) path: String,
+    pub(super) bytes: u64,
+    pub(super) sha256: Option<Digest>,
+    /// The checksums of all chunks, one after the other.
+    pub(super) sums: Vec<u8>,
+}
+
+/// Why something is no manifest: where, and what is wrong there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no manifest: {0}")]
+pub struct ManifestError(String);
+
+impl ManifestFile {
+    /// The file's path, or as much of its end as it takes to name it.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The checksum of all of it, where there is one: for people, and for other tools. Loads verify the chunks.
+    pub fn sha256(&self) -> Option<Digest> {
+        self.sha256
+    }
+}
+
+impl fmt::Debug for ManifestFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ManifestFile").field("path", &self.path).field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+impl Manifest {
+    /// The largest chunk, and what each size must divide: segments begin at multiples of it, so that each of them is verified as
+    /// a whole before it is shown.
+    pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
+    /// The smallest chunk.
+    pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
+
+    /// Whether chunks may have this size: a power of two from 4 KiB to 1 MiB.
+    pub fn allows_chunk_bytes(bytes: u64) -> bool {
+        bytes.is_power_of_two() && (Self::SMALLEST_CHUNK_BYTES..=Self::LARGEST_CHUNK_BYTES).contains(&bytes)
+    }
+
+    /// The checksum of its chunks.
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// The size of its chunks; the last one of a file may be shorter.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.chunk_bytes
+    }
+
+    /// Its files.
+    pub fn files(&self) -> &[ManifestFile] {
+        &self.files
+    }
+
+    /// The checksum of a chunk.
+    pub(super) fn sum(&self, file: &ManifestFile, chunk: u64) -> Option<Digest> {
+        let length = self.algorithm.digest_bytes();
+        let start = usize::try_from(chunk).ok()?.checked_mul(length)?;
+        Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
+    }
+
+    /// The file that a path names: the one whose path is the longest end of it; or the only one there is, where it is the only
+    /// one asked for (a copy may have any name).
+    pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
+        let path = PathBuf::from(path.to_string_lossy().as_ref());
+        let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(&file.path));
+        let longest = named.max_by_key(|(_, file)| Path::new(&file.path).components().count());
+        longest.map(|(index, _)| index).or((alone && self.files.len() == 1).then_some(0))
+    }
+
+    /// Names files by as little of the end of each path as it takes to tell them apart.
+    pub(super) fn names(paths: &[&Path]) -> Vec<String> {
+        let ends = |depth: usize| -> Vec<String> {
+            let end = |path: &&Path| {
+                let named: Vec<_> = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
+                let end: PathBuf = named[named.len().saturating_sub(depth)..].iter().collect();
+                end.to_string_lossy().into_owned()
+            };
+            paths.iter().map(end).collect()
+        };
+        let longest = paths.iter().map(|path| path.components().count()).max().unwrap_or(1);
+        let distinct = |names: &[String]| names.iter().collect::<BTreeSet<_>>().len() == names.len();
+        (1..=longest).map(ends).find(|names| distinct(names)).unwrap_or_else(|| ends(longest))
+    }
+
+    /// Reads a manifest.
+    ///
+    /// # Errors
+    /// Where it is none, and why. Whatever the bytes are, it takes a small multiple of their memory, and no panic comes of it.
+    pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
+        let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
+        let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| wrong("", "is no object"))? };
+        if top.text("format")? != FORMAT {
+            return Err(wrong("format", &format!("is not {FORMAT:?}")));
+        }
+        let version = top.number("version")?;
+        if version != VERSION {
+            return Err(wrong("version", &format!("is {version}, and only {VERSION} is understood")));
+        }
+        let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| wrong("algorithm", &error))?;
+        let chunk_bytes = top.number("chunk_bytes")?;
+        if !Self::allows_chunk_bytes(chunk_bytes) {
+            return Err(wrong("chunk_bytes", &format!("is {chunk_bytes}, not a power of two from 4096 to 1048576")));
+        }
+        let files = top.list("files")?.iter().enumerate();
+        let files = files.map(|(index, file)| parse_file(file, &format!("files[{index}]"), algorithm, chunk_bytes));
+        let files: Vec<_> = files.collect::<Result<_, _>>()?;
+        let mut seen = BTreeSet::new();
+        match files.iter().find(|file| !seen.insert(&file.path)) {
+            Some(twice) => Err(wrong("files", &format!("has {:?} twice", twice.path))),
+            None => Ok(Manifest { algorithm, chunk_bytes, files }),
+        }
+    }
+
+    /// The same as JSON.
+    pub fn to_json(&self) -> String {
+        let file = |file: &ManifestFile| {
+            let chunks = file.sums.chunks(self.algorithm.digest_bytes());
+            let chunks = chunks.filter_map(|sum| Some(Digest::new(self.algorithm, sum)?.hex()));
+            json!({
+                "path": file.path,
+                "bytes": file.bytes,
+                "sha256": file.sha256.map(|digest| digest.hex()),
+                "chunks": chunks.collect::<Vec<_>>(),
+            })
+        };
+        let json = json!({
+            "format": FORMAT,
+            "version": VERSION,
+            "algorithm": self.algorithm.name(),
+            "chunk_bytes": self.chunk_bytes,
+            "files": self.files.iter().map(file).collect::<Vec<_>>(),
+        });
+        json.to_string()
+    }
+}
+
+fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -> Result<ManifestFile, ManifestError> {
+    let fields = value.as_object().ok_or_else(|| wrong(at, "is no object"))?;
+    let file = Object { at: format!("{at}."), fields };
+    let (path, bytes) = (file.text("path")?.to_owned(), file.number("bytes")?);
+    let sha256 = match file.fields.get("sha256") {
+        None | Some(Value::Null) => None,
+        Some(value) => {
+            let digest = value.as_str().and_then(|hex| Digest::from_hex(Algorithm::Sha256, hex));
+            Some(digest.ok_or_else(|| wrong(&format!("{at}.sha256"), "is no sha256"))?)
+        }
+    };
+    let chunks = file.list("chunks")?;
+    let expected = bytes.div_ceil(chunk_bytes);
+    if chunks.len() as u64 != expected {
+        return Err(wrong(&format!("{at}.chunks"), &format!("has {} checksums, {bytes} bytes have {expected}", chunks.len())));
+    }
+    let mut sums = Vec::with_capacity(chunks.len() * algorithm.digest_bytes());
+    for (index, chunk) in chunks.iter().enumerate() {
+        let digest = chunk.as_str().and_then(|hex| Digest::from_hex(algorithm, hex));
+        sums.extend_from_slice(
+            digest.ok_or_else(|| wrong(&format!("{at}.chunks[{index}]"), &format!("is no {algorithm}")))?.as_bytes(),
+        );
+    }
+    Ok(ManifestFile { path, bytes, sha256, sums })
+}
+
+/// An object of the JSON, and where it is.
+struct Object<'a> {
+    at: String,
+    fields: &'a Map<String, Value>,
+}
+
+impl<'a> Object<'a> {
+    fn field<T>(&self, name: &str, kind: &str, take: impl Fn(&'a Value) -> Option<T>) -> Result<T, ManifestError> {
+        let value = self.fields.get(name).and_then(take);
+        value.ok_or_else(|| wrong(&format!("{}{name}", self.at), &format!("is missing, or no {kind}")))
+    }
+
+    fn text(&self, name: &str) -> Result<&'a str, ManifestError> {
+        self.field(name, "text", Value::as_str)
+    }
+
+    fn number(&self, name: &str) -> Result<u64, ManifestError> {
+        self.field(name, "whole number", Value::as_u64)
+    }
+
+    fn list(&self, name: &str) -> Result<&'a Vec<Value>, ManifestError> {
+        self.field(name, "list", Value::as_array)
+    }
+}
+
+fn wrong(at: &str, what: &str) -> ManifestError {
+    ManifestError(if at.is_empty() { format!("it {what}") } else { format!("{at} {what}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::digest::digest;
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let file = |path: &str, bytes: u64| ManifestFile {
+            path: path.to_owned(),
+            bytes,
+            sha256: Some(digest(Algorithm::Sha256, path.as_bytes())),
+            sums: (0..bytes.div_ceil(4096)).flat_map(|chunk| u32::try_from(chunk).unwrap().to_be_bytes()).collect(),
+        };
+        let files = vec![file("a/model.safetensors", 10_000), file("model.safetensors", 4096), file("empty", 0)];
+        Manifest { algorithm: Algorithm::Crc32c, chunk_bytes: 4096, files }
+    }
+
+    #[test]
+    fn written_and_read_it_is_the_same() {
+        let manifest = manifest();
+        assert_eq!(Manifest::parse(manifest.to_json().as_bytes()), Ok(manifest.clone()));
+        assert_eq!(manifest.sum(&manifest.files[0], 2).unwrap().hex(), "00000002");
+        assert_eq!(manifest.sum(&manifest.files[0], 3), None);
+        assert_eq!(manifest.sum(&manifest.files[0], u64::MAX), None);
+    }
+
+    #[test]
+    fn a_path_is_found_by_its_longest_end() {
+        let manifest = manifest();
+        let found = |path: &str| manifest.find(Path::new(path), true);
+        assert_eq!(found("/models/a/model.safetensors"), Some(0));
+        assert_eq!(found("/models/b/model.safetensors"), Some(1));
+        assert_eq!(found("model.safetensors"), Some(1));
+        assert_eq!(found("/models/my-model.safetensors"), None, "the end of a name is no path");
+        let one = Manifest { files: manifest.files[..1].to_vec(), ..manifest.clone() };
+        assert_eq!(one.find(Path::new("/blobs/1234"), true), Some(0));
+        assert_eq!(one.find(Path::new("/blobs/1234"), false), None);
+    }
+
+    #[test]
+    fn names_are_as_short_as_can_be() {
+        let names = |paths: &[&str]| Manifest::names(&paths.iter().map(Path::new).collect::<Vec<_>>());
+        assert_eq!(names(&["/m/a.bin", "../b.bin"]), ["a.bin", "b.bin"]);
+        assert_eq!(names(&["/m/1/a.bin", "/m/2/a.bin", "b.bin"]), ["1/a.bin", "2/a.bin", "b.bin"]);
+        assert_eq!(names(&["a.bin", "./a.bin"]), ["a.bin", "a.bin"]);
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_with_its_place() {
+        let says = |json: &str| Manifest::parse(json.as_bytes()).unwrap_err().to_string();
+        let good = manifest().to_json();
+        let with = |from: &str, to: &str| {
+            assert!(good.contains(from), "{from} is not in {good}");
+            says(&good.replacen(from, to, 1))
+        };
+        assert!(says("{").contains("EOF"), "{}", says("{"));
+        assert_eq!(says("[]"), "no manifest: it is no object");
+        assert!(with("dmaload-manifest", "other").contains("format is not"));
+        assert!(with(r#""version":1"#, r#""version":2"#).contains("version is 2"));
+        assert!(with("crc32c", "md5").contains("algorithm no such checksum"));
+        assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":5000"#).contains("power of two"));
+        assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":0"#).contains("power of two"));
+        assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":8192"#).contains("files[0].chunks has 3 checksums"));
+        assert!(with(r#""bytes":10000"#, r#""bytes":-1"#).contains("files[0].bytes is missing, or no whole number"));
+        assert!(with(r#""bytes":10000"#, r#""bytes":18446744073709551615"#).contains("have 4503599627370496"));
+        assert!(with("00000001", "0000001").contains("files[0].chunks[1] is no crc32c"));
+        assert!(with("a/model", "model").contains("twice") || with("a/model.safetensors", "model.safetensors").contains("twice"));
+        assert!(with(r#""sha256":""#, r#""sha256":"0"#).contains(".sha256 is no sha256"));
+    }
+}

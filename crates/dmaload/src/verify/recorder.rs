@@ -1,0 +1,90 @@
+//! Making a manifest: an observer that takes checksums of what is loaded.
+
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use super::chunks::Chunks;
+use super::digest::{Algorithm, Digest, Hasher};
+use super::manifest::{Manifest, ManifestFile};
+use crate::observe::{Observer, Rejection};
+use crate::report::Report;
+
+/// An [`Observer`] that makes a [`Manifest`] of a load's files. For one load.
+///
+/// ```no_run
+/// # async fn example() -> dmaload::Result<()> {
+/// use std::sync::Arc;
+/// use dmaload::verify::{Algorithm, Recorder};
+/// let loader = dmaload::Loader::new()?;
+/// let recorder = Arc::new(Recorder::new(Algorithm::Crc32c, 1 << 20));
+/// let mut segments = loader.stream_with(["model.safetensors"], loader.options().observer(recorder.clone()));
+/// while let Some(segment) = segments.next().await {
+///     drop(segment?);
+/// }
+/// # let report = segments.report().unwrap();
+/// println!("{}", recorder.manifest(&report).to_json());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Recorder {
+    algorithm: Algorithm,
+    chunk_bytes: u64,
+    files: Mutex<Vec<Sums>>,
+}
+
+#[derive(Debug, Clone)]
+struct Sums {
+    chunks: Chunks,
+    whole: Hasher,
+    sums: Vec<u8>,
+}
+
+impl Recorder {
+    /// One for chunks of this size.
+    ///
+    /// # Panics
+    /// When the size is none that chunks may have: [`Manifest::allows_chunk_bytes`].
+    pub fn new(algorithm: Algorithm, chunk_bytes: u64) -> Self {
+        assert!(Manifest::allows_chunk_bytes(chunk_bytes), "{chunk_bytes} is no chunk size");
+        Recorder { algorithm, chunk_bytes, files: Mutex::default() }
+    }
+
+    /// The manifest of a load that it has seen all of.
+    ///
+    /// # Panics
+    /// When it has not seen all bytes of the report's files: this is the report of another load.
+    pub fn manifest(&self, report: &Report) -> Manifest {
+        let mut seen = self.files.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        seen.resize_with(report.files.len(), || self.nothing());
+        let paths: Vec<&Path> = report.files.iter().map(|file| file.path.as_path()).collect();
+        let files = report.files.iter().zip(seen).zip(Manifest::names(&paths)).map(|((file, mut seen), path)| {
+            assert_eq!(seen.chunks.seen_bytes(), file.bytes, "all of {path} was seen");
+            let last = seen.chunks.finish();
+            seen.sums.extend_from_slice(last.as_ref().map_or(&[], |(_, digest)| digest.as_bytes()));
+            ManifestFile { path, bytes: file.bytes, sha256: Some(seen.whole.finish()), sums: seen.sums }
+        });
+        Manifest { algorithm: self.algorithm, chunk_bytes: self.chunk_bytes, files: files.collect() }
+    }
+
+    fn nothing(&self) -> Sums {
+        let chunks = Chunks::new(self.algorithm, self.chunk_bytes);
+        Sums { chunks, whole: Hasher::new(Algorithm::Sha256), sums: Vec::new() }
+    }
+}
+
+impl Observer for Recorder {
+    fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        if files.len() <= file_index {
+            files.resize_with(file_index + 1, || self.nothing());
+        }
+        let Some(file) = files.get_mut(file_index) else { return Ok(()) };
+        let Sums { chunks, whole, sums } = file;
+        whole.update(bytes);
+        chunks.update(bytes, |_, digest: Digest| {
+            sums.extend_from_slice(digest.as_bytes());
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,298 @@
+//! Whatever a file says of itself: no panic, no memory beyond a small multiple of its header, no endless loop, no byte out of
+//! bounds; and what is accepted, the safetensors crate reads in the same way.
+//!
+//! Kept inputs (`tests/corpus`) are damaged at random, the same way for the same seed. `DMALOAD_INPUTS=1000000` tries more of
+//! each kind, `DMALOAD_SEED` other ones; an input that fails is printed by its number, and belongs into the corpus.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "an allocator that counts")]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use dmaload::Loader;
+use dmaload::model::safetensors::{Sniff, parse, sniff};
+use dmaload::verify::Manifest;
+use safetensors::SafeTensors;
+
+/// The system's allocator; counts what each thread has, and the most that it ever had.
+struct Counting;
+
+thread_local! {
+    static NOW: Cell<isize> = const { Cell::new(0) };
+    static MOST: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(bytes: isize) {
+    // A thread that is ending has no counters any more, and is not what is measured.
+    let _ = NOW.try_with(|now| {
+        now.set(now.get() + bytes);
+        let _ = MOST.try_with(|most| most.set(most.get().max(now.get())));
+    });
+}
+
+// SAFETY: everything is left to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size().cast_signed());
+        // SAFETY: what the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        count(-layout.size().cast_signed());
+        // SAFETY: what the caller promises.
+        unsafe { System.dealloc(place, layout) }
+    }
+
+    unsafe fn realloc(&self, place: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        count(bytes.cast_signed() - layout.size().cast_signed());
+        // SAFETY: what the caller promises.
+        unsafe { System.realloc(place, layout, bytes) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Calls something; gives what it took at most, and how long.
+fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
+    let before = NOW.get();
+    MOST.set(before);
+    let started = Instant::now();
+    let result = call();
+    (result, (MOST.get() - before).try_into().unwrap_or(0), started.elapsed())
+}
+
+/// Random numbers (xorshift64*).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        usize::try_from(self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11).unwrap() % limit.max(1)
+    }
+}
+
+/// What parsers stumble over.
+const TOKENS: [&str; 36] = [
+    "{",
+    "}",
+    "[",
+    "]",
+    "\"",
+    ":",
+    ",",
+    "\\",
+    "\\u0000",
+    "\\ud800",
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1",
+    "1e999",
+    "0.5",
+    "01",
+    "+1",
+    "18446744073709551615",
+    "18446744073709551616",
+    "9223372036854775808",
+    "4294967296",
+    "340282366920938463463374607431768211456",
+    "\"dtype\"",
+    "\"shape\"",
+    "\"data_offsets\"",
+    "\"__metadata__\"",
+    "\"F32\"",
+    "\"chunks\"",
+    "\"bytes\"",
+    "\"chunk_bytes\":1",
+    "[[[[[[[[[[[[[[[[",
+    "\u{0}",
+    "\u{202E}",
+    "ÿ",
+];
+
+/// Damages an input in a way that leaves much of it whole.
+fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
+    let mut input = corpus[random.below(corpus.len())].clone();
+    for _ in 0..1 + random.below(4) {
+        let at = random.below(input.len() + 1);
+        let end = (at + random.below(24)).min(input.len());
+        match random.below(9) {
+            0 if at < input.len() => input[at] ^= 1 << random.below(8),
+            1 => input.insert(at, u8::try_from(random.below(256)).unwrap()),
+            2 => drop(input.drain(at..end)),
+            3 => input.truncate(at),
+            4 => drop(input.splice(at..end, TOKENS[random.below(TOKENS.len())].bytes())),
+            5 => {
+                // A piece of another one.
+                let other = &corpus[random.below(corpus.len())];
+                let from = random.below(other.len() + 1);
+                let to = (from + random.below(60)).min(other.len());
+                drop(input.splice(at..at, other[from..to].iter().copied()));
+            }
+            6 => {
+                // Something that is there already, again.
+                let again = input[at..end].to_vec();
+                drop(input.splice(end..end, again));
+            }
+            7 => {
+                // Another number in the place of one.
+                if let Some(start) = (at..input.len()).find(|&at| input[at].is_ascii_digit()) {
+                    let digits = input[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+                    let number = TOKENS[12 + random.below(12)];
+                    drop(input.splice(start..start + digits, number.bytes()));
+                }
+            }
+            // A length that fits, so that what follows is looked at: the first eight bytes of a safetensors file.
+            _ => {
+                if let Some(end) = input.iter().rposition(|&byte| byte == b'}')
+                    && input.len() > 9
+                    && end > 8
+                {
+                    input[..8].copy_from_slice(&(end as u64 - 7).to_le_bytes());
+                }
+            }
+        }
+    }
+    input
+}
+
+fn number(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().unwrap())
+}
+
+/// The kept inputs of a kind, in the order of their names.
+fn corpus(kind: &str) -> Vec<Vec<u8>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind);
+    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.sort();
+    assert!(paths.len() >= 8, "{kind}: a corpus of {}", paths.len());
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// Tries each kept input as it is, then so many damaged ones.
+fn for_each_input(kind: &str, mut show: impl FnMut(&[u8]) -> bool) {
+    let corpus = corpus(kind);
+    let (count, seed) = (number("DMALOAD_INPUTS", 20_000), number("DMALOAD_SEED", 1));
+    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut accepted = 0;
+    for index in 0..corpus.len() as u64 + count {
+        let input = match corpus.get(usize::try_from(index).unwrap()) {
+            Some(kept) => kept.clone(),
+            None => damaged(&mut random, &corpus),
+        };
+        let shown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| show(&input)));
+        match shown {
+            Ok(taken) => accepted += u64::from(taken),
+            Err(panic) => {
+                eprintln!("{kind}: input {index} of seed {seed}: {:?}", String::from_utf8_lossy(&input));
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+    println!("{kind}: {count} damaged inputs (seed {seed}) and {} kept ones, {accepted} of them accepted", corpus.len());
+    // Where nearly all are refused by the first look, nothing behind it was tried; where none is, nothing was damaged.
+    assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
+}
+
+/// What a parser may take for so many bytes of input, errors and small inputs included.
+fn memory_limit(input: usize) -> usize {
+    64 * input + 16_384
+}
+
+#[track_caller]
+fn assert_bounded(input: usize, memory: usize, time: Duration) {
+    assert!(memory <= memory_limit(input), "{memory} bytes of memory for an input of {input}");
+    assert!(time < Duration::from_secs(1), "{time:?} for {input} bytes");
+}
+
+/// As a loader reads it; whether it was accepted.
+fn read_safetensors(file: &[u8]) -> bool {
+    let length = file.len() as u64;
+    let (map, memory, time) = measured(|| match sniff(&file[..file.len().min(9)], length, true) {
+        Sniff::Safetensors { header_bytes } => parse(&file[8..8 + usize::try_from(header_bytes).unwrap()], length).ok(),
+        Sniff::Broken { error } => {
+            assert!(!error.to_string().is_empty());
+            None
+        }
+        Sniff::Not { .. } => unreachable!("its name says what it is"),
+    });
+    assert_bounded(file.len(), memory, time);
+    let Some(map) = map else { return false };
+    let theirs = SafeTensors::deserialize(file).expect("what we accept, the safetensors crate accepts");
+    assert_eq!(map.len(), theirs.len());
+    for tensor in map.iter() {
+        let range = &tensor.file_range;
+        assert!(range.start <= range.end && range.end <= length, "{tensor:?} leaves the file");
+        let data = theirs.tensor(&tensor.name).unwrap().data();
+        let start = data.as_ptr().addr() - file.as_ptr().addr();
+        assert_eq!(*range, start as u64..(start + data.len()) as u64, "{tensor:?}");
+    }
+    true
+}
+
+#[test]
+fn damaged_safetensors_headers_cost_little_and_mean_the_same_to_the_safetensors_crate() {
+    for_each_input("safetensors", read_safetensors);
+}
+
+#[test]
+fn damaged_manifests_cost_little_and_what_is_accepted_is_written_back_the_same() {
+    for_each_input("manifest", |json| {
+        let (manifest, memory, time) = measured(|| Manifest::parse(json));
+        assert_bounded(json.len(), memory, time);
+        let manifest = match manifest {
+            Ok(manifest) => manifest,
+            Err(error) => {
+                assert!(error.to_string().starts_with("no manifest: "), "{error}");
+                return false;
+            }
+        };
+        assert_eq!(Manifest::parse(manifest.to_json().as_bytes()), Ok(manifest));
+        true
+    });
+}
+
+/// The whole way, from a file: an error, or the file's bytes.
+#[test]
+fn damaged_files_are_loaded_as_they_are_or_refused() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let folder = common::folder();
+    let loader = Loader::builder().segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
+    let corpus = corpus("safetensors");
+    let mut random = Random(number("DMALOAD_SEED", 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let count = number("DMALOAD_INPUTS", 20_000) / 100;
+    let mut accepted = 0;
+    for index in 0..count {
+        let mut bytes = damaged(&mut random, &corpus);
+        // Some too large to be packed, which are read in another way.
+        if index % 10 == 0 {
+            bytes.resize(bytes.len() + (1 << 20), 7);
+        }
+        let name = if index % 2 == 0 { "model.safetensors" } else { "model.bin" };
+        let path = common::file(folder.path(), name, &bytes);
+        match runtime.block_on(loader.load(&path).into_future()) {
+            Ok(image) => {
+                common::assert_same(&image.files()[0].bytes().unwrap(), &bytes, &format!("input {index}"));
+                for tensor in image.tensors() {
+                    let range = tensor.file_range();
+                    let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+                    common::assert_same(&tensor.bytes().unwrap(), &bytes[range], tensor.name());
+                }
+                accepted += 1;
+            }
+            Err(error) => assert!(error.to_string().contains(name), "{error}"),
+        }
+    }
+    println!("{count} damaged files, {accepted} of them loaded");
+    assert!(accepted > 0 && accepted < count);
+}

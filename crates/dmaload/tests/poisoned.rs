@@ -1,0 +1,110 @@
+//! A ring that breaks down while loads are under way is replaced: those loads fail with the reason, the ones to come go on.
+//!
+//! The kernel is made to refuse `io_uring_enter` by a seccomp filter, which can't be taken back: a process of its own, one test.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "installs a seccomp filter")]
+
+mod common;
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex};
+
+use common::{assert_same, file, folder, random_bytes};
+use dmaload::dmabuf::{self, Mapping, Memory, Populated};
+use dmaload::heap::{Heap, MemfdHeap};
+use dmaload::{Attempt, Error, Loader, Route};
+use rustix::io::Errno;
+
+const SEGMENT: usize = 2 << 20;
+const IO_URING_ENTER: u32 = 426;
+
+/// A heap that gives three segments, and the next ones when the test says so.
+#[derive(Debug, Clone, Default)]
+struct Gated(Arc<(Mutex<u32>, Condvar)>);
+
+impl Gated {
+    fn open(&self) {
+        *self.0.0.lock().unwrap() = 1000;
+        self.0.1.notify_all();
+    }
+}
+
+impl Heap for Gated {
+    fn name(&self) -> Cow<'_, str> {
+        "gated".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        let mut given = self.0.1.wait_while(self.0.0.lock().unwrap(), |given| *given == 3).unwrap();
+        *given += 1;
+        drop(given);
+        MemfdHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        MemfdHeap::default().populate(mapping, memory, part)
+    }
+}
+
+/// From now on every thread's calls of this number fail with EIO.
+fn refuse(call: u32) {
+    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EIO.cast_unsigned()),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: takes numbers only.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
+    // SAFETY: the program points to `filter`, which outlives the call.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) }, 0);
+}
+
+#[tokio::test]
+async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go_on() {
+    let folder = folder();
+    let bytes = random_bytes(6 * SEGMENT + 777, 1);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let heap = Gated::default();
+    let loader = Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
+    let mut loads = [loader.load(&path), loader.load(&path)];
+    // Both have begun: each has a segment before the gate.
+    for load in &mut loads {
+        load.next().await.unwrap().unwrap();
+    }
+    refuse(IO_URING_ENTER);
+    heap.open();
+    for mut load in loads {
+        let error = loop {
+            match load.next().await.expect("an error comes before the end") {
+                Ok(segment) => assert_same(&segment.bytes().unwrap(), &bytes[..][to_usize(segment.file_range())], "a segment"),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, Error::Ring { errno: Errno::IO });
+        assert!(error.to_string().contains("EIO"), "{error}");
+        assert_eq!(load.finish().await.unwrap_err(), error, "the first failure is the one that is told");
+    }
+    // The ring in its place is refused, too, which is a step down like any other.
+    let image = loader.load(&path).await.unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after the break-down");
+    let report = image.report();
+    assert_eq!(report.route, Route::PreadDirect);
+    let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.attempt, step.errno)).collect();
+    assert_eq!(steps, [(Attempt::SetUpRing, Errno::IO)]);
+    let strict = loader.load_with([&path], loader.options().strict(true)).await.unwrap_err();
+    assert!(matches!(strict, Error::Refused { errno: Errno::IO, .. }), "{strict}");
+    // What was in flight at the time is leaked on purpose, and told.
+    match loader.shutdown().await {
+        Ok(()) => {}
+        Err(leaked) => assert!(leaked.threads == 0 && leaked.bytes <= 12 * SEGMENT as u64, "{leaked}"),
+    }
+}
+
+fn to_usize(range: Range<u64>) -> Range<usize> {
+    usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()
+}

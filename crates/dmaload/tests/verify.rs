@@ -1,0 +1,177 @@
+//! A load that is verified shows no byte that is not what its manifest, or its checksum, says.
+#![allow(clippy::unwrap_used, reason = "a test that can't make its files has failed")]
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::verify::{Algorithm, Digest, Manifest, Recorder, digest};
+use dmaload::{Error, Layout, LoadOptions, Loader};
+
+const SEGMENT: usize = 2 << 20;
+const CHUNK: usize = 64 << 10;
+
+fn loader() -> Loader {
+    Loader::builder().segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap()
+}
+
+async fn manifest_of(loader: &Loader, paths: &[PathBuf], algorithm: Algorithm) -> Manifest {
+    let recorder = Arc::new(Recorder::new(algorithm, CHUNK as u64));
+    let image = loader.load_with(paths, loader.options().observer(recorder.clone())).await.unwrap();
+    recorder.manifest(image.report())
+}
+
+fn flip(path: &Path, at: u64) {
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
+}
+
+/// A model with a tensor for each letter, each of so many bytes.
+fn model(letters: &str, bytes: usize) -> Vec<u8> {
+    let tensor = |(index, name): (usize, char)| {
+        format!(r#""{name}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, index * bytes, (index + 1) * bytes)
+    };
+    let header = format!("{{{}}}", letters.chars().enumerate().map(tensor).collect::<Vec<_>>().join(","));
+    let mut model = (header.len() as u64).to_le_bytes().to_vec();
+    model.extend_from_slice(header.as_bytes());
+    model.extend(random_bytes(bytes * letters.len(), 9));
+    model
+}
+
+#[tokio::test]
+async fn a_manifest_has_the_checksums_of_the_files_chunks_and_the_right_files_pass() {
+    let folder = folder();
+    let contents = [random_bytes(3 * SEGMENT + 777, 1), Vec::new(), random_bytes(CHUNK, 2), random_bytes(1, 3)];
+    let paths: Vec<_> = contents.iter().enumerate().map(|(n, bytes)| file(folder.path(), &n.to_string(), bytes)).collect();
+    let loader = loader();
+    for algorithm in Algorithm::ALL {
+        let manifest = manifest_of(&loader, &paths, algorithm).await;
+        // By the JSON, which is what anybody else would read.
+        let json: serde_json::Value = serde_json::from_str(&manifest.to_json()).unwrap();
+        for (entry, bytes) in json["files"].as_array().unwrap().iter().zip(&contents) {
+            let expected: Vec<_> = bytes.chunks(CHUNK).map(|chunk| digest(algorithm, chunk).hex()).collect();
+            assert_eq!(entry["chunks"], serde_json::json!(expected));
+            assert_eq!(entry["sha256"], digest(Algorithm::Sha256, bytes).hex());
+            assert_eq!(entry["bytes"], bytes.len());
+        }
+        assert_eq!(Manifest::parse(manifest.to_json().as_bytes()).unwrap(), manifest);
+        for route in ROUTES {
+            for layout in [Layout::Segmented, Layout::Single] {
+                let options = loader.options().route(route).layout(layout).verify(manifest.clone());
+                let image = loader.load_with(&paths, options).await.unwrap();
+                for (file, bytes) in image.files().iter().zip(&contents) {
+                    assert_same(&file.bytes().unwrap(), bytes, &format!("{algorithm} {route} {layout}"));
+                }
+                assert_eq!(image.report().verified, Some(format!("{algorithm} of each {CHUNK} bytes")));
+            }
+        }
+    }
+}
+
+/// Loads; gives how far it was shown, and the error.
+async fn shown_until(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
+    let (mut shown, mut segments) = (0, loader.stream_with([path], options));
+    loop {
+        match segments.next().await.expect("an error comes before the end") {
+            Ok(segment) => shown = segment.file_range().end,
+            Err(error) => return (shown, error),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_flipped_bit_anywhere_is_found_before_it_is_shown_and_its_place_is_told() {
+    let folder = folder();
+    let bytes = model("abcdef", SEGMENT - 12_345);
+    let path = file(folder.path(), "model.safetensors", &bytes);
+    let loader = loader();
+    for algorithm in Algorithm::ALL {
+        let manifest = manifest_of(&loader, std::slice::from_ref(&path), algorithm).await;
+        for route in ROUTES {
+            let length = bytes.len() as u64;
+            for at in [600, SEGMENT as u64 - 1, SEGMENT as u64, 2 * SEGMENT as u64 + 4096, length - 1] {
+                flip(&path, at);
+                let options = loader.options().route(route).verify(manifest.clone());
+                let (shown, error) = shown_until(&loader, &path, options).await;
+                assert!(shown <= at, "{algorithm} {route}: byte {at} is wrong, and was shown");
+                let Error::Corrupt { offset, bytes: long, expected, found, tensors, path: named } = &error else {
+                    panic!("{error}")
+                };
+                let start = at / CHUNK as u64 * CHUNK as u64;
+                assert_eq!((*offset, *long, named), (start, (CHUNK as u64).min(length - start), &path), "{error}");
+                assert!(expected != found && expected.starts_with(algorithm.name()), "{error}");
+                let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
+                let of = |at: u64| "abcdef".chars().nth(usize::try_from(at.saturating_sub(data)).unwrap() / (SEGMENT - 12_345));
+                let (first, last) = (of(start).unwrap(), of(offset + long - 1).unwrap());
+                let names: Vec<_> = (first..=last).map(String::from).collect();
+                assert_eq!(*tensors, names, "{error}");
+                assert!(error.to_string().contains(&format!("{:?}", names[0])), "{error}");
+                flip(&path, at);
+            }
+            loader.load_with([&path], loader.options().route(route).verify(manifest.clone())).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_checksum_of_the_whole_file_withholds_its_end() {
+    let folder = folder();
+    let bytes = random_bytes(2 * SEGMENT + 99, 4);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let empty = file(folder.path(), "empty", b"");
+    let loader = loader();
+    for algorithm in Algorithm::ALL {
+        let expected = digest(algorithm, &bytes);
+        let image = loader.load_with([&path], loader.options().verify(expected)).await.unwrap();
+        assert_eq!(image.report().verified, Some(format!("{algorithm} of the file")));
+        let other = digest(algorithm, b"another file");
+        let (shown, error) = shown_until(&loader, &path, loader.options().verify(other)).await;
+        assert!(shown <= 2 * SEGMENT as u64, "the last segment was shown");
+        let Error::Corrupt { expected: told, found, .. } = &error else { panic!("{error}") };
+        assert_eq!((told, found), (&other.to_string(), &expected.to_string()));
+        loader.load_with([&empty], loader.options().verify(digest(algorithm, b""))).await.unwrap();
+        let error = loader.load_with([&empty], loader.options().verify(other)).await.unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+        let error = loader.load_with([&path, &empty], loader.options().verify(other)).await.unwrap_err();
+        assert!(matches!(error, Error::Config(_)), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn another_length_or_a_file_that_is_not_in_the_manifest_is_an_error_before_anything_is_read() {
+    let folder = folder();
+    let [a, b] = ["a", "b"].map(|name| file(folder.path(), name, &random_bytes(SEGMENT + 1, 5)));
+    let loader = loader();
+    let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
+    // The same bytes by another name: the only one asked for, and the only one known.
+    loader.load_with([&b], loader.options().verify(manifest.clone())).await.unwrap();
+    let error = loader.load_with([&a, &b], loader.options().verify(manifest.clone())).await.unwrap_err();
+    assert_eq!(error, Error::NotInManifest { path: b.clone() });
+    std::fs::OpenOptions::new().write(true).open(&a).unwrap().set_len(SEGMENT as u64).unwrap();
+    let error = loader.load_with([&a], loader.options().verify(manifest)).await.unwrap_err();
+    assert_eq!(error, Error::WrongLength { path: a, bytes: SEGMENT as u64, expected_bytes: SEGMENT as u64 + 1 });
+}
+
+#[tokio::test]
+async fn small_files_that_share_memory_are_verified_each() {
+    let folder = folder();
+    let contents: Vec<_> =
+        (0..40).map(|n| if n % 2 == 0 { random_bytes(30_000 + n, n as u64) } else { model("xyz", 40_000) }).collect();
+    let name = |n: usize| if n.is_multiple_of(2) { format!("{n}.bin") } else { format!("{n}.safetensors") };
+    let paths: Vec<_> = contents.iter().enumerate().map(|(n, bytes)| file(folder.path(), &name(n), bytes)).collect();
+    let loader = loader();
+    let manifest = Arc::new(manifest_of(&loader, &paths, Algorithm::Crc32c).await);
+    loader.load_with(&paths, loader.options().verify(Arc::clone(&manifest))).await.unwrap();
+    flip(&paths[17], 100_000);
+    let error = loader.load_with(&paths, loader.options().verify(Arc::clone(&manifest))).await.unwrap_err();
+    let Error::Corrupt { path, tensors, .. } = &error else { panic!("{error}") };
+    assert_eq!((path, tensors.as_slice()), (&paths[17], &["y".to_owned(), "z".to_owned()][..]));
+    // The loader goes on.
+    let digest: Digest = digest(Algorithm::Blake3, &contents[3]);
+    loader.load_with([&paths[3]], loader.options().verify(digest)).await.unwrap();
+}
