@@ -3,7 +3,12 @@
 //!
 //! Kept inputs (`tests/corpus`) are damaged at random, the same way for the same seed. `DMALOAD_INPUTS=1000000` tries more of
 //! each kind, `DMALOAD_SEED` other ones; an input that fails is printed by its number, and belongs into the corpus.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test that can't go on has failed, and tells how much it has tried"
+)]
 #![allow(unsafe_code, reason = "an allocator that counts")]
 
 mod common;
