@@ -224,7 +224,12 @@ impl Ring {
                 }
                 room
             };
-            let want = usize::from(wait && self.queue.is_empty());
+            let wait = wait && self.queue.is_empty();
+            if wait && cfg!(dmaload_valgrind) {
+                // Valgrind 3.19 does not know that io_uring_enter(2) blocks, and lets no other thread run meanwhile.
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+            let want = usize::from(wait && cfg!(not(dmaload_valgrind)));
             match self.ring.submit_and_wait(want) {
                 Ok(_) if self.queue.is_empty() || room == 0 => return Ok(()),
                 Ok(_) => {}
@@ -331,7 +336,8 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
 /// Tries the better ways of running a ring first; only EINVAL says that the kernel does not know one.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
-    for way in WAYS {
+    // The first way does its work inside of waits, which there are none of under valgrind.
+    for way in WAYS.into_iter().skip(usize::from(cfg!(dmaload_valgrind))) {
         match build(way, entries) {
             Ok(ring) => return Ok(ring),
             Err(errno) => refused = errno,
