@@ -67,7 +67,7 @@ bench-peers:
 
 # The documentation of the libraries.
 doc:
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p dmaload -p dmabuf
+    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p dmaload -p dmabuf --features dmaload/verify
 
 # Formatting, as CI checks it.
 fmt:

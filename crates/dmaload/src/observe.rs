@@ -55,7 +55,7 @@ impl<T: Into<String>> From<T> for Rejection {
 }
 
 /// Knows what the files of loads are to be; see [`crate::LoadOptions::verify`]. Manifests and checksums do, with the feature
-/// `verify` ([`crate::verify`]).
+/// `verify` (module `verify`).
 pub trait Verify: Send + Sync + 'static {
     /// A load of these files, with their lengths, has been planned; gives what is to see their bytes.
     ///

@@ -189,7 +189,7 @@ impl LoadOptions {
         self
     }
 
-    /// What the files are to be: a manifest, or the checksum of the one file ([`crate::verify`]; feature `verify`). A load whose
+    /// What the files are to be: a manifest, or the checksum of the one file (module and feature `verify`). A load whose
     /// files are something else fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
     /// [`crate::Error::NotInManifest`], and shows no segment that was not verified. Default: nothing is known of them.
     ///
