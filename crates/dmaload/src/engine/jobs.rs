@@ -274,6 +274,24 @@ mod tests {
     }
 
     #[test]
+    fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
+        model(|| {
+            let jobs = Arc::new(Jobs::new(2, 1, 2));
+            let large = opened(&jobs, 0);
+            jobs.opened(large, [1, 2].map(|bytes| Need { bytes, files: 0 }).to_vec());
+            assert!(matches!(jobs.next(), Some((Job::Allocate(_, 0, _), _))));
+            // One byte is taken and stays so: the next batch of the large load does not fit, and nobody overtakes it.
+            let small = opened(&jobs, 1);
+            let waiting = {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || jobs.next().map(|(job, _)| *job.load()))
+            };
+            jobs.forget(large);
+            assert_eq!(waiting.join().unwrap(), Some(small));
+        });
+    }
+
+    #[test]
     fn whoever_waits_ends_when_no_more_jobs_come() {
         model(|| {
             let jobs = Arc::new(Jobs::<Arc<()>>::new(1, 1, 1));
