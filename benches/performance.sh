@@ -102,6 +102,30 @@ if [[ $filter == peers ]]; then
     exit
 fi
 
+# What the engine's threads do during loads on 2 MiB and on 4 KiB pages, for the rows about CPU time.
+profile() {
+    [[ profile == *$filter* ]] || return 0
+    local pages arguments
+    : >"$out/profile"
+    for pages in 2m 4k; do
+        arguments=(--size 1GiB --route uring-direct --pages $pages --modes direct_io --rounds 5)
+        echo "profile: dmaload bench ${arguments[*]}"
+        perf record --quiet --freq 4000 --output "$out/perf.data" "$dmaload" bench "${arguments[@]}" --json >"$out/profile.json"
+        {
+            printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
+                "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
+            # By thread and function, and summed here: perf filters threads after it has merged what it sorts by.
+            perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
+                --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |
+                awk '/^ +[0-9.]+%/ { share[$4] += $1 } END { for (name in share) if (share[name] >= 2) printf "| %.1f %% | `%s` |\n", share[name], name }' |
+                sort -t'|' -k2 -rn
+            echo
+        } >>"$out/profile"
+    done
+    rm "$out/perf.data"
+    insert profile "$out/profile"
+}
+
 few=normal,limit,direct_io,no-overlap
 measure untuned --size 1GiB --user 1000 --plot docs/performance.svg
 measure untuned-3gib --size 3GiB --user 1000 --modes $few
@@ -121,5 +145,6 @@ measure cgroup --size 1GiB --pressure cgroup:1280MiB --modes normal,normal_io,li
 measure cgroup-clean --size 1GiB --pressure cgroup:1600MiB,clean --modes normal,normal_io,limit,direct_io
 measure cgroup-dirty --size 1GiB --pressure cgroup:1600MiB,dirty --modes normal,normal_io,limit,direct_io
 measure hog --size 3GiB --pressure hog:all-but:3328MiB --modes normal,limit,direct_io --rounds 3
+profile
 small instructions instructions
 small overlap overlap
