@@ -194,6 +194,27 @@ fn the_command_names_the_file_and_the_offset_of_a_bad_sector() {
     assert!(output.stdout.is_empty());
 }
 
+/// As on the host with cgroup v1: the kernel's own answer would be SIGKILL.
+#[test]
+fn the_limit_of_a_cgroup_v2_is_refused_before_it_is_met() {
+    let group = Path::new("/sys/fs/cgroup/dmaload-limit");
+    std::fs::create_dir(group).unwrap();
+    std::fs::write(group.join("memory.max"), (120 * MIB).to_string()).unwrap();
+    let (large, small) = (sparse_file("above-the-limit.bin", 200 << 20), file(20 * MIB));
+    let script = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", group.display());
+    let load = |heap: &str, path: &Path| {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script, "sh", "/bin/dmaload", "load", "--heap", heap]).arg(path).output().unwrap()
+    };
+    for heap in ["memfd", "udmabuf"] {
+        fails(&load(heap, &large), &["more bytes are needed", "dmaload-limit/memory.max"]);
+        let output = load(heap, &small);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    std::fs::remove_file(large).unwrap();
+    std::fs::remove_dir(group).unwrap();
+}
+
 #[test]
 fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
     assert_gives_memory_back(|| {
