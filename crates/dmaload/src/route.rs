@@ -115,6 +115,8 @@ pub enum Attempt {
     RegisterBuffer,
     /// Registering a staging buffer of [`Route::Bounce`] with the ring.
     RegisterStaging,
+    /// Direct reads by io_uring of a file on FUSE: never tried, since they can give wrong bytes.
+    RingOnFuse,
     /// A read.
     Read,
     /// Reading on where direct reads gave less than a block, again and again.
@@ -146,6 +148,9 @@ impl Attempt {
             (Attempt::RegisterBuffer | Attempt::Read, Errno::FAULT) => Some(
                 "the kernel can't pin this heap's mappings, so reads go through staging buffers: memfd and udmabuf need none",
             ),
+            (Attempt::RingOnFuse, _) => Some(
+                "the kernel gives wrong bytes when a FUSE server answers such a read short: keep models on a local file system (ext4, xfs, btrfs)",
+            ),
             (Attempt::RegisterBuffer, Errno::OPNOTSUPP) => Some("this memory can't be registered"),
             (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::INVAL) => Some("sparse buffer tables need Linux 5.19"),
             _ => None,
@@ -160,6 +165,7 @@ impl fmt::Display for Attempt {
             Attempt::OpenDirect => "opening with O_DIRECT",
             Attempt::RegisterBuffer => "registering memory with io_uring",
             Attempt::RegisterStaging => "registering a staging buffer with io_uring",
+            Attempt::RingOnFuse => "reading from FUSE by io_uring",
             Attempt::Read => "a read by this route",
             Attempt::ReadOn => "reading on within a block",
         })

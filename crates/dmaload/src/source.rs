@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, Statx, StatxFlags, fstat, open, stat, statx};
+use rustix::fs::{AtFlags, CWD, FileType, FsWord, Mode, OFlags, Stat, Statx, StatxFlags, fstat, fstatfs, open, stat, statx};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -68,9 +68,17 @@ pub(crate) struct OpenFile {
     pub(crate) identity: Identity,
     /// What direct reads must be aligned to; a power of two, at least a page.
     pub(crate) alignment_bytes: u64,
+    /// Whether it is on FUSE, where a ring must not read it directly. After a short answer of the server, io_uring reads
+    /// on from where the file position should be, but `fuse_direct_read_iter` (fs/fuse/file.c, seen on Linux 6.18) leaves
+    /// the position of such a read at its beginning: the same bytes come twice, and are told as read. And `io_uring_enter`
+    /// waits for the server, so that one that hangs would hold up every other load.
+    pub(crate) is_on_fuse: bool,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
 }
+
+/// `f_type` of FUSE (linux/magic.h).
+const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
 
 /// Alignment of direct reads where the file system does not tell: no block device in use has larger blocks.
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
@@ -100,6 +108,7 @@ impl OpenFile {
             path: path.to_owned(),
             identity,
             alignment_bytes: alignment(&buffered),
+            is_on_fuse: fstatfs(&buffered).is_ok_and(|about| about.f_type == FUSE_SUPER_MAGIC),
             buffered,
             direct,
         }))

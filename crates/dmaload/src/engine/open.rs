@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use dmabuf::AddressRange;
 
+use rustix::io::Errno;
+
 use super::Engine;
 use crate::error::{Error, Result};
 use crate::heap::Heap;
@@ -161,8 +163,8 @@ pub(super) struct Chosen {
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route that reads of this file start at: the load's, or buffered where `O_DIRECT` is refused, or where it is in the page
-/// cache and that is to be used.
+/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, by threads on FUSE, or
+/// buffered where it is in the page cache and that is to be used.
 pub(super) fn route_for(
     file: &OpenFile,
     index: usize,
@@ -172,8 +174,12 @@ pub(super) fn route_for(
     cache: Cache,
 ) -> Result<Chosen> {
     let strict = load.options.strict;
-    if let Some(errno) = file.direct_refused().filter(|_| from.is_direct()) {
-        let (route, attempt) = (Route::Buffered, Attempt::OpenDirect);
+    let refused = match file.direct_refused() {
+        Some(errno) if from.is_direct() => Some((Route::Buffered, Attempt::OpenDirect, errno)),
+        None if file.is_on_fuse && from < Route::PreadDirect => Some((Route::PreadDirect, Attempt::RingOnFuse, Errno::OPNOTSUPP)),
+        _ => None,
+    };
+    if let Some((route, attempt, errno)) = refused {
         if strict {
             return Err(Error::Refused { path: file.path.clone(), offset, route: from, attempt, errno });
         }

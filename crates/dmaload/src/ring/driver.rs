@@ -526,7 +526,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             // What memory refuses, it refuses to every file.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
-            Attempt::OpenDirect | Attempt::Read | Attempt::ReadOn => Some(file),
+            Attempt::OpenDirect | Attempt::RingOnFuse | Attempt::Read | Attempt::ReadOn => Some(file),
         };
         self.known.stepped_down(mount, to, attempt, errno, self.kernel.now());
         let left = match file_index {

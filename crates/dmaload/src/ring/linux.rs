@@ -103,7 +103,7 @@ impl Kernel for LinuxKernel {
 
     unsafe fn read(&mut self, file: &Arc<OpenFile>, read: Read) {
         match &mut self.ring {
-            Ok(ring) if read.route.uses_ring() => ring.queue.push(ring.files.entry(file, &read)),
+            Ok(ring) if read.route.uses_ring() && !file.is_on_fuse => ring.queue.push(ring.files.entry(file, &read)),
             // SAFETY: the caller's promise is the same.
             _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }

@@ -1,0 +1,257 @@
+//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself. It opens files with
+//! `O_DIRECT` and refuses the first read, answers short, answers with nothing, and fails.
+//!
+//! Only root can mount; elsewhere these tests say that they are skipped.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::print_stderr, reason = "what is skipped is told")]
+
+mod common;
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use common::{ROUTES, assert_same, folder, random_bytes};
+use dmaload::{Attempt, Error, Loader, LoaderBuilder, Route};
+use fuser::{
+    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
+    MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
+};
+use rustix::io::Errno;
+
+const SEGMENT: usize = 2 << 20;
+/// The page cache would take a short answer for the end of the file, and fill up with zeros.
+const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
+const MODEL: INodeNo = INodeNo(2);
+/// The kernel asks for the length each time: a short answer makes it believe that the file ends there.
+const ASK_AGAIN: Duration = Duration::ZERO;
+
+/// What the file system does with a read.
+#[derive(Debug, Clone, Copy)]
+enum Manners {
+    /// EINVAL for a read through a descriptor with `O_DIRECT`, which opened well.
+    RefusesDirect,
+    /// At most so many bytes at once.
+    AnswersShort(usize),
+    /// Nothing from here on, though the file is said to be longer.
+    EndsAt(usize),
+    /// EIO for a read that reaches this offset.
+    FailsAt(usize),
+}
+
+struct Model {
+    bytes: Arc<Vec<u8>>,
+    manners: Manners,
+    open_files: Arc<AtomicUsize>,
+}
+
+impl Model {
+    fn attributes(&self, inode: INodeNo) -> FileAttr {
+        let is_model = inode == MODEL;
+        FileAttr {
+            ino: inode,
+            size: if is_model { self.bytes.len() as u64 } else { 0 },
+            blocks: 0,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind: if is_model { FileType::RegularFile } else { FileType::Directory },
+            perm: 0o755,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            flags: 0,
+            blksize: 4096,
+        }
+    }
+}
+
+impl Filesystem for Model {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name == "model.bin" {
+            reply.entry(&ASK_AGAIN, &self.attributes(MODEL), Generation(0));
+        } else {
+            reply.error(fuser::Errno::ENOENT);
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        reply.attr(&ASK_AGAIN, &self.attributes(inode));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.open_files.fetch_add(1, Ordering::SeqCst);
+        // Past the page cache as the reader wishes, so that short answers reach it as they are.
+        let is_direct = flags.0 & libc::O_DIRECT != 0;
+        reply.opened(FileHandle(0), if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() });
+    }
+
+    fn release(&self, _: &Request, _: INodeNo, _: FileHandle, _: OpenFlags, _: Option<LockOwner>, _: bool, reply: ReplyEmpty) {
+        self.open_files.fetch_sub(1, Ordering::SeqCst);
+        reply.ok();
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let start = usize::try_from(offset).unwrap().min(self.bytes.len());
+        let mut end = (start + size as usize).min(self.bytes.len());
+        match self.manners {
+            Manners::RefusesDirect if flags.0 & libc::O_DIRECT != 0 => return reply.error(fuser::Errno::EINVAL),
+            Manners::FailsAt(at) if end > at => return reply.error(fuser::Errno::EIO),
+            Manners::AnswersShort(most) => end = end.min(start + most),
+            Manners::EndsAt(at) => end = end.min(at.max(start)),
+            _ => {}
+        }
+        reply.data(&self.bytes[start..end]);
+    }
+}
+
+/// The file system, mounted; unmounted at the end.
+struct Mounted {
+    path: PathBuf,
+    bytes: Arc<Vec<u8>>,
+    open_files: Arc<AtomicUsize>,
+    session: Option<BackgroundSession>,
+    _folder: tempfile::TempDir,
+}
+
+impl Mounted {
+    /// `None` where nobody but root may mount.
+    fn new(manners: Manners) -> Option<Mounted> {
+        if !rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/fuse").exists() {
+            eprintln!("skipped: mounting needs root and /dev/fuse");
+            return None;
+        }
+        let folder = folder();
+        let bytes = Arc::new(random_bytes(4 * SEGMENT + 777, 5));
+        let open_files = Arc::<AtomicUsize>::default();
+        let model = Model { bytes: Arc::clone(&bytes), manners, open_files: Arc::clone(&open_files) };
+        let mut config = Config::default();
+        config.mount_options = vec![MountOption::RO, MountOption::FSName("dmaload-test".to_owned())];
+        let session = fuser::spawn_mount(model, folder.path(), &config).unwrap();
+        Some(Mounted { path: folder.path().join("model.bin"), bytes, open_files, session: Some(session), _folder: folder })
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // A ring that is gone closes its files a little later.
+        let start = Instant::now();
+        while self.open_files.load(Ordering::SeqCst) > 0 && start.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let left = self.open_files.load(Ordering::SeqCst);
+        if left > 0 {
+            // By force, which ends the connection: else a read could wait for ever for the end of its own process.
+            let _ = std::process::Command::new("umount").args(["-f", "-l"]).arg(self.path.parent().unwrap()).status();
+        }
+        let ended = self.session.take().unwrap().umount_and_join();
+        assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "{left} files are still open; {ended:?}");
+    }
+}
+
+fn loader() -> LoaderBuilder {
+    Loader::builder().segment_bytes(SEGMENT as u64)
+}
+
+#[tokio::test]
+async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from_and_told() {
+    let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let image = loader.load(&mounted.path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &route.to_string());
+        let report = image.report();
+        assert_eq!(report.route, Route::Buffered, "{route}");
+        let read_refused = report.fallbacks.iter().any(|step| step.attempt == Attempt::Read && step.errno == Errno::INVAL);
+        assert_eq!(read_refused, route != Route::Buffered, "{route}: {:?}", report.fallbacks);
+        let strict = loader.load_with([&mounted.path], loader.options().route(route).strict(true)).await;
+        match strict {
+            Ok(_) => assert_eq!(route, Route::Buffered, "nothing is refused to it"),
+            Err(error) => {
+                assert!(matches!(error, Error::Refused { errno: Errno::INVAL | Errno::OPNOTSUPP, .. }), "{route}: {error}");
+            }
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18): it is never asked.
+#[tokio::test]
+async fn a_ring_is_never_used_on_fuse_and_that_is_told() {
+    let Some(mounted) = Mounted::new(Manners::FailsAt(usize::MAX)) else { return };
+    for route in [Route::UringFixedDirect, Route::UringDirect] {
+        let loader = loader().route(route).build().unwrap();
+        let image = loader.load(&mounted.path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &route.to_string());
+        let report = image.report();
+        assert_eq!(report.route, Route::PreadDirect);
+        let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt)).collect();
+        assert_eq!(steps, [(route, Route::PreadDirect, Attempt::RingOnFuse)]);
+        assert!(report.fallbacks[0].reason().contains("wrong bytes"));
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between
+/// two reads of ours: whatever it then gives is the file's bytes, or an end that is told.
+#[tokio::test]
+async fn short_answers_give_the_same_bytes_or_a_clear_end() {
+    // Whole blocks, and what no block size divides.
+    for most in [4096, 12_288, 100_001, 65_535] {
+        let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
+        for route in DIRECT_ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            match loader.load(&mounted.path).await {
+                Ok(image) => {
+                    assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &format!("{route}, {most} bytes at once"));
+                }
+                Err(Error::Ended { .. } | Error::Changed { .. }) => {}
+                Err(error) => panic!("{route}, {most} bytes at once: {error}"),
+            }
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_ends_before_its_stated_length_is_an_error() {
+    for at in [0, 4096, SEGMENT + 333, 4 * SEGMENT] {
+        let Some(mounted) = Mounted::new(Manners::EndsAt(at)) else { return };
+        for route in DIRECT_ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            let error = loader.load(&mounted.path).await.unwrap_err();
+            let Error::Ended { offset, planned_bytes, .. } = error else { panic!("{route}, {at}: {error}") };
+            assert!(offset >= at as u64, "{route}: {error}");
+            assert_eq!(planned_bytes, mounted.bytes.len() as u64);
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_error_names_the_file_and_where() {
+    let at = 2 * SEGMENT + 4096;
+    let Some(mounted) = Mounted::new(Manners::FailsAt(at)) else { return };
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let error = loader.load(&mounted.path).await.unwrap_err();
+        let Error::Read { path, offset, bytes, errno, .. } = &error else { panic!("{route}: {error}") };
+        assert_eq!((path, *errno), (&mounted.path, Errno::IO), "{route}");
+        assert!(offset + bytes > at as u64, "{route}: {error}");
+        loader.shutdown().await.unwrap();
+    }
+}
