@@ -71,7 +71,8 @@ pub(crate) struct OpenFile {
     /// Whether it is on FUSE, where a ring must not read it directly. After a short answer of the server, io_uring reads
     /// on from where the file position should be, but `fuse_direct_read_iter` (fs/fuse/file.c, seen on Linux 6.18) leaves
     /// the position of such a read at its beginning: the same bytes come twice, and are told as read. And `io_uring_enter`
-    /// waits for the server, so that one that hangs would hold up every other load.
+    /// waits for the server, so that one that hangs would hold up every other load. A file system that can't be asked for
+    /// its kind counts: a FUSE server may refuse that, too.
     pub(crate) is_on_fuse: bool,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
@@ -108,7 +109,7 @@ impl OpenFile {
             path: path.to_owned(),
             identity,
             alignment_bytes: alignment(&buffered),
-            is_on_fuse: fstatfs(&buffered).is_ok_and(|about| about.f_type == FUSE_SUPER_MAGIC),
+            is_on_fuse: fstatfs(&buffered).map_or(true, |about| about.f_type == FUSE_SUPER_MAGIC),
             buffered,
             direct,
         }))

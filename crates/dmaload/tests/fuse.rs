@@ -17,7 +17,7 @@ use common::{ROUTES, assert_same, folder, random_bytes};
 use dmaload::{Attempt, Error, Loader, LoaderBuilder, Route};
 use fuser::{
     BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
-    MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
+    MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, Request,
 };
 use rustix::io::Errno;
 
@@ -81,6 +81,11 @@ impl Filesystem for Model {
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         reply.attr(&ASK_AGAIN, &self.attributes(inode));
+    }
+
+    /// As servers do that have nothing to tell: that it is FUSE can't be seen by asking.
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        reply.error(fuser::Errno::ENOSYS);
     }
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
