@@ -48,18 +48,18 @@ guest-test *ARGS:
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
 
-# The small benches: overlap, and plan, window, slots and parser in instructions.
-bench:
+# Measures all of docs/performance.md (root, some 45 minutes on an idle machine) and writes its tables and pictures; `just bench reuse` one part of it.
+bench FILTER="":
+    benches/performance.sh "{{FILTER}}"
+
+# Only the small benches, to the terminal: overlap, and plan, window, slots and parser in instructions.
+bench-small:
     cargo bench -p dmaload-benches --bench overlap
     cargo bench -p dmaload-benches --bench instructions
 
 # Random loads, cancellations and faults for so long, and what the process holds, as a table: `just soak --minutes 30`.
 soak *ARGS:
     cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
-
-# Measures all of docs/performance.md (root, some 15 minutes on an idle machine) and writes its tables and pictures.
-performance FILTER="":
-    benches/performance.sh "{{FILTER}}"
 
 # The loaders that people use today, in one run with the engine (installs them: gigabytes), into docs/performance.md.
 bench-peers:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything in docs/performance.md and writes its tables and pictures from the results: `just performance`.
+# Measures everything in docs/performance.md and writes its tables and pictures from the results: `just bench`.
 # As root, since page cache, cgroups and other users are involved; on a machine with nothing else to do. FILTER runs a part;
 # other loaders (which have to be installed: gigabytes) are measured by `peers` alone.
 set -euo pipefail
