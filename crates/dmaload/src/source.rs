@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, CWD, FileType, FsWord, Mode, OFlags, Stat, Statx, StatxFlags, fstat, fstatfs, open, stat, statx};
+use rustix::fs::{
+    AtFlags, CWD, FileType, FsWord, Mode, OFlags, RawMode, Stat, Statx, StatxFlags, fstat, fstatfs, makedev, open, stat, statx,
+};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -31,6 +33,16 @@ impl Identity {
             inode: stat.st_ino,
             bytes: u64::try_from(stat.st_size).unwrap_or(0),
             modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
+            may_grow: true,
+        }
+    }
+
+    fn of_statx(status: &Statx) -> Self {
+        Identity {
+            device: makedev(status.stx_dev_major, status.stx_dev_minor),
+            inode: status.stx_ino,
+            bytes: status.stx_size,
+            modified: (status.stx_mtime.tv_sec, i64::from(status.stx_mtime.tv_nsec)),
             may_grow: true,
         }
     }
@@ -206,10 +218,21 @@ fn open_direct(buffered: &OwnedFd, path: &Path, flags: OFlags, identity: &Identi
 /// # Errors
 /// What `stat(2)` answered; [`Error::NotAFile`].
 pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
-    let status = stat(path).map_err(|errno| Error::File { path: path.to_owned(), operation: "stat", errno })?;
-    match kind_of(FileType::from_raw_mode(status.st_mode)) {
+    let failed = |errno| Error::File { path: path.to_owned(), operation: "stat", errno };
+    // One call for both: a load of thousands of files looks at all of them before it can plan.
+    let told = statx(CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN);
+    let (identity, mode) = match &told {
+        Ok(status) => (Identity::of_statx(status), RawMode::from(status.stx_mode)),
+        // A sandbox may refuse it.
+        Err(Errno::NOSYS | Errno::PERM) => {
+            let status = stat(path).map_err(failed)?;
+            (Identity::of(&status), status.st_mode)
+        }
+        Err(errno) => return Err(failed(*errno)),
+    };
+    match kind_of(FileType::from_raw_mode(mode)) {
         Some(kind) => Err(Error::NotAFile { path: path.to_owned(), kind }),
-        None => Ok((Identity::of(&status), alignment_told(statx(CWD, path, AtFlags::empty(), StatxFlags::DIOALIGN)))),
+        None => Ok((identity, alignment_told(told))),
     }
 }
 
@@ -242,6 +265,15 @@ mod tests {
             let Err(Error::NotAFile { kind, .. }) = OpenFile::open(path) else { panic!("{}", path.display()) };
             assert_eq!(kind, expected);
         }
+    }
+
+    #[test]
+    fn a_file_is_the_same_when_looked_at_and_when_opened() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, [7; 4097]).unwrap();
+        let (looked_at, alignment_bytes) = look_at(file.path()).unwrap();
+        let opened = OpenFile::open(file.path()).unwrap();
+        assert_eq!((looked_at, alignment_bytes), (opened.identity, opened.alignment_bytes));
     }
 
     #[test]
