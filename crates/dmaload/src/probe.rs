@@ -67,6 +67,9 @@ pub struct File {
     /// Reading its first block: with `O_DIRECT` where it could be opened so, else through the page cache. How many bytes
     /// there were.
     pub first_read: Result<u64, Errno>,
+    /// On FUSE, or on a file system that does not say what it is: a load reads it by threads, never by io_uring
+    /// ([`crate::Attempt::RingOnFuse`]).
+    pub is_on_fuse: bool,
 }
 
 impl File {
@@ -100,7 +103,13 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
             read => break read.map(|bytes| bytes as u64),
         }
     };
-    Ok(File { bytes: file.identity.bytes, alignment_bytes: file.alignment_bytes, open_direct, first_read })
+    Ok(File {
+        bytes: file.identity.bytes,
+        alignment_bytes: file.alignment_bytes,
+        open_direct,
+        first_read,
+        is_on_fuse: file.is_on_fuse,
+    })
 }
 
 /// How many bytes of an open file are in the page cache, in whole pages, by `cachestat(2)`.
@@ -163,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_refusal_is_none_of_the_medium() {
-        let file = |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read };
+        let file = |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read, is_on_fuse: false };
         let verdict = |file: File| (file.direct_refused(), file.unreadable());
         assert_eq!(verdict(file(Ok(()), Ok(1))), (None, None));
         assert_eq!(verdict(file(Err(Errno::INVAL), Ok(1))), (Some(Errno::INVAL), None));

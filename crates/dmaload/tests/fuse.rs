@@ -22,6 +22,7 @@ use fuser::{
 use rustix::io::Errno;
 
 const SEGMENT: usize = 2 << 20;
+const BYTES: usize = 4 * SEGMENT + 777;
 /// The page cache would take a short answer for the end of the file, and fill up with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 const MODEL: INodeNo = INodeNo(2);
@@ -39,6 +40,8 @@ enum Manners {
     EndsAt(usize),
     /// EIO for a read that reaches this offset.
     FailsAt(usize),
+    /// No answer at all to a direct read.
+    NeverAnswers,
 }
 
 struct Model {
@@ -117,11 +120,27 @@ impl Filesystem for Model {
             Manners::RefusesDirect if flags.0 & libc::O_DIRECT != 0 => return reply.error(fuser::Errno::EINVAL),
             Manners::FailsAt(at) if end > at => return reply.error(fuser::Errno::EIO),
             Manners::AnswersShort(most) => end = end.min(start + most),
+            // To drop it would answer with EIO.
+            Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
             Manners::EndsAt(at) => end = end.min(at.max(start)),
             _ => {}
         }
         reply.data(&self.bytes[start..end]);
     }
+}
+
+fn may_mount() -> bool {
+    let may = rustix::process::geteuid().is_root() && std::path::Path::new("/dev/fuse").exists();
+    if !may {
+        eprintln!("skipped: mounting needs root and /dev/fuse");
+    }
+    may
+}
+
+fn read_only() -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::RO, MountOption::FSName("dmaload-test".to_owned())];
+    config
 }
 
 /// The file system, mounted; unmounted at the end.
@@ -136,17 +155,14 @@ struct Mounted {
 impl Mounted {
     /// `None` where nobody but root may mount.
     fn new(manners: Manners) -> Option<Mounted> {
-        if !rustix::process::geteuid().is_root() || !std::path::Path::new("/dev/fuse").exists() {
-            eprintln!("skipped: mounting needs root and /dev/fuse");
+        if !may_mount() {
             return None;
         }
         let folder = folder();
-        let bytes = Arc::new(random_bytes(4 * SEGMENT + 777, 5));
+        let bytes = Arc::new(random_bytes(BYTES, 5));
         let open_files = Arc::<AtomicUsize>::default();
         let model = Model { bytes: Arc::clone(&bytes), manners, open_files: Arc::clone(&open_files) };
-        let mut config = Config::default();
-        config.mount_options = vec![MountOption::RO, MountOption::FSName("dmaload-test".to_owned())];
-        let session = fuser::spawn_mount(model, folder.path(), &config).unwrap();
+        let session = fuser::spawn_mount(model, folder.path(), &read_only()).unwrap();
         Some(Mounted { path: folder.path().join("model.bin"), bytes, open_files, session: Some(session), _folder: folder })
     }
 }
@@ -209,6 +225,14 @@ async fn a_ring_is_never_used_on_fuse_and_that_is_told() {
         assert!(report.fallbacks[0].reason().contains("wrong bytes"));
         loader.shutdown().await.unwrap();
     }
+    // What is bounced stays bounced, and its reads into staging are no ring's.
+    let loader = loader().route(Route::Bounce).build().unwrap();
+    let report = loader.load(&mounted.path).await.unwrap().report().clone();
+    let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt)).collect();
+    assert_eq!((report.route, steps), (Route::Bounce, vec![(Route::UringFixedDirect, Route::PreadDirect, Attempt::RingOnFuse)]));
+    let strict = loader.load_with([&mounted.path], loader.options().strict(true)).await.unwrap_err();
+    assert!(matches!(strict, Error::Refused { attempt: Attempt::RingOnFuse, .. }), "{strict}");
+    loader.shutdown().await.unwrap();
 }
 
 /// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between
@@ -259,4 +283,71 @@ async fn an_error_names_the_file_and_where() {
         assert!(offset + bytes > at as u64, "{route}: {error}");
         loader.shutdown().await.unwrap();
     }
+}
+
+/// A read that its server has been sent can't be called off, and keeps the process that waits for it: a server in the process
+/// of the reader would keep itself.
+#[tokio::test]
+async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to_it() {
+    if !may_mount() {
+        return;
+    }
+    for route in DIRECT_ROUTES {
+        let server = SilentServer::start();
+        let loader = loader().route(route).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
+        let mut load = loader.load(&server.path);
+        let seen = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
+        assert!(seen.is_err(), "{route}: nothing is shown of what was never read: {seen:?}");
+        let start = Instant::now();
+        let leaked = loader.shutdown().await.unwrap_err();
+        assert!(start.elapsed() < Duration::from_secs(5), "{route}: it took {:?}", start.elapsed());
+        assert!(leaked.bytes > 0 && leaked.bytes <= (BYTES + SEGMENT + (16 << 20)) as u64, "{route}: {leaked}");
+        let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends with its loader");
+        assert!(matches!(ended, Err(Error::ShutDown)), "{route}: {ended:?}");
+    }
+}
+
+/// A file system of a server in a process of its own, which never answers direct reads.
+struct SilentServer {
+    path: PathBuf,
+    server: std::process::Child,
+    folder: tempfile::TempDir,
+}
+
+const SILENT_SERVER: &str = "DMALOAD_TEST_SILENT_SERVER";
+
+impl SilentServer {
+    fn start() -> Self {
+        let folder = folder();
+        let server = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "the_silent_server"])
+            .env(SILENT_SERVER, folder.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let server = SilentServer { path: folder.path().join("model.bin"), server, folder };
+        let start = Instant::now();
+        while !server.path.exists() {
+            assert!(start.elapsed() < Duration::from_secs(20), "the file system is not mounted");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        server
+    }
+}
+
+impl Drop for SilentServer {
+    fn drop(&mut self) {
+        // With its server the connection ends, and all reads with it.
+        let ended = self.server.kill().and_then(|()| self.server.wait());
+        let unmounted = std::process::Command::new("umount").arg("-l").arg(self.folder.path()).status();
+        assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
+#[test]
+#[ignore = "no test: the server of another one, in its own process"]
+fn the_silent_server() {
+    let Some(folder) = std::env::var_os(SILENT_SERVER) else { return };
+    let model = Model { bytes: Arc::new(random_bytes(BYTES, 5)), manners: Manners::NeverAnswers, open_files: Arc::default() };
+    fuser::mount(model, folder, &read_only()).unwrap();
 }

@@ -66,13 +66,23 @@ fn needed(facts: &Facts) -> u64 {
     path_file(facts).map_or(0, |file| file.bytes)
 }
 
+const LOCAL_FILE_SYSTEMS: &str = "findmnt -t ext4,xfs,btrfs -o TARGET,FSTYPE,AVAIL";
+
 fn direct(facts: &Facts) -> Option<Advice> {
-    let errno = direct_refused(facts)?;
+    let Some(errno) = direct_refused(facts) else {
+        return path_file(facts).filter(|file| file.is_on_fuse && facts.io_uring.setup.is_ok()).map(|_| {
+            Advice::new(
+                "keep models on a local file system (ext4, xfs, btrfs): io_uring can't be trusted with FUSE",
+                LOCAL_FILE_SYSTEMS,
+                "reads by io_uring instead of by threads, and no way through the FUSE server",
+            )
+        });
+    };
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
     let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
     Some(Advice::new(
         format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} answers {}", describe(errno)),
-        "findmnt -t ext4,xfs,btrfs -o TARGET,FSTYPE,AVAIL",
+        LOCAL_FILE_SYSTEMS,
         "up to half the time: no page cache, no copy, and nothing else is pushed out of memory",
     ))
 }
@@ -144,7 +154,8 @@ fn allowing(cause: Option<&Cause>) -> (String, String) {
 }
 
 fn registering(facts: &Facts) -> Option<Advice> {
-    if facts.io_uring.setup.is_err() || direct_refused(facts).is_some() || memlock_suffices(facts) {
+    let on_fuse = path_file(facts).is_some_and(|file| file.is_on_fuse);
+    if facts.io_uring.setup.is_err() || on_fuse || direct_refused(facts).is_some() || memlock_suffices(facts) {
         return None;
     }
     let gain = if has_small_pages(facts) {
@@ -248,12 +259,16 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn path(facts: &mut Facts, bytes: u64, open_direct: Result<(), Errno>) {
-        let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1) };
+        let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), is_on_fuse: false };
         facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file) });
     }
 
     const LITTLE: Change = |facts| facts.memory = Some(MemoryAvailable { bytes: 100 << 20, limit: "MemAvailable".to_owned() });
     const BUFFERED: Change = |facts| path(facts, GIB, Err(Errno::INVAL));
+    const ON_FUSE: Change = |facts| {
+        path(facts, GIB, Ok(()));
+        facts.path.as_mut().and_then(|path| path.file.as_mut()).unwrap().is_on_fuse = true;
+    };
     const SMALL_PAGES: Change = |facts| memfd(facts).page_bytes = Some(4096);
     const NO_RING: Change = |facts| {
         let no = Err(Errno::PERM);
@@ -278,6 +293,7 @@ mod tests {
         for (change, command) in [
             (LITTLE, "ps -eo rss"),
             (BUFFERED, "findmnt"),
+            (ON_FUSE, "findmnt"),
             (SMALL_PAGES, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"),
             (NO_RING, "sysctl -w kernel.io_uring_disabled=0"),
             (SMALL_MEMLOCK, "ulimit -l unlimited"),
@@ -312,6 +328,8 @@ mod tests {
         assert!(!both[1].gain.contains("little"), "{both:#?}");
         // A file that fits under the limit is not held back by it.
         assert_eq!(after(&[SMALL_MEMLOCK, |facts| path(facts, 4 << 20, Ok(()))]), []);
+        // Nor one that no ring reads.
+        assert_eq!(after(&[SMALL_MEMLOCK, ON_FUSE]).len(), 1);
     }
 
     #[test]

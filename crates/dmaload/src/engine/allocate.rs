@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use dmabuf::{Access, Populated};
 
 use super::allowance::{Grant, grant};
-use super::open::{Chosen, route_for};
+use super::open::{Chosen, route_for, staged_by};
 use super::{Engine, Permit};
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
@@ -38,6 +38,7 @@ impl Engine {
         let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
         load.end_allocating(allocation, start, told);
         let (backing, _) = populated?;
+        let staged_by = staged_by(&load.options);
         for part in &allocation.parts {
             // Of many files, the rest need not be opened.
             if load.is_over() {
@@ -50,9 +51,9 @@ impl Engine {
             let spec = FileSpec {
                 index: part.file_index,
                 route,
+                staged_by: if file.is_on_fuse { staged_by.max(Route::PreadDirect) } else { staged_by },
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
-                staged_by: Some(load.options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect),
                 mount: part.identity.mount(),
             };
             self.ring.piece(load.id, part.number, piece, spec, PieceBuffer::new(Arc::clone(&backing), offset, bytes, permit));

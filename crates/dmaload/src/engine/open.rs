@@ -154,6 +154,11 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
     Ok(Route::Bounce)
 }
 
+/// The best way for reads into staging, of loads that are bounced: by a ring, unless something lower was asked for.
+pub(super) fn staged_by(options: &LoadOptions) -> Route {
+    Some(options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
+}
+
 /// How a file is read.
 #[derive(Debug)]
 pub(super) struct Chosen {
@@ -174,17 +179,24 @@ pub(super) fn route_for(
     cache: Cache,
 ) -> Result<Chosen> {
     let strict = load.options.strict;
-    let refused = match file.direct_refused() {
-        Some(errno) if from.is_direct() => Some((Route::Buffered, Attempt::OpenDirect, errno)),
-        None if file.is_on_fuse && from < Route::PreadDirect => Some((Route::PreadDirect, Attempt::RingOnFuse, Errno::OPNOTSUPP)),
+    let staged_by = staged_by(&load.options);
+    let step = |from, to, attempt, errno| Some(Fallback { file_index: Some(index), from, to, attempt, errno });
+    let fallback = match file.direct_refused() {
+        Some(errno) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),
+        None if file.is_on_fuse && from < Route::PreadDirect => {
+            step(from, Route::PreadDirect, Attempt::RingOnFuse, Errno::OPNOTSUPP)
+        }
+        // What is bounced is still bounced, but read into staging by threads.
+        None if file.is_on_fuse && from == Route::Bounce && staged_by < Route::PreadDirect => {
+            step(staged_by, Route::PreadDirect, Attempt::RingOnFuse, Errno::OPNOTSUPP)
+        }
         _ => None,
     };
-    if let Some((route, attempt, errno)) = refused {
+    if let Some(Fallback { to, attempt, errno, .. }) = fallback {
         if strict {
             return Err(Error::Refused { path: file.path.clone(), offset, route: from, attempt, errno });
         }
-        let fallback = Some(Fallback { file_index: Some(index), from, to: route, attempt, errno });
-        return Ok(Chosen { route, cached: false, fallback });
+        return Ok(Chosen { route: from.max(to), cached: false, fallback });
     }
     let cached = cache == Cache::Auto && !strict && from.is_direct() && file.is_wholly_cached();
     if cached {
