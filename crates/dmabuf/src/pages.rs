@@ -144,10 +144,12 @@ fn from_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
         if let Some((start, end)) = key.split_once('-').and_then(|(start, end)| Some((hex(start)?, hex(end)?))) {
             inside = addresses.end.min(end).saturating_sub(addresses.start.max(start)) as u64;
         } else if inside > 0 {
-            let bytes = || rest.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024;
+            let bytes =
+                || rest.trim().strip_suffix(" kB").and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0).saturating_mul(1024);
+            let add = |sum: &mut u64, bytes: u64| *sum = sum.saturating_add(bytes.min(inside));
             match key {
-                "Rss:" => count.seen_bytes += bytes().min(inside),
-                "AnonHugePages:" | "ShmemPmdMapped:" | "FilePmdMapped:" => count.huge_bytes += bytes().min(inside),
+                "Rss:" => add(&mut count.seen_bytes, bytes()),
+                "AnonHugePages:" | "ShmemPmdMapped:" | "FilePmdMapped:" => add(&mut count.huge_bytes, bytes()),
                 _ => {}
             }
         }
@@ -163,6 +165,17 @@ fn hex(digits: &str) -> Option<usize> {
 mod tests {
     use super::*;
     use crate::{AddressRange, Memory};
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_of_smaps_panics(
+            text in "([0-9a-f]{1,16}-[0-9a-f]{1,16} rw\n|(Rss|AnonHugePages): {1,3}[0-9]{1,21} kB\n|[0-9a-f]{1,18}-[0-9a-f]{1,18} rw|Rss: |AnonHugePages: |FilePmdMapped: |[0-9]{1,25}| kB|\n|\\PC){0,60}",
+            start: usize,
+            end: usize,
+        ) {
+            let _ = from_smaps(&text, &(start..end));
+        }
+    }
 
     const SMAPS: &str = "\
 7f0000000000-7f0000400000 rw-s 00000000 00:01 1 /memfd:a (deleted)

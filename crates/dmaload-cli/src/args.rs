@@ -319,3 +319,35 @@ impl FromStr for RouteChoice {
 fn bytes(text: &str) -> Result<u64, String> {
     text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("{text:?} is no size; write it like 64MiB or 1GiB"))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::bench::{Mode, Pressure};
+
+    /// What arguments are made of, and anything else.
+    const TEXT: &str = "(sha256|crc32c|blake3|cgroup|hog|all-but|dma-heap|clean|dirty|auto|normal|:|=|,|-|\\.|/|e|[0-9a-fA-F]{1,64}|[KMGTPE]i?B|\\PC){0,8}";
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2048))]
+
+        #[test]
+        fn no_argument_panics_and_what_is_refused_is_said_with_what_was_given(text in TEXT) {
+            fn told<T>(text: &str, read: Result<T, String>) {
+                if let Err(error) = read {
+                    let told = error.contains(&format!("{text:?}")) || error.contains("digits") || error.contains("checksum");
+                    assert!(told, "{text:?}: {error}");
+                }
+            }
+            told(&text, bytes(&text));
+            told(&text, text.parse::<HeapName>());
+            told(&text, text.parse::<RouteChoice>());
+            told(&text, text.parse::<Against>());
+            told(&text, text.parse::<Mode>());
+            told(&text, text.parse::<Pressure>());
+            told(&text, Mode::peer(&text));
+        }
+    }
+}

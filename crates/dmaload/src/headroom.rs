@@ -30,7 +30,7 @@ pub(crate) fn headroom() -> Option<Headroom> {
 
 fn available_in_meminfo(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.saturating_mul(1024))
 }
 
 /// The folders of the memory cgroups that hold this process: its own and all above it, since each may have a limit.
@@ -69,7 +69,7 @@ fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
         line.and_then(|value| value.parse::<u64>().ok())
     };
     let cache = ["inactive_file", "active_file"].map(|key| stat(&format!("total_{key}")).or_else(|| stat(key)).unwrap_or(0));
-    let kept = used.saturating_sub(cache.iter().sum());
+    let kept = cache.into_iter().fold(used, u64::saturating_sub);
     // v1 writes "no limit" as a number close to 2^63.
     (limit < 1 << 62).then(|| Headroom {
         available_bytes: limit.saturating_sub(kept),
@@ -91,6 +91,29 @@ mod tests {
     fn meminfo_is_in_kibibytes() {
         assert_eq!(available_in_meminfo("MemTotal: 9 kB\nMemAvailable:    3 kB\n"), Some(3072));
         assert_eq!(available_in_meminfo("MemTotal: 9 kB\n"), None);
+    }
+
+    proptest::proptest! {
+        // Not always the kernel's own words: containers show files of their own (lxcfs) in their place.
+        #[test]
+        fn no_text_of_procfs_panics_or_leaves_the_root(
+            text in "(MemAvailable: {0,3}[0-9]{1,21} kB\n|MemAvailable:|[0-9]:memory:/[a-z./]{0,9}\n|memory:|[0-9]{1,3}:|0::|/|\\.\\.|,| kB|\n|[0-9]{1,25}|\\PC){0,40}",
+        ) {
+            let _ = available_in_meminfo(&text);
+            for folder in cgroup_folders(&text, Path::new("/r")) {
+                assert!(folder.starts_with("/r"), "{folder:?}");
+            }
+        }
+
+        #[test]
+        fn no_number_of_a_group_panics(limit in "[0-9]{1,25}|max|-1|", used in "[0-9]{1,25}|", stat in "((total_)?(in)?active_file [0-9]{1,22}\n|\\PC){0,6}") {
+            let folder = tempfile::tempdir().unwrap();
+            for (name, text) in [("memory.max", &limit), ("memory.current", &used), ("memory.stat", &stat)] {
+                write(folder.path().join(name), text).unwrap();
+            }
+            let seen = headroom_of_cgroup(folder.path());
+            assert!(seen.is_none_or(|seen| seen.available_bytes <= limit.parse().unwrap()));
+        }
     }
 
     #[test]

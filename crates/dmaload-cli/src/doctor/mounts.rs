@@ -55,6 +55,16 @@ fn unescaped(field: &str) -> PathBuf {
 mod tests {
     use super::*;
 
+    proptest::proptest! {
+        #[test]
+        fn no_text_of_mountinfo_panics(
+            text in "(1 2 254:0 / /[a-z\\\\0-9]{0,6} rw - [a-z0-9]{0,4} x\n|[0-9]{1,9} |[0-9]{1,4}:[0-9]{1,4} |/|\\\\[0-9]{0,4}| - |ext4 |\n|\\PC){0,60}",
+            path in "(/[a-z \\\\]{0,4}){0,4}",
+        ) {
+            let _ = find(&text, Path::new(&path), (254, 0));
+        }
+    }
+
     const MOUNTS: &str = "\
 27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 27 0:27 / /mnt rw - tmpfs tmpfs rw

@@ -96,6 +96,15 @@ fn chosen(choices: &str) -> Option<String> {
 mod tests {
     use super::*;
 
+    proptest::proptest! {
+        #[test]
+        fn no_text_of_status_or_sysfs_panics(text in "(CapEff:|THP_enabled:|Seccomp:|\t|\n|\\[|\\]|[0-9a-f]{0,20}|\\PC){0,30}") {
+            let _ = chosen(&text);
+            let status = Status(text);
+            let _ = (status.has(CAP_IPC_LOCK), status.has(63), status.field("Seccomp"));
+        }
+    }
+
     #[test]
     fn the_choice_is_the_one_in_brackets() {
         assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
