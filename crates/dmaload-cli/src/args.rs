@@ -50,11 +50,26 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Load {
-    /// The files.
+    /// The files; a folder or an index stands for all files of a model.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: Engine,
+    /// Load these tensors only: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated, and they come in this order.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) tensors: Vec<String>,
+    /// Load this range of each file's bytes only.
+    #[arg(long, value_name = "START..END", value_parser = range, conflicts_with = "tensors")]
+    pub(crate) range: Option<(u64, u64)>,
+    /// Load one rank's part only: the number of the part, from 0 on [default: RANK, where WORLD_SIZE is set, too].
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) rank: Option<u32>,
+    /// How many parts there are; 1 is all in one [default: WORLD_SIZE, where RANK is set, too].
+    #[arg(long, value_name = "RANKS")]
+    pub(crate) world_size: Option<u32>,
+    /// Cut each tensor along this dimension, the outermost is 0; without it the bytes of each file are cut.
+    #[arg(long, value_name = "DIMENSION")]
+    pub(crate) shard_dim: Option<usize>,
     /// Fail unless the files are what this says: a manifest (see `dmaload manifest`), or sha256:HEX (or blake3:, crc32c:, xxh3:)
     /// of the one file.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
@@ -106,9 +121,9 @@ pub(crate) struct Manifest {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// The file.
+    /// The file; a folder or an index stands for all files of a model.
     pub(crate) path: PathBuf,
-    /// What its bytes are taken for: auto, safetensors, raw.
+    /// What its bytes are taken for: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
     /// Print one JSON object.
@@ -222,7 +237,7 @@ pub(crate) struct Engine {
     /// Allow 2 MiB pages in a udmabuf on Linux 6.11 to 6.15, where drivers that map it see WRONG BYTES.
     #[arg(long)]
     pub(crate) despite_udmabuf_bug: bool,
-    /// How files are spread over segments: segmented, single.
+    /// How files are spread over segments: segmented, single, tensors (cut between tensors).
     #[arg(long, default_value = "segmented")]
     pub(crate) layout: Layout,
     /// Give each small file a memory of its own, where several share one otherwise
@@ -252,7 +267,7 @@ pub(crate) struct Engine {
     /// A file that is wholly in the page cache: auto copies it from there, bypass reads it from storage.
     #[arg(long, default_value = "bypass")]
     pub(crate) cache: Cache,
-    /// What the files' bytes are taken for: auto, safetensors, raw.
+    /// What the files' bytes are taken for: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
 }
@@ -316,6 +331,11 @@ impl FromStr for RouteChoice {
     }
 }
 
+fn range(text: &str) -> Result<(u64, u64), String> {
+    let parsed = text.split_once("..").and_then(|(start, end)| Some((bytes(start).ok()?, bytes(end).ok()?)));
+    parsed.filter(|(start, end)| start < end).ok_or_else(|| format!("{text:?} is no range of bytes; write it like 1MiB..2MiB"))
+}
+
 fn bytes(text: &str) -> Result<u64, String> {
     text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("{text:?} is no size; write it like 64MiB or 1GiB"))
 }
@@ -342,6 +362,7 @@ mod tests {
                 }
             }
             told(&text, bytes(&text));
+            told(&text, range(&text));
             told(&text, text.parse::<HeapName>());
             told(&text, text.parse::<RouteChoice>());
             told(&text, text.parse::<Against>());

@@ -1,34 +1,81 @@
 //! `dmaload inspect`: what a file says about itself.
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::Result;
-use dmaload::model::{TensorInfo, TensorMap};
-use serde_json::{Value, json};
+use dmaload::Inspected;
+use dmaload::model::{TensorInfo, TensorMap, gguf};
+use serde_json::{Map, Value, json};
 
 use crate::args;
-use crate::summary::{Align, Table, bytes, grouped, terminal_width};
+use crate::summary::{Align, Pairs, Table, bytes, grouped, terminal_width};
 
 pub(crate) fn run(arguments: &args::Inspect) -> Result<()> {
-    let inspected = dmaload::inspect(&arguments.path, arguments.format)?;
+    let files = dmaload::inspect_model(&arguments.path, arguments.format)?;
     let mut stdout = std::io::stdout().lock();
     if arguments.json {
-        let (format, tensors) = match &inspected.tensors {
-            Some(tensors) => ("safetensors", to_json(tensors)),
-            None => ("raw", json!({ "tensors": [] })),
+        let mut objects = files.iter().map(|(path, inspected)| file_to_json(path, inspected));
+        let object = match objects.len() {
+            1 => objects.next().unwrap_or_default(),
+            _ => json!({ "path": arguments.path.to_string_lossy(), "files": objects.collect::<Vec<_>>() }),
         };
-        let mut object = json!({ "path": arguments.path.to_string_lossy(), "bytes": inspected.bytes, "format": format });
-        if let (Some(object), Value::Object(tensors)) = (object.as_object_mut(), tensors) {
-            object.extend(tensors);
-        }
         writeln!(stdout, "{object:#}")?;
-    } else {
+        return Ok(stdout.flush()?);
+    }
+    for (number, (path, inspected)) in files.iter().enumerate() {
+        if files.len() > 1 {
+            writeln!(stdout, "{}{}, {}", if number == 0 { "" } else { "\n" }, path.display(), bytes(inspected.bytes))?;
+        }
         match &inspected.tensors {
-            Some(tensors) => write!(stdout, "{}", table(tensors))?,
-            None => writeln!(stdout, "{}: raw bytes, {}", arguments.path.display(), bytes(inspected.bytes))?,
+            Some(tensors) => {
+                if let Some(gguf) = tensors.gguf() {
+                    writeln!(stdout, "{}", metadata(gguf))?;
+                }
+                write!(stdout, "{}", table(tensors))?;
+            }
+            None => writeln!(stdout, "{}: raw bytes, {}", path.display(), bytes(inspected.bytes))?,
         }
     }
     Ok(stdout.flush()?)
+}
+
+fn file_to_json(path: &Path, inspected: &Inspected) -> Value {
+    let (format, tensors) = match &inspected.tensors {
+        Some(tensors) => (tensors.format(), to_json(tensors)),
+        None => ("raw", json!({ "tensors": [] })),
+    };
+    let mut object = json!({ "path": path.to_string_lossy(), "bytes": inspected.bytes, "format": format });
+    if let (Some(object), Value::Object(tensors)) = (object.as_object_mut(), tensors) {
+        object.extend(tensors);
+    }
+    object
+}
+
+/// What a GGUF file says of itself, a line each.
+fn metadata(gguf: &gguf::Metadata) -> Pairs {
+    let pairs = Pairs::new().with("GGUF version", gguf.version());
+    gguf.iter().fold(pairs, |pairs, (key, value)| pairs.with(key, value))
+}
+
+fn gguf_to_json(value: &gguf::Value<'_>) -> Value {
+    use gguf::Value::{Array, Bool, F32, F64, I8, I16, I32, I64, String, U8, U16, U32, U64};
+    match value {
+        U8(value) => json!(value),
+        I8(value) => json!(value),
+        U16(value) => json!(value),
+        I16(value) => json!(value),
+        U32(value) => json!(value),
+        I32(value) => json!(value),
+        F32(value) => json!(value),
+        Bool(value) => json!(value),
+        String(value) => json!(value),
+        Array(array) => array.iter().map(|value| gguf_to_json(&value)).collect(),
+        U64(value) => json!(value),
+        I64(value) => json!(value),
+        F64(value) => json!(value),
+        other => json!(other.to_string()),
+    }
 }
 
 fn table(tensors: &TensorMap) -> Table {
@@ -54,7 +101,10 @@ fn table(tensors: &TensorMap) -> Table {
 fn to_json(tensors: &TensorMap) -> Value {
     json!({
         "header_bytes": tensors.header_bytes(),
-        "metadata": tensors.metadata().iter().map(|(key, value)| (key.to_owned(), json!(value))).collect::<serde_json::Map<_, _>>(),
+        "metadata": match tensors.gguf() {
+            Some(gguf) => gguf.iter().map(|(key, value)| (key.to_owned(), gguf_to_json(&value))).collect::<Map<_, _>>(),
+            None => tensors.metadata().iter().map(|(key, value)| (key.to_owned(), json!(value))).collect(),
+        },
         "tensors": tensors.iter().map(tensor_to_json).collect::<Vec<_>>(),
     })
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno};
 use dmaload::verify::Digest;
-use dmaload::{Fallback, Image, Load, Report, Segment};
+use dmaload::{Error, Fallback, Image, Layout, Load, Report, Segment, Shard};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -20,11 +20,25 @@ use crate::{block_on, engine, errors, exec, trace};
 pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     if !arguments.exec.is_empty() && arguments.engine.heap == args::HeapName::Anon {
-        return Err(dmaload::Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
+        return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, arguments.paths.len(), loader.heap()));
     let mut options = loader.options().trace(arguments.trace.is_some());
+    if !arguments.tensors.is_empty() {
+        options = options.tensors(&arguments.tensors);
+    }
+    if let Some((start, end)) = arguments.range {
+        options = options.range(start..end);
+    }
+    let shard = shard(arguments, |name| std::env::var(name).ok())?;
+    if let Some(shard) = shard {
+        options = options.shard(shard);
+    }
+    let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none();
+    if arguments.digest.is_some() && !(whole && arguments.engine.layout != Layout::Tensors) {
+        return Err(Error::Config("--digest is of whole files, and parts of files are loaded".to_owned()).into());
+    }
     if let Some(against) = &arguments.verify {
         options = against.applied_to(options)?;
     }
@@ -52,6 +66,24 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     match arguments.exec.as_slice() {
         [] => Ok(ExitCode::SUCCESS),
         [program, rest @ ..] => exec::run(&image, program, rest),
+    }
+}
+
+/// The part that is asked for, by the command line or by a launcher of many processes (torchrun sets both variables).
+fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<Option<Shard>> {
+    let number = |name: &str| match variable(name) {
+        Some(text) => text.parse().map(Some).map_err(|_| Error::Config(format!("{name} is {text:?}, which is no number"))),
+        None => Ok(None),
+    };
+    // One of the two alone may be somebody else's.
+    let launched = variable("RANK").is_some() && variable("WORLD_SIZE").is_some();
+    let of = |asked: Option<u32>, name| if asked.is_some() || !launched { Ok(asked) } else { number(name) };
+    let dim = arguments.shard_dim;
+    match (of(arguments.rank, "RANK")?, of(arguments.world_size, "WORLD_SIZE")?) {
+        (None, None | Some(1)) if dim.is_none() => Ok(None),
+        (Some(0), Some(1)) => Ok(None),
+        (Some(rank), Some(world_size)) => Ok(Some(Shard { rank, world_size, dim })),
+        _ => Err(Error::Config("a part needs --rank and --world-size (or RANK and WORLD_SIZE)".to_owned())),
     }
 }
 
@@ -108,6 +140,10 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
             "CPU",
             format!("{} for the whole process, {} resident at most", duration(report.cpu), bytes(report.peak_resident_bytes)),
         );
+    if report.wanted_bytes != report.bytes {
+        let along = report.bytes.saturating_sub(report.wanted_bytes);
+        pairs = pairs.with("wanted", format!("{} of these; {} were read along", bytes(report.wanted_bytes), bytes(along)));
+    }
     let tensors = image.tensors().count();
     if tensors > 0 {
         pairs = pairs.with("tensors", tensors);
@@ -170,6 +206,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
     });
     json!({
         "bytes": report.bytes,
+        "wanted_bytes": report.wanted_bytes,
         "seconds": report.total.as_secs_f64(),
         "throughput_bytes_per_second": report.throughput_bytes_per_second(),
         "allocate_seconds": report.allocating.as_secs_f64(),

@@ -218,6 +218,52 @@ pub enum Error {
         /// How many.
         segments: usize,
     },
+    /// What was asked for can't be had of this file.
+    #[error("{}: {reason}", .path.display())]
+    Selection {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// The folder has no model in it that could be loaded.
+    #[error("{}: {reason}", .path.display())]
+    NoModel {
+        /// The folder.
+        path: PathBuf,
+        /// What was looked for.
+        reason: String,
+    },
+    /// These bytes of the file were not loaded: only others were asked for.
+    #[error("{}: bytes {}..{} were not loaded, only other parts of the file", .path.display(), .range.start, .range.end)]
+    NotLoaded {
+        /// The file.
+        path: PathBuf,
+        /// The bytes.
+        range: std::ops::Range<u64>,
+    },
+    /// This part of a tensor has its bytes in rows that are apart, so there is no view of all of it.
+    #[error("the part of tensor {tensor:?} lies in {rows} rows that are apart: use its parts, or copy it (to_vec)")]
+    Apart {
+        /// The tensor.
+        tensor: String,
+        /// How many.
+        rows: u64,
+    },
+    /// The importer can't map what the load would be.
+    #[error(
+        "{segments} segments of up to {segment_bytes} bytes would be needed; the importer takes {max_segments} of {max_segment_bytes}"
+    )]
+    Importer {
+        /// How many there would be.
+        segments: usize,
+        /// How large the largest.
+        segment_bytes: u64,
+        /// How many it takes.
+        max_segments: usize,
+        /// How large.
+        max_segment_bytes: u64,
+    },
     /// No file of the image has a tensor of this name.
     #[error("no tensor named {0:?}")]
     NoSuchTensor(String),

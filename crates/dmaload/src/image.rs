@@ -8,9 +8,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
-use crate::model::{DType, TensorInfo, TensorMap};
+use crate::load::{FileTensors, FinishedFile};
+use crate::model::{DType, TensorMap};
 use crate::report::Report;
-use crate::segment::{Contiguous, Segment};
+use crate::segment::{Contiguous, Segment, holding};
+use crate::select::Part;
 
 /// All segments of a load, with its files, its tensors and its report. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -26,11 +28,11 @@ pub struct ImageFile {
     path: Arc<PathBuf>,
     len: u64,
     segments: Arc<[Segment]>,
-    tensors: Option<Arc<TensorMap>>,
+    tensors: Option<Arc<FileTensors>>,
 }
 
 impl Image {
-    pub(crate) fn new(files: Vec<(Arc<PathBuf>, u64, Option<Arc<TensorMap>>)>, segments: Vec<Segment>, report: Report) -> Self {
+    pub(crate) fn new(files: Vec<FinishedFile>, segments: Vec<Segment>, report: Report) -> Self {
         let mut own: Vec<Vec<Segment>> = files.iter().map(|_| Vec::new()).collect();
         for segment in &segments {
             if let Some(own) = own.get_mut(segment.file_index()) {
@@ -38,7 +40,7 @@ impl Image {
             }
         }
         let files = files.into_iter().zip(own);
-        let files = files.map(|((path, len, tensors), own)| ImageFile { path, len, segments: own.into(), tensors });
+        let files = files.map(|(file, own)| ImageFile::new(file.path, file.bytes, own, file.tensors));
         Image { files: files.collect(), segments: segments.into(), report: Arc::new(report) }
     }
 
@@ -60,25 +62,35 @@ impl Image {
     /// The tensor of this name; of several files that have it, the first.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`].
+    /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] for one that a file has, but that was not asked for.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let found = self.files.iter().find_map(|file| file.tensor(name));
-        found.ok_or_else(|| Error::NoSuchTensor(name.to_owned()))
+        found.ok_or_else(|| {
+            let there = self.files.iter().find_map(|file| Some((file, file.tensor_map()?.get(name)?)));
+            match there {
+                Some((file, info)) => Error::NotLoaded { path: file.path().to_owned(), range: info.file_range.clone() },
+                None => Error::NoSuchTensor(name.to_owned()),
+            }
+        })
     }
 
-    /// All tensors of all files, in file order.
+    /// All tensors of all files that were loaded: in file order, or in the order in which they were asked for.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         self.files.iter().flat_map(ImageFile::tensors)
     }
 }
 
 impl ImageFile {
-    /// The path, as it was given.
+    pub(crate) fn new(path: Arc<PathBuf>, len: u64, segments: Vec<Segment>, tensors: Option<Arc<FileTensors>>) -> Self {
+        ImageFile { path, len, segments: segments.into(), tensors }
+    }
+
+    /// The path, as it was given, or as it was found in the folder that was given.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its length in bytes.
+    /// The length of the file in bytes, also where only parts of it were loaded.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -93,38 +105,49 @@ impl ImageFile {
         &self.segments
     }
 
-    /// Its tensor map; `None` for a file of raw bytes.
+    /// Its tensor map, with all tensors that it has; `None` for a file of raw bytes.
     pub fn tensor_map(&self) -> Option<&TensorMap> {
-        self.tensors.as_deref()
+        self.tensors.as_deref().map(|tensors| &*tensors.map)
     }
 
     /// All its bytes, contiguous and without a copy, header included.
     ///
     /// # Errors
-    /// As [`Segment::bytes`].
+    /// As [`Segment::bytes`]; [`Error::NotLoaded`] where only parts of it were, or where they are not contiguous
+    /// ([`crate::Layout::Tensors`]).
     pub fn bytes(&self) -> Result<Bytes> {
         self.slice(0..self.len)
     }
 
-    /// Its tensor of this name.
+    /// Its tensor of this name, if that was loaded.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
-        self.tensor_map()?.get(name).map(|info| Tensor { info: info.clone(), file: self.clone() })
+        let position = self.tensor_map()?.position(name)?;
+        self.tensor_at(position)
     }
 
-    /// Its tensors, in file order.
+    /// Its tensors that were loaded, in file order, or in the order in which they were asked for.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
-        self.tensor_map().into_iter().flatten().map(|info| Tensor { info: info.clone(), file: self.clone() })
+        let count = self.tensors.as_ref().map_or(0, |tensors| tensors.len());
+        (0..count).filter_map(|number| self.tensors.as_ref()?.position_of(number)).filter_map(|position| self.tensor_at(position))
+    }
+
+    /// The tensor at this position of the map, if it was loaded.
+    pub(crate) fn tensor_at(&self, position: usize) -> Option<Tensor> {
+        let tensors = self.tensors.as_ref()?;
+        let part = tensors.part_at(position)?;
+        Some(Tensor { position, part, file: self.clone() })
     }
 
     fn slice(&self, range: Range<u64>) -> Result<Bytes> {
-        Contiguous::bytes(&self.segments, range)
+        Contiguous::bytes(&self.path, &self.segments, range)
     }
 }
 
-/// One tensor of an image: what it is, and where its bytes are.
+/// One tensor of an image, or one rank's part of it: what it is, and where its bytes are.
 #[derive(Debug, Clone)]
 pub struct Tensor {
-    info: TensorInfo,
+    position: usize,
+    part: Part,
     file: ImageFile,
 }
 
@@ -149,22 +172,22 @@ impl TensorPart {
 impl Tensor {
     /// Its name.
     pub fn name(&self) -> &str {
-        &self.info.name
+        self.info().map_or("", |info| &info.name)
     }
 
     /// The type of its elements.
     pub fn dtype(&self) -> DType {
-        self.info.dtype
+        self.info().map_or(DType::U8, |info| info.dtype)
     }
 
-    /// The lengths of its dimensions, outermost first.
+    /// The lengths of its dimensions, outermost first; of a rank's part, that part's.
     pub fn shape(&self) -> &[u64] {
-        &self.info.shape
+        &self.part.shape
     }
 
-    /// Where it is in its file, in bytes.
+    /// Where it is in its file, in bytes; of a part in rows, from the first to the last.
     pub fn file_range(&self) -> Range<u64> {
-        self.info.file_range.clone()
+        self.part.rows.hull()
     }
 
     /// The file that it is in.
@@ -172,32 +195,66 @@ impl Tensor {
         &self.file
     }
 
+    /// Whether all its bytes are in one place: not those of a rank's part along any but the first dimension.
+    pub fn is_contiguous(&self) -> bool {
+        self.part.rows.count == 1
+    }
+
     /// Its bytes, contiguous and without a copy, even where it crosses segments.
     ///
     /// # Errors
-    /// As [`Segment::bytes`].
+    /// As [`Segment::bytes`]; [`Error::Apart`] where it is not contiguous.
     pub fn bytes(&self) -> Result<Bytes> {
+        if !self.is_contiguous() {
+            return Err(Error::Apart { tensor: self.name().to_owned(), rows: self.part.rows.count });
+        }
         self.file.slice(self.file_range())
     }
 
-    /// The dma-buf that holds all of it; where in that it begins, its only part tells ([`TensorPart::memory_offset`]).
+    /// A copy of its bytes, also of those that are not contiguous.
+    ///
+    /// # Errors
+    /// As [`Segment::bytes`].
+    pub fn to_vec(&self) -> Result<Vec<u8>> {
+        let mut copy = Vec::with_capacity(usize::try_from(self.part.rows.bytes()).unwrap_or(0));
+        let hull = self.file_range();
+        // One view where what is between the rows was read, too.
+        let all = self.file.slice(hull.clone());
+        for row in self.part.rows.iter() {
+            let at = |offset: u64| usize::try_from(offset - hull.start).unwrap_or(usize::MAX);
+            match &all {
+                Ok(all) => copy.extend_from_slice(all.get(at(row.start)..at(row.end)).unwrap_or_default()),
+                Err(Error::NotLoaded { .. }) => copy.extend_from_slice(&self.file.slice(row)?),
+                Err(error) => return Err(error.clone()),
+            }
+        }
+        Ok(copy)
+    }
+
+    /// The dma-buf that holds all of it; where in that it begins, its parts tell ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
     /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as
     /// [`Segment::dma_buf`].
     pub fn dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let parts = self.parts();
-        let segment = match &*parts {
-            [part] => self.file.segments.iter().find(|segment| segment.index() == part.segment.index()),
+        let mut numbers: Vec<_> = parts.iter().map(|part| part.segment.index()).collect();
+        numbers.dedup();
+        let segment = match *numbers {
+            [only] => self.file.segments.iter().find(|segment| segment.index() == only),
             _ => None,
         };
-        segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: parts.len() })?.dma_buf()
+        segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.dma_buf()
     }
 
-    /// Where it is in memory: one part for each segment that holds some of it. An empty tensor has none.
+    /// Where it is in memory: one part for each segment that holds some of it, or of each of its rows. An empty tensor has none.
     pub fn parts(&self) -> Vec<TensorPart> {
-        let wanted = self.file_range();
-        let segments = self.file.segments.iter().filter_map(|segment| {
+        self.part.rows.iter().flat_map(|row| self.parts_of(row)).collect()
+    }
+
+    fn parts_of(&self, wanted: Range<u64>) -> Vec<TensorPart> {
+        let touched = if wanted.is_empty() { None } else { holding(&self.file.segments, &wanted) };
+        let segments = touched.unwrap_or_default().iter().filter_map(|segment| {
             let held = segment.file_range();
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);
             (range.start < range.end).then(|| TensorPart {
@@ -207,5 +264,9 @@ impl Tensor {
             })
         });
         segments.collect()
+    }
+
+    fn info(&self) -> Option<&crate::model::TensorInfo> {
+        self.file.tensor_map()?.at(self.position)
     }
 }

@@ -1,15 +1,15 @@
 //! What the small benches count the instructions of. No part of the interface: behind the feature `internals`, and it may change
 //! or go at any time.
 
-use crate::plan::{FileShape, Layout, Plan, Shape};
+use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::Slots;
 use crate::window::Window;
 
 /// Plans files of these lengths with the default sizes; how many pieces that makes.
 pub fn plan(lengths: &[u64]) -> usize {
     let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 << 20, batch_bytes: 16 << 20, packed: true };
-    let files: Vec<_> = lengths.iter().map(|&bytes| FileShape { bytes, alignment_bytes: 4096 }).collect();
-    Plan::new(&files, shape).pieces.len()
+    let spans: Vec<_> = lengths.iter().enumerate().map(|(file, &bytes)| Span::whole(file, bytes)).collect();
+    Plan::new(&vec![4096; lengths.len()], &spans, shape).pieces.len()
 }
 
 /// Takes so many permits and gives each back, eight of them out at a time; how many were given.

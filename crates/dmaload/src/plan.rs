@@ -13,6 +13,9 @@
 //! What is dotted is padding up to the alignment. Small files that follow one another share memories, so that a thousand of them
 //! cost a few allocations and can have huge pages; each begins at a multiple of the alignment, which direct reads need.
 //!
+//! What is planned is spans: whole files, or the parts of them that are wanted (see [`crate::select`]). What is said here of small
+//! files holds for small spans.
+//!
 //! Pure: no clock, no syscall, the same answer every time.
 
 use std::num::NonZeroU64;
@@ -30,6 +33,10 @@ pub enum Layout {
     Segmented,
     /// One segment for the whole file. Still filled piece by piece while the rest is being populated.
     Single,
+    /// As segmented, but cut between tensors: each is in one segment, unless it is larger than a segment may be. Two segments that
+    /// are next to each other in a file both have the block that one tensor ends and the next one begins in. A file without
+    /// tensors is segmented.
+    Tensors,
 }
 
 impl Layout {
@@ -38,6 +45,7 @@ impl Layout {
         match self {
             Layout::Segmented => "segmented",
             Layout::Single => "single",
+            Layout::Tensors => "tensors",
         }
     }
 }
@@ -52,10 +60,10 @@ impl std::str::FromStr for Layout {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Layout::Segmented, Layout::Single]
+        [Layout::Segmented, Layout::Single, Layout::Tensors]
             .into_iter()
             .find(|layout| layout.name() == name)
-            .ok_or_else(|| format!("no such layout: {name:?}; the layouts are segmented, single"))
+            .ok_or_else(|| format!("no such layout: {name:?}; the layouts are segmented, single, tensors"))
     }
 }
 
@@ -70,15 +78,24 @@ pub(crate) struct Shape {
     pub(crate) packed: bool,
 }
 
-/// A file to be planned.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct FileShape {
-    pub(crate) bytes: u64,
-    /// A power of two, at least a page.
-    pub(crate) alignment_bytes: u64,
+/// A part of a file that is read: it begins at a multiple of the file's alignment, and ends at one or with the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// The number of the file.
+    pub(crate) file: usize,
+    pub(crate) range: Range<u64>,
+    /// Where in the caller's order it comes.
+    pub(crate) class: usize,
 }
 
-/// The plan of all files of a load. Everything is in file order.
+impl Span {
+    /// A whole file.
+    pub(crate) fn whole(file: usize, bytes: u64) -> Self {
+        Span { file, range: 0..bytes, class: 0 }
+    }
+}
+
+/// The plan of all spans of a load. Everything is in their order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
     /// The length of all memories side by side.
@@ -91,10 +108,14 @@ pub(crate) struct Plan {
 }
 
 /// What belongs to a file, as indices into the plan.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct FileParts {
-    pub(crate) segments: Range<usize>,
-    pub(crate) pieces: Range<usize>,
+    /// `None` where nothing of it is read.
+    pub(crate) first_segment: Option<usize>,
+    /// The memory that its last segment is in.
+    pub(crate) last_memory: Option<usize>,
+    /// How many pieces it has.
+    pub(crate) pieces: usize,
 }
 
 /// A memory: what a heap allocates as one. It holds a segment, or those of many small files.
@@ -111,6 +132,8 @@ pub(crate) struct MemoryPlan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SegmentPlan {
     pub(crate) file: usize,
+    /// The number of its span: those of one lie side by side.
+    pub(crate) span: usize,
     pub(crate) memory: usize,
     pub(crate) memory_offset: u64,
     pub(crate) file_range: Range<u64>,
@@ -148,48 +171,44 @@ pub(crate) const BATCH_FILES: usize = 64;
 const PACKED_PART: u64 = 4;
 
 impl Shape {
-    /// Whether a file of this size shares its memory with others.
+    /// Whether a span of this size shares its memory with others.
     pub(crate) fn packs(&self, bytes: u64) -> bool {
-        self.packed && self.layout == Layout::Segmented && bytes > 0 && bytes <= self.segment_bytes / PACKED_PART
+        self.packed && self.layout != Layout::Single && bytes > 0 && bytes <= self.segment_bytes / PACKED_PART
     }
 }
 
 impl Plan {
-    /// Plans files. One of 0 bytes has no segments.
-    pub(crate) fn new(files: &[FileShape], shape: Shape) -> Plan {
+    /// Plans spans of files with these alignments, powers of two and at least a page. A span of 0 bytes has no segments.
+    pub(crate) fn new(alignments: &[u64], spans: &[Span], shape: Shape) -> Plan {
         let segment_bytes = match shape.layout {
-            Layout::Segmented => shape.segment_bytes,
+            Layout::Segmented | Layout::Tensors => shape.segment_bytes,
             Layout::Single => u64::MAX,
         };
-        let mut plan = Plan::default();
-        // The alignment and the number of the files of the memory that more small ones may join.
+        let mut plan = Plan { files: vec![FileParts::default(); alignments.len()], ..Plan::default() };
+        // The alignment and the number of the spans of the memory that more small ones may join.
         let mut pack: Option<(u64, usize)> = None;
-        for (index, file) in files.iter().enumerate() {
-            debug_assert!(file.alignment_bytes.is_power_of_two());
-            debug_assert!(
-                shape.segment_bytes.is_multiple_of(file.alignment_bytes)
-                    && shape.batch_bytes.is_multiple_of(file.alignment_bytes)
-            );
-            let packed = shape.packs(file.bytes);
-            let first_segment = plan.segments.len();
-            for file_range in split(0..file.bytes, segment_bytes) {
-                let memory_bytes = (file_range.end - file_range.start).next_multiple_of(file.alignment_bytes);
+        for (number, span) in spans.iter().enumerate() {
+            let Some(&alignment) = alignments.get(span.file) else { continue };
+            debug_assert!(alignment.is_power_of_two() && (span.range.is_empty() || span.range.start.is_multiple_of(alignment)));
+            debug_assert!(shape.segment_bytes.is_multiple_of(alignment) && shape.batch_bytes.is_multiple_of(alignment));
+            let packed = shape.packs(span.range.end - span.range.start);
+            for file_range in split(span.range.clone(), segment_bytes) {
+                let memory_bytes = (file_range.end - file_range.start).next_multiple_of(alignment);
                 // A memory that is allocated at once is one batch.
                 let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { BATCH_FILES };
-                let room = |&(alignment, count): &(u64, usize)| {
+                let room = |&(packed_at, count): &(u64, usize)| {
                     let taken = plan.memories.last().map_or(0, |memory| memory.bytes);
-                    alignment == file.alignment_bytes && count < most && taken + memory_bytes <= segment_bytes
+                    packed_at == alignment && count < most && taken + memory_bytes <= segment_bytes
                 };
                 pack = match pack.filter(|_| packed).filter(room) {
                     Some((alignment, count)) => Some((alignment, count + 1)),
                     None => {
-                        plan.begin_memory(file_range.start > 0);
-                        packed.then_some((file.alignment_bytes, 1))
+                        plan.begin_memory(file_range.start > span.range.start);
+                        packed.then_some((alignment, 1))
                     }
                 };
-                plan.add_segment(index, file_range, memory_bytes);
+                plan.add_segment(span.file, number, file_range, memory_bytes);
             }
-            plan.files.push(FileParts { segments: first_segment..plan.segments.len(), pieces: 0..0 });
         }
         for memory in 0..plan.memories.len() {
             plan.cut(memory, shape.batch_bytes);
@@ -202,19 +221,23 @@ impl Plan {
         self.memories.last().map_or(0, |memory| memory.range_offset + memory.bytes)
     }
 
-    /// A new memory: a file's next one follows its last one without a gap, any other begins where a huge page can.
-    fn begin_memory(&mut self, continues_file: bool) {
+    /// A new memory: a span's next one follows its last one without a gap, any other begins where a huge page can.
+    fn begin_memory(&mut self, continues_span: bool) {
         let end = self.end_of_range();
-        let range_offset = if continues_file { end } else { end.next_multiple_of(HUGE_PAGE_BYTES) };
+        let range_offset = if continues_span { end } else { end.next_multiple_of(HUGE_PAGE_BYTES) };
         let segments = self.segments.len()..self.segments.len();
         self.memories.push(MemoryPlan { range_offset, bytes: 0, segments, pieces: 0..0 });
     }
 
     /// A segment at the end of the last memory.
-    fn add_segment(&mut self, file: usize, file_range: Range<u64>, memory_bytes: u64) {
+    fn add_segment(&mut self, file: usize, span: usize, file_range: Range<u64>, memory_bytes: u64) {
         let Some(number) = self.memories.len().checked_sub(1) else { return };
         let Some(memory) = self.memories.get_mut(number) else { return };
-        self.segments.push(SegmentPlan { file, memory: number, memory_offset: memory.bytes, file_range, memory_bytes });
+        if let Some(parts) = self.files.get_mut(file) {
+            parts.first_segment.get_or_insert(self.segments.len());
+            parts.last_memory = Some(number);
+        }
+        self.segments.push(SegmentPlan { file, span, memory: number, memory_offset: memory.bytes, file_range, memory_bytes });
         memory.bytes += memory_bytes;
         memory.segments.end += 1;
     }
@@ -240,8 +263,7 @@ impl Plan {
                 let file_offset = planned.file_range.start + (part.start - planned.memory_offset);
                 let memory_bytes = part.end - part.start;
                 if let Some(file) = files.get_mut(planned.file) {
-                    let first = if file.pieces.is_empty() { pieces.len() } else { file.pieces.start };
-                    file.pieces = first..pieces.len() + 1;
+                    file.pieces += 1;
                 }
                 pieces.push(Piece {
                     segment: memory.segments.start + segment,
@@ -285,19 +307,20 @@ mod tests {
         Shape { layout, segment_bytes: segment_pages * ALIGNMENT, batch_bytes: batch_pages * ALIGNMENT, packed: true }
     }
 
-    fn files(bytes: &[u64]) -> Vec<FileShape> {
-        bytes.iter().map(|&bytes| FileShape { bytes, alignment_bytes: ALIGNMENT }).collect()
+    fn planned(bytes: &[u64], shape: Shape) -> Plan {
+        let spans: Vec<_> = bytes.iter().enumerate().map(|(file, &bytes)| Span::whole(file, bytes)).collect();
+        Plan::new(&vec![ALIGNMENT; bytes.len()], &spans, shape)
     }
 
     #[test]
     fn an_empty_file_has_no_segments() {
-        let plan = Plan::new(&files(&[0]), shape(Layout::Segmented, 4, 2));
+        let plan = planned(&[0], shape(Layout::Segmented, 4, 2));
         assert_eq!((plan.segments.len(), plan.pieces.len(), plan.files.len()), (0, 0, 1));
     }
 
     #[test]
     fn a_file_of_one_segment_and_a_byte_has_two() {
-        let plan = Plan::new(&files(&[4 * ALIGNMENT + 1]), shape(Layout::Segmented, 4, 2));
+        let plan = planned(&[4 * ALIGNMENT + 1], shape(Layout::Segmented, 4, 2));
         assert_eq!(plan.segments[1].file_range, 4 * ALIGNMENT..4 * ALIGNMENT + 1);
         assert_eq!(plan.segments[1].memory_bytes, ALIGNMENT);
         assert_eq!((plan.memories.len(), plan.batches.len(), plan.pieces.len()), (2, 3, 3));
@@ -305,21 +328,21 @@ mod tests {
 
     #[test]
     fn single_is_one_segment_of_several_pieces() {
-        let plan = Plan::new(&files(&[9 * ALIGNMENT - 5, 1]), shape(Layout::Single, 4, 2));
+        let plan = planned(&[9 * ALIGNMENT - 5, 1], shape(Layout::Single, 4, 2));
         assert_eq!((plan.segments.len(), plan.memories.len()), (2, 2), "and never shares a memory");
         assert_eq!(plan.segments[0].memory_bytes, 9 * ALIGNMENT);
-        assert_eq!(plan.files[0].pieces, 0..5);
+        assert_eq!(plan.files[0].pieces, 5);
     }
 
     #[test]
     fn small_files_share_memories_and_batches_end_at_huge_pages() {
         let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes: 16 * MIB, packed: true };
-        let plan = Plan::new(&files(&vec![700_000; 2000]), shape);
+        let plan = planned(&vec![700_000; 2000], shape);
         // 171 pages each, 95 of which fit into 64 MiB.
         assert_eq!((plan.memories.len(), plan.segments.len()), (22, 2000));
         let whole = |batch: &Batch| batch.memory_offset.is_multiple_of(HUGE_PAGE_BYTES);
         assert!(plan.batches.iter().all(whole) && plan.batches.len() == 21 * 4 + 1, "{} batches", plan.batches.len());
-        let apart = Plan::new(&files(&vec![700_000; 2000]), Shape { packed: false, ..shape });
+        let apart = planned(&vec![700_000; 2000], Shape { packed: false, ..shape });
         assert_eq!(apart.memories.len(), 2000);
     }
 
@@ -327,7 +350,7 @@ mod tests {
     fn a_batch_has_no_more_files_than_may_be_open() {
         for batch_bytes in [16 * MIB, 64 * MIB] {
             let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes, packed: true };
-            let plan = Plan::new(&files(&vec![5; 1000]), shape);
+            let plan = planned(&vec![5; 1000], shape);
             assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= BATCH_FILES));
             assert_eq!(plan.batches.len(), 1000_usize.div_ceil(BATCH_FILES));
         }
@@ -336,7 +359,7 @@ mod tests {
     #[test]
     fn a_large_file_ends_the_sharing_so_that_order_and_places_agree() {
         let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes: 16 * MIB, packed: true };
-        let plan = Plan::new(&files(&[5, 6, 100 * MIB, 7, 8]), shape);
+        let plan = planned(&[5, 6, 100 * MIB, 7, 8], shape);
         let memories: Vec<_> = plan.segments.iter().map(|segment| (segment.file, segment.memory)).collect();
         assert_eq!(memories, [(0, 0), (1, 0), (2, 1), (2, 2), (3, 3), (4, 3)]);
         let offsets: Vec<_> = plan.memories.iter().map(|memory| memory.range_offset).collect();
@@ -348,46 +371,58 @@ mod tests {
         fn every_byte_is_in_one_segment_and_one_piece(
             bytes in proptest::collection::vec(prop_oneof![0u64..20_000, 0u64..2_000_000], 1..20),
             large in proptest::collection::vec(any::<bool>(), 20),
+            cuts in proptest::collection::vec(0u8..3, 20),
             segment_pages in 1u64..40, batch_pages in 1u64..50, single: bool, packed: bool,
         ) {
             let layout = if single { Layout::Single } else { Layout::Segmented };
             let shape = Shape { packed, ..shape(layout, segment_pages * 2, batch_pages * 2) };
-            let mut files = files(&bytes);
-            for (file, large) in files.iter_mut().zip(large) {
-                file.alignment_bytes = if large { 2 * ALIGNMENT } else { ALIGNMENT };
-            }
-            let plan = Plan::new(&files, shape);
-            // Files → segments → pieces: all bytes, in order, none twice.
-            prop_assert_eq!(plan.files.len(), files.len());
-            let (mut segment_at, mut piece_at) = (0, 0);
-            for (index, (file, parts)) in files.iter().zip(&plan.files).enumerate() {
-                let mut file_at = 0;
-                prop_assert_eq!(parts.segments.start, segment_at);
-                for segment in &plan.segments[parts.segments.clone()] {
-                    prop_assert_eq!((segment.file, segment.file_range.start), (index, file_at));
-                    prop_assert!(segment.file_range.end > file_at);
-                    prop_assert_eq!(segment.memory_offset % file.alignment_bytes, 0);
-                    let bytes = segment.file_range.end - file_at;
-                    prop_assert_eq!(segment.memory_bytes, bytes.next_multiple_of(file.alignment_bytes));
-                    prop_assert!(single || segment.memory_bytes <= shape.segment_bytes);
-                    file_at = segment.file_range.end;
+            let alignments: Vec<u64> = bytes.iter().zip(large).map(|(_, large)| if large { 2 * ALIGNMENT } else { ALIGNMENT }).collect();
+            // Of some files a part, of some two: what comes last first.
+            let mut spans = Vec::new();
+            for (file, (&bytes, alignment)) in bytes.iter().zip(&alignments).enumerate() {
+                let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);
+                match cuts[file] {
+                    0 => spans.push(Span::whole(file, bytes)),
+                    1 => spans.push(Span { file, range: cut..bytes, class: 0 }),
+                    _ => spans.extend([Span { file, range: cut..bytes, class: 0 }, Span { file, range: 0..cut, class: 1 }]),
                 }
-                prop_assert_eq!(file_at, file.bytes);
-                segment_at = parts.segments.end;
-                let mut file_at = 0;
-                prop_assert!(parts.pieces.is_empty() || parts.pieces.start == piece_at);
-                for piece in &plan.pieces[parts.pieces.clone()] {
+            }
+            spans.sort_by_key(|span| span.class);
+            let plan = Plan::new(&alignments, &spans, shape);
+            // Spans → segments → pieces: all bytes, in order, none twice.
+            prop_assert_eq!(plan.files.len(), bytes.len());
+            let (mut segment_at, mut piece_at) = (0, 0);
+            for (number, span) in spans.iter().enumerate() {
+                let alignment = alignments[span.file];
+                let mut file_at = span.range.start;
+                while let Some(segment) = plan.segments.get(segment_at).filter(|segment| segment.span == number) {
+                    prop_assert_eq!((segment.file, segment.file_range.start), (span.file, file_at));
+                    prop_assert!(segment.file_range.end > file_at);
+                    prop_assert_eq!(segment.memory_offset % alignment, 0);
+                    let bytes = segment.file_range.end - file_at;
+                    prop_assert_eq!(segment.memory_bytes, bytes.next_multiple_of(alignment));
+                    prop_assert!(single || segment.memory_bytes <= shape.segment_bytes);
+                    let parts = &plan.files[span.file];
+                    prop_assert!(parts.first_segment.is_some_and(|first| first <= segment_at));
+                    prop_assert!(parts.last_memory.is_some_and(|last| last >= segment.memory));
+                    file_at = segment.file_range.end;
+                    segment_at += 1;
+                }
+                prop_assert_eq!(file_at, span.range.end);
+                let mut file_at = span.range.start;
+                while let Some(piece) = plan.pieces.get(piece_at).filter(|piece| plan.segments[piece.segment].span == number) {
                     let segment = &plan.segments[piece.segment];
-                    prop_assert_eq!((segment.file, piece.file_offset), (index, file_at));
+                    prop_assert_eq!(piece.file_offset, file_at);
                     prop_assert!(piece.bytes > 0 && piece.bytes <= piece.memory_bytes);
-                    prop_assert!(piece.memory_bytes - piece.bytes < file.alignment_bytes);
+                    prop_assert!(piece.memory_bytes - piece.bytes < alignment);
                     prop_assert_eq!(piece.memory_offset - segment.memory_offset, piece.file_offset - segment.file_range.start);
-                    prop_assert_eq!((piece.file_offset % file.alignment_bytes, piece.memory_offset % file.alignment_bytes), (0, 0));
+                    prop_assert_eq!((piece.file_offset % alignment, piece.memory_offset % alignment), (0, 0));
                     file_at += piece.bytes;
                     piece_at += 1;
                 }
-                prop_assert_eq!(file_at, file.bytes);
+                prop_assert_eq!(file_at, span.range.end);
             }
+            prop_assert_eq!(plan.files.iter().map(|file| file.pieces).sum::<usize>(), plan.pieces.len());
             prop_assert_eq!((segment_at, piece_at), (plan.segments.len(), plan.pieces.len()));
             // Memories → batches → pieces: no gap, nothing twice.
             let (mut range_at, mut batch_at, mut piece_at) = (0, 0, 0);

@@ -14,8 +14,10 @@ use crate::trace::TraceEvent;
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
-    /// Bytes of all files.
+    /// Bytes that were read into segments: of all files, or of what was asked for with what was read along.
     pub bytes: u64,
+    /// Bytes that were asked for: as many, unless only parts of the files were ([`crate::LoadOptions::tensors`] and the like).
+    pub wanted_bytes: u64,
     /// Number of segments.
     pub segments: usize,
     /// Number of allocations (memfds, dma-bufs) that they are in: fewer where small files share them.
@@ -114,6 +116,7 @@ mod tests {
     fn report(total_ms: u64, allocating_ms: u64, reading_ms: u64) -> Report {
         let ms = Duration::from_millis;
         Report {
+            wanted_bytes: 0,
             bytes: 1 << 20,
             segments: 1,
             memories: 1,

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use dmabuf::{Access, DmaBuf};
 
 use crate::error::{Error, Result};
+use crate::load::FileTensors;
 use crate::memory::Backing;
 
 /// A contiguous piece of a heap's memory that holds a range of a file, complete.
@@ -38,7 +39,11 @@ struct Inner {
 pub(crate) struct Place {
     pub(crate) index: usize,
     pub(crate) file_index: usize,
+    /// Segments of one span lie side by side.
+    pub(crate) span: usize,
+    pub(crate) tensors: Option<Arc<FileTensors>>,
     pub(crate) path: Arc<PathBuf>,
+    pub(crate) file_bytes: u64,
     pub(crate) file_range: Range<u64>,
     pub(crate) memory_offset: usize,
     pub(crate) memory_bytes: usize,
@@ -186,7 +191,22 @@ impl Segment {
         Ok(memfd.as_fd())
     }
 
-    /// The first address of its memory. Segments of a file lie in memory as they do in the file, without gaps.
+    /// The path, as it is kept.
+    pub(crate) fn shared_path(&self) -> Arc<PathBuf> {
+        Arc::clone(&self.0.place.path)
+    }
+
+    /// The length of its file.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.0.place.file_bytes
+    }
+
+    /// The tensors of its file; `None` for one of raw bytes.
+    pub(crate) fn file_tensors(&self) -> Option<&Arc<FileTensors>> {
+        self.0.place.tensors.as_ref()
+    }
+
+    /// The first address of its memory. Segments of a span lie in memory as they do in the file, without gaps.
     pub(crate) fn address(&self) -> usize {
         self.start().addr().get()
     }
@@ -288,6 +308,19 @@ impl fmt::Debug for Segment {
     }
 }
 
+/// Of a file's segments those that hold a range together: of one span, in order.
+pub(crate) fn holding<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option<&'a [Segment]> {
+    segments.chunk_by(|a, b| a.0.place.span == b.0.place.span).find_map(|span| {
+        let held = span.first()?.file_range().start..span.last()?.file_range().end;
+        if range.start < held.start || held.end < range.end {
+            return None;
+        }
+        let first = span.partition_point(|segment| segment.file_range().end <= range.start);
+        let end = span.partition_point(|segment| segment.file_range().start < range.end);
+        span.get(first..end)
+    })
+}
+
 /// A file's segments, seen as one.
 #[derive(Debug)]
 pub(crate) struct Contiguous {
@@ -300,21 +333,25 @@ impl Contiguous {
     /// The bytes `range` of the file that these segments hold, all of it, in order.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] for the first segment of the range whose dma-buf is out.
+    /// [`Error::HandedOut`] for the first segment of the range whose dma-buf is out; [`Error::NotLoaded`] when they do not hold it.
     ///
     /// # Panics
-    /// When the segments do not hold the range, or do not lie in memory as they do in the file.
-    pub(crate) fn bytes(segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
-        let touched = |segment: &&Segment| segment.file_range().start < range.end && range.start < segment.file_range().end;
-        let views = segments.iter().filter(touched).map(View::new).collect::<Result<Vec<_>>>()?;
+    /// When the segments of a span do not lie in memory as they do in the file.
+    pub(crate) fn bytes(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let not_loaded = || Error::NotLoaded { path: path.to_owned(), range: range.clone() };
+        let touched = holding(segments, &range).ok_or_else(not_loaded)?;
+        let views = touched.iter().map(View::new).collect::<Result<Vec<_>>>()?;
         let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
         for View(segment) in &views {
             assert_eq!(Some((segment.file_range().start, segment.address())), expected, "segments lie side by side");
             expected = Some((segment.file_range().end, segment.address() + segment.len()));
         }
         let held = views.first().map_or(0, |View(first)| first.file_range().start)..expected.map_or(0, |(end, _)| end);
-        assert!(range.is_empty() || (held.start <= range.start && range.end <= held.end), "{range:?} is not within {held:?}");
-        Ok(if range.is_empty() { Bytes::new() } else { Bytes::from_owner(Contiguous { views, range }) })
+        assert!(held.start <= range.start && range.end <= held.end, "{range:?} is not within {held:?}");
+        Ok(Bytes::from_owner(Contiguous { views, range }))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a loader and a load can be told.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,16 +9,19 @@ use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::plan::Layout;
 use crate::ring::StagingBudget;
 use crate::route::Route;
+use crate::select::{Select, Shard};
 
 /// What a path's bytes are taken for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
-    /// safetensors where the file looks like it, else raw bytes.
+    /// safetensors or GGUF where the file looks like it, else raw bytes. A folder is taken for a model of several files.
     #[default]
     Auto,
     /// safetensors, or an error.
     Safetensors,
+    /// GGUF, or an error.
+    Gguf,
     /// Bytes; no header is looked for.
     Raw,
 }
@@ -28,6 +32,7 @@ impl Format {
         match self {
             Format::Auto => "auto",
             Format::Safetensors => "safetensors",
+            Format::Gguf => "gguf",
             Format::Raw => "raw",
         }
     }
@@ -37,10 +42,10 @@ impl std::str::FromStr for Format {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Format::Auto, Format::Safetensors, Format::Raw]
+        [Format::Auto, Format::Safetensors, Format::Gguf, Format::Raw]
             .into_iter()
             .find(|format| format.name() == name)
-            .ok_or_else(|| format!("no such format: {name:?}; the formats are auto, safetensors, raw"))
+            .ok_or_else(|| format!("no such format: {name:?}; the formats are auto, safetensors, gguf, raw"))
     }
 }
 
@@ -99,6 +104,24 @@ pub struct LoadOptions {
     pub(crate) cache: Cache,
     pub(crate) verify: Option<VerifyOption>,
     pub(crate) observer: Option<ObserverOption>,
+    pub(crate) select: Select,
+    pub(crate) importer: ImporterLimits,
+}
+
+/// What an importer of segments can map: a driver, an NPU, a codec. See [`LoadOptions::importer`]. All of it is unlimited by
+/// default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImporterLimits {
+    /// The largest dma-buf that it takes.
+    pub max_segment_bytes: u64,
+    /// The most dma-bufs that it takes for a model. Small files and small spans of tensors share some.
+    pub max_segments: usize,
+}
+
+impl Default for ImporterLimits {
+    fn default() -> Self {
+        ImporterLimits { max_segment_bytes: u64::MAX, max_segments: usize::MAX }
+    }
 }
 
 impl Default for LoadOptions {
@@ -115,11 +138,52 @@ impl Default for LoadOptions {
             cache: Cache::Bypass,
             verify: None,
             observer: None,
+            select: Select::default(),
+            importer: ImporterLimits::default(),
         }
     }
 }
 
 impl LoadOptions {
+    /// Reads these tensors only: by their names, or by patterns (`model.layers.{0..3}.*`: `*` is any text, `?` any character,
+    /// `{a,b}` one of several, `{0..3}` one of these numbers). They come in the order of the patterns, and in file order where one
+    /// pattern means several. A pattern that no file has a tensor for is an error. Default: everything.
+    ///
+    /// What lies between two tensors is read along where that is little, and so are the blocks at their ends: the report says how
+    /// much was wanted ([`crate::Report::wanted_bytes`]) and how much was read. What is read of a file can't be verified or
+    /// observed: that takes all of it.
+    #[must_use]
+    pub fn tensors<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
+        self.select.tensors = Some(patterns.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// Reads this range of each file's bytes only, taken out to whole blocks, and looks for no header. Default: everything.
+    #[must_use]
+    pub fn range(mut self, range: Range<u64>) -> Self {
+        self.select.range = Some(range);
+        self
+    }
+
+    /// Reads one rank's part only: of each tensor (of those of [`Self::tensors`] where that is set), or of each file's bytes. What
+    /// can't be divided evenly is cut so that the parts differ by one; a tensor without the dimension belongs to every rank.
+    /// Default: everything.
+    ///
+    /// Along dimension 0 a part is contiguous, and as good as a tensor of its own. Along others its rows are apart in the file:
+    /// see [`crate::Tensor::to_vec`].
+    #[must_use]
+    pub fn shard(mut self, shard: Shard) -> Self {
+        self.select.shard = Some(shard);
+        self
+    }
+
+    /// What the importer of the segments can map. Default: anything.
+    #[must_use]
+    pub fn importer(mut self, limits: ImporterLimits) -> Self {
+        self.importer = limits;
+        self
+    }
+
     /// How files are spread over segments. Default: [`Layout::Segmented`].
     #[must_use]
     pub fn layout(mut self, layout: Layout) -> Self {
@@ -147,6 +211,8 @@ impl LoadOptions {
 
     /// The size of a segment on a heap that takes segments up to this size.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
+        let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
+        let limit_bytes = limit_bytes.into_iter().chain(own).min();
         // Below a huge page any whole page will do: a MiB is the unit of the one limit there is.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
@@ -261,12 +327,26 @@ impl Settings {
     pub(crate) fn check(&self, load: &LoadOptions) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
         let (segment_bytes, chunk_bytes) = (load.segment_bytes_within(None), load.chunk_bytes);
-        if segment_bytes == 0 || segment_bytes % SEGMENT_STEP_BYTES != 0 || segment_bytes > LARGEST_SEGMENT_BYTES {
+        if segment_bytes == 0
+            || load.segment_bytes.is_some() && segment_bytes % SEGMENT_STEP_BYTES != 0
+            || segment_bytes > LARGEST_SEGMENT_BYTES
+        {
             return wrong(format!("the segment size must be a multiple of 2 MiB and at most 1 GiB, not {segment_bytes} bytes"));
         }
         if chunk_bytes == 0 || chunk_bytes % CHUNK_STEP_BYTES != 0 || chunk_bytes > LARGEST_SEGMENT_BYTES {
             return wrong(format!("the chunk size must be a multiple of 64 KiB and at most 1 GiB, not {chunk_bytes} bytes"));
         }
+        let most = load.importer.max_segment_bytes;
+        if load.segment_bytes.is_some_and(|bytes| bytes > most) || most < MIB {
+            return wrong(format!(
+                "segments of {segment_bytes} bytes for an importer that takes {most}: it must take a MiB, and all"
+            ));
+        }
+        let partial = load.select.is_partial() || load.layout == Layout::Tensors;
+        if partial && (load.verify.is_some() || load.observer.is_some()) {
+            return wrong("a load of parts of files can't be verified or observed: checksums are of whole files".to_owned());
+        }
+        load.select.check()?;
         if self.window_bytes < segment_bytes {
             return wrong(format!(
                 "the window ({} bytes) is smaller than a segment ({segment_bytes} bytes): nothing could be allocated",

@@ -11,8 +11,27 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::model::TensorMap;
+use crate::model::index::Index;
 use crate::residency::cached_bytes;
 use crate::route::Route;
+
+/// A file of a load, and what an index says of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Source {
+    pub(crate) path: Arc<PathBuf>,
+    /// The index of a model of several files, and the name that this file has in it.
+    pub(crate) index: Option<(Arc<Index>, String)>,
+}
+
+impl Source {
+    /// # Errors
+    /// [`Error::Model`] for a file that has not the tensors that the index says it has.
+    pub(crate) fn check(&self, tensors: Option<&TensorMap>) -> Result<()> {
+        let (Some((index, name)), Some(tensors)) = (&self.index, tensors) else { return Ok(()) };
+        index.check(name, tensors).map_err(|fault| Error::Model { path: self.path.as_ref().clone(), fault })
+    }
+}
 
 /// What a file was when the load began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,9 +11,11 @@
 
 mod allocate;
 mod allowance;
+mod expand;
 mod jobs;
 mod open;
 
+pub(crate) use expand::files as model_files;
 use jobs::Jobs;
 use open::find_header;
 pub(crate) use open::read_header;
@@ -295,6 +297,7 @@ impl Engine {
         let Some((open, mut identity)) = load.take_file(file) else { return };
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| find_header(&open, bytes.as_ref(), load.options.format));
         let checked = checked.and_then(|tensors| {
+            load.sources().get(file).map_or(Ok(()), |source| source.check(tensors.as_ref()))?;
             identity.may_grow &= tensors.is_none();
             open.check_unchanged(&identity).map(|()| tensors)
         });

@@ -1,24 +1,25 @@
 //! The first job of a load: opening its large files and reading their headers, looking at its small ones, planning.
 
 use std::ffi::OsStr;
-use std::path::Path;
 use std::sync::Arc;
 
 use dmabuf::AddressRange;
 
 use rustix::io::Errno;
 
-use super::Engine;
+use super::{Engine, expand};
 use crate::error::{Error, Result};
 use crate::heap::Heap;
-use crate::load::{FilePlan, LoadShared};
-use crate::model::TensorMap;
+use crate::load::{FilePlan, FileTensors, LoadShared};
+use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
-use crate::plan::{FileShape, Layout, Plan, Shape};
+use crate::model::{ModelError, TensorMap};
+use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
-use crate::settings::{Cache, Format, LoadOptions};
-use crate::source::{OpenFile, look_at};
+use crate::select::{Selected, Selector, by_tensors};
+use crate::settings::{Cache, Format, ImporterLimits, LoadOptions};
+use crate::source::{OpenFile, Source, look_at};
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
 /// thousands of files must fit into the limit of open files.
@@ -76,68 +77,128 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<Planned> {
     let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
     // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
     // than the window, and nobody could load it.)
-    let at_once = heap.allocates_at_once() && options.layout == Layout::Segmented;
+    let at_once = heap.allocates_at_once() && options.layout != Layout::Single;
     let batch_bytes = if at_once { segment_bytes } else { BATCH_BYTES.min(segment_bytes) };
     let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed: options.packed };
-    let (mut files, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), 0);
+    let (mut files, mut spans, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
+    load.found(expand::files(&load.asked, options.format)?);
     let route = starting_route(load)?;
-    for (index, path) in load.paths.iter().enumerate() {
+    for (index, source) in load.sources().iter().enumerate() {
         if load.is_over() {
             break;
         }
-        let (mut planned, fallback) = plan_file(load, &shape, index, path, route)?;
+        let (mut planned, own, fallback) = plan_file(load, &shape, selector.as_mut(), index, source, route)?;
         kept_open += usize::from(planned.open.is_some());
         if kept_open > KEPT_OPEN {
             planned.open = None;
         }
         files.push(planned);
+        spans.extend(own.into_iter().map(|span| Span { file: index, ..span }));
         fallbacks.extend(fallback);
     }
-    let shapes: Vec<_> =
-        files.iter().map(|file| FileShape { bytes: file.identity.bytes, alignment_bytes: file.alignment_bytes }).collect();
+    selector.map_or(Ok(()), |selector| selector.all_met())?;
+    // What was asked for first is read first, of whatever file it is.
+    spans.sort_by_key(|span| span.class);
     let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
         0 => Ok(None),
         bytes => AddressRange::reserve(bytes).map(Some).map_err(|error| load.memory_error(error)),
     };
     // Files too large for addresses (sparse ones can be) are not worth a plan of their size.
-    reserve(shapes.iter().fold(0, |sum: u64, file| sum.saturating_add(file.bytes)))?;
-    let plan = Plan::new(&shapes, shape);
+    reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
+    let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
+    let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
     if let Some(limit) = limit
         && let Some(segment) = plan.segments.iter().find(|segment| segment.memory_bytes > limit.bytes)
-        && let Some(path) = load.paths.get(segment.file)
+        && let Some(path) = load.path(segment.file)
     {
         let (path, heap) = (path.as_ref().clone(), load.heap().to_owned());
         return Err(Error::TooLarge { path, heap, wanted_bytes: segment.memory_bytes, limit });
     }
+    check_importer(&plan, options.importer)?;
     begin_verifying(load, &files)?;
     Ok(Planned { plan, range, files, fallbacks })
+}
+
+/// Refuses what the importer could not map.
+fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
+    let ImporterLimits { max_segment_bytes, max_segments } = limits;
+    let (segments, segment_bytes) = (plan.memories.len(), plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0));
+    if segments > max_segments || segment_bytes > max_segment_bytes {
+        return Err(Error::Importer { segments, segment_bytes, max_segments, max_segment_bytes });
+    }
+    Ok(())
 }
 
 /// What the files are to be is asked when their lengths are known.
 fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
-    let lengths: Vec<_> = load.paths.iter().zip(files).map(|(path, file)| (path.as_path(), file.identity.bytes)).collect();
+    let lengths: Vec<_> =
+        load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
     observation.watch.verify_by(verify.0.begin(&lengths, load.options.format)?);
     Ok(())
 }
 
-fn plan_file(load: &LoadShared, shape: &Shape, index: usize, path: &Path, route: Route) -> Result<(FilePlan, Option<Fallback>)> {
-    let options = &load.options;
+fn plan_file(
+    load: &LoadShared,
+    shape: &Shape,
+    selector: Option<&mut Selector>,
+    index: usize,
+    source: &Source,
+    route: Route,
+) -> Result<(FilePlan, Vec<Span>, Option<Fallback>)> {
+    let (options, path) = (&load.options, source.path.as_path());
     // What can't be looked at can't be opened either, and that error is the better known.
-    if let Ok((identity, alignment_bytes)) = look_at(path)
+    if selector.is_none()
+        && shape.layout != Layout::Tensors
+        && let Ok((identity, alignment_bytes)) = look_at(path)
         && shape.packs(identity.bytes)
     {
-        let (tensors, cached, small, open) = (None, false, true, None);
-        return Ok((FilePlan { identity, alignment_bytes, tensors, route, cached, small, open }, None));
+        let bytes = identity.bytes;
+        let file = FilePlan {
+            identity,
+            alignment_bytes,
+            tensors: None,
+            read_bytes: bytes,
+            wanted_bytes: bytes,
+            route,
+            cached: false,
+            small: true,
+            open: None,
+        };
+        return Ok((file, vec![Span::whole(index, bytes)], None));
     }
     let file = OpenFile::open(path)?;
+    let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
     let Chosen { route, cached, fallback } = route_for(&file, index, 0, load, route, options.cache)?;
-    let tensors = read_header(&file, options.format)?.map(Arc::new);
+    // Of a range of bytes nobody asked what they are.
+    let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
+    let map = if wants_tensors { read_header(&file, options.format)?.map(Arc::new) } else { None };
+    source.check(map.as_deref())?;
     let mut identity = file.identity;
-    identity.may_grow = tensors.is_none();
-    let alignment_bytes = file.alignment_bytes;
-    Ok((FilePlan { identity, alignment_bytes, tensors, route, cached, small: false, open: Some(file) }, fallback))
+    identity.may_grow = map.is_none();
+    let selected = match selector {
+        Some(selector) => selector.of_file(map.as_deref(), bytes, alignment_bytes),
+        None => Ok(Selected::whole(bytes)),
+    };
+    let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
+    let mut spans = selected.spans.clone();
+    if let Some(map) = map.as_ref().filter(|_| shape.layout == Layout::Tensors) {
+        spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes);
+    }
+    let planned = FilePlan {
+        identity,
+        alignment_bytes,
+        read_bytes: spans.iter().map(|span| span.range.end - span.range.start).sum(),
+        wanted_bytes: selected.wanted_bytes,
+        tensors: map.map(|map| Arc::new(FileTensors { map, chosen: selected.tensors })),
+        route,
+        cached,
+        small: false,
+        open: Some(file),
+    };
+    Ok((planned, spans, fallback))
 }
 
 /// The route that reads of a load start at: what was asked for; bounce for what is observed in staging.
@@ -205,7 +266,7 @@ pub(super) fn route_for(
     Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
 }
 
-/// Reads and checks a safetensors header; `None` for a file of raw bytes.
+/// Reads and checks a model's header; `None` for a file of raw bytes.
 pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<TensorMap>> {
     let bytes = file.identity.bytes;
     // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
@@ -215,6 +276,9 @@ pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<Tens
     let mut start = [0; SNIFFED_BYTES];
     let start = start.get_mut(..SNIFFED_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))).unwrap_or_default();
     file.read_exact(start, 0)?;
+    if is_gguf(file, start, format) {
+        return read_gguf(file).map(Some);
+    }
     let Some(header_bytes) = header_bytes(file, start, bytes, format)? else { return Ok(None) };
     // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
     let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
@@ -222,20 +286,58 @@ pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<Tens
     parse(&header, bytes).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
 }
 
-/// Finds and checks a safetensors header in a file's bytes; `None` for a file of raw bytes.
+/// Finds and checks a model's header in a file's bytes; `None` for a file of raw bytes.
 pub(super) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Result<Option<TensorMap>> {
     if format == Format::Raw {
         return Ok(None);
     }
     let (start, file_bytes) = (bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), bytes.len() as u64);
+    let failed = |fault| Error::Model { path: file.path.clone(), fault };
+    if is_gguf(file, start, format) {
+        return match gguf::parse(bytes, file_bytes).map_err(failed)? {
+            Parsed::Complete(map) => Ok(Some(map)),
+            Parsed::More { bytes } => Err(failed(ends_within(bytes))),
+        };
+    }
     let Some(header_bytes) = header_bytes(file, start, file_bytes, format)? else { return Ok(None) };
     let header = usize::try_from(header_bytes).ok().and_then(|header_bytes| bytes.get(8..)?.get(..header_bytes));
     let header = header.unwrap_or_default();
-    parse(header, file_bytes).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
+    parse(header, file_bytes).map(Some).map_err(failed)
 }
 
 /// What tells a header: its length and its first byte.
 const SNIFFED_BYTES: usize = 9;
+
+/// Most headers without a vocabulary are shorter.
+const GGUF_FIRST_BYTES: u64 = 256 << 10;
+
+/// Whether a file is to be read as GGUF: it looks like it, or somebody says that it is.
+fn is_gguf(file: &OpenFile, start: &[u8], format: Format) -> bool {
+    let named = file.path.extension() == Some(OsStr::new("gguf"));
+    format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
+}
+
+/// Reads a header whose length only reading it tells.
+fn read_gguf(file: &OpenFile) -> Result<TensorMap> {
+    let (file_bytes, mut wanted) = (file.identity.bytes, GGUF_FIRST_BYTES);
+    let failed = |fault| Error::Model { path: file.path.clone(), fault };
+    let mut start: Vec<u8> = Vec::new();
+    loop {
+        let have = start.len();
+        start.resize(usize::try_from(wanted.min(file_bytes)).unwrap_or(usize::MAX), 0);
+        file.read_exact(start.get_mut(have..).unwrap_or_default(), have as u64)?;
+        match gguf::parse(&start, file_bytes).map_err(failed)? {
+            Parsed::Complete(map) => return Ok(map),
+            // Twice as much each time: what is parsed again is no more than what is parsed.
+            Parsed::More { bytes } if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
+            Parsed::More { bytes } => return Err(failed(ends_within(bytes))),
+        }
+    }
+}
+
+fn ends_within(bytes: u64) -> ModelError {
+    ModelError::Gguf { offset: bytes, reason: "the file ends within the header".to_owned() }
+}
 
 /// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
 fn header_bytes(file: &OpenFile, start: &[u8], file_bytes: u64, format: Format) -> Result<Option<u64>> {

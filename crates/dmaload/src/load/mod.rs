@@ -1,6 +1,7 @@
 //! A load from the caller's side: a stream of segments, or an image when all are there.
 
 mod state;
+mod tensors;
 
 use std::future::{Future, IntoFuture};
 use std::path::PathBuf;
@@ -11,12 +12,15 @@ use std::task::{Context, Poll};
 use futures_core::Stream;
 use tokio::sync::mpsc::UnboundedReceiver;
 
+pub use tensors::Tensors;
+
+pub(crate) use tensors::FileTensors;
+
 pub(crate) use state::{Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared, Part};
 
 use crate::engine::Guard;
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::model::TensorMap;
 use crate::report::Report;
 use crate::segment::Segment;
 
@@ -32,7 +36,17 @@ pub(crate) enum Event {
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) report: Report,
-    pub(crate) files: Vec<(Arc<PathBuf>, u64, Option<Arc<TensorMap>>)>,
+    pub(crate) files: Vec<FinishedFile>,
+}
+
+/// A file of a load, at its end.
+#[derive(Debug, Clone)]
+pub(crate) struct FinishedFile {
+    pub(crate) path: Arc<PathBuf>,
+    pub(crate) bytes: u64,
+    pub(crate) tensors: Option<Arc<FileTensors>>,
+    /// Whether any byte of it was read.
+    pub(crate) has_segments: bool,
 }
 
 /// A load that is under way. It runs by itself, on the loader's threads, whether it is polled or not.
@@ -95,6 +109,11 @@ impl Load {
         self.segments.progress()
     }
 
+    /// The files, once the last segment was given.
+    fn finished_files(&self) -> &[FinishedFile] {
+        self.segments.finished_files()
+    }
+
     fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
         let polled = self.segments.poll_segment(context);
         if let Poll::Ready(Some(Ok(segment))) = &polled {
@@ -150,6 +169,11 @@ impl Segments {
     /// The report, once the last segment was given.
     pub fn report(&self) -> Option<&Report> {
         self.finished.as_ref().map(|finished| &finished.report)
+    }
+
+    /// The files, once the last segment was given.
+    fn finished_files(&self) -> &[FinishedFile] {
+        self.finished.as_ref().map_or(&[], |finished| &finished.files)
     }
 
     /// How far the load is.

@@ -9,14 +9,14 @@ mod telling;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use dmabuf::{AddressRange, PageCount, Populated};
 use rustix::io::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{Event, Finished, Progress};
+use super::{Event, FileTensors, Finished, FinishedFile, Progress};
 use crate::busy::BusyTime;
 use crate::error::Error;
 use crate::memory::Backing;
@@ -29,7 +29,7 @@ use crate::route::{Fallback, Route};
 use crate::schedule::Need;
 use crate::segment::{Place, Segment};
 use crate::settings::LoadOptions;
-use crate::source::{Identity, OpenFile};
+use crate::source::{Identity, OpenFile, Source};
 use crate::trace::{TraceEvent, TraceKind};
 
 /// See the module.
@@ -39,7 +39,10 @@ pub(crate) struct LoadShared {
     pub(crate) options: LoadOptions,
     /// Whether all of it will be in memory at once.
     pub(crate) keep: bool,
-    pub(crate) paths: Vec<Arc<PathBuf>>,
+    /// What was asked for: files, and folders of files.
+    pub(crate) asked: Vec<PathBuf>,
+    /// The files, once they are known.
+    sources: OnceLock<Vec<Source>>,
     /// Nobody waits for this load any more, or it has failed.
     pub(crate) abandoned: Arc<AtomicBool>,
     heap: Arc<str>,
@@ -61,7 +64,10 @@ pub(crate) struct LoadShared {
 pub(crate) struct FilePlan {
     pub(crate) identity: Identity,
     pub(crate) alignment_bytes: u64,
-    pub(crate) tensors: Option<Arc<TensorMap>>,
+    pub(crate) tensors: Option<Arc<FileTensors>>,
+    /// What is to be read of it, and how much of that was asked for.
+    pub(crate) read_bytes: u64,
+    pub(crate) wanted_bytes: u64,
     /// The route its reads start at; of a small file, the one that it is to be opened for.
     pub(crate) route: Route,
     /// It was wholly in the page cache, and is copied from there by choice.
@@ -196,8 +202,7 @@ impl State {
 
     /// The memory that a file ends in; `None` for one without bytes.
     fn last_memory_of(&self, file: usize) -> Option<usize> {
-        let last = self.plan.files.get(file)?.segments.clone().last()?;
-        Some(self.plan.segments.get(last)?.memory)
+        self.plan.files.get(file)?.last_memory
     }
 }
 
@@ -223,7 +228,8 @@ impl LoadShared {
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
             options,
             keep,
-            paths: paths.into_iter().map(Arc::new).collect(),
+            asked: paths,
+            sources: OnceLock::new(),
             abandoned: Arc::default(),
             heap: Arc::clone(&heap.name),
             notes: Arc::clone(&heap.notes),
@@ -254,6 +260,22 @@ impl LoadShared {
                 trace: Vec::new(),
             }),
         }
+    }
+
+    /// These are the files.
+    pub(crate) fn found(&self, sources: Vec<Source>) {
+        let set = self.sources.set(sources);
+        debug_assert!(set.is_ok(), "a load is planned once");
+    }
+
+    /// The files; none before they are known.
+    pub(crate) fn sources(&self) -> &[Source] {
+        self.sources.get().map_or(&[], |sources| sources)
+    }
+
+    /// The path of a file.
+    pub(crate) fn path(&self, file: usize) -> Option<&Arc<PathBuf>> {
+        self.sources().get(file).map(|source| &source.path)
     }
 
     /// The heap's name.
@@ -294,8 +316,8 @@ impl LoadShared {
             state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unexported: self.exports });
         }
         for (index, planned) in files.into_iter().enumerate() {
-            self.planned_bytes.fetch_add(planned.identity.bytes, Ordering::Relaxed);
-            let pieces_left = state.plan.files.get(index).map_or(0, |parts| parts.pieces.len());
+            self.planned_bytes.fetch_add(planned.read_bytes, Ordering::Relaxed);
+            let pieces_left = state.plan.files.get(index).map_or(0, |parts| parts.pieces);
             state.files_left += usize::from(pieces_left > 0);
             if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
                 memory.unchecked += 1;
@@ -338,7 +360,7 @@ impl LoadShared {
                 number,
                 piece,
                 file_index,
-                path: Arc::clone(self.paths.get(file_index)?),
+                path: Arc::clone(self.path(file_index)?),
                 identity: file.planned.identity,
                 alignment_bytes: file.planned.alignment_bytes,
                 route: file.route,
@@ -458,7 +480,7 @@ impl LoadShared {
         let (cell, start, bytes) = {
             let state = self.state();
             state.files.get(index).filter(|file| file.planned.small && file.pieces_left == 0)?;
-            let segment = state.plan.segments.get(state.plan.files.get(index)?.segments.start)?;
+            let segment = state.plan.segments.get(state.plan.files.get(index)?.first_segment?)?;
             let cell = Arc::clone(&state.memories.get(segment.memory)?.cell);
             (cell, segment.memory_offset, segment.file_range.end)
         };
@@ -471,8 +493,8 @@ impl LoadShared {
     pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Handover {
         let mut state = self.state();
         state.files_left = state.files_left.saturating_sub(1);
-        if let (Some(tensors), Some(file)) = (tensors, state.files.get_mut(index)) {
-            file.planned.tensors = Some(tensors);
+        if let (Some(map), Some(file)) = (tensors, state.files.get_mut(index)) {
+            file.planned.tensors = Some(Arc::new(FileTensors { map, chosen: None }));
         }
         if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
             memory.unchecked = memory.unchecked.saturating_sub(1);
@@ -482,7 +504,7 @@ impl LoadShared {
 
     /// A step down the ladder was taken.
     pub(crate) fn stepped_down(&self, fallback: Fallback) {
-        let path = fallback.file_index.and_then(|index| self.paths.get(index)).map(|path| path.display().to_string());
+        let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| path.display().to_string());
         tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno = dmabuf::errno::describe(fallback.errno), "{}", fallback.reason());
         self.state().fallbacks.push(fallback);
     }
@@ -505,7 +527,7 @@ impl LoadShared {
     /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
     pub(crate) fn retried(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
-        let path = self.paths.get(file).map(|path| path.display().to_string()).unwrap_or_default();
+        let path = self.path(file).map(|path| path.display().to_string()).unwrap_or_default();
         let errno = dmabuf::errno::describe(errno);
         tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
         let mut state = self.state();
@@ -551,7 +573,7 @@ impl LoadShared {
 
     /// The same, told by the driver.
     pub(crate) fn fail_for(&self, failure: Failure) {
-        let path = |file: usize| self.paths.get(file).map(|path| path.as_ref().clone()).unwrap_or_default();
+        let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
             Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
             Failure::Refused { file, offset, route, attempt, errno } => {
@@ -615,8 +637,14 @@ impl LoadShared {
         };
         let report = self.report(state, times);
         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
-        let files = state.files.drain(..).zip(&self.paths);
-        let files = files.map(|(file, path)| (Arc::clone(path), file.planned.identity.bytes, file.planned.tensors)).collect();
+        let files = state.files.drain(..).zip(self.sources()).zip(&state.plan.files);
+        let files = files.map(|((file, source), parts)| FinishedFile {
+            path: Arc::clone(&source.path),
+            bytes: file.planned.identity.bytes,
+            tensors: file.planned.tensors,
+            has_segments: parts.first_segment.is_some(),
+        });
+        let files = files.collect();
         state.events = None;
         let _ = events.send(Event::Done(Box::new(Finished { report, files })));
         Handover::Over
@@ -626,6 +654,7 @@ impl LoadShared {
     fn next_segment(&self, state: &State) -> Option<Segment> {
         let index = state.handed;
         let planned = state.plan.segments.get(index)?;
+        let file = &state.files.get(planned.file)?.planned;
         let memory = state.memories.get(planned.memory).filter(|memory| memory.is_ready())?;
         let sharing = &state.plan.memories.get(planned.memory)?.segments;
         let mut cell = memory.cell.lock().unwrap_or_else(PoisonError::into_inner);
@@ -645,7 +674,10 @@ impl LoadShared {
         let place = Place {
             index,
             file_index: planned.file,
-            path: Arc::clone(self.paths.get(planned.file)?),
+            span: planned.span,
+            tensors: file.tensors.clone(),
+            path: Arc::clone(self.path(planned.file)?),
+            file_bytes: file.identity.bytes,
             file_range: planned.file_range.clone(),
             memory_offset: usize::try_from(planned.memory_offset).ok()?,
             memory_bytes: usize::try_from(planned.memory_bytes).ok()?,

@@ -1,42 +1,70 @@
-//! The element types that a safetensors header can name.
+//! The types of tensors' elements: those that a safetensors header can name, and the blocks of ggml that GGUF files have.
 
 use std::fmt;
 
 /// Declares [`DType`] and everything about it from one table, so that a type
 /// can't be known in one direction and unknown in the other.
 macro_rules! dtypes {
-    ($($(#[$doc:meta])+ $variant:ident = $name:literal, $bits:literal bits;)+) => {
+    (
+        $($(#[$doc:meta])+ $variant:ident = $name:literal, $bits:literal bits;)+
+        quantized:
+        $($(#[$qdoc:meta])+ $quantized:ident = $qname:literal, $elements:literal in $bytes:literal bytes;)+
+    ) => {
         /// The type of a tensor's elements.
         ///
-        /// The set and the spelling are those of the `safetensors` crate 0.8.
-        /// All are little-endian.
+        /// The set and the spelling are those of the `safetensors` crate 0.8,
+        /// and the quantized types of ggml, which come in blocks of several
+        /// elements with common scales. All are little-endian.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[non_exhaustive]
+        #[allow(non_camel_case_types, reason = "ggml's own names")]
         pub enum DType {
             $($(#[$doc])+ $variant,)+
+            $($(#[$qdoc])+ $quantized,)+
         }
 
         impl DType {
-            /// Every type there is.
+            /// Every type that a safetensors header can name.
             pub const ALL: &[Self] = &[$(Self::$variant),+];
 
-            /// The size of one element, in bits. Not always a multiple of 8.
+            /// Every quantized type that a GGUF file can have.
+            pub const QUANTIZED: &[Self] = &[$(Self::$quantized),+];
+
+            /// The size of one element, in bits. Not always a multiple of 8; of
+            /// a quantized type the average, rounded up.
             #[must_use]
             pub const fn bits(self) -> u64 {
                 match self {
                     $(Self::$variant => $bits,)+
+                    $(Self::$quantized => ($bytes * 8_u64).div_ceil($elements),)+
                 }
             }
 
-            /// The name that a safetensors header uses.
+            /// How many elements can't be taken apart, and how many bytes they
+            /// are: `(1, 2)` of [`BF16`](Self::BF16), `(2, 1)` of
+            /// [`F4`](Self::F4), `(32, 18)` of [`Q4_0`](Self::Q4_0).
+            #[must_use]
+            pub const fn block(self) -> (u64, u64) {
+                match self {
+                    $(Self::$variant => match $bits {
+                        4 => (2, 1),
+                        6 => (4, 3),
+                        bits => (1, bits / 8),
+                    },)+
+                    $(Self::$quantized => ($elements, $bytes),)+
+                }
+            }
+
+            /// The name that a safetensors header uses, or ggml.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)+
+                    $(Self::$quantized => $qname,)+
                 }
             }
 
-            /// The type of that name, spelled exactly as in a header
+            /// The type of that name, spelled exactly as in a safetensors header
             /// (`"BF16"`, not `"bf16"`), or `None`.
             #[must_use]
             pub fn parse(name: &str) -> Option<Self> {
@@ -94,6 +122,56 @@ dtypes! {
     I64 = "I64", 64 bits;
     /// Unsigned 64-bit integer.
     U64 = "U64", 64 bits;
+
+    quantized:
+    /// 4-bit, one scale.
+    Q4_0 = "Q4_0", 32 in 18 bytes;
+    /// 4-bit, a scale and a minimum.
+    Q4_1 = "Q4_1", 32 in 20 bytes;
+    /// 5-bit, one scale.
+    Q5_0 = "Q5_0", 32 in 22 bytes;
+    /// 5-bit, a scale and a minimum.
+    Q5_1 = "Q5_1", 32 in 24 bytes;
+    /// 8-bit, one scale.
+    Q8_0 = "Q8_0", 32 in 34 bytes;
+    /// 8-bit, a scale and a sum.
+    Q8_1 = "Q8_1", 32 in 36 bytes;
+    /// 2-bit, in super-blocks.
+    Q2_K = "Q2_K", 256 in 84 bytes;
+    /// 3-bit, in super-blocks.
+    Q3_K = "Q3_K", 256 in 110 bytes;
+    /// 4-bit, in super-blocks.
+    Q4_K = "Q4_K", 256 in 144 bytes;
+    /// 5-bit, in super-blocks.
+    Q5_K = "Q5_K", 256 in 176 bytes;
+    /// 6-bit, in super-blocks.
+    Q6_K = "Q6_K", 256 in 210 bytes;
+    /// 8-bit, in super-blocks.
+    Q8_K = "Q8_K", 256 in 292 bytes;
+    /// 2.06 bits by a codebook.
+    IQ2_XXS = "IQ2_XXS", 256 in 66 bytes;
+    /// 2.31 bits by a codebook.
+    IQ2_XS = "IQ2_XS", 256 in 74 bytes;
+    /// 3.06 bits by a codebook.
+    IQ3_XXS = "IQ3_XXS", 256 in 98 bytes;
+    /// 1.56 bits by a codebook.
+    IQ1_S = "IQ1_S", 256 in 50 bytes;
+    /// 4-bit, not linear.
+    IQ4_NL = "IQ4_NL", 32 in 18 bytes;
+    /// 3.44 bits by a codebook.
+    IQ3_S = "IQ3_S", 256 in 110 bytes;
+    /// 2.5 bits by a codebook.
+    IQ2_S = "IQ2_S", 256 in 82 bytes;
+    /// 4-bit, not linear, in super-blocks.
+    IQ4_XS = "IQ4_XS", 256 in 136 bytes;
+    /// 1.75 bits by a codebook.
+    IQ1_M = "IQ1_M", 256 in 56 bytes;
+    /// ternary, 1.69 bits.
+    TQ1_0 = "TQ1_0", 256 in 54 bytes;
+    /// ternary, 2.06 bits.
+    TQ2_0 = "TQ2_0", 256 in 66 bytes;
+    /// 4-bit float with a common scale (OCP microscaling).
+    MXFP4 = "MXFP4", 32 in 17 bytes;
 }
 
 impl fmt::Display for DType {
@@ -114,8 +192,18 @@ mod tests {
     }
 
     #[test]
+    fn a_block_is_whole_bytes_and_agrees_with_the_bits() {
+        for &dtype in DType::ALL {
+            let (elements, bytes) = dtype.block();
+            assert_eq!(elements * dtype.bits(), bytes * 8, "{dtype}");
+        }
+        assert_eq!((DType::F4.block(), DType::BF16.block(), DType::Q6_K.block()), ((2, 1), (1, 2), (256, 210)));
+        assert_eq!((DType::Q4_0.bits(), DType::IQ1_S.bits()), (5, 2));
+    }
+
+    #[test]
     fn spelling_is_exact() {
-        for name in ["", "bf16", "BF16 ", "F8E4M3", "Bool", "F128"] {
+        for name in ["", "Q4_0", "bf16", "BF16 ", "F8E4M3", "Bool", "F128"] {
             assert_eq!(DType::parse(name), None, "{name:?}");
         }
     }

@@ -327,13 +327,53 @@ pub enum ModelError {
         /// The length of the file.
         file_bytes: u64,
     },
+
+    /// A GGUF file is of a version that is not read: 2 and 3 are.
+    #[error("GGUF version {found} can't be read, only 2 and 3{}",
+        if *.found > 0xffff { " (the file is big-endian, or damaged)" } else { "" })]
+    GgufVersion {
+        /// The version that the file says it has.
+        found: u32,
+    },
+
+    /// A GGUF file breaks a rule of the format.
+    #[error("GGUF header, byte {offset}: {reason}")]
+    Gguf {
+        /// Where in the file the part begins that is wrong.
+        offset: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The index of a model of several files is no such JSON.
+    #[error("the index is wrong near byte {offset}: {reason}")]
+    Index {
+        /// How far it had been read.
+        offset: usize,
+        /// What was found, and what was expected.
+        reason: String,
+    },
+
+    /// The index names a file that could be anywhere: outside of its folder, or none at all.
+    #[error("the index names the file {}, which is not within its folder", quote(.name))]
+    IndexLeavesFolder {
+        /// The name.
+        name: String,
+    },
+
+    /// The index says that a file has a tensor which it has not.
+    #[error("the index says that tensor {} is in this file, which has none of that name", quote(.tensor))]
+    IndexDisagrees {
+        /// The tensor's name.
+        tensor: String,
+    },
 }
 
 /// How many characters of a text from the file a message shows.
 const SHOWN_CHARS: usize = 120;
 
 /// Text from the file, quoted so that it can go to a terminal.
-fn quote(text: &str) -> impl fmt::Display {
+pub(super) fn quote(text: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| match text.char_indices().nth(SHOWN_CHARS) {
         None => write!(f, "{text:?}"),
         Some((cut, _)) => write!(f, "{:?}… ({} bytes)", &text[..cut], text.len()),

@@ -3,6 +3,7 @@
 use std::{fmt, ops::Range, slice};
 
 use super::dtype::DType;
+use super::gguf;
 
 /// One tensor: its name, its type, its shape, and where its bytes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +29,7 @@ pub struct TensorMap {
     tensors: Vec<TensorInfo>,
     by_name: NameIndex,
     metadata: Metadata,
+    gguf: Option<Box<gguf::Metadata>>,
     header_bytes: u64,
 }
 
@@ -40,14 +42,19 @@ impl TensorMap {
         tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
         tensors.shrink_to_fit();
         let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name).map_err(|duplicate| tensors[duplicate].name.clone())?;
-        Ok(Self { tensors, by_name, metadata, header_bytes })
+        Ok(Self { tensors, by_name, metadata, gguf: None, header_bytes })
+    }
+
+    /// The same map, of a GGUF file.
+    pub(super) fn with_gguf(mut self, gguf: gguf::Metadata) -> Self {
+        self.gguf = Some(Box::new(gguf));
+        self
     }
 
     /// The tensor of that name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        let position = self.by_name.find(name, |i| &self.tensors[i].name)?;
-        Some(&self.tensors[position])
+        self.at(self.position(name)?)
     }
 
     /// The tensors in file order.
@@ -67,14 +74,39 @@ impl TensorMap {
         self.tensors.is_empty()
     }
 
-    /// The file's free-form metadata; empty if the file has none.
+    /// The tensor at this position in file order.
+    #[must_use]
+    pub fn at(&self, position: usize) -> Option<&TensorInfo> {
+        self.tensors.get(position)
+    }
+
+    /// Where in file order the tensor of that name is.
+    #[must_use]
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.by_name.find(name, |i| &self.tensors[i].name)
+    }
+
+    /// What a GGUF file says about itself; `None` for a safetensors file.
+    #[must_use]
+    pub fn gguf(&self) -> Option<&gguf::Metadata> {
+        self.gguf.as_deref()
+    }
+
+    /// The name of the file's format: `safetensors` or `gguf`.
+    #[must_use]
+    pub fn format(&self) -> &'static str {
+        if self.gguf.is_some() { "gguf" } else { "safetensors" }
+    }
+
+    /// The free-form metadata of a safetensors file; empty if it has none.
     #[must_use]
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
     }
 
-    /// The length of the JSON header in bytes, padding included. The 8 bytes
-    /// before it that declare it are not counted: data begin at `8 + header_bytes`.
+    /// Of safetensors, the length of the JSON header in bytes, padding included.
+    /// The 8 bytes before it that declare it are not counted: data begin at
+    /// `8 + header_bytes`. Of GGUF, all that comes before the data.
     #[must_use]
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
@@ -188,11 +220,11 @@ impl Pairs {
 /// Against a hash map it needs no second copy of the names, and no key for a
 /// hostile header to aim at; it finds duplicates as neighbours.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct NameIndex(Vec<u32>);
+pub(super) struct NameIndex(Vec<u32>);
 
 impl NameIndex {
     /// Indexes `count` names. If two are the same, the error is the position of one.
-    fn new<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Self, usize> {
+    pub(super) fn new<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Self, usize> {
         let mut order: Vec<u32> = (0..).take(count).collect();
         order.sort_unstable_by_key(|&i| name(i as usize));
         match order.windows(2).find(|pair| name(pair[0] as usize) == name(pair[1] as usize)) {
@@ -201,7 +233,7 @@ impl NameIndex {
         }
     }
 
-    fn find<'a>(&self, wanted: &str, name: impl Fn(usize) -> &'a str) -> Option<usize> {
+    pub(super) fn find<'a>(&self, wanted: &str, name: impl Fn(usize) -> &'a str) -> Option<usize> {
         let found = self.0.binary_search_by(|&i| name(i as usize).cmp(wanted)).ok()?;
         Some(self.0[found] as usize)
     }

@@ -3,8 +3,9 @@
 //! Pure logic: nothing here opens, reads or maps a file. The caller hands in
 //! the bytes of a header and the length of the file, and gets a [`TensorMap`]
 //! or a [`ModelError`] that says what is wrong and where. A map that is handed
-//! out is complete and consistent: every byte of the data belongs to exactly
-//! one tensor, and every tensor has exactly the bytes its type and shape need.
+//! out is complete and consistent: no byte of the data belongs to two tensors,
+//! none that is no padding belongs to none, and every tensor has exactly the
+//! bytes its type and shape need.
 //!
 //! ```text
 //! first bytes ──► sniff ──► parse_prefix ──► header bytes ──► parse ──► TensorMap
@@ -14,6 +15,8 @@
 
 mod dtype;
 mod error;
+pub mod gguf;
+pub mod index;
 mod map;
 pub mod safetensors;
 

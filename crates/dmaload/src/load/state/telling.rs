@@ -10,6 +10,7 @@ use crate::plan::Layout;
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::ring::Times;
 use crate::route::{Fallback, Route};
+use crate::select::Shard;
 
 /// Loads through the page cache from this size on say that they fill it.
 const PAGE_CACHE_BYTES_TOLD: u64 = 1 << 30;
@@ -26,13 +27,18 @@ impl LoadShared {
                 "this heap is not cached by the CPU: bytes were observed in staging, so all of them were bounced".to_owned(),
             );
         }
+        if let Some(shard) = self.options.select.shard {
+            let Shard { rank, world_size, dim } = shard;
+            let of = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
+            notes.push(format!("this is part {rank} of {world_size} of {of}"));
+        }
         let there = state.files.iter().filter(|file| file.planned.cached);
-        let there_bytes: u64 = there.map(|file| file.planned.identity.bytes).sum();
+        let there_bytes: u64 = there.map(|file| file.planned.read_bytes).sum();
         if there_bytes > 0 {
             notes.push(format!("{there_bytes} bytes were in the page cache already, and were copied from there"));
         }
         let cached = state.files.iter().filter(|file| file.route == Route::Buffered && !file.planned.cached);
-        let cached_bytes: u64 = cached.map(|file| file.planned.identity.bytes).sum();
+        let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
         if cached_bytes >= PAGE_CACHE_BYTES_TOLD {
             tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
             notes.push(format!(
@@ -46,14 +52,15 @@ impl LoadShared {
     }
 
     pub(super) fn report(&self, state: &mut State, times: Times) -> Report {
-        let files = state.files.iter().zip(&self.paths);
-        let files = files.map(|(file, path)| FileReport {
-            path: path.as_ref().clone(),
+        let files = state.files.iter().zip(self.sources());
+        let files = files.map(|(file, source)| FileReport {
+            path: source.path.as_ref().clone(),
             bytes: file.planned.identity.bytes,
             route: file.route,
         });
         Report {
             bytes: self.planned_bytes.load(Ordering::Relaxed),
+            wanted_bytes: state.files.iter().map(|file| file.planned.wanted_bytes).sum(),
             segments: state.plan.segments.len(),
             memories: state.plan.memories.len(),
             total: self.started.elapsed(),

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
-use crate::plan::{FileShape, Layout, Plan, Shape};
+use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
@@ -33,7 +33,7 @@ fn simulate_route(
     let clock: Rc<Cell<Duration>> = Rc::default();
     let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
     let bytes = u64::from(PIECES) * BLOCK;
-    let plan = Plan::new(&[FileShape { bytes, alignment_bytes: BLOCK }], shape);
+    let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
     let file = SimFile { number: 1, bytes, faults: Rc::new(FileFaults::default()) };
     let id = LoadId(0);
     let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1, 1);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
-use crate::plan::{FileShape, Layout, Plan, Shape};
+use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
@@ -47,7 +47,7 @@ impl Machine {
         let id = LoadId(self.loads);
         self.loads += 1;
         let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
-        let plan = Plan::new(&[FileShape { bytes: 3 * BLOCK, alignment_bytes: BLOCK }], shape);
+        let plan = Plan::new(&[BLOCK], &[Span::whole(0, 3 * BLOCK)], shape);
         let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
         let file = SimFile { number: id.0, bytes: 3 * BLOCK - lost, faults };
         let before = self.driver.kernel().refusals;

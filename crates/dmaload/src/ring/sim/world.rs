@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
 use crate::observe::{Observation, Observer, ObserverOption, Rejection, Watch};
-use crate::plan::{FileShape, Layout, Piece, Plan, Shape};
+use crate::plan::{Layout, Piece, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
@@ -236,8 +236,8 @@ impl World {
         let random = &mut self.random;
         let count = *random.pick(&[1, 2, 3, 8]);
         let files: Vec<_> = (0..count).map(|number| file(random, id.0 * 100 + number, calm)).collect();
-        let shapes: Vec<_> = files.iter().map(|&(_, bytes)| FileShape { bytes, alignment_bytes: BLOCK }).collect();
-        let plan = Plan::new(&shapes, shape(random));
+        let spans: Vec<_> = files.iter().enumerate().map(|(file, &(_, bytes))| Span::whole(file, bytes)).collect();
+        let plan = Plan::new(&vec![BLOCK; files.len()], &spans, shape(random));
         let start = *random.pick(&[
             Route::UringFixedDirect,
             Route::UringFixedDirect,

@@ -1,0 +1,173 @@
+//! Patterns of tensors' names: `model.layers.{0..3}.*`.
+
+use std::fmt;
+
+/// A pattern: `*` is any text, `?` any character, `{a,b}` one of several, `{0..3}` one of these numbers, both included (`{00..12}` has
+/// leading zeros). A name that is spelled exactly like the pattern is always meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pattern {
+    source: String,
+    alternatives: Vec<String>,
+}
+
+/// What braces may amount to.
+const ALTERNATIVES_LIMIT: usize = 4096;
+const LENGTH_LIMIT_BYTES: usize = 4096;
+
+impl Pattern {
+    /// # Errors
+    /// Why it is no pattern.
+    pub(crate) fn new(source: &str) -> Result<Self, String> {
+        if source.len() > LENGTH_LIMIT_BYTES {
+            return Err(format!("a pattern of {} bytes: at most {LENGTH_LIMIT_BYTES} are allowed", source.len()));
+        }
+        let mut alternatives = Vec::new();
+        expand(String::new(), source, &mut alternatives).map_err(|why| format!("{source:?} is no pattern: {why}"))?;
+        Ok(Pattern { source: source.to_owned(), alternatives })
+    }
+
+    pub(crate) fn matches(&self, name: &str) -> bool {
+        self.source == name || self.alternatives.iter().any(|pattern| is_match(pattern, name))
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.source)
+    }
+}
+
+/// Adds all that `rest` can be after `before`.
+fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), String> {
+    let Some((literal, braces)) = rest.split_once('{') else {
+        if into.len() == ALTERNATIVES_LIMIT {
+            return Err(format!("it stands for more than {ALTERNATIVES_LIMIT} patterns"));
+        }
+        into.push(before + rest);
+        return Ok(());
+    };
+    let (choices, after) = choices(braces)?;
+    for choice in choices {
+        // A choice may have braces of its own.
+        let mut begun = Vec::new();
+        expand(format!("{before}{literal}"), &choice, &mut begun)?;
+        begun.into_iter().try_for_each(|begun| expand(begun, after, into))?;
+    }
+    Ok(())
+}
+
+/// What is in braces, after the first of them, and what comes behind.
+fn choices(text: &str) -> Result<(Vec<String>, &str), String> {
+    let (mut depth, mut start, mut choices) = (0_u32, 0, Vec::new());
+    for (at, c) in text.char_indices() {
+        match c {
+            '{' => depth += 1,
+            ',' if depth == 0 => {
+                choices.push(text[start..at].to_owned());
+                start = at + 1;
+            }
+            '}' if depth == 0 => {
+                choices.push(text[start..at].to_owned());
+                let range = match choices.as_slice() {
+                    [only] => numbers(only).transpose()?,
+                    _ => None,
+                };
+                return Ok((range.unwrap_or(choices), &text[at + 1..]));
+            }
+            '}' => depth -= 1,
+            _ => {}
+        }
+    }
+    Err("a { without its }".to_owned())
+}
+
+/// The numbers of `0..3`; `None` for anything else.
+fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
+    let (first, last) = text.split_once("..")?;
+    let (from, to) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
+    if from > to {
+        return Some(Err(format!("{{{text}}} counts down")));
+    }
+    if to - from >= ALTERNATIVES_LIMIT as u64 {
+        return Some(Err(format!("it stands for more than {ALTERNATIVES_LIMIT} patterns")));
+    }
+    let width = if first.starts_with('0') { first.len() } else { 0 };
+    Some(Ok((from..=to).map(|number| format!("{number:0width$}")).collect()))
+}
+
+/// Whether a name is what a pattern without braces means. A star that was too short is made longer, and only the last one can
+/// be: time is the product of the lengths at most.
+fn is_match(pattern: &str, name: &str) -> bool {
+    let (mut pattern, mut name) = (pattern.chars(), name.chars());
+    // What follows the last star, and the rest of the name that it has not taken yet.
+    let mut star = None;
+    loop {
+        let rest = name.clone();
+        match (pattern.next(), name.next()) {
+            (None, None) => return true,
+            (Some('*'), _) => {
+                star = Some((pattern.clone(), rest.clone()));
+                name = rest;
+            }
+            (Some(wanted), Some(found)) if wanted == '?' || wanted == found => {}
+            _ => {
+                let Some((after, from)) = &mut star else { return false };
+                if from.next().is_none() {
+                    return false;
+                }
+                (pattern, name) = (after.clone(), from.clone());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(pattern: &str, names: &[&str]) -> Vec<bool> {
+        let pattern = Pattern::new(pattern).unwrap();
+        names.iter().map(|name| pattern.matches(name)).collect()
+    }
+
+    #[test]
+    fn stars_questions_and_braces() {
+        assert_eq!(
+            matches("model.layers.{0..3}.*", &["model.layers.0.q", "model.layers.3.", "model.layers.4.q"]),
+            [true, true, false]
+        );
+        assert_eq!(matches("*.weight", &["a.weight", ".weight", "a.weight.b", "a.weight.weight"]), [true, true, false, true]);
+        assert_eq!(matches("a?c", &["abc", "aäc", "ac", "abbc"]), [true, true, false, false]);
+        assert_eq!(matches("{q,k,v{1..2}}_proj", &["q_proj", "v2_proj", "v_proj"]), [true, true, false]);
+        assert_eq!(matches("{08..11}", &["08", "8", "11"]), [true, false, true]);
+        assert_eq!(matches("{a}", &["a", "{a}", "b"]), [true, true, false]);
+        assert_eq!(matches("", &["", "a"]), [true, false]);
+        assert_eq!(matches("*a*b*", &["xxaxxbxx", "ba", "ab"]), [true, false, true]);
+    }
+
+    #[test]
+    fn what_is_no_pattern_is_told() {
+        for (pattern, expected) in [
+            ("a{b", "without its }"),
+            ("{3..1}", "counts down"),
+            ("{0..9999}", "more than 4096"),
+            ("{1..99}{1..99}", "more than 4096"),
+        ] {
+            let error = Pattern::new(pattern).unwrap_err();
+            assert!(error.contains(expected) && error.contains(pattern), "{error}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn a_star_is_any_text_and_nothing_panics(text in r"(\*|\?|\{|\}|,|\.\.|[0-9]{1,3}|[a-c]|ä){0,12}", name in "[a-cä]{0,8}") {
+            if let Ok(pattern) = Pattern::new(&text) {
+                assert!(pattern.matches(&text));
+                let _ = pattern.matches(&name);
+            }
+            let at = name.char_indices().map(|(at, _)| at).nth(name.chars().count() / 2).unwrap_or(0);
+            let (start, end) = name.split_at(at);
+            assert!(Pattern::new(&format!("{start}*{end}")).unwrap().matches(&name));
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! The tensors of a load: which of a file are read, and a stream of them as they become complete.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_core::Stream;
+
+use super::{Load, Segments};
+use crate::error::Result;
+use crate::image::{Image, ImageFile, Tensor};
+use crate::model::TensorMap;
+use crate::report::Report;
+use crate::segment::{Segment, holding};
+use crate::select::{ChosenTensors, Part, Rows};
+
+/// The tensors of a file, and which of them are read.
+#[derive(Debug)]
+pub(crate) struct FileTensors {
+    pub(crate) map: Arc<TensorMap>,
+    /// `None` for all of them, in file order.
+    pub(crate) chosen: Option<Arc<ChosenTensors>>,
+}
+
+impl FileTensors {
+    pub(crate) fn len(&self) -> usize {
+        self.chosen.as_ref().map_or(self.map.len(), |chosen| chosen.list().len())
+    }
+
+    /// Where in the map the tensor is that comes at this place.
+    pub(crate) fn position_of(&self, number: usize) -> Option<usize> {
+        match &self.chosen {
+            Some(chosen) => chosen.list().get(number).map(|chosen| chosen.position),
+            None => (number < self.map.len()).then_some(number),
+        }
+    }
+
+    /// What is read of the tensor at this position of the map.
+    pub(crate) fn part_at(&self, position: usize) -> Option<Part> {
+        match &self.chosen {
+            Some(chosen) => chosen.at(position).map(|chosen| chosen.part.clone()),
+            None => {
+                self.map.at(position).map(|info| Part { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) })
+            }
+        }
+    }
+}
+
+/// The tensors of a load, each as soon as its last byte is there, while the rest is still being read: in file order, or in the
+/// order in which they were asked for ([`crate::LoadOptions::tensors`]). Made by [`Load::tensors`] and [`Segments::tensors`].
+///
+/// Dropping it cancels the load. Tensors that were given stay, and keep the segments that they are in.
+#[derive(Debug)]
+#[must_use = "a load that is dropped is cancelled"]
+pub struct Tensors {
+    source: Source,
+    ready: VecDeque<Tensor>,
+    files: Vec<Pending>,
+    ended: bool,
+}
+
+#[derive(Debug)]
+enum Source {
+    Kept(Load),
+    Streamed(Segments),
+}
+
+/// A file whose tensors are being given.
+#[derive(Debug)]
+struct Pending {
+    index: usize,
+    path: Arc<PathBuf>,
+    len: u64,
+    tensors: Arc<FileTensors>,
+    next: usize,
+    /// Those that a tensor to come may have a part in.
+    segments: Vec<Segment>,
+}
+
+impl Load {
+    /// Gives the tensors one by one, and the image in the end ([`Tensors::finish`]).
+    pub fn tensors(self) -> Tensors {
+        Tensors { source: Source::Kept(self), ready: VecDeque::new(), files: Vec::new(), ended: false }
+    }
+}
+
+impl Segments {
+    /// Gives the tensors one by one, and keeps nothing: the memory of a tensor that was dropped is freed, once no other is in it.
+    pub fn tensors(self) -> Tensors {
+        Tensors { source: Source::Streamed(self), ready: VecDeque::new(), files: Vec::new(), ended: false }
+    }
+}
+
+impl Tensors {
+    /// The next tensor; `None` after the last one. Files of raw bytes have none, and are passed over. Cancel-safe, like
+    /// [`Load::next`].
+    ///
+    /// # Errors
+    /// Whatever made the load fail; after that, `None`.
+    pub async fn next(&mut self) -> Option<Result<Tensor>> {
+        std::future::poll_fn(|context| self.poll_tensor(context)).await
+    }
+
+    /// The report, once the last tensor was given by a stream that keeps nothing.
+    pub fn report(&self) -> Option<&Report> {
+        match &self.source {
+            Source::Kept(_) => None,
+            Source::Streamed(segments) => segments.report(),
+        }
+    }
+
+    /// Waits for the rest, and gives the image; `None` for a stream that keeps nothing. Not cancel-safe, like [`Load::finish`].
+    ///
+    /// # Errors
+    /// Whatever made the load fail.
+    pub async fn finish(mut self) -> Result<Option<Image>> {
+        // What is not given any more need not be kept.
+        while let Some(tensor) = self.next().await {
+            tensor?;
+        }
+        match self.source {
+            Source::Kept(load) => load.finish().await.map(Some),
+            Source::Streamed(_) => Ok(None),
+        }
+    }
+
+    fn poll_tensor(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Tensor>>> {
+        loop {
+            if let Some(tensor) = self.ready.pop_front() {
+                return Poll::Ready(Some(Ok(tensor)));
+            }
+            if self.ended {
+                return Poll::Ready(None);
+            }
+            let polled = match &mut self.source {
+                Source::Kept(load) => load.poll_segment(context),
+                Source::Streamed(segments) => segments.poll_segment(context),
+            };
+            match std::task::ready!(polled) {
+                Some(Ok(segment)) => self.add(segment),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => self.end(),
+            }
+        }
+    }
+
+    /// A segment is there: what it completes is ready.
+    fn add(&mut self, segment: Segment) {
+        let Some(tensors) = segment.file_tensors().cloned() else { return };
+        let index = segment.file_index();
+        let at = self.files.iter().position(|file| file.index == index).unwrap_or_else(|| {
+            let (path, len) = (segment.shared_path(), segment.file_bytes());
+            self.files.push(Pending { index, path, len, tensors, next: 0, segments: Vec::new() });
+            self.files.len() - 1
+        });
+        let Some(file) = self.files.get_mut(at) else { return };
+        file.segments.push(segment);
+        file.give(&mut self.ready);
+        if file.is_done() {
+            self.files.swap_remove(at);
+        }
+    }
+
+    /// All segments were given: what is left are tensors of no bytes.
+    fn end(&mut self) {
+        self.ended = true;
+        for file in &mut self.files {
+            file.give(&mut self.ready);
+        }
+        // Files of which no byte was read, because their tensors have none.
+        let finished = match &self.source {
+            Source::Kept(load) => load.finished_files(),
+            Source::Streamed(segments) => segments.finished_files(),
+        };
+        for file in finished.iter().filter(|file| !file.has_segments) {
+            let Some(tensors) = &file.tensors else { continue };
+            let image = ImageFile::new(Arc::clone(&file.path), file.bytes, Vec::new(), Some(Arc::clone(tensors)));
+            self.ready.extend(image.tensors());
+        }
+        self.files.clear();
+    }
+}
+
+impl Pending {
+    fn is_done(&self) -> bool {
+        self.next == self.tensors.len()
+    }
+
+    /// Gives the tensors that are complete, in order.
+    fn give(&mut self, ready: &mut VecDeque<Tensor>) {
+        while let Some(position) = self.tensors.position_of(self.next) {
+            let Some(part) = self.tensors.part_at(position) else { return };
+            // Rows come in order: with the last one, all are there.
+            let rows = [part.rows.iter().next(), part.rows.iter().last()];
+            let is_there = |row: &std::ops::Range<u64>| row.is_empty() || holding(&self.segments, row).is_some();
+            if !rows.into_iter().flatten().all(|row| is_there(&row)) {
+                break;
+            }
+            let hull = part.rows.hull();
+            let own = self.segments.iter().filter(|segment| {
+                let held = segment.file_range();
+                held.start < hull.end && hull.start < held.end
+            });
+            let tensors = Some(Arc::clone(&self.tensors));
+            let image = ImageFile::new(Arc::clone(&self.path), self.len, own.cloned().collect(), tensors);
+            ready.extend(image.tensor_at(position));
+            self.next += 1;
+        }
+        // The tensors of a class come in file order: what ends before the next one begins is of none to come. Those of the next
+        // class have spans of their own, which come later.
+        let next = self.next_start();
+        self.segments.retain(|segment| next.is_some_and(|start| segment.file_range().end > start));
+    }
+
+    /// Where the next tensor begins.
+    fn next_start(&self) -> Option<u64> {
+        let position = self.tensors.position_of(self.next)?;
+        self.tensors.part_at(position).map(|part| part.rows.hull().start)
+    }
+}
+
+impl Stream for Tensors {
+    type Item = Result<Tensor>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll_tensor(context)
+    }
+}

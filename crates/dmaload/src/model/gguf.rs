@@ -1,0 +1,206 @@
+//! The GGUF format, versions 2 and 3: key-value pairs, the list of tensors, and the tensors' bytes, each at a multiple of the
+//! file's alignment.
+//!
+//! The facts come from `docs/gguf.md` of <https://github.com/ggml-org/ggml>; where it is silent, `gguf_init_from_file` of the same
+//! project decides, and the same files are refused: keys and names that come twice, tensors that do not follow one another, row
+//! lengths that are no whole number of blocks.
+//!
+//! The length of the header is not known before it is read, so [`parse`] takes a beginning of the file and may ask for more of it.
+//! Memory and time are bounded by the header's length, at most [`HEADER_LIMIT_BYTES`]: no count in the file is believed before
+//! the bytes for it were seen.
+
+mod cursor;
+mod metadata;
+
+use self::cursor::{Cursor, Stop};
+pub use self::metadata::{Array, Metadata, Value};
+use super::dtype::DType;
+use super::error::{ModelError, quote};
+use super::map::{self, TensorInfo, TensorMap};
+
+/// What a GGUF file begins with.
+pub const MAGIC: [u8; 4] = *b"GGUF";
+
+/// The longest header that is read, in bytes: as for safetensors. The largest vocabularies take some 10 MB.
+pub const HEADER_LIMIT_BYTES: u64 = super::safetensors::HEADER_LIMIT_BYTES;
+
+/// ggml has four (`GGML_MAX_DIMS`); its format leaves room for more.
+const RANK_LIMIT: u32 = 8;
+const DEFAULT_ALIGNMENT: u64 = 32;
+
+/// What a beginning of a file gave.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "one of them exists at a time")]
+pub enum Parsed {
+    /// The tensors, and all that the file says of itself.
+    Complete(TensorMap),
+    /// The header goes on: at least so many bytes of the file are needed.
+    More {
+        /// How many, from its first byte on.
+        bytes: u64,
+    },
+}
+
+/// Whether a file is GGUF, by its first bytes.
+#[must_use]
+pub fn is_gguf(first: &[u8]) -> bool {
+    first.starts_with(&MAGIC)
+}
+
+/// Reads and checks a header. `start` is the beginning of the file, which has `file_bytes`.
+///
+/// # Errors
+/// What is wrong, and where.
+pub fn parse(start: &[u8], file_bytes: u64) -> Result<Parsed, ModelError> {
+    let mut cursor = Cursor::new(start, file_bytes);
+    match read(&mut cursor, file_bytes) {
+        Ok(map) => Ok(Parsed::Complete(map)),
+        Err(Stop::More(bytes)) => Ok(Parsed::More { bytes }),
+        Err(Stop::Fault(error)) => Err(error),
+    }
+}
+
+fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
+    if cursor.bytes(4, "the magic")? != MAGIC {
+        return Err(cursor.fault(0, "the file does not begin with \"GGUF\""));
+    }
+    let version = cursor.u32("the version")?;
+    if version != 2 && version != 3 {
+        return Err(Stop::Fault(ModelError::GgufVersion { found: version }));
+    }
+    let (tensors, pairs) = (cursor.u64("the number of tensors")?, cursor.u64("the number of keys")?);
+    let metadata = metadata::read(cursor, version, pairs)?;
+    let alignment = alignment(cursor, &metadata)?;
+    let mut found: Vec<(u64, TensorInfo)> = Vec::new();
+    for _ in 0..tensors {
+        let at = cursor.position();
+        found.push((at, tensor(cursor, alignment)?));
+    }
+    let header_bytes = cursor.position();
+    let data_begin = header_bytes.next_multiple_of(alignment);
+    place(cursor, &mut found, data_begin, alignment, file_bytes)?;
+    let infos = found.into_iter().map(|(_, info)| info).collect();
+    let map = TensorMap::new(infos, map::Metadata::default(), data_begin.min(file_bytes))
+        .map_err(|tensor| Stop::Fault(ModelError::DuplicateTensor { tensor }))?;
+    Ok(map.with_gguf(metadata))
+}
+
+/// `general.alignment`, or what holds without it.
+fn alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<u64, Stop> {
+    match metadata.get("general.alignment") {
+        None => Ok(DEFAULT_ALIGNMENT),
+        Some(Value::U32(alignment)) if alignment.is_power_of_two() && alignment >= 8 => Ok(u64::from(alignment)),
+        Some(_) => Err(cursor.fault(cursor.position(), "general.alignment must be a U32, a power of two, and at least 8")),
+    }
+}
+
+/// One entry of the list. Its range is relative to the data as yet.
+fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
+    let at = cursor.position();
+    let name = cursor.text("a tensor's name")?.to_owned();
+    let rank = cursor.u32("a tensor's number of dimensions")?;
+    if rank > RANK_LIMIT {
+        return Err(cursor.fault(at, format!("tensor {} has {rank} dimensions, more than {RANK_LIMIT}", quote(&name))));
+    }
+    let mut shape = Vec::new();
+    for _ in 0..rank {
+        shape.push(cursor.u64("a tensor's dimension")?);
+    }
+    let number = cursor.u32("a tensor's type")?;
+    let offset = cursor.u64("a tensor's offset")?;
+    let Some(dtype) = dtype(number) else {
+        return Err(cursor.fault(at, format!("tensor {} has the unknown type {number}", quote(&name))));
+    };
+    let (block_elements, block_bytes) = dtype.block();
+    let row = shape.first().copied().unwrap_or(1);
+    if !row.is_multiple_of(block_elements) {
+        let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
+        return Err(cursor.fault(at, why));
+    }
+    let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim));
+    let bytes = elements.and_then(|elements| (elements / block_elements).checked_mul(block_bytes));
+    let end = bytes.and_then(|bytes| offset.checked_add(bytes));
+    // The fastest dimension comes first in the file, last in everybody else's shapes.
+    shape.reverse();
+    let Some(end) = end else {
+        return Err(cursor.fault(at, format!("tensor {} of shape {shape:?} is larger than any file", quote(&name))));
+    };
+    if !offset.is_multiple_of(alignment) {
+        let why = format!("tensor {} begins at byte {offset} of the data, no multiple of {alignment}", quote(&name));
+        return Err(cursor.fault(at, why));
+    }
+    Ok(TensorInfo { name, dtype, shape, file_range: offset..end })
+}
+
+/// Checks that the tensors follow one another, and makes their ranges absolute.
+fn place(
+    cursor: &Cursor<'_>,
+    found: &mut [(u64, TensorInfo)],
+    data_begin: u64,
+    alignment: u64,
+    file_bytes: u64,
+) -> Result<(), Stop> {
+    let mut expected = 0;
+    found.sort_by_key(|(_, tensor)| (tensor.file_range.start, tensor.file_range.end));
+    for (at, tensor) in found {
+        let range = tensor.file_range.clone();
+        if range.start != expected {
+            let why = format!(
+                "tensor {} begins at byte {} of the data, where {expected} was expected",
+                quote(&tensor.name),
+                range.start
+            );
+            return Err(cursor.fault(*at, why));
+        }
+        let end = data_begin.checked_add(range.end);
+        let Some(end) = end.filter(|&end| end <= file_bytes) else {
+            let (tensor, data_bytes) = (tensor.name.clone(), file_bytes.saturating_sub(data_begin));
+            return Err(Stop::Fault(ModelError::PastEnd { tensor, end: range.end, data_bytes }));
+        };
+        tensor.file_range = data_begin + range.start..end;
+        expected = range.end.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
+    }
+    Ok(())
+}
+
+/// The numbers of `enum ggml_type`; those that are missing were removed from ggml.
+fn dtype(number: u32) -> Option<DType> {
+    Some(match number {
+        0 => DType::F32,
+        1 => DType::F16,
+        2 => DType::Q4_0,
+        3 => DType::Q4_1,
+        6 => DType::Q5_0,
+        7 => DType::Q5_1,
+        8 => DType::Q8_0,
+        9 => DType::Q8_1,
+        10 => DType::Q2_K,
+        11 => DType::Q3_K,
+        12 => DType::Q4_K,
+        13 => DType::Q5_K,
+        14 => DType::Q6_K,
+        15 => DType::Q8_K,
+        16 => DType::IQ2_XXS,
+        17 => DType::IQ2_XS,
+        18 => DType::IQ3_XXS,
+        19 => DType::IQ1_S,
+        20 => DType::IQ4_NL,
+        21 => DType::IQ3_S,
+        22 => DType::IQ2_S,
+        23 => DType::IQ4_XS,
+        24 => DType::I8,
+        25 => DType::I16,
+        26 => DType::I32,
+        27 => DType::I64,
+        28 => DType::F64,
+        29 => DType::IQ1_M,
+        30 => DType::BF16,
+        34 => DType::TQ1_0,
+        35 => DType::TQ2_0,
+        39 => DType::MXFP4,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests;

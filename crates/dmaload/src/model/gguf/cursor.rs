@@ -1,0 +1,87 @@
+//! Reading the beginning of a file that may have to be longer.
+
+use std::ops::Range;
+
+use super::HEADER_LIMIT_BYTES;
+use crate::model::error::ModelError;
+
+/// Why reading stopped.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// So many bytes of the file are needed, from its first one on.
+    More(u64),
+    Fault(ModelError),
+}
+
+#[derive(Debug)]
+pub(super) struct Cursor<'a> {
+    start: &'a [u8],
+    position: usize,
+    file_bytes: u64,
+}
+
+/// As in the format's own text: keys have up to 2^16 - 1 bytes.
+const TEXT_LIMIT_BYTES: u64 = (1 << 16) - 1;
+
+impl<'a> Cursor<'a> {
+    pub(super) fn new(start: &'a [u8], file_bytes: u64) -> Self {
+        Cursor { start, position: 0, file_bytes }
+    }
+
+    /// How far it has been read.
+    pub(super) fn position(&self) -> u64 {
+        self.position as u64
+    }
+
+    /// What was read already.
+    pub(super) fn seen(&self, range: Range<u64>) -> &'a [u8] {
+        let at = |position: u64| usize::try_from(position).unwrap_or(usize::MAX);
+        self.start.get(at(range.start)..at(range.end)).unwrap_or_default()
+    }
+
+    pub(super) fn fault(&self, offset: u64, reason: impl Into<String>) -> Stop {
+        Stop::Fault(ModelError::Gguf { offset, reason: reason.into() })
+    }
+
+    /// The next bytes, of a part that is called `what`.
+    pub(super) fn bytes(&mut self, bytes: u64, what: &str) -> Result<&'a [u8], Stop> {
+        let at = self.position();
+        let end = at.checked_add(bytes).filter(|&end| end <= self.file_bytes);
+        let Some(end) = end else {
+            let why = format!("{what} would end past the file's {} bytes; it is cut short or damaged", self.file_bytes);
+            return Err(self.fault(at, why));
+        };
+        if end > HEADER_LIMIT_BYTES {
+            return Err(self.fault(at, format!("the header would be longer than the {HEADER_LIMIT_BYTES} bytes allowed")));
+        }
+        let end = usize::try_from(end).unwrap_or(usize::MAX);
+        let found = self.start.get(self.position..end).ok_or(Stop::More(end as u64))?;
+        self.position = end;
+        Ok(found)
+    }
+
+    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], Stop> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.bytes(N as u64, what)?);
+        Ok(array)
+    }
+
+    pub(super) fn u32(&mut self, what: &str) -> Result<u32, Stop> {
+        self.array(what).map(u32::from_le_bytes)
+    }
+
+    pub(super) fn u64(&mut self, what: &str) -> Result<u64, Stop> {
+        self.array(what).map(u64::from_le_bytes)
+    }
+
+    /// A name: short, and UTF-8.
+    pub(super) fn text(&mut self, what: &str) -> Result<&'a str, Stop> {
+        let at = self.position();
+        let bytes = self.u64(what)?;
+        if bytes > TEXT_LIMIT_BYTES {
+            return Err(self.fault(at, format!("{what} has {bytes} bytes, more than the {TEXT_LIMIT_BYTES} allowed")));
+        }
+        let found = self.bytes(bytes, what)?;
+        str::from_utf8(found).map_err(|_| self.fault(at, format!("{what} is not UTF-8")))
+    }
+}

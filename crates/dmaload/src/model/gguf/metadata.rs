@@ -1,0 +1,337 @@
+//! Keys and values. They are kept as they are in the file and read when they are asked for: a hostile array can't become larger
+//! than it is.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::Range;
+
+use super::cursor::{Cursor, Stop};
+use crate::model::error::quote;
+use crate::model::map::NameIndex;
+
+/// What a GGUF file says about itself.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Metadata {
+    version: u32,
+    /// The part of the header that the ranges are of.
+    bytes: Box<[u8]>,
+    entries: Vec<Entry>,
+    by_key: NameIndex,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    key: Range<u32>,
+    kind: Kind,
+    value: Range<u32>,
+}
+
+/// `enum gguf_metadata_value_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    F32,
+    Bool,
+    String,
+    Array,
+    U64,
+    I64,
+    F64,
+}
+
+impl Kind {
+    const ALL: [Kind; 13] = [
+        Kind::U8,
+        Kind::I8,
+        Kind::U16,
+        Kind::I16,
+        Kind::U32,
+        Kind::I32,
+        Kind::F32,
+        Kind::Bool,
+        Kind::String,
+        Kind::Array,
+        Kind::U64,
+        Kind::I64,
+        Kind::F64,
+    ];
+
+    fn of(number: u32) -> Option<Kind> {
+        Kind::ALL.get(usize::try_from(number).ok()?).copied()
+    }
+
+    /// The length of each value; `None` where that is in the file.
+    fn bytes(self) -> Option<u64> {
+        match self {
+            Kind::U8 | Kind::I8 | Kind::Bool => Some(1),
+            Kind::U16 | Kind::I16 => Some(2),
+            Kind::U32 | Kind::I32 | Kind::F32 => Some(4),
+            Kind::U64 | Kind::I64 | Kind::F64 => Some(8),
+            Kind::String | Kind::Array => None,
+        }
+    }
+}
+
+/// A value.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the names say all")]
+pub enum Value<'a> {
+    U8(u8),
+    I8(i8),
+    U16(u16),
+    I16(i16),
+    U32(u32),
+    I32(i32),
+    F32(f32),
+    Bool(bool),
+    /// Bytes that are no UTF-8 are replaced.
+    String(Cow<'a, str>),
+    Array(Array<'a>),
+    U64(u64),
+    I64(i64),
+    F64(f64),
+}
+
+/// An array of values of one type.
+#[derive(Clone, Copy, PartialEq)]
+pub struct Array<'a> {
+    kind: Kind,
+    len: u64,
+    bytes: &'a [u8],
+}
+
+impl<'a> Array<'a> {
+    /// How many values there are.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The values.
+    #[must_use = "iterators do nothing until they are consumed"]
+    pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
+        let (kind, mut rest) = (self.kind, self.bytes);
+        std::iter::from_fn(move || next_value(kind, &mut rest))
+    }
+}
+
+impl fmt::Debug for Array<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{:?}; {}]", self.kind, self.len)
+    }
+}
+
+/// Short enough for a line; of a long array only the length.
+impl fmt::Display for Value<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: u64 = 8;
+        match self {
+            Value::U8(value) => write!(f, "{value}"),
+            Value::I8(value) => write!(f, "{value}"),
+            Value::U16(value) => write!(f, "{value}"),
+            Value::I16(value) => write!(f, "{value}"),
+            Value::U32(value) => write!(f, "{value}"),
+            Value::I32(value) => write!(f, "{value}"),
+            Value::F32(value) => write!(f, "{value}"),
+            Value::Bool(value) => write!(f, "{value}"),
+            Value::String(value) => f.write_str(value),
+            Value::U64(value) => write!(f, "{value}"),
+            Value::I64(value) => write!(f, "{value}"),
+            Value::F64(value) => write!(f, "{value}"),
+            Value::Array(array) if array.len <= SHOWN && array.kind.bytes().is_some() => {
+                f.write_str("[")?;
+                for (index, value) in array.iter().enumerate() {
+                    write!(f, "{}{value}", if index == 0 { "" } else { ", " })?;
+                }
+                f.write_str("]")
+            }
+            Value::Array(array) => write!(f, "{} values of type {:?}", array.len, array.kind),
+        }
+    }
+}
+
+impl Value<'_> {
+    /// The value as an unsigned number, where it is an integer and not negative: writers do not agree on the types of counts.
+    #[must_use]
+    pub fn as_u64(&self) -> Option<u64> {
+        match *self {
+            Value::U8(value) => Some(value.into()),
+            Value::U16(value) => Some(value.into()),
+            Value::U32(value) => Some(value.into()),
+            Value::U64(value) => Some(value),
+            Value::I8(value) => value.try_into().ok(),
+            Value::I16(value) => value.try_into().ok(),
+            Value::I32(value) => value.try_into().ok(),
+            Value::I64(value) => value.try_into().ok(),
+            _ => None,
+        }
+    }
+}
+
+impl Metadata {
+    /// The version of the format: 2 or 3.
+    #[must_use]
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// The value of that key.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<Value<'_>> {
+        let position = self.by_key.find(key, |i| self.key(i))?;
+        self.value(self.entries.get(position)?)
+    }
+
+    /// Keys and values, in file order.
+    #[must_use = "iterators do nothing until they are consumed"]
+    pub fn iter(&self) -> impl Iterator<Item = (&str, Value<'_>)> {
+        self.entries.iter().enumerate().filter_map(|(index, entry)| Some((self.key(index), self.value(entry)?)))
+    }
+
+    /// How many keys there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    fn key(&self, index: usize) -> &str {
+        let bytes = self.entries.get(index).and_then(|entry| self.part(&entry.key)).unwrap_or_default();
+        str::from_utf8(bytes).unwrap_or_default()
+    }
+
+    fn value(&self, entry: &Entry) -> Option<Value<'_>> {
+        next_value(entry.kind, &mut self.part(&entry.value)?)
+    }
+
+    fn part(&self, range: &Range<u32>) -> Option<&[u8]> {
+        self.bytes.get(range.start as usize..range.end as usize)
+    }
+}
+
+impl fmt::Debug for Metadata {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
+    }
+}
+
+/// Takes a value from the front; `None` at the end.
+fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
+    fn front<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+        let (front, rest) = bytes.split_first_chunk()?;
+        *bytes = rest;
+        Some(*front)
+    }
+    Some(match kind {
+        Kind::U8 => Value::U8(u8::from_le_bytes(front(bytes)?)),
+        Kind::I8 => Value::I8(i8::from_le_bytes(front(bytes)?)),
+        Kind::U16 => Value::U16(u16::from_le_bytes(front(bytes)?)),
+        Kind::I16 => Value::I16(i16::from_le_bytes(front(bytes)?)),
+        Kind::U32 => Value::U32(u32::from_le_bytes(front(bytes)?)),
+        Kind::I32 => Value::I32(i32::from_le_bytes(front(bytes)?)),
+        Kind::F32 => Value::F32(f32::from_le_bytes(front(bytes)?)),
+        Kind::Bool => Value::Bool(front::<1>(bytes)? != [0]),
+        Kind::U64 => Value::U64(u64::from_le_bytes(front(bytes)?)),
+        Kind::I64 => Value::I64(i64::from_le_bytes(front(bytes)?)),
+        Kind::F64 => Value::F64(f64::from_le_bytes(front(bytes)?)),
+        Kind::String => {
+            let len = usize::try_from(u64::from_le_bytes(front(bytes)?)).ok()?;
+            let (text, rest) = bytes.split_at_checked(len)?;
+            *bytes = rest;
+            Value::String(String::from_utf8_lossy(text))
+        }
+        Kind::Array => {
+            let kind = Kind::of(u32::from_le_bytes(front(bytes)?))?;
+            let len = u64::from_le_bytes(front(bytes)?);
+            // The header was checked, so walking it needs no more than that it ends.
+            let mut cursor = Cursor::new(bytes, bytes.len() as u64);
+            skip_array(&mut cursor, kind, len, 0).ok()?;
+            let (own, rest) = bytes.split_at_checked(usize::try_from(cursor.position()).ok()?)?;
+            *bytes = rest;
+            Value::Array(Array { kind, len, bytes: own })
+        }
+    })
+}
+
+/// Arrays within arrays, at most; ggml has none at all.
+const DEPTH_LIMIT: u32 = 4;
+
+/// Reads all pairs.
+pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<Metadata, Stop> {
+    let begin = cursor.position();
+    let mut entries = Vec::new();
+    let mut text: Vec<&str> = Vec::new();
+    for _ in 0..pairs {
+        let at = cursor.position();
+        let key = cursor.text("a key")?;
+        let key_end = cursor.position() - begin;
+        let number = cursor.u32("the type of a value")?;
+        let Some(kind) = Kind::of(number) else {
+            return Err(cursor.fault(at, format!("key {} has a value of the unknown type {number}", quote(key))));
+        };
+        let value = cursor.position() - begin;
+        skip(cursor, kind, 0)?;
+        let narrow = |at: u64| u32::try_from(at).unwrap_or(u32::MAX);
+        entries.push(Entry {
+            key: narrow(key_end - key.len() as u64)..narrow(key_end),
+            kind,
+            value: narrow(value)..narrow(cursor.position() - begin),
+        });
+        text.push(key);
+    }
+    let end = cursor.position();
+    let by_key = NameIndex::new(text.len(), |i| text.get(i).copied().unwrap_or_default());
+    let by_key = by_key.map_err(|twice| {
+        let key = text.get(twice).copied().unwrap_or_default();
+        cursor.fault(begin, format!("key {} comes twice", quote(key)))
+    })?;
+    Ok(Metadata { version, bytes: cursor.seen(begin..end).into(), entries, by_key })
+}
+
+/// Passes over a value.
+fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
+    match (kind, kind.bytes()) {
+        (_, Some(bytes)) => cursor.bytes(bytes, "a value").map(|_| ()),
+        (Kind::String, _) => {
+            let bytes = cursor.u64("the length of a text")?;
+            cursor.bytes(bytes, "a text").map(|_| ())
+        }
+        _ => {
+            let at = cursor.position();
+            let number = cursor.u32("the type of an array")?;
+            let len = cursor.u64("the length of an array")?;
+            let of = Kind::of(number).ok_or_else(|| cursor.fault(at, format!("an array of the unknown type {number}")))?;
+            skip_array(cursor, of, len, depth)
+        }
+    }
+}
+
+fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Result<(), Stop> {
+    let at = cursor.position();
+    if let Some(bytes) = kind.bytes() {
+        let all = len.checked_mul(bytes).ok_or_else(|| cursor.fault(at, format!("an array of {len} values")))?;
+        return cursor.bytes(all, "an array").map(|_| ());
+    }
+    if depth >= DEPTH_LIMIT {
+        return Err(cursor.fault(at, format!("arrays within more than {DEPTH_LIMIT} arrays")));
+    }
+    // Each takes at least the 8 bytes of its length: a count that lies ends with the bytes.
+    (0..len).try_for_each(|_| skip(cursor, kind, depth + 1))
+}

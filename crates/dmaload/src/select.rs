@@ -1,0 +1,492 @@
+//! Which bytes of its files a load reads: all of them, or those of some tensors, of one rank's part of them, of a range.
+//!
+//! ```text
+//!   tensors  |--a--|-------b-------|--c--|------------------- d -------------------|--e--|
+//!   wanted         |-------b-------|     |- rank 0 of d -|                         |--e--|
+//!   spans      |-------------------------------------------|                     |---------|
+//! ```
+//!
+//! A span is what is read in one go: wanted ranges with what is between them where that is little, out to the blocks that direct
+//! reads need. What is wanted first is a span before the others.
+//!
+//! Pure: no clock, no syscall.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::glob::Pattern;
+use crate::model::{DType, TensorInfo, TensorMap};
+use crate::plan::Span;
+
+/// One rank's part of a model; see [`crate::LoadOptions::shard`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard {
+    /// Which part, from 0 on.
+    pub rank: u32,
+    /// Into how many parts.
+    pub world_size: u32,
+    /// The dimension that each tensor is cut along, outermost first; `None` cuts the bytes of each file.
+    pub dim: Option<usize>,
+}
+
+/// What a load is told to read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Select {
+    pub(crate) tensors: Option<Vec<String>>,
+    pub(crate) range: Option<Range<u64>>,
+    pub(crate) shard: Option<Shard>,
+}
+
+/// The same, checked.
+#[derive(Debug, Default)]
+pub(crate) struct Selector {
+    patterns: Option<Vec<Pattern>>,
+    range: Option<Range<u64>>,
+    shard: Option<Shard>,
+    /// Patterns that have met a tensor.
+    met: Vec<bool>,
+}
+
+/// What is read of a file.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Selected {
+    /// Sorted by what comes first, then by place.
+    pub(crate) spans: Vec<Span>,
+    /// `None` where all tensors are there as they are in the file.
+    pub(crate) tensors: Option<Arc<ChosenTensors>>,
+    /// What was asked for, without what is read along with it.
+    pub(crate) wanted_bytes: u64,
+}
+
+/// A tensor that is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Chosen {
+    /// Its position in the tensor map.
+    pub(crate) position: usize,
+    /// Where in the caller's order it comes; the same for those of one pattern.
+    pub(crate) class: usize,
+    pub(crate) part: Part,
+}
+
+/// The tensors of a file that are read, in the order in which they come.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct ChosenTensors {
+    list: Vec<Chosen>,
+    /// Their numbers, sorted by position.
+    by_position: Vec<u32>,
+}
+
+impl ChosenTensors {
+    fn new(list: Vec<Chosen>) -> Self {
+        let mut by_position: Vec<u32> = (0..).take(list.len()).collect();
+        by_position.sort_unstable_by_key(|&number| list[number as usize].position);
+        ChosenTensors { list, by_position }
+    }
+
+    pub(crate) fn list(&self) -> &[Chosen] {
+        &self.list
+    }
+
+    /// The one at this position of the tensor map.
+    pub(crate) fn at(&self, position: usize) -> Option<&Chosen> {
+        let of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
+        let found = self.by_position.binary_search_by(|number| of(number).cmp(&Some(position))).ok()?;
+        self.list.get(*self.by_position.get(found)? as usize)
+    }
+}
+
+/// What is wanted of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// Its shape; that of the tensor where all of it is wanted.
+    pub(crate) shape: Vec<u64>,
+    pub(crate) rows: Rows,
+}
+
+/// Equal ranges of a file at equal distances.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rows {
+    pub(crate) first: Range<u64>,
+    pub(crate) stride_bytes: u64,
+    pub(crate) count: u64,
+}
+
+impl Rows {
+    pub(crate) fn one(range: Range<u64>) -> Self {
+        Rows { first: range, stride_bytes: 0, count: 1 }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        let Rows { first, stride_bytes, count } = self.clone();
+        (0..count).map(move |row| first.start + row * stride_bytes..first.end + row * stride_bytes)
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.count * (self.first.end - self.first.start)
+    }
+
+    /// From the first to the last.
+    pub(crate) fn hull(&self) -> Range<u64> {
+        self.first.start..self.first.end + self.count.saturating_sub(1) * self.stride_bytes
+    }
+}
+
+/// What is read rather than passed over, between two wanted ranges: it takes no longer than a read of its own would.
+const GAP_BYTES: u64 = 128 << 10;
+
+impl Selected {
+    /// All of it.
+    pub(crate) fn whole(file_bytes: u64) -> Self {
+        Selected { spans: vec![Span::whole(0, file_bytes)], tensors: None, wanted_bytes: file_bytes }
+    }
+}
+
+impl Select {
+    /// Whether anything but whole files is read.
+    pub(crate) fn is_partial(&self) -> bool {
+        *self != Select::default()
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for what makes no sense.
+    pub(crate) fn check(&self) -> Result<Selector> {
+        let wrong = |text: String| Err(Error::Config(text));
+        let patterns = self.tensors.as_ref().map(|tensors| tensors.iter().map(|text| Pattern::new(text)).collect());
+        let patterns: Option<Vec<_>> = patterns.transpose().map_err(Error::Config)?;
+        if patterns.as_ref().is_some_and(Vec::is_empty) {
+            return wrong("no tensors were asked for: an empty list".to_owned());
+        }
+        if let Some(shard) = self.shard
+            && shard.rank >= shard.world_size
+        {
+            return wrong(format!("there is no rank {} of {}: they count from 0", shard.rank, shard.world_size));
+        }
+        let cuts_tensors = self.shard.is_some_and(|shard| shard.dim.is_some());
+        if self.range.is_some() && (patterns.is_some() || self.shard.is_some()) {
+            return wrong("a range of bytes can't be asked for together with tensors or a rank's part".to_owned());
+        }
+        if patterns.is_some() && self.shard.is_some() && !cuts_tensors {
+            return wrong("a rank's part of named tensors needs the dimension that they are cut along".to_owned());
+        }
+        if self.range.as_ref().is_some_and(Range::is_empty) {
+            return wrong("an empty range of bytes was asked for".to_owned());
+        }
+        let met = vec![false; patterns.as_ref().map_or(0, Vec::len)];
+        Ok(Selector { patterns, range: self.range.clone(), shard: self.shard, met })
+    }
+}
+
+impl Selector {
+    /// Whether it needs the tensors of a file to tell.
+    pub(crate) fn needs_tensors(&self) -> bool {
+        self.patterns.is_some() || self.shard.is_some_and(|shard| shard.dim.is_some())
+    }
+
+    /// What is read of a file. `alignment` is what direct reads need, a power of two.
+    ///
+    /// # Errors
+    /// Why that can't be: a word about the file, without its name.
+    pub(crate) fn of_file(&mut self, map: Option<&TensorMap>, file_bytes: u64, alignment: u64) -> Result<Selected, String> {
+        if let Some(range) = &self.range {
+            if range.end > file_bytes {
+                return Err(format!("bytes {range:?} were asked for, but it has {file_bytes}"));
+            }
+            return Ok(of_range(range.clone(), file_bytes, alignment));
+        }
+        if let Some(Shard { rank, world_size, dim: None }) = self.shard {
+            // Cut at blocks: no rank reads what is another's.
+            let cut = |rank: u32| (portion(file_bytes, rank, world_size).next_multiple_of(alignment)).min(file_bytes);
+            return Ok(of_range(cut(rank)..cut(rank + 1), file_bytes, alignment));
+        }
+        let Some(map) = map else { return Err("it has no tensors to choose from".to_owned()) };
+        let mut chosen = Vec::new();
+        for (position, tensor) in map.iter().enumerate() {
+            if let Some(class) = self.class_of(&tensor.name) {
+                chosen.push(Chosen { position, class, part: part_of(tensor, self.shard)? });
+            }
+        }
+        chosen.sort_by_key(|chosen| chosen.class);
+        let wanted_bytes = chosen.iter().map(|chosen| chosen.part.rows.bytes()).sum();
+        let mut spans = Vec::new();
+        for class in chosen.chunk_by(|a, b| a.class == b.class) {
+            let rows = class.iter().flat_map(|chosen| chosen.part.rows.iter());
+            coalesce(rows, file_bytes, alignment, class.first().map_or(0, |first| first.class), &mut spans);
+        }
+        Ok(Selected { spans, tensors: Some(Arc::new(ChosenTensors::new(chosen))), wanted_bytes })
+    }
+
+    /// The first pattern that means this tensor; all patterns that do have met one.
+    fn class_of(&mut self, name: &str) -> Option<usize> {
+        let Some(patterns) = &self.patterns else { return Some(0) };
+        let mut first = None;
+        for (index, (pattern, met)) in patterns.iter().zip(&mut self.met).enumerate() {
+            if pattern.matches(name) {
+                *met = true;
+                first = first.or(Some(index));
+            }
+        }
+        first
+    }
+
+    /// # Errors
+    /// [`Error::NoSuchTensor`] for a pattern that has met no tensor of any file: nobody asks for nothing.
+    pub(crate) fn all_met(&self) -> Result<()> {
+        let patterns = self.patterns.iter().flatten().zip(&self.met);
+        let missed = patterns.filter(|(_, met)| !**met).map(|(pattern, _)| pattern.to_string()).next();
+        missed.map_or(Ok(()), |missed| Err(Error::NoSuchTensor(missed)))
+    }
+}
+
+fn of_range(range: Range<u64>, file_bytes: u64, alignment: u64) -> Selected {
+    let mut spans = Vec::new();
+    let wanted_bytes = range.end - range.start;
+    coalesce(std::iter::once(range), file_bytes, alignment, 0, &mut spans);
+    Selected { spans, tensors: None, wanted_bytes }
+}
+
+/// Where rank number `rank` of `world_size` begins in so many of anything.
+fn portion(all: u64, rank: u32, world_size: u32) -> u64 {
+    let portion = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
+    u64::try_from(portion).unwrap_or(u64::MAX)
+}
+
+/// What a rank has of a tensor. One that has fewer dimensions than the one to cut along is everybody's.
+fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<Part, String> {
+    let TensorInfo { name, dtype, shape, file_range } = tensor;
+    let whole = || Part { shape: shape.clone(), rows: Rows::one(file_range.clone()) };
+    let Some(Shard { rank, world_size, dim: Some(dim) }) = shard else { return Ok(whole()) };
+    let Some(&len) = shape.get(dim) else { return Ok(whole()) };
+    let (start, end) = (portion(len, rank, world_size), portion(len, rank + 1, world_size));
+    let product = |dims: &[u64]| dims.iter().product::<u64>();
+    let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
+    let mut own = shape.clone();
+    own[dim] = end - start;
+    // A whole tensor fits into 64 bits, so its parts do.
+    let bytes = |elements: u64| in_bytes(*dtype, elements);
+    let place = (bytes(start * inner), bytes(end * inner), bytes(len * inner));
+    let (Some(from), Some(to), Some(stride_bytes)) = place else {
+        return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} cuts through blocks of {dtype}"));
+    };
+    let first = file_range.start + from..file_range.start + to;
+    let rows = if outer == 1 || from == to {
+        Rows::one(first)
+    } else if to - from == stride_bytes {
+        Rows::one(file_range.clone())
+    } else {
+        Rows { first, stride_bytes, count: outer }
+    };
+    Ok(Part { shape: own, rows })
+}
+
+/// The bytes of so many elements; `None` where they end within a block.
+fn in_bytes(dtype: DType, elements: u64) -> Option<u64> {
+    let (block_elements, block_bytes) = dtype.block();
+    elements.is_multiple_of(block_elements).then(|| elements / block_elements * block_bytes)
+}
+
+/// Joins sorted ranges that are close to each other, and takes them out to whole blocks. Empty ones need no reading.
+fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment: u64, class: usize, into: &mut Vec<Span>) {
+    let first = into.len();
+    for range in ranges.filter(|range| !range.is_empty()) {
+        let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
+        match into.get_mut(first..).and_then(<[_]>::last_mut) {
+            // Rows of one tensor begin before the last of another ends, where these overlap: never, as tensors do not.
+            Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) => last.range.end = last.range.end.max(end),
+            _ => into.push(Span { file: 0, range: start..end, class }),
+        }
+    }
+}
+
+/// Spans for [`crate::Layout::Tensors`]: each holds whole tensors and is no longer than `most_bytes`, unless a single tensor is.
+pub(crate) fn by_tensors(selected: &Selected, map: &TensorMap, file_bytes: u64, alignment: u64, most_bytes: u64) -> Vec<Span> {
+    let mut spans: Vec<Span> = Vec::new();
+    let mut add = |range: Range<u64>, class: usize| {
+        if range.is_empty() {
+            return;
+        }
+        let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
+        match spans.last_mut().filter(|last| last.class == class && last.range.start <= start) {
+            Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) && end - last.range.start <= most_bytes => {
+                last.range.end = last.range.end.max(end);
+            }
+            _ => spans.push(Span { file: 0, range: start..end, class }),
+        }
+    };
+    match &selected.tensors {
+        Some(chosen) => chosen.list().iter().for_each(|chosen| add(chosen.part.rows.hull(), chosen.class)),
+        None => map.iter().for_each(|tensor| add(tensor.file_range.clone(), 0)),
+    }
+    spans
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::safetensors;
+    use proptest::prelude::*;
+
+    const BLOCK: u64 = 4096;
+
+    /// Tensors of BF16 one after the other, `a`, `b`, …, and the length of their file.
+    fn model(shapes: &[&[u64]]) -> (TensorMap, u64) {
+        let (mut json, mut at) = (String::from("{"), 0);
+        for (index, shape) in shapes.iter().enumerate() {
+            let end = at + 2 * shape.iter().product::<u64>();
+            let name = char::from(b'a' + u8::try_from(index).unwrap());
+            let comma = if index == 0 { "" } else { "," };
+            json += &format!(r#"{comma}"{name}":{{"dtype":"BF16","shape":{shape:?},"data_offsets":[{at},{end}]}}"#);
+            at = end;
+        }
+        json.push('}');
+        let bytes = 8 + json.len() as u64 + at;
+        (safetensors::parse(json.as_bytes(), bytes).unwrap(), bytes)
+    }
+
+    fn tensors(patterns: &[&str]) -> Select {
+        Select { tensors: Some(patterns.iter().map(|&pattern| pattern.to_owned()).collect()), ..Select::default() }
+    }
+
+    fn ranges(selected: &Selected) -> Vec<(Range<u64>, usize)> {
+        selected.spans.iter().map(|span| (span.range.clone(), span.class)).collect()
+    }
+
+    #[test]
+    fn what_is_wanted_is_read_with_its_blocks_and_what_is_between() {
+        let (map, bytes) = model(&[&[100], &[1 << 20], &[100], &[100]]);
+        let at = |name: &str| map.get(name).unwrap().file_range.clone();
+        let mut selector = tensors(&["a", "d"]).check().unwrap();
+        let selected = selector.of_file(Some(&map), bytes, BLOCK).unwrap();
+        let d = at("d").start / BLOCK * BLOCK..bytes;
+        assert_eq!(ranges(&selected), [(0..BLOCK, 0), (d, 1)]);
+        assert_eq!(selected.wanted_bytes, 400);
+        selector.all_met().unwrap();
+        let mut together = tensors(&["[ac]", "{a,c}"]).check().unwrap();
+        let selected = together.of_file(Some(&map), bytes, BLOCK).unwrap();
+        // Not in one go: a MiB is between them.
+        assert_eq!(ranges(&selected).len(), 2);
+        assert!(matches!(together.all_met(), Err(Error::NoSuchTensor(missed)) if missed == "[ac]"));
+        let close = tensors(&["{c,d}"]).check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+        assert_eq!(ranges(&close), [(at("c").start / BLOCK * BLOCK..bytes, 0)]);
+    }
+
+    #[test]
+    fn what_is_asked_for_first_comes_first() {
+        let (map, bytes) = model(&[&[1 << 20], &[1 << 20], &[1 << 20]]);
+        let selected = tensors(&["c", "*"]).check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+        let order: Vec<_> =
+            selected.tensors.as_ref().unwrap().list().iter().map(|chosen| (chosen.position, chosen.class)).collect();
+        assert_eq!(order, [(2, 0), (0, 1), (1, 1)]);
+        let starts: Vec<_> = ranges(&selected).iter().map(|(range, class)| (range.start > 0, *class)).collect();
+        assert_eq!(starts, [(true, 0), (false, 1)]);
+    }
+
+    #[test]
+    fn ranks_have_all_of_a_tensor_between_them() {
+        let (map, bytes) = model(&[&[7, 6], &[5]]);
+        for dim in [0, 1, 2] {
+            let mut seen = Vec::new();
+            for rank in 0..4 {
+                let select = Select { shard: Some(Shard { rank, world_size: 4, dim: Some(dim) }), ..Select::default() };
+                let selected = select.check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+                let a = &selected.tensors.as_ref().unwrap().list()[0];
+                assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<u64>());
+                seen.extend(a.part.rows.iter().flatten());
+                // A tensor of fewer dimensions is everybody's.
+                let b = &selected.tensors.as_ref().unwrap().list()[1];
+                assert!(dim == 0 || b.part.shape == [5]);
+            }
+            seen.sort_unstable();
+            let all = map.get("a").unwrap().file_range.clone();
+            if dim < 2 {
+                assert!(seen.iter().copied().eq(all), "each byte once: {dim}");
+            } else {
+                assert_eq!(seen.len(), 4 * 84);
+            }
+        }
+        let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
+        let selected = whole.check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+        assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "all of it is in one place");
+    }
+
+    #[test]
+    fn a_part_never_cuts_through_a_block_of_a_quantized_type() {
+        let tensor =
+            |shape: &[u64]| TensorInfo { name: "q".into(), dtype: DType::Q4_0, shape: shape.to_vec(), file_range: 0..72 };
+        let part = |shape: &[u64], dim| part_of(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
+        assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::one(36..72));
+        assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
+        assert!(part(&[4, 32], 1).unwrap_err().contains("blocks of Q4_0"));
+    }
+
+    #[test]
+    fn files_are_cut_at_blocks() {
+        let mut at = 0;
+        for rank in 0..3 {
+            let select = Select { shard: Some(Shard { rank, world_size: 3, dim: None }), ..Select::default() };
+            let selected = select.check().unwrap().of_file(None, 100_001, BLOCK).unwrap();
+            let span = &selected.spans[0].range;
+            assert_eq!((span.start, span.start % BLOCK), (at, 0));
+            assert_eq!(selected.wanted_bytes, span.end - span.start);
+            at = span.end;
+        }
+        assert_eq!(at, 100_001);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        let shard = |rank, world_size, dim| Some(Shard { rank, world_size, dim });
+        let says = |select: Select| select.check().unwrap_err().to_string();
+        assert!(says(Select { shard: shard(2, 2, None), ..Select::default() }).contains("no rank 2 of 2"));
+        assert!(says(Select { shard: shard(0, 0, None), ..Select::default() }).contains("no rank 0 of 0"));
+        assert!(says(Select { shard: shard(0, 2, None), ..tensors(&["a"]) }).contains("needs the dimension"));
+        assert!(says(Select { range: Some(0..1), ..tensors(&["a"]) }).contains("together"));
+        assert!(says(Select { range: Some(1..1), ..Select::default() }).contains("empty range"));
+        assert!(says(tensors(&[])).contains("empty list"));
+        assert!(says(tensors(&["{"])).contains("no pattern"));
+        let mut range = Select { range: Some(5..9), ..Select::default() }.check().unwrap();
+        assert!(range.of_file(None, 8, BLOCK).unwrap_err().contains("it has 8"));
+        assert!(tensors(&["a"]).check().unwrap().of_file(None, 8, BLOCK).unwrap_err().contains("no tensors"));
+    }
+
+    proptest! {
+        #[test]
+        fn spans_hold_every_wanted_byte_once_per_class_in_blocks(
+            lens in proptest::collection::vec(0u64..300_000, 1..20),
+            picks in proptest::collection::vec(0usize..20, 1..6),
+            rank in 0u32..3,
+            dim in proptest::option::of(0usize..2),
+        ) {
+            let shapes: Vec<Vec<u64>> = lens.iter().map(|&len| vec![len / 7, 7]).collect();
+            let shapes: Vec<&[u64]> = shapes.iter().map(Vec::as_slice).collect();
+            let (map, bytes) = model(&shapes);
+            let names: Vec<String> = picks.iter().map(|pick| char::from(b'a' + u8::try_from(pick % lens.len()).unwrap()).to_string()).collect();
+            let shard = dim.map(|dim| Shard { rank, world_size: 3, dim: Some(dim) });
+            let select = Select { tensors: Some(names), shard, range: None };
+            let selected = select.check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+            for pair in selected.spans.windows(2) {
+                prop_assert!(pair[0].class < pair[1].class || pair[0].range.end < pair[1].range.start);
+            }
+            for span in &selected.spans {
+                prop_assert!(span.range.start % BLOCK == 0 && (span.range.end % BLOCK == 0 || span.range.end == bytes));
+                prop_assert!(span.range.end <= bytes && !span.range.is_empty());
+            }
+            for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
+                prop_assert_eq!(selected.tensors.as_ref().unwrap().at(chosen.position), Some(chosen));
+                let held = |row: &Range<u64>| selected.spans.iter().any(|span| span.class == chosen.class && span.range.start <= row.start && row.end <= span.range.end);
+                prop_assert!(chosen.part.rows.iter().all(|row| row.is_empty() || held(&row)));
+            }
+            let most = 1 << 17;
+            let apart = by_tensors(&selected, &map, bytes, BLOCK, most);
+            let hulls = || selected.tensors.iter().flat_map(|tensors| tensors.list()).map(|chosen| chosen.part.rows.hull()).filter(|hull| !hull.is_empty());
+            let out = |hull: &Range<u64>| hull.start / BLOCK * BLOCK..hull.end.next_multiple_of(BLOCK).min(bytes);
+            for span in &apart {
+                let long = span.range.end - span.range.start > most;
+                prop_assert!(!long || hulls().any(|hull| out(&hull) == span.range), "longer than allowed only for one tensor");
+            }
+            for hull in hulls() {
+                prop_assert!(apart.iter().any(|span| span.range.start <= hull.start && hull.end <= span.range.end));
+            }
+        }
+    }
+}

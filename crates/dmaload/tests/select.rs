@@ -1,0 +1,366 @@
+//! Parts of models: tensors, ranges, ranks, layouts by tensors, and models of many files. Everything is compared with what an
+//! independent reader (the `safetensors` crate) or the file itself says.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::model::DType;
+use dmaload::{Error, Format, Image, ImporterLimits, Layout, Loader, LoaderBuilder, Shard};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+
+const SEGMENT: usize = 2 << 20;
+
+fn loader() -> LoaderBuilder {
+    Loader::builder().segment_bytes(SEGMENT as u64)
+}
+
+/// A model of these BF16 tensors, with random bytes.
+fn model(path: &Path, tensors: &[(&str, &[usize])]) -> PathBuf {
+    let bytes: Vec<_> =
+        tensors.iter().zip(1..).map(|((_, shape), seed)| random_bytes(2 * shape.iter().product::<usize>(), seed)).collect();
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape), bytes)| (name.to_string(), TensorView::new(Dtype::BF16, shape.to_vec(), bytes).unwrap()));
+    let all = serialize(views.collect::<Vec<_>>(), None).unwrap();
+    file(path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap(), &all)
+}
+
+/// Layers of a large and two small tensors each, and one that is larger than a segment.
+fn layers(folder: &Path) -> PathBuf {
+    let names: Vec<_> = (0..4).flat_map(|layer| ["q", "k", "norm"].map(|name| format!("layers.{layer}.{name}"))).collect();
+    let shapes: [&[usize]; 3] = [&[512, 600], &[100, 30], &[77]];
+    let mut tensors: Vec<(&str, &[usize])> = names.iter().map(String::as_str).zip(shapes.iter().copied().cycle()).collect();
+    tensors.push(("embed", &[2000, 800]));
+    model(&folder.join("model.safetensors"), &tensors)
+}
+
+fn assert_tensors(image: &Image, path: &Path, what: &str) {
+    let bytes = fs::read(path).unwrap();
+    let theirs = SafeTensors::deserialize(&bytes).unwrap();
+    for tensor in image.tensors() {
+        let view = theirs.tensor(tensor.name()).unwrap();
+        assert_same(&tensor.bytes().unwrap(), view.data(), &format!("{what}: {}", tensor.name()));
+        let shape: Vec<u64> = view.shape().iter().map(|&dim| dim as u64).collect();
+        assert_eq!(tensor.shape(), shape);
+    }
+}
+
+#[tokio::test]
+async fn chosen_tensors_are_there_and_nothing_else_is_read() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let file_bytes = fs::metadata(&path).unwrap().len();
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let options = loader.options().tensors(["layers.{1..2}.*", "embed"]);
+        let image = loader.load_with([&path], options).await.unwrap();
+        assert_eq!(image.tensors().count(), 7, "{route}");
+        assert_tensors(&image, &path, &route.to_string());
+        let report = image.report();
+        let wanted = 2 * (2 * (512 * 600 + 100 * 30 + 77) + 2000 * 800);
+        assert_eq!(report.wanted_bytes, wanted);
+        assert!(report.bytes >= wanted && report.bytes < file_bytes - 1_000_000, "{} of {file_bytes}", report.bytes);
+        let read: u64 = image.segments().iter().map(|segment| segment.len() as u64).sum();
+        assert_eq!(read, report.bytes, "the report counts what was read");
+        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else { panic!("it was not asked for") };
+        assert_eq!(range.end - range.start, 2 * 512 * 600);
+        assert!(matches!(image.tensor("missing"), Err(Error::NoSuchTensor(_))));
+        assert!(matches!(image.files()[0].bytes(), Err(Error::NotLoaded { .. })));
+        loader.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_pattern_that_means_nothing_is_an_error_and_so_is_verifying_a_part() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let loader = loader().build().unwrap();
+    let missed = loader.load_with([&path], loader.options().tensors(["embed", "layers.9.*"])).await.unwrap_err();
+    assert!(matches!(&missed, Error::NoSuchTensor(pattern) if pattern == "layers.9.*"), "{missed}");
+    let raw = file(folder.path(), "raw", &random_bytes(100_000, 1));
+    let error = loader.load_with([&raw], loader.options().tensors(["*"])).await.unwrap_err();
+    assert!(matches!(error, Error::Selection { .. }), "{error}");
+    let beyond = loader.load_with([&raw], loader.options().range(5..100_001)).await.unwrap_err();
+    assert!(beyond.to_string().contains("it has 100000"), "{beyond}");
+}
+
+#[tokio::test]
+async fn tensors_come_as_they_are_complete_in_file_order_or_the_order_asked_for() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let loader = loader().build().unwrap();
+    let by_file: Vec<String> = loader.load(&path).await.unwrap().tensors().map(|tensor| tensor.name().to_owned()).collect();
+    let bytes = fs::read(&path).unwrap();
+    let theirs = SafeTensors::deserialize(&bytes).unwrap();
+    for patterns in [&["*"][..], &["layers.3.*", "embed", "*.norm", "*"]] {
+        let mut tensors = loader.stream_with([&path], loader.options().tensors(patterns.iter().copied())).tensors();
+        let mut names = Vec::new();
+        while let Some(tensor) = tensors.next().await {
+            let tensor = tensor.unwrap();
+            assert_same(&tensor.bytes().unwrap(), theirs.tensor(tensor.name()).unwrap().data(), tensor.name());
+            names.push(tensor.name().to_owned());
+        }
+        let first = names.first().unwrap().as_str();
+        assert!(tensors.report().is_some());
+        let mut all = names.clone();
+        if patterns.len() > 1 {
+            assert!(first.starts_with("layers.3."), "{names:?}");
+            assert_eq!(names.iter().position(|name| name == "embed"), Some(3), "{names:?}");
+            all.sort_by_key(|name| by_file.iter().position(|other| other == name));
+        }
+        assert_eq!(all, by_file, "each once");
+    }
+    // Of a load that keeps them, the image is there in the end; and tensors come before the load is over.
+    let mut tensors = loader.load(&path).tensors();
+    assert_eq!(tensors.next().await.unwrap().unwrap().name(), by_file[0]);
+    let image = tensors.finish().await.unwrap().unwrap();
+    assert_tensors(&image, &path, "kept");
+}
+
+#[tokio::test]
+async fn files_without_bytes_to_read_and_small_ones_have_their_tensors_in_the_stream() {
+    let folder = folder();
+    let small = model(&folder.path().join("small.safetensors"), &[("a", &[3]), ("empty", &[0, 4])]);
+    let large = layers(folder.path());
+    let loader = loader().build().unwrap();
+    for (options, expected) in
+        [(loader.options(), 15), (loader.options().tensors(["empty"]), 1), (loader.options().tensors(["a", "empty", "embed"]), 3)]
+    {
+        let mut tensors = loader.stream_with([&small, &large], options).tensors();
+        let mut count = 0;
+        while let Some(tensor) = tensors.next().await {
+            let tensor = tensor.unwrap();
+            assert_eq!(tensor.bytes().unwrap().len() as u64, 2 * tensor.shape().iter().product::<u64>());
+            count += 1;
+        }
+        assert_eq!(count, expected);
+    }
+}
+
+#[tokio::test]
+async fn ranks_have_the_model_between_them() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let bytes = fs::read(&path).unwrap();
+    let theirs = SafeTensors::deserialize(&bytes).unwrap();
+    let loader = loader().build().unwrap();
+    for dim in [0, 1] {
+        let mut parts: HashMap<String, Vec<Vec<u8>>> = HashMap::new();
+        for rank in 0..3 {
+            let options = loader.options().tensors(["layers.0.*", "embed"]).shard(Shard { rank, world_size: 3, dim: Some(dim) });
+            let image = loader.load_with([&path], options).await.unwrap();
+            assert!(image.report().notes.iter().any(|note| note.contains(&format!("part {rank} of 3"))));
+            for tensor in image.tensors() {
+                let copy = tensor.to_vec().unwrap();
+                match tensor.bytes() {
+                    Ok(bytes) => assert_same(&bytes, &copy, tensor.name()),
+                    Err(Error::Apart { rows, .. }) => assert!(dim == 1 && rows == tensor.shape()[0], "{}", tensor.name()),
+                    Err(error) => panic!("{error}"),
+                }
+                let by_parts: usize = tensor.parts().iter().map(|part| part.len).sum();
+                assert_eq!(by_parts, copy.len());
+                parts.entry(tensor.name().to_owned()).or_default().push(copy);
+            }
+        }
+        for (name, parts) in parts {
+            let view = theirs.tensor(&name).unwrap();
+            if view.shape().len() <= dim {
+                parts.iter().for_each(|bytes| assert_same(bytes, view.data(), &name));
+                continue;
+            }
+            let rows: usize = view.shape()[..dim].iter().product();
+            let mut joined = Vec::new();
+            for row in 0..rows {
+                for bytes in &parts {
+                    let len = bytes.len() / rows;
+                    joined.extend_from_slice(&bytes[row * len..(row + 1) * len]);
+                }
+            }
+            assert_same(&joined, view.data(), &name);
+        }
+    }
+}
+
+#[tokio::test]
+async fn ranges_and_even_parts_of_files_are_the_files_bytes() {
+    let folder = folder();
+    let bytes = random_bytes(3 * SEGMENT + 777, 9);
+    let path = file(folder.path(), "raw", &bytes);
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let mut joined = Vec::new();
+        for rank in 0..5 {
+            let options = loader.options().shard(Shard { rank, world_size: 5, dim: None });
+            let image = loader.load_with([&path], options).await.unwrap();
+            image.segments().iter().for_each(|segment| joined.extend_from_slice(&segment.bytes().unwrap()));
+        }
+        assert_same(&joined, &bytes, &route.to_string());
+        for range in [0..1, 4095..4097, SEGMENT - 5..2 * SEGMENT + 5, bytes.len() - 1..bytes.len()] {
+            let wanted = range.start as u64..range.end as u64;
+            let image = loader.load_with([&path], loader.options().range(wanted.clone())).await.unwrap();
+            let held = image.segments()[0].file_range().start..image.segments().last().unwrap().file_range().end;
+            assert!(held.start <= wanted.start && wanted.end <= held.end && held.start % 4096 == 0);
+            for segment in image.segments() {
+                let at = segment.file_range();
+                let at = usize::try_from(at.start).unwrap()..usize::try_from(at.end).unwrap();
+                assert_same(&segment.bytes().unwrap(), &bytes[at], &route.to_string());
+            }
+            assert_eq!(image.report().wanted_bytes, wanted.end - wanted.start);
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn cut_between_tensors_each_is_in_one_segment_unless_it_is_larger() {
+    let folder = folder();
+    let path = layers(folder.path());
+    for route in ROUTES {
+        let loader = loader().route(route).layout(Layout::Tensors).build().unwrap();
+        let image = loader.load(&path).await.unwrap();
+        assert_tensors(&image, &path, &route.to_string());
+        let straddlers: Vec<_> = image.tensors().filter(|tensor| tensor.parts().len() > 1).map(|t| t.name().to_owned()).collect();
+        assert_eq!(straddlers, ["embed"], "3.2 MB can't be in 2 MiB");
+        loader.shutdown().await.unwrap();
+    }
+    let loader = Loader::builder().layout(Layout::Tensors).build().unwrap();
+    let image = loader.load(&path).await.unwrap();
+    assert!(image.tensors().all(|tensor| tensor.parts().len() == 1));
+}
+
+#[tokio::test]
+async fn an_importer_gets_what_it_can_map_or_is_told_why_not() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let loader = Loader::builder().build().unwrap();
+    let limits = |max_segment_bytes, max_segments| ImporterLimits { max_segment_bytes, max_segments };
+    let options = loader.options().layout(Layout::Tensors).importer(limits(4 << 20, 8));
+    let image = loader.load_with([&path], options.clone()).await.unwrap();
+    assert!(image.segments().iter().all(|segment| segment.memory_bytes() <= 4 << 20));
+    assert!(image.tensors().all(|tensor| tensor.parts().len() == 1));
+    assert_tensors(&image, &path, "limited");
+    let error = loader.load_with([&path], options.importer(limits(4 << 20, 1))).await.unwrap_err();
+    assert!(matches!(error, Error::Importer { max_segments: 1, .. }), "{error}");
+    let single = loader.options().layout(Layout::Single).importer(limits(4 << 20, 8));
+    let error = loader.load_with([&path], single).await.unwrap_err();
+    assert!(matches!(error, Error::Importer { segments: 1, .. }), "{error}");
+}
+
+/// A model of two files, the second behind a symbolic link, and its index.
+fn folder_of_two(folder: &Path) -> Vec<PathBuf> {
+    let blobs = folder.join("blobs");
+    let snapshot = folder.join("snapshot");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::create_dir_all(&snapshot).unwrap();
+    let first = model(&snapshot.join("model-00001-of-00002.safetensors"), &[("a", &[900_000]), ("b", &[10])]);
+    model(&blobs.join("0123"), &[("c", &[700_001])]);
+    let second = snapshot.join("model-00002-of-00002.safetensors");
+    std::os::unix::fs::symlink("../blobs/0123", &second).unwrap();
+    let index = r#"{"metadata":{"total_size":1},"weight_map":{"a":"model-00001-of-00002.safetensors","c":"model-00002-of-00002.safetensors","b":"model-00001-of-00002.safetensors"}}"#;
+    fs::write(snapshot.join("model.safetensors.index.json"), index).unwrap();
+    vec![first, second]
+}
+
+#[tokio::test]
+async fn a_folder_of_a_model_hub_is_one_model() {
+    let folder = folder();
+    let files = folder_of_two(folder.path());
+    let snapshot = folder.path().join("snapshot");
+    let loader = loader().build().unwrap();
+    for asked in [snapshot.clone(), snapshot.join("model.safetensors.index.json")] {
+        let image = loader.load(asked).await.unwrap();
+        let paths: Vec<_> = image.files().iter().map(|file| file.path().to_owned()).collect();
+        assert_eq!(paths, files);
+        for (file, path) in image.files().iter().zip(&files) {
+            assert_same(&file.bytes().unwrap(), &fs::read(path).unwrap(), "whole");
+        }
+        assert_eq!(image.tensor("c").unwrap().shape(), [700_001]);
+    }
+    // What is asked for first comes first, of whatever file it is.
+    let mut tensors = loader.stream_with([&snapshot], loader.options().tensors(["c", "b"])).tensors();
+    assert_eq!(tensors.next().await.unwrap().unwrap().name(), "c");
+    assert_eq!(tensors.next().await.unwrap().unwrap().name(), "b");
+    assert!(tensors.next().await.is_none());
+}
+
+#[tokio::test]
+async fn an_index_that_says_something_else_than_the_files_is_an_error() {
+    let folder = folder();
+    folder_of_two(folder.path());
+    let snapshot = folder.path().join("snapshot");
+    // Large files are compared when they are planned, small ones, which share memory, when they are read.
+    for loader in [loader().build().unwrap(), Loader::builder().build().unwrap()] {
+        let index = |weights: &str| {
+            fs::write(snapshot.join("model.safetensors.index.json"), format!(r#"{{"weight_map":{weights}}}"#)).unwrap();
+        };
+        index(r#"{"zzz":"model-00001-of-00002.safetensors"}"#);
+        let error = loader.load(&snapshot).await.unwrap_err();
+        assert!(error.to_string().contains("\"zzz\" is in this file"), "{error}");
+        index(r#"{"a":"../../etc/passwd"}"#);
+        let error = loader.load(&snapshot).await.unwrap_err();
+        assert!(error.to_string().contains("not within its folder"), "{error}");
+        index(r#"{"a":"missing.safetensors"}"#);
+        let error = loader.load(&snapshot).await.unwrap_err();
+        assert!(matches!(&error, Error::File { path, .. } if path.ends_with("missing.safetensors")), "{error}");
+    }
+    let empty = folder.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let error = loader().build().unwrap().load(&empty).await.unwrap_err();
+    assert!(matches!(error, Error::NoModel { .. }), "{error}");
+}
+
+/// A GGUF file of a Q8_0 and an F32 tensor; and the bytes of each.
+fn gguf(path: &Path, blocks: usize) -> [Vec<u8>; 2] {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+    let data = [random_bytes(34 * blocks, 1), random_bytes(400, 2)];
+    let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &2u64.to_le_bytes(), &1u64.to_le_bytes()].concat();
+    bytes.extend([text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat());
+    let second = data[0].len().next_multiple_of(32) as u64;
+    for (name, dim, kind, offset) in [("q", 32 * blocks as u64, 8u32, 0), ("n", 100, 0, second)] {
+        bytes.extend([text(name), 1u32.to_le_bytes().to_vec(), dim.to_le_bytes().to_vec()].concat());
+        bytes.extend([&kind.to_le_bytes()[..], &offset.to_le_bytes()].concat());
+    }
+    for part in &data {
+        bytes.resize(bytes.len().next_multiple_of(32), 0);
+        bytes.extend(part);
+    }
+    file(path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap(), &bytes);
+    data
+}
+
+#[tokio::test]
+async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
+    let folder = folder();
+    let loader = loader().build().unwrap();
+    // Large, and small enough to share memory with others.
+    for blocks in [200_000, 100] {
+        let parts = [1, 2].map(|part| folder.path().join(format!("m{blocks}-0000{part}-of-00002.gguf")));
+        let data = gguf(&parts[0], blocks);
+        gguf(&parts[1], blocks);
+        let image = loader.load(&parts[0]).await.unwrap();
+        assert_eq!(image.files().len(), 2, "the other part comes along");
+        let q = image.tensor("q").unwrap();
+        assert_eq!((q.dtype(), q.shape()), (DType::Q8_0, &[32 * blocks as u64][..]));
+        assert_same(&q.bytes().unwrap(), &data[0], "q");
+        assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
+        let map = image.files()[0].tensor_map().unwrap();
+        assert_eq!(map.gguf().unwrap().get("general.architecture").unwrap().to_string(), "llama");
+        let n = loader.load_with([&parts[0], &parts[1]], loader.options().tensors(["n"])).await.unwrap();
+        assert_same(&n.tensor("n").unwrap().bytes().unwrap(), &data[1], "n alone");
+        let half = loader.options().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
+        let half = loader.load_with([&parts[0]], half).await.unwrap();
+        assert_same(&half.tensor("q").unwrap().bytes().unwrap(), &data[0][34 * (blocks / 2)..], "half of q");
+        let raw = loader.load_with([&parts[0]], loader.options().format(Format::Raw)).await.unwrap();
+        assert_eq!((raw.files().len(), raw.tensors().count()), (1, 0));
+    }
+    let broken = file(folder.path(), "broken.gguf", b"GGML0000000000000");
+    let error = loader.load(&broken).await.unwrap_err();
+    assert!(error.to_string().contains("does not begin with \"GGUF\""), "{error}");
+}
