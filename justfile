@@ -20,6 +20,10 @@ real-model:
     cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
     DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" cargo test -p dmaload --test real_model -- --nocapture
 
+# GGUF files as the format's own Python package writes and reads them, beside what dmaload makes of them.
+gguf:
+    .ci/gguf
+
 # The seeded simulator, 50,000 worlds or as many as asked for; a failure prints its seed: `just simulate --seeds 1000000`, `just simulate --seed 17`.
 simulate *ARGS:
     .ci/simulate {{ARGS}}

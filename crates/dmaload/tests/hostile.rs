@@ -20,6 +20,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use dmaload::Loader;
+use dmaload::model::gguf::{self, Parsed};
+use dmaload::model::index::Index;
 use dmaload::model::safetensors::{Sniff, parse, sniff};
 use dmaload::verify::Manifest;
 use safetensors::SafeTensors;
@@ -267,13 +269,62 @@ fn damaged_manifests_cost_little_and_what_is_accepted_is_written_back_the_same()
     });
 }
 
+#[test]
+fn damaged_gguf_headers_cost_little_and_never_leave_the_file() {
+    for_each_input("gguf", |file| {
+        let length = file.len() as u64;
+        let (parsed, memory, time) = measured(|| gguf::parse(file, length));
+        assert_bounded(file.len(), memory, time);
+        let map = match parsed {
+            Ok(Parsed::Complete(map)) => map,
+            Ok(Parsed::More { bytes }) => panic!("all of it was shown, and {bytes} of {length} are needed"),
+            Err(error) => {
+                assert!(!error.to_string().is_empty());
+                return false;
+            }
+        };
+        let mut end = map.header_bytes();
+        for tensor in map.iter() {
+            let (elements, bytes) = tensor.dtype.block();
+            assert_eq!(tensor.shape.iter().product::<u64>() / elements * bytes, tensor.file_range.end - tensor.file_range.start);
+            assert!(tensor.file_range.start >= end && tensor.file_range.end <= length, "{tensor:?}");
+            end = tensor.file_range.end;
+        }
+        let (told, memory, time) =
+            measured(|| map.gguf().unwrap().iter().map(|(key, value)| format!("{key}{value}").len()).sum::<usize>());
+        assert_bounded(file.len() + told, memory, time);
+        true
+    });
+}
+
+#[test]
+fn damaged_indices_cost_little_and_name_no_file_outside_of_their_folder() {
+    for_each_input("index", |json| {
+        let (index, memory, time) = measured(|| Index::parse(json));
+        assert_bounded(json.len(), memory, time);
+        let Ok(index) = index else { return false };
+        for name in index.files() {
+            let folder = Path::new("/folder");
+            let inside = folder.join(name).components().all(|part| part != std::path::Component::ParentDir);
+            assert!(inside && folder.join(name).starts_with(folder), "{name:?}");
+        }
+        true
+    });
+}
+
 /// The whole way, from a file: an error, or the file's bytes.
 #[test]
 fn damaged_files_are_loaded_as_they_are_or_refused() {
+    for (kind, names) in [("safetensors", ["model.safetensors", "model.bin"]), ("gguf", ["model.gguf", "model"])] {
+        load_damaged(kind, names);
+    }
+}
+
+fn load_damaged(kind: &str, names: [&str; 2]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let folder = common::folder();
     let loader = Loader::builder().segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
-    let corpus = corpus("safetensors");
+    let corpus = corpus(kind);
     let mut random = Random(number("DMALOAD_SEED", 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
     let count = number("DMALOAD_INPUTS", 20_000) / 100;
     let mut accepted = 0;
@@ -283,7 +334,7 @@ fn damaged_files_are_loaded_as_they_are_or_refused() {
         if index % 10 == 0 {
             bytes.resize(bytes.len() + (1 << 20), 7);
         }
-        let name = if index % 2 == 0 { "model.safetensors" } else { "model.bin" };
+        let name = names[usize::from(index % 2 == 1)];
         let path = common::file(folder.path(), name, &bytes);
         match runtime.block_on(loader.load(&path).into_future()) {
             Ok(image) => {
@@ -298,6 +349,6 @@ fn damaged_files_are_loaded_as_they_are_or_refused() {
             Err(error) => assert!(error.to_string().contains(name), "{error}"),
         }
     }
-    println!("{count} damaged files, {accepted} of them loaded");
+    println!("{kind}: {count} damaged files, {accepted} of them loaded");
     assert!(accepted > 0 && accepted < count);
 }
