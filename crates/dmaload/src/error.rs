@@ -165,6 +165,16 @@ pub enum Error {
         /// What sets the limit.
         limit: String,
     },
+    /// The load needs more memory at once than its loader may have ([`crate::LoaderBuilder::memory_limit_bytes`]).
+    #[error("{wanted_bytes} bytes have to be in memory at once ({why}), but the loader's limit is {limit_bytes}: {} too many", .wanted_bytes - .limit_bytes)]
+    OverLimit {
+        /// What it would need.
+        wanted_bytes: u64,
+        /// What the loader may have.
+        limit_bytes: u64,
+        /// What needs it.
+        why: &'static str,
+    },
     /// The model's header is wrong.
     #[error("{}: {fault}", .path.display())]
     Model {
@@ -338,6 +348,7 @@ impl Error {
                 "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other processes can map"
             }
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
+            Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
             Error::Model { .. } => "the file is damaged or was cut off; --format raw loads it as plain bytes",
             _ => return None,
         };

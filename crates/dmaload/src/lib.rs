@@ -15,7 +15,9 @@
 //! Linux only. io_uring, `O_DIRECT` and huge pages are used where they can be had; each is done without where the kernel
 //! refuses it, never silently.
 
+mod budget;
 mod busy;
+mod charge;
 mod engine;
 mod error;
 mod glob;
@@ -63,5 +65,5 @@ pub use report::{FileReport, Report};
 pub use route::{Attempt, Fallback, Route};
 pub use segment::{Segment, SegmentAccess};
 pub use select::Shard;
-pub use settings::{Cache, Format, ImporterLimits, LoadOptions};
+pub use settings::{Cache, Format, ImporterLimits, LoadOptions, Priority};
 pub use trace::{TraceEvent, TraceKind};

@@ -87,6 +87,12 @@ impl Loader {
         self.guard.trim_pool(keep_bytes)
     }
 
+    /// How much memory segments have now: those that are being filled, those that are not dropped, or not freed yet, and what the
+    /// pool keeps. What [`LoaderBuilder::memory_limit_bytes`] limits.
+    pub fn memory_bytes(&self) -> u64 {
+        self.guard.memory_bytes()
+    }
+
     /// How much memory the pool keeps now.
     pub fn pooled_bytes(&self) -> u64 {
         self.guard.pooled_bytes()
@@ -154,6 +160,18 @@ impl LoaderBuilder {
     /// takes it from the pool before it fails. Default: 0, nothing is kept.
     pub fn pool_bytes(mut self, bytes: u64) -> Self {
         self.settings.pool_bytes = bytes;
+        self
+    }
+
+    /// The most memory that segments may have, over all loads: those that are being filled, those whose consumers have not dropped
+    /// them, and what the pool keeps. A consumer that drops what it has used can so stream a model larger than memory.
+    ///
+    /// A load begins when there is room for its largest segment, or, where all of it will be in memory ([`Loader::load`]), for all of
+    /// it; until then it waits, in the order they came. One that could never begin fails with [`crate::Error::OverLimit`]. A consumer
+    /// that keeps what it was given holds up its own load, and no other. Segments whose size is left open are small enough for as
+    /// many loads as may be open at once ([`Self::max_open_loads`]): a hundredth of the limit, more or less. Default: no limit.
+    pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
+        self.settings.memory_limit_bytes = bytes;
         self
     }
 

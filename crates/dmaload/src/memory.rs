@@ -3,15 +3,16 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memory};
 
+use crate::charge::Ledger;
 use crate::heap::Heap;
 use crate::lent::Lent;
 use crate::reaper::{Holding, Reaper};
-use crate::ring::Buffer;
+use crate::ring::{Buffer, LoadId};
 
 /// Mapped memory with its owner. Dropping it leaves the unmapping to the reaper thread.
 #[derive(Debug)]
@@ -75,6 +76,13 @@ impl Backing {
     pub(crate) fn allow_fork(&self) {
         if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.is_private()) {
             let _ = holding.mapping.allow_fork();
+        }
+    }
+
+    /// A load has taken so much of its loader's memory for a part of it.
+    pub(crate) fn charge(&self, ledger: &Weak<dyn Ledger>, load: LoadId, bytes: u64) {
+        if let Some(holding) = &self.holding {
+            holding.charge.add(ledger, load, bytes);
         }
     }
 

@@ -16,6 +16,8 @@ use std::time::Duration;
 
 use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
+use crate::charge::Charge;
+
 /// Mapped memory on its way to be freed, or not yet.
 #[derive(Debug)]
 pub(crate) struct Holding {
@@ -26,11 +28,20 @@ pub(crate) struct Holding {
     /// Whether it may be used again: complete, and no descriptor of it was handed out.
     pub(crate) reusable: AtomicBool,
     next: Option<Box<Holding>>,
+    /// The last field: it is given back when all else is freed.
+    pub(crate) charge: Charge,
 }
 
 impl Holding {
     pub(crate) fn new(mapping: Mapping, memory: Memory) -> Box<Self> {
-        Box::new(Holding { mapping, memory, exported: OnceLock::new(), reusable: AtomicBool::new(false), next: None })
+        Box::new(Holding {
+            mapping,
+            memory,
+            exported: OnceLock::new(),
+            reusable: AtomicBool::new(false),
+            next: None,
+            charge: Charge::default(),
+        })
     }
 
     fn bytes(&self) -> u64 {
@@ -39,12 +50,12 @@ impl Holding {
 
     /// The same memory, mapped elsewhere; as it was where the kernel does not move it.
     pub(crate) fn moved_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
-        let Holding { mapping, memory, exported, reusable, next } = self;
+        let Holding { mapping, memory, exported, reusable, next, charge } = self;
         match mapping.move_to(range, at) {
-            Ok(mapping) => Ok(Box::new(Holding { mapping, memory, exported, reusable, next })),
+            Ok(mapping) => Ok(Box::new(Holding { mapping, memory, exported, reusable, next, charge })),
             Err(NotMoved { mapping, error }) => {
                 tracing::debug!(%error, "memory of the pool can't be used again");
-                Err(Box::new(Holding { mapping, memory, exported, reusable, next }))
+                Err(Box::new(Holding { mapping, memory, exported, reusable, next, charge }))
             }
         }
     }
@@ -171,8 +182,14 @@ impl Reaper {
     /// Takes memory that nobody uses any more: for the pool, if it may be used again and there is room or older memory to
     /// make room; else for the thread, to be unmapped and freed.
     pub(crate) fn bury(&self, holding: Box<Holding>) {
-        let mut list = self.shared.0.list();
         let bytes = holding.bytes();
+        let mut ledger = None;
+        // Before anybody can take it out again; where there is no room after all, it counts as the pool's until it is freed.
+        if holding.reusable.load(Ordering::Acquire) && bytes <= self.shared.0.list().pool_bytes {
+            ledger = holding.charge.ledger();
+            holding.charge.pool();
+        }
+        let mut list = self.shared.0.list();
         if holding.reusable.load(Ordering::Acquire) && bytes <= list.pool_bytes {
             let room = list.pool_bytes - bytes;
             list.shrink_pool(room);
@@ -182,6 +199,10 @@ impl Reaper {
         }
         drop(list);
         self.shared.0.changed.notify_one();
+        if let Some(ledger) = ledger.and_then(|ledger| ledger.upgrade()) {
+            // Whoever looked for room in the pool a moment ago did not find it.
+            ledger.unpooled(0);
+        }
     }
 
     /// How much the pool may keep; with less than it has, the oldest goes.

@@ -3,10 +3,15 @@
 //! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch each, so a large one
 //! can't starve a small one; when the batch whose turn it is does not fit into the window, nobody overtakes it,
 //! so a small one can't starve a large one either. The number of loads that are open at once is bounded; the
-//! others wait in the order they came.
+//! others wait in the order they came. Loads of a higher priority go first.
+//!
+//! Where memory is limited, a load begins when its reservation is free (see [`crate::budget`]), in the order they came; one that has
+//! its share is passed over until its consumer drops something.
 
 use std::collections::VecDeque;
 
+use crate::budget::{Budget, Taken};
+use crate::settings::Priority;
 use crate::window::Window;
 
 /// Something for a worker thread to do. `L` names a load.
@@ -20,6 +25,8 @@ pub(crate) enum Job<L> {
     Check(L, usize),
     /// All bytes of a memory are there: make it a dma-buf.
     Export(L, usize),
+    /// The load waits for so much memory that the pool has.
+    MakeRoom(L, u64),
 }
 
 /// What a batch takes until it is full: what its permit is for.
@@ -35,41 +42,64 @@ impl<L> Job<L> {
     /// The load that it is for.
     pub(crate) fn load(&self) -> &L {
         match self {
-            Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Export(load, _) => load,
+            Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Export(load, _) | Job::MakeRoom(load, _) => {
+                load
+            }
         }
     }
+}
+
+/// What a load was planned to take.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Demand {
+    /// What each batch takes, in order.
+    pub(crate) batches: Vec<Need>,
+    /// What it must be able to hold to go on.
+    pub(crate) reserved_bytes: u64,
+    pub(crate) priority: Priority,
 }
 
 #[derive(Debug)]
 struct Turn<L> {
     load: L,
-    /// What each batch takes, in order.
-    batches: Vec<Need>,
+    demand: Demand,
     next: usize,
+    /// It has its reservation.
+    admitted: bool,
+    /// Loads that came before it, and are not opened yet.
+    waits_for: Vec<L>,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Scheduler<L> {
     window: Window,
+    budget: Budget<L>,
+    /// The pool was asked for room, and has not given any yet.
+    making_room: bool,
     /// How many files may be open for batches that are not full. Counted like the window's bytes.
     files: Window,
     max_open: usize,
     open: usize,
     waiting: VecDeque<L>,
+    /// Loads that are being opened, in the order they came.
+    opening: Vec<L>,
     /// What comes before anything else: a consumer waits for it.
     urgent: VecDeque<Job<L>>,
     turns: VecDeque<Turn<L>>,
 }
 
 impl<L: Clone + PartialEq> Scheduler<L> {
-    pub(crate) fn new(window_bytes: u64, files: u64, max_open: usize) -> Self {
+    pub(crate) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize) -> Self {
         Scheduler {
             window: Window::new(window_bytes),
+            budget: Budget::new(memory_bytes),
+            making_room: false,
             files: Window::new(files),
             max_open,
             open: 0,
             waiting: VecDeque::new(),
+            opening: Vec::new(),
             urgent: VecDeque::new(),
             turns: VecDeque::new(),
         }
@@ -80,9 +110,20 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.waiting.push_back(load);
     }
 
-    /// A load was opened and planned: these are its batches.
-    pub(crate) fn opened(&mut self, load: L, batches: Vec<Need>) {
-        self.turns.push_back(Turn { load, batches, next: 0 });
+    /// A load was opened and planned.
+    pub(crate) fn opened(&mut self, load: L, demand: Demand) {
+        let came_before = self.opening.iter().position(|other| *other == load).unwrap_or(0);
+        let waits_for = self.opening.get(..came_before).unwrap_or_default().to_vec();
+        self.is_opened(&load);
+        // Those that came later and were opened sooner wait for this one.
+        let later = |turn: &Turn<L>| !turn.admitted && turn.waits_for.contains(&load);
+        let at = self.turns.iter().position(later).unwrap_or(self.turns.len());
+        self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| *other != load));
+        self.turns.insert(at, Turn { load, demand, next: 0, admitted: false, waits_for });
+    }
+
+    fn is_opened(&mut self, load: &L) {
+        self.opening.retain(|other| other != load);
     }
 
     /// All pieces of this file are full.
@@ -104,27 +145,79 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             && let Some(load) = self.waiting.pop_front()
         {
             self.open += 1;
+            self.opening.push(load.clone());
             return Some(Job::Open(load));
         }
-        while let Some(mut turn) = self.turns.pop_front() {
-            let Some(&need) = turn.batches.get(turn.next) else { continue };
-            if !self.take(need) {
-                self.turns.push_front(turn);
-                return None;
+        self.admit();
+        self.batch()
+    }
+
+    /// Lets loads begin, in order, as far as there is memory for what they reserve.
+    fn admit(&mut self) {
+        for priority in Priority::DOWN {
+            for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
+                let is_next = turn.waits_for.is_empty() || self.budget.is_unlimited();
+                turn.admitted = is_next && self.budget.admit(turn.load.clone(), turn.demand.reserved_bytes);
+                if !turn.admitted {
+                    // Nobody overtakes it.
+                    return;
+                }
             }
-            let job = Job::Allocate(turn.load.clone(), turn.next, need);
-            turn.next += 1;
-            self.turns.push_back(turn);
-            return Some(job);
         }
-        None
+    }
+
+    /// The next batch of whoever's turn it is.
+    fn batch(&mut self) -> Option<Job<L>> {
+        let mut short = None;
+        for priority in Priority::DOWN {
+            let mut at = 0;
+            while let Some(turn) = self.turns.get(at) {
+                let Some(&need) = turn.demand.batches.get(turn.next) else {
+                    if let Some(done) = self.turns.remove(at) {
+                        self.budget.close(&done.load);
+                    }
+                    continue;
+                };
+                if turn.demand.priority != priority || !turn.admitted {
+                    at += 1;
+                    continue;
+                }
+                match self.budget.take(&turn.load, need.bytes) {
+                    Taken::Yes => {}
+                    taken => {
+                        if let Taken::Pooled(bytes) = taken {
+                            short.get_or_insert_with(|| (turn.load.clone(), bytes));
+                        }
+                        at += 1;
+                        continue;
+                    }
+                }
+                let load = turn.load.clone();
+                if !self.take(need) {
+                    self.budget.give_back(&load, need.bytes);
+                    return None;
+                }
+                let mut turn = self.turns.remove(at)?;
+                let job = Job::Allocate(load, turn.next, need);
+                turn.next += 1;
+                self.turns.push_back(turn);
+                return Some(job);
+            }
+        }
+        let (load, bytes) = short.filter(|_| !self.making_room)?;
+        self.making_room = true;
+        Some(Job::MakeRoom(load, bytes))
     }
 
     /// Nobody will do this job: what was taken for it comes back.
     pub(crate) fn decline(&mut self, job: &Job<L>) {
         match job {
             Job::Open(_) => self.end(),
-            Job::Allocate(_, _, need) => self.give_back(*need),
+            Job::Allocate(load, _, need) => {
+                self.give_back(*need);
+                self.budget.give_back(load, need.bytes);
+            }
+            Job::MakeRoom(..) => self.making_room = false,
             Job::Check(..) | Job::Export(..) => {}
         }
     }
@@ -151,6 +244,33 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.waiting.retain(|other| other != load);
         self.urgent.retain(|job| job.load() != load);
         self.turns.retain(|turn| turn.load != *load);
+        self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| other != load));
+        self.is_opened(load);
+        self.budget.close(load);
+    }
+
+    /// Memory of a load is freed, and memory of the pool.
+    pub(crate) fn freed(&mut self, load: &L, held: u64, pooled: u64) {
+        self.budget.give_back(load, held);
+        self.budget.unpool(pooled);
+        self.making_room = false;
+    }
+
+    /// Memory that a load held is in the pool now.
+    pub(crate) fn pooled(&mut self, load: &L, bytes: u64) {
+        self.budget.pool(load, bytes);
+        self.making_room = false;
+    }
+
+    /// Memory of the pool is used again, by a load that has taken as much.
+    pub(crate) fn unpooled(&mut self, bytes: u64) {
+        self.budget.unpool(bytes);
+        self.making_room = false;
+    }
+
+    /// How much memory is held by anybody, and in the pool.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.budget.there()
     }
 
     /// An opened load holds no files any more.
@@ -161,7 +281,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Whether there is nothing to be done, now or later.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
-        let done = |turn: &Turn<L>| turn.next == turn.batches.len();
+        let done = |turn: &Turn<L>| turn.next == turn.demand.batches.len();
         self.waiting.is_empty() && self.urgent.is_empty() && self.turns.iter().all(done)
     }
 
@@ -184,12 +304,16 @@ mod tests {
         Need { bytes, files: 0 }
     }
 
+    fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> Demand {
+        Demand { batches: batches.iter().map(|&bytes| need(bytes)).collect(), reserved_bytes, priority }
+    }
+
     fn opened(window: u64, loads: &[(u32, &[u64])]) -> Scheduler<u32> {
-        let mut scheduler = Scheduler::new(window, 100, 8);
+        let mut scheduler = Scheduler::new(window, u64::MAX, 100, 8);
         for &(load, batches) in loads {
             scheduler.submit(load);
             assert_eq!(scheduler.next(), Some(Job::Open(load)));
-            scheduler.opened(load, batches.iter().map(|&bytes| need(bytes)).collect());
+            scheduler.opened(load, demand(batches, 0, Priority::Normal));
         }
         scheduler
     }
@@ -226,11 +350,11 @@ mod tests {
 
     #[test]
     fn no_more_files_are_open_than_may_be() {
-        let mut scheduler = Scheduler::new(100, 3, 8);
+        let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
         scheduler.submit(1);
         assert_eq!(scheduler.next(), Some(Job::Open(1)));
         let need = Need { bytes: 1, files: 2 };
-        scheduler.opened(1, vec![need; 2]);
+        scheduler.opened(1, Demand { batches: vec![need; 2], ..Demand::default() });
         assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
         assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");
         scheduler.give_back(need);
@@ -239,7 +363,7 @@ mod tests {
 
     #[test]
     fn only_so_many_loads_are_open_at_once() {
-        let mut scheduler = Scheduler::new(100, 100, 2);
+        let mut scheduler = Scheduler::new(100, u64::MAX, 100, 2);
         for load in 0..4 {
             scheduler.submit(load);
         }
@@ -258,5 +382,79 @@ mod tests {
             scheduler.forget(&load);
         }
         assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
+    }
+
+    #[test]
+    fn a_load_with_its_share_is_passed_over_and_blocks_nobody() {
+        let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+        for load in 1..4 {
+            scheduler.submit(load);
+            assert_eq!(scheduler.next(), Some(Job::Open(load)));
+            scheduler.opened(load, demand(&[10, 10, 10], 10, Priority::Normal));
+        }
+        let taken: Vec<_> = drain(&mut scheduler).iter().map(|job| (*job.load(), matches!(job, Job::Allocate(..)))).collect();
+        assert_eq!(taken, [(1, true), (2, true), (3, true)], "half of the limit is for those to come");
+        scheduler.freed(&2, 10, 0);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 1, need(10))], "its own consumer has dropped something");
+        scheduler.forget(&1);
+        assert_eq!(drain(&mut scheduler), [], "what load 1 has is still held");
+        scheduler.freed(&1, 10, 0);
+        scheduler.freed(&3, 10, 0);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 1, need(10))]);
+    }
+
+    #[test]
+    fn loads_wait_for_their_reservation_in_order_and_the_pool_makes_room() {
+        let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+        for (load, reserved) in [(1, 30), (2, 20), (3, 5)] {
+            scheduler.submit(load);
+            assert_eq!(scheduler.next(), Some(Job::Open(load)));
+            scheduler.opened(load, demand(&[reserved], reserved, Priority::Normal));
+        }
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(30))], "load 3 does not overtake load 2");
+        scheduler.pooled(&1, 30);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 0, need(5)), Job::MakeRoom(2, 15)].map(|job| job), "once");
+        scheduler.freed(&1, 0, 30);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(20))]);
+        assert_eq!(scheduler.memory_bytes(), 25);
+    }
+
+    #[test]
+    fn a_higher_priority_goes_first() {
+        let mut scheduler = Scheduler::new(20, u64::MAX, 100, 8);
+        for (load, priority) in [(1, Priority::Low), (2, Priority::Normal), (3, Priority::High)] {
+            scheduler.submit(load);
+            assert_eq!(scheduler.next(), Some(Job::Open(load)));
+            scheduler.opened(load, demand(&[10, 10], 0, priority));
+        }
+        let mut order = Vec::new();
+        for _ in 0..6 {
+            let job = scheduler.next().unwrap();
+            order.push(*job.load());
+            scheduler.give_back(need(10));
+        }
+        assert_eq!(order, [3, 3, 2, 2, 1, 1]);
+    }
+
+    #[test]
+    fn loads_begin_in_the_order_they_came_though_opened_in_another() {
+        let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+        (1..4).for_each(|load| scheduler.submit(load));
+        assert_eq!(drain(&mut scheduler), [Job::Open(1), Job::Open(2), Job::Open(3)]);
+        scheduler.opened(3, demand(&[30], 30, Priority::Normal));
+        scheduler.opened(2, demand(&[30], 30, Priority::Normal));
+        assert_eq!(drain(&mut scheduler), [], "load 1 came first");
+        scheduler.opened(1, demand(&[30], 30, Priority::Normal));
+        for load in 1..4 {
+            assert_eq!(drain(&mut scheduler), [Job::Allocate(load, 0, need(30))]);
+            scheduler.freed(&load, 30, 0);
+        }
+        // One that can't be opened holds up nobody.
+        scheduler.submit(4);
+        scheduler.submit(5);
+        assert_eq!(drain(&mut scheduler), [Job::Open(4), Job::Open(5)]);
+        scheduler.opened(5, demand(&[30], 30, Priority::Normal));
+        scheduler.forget(&4);
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(5, 0, need(30))]);
     }
 }

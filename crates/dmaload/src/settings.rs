@@ -89,6 +89,23 @@ impl std::str::FromStr for Cache {
     }
 }
 
+/// Which loads go first where several are under way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Priority {
+    /// When no other load has anything to do.
+    Low,
+    /// In turn with others.
+    #[default]
+    Normal,
+    /// Before others.
+    High,
+}
+
+impl Priority {
+    /// All, the first first.
+    pub(crate) const DOWN: [Priority; 3] = [Priority::High, Priority::Normal, Priority::Low];
+}
+
 /// What can be chosen for each load; the loader's builder sets what holds for those that choose nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
@@ -106,6 +123,7 @@ pub struct LoadOptions {
     pub(crate) observer: Option<ObserverOption>,
     pub(crate) select: Select,
     pub(crate) importer: ImporterLimits,
+    pub(crate) priority: Priority,
 }
 
 /// What an importer of segments can map: a driver, an NPU, a codec. See [`LoadOptions::importer`]. All of it is unlimited by
@@ -140,6 +158,7 @@ impl Default for LoadOptions {
             observer: None,
             select: Select::default(),
             importer: ImporterLimits::default(),
+            priority: Priority::Normal,
         }
     }
 }
@@ -174,6 +193,13 @@ impl LoadOptions {
     #[must_use]
     pub fn shard(mut self, shard: Shard) -> Self {
         self.select.shard = Some(shard);
+        self
+    }
+
+    /// Which loads of a loader go first: memory is allocated for theirs before that of others. Default: [`Priority::Normal`].
+    #[must_use]
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
         self
     }
 
@@ -301,6 +327,8 @@ pub(crate) struct Settings {
     pub(crate) queue_depth: usize,
     pub(crate) staging_bytes: u64,
     pub(crate) pool_bytes: u64,
+    /// `u64::MAX` for no limit.
+    pub(crate) memory_limit_bytes: u64,
     pub(crate) allocator_threads: usize,
     pub(crate) max_open_loads: usize,
     pub(crate) shutdown_timeout: Duration,
@@ -315,6 +343,7 @@ impl Default for Settings {
             queue_depth: 32,
             staging_bytes: 16 << 20,
             pool_bytes: 0,
+            memory_limit_bytes: u64::MAX,
             allocator_threads: threads,
             max_open_loads: 64,
             shutdown_timeout: Duration::from_secs(10),
@@ -347,6 +376,9 @@ impl Settings {
             return wrong("a load of parts of files can't be verified or observed: checksums are of whole files".to_owned());
         }
         load.select.check()?;
+        if self.memory_limit_bytes < SEGMENT_STEP_BYTES {
+            return wrong(format!("a memory limit of {} bytes holds not even a segment of 2 MiB", self.memory_limit_bytes));
+        }
         if self.window_bytes < segment_bytes {
             return wrong(format!(
                 "the window ({} bytes) is smaller than a segment ({segment_bytes} bytes): nothing could be allocated",
@@ -360,6 +392,12 @@ impl Settings {
             return wrong(format!("staging must have from 2 MiB to 1 GiB, not {} bytes", self.staging_bytes));
         }
         Ok(())
+    }
+
+    /// The largest segment that leaves room for as many loads as may be open, where memory is limited.
+    pub(crate) fn share_bytes(&self) -> Option<u64> {
+        let share = self.memory_limit_bytes / self.max_open_loads as u64 / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
+        (self.memory_limit_bytes < u64::MAX).then_some(share.max(SEGMENT_STEP_BYTES))
     }
 
     /// The staging budget in slots.

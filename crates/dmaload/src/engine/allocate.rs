@@ -7,7 +7,7 @@ use dmabuf::{Access, Populated};
 
 use super::allowance::{Grant, grant};
 use super::open::{Chosen, route_for, staged_by};
-use super::{Engine, Permit};
+use super::{Advance, Engine, Permit};
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
@@ -24,20 +24,21 @@ const FREEING_TIME: Duration = Duration::from_secs(10);
 impl Engine {
     /// Allocates and populates a batch, opens its files, and hands its pieces to the ring thread. The permit comes back by
     /// itself, whatever happens.
-    pub(super) fn allocate(&self, load: &LoadShared, number: usize, permit: Permit) {
+    pub(super) fn allocate(&self, load: &LoadShared, number: usize, permit: Permit, advance: Advance) {
         let Some(allocation) = load.allocation(number) else { return };
-        if let Err(error) = self.fill_in(load, &allocation, permit) {
+        if let Err(error) = self.fill_in(load, &allocation, permit, advance) {
             self.fail(load, error);
         }
     }
 
-    fn fill_in(&self, load: &LoadShared, allocation: &Allocation, mut permit: Permit) -> Result<()> {
+    fn fill_in(&self, load: &LoadShared, allocation: &Allocation, mut permit: Permit, advance: Advance) -> Result<()> {
         let start = Instant::now();
         load.begin_allocating();
         let populated = self.populate(load, allocation);
         let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
         load.end_allocating(allocation, start, told);
         let (backing, _) = populated?;
+        advance.charge(&backing);
         let staged_by = staged_by(&load.options);
         for part in &allocation.parts {
             // Of many files, the rest need not be opened.

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use crate::load::Follows;
 use crate::ring::LoadId;
-use crate::schedule::{Job, Need, Scheduler};
+use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// See the module. `T` is a load.
@@ -28,8 +28,8 @@ struct Schedule<T> {
 }
 
 impl<T: Clone> Jobs<T> {
-    pub(super) fn new(window_bytes: u64, files: u64, max_open: usize) -> Self {
-        let scheduler = Scheduler::new(window_bytes, files, max_open);
+    pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize) -> Self {
+        let scheduler = Scheduler::new(window_bytes, memory_bytes, files, max_open);
         let schedule = Schedule { scheduler, loads: HashMap::new(), next_id: 0, closing: false, buried: Vec::new() };
         Jobs { schedule: Mutex::new(schedule), changed: Condvar::new() }
     }
@@ -58,11 +58,11 @@ impl<T: Clone> Jobs<T> {
         true
     }
 
-    /// A load was opened and planned: these are its batches.
-    pub(super) fn opened(&self, id: LoadId, batches: Vec<Need>) {
+    /// A load was opened and planned.
+    pub(super) fn opened(&self, id: LoadId, demand: Demand) {
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&id) {
-            schedule.scheduler.opened(id, batches);
+            schedule.scheduler.opened(id, demand);
         }
         drop(schedule);
         self.changed.notify_one();
@@ -90,6 +90,17 @@ impl<T: Clone> Jobs<T> {
     pub(super) fn give_back(&self, need: Need) {
         self.schedule().scheduler.give_back(need);
         self.changed.notify_one();
+    }
+
+    /// Changes what is known of memory.
+    pub(super) fn account(&self, change: impl FnOnce(&mut Scheduler<LoadId>)) {
+        change(&mut self.schedule().scheduler);
+        self.changed.notify_one();
+    }
+
+    /// How much memory segments and the pool have.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.schedule().scheduler.memory_bytes()
     }
 
     /// A load holds no files and no memory of the driver any more: another may be opened.
@@ -135,7 +146,7 @@ impl<T: Clone> Jobs<T> {
         let mut schedule = self.schedule();
         schedule.scheduler.file_read(gone, 0);
         schedule.scheduler.memory_read(gone, 0);
-        schedule.scheduler.opened(gone, vec![need]);
+        schedule.scheduler.opened(gone, Demand { batches: vec![need], ..Demand::default() });
         schedule.scheduler.submit(gone);
         drop(schedule);
         self.changed.notify_all();
@@ -189,7 +200,7 @@ mod tests {
         let id = jobs.next_id();
         assert!(jobs.submit(id, Arc::new(())));
         assert!(matches!(jobs.next(), Some((Job::Open(_), _))));
-        jobs.opened(id, vec![Need { bytes: 1, files: 0 }; batches]);
+        jobs.opened(id, Demand { batches: vec![Need { bytes: 1, files: 0 }; batches], ..Demand::default() });
         id
     }
 
@@ -204,6 +215,7 @@ mod tests {
                 }
                 Job::Check(..) | Job::Export(..) => done += 1,
                 Job::Open(_) => jobs.end(),
+                Job::MakeRoom(..) => unreachable!("memory is not limited"),
             }
         }
         done
@@ -212,7 +224,7 @@ mod tests {
     #[test]
     fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, 1, 1));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1));
             opened(&jobs, 2);
             // A permit is out; nobody can go on before it comes back.
             let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
@@ -228,7 +240,7 @@ mod tests {
     #[test]
     fn two_workers_leave_nothing_undone_and_both_end() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, 1, 1));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1));
             let id = opened(&jobs, 1);
             let workers = [(); 2].map(|()| {
                 let jobs = Arc::clone(&jobs);
@@ -255,7 +267,7 @@ mod tests {
     #[test]
     fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, 1, 2));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2));
             let first = opened(&jobs, 2);
             let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
             opened(&jobs, 1);
@@ -276,9 +288,10 @@ mod tests {
     #[test]
     fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(2, 1, 2));
+            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 2));
             let large = opened(&jobs, 0);
-            jobs.opened(large, [1, 2].map(|bytes| Need { bytes, files: 0 }).to_vec());
+            let batches = [1, 2].map(|bytes| Need { bytes, files: 0 }).to_vec();
+            jobs.opened(large, Demand { batches, ..Demand::default() });
             assert!(matches!(jobs.next(), Some((Job::Allocate(_, 0, _), _))));
             // One byte is taken and stays so: the next batch of the large load does not fit, and nobody overtakes it.
             let small = opened(&jobs, 1);
@@ -294,7 +307,7 @@ mod tests {
     #[test]
     fn whoever_waits_ends_when_no_more_jobs_come() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, 1, 1));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1));
             let waiting = {
                 let jobs = Arc::clone(&jobs);
                 spawn(move || jobs.next().is_none())

@@ -7,7 +7,7 @@
 //!   ring thread                   pieces in ──► reads ──► pieces full ┘ ──► segments to the loads
 //! ```
 //!
-//! Locks: the schedule's and each load's are never held at the same time.
+//! Locks: a load's may be held when the schedule's is taken (memory that it drops gives its charge back), never the other way round.
 
 mod allocate;
 mod allowance;
@@ -24,17 +24,18 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::charge::Ledger;
 use crate::error::{Error, Result};
 use crate::heap::Heap;
 use crate::load::{HeapFacts, LoadShared, Segments};
-use crate::memory::PieceBuffer;
+use crate::memory::{Backing, PieceBuffer};
 use crate::plan::BATCH_FILES;
 use crate::reaper::Reaper;
 use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
@@ -83,6 +84,46 @@ impl Drop for Permit {
             return;
         }
         self.engine.jobs.give_back(self.need);
+    }
+}
+
+/// Memory that was taken of the budget for a batch: given back when it is dropped, unless the memory has it.
+#[derive(Debug)]
+struct Advance {
+    engine: Arc<Engine>,
+    load: LoadId,
+    bytes: u64,
+}
+
+impl Advance {
+    /// From now on the memory gives it back, when it is freed.
+    fn charge(mut self, backing: &Backing) {
+        let bytes = std::mem::take(&mut self.bytes);
+        let engine = Arc::downgrade(&self.engine);
+        let ledger: Weak<dyn Ledger> = engine;
+        backing.charge(&ledger, self.load, bytes);
+    }
+}
+
+impl Drop for Advance {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            self.engine.freed(self.load, self.bytes, 0);
+        }
+    }
+}
+
+impl Ledger for Engine {
+    fn freed(&self, load: LoadId, held: u64, pooled: u64) {
+        self.jobs.account(|scheduler| scheduler.freed(&load, held, pooled));
+    }
+
+    fn pooled(&self, load: LoadId, bytes: u64) {
+        self.jobs.account(|scheduler| scheduler.pooled(&load, bytes));
+    }
+
+    fn unpooled(&self, bytes: u64) {
+        self.jobs.account(|scheduler| scheduler.unpooled(bytes));
     }
 }
 
@@ -138,7 +179,7 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
-            jobs: Jobs::new(settings.window_bytes, open_files(), settings.max_open_loads),
+            jobs: Jobs::new(settings.window_bytes, settings.memory_limit_bytes, open_files(), settings.max_open_loads),
             threads: Mutex::new(0),
             thread_ended: Condvar::new(),
             leaked_bytes: AtomicU64::new(0),
@@ -163,6 +204,10 @@ impl Guard {
 
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
         self.engine.reaper.trim_pool(keep_bytes)
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.engine.jobs.memory_bytes()
     }
 
     pub(crate) fn pooled_bytes(&self) -> u64 {
@@ -280,7 +325,13 @@ impl Engine {
         while let Some((job, load)) = self.jobs.next() {
             let done = catch_unwind(AssertUnwindSafe(|| match job {
                 Job::Open(_) => self.open(&load),
-                Job::Allocate(_, batch, need) => self.allocate(&load, batch, Permit { engine: Arc::clone(self), need }),
+                Job::Allocate(_, batch, need) => {
+                    let advance = Advance { engine: Arc::clone(self), load: load.id, bytes: need.bytes };
+                    self.allocate(&load, batch, Permit { engine: Arc::clone(self), need }, advance);
+                }
+                Job::MakeRoom(_, bytes) => {
+                    self.reaper.trim_pool(self.reaper.pooled_bytes().saturating_sub(bytes));
+                }
                 Job::Check(_, file) => self.check(&load, file),
                 Job::Export(_, memory) => self.export(&load, memory),
             }));

@@ -17,6 +17,7 @@ use crate::model::{ModelError, TensorMap};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
+use crate::schedule::Demand;
 use crate::select::{Selected, Selector, by_tensors};
 use crate::settings::{Cache, Format, ImporterLimits, LoadOptions};
 use crate::source::{OpenFile, Source, look_at};
@@ -32,12 +33,19 @@ const BATCH_BYTES: u64 = 16 << 20;
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>) {
-        let planned = plan_all(load, &*self.heap);
+        let planned = plan_all(load, &*self.heap, self.settings.share_bytes());
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.jobs.end();
         };
         let Planned { plan, range, files, fallbacks } = planned;
         let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
+        let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
+        let (reserved_bytes, why) = if load.keep { (memory_bytes, "all of the load") } else { (largest_bytes, "a segment") };
+        let limit_bytes = self.settings.memory_limit_bytes;
+        if reserved_bytes > limit_bytes {
+            self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why });
+            return self.jobs.end();
+        }
         // What the pool has may serve again; where its sizes do not fit, each allocation looks for itself.
         let memory_bytes = memory_bytes.saturating_sub(self.reaper.pooled_bytes());
         // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
@@ -55,11 +63,11 @@ impl Engine {
             self.jobs.forget(load.id);
             return self.jobs.end();
         }
-        let LoadOptions { chunk_bytes, strict, trace, .. } = load.options;
+        let LoadOptions { chunk_bytes, strict, trace, priority, .. } = load.options;
         let observation = load.observation.clone();
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
-        self.jobs.opened(load.id, batches);
+        self.jobs.opened(load.id, Demand { batches, reserved_bytes, priority });
     }
 }
 
@@ -71,10 +79,11 @@ struct Planned {
     fallbacks: Vec<Fallback>,
 }
 
-fn plan_all(load: &LoadShared, heap: &dyn Heap) -> Result<Planned> {
+fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Result<Planned> {
     let options = &load.options;
     let limit = heap.size_limit();
-    let segment_bytes = options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes));
+    let segment_bytes =
+        options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).min());
     // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
     // than the window, and nobody could load it.)
     let at_once = heap.allocates_at_once() && options.layout != Layout::Single;

@@ -10,7 +10,7 @@ use crate::ring::driver::Driver;
 use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
-use crate::schedule::{Job, Need, Scheduler};
+use crate::schedule::{Demand, Job, Need, Scheduler};
 
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
@@ -36,13 +36,14 @@ fn simulate_route(
     let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
     let file = SimFile { number: 1, bytes, faults: Rc::new(FileFaults::default()) };
     let id = LoadId(0);
-    let mut scheduler = Scheduler::new(window_pieces * BLOCK, 1, 1);
+    let mut scheduler = Scheduler::new(window_pieces * BLOCK, u64::MAX, 1, 1);
     let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, STAGING);
     driver.kernel().copying = copying;
     driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false, observation: None });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
-    scheduler.opened(id, plan.batches.iter().map(|batch| Need { bytes: batch.bytes, files: 0 }).collect());
+    let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, files: 0 }).collect();
+    scheduler.opened(id, Demand { batches, ..Demand::default() });
 
     let mut allocation: Option<(usize, Duration)> = None;
     let (mut out, mut most_out) = (0, 0);

@@ -16,7 +16,7 @@ use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Route};
-use crate::schedule::{Job, Need, Scheduler};
+use crate::schedule::{Demand, Job, Need, Scheduler};
 
 /// Checks each byte that it is shown, and their order.
 struct SimObserver {
@@ -215,7 +215,7 @@ impl World {
             clock,
             window_bytes,
             depth,
-            scheduler: Scheduler::new(window_bytes, 1, 1 + usize::try_from(random.below(3)).unwrap()),
+            scheduler: Scheduler::new(window_bytes, u64::MAX, 1, 1 + usize::try_from(random.below(3)).unwrap()),
             driver: Driver::new(kernel, depth, staging),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
@@ -336,10 +336,10 @@ impl World {
                     trace: true,
                     observation: load.observed.as_ref().map(|(_, observation)| observation.clone()),
                 });
-                self.scheduler.opened(id, needs);
+                self.scheduler.opened(id, Demand { batches: needs, ..Demand::default() });
             }
             Some(Job::Allocate(load, batch, Need { bytes, .. })) => self.allocating.push(Allocating { load, batch, bytes }),
-            Some(Job::Check(..) | Job::Export(..)) => unreachable!("the simulator asks for neither"),
+            Some(Job::Check(..) | Job::Export(..) | Job::MakeRoom(..)) => unreachable!("the simulator asks for none of these"),
             None => {}
         }
     }

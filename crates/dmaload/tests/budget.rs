@@ -1,0 +1,257 @@
+//! A loader with a limit of memory: it is never passed, whoever stops reading blocks itself alone, and nobody starves.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::print_stdout, reason = "what was measured is told")]
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{assert_same, file, folder, random_bytes};
+use dmaload::heap::AnonHeap;
+use dmaload::{Error, Layout, Loader, Priority, Segment};
+use sha2::{Digest, Sha256};
+
+const MIB: u64 = 1 << 20;
+/// What is measured is the memory of the process.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// Shared memory of this process and of nobody else's mappings: what segments on memfds have.
+fn resident_shared_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Looks at the memory every other millisecond; the most that was seen by the kernel, and by the loader.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<(u64, u64)>>,
+}
+
+impl Watch {
+    fn start(loader: &Loader) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (own, loader) = (Arc::clone(&stop), loader.clone());
+        let thread = std::thread::spawn(move || {
+            let mut most = (0, 0);
+            while !own.load(Ordering::Relaxed) {
+                most.0 = most.0.max(resident_shared_bytes());
+                most.1 = most.1.max(loader.memory_bytes());
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            most
+        });
+        Watch { stop, thread: Some(thread) }
+    }
+
+    fn most(mut self) -> (u64, u64) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+/// A file of so many MiB, each of which differs from the others; and its digest.
+fn large(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
+    let path = folder.join(name);
+    let mut file = fs::File::create(&path).unwrap();
+    let (block, mut digest) = (random_bytes(1 << 20, mib), Sha256::new());
+    for number in 0..mib {
+        for part in [&number.to_le_bytes()[..], &block[8..]] {
+            file.write_all(part).unwrap();
+            digest.update(part);
+        }
+    }
+    file.sync_all().unwrap();
+    (path, digest.finalize().to_vec())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_larger_than_the_limit_is_streamed_within_it() {
+    let _alone = ALONE.lock().await;
+    // As large as CI has time for; the 4 GiB under 512 MiB by DMALOAD_STREAM_MIB=4096.
+    let mib = std::env::var("DMALOAD_STREAM_MIB").map_or(1024, |mib| mib.parse().unwrap());
+    let limit = mib * MIB / 8;
+    let folder = folder();
+    let (path, expected) = large(folder.path(), "model.bin", mib);
+    let loader = Loader::builder().memory_limit_bytes(limit).build().unwrap();
+    let before = resident_shared_bytes();
+    let watch = Watch::start(&loader);
+    let mut segments = loader.stream(&path);
+    let mut digest = Sha256::new();
+    while let Some(segment) = segments.next().await {
+        digest.update(segment.unwrap().bytes().unwrap());
+    }
+    assert_eq!(digest.finalize().to_vec(), expected);
+    let (seen, counted) = watch.most();
+    println!(
+        "{mib} MiB streamed within {} MiB: {} MiB resident at most, {} counted",
+        limit / MIB,
+        (seen - before) / MIB,
+        counted / MIB
+    );
+    assert!(seen - before <= limit, "{seen} bytes were resident");
+    assert!(counted <= limit && counted > 0);
+    assert_eq!(segments.report().unwrap().bytes, mib * MIB);
+    drop(segments);
+    loader.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_can_never_fit_fails_at_once_with_the_arithmetic() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &random_bytes(40 << 20, 1));
+    let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
+    let error = loader.load(&path).await.unwrap_err();
+    assert_eq!(error, Error::OverLimit { wanted_bytes: 40 * MIB, limit_bytes: 32 * MIB, why: "all of the load" });
+    assert!(error.to_string().contains("8388608 too many"), "{error}");
+    let single = loader.options().layout(Layout::Single);
+    let mut stream = loader.stream_with([&path], single);
+    assert!(matches!(stream.next().await, Some(Err(Error::OverLimit { why: "a segment", .. }))));
+    let error = Loader::builder().memory_limit_bytes(MIB).build().unwrap_err();
+    assert!(matches!(error, Error::Config(_)), "{error}");
+}
+
+#[tokio::test]
+async fn loads_that_are_kept_wait_for_each_other_and_never_hold_each_other_up() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let bytes = random_bytes(20 << 20, 1);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
+    let first = loader.load(&path).await.unwrap();
+    // Both begin at once, and only one has room; the other one waits until the first image is dropped.
+    let mut second = loader.load(&path);
+    let waiting = tokio::time::timeout(Duration::from_millis(200), second.next()).await;
+    assert!(waiting.is_err(), "{waiting:?}");
+    assert!(loader.memory_bytes() <= 32 * MIB);
+    drop(first);
+    let image = tokio::time::timeout(Duration::from_secs(20), second.finish()).await.unwrap().unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the second");
+    drop(image);
+    let loads = [(); 8].map(|()| tokio::spawn(loader.load(&path).into_future()));
+    for load in loads {
+        let image = tokio::time::timeout(Duration::from_secs(60), load).await.unwrap().unwrap().unwrap();
+        assert_eq!(image.report().bytes, 20 * MIB);
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while loader.memory_bytes() > 0 {
+        assert!(Instant::now() < deadline, "{} bytes never came back", loader.memory_bytes());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Memory of the pool counts, gives way to who needs other sizes, and is used again by who needs the same.
+#[tokio::test]
+async fn the_pool_is_within_the_limit_and_gives_way() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let paths = [24, 28].map(|mib: usize| file(folder.path(), &format!("{mib}"), &random_bytes(mib << 20, mib as u64)));
+    let loader = Loader::builder().memory_limit_bytes(40 * MIB).pool_bytes(u64::MAX).segment_bytes(8 << 20).build().unwrap();
+    let mut reused = 0;
+    for round in 0..6 {
+        let path = &paths[(round / 2) % 2];
+        let image = tokio::time::timeout(Duration::from_secs(20), loader.load(path).into_future()).await.unwrap().unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &fs::read(path).unwrap(), "loaded");
+        reused += image.report().reused_bytes;
+        assert!(loader.memory_bytes() <= 40 * MIB, "{}", loader.memory_bytes());
+    }
+    assert!(reused >= 3 * 24 * MIB, "{reused} bytes were used again");
+    assert!(loader.pooled_bytes() > 0 && loader.memory_bytes() == loader.pooled_bytes());
+    loader.trim_pool(0);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while loader.memory_bytes() > 0 {
+        assert!(Instant::now() < deadline, "{} bytes never came back", loader.memory_bytes());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sixty_four_streams_share_a_limit_and_ten_that_stop_delay_nobody() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let limit = 256 * MIB;
+    let (path, expected) = large(folder.path(), "model.bin", 24);
+    for stalled in [0, 10] {
+        let loader = Loader::builder().memory_limit_bytes(limit).build().unwrap();
+        let before = resident_shared_bytes();
+        let watch = Watch::start(&loader);
+        let mut stopped: Vec<(dmaload::Segments, Segment)> = Vec::new();
+        for _ in 0..stalled {
+            let mut segments = loader.stream(&path);
+            let segment = segments.next().await.unwrap().unwrap();
+            stopped.push((segments, segment));
+        }
+        let started = Instant::now();
+        let slowest = Arc::new(AtomicU64::new(0));
+        let loads: Vec<_> = (0..64 - stalled)
+            .map(|_| {
+                let (loader, path, expected, slowest) = (loader.clone(), path.clone(), expected.clone(), Arc::clone(&slowest));
+                tokio::spawn(async move {
+                    let mut segments = loader.stream(&path);
+                    let mut digest = Sha256::new();
+                    while let Some(segment) = segments.next().await {
+                        digest.update(segment.unwrap().bytes().unwrap());
+                    }
+                    assert_eq!(digest.finalize().to_vec(), expected);
+                    let took = u64::try_from(started.elapsed().as_micros()).unwrap();
+                    slowest.fetch_max(took, Ordering::Relaxed);
+                    took
+                })
+            })
+            .collect();
+        let mut sum = 0;
+        let count = loads.len() as u64;
+        for load in loads {
+            sum += tokio::time::timeout(Duration::from_secs(120), load).await.expect("nothing deadlocks").unwrap();
+        }
+        let (mean, slowest) = (sum / count, slowest.load(Ordering::Relaxed));
+        let (seen, counted) = watch.most();
+        println!(
+            "{count} streams beside {stalled} that stopped: slowest {:.2} × mean, {} MiB resident at most of {}",
+            slowest as f64 / mean as f64,
+            (seen - before) / MIB,
+            limit / MIB
+        );
+        assert!(slowest <= 3 * mean, "the slowest took {slowest} µs, the mean is {mean}");
+        assert!(seen - before <= limit && counted <= limit, "{seen} bytes resident, {counted} counted");
+        // Those that stopped go on where they were.
+        for (mut segments, first) in stopped {
+            let mut digest = Sha256::new();
+            digest.update(first.bytes().unwrap());
+            drop(first);
+            while let Some(segment) = segments.next().await {
+                digest.update(segment.unwrap().bytes().unwrap());
+            }
+            assert_eq!(digest.finalize().to_vec(), expected);
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_load_of_high_priority_overtakes() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let (path, _) = large(folder.path(), "model.bin", 96);
+    let loader = Loader::builder()
+        .heap(AnonHeap::default())
+        .allocator_threads(1)
+        .segment_bytes(4 << 20)
+        .window_bytes(8 << 20)
+        .build()
+        .unwrap();
+    let low = [(); 4].map(|()| loader.load_with([&path], loader.options().priority(Priority::Low)));
+    let high = loader.load_with([&path], loader.options().priority(Priority::High)).await.unwrap();
+    assert_eq!(high.report().bytes, 96 * MIB);
+    let read: u64 = low.iter().map(|load| load.progress().read_bytes).sum();
+    assert!(read < 2 * 96 * MIB, "{read} bytes of low priority were read before the end of one of high priority");
+    for load in low {
+        load.await.unwrap();
+    }
+}
