@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
-use crate::{Error, HUGE_PAGE_BYTES, Memory, page_bytes};
+use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 
 /// A reserved range of addresses, aligned to 2 MiB. It costs no memory until something is mapped into it.
 #[derive(Debug)]
@@ -58,7 +58,8 @@ impl AddressRange {
         self.bytes
     }
 
-    /// Maps `bytes` bytes of `memory`, from its offset 0, at `at` bytes into the range; readable and writable. Anonymous memory
+    /// Maps `bytes` bytes of `memory`, from its offset 0, at `at` bytes into the range; readable and writable, or readable alone where
+    /// it came from somebody else ([`Memfd::from_sealed`]). Anonymous memory
     /// is kept from forked processes, see [`Mapping::forbid_fork`].
     ///
     /// # Errors
@@ -77,7 +78,8 @@ impl AddressRange {
             return Err(failed(Errno::EXIST));
         }
         let address = self.base.as_ptr().wrapping_add(at).cast::<c_void>();
-        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
+        let access = if read_only { ProtFlags::READ } else { ProtFlags::READ | ProtFlags::WRITE };
         match memory {
             // SAFETY: [at, end) lies in the range, which is ours, and no live mapping is in it (checked above,
             // under the lock): what MAP_FIXED replaces is reserved address space and nothing else.

@@ -71,7 +71,7 @@ impl Memory {
     }
 
     /// How much can be mapped of it: whole pages; `None` where there is no end.
-    fn bytes(&self) -> Option<usize> {
+    pub fn bytes(&self) -> Option<usize> {
         match self {
             Memory::Memfd(memfd) => Some(memfd.bytes().next_multiple_of(page_bytes())),
             Memory::DmaBuf(dma_buf) => Some(dma_buf.bytes()),

@@ -12,6 +12,8 @@ use crate::Error;
 pub struct Memfd {
     fd: OwnedFd,
     bytes: usize,
+    /// It came from somebody else: it can only be looked at.
+    foreign: bool,
 }
 
 impl Memfd {
@@ -37,7 +39,28 @@ impl Memfd {
         .map_err(|errno| Error::new("create a memfd", bytes, errno))?;
         ftruncate(&fd, bytes as u64).map_err(|errno| Error::new("size a memfd", bytes, errno))?;
         fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(|errno| Error::new("seal a memfd", bytes, errno))?;
-        Ok(Memfd { fd, bytes })
+        Ok(Memfd { fd, bytes, foreign: false })
+    }
+
+    /// Takes a memory file that came from another process, to be looked at: sealed so that nobody can write to it or shrink it any
+    /// more. (Who had it mapped writable before it was sealed still can write.)
+    ///
+    /// # Errors
+    /// EINVAL for what is no memory file, or of no size; EPERM for one without these seals.
+    pub fn from_sealed(fd: OwnedFd) -> Result<Self, Error> {
+        let failed = |errno| Error::new("take a sealed memfd", 0, errno);
+        let seals = rustix::fs::fcntl_get_seals(&fd).map_err(failed)?;
+        if !seals.contains(SealFlags::SHRINK) || !seals.intersects(SealFlags::FUTURE_WRITE | SealFlags::WRITE) {
+            return Err(failed(Errno::PERM));
+        }
+        let bytes = rustix::fs::fstat(&fd).map_err(failed)?.st_size;
+        let bytes = usize::try_from(bytes).ok().filter(|&bytes| bytes > 0).ok_or(failed(Errno::INVAL))?;
+        Ok(Memfd { fd, bytes, foreign: true })
+    }
+
+    /// Whether it came from somebody else, and can't be written to.
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.foreign
     }
 
     /// The size in bytes, fixed at creation.
@@ -79,6 +102,22 @@ impl AsFd for Memfd {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_sealed_is_not_taken_and_what_is_can_only_be_looked_at() {
+        let memfd = Memfd::create("test", 8192).unwrap();
+        let again = || memfd.fd.try_clone().unwrap();
+        assert_eq!(Memfd::from_sealed(again()).unwrap_err().errno, Errno::PERM);
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        assert_eq!(Memfd::from_sealed(file.into()).unwrap_err().errno, Errno::INVAL);
+        memfd.seal_against_writes().unwrap();
+        let taken = crate::Memory::Memfd(Memfd::from_sealed(again()).unwrap());
+        let range = crate::AddressRange::reserve(8192).unwrap();
+        let mapping = range.map(&taken, 0, 8192).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let line = maps.lines().find(|line| line.starts_with(&format!("{:x}-", mapping.address().addr()))).unwrap();
+        assert!(line.contains(" r--s "), "{line}");
+    }
 
     #[test]
     fn a_memfd_cannot_shrink() {

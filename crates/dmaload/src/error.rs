@@ -285,6 +285,14 @@ pub enum Error {
         /// What was asked for.
         wanted: &'static str,
     },
+    /// Sharing an image with other processes did not work ([`crate::share`]).
+    #[error("{}: {reason}", .socket.display())]
+    Share {
+        /// The socket.
+        socket: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
     /// The loader was shut down before the load was finished.
     #[error("the loader was shut down")]
     ShutDown,

@@ -12,7 +12,7 @@ use crate::load::{FileTensors, FinishedFile};
 use crate::model::{DType, TensorMap};
 use crate::report::Report;
 use crate::segment::{Contiguous, Segment, holding};
-use crate::select::Part;
+use crate::select::{Part, Rows};
 
 /// All segments of a load, with its files, its tensors and its report. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -264,6 +264,11 @@ impl Tensor {
             })
         });
         segments.collect()
+    }
+
+    /// Where its bytes are in the file.
+    pub(crate) fn rows(&self) -> &Rows {
+        &self.part.rows
     }
 
     fn info(&self) -> Option<&crate::model::TensorInfo> {

@@ -45,6 +45,7 @@ mod schedule;
 mod segment;
 mod select;
 mod settings;
+pub mod share;
 mod source;
 mod sync;
 mod trace;

@@ -65,6 +65,11 @@ impl Segment {
         Segment(Arc::new(Inner { place, heap, backing }))
     }
 
+    /// Segments of the same span lie side by side.
+    pub(crate) fn span(&self) -> usize {
+        self.0.place.span
+    }
+
     /// Its number in the load, counted over all files.
     pub fn index(&self) -> usize {
         self.0.place.index

@@ -78,7 +78,7 @@ pub(crate) struct ChosenTensors {
 }
 
 impl ChosenTensors {
-    fn new(list: Vec<Chosen>) -> Self {
+    pub(crate) fn new(list: Vec<Chosen>) -> Self {
         let mut by_position: Vec<u32> = (0..).take(list.len()).collect();
         by_position.sort_unstable_by_key(|&number| list[number as usize].position);
         ChosenTensors { list, by_position }
@@ -279,10 +279,10 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<Part, String> {
     Ok(Part { shape: own, rows })
 }
 
-/// The bytes of so many elements; `None` where they end within a block.
-fn in_bytes(dtype: DType, elements: u64) -> Option<u64> {
+/// The bytes of so many elements; `None` where they end within a block, or are more than can be.
+pub(crate) fn in_bytes(dtype: DType, elements: u64) -> Option<u64> {
     let (block_elements, block_bytes) = dtype.block();
-    elements.is_multiple_of(block_elements).then(|| elements / block_elements * block_bytes)
+    if elements.is_multiple_of(block_elements) { (elements / block_elements).checked_mul(block_bytes) } else { None }
 }
 
 /// Joins sorted ranges that are close to each other, and takes them out to whole blocks. Empty ones need no reading.

@@ -64,6 +64,12 @@ macro_rules! dtypes {
                 }
             }
 
+            /// The type of that [`name`](Self::name), quantized or not.
+            #[must_use]
+            pub fn from_name(name: &str) -> Option<Self> {
+                Self::parse(name).or_else(|| Self::QUANTIZED.iter().copied().find(|dtype| dtype.name() == name))
+            }
+
             /// The type of that name, spelled exactly as in a safetensors header
             /// (`"BF16"`, not `"bf16"`), or `None`.
             #[must_use]

@@ -45,6 +45,11 @@ impl TensorMap {
         Ok(Self { tensors, by_name, metadata, gguf: None, header_bytes })
     }
 
+    /// A map that came from another process: no file's header. Two tensors of the same name are an error, which holds the name.
+    pub(crate) fn of(tensors: Vec<TensorInfo>) -> Result<Self, String> {
+        Self::new(tensors, Metadata::default(), 0)
+    }
+
     /// The same map, of a GGUF file.
     pub(super) fn with_gguf(mut self, gguf: gguf::Metadata) -> Self {
         self.gguf = Some(Box::new(gguf));

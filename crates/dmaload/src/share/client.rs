@@ -1,0 +1,324 @@
+//! The side that is given an image. What the server says is checked before anything is mapped by it: a hostile one can give other
+//! bytes, which is its business, but lead nobody out of memory.
+#![allow(unsafe_code)]
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dmabuf::{AddressRange, DmaBuf, Memfd, Memory, PageCount};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    connect, recvmsg, send, socket_with, sockopt,
+};
+use tokio::sync::oneshot;
+
+use super::description::{Description, SegmentPlace};
+use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, REPLY_BYTES, Reply, Status, request};
+use super::{PATIENCE, REQUEST_LIMIT_BYTES};
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::load::FinishedFile;
+use crate::memory::Backing;
+use crate::plan::Layout;
+use crate::reaper::Reaper;
+use crate::report::{FileReport, Report};
+use crate::route::Route;
+use crate::segment::{Place, Segment};
+
+/// An image of another process.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Attached {
+    /// Its files, segments and tensors, in memory that both have. Its report says how it got here, and nothing of how it was loaded
+    /// there but the route.
+    pub image: Image,
+    /// The process that has loaded it.
+    pub process: u32,
+    /// Whether its memory is dma-bufs, which others can write to.
+    pub dma_bufs: bool,
+}
+
+/// What a client asks for.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct AttachOptions {
+    /// The image's name; the server's only one without.
+    pub name: Option<String>,
+    /// Users besides one's own and root whose servers are trusted. A server could have kept a way to write to what it shares, and
+    /// change bytes that are being looked at: that it does not is for its user to promise.
+    pub trusted_users: Vec<u32>,
+}
+
+impl AttachOptions {
+    /// See [`Self::name`].
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// See [`Self::trusted_users`].
+    #[must_use]
+    pub fn trust_user(mut self, user: u32) -> Self {
+        self.trusted_users.push(user);
+        self
+    }
+}
+
+/// Attaches to an image of the server at this socket.
+///
+/// The work is done by a thread, and takes no longer than the server's answer and mapping. Dropping the future leaves that thread to
+/// itself.
+///
+/// # Errors
+/// [`Error::Share`].
+pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<Attached> {
+    let socket = socket.as_ref().to_owned();
+    let (sender, receiver) = oneshot::channel();
+    let path = socket.clone();
+    let body = move || {
+        let _ = sender.send(attach_blocking(&path, &options));
+    };
+    let no_thread = |_| refuse(&socket, "no thread could be had to attach");
+    std::thread::Builder::new().name("dmaload-attach".to_owned()).spawn(body).map_err(no_thread)?;
+    receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "attaching ended without a result")))
+}
+
+/// The same, done by the caller.
+///
+/// # Errors
+/// [`Error::Share`].
+pub fn attach_blocking(socket: impl AsRef<Path>, options: &AttachOptions) -> Result<Attached> {
+    let path = socket.as_ref();
+    let started = Instant::now();
+    let descriptors = receive(path, options)?;
+    let (description, memories) = read(path, descriptors)?;
+    build(path, &description, memories, started)
+}
+
+fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
+    Error::Share { socket: socket.to_owned(), reason: reason.into() }
+}
+
+/// Asks the server, and takes all descriptors.
+fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
+    let failed =
+        |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
+    let name = options.name.as_deref().unwrap_or_default();
+    let request = request(name);
+    if request.len() > REQUEST_LIMIT_BYTES {
+        return Err(refuse(path, "the image's name is too long"));
+    }
+    let address = SocketAddrUnix::new(path).map_err(failed("connect to this path"))?;
+    let socket =
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("make a socket"))?;
+    for timeout in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
+        sockopt::set_socket_timeout(&socket, timeout, Some(2 * PATIENCE)).map_err(failed("set a timeout"))?;
+    }
+    connect(&socket, &address).map_err(failed("connect"))?;
+    let server = sockopt::socket_peercred(&socket).map_err(failed("ask who the server is"))?.uid;
+    if !(server.is_root() || server == rustix::process::geteuid() || options.trusted_users.contains(&server.as_raw())) {
+        return Err(refuse(
+            path,
+            format!("the server is user {}'s, who could change what is shared, and is not trusted", server.as_raw()),
+        ));
+    }
+    // A server that refuses before it is asked has closed already, and its answer is there.
+    match send(&socket, &request, SendFlags::NOSIGNAL) {
+        Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
+        Err(errno) => return Err(failed("ask")(errno)),
+    }
+    let mut descriptors: Vec<OwnedFd> = Vec::new();
+    loop {
+        let (reply, mut here) = receive_message(&socket).map_err(failed("receive"))?;
+        let Some(reply) = reply else {
+            return Err(refuse(path, "the server's answer is none: it is of another version, or has closed the connection"));
+        };
+        match reply.status {
+            Status::Ok => {}
+            Status::Malformed => {
+                return Err(refuse(path, "the server does not understand the request: it is of another version"));
+            }
+            Status::NoSuchImage if name.is_empty() => return Err(refuse(path, "the server has no image, or several: name one")),
+            Status::NoSuchImage => return Err(refuse(path, format!("the server has no image {name:?}"))),
+            Status::NotAllowed => return Err(refuse(path, "this user may not attach")),
+        }
+        if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
+            return Err(refuse(
+                path,
+                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server lies",
+            ));
+        }
+        descriptors.append(&mut here);
+        if descriptors.len() == reply.all as usize {
+            return Ok(descriptors);
+        }
+    }
+}
+
+fn receive_message(socket: &OwnedFd) -> Result<(Option<Reply>, Vec<OwnedFd>), Errno> {
+    let mut message = [0; REPLY_BYTES + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_IN_A_MESSAGE))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = loop {
+        match recvmsg(socket, &mut [IoSliceMut::new(&mut message)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Err(Errno::INTR) => {}
+            received => break received?,
+        }
+    };
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    Ok((Reply::parse(message.get(..received.bytes).unwrap_or_default()), descriptors))
+}
+
+/// Takes the descriptors for what they should be.
+fn read(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
+    /// A description takes some 200 bytes a tensor: of a million tensors it is shorter.
+    const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
+    let mut descriptors = descriptors.into_iter();
+    let wrong = |what: String| refuse(path, what);
+    let description = descriptors.next().ok_or_else(|| wrong("the server gave nothing".to_owned()))?;
+    let description = Memfd::from_sealed(description).map_err(|error| wrong(format!("its description: {error}")))?;
+    if description.bytes() > DESCRIPTION_LIMIT_BYTES {
+        return Err(wrong(format!("its description has {} bytes", description.bytes())));
+    }
+    let mut json = vec![0; description.bytes()];
+    let mut at = 0;
+    while at < json.len() {
+        match rustix::io::pread(&description, json.get_mut(at..).unwrap_or_default(), at as u64) {
+            Ok(0) | Err(_) => return Err(wrong("its description can't be read".to_owned())),
+            Ok(bytes) => at += bytes,
+        }
+    }
+    let description = Description::parse(&json).map_err(wrong)?;
+    let memories = descriptors.map(|fd| {
+        let taken = if description.dma_bufs {
+            DmaBuf::from_fd(fd).map(Memory::DmaBuf)
+        } else {
+            Memfd::from_sealed(fd).map(Memory::Memfd)
+        };
+        taken.map_err(|error| wrong(format!("a memory is not what it should be: {error}")))
+    });
+    let memories = memories.collect::<Result<Vec<_>>>()?;
+    if memories.len() != description.memories {
+        return Err(wrong(format!("{} memories came, and {} are described", memories.len(), description.memories)));
+    }
+    Ok((description, memories))
+}
+
+/// Where each memory is to be mapped, and how much that is in all; `None` where a segment is not within its memory, or does not
+/// follow the one before it where it should.
+fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
+    let (mut places, mut end) = (Vec::new(), 0_usize);
+    for (number, &bytes) in lengths.iter().enumerate() {
+        let first = segments.partition_point(|segment| segment.memory < number);
+        let own = segments.get(first..)?.iter().take_while(|segment| segment.memory == number);
+        for segment in own {
+            usize::try_from(segment.memory_offset + segment.memory_bytes).ok().filter(|&end| end <= bytes)?;
+        }
+        let (before, here) = (first.checked_sub(1).and_then(|before| segments.get(before)), segments.get(first)?);
+        let continues = before.filter(|before| before.span == here.span);
+        if let Some(before) = continues {
+            // All of the memory before it is that segment's, down to the last byte: else there would be a gap.
+            let whole = before.memory_offset + (before.file_range.end - before.file_range.start);
+            (*lengths.get(before.memory)? as u64 == whole).then_some(())?;
+        } else {
+            end = end.checked_next_multiple_of(dmabuf::HUGE_PAGE_BYTES)?;
+        }
+        places.push(end);
+        end = end.checked_add(bytes)?;
+    }
+    Some((places, end))
+}
+
+fn build(path: &Path, description: &Description, memories: Vec<Memory>, started: Instant) -> Result<Attached> {
+    let wrong = |what: String| refuse(path, what);
+    let lengths: Vec<usize> = memories.iter().map(|memory| memory.bytes().unwrap_or(0)).collect();
+    let (places, all) =
+        places(&description.segments, &lengths).ok_or_else(|| wrong("its segments do not fit their memory".to_owned()))?;
+    let mut backings = Vec::new();
+    if !memories.is_empty() {
+        let reaper = Reaper::start().map_err(|error| wrong(format!("no thread could be had: {error}")))?;
+        let range = AddressRange::reserve(all).map_err(|error| wrong(error.to_string()))?;
+        for ((memory, &at), &bytes) in memories.into_iter().zip(&places).zip(&lengths) {
+            let mapping = range.map(&memory, at, bytes).map_err(|error| wrong(error.to_string()))?;
+            backings.push(Arc::new(Backing::new(mapping, memory, reaper.clone())));
+        }
+    }
+    let heap: Arc<str> = if description.dma_bufs { "shared dma-buf" } else { "shared memfd" }.into();
+    let to_usize = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+    let mut segments = Vec::new();
+    for (index, planned) in description.segments.iter().enumerate() {
+        let (Some(file), Some(backing)) = (description.files.get(planned.file), backings.get(planned.memory)) else { continue };
+        let place = Place {
+            index,
+            file_index: planned.file,
+            span: planned.span,
+            tensors: file.tensors.clone(),
+            path: Arc::clone(&file.path),
+            file_bytes: file.bytes,
+            file_range: planned.file_range.clone(),
+            memory_offset: to_usize(planned.memory_offset),
+            memory_bytes: to_usize(planned.memory_bytes),
+        };
+        // SAFETY: the memory is mapped in full, and what is not the file's bytes is at worst zeros: a memory file is all initialised.
+        // Nobody writes to a memory file that is sealed against it (`Memfd::from_sealed` has looked), but who had it mapped before:
+        // a process of a user who is trusted not to (`receive` has asked whose it is). Views of a dma-buf are not given: it counts
+        // as handed out below.
+        let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
+        if description.dma_bufs {
+            segment.dma_buf()?;
+        }
+        segments.push(segment);
+    }
+    let report = report(path, description, &segments, backings.len(), &heap, started.elapsed());
+    let files = description.files.iter().enumerate().map(|(number, file)| FinishedFile {
+        path: Arc::clone(&file.path),
+        bytes: file.bytes,
+        tensors: file.tensors.clone(),
+        has_segments: description.segments.iter().any(|segment| segment.file == number),
+    });
+    let image = Image::new(files.collect(), segments, report);
+    Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
+}
+
+/// Nothing was read, copied or allocated here.
+fn report(path: &Path, description: &Description, segments: &[Segment], memories: usize, heap: &str, total: Duration) -> Report {
+    let route = description.route.parse().unwrap_or(Route::Buffered);
+    let bytes = segments.iter().map(|segment| segment.len() as u64).sum();
+    let path_of = |path: &Arc<PathBuf>| path.as_ref().clone();
+    let files = description.files.iter().map(|file| FileReport { path: path_of(&file.path), bytes: file.bytes, route });
+    Report {
+        bytes,
+        wanted_bytes: bytes,
+        segments: segments.len(),
+        memories,
+        total,
+        allocating: Duration::ZERO,
+        reading: Duration::ZERO,
+        copying: Duration::ZERO,
+        first_segment: None,
+        cpu: Duration::ZERO,
+        peak_resident_bytes: crate::report::peak_resident_bytes(),
+        pages: PageCount::default(),
+        pages_refused: None,
+        reused_bytes: 0,
+        heap: heap.to_owned(),
+        notes: vec![format!("attached to {}: loaded by process {} by {route}", path.display(), description.process)],
+        layout: Layout::Segmented,
+        route,
+        fallbacks: Vec::new(),
+        verified: None,
+        trace: Vec::new(),
+        files: files.collect(),
+    }
+}

@@ -1,0 +1,244 @@
+//! What an image is, for another process: files, tensors, and where in which memory each segment is.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use crate::image::{Image, Tensor};
+use crate::load::FileTensors;
+use crate::model::{DType, TensorInfo, TensorMap};
+use crate::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
+
+/// See the module. What was parsed is consistent in itself; the sizes of the memories are for whoever has them to compare.
+#[derive(Debug)]
+pub(super) struct Description {
+    pub(super) process: u32,
+    pub(super) route: String,
+    pub(super) dma_bufs: bool,
+    pub(super) files: Vec<File>,
+    pub(super) segments: Vec<SegmentPlace>,
+    /// How many memories there are.
+    pub(super) memories: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct File {
+    pub(super) path: Arc<PathBuf>,
+    pub(super) bytes: u64,
+    pub(super) tensors: Option<Arc<FileTensors>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct SegmentPlace {
+    pub(super) file: usize,
+    pub(super) span: usize,
+    pub(super) memory: usize,
+    pub(super) memory_offset: u64,
+    pub(super) memory_bytes: u64,
+    pub(super) file_range: Range<u64>,
+}
+
+/// Describes an image, as JSON.
+pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
+    let files = image.files().iter().map(|file| {
+        let tensors = file.tensor_map().map(|map| {
+            let tensor = |tensor: Tensor| {
+                let info = map.get(tensor.name());
+                let rows = tensor.rows();
+                json!({
+                    "name": tensor.name(), "dtype": tensor.dtype().name(),
+                    "of": info.map(|info| json!([info.shape, info.file_range.start, info.file_range.end])),
+                    "shape": tensor.shape(),
+                    "rows": [rows.first.start, rows.first.end, rows.stride_bytes, rows.count],
+                })
+            };
+            file.tensors().map(tensor).collect::<Vec<_>>()
+        });
+        json!({ "path": file.path().to_string_lossy(), "bytes": file.len(), "tensors": tensors })
+    });
+    let mut memory = 0;
+    let mut segments = Vec::new();
+    for (index, segment) in image.segments().iter().enumerate() {
+        let before = index.checked_sub(1).and_then(|before| image.segments().get(before));
+        memory += usize::from(before.is_some_and(|before| !segment.shares_memory_with(before)));
+        let range = segment.file_range();
+        let (offset, bytes) = (segment.memory_offset(), segment.memory_bytes());
+        segments.push(json!([segment.file_index(), segment.span(), memory, offset, bytes, range.start, range.end]));
+    }
+    let memories = if segments.is_empty() { 0 } else { memory + 1 };
+    json!({
+        "process": std::process::id(), "route": image.report().route.name(), "dma_bufs": dma_bufs,
+        "memories": memories, "files": files.collect::<Vec<_>>(), "segments": segments,
+    })
+    .to_string()
+}
+
+impl Description {
+    /// Reads a description that came from somebody else.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
+        let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is no JSON: {error}"))?;
+        let wrong = |what: &str| format!("its description is wrong: {what}");
+        let number = |key: &str| value.get(key).and_then(Value::as_u64).ok_or_else(|| wrong(key));
+        let array = |key: &str| value.get(key).and_then(Value::as_array).ok_or_else(|| wrong(key));
+        let files = array("files")?.iter().map(file).collect::<Option<Vec<_>>>().ok_or_else(|| wrong("files"))?;
+        let memories = usize::try_from(number("memories")?).map_err(|_| wrong("memories"))?;
+        let mut segments: Vec<SegmentPlace> = Vec::new();
+        for value in array("segments")? {
+            let place = segment(value).ok_or_else(|| wrong("segments"))?;
+            let before = segments.last().map_or(0, |before| before.memory + 1);
+            let in_order = place.memory == before || segments.last().is_some_and(|before| before.memory == place.memory);
+            let bytes = files.get(place.file).map_or(0, |file: &File| file.bytes);
+            let fits = place.file_range.end <= bytes && place.file_range.end - place.file_range.start <= place.memory_bytes;
+            if !in_order || !fits || segments.last().is_some_and(|before| !follows(before, &place)) {
+                return Err(wrong("a segment is out of place"));
+            }
+            segments.push(place);
+        }
+        if segments.last().map_or(0, |last| last.memory + 1) != memories {
+            return Err(wrong("the number of memories"));
+        }
+        Ok(Description {
+            process: u32::try_from(number("process")?).map_err(|_| wrong("process"))?,
+            route: value.get("route").and_then(Value::as_str).ok_or_else(|| wrong("route"))?.to_owned(),
+            dma_bufs: value.get("dma_bufs").and_then(Value::as_bool).ok_or_else(|| wrong("dma_bufs"))?,
+            files,
+            segments,
+            memories,
+        })
+    }
+}
+
+/// Whether a segment can come after another one: of the same span only what follows in the file, and in the same memory what follows
+/// there.
+fn follows(before: &SegmentPlace, after: &SegmentPlace) -> bool {
+    let end = before.memory_offset.checked_add(before.memory_bytes);
+    let continues = before.span == after.span;
+    let in_file = before.file == after.file && before.file_range.end == after.file_range.start;
+    let in_memory = before.memory != after.memory || end.is_some_and(|end| end <= after.memory_offset) && !continues;
+    let at_start = before.memory == after.memory || !continues || after.memory_offset == 0;
+    (!continues || in_file) && in_memory && at_start && (continues || after.span > before.span)
+}
+
+fn numbers(value: &Value) -> Option<Vec<u64>> {
+    value.as_array()?.iter().map(Value::as_u64).collect()
+}
+
+fn segment(value: &Value) -> Option<SegmentPlace> {
+    let [file, span, memory, memory_offset, memory_bytes, start, end] = *numbers(value)? else { return None };
+    let index = |number: u64| usize::try_from(number).ok();
+    let page = dmabuf::page_bytes() as u64;
+    let aligned = memory_offset.is_multiple_of(page) && memory_bytes.is_multiple_of(page);
+    (aligned && start < end && memory_offset.checked_add(memory_bytes).is_some()).then_some(SegmentPlace {
+        file: index(file)?,
+        span: index(span)?,
+        memory: index(memory)?,
+        memory_offset,
+        memory_bytes,
+        file_range: start..end,
+    })
+}
+
+fn file(value: &Value) -> Option<File> {
+    let (path, bytes) = (value.get("path")?.as_str()?, value.get("bytes")?.as_u64()?);
+    let tensors = match value.get("tensors")? {
+        Value::Null => None,
+        tensors => Some(Arc::new(file_tensors(tensors.as_array()?, bytes)?)),
+    };
+    Some(File { path: Arc::new(path.into()), bytes, tensors })
+}
+
+fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
+    let read = values.iter().map(|value| tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
+    let infos = read.iter().map(|(info, _)| info.clone()).collect();
+    let map = TensorMap::of(infos).ok()?;
+    // In the order in which they came, which is not that of the map.
+    let list = read.into_iter().enumerate().map(|(class, (info, part))| {
+        let position = map.position(&info.name)?;
+        Some(Chosen { position, class, part })
+    });
+    let chosen = ChosenTensors::new(list.collect::<Option<_>>()?);
+    Some(FileTensors { map: Arc::new(map), chosen: Some(Arc::new(chosen)) })
+}
+
+fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, Part)> {
+    let name = value.get("name")?.as_str()?.to_owned();
+    let dtype = DType::from_name(value.get("dtype")?.as_str()?)?;
+    let [whole, start, end] = value.get("of")?.as_array()?.as_slice() else { return None };
+    let (whole, start, end) = (numbers(whole)?, start.as_u64()?, end.as_u64()?);
+    let shape = numbers(value.get("shape")?)?;
+    let [first, first_end, stride_bytes, count] = *numbers(value.get("rows")?)? else { return None };
+    let bytes_of = |shape: &[u64]| {
+        let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim))?;
+        in_bytes(dtype, elements)
+    };
+    let is_whole = start <= end && end <= file_bytes && bytes_of(&whole)? == end - start;
+    // The last row ends within the tensor, and no row begins before the last one ends.
+    let row = first_end.checked_sub(first)?;
+    let last_end = count.saturating_sub(1).checked_mul(stride_bytes)?.checked_add(first_end)?;
+    let is_part =
+        start <= first && last_end <= end && (count <= 1 || stride_bytes >= row) && row.checked_mul(count)? == bytes_of(&shape)?;
+    let rows = Rows { first: first..first_end, stride_bytes, count };
+    let info = TensorInfo { name, dtype, shape: whole, file_range: start..end };
+    (is_whole && is_part && count > 0).then_some((info, Part { shape, rows }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(segments: &str) -> String {
+        format!(
+            r#"{{"process":1,"route":"buffered","dma_bufs":false,"memories":2,"segments":{segments},
+            "files":[{{"path":"a","bytes":12000,"tensors":[{{"name":"t","dtype":"BF16","of":[[2,4],8,24],"shape":[2,2],"rows":[8,12,8,2]}}]}}]}}"#
+        )
+    }
+
+    const GOOD: &str = "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]";
+
+    #[test]
+    fn a_good_description_is_read() {
+        let description = Description::parse(described(GOOD).as_bytes()).unwrap();
+        assert_eq!((description.memories, description.segments.len(), description.process), (2, 2, 1));
+        let tensors = description.files[0].tensors.as_ref().unwrap();
+        assert_eq!(tensors.part_at(0).unwrap().rows, Rows { first: 8..12, stride_bytes: 8, count: 2 });
+    }
+
+    #[test]
+    fn what_could_lead_out_of_memory_is_refused() {
+        for segments in [
+            "[]",
+            "[[0,0,0,0,8192,0,8193],[0,0,1,0,4096,8192,12000]]",
+            "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,12001]]",
+            "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8193,12000]]",
+            "[[0,0,0,0,8192,0,8192],[0,0,2,0,4096,8192,12000]]",
+            "[[0,0,1,0,8192,0,8192],[0,0,0,0,4096,8192,12000]]",
+            "[[0,0,0,0,8192,0,8192],[0,0,1,4096,4096,8192,12000]]",
+            "[[0,0,0,0,8192,0,8192],[0,1,0,4096,4096,8192,12000],[0,2,1,0,4096,0,1]]",
+            "[[0,0,0,18446744073709547520,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
+            "[[1,0,0,0,8192,0,8192],[1,0,1,0,4096,8192,12000]]",
+            "[[0,0,0,0,8191,0,8191],[0,0,1,0,4096,8191,12000]]",
+        ] {
+            assert!(Description::parse(described(segments).as_bytes()).is_err(), "{segments}");
+        }
+        for (from, to) in [
+            ("[8,12,8,2]", "[8,12,9223372036854775807,3]"),
+            ("[8,12,8,2]", "[8,12,2,2]"),
+            ("[8,12,8,2]", "[4,8,8,2]"),
+            ("[8,12,8,2]", "[12,16,16,2]"),
+            ("[8,12,8,2]", "[8,16,8,2]"),
+            ("[2,4],8,24", "[2,4],8,25"),
+            ("[2,4],8,24", "[2,4],11990,12006"),
+            ("\"BF16\"", "\"BF17\""),
+            ("\"bytes\":12000", "\"bytes\":-1"),
+            ("\"memories\":2", "\"memories\":3"),
+        ] {
+            let text = described(GOOD).replace(from, to);
+            assert!(text != described(GOOD) && Description::parse(text.as_bytes()).is_err(), "{to}");
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! One process loads, others have the same memory: by a Unix socket that hands out descriptors, without a copy.
+//!
+//! ```text
+//!   Loader ── Image ──► Server::publish ──┐                    ┌──► client: Image, mapped read-only
+//!                                         socket ── SCM_RIGHTS ┤
+//!                                                              └──► client: …
+//! ```
+//!
+//! What is shared is the memory files of the image's segments, sealed: nobody can write to them any more, so the bytes stay what they
+//! are, here and there. A client maps them and has an [`Image`](crate::Image) like the server's, with its tensors. The memory lives as
+//! long as any process has it: longer than the server.
+//!
+//! Sharing **dma-bufs** gives whoever has them the right to write, so it must be asked for ([`ServerOptions::dma_bufs`]).
+//!
+//! Both sides are asked who they are (`SO_PEERCRED`): clients must be of the server's own user or one that it allows, servers of the
+//! client's own user, root's, or one that it trusts. What clients send is one message of
+//! at most [`REQUEST_LIMIT_BYTES`]; a client that sends anything else, or nothing for [`PATIENCE`], is let go. One thread serves all of
+//! them, and never waits for one.
+//!
+//! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and what it wants (`u32` each, little-endian),
+//! and the name of an image (empty for the only one). The server answers `dmaload\0`, the version, a status, the number of all
+//! descriptors and of those in this message; then messages of the same form until all have come. The first descriptor is a sealed memory
+//! file that describes the image in JSON, the others are its memories in order.
+
+mod client;
+mod description;
+mod protocol;
+mod server;
+
+use std::time::Duration;
+
+pub use client::{AttachOptions, Attached, attach, attach_blocking};
+pub use server::{Server, ServerOptions};
+
+/// The longest request, in bytes.
+pub const REQUEST_LIMIT_BYTES: usize = 512;
+
+/// How long a server waits for a client's request, or for it to take its descriptors.
+pub const PATIENCE: Duration = Duration::from_secs(5);
