@@ -33,6 +33,10 @@ pub(crate) enum Command {
     Manifest(Manifest),
     /// Shows what tensors a file holds; reads only its header.
     Inspect(Inspect),
+    /// Loads files, and hands their memory out to other processes at a Unix socket, until it is ended (SIGINT, SIGTERM).
+    Serve(Serve),
+    /// Maps the memory that `serve` has loaded, without a copy, and tells what is in it.
+    Attach(Attach),
     /// Tells what loads get from this machine, by trying, and what would help most.
     ///
     /// Exit status: 0 when a load would work, 1 when not, 2 wrong usage.
@@ -127,6 +131,44 @@ pub(crate) struct Inspect {
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
     /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Serve {
+    /// The socket; one that nobody listens at any more is replaced.
+    pub(crate) socket: PathBuf,
+    /// The files; a folder or an index stands for all files of a model.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// The name that the memory is asked for by.
+    #[arg(long, default_value = "model")]
+    pub(crate) name: String,
+    /// Let this user attach, too, by its number; may be repeated. Without, only your own may.
+    #[arg(long = "allow-user", value_name = "UID")]
+    pub(crate) allow_users: Vec<u32>,
+    /// Hand out dma-bufs, which whoever has them can WRITE to, instead of sealed memory files; takes --dma-buf.
+    #[arg(long, requires = "dma_buf")]
+    pub(crate) share_dma_bufs: bool,
+    #[command(flatten)]
+    pub(crate) engine: Engine,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Attach {
+    /// The socket.
+    pub(crate) socket: PathBuf,
+    /// The name of what is asked for; needed where the server has several.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Trust a server of this user, by its number, besides your own and root's; may be repeated.
+    #[arg(long = "trust-user", value_name = "UID")]
+    pub(crate) trust_users: Vec<u32>,
+    /// Compute this digest of each file, from the mapped memory: sha256, blake3, crc32c, xxh3.
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) digest: Option<Algorithm>,
+    /// Print one JSON object, and nothing else, on standard output.
     #[arg(long)]
     pub(crate) json: bool,
 }

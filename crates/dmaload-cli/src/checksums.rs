@@ -1,7 +1,7 @@
 //! Digests of what was loaded: of the memory that holds it; on a heap that the CPU reads without its caches, of the staging
 //! buffers that the bytes came through, since reading such memory takes a multiple of the time.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dmaload::heap::Heap;
 use dmaload::verify::{Algorithm, Digest, Hasher, digest};
@@ -16,21 +16,36 @@ pub(crate) struct Checksums {
 }
 
 #[derive(Debug)]
-struct Landing(Mutex<Vec<Hasher>>);
+struct Landing {
+    algorithm: Algorithm,
+    /// Of the files so far: how many there are to be, only the load finds out.
+    hashers: Mutex<Vec<Hasher>>,
+}
+
+impl Landing {
+    /// A hasher for each of so many files, those that have no bytes included.
+    fn up_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
+        let mut hashers = self.hashers.lock().unwrap_or_else(PoisonError::into_inner);
+        if hashers.len() < files {
+            hashers.resize(files, Hasher::new(self.algorithm));
+        }
+        hashers
+    }
+}
 
 impl Observer for Landing {
     fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
-        let mut hashers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hashers = self.up_to(file_index + 1);
         hashers.get_mut(file_index).ok_or("a file that was not asked for")?.update(bytes);
         Ok(())
     }
 }
 
 impl Checksums {
-    /// Prepares digests of so many files from this heap.
-    pub(crate) fn new(algorithm: Algorithm, files: usize, heap: &dyn Heap) -> Self {
-        let hashers = || vec![Hasher::new(algorithm); files];
-        Checksums { algorithm, landing: heap.is_uncached().then(|| Arc::new(Landing(Mutex::new(hashers())))) }
+    /// Prepares digests of files from this heap.
+    pub(crate) fn new(algorithm: Algorithm, heap: &dyn Heap) -> Self {
+        let landing = || Arc::new(Landing { algorithm, hashers: Mutex::default() });
+        Checksums { algorithm, landing: heap.is_uncached().then(landing) }
     }
 
     /// The options of the load that is to be checked.
@@ -45,7 +60,7 @@ impl Checksums {
     pub(crate) fn finish(&self, image: &Image) -> dmaload::Result<Vec<Digest>> {
         match &self.landing {
             Some(landing) => {
-                let hashers = landing.0.lock().unwrap_or_else(PoisonError::into_inner);
+                let hashers = landing.up_to(image.files().len());
                 Ok(hashers.iter().cloned().map(Hasher::finish).collect())
             }
             None => image.files().iter().map(|file| Ok(digest(self.algorithm, &file.bytes()?))).collect(),
@@ -98,7 +113,7 @@ mod tests {
         for algorithm in Algorithm::ALL {
             let expected = paths.each_ref().map(|path| digest(algorithm, &std::fs::read(path).unwrap()));
             for (loader, landing) in loaders.iter().zip([false, true]) {
-                let checksums = Checksums::new(algorithm, paths.len(), loader.heap());
+                let checksums = Checksums::new(algorithm, loader.heap());
                 assert_eq!(checksums.landing.is_some(), landing);
                 let load = loader.load_with(&paths, checksums.applied_to(loader.options()));
                 let image = crate::block_on(async { load.await }).unwrap().unwrap();

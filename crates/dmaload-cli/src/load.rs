@@ -23,7 +23,7 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
         return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
-    let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, arguments.paths.len(), loader.heap()));
+    let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, loader.heap()));
     let mut options = loader.options().trace(arguments.trace.is_some());
     if !arguments.tensors.is_empty() {
         options = options.tensors(&arguments.tensors);
@@ -46,7 +46,7 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
         options = checksums.applied_to(options);
     }
     let load = loader.load_with(&arguments.paths, options);
-    let quiet = arguments.quiet || arguments.json || !std::io::stderr().is_terminal();
+    let quiet = arguments.quiet || arguments.json || is_quiet();
     let image = block_on(finish(load, quiet))?.map_err(about)?;
     if let Some(file) = &arguments.trace {
         std::fs::write(file, trace::to_json(image.report()).to_string()).at("write the timeline to", file)?;
@@ -85,6 +85,11 @@ fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> d
         (Some(rank), Some(world_size)) => Ok(Some(Shard { rank, world_size, dim })),
         _ => Err(Error::Config("a part needs --rank and --world-size (or RANK and WORLD_SIZE)".to_owned())),
     }
+}
+
+/// Whether nobody is there to see a bar.
+pub(crate) fn is_quiet() -> bool {
+    !std::io::stderr().is_terminal()
 }
 
 /// Waits for a load, with a bar on the terminal unless it is to be quiet.

@@ -15,6 +15,7 @@ mod inspect;
 mod load;
 mod manifest;
 mod scratch;
+mod serve;
 mod summary;
 mod synth;
 mod sys;
@@ -43,6 +44,8 @@ fn main() -> ExitCode {
         Command::Cat(arguments) => cat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Manifest(arguments) => manifest::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Inspect(arguments) => inspect::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Serve(arguments) => serve::serve(&arguments),
+        Command::Attach(arguments) => serve::attached(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Bench(arguments) => bench::run(&arguments),
