@@ -11,6 +11,7 @@ use crate::engine::{Guard, Leaked};
 use crate::error::{Error, Result};
 use crate::heap::{self, Heap};
 use crate::load::{Load, Segments};
+use crate::metrics::Metrics;
 use crate::settings::{Format, LoadOptions, Settings};
 use crate::{Layout, Route};
 
@@ -87,6 +88,11 @@ impl Loader {
         self.guard.trim_pool(keep_bytes)
     }
 
+    /// What the loader has done so far, and holds now.
+    pub fn metrics(&self) -> Metrics {
+        self.guard.metrics()
+    }
+
     /// How much memory segments have now: those that are being filled, those that are not dropped, or not freed yet, and what the
     /// pool keeps. What [`LoaderBuilder::memory_limit_bytes`] limits.
     pub fn memory_bytes(&self) -> u64 {
@@ -100,15 +106,16 @@ impl Loader {
 
     /// Stops: loads that are not finished fail with [`crate::Error::ShutDown`], reads in flight are drained, the threads end.
     ///
-    /// Other clones stay valid, but every load on them fails. Dropping the future does not stop the shutdown.
+    /// Other clones stay valid, but every load on them fails. It begins with the call, and dropping the future does not stop it.
     ///
     /// # Errors
     /// [`Leaked`] when reads are still in flight past the deadline ([`LoaderBuilder::shutdown_timeout`]): the memory that
     /// they may write to is never freed; or when another thread has not ended by then.
-    pub async fn shutdown(self) -> Result<(), Leaked> {
+    pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
         let (done, wait) = oneshot::channel();
+        // Now, not when it is first polled.
         self.guard.shut_down(done);
-        wait.await.unwrap_or(Err(Leaked::UNKNOWN))
+        async move { wait.await.unwrap_or(Err(Leaked::UNKNOWN)) }
     }
 }
 

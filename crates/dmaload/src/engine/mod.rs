@@ -36,6 +36,7 @@ use crate::error::{Error, Result};
 use crate::heap::Heap;
 use crate::load::{HeapFacts, LoadShared, Segments};
 use crate::memory::{Backing, PieceBuffer};
+use crate::metrics::{LoadCounters, Metrics};
 use crate::plan::BATCH_FILES;
 use crate::reaper::Reaper;
 use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
@@ -57,6 +58,7 @@ pub(crate) struct Engine {
     threads: Mutex<usize>,
     thread_ended: Condvar,
     leaked_bytes: AtomicU64,
+    counters: Arc<LoadCounters>,
 }
 
 /// A permit of the window: gives what it is for back when it is dropped.
@@ -183,6 +185,7 @@ impl Guard {
             threads: Mutex::new(0),
             thread_ended: Condvar::new(),
             leaked_bytes: AtomicU64::new(0),
+            counters: Arc::default(),
             settings,
         });
         engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
@@ -204,6 +207,16 @@ impl Guard {
 
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
         self.engine.reaper.trim_pool(keep_bytes)
+    }
+
+    pub(crate) fn metrics(&self) -> Metrics {
+        let engine = &self.engine;
+        Metrics {
+            queue_depth: engine.settings.queue_depth as u64,
+            memory_bytes: self.memory_bytes(),
+            pooled_bytes: self.pooled_bytes(),
+            ..engine.counters.seen(engine.ring.counters())
+        }
     }
 
     pub(crate) fn memory_bytes(&self) -> u64 {
@@ -228,7 +241,7 @@ impl Guard {
         let (sender, receiver) = mpsc::unbounded_channel();
         let checked = engine.settings.check(&options);
         let id = engine.jobs.next_id();
-        let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.facts, sender));
+        let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.facts, Arc::clone(&engine.counters), sender));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or(Error::ShutDown)) {
             shared.fail(error);
@@ -238,6 +251,7 @@ impl Guard {
 
     /// Nobody waits for this load any more.
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
+        load.dropped();
         self.engine.abandon(&load);
         // Its files and address ranges are closed and unmapped by a worker: the caller may be an async task.
         self.engine.jobs.bury(load);

@@ -15,16 +15,19 @@ use std::time::{Duration, Instant};
 use dmabuf::{AddressRange, PageCount, Populated};
 use rustix::io::Errno;
 use tokio::sync::mpsc::UnboundedSender;
+use tracing::Span;
+use tracing::field::Empty;
 
 use super::{Event, FileTensors, Finished, FinishedFile, Progress};
 use crate::busy::BusyTime;
 use crate::error::Error;
 use crate::memory::Backing;
+use crate::metrics::{LoadCounters, count};
 use crate::model::TensorMap;
 use crate::observe::{Observation, Rejection, Watch};
 use crate::plan::{Batch, Piece, Plan, SegmentPlan};
 use crate::report::cpu_time;
-use crate::ring::{Failure, LoadId, Retried, Span, Times};
+use crate::ring::{Failure, LoadId, Retried, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::Need;
 use crate::segment::{Place, Segment};
@@ -56,6 +59,9 @@ pub(crate) struct LoadShared {
     planned_bytes: AtomicU64,
     allocated_bytes: AtomicU64,
     read_bytes: AtomicU64,
+    counters: Arc<LoadCounters>,
+    /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
+    span: Span,
     state: Mutex<State>,
 }
 
@@ -191,6 +197,10 @@ struct MemoryState {
     unchecked: usize,
     /// It is to become a dma-buf first.
     unexported: bool,
+    /// When its last bytes came, as far as they have.
+    full_at: Option<Instant>,
+    /// From its allocation until its last segment is handed over.
+    span: Span,
 }
 
 impl State {
@@ -219,12 +229,17 @@ impl LoadShared {
         keep: bool,
         paths: Vec<PathBuf>,
         heap: &HeapFacts,
+        counters: Arc<LoadCounters>,
         events: UnboundedSender<Event>,
     ) -> Self {
         let observed = options.observer.is_some() || options.verify.is_some();
         let watch = observed.then(|| Arc::new(Watch::new(options.observer.clone())));
+        count(&counters.started);
+        let span = tracing::info_span!("load", load = id.0, paths = paths.len(), bytes = Empty, error = Empty);
         LoadShared {
             id,
+            counters,
+            span,
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
             options,
             keep,
@@ -307,13 +322,21 @@ impl LoadShared {
             // It failed meanwhile, and holds nothing any more.
             return (0, Vec::new());
         }
+        self.counters.fallbacks.fetch_add(fallbacks.len() as u64, Ordering::Relaxed);
         state.fallbacks = fallbacks;
         state.plan = plan;
         state.range = range;
         let state = &mut *state;
         for memory in &state.plan.memories {
             let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
-            state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unexported: self.exports });
+            state.memories.push(MemoryState {
+                cell,
+                pieces_left,
+                unchecked: 0,
+                unexported: self.exports,
+                full_at: None,
+                span: Span::none(),
+            });
         }
         for (index, planned) in files.into_iter().enumerate() {
             self.planned_bytes.fetch_add(planned.read_bytes, Ordering::Relaxed);
@@ -349,8 +372,9 @@ impl LoadShared {
         if self.is_over() {
             return None;
         }
-        let state = self.state();
+        let mut state = self.state();
         let batch = state.plan.batches.get(number)?.clone();
+        self.begin_memory(&mut state, batch.memory);
         let memory = state.plan.memories.get(batch.memory)?;
         let part = |number: usize| {
             let piece = *state.plan.pieces.get(number)?;
@@ -376,6 +400,16 @@ impl LoadShared {
             parts: batch.pieces.clone().map(part).collect::<Option<_>>()?,
             batch,
         })
+    }
+
+    /// The span of a memory's segments begins with its first batch.
+    fn begin_memory(&self, state: &mut State, number: usize) {
+        let State { plan, memories, .. } = state;
+        let (Some(planned), Some(memory)) = (plan.memories.get(number), memories.get_mut(number)) else { return };
+        if memory.span.is_none() {
+            let (segment, segments, bytes) = (planned.segments.start, planned.segments.len(), planned.bytes);
+            memory.span = tracing::debug_span!(parent: &self.span, "segment", load = self.id.0, segment, segments, bytes);
+        }
     }
 
     /// A file was opened when its turn came, and this route chosen for it; whether it is copied from the page cache by choice.
@@ -433,11 +467,13 @@ impl LoadShared {
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *state.plan.segments.get(piece.segment)?;
         let file = state.files.get_mut(file_index)?;
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
+        self.counters.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         file.route = file.route.max(route);
         file.pieces_left -= 1;
         let read = file.pieces_left == 0;
         let memory = state.memories.get_mut(memory_index)?;
         memory.pieces_left -= 1;
+        memory.full_at = Some(Instant::now());
         let export = memory.pieces_left == 0 && memory.unexported;
         Some(Follows { check: read.then_some(file_index), export: export.then_some(memory_index) })
     }
@@ -506,6 +542,7 @@ impl LoadShared {
     pub(crate) fn stepped_down(&self, fallback: Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| path.display().to_string());
         tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno = dmabuf::errno::describe(fallback.errno), "{}", fallback.reason());
+        count(&self.counters.fallbacks);
         self.state().fallbacks.push(fallback);
     }
 
@@ -530,6 +567,7 @@ impl LoadShared {
         let path = self.path(file).map(|path| path.display().to_string()).unwrap_or_default();
         let errno = dmabuf::errno::describe(errno);
         tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
+        count(&self.counters.retried_reads);
         let mut state = self.state();
         state.retried += 1;
         if state.retried <= RETRIES_TOLD {
@@ -538,7 +576,7 @@ impl LoadShared {
     }
 
     /// The ring thread did something for a piece; its clock began at `epoch`.
-    pub(crate) fn traced(&self, number: usize, span: Span, epoch: Instant) {
+    pub(crate) fn traced(&self, number: usize, span: crate::ring::Span, epoch: Instant) {
         let mut state = self.state();
         let Some((file_index, segment)) = state.place_of(number) else { return };
         let (start, end) = (epoch + span.start, epoch + span.end);
@@ -564,11 +602,21 @@ impl LoadShared {
         self.abandoned.store(true, Ordering::Release);
         if let Some(events) = state.events.take() {
             tracing::debug!(load = self.id.0, %error, "load failed");
+            self.span.record("error", tracing::field::display(&error));
+            count(&self.counters.failed);
             let _ = events.send(Event::Failed(error));
         }
         // What was full but not handed over goes now; what is being filled belongs to the driver.
         state.memories.clear();
         state.files.clear();
+    }
+
+    /// Nobody wants it any more: before its end, or after.
+    pub(crate) fn dropped(&self) {
+        let was_going = self.state().events.take().is_some();
+        if was_going {
+            count(&self.counters.dropped);
+        }
     }
 
     /// The same, told by the driver.
@@ -625,6 +673,19 @@ impl LoadShared {
         while let Some(segment) = self.next_segment(state) {
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
+            count(&self.counters.segments);
+            let memory = state.plan.segments.get(segment.index()).and_then(|planned| state.memories.get(planned.memory));
+            let waited = memory.and_then(|memory| memory.full_at).map(|full_at| full_at.elapsed()).unwrap_or_default();
+            self.counters.after_kernel.add(waited);
+            let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
+            let waited_us = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+            tracing::debug!(parent: &self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
+            let place = state.plan.segments.get(index).map(|planned| planned.memory);
+            let last =
+                place.and_then(|place| state.plan.memories.get(place)).is_some_and(|memory| memory.segments.end == index + 1);
+            if let Some(memory) = place.filter(|_| last).and_then(|place| state.memories.get_mut(place)) {
+                memory.span = Span::none();
+            }
             if self.options.trace {
                 let (now, bytes) = (Instant::now(), segment.len() as u64);
                 let event = self.event(TraceKind::HandOver, now, now, segment.file_index(), segment.index(), bytes);
@@ -646,6 +707,8 @@ impl LoadShared {
         });
         let files = files.collect();
         state.events = None;
+        count(&self.counters.finished);
+        self.span.record("bytes", report.bytes);
         let _ = events.send(Event::Done(Box::new(Finished { report, files })));
         Handover::Over
     }

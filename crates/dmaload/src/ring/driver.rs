@@ -26,6 +26,8 @@ mod staged;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
@@ -38,6 +40,7 @@ use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
 use crate::busy::BusyTime;
+use crate::metrics::ReadCounters;
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::trace::TraceKind;
@@ -64,6 +67,7 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
+    counters: Arc<ReadCounters>,
 }
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
@@ -81,7 +85,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             known: Known::default(),
             completions: Vec::new(),
             outputs: Vec::new(),
+            counters: Arc::default(),
         }
+    }
+
+    /// Has reads counted here.
+    pub(crate) fn counted_by(mut self, counters: Arc<ReadCounters>) -> Self {
+        self.counters = counters;
+        self
     }
 
     #[cfg(test)]
@@ -158,6 +169,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             in_flight: 0,
             route,
             position: 0,
+            since: self.kernel.now(),
         });
         load.pieces.push(token);
         if load.is_observed() {
@@ -238,6 +250,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// The kernel failed, or time is up: every load here fails with `failure`, and memory that a read may still
     /// be writing to is leaked. Returns how many bytes that was.
     pub(crate) fn give_up(&mut self, failure: Failure) -> u64 {
+        self.counters.in_flight.store(0, Ordering::Relaxed);
         let mut leaked = 0;
         for token in self.reads.tokens() {
             self.reads.remove(token);
@@ -351,6 +364,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         entry.route = entry.route.max(in_flight.route);
         entry.in_flight += 1;
         let offset = entry.piece.file_offset + in_flight.chunk.range.start;
+        self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
+        self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
         let token = self.reads.insert(in_flight);
         let read = Read { token, route: by, buffer_slot, address, bytes, offset };
         // SAFETY: the address is in the piece's buffer, or in a slot of the staging. The piece entry owns the buffer and is
@@ -373,6 +388,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let now = self.kernel.now();
         let Some(load) = self.loads.get_mut(&id) else { return };
         load.in_flight -= 1;
+        if let Step::Read | Step::Staged(_) = step {
+            self.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
+            self.counters.in_kernel.add(now.saturating_sub(since));
+        }
         match step {
             Step::Read | Step::Staged(_) => load.reading.end(now),
             Step::Copied(_) => load.copying.end(now),

@@ -16,6 +16,7 @@ use super::linux::LinuxKernel;
 use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
 use super::staging::StagingBudget;
 use super::wake::Wake;
+use crate::metrics::ReadCounters;
 use crate::plan::Piece;
 use crate::route::{Fallback, Route};
 use crate::source::OpenFile;
@@ -55,6 +56,7 @@ struct Shared<B> {
     closing: AtomicBool,
     giving_up: AtomicBool,
     wake: Arc<Wake>,
+    counters: Arc<ReadCounters>,
 }
 
 impl<B> Shared<B> {
@@ -77,7 +79,8 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     pub(crate) fn new() -> Result<Self, Errno> {
         let wake = Arc::new(Wake::new()?);
         let (closing, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(RingThread { shared: Arc::new(Shared { commands: Mutex::new(Some(Vec::new())), closing, giving_up, wake }) })
+        let counters = Arc::default();
+        Ok(RingThread { shared: Arc::new(Shared { commands: Mutex::new(Some(Vec::new())), closing, giving_up, wake, counters }) })
     }
 
     /// Starts the thread.
@@ -100,6 +103,11 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
             events.ended(leaked.unwrap_or(0));
         };
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
+    }
+
+    /// What was counted so far.
+    pub(crate) fn counters(&self) -> &ReadCounters {
+        &self.shared.counters
     }
 
     /// Announces a load. When `abandoned` is set, and the thread woken, the load is given up.
@@ -147,7 +155,7 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
 
 fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, started: Instant, events: &impl Events<B>) -> u64 {
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
-    let mut driver = Driver::new(new_kernel(), depth, staging);
+    let mut driver = Driver::new(new_kernel(), depth, staging).counted_by(Arc::clone(&shared.counters));
     let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
     let mut leaked_bytes = 0;
     loop {

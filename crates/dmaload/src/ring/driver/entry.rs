@@ -28,6 +28,8 @@ pub(super) struct PieceEntry<F, B> {
     pub(super) route: Route,
     /// Where it begins in the bytes of all files, one after the other; known when all pieces before it are here.
     pub(super) position: u64,
+    /// When it came.
+    pub(super) since: Duration,
 }
 
 /// A read to be done: a range of a piece's memory.
