@@ -65,6 +65,9 @@ pub(crate) struct Load {
     /// Load this range of each file's bytes only.
     #[arg(long, value_name = "START..END", value_parser = range, conflicts_with = "tensors")]
     pub(crate) range: Option<(u64, u64)>,
+    /// The model is this range of the one file's bytes: weights stored inside of a package.
+    #[arg(long, value_name = "START..END", value_parser = range)]
+    pub(crate) inside: Option<(u64, u64)>,
     /// Load one rank's part only: the number of the part, from 0 on [default: RANK, where WORLD_SIZE is set, too].
     #[arg(long, value_name = "NUMBER")]
     pub(crate) rank: Option<u32>,

@@ -35,7 +35,7 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     if let Some(shard) = shard {
         options = options.shard(shard);
     }
-    let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none();
+    let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none() && arguments.inside.is_none();
     if arguments.digest.is_some() && !(whole && arguments.engine.layout != Layout::Tensors) {
         return Err(Error::Config("--digest is of whole files, and parts of files are loaded".to_owned()).into());
     }
@@ -45,7 +45,14 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     if let Some(checksums) = &checksums {
         options = checksums.applied_to(options);
     }
-    let load = loader.load_with(&arguments.paths, options);
+    let load = match (arguments.inside, arguments.paths.as_slice()) {
+        (None, paths) => loader.load_with(paths, options),
+        (Some((start, end)), [path]) => {
+            let file = std::fs::File::open(path).at("open", path)?;
+            loader.load_file(file, Some(start..end), options)
+        }
+        (Some(_), _) => return Err(Error::Config("--inside is about one file".to_owned()).into()),
+    };
     let quiet = arguments.quiet || arguments.json || is_quiet();
     let image = block_on(finish(load, quiet))?.map_err(about)?;
     if let Some(file) = &arguments.trace {

@@ -39,6 +39,12 @@ fn tensors_by_pattern_and_ranges_of_bytes() {
     let json = run(load().args(["--range", "1MiB..1100000"]).arg(&path)).succeeds().json();
     assert_eq!(numbers(&json).0, 1_100_000 - (1 << 20));
     assert_eq!(json["segments"][0]["file_offset"], 1 << 20);
+    let inner = std::fs::read(&path).unwrap();
+    let container = file(folder.path(), "app.apk", &[random_bytes(1234, 1), inner.clone(), vec![9; 99]].concat());
+    let inside = format!("1234..{}", 1234 + inner.len());
+    let (wanted, _, tensors) = numbers(&run(load().args(["--inside", &inside]).arg(&container)).succeeds().json());
+    assert_eq!((wanted, tensors), (inner.len() as u64, 3));
+    run(load().args(["--inside", "0..99999999"]).arg(&container)).fails(1, &["which has"]);
     run(load().args(["--tensors", "z"]).arg(&path)).fails(1, &["\"z\""]);
     run(load().args(["--tensors", "{a"]).arg(&path)).fails(2, &["without its }"]);
     run(load().args(["--range", "9..3"]).arg(&path)).fails(2, &["no range of bytes"]);

@@ -26,7 +26,9 @@ pub struct Image {
 #[derive(Debug, Clone)]
 pub struct ImageFile {
     path: Arc<PathBuf>,
-    len: u64,
+    bytes: u64,
+    /// The part of the file that is the model.
+    part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
 }
@@ -40,7 +42,7 @@ impl Image {
             }
         }
         let files = files.into_iter().zip(own);
-        let files = files.map(|(file, own)| ImageFile::new(file.path, file.bytes, own, file.tensors));
+        let files = files.map(|(file, own)| ImageFile::new(file.path, file.bytes, file.part, own, file.tensors));
         Image { files: files.collect(), segments: segments.into(), report: Arc::new(report) }
     }
 
@@ -81,8 +83,25 @@ impl Image {
 }
 
 impl ImageFile {
-    pub(crate) fn new(path: Arc<PathBuf>, len: u64, segments: Vec<Segment>, tensors: Option<Arc<FileTensors>>) -> Self {
-        ImageFile { path, len, segments: segments.into(), tensors }
+    pub(crate) fn new(
+        path: Arc<PathBuf>,
+        bytes: u64,
+        part: Range<u64>,
+        segments: Vec<Segment>,
+        tensors: Option<Arc<FileTensors>>,
+    ) -> Self {
+        ImageFile { path, bytes, part, segments: segments.into(), tensors }
+    }
+
+    /// The length of the file that the model is in.
+    pub(crate) fn file_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The part of the file that is the model: all of it, unless it was loaded from inside of another file
+    /// ([`crate::Loader::load_file`]).
+    pub fn file_part(&self) -> Range<u64> {
+        self.part.clone()
     }
 
     /// The path, as it was given, or as it was found in the folder that was given.
@@ -90,14 +109,14 @@ impl ImageFile {
         &self.path
     }
 
-    /// The length of the file in bytes, also where only parts of it were loaded.
+    /// The length of the file, or of the part of it that is the model, in bytes, also where only parts of it were loaded.
     pub fn len(&self) -> u64 {
-        self.len
+        self.part.end - self.part.start
     }
 
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.part.is_empty()
     }
 
     /// Its segments, in order.
@@ -116,7 +135,7 @@ impl ImageFile {
     /// As [`Segment::bytes`]; [`Error::NotLoaded`] where only parts of it were, or where they are not contiguous
     /// ([`crate::Layout::Tensors`]).
     pub fn bytes(&self) -> Result<Bytes> {
-        self.slice(0..self.len)
+        self.slice(self.part.clone())
     }
 
     /// Its tensor of this name, if that was loaded.

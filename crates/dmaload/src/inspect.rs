@@ -6,7 +6,7 @@ use crate::engine::{model_files, read_header};
 use crate::error::Result;
 use crate::model::TensorMap;
 use crate::settings::Format;
-use crate::source::OpenFile;
+use crate::source::{Input, OpenFile};
 
 /// What a file says about itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,7 +24,7 @@ pub struct Inspected {
 /// When the file can't be opened or read, or its header is wrong.
 pub fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
     let file = OpenFile::open(path.as_ref())?;
-    let tensors = read_header(&file, format)?;
+    let tensors = read_header(&file, 0..file.identity.bytes, format)?;
     Ok(Inspected { bytes: file.identity.bytes, tensors })
 }
 
@@ -34,7 +34,7 @@ pub fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
 /// # Errors
 /// When a file can't be opened or read, a header is wrong, or the index says something else than the files do.
 pub fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<(PathBuf, Inspected)>> {
-    let files = model_files(&[path.as_ref().to_owned()], format)?;
+    let files = model_files(&[Input::Path(path.as_ref().to_owned())], format)?;
     let looked_at = files.into_iter().map(|source| {
         let inspected = inspect(&*source.path, format)?;
         source.check(inspected.tensors.as_ref())?;

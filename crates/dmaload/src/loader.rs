@@ -1,5 +1,7 @@
 //! The loader: what a service makes once, and shares.
 
+use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use crate::heap::{self, Heap};
 use crate::load::{Load, Segments};
 use crate::metrics::Metrics;
 use crate::settings::{Format, LoadOptions, Settings};
+use crate::source::Input;
 use crate::{Layout, Route};
 
 /// Loads files. Cheap to clone, shared by every task of a service; all its loads share one window of memory, one ring and a
@@ -57,7 +60,7 @@ impl Loader {
 
     /// Starts loading several files as one load, with options of its own.
     pub fn load_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Load {
-        Load::new(self.guard.load(paths.into_iter().map(Into::into).collect(), options, true))
+        Load::new(self.guard.load(inputs(paths), options, true))
     }
 
     /// Starts loading a file whose segments are to be used as they come, and not kept.
@@ -69,7 +72,7 @@ impl Loader {
 
     /// The same for several files, with options of its own.
     pub fn stream_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Segments {
-        self.guard.load(paths.into_iter().map(Into::into).collect(), options, false)
+        self.guard.load(inputs(paths), options, false)
     }
 
     /// The options that the loader was built with, to be changed for one load.
@@ -86,6 +89,16 @@ impl Loader {
     /// freeing itself is done by a thread.
     pub fn trim_pool(&self, keep_bytes: u64) -> u64 {
         self.guard.trim_pool(keep_bytes)
+    }
+
+    /// Starts loading a file that is open already, or the model that is a part of it: weights inside of an application's package or
+    /// another container (stored there as they are, not compressed).
+    ///
+    /// The file is opened again by its descriptor, for reading with `O_DIRECT`, so it takes procfs and the right to read it. Its path in
+    /// reports and errors is that of the descriptor. The part need not begin at a block: what is around it in the first and the
+    /// last block is read along. It can't be verified or observed.
+    pub fn load_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Load {
+        Load::new(self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, true))
     }
 
     /// What the loader has done so far, and holds now.
@@ -117,6 +130,10 @@ impl Loader {
         self.guard.shut_down(done);
         async move { wait.await.unwrap_or(Err(Leaked::UNKNOWN)) }
     }
+}
+
+fn inputs<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Vec<Input> {
+    paths.into_iter().map(|path| Input::Path(path.into())).collect()
 }
 
 /// Says how a loader is to be; see [`Loader::builder`].

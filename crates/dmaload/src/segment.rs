@@ -44,6 +44,8 @@ pub(crate) struct Place {
     pub(crate) tensors: Option<Arc<FileTensors>>,
     pub(crate) path: Arc<PathBuf>,
     pub(crate) file_bytes: u64,
+    /// The part of the file that is the model.
+    pub(crate) part: Range<u64>,
     pub(crate) file_range: Range<u64>,
     pub(crate) memory_offset: usize,
     pub(crate) memory_bytes: usize,
@@ -204,6 +206,11 @@ impl Segment {
     /// The length of its file.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.0.place.file_bytes
+    }
+
+    /// The part of its file that is the model.
+    pub(crate) fn file_part(&self) -> Range<u64> {
+        self.0.place.part.clone()
     }
 
     /// The tensors of its file; `None` for one of raw bytes.

@@ -136,6 +136,14 @@ impl Rows {
 const GAP_BYTES: u64 = 128 << 10;
 
 impl Selected {
+    /// A range of it.
+    pub(crate) fn of_range(range: Range<u64>, file_bytes: u64, alignment: u64) -> Self {
+        let mut spans = Vec::new();
+        let wanted_bytes = range.end - range.start;
+        coalesce(std::iter::once(range), file_bytes, alignment, 0, &mut spans);
+        Selected { spans, tensors: None, wanted_bytes }
+    }
+
     /// All of it.
     pub(crate) fn whole(file_bytes: u64) -> Self {
         Selected { spans: vec![Span::whole(0, file_bytes)], tensors: None, wanted_bytes: file_bytes }
@@ -183,21 +191,31 @@ impl Selector {
         self.patterns.is_some() || self.shard.is_some_and(|shard| shard.dim.is_some())
     }
 
-    /// What is read of a file. `alignment` is what direct reads need, a power of two.
+    /// What is read of a file whose model is this part of it. `alignment` is what direct reads need, a power of two.
     ///
     /// # Errors
     /// Why that can't be: a word about the file, without its name.
-    pub(crate) fn of_file(&mut self, map: Option<&TensorMap>, file_bytes: u64, alignment: u64) -> Result<Selected, String> {
+    pub(crate) fn of_file(
+        &mut self,
+        map: Option<&TensorMap>,
+        part: &Range<u64>,
+        file_bytes: u64,
+        alignment: u64,
+    ) -> Result<Selected, String> {
+        let bytes = part.end - part.start;
         if let Some(range) = &self.range {
-            if range.end > file_bytes {
-                return Err(format!("bytes {range:?} were asked for, but it has {file_bytes}"));
+            if range.end > bytes {
+                return Err(format!("bytes {range:?} were asked for, but it has {bytes}"));
             }
-            return Ok(of_range(range.clone(), file_bytes, alignment));
+            return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
             // Cut at blocks: no rank reads what is another's.
-            let cut = |rank: u32| (portion(file_bytes, rank, world_size).next_multiple_of(alignment)).min(file_bytes);
-            return Ok(of_range(cut(rank)..cut(rank + 1), file_bytes, alignment));
+            let cut = |rank: u32| match portion(bytes, rank, world_size) {
+                0 => part.start,
+                at => (part.start + at).next_multiple_of(alignment).min(part.end),
+            };
+            return Ok(Selected::of_range(cut(rank)..cut(rank + 1), file_bytes, alignment));
         }
         let Some(map) = map else { return Err("it has no tensors to choose from".to_owned()) };
         let mut chosen = Vec::new();
@@ -238,13 +256,6 @@ impl Selector {
     }
 }
 
-fn of_range(range: Range<u64>, file_bytes: u64, alignment: u64) -> Selected {
-    let mut spans = Vec::new();
-    let wanted_bytes = range.end - range.start;
-    coalesce(std::iter::once(range), file_bytes, alignment, 0, &mut spans);
-    Selected { spans, tensors: None, wanted_bytes }
-}
-
 /// Where rank number `rank` of `world_size` begins in so many of anything.
 fn portion(all: u64, rank: u32, world_size: u32) -> u64 {
     let portion = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
@@ -258,10 +269,14 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<Part, String> {
     let Some(Shard { rank, world_size, dim: Some(dim) }) = shard else { return Ok(whole()) };
     let Some(&len) = shape.get(dim) else { return Ok(whole()) };
     let (start, end) = (portion(len, rank, world_size), portion(len, rank + 1, world_size));
-    let product = |dims: &[u64]| dims.iter().product::<u64>();
-    let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
     let mut own = shape.clone();
     own[dim] = end - start;
+    if file_range.is_empty() {
+        // Its other dimensions may be of any size.
+        return Ok(Part { shape: own, rows: Rows::one(file_range.clone()) });
+    }
+    let product = |dims: &[u64]| dims.iter().product::<u64>();
+    let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
     // A whole tensor fits into 64 bits, so its parts do.
     let bytes = |elements: u64| in_bytes(*dtype, elements);
     let place = (bytes(start * inner), bytes(end * inner), bytes(len * inner));
@@ -356,24 +371,24 @@ mod tests {
         let (map, bytes) = model(&[&[100], &[1 << 20], &[100], &[100]]);
         let at = |name: &str| map.get(name).unwrap().file_range.clone();
         let mut selector = tensors(&["a", "d"]).check().unwrap();
-        let selected = selector.of_file(Some(&map), bytes, BLOCK).unwrap();
+        let selected = selector.of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
         let d = at("d").start / BLOCK * BLOCK..bytes;
         assert_eq!(ranges(&selected), [(0..BLOCK, 0), (d, 1)]);
         assert_eq!(selected.wanted_bytes, 400);
         selector.all_met().unwrap();
         let mut together = tensors(&["[ac]", "{a,c}"]).check().unwrap();
-        let selected = together.of_file(Some(&map), bytes, BLOCK).unwrap();
+        let selected = together.of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
         // Not in one go: a MiB is between them.
         assert_eq!(ranges(&selected).len(), 2);
         assert!(matches!(together.all_met(), Err(Error::NoSuchTensor(missed)) if missed == "[ac]"));
-        let close = tensors(&["{c,d}"]).check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+        let close = tensors(&["{c,d}"]).check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
         assert_eq!(ranges(&close), [(at("c").start / BLOCK * BLOCK..bytes, 0)]);
     }
 
     #[test]
     fn what_is_asked_for_first_comes_first() {
         let (map, bytes) = model(&[&[1 << 20], &[1 << 20], &[1 << 20]]);
-        let selected = tensors(&["c", "*"]).check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+        let selected = tensors(&["c", "*"]).check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
         let order: Vec<_> =
             selected.tensors.as_ref().unwrap().list().iter().map(|chosen| (chosen.position, chosen.class)).collect();
         assert_eq!(order, [(2, 0), (0, 1), (1, 1)]);
@@ -388,7 +403,7 @@ mod tests {
             let mut seen = Vec::new();
             for rank in 0..4 {
                 let select = Select { shard: Some(Shard { rank, world_size: 4, dim: Some(dim) }), ..Select::default() };
-                let selected = select.check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+                let selected = select.check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
                 let a = &selected.tensors.as_ref().unwrap().list()[0];
                 assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<u64>());
                 seen.extend(a.part.rows.iter().flatten());
@@ -405,7 +420,7 @@ mod tests {
             }
         }
         let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
-        let selected = whole.check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+        let selected = whole.check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
         assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "all of it is in one place");
     }
 
@@ -417,6 +432,11 @@ mod tests {
         assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::one(36..72));
         assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
         assert!(part(&[4, 32], 1).unwrap_err().contains("blocks of Q4_0"));
+        // Of a tensor without bytes nothing is multiplied: any size may be beside the zero.
+        let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, u64::MAX, u64::MAX], file_range: 7..7 };
+        for dim in 0..3 {
+            assert_eq!(part_of(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::one(7..7));
+        }
     }
 
     #[test]
@@ -424,7 +444,7 @@ mod tests {
         let mut at = 0;
         for rank in 0..3 {
             let select = Select { shard: Some(Shard { rank, world_size: 3, dim: None }), ..Select::default() };
-            let selected = select.check().unwrap().of_file(None, 100_001, BLOCK).unwrap();
+            let selected = select.check().unwrap().of_file(None, &(0..100_001), 100_001, BLOCK).unwrap();
             let span = &selected.spans[0].range;
             assert_eq!((span.start, span.start % BLOCK), (at, 0));
             assert_eq!(selected.wanted_bytes, span.end - span.start);
@@ -445,8 +465,8 @@ mod tests {
         assert!(says(tensors(&[])).contains("empty list"));
         assert!(says(tensors(&["{"])).contains("no pattern"));
         let mut range = Select { range: Some(5..9), ..Select::default() }.check().unwrap();
-        assert!(range.of_file(None, 8, BLOCK).unwrap_err().contains("it has 8"));
-        assert!(tensors(&["a"]).check().unwrap().of_file(None, 8, BLOCK).unwrap_err().contains("no tensors"));
+        assert!(range.of_file(None, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
+        assert!(tensors(&["a"]).check().unwrap().of_file(None, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors"));
     }
 
     proptest! {
@@ -463,7 +483,7 @@ mod tests {
             let names: Vec<String> = picks.iter().map(|pick| char::from(b'a' + u8::try_from(pick % lens.len()).unwrap()).to_string()).collect();
             let shard = dim.map(|dim| Shard { rank, world_size: 3, dim: Some(dim) });
             let select = Select { tensors: Some(names), shard, range: None };
-            let selected = select.check().unwrap().of_file(Some(&map), bytes, BLOCK).unwrap();
+            let selected = select.check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
             for pair in selected.spans.windows(2) {
                 prop_assert!(pair[0].class < pair[1].class || pair[0].range.end < pair[1].range.start);
             }

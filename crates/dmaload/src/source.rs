@@ -1,5 +1,6 @@
 //! Files to read from: opening, what they are, and whether they still are it at the end.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,9 +23,35 @@ pub(crate) struct Source {
     pub(crate) path: Arc<PathBuf>,
     /// The index of a model of several files, and the name that this file has in it.
     pub(crate) index: Option<(Arc<Index>, String)>,
+    /// The part of the file that is the model; all of it without.
+    pub(crate) part: Option<Range<u64>>,
+    /// Where the file was given open: the path is that of this descriptor, as long as it is.
+    _file: Option<Arc<OwnedFd>>,
+}
+
+/// What a load is asked for.
+#[derive(Debug, Clone)]
+pub(crate) enum Input {
+    Path(PathBuf),
+    Open { file: Arc<OwnedFd>, part: Option<Range<u64>> },
 }
 
 impl Source {
+    pub(crate) fn file(path: PathBuf) -> Self {
+        Source { path: Arc::new(path), index: None, part: None, _file: None }
+    }
+
+    pub(crate) fn of_index(path: PathBuf, index: Arc<Index>, name: String) -> Self {
+        Source { index: Some((index, name)), ..Source::file(path) }
+    }
+
+    /// A file that is open. It is opened again, by its descriptor, so that direct reads have a description of their own.
+    pub(crate) fn open(file: Arc<OwnedFd>, part: Option<Range<u64>>) -> Self {
+        use std::os::fd::AsRawFd;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Source { part, _file: Some(file), ..Source::file(path.into()) }
+    }
+
     /// # Errors
     /// [`Error::Model`] for a file that has not the tensors that the index says it has.
     pub(crate) fn check(&self, tensors: Option<&TensorMap>) -> Result<()> {

@@ -364,3 +364,67 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
     let error = loader.load(&broken).await.unwrap_err();
     assert!(error.to_string().contains("does not begin with \"GGUF\""), "{error}");
 }
+
+/// As applications' packages hold weights: not compressed, anywhere in the file.
+#[tokio::test]
+async fn a_model_inside_of_an_open_file_is_loaded_from_there() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let inner = fs::read(&path).unwrap();
+    for lead in [0, 777, 4096, 8193] {
+        let mut bytes = random_bytes(lead, 1);
+        bytes.extend(&inner);
+        bytes.extend(random_bytes(5000, 2));
+        let container = file(folder.path(), "container.apk", &bytes);
+        let open = fs::File::open(&container).unwrap();
+        // Nobody has a path to it any more.
+        fs::remove_file(&container).unwrap();
+        let part = lead as u64..(lead + inner.len()) as u64;
+        for route in ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            let whole = |options| loader.load_file(open.try_clone().unwrap(), Some(part.clone()), options);
+            let image = whole(loader.options()).await.unwrap();
+            let what = format!("{route} at {lead}");
+            assert_eq!((image.files()[0].len(), image.files()[0].file_part()), (inner.len() as u64, part.clone()));
+            assert_same(&image.files()[0].bytes().unwrap(), &inner, &what);
+            assert_eq!(image.tensors().count(), 13);
+            assert_tensors(&image, &path, &what);
+            assert_eq!(image.report().wanted_bytes, inner.len() as u64);
+            let chosen = whole(loader.options().tensors(["layers.2.*"])).await.unwrap();
+            assert_eq!(chosen.tensors().count(), 3);
+            assert_tensors(&chosen, &path, &what);
+            assert!(chosen.report().bytes < 700_000);
+            let range = whole(loader.options().range(8..20)).await.unwrap();
+            assert_eq!(range.segments()[0].file_range().start, (lead as u64 + 8) / 4096 * 4096);
+            let mut joined = Vec::new();
+            for rank in 0..3 {
+                let options = loader.options().shard(Shard { rank, world_size: 3, dim: None });
+                let image = whole(options).await.unwrap();
+                let held = image.segments().iter().map(|segment| segment.len()).sum::<usize>() as u64;
+                assert!(held >= image.report().wanted_bytes);
+                joined.push(image.report().wanted_bytes);
+            }
+            assert_eq!(joined.iter().sum::<u64>(), inner.len() as u64, "{what}");
+            loader.shutdown().await.unwrap();
+        }
+        let loader = loader().build().unwrap();
+        let whole = loader.load_file(open.try_clone().unwrap(), None, loader.options().format(Format::Raw)).await.unwrap();
+        assert_same(&whole.files()[0].bytes().unwrap(), &bytes, "all of it");
+        let beyond = Some(0..bytes.len() as u64 + 1);
+        let error = loader.load_file(open.try_clone().unwrap(), beyond, loader.options()).await.unwrap_err();
+        assert!(matches!(&error, Error::Selection { reason, .. } if reason.contains("which has")), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_gguf_model_inside_of_an_open_file() {
+    let folder = folder();
+    let data = gguf(&folder.path().join("m.gguf"), 1000);
+    let inner = fs::read(folder.path().join("m.gguf")).unwrap();
+    let bytes = [random_bytes(100, 1), inner.clone()].concat();
+    let open = fs::File::open(file(folder.path(), "container", &bytes)).unwrap();
+    let loader = loader().build().unwrap();
+    let image = loader.load_file(open, Some(100..bytes.len() as u64), loader.options()).await.unwrap();
+    assert_same(&image.tensor("q").unwrap().bytes().unwrap(), &data[0], "q");
+    assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
+}

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelError;
 use crate::model::index::{self, Index};
 use crate::settings::Format;
-use crate::source::Source;
+use crate::source::{Input, Source};
 
 /// What a model of one file is called in a folder that model hubs have made.
 const MODEL: &str = "model.safetensors";
@@ -20,25 +20,28 @@ const MODEL: &str = "model.safetensors";
 ///
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`].
-pub(crate) fn files(asked: &[PathBuf], format: Format) -> Result<Vec<Source>> {
+pub(crate) fn files(asked: &[Input], format: Format) -> Result<Vec<Source>> {
     let mut files = Vec::new();
-    for path in asked {
+    for input in asked {
+        let path = match input {
+            Input::Path(path) => path,
+            Input::Open { file, part } => {
+                files.push(Source::open(Arc::clone(file), part.clone()));
+                continue;
+            }
+        };
         // What can't be looked at is told by whoever opens it.
         if fs::metadata(path).is_ok_and(|about| about.is_dir()) && format != Format::Raw {
             of_folder(path, format, &mut files)?;
         } else if is_named(path, index::SUFFIX) && matches!(format, Format::Auto | Format::Safetensors) {
             of_index(path, &mut files)?;
         } else if let Some(parts) = split_parts(path).filter(|_| asked.len() == 1 && format != Format::Raw) {
-            files.extend(parts.into_iter().map(alone));
+            files.extend(parts.into_iter().map(Source::file));
         } else {
-            files.push(alone(path.clone()));
+            files.push(Source::file(path.clone()));
         }
     }
     Ok(files)
-}
-
-fn alone(path: PathBuf) -> Source {
-    Source { path: Arc::new(path), index: None }
 }
 
 fn is_named(path: &Path, end: &str) -> bool {
@@ -68,11 +71,11 @@ fn of_folder(folder: &Path, format: Format, files: &mut Vec<Source>) -> Result<(
         let found = of(".safetensors");
         let usual = found.iter().find(|path| is_named(path, MODEL) && path.file_name().is_some_and(|name| name == MODEL));
         if let Some(usual) = usual {
-            files.push(alone(usual.clone()));
+            files.push(Source::file(usual.clone()));
             return Ok(());
         }
         if !found.is_empty() {
-            files.extend(found.into_iter().map(alone));
+            files.extend(found.into_iter().map(Source::file));
             return Ok(());
         }
     }
@@ -83,7 +86,7 @@ fn of_folder(folder: &Path, format: Format, files: &mut Vec<Source>) -> Result<(
             if !found.iter().all(|path| parts.contains(path)) {
                 return Err(no_model(format!("has {} GGUF files that are no parts of one model: name one of them", found.len())));
             }
-            files.extend(parts.into_iter().map(alone));
+            files.extend(parts.into_iter().map(Source::file));
             return Ok(());
         }
     }
@@ -100,7 +103,7 @@ fn of_index(path: &Path, files: &mut Vec<Source>) -> Result<()> {
     let index = Index::parse(&fs::read(path).map_err(failed)?);
     let index = Arc::new(index.map_err(|fault| Error::Model { path: path.to_owned(), fault })?);
     let folder = path.parent().unwrap_or(Path::new(""));
-    let of_shard = |name: &str| Source { path: Arc::new(folder.join(name)), index: Some((Arc::clone(&index), name.to_owned())) };
+    let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
     files.extend(index.files().map(of_shard));
     if index.files().next().is_none() {
         return Err(Error::NoModel { path: path.to_owned(), reason: "names no files".to_owned() });
@@ -143,7 +146,7 @@ mod tests {
 
     fn found(names: &[&str], format: Format) -> Result<Vec<String>> {
         let folder = folder(names);
-        let files = files(&[folder.path().to_owned()], format)?;
+        let files = files(&[Input::Path(folder.path().to_owned())], format)?;
         let name = |source: &Source| source.path.strip_prefix(folder.path()).unwrap().display().to_string();
         Ok(files.iter().map(name).collect())
     }
@@ -171,7 +174,9 @@ mod tests {
     #[test]
     fn a_part_of_a_split_model_is_all_of_it_unless_several_were_named() {
         let path = |name: &str| PathBuf::from("/m").join(name);
-        let names = |asked: &[&str]| files(&asked.iter().map(|name| path(name)).collect::<Vec<_>>(), Format::Auto).unwrap().len();
+        let names = |asked: &[&str]| {
+            files(&asked.iter().map(|name| Input::Path(path(name))).collect::<Vec<_>>(), Format::Auto).unwrap().len()
+        };
         assert_eq!(names(&["a-00002-of-00003.gguf"]), 3);
         assert_eq!(names(&["a-00002-of-00003.gguf", "a-00001-of-00003.gguf"]), 2);
         for other in ["a-2-of-3.gguf", "a-00004-of-00003.gguf", "a-00000-of-00003.gguf", "-of-.gguf", "a.gguf"] {

@@ -22,7 +22,6 @@ pub(crate) use open::read_header;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread;
@@ -43,6 +42,7 @@ use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
+use crate::source::Input;
 
 /// See the module.
 #[derive(Debug)]
@@ -236,12 +236,12 @@ impl Guard {
     }
 
     /// Starts a load. `keep` tells whether all of it will be in memory at once.
-    pub(crate) fn load(self: &Arc<Self>, paths: Vec<PathBuf>, options: LoadOptions, keep: bool) -> Segments {
+    pub(crate) fn load(self: &Arc<Self>, asked: Vec<Input>, options: LoadOptions, keep: bool) -> Segments {
         let engine = &self.engine;
         let (sender, receiver) = mpsc::unbounded_channel();
         let checked = engine.settings.check(&options);
         let id = engine.jobs.next_id();
-        let shared = Arc::new(LoadShared::new(id, options, keep, paths, &engine.facts, Arc::clone(&engine.counters), sender));
+        let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), sender));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or(Error::ShutDown)) {
             shared.fail(error);
@@ -471,7 +471,7 @@ mod tests {
             // What a load leaves in the scheduler when it is forgotten between two of its steps.
             guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1 });
         }
-        let mut events = guard.load(vec!["/proc/self/status".into()], LoadOptions::default(), true);
+        let mut events = guard.load(vec![Input::Path("/proc/self/status".into())], LoadOptions::default(), true);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         // An empty file as far as stat knows: a good load without segments.
         let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });

@@ -1,6 +1,7 @@
 //! The first job of a load: opening its large files and reading their headers, looking at its small ones, planning.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::sync::Arc;
 
 use dmabuf::AddressRange;
@@ -142,6 +143,9 @@ fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
 
 /// What the files are to be is asked when their lengths are known.
 fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
+    if load.observation.is_some() && load.sources().iter().any(|source| source.part.is_some()) {
+        return Err(Error::Config("a model inside of another file can't be verified or observed".to_owned()));
+    }
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
     let lengths: Vec<_> =
         load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
@@ -160,6 +164,7 @@ fn plan_file(
     let (options, path) = (&load.options, source.path.as_path());
     // What can't be looked at can't be opened either, and that error is the better known.
     if selector.is_none()
+        && source.part.is_none()
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = look_at(path)
         && shape.packs(identity.bytes)
@@ -168,6 +173,7 @@ fn plan_file(
         let file = FilePlan {
             identity,
             alignment_bytes,
+            part: 0..bytes,
             tensors: None,
             read_bytes: bytes,
             wanted_bytes: bytes,
@@ -183,12 +189,18 @@ fn plan_file(
     let Chosen { route, cached, fallback } = route_for(&file, index, 0, load, route, options.cache)?;
     // Of a range of bytes nobody asked what they are.
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
-    let map = if wants_tensors { read_header(&file, options.format)?.map(Arc::new) } else { None };
+    let part = source.part.clone().unwrap_or(0..bytes);
+    if part.start > part.end || part.end > bytes {
+        let reason = format!("the model is said to be at bytes {part:?} of the file, which has {bytes}");
+        return Err(Error::Selection { path: path.to_owned(), reason });
+    }
+    let map = if wants_tensors { read_header(&file, part.clone(), options.format)?.map(Arc::new) } else { None };
     source.check(map.as_deref())?;
     let mut identity = file.identity;
     identity.may_grow = map.is_none();
     let selected = match selector {
-        Some(selector) => selector.of_file(map.as_deref(), bytes, alignment_bytes),
+        Some(selector) => selector.of_file(map.as_deref(), &part, bytes, alignment_bytes),
+        None if source.part.is_some() => Ok(Selected::of_range(part.clone(), bytes, alignment_bytes)),
         None => Ok(Selected::whole(bytes)),
     };
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
@@ -199,6 +211,7 @@ fn plan_file(
     let planned = FilePlan {
         identity,
         alignment_bytes,
+        part,
         read_bytes: spans.iter().map(|span| span.range.end - span.range.start).sum(),
         wanted_bytes: selected.wanted_bytes,
         tensors: map.map(|map| Arc::new(FileTensors { map, chosen: selected.tensors })),
@@ -275,24 +288,25 @@ pub(super) fn route_for(
     Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
 }
 
-/// Reads and checks a model's header; `None` for a file of raw bytes.
-pub(crate) fn read_header(file: &OpenFile, format: Format) -> Result<Option<TensorMap>> {
-    let bytes = file.identity.bytes;
+/// Reads and checks the header of the model in this part of a file; `None` for raw bytes.
+pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
+    let (bytes, base) = (part.end - part.start, part.start);
+    let shifted = |map: TensorMap| map.shifted(base);
     // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
     if format == Format::Raw || (format == Format::Auto && bytes == 0) {
         return Ok(None);
     }
     let mut start = [0; SNIFFED_BYTES];
     let start = start.get_mut(..SNIFFED_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))).unwrap_or_default();
-    file.read_exact(start, 0)?;
+    file.read_exact(start, base)?;
     if is_gguf(file, start, format) {
-        return read_gguf(file).map(Some);
+        return Ok(shifted(read_gguf(file, part)?));
     }
     let Some(header_bytes) = header_bytes(file, start, bytes, format)? else { return Ok(None) };
     // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
     let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
-    file.read_exact(&mut header, 8)?;
-    parse(&header, bytes).map(Some).map_err(|fault| Error::Model { path: file.path.clone(), fault })
+    file.read_exact(&mut header, base + 8)?;
+    parse(&header, bytes).map(shifted).map_err(|fault| Error::Model { path: file.path.clone(), fault })
 }
 
 /// Finds and checks a model's header in a file's bytes; `None` for a file of raw bytes.
@@ -327,14 +341,14 @@ fn is_gguf(file: &OpenFile, start: &[u8], format: Format) -> bool {
 }
 
 /// Reads a header whose length only reading it tells.
-fn read_gguf(file: &OpenFile) -> Result<TensorMap> {
-    let (file_bytes, mut wanted) = (file.identity.bytes, GGUF_FIRST_BYTES);
+fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<TensorMap> {
+    let (file_bytes, mut wanted) = (part.end - part.start, GGUF_FIRST_BYTES);
     let failed = |fault| Error::Model { path: file.path.clone(), fault };
     let mut start: Vec<u8> = Vec::new();
     loop {
         let have = start.len();
         start.resize(usize::try_from(wanted.min(file_bytes)).unwrap_or(usize::MAX), 0);
-        file.read_exact(start.get_mut(have..).unwrap_or_default(), have as u64)?;
+        file.read_exact(start.get_mut(have..).unwrap_or_default(), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes).map_err(failed)? {
             Parsed::Complete(map) => return Ok(map),
             // Twice as much each time: what is parsed again is no more than what is parsed.

@@ -4,6 +4,7 @@ mod state;
 mod tensors;
 
 use std::future::{Future, IntoFuture};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub(crate) struct Finished {
 pub(crate) struct FinishedFile {
     pub(crate) path: Arc<PathBuf>,
     pub(crate) bytes: u64,
+    /// The part of it that is the model.
+    pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// Whether any byte of it was read.
     pub(crate) has_segments: bool,

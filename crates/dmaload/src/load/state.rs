@@ -32,7 +32,7 @@ use crate::route::{Fallback, Route};
 use crate::schedule::Need;
 use crate::segment::{Place, Segment};
 use crate::settings::LoadOptions;
-use crate::source::{Identity, OpenFile, Source};
+use crate::source::{Identity, Input, OpenFile, Source};
 use crate::trace::{TraceEvent, TraceKind};
 
 /// See the module.
@@ -43,7 +43,7 @@ pub(crate) struct LoadShared {
     /// Whether all of it will be in memory at once.
     pub(crate) keep: bool,
     /// What was asked for: files, and folders of files.
-    pub(crate) asked: Vec<PathBuf>,
+    pub(crate) asked: Vec<Input>,
     /// The files, once they are known.
     sources: OnceLock<Vec<Source>>,
     /// Nobody waits for this load any more, or it has failed.
@@ -70,6 +70,8 @@ pub(crate) struct LoadShared {
 pub(crate) struct FilePlan {
     pub(crate) identity: Identity,
     pub(crate) alignment_bytes: u64,
+    /// The part of it that is the model.
+    pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// What is to be read of it, and how much of that was asked for.
     pub(crate) read_bytes: u64,
@@ -227,7 +229,7 @@ impl LoadShared {
         id: LoadId,
         options: LoadOptions,
         keep: bool,
-        paths: Vec<PathBuf>,
+        asked: Vec<Input>,
         heap: &HeapFacts,
         counters: Arc<LoadCounters>,
         events: UnboundedSender<Event>,
@@ -235,7 +237,7 @@ impl LoadShared {
         let observed = options.observer.is_some() || options.verify.is_some();
         let watch = observed.then(|| Arc::new(Watch::new(options.observer.clone())));
         count(&counters.started);
-        let span = tracing::info_span!("load", load = id.0, paths = paths.len(), bytes = Empty, error = Empty);
+        let span = tracing::info_span!("load", load = id.0, paths = asked.len(), bytes = Empty, error = Empty);
         LoadShared {
             id,
             counters,
@@ -243,7 +245,7 @@ impl LoadShared {
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
             options,
             keep,
-            asked: paths,
+            asked,
             sources: OnceLock::new(),
             abandoned: Arc::default(),
             heap: Arc::clone(&heap.name),
@@ -702,6 +704,7 @@ impl LoadShared {
         let files = files.map(|((file, source), parts)| FinishedFile {
             path: Arc::clone(&source.path),
             bytes: file.planned.identity.bytes,
+            part: file.planned.part,
             tensors: file.planned.tensors,
             has_segments: parts.first_segment.is_some(),
         });
@@ -741,6 +744,7 @@ impl LoadShared {
             tensors: file.tensors.clone(),
             path: Arc::clone(self.path(planned.file)?),
             file_bytes: file.identity.bytes,
+            part: file.part.clone(),
             file_range: planned.file_range.clone(),
             memory_offset: usize::try_from(planned.memory_offset).ok()?,
             memory_bytes: usize::try_from(planned.memory_bytes).ok()?,

@@ -1,6 +1,7 @@
 //! The tensors of a load: which of a file are read, and a stream of them as they become complete.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -72,7 +73,8 @@ enum Source {
 struct Pending {
     index: usize,
     path: Arc<PathBuf>,
-    len: u64,
+    bytes: u64,
+    part: Range<u64>,
     tensors: Arc<FileTensors>,
     next: usize,
     /// Those that a tensor to come may have a part in.
@@ -151,8 +153,8 @@ impl Tensors {
         let Some(tensors) = segment.file_tensors().cloned() else { return };
         let index = segment.file_index();
         let at = self.files.iter().position(|file| file.index == index).unwrap_or_else(|| {
-            let (path, len) = (segment.shared_path(), segment.file_bytes());
-            self.files.push(Pending { index, path, len, tensors, next: 0, segments: Vec::new() });
+            let (path, bytes, part) = (segment.shared_path(), segment.file_bytes(), segment.file_part());
+            self.files.push(Pending { index, path, bytes, part, tensors, next: 0, segments: Vec::new() });
             self.files.len() - 1
         });
         let Some(file) = self.files.get_mut(at) else { return };
@@ -176,7 +178,8 @@ impl Tensors {
         };
         for file in finished.iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };
-            let image = ImageFile::new(Arc::clone(&file.path), file.bytes, Vec::new(), Some(Arc::clone(tensors)));
+            let image =
+                ImageFile::new(Arc::clone(&file.path), file.bytes, file.part.clone(), Vec::new(), Some(Arc::clone(tensors)));
             self.ready.extend(image.tensors());
         }
         self.files.clear();
@@ -194,7 +197,7 @@ impl Pending {
             let Some(part) = self.tensors.part_at(position) else { return };
             // Rows come in order: with the last one, all are there.
             let rows = [part.rows.iter().next(), part.rows.iter().last()];
-            let is_there = |row: &std::ops::Range<u64>| row.is_empty() || holding(&self.segments, row).is_some();
+            let is_there = |row: &Range<u64>| row.is_empty() || holding(&self.segments, row).is_some();
             if !rows.into_iter().flatten().all(|row| is_there(&row)) {
                 break;
             }
@@ -204,7 +207,7 @@ impl Pending {
                 held.start < hull.end && hull.start < held.end
             });
             let tensors = Some(Arc::clone(&self.tensors));
-            let image = ImageFile::new(Arc::clone(&self.path), self.len, own.cloned().collect(), tensors);
+            let image = ImageFile::new(Arc::clone(&self.path), self.bytes, self.part.clone(), own.cloned().collect(), tensors);
             ready.extend(image.tensor_at(position));
             self.next += 1;
         }

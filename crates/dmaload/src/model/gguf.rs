@@ -117,7 +117,9 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
         let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
-    let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim));
+    // In any order: a zero among them hides no overflow of the others.
+    let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim));
+    let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });
     let bytes = elements.and_then(|elements| (elements / block_elements).checked_mul(block_bytes));
     let end = bytes.and_then(|bytes| offset.checked_add(bytes));
     // The fastest dimension comes first in the file, last in everybody else's shapes.

@@ -50,6 +50,14 @@ impl TensorMap {
         Self::new(tensors, Metadata::default(), 0)
     }
 
+    /// The same map, of a model that begins so many bytes into its file. `None` where that is beyond what 64 bits count.
+    pub(crate) fn shifted(mut self, by: u64) -> Option<Self> {
+        for TensorInfo { file_range, .. } in &mut self.tensors {
+            *file_range = file_range.start.checked_add(by)?..file_range.end.checked_add(by)?;
+        }
+        Some(self)
+    }
+
     /// The same map, of a GGUF file.
     pub(super) fn with_gguf(mut self, gguf: gguf::Metadata) -> Self {
         self.gguf = Some(Box::new(gguf));

@@ -266,6 +266,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
             tensors: file.tensors.clone(),
             path: Arc::clone(&file.path),
             file_bytes: file.bytes,
+            part: file.part.clone(),
             file_range: planned.file_range.clone(),
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
@@ -284,6 +285,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
     let files = description.files.iter().enumerate().map(|(number, file)| FinishedFile {
         path: Arc::clone(&file.path),
         bytes: file.bytes,
+        part: file.part.clone(),
         tensors: file.tensors.clone(),
         has_segments: description.segments.iter().any(|segment| segment.file == number),
     });

@@ -27,6 +27,7 @@ pub(super) struct Description {
 pub(super) struct File {
     pub(super) path: Arc<PathBuf>,
     pub(super) bytes: u64,
+    pub(super) part: Range<u64>,
     pub(super) tensors: Option<Arc<FileTensors>>,
 }
 
@@ -56,7 +57,10 @@ pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
             };
             file.tensors().map(tensor).collect::<Vec<_>>()
         });
-        json!({ "path": file.path().to_string_lossy(), "bytes": file.len(), "tensors": tensors })
+        let part = file.file_part();
+        json!({
+            "path": file.path().to_string_lossy(), "bytes": file.file_bytes(), "part": [part.start, part.end], "tensors": tensors,
+        })
     });
     let mut memory = 0;
     let mut segments = Vec::new();
@@ -149,7 +153,8 @@ fn file(value: &Value) -> Option<File> {
         Value::Null => None,
         tensors => Some(Arc::new(file_tensors(tensors.as_array()?, bytes)?)),
     };
-    Some(File { path: Arc::new(path.into()), bytes, tensors })
+    let [start, end] = *numbers(value.get("part")?)? else { return None };
+    (start <= end && end <= bytes).then_some(File { path: Arc::new(path.into()), bytes, part: start..end, tensors })
 }
 
 fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
@@ -194,7 +199,7 @@ mod tests {
     fn described(segments: &str) -> String {
         format!(
             r#"{{"process":1,"route":"buffered","dma_bufs":false,"memories":2,"segments":{segments},
-            "files":[{{"path":"a","bytes":12000,"tensors":[{{"name":"t","dtype":"BF16","of":[[2,4],8,24],"shape":[2,2],"rows":[8,12,8,2]}}]}}]}}"#
+            "files":[{{"path":"a","bytes":12000,"part":[0,12000],"tensors":[{{"name":"t","dtype":"BF16","of":[[2,4],8,24],"shape":[2,2],"rows":[8,12,8,2]}}]}}]}}"#
         )
     }
 

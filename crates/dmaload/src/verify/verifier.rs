@@ -110,7 +110,7 @@ impl ByChunks {
 
 /// The tensors that have a byte in this range, by the file's own header; none where that can't be read either.
 fn tensors_in(path: &Path, format: Format, start: u64, end: u64) -> Vec<String> {
-    let header = OpenFile::open(path).and_then(|file| read_header(&file, format));
+    let header = OpenFile::open(path).and_then(|file| read_header(&file, 0..file.identity.bytes, format));
     let Ok(Some(map)) = header else { return Vec::new() };
     let there = map.iter().filter(|tensor| tensor.file_range.start.max(start) < tensor.file_range.end.min(end));
     there.map(|tensor| tensor.name.to_string()).collect()

@@ -115,6 +115,7 @@ fn what_breaks_a_rule_is_told() {
     assert!(one(entry("t", &[1], 4, 0)).contains("unknown type 4"));
     assert!(one(entry("t", &[1; 9], 0, 0)).contains("9 dimensions"));
     assert!(one(entry("t", &[u64::MAX, 2], 0, 0)).contains("larger than any file"));
+    assert!(one(entry("t", &[u64::MAX, 0, 2], 0, 0)).contains("larger than any file"));
     assert!(one(entry("t", &[1], 0, 32)).contains("where 0 was expected"));
     assert!(one(entry("t", &[1 << 20], 0, 0)).contains("cut short"));
     let twice = [entry("t", &[8], 0, 0), entry("t", &[8], 0, 32)];
