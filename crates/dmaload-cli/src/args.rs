@@ -65,6 +65,12 @@ pub(crate) struct Load {
     /// Load this range of each file's bytes only.
     #[arg(long, value_name = "START..END", value_parser = range, conflicts_with = "tensors")]
     pub(crate) range: Option<(u64, u64)>,
+    /// With --layout tensors: let each tensor begin at a multiple of this in its memory; what is elsewhere in its file is copied.
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) align: Option<u64>,
+    /// Fail rather than copy for --align.
+    #[arg(long, requires = "align")]
+    pub(crate) no_copy: bool,
     /// The model is this range of the one file's bytes: weights stored inside of a package.
     #[arg(long, value_name = "START..END", value_parser = range)]
     pub(crate) inside: Option<(u64, u64)>,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno};
 use dmaload::verify::Digest;
-use dmaload::{Error, Fallback, Image, Layout, Load, Report, Segment, Shard};
+use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Report, Segment, Shard};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -30,6 +30,9 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     }
     if let Some((start, end)) = arguments.range {
         options = options.range(start..end);
+    }
+    if let Some(alignment_bytes) = arguments.align {
+        options = options.importer(ImporterLimits { alignment_bytes, may_copy: !arguments.no_copy, ..ImporterLimits::default() });
     }
     let shard = shard(arguments, |name| std::env::var(name).ok())?;
     if let Some(shard) = shard {
@@ -156,6 +159,9 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
         let along = report.bytes.saturating_sub(report.wanted_bytes);
         pairs = pairs.with("wanted", format!("{} of these; {} were read along", bytes(report.wanted_bytes), bytes(along)));
     }
+    if report.copied_bytes > 0 {
+        pairs = pairs.with("copied", format!("{}, to where tensors are to be", bytes(report.copied_bytes)));
+    }
     let tensors = image.tensors().count();
     if tensors > 0 {
         pairs = pairs.with("tensors", tensors);
@@ -219,6 +225,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
     json!({
         "bytes": report.bytes,
         "wanted_bytes": report.wanted_bytes,
+        "copied_bytes": report.copied_bytes,
         "seconds": report.total.as_secs_f64(),
         "throughput_bytes_per_second": report.throughput_bytes_per_second(),
         "allocate_seconds": report.allocating.as_secs_f64(),

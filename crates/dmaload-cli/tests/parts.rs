@@ -105,6 +105,11 @@ fn layout_tensors_cuts_between_them() {
     assert_eq!(segments.len(), 2);
     let end = segments[0]["file_offset"].as_u64().unwrap() + segments[0]["bytes"].as_u64().unwrap();
     assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "both have the block between them");
+    let json = run(load().args(["--layout", "tensors", "--align", "4KiB"]).arg(&path)).succeeds().json();
+    assert_eq!(json["copied_bytes"], 3_000_000);
+    assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));
+    run(load().args(["--layout", "tensors", "--align", "4KiB", "--no-copy"]).arg(&path)).fails(1, &["copying is refused"]);
+    run(load().args(["--align", "4KiB"]).arg(&path)).fails(2, &["the layout tensors"]);
     let raw = random_file(folder.path(), "raw.bin", 3 << 20);
     run(load().args(arguments).arg(&raw)).succeeds();
 }

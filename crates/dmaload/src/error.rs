@@ -260,6 +260,18 @@ pub enum Error {
         /// How many.
         rows: u64,
     },
+    /// A tensor can't be where the importer wants it, without or even with a copy.
+    #[error("tensor {tensor:?} is at byte {offset} of its file, no multiple of {alignment_bytes}: {why}")]
+    Unaligned {
+        /// The tensor.
+        tensor: String,
+        /// Where it begins in its file.
+        offset: u64,
+        /// What the importer wants.
+        alignment_bytes: u64,
+        /// Why it is not copied there.
+        why: &'static str,
+    },
     /// The importer can't map what the load would be.
     #[error(
         "{segments} segments of up to {segment_bytes} bytes would be needed; the importer takes {max_segments} of {max_segment_bytes}"

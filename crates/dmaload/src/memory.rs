@@ -14,6 +14,14 @@ use crate::lent::Lent;
 use crate::reaper::{Holding, Reaper};
 use crate::ring::{Buffer, LoadId};
 
+/// Bytes that are to be elsewhere: at the beginning of their slot. All in bytes of the memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Move {
+    pub(crate) slot: Range<usize>,
+    pub(crate) from: usize,
+    pub(crate) bytes: usize,
+}
+
 /// Mapped memory with its owner. Dropping it leaves the unmapping to the reaper thread.
 #[derive(Debug)]
 pub(crate) struct Backing {
@@ -77,6 +85,28 @@ impl Backing {
         if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.is_private()) {
             let _ = holding.mapping.allow_fork();
         }
+    }
+
+    /// Moves bytes to the beginning of their slot, and zeroes the rest of it.
+    ///
+    /// # Safety
+    /// The slot must be filled, and nobody may read or write it meanwhile.
+    ///
+    /// # Panics
+    /// When the slot is not within the memory, or the bytes are not within the slot.
+    pub(crate) unsafe fn move_down(&self, Move { slot, from, bytes }: &Move) {
+        let within = slot.start <= *from && from.checked_add(*bytes).is_some_and(|end| end <= slot.end) && slot.end <= self.bytes;
+        assert!(within, "{bytes} bytes from {from} on are not within {slot:?} of {}", self.bytes);
+        // SAFETY: within the mapping, by the assertion.
+        let to = unsafe { self.address.add(slot.start) };
+        // SAFETY: as above.
+        let from = unsafe { self.address.add(*from) };
+        // SAFETY: both are within the slot, which is mapped and the caller's alone; they may overlap.
+        unsafe { from.copy_to(to, *bytes) };
+        // SAFETY: within the slot, by the assertion.
+        let rest = unsafe { to.add(*bytes) };
+        // SAFETY: the rest of the slot, as above.
+        unsafe { rest.write_bytes(0, slot.end - slot.start - bytes) };
     }
 
     /// A load has taken so much of its loader's memory for a part of it.

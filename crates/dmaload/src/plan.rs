@@ -86,12 +86,14 @@ pub(crate) struct Span {
     pub(crate) range: Range<u64>,
     /// Where in the caller's order it comes.
     pub(crate) class: usize,
+    /// What is moved to the beginning of its memory when all of it was read: a span that is one segment, then.
+    pub(crate) moved: Option<Range<u64>>,
 }
 
 impl Span {
     /// A whole file.
     pub(crate) fn whole(file: usize, bytes: u64) -> Self {
-        Span { file, range: 0..bytes, class: 0 }
+        Span { file, range: 0..bytes, class: 0, moved: None }
     }
 }
 
@@ -139,6 +141,8 @@ pub(crate) struct SegmentPlan {
     pub(crate) file_range: Range<u64>,
     /// What it takes of its memory: the length of its range, rounded up to the alignment.
     pub(crate) memory_bytes: u64,
+    /// What it holds in the end, at its beginning; `None` for what was read, where it was read.
+    pub(crate) moved: Option<Range<u64>>,
 }
 
 /// A batch: what is allocated, populated and counted by the window at once.
@@ -207,7 +211,7 @@ impl Plan {
                         packed.then_some((alignment, 1))
                     }
                 };
-                plan.add_segment(span.file, number, file_range, memory_bytes);
+                plan.add_segment(span, number, file_range, memory_bytes);
             }
         }
         for memory in 0..plan.memories.len() {
@@ -230,14 +234,16 @@ impl Plan {
     }
 
     /// A segment at the end of the last memory.
-    fn add_segment(&mut self, file: usize, span: usize, file_range: Range<u64>, memory_bytes: u64) {
+    fn add_segment(&mut self, of: &Span, span: usize, file_range: Range<u64>, memory_bytes: u64) {
+        let (file, moved) = (of.file, of.moved.clone());
         let Some(number) = self.memories.len().checked_sub(1) else { return };
         let Some(memory) = self.memories.get_mut(number) else { return };
         if let Some(parts) = self.files.get_mut(file) {
             parts.first_segment.get_or_insert(self.segments.len());
             parts.last_memory = Some(number);
         }
-        self.segments.push(SegmentPlan { file, span, memory: number, memory_offset: memory.bytes, file_range, memory_bytes });
+        let memory_offset = memory.bytes;
+        self.segments.push(SegmentPlan { file, span, memory: number, memory_offset, file_range, memory_bytes, moved });
         memory.bytes += memory_bytes;
         memory.segments.end += 1;
     }
@@ -383,8 +389,8 @@ mod tests {
                 let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);
                 match cuts[file] {
                     0 => spans.push(Span::whole(file, bytes)),
-                    1 => spans.push(Span { file, range: cut..bytes, class: 0 }),
-                    _ => spans.extend([Span { file, range: cut..bytes, class: 0 }, Span { file, range: 0..cut, class: 1 }]),
+                    1 => spans.push(Span { file, range: cut..bytes, class: 0, moved: None }),
+                    _ => spans.extend([Span { file, range: cut..bytes, class: 0, moved: None }, Span { file, range: 0..cut, class: 1, moved: None }]),
                 }
             }
             spans.sort_by_key(|span| span.class);

@@ -18,6 +18,8 @@ pub struct Report {
     pub bytes: u64,
     /// Bytes that were asked for: as many, unless only parts of the files were ([`crate::LoadOptions::tensors`] and the like).
     pub wanted_bytes: u64,
+    /// Bytes of tensors that were copied to where the importer wants them ([`crate::ImporterLimits::alignment_bytes`]).
+    pub copied_bytes: u64,
     /// Number of segments.
     pub segments: usize,
     /// Number of allocations (memfds, dma-bufs) that they are in: fewer where small files share them.
@@ -117,6 +119,7 @@ mod tests {
         let ms = Duration::from_millis;
         Report {
             wanted_bytes: 0,
+            copied_bytes: 0,
             bytes: 1 << 20,
             segments: 1,
             memories: 1,

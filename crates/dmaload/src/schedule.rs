@@ -23,8 +23,8 @@ pub(crate) enum Job<L> {
     Allocate(L, usize, Need),
     /// All reads of a file are done: see whether it is still the file that was opened.
     Check(L, usize),
-    /// All bytes of a memory are there: make it a dma-buf.
-    Export(L, usize),
+    /// All bytes of a memory are there: move what is to be moved in it, make it a dma-buf.
+    Finish(L, usize),
     /// The load waits for so much memory that the pool has.
     MakeRoom(L, u64),
 }
@@ -42,7 +42,7 @@ impl<L> Job<L> {
     /// The load that it is for.
     pub(crate) fn load(&self) -> &L {
         match self {
-            Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Export(load, _) | Job::MakeRoom(load, _) => {
+            Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Finish(load, _) | Job::MakeRoom(load, _) => {
                 load
             }
         }
@@ -133,7 +133,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// All pieces of this memory are full.
     pub(crate) fn memory_read(&mut self, load: L, memory: usize) {
-        self.urgent.push_back(Job::Export(load, memory));
+        self.urgent.push_back(Job::Finish(load, memory));
     }
 
     /// The next thing to do, if there is one now.
@@ -218,7 +218,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 self.budget.give_back(load, need.bytes);
             }
             Job::MakeRoom(..) => self.making_room = false,
-            Job::Check(..) | Job::Export(..) => {}
+            Job::Check(..) | Job::Finish(..) => {}
         }
     }
 

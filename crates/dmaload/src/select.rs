@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::glob::Pattern;
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::Span;
+use crate::settings::ImporterLimits;
 
 /// One rank's part of a model; see [`crate::LoadOptions::shard`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -308,31 +309,59 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
         match into.get_mut(first..).and_then(<[_]>::last_mut) {
             // Rows of one tensor begin before the last of another ends, where these overlap: never, as tensors do not.
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) => last.range.end = last.range.end.max(end),
-            _ => into.push(Span { file: 0, range: start..end, class }),
+            _ => into.push(Span { file: 0, range: start..end, class, moved: None }),
         }
     }
 }
 
-/// Spans for [`crate::Layout::Tensors`]: each holds whole tensors and is no longer than `most_bytes`, unless a single tensor is.
-pub(crate) fn by_tensors(selected: &Selected, map: &TensorMap, file_bytes: u64, alignment: u64, most_bytes: u64) -> Vec<Span> {
+/// Spans for [`crate::Layout::Tensors`]: each holds whole tensors and is no longer than `most_bytes`, unless a single tensor is. Each
+/// tensor begins at a multiple of what the importer wants, from the beginning of its memory; where its file does not have it so,
+/// it is a span of its own, and moved.
+///
+/// # Errors
+/// [`Error::Unaligned`].
+pub(crate) fn by_tensors(
+    selected: &Selected,
+    map: &TensorMap,
+    file_bytes: u64,
+    alignment: u64,
+    most_bytes: u64,
+    importer: ImporterLimits,
+) -> Result<Vec<Span>> {
+    let wanted = importer.alignment_bytes;
+    // What direct reads keep of the places in the file.
+    let kept = wanted.min(alignment);
     let mut spans: Vec<Span> = Vec::new();
-    let mut add = |range: Range<u64>, class: usize| {
+    let mut add = |info: &TensorInfo, range: Range<u64>, class: usize| {
         if range.is_empty() {
-            return;
+            return Ok(());
         }
         let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
-        match spans.last_mut().filter(|last| last.class == class && last.range.start <= start) {
+        let is_moved = !range.start.is_multiple_of(if wanted > alignment { alignment } else { kept });
+        if is_moved && (!importer.may_copy || end - start > most_bytes) {
+            let why = if importer.may_copy { "it is larger than a segment, and can't be copied" } else { "copying is refused" };
+            let (tensor, offset) = (info.name.clone(), range.start);
+            return Err(Error::Unaligned { tensor, offset, alignment_bytes: wanted, why });
+        }
+        let joins = |last: &&mut Span| {
+            last.class == class && last.moved.is_none() && last.range.start <= start && !is_moved && wanted <= alignment
+        };
+        match spans.last_mut().filter(joins) {
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) && end - last.range.start <= most_bytes => {
                 last.range.end = last.range.end.max(end);
             }
-            _ => spans.push(Span { file: 0, range: start..end, class }),
+            _ => spans.push(Span { file: 0, range: start..end, class, moved: is_moved.then_some(range) }),
         }
+        Ok(())
     };
     match &selected.tensors {
-        Some(chosen) => chosen.list().iter().for_each(|chosen| add(chosen.part.rows.hull(), chosen.class)),
-        None => map.iter().for_each(|tensor| add(tensor.file_range.clone(), 0)),
+        Some(chosen) => chosen.list().iter().try_for_each(|chosen| match map.at(chosen.position) {
+            Some(info) => add(info, chosen.part.rows.hull(), chosen.class),
+            None => Ok(()),
+        })?,
+        None => map.iter().try_for_each(|tensor| add(tensor, tensor.file_range.clone(), 0))?,
     }
-    spans
+    Ok(spans)
 }
 
 #[cfg(test)]
@@ -497,7 +526,20 @@ mod tests {
                 prop_assert!(chosen.part.rows.iter().all(|row| row.is_empty() || held(&row)));
             }
             let most = 1 << 17;
-            let apart = by_tensors(&selected, &map, bytes, BLOCK, most);
+            let apart = by_tensors(&selected, &map, bytes, BLOCK, most, ImporterLimits::default()).unwrap();
+            for alignment in [1u64, 64, 4096, 1 << 16] {
+                let importer = ImporterLimits { alignment_bytes: alignment, ..ImporterLimits::default() };
+                let Ok(spans) = by_tensors(&selected, &map, bytes, BLOCK, most, importer) else { continue };
+                for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
+                    let hull = chosen.part.rows.hull();
+                    // Where it begins in its memory, which begins where its span does, or with what is moved.
+                    let place = |span: &Span| hull.start - span.moved.as_ref().map_or(span.range.start, |moved| moved.start);
+                    let holds = |span: &&Span| span.class == chosen.class && span.moved.as_ref().map_or(span.range.start <= hull.start && hull.end <= span.range.end, |moved| *moved == hull);
+                    prop_assert!(hull.is_empty() || spans.iter().filter(holds).any(|span| place(span).is_multiple_of(alignment)));
+                }
+                let refused = by_tensors(&selected, &map, bytes, BLOCK, most, ImporterLimits { may_copy: false, ..importer });
+                prop_assert_eq!(refused.is_err(), spans.iter().any(|span| span.moved.is_some()));
+            }
             let hulls = || selected.tensors.iter().flat_map(|tensors| tensors.list()).map(|chosen| chosen.part.rows.hull()).filter(|hull| !hull.is_empty());
             let out = |hull: &Range<u64>| hull.start / BLOCK * BLOCK..hull.end.next_multiple_of(BLOCK).min(bytes);
             for span in &apart {

@@ -134,11 +134,18 @@ pub struct ImporterLimits {
     pub max_segment_bytes: u64,
     /// The most dma-bufs that it takes for a model. Small files and small spans of tensors share some.
     pub max_segments: usize,
+    /// What a tensor's place in its dma-buf must be a multiple of: a power of two, up to 1 GiB. Takes [`Layout::Tensors`]. A direct read
+    /// puts bytes where they are in the file, modulo its blocks of 4 KiB, say: a tensor that is not as well aligned in its file is
+    /// read beside its place and copied there, which [`crate::Report::copied_bytes`] counts. Beyond the blocks every tensor has a
+    /// dma-buf of its own.
+    pub alignment_bytes: u64,
+    /// Whether tensors may be copied for that. Otherwise a load that would have to fails with [`crate::Error::Unaligned`].
+    pub may_copy: bool,
 }
 
 impl Default for ImporterLimits {
     fn default() -> Self {
-        ImporterLimits { max_segment_bytes: u64::MAX, max_segments: usize::MAX }
+        ImporterLimits { max_segment_bytes: u64::MAX, max_segments: usize::MAX, alignment_bytes: 1, may_copy: true }
     }
 }
 
@@ -369,6 +376,12 @@ impl Settings {
         if load.segment_bytes.is_some_and(|bytes| bytes > most) || most < MIB {
             return wrong(format!(
                 "segments of {segment_bytes} bytes for an importer that takes {most}: it must take a MiB, and all"
+            ));
+        }
+        let alignment = load.importer.alignment_bytes;
+        if !alignment.is_power_of_two() || alignment > LARGEST_SEGMENT_BYTES || alignment > 1 && load.layout != Layout::Tensors {
+            return wrong(format!(
+                "an alignment of {alignment} bytes: a power of two up to 1 GiB, and the layout tensors, are needed"
             ));
         }
         let partial = load.select.is_partial() || load.layout == Layout::Tensors;

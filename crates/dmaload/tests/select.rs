@@ -1,6 +1,7 @@
 //! Parts of models: tensors, ranges, ranks, layouts by tensors, and models of many files. Everything is compared with what an
 //! independent reader (the `safetensors` crate) or the file itself says.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "looks behind the bytes of a tensor")]
 
 mod common;
 
@@ -240,7 +241,8 @@ async fn an_importer_gets_what_it_can_map_or_is_told_why_not() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = Loader::builder().build().unwrap();
-    let limits = |max_segment_bytes, max_segments| ImporterLimits { max_segment_bytes, max_segments };
+    let limits =
+        |max_segment_bytes, max_segments| ImporterLimits { max_segment_bytes, max_segments, ..ImporterLimits::default() };
     let options = loader.options().layout(Layout::Tensors).importer(limits(4 << 20, 8));
     let image = loader.load_with([&path], options.clone()).await.unwrap();
     assert!(image.segments().iter().all(|segment| segment.memory_bytes() <= 4 << 20));
@@ -427,4 +429,54 @@ async fn a_gguf_model_inside_of_an_open_file() {
     let image = loader.load_file(open, Some(100..bytes.len() as u64), loader.options()).await.unwrap();
     assert_same(&image.tensor("q").unwrap().bytes().unwrap(), &data[0], "q");
     assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
+}
+
+/// A safetensors file's tensors begin anywhere: what an importer wants aligned is copied there, counted, or refused.
+#[tokio::test]
+async fn tensors_are_where_an_importer_wants_them() {
+    let folder = folder();
+    let path = layers(folder.path());
+    let file_bytes = fs::metadata(&path).unwrap().len();
+    for route in ROUTES {
+        for alignment_bytes in [1, 64, 4096, 1 << 16, 2 << 20] {
+            let loader = Loader::builder().segment_bytes(4 << 20).route(route).layout(Layout::Tensors).build().unwrap();
+            let importer = ImporterLimits { alignment_bytes, ..ImporterLimits::default() };
+            let image = loader.load_with([&path], loader.options().importer(importer)).await.unwrap();
+            let what = format!("{route}, {alignment_bytes}");
+            assert_eq!(image.tensors().count(), 13);
+            assert_tensors(&image, &path, &what);
+            for tensor in image.tensors() {
+                let parts = tensor.parts();
+                assert_eq!(parts.len(), 1, "{what}");
+                let place = parts[0].memory_offset() as u64;
+                assert!(place.is_multiple_of(alignment_bytes), "{what}: {} is at {place}", tensor.name());
+                // What lies behind it in its place is zero, where it was moved.
+                if alignment_bytes >= 4096 {
+                    let access = parts[0].segment.cpu_access().unwrap();
+                    // SAFETY: nobody writes to it.
+                    let after = unsafe { std::slice::from_raw_parts(access.address().as_ptr(), parts[0].segment.memory_bytes()) };
+                    let end = parts[0].offset + parts[0].len;
+                    let moved = tensor.file_range().start % 4096 != 0;
+                    assert!(!moved || after[end..].iter().all(|&byte| byte == 0), "{what}: behind {}", tensor.name());
+                }
+            }
+            let moved: u64 = image.report().copied_bytes;
+            assert_eq!(moved > 0, alignment_bytes >= 64, "{what}: {moved} bytes were copied");
+            assert!(moved < file_bytes);
+            let refused = ImporterLimits { may_copy: false, ..importer };
+            let refused = loader.load_with([&path], loader.options().importer(refused)).await;
+            match refused {
+                Ok(_) => assert_eq!(alignment_bytes, 1),
+                Err(error) => assert!(matches!(&error, Error::Unaligned { why, .. } if why.contains("refused")), "{error}"),
+            }
+            loader.shutdown().await.unwrap();
+        }
+    }
+    // A tensor that is larger than a segment can't be copied within one.
+    let loader = loader().layout(Layout::Tensors).build().unwrap();
+    let importer = ImporterLimits { alignment_bytes: 4096, ..ImporterLimits::default() };
+    let error = loader.load_with([&path], loader.options().importer(importer)).await.unwrap_err();
+    assert!(matches!(&error, Error::Unaligned { tensor, .. } if tensor == "embed"), "{error}");
+    let other = loader.options().layout(Layout::Segmented).importer(importer);
+    assert!(matches!(loader.load_with([&path], other).await, Err(Error::Config(_))));
 }

@@ -75,7 +75,7 @@ impl<T: Clone> Jobs<T> {
         }
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&id) {
-            if let Some(memory) = follows.export {
+            if let Some(memory) = follows.finish {
                 schedule.scheduler.memory_read(id, memory);
             }
             if let Some(file) = follows.check {
@@ -213,7 +213,7 @@ mod tests {
                     done += 1;
                     jobs.give_back(need);
                 }
-                Job::Check(..) | Job::Export(..) => done += 1,
+                Job::Check(..) | Job::Finish(..) => done += 1,
                 Job::Open(_) => jobs.end(),
                 Job::MakeRoom(..) => unreachable!("memory is not limited"),
             }
@@ -247,7 +247,7 @@ mod tests {
                 spawn(move || worker(&jobs))
             });
             // What the ring thread says when all is read; then nobody needs the workers any more.
-            jobs.follow(id, Follows { check: Some(0), export: None });
+            jobs.follow(id, Follows { check: Some(0), finish: None });
             loop {
                 let left = {
                     let schedule = jobs.schedule();

@@ -347,7 +347,7 @@ impl Engine {
                     self.reaper.trim_pool(self.reaper.pooled_bytes().saturating_sub(bytes));
                 }
                 Job::Check(_, file) => self.check(&load, file),
-                Job::Export(_, memory) => self.export(&load, memory),
+                Job::Finish(_, memory) => self.finish(&load, memory),
             }));
             if done.is_err() {
                 // Only the heap's code is not ours. Whatever the job held was released by unwinding.
@@ -379,14 +379,20 @@ impl Engine {
 }
 
 impl Engine {
-    /// Makes a dma-buf of a full memory.
-    fn export(&self, load: &LoadShared, number: usize) {
-        let Some(backing) = load.full_memory(number) else { return };
+    /// Moves what is to be elsewhere in a full memory, and makes a dma-buf of it.
+    #[allow(unsafe_code)]
+    fn finish(&self, load: &LoadShared, number: usize) {
+        let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
-        match backing.export(&*self.heap) {
+        for slot in &moves {
+            // SAFETY: all pieces of the memory have come back from the driver, so it is filled and nobody writes to it; its segments
+            // are not made before `memory_finished`, so nobody reads it.
+            unsafe { backing.move_down(slot) };
+        }
+        match if self.facts.exports { backing.export(&*self.heap) } else { Ok(()) } {
             Ok(()) => {
                 drop(backing);
-                if load.memory_exported(number, start) == crate::load::Handover::Over {
+                if load.memory_finished(number, start) == crate::load::Handover::Over {
                     self.jobs.forget(load.id);
                 }
             }

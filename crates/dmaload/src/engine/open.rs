@@ -89,7 +89,9 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Res
     // than the window, and nobody could load it.)
     let at_once = heap.allocates_at_once() && options.layout != Layout::Single;
     let batch_bytes = if at_once { segment_bytes } else { BATCH_BYTES.min(segment_bytes) };
-    let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed: options.packed };
+    // What is aligned to more than blocks begins a memory.
+    let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
+    let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed };
     let (mut files, mut spans, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
     load.found(expand::files(&load.asked, options.format)?);
@@ -133,7 +135,7 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Res
 
 /// Refuses what the importer could not map.
 fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
-    let ImporterLimits { max_segment_bytes, max_segments } = limits;
+    let ImporterLimits { max_segment_bytes, max_segments, .. } = limits;
     let (segments, segment_bytes) = (plan.memories.len(), plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0));
     if segments > max_segments || segment_bytes > max_segment_bytes {
         return Err(Error::Importer { segments, segment_bytes, max_segments, max_segment_bytes });
@@ -206,7 +208,7 @@ fn plan_file(
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
     let mut spans = selected.spans.clone();
     if let Some(map) = map.as_ref().filter(|_| shape.layout == Layout::Tensors) {
-        spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes);
+        spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes, options.importer)?;
     }
     let planned = FilePlan {
         identity,

@@ -21,7 +21,7 @@ use tracing::field::Empty;
 use super::{Event, FileTensors, Finished, FinishedFile, Progress};
 use crate::busy::BusyTime;
 use crate::error::Error;
-use crate::memory::Backing;
+use crate::memory::{Backing, Move};
 use crate::metrics::{LoadCounters, count};
 use crate::model::TensorMap;
 use crate::observe::{Observation, Rejection, Watch};
@@ -132,8 +132,8 @@ impl AsRef<[u8]> for WholeFile {
 pub(crate) struct Follows {
     /// All reads of this file are done; it is to be checked.
     pub(crate) check: Option<usize>,
-    /// All bytes of this memory are there; it is to be made a dma-buf.
-    pub(crate) export: Option<usize>,
+    /// All bytes of this memory are there; its tensors are to be moved, or it is to be made a dma-buf.
+    pub(crate) finish: Option<usize>,
 }
 
 /// What a load has to know of the heap.
@@ -197,8 +197,8 @@ struct MemoryState {
     pieces_left: usize,
     /// Files that end in it and wait for their check.
     unchecked: usize,
-    /// It is to become a dma-buf first.
-    unexported: bool,
+    /// Its tensors are to be moved first, or it is to become a dma-buf.
+    unfinished: bool,
     /// When its last bytes came, as far as they have.
     full_at: Option<Instant>,
     /// From its allocation until its last segment is handed over.
@@ -220,7 +220,7 @@ impl State {
 
 impl MemoryState {
     fn is_ready(&self) -> bool {
-        self.pieces_left == 0 && self.unchecked == 0 && !self.unexported
+        self.pieces_left == 0 && self.unchecked == 0 && !self.unfinished
     }
 }
 
@@ -331,14 +331,9 @@ impl LoadShared {
         let state = &mut *state;
         for memory in &state.plan.memories {
             let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
-            state.memories.push(MemoryState {
-                cell,
-                pieces_left,
-                unchecked: 0,
-                unexported: self.exports,
-                full_at: None,
-                span: Span::none(),
-            });
+            let own = state.plan.segments.get(memory.segments.clone()).unwrap_or_default();
+            let unfinished = self.exports || own.iter().any(|segment| segment.moved.is_some());
+            state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unfinished, full_at: None, span: Span::none() });
         }
         for (index, planned) in files.into_iter().enumerate() {
             self.planned_bytes.fetch_add(planned.read_bytes, Ordering::Relaxed);
@@ -476,21 +471,33 @@ impl LoadShared {
         let memory = state.memories.get_mut(memory_index)?;
         memory.pieces_left -= 1;
         memory.full_at = Some(Instant::now());
-        let export = memory.pieces_left == 0 && memory.unexported;
-        Some(Follows { check: read.then_some(file_index), export: export.then_some(memory_index) })
+        let finish = memory.pieces_left == 0 && memory.unfinished;
+        Some(Follows { check: read.then_some(file_index), finish: finish.then_some(memory_index) })
     }
 
-    /// A full memory that is to become a dma-buf; `None` when the load is over.
-    pub(crate) fn full_memory(&self, number: usize) -> Option<Arc<Backing>> {
-        let cell = Arc::clone(&self.state().memories.get(number)?.cell);
-        cell.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// A full memory that is to be finished, and what is to be moved in it; `None` when the load is over.
+    pub(crate) fn full_memory(&self, number: usize) -> Option<(Arc<Backing>, Vec<Move>)> {
+        let state = self.state();
+        let cell = Arc::clone(&state.memories.get(number)?.cell);
+        let own = state.plan.segments.get(state.plan.memories.get(number)?.segments.clone()).unwrap_or_default();
+        let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        let moves = own.iter().filter_map(|segment| {
+            let moved = segment.moved.as_ref()?;
+            let from = segment.memory_offset + (moved.start - segment.file_range.start);
+            let slot = at(segment.memory_offset)..at(segment.memory_offset + segment.memory_bytes);
+            Some(Move { slot, from: at(from), bytes: at(moved.end - moved.start) })
+        });
+        let moves = moves.collect();
+        drop(state);
+        let backing = cell.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        Some((backing, moves))
     }
 
-    /// A memory is a dma-buf now.
-    pub(crate) fn memory_exported(&self, number: usize, start: Instant) -> Handover {
+    /// A memory is what it should be.
+    pub(crate) fn memory_finished(&self, number: usize, start: Instant) -> Handover {
         let mut state = self.state();
         if let Some(memory) = state.memories.get_mut(number) {
-            memory.unexported = false;
+            memory.unfinished = false;
         }
         if self.options.trace {
             let segment = state.plan.memories.get(number).map_or(0, |memory| memory.segments.start);
@@ -745,7 +752,7 @@ impl LoadShared {
             path: Arc::clone(self.path(planned.file)?),
             file_bytes: file.identity.bytes,
             part: file.part.clone(),
-            file_range: planned.file_range.clone(),
+            file_range: planned.moved.clone().unwrap_or_else(|| planned.file_range.clone()),
             memory_offset: usize::try_from(planned.memory_offset).ok()?,
             memory_bytes: usize::try_from(planned.memory_bytes).ok()?,
         };

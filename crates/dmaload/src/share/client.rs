@@ -302,6 +302,7 @@ fn report(path: &Path, description: &Description, segments: &[Segment], memories
     Report {
         bytes,
         wanted_bytes: bytes,
+        copied_bytes: 0,
         segments: segments.len(),
         memories,
         total,

@@ -61,6 +61,13 @@ impl LoadShared {
         Report {
             bytes: self.planned_bytes.load(Ordering::Relaxed),
             wanted_bytes: state.files.iter().map(|file| file.planned.wanted_bytes).sum(),
+            copied_bytes: state
+                .plan
+                .segments
+                .iter()
+                .filter_map(|segment| segment.moved.as_ref())
+                .map(|moved| moved.end - moved.start)
+                .sum(),
             segments: state.plan.segments.len(),
             memories: state.plan.memories.len(),
             total: self.started.elapsed(),

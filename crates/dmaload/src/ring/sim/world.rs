@@ -339,7 +339,7 @@ impl World {
                 self.scheduler.opened(id, Demand { batches: needs, ..Demand::default() });
             }
             Some(Job::Allocate(load, batch, Need { bytes, .. })) => self.allocating.push(Allocating { load, batch, bytes }),
-            Some(Job::Check(..) | Job::Export(..) | Job::MakeRoom(..)) => unreachable!("the simulator asks for none of these"),
+            Some(Job::Check(..) | Job::Finish(..) | Job::MakeRoom(..)) => unreachable!("the simulator asks for none of these"),
             None => {}
         }
     }
