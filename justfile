@@ -24,6 +24,14 @@ real-model:
 gguf:
     .ci/gguf
 
+# A real model in candle on what dmaload has loaded, beside candle's own loader: the same embedding to the last bit (builds for minutes).
+candle:
+    .ci/candle
+
+# A model's dma-bufs imported by Vulkan; says why where that can't be: `just gpu-import model.safetensors`.
+gpu-import *MODEL:
+    .ci/gpu-import {{MODEL}}
+
 # The seeded simulator, 50,000 worlds or as many as asked for; a failure prints its seed: `just simulate --seeds 1000000`, `just simulate --seed 17`.
 simulate *ARGS:
     .ci/simulate {{ARGS}}

@@ -21,11 +21,15 @@ const MARGIN_BYTES: u64 = 32 << 20;
 pub(crate) fn headroom() -> Option<Headroom> {
     let machine = read_to_string("/proc/meminfo").ok().as_deref().and_then(available_in_meminfo);
     let machine = machine.map(|bytes| Headroom { available_bytes: bytes, limit: "MemAvailable of this machine".to_owned() });
-    let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let groups =
-        cgroup_folders(&groups, Path::new("/sys/fs/cgroup")).into_iter().filter_map(|folder| headroom_of_cgroup(&folder));
+    let groups = own_cgroups().into_iter().filter_map(|folder| headroom_of_cgroup(&folder));
     let tightest = machine.into_iter().chain(groups).min_by_key(|headroom| headroom.available_bytes)?;
     Some(Headroom { available_bytes: tightest.available_bytes.saturating_sub(MARGIN_BYTES), ..tightest })
+}
+
+/// The folders of the memory cgroups that this process is in, each after those above it.
+pub(crate) fn own_cgroups() -> Vec<PathBuf> {
+    let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
+    cgroup_folders(&groups, Path::new("/sys/fs/cgroup"))
 }
 
 fn available_in_meminfo(meminfo: &str) -> Option<u64> {

@@ -36,6 +36,7 @@ mod metrics;
 pub mod model;
 mod observe;
 mod plan;
+mod pressure;
 pub mod probe;
 mod reaper;
 mod report;

@@ -181,7 +181,8 @@ impl LoaderBuilder {
     /// How much memory of dropped segments is kept for loads to come. Such memory needs no allocating, zeroing or populating,
     /// which is most of the work on small pages. It is used again for a segment of the same size, so for a model of the same
     /// size and layout. Only segments whose descriptors never left are kept; when memory gets short, an allocation
-    /// takes it from the pool before it fails. Default: 0, nothing is kept.
+    /// takes it from the pool before it fails; and where the kernel tells of memory pressure (PSI), all of it is
+    /// freed when others wait for memory. Default: 0, nothing is kept.
     pub fn pool_bytes(mut self, bytes: u64) -> Self {
         self.settings.pool_bytes = bytes;
         self

@@ -21,12 +21,14 @@ use open::find_header;
 pub(crate) use open::read_header;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
@@ -37,6 +39,7 @@ use crate::load::{HeapFacts, LoadShared, Segments};
 use crate::memory::{Backing, PieceBuffer};
 use crate::metrics::{LoadCounters, Metrics};
 use crate::plan::BATCH_FILES;
+use crate::pressure;
 use crate::reaper::Reaper;
 use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
 use crate::route::{Fallback, Route};
@@ -59,6 +62,8 @@ pub(crate) struct Engine {
     thread_ended: Condvar,
     leaked_bytes: AtomicU64,
     counters: Arc<LoadCounters>,
+    /// Ends the watch over memory pressure, where there is one.
+    unwatch: Option<OwnedFd>,
 }
 
 /// A permit of the window: gives what it is for back when it is dropped.
@@ -186,6 +191,8 @@ impl Guard {
             thread_ended: Condvar::new(),
             leaked_bytes: AtomicU64::new(0),
             counters: Arc::default(),
+            // The pool can do without it.
+            unwatch: (settings.pool_bytes > 0).then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()).flatten(),
             settings,
         });
         engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
@@ -197,6 +204,9 @@ impl Guard {
                 engine.ring.start(queue_depth, engine.settings.staging(), engine.epoch, Arc::clone(&engine))
             })
             .map_err(no_thread)?;
+        if engine.unwatch.is_some() {
+            engine.watch_pressure();
+        }
         for number in 0..engine.settings.allocator_threads.max(1) {
             let own = Arc::clone(&engine);
             let builder = thread::Builder::new().name(format!("dmaload-alloc-{number}"));
@@ -287,6 +297,25 @@ impl Engine {
         started
     }
 
+    /// Has the pool freed when memory is short, where the kernel tells.
+    fn watch_pressure(self: &Arc<Self>) {
+        let Some(pressure) = pressure::open() else { return };
+        let own = Arc::clone(self);
+        let body = move || {
+            if let Some(stop) = &own.unwatch {
+                pressure::watch(&pressure, stop, || {
+                    let freed = own.reaper.trim_pool(0);
+                    tracing::info!(freed, "memory is short: the pool is freed");
+                });
+            }
+            own.thread_has_ended();
+        };
+        let started = self.counted(|| thread::Builder::new().name("dmaload-psi".to_owned()).spawn(body).map(|_| ()));
+        if let Err(error) = started {
+            tracing::debug!(%error, "nobody watches memory pressure for the pool");
+        }
+    }
+
     fn thread_has_ended(&self) {
         *self.threads.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
         self.thread_ended.notify_all();
@@ -299,6 +328,9 @@ impl Engine {
             self.abandon(&load);
         }
         self.ring.close();
+        if let Some(unwatch) = &self.unwatch {
+            let _ = rustix::io::write(unwatch, &1_u64.to_ne_bytes());
+        }
         // No load comes any more that could use it.
         self.reaper.set_pool_bytes(0);
     }

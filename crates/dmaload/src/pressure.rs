@@ -1,0 +1,89 @@
+//! Memory pressure, as the kernel tells it: pressure stall information (PSI, Documentation/accounting/psi.rst). Memory that a pool
+//! keeps for later is the first that should go when others wait for theirs.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+use crate::headroom::own_cgroups;
+
+/// Tasks waited 150 ms of 2 s for memory. Without privilege the kernel takes windows of whole 2 s only.
+const TRIGGER: &[u8] = b"some 150000 2000000\0";
+
+/// What tells of pressure on this process' memory: its own cgroup's file, or the machine's. `None` where there is none, or where the
+/// kernel takes no trigger from us.
+pub(crate) fn open() -> Option<File> {
+    let own = own_cgroups().into_iter().rev().map(|folder| folder.join("memory.pressure"));
+    own.chain([Path::new("/proc/pressure/memory").to_owned()]).find_map(|path| {
+        let mut file = OpenOptions::new().read(true).write(true).open(path).ok()?;
+        file.write_all(TRIGGER).ok()?;
+        Some(file)
+    })
+}
+
+/// Calls something each time that memory is short, until `stop` can be read.
+pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl FnMut()) {
+    loop {
+        let mut watched = [PollFd::new(&pressure, PollFlags::PRI), PollFd::new(stop, PollFlags::IN)];
+        match poll(&mut watched, None) {
+            Err(Errno::INTR | Errno::AGAIN | Errno::NOMEM) => continue,
+            Err(_) => return,
+            Ok(_) => {}
+        }
+        let [pressure, stop] = watched.each_ref().map(PollFd::revents);
+        // The file of a cgroup that was removed says so for ever.
+        if !stop.is_empty() || pressure.intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP) {
+            return;
+        }
+        if pressure.contains(PollFlags::PRI) {
+            on_pressure();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use rustix::net::{SendFlags, send};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// Urgent data on a socket is what `POLLPRI` was made for: PSI is told in the same way.
+    #[test]
+    fn pressure_is_seen_each_time_and_the_watch_ends_when_it_is_told_to() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (receiver, _) = listener.accept().unwrap();
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let seen = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            let watching = scope.spawn(|| {
+                watch(&receiver, &stop, || {
+                    let mut byte = [0];
+                    let _ = rustix::net::recv(&receiver, &mut byte, rustix::net::RecvFlags::OOB);
+                    seen.fetch_add(1, Ordering::SeqCst);
+                });
+            });
+            for count in 1..4 {
+                assert_eq!(send(&sender, b"!", SendFlags::OOB), Ok(1));
+                while seen.load(Ordering::SeqCst) < count {
+                    std::thread::yield_now();
+                }
+            }
+            rustix::io::write(&stop, &1_u64.to_ne_bytes()).unwrap();
+            watching.join().unwrap();
+        });
+        assert_eq!(seen.load(Ordering::SeqCst), 3);
+    }
+
+    #[test]
+    fn the_kernel_takes_the_trigger_where_it_has_pressure_stall_information() {
+        let has = Path::new("/proc/pressure/memory").exists() && rustix::process::geteuid().is_root();
+        assert!(!has || open().is_some());
+    }
+}

@@ -1,0 +1,50 @@
+//! Runs MiniLM (a BERT of six layers) twice: on weights that dmaload has loaded, and on those of candle's own loader; the embeddings
+//! must be the same to the last bit.
+//!
+//! `just candle` fetches the model and runs it.
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::bert::{BertModel, Config};
+use dmaload::Loader;
+use dmaload_candle::Weights;
+
+/// Of <https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2>.
+const CONFIG: &str = r#"{
+    "model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "intermediate_size": 1536, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "max_position_embeddings": 512,
+    "type_vocab_size": 2, "initializer_range": 0.02, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+    "position_embedding_type": "absolute", "use_cache": true, "classifier_dropout": null
+}"#;
+
+/// "the quick brown fox jumps over the lazy dog", as its tokenizer cuts it, between the marks of beginning and end.
+const TOKENS: [u32; 11] = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 102];
+
+/// The mean of the last layer, of length one, as the model's authors use it.
+fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
+    let config: Config = serde_json::from_str(CONFIG)?;
+    let device = Device::Cpu;
+    let model = BertModel::load(weights, &config)?;
+    let tokens = Tensor::new(&TOKENS[..], &device)?.unsqueeze(0)?;
+    let types = tokens.zeros_like()?;
+    let last = model.forward(&tokens, &types, None)?;
+    let mean = (last.sum(1)? / TOKENS.len() as f64)?;
+    let unit = mean.broadcast_div(&mean.sqr()?.sum_keepdim(1)?.sqrt()?)?;
+    Ok(unit.squeeze(0)?.to_vec1()?)
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let path = std::env::args().nth(1).context("the path of the model is missing: just candle fetches one")?;
+    let image = Loader::new()?.load(&path).await?;
+    println!("{} tensors, {} bytes by {}", image.tensors().count(), image.report().bytes, image.report().route);
+    let ours = embedding(VarBuilder::from_backend(Box::new(Weights(image)), DType::F32, Device::Cpu))?;
+    let bytes = std::fs::read(&path)?;
+    let theirs = embedding(VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu)?)?;
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    ensure!(bits(&ours) == bits(&theirs), "the embeddings differ: {:?} and {:?}", &ours[..4], &theirs[..4]);
+    ensure!(ours.len() == 384 && ours.iter().any(|&value| value != 0.0), "the embedding is empty");
+    println!("{} numbers, the same to the last bit: {:?} …", ours.len(), &ours[..4]);
+    Ok(())
+}
