@@ -1,21 +1,137 @@
-//! What is told of a load at its end: the report, and its notes.
+//! What is told of a load: events on the way, its error, and at its end the report with its notes.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use dmabuf::{AddressRange, PageCount};
+use rustix::io::Errno;
 
-use super::{LoadShared, RETRIES_TOLD, State};
+use super::{LoadShared, State};
+use crate::error::Error;
+use crate::load::Progress;
+use crate::metrics::count;
+use crate::observe::Rejection;
 use crate::plan::Layout;
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
-use crate::ring::Times;
+use crate::ring::{Failure, Retried, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::select::Shard;
+use crate::trace::{TraceEvent, TraceKind};
 
 /// Loads through the page cache from this size on say that they fill it.
 const PAGE_CACHE_BYTES_TOLD: u64 = 1 << 30;
+/// A disk that is dying makes thousands: the first ones say enough.
+const RETRIES_TOLD: usize = 8;
 
 impl LoadShared {
+    /// A step down the ladder was taken.
+    pub(crate) fn stepped_down(&self, fallback: Fallback) {
+        let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| path.display().to_string());
+        tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno = dmabuf::errno::describe(fallback.errno), "{}", fallback.reason());
+        count(&self.counters.fallbacks);
+        self.state().fallbacks.push(fallback);
+    }
+
+    /// There is less staging than the load may use.
+    pub(crate) fn less_staging(&self, bytes: u64, errno: Errno) {
+        let errno = dmabuf::errno::describe(errno);
+        tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads at once");
+        let note = format!("no memory for more than {bytes} bytes of staging ({errno}): fewer reads were in flight at once");
+        self.state().notes.push(note);
+    }
+
+    /// No thread could be had for its copies, or for its observer.
+    pub(crate) fn no_thread(&self) {
+        let note = "no thread could be had beside the ring's: reads waited for copies and observers";
+        tracing::warn!(load = self.id.0, "{note}");
+        self.state().notes.push(note.to_owned());
+    }
+
+    /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
+    pub(crate) fn retried(&self, retried: &Retried) {
+        let Retried { file, offset, bytes, errno } = *retried;
+        let path = self.path(file).map(|path| path.display().to_string()).unwrap_or_default();
+        let errno = dmabuf::errno::describe(errno);
+        tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
+        count(&self.counters.retried_reads);
+        let mut state = self.state();
+        state.retried += 1;
+        if state.retried <= RETRIES_TOLD {
+            state.notes.push(format!("{path}: reading {bytes} bytes at offset {offset} failed once: {errno}"));
+        }
+    }
+
+    /// The ring thread did something for a piece; its clock began at `epoch`.
+    pub(crate) fn traced(&self, number: usize, span: Span, epoch: Instant) {
+        let mut state = self.state();
+        let Some((file_index, segment)) = state.place_of(number) else { return };
+        let (start, end) = (epoch + span.start, epoch + span.end);
+        let event = self.event(span.kind, start, end, file_index, segment, span.bytes);
+        state.trace.push(event);
+    }
+
+    pub(super) fn event(
+        &self,
+        kind: TraceKind,
+        start: Instant,
+        end: Instant,
+        file_index: usize,
+        segment: usize,
+        bytes: u64,
+    ) -> TraceEvent {
+        let since = |moment: Instant| moment.saturating_duration_since(self.started);
+        TraceEvent { kind, start: since(start), end: since(end), file_index, segment, bytes }
+    }
+
+    /// The same, told by the driver.
+    pub(crate) fn fail_for(&self, failure: Failure) {
+        let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
+        let error = match failure {
+            Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
+            Failure::Refused { file, offset, route, attempt, errno } => {
+                Error::Refused { path: path(file), offset, route, attempt, errno }
+            }
+            Failure::Rejected { file, offset, bytes } => {
+                let rejection = self.observation.as_ref().map(|observation| observation.watch.rejection());
+                match rejection.unwrap_or_else(|| "".into()) {
+                    Rejection::Reason(reason) => Error::Rejected { path: path(file), offset, bytes, reason },
+                    Rejection::Corrupt { offset, bytes, expected, found, tensors } => {
+                        Error::Corrupt { path: path(file), offset, bytes, expected, found, tensors }
+                    }
+                }
+            }
+            Failure::Kernel { errno } => Error::Ring { errno },
+            Failure::Staging { bytes, errno } => {
+                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                self.memory_error(dmabuf::Error::new("allocate a staging buffer", bytes, errno))
+            }
+            Failure::Ended { file, offset, route } => {
+                let planned_bytes = self.state().files.get(file).map_or(0, |file| file.planned.identity.bytes);
+                Error::Ended { path: path(file), offset, planned_bytes, route }
+            }
+        };
+        self.fail(error);
+    }
+
+    /// The error for memory that could not be had.
+    pub(crate) fn memory_error(&self, refusal: dmabuf::Error) -> Error {
+        Error::Memory {
+            heap: self.heap.to_string(),
+            refusal,
+            loaded_bytes: self.allocated_bytes.load(Ordering::Relaxed),
+            planned_bytes: self.planned_bytes.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        Progress {
+            planned_bytes: self.planned_bytes.load(Ordering::Relaxed),
+            allocated_bytes: self.allocated_bytes.load(Ordering::Relaxed),
+            read_bytes: self.read_bytes.load(Ordering::Relaxed),
+        }
+    }
+
     fn notes(&self, state: &State) -> Vec<String> {
         let mut notes = self.notes.to_vec();
         notes.extend(state.notes.iter().cloned());
