@@ -2,10 +2,13 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
+use dmaload::Segment;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
-use dmaload::verify::digest;
+use dmaload::verify::{Algorithm, Digest, Hasher, digest};
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -15,10 +18,22 @@ use crate::{args, block_on, engine, errors};
 
 pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
-    // Before anything else: whoever ends it while it loads must find no socket left behind.
+    // From the beginning, also while it loads: the socket must not be left behind, and what was loaded goes with the process.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    let socket = arguments.socket.clone();
+    let bound = Arc::new(AtomicBool::new(false));
+    let is_ours = Arc::clone(&bound);
+    let ending = move || {
+        let _ = signals.forever().next();
+        if is_ours.load(Ordering::Acquire) {
+            let _ = std::fs::remove_file(socket);
+        }
+        std::process::exit(0);
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(ending)?;
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
     let server = Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?;
+    bound.store(true, Ordering::Release);
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let load = loader.load_with(&arguments.paths, loader.options());
     let image = block_on(finish(load, is_quiet()))?.map_err(about)?;
@@ -29,8 +44,9 @@ pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
     writeln!(stdout, "serving {:?} at {}", arguments.name, arguments.socket.display())?;
     stdout.flush()?;
     drop(stdout);
-    let _ = signals.forever().next();
-    Ok(ExitCode::SUCCESS)
+    loop {
+        std::thread::park();
+    }
 }
 
 pub(crate) fn attached(arguments: &args::Attach) -> Result<ExitCode> {
@@ -42,6 +58,8 @@ pub(crate) fn attached(arguments: &args::Attach) -> Result<ExitCode> {
     let attached = block_on(attach(&arguments.socket, options))??;
     let image = &attached.image;
     let digests = image.files().iter().map(|file| match arguments.digest {
+        // Others may write to dma-bufs: they are looked at, not lent.
+        Some(algorithm) if attached.dma_bufs => of_dma_bufs(algorithm, file.segments()).map(Some),
         Some(algorithm) => file.bytes().map(|bytes| Some(digest(algorithm, &bytes))),
         None => Ok(None),
     });
@@ -58,4 +76,18 @@ pub(crate) fn attached(arguments: &args::Attach) -> Result<ExitCode> {
     }
     stdout.flush()?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn of_dma_bufs(algorithm: Algorithm, segments: &[Segment]) -> dmaload::Result<Digest> {
+    let (mut hasher, mut buffer) = (Hasher::new(algorithm), vec![0; 1 << 20]);
+    for segment in segments {
+        let access = segment.cpu_access()?;
+        let mut at = 0;
+        while at < segment.len() {
+            let read = access.read_at(&mut buffer, at);
+            hasher.update(buffer.get(..read).unwrap_or_default());
+            at += read;
+        }
+    }
+    Ok(hasher.finish())
 }

@@ -77,6 +77,9 @@ impl<L: PartialEq> Budget<L> {
     /// Takes memory for a load that was let in.
     #[must_use]
     pub(crate) fn take(&mut self, load: &L, bytes: u64) -> Taken {
+        if bytes == 0 {
+            return Taken::Yes;
+        }
         let (free, there, accounts) = (self.free(), self.there(), self.accounts.len() as u64);
         let half = self.limit / 2;
         let Some(account) = self.accounts.iter_mut().find(|account| account.load == *load) else { return Taken::No };

@@ -235,7 +235,7 @@ impl Tensor {
     /// # Errors
     /// As [`Segment::bytes`].
     pub fn to_vec(&self) -> Result<Vec<u8>> {
-        let mut copy = Vec::with_capacity(usize::try_from(self.part.rows.bytes()).unwrap_or(0));
+        let mut copy = Vec::new();
         let hull = self.file_range();
         // One view where what is between the rows was read, too.
         let all = self.file.slice(hull.clone());

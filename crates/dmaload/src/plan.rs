@@ -33,7 +33,8 @@ pub enum Layout {
     Segmented,
     /// One segment for the whole file. Still filled piece by piece while the rest is being populated.
     Single,
-    /// As segmented, but cut between tensors: each is in one segment, unless it is larger than a segment may be. Two segments that
+    /// As segmented, but cut between tensors: each is in one segment, a larger one where it must be, unless it is more than the
+    /// importer, the heap or the memory limit allows. Two segments that
     /// are next to each other in a file both have the block that one tensor ends and the next one begins in. A file without
     /// tensors is segmented.
     Tensors,
@@ -88,12 +89,14 @@ pub(crate) struct Span {
     pub(crate) class: usize,
     /// What is moved to the beginning of its memory when all of it was read: a span that is one segment, then.
     pub(crate) moved: Option<Range<u64>>,
+    /// One segment, however large.
+    pub(crate) single: bool,
 }
 
 impl Span {
     /// A whole file.
     pub(crate) fn whole(file: usize, bytes: u64) -> Self {
-        Span { file, range: 0..bytes, class: 0, moved: None }
+        Span { file, range: 0..bytes, class: 0, moved: None, single: false }
     }
 }
 
@@ -196,7 +199,7 @@ impl Plan {
             debug_assert!(alignment.is_power_of_two() && (span.range.is_empty() || span.range.start.is_multiple_of(alignment)));
             debug_assert!(shape.segment_bytes.is_multiple_of(alignment) && shape.batch_bytes.is_multiple_of(alignment));
             let packed = shape.packs(span.range.end - span.range.start);
-            for file_range in split(span.range.clone(), segment_bytes) {
+            for file_range in split(span.range.clone(), if span.single { u64::MAX } else { segment_bytes }) {
                 let memory_bytes = (file_range.end - file_range.start).next_multiple_of(alignment);
                 // A memory that is allocated at once is one batch.
                 let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { BATCH_FILES };
@@ -389,8 +392,8 @@ mod tests {
                 let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);
                 match cuts[file] {
                     0 => spans.push(Span::whole(file, bytes)),
-                    1 => spans.push(Span { file, range: cut..bytes, class: 0, moved: None }),
-                    _ => spans.extend([Span { file, range: cut..bytes, class: 0, moved: None }, Span { file, range: 0..cut, class: 1, moved: None }]),
+                    1 => spans.push(Span { file, range: cut..bytes, class: 0, moved: None, single: false }),
+                    _ => spans.extend([Span { file, range: cut..bytes, class: 0, moved: None, single: false }, Span { file, range: 0..cut, class: 1, moved: None, single: false }]),
                 }
             }
             spans.sort_by_key(|span| span.class);

@@ -36,6 +36,8 @@ pub(crate) struct Need {
     pub(crate) bytes: u64,
     /// Files that are opened for it.
     pub(crate) files: u64,
+    /// What its load takes of the budget for it: all of a memory with its first batch, since memory of the pool comes as a whole.
+    pub(crate) held_bytes: u64,
 }
 
 impl<L> Job<L> {
@@ -182,7 +184,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                     at += 1;
                     continue;
                 }
-                match self.budget.take(&turn.load, need.bytes) {
+                match self.budget.take(&turn.load, need.held_bytes) {
                     Taken::Yes => {}
                     taken => {
                         if let Taken::Pooled(bytes) = taken {
@@ -194,7 +196,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 }
                 let load = turn.load.clone();
                 if !self.take(need) {
-                    self.budget.give_back(&load, need.bytes);
+                    self.budget.give_back(&load, need.held_bytes);
                     return None;
                 }
                 let mut turn = self.turns.remove(at)?;
@@ -215,7 +217,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             Job::Open(_) => self.end(),
             Job::Allocate(load, _, need) => {
                 self.give_back(*need);
-                self.budget.give_back(load, need.bytes);
+                self.budget.give_back(load, need.held_bytes);
             }
             Job::MakeRoom(..) => self.making_room = false,
             Job::Check(..) | Job::Finish(..) => {}
@@ -301,7 +303,7 @@ mod tests {
     use super::*;
 
     fn need(bytes: u64) -> Need {
-        Need { bytes, files: 0 }
+        Need { bytes, files: 0, held_bytes: bytes }
     }
 
     fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> Demand {
@@ -353,7 +355,7 @@ mod tests {
         let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
         scheduler.submit(1);
         assert_eq!(scheduler.next(), Some(Job::Open(1)));
-        let need = Need { bytes: 1, files: 2 };
+        let need = Need { bytes: 1, files: 2, held_bytes: 0 };
         scheduler.opened(1, Demand { batches: vec![need; 2], ..Demand::default() });
         assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
         assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");

@@ -218,6 +218,18 @@ impl Segment {
         self.0.place.tensors.as_ref()
     }
 
+    /// Promises for good that nobody can write to it: its dma-buf is handed to nobody from now on.
+    ///
+    /// # Errors
+    /// [`Error::HandedOut`] where it was handed out already.
+    pub(crate) fn keep_unwritten(&self) -> Result<()> {
+        if self.has_dma_buf() {
+            // A view that never ends.
+            std::mem::forget(View::new(self)?);
+        }
+        Ok(())
+    }
+
     /// The first address of its memory. Segments of a span lie in memory as they do in the file, without gaps.
     pub(crate) fn address(&self) -> usize {
         self.start().addr().get()

@@ -309,12 +309,13 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
         match into.get_mut(first..).and_then(<[_]>::last_mut) {
             // Rows of one tensor begin before the last of another ends, where these overlap: never, as tensors do not.
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) => last.range.end = last.range.end.max(end),
-            _ => into.push(Span { file: 0, range: start..end, class, moved: None }),
+            _ => into.push(Span { file: 0, range: start..end, class, moved: None, single: false }),
         }
     }
 }
 
-/// Spans for [`crate::Layout::Tensors`]: each holds whole tensors and is no longer than `most_bytes`, unless a single tensor is. Each
+/// Spans for [`crate::Layout::Tensors`]: each holds whole tensors and is no longer than `most_bytes`, unless a single tensor is; that
+/// is one segment up to `single_bytes`. Each
 /// tensor begins at a multiple of what the importer wants, from the beginning of its memory; where its file does not have it so,
 /// it is a span of its own, and moved.
 ///
@@ -326,6 +327,7 @@ pub(crate) fn by_tensors(
     file_bytes: u64,
     alignment: u64,
     most_bytes: u64,
+    single_bytes: u64,
     importer: ImporterLimits,
 ) -> Result<Vec<Span>> {
     let wanted = importer.alignment_bytes;
@@ -338,8 +340,12 @@ pub(crate) fn by_tensors(
         }
         let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
         let is_moved = !range.start.is_multiple_of(if wanted > alignment { alignment } else { kept });
-        if is_moved && (!importer.may_copy || end - start > most_bytes) {
-            let why = if importer.may_copy { "it is larger than a segment, and can't be copied" } else { "copying is refused" };
+        if is_moved && (!importer.may_copy || end - start > single_bytes) {
+            let why = if importer.may_copy {
+                "it is larger than a segment can be, and so can't be copied"
+            } else {
+                "copying is refused"
+            };
             let (tensor, offset) = (info.name.clone(), range.start);
             return Err(Error::Unaligned { tensor, offset, alignment_bytes: wanted, why });
         }
@@ -350,7 +356,13 @@ pub(crate) fn by_tensors(
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) && end - last.range.start <= most_bytes => {
                 last.range.end = last.range.end.max(end);
             }
-            _ => spans.push(Span { file: 0, range: start..end, class, moved: is_moved.then_some(range) }),
+            _ => spans.push(Span {
+                file: 0,
+                range: start..end,
+                class,
+                moved: is_moved.then_some(range),
+                single: end - start > most_bytes && end - start <= single_bytes,
+            }),
         }
         Ok(())
     };
@@ -526,10 +538,10 @@ mod tests {
                 prop_assert!(chosen.part.rows.iter().all(|row| row.is_empty() || held(&row)));
             }
             let most = 1 << 17;
-            let apart = by_tensors(&selected, &map, bytes, BLOCK, most, ImporterLimits::default()).unwrap();
+            let apart = by_tensors(&selected, &map, bytes, BLOCK, most, most, ImporterLimits::default()).unwrap();
             for alignment in [1u64, 64, 4096, 1 << 16] {
                 let importer = ImporterLimits { alignment_bytes: alignment, ..ImporterLimits::default() };
-                let Ok(spans) = by_tensors(&selected, &map, bytes, BLOCK, most, importer) else { continue };
+                let Ok(spans) = by_tensors(&selected, &map, bytes, BLOCK, most, most, importer) else { continue };
                 for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
                     let hull = chosen.part.rows.hull();
                     // Where it begins in its memory, which begins where its span does, or with what is moved.
@@ -537,7 +549,7 @@ mod tests {
                     let holds = |span: &&Span| span.class == chosen.class && span.moved.as_ref().map_or(span.range.start <= hull.start && hull.end <= span.range.end, |moved| *moved == hull);
                     prop_assert!(hull.is_empty() || spans.iter().filter(holds).any(|span| place(span).is_multiple_of(alignment)));
                 }
-                let refused = by_tensors(&selected, &map, bytes, BLOCK, most, ImporterLimits { may_copy: false, ..importer });
+                let refused = by_tensors(&selected, &map, bytes, BLOCK, most, most, ImporterLimits { may_copy: false, ..importer });
                 prop_assert_eq!(refused.is_err(), spans.iter().any(|span| span.moved.is_some()));
             }
             let hulls = || selected.tensors.iter().flat_map(|tensors| tensors.list()).map(|chosen| chosen.part.rows.hull()).filter(|hull| !hull.is_empty());

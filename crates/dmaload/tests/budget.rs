@@ -255,3 +255,85 @@ async fn a_load_of_high_priority_overtakes() {
         load.await.unwrap();
     }
 }
+
+/// A model of tensors of two and a half MiB, each across two segments.
+fn tensors(folder: &Path, count: usize) -> PathBuf {
+    const BYTES: usize = 5 << 19;
+    let entry =
+        |n: usize| format!(r#""t{n}":{{"dtype":"U8","shape":[{BYTES}],"data_offsets":[{},{}]}}"#, n * BYTES, (n + 1) * BYTES);
+    let header = format!("{{{}}}", (0..count).map(entry).collect::<Vec<_>>().join(","));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend(random_bytes(count * BYTES, 9));
+    file(folder, "tensors.safetensors", &bytes)
+}
+
+/// The library holds the segments of a tensor that is not complete: a reservation has to have room for that.
+#[tokio::test]
+async fn streams_of_tensors_never_wait_for_memory_that_they_hold_themselves() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let path = tensors(folder.path(), 12);
+    let loader = Loader::builder().memory_limit_bytes(32 * MIB).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
+    let expected: Vec<_> = loader.stream(&path).tensors().collect_names().await;
+    assert_eq!(expected.len(), 12);
+    let streams: Vec<_> = (0..40)
+        .map(|number| {
+            let options = loader.options();
+            // Some in another order, which keeps nothing of the order before.
+            let options = if number % 2 == 0 { options } else { options.tensors(["t11", "t3", "*"]) };
+            tokio::spawn(loader.stream_with([&path], options).tensors().collect_names())
+        })
+        .collect();
+    for stream in streams {
+        let mut names = tokio::time::timeout(Duration::from_secs(60), stream).await.expect("nothing deadlocks").unwrap();
+        names.sort();
+        let mut expected = expected.clone();
+        expected.sort();
+        assert_eq!(names, expected);
+    }
+    assert!(loader.memory_bytes() <= 32 * MIB);
+    // What holds not even one tensor says so; its segments can be streamed all the same.
+    let small = Loader::builder().memory_limit_bytes(2 * MIB).segment_bytes(2 << 20).window_bytes(2 << 20).build().unwrap();
+    let mut refused = small.stream(&path).tensors();
+    assert!(matches!(refused.next().await, Some(Err(Error::OverLimit { why: "the memory of a tensor", .. }))));
+    drop(refused);
+    let mut segments = small.stream(&path);
+    while let Some(segment) = segments.next().await {
+        segment.unwrap();
+    }
+}
+
+trait CollectNames {
+    fn collect_names(self) -> impl Future<Output = Vec<String>> + Send;
+}
+
+impl CollectNames for dmaload::Tensors {
+    async fn collect_names(mut self) -> Vec<String> {
+        let mut names = Vec::new();
+        while let Some(tensor) = self.next().await {
+            names.push(tensor.unwrap().name().to_owned());
+        }
+        names
+    }
+}
+
+/// Memory of the pool that is used again is paid for as a whole: what others take meanwhile can't be what it still needs.
+#[tokio::test]
+async fn a_reservation_holds_while_memory_of_the_pool_is_used_again() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let large = file(folder.path(), "large", &random_bytes(64 << 20, 1));
+    let small = file(folder.path(), "small", &random_bytes(16 << 20, 2));
+    for _ in 0..5 {
+        let loader = Loader::builder().memory_limit_bytes(80 * MIB).segment_bytes(64 << 20).pool_bytes(u64::MAX);
+        let loader = loader.allocator_threads(1).build().unwrap();
+        drop(loader.load(&large).await.unwrap());
+        let both = async { (loader.load(&large).into_future(), loader.load(&small).into_future()) }.await;
+        let (large, small) = (tokio::spawn(both.0), tokio::spawn(both.1));
+        let small = tokio::time::timeout(Duration::from_secs(20), small).await.expect("it has its reservation").unwrap().unwrap();
+        let large = tokio::time::timeout(Duration::from_secs(20), large).await.expect("it has its reservation").unwrap().unwrap();
+        assert_eq!((small.report().bytes, large.report().bytes), (16 * MIB, 64 * MIB));
+        assert!(loader.memory_bytes() <= 80 * MIB);
+    }
+}

@@ -118,6 +118,19 @@ async fn tensors_come_as_they_are_complete_in_file_order_or_the_order_asked_for(
         }
         assert_eq!(all, by_file, "each once");
     }
+    // What was given as a segment before is not lost to a load that keeps it, and told by a stream that does not.
+    let mut load = loader.load(&path);
+    load.next().await.unwrap().unwrap();
+    let mut tensors = load.tensors();
+    let mut names = Vec::new();
+    while let Some(tensor) = tensors.next().await {
+        names.push(tensor.unwrap().name().to_owned());
+    }
+    assert_eq!(names, by_file);
+    let mut segments = loader.stream(&path);
+    segments.next().await.unwrap().unwrap();
+    let mut late = segments.tensors();
+    assert!(matches!(late.next().await, Some(Err(Error::Config(_)))) && late.next().await.is_none());
     // Of a load that keeps them, the image is there in the end; and tensors come before the load is over.
     let mut tensors = loader.load(&path).tensors();
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), by_file[0]);
@@ -227,6 +240,10 @@ async fn cut_between_tensors_each_is_in_one_segment_unless_it_is_larger() {
         let loader = loader().route(route).layout(Layout::Tensors).build().unwrap();
         let image = loader.load(&path).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
+        assert!(image.tensors().all(|tensor| tensor.parts().len() == 1), "{route}: a tensor alone may be larger than a segment");
+        let small = ImporterLimits { max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
+        let image = loader.load_with([&path], loader.options().importer(small)).await.unwrap();
+        assert_tensors(&image, &path, &route.to_string());
         let straddlers: Vec<_> = image.tensors().filter(|tensor| tensor.parts().len() > 1).map(|t| t.name().to_owned()).collect();
         assert_eq!(straddlers, ["embed"], "3.2 MB can't be in 2 MiB");
         loader.shutdown().await.unwrap();
@@ -308,10 +325,23 @@ async fn an_index_that_says_something_else_than_the_files_is_an_error() {
         index(r#"{"a":"../../etc/passwd"}"#);
         let error = loader.load(&snapshot).await.unwrap_err();
         assert!(error.to_string().contains("not within its folder"), "{error}");
+        // A download that was interrupted at its first byte.
+        fs::write(snapshot.join("empty.safetensors"), "").unwrap();
+        index(r#"{"a":"model-00001-of-00002.safetensors","z":"empty.safetensors"}"#);
+        let error = loader.load(&snapshot).await.unwrap_err();
+        assert!(error.to_string().contains("\"z\" is in this file"), "{error}");
         index(r#"{"a":"missing.safetensors"}"#);
         let error = loader.load(&snapshot).await.unwrap_err();
         assert!(matches!(&error, Error::File { path, .. } if path.ends_with("missing.safetensors")), "{error}");
     }
+    // An index that nobody would ever finish reading.
+    let fifo = folder.path().join("fifo");
+    fs::create_dir(&fifo).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(fifo.join("model.safetensors.index.json")).status().unwrap();
+    assert!(made.success());
+    let error =
+        tokio::time::timeout(std::time::Duration::from_secs(20), loader().build().unwrap().load(&fifo).into_future()).await;
+    assert!(matches!(error.unwrap().unwrap_err(), Error::NotAFile { kind: "a FIFO", .. }));
     let empty = folder.path().join("empty");
     fs::create_dir(&empty).unwrap();
     let error = loader().build().unwrap().load(&empty).await.unwrap_err();
@@ -474,7 +504,7 @@ async fn tensors_are_where_an_importer_wants_them() {
     }
     // A tensor that is larger than a segment can't be copied within one.
     let loader = loader().layout(Layout::Tensors).build().unwrap();
-    let importer = ImporterLimits { alignment_bytes: 4096, ..ImporterLimits::default() };
+    let importer = ImporterLimits { alignment_bytes: 4096, max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
     let error = loader.load_with([&path], loader.options().importer(importer)).await.unwrap_err();
     assert!(matches!(&error, Error::Unaligned { tensor, .. } if tensor == "embed"), "{error}");
     let other = loader.options().layout(Layout::Segmented).importer(importer);

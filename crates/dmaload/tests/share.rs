@@ -366,3 +366,28 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
         }
     }
 }
+
+/// Descriptors on their way count against the server's user: a client that takes none of them holds up its own user alone, and no more
+/// than a few of them are on their way.
+#[tokio::test]
+async fn a_client_that_does_not_take_its_descriptors_is_waited_for_by_nobody() {
+    let folder = folder();
+    let path = model(folder.path());
+    let image = loaded(&[&path]).await;
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
+    let hoards: Vec<_> = (0..20)
+        .map(|_| {
+            let client = connected(&socket);
+            send(&client, &request, SendFlags::NOSIGNAL).unwrap();
+            client
+        })
+        .collect();
+    // Of the same user nobody gets through before they let go; of another one it would.
+    let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default())).await;
+    assert!(waiting.is_err(), "four are on their way already");
+    drop(hoards);
+    assert_same_image(&image, &attach(&socket, default()).await.unwrap().image);
+}

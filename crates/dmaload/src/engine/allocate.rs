@@ -47,7 +47,7 @@ impl Engine {
             }
             let (file, route) = opened(load, part)?;
             let piece = part.piece;
-            let permit = permit.split(Need { bytes: piece.memory_bytes, files: part.small.into() });
+            let permit = permit.split(Need { bytes: piece.memory_bytes, files: part.small.into(), held_bytes: 0 });
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
             let spec = FileSpec {
                 index: part.file_index,

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::model::ModelError;
 use crate::model::index::{self, Index};
 use crate::settings::Format;
-use crate::source::{Input, Source};
+use crate::source::{Input, OpenFile, Source};
 
 /// What a model of one file is called in a folder that model hubs have made.
 const MODEL: &str = "model.safetensors";
@@ -94,13 +94,16 @@ fn of_folder(folder: &Path, format: Format, files: &mut Vec<Source>) -> Result<(
 }
 
 fn of_index(path: &Path, files: &mut Vec<Source>) -> Result<()> {
-    let failed = |error: io::Error| file_error(path, "read", &error);
-    let bytes = fs::metadata(path).map_err(failed)?.len();
+    // Not a FIFO that nobody writes to, and not without end.
+    let file = OpenFile::open(path)?;
+    let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {
         let reason = format!("it has {bytes} bytes, more than the {} allowed", index::LIMIT_BYTES);
         return Err(Error::Model { path: path.to_owned(), fault: ModelError::Index { offset: 0, reason } });
     }
-    let index = Index::parse(&fs::read(path).map_err(failed)?);
+    let mut json = vec![0; usize::try_from(bytes).unwrap_or(0)];
+    file.read_exact(&mut json, 0)?;
+    let index = Index::parse(&json);
     let index = Arc::new(index.map_err(|fault| Error::Model { path: path.to_owned(), fault })?);
     let folder = path.parent().unwrap_or(Path::new(""));
     let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());

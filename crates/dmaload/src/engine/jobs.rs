@@ -200,7 +200,7 @@ mod tests {
         let id = jobs.next_id();
         assert!(jobs.submit(id, Arc::new(())));
         assert!(matches!(jobs.next(), Some((Job::Open(_), _))));
-        jobs.opened(id, Demand { batches: vec![Need { bytes: 1, files: 0 }; batches], ..Demand::default() });
+        jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; batches], ..Demand::default() });
         id
     }
 
@@ -290,7 +290,7 @@ mod tests {
         model(|| {
             let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 2));
             let large = opened(&jobs, 0);
-            let batches = [1, 2].map(|bytes| Need { bytes, files: 0 }).to_vec();
+            let batches = [1, 2].map(|bytes| Need { bytes, ..Need::default() }).to_vec();
             jobs.opened(large, Demand { batches, ..Demand::default() });
             assert!(matches!(jobs.next(), Some((Job::Allocate(_, 0, _), _))));
             // One byte is taken and stays so: the next batch of the large load does not fit, and nobody overtakes it.

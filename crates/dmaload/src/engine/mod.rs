@@ -80,7 +80,8 @@ impl Permit {
     /// When that is more than there is.
     fn split(&mut self, part: Need) -> Permit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
-        self.need = Need { bytes: left(self.need.bytes, part.bytes), files: left(self.need.files, part.files) };
+        let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
+        self.need = Need { bytes, files, held_bytes: 0 };
         Permit { engine: Arc::clone(&self.engine), need: part }
     }
 }
@@ -369,10 +370,12 @@ impl Engine {
     /// A worker thread.
     fn work(self: &Arc<Self>) {
         while let Some((job, load)) = self.jobs.next() {
+            let is_open = matches!(job, Job::Open(_));
             let done = catch_unwind(AssertUnwindSafe(|| match job {
                 Job::Open(_) => self.open(&load),
                 Job::Allocate(_, batch, need) => {
-                    let advance = Advance { engine: Arc::clone(self), load: load.id, bytes: need.bytes };
+                    let advance = Advance { engine: Arc::clone(self), load: load.id, bytes: need.held_bytes };
+                    let need = Need { held_bytes: 0, ..need };
                     self.allocate(&load, batch, Permit { engine: Arc::clone(self), need }, advance);
                 }
                 Job::MakeRoom(_, bytes) => {
@@ -384,6 +387,10 @@ impl Engine {
             if done.is_err() {
                 // Only the heap's code is not ours. Whatever the job held was released by unwinding.
                 self.fail(&load, Error::HeapPanicked { heap: load.heap().to_owned() });
+                if is_open {
+                    // Before it was announced to the ring, which would have ended it: its place is free.
+                    self.jobs.end();
+                }
             }
         }
         self.thread_has_ended();
@@ -392,9 +399,13 @@ impl Engine {
     /// The file was read: it must be what it was, or nobody gets its last segment.
     fn check(&self, load: &LoadShared, file: usize) {
         let Some((open, mut identity)) = load.take_file(file) else { return };
-        let checked = load.whole_file(file).map_or(Ok(None), |bytes| find_header(&open, bytes.as_ref(), load.options.format));
-        let checked = checked.and_then(|tensors| {
+        // Of a large one the header was read when it was planned.
+        let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
+            let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
             load.sources().get(file).map_or(Ok(()), |source| source.check(tensors.as_ref()))?;
+            Ok(tensors)
+        });
+        let checked = checked.and_then(|tensors| {
             identity.may_grow &= tensors.is_none();
             open.check_unchanged(&identity).map(|()| tensors)
         });
@@ -507,7 +518,7 @@ mod tests {
         let window_bytes = guard.settings().window_bytes;
         for _ in 0..8 {
             // What a load leaves in the scheduler when it is forgotten between two of its steps.
-            guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1 });
+            guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, held_bytes: 0 });
         }
         let mut events = guard.load(vec![Input::Path("/proc/self/status".into())], LoadOptions::default(), true);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();

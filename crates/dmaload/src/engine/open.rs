@@ -20,7 +20,7 @@ use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
 use crate::select::{Selected, Selector, by_tensors};
-use crate::settings::{Cache, Format, ImporterLimits, LoadOptions};
+use crate::settings::{Cache, Format, ImporterLimits, LoadOptions, Settings};
 use crate::source::{OpenFile, Source, look_at};
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
@@ -34,7 +34,7 @@ const BATCH_BYTES: u64 = 16 << 20;
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>) {
-        let planned = plan_all(load, &*self.heap, self.settings.share_bytes());
+        let planned = plan_all(load, &*self.heap, &self.settings);
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.jobs.end();
         };
@@ -43,6 +43,13 @@ impl Engine {
         let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
         let (reserved_bytes, why) = if load.keep { (memory_bytes, "all of the load") } else { (largest_bytes, "a segment") };
         let limit_bytes = self.settings.memory_limit_bytes;
+        // Whoever streams tensors holds all memories of one until its last byte is there.
+        let tensor_bytes = if load.keep { 0 } else { largest_tensor(&plan, &files) };
+        let reserved_bytes = if tensor_bytes <= limit_bytes { reserved_bytes.max(tensor_bytes) } else { reserved_bytes };
+        if tensor_bytes > limit_bytes {
+            let error = Error::OverLimit { wanted_bytes: tensor_bytes, limit_bytes, why: "the memory of a tensor" };
+            let _ = load.tensor_over_limit.set(error);
+        }
         if reserved_bytes > limit_bytes {
             self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why });
             return self.jobs.end();
@@ -80,7 +87,8 @@ struct Planned {
     fallbacks: Vec<Fallback>,
 }
 
-fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Result<Planned> {
+fn plan_all(load: &LoadShared, heap: &dyn Heap, settings: &Settings) -> Result<Planned> {
+    let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
     let limit = heap.size_limit();
     let segment_bytes =
@@ -92,6 +100,8 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Res
     // What is aligned to more than blocks begins a memory.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
     let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed };
+    let heap_most = limit.as_ref().map_or(u64::MAX, |limit| limit.bytes);
+    let single_bytes = options.importer.max_segment_bytes.min(heap_most).min(memory_limit_bytes);
     let (mut files, mut spans, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
     load.found(expand::files(&load.asked, options.format)?);
@@ -100,7 +110,7 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Res
         if load.is_over() {
             break;
         }
-        let (mut planned, own, fallback) = plan_file(load, &shape, selector.as_mut(), index, source, route)?;
+        let (mut planned, own, fallback) = plan_file(load, (&shape, single_bytes), selector.as_mut(), index, source, route)?;
         kept_open += usize::from(planned.open.is_some());
         if kept_open > KEPT_OPEN {
             planned.open = None;
@@ -133,6 +143,34 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, share_bytes: Option<u64>) -> Res
     Ok(Planned { plan, range, files, fallbacks })
 }
 
+/// How much memory the tensor is in that is in most.
+fn largest_tensor(plan: &Plan, files: &[FilePlan]) -> u64 {
+    let mut largest = 0;
+    for (number, file) in files.iter().enumerate() {
+        let Some(tensors) = &file.tensors else { continue };
+        // Segments of a file, in its order: of those that overlap, any will do.
+        let mut own: Vec<_> = plan.segments.iter().filter(|segment| segment.file == number).collect();
+        own.sort_by_key(|segment| segment.file_range.start);
+        for position in (0..tensors.len()).filter_map(|number| tensors.position_of(number)) {
+            let Some(hull) = tensors.part_at(position).map(|part| part.rows.hull()).filter(|hull| !hull.is_empty()) else {
+                continue;
+            };
+            let first = own.partition_point(|segment| segment.file_range.end <= hull.start);
+            let mut memories: Vec<_> = own
+                .get(first..)
+                .unwrap_or_default()
+                .iter()
+                .take_while(|segment| segment.file_range.start < hull.end)
+                .map(|segment| segment.memory)
+                .collect();
+            memories.dedup();
+            let bytes = memories.iter().filter_map(|&memory| plan.memories.get(memory)).map(|memory| memory.bytes).sum();
+            largest = largest.max(bytes);
+        }
+    }
+    largest
+}
+
 /// Refuses what the importer could not map.
 fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
     let ImporterLimits { max_segment_bytes, max_segments, .. } = limits;
@@ -157,7 +195,7 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
 
 fn plan_file(
     load: &LoadShared,
-    shape: &Shape,
+    (shape, single_bytes): (&Shape, u64),
     selector: Option<&mut Selector>,
     index: usize,
     source: &Source,
@@ -197,7 +235,9 @@ fn plan_file(
         return Err(Error::Selection { path: path.to_owned(), reason });
     }
     let map = if wants_tensors { read_header(&file, part.clone(), options.format)?.map(Arc::new) } else { None };
-    source.check(map.as_deref())?;
+    if wants_tensors {
+        source.check(map.as_deref())?;
+    }
     let mut identity = file.identity;
     identity.may_grow = map.is_none();
     let selected = match selector {
@@ -208,7 +248,7 @@ fn plan_file(
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
     let mut spans = selected.spans.clone();
     if let Some(map) = map.as_ref().filter(|_| shape.layout == Layout::Tensors) {
-        spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes, options.importer)?;
+        spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes, single_bytes, options.importer)?;
     }
     let planned = FilePlan {
         identity,

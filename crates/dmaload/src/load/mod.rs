@@ -154,11 +154,13 @@ pub struct Segments {
     guard: Arc<Guard>,
     finished: Option<Box<Finished>>,
     failed: Option<Error>,
+    /// How many segments were given.
+    given: usize,
 }
 
 impl Segments {
     pub(crate) fn new(events: UnboundedReceiver<Event>, shared: Arc<LoadShared>, guard: Arc<Guard>) -> Self {
-        Segments { events, shared: Some(shared), guard, finished: None, failed: None }
+        Segments { events, shared: Some(shared), guard, finished: None, failed: None, given: 0 }
     }
 
     /// The next segment, in order; `None` after the last one. Cancel-safe, like [`Load::next`].
@@ -172,6 +174,11 @@ impl Segments {
     /// The report, once the last segment was given.
     pub fn report(&self) -> Option<&Report> {
         self.finished.as_ref().map(|finished| &finished.report)
+    }
+
+    /// Why the tensors of this load can't be given one by one within its loader's limit of memory.
+    fn tensor_over_limit(&self) -> Option<Error> {
+        self.shared.as_ref().and_then(|shared| shared.tensor_over_limit.get().cloned())
     }
 
     /// The files, once the last segment was given.
@@ -190,7 +197,10 @@ impl Segments {
         }
         let event = std::task::ready!(self.events.poll_recv(context));
         Poll::Ready(match event.unwrap_or(Event::Failed(Error::ShutDown)) {
-            Event::Segment(segment) => Some(Ok(segment)),
+            Event::Segment(segment) => {
+                self.given += 1;
+                Some(Ok(segment))
+            }
             Event::Done(finished) => {
                 self.finished = Some(finished);
                 None

@@ -57,6 +57,8 @@ pub(crate) struct LoadShared {
     planned_bytes: AtomicU64,
     allocated_bytes: AtomicU64,
     read_bytes: AtomicU64,
+    /// The largest tensor does not fit into the loader's limit of memory: its segments can be streamed, but not it.
+    pub(crate) tensor_over_limit: OnceLock<Error>,
     counters: Arc<LoadCounters>,
     /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
     span: Span,
@@ -202,6 +204,7 @@ impl LoadShared {
         let span = tracing::info_span!("load", load = id.0, paths = asked.len(), bytes = Empty, error = Empty);
         LoadShared {
             id,
+            tensor_over_limit: OnceLock::new(),
             counters,
             span,
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
@@ -315,7 +318,16 @@ impl LoadShared {
         };
         let need = |batch: &Batch| {
             let pieces = state.plan.pieces.get(batch.pieces.clone()).unwrap_or_default();
-            Need { bytes: batch.bytes, files: pieces.iter().filter(|piece| is_small(piece)).count() as u64 }
+            Need {
+                bytes: batch.bytes,
+                files: pieces.iter().filter(|piece| is_small(piece)).count() as u64,
+                held_bytes: state
+                    .plan
+                    .memories
+                    .get(batch.memory)
+                    .filter(|_| batch.memory_offset == 0)
+                    .map_or(0, |memory| memory.bytes),
+            }
         };
         let needs = state.plan.batches.iter().map(need).collect();
         let pieces = state.plan.pieces.len();

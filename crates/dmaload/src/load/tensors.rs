@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use futures_core::Stream;
 
 use super::{Load, Segments};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::image::{Image, ImageFile, Tensor};
 use crate::model::TensorMap;
 use crate::report::Report;
@@ -38,6 +38,14 @@ impl FileTensors {
         }
     }
 
+    /// Where in the caller's order the tensor comes that is at this place.
+    fn class_of(&self, number: usize) -> Option<usize> {
+        match &self.chosen {
+            Some(chosen) => chosen.list().get(number).map(|chosen| chosen.class),
+            None => (number < self.map.len()).then_some(0),
+        }
+    }
+
     /// What is read of the tensor at this position of the map.
     pub(crate) fn part_at(&self, position: usize) -> Option<Part> {
         match &self.chosen {
@@ -59,6 +67,10 @@ pub struct Tensors {
     source: Source,
     ready: VecDeque<Tensor>,
     files: Vec<Pending>,
+    /// Files whose tensors were all given.
+    done: Vec<usize>,
+    /// Why there can be none; told first.
+    failed: Option<Error>,
     ended: bool,
 }
 
@@ -84,18 +96,29 @@ struct Pending {
 impl Load {
     /// Gives the tensors one by one, and the image in the end ([`Tensors::finish`]).
     pub fn tensors(self) -> Tensors {
-        Tensors { source: Source::Kept(self), ready: VecDeque::new(), files: Vec::new(), ended: false }
+        // Those that were given as segments already count.
+        let kept = self.kept.clone();
+        let mut tensors = Tensors::of(Source::Kept(self), None);
+        kept.into_iter().for_each(|segment| tensors.add(segment));
+        tensors
     }
 }
 
 impl Segments {
     /// Gives the tensors one by one, and keeps nothing: the memory of a tensor that was dropped is freed, once no other is in it.
+    /// To be called before [`Segments::next`]: segments that were given are gone, and the stream begins with an error.
     pub fn tensors(self) -> Tensors {
-        Tensors { source: Source::Streamed(self), ready: VecDeque::new(), files: Vec::new(), ended: false }
+        let late = self.given > 0;
+        let failed = late.then(|| Error::Config("tensors were asked for after segments were given".to_owned()));
+        Tensors::of(Source::Streamed(self), failed)
     }
 }
 
 impl Tensors {
+    fn of(source: Source, failed: Option<Error>) -> Self {
+        Tensors { source, ready: VecDeque::new(), files: Vec::new(), done: Vec::new(), failed, ended: false }
+    }
+
     /// The next tensor; `None` after the last one. Files of raw bytes have none, and are passed over. Cancel-safe, like
     /// [`Load::next`].
     ///
@@ -136,6 +159,14 @@ impl Tensors {
             if self.ended {
                 return Poll::Ready(None);
             }
+            let failed = self.failed.take().or_else(|| match &self.source {
+                Source::Kept(_) => None,
+                Source::Streamed(segments) => segments.tensor_over_limit(),
+            });
+            if let Some(error) = failed {
+                self.ended = true;
+                return Poll::Ready(Some(Err(error)));
+            }
             let polled = match &mut self.source {
                 Source::Kept(load) => load.poll_segment(context),
                 Source::Streamed(segments) => segments.poll_segment(context),
@@ -152,6 +183,9 @@ impl Tensors {
     fn add(&mut self, segment: Segment) {
         let Some(tensors) = segment.file_tensors().cloned() else { return };
         let index = segment.file_index();
+        if self.done.contains(&index) {
+            return;
+        }
         let at = self.files.iter().position(|file| file.index == index).unwrap_or_else(|| {
             let (path, bytes, part) = (segment.shared_path(), segment.file_bytes(), segment.file_part());
             self.files.push(Pending { index, path, bytes, part, tensors, next: 0, segments: Vec::new() });
@@ -161,6 +195,7 @@ impl Tensors {
         file.segments.push(segment);
         file.give(&mut self.ready);
         if file.is_done() {
+            self.done.push(index);
             self.files.swap_remove(at);
         }
     }
@@ -193,6 +228,7 @@ impl Pending {
 
     /// Gives the tensors that are complete, in order.
     fn give(&mut self, ready: &mut VecDeque<Tensor>) {
+        let before = self.next;
         while let Some(position) = self.tensors.position_of(self.next) {
             let Some(part) = self.tensors.part_at(position) else { return };
             // Rows come in order: with the last one, all are there.
@@ -211,9 +247,11 @@ impl Pending {
             ready.extend(image.tensor_at(position));
             self.next += 1;
         }
-        // The tensors of a class come in file order: what ends before the next one begins is of none to come. Those of the next
+        // The tensors of a class come in file order: what ends before the next one begins is of none to come. Those of another
         // class have spans of their own, which come later.
-        let next = self.next_start();
+        let class = |number: usize| self.tensors.class_of(number);
+        let goes_on = self.next == before || class(self.next - 1) == class(self.next);
+        let next = self.next_start().filter(|_| goes_on);
         self.segments.retain(|segment| next.is_some_and(|start| segment.file_range().end > start));
     }
 

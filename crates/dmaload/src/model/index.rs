@@ -75,13 +75,14 @@ impl Index {
         self.shards.iter().map(|shard| shard.name.as_str())
     }
 
-    /// Checks that a file has the tensors that it should have.
+    /// Checks that a file has the tensors that it should have; one of raw bytes has none.
     ///
     /// # Errors
     /// [`ModelError::IndexDisagrees`].
-    pub fn check(&self, file: &str, found: &TensorMap) -> Result<(), ModelError> {
+    pub fn check(&self, file: &str, found: Option<&TensorMap>) -> Result<(), ModelError> {
         let shard = self.shards.iter().find(|shard| shard.name == file);
-        let missing = shard.and_then(|shard| shard.tensors.iter().find(|name| found.position(name).is_none()));
+        let missing =
+            shard.and_then(|shard| shard.tensors.iter().find(|name| found.is_none_or(|found| found.position(name).is_none())));
         missing.map_or(Ok(()), |tensor| Err(ModelError::IndexDisagrees { tensor: tensor.clone() }))
     }
 }

@@ -155,6 +155,11 @@ fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
             ));
         }
         descriptors.append(&mut here);
+        // That they were received: before, they count against the server's user.
+        match send(&socket, &[0], SendFlags::NOSIGNAL) {
+            Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
+            Err(errno) => return Err(failed("say what was received")(errno)),
+        }
         if descriptors.len() == reply.all as usize {
             return Ok(descriptors);
         }

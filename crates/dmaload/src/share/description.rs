@@ -185,8 +185,10 @@ fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, Part)> {
     // The last row ends within the tensor, and no row begins before the last one ends.
     let row = first_end.checked_sub(first)?;
     let last_end = count.saturating_sub(1).checked_mul(stride_bytes)?.checked_add(first_end)?;
-    let is_part =
-        start <= first && last_end <= end && (count <= 1 || stride_bytes >= row) && row.checked_mul(count)? == bytes_of(&shape)?;
+    let is_part = start <= first
+        && last_end <= end
+        && (count <= 1 || row > 0 && stride_bytes >= row)
+        && row.checked_mul(count)? == bytes_of(&shape)?;
     let rows = Rows { first: first..first_end, stride_bytes, count };
     let info = TensorInfo { name, dtype, shape: whole, file_range: start..end };
     (is_whole && is_part && count > 0).then_some((info, Part { shape, rows }))
@@ -236,6 +238,7 @@ mod tests {
             ("[8,12,8,2]", "[4,8,8,2]"),
             ("[8,12,8,2]", "[12,16,16,2]"),
             ("[8,12,8,2]", "[8,16,8,2]"),
+            ("\"shape\":[2,2],\"rows\":[8,12,8,2]", "\"shape\":[0,2],\"rows\":[8,8,0,9223372036854775808]"),
             ("[2,4],8,24", "[2,4],8,25"),
             ("[2,4],8,24", "[2,4],11990,12006"),
             ("\"BF16\"", "\"BF17\""),

@@ -19,7 +19,8 @@
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and what it wants (`u32` each, little-endian),
 //! and the name of an image (empty for the only one). The server answers `dmaload\0`, the version, a status, the number of all
-//! descriptors and of those in this message; then messages of the same form until all have come. The first descriptor is a sealed memory
+//! descriptors and of those in this message; then messages of the same form until all have
+//! come, each when the client has said by one byte that it has the one before. The first descriptor is a sealed memory
 //! file that describes the image in JSON, the others are its memories in order.
 
 mod client;

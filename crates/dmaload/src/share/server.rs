@@ -25,9 +25,19 @@ use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, DESCRIPTORS_LIMIT, Reply, Status
 use super::{PATIENCE, REQUEST_LIMIT_BYTES};
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::segment::Segment;
 
-/// Connections at once; of more, the one that has waited longest is let go.
+/// Connections at once; of more, the one that has waited longest of the user who has most is let go.
 const CONNECTIONS_LIMIT: usize = 256;
+/// The same of users who may not attach, who are only told so.
+const STRANGERS_LIMIT: usize = 16;
+/// Connections that are taken in before others are served again.
+const ADMITTED_AT_ONCE: usize = 32;
+/// Clients of a user that have descriptors on their way to them: they count against the server's user until they are received, also
+/// when the connection is closed. A user who hoards them holds up itself alone.
+const UNRECEIVED_LIMIT: usize = 4;
+/// How often a client that can't be served yet is tried again.
+const RETRY: Duration = Duration::from_millis(20);
 
 /// What a server does otherwise than by default.
 #[derive(Debug, Clone, Default)]
@@ -213,6 +223,13 @@ impl Shared {
             at += written as u64;
         }
         description.seal_against_writes().map_err(|error| no_room(error.errno))?;
+        if image.report().memories >= DESCRIPTORS_LIMIT {
+            return Err(refuse(&self.socket, format!("{} segments are too many to share", image.report().memories)));
+        }
+        if !self.options.dma_bufs {
+            // What clients look at nobody may write to by another way.
+            image.segments().iter().try_for_each(Segment::keep_unwritten)?;
+        }
         let own = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned().map_err(|error| no_room(Errno::from_io_error(&error).unwrap_or(Errno::MFILE)))
         };
@@ -223,9 +240,6 @@ impl Shared {
                 continue;
             }
             descriptors.push(if self.options.dma_bufs { segment.to_dma_buf()? } else { own(segment.memfd()?)? });
-        }
-        if descriptors.len() > DESCRIPTORS_LIMIT {
-            return Err(refuse(&self.socket, format!("{} segments are too many to share", descriptors.len())));
         }
         Ok(Published { descriptors })
     }
@@ -241,10 +255,8 @@ impl Shared {
         found.map(|(_, published)| Arc::clone(published)).ok_or(Status::NoSuchImage)
     }
 
-    fn may(&self, client: &OwnedFd) -> bool {
-        let own = rustix::process::geteuid().as_raw();
-        sockopt::socket_peercred(client)
-            .is_ok_and(|peer| peer.uid.as_raw() == own || self.options.allowed_users.contains(&peer.uid.as_raw()))
+    fn may(&self, user: u32) -> bool {
+        user == rustix::process::geteuid().as_raw() || self.options.allowed_users.contains(&user)
     }
 }
 
@@ -253,6 +265,7 @@ struct Client {
     socket: OwnedFd,
     /// Whether it is of a user who may attach. Others are told when they have asked: to close before would throw the answer away.
     allowed: bool,
+    user: u32,
     since: Instant,
     /// `None` until its request has come.
     sending: Option<Sending>,
@@ -261,6 +274,8 @@ struct Client {
 struct Sending {
     published: Arc<Published>,
     next: usize,
+    /// It has been sent descriptors that it has not said to have received.
+    unreceived: bool,
 }
 
 /// What a step with a client has led to.
@@ -271,39 +286,56 @@ enum Step {
 }
 
 impl Client {
-    fn step(&mut self, shared: &Shared) -> Step {
-        if self.sending.is_none() {
-            let mut message = [0; REQUEST_LIMIT_BYTES + 1];
-            let bytes = match recv(&self.socket, &mut message[..], RecvFlags::DONTWAIT) {
-                Ok((bytes, _)) => bytes,
-                Err(Errno::AGAIN | Errno::INTR) => return Step::Wait,
-                Err(_) => return Step::LetGo,
-            };
-            let found =
-                if self.allowed { shared.find(message.get(..bytes).unwrap_or_default()) } else { Err(Status::NotAllowed) };
-            match found {
-                Ok(published) => self.sending = Some(Sending { published, next: 0 }),
-                Err(status) => {
-                    let _ = send(&self.socket, Reply { status, all: 0, here: 0 }, &[]);
-                    return Step::LetGo;
+    /// Whether descriptors are on their way to it.
+    fn is_unreceived(&self) -> bool {
+        self.sending.as_ref().is_some_and(|sending| sending.unreceived)
+    }
+
+    /// Whether it waits for us, not we for it.
+    fn is_waiting(&self) -> bool {
+        self.sending.as_ref().is_some_and(|sending| !sending.unreceived)
+    }
+
+    /// `busy` is how many clients of its user have descriptors on their way.
+    fn step(&mut self, shared: &Shared, busy: usize) -> Step {
+        // A request; a byte for each message that was received; or its end.
+        let mut message = [0; REQUEST_LIMIT_BYTES + 1];
+        match (recv(&self.socket, &mut message[..], RecvFlags::DONTWAIT), &mut self.sending) {
+            (Err(Errno::AGAIN | Errno::INTR), Some(sending)) if !sending.unreceived => {}
+            (Err(Errno::AGAIN | Errno::INTR), _) => return Step::Wait,
+            (Err(_) | Ok((0, _)), _) => return Step::LetGo,
+            (Ok((bytes, _)), None) => {
+                let request = message.get(..bytes).unwrap_or_default();
+                let found = if self.allowed { shared.find(request) } else { Err(Status::NotAllowed) };
+                match found {
+                    Ok(published) => self.sending = Some(Sending { published, next: 0, unreceived: false }),
+                    Err(status) => {
+                        let _ = send(&self.socket, Reply { status, all: 0, here: 0 }, &[]);
+                        return Step::LetGo;
+                    }
                 }
             }
+            (Ok(_), Some(sending)) => sending.unreceived = false,
         }
-        let Some(Sending { published, next }) = &mut self.sending else { return Step::Wait };
+        let Some(Sending { published, next, unreceived }) = &mut self.sending else { return Step::Wait };
         let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
-        loop {
-            let rest = published.descriptors.get(*next..).unwrap_or_default();
-            let part = rest.get(..DESCRIPTORS_IN_A_MESSAGE.min(rest.len())).unwrap_or_default();
-            if part.is_empty() {
-                return Step::Served;
+        let rest = published.descriptors.get(*next..).unwrap_or_default();
+        let part = rest.get(..DESCRIPTORS_IN_A_MESSAGE.min(rest.len())).unwrap_or_default();
+        if part.is_empty() {
+            return Step::Served;
+        }
+        if busy >= UNRECEIVED_LIMIT {
+            return Step::Wait;
+        }
+        let reply = Reply { status: Status::Ok, all: count(published.descriptors.len()), here: count(part.len()) };
+        match send(&self.socket, reply, part) {
+            Ok(()) => {
+                (*next, *unreceived) = (*next + part.len(), true);
+                Step::Wait
             }
-            let reply = Reply { status: Status::Ok, all: count(published.descriptors.len()), here: count(part.len()) };
-            match send(&self.socket, reply, part) {
-                Ok(()) => *next += part.len(),
-                // Full for now; or too many descriptors of this user are on their way, which takes others to receive theirs.
-                Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => return Step::Wait,
-                Err(_) => return Step::LetGo,
-            }
+            // Full for now; or too many descriptors of the server's user are on their way, which takes others to receive theirs.
+            Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => Step::Wait,
+            Err(_) => Step::LetGo,
         }
     }
 }
@@ -324,14 +356,12 @@ fn serve(shared: &Shared, listener: &OwnedFd) {
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        watched.extend(clients.iter().map(|client| {
-            let wanted = if client.sending.is_some() { PollFlags::OUT } else { PollFlags::IN };
-            PollFd::new(&client.socket, wanted)
-        }));
-        // Whoever waits longest is let go first.
-        let oldest = clients.iter().map(|client| client.since).min();
-        let timeout = oldest.map(|since| PATIENCE.saturating_sub(since.elapsed()) + Duration::from_millis(1));
-        let timeout = timeout.map(|timeout| Timespec {
+        watched.extend(clients.iter().map(|client| PollFd::new(&client.socket, PollFlags::IN)));
+        // Whoever waits longest is let go first. Who has descriptors on the way is kept, however long: so it counts.
+        let patience = clients.iter().filter(|client| !client.is_unreceived()).map(|client| client.since).min();
+        let patience = patience.map(|since| PATIENCE.saturating_sub(since.elapsed()) + Duration::from_millis(1));
+        let retry = clients.iter().any(Client::is_waiting).then_some(RETRY);
+        let timeout = patience.into_iter().chain(retry).min().map(|timeout| Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: timeout.subsec_nanos().into(),
         });
@@ -346,12 +376,20 @@ fn serve(shared: &Shared, listener: &OwnedFd) {
             thread::sleep(Duration::from_millis(10));
             continue;
         }
+        let mut busy: HashMap<u32, usize> = HashMap::new();
+        for client in clients.iter().filter(|client| client.is_unreceived()) {
+            *busy.entry(client.user).or_default() += 1;
+        }
         let mut number = 1;
         clients.retain_mut(|client| {
             number += 1;
-            let step = if ready.get(number).copied().unwrap_or(false) { client.step(shared) } else { Step::Wait };
+            let own = busy.entry(client.user).or_default();
+            let is_ready = ready.get(number).copied().unwrap_or(false);
+            let before = usize::from(client.is_unreceived());
+            let step = if is_ready || client.is_waiting() { client.step(shared, *own - before) } else { Step::Wait };
+            *own = *own - before + usize::from(matches!(step, Step::Wait) && client.is_unreceived());
             match step {
-                Step::Wait if client.since.elapsed() < PATIENCE => true,
+                Step::Wait if client.is_unreceived() || client.since.elapsed() < PATIENCE => true,
                 Step::Served => {
                     shared.served.fetch_add(1, Ordering::Relaxed);
                     false
@@ -368,15 +406,13 @@ fn serve(shared: &Shared, listener: &OwnedFd) {
     }
 }
 
-/// Takes in connections.
+/// Takes in connections; not all at once, so that those that are there are served in between.
 fn admit(shared: &Shared, listener: &OwnedFd, clients: &mut Vec<Client>) {
-    loop {
+    for _ in 0..ADMITTED_AT_ONCE {
         let socket = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            Err(Errno::MFILE | Errno::NFILE) if !clients.is_empty() => {
-                // The oldest makes room.
-                clients.remove(0);
+            Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
@@ -387,11 +423,23 @@ fn admit(shared: &Shared, listener: &OwnedFd, clients: &mut Vec<Client>) {
             }
             Err(_) => return,
         };
-        let allowed = shared.may(&socket);
-        if clients.len() >= CONNECTIONS_LIMIT {
-            clients.remove(0);
+        let Ok(peer) = sockopt::socket_peercred(&socket) else { continue };
+        let user = peer.uid.as_raw();
+        let allowed = shared.may(user);
+        let strangers = clients.iter().filter(|client| !client.allowed).count();
+        let full = if allowed { clients.len() - strangers >= CONNECTIONS_LIMIT } else { strangers >= STRANGERS_LIMIT };
+        if full && make_room(clients, |client| client.allowed == allowed) {
             shared.refused.fetch_add(1, Ordering::Relaxed);
         }
-        clients.push(Client { socket, allowed, since: Instant::now(), sending: None });
+        clients.push(Client { socket, allowed, user, since: Instant::now(), sending: None });
     }
+}
+
+/// Lets the oldest connection go of the user who has most of these; `false` where there is none.
+fn make_room(clients: &mut Vec<Client>, of: impl Fn(&Client) -> bool) -> bool {
+    let mut by_user: HashMap<u32, usize> = HashMap::new();
+    clients.iter().filter(|client| of(client)).for_each(|client| *by_user.entry(client.user).or_default() += 1);
+    let most = by_user.into_iter().max_by_key(|&(_, count)| count).map(|(user, _)| user);
+    let oldest = clients.iter().position(|client| of(client) && Some(client.user) == most);
+    oldest.map(|at| clients.remove(at)).is_some()
 }

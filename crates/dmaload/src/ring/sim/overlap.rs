@@ -42,7 +42,7 @@ fn simulate_route(
     driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false, observation: None });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
-    let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, files: 0 }).collect();
+    let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
     scheduler.opened(id, Demand { batches, ..Demand::default() });
 
     let mut allocation: Option<(usize, Duration)> = None;
@@ -67,7 +67,7 @@ fn simulate_route(
             match output {
                 Output::PieceFull { .. } => {
                     out -= 1;
-                    scheduler.give_back(Need { bytes: BLOCK, files: 0 });
+                    scheduler.give_back(Need { bytes: BLOCK, ..Need::default() });
                 }
                 Output::Gone { .. } => return (clock.get(), most_out),
                 other => panic!("{other:?}"),

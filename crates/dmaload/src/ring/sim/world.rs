@@ -322,7 +322,8 @@ impl World {
             Some(Job::Open(id)) => {
                 let load = self.loads.get_mut(&id).unwrap();
                 load.begun = true;
-                let needs: Vec<_> = load.plan.batches.iter().map(|batch| Need { bytes: batch.bytes, files: 0 }).collect();
+                let needs: Vec<_> =
+                    load.plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
                 if needs.is_empty() {
                     load.gone = true;
                     self.scheduler.end();
@@ -383,7 +384,7 @@ impl World {
     }
 
     fn give_back(&mut self, bytes: u64) {
-        self.scheduler.give_back(Need { bytes, files: 0 });
+        self.scheduler.give_back(Need { bytes, ..Need::default() });
     }
 
     /// Permits go back when buffers do: the simulator counts them by the bytes that are alive.
