@@ -219,3 +219,33 @@ fn everything_can_be_sent_to_another_thread() {
     sent(&loader.stream("/nonexistent"));
     sent(&loader.shutdown());
 }
+
+/// What breaks while a load is being planned leaves its place to others.
+#[tokio::test]
+async fn a_load_whose_planning_panics_keeps_no_place() {
+    #[derive(Debug)]
+    struct Panics;
+    impl dmaload::Verify for Panics {
+        fn begin(
+            &self,
+            _: &[(&std::path::Path, u64)],
+            _: dmaload::Format,
+        ) -> dmaload::Result<std::sync::Arc<dyn dmaload::Observer>> {
+            panic!("as a caller's own code may");
+        }
+
+        fn describe(&self) -> String {
+            "nothing".to_owned()
+        }
+    }
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &random_bytes(5_000_000, 1));
+    let loader = Loader::builder().max_open_loads(1).build().unwrap();
+    for _ in 0..3 {
+        let load = loader.load_with([&path], loader.options().verify(Panics)).into_future();
+        let failed = tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("there is room for it");
+        assert!(matches!(failed, Err(Error::HeapPanicked { .. })), "{failed:?}");
+    }
+    let image = tokio::time::timeout(std::time::Duration::from_secs(20), loader.load(&path).into_future()).await;
+    assert_eq!(image.expect("there is room for it").unwrap().report().bytes, 5_000_000);
+}
