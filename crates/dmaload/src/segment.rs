@@ -295,8 +295,8 @@ impl SegmentAccess<'_> {
         bytes
     }
 
-    /// Where its bytes begin in this process: [`Segment::memory_bytes`] of them are mapped, readable and writable, as long as
-    /// the segment lives.
+    /// Where its bytes begin in this process: [`Segment::memory_bytes`] of them are mapped as long as the segment lives, readable
+    /// and writable; of another process' sealed memory ([`crate::share`]) only readable.
     pub fn address(&self) -> NonNull<u8> {
         self.segment.start()
     }

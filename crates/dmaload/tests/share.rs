@@ -37,6 +37,15 @@ async fn loaded(paths: &[&Path]) -> Image {
     loader.load_with(paths.iter().copied(), loader.options()).await.unwrap()
 }
 
+/// A model, and a server that has it.
+async fn serving(folder: &Path) -> (Image, PathBuf, Server) {
+    let image = loaded(&[&model(folder)]).await;
+    let socket = folder.join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    (image, socket, server)
+}
+
 fn default() -> AttachOptions {
     AttachOptions::default()
 }
@@ -157,11 +166,7 @@ fn descriptors() -> usize {
 #[tokio::test]
 async fn ten_thousand_malformed_messages_and_clients_that_stop_harm_nobody() {
     let folder = folder();
-    let path = model(folder.path());
-    let image = loaded(&[&path]).await;
-    let socket = folder.path().join("socket");
-    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
-    server.publish("model", image.clone()).unwrap();
+    let (image, socket, _server) = serving(folder.path()).await;
     let before = descriptors();
     let noise = random_bytes(1 << 16, 7);
     let good = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
@@ -372,11 +377,7 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
 #[tokio::test]
 async fn a_client_that_does_not_take_its_descriptors_is_waited_for_by_nobody() {
     let folder = folder();
-    let path = model(folder.path());
-    let image = loaded(&[&path]).await;
-    let socket = folder.path().join("socket");
-    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
-    server.publish("model", image.clone()).unwrap();
+    let (image, socket, _server) = serving(folder.path()).await;
     let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
     let hoards: Vec<_> = (0..20)
         .map(|_| {
