@@ -3,7 +3,7 @@
 
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::Slots;
-use crate::window::Window;
+use crate::window::{Permitted, Window};
 
 /// Plans files of these lengths with the default sizes; how many pieces that makes.
 pub fn plan(lengths: &[u64]) -> usize {
@@ -15,13 +15,13 @@ pub fn plan(lengths: &[u64]) -> usize {
 /// Takes so many permits and gives each back, eight of them out at a time; how many were given.
 pub fn window(permits: u64) -> u64 {
     const PERMIT_BYTES: u64 = 16 << 20;
-    let mut window = Window::new(8 * PERMIT_BYTES);
+    let mut window = Window::new(10 * PERMIT_BYTES);
     let mut given = 0;
     for number in 0..permits {
         if number >= 8 {
-            window.give_back(PERMIT_BYTES);
+            window.give_back(&0, PERMIT_BYTES);
         }
-        given += u64::from(window.take(PERMIT_BYTES));
+        given += u64::from(window.take(&0, PERMIT_BYTES) == Permitted::Yes);
     }
     given
 }

@@ -1,9 +1,9 @@
 //! Who is served next: the scheduler of opening, allocating and finishing, over all loads of a loader.
 //!
 //! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch each, so a large one
-//! can't starve a small one; when the batch whose turn it is does not fit into the window, nobody overtakes it,
-//! so a small one can't starve a large one either. The number of loads that are open at once is bounded; the
-//! others wait in the order they came. Loads of a higher priority go first.
+//! can't starve a small one. One that has its part of the window (see [`crate::window`]) is passed over; when one that holds nothing of it
+//! finds no room, nobody overtakes it, so small ones can't starve a large one either. The number of loads that are open at once
+//! is bounded; the others wait in the order they came. Loads of a higher priority go first.
 //!
 //! Where memory is limited, a load begins when its reservation is free (see [`crate::budget`]), in the order they came; one that has
 //! its share is passed over until its consumer drops something.
@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 use crate::budget::{Budget, Taken};
 use crate::settings::Priority;
-use crate::window::Window;
+use crate::window::{Permitted, Window};
 
 /// Something for a worker thread to do. `L` names a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,12 +75,12 @@ struct Turn<L> {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Scheduler<L> {
-    window: Window,
+    window: Window<L>,
     budget: Budget<L>,
     /// The pool was asked for room, and has not given any yet.
     making_room: bool,
     /// How many files may be open for batches that are not full. Counted like the window's bytes.
-    files: Window,
+    files: Window<L>,
     max_open: usize,
     open: usize,
     waiting: VecDeque<L>,
@@ -195,9 +195,16 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                     }
                 }
                 let load = turn.load.clone();
-                if !self.take(need) {
-                    self.budget.give_back(&load, need.held_bytes);
-                    return None;
+                match self.take(&load, need) {
+                    Permitted::Yes => {}
+                    permitted => {
+                        self.budget.give_back(&load, need.held_bytes);
+                        if permitted == Permitted::Full {
+                            return None;
+                        }
+                        at += 1;
+                        continue;
+                    }
                 }
                 let mut turn = self.turns.remove(at)?;
                 let job = Job::Allocate(load, turn.next, need);
@@ -216,7 +223,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         match job {
             Job::Open(_) => self.end(),
             Job::Allocate(load, _, need) => {
-                self.give_back(*need);
+                self.give_back(load, *need);
                 self.budget.give_back(load, need.held_bytes);
             }
             Job::MakeRoom(..) => self.making_room = false,
@@ -225,19 +232,22 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     }
 
     /// A permit, all of it or nothing.
-    fn take(&mut self, need: Need) -> bool {
-        let taken = self.window.take(need.bytes);
-        if taken && !self.files.take(need.files) {
-            self.window.give_back(need.bytes);
-            return false;
+    fn take(&mut self, load: &L, need: Need) -> Permitted {
+        let bytes = self.window.take(load, need.bytes);
+        if bytes != Permitted::Yes {
+            return bytes;
         }
-        taken
+        let files = self.files.take(load, need.files);
+        if files != Permitted::Yes {
+            self.window.give_back(load, need.bytes);
+        }
+        files
     }
 
     /// A permit comes back.
-    pub(crate) fn give_back(&mut self, need: Need) {
-        self.window.give_back(need.bytes);
-        self.files.give_back(need.files);
+    pub(crate) fn give_back(&mut self, load: &L, need: Need) {
+        self.window.give_back(load, need.bytes);
+        self.files.give_back(load, need.files);
     }
 
     /// A load failed or was dropped: nothing more is to be done for it. Whether it was opened is for the caller to
@@ -296,6 +306,11 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     pub(crate) fn window_taken_bytes(&self) -> u64 {
         self.window.taken_bytes()
     }
+
+    #[cfg(test)]
+    pub(crate) fn window_held_bytes(&self, load: &L) -> u64 {
+        self.window.held_by(load)
+    }
 }
 
 #[cfg(test)]
@@ -341,13 +356,38 @@ mod tests {
 
     #[test]
     fn nothing_is_allocated_beyond_the_window_and_nobody_overtakes() {
-        let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[10, 1])]);
-        assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(10))]);
-        scheduler.give_back(need(10));
-        assert_eq!(drain(&mut scheduler), [], "the large batch of load 1 waits, and the small one of load 2 behind it");
-        scheduler.give_back(need(10));
-        assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need(20)), Job::Allocate(2, 1, need(1))]);
-        assert_eq!(scheduler.window_taken_bytes(), 21);
+        let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[10, 1, 1])]);
+        assert_eq!(
+            drain(&mut scheduler),
+            [
+                Job::Allocate(1, 0, need(10)),
+                Job::Allocate(2, 0, need(10)),
+                Job::Allocate(2, 1, need(1)),
+                Job::Allocate(2, 2, need(1))
+            ],
+            "load 1 is passed over while it holds something"
+        );
+        scheduler.opened(3, demand(&[1], 0, Priority::Normal));
+        scheduler.give_back(&1, need(10));
+        assert_eq!(drain(&mut scheduler), [], "the large batch of load 1 waits, and the small one of load 3 behind it");
+        scheduler.give_back(&2, need(10));
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need(20)), Job::Allocate(3, 0, need(1))]);
+        assert_eq!(scheduler.window_taken_bytes(), 23);
+    }
+
+    #[test]
+    fn a_load_whose_reads_do_not_come_back_leaves_room_for_others() {
+        let mut scheduler = opened(80, &[(1, &[10; 100]), (2, &[10; 5]), (3, &[10; 5])]);
+        let mut others = Vec::new();
+        while let Some(job) = scheduler.next() {
+            if *job.load() != 1 {
+                others.push(*job.load());
+                scheduler.give_back(job.load(), need(10));
+            }
+        }
+        assert_eq!(others.iter().filter(|&&load| load == 2).count(), 5);
+        assert_eq!(others.len(), 10);
+        assert_eq!(scheduler.window_taken_bytes(), 70, "of which load 1 has seven eighths at last");
     }
 
     #[test]
@@ -359,7 +399,7 @@ mod tests {
         scheduler.opened(1, Demand { batches: vec![need; 2], ..Demand::default() });
         assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
         assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");
-        scheduler.give_back(need);
+        scheduler.give_back(&1, need);
         assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need)]);
     }
 
@@ -433,7 +473,7 @@ mod tests {
         for _ in 0..6 {
             let job = scheduler.next().unwrap();
             order.push(*job.load());
-            scheduler.give_back(need(10));
+            scheduler.give_back(job.load(), need(10));
         }
         assert_eq!(order, [3, 3, 2, 2, 1, 1]);
     }

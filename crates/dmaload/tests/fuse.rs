@@ -307,6 +307,36 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
     }
 }
 
+/// What one file system holds up is its loads' part of the window, the queue, staging and threads; not the others'.
+#[tokio::test]
+async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
+    let Some(answering) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
+    let folder = folder();
+    let plain = folder.path().join("plain.bin");
+    std::fs::write(&plain, &*answering.bytes).unwrap();
+    for route in DIRECT_ROUTES {
+        let server = SilentServer::start();
+        let loader = loader()
+            .route(route)
+            .window_bytes(8 * SEGMENT as u64)
+            .staging_bytes(32 << 20)
+            .chunk_bytes(256 << 10)
+            .shutdown_timeout(Duration::from_millis(300))
+            .build()
+            .unwrap();
+        let mut silent = [loader.load(&server.path), loader.load(&server.path)];
+        for load in &mut silent {
+            assert!(tokio::time::timeout(Duration::from_millis(200), load.next()).await.is_err(), "{route}");
+        }
+        for path in [&plain, &answering.path] {
+            let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
+            let image = ended.unwrap_or_else(|_| panic!("{route}: {} waits for what is silent", path.display())).unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &answering.bytes, &route.to_string());
+        }
+        loader.shutdown().await.unwrap_err();
+    }
+}
+
 /// A file system of a server in a process of its own, which never answers direct reads.
 struct SilentServer {
     path: PathBuf,

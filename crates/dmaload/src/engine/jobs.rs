@@ -87,8 +87,8 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// A permit comes back.
-    pub(super) fn give_back(&self, need: Need) {
-        self.schedule().scheduler.give_back(need);
+    pub(super) fn give_back(&self, load: LoadId, need: Need) {
+        self.schedule().scheduler.give_back(&load, need);
         self.changed.notify_one();
     }
 
@@ -209,9 +209,9 @@ mod tests {
         let mut done = 0;
         while let Some((job, _load)) = jobs.next() {
             match job {
-                Job::Allocate(_, _, need) => {
+                Job::Allocate(id, _, need) => {
                     done += 1;
-                    jobs.give_back(need);
+                    jobs.give_back(id, need);
                 }
                 Job::Check(..) | Job::Finish(..) => done += 1,
                 Job::Open(_) => jobs.end(),
@@ -225,14 +225,14 @@ mod tests {
     fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
         model(|| {
             let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1));
-            opened(&jobs, 2);
+            let id = opened(&jobs, 2);
             // A permit is out; nobody can go on before it comes back.
             let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
             let waiting = {
                 let jobs = Arc::clone(&jobs);
                 spawn(move || jobs.next().map(|(job, _)| matches!(job, Job::Allocate(_, 1, _))))
             };
-            jobs.give_back(need);
+            jobs.give_back(id, need);
             assert_eq!(waiting.join().unwrap(), Some(true));
         });
     }
@@ -279,7 +279,7 @@ mod tests {
                 let jobs = Arc::clone(&jobs);
                 spawn(move || jobs.forget(first))
             };
-            jobs.give_back(need);
+            jobs.give_back(first, need);
             forgetting.join().unwrap();
             assert_eq!(waiting.join().unwrap(), Some(true), "its next batch, or the other load's");
         });
@@ -288,12 +288,12 @@ mod tests {
     #[test]
     fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 2));
-            let large = opened(&jobs, 0);
-            let batches = [1, 2].map(|bytes| Need { bytes, ..Need::default() }).to_vec();
-            jobs.opened(large, Demand { batches, ..Demand::default() });
+            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3));
+            opened(&jobs, 1);
             assert!(matches!(jobs.next(), Some((Job::Allocate(_, 0, _), _))));
-            // One byte is taken and stays so: the next batch of the large load does not fit, and nobody overtakes it.
+            // One byte is taken and stays so: the batch of the large load does not fit, and nobody overtakes it.
+            let large = opened(&jobs, 0);
+            jobs.opened(large, Demand { batches: vec![Need { bytes: 2, ..Need::default() }], ..Demand::default() });
             let small = opened(&jobs, 1);
             let waiting = {
                 let jobs = Arc::clone(&jobs);

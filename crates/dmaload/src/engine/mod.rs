@@ -70,6 +70,7 @@ pub(crate) struct Engine {
 #[derive(Debug)]
 pub(crate) struct Permit {
     engine: Arc<Engine>,
+    load: LoadId,
     need: Need,
 }
 
@@ -82,7 +83,7 @@ impl Permit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
         self.need = Need { bytes, files, held_bytes: 0 };
-        Permit { engine: Arc::clone(&self.engine), need: part }
+        Permit { engine: Arc::clone(&self.engine), load: self.load, need: part }
     }
 }
 
@@ -91,7 +92,7 @@ impl Drop for Permit {
         if self.need == Need::default() {
             return;
         }
-        self.engine.jobs.give_back(self.need);
+        self.engine.jobs.give_back(self.load, self.need);
     }
 }
 
@@ -376,7 +377,7 @@ impl Engine {
                 Job::Allocate(_, batch, need) => {
                     let advance = Advance { engine: Arc::clone(self), load: load.id, bytes: need.held_bytes };
                     let need = Need { held_bytes: 0, ..need };
-                    self.allocate(&load, batch, Permit { engine: Arc::clone(self), need }, advance);
+                    self.allocate(&load, batch, Permit { engine: Arc::clone(self), load: load.id, need }, advance);
                 }
                 Job::MakeRoom(_, bytes) => {
                     self.reaper.trim_pool(self.reaper.pooled_bytes().saturating_sub(bytes));

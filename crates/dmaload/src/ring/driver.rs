@@ -44,6 +44,7 @@ use crate::metrics::ReadCounters;
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::trace::TraceKind;
+use crate::window::may_have_one;
 
 /// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
 const INTERRUPTIONS: u32 = 64;
@@ -126,6 +127,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             alone: VecDeque::new(),
             alone_in_flight: false,
             in_flight: 0,
+            registered: 0,
             pieces: Vec::new(),
             reading: BusyTime::default(),
             copying: BusyTime::default(),
@@ -216,13 +218,18 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Issues reads while there are any and the depth allows.
+    /// Issues reads while there are any and the depth allows: in turns, and leaving some of it to loads that have none in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
             let Some(id) = self.turns.pop_front() else { break };
             self.turns.push_back(id);
-            let chunk = self.loads.get_mut(&id).and_then(LoadEntry::next_chunk);
+            let (depth, taken) = (self.depth as u64, self.reads.len() as u64);
+            let chunk = self
+                .loads
+                .get_mut(&id)
+                .filter(|load| may_have_one(depth, taken, load.in_flight as u64))
+                .and_then(LoadEntry::next_chunk);
             match chunk {
                 Some(chunk) => {
                     passed = if self.issue_chunk(id, chunk) { 0 } else { passed + 1 };
@@ -298,7 +305,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             // What is observed in staging goes there by every route.
             Route::Buffered if staged => self.issue_staged(id, chunk),
             Route::UringFixedDirect if entry.buffer_slot.is_none() => {
-                let Some(slot) = self.buffer_slots.pop() else {
+                let (all, free) = (self.kernel.buffer_slots(), self.buffer_slots.len());
+                let held = self.loads.get(&id).map_or(0, |load| load.registered);
+                let may = may_have_one(all.into(), (usize::from(all) - free) as u64, held as u64);
+                let Some(slot) = self.buffer_slots.pop_if(|_| may) else {
                     self.requeue(id, chunk);
                     return false;
                 };
@@ -306,7 +316,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
                     Ok(()) => {
                         entry.buffer_slot = Some(slot);
-                        if self.loads.get(&id).is_some_and(|load| load.spec.trace) {
+                        let Some(load) = self.loads.get_mut(&id) else { return true };
+                        load.registered += 1;
+                        if load.spec.trace {
                             let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
                             let span = Span { kind: TraceKind::Register, start, end, bytes };
                             self.outputs.push(Output::Traced { load: id, piece: entry.number, span });
@@ -367,7 +379,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
         let token = self.reads.insert(in_flight);
-        let read = Read { token, route: by, buffer_slot, address, bytes, offset };
+        let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset };
         // SAFETY: the address is in the piece's buffer, or in a slot of the staging. The piece entry owns the buffer and is
         // not removed before its `in_flight` is back at 0, the slot stays taken until then; that happens only in
         // `complete`. `give_up` leaks both instead.
@@ -576,12 +588,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // SAFETY: from there to the buffer's end it is valid for writes, and no read into it is in flight.
         unsafe { after.write_bytes(0, tail.len()) };
         let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
-        if let Some(slot) = entry.buffer_slot.take() {
-            self.kernel.unregister_buffer(slot);
-            self.buffer_slots.push(slot);
-        }
+        let registered = entry.buffer_slot.take();
         self.known.worked(entry.file.mount, entry.route);
         let Some(load) = self.loads.get_mut(&id) else { return };
+        if let Some(slot) = registered {
+            self.kernel.unregister_buffer(slot);
+            self.buffer_slots.push(slot);
+            load.registered -= 1;
+        }
         if load.spec.observation.as_ref().is_some_and(|observation| !observation.staged) {
             load.unseen.ready(position, bytes, Unseen::Piece(token));
             self.look(id);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use super::message::LoadId;
 use super::slots::Token;
 use crate::observe::Watch;
 use crate::route::Route;
@@ -29,6 +30,8 @@ pub(crate) unsafe trait Buffer {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Read {
     pub(crate) token: Token,
+    /// Whose it is.
+    pub(crate) load: LoadId,
     pub(crate) route: Route,
     /// The registered buffer that `address` lies in; only for [`Route::UringFixedDirect`].
     pub(crate) buffer_slot: Option<u16>,

@@ -1,6 +1,6 @@
 //! What is done beside the ring thread: reads without io_uring, by `pread(2)`, copies from staging, and looks.
 //!
-//! The threads start with the first job and end with the pool. They are not joined: one that hangs in a dead disk would
+//! Threads start when they are needed and end with the pool. They are not joined: one that hangs in a dead disk would
 //! take the caller with it. What they write to is owned by the driver, which keeps it until the completion is here.
 #![allow(unsafe_code)]
 
@@ -12,11 +12,15 @@ use std::thread;
 use rustix::io::Errno;
 
 use super::kernel::{Completion, Copy, Look, Read};
+use super::message::LoadId;
 use super::wake::Wake;
 use crate::source::OpenFile;
+use crate::window::may_have_one;
 
+/// Of so many threads one load has [`READERS_OF_ONE`] at most, and leaves some to loads that have none.
+pub(crate) const READERS: usize = 16;
 /// Enough to keep a device busy with large reads: four threads reached its limit where one reached an eighth.
-pub(crate) const READERS: usize = 4;
+const READERS_OF_ONE: usize = 4;
 /// Copying is bound by memory: one thread copies faster than most disks read.
 pub(crate) const COPIERS: usize = 2;
 /// Each load is looked at by one at a time.
@@ -35,8 +39,37 @@ unsafe impl Send for Job {}
 #[derive(Debug, Default)]
 struct Queues {
     jobs: VecDeque<Job>,
+    /// Whose reads threads are at.
+    reading: Vec<LoadId>,
     done: Vec<Completion>,
+    /// Threads that wait for a job.
+    idle: usize,
     closed: bool,
+}
+
+impl Queues {
+    /// The next job for one of so many threads: the first that is not a read of a load that has its part of them.
+    fn take(&mut self, threads: usize) -> Option<Job> {
+        let may_start = |job: &Job| match job {
+            Job::Read(_, read) => {
+                let held = self.reading.iter().filter(|&&load| load == read.load).count();
+                held < READERS_OF_ONE && may_have_one(threads as u64, self.reading.len() as u64, held as u64)
+            }
+            Job::Copy(_) | Job::Look(_) => true,
+        };
+        let job = self.jobs.iter().position(may_start).and_then(|at| self.jobs.remove(at));
+        if let Some(Job::Read(_, read)) = &job {
+            self.reading.push(read.load);
+        }
+        job
+    }
+
+    /// A read of this load is done.
+    fn done(&mut self, load: LoadId) {
+        if let Some(at) = self.reading.iter().position(|&other| other == load) {
+            self.reading.swap_remove(at);
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -80,7 +113,7 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::read`].
     pub(crate) unsafe fn read(&mut self, file: Arc<OpenFile>, read: Read) {
-        if self.start_threads() {
+        if self.start_thread() {
             self.queue(Job::Read(file, read));
         } else {
             self.shared.queues().done.push(Completion { token: read.token, result: Err(Errno::NOMEM) });
@@ -105,7 +138,7 @@ impl Pool {
     }
 
     fn queue_or_do(&mut self, job: Job) {
-        if self.start_threads() {
+        if self.start_thread() {
             self.queue(job);
         } else {
             self.alone = true;
@@ -120,14 +153,15 @@ impl Pool {
         self.shared.changed.notify_one();
     }
 
-    /// Whether there is any thread.
-    fn start_threads(&mut self) -> bool {
-        while self.threads < self.threads_max {
-            let shared = Arc::clone(&self.shared);
-            let name = format!("dmaload-{}-{}", self.name, self.threads);
-            if thread::Builder::new().name(name).spawn(move || run(&shared)).is_err() {
-                break;
-            }
+    /// Starts a thread for one more job, unless there are enough. Whether there is any.
+    fn start_thread(&mut self) -> bool {
+        let enough = {
+            let queues = self.shared.queues();
+            queues.idle > queues.jobs.len()
+        };
+        let (shared, threads) = (Arc::clone(&self.shared), self.threads_max);
+        let name = format!("dmaload-{}-{}", self.name, self.threads);
+        if !enough && self.threads < threads && thread::Builder::new().name(name).spawn(move || run(&shared, threads)).is_ok() {
             self.threads += 1;
         }
         self.threads > 0
@@ -155,16 +189,24 @@ impl Drop for Pool {
     }
 }
 
-fn run(shared: &Shared) {
+fn run(shared: &Shared, threads: usize) {
     let mut queues = shared.queues();
     while !queues.closed {
-        let Some(job) = queues.jobs.pop_front() else {
+        let Some(job) = queues.take(threads) else {
+            queues.idle += 1;
             queues = shared.changed.wait(queues).unwrap_or_else(PoisonError::into_inner);
+            queues.idle -= 1;
             continue;
         };
         drop(queues);
+        let read_for = if let Job::Read(_, read) = &job { Some(read.load) } else { None };
         let completion = do_job(job);
         queues = shared.queues();
+        if let Some(load) = read_for {
+            queues.done(load);
+            // What had to wait for this one may be more than this thread takes next.
+            shared.changed.notify_one();
+        }
         queues.done.push(completion);
         shared.wake.wake();
     }

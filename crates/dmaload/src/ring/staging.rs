@@ -6,7 +6,9 @@
 use rustix::io::Errno;
 
 use super::kernel::{Buffer, Kernel};
+use super::message::LoadId;
 use crate::route::{Attempt, Route};
+use crate::window::may_have_one;
 
 /// How much staging there may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +26,8 @@ struct Slot<S> {
     buffer: S,
     /// Where it is registered.
     buffer_slot: Option<u16>,
-    busy: bool,
+    /// Who has it.
+    taken_by: Option<LoadId>,
 }
 
 /// Why reads into staging do not take the best way.
@@ -54,17 +57,22 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// Takes a slot; `None` when all of the budget is busy.
+    /// Takes a slot; `None` when all of the budget is busy, or this load has its part of it.
     ///
     /// # Errors
     /// When there is no memory for even one.
-    pub(crate) fn take<K: Kernel<Staging = S>>(&mut self, kernel: &mut K) -> Result<Option<StagingSlot>, Errno> {
+    pub(crate) fn take<K: Kernel<Staging = S>>(&mut self, load: LoadId, kernel: &mut K) -> Result<Option<StagingSlot>, Errno> {
+        let taken = self.slots.iter().filter_map(|slot| slot.taken_by);
+        let held = taken.clone().filter(|&other| other == load).count();
+        if !may_have_one(self.budget.slots as u64, taken.count() as u64, held as u64) {
+            return Ok(None);
+        }
         if self.free.is_empty() && self.slots.len() < self.budget.slots {
             match kernel.staging(self.budget.slot_bytes) {
                 Ok(buffer) => {
                     self.short = None;
                     self.free.push(StagingSlot(self.slots.len()));
-                    self.slots.push(Slot { buffer, buffer_slot: None, busy: false });
+                    self.slots.push(Slot { buffer, buffer_slot: None, taken_by: None });
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
                 // The ones that exist have to do.
@@ -73,7 +81,7 @@ impl<S: Buffer> Staging<S> {
         }
         let slot = self.free.pop();
         if let Some(taken) = slot.and_then(|slot| self.slots.get_mut(slot.0)) {
-            taken.busy = true;
+            taken.taken_by = Some(load);
         }
         Ok(slot)
     }
@@ -119,8 +127,8 @@ impl<S: Buffer> Staging<S> {
 
     /// Nothing reads into this slot, or copies from it, any more.
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
-        if let Some(taken) = self.slots.get_mut(slot.0).filter(|slot| slot.busy) {
-            taken.busy = false;
+        if let Some(taken) = self.slots.get_mut(slot.0).filter(|slot| slot.taken_by.is_some()) {
+            taken.taken_by = None;
             self.free.push(slot);
         }
     }
@@ -135,7 +143,7 @@ impl<S: Buffer> Staging<S> {
         let mut leaked = 0;
         self.free.clear();
         for slot in self.slots.drain(..) {
-            if slot.busy {
+            if slot.taken_by.is_some() {
                 leaked += slot.buffer.bytes() as u64;
                 slot.buffer.leak();
             } else if let Some(registered) = slot.buffer_slot {

@@ -100,6 +100,8 @@ pub(super) struct LoadEntry {
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
+    /// Pieces that are registered.
+    pub(super) registered: usize,
     pub(super) pieces: Vec<Token>,
     pub(super) reading: BusyTime,
     pub(super) copying: BusyTime,

@@ -10,7 +10,7 @@ use crate::route::{Fallback, Route};
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Issues a read into staging. `false` when all of it is busy.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        let taken = self.staging.take(&mut self.kernel);
+        let taken = self.staging.take(id, &mut self.kernel);
         if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
             && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
         {

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use super::Random;
 use crate::ring::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
+use crate::ring::message::LoadId;
 use crate::route::Route;
 
 pub(super) const BLOCK: u64 = 4096;
@@ -36,6 +37,8 @@ pub(super) struct FileFaults {
     pub(super) no_direct: Option<Errno>,
     /// io_uring reads are refused.
     pub(super) no_ring: Option<Errno>,
+    /// Reads never complete.
+    pub(super) hangs: bool,
 }
 
 impl SimFile {
@@ -103,8 +106,8 @@ pub(super) struct Memory {
     /// Memory that reads in flight may write to, by token.
     writing: BTreeMap<u64, Range<usize>>,
     registered: BTreeMap<u16, Range<usize>>,
-    /// Allocated and not yet full.
-    pub(super) unfilled_bytes: u64,
+    /// Allocated and not yet full, by the load that it is for.
+    pub(super) unfilled: BTreeMap<LoadId, u64>,
     pub(super) leaked_bytes: u64,
     pub(super) live_buffers: usize,
     pub(super) looks_at_staging: usize,
@@ -114,6 +117,14 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    pub(super) fn unfilled_bytes(&self) -> u64 {
+        self.unfilled.values().sum()
+    }
+
+    fn unfilled_by(&mut self, load: LoadId) -> &mut u64 {
+        self.unfilled.entry(load).or_default()
+    }
+
     fn is_staging(&self, address: usize) -> bool {
         self.staging.iter().any(|staging| staging.contains(&address))
     }
@@ -132,19 +143,23 @@ impl Memory {
 pub(super) struct SimBuffer {
     address: NonNull<u8>,
     bytes: usize,
+    load: LoadId,
     memory: Rc<RefCell<Memory>>,
 }
 
+/// Staging is for no load.
+const STAGING: LoadId = LoadId(u64::MAX);
+
 impl SimBuffer {
-    pub(super) fn new(bytes: u64, memory: &Rc<RefCell<Memory>>) -> Self {
+    pub(super) fn new(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>) -> Self {
         let layout = layout(usize::try_from(bytes).unwrap());
         // SAFETY: the layout has a size above zero.
         let address = NonNull::new(unsafe { alloc(layout) }).expect("memory for a test");
         // SAFETY: the memory was just allocated with this size.
         unsafe { address.as_ptr().write_bytes(POISON, layout.size()) };
-        memory.borrow_mut().unfilled_bytes += bytes;
+        *memory.borrow_mut().unfilled_by(load) += bytes;
         memory.borrow_mut().live_buffers += 1;
-        SimBuffer { address, bytes: layout.size(), memory: Rc::clone(memory) }
+        SimBuffer { address, bytes: layout.size(), load, memory: Rc::clone(memory) }
     }
 
     pub(super) fn contents(&self) -> &[u8] {
@@ -174,7 +189,7 @@ unsafe impl Buffer for SimBuffer {
     }
 
     fn leak(self) {
-        self.memory.borrow_mut().unfilled_bytes -= self.bytes as u64;
+        *self.memory.borrow_mut().unfilled_by(self.load) -= self.bytes as u64;
         self.memory.borrow_mut().leaked_bytes += self.bytes as u64;
         std::mem::forget(self);
     }
@@ -187,7 +202,7 @@ impl Drop for SimBuffer {
             assert!(!memory.is_written_to(&self.range()), "memory is freed while a read may write to it");
             assert!(!memory.is_registered(&self.range()), "memory is freed while it is registered");
         }
-        memory.unfilled_bytes -= self.bytes as u64;
+        *memory.unfilled_by(self.load) -= self.bytes as u64;
         memory.live_buffers -= 1;
         drop(memory);
         // SAFETY: allocated in `new` with the same layout, and not freed before.
@@ -211,7 +226,7 @@ unsafe impl Buffer for SimStaging {
 
     fn leak(self) {
         // What was counted out of the window comes back into it, to be counted as leaked.
-        self.0.memory.borrow_mut().unfilled_bytes += self.0.bytes as u64;
+        *self.0.memory.borrow_mut().unfilled_by(STAGING) += self.0.bytes as u64;
         let memory = Rc::clone(&self.0.memory);
         let range = self.0.range();
         memory.borrow_mut().staging.retain(|other| *other != range);
@@ -227,7 +242,7 @@ impl Drop for SimStaging {
         let range = self.0.range();
         let mut memory = self.0.memory.borrow_mut();
         memory.staging.retain(|other| *other != range);
-        memory.unfilled_bytes += self.0.bytes as u64;
+        *memory.unfilled_by(STAGING) += self.0.bytes as u64;
     }
 }
 
@@ -506,10 +521,10 @@ impl Kernel for SimKernel {
         if self.memory.borrow().staging.len() >= self.faults.staging {
             return Err(Errno::NOMEM);
         }
-        let buffer = SimBuffer::new(bytes as u64, &self.memory);
+        let buffer = SimBuffer::new(STAGING, bytes as u64, &self.memory);
         let mut memory = self.memory.borrow_mut();
         memory.staging.push(buffer.range());
-        memory.unfilled_bytes -= bytes as u64;
+        *memory.unfilled_by(STAGING) -= bytes as u64;
         drop(memory);
         Ok(SimStaging(buffer))
     }
@@ -555,7 +570,8 @@ impl Kernel for SimKernel {
         for mut job in self.queued.drain(..taken) {
             job.due = self.disk_free_at.max(self.clock.get()) + self.service;
             self.disk_free_at = job.due;
-            let hangs = self.random.chance(self.faults.hangs_per_mille);
+            let hangs =
+                matches!(&job.job, Job::Read(file, _) if file.faults.hangs) || self.random.chance(self.faults.hangs_per_mille);
             if hangs { &mut self.hung } else { &mut self.in_flight }.push(job);
         }
         if breaks { Err(*self.random.pick(&[Errno::IO, Errno::BADF, Errno::NOMEM])) } else { Ok(()) }

@@ -6,6 +6,7 @@
 //!
 //! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17` replays one.
 
+mod fair;
 mod kernel;
 mod overlap;
 mod remember;

@@ -58,7 +58,7 @@ fn simulate_route(
                 mount: 0,
                 alignment_bytes: BLOCK,
             };
-            driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(BLOCK, &memory));
+            driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &memory));
         }
         driver.kernel().complete_due();
         driver.issue();
@@ -67,7 +67,7 @@ fn simulate_route(
             match output {
                 Output::PieceFull { .. } => {
                     out -= 1;
-                    scheduler.give_back(Need { bytes: BLOCK, ..Need::default() });
+                    scheduler.give_back(&id, Need { bytes: BLOCK, ..Need::default() });
                 }
                 Output::Gone { .. } => return (clock.get(), most_out),
                 other => panic!("{other:?}"),
@@ -115,9 +115,10 @@ fn with_a_window_of_one_piece_nothing_overlaps() {
 
 #[test]
 fn the_allocator_never_runs_more_than_the_window_ahead() {
-    for window in 1..6 {
+    // What has room for four or more keeps some of it for other loads.
+    for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 7), (16, 14)] {
         // A disk so slow that only the window holds the allocator back.
         let (_, most_ahead) = simulate(window, MS, 1000 * MS);
-        assert_eq!(most_ahead, window);
+        assert_eq!(most_ahead, most);
     }
 }

@@ -62,7 +62,7 @@ impl Machine {
         for (number, &piece) in plan.pieces.iter().enumerate() {
             let route = Route::UringFixedDirect;
             let spec = FileSpec { handle: file.clone(), index: 0, route, staged_by: route, mount, alignment_bytes: BLOCK };
-            self.driver.piece(id, number, piece, spec, SimBuffer::new(BLOCK, &self.memory));
+            self.driver.piece(id, number, piece, spec, SimBuffer::new(id, BLOCK, &self.memory));
         }
         let mut done = Done { fallbacks: Vec::new(), failure: None, refusals: 0 };
         loop {

@@ -304,7 +304,7 @@ impl World {
             if stuck > PATIENCE {
                 self.shut_down();
             }
-            let unfilled = self.memory.borrow().unfilled_bytes;
+            let unfilled = self.memory.borrow().unfilled_bytes();
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
             assert!(ahead <= self.window_bytes, "{ahead} bytes ahead, the window has {}", self.window_bytes);
             let staged = self.memory.borrow().staging.len();
@@ -312,7 +312,7 @@ impl World {
             assert!(self.driver.kernel().reads_in_flight() <= self.depth || self.broken, "deeper than the queue depth");
         }
         for allocating in std::mem::take(&mut self.allocating) {
-            self.give_back(allocating.bytes);
+            self.give_back(allocating.load, allocating.bytes);
         }
         self.check_end();
     }
@@ -352,7 +352,7 @@ impl World {
         let index = self.random.below(self.allocating.len() as u64);
         let Allocating { load: id, batch, bytes } = self.allocating.swap_remove(usize::try_from(index).unwrap());
         if self.random.chance(self.alloc_fails_per_mille) {
-            self.give_back(bytes);
+            self.give_back(id, bytes);
             self.abandon(id);
             return;
         }
@@ -369,7 +369,7 @@ impl World {
                     mount: load.files[file].0.number % 2,
                     alignment_bytes: BLOCK,
                 };
-                (number, piece, spec, SimBuffer::new(piece.memory_bytes, &self.memory))
+                (number, piece, spec, SimBuffer::new(id, piece.memory_bytes, &self.memory))
             })
             .collect();
         for (number, piece, spec, buffer) in parts {
@@ -383,17 +383,21 @@ impl World {
         self.act_on_outputs();
     }
 
-    fn give_back(&mut self, bytes: u64) {
-        self.scheduler.give_back(Need { bytes, ..Need::default() });
+    fn give_back(&mut self, load: LoadId, bytes: u64) {
+        self.scheduler.give_back(&load, Need { bytes, ..Need::default() });
     }
 
     /// Permits go back when buffers do: the simulator counts them by the bytes that are alive.
     fn sync_window(&mut self) {
-        let unfilled = self.memory.borrow().unfilled_bytes;
-        let out = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
-        let taken = self.scheduler.window_taken_bytes();
-        assert!(taken >= out, "a permit came back while its memory is still there");
-        self.give_back(taken - out);
+        let ids: Vec<_> = self.loads.keys().copied().collect();
+        for id in ids {
+            let unfilled = self.memory.borrow().unfilled.get(&id).copied().unwrap_or(0);
+            let allocating = self.allocating.iter().filter(|allocating| allocating.load == id);
+            let out = unfilled + allocating.map(|allocating| allocating.bytes).sum::<u64>();
+            let taken = self.scheduler.window_held_bytes(&id);
+            assert!(taken >= out, "a permit came back while its memory is still there");
+            self.give_back(id, taken - out);
+        }
     }
 
     fn turn(&mut self) {
@@ -419,7 +423,7 @@ impl World {
             self.abandon(id);
         }
         for allocating in std::mem::take(&mut self.allocating) {
-            self.give_back(allocating.bytes);
+            self.give_back(allocating.load, allocating.bytes);
         }
         self.leaked_bytes += self.driver.give_up(Failure::Kernel { errno: Errno::TIMEDOUT });
         self.broken = true;
@@ -524,7 +528,7 @@ impl World {
         let observed = |staged: bool| self.loads.values().any(|load| load.observed.is_some() && load.is_staged() == staged);
         assert!(memory.looks_at_staging == 0 || observed(true), "staging is looked at where that was asked for");
         assert!(memory.looks_at_pieces == 0 || observed(false), "uncached memory is looked at");
-        assert_eq!(memory.unfilled_bytes, 0, "all memory is freed but what was leaked on purpose");
+        assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed but what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "what was leaked was told");
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits are back");
         drop(memory);
