@@ -9,8 +9,8 @@ mod common;
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use common::{ROUTES, assert_same, folder, random_bytes};
@@ -48,6 +48,8 @@ struct Model {
     bytes: Arc<Vec<u8>>,
     manners: Manners,
     open_files: Arc<AtomicUsize>,
+    /// The threads that have closed it.
+    closers: Arc<Mutex<Vec<u32>>>,
 }
 
 impl Model {
@@ -96,6 +98,11 @@ impl Filesystem for Model {
         // Past the page cache as the reader wishes, so that short answers reach it as they are.
         let is_direct = flags.0 & libc::O_DIRECT != 0;
         reply.opened(FileHandle(0), if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() });
+    }
+
+    fn flush(&self, request: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.closers.lock().unwrap().push(request.pid());
+        reply.ok();
     }
 
     fn release(&self, _: &Request, _: INodeNo, _: FileHandle, _: OpenFlags, _: Option<LockOwner>, _: bool, reply: ReplyEmpty) {
@@ -148,6 +155,7 @@ struct Mounted {
     path: PathBuf,
     bytes: Arc<Vec<u8>>,
     open_files: Arc<AtomicUsize>,
+    closers: Arc<Mutex<Vec<u32>>>,
     session: Option<BackgroundSession>,
     _folder: tempfile::TempDir,
 }
@@ -161,9 +169,12 @@ impl Mounted {
         let folder = folder();
         let bytes = Arc::new(random_bytes(BYTES, 5));
         let open_files = Arc::<AtomicUsize>::default();
-        let model = Model { bytes: Arc::clone(&bytes), manners, open_files: Arc::clone(&open_files) };
+        let closers = Arc::<Mutex<Vec<u32>>>::default();
+        let (shared, seen) = (Arc::clone(&bytes), Arc::clone(&closers));
+        let model = Model { bytes: shared, manners, open_files: Arc::clone(&open_files), closers: seen };
         let session = fuser::spawn_mount(model, folder.path(), &read_only()).unwrap();
-        Some(Mounted { path: folder.path().join("model.bin"), bytes, open_files, session: Some(session), _folder: folder })
+        let path = folder.path().join("model.bin");
+        Some(Mounted { path, bytes, open_files, closers, session: Some(session), _folder: folder })
     }
 }
 
@@ -307,6 +318,38 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
     }
 }
 
+/// To close a file may take as long as its server likes.
+#[tokio::test]
+async fn no_thread_of_the_caller_closes_files() {
+    let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
+    // What stops when its limit is reached keeps its files open, with no read in flight.
+    let limited = || loader().memory_limit_bytes(2 * SEGMENT as u64).build().unwrap();
+    let stopped = async |loader: &Loader| {
+        let mut segments = loader.stream(&mounted.path);
+        let first = segments.next().await.unwrap().unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        (segments, first)
+    };
+    let shut_down = limited();
+    let kept = stopped(&shut_down).await;
+    shut_down.shutdown().await.unwrap();
+    drop(kept);
+    let dropped = limited();
+    let (segments, first) = stopped(&dropped).await;
+    drop(segments);
+    drop(first);
+    // The last to hold the loader is the load.
+    let (segments, _first) = stopped(&dropped).await;
+    drop(dropped);
+    drop(segments);
+    while mounted.open_files.load(Ordering::SeqCst) > 0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let own = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+    let closers = mounted.closers.lock().unwrap();
+    assert!(closers.len() >= 3 && !closers.contains(&own), "{own} closes: {closers:?}");
+}
+
 /// What one file system holds up is its loads' part of the window, the queue, staging and threads; not the others'.
 #[tokio::test]
 async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
@@ -378,6 +421,7 @@ impl Drop for SilentServer {
 #[ignore = "no test: the server of another one, in its own process"]
 fn the_silent_server() {
     let Some(folder) = std::env::var_os(SILENT_SERVER) else { return };
-    let model = Model { bytes: Arc::new(random_bytes(BYTES, 5)), manners: Manners::NeverAnswers, open_files: Arc::default() };
+    let (bytes, manners) = (Arc::new(random_bytes(BYTES, 5)), Manners::NeverAnswers);
+    let model = Model { bytes, manners, open_files: Arc::default(), closers: Arc::default() };
     fuser::mount(model, folder, &read_only()).unwrap();
 }

@@ -3,6 +3,7 @@
 //! Who changes something that may make a job possible wakes one worker; a worker that got a job wakes the next one, since there
 //! may be more than the one it was woken for. Every interleaving of that is tried by `tests`, with loom.
 
+use std::any::Any;
 use std::collections::HashMap;
 
 use crate::load::Follows;
@@ -22,15 +23,18 @@ struct Schedule<T> {
     scheduler: Scheduler<LoadId>,
     loads: HashMap<LoadId, T>,
     next_id: u64,
+    /// No new loads.
+    refusing: bool,
     closing: bool,
-    /// Loads that nobody waits for, to be dropped by a worker.
-    buried: Vec<T>,
+    /// What is to be dropped by a worker.
+    buried: Vec<Box<dyn Any + Send>>,
 }
 
 impl<T: Clone> Jobs<T> {
     pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize) -> Self {
         let scheduler = Scheduler::new(window_bytes, memory_bytes, files, max_open);
-        let schedule = Schedule { scheduler, loads: HashMap::new(), next_id: 0, closing: false, buried: Vec::new() };
+        let schedule =
+            Schedule { scheduler, loads: HashMap::new(), next_id: 0, refusing: false, closing: false, buried: Vec::new() };
         Jobs { schedule: Mutex::new(schedule), changed: Condvar::new() }
     }
 
@@ -48,7 +52,7 @@ impl<T: Clone> Jobs<T> {
     /// A new load, to be opened when its turn comes. `false` when there are to be no more of them.
     pub(super) fn submit(&self, id: LoadId, load: T) -> bool {
         let mut schedule = self.schedule();
-        if schedule.closing {
+        if schedule.refusing {
             return false;
         }
         schedule.loads.insert(id, load);
@@ -120,9 +124,9 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// A worker is to drop this load: its files and addresses are not the caller's to close and unmap.
-    pub(super) fn bury(&self, load: T) {
-        self.schedule().buried.push(load);
+    /// A worker is to drop this: files and addresses of loads are not the caller's to close and unmap.
+    pub(super) fn bury(&self, what: impl Send + 'static) {
+        self.schedule().buried.push(Box::new(what));
         self.changed.notify_one();
     }
 
@@ -130,14 +134,21 @@ impl<T: Clone> Jobs<T> {
         self.schedule().loads.get(&id).cloned()
     }
 
-    /// No more jobs, and no new loads; gives those that there are.
-    pub(super) fn close(&self) -> Vec<T> {
+    /// No new loads; gives those that there are.
+    pub(super) fn refuse(&self) -> Vec<T> {
         let mut schedule = self.schedule();
+        schedule.refusing = true;
+        schedule.loads.values().cloned().collect()
+    }
+
+    /// No more jobs. A worker drops this, as [`Self::bury`] says, before all of them end.
+    pub(super) fn close(&self, what: impl Send + 'static) {
+        let mut schedule = self.schedule();
+        schedule.refusing = true;
         schedule.closing = true;
-        let loads = schedule.loads.values().cloned().collect();
+        schedule.buried.push(Box::new(what));
         drop(schedule);
         self.changed.notify_all();
-        loads
     }
 
     /// What a load leaves in the scheduler when it is forgotten between two of its steps.
@@ -258,7 +269,7 @@ mod tests {
                 }
                 crate::sync::model::yield_now();
             }
-            jobs.close();
+            jobs.close(());
             let done: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
             assert_eq!(done, 2, "one batch and one check");
         });
@@ -314,7 +325,7 @@ mod tests {
             };
             let load = Arc::new(());
             jobs.bury(load);
-            jobs.close();
+            jobs.close(());
             assert!(!jobs.submit(jobs.next_id(), Arc::new(())));
             assert!(waiting.join().unwrap());
         });

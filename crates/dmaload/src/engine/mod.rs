@@ -256,7 +256,7 @@ impl Guard {
         let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), sender));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or(Error::ShutDown)) {
-            shared.fail(error);
+            drop(shared.fail(error));
         }
         Segments::new(receiver, shared, Arc::clone(self))
     }
@@ -325,10 +325,10 @@ impl Engine {
 
     /// No new loads; those that run fail; the threads end when the last read has come back.
     fn close(&self) {
-        for load in self.jobs.close() {
-            load.fail(Error::ShutDown);
-            self.abandon(&load);
-        }
+        let loads = self.jobs.refuse();
+        let remains: Vec<_> = loads.iter().map(|load| load.fail(Error::ShutDown)).collect();
+        loads.iter().for_each(|load| self.abandon(load));
+        self.jobs.close((loads, remains));
         self.ring.close();
         if let Some(unwatch) = &self.unwatch {
             let _ = rustix::io::write(unwatch, &1_u64.to_ne_bytes());
@@ -364,7 +364,7 @@ impl Engine {
 
     /// Fails a load for good: its reads in flight are drained by the ring thread.
     fn fail(&self, load: &LoadShared, error: Error) {
-        load.fail(error);
+        self.jobs.bury(load.fail(error));
         self.abandon(load);
     }
 
@@ -486,7 +486,7 @@ impl Events<PieceBuffer<Permit>> for Engine {
 
     fn failed(&self, load: LoadId, failure: Failure) {
         if let Some(shared) = self.jobs.load_of(load) {
-            shared.fail_for(failure);
+            self.jobs.bury(shared.fail_for(failure));
             self.jobs.forget(load);
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use dmabuf::AddressRange;
@@ -189,7 +190,9 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
     let lengths: Vec<_> =
         load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
-    observation.watch.verify_by(verify.0.begin(&lengths, load.options.format)?);
+    // Like an observer's, its code is the caller's.
+    let begun = catch_unwind(AssertUnwindSafe(|| verify.0.begin(&lengths, load.options.format)));
+    observation.watch.verify_by(begun.unwrap_or_else(|_| Err(Error::Config("what is to verify the load panicked".to_owned())))?);
     Ok(())
 }
 

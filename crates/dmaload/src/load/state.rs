@@ -155,6 +155,14 @@ struct FileState {
     route: Route,
 }
 
+/// What a load leaves that failed. To drop it closes files, which may take as long as their file system likes.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Remains {
+    _memories: Vec<MemoryState>,
+    _files: Vec<FileState>,
+}
+
 #[derive(Debug)]
 struct MemoryState {
     cell: Arc<Mutex<Option<Arc<Backing>>>>,
@@ -426,7 +434,7 @@ impl LoadShared {
     }
 
     /// Ends the load with an error. Only the first one is told.
-    pub(crate) fn fail(&self, error: Error) {
+    pub(crate) fn fail(&self, error: Error) -> Remains {
         let mut state = self.state();
         self.abandoned.store(true, Ordering::Release);
         if let Some(events) = state.events.take() {
@@ -436,8 +444,7 @@ impl LoadShared {
             let _ = events.send(Event::Failed(error));
         }
         // What was full but not handed over goes now; what is being filled belongs to the driver.
-        state.memories.clear();
-        state.files.clear();
+        Remains { _memories: std::mem::take(&mut state.memories), _files: std::mem::take(&mut state.files) }
     }
 
     /// Nobody wants it any more: before its end, or after.

@@ -7,6 +7,7 @@ use std::time::Instant;
 use dmabuf::{AddressRange, PageCount};
 use rustix::io::Errno;
 
+use super::Remains;
 use super::{LoadShared, State};
 use crate::error::Error;
 use crate::load::Progress;
@@ -85,7 +86,7 @@ impl LoadShared {
     }
 
     /// The same, told by the driver.
-    pub(crate) fn fail_for(&self, failure: Failure) {
+    pub(crate) fn fail_for(&self, failure: Failure) -> Remains {
         let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
             Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
@@ -111,7 +112,7 @@ impl LoadShared {
                 Error::Ended { path: path(file), offset, planned_bytes, route }
             }
         };
-        self.fail(error);
+        self.fail(error)
     }
 
     /// The error for memory that could not be had.
