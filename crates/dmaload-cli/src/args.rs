@@ -217,8 +217,8 @@ pub(crate) struct Bench {
     pub(crate) dir: Option<PathBuf>,
     /// What is compared, by names with commas between; normal and limit always are [default: all].
     ///
-    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse, at-once and
-    /// verify where they are asked for: see docs/cli.md.
+    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse, swap, at-once
+    /// and verify where they are asked for: see docs/cli.md.
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
     /// Another program to compare with, run by the shell with the paths as arguments; may be repeated: see docs/cli.md.

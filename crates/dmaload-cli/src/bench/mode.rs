@@ -26,6 +26,8 @@ pub(crate) enum Mode {
     NoOverlap,
     /// This engine, into the memory of a load before that was dropped: its pool.
     Reuse,
+    /// This engine, while it holds another load of the same: a service that swaps models, with a pool.
+    Swap,
     /// This engine: each file a load of its own, all at once.
     AtOnce,
     /// This engine, each chunk verified by a manifest as it lands.
@@ -45,7 +47,7 @@ pub(crate) struct Peer {
 
 impl Mode {
     /// Every mode, in the order in which they are shown.
-    pub(crate) const ALL: [Mode; 12] = [
+    pub(crate) const ALL: [Mode; 13] = [
         Mode::Normal,
         Mode::NormalIo,
         Mode::DirectIo,
@@ -56,6 +58,7 @@ impl Mode {
         Mode::PreadDirect,
         Mode::NoOverlap,
         Mode::Reuse,
+        Mode::Swap,
         Mode::AtOnce,
         Mode::Verify,
     ];
@@ -73,6 +76,7 @@ impl Mode {
             Mode::PreadDirect => "pread-direct",
             Mode::NoOverlap => "no-overlap",
             Mode::Reuse => "reuse",
+            Mode::Swap => "swap",
             Mode::AtOnce => "at-once",
             Mode::Verify => "verify",
             Mode::Peer(peer) => &peer.name,
@@ -95,7 +99,7 @@ impl Mode {
     /// What is measured: those asked for, or all that load a file as if for the first time and alone, and always the two that
     /// everything is compared with.
     pub(crate) fn chosen(asked: &[Mode]) -> Vec<Mode> {
-        let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::AtOnce | Mode::Verify);
+        let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
         let wanted = |mode: &Mode| (asked.is_empty() && !special(mode)) || asked.contains(mode) || compared_with(mode);
         Mode::ALL.into_iter().filter(wanted).collect()

@@ -68,6 +68,17 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
             drop(block_on(loader.load_with(&files.paths, loader.options()).finish())??);
             Box::new(move || by_engine(&loader, &files, loader.options(), false))
         }
+        Mode::Swap => {
+            let loader = engine::loader_with_pool(arguments)?;
+            let load = || block_on(loader.load_with(&files.paths, loader.options()).finish());
+            let (before, served) = (load()??, load()??);
+            drop(before);
+            Box::new(move || {
+                let run = by_engine(&loader, &files, loader.options(), false);
+                drop(served);
+                run
+            })
+        }
         Mode::Verify => {
             let recorder = Recorder::new(Algorithm::Crc32c, Manifest::LARGEST_CHUNK_BYTES);
             let manifest = Arc::new(block_on(manifest::recorded(&engine::loader(arguments)?, &files.paths, recorder))??);
