@@ -166,7 +166,7 @@ impl LoaderBuilder {
         self
     }
 
-    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has seven eighths of them at most. Default: 32.
+    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has seven eighths of them at most. Default: 40.
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
         self

@@ -347,7 +347,8 @@ impl Default for Settings {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(2));
         Settings {
             window_bytes: 128 << 20,
-            queue_depth: 32,
+            // A load alone may have 35 of them, and reads its first 64 MiB with 32.
+            queue_depth: 40,
             staging_bytes: 16 << 20,
             pool_bytes: 0,
             memory_limit_bytes: u64::MAX,

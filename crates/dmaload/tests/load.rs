@@ -2,8 +2,14 @@
 
 mod common;
 
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::heap::{AnonHeap, MemfdHeap};
+use dmaload::dmabuf::{self, Mapping, Memory, Populated};
+use dmaload::heap::{AnonHeap, Heap, MemfdHeap, SizeLimit};
 use dmaload::{Error, Layout, Loader, Route};
 
 const SEGMENT: usize = 2 << 20;
@@ -224,13 +230,46 @@ fn everything_can_be_sent_to_another_thread() {
 #[tokio::test]
 async fn a_load_whose_planning_panics_keeps_no_place() {
     #[derive(Debug)]
+    struct Panics(Arc<dyn Heap>, AtomicUsize);
+    impl Heap for Panics {
+        fn name(&self) -> Cow<'_, str> {
+            "panicking".into()
+        }
+
+        fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+            self.0.allocate(bytes)
+        }
+
+        fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+            self.0.populate(mapping, memory, part)
+        }
+
+        fn size_limit(&self) -> Option<SizeLimit> {
+            assert!(self.1.fetch_add(1, Ordering::Relaxed) >= 3, "as a caller's own code may");
+            None
+        }
+    }
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &random_bytes(5_000_000, 1));
+    let heap = Panics(Arc::new(AnonHeap::default()), AtomicUsize::new(0));
+    let loader = Loader::builder().max_open_loads(1).heap(heap).build().unwrap();
+    let load = async || {
+        let load = loader.load(&path).into_future();
+        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("there is room for it")
+    };
+    for _ in 0..3 {
+        let failed = load().await;
+        assert!(matches!(failed, Err(Error::HeapPanicked { .. })), "{failed:?}");
+    }
+    assert_eq!(load().await.unwrap().report().bytes, 5_000_000);
+}
+
+#[tokio::test]
+async fn what_verifies_may_panic_and_is_named() {
+    #[derive(Debug)]
     struct Panics;
     impl dmaload::Verify for Panics {
-        fn begin(
-            &self,
-            _: &[(&std::path::Path, u64)],
-            _: dmaload::Format,
-        ) -> dmaload::Result<std::sync::Arc<dyn dmaload::Observer>> {
+        fn begin(&self, _: &[(&std::path::Path, u64)], _: dmaload::Format) -> dmaload::Result<Arc<dyn dmaload::Observer>> {
             panic!("as a caller's own code may");
         }
 
@@ -239,13 +278,8 @@ async fn a_load_whose_planning_panics_keeps_no_place() {
         }
     }
     let folder = folder();
-    let path = file(folder.path(), "model.bin", &random_bytes(5_000_000, 1));
-    let loader = Loader::builder().max_open_loads(1).build().unwrap();
-    for _ in 0..3 {
-        let load = loader.load_with([&path], loader.options().verify(Panics)).into_future();
-        let failed = tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("there is room for it");
-        assert!(matches!(failed, Err(Error::HeapPanicked { .. })), "{failed:?}");
-    }
-    let image = tokio::time::timeout(std::time::Duration::from_secs(20), loader.load(&path).into_future()).await;
-    assert_eq!(image.expect("there is room for it").unwrap().report().bytes, 5_000_000);
+    let path = file(folder.path(), "model.bin", &random_bytes(5000, 1));
+    let loader = Loader::builder().build().unwrap();
+    let failed = loader.load_with([&path], loader.options().verify(Panics)).await.unwrap_err();
+    assert_eq!(failed.to_string(), "what is to verify the load panicked");
 }

@@ -138,7 +138,9 @@ fn label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, runs: 
 /// The engine stands out, the limit is what it is held against, everything else is background.
 fn color(mode: Mode) -> &'static str {
     match mode {
-        Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify => "#2471a3",
+        Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify => {
+            "#2471a3"
+        }
         Mode::Limit => "#e6b0aa",
         Mode::NoOverlap => "#7fb3d5",
         Mode::Normal | Mode::NormalIo | Mode::Mmap | Mode::TokioFs | Mode::Peer(_) => "#aeb6bf",
