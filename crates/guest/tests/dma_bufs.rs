@@ -13,6 +13,7 @@ use common::{
     with_mapping,
 };
 use dmabuf::Pages;
+use dmaload::share::{AttachOptions, Server, ServerOptions, attach_blocking};
 use dmaload::{Attempt, Error, Layout, Loader, Route};
 use dmaload_guest::{command, kernel, row};
 use rustix::io::Errno;
@@ -188,6 +189,38 @@ fn a_udmabufs_memfd_is_sealed_and_refuses_writes_and_holes() {
     assert_eq!(rustix::fs::fallocate(memfd, hole, 0, 4096), Err(Errno::PERM));
     assert_dma_bufs(image.segments(), &original()[..SEGMENT], "after the attempts");
     shut_down(loader);
+}
+
+#[test]
+fn what_is_shared_read_only_is_handed_to_no_device_and_what_is_shared_as_dma_bufs_is_the_same_memory() {
+    let len = 2 * SEGMENT + 777;
+    for (name, dma_bufs) in [("udmabuf", false), ("udmabuf", true), ("dma-heap:system", true)] {
+        let what = format!("{name}, as dma-bufs: {dma_bufs}");
+        let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).build().unwrap();
+        let image = load(&loader, &file(len), loader.options()).unwrap();
+        let socket = disk().join("socket");
+        let server = Server::bind(&socket, ServerOptions::default().dma_bufs(dma_bufs)).unwrap();
+        server.publish("model", image.clone()).unwrap();
+        let attached = attach_blocking(&socket, &AttachOptions::default()).unwrap();
+        let theirs = &attached.image;
+        assert_eq!(theirs.segments().len(), image.segments().len(), "{what}");
+        if dma_bufs {
+            assert_dma_bufs(theirs.segments(), &original()[..len], &what);
+            assert!(matches!(image.segments()[0].bytes(), Err(Error::HandedOut { .. })), "{what}");
+        } else {
+            assert_same(&theirs.files()[0].bytes().unwrap(), &original()[..len], &what);
+            for segment in image.segments() {
+                // Not by the kernel's seals, which a driver does not ask: by never giving it away.
+                assert!(matches!(segment.to_dma_buf(), Err(Error::Viewed { .. })), "{what}");
+            }
+        }
+        row(
+            "handing",
+            &[name, if dma_bufs { "shared as dma-bufs" } else { "shared read-only" }, "another process's mappings", "equal"],
+        );
+        drop((attached, server, image));
+        shut_down(loader);
+    }
 }
 
 /// What a child of these tests is to do.
