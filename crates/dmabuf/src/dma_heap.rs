@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-use crate::device::open_device;
-use crate::{DeviceError, DmaBuf, Error, page_bytes};
+use crate::device::{open_device, path_of};
+use crate::{Device, DeviceError, DmaBuf, Error, page_bytes};
 
 /// `struct dma_heap_allocation_data` of include/uapi/linux/dma-heap.h.
 #[repr(C)]
@@ -85,6 +85,17 @@ impl DmaHeap {
             _ => error,
         })?;
         Ok(DmaHeap { fd, name: name.to_owned() })
+    }
+
+    /// Takes one that is open already, by whoever has the right to.
+    ///
+    /// # Errors
+    /// ENODEV for what is no dma-heap.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
+        match Device::of(&fd) {
+            Some(Device::DmaHeap(name)) => Ok(DmaHeap { fd, name }),
+            _ => Err(DeviceError { path: path_of(&fd), errno: Errno::NODEV, about: Some("it is no dma-heap".to_owned()) }),
+        }
     }
 
     /// Its name.

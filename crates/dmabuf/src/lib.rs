@@ -27,7 +27,7 @@ mod populate;
 mod udmabuf;
 
 pub use address::{AddressRange, Mapping, NotMoved};
-pub use device::DeviceError;
+pub use device::{Device, DeviceError};
 pub use dma_buf::{Access, CpuAccess, DmaBuf};
 pub use dma_heap::DmaHeap;
 pub use error::Error;

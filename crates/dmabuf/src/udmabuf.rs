@@ -5,10 +5,11 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
+use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-use crate::device::open_device;
-use crate::{DeviceError, DmaBuf, Error, Memfd};
+use crate::device::{open_device, path_of};
+use crate::{Device, DeviceError, DmaBuf, Error, Memfd};
 
 /// `struct udmabuf_create` of include/uapi/linux/udmabuf.h.
 #[repr(C)]
@@ -138,6 +139,17 @@ impl Udmabuf {
     /// ENOENT on kernels without it (CONFIG_UDMABUF), EACCES without the right to it (mode 0600).
     pub fn open() -> Result<Self, DeviceError> {
         Ok(Udmabuf { fd: open_device(Path::new(Self::PATH))? })
+    }
+
+    /// Takes the device, open already, by whoever has the right to.
+    ///
+    /// # Errors
+    /// ENODEV for what is not that device.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
+        if Device::of(&fd) == Some(Device::Udmabuf) {
+            return Ok(Udmabuf { fd });
+        }
+        Err(DeviceError { path: path_of(&fd), errno: Errno::NODEV, about: Some(format!("it is not {}", Self::PATH)) })
     }
 
     /// The limits now: root may change them at any time.

@@ -10,9 +10,11 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use dmabuf::{DmaBuf, Mapping, Memfd, Memory, Pages, Part, Populated, Udmabuf};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -212,6 +214,18 @@ impl UdmabufHeap {
     /// [`Error::Device`]; [`Error::Memory`] when no dma-buf can be made; [`Error::Config`] for [`Pages::Huge`] on kernels
     /// that show wrong bytes there.
     pub fn open(pages: Pages) -> Result<Self> {
+        Self::with_device(Udmabuf::open()?, pages)
+    }
+
+    /// The same with the device open already: for a process that has no right to open it.
+    ///
+    /// # Errors
+    /// As [`UdmabufHeap::open`].
+    pub fn from_fd(device: OwnedFd, pages: Pages) -> Result<Self> {
+        Self::with_device(Udmabuf::from_fd(device)?, pages)
+    }
+
+    fn with_device(device: Udmabuf, pages: Pages) -> Result<Self> {
         let wrong = Udmabuf::huge_pages_show_wrong_bytes();
         match pages {
             Pages::Huge if wrong => Err(Error::Config(
@@ -221,9 +235,9 @@ impl UdmabufHeap {
             )),
             Pages::Auto if wrong => {
                 let note = "small pages: on this kernel (Linux 6.11 to 6.15) drivers see wrong bytes in a udmabuf on 2 MiB ones";
-                Self::with(Pages::Small, Some(note.to_owned()))
+                Self::with(device, Pages::Small, Some(note.to_owned()))
             }
-            pages => Self::with(pages, None),
+            pages => Self::with(device, pages, None),
         }
     }
 
@@ -235,11 +249,11 @@ impl UdmabufHeap {
     pub fn open_despite_bug(pages: Pages) -> Result<Self> {
         let wrong = Udmabuf::huge_pages_show_wrong_bytes() && pages != Pages::Small;
         let note = "2 MiB pages despite the bug of this kernel: drivers that map the udmabuf see wrong bytes";
-        Self::with(pages, wrong.then(|| note.to_owned()))
+        Self::with(Udmabuf::open()?, pages, wrong.then(|| note.to_owned()))
     }
 
-    fn with(pages: Pages, note: Option<String>) -> Result<Self> {
-        let heap = UdmabufHeap { device: Udmabuf::open()?, pages, note };
+    fn with(device: Udmabuf, pages: Pages, note: Option<String>) -> Result<Self> {
+        let heap = UdmabufHeap { device, pages, note };
         let refused = |refusal| Error::Memory { heap: Self::NAME.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
         let memory = heap.allocate(dmabuf::page_bytes()).map_err(refused)?;
         heap.export(&memory).map_err(refused)?;
@@ -295,6 +309,7 @@ impl Heap for UdmabufHeap {
 pub struct DmaHeap {
     device: dmabuf::DmaHeap,
     name: String,
+    flags: u64,
 }
 
 impl DmaHeap {
@@ -303,7 +318,27 @@ impl DmaHeap {
     /// # Errors
     /// [`Error::Device`].
     pub fn open(name: &str) -> Result<Self> {
-        Ok(DmaHeap { device: dmabuf::DmaHeap::open(name)?, name: format!("dma-heap:{name}") })
+        Ok(Self::with(dmabuf::DmaHeap::open(name)?))
+    }
+
+    /// Takes a heap that is open already: for a process that has no right to open it.
+    ///
+    /// # Errors
+    /// As [`DmaHeap::open`].
+    pub fn from_fd(device: OwnedFd) -> Result<Self> {
+        Ok(Self::with(dmabuf::DmaHeap::from_fd(device)?))
+    }
+
+    fn with(device: dmabuf::DmaHeap) -> Self {
+        let name = format!("dma-heap:{}", device.name());
+        DmaHeap { device, name, flags: 0 }
+    }
+
+    /// Flags for its allocations (`heap_flags` of linux/dma-heap.h). The kernel's own heaps know none, and refuse them; a vendor's may.
+    #[must_use]
+    pub fn flags(mut self, flags: u64) -> Self {
+        self.flags = flags;
+        self
     }
 }
 
@@ -313,7 +348,8 @@ impl Heap for DmaHeap {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
-        self.device.allocate(bytes).map(Memory::DmaBuf)
+        let fd_flags = OFlags::RDWR | OFlags::CLOEXEC;
+        self.device.allocate_with(bytes, fd_flags.bits(), self.flags).map(Memory::DmaBuf)
     }
 
     fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {

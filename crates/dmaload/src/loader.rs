@@ -101,6 +101,11 @@ impl Loader {
         Load::new(self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, true))
     }
 
+    /// As [`Self::load_file`], as a stream of segments that keeps none.
+    pub fn stream_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Segments {
+        self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, false)
+    }
+
     /// What the loader has done so far, and holds now.
     pub fn metrics(&self) -> Metrics {
         self.guard.metrics()

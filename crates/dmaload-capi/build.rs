@@ -1,0 +1,9 @@
+//! Names the library for the dynamic linker.
+
+fn main() {
+    let major = std::env::var("CARGO_PKG_VERSION_MAJOR").unwrap_or_default();
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libdmaload.so.{major}");
+    // Threads of the library may run a little longer than its last call: dlclose(3) must not take their code away.
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-z,nodelete");
+}

@@ -1,0 +1,125 @@
+//! Calls that return when the load is done.
+#![allow(unsafe_code)]
+
+use std::ffi::c_int;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use dmaload::{Loader, Report, Segments};
+use futures_core::Stream;
+
+use crate::failure::{Failure, Result};
+use crate::outcome::{self, Given};
+use crate::types::dmaload_options;
+
+/// How often progress is told, and the cancel flag looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Runs a future to its end on this thread; between, `tick` is called every [`TICK`], if there is one.
+fn block_on<T>(future: impl Future<Output = T>, mut tick: Option<&mut dyn FnMut() -> Result<()>>) -> Result<T> {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut future = pin!(future);
+    let mut due = Instant::now() + TICK;
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return Ok(output);
+        }
+        match &mut tick {
+            None => thread::park(),
+            Some(tick) => {
+                thread::park_timeout(due.saturating_duration_since(Instant::now()));
+                if due <= Instant::now() {
+                    tick()?;
+                    due = Instant::now() + TICK;
+                }
+            }
+        }
+    }
+}
+
+/// What C asked to be told, and to be asked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Control<'a>(&'a dmaload_options);
+
+impl<'a> Control<'a> {
+    pub(crate) fn of(options: &'a dmaload_options) -> Self {
+        Control(options)
+    }
+
+    fn is_wanted(self) -> bool {
+        self.0.progress.is_some() || !self.0.cancel.is_null()
+    }
+
+    /// Tells and asks.
+    ///
+    /// # Safety
+    /// The pointers are as the header says.
+    unsafe fn look(self, segments: &Segments) -> Result<()> {
+        if !self.0.cancel.is_null() {
+            // SAFETY: the flag is there during the call; that others write to it at the same time is what it is for.
+            let flag = unsafe { AtomicI32::from_ptr(self.0.cancel.cast_mut()) };
+            if flag.load(Ordering::Relaxed) != 0 {
+                return Err(Failure::cancelled("the load was cancelled by its flag"));
+            }
+        }
+        let Some(call) = self.0.progress else { return Ok(()) };
+        let progress = outcome::progress(segments.progress());
+        // SAFETY: the caller's function, with what it wants to be called with.
+        match unsafe { call(self.0.user, &raw const progress) } {
+            0 => Ok(()),
+            other => Err(Failure::cancelled(&format!("the load was cancelled: its progress function returned {other}"))),
+        }
+    }
+}
+
+/// All segments of a load, and its report. What fails or is cancelled leaves nothing.
+///
+/// # Safety
+/// The pointers in what `control` is of are as the header says.
+pub(crate) unsafe fn all_of(mut segments: Segments, control: Control<'_>) -> Result<(Vec<Given>, Report)> {
+    let mut all = Vec::new();
+    loop {
+        let next = if control.is_wanted() {
+            let segments = std::cell::RefCell::new(&mut segments);
+            // SAFETY: as the caller says.
+            let mut look = || unsafe { control.look(&segments.borrow()) };
+            let next = std::future::poll_fn(|context| Pin::new(&mut **segments.borrow_mut()).poll_next(context));
+            block_on(next, Some(&mut look))?
+        } else {
+            block_on(segments.next(), None)?
+        };
+        match next {
+            Some(segment) => all.push(Given::of(&segment?)?),
+            None => break,
+        }
+    }
+    // SAFETY: as the caller says.
+    unsafe { control.look(&segments)? };
+    let report = segments.report().cloned();
+    Ok((all, report.ok_or_else(|| Failure::cancelled("the load ended without a report"))?))
+}
+
+/// Ends a loader that nobody else has, after its load, and waits for its threads.
+pub(crate) fn end(loader: Loader) {
+    // Nothing is in flight any more that could be leaked.
+    let _ = block_on(loader.shutdown(), None);
+}
+
+/// The one descriptor of a load that has one segment.
+pub(crate) fn only(mut given: Vec<Given>) -> Result<c_int> {
+    let one = given.pop().filter(|_| given.is_empty());
+    let one = one.ok_or_else(|| Failure::invalid("the file did not become one segment"))?;
+    Ok(std::os::fd::IntoRawFd::into_raw_fd(one.into_fd()))
+}

@@ -1,0 +1,161 @@
+//! Loads for event loops: an eventfd that is readable while there is something to fetch.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+
+use dmaload::{Error, Progress, Report, Segment, Segments};
+use futures_core::Stream;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+
+use crate::failure::{Failure, Result};
+use crate::outcome::Given;
+
+/// The eventfd.
+#[derive(Debug)]
+struct Event(OwnedFd);
+
+impl Event {
+    fn set(&self) {
+        // It fails only where it is readable already.
+        let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+
+    fn clear(&self) {
+        // It fails only where nothing is to be cleared.
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+}
+
+impl Wake for Event {
+    fn wake(self: Arc<Self>) {
+        self.set();
+    }
+}
+
+/// A load that is under way, or over and not freed.
+#[allow(non_camel_case_types, reason = "the name is that of the header")]
+pub struct dmaload_load {
+    event: Arc<Event>,
+    state: Mutex<State>,
+}
+
+enum State {
+    Going {
+        segments: Segments,
+        /// What was fetched ahead, so that the eventfd can say that it is there.
+        next: Option<Option<std::result::Result<Segment, Error>>>,
+    },
+    Finished {
+        report: Box<Report>,
+    },
+    Failed(Failure),
+}
+
+impl fmt::Debug for dmaload_load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("dmaload_load").finish_non_exhaustive()
+    }
+}
+
+/// What there is to fetch.
+pub(crate) enum Fetched {
+    Nothing,
+    Segment(Given),
+    Finished,
+}
+
+impl dmaload_load {
+    /// From now on the eventfd tells.
+    pub(crate) fn new(segments: Segments) -> Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be had"))?;
+        let load = dmaload_load { event: Arc::new(Event(event)), state: Mutex::new(State::Going { segments, next: None }) };
+        load.fetch_ahead(&mut load.state());
+        Ok(load)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn event_fd(&self) -> i32 {
+        self.event.0.as_raw_fd()
+    }
+
+    /// Fetches what is there, and has the eventfd say so; what is not there wakes it when it comes.
+    fn fetch_ahead(&self, state: &mut State) {
+        let State::Going { segments, next } = state else { return self.event.set() };
+        if next.is_none() {
+            let waker = Waker::from(Arc::clone(&self.event));
+            if let Poll::Ready(came) = Pin::new(segments).poll_next(&mut Context::from_waker(&waker)) {
+                *next = Some(came);
+            }
+        }
+        if next.is_some() {
+            self.event.set();
+        }
+    }
+
+    pub(crate) fn poll(&self) -> Result<Fetched> {
+        let mut state = self.state();
+        self.event.clear();
+        self.fetch_ahead(&mut state);
+        let fetched = match &mut *state {
+            State::Finished { .. } => return Ok(Fetched::Finished),
+            State::Failed(failure) => return Err(failure.clone()),
+            State::Going { segments, next } => match next.take() {
+                None => return Ok(Fetched::Nothing),
+                Some(Some(Ok(segment))) => Given::of(&segment),
+                Some(Some(Err(error))) => Err(error.into()),
+                Some(None) => match segments.report().cloned() {
+                    Some(report) => {
+                        *state = State::Finished { report: Box::new(report) };
+                        self.event.set();
+                        return Ok(Fetched::Finished);
+                    }
+                    None => Err(Failure::cancelled("the load ended without a report")),
+                },
+            },
+        };
+        match fetched {
+            Ok(given) => {
+                self.event.clear();
+                self.fetch_ahead(&mut state);
+                Ok(Fetched::Segment(given))
+            }
+            Err(failure) => {
+                *state = State::Failed(failure.clone());
+                self.event.set();
+                Err(failure)
+            }
+        }
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        match &*self.state() {
+            State::Going { segments, .. } => segments.progress(),
+            State::Finished { .. } | State::Failed(_) => Progress::default(),
+        }
+    }
+
+    pub(crate) fn report(&self) -> Result<Report> {
+        match &*self.state() {
+            State::Finished { report } => Ok(report.as_ref().clone()),
+            State::Failed(failure) => Err(failure.clone()),
+            State::Going { .. } => Err(Failure::new(Errno::INPROGRESS, "the load is not finished")),
+        }
+    }
+
+    pub(crate) fn cancel(&self) {
+        let mut state = self.state();
+        if let State::Going { .. } = &*state {
+            *state = State::Failed(Failure::cancelled("the load was cancelled"));
+            self.event.set();
+        }
+    }
+}

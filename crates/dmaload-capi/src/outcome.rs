@@ -1,0 +1,130 @@
+//! What a load gives, as C gets it: segments, progress, a report.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_char, c_int};
+use std::os::fd::{IntoRawFd, OwnedFd};
+
+use dmaload::dmabuf::errno;
+use dmaload::{Progress, Report, Segment};
+use rustix::io::Errno;
+
+use crate::failure::{Failure, Result};
+use crate::sized;
+use crate::types::{DMALOAD_DMA_BUF, DMALOAD_MEMFD, dmaload_progress, dmaload_report, dmaload_segment};
+
+/// A segment whose descriptor nobody has taken yet.
+#[derive(Debug)]
+pub(crate) struct Given {
+    fd: OwnedFd,
+    plain: dmaload_segment,
+}
+
+impl Given {
+    /// The segment itself can go: its memory lives by this descriptor.
+    pub(crate) fn of(segment: &Segment) -> Result<Self> {
+        let (fd, kind) = if segment.has_dma_buf() {
+            (segment.to_dma_buf()?, DMALOAD_DMA_BUF)
+        } else {
+            let failed = |errno| Failure::new(errno, "a segment's descriptor can't be duplicated");
+            (rustix::io::fcntl_dupfd_cloexec(segment.memfd()?, 0).map_err(failed)?, DMALOAD_MEMFD)
+        };
+        let plain = dmaload_segment {
+            fd: -1,
+            kind,
+            index: segment.index() as u64,
+            file_offset: segment.file_range().start,
+            bytes: segment.len() as u64,
+            memory_offset: segment.memory_offset() as u64,
+            memory_bytes: segment.memory_bytes() as u64,
+        };
+        Ok(Given { fd, plain })
+    }
+
+    /// From here on the descriptor is C's to close.
+    pub(crate) fn into_c(self) -> dmaload_segment {
+        dmaload_segment { fd: self.fd.into_raw_fd(), ..self.plain }
+    }
+
+    pub(crate) fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+}
+
+pub(crate) fn progress(progress: Progress) -> dmaload_progress {
+    let Progress { planned_bytes, allocated_bytes, read_bytes, .. } = progress;
+    dmaload_progress { planned_bytes, allocated_bytes, read_bytes }
+}
+
+/// Writes a report, as far as its owner knows it.
+///
+/// # Safety
+/// As for [`sized::write`].
+pub(crate) unsafe fn write_report(report: &Report, to: *mut dmaload_report) -> Result<()> {
+    let ns = |duration: std::time::Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+    let mut all: dmaload_report = sized::zeroed();
+    all.bytes = report.bytes;
+    all.total_ns = ns(report.total);
+    all.first_segment_ns = report.first_segment.map_or(0, ns);
+    all.allocating_ns = ns(report.allocating);
+    all.reading_ns = ns(report.reading);
+    all.copying_ns = ns(report.copying);
+    all.cpu_ns = ns(report.cpu);
+    all.huge_page_bytes = report.pages.huge_bytes as u64;
+    all.segments = report.segments as u64;
+    all.fallbacks = report.fallbacks.len() as u64;
+    let text = told(report);
+    // The last one stays 0.
+    let room = all.text.len() - 1;
+    for (to, byte) in all.text.iter_mut().take(room).zip(text.bytes().filter(|&byte| byte != 0)) {
+        *to = c_char::from_ne_bytes([byte]);
+    }
+    // SAFETY: as the caller says.
+    unsafe { sized::write(to, &all) }
+}
+
+fn told(report: &Report) -> String {
+    let mut lines = vec![format!("{} by {}", report.heap, report.route)];
+    lines.extend(report.fallbacks.iter().map(|step| {
+        let errno = errno::describe(step.errno);
+        format!("{} was refused while {}: {errno}; {} was taken", step.from, step.attempt, step.to)
+    }));
+    lines.extend(report.notes.iter().cloned());
+    lines.join("\n")
+}
+
+/// Hands an array of segments to C.
+///
+/// # Safety
+/// Both places are valid for writes.
+pub(crate) unsafe fn into_array(given: Vec<Given>, segments: *mut *mut dmaload_segment, count: *mut usize) {
+    let all: Box<[dmaload_segment]> = given.into_iter().map(Given::into_c).collect();
+    // SAFETY: as the caller says.
+    unsafe { count.write(all.len()) };
+    // SAFETY: as the caller says.
+    unsafe { segments.write(Box::into_raw(all).cast()) };
+}
+
+/// Closes what was not taken (`fd` is not -1), and frees the array.
+///
+/// # Safety
+/// It is null, or came from [`into_array`] with this count, once.
+pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
+    if segments.is_null() {
+        return;
+    }
+    // SAFETY: as the caller says, it was made from a box of that many.
+    let all = unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(segments, count)) };
+    for segment in all.iter().filter(|segment| segment.fd >= 0) {
+        close(segment.fd);
+    }
+}
+
+fn close(fd: c_int) {
+    // SAFETY: whoever gives it to be closed owns it, and a descriptor that is closed already gives an error that nobody needs.
+    unsafe { libc::close(fd) };
+}
+
+/// NULL where there must be something.
+pub(crate) fn not_null<T>(pointer: *const T, what: &str) -> Result<()> {
+    if pointer.is_null() { Err(Failure::new(Errno::FAULT, format!("{what} is NULL"))) } else { Ok(()) }
+}

@@ -1,0 +1,202 @@
+//! From what C asks for to a loader, and to a load of it.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int};
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use dmaload::dmabuf::{Device, Pages};
+use dmaload::heap::{self, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::{Format, Layout, LoadOptions, Loader, Priority, Segments};
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use crate::failure::{Failure, Result};
+use crate::types::{DMALOAD_HEAP_FD, DMALOAD_SEGMENTED, DMALOAD_SINGLE, DMALOAD_STRICT, dmaload_options};
+
+const MIB: u64 = 1 << 20;
+const SEGMENT_BYTES: u64 = 64 * MIB;
+const WINDOW_BYTES: u64 = 128 * MIB;
+const SEGMENT_STEP_BYTES: u64 = 2 * MIB;
+
+/// A descriptor of our own of what the caller has open.
+pub(crate) fn duplicate(fd: c_int, what: &str) -> Result<OwnedFd> {
+    let failed = |errno| Failure::new(errno, format!("{what} {fd} is no open descriptor"));
+    if fd < 0 {
+        return Err(failed(Errno::BADF));
+    }
+    // SAFETY: it is not -1, and used for this call only, which fails for one that is closed.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(failed)
+}
+
+/// The file to be read, and its length.
+pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
+    let file = duplicate(fd, "file_fd")?;
+    let failed = |errno| Failure::new(errno, format!("file_fd {fd} can't be looked at"));
+    let flags = rustix::fs::fcntl_getfl(&file).map_err(failed)?;
+    if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE == OFlags::WRONLY {
+        return Err(Failure::new(Errno::BADF, format!("file_fd {fd} is not open for reading")));
+    }
+    let found = rustix::fs::fstat(&file).map_err(failed)?;
+    match FileType::from_raw_mode(found.st_mode) {
+        FileType::RegularFile => Ok((file, u64::try_from(found.st_size).unwrap_or(0))),
+        FileType::Directory => Err(Failure::new(Errno::ISDIR, format!("file_fd {fd} is a directory"))),
+        kind => Err(Failure::invalid(format!("file_fd {fd} is no regular file, but {kind:?}"))),
+    }
+}
+
+/// The heap that this descriptor is of.
+pub(crate) fn heap_of(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
+    let device = duplicate(fd, "heap_fd")?;
+    match Device::of(&device) {
+        Some(Device::DmaHeap(_)) => Ok(Arc::new(DmaHeap::from_fd(device)?.flags(flags))),
+        Some(Device::Udmabuf) if flags != 0 => Err(Failure::invalid("udmabuf knows no heap_flags")),
+        Some(Device::Udmabuf) => Ok(Arc::new(UdmabufHeap::from_fd(device, Pages::Auto)?)),
+        None => Err(Failure::new(Errno::NOTTY, format!("heap_fd {fd} is neither a dma-heap nor /dev/udmabuf"))),
+    }
+}
+
+/// # Safety
+/// It is null, or a C string.
+unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
+    if name.is_null() {
+        return Ok(Arc::new(MemfdHeap::default()));
+    }
+    // SAFETY: the caller says so.
+    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+    match name.as_ref() {
+        "memfd" => Ok(Arc::new(MemfdHeap::default())),
+        "udmabuf" => Ok(Arc::new(UdmabufHeap::open(Pages::Auto)?)),
+        "dma-buf" => Ok(heap::for_dma_buf(Pages::Auto)?.0),
+        other => match other.strip_prefix("dma-heap:") {
+            Some(name) => Ok(Arc::new(DmaHeap::open(name)?)),
+            None => Err(Failure::invalid(format!("heap {other:?}: memfd, udmabuf, dma-heap:NAME or dma-buf"))),
+        },
+    }
+}
+
+/// # Safety
+/// As [`heap_named`], for `options.heap`.
+unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
+    match (options.flags & DMALOAD_HEAP_FD != 0, options.heap.is_null()) {
+        (true, true) => heap_of(options.heap_fd, 0),
+        (true, false) => Err(Failure::invalid("a heap by its descriptor, or by its name, not by both")),
+        // SAFETY: as the caller says.
+        (false, _) => unsafe { heap_named(options.heap) },
+    }
+}
+
+/// A loader as it is asked for.
+///
+/// # Safety
+/// As [`heap_named`], for `options.heap`.
+pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
+    check_flags(options)?;
+    // SAFETY: as the caller says.
+    let heap = unsafe { heap(options)? };
+    let mut builder = Loader::builder().heap(heap).window_bytes(window_bytes(options.window_bytes)?);
+    if options.queue_depth > 0 {
+        builder = builder.queue_depth(options.queue_depth as usize);
+    }
+    // What a load asks for is with the load; the default must fit into this window all the same.
+    Ok(builder.options(LoadOptions::default().segment_bytes(segment_within(options.window_bytes)?)).build()?)
+}
+
+/// A loader of one's own for each call of the ioctl's kind.
+pub(crate) fn loader_with(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
+    let options = LoadOptions::default().segment_bytes(segment_within(batch_bytes)?);
+    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).options(options).build()?)
+}
+
+fn check_flags(options: &dmaload_options) -> Result<()> {
+    let unknown = options.flags & !(DMALOAD_HEAP_FD | DMALOAD_STRICT);
+    if unknown == 0 { Ok(()) } else { Err(Failure::invalid(format!("flags {unknown:#x} are unknown"))) }
+}
+
+fn window_bytes(asked: u64) -> Result<u64> {
+    match asked {
+        0 => Ok(WINDOW_BYTES),
+        bytes if bytes < SEGMENT_STEP_BYTES => Err(Failure::invalid(format!("{bytes} bytes at once are too few: 2 MiB at least"))),
+        bytes => Ok(bytes),
+    }
+}
+
+/// The largest segment up to the default one that such a window has room for.
+fn segment_within(window: u64) -> Result<u64> {
+    Ok(window_bytes(window)?.min(SEGMENT_BYTES) / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES)
+}
+
+/// The loader of a load, and whether nobody else has it.
+///
+/// # Safety
+/// The pointers in `options` are as the header says.
+pub(crate) unsafe fn loader_of(options: &dmaload_options) -> Result<(Loader, bool)> {
+    // SAFETY: it is null, or a loader that was not freed.
+    let Some(shared) = (unsafe { options.loader.as_ref() }) else {
+        // SAFETY: as the caller says.
+        return Ok((unsafe { new_loader(options)? }, true));
+    };
+    check_flags(options)?;
+    let own = options.flags & DMALOAD_HEAP_FD != 0 || !options.heap.is_null();
+    if own || options.window_bytes != 0 || options.queue_depth != 0 {
+        return Err(Failure::invalid("heap, heap_fd, window_bytes and queue_depth are the loader's"));
+    }
+    Ok((shared.0.clone(), false))
+}
+
+/// Starts what is asked for.
+pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &dmaload_options) -> Result<Segments> {
+    let layout = match options.layout {
+        DMALOAD_SEGMENTED => Layout::Segmented,
+        DMALOAD_SINGLE => Layout::Single,
+        other => return Err(Failure::invalid(format!("layout {other} is unknown"))),
+    };
+    let priority = match options.priority {
+        0 => Priority::Normal,
+        1 => Priority::High,
+        -1 => Priority::Low,
+        other => return Err(Failure::invalid(format!("priority {other}: -1, 0 or 1"))),
+    };
+    let part = part(file_bytes, options.file_offset, options.file_bytes)?;
+    let strict = options.flags & DMALOAD_STRICT != 0;
+    // Whatever the file is, its bytes are what is asked for.
+    let mut load = loader.options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
+    if options.segment_bytes > 0 {
+        load = load.segment_bytes(options.segment_bytes);
+    }
+    Ok(loader.stream_file(file, part, load))
+}
+
+/// The part of the file that is wanted; `None` for all of it.
+fn part(file_bytes: u64, offset: u64, bytes: u64) -> Result<Option<Range<u64>>> {
+    let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
+        Failure::invalid(format!("the file has {file_bytes} bytes: there are no {} from {offset} on", bytes.max(1)))
+    })?;
+    let end = offset + if bytes == 0 { left } else { bytes };
+    Ok((offset > 0 || end < file_bytes).then_some(offset..end))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_within_the_file() {
+        assert_eq!(part(10, 0, 0).unwrap(), None);
+        assert_eq!(part(10, 0, 10).unwrap(), None);
+        assert_eq!(part(10, 3, 0).unwrap(), Some(3..10));
+        assert_eq!(part(10, 3, 4).unwrap(), Some(3..7));
+        for (bytes, offset, wanted) in [(0, 0, 0), (10, 10, 0), (10, 11, 0), (10, 3, 8), (10, 0, 11), (10, u64::MAX, 1)] {
+            assert_eq!(part(bytes, offset, wanted).unwrap_err().errno, Errno::INVAL, "{bytes} {offset} {wanted}");
+        }
+    }
+
+    #[test]
+    fn a_segment_fits_into_its_window() {
+        assert_eq!(segment_within(0).unwrap(), SEGMENT_BYTES);
+        assert_eq!(segment_within(MIB * 5).unwrap(), 4 * MIB);
+        assert_eq!(segment_within(MIB).unwrap_err().errno, Errno::INVAL);
+    }
+}

@@ -1,0 +1,86 @@
+//! Structs that grow from version to version: each begins with its size in bytes, a `uint64_t`, as its writer knows it.
+//!
+//! As the kernel does with `copy_struct_from_user` (include/linux/uaccess.h).
+#![allow(unsafe_code)]
+
+use std::mem::MaybeUninit;
+
+use rustix::io::Errno;
+
+use crate::failure::{Failure, Result};
+use crate::types::{dmaload_options, dmaload_report};
+
+/// A struct whose first field is its size.
+///
+/// # Safety
+/// It is `repr(C)`, its first field is a `u64`, and any of its fields may be zero.
+pub(crate) unsafe trait Sized64: Copy {
+    const NAME: &str;
+}
+
+// SAFETY: `repr(C)`, begins with `size: u64`; numbers, and pointers and functions that may be null.
+unsafe impl Sized64 for dmaload_options {
+    const NAME: &str = "struct dmaload_options";
+}
+
+// SAFETY: `repr(C)`, begins with `size: u64`; numbers only.
+unsafe impl Sized64 for dmaload_report {
+    const NAME: &str = "struct dmaload_report";
+}
+
+fn stated<T: Sized64>(size: u64) -> Result<usize> {
+    let least = size_of::<u64>();
+    usize::try_from(size).ok().filter(|&size| (least..=1 << 16).contains(&size)).ok_or_else(|| {
+        Failure::invalid(format!("{}: its size is said to be {size} bytes: set it to sizeof({})", T::NAME, T::NAME))
+    })
+}
+
+/// All fields zero.
+pub(crate) fn zeroed<T: Sized64>() -> T {
+    // SAFETY: the trait says that all of its fields may be zero.
+    unsafe { MaybeUninit::zeroed().assume_init() }
+}
+
+/// Reads one of any version; NULL is all zero.
+///
+/// # Safety
+/// It is null, or valid for reads of as many bytes as its first field says.
+pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
+    let mut all = zeroed::<T>();
+    if from.is_null() {
+        return Ok(all);
+    }
+    // SAFETY: the first field is there; the caller's struct may have any alignment.
+    let size = stated::<T>(unsafe { from.cast::<u64>().read_unaligned() })?;
+    let known = size.min(size_of::<T>());
+    // SAFETY: `known` bytes of both are there, and they are different objects.
+    unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), (&raw mut all).cast::<u8>(), known) };
+    // SAFETY: it is one byte after `known`, or at the end.
+    let rest = unsafe { from.cast::<u8>().add(known) };
+    // SAFETY: the caller's struct has `size` bytes.
+    let rest = unsafe { std::slice::from_raw_parts(rest, size - known) };
+    if rest.iter().any(|&byte| byte != 0) {
+        let text = format!("{}: of a newer version, with something in it that this one does not know", T::NAME);
+        return Err(Failure::new(Errno::TOOBIG, text));
+    }
+    Ok(all)
+}
+
+/// Writes one of any version, as far as its owner knows it; its size stays. NULL is nothing.
+///
+/// # Safety
+/// It is null, or valid for reads and writes of as many bytes as its first field says.
+pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
+    if to.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the first field is there.
+    let size = stated::<T>(unsafe { to.cast::<u64>().read_unaligned() })?;
+    let known = size.min(size_of::<T>());
+    let first = size_of::<u64>();
+    // SAFETY: it is within both, whose first field has that size.
+    let (from, to) = unsafe { ((&raw const *all).cast::<u8>().add(first), to.cast::<u8>().add(first)) };
+    // SAFETY: `known` bytes of both are there, and they are different objects.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, known - first) };
+    Ok(())
+}
