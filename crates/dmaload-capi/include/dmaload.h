@@ -221,8 +221,8 @@ struct dmaload_options {
 };
 
 /*
- A part of the file in memory. The file's bytes begin at `memory_offset` of what `fd` is; what is behind them, up to
- `memory_bytes`, is zero.
+ A part of the file in memory. The file's bytes begin at `memory_offset` of what `fd` is. What is behind them, up to `memory_bytes`,
+ is zero; where only a part of the file was asked for, its first and its last block hold what is around it, too.
  */
 struct dmaload_segment {
     /*
@@ -247,11 +247,11 @@ struct dmaload_segment {
      */
     uint64_t bytes;
     /*
-     Where in the memory they begin.
+     Where in the memory they begin: 0, unless only a part of the file was asked for.
      */
     uint64_t memory_offset;
     /*
-     How much memory there is for them: whole pages.
+     How much memory there is from there on.
      */
     uint64_t memory_bytes;
 };

@@ -14,6 +14,7 @@ use futures_core::Stream;
 
 use crate::failure::{Failure, Result};
 use crate::outcome::{self, Given};
+use crate::request::Started;
 use crate::types::dmaload_options;
 
 /// How often progress is told, and the cancel flag looked at.
@@ -88,7 +89,8 @@ impl<'a> Control<'a> {
 ///
 /// # Safety
 /// The pointers in what `control` is of are as the header says.
-pub(crate) unsafe fn all_of(mut segments: Segments, control: Control<'_>) -> Result<(Vec<Given>, Report)> {
+pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(Vec<Given>, Report)> {
+    let Started { mut segments, wanted } = started;
     let mut all = Vec::new();
     loop {
         let next = if control.is_wanted() {
@@ -101,7 +103,7 @@ pub(crate) unsafe fn all_of(mut segments: Segments, control: Control<'_>) -> Res
             block_on(segments.next(), None)?
         };
         match next {
-            Some(segment) => all.push(Given::of(&segment?)?),
+            Some(segment) => all.push(Given::of(&segment?, &wanted)?),
             None => break,
         }
     }

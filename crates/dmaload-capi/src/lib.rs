@@ -93,9 +93,9 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
         let (file, bytes) = request::file(file_fd)?;
         let loader = request::loader_with(heap, batch_bytes)?;
         let options = dmaload_options { layout: DMALOAD_SINGLE, ..sized::zeroed() };
-        let segments = request::start(&loader, file, bytes, &options)?;
+        let started = request::start(&loader, file, bytes, &options)?;
         // SAFETY: nothing is asked to be told.
-        let (given, _) = unsafe { blocking::all_of(segments, Control::of(&options))? };
+        let (given, _) = unsafe { blocking::all_of(started, Control::of(&options))? };
         let one = blocking::only(given)?;
         if fd_flags & OFlags::CLOEXEC.bits() == 0 {
             // SAFETY: it is open, and nobody else has it.
@@ -135,9 +135,9 @@ pub unsafe extern "C" fn dmaload_load_file(
         let (file, bytes) = request::file(file_fd)?;
         // SAFETY: as the header says.
         let (loader, is_own) = unsafe { request::loader_of(&options)? };
-        let stream = request::start(&loader, file, bytes, &options)?;
+        let started = request::start(&loader, file, bytes, &options)?;
         // SAFETY: as the header says.
-        let (given, report) = unsafe { blocking::all_of(stream, Control::of(&options))? };
+        let (given, report) = unsafe { blocking::all_of(started, Control::of(&options))? };
         // SAFETY: as the header says.
         unsafe { outcome::write_report(&report, options.report)? };
         if is_own {
@@ -203,11 +203,7 @@ pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
 /// # Safety
 /// The pointers, and those in `options`, are null or valid as the header says.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn dmaload_start(
-    file_fd: c_int,
-    options: *const dmaload_options,
-    load: *mut *mut dmaload_load,
-) -> c_int {
+pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_options, load: *mut *mut dmaload_load) -> c_int {
     answer(|| {
         not_null(load, "load")?;
         // SAFETY: as the header says.

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,7 @@ use rustix::io::Errno;
 
 use crate::failure::{Failure, Result};
 use crate::outcome::Given;
+use crate::request::Started;
 
 /// The eventfd.
 #[derive(Debug)]
@@ -41,6 +43,7 @@ impl Wake for Event {
 #[allow(non_camel_case_types, reason = "the name is that of the header")]
 pub struct dmaload_load {
     event: Arc<Event>,
+    wanted: Range<u64>,
     state: Mutex<State>,
 }
 
@@ -71,10 +74,12 @@ pub(crate) enum Fetched {
 
 impl dmaload_load {
     /// From now on the eventfd tells.
-    pub(crate) fn new(segments: Segments) -> Result<Self> {
+    pub(crate) fn new(started: Started) -> Result<Self> {
+        let Started { segments, wanted } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be had"))?;
-        let load = dmaload_load { event: Arc::new(Event(event)), state: Mutex::new(State::Going { segments, next: None }) };
+        let load =
+            dmaload_load { event: Arc::new(Event(event)), wanted, state: Mutex::new(State::Going { segments, next: None }) };
         load.fetch_ahead(&mut load.state());
         Ok(load)
     }
@@ -110,7 +115,7 @@ impl dmaload_load {
             State::Failed(failure) => return Err(failure.clone()),
             State::Going { segments, next } => match next.take() {
                 None => return Ok(Fetched::Nothing),
-                Some(Some(Ok(segment))) => Given::of(&segment),
+                Some(Some(Ok(segment))) => Given::of(&segment, &self.wanted),
                 Some(Some(Err(error))) => Err(error.into()),
                 Some(None) => match segments.report().cloned() {
                     Some(report) => {

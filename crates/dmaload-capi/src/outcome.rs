@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int};
+use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
 
 use dmaload::dmabuf::errno;
@@ -20,22 +21,26 @@ pub(crate) struct Given {
 }
 
 impl Given {
-    /// The segment itself can go: its memory lives by this descriptor.
-    pub(crate) fn of(segment: &Segment) -> Result<Self> {
+    /// What it has of the bytes that are wanted: reads take whole blocks. The segment itself can go: its memory lives by this
+    /// descriptor.
+    pub(crate) fn of(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.to_dma_buf()?, DMALOAD_DMA_BUF)
         } else {
             let failed = |errno| Failure::new(errno, "a segment's descriptor can't be duplicated");
             (rustix::io::fcntl_dupfd_cloexec(segment.memfd()?, 0).map_err(failed)?, DMALOAD_MEMFD)
         };
+        let has = segment.file_range();
+        let (start, end) = (has.start.max(wanted.start), has.end.min(wanted.end));
+        let before = start - has.start;
         let plain = dmaload_segment {
             fd: -1,
             kind,
             index: segment.index() as u64,
-            file_offset: segment.file_range().start,
-            bytes: segment.len() as u64,
-            memory_offset: segment.memory_offset() as u64,
-            memory_bytes: segment.memory_bytes() as u64,
+            file_offset: start,
+            bytes: end.saturating_sub(start),
+            memory_offset: segment.memory_offset() as u64 + before,
+            memory_bytes: segment.memory_bytes() as u64 - before,
         };
         Ok(Given { fd, plain })
     }

@@ -118,7 +118,9 @@ fn check_flags(options: &dmaload_options) -> Result<()> {
 fn window_bytes(asked: u64) -> Result<u64> {
     match asked {
         0 => Ok(WINDOW_BYTES),
-        bytes if bytes < SEGMENT_STEP_BYTES => Err(Failure::invalid(format!("{bytes} bytes at once are too few: 2 MiB at least"))),
+        bytes if bytes < SEGMENT_STEP_BYTES => {
+            Err(Failure::invalid(format!("{bytes} bytes at once are too few: 2 MiB at least")))
+        }
         bytes => Ok(bytes),
     }
 }
@@ -146,8 +148,15 @@ pub(crate) unsafe fn loader_of(options: &dmaload_options) -> Result<(Loader, boo
     Ok((shared.0.clone(), false))
 }
 
+/// A load that was started, and the bytes of the file that are wanted.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) segments: Segments,
+    pub(crate) wanted: Range<u64>,
+}
+
 /// Starts what is asked for.
-pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &dmaload_options) -> Result<Segments> {
+pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &dmaload_options) -> Result<Started> {
     let layout = match options.layout {
         DMALOAD_SEGMENTED => Layout::Segmented,
         DMALOAD_SINGLE => Layout::Single,
@@ -159,23 +168,23 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         -1 => Priority::Low,
         other => return Err(Failure::invalid(format!("priority {other}: -1, 0 or 1"))),
     };
-    let part = part(file_bytes, options.file_offset, options.file_bytes)?;
+    let wanted = part(file_bytes, options.file_offset, options.file_bytes)?;
+    let part = (wanted != (0..file_bytes)).then(|| wanted.clone());
     let strict = options.flags & DMALOAD_STRICT != 0;
     // Whatever the file is, its bytes are what is asked for.
     let mut load = loader.options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
     if options.segment_bytes > 0 {
         load = load.segment_bytes(options.segment_bytes);
     }
-    Ok(loader.stream_file(file, part, load))
+    Ok(Started { segments: loader.stream_file(file, part, load), wanted })
 }
 
-/// The part of the file that is wanted; `None` for all of it.
-fn part(file_bytes: u64, offset: u64, bytes: u64) -> Result<Option<Range<u64>>> {
+/// The part of the file that is wanted.
+fn part(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
         Failure::invalid(format!("the file has {file_bytes} bytes: there are no {} from {offset} on", bytes.max(1)))
     })?;
-    let end = offset + if bytes == 0 { left } else { bytes };
-    Ok((offset > 0 || end < file_bytes).then_some(offset..end))
+    Ok(offset..offset + if bytes == 0 { left } else { bytes })
 }
 
 #[cfg(test)]
@@ -184,10 +193,10 @@ mod tests {
 
     #[test]
     fn a_part_is_within_the_file() {
-        assert_eq!(part(10, 0, 0).unwrap(), None);
-        assert_eq!(part(10, 0, 10).unwrap(), None);
-        assert_eq!(part(10, 3, 0).unwrap(), Some(3..10));
-        assert_eq!(part(10, 3, 4).unwrap(), Some(3..7));
+        assert_eq!(part(10, 0, 0).unwrap(), 0..10);
+        assert_eq!(part(10, 0, 10).unwrap(), 0..10);
+        assert_eq!(part(10, 3, 0).unwrap(), 3..10);
+        assert_eq!(part(10, 3, 4).unwrap(), 3..7);
         for (bytes, offset, wanted) in [(0, 0, 0), (10, 10, 0), (10, 11, 0), (10, 3, 8), (10, 0, 11), (10, u64::MAX, 1)] {
             assert_eq!(part(bytes, offset, wanted).unwrap_err().errno, Errno::INVAL, "{bytes} {offset} {wanted}");
         }

@@ -41,8 +41,8 @@ pub struct dmaload_progress {
 /// load. It must not throw.
 pub type dmaload_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const dmaload_progress) -> c_int>;
 
-/// A part of the file in memory. The file's bytes begin at `memory_offset` of what `fd` is; what is behind them, up to
-/// `memory_bytes`, is zero.
+/// A part of the file in memory. The file's bytes begin at `memory_offset` of what `fd` is. What is behind them, up to `memory_bytes`,
+/// is zero; where only a part of the file was asked for, its first and its last block hold what is around it, too.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_segment {
@@ -57,9 +57,9 @@ pub struct dmaload_segment {
     pub file_offset: u64,
     /// How many bytes of the file it has.
     pub bytes: u64,
-    /// Where in the memory they begin.
+    /// Where in the memory they begin: 0, unless only a part of the file was asked for.
     pub memory_offset: u64,
-    /// How much memory there is for them: whole pages.
+    /// How much memory there is from there on.
     pub memory_bytes: u64,
 }
 
