@@ -49,7 +49,7 @@ pub struct dmaload_load {
 
 enum State {
     Going {
-        segments: Segments,
+        segments: Box<Segments>,
         /// What was fetched ahead, so that the eventfd can say that it is there.
         next: Option<Option<std::result::Result<Segment, Error>>>,
     },
@@ -79,7 +79,7 @@ impl dmaload_load {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be had"))?;
         let load =
-            dmaload_load { event: Arc::new(Event(event)), wanted, state: Mutex::new(State::Going { segments, next: None }) };
+            dmaload_load { event: Arc::new(Event(event)), wanted, state: Mutex::new(State::Going { segments: Box::new(segments), next: None }) };
         load.fetch_ahead(&mut load.state());
         Ok(load)
     }
@@ -97,7 +97,7 @@ impl dmaload_load {
         let State::Going { segments, next } = state else { return self.event.set() };
         if next.is_none() {
             let waker = Waker::from(Arc::clone(&self.event));
-            if let Poll::Ready(came) = Pin::new(segments).poll_next(&mut Context::from_waker(&waker)) {
+            if let Poll::Ready(came) = Pin::new(&mut **segments).poll_next(&mut Context::from_waker(&waker)) {
                 *next = Some(came);
             }
         }

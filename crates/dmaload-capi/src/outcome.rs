@@ -74,7 +74,7 @@ pub(crate) unsafe fn write_report(report: &Report, to: *mut dmaload_report) -> R
     all.reading_ns = ns(report.reading);
     all.copying_ns = ns(report.copying);
     all.cpu_ns = ns(report.cpu);
-    all.huge_page_bytes = report.pages.huge_bytes as u64;
+    all.huge_page_bytes = report.pages.huge_bytes;
     all.segments = report.segments as u64;
     all.fallbacks = report.fallbacks.len() as u64;
     let text = told(report);

@@ -78,8 +78,10 @@ pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     let size = stated::<T>(unsafe { to.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
     let first = size_of::<u64>();
-    // SAFETY: it is within both, whose first field has that size.
-    let (from, to) = unsafe { ((&raw const *all).cast::<u8>().add(first), to.cast::<u8>().add(first)) };
+    // SAFETY: the first field has that size.
+    let from = unsafe { (&raw const *all).cast::<u8>().add(first) };
+    // SAFETY: the first field has that size.
+    let to = unsafe { to.cast::<u8>().add(first) };
     // SAFETY: `known` bytes of both are there, and they are different objects.
     unsafe { std::ptr::copy_nonoverlapping(from, to, known - first) };
     Ok(())
