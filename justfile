@@ -1,5 +1,8 @@
 # Every verb of this project. `just` lists them.
 
+# Where `install` puts things: `just PREFIX=/opt/dmaload install`.
+PREFIX := "/usr/local"
+
 _default:
     @just --list --unsorted
 
@@ -31,6 +34,18 @@ candle:
 # A model's dma-bufs imported by Vulkan; says why where that can't be: `just gpu-import model.safetensors`.
 gpu-import *MODEL:
     .ci/gpu-import {{MODEL}}
+
+# The command, libdmaload.so and .a, dmaload.h and dmaload.pc into PREFIX (under DESTDIR, if that is set).
+install:
+    crates/dmaload-capi/install.sh "{{PREFIX}}"
+
+# The C library as its users have it: installed into a folder, linked, its programs and its suite run, also under valgrind (needs a C compiler, pkg-config, valgrind).
+capi:
+    .ci/capi
+
+# Makes dmaload.h anew from the sources.
+capi-header:
+    DMALOAD_WRITE_HEADER=1 cargo test --quiet -p dmaload-capi --test header
 
 # The seeded simulator, 50,000 worlds or as many as asked for; a failure prints its seed: `just simulate --seeds 1000000`, `just simulate --seed 17`.
 simulate *ARGS:

@@ -78,8 +78,11 @@ impl dmaload_load {
         let Started { segments, wanted } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be had"))?;
-        let load =
-            dmaload_load { event: Arc::new(Event(event)), wanted, state: Mutex::new(State::Going { segments: Box::new(segments), next: None }) };
+        let load = dmaload_load {
+            event: Arc::new(Event(event)),
+            wanted,
+            state: Mutex::new(State::Going { segments: Box::new(segments), next: None }),
+        };
         load.fetch_ahead(&mut load.state());
         Ok(load)
     }

@@ -33,6 +33,8 @@ pub(crate) struct Built {
     pub(crate) command: PathBuf,
     /// Each suite's program, by the suite's name.
     pub(crate) suites: BTreeMap<&'static str, PathBuf>,
+    /// Programs in C, on the static library.
+    pub(crate) c_programs: Vec<PathBuf>,
     /// What integration tests were compiled to take for their folder: an absolute path.
     pub(crate) tests_folder: PathBuf,
 }
@@ -69,7 +71,25 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
         let Some(artifact) = artifact else { bail!("cargo built nothing for the suite {}: {:?}", suite.name, suite.program) };
         found.insert(suite.name, artifact.executable.clone());
     }
-    Ok(Built { command, suites: found, tests_folder: target_dir.join(TARGET).join("tmp") })
+    // Without the shared library, which can't be linked statically.
+    built(cargo().args(["rustc", "-p", "dmaload-capi", "--crate-type", "staticlib"]))?;
+    let folder = target_dir.join(TARGET);
+    let c_programs = C_PROGRAMS.map(|(name, source)| compile_c(workspace, &folder.join("guest"), name, source));
+    let c_programs = c_programs.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(Built { command, suites: found, c_programs, tests_folder: folder.join("tmp") })
+}
+
+/// Programs in C, and their sources.
+const C_PROGRAMS: [(&str, &str); 2] =
+    [("dmabuf-heap-file-read", "examples/c/dmabuf-heap-file-read.c"), ("capi-suite", "crates/dmaload-capi/tests/c/suite.c")];
+
+fn compile_c(workspace: &Path, folder: &Path, name: &str, source: &str) -> Result<PathBuf> {
+    let program = folder.join(name);
+    let mut cc = Command::new("cc");
+    cc.current_dir(workspace).args(["-std=gnu99", "-O2", "-static", "-pthread", "-Icrates/dmaload-capi/include", source]);
+    cc.arg(folder.join("libdmaload_capi.a")).args(["-lm", "-o"]).arg(&program);
+    run::output(&mut cc)?;
+    Ok(program)
 }
 
 fn run_cargo(command: &mut Command) -> Result<String> {

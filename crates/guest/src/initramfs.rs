@@ -35,6 +35,10 @@ pub(crate) fn pack(plan: &Plan<'_>, built: &Built, disks: &Disks) -> Result<Vec<
     let busybox = run::find("busybox").context("busybox has gone")?;
     archive.file("bin/busybox", &read(&busybox)?, true);
     archive.file("bin/dmaload", &read(&built.command)?, true);
+    for program in &built.c_programs {
+        let name = program.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        archive.file(&format!("bin/{name}"), &read(program)?, true);
+    }
     archive.file("init", include_bytes!("init.sh"), true);
     archive.file("etc/passwd", b"root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n", false);
     archive.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n", false);

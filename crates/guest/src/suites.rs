@@ -46,6 +46,7 @@ pub(crate) const SUITES: &[Suite] = &[
     guest("selftests", NEWER),
     Suite { seconds_max: 240, ..guest("dma_bufs", CLOUD) },
     Suite { seconds_max: 240, ..guest("faults", CLOUD) },
+    Suite { seconds_max: 240, ..guest("capi", CLOUD) },
     guest("importers", &["6.12-full"]),
     guest("older", OLDER),
     guest("doctor", ALL),
