@@ -134,6 +134,11 @@ measure small-pages --size 1GiB --user 1000 --pages 4k --modes $few
 measure reuse --size 1GiB --user 1000 --pages 4k --modes normal,limit,direct_io,reuse
 measure reuse-bounce --size 1GiB --user 1000 --pages 4k --route bounce --modes normal,limit,direct_io,reuse
 measure reuse-huge --size 1GiB --user 1000 --modes normal,limit,direct_io,reuse,swap
+if [[ c-program == *$filter* ]]; then
+    cargo build --release --locked --quiet -p dmaload-capi
+    cc -O2 -Icrates/dmaload-capi/include examples/c/dmabuf-heap-file-read.c target/release/libdmaload_capi.a -lm -o "$out/dmabuf-heap-file-read"
+fi
+measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --peer "c=$out/dmabuf-heap-file-read memfd bench"
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
