@@ -162,16 +162,20 @@ static int normal_io(const char *heap, int file, size_t bytes)
     return fd;
 }
 
-static int direct_io(const char *heap, int file)
+/* `huge_bytes` is how much of it is in 2 MiB pages, where that is known. */
+static int direct_io(const char *heap, int file, uint64_t *huge_bytes)
 {
     int fd = -1;
+    *huge_bytes = 0;
     if (is_memfd(heap)) {
-        struct dmaload_options options = { .size = sizeof options, .layout = DMALOAD_SINGLE };
+        struct dmaload_report report = { .size = sizeof report };
+        struct dmaload_options options = { .size = sizeof options, .layout = DMALOAD_SINGLE, .report = &report };
         struct dmaload_segment *segments;
         size_t count;
         int answer = dmaload_load_file(file, &options, &segments, &count);
         if (answer < 0)
             fail_by(answer);
+        *huge_bytes = report.huge_page_bytes;
         fd = segments[0].fd;
         /* Taken: it is not closed with the others. */
         segments[0].fd = -1;
@@ -222,10 +226,12 @@ static void bench(const char *heap, int file)
             printf("{\"ready\": true}\n");
         } else if (strncmp(line, "go", 2) == 0) {
             uint64_t start = now_ns(CLOCK_MONOTONIC), cpu = now_ns(CLOCK_PROCESS_CPUTIME_ID);
-            int fd = direct_io(heap, file);
+            uint64_t huge_bytes;
+            int fd = direct_io(heap, file, &huge_bytes);
             double seconds = (double)(now_ns(CLOCK_MONOTONIC) - start) / 1e9;
             double cpu_seconds = (double)(now_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu) / 1e9;
-            printf("{\"seconds\": %.9f, \"cpu_seconds\": %.9f, \"page_bytes\": 2097152}\n", seconds, cpu_seconds);
+            printf("{\"seconds\": %.9f, \"cpu_seconds\": %.9f, \"page_bytes\": %ld}\n", seconds, cpu_seconds,
+                   huge_bytes > 0 ? 2097152 : sysconf(_SC_PAGESIZE));
             close(fd);
         }
         fflush(stdout);
@@ -252,14 +258,14 @@ int main(int argc, char **argv)
     fsync(file);
     posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
 
-    uint64_t start = now_ns(CLOCK_MONOTONIC);
+    uint64_t start = now_ns(CLOCK_MONOTONIC), huge_bytes;
     int fd;
     if (strcmp(mode, "normal") == 0) {
         fd = normal(heap, file, bytes);
     } else if (strcmp(mode, "normal_io") == 0) {
         fd = normal_io(heap, file, bytes);
     } else if (strcmp(mode, "direct_io") == 0 || strcmp(mode, "direct_io_check") == 0) {
-        fd = direct_io(heap, file);
+        fd = direct_io(heap, file, &huge_bytes);
     } else {
         fprintf(stderr, "%s: unknown mode %s\n", program, mode);
         return 2;

@@ -93,7 +93,7 @@ struct dmaload_progress {
 typedef int (*dmaload_progress_fn)(void *user, const struct dmaload_progress *progress);
 
 /*
- How a load went. Set `size` before it is asked for; no more than that is written.
+ How a load went. Set `size` before it is asked for; no more than that is written, and fields of a newer version become 0.
  */
 struct dmaload_report {
     /*
@@ -173,7 +173,7 @@ struct dmaload_options {
      */
     uint32_t layout;
     /*
-     The size of segments, a multiple of 2 MiB; 0 is 64 MiB, or the window where that is smaller. Of `DMALOAD_SEGMENTED` only.
+     The size of segments, a multiple of 2 MiB; 0 is 64 MiB, less where the window or the heap is small. Of `DMALOAD_SEGMENTED` only.
      */
     uint64_t segment_bytes;
     /*
@@ -189,7 +189,7 @@ struct dmaload_options {
      */
     uint64_t file_bytes;
     /*
-     Reads in flight at most; 0 is 40.
+     Reads in flight at most; 0 is 44.
      */
     uint32_t queue_depth;
     /*
@@ -251,7 +251,7 @@ struct dmaload_segment {
      */
     uint64_t memory_offset;
     /*
-     How much memory there is from there on.
+     How much memory there is from there on, up to a whole block of the file system, a page at least.
      */
     uint64_t memory_bytes;
 };
@@ -272,12 +272,13 @@ uint32_t dmaload_version(void);
 const char *dmaload_last_error(void);
 
 /*
- Allocates a dma-buf as large as a file, in whole pages, and reads the file into it: what `DMA_HEAP_IOCTL_ALLOC_AND_READ` would
+ Allocates a dma-buf as large as a file, rounded up to a block of its file system, a page at least, and reads the file into it: what `DMA_HEAP_IOCTL_ALLOC_AND_READ` would
  have done. Returns 0, and the dma-buf in `dmabuf_fd`, which is the caller's to close; or a negative errno, and leaves `dmabuf_fd`
  as it is.
 
  `heap_fd` is an open dma-heap or /dev/udmabuf, known by its device number. `file_fd` is a file opened for reading, with or without
- O_DIRECT; it is read from its beginning, wherever its position is, which stays. `fd_flags` is O_CLOEXEC or 0, together with any access
+ O_DIRECT; it is read from its beginning, wherever its position is, which stays. It is opened again by /proc/self/fd, so procfs and the
+ right to open it are needed (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, together with any access
  mode. `heap_flags` are for the dma-heap, which today knows none. At most `batch_bytes` are allocated and not yet
  read; 0 is 128 MiB, and 2 MiB are the least.
 
@@ -291,7 +292,7 @@ const char *dmaload_last_error(void);
  go through staging, side by side with the copies. A udmabuf is read into directly while it is being allocated. The
  dma-buf is always opened for reading and writing.
 
- Thread-safe. Blocks; starts threads, which have ended when it returns.
+ Thread-safe. Blocks. Starts threads, which end by themselves, soon after it returns; until then they may have the descriptors duplicated.
 
  # Safety
  `dmabuf_fd` is null, or valid for a write.

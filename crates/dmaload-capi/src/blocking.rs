@@ -28,24 +28,14 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs a future to its end on this thread; between, `tick` is called every [`TICK`], if there is one.
-fn block_on<T>(future: impl Future<Output = T>, mut tick: Option<&mut dyn FnMut() -> Result<()>>) -> Result<T> {
+/// Runs a future to its end on this thread.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut future = pin!(future);
-    let mut due = Instant::now() + TICK;
     loop {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            return Ok(output);
-        }
-        match &mut tick {
-            None => thread::park(),
-            Some(tick) => {
-                thread::park_timeout(due.saturating_duration_since(Instant::now()));
-                if due <= Instant::now() {
-                    tick()?;
-                    due = Instant::now() + TICK;
-                }
-            }
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => thread::park(),
         }
     }
 }
@@ -91,20 +81,21 @@ impl<'a> Control<'a> {
 /// The pointers in what `control` is of are as the header says.
 pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(Vec<Given>, Report)> {
     let Started { mut segments, wanted } = started;
-    let mut all = Vec::new();
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let (mut all, mut due) = (Vec::new(), Instant::now() + TICK);
     loop {
-        let next = if control.is_wanted() {
-            let segments = std::cell::RefCell::new(&mut segments);
+        let polled = Pin::new(&mut segments).poll_next(&mut Context::from_waker(&waker));
+        match polled {
+            Poll::Ready(Some(segment)) => all.push(Given::of(&segment?, &wanted)?),
+            Poll::Ready(None) => break,
+            Poll::Pending if control.is_wanted() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
+            Poll::Pending => thread::park(),
+        }
+        // However fast segments come.
+        if due <= Instant::now() {
             // SAFETY: as the caller says.
-            let mut look = || unsafe { control.look(&segments.borrow()) };
-            let next = std::future::poll_fn(|context| Pin::new(&mut **segments.borrow_mut()).poll_next(context));
-            block_on(next, Some(&mut look))?
-        } else {
-            block_on(segments.next(), None)?
-        };
-        match next {
-            Some(segment) => all.push(Given::of(&segment?, &wanted)?),
-            None => break,
+            unsafe { control.look(&segments)? };
+            due = Instant::now() + TICK;
         }
     }
     // SAFETY: as the caller says.
@@ -116,7 +107,7 @@ pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(V
 /// Ends a loader that nobody else has, after its load, and waits for its threads.
 pub(crate) fn end(loader: Loader) {
     // Nothing is in flight any more that could be leaked.
-    let _ = block_on(loader.shutdown(), None);
+    let _ = block_on(loader.shutdown());
 }
 
 /// The one descriptor of a load that has one segment.

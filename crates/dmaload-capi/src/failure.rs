@@ -68,13 +68,15 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
         Ok(Err(failure)) => failure,
         Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: a defect of it, or of a heap"),
     };
-    LAST.with_borrow_mut(|last| *last = CString::new(failure.text.replace('\0', " ")).unwrap_or_default());
+    let text = CString::new(failure.text.replace('\0', " ")).unwrap_or_default();
+    // A thread that ends, in its destructors, has no words any more.
+    let _ = LAST.try_with(|last| last.replace(text));
     -failure.errno.raw_os_error()
 }
 
 /// The words of this thread's last failure, until its next one.
 pub(crate) fn last() -> *const c_char {
-    LAST.with_borrow(|last| last.as_ptr())
+    LAST.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
 #[cfg(test)]

@@ -51,12 +51,13 @@ pub extern "C" fn dmaload_last_error() -> *const c_char {
     failure::last()
 }
 
-/// Allocates a dma-buf as large as a file, in whole pages, and reads the file into it: what `DMA_HEAP_IOCTL_ALLOC_AND_READ` would
+/// Allocates a dma-buf as large as a file, rounded up to a block of its file system, a page at least, and reads the file into it: what `DMA_HEAP_IOCTL_ALLOC_AND_READ` would
 /// have done. Returns 0, and the dma-buf in `dmabuf_fd`, which is the caller's to close; or a negative errno, and leaves `dmabuf_fd`
 /// as it is.
 ///
 /// `heap_fd` is an open dma-heap or /dev/udmabuf, known by its device number. `file_fd` is a file opened for reading, with or without
-/// O_DIRECT; it is read from its beginning, wherever its position is, which stays. `fd_flags` is O_CLOEXEC or 0, together with any access
+/// O_DIRECT; it is read from its beginning, wherever its position is, which stays. It is opened again by /proc/self/fd, so procfs and the
+/// right to open it are needed (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, together with any access
 /// mode. `heap_flags` are for the dma-heap, which today knows none. At most `batch_bytes` are allocated and not yet
 /// read; 0 is 128 MiB, and 2 MiB are the least.
 ///
@@ -70,7 +71,7 @@ pub extern "C" fn dmaload_last_error() -> *const c_char {
 /// go through staging, side by side with the copies. A udmabuf is read into directly while it is being allocated. The
 /// dma-buf is always opened for reading and writing.
 ///
-/// Thread-safe. Blocks; starts threads, which have ended when it returns.
+/// Thread-safe. Blocks. Starts threads, which end by themselves, soon after it returns; until then they may have the descriptors duplicated.
 ///
 /// # Safety
 /// `dmabuf_fd` is null, or valid for a write.

@@ -100,14 +100,12 @@ pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     if options.queue_depth > 0 {
         builder = builder.queue_depth(options.queue_depth as usize);
     }
-    // What a load asks for is with the load; the default must fit into this window all the same.
-    Ok(builder.options(LoadOptions::default().segment_bytes(segment_within(options.window_bytes)?)).build()?)
+    Ok(builder.options(fitting(options.window_bytes)?).build()?)
 }
 
 /// A loader of one's own for each call of the ioctl's kind.
 pub(crate) fn loader_with(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
-    let options = LoadOptions::default().segment_bytes(segment_within(batch_bytes)?);
-    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).options(options).build()?)
+    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).options(fitting(batch_bytes)?).build()?)
 }
 
 fn check_flags(options: &dmaload_options) -> Result<()> {
@@ -125,9 +123,11 @@ fn window_bytes(asked: u64) -> Result<u64> {
     }
 }
 
-/// The largest segment up to the default one that such a window has room for.
-fn segment_within(window: u64) -> Result<u64> {
-    Ok(window_bytes(window)?.min(SEGMENT_BYTES) / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES)
+/// Segments that such a window has room for: the library's own, unless it is smaller.
+fn fitting(window: u64) -> Result<LoadOptions> {
+    let (window, options) = (window_bytes(window)?, LoadOptions::default());
+    let fits = window / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
+    Ok(if window < SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
 }
 
 /// The loader of a load, and whether nobody else has it.
@@ -168,8 +168,9 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         -1 => Priority::Low,
         other => return Err(Failure::invalid(format!("priority {other}: -1, 0 or 1"))),
     };
-    let wanted = part(file_bytes, options.file_offset, options.file_bytes)?;
-    let part = (wanted != (0..file_bytes)).then(|| wanted.clone());
+    let part = part(file_bytes, options.file_offset, options.file_bytes)?;
+    // All of it is all that it has when it is opened, which may be more by then.
+    let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
     // Whatever the file is, its bytes are what is asked for.
     let mut load = loader.options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
@@ -203,9 +204,11 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_fits_into_its_window() {
-        assert_eq!(segment_within(0).unwrap(), SEGMENT_BYTES);
-        assert_eq!(segment_within(MIB * 5).unwrap(), 4 * MIB);
-        assert_eq!(segment_within(MIB).unwrap_err().errno, Errno::INVAL);
+    fn segments_fit_into_their_window() {
+        let of = |bytes| fitting(bytes).unwrap();
+        assert_eq!(of(0), LoadOptions::default());
+        assert_eq!(of(64 * MIB), LoadOptions::default());
+        assert_eq!(of(MIB * 5), LoadOptions::default().segment_bytes(4 * MIB));
+        assert_eq!(fitting(MIB).unwrap_err().errno, Errno::INVAL);
     }
 }

@@ -66,7 +66,7 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     Ok(all)
 }
 
-/// Writes one of any version, as far as its owner knows it; its size stays. NULL is nothing.
+/// Writes one of any version, as far as its owner knows it; its size stays, and what is not known here becomes 0. NULL is nothing.
 ///
 /// # Safety
 /// It is null, or valid for reads and writes of as many bytes as its first field says.
@@ -84,5 +84,9 @@ pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     let to = unsafe { to.cast::<u8>().add(first) };
     // SAFETY: `known` bytes of both are there, and they are different objects.
     unsafe { std::ptr::copy_nonoverlapping(from, to, known - first) };
+    // SAFETY: it is one byte after `known`, or at the end.
+    let rest = unsafe { to.add(known - first) };
+    // SAFETY: the caller's struct has `size` bytes.
+    unsafe { rest.write_bytes(0, size - known) };
     Ok(())
 }

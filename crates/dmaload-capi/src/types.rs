@@ -59,11 +59,11 @@ pub struct dmaload_segment {
     pub bytes: u64,
     /// Where in the memory they begin: 0, unless only a part of the file was asked for.
     pub memory_offset: u64,
-    /// How much memory there is from there on.
+    /// How much memory there is from there on, up to a whole block of the file system, a page at least.
     pub memory_bytes: u64,
 }
 
-/// How a load went. Set `size` before it is asked for; no more than that is written.
+/// How a load went. Set `size` before it is asked for; no more than that is written, and fields of a newer version become 0.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_report {
@@ -109,7 +109,7 @@ pub struct dmaload_options {
     pub heap_fd: i32,
     /// `DMALOAD_SEGMENTED` or `DMALOAD_SINGLE`.
     pub layout: u32,
-    /// The size of segments, a multiple of 2 MiB; 0 is 64 MiB, or the window where that is smaller. Of `DMALOAD_SEGMENTED` only.
+    /// The size of segments, a multiple of 2 MiB; 0 is 64 MiB, less where the window or the heap is small. Of `DMALOAD_SEGMENTED` only.
     pub segment_bytes: u64,
     /// At most so much memory is allocated and not yet filled; 0 is 128 MiB. At least 2 MiB.
     pub window_bytes: u64,
@@ -117,7 +117,7 @@ pub struct dmaload_options {
     pub file_offset: u64,
     /// How many bytes to load; 0 is all from `file_offset` on.
     pub file_bytes: u64,
-    /// Reads in flight at most; 0 is 40.
+    /// Reads in flight at most; 0 is 44.
     pub queue_depth: u32,
     /// 0 normal, 1 before others of its loader, -1 after them.
     pub priority: i32,

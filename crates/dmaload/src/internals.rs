@@ -15,7 +15,7 @@ pub fn plan(lengths: &[u64]) -> usize {
 /// Takes so many permits and gives each back, eight of them out at a time; how many were given.
 pub fn window(permits: u64) -> u64 {
     const PERMIT_BYTES: u64 = 16 << 20;
-    let mut window = Window::new(10 * PERMIT_BYTES);
+    let mut window = Window::new(12 * PERMIT_BYTES, PERMIT_BYTES);
     let mut given = 0;
     for number in 0..permits {
         if number >= 8 {

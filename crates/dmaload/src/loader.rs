@@ -164,14 +164,14 @@ impl LoaderBuilder {
         self
     }
 
-    /// The most bytes that may be allocated and not yet filled, over all loads: at least a segment. One load alone takes seven eighths of it
+    /// The most bytes that may be allocated and not yet filled, over all loads: at least a segment. One load alone takes three quarters of it
     /// at most, where at least four of its allocations have room. Default: 128 MiB.
     pub fn window_bytes(mut self, bytes: u64) -> Self {
         self.settings.window_bytes = bytes;
         self
     }
 
-    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has seven eighths of them at most. Default: 40.
+    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has three quarters of them at most. Default: 44.
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
         self

@@ -172,6 +172,10 @@ pub(crate) struct Piece {
     pub(crate) memory_bytes: u64,
 }
 
+/// What is allocated and populated at once. Small enough for the first reads to start early and for the window to be fine-grained; large
+/// enough that registering and populating cost nothing per call.
+pub(crate) const BATCH_BYTES: u64 = 16 << 20;
+
 /// The most files that have a part in one batch: each is open while it is read.
 pub(crate) const BATCH_FILES: usize = 64;
 /// Files up to this part of a segment share memories: what a larger one could share is not worth the wait for the others.

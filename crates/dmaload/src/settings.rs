@@ -225,7 +225,7 @@ impl LoadOptions {
     }
 
     /// The size of a segment: a multiple of 2 MiB, at most 1 GiB. Default: 64 MiB, or what the heap takes where that is
-    /// less (a size that was asked for is never made smaller). With [`Layout::Single`] it bounds nothing but the check
+    /// less (a size that was asked for is never made smaller); on dma-heaps, whose memory comes at once, an eighth of the window. With [`Layout::Single`] it bounds nothing but the check
     /// against the window.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
@@ -347,8 +347,8 @@ impl Default for Settings {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(2));
         Settings {
             window_bytes: 128 << 20,
-            // A load alone may have 35 of them, and reads its first 64 MiB with 32.
-            queue_depth: 40,
+            // A load alone may have 33 of them, and reads its first 64 MiB with 32.
+            queue_depth: 44,
             staging_bytes: 16 << 20,
             pool_bytes: 0,
             memory_limit_bytes: u64::MAX,

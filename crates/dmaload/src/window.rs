@@ -3,9 +3,9 @@
 //! It is what keeps the allocator and the reader in step: a permit is taken before memory is allocated, and comes
 //! back when that memory is full (or given up).
 //!
-//! A load whose reads do not come back must not come to hold all of it. So what a load may hold depends on what is free: seven
-//! times what it leaves free, at most (dynamic queue length thresholds: Choudhury and Hahne, 1998), and the largest permit must still
-//! fit into that. Alone it has seven eighths, two have seven fifteenths each, and something is left for one that comes. Who holds
+//! A load whose reads do not come back must not come to hold all of it. So what a load may hold depends on what is free: three
+//! times what it leaves free, at most (dynamic queue length thresholds: Choudhury and Hahne, 1998), and a usual permit must still
+//! fit into that. Alone it has three quarters, two have three sevenths each, and something is left for one that comes. Who holds
 //! nothing may take whatever fits. Reads in flight, staging, registered buffers and threads are shared by the same rule.
 
 /// A budget that loads share. Pure bookkeeping: who waits, and where, is the scheduler's business. `L` names a load.
@@ -15,8 +15,8 @@ pub(crate) struct Window<L> {
     taken_bytes: u64,
     /// What each load holds that holds something.
     held: Vec<(L, u64)>,
-    /// The largest permit that was ever asked for, of those that leave something for others.
-    largest: u64,
+    /// So much must be left for others.
+    usual: u64,
 }
 
 /// What became of an attempt to take a permit.
@@ -30,7 +30,7 @@ pub(crate) enum Permitted {
 }
 
 /// So many times what it leaves free is what a load may hold.
-const TIMES_THE_REST: u64 = 7;
+const TIMES_THE_REST: u64 = 3;
 
 /// Where fewer than so many have room, nothing is kept for others: one of two would be half of the speed.
 const FEW: u64 = 4;
@@ -40,15 +40,16 @@ pub(crate) fn may_have_one(all: u64, taken: u64, held: u64) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether one that holds `held` of `all`, of which `taken` is taken, may have `more`, while others may want `largest`.
-fn may_have(all: u64, taken: u64, held: u64, more: u64, largest: u64) -> bool {
+/// Whether one that holds `held` of `all`, of which `taken` is taken, may have `more`, while others may want `usual`.
+fn may_have(all: u64, taken: u64, held: u64, more: u64, usual: u64) -> bool {
     let Some(rest) = taken.checked_add(more).and_then(|sum| all.checked_sub(sum)) else { return false };
-    held == 0 || all / FEW < more || largest <= rest && held.saturating_add(more) <= rest.saturating_mul(TIMES_THE_REST)
+    held == 0 || all / FEW < more || usual <= rest && held.saturating_add(more) <= rest.saturating_mul(TIMES_THE_REST)
 }
 
 impl<L: Clone + PartialEq> Window<L> {
-    pub(crate) fn new(bytes: u64) -> Self {
-        Window { bytes, taken_bytes: 0, held: Vec::new(), largest: 0 }
+    /// One of so many, of which permits are for `usual` or less, or else are few.
+    pub(crate) fn new(bytes: u64, usual: u64) -> Self {
+        Window { bytes, taken_bytes: 0, held: Vec::new(), usual: usual.min(bytes / FEW) }
     }
 
     /// What this load holds.
@@ -63,10 +64,7 @@ impl<L: Clone + PartialEq> Window<L> {
         if bytes == 0 {
             return Permitted::Yes;
         }
-        if bytes <= self.bytes / FEW {
-            self.largest = self.largest.max(bytes);
-        }
-        if !may_have(self.bytes, self.taken_bytes, held, bytes, self.largest) {
+        if !may_have(self.bytes, self.taken_bytes, held, bytes, self.usual) {
             return if held == 0 { Permitted::Full } else { Permitted::HasItsPart };
         }
         self.taken_bytes += bytes;
@@ -118,7 +116,7 @@ mod tests {
 
     #[test]
     fn a_window_gives_out_no_more_than_its_size() {
-        let mut window = Window::new(10);
+        let mut window = Window::new(10, 1);
         assert_eq!(window.take(&1, 10), Permitted::Yes);
         assert_eq!(window.take(&2, 1), Permitted::Full);
         window.give_back(&1, 4);
@@ -129,14 +127,14 @@ mod tests {
 
     #[test]
     fn something_is_left_for_those_to_come() {
-        for (size, alone, [first, second]) in [(8, 7, [4, 3]), (32, 28, [15, 14]), (128, 112, [60, 59])] {
-            let mut window = Window::new(size);
+        for (size, alone, [first, second]) in [(8, 6, [3, 3]), (32, 24, [14, 13]), (128, 96, [55, 54])] {
+            let mut window = Window::new(size, 1);
             assert_eq!(parts(&mut window, [1]), [alone], "of {size}");
             assert_eq!(window.take(&1, 1), Permitted::HasItsPart);
             // The first holds what it has for ever: one after the other the others get something, and can give it back.
             assert_eq!(window.take(&2, 1), Permitted::Yes);
             window.give_back(&2, 1);
-            let mut window = Window::new(size);
+            let mut window = Window::new(size, 1);
             assert_eq!(parts(&mut window, [1, 2]), [first, second], "of {size}");
         }
     }
@@ -144,23 +142,24 @@ mod tests {
     #[test]
     fn a_window_with_room_for_few_is_all_for_one() {
         for size in 1..4 {
-            assert_eq!(parts(&mut Window::new(size), [1]), [size]);
+            assert_eq!(parts(&mut Window::new(size, 1), [1]), [size]);
         }
-        assert_eq!(parts(&mut Window::new(4), [1]), [3]);
+        assert_eq!(parts(&mut Window::new(4, 1), [1]), [3]);
     }
 
     #[test]
-    fn what_is_left_has_room_for_the_largest() {
-        let mut window = Window::new(16);
-        assert_eq!([8, 3, 1, 1].map(|bytes| window.take(&1, bytes)), [Permitted::Yes; 4]);
-        assert_eq!(window.take(&1, 1), Permitted::HasItsPart);
-        assert_eq!(window.take(&2, 3), Permitted::Yes);
+    fn what_is_left_has_room_for_a_usual_permit() {
+        let mut window = Window::new(16, 4);
+        assert_eq!(window.take(&1, 8), Permitted::Yes);
+        assert_eq!([1; 4].map(|bytes| window.take(&2, bytes)), [Permitted::Yes; 4]);
+        assert_eq!(window.take(&2, 1), Permitted::HasItsPart);
+        assert_eq!(window.take(&3, 4), Permitted::Yes);
     }
 
     #[test]
     #[should_panic(expected = "come back")]
     fn a_permit_that_was_never_taken_cannot_come_back() {
-        let mut window = Window::new(10);
+        let mut window = Window::new(10, 1);
         assert_eq!(window.take(&1, 5), Permitted::Yes);
         window.give_back(&2, 1);
     }
@@ -168,7 +167,7 @@ mod tests {
     proptest! {
         #[test]
         fn never_more_is_out_than_the_window_holds(size in 0u64..1000, steps in proptest::collection::vec((any::<bool>(), 0u8..3, 1u64..1200), 0..200)) {
-            let mut window = Window::new(size);
+            let mut window = Window::new(size, 1);
             let mut out = Vec::new();
             for (take, load, bytes) in steps {
                 if take {

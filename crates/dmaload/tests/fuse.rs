@@ -350,6 +350,31 @@ async fn no_thread_of_the_caller_closes_files() {
     assert!(closers.len() >= 3 && !closers.contains(&own), "{own} closes: {closers:?}");
 }
 
+/// The thread that all loads need, least of all: also what a load leaves in it that was dropped with reads in flight.
+#[tokio::test]
+async fn the_ring_thread_closes_no_files() {
+    // So short that it takes a while.
+    let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
+    let loader = loader().build().unwrap();
+    for _ in 0..20 {
+        let load = loader.load(&mounted.path);
+        while loader.metrics().reads_in_flight == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(load);
+        while mounted.open_files.load(Ordering::SeqCst) > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let is_ring = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "dmaload-ring\n");
+    let rings: Vec<u32> =
+        tasks.filter(is_ring).map(|task| task.file_name().unwrap().to_str().unwrap().parse().unwrap()).collect();
+    let closers = mounted.closers.lock().unwrap();
+    assert!(!rings.is_empty() && closers.len() >= 40);
+    assert!(!closers.iter().any(|closer| rings.contains(closer)), "{rings:?} close: {closers:?}");
+}
+
 /// What one file system holds up is its loads' part of the window, the queue, staging and threads; not the others'.
 #[tokio::test]
 async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {

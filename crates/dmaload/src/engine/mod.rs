@@ -46,6 +46,7 @@ use crate::route::{Fallback, Route};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 use crate::source::Input;
+use crate::source::OpenFile;
 
 /// See the module.
 #[derive(Debug)]
@@ -498,6 +499,10 @@ impl Events<PieceBuffer<Permit>> for Engine {
             self.jobs.forget(load);
         }
         self.jobs.end();
+    }
+
+    fn released(&self, files: Vec<Arc<OpenFile>>) {
+        self.jobs.bury(files);
     }
 
     fn ended(&self, leaked_bytes: u64) {

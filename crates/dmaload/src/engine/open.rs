@@ -16,7 +16,7 @@ use crate::load::{FilePlan, FileTensors, LoadShared};
 use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ModelError, TensorMap};
-use crate::plan::{Layout, Plan, Shape, Span};
+use crate::plan::{BATCH_BYTES, Layout, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
@@ -27,10 +27,6 @@ use crate::source::{OpenFile, Source, look_at};
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
 /// thousands of files must fit into the limit of open files.
 const KEPT_OPEN: usize = 8;
-
-/// What is allocated and populated at once. Small enough for the first reads to start early and for the window to be fine-grained; large
-/// enough that registering and populating cost nothing per call.
-const BATCH_BYTES: u64 = 16 << 20;
 
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
@@ -92,11 +88,13 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, settings: &Settings) -> Result<P
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
     let limit = heap.size_limit();
-    let segment_bytes =
-        options.segment_bytes_within(limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).min());
     // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
     // than the window, and nobody could load it.)
     let at_once = heap.allocates_at_once() && options.layout != Layout::Single;
+    // So that several go on side by side.
+    let part_of_window = at_once.then_some(settings.window_bytes / 8);
+    let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
+    let segment_bytes = options.segment_bytes_within(limits.min());
     let batch_bytes = if at_once { segment_bytes } else { BATCH_BYTES.min(segment_bytes) };
     // What is aligned to more than blocks begins a memory.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;

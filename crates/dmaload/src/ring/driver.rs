@@ -68,6 +68,8 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
+    /// Files of loads that are over.
+    released: Vec<K::File>,
     counters: Arc<ReadCounters>,
 }
 
@@ -86,6 +88,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             known: Known::default(),
             completions: Vec::new(),
             outputs: Vec::new(),
+            released: Vec::new(),
             counters: Arc::default(),
         }
     }
@@ -116,6 +119,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Takes what has happened since the last call.
     pub(crate) fn outputs(&mut self) -> Vec<Output<B>> {
         std::mem::take(&mut self.outputs)
+    }
+
+    /// Files that loads leave which failed or were abandoned: to close them may take as long as their file systems like, so the caller has
+    /// it done elsewhere.
+    pub(crate) fn released(&mut self) -> Vec<K::File> {
+        std::mem::take(&mut self.released)
     }
 
     /// A load whose pieces are about to come.
@@ -151,7 +160,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// abandoned, is dropped at once.
     pub(crate) fn piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
         assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
-        let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return };
+        let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push(file.handle) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
         let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
@@ -636,6 +645,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             } else if let Some(mut entry) = self.pieces.remove(token) {
                 self.unregister(&mut entry);
                 self.kernel.detach(&entry.file.handle);
+                self.released.push(entry.file.handle);
             }
         }
         if busy.is_empty() {

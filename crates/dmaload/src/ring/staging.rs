@@ -57,13 +57,19 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// Takes a slot; `None` when all of the budget is busy, or this load has its part of it.
+    /// Takes a slot; `None` when all of the budget is busy, or this load has its part of it, which is not asked of one that `waits` for this
+    /// slot with all that it holds.
     ///
     /// # Errors
     /// When there is no memory for even one.
-    pub(crate) fn take<K: Kernel<Staging = S>>(&mut self, load: LoadId, kernel: &mut K) -> Result<Option<StagingSlot>, Errno> {
+    pub(crate) fn take<K: Kernel<Staging = S>>(
+        &mut self,
+        load: LoadId,
+        waits: bool,
+        kernel: &mut K,
+    ) -> Result<Option<StagingSlot>, Errno> {
         let taken = self.slots.iter().filter_map(|slot| slot.taken_by);
-        let held = taken.clone().filter(|&other| other == load).count();
+        let held = if waits { 0 } else { taken.clone().filter(|&other| other == load).count() };
         if !may_have_one(self.budget.slots as u64, taken.count() as u64, held as u64) {
             return Ok(None);
         }

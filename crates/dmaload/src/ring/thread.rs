@@ -39,6 +39,8 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     fn failed(&self, load: LoadId, failure: Failure);
     /// The driver has forgotten the load.
     fn gone(&self, load: LoadId, times: Times);
+    /// Files that loads leave which are over: to be closed by another thread.
+    fn released(&self, files: Vec<Arc<OpenFile>>);
     /// The thread ends, and has leaked this much.
     fn ended(&self, leaked_bytes: u64);
 }
@@ -178,6 +180,10 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
                 watched.remove(&load);
             }
             deliver(output, events);
+        }
+        let released = driver.released();
+        if !released.is_empty() {
+            events.released(released);
         }
         if shared.giving_up.load(Ordering::Acquire) {
             return leaked_bytes + give_up(&mut driver, Errno::TIMEDOUT, events);

@@ -10,7 +10,9 @@ use crate::route::{Fallback, Route};
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Issues a read into staging. `false` when all of it is busy.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        let taken = self.staging.take(id, &mut self.kernel);
+        // What an observed load holds otherwise waits for this chunk, which is the first of what is not looked at: it counts as nothing.
+        let waits = self.loads.get(&id).is_some_and(|load| load.is_observed() && load.in_flight == 0);
+        let taken = self.staging.take(id, waits, &mut self.kernel);
         if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
             && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
         {

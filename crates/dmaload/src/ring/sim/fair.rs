@@ -3,9 +3,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use crate::observe::{Observation, Observer, ObserverOption, Rejection, Watch};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
@@ -26,26 +28,39 @@ struct Shared {
     buffer_slots: u16,
 }
 
+/// Looks at everything, and has nothing against it.
+#[derive(Debug)]
+struct Content;
+
+impl Observer for Content {
+    fn bytes(&self, _: usize, _: u64, _: &[u8]) -> Result<(), Rejection> {
+        Ok(())
+    }
+}
+
 struct Machine {
     memory: Rc<RefCell<Memory>>,
     scheduler: Scheduler<LoadId>,
     driver: Driver<SimKernel, SimBuffer>,
     loads: BTreeMap<LoadId, (SimFile, Route, Plan)>,
+    /// They are looked at in staging.
+    observed: Vec<LoadId>,
     full: BTreeMap<LoadId, usize>,
 }
 
 impl Machine {
-    fn new(shared: Shared) -> Self {
+    fn new(seed: u64, shared: Shared, faults: Faults) -> Self {
         let memory: Rc<RefCell<Memory>> = Rc::default();
         let clock: Rc<Cell<Duration>> = Rc::default();
-        let faults = Faults { buffer_slots: shared.buffer_slots, ..Faults::none() };
+        let faults = Faults { buffer_slots: shared.buffer_slots, ..faults };
         let staging = StagingBudget { slot_bytes: 4096, slots: shared.staging_slots.into() };
-        let kernel = SimKernel::new(1, faults, &memory, &clock, Duration::ZERO);
+        let kernel = SimKernel::new(seed, faults, &memory, &clock, Duration::ZERO);
         Machine {
             memory,
             scheduler: Scheduler::new(u64::from(shared.window_pieces) * BLOCK, u64::MAX, 1, 8),
             driver: Driver::new(kernel, shared.depth.into(), staging),
             loads: BTreeMap::new(),
+            observed: Vec::new(),
             full: BTreeMap::new(),
         }
     }
@@ -62,7 +77,7 @@ impl Machine {
     /// Goes on until nothing moves any more; who is done then.
     fn run(&mut self) -> Vec<LoadId> {
         let mut idle = 0;
-        while idle < 10 {
+        while idle < 100 {
             idle += 1;
             while let Some(job) = self.scheduler.next() {
                 idle = 0;
@@ -103,7 +118,10 @@ impl Machine {
                     chunk_bytes: BLOCK,
                     strict: true,
                     trace: false,
-                    observation: None,
+                    observation: self.observed.contains(&id).then(|| Observation {
+                        watch: Arc::new(Watch::new(Some(ObserverOption(Arc::new(Content))))),
+                        staged: true,
+                    }),
                 });
                 let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
                 self.scheduler.opened(id, Demand { batches, ..Demand::default() });
@@ -128,15 +146,15 @@ impl Machine {
 fn loads_whose_reads_never_come_back_stop_nobody_else() {
     let enough = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: ENOUGH, buffer_slots: ENOUGH };
     let scarce = [
-        Shared { window_pieces: 16, ..enough },
-        Shared { depth: 16, ..enough },
-        Shared { staging_slots: 16, ..enough },
-        Shared { buffer_slots: 16, ..enough },
+        Shared { window_pieces: 8, ..enough },
+        Shared { depth: 8, ..enough },
+        Shared { staging_slots: 8, ..enough },
+        Shared { buffer_slots: 8, ..enough },
     ];
     let routes = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];
     for shared in scarce {
         for (hung_by, others_by) in routes.into_iter().flat_map(|hung_by| routes.map(|others_by| (hung_by, others_by))) {
-            let mut machine = Machine::new(shared);
+            let mut machine = Machine::new(1, shared, Faults::none());
             for number in 0..2 {
                 machine.submit(number, hung_by, true);
                 assert_eq!(machine.run(), [], "{hung_by}: they hang");
@@ -149,5 +167,23 @@ fn loads_whose_reads_never_come_back_stop_nobody_else() {
             machine.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
             machine.driver.kernel().complete_late();
         }
+    }
+}
+
+/// What an observed load has in staging waits for the chunk before, which may have to be read once more: its slot must not go to others
+/// for good.
+#[test]
+fn an_observed_load_goes_on_beside_those_that_hang() {
+    let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
+    let shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: 8, buffer_slots: ENOUGH };
+    for seed in 0..300 {
+        let mut machine = Machine::new(seed, shared, faults.clone());
+        machine.observed = vec![LoadId(0)];
+        for number in 0..2 + seed % 5 {
+            machine.submit(number, Route::Bounce, number > 0);
+        }
+        assert_eq!(machine.run(), [LoadId(0)], "seed {seed}");
+        machine.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
+        machine.driver.kernel().complete_late();
     }
 }
