@@ -179,6 +179,8 @@ static void null_pointers(void)
 static void descriptors(void)
 {
     char other[4300];
+    /* So that nobody else gets the number of what is closed. */
+    wait_for_threads();
     int closed = open_file(), dmabuf = -7;
     close(closed);
     expect(try_load(-1, NULL), EBADF, "file_fd -1");

@@ -49,10 +49,10 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(seed: u64, shared: Shared, faults: Faults) -> Self {
+    fn new(seed: u64, shared: Shared, faults: &Faults) -> Self {
         let memory: Rc<RefCell<Memory>> = Rc::default();
         let clock: Rc<Cell<Duration>> = Rc::default();
-        let faults = Faults { buffer_slots: shared.buffer_slots, ..faults };
+        let faults = Faults { buffer_slots: shared.buffer_slots, ..faults.clone() };
         let staging = StagingBudget { slot_bytes: 4096, slots: shared.staging_slots.into() };
         let kernel = SimKernel::new(seed, faults, &memory, &clock, Duration::ZERO);
         Machine {
@@ -154,7 +154,7 @@ fn loads_whose_reads_never_come_back_stop_nobody_else() {
     let routes = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];
     for shared in scarce {
         for (hung_by, others_by) in routes.into_iter().flat_map(|hung_by| routes.map(|others_by| (hung_by, others_by))) {
-            let mut machine = Machine::new(1, shared, Faults::none());
+            let mut machine = Machine::new(1, shared, &Faults::none());
             for number in 0..2 {
                 machine.submit(number, hung_by, true);
                 assert_eq!(machine.run(), [], "{hung_by}: they hang");
@@ -177,7 +177,7 @@ fn an_observed_load_goes_on_beside_those_that_hang() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
     let shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: 8, buffer_slots: ENOUGH };
     for seed in 0..300 {
-        let mut machine = Machine::new(seed, shared, faults.clone());
+        let mut machine = Machine::new(seed, shared, &faults);
         machine.observed = vec![LoadId(0)];
         for number in 0..2 + seed % 5 {
             machine.submit(number, Route::Bounce, number > 0);
