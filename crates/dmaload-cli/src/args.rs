@@ -304,10 +304,10 @@ pub(crate) struct Engine {
     #[arg(long, default_value = "2MiB", value_name = "BYTES", value_parser = bytes)]
     pub(crate) chunk_size: u64,
     /// Reads in flight at once.
-    #[arg(long, default_value_t = 32, value_name = "READS")]
+    #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
     /// The most memory that reads are staged in by the route bounce.
-    #[arg(long, default_value = "16MiB", value_name = "BYTES", value_parser = bytes)]
+    #[arg(long, default_value = "22MiB", value_name = "BYTES", value_parser = bytes)]
     pub(crate) staging: u64,
     /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered.
     #[arg(long, default_value = "auto")]
@@ -393,6 +393,7 @@ fn bytes(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
+    use dmaload::LoaderBuilder;
     use proptest::prelude::*;
 
     use super::*;
@@ -400,6 +401,14 @@ mod tests {
 
     /// What arguments are made of, and anything else.
     const TEXT: &str = "(sha256|crc32c|blake3|cgroup|hog|all-but|dma-heap|clean|dirty|auto|normal|:|=|,|-|\\.|/|e|[0-9a-fA-F]{1,64}|[KMGTPE]i?B|\\PC){0,8}";
+
+    #[test]
+    fn the_command_loads_as_the_library_does() {
+        let arguments = Arguments::parse_from(["dmaload", "load", "model"]);
+        let Command::Load(Load { engine, .. }) = arguments.command else { panic!("that is load") };
+        let library = (LoaderBuilder::WINDOW_BYTES, LoaderBuilder::QUEUE_DEPTH, LoaderBuilder::STAGING_BYTES);
+        assert_eq!((engine.window, engine.queue_depth, engine.staging), library);
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2048))]

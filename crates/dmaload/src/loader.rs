@@ -152,6 +152,13 @@ pub struct LoaderBuilder {
 }
 
 impl LoaderBuilder {
+    /// The default of [`Self::window_bytes`].
+    pub const WINDOW_BYTES: u64 = 128 << 20;
+    /// The default of [`Self::queue_depth`]. A load alone may have 33 of them, and reads its first 64 MiB with 32.
+    pub const QUEUE_DEPTH: usize = 44;
+    /// The default of [`Self::staging_bytes`]. A load alone may have 16 MiB of it.
+    pub const STAGING_BYTES: u64 = 22 << 20;
+
     /// Where segments' memory comes from. Default: [`heap::auto`].
     pub fn heap(mut self, heap: impl Heap) -> Self {
         self.heap = Some(Arc::new(heap));
@@ -165,20 +172,20 @@ impl LoaderBuilder {
     }
 
     /// The most bytes that may be allocated and not yet filled, over all loads: at least a segment. One load alone takes three quarters of it
-    /// at most, where at least four of its allocations have room. Default: 128 MiB.
+    /// at most, where at least four of its allocations have room. Default: [`Self::WINDOW_BYTES`], 128 MiB.
     pub fn window_bytes(mut self, bytes: u64) -> Self {
         self.settings.window_bytes = bytes;
         self
     }
 
-    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has three quarters of them at most. Default: 44.
+    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has three quarters of them at most. Default: [`Self::QUEUE_DEPTH`].
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
         self
     }
 
     /// The most memory that [`Route::Bounce`] stages reads in, from 2 MiB to 1 GiB. It is taken when a load first needs it,
-    /// and kept. Default: 16 MiB.
+    /// and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 22 MiB.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
         self.settings.staging_bytes = bytes;
         self

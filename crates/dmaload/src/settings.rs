@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::loader::LoaderBuilder;
 use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::plan::Layout;
 use crate::ring::StagingBudget;
@@ -346,10 +347,9 @@ impl Default for Settings {
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(2));
         Settings {
-            window_bytes: 128 << 20,
-            // A load alone may have 33 of them, and reads its first 64 MiB with 32.
-            queue_depth: 44,
-            staging_bytes: 16 << 20,
+            window_bytes: LoaderBuilder::WINDOW_BYTES,
+            queue_depth: LoaderBuilder::QUEUE_DEPTH,
+            staging_bytes: LoaderBuilder::STAGING_BYTES,
             pool_bytes: 0,
             memory_limit_bytes: u64::MAX,
             allocator_threads: threads,
