@@ -1,5 +1,4 @@
 //! Loads for event loops: an eventfd that is readable while there is something to fetch.
-#![allow(unsafe_code)]
 
 use std::fmt;
 use std::ops::Range;
