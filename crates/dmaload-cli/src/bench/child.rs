@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::curves::Curves;
 use super::mode::Mode;
-use super::results::{Apart, Failure, Run};
+use super::results::{Apart, Failure, ReadInto, Run};
 use super::ways::{self, WrongBytes};
 use crate::{args, errors};
 
@@ -73,6 +73,11 @@ fn to_json(run: &Run) -> Value {
         "read_seconds": run.apart.map(|apart| apart.read_seconds),
         "curves": run.curves.as_ref().map(Curves::to_json),
         "notes": run.notes,
+        "destinations": run.destinations.iter().map(|read| json!({
+            "bytes": read.bytes,
+            "seconds": read.seconds,
+            "cpu_seconds": read.cpu_seconds,
+        })).collect::<Vec<_>>(),
     })
 }
 
@@ -87,6 +92,14 @@ pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
     let apart = number("allocate_seconds").zip(number("read_seconds"));
     let notes = value.get("notes").and_then(Value::as_array);
     let notes = notes.into_iter().flatten().filter_map(|note| note.as_str().map(str::to_owned));
+    // Peers do not report any.
+    let destinations = value.get("destinations").and_then(Value::as_array).into_iter().flatten();
+    let destination = |value: &Value| {
+        let number = |key: &str| value.get(key).and_then(Value::as_f64);
+        let bytes = value.get("bytes").and_then(Value::as_u64)?;
+        Some(ReadInto { bytes, seconds: number("seconds")?, cpu_seconds: number("cpu_seconds")? })
+    };
+    let destinations = destinations.map(destination).collect::<Option<Vec<_>>>()?;
     Some(Ok(Run {
         seconds: number("seconds")?,
         cpu_seconds: number("cpu_seconds")?,
@@ -96,6 +109,7 @@ pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
         apart: apart.map(|(allocate_seconds, read_seconds)| Apart { allocate_seconds, read_seconds }),
         curves: value.get("curves").and_then(Curves::from_json),
         notes: notes.collect(),
+        destinations,
     }))
 }
 
@@ -114,6 +128,7 @@ mod tests {
             apart: Some(Apart { allocate_seconds: 0.1, read_seconds: 0.15 }),
             curves: Some(Curves { allocated: vec![(0.25, 7)], filled: vec![(0.5, 7)] }),
             notes: vec!["by uring-direct".to_owned()],
+            destinations: vec![ReadInto { bytes: 8 << 20, seconds: 0.5, cpu_seconds: 0.25 }],
         };
         assert_eq!(heard(&to_json(&run).to_string()), Some(Ok(run)));
         let bare = Run { seconds: 1.0, page_bytes: 4096, ..Run::default() };

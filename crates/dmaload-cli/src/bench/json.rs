@@ -13,6 +13,10 @@ pub(crate) fn to_json(results: &Results) -> Value {
         "file_bytes": results.file_bytes,
         "page_size_bytes": results.page_size_bytes(),
         "limit_bytes_per_second": results.limit_bytes_per_second(),
+        "limit_destinations": results.destinations.iter().map(|(bytes, seconds)| json!({
+            "bytes": bytes,
+            "seconds_median": seconds,
+        })).collect::<Vec<_>>(),
         "pressure": results.pressure,
         "user": results.user,
         "warm": results.warm,

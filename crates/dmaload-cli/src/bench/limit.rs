@@ -1,8 +1,12 @@
-//! What the device gives: direct reads, many at once, by a loop that has nothing of the engine.
+//! The device limit: direct reads, many at once, by a loop that shares no code with the engine.
 //!
-//! It is what `fio --ioengine=io_uring --direct=1 --bs=4M --iodepth=16 --fixedbufs` does. Reads go into one place for each
-//! slot, again and again ([`Into::Slots`], the limit), or each to a place of its own ([`Into::Places`], the second half of
-//! `no-overlap`).
+//! This is what `fio --ioengine=io_uring --direct=1 --fixedbufs` does. Each slot of the ring reads
+//! into its own buffer, over and over ([`Into::Slots`], the limit), or every read has its own place
+//! ([`Into::Places`], the second half of `no-overlap`).
+//!
+//! How much memory the buffers take together decides the speed of a virtual disk, because its host
+//! copies into the guest's memory: buffers that stay in the processor's cache are filled faster. So
+//! the limit is measured for several [`DESTINATIONS`], and the best one counts.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,20 +16,58 @@ use std::path::{Path, PathBuf};
 use super::sys::{Read, Reader};
 use crate::errors::{At, FileError};
 
-/// One read.
-pub(crate) const CHUNK_BYTES: usize = 4 << 20;
-/// Reads in flight.
-pub(crate) const DEPTH: usize = 16;
+/// Buffers that reads go to: one for each read in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Destination {
+    /// The size of one read.
+    pub(crate) chunk_bytes: usize,
+    /// Reads in flight.
+    pub(crate) depth: usize,
+}
+
+impl Destination {
+    /// What all buffers take together.
+    pub(crate) const fn bytes(self) -> usize {
+        self.chunk_bytes * self.depth
+    }
+}
+
+/// 4, 8, 16 and 64 MiB. At least 8 reads are in flight, enough to keep every disk seen so far busy.
+pub(crate) const DESTINATIONS: [Destination; 4] = [
+    Destination { chunk_bytes: 512 << 10, depth: 8 },
+    Destination { chunk_bytes: 1 << 20, depth: 8 },
+    Destination { chunk_bytes: 2 << 20, depth: 8 },
+    LARGEST,
+];
+/// Also how `no-overlap` reads.
+pub(crate) const LARGEST: Destination = Destination { chunk_bytes: 4 << 20, depth: 16 };
 /// What `O_DIRECT` wants of offsets, lengths and addresses, at most.
 const ALIGNMENT: usize = 4096;
 
 /// Where reads go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Into {
-    /// A slot of [`CHUNK_BYTES`] for each read in flight.
-    Slots,
+    /// The buffer of the read's slot.
+    Slots(Destination),
     /// Where the plan says.
     Places,
+}
+
+impl Into {
+    /// Reads in flight.
+    fn depth(self) -> usize {
+        match self {
+            Into::Slots(destination) => destination.depth,
+            Into::Places => LARGEST.depth,
+        }
+    }
+
+    fn place(self, slot: usize, chunk: &Chunk) -> usize {
+        match self {
+            Into::Slots(destination) => slot * destination.chunk_bytes,
+            Into::Places => chunk.at,
+        }
+    }
 }
 
 /// A piece of a file.
@@ -39,16 +81,17 @@ pub(crate) struct Chunk {
     pub(crate) at: usize,
 }
 
-/// A plan for files of these lengths, and how much memory it takes to hold them all. Each file begins at a multiple of
-/// the alignment; no chunk lies in two parts of the memory.
-pub(crate) fn plan(lengths: &[u64], part_bytes: usize) -> (Vec<Chunk>, usize) {
+/// Plans reads of `chunk_bytes` for files of these lengths; returns them, and how much memory it takes
+/// to hold all files. Each file begins at a multiple of the alignment; no chunk lies in two parts of
+/// the memory.
+pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (Vec<Chunk>, usize) {
     let mut chunks = Vec::new();
     let mut at = 0;
     for (file, &length) in lengths.iter().enumerate() {
         let mut offset = 0;
         while offset < length {
             let left = usize::try_from(length - offset).unwrap_or(usize::MAX);
-            let bytes = CHUNK_BYTES.min(left).min(part_bytes - at % part_bytes);
+            let bytes = chunk_bytes.min(left).min(part_bytes - at % part_bytes);
             chunks.push(Chunk { file, offset, bytes, at });
             offset += bytes as u64;
             at += bytes.next_multiple_of(ALIGNMENT);
@@ -85,12 +128,13 @@ pub(crate) fn read_all(
     chunks: &[Chunk],
     into: Into,
 ) -> Result<(), FileError> {
+    let depth = into.depth();
     let mut queue = chunks.iter();
-    let mut slots: Vec<Option<Active>> = vec![None; DEPTH];
-    let mut results = Vec::with_capacity(DEPTH);
+    let mut slots: Vec<Option<Active>> = vec![None; depth];
+    let mut results = Vec::with_capacity(depth);
     let path = |file: usize| paths.get(file).map_or(Path::new("?"), PathBuf::as_path);
     let mut left = chunks.len();
-    for slot in 0..DEPTH {
+    for slot in 0..depth {
         start(reader, files, &mut slots, slot, queue.next(), into).at("read", path(0))?;
     }
     while left > 0 {
@@ -152,10 +196,7 @@ fn push(
 ) -> io::Result<()> {
     let Active { chunk, done } = active;
     let file = files.get(chunk.file).ok_or(io::ErrorKind::InvalidInput)?;
-    let at = match into {
-        Into::Slots => slot * CHUNK_BYTES,
-        Into::Places => chunk.at,
-    };
+    let at = into.place(slot, &chunk);
     // The end of a file is read with a whole sector, of which the file has only a part.
     let bytes = (chunk.bytes - done).next_multiple_of(ALIGNMENT);
     reader.push(Read { file, offset: chunk.offset + done as u64, at: at + done, bytes, token: slot as u64 })?;
@@ -179,7 +220,7 @@ mod tests {
     #[test]
     fn chunks_cover_the_files_and_stay_within_a_part() {
         let lengths = [10_000, 0, 2 * PART_BYTES as u64 + 1, 4096];
-        let (chunks, bytes) = plan(&lengths, PART_BYTES);
+        let (chunks, bytes) = plan(&lengths, PART_BYTES, LARGEST.chunk_bytes);
         for (file, &length) in lengths.iter().enumerate() {
             let own: Vec<&Chunk> = chunks.iter().filter(|chunk| chunk.file == file).collect();
             assert_eq!(own.iter().map(|chunk| chunk.bytes as u64).sum::<u64>(), length);
@@ -191,6 +232,18 @@ mod tests {
             assert_eq!(chunk.at / PART_BYTES, (end - 1) / PART_BYTES, "{chunk:?}");
         }
         assert!(chunks.windows(2).all(|pair| pair[0].at + pair[0].bytes <= pair[1].at));
+    }
+
+    #[test]
+    fn destinations_are_distinct_and_their_buffers_do_not_overlap() {
+        assert_eq!(DESTINATIONS.map(|destination| destination.bytes() >> 20), [4, 8, 16, 64]);
+        for destination in DESTINATIONS {
+            let chunk = Chunk { file: 0, offset: 0, bytes: destination.chunk_bytes, at: 7 };
+            let into = Into::Slots(destination);
+            let places: Vec<_> = (0..into.depth()).map(|slot| into.place(slot, &chunk)).collect();
+            assert!(places.windows(2).all(|pair| pair[0] + destination.chunk_bytes <= pair[1]));
+            assert!(destination.bytes() <= LARGEST.bytes());
+        }
     }
 
     #[test]
@@ -221,8 +274,8 @@ mod tests {
         let paths: Vec<PathBuf> = files.iter().map(|file| file.path().to_owned()).collect();
         let lengths: Vec<u64> = contents.iter().map(|content| content.len() as u64).collect();
         let heap: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Auto });
-        let (chunks, bytes) = plan(&lengths, PART_BYTES);
-        let Ok(mut reader) = Reader::new(DEPTH as u32, Region::populated(&heap, bytes).unwrap()) else { return };
+        let (chunks, bytes) = plan(&lengths, PART_BYTES, LARGEST.chunk_bytes);
+        let Ok(mut reader) = Reader::new(LARGEST.depth as u32, Region::populated(&heap, bytes).unwrap()) else { return };
         let Ok(open) = open(&paths) else { return };
         read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap();
         let region = reader.into_region().unwrap();
@@ -233,8 +286,8 @@ mod tests {
             }
         }
         // A file that is shorter than planned is no success.
-        let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES);
-        let mut reader = Reader::new(DEPTH as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
+        let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES, LARGEST.chunk_bytes);
+        let mut reader = Reader::new(LARGEST.depth as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
         let error = read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap_err();
         assert!(error.to_string().contains(&paths[1].display().to_string()), "{error}");
     }

@@ -130,7 +130,7 @@ impl<'a> Bench<'a> {
                 }
             }
         }
-        Ok(Results {
+        let mut results = Results {
             rounds,
             file_bytes: self.file_bytes,
             pressure: self.arguments.pressure.map(|pressure| pressure.to_string()),
@@ -138,7 +138,10 @@ impl<'a> Bench<'a> {
             warm: self.arguments.warm,
             read_ahead_kib: self.paths.first().and_then(|path| host::read_ahead_kib(path)),
             modes: measured,
-        })
+            destinations: Vec::new(),
+        };
+        results.choose_limit();
+        Ok(results)
     }
 
     /// One run of one mode. What goes wrong in its process is a result; what goes wrong here ends the bench.
@@ -207,6 +210,10 @@ impl<'a> Bench<'a> {
             return;
         }
         let told = match run {
+            Ok(run) if mode == Mode::Limit => {
+                let all = run.destinations.iter().map(|read| format!("{:.3} s", read.seconds));
+                all.collect::<Vec<_>>().join(", ")
+            }
             Ok(run) => format!("{:.3} s", run.seconds),
             Err(failure) => format!("failed: {}", failure.reason),
         };

@@ -1,5 +1,7 @@
 //! What was measured, and the numbers people compare.
 
+use std::collections::BTreeSet;
+
 use super::curves::Curves;
 use super::mode::Mode;
 use super::stats::{Spread, median};
@@ -23,6 +25,18 @@ pub(crate) struct Run {
     pub(crate) curves: Option<Curves>,
     /// The route of the engine, or what else is to be known.
     pub(crate) notes: Vec<String>,
+    /// Of [`Mode::Limit`]: its reads into each destination. `seconds` and `cpu_seconds` are those of
+    /// one of them once [`Results::choose_limit`] has run.
+    pub(crate) destinations: Vec<ReadInto>,
+}
+
+/// The whole of the files, read into buffers of this size over and over.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct ReadInto {
+    /// Of all buffers together.
+    pub(crate) bytes: u64,
+    pub(crate) seconds: f64,
+    pub(crate) cpu_seconds: f64,
 }
 
 /// The two halves of a load that does one after the other.
@@ -112,9 +126,31 @@ pub(crate) struct Results {
     pub(crate) read_ahead_kib: Option<u64>,
     /// In the order in which they are shown.
     pub(crate) modes: Vec<ModeRuns>,
+    /// Which destination is the limit, with the median of each: (bytes, seconds), the best first.
+    pub(crate) destinations: Vec<(u64, f64)>,
 }
 
 impl Results {
+    /// Makes the destination with the best median the limit: its times are those of every round.
+    ///
+    /// Choosing per round would take the luckiest of four noisy runs each time, and so overstate
+    /// the device.
+    pub(crate) fn choose_limit(&mut self) {
+        let Some(limit) = self.modes.iter_mut().find(|runs| runs.mode == Mode::Limit) else { return };
+        let done = || limit.done().flat_map(|run| &run.destinations);
+        let sizes: BTreeSet<u64> = done().map(|read| read.bytes).collect();
+        let seconds = |bytes| median(done().filter(|read| read.bytes == bytes).map(|read| read.seconds));
+        let mut medians: Vec<_> = sizes.into_iter().filter_map(|bytes| Some((bytes, seconds(bytes)?))).collect();
+        medians.sort_by(|(_, a), (_, b)| a.total_cmp(b));
+        let Some(&(best, _)) = medians.first() else { return };
+        for run in limit.runs.iter_mut().flatten() {
+            let read = run.destinations.iter().find(|read| read.bytes == best);
+            let read = read.expect("a run of the limit that ended well read into every destination");
+            (run.seconds, run.cpu_seconds) = (read.seconds, read.cpu_seconds);
+        }
+        self.destinations = medians;
+    }
+
     pub(crate) fn of(&self, mode: Mode) -> Option<&ModeRuns> {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
@@ -177,7 +213,16 @@ pub(super) mod tests {
     pub(crate) fn results(modes: Vec<(Mode, Vec<Result<Run, Failure>>)>) -> Results {
         let rounds = modes.first().map_or(0, |(_, runs)| u32::try_from(runs.len()).unwrap());
         let modes = modes.into_iter().map(|(mode, runs)| ModeRuns { mode, runs }).collect();
-        Results { rounds, file_bytes: 1 << 29, pressure: None, user: None, warm: false, read_ahead_kib: Some(8192), modes }
+        Results {
+            rounds,
+            file_bytes: 1 << 29,
+            pressure: None,
+            user: None,
+            warm: false,
+            read_ahead_kib: Some(8192),
+            modes,
+            destinations: Vec::new(),
+        }
     }
 
     #[test]
@@ -213,6 +258,28 @@ pub(super) mod tests {
         let measured =
             results(vec![(Mode::NoOverlap, vec![apart(1.0, 3.0), apart(2.0, 1.0)]), (Mode::DirectIo, vec![run(4.0), run(2.0)])]);
         assert_eq!(measured.overlap(Mode::DirectIo), Some(Spread { median: 0.875, min: 0.75, max: 1.0 }));
+    }
+
+    #[test]
+    fn limit_is_the_destination_with_the_best_median() {
+        let round = |reads: [(u64, f64); 3]| {
+            let destinations = reads.map(|(bytes, seconds)| ReadInto { bytes, seconds, cpu_seconds: seconds / 4.0 });
+            Ok(Run { destinations: destinations.to_vec(), ..Run::default() })
+        };
+        // 4 bytes wins a round by luck; 8 bytes has the best median.
+        let limit = vec![
+            round([(4, 0.1), (8, 0.3), (64, 0.5)]),
+            round([(4, 0.4), (8, 0.3), (64, 0.5)]),
+            killed(),
+            round([(4, 0.4), (8, 0.2), (64, 0.5)]),
+        ];
+        let engine = vec![run(0.6), run(0.6), run(0.6), run(0.4)];
+        let mut measured = results(vec![(Mode::DirectIo, engine), (Mode::Limit, limit)]);
+        measured.choose_limit();
+        assert_eq!(measured.destinations.iter().map(|&(bytes, _)| bytes).collect::<Vec<_>>(), [8, 4, 64]);
+        let share = measured.ratio(Mode::Limit, Mode::DirectIo);
+        assert_eq!(share, Some(Spread { median: 0.5, min: 0.5, max: 0.5 }));
+        assert_eq!(measured.cpu_seconds_per_gib(Mode::Limit), Some(0.15));
     }
 
     #[test]

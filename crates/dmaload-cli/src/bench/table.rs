@@ -82,6 +82,11 @@ fn bytes_of_page(size: u64) -> String {
     if size < 1 << 20 { format!("{} KiB", size >> 10) } else { format!("{} MiB", size >> 20) }
 }
 
+/// `8 MiB`, not `8.00 MiB`.
+fn bytes_of_buffers(size: u64) -> String {
+    format!("{} MiB", size >> 20)
+}
+
 /// What people want to know.
 fn verdicts(results: &Results) -> Vec<String> {
     let mut lines = Vec::new();
@@ -118,6 +123,14 @@ fn remarks(results: &Results) -> Vec<String> {
         lines.push(format!(
             "this disk reads {kib} KiB ahead, not the usual {DEFAULT_READ_AHEAD_KIB} (queue/read_ahead_kb in sysfs), which changes \
              normal, normal_io, mmap and tokio-fs"
+        ));
+    }
+    if let Some(((best, _), others)) = results.destinations.split_first() {
+        let others = others.iter().map(|(size, seconds)| format!("{} {seconds:.3} s", bytes_of_buffers(*size)));
+        lines.push(format!(
+            "limit: reads into {} of buffers, used over and over, are the fastest ({})",
+            bytes_of_buffers(*best),
+            others.collect::<Vec<_>>().join(", "),
         ));
     }
     for runs in &results.modes {
@@ -158,6 +171,15 @@ mod tests {
             assert!(text.contains(words), "{words:?} is missing in\n{text}");
         }
         assert!(!text.contains("overlap"), "not without no-overlap");
+    }
+
+    #[test]
+    fn table_says_which_destination_is_the_limit() {
+        let mut measured = some();
+        measured.destinations = vec![(8 << 20, 0.25), (4 << 20, 0.3), (64 << 20, 0.5)];
+        let expected = "limit: reads into 8 MiB of buffers, used over and over, are the fastest \
+                        (4 MiB 0.300 s, 64 MiB 0.500 s)";
+        assert!(plain(&measured).contains(expected), "{}", plain(&measured));
     }
 
     #[test]

@@ -20,10 +20,10 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::compare::compare;
 use super::curves::Curves;
-use super::limit::{self, CHUNK_BYTES, DEPTH, Into};
+use super::limit::{self, DESTINATIONS, Into, LARGEST};
 use super::memory::{PART_BYTES, Region, page_bytes_of};
 use super::mode::Mode;
-use super::results::{Apart, Run};
+use super::results::{Apart, ReadInto, Run};
 use super::sys::{self, Reader};
 use crate::args::{Engine, PageChoice};
 use crate::errors::At;
@@ -96,10 +96,10 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
         Mode::Limit => {
             let (mut reader, notes) = limit_reader()?;
             let open = limit::open(&files.paths)?;
-            let (chunks, _) = limit::plan(&files.lengths, PART_BYTES);
-            // Memory that no device has written yet would slow the first reads.
-            let first = chunks.get(..DEPTH.min(chunks.len())).unwrap_or_default();
-            limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots)?;
+            let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
+            // Memory that no device has written to yet would slow the first reads.
+            let first = chunks.get(..LARGEST.depth.min(chunks.len())).unwrap_or(&chunks);
+            limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots(LARGEST))?;
             drop(open);
             Box::new(move || device_limit(reader, &files, notes))
         }
@@ -263,7 +263,7 @@ fn verify(image: &Image) -> Result<()> {
 }
 
 fn limit_reader() -> Result<(Reader, Vec<String>)> {
-    let bytes = DEPTH * CHUNK_BYTES;
+    let bytes = LARGEST.bytes();
     let mut notes = Vec::new();
     let huge: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Huge });
     let region = match Region::populated(&huge, bytes) {
@@ -274,23 +274,29 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
             Region::populated(&any, bytes)?
         }
     };
-    let reader =
-        Reader::new(u32::try_from(DEPTH)?, region).context("io_uring can't be had, so the device's limit is not known")?;
+    let reader = Reader::new(u32::try_from(LARGEST.depth)?, region)
+        .context("io_uring can't be had, so the device's limit is not known")?;
     if !reader.is_registered() {
         notes.push("its buffers are not registered: the limit of locked memory (ulimit -l) is below 64 MiB".to_owned());
     }
     Ok((reader, notes))
 }
 
+/// Reads the files once into each destination. Which one is the limit is decided over all rounds.
 fn device_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Run> {
-    let watch = Stopwatch::start();
-    let open = limit::open(&files.paths)?;
-    let (chunks, _) = limit::plan(&files.lengths, PART_BYTES);
-    limit::read_all(&mut reader, &open, &files.paths, &chunks, Into::Slots)?;
-    let run = watch.stop(files);
-    let region = reader.into_region().context("reads can't be waited for")?;
-    // It keeps nothing, so there is nothing that it keeps too much of.
-    Ok(Run { page_bytes: region.page_bytes(), peak_extra_bytes: None, notes, ..run })
+    let mut destinations = Vec::new();
+    for destination in DESTINATIONS {
+        let watch = Stopwatch::start();
+        let open = limit::open(&files.paths)?;
+        let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, destination.chunk_bytes);
+        limit::read_all(&mut reader, &open, &files.paths, &chunks, Into::Slots(destination))?;
+        let Run { seconds, cpu_seconds, .. } = watch.stop(files);
+        destinations.push(ReadInto { bytes: destination.bytes() as u64, seconds, cpu_seconds });
+    }
+    let region = reader.into_region().context("cannot wait for the last reads")?;
+    // It keeps nothing, so it has no extra memory to speak of.
+    let run = Run { page_bytes: region.page_bytes(), notes, destinations, ..Run::default() };
+    Ok(run)
 }
 
 fn mapped(files: &Files) -> Result<Run> {
@@ -324,11 +330,11 @@ fn by_tokio(files: &Files) -> Result<Run> {
 
 fn no_overlap(heap: &Arc<dyn Heap>, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
-    let (_, bytes) = limit::plan(&files.lengths, PART_BYTES);
+    let (_, bytes) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
     let region = Region::populated(heap, bytes)?;
     let allocate_seconds = watch.start.elapsed().as_secs_f64();
-    let (chunks, _) = limit::plan(&files.lengths, region.part_bytes());
-    let mut reader = Reader::new(u32::try_from(DEPTH)?, region).context("io_uring can't be had")?;
+    let (chunks, _) = limit::plan(&files.lengths, region.part_bytes(), LARGEST.chunk_bytes);
+    let mut reader = Reader::new(u32::try_from(LARGEST.depth)?, region).context("io_uring can't be had")?;
     let open = limit::open(&files.paths)?;
     limit::read_all(&mut reader, &open, &files.paths, &chunks, Into::Places)?;
     let run = watch.stop(files);
