@@ -146,7 +146,7 @@ pub(crate) struct Inspect {
 
 #[derive(Debug, Args)]
 pub(crate) struct Serve {
-    /// The socket; one that nobody listens at any more is replaced.
+    /// The socket, which appears when the files are loaded; one that no process listens at any more is replaced.
     pub(crate) socket: PathBuf,
     /// The files; a folder or an index stands for all files of a model.
     #[arg(required = true, value_name = "PATH")]
@@ -155,6 +155,9 @@ pub(crate) struct Serve {
     #[arg(long, default_value = "model")]
     pub(crate) name: String,
     /// Let this user attach, too, by its number; may be repeated. Without, only your own may.
+    ///
+    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to allow that is to allow all of
+    /// them.
     #[arg(long = "allow-user", value_name = "UID")]
     pub(crate) allow_users: Vec<u32>,
     /// Hand out dma-bufs, which whoever has them can WRITE to, instead of sealed memory files; takes --dma-buf.
@@ -172,6 +175,9 @@ pub(crate) struct Attach {
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Trust a server of this user, by its number, besides your own and root's; may be repeated.
+    ///
+    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to trust that is to trust all of
+    /// them.
     #[arg(long = "trust-user", value_name = "UID")]
     pub(crate) trust_users: Vec<u32>,
     /// Compute this digest of each file, from the mapped memory: sha256, blake3, crc32c, xxh3.

@@ -2,8 +2,7 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use dmaload::Segment;
@@ -18,27 +17,37 @@ use crate::{args, block_on, engine, errors};
 
 pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
+    let server: Arc<Mutex<Option<Server>>> = Arc::default();
     // From the beginning, also while it loads: the socket must not be left behind, and what was loaded goes with the process.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    let socket = arguments.socket.clone();
-    let bound = Arc::new(AtomicBool::new(false));
-    let is_ours = Arc::clone(&bound);
+    let own = Arc::clone(&server);
     let ending = move || {
         let _ = signals.forever().next();
-        if is_ours.load(Ordering::Acquire) {
-            let _ = std::fs::remove_file(socket);
-        }
+        // Waits while a socket is being made.
+        let mut server = own.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(server.take());
         std::process::exit(0);
     };
     std::thread::Builder::new().name("signals".to_owned()).spawn(ending)?;
-    let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
-    let server = Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?;
-    bound.store(true, Ordering::Release);
+    {
+        // Before minutes of loading, not after.
+        let _held = server.lock().unwrap_or_else(PoisonError::into_inner);
+        Server::check(&arguments.socket)?;
+    }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let load = loader.load_with(&arguments.paths, loader.options());
     let image = block_on(finish(load, is_quiet()))?.map_err(about)?;
     let text = summary(&image, &vec![None; image.files().len()]);
-    server.publish(&arguments.name, image)?;
+    let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
+    {
+        // The socket appears with the image: who sees it can attach.
+        let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
+        let bound = server.insert(Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?);
+        if let Err(error) = bound.publish(&arguments.name, image) {
+            drop(server.take());
+            return Err(error.into());
+        }
+    }
     let mut stdout = std::io::stdout().lock();
     write!(stdout, "{text}")?;
     writeln!(stdout, "serving {:?} at {}", arguments.name, arguments.socket.display())?;

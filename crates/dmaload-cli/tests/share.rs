@@ -6,8 +6,9 @@ mod common;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
 
-use common::{digest_of, dmaload, folder, random_file, run, sha256sum};
+use common::{digest_of, dmaload, folder, is_root, random_file, run, sha256sum, skip};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A server that has said that it serves.
@@ -39,7 +40,7 @@ fn what_is_served_is_attached_to_with_the_right_digest() {
     }
     let text = run(dmaload(["attach", "--name", "model"]).arg(&socket)).succeeds().text();
     assert!(text.contains("attached to") && text.contains("shared memfd"), "{text}");
-    run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["no image \"other\""]);
+    run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["no image \"other\", but \"model\""]);
     run(dmaload(["serve"]).arg(&socket).arg(&paths[0])).fails(1, &["listens there"]);
     end(server, &socket);
     run(dmaload(["attach"]).arg(&socket)).fails(1, &["ENOENT"]);
@@ -52,4 +53,72 @@ fn a_load_that_fails_leaves_no_socket_behind() {
     run(dmaload(["serve"]).arg(&socket).arg(folder.path().join("missing"))).fails(1, &["missing", "ENOENT"]);
     assert!(!socket.exists());
     run(dmaload(["serve", "--share-dma-bufs"]).arg(&socket).arg("x")).fails(2, &["--dma-buf"]);
+}
+
+/// Clients that come as soon as the socket is there attach, and see no server that has nothing yet.
+#[test]
+fn socket_appears_with_the_image() {
+    let folder = folder();
+    let path = random_file(folder.path(), "a.bin", 150_000_001);
+    for round in 0..3 {
+        let socket = folder.path().join(format!("socket{round}"));
+        let mut server = dmaload(["serve"]).arg(&socket).arg(&path).stdout(Stdio::null()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !socket.exists() {
+            assert!(server.try_wait().unwrap().is_none() && Instant::now() < deadline, "no socket");
+        }
+        let json = run(dmaload(["attach", "--json"]).arg(&socket)).succeeds().json();
+        assert_eq!(json["files"][0]["bytes"].as_u64(), Some(150_000_001));
+        end(server, &socket);
+    }
+}
+
+/// A second server is refused before it has loaded, and one that is ended while it loads leaves nothing behind.
+#[test]
+fn servers_that_cannot_serve_end_early_and_cleanly() {
+    let folder = folder();
+    let path = random_file(folder.path(), "a.bin", 1000);
+    let socket = folder.path().join("socket");
+    let server = serving(&[], &socket, &[&path]);
+    let missing = folder.path().join("missing");
+    run(dmaload(["serve"]).arg(&socket).arg(&missing)).fails(1, &["another process listens there"]);
+    run(dmaload(["serve"]).arg(&path).arg(&missing)).fails(1, &["a file that is no socket has this name"]);
+    run(dmaload(["serve"]).arg(missing.join("socket")).arg(&missing)).fails(1, &["ENOENT", "folder of the socket"]);
+    // The socket was removed by hand, and another server is there now.
+    std::fs::remove_file(&socket).unwrap();
+    let second = serving(&[], &socket, &[&path]);
+    kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
+    assert!({ server }.wait().unwrap().success());
+    run(dmaload(["attach"]).arg(&socket)).succeeds();
+    end(second, &socket);
+    let large = random_file(folder.path(), "large.bin", 150_000_000);
+    for delay in [0, 3, 10, 30, 60, 100] {
+        let mut server = dmaload(["serve"]).arg(&socket).arg(&large).stdout(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(delay));
+        kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
+        server.wait().unwrap();
+        let names = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = names.filter(|name| name != "a.bin" && name != "large.bin").collect();
+        assert!(left.is_empty(), "{left:?} after {delay} ms");
+    }
+}
+
+/// A client in a user namespace trusts no user that is not mapped there, unless that is named.
+#[test]
+fn users_that_are_not_mapped_must_be_named() {
+    if !is_root() {
+        return skip("only root can allow users that are not mapped");
+    }
+    let folder = folder();
+    let path = random_file(folder.path(), "a.bin", 1000);
+    let socket = folder.path().join("socket");
+    let server = serving(&["--allow-user", "65534"], &socket, &[&path]);
+    let attach = |named: &[&str]| {
+        let mut command = std::process::Command::new("unshare");
+        command.arg("--user").arg("--").arg(env!("CARGO_BIN_EXE_dmaload")).arg("attach").args(named).arg(&socket);
+        run(&mut command)
+    };
+    attach(&[]).fails(1, &["user 65534", "not mapped in this user namespace", "--trust-user 65534"]);
+    attach(&["--trust-user", "65534"]).succeeds();
+    end(server, &socket);
 }

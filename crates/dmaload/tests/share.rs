@@ -5,6 +5,7 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -16,7 +17,12 @@ use common::{assert_same, file, folder, random_bytes};
 use dmaload::heap::AnonHeap;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach, attach_blocking};
 use dmaload::{Error, Image, Loader, Shard};
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with};
+use rustix::fs::Mode;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send, shutdown,
+    socket_with,
+};
+use rustix::process::{Resource, Rlimit, Uid, setrlimit, umask};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use sha2::{Digest, Sha256};
 
@@ -98,12 +104,13 @@ async fn images_have_names_and_come_and_go() {
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     let refused = |options: AttachOptions| attach_blocking(&socket, &options).unwrap_err().to_string();
-    assert!(refused(default()).contains("no image, or several"));
     server.publish("a", image.clone()).unwrap();
     server.publish("b", image.clone()).unwrap();
     assert_eq!(server.names(), ["a", "b"]);
-    assert!(refused(default()).contains("no image, or several"));
-    assert!(refused(default().name("c")).contains("no image \"c\""));
+    let reason = refused(default());
+    assert!(reason.ends_with(r#"the server shares several images: name one of "a", "b""#), "{reason}");
+    let reason = refused(default().name("c"));
+    assert!(reason.ends_with(r#"the server has no image "c", but "a", "b""#), "{reason}");
     assert!(refused(default().name("n".repeat(1000))).contains("too long"));
     attach_blocking(&socket, &default().name("b")).unwrap();
     assert!(server.withdraw("a").is_some() && server.withdraw("a").is_none());
@@ -128,6 +135,20 @@ async fn images_have_names_and_come_and_go() {
     for tensor in part.tensors() {
         assert_same(&tensor.to_vec().unwrap(), &theirs.tensor(tensor.name()).unwrap().to_vec().unwrap(), tensor.name());
     }
+    // Names are somebody else's.
+    server.publish("\u{1b}]0;title\u{7}", image.clone()).unwrap();
+    let reason = refused(default());
+    assert!(!reason.contains(|char: char| char.is_control()) && reason.contains(r"\u{1b}]0;title\u{7}"), "{reason:?}");
+    for number in 0..200 {
+        server.publish(&format!("image number {number}"), image.clone()).unwrap();
+    }
+    let reason = refused(default().name("c"));
+    assert!(reason.contains(" more") && reason.len() < 2000, "{reason}");
+    for name in server.names() {
+        server.withdraw(&name);
+    }
+    assert!(refused(default()).contains("shares no image any more"));
+    assert!(refused(default().name("a")).contains("shares no image any more"));
     let anon = Loader::builder().heap(AnonHeap::default()).build().unwrap().load(&path).await.unwrap();
     assert!(matches!(server.publish("anon", anon), Err(Error::NoDescriptor { .. })));
 }
@@ -148,7 +169,7 @@ async fn a_socket_that_was_left_behind_is_replaced_and_what_is_none_stays() {
     let other = file(folder.path(), "file", b"kept");
     assert!(Server::bind(&other, ServerOptions::default()).is_err());
     assert_eq!(fs::read(&other).unwrap(), b"kept");
-    let error = attach(folder.path().join("nobody"), default()).await.unwrap_err();
+    let error = attach(folder.path().join("missing"), default()).await.unwrap_err();
     assert!(error.to_string().contains("ENOENT"), "{error}");
 }
 
@@ -219,10 +240,50 @@ fn client(socket: &Path) -> Child {
 #[ignore = "no test: the client of another one, in its own process"]
 fn the_client() {
     let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
-    let image = attach_blocking(socket, &AttachOptions::default()).unwrap().image;
+    let options = users_of("DMALOAD_TEST_TRUST").fold(AttachOptions::default(), AttachOptions::trust_user);
+    let image = match attach_blocking(socket, &options) {
+        Ok(attached) => attached.image,
+        Err(error) => {
+            println!("error {error}");
+            return;
+        }
+    };
     let mut digest = Sha256::new();
     image.segments().iter().for_each(|segment| digest.update(segment.bytes().unwrap()));
     println!("digest {}", hex(&digest.finalize()));
+}
+
+fn users_of(variable: &str) -> impl Iterator<Item = u32> {
+    let text = std::env::var(variable).unwrap_or_default();
+    text.split(',').filter(|user| !user.is_empty()).map(|user| user.parse().unwrap()).collect::<Vec<_>>().into_iter()
+}
+
+#[test]
+#[ignore = "no test: the server of another one, in its own process"]
+fn the_server() {
+    let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
+    if let Ok(limit) = std::env::var("DMALOAD_TEST_NOFILE") {
+        let limit = Rlimit { current: limit.parse().ok(), maximum: limit.parse().ok() };
+        setrlimit(Resource::Nofile, limit).unwrap();
+    }
+    if let Ok(mask) = std::env::var("DMALOAD_TEST_UMASK") {
+        umask(Mode::from_raw_mode(u32::from_str_radix(&mask, 8).unwrap()));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let image = runtime.block_on(loaded(&[Path::new(&std::env::var_os("DMALOAD_TEST_MODEL").unwrap())]));
+    let options = users_of("DMALOAD_TEST_ALLOW").fold(ServerOptions::default(), ServerOptions::allow_user);
+    let server = match Server::bind(socket, options) {
+        Ok(server) => server,
+        Err(error) => {
+            println!("error {error}");
+            return;
+        }
+    };
+    server.publish("model", image).unwrap();
+    println!("ready {:o}", umask(Mode::empty()).as_raw_mode());
+    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    let (served, refused) = server.served();
+    println!("ended {served} {refused}");
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -391,4 +452,499 @@ async fn a_client_that_does_not_take_its_descriptors_is_waited_for_by_nobody() {
     assert!(waiting.is_err(), "four are on their way already");
     drop(hoards);
     assert_same_image(&image, &attach(&socket, default()).await.unwrap().image);
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("skipped: only root can be another user");
+    }
+    root
+}
+
+/// Does this as another user: on Linux each thread has its own.
+fn as_user<T: Send>(user: u32, task: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let body = || {
+            let user = Uid::from_raw(user);
+            rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+            task()
+        };
+        scope.spawn(body).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// A folder that every user can use.
+fn open_folder() -> tempfile::TempDir {
+    let folder = folder();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    folder
+}
+
+/// The role of a process of its own.
+struct Role<'a> {
+    name: &'a str,
+    user: u32,
+    /// `Some` for a user namespace of its own, with this map; an empty one maps no user.
+    map: Option<&'a str>,
+    /// Users to be allowed, or trusted.
+    named: &'a [u32],
+    variables: Vec<(&'a str, String)>,
+}
+
+impl Role<'_> {
+    fn start(&self, socket: &Path) -> Child {
+        let exe = std::env::current_exe().unwrap();
+        let mut command = match self.map {
+            Some(_) => {
+                let mut command = Command::new("unshare");
+                command.args(["--user", "--", "sh", "-c", r#"read go; exec "$@""#, "sh"]).arg(exe);
+                command
+            }
+            None => Command::new(exe),
+        };
+        let named = self.named.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+        command.args(["--ignored", "--exact", self.name, "--nocapture", "--quiet"]).uid(self.user);
+        command.env("DMALOAD_TEST_SOCKET", socket).env("DMALOAD_TEST_TRUST", &named).env("DMALOAD_TEST_ALLOW", &named);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        if let Some(map) = self.map {
+            let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/user")).unwrap();
+            let process = child.id().to_string();
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while namespace(&process) == namespace("self") {
+                assert!(Instant::now() < deadline, "no user namespace");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if !map.is_empty() {
+                fs::write(format!("/proc/{process}/uid_map"), map).unwrap();
+            }
+            child.stdin.as_mut().unwrap().write_all(b"go\n").unwrap();
+        }
+        child
+    }
+
+    /// What it has printed in the end: a digest or an error.
+    fn outcome(&self, socket: &Path) -> String {
+        let output = self.start(socket).wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let lines = text.lines().filter(|line| line.starts_with("digest") || line.starts_with("error"));
+        lines.last().unwrap_or_else(|| panic!("{} as {}: {text:?} {:?}", self.name, self.user, output.status)).to_owned()
+    }
+}
+
+/// A server in a process of its own, which ends with this.
+struct Serving {
+    child: Child,
+    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
+}
+
+impl Serving {
+    fn start(role: &Role<'_>, socket: &Path) -> (Self, String) {
+        let mut child = role.start(socket);
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first = lines.by_ref().map(|line| line.unwrap()).find(|line| line.starts_with("ready") || line.starts_with("error"));
+        (Serving { child, lines }, first.unwrap_or_else(|| panic!("the server as {} has ended", role.user)))
+    }
+
+    fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    /// How many were served and refused.
+    fn end(mut self) -> String {
+        drop(self.child.stdin.take());
+        let last = self.lines.by_ref().map(|line| line.unwrap()).find(|line| line.starts_with("ended"));
+        assert!(self.child.wait().unwrap().success());
+        last.unwrap()
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}
+
+const ALICE: u32 = 4001;
+const BOB: u32 = 4002;
+const MALLORY: u32 = 4003;
+const STRANGER: u32 = 4004;
+const NOBODY: u32 = 65534;
+const ALL: &str = "0 0 4294967295";
+
+/// Who is whom is decided by the kernel's word, also in user namespaces, where all users that are not mapped have one number.
+#[test]
+fn clients_trust_their_own_user_and_those_they_name() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
+    let expected = format!("digest {}", hex(&Sha256::digest(fs::read(&model).unwrap())));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let image = runtime.block_on(loaded(&[&model]));
+    // The server's user, the client's, its map, whom it trusts; and whether it attaches, or which user it names in its error.
+    type Case<'a> = (u32, u32, Option<&'a str>, &'a [u32], Result<(), u32>);
+    let cases: &[Case<'_>] = &[
+        (ALICE, ALICE, None, &[], Ok(())),
+        (BOB, ALICE, None, &[], Err(BOB)),
+        (BOB, ALICE, None, &[MALLORY], Err(BOB)),
+        (BOB, ALICE, None, &[BOB], Ok(())),
+        (0, ALICE, None, &[], Ok(())),
+        (BOB, 0, None, &[], Err(BOB)),
+        (NOBODY, NOBODY, None, &[], Ok(())),
+        (NOBODY, ALICE, None, &[], Err(NOBODY)),
+        // No user is mapped: it sees itself and all others as nobody.
+        (BOB, ALICE, Some(""), &[], Err(NOBODY)),
+        (ALICE, ALICE, Some(""), &[], Err(NOBODY)),
+        (0, ALICE, Some(""), &[], Err(NOBODY)),
+        (BOB, ALICE, Some(""), &[BOB], Err(NOBODY)),
+        (BOB, ALICE, Some(""), &[NOBODY], Ok(())),
+        // It is nobody by its map, others are because they have none.
+        (BOB, ALICE, Some("65534 4001 1"), &[], Err(NOBODY)),
+        (BOB, ALICE, Some("65534 4001 1"), &[NOBODY], Ok(())),
+        (BOB, ALICE, Some("0 0 4001\n65534 4001 1"), &[], Err(NOBODY)),
+        // Some are mapped.
+        (ALICE, ALICE, Some("1000 4001 1"), &[], Ok(())),
+        (BOB, ALICE, Some("1000 4001 1"), &[], Err(NOBODY)),
+        (BOB, ALICE, Some("1000 4001 2"), &[], Err(1001)),
+        (BOB, ALICE, Some("1000 4001 2"), &[1001], Ok(())),
+        (BOB, ALICE, Some("0 4002 1\n1000 4001 1"), &[], Ok(())),
+        // All are: nobody is a user like others, as in many pods.
+        (NOBODY, NOBODY, Some(ALL), &[], Ok(())),
+        (BOB, NOBODY, Some(ALL), &[], Err(BOB)),
+        (ALICE, ALICE, Some(ALL), &[], Ok(())),
+    ];
+    for (number, &(server, client, map, named, expectation)) in cases.iter().enumerate() {
+        let socket = folder.path().join(format!("socket{number}"));
+        let options = ServerOptions::default().allow_user(client);
+        let served = as_user(server, || Server::bind(&socket, options)).unwrap();
+        served.publish("model", image.clone()).unwrap();
+        let role = Role { name: "the_client", user: client, map, named, variables: Vec::new() };
+        let outcome = role.outcome(&socket);
+        let case = format!("server {server}, client {client}, map {map:?}, trusts {named:?}: {outcome}");
+        match expectation {
+            Ok(()) => assert_eq!(outcome, expected, "{case}"),
+            Err(user) => assert!(outcome.contains(&format!("--trust-user {user})")), "{case}"),
+        }
+    }
+}
+
+#[test]
+fn servers_serve_their_own_user_and_those_they_allow() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
+    // The server's user, its map, whom it allows, the client's user; and whether it attaches, or as which user it is refused. That
+    // somebody is allowed (here user 9) opens the socket for connections.
+    type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
+    let cases: &[Case<'_>] = &[
+        (ALICE, None, &[9], ALICE, Ok(())),
+        (ALICE, None, &[9], BOB, Err(BOB)),
+        (ALICE, None, &[BOB], BOB, Ok(())),
+        (ALICE, None, &[BOB], MALLORY, Err(MALLORY)),
+        (ALICE, None, &[9], 0, Err(0)),
+        (NOBODY, None, &[9], NOBODY, Ok(())),
+        (ALICE, Some(""), &[9], BOB, Err(NOBODY)),
+        (ALICE, Some(""), &[9], ALICE, Err(NOBODY)),
+        (ALICE, Some(""), &[NOBODY], BOB, Ok(())),
+        (ALICE, Some("65534 4001 1"), &[9], BOB, Err(NOBODY)),
+        (ALICE, Some("65534 4001 1"), &[NOBODY], BOB, Ok(())),
+        (ALICE, Some("1000 4001 1"), &[9], ALICE, Ok(())),
+        (ALICE, Some("1000 4001 1"), &[9], BOB, Err(NOBODY)),
+        (ALICE, Some("1000 4001 2"), &[9], BOB, Err(1001)),
+        (ALICE, Some("1000 4001 2"), &[1001], BOB, Ok(())),
+        (NOBODY, Some(ALL), &[9], NOBODY, Ok(())),
+        (NOBODY, Some(ALL), &[9], BOB, Err(BOB)),
+    ];
+    for (number, &(server, map, named, client, expectation)) in cases.iter().enumerate() {
+        let socket = folder.path().join(format!("socket{number}"));
+        let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned())];
+        let (serving, first) = Serving::start(&Role { name: "the_server", user: server, map, named, variables }, &socket);
+        let case = format!("server {server}, map {map:?}, allows {named:?}, client {client}");
+        assert!(first.starts_with("ready"), "{case}: {first}");
+        let attached = as_user(client, || attach_blocking(&socket, &default().trust_user(server)));
+        match (attached, expectation) {
+            (Ok(attached), Ok(())) => {
+                assert_same(&attached.image.files()[0].bytes().unwrap(), &fs::read(&model).unwrap(), &case);
+            }
+            (Err(error), Err(user)) => {
+                assert!(error.to_string().contains(&format!("--allow-user {user})")), "{case}: {error}");
+            }
+            (attached, _) => panic!("{case}: {attached:?}"),
+        }
+        drop(serving);
+    }
+}
+
+#[test]
+fn socket_has_its_mode_whatever_the_umask_which_stays() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    let model = file(folder.path(), "model.bin", &random_bytes(100_000, 3));
+    for mask in ["0", "22", "77", "777"] {
+        for (named, mode) in [(&[][..], 0o600), (&[BOB], 0o666)] {
+            let socket = folder.path().join(format!("socket{mask}{mode}"));
+            let variables =
+                vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_UMASK", mask.to_owned())];
+            let role = Role { name: "the_server", user: 0, map: None, named, variables };
+            let (serving, first) = Serving::start(&role, &socket);
+            assert_eq!(first, format!("ready {mask}"));
+            assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o7777, mode, "umask {mask}");
+            attach_blocking(&socket, &default()).unwrap();
+            drop(serving);
+            assert!(!socket.exists());
+        }
+    }
+}
+
+#[test]
+fn servers_and_clients_work_without_procfs() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    let model = file(folder.path(), "model.bin", &random_bytes(100_000, 3));
+    let socket = folder.path().join("socket");
+    let run = |role: &str, socket: &Path| {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--", "sh", "-c", r#"mount -t tmpfs none /proc && exec "$@""#, "sh"]);
+        command.arg(std::env::current_exe().unwrap()).args(["--ignored", "--exact", role, "--nocapture", "--quiet"]);
+        command.env("DMALOAD_TEST_SOCKET", socket).env("DMALOAD_TEST_MODEL", &model).env("DMALOAD_TEST_ALLOW", "4002");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    for _ in 0..2 {
+        let mut server = run("the_server", &socket);
+        let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
+        assert!(lines.by_ref().any(|line| line.unwrap().starts_with("ready")), "it ended before it served");
+        assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o7777, 0o666);
+        let client = run("the_client", &socket).wait_with_output().unwrap();
+        assert!(String::from_utf8_lossy(&client.stdout).contains("digest"), "{client:?}");
+        // Leaves its socket behind, for the next round to replace.
+        server.kill().unwrap();
+        server.wait().unwrap();
+        assert!(socket.exists());
+    }
+}
+
+/// The owner of the folder replaces whatever appears in it, as fast as it can, by a link to a file of root's.
+#[test]
+fn owner_of_the_folder_cannot_redirect_a_server_of_root() {
+    if !is_root() {
+        return;
+    }
+    let place = open_folder();
+    let (folder, victim) = (place.path().join("thief's"), place.path().join("victim"));
+    fs::create_dir(&folder).unwrap();
+    std::os::unix::fs::chown(&folder, Some(MALLORY), None).unwrap();
+    fs::write(&victim, "secret").unwrap();
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+    let socket = folder.join("socket");
+    let (until, done) = (Instant::now() + Duration::from_secs(3), std::sync::atomic::AtomicBool::new(false));
+    let (mut bound, mut refused) = (0, 0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                as_user(MALLORY, || {
+                    let mut number = 0;
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        for name in ["socket", ".socket.dmaload"] {
+                            let (name, away) = (folder.join(name), folder.join(format!("away{number}")));
+                            number += 1;
+                            if fs::symlink_metadata(&name).is_ok_and(|found| !found.is_symlink())
+                                && fs::rename(&name, &away).is_ok()
+                            {
+                                let _ = std::os::unix::fs::symlink(&victim, &name);
+                            } else if number % 64 < 2 {
+                                // So that the next server can begin.
+                                let _ = fs::remove_file(&name);
+                            }
+                        }
+                    }
+                });
+            });
+        }
+        while Instant::now() < until {
+            match Server::bind(&socket, ServerOptions::default().allow_user(MALLORY)) {
+                Ok(_) => bound += 1,
+                Err(_) => refused += 1,
+            }
+            if fs::metadata(&victim).unwrap().permissions().mode() & 0o7777 != 0o600 {
+                break;
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    println!("{bound} servers bound, {refused} refused");
+    assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o7777, 0o600, "after {bound} servers, {refused} refused");
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "secret");
+    assert!(bound > 0 && refused > 0, "{bound} servers bound, {refused} refused");
+}
+
+#[tokio::test]
+async fn server_that_ends_leaves_the_socket_of_the_one_that_replaced_it() {
+    let folder = folder();
+    let (image, socket, first) = serving(folder.path()).await;
+    fs::remove_file(&socket).unwrap();
+    let second = Server::bind(&socket, ServerOptions::default()).unwrap();
+    second.publish("model", image).unwrap();
+    drop(first);
+    attach(&socket, default()).await.unwrap();
+    drop(second);
+    assert!(!socket.exists());
+    assert!(fs::read_dir(folder.path()).unwrap().all(|entry| entry.unwrap().file_name() == "model.safetensors"));
+}
+
+#[tokio::test]
+async fn client_that_comes_before_the_first_image_waits_for_it() {
+    let folder = folder();
+    let image = loaded(&[&model(folder.path())]).await;
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    let clients: Vec<_> = [default(), default().name("model")]
+        .into_iter()
+        .map(|options| {
+            let socket = socket.clone();
+            std::thread::spawn(move || attach_blocking(socket, &options))
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let started = Instant::now();
+    server.publish("model", image.clone()).unwrap();
+    for client in clients {
+        assert_same_image(&image, &client.join().unwrap().unwrap().image);
+    }
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    // Not for ever.
+    drop(server);
+    let _server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    let started = Instant::now();
+    let error = attach(&socket, default()).await.unwrap_err();
+    assert!(error.to_string().contains("the server has no image yet, after 5s"), "{error}");
+    assert!((4..9).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
+}
+
+fn good_request() -> Vec<u8> {
+    [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat()
+}
+
+/// What hostile clients do with a connection, which they keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hostility {
+    Silent,
+    HalfClosed,
+    Closed,
+    NeverReceives,
+    AcknowledgesAtOnce,
+    AcknowledgesTooMuch,
+    AsksTwice,
+    SlowReader,
+    AllOfThem,
+}
+
+const HOSTILITIES: [Hostility; 8] = [
+    Hostility::Silent,
+    Hostility::HalfClosed,
+    Hostility::Closed,
+    Hostility::NeverReceives,
+    Hostility::AcknowledgesAtOnce,
+    Hostility::AcknowledgesTooMuch,
+    Hostility::AsksTwice,
+    Hostility::SlowReader,
+];
+
+impl Hostility {
+    fn connect(self, socket: &Path, number: usize) -> Option<OwnedFd> {
+        let client = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        connect(&client, &SocketAddrUnix::new(socket).unwrap()).ok()?;
+        let say = |message: &[u8]| {
+            let _ = send(&client, message, SendFlags::NOSIGNAL);
+        };
+        match self {
+            Hostility::AllOfThem => return HOSTILITIES[number % HOSTILITIES.len()].connect(socket, number),
+            Hostility::Silent => return Some(client),
+            _ => say(&good_request()),
+        }
+        match self {
+            Hostility::HalfClosed => shutdown(&client, Shutdown::Write).unwrap(),
+            Hostility::Closed => shutdown(&client, Shutdown::Both).unwrap(),
+            Hostility::AcknowledgesAtOnce => say(&[0]),
+            Hostility::AcknowledgesTooMuch => (0..20).for_each(|_| say(&[0])),
+            Hostility::AsksTwice => say(&good_request()),
+            Hostility::SlowReader => {
+                let reader = client.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    while recv(&reader, &mut [0; 64][..], RecvFlags::empty()).is_ok_and(|(bytes, _)| bytes > 0) {
+                        std::thread::sleep(Duration::from_secs(1));
+                        if send(&reader, &[0], SendFlags::NOSIGNAL).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            Hostility::Silent | Hostility::NeverReceives | Hostility::AllOfThem => {}
+        }
+        Some(client)
+    }
+}
+
+/// A server with 128 descriptors, of a user who is not root, and so may have no more than these on their way to clients.
+#[test]
+fn hostile_clients_stall_no_other_user() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    // With the description, 11 descriptors: twelve who hoard them are more than the kernel allows.
+    let bytes = random_bytes(10 * SEGMENT as usize, 3);
+    let model = file(folder.path(), "model.bin", &bytes);
+    for hostile in [MALLORY, STRANGER] {
+        for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
+            let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
+            let variables =
+                vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+            let role = Role { name: "the_server", user: ALICE, map: None, named: &[BOB, MALLORY], variables };
+            let (serving, first) = Serving::start(&role, &socket);
+            assert!(first.starts_with("ready"), "{first}");
+            let before = serving.descriptors();
+            let mut kept: Vec<OwnedFd> = Vec::new();
+            let mut slowest = Duration::ZERO;
+            for round in 0..4 {
+                let more = as_user(hostile, || {
+                    (0..30).filter_map(|number| hostility.connect(&socket, 30 * round + number)).collect::<Vec<_>>()
+                });
+                kept.extend(more);
+                for honest in [BOB, ALICE, BOB] {
+                    let started = Instant::now();
+                    let attached = as_user(honest, || attach_blocking(&socket, &default().trust_user(ALICE)));
+                    slowest = slowest.max(started.elapsed());
+                    let attached = attached.unwrap_or_else(|error| panic!("{hostility:?} of {hostile}: {error}"));
+                    assert_same(&attached.image.files()[0].bytes().unwrap(), &bytes, "attached");
+                }
+            }
+            println!("{hostility:?} of {hostile}: {} kept, the slowest of 12 honest clients took {slowest:?}", kept.len());
+            assert!(slowest < Duration::from_secs(1), "{hostility:?} of {hostile}: {slowest:?}");
+            let during = serving.descriptors();
+            assert!(during < before + 64 + 16 + 4, "{hostility:?} of {hostile}: {during} descriptors, {before} before");
+            // When they have let go, all is as before, and their user is served.
+            drop(kept);
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while serving.descriptors() > before {
+                assert!(Instant::now() < deadline, "{hostility:?} of {hostile}: {} of {before}", serving.descriptors());
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if hostile == MALLORY {
+                as_user(hostile, || attach_blocking(&socket, &default().trust_user(ALICE))).unwrap();
+            }
+            let ended = serving.end();
+            let served: u64 = ended.split(' ').nth(1).unwrap().parse().unwrap();
+            assert!(served >= 12, "{ended}");
+        }
+    }
 }

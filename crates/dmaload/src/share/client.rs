@@ -12,14 +12,16 @@ use std::time::{Duration, Instant};
 use dmabuf::{AddressRange, DmaBuf, Memfd, Memory, PageCount};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    connect, recvmsg, send, socket_with, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, recvmsg, send,
+    socket_with, sockopt,
 };
 use tokio::sync::oneshot;
 
 use super::description::{Description, SegmentPlace};
-use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, REPLY_BYTES, Reply, Status, request};
-use super::{PATIENCE, REQUEST_LIMIT_BYTES};
+use super::listener::connect_to;
+use super::peer::{Users, user_of};
+use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, NAMES_LIMIT_BYTES, REPLY_BYTES, Reply, Status, parse_names, request};
+use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::load::FinishedFile;
@@ -51,6 +53,10 @@ pub struct AttachOptions {
     pub name: Option<String>,
     /// Users besides one's own and root whose servers are trusted. A server could have kept a way to write to what it shares, and
     /// change bytes that are being looked at: that it does not is for its user to promise.
+    ///
+    /// In a user namespace that does not map every user, all that it does not map appear as the overflow id (usually 65534,
+    /// `nobody`). A server that has it is not trusted even if this process appears as it, too, unless the id is in this list:
+    /// that trusts *every* user who is not mapped.
     pub trusted_users: Vec<u32>,
 }
 
@@ -114,39 +120,37 @@ fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
     if request.len() > REQUEST_LIMIT_BYTES {
         return Err(refuse(path, "the image's name is too long"));
     }
-    let address = SocketAddrUnix::new(path).map_err(failed("connect to this path"))?;
     let socket =
         socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("make a socket"))?;
     for timeout in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
         sockopt::set_socket_timeout(&socket, timeout, Some(2 * PATIENCE)).map_err(failed("set a timeout"))?;
     }
-    connect(&socket, &address).map_err(failed("connect"))?;
-    let server = sockopt::socket_peercred(&socket).map_err(failed("ask who the server is"))?.uid;
-    if !(server.is_root() || server == rustix::process::geteuid() || options.trusted_users.contains(&server.as_raw())) {
-        return Err(refuse(
-            path,
-            format!("the server is user {}'s, who could change what is shared, and is not trusted", server.as_raw()),
-        ));
+    connect_to(&socket, path).map_err(failed("connect"))?;
+    let server = user_of(&socket).map_err(failed("ask who the server is"))?;
+    let users = Users::of_this_process();
+    if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
+        return Err(refuse(path, not_trusted(users, server)));
     }
     // A server that refuses before it is asked has closed already, and its answer is there.
     match send(&socket, &request, SendFlags::NOSIGNAL) {
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
         Err(errno) => return Err(failed("ask")(errno)),
     }
+    let deadline = Instant::now() + PATIENCE + TRANSFER_LIMIT;
     let mut descriptors: Vec<OwnedFd> = Vec::new();
     loop {
-        let (reply, mut here) = receive_message(&socket).map_err(failed("receive"))?;
-        let Some(reply) = reply else {
-            return Err(refuse(path, "the server's answer is none: it is of another version, or has closed the connection"));
+        let (message, mut here) = receive_message(&socket).map_err(failed("receive"))?;
+        if message.is_empty() {
+            return Err(refuse(path, "the server has closed the connection"));
+        }
+        let Some(reply) = Reply::parse(&message) else {
+            return Err(refuse(path, "the server gives an answer of another version, or is none of dmaload"));
         };
-        match reply.status {
-            Status::Ok => {}
-            Status::Malformed => {
-                return Err(refuse(path, "the server does not understand the request: it is of another version"));
-            }
-            Status::NoSuchImage if name.is_empty() => return Err(refuse(path, "the server has no image, or several: name one")),
-            Status::NoSuchImage => return Err(refuse(path, format!("the server has no image {name:?}"))),
-            Status::NotAllowed => return Err(refuse(path, "this user may not attach")),
+        if reply.status != Status::Ok {
+            return Err(refuse(path, refusal(reply, name, &parse_names(&message))));
+        }
+        if Instant::now() > deadline {
+            return Err(refuse(path, format!("the server has not given all of the image in {:?}", PATIENCE + TRANSFER_LIMIT)));
         }
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
@@ -166,13 +170,53 @@ fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
     }
 }
 
-fn receive_message(socket: &OwnedFd) -> Result<(Option<Reply>, Vec<OwnedFd>), Errno> {
-    let mut message = [0; REPLY_BYTES + 1];
+/// Why a server is not trusted.
+fn not_trusted(users: Users, server: u32) -> String {
+    let reason = if users.is_ambiguous(server) {
+        "which stands for every user that is not mapped in this user namespace"
+    } else {
+        "who could change what is shared"
+    };
+    format!("the server is of user {server}, {reason}: name it to trust it (AttachOptions::trust_user, --trust-user {server})")
+}
+
+/// What a server's refusal means. The names are the server's, so they are escaped.
+fn refusal(reply: Reply, name: &str, names: &[String]) -> String {
+    let list = || {
+        let mut list = names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
+        let more = (reply.all as usize).saturating_sub(names.len());
+        if more > 0 {
+            list.push_str(&format!(" and {more} more"));
+        }
+        list
+    };
+    match reply.status {
+        Status::Ok => unreachable!("it is no refusal"),
+        Status::Malformed => "the server does not understand the request: it is of another version".to_owned(),
+        Status::NoSuchImage if reply.all == 0 => "the server shares no image any more".to_owned(),
+        Status::NoSuchImage => format!("the server has no image {name:?}, but {}", list()),
+        Status::Several => format!("the server shares several images: name one of {}", list()),
+        Status::NotAllowed => {
+            let user = reply.all;
+            format!("this user may not attach: the server sees user {user}, and must allow it (--allow-user {user})")
+        }
+        Status::NotYet => format!("the server has no image yet, after {PATIENCE:?}: try again when it has loaded"),
+        Status::Busy => {
+            format!("the server is busy: other connections of this user have not received their images in {PATIENCE:?}")
+        }
+    }
+}
+
+fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
+    let mut message = vec![0; REPLY_BYTES + NAMES_LIMIT_BYTES + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_IN_A_MESSAGE))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut was_reset = false;
     let received = loop {
         match recvmsg(socket, &mut [IoSliceMut::new(&mut message)], &mut control, RecvFlags::CMSG_CLOEXEC) {
             Err(Errno::INTR) => {}
+            // The server has closed without reading all; its last answer comes behind this error.
+            Err(Errno::CONNRESET) if !was_reset => was_reset = true,
             received => break received?,
         }
     };
@@ -182,7 +226,8 @@ fn receive_message(socket: &OwnedFd) -> Result<(Option<Reply>, Vec<OwnedFd>), Er
             descriptors.extend(rights);
         }
     }
-    Ok((Reply::parse(message.get(..received.bytes).unwrap_or_default()), descriptors))
+    message.truncate(received.bytes);
+    Ok((message, descriptors))
 }
 
 /// Takes the descriptors for what they should be.
@@ -247,7 +292,8 @@ fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, u
 
 fn build(path: &Path, description: &Description, memories: Vec<Memory>, started: Instant) -> Result<Attached> {
     let wrong = |what: String| refuse(path, what);
-    let lengths: Vec<usize> = memories.iter().map(|memory| memory.bytes().unwrap_or(0)).collect();
+    let length = |memory: &Memory| memory.bytes().expect("memory that came as a descriptor has a length");
+    let lengths: Vec<usize> = memories.iter().map(length).collect();
     let (places, all) =
         places(&description.segments, &lengths).ok_or_else(|| wrong("its segments do not fit their memory".to_owned()))?;
     let mut backings = Vec::new();
@@ -260,10 +306,11 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
         }
     }
     let heap: Arc<str> = if description.dma_bufs { "shared dma-buf" } else { "shared memfd" }.into();
-    let to_usize = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+    let to_usize = |bytes: u64| usize::try_from(bytes).expect("segments are within their memories");
     let mut segments = Vec::new();
     for (index, planned) in description.segments.iter().enumerate() {
-        let (Some(file), Some(backing)) = (description.files.get(planned.file), backings.get(planned.memory)) else { continue };
+        let file = description.files.get(planned.file).expect("a description with a segment of no file is refused");
+        let backing = backings.get(planned.memory).expect("as many memories came as are described, and segments are in these");
         let place = Place {
             index,
             file_index: planned.file,
@@ -286,7 +333,9 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
         }
         segments.push(segment);
     }
-    let report = report(path, description, &segments, backings.len(), &heap, started.elapsed());
+    let route =
+        description.route.parse().map_err(|_| wrong(format!("its description has an unknown route, {:?}", description.route)))?;
+    let report = report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
     let files = description.files.iter().enumerate().map(|(number, file)| FinishedFile {
         path: Arc::clone(&file.path),
         bytes: file.bytes,
@@ -299,8 +348,15 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
 }
 
 /// Nothing was read, copied or allocated here.
-fn report(path: &Path, description: &Description, segments: &[Segment], memories: usize, heap: &str, total: Duration) -> Report {
-    let route = description.route.parse().unwrap_or(Route::Buffered);
+fn report(
+    path: &Path,
+    description: &Description,
+    route: Route,
+    segments: &[Segment],
+    memories: usize,
+    heap: &str,
+    total: Duration,
+) -> Report {
     let bytes = segments.iter().map(|segment| segment.len() as u64).sum();
     let path_of = |path: &Arc<PathBuf>| path.as_ref().clone();
     let files = description.files.iter().map(|file| FileReport { path: path_of(&file.path), bytes: file.bytes, route });

@@ -11,6 +11,8 @@ pub(super) const DESCRIPTORS_IN_A_MESSAGE: usize = 64;
 /// More than any image has: as many segments of 2 MiB as make 128 GiB.
 pub(super) const DESCRIPTORS_LIMIT: usize = 1 << 16;
 pub(super) const REPLY_BYTES: usize = 24;
+/// The longest list of names that follows a refusal, in bytes.
+pub(super) const NAMES_LIMIT_BYTES: usize = 1024;
 
 /// What a server answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,14 +20,21 @@ pub(super) enum Status {
     Ok,
     /// The request is of another version, or none.
     Malformed,
-    /// It has no image of that name, or several and none was named.
+    /// It has no image of that name, or none at all; `all` is how many it has, and their names follow.
     NoSuchImage,
-    /// The client's user may not.
+    /// The client's user may not; `all` is its number as the server sees it.
     NotAllowed,
+    /// It has several images and none was named; as with `NoSuchImage`, their names follow.
+    Several,
+    /// No image has been published since the server began.
+    NotYet,
+    /// Other connections of the client's user take up what that user may have at once.
+    Busy,
 }
 
 impl Status {
-    const ALL: [Status; 4] = [Status::Ok, Status::Malformed, Status::NoSuchImage, Status::NotAllowed];
+    const ALL: [Status; 7] =
+        [Status::Ok, Status::Malformed, Status::NoSuchImage, Status::NotAllowed, Status::Several, Status::NotYet, Status::Busy];
 }
 
 /// A client's request for an image.
@@ -42,6 +51,26 @@ pub(super) fn parse_request(message: &[u8]) -> Option<&str> {
         return None;
     }
     str::from_utf8(name).ok()
+}
+
+/// Appends names to a refusal, as many as there is room for.
+pub(super) fn with_names<'a>(reply: Reply, names: impl IntoIterator<Item = &'a str>) -> Vec<u8> {
+    let mut message = reply.to_bytes().to_vec();
+    for name in names {
+        if message.len() + name.len() + 1 > REPLY_BYTES + NAMES_LIMIT_BYTES {
+            break;
+        }
+        message.extend_from_slice(name.as_bytes());
+        message.push(0);
+    }
+    message
+}
+
+/// The names that follow a refusal. They are somebody else's: show them escaped.
+pub(super) fn parse_names(message: &[u8]) -> Vec<String> {
+    let list = message.get(REPLY_BYTES..).unwrap_or_default();
+    let names = list.split(|&byte| byte == 0).filter(|name| !name.is_empty());
+    names.map(|name| String::from_utf8_lossy(name).into_owned()).collect()
 }
 
 /// A part of a server's answer: how many descriptors there are in all, and in this message.
@@ -65,11 +94,15 @@ impl Reply {
     }
 
     pub(super) fn parse(message: &[u8]) -> Option<Self> {
-        let rest = message.strip_prefix(&MAGIC).filter(|_| message.len() == REPLY_BYTES)?;
-        let mut numbers = rest.as_chunks::<4>().0.iter().map(|field| u32::from_le_bytes(*field));
+        let (fields, names) = message.strip_prefix(&MAGIC)?.split_at_checked(REPLY_BYTES - MAGIC.len())?;
+        let mut numbers = fields.as_chunks::<4>().0.iter().map(|field| u32::from_le_bytes(*field));
         let (version, status, all, here) = (numbers.next()?, numbers.next()?, numbers.next()?, numbers.next()?);
         let status = *Status::ALL.get(status as usize)?;
-        (version == VERSION && here <= all && all as usize <= DESCRIPTORS_LIMIT).then_some(Reply { status, all, here })
+        let is_right = match status {
+            Status::Ok => names.is_empty() && here <= all && all as usize <= DESCRIPTORS_LIMIT,
+            _ => names.len() <= NAMES_LIMIT_BYTES && here == 0,
+        };
+        (version == VERSION && is_right).then_some(Reply { status, all, here })
     }
 }
 
@@ -84,8 +117,12 @@ mod tests {
             let asked = request(&name);
             prop_assert_eq!(parse_request(&asked), Some(name.as_str()));
             for status in Status::ALL {
+                let here = if status == Status::Ok { here } else { 0 };
                 let reply = Reply { status, all: all.max(here), here };
                 prop_assert_eq!(Reply::parse(&reply.to_bytes()), Some(reply));
+                let long = [&reply.to_bytes()[..], name.as_bytes(), b"\0"].concat();
+                let expected = (status != Status::Ok).then_some(reply);
+                prop_assert_eq!(Reply::parse(&long), expected);
             }
             prop_assert_eq!(parse_request(&noise), None);
             prop_assert_eq!(Reply::parse(&noise), None);
@@ -100,9 +137,58 @@ mod tests {
             let mut reply = Reply { status: Status::Ok, all: 3, here: 3 }.to_bytes();
             reply[at % REPLY_BYTES] = byte;
             if let Some(reply) = Reply::parse(&reply) {
-                prop_assert!(reply.here <= reply.all);
+                prop_assert!(reply.here <= reply.all || reply.status != Status::Ok);
             }
         }
+
+        #[test]
+        fn names_that_follow_a_refusal_are_read(names in proptest::collection::vec("[^\0]{1,40}", 0..50)) {
+            let reply = Reply { status: Status::Several, all: 50, here: 0 };
+            let message = with_names(reply, names.iter().map(String::as_str));
+            prop_assert_eq!(Reply::parse(&message), Some(reply));
+            let read = parse_names(&message);
+            prop_assert_eq!(&read[..], &names[..read.len()]);
+            prop_assert!(read.len() == names.len() || message.len() > NAMES_LIMIT_BYTES - 200);
+        }
+    }
+
+    #[test]
+    fn each_field_of_a_reply_is_checked() {
+        let good = Reply { status: Status::Ok, all: 3, here: 2 };
+        assert_eq!(Reply::parse(&good.to_bytes()), Some(good));
+        for (at, number, what) in [
+            (8, 2, "another version"),
+            (12, 7, "an unknown status"),
+            (16, 1, "more in this message than in all"),
+            (20, 4, "more in this message than in all"),
+            (16, 1 + (1 << 16), "too many descriptors"),
+        ] {
+            let mut bytes = good.to_bytes();
+            bytes[at..at + 4].copy_from_slice(&u32::to_le_bytes(number));
+            assert_eq!(Reply::parse(&bytes), None, "{what}");
+        }
+        let mut other = good.to_bytes();
+        other[0] = b'D';
+        assert_eq!(Reply::parse(&other), None, "other magic bytes");
+        assert_eq!(Reply::parse(&good.to_bytes()[..23]), None, "cut off");
+        assert_eq!(Reply::parse(&[&good.to_bytes()[..], b"x"].concat()), None, "too long");
+        let refusal = Reply { status: Status::NoSuchImage, all: 1, here: 0 };
+        assert_eq!(Reply::parse(&[&refusal.to_bytes()[..], &[b'n'; 1025]].concat()), None, "too many names");
+        assert_eq!(Reply::parse(&Reply { here: 1, ..refusal }.to_bytes()), None, "a refusal with descriptors");
+    }
+
+    #[test]
+    fn each_field_of_a_request_is_checked() {
+        let good = request("name");
+        assert_eq!(parse_request(&good), Some("name"));
+        for at in 0..16 {
+            let mut damaged = good.clone();
+            damaged[at] ^= 1;
+            assert_eq!(parse_request(&damaged), None, "byte {at}");
+            assert_eq!(parse_request(&good[..at]), None, "{at} bytes");
+        }
+        assert_eq!(parse_request(&request("")), Some(""));
+        assert_eq!(parse_request(&[&good[..], &[0xff]].concat()), None, "a name that is not UTF-8");
     }
 
     #[test]

@@ -1,11 +1,21 @@
 //! The side that has images: one thread, which never waits for a client.
+//!
+//! What a client can hold is bounded for its user, and nothing that a client says is believed:
+//!
+//! - Descriptors on their way over a Unix socket count against the *server's* user until they are received, even if the connection is
+//!   closed meanwhile, and the kernel stops the server when there are more than it may open. Whether they were received is the
+//!   kernel's word (`SIOCOUTQ`): a client that says so too early, or closes its half of the connection, is sent nothing more, and its
+//!   connection is kept until the kernel says that nothing is on the way. So they always count, against the client's user.
+//! - A user has no more than [`Limits::descriptors`] on their way, to no more than [`Limits::receivers`] clients. Its other clients
+//!   wait, for [`PATIENCE`] at most; clients of other users do not.
+//! - Of connections that wait for their client, the oldest of the user who has most makes place for a new one.
+//! - A transfer takes [`TRANSFER_LIMIT`] at most.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,37 +24,44 @@ use std::time::{Duration, Instant};
 
 use dmabuf::Memfd;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    accept_with, bind, connect, listen, recv, sendmsg, socket_with, sockopt,
+    RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, accept_with, recv, send as send_bytes, sendmsg,
 };
+use rustix::process::{Resource, getrlimit};
 
 use super::description::describe;
-use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, DESCRIPTORS_LIMIT, Reply, Status, parse_request};
-use super::{PATIENCE, REQUEST_LIMIT_BYTES};
+use super::listener::Listener;
+use super::peer::{Users, user_of};
+use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, DESCRIPTORS_LIMIT, Reply, Status, parse_request, with_names};
+use super::queue::is_unreceived;
+use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::segment::Segment;
 
-/// Connections at once; of more, the one that has waited longest of the user who has most is let go.
+/// Connections at once of users who may attach, or fewer where the process may have few descriptors.
 const CONNECTIONS_LIMIT: usize = 256;
-/// The same of users who may not attach, who are only told so.
+/// The same of users who may not attach, and are only answered that.
 const STRANGERS_LIMIT: usize = 16;
-/// Connections that are taken in before others are served again.
+/// Connections that are accepted before others are served again.
 const ADMITTED_AT_ONCE: usize = 32;
-/// Clients of a user that have descriptors on their way to them: they count against the server's user until they are received, also
-/// when the connection is closed. A user who hoards them holds up itself alone.
-const UNRECEIVED_LIMIT: usize = 4;
-/// How often a client that can't be served yet is tried again.
+/// Clients of a user that descriptors are on their way to. More than one, so that one that is slow does not hold up the others.
+const RECEIVERS_LIMIT: usize = 4;
+/// How often a client is looked at again whose progress no event tells.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// What a server does otherwise than by default.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Users besides the server's own that may attach, by their numbers. The socket is then open to everybody's connections, and
-    /// each is asked who it is.
+    /// Users besides the server's own that may attach, by their numbers. The socket then accepts connections of all users, and the
+    /// kernel is asked who each is.
+    ///
+    /// In a user namespace that does not map every user, all that it does not map appear as the overflow id (usually 65534,
+    /// `nobody`). A client that has it is refused even if the server appears as it, too, unless the id is in this list: that
+    /// allows *every* user who is not mapped.
     pub allowed_users: Vec<u32>,
     /// Share dma-bufs, for clients with devices. **Whoever has a dma-buf can write to it.** Default: memory files, which nobody can
     /// write to any more.
@@ -76,7 +93,9 @@ pub struct Server {
 #[derive(Debug)]
 struct Shared {
     socket: PathBuf,
+    listener: Listener,
     options: ServerOptions,
+    users: Users,
     wake: OwnedFd,
     images: Mutex<Images>,
     served: AtomicU64,
@@ -86,6 +105,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Images {
     by_name: HashMap<String, (Image, Arc<Published>)>,
+    /// One was published, now or before.
+    any_yet: bool,
     closed: bool,
 }
 
@@ -97,28 +118,50 @@ struct Published {
 }
 
 impl Server {
-    /// Listens at a path. A socket that nobody listens at any more is replaced; only the server's user may connect, unless others
-    /// are allowed.
+    /// Listens at a path, which can be of any length. A socket that refuses connections is replaced, anything else is not; only the
+    /// server's user may connect, unless others are allowed.
+    ///
+    /// It is safe in a folder that another user owns: see `share/listener.rs`. While a server is made or removed, its folder also
+    /// has one of the name `.NAME.dmaload`.
+    ///
+    /// Clients that come before the first image is published wait for it, for [`PATIENCE`] at most.
     ///
     /// # Errors
-    /// [`Error::Share`] when somebody else listens there, or what the kernel answered.
+    /// [`Error::Share`] when another process listens there, or what the kernel answered.
     pub fn bind(socket: impl AsRef<Path>, options: ServerOptions) -> Result<Self> {
         let path = socket.as_ref().to_owned();
         let failed = |what: &str, errno: Errno| refuse(&path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
-        let listener = listener(&path, !options.allowed_users.is_empty())?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("wait", errno))?;
+        let wake =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("make an eventfd", errno))?;
+        // Each connection is asked who it is; the mode only keeps others from asking in vain.
+        let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
+        let listener = Listener::bind(&path, mode).map_err(|reason| refuse(&path, reason))?;
+        // Asked once here, so that a filter of system calls is an error now, and not a client that is never served.
+        is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
         let shared = Arc::new(Shared {
             socket: path.clone(),
+            listener,
             options,
+            users: Users::of_this_process(),
             wake,
             images: Mutex::default(),
             served: AtomicU64::new(0),
             refused: AtomicU64::new(0),
         });
-        let own = Arc::clone(&shared);
-        let thread = thread::Builder::new().name("dmaload-share".to_owned()).spawn(move || serve(&own, &listener));
-        let thread = thread.map_err(|error| failed("start a thread", Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
-        Ok(Server { shared, thread: Some(thread) })
+        let mut server = Server { shared: Arc::clone(&shared), thread: None };
+        let thread = thread::Builder::new().name("dmaload-share".to_owned()).spawn(move || serve(&shared));
+        let no_thread = |error| failed("start a thread", Errno::from_io_error(&error).unwrap_or(Errno::AGAIN));
+        server.thread = Some(thread.map_err(no_thread)?);
+        Ok(server)
+    }
+
+    /// Whether [`Self::bind`] could have this path now, for those who load for minutes before they bind.
+    ///
+    /// # Errors
+    /// Those of [`Self::bind`].
+    pub fn check(socket: impl AsRef<Path>) -> Result<()> {
+        let path = socket.as_ref();
+        Listener::check(path).map_err(|reason| refuse(path, reason))
     }
 
     /// Hands this image out under a name, in the place of another one of that name. Its memory is sealed, and never recycled by a
@@ -129,7 +172,13 @@ impl Server {
     /// bytes are alive; [`Error::Share`] where descriptors run out.
     pub fn publish(&self, name: &str, image: Image) -> Result<()> {
         let published = Arc::new(self.shared.prepare(&image)?);
-        let before = self.shared.images().by_name.insert(name.to_owned(), (image, published));
+        let before = {
+            let mut images = self.shared.images();
+            images.any_yet = true;
+            images.by_name.insert(name.to_owned(), (image, published))
+        };
+        // Clients may wait for it.
+        self.shared.wake();
         // Outside of the lock: it may be the last owner of gigabytes.
         drop(before);
         Ok(())
@@ -157,12 +206,12 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.images().closed = true;
-        let _ = rustix::io::write(&self.shared.wake, &1_u64.to_ne_bytes());
+        self.shared.wake();
         if let Some(thread) = self.thread.take() {
-            // It never waits for anybody.
+            // It never waits for a client.
             let _ = thread.join();
         }
-        let _ = std::fs::remove_file(&self.shared.socket);
+        // The thread is gone, so this ends the listener, which removes its socket.
     }
 }
 
@@ -176,38 +225,15 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
     Error::Share { socket: socket.to_owned(), reason: reason.into() }
 }
 
-/// A socket that listens at a path.
-fn listener(path: &Path, for_others: bool) -> Result<OwnedFd> {
-    let failed =
-        |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
-    let address = SocketAddrUnix::new(path).map_err(failed("have a socket of this name"))?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(failed("make a socket"));
-    let listener = socket()?;
-    match bind(&listener, &address) {
-        Err(Errno::ADDRINUSE) => {
-            // Somebody's, or what is left of somebody. A file that is no socket refuses connections, too.
-            let is_socket = std::fs::symlink_metadata(path).is_ok_and(|about| about.file_type().is_socket());
-            if !is_socket || connect(&socket()?, &address) != Err(Errno::CONNREFUSED) {
-                return Err(refuse(path, "another process listens there, or it is no socket"));
-            }
-            std::fs::remove_file(path).map_err(|error| {
-                failed("remove a socket that nobody listens at")(Errno::from_io_error(&error).unwrap_or(Errno::IO))
-            })?;
-            bind(&listener, &address).map_err(failed("bind"))?;
-        }
-        bound => bound.map_err(failed("bind"))?,
-    }
-    let mode = if for_others { 0o666 } else { 0o600 };
-    let allowed = std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
-    allowed.map_err(|error| failed("set its permissions")(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-    listen(&listener, 128).map_err(failed("listen"))?;
-    Ok(listener)
-}
-
 impl Shared {
     fn images(&self) -> MutexGuard<'_, Images> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the thread look at what has changed.
+    fn wake(&self) {
+        // It fails only when the count is full, and then the thread is awake.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
     /// Collects an image's descriptors.
@@ -244,96 +270,237 @@ impl Shared {
         Ok(Published { descriptors })
     }
 
-    /// What a request asks for.
-    fn find(&self, request: &[u8]) -> Result<Arc<Published>, Status> {
-        let name = parse_request(request).ok_or(Status::Malformed)?;
+    /// What a request asks for, or the answer to it.
+    fn find(&self, request: &[u8]) -> Result<Arc<Published>, (Status, Vec<u8>)> {
+        let refuse = |status| (status, Reply { status, all: 0, here: 0 }.to_bytes().to_vec());
+        let name = parse_request(request).ok_or_else(|| refuse(Status::Malformed))?;
         let images = self.images();
         let found = match name {
             "" if images.by_name.len() == 1 => images.by_name.values().next(),
             name => images.by_name.get(name),
         };
-        found.map(|(_, published)| Arc::clone(published)).ok_or(Status::NoSuchImage)
+        if let Some((_, published)) = found {
+            return Ok(Arc::clone(published));
+        }
+        if !images.any_yet {
+            return Err(refuse(Status::NotYet));
+        }
+        let several = name.is_empty() && !images.by_name.is_empty();
+        let status = if several { Status::Several } else { Status::NoSuchImage };
+        let mut names: Vec<&str> = images.by_name.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        Err((status, with_names(Reply { status, all: count(names.len()), here: 0 }, names)))
     }
 
     fn may(&self, user: u32) -> bool {
-        user == rustix::process::geteuid().as_raw() || self.options.allowed_users.contains(&user)
+        self.users.is_own(user) || self.options.allowed_users.contains(&user)
+    }
+
+    fn limits(&self) -> Limits {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+        // Its own user, too.
+        Limits::new(usize::try_from(descriptors).unwrap_or(1 << 20), self.options.allowed_users.len() + 1)
+    }
+}
+
+fn count(len: usize) -> u32 {
+    u32::try_from(len).expect("an image has fewer than 65536 descriptors, and a server fewer images than memory has bytes")
+}
+
+/// What is held for clients at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Limits {
+    /// Connections of users who may attach.
+    connections: usize,
+    /// Connections of users who may not.
+    strangers: usize,
+    /// Clients of one user that descriptors are on their way to.
+    receivers: usize,
+    /// Descriptors on their way to clients of one user.
+    descriptors: usize,
+}
+
+impl Limits {
+    /// For a process that may have so many descriptors, and so many users who may attach. The kernel allows a user the same number
+    /// on their way; half of it is left for other senders.
+    fn new(descriptors: usize, users: usize) -> Self {
+        Limits {
+            connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),
+            strangers: STRANGERS_LIMIT.min(descriptors / 8).max(1),
+            receivers: RECEIVERS_LIMIT.min(descriptors / 8 / users).max(1),
+            descriptors: (RECEIVERS_LIMIT * DESCRIPTORS_IN_A_MESSAGE).min(descriptors / 2 / users).max(1),
+        }
     }
 }
 
 /// A connection.
 struct Client {
     socket: OwnedFd,
-    /// Whether it is of a user who may attach. Others are told when they have asked: to close before would throw the answer away.
+    /// Whether it is of a user who may attach. Others are answered when they have asked: to close before would lose the answer.
     allowed: bool,
     user: u32,
+    /// When it came, or made progress last.
     since: Instant,
-    /// `None` until its request has come.
-    sending: Option<Sending>,
+    state: State,
 }
 
-struct Sending {
-    published: Arc<Published>,
-    next: usize,
-    /// It has been sent descriptors that it has not said to have received.
-    unreceived: bool,
+enum State {
+    /// Its request has not come.
+    Silent,
+    /// It has asked before the first image was published.
+    Early { request: Vec<u8> },
+    /// It is being given an image, since `begun`.
+    Receiving { published: Arc<Published>, next: usize, unreceived: usize, begun: Instant },
+    /// It is sent nothing more, but has not received so many descriptors.
+    Draining { unreceived: usize },
 }
 
 /// What a step with a client has led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     Wait,
     Served,
     LetGo,
 }
 
+/// What clients of a user hold.
+#[derive(Debug, Clone, Copy, Default)]
+struct Held {
+    receivers: usize,
+    descriptors: usize,
+}
+
 impl Client {
-    /// Whether descriptors are on their way to it.
-    fn is_unreceived(&self) -> bool {
-        self.sending.as_ref().is_some_and(|sending| sending.unreceived)
+    /// How many descriptors are on their way to it.
+    fn unreceived(&self) -> usize {
+        match self.state {
+            State::Receiving { unreceived, .. } | State::Draining { unreceived } => unreceived,
+            State::Silent | State::Early { .. } => 0,
+        }
     }
 
-    /// Whether it waits for us, not we for it.
-    fn is_waiting(&self) -> bool {
-        self.sending.as_ref().is_some_and(|sending| !sending.unreceived)
+    /// Whether no event tells when it can go on: it waits for others of its user, or for an image, or only the kernel knows.
+    fn is_polled_by_time(&self) -> bool {
+        match self.state {
+            State::Receiving { unreceived, .. } => unreceived == 0,
+            State::Draining { .. } => true,
+            State::Silent | State::Early { .. } => false,
+        }
     }
 
-    /// `busy` is how many clients of its user have descriptors on their way.
-    fn step(&mut self, shared: &Shared, busy: usize) -> Step {
-        // A request; a byte for each message that was received; or its end.
-        let mut message = [0; REQUEST_LIMIT_BYTES + 1];
-        match (recv(&self.socket, &mut message[..], RecvFlags::DONTWAIT), &mut self.sending) {
-            (Err(Errno::AGAIN | Errno::INTR), Some(sending)) if !sending.unreceived => {}
-            (Err(Errno::AGAIN | Errno::INTR), _) => return Step::Wait,
-            (Err(_) | Ok((0, _)), _) => return Step::LetGo,
-            (Ok((bytes, _)), None) => {
-                let request = message.get(..bytes).unwrap_or_default();
-                let found = if self.allowed { shared.find(request) } else { Err(Status::NotAllowed) };
-                match found {
-                    Ok(published) => self.sending = Some(Sending { published, next: 0, unreceived: false }),
-                    Err(status) => {
-                        let _ = send(&self.socket, Reply { status, all: 0, here: 0 }, &[]);
-                        return Step::LetGo;
-                    }
-                }
-            }
-            (Ok(_), Some(sending)) => sending.unreceived = false,
+    /// When it is let go, or sent nothing more.
+    fn deadline(&self) -> Option<Instant> {
+        match self.state {
+            State::Silent | State::Early { .. } => Some(self.since + PATIENCE),
+            State::Receiving { begun, .. } => Some((self.since + PATIENCE).min(begun + TRANSFER_LIMIT)),
+            // Only it can take them, or end.
+            State::Draining { .. } => None,
         }
-        let Some(Sending { published, next, unreceived }) = &mut self.sending else { return Step::Wait };
-        let count = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);
-        let rest = published.descriptors.get(*next..).unwrap_or_default();
-        let part = rest.get(..DESCRIPTORS_IN_A_MESSAGE.min(rest.len())).unwrap_or_default();
-        if part.is_empty() {
-            return Step::Served;
-        }
-        if busy >= UNRECEIVED_LIMIT {
+    }
+
+    /// Answers, and is done with it.
+    fn answer(&self, message: &[u8]) -> Step {
+        // It may have gone.
+        let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        Step::LetGo
+    }
+
+    fn refuse(&self, status: Status, all: u32) -> Step {
+        self.answer(&Reply { status, all, here: 0 }.to_bytes())
+    }
+
+    /// Nothing more is sent; it is kept while descriptors are on their way.
+    fn drain(&mut self) -> Step {
+        let unreceived = self.unreceived();
+        // An error would be of a filter of system calls: the kernel's word is missing, so it goes on counting.
+        if unreceived > 0 && is_unreceived(&self.socket).unwrap_or(true) {
+            self.state = State::Draining { unreceived };
             return Step::Wait;
         }
+        Step::LetGo
+    }
+
+    /// Its time is up.
+    fn expire(&mut self) -> Step {
+        match self.state {
+            State::Early { .. } => self.refuse(Status::NotYet, 0),
+            State::Receiving { unreceived: 0, .. } => self.refuse(Status::Busy, 0),
+            State::Silent | State::Receiving { .. } | State::Draining { .. } => self.drain(),
+        }
+    }
+
+    /// `others` is what other clients of its user hold.
+    fn step(&mut self, shared: &Shared, others: Held, limits: Limits) -> Step {
+        if matches!(self.state, State::Draining { .. }) {
+            return self.drain();
+        }
+        // A request; a byte for each message that was received; or its end.
+        let mut message = [0; REQUEST_LIMIT_BYTES + 1];
+        let message = match recv(&self.socket, &mut message[..], RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return self.drain(),
+            Ok((bytes, _)) => message.get(..bytes),
+            Err(Errno::AGAIN | Errno::INTR) => None,
+            Err(_) => return self.drain(),
+        };
+        match (&mut self.state, message) {
+            (State::Silent, None) => return Step::Wait,
+            (State::Silent, Some(_)) if !self.allowed => return self.refuse(Status::NotAllowed, self.user),
+            (State::Silent, Some(request)) => {
+                let request = request.to_vec();
+                return self.ask(shared, request, others, limits);
+            }
+            (State::Early { request }, None) => {
+                let request = std::mem::take(request);
+                return self.ask(shared, request, others, limits);
+            }
+            (State::Receiving { unreceived: 0, .. }, None) => {}
+            (State::Receiving { .. }, None) => return Step::Wait,
+            (State::Receiving { unreceived, .. }, Some(_)) if *unreceived > 0 && is_unreceived(&self.socket) == Ok(false) => {
+                (*unreceived, self.since) = (0, Instant::now());
+            }
+            // It has spoken before it was answered: what it says is worth nothing.
+            (State::Early { .. } | State::Receiving { .. } | State::Draining { .. }, _) => return self.drain(),
+        }
+        self.send_next(others, limits)
+    }
+
+    fn ask(&mut self, shared: &Shared, request: Vec<u8>, others: Held, limits: Limits) -> Step {
+        match shared.find(&request) {
+            Ok(published) => {
+                self.since = Instant::now();
+                self.state = State::Receiving { published, next: 0, unreceived: 0, begun: self.since };
+                self.send_next(others, limits)
+            }
+            Err((Status::NotYet, _)) => {
+                self.state = State::Early { request };
+                Step::Wait
+            }
+            Err((_, answer)) => self.answer(&answer),
+        }
+    }
+
+    /// Sends as many descriptors as its user may have on their way.
+    fn send_next(&mut self, others: Held, limits: Limits) -> Step {
+        let State::Receiving { published, next, unreceived, .. } = &mut self.state else {
+            unreachable!("descriptors are sent only to a client that receives");
+        };
+        let rest = published.descriptors.get(*next..).unwrap_or_default();
+        if rest.is_empty() {
+            return Step::Served;
+        }
+        let room = limits.descriptors.saturating_sub(others.descriptors);
+        if others.receivers >= limits.receivers || room == 0 {
+            return Step::Wait;
+        }
+        let part = rest.get(..DESCRIPTORS_IN_A_MESSAGE.min(rest.len()).min(room)).unwrap_or_default();
         let reply = Reply { status: Status::Ok, all: count(published.descriptors.len()), here: count(part.len()) };
         match send(&self.socket, reply, part) {
             Ok(()) => {
-                (*next, *unreceived) = (*next + part.len(), true);
+                (*next, *unreceived) = (*next + part.len(), part.len());
+                self.since = Instant::now();
                 Step::Wait
             }
-            // Full for now; or too many descriptors of the server's user are on their way, which takes others to receive theirs.
+            // Full for now; or others have too many descriptors of the server's user on their way.
             Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => Step::Wait,
             Err(_) => Step::LetGo,
         }
@@ -344,7 +511,7 @@ fn send(socket: &OwnedFd, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), E
     let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_IN_A_MESSAGE))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
+    if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
         return Err(Errno::INVAL);
     }
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
@@ -352,15 +519,18 @@ fn send(socket: &OwnedFd, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), E
 }
 
 /// The thread.
-fn serve(shared: &Shared, listener: &OwnedFd) {
+fn serve(shared: &Shared) {
+    let listener = &shared.listener.socket;
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        watched.extend(clients.iter().map(|client| PollFd::new(&client.socket, PollFlags::IN)));
-        // Whoever waits longest is let go first. Who has descriptors on the way is kept, however long: so it counts.
-        let patience = clients.iter().filter(|client| !client.is_unreceived()).map(|client| client.since).min();
-        let patience = patience.map(|since| PATIENCE.saturating_sub(since.elapsed()) + Duration::from_millis(1));
-        let retry = clients.iter().any(Client::is_waiting).then_some(RETRY);
+        // A connection of which one half is closed is always ready, so those that drain are looked at by time.
+        let polled = clients.iter().filter(|client| !matches!(client.state, State::Draining { .. }));
+        watched.extend(polled.map(|client| PollFd::new(&client.socket, PollFlags::IN)));
+        let now = Instant::now();
+        let deadline = clients.iter().filter_map(Client::deadline).min();
+        let patience = deadline.map(|at| at.saturating_duration_since(now) + Duration::from_millis(1));
+        let retry = clients.iter().any(Client::is_polled_by_time).then_some(RETRY);
         let timeout = patience.into_iter().chain(retry).min().map(|timeout| Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: timeout.subsec_nanos().into(),
@@ -376,43 +546,59 @@ fn serve(shared: &Shared, listener: &OwnedFd) {
             thread::sleep(Duration::from_millis(10));
             continue;
         }
-        let mut busy: HashMap<u32, usize> = HashMap::new();
-        for client in clients.iter().filter(|client| client.is_unreceived()) {
-            *busy.entry(client.user).or_default() += 1;
+        let mut ready = ready.into_iter();
+        let (is_woken, has_connections) = (ready.next() == Some(true), ready.next() == Some(true));
+        if is_woken {
+            // One read empties it; there is something to be read, or another wake-up comes.
+            let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
         }
-        let mut number = 1;
+        let limits = shared.limits();
+        let mut held: HashMap<u32, Held> = HashMap::new();
+        for client in &clients {
+            let own = held.entry(client.user).or_default();
+            own.receivers += usize::from(client.unreceived() > 0);
+            own.descriptors += client.unreceived();
+        }
         clients.retain_mut(|client| {
-            number += 1;
-            let own = busy.entry(client.user).or_default();
-            let is_ready = ready.get(number).copied().unwrap_or(false);
-            let before = usize::from(client.is_unreceived());
-            let step = if is_ready || client.is_waiting() { client.step(shared, *own - before) } else { Step::Wait };
-            *own = *own - before + usize::from(matches!(step, Step::Wait) && client.is_unreceived());
-            match step {
-                Step::Wait if client.is_unreceived() || client.since.elapsed() < PATIENCE => true,
-                Step::Served => {
-                    shared.served.fetch_add(1, Ordering::Relaxed);
-                    false
-                }
-                Step::Wait | Step::LetGo => {
-                    shared.refused.fetch_add(1, Ordering::Relaxed);
-                    false
-                }
+            let is_draining = matches!(client.state, State::Draining { .. });
+            let is_ready = !is_draining && ready.next() == Some(true);
+            let is_early = is_woken && matches!(client.state, State::Early { .. });
+            let own = held.entry(client.user).or_default();
+            own.receivers -= usize::from(client.unreceived() > 0);
+            own.descriptors -= client.unreceived();
+            let is_expired = client.deadline().is_some_and(|deadline| deadline <= Instant::now());
+            let mut step = Step::Wait;
+            if is_ready || is_early || client.is_polled_by_time() {
+                step = client.step(shared, *own, limits);
             }
+            if step == Step::Wait && is_expired && client.deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+                step = client.expire();
+            }
+            if step == Step::Wait {
+                own.receivers += usize::from(client.unreceived() > 0);
+                own.descriptors += client.unreceived();
+            }
+            match step {
+                Step::Wait => return true,
+                Step::Served => shared.served.fetch_add(1, Ordering::Relaxed),
+                Step::LetGo => shared.refused.fetch_add(1, Ordering::Relaxed),
+            };
+            false
         });
-        if ready.get(1).copied().unwrap_or(false) {
-            admit(shared, listener, &mut clients);
+        if has_connections {
+            admit(shared, limits, &mut clients);
         }
     }
 }
 
-/// Takes in connections; not all at once, so that those that are there are served in between.
-fn admit(shared: &Shared, listener: &OwnedFd, clients: &mut Vec<Client>) {
+/// Accepts connections; not all at once, so that those that are there are served in between.
+fn admit(shared: &Shared, limits: Limits, clients: &mut Vec<Client>) {
     for _ in 0..ADMITTED_AT_ONCE {
-        let socket = match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |_| true) => {
+            // Strangers first.
+            Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |client| !client.allowed) || make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
@@ -423,23 +609,50 @@ fn admit(shared: &Shared, listener: &OwnedFd, clients: &mut Vec<Client>) {
             }
             Err(_) => return,
         };
-        let Ok(peer) = sockopt::socket_peercred(&socket) else { continue };
-        let user = peer.uid.as_raw();
+        let Ok(user) = user_of(&socket) else {
+            // Without a name there is no answer but the end.
+            shared.refused.fetch_add(1, Ordering::Relaxed);
+            continue;
+        };
         let allowed = shared.may(user);
         let strangers = clients.iter().filter(|client| !client.allowed).count();
-        let full = if allowed { clients.len() - strangers >= CONNECTIONS_LIMIT } else { strangers >= STRANGERS_LIMIT };
+        let full = if allowed { clients.len() - strangers >= limits.connections } else { strangers >= limits.strangers };
         if full && make_room(clients, |client| client.allowed == allowed) {
             shared.refused.fetch_add(1, Ordering::Relaxed);
         }
-        clients.push(Client { socket, allowed, user, since: Instant::now(), sending: None });
+        clients.push(Client { socket, allowed, user, since: Instant::now(), state: State::Silent });
     }
 }
 
-/// Lets the oldest connection go of the user who has most of these; `false` where there is none.
+/// Lets the oldest of these connections go of the user who has most of them; `false` where there is none. Those that descriptors are
+/// on their way to are kept, since they are what shows that they are.
 fn make_room(clients: &mut Vec<Client>, of: impl Fn(&Client) -> bool) -> bool {
+    let of = |client: &Client| of(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();
     clients.iter().filter(|client| of(client)).for_each(|client| *by_user.entry(client.user).or_default() += 1);
     let most = by_user.into_iter().max_by_key(|&(_, count)| count).map(|(user, _)| user);
     let oldest = clients.iter().position(|client| of(client) && Some(client.user) == most);
-    oldest.map(|at| clients.remove(at)).is_some()
+    let Some(oldest) = oldest else { return false };
+    clients.remove(oldest).refuse(Status::Busy, 0);
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_users_together_have_room_for_others_left() {
+        for descriptors in [16, 64, 128, 1024, 1 << 20] {
+            for users in [1, 2, 3, 10, 100] {
+                let limits = Limits::new(descriptors, users);
+                assert!(limits.connections >= 1 && limits.strangers >= 1 && limits.receivers >= 1 && limits.descriptors >= 1);
+                assert!(limits.connections + limits.strangers < descriptors, "{limits:?} of {descriptors}");
+                if users * 8 <= descriptors {
+                    assert!(limits.descriptors * users <= descriptors / 2, "{limits:?} of {descriptors} for {users}");
+                    assert!(limits.receivers * users <= descriptors / 8, "{limits:?} of {descriptors} for {users}");
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,85 @@
+//! Who the other side of a socket is.
+
+use std::fs;
+
+use rustix::net::sockopt;
+use rustix::process::geteuid;
+use std::os::fd::OwnedFd;
+
+/// The kernel's default for `/proc/sys/kernel/overflowuid`.
+const DEFAULT_OVERFLOW_USER: u32 = 65534;
+/// How many users there are: the last number is no user.
+const ALL_USERS: u64 = u32::MAX as u64;
+
+/// Which numbers stand for one user. In a user namespace that does not map every user, all the others have the same number: the
+/// overflow id, often called `nobody`. A peer that has it can be any of them, also where this process has it itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Users {
+    /// The number that stands for every user without one.
+    overflow: Option<u32>,
+}
+
+impl Users {
+    /// As this process sees them. Where procfs cannot be read, the overflow id is the kernel's default and not every user is mapped.
+    pub(super) fn of_this_process() -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        Users::parse(&read("/proc/self/uid_map"), &read("/proc/sys/kernel/overflowuid"))
+    }
+
+    fn parse(uid_map: &str, overflow: &str) -> Self {
+        // Ranges do not overlap, so their lengths tell whether they are all. A nested namespace can map only what its parent does.
+        let length = |line: &str| line.split_ascii_whitespace().nth(2).and_then(|length| length.parse::<u64>().ok()).unwrap_or(0);
+        let mapped = uid_map.lines().map(length).fold(0, u64::saturating_add);
+        let overflow = overflow.trim().parse().unwrap_or(DEFAULT_OVERFLOW_USER);
+        Users { overflow: (mapped < ALL_USERS).then_some(overflow) }
+    }
+
+    /// Whether a peer of this number can be any user that has no other.
+    pub(super) fn is_ambiguous(self, user: u32) -> bool {
+        self.overflow == Some(user)
+    }
+
+    /// Whether a peer of this number is of this process's own user.
+    pub(super) fn is_own(self, user: u32) -> bool {
+        user == geteuid().as_raw() && !self.is_ambiguous(user)
+    }
+
+    /// Whether a peer of this number is root of this process's user namespace.
+    pub(super) fn is_root(self, user: u32) -> bool {
+        user == 0 && !self.is_ambiguous(user)
+    }
+}
+
+/// The user at the other end of a connection.
+pub(super) fn user_of(socket: &OwnedFd) -> Result<u32, rustix::io::Errno> {
+    sockopt::socket_peercred(socket).map(|peer| peer.uid.as_raw())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overflow_id_is_one_user_only_where_all_are_mapped() {
+        for (map, overflow, ambiguous) in [
+            ("         0          0 4294967295\n", "65534\n", None),
+            ("0 0 65534\n65534 65534 4294901761\n", "65534\n", None),
+            ("0 1000 1\n", "65534\n", Some(65534)),
+            ("0 0 65536\n", "65534\n", Some(65534)),
+            ("0 0 4294967294\n", "65534\n", Some(65534)),
+            ("0 1000 1\n", "99\n", Some(99)),
+            ("0 1000 1\n", "0\n", Some(0)),
+            ("", "65534\n", Some(65534)),
+            ("", "", Some(65534)),
+            ("0 1000 1\n", "", Some(65534)),
+            ("no map", "no number", Some(65534)),
+        ] {
+            let users = Users::parse(map, overflow);
+            assert_eq!(users.overflow, ambiguous, "{map:?} {overflow:?}");
+            let own = geteuid().as_raw();
+            assert_eq!(users.is_own(own), ambiguous != Some(own), "{map:?} {overflow:?}");
+            assert_eq!(users.is_root(0), ambiguous != Some(0), "{map:?} {overflow:?}");
+            assert!(!users.is_own(own + 1) && !users.is_root(1));
+        }
+    }
+}
