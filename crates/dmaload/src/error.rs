@@ -43,6 +43,12 @@ pub enum Error {
         /// What it is instead.
         kind: &'static str,
     },
+    /// The file has bytes, but its length is said to be 0: it is known only when the file is read.
+    #[error("{}: has bytes, but its length is said to be 0", .path.display())]
+    NoLength {
+        /// The file.
+        path: PathBuf,
+    },
     /// A read failed for good.
     #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", .path.display(), dmabuf::errno::describe(*.errno))]
     Read {
@@ -328,6 +334,18 @@ impl Error {
             Error::File { errno: Errno::MFILE, .. }
             | Error::Memory { refusal: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
                 "the limit of open files is reached: raise it (ulimit -n), or load with larger segments or --layout single"
+            }
+            Error::NotAFile { kind: "a block device", path } => {
+                return Some(format!(
+                    "copy it to a file first, since its changes could not be noticed: dd if={} of=COPY bs=1M",
+                    path.display()
+                ));
+            }
+            Error::NoLength { path } => {
+                return Some(format!(
+                    "its file system learns the length by reading (procfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
+                    path.display()
+                ));
             }
             Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {
                 "the storage can't give these bytes: see the kernel's log (dmesg), and restore the file from a good copy"

@@ -20,6 +20,7 @@ mod busy;
 mod charge;
 mod engine;
 mod error;
+mod file_system;
 mod glob;
 mod headroom;
 pub mod heap;

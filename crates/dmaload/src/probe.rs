@@ -12,7 +12,7 @@ use rustix::io::{Errno, pread};
 use crate::error::Result;
 use crate::headroom::headroom;
 use crate::ring;
-use crate::route::{Route, is_refusal};
+use crate::route::{Attempt, Route, is_refusal};
 use crate::source::OpenFile;
 
 /// A piece: what a load registers at a time.
@@ -67,9 +67,8 @@ pub struct File {
     /// Reading its first block: with `O_DIRECT` where it could be opened so, else through the page cache. How many bytes
     /// there were.
     pub first_read: Result<u64, Errno>,
-    /// On FUSE, or on a file system that does not say what it is: a load reads it by threads, never by io_uring
-    /// ([`crate::Attempt::RingOnFuse`]).
-    pub is_on_fuse: bool,
+    /// Why a load reads it by threads, never by io_uring ([`crate::Attempt::RingOnFuse`] and its like).
+    pub ring_refused: Option<Attempt>,
 }
 
 impl File {
@@ -108,7 +107,7 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
         alignment_bytes: file.alignment_bytes,
         open_direct,
         first_read,
-        is_on_fuse: file.is_on_fuse,
+        ring_refused: file.ring_refused.map(|(attempt, _)| attempt),
     })
 }
 
@@ -172,7 +171,8 @@ mod tests {
 
     #[test]
     fn a_refusal_is_none_of_the_medium() {
-        let file = |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read, is_on_fuse: false };
+        let file =
+            |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read, ring_refused: None };
         let verdict = |file: File| (file.direct_refused(), file.unreadable());
         assert_eq!(verdict(file(Ok(()), Ok(1))), (None, None));
         assert_eq!(verdict(file(Err(Errno::INVAL), Ok(1))), (Some(Errno::INVAL), None));

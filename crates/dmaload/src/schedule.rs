@@ -304,7 +304,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.open
     }
 
-    #[cfg(test)]
+    /// How much memory has permits.
     pub(crate) fn window_taken_bytes(&self) -> u64 {
         self.window.taken_bytes()
     }

@@ -7,15 +7,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, FsWord, Mode, OFlags, RawMode, Stat, Statx, StatxFlags, fstat, fstatfs, makedev, open, stat, statx,
+    AtFlags, CWD, FileType, Mode, OFlags, RawMode, Stat, Statx, StatxAttributes, StatxFlags, fcntl_getfl, fcntl_setfl, fstat,
+    major, makedev, open, stat, statx,
 };
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::file_system::{self, Device};
 use crate::model::TensorMap;
 use crate::model::index::Index;
 use crate::residency::cached_bytes;
-use crate::route::Route;
+use crate::route::{Attempt, Route};
 
 /// A file of a load, and what an index says of it.
 #[derive(Debug, Clone)]
@@ -117,6 +119,62 @@ impl Identity {
     }
 }
 
+/// What a file is, as its file system says now.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    identity: Identity,
+    file_type: FileType,
+    alignment_bytes: u64,
+    device: Device,
+    /// `statx(2)` was refused: what was answered may come from a cache.
+    from_cache: bool,
+}
+
+/// Has network and FUSE file systems ask their servers. They may otherwise answer from a cache that is as old as the server
+/// allows, and a file that is rewritten during its load would seem unchanged. The first look has to ask, too, or a file that was
+/// changed before the load would seem to change during it. On local file systems it makes no difference.
+const ASK: AtFlags = AtFlags::STATX_FORCE_SYNC;
+
+impl Look {
+    /// One call for all of it: a load of thousands of files looks at each of them before it can plan.
+    const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
+
+    fn at_path(path: &Path) -> rustix::io::Result<Self> {
+        Look::of(statx(CWD, path, ASK, Self::WANTED), || stat(path))
+    }
+
+    fn at_file(file: &OwnedFd) -> rustix::io::Result<Self> {
+        Look::of(statx(file, c"", ASK | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
+    }
+
+    fn of(seen: rustix::io::Result<Statx>, stat: impl FnOnce() -> rustix::io::Result<Stat>) -> rustix::io::Result<Self> {
+        match seen {
+            Ok(seen) => Ok(Look {
+                identity: Identity::of_statx(&seen),
+                file_type: FileType::from_raw_mode(RawMode::from(seen.stx_mode)),
+                alignment_bytes: alignment(Some(&seen)),
+                device: Device {
+                    major: seen.stx_dev_major,
+                    tells_compression: seen.stx_attributes_mask.contains(StatxAttributes::COMPRESSED),
+                },
+                from_cache: false,
+            }),
+            // A sandbox may refuse it.
+            Err(Errno::NOSYS | Errno::PERM) => {
+                let seen = stat()?;
+                Ok(Look {
+                    identity: Identity::of(&seen),
+                    file_type: FileType::from_raw_mode(seen.st_mode),
+                    alignment_bytes: alignment(None),
+                    device: Device { major: major(seen.st_dev), tells_compression: false },
+                    from_cache: true,
+                })
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+}
+
 /// An open file.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
@@ -126,18 +184,11 @@ pub(crate) struct OpenFile {
     pub(crate) identity: Identity,
     /// What direct reads must be aligned to; a power of two, at least a page.
     pub(crate) alignment_bytes: u64,
-    /// Whether it is on FUSE, where a ring must not read it directly. After a short answer of the server, io_uring reads
-    /// on from where the file position should be, but `fuse_direct_read_iter` (fs/fuse/file.c, seen on Linux 6.18) leaves
-    /// the position of such a read at its beginning: the same bytes come twice, and are told as read. And `io_uring_enter`
-    /// waits for the server, so that one that hangs would hold up every other load. A file system that can't be asked for
-    /// its kind counts: a FUSE server may refuse that, too.
-    pub(crate) is_on_fuse: bool,
+    /// Why a ring must not read it, see [`file_system`].
+    pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
 }
-
-/// `f_type` of FUSE (linux/magic.h).
-const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
 
 /// Alignment of direct reads where the file system does not tell: no block device in use has larger blocks.
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
@@ -146,31 +197,56 @@ impl OpenFile {
     /// Opens a regular file for reading, twice: with `O_DIRECT`, where that is allowed, and through the page cache.
     ///
     /// # Errors
-    /// What `open(2)` or `fstat(2)` answered; [`Error::NotAFile`] for everything that is no regular file (opening
-    /// does not wait for a writer of a FIFO).
+    /// What `open(2)` or `statx(2)` answered; [`Error::NotAFile`] for everything that is no regular file, which is not opened
+    /// (a FIFO would wait for a writer, and a device may do anything); [`Error::NoLength`].
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno };
-        let buffered = open(path, flags, Mode::empty()).map_err(failed("open"))?;
-        let status = fstat(&buffered).map_err(failed("stat"))?;
+        let found = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed("open"))?;
+        let status = fstat(&found).map_err(failed("stat"))?;
         if let Some(kind) = kind_of(FileType::from_raw_mode(status.st_mode)) {
             return Err(Error::NotAFile { path: path.to_owned(), kind });
         }
-        let identity = Identity::of(&status);
-        let direct = open_direct(&buffered, path, flags, &identity);
+        let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
+        let look = Look::at_file(&buffered).map_err(failed("stat"))?;
+        let direct = reopen(&found, path, OFlags::DIRECT);
         if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
             return Err(failed("open")(errno));
         }
-        Ok(Arc::new(OpenFile {
+        let ring_refused = file_system::ring_refused(&buffered, look.device);
+        if look.from_cache && ring_refused.is_some() {
+            let path = path.display();
+            tracing::warn!(%path, "statx was refused: whether the file changes is known as far as its attributes are cached");
+        }
+        let file = OpenFile {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             path: path.to_owned(),
-            identity,
-            alignment_bytes: alignment(&buffered),
-            is_on_fuse: fstatfs(&buffered).map_or(true, |about| about.f_type == FUSE_SUPER_MAGIC),
+            identity: look.identity,
+            alignment_bytes: look.alignment_bytes,
+            ring_refused,
             buffered,
             direct,
-        }))
+        };
+        if file.identity.bytes == 0 && file.has_a_byte()? {
+            return Err(Error::NoLength { path: path.to_owned() });
+        }
+        Ok(Arc::new(file))
+    }
+
+    /// Whether there is something to read, whatever its length. Some regular files wait until there is (`/proc/kmsg`); they
+    /// have bytes.
+    fn has_a_byte(&self) -> Result<bool> {
+        let read = set_nonblocking(&self.buffered, true).and_then(|()| {
+            loop {
+                match rustix::io::pread(&self.buffered, &mut [0_u8], 0) {
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => break Ok(true),
+                    read => break read.map(|bytes| bytes > 0),
+                }
+            }
+        });
+        let failed = |errno| Error::Read { path: self.path.clone(), offset: 0, bytes: 1, route: Route::Buffered, errno };
+        read.and_then(|has| set_nonblocking(&self.buffered, false).map(|()| has)).map_err(failed)
     }
 
     /// The descriptor that reads by this route use.
@@ -217,8 +293,8 @@ impl OpenFile {
     /// A file that was deleted meanwhile is fine: its bytes stay until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
-        let now = fstat(&self.buffered).map_err(|errno| Error::File { path: self.path.clone(), operation: "stat", errno })?;
-        let now = Identity::of(&now);
+        let now = Look::at_file(&self.buffered);
+        let now = now.map_err(|errno| Error::File { path: self.path.clone(), operation: "stat", errno })?.identity;
         if !planned.is_same_file(&now) {
             return changed("it was replaced");
         }
@@ -228,6 +304,16 @@ impl OpenFile {
         match stat(&self.path) {
             Ok(status) if !planned.is_same_file(&Identity::of(&status)) => changed("it was replaced"),
             _ => Ok(()),
+        }
+    }
+
+    /// Why something in this file is wrong: because it was changed since it was `planned`, where it was, or else `error`. Half
+    /// of a file that is being rewritten looks damaged.
+    pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
+        // A model that is damaged now was not appended to.
+        match self.check_unchanged(&Identity { may_grow: false, ..*planned }) {
+            Err(changed @ Error::Changed { .. }) => changed,
+            _ => error,
         }
     }
 }
@@ -244,55 +330,56 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
     }
 }
 
-/// Opens the same file again with `O_DIRECT`: by its descriptor, so that it is the same file even if its path
-/// names another by now; by its path, and compared, where there is no procfs.
-fn open_direct(buffered: &OwnedFd, path: &Path, flags: OFlags, identity: &Identity) -> std::result::Result<OwnedFd, Errno> {
+/// Opens a regular file that was found: by its descriptor, so that it is the same file even if its path names another by now; by
+/// its path, and compared, where there is no procfs.
+///
+/// The description must not have `O_NONBLOCK`: io_uring takes it for its own `IOCB_NOWAIT`. It then asks file systems that don't
+/// know that flag from the ring's thread, which waits for them, and reads on after a short answer as if that were none.
+fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
-    let flags = flags | OFlags::DIRECT;
-    match open(format!("/proc/self/fd/{}", buffered.as_raw_fd()), flags, Mode::empty()) {
-        Err(Errno::NOENT) => {
-            let direct = open(path, flags, Mode::empty())?;
-            let same = identity.is_same_file(&Identity::of(&fstat(&direct)?));
-            if same { Ok(direct) } else { Err(Errno::STALE) }
-        }
+    let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
+    match open(format!("/proc/self/fd/{}", found.as_raw_fd()), flags, Mode::empty()) {
+        Err(Errno::NOENT) => reopen_by_path(found, path, flags),
         other => other,
     }
+}
+
+fn reopen_by_path(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
+    // By now it may be a FIFO that has no writer.
+    let file = open(path, flags | OFlags::NONBLOCK, Mode::empty())?;
+    if !Identity::of(&fstat(found)?).is_same_file(&Identity::of(&fstat(&file)?)) {
+        return Err(Errno::STALE);
+    }
+    set_nonblocking(&file, false)?;
+    Ok(file)
+}
+
+fn set_nonblocking(file: &OwnedFd, nonblocking: bool) -> rustix::io::Result<()> {
+    let mut flags = fcntl_getfl(file)?;
+    flags.set(OFlags::NONBLOCK, nonblocking);
+    fcntl_setfl(file, flags)
 }
 
 /// What a regular file is, without opening it, and the alignment of direct reads of it.
 ///
 /// # Errors
-/// What `stat(2)` answered; [`Error::NotAFile`].
+/// What `statx(2)` answered; [`Error::NotAFile`].
 pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
-    let failed = |errno| Error::File { path: path.to_owned(), operation: "stat", errno };
-    // One call for both: a load of thousands of files looks at all of them before it can plan.
-    let told = statx(CWD, path, AtFlags::empty(), StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN);
-    let (identity, mode) = match &told {
-        Ok(status) => (Identity::of_statx(status), RawMode::from(status.stx_mode)),
-        // A sandbox may refuse it.
-        Err(Errno::NOSYS | Errno::PERM) => {
-            let status = stat(path).map_err(failed)?;
-            (Identity::of(&status), status.st_mode)
-        }
-        Err(errno) => return Err(failed(*errno)),
-    };
-    match kind_of(FileType::from_raw_mode(mode)) {
+    let look = Look::at_path(path);
+    let look = look.map_err(|errno| Error::File { path: path.to_owned(), operation: "stat", errno })?;
+    match kind_of(look.file_type) {
         Some(kind) => Err(Error::NotAFile { path: path.to_owned(), kind }),
-        None => Ok((identity, alignment_told(told))),
+        None => Ok((look.identity, look.alignment_bytes)),
     }
 }
 
-fn alignment(file: &OwnedFd) -> u64 {
-    alignment_told(statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN))
-}
-
 /// `STATX_DIOALIGN` (Linux 6.1) tells the alignment; a first read proves it. Smaller ones are raised to a page.
-fn alignment_told(told: rustix::io::Result<Statx>) -> u64 {
-    let told = told.ok().filter(|status| status.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
-    let told = told.map_or(0, |status| u64::from(status.stx_dio_offset_align.max(status.stx_dio_mem_align)));
+fn alignment(seen: Option<&Statx>) -> u64 {
+    let seen = seen.filter(|seen| seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let aligned = seen.map_or(0, |seen| u64::from(seen.stx_dio_offset_align.max(seen.stx_dio_mem_align)));
     // Memory is mapped and populated in whole pages, which are larger than 4 KiB on some machines.
     let least = DEFAULT_ALIGNMENT_BYTES.max(dmabuf::page_bytes() as u64);
-    if told.is_power_of_two() { told.max(least) } else { least }
+    if aligned.is_power_of_two() { aligned.max(least) } else { least }
 }
 
 #[cfg(test)]

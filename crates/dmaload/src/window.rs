@@ -89,7 +89,6 @@ impl<L: Clone + PartialEq> Window<L> {
         });
     }
 
-    #[cfg(test)]
     pub(crate) fn taken_bytes(&self) -> u64 {
         self.taken_bytes
     }

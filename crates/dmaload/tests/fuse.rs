@@ -1,5 +1,6 @@
-//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself. It opens files with
-//! `O_DIRECT` and refuses the first read, answers short, answers with nothing, and fails.
+//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself, also below a real overlayfs.
+//! It opens files with `O_DIRECT` and refuses the first read, answers short, answers with nothing, not at all, and fails; its
+//! attributes are cached, and its file is rewritten meanwhile.
 //!
 //! Only root can mount; elsewhere these tests say that they are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
@@ -8,8 +9,10 @@
 mod common;
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -28,6 +31,8 @@ const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, 
 const MODEL: INodeNo = INodeNo(2);
 /// The kernel asks for the length each time: a short answer makes it believe that the file ends there.
 const ASK_AGAIN: Duration = Duration::ZERO;
+/// What sshfs, s3fs and network file systems do: for a minute the kernel does not ask for attributes.
+const CACHED: Duration = Duration::from_mins(1);
 
 /// What the file system does with a read.
 #[derive(Debug, Clone, Copy)]
@@ -42,10 +47,21 @@ enum Manners {
     FailsAt(usize),
     /// No answer at all to a direct read.
     NeverAnswers,
+    /// Nothing but `statfs`, which says what kind of file system it is.
+    RefusesStatfs,
+    /// At most so many bytes at once, always past the page cache: the file's length stays what it is.
+    AnswersShortPastTheCache(usize),
+    /// Its attributes are cached, and it is rewritten when a read reaches this offset.
+    IsRewrittenAt(usize),
+    /// It is said to have no length, as of files that are made while they are read.
+    HasNoLength,
 }
 
 struct Model {
     bytes: Arc<Vec<u8>>,
+    /// What it has when it was rewritten.
+    other_bytes: Arc<Vec<u8>>,
+    rewritten: Arc<AtomicBool>,
     manners: Manners,
     open_files: Arc<AtomicUsize>,
     /// The threads that have closed it.
@@ -55,12 +71,14 @@ struct Model {
 impl Model {
     fn attributes(&self, inode: INodeNo) -> FileAttr {
         let is_model = inode == MODEL;
+        let has_length = is_model && !matches!(self.manners, Manners::HasNoLength);
+        let rewritten = self.rewritten.load(Ordering::SeqCst);
         FileAttr {
             ino: inode,
-            size: if is_model { self.bytes.len() as u64 } else { 0 },
+            size: if has_length { self.bytes.len() as u64 } else { 0 },
             blocks: 0,
             atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH + Duration::from_secs(rewritten.into()),
             ctime: UNIX_EPOCH,
             crtime: UNIX_EPOCH,
             kind: if is_model { FileType::RegularFile } else { FileType::Directory },
@@ -75,28 +93,51 @@ impl Model {
     }
 }
 
+impl Model {
+    fn new(bytes: usize, manners: Manners) -> Model {
+        Model {
+            bytes: Arc::new(random_bytes(bytes, 5)),
+            other_bytes: Arc::new(random_bytes(bytes, 6)),
+            rewritten: Arc::default(),
+            manners,
+            open_files: Arc::default(),
+            closers: Arc::default(),
+        }
+    }
+
+    /// How long the kernel need not ask for attributes.
+    fn time_to_live(&self) -> &Duration {
+        if matches!(self.manners, Manners::IsRewrittenAt(_)) { &CACHED } else { &ASK_AGAIN }
+    }
+}
+
 impl Filesystem for Model {
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         if name == "model.bin" {
-            reply.entry(&ASK_AGAIN, &self.attributes(MODEL), Generation(0));
+            reply.entry(self.time_to_live(), &self.attributes(MODEL), Generation(0));
         } else {
             reply.error(fuser::Errno::ENOENT);
         }
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&ASK_AGAIN, &self.attributes(inode));
+        reply.attr(self.time_to_live(), &self.attributes(inode));
     }
 
-    /// As servers do that have nothing to tell: that it is FUSE can't be seen by asking.
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        reply.error(fuser::Errno::ENOSYS);
+        if matches!(self.manners, Manners::RefusesStatfs) {
+            // As servers do that have nothing to tell: that it is FUSE can't be seen by asking.
+            reply.error(fuser::Errno::ENOSYS);
+        } else {
+            reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
+        }
     }
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
         // Past the page cache as the reader wishes, so that short answers reach it as they are.
-        let is_direct = flags.0 & libc::O_DIRECT != 0;
+        let always = matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength);
+        let is_direct = always || flags.0 & libc::O_DIRECT != 0;
         reply.opened(FileHandle(0), if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() });
     }
 
@@ -126,13 +167,15 @@ impl Filesystem for Model {
         match self.manners {
             Manners::RefusesDirect if flags.0 & libc::O_DIRECT != 0 => return reply.error(fuser::Errno::EINVAL),
             Manners::FailsAt(at) if end > at => return reply.error(fuser::Errno::EIO),
-            Manners::AnswersShort(most) => end = end.min(start + most),
+            Manners::AnswersShort(most) | Manners::AnswersShortPastTheCache(most) => end = end.min(start + most),
+            Manners::IsRewrittenAt(at) if end > at => self.rewritten.store(true, Ordering::SeqCst),
             // To drop it would answer with EIO.
             Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
             Manners::EndsAt(at) => end = end.min(at.max(start)),
             _ => {}
         }
-        reply.data(&self.bytes[start..end]);
+        let bytes = if self.rewritten.load(Ordering::SeqCst) { &self.other_bytes } else { &self.bytes };
+        reply.data(&bytes[start..end]);
     }
 }
 
@@ -154,6 +197,8 @@ fn read_only() -> Config {
 struct Mounted {
     path: PathBuf,
     bytes: Arc<Vec<u8>>,
+    other_bytes: Arc<Vec<u8>>,
+    rewritten: Arc<AtomicBool>,
     open_files: Arc<AtomicUsize>,
     closers: Arc<Mutex<Vec<u32>>>,
     session: Option<BackgroundSession>,
@@ -161,20 +206,58 @@ struct Mounted {
 }
 
 impl Mounted {
-    /// `None` where nobody but root may mount.
+    /// `None` where only root may mount.
     fn new(manners: Manners) -> Option<Mounted> {
+        Mounted::of(BYTES, manners)
+    }
+
+    fn of(bytes: usize, manners: Manners) -> Option<Mounted> {
         if !may_mount() {
             return None;
         }
         let folder = folder();
-        let bytes = Arc::new(random_bytes(BYTES, 5));
-        let open_files = Arc::<AtomicUsize>::default();
-        let closers = Arc::<Mutex<Vec<u32>>>::default();
-        let (shared, seen) = (Arc::clone(&bytes), Arc::clone(&closers));
-        let model = Model { bytes: shared, manners, open_files: Arc::clone(&open_files), closers: seen };
-        let session = fuser::spawn_mount(model, folder.path(), &read_only()).unwrap();
-        let path = folder.path().join("model.bin");
-        Some(Mounted { path, bytes, open_files, closers, session: Some(session), _folder: folder })
+        let model = Model::new(bytes, manners);
+        Some(Mounted {
+            path: folder.path().join("model.bin"),
+            bytes: Arc::clone(&model.bytes),
+            other_bytes: Arc::clone(&model.other_bytes),
+            rewritten: Arc::clone(&model.rewritten),
+            open_files: Arc::clone(&model.open_files),
+            closers: Arc::clone(&model.closers),
+            session: Some(fuser::spawn_mount(model, folder.path(), &read_only()).unwrap()),
+            _folder: folder,
+        })
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().unwrap()
+    }
+}
+
+/// A real overlayfs with a file system of these below.
+struct Overlay {
+    path: PathBuf,
+    folder: tempfile::TempDir,
+}
+
+impl Overlay {
+    fn over(lower: &Path) -> Overlay {
+        let folder = folder();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["empty", "merged"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        let options = format!("ro,lowerdir={}:{}", lower.display(), at("empty").display());
+        let mounted = Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(at("merged")).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "an overlay over {}", lower.display());
+        Overlay { path: at("merged").join("model.bin"), folder }
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg("-l").arg(self.folder.path().join("merged")).status();
+        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
     }
 }
 
@@ -188,7 +271,7 @@ impl Drop for Mounted {
         let left = self.open_files.load(Ordering::SeqCst);
         if left > 0 {
             // By force, which ends the connection: else a read could wait for ever for the end of its own process.
-            let _ = std::process::Command::new("umount").args(["-f", "-l"]).arg(self.path.parent().unwrap()).status();
+            let _ = Command::new("umount").args(["-f", "-l"]).arg(self.folder()).status();
         }
         let ended = self.session.take().unwrap().umount_and_join();
         assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "{left} files are still open; {ended:?}");
@@ -221,29 +304,44 @@ async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from
     }
 }
 
-/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18): it is never asked.
+/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18): it is never asked. Nor where FUSE may be
+/// below, or where the file system does not say what it is.
 #[tokio::test]
-async fn a_ring_is_never_used_on_fuse_and_that_is_told() {
-    let Some(mounted) = Mounted::new(Manners::FailsAt(usize::MAX)) else { return };
-    for route in [Route::UringFixedDirect, Route::UringDirect] {
+async fn a_ring_is_never_used_on_what_may_be_fuse_and_that_is_told() {
+    for (manners, attempt, errno) in [
+        (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::OPNOTSUPP),
+        (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::NOSYS),
+    ] {
+        let Some(mounted) = Mounted::new(manners) else { return };
+        read_by_threads(&mounted.path, &mounted.bytes, attempt, errno).await;
+        if errno == Errno::OPNOTSUPP {
+            let overlay = Overlay::over(mounted.folder());
+            read_by_threads(&overlay.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
+            let nested = Overlay::over(overlay.path.parent().unwrap());
+            read_by_threads(&nested.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
+        }
+    }
+}
+
+async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Errno) {
+    for (route, from, to) in [
+        (Route::UringFixedDirect, Route::UringFixedDirect, Route::PreadDirect),
+        (Route::UringDirect, Route::UringDirect, Route::PreadDirect),
+        // What is bounced stays bounced, and its reads into staging are no ring's.
+        (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
+    ] {
         let loader = loader().route(route).build().unwrap();
-        let image = loader.load(&mounted.path).await.unwrap();
-        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &route.to_string());
+        let image = loader.load(path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), bytes, &format!("{attempt}, {route}"));
         let report = image.report();
-        assert_eq!(report.route, Route::PreadDirect);
-        let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt)).collect();
-        assert_eq!(steps, [(route, Route::PreadDirect, Attempt::RingOnFuse)]);
-        assert!(report.fallbacks[0].reason().contains("wrong bytes"));
+        let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
+        assert_eq!((report.route, steps), (to, vec![(from, Route::PreadDirect, attempt, errno)]), "{route}");
+        assert!(report.fallbacks[0].reason().contains("wrong bytes"), "{}", report.fallbacks[0].reason());
+        let strict = loader.load_with([path], loader.options().strict(true)).await.unwrap_err();
+        let Error::Refused { attempt: refused, errno: told, .. } = strict else { panic!("{route}: {strict}") };
+        assert_eq!((refused, told), (attempt, errno), "{route}");
         loader.shutdown().await.unwrap();
     }
-    // What is bounced stays bounced, and its reads into staging are no ring's.
-    let loader = loader().route(Route::Bounce).build().unwrap();
-    let report = loader.load(&mounted.path).await.unwrap().report().clone();
-    let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt)).collect();
-    assert_eq!((report.route, steps), (Route::Bounce, vec![(Route::UringFixedDirect, Route::PreadDirect, Attempt::RingOnFuse)]));
-    let strict = loader.load_with([&mounted.path], loader.options().strict(true)).await.unwrap_err();
-    assert!(matches!(strict, Error::Refused { attempt: Attempt::RingOnFuse, .. }), "{strict}");
-    loader.shutdown().await.unwrap();
 }
 
 /// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between
@@ -303,10 +401,12 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
     if !may_mount() {
         return;
     }
-    for route in DIRECT_ROUTES {
+    for (route, overlaid) in DIRECT_ROUTES.into_iter().flat_map(|route| [(route, false), (route, true)]) {
         let server = SilentServer::start();
+        let overlay = overlaid.then(|| Overlay::over(server.folder.path()));
+        let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader().route(route).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
-        let mut load = loader.load(&server.path);
+        let mut load = loader.load(path);
         let seen = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
         assert!(seen.is_err(), "{route}: nothing is shown of what was never read: {seen:?}");
         let start = Instant::now();
@@ -316,6 +416,77 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
         let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends with its loader");
         assert!(matches!(ended, Err(Error::ShutDown)), "{route}: {ended:?}");
     }
+}
+
+/// Lazily pulled container images look like this. A ring gets the same bytes twice here, if its descriptor has `O_NONBLOCK`.
+#[tokio::test]
+async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
+    for most in [100_001, 65_535, 12_288] {
+        let Some(mounted) = Mounted::new(Manners::AnswersShortPastTheCache(most)) else { return };
+        let overlay = Overlay::over(mounted.folder());
+        for route in ROUTES {
+            let what = format!("{route}, {most} bytes at once");
+            let loader = loader().route(route).build().unwrap();
+            let image = loader.load(&overlay.path).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
+            // What is in the middle of a file, which is open already.
+            let part = 5_000..(BYTES as u64 - 12_345);
+            let file = std::fs::File::open(&overlay.path).unwrap();
+            let image = loader.load_file(file, Some(part.clone()), loader.options()).await.unwrap();
+            let part = usize::try_from(part.start).unwrap()..usize::try_from(part.end).unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes[part], &what);
+            let open = std::fs::File::open(&overlay.path).unwrap();
+            let image = loader.load(format!("/proc/self/fd/{}", open.as_raw_fd())).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+/// The kernel believes what the server said up to a minute ago; the load asks.
+#[tokio::test]
+async fn a_rewrite_during_a_load_is_found_though_attributes_are_cached() {
+    for route in ROUTES {
+        for at in [0, SEGMENT + 1, 4 * SEGMENT] {
+            let Some(mounted) = Mounted::new(Manners::IsRewrittenAt(at)) else { return };
+            let loader = loader().route(route).build().unwrap();
+            let error = loader.load(&mounted.path).await.unwrap_err();
+            assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {at}: {error}");
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_rewrite_before_a_load_is_none_during_it() {
+    for route in ROUTES {
+        // A large file, and a small one, which is looked at before it is opened.
+        for bytes in [BYTES, 70_000] {
+            let Some(mounted) = Mounted::of(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
+            let cached = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
+            mounted.rewritten.store(true, Ordering::SeqCst);
+            let modified = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
+            assert_eq!(modified, cached, "the kernel does not know yet");
+            let loader = loader().route(route).build().unwrap();
+            let image = loader.load(&mounted.path).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.other_bytes, &format!("{route}, {bytes} bytes"));
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn bytes_without_a_length_are_an_error_and_not_an_empty_file() {
+    let Some(mounted) = Mounted::new(Manners::HasNoLength) else { return };
+    let overlay = Overlay::over(mounted.folder());
+    let loader = loader().build().unwrap();
+    for path in [&mounted.path, &overlay.path, Path::new("/proc/self/status"), Path::new("/proc/self/mountinfo")] {
+        let error = loader.load(path).await.unwrap_err();
+        assert_eq!(error, Error::NoLength { path: path.to_owned() });
+        let error = loader.load_file(std::fs::File::open(path).unwrap(), None, loader.options()).await.unwrap_err();
+        assert!(matches!(error, Error::NoLength { .. }), "{error}");
+    }
+    loader.shutdown().await.unwrap();
 }
 
 /// To close a file may take as long as its server likes.
@@ -382,8 +553,10 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
     let folder = folder();
     let plain = folder.path().join("plain.bin");
     std::fs::write(&plain, &*answering.bytes).unwrap();
-    for route in DIRECT_ROUTES {
+    for (route, overlaid) in DIRECT_ROUTES.into_iter().flat_map(|route| [(route, false), (route, true)]) {
         let server = SilentServer::start();
+        let overlay = overlaid.then(|| Overlay::over(server.folder.path()));
+        let silent = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader()
             .route(route)
             .window_bytes(8 * SEGMENT as u64)
@@ -392,7 +565,7 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
             .shutdown_timeout(Duration::from_millis(300))
             .build()
             .unwrap();
-        let mut silent = [loader.load(&server.path), loader.load(&server.path)];
+        let mut silent = [loader.load(silent), loader.load(silent)];
         for load in &mut silent {
             assert!(tokio::time::timeout(Duration::from_millis(200), load.next()).await.is_err(), "{route}");
         }
@@ -417,7 +590,7 @@ const SILENT_SERVER: &str = "DMALOAD_TEST_SILENT_SERVER";
 impl SilentServer {
     fn start() -> Self {
         let folder = folder();
-        let server = std::process::Command::new(std::env::current_exe().unwrap())
+        let server = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", "the_silent_server"])
             .env(SILENT_SERVER, folder.path())
             .stdout(std::process::Stdio::null())
@@ -437,7 +610,7 @@ impl Drop for SilentServer {
     fn drop(&mut self) {
         // With its server the connection ends, and all reads with it.
         let ended = self.server.kill().and_then(|()| self.server.wait());
-        let unmounted = std::process::Command::new("umount").arg("-l").arg(self.folder.path()).status();
+        let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
         assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
     }
 }
@@ -446,7 +619,5 @@ impl Drop for SilentServer {
 #[ignore = "no test: the server of another one, in its own process"]
 fn the_silent_server() {
     let Some(folder) = std::env::var_os(SILENT_SERVER) else { return };
-    let (bytes, manners) = (Arc::new(random_bytes(BYTES, 5)), Manners::NeverAnswers);
-    let model = Model { bytes, manners, open_files: Arc::default(), closers: Arc::default() };
-    fuser::mount(model, folder, &read_only()).unwrap();
+    fuser::mount(Model::new(BYTES, Manners::NeverAnswers), folder, &read_only()).unwrap();
 }

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use dmaload::Attempt;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, Udmabuf, errno::describe};
 use rustix::io::Errno;
 
@@ -70,13 +71,17 @@ const LOCAL_FILE_SYSTEMS: &str = "findmnt -t ext4,xfs,btrfs -o TARGET,FSTYPE,AVA
 
 fn direct(facts: &Facts) -> Option<Advice> {
     let Some(errno) = direct_refused(facts) else {
-        return path_file(facts).filter(|file| file.is_on_fuse && facts.io_uring.setup.is_ok()).map(|_| {
-            Advice::new(
-                "keep models on a local file system (ext4, xfs, btrfs): io_uring can't be trusted with FUSE",
-                LOCAL_FILE_SYSTEMS,
-                "reads by io_uring instead of by threads, and no way through the FUSE server",
-            )
-        });
+        let attempt = path_file(facts)?.ring_refused.filter(|_| facts.io_uring.setup.is_ok())?;
+        let why = match attempt {
+            Attempt::RingOnFuse => "FUSE",
+            Attempt::RingOnStacked => "a file system that stacks on others (overlayfs)",
+            _ => "a file system that is not known to be local",
+        };
+        return Some(Advice::new(
+            format!("keep models on a local file system (ext4, xfs, btrfs): io_uring can't be trusted with {why}"),
+            LOCAL_FILE_SYSTEMS,
+            "reads by io_uring instead of by threads, and no way through what is between",
+        ));
     };
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
     let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
@@ -154,8 +159,8 @@ fn allowing(cause: Option<&Cause>) -> (String, String) {
 }
 
 fn registering(facts: &Facts) -> Option<Advice> {
-    let on_fuse = path_file(facts).is_some_and(|file| file.is_on_fuse);
-    if facts.io_uring.setup.is_err() || on_fuse || direct_refused(facts).is_some() || memlock_suffices(facts) {
+    let by_threads = path_file(facts).is_some_and(|file| file.ring_refused.is_some());
+    if facts.io_uring.setup.is_err() || by_threads || direct_refused(facts).is_some() || memlock_suffices(facts) {
         return None;
     }
     let gain = if has_small_pages(facts) {
@@ -259,7 +264,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn path(facts: &mut Facts, bytes: u64, open_direct: Result<(), Errno>) {
-        let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), is_on_fuse: false };
+        let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), ring_refused: None };
         facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file) });
     }
 
@@ -267,7 +272,7 @@ mod tests {
     const BUFFERED: Change = |facts| path(facts, GIB, Err(Errno::INVAL));
     const ON_FUSE: Change = |facts| {
         path(facts, GIB, Ok(()));
-        facts.path.as_mut().and_then(|path| path.file.as_mut()).unwrap().is_on_fuse = true;
+        facts.path.as_mut().and_then(|path| path.file.as_mut()).unwrap().ring_refused = Some(Attempt::RingOnFuse);
     };
     const SMALL_PAGES: Change = |facts| memfd(facts).page_bytes = Some(4096);
     const NO_RING: Change = |facts| {

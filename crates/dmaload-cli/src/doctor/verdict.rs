@@ -57,9 +57,9 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     if let Some(errno) = path_file(facts).and_then(probe::File::direct_refused) {
         route = Route::Buffered;
         because = Some(format!("its file system refuses O_DIRECT: {}", describe(errno)));
-    } else if route <= Route::PreadDirect && path_file(facts).is_some_and(|file| file.is_on_fuse) {
+    } else if let Some(attempt) = path_file(facts).and_then(|file| file.ring_refused).filter(|_| route <= Route::PreadDirect) {
         route = Route::PreadDirect;
-        because = Some("it is on FUSE, where reads by io_uring can give wrong bytes".to_owned());
+        because = Some(format!("{attempt} is never tried: {}", attempt.hint(Errno::OPNOTSUPP).unwrap_or_default()));
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
         because = Some("the limit of locked memory is too small for uring-fixed-direct".to_owned());
@@ -111,7 +111,7 @@ mod tests {
     }
 
     const FILE: probe::File =
-        probe::File { bytes: 1 << 30, alignment_bytes: 4096, open_direct: Ok(()), first_read: Ok(4096), is_on_fuse: false };
+        probe::File { bytes: 1 << 30, alignment_bytes: 4096, open_direct: Ok(()), first_read: Ok(4096), ring_refused: None };
 
     #[test]
     fn what_was_tried_holds_unless_the_path_says_otherwise() {
@@ -119,8 +119,11 @@ mod tests {
         assert_eq!(route(FILE), Ok(Route::UringFixedDirect));
         assert_eq!(route(probe::File { open_direct: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
         assert_eq!(route(probe::File { first_read: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
-        assert_eq!(route(probe::File { is_on_fuse: true, ..FILE }), Ok(Route::PreadDirect));
-        assert_eq!(route(probe::File { is_on_fuse: true, open_direct: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
+        assert_eq!(route(probe::File { ring_refused: Some(Attempt::RingOnFuse), ..FILE }), Ok(Route::PreadDirect));
+        assert_eq!(
+            route(probe::File { ring_refused: Some(Attempt::RingOnFuse), open_direct: Err(Errno::INVAL), ..FILE }),
+            Ok(Route::Buffered)
+        );
         assert!(route(probe::File { first_read: Err(Errno::IO), ..FILE }).unwrap_err().contains("EIO"));
         assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
     }

@@ -52,7 +52,7 @@ impl Engine {
             let spec = FileSpec {
                 index: part.file_index,
                 route,
-                staged_by: if file.is_on_fuse { staged_by.max(Route::PreadDirect) } else { staged_by },
+                staged_by: if file.ring_refused.is_some() { staged_by.max(Route::PreadDirect) } else { staged_by },
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
                 mount: part.identity.mount(),

@@ -25,7 +25,10 @@ struct Schedule<T> {
     next_id: u64,
     /// No new loads.
     refusing: bool,
+    /// No more jobs.
     closing: bool,
+    /// Nothing more is buried: the ring's thread has ended, or is not waited for.
+    finished: bool,
     /// What is to be dropped by a worker.
     buried: Vec<Box<dyn Any + Send>>,
 }
@@ -33,8 +36,15 @@ struct Schedule<T> {
 impl<T: Clone> Jobs<T> {
     pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize) -> Self {
         let scheduler = Scheduler::new(window_bytes, memory_bytes, files, max_open);
-        let schedule =
-            Schedule { scheduler, loads: HashMap::new(), next_id: 0, refusing: false, closing: false, buried: Vec::new() };
+        let schedule = Schedule {
+            scheduler,
+            loads: HashMap::new(),
+            next_id: 0,
+            refusing: false,
+            closing: false,
+            finished: false,
+            buried: Vec::new(),
+        };
         Jobs { schedule: Mutex::new(schedule), changed: Condvar::new() }
     }
 
@@ -141,7 +151,8 @@ impl<T: Clone> Jobs<T> {
         schedule.loads.values().cloned().collect()
     }
 
-    /// No more jobs. A worker drops this, as [`Self::bury`] says, before all of them end.
+    /// No more jobs. A worker drops this, as [`Self::bury`] says, before all of them end; they stay until [`Self::finish`], for
+    /// what the ring's thread lets go of last.
     pub(super) fn close(&self, what: impl Send + 'static) {
         let mut schedule = self.schedule();
         schedule.refusing = true;
@@ -149,6 +160,18 @@ impl<T: Clone> Jobs<T> {
         schedule.buried.push(Box::new(what));
         drop(schedule);
         self.changed.notify_all();
+    }
+
+    /// The workers may end: nothing comes any more that they would have to drop. Whether they did not know that yet.
+    pub(super) fn finish(&self) -> bool {
+        let first = !std::mem::replace(&mut self.schedule().finished, true);
+        self.changed.notify_all();
+        first
+    }
+
+    /// How much memory has permits: pieces that are being populated, or that the ring's thread has.
+    pub(super) fn window_taken_bytes(&self) -> u64 {
+        self.schedule().scheduler.window_taken_bytes()
     }
 
     /// What a load leaves in the scheduler when it is forgotten between two of its steps.
@@ -182,7 +205,11 @@ impl<T: Clone> Jobs<T> {
                 continue;
             }
             if schedule.closing {
-                return None;
+                if schedule.finished {
+                    return None;
+                }
+                schedule = crate::sync::wait(&self.changed, schedule);
+                continue;
             }
             match schedule.scheduler.next() {
                 Some(job) => {
@@ -270,6 +297,7 @@ mod tests {
                 crate::sync::model::yield_now();
             }
             jobs.close(());
+            jobs.finish();
             let done: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
             assert_eq!(done, 2, "one batch and one check");
         });
@@ -316,6 +344,26 @@ mod tests {
     }
 
     #[test]
+    fn what_is_buried_while_closing_is_dropped_before_the_workers_end() {
+        model(|| {
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1));
+            let workers = [(); 2].map(|()| {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || assert!(jobs.next().is_none()))
+            });
+            jobs.close(());
+            // As the ring's thread does with the files of the last load.
+            let file = std::sync::Arc::new(());
+            jobs.bury(std::sync::Arc::clone(&file));
+            assert!(jobs.finish() && !jobs.finish());
+            for worker in workers {
+                worker.join().unwrap();
+            }
+            assert_eq!(std::sync::Arc::strong_count(&file), 1);
+        });
+    }
+
+    #[test]
     fn whoever_waits_ends_when_no_more_jobs_come() {
         model(|| {
             let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1));
@@ -326,6 +374,7 @@ mod tests {
             let load = Arc::new(());
             jobs.bury(load);
             jobs.close(());
+            jobs.finish();
             assert!(!jobs.submit(jobs.next_id(), Arc::new(())));
             assert!(waiting.join().unwrap());
         });

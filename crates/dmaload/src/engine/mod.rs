@@ -345,7 +345,13 @@ impl Engine {
             // The ring thread needs a moment to leave; a worker that hangs in the kernel is left alone.
             threads = self.wait_for(Duration::from_secs(1));
         }
-        match (self.leaked_bytes.load(Ordering::Acquire), threads) {
+        let mut held_bytes = 0;
+        if threads > 0 && self.jobs.finish() {
+            // The ring thread hangs itself, and keeps all that it has. The workers need not wait for it.
+            held_bytes = self.jobs.window_taken_bytes();
+            threads = self.wait_for(Duration::from_millis(100));
+        }
+        match (self.leaked_bytes.load(Ordering::Acquire) + held_bytes, threads) {
             (0, 0) => Ok(()),
             (bytes, threads) => Err(Leaked { bytes, threads }),
         }
@@ -407,6 +413,7 @@ impl Engine {
             load.sources().get(file).map_or(Ok(()), |source| source.check(tensors.as_ref()))?;
             Ok(tensors)
         });
+        let checked = checked.map_err(|error| open.blame_change(&identity, error));
         let checked = checked.and_then(|tensors| {
             identity.may_grow &= tensors.is_none();
             open.check_unchanged(&identity).map(|()| tensors)
@@ -502,13 +509,18 @@ impl Events<PieceBuffer<Permit>> for Engine {
     }
 
     fn released(&self, files: Vec<Arc<OpenFile>>) {
-        self.jobs.bury(files);
+        // Those that somebody else still holds are closed by that one.
+        let files: Vec<_> = files.into_iter().filter_map(Arc::into_inner).collect();
+        if !files.is_empty() {
+            self.jobs.bury(files);
+        }
     }
 
     fn ended(&self, leaked_bytes: u64) {
         self.leaked_bytes.fetch_add(leaked_bytes, Ordering::AcqRel);
         // Reached with loads only after a panic or past a deadline: they must not wait for ever.
         self.close();
+        self.jobs.finish();
         self.thread_has_ended();
     }
 }
@@ -526,9 +538,10 @@ mod tests {
             // What a load leaves in the scheduler when it is forgotten between two of its steps.
             guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, held_bytes: 0 });
         }
-        let mut events = guard.load(vec![Input::Path("/proc/self/status".into())], LoadOptions::default(), true);
+        let empty = tempfile::NamedTempFile::new().unwrap();
+        let mut events = guard.load(vec![Input::Path(empty.path().to_owned())], LoadOptions::default(), true);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        // An empty file as far as stat knows: a good load without segments.
+        // A good load without segments.
         let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
         assert!(next.expect("the workers are still there").is_none());
         // The worker tells the consumer of the end before it tells the scheduler.

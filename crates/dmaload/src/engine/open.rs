@@ -7,8 +7,6 @@ use std::sync::Arc;
 
 use dmabuf::AddressRange;
 
-use rustix::io::Errno;
-
 use super::{Engine, expand};
 use crate::error::{Error, Result};
 use crate::heap::Heap;
@@ -209,6 +207,8 @@ fn plan_file(
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = look_at(path)
         && shape.packs(identity.bytes)
+        // A file without a length may have bytes: opening it tells.
+        && identity.bytes > 0
     {
         let bytes = identity.bytes;
         let file = FilePlan {
@@ -235,10 +235,12 @@ fn plan_file(
         let reason = format!("the model is said to be at bytes {part:?} of the file, which has {bytes}");
         return Err(Error::Selection { path: path.to_owned(), reason });
     }
-    let map = if wants_tensors { read_header(&file, part.clone(), options.format)?.map(Arc::new) } else { None };
-    if wants_tensors {
-        source.check(map.as_deref())?;
-    }
+    let find_tensors = || {
+        let map = read_header(&file, part.clone(), options.format)?;
+        source.check(map.as_ref())?;
+        Ok(map.map(Arc::new))
+    };
+    let map = if wants_tensors { find_tensors().map_err(|error| file.blame_change(&file.identity, error))? } else { None };
     let mut identity = file.identity;
     identity.may_grow = map.is_none();
     let selected = match selector {
@@ -294,8 +296,8 @@ pub(super) struct Chosen {
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, by threads on FUSE, or
-/// buffered where it is in the page cache and that is to be used.
+/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, by threads where a ring must not
+/// read, or buffered where it is in the page cache and that is to be used.
 pub(super) fn route_for(
     file: &OpenFile,
     index: usize,
@@ -307,14 +309,12 @@ pub(super) fn route_for(
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
     let step = |from, to, attempt, errno| Some(Fallback { file_index: Some(index), from, to, attempt, errno });
-    let fallback = match file.direct_refused() {
-        Some(errno) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),
-        None if file.is_on_fuse && from < Route::PreadDirect => {
-            step(from, Route::PreadDirect, Attempt::RingOnFuse, Errno::OPNOTSUPP)
-        }
+    let fallback = match (file.direct_refused(), file.ring_refused) {
+        (Some(errno), _) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),
+        (None, Some((attempt, errno))) if from < Route::PreadDirect => step(from, Route::PreadDirect, attempt, errno),
         // What is bounced is still bounced, but read into staging by threads.
-        None if file.is_on_fuse && from == Route::Bounce && staged_by < Route::PreadDirect => {
-            step(staged_by, Route::PreadDirect, Attempt::RingOnFuse, Errno::OPNOTSUPP)
+        (None, Some((attempt, errno))) if from == Route::Bounce && staged_by < Route::PreadDirect => {
+            step(staged_by, Route::PreadDirect, attempt, errno)
         }
         _ => None,
     };

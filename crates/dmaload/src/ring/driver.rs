@@ -68,7 +68,7 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
-    /// Files of loads that are over.
+    /// Files of pieces that are no longer here.
     released: Vec<K::File>,
     counters: Arc<ReadCounters>,
 }
@@ -121,8 +121,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Files that loads leave which failed or were abandoned: to close them may take as long as their file systems like, so the caller has
-    /// it done elsewhere.
+    /// Files of pieces that are no longer here. This may be the last to hold them, and to close them may take as long as their
+    /// file systems like, so the caller has it done elsewhere.
     pub(crate) fn released(&mut self) -> Vec<K::File> {
         std::mem::take(&mut self.released)
     }
@@ -276,6 +276,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             if entry.in_flight == 0 {
                 // A ring that is never closed would keep its pages pinned.
                 self.unregister(&mut entry);
+                self.released.push(entry.file.handle);
             } else {
                 leaked += entry.buffer.bytes() as u64;
                 // The file must stay open as long as the kernel may read from it.
@@ -566,7 +567,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             // What memory refuses, it refuses to every file.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
-            Attempt::OpenDirect | Attempt::RingOnFuse | Attempt::Read | Attempt::ReadOn => Some(file),
+            Attempt::OpenDirect
+            | Attempt::RingOnFuse
+            | Attempt::RingOnStacked
+            | Attempt::RingOnOther
+            | Attempt::RingOnUnknown
+            | Attempt::Read
+            | Attempt::ReadOn => Some(file),
         };
         self.known.stepped_down(mount, to, attempt, errno, self.kernel.now());
         let left = match file_index {
@@ -618,6 +625,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let Some(entry) = self.pieces.remove(token) else { return };
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
+        // The load may have failed a moment ago, and let go of it.
+        self.released.push(entry.file.handle);
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let Some(load) = self.loads.get_mut(&id) else { return };
         load.pieces.retain(|&other| other != token);

@@ -90,20 +90,25 @@ impl Kernel for LinuxKernel {
     }
 
     fn attach(&mut self, file: &Arc<OpenFile>) {
-        if let Ok(ring) = &mut self.ring {
+        // What the ring never reads it must not hold: to let go of it may close it.
+        if let Ok(ring) = &mut self.ring
+            && file.ring_refused.is_none()
+        {
             ring.files.attach(&ring.ring, file);
         }
     }
 
     fn detach(&mut self, file: &Arc<OpenFile>) {
-        if let Ok(ring) = &mut self.ring {
+        if let Ok(ring) = &mut self.ring
+            && file.ring_refused.is_none()
+        {
             ring.files.detach(&ring.ring, file);
         }
     }
 
     unsafe fn read(&mut self, file: &Arc<OpenFile>, read: Read) {
         match &mut self.ring {
-            Ok(ring) if read.route.uses_ring() && !file.is_on_fuse => ring.queue.push(ring.files.entry(file, &read)),
+            Ok(ring) if read.route.uses_ring() && file.ring_refused.is_none() => ring.queue.push(ring.files.entry(file, &read)),
             // SAFETY: the caller's promise is the same.
             _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }

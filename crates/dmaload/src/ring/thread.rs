@@ -99,8 +99,12 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
         let shared = Arc::clone(&self.shared);
         let body = move || {
             let leaked = catch_unwind(AssertUnwindSafe(|| run(&shared, depth, staging, started, &*events)));
-            let commands = shared.commands().take();
-            drop(commands);
+            let commands = shared.commands().take().unwrap_or_default();
+            let files = commands.into_iter().filter_map(|command| match command {
+                Command::Begin(..) => None,
+                Command::Piece { file, .. } => Some(file.handle),
+            });
+            events.released(files.collect());
             // After a panic everything in flight was leaked by the driver's drop; how much is not known.
             events.ended(leaked.unwrap_or(0));
         };
@@ -175,15 +179,16 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
             driver.abandon(load);
         }
         driver.issue();
+        // First: a load that is finished holds no files.
+        let released = driver.released();
+        if !released.is_empty() {
+            events.released(released);
+        }
         for output in driver.outputs() {
             if let Output::Gone { load, .. } = output {
                 watched.remove(&load);
             }
             deliver(output, events);
-        }
-        let released = driver.released();
-        if !released.is_empty() {
-            events.released(released);
         }
         if shared.giving_up.load(Ordering::Acquire) {
             return leaked_bytes + give_up(&mut driver, Errno::TIMEDOUT, events);
@@ -200,9 +205,10 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
     }
 }
 
-fn give_up<K: Kernel, B: Buffer>(driver: &mut Driver<K, B>, errno: Errno, events: &impl Events<B>) -> u64 {
+fn give_up<K: Kernel<File = Arc<OpenFile>>, B: Buffer>(driver: &mut Driver<K, B>, errno: Errno, events: &impl Events<B>) -> u64 {
     let leaked_bytes = driver.give_up(Failure::Kernel { errno });
     tracing::error!(leaked_bytes, "memory that reads may still write to is leaked");
+    events.released(driver.released());
     for output in driver.outputs() {
         deliver(output, events);
     }

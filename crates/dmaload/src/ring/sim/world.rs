@@ -449,6 +449,7 @@ impl World {
     }
 
     fn act_on_outputs(&mut self) {
+        drop(self.driver.released());
         for output in self.driver.outputs() {
             match output {
                 Output::PieceFull { load: id, piece: number, route, buffer } => {

@@ -1,0 +1,129 @@
+//! Which files a ring may read: those of local file systems, and no others.
+//!
+//! Two things can go wrong when io_uring reads a file. A file system whose server answers short may get the same bytes twice
+//! (FUSE, see docs/kernels.md). And a read that waits for a server waits inside `io_uring_enter`, or in one of the few threads
+//! that the kernel keeps for such reads, and with it every other read of the loader. So this is a list of what is allowed, not
+//! of what is forbidden: a file system that nobody thought of is read by threads, which costs little (docs/performance.md).
+//!
+//! `f_type` of `fstatfs(2)` alone proves nothing, since 9p reports whatever its server says. Each entry of the list therefore has
+//! a second proof that the kernel fills in itself.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{fcntl_get_seals, fstatfs};
+use rustix::io::Errno;
+
+use crate::route::Attempt;
+
+const BTRFS: u32 = 0x9123_683E;
+const FUSE: u32 = 0x6573_5546;
+const OVERLAYFS: u32 = 0x794C_7630;
+const ECRYPTFS: u32 = 0xF15F;
+const TMPFS: u32 = 0x0102_1994;
+
+/// Local file systems on a block device: `linux/magic.h`, and the file systems' own headers.
+const ON_BLOCK_DEVICES: [u32; 12] = [
+    0xEF53,      // ext2, ext3, ext4
+    0x5846_5342, // xfs
+    0xF2F5_2010, // f2fs
+    0xE0F5_E1E2, // erofs
+    0x7371_7368, // squashfs
+    0x4D44,      // vfat
+    0x2011_BAB0, // exfat
+    0x7366_746E, // ntfs3
+    0x9660,      // iso9660
+    0x1501_3346, // udf
+    0x3434,      // nilfs2
+    0x3153_464A, // jfs
+];
+
+/// What `statx(2)` says of a file, without its server's help.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Device {
+    pub(crate) major: u32,
+    /// `STATX_ATTR_COMPRESSED` is among the attributes that the file system can tell.
+    pub(crate) tells_compression: bool,
+}
+
+/// Why a ring must not read this file: what would be attempted, and what the kernel said. `None` where it may.
+pub(crate) fn ring_refused(file: &OwnedFd, device: Device) -> Option<(Attempt, Errno)> {
+    // A FUSE server may refuse it.
+    let f_type = match fstatfs(file) {
+        // Its width and sign differ between architectures; magic numbers have 32 bits.
+        Ok(about) => {
+            let [first, second, third, fourth, ..] = about.f_type.to_le_bytes();
+            u32::from_le_bytes([first, second, third, fourth])
+        }
+        Err(errno) => return Some((Attempt::RingOnUnknown, errno)),
+    };
+    refused(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok()).map(|attempt| (attempt, Errno::OPNOTSUPP))
+}
+
+fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
+    match f_type {
+        FUSE => Some(Attempt::RingOnFuse),
+        // Neither says what is below. The layers' paths in the options of the mount prove nothing: they may be of another
+        // mount namespace (in each container they are), mounted over since, or unmounted lazily and still in use.
+        OVERLAYFS | ECRYPTFS => Some(Attempt::RingOnStacked),
+        // 9p has no block device. Nor has erofs where it reads from files or from a daemon.
+        local if ON_BLOCK_DEVICES.contains(&local) && device.major != 0 => None,
+        // Its device numbers are made up; only its own `getattr` tells of compression.
+        BTRFS if device.tells_compression => None,
+        // No other file system but hugetlbfs has seals (`memfd_file_seals_ptr` in mm/memfd.c).
+        TMPFS if has_seals() => None,
+        _ => Some(Attempt::RingOnOther),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ANONYMOUS: Device = Device { major: 0, tells_compression: false };
+
+    #[test]
+    fn only_local_file_systems_are_read_by_a_ring() {
+        let disk = Device { major: 259, ..ANONYMOUS };
+        for f_type in ON_BLOCK_DEVICES {
+            assert_eq!(refused(f_type, disk, || false), None, "{f_type:x}");
+        }
+        assert_eq!(refused(BTRFS, Device { tells_compression: true, ..ANONYMOUS }, || false), None);
+        assert_eq!(refused(TMPFS, ANONYMOUS, || true), None);
+    }
+
+    #[test]
+    fn a_server_that_claims_to_be_a_local_file_system_is_not_believed() {
+        // QEMU's 9p server gives the `f_type` of what it shares.
+        for f_type in ON_BLOCK_DEVICES.into_iter().chain([BTRFS, TMPFS]) {
+            assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
+        }
+    }
+
+    #[test]
+    fn what_stacks_and_what_is_unknown_is_read_by_threads() {
+        let any = Device { major: 8, tells_compression: true };
+        assert_eq!(refused(FUSE, any, || true), Some(Attempt::RingOnFuse));
+        for f_type in [OVERLAYFS, ECRYPTFS] {
+            assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnStacked), "{f_type:x}");
+        }
+        // NFS, 9p, Ceph, SMB2, AFS, GFS2, OCFS2, aufs, incfs, procfs, sysfs, ramfs, ZFS, and nothing at all.
+        for f_type in [
+            0x6969,
+            0x0102_1997,
+            0x00C3_6400,
+            0xFE53_4D42,
+            0x5346_414F,
+            0x0116_1970,
+            0x7461_636F,
+            0x6175_6673,
+            0x4943_4E46,
+            0x9FA0,
+            0x6265_6572,
+            0x8584_58F6,
+            0x2FC1_2FC1,
+            0,
+        ] {
+            assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnOther), "{f_type:x}");
+        }
+    }
+}
