@@ -317,3 +317,72 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     assert_same(&segment.bytes().unwrap(), &model()[..SEGMENT], "a segment after the shutdown");
     heap.0.open();
 }
+
+/// How many descriptors of this process are of this file.
+fn descriptors_of(path: &Path) -> usize {
+    let path = fs::canonicalize(path).unwrap();
+    // One that was closed meanwhile has no target.
+    let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    targets.filter(|target| *target == path).count()
+}
+
+#[tokio::test]
+async fn after_a_shutdown_no_file_is_open() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    let small: Vec<_> =
+        (0..20).map(|number| file(folder.path(), &format!("{number}.bin"), &random_bytes(9_000, number))).collect();
+    for (round, route) in (0..12).flat_map(|round| ROUTES.map(|route| (round, route))) {
+        let loader = Loader::builder().segment_bytes(SEGMENT as u64).route(route).build().unwrap();
+        let mut large = loader.load(&path);
+        let others = [loader.load(&path), loader.load_with(&small, loader.options())];
+        // While files are opened, in the midst of reads, and after a part of them.
+        match round % 3 {
+            0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
+            1 => drop(large.next().await.unwrap().unwrap()),
+            _ => {
+                while loader.metrics().reads_in_flight == 0 && loader.metrics().read_bytes == 0 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+        loader.shutdown().await.unwrap();
+        let open: usize = small.iter().chain([&path]).map(|path| descriptors_of(path)).sum();
+        assert_eq!(open, 0, "{route}, round {round}");
+        drop((large, others));
+    }
+}
+
+#[tokio::test]
+async fn a_rewrite_of_a_small_model_is_told_as_one_and_not_as_damage() {
+    let data = 60_000;
+    let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
+    let mut good = (header.len() as u64).to_le_bytes().to_vec();
+    good.extend_from_slice(header.as_bytes());
+    good.extend(random_bytes(data, 25));
+    let (zeros, cut) = (vec![0; good.len()], good[..good.len() / 2].to_vec());
+    let mut longer = good.clone();
+    longer.extend([7; 100]);
+    // While it waits for its memory: its length is planned, its header not read.
+    for torn in [&zeros, &cut, &longer, &Vec::new()] {
+        let folder = folder();
+        let path = file(folder.path(), "model.safetensors", &good);
+        fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        let heap = GatedHeap::default();
+        heap.0.calls.store(SEGMENTS - 1, Ordering::Relaxed);
+        let loader = Loader::builder().heap(heap.clone()).allocator_threads(1).build().unwrap();
+        let load = loader.load(&path);
+        while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        fs::write(&path, torn).unwrap();
+        heap.0.open();
+        let error = load.finish().await.unwrap_err();
+        assert!(matches!(error, Error::Changed { .. } | Error::Ended { .. }), "{} bytes: {error}", torn.len());
+        if !torn.is_empty() {
+            // At rest, the same bytes are damaged.
+            let error = Loader::new().unwrap().load(&path).await.unwrap_err();
+            assert!(matches!(error, Error::Model { .. }), "{error}");
+        }
+    }
+}

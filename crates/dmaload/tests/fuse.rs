@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use common::{ROUTES, assert_same, folder, random_bytes};
-use dmaload::{Attempt, Error, Loader, LoaderBuilder, Route};
+use dmaload::{Attempt, Error, Format, Loader, LoaderBuilder, Route};
 use fuser::{
     BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
     MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, Request,
@@ -95,9 +95,13 @@ impl Model {
 
 impl Model {
     fn new(bytes: usize, manners: Manners) -> Model {
+        Model::holding([5, 6].map(|seed| random_bytes(bytes, seed)), manners)
+    }
+
+    fn holding([bytes, other_bytes]: [Vec<u8>; 2], manners: Manners) -> Model {
         Model {
-            bytes: Arc::new(random_bytes(bytes, 5)),
-            other_bytes: Arc::new(random_bytes(bytes, 6)),
+            bytes: Arc::new(bytes),
+            other_bytes: Arc::new(other_bytes),
             rewritten: Arc::default(),
             manners,
             open_files: Arc::default(),
@@ -212,11 +216,14 @@ impl Mounted {
     }
 
     fn of(bytes: usize, manners: Manners) -> Option<Mounted> {
+        Mounted::serving(Model::new(bytes, manners))
+    }
+
+    fn serving(model: Model) -> Option<Mounted> {
         if !may_mount() {
             return None;
         }
         let folder = folder();
-        let model = Model::new(bytes, manners);
         Some(Mounted {
             path: folder.path().join("model.bin"),
             bytes: Arc::clone(&model.bytes),
@@ -475,6 +482,33 @@ async fn a_rewrite_before_a_load_is_none_during_it() {
     }
 }
 
+/// The header is read when the file was looked at; half of a rewrite there is no damage.
+#[tokio::test]
+async fn a_header_that_is_being_rewritten_is_told_as_a_change() {
+    // A small file, whose header is taken from its memory, and a large one, whose header is read when it is planned.
+    for data in [70_000, BYTES] {
+        let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
+        let mut good = (header.len() as u64).to_le_bytes().to_vec();
+        good.extend_from_slice(header.as_bytes());
+        good.extend(random_bytes(data, 25));
+        let mut half = good.clone();
+        half[20..].fill(0);
+        for torn in [half, vec![0; good.len()], random_bytes(good.len(), 26)] {
+            for route in ROUTES {
+                let model = Model::holding([good.clone(), torn.clone()], Manners::IsRewrittenAt(0));
+                let Some(mounted) = Mounted::serving(model) else { return };
+                let loader = loader().route(route).format(Format::Safetensors).build().unwrap();
+                let error = loader.load(&mounted.path).await.unwrap_err();
+                assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {data} bytes: {error}");
+                // At rest it is damaged.
+                let error = loader.load(&mounted.path).await.unwrap_err();
+                assert!(matches!(error, Error::Model { .. }), "{route}, {data} bytes: {error}");
+                loader.shutdown().await.unwrap();
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn bytes_without_a_length_are_an_error_and_not_an_empty_file() {
     let Some(mounted) = Mounted::new(Manners::HasNoLength) else { return };
@@ -513,12 +547,22 @@ async fn no_thread_of_the_caller_closes_files() {
     let (segments, _first) = stopped(&dropped).await;
     drop(dropped);
     drop(segments);
+    // In the midst of reads, by every route: what the ring's thread lets go of last.
+    for route in ROUTES.into_iter().cycle().take(30) {
+        let loader = loader().route(route).build().unwrap();
+        let load = loader.load(&mounted.path);
+        while loader.metrics().reads_in_flight == 0 && loader.metrics().loads_finished == 0 {
+            tokio::task::yield_now().await;
+        }
+        loader.shutdown().await.unwrap();
+        drop(load);
+    }
     while mounted.open_files.load(Ordering::SeqCst) > 0 {
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     let own = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
     let closers = mounted.closers.lock().unwrap();
-    assert!(closers.len() >= 3 && !closers.contains(&own), "{own} closes: {closers:?}");
+    assert!(closers.len() >= 33 && !closers.contains(&own), "{own} closes: {closers:?}");
 }
 
 /// The thread that all loads need, least of all: also what a load leaves in it that was dropped with reads in flight.
