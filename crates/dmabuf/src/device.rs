@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, Mode, OFlags, fstat, major, minor, open};
 use rustix::io::Errno;
 
-use crate::{DmaHeap, Udmabuf};
+use crate::{DmaHeap, Udmabuf, printable};
 
 /// A device that could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cannot open {}: {}{}", path.display(), crate::errno::describe(*.errno), about.as_deref().map(|about| format!("; {about}")).unwrap_or_default())]
+#[error("cannot open {}: {}{}", printable::path(path), crate::errno::describe(*.errno), .about.iter().map(|about| format!("; {}", printable::text(about))).collect::<String>())]
 #[non_exhaustive]
 pub struct DeviceError {
     /// The device.

@@ -24,6 +24,7 @@ mod error;
 mod memfd;
 mod pages;
 mod populate;
+pub mod printable;
 mod udmabuf;
 
 pub use address::{AddressRange, Mapping, NotMoved};

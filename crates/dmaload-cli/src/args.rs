@@ -52,6 +52,20 @@ pub(crate) enum Command {
     BenchChild(BenchChild),
 }
 
+impl Command {
+    /// Whether standard output is to be one JSON object.
+    pub(crate) fn wants_json(&self) -> bool {
+        match self {
+            Command::Load(arguments) => arguments.json,
+            Command::Inspect(arguments) => arguments.json,
+            Command::Attach(arguments) => arguments.json,
+            Command::Doctor(arguments) => arguments.json,
+            Command::Bench(arguments) => arguments.json,
+            Command::Cat(_) | Command::Manifest(_) | Command::Serve(_) | Command::Demo(_) | Command::BenchChild(_) => false,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Load {
     /// The files; a folder or an index stands for all files of a model.
@@ -74,10 +88,12 @@ pub(crate) struct Load {
     /// The model is this range of the one file's bytes: weights stored inside of a package.
     #[arg(long, value_name = "START..END", value_parser = range)]
     pub(crate) inside: Option<(u64, u64)>,
-    /// Load one rank's part only: the number of the part, from 0 on [default: RANK, where WORLD_SIZE is set, too].
-    #[arg(long, value_name = "NUMBER")]
-    pub(crate) rank: Option<u32>,
-    /// How many parts there are; 1 is all in one [default: WORLD_SIZE, where RANK is set, too].
+    /// Load one rank's part only: the number of the part, from 0 on; or env, for that of the variables RANK and WORLD_SIZE.
+    ///
+    /// A launcher of many processes (torchrun) sets both variables. They are read only when they are asked for.
+    #[arg(long, value_name = "NUMBER|env")]
+    pub(crate) rank: Option<Rank>,
+    /// How many parts there are; 1 is all in one.
     #[arg(long, value_name = "RANKS")]
     pub(crate) world_size: Option<u32>,
     /// Cut each tensor along this dimension, the outermost is 0; without it the bytes of each file are cut.
@@ -329,6 +345,25 @@ pub(crate) struct Engine {
     pub(crate) format: Format,
 }
 
+/// The number of a rank, or where it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rank {
+    Number(u32),
+    /// The variables that a launcher sets.
+    Environment,
+}
+
+impl FromStr for Rank {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "env" => Ok(Rank::Environment),
+            text => text.parse().map(Rank::Number).map_err(|_| format!("{text:?} is not the number of a rank, and not env")),
+        }
+    }
+}
+
 /// A heap by its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum HeapName {
@@ -431,6 +466,7 @@ mod tests {
             told(&text, range(&text));
             told(&text, text.parse::<HeapName>());
             told(&text, text.parse::<RouteChoice>());
+            told(&text, text.parse::<Rank>());
             told(&text, text.parse::<Against>());
             told(&text, text.parse::<Mode>());
             told(&text, text.parse::<Pressure>());

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use dmaload::dmabuf::printable;
 use memmap2::MmapMut;
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -34,7 +35,7 @@ pub(crate) enum BaselineError {
     #[error(transparent)]
     NotCold(#[from] ColdError),
     /// There is nothing to map.
-    #[error("{} is empty", .0.display())]
+    #[error("{} is empty", printable::path(.0))]
     Empty(PathBuf),
 }
 

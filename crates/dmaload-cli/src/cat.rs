@@ -15,7 +15,7 @@ pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     };
     let mut segments = loader.stream_with([&arguments.path], options);
     block_on(async {
-        let mut stdout = std::io::stdout().lock();
+        let mut stdout = crate::output::stdout();
         while let Some(segment) = segments.next().await {
             stdout.write_all(&segment.and_then(|segment| segment.bytes()).map_err(about)?)?;
         }

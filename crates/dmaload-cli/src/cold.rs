@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use dmaload::dmabuf::printable;
 use rustix::fs::Advice;
 
 use crate::errors::{At, FileError};
@@ -70,7 +71,7 @@ pub(crate) enum ColdError {
     #[error(
         "{} is still in the page cache: {} of {} according to {}; another process maps or reads it, or its file \
          system keeps files in memory",
-        path.display(), bytes(found.resident), bytes(found.total), found.method
+        printable::path(&path), bytes(found.resident), bytes(found.total), found.method
     )]
     StillCached {
         /// The file.

@@ -82,7 +82,7 @@ fn print(arguments: &args::Demo, model: &Model, image: &Image, engine: &mut [Dur
     let (engine, normal, ratio) = (median(engine), median(normal), median_of(ratios));
     let told = |time| format!("{}, {}", duration(time), rate(model.bytes, time));
     let tensors = model.tensors.len();
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = crate::output::stdout();
     writeln!(stdout, "a synthetic model of {} with {tensors} tensors of random values, loaded cold\n", bytes(model.bytes))?;
     write!(stdout, "{}", summary(image, &[None]))?;
     let rounds = arguments.rounds;

@@ -7,9 +7,11 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use dmaload::dmabuf::printable;
+
 /// A system call on a file that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {action} {}: {}", path.display(), Named(cause))]
+#[error("cannot {action} {}: {}", printable::path(&path), Named(cause))]
 pub(crate) struct FileError {
     action: &'static str,
     path: PathBuf,
@@ -54,6 +56,47 @@ pub(crate) fn told(error: &anyhow::Error) -> String {
     })
 }
 
+/// What a person can do about an error of the engine, in the words of this command line.
+pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
+    use dmaload::Error;
+    let hint = match error {
+        // No command can do what the library says of these: each of them holds or streams as it does.
+        Error::OutOfMemory { .. } => "free memory, or raise the limit".to_owned(),
+        Error::OverLimit { .. } => "raise the limit".to_owned(),
+        Error::NoDmaBuf { .. } => {
+            "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other processes can map"
+                .to_owned()
+        }
+        _ => error.hint()?,
+    };
+    Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
+}
+
+/// What the library's hints call its options, and what they are called here.
+const IN_FLAGS: [(&str, &str); 9] = [
+    ("(the format raw)", "(--format raw)"),
+    ("(the format safetensors)", "(--format safetensors)"),
+    ("(the formats auto and gguf do)", "(--format auto does)"),
+    ("the heap anon", "--heap anon"),
+    ("let pages have any size", "load with --pages auto"),
+    ("load in smaller segments", "load with a smaller --segment-size"),
+    ("make a new one", "make a new one (dmaload manifest)"),
+    ("attach to it", "attach to it (dmaload attach)"),
+    ("let this user attach", "let this user attach (dmaload serve --allow-user)"),
+];
+
+/// A message whose lines are its own, and nothing else in it reaches the terminal as a command. Names were escaped
+/// where they were put into it; this holds for all that could be forgotten.
+pub(crate) fn lines(message: &str) -> impl fmt::Display {
+    fmt::from_fn(move |f| {
+        for (number, line) in message.split('\n').enumerate() {
+            let before = if number == 0 { "" } else { "\n" };
+            write!(f, "{before}{}", printable::text(line))?;
+        }
+        Ok(())
+    })
+}
+
 /// Says which files were being loaded, where an error of the engine speaks of none: of memory, for example.
 pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     use dmaload::Error;
@@ -69,7 +112,7 @@ pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     match paths {
         [first, others @ ..] if names_no_file => {
             let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
-            anyhow::Error::new(error).context(format!("{}{others}", first.display()))
+            anyhow::Error::new(error).context(format!("{}{others}", printable::path(&first)))
         }
         _ => error.into(),
     }

@@ -5,36 +5,38 @@ use std::path::Path;
 
 use anyhow::Result;
 use dmaload::Inspected;
+use dmaload::dmabuf::printable;
 use dmaload::model::{TensorInfo, TensorMap, gguf};
 use serde_json::{Map, Value, json};
 
-use crate::args;
 use crate::summary::{Align, Pairs, Table, bytes, grouped, terminal_width};
+use crate::{args, output};
 
 pub(crate) fn run(arguments: &args::Inspect) -> Result<()> {
     let files = dmaload::inspect_model(&arguments.path, arguments.format)?;
-    let mut stdout = std::io::stdout().lock();
     if arguments.json {
         let mut objects = files.iter().map(|(path, inspected)| file_to_json(path, inspected));
         let object = match objects.len() {
             1 => objects.next().unwrap_or_default(),
             _ => json!({ "path": arguments.path.to_string_lossy(), "files": objects.collect::<Vec<_>>() }),
         };
-        writeln!(stdout, "{object:#}")?;
-        return Ok(stdout.flush()?);
+        return Ok(output::write_json(&object)?);
     }
+    let mut stdout = output::stdout();
     for (number, (path, inspected)) in files.iter().enumerate() {
         if files.len() > 1 {
-            writeln!(stdout, "{}{}, {}", if number == 0 { "" } else { "\n" }, path.display(), bytes(inspected.bytes))?;
+            writeln!(stdout, "{}{}, {}", if number == 0 { "" } else { "\n" }, printable::path(&path), bytes(inspected.bytes))?;
         }
         match &inspected.tensors {
             Some(tensors) => {
-                if let Some(gguf) = tensors.gguf() {
-                    writeln!(stdout, "{}", metadata(gguf))?;
+                match tensors.gguf() {
+                    Some(gguf) => writeln!(stdout, "{}", metadata(gguf))?,
+                    None if tensors.metadata().is_empty() => {}
+                    None => writeln!(stdout, "{}", safetensors_metadata(tensors))?,
                 }
                 write!(stdout, "{}", table(tensors))?;
             }
-            None => writeln!(stdout, "{}: raw bytes, {}", path.display(), bytes(inspected.bytes))?,
+            None => writeln!(stdout, "{}: raw bytes, {}", printable::path(&path), bytes(inspected.bytes))?,
         }
     }
     Ok(stdout.flush()?)
@@ -56,6 +58,11 @@ fn file_to_json(path: &Path, inspected: &Inspected) -> Value {
 fn metadata(gguf: &gguf::Metadata) -> Pairs {
     let pairs = Pairs::new().with("GGUF version", gguf.version());
     gguf.iter().fold(pairs, |pairs, (key, value)| pairs.with(key, value))
+}
+
+/// What a safetensors file says of itself (`__metadata__`), a line each.
+fn safetensors_metadata(tensors: &TensorMap) -> Pairs {
+    tensors.metadata().iter().fold(Pairs::new(), |pairs, (key, value)| pairs.with(key, value))
 }
 
 fn gguf_to_json(value: &gguf::Value<'_>) -> Value {

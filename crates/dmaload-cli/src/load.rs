@@ -1,11 +1,12 @@
 //! `dmaload load`: loads, and tells how it went.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Result;
-use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno};
+use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
 use dmaload::verify::Digest;
 use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Report, Segment, Shard};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -15,7 +16,7 @@ use crate::args;
 use crate::checksums::Checksums;
 use crate::errors::At;
 use crate::summary::{Pairs, bytes, duration, rate};
-use crate::{block_on, engine, errors, exec, trace};
+use crate::{block_on, engine, errors, exec, output, trace};
 
 pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
@@ -34,7 +35,8 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     if let Some(alignment_bytes) = arguments.align {
         options = options.importer(ImporterLimits { alignment_bytes, may_copy: !arguments.no_copy, ..ImporterLimits::default() });
     }
-    let shard = shard(arguments, |name| std::env::var(name).ok())?;
+    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    let (shard, ignored) = shard(arguments, variable)?;
     if let Some(shard) = shard {
         options = options.shard(shard);
     }
@@ -65,36 +67,69 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
         Some(checksums) => checksums.finish(&image)?.into_iter().map(Some).collect(),
         None => vec![None; image.files().len()],
     };
-    let mut stdout = std::io::stdout().lock();
+    let notes: Vec<String> = ignored.into_iter().chain(cached_note(image.report())).collect();
     if arguments.json {
-        writeln!(stdout, "{:#}", to_json(&image, &digests))?;
+        output::write_json(&to_json_with(&image, &digests, &notes))?;
     } else if !arguments.quiet {
-        write!(stdout, "{}", summary(&image, &digests))?;
+        let mut stdout = output::stdout();
+        write!(stdout, "{}", summary_with(&image, &digests, &notes))?;
+        stdout.flush()?;
     }
-    stdout.flush()?;
-    drop(stdout);
     match arguments.exec.as_slice() {
         [] => Ok(ExitCode::SUCCESS),
         [program, rest @ ..] => exec::run(&image, program, rest),
     }
 }
 
-/// The part that is asked for, by the command line or by a launcher of many processes (torchrun sets both variables).
-fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<Option<Shard>> {
+/// The part that is asked for; a note where the environment has one and it was not asked for.
+fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<(Option<Shard>, Option<String>)> {
+    // A launcher that has nothing to say leaves a variable empty.
+    let variable = |name: &str| variable(name).filter(|text| !text.is_empty());
     let number = |name: &str| match variable(name) {
-        Some(text) => text.parse().map(Some).map_err(|_| Error::Config(format!("{name} is {text:?}, which is no number"))),
-        None => Ok(None),
+        Some(text) => text.parse().map_err(|_| Error::Config(format!("--rank env: {name} is {text:?}, which is not a number"))),
+        None => Err(Error::Config(format!("--rank env: {name} is not set"))),
     };
-    // One of the two alone may be somebody else's.
-    let launched = variable("RANK").is_some() && variable("WORLD_SIZE").is_some();
-    let of = |asked: Option<u32>, name| if asked.is_some() || !launched { Ok(asked) } else { number(name) };
+    let (rank, world_size, note) = match (arguments.rank, arguments.world_size) {
+        (Some(args::Rank::Environment), world_size) => {
+            (Some(number("RANK")?), Some(world_size.map_or_else(|| number("WORLD_SIZE"), Ok)?), None)
+        }
+        (Some(args::Rank::Number(rank)), world_size) => (Some(rank), world_size, None),
+        (None, world_size) => {
+            let both = variable("RANK").zip(variable("WORLD_SIZE"));
+            let note = both.map(|(rank, all)| {
+                format!("RANK={rank} and WORLD_SIZE={all} in the environment are ignored; --rank env loads that rank's part only")
+            });
+            (None, world_size, note)
+        }
+    };
     let dim = arguments.shard_dim;
-    match (of(arguments.rank, "RANK")?, of(arguments.world_size, "WORLD_SIZE")?) {
-        (None, None | Some(1)) if dim.is_none() => Ok(None),
-        (Some(0), Some(1)) => Ok(None),
-        (Some(rank), Some(world_size)) => Ok(Some(Shard { rank, world_size, dim })),
-        _ => Err(Error::Config("a part needs --rank and --world-size (or RANK and WORLD_SIZE)".to_owned())),
+    match (rank, world_size) {
+        (None, None | Some(1)) if dim.is_none() => Ok((None, note)),
+        (Some(0), Some(1)) => Ok((None, note)),
+        (Some(rank), Some(world_size)) => Ok((Some(Shard { rank, world_size, dim }), note)),
+        _ => Err(Error::Config("a part needs --rank and --world-size, or --rank env".to_owned())),
     }
+}
+
+/// From this size on it is worth a word that what was read was in memory already. What looking at a header brings into
+/// the page cache is less.
+const CACHED_BYTES_NOTED: u64 = 16 << 20;
+
+/// A note where files were read from storage that are wholly in the page cache. Direct reads leave them there, so looking
+/// afterwards finds what was there before.
+fn cached_note(report: &Report) -> Option<String> {
+    let is_cached = |path: &Path, bytes: u64| {
+        let cached = std::fs::File::open(path).ok().and_then(|file| dmaload::probe::cached_bytes(file).ok());
+        bytes > 0 && cached.is_some_and(|cached| cached >= bytes)
+    };
+    let read = report.files.iter().filter(|file| file.route.is_direct());
+    let cached_bytes: u64 = read.filter(|file| is_cached(&file.path, file.bytes)).map(|file| file.bytes).sum();
+    (cached_bytes >= CACHED_BYTES_NOTED).then(|| {
+        format!(
+            "{} were read from storage that are in the page cache; --cache auto copies them from there",
+            bytes(cached_bytes.min(report.bytes))
+        )
+    })
 }
 
 /// Whether nobody is there to see a bar.
@@ -142,19 +177,32 @@ fn memory(report: &Report) -> String {
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
 }
 
+/// Whether the bytes were read here: those of an image that another process has loaded were not.
+fn were_read(report: &Report) -> bool {
+    report.bytes == 0 || !report.reading.is_zero()
+}
+
 /// What happened, for people.
 pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
+    summary_with(image, digests, &[])
+}
+
+/// The same, with notes that are the command's own.
+fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> String {
     let report = image.report();
-    let mut pairs = Pairs::new()
-        .with("loaded", format!("{} in {}, {}", bytes(report.bytes), duration(report.total), rate(report.bytes, report.total)))
-        .with("route", report.route)
-        .with("memory", memory(report))
-        .with("pages", pages(report))
-        .with("time", times(report))
-        .with(
-            "CPU",
-            format!("{} for the whole process, {} resident at most", duration(report.cpu), bytes(report.peak_resident_bytes)),
-        );
+    let in_time = format!("{} in {}", bytes(report.bytes), duration(report.total));
+    let mut pairs = Pairs::new();
+    pairs = if were_read(report) {
+        pairs.with("loaded", format!("{in_time}, {}", rate(report.bytes, report.total)))
+    } else {
+        pairs.with("attached", in_time)
+    };
+    pairs = pairs.with("route", report.route).with("memory", memory(report)).with("pages", pages(report));
+    if were_read(report) {
+        let (cpu, resident) = (duration(report.cpu), bytes(report.peak_resident_bytes));
+        pairs =
+            pairs.with("time", times(report)).with("CPU", format!("{cpu} for the whole process, {resident} resident at most"));
+    }
     if report.wanted_bytes != report.bytes {
         let along = report.bytes.saturating_sub(report.wanted_bytes);
         pairs = pairs.with("wanted", format!("{} of these; {} were read along", bytes(report.wanted_bytes), bytes(along)));
@@ -167,14 +215,14 @@ pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
         pairs = pairs.with("tensors", tensors);
     }
     pairs = pairs.with_some("verified", report.verified.as_ref());
-    for note in &report.notes {
+    for note in report.notes.iter().chain(notes) {
         pairs = pairs.with("note", note);
     }
     for fallback in &report.fallbacks {
         pairs = pairs.with("fallback", described(report, fallback));
     }
     for (file, digest) in report.files.iter().zip(digests) {
-        let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex(), file.path.display()));
+        let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex(), printable::path(&file.path)));
         pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm().to_string()).unwrap_or_default(), told);
     }
     pairs.to_string()
@@ -207,12 +255,17 @@ fn times(report: &Report) -> String {
 
 fn described(report: &Report, fallback: &Fallback) -> String {
     let file = fallback.file_index.and_then(|index| report.files.get(index));
-    let file = file.map(|file| format!("{}: ", file.path.display())).unwrap_or_default();
+    let file = file.map(|file| format!("{}: ", printable::path(&file.path))).unwrap_or_default();
     format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), errno::describe(fallback.errno))
 }
 
 /// What happened, for programs.
 pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
+    to_json_with(image, digests, &[])
+}
+
+/// The same, with notes that are the command's own.
+fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> Value {
     let report = image.report();
     let files = report.files.iter().zip(digests).map(|(file, digest)| {
         json!({
@@ -227,7 +280,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
         "wanted_bytes": report.wanted_bytes,
         "copied_bytes": report.copied_bytes,
         "seconds": report.total.as_secs_f64(),
-        "throughput_bytes_per_second": report.throughput_bytes_per_second(),
+        "throughput_bytes_per_second": were_read(report).then(|| report.throughput_bytes_per_second()),
         "allocate_seconds": report.allocating.as_secs_f64(),
         "read_seconds": report.reading.as_secs_f64(),
         "copy_seconds": report.copying.as_secs_f64(),
@@ -239,7 +292,7 @@ pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
         "huge_page_bytes": report.pages.huge_bytes,
         "pages_refused": report.pages_refused.map(errno::describe),
         "heap": report.heap,
-        "notes": report.notes,
+        "notes": report.notes.iter().chain(notes).collect::<Vec<_>>(),
         "layout": report.layout.name(),
         "memories": report.memories,
         "route": report.route.name(),

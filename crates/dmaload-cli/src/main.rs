@@ -14,6 +14,7 @@ mod exec;
 mod inspect;
 mod load;
 mod manifest;
+mod output;
 mod scratch;
 mod serve;
 mod summary;
@@ -26,12 +27,16 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use serde_json::json;
 use tracing_subscriber::EnvFilter;
 
 use args::{Arguments, Command};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
     // Fallbacks are in every report; the events are for those who ask for them.
     let filter = EnvFilter::try_from_env("DMALOAD_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
     tracing_subscriber::fmt()
@@ -39,6 +44,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+    let wants_json = arguments.command.wants_json();
     let result = match arguments.command {
         Command::Load(arguments) => load::run(&arguments),
         Command::Cat(arguments) => cat::run(&arguments).map(|()| ExitCode::SUCCESS),
@@ -55,20 +61,58 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if summary::is_closed_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error);
-            let usage = matches!(error.downcast_ref(), Some(dmaload::Error::Config(_)));
-            ExitCode::from(if usage { 2 } else { 1 })
+            let is_usage = matches!(error.downcast_ref(), Some(dmaload::Error::Config(_)));
+            let status = if is_usage { 2 } else { 1 };
+            let hint = error.downcast_ref().and_then(errors::hint);
+            report(&errors::told(&error), hint.as_deref(), status, wants_json);
+            ExitCode::from(status)
         }
     }
 }
 
-fn report(error: &anyhow::Error) {
+/// Tells an error on standard error; with `--json` as an object on standard output, too.
+fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
     let mut stderr = std::io::stderr().lock();
-    // Nobody is left to be told when this fails.
-    let _ = writeln!(stderr, "dmaload: {}", errors::told(error));
-    if let Some(hint) = error.downcast_ref::<dmaload::Error>().and_then(dmaload::Error::hint) {
-        let _ = writeln!(stderr, "  {hint}");
+    // When this fails, there is no other place to say so.
+    let _ = writeln!(stderr, "dmaload: {}", errors::lines(message));
+    if let Some(hint) = hint {
+        let _ = writeln!(stderr, "  {}", errors::lines(hint));
     }
+    if wants_json {
+        let object = json!({ "error": message, "hint": hint, "exit_status": status });
+        if let Err(error) = output::write_json_error(&object) {
+            let _ = writeln!(stderr, "dmaload: {error}");
+        }
+    }
+}
+
+/// Help and version, which are no errors; wrong usage.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    let text = error.to_string();
+    let shown = errors::lines(&text).to_string();
+    if shown == text {
+        // In colours, where that is a terminal.
+        let _ = error.print();
+    } else {
+        // The shell may have put names of files there.
+        let _ = write!(std::io::stderr(), "{shown}");
+    }
+    // What comes after these is for another program.
+    let own = std::env::args_os().take_while(|argument| argument != "--exec" && argument != "--");
+    if own.skip(1).any(|argument| argument == "--json") {
+        let object = json!({ "error": text.trim_end(), "hint": null, "exit_status": 2 });
+        if let Err(error) = output::write_json_error(&object) {
+            let _ = writeln!(std::io::stderr(), "dmaload: {error}");
+        }
+    }
+    ExitCode::from(2)
 }
 
 /// Runs a future to its end: one thread is enough, the loader has its own.

@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use dmaload::LoadOptions;
+use dmaload::dmabuf::printable;
 use dmaload::verify::{Digest, Manifest, Recorder};
 
 use crate::errors::At;
-use crate::{args, block_on, engine, errors};
+use crate::{args, block_on, engine, errors, output};
 
 pub(crate) fn run(arguments: &args::Manifest) -> Result<()> {
     let about = |error| errors::about(error, &arguments.paths);
@@ -20,8 +21,8 @@ pub(crate) fn run(arguments: &args::Manifest) -> Result<()> {
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let manifest = block_on(recorded(&loader, &arguments.paths, Recorder::new(arguments.algorithm, arguments.chunk)))?;
-    let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{}", manifest.map_err(about)?.to_json())?;
+    let mut stdout = output::stdout();
+    writeln!(stdout, "{}", output::escaped(manifest.map_err(about)?.to_json()))?;
     Ok(stdout.flush()?)
 }
 
@@ -64,7 +65,7 @@ impl Against {
 
 fn read(path: &Path) -> Result<Manifest> {
     let json = std::fs::read(path).at("read", path)?;
-    Manifest::parse(&json).with_context(|| path.display().to_string())
+    Manifest::parse(&json).with_context(|| printable::path(&path).to_string())
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ use std::process;
 use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread;
 
+use dmaload::dmabuf::printable;
 use rustix::fs::{Access, FsWord, StatFs, access, statfs};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -87,7 +88,7 @@ struct Reasons<'a>(&'a [(PathBuf, Refusal)]);
 
 impl fmt::Display for Reasons<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|(folder, refusal)| write!(f, "\n  {}: {refusal}", folder.display()))
+        self.0.iter().try_for_each(|(folder, refusal)| write!(f, "\n  {}: {refusal}", printable::path(&folder)))
     }
 }
 
@@ -298,7 +299,7 @@ mod tests {
     #[ignore = "only the test above runs it, in a process of its own"]
     fn waits_to_be_interrupted() {
         let file = ScratchFile::create(Some(here()), "interrupted", 0).unwrap();
-        println!("SCRATCH={}", file.path().display());
+        println!("SCRATCH={}", printable::path(&file.path()));
         thread::sleep(std::time::Duration::from_secs(60));
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use dmaload::Segment;
+use dmaload::dmabuf::printable;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 use dmaload::verify::{Algorithm, Digest, Hasher, digest};
 use serde_json::json;
@@ -13,7 +14,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::load::{finish, is_quiet, summary, to_json};
-use crate::{args, block_on, engine, errors};
+use crate::{args, block_on, engine, errors, output};
 
 pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
@@ -48,9 +49,9 @@ pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
             return Err(error.into());
         }
     }
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = output::stdout();
     write!(stdout, "{text}")?;
-    writeln!(stdout, "serving {:?} at {}", arguments.name, arguments.socket.display())?;
+    writeln!(stdout, "serving {:?} at {}", arguments.name, printable::path(&arguments.socket))?;
     stdout.flush()?;
     drop(stdout);
     loop {
@@ -73,17 +74,17 @@ pub(crate) fn attached(arguments: &args::Attach) -> Result<ExitCode> {
         None => Ok(None),
     });
     let digests = digests.collect::<dmaload::Result<Vec<_>>>()?;
-    let mut stdout = std::io::stdout().lock();
     if arguments.json {
         let mut object = to_json(image, &digests);
         if let Some(object) = object.as_object_mut() {
             object.insert("process".to_owned(), json!(attached.process));
         }
-        writeln!(stdout, "{object:#}")?;
+        output::write_json(&object)?;
     } else {
+        let mut stdout = output::stdout();
         write!(stdout, "{}", summary(image, &digests))?;
+        stdout.flush()?;
     }
-    stdout.flush()?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -8,6 +8,8 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
+use dmaload::dmabuf::printable;
+
 /// A size in binary units with three digits: `512 B`, `1.50 MiB`, `23.4 GiB`.
 #[must_use]
 pub(crate) fn bytes(count: u64) -> String {
@@ -102,7 +104,7 @@ impl Pairs {
     /// Adds a row.
     #[must_use]
     pub(crate) fn with(mut self, what: impl Into<String>, value: impl fmt::Display) -> Self {
-        self.0.push((what.into(), value.to_string()));
+        self.0.push((printable(&what.into()), printable(&value.to_string())));
         self
     }
 
@@ -120,7 +122,6 @@ impl fmt::Display for Pairs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.0.iter().map(|(what, _)| columns(what)).max().unwrap_or(0);
         self.0.iter().try_for_each(|(what, value)| {
-            let value = printable(value);
             writeln!(f, "{}", format!("{what}{}  {value}", spaces(width - columns(what))).trim_end())
         })
     }
@@ -246,19 +247,9 @@ pub(crate) fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
-/// Names come from files that anyone may have written: a control character would reach the terminal as a command.
-/// So would the invisible marks that reverse the direction of text.
+/// Names come from files that anyone may have written.
 fn printable(text: &str) -> String {
-    let is_hidden =
-        |c: char| c.is_control() || matches!(c, '\u{200B}'..='\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
-    if !text.contains(is_hidden) {
-        return text.to_owned();
-    }
-    let mut clean = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
-        if is_hidden(c) { clean.extend(c.escape_default()) } else { clean.push(c) }
-    }
-    clean
+    printable::text(text).to_string()
 }
 
 /// Characters, which is what names of tensors and our own words take; wide scripts would be off by their width.

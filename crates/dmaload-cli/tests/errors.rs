@@ -1,5 +1,5 @@
 //! What can't be loaded is told: what, where, why by the errno's name, and what to do. Status 1 for a load that failed,
-//! 2 for wrong usage; nothing on standard output; never a panic or a hang.
+//! 2 for wrong usage; nothing on standard output, or with `--json` one object; never a panic or a hang.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 mod common;
@@ -193,7 +193,8 @@ fn a_header_that_lies_is_told_and_the_same_file_loads_as_raw_bytes() {
     for (what, header, word) in lies() {
         println!("{what}");
         let path = safetensors(folder.path(), "lie.safetensors", &header, 16);
-        every_command_fails(&path, &[word, "--format raw"]);
+        let advice = if word == "cut short" { "fetch the file again" } else { "--format raw" };
+        every_command_fails(&path, &[word, advice]);
         assert_loads_as_raw(&path);
     }
 }

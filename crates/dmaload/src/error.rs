@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
+use dmabuf::printable;
 use rustix::io::Errno;
 
+use crate::headroom::MARGIN_BYTES;
 use crate::heap::SizeLimit;
 use crate::model::ModelError;
 use crate::route::{Attempt, Route};
@@ -15,7 +17,7 @@ use crate::route::{Attempt, Route};
 #[non_exhaustive]
 pub enum Error {
     /// A setting makes no sense. Nothing was started.
-    #[error("{0}")]
+    #[error("{}", printable::text(.0))]
     Config(String),
     /// The loader's threads could not be started.
     #[error("cannot start a loader: {operation}: {}", dmabuf::errno::describe(*.errno))]
@@ -26,7 +28,7 @@ pub enum Error {
         errno: Errno,
     },
     /// A file could not be opened or looked at.
-    #[error("{}: cannot {operation}: {}", .path.display(), dmabuf::errno::describe(*.errno))]
+    #[error("{}: cannot {operation}: {}", printable::path(.path), dmabuf::errno::describe(*.errno))]
     File {
         /// The file.
         path: PathBuf,
@@ -36,7 +38,7 @@ pub enum Error {
         errno: Errno,
     },
     /// What the path names is no regular file.
-    #[error("{}: is {kind}, not a regular file", .path.display())]
+    #[error("{}: is {kind}, not a regular file", printable::path(.path))]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -44,13 +46,13 @@ pub enum Error {
         kind: &'static str,
     },
     /// The file has bytes, but its length is said to be 0: it is known only when the file is read.
-    #[error("{}: has bytes, but its length is said to be 0", .path.display())]
+    #[error("{}: has bytes, but its length is said to be 0", printable::path(.path))]
     NoLength {
         /// The file.
         path: PathBuf,
     },
     /// A read failed for good.
-    #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", .path.display(), dmabuf::errno::describe(*.errno))]
+    #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", printable::path(.path), dmabuf::errno::describe(*.errno))]
     Read {
         /// The file.
         path: PathBuf,
@@ -64,7 +66,7 @@ pub enum Error {
         errno: Errno,
     },
     /// The load's observer says that these bytes are wrong ([`crate::Observer`]).
-    #[error("{}: {bytes} bytes at offset {offset} were rejected: {reason}", .path.display())]
+    #[error("{}: {bytes} bytes at offset {offset} were rejected: {}", printable::path(.path), printable::text(.reason))]
     Rejected {
         /// The file.
         path: PathBuf,
@@ -76,7 +78,7 @@ pub enum Error {
         reason: String,
     },
     /// Bytes of the file are not those that were expected ([`crate::LoadOptions::verify`]).
-    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {found} instead of {expected}{}", .path.display(), named(.tensors))]
+    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {} instead of {}{}", printable::path(.path), printable::text(.found), printable::text(.expected), named(.tensors))]
     Corrupt {
         /// The file.
         path: PathBuf,
@@ -92,7 +94,7 @@ pub enum Error {
         tensors: Vec<String>,
     },
     /// The file has not the length that was expected ([`crate::LoadOptions::verify`]). Nothing was read.
-    #[error("{}: has {bytes} bytes, but should have {expected_bytes}", .path.display())]
+    #[error("{}: has {bytes} bytes, but should have {expected_bytes}", printable::path(.path))]
     WrongLength {
         /// The file.
         path: PathBuf,
@@ -102,13 +104,13 @@ pub enum Error {
         expected_bytes: u64,
     },
     /// The load was to be verified, and its manifest knows nothing of this file. Nothing was read.
-    #[error("{}: is not in the manifest", .path.display())]
+    #[error("{}: is not in the manifest", printable::path(.path))]
     NotInManifest {
         /// The file.
         path: PathBuf,
     },
     /// The file ended before the end that it had when the load began.
-    #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", .path.display())]
+    #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", printable::path(.path))]
     Ended {
         /// The file.
         path: PathBuf,
@@ -120,7 +122,7 @@ pub enum Error {
         route: Route,
     },
     /// The file is not what it was when the load began: its bytes may be of different moments.
-    #[error("{}: {change} during the load", .path.display())]
+    #[error("{}: {change} during the load", printable::path(.path))]
     Changed {
         /// The file.
         path: PathBuf,
@@ -128,7 +130,7 @@ pub enum Error {
         change: &'static str,
     },
     /// A route was refused to a load that takes no other: a strict one.
-    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", .path.display(), dmabuf::errno::describe(*.errno))]
+    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", printable::path(.path), dmabuf::errno::describe(*.errno))]
     Refused {
         /// The file.
         path: PathBuf,
@@ -142,7 +144,7 @@ pub enum Error {
         errno: Errno,
     },
     /// Memory could not be had.
-    #[error("{heap}: cannot {refusal}{}", before(*.loaded_bytes, *.planned_bytes))]
+    #[error("{}: cannot {refusal}{}", printable::text(.heap), before(*.loaded_bytes, *.planned_bytes))]
     Memory {
         /// The heap that was asked.
         heap: String,
@@ -154,13 +156,16 @@ pub enum Error {
         planned_bytes: u64,
     },
     /// The heap's own code panicked: a defect of the heap, which its author must mend.
-    #[error("heap {heap} panicked")]
+    #[error("heap {} panicked", printable::text(.heap))]
     HeapPanicked {
         /// The heap.
         heap: String,
     },
     /// Allocating would have taken the machine, or this process' memory cgroup, to its limit.
-    #[error("{heap}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({limit})")]
+    #[error(
+        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}; {MARGIN_BYTES} of it are kept free)",
+        printable::text(.heap), printable::text(.limit)
+    )]
     OutOfMemory {
         /// The heap.
         heap: String,
@@ -182,7 +187,7 @@ pub enum Error {
         why: &'static str,
     },
     /// The model's header is wrong.
-    #[error("{}: {fault}", .path.display())]
+    #[error("{}: {}", printable::path(.path), printable::shown(.fault))]
     Model {
         /// The file.
         path: PathBuf,
@@ -193,7 +198,7 @@ pub enum Error {
     #[error(transparent)]
     Device(#[from] dmabuf::DeviceError),
     /// A dma-buf would be larger than its heap allows.
-    #[error("{}: a dma-buf of {wanted_bytes} bytes is more than {heap} allows: {limit}", .path.display())]
+    #[error("{}: a dma-buf of {wanted_bytes} bytes is more than {} allows: {}", printable::path(.path), printable::text(.heap), printable::shown(.limit))]
     TooLarge {
         /// The file.
         path: PathBuf,
@@ -205,7 +210,7 @@ pub enum Error {
         limit: SizeLimit,
     },
     /// Dma-bufs were required, and no heap of this machine gives any.
-    #[error("no heap here gives dma-bufs: {}", .tried.join("; "))]
+    #[error("no heap here gives dma-bufs: {}", printable::text(&.tried.join("; ")))]
     NoDmaBuf {
         /// Each heap that was tried, with what it said.
         tried: Vec<String>,
@@ -235,7 +240,7 @@ pub enum Error {
         segments: usize,
     },
     /// What was asked for can't be had of this file.
-    #[error("{}: {reason}", .path.display())]
+    #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     Selection {
         /// The file.
         path: PathBuf,
@@ -243,7 +248,7 @@ pub enum Error {
         reason: String,
     },
     /// The folder has no model in it that could be loaded.
-    #[error("{}: {reason}", .path.display())]
+    #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     NoModel {
         /// The folder.
         path: PathBuf,
@@ -251,7 +256,7 @@ pub enum Error {
         reason: String,
     },
     /// These bytes of the file were not loaded: only others were asked for.
-    #[error("{}: bytes {}..{} were not loaded, only other parts of the file", .path.display(), .range.start, .range.end)]
+    #[error("{}: bytes {}..{} were not loaded, only other parts of the file", printable::path(.path), .range.start, .range.end)]
     NotLoaded {
         /// The file.
         path: PathBuf,
@@ -296,7 +301,7 @@ pub enum Error {
     #[error("no tensor named {0:?}")]
     NoSuchTensor(String),
     /// This memory has no file descriptor of the kind that was asked for.
-    #[error("heap {heap} gives no {wanted}")]
+    #[error("heap {} gives no {wanted}", printable::text(.heap))]
     NoDescriptor {
         /// The heap.
         heap: String,
@@ -304,7 +309,7 @@ pub enum Error {
         wanted: &'static str,
     },
     /// Sharing an image with other processes did not work ([`crate::share`]).
-    #[error("{}: {reason}", .socket.display())]
+    #[error("{}: {}", printable::path(.socket), printable::text(.reason))]
     Share {
         /// The socket.
         socket: PathBuf,
@@ -323,75 +328,107 @@ pub enum Error {
 }
 
 impl Error {
-    /// What a person can do about it, if there is something to say that the text does not say already.
+    /// What can be done about it, if there is something to say that the text does not say already.
+    ///
+    /// It speaks of the library's options, and of what anybody can do at a shell; programs add the names that
+    /// these options have in their own user interface.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Error::Start { errno: Errno::AGAIN | Errno::NOMEM, .. } => {
                 "the limit of processes or of the address space is reached: see ulimit -u and ulimit -v"
             }
-            Error::File { errno: Errno::NOENT, .. } => "check the path",
-            Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
-            Error::File { errno: Errno::MFILE, .. }
-            | Error::Memory { refusal: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => {
-                "the limit of open files is reached: raise it (ulimit -n), or load with larger segments or --layout single"
+            Error::Start { errno: Errno::MFILE, .. } => OPEN_FILES,
+            Error::Start { errno: Errno::NFILE, .. } => ALL_OPEN_FILES,
+            Error::File { errno: Errno::NOENT, path, .. } if path.as_os_str() == "-" => {
+                "standard input can't be loaded, since reads are by offset: save it to a file first"
             }
             Error::NotAFile { kind: "a block device", path } => {
                 return Some(format!(
                     "copy it to a file first, since its changes could not be noticed: dd if={} of=COPY bs=1M",
-                    path.display()
+                    printable::shell(path)
                 ));
             }
             Error::NoLength { path } => {
                 return Some(format!(
                     "its file system learns the length by reading (procfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
-                    path.display()
+                    printable::shell(path)
                 ));
             }
+            Error::File { errno: Errno::NOENT | Errno::NOTDIR, .. } => "check the path",
+            Error::File { errno: Errno::LOOP, .. } => "a symbolic link leads to itself: mend the link",
+            Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
+            // A socket can't be opened by its path.
+            Error::File { errno: Errno::NXIO, .. } | Error::NotAFile { kind: "a socket", .. } => {
+                "a socket is no file; if a server shares a model there, attach to it"
+            }
+            Error::NotAFile { kind: "a FIFO", .. } => {
+                "a pipe can't be loaded, since reads are by offset: save it to a file first"
+            }
+            Error::NotAFile { kind: "a character device", .. } => "copy what it gives to a file first",
+            Error::File { errno: Errno::MFILE, .. }
+            | Error::Memory { refusal: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => OPEN_FILES,
+            Error::File { errno: Errno::NFILE, .. }
+            | Error::Memory { refusal: dmabuf::Error { errno: Errno::NFILE, .. }, .. } => ALL_OPEN_FILES,
             Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {
                 "the storage can't give these bytes: see the kernel's log (dmesg), and restore the file from a good copy"
             }
             Error::Corrupt { .. } | Error::WrongLength { .. } => {
-                "fetch the file again from where the manifest came from; if it is the right one elsewhere, suspect this machine's storage or memory"
+                "fetch the file again from where the manifest or the checksum came from; if it is the right one elsewhere, \
+                 suspect this machine's storage or memory"
             }
             Error::NotInManifest { .. } => {
-                "a manifest names files by the ends of their paths: see its \"path\"s, or make a new one (dmaload manifest)"
+                "a manifest names files by the ends of their paths: compare its \"path\"s, or make a new one"
             }
             Error::Ended { .. } | Error::Changed { .. } => "load it again when nobody writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
-            Error::Memory { heap, refusal: dmabuf::Error { errno: Errno::INVAL, .. }, .. } if heap == "udmabuf" => {
-                "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb"
-            }
-            Error::Memory { refusal: dmabuf::Error { errno: Errno::NOMEM, .. }, .. } => {
-                "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count"
-            }
-            Error::Memory { refusal: dmabuf::Error { errno: Errno::FBIG, .. }, .. } => {
-                "the limit of file sizes counts for memory files, too: raise it (ulimit -f), or use the heap anon"
-            }
-            Error::Memory { refusal: dmabuf::Error { errno: Errno::NOTSUP, .. }, .. } => {
-                "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or load with --pages auto"
-            }
+            Error::Memory { heap, refusal, .. } => return memory_hint(heap, refusal).map(str::to_owned),
             Error::Device(dmabuf::DeviceError { errno: Errno::ACCESS | Errno::PERM, path, .. }) => {
                 return Some(format!(
                     "give yourself the right to it: sudo setfacl -m u:$USER:rw {0}, or a udev rule; or have a process that has it hand you the dma-bufs",
-                    path.display()
+                    printable::path(path)
                 ));
             }
             Error::Device(dmabuf::DeviceError { errno: Errno::NOENT, path, .. }) if path.ends_with("udmabuf") => {
                 "load the module (sudo modprobe udmabuf); it needs a kernel with CONFIG_UDMABUF"
             }
             Error::TooLarge { wanted_bytes, limit, .. } => {
-                return Some(format!("raise it as root: {}; or load in smaller segments", limit.raise(*wanted_bytes)));
+                let raise = limit.raise(*wanted_bytes);
+                return Some(format!("raise it as root: {}; or load in smaller segments", printable::text(&raise)));
             }
             Error::NoDmaBuf { .. } => {
-                "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other processes can map"
+                "see what each heap needs; without a dma-buf, the heap memfd gives memory that other processes can map"
             }
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
             Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
-            Error::Model { .. } => "the file is damaged or was cut off; --format raw loads it as plain bytes",
+            Error::Model { fault, .. } => fault.hint(),
             _ => return None,
         };
         Some(hint.to_owned())
     }
+}
+
+const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
+const ALL_OPEN_FILES: &str = "the whole machine's limit of open files is reached: raise it (sysctl fs.file-max)";
+
+/// What can be done about memory that was refused. The step says what is short: ENOMEM of mapping is the address space,
+/// ENOMEM of pages is memory.
+fn memory_hint(heap: &str, refusal: &dmabuf::Error) -> Option<&'static str> {
+    let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
+    Some(match refusal.errno {
+        Errno::INVAL if heap == "udmabuf" => "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb",
+        Errno::NOMEM if maps => "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count",
+        Errno::NOMEM => {
+            "no memory could be had for its pages: see the limit of this process' memory cgroup (memory.max), and what is free"
+        }
+        Errno::PERM | Errno::ACCESS | Errno::NOSYS if refusal.operation.contains("memfd") => {
+            "memory files are refused here, by a container's seccomp profile for example: the heap anon needs none"
+        }
+        Errno::FBIG => "the limit of file sizes counts for memory files, too: raise it (ulimit -f), or use the heap anon",
+        Errno::NOTSUP => {
+            "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or let pages have any size"
+        }
+        _ => return None,
+    })
 }
 
 /// How many tensors a message names.

@@ -7,6 +7,8 @@
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 
+use dmabuf::printable;
+
 /// The tightest limit and what it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Headroom {
@@ -15,7 +17,7 @@ pub(crate) struct Headroom {
 }
 
 /// Left to everybody else: without it the machine would be at its limit just after the load.
-const MARGIN_BYTES: u64 = 32 << 20;
+pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// What is left now. `None` where nothing can be read (no procfs): then nothing is refused.
 pub(crate) fn headroom() -> Option<Headroom> {
@@ -77,7 +79,7 @@ fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     // v1 writes "no limit" as a number close to 2^63.
     (limit < 1 << 62).then(|| Headroom {
         available_bytes: limit.saturating_sub(kept),
-        limit: format!("{} is {limit}", folder.join(limit_file).display()),
+        limit: format!("{} is {limit}", printable::path(&folder.join(limit_file))),
     })
 }
 

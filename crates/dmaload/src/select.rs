@@ -47,6 +47,22 @@ pub(crate) struct Selector {
     shard: Option<Shard>,
     /// Patterns that have met a tensor.
     met: Vec<bool>,
+    /// Tensors that the cut between ranks does not leave as one might expect.
+    odd: Odd,
+}
+
+/// Tensors that a rank has a part of only, or nothing.
+#[derive(Debug, Default)]
+struct Odd {
+    count: usize,
+    first: Option<String>,
+}
+
+impl Odd {
+    fn add(&mut self, name: &str) {
+        self.count += 1;
+        self.first.get_or_insert_with(|| name.to_owned());
+    }
 }
 
 /// What is read of a file.
@@ -182,7 +198,7 @@ impl Select {
             return wrong("an empty range of bytes was asked for".to_owned());
         }
         let met = vec![false; patterns.as_ref().map_or(0, Vec::len)];
-        Ok(Selector { patterns, range: self.range.clone(), shard: self.shard, met })
+        Ok(Selector { patterns, range: self.range.clone(), shard: self.shard, met, odd: Odd::default() })
     }
 }
 
@@ -190,6 +206,39 @@ impl Selector {
     /// Whether it needs the tensors of a file to tell.
     pub(crate) fn needs_tensors(&self) -> bool {
         self.patterns.is_some() || self.shard.is_some_and(|shard| shard.dim.is_some())
+    }
+
+    /// Whether the bytes of each file are cut, wherever tensors begin and end.
+    pub(crate) fn cuts_bytes(&self) -> bool {
+        self.shard.is_some_and(|shard| shard.dim.is_none())
+    }
+
+    /// Finds the tensors of a file that this rank's bytes have a part of only.
+    pub(crate) fn find_split(&mut self, map: &TensorMap, selected: &Selected) {
+        let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
+        for tensor in map {
+            let Range { start, end } = tensor.file_range;
+            let touched = own.iter().any(|own| own.start < end && start < own.end);
+            if touched && !own.iter().any(|own| own.start <= start && end <= own.end) {
+                self.odd.add(&tensor.name);
+            }
+        }
+    }
+
+    /// What the cut between ranks does to tensors that one might not expect.
+    pub(crate) fn note(&self) -> Option<String> {
+        let shard = self.shard?;
+        let Odd { count, first: Some(first) } = &self.odd else { return None };
+        let Shard { rank, world_size, dim } = shard;
+        let tensors = if *count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors, {first:?} first,") };
+        Some(match dim {
+            None => format!(
+                "{tensors} {} split between ranks: only a part of each is in part {rank} of {world_size} (cut along a \
+                 dimension to avoid that)",
+                if *count == 1 { "is" } else { "are" }
+            ),
+            Some(dim) => format!("nothing of {tensors} is in part {rank} of {world_size}: dimension {dim} is shorter than that"),
+        })
     }
 
     /// What is read of a file whose model is this part of it. `alignment` is what direct reads need, a power of two.
@@ -222,7 +271,11 @@ impl Selector {
         let mut chosen = Vec::new();
         for (position, tensor) in map.iter().enumerate() {
             if let Some(class) = self.class_of(&tensor.name) {
-                chosen.push(Chosen { position, class, part: part_of(tensor, self.shard)? });
+                let part = part_of(tensor, self.shard)?;
+                if part.rows.bytes() == 0 && !tensor.file_range.is_empty() {
+                    self.odd.add(&tensor.name);
+                }
+                chosen.push(Chosen { position, class, part });
             }
         }
         chosen.sort_by_key(|chosen| chosen.class);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use dmabuf::printable;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RawMode, Stat, Statx, StatxAttributes, StatxFlags, fcntl_getfl, fcntl_setfl, fstat,
     major, makedev, open, stat, statx,
@@ -215,7 +216,7 @@ impl OpenFile {
         }
         let ring_refused = file_system::ring_refused(&buffered, look.device);
         if look.from_cache && ring_refused.is_some() {
-            let path = path.display();
+            let path = printable::path(path);
             tracing::warn!(%path, "statx was refused: whether the file changes is known as far as its attributes are cached");
         }
         let file = OpenFile {
@@ -395,7 +396,7 @@ mod tests {
         for (path, expected) in
             [(folder.path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character device")]
         {
-            let Err(Error::NotAFile { kind, .. }) = OpenFile::open(path) else { panic!("{}", path.display()) };
+            let Err(Error::NotAFile { kind, .. }) = OpenFile::open(path) else { panic!("{path:?}") };
             assert_eq!(kind, expected);
         }
     }

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use dmaload::dmabuf::printable;
 
 use super::leftovers;
 use crate::errors::{At, FileError, Named};
@@ -30,7 +31,7 @@ impl Group {
         for parent in places(&own, Path::new("/sys/fs/cgroup")) {
             match Self::make(&parent.join(&name), limit_bytes) {
                 Ok(group) => return Ok(group),
-                Err(error) => reasons.push_str(&format!("\n  {}: {}", parent.display(), Named(&error))),
+                Err(error) => reasons.push_str(&format!("\n  {}: {}", printable::path(&parent), Named(&error))),
             }
         }
         bail!("no memory cgroup can be made; that takes root, and the memory controller in the group above:{reasons}")

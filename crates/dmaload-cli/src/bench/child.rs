@@ -53,7 +53,7 @@ fn ordinary_memlock() -> Result<()> {
 }
 
 fn say(value: &Value) -> Result<()> {
-    let mut stdout = io::stdout().lock();
+    let mut stdout = crate::output::stdout();
     writeln!(stdout, "{value}")?;
     Ok(stdout.flush()?)
 }

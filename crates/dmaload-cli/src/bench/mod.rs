@@ -38,6 +38,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use dmaload::dmabuf::printable;
 
 use crate::errors::At;
 use crate::scratch::ScratchFile;
@@ -57,9 +58,9 @@ pub(crate) fn run(arguments: &args::Bench) -> Result<ExitCode> {
     leftovers::remove_on_interrupt();
     let bench = Bench::set_up(arguments)?;
     let results = bench.measure()?;
-    let mut stdout = std::io::stdout().lock();
+    let mut stdout = crate::output::stdout();
     match (arguments.json, arguments.md) {
-        (true, _) => writeln!(stdout, "{:#}", json::to_json(&results))?,
+        (true, _) => writeln!(stdout, "{}", crate::output::json(&json::to_json(&results)))?,
         (_, true) => write!(stdout, "{}", table::markdown(&results))?,
         _ => write!(stdout, "{}", table::plain(&results))?,
     }
@@ -106,12 +107,15 @@ impl<'a> Bench<'a> {
         for path in &paths {
             let about = fs::metadata(path).at("look at", path)?;
             if !about.is_file() {
-                bail!("{} is not a file", path.display());
+                bail!("{} is not a file", printable::path(&path));
             }
             file_bytes += about.len();
         }
         if file_bytes == 0 {
-            bail!("{}: there is nothing to load", paths.first().map(|path| path.display().to_string()).unwrap_or_default());
+            bail!(
+                "{}: there is nothing to load",
+                paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default()
+            );
         }
         let arm = Arm::new(arguments.pressure, arguments.dir.as_deref())?;
         let modes = Mode::chosen(&arguments.modes).into_iter().chain(arguments.peers.iter().copied()).collect();

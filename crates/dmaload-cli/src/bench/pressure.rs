@@ -194,7 +194,7 @@ pub(crate) fn fill(path: &Path, bytes: u64, dirty: bool) -> Result<()> {
 }
 
 fn tell_ready() -> Result<()> {
-    let mut stdout = io::stdout().lock();
+    let mut stdout = crate::output::stdout();
     writeln!(stdout, "{}", json!({ "ready": true }))?;
     Ok(stdout.flush()?)
 }

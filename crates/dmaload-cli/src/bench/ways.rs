@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dmaload::dmabuf::{Pages, page_bytes};
+use dmaload::dmabuf::{Pages, page_bytes, printable};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Image, LoadOptions, Loader, Route};
@@ -31,7 +31,7 @@ use crate::{baseline, block_on, engine, manifest};
 
 /// Wrong bytes: what no circumstance excuses.
 #[derive(Debug, thiserror::Error)]
-#[error("{} is not in memory as it is on the disk: {what}", path.display())]
+#[error("{} is not in memory as it is on the disk: {what}", printable::path(&path))]
 pub(crate) struct WrongBytes {
     path: PathBuf,
     what: String,

@@ -7,6 +7,7 @@
 use std::path::Path;
 
 use dmaload::Attempt;
+use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, Udmabuf, errno::describe};
 use rustix::io::Errno;
 
@@ -192,7 +193,7 @@ fn permission(facts: &Facts) -> Option<Advice> {
     let (path, errno) = refused
         .filter(|(_, errno)| matches!(*errno, Errno::ACCESS | Errno::PERM))
         .min_by_key(|(path, _)| (path.as_path() != Path::new(Udmabuf::PATH), !path.ends_with("system")))?;
-    let path = path.display();
+    let path = printable::path(&path);
     Some(Advice::new(
         format!("give this user the right to {path} ({}; for good: a udev rule)", describe(*errno)),
         format!("sudo setfacl -m u:$USER:rw {path}"),

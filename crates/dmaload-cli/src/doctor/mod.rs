@@ -24,17 +24,17 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use crate::args;
+use crate::{args, output};
 use facts::Facts;
 
 pub(crate) fn run(arguments: &args::Doctor) -> Result<ExitCode> {
     let facts = Facts::gather(arguments.path.as_deref())?;
-    let mut stdout = std::io::stdout().lock();
     if arguments.json {
-        writeln!(stdout, "{:#}", json::object(&facts))?;
+        output::write_json(&json::object(&facts))?;
     } else {
+        let mut stdout = output::stdout();
         write!(stdout, "{}", screen::screen(&facts))?;
+        stdout.flush()?;
     }
-    stdout.flush()?;
     Ok(if verdict::load(&facts).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

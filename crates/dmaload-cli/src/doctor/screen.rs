@@ -3,6 +3,7 @@
 use std::fmt;
 
 use dmaload::dmabuf::errno::describe;
+use dmaload::dmabuf::printable;
 use dmaload::probe::IoUring;
 
 use super::advice::{self, Advice};
@@ -143,10 +144,10 @@ fn huge_pages(facts: &Facts) -> String {
 fn about(facts: &PathFacts) -> String {
     let mount = facts.mount.as_ref();
     let mount = mount.map_or("on an unknown file system".to_owned(), |mount| {
-        format!("on {}, mounted at {}", mount.file_system, mount.point.display())
+        format!("on {}, mounted at {}", mount.file_system, printable::path(&mount.point))
     });
     let what = facts.file.map_or("a folder".to_owned(), |file| size(file.bytes));
-    format!("{}: {what}, {mount}", facts.path.display())
+    format!("{}: {what}, {mount}", printable::path(&facts.path))
 }
 
 fn first_read(file: &dmaload::probe::File) -> String {
@@ -160,7 +161,7 @@ fn first_read(file: &dmaload::probe::File) -> String {
 
 fn tried(facts: &Facts) -> String {
     let folder = match &facts.trial.folder {
-        Ok(folder) => format!("{}: 4 MiB written and loaded", folder.display()),
+        Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
         Err(reason) => format!("no folder: {reason}"),
     };
     // What the path itself says counts more than what the small file said.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
+use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{self, Pages, Udmabuf};
 use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use dmaload::{Attempt, Error, Loader, Route, probe};
@@ -170,7 +171,7 @@ fn no_dma_heap() -> HeapTrial {
     };
     HeapTrial {
         name: DMA_HEAP.to_owned(),
-        outcome: Err(format!("{}: {reason}; a kernel with CONFIG_DMABUF_HEAPS has some", folder.display())),
+        outcome: Err(format!("{}: {reason}; a kernel with CONFIG_DMABUF_HEAPS has some", printable::path(&folder))),
         device: Some((folder, errno)),
         limit_bytes: None,
         limit_parts: None,

@@ -175,14 +175,25 @@ impl Done {
         self.exits(0)
     }
 
-    /// This exit status, nothing on standard output, and all these words on standard error.
+    /// This exit status, all these words on standard error, and nothing on standard output; with `--json` one object there
+    /// that says the same.
     #[track_caller]
     pub fn fails(self, code: i32, words: &[&str]) -> Self {
         for word in words {
             assert!(self.stderr.contains(word), "{word:?} is missing in standard error of {self}");
         }
         assert!(!self.stderr.contains("panicked"), "{self}");
-        assert!(self.stdout.is_empty(), "standard output of {self}");
+        if self.command.contains("\"--json\"") && !self.command.contains("/dev/full") {
+            let json = self.json();
+            assert_eq!(json["exit_status"], code, "{self}");
+            for told in [&json["error"], &json["hint"]] {
+                // Usage is told on several lines.
+                let mut lines = told.as_str().unwrap_or_default().lines();
+                assert!(lines.all(|line| self.stderr.contains(line)), "{told} is not on standard error of {self}");
+            }
+        } else {
+            assert!(self.stdout.is_empty(), "standard output of {self}");
+        }
         self.exits(code)
     }
 

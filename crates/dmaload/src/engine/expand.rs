@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::open::or_foreign;
 use crate::error::{Error, Result};
-use crate::model::ModelError;
 use crate::model::index::{self, Index};
+use crate::model::{LOOKED_AT_BYTES, ModelError};
 use crate::settings::Format;
 use crate::source::{Input, OpenFile, Source};
 
@@ -103,8 +104,11 @@ fn of_index(path: &Path, files: &mut Vec<Source>) -> Result<()> {
     }
     let mut json = vec![0; usize::try_from(bytes).unwrap_or(0)];
     file.read_exact(&mut json, 0)?;
-    let index = Index::parse(&json);
-    let index = Arc::new(index.map_err(|fault| Error::Model { path: path.to_owned(), fault })?);
+    let index = Index::parse(&json).map_err(|fault| {
+        let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(&json), bytes);
+        Error::Model { path: path.to_owned(), fault }
+    });
+    let index = Arc::new(index?);
     let folder = path.parent().unwrap_or(Path::new(""));
     let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
     files.extend(index.files().map(of_shard));
@@ -150,7 +154,7 @@ mod tests {
     fn found(names: &[&str], format: Format) -> Result<Vec<String>> {
         let folder = folder(names);
         let files = files(&[Input::Path(folder.path().to_owned())], format)?;
-        let name = |source: &Source| source.path.strip_prefix(folder.path()).unwrap().display().to_string();
+        let name = |source: &Source| source.path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
         Ok(files.iter().map(name).collect())
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use dmabuf::AddressRange;
+use dmabuf::{AddressRange, printable};
 
 use super::{Engine, expand};
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use crate::heap::Heap;
 use crate::load::{FilePlan, FileTensors, LoadShared};
 use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
-use crate::model::{ModelError, TensorMap};
+use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
 use crate::plan::{BATCH_BYTES, Layout, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
@@ -116,7 +116,10 @@ fn plan_all(load: &LoadShared, heap: &dyn Heap, settings: &Settings) -> Result<P
         spans.extend(own.into_iter().map(|span| Span { file: index, ..span }));
         fallbacks.extend(fallback);
     }
-    selector.map_or(Ok(()), |selector| selector.all_met())?;
+    if let Some(selector) = selector {
+        selector.all_met()?;
+        load.note(selector.note());
+    }
     // What was asked for first is read first, of whatever file it is.
     spans.sort_by_key(|span| span.class);
     let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
@@ -195,7 +198,7 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
 fn plan_file(
     load: &LoadShared,
     (shape, single_bytes): (&Shape, u64),
-    selector: Option<&mut Selector>,
+    mut selector: Option<&mut Selector>,
     index: usize,
     source: &Source,
     route: Route,
@@ -235,20 +238,30 @@ fn plan_file(
         let reason = format!("the model is said to be at bytes {part:?} of the file, which has {bytes}");
         return Err(Error::Selection { path: path.to_owned(), reason });
     }
+    let cuts_bytes = selector.as_ref().is_some_and(|selector| selector.cuts_bytes());
     let find_tensors = || {
         let map = read_header(&file, part.clone(), options.format)?;
         source.check(map.as_ref())?;
-        Ok(map.map(Arc::new))
+        Ok(map)
     };
-    let map = if wants_tensors { find_tensors().map_err(|error| file.blame_change(&file.identity, error))? } else { None };
+    let header = if wants_tensors || cuts_bytes {
+        find_tensors().map_err(|error| file.blame_change(&file.identity, error))?
+    } else {
+        None
+    };
     let mut identity = file.identity;
-    identity.may_grow = map.is_none();
-    let selected = match selector {
+    identity.may_grow = header.is_none();
+    // Of a cut by bytes, tensors serve to say which ones it splits.
+    let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
+    let selected = match &mut selector {
         Some(selector) => selector.of_file(map.as_deref(), &part, bytes, alignment_bytes),
         None if source.part.is_some() => Ok(Selected::of_range(part.clone(), bytes, alignment_bytes)),
         None => Ok(Selected::whole(bytes)),
     };
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
+    if let (Some(selector), Some(map)) = (selector, &cut) {
+        selector.find_split(map, &selected);
+    }
     let mut spans = selected.spans.clone();
     if let Some(map) = map.as_ref().filter(|_| shape.layout == Layout::Tensors) {
         spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes, single_bytes, options.importer)?;
@@ -326,7 +339,7 @@ pub(super) fn route_for(
     }
     let cached = cache == Cache::Auto && !strict && from.is_direct() && file.is_wholly_cached();
     if cached {
-        tracing::info!(load = load.id.0, path = %file.path.display(), "wholly in the page cache: copied from there");
+        tracing::info!(load = load.id.0, path = %printable::path(&file.path), "wholly in the page cache: copied from there");
     }
     Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
 }
@@ -342,14 +355,29 @@ pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> 
     let mut start = [0; SNIFFED_BYTES];
     let start = start.get_mut(..SNIFFED_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))).unwrap_or_default();
     file.read_exact(start, base)?;
-    if is_gguf(file, start, format) {
-        return Ok(shifted(read_gguf(file, part)?));
+    let found = if is_gguf(file, start, format) {
+        read_gguf(file, part)?.map(Some)
+    } else {
+        match header_bytes(file, start, bytes, format) {
+            Ok(None) => return Ok(None),
+            Ok(Some(header_bytes)) => {
+                // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
+                let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
+                file.read_exact(&mut header, base + 8)?;
+                parse(&header, bytes).map(Some)
+            }
+            Err(fault) => Err(fault),
+        }
+    };
+    match found {
+        Ok(map) => Ok(map.and_then(shifted)),
+        Err(fault) if fault.may_be_foreign() => {
+            let mut start = vec![0; LOOKED_AT_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))];
+            file.read_exact(&mut start, base)?;
+            Err(Error::Model { path: file.path.clone(), fault: or_foreign(fault, &start, bytes) })
+        }
+        Err(fault) => Err(Error::Model { path: file.path.clone(), fault }),
     }
-    let Some(header_bytes) = header_bytes(file, start, bytes, format)? else { return Ok(None) };
-    // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
-    let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
-    file.read_exact(&mut header, base + 8)?;
-    parse(&header, bytes).map(shifted).map_err(|fault| Error::Model { path: file.path.clone(), fault })
 }
 
 /// Finds and checks a model's header in a file's bytes; `None` for a file of raw bytes.
@@ -358,17 +386,32 @@ pub(super) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
         return Ok(None);
     }
     let (start, file_bytes) = (bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), bytes.len() as u64);
-    let failed = |fault| Error::Model { path: file.path.clone(), fault };
-    if is_gguf(file, start, format) {
-        return match gguf::parse(bytes, file_bytes).map_err(failed)? {
+    let found = if is_gguf(file, start, format) {
+        gguf::parse(bytes, file_bytes).and_then(|parsed| match parsed {
             Parsed::Complete(map) => Ok(Some(map)),
-            Parsed::More { bytes } => Err(failed(ends_within(bytes))),
-        };
+            Parsed::More { bytes } => Err(ends_within(bytes, file_bytes)),
+        })
+    } else {
+        header_bytes(file, start, file_bytes, format).and_then(|header_bytes| {
+            let Some(header_bytes) = header_bytes else { return Ok(None) };
+            let header = usize::try_from(header_bytes).ok().and_then(|header_bytes| bytes.get(8..)?.get(..header_bytes));
+            parse(header.unwrap_or_default(), file_bytes).map(Some)
+        })
+    };
+    let start = bytes.get(..LOOKED_AT_BYTES).unwrap_or(bytes);
+    found.map_err(|fault| Error::Model { path: file.path.clone(), fault: or_foreign(fault, start, file_bytes) })
+}
+
+/// The fault of a file that begins so; what the file is instead, where it is something else altogether.
+pub(super) fn or_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
+    if !fault.may_be_foreign() {
+        return fault;
     }
-    let Some(header_bytes) = header_bytes(file, start, file_bytes, format)? else { return Ok(None) };
-    let header = usize::try_from(header_bytes).ok().and_then(|header_bytes| bytes.get(8..)?.get(..header_bytes));
-    let header = header.unwrap_or_default();
-    parse(header, file_bytes).map(Some).map_err(failed)
+    match (recognise(start, file_bytes), &fault) {
+        // Of JSON that is no index, its fault says more.
+        (Some(ForeignFile::Json { .. }), ModelError::Index { .. }) | (None, _) => fault,
+        (Some(kind), _) => ModelError::Foreign { kind, file_bytes },
+    }
 }
 
 /// What tells a header: its length and its first byte.
@@ -384,33 +427,34 @@ fn is_gguf(file: &OpenFile, start: &[u8], format: Format) -> bool {
 }
 
 /// Reads a header whose length only reading it tells.
-fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<TensorMap> {
+fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<TensorMap, ModelError>> {
     let (file_bytes, mut wanted) = (part.end - part.start, GGUF_FIRST_BYTES);
-    let failed = |fault| Error::Model { path: file.path.clone(), fault };
     let mut start: Vec<u8> = Vec::new();
     loop {
         let have = start.len();
         start.resize(usize::try_from(wanted.min(file_bytes)).unwrap_or(usize::MAX), 0);
         file.read_exact(start.get_mut(have..).unwrap_or_default(), part.start + have as u64)?;
-        match gguf::parse(&start, file_bytes).map_err(failed)? {
-            Parsed::Complete(map) => return Ok(map),
+        match gguf::parse(&start, file_bytes) {
+            Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
             // Twice as much each time: what is parsed again is no more than what is parsed.
-            Parsed::More { bytes } if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
-            Parsed::More { bytes } => return Err(failed(ends_within(bytes))),
+            Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
+            Ok(Parsed::More { bytes }) => return Ok(Err(ends_within(bytes, file_bytes))),
+            Err(fault) => return Ok(Err(fault)),
         }
     }
 }
 
-fn ends_within(bytes: u64) -> ModelError {
-    ModelError::Gguf { offset: bytes, reason: "the file ends within the header".to_owned() }
+fn ends_within(bytes: u64, file_bytes: u64) -> ModelError {
+    let missing = bytes.saturating_sub(file_bytes);
+    ModelError::GgufCutShort { offset: file_bytes, part: "the header", missing, file_bytes }
 }
 
 /// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
-fn header_bytes(file: &OpenFile, start: &[u8], file_bytes: u64, format: Format) -> Result<Option<u64>> {
+fn header_bytes(file: &OpenFile, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
     let named = file.path.extension() == Some(OsStr::new("safetensors"));
     match sniff(start, file_bytes, named || format == Format::Safetensors) {
         Sniff::Safetensors { header_bytes } => Ok(Some(header_bytes)),
-        Sniff::Broken { error } => Err(Error::Model { path: file.path.clone(), fault: error }),
+        Sniff::Broken { error } => Err(error),
         Sniff::Not { .. } => Ok(None),
     }
 }

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use dmabuf::printable;
+
 use super::dtype::DType;
+use super::foreign::ForeignFile;
 use super::safetensors::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 
 /// Why a model file was refused: what is wrong, where, and what was expected.
@@ -18,6 +21,15 @@ use super::safetensors::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
+    /// Something else lies in the place of the model.
+    #[error("the file is not a model, but {kind} ({file_bytes} bytes)")]
+    Foreign {
+        /// What it is.
+        kind: ForeignFile,
+        /// The length of the file.
+        file_bytes: u64,
+    },
+
     /// The file is shorter than the smallest safetensors file.
     #[error("the file has {file_bytes} bytes; the smallest safetensors file has 10 (an 8-byte length and \"{{}}\")")]
     FileTooShort {
@@ -41,8 +53,8 @@ pub enum ModelError {
 
     /// The length prefix is beyond what the format allows.
     #[error(
-        "the header's declared length is {header_bytes} bytes, more than the {HEADER_LIMIT_BYTES} allowed; \
-         the file is damaged or no safetensors file"
+        "the header's declared length is {header_bytes} bytes, more than the {HEADER_LIMIT_BYTES} that the \
+         format allows"
     )]
     HeaderTooLarge {
         /// The declared length of the JSON header.
@@ -52,7 +64,8 @@ pub enum ModelError {
     /// The header would end past the end of the file.
     #[error(
         "the header's declared length is {header_bytes} bytes (and 8 for the length itself), but the file \
-         has only {file_bytes}; it is cut short (an incomplete download?) or no safetensors file"
+         has only {file_bytes}; it is cut short, at least {} bytes are missing",
+        .header_bytes.saturating_add(8).saturating_sub(*.file_bytes)
     )]
     HeaderPastEnd {
         /// The declared length of the JSON header.
@@ -76,7 +89,7 @@ pub enum ModelError {
     },
 
     /// The header is not JSON.
-    #[error("the header is not valid JSON near byte {offset} of it: {reason}")]
+    #[error("the header is not valid JSON near byte {offset} of it: {}", printable::text(.reason))]
     NotJson {
         /// How far the header had been read.
         offset: usize,
@@ -97,7 +110,7 @@ pub enum ModelError {
     },
 
     /// A part of a tensor's entry has the wrong JSON type.
-    #[error("tensor {}{}, near byte {offset} of the header: {reason}", quote(.tensor), under(*.key))]
+    #[error("tensor {}{}, near byte {offset} of the header: {}", quote(.tensor), under(*.key), printable::text(.reason))]
     WrongType {
         /// The tensor's name.
         tensor: String,
@@ -158,7 +171,7 @@ pub enum ModelError {
     },
 
     /// `__metadata__` is not a JSON object.
-    #[error("\"__metadata__\", near byte {offset} of the header: {reason}")]
+    #[error("\"__metadata__\", near byte {offset} of the header: {}", printable::text(.reason))]
     MetadataNotObject {
         /// How far the header had been read.
         offset: usize,
@@ -167,7 +180,7 @@ pub enum ModelError {
     },
 
     /// A value in `__metadata__` is not a string.
-    #[error("\"__metadata__\" key {}, near byte {offset} of the header: {reason}", quote(.key))]
+    #[error("\"__metadata__\" key {}, near byte {offset} of the header: {}", quote(.key), printable::text(.reason))]
     MetadataNotString {
         /// The key.
         key: String,
@@ -188,8 +201,8 @@ pub enum ModelError {
 
     /// A number in `shape` or `data_offsets` is negative, not whole, or beyond 64 bits.
     #[error(
-        "tensor {}, \"{key}\": {found} found, expected an integer from 0 to {max} without fraction or exponent",
-        quote(.tensor), max = u64::MAX
+        "tensor {}, \"{key}\": {} found, expected an integer from 0 to {max} without fraction or exponent",
+        quote(.tensor), printable::text(.found), max = u64::MAX
     )]
     BadNumber {
         /// The tensor's name.
@@ -258,8 +271,8 @@ pub enum ModelError {
     /// A tensor ends past the end of the file.
     #[error(
         "tensor {} ends at byte {end} of the data, but the file has only {data_bytes} bytes of data; \
-         it is cut short by at least {} bytes (an incomplete download?)",
-        quote(.tensor), .end - .data_bytes
+         it is cut short, at least {missing_bytes} bytes are missing",
+        quote(.tensor)
     )]
     PastEnd {
         /// The tensor's name.
@@ -268,6 +281,8 @@ pub enum ModelError {
         end: u64,
         /// The bytes of the file that follow the header.
         data_bytes: u64,
+        /// How many more the tensor that ends last needs.
+        missing_bytes: u64,
     },
 
     /// A tensor's range has not the length that its type and shape need.
@@ -328,16 +343,53 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
+    /// The file was to be GGUF and does not begin like it.
+    #[error("the file does not begin with \"GGUF\"")]
+    NotGguf,
+
+    /// A GGUF file ends within its header.
+    #[error(
+        "GGUF header, byte {offset}: {part} would end past the file's {file_bytes} bytes; it is cut short, at least {missing} bytes are missing"
+    )]
+    GgufCutShort {
+        /// Where the part begins that is not all there.
+        offset: u64,
+        /// Which part it is.
+        part: &'static str,
+        /// How many bytes are missing for it.
+        missing: u64,
+        /// The length of the file.
+        file_bytes: u64,
+    },
+
+    /// The type of a tensor in a GGUF file is not known.
+    #[error("GGUF header, byte {offset}: tensor {} has the unknown type {found}", quote(.tensor))]
+    GgufType {
+        /// Where the tensor's entry begins.
+        offset: u64,
+        /// The tensor's name.
+        tensor: String,
+        /// The number of its type.
+        found: u32,
+    },
+
+    /// The header of a GGUF file is longer than any that is read.
+    #[error("the GGUF header is longer than the {limit_bytes} bytes that are read of one")]
+    GgufHeaderTooLarge {
+        /// The most that is read.
+        limit_bytes: u64,
+    },
+
     /// A GGUF file is of a version that is not read: 2 and 3 are.
-    #[error("GGUF version {found} can't be read, only 2 and 3{}",
-        if *.found > 0xffff { " (the file is big-endian, or damaged)" } else { "" })]
+    #[error("GGUF version {} can't be read, only 2 and 3{}", shown_version(*.found),
+        if is_big_endian(*.found) { ": the file is big-endian" } else { "" })]
     GgufVersion {
         /// The version that the file says it has.
         found: u32,
     },
 
     /// A GGUF file breaks a rule of the format.
-    #[error("GGUF header, byte {offset}: {reason}")]
+    #[error("GGUF header, byte {offset}: {}", printable::text(.reason))]
     Gguf {
         /// Where in the file the part begins that is wrong.
         offset: u64,
@@ -346,7 +398,7 @@ pub enum ModelError {
     },
 
     /// The index of a model of several files is no such JSON.
-    #[error("the index is wrong near byte {offset}: {reason}")]
+    #[error("the index is wrong near byte {offset}: {}", printable::text(.reason))]
     Index {
         /// How far it had been read.
         offset: usize,
@@ -367,6 +419,74 @@ pub enum ModelError {
         /// The tensor's name.
         tensor: String,
     },
+}
+
+/// What was not all there.
+const CUT_SHORT: &str = "the download or the copy is not finished: finish it, or fetch the file again";
+const NEWER: &str =
+    "the file is newer than this version of dmaload knows: get a newer one, or load it as plain bytes (the format raw)";
+const DAMAGED: &str = "the file is damaged, or what wrote it breaks the rules of the format: fetch or write it again, \
+                       or load it as plain bytes (the format raw)";
+
+impl ModelError {
+    /// What a person can do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            ModelError::Foreign { kind, .. } => kind.hint(),
+            ModelError::FileTooShort { .. }
+            | ModelError::HeaderPastEnd { .. }
+            | ModelError::PastEnd { .. }
+            | ModelError::GgufCutShort { .. } => CUT_SHORT,
+            ModelError::UnknownDType { .. } | ModelError::GgufType { .. } => NEWER,
+            ModelError::GgufVersion { found } if is_big_endian(*found) => {
+                "convert it to little-endian: gguf-convert-endian of the Python package gguf does that"
+            }
+            ModelError::GgufVersion { found: 0 | 1 } => {
+                "the file is older than what is read: convert it with the tools of llama.cpp, or load it as plain bytes (the format raw)"
+            }
+            ModelError::GgufVersion { .. } => NEWER,
+            ModelError::HeaderTooLarge { .. } | ModelError::GgufHeaderTooLarge { .. } => {
+                "the file is damaged, or not a model: fetch it again, or load it as plain bytes (the format raw)"
+            }
+            ModelError::TrailingBytes { .. } => {
+                "something was appended to the file, or two files were joined: fetch it again, \
+                 or load it as plain bytes (the format raw)"
+            }
+            ModelError::Index { .. } => "the index is damaged: fetch it again, or name the model's files one by one",
+            ModelError::IndexLeavesFolder { .. } => {
+                "mend the index so that it names files beside it, or name the files one by one"
+            }
+            ModelError::IndexDisagrees { .. } => {
+                "the index and the file are of different versions of the model: fetch both again"
+            }
+            _ => DAMAGED,
+        }
+    }
+
+    /// Whether the file may be something else altogether: it does not even begin like a model.
+    pub(crate) fn may_be_foreign(&self) -> bool {
+        match self {
+            ModelError::FileTooShort { .. }
+            | ModelError::HeaderTooSmall { .. }
+            | ModelError::HeaderTooLarge { .. }
+            | ModelError::HeaderPastEnd { .. }
+            | ModelError::NotAnObject { .. }
+            | ModelError::NotGguf
+            | ModelError::Index { .. } => true,
+            ModelError::GgufCutShort { offset, .. } => *offset == 0,
+            _ => false,
+        }
+    }
+}
+
+/// Whether a GGUF version is one in the wrong byte order: versions are small.
+fn is_big_endian(version: u32) -> bool {
+    version > 0xffff && version.swap_bytes() <= 0xffff
+}
+
+fn shown_version(version: u32) -> u32 {
+    if is_big_endian(version) { version.swap_bytes() } else { version }
 }
 
 /// How many characters of a text from the file a message shows.

@@ -62,7 +62,7 @@ pub fn parse(start: &[u8], file_bytes: u64) -> Result<Parsed, ModelError> {
 
 fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
     if cursor.bytes(4, "the magic")? != MAGIC {
-        return Err(cursor.fault(0, "the file does not begin with \"GGUF\""));
+        return Err(Stop::Fault(ModelError::NotGguf));
     }
     let version = cursor.u32("the version")?;
     if version != 2 && version != 3 {
@@ -109,7 +109,7 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let number = cursor.u32("a tensor's type")?;
     let offset = cursor.u64("a tensor's offset")?;
     let Some(dtype) = dtype(number) else {
-        return Err(cursor.fault(at, format!("tensor {} has the unknown type {number}", quote(&name))));
+        return Err(Stop::Fault(ModelError::GgufType { offset: at, tensor: name, found: number }));
     };
     let (block_elements, block_bytes) = dtype.block();
     let row = shape.first().copied().unwrap_or(1);
@@ -144,6 +144,8 @@ fn place(
 ) -> Result<(), Stop> {
     let mut expected = 0;
     found.sort_by_key(|(_, tensor)| (tensor.file_range.start, tensor.file_range.end));
+    // Of a file that is cut short, all that is missing counts.
+    let last = found.iter().map(|(_, tensor)| tensor.file_range.end).max().unwrap_or(0);
     for (at, tensor) in found {
         let range = tensor.file_range.clone();
         if range.start != expected {
@@ -157,7 +159,8 @@ fn place(
         let end = data_begin.checked_add(range.end);
         let Some(end) = end.filter(|&end| end <= file_bytes) else {
             let (tensor, data_bytes) = (tensor.name.clone(), file_bytes.saturating_sub(data_begin));
-            return Err(Stop::Fault(ModelError::PastEnd { tensor, end: range.end, data_bytes }));
+            let missing_bytes = last.max(range.end) - data_bytes;
+            return Err(Stop::Fault(ModelError::PastEnd { tensor, end: range.end, data_bytes, missing_bytes }));
         };
         tensor.file_range = data_begin + range.start..end;
         expected = range.end.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);

@@ -15,6 +15,7 @@
 
 mod dtype;
 mod error;
+mod foreign;
 pub mod gguf;
 pub mod index;
 mod map;
@@ -22,4 +23,6 @@ pub mod safetensors;
 
 pub use dtype::DType;
 pub use error::ModelError;
+pub use foreign::ForeignFile;
+pub(crate) use foreign::{LOOKED_AT_BYTES, recognise};
 pub use map::{Metadata, TensorInfo, TensorMap};

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dmabuf::{AddressRange, DmaBuf, Memfd, Memory, PageCount};
+use dmabuf::{AddressRange, DmaBuf, Memfd, Memory, PageCount, printable};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, recvmsg, send,
@@ -377,7 +377,7 @@ fn report(
         pages_refused: None,
         reused_bytes: 0,
         heap: heap.to_owned(),
-        notes: vec![format!("attached to {}: loaded by process {} by {route}", path.display(), description.process)],
+        notes: vec![format!("attached to {}: loaded by process {} by {route}", printable::path(path), description.process)],
         layout: Layout::Segmented,
         route,
         fallbacks: Vec::new(),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use dmabuf::{AddressRange, PageCount};
+use dmabuf::{AddressRange, PageCount, printable};
 use rustix::io::Errno;
 
 use super::Remains;
@@ -28,10 +28,15 @@ const RETRIES_TOLD: usize = 8;
 impl LoadShared {
     /// A step down the ladder was taken.
     pub(crate) fn stepped_down(&self, fallback: Fallback) {
-        let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| path.display().to_string());
+        let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
         tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno = dmabuf::errno::describe(fallback.errno), "{}", fallback.reason());
         count(&self.counters.fallbacks);
         self.state().fallbacks.push(fallback);
+    }
+
+    /// Something that one might not expect of what was asked for.
+    pub(crate) fn note(&self, note: Option<String>) {
+        self.state().notes.extend(note);
     }
 
     /// There is less staging than the load may use.
@@ -52,7 +57,7 @@ impl LoadShared {
     /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
     pub(crate) fn retried(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
-        let path = self.path(file).map(|path| path.display().to_string()).unwrap_or_default();
+        let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
         let errno = dmabuf::errno::describe(errno);
         tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
         count(&self.counters.retried_reads);

@@ -44,15 +44,17 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next bytes, of a part that is called `what`.
-    pub(super) fn bytes(&mut self, bytes: u64, what: &str) -> Result<&'a [u8], Stop> {
+    pub(super) fn bytes(&mut self, bytes: u64, what: &'static str) -> Result<&'a [u8], Stop> {
         let at = self.position();
-        let end = at.checked_add(bytes).filter(|&end| end <= self.file_bytes);
-        let Some(end) = end else {
-            let why = format!("{what} would end past the file's {} bytes; it is cut short or damaged", self.file_bytes);
-            return Err(self.fault(at, why));
+        let Some(end) = at.checked_add(bytes) else {
+            return Err(self.fault(at, format!("{what} is said to have {bytes} bytes")));
         };
+        if let Some(missing) = end.checked_sub(self.file_bytes).filter(|&missing| missing > 0) {
+            let file_bytes = self.file_bytes;
+            return Err(Stop::Fault(ModelError::GgufCutShort { offset: at, part: what, missing, file_bytes }));
+        }
         if end > HEADER_LIMIT_BYTES {
-            return Err(self.fault(at, format!("the header would be longer than the {HEADER_LIMIT_BYTES} bytes allowed")));
+            return Err(Stop::Fault(ModelError::GgufHeaderTooLarge { limit_bytes: HEADER_LIMIT_BYTES }));
         }
         let end = usize::try_from(end).unwrap_or(usize::MAX);
         let found = self.start.get(self.position..end).ok_or(Stop::More(end as u64))?;
@@ -60,22 +62,22 @@ impl<'a> Cursor<'a> {
         Ok(found)
     }
 
-    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], Stop> {
+    fn array<const N: usize>(&mut self, what: &'static str) -> Result<[u8; N], Stop> {
         let mut array = [0; N];
         array.copy_from_slice(self.bytes(N as u64, what)?);
         Ok(array)
     }
 
-    pub(super) fn u32(&mut self, what: &str) -> Result<u32, Stop> {
+    pub(super) fn u32(&mut self, what: &'static str) -> Result<u32, Stop> {
         self.array(what).map(u32::from_le_bytes)
     }
 
-    pub(super) fn u64(&mut self, what: &str) -> Result<u64, Stop> {
+    pub(super) fn u64(&mut self, what: &'static str) -> Result<u64, Stop> {
         self.array(what).map(u64::from_le_bytes)
     }
 
     /// A name: short, and UTF-8.
-    pub(super) fn text(&mut self, what: &str) -> Result<&'a str, Stop> {
+    pub(super) fn text(&mut self, what: &'static str) -> Result<&'a str, Stop> {
         let at = self.position();
         let bytes = self.u64(what)?;
         if bytes > TEXT_LIMIT_BYTES {

@@ -38,6 +38,9 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
     if let Err(error) = reader.deserialize(&mut tokens) {
         return Err(reader.explain(&error, unpadded));
     }
+    if let Some((tensor, end, last)) = reader.past_end {
+        return Err(ModelError::PastEnd { tensor, end, data_bytes, missing_bytes: last - data_bytes });
+    }
     let extra = match tokens.end() {
         Err(error) => Some(offset(&error, unpadded).saturating_sub(1)),
         Ok(()) => odd_padding(unpadded),
@@ -71,6 +74,9 @@ struct Reader {
     /// Where reading stopped, if it did.
     place: Place,
     fault: Option<ModelError>,
+    /// The first tensor that ends past the end of the file, its end, and the last end of all: reading goes on, so
+    /// that the error can say how much is missing.
+    past_end: Option<(String, u64, u64)>,
 }
 
 /// Which value was being read when an error came from `serde_json`.
@@ -91,6 +97,7 @@ impl Reader {
             numbers: Vec::new(),
             place: Place::Header,
             fault: None,
+            past_end: None,
         }
     }
 
@@ -141,6 +148,10 @@ impl Reader {
         };
         match entry.place(name, self.data_begin, self.data_bytes) {
             Ok(tensor) => self.tensors.push(tensor),
+            Err(ModelError::PastEnd { tensor, end, .. }) => {
+                let (_, _, last) = self.past_end.get_or_insert((tensor, end, end));
+                *last = end.max(*last);
+            }
             Err(fault) => return Err(self.refuse(fault)),
         }
         Ok(())
@@ -264,7 +275,7 @@ impl Entry {
             return Err(ModelError::OffsetsReversed { tensor: name, begin, end });
         }
         if end > data_bytes {
-            return Err(ModelError::PastEnd { tensor: name, end, data_bytes });
+            return Err(ModelError::PastEnd { tensor: name, end, data_bytes, missing_bytes: end - data_bytes });
         }
         let Self { dtype, shape, .. } = self;
         let Some(bits) = bits(dtype, &shape) else {

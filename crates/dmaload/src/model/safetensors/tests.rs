@@ -426,7 +426,7 @@ mod refuses_layouts {
     #[test]
     fn that_end_past_the_file() {
         for end in [17, u64::MAX] {
-            let error = ModelError::PastEnd { tensor: t(), end, data_bytes: 16 };
+            let error = ModelError::PastEnd { tensor: t(), end, data_bytes: 16, missing_bytes: end - 16 };
             assert_eq!(refused(tensor("U8", "[17]", &format!("[0,{end}]"))), error);
         }
     }

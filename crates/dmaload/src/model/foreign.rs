@@ -1,0 +1,273 @@
+//! What lies in the place of a model: pointers, error pages, archives, files of other formats.
+//!
+//! Looked at only where a file was refused that claims to be a model, so that the error can say what to do.
+
+use std::fmt;
+
+use dmabuf::printable;
+
+use super::gguf;
+use super::safetensors::HEADER_LIMIT_BYTES;
+
+/// How much of a file's beginning [`recognise`] looks at, in bytes.
+pub(crate) const LOOKED_AT_BYTES: usize = 4096;
+
+/// How many characters of a text a message shows.
+const SHOWN_CHARS: usize = 60;
+
+/// Something that is not a model, in the place of one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ForeignFile {
+    /// A Git LFS pointer, which stands in a repository until the file is fetched.
+    LfsPointer {
+        /// The length of the file that it stands for, if it says so.
+        bytes: Option<u64>,
+    },
+    /// An HTML page.
+    Html,
+    /// XML, as object stores answer errors.
+    Xml,
+    /// JSON text.
+    Json {
+        /// How it begins.
+        start: String,
+    },
+    /// Text.
+    Text {
+        /// How it begins.
+        start: String,
+    },
+    /// A zip archive, which PyTorch's checkpoints are.
+    Zip,
+    /// A Python pickle, which older checkpoints of PyTorch are.
+    Pickle,
+    /// Zeros only, as far as was looked: space that was allocated for a download.
+    Zeros,
+    /// A GGUF file where another format was asked for.
+    Gguf,
+    /// A safetensors file where another format was asked for.
+    Safetensors,
+    /// A safetensors file whose header length was written in the wrong byte order.
+    BigEndianSafetensors,
+    /// A model of llama.cpp from before GGUF.
+    LegacyGgml,
+    /// A compressed file or an archive.
+    Archive {
+        /// Of which kind.
+        format: &'static str,
+    },
+    /// A file of another format for arrays.
+    OtherFormat {
+        /// Which.
+        format: &'static str,
+    },
+}
+
+impl ForeignFile {
+    /// What a person can do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            ForeignFile::LfsPointer { .. } => "fetch the file that it stands for: run `git lfs pull` in its repository",
+            ForeignFile::Html | ForeignFile::Xml => {
+                "an error page was saved in place of the model: download it again (the page says what was wrong)"
+            }
+            ForeignFile::Json { .. } | ForeignFile::Text { .. } => {
+                "a message was saved in place of the model: download it again (the text says what was wrong)"
+            }
+            ForeignFile::Zip | ForeignFile::Pickle => {
+                "this is a PyTorch checkpoint (.bin, .pt) under another name: convert it to safetensors, or get the model as safetensors"
+            }
+            ForeignFile::Zeros => {
+                "the download is not finished (its space was allocated in advance): finish it, or download the file again"
+            }
+            ForeignFile::Gguf => "load it as GGUF (the formats auto and gguf do), and give it a name that ends in .gguf",
+            ForeignFile::Safetensors => {
+                "load it as safetensors (the format safetensors), or give it a name that ends in .safetensors"
+            }
+            ForeignFile::BigEndianSafetensors => {
+                "it was written by a big-endian machine against the format's rules: write it again on a little-endian one"
+            }
+            ForeignFile::LegacyGgml => "convert it to GGUF with the tools of llama.cpp",
+            ForeignFile::Archive { .. } => "unpack it first",
+            ForeignFile::OtherFormat { .. } => "convert it to safetensors",
+        }
+    }
+}
+
+impl fmt::Display for ForeignFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ForeignFile::LfsPointer { bytes: Some(bytes) } => write!(f, "a Git LFS pointer to a file of {bytes} bytes"),
+            ForeignFile::LfsPointer { bytes: None } => f.write_str("a Git LFS pointer"),
+            ForeignFile::Html => f.write_str("an HTML page"),
+            ForeignFile::Xml => f.write_str("XML text"),
+            ForeignFile::Json { start } => write!(f, "JSON text, \"{}\"", printable::text(start)),
+            ForeignFile::Text { start } => write!(f, "text, \"{}\"", printable::text(start)),
+            ForeignFile::Zip => f.write_str("a zip archive"),
+            ForeignFile::Pickle => f.write_str("a Python pickle"),
+            ForeignFile::Zeros => f.write_str("zeros"),
+            ForeignFile::Gguf => f.write_str("a GGUF file"),
+            ForeignFile::Safetensors => f.write_str("a safetensors file"),
+            ForeignFile::BigEndianSafetensors => {
+                f.write_str("a safetensors file with its header length in big-endian byte order")
+            }
+            ForeignFile::LegacyGgml => f.write_str("a ggml file from before GGUF"),
+            ForeignFile::Archive { format } => write!(f, "{format}"),
+            ForeignFile::OtherFormat { format } => write!(f, "{format}"),
+        }
+    }
+}
+
+/// Tells what a file is that is not the model that it should be. `start` is its beginning, up to
+/// [`LOOKED_AT_BYTES`] of it; `file_bytes` the length of the whole file.
+#[must_use]
+pub(crate) fn recognise(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
+    if start.is_empty() {
+        return None;
+    }
+    let prefix = start.split_first_chunk::<8>().filter(|_| start.get(8) == Some(&b'{')).map(|(prefix, _)| *prefix);
+    if let Some(prefix) = prefix {
+        // First: a length can begin with the magic of another format (35615 is that of gzip).
+        let header = u64::from_le_bytes(prefix);
+        if (2..=HEADER_LIMIT_BYTES).contains(&header) {
+            return (header <= file_bytes.saturating_sub(8)).then_some(ForeignFile::Safetensors);
+        }
+        if (2..=HEADER_LIMIT_BYTES.min(file_bytes.saturating_sub(8))).contains(&u64::from_be_bytes(prefix)) {
+            return Some(ForeignFile::BigEndianSafetensors);
+        }
+    }
+    if let Some(found) = by_magic(start) {
+        return Some(found);
+    }
+    if start.iter().all(|&byte| byte == 0) {
+        return Some(ForeignFile::Zeros);
+    }
+    by_text(start)
+}
+
+/// Formats that are known by fixed bytes at fixed places.
+fn by_magic(start: &[u8]) -> Option<ForeignFile> {
+    let archive = |format| Some(ForeignFile::Archive { format });
+    let other = |format| Some(ForeignFile::OtherFormat { format });
+    match start {
+        _ if gguf::is_gguf(start) => Some(ForeignFile::Gguf),
+        [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
+        // PROTO 2 to 5; what follows in a checkpoint is never a length that fits a header.
+        [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),
+        [b'l', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] => {
+            Some(ForeignFile::LegacyGgml)
+        }
+        [0x1f, 0x8b, ..] => archive("a gzip file"),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => archive("a zstd file"),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => archive("an xz file"),
+        [b'B', b'Z', b'h', b'1'..=b'9', ..] => archive("a bzip2 file"),
+        [4, 0x22, 0x4d, 0x18, ..] => archive("an lz4 file"),
+        [b'7', b'z', 0xbc, 0xaf, 0x27, 0x1c, ..] => archive("a 7z archive"),
+        _ if start.get(257..262) == Some(b"ustar") => archive("a tar archive"),
+        [0x89, b'H', b'D', b'F', ..] => other("an HDF5 file"),
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => other("a NumPy array"),
+        _ => None,
+    }
+}
+
+fn by_text(start: &[u8]) -> Option<ForeignFile> {
+    let text = match std::str::from_utf8(start) {
+        Ok(text) => text,
+        // The last character may have been cut through.
+        Err(error) if start.len() == LOOKED_AT_BYTES && error.valid_up_to() + 4 > start.len() => {
+            std::str::from_utf8(start.get(..error.valid_up_to())?).ok()?
+        }
+        Err(_) => return None,
+    };
+    let text = text.trim_start_matches('\u{feff}').trim_start();
+    if text.contains(|c: char| c.is_control() && !c.is_whitespace() && c != '\x1b') {
+        return None;
+    }
+    let begins = |word: &str| text.get(..word.len()).is_some_and(|start| start.eq_ignore_ascii_case(word));
+    if begins("version https://git-lfs.github.com/spec/") || begins("version https://hawser.github.com/spec/") {
+        let size = text.lines().find_map(|line| line.strip_prefix("size "));
+        return Some(ForeignFile::LfsPointer { bytes: size.and_then(|size| size.trim().parse().ok()) });
+    }
+    if begins("<!doctype html") || begins("<html") || text.starts_with('<') && text.to_ascii_lowercase().contains("<html") {
+        return Some(ForeignFile::Html);
+    }
+    if begins("<?xml") || text.starts_with('<') {
+        return Some(ForeignFile::Xml);
+    }
+    let mut start: String = text.lines().next().unwrap_or_default().chars().take(SHOWN_CHARS).collect();
+    if start.len() < text.trim_end().len() {
+        start.push('…');
+    }
+    Some(if text.starts_with(['{', '[']) { ForeignFile::Json { start } } else { ForeignFile::Text { start } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(start: &[u8]) -> String {
+        recognise(start, start.len() as u64).map_or("nothing".to_owned(), |found| found.to_string())
+    }
+
+    #[test]
+    fn what_lies_in_a_models_place_is_recognised() {
+        let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345678901\n";
+        let mut big_endian = 2_u64.to_be_bytes().to_vec();
+        big_endian.extend(b"{}");
+        let mut little_endian = 2_u64.to_le_bytes().to_vec();
+        little_endian.extend(b"{}");
+        let mut tar = vec![b'a'; 300];
+        tar[257..262].copy_from_slice(b"ustar");
+        for (start, expected) in [
+            (&lfs[..], "a Git LFS pointer to a file of 12345678901 bytes"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+            (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+            (b"\n  <HTML><head>", "an HTML page"),
+            (b"<!-- x --><html>", "an HTML page"),
+            (b"<?xml version=\"1.0\"?><Error>", "XML text"),
+            (b"<Error><Code>AccessDenied</Code></Error>", "XML text"),
+            (b"{\"error\":\"Entry not found\"}", "JSON text, \"{\"error\":\"Entry not found\"}\""),
+            (b"Entry not found", "text, \"Entry not found\""),
+            (b"Invalid username\nor password.", "text, \"Invalid username…\""),
+            (b"\x1b]0;gone\x1b\\", "text, \"\\u{1b}]0;gone\\u{1b}\\\""),
+            (b"PK\x03\x04rest", "a zip archive"),
+            (b"\x80\x02\x8a\x0al\xfc", "a Python pickle"),
+            (&[0; 4096], "zeros"),
+            (&[0; 3], "zeros"),
+            (b"GGUF\x03\0\0\0", "a GGUF file"),
+            (&big_endian, "a safetensors file with its header length in big-endian byte order"),
+            (&little_endian, "a safetensors file"),
+            (b"tjgg\x03\0\0\0", "a ggml file from before GGUF"),
+            (b"\x1f\x8b\x08", "a gzip file"),
+            (&tar, "a tar archive"),
+            (b"\x89HDF\r\n", "an HDF5 file"),
+            (b"\x93NUMPY\x01", "a NumPy array"),
+            (b"\xff\xfe\x01\x02\x03", "nothing"),
+            // Cut short, whatever their lengths look like: 35615, 640.
+            (b"\x1f\x8b\0\0\0\0\0\0{\"a\"", "nothing"),
+            (b"\x80\x02\0\0\0\0\0\0{\"a\"", "nothing"),
+            (b"\x01\0\0\0\0\0\0\0x", "nothing"),
+            (b"", "nothing"),
+        ] {
+            assert_eq!(told(start), expected, "{start:?}");
+        }
+    }
+
+    #[test]
+    fn a_text_that_is_cut_through_a_character_is_text() {
+        let text = "ä".repeat(LOOKED_AT_BYTES);
+        let shifted = format!("x{text}");
+        assert!(told(&shifted.as_bytes()[..LOOKED_AT_BYTES]).starts_with("text, \"xää"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic_and_nothing_hidden_is_shown(start in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), bytes in 0_u64..1000) {
+            if let Some(found) = recognise(&start, bytes) {
+                assert!(!found.to_string().contains(printable::is_hidden));
+            }
+        }
+    }
+}
