@@ -401,6 +401,57 @@ mod tests {
         }
     }
 
+    /// io_uring takes the flag for its own.
+    #[test]
+    fn no_descriptor_is_nonblocking() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for bytes in [0, 4097] {
+            fs::write(&file, vec![7; bytes]).unwrap();
+            let opened = OpenFile::open(file.path()).unwrap();
+            for route in Route::ALL {
+                let flags = fcntl_getfl(opened.descriptor(route)).unwrap();
+                assert!(!flags.contains(OFlags::NONBLOCK), "{route}, {bytes} bytes: {flags:?}");
+            }
+            let found = open(file.path(), OFlags::PATH, Mode::empty()).unwrap();
+            for flags in [OFlags::empty(), OFlags::DIRECT] {
+                let flags = fcntl_getfl(reopen_by_path(&found, file.path(), flags).unwrap()).unwrap();
+                assert!(!flags.contains(OFlags::NONBLOCK), "{flags:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_procfs_another_file_at_the_path_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, b"one").unwrap();
+        let found = open(&path, OFlags::PATH, Mode::empty()).unwrap();
+        assert!(reopen_by_path(&found, &path, OFlags::empty()).is_ok());
+        fs::remove_file(&path).unwrap();
+        assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::NOENT);
+        // By its descriptor it is there still.
+        assert!(reopen(&found, &path, OFlags::empty()).is_ok());
+        fs::write(&path, b"two").unwrap();
+        assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::STALE);
+        fs::remove_file(&path).unwrap();
+        // It has no writer, which nothing waits for.
+        rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::STALE);
+    }
+
+    #[test]
+    fn where_statx_is_refused_a_file_is_looked_at_by_stat() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, [7; 4097]).unwrap();
+        let seen = Look::at_path(file.path()).unwrap();
+        for errno in [Errno::NOSYS, Errno::PERM] {
+            let refused = Look::of(Err(errno), || stat(file.path())).unwrap();
+            assert_eq!((refused.identity, refused.device.major), (seen.identity, seen.device.major));
+            assert!(refused.from_cache && !seen.from_cache);
+        }
+        assert_eq!(Look::of(Err(Errno::IO), || stat(file.path())).unwrap_err(), Errno::IO);
+    }
+
     #[test]
     fn a_file_is_the_same_when_looked_at_and_when_opened() {
         let file = tempfile::NamedTempFile::new().unwrap();
