@@ -80,6 +80,21 @@ fn a_device_is_no_file() {
 }
 
 #[test]
+fn a_block_device_says_how_to_go_on() {
+    let names = fs::read_dir("/sys/class/block").map(|entries| entries.map(|entry| entry.unwrap().file_name()));
+    let devices = names.into_iter().flatten().map(|name| Path::new("/dev").join(name));
+    let Some(device) = devices.into_iter().find(|device| device.exists()) else { return skip("no block device") };
+    every_command_fails(&device, &["a block device", "could not be noticed", &format!("dd if={} of=", device.display())]);
+}
+
+#[test]
+fn a_file_that_has_bytes_and_no_length_is_not_empty() {
+    for path in ["/proc/self/status", "/proc/version"] {
+        every_command_fails(Path::new(path), &["its length is said to be 0", &format!("cat {path} > COPY")]);
+    }
+}
+
+#[test]
 fn a_file_that_may_not_be_read_is_eacces() {
     let folder = folder();
     let path = random_file(folder.path(), "secret.bin", 5000);
