@@ -9,7 +9,7 @@ use std::sync::Arc;
 use dmaload::dmabuf::{Device, Pages};
 use dmaload::heap::{self, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use dmaload::{Format, Layout, LoadOptions, Loader, Priority, Segments};
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{AtFlags, FileType, OFlags, RawMode, StatxFlags, fstat, statx};
 use rustix::io::Errno;
 
 use crate::failure::{Failure, Result};
@@ -39,11 +39,25 @@ pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
     if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE == OFlags::WRONLY {
         return Err(Failure::new(Errno::BADF, format!("file_fd {fd} is not open for reading")));
     }
-    let found = rustix::fs::fstat(&file).map_err(failed)?;
-    match FileType::from_raw_mode(found.st_mode) {
-        FileType::RegularFile => Ok((file, u64::try_from(found.st_size).unwrap_or(0))),
+    let (mode, bytes) = mode_and_length(&file).map_err(failed)?;
+    match FileType::from_raw_mode(mode) {
+        FileType::RegularFile => Ok((file, bytes)),
         FileType::Directory => Err(Failure::new(Errno::ISDIR, format!("file_fd {fd} is a directory"))),
         kind => Err(Failure::invalid(format!("file_fd {fd} is no regular file, but {kind:?}"))),
+    }
+}
+
+/// A network file system asks its server: a cached length may be an old one, and the end of the file would be missing.
+fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
+    match statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS) {
+        Ok(found) => Ok((RawMode::from(found.stx_mode), found.stx_size)),
+        // A sandbox may refuse it.
+        Err(Errno::NOSYS | Errno::PERM) => {
+            let found = fstat(file)?;
+            let bytes = u64::try_from(found.st_size).expect("a length that the kernel tells is not negative");
+            Ok((found.st_mode, bytes))
+        }
+        Err(errno) => Err(errno),
     }
 }
 

@@ -80,7 +80,7 @@ impl Identity {
         Identity {
             device: stat.st_dev,
             inode: stat.st_ino,
-            bytes: u64::try_from(stat.st_size).unwrap_or(0),
+            bytes: u64::try_from(stat.st_size).expect("a length that the kernel tells is not negative"),
             modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
             may_grow: true,
         }
