@@ -3,14 +3,13 @@
 //! Reads a file as it is, takes the time that reading takes per piece, and slows allocating down by multiples of it. With
 //! real overlap the total is near the longer of the two; without, it is near their sum.
 
-use std::borrow::Cow;
 use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
-use dmaload::dmabuf::{Error, Mapping, Memory, Populated};
-use dmaload::heap::{Heap, MemfdHeap};
+use dmaload::dmabuf::Error;
+use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Loader, Report};
 
 const FILE_BYTES: usize = 512 << 20;
@@ -22,23 +21,15 @@ const ROUNDS: usize = 5;
 #[derive(Debug)]
 struct SlowHeap(Duration);
 
-impl Heap for SlowHeap {
-    fn name(&self) -> Cow<'_, str> {
-        "slow".into()
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Memory, Error> {
-        MemfdHeap::default().allocate(bytes)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, Error> {
+impl HeapHooks for SlowHeap {
+    fn before_populate(&self, _mapped: Range<usize>, _part: Range<usize>) -> Result<(), Error> {
         std::thread::sleep(self.0);
-        MemfdHeap::default().populate(mapping, memory, part)
+        Ok(())
     }
 }
 
 fn load(path: &Path, delay: Duration, window_pieces: u64) -> anyhow::Result<Report> {
-    let builder = Loader::builder().heap(SlowHeap(delay)).allocator_threads(1);
+    let builder = Loader::builder().heap(Hooked::new(MemfdHeap::default(), SlowHeap(delay))).allocator_threads(1);
     let loader = builder.segment_bytes(SEGMENT_BYTES as u64).window_bytes(window_pieces * SEGMENT_BYTES as u64).build()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     Ok(runtime.block_on(loader.load(path).into_future())?.report().clone())

@@ -6,7 +6,6 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
+use dmaload::dmabuf;
+use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, Route};
 
@@ -82,21 +81,14 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
-impl Heap for Failing {
-    fn name(&self) -> Cow<'_, str> {
-        "failing".into()
+impl HeapHooks for Failing {
+    fn name(&self) -> Option<Cow<'_, str>> {
+        Some("failing".into())
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
         let fails = self.0.lock().expect("no panic before").chance(5);
-        if fails {
-            return Err(dmabuf::Error::new("allocate", bytes, rustix::io::Errno::NOMEM));
-        }
-        MemfdHeap::default().allocate(bytes)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
-        MemfdHeap::default().populate(mapping, memory, part)
+        if fails { Err(dmabuf::Error::new("allocate", bytes, rustix::io::Errno::NOMEM)) } else { Ok(()) }
     }
 }
 
@@ -170,7 +162,7 @@ fn loader(random: &mut Random) -> Result<Loader> {
         .chunk_bytes(random.pick(&[64 << 10, MIB, 2 * MIB]));
     let builder = match random.below(6) {
         0 => builder.heap(AnonHeap::default()),
-        1 => builder.heap(Failing(std::sync::Mutex::new(random.clone()))),
+        1 => builder.heap(Hooked::new(MemfdHeap::default(), Failing(std::sync::Mutex::new(random.clone())))),
         2 => builder.heap(MemfdHeap { pages: dmabuf::Pages::Small }),
         _ => builder.heap(MemfdHeap::default()),
     };

@@ -92,7 +92,13 @@ impl AddressRange {
         .map_err(failed)?;
         taken.insert(at, bytes);
         drop(taken);
-        let mapping = Mapping { range: Arc::clone(self), at, bytes };
+        let kind = match memory {
+            Memory::Memfd(_) if read_only => Kind::ReadOnly,
+            Memory::Memfd(_) => Kind::Memfd,
+            Memory::Anonymous => Kind::Anonymous,
+            Memory::DmaBuf(_) => Kind::DmaBuf,
+        };
+        let mapping = Mapping { range: Arc::clone(self), at, bytes, kind };
         if memory.is_private() {
             mapping.forbid_fork()?;
         }
@@ -139,9 +145,35 @@ pub struct Mapping {
     range: Arc<AddressRange>,
     at: usize,
     bytes: usize,
+    kind: Kind,
+}
+
+/// What a mapping is of, which decides how pages may be put under it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Memfd,
+    /// A memory file that came from another process: a write would kill this one.
+    ReadOnly,
+    Anonymous,
+    DmaBuf,
+}
+
+impl Kind {
+    /// Whether a mapping of this kind can be one of `memory`.
+    pub(crate) fn fits(self, memory: &Memory) -> bool {
+        match memory {
+            Memory::Memfd(memfd) => self == if memfd.is_foreign() { Kind::ReadOnly } else { Kind::Memfd },
+            Memory::Anonymous => self == Kind::Anonymous,
+            Memory::DmaBuf(_) => self == Kind::DmaBuf,
+        }
+    }
 }
 
 impl Mapping {
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+
     /// The first address, page-aligned.
     pub fn address(&self) -> NonNull<u8> {
         // SAFETY: `at` is below the range's length, and the range is one allocation of addresses.
@@ -221,7 +253,7 @@ impl Mapping {
         taken.insert(at, self.bytes);
         drop(taken);
         // What is dropped at the end is the old place: still mapped, without pages, and reserved again by the drop.
-        Ok(Mapping { range: Arc::clone(range), at, bytes: self.bytes })
+        Ok(Mapping { range: Arc::clone(range), at, bytes: self.bytes, kind: self.kind })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Memory files: pages with a file descriptor, no device and no privilege needed.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
@@ -82,7 +83,8 @@ impl Memfd {
     /// `F_SEAL_FUTURE_WRITE` needs Linux 5.1. Sealing twice is no error.
     ///
     /// # Errors
-    /// EINVAL before Linux 5.1; EPERM when somebody else has sealed the seals.
+    /// EINVAL before Linux 5.1 ([`Memfd::kernel_seals_writes`]), and for what takes no seals; EPERM when the
+    /// seals were sealed without this one.
     pub fn seal_against_writes(&self) -> Result<(), Error> {
         let wanted = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
         let has = rustix::fs::fcntl_get_seals(&self.fd).map_err(|errno| Error::new("read the seals", self.bytes, errno))?;
@@ -90,6 +92,16 @@ impl Memfd {
             return Ok(());
         }
         fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::new("seal a memfd against writes", self.bytes, errno))
+    }
+
+    /// Whether this kernel has the seal against writes (`F_SEAL_FUTURE_WRITE`, Linux 5.1), found by trying it on
+    /// a memory file of its own. Where even that can't be made, it is taken to have it.
+    pub fn kernel_seals_writes() -> bool {
+        static KNOWN: OnceLock<bool> = OnceLock::new();
+        *KNOWN.get_or_init(|| {
+            let scratch = memfd_create("dmabuf-seals", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
+            !scratch.is_ok_and(|fd| fcntl_add_seals(&fd, SealFlags::FUTURE_WRITE) == Err(Errno::INVAL))
+        })
     }
 }
 

@@ -10,10 +10,12 @@
 use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, madvise};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
+use crate::address::Kind;
 use crate::pages::scan;
 use crate::{Error, HUGE_PAGE_BYTES, Mapping, Memory, PageCount, page_bytes};
 
@@ -45,13 +47,20 @@ impl Mapping {
     /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that neither the
     /// reader nor the device meets a page fault. `memory` is what the mapping was made of.
     ///
+    /// A read-only mapping ([`crate::Memfd::from_sealed`]) gets the pages that its file has, of whatever
+    /// sizes; nothing is written (`MADV_POPULATE_READ`, Linux 5.14).
+    ///
     /// # Errors
     /// ENOMEM or EFAULT when there is no memory (a cgroup limit, for one); EINVAL when `part` is unaligned or
-    /// reaches past the mapping; ENOTSUP under [`Pages::Huge`] when an extent is seen to be on small pages.
+    /// reaches past the mapping, when the mapping is not one of `memory`, and before Linux 5.14 for a
+    /// read-only mapping; ENOTSUP under [`Pages::Huge`] when an extent is seen to be on small pages.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::new("populate memory", part.len(), errno);
         let page = page_bytes();
         if part.is_empty() || part.end > self.bytes() || !part.start.is_multiple_of(page) || !part.end.is_multiple_of(page) {
+            return Err(failed(Errno::INVAL));
+        }
+        if !self.kind().fits(memory) {
             return Err(failed(Errno::INVAL));
         }
         if memory.dma_buf().is_some() {
@@ -59,6 +68,10 @@ impl Mapping {
             return Ok(Populated::default());
         }
         let area = Area { mapping: self, memory, part: part.clone() };
+        if self.kind() == Kind::ReadOnly {
+            area.fault_in(Advice::LinuxPopulateRead).map_err(failed)?;
+            return Ok(Populated { pages: scan(area.addresses(part)), refused: None });
+        }
         let extents = area.whole_extents();
         let refused = match pages {
             Pages::Small => {
@@ -73,7 +86,7 @@ impl Mapping {
             Pages::Auto | Pages::Huge if extents.is_empty() => None,
             Pages::Auto | Pages::Huge => area.make_huge(extents.clone()),
         };
-        area.fault_in().map_err(failed)?;
+        area.fault_in(Advice::LinuxPopulateWrite).map_err(failed)?;
 
         let pages_seen = scan(area.addresses(part.clone()));
         let whole = extents.len() as u64;
@@ -83,6 +96,23 @@ impl Mapping {
         }
         Ok(Populated { pages: pages_seen, refused: if short { Some(refused.unwrap_or(Errno::NOTSUP)) } else { None } })
     }
+}
+
+/// Whether this kernel knows `MADV_POPULATE_WRITE` (Linux 5.14), found by trying it on a page of our own.
+fn kernel_populates() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        let (bytes, access) = (page_bytes(), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) };
+        // Without memory for a page, nothing is known; the next error tells.
+        let Ok(page) = page else { return true };
+        // SAFETY: the page was mapped a moment ago, and nothing else knows it.
+        let answer = unsafe { madvise(page, bytes, Advice::LinuxPopulateWrite) };
+        // SAFETY: as above; it is not used any more.
+        let _ = unsafe { munmap(page, bytes) };
+        answer != Err(Errno::INVAL)
+    })
 }
 
 struct Area<'a> {
@@ -149,28 +179,32 @@ impl Area<'_> {
         if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
     }
 
-    /// Makes every page present and writable.
-    fn fault_in(&self) -> Result<(), Errno> {
+    /// Makes every page present, and writable unless only reading was asked for.
+    fn fault_in(&self, advice: Advice) -> Result<(), Errno> {
         loop {
-            match self.advise(self.part.clone(), Advice::LinuxPopulateWrite) {
+            match self.advise(self.part.clone(), advice) {
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                // Before Linux 5.14 there is no such advice.
-                Err(Errno::INVAL) => return self.touch(),
+                // EINVAL has two meanings: a kernel before 5.14, which does not know the advice, and a mapping
+                // that can't be written to. Only for the first one the pages may be touched instead.
+                Err(Errno::INVAL) if self.mapping.kind() != Kind::ReadOnly && !kernel_populates() => {
+                    self.touch();
+                    return Ok(());
+                }
                 other => return other,
             }
         }
     }
 
     /// What `MADV_POPULATE_WRITE` does, by hand: an atomic add of 0 dirties a page and keeps its bytes.
-    fn touch(&self) -> Result<(), Errno> {
+    fn touch(&self) {
+        assert_ne!(self.mapping.kind(), Kind::ReadOnly, "a write to a read-only mapping ends the process");
         for at in self.part.clone().step_by(page_bytes()) {
-            // SAFETY: `at` lies in the mapping, which is readable and writable.
+            // SAFETY: `at` lies in the mapping, which is readable and, by the assertion above, writable.
             let byte = unsafe { self.mapping.address().add(at) };
             // SAFETY: an AtomicU8 has the layout of a u8 and no alignment to miss.
             let byte = unsafe { byte.cast::<std::sync::atomic::AtomicU8>().as_ref() };
             byte.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
         }
-        Ok(())
     }
 
     fn advise(&self, part: Range<usize>, advice: Advice) -> Result<(), Errno> {
@@ -250,6 +284,24 @@ mod tests {
     }
 
     #[test]
+    fn a_read_only_mapping_is_populated_without_a_write() {
+        use std::os::fd::AsFd;
+        let bytes = 2 * HUGE_PAGE_BYTES;
+        for pages in [Pages::Auto, Pages::Small, Pages::Huge] {
+            let memfd = Memfd::create("test", bytes).unwrap();
+            rustix::io::pwrite(&memfd, b"kept", 4096).unwrap();
+            memfd.seal_against_writes().unwrap();
+            let foreign = Memory::Memfd(Memfd::from_sealed(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap());
+            let mapping = mapped(&foreign, bytes);
+            mapping.populate(&foreign, 0..bytes, pages).unwrap();
+            // What it says that it is made of must be what it is made of.
+            for other in [Memory::Anonymous, Memory::Memfd(Memfd::create("other", bytes).unwrap())] {
+                assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, Errno::INVAL);
+            }
+        }
+    }
+
+    #[test]
     fn populating_again_keeps_the_bytes() {
         let bytes = 2 * HUGE_PAGE_BYTES;
         let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
@@ -257,7 +309,7 @@ mod tests {
         rustix::io::pwrite(memory.memfd().unwrap(), b"kept", 4096).unwrap();
         mapping.populate(&memory, 0..bytes, Pages::Auto).unwrap();
         let area = Area { mapping: &mapping, memory: &memory, part: 0..bytes };
-        area.touch().unwrap();
+        area.touch();
         let mut seen = [0; 4];
         rustix::io::pread(memory.memfd().unwrap(), &mut seen, 4096).unwrap();
         assert_eq!(&seen, b"kept");

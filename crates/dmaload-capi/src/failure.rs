@@ -48,7 +48,7 @@ impl From<Error> for Failure {
             Error::NoDmaBuf { .. } => Errno::NODEV,
             Error::NoDescriptor { .. } => Errno::OPNOTSUPP,
             Error::ShutDown => Errno::CANCELED,
-            Error::HeapPanicked { .. } => Errno::NOTRECOVERABLE,
+            Error::Panicked { .. } => Errno::NOTRECOVERABLE,
             // What else there is has to do with models and views, which are not asked for here.
             _ => Errno::IO,
         };

@@ -72,28 +72,13 @@ impl Checksums {
 mod tests {
     use super::*;
     use dmaload::Loader;
-    use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-    use dmaload::heap::MemfdHeap;
-    use std::borrow::Cow;
-    use std::ops::Range;
+    use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
 
     #[derive(Debug)]
-    struct Uncached(MemfdHeap);
+    struct Uncached;
 
-    impl Heap for Uncached {
-        fn name(&self) -> Cow<'_, str> {
-            "uncached".into()
-        }
-
-        fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
-            self.0.allocate(bytes)
-        }
-
-        fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
-            self.0.populate(mapping, memory, part)
-        }
-
-        fn is_uncached(&self) -> bool {
+    impl HeapHooks for Uncached {
+        fn is_uncached(&self, _of_the_heap: bool) -> bool {
             true
         }
     }
@@ -108,7 +93,7 @@ mod tests {
         });
         let loaders = [
             Loader::builder().heap(MemfdHeap::default()).build().unwrap(),
-            Loader::builder().heap(Uncached(MemfdHeap::default())).build().unwrap(),
+            Loader::builder().heap(Hooked::new(MemfdHeap::default(), Uncached)).build().unwrap(),
         ];
         for algorithm in Algorithm::ALL {
             let expected = paths.each_ref().map(|path| digest(algorithm, &std::fs::read(path).unwrap()));

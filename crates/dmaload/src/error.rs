@@ -155,11 +155,14 @@ pub enum Error {
         /// What it needs in all; 0 when that was not known yet.
         planned_bytes: u64,
     },
-    /// The heap's own code panicked: a defect of the heap, which its author must mend.
-    #[error("heap {} panicked", printable::text(.heap))]
-    HeapPanicked {
-        /// The heap.
-        heap: String,
+    /// Code of the caller's panicked: a heap, a verifier, an observer, the waker of the load's task. Only the
+    /// load that it belongs to fails. (Where `code` is a thread of dmaload, the defect is dmaload's.)
+    #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
+    Panicked {
+        /// Which code: `heap NAME`, `the verifier`, `the observer`.
+        code: String,
+        /// The message of the panic.
+        message: String,
     },
     /// Allocating would have taken the machine, or this process' memory cgroup, to its limit.
     #[error(

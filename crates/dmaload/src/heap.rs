@@ -21,13 +21,67 @@ use crate::error::{Error, Result};
 
 /// A source of memory for segments.
 ///
-/// The loader alone may write to the memory that it was given, and reads may go on writing to it after a load was dropped:
-/// an implementation keeps no descriptor and no mapping of it that it writes through. (A memfd is sealed against writes
-/// before any segment of it is shown.)
+/// To count, delay or fail the calls of a heap, wrap it in [`Hooked`]: that is safe. To use a vendor's
+/// allocator that returns descriptors of dma-bufs, see [`FromDescriptors`]. Implement the trait itself only
+/// for memory that neither of them can describe.
 ///
-/// Implement it to add a vendor's allocator, or around another heap to count, slow or fail its calls. All calls come
-/// from the loader's own threads, so they may block.
-pub trait Heap: fmt::Debug + Send + Sync + 'static {
+/// All calls during a load come from the loader's own worker threads, from several at once, so they may
+/// block. One that panics fails its load with [`Error::Panicked`].
+///
+/// # Safety
+/// Finished segments are lent as `&[u8]`, and devices write to unfinished ones. Both rest on what follows.
+/// For each [`Memory`] that [`Heap::allocate`] returns, the implementer must guarantee, from the call until
+/// the memory's pages are freed (which may be later than the drop of the heap and of the loader):
+///
+/// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or buffer. Nothing
+///   but the returned value reads or writes it: no thread, no other process, no device.
+/// - **No second descriptor can change it.** A duplicate of its descriptor, a writable mapping of it, or a
+///   dma-buf made of it, is either not kept, or never used to write, to resize, to punch holes, or to import
+///   it into a device. This includes descriptors that other processes or drivers hold.
+/// - **A memory file can be sealed.** It is created with `MFD_ALLOW_SEALING` and without `F_SEAL_SEAL`.
+///   dmaload seals it against writes before it shows a segment; where that fails, the load fails.
+/// - **Its pages stay.** It has at least the length that was asked for, and neither shrinks nor loses pages.
+/// - **Its bytes stay.** [`Heap::populate`] and [`Heap::export`] change no byte that was written before, and
+///   keep no pointer into the mapping after they return.
+/// - **Its mapping stays.** No call unmaps, remaps, or changes the protection of the mapping's addresses, or
+///   of any other address that it did not map itself.
+/// - **An exported dma-buf is this memory.** What [`Heap::export`] returns consists of exactly the pages of
+///   `memory`, from its first byte on, all of them, and no second descriptor of it exists.
+/// - **[`Heap::exports`] is honest.** It always returns the same; it returns `true` if any memory is a
+///   [`Memory::DmaBuf`], and `false` only if no dma-buf of this memory exists or will exist.
+///
+/// Heaps of safe code can't keep these promises for others, so a safe implementation does not compile:
+///
+/// ```compile_fail,E0200
+/// use dmaload::dmabuf::{self, Mapping, Memory, Populated, Udmabuf};
+/// use dmaload::heap::{Heap, MemfdHeap};
+///
+/// /// Keeps a dma-buf of each memory, and could write to a finished segment through it.
+/// #[derive(Debug)]
+/// struct Keeping(Udmabuf, std::sync::Mutex<Vec<dmabuf::DmaBuf>>);
+///
+/// impl Heap for Keeping {
+///     fn name(&self) -> std::borrow::Cow<'_, str> {
+///         "keeping".into()
+///     }
+///     fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+///         let memory = MemfdHeap::default().allocate(bytes)?;
+///         let part = dmabuf::Part { memfd: memory.memfd().unwrap(), offset: 0, bytes };
+///         self.1.lock().unwrap().push(self.0.create(part)?);
+///         Ok(memory)
+///     }
+///     fn populate(
+///         &self,
+///         mapping: &Mapping,
+///         memory: &Memory,
+///         part: std::ops::Range<usize>,
+///     ) -> Result<Populated, dmabuf::Error> {
+///         MemfdHeap::default().populate(mapping, memory, part)
+///     }
+/// }
+/// ```
+#[allow(unsafe_code, reason = "the contract above")]
+pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     /// The name used in reports and errors.
     fn name(&self) -> Cow<'_, str>;
 
@@ -77,9 +131,29 @@ pub trait Heap: fmt::Debug + Send + Sync + 'static {
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }
+
+    /// Whether this crate made it: what its memory files lack on old kernels is known then. Callers can't
+    /// name the argument, so they can't override this.
+    #[doc(hidden)]
+    fn is_own(&self, _: private::Key) -> bool {
+        false
+    }
 }
 
-impl<H: Heap + ?Sized> Heap for Arc<H> {
+mod private {
+    /// Known to this crate alone.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Key;
+}
+
+/// Whether a heap is one of this crate's.
+pub(crate) fn is_own(heap: &dyn Heap) -> bool {
+    heap.is_own(private::Key)
+}
+
+// SAFETY: each call is that of the heap inside, whose implementer has promised all of it.
+#[allow(unsafe_code)]
+unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
     fn name(&self) -> Cow<'_, str> {
         (**self).name()
     }
@@ -114,6 +188,10 @@ impl<H: Heap + ?Sized> Heap for Arc<H> {
 
     fn notes(&self) -> Vec<String> {
         (**self).notes()
+    }
+
+    fn is_own(&self, key: private::Key) -> bool {
+        (**self).is_own(key)
     }
 }
 
@@ -155,7 +233,10 @@ pub struct MemfdHeap {
     pub pages: Pages,
 }
 
-impl Heap for MemfdHeap {
+// SAFETY: each memory file is new, its one descriptor is in the returned value, and `Memfd` creates it without
+// F_SEAL_SEAL and sealed against shrinking. Populating changes no byte. It exports nothing.
+#[allow(unsafe_code)]
+unsafe impl Heap for MemfdHeap {
     fn name(&self) -> Cow<'_, str> {
         "memfd".into()
     }
@@ -167,6 +248,10 @@ impl Heap for MemfdHeap {
     fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
         mapping.populate(memory, part, self.pages)
     }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
+    }
 }
 
 /// Private memory with transparent huge pages, for callers that need no file descriptor.
@@ -176,7 +261,10 @@ pub struct AnonHeap {
     pub pages: Pages,
 }
 
-impl Heap for AnonHeap {
+// SAFETY: anonymous memory comes into being with its mapping, which dmaload makes, and has no descriptor.
+// Populating changes no byte. It exports nothing.
+#[allow(unsafe_code)]
+unsafe impl Heap for AnonHeap {
     fn name(&self) -> Cow<'_, str> {
         "anon".into()
     }
@@ -187,6 +275,10 @@ impl Heap for AnonHeap {
 
     fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
         mapping.populate(memory, part, self.pages)
+    }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
     }
 }
 
@@ -261,7 +353,10 @@ impl UdmabufHeap {
     }
 }
 
-impl Heap for UdmabufHeap {
+// SAFETY: memory files as in `MemfdHeap`. The dma-buf that `export` returns is of all pages of the file, and its
+// one descriptor is in the returned value.
+#[allow(unsafe_code)]
+unsafe impl Heap for UdmabufHeap {
     fn name(&self) -> Cow<'_, str> {
         Self::NAME.into()
     }
@@ -298,6 +393,10 @@ impl Heap for UdmabufHeap {
 
     fn notes(&self) -> Vec<String> {
         self.note.iter().cloned().collect()
+    }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
     }
 }
 
@@ -342,7 +441,10 @@ impl DmaHeap {
     }
 }
 
-impl Heap for DmaHeap {
+// SAFETY: the kernel's heaps give new memory with each call, and its one descriptor is in the returned value.
+// Nothing is populated or exported here. (A vendor's driver is trusted as the kernel is.)
+#[allow(unsafe_code)]
+unsafe impl Heap for DmaHeap {
     fn name(&self) -> Cow<'_, str> {
         Cow::Borrowed(&self.name)
     }
@@ -368,6 +470,288 @@ impl Heap for DmaHeap {
     /// `mtk_mm-uncached`, and the like.
     fn is_uncached(&self) -> bool {
         self.name.contains("uncached")
+    }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
+    }
+}
+
+/// Code of the caller's around the calls of a heap; see [`Hooked`]. Each method does nothing by default.
+///
+/// The calls come from the loader's worker threads, from several at once, so they may block. One that panics
+/// fails its load with [`Error::Panicked`].
+pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
+    /// The name used in reports and errors, in place of that of the heap.
+    fn name(&self) -> Option<Cow<'_, str>> {
+        None
+    }
+
+    /// Before [`Heap::allocate`].
+    ///
+    /// # Errors
+    /// In place of the call: the allocation fails with it.
+    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+        let _ = bytes;
+        Ok(())
+    }
+
+    /// After [`Heap::allocate`], with what it answered.
+    fn after_allocate(&self, bytes: usize, result: Result<(), &dmabuf::Error>) {
+        let _ = (bytes, result);
+    }
+
+    /// Before [`Heap::populate`]: `mapped` are the addresses of the whole mapping, `part` the byte offsets in
+    /// it that are to be populated.
+    ///
+    /// # Errors
+    /// In place of the call: populating fails with it.
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+        let _ = (mapped, part);
+        Ok(())
+    }
+
+    /// After [`Heap::populate`], with what it answered.
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+        let _ = (part, result);
+    }
+
+    /// Before [`Heap::export`] of memory of this length.
+    ///
+    /// # Errors
+    /// In place of the call: the export fails with it.
+    fn before_export(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+        let _ = bytes;
+        Ok(())
+    }
+
+    /// In place of what [`Heap::is_uncached`] answers.
+    fn is_uncached(&self, of_the_heap: bool) -> bool {
+        of_the_heap
+    }
+
+    /// In place of what [`Heap::size_limit`] answers.
+    fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
+        of_the_heap
+    }
+
+    /// In place of what [`Heap::notes`] answers.
+    fn notes(&self, of_the_heap: Vec<String>) -> Vec<String> {
+        of_the_heap
+    }
+}
+
+/// A heap with code of the caller's around its calls: to count, delay or fail them.
+///
+/// The hooks get numbers and never the memory, so this needs no `unsafe`.
+///
+/// ```
+/// use dmaload::dmabuf;
+/// use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
+/// use std::sync::Arc;
+/// use std::sync::atomic::{AtomicUsize, Ordering};
+///
+/// #[derive(Debug, Default)]
+/// struct Counting(AtomicUsize);
+///
+/// impl HeapHooks for Counting {
+///     fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+///         self.0.fetch_add(bytes, Ordering::Relaxed);
+///         Ok(())
+///     }
+/// }
+///
+/// let hooks = Arc::new(Counting::default());
+/// let loader = dmaload::Loader::builder().heap(Hooked::new(MemfdHeap::default(), Arc::clone(&hooks)));
+/// # drop(loader);
+/// ```
+#[derive(Debug, Clone)]
+pub struct Hooked<H, K> {
+    heap: H,
+    hooks: K,
+}
+
+impl<H: Heap, K: HeapHooks> Hooked<H, K> {
+    /// Puts `hooks` around `heap`.
+    pub fn new(heap: H, hooks: K) -> Self {
+        Hooked { heap, hooks }
+    }
+
+    /// The hooks.
+    pub fn hooks(&self) -> &K {
+        &self.hooks
+    }
+}
+
+// SAFETY: memory comes from the heap inside, whose implementer has promised all of it. The hooks see numbers only,
+// and can't change what the heap answers about its memory.
+#[allow(unsafe_code)]
+unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
+    fn name(&self) -> Cow<'_, str> {
+        self.hooks.name().unwrap_or_else(|| self.heap.name())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        self.hooks.before_allocate(bytes)?;
+        let memory = self.heap.allocate(bytes);
+        self.hooks.after_allocate(bytes, memory.as_ref().map(|_| ()));
+        memory
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        let start = mapping.address().addr().get();
+        self.hooks.before_populate(start..start + mapping.bytes(), part.clone())?;
+        let populated = self.heap.populate(mapping, memory, part.clone());
+        self.hooks.after_populate(part, populated.as_ref());
+        populated
+    }
+
+    fn exports(&self) -> bool {
+        self.heap.exports()
+    }
+
+    fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+        self.hooks.before_export(memory.bytes().unwrap_or(0))?;
+        self.heap.export(memory)
+    }
+
+    fn allocates_at_once(&self) -> bool {
+        self.heap.allocates_at_once()
+    }
+
+    fn is_uncached(&self) -> bool {
+        self.hooks.is_uncached(self.heap.is_uncached())
+    }
+
+    fn size_limit(&self) -> Option<SizeLimit> {
+        self.hooks.size_limit(self.heap.size_limit())
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.hooks.notes(self.heap.notes())
+    }
+
+    fn is_own(&self, key: private::Key) -> bool {
+        self.heap.is_own(key)
+    }
+}
+
+impl<K: HeapHooks + ?Sized> HeapHooks for Arc<K> {
+    fn name(&self) -> Option<Cow<'_, str>> {
+        (**self).name()
+    }
+
+    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+        (**self).before_allocate(bytes)
+    }
+
+    fn after_allocate(&self, bytes: usize, result: Result<(), &dmabuf::Error>) {
+        (**self).after_allocate(bytes, result);
+    }
+
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+        (**self).before_populate(mapped, part)
+    }
+
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+        (**self).after_populate(part, result);
+    }
+
+    fn before_export(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+        (**self).before_export(bytes)
+    }
+
+    fn is_uncached(&self, of_the_heap: bool) -> bool {
+        (**self).is_uncached(of_the_heap)
+    }
+
+    fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
+        (**self).size_limit(of_the_heap)
+    }
+
+    fn notes(&self, of_the_heap: Vec<String>) -> Vec<String> {
+        (**self).notes(of_the_heap)
+    }
+}
+
+/// A vendor's allocator, or any other, that gives descriptors of dma-bufs.
+///
+/// Each descriptor is checked to be one of a dma-buf that is large enough; whether nothing else writes to it
+/// can't be checked, so making one is `unsafe`. Its memory is taken to be allocated at once, and is mapped by
+/// `mmap(2)` of the descriptor.
+pub struct FromDescriptors {
+    name: String,
+    allocate: AllocateFn,
+    is_uncached: bool,
+}
+
+type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
+
+impl fmt::Debug for FromDescriptors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FromDescriptors").field("name", &self.name).field("is_uncached", &self.is_uncached).finish_non_exhaustive()
+    }
+}
+
+impl FromDescriptors {
+    /// A heap of what `allocate` gives: for a length, a multiple of the page size, a dma-buf of at least that
+    /// many bytes.
+    ///
+    /// # Safety
+    /// For each descriptor that `allocate` returns, until its memory is freed:
+    ///
+    /// - It is a dma-buf of new memory, which shares no page with any other memory.
+    /// - No duplicate of it, no mapping of it and no importer of it writes to that memory, except those that
+    ///   got it from dmaload ([`crate::Segment::dma_buf`]).
+    /// - Its pages stay: none is taken away, replaced, or moved under a mapping.
+    #[allow(unsafe_code, reason = "the contract above")]
+    pub unsafe fn new(
+        name: impl Into<String>,
+        allocate: impl Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync + 'static,
+    ) -> Self {
+        FromDescriptors { name: name.into(), allocate: Box::new(allocate), is_uncached: false }
+    }
+
+    /// Says that the CPU reads this memory without its caches; see [`Heap::is_uncached`]. Default: false.
+    #[must_use]
+    pub fn uncached(mut self, is_uncached: bool) -> Self {
+        self.is_uncached = is_uncached;
+        self
+    }
+}
+
+// SAFETY: who made this has promised for `allocate` what the trait demands of memory that is a dma-buf. Nothing is
+// populated or exported here, and `exports` says that there are dma-bufs.
+#[allow(unsafe_code)]
+unsafe impl Heap for FromDescriptors {
+    fn name(&self) -> Cow<'_, str> {
+        Cow::Borrowed(&self.name)
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        let fd = (self.allocate)(bytes).map_err(|errno| dmabuf::Error::new("allocate a dma-buf", bytes, errno))?;
+        let dma_buf = DmaBuf::from_fd(fd).map_err(|error| dmabuf::Error::new(error.operation, bytes, error.errno))?;
+        if dma_buf.bytes() < bytes {
+            // As the kernel answers where a dma-buf is too small for what is asked of it.
+            return Err(dmabuf::Error::new("take a shorter dma-buf in place", bytes, Errno::INVAL));
+        }
+        Ok(Memory::DmaBuf(dma_buf))
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        mapping.populate(memory, part, Pages::Auto)
+    }
+
+    fn exports(&self) -> bool {
+        true
+    }
+
+    fn allocates_at_once(&self) -> bool {
+        true
+    }
+
+    fn is_uncached(&self) -> bool {
+        self.is_uncached
     }
 }
 

@@ -6,10 +6,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memory};
+use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memfd, Memory};
 
 use crate::charge::Ledger;
-use crate::heap::Heap;
 use crate::lent::Lent;
 use crate::reaper::{Holding, Reaper};
 use crate::ring::{Buffer, LoadId};
@@ -74,7 +73,8 @@ impl Backing {
     /// It is complete: when it is dropped, it may be used again. A dma-heap's may not: its mapping can't be moved, so keeping
     /// it would take room in the pool for nothing.
     pub(crate) fn allow_reuse(&self) {
-        if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.dma_buf().is_none()) {
+        let holding = self.holding();
+        if holding.memory.dma_buf().is_none() {
             holding.reusable.store(true, Ordering::Release);
         }
     }
@@ -82,7 +82,8 @@ impl Backing {
     /// No device writes to it any more: processes that are forked may have it. Where the kernel has no memory to note that,
     /// they don't.
     pub(crate) fn allow_fork(&self) {
-        if let Some(holding) = self.holding.as_ref().filter(|holding| holding.memory.is_private()) {
+        let holding = self.holding();
+        if holding.memory.is_private() {
             let _ = holding.mapping.allow_fork();
         }
     }
@@ -111,16 +112,12 @@ impl Backing {
 
     /// A load has taken so much of its loader's memory for a part of it.
     pub(crate) fn charge(&self, ledger: &Weak<dyn Ledger>, load: LoadId, bytes: u64) {
-        if let Some(holding) = &self.holding {
-            holding.charge.add(ledger, load, bytes);
-        }
+        self.holding().charge.add(ledger, load, bytes);
     }
 
     /// A descriptor of it was handed out: it is never used again.
     pub(crate) fn forbid_reuse(&self) {
-        if let Some(holding) = &self.holding {
-            holding.reusable.store(false, Ordering::Release);
-        }
+        self.holding().reusable.store(false, Ordering::Release);
     }
 
     pub(crate) fn address(&self) -> NonNull<u8> {
@@ -133,28 +130,32 @@ impl Backing {
 
     /// Its dma-buf: the memory itself, or what was made of it.
     pub(crate) fn dma_buf(&self) -> Option<&DmaBuf> {
-        self.holding.as_ref().and_then(|holding| holding.memory.dma_buf().or_else(|| holding.exported.get()))
+        let holding = self.holding();
+        holding.memory.dma_buf().or_else(|| holding.exported.get())
     }
 
-    /// Makes a dma-buf of memory that holds all its bytes, and lets devices see them.
-    pub(crate) fn export(&self, heap: &dyn Heap) -> Result<(), dmabuf::Error> {
-        let Some(holding) = &self.holding else { return Ok(()) };
+    /// Makes a dma-buf of memory that holds all its bytes, by `export`, and lets devices see them.
+    pub(crate) fn export<E: From<dmabuf::Error>>(
+        &self,
+        export: impl FnOnce(&Memory) -> Result<DmaBuf, E>,
+    ) -> Result<(), E> {
+        let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
             // It was begun when the memory was allocated.
-            return dma_buf.end_cpu_access(Access::ReadWrite);
+            return Ok(dma_buf.end_cpu_access(Access::ReadWrite)?);
         }
         if let Some(dma_buf) = holding.exported.get() {
             // It was used before, and its pages are the same.
-            return dma_buf.cpu_access(Access::ReadWrite)?.end();
+            return Ok(dma_buf.cpu_access(Access::ReadWrite)?.end()?);
         }
-        let dma_buf = heap.export(&holding.memory)?;
+        let dma_buf = export(&holding.memory)?;
         // The tail was zeroed, and maybe more was copied, by the CPU: what it wrote before the dma-buf existed is flushed, too.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
             // After the export: newer kernels refuse to export what is sealed like that.
             memfd.seal_against_writes()?;
         }
-        let _ = holding.exported.set(dma_buf);
+        holding.exported.set(dma_buf).expect("a memory is exported once, by the worker that finishes it");
         Ok(())
     }
 
@@ -188,8 +189,19 @@ impl Backing {
         unsafe { std::slice::from_raw_parts(start.as_ptr(), range.len()) }
     }
 
-    pub(crate) fn parts(&self) -> Option<(&Mapping, &Memory)> {
-        self.holding.as_ref().map(|holding| (&holding.mapping, &holding.memory))
+    /// Its mapping, and what is mapped.
+    pub(crate) fn parts(&self) -> (&Mapping, &Memory) {
+        let holding = self.holding();
+        (&holding.mapping, &holding.memory)
+    }
+
+    /// Its memory file, if it is one.
+    pub(crate) fn memfd(&self) -> Option<&Memfd> {
+        self.holding().memory.memfd()
+    }
+
+    fn holding(&self) -> &Holding {
+        self.holding.as_ref().expect("the memory is taken out by the drop alone")
     }
 }
 

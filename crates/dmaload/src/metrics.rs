@@ -97,6 +97,8 @@ impl Histogram {
 #[derive(Debug, Default)]
 pub(crate) struct ReadCounters {
     pub(crate) in_flight: AtomicU64,
+    /// What a panic of the ring thread has leaked.
+    pub(crate) leaked_bytes: AtomicU64,
     pub(crate) before_kernel: Histogram,
     pub(crate) in_kernel: Histogram,
 }

@@ -1,13 +1,13 @@
 //! Looking at the bytes of a load as they land: checksums, verification.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
 
 use crate::error::Result;
+use crate::foreign::{self, Foreign};
 use crate::settings::Format;
 
 /// Sees every byte of a load before anybody is shown it; see [`crate::LoadOptions::observer`].
@@ -19,6 +19,8 @@ use crate::settings::Format;
 /// Bytes are looked at in the memory of their segment, or, on a heap that the CPU reads without its caches
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they came in. Reading goes on meanwhile, and waits when the
 /// observer is slower: what it has not seen counts as not filled.
+///
+/// One that panics fails its load with [`crate::Error::Panicked`]; no other load notices.
 pub trait Observer: Send + Sync + 'static {
     /// The next bytes: of file number `file_index` (in the order given to the load), from `offset` on.
     ///
@@ -56,6 +58,9 @@ impl<T: Into<String>> From<T> for Rejection {
 
 /// Knows what the files of loads are to be; see [`crate::LoadOptions::verify`]. Manifests and checksums do, with the feature
 /// `verify` (module `verify`).
+///
+/// All calls come from threads of the loader's own, once for each load. One that panics fails its load with
+/// [`crate::Error::Panicked`]; no other load notices.
 pub trait Verify: Send + Sync + 'static {
     /// A load of these files, with their lengths, has been planned; gives what is to see their bytes.
     ///
@@ -69,11 +74,32 @@ pub trait Verify: Send + Sync + 'static {
 
 /// An observer as an option. Two are equal when they are the same one.
 #[derive(Clone)]
-pub(crate) struct ObserverOption(pub(crate) Arc<dyn Observer>);
+pub(crate) struct ObserverOption(pub(crate) Foreign<Arc<dyn Observer>>);
+
+impl ObserverOption {
+    pub(crate) fn new(observer: Arc<dyn Observer>) -> Self {
+        ObserverOption(Foreign::new(observer))
+    }
+}
 
 /// The same of what knows what files are to be.
 #[derive(Clone)]
-pub(crate) struct VerifyOption(pub(crate) Arc<dyn Verify>);
+pub(crate) struct VerifyOption(pub(crate) Foreign<Arc<dyn Verify>>);
+
+/// How errors name a verifier, and what it has begun.
+pub(crate) const VERIFIER: &str = "the verifier";
+/// How errors name an observer.
+pub(crate) const OBSERVER: &str = "the observer";
+
+/// Why bytes that were looked at may not be shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Rejected(Rejection),
+    /// The code that looked panicked.
+    Panicked { code: &'static str, message: String },
+    /// No thread could be started for it, and the ring thread runs none of the caller's code.
+    NoThread,
+}
 
 impl fmt::Debug for VerifyOption {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -109,37 +135,52 @@ pub(crate) struct Watch {
     /// Made when the lengths of the files are known.
     verifier: OnceLock<ObserverOption>,
     observer: Option<ObserverOption>,
-    rejected: Mutex<Option<Rejection>>,
+    verdict: Mutex<Option<Verdict>>,
 }
 
 impl Watch {
     pub(crate) fn new(observer: Option<ObserverOption>) -> Self {
-        Watch { verifier: OnceLock::new(), observer, rejected: Mutex::new(None) }
+        Watch { verifier: OnceLock::new(), observer, verdict: Mutex::new(None) }
     }
 
     /// Has bytes verified by this, before any were looked at.
     pub(crate) fn verify_by(&self, verifier: Arc<dyn Observer>) {
-        let set = self.verifier.set(ObserverOption(verifier));
-        debug_assert!(set.is_ok(), "a load is planned once");
+        let set = self.verifier.set(ObserverOption::new(verifier));
+        assert!(set.is_ok(), "a load is planned once");
     }
 
     /// Shows them some bytes.
     ///
     /// # Errors
-    /// EBADMSG when one rejects them; [`Self::rejection`] has its words.
+    /// EBADMSG when one rejects them; [`Self::verdict`] says why.
     pub(crate) fn look(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        self.verifier.get().into_iter().chain(&self.observer).try_for_each(|observer| {
-            let seen = catch_unwind(AssertUnwindSafe(|| observer.0.bytes(file_index, offset, bytes)));
-            seen.unwrap_or_else(|_| Err("the observer panicked".into())).map_err(|rejection| {
-                *self.rejected.lock().unwrap_or_else(PoisonError::into_inner) = Some(rejection);
-                Errno::BADMSG
-            })
+        let verifier = self.verifier.get().map(|verifier| (VERIFIER, verifier));
+        let observer = self.observer.as_ref().map(|observer| (OBSERVER, observer));
+        verifier.into_iter().chain(observer).try_for_each(|(code, observer)| {
+            let seen = foreign::call(|| observer.0.bytes(file_index, offset, bytes));
+            let verdict = match seen {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(rejection)) => Verdict::Rejected(rejection),
+                Err(message) => Verdict::Panicked { code, message },
+            };
+            Err(self.refuse(verdict))
         })
     }
 
+    /// Rejects bytes because no thread could be started to look at them; gives the error of [`Self::look`].
+    pub(crate) fn no_thread(&self) -> Errno {
+        self.refuse(Verdict::NoThread)
+    }
+
+    fn refuse(&self, verdict: Verdict) -> Errno {
+        *self.verdict.lock().unwrap_or_else(PoisonError::into_inner) = Some(verdict);
+        Errno::BADMSG
+    }
+
     /// Why bytes were rejected.
-    pub(crate) fn rejection(&self) -> Rejection {
-        self.rejected.lock().unwrap_or_else(PoisonError::into_inner).clone().unwrap_or_else(|| "for no reason".into())
+    pub(crate) fn verdict(&self) -> Verdict {
+        let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        verdict.expect("a look that fails leaves its verdict first")
     }
 }
 

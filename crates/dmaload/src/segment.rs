@@ -189,7 +189,7 @@ impl Segment {
     /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is refused (Linux before 5.1).
     pub fn memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
-        let memfd = self.0.backing.parts().and_then(|(_, memory)| memory.memfd());
+        let memfd = self.0.backing.memfd();
         let memfd = memfd.ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "memfd" })?;
         let bytes = self.len() as u64;
         let failed = |refusal| Error::Memory { heap: heap(), refusal, loaded_bytes: bytes, planned_bytes: bytes };

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::loader::LoaderBuilder;
+use crate::foreign::Foreign;
 use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::plan::Layout;
 use crate::ring::StagingBudget;
@@ -296,7 +297,7 @@ impl LoadOptions {
     /// Bytes are looked at as by an [observer](Self::observer), before it.
     #[must_use]
     pub fn verify(mut self, expected: impl Verify) -> Self {
-        self.verify = Some(VerifyOption(Arc::new(expected)));
+        self.verify = Some(VerifyOption(Foreign::new(Arc::new(expected))));
         self
     }
 
@@ -306,7 +307,7 @@ impl LoadOptions {
     /// the load takes the route [`Route::Bounce`], and a strict load must have asked for it.
     #[must_use]
     pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
-        self.observer = Some(ObserverOption(observer));
+        self.observer = Some(ObserverOption::new(observer));
         self
     }
 

@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{Mapping, Memory, Populated};
-use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
+use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, Image, Loader, Route};
 
 const SEGMENT: usize = 2 << 20;
@@ -37,23 +36,21 @@ impl Gate {
     }
 }
 
-impl Heap for GatedHeap {
-    fn name(&self) -> Cow<'_, str> {
-        "gated".into()
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
+impl HeapHooks for GatedHeap {
+    fn before_allocate(&self, _bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
         if self.0.calls.fetch_add(1, Ordering::Relaxed) == SEGMENTS - 1 {
             let mut open = self.0.open.lock().unwrap();
             while !*open {
                 open = self.0.changed.wait(open).unwrap();
             }
         }
-        MemfdHeap::default().allocate(bytes)
+        Ok(())
     }
+}
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
-        MemfdHeap::default().populate(mapping, memory, part)
+impl GatedHeap {
+    fn around_memfds(&self) -> Hooked<MemfdHeap, Self> {
+        Hooked::new(MemfdHeap::default(), self.clone())
     }
 }
 
@@ -65,7 +62,7 @@ async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Res
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
     let loader =
-        Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64).route(route).build().unwrap();
+        Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64).route(route).build().unwrap();
     let mut load = loader.load(&path);
     load.next().await.expect("the first segment needs no last one").unwrap();
     change(&path);
@@ -104,36 +101,6 @@ async fn a_model_that_grows_was_rewritten_and_fails() {
     let longer = |path: &Path| fs::write(path, random_bytes(bytes.len() + 1, 24)).unwrap();
     let error = load_and(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();
     assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{error}");
-}
-
-#[tokio::test]
-async fn a_heap_that_keeps_a_descriptor_cannot_write_to_a_finished_segment() {
-    /// Keeps what it should not.
-    #[derive(Debug, Clone, Default)]
-    struct KeepingHeap(Arc<Mutex<Vec<std::os::fd::OwnedFd>>>);
-    impl Heap for KeepingHeap {
-        fn name(&self) -> Cow<'_, str> {
-            "keeping".into()
-        }
-        fn allocate(&self, bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
-            use std::os::fd::AsFd;
-            let memory = MemfdHeap::default().allocate(bytes)?;
-            let kept = memory.memfd().map(|memfd| memfd.as_fd().try_clone_to_owned().unwrap());
-            self.0.lock().unwrap().extend(kept);
-            Ok(memory)
-        }
-        fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
-            MemfdHeap::default().populate(mapping, memory, part)
-        }
-    }
-    let folder = folder();
-    let path = file(folder.path(), "model.bin", &model());
-    let heap = KeepingHeap::default();
-    let image = Loader::builder().heap(heap.clone()).build().unwrap().load(&path).await.unwrap();
-    for kept in heap.0.lock().unwrap().iter() {
-        assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(rustix::io::Errno::PERM));
-    }
-    assert_same(&image.files()[0].bytes().unwrap(), &model(), "the image");
 }
 
 #[tokio::test]
@@ -181,7 +148,7 @@ async fn the_last_segment_is_withheld_from_a_stream_when_the_file_has_changed() 
     let path = file(folder.path(), "model.bin", &model());
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader = Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
+    let loader = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
     let mut segments = loader.stream(&path);
     segments.next().await.unwrap().unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
@@ -218,19 +185,17 @@ impl FailingHeap {
     }
 }
 
-impl Heap for FailingHeap {
-    fn name(&self) -> Cow<'_, str> {
-        "failing".into()
+impl HeapHooks for FailingHeap {
+    fn name(&self) -> Option<Cow<'_, str>> {
+        Some("failing".into())
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
-        Self::count(&self.allocations, "allocate memory", bytes)?;
-        AnonHeap::default().allocate(bytes)
+    fn before_allocate(&self, bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+        Self::count(&self.allocations, "allocate memory", bytes)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
-        Self::count(&self.populations, "populate memory", part.len())?;
-        AnonHeap::default().populate(mapping, memory, part)
+    fn before_populate(&self, _mapped: Range<usize>, part: Range<usize>) -> Result<(), dmaload::dmabuf::Error> {
+        Self::count(&self.populations, "populate memory", part.len())
     }
 }
 
@@ -240,7 +205,7 @@ async fn a_heap_that_runs_out_half_way_fails_the_load_and_not_the_loader() {
     let path = file(folder.path(), "model.bin", &model());
     for (allocations, populations, operation) in [(2, usize::MAX, "allocate memory"), (usize::MAX, 2, "populate memory")] {
         let heap = FailingHeap::new(allocations, populations);
-        let loader = Loader::builder().heap(heap).segment_bytes(SEGMENT as u64).build().unwrap();
+        let loader = Loader::builder().heap(Hooked::new(AnonHeap::default(), heap)).segment_bytes(SEGMENT as u64).build().unwrap();
         let error = loader.load(&path).await.unwrap_err();
         let told = error.to_string();
         assert!(told.contains("failing") && told.contains(operation) && told.contains("ENOMEM"), "{told}");
@@ -248,36 +213,6 @@ async fn a_heap_that_runs_out_half_way_fails_the_load_and_not_the_loader() {
         let image = loader.load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &model(), "the load after the failure");
     }
-}
-
-/// A heap whose author has made a mistake.
-#[derive(Debug)]
-struct PanickingHeap;
-
-impl Heap for PanickingHeap {
-    fn name(&self) -> Cow<'_, str> {
-        "panicking".into()
-    }
-
-    fn allocate(&self, _bytes: usize) -> Result<Memory, dmaload::dmabuf::Error> {
-        panic!("a mistake")
-    }
-
-    fn populate(&self, _: &Mapping, _: &Memory, _: Range<usize>) -> Result<Populated, dmaload::dmabuf::Error> {
-        unreachable!()
-    }
-}
-
-#[tokio::test]
-async fn a_heap_that_panics_fails_its_loads_and_hangs_none() {
-    let folder = folder();
-    let path = file(folder.path(), "model.bin", &model());
-    let loader = Loader::builder().heap(PanickingHeap).build().unwrap();
-    for _ in 0..5 {
-        let error = loader.load(&path).await.unwrap_err();
-        assert_eq!(error, Error::HeapPanicked { heap: "panicking".to_owned() });
-    }
-    loader.shutdown().await.unwrap();
 }
 
 #[tokio::test]
@@ -297,7 +232,7 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();
-    let builder = Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64);
+    let builder = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64);
     let loader = builder.shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
     let mut load = loader.load(&path);
     let segment = load.next().await.expect("the first segment needs no last one").unwrap();
@@ -370,7 +305,7 @@ async fn a_rewrite_of_a_small_model_is_told_as_one_and_not_as_damage() {
         fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         let heap = GatedHeap::default();
         heap.0.calls.store(SEGMENTS - 1, Ordering::Relaxed);
-        let loader = Loader::builder().heap(heap.clone()).allocator_threads(1).build().unwrap();
+        let loader = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).build().unwrap();
         let load = loader.load(&path);
         while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;

@@ -3,13 +3,10 @@
 mod common;
 
 use std::borrow::Cow;
-use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-use dmaload::heap::{AnonHeap, Heap, MemfdHeap, SizeLimit};
+use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap, SizeLimit};
 use dmaload::{Error, Layout, Loader, Route};
 
 const SEGMENT: usize = 2 << 20;
@@ -230,28 +227,20 @@ fn everything_can_be_sent_to_another_thread() {
 #[tokio::test]
 async fn a_load_whose_planning_panics_keeps_no_place() {
     #[derive(Debug)]
-    struct Panics(Arc<dyn Heap>, AtomicUsize);
-    impl Heap for Panics {
-        fn name(&self) -> Cow<'_, str> {
-            "panicking".into()
+    struct Panics(AtomicUsize);
+    impl HeapHooks for Panics {
+        fn name(&self) -> Option<Cow<'_, str>> {
+            Some("panicking".into())
         }
 
-        fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
-            self.0.allocate(bytes)
-        }
-
-        fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
-            self.0.populate(mapping, memory, part)
-        }
-
-        fn size_limit(&self) -> Option<SizeLimit> {
-            assert!(self.1.fetch_add(1, Ordering::Relaxed) >= 3, "as a caller's own code may");
-            None
+        fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
+            assert!(self.0.fetch_add(1, Ordering::Relaxed) >= 3, "as a caller's own code may");
+            of_the_heap
         }
     }
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(5_000_000, 1));
-    let heap = Panics(Arc::new(AnonHeap::default()), AtomicUsize::new(0));
+    let heap = Hooked::new(AnonHeap::default(), Panics(AtomicUsize::new(0)));
     let loader = Loader::builder().max_open_loads(1).heap(heap).build().unwrap();
     let load = async || {
         let load = loader.load(&path).into_future();
@@ -259,27 +248,8 @@ async fn a_load_whose_planning_panics_keeps_no_place() {
     };
     for _ in 0..3 {
         let failed = load().await;
-        assert!(matches!(failed, Err(Error::HeapPanicked { .. })), "{failed:?}");
+        let text = failed.unwrap_err().to_string();
+        assert_eq!(text, "heap panicking panicked: as a caller's own code may");
     }
     assert_eq!(load().await.unwrap().report().bytes, 5_000_000);
-}
-
-#[tokio::test]
-async fn what_verifies_may_panic_and_is_named() {
-    #[derive(Debug)]
-    struct Panics;
-    impl dmaload::Verify for Panics {
-        fn begin(&self, _: &[(&std::path::Path, u64)], _: dmaload::Format) -> dmaload::Result<Arc<dyn dmaload::Observer>> {
-            panic!("as a caller's own code may");
-        }
-
-        fn describe(&self) -> String {
-            "nothing".to_owned()
-        }
-    }
-    let folder = folder();
-    let path = file(folder.path(), "model.bin", &random_bytes(5000, 1));
-    let loader = Loader::builder().build().unwrap();
-    let failed = loader.load_with([&path], loader.options().verify(Panics)).await.unwrap_err();
-    assert_eq!(failed.to_string(), "what is to verify the load panicked");
 }

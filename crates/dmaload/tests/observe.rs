@@ -3,15 +3,14 @@
 
 mod common;
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-use dmaload::heap::{Heap, MemfdHeap};
+use dmaload::dmabuf;
+use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
@@ -29,23 +28,20 @@ impl SpiedHeap {
     }
 }
 
-impl Heap for SpiedHeap {
-    fn name(&self) -> Cow<'_, str> {
-        "spied".into()
+impl HeapHooks for SpiedHeap {
+    fn before_populate(&self, mapped: Range<usize>, _part: Range<usize>) -> Result<(), dmabuf::Error> {
+        self.mapped.lock().unwrap().push(mapped);
+        Ok(())
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
-        MemfdHeap::default().allocate(bytes)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
-        let start = mapping.address().addr().get();
-        self.mapped.lock().unwrap().push(start..start + mapping.bytes());
-        MemfdHeap::default().populate(mapping, memory, part)
-    }
-
-    fn is_uncached(&self) -> bool {
+    fn is_uncached(&self, _of_the_heap: bool) -> bool {
         self.uncached
+    }
+}
+
+impl SpiedHeap {
+    fn around_memfds(&self) -> Hooked<MemfdHeap, Self> {
+        Hooked::new(MemfdHeap::default(), self.clone())
     }
 }
 
@@ -82,7 +78,7 @@ impl Observer for Recorder {
 }
 
 fn loader(heap: &SpiedHeap) -> Loader {
-    Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap()
+    Loader::builder().heap(heap.around_memfds()).segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap()
 }
 
 #[tokio::test]
@@ -166,10 +162,15 @@ async fn what_is_rejected_fails_the_load_with_the_reason_and_its_place() {
                     Err(error) => break error,
                 }
             };
-            let Error::Rejected { offset, bytes, reason, .. } = &error else { panic!("{error}") };
-            assert!((*offset..offset + bytes).contains(&at), "{error}");
-            let expected = if panics { "the observer panicked".to_owned() } else { format!("byte {at} is wrong") };
-            assert_eq!(*reason, expected);
+            if panics {
+                let text = error.to_string();
+                assert!(text.starts_with("the observer panicked: a defect of the observer's ("), "{text}");
+                assert!(text.contains("rejected.bin") && text.contains("at offset"), "{text}");
+            } else {
+                let Error::Rejected { offset, bytes, reason, .. } = &error else { panic!("{error}") };
+                assert!((*offset..offset + bytes).contains(&at), "{error}");
+                assert_eq!(*reason, format!("byte {at} is wrong"));
+            }
             // The loader goes on.
             loader.load(&path).await.unwrap();
         }

@@ -6,13 +6,12 @@
 
 mod common;
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-use dmaload::heap::{Heap, MemfdHeap};
+use dmaload::dmabuf;
+use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Attempt, Error, Loader, Route};
 use rustix::io::Errno;
 
@@ -30,20 +29,11 @@ impl Gated {
     }
 }
 
-impl Heap for Gated {
-    fn name(&self) -> Cow<'_, str> {
-        "gated".into()
-    }
-
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+impl HeapHooks for Gated {
+    fn before_allocate(&self, _bytes: usize) -> Result<(), dmabuf::Error> {
         let mut given = self.0.1.wait_while(self.0.0.lock().unwrap(), |given| *given == 3).unwrap();
         *given += 1;
-        drop(given);
-        MemfdHeap::default().allocate(bytes)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
-        MemfdHeap::default().populate(mapping, memory, part)
+        Ok(())
     }
 }
 
@@ -70,7 +60,7 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
     let bytes = random_bytes(6 * SEGMENT + 777, 1);
     let path = file(folder.path(), "model.bin", &bytes);
     let heap = Gated::default();
-    let loader = Loader::builder().heap(heap.clone()).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
+    let loader = Loader::builder().heap(Hooked::new(MemfdHeap::default(), heap.clone())).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
     let mut loads = [loader.load(&path), loader.load(&path)];
     // Both have begun: each has a segment before the gate.
     for load in &mut loads {

@@ -1,13 +1,14 @@
 //! The second job of a load, again and again: memory for a batch, ahead of its reads.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dmabuf::{Access, Populated};
 
 use super::allowance::{Grant, grant};
 use super::open::{Chosen, route_for, staged_by};
-use super::{Advance, Engine, Permit};
+use super::{Advance, Engine, HeapCode, Permit};
+use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
@@ -24,17 +25,32 @@ const FREEING_TIME: Duration = Duration::from_secs(10);
 impl Engine {
     /// Allocates and populates a batch, opens its files, and hands its pieces to the ring thread. The permit comes back by
     /// itself, whatever happens.
-    pub(super) fn allocate(&self, load: &LoadShared, number: usize, permit: Permit, advance: Advance) {
+    pub(super) fn allocate(
+        &self,
+        load: &Arc<LoadShared>,
+        heap: &HeapCode,
+        number: usize,
+        permit: Permit,
+        advance: Advance,
+    ) {
+        // The load is over.
         let Some(allocation) = load.allocation(number) else { return };
-        if let Err(error) = self.fill_in(load, &allocation, permit, advance) {
+        if let Err(error) = self.fill_in(load, heap, &allocation, permit, advance) {
             self.fail(load, error);
         }
     }
 
-    fn fill_in(&self, load: &LoadShared, allocation: &Allocation, mut permit: Permit, advance: Advance) -> Result<()> {
+    fn fill_in(
+        &self,
+        load: &LoadShared,
+        heap: &HeapCode,
+        allocation: &Allocation,
+        mut permit: Permit,
+        advance: Advance,
+    ) -> Result<()> {
         let start = Instant::now();
         load.begin_allocating();
-        let populated = self.populate(load, allocation);
+        let populated = self.populate(load, heap, allocation);
         let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
         load.end_allocating(allocation, start, told);
         let (backing, _) = populated?;
@@ -62,51 +78,69 @@ impl Engine {
         Ok(())
     }
 
-    fn populate(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
+    fn populate(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
         let batch = &allocation.batch;
         let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
         // Held until the memory is there.
-        let (backing, _grant) = self.backing(load, allocation)?;
-        let populated = match backing.parts() {
-            Some((mapping, _)) if backing.is_reused() => {
-                let start = mapping.address().addr().get();
-                Populated { pages: dmabuf::count_pages(start + part.start..start + part.end), refused: None }
-            }
-            Some((mapping, memory)) => self.heap.populate(mapping, memory, part).map_err(|error| load.memory_error(error))?,
-            None => Populated::default(),
+        let (backing, _grant) = self.backing(load, heap, allocation)?;
+        let (mapping, memory) = backing.parts();
+        let populated = if backing.is_reused() {
+            let start = mapping.address().addr().get();
+            Populated { pages: dmabuf::count_pages(start + part.start..start + part.end), refused: None }
+        } else {
+            let populated = heap.call(load.heap(), |heap| heap.populate(mapping, memory, part))?;
+            populated.map_err(|error| load.memory_error(error))?
         };
         Ok((backing, populated))
     }
 
     /// The batch's memory: there already, from the pool, or allocated now; with the right to take what is to be taken for this
     /// batch.
-    fn backing(&self, load: &LoadShared, allocation: &Allocation) -> Result<(Arc<Backing>, Option<Grant>)> {
+    fn backing(
+        &self,
+        load: &LoadShared,
+        heap: &HeapCode,
+        allocation: &Allocation,
+    ) -> Result<(Arc<Backing>, Option<Grant>)> {
+        let mut made = None;
+        let backing = allocation.memory.get_or_make(|| {
+            let (backing, grant) = self.new_backing(load, heap, allocation)?;
+            made = Some(grant);
+            Ok::<_, Error>(Arc::new(backing))
+        })?;
+        let grant = match made {
+            Some(grant) => grant,
+            // An earlier batch has made it.
+            None if backing.is_reused() || self.facts.allocates_at_once => None,
+            None => Some(self.grant(allocation.batch.bytes)?),
+        };
+        Ok((backing, grant))
+    }
+
+    fn new_backing(
+        &self,
+        load: &LoadShared,
+        heap: &HeapCode,
+        allocation: &Allocation,
+    ) -> Result<(Backing, Option<Grant>)> {
         let refused = |error| load.memory_error(error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
-        let mut cell = allocation.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(backing) = &*cell {
-            let backing = Arc::clone(backing);
-            drop(cell);
-            let is_there = backing.is_reused() || self.facts.allocates_at_once;
-            let grant = if is_there { None } else { Some(self.grant(allocation.batch.bytes)?) };
-            return Ok((backing, grant));
-        }
         let kept = self.reaper.reuse(bytes);
         if let Some(backing) = kept.and_then(|kept| Backing::reused(*kept, &allocation.range, at, &self.reaper)) {
-            return Ok((Arc::clone(cell.insert(Arc::new(backing))), None));
+            return Ok((backing, None));
         }
         let taken = if self.facts.allocates_at_once { allocation.memory_bytes } else { allocation.batch.bytes };
         let grant = self.grant(taken)?;
-        let memory = self.heap.allocate(bytes).map_err(refused)?;
+        let memory = heap.call(load.heap(), |heap| heap.allocate(bytes))?.map_err(refused)?;
         if let Some(dma_buf) = memory.dma_buf() {
             if !self.facts.exports {
-                return Err(Error::Config(format!("the heap {} gives dma-bufs, and its `exports` denies it", self.heap.name())));
+                return Err(Error::Config(format!("the heap {} gives dma-bufs, and its `exports` denies it", load.heap())));
             }
             // Ended when the segment is exported. One that never is closes with the access open, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
-        Ok((Arc::clone(cell.insert(Arc::new(Backing::new(mapping, memory, self.reaper.clone())))), Some(grant)))
+        Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 
     /// Refuses a load that could not be held at once.
@@ -136,34 +170,26 @@ impl Engine {
 
     fn out_of_memory(&self, wanted_bytes: u64, seen: Headroom) -> Error {
         let Headroom { available_bytes, limit } = seen;
-        Error::OutOfMemory { heap: self.heap.name().into_owned(), wanted_bytes, available_bytes, limit }
+        Error::OutOfMemory { heap: self.facts.name.to_string(), wanted_bytes, available_bytes, limit }
     }
 }
 
 /// The file, opened if it is not, and the route to read it by; it must be what was planned.
 fn opened(load: &LoadShared, part: &Part) -> Result<(Arc<OpenFile>, Route)> {
-    let mut cell = part.file.lock().unwrap_or_else(PoisonError::into_inner);
-    let file = match &*cell {
-        Some(file) => Arc::clone(file),
-        None => {
-            let file = OpenFile::open(&part.path)?;
-            file.check_unchanged(&part.identity)?;
-            // What became of a large one was decided when the load was planned.
-            let cache = if part.small { load.options.cache } else { Cache::Bypass };
-            let (index, offset) = (part.file_index, part.piece.file_offset);
-            let Chosen { route, cached, fallback } = route_for(&file, index, offset, load, part.route, cache)?;
-            if let Some(fallback) = fallback {
-                load.stepped_down(fallback);
-            }
-            load.file_opened(index, route, cached);
-            Arc::clone(cell.insert(file))
+    // Without a lock: a server may never answer, and what is told of a step down is told here.
+    let file = part.file.get_or_make(|| {
+        let file = OpenFile::open(&part.path)?;
+        file.check_unchanged(&part.identity)?;
+        // What became of a large one was decided when the load was planned.
+        let cache = if part.small { load.options.cache } else { Cache::Bypass };
+        let (index, offset) = (part.file_index, part.piece.file_offset);
+        let Chosen { route, cached, fallback } = route_for(&file, index, offset, load, part.route, cache)?;
+        if let Some(fallback) = fallback {
+            load.stepped_down(fallback);
         }
-    };
-    drop(cell);
+        load.file_opened(index, route, cached);
+        Ok::<_, Error>(file)
+    })?;
     let route = if file.direct_refused().is_some() { Route::Buffered } else { load.route_of(part.file_index) };
     Ok((file, route))
-}
-
-fn to_usize(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
 }

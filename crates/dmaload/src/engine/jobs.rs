@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 
+use crate::foreign;
 use crate::load::Follows;
 use crate::ring::LoadId;
 use crate::schedule::{Demand, Job, Need, Scheduler};
@@ -123,15 +124,16 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// Nothing more is to be scheduled for this load.
-    pub(super) fn forget(&self, id: LoadId) {
+    /// Nothing more is to be scheduled for this load, which is given back.
+    #[must_use = "dropping it may close files and run the caller's code: see `bury`"]
+    pub(super) fn forget(&self, id: LoadId) -> Option<T> {
         let mut schedule = self.schedule();
         schedule.scheduler.forget(&id);
         let load = schedule.loads.remove(&id);
         drop(schedule);
-        drop(load);
         // The batch that it waited with may have kept others waiting.
         self.changed.notify_one();
+        load
     }
 
     /// A worker is to drop this: files and addresses of loads are not the caller's to close and unmap.
@@ -149,6 +151,12 @@ impl<T: Clone> Jobs<T> {
         let mut schedule = self.schedule();
         schedule.refusing = true;
         schedule.loads.values().cloned().collect()
+    }
+
+    /// Drops what was left to workers that have ended.
+    pub(super) fn drop_buried(&self) {
+        let buried = std::mem::take(&mut self.schedule().buried);
+        buried.into_iter().for_each(foreign::discard);
     }
 
     /// No more jobs. A worker drops this, as [`Self::bury`] says, before all of them end; they stay until [`Self::finish`], for
@@ -200,7 +208,7 @@ impl<T: Clone> Jobs<T> {
             let buried = std::mem::take(&mut schedule.buried);
             if !buried.is_empty() {
                 drop(schedule);
-                drop(buried);
+                buried.into_iter().for_each(foreign::discard);
                 schedule = self.schedule();
                 continue;
             }
@@ -316,7 +324,7 @@ mod tests {
             };
             let forgetting = {
                 let jobs = Arc::clone(&jobs);
-                spawn(move || jobs.forget(first))
+                spawn(move || drop(jobs.forget(first)))
             };
             jobs.give_back(first, need);
             forgetting.join().unwrap();
@@ -338,7 +346,7 @@ mod tests {
                 let jobs = Arc::clone(&jobs);
                 spawn(move || jobs.next().map(|(job, _)| *job.load()))
             };
-            jobs.forget(large);
+            drop(jobs.forget(large));
             assert_eq!(waiting.join().unwrap(), Some(small));
         });
     }

@@ -4,45 +4,51 @@
 //!   workers (allocator threads)   open and plan ──► allocate and populate ──► check at the end
 //!        │ jobs from the scheduler, permits from its window          ▲
 //!        ▼                                                           │
-//!   ring thread                   pieces in ──► reads ──► pieces full ┘ ──► segments to the loads
+//!   ring thread                   pieces in ──► reads ──► pieces full ┘ ──► teller ──► segments to the loads
 //! ```
 //!
 //! Locks: a load's may be held when the schedule's is taken (memory that it drops gives its charge back), never the other way round.
+//!
+//! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and what drops these) runs
+//! without any of our locks, on workers, on the observers' threads and on the teller, never on the ring thread.
+//! A panic of it is caught where it is called (see [`crate::foreign`]).
 
 mod allocate;
 mod allowance;
 mod expand;
 mod jobs;
 mod open;
+mod teller;
 
 pub(crate) use expand::files as model_files;
 use jobs::Jobs;
+use teller::Message;
 use open::find_header;
 pub(crate) use open::read_header;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dmabuf::Memory;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::charge::Ledger;
 use crate::error::{Error, Result};
-use crate::heap::Heap;
-use crate::load::{HeapFacts, LoadShared, Segments};
+use crate::foreign::{self, Foreign};
+use crate::heap::{self, Heap};
+use crate::load::{Handover, HeapFacts, LoadShared, Segments};
 use crate::memory::{Backing, PieceBuffer};
 use crate::metrics::{LoadCounters, Metrics};
 use crate::plan::BATCH_FILES;
 use crate::pressure;
 use crate::reaper::Reaper;
-use crate::ring::{Events, Failure, LoadId, Retried, RingThread, Span, Times};
-use crate::route::{Fallback, Route};
+use crate::ring::{Events, LoadId, Output, RingThread};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 use crate::source::Input;
@@ -51,20 +57,60 @@ use crate::source::OpenFile;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Engine {
+    /// Without the options of loads that choose none: what verifies or observes these is the caller's code, and an
+    /// engine may be dropped by any thread.
     settings: Settings,
-    heap: Arc<dyn Heap>,
     facts: HeapFacts,
     /// When the ring thread's clock began.
     epoch: Instant,
     reaper: Reaper,
     ring: RingThread<PieceBuffer<Permit>>,
+    mailbox: Arc<teller::Mailbox>,
+    /// Why the ring thread has ended before its time.
+    broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
-    threads: Mutex<usize>,
-    thread_ended: Condvar,
+    threads: Arc<Threads>,
     leaked_bytes: AtomicU64,
     counters: Arc<LoadCounters>,
     /// Ends the watch over memory pressure, where there is one.
     unwatch: Option<OwnedFd>,
+}
+
+/// The threads that have not ended, but for the teller, which ends after them.
+#[derive(Debug, Default)]
+struct Threads {
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Threads {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more.
+    fn start(&self) {
+        *self.count() += 1;
+    }
+
+    /// One has ended, or was not started: with the last one the teller tells what is left to tell, and ends.
+    fn end(&self, mailbox: &teller::Mailbox) {
+        let left = {
+            let mut count = self.count();
+            *count = count.checked_sub(1).expect("each thread ends once");
+            *count
+        };
+        self.changed.notify_all();
+        if left == 0 {
+            mailbox.close();
+        }
+    }
+
+    /// Waits until all have ended, or the time is up; how many are left.
+    fn wait(&self, timeout: Duration) -> usize {
+        let waited = self.changed.wait_timeout_while(self.count(), timeout, |count| *count > 0);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
 }
 
 /// A permit of the window: gives what it is for back when it is dropped.
@@ -157,6 +203,23 @@ impl Leaked {
 #[derive(Debug)]
 pub(crate) struct Guard {
     engine: Arc<Engine>,
+    heap: HeapCode,
+    settings: Settings,
+}
+
+/// The heap, whose code may be the caller's. Held by workers and by what callers hold, so that no other thread drops it.
+#[derive(Debug, Clone)]
+pub(crate) struct HeapCode(Foreign<Arc<dyn Heap>>);
+
+impl HeapCode {
+    /// Calls it, without a lock.
+    ///
+    /// # Errors
+    /// [`Error::Panicked`].
+    pub(crate) fn call<T>(&self, name: &str, call: impl FnOnce(&dyn Heap) -> T) -> Result<T> {
+        let code = || format!("heap {name}");
+        foreign::call(|| call(&**self.0)).map_err(|message| Error::Panicked { code: code(), message })
+    }
 }
 
 impl Drop for Guard {
@@ -176,22 +239,27 @@ impl Guard {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
             Error::Start { operation: "no thread could be had", errno }
         };
-        let facts = HeapFacts {
-            name: heap.name().into(),
+        let heap = HeapCode(Foreign::new(heap));
+        let name: Arc<str> = heap.call("of the loader", |heap| heap.name().into())?;
+        let facts = heap.call(&name, |heap| HeapFacts {
+            name: Arc::clone(&name),
             notes: notes.into(),
             exports: heap.exports(),
             allocates_at_once: heap.allocates_at_once(),
             uncached: heap.is_uncached(),
-        };
+            own: heap::is_own(heap),
+        })?;
+        let all_settings = settings.clone();
+        let settings = Settings { load: LoadOptions { verify: None, observer: None, ..settings.load }, ..settings };
         let engine = Arc::new(Engine {
-            heap,
             facts,
+            mailbox: Arc::default(),
+            broken: OnceLock::new(),
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
             jobs: Jobs::new(settings.window_bytes, settings.memory_limit_bytes, open_files(), settings.max_open_loads),
-            threads: Mutex::new(0),
-            thread_ended: Condvar::new(),
+            threads: Arc::default(),
             leaked_bytes: AtomicU64::new(0),
             counters: Arc::default(),
             // The pool can do without it.
@@ -200,7 +268,9 @@ impl Guard {
         });
         engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
         // From here on whatever fails ends the threads that were started: the guard is dropped.
-        let guard = Arc::new(Guard { engine: Arc::clone(&engine) });
+        let guard = Arc::new(Guard { engine: Arc::clone(&engine), heap: heap.clone(), settings: all_settings });
+        let own = Arc::clone(&engine);
+        thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.tell()).map_err(no_thread)?;
         engine
             .counted(|| {
                 let Settings { queue_depth, .. } = engine.settings;
@@ -211,9 +281,9 @@ impl Guard {
             engine.watch_pressure();
         }
         for number in 0..engine.settings.allocator_threads.max(1) {
-            let own = Arc::clone(&engine);
+            let (own, heap) = (Arc::clone(&engine), heap.clone());
             let builder = thread::Builder::new().name(format!("dmaload-alloc-{number}"));
-            engine.counted(|| builder.spawn(move || own.work()).map(|_| ())).map_err(no_thread)?;
+            engine.counted(|| builder.spawn(move || own.work(heap)).map(|_| ())).map_err(no_thread)?;
         }
         Ok(guard)
     }
@@ -241,11 +311,11 @@ impl Guard {
     }
 
     pub(crate) fn heap(&self) -> &dyn Heap {
-        &*self.engine.heap
+        &**self.heap.0
     }
 
     pub(crate) fn settings(&self) -> &Settings {
-        &self.engine.settings
+        &self.settings
     }
 
     /// Starts a load. `keep` tells whether all of it will be in memory at once.
@@ -256,8 +326,10 @@ impl Guard {
         let id = engine.jobs.next_id();
         let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), sender));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
-        if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or(Error::ShutDown)) {
-            drop(shared.fail(error));
+        if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end())) {
+            // It holds nothing yet, and nothing else knows of it: its consumer is told here.
+            let mut remains = vec![shared.fail(error)];
+            assert_eq!(shared.deliver(&mut remains), Handover::Over, "a load that has failed is over");
         }
         Segments::new(receiver, shared, Arc::clone(self))
     }
@@ -275,7 +347,9 @@ impl Guard {
         let engine = Arc::clone(&self.engine);
         engine.close();
         let body = move || {
-            let _ = done.send(engine.wait_for_threads());
+            let left = engine.wait_for_threads();
+            // Wakes the caller's task. A panic of its waker concerns nothing here.
+            foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
             // Without a thread to wait on, nobody would end what hangs; the receiver sees the sender dropped.
@@ -292,7 +366,7 @@ fn open_files() -> u64 {
 
 impl Engine {
     fn counted(&self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        *self.threads.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.threads.start();
         let started = start();
         if started.is_err() {
             self.thread_has_ended();
@@ -308,27 +382,32 @@ impl Engine {
             if let Some(stop) = &own.unwatch {
                 pressure::watch(&pressure, stop, || {
                     let freed = own.reaper.trim_pool(0);
-                    tracing::info!(freed, "memory is short: the pool is freed");
+                    foreign::emit(|| tracing::info!(freed, "memory is short: the pool is freed"));
                 });
             }
             own.thread_has_ended();
         };
         let started = self.counted(|| thread::Builder::new().name("dmaload-psi".to_owned()).spawn(body).map(|_| ()));
         if let Err(error) = started {
-            tracing::debug!(%error, "nobody watches memory pressure for the pool");
+            foreign::emit(|| tracing::debug!(%error, "memory pressure is not watched for the pool: no thread"));
         }
     }
 
     fn thread_has_ended(&self) {
-        *self.threads.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.thread_ended.notify_all();
+        self.threads.end(&self.mailbox);
+    }
+
+    /// Why there are no more loads.
+    fn end(&self) -> Error {
+        self.broken.get().cloned().unwrap_or(Error::ShutDown)
     }
 
     /// No new loads; those that run fail; the threads end when the last read has come back.
     fn close(&self) {
         let loads = self.jobs.refuse();
-        let remains: Vec<_> = loads.iter().map(|load| load.fail(Error::ShutDown)).collect();
+        let remains: Vec<_> = loads.iter().map(|load| load.fail(self.end())).collect();
         loads.iter().for_each(|load| self.abandon(load));
+        self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
         self.jobs.close((loads, remains));
         self.ring.close();
         if let Some(unwatch) = &self.unwatch {
@@ -339,78 +418,196 @@ impl Engine {
     }
 
     fn wait_for_threads(&self) -> Result<(), Leaked> {
-        let mut threads = self.wait_for(self.settings.shutdown_timeout);
+        let mut threads = self.threads.wait(self.settings.shutdown_timeout);
         if threads > 0 {
             self.ring.give_up();
             // The ring thread needs a moment to leave; a worker that hangs in the kernel is left alone.
-            threads = self.wait_for(Duration::from_secs(1));
+            threads = self.threads.wait(Duration::from_secs(1));
         }
         let mut held_bytes = 0;
         if threads > 0 && self.jobs.finish() {
             // The ring thread hangs itself, and keeps all that it has. The workers need not wait for it.
             held_bytes = self.jobs.window_taken_bytes();
-            threads = self.wait_for(Duration::from_millis(100));
+            threads = self.threads.wait(Duration::from_millis(100));
         }
+        self.mailbox.close();
+        // It may be in a waker, which is the caller's code.
+        threads += usize::from(!self.mailbox.wait_until_ended(Duration::from_secs(1)));
         match (self.leaked_bytes.load(Ordering::Acquire) + held_bytes, threads) {
             (0, 0) => Ok(()),
             (bytes, threads) => Err(Leaked { bytes, threads }),
         }
     }
 
-    /// Waits until all threads have ended, or the time is up; how many are left.
-    fn wait_for(&self, timeout: Duration) -> usize {
-        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        *self.thread_ended.wait_timeout_while(threads, timeout, |threads| *threads > 0).unwrap_or_else(PoisonError::into_inner).0
-    }
-
     fn abandon(&self, load: &LoadShared) {
         load.abandoned.store(true, Ordering::Release);
-        self.jobs.forget(load.id);
+        self.forget(load.id);
         self.ring.wake();
     }
 
+    /// Nothing more is to be scheduled for this load. A worker drops it: its files and addresses, and what observes it.
+    fn forget(&self, id: LoadId) {
+        if let Some(load) = self.jobs.forget(id) {
+            self.jobs.bury(load);
+        }
+    }
+
     /// Fails a load for good: its reads in flight are drained by the ring thread.
-    fn fail(&self, load: &LoadShared, error: Error) {
+    fn fail(&self, load: &Arc<LoadShared>, error: Error) {
         self.jobs.bury(load.fail(error));
         self.abandon(load);
+        self.tell_of(load);
+    }
+
+    /// Something has become complete, or failed: the teller sees what follows for the load's consumer.
+    fn tell_of(&self, load: &Arc<LoadShared>) {
+        self.mailbox.push([Message::Deliver(Arc::clone(load))]);
     }
 
     /// A worker thread.
-    fn work(self: &Arc<Self>) {
+    fn work(self: Arc<Self>, heap: HeapCode) {
         while let Some((job, load)) = self.jobs.next() {
             let is_open = matches!(job, Job::Open(_));
-            let done = catch_unwind(AssertUnwindSafe(|| match job {
-                Job::Open(_) => self.open(&load),
+            let done = foreign::call(|| match job {
+                Job::Open(_) => self.open(&load, &heap),
                 Job::Allocate(_, batch, need) => {
-                    let advance = Advance { engine: Arc::clone(self), load: load.id, bytes: need.held_bytes };
+                    let advance = Advance { engine: Arc::clone(&self), load: load.id, bytes: need.held_bytes };
                     let need = Need { held_bytes: 0, ..need };
-                    self.allocate(&load, batch, Permit { engine: Arc::clone(self), load: load.id, need }, advance);
+                    let permit = Permit { engine: Arc::clone(&self), load: load.id, need };
+                    self.allocate(&load, &heap, batch, permit, advance);
                 }
                 Job::MakeRoom(_, bytes) => {
                     self.reaper.trim_pool(self.reaper.pooled_bytes().saturating_sub(bytes));
                 }
                 Job::Check(_, file) => self.check(&load, file),
-                Job::Finish(_, memory) => self.finish(&load, memory),
-            }));
-            if done.is_err() {
-                // Only the heap's code is not ours. Whatever the job held was released by unwinding.
-                self.fail(&load, Error::HeapPanicked { heap: load.heap().to_owned() });
+                Job::Finish(_, memory) => self.finish(&load, &heap, memory),
+            });
+            if let Err(message) = done {
+                // Not a heap and not a verifier: these are caught where they are called. Whatever the job held was
+                // released by unwinding.
+                self.fail(&load, defect("a worker thread", message));
                 if is_open {
                     // Before it was announced to the ring, which would have ended it: its place is free.
                     self.jobs.end();
                 }
             }
+            foreign::discard(load);
         }
+        drop(heap);
         self.thread_has_ended();
     }
 
-    /// The file was read: it must be what it was, or nobody gets its last segment.
-    fn check(&self, load: &LoadShared, file: usize) {
+    /// The teller thread; see [`teller`].
+    fn tell(self: Arc<Self>) {
+        while let Some(messages) = self.mailbox.next() {
+            for message in messages {
+                self.handle(message);
+            }
+        }
+        // Workers have ended, all or all that can.
+        self.jobs.drop_buried();
+        self.mailbox.end();
+    }
+
+    fn handle(&self, message: Message) {
+        match message {
+            Message::Ring(output) => self.handle_output(output),
+            Message::Deliver(load) => {
+                self.deliver(&load);
+                self.let_go(load);
+            }
+            Message::RingBroke { errno, leaked_bytes } => foreign::emit(|| {
+                let errno = dmabuf::errno::describe(errno);
+                tracing::error!(errno, leaked_bytes, "io_uring broke down: memory that reads may still write to is leaked");
+            }),
+            Message::RingEnded { engine, panic } => {
+                if let Some(message) = panic {
+                    let error = defect("the ring thread", message);
+                    foreign::emit(|| tracing::error!(%error, "all loads fail"));
+                    assert!(self.broken.set(error).is_ok(), "the ring thread ends once");
+                }
+                // Reached with loads only after a panic or past a deadline: they must not wait for ever.
+                self.close();
+                // What was left to workers until now, they drop before they end.
+                self.jobs.finish();
+                // Not the last share of it: this thread has one.
+                drop(engine);
+            }
+        }
+    }
+
+    fn handle_output(&self, output: Output<()>) {
+        let id = output.load();
+        let is_gone = matches!(output, Output::Gone { .. });
+        // A load that has failed or was dropped is forgotten while the driver drains its reads.
+        if let Some(load) = self.jobs.load_of(id) {
+            if let Err(message) = foreign::call(|| self.note(&load, output)) {
+                self.fail(&load, defect("the teller thread", message));
+            }
+            self.deliver(&load);
+            self.let_go(load);
+        } else {
+            // What observed it comes along, and its drop is the caller's code.
+            foreign::discard(output);
+        }
+        if is_gone {
+            self.jobs.end();
+        }
+    }
+
+    /// Notes what the ring thread has done for a load.
+    fn note(&self, load: &LoadShared, output: Output<()>) {
+        match output {
+            Output::PieceFull { load: id, piece, route, buffer: () } => self.jobs.follow(id, load.piece_full(piece, route)),
+            Output::SteppedDown { fallback, .. } => load.stepped_down(fallback),
+            Output::LessStaging { bytes, errno, .. } => load.less_staging(bytes, errno),
+            Output::NoThread { .. } => load.no_thread(),
+            Output::Retried { retried, .. } => load.retried(&retried),
+            Output::Traced { piece, span, .. } => load.traced(piece, span, self.epoch),
+            Output::Failed { load: id, failure } => {
+                self.jobs.bury(load.fail_for(failure));
+                self.forget(id);
+            }
+            Output::Gone { times, .. } => load.gone(times),
+        }
+    }
+
+    /// Hands over what a load has; by the teller alone, which keeps the order.
+    fn deliver(&self, load: &Arc<LoadShared>) {
+        let mut remains = Vec::new();
+        let delivered = foreign::call(|| load.deliver(&mut remains));
+        let over = match delivered {
+            Ok(handover) => handover == Handover::Over,
+            Err(message) => {
+                self.fail(load, defect("the teller thread", message));
+                false
+            }
+        };
+        if !remains.is_empty() {
+            self.jobs.bury(remains);
+            self.abandon(load);
+        }
+        if over {
+            self.forget(load.id);
+        }
+    }
+
+    /// The last one to hold a load leaves it to a worker.
+    fn let_go(&self, load: Arc<LoadShared>) {
+        if let Some(load) = Arc::into_inner(load) {
+            self.jobs.bury(load);
+        }
+    }
+
+    /// The file was read: it must be what it was, or its last segment is withheld.
+    fn check(&self, load: &Arc<LoadShared>, file: usize) {
+        // The load is over.
         let Some((open, mut identity)) = load.take_file(file) else { return };
         // Of a large one the header was read when it was planned.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
-            load.sources().get(file).map_or(Ok(()), |source| source.check(tensors.as_ref()))?;
+            let source = load.sources().get(file).expect("a planned file is checked");
+            source.check(tensors.as_ref())?;
             Ok(tensors)
         });
         let checked = checked.map_err(|error| open.blame_change(&identity, error));
@@ -421,19 +618,24 @@ impl Engine {
         match checked {
             Ok(tensors) => {
                 drop(open);
-                if load.file_checked(file, tensors.map(Arc::new)) == crate::load::Handover::Over {
-                    self.jobs.forget(load.id);
-                }
+                load.file_checked(file, tensors.map(Arc::new));
+                self.tell_of(load);
             }
             Err(error) => self.fail(load, error),
         }
     }
 }
 
+/// A panic of a thread of ours, in code that is not known to be the caller's.
+fn defect(thread: &str, message: String) -> Error {
+    Error::Panicked { code: format!("{thread} of dmaload (a defect of dmaload, or of a subscriber of tracing)"), message }
+}
+
 impl Engine {
     /// Moves what is to be elsewhere in a full memory, and makes a dma-buf of it.
     #[allow(unsafe_code)]
-    fn finish(&self, load: &LoadShared, number: usize) {
+    fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
+        // The load is over.
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {
@@ -441,71 +643,39 @@ impl Engine {
             // are not made before `memory_finished`, so nobody reads it.
             unsafe { backing.move_down(slot) };
         }
-        match if self.facts.exports { backing.export(&*self.heap) } else { Ok(()) } {
+        let export = |memory: &Memory| {
+            let exported = heap.call(load.heap(), |heap| heap.export(memory)).map_err(Refused::Load)?;
+            exported.map_err(Refused::Kernel)
+        };
+        match if self.facts.exports { backing.export(export) } else { Ok(()) } {
             Ok(()) => {
                 drop(backing);
-                if load.memory_finished(number, start) == crate::load::Handover::Over {
-                    self.jobs.forget(load.id);
-                }
+                load.memory_finished(number, start);
+                self.tell_of(load);
             }
-            Err(refusal) => self.fail(load, load.memory_error(refusal)),
+            Err(Refused::Kernel(refusal)) => self.fail(load, load.memory_error(refusal)),
+            Err(Refused::Load(error)) => self.fail(load, error),
         }
     }
 }
 
+/// Why memory is not exported.
+enum Refused {
+    Kernel(dmabuf::Error),
+    Load(Error),
+}
+
+impl From<dmabuf::Error> for Refused {
+    fn from(refusal: dmabuf::Error) -> Self {
+        Refused::Kernel(refusal)
+    }
+}
+
 impl Events<PieceBuffer<Permit>> for Engine {
-    fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: PieceBuffer<Permit>) {
-        // The permit goes back first: the allocator may go on while the rest is done here.
-        drop(buffer);
-        let Some(shared) = self.jobs.load_of(load) else { return };
-        let follows = shared.piece_full(piece, route);
-        self.jobs.follow(load, follows);
-    }
-
-    fn stepped_down(&self, load: LoadId, fallback: Fallback) {
-        if let Some(shared) = self.jobs.load_of(load) {
-            shared.stepped_down(fallback);
-        }
-    }
-
-    fn less_staging(&self, load: LoadId, bytes: u64, errno: Errno) {
-        if let Some(shared) = self.jobs.load_of(load) {
-            shared.less_staging(bytes, errno);
-        }
-    }
-
-    fn no_thread(&self, load: LoadId) {
-        if let Some(shared) = self.jobs.load_of(load) {
-            shared.no_thread();
-        }
-    }
-
-    fn retried(&self, load: LoadId, retried: Retried) {
-        if let Some(shared) = self.jobs.load_of(load) {
-            shared.retried(&retried);
-        }
-    }
-
-    fn traced(&self, load: LoadId, piece: usize, span: Span) {
-        if let Some(shared) = self.jobs.load_of(load) {
-            shared.traced(piece, span, self.epoch);
-        }
-    }
-
-    fn failed(&self, load: LoadId, failure: Failure) {
-        if let Some(shared) = self.jobs.load_of(load) {
-            self.jobs.bury(shared.fail_for(failure));
-            self.jobs.forget(load);
-        }
-    }
-
-    fn gone(&self, load: LoadId, times: Times) {
-        if let Some(shared) = self.jobs.load_of(load)
-            && shared.gone(times) == crate::load::Handover::Over
-        {
-            self.jobs.forget(load);
-        }
-        self.jobs.end();
+    fn happened(&self, outputs: Vec<Output<PieceBuffer<Permit>>>) {
+        // The permits go back first: the allocator may go on while the rest is done by the teller.
+        let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
+        self.mailbox.push(messages);
     }
 
     fn released(&self, files: Vec<Arc<OpenFile>>) {
@@ -516,12 +686,15 @@ impl Events<PieceBuffer<Permit>> for Engine {
         }
     }
 
-    fn ended(&self, leaked_bytes: u64) {
+    fn broke_down(&self, errno: Errno, leaked_bytes: u64) {
+        self.mailbox.push([Message::RingBroke { errno, leaked_bytes }]);
+    }
+
+    fn ended(self: Arc<Self>, leaked_bytes: u64, panic: Option<String>) {
         self.leaked_bytes.fetch_add(leaked_bytes, Ordering::AcqRel);
-        // Reached with loads only after a panic or past a deadline: they must not wait for ever.
-        self.close();
-        self.jobs.finish();
-        self.thread_has_ended();
+        let (threads, mailbox) = (Arc::clone(&self.threads), Arc::clone(&self.mailbox));
+        mailbox.push([Message::RingEnded { engine: self, panic }]);
+        threads.end(&mailbox);
     }
 }
 
@@ -551,5 +724,54 @@ mod tests {
             assert!(Instant::now() < deadline, "permits and places that never come back: {:?}", taken());
             thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("it ends") })
+    }
+
+    /// What a broken invariant of the driver leads to: no load hangs, each says why, and what was in flight is counted.
+    #[test]
+    fn a_panic_of_the_ring_thread_fails_all_loads_and_says_so() {
+        // Keeps the loads from being finished before the panic.
+        #[derive(Debug, Default)]
+        struct Gate(Mutex<bool>, Condvar);
+        impl heap::HeapHooks for Gate {
+            fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
+                drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
+                Ok(())
+            }
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 20).unwrap();
+        let gate = Arc::new(Gate::default());
+        let heap = heap::Hooked::new(heap::AnonHeap::default(), Arc::clone(&gate));
+        let guard = Guard::start(Settings::default(), Arc::new(heap), Vec::new()).unwrap();
+        let load = || guard.load(vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
+        let mut before = [load(), load()];
+        guard.engine.ring.panic();
+        let expect = |segments: &mut Segments| {
+            let error = loop {
+                match block_on(segments.next()).expect("an error comes before the end") {
+                    Ok(_) => {}
+                    Err(error) => break error,
+                }
+            };
+            let text = error.to_string();
+            assert!(text.starts_with("the ring thread of dmaload") && text.ends_with("panicked: a test wants it"), "{text}");
+        };
+        before.iter_mut().for_each(expect);
+        // Those that come later say the same.
+        expect(&mut load());
+        *gate.0.lock().unwrap() = true;
+        gate.1.notify_all();
+        let (done, left) = oneshot::channel();
+        guard.shut_down(done);
+        assert_eq!(block_on(left).unwrap(), Ok(()), "nothing was in flight");
+        // Others are not concerned.
+        let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
+        let mut segments = other.load(vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
+        assert!(block_on(segments.next()).unwrap().is_ok());
     }
 }

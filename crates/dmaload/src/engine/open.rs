@@ -2,18 +2,19 @@
 
 use std::ffi::OsStr;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use dmabuf::{AddressRange, printable};
 
-use super::{Engine, expand};
+use super::{Engine, HeapCode, expand};
 use crate::error::{Error, Result};
-use crate::heap::Heap;
+use crate::foreign;
+use crate::heap::SizeLimit;
 use crate::load::{FilePlan, FileTensors, LoadShared};
 use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
+use crate::observe::VERIFIER;
 use crate::plan::{BATCH_BYTES, Layout, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
@@ -28,8 +29,9 @@ const KEPT_OPEN: usize = 8;
 
 impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
-    pub(super) fn open(&self, load: &Arc<LoadShared>) {
-        let planned = plan_all(load, &*self.heap, &self.settings);
+    pub(super) fn open(&self, load: &Arc<LoadShared>, heap: &HeapCode) {
+        let limit = heap.call(load.heap(), |heap| heap.size_limit());
+        let planned = limit.and_then(|limit| plan_all(load, limit, self.facts.allocates_at_once, &self.settings));
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.jobs.end();
         };
@@ -59,11 +61,14 @@ impl Engine {
             return self.jobs.end();
         }
         for fallback in &fallbacks {
-            tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
+            foreign::emit(|| {
+                tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
+            });
         }
         let (pieces, batches) = load.planned(plan, range, files, fallbacks);
         if pieces == 0 {
-            self.jobs.forget(load.id);
+            // It is at its end, or has failed meanwhile.
+            self.tell_of(load);
             return self.jobs.end();
         }
         let LoadOptions { chunk_bytes, strict, trace, priority, .. } = load.options;
@@ -82,13 +87,12 @@ struct Planned {
     fallbacks: Vec<Fallback>,
 }
 
-fn plan_all(load: &LoadShared, heap: &dyn Heap, settings: &Settings) -> Result<Planned> {
+fn plan_all(load: &LoadShared, limit: Option<SizeLimit>, allocates_at_once: bool, settings: &Settings) -> Result<Planned> {
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
-    let limit = heap.size_limit();
     // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
     // than the window, and nobody could load it.)
-    let at_once = heap.allocates_at_once() && options.layout != Layout::Single;
+    let at_once = allocates_at_once && options.layout != Layout::Single;
     // So that several go on side by side.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
@@ -189,9 +193,11 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
     let lengths: Vec<_> =
         load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
-    // Like an observer's, its code is the caller's.
-    let begun = catch_unwind(AssertUnwindSafe(|| verify.0.begin(&lengths, load.options.format)));
-    observation.watch.verify_by(begun.unwrap_or_else(|_| Err(Error::Config("what is to verify the load panicked".to_owned())))?);
+    // Its code is the caller's.
+    let begun = foreign::call(|| (verify.0.describe(), verify.0.begin(&lengths, load.options.format)));
+    let (described, observer) = begun.map_err(|message| Error::Panicked { code: VERIFIER.to_owned(), message })?;
+    assert!(load.verified.set(described).is_ok(), "a load is planned once");
+    observation.watch.verify_by(observer?);
     Ok(())
 }
 
@@ -291,7 +297,7 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
         let why = "is not cached by the CPU, so what is observed goes through staging";
         return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
     }
-    tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced");
+    foreign::emit(|| tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced"));
     Ok(Route::Bounce)
 }
 
@@ -339,7 +345,9 @@ pub(super) fn route_for(
     }
     let cached = cache == Cache::Auto && !strict && from.is_direct() && file.is_wholly_cached();
     if cached {
-        tracing::info!(load = load.id.0, path = %printable::path(&file.path), "wholly in the page cache: copied from there");
+        foreign::emit(|| {
+            tracing::info!(load = load.id.0, path = %printable::path(&file.path), "wholly in the page cache: copied from there");
+        });
     }
     Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
 }

@@ -21,6 +21,7 @@ use tracing::field::Empty;
 use super::{Event, FileTensors};
 use crate::busy::BusyTime;
 use crate::error::Error;
+use crate::foreign::{self, Foreign};
 use crate::memory::Backing;
 use crate::metrics::{LoadCounters, count};
 use crate::observe::{Observation, Watch};
@@ -30,6 +31,7 @@ use crate::ring::{LoadId, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::Need;
 use crate::settings::LoadOptions;
+use crate::slot::Slot;
 use crate::source::{Identity, Input, OpenFile, Source};
 use crate::trace::{TraceEvent, TraceKind};
 
@@ -51,7 +53,10 @@ pub(crate) struct LoadShared {
     /// Whether its segments become dma-bufs.
     exports: bool,
     allocates_at_once: bool,
+    heap_is_own: bool,
     pub(crate) observation: Option<Observation>,
+    /// What verifies it, in its own words: asked when the load is planned, since that is the caller's code.
+    pub(crate) verified: OnceLock<String>,
     started: Instant,
     cpu_before: Duration,
     planned_bytes: AtomicU64,
@@ -61,7 +66,8 @@ pub(crate) struct LoadShared {
     pub(crate) tensor_over_limit: OnceLock<Error>,
     counters: Arc<LoadCounters>,
     /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
-    span: Span,
+    span: Foreign<Span>,
+    /// No code of the caller's runs while this is locked: no waker, no subscriber, no drop of either.
     state: Mutex<State>,
 }
 
@@ -91,7 +97,7 @@ pub(crate) struct FilePlan {
 #[derive(Debug)]
 pub(crate) struct Allocation {
     pub(crate) batch: Batch,
-    pub(crate) memory: Arc<Mutex<Option<Arc<Backing>>>>,
+    pub(crate) memory: Arc<Slot<Arc<Backing>>>,
     pub(crate) memory_bytes: u64,
     pub(crate) range: Arc<AddressRange>,
     pub(crate) range_offset: u64,
@@ -109,7 +115,7 @@ pub(crate) struct Part {
     pub(crate) alignment_bytes: u64,
     pub(crate) route: Route,
     pub(crate) small: bool,
-    pub(crate) file: Arc<Mutex<Option<Arc<OpenFile>>>>,
+    pub(crate) file: Arc<Slot<Arc<OpenFile>>>,
 }
 
 /// What a load has to know of the heap.
@@ -120,12 +126,16 @@ pub(crate) struct HeapFacts {
     pub(crate) exports: bool,
     pub(crate) allocates_at_once: bool,
     pub(crate) uncached: bool,
+    /// Whether it is one of this crate's.
+    pub(crate) own: bool,
 }
 
 #[derive(Debug)]
 struct State {
-    /// `None` when the load is over: finished, failed, or nobody listens.
-    events: Option<UnboundedSender<Event>>,
+    /// `None` when the load is over: finished, failed, or dropped. Dropping the last sender wakes the consumer.
+    events: Option<Foreign<UnboundedSender<Event>>>,
+    /// Why it has failed, until the consumer is told.
+    failed: Option<Error>,
     plan: Plan,
     /// Where its memories are mapped; `None` for no bytes at all.
     range: Option<Arc<AddressRange>>,
@@ -150,7 +160,7 @@ struct State {
 #[derive(Debug)]
 struct FileState {
     planned: FilePlan,
-    open: Arc<Mutex<Option<Arc<OpenFile>>>>,
+    open: Arc<Slot<Arc<OpenFile>>>,
     pieces_left: usize,
     route: Route,
 }
@@ -165,7 +175,7 @@ pub(crate) struct Remains {
 
 #[derive(Debug)]
 struct MemoryState {
-    cell: Arc<Mutex<Option<Arc<Backing>>>>,
+    cell: Arc<Slot<Arc<Backing>>>,
     pieces_left: usize,
     /// Files that end in it and wait for their check.
     unchecked: usize,
@@ -174,10 +184,20 @@ struct MemoryState {
     /// When its last bytes came, as far as they have.
     full_at: Option<Instant>,
     /// From its allocation until its last segment is handed over.
-    span: Span,
+    span: Foreign<Span>,
+}
+
+/// In place of a span that has not begun, or has ended.
+fn no_span() -> Foreign<Span> {
+    Foreign::new(Span::none())
 }
 
 impl State {
+    /// Whether nothing is to be done for the load any more.
+    fn is_over(&self) -> bool {
+        self.events.is_none() || self.failed.is_some()
+    }
+
     /// The file and the segment that a piece belongs to.
     fn place_of(&self, number: usize) -> Option<(usize, usize)> {
         let segment = self.plan.pieces.get(number)?.segment;
@@ -214,8 +234,9 @@ impl LoadShared {
             id,
             tensor_over_limit: OnceLock::new(),
             counters,
-            span,
+            span: Foreign::new(span),
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
+            verified: OnceLock::new(),
             options,
             keep,
             asked,
@@ -225,13 +246,15 @@ impl LoadShared {
             notes: Arc::clone(&heap.notes),
             exports: heap.exports,
             allocates_at_once: heap.allocates_at_once,
+            heap_is_own: heap.own,
             started: Instant::now(),
             cpu_before: cpu_time(),
             planned_bytes: AtomicU64::new(0),
             allocated_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             state: Mutex::new(State {
-                events: Some(events),
+                events: Some(Foreign::new(events)),
+                failed: None,
                 plan: Plan::default(),
                 range: None,
                 files: Vec::new(),
@@ -280,11 +303,11 @@ impl LoadShared {
 
     /// Whether anything is still to be done for it.
     pub(crate) fn is_over(&self) -> bool {
-        self.abandoned.load(Ordering::Acquire) || self.state().events.is_none()
+        self.abandoned.load(Ordering::Acquire) || self.state().is_over()
     }
 
     /// Takes the plan, and the addresses for it; gives how many pieces it has, and what each batch takes. Without any piece the
-    /// load ends here.
+    /// load has ended, and [`Self::deliver`] says so.
     pub(crate) fn planned(
         &self,
         plan: Plan,
@@ -293,7 +316,7 @@ impl LoadShared {
         fallbacks: Vec<Fallback>,
     ) -> (usize, Vec<Need>) {
         let mut state = self.state();
-        if state.events.is_none() {
+        if state.is_over() {
             // It failed meanwhile, and holds nothing any more.
             return (0, Vec::new());
         }
@@ -306,7 +329,7 @@ impl LoadShared {
             let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
             let own = state.plan.segments.get(memory.segments.clone()).unwrap_or_default();
             let unfinished = self.exports || own.iter().any(|segment| segment.moved.is_some());
-            state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unfinished, full_at: None, span: Span::none() });
+            state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unfinished, full_at: None, span: no_span() });
         }
         for (index, planned) in files.into_iter().enumerate() {
             self.planned_bytes.fetch_add(planned.read_bytes, Ordering::Relaxed);
@@ -315,7 +338,7 @@ impl LoadShared {
             if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
                 memory.unchecked += 1;
             }
-            let open = Arc::new(Mutex::new(planned.open.clone().filter(|_| pieces_left > 0)));
+            let open = Arc::new(Slot::new(planned.open.clone().filter(|_| pieces_left > 0)));
             let route = planned.route;
             let planned = FilePlan { open: None, ..planned };
             state.files.push(FileState { planned, open, pieces_left, route });
@@ -341,7 +364,6 @@ impl LoadShared {
         let pieces = state.plan.pieces.len();
         if pieces == 0 {
             state.times = Some(Times::default());
-            self.hand_over(state);
         }
         (pieces, needs)
     }
@@ -351,43 +373,61 @@ impl LoadShared {
         if self.is_over() {
             return None;
         }
-        let mut state = self.state();
-        let batch = state.plan.batches.get(number)?.clone();
-        self.begin_memory(&mut state, batch.memory);
-        let memory = state.plan.memories.get(batch.memory)?;
+        self.begin_memory(number);
+        let state = self.state();
+        if state.is_over() {
+            return None;
+        }
+        let batch = state.plan.batches.get(number).expect("the scheduler gives planned batches").clone();
+        let memory = state.plan.memories.get(batch.memory).expect("a batch is of a planned memory");
         let part = |number: usize| {
-            let piece = *state.plan.pieces.get(number)?;
-            let file_index = state.plan.segments.get(piece.segment)?.file;
-            let file = state.files.get(file_index)?;
-            Some(Part {
+            let piece = *state.plan.pieces.get(number).expect("a batch is of planned pieces");
+            let file_index = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment").file;
+            let file = state.files.get(file_index).expect("a segment is of a planned file");
+            Part {
                 number,
                 piece,
                 file_index,
-                path: Arc::clone(self.path(file_index)?),
+                path: Arc::clone(self.path(file_index).expect("a planned file has a path")),
                 identity: file.planned.identity,
                 alignment_bytes: file.planned.alignment_bytes,
                 route: file.route,
                 small: file.planned.small,
                 file: Arc::clone(&file.open),
-            })
+            }
         };
         Some(Allocation {
-            memory: Arc::clone(&state.memories.get(batch.memory)?.cell),
+            memory: Arc::clone(&state.memories.get(batch.memory).expect("each memory was planned").cell),
             memory_bytes: memory.bytes,
-            range: Arc::clone(state.range.as_ref()?),
+            range: Arc::clone(state.range.as_ref().expect("a load with bytes has addresses")),
             range_offset: memory.range_offset,
-            parts: batch.pieces.clone().map(part).collect::<Option<_>>()?,
+            parts: batch.pieces.clone().map(part).collect(),
             batch,
         })
     }
 
     /// The span of a memory's segments begins with its first batch.
-    fn begin_memory(&self, state: &mut State, number: usize) {
-        let State { plan, memories, .. } = state;
-        let (Some(planned), Some(memory)) = (plan.memories.get(number), memories.get_mut(number)) else { return };
-        if memory.span.is_none() {
-            let (segment, segments, bytes) = (planned.segments.start, planned.segments.len(), planned.bytes);
-            memory.span = tracing::debug_span!(parent: &self.span, "segment", load = self.id.0, segment, segments, bytes);
+    fn begin_memory(&self, batch: usize) {
+        let planned = {
+            let state = self.state();
+            let number = state.plan.batches.get(batch).map(|batch| batch.memory);
+            number.filter(|&number| state.memories.get(number).is_some_and(|memory| memory.span.is_none())).map(|number| {
+                let memory = state.plan.memories.get(number).expect("a batch is of a planned memory");
+                (number, memory.segments.clone(), memory.bytes)
+            })
+        };
+        // It has begun already, or the load is over.
+        let Some((number, segments, bytes)) = planned else { return };
+        let (segment, segments) = (segments.start, segments.len());
+        let parent = &*self.span;
+        let span = foreign::call(|| {
+            tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes)
+        });
+        // A subscriber that panics concerns no load.
+        let mut span = span.map_or_else(|_| no_span(), Foreign::new);
+        // Of two workers one is first; the other one's span is dropped without the lock.
+        if let Some(memory) = self.state().memories.get_mut(number).filter(|memory| memory.span.is_none()) {
+            std::mem::swap(&mut memory.span, &mut span);
         }
     }
 
@@ -412,6 +452,7 @@ impl LoadShared {
     pub(crate) fn end_allocating(&self, allocation: &Allocation, start: Instant, populated: Option<(&Populated, bool)>) {
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
+        // The attempt has failed: there is nothing to count.
         let Some((populated, reused)) = populated else { return };
         let bytes = allocation.parts.iter().map(|part| part.piece.bytes).sum();
         self.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -426,22 +467,23 @@ impl LoadShared {
         if let Some(pages) = populated.pages {
             state.pages.add(pages);
         }
-        if populated.refused.is_some() && state.pages_refused.is_none() {
-            state.pages_refused = populated.refused;
-            let errno = populated.refused.map(dmabuf::errno::describe);
-            tracing::warn!(load = self.id.0, errno, "2 MiB pages could not be had for all of the memory: small pages are slower");
+        let refused = populated.refused.filter(|_| state.pages_refused.is_none());
+        state.pages_refused = state.pages_refused.or(refused);
+        drop(state);
+        if let Some(errno) = refused.map(dmabuf::errno::describe) {
+            foreign::emit(|| {
+                tracing::warn!(load = self.id.0, errno, "2 MiB pages could not be had for all of the memory: small pages are slower");
+            });
         }
     }
 
-    /// Ends the load with an error. Only the first one is told.
+    /// Ends the load with an error, which [`Self::deliver`] tells its consumer. Only the first one counts.
     pub(crate) fn fail(&self, error: Error) -> Remains {
         let mut state = self.state();
         self.abandoned.store(true, Ordering::Release);
-        if let Some(events) = state.events.take() {
-            tracing::debug!(load = self.id.0, %error, "load failed");
-            self.span.record("error", tracing::field::display(&error));
+        if !state.is_over() {
             count(&self.counters.failed);
-            let _ = events.send(Event::Failed(error));
+            state.failed = Some(error);
         }
         // What was full but not handed over goes now; what is being filled belongs to the driver.
         Remains { _memories: std::mem::take(&mut state.memories), _files: std::mem::take(&mut state.files) }
@@ -449,8 +491,11 @@ impl LoadShared {
 
     /// Nobody wants it any more: before its end, or after.
     pub(crate) fn dropped(&self) {
-        let was_going = self.state().events.take().is_some();
-        if was_going {
+        let (events, failed) = {
+            let mut state = self.state();
+            (state.events.take(), state.failed.take())
+        };
+        if events.is_some() && failed.is_none() {
             count(&self.counters.dropped);
         }
     }

@@ -293,7 +293,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             if !load.ended {
                 self.outputs.push(Output::Failed { load: id, failure });
             }
-            self.outputs.push(Output::Gone { load: id, times: load.times() });
+            let times = load.times();
+            self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });
         }
         leaked
     }
@@ -674,7 +675,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     fn remove(&mut self, id: LoadId) {
         if let Some(load) = self.loads.remove(&id) {
             self.turns.retain(|&other| other != id);
-            self.outputs.push(Output::Gone { load: id, times: load.times() });
+            let times = load.times();
+            self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });
         }
     }
 }
@@ -683,7 +685,8 @@ impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
     /// Reached with reads in flight only by a panic: what they may write to is leaked.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
-            self.give_up(Failure::Kernel { errno: Errno::CANCELED });
+            let leaked_bytes = self.give_up(Failure::Kernel { errno: Errno::CANCELED });
+            self.counters.leaked_bytes.fetch_add(leaked_bytes, Ordering::Relaxed);
         }
         self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
     }

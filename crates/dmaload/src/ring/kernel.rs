@@ -113,7 +113,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: Copy);
 
-    /// Has some other thread look. Its completion comes like that of a read; the error is the observer's.
+    /// Has some other thread look, and never this one. Its completion comes like that of a read; after an error the
+    /// watch has the verdict.
     ///
     /// # Safety
     /// Until the completion was reaped, or for ever if that never comes, the bytes stay mapped, and nobody writes to them. All
@@ -121,7 +122,7 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn look(&mut self, look: Look);
 
-    /// Whether copies and looks were done by this thread itself, since no other could be had: reads wait for them.
+    /// Whether copies were done by this thread itself, because no other could be had: reads wait for them.
     fn is_alone(&self) -> bool;
 
     /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the

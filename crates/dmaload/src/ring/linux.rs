@@ -129,7 +129,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn is_alone(&self) -> bool {
-        self.copiers.is_alone() || self.lookers.is_alone()
+        self.copiers.is_alone()
     }
 
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {

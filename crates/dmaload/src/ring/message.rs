@@ -48,7 +48,7 @@ pub(crate) enum Output<B> {
     SteppedDown { load: LoadId, fallback: Fallback },
     /// There is less staging than the load may use: fewer of its reads are in flight at once. Told once.
     LessStaging { load: LoadId, bytes: u64, errno: Errno },
-    /// No thread could be had for the load's copies, or for its observer: reads wait for them. Told once.
+    /// No thread could be had for the load's copies: reads wait for them. Told once.
     NoThread { load: LoadId },
     /// A read failed, and is tried once more.
     Retried { load: LoadId, retried: Retried },
@@ -56,8 +56,39 @@ pub(crate) enum Output<B> {
     Traced { load: LoadId, piece: usize, span: Span },
     /// The load can't be finished. Told once; its memory goes when its last read has come back.
     Failed { load: LoadId, failure: Failure },
-    /// No buffer of this load is here any more, and none will be.
-    Gone { load: LoadId, times: Times },
+    /// No buffer of this load is here any more, and none will be. What observed it comes along, since to drop that
+    /// may run the caller's code.
+    Gone { load: LoadId, times: Times, observation: Option<Observation> },
+}
+
+impl<B> Output<B> {
+    /// The same with another buffer.
+    pub(crate) fn map_buffer<C>(self, map: impl FnOnce(B) -> C) -> Output<C> {
+        match self {
+            Output::PieceFull { load, piece, route, buffer } => Output::PieceFull { load, piece, route, buffer: map(buffer) },
+            Output::SteppedDown { load, fallback } => Output::SteppedDown { load, fallback },
+            Output::LessStaging { load, bytes, errno } => Output::LessStaging { load, bytes, errno },
+            Output::NoThread { load } => Output::NoThread { load },
+            Output::Retried { load, retried } => Output::Retried { load, retried },
+            Output::Traced { load, piece, span } => Output::Traced { load, piece, span },
+            Output::Failed { load, failure } => Output::Failed { load, failure },
+            Output::Gone { load, times, observation } => Output::Gone { load, times, observation },
+        }
+    }
+
+    /// The load that it is about.
+    pub(crate) fn load(&self) -> LoadId {
+        match *self {
+            Output::PieceFull { load, .. }
+            | Output::SteppedDown { load, .. }
+            | Output::LessStaging { load, .. }
+            | Output::NoThread { load }
+            | Output::Retried { load, .. }
+            | Output::Traced { load, .. }
+            | Output::Failed { load, .. }
+            | Output::Gone { load, .. } => load,
+        }
+    }
 }
 
 /// A read that failed, and is tried once more.

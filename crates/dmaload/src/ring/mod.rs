@@ -27,7 +27,7 @@ mod wake;
 
 pub(crate) use kernel::Buffer;
 pub(crate) use linux::probe;
-pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Retried, Span, Times};
+pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;

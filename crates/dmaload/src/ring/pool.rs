@@ -92,7 +92,7 @@ pub(crate) struct Pool {
     name: &'static str,
     threads: usize,
     threads_max: usize,
-    /// A job was done by the caller, without any thread.
+    /// A copy was done by the caller, without any thread.
     alone: bool,
 }
 
@@ -126,23 +126,26 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
     pub(crate) unsafe fn copy(&mut self, copy: Copy) {
-        self.queue_or_do(Job::Copy(copy));
+        if self.start_thread() {
+            self.queue(Job::Copy(copy));
+        } else {
+            self.alone = true;
+            let completion = perform(copy);
+            self.shared.queues().done.push(completion);
+            self.shared.wake.wake();
+        }
     }
 
-    /// Queues a look; without any thread to be had it is done here and now.
+    /// Queues a look; without any thread to be had it is refused, since it is the caller's code, which the caller
+    /// of this must not run.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::look`].
     pub(crate) unsafe fn look(&mut self, look: Look) {
-        self.queue_or_do(Job::Look(look));
-    }
-
-    fn queue_or_do(&mut self, job: Job) {
         if self.start_thread() {
-            self.queue(job);
+            self.queue(Job::Look(look));
         } else {
-            self.alone = true;
-            let completion = do_job(job);
+            let completion = Completion { token: look.token, result: Err(look.watch.no_thread()) };
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
         }
@@ -167,7 +170,7 @@ impl Pool {
         self.threads > 0
     }
 
-    /// Whether a copy or a look was done by the caller, since there was no thread.
+    /// Whether a copy was done by the caller, because there was no thread.
     pub(crate) fn is_alone(&self) -> bool {
         self.alone
     }

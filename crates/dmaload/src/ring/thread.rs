@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -13,42 +12,35 @@ use rustix::io::Errno;
 use super::driver::Driver;
 use super::kernel::{Buffer, Kernel};
 use super::linux::LinuxKernel;
-use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
+use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
+use crate::foreign;
 use crate::metrics::ReadCounters;
 use crate::plan::Piece;
-use crate::route::{Fallback, Route};
 use crate::source::OpenFile;
 
-/// What the ring thread tells the engine. All calls come from that thread and must not block.
+/// What the ring thread tells the engine. All calls come from that thread; they must not block, and must not run
+/// code of the caller's.
 pub(crate) trait Events<B>: Send + Sync + 'static {
-    /// A piece holds its bytes.
-    fn piece_full(&self, load: LoadId, piece: usize, route: Route, buffer: B);
-    /// A step down the ladder was taken.
-    fn stepped_down(&self, load: LoadId, fallback: Fallback);
-    /// There is less staging than the load may use.
-    fn less_staging(&self, load: LoadId, bytes: u64, errno: Errno);
-    /// No thread could be had for its copies, or for its observer.
-    fn no_thread(&self, load: LoadId);
-    /// A read failed, and is tried once more.
-    fn retried(&self, load: LoadId, retried: Retried);
-    /// Something was done for a piece.
-    fn traced(&self, load: LoadId, piece: usize, span: Span);
-    /// The load can't be finished.
-    fn failed(&self, load: LoadId, failure: Failure);
-    /// The driver has forgotten the load.
-    fn gone(&self, load: LoadId, times: Times);
+    /// This has happened, in this order.
+    fn happened(&self, outputs: Vec<Output<B>>);
     /// Files that loads leave which are over: to be closed by another thread.
     fn released(&self, files: Vec<Arc<OpenFile>>);
-    /// The thread ends, and has leaked this much.
-    fn ended(&self, leaked_bytes: u64);
+    /// The ring broke down, which leaked this much; another one takes its place.
+    fn broke_down(&self, errno: Errno, leaked_bytes: u64);
+    /// The thread ends, and has leaked this much: by itself, or with this panic. Takes the thread's share of the
+    /// engine, which must not be dropped here.
+    fn ended(self: Arc<Self>, leaked_bytes: u64, panic: Option<String>);
 }
 
 #[derive(Debug)]
 enum Command<B> {
     Begin(LoadSpec, Arc<AtomicBool>),
     Piece { load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B },
+    /// As a broken invariant would.
+    #[cfg(test)]
+    Panic,
 }
 
 #[derive(Debug)]
@@ -98,15 +90,19 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     ) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let body = move || {
-            let leaked = catch_unwind(AssertUnwindSafe(|| run(&shared, depth, staging, started, &*events)));
+            let ran = foreign::call(|| run(&shared, depth, staging, started, &*events));
             let commands = shared.commands().take().unwrap_or_default();
             let files = commands.into_iter().filter_map(|command| match command {
-                Command::Begin(..) => None,
                 Command::Piece { file, .. } => Some(file.handle),
+                Command::Begin(..) => None,
+                #[cfg(test)]
+                Command::Panic => None,
             });
             events.released(files.collect());
-            // After a panic everything in flight was leaked by the driver's drop; how much is not known.
-            events.ended(leaked.unwrap_or(0));
+            // A panic is a broken invariant of the driver. What was in flight was leaked by the driver's drop.
+            let leaked_bytes = ran.as_ref().ok().copied();
+            let leaked_bytes = leaked_bytes.unwrap_or_else(|| shared.counters.leaked_bytes.load(Ordering::Relaxed));
+            events.ended(leaked_bytes, ran.err());
         };
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
@@ -135,6 +131,12 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     pub(crate) fn close(&self) {
         self.shared.closing.store(true, Ordering::Release);
         self.wake();
+    }
+
+    /// The thread panics.
+    #[cfg(test)]
+    pub(crate) fn panic(&self) {
+        self.send(Command::Panic);
     }
 
     /// The thread leaks what is in flight, and ends.
@@ -173,6 +175,8 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
                     driver.begin(spec);
                 }
                 Command::Piece { load, number, piece, file, buffer } => driver.piece(load, number, piece, file, buffer),
+                #[cfg(test)]
+                Command::Panic => panic!("a test wants it"),
             }
         }
         for (&load, _) in watched.iter().filter(|(_, abandoned)| abandoned.load(Ordering::Acquire)) {
@@ -184,11 +188,14 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
         if !released.is_empty() {
             events.released(released);
         }
-        for output in driver.outputs() {
+        let outputs = driver.outputs();
+        for output in &outputs {
             if let Output::Gone { load, .. } = output {
-                watched.remove(&load);
+                watched.remove(load);
             }
-            deliver(output, events);
+        }
+        if !outputs.is_empty() {
+            events.happened(outputs);
         }
         if shared.giving_up.load(Ordering::Acquire) {
             return leaked_bytes + give_up(&mut driver, Errno::TIMEDOUT, events);
@@ -197,7 +204,6 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
             return leaked_bytes;
         }
         if let Err(errno) = driver.turn(true) {
-            tracing::error!(errno = dmabuf::errno::describe(errno), "io_uring broke down");
             leaked_bytes += give_up(&mut driver, errno, events);
             driver.replace_kernel(new_kernel());
             watched.clear();
@@ -207,23 +213,8 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
 
 fn give_up<K: Kernel<File = Arc<OpenFile>>, B: Buffer>(driver: &mut Driver<K, B>, errno: Errno, events: &impl Events<B>) -> u64 {
     let leaked_bytes = driver.give_up(Failure::Kernel { errno });
-    tracing::error!(leaked_bytes, "memory that reads may still write to is leaked");
+    events.broke_down(errno, leaked_bytes);
     events.released(driver.released());
-    for output in driver.outputs() {
-        deliver(output, events);
-    }
+    events.happened(driver.outputs());
     leaked_bytes
-}
-
-fn deliver<B>(output: Output<B>, events: &impl Events<B>) {
-    match output {
-        Output::PieceFull { load, piece, route, buffer } => events.piece_full(load, piece, route, buffer),
-        Output::SteppedDown { load, fallback } => events.stepped_down(load, fallback),
-        Output::LessStaging { load, bytes, errno } => events.less_staging(load, bytes, errno),
-        Output::NoThread { load } => events.no_thread(load),
-        Output::Retried { load, retried } => events.retried(load, retried),
-        Output::Traced { load, piece, span } => events.traced(load, piece, span),
-        Output::Failed { load, failure } => events.failed(load, failure),
-        Output::Gone { load, times } => events.gone(load, times),
-    }
 }

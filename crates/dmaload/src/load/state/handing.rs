@@ -1,17 +1,25 @@
 //! What is full, and can be handed over.
 //!
+//! Workers and the teller note what has become complete; the teller alone hands it over ([`LoadShared::deliver`]).
+//!
 //! Segments are handed over in order, and those that share a memory together: whoever gets the memory sees all of it. The last
 //! one of a file waits until the file was checked: a file that changed while it was read gives an error instead.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use tokio::sync::mpsc::UnboundedSender;
 use tracing::Span;
 
-use super::{LoadShared, State};
+use super::telling::filled_cache_bytes;
+use super::{LoadShared, Remains, State, no_span};
+use crate::convert::to_usize;
+use crate::error::Error;
+use crate::foreign::{self, Foreign};
 use crate::load::{Event, FileTensors, Finished, FinishedFile};
 use crate::memory::{Backing, Move};
 use crate::metrics::count;
@@ -60,69 +68,76 @@ impl LoadShared {
     /// A piece holds its bytes.
     pub(crate) fn piece_full(&self, number: usize, route: Route) -> Follows {
         let mut state = self.state();
-        let follows = self.count_piece(&mut state, number, route).unwrap_or_default();
-        self.hand_over(&mut state);
-        follows
+        if state.is_over() {
+            return Follows::default();
+        }
+        self.count_piece(&mut state, number, route)
     }
 
-    fn count_piece(&self, state: &mut State, number: usize, route: Route) -> Option<Follows> {
-        let piece = *state.plan.pieces.get(number)?;
-        let SegmentPlan { file: file_index, memory: memory_index, .. } = *state.plan.segments.get(piece.segment)?;
-        let file = state.files.get_mut(file_index)?;
+    fn count_piece(&self, state: &mut State, number: usize, route: Route) -> Follows {
+        let piece = *state.plan.pieces.get(number).expect("the driver fills planned pieces");
+        let planned = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
+        let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
+        let file = state.files.get_mut(file_index).expect("a segment is of a planned file");
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         self.counters.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         file.route = file.route.max(route);
-        file.pieces_left -= 1;
+        file.pieces_left = file.pieces_left.checked_sub(1).expect("a piece of a file is filled once");
         let read = file.pieces_left == 0;
-        let memory = state.memories.get_mut(memory_index)?;
-        memory.pieces_left -= 1;
+        let memory = state.memories.get_mut(memory_index).expect("a segment is of a planned memory");
+        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("a piece of a memory is filled once");
         memory.full_at = Some(Instant::now());
         let finish = memory.pieces_left == 0 && memory.unfinished;
-        Some(Follows { check: read.then_some(file_index), finish: finish.then_some(memory_index) })
+        Follows { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
     }
 
     /// A full memory that is to be finished, and what is to be moved in it; `None` when the load is over.
     pub(crate) fn full_memory(&self, number: usize) -> Option<(Arc<Backing>, Vec<Move>)> {
         let state = self.state();
-        let cell = Arc::clone(&state.memories.get(number)?.cell);
-        let own = state.plan.segments.get(state.plan.memories.get(number)?.segments.clone()).unwrap_or_default();
-        let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
+        if state.is_over() {
+            return None;
+        }
+        let cell = Arc::clone(&state.memories.get(number).expect("a planned memory is finished").cell);
+        let planned = state.plan.memories.get(number).expect("each memory was planned");
+        let own = state.plan.segments.get(planned.segments.clone()).expect("a memory is of planned segments");
         let moves = own.iter().filter_map(|segment| {
             let moved = segment.moved.as_ref()?;
             let from = segment.memory_offset + (moved.start - segment.file_range.start);
-            let slot = at(segment.memory_offset)..at(segment.memory_offset + segment.memory_bytes);
-            Some(Move { slot, from: at(from), bytes: at(moved.end - moved.start) })
+            let slot = to_usize(segment.memory_offset)..to_usize(segment.memory_offset + segment.memory_bytes);
+            Some(Move { slot, from: to_usize(from), bytes: to_usize(moved.end - moved.start) })
         });
         let moves = moves.collect();
         drop(state);
-        let backing = cell.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-        Some((backing, moves))
+        Some((cell.get().expect("a memory whose pieces are full was allocated"), moves))
     }
 
     /// A memory is what it should be.
-    pub(crate) fn memory_finished(&self, number: usize, start: Instant) -> Handover {
+    pub(crate) fn memory_finished(&self, number: usize, start: Instant) {
         let mut state = self.state();
-        if let Some(memory) = state.memories.get_mut(number) {
-            memory.unfinished = false;
+        if state.is_over() {
+            return;
         }
+        state.memories.get_mut(number).expect("a planned memory was finished").unfinished = false;
         if self.options.trace {
-            let segment = state.plan.memories.get(number).map_or(0, |memory| memory.segments.start);
-            let file_index = state.plan.segments.get(segment).map_or(0, |segment| segment.file);
+            let segment = state.plan.memories.get(number).expect("each memory was planned").segments.start;
+            let file_index = state.plan.segments.get(segment).expect("a memory begins with a planned segment").file;
             let event = self.event(TraceKind::Export, start, Instant::now(), file_index, segment, 0);
             state.trace.push(event);
         }
-        self.hand_over(&mut state)
     }
 
-    /// The file to be checked, and what it was. Taken out: it is closed when the caller drops it.
+    /// The file to be checked, and what it was; `None` when the load is over. Taken out: it is closed when the
+    /// caller drops it.
     pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
         let (cell, identity) = {
             let state = self.state();
-            let file = state.files.get(index)?;
+            if state.is_over() {
+                return None;
+            }
+            let file = state.files.get(index).expect("a planned file is checked");
             (Arc::clone(&file.open), file.planned.identity)
         };
-        let open = cell.lock().unwrap_or_else(PoisonError::into_inner).take();
-        open.map(|open| (open, identity))
+        Some((cell.take().expect("a file that was read is open, and checked once"), identity))
     }
 
     /// All bytes of a small file, which its header is taken from; `None` for any other file, while it is being read, and when the
@@ -130,67 +145,133 @@ impl LoadShared {
     pub(crate) fn whole_file(&self, index: usize) -> Option<WholeFile> {
         let (cell, start, bytes) = {
             let state = self.state();
-            state.files.get(index).filter(|file| file.planned.small && file.pieces_left == 0)?;
-            let segment = state.plan.segments.get(state.plan.files.get(index)?.first_segment?)?;
-            let cell = Arc::clone(&state.memories.get(segment.memory)?.cell);
-            (cell, segment.memory_offset, segment.file_range.end)
+            if state.is_over() {
+                return None;
+            }
+            let file = state.files.get(index).expect("a planned file is looked at");
+            if !file.planned.small || file.pieces_left > 0 {
+                return None;
+            }
+            let planned = state.plan.files.get(index).expect("each file was planned");
+            let segment = planned.first_segment.expect("a small file with bytes has a segment");
+            let segment = state.plan.segments.get(segment).expect("the first segment of a file was planned");
+            let memory = state.memories.get(segment.memory).expect("a segment is of a planned memory");
+            (Arc::clone(&memory.cell), segment.memory_offset, segment.file_range.end)
         };
-        let backing = cell.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-        let at = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-        Some(WholeFile { backing, range: at(start)..at(start + bytes) })
+        let backing = cell.get().expect("memory of a file that was read is allocated, and not handed over");
+        Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
     /// A file has not changed; `tensors` are those that were found in its memory.
-    pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Handover {
+    pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) {
         let mut state = self.state();
-        state.files_left = state.files_left.saturating_sub(1);
-        if let (Some(map), Some(file)) = (tensors, state.files.get_mut(index)) {
+        if state.is_over() {
+            return;
+        }
+        state.files_left = state.files_left.checked_sub(1).expect("a file is checked once");
+        if let Some(map) = tensors {
+            let file = state.files.get_mut(index).expect("a planned file was checked");
             file.planned.tensors = Some(Arc::new(FileTensors { map, chosen: None }));
         }
-        if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
-            memory.unchecked = memory.unchecked.saturating_sub(1);
-        }
-        self.hand_over(&mut state)
+        let memory = state.last_memory_of(index).expect("a file that was read ends in a memory");
+        let memory = state.memories.get_mut(memory).expect("a file ends in a planned memory");
+        memory.unchecked = memory.unchecked.checked_sub(1).expect("a file is checked once");
     }
 
     /// The driver has forgotten the load, which took this long to read.
-    pub(crate) fn gone(&self, times: Times) -> Handover {
-        let mut state = self.state();
-        state.times = Some(times);
-        self.hand_over(&mut state)
+    pub(crate) fn gone(&self, times: Times) {
+        self.state().times = Some(times);
     }
 
-    /// Hands over what is complete and next in order; after the last segment, the end.
-    pub(super) fn hand_over(&self, state: &mut State) -> Handover {
-        let Some(events) = state.events.clone() else { return Handover::Over };
-        while let Some(segment) = self.next_segment(state) {
+    /// Hands over what is complete and next in order; after the last segment, or a failure, the end.
+    ///
+    /// For one thread at a time, which is what keeps the order: it wakes the consumer, so no lock is held then.
+    /// What a load leaves that fails here is put into `remains`.
+    pub(crate) fn deliver(&self, remains: &mut Vec<Remains>) -> Handover {
+        loop {
+            // A statement of its own: the lock must be gone before anything is sent, or dropped.
+            let step = self.next_step(&mut self.state());
+            match step {
+                Step::Nothing => return Handover::Going,
+                Step::Over => return Handover::Over,
+                Step::Segment { segment, waited, events, span } => {
+                    self.counters.after_kernel.add(waited);
+                    let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
+                    let waited_us = u64::try_from(waited.as_micros()).expect("less than half a million years");
+                    foreign::emit(|| {
+                        tracing::debug!(parent: &*self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
+                    });
+                    drop(span);
+                    remains.extend(self.send(&events, Event::Segment(segment)).err());
+                }
+                Step::Unsealed(refusal) => remains.push(self.fail(self.memory_error(refusal))),
+                Step::Failed { error, events } => {
+                    foreign::emit(|| {
+                        tracing::debug!(load = self.id.0, %error, "load failed");
+                        self.span.record("error", tracing::field::display(&error));
+                    });
+                    remains.extend(self.send(&events, Event::Failed(error)).err());
+                    return Handover::Over;
+                }
+                Step::Done { finished, cached_bytes, events } => {
+                    let report = &finished.report;
+                    foreign::emit(|| {
+                        if let Some(cached_bytes) = cached_bytes {
+                            tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
+                        }
+                        tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
+                        self.span.record("bytes", report.bytes);
+                    });
+                    remains.extend(self.send(&events, Event::Done(finished)).err());
+                    return Handover::Over;
+                }
+            }
+        }
+    }
+
+    /// Leaves something to the consumer and wakes it. That it listens no more is seen elsewhere.
+    ///
+    /// # Errors
+    /// What the load leaves, if the waker panics, which fails it.
+    fn send(&self, events: &UnboundedSender<Event>, event: Event) -> Result<(), Remains> {
+        foreign::call(|| drop(events.send(event))).map_err(|message| {
+            let code = "the waker of the load's task".to_owned();
+            self.fail(Error::Panicked { code, message })
+        })
+    }
+
+    /// What is to be told next. Under the lock, so it tells nothing itself.
+    fn next_step(&self, state: &mut State) -> Step {
+        if state.events.is_none() {
+            return Step::Over;
+        }
+        if let Some(error) = state.failed.take() {
+            let events = state.events.take().expect("looked at above");
+            return Step::Failed { error, events };
+        }
+        if let Some((segment, last)) = match self.next_segment(state) {
+            Ok(next) => next,
+            Err(refusal) => return Step::Unsealed(refusal),
+        } {
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
             count(&self.counters.segments);
-            let memory = state.plan.segments.get(segment.index()).and_then(|planned| state.memories.get(planned.memory));
-            let waited = memory.and_then(|memory| memory.full_at).map(|full_at| full_at.elapsed()).unwrap_or_default();
-            self.counters.after_kernel.add(waited);
-            let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
-            let waited_us = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
-            tracing::debug!(parent: &self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
-            let place = state.plan.segments.get(index).map(|planned| planned.memory);
-            let last =
-                place.and_then(|place| state.plan.memories.get(place)).is_some_and(|memory| memory.segments.end == index + 1);
-            if let Some(memory) = place.filter(|_| last).and_then(|place| state.memories.get_mut(place)) {
-                memory.span = Span::none();
-            }
             if self.options.trace {
                 let (now, bytes) = (Instant::now(), segment.len() as u64);
                 let event = self.event(TraceKind::HandOver, now, now, segment.file_index(), segment.index(), bytes);
                 state.trace.push(event);
             }
-            let _ = events.send(Event::Segment(segment));
+            let planned = state.plan.segments.get(segment.index()).expect("a segment was planned");
+            let memory = state.memories.get_mut(planned.memory).expect("a segment is of a planned memory");
+            let waited = memory.full_at.expect("memory that is handed over is full").elapsed();
+            let span = if last { std::mem::replace(&mut memory.span, no_span()) } else { no_span() };
+            let events = state.events.clone().expect("looked at above");
+            return Step::Segment { segment, waited, events, span };
         }
-        let Some(times) = state.times.filter(|_| state.handed == state.plan.segments.len() && state.files_left == 0) else {
-            return Handover::Going;
-        };
+        let all = state.handed == state.plan.segments.len() && state.files_left == 0;
+        let Some(times) = state.times.filter(|_| all) else { return Step::Nothing };
         let report = self.report(state, times);
-        tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
+        let cached_bytes = filled_cache_bytes(state);
         let files = state.files.drain(..).zip(self.sources()).zip(&state.plan.files);
         let files = files.map(|((file, source), parts)| FinishedFile {
             path: Arc::clone(&source.path),
@@ -200,30 +281,30 @@ impl LoadShared {
             has_segments: parts.first_segment.is_some(),
         });
         let files = files.collect();
-        state.events = None;
         count(&self.counters.finished);
-        self.span.record("bytes", report.bytes);
-        let _ = events.send(Event::Done(Box::new(Finished { report, files })));
-        Handover::Over
+        let events = state.events.take().expect("looked at above");
+        Step::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
-    /// The segment whose turn it is, once its memory is ready.
-    fn next_segment(&self, state: &State) -> Option<Segment> {
+    /// The segment whose turn it is, once its memory is ready, and whether it is the last one of its memory.
+    ///
+    /// # Errors
+    /// Its memory file could not be sealed against writes: its bytes can't be lent.
+    fn next_segment(&self, state: &State) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
-        let planned = state.plan.segments.get(index)?;
-        let file = &state.files.get(planned.file)?.planned;
-        let memory = state.memories.get(planned.memory).filter(|memory| memory.is_ready())?;
-        let sharing = &state.plan.memories.get(planned.memory)?.segments;
-        let mut cell = memory.cell.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
+        let memory = state.memories.get(planned.memory).expect("a segment is of a planned memory");
+        if !memory.is_ready() {
+            return Ok(None);
+        }
+        let file = &state.files.get(planned.file).expect("a segment is of a planned file").planned;
+        let sharing = &state.plan.memories.get(planned.memory).expect("each memory was planned").segments;
         // After the last one it belongs to the consumer alone.
-        let backing = if index + 1 == sharing.end { cell.take()? } else { Arc::clone(cell.as_ref()?) };
-        drop(cell);
+        let last = index + 1 == sharing.end;
+        let backing = if last { memory.cell.take() } else { memory.cell.get() };
+        let backing = backing.expect("a memory that is ready is there until its last segment is handed over");
         if index == sharing.start {
-            if let Some(memfd) = backing.parts().and_then(|(_, memory)| memory.memfd()) {
-                // Whoever else has its descriptor (a heap of the caller's may) can't write to it from now on. Before Linux 5.1
-                // there is no such seal, and the promise is the heap's alone.
-                let _ = memfd.seal_against_writes();
-            }
+            self.seal(&backing)?;
             // Once: whoever gets the first segment may hand it out before the second one is made.
             backing.allow_reuse();
             backing.allow_fork();
@@ -233,15 +314,62 @@ impl LoadShared {
             file_index: planned.file,
             span: planned.span,
             tensors: file.tensors.clone(),
-            path: Arc::clone(self.path(planned.file)?),
+            path: Arc::clone(self.path(planned.file).expect("a planned file has a path")),
             file_bytes: file.identity.bytes,
             part: file.part.clone(),
             file_range: planned.moved.clone().unwrap_or_else(|| planned.file_range.clone()),
-            memory_offset: usize::try_from(planned.memory_offset).ok()?,
-            memory_bytes: usize::try_from(planned.memory_bytes).ok()?,
+            memory_offset: to_usize(planned.memory_offset),
+            memory_bytes: to_usize(planned.memory_bytes),
         };
         // SAFETY: `pieces_left` of its memory is 0, so the driver has given back every piece of it: all bytes were read, and
         // no read is in flight. Pieces drop their share of the backing unread, and the cell's is for segments like this one.
-        Some(unsafe { Segment::new(place, Arc::clone(&self.heap), backing) })
+        // A memory file is sealed, or one of our own heaps made it; what else may refer to the memory is bound by the
+        // contract of `Heap`.
+        Ok(Some((unsafe { Segment::new(place, Arc::clone(&self.heap), backing) }, last)))
+    }
+
+    /// Seals a memory file against writes, before any segment in it is shown.
+    ///
+    /// # Errors
+    /// It can't be sealed, so who else has its descriptor could write under the bytes that are lent.
+    fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
+        let Some(memfd) = backing.memfd() else { return Ok(()) };
+        match memfd.seal_against_writes() {
+            Err(refusal) if !may_stay_unsealed(refusal.errno, self.heap_is_own, dmabuf::Memfd::kernel_seals_writes) => Err(refusal),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Whether a memory file that could not be sealed may be shown: one of our own heaps, which keep no second descriptor,
+/// on a kernel before 5.1, which has no such seal. EINVAL says that, too, of a file that takes no seals at all.
+fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl FnOnce() -> bool) -> bool {
+    heap_is_own && errno == Errno::INVAL && !kernel_seals_writes()
+}
+
+/// What [`LoadShared::deliver`] is to do without the lock.
+enum Step {
+    Nothing,
+    Over,
+    Segment { segment: Segment, waited: Duration, events: Foreign<UnboundedSender<Event>>, span: Foreign<Span> },
+    Unsealed(dmabuf::Error),
+    Failed { error: Error, events: Foreign<UnboundedSender<Event>> },
+    Done { finished: Box<Finished>, cached_bytes: Option<u64>, events: Foreign<UnboundedSender<Event>> },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_own_memory_on_an_old_kernel_may_stay_unsealed() {
+        for errno in [Errno::INVAL, Errno::PERM, Errno::BUSY, Errno::BADF] {
+            for own in [true, false] {
+                for kernel_seals in [true, false] {
+                    let expected = errno == Errno::INVAL && own && !kernel_seals;
+                    assert_eq!(may_stay_unsealed(errno, own, || kernel_seals), expected, "{errno} {own} {kernel_seals}");
+                }
+            }
+        }
     }
 }

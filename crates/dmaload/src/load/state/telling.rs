@@ -9,10 +9,12 @@ use rustix::io::Errno;
 
 use super::Remains;
 use super::{LoadShared, State};
+use crate::convert::to_usize;
 use crate::error::Error;
+use crate::foreign;
 use crate::load::Progress;
 use crate::metrics::count;
-use crate::observe::Rejection;
+use crate::observe::{Rejection, Verdict};
 use crate::plan::Layout;
 use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::ring::{Failure, Retried, Span, Times};
@@ -29,7 +31,10 @@ impl LoadShared {
     /// A step down the ladder was taken.
     pub(crate) fn stepped_down(&self, fallback: Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
-        tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno = dmabuf::errno::describe(fallback.errno), "{}", fallback.reason());
+        foreign::emit(|| {
+            let errno = dmabuf::errno::describe(fallback.errno);
+            tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno, "{}", fallback.reason());
+        });
         count(&self.counters.fallbacks);
         self.state().fallbacks.push(fallback);
     }
@@ -42,15 +47,18 @@ impl LoadShared {
     /// There is less staging than the load may use.
     pub(crate) fn less_staging(&self, bytes: u64, errno: Errno) {
         let errno = dmabuf::errno::describe(errno);
-        tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads at once");
+        foreign::emit(|| {
+            let errno = errno.as_str();
+            tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads at once");
+        });
         let note = format!("no memory for more than {bytes} bytes of staging ({errno}): fewer reads were in flight at once");
         self.state().notes.push(note);
     }
 
-    /// No thread could be had for its copies, or for its observer.
+    /// No thread could be had for its copies.
     pub(crate) fn no_thread(&self) {
-        let note = "no thread could be had beside the ring's: reads waited for copies and observers";
-        tracing::warn!(load = self.id.0, "{note}");
+        let note = "no thread could be had beside the ring's: reads waited for copies";
+        foreign::emit(|| tracing::warn!(load = self.id.0, "{note}"));
         self.state().notes.push(note.to_owned());
     }
 
@@ -59,7 +67,10 @@ impl LoadShared {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
         let errno = dmabuf::errno::describe(errno);
-        tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
+        foreign::emit(|| {
+            let (path, errno) = (path.as_str(), errno.as_str());
+            tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
+        });
         count(&self.counters.retried_reads);
         let mut state = self.state();
         state.retried += 1;
@@ -71,7 +82,10 @@ impl LoadShared {
     /// The ring thread did something for a piece; its clock began at `epoch`.
     pub(crate) fn traced(&self, number: usize, span: Span, epoch: Instant) {
         let mut state = self.state();
-        let Some((file_index, segment)) = state.place_of(number) else { return };
+        if state.is_over() {
+            return;
+        }
+        let (file_index, segment) = state.place_of(number).expect("the driver fills planned pieces");
         let (start, end) = (epoch + span.start, epoch + span.end);
         let event = self.event(span.kind, start, end, file_index, segment, span.bytes);
         state.trace.push(event);
@@ -99,17 +113,26 @@ impl LoadShared {
                 Error::Refused { path: path(file), offset, route, attempt, errno }
             }
             Failure::Rejected { file, offset, bytes } => {
-                let rejection = self.observation.as_ref().map(|observation| observation.watch.rejection());
-                match rejection.unwrap_or_else(|| "".into()) {
-                    Rejection::Reason(reason) => Error::Rejected { path: path(file), offset, bytes, reason },
-                    Rejection::Corrupt { offset, bytes, expected, found, tensors } => {
+                let observation = self.observation.as_ref().expect("bytes are rejected by what observes them");
+                match observation.watch.verdict() {
+                    Verdict::Rejected(Rejection::Reason(reason)) => Error::Rejected { path: path(file), offset, bytes, reason },
+                    Verdict::Rejected(Rejection::Corrupt { offset, bytes, expected, found, tensors }) => {
                         Error::Corrupt { path: path(file), offset, bytes, expected, found, tensors }
+                    }
+                    Verdict::Panicked { code, message } => {
+                        let place = path(file);
+                        let message = format!("{message} ({}: {bytes} bytes at offset {offset})", place.display());
+                        Error::Panicked { code: code.to_owned(), message }
+                    }
+                    Verdict::NoThread => {
+                        let reason = "no thread could be had to look at them".to_owned();
+                        Error::Rejected { path: path(file), offset, bytes, reason }
                     }
                 }
             }
             Failure::Kernel { errno } => Error::Ring { errno },
             Failure::Staging { bytes, errno } => {
-                let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+                let bytes = to_usize(bytes);
                 self.memory_error(dmabuf::Error::new("allocate a staging buffer", bytes, errno))
             }
             Failure::Ended { file, offset, route } => {
@@ -159,10 +182,7 @@ impl LoadShared {
         if there_bytes > 0 {
             notes.push(format!("{there_bytes} bytes were in the page cache already, and were copied from there"));
         }
-        let cached = state.files.iter().filter(|file| file.route == Route::Buffered && !file.planned.cached);
-        let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
-        if cached_bytes >= PAGE_CACHE_BYTES_TOLD {
-            tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
+        if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
                 "{cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now"
             ));
@@ -207,11 +227,18 @@ impl LoadShared {
             layout: self.options.layout,
             route: state.files.iter().map(|file| file.route).max().unwrap_or(self.options.route),
             fallbacks: merged(&state.fallbacks),
-            verified: self.options.verify.as_ref().map(|verify| verify.0.describe()),
+            verified: self.verified.get().cloned(),
             trace: std::mem::take(&mut state.trace),
             files: files.collect(),
         }
     }
+}
+
+/// How much of the load was read through the page cache, if that is enough to be told.
+pub(super) fn filled_cache_bytes(state: &State) -> Option<u64> {
+    let cached = state.files.iter().filter(|file| file.route == Route::Buffered && !file.planned.cached);
+    let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
+    (cached_bytes >= PAGE_CACHE_BYTES_TOLD).then_some(cached_bytes)
 }
 
 /// Before Linux 6.7 looking is expensive: once a load, not once a piece. Segments that were dropped by then are not seen.

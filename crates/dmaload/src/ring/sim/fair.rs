@@ -119,7 +119,7 @@ impl Machine {
                     strict: true,
                     trace: false,
                     observation: self.observed.contains(&id).then(|| Observation {
-                        watch: Arc::new(Watch::new(Some(ObserverOption(Arc::new(Content))))),
+                        watch: Arc::new(Watch::new(Some(ObserverOption::new(Arc::new(Content))))),
                         staged: true,
                     }),
                 });

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
-use crate::observe::{Observation, Observer, ObserverOption, Rejection, Watch};
+use crate::observe::{Observation, Observer, ObserverOption, Rejection, Verdict, Watch};
 use crate::plan::{Layout, Piece, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
@@ -257,7 +257,7 @@ impl World {
         let numbers = files.iter().map(|&(ref file, planned)| (file.number, planned)).collect();
         let observed = random.chance(400).then(|| {
             let observer = Arc::new(SimObserver { files: numbers, rejects, seen: Mutex::new((0, 0)) });
-            let watch = Arc::new(Watch::new(Some(ObserverOption(observer.clone()))));
+            let watch = Arc::new(Watch::new(Some(ObserverOption::new(observer.clone()))));
             (observer, Observation { watch, staged: random.chance(500) })
         });
         // As the engine does: what is observed in staging starts no higher.
@@ -579,7 +579,7 @@ impl World {
             }
             Failure::Rejected { file: index, offset, bytes } => {
                 let (observer, observation) = load.observed.as_ref().expect("nobody looked");
-                assert_eq!(observation.watch.rejection(), "this byte".into());
+                assert_eq!(observation.watch.verdict(), Verdict::Rejected("this byte".into()));
                 let (file, at) = observer.rejects.expect("nothing is to be rejected");
                 assert!(file == index && (offset..offset + bytes).contains(&at), "{failure:?}, but {at} is wrong");
             }

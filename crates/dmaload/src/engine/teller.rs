@@ -1,0 +1,96 @@
+//! The thread that tells: what the ring thread and the workers have found out reaches the loads' consumers, and
+//! the subscribers of `tracing`, from here. So the caller's code runs neither on the ring thread nor under a lock,
+//! and each load's segments go out in order without one.
+//!
+//! A waker that takes its time holds up what other loads are told, but no read and no allocation.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::Engine;
+use crate::load::LoadShared;
+use crate::ring::Output;
+
+/// Something to tell.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// The ring thread has done this. Buffers have gone back before.
+    Ring(Output<()>),
+    /// A load may have segments to hand over, or its end.
+    Deliver(Arc<LoadShared>),
+    /// The ring broke down, and another one takes its place.
+    RingBroke { errno: Errno, leaked_bytes: u64 },
+    /// The ring thread has ended: by itself, or with this panic.
+    RingEnded { engine: Arc<Engine>, panic: Option<String> },
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    messages: VecDeque<Message>,
+    /// The thread ends when it has told what there is.
+    closed: bool,
+    ended: bool,
+}
+
+/// What is to be told, and not told yet.
+#[derive(Debug, Default)]
+pub(super) struct Mailbox {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl Mailbox {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves messages to the thread. Once that was told to end, they are dropped: by then every load has ended.
+    pub(super) fn push(&self, messages: impl IntoIterator<Item = Message>) {
+        let mut messages: VecDeque<_> = messages.into_iter().collect();
+        let mut queue = self.queue();
+        if !queue.closed {
+            queue.messages.append(&mut messages);
+        }
+        drop(queue);
+        self.changed.notify_all();
+        // What is left is dropped here, without the lock.
+        drop(messages);
+    }
+
+    /// Waits for messages, and takes all there are; `None` when no more come.
+    pub(super) fn next(&self) -> Option<VecDeque<Message>> {
+        let mut queue = self.queue();
+        loop {
+            if !queue.messages.is_empty() {
+                return Some(std::mem::take(&mut queue.messages));
+            }
+            if queue.closed {
+                return None;
+            }
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// No more messages come.
+    pub(super) fn close(&self) {
+        self.queue().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// The thread has ended.
+    pub(super) fn end(&self) {
+        let mut queue = self.queue();
+        (queue.closed, queue.ended) = (true, true);
+        drop(queue);
+        self.changed.notify_all();
+    }
+
+    /// Waits for the thread to end, or the time to be up; whether it has ended.
+    pub(super) fn wait_until_ended(&self, timeout: Duration) -> bool {
+        let waited = self.changed.wait_timeout_while(self.queue(), timeout, |queue| !queue.ended);
+        waited.unwrap_or_else(PoisonError::into_inner).0.ended
+    }
+}

@@ -1,0 +1,115 @@
+//! The caller's code: heaps, observers, verifiers, wakers, subscribers of `tracing`, and the drops of these.
+//!
+//! It never runs while one of our locks is held, and never on the ring thread. A panic of it is caught where it
+//! is called, so that the load that it belongs to can fail with a message that names it, and no other load
+//! notices.
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// Runs the caller's code.
+///
+/// # Errors
+/// The message of its panic.
+pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(code)).map_err(message)
+}
+
+/// Emits an event: a panic of its subscriber concerns no load, and the panic hook has reported it.
+pub(crate) fn emit(event: impl FnOnce()) {
+    let _ = call(event);
+}
+
+/// Drops what may contain the caller's code.
+pub(crate) fn discard<T>(value: T) {
+    // The panic hook has reported a panic; there is nothing left that could fail because of it.
+    let _ = call(|| drop(value));
+}
+
+/// The message of a panic.
+pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
+    if let Some(text) = payload.downcast_ref::<&str>() {
+        return (*text).to_owned();
+    }
+    match payload.downcast::<String>() {
+        Ok(text) => *text,
+        Err(payload) => {
+            // Its drop is the caller's code, too, and may panic in its turn.
+            std::mem::forget(payload);
+            "with a value that is no text".to_owned()
+        }
+    }
+}
+
+/// A value whose drop may run the caller's code: a panic of that is caught.
+pub(crate) struct Foreign<T>(
+    /// Only `None` inside `drop`.
+    Option<T>,
+);
+
+impl<T> Foreign<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Foreign(Some(value))
+    }
+}
+
+impl<T> Deref for Foreign<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect("the value is taken out by the drop alone")
+    }
+}
+
+impl<T: Clone> Clone for Foreign<T> {
+    fn clone(&self) -> Self {
+        Foreign::new(T::clone(self))
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Foreign<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<T> Drop for Foreign<T> {
+    fn drop(&mut self) {
+        discard(self.0.take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::panic_any;
+
+    struct PanicsInDrop;
+
+    impl Drop for PanicsInDrop {
+        fn drop(&mut self) {
+            panic!("in a drop");
+        }
+    }
+
+    #[test]
+    fn each_kind_of_panic_becomes_a_message() {
+        assert_eq!(call(|| 7), Ok(7));
+        assert_eq!(call(|| panic!("plain")), Err::<(), _>("plain".to_owned()));
+        assert_eq!(call(|| panic!("with {}", 7)), Err::<(), _>("with 7".to_owned()));
+        let other = call(|| panic_any(PanicsInDrop)).unwrap_err();
+        assert_eq!(other, "with a value that is no text");
+    }
+
+    #[test]
+    fn values_that_panic_in_their_drop_are_dropped_side_by_side() {
+        // Two panics at once would abort, also while a third one unwinds.
+        let unwound = call(|| {
+            let _held = [Foreign::new(PanicsInDrop), Foreign::new(PanicsInDrop)];
+            panic!("the first one");
+        });
+        assert_eq!(unwound, Err::<(), _>("the first one".to_owned()));
+    }
+}

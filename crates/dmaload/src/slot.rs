@@ -1,0 +1,134 @@
+//! A value that several threads want, and the first one of them makes. No lock is held while it is made, since
+//! that may call a heap's code, or open a file on a server that never answers.
+
+use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
+
+#[derive(Debug)]
+enum State<T> {
+    Empty,
+    /// A thread is making it.
+    Making,
+    There(T),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Slot<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+}
+
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Slot::new(None)
+    }
+}
+
+impl<T> Slot<T> {
+    pub(crate) fn new(value: Option<T>) -> Self {
+        Slot { state: Mutex::new(value.map_or(State::Empty, State::There)), changed: Condvar::new() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        lock(&self.state)
+    }
+
+    /// Takes it out, if it is there.
+    pub(crate) fn take(&self) -> Option<T> {
+        let mut state = self.state();
+        match std::mem::replace(&mut *state, State::Empty) {
+            State::There(value) => Some(value),
+            other => {
+                *state = other;
+                None
+            }
+        }
+    }
+}
+
+impl<T: Clone> Slot<T> {
+    /// A clone of it, if it is there.
+    pub(crate) fn get(&self) -> Option<T> {
+        match &*self.state() {
+            State::There(value) => Some(value.clone()),
+            State::Empty | State::Making => None,
+        }
+    }
+
+    /// A clone of it. Where it is missing, this thread makes it, and others wait for that. If that fails, one of
+    /// those that wait makes it instead.
+    ///
+    /// # Errors
+    /// Those of `make`.
+    pub(crate) fn get_or_make<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let mut state = self.state();
+        loop {
+            match &*state {
+                State::There(value) => return Ok(value.clone()),
+                State::Making => state = wait(&self.changed, state),
+                State::Empty => break,
+            }
+        }
+        *state = State::Making;
+        drop(state);
+        // Also when `make` panics, the others must not wait for ever.
+        let mut making = Making { slot: self, value: None };
+        let value = make()?;
+        making.value = Some(value.clone());
+        Ok(value)
+    }
+}
+
+struct Making<'a, T> {
+    slot: &'a Slot<T>,
+    value: Option<T>,
+}
+
+impl<T> Drop for Making<'_, T> {
+    fn drop(&mut self) {
+        let made = self.value.take().map_or(State::Empty, State::There);
+        *self.slot.state() = made;
+        self.slot.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::atomic::{AtomicUsize, Ordering};
+    use crate::sync::model::{Arc, model, spawn};
+
+    #[test]
+    fn it_is_made_once_and_again_only_after_a_failure() {
+        for first_fails in [false, true] {
+            model(move || {
+                let shared = Arc::new((Slot::<usize>::default(), AtomicUsize::new(0)));
+                let get = move |shared: &(Slot<usize>, AtomicUsize)| {
+                    shared.0.get_or_make(|| {
+                        let before = shared.1.fetch_add(1, Ordering::Relaxed);
+                        if first_fails && before == 0 { Err(()) } else { Ok(before) }
+                    })
+                };
+                let other = {
+                    let shared = Arc::clone(&shared);
+                    spawn(move || get(&shared))
+                };
+                let results = [get(&shared), other.join().unwrap()];
+                let failures = usize::from(first_fails);
+                assert_eq!(results.iter().filter(|result| result.is_err()).count(), failures);
+                assert!(results.iter().flatten().all(|&value| value == failures), "{results:?}");
+                assert_eq!(shared.0.take(), Some(failures));
+                assert_eq!(shared.0.get(), None);
+            });
+        }
+    }
+
+    #[test]
+    #[cfg(not(dmaload_loom))]
+    fn a_panic_while_it_is_made_leaves_it_to_others() {
+        let slot = Slot::<usize>::default();
+        let panicked = crate::foreign::call(|| slot.get_or_make(|| -> Result<usize, ()> { panic!("here") }));
+        assert!(panicked.is_err());
+        assert_eq!(slot.get_or_make(|| Ok::<_, ()>(7)), Ok(7));
+    }
+}

@@ -1,0 +1,378 @@
+//! The caller's code on the loader's threads: wakers that poll, and anything that panics. It runs without a lock and never
+//! on the ring thread; the load that it belongs to fails by its name, and no other load notices.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Verify, dmabuf};
+use futures_core::Stream;
+
+const SEGMENT: u64 = 2 << 20;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Threads that ran code of the caller's.
+static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+fn note_thread() {
+    let name = std::thread::current().name().unwrap_or("unnamed").to_owned();
+    assert_ne!(name, "dmaload-ring", "the caller's code runs on the ring thread");
+    THREADS.lock().unwrap().insert(name);
+}
+
+fn safetensors(folder: &Path, tensors: usize, bytes: usize) -> PathBuf {
+    let entry = |n: usize| {
+        format!(r#""t{n}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, n * bytes, (n + 1) * bytes)
+    };
+    let header = format!("{{{}}}", (0..tensors).map(entry).collect::<Vec<_>>().join(","));
+    let mut all = (header.len() as u64).to_le_bytes().to_vec();
+    all.extend_from_slice(header.as_bytes());
+    all.extend(random_bytes(tensors * bytes, 3));
+    file(folder, "model.safetensors", &all)
+}
+
+type Body = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+const IDLE: u8 = 0;
+const RUNNING: u8 = 1;
+const WOKEN: u8 = 2;
+
+/// A task that is polled by whatever thread wakes it, inside of `wake`.
+struct Inline {
+    body: Mutex<Option<Body>>,
+    state: AtomicU8,
+}
+
+impl Inline {
+    fn spawn(body: impl Future<Output = ()> + Send + 'static) {
+        Arc::new(Inline { body: Mutex::new(Some(Box::pin(body))), state: AtomicU8::new(IDLE) }).run();
+    }
+
+    fn run(self: &Arc<Self>) {
+        if self.state.fetch_max(RUNNING, Ordering::AcqRel) != IDLE {
+            // Another thread polls it, or this one, further down the stack: it is polled once more.
+            self.state.fetch_max(WOKEN, Ordering::AcqRel);
+            return;
+        }
+        loop {
+            let waker = Waker::from(Arc::clone(self));
+            let mut body = self.body.lock().unwrap();
+            if let Some(polled) = &mut *body
+                && polled.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()
+            {
+                // Drops what the body holds: loads and loaders.
+                *body = None;
+            }
+            drop(body);
+            if self.state.compare_exchange(RUNNING, IDLE, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                return;
+            }
+            self.state.store(RUNNING, Ordering::Release);
+        }
+    }
+}
+
+impl Wake for Inline {
+    fn wake(self: Arc<Self>) {
+        note_thread();
+        self.run();
+    }
+}
+
+/// Runs a task inside of wakers, and waits for its end.
+#[track_caller]
+fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    Inline::spawn(async move {
+        let result = body.await;
+        let _ = sender.send(result);
+    });
+    receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"))
+}
+
+#[test]
+fn a_waker_that_polls_deadlocks_nothing() {
+    let folder = folder();
+    let path = safetensors(folder.path(), 12, 1_000_000);
+    for route in ROUTES {
+        let loader = Loader::builder().route(route).segment_bytes(SEGMENT).allocator_threads(1).build().unwrap();
+        let (own, own_path) = (loader.clone(), path.clone());
+        run_inline("a load, dropped at its end", async move { own.load(&own_path).await.map(|image| image.report().bytes) }).unwrap();
+
+        let (own, own_path) = (loader.clone(), path.clone());
+        run_inline("a load, dropped half-way, and another one begun", async move {
+            let mut load = own.load(&own_path);
+            load.next().await.unwrap().unwrap();
+            drop(load);
+            own.load(&own_path).await.unwrap();
+        });
+
+        let (own, own_path) = (loader.clone(), path.clone());
+        let segments = run_inline("segments", async move {
+            let mut segments = own.stream(&own_path);
+            let mut count = 0;
+            while let Some(segment) = segments.next().await {
+                segment.unwrap();
+                count += 1;
+            }
+            count
+        });
+        assert!(segments > 4);
+
+        let (own, own_path) = (loader.clone(), path.clone());
+        run_inline("segments, dropped half-way", async move { own.stream(&own_path).next().await.unwrap().unwrap().len() });
+
+        for kept in [true, false] {
+            let (own, own_path) = (loader.clone(), path.clone());
+            let tensors = run_inline("tensors", async move {
+                let mut tensors = if kept { own.load(&own_path).tensors() } else { own.stream(&own_path).tensors() };
+                let mut count = 0;
+                while let Some(tensor) = tensors.next().await {
+                    tensor.unwrap();
+                    count += 1;
+                }
+                count
+            });
+            assert_eq!(tensors, 12);
+        }
+
+        let own = loader.clone();
+        let missing = run_inline("a load that fails", async move { own.load("/no/such/file").await.map(drop) });
+        assert!(matches!(missing, Err(Error::File { .. })), "{missing:?}");
+
+        let (own, own_path) = (loader.clone(), path.clone());
+        let ended = run_inline("a shutdown under a load", async move {
+            let mut load = own.load(&own_path);
+            let _ = load.next().await;
+            let shutdown = own.shutdown().await;
+            (shutdown, load.finish().await.map(drop))
+        });
+        ended.0.unwrap();
+        assert!(matches!(ended.1, Ok(()) | Err(Error::ShutDown)), "{:?}", ended.1);
+        run_inline("the last shutdown", loader.shutdown()).unwrap();
+    }
+}
+
+#[test]
+fn the_last_loader_may_be_dropped_inside_of_a_waker() {
+    let folder = folder();
+    let path = safetensors(folder.path(), 12, 1_000_000);
+    for _ in 0..20 {
+        let loader = Loader::builder().segment_bytes(SEGMENT).build().unwrap();
+        let path = path.clone();
+        run_inline("a load that has the last loader", async move { loader.load(path).await.map(drop) }).unwrap();
+    }
+}
+
+struct PanicsWhenWoken(AtomicUsize);
+
+impl Wake for PanicsWhenWoken {
+    fn wake(self: Arc<Self>) {
+        note_thread();
+        self.0.fetch_add(1, Ordering::SeqCst);
+        panic!("in a waker");
+    }
+}
+
+/// Polls now and then, without a waker, until there is something.
+fn poll_next(load: &mut Load) -> Option<dmaload::Result<dmaload::Segment>> {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        if let Poll::Ready(next) = Pin::new(&mut *load).poll_next(&mut Context::from_waker(Waker::noop())) {
+            return next;
+        }
+        assert!(std::time::Instant::now() < deadline, "neither a segment nor an error");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_waker_that_panics_fails_its_load_by_name_and_no_other() {
+    let folder = folder();
+    let bytes = random_bytes(6_000_000, 1);
+    let path = file(folder.path(), "model.bin", &bytes);
+    for route in ROUTES {
+        let gate = Gate::default();
+        let heap = Hooked::new(MemfdHeap::default(), gate.clone());
+        let loader = Loader::builder().heap(heap).route(route).segment_bytes(SEGMENT).allocator_threads(1).build().unwrap();
+        let (mut load, mut other) = (loader.load(&path), loader.load(&path));
+        let panics = Arc::new(PanicsWhenWoken(AtomicUsize::new(0)));
+        let polled = Pin::new(&mut load).poll_next(&mut Context::from_waker(&Waker::from(Arc::clone(&panics))));
+        assert!(polled.is_pending(), "the heap waits");
+        gate.open();
+        // Polling before would replace the waker.
+        let deadline = std::time::Instant::now() + PATIENCE;
+        while panics.0.load(Ordering::SeqCst) == 0 {
+            assert!(std::time::Instant::now() < deadline, "nothing wakes it");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let error = loop {
+            match poll_next(&mut load).expect("an error comes before the end") {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        let code = "the waker of the load's task".to_owned();
+        assert_eq!(error, Error::Panicked { code, message: "in a waker".to_owned() });
+        assert_eq!(panics.0.load(Ordering::SeqCst), 1);
+        while let Some(segment) = poll_next(&mut other) {
+            let segment = segment.unwrap();
+            let range = segment.file_range();
+            let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
+            assert_same(&segment.bytes().unwrap(), &bytes[range], "beside it");
+        }
+        assert_eq!(load_all(&loader, &path, loader.options()).unwrap(), bytes.len() as u64, "after it");
+    }
+}
+
+/// A heap that waits.
+#[derive(Debug, Clone, Default)]
+struct Gate(Arc<(Mutex<bool>, std::sync::Condvar)>);
+
+impl Gate {
+    fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+}
+
+impl HeapHooks for Gate {
+    fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
+        note_thread();
+        drop(self.0.1.wait_while(self.0.0.lock().unwrap(), |open| !*open).unwrap());
+        Ok(())
+    }
+
+    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), dmabuf::Error> {
+        note_thread();
+        Ok(())
+    }
+}
+
+fn load_all(loader: &Loader, path: &Path, options: LoadOptions) -> dmaload::Result<u64> {
+    let load = loader.load_with([path], options);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let image = runtime.block_on(async { tokio::time::timeout(PATIENCE, load.into_future()).await.expect("it ends") })?;
+    Ok(image.report().bytes)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum In {
+    Begin,
+    Describe,
+    Bytes,
+    LastBytes,
+    DropOfVerifier,
+    DropOfObserver,
+    Nothing,
+}
+
+/// Verifies nothing, and panics in one of its calls.
+struct Panics(In, u64);
+
+struct PanicsToo(In, u64);
+
+impl Verify for Panics {
+    fn begin(&self, _: &[(&Path, u64)], _: Format) -> dmaload::Result<Arc<dyn Observer>> {
+        note_thread();
+        assert!(self.0 != In::Begin, "in begin");
+        Ok(Arc::new(PanicsToo(self.0, self.1)))
+    }
+
+    fn describe(&self) -> String {
+        note_thread();
+        assert!(self.0 != In::Describe, "in describe");
+        "nothing".to_owned()
+    }
+}
+
+impl Drop for Panics {
+    fn drop(&mut self) {
+        note_thread();
+        assert!(self.0 != In::DropOfVerifier, "in the drop of a verifier");
+    }
+}
+
+impl Observer for PanicsToo {
+    fn bytes(&self, _: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+        note_thread();
+        assert!(self.0 != In::Bytes, "in bytes");
+        assert!(self.0 != In::LastBytes || offset + (bytes.len() as u64) < self.1, "in bytes");
+        Ok(())
+    }
+}
+
+impl Drop for PanicsToo {
+    fn drop(&mut self) {
+        note_thread();
+        assert!(self.0 != In::DropOfObserver, "in the drop of an observer");
+    }
+}
+
+#[test]
+fn what_verifies_and_observes_may_panic_and_is_named() {
+    let folder = folder();
+    let bytes = random_bytes(6_000_000, 1);
+    let (large, small) = (file(folder.path(), "large.bin", &bytes), file(folder.path(), "small.bin", &bytes[..5000]));
+    for (number, route) in ROUTES.into_iter().enumerate() {
+        let loader = Loader::builder().route(route).segment_bytes(SEGMENT).allocator_threads(1 + number % 2).build().unwrap();
+        for path in [&large, &small] {
+            let length = std::fs::metadata(path).unwrap().len();
+            for place in [In::Begin, In::Describe, In::Bytes, In::LastBytes, In::DropOfVerifier, In::DropOfObserver, In::Nothing] {
+                let what = format!("{route}, {length} bytes, {place:?}");
+                let beside = loader.load(path);
+                let verified = load_all(&loader, path, loader.options().verify(Panics(place, length)));
+                let observer: Arc<dyn Observer> = Arc::new(PanicsToo(place, length));
+                let observed = load_all(&loader, path, loader.options().observer(observer));
+                let panicked = |code: &str, message: &str| Err(format!("{code} panicked: {message}"));
+                // The place of the bytes follows.
+                let told = |result: dmaload::Result<u64>| result.map_err(|error| {
+                    let text = error.to_string();
+                    assert!(!text.contains("in bytes (") || text.contains(".bin: "), "{text}");
+                    text.split(" (").next().unwrap().to_owned()
+                });
+                let [verified, observed] = [verified, observed].map(told);
+                let expected = match place {
+                    In::Begin => [panicked("the verifier", "in begin"), Ok(length)],
+                    In::Describe => [panicked("the verifier", "in describe"), Ok(length)],
+                    In::Bytes | In::LastBytes => [panicked("the verifier", "in bytes"), panicked("the observer", "in bytes")],
+                    In::DropOfVerifier | In::DropOfObserver | In::Nothing => [Ok(length), Ok(length)],
+                };
+                assert_eq!([verified, observed], expected, "{what}");
+                let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+                let image = runtime.block_on(beside.into_future()).unwrap_or_else(|error| panic!("beside {what}: {error}"));
+                assert_same(&image.files()[0].bytes().unwrap(), &bytes[..usize::try_from(length).unwrap()], &what);
+                assert_eq!(load_all(&loader, path, loader.options()), Ok(length), "after {what}");
+            }
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(loader.shutdown()).unwrap();
+    }
+    let threads = THREADS.lock().unwrap();
+    assert!(threads.iter().any(|name| name.starts_with("dmaload-look")), "{threads:?}");
+}
+
+/// Options of a loader are held by the loader alone, not by its threads.
+#[test]
+fn a_verifier_that_all_loads_have_may_panic_in_its_drop() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &random_bytes(3_000_000, 1));
+    for place in [In::DropOfVerifier, In::DropOfObserver, In::Describe] {
+        let options = LoadOptions::default().verify(Panics(place, 3_000_000));
+        let loader = Loader::builder().options(options).segment_bytes(SEGMENT).build().unwrap();
+        for _ in 0..3 {
+            assert_eq!(load_all(&loader, &path, loader.options()).is_ok(), place != In::Describe, "{place:?}");
+        }
+        assert_eq!(load_all(&loader, &path, LoadOptions::default()), Ok(3_000_000));
+    }
+}

@@ -1,0 +1,90 @@
+//! As on Linux 5.0, which has no seal against later writes: a seccomp filter answers EINVAL to it. The filter can't be
+//! taken back, so this is a process of its own, with one test.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "installs a seccomp filter, and has a heap of its own")]
+
+mod common;
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use common::{assert_same, file, folder, random_bytes};
+use dmaload::dmabuf::{self, Mapping, Memory, Populated};
+use dmaload::heap::{Heap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Error, Loader};
+use rustix::io::Errno;
+
+/// From now on `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` is refused with EINVAL.
+fn forget_the_seal() {
+    const F_ADD_SEALS: u32 = 1033;
+    const F_SEAL_FUTURE_WRITE: u32 = 0x10;
+    // Offsets into `struct seccomp_data` of the number of the call, and the lower halves of its arguments.
+    const CALL: u32 = 0;
+    const COMMAND: u32 = 24;
+    const SEALS: u32 = 32;
+    let call = u32::try_from(libc::SYS_fcntl).unwrap();
+    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+    let mut filter = [
+        load(CALL),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 5, call),
+        load(COMMAND),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, F_ADD_SEALS),
+        load(SEALS),
+        statement(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, F_SEAL_FUTURE_WRITE),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EINVAL.cast_unsigned()),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: 8, filter: filter.as_mut_ptr() };
+    // SAFETY: takes numbers only.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
+    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
+    // SAFETY: the program points to `filter`, which outlives the call.
+    assert_eq!(unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) }, 0);
+}
+
+#[derive(Debug)]
+struct OfTheCaller;
+
+// SAFETY: memory files of `MemfdHeap`, of which nothing is kept.
+unsafe impl Heap for OfTheCaller {
+    fn name(&self) -> Cow<'_, str> {
+        "of-the-caller".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        MemfdHeap::default().allocate(bytes)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        MemfdHeap::default().populate(mapping, memory, part)
+    }
+}
+
+#[derive(Debug)]
+struct Nothing;
+
+impl HeapHooks for Nothing {}
+
+#[tokio::test]
+async fn before_linux_5_1_own_heaps_load_and_others_fail() {
+    forget_the_seal();
+    assert!(!dmabuf::Memfd::kernel_seals_writes());
+    let folder = folder();
+    let bytes = random_bytes(5_000_000, 1);
+    let path = file(folder.path(), "model.bin", &bytes);
+    for builder in [
+        Loader::builder(),
+        Loader::builder().heap(MemfdHeap::default()),
+        Loader::builder().heap(Hooked::new(MemfdHeap::default(), Nothing)),
+    ] {
+        let image = builder.build().unwrap().load(&path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &bytes, "an own heap");
+        // Its descriptor can't be given to others: they could write to it.
+        let refused = image.segments()[0].memfd().unwrap_err();
+        assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::INVAL), "{refused}");
+    }
+    let error = Loader::builder().heap(OfTheCaller).build().unwrap().load(&path).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("of-the-caller: cannot seal a memfd against writes") && text.contains("EINVAL"), "{text}");
+}

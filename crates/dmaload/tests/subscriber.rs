@@ -1,0 +1,129 @@
+//! A subscriber of `tracing` that calls back into the loader, drops loads, or panics: no lock is held and the ring thread is
+//! not there when it is called. Subscribers are for a whole process, so this is one, with one test.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
+
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::{Load, Loader};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+static LOADER: OnceLock<Loader> = OnceLock::new();
+/// Loads to be asked for their progress, and to be dropped.
+static SPARE: Mutex<Vec<Load>> = Mutex::new(Vec::new());
+static PANICS: AtomicBool = AtomicBool::new(false);
+/// How often each thread was here.
+static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
+
+thread_local! {
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+#[derive(Debug)]
+struct CallsBack(AtomicU64);
+
+impl CallsBack {
+    fn call_back(&self) {
+        if INSIDE.replace(true) {
+            return;
+        }
+        let name = std::thread::current().name().unwrap_or("unnamed").to_owned();
+        let is_ours = name.starts_with("dmaload-");
+        assert_ne!(name, "dmaload-ring", "a subscriber is called on the ring thread");
+        *THREADS.lock().unwrap().entry(name).or_default() += 1;
+        if let Some(loader) = LOADER.get() {
+            let metrics = loader.metrics();
+            assert!(metrics.loads_finished <= metrics.loads_started);
+            loader.memory_bytes();
+            loader.pooled_bytes();
+            loader.trim_pool(u64::MAX);
+            // Not while one is dropped further down the stack.
+            let spare = SPARE.lock().unwrap().pop();
+            if let Some(load) = spare {
+                load.progress();
+                drop(load);
+            }
+        }
+        INSIDE.set(false);
+        assert!(!(is_ours && PANICS.load(Ordering::Relaxed)), "in a subscriber");
+    }
+}
+
+impl Subscriber for CallsBack {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with("dmaload")
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        self.call_back();
+        Id::from_u64(self.0.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {
+        self.call_back();
+    }
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, _: &Event<'_>) {
+        self.call_back();
+    }
+
+    fn enter(&self, _: &Id) {
+        self.call_back();
+    }
+
+    fn exit(&self, _: &Id) {
+        self.call_back();
+    }
+
+    fn try_close(&self, _: Id) -> bool {
+        self.call_back();
+        true
+    }
+}
+
+#[test]
+fn a_subscriber_may_call_back_drop_loads_and_panic() {
+    let folder = folder();
+    let bytes = random_bytes(6_000_000, 1);
+    let large = file(folder.path(), "large.bin", &bytes);
+    let small: Vec<_> = (0..40).map(|n| file(folder.path(), &format!("{n}.bin"), &random_bytes(9000, n))).collect();
+    tracing::subscriber::set_global_default(CallsBack(AtomicU64::new(0))).unwrap();
+    let loader = LOADER.get_or_init(|| Loader::builder().segment_bytes(2 << 20).pool_bytes(4 << 20).build().unwrap());
+    let (done, finished) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for panics in [false, true] {
+            PANICS.store(panics, Ordering::Relaxed);
+            for round in 0..4 {
+                for route in ROUTES {
+                    let options = loader.options().route(route).trace(round % 2 == 0);
+                    for _ in 0..6 {
+                        let spare = loader.load_with([&large], options.clone());
+                        SPARE.lock().unwrap().push(spare);
+                    }
+                    let image = runtime.block_on(loader.load_with([&large], options.clone()).into_future()).unwrap();
+                    assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
+                    let image = runtime.block_on(loader.load_with(&small, options).into_future()).unwrap();
+                    assert_eq!(image.report().bytes, 40 * 9000);
+                    runtime.block_on(loader.load("/no/such/file").into_future()).unwrap_err();
+                }
+            }
+        }
+        PANICS.store(false, Ordering::Relaxed);
+        runtime.block_on(loader.clone().shutdown()).unwrap();
+        done.send(()).unwrap();
+    });
+    finished.recv_timeout(Duration::from_secs(120)).expect("neither a deadlock nor a failure");
+    let threads = THREADS.lock().unwrap();
+    assert!(threads.keys().any(|name| name == "dmaload-tell"), "{threads:?}");
+    assert!(threads.keys().any(|name| name.starts_with("dmaload-alloc")), "{threads:?}");
+}
