@@ -17,7 +17,7 @@ use common::{assert_same, file, folder, random_bytes};
 use dmaload::heap::AnonHeap;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach, attach_blocking};
 use dmaload::{Error, Image, Loader, Shard};
-use rustix::fs::Mode;
+use rustix::fs::{CWD, Mode, RenameFlags, renameat_with};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send, shutdown,
     socket_with,
@@ -250,6 +250,8 @@ fn the_client() {
     };
     let mut digest = Sha256::new();
     image.segments().iter().for_each(|segment| digest.update(segment.bytes().unwrap()));
+    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino);
+    println!("memories {:?}", inodes.collect::<Vec<_>>());
     println!("digest {}", hex(&digest.finalize()));
 }
 
@@ -309,7 +311,9 @@ async fn ten_processes_have_one_image_in_one_memory_and_one_that_is_killed_harms
     let image = Loader::new().unwrap().load(&path).await.unwrap();
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
-    server.publish("model", image).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino);
+    let memories = format!("memories {:?}", inodes.collect::<Vec<_>>());
     for delay in 0..8 {
         let mut killed = client(&socket);
         std::thread::sleep(Duration::from_millis(3 * delay));
@@ -323,10 +327,12 @@ async fn ten_processes_have_one_image_in_one_memory_and_one_that_is_killed_harms
         let output = client.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && text.contains(&format!("digest {expected}")), "{text}");
+        // The same memory, not a copy.
+        assert!(text.contains(&memories), "{text} {memories}");
     }
-    let taken = (most - before) >> 20;
+    // Of the whole machine, other tests included.
+    let taken = most.saturating_sub(before) >> 20;
     println!("ten processes attached to {mib} MiB: {taken} MiB of shared memory in all");
-    assert!(most - before < ((mib as u64) << 20) + (32 << 20), "{taken} MiB");
     let deadline = Instant::now() + Duration::from_secs(10);
     while server.served().0 < 10 {
         assert!(Instant::now() < deadline, "{:?} served", server.served());
@@ -390,6 +396,11 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
     };
     let good = "[[0,0,0,0,8192,0,8192],[0,0,1,0,8192,8192,16384]]";
     let file = || fs::File::open("/proc/self/exe").unwrap().into();
+    let huge = || {
+        let memfd = dmaload::dmabuf::Memfd::create("test", 300 << 20).unwrap();
+        memfd.seal_against_writes().unwrap();
+        memfd.as_fd().try_clone_to_owned().unwrap()
+    };
     let cases: Vec<(Vec<OwnedFd>, Option<&str>)> = vec![
         (vec![description(&describe(good, 2)), page(true), page(true)], None),
         (vec![description(&describe(good, 2)), page(true), page(false)], Some("a memory is not what it should be")),
@@ -399,6 +410,12 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
         (vec![description("{")], Some("no JSON")),
         (vec![page(false)], Some("its description")),
         (vec![file()], Some("its description")),
+        (vec![description(&describe(good, 2).replace("buffered", "unheard of")), page(true), page(true)], Some("unknown route")),
+        (
+            vec![description(&describe(good, 2).replace("\"dma_bufs\":false", "\"dma_bufs\":true")), page(true), page(true)],
+            Some("a memory is not what it should be"),
+        ),
+        (vec![huge()], Some("its description has 314572800 bytes")),
         // Larger than its memory, and with a gap between two segments of one span.
         (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), page(true)], Some("do not fit their memory")),
         (
@@ -408,21 +425,8 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
     ];
     for (number, (descriptors, expected)) in cases.into_iter().enumerate() {
         let socket = folder.path().join(format!("socket{number}"));
-        let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        rustix::net::bind(&listener, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
-        rustix::net::listen(&listener, 1).unwrap();
         let count = u32::try_from(descriptors.len()).unwrap();
-        let answer = std::thread::spawn(move || {
-            let client = rustix::net::accept(&listener).unwrap();
-            rustix::net::recv(&client, &mut [0; 512][..], rustix::net::RecvFlags::empty()).unwrap();
-            let reply = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &0u32.to_le_bytes(), &count.to_le_bytes(), &count.to_le_bytes()]
-                .concat();
-            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-            let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
-            let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-            assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&borrowed)));
-            rustix::net::sendmsg(&client, &[std::io::IoSlice::new(&reply)], &mut control, SendFlags::empty()).unwrap();
-        });
+        let answer = lying_server(&socket, vec![(reply(1, 0, count, count), descriptors)]);
         let seen = attach(&socket, default()).await;
         answer.join().unwrap();
         match (seen, expected) {
@@ -431,6 +435,105 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
             (seen, _) => panic!("case {number}: {seen:?}"),
         }
     }
+}
+
+fn reply(version: u32, status: u32, all: u32, here: u32) -> Vec<u8> {
+    [&b"dmaload\0"[..], &version.to_le_bytes(), &status.to_le_bytes(), &all.to_le_bytes(), &here.to_le_bytes()].concat()
+}
+
+/// A server that gives these messages to its only client, each when the one before was acknowledged.
+fn lying_server(socket: &Path, messages: Vec<(Vec<u8>, Vec<OwnedFd>)>) -> std::thread::JoinHandle<()> {
+    let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(socket).unwrap()).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    std::thread::spawn(move || {
+        let client = rustix::net::accept(&listener).unwrap();
+        for (message, descriptors) in messages {
+            recv(&client, &mut [0; 512][..], RecvFlags::empty()).unwrap();
+            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+            let mut control = rustix::net::SendAncillaryBuffer::new(&mut space);
+            let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            if !borrowed.is_empty() {
+                assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&borrowed)));
+            }
+            rustix::net::sendmsg(&client, &[std::io::IoSlice::new(&message)], &mut control, SendFlags::empty()).unwrap();
+        }
+    })
+}
+
+#[test]
+fn messages_of_a_server_that_lies_are_refused() {
+    let folder = folder();
+    let some = |count: usize| (0..count).map(|_| fs::File::open("/dev/null").unwrap().into()).collect::<Vec<OwnedFd>>();
+    let (other, lost, closed) =
+        ("of another version, or is none of dmaload", "descriptors were lost", "has closed the connection");
+    let names = [&reply(1, 4, 2, 0)[..], b"\x1b]0;title\x07\0\xff\0"].concat();
+    let cases: Vec<(Vec<(Vec<u8>, Vec<OwnedFd>)>, &str)> = vec![
+        (vec![(reply(2, 0, 1, 1), some(1))], other),
+        (vec![(reply(1, 99, 1, 1), some(1))], other),
+        (vec![(b"hello".to_vec(), some(1))], other),
+        (vec![([&reply(1, 0, 1, 1)[..], b"x"].concat(), some(1))], other),
+        (vec![(reply(1, 0, 1, 2), some(2))], other),
+        (vec![(reply(1, 0, 1 << 20, 1), some(1))], other),
+        (vec![(reply(1, 0, 3, 3), some(2))], lost),
+        (vec![(reply(1, 0, 3, 1), some(2))], lost),
+        (vec![(reply(1, 0, 1, 0), some(0))], lost),
+        (vec![(reply(1, 0, 3, 2), some(2)), (reply(1, 0, 3, 2), some(2))], lost),
+        (vec![(reply(1, 0, 3, 2), some(2))], closed),
+        (vec![], closed),
+        (vec![(reply(1, 1, 0, 0), some(0))], "does not understand the request"),
+        (vec![(reply(1, 2, 0, 0), some(0))], "shares no image any more"),
+        (vec![(reply(1, 3, 1234, 0), some(0))], "(--allow-user 1234)"),
+        (vec![(reply(1, 6, 0, 0), some(0))], "the server is busy"),
+        (vec![(names, some(0))], r#"name one of "\u{1b}]0;title\u{7}", "\u{fffd}""#),
+    ];
+    for (number, (messages, expected)) in cases.into_iter().enumerate() {
+        let socket = folder.path().join(format!("socket{number}"));
+        let server = lying_server(&socket, messages);
+        let error = attach_blocking(&socket, &default()).unwrap_err().to_string();
+        server.join().unwrap();
+        let expected = expected.replace("\\u{fffd}", "\u{fffd}");
+        assert!(error.contains(&expected), "case {number}: {error}");
+    }
+}
+
+/// It closes with the request unread, which resets the connection, but the answer counts.
+#[test]
+fn answer_of_a_server_that_does_not_read_is_received() {
+    let folder = folder();
+    let socket = folder.path().join("socket");
+    let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&listener, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    let server = std::thread::spawn(move || {
+        let client = rustix::net::accept(&listener).unwrap();
+        // The request has come.
+        recv(&client, &mut [0; 1][..], RecvFlags::PEEK).unwrap();
+        send(&client, &reply(1, 6, 0, 0), SendFlags::empty()).unwrap();
+    });
+    let error = attach_blocking(&socket, &default()).unwrap_err().to_string();
+    assert!(error.contains("the server is busy"), "{error}");
+    server.join().unwrap();
+}
+
+#[test]
+fn server_that_never_answers_is_left_in_time() {
+    let folder = folder();
+    let socket = folder.path().join("socket");
+    let listener = std::thread::spawn({
+        let own = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&own, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
+        rustix::net::listen(&own, 1).unwrap();
+        move || {
+            std::thread::sleep(Duration::from_secs(20));
+            drop(own);
+        }
+    });
+    let started = Instant::now();
+    let error = attach_blocking(&socket, &default()).unwrap_err().to_string();
+    assert!(error.ends_with("the server has not answered in 10s"), "{error}");
+    assert!((9..18).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
+    drop(listener);
 }
 
 /// Descriptors on their way count against the server's user: a client that takes none of them holds up its own user alone, and no more
@@ -617,6 +720,7 @@ fn clients_trust_their_own_user_and_those_they_name() {
         (BOB, NOBODY, Some(ALL), &[], Err(BOB)),
         (ALICE, ALICE, Some(ALL), &[], Ok(())),
     ];
+    let mut wrong = Vec::new();
     for (number, &(server, client, map, named, expectation)) in cases.iter().enumerate() {
         let socket = folder.path().join(format!("socket{number}"));
         let options = ServerOptions::default().allow_user(client);
@@ -625,11 +729,15 @@ fn clients_trust_their_own_user_and_those_they_name() {
         let role = Role { name: "the_client", user: client, map, named, variables: Vec::new() };
         let outcome = role.outcome(&socket);
         let case = format!("server {server}, client {client}, map {map:?}, trusts {named:?}: {outcome}");
-        match expectation {
-            Ok(()) => assert_eq!(outcome, expected, "{case}"),
-            Err(user) => assert!(outcome.contains(&format!("--trust-user {user})")), "{case}"),
+        let as_expected = match expectation {
+            Ok(()) => outcome == expected,
+            Err(user) => outcome.contains(&format!("--trust-user {user})")),
+        };
+        if !as_expected {
+            wrong.push(case);
         }
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]
@@ -661,6 +769,7 @@ fn servers_serve_their_own_user_and_those_they_allow() {
         (NOBODY, Some(ALL), &[9], NOBODY, Ok(())),
         (NOBODY, Some(ALL), &[9], BOB, Err(BOB)),
     ];
+    let mut wrong = Vec::new();
     for (number, &(server, map, named, client, expectation)) in cases.iter().enumerate() {
         let socket = folder.path().join(format!("socket{number}"));
         let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned())];
@@ -672,13 +781,12 @@ fn servers_serve_their_own_user_and_those_they_allow() {
             (Ok(attached), Ok(())) => {
                 assert_same(&attached.image.files()[0].bytes().unwrap(), &fs::read(&model).unwrap(), &case);
             }
-            (Err(error), Err(user)) => {
-                assert!(error.to_string().contains(&format!("--allow-user {user})")), "{case}: {error}");
-            }
-            (attached, _) => panic!("{case}: {attached:?}"),
+            (Err(error), Err(user)) if error.to_string().contains(&format!("--allow-user {user})")) => {}
+            (attached, _) => wrong.push(format!("{case}: {:?}", attached.map(|_| "attached"))),
         }
         drop(serving);
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]
@@ -748,27 +856,26 @@ fn owner_of_the_folder_cannot_redirect_a_server_of_root() {
     let socket = folder.join("socket");
     let (until, done) = (Instant::now() + Duration::from_secs(3), std::sync::atomic::AtomicBool::new(false));
     let (mut bound, mut refused) = (0, 0);
+    let steal = |name: &str| {
+        let (link, name) = (folder.join(format!("link for {name}")), folder.join(name));
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            std::os::unix::fs::symlink(&victim, &link).unwrap();
+            // In one system call, as soon as there is something.
+            while renameat_with(CWD, &link, CWD, &name, RenameFlags::EXCHANGE).is_err() {
+                if done.load(std::sync::atomic::Ordering::Relaxed) {
+                    return;
+                }
+            }
+            std::thread::sleep(Duration::from_micros(300));
+            // So that the next server can begin.
+            let _ = fs::remove_file(&name);
+            let _ = fs::remove_file(&link);
+            let _ = fs::rename(&link, folder.join("away"));
+        }
+    };
     std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                as_user(MALLORY, || {
-                    let mut number = 0;
-                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
-                        for name in ["socket", ".socket.dmaload"] {
-                            let (name, away) = (folder.join(name), folder.join(format!("away{number}")));
-                            number += 1;
-                            if fs::symlink_metadata(&name).is_ok_and(|found| !found.is_symlink())
-                                && fs::rename(&name, &away).is_ok()
-                            {
-                                let _ = std::os::unix::fs::symlink(&victim, &name);
-                            } else if number % 64 < 2 {
-                                // So that the next server can begin.
-                                let _ = fs::remove_file(&name);
-                            }
-                        }
-                    }
-                });
-            });
+        for name in ["socket", ".socket.dmaload"] {
+            scope.spawn(move || as_user(MALLORY, || steal(name)));
         }
         while Instant::now() < until {
             match Server::bind(&socket, ServerOptions::default().allow_user(MALLORY)) {
@@ -904,6 +1011,7 @@ fn hostile_clients_stall_no_other_user() {
     // With the description, 11 descriptors: twelve who hoard them are more than the kernel allows.
     let bytes = random_bytes(10 * SEGMENT as usize, 3);
     let model = file(folder.path(), "model.bin", &bytes);
+    let mut wrong = Vec::new();
     for hostile in [MALLORY, STRANGER] {
         for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
             let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
@@ -924,14 +1032,20 @@ fn hostile_clients_stall_no_other_user() {
                     let started = Instant::now();
                     let attached = as_user(honest, || attach_blocking(&socket, &default().trust_user(ALICE)));
                     slowest = slowest.max(started.elapsed());
-                    let attached = attached.unwrap_or_else(|error| panic!("{hostility:?} of {hostile}: {error}"));
-                    assert_same(&attached.image.files()[0].bytes().unwrap(), &bytes, "attached");
+                    match attached {
+                        Ok(attached) => assert_same(&attached.image.files()[0].bytes().unwrap(), &bytes, "attached"),
+                        Err(error) => wrong.push(format!("{hostility:?} of {hostile}: {error}")),
+                    }
                 }
             }
             println!("{hostility:?} of {hostile}: {} kept, the slowest of 12 honest clients took {slowest:?}", kept.len());
-            assert!(slowest < Duration::from_secs(1), "{hostility:?} of {hostile}: {slowest:?}");
+            if slowest > Duration::from_secs(1) {
+                wrong.push(format!("{hostility:?} of {hostile}: the slowest took {slowest:?}"));
+            }
             let during = serving.descriptors();
-            assert!(during < before + 64 + 16 + 4, "{hostility:?} of {hostile}: {during} descriptors, {before} before");
+            if during > before + 64 + 16 + 4 {
+                wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
+            }
             // When they have let go, all is as before, and their user is served.
             drop(kept);
             let deadline = Instant::now() + Duration::from_secs(10);
@@ -944,7 +1058,90 @@ fn hostile_clients_stall_no_other_user() {
             }
             let ended = serving.end();
             let served: u64 = ended.split(' ').nth(1).unwrap().parse().unwrap();
-            assert!(served >= 12, "{ended}");
+            if served < 12 {
+                wrong.push(format!("{hostility:?} of {hostile}: {ended}"));
+            }
         }
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Clients of one user have a bounded number of descriptors on their way, to a bounded number of them.
+#[test]
+fn what_is_on_its_way_to_one_user_is_bounded() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    // The descriptors of the image, the users who may attach, and what MALLORY's clients have on their way then: of 128 descriptors,
+    // half are shared by all users, and each has four receivers at most.
+    for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
+        let model = file(folder.path(), "model.bin", &random_bytes(segments * SEGMENT as usize, 3));
+        let socket = folder.path().join(format!("socket{segments}{users}"));
+        let variables =
+            vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+        let named: Vec<u32> = [MALLORY, BOB].into_iter().chain(5000..5000 + users - 2).collect();
+        let (serving, first) =
+            Serving::start(&Role { name: "the_server", user: ALICE, map: None, named: &named, variables }, &socket);
+        assert!(first.starts_with("ready"), "{first}");
+        let kept: Vec<_> =
+            as_user(MALLORY, || (0..30).filter_map(|number| Hostility::HalfClosed.connect(&socket, number)).collect());
+        std::thread::sleep(Duration::from_millis(100));
+        as_user(BOB, || attach_blocking(&socket, &default().trust_user(ALICE))).unwrap();
+        let here = |client: &OwnedFd| {
+            let mut message = [0; 64];
+            let received = recv(client, &mut message[..], RecvFlags::DONTWAIT | RecvFlags::PEEK).map_or(0, |(bytes, _)| bytes);
+            (received == 24 && message[12] == 0).then(|| usize::from(message[20]))
+        };
+        let seen: Vec<usize> = kept.iter().filter_map(here).collect();
+        let all: usize = seen.iter().sum();
+        assert!(seen.len() <= receivers && all <= descriptors, "{segments} segments, {users} users: {seen:?}");
+        assert!(!seen.is_empty());
+        drop(serving);
+    }
+}
+
+/// What waits for a client, or lets it wait, ends in time, and the client learns why.
+#[test]
+fn clients_that_stop_are_let_go_in_time() {
+    if !is_root() {
+        return;
+    }
+    let folder = open_folder();
+    let model = file(folder.path(), "model.bin", &random_bytes(10 * SEGMENT as usize, 3));
+    let socket = folder.path().join("socket");
+    let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+    // Eight descriptors at once for each user, of eleven.
+    let named = [BOB, MALLORY, STRANGER, 5000, 5001, 5002, 5003];
+    let (_serving, first) =
+        Serving::start(&Role { name: "the_server", user: ALICE, map: None, named: &named, variables }, &socket);
+    assert!(first.starts_with("ready"), "{first}");
+    let in_time = |started: Instant| (4..9).contains(&started.elapsed().as_secs());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let started = Instant::now();
+            let client = as_user(BOB, || connected(&socket));
+            assert_eq!(recv(&client, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 0, "a silent client");
+            assert!(in_time(started), "{:?}", started.elapsed());
+        });
+        scope.spawn(|| {
+            // It has all that its user may, and others of its user wait.
+            let hoard = as_user(MALLORY, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
+            std::thread::sleep(Duration::from_millis(100));
+            let started = Instant::now();
+            let error = as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(ALICE))).unwrap_err();
+            assert!(error.to_string().contains("the server is busy"), "{error}");
+            assert!(in_time(started), "{:?}", started.elapsed());
+            drop(hoard);
+            as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(ALICE))).unwrap();
+        });
+        scope.spawn(|| {
+            // It takes six seconds for the first part, and is given no second one.
+            let slow = as_user(STRANGER, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
+            std::thread::sleep(Duration::from_secs(6));
+            assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 24);
+            let _ = send(&slow, &[0], SendFlags::NOSIGNAL);
+            assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap_or_default().0, 0);
+        });
+    });
 }

@@ -102,7 +102,7 @@ pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<
 pub fn attach_blocking(socket: impl AsRef<Path>, options: &AttachOptions) -> Result<Attached> {
     let path = socket.as_ref();
     let started = Instant::now();
-    let descriptors = receive(path, options)?;
+    let descriptors = receive(path, options, PATIENCE + TRANSFER_LIMIT)?;
     let (description, memories) = read(path, descriptors)?;
     build(path, &description, memories, started)
 }
@@ -111,8 +111,8 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
     Error::Share { socket: socket.to_owned(), reason: reason.into() }
 }
 
-/// Asks the server, and takes all descriptors.
-fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
+/// Asks the server, and takes all descriptors, in `limit` or little more.
+fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed =
         |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
@@ -136,10 +136,13 @@ fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
         Err(errno) => return Err(failed("ask")(errno)),
     }
-    let deadline = Instant::now() + PATIENCE + TRANSFER_LIMIT;
+    let deadline = Instant::now() + limit;
     let mut descriptors: Vec<OwnedFd> = Vec::new();
     loop {
-        let (message, mut here) = receive_message(&socket).map_err(failed("receive"))?;
+        let (message, mut here) = match receive_message(&socket) {
+            Err(Errno::AGAIN) => return Err(refuse(path, format!("the server has not answered in {:?}", 2 * PATIENCE))),
+            received => received.map_err(failed("receive"))?,
+        };
         if message.is_empty() {
             return Err(refuse(path, "the server has closed the connection"));
         }
@@ -150,7 +153,7 @@ fn receive(path: &Path, options: &AttachOptions) -> Result<Vec<OwnedFd>> {
             return Err(refuse(path, refusal(reply, name, &parse_names(&message))));
         }
         if Instant::now() > deadline {
-            return Err(refuse(path, format!("the server has not given all of the image in {:?}", PATIENCE + TRANSFER_LIMIT)));
+            return Err(refuse(path, format!("the server has not given all of the image in {limit:?}")));
         }
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
@@ -384,5 +387,43 @@ fn report(
         verified: None,
         trace: Vec::new(),
         files: files.collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SocketAddrUnix, accept, bind, listen, sendmsg};
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+
+    /// One descriptor after the other, each in time.
+    #[test]
+    fn server_that_drips_descriptors_is_left_in_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        listen(&listener, 1).unwrap();
+        let server = std::thread::spawn(move || {
+            let client = accept(&listener).unwrap();
+            let reply = Reply { status: Status::Ok, all: 1000, here: 1 }.to_bytes();
+            let mut sent = 0;
+            while sent < 1000 {
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut control = SendAncillaryBuffer::new(&mut space);
+                let own = [listener.as_fd()];
+                assert!(control.push(SendAncillaryMessage::ScmRights(&own)));
+                if sendmsg(&client, &[IoSlice::new(&reply)], &mut control, SendFlags::NOSIGNAL).is_err() {
+                    break;
+                }
+                sent += 1;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            sent
+        });
+        let error = receive(&path, &AttachOptions::default(), Duration::from_millis(200)).unwrap_err();
+        assert!(error.to_string().ends_with("the server has not given all of the image in 200ms"), "{error}");
+        assert!(server.join().unwrap() < 100);
     }
 }

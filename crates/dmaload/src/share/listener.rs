@@ -446,6 +446,41 @@ mod tests {
         }
     }
 
+    /// A file system that lies shows other files in the private folder.
+    #[test]
+    fn another_file_in_the_place_of_the_bound_socket_is_left_alone() {
+        let place = tempfile::tempdir().unwrap();
+        let victim = place.path().join("secret");
+        fs::write(&victim, "kept").unwrap();
+        fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+        let lies: [fn(&Path, &Path); 3] = [
+            |victim, fresh| symlink(victim, fresh).unwrap(),
+            |victim, fresh| fs::hard_link(victim, fresh).unwrap(),
+            |_, fresh| {
+                dead_socket(fresh);
+                // Of another user, where there can be one.
+                if geteuid().is_root() {
+                    std::os::unix::fs::chown(fresh, Some(12345), None).unwrap();
+                } else {
+                    fs::remove_file(fresh).unwrap();
+                }
+            },
+        ];
+        for lie in lies {
+            let mode = all();
+            let listener = Listener::bind_step_by_step(&place.path().join("socket"), mode, &mut |step| {
+                if step == Step::Bound {
+                    let fresh = place.path().join(".socket.dmaload").join(FRESH);
+                    fs::remove_file(&fresh).unwrap();
+                    lie(&victim, &fresh);
+                }
+            });
+            listener.unwrap_err();
+            assert_eq!((mode_of(&victim), fs::read_to_string(&victim).unwrap().as_str()), (0o600, "kept"));
+            assert_eq!(names(place.path()), ["secret"]);
+        }
+    }
+
     #[test]
     fn socket_has_its_mode_before_it_is_in_its_place() {
         for mode in [own(), all()] {

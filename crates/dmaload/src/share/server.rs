@@ -655,4 +655,30 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn what_waits_for_a_client_has_a_deadline() {
+        let (socket, _other) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let now = Instant::now();
+        let published = Arc::new(Published { descriptors: Vec::new() });
+        let mut client = Client { socket, allowed: true, user: 0, since: now, state: State::Silent };
+        assert_eq!(client.deadline(), Some(now + PATIENCE));
+        client.state = State::Early { request: Vec::new() };
+        assert_eq!(client.deadline(), Some(now + PATIENCE));
+        for unreceived in [0, 3] {
+            let mut begun = now;
+            client.state = State::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
+            assert_eq!(client.deadline(), Some(now + PATIENCE));
+            // It makes progress, but for too long.
+            begun = now - TRANSFER_LIMIT;
+            client.state = State::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
+            assert_eq!(client.deadline(), Some(now));
+        }
+    }
 }
