@@ -229,6 +229,18 @@ mod tests {
             "[[0,0,0,18446744073709547520,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[1,0,0,0,8192,0,8192],[1,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,8191,0,8191],[0,0,1,0,4096,8191,12000]]",
+            // Memories that are skipped, or come back.
+            "[[0,0,1,0,8192,0,8192]]",
+            "[[0,0,0,0,4096,0,99],[0,1,1,0,4096,0,99],[0,2,0,4096,4096,0,99],[0,3,1,4096,4096,0,99]]",
+            // More bytes than memory, none, and fewer than none.
+            "[[0,0,0,0,4096,0,8192],[0,0,1,0,4096,8192,12000]]",
+            "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,8192]]",
+            "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,8000]]",
+            // Spans that come back, and one that has two segments in a memory.
+            "[[0,1,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
+            "[[0,0,0,0,4096,0,4096],[0,0,0,4096,4096,4096,8192],[0,1,1,0,4096,0,99]]",
+            // Not at a page.
+            "[[0,0,0,100,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
         ] {
             assert!(Description::parse(described(segments).as_bytes()).is_err(), "{segments}");
         }
@@ -244,9 +256,25 @@ mod tests {
             ("\"BF16\"", "\"BF17\""),
             ("\"bytes\":12000", "\"bytes\":-1"),
             ("\"memories\":2", "\"memories\":3"),
+            ("\"part\":[0,12000]", "\"part\":[2,1]"),
+            ("\"part\":[0,12000]", "\"part\":[0,12001]"),
+            ("[2,4],8,24", "[2,4],24,8"),
+            (
+                "[[2,4],8,24],\"shape\":[2,2],\"rows\":[8,12,8,2]",
+                "[[2,4],11990,12006],\"shape\":[2,2],\"rows\":[11990,11994,8,2]",
+            ),
+            ("\"shape\":[2,2],\"rows\":[8,12,8,2]", "\"shape\":[0,2],\"rows\":[8,8,0,0]"),
         ] {
             let text = described(GOOD).replace(from, to);
             assert!(text != described(GOOD) && Description::parse(text.as_bytes()).is_err(), "{to}");
         }
+        // A span that goes on in another file.
+        let two_files = |segments: &str| {
+            let other = r#""files":[{"path":"b","bytes":12000,"part":[0,12000],"tensors":null},"#;
+            described(segments).replace("\"files\":[", other)
+        };
+        Description::parse(two_files(GOOD).as_bytes()).unwrap();
+        let segments = "[[0,0,0,0,8192,0,8192],[1,0,1,0,4096,8192,12000]]";
+        assert!(Description::parse(two_files(segments).as_bytes()).is_err());
     }
 }
