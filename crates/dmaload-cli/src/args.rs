@@ -322,6 +322,10 @@ pub(crate) struct Engine {
     /// The most memory that is allocated and not yet filled: at least a segment.
     #[arg(long, default_value = "128MiB", value_name = "BYTES", value_parser = bytes)]
     pub(crate) window: u64,
+    /// The most memory that segments may have at once, those that are being filled and those that are still in use: a load that
+    /// needs more fails before it reads, and `cat` goes on within it [default: no limit].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) memory_limit: Option<u64>,
     /// The size of one read: a multiple of 64 KiB.
     #[arg(long, default_value = "2MiB", value_name = "BYTES", value_parser = bytes)]
     pub(crate) chunk_size: u64,

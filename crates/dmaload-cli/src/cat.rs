@@ -16,6 +16,7 @@ pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     let mut segments = loader.stream_with([&arguments.path], options);
     block_on(async {
         let mut stdout = crate::output::stdout();
+        // The stream goes ahead of a slow reader by the window and a segment, not more.
         while let Some(segment) = segments.next().await {
             stdout.write_all(&segment.and_then(|segment| segment.bytes()).map_err(about)?)?;
         }

@@ -8,6 +8,9 @@ use dmaload::{Error, LoadOptions, Loader, LoaderBuilder, Result, Route};
 
 use crate::args::{Engine, HeapName};
 
+/// With a limit of memory, a segment is at most one of so many parts of it.
+const MEMORY_PARTS: usize = 4;
+
 /// The loader that the command line asks for.
 pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.build()
@@ -41,6 +44,10 @@ fn builder(arguments: &Engine, route: Route, strict: bool) -> Result<LoaderBuild
         .staging_bytes(arguments.staging)
         .dma_buf(arguments.dma_buf)
         .options(options);
+    if let Some(bytes) = arguments.memory_limit {
+        // The command loads one thing at a time: its segments need not leave room for sixty-four.
+        builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);
+    }
     let (heap, reason) = heap(arguments)?;
     if let Some(reason) = reason {
         builder = builder.note(reason);

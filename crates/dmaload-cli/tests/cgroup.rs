@@ -8,15 +8,19 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use common::{MIB, dmaload, folder, random_file, run, skip};
+use common::{MIB, dmaload, finish, folder, random_file, run, skip};
 
 struct MemoryGroup(PathBuf);
 
 impl MemoryGroup {
     fn new(limit: usize) -> Result<Self, String> {
-        let name = format!("dmaload-test-{}", std::process::id());
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("dmaload-test-{}-{number}", std::process::id());
         let places = [
             ("/sys/fs/cgroup", "memory.max"),
             ("/sys/fs/cgroup/unified", "memory.max"),
@@ -38,6 +42,13 @@ impl MemoryGroup {
             }
         }
         Err(reasons.join("; "))
+    }
+
+    /// How many processes the kernel has killed for its limit, where it tells (Linux 4.13).
+    fn killed(&self) -> u64 {
+        let counts = ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
+        let counts = counts.unwrap_or_default();
+        counts.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
     }
 
     /// The same command, inside the group.
@@ -72,4 +83,60 @@ fn a_load_larger_than_the_groups_limit_is_refused_and_a_smaller_one_is_not() {
     // A stream is refused at the piece that does not fit.
     let cat = group.inside(dmaload(["cat"]).arg(&small));
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
+}
+
+/// Each finds enough room when it begins, all of them together do not.
+#[test]
+fn loads_at_once_in_one_group_fail_with_numbers_and_none_is_killed() {
+    let folder = folder();
+    let path = folder.path().join("model.bin");
+    fs::File::create(&path).unwrap().set_len(600 * MIB as u64).unwrap();
+    let (mut succeeded, mut failed) = (0, 0);
+    for (loads, options) in [(4, &[][..]), (4, &["--heap", "anon"]), (6, &["--segment-size", "2MiB"]), (4, &["--layout", "single"])] {
+        let group = match MemoryGroup::new(900 * MIB) {
+            Ok(group) => group,
+            Err(reason) => return skip(reason),
+        };
+        let load = || {
+            let mut command = group.inside(dmaload(["load", "--json"]).args(options).arg(&path));
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let running: Vec<_> = (0..loads).map(|_| load()).collect();
+        let done: Vec<_> = running.into_iter().map(|load| finish(format!("{options:?}"), load)).collect();
+        assert_eq!(group.killed(), 0, "{options:?}: the kernel has killed some");
+        for load in done {
+            assert_eq!(load.signal, None, "{options:?}");
+            if load.code == Some(0) {
+                succeeded += 1;
+            } else {
+                load.fails(1, &["model.bin", "more bytes are needed", "/memory."]);
+                failed += 1;
+            }
+        }
+    }
+    println!("{succeeded} loads succeeded, {failed} failed");
+    assert!(succeeded > 0, "one that fails makes room for the others");
+}
+
+#[test]
+fn slow_reader_of_cat_needs_no_more_than_a_small_group() {
+    use std::io::Read;
+    let folder = folder();
+    let path = common::large_file(folder.path(), "large.bin", 300 * MIB as u64);
+    for options in [&[][..], &["--memory-limit", "32MiB"]] {
+        let group = match MemoryGroup::new(150 * MIB) {
+            Ok(group) => group,
+            Err(reason) => return skip(reason),
+        };
+        let mut cat = group.inside(dmaload(["cat"]).args(options).arg(&path));
+        let mut cat = cat.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stdout = cat.stdout.take().unwrap();
+        let mut written = vec![0; MIB];
+        stdout.read_exact(&mut written).unwrap();
+        std::thread::sleep(Duration::from_secs(2));
+        stdout.read_to_end(&mut written).unwrap();
+        finish(format!("cat {options:?}"), cat).succeeds();
+        assert!(written == fs::read(&path).unwrap(), "{options:?}: {} bytes", written.len());
+        assert_eq!(group.killed(), 0);
+    }
 }

@@ -274,6 +274,35 @@ fn the_limit_of_open_files_is_told_wherever_it_is_met() {
     run(&mut limited(&load(&path), "-n 64")).succeeds();
 }
 
+/// Files are opened when their turn comes and closed when they were checked, and memories are as few as descriptors.
+#[test]
+fn model_of_more_files_than_descriptors_loads() {
+    let folder = folder();
+    let parts = |name: &str, count: usize, bytes: u64| -> Vec<_> {
+        let of = folder.path().join(name);
+        std::fs::create_dir(&of).unwrap();
+        let path = |number| of.join(format!("{number:05}.bin"));
+        let make = |number| std::fs::File::create(path(number)).unwrap().set_len(bytes + number as u64).unwrap();
+        (0..count).for_each(make);
+        (0..count).map(path).collect()
+    };
+    let small = parts("small", 300, 100_000);
+    let medium = parts("medium", 300, 2 << 20);
+    let large = parts("large", 70, 18 << 20);
+    for (paths, descriptors) in [(&small, 24), (&small, 128), (&medium, 48), (&medium, 128), (&large, 32), (&large, 64)] {
+        let mut command = dmaload(["load", "--json"]);
+        command.args(paths);
+        let done = run(&mut limited(&command, &format!("-n {descriptors}"))).succeeds();
+        let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        let bytes: u64 = paths.iter().map(|path| path.metadata().unwrap().len()).sum();
+        assert_eq!(report["bytes"].as_u64(), Some(bytes), "{descriptors} descriptors");
+    }
+    // What was asked for by its size stays so, and the advice is the one that helps.
+    let mut command = load(&large[0]);
+    command.args(&large[1..]).args(["--segment-size", "64MiB"]);
+    run(&mut limited(&command, "-n 32")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
+}
+
 /// All segments of one memfd need one descriptor: the hint's way out is one.
 #[test]
 fn a_single_segment_needs_few_descriptors() {

@@ -189,6 +189,20 @@ pub enum Error {
         /// What needs it.
         why: &'static str,
     },
+    /// A plan of the load would take too much memory itself: the files are very long (sparse ones can be), or its segments small.
+    #[error(
+        "{bytes} bytes in segments of {segment_bytes} bytes are {pieces} pieces, but a load has at most {most_pieces} of them"
+    )]
+    TooManyPieces {
+        /// The length of all that is to be read.
+        bytes: u64,
+        /// The size of a segment.
+        segment_bytes: u64,
+        /// How many pieces that makes.
+        pieces: u64,
+        /// How many there may be.
+        most_pieces: u64,
+    },
     /// The model's header is wrong.
     #[error("{}: {}", printable::path(.path), printable::shown(.fault))]
     Model {
@@ -402,6 +416,7 @@ impl Error {
                 "see what each heap needs; without a dma-buf, the heap memfd gives memory that other processes can map"
             }
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
+            Error::TooManyPieces { .. } => "use larger segments, or load a part of it",
             Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
             Error::Model { fault, .. } => fault.hint(),
             _ => return None,

@@ -14,6 +14,8 @@ use dmabuf::printable;
 pub(crate) struct Headroom {
     pub(crate) available_bytes: u64,
     pub(crate) limit: String,
+    /// The folder of the cgroup, or the file of the machine's figures: all processes that share the limit have it in common.
+    pub(crate) place: PathBuf,
 }
 
 /// Left to everybody else: without it the machine would be at its limit just after the load.
@@ -21,8 +23,12 @@ pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// What is left now. `None` where nothing can be read (no procfs): then nothing is refused.
 pub(crate) fn headroom() -> Option<Headroom> {
-    let machine = read_to_string("/proc/meminfo").ok().as_deref().and_then(available_in_meminfo);
-    let machine = machine.map(|bytes| Headroom { available_bytes: bytes, limit: "MemAvailable of this machine".to_owned() });
+    const MACHINE: &str = "/proc/meminfo";
+    let machine = read_to_string(MACHINE).ok().as_deref().and_then(available_in_meminfo);
+    let machine = machine.map(|available_bytes| {
+        let limit = "MemAvailable of this machine".to_owned();
+        Headroom { available_bytes, limit, place: PathBuf::from(MACHINE) }
+    });
     let groups = own_cgroups().into_iter().filter_map(|folder| headroom_of_cgroup(&folder));
     let tightest = machine.into_iter().chain(groups).min_by_key(|headroom| headroom.available_bytes)?;
     Some(Headroom { available_bytes: tightest.available_bytes.saturating_sub(MARGIN_BYTES), ..tightest })
@@ -80,6 +86,7 @@ fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     (limit < 1 << 62).then(|| Headroom {
         available_bytes: limit.saturating_sub(kept),
         limit: format!("{} is {limit}", printable::path(&folder.join(limit_file))),
+        place: folder.to_owned(),
     })
 }
 

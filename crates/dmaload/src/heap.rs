@@ -261,12 +261,16 @@ pub struct AnonHeap {
     pub pages: Pages,
 }
 
+impl AnonHeap {
+    pub(crate) const NAME: &str = "anon";
+}
+
 // SAFETY: anonymous memory comes into being with its mapping, which dmaload makes, and has no descriptor.
 // Populating changes no byte. It exports nothing.
 #[allow(unsafe_code)]
 unsafe impl Heap for AnonHeap {
     fn name(&self) -> Cow<'_, str> {
-        "anon".into()
+        Self::NAME.into()
     }
 
     fn allocate(&self, _bytes: usize) -> Result<Memory, dmabuf::Error> {

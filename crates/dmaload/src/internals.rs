@@ -7,7 +7,8 @@ use crate::window::{Permitted, Window};
 
 /// Plans files of these lengths with the default sizes; how many pieces that makes.
 pub fn plan(lengths: &[u64]) -> usize {
-    let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 << 20, batch_bytes: 16 << 20, packed: true };
+    let (segment_bytes, batch_bytes) = (64 << 20, 16 << 20);
+    let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes, packed: true, batch_files: 64 };
     let spans: Vec<_> = lengths.iter().enumerate().map(|(file, &bytes)| Span::whole(file, bytes)).collect();
     Plan::new(&vec![4096; lengths.len()], &spans, shape).pieces.len()
 }

@@ -77,6 +77,8 @@ pub(crate) struct Shape {
     pub(crate) batch_bytes: u64,
     /// Whether small files share memories.
     pub(crate) packed: bool,
+    /// The most files that have a part in one batch, from 1 to [`BATCH_FILES`].
+    pub(crate) batch_files: usize,
 }
 
 /// A part of a file that is read: it begins at a multiple of the file's alignment, and ends at one or with the file.
@@ -178,10 +180,21 @@ pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
 /// The most files that have a part in one batch: each is open while it is read.
 pub(crate) const BATCH_FILES: usize = 64;
+
+/// The most pieces of a plan: 32 TiB in segments of 64 MiB, 1 TiB in segments of 2 MiB. A plan takes up to 400 bytes for each piece,
+/// and a length costs nothing (files can be sparse): a plan must not grow with it without bound.
+pub(crate) const MOST_PIECES: u64 = 1 << 19;
+
 /// Files up to this part of a segment share memories: what a larger one could share is not worth the wait for the others.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
+    /// How many pieces spans of these lengths are cut into, more or less: known without making a plan.
+    pub(crate) fn pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
+        let batch_bytes = self.batch_bytes.min(self.segment_bytes).max(1);
+        lengths.map(|bytes| bytes.div_ceil(batch_bytes)).fold(0, u64::saturating_add)
+    }
+
     /// Whether a span of this size shares its memory with others.
     pub(crate) fn packs(&self, bytes: u64) -> bool {
         self.packed && self.layout != Layout::Single && bytes > 0 && bytes <= self.segment_bytes / PACKED_PART
@@ -206,7 +219,7 @@ impl Plan {
             for file_range in split(span.range.clone(), if span.single { u64::MAX } else { segment_bytes }) {
                 let memory_bytes = (file_range.end - file_range.start).next_multiple_of(alignment);
                 // A memory that is allocated at once is one batch.
-                let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { BATCH_FILES };
+                let most = if shape.batch_bytes < shape.segment_bytes { usize::MAX } else { shape.batch_files };
                 let room = |&(packed_at, count): &(u64, usize)| {
                     let taken = plan.memories.last().map_or(0, |memory| memory.bytes);
                     packed_at == alignment && count < most && taken + memory_bytes <= segment_bytes
@@ -222,7 +235,7 @@ impl Plan {
             }
         }
         for memory in 0..plan.memories.len() {
-            plan.cut(memory, shape.batch_bytes);
+            plan.cut(memory, shape);
         }
         plan.memory_bytes = plan.end_of_range();
         plan
@@ -256,7 +269,7 @@ impl Plan {
     }
 
     /// Cuts a memory into batches, and these into pieces.
-    fn cut(&mut self, number: usize, batch_bytes: u64) {
+    fn cut(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
         let Some(memory) = memories.get_mut(number) else { return };
         let own = segments.get(memory.segments.clone()).unwrap_or_default();
@@ -264,7 +277,7 @@ impl Plan {
         let (mut start, mut segment) = (0, 0);
         while start < memory.bytes {
             let mut end = start.saturating_add(batch_bytes).min(memory.bytes);
-            if let Some(next) = own.get(segment + BATCH_FILES).filter(|next| next.memory_offset < end) {
+            if let Some(next) = own.get(segment + batch_files).filter(|next| next.memory_offset < end) {
                 // A batch that ends within a huge page makes small ones of it: only where files are tiny.
                 let whole = next.memory_offset / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
                 end = if whole > start { whole } else { next.memory_offset };
@@ -317,7 +330,13 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn shape(layout: Layout, segment_pages: u64, batch_pages: u64) -> Shape {
-        Shape { layout, segment_bytes: segment_pages * ALIGNMENT, batch_bytes: batch_pages * ALIGNMENT, packed: true }
+        let (segment_bytes, batch_bytes) = (segment_pages * ALIGNMENT, batch_pages * ALIGNMENT);
+        Shape { layout, segment_bytes, batch_bytes, packed: true, batch_files: BATCH_FILES }
+    }
+
+    fn large_shape(batch_bytes: u64) -> Shape {
+        let layout = Layout::Segmented;
+        Shape { layout, segment_bytes: 64 * MIB, batch_bytes, packed: true, batch_files: BATCH_FILES }
     }
 
     fn planned(bytes: &[u64], shape: Shape) -> Plan {
@@ -349,7 +368,7 @@ mod tests {
 
     #[test]
     fn small_files_share_memories_and_batches_end_at_huge_pages() {
-        let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes: 16 * MIB, packed: true };
+        let shape = large_shape(16 * MIB);
         let plan = planned(&vec![700_000; 2000], shape);
         // 171 pages each, 95 of which fit into 64 MiB.
         assert_eq!((plan.memories.len(), plan.segments.len()), (22, 2000));
@@ -362,16 +381,19 @@ mod tests {
     #[test]
     fn a_batch_has_no_more_files_than_may_be_open() {
         for batch_bytes in [16 * MIB, 64 * MIB] {
-            let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes, packed: true };
-            let plan = planned(&vec![5; 1000], shape);
-            assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= BATCH_FILES));
-            assert_eq!(plan.batches.len(), 1000_usize.div_ceil(BATCH_FILES));
+            for batch_files in [1, 7, BATCH_FILES] {
+                let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
+                assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
+                let fewest = 1000_usize.div_ceil(batch_files);
+                // A batch may end early, with its memory or at a huge page.
+                assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
+            }
         }
     }
 
     #[test]
     fn a_large_file_ends_the_sharing_so_that_order_and_places_agree() {
-        let shape = Shape { layout: Layout::Segmented, segment_bytes: 64 * MIB, batch_bytes: 16 * MIB, packed: true };
+        let shape = large_shape(16 * MIB);
         let plan = planned(&[5, 6, 100 * MIB, 7, 8], shape);
         let memories: Vec<_> = plan.segments.iter().map(|segment| (segment.file, segment.memory)).collect();
         assert_eq!(memories, [(0, 0), (1, 0), (2, 1), (2, 2), (3, 3), (4, 3)]);
@@ -385,10 +407,10 @@ mod tests {
             bytes in proptest::collection::vec(prop_oneof![0u64..20_000, 0u64..2_000_000], 1..20),
             large in proptest::collection::vec(any::<bool>(), 20),
             cuts in proptest::collection::vec(0u8..3, 20),
-            segment_pages in 1u64..40, batch_pages in 1u64..50, single: bool, packed: bool,
+            segment_pages in 1u64..40, batch_pages in 1u64..50, single: bool, packed: bool, batch_files in 1usize..70,
         ) {
             let layout = if single { Layout::Single } else { Layout::Segmented };
-            let shape = Shape { packed, ..shape(layout, segment_pages * 2, batch_pages * 2) };
+            let shape = Shape { packed, batch_files, ..shape(layout, segment_pages * 2, batch_pages * 2) };
             let alignments: Vec<u64> = bytes.iter().zip(large).map(|(_, large)| if large { 2 * ALIGNMENT } else { ALIGNMENT }).collect();
             // Of some files a part, of some two: what comes last first.
             let mut spans = Vec::new();
@@ -402,6 +424,9 @@ mod tests {
             }
             spans.sort_by_key(|span| span.class);
             let plan = Plan::new(&alignments, &spans, shape);
+            let lengths = spans.iter().map(|span| span.range.end - span.range.start);
+            prop_assert!(plan.batches.len() <= plan.pieces.len());
+            prop_assert!(plan.pieces.len() as u64 <= shape.pieces(lengths) + 2 * plan.segments.len() as u64);
             // Spans → segments → pieces: all bytes, in order, none twice.
             prop_assert_eq!(plan.files.len(), bytes.len());
             let (mut segment_at, mut piece_at) = (0, 0);
@@ -449,7 +474,7 @@ mod tests {
                 while at < memory.bytes {
                     let batch = &plan.batches[batch_at];
                     prop_assert_eq!((batch.memory, batch.memory_offset, batch.pieces.start), (index, at, piece_at));
-                    prop_assert!(batch.bytes <= shape.batch_bytes && batch.pieces.len() <= BATCH_FILES);
+                    prop_assert!(batch.bytes <= shape.batch_bytes && batch.pieces.len() <= batch_files);
                     for piece in &plan.pieces[batch.pieces.clone()] {
                         prop_assert_eq!((plan.segments[piece.segment].memory, piece.memory_offset), (index, at));
                         at += piece.memory_bytes;

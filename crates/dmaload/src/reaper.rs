@@ -1,13 +1,14 @@
 //! Where the memory of dropped segments goes: into the pool, or to the thread that unmaps.
 //!
 //! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task: the drop only puts it
-//! on a list. The lists are intrusive, so that dropping allocates nothing. The thread lives as long as anybody may still
+//! on a list. That list is intrusive, so that such a drop allocates nothing. The thread lives as long as anybody may still
 //! put something on its list, which may be longer than the loader.
 //!
 //! The **pool** keeps whole segments, mapped and with their pages, for loads to come: their memory needs no allocating, no
 //! zeroing and no populating. Only what nobody outside can see any more is kept: a segment whose descriptor was handed out is
-//! freed.
+//! freed. It is indexed by age and by size, so that no operation walks it: every drop of a segment takes its lock.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -17,6 +18,9 @@ use std::time::Duration;
 use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
 use crate::charge::Charge;
+
+/// Holdings that leave the pool under one lock: some 20 µs.
+const TRIMMED_AT_ONCE: usize = 64;
 
 /// Mapped memory on its way to be freed, or not yet.
 #[derive(Debug)]
@@ -61,39 +65,22 @@ impl Holding {
     }
 }
 
-/// Holdings, the last one first.
+/// Holdings that wait to be freed, the last one first.
 #[derive(Debug, Default)]
 struct Stack {
     head: Option<Box<Holding>>,
-    bytes: u64,
 }
 
 impl Stack {
     fn push(&mut self, mut holding: Box<Holding>) {
-        self.bytes += holding.bytes();
         holding.next = self.head.take();
         self.head = Some(holding);
     }
 
     fn pop(&mut self) -> Option<Box<Holding>> {
-        self.take_first(|_| true)
-    }
-
-    /// Takes out the first one that is wanted.
-    fn take_first(&mut self, wanted: impl Fn(&Holding) -> bool) -> Option<Box<Holding>> {
-        let mut place = &mut self.head;
-        while place.as_ref().is_some_and(|holding| !wanted(holding)) {
-            place = &mut place.as_mut()?.next;
-        }
-        let mut found = place.take()?;
-        *place = found.next.take();
-        self.bytes -= found.bytes();
+        let mut found = self.head.take()?;
+        self.head = found.next.take();
         Some(found)
-    }
-
-    /// Takes out the one that has been here longest.
-    fn take_last(&mut self) -> Option<Box<Holding>> {
-        self.take_first(|holding| holding.next.is_none())
     }
 }
 
@@ -104,11 +91,50 @@ impl Drop for Stack {
     }
 }
 
+/// Holdings that are kept, by age and by size.
+#[derive(Debug, Default)]
+struct Pool {
+    /// By the number under which each came: the oldest first.
+    by_age: BTreeMap<u64, Box<Holding>>,
+    /// Sizes and numbers.
+    by_size: BTreeSet<(u64, u64)>,
+    bytes: u64,
+    next: u64,
+}
+
+impl Pool {
+    fn push(&mut self, holding: Box<Holding>) {
+        let bytes = holding.bytes();
+        self.bytes += bytes;
+        self.by_size.insert((bytes, self.next));
+        self.by_age.insert(self.next, holding);
+        self.next += 1;
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Box<Holding>> {
+        let holding = self.by_age.remove(&number)?;
+        self.bytes -= holding.bytes();
+        self.by_size.remove(&(holding.bytes(), number));
+        Some(holding)
+    }
+
+    fn take_oldest(&mut self) -> Option<Box<Holding>> {
+        let number = *self.by_age.keys().next()?;
+        self.remove(number)
+    }
+
+    /// The one of this size that came last: its pages are the most likely to be in a cache.
+    fn take_newest(&mut self, bytes: u64) -> Option<Box<Holding>> {
+        let &(_, number) = self.by_size.range((bytes, 0)..=(bytes, u64::MAX)).next_back()?;
+        self.remove(number)
+    }
+}
+
 #[derive(Debug, Default)]
 struct List {
     dead: Stack,
     /// What is kept for loads to come, at most so much of it.
-    pool: Stack,
+    pool: Pool,
     pool_bytes: u64,
     /// Whether the thread is freeing something that is not on the list any more.
     busy: bool,
@@ -189,10 +215,15 @@ impl Reaper {
             ledger = holding.charge.ledger();
             holding.charge.pool();
         }
+        if ledger.is_some() {
+            let most = self.shared.0.list().pool_bytes;
+            self.trim_pool(most.saturating_sub(bytes));
+        }
         let mut list = self.shared.0.list();
         if holding.reusable.load(Ordering::Acquire) && bytes <= list.pool_bytes {
+            // What others have added since then, if anything.
             let room = list.pool_bytes - bytes;
-            list.shrink_pool(room);
+            list.shrink_pool(room, usize::MAX);
             list.pool.push(holding);
         } else {
             list.dead.push(holding);
@@ -207,17 +238,24 @@ impl Reaper {
 
     /// How much the pool may keep; with less than it has, the oldest goes.
     pub(crate) fn set_pool_bytes(&self, bytes: u64) {
-        let mut list = self.shared.0.list();
-        list.pool_bytes = bytes;
-        list.shrink_pool(bytes);
-        drop(list);
-        self.shared.0.changed.notify_one();
+        self.shared.0.list().pool_bytes = bytes;
+        self.trim_pool(bytes);
     }
 
-    /// Frees what the pool has beyond `keep_bytes`, the oldest first; how much that is.
+    /// Frees what the pool has beyond `keep_bytes`, the oldest first; how much that is. The lock is held for a few holdings at a
+    /// time: whoever drops a segment meanwhile does not wait for all of them.
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
-        let freed = self.shared.0.list().shrink_pool(keep_bytes);
-        self.shared.0.changed.notify_one();
+        let mut freed = 0;
+        // What comes into the pool meanwhile is not this call's to free: it ends.
+        let excess = self.pooled_bytes().saturating_sub(keep_bytes);
+        while freed < excess {
+            let part = self.shared.0.list().shrink_pool(keep_bytes, TRIMMED_AT_ONCE);
+            if part == 0 {
+                break;
+            }
+            freed += part;
+            self.shared.0.changed.notify_one();
+        }
         freed
     }
 
@@ -228,15 +266,19 @@ impl Reaper {
 
     /// Memory of this size from the pool, the one that came last.
     pub(crate) fn reuse(&self, bytes: usize) -> Option<Box<Holding>> {
-        self.shared.0.list().pool.take_first(|holding| holding.mapping.bytes() == bytes)
+        self.shared.0.list().pool.take_newest(bytes as u64)
     }
 }
 
 impl List {
-    fn shrink_pool(&mut self, keep_bytes: u64) -> u64 {
+    /// Leaves the oldest holdings to the thread, at most so many of them; how many bytes these are.
+    fn shrink_pool(&mut self, keep_bytes: u64, most: usize) -> u64 {
         let before = self.pool.bytes;
-        while self.pool.bytes > keep_bytes {
-            let Some(oldest) = self.pool.take_last() else { break };
+        for _ in 0..most {
+            if self.pool.bytes <= keep_bytes {
+                break;
+            }
+            let oldest = self.pool.take_oldest().expect("a pool that has bytes has a holding");
             self.dead.push(oldest);
         }
         before - self.pool.bytes
@@ -313,6 +355,80 @@ mod tests {
         assert_eq!(reaper.trim_pool(0), 4096);
         reaper.run_once();
         assert_eq!(Arc::strong_count(&range), 1, "all of it is freed");
+    }
+
+    /// What `work` takes of this thread's time on a pool of `count` pages, at best.
+    fn best_time(count: usize, work: impl Fn(&Reaper, &Arc<AddressRange>)) -> Duration {
+        let range = AddressRange::reserve((count + 1) * 4096).unwrap();
+        let times = [(); 5].map(|()| {
+            let reaper = Reaper::without_thread();
+            reaper.set_pool_bytes(count as u64 * 4096);
+            (0..count).for_each(|page| reaper.bury(holding(&range, page, true)));
+            assert_eq!(reaper.pooled_bytes(), count as u64 * 4096);
+            let start = thread_time();
+            work(&reaper, &range);
+            thread_time().saturating_sub(start)
+        });
+        times.into_iter().min().unwrap()
+    }
+
+    fn thread_time() -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
+    }
+
+    /// Eight times the memories take eight times as long, not sixty-four times.
+    fn assert_linear(what: &str, work: impl Fn(&Reaper, &Arc<AddressRange>, usize)) {
+        let [few, many] = [2_500, 20_000].map(|count| best_time(count, |reaper, range| work(reaper, range, count)));
+        let ratio = many.as_secs_f64() / few.as_secs_f64().max(20e-6);
+        assert!(ratio < 32.0, "{what}: {few:?} for 2,500 memories, {many:?} for 20,000");
+    }
+
+    #[test]
+    fn trimming_a_pool_of_many_memories_takes_linear_time() {
+        assert_linear("all at once", |reaper, _, count| {
+            assert_eq!(reaper.trim_pool(0), count as u64 * 4096);
+        });
+        assert_linear("one by one", |reaper, _, count| {
+            for left in (0..count).rev() {
+                assert_eq!(reaper.trim_pool(left as u64 * 4096), 4096);
+            }
+        });
+    }
+
+    #[test]
+    fn finding_a_size_in_a_pool_of_many_memories_takes_linear_time() {
+        assert_linear("no memory of this size", |reaper, _, count| {
+            (0..count).for_each(|_| assert!(reaper.reuse(8192).is_none()));
+        });
+    }
+
+    #[test]
+    fn a_full_pool_takes_a_memory_for_the_oldest_in_constant_time() {
+        assert_linear("the oldest gives way", |reaper, range, count| {
+            let newest = holding(range, count, true);
+            let mut next = Some(newest);
+            for _ in 0..count {
+                reaper.bury(next.take().unwrap());
+                assert_eq!(reaper.pooled_bytes(), count as u64 * 4096);
+                next = reaper.reuse(4096);
+                // Another one takes its place, so that the next one finds the pool full.
+                let mut list = reaper.shared.0.list();
+                let oldest = list.dead.pop().expect("one gave way");
+                list.pool.push(oldest);
+            }
+        });
+    }
+
+    #[test]
+    fn a_lock_of_the_pool_is_held_for_few_memories_at_a_time() {
+        let reaper = Reaper::without_thread();
+        let range = AddressRange::reserve(1000 * 4096).unwrap();
+        reaper.set_pool_bytes(u64::MAX);
+        (0..1000).for_each(|page| reaper.bury(holding(&range, page, true)));
+        let part = reaper.shared.0.list().shrink_pool(0, TRIMMED_AT_ONCE);
+        assert_eq!(part, TRIMMED_AT_ONCE as u64 * 4096);
+        assert_eq!(reaper.trim_pool(0), 1000 * 4096 - part);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! is bounded; the others wait in the order they came. Loads of a higher priority go first.
 //!
 //! Where memory is limited, a load begins when its reservation is free (see [`crate::budget`]), in the order they came; one that has
-//! its share is passed over until its consumer drops something.
+//! its share is passed over until its consumer drops something. A stream has a bounded amount of memory ahead of its consumer, also
+//! where memory is not limited: one that is far ahead is passed over until its consumer takes a segment.
 
 use std::collections::VecDeque;
 
@@ -59,6 +60,9 @@ pub(crate) struct Demand {
     pub(crate) batches: Vec<Need>,
     /// What it must be able to hold to go on.
     pub(crate) reserved_bytes: u64,
+    /// The most memory that it may have ahead of its consumer: allocated, but not taken yet. A memory larger than that is
+    /// allocated when it is the only one. `None` where the consumer keeps all of it anyway.
+    pub(crate) ahead_bytes: Option<u64>,
     pub(crate) priority: Priority,
 }
 
@@ -67,10 +71,20 @@ struct Turn<L> {
     load: L,
     demand: Demand,
     next: usize,
+    /// What it has ahead of its consumer.
+    ahead: u64,
     /// It has its reservation.
     admitted: bool,
     /// Loads that came before it, and are not opened yet.
     waits_for: Vec<L>,
+}
+
+impl<L> Turn<L> {
+    /// Whether its next batch begins a memory that has to wait for its consumer.
+    fn is_far_ahead(&self, need: Need) -> bool {
+        let most = self.demand.ahead_bytes.unwrap_or(u64::MAX);
+        need.held_bytes > 0 && self.ahead > 0 && self.ahead.saturating_add(need.held_bytes) > most
+    }
 }
 
 /// See the module.
@@ -122,7 +136,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         let later = |turn: &Turn<L>| !turn.admitted && turn.waits_for.contains(&load);
         let at = self.turns.iter().position(later).unwrap_or(self.turns.len());
         self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| *other != load));
-        self.turns.insert(at, Turn { load, demand, next: 0, admitted: false, waits_for });
+        self.turns.insert(at, Turn { load, demand, next: 0, ahead: 0, admitted: false, waits_for });
     }
 
     fn is_opened(&mut self, load: &L) {
@@ -185,6 +199,11 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                     at += 1;
                     continue;
                 }
+                if turn.is_far_ahead(need) {
+                    // Its consumer holds it up, and nobody else.
+                    at += 1;
+                    continue;
+                }
                 match self.budget.take(&turn.load, need.held_bytes) {
                     Taken::Yes => {}
                     taken => {
@@ -210,6 +229,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 let mut turn = self.turns.remove(at)?;
                 let job = Job::Allocate(load, turn.next, need);
                 turn.next += 1;
+                turn.ahead += need.held_bytes;
                 self.turns.push_back(turn);
                 return Some(job);
             }
@@ -244,6 +264,14 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.window.give_back(load, need.bytes);
         // Who waits for files waits for other loads of many files, and need not keep those of large ones waiting.
         Permitted::HasItsPart
+    }
+
+    /// The consumer of a load has taken a segment with so much memory.
+    pub(crate) fn consumed(&mut self, load: &L, bytes: u64) {
+        // One whose last batch was given out has no turn any more.
+        if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
+            turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes what was allocated");
+        }
     }
 
     /// A permit comes back.
@@ -324,7 +352,7 @@ mod tests {
     }
 
     fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> Demand {
-        Demand { batches: batches.iter().map(|&bytes| need(bytes)).collect(), reserved_bytes, priority }
+        Demand { batches: batches.iter().map(|&bytes| need(bytes)).collect(), reserved_bytes, priority, ahead_bytes: None }
     }
 
     fn opened(window: u64, loads: &[(u32, &[u64])]) -> Scheduler<u32> {
@@ -374,6 +402,31 @@ mod tests {
         let jobs = drain(&mut scheduler);
         let one = [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(1)), Job::Allocate(2, 1, need(1))];
         assert_eq!(jobs, one, "its own reads make room for it, or nothing does");
+    }
+
+    #[test]
+    fn stream_waits_for_its_consumer_and_holds_up_no_other() {
+        let mut scheduler = Scheduler::new(1000, u64::MAX, 100, 8);
+        for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
+            scheduler.submit(load);
+            assert_eq!(scheduler.next(), Some(Job::Open(load)));
+            // Memories of two batches each, all of which the first one pays for; and one larger than the bound.
+            let part = |held_bytes| Need { bytes: 5, files: 0, held_bytes };
+            let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
+            scheduler.opened(load, Demand { batches, ahead_bytes, ..Demand::default() });
+        }
+        let of = |jobs: &[Job<u32>], load| jobs.iter().filter(|job| *job.load() == load).count();
+        let jobs = drain(&mut scheduler);
+        assert_eq!((of(&jobs, 1), of(&jobs, 2)), (4, 6));
+        scheduler.give_back(&1, need(20));
+        assert_eq!(drain(&mut scheduler), [], "read is not taken");
+        scheduler.consumed(&1, 10);
+        assert_eq!(drain(&mut scheduler), [], "there is still a memory ahead");
+        scheduler.consumed(&1, 10);
+        let jobs = drain(&mut scheduler);
+        assert_eq!(of(&jobs, 1), 2, "alone, a memory larger than the bound is allocated");
+        scheduler.consumed(&1, 40);
+        scheduler.consumed(&3, 10);
     }
 
     #[test]

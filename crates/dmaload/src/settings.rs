@@ -324,7 +324,7 @@ pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 /// What fits into the caches of today's processors, is a huge page, and is a default chunk.
 const STAGING_SLOT_BYTES: u64 = 2 << 20;
 /// One registered buffer holds at most this much before Linux 7.
-const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
+pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
 const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;

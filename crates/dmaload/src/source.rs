@@ -28,8 +28,6 @@ pub(crate) struct Source {
     pub(crate) index: Option<(Arc<Index>, String)>,
     /// The part of the file that is the model; all of it without.
     pub(crate) part: Option<Range<u64>>,
-    /// Where the file was given open: the path is that of this descriptor, as long as it is.
-    _file: Option<Arc<OwnedFd>>,
 }
 
 /// What a load is asked for.
@@ -41,7 +39,7 @@ pub(crate) enum Input {
 
 impl Source {
     pub(crate) fn file(path: PathBuf) -> Self {
-        Source { path: Arc::new(path), index: None, part: None, _file: None }
+        Source { path: Arc::new(path), index: None, part: None }
     }
 
     pub(crate) fn of_index(path: PathBuf, index: Arc<Index>, name: String) -> Self {
@@ -49,10 +47,11 @@ impl Source {
     }
 
     /// A file that is open. It is opened again, by its descriptor, so that direct reads have a description of their own.
-    pub(crate) fn open(file: Arc<OwnedFd>, part: Option<Range<u64>>) -> Self {
+    /// The path is right as long as that is not closed.
+    pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        Source { part, _file: Some(file), ..Source::file(path.into()) }
+        Source { part, ..Source::file(path.into()) }
     }
 
     /// # Errors

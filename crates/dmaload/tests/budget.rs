@@ -101,6 +101,59 @@ async fn a_model_larger_than_the_limit_is_streamed_within_it() {
     loader.shutdown().await.unwrap();
 }
 
+/// Without a limit of memory, too: what was not taken yet is bounded by the window and a segment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slow_consumer_holds_up_its_own_stream_within_the_window() {
+    const WINDOW: u64 = 32 * MIB;
+    const SEGMENT: u64 = 8 * MIB;
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let (path, expected) = large(folder.path(), "model.bin", 256);
+    // Small ones share memories.
+    let small: Vec<_> = (0..300).map(|n| file(folder.path(), &format!("{n}"), &random_bytes(900_000 + n, n as u64))).collect();
+    for heap in ["memfd", "anon"] {
+        let builder = Loader::builder().window_bytes(WINDOW).segment_bytes(SEGMENT);
+        let builder = if heap == "anon" { builder.heap(AnonHeap::default()) } else { builder };
+        let loader = builder.build().unwrap();
+        let mut stopped = Vec::new();
+        for paths in [vec![path.clone()], small.clone()] {
+            let mut segments = loader.stream_with(&paths, loader.options());
+            let first = segments.next().await.unwrap().unwrap();
+            // Until it does not go on any more.
+            let (mut before, mut same) = (0, 0);
+            while same < 20 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                let now = segments.progress().read_bytes;
+                (before, same) = if now == before { (now, same + 1) } else { (now, 0) };
+            }
+            let most = WINDOW + 2 * SEGMENT;
+            assert!(before <= most, "{heap}: {before} bytes were read for a consumer that took {}", first.len());
+            assert!(before >= WINDOW / 2, "{heap}: {before} bytes are not far enough ahead of a fast consumer");
+            stopped.push((segments, first));
+        }
+        assert!(loader.memory_bytes() <= 2 * (WINDOW + 2 * SEGMENT), "{} bytes", loader.memory_bytes());
+        // Others go on: a stream with a fast consumer, and a load that is kept.
+        let mut segments = loader.stream(&path);
+        let mut digest = Sha256::new();
+        while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
+            digest.update(segment.unwrap().bytes().unwrap());
+        }
+        assert_eq!(digest.finalize().to_vec(), expected);
+        let image = tokio::time::timeout(Duration::from_secs(20), loader.load(&path).into_future()).await.unwrap().unwrap();
+        assert_eq!(image.report().bytes, 256 * MIB);
+        drop(image);
+        // A consumer that keeps what it takes is not held up: that memory is its own affair.
+        for ((mut segments, first), bytes) in stopped.into_iter().zip([256 * MIB, 300 * 900_000 + 299 * 150]) {
+            let mut kept = vec![first];
+            while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
+                kept.push(segment.unwrap());
+            }
+            assert_eq!(kept.iter().map(|segment| segment.len() as u64).sum::<u64>(), bytes);
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn what_can_never_fit_fails_at_once_with_the_arithmetic() {
     let _alone = ALONE.lock().await;

@@ -147,6 +147,78 @@ async fn a_loader_that_is_dropped_with_a_load_under_way(files: &Files) {
     assert_eq!(image.report().bytes, 96 << 20, "the load keeps the threads alive");
 }
 
+/// What is open and mapped, once that is as it should be.
+async fn holds(what: &str, expected: &(usize, usize)) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let now = holdings();
+        let seen = (now.descriptors, now.mappings.values().sum());
+        if seen == *expected {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{what}: {expected:?} descriptors and mappings expected: {now:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A load that is over holds nothing that it does not need, as long as its consumer may keep it.
+async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
+    let lying = file(folder, "lying_too.safetensors", b"\xff\xff\xff\xff\0\0\0\0{\"a\":");
+    let paths: Vec<_> = files.files.iter().map(|(path, _)| path.clone()).collect();
+    for builder in [small_window(), small_window().heap(AnonHeap::default())] {
+        let loader = builder.build().unwrap();
+        // Its threads, and what they need, are there after a first load.
+        drop(loader.load(&files.large).await.unwrap());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let now = holdings();
+        let before = (now.descriptors, now.mappings.values().sum());
+        let open = |path: &Path| fs::File::open(path).unwrap();
+        for what in ["a stream", "a stream of many files", "a stream of an open file", "an empty stream"] {
+            let mut stream = match what {
+                "a stream" => loader.stream(&files.large),
+                "a stream of many files" => loader.stream_with(&paths, loader.options()),
+                "a stream of an open file" => loader.stream_file(open(&files.large), None, loader.options()),
+                _ => loader.stream_file(open(&paths[0]), Some(0..0), loader.options()),
+            };
+            while let Some(segment) = stream.next().await {
+                drop(segment.unwrap());
+            }
+            holds_when_dropped(what, stream, &before).await;
+        }
+        let mut failed = loader.load(&lying);
+        assert!(failed.next().await.unwrap().is_err());
+        holds("a load that failed", &before).await;
+        let mut refused = loader.load_file(open(&lying), None, loader.options().format(dmaload::Format::Safetensors));
+        assert!(refused.next().await.unwrap().is_err());
+        holds("a load of an open file that failed", &before).await;
+        drop((failed, refused));
+        let mut failed = loader.stream_with([Path::new("/nonexistent")], loader.options());
+        assert!(failed.next().await.unwrap().is_err());
+        holds_when_dropped("a stream that failed", failed, &before).await;
+        // A load keeps its segments for the image, and no file.
+        let mut load = loader.load_file(open(&files.large), None, loader.options());
+        let mut descriptors = 0;
+        while let Some(segment) = load.next().await {
+            descriptors += usize::from(segment.unwrap().memfd().is_ok());
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while holdings().descriptors > before.0 + descriptors {
+            assert!(Instant::now() < deadline, "{:?} with {descriptors} memories; before: {before:?}", holdings());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(load);
+        holds("a load that was dropped", &before).await;
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// All is given back while the stream is still there.
+async fn holds_when_dropped(what: &str, stream: dmaload::Segments, expected: &(usize, usize)) {
+    holds(what, expected).await;
+    drop(stream);
+    holds(what, expected).await;
+}
+
 #[test]
 fn nothing_is_left_behind() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -164,6 +236,7 @@ fn nothing_is_left_behind() {
         a_hundred_loads_at_once(&files).await;
         two_hundred_loads_dropped_at_random_moments(&files).await;
         loads_that_fail(&files, scratch.path()).await;
+        loads_that_are_over_and_kept(&files, scratch.path()).await;
         a_loader_that_is_dropped_with_a_load_under_way(&files).await;
     });
     println!("loads took {:?}", started.elapsed());

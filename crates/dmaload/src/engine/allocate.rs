@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dmabuf::{Access, Populated};
+use rustix::io::Errno;
 
 use super::allowance::{Grant, grant};
 use super::open::{Chosen, route_for, staged_by};
@@ -89,7 +90,7 @@ impl Engine {
             Populated { pages: dmabuf::count_pages(start + part.start..start + part.end), refused: None }
         } else {
             let populated = heap.call(load.heap(), |heap| heap.populate(mapping, memory, part))?;
-            populated.map_err(|error| load.memory_error(error))?
+            populated.map_err(|error| self.refused(load, error))?
         };
         Ok((backing, populated))
     }
@@ -123,7 +124,7 @@ impl Engine {
         heap: &HeapCode,
         allocation: &Allocation,
     ) -> Result<(Backing, Option<Grant>)> {
-        let refused = |error| load.memory_error(error);
+        let refused = |error| self.refused(load, error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
         let kept = self.reaper.reuse(bytes);
         if let Some(backing) = kept.and_then(|kept| Backing::reused(*kept, &allocation.range, at, &self.reaper)) {
@@ -168,10 +169,27 @@ impl Engine {
         self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0
     }
 
+    /// The error for memory that the kernel refused. ENOMEM has several meanings; of a group that is at its limit there are
+    /// numbers.
+    fn refused(&self, load: &LoadShared, error: dmabuf::Error) -> Error {
+        match at_limit(&error, headroom) {
+            Some(seen) => self.out_of_memory(error.bytes as u64, seen),
+            None => load.memory_error(error),
+        }
+    }
+
     fn out_of_memory(&self, wanted_bytes: u64, seen: Headroom) -> Error {
-        let Headroom { available_bytes, limit } = seen;
+        let Headroom { available_bytes, limit, .. } = seen;
         Error::OutOfMemory { heap: self.facts.name.to_string(), wanted_bytes, available_bytes, limit }
     }
+}
+
+/// The limit that a refusal is of, where it was of memory itself: what is left below it is less than what was asked for.
+fn at_limit(error: &dmabuf::Error, look: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
+    if error.errno != Errno::NOMEM {
+        return None;
+    }
+    look().filter(|seen| seen.available_bytes < error.bytes as u64)
 }
 
 /// The file, opened if it is not, and the route to read it by; it must be what was planned.
@@ -192,4 +210,23 @@ fn opened(load: &LoadShared, part: &Part) -> Result<(Arc<OpenFile>, Route)> {
     })?;
     let route = if file.direct_refused().is_some() { Route::Buffered } else { load.route_of(part.file_index) };
     Ok((file, route))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    #[test]
+    fn refusal_names_the_group_only_where_it_is_at_its_limit() {
+        let have = |available_bytes| {
+            move || Some(Headroom { available_bytes, limit: "memory.max is 9".to_owned(), place: PathBuf::new() })
+        };
+        let refused = |errno| dmabuf::Error::new("populate memory", 1000, errno);
+        assert_eq!(at_limit(&refused(Errno::NOMEM), have(999)).map(|seen| seen.available_bytes), Some(999));
+        assert_eq!(at_limit(&refused(Errno::NOMEM), have(1000)), None, "the addresses or the mappings are used up");
+        assert_eq!(at_limit(&refused(Errno::NOMEM), || None), None);
+        assert_eq!(at_limit(&refused(Errno::MFILE), have(0)), None);
+    }
 }

@@ -2,15 +2,39 @@
 //!
 //! What was granted and is still being allocated does not show in the kernel's figures yet, so it is counted here: for the whole
 //! process, since all of its loaders take from the same memory.
+//!
+//! Other processes take from it, too. Of those that load by this library, each takes a small part of what is free before it looks
+//! again; and where even one allocation is more than that, they take turns (an advisory lock of what they have in common: the
+//! cgroup's folder), each from its look until its memory shows. Processes that allocate by other means can still use up what was
+//! seen to be free a moment ago.
 
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::io::Errno;
 
 use crate::headroom::{Headroom, headroom};
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
 const BUDGET_BYTES: u64 = 64 << 20;
 const BUDGET_TIME: Duration = Duration::from_millis(200);
+/// The part of what is free that a process takes without a turn.
+const PART_WITHOUT_TURN: u64 = 16;
+/// How long a turn is waited for: others hold it for the milliseconds that an allocation takes. It is not worth more, since anybody
+/// who may open the folder may keep it locked.
+const TURN_PATIENCE: Duration = Duration::from_secs(1);
+/// How long nothing waits for a turn after one could not be had.
+const WITHOUT_TURNS: Duration = Duration::from_secs(10);
+/// When processes of one group run out of memory at the same time, the first one to give up makes room for the others. So each
+/// waits a different time: a number of these steps, by its process id.
+const GIVE_UP_STEP: Duration = Duration::from_millis(150);
+const GIVE_UP_STEPS: u32 = 8;
+/// Between two looks while it waits.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// How long allocations under way are waited for when there is no room beside them. They take milliseconds; a heap of the
 /// caller's may hang.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -22,6 +46,8 @@ struct State {
     /// What was seen to be free beyond all that was granted, and may be taken without another look until then.
     budget_bytes: u64,
     until: Option<Instant>,
+    /// No turn could be had a moment ago: none is waited for until then.
+    no_turn_until: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -38,6 +64,30 @@ static PROCESS: Allowance = Allowance::new();
 pub(super) struct Grant {
     of: &'static Allowance,
     bytes: u64,
+    _turn: Option<Turn>,
+}
+
+/// This process' turn among those that share a limit, until it is dropped.
+#[derive(Debug)]
+struct Turn(#[expect(dead_code, reason = "closing it ends the turn")] OwnedFd);
+
+impl Turn {
+    /// Waits for it; `None` where it can't be had.
+    fn wait(place: &Path) -> Option<Self> {
+        let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        let deadline = Instant::now() + TURN_PATIENCE;
+        loop {
+            match flock(&descriptor, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Some(Turn(descriptor)),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+                Err(errno) => {
+                    let errno = dmabuf::errno::describe(errno);
+                    tracing::debug!(place = %place.display(), errno, "no turn among processes that share a limit");
+                    return None;
+                }
+            }
+        }
+    }
 }
 
 impl Drop for Grant {
@@ -52,12 +102,13 @@ impl Drop for Grant {
 /// # Errors
 /// What there is instead.
 pub(super) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<Grant, Headroom> {
-    PROCESS.grant(bytes, make_room, headroom)
+    let patience = GIVE_UP_STEP * (std::process::id() % GIVE_UP_STEPS);
+    PROCESS.grant(bytes, make_room, headroom, patience)
 }
 
 impl Allowance {
     const fn new() -> Self {
-        Allowance { state: Mutex::new(State { granted_bytes: 0, budget_bytes: 0, until: None }), changed: Condvar::new() }
+        Allowance { state: Mutex::new(State { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }), changed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -69,8 +120,10 @@ impl Allowance {
         bytes: u64,
         make_room: impl FnOnce(),
         look: impl Fn() -> Option<Headroom>,
+        patience: Duration,
     ) -> Result<Grant, Headroom> {
         let mut make_room = Some(make_room);
+        let (mut turn, mut give_up) = (None, None);
         let deadline = Instant::now() + PATIENCE;
         let mut state = self.state();
         loop {
@@ -81,8 +134,20 @@ impl Allowance {
             }
             let Some(seen) = look() else { break };
             let free = seen.available_bytes.saturating_sub(state.granted_bytes);
+            let part = free / PART_WITHOUT_TURN;
+            let waits = part < bytes && turn.is_none() && state.no_turn_until.is_none_or(|until| until <= now);
+            if waits {
+                // Also where there is no room: another process may have failed and be freeing its memory.
+                drop(state);
+                turn = Turn::wait(&seen.place);
+                state = self.state();
+                if turn.is_none() {
+                    state.no_turn_until = Some(Instant::now() + WITHOUT_TURNS);
+                }
+                continue;
+            }
             if bytes <= free {
-                state.budget_bytes = free.min(BUDGET_BYTES.max(bytes)) - bytes;
+                state.budget_bytes = part.min(BUDGET_BYTES).saturating_sub(bytes);
                 state.until = Some(now + BUDGET_TIME);
                 break;
             }
@@ -93,12 +158,18 @@ impl Allowance {
                 drop(state);
                 make_room();
                 state = self.state();
+                give_up = Some(Instant::now() + patience);
+            } else if give_up.is_some_and(|give_up| now < give_up) {
+                // Not in its turn: others have to see what there is, too.
+                drop((state, turn.take()));
+                thread::sleep(LOOK_AGAIN);
+                state = self.state();
             } else {
                 return Err(seen);
             }
         }
         state.granted_bytes += bytes;
-        Ok(Grant { of: self, bytes })
+        Ok(Grant { of: self, bytes, _turn: turn })
     }
 }
 
@@ -107,8 +178,14 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    const NOW: Duration = Duration::ZERO;
+
+    fn seen(available_bytes: u64, place: &Path) -> Headroom {
+        Headroom { available_bytes, limit: "a test".to_owned(), place: place.to_owned() }
+    }
+
     fn have(bytes: u64) -> impl Fn() -> Option<Headroom> {
-        move || Some(Headroom { available_bytes: bytes, limit: "a test".to_owned() })
+        move || Some(seen(bytes, Path::new("/nonexistent")))
     }
 
     #[test]
@@ -116,10 +193,10 @@ mod tests {
         const GIB: u64 = 1 << 30;
         let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
         let machine = 1000 * GIB;
-        let first = allowance.grant(600 * GIB, || (), have(machine)).unwrap();
+        let first = allowance.grant(600 * GIB, || (), have(machine), NOW).unwrap();
         let began = Instant::now();
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| allowance.grant(600 * GIB, || (), have(machine)).is_ok());
+            let other = scope.spawn(|| allowance.grant(600 * GIB, || (), have(machine), NOW).is_ok());
             std::thread::sleep(Duration::from_millis(100));
             assert!(!other.is_finished(), "there is no room for both");
             drop(first);
@@ -135,13 +212,58 @@ mod tests {
                     room();
                 },
                 have(machine),
+                NOW,
             )
             .unwrap_err();
         assert_eq!((refused.available_bytes, made.load(Ordering::Relaxed)), (machine, 1), "room was made once");
         let free = AtomicU64::new(0);
-        let look = || Some(Headroom { available_bytes: free.load(Ordering::Relaxed), limit: String::new() });
-        let _granted = allowance.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look).unwrap();
+        let look = || Some(seen(free.load(Ordering::Relaxed), Path::new("/nonexistent")));
+        let _granted = allowance.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
         // Where nothing can be read, nothing is refused.
-        let _granted = allowance.grant(u64::MAX / 4, || (), || None).unwrap();
+        let _granted = allowance.grant(u64::MAX / 4, || (), || None, NOW).unwrap();
+    }
+
+    /// As many processes as there are allowances, which share what is free; each allocation takes a while to show.
+    #[test]
+    fn processes_that_share_a_limit_never_take_more_than_there_is() {
+        const MIB: u64 = 1 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        for (processes, batch) in [(4, 16 * MIB), (8, 16 * MIB), (4, 100 * MIB), (3, 500 * MIB)] {
+            let taken = AtomicU64::new(0);
+            let most = 900 * MIB;
+            let failed = AtomicU64::new(0);
+            std::thread::scope(|scope| {
+                for _ in 0..processes {
+                    scope.spawn(|| {
+                        let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+                        let look = || Some(seen(most.saturating_sub(taken.load(Ordering::SeqCst)), folder.path()));
+                        for _ in 0..600 * MIB / batch {
+                            let Ok(_granted) = allowance.grant(batch, || (), look, NOW) else {
+                                failed.fetch_add(1, Ordering::SeqCst);
+                                return;
+                            };
+                            thread::sleep(Duration::from_millis(2));
+                            let sum = taken.fetch_add(batch, Ordering::SeqCst) + batch;
+                            assert!(sum <= most, "{sum} bytes of {most} were taken by {processes} processes");
+                        }
+                    });
+                }
+            });
+            assert!(failed.load(Ordering::SeqCst) > 0, "the limit was not met");
+        }
+    }
+
+    #[test]
+    fn turn_that_somebody_keeps_is_not_waited_for_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = Turn::wait(folder.path()).unwrap();
+        let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+        let look = || Some(seen(100, folder.path()));
+        let start = Instant::now();
+        for _ in 0..50 {
+            let _granted = allowance.grant(50, || (), look, NOW).unwrap();
+        }
+        assert!(start.elapsed() < TURN_PATIENCE + WITHOUT_TURNS / 4, "{:?}", start.elapsed());
+        drop(kept);
     }
 }

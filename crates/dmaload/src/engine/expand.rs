@@ -27,7 +27,7 @@ pub(crate) fn files(asked: &[Input], format: Format) -> Result<Vec<Source>> {
         let path = match input {
             Input::Path(path) => path,
             Input::Open { file, part } => {
-                files.push(Source::open(Arc::clone(file), part.clone()));
+                files.push(Source::open(file, part.clone()));
                 continue;
             }
         };

@@ -17,6 +17,7 @@ mod allocate;
 mod allowance;
 mod expand;
 mod jobs;
+mod descriptors;
 mod open;
 mod teller;
 
@@ -45,7 +46,6 @@ use crate::heap::{self, Heap};
 use crate::load::{Handover, HeapFacts, LoadShared, Segments};
 use crate::memory::{Backing, PieceBuffer};
 use crate::metrics::{LoadCounters, Metrics};
-use crate::plan::BATCH_FILES;
 use crate::pressure;
 use crate::reaper::Reaper;
 use crate::ring::{Events, LoadId, Output, RingThread};
@@ -258,7 +258,7 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
-            jobs: Jobs::new(settings.window_bytes, settings.memory_limit_bytes, open_files(), settings.max_open_loads),
+            jobs: Jobs::new(settings.window_bytes, settings.memory_limit_bytes, descriptors::files(), settings.max_open_loads),
             threads: Arc::default(),
             leaked_bytes: AtomicU64::new(0),
             counters: Arc::default(),
@@ -334,6 +334,11 @@ impl Guard {
         Segments::new(receiver, shared, Arc::clone(self))
     }
 
+    /// The consumer of a stream has taken a segment: its load may go on by as much memory.
+    pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
+        self.engine.jobs.account(|scheduler| scheduler.consumed(&load, bytes));
+    }
+
     /// Nobody waits for this load any more.
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         load.dropped();
@@ -356,12 +361,6 @@ impl Guard {
             self.engine.ring.give_up();
         }
     }
-}
-
-/// How many small files may be open at once: each takes two descriptors, and what else the process has open needs some, too.
-fn open_files() -> u64 {
-    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
-    (descriptors / 4).clamp(BATCH_FILES as u64, 4 * BATCH_FILES as u64)
 }
 
 impl Engine {
@@ -467,6 +466,8 @@ impl Engine {
     /// A worker thread.
     fn work(self: Arc<Self>, heap: HeapCode) {
         while let Some((job, load)) = self.jobs.next() {
+            // Files that the caller gave open stay so until the job is done, also where the load ends meanwhile.
+            let _open = load.asked();
             let is_open = matches!(job, Job::Open(_));
             let done = foreign::call(|| match job {
                 Job::Open(_) => self.open(&load, &heap),
@@ -589,6 +590,8 @@ impl Engine {
         }
         if over {
             self.forget(load.id);
+            // What it does not need any more goes, however long its consumer keeps it.
+            self.jobs.bury(load.remains());
         }
     }
 

@@ -1,26 +1,28 @@
 //! The first job of a load: opening its large files and reading their headers, looking at its small ones, planning.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::ops::Range;
 use std::sync::Arc;
 
 use dmabuf::{AddressRange, printable};
 
-use super::{Engine, HeapCode, expand};
+use super::{Engine, HeapCode, descriptors, expand};
 use crate::error::{Error, Result};
 use crate::foreign;
-use crate::heap::SizeLimit;
+use crate::headroom::headroom;
+use crate::heap::{AnonHeap, SizeLimit};
 use crate::load::{FilePlan, FileTensors, LoadShared};
 use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
 use crate::observe::VERIFIER;
-use crate::plan::{BATCH_BYTES, Layout, Plan, Shape, Span};
+use crate::plan::{BATCH_BYTES, Layout, MOST_PIECES, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
 use crate::select::{Selected, Selector, by_tensors};
-use crate::settings::{Cache, Format, ImporterLimits, LoadOptions, Settings};
+use crate::settings::{Cache, Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions};
 use crate::source::{OpenFile, Source, look_at};
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
@@ -31,14 +33,15 @@ impl Engine {
     /// Opens and plans a load, and announces it to the ring thread.
     pub(super) fn open(&self, load: &Arc<LoadShared>, heap: &HeapCode) {
         let limit = heap.call(load.heap(), |heap| heap.size_limit());
-        let planned = limit.and_then(|limit| plan_all(load, limit, self.facts.allocates_at_once, &self.settings));
+        let planned = limit.and_then(|limit| plan_all(self, load, limit));
         let Some(planned) = planned.map_err(|error| self.fail(load, error)).ok().filter(|_| !load.is_over()) else {
             return self.jobs.end();
         };
         let Planned { plan, range, files, fallbacks } = planned;
         let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
+        // One that is kept was refused before it was planned.
         let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
-        let (reserved_bytes, why) = if load.keep { (memory_bytes, "all of the load") } else { (largest_bytes, "a segment") };
+        let reserved_bytes = if load.keep { memory_bytes } else { largest_bytes };
         let limit_bytes = self.settings.memory_limit_bytes;
         // Whoever streams tensors holds all memories of one until its last byte is there.
         let tensor_bytes = if load.keep { 0 } else { largest_tensor(&plan, &files) };
@@ -48,18 +51,10 @@ impl Engine {
             let _ = load.tensor_over_limit.set(error);
         }
         if reserved_bytes > limit_bytes {
-            self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why });
+            self.fail(load, Error::OverLimit { wanted_bytes: reserved_bytes, limit_bytes, why: "a segment" });
             return self.jobs.end();
         }
-        // What the pool has may serve again; where its sizes do not fit, each allocation looks for itself.
-        let memory_bytes = memory_bytes.saturating_sub(self.reaper.pooled_bytes());
-        // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
-        if let Some(error) =
-            self.check_headroom(memory_bytes).err().filter(|_| load.keep || load.options.layout == Layout::Single)
-        {
-            self.fail(load, error);
-            return self.jobs.end();
-        }
+        let ahead_bytes = (!load.keep).then(|| self.ahead_bytes(largest_bytes));
         for fallback in &fallbacks {
             foreign::emit(|| {
                 tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
@@ -75,7 +70,47 @@ impl Engine {
         let observation = load.observation.clone();
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
-        self.jobs.opened(load.id, Demand { batches, reserved_bytes, priority });
+        self.jobs.opened(load.id, Demand { batches, reserved_bytes, ahead_bytes, priority });
+    }
+
+    /// The most memory that a stream has ahead of its consumer: enough for a full window beside a segment that waits for its last
+    /// reads, and half of what there is where that is less.
+    fn ahead_bytes(&self, largest_bytes: u64) -> u64 {
+        let usual = self.settings.window_bytes.saturating_add(largest_bytes);
+        headroom().map_or(usual, |seen| usual.min(seen.available_bytes / 2))
+    }
+
+    /// Refuses what can't be loaded, from the lengths alone: what a file claims to be long costs nothing, a plan of it does.
+    fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
+        let length = |span: &Span| span.range.end - span.range.start;
+        let memory = |span: &Span| {
+            let alignment = alignments.get(span.file).copied().unwrap_or(1);
+            length(span).checked_next_multiple_of(alignment).unwrap_or(u64::MAX)
+        };
+        let memory_bytes = spans.iter().map(memory).fold(0, u64::saturating_add);
+        let limit_bytes = self.settings.memory_limit_bytes;
+        if load.keep && memory_bytes > limit_bytes {
+            return Err(Error::OverLimit { wanted_bytes: memory_bytes, limit_bytes, why: "all of the load" });
+        }
+        // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
+        let largest = |span: &Span| match load.options.layout {
+            Layout::Segmented | Layout::Tensors if !span.single => memory(span).min(shape.segment_bytes),
+            Layout::Segmented | Layout::Tensors | Layout::Single => memory(span),
+        };
+        let at_once = if load.keep { memory_bytes } else { spans.iter().map(largest).max().unwrap_or(0) };
+        // What the pool has may serve again; where its sizes do not fit, each allocation looks for itself.
+        self.check_headroom(at_once.saturating_sub(self.reaper.pooled_bytes()))?;
+        let mut shape = shape;
+        // Of the longest files, larger ones: these are still as small as a segment.
+        while shape.pieces(spans.iter().map(length)) > MOST_PIECES && shape.batch_bytes < shape.segment_bytes {
+            shape.batch_bytes = shape.batch_bytes.saturating_mul(2).min(shape.segment_bytes);
+        }
+        let pieces = shape.pieces(spans.iter().map(length));
+        if pieces > MOST_PIECES {
+            let (bytes, segment_bytes) = (spans.iter().map(length).fold(0, u64::saturating_add), shape.segment_bytes);
+            return Err(Error::TooManyPieces { bytes, segment_bytes, pieces, most_pieces: MOST_PIECES });
+        }
+        Ok(shape)
     }
 }
 
@@ -87,7 +122,8 @@ struct Planned {
     fallbacks: Vec<Fallback>,
 }
 
-fn plan_all(load: &LoadShared, limit: Option<SizeLimit>, allocates_at_once: bool, settings: &Settings) -> Result<Planned> {
+fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Result<Planned> {
+    let (settings, allocates_at_once) = (&engine.settings, engine.facts.allocates_at_once);
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
     // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
@@ -95,17 +131,24 @@ fn plan_all(load: &LoadShared, limit: Option<SizeLimit>, allocates_at_once: bool
     let at_once = allocates_at_once && options.layout != Layout::Single;
     // So that several go on side by side.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);
+    // A stream is to have several segments in what there is.
+    let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
-    let segment_bytes = options.segment_bytes_within(limits.min());
+    let limits = limits.chain(part_of_room).min();
+    load.found(expand::files(&load.asked(), options.format)?);
+    let mut segment_bytes = options.segment_bytes_within(limits);
+    if load.keep && !at_once && options.segment_bytes.is_none() && options.layout != Layout::Single {
+        segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
+    }
     let batch_bytes = if at_once { segment_bytes } else { BATCH_BYTES.min(segment_bytes) };
     // What is aligned to more than blocks begins a memory.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
-    let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed };
+    let batch_files = descriptors::batch_files();
+    let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed, batch_files };
     let heap_most = limit.as_ref().map_or(u64::MAX, |limit| limit.bytes);
     let single_bytes = options.importer.max_segment_bytes.min(heap_most).min(memory_limit_bytes);
     let (mut files, mut spans, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
-    load.found(expand::files(&load.asked, options.format)?);
     let route = starting_route(load)?;
     for (index, source) in load.sources().iter().enumerate() {
         if load.is_over() {
@@ -113,7 +156,7 @@ fn plan_all(load: &LoadShared, limit: Option<SizeLimit>, allocates_at_once: bool
         }
         let (mut planned, own, fallback) = plan_file(load, (&shape, single_bytes), selector.as_mut(), index, source, route)?;
         kept_open += usize::from(planned.open.is_some());
-        if kept_open > KEPT_OPEN {
+        if kept_open > KEPT_OPEN.min(batch_files) {
             planned.open = None;
         }
         files.push(planned);
@@ -133,6 +176,7 @@ fn plan_all(load: &LoadShared, limit: Option<SizeLimit>, allocates_at_once: bool
     // Files too large for addresses (sparse ones can be) are not worth a plan of their size.
     reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
     let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
+    let shape = engine.check_size(load, shape, &spans, &alignments)?;
     let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
     if let Some(limit) = limit
@@ -145,6 +189,42 @@ fn plan_all(load: &LoadShared, limit: Option<SizeLimit>, allocates_at_once: bool
     check_importer(&plan, options.importer)?;
     begin_verifying(load, &files)?;
     Ok(Planned { plan, range, files, fallbacks })
+}
+
+/// The size of segments that leaves each memory a descriptor: larger than `segment_bytes` where these are few, with a note.
+fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<u64>, packed: bool) -> u64 {
+    // Anonymous memory has none.
+    if load.heap() == AnonHeap::NAME {
+        return segment_bytes;
+    }
+    // What can't be looked at is told by whoever opens it.
+    let length = |source: &Source| source.part.clone().map(|part| part.end.saturating_sub(part.start));
+    let lengths: Vec<_> = load
+        .sources()
+        .iter()
+        .filter_map(|source| length(source).or_else(|| fs::metadata(source.path.as_path()).ok().map(|about| about.len())))
+        .collect();
+    let there = descriptors::memories();
+    let most = most.unwrap_or(u64::MAX).min(LARGEST_SEGMENT_BYTES);
+    let mut larger = segment_bytes;
+    while memories(&lengths, larger, packed) > there && larger.saturating_mul(2) <= most {
+        larger *= 2;
+    }
+    if larger > segment_bytes {
+        load.note(Some(format!(
+            "segments of up to {larger} bytes instead of {segment_bytes}: there are descriptors for {there} memories (ulimit -n)"
+        )));
+    }
+    larger
+}
+
+/// How many memories files of these lengths are in, more or less.
+fn memories(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
+    let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes: segment_bytes, packed, batch_files: 1 };
+    let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.packs(bytes));
+    let shared = small.into_iter().fold(0, u64::saturating_add);
+    // The next file may be a quarter of a memory, which stays empty then.
+    shared.div_ceil(segment_bytes / 4 * 3) + shape.pieces(large.into_iter())
 }
 
 /// How much memory the tensor is in that is in most.

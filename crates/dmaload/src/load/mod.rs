@@ -61,7 +61,8 @@ pub(crate) struct FinishedFile {
 /// For a stream that keeps nothing there is [`crate::Loader::stream`].
 ///
 /// Dropping it cancels the load: nothing new is read, what is in flight is drained in the background, then its memory
-/// is freed. Segments that were handed over stay.
+/// is freed. Segments that were handed over stay. Until then it holds all segments, and nothing else once the last one is there:
+/// its files are closed.
 ///
 /// It needs no particular runtime, nor any: only something that polls it.
 #[derive(Debug)]
@@ -145,6 +146,10 @@ impl IntoFuture for Load {
 
 /// The segments of a load, each handed over once and not kept: a consumer that drops what it has used can stream a file
 /// larger than memory. Dropping it cancels the load.
+///
+/// The load goes ahead of its consumer by the loader's window and a segment at most (by less where there is less memory), and waits
+/// until the next segment is taken. Once the last one is taken, this holds no file, no memory and no addresses any more, only the
+/// report and the maps of tensors.
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Segments {
@@ -199,6 +204,10 @@ impl Segments {
         Poll::Ready(match event.unwrap_or(Event::Failed(Error::ShutDown)) {
             Event::Segment(segment) => {
                 self.given += 1;
+                // A load that is kept is not held up.
+                if let Some(load) = self.shared.as_ref().filter(|load| !load.keep) {
+                    self.guard.consumed(load.id, segment.memory_bytes() as u64);
+                }
                 Some(Ok(segment))
             }
             Event::Done(finished) => {

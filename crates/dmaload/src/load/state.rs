@@ -42,8 +42,8 @@ pub(crate) struct LoadShared {
     pub(crate) options: LoadOptions,
     /// Whether all of it will be in memory at once.
     pub(crate) keep: bool,
-    /// What was asked for: files, and folders of files.
-    pub(crate) asked: Vec<Input>,
+    /// What was asked for: files, and folders of files; nothing any more when the load is over, since open files are among it.
+    asked: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
     sources: OnceLock<Vec<Source>>,
     /// Nobody waits for this load any more, or it has failed.
@@ -165,12 +165,15 @@ struct FileState {
     route: Route,
 }
 
-/// What a load leaves that failed. To drop it closes files, which may take as long as their file system likes.
+/// What a load leaves that is over. To drop it closes files, which may take as long as their file system likes.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Remains {
     _memories: Vec<MemoryState>,
     _files: Vec<FileState>,
+    _plan: Plan,
+    _range: Option<Arc<AddressRange>>,
+    _asked: Arc<[Input]>,
 }
 
 #[derive(Debug)]
@@ -239,7 +242,7 @@ impl LoadShared {
             verified: OnceLock::new(),
             options,
             keep,
-            asked,
+            asked: Mutex::new(asked.into()),
             sources: OnceLock::new(),
             abandoned: Arc::default(),
             heap: Arc::clone(&heap.name),
@@ -486,7 +489,29 @@ impl LoadShared {
             state.failed = Some(error);
         }
         // What was full but not handed over goes now; what is being filled belongs to the driver.
-        Remains { _memories: std::mem::take(&mut state.memories), _files: std::mem::take(&mut state.files) }
+        self.take_remains(&mut state)
+    }
+
+    /// What a load has left that has given its end; nothing before that.
+    pub(crate) fn remains(&self) -> Option<Remains> {
+        let mut state = self.state();
+        state.events.is_none().then(|| self.take_remains(&mut state))
+    }
+
+    fn take_remains(&self, state: &mut State) -> Remains {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        Remains {
+            _memories: std::mem::take(&mut state.memories),
+            _files: std::mem::take(&mut state.files),
+            _plan: std::mem::take(&mut state.plan),
+            _range: state.range.take(),
+            _asked: std::mem::replace(&mut *asked, Arc::new([])),
+        }
+    }
+
+    /// What was asked for. While this is held, the files that were given open stay so: their paths are those of descriptors.
+    pub(crate) fn asked(&self) -> Arc<[Input]> {
+        Arc::clone(&self.asked.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Nobody wants it any more: before its end, or after.

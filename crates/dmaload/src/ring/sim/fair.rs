@@ -67,7 +67,7 @@ impl Machine {
 
     fn submit(&mut self, number: u64, route: Route, hangs: bool) {
         let bytes = PIECES as u64 * BLOCK;
-        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
+        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
         let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
         let file = SimFile { number, bytes, faults: Rc::new(FileFaults { hangs, ..FileFaults::default() }) };
         self.loads.insert(LoadId(number), (file, route, plan));

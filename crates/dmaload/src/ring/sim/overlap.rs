@@ -31,7 +31,7 @@ fn simulate_route(
 ) -> (Duration, u64) {
     let memory: Rc<RefCell<Memory>> = Rc::default();
     let clock: Rc<Cell<Duration>> = Rc::default();
-    let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
+    let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
     let bytes = u64::from(PIECES) * BLOCK;
     let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
     let file = SimFile { number: 1, bytes, faults: Rc::new(FileFaults::default()) };

@@ -46,7 +46,7 @@ impl Machine {
     fn load_shrunk(&mut self, lost: u64, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         let id = LoadId(self.loads);
         self.loads += 1;
-        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false };
+        let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
         let plan = Plan::new(&[BLOCK], &[Span::whole(0, 3 * BLOCK)], shape);
         let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
         let file = SimFile { number: id.0, bytes: 3 * BLOCK - lost, faults };

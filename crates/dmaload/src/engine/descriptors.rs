@@ -1,0 +1,57 @@
+//! How the descriptors of the process are spent: on files while they are read, and on memories as long as they live.
+
+use std::fs;
+
+use rustix::process::{Resource, getrlimit};
+
+use crate::plan::BATCH_FILES;
+
+/// How many small files may be open at once, over all loads.
+pub(super) fn files() -> u64 {
+    files_within(limit())
+}
+
+/// How many files one batch may have.
+pub(super) fn batch_files() -> usize {
+    usize::try_from(files() / 4).unwrap_or(usize::MAX).clamp(1, BATCH_FILES)
+}
+
+/// How many memories with a descriptor of their own a load may have.
+pub(super) fn memories() -> u64 {
+    // Without procfs: what a process usually has open is less than that.
+    let open = fs::read_dir("/proc/self/fd").map_or(64, |entries| entries.count() as u64);
+    memories_within(limit(), open)
+}
+
+fn limit() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// Each takes two descriptors. Where there are few, a quarter of them is for files.
+fn files_within(limit: u64) -> u64 {
+    let most = 4 * BATCH_FILES as u64;
+    if limit < 4 * most { (limit / 8).max(1) } else { most }
+}
+
+/// What is left by files, by what is open now, and by what the process may still open for itself.
+fn memories_within(limit: u64, open: u64) -> u64 {
+    limit.saturating_sub(2 * files_within(limit)).saturating_sub(open) / 4 * 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_and_memories_fit_into_the_limit_together() {
+        for limit in [0, 1, 8, 16, 64, 128, 256, 1023, 1024, 4096, 1 << 20, u64::MAX] {
+            for open in [0, 10, 500] {
+                let (files, memories) = (files_within(limit), memories_within(limit, open));
+                assert!(files >= 1 && files <= 4 * BATCH_FILES as u64);
+                assert!(limit < 16 || memories == 0 || 2 * files + memories + open <= limit, "{limit}: {files}, {memories}");
+            }
+        }
+        assert_eq!((files_within(128), memories_within(128, 10)), (16, 63));
+        assert_eq!(files_within(1024), 256);
+    }
+}

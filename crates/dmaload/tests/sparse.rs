@@ -1,0 +1,97 @@
+//! A length costs nothing: sparse files claim terabytes. What is planned and allocated for them is bounded, and what can't be held
+//! is refused before it is planned. One test, in a process of its own, since it measures what the process has.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::print_stdout, reason = "what was measured is told")]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use common::folder;
+use dmaload::{Error, Layout, LoadOptions, Loader};
+
+const MIB: u64 = 1 << 20;
+const TIB: u64 = 1 << 40;
+
+/// The most that was resident since the last call.
+fn peak_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// A sparse file; a safetensors file of one tensor of all of its bytes, or raw bytes.
+fn sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
+    let path = folder.join(if header { "sparse.safetensors" } else { "sparse.bin" });
+    let file = fs::File::create(&path).unwrap();
+    if header {
+        // 56 bytes of header and its length.
+        let text = |data: u64| format!(r#"{{"t":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
+        let data = bytes - 200;
+        let text = format!("{:192}", text(data));
+        fs::write(&path, [&192_u64.to_le_bytes()[..], text.as_bytes()].concat()).unwrap();
+    }
+    file.set_len(bytes).unwrap();
+    path
+}
+
+/// Loads it, or takes the first segments of a stream of it; the error, where it is refused.
+async fn attempt(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
+    if kept {
+        return loader.load_with([path], options).await.err();
+    }
+    let mut segments = loader.stream_with([path], options);
+    for _ in 0..8 {
+        if let Err(error) = segments.next().await.unwrap() {
+            return Some(error);
+        }
+    }
+    None
+}
+
+#[tokio::test]
+async fn sparse_files_of_terabytes_take_no_memory_to_be_refused_or_streamed() {
+    let folder = folder();
+    let small = Loader::builder().window_bytes(16 << 20).segment_bytes(2 << 20).build().unwrap();
+    let large = Loader::builder().window_bytes(64 << 20).segment_bytes(64 << 20).build().unwrap();
+    let limited = Loader::builder().memory_limit_bytes(256 << 20).build().unwrap();
+    let (mut streamed, mut refused) = (0, 0);
+    for bytes in [TIB / 2, 3 * TIB, 7 * TIB, 15 * TIB] {
+        for header in [false, true] {
+            let path = sparse(folder.path(), bytes, header);
+            for (loader, what) in [(&small, "2 MiB"), (&large, "64 MiB"), (&limited, "limited")] {
+                for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
+                    for kept in [true, false] {
+                        let what = format!("{bytes} bytes, header {header}, {what}, {layout}, kept {kept}");
+                        // What the one before has left is on its way to be freed.
+                        let deadline = Instant::now() + Duration::from_secs(20);
+                        while loader.memory_bytes() > 0 {
+                            assert!(Instant::now() < deadline, "{what}: {} bytes before it", loader.memory_bytes());
+                            tokio::time::sleep(Duration::from_millis(2)).await;
+                        }
+                        peak_bytes();
+                        let (before, start) = (peak_bytes(), Instant::now());
+                        let error = attempt(loader, &path, loader.options().layout(layout), kept).await;
+                        let grown = peak_bytes().saturating_sub(before);
+                        println!("{what}: {} MiB, {:?}: {error:?}", grown / MIB, start.elapsed());
+                        let most = match &error {
+                            Some(Error::OutOfMemory { .. } | Error::OverLimit { .. } | Error::TooManyPieces { .. }) => 16 * MIB,
+                            Some(error) => panic!("{what}: {error}"),
+                            None if kept => panic!("{what}: was loaded"),
+                            // Its plan, its window, and segments on their way to be freed.
+                            None => 400 * MIB,
+                        };
+                        assert!(grown <= most, "{what}: {} MiB", grown / MIB);
+                        assert!(start.elapsed() < Duration::from_secs(20), "{what}: {:?}", start.elapsed());
+                        *if error.is_some() { &mut refused } else { &mut streamed } += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("{streamed} streamed, {refused} refused");
+    assert!(streamed >= 8 && refused >= 40);
+}
