@@ -78,7 +78,7 @@ async fn sparse_files_of_terabytes_take_no_memory_to_be_refused_or_streamed() {
                         let grown = peak_bytes().saturating_sub(before);
                         println!("{what}: {} MiB, {:?}: {error:?}", grown / MIB, start.elapsed());
                         let most = match &error {
-                            Some(Error::OutOfMemory { .. } | Error::OverLimit { .. } | Error::TooManyPieces { .. }) => 16 * MIB,
+                            Some(Error::OutOfMemory { .. } | Error::OverLimit { .. } | Error::TooManyPieces { .. }) => 64 * MIB,
                             Some(error) => panic!("{what}: {error}"),
                             None if kept => panic!("{what}: was loaded"),
                             // Its plan, its window, and segments on their way to be freed.
