@@ -339,7 +339,8 @@ fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<Ow
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
     match open(format!("/proc/self/fd/{}", found.as_raw_fd()), flags, Mode::empty()) {
-        Err(Errno::NOENT) => reopen_by_path(found, path, flags),
+        // No procfs, or none that may be looked into. What is refused to the file itself is refused by its path, too.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => reopen_by_path(found, path, flags),
         other => other,
     }
 }

@@ -106,7 +106,7 @@ fn of_index(path: &Path, files: &mut Vec<Source>) -> Result<()> {
     file.read_exact(&mut json, 0)?;
     let index = Index::parse(&json).map_err(|fault| {
         let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(&json), bytes);
-        Error::Model { path: path.to_owned(), fault }
+        file.blame_change(&file.identity, Error::Model { path: path.to_owned(), fault })
     });
     let index = Arc::new(index?);
     let folder = path.parent().unwrap_or(Path::new(""));

@@ -434,6 +434,10 @@ pub(super) fn route_for(
 
 /// Reads and checks the header of the model in this part of a file; `None` for raw bytes.
 pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
+    parse_header(file, part, format).map_err(|error| file.blame_change(&file.identity, error))
+}
+
+fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
     let (bytes, base) = (part.end - part.start, part.start);
     let shifted = |map: TensorMap| map.shifted(base);
     // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
