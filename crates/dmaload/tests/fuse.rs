@@ -422,12 +422,15 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader().route(route).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
         let mut load = loader.load(path);
+        // All of the file is being read: five reads, each into a slot of its own where they are staged.
+        while loader.metrics().reads_in_flight < 5 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         let seen = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
         assert!(seen.is_err(), "{route}: nothing is shown of what was never read: {seen:?}");
         let start = Instant::now();
         let leaked = loader.shutdown().await.unwrap_err();
         assert!(start.elapsed() < Duration::from_secs(5), "{route}: it took {:?}", start.elapsed());
-        // All of the file is being read: five reads, each into a slot of its own where they are staged.
         let staged = if route == Route::Bounce { 5 * (2 << 20) } else { 0 };
         let expected = BYTES.next_multiple_of(4096) + staged;
         assert_eq!((leaked.bytes, leaked.threads), (expected as u64, 0), "{route}: {leaked}");
@@ -648,12 +651,11 @@ async fn a_server_that_does_not_tell_whether_a_file_has_changed_holds_one_worker
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader().allocator_threads(2).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
         let mut load = loader.load(path);
-        let mut shown = 0;
-        while let Ok(segment) = tokio::time::timeout(Duration::from_millis(500), load.next()).await {
-            segment.unwrap().unwrap();
-            shown += 1;
+        for _ in 0..4 {
+            load.next().await.unwrap().unwrap();
         }
-        assert_eq!(shown, 4, "all segments but the last one");
+        let last = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
+        assert!(last.is_err(), "the last segment waits for the file's check: {last:?}");
         let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(&plain)).await;
         let image = ended.expect("another load waits for what is silent").unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "another load");
