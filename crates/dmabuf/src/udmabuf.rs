@@ -79,13 +79,14 @@ impl Request {
         Request { opcode: UDMABUF_CREATE, words }
     }
 
-    fn create_list(parts: &[Part<'_>]) -> Self {
-        let count = u32::try_from(parts.len()).unwrap_or(u32::MAX);
+    fn create_list(parts: &[Part<'_>]) -> Result<Self, Errno> {
+        // As the kernel answers to more than its limit, which is far below.
+        let count = u32::try_from(parts.len()).map_err(|_| Errno::INVAL)?;
         let mut words = vec![pair(UDMABUF_FLAGS_CLOEXEC, count)];
         for part in parts {
             words.extend([pair(descriptor(part), 0), part.offset, part.bytes as u64]);
         }
-        Request { opcode: UDMABUF_CREATE_LIST, words }
+        Ok(Request { opcode: UDMABUF_CREATE_LIST, words })
     }
 }
 
@@ -176,7 +177,9 @@ impl Udmabuf {
     /// As [`Udmabuf::create`], and EINVAL for no part or more than [`UdmabufLimits::list_entries`].
     pub fn create_list(&self, parts: &[Part<'_>]) -> Result<DmaBuf, Error> {
         let bytes = parts.iter().map(|part| part.bytes).sum();
-        self.request("make a udmabuf of several parts", Request::create_list(parts), bytes)
+        let operation = "make a udmabuf of several parts";
+        let request = Request::create_list(parts).map_err(|errno| Error::new(operation, bytes, errno))?;
+        self.request(operation, request, bytes)
     }
 
     fn request(&self, operation: &'static str, request: Request, bytes: usize) -> Result<DmaBuf, Error> {
@@ -222,7 +225,7 @@ mod tests {
         let request = Request::create(&part);
         assert_eq!(request.words.len() * 8, size_of::<Create>());
         assert_eq!(request.words, [u64::from_ne_bytes((fd | 1 << 32).to_le_bytes()), 4096, 4096]);
-        let request = Request::create_list(&[part, part]);
+        let request = Request::create_list(&[part, part]).unwrap();
         assert_eq!(request.words.len() * 8, size_of::<CreateList>() + 2 * size_of::<CreateItem>());
         assert_eq!(request.words[0], u64::from_ne_bytes((1u64 | 2 << 32).to_le_bytes()));
     }

@@ -82,7 +82,8 @@ impl<L: PartialEq> Budget<L> {
         }
         let (free, there, accounts) = (self.free(), self.there(), self.accounts.len() as u64);
         let half = self.limit / 2;
-        let Some(account) = self.accounts.iter_mut().find(|account| account.load == *load) else { return Taken::No };
+        let account = self.accounts.iter_mut().find(|account| account.load == *load);
+        let account = account.expect("only a load that was let in takes memory");
         let wanted = account.held.saturating_add(bytes);
         let extra = wanted.saturating_sub(account.held.max(account.reserved));
         let shared =

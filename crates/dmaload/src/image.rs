@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::load::{FileTensors, FinishedFile};
 use crate::model::{DType, TensorMap};
@@ -240,9 +241,9 @@ impl Tensor {
         // One view where what is between the rows was read, too.
         let all = self.file.slice(hull.clone());
         for row in self.part.rows.iter() {
-            let at = |offset: u64| usize::try_from(offset - hull.start).unwrap_or(usize::MAX);
+            let at = |offset: u64| to_usize(offset - hull.start);
             match &all {
-                Ok(all) => copy.extend_from_slice(all.get(at(row.start)..at(row.end)).unwrap_or_default()),
+                Ok(all) => copy.extend_from_slice(all.get(at(row.start)..at(row.end)).expect("a row is within the hull of all rows")),
                 Err(Error::NotLoaded { .. }) => copy.extend_from_slice(&self.file.slice(row)?),
                 Err(error) => return Err(error.clone()),
             }
@@ -278,8 +279,8 @@ impl Tensor {
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);
             (range.start < range.end).then(|| TensorPart {
                 segment: segment.clone(),
-                offset: usize::try_from(range.start - held.start).unwrap_or(usize::MAX),
-                len: usize::try_from(range.end - range.start).unwrap_or(usize::MAX),
+                offset: to_usize(range.start - held.start),
+                len: to_usize(range.end - range.start),
             })
         });
         segments.collect()

@@ -65,7 +65,8 @@ impl Latency {
     /// The average; zero where there was none.
     #[must_use]
     pub fn mean(&self) -> Duration {
-        self.sum.checked_div(u32::try_from(self.count).unwrap_or(u32::MAX)).unwrap_or_default()
+        let nanos = self.sum.as_nanos().checked_div(self.count.into()).unwrap_or(0);
+        Duration::from_nanos(u64::try_from(nanos).expect("the average is within the sum, which was counted in 64 bits"))
     }
 }
 
@@ -78,13 +79,13 @@ pub(crate) struct Histogram {
 
 impl Histogram {
     pub(crate) fn add(&self, took: Duration) {
-        let micros = u64::try_from(took.as_nanos().div_ceil(1000)).unwrap_or(u64::MAX);
+        let nanos = u64::try_from(took.as_nanos()).expect("less than 500 years");
+        let micros = nanos.div_ceil(1000);
         // The first power of two that is not less.
         let bucket = micros.max(1).next_power_of_two().trailing_zeros() as usize;
-        if let Some(bucket) = self.buckets.get(bucket.min(Latency::BUCKETS - 1)) {
-            bucket.fetch_add(1, Ordering::Relaxed);
-        }
-        self.sum_nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the last bucket is for all that is longer");
+        bucket.fetch_add(1, Ordering::Relaxed);
+        self.sum_nanos.fetch_add(nanos, Ordering::Relaxed);
     }
 
     pub(crate) fn seen(&self) -> Latency {

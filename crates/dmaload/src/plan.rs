@@ -212,7 +212,7 @@ impl Plan {
         // The alignment and the number of the spans of the memory that more small ones may join.
         let mut pack: Option<(u64, usize)> = None;
         for (number, span) in spans.iter().enumerate() {
-            let Some(&alignment) = alignments.get(span.file) else { continue };
+            let &alignment = alignments.get(span.file).expect("each file has an alignment");
             debug_assert!(alignment.is_power_of_two() && (span.range.is_empty() || span.range.start.is_multiple_of(alignment)));
             debug_assert!(shape.segment_bytes.is_multiple_of(alignment) && shape.batch_bytes.is_multiple_of(alignment));
             let packed = shape.packs(span.range.end - span.range.start);
@@ -256,12 +256,11 @@ impl Plan {
     /// A segment at the end of the last memory.
     fn add_segment(&mut self, of: &Span, span: usize, file_range: Range<u64>, memory_bytes: u64) {
         let (file, moved) = (of.file, of.moved.clone());
-        let Some(number) = self.memories.len().checked_sub(1) else { return };
-        let Some(memory) = self.memories.get_mut(number) else { return };
-        if let Some(parts) = self.files.get_mut(file) {
-            parts.first_segment.get_or_insert(self.segments.len());
-            parts.last_memory = Some(number);
-        }
+        let number = self.memories.len().checked_sub(1).expect("`begin_memory` comes first");
+        let memory = self.memories.last_mut().expect("as above");
+        let parts = self.files.get_mut(file).expect("each file has its parts");
+        parts.first_segment.get_or_insert(self.segments.len());
+        parts.last_memory = Some(number);
         let memory_offset = memory.bytes;
         self.segments.push(SegmentPlan { file, span, memory: number, memory_offset, file_range, memory_bytes, moved });
         memory.bytes += memory_bytes;
@@ -271,8 +270,8 @@ impl Plan {
     /// Cuts a memory into batches, and these into pieces.
     fn cut(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
-        let Some(memory) = memories.get_mut(number) else { return };
-        let own = segments.get(memory.segments.clone()).unwrap_or_default();
+        let memory = memories.get_mut(number).expect("memories are cut one by one");
+        let own = segments.get(memory.segments.clone()).expect("a memory is of planned segments");
         memory.pieces = pieces.len()..pieces.len();
         let (mut start, mut segment) = (0, 0);
         while start < memory.bytes {
@@ -288,9 +287,7 @@ impl Plan {
                 let part = start.max(planned.memory_offset)..end.min(segment_end);
                 let file_offset = planned.file_range.start + (part.start - planned.memory_offset);
                 let memory_bytes = part.end - part.start;
-                if let Some(file) = files.get_mut(planned.file) {
-                    file.pieces += 1;
-                }
+                files.get_mut(planned.file).expect("a segment is of a planned file").pieces += 1;
                 pieces.push(Piece {
                     segment: memory.segments.start + segment,
                     memory_offset: part.start,

@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 
 use rustix::io::{Errno, pread};
 
+use crate::convert::to_usize;
 use crate::error::Result;
 use crate::headroom::headroom;
 use crate::ring;
@@ -89,10 +90,10 @@ impl File {
 /// [`crate::Error::File`] where it can't be opened, [`crate::Error::NotAFile`] for what is no regular file.
 pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let file = OpenFile::open(path.as_ref())?;
-    let block = usize::try_from(file.alignment_bytes).unwrap_or(usize::MAX);
+    let block = to_usize(file.alignment_bytes);
     let open_direct = file.direct_refused().map_or(Ok(()), Err);
     // Twice as much holds an aligned block, wherever it begins.
-    let mut memory = vec![0; block.saturating_mul(2)];
+    let mut memory = vec![0; 2 * block];
     let start = memory.as_ptr().align_offset(block);
     let block = &mut memory[start..start + block];
     let route = if open_direct.is_ok() { Route::PreadDirect } else { Route::Buffered };

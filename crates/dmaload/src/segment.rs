@@ -14,6 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use dmabuf::{Access, DmaBuf};
 
+use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::load::FileTensors;
 use crate::memory::Backing;
@@ -94,7 +95,7 @@ impl Segment {
 
     /// How many bytes of the file it holds.
     pub fn len(&self) -> usize {
-        usize::try_from(self.0.place.file_range.end - self.0.place.file_range.start).unwrap_or(usize::MAX)
+        to_usize(self.0.place.file_range.end - self.0.place.file_range.start)
     }
 
     /// Whether it holds none; no load gives such a segment.
@@ -373,7 +374,8 @@ impl Contiguous {
             assert_eq!(Some((segment.file_range().start, segment.address())), expected, "segments lie side by side");
             expected = Some((segment.file_range().end, segment.address() + segment.len()));
         }
-        let held = views.first().map_or(0, |View(first)| first.file_range().start)..expected.map_or(0, |(end, _)| end);
+        let View(first) = views.first().ok_or_else(not_loaded)?;
+        let held = first.file_range().start..expected.map_or(0, |(end, _)| end);
         assert!(held.start <= range.start && range.end <= held.end, "{range:?} is not within {held:?}");
         Ok(Bytes::from_owner(Contiguous { views, range }))
     }
@@ -381,9 +383,9 @@ impl Contiguous {
 
 impl AsRef<[u8]> for Contiguous {
     fn as_ref(&self) -> &[u8] {
-        let Some(View(first)) = self.views.first() else { return &[] };
-        let offset = usize::try_from(self.range.start - first.file_range().start).unwrap_or(0);
-        let bytes = usize::try_from(self.range.end - self.range.start).unwrap_or(0);
+        let View(first) = self.views.first().expect("a range with bytes touches a segment: see `bytes`");
+        let offset = to_usize(self.range.start - first.file_range().start);
+        let bytes = to_usize(self.range.end - self.range.start);
         // SAFETY: `bytes` has checked that the range lies within the segments' bytes, and that these lie side by side in
         // one reserved address range.
         let start = unsafe { first.start().add(offset) };

@@ -313,7 +313,7 @@ impl Selector {
 /// Where rank number `rank` of `world_size` begins in so many of anything.
 fn portion(all: u64, rank: u32, world_size: u32) -> u64 {
     let portion = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
-    u64::try_from(portion).unwrap_or(u64::MAX)
+    u64::try_from(portion).expect("a part is no larger than the whole")
 }
 
 /// What a rank has of a tensor. One that has fewer dimensions than the one to cut along is everybody's.

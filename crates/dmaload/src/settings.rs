@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::loader::LoaderBuilder;
 use crate::foreign::Foreign;
@@ -417,8 +418,7 @@ impl Settings {
 
     /// The staging budget in slots.
     pub(crate) fn staging(&self) -> StagingBudget {
-        let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-        StagingBudget { slot_bytes: bytes(STAGING_SLOT_BYTES), slots: bytes(self.staging_bytes / STAGING_SLOT_BYTES) }
+        StagingBudget { slot_bytes: to_usize(STAGING_SLOT_BYTES), slots: to_usize(self.staging_bytes / STAGING_SLOT_BYTES) }
     }
 }
 

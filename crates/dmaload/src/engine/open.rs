@@ -8,6 +8,7 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, printable};
 
 use super::{Engine, HeapCode, descriptors, expand};
+use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::foreign;
 use crate::headroom::headroom;
@@ -445,7 +446,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         return Ok(None);
     }
     let mut start = [0; SNIFFED_BYTES];
-    let start = start.get_mut(..SNIFFED_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))).unwrap_or_default();
+    let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("no more than there is room for");
     file.read_exact(start, base)?;
     let found = if is_gguf(file, start, format) {
         read_gguf(file, part)?.map(Some)
@@ -454,7 +455,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
             Ok(None) => return Ok(None),
             Ok(Some(header_bytes)) => {
                 // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
-                let mut header = vec![0; usize::try_from(header_bytes).unwrap_or(0)];
+                let mut header = vec![0; to_usize(header_bytes)];
                 file.read_exact(&mut header, base + 8)?;
                 parse(&header, bytes).map(Some)
             }
@@ -464,7 +465,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     match found {
         Ok(map) => Ok(map.and_then(shifted)),
         Err(fault) if fault.may_be_foreign() => {
-            let mut start = vec![0; LOOKED_AT_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))];
+            let mut start = vec![0; to_usize(bytes.min(LOOKED_AT_BYTES as u64))];
             file.read_exact(&mut start, base)?;
             Err(Error::Model { path: file.path.clone(), fault: or_foreign(fault, &start, bytes) })
         }
@@ -486,8 +487,8 @@ pub(super) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
     } else {
         header_bytes(file, start, file_bytes, format).and_then(|header_bytes| {
             let Some(header_bytes) = header_bytes else { return Ok(None) };
-            let header = usize::try_from(header_bytes).ok().and_then(|header_bytes| bytes.get(8..)?.get(..header_bytes));
-            parse(header.unwrap_or_default(), file_bytes).map(Some)
+            let header = bytes.get(8..).and_then(|rest| rest.get(..to_usize(header_bytes)));
+            parse(header.expect("`sniff` has checked that the header is within the file"), file_bytes).map(Some)
         })
     };
     let start = bytes.get(..LOOKED_AT_BYTES).unwrap_or(bytes);
@@ -524,8 +525,8 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
     let mut start: Vec<u8> = Vec::new();
     loop {
         let have = start.len();
-        start.resize(usize::try_from(wanted.min(file_bytes)).unwrap_or(usize::MAX), 0);
-        file.read_exact(start.get_mut(have..).unwrap_or_default(), part.start + have as u64)?;
+        start.resize(to_usize(wanted.min(file_bytes)), 0);
+        file.read_exact(start.get_mut(have..).expect("it grows"), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes) {
             Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
             // Twice as much each time: what is parsed again is no more than what is parsed.

@@ -330,7 +330,7 @@ impl LoadShared {
         let state = &mut *state;
         for memory in &state.plan.memories {
             let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
-            let own = state.plan.segments.get(memory.segments.clone()).unwrap_or_default();
+            let own = state.plan.segments.get(memory.segments.clone()).expect("a memory is of planned segments");
             let unfinished = self.exports || own.iter().any(|segment| segment.moved.is_some());
             state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unfinished, full_at: None, span: no_span() });
         }
@@ -351,7 +351,7 @@ impl LoadShared {
             segment.and_then(|segment| state.files.get(segment.file)).is_some_and(|file| file.planned.small)
         };
         let need = |batch: &Batch| {
-            let pieces = state.plan.pieces.get(batch.pieces.clone()).unwrap_or_default();
+            let pieces = state.plan.pieces.get(batch.pieces.clone()).expect("a batch is of planned pieces");
             Need {
                 bytes: batch.bytes,
                 files: pieces.iter().filter(|piece| is_small(piece)).count() as u64,

@@ -181,6 +181,7 @@ impl Tensors {
 
     /// A segment is there: what it completes is ready.
     fn add(&mut self, segment: Segment) {
+        // A file of raw bytes has none.
         let Some(tensors) = segment.file_tensors().cloned() else { return };
         let index = segment.file_index();
         if self.done.contains(&index) {
@@ -191,7 +192,7 @@ impl Tensors {
             self.files.push(Pending { index, path, bytes, part, tensors, next: 0, segments: Vec::new() });
             self.files.len() - 1
         });
-        let Some(file) = self.files.get_mut(at) else { return };
+        let file = self.files.get_mut(at).expect("found or pushed above");
         file.segments.push(segment);
         file.give(&mut self.ready);
         if file.is_done() {
@@ -230,7 +231,7 @@ impl Pending {
     fn give(&mut self, ready: &mut VecDeque<Tensor>) {
         let before = self.next;
         while let Some(position) = self.tensors.position_of(self.next) {
-            let Some(part) = self.tensors.part_at(position) else { return };
+            let part = self.tensors.part_at(position).expect("a tensor that was chosen is in the map");
             // Rows come in order: with the last one, all are there.
             let rows = [part.rows.iter().next(), part.rows.iter().last()];
             let is_there = |row: &Range<u64>| row.is_empty() || holding(&self.segments, row).is_some();

@@ -40,6 +40,7 @@ use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
 use crate::busy::BusyTime;
+use crate::convert::to_usize;
 use crate::metrics::ReadCounters;
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
@@ -52,6 +53,14 @@ const INTERRUPTIONS: u32 = 64;
 /// A direct read that gives less than a block this often in a row has met the end of the file, or a file system
 /// that can't do better.
 const PARTS_OF_A_BLOCK: u32 = 16;
+
+// A broken invariant panics: the thread around the driver fails all loads then, and says so. To go on without the
+// entry would lose a read, and its load would hang.
+
+/// A piece stays until nothing refers to it.
+const PIECE: &str = "a piece is here as long as it has chunks, in flight or queued, or is looked at";
+/// A load stays until its last piece has gone.
+const LOAD: &str = "a load is here as long as it has pieces";
 
 /// See the module.
 #[derive(Debug)]
@@ -189,17 +198,18 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 let position = load.next_position;
                 load.next_piece += 1;
                 load.next_position += bytes;
-                if let Some(entry) = self.pieces.get_mut(token) {
-                    entry.position = position;
-                    load.chunks.extend(chunks_of(token, entry, chunk_bytes));
-                }
+                let entry = self.pieces.get_mut(token).expect(PIECE);
+                entry.position = position;
+                load.chunks.extend(chunks_of(token, entry, chunk_bytes));
             }
-        } else if let Some(entry) = self.pieces.get_mut(token) {
+        } else {
+            let entry = self.pieces.get_mut(token).expect(PIECE);
             load.chunks.extend(chunks_of(token, entry, chunk_bytes));
         }
         if let Some(errno) = refused {
             // The ring was refused for all its routes at once: that is one step, to the first one without it.
             self.step_down(token, route, Route::PreadDirect, Attempt::SetUpRing, errno, piece.file_offset);
+            // A strict load has failed, and is gone.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_told = true;
             }
@@ -231,14 +241,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
-            let Some(id) = self.turns.pop_front() else { break };
+            let id = self.turns.pop_front().expect("there are more turns than were passed");
             self.turns.push_back(id);
             let (depth, taken) = (self.depth as u64, self.reads.len() as u64);
             let chunk = self
                 .loads
                 .get_mut(&id)
-                .filter(|load| may_have_one(depth, taken, load.in_flight as u64))
-                .and_then(LoadEntry::next_chunk);
+                .map(|load| load.next_chunk_within(depth, taken))
+                .expect("a load that has gone has no turn");
             match chunk {
                 Some(chunk) => {
                     passed = if self.issue_chunk(id, chunk) { 0 } else { passed + 1 };
@@ -272,7 +282,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.reads.remove(token);
         }
         for token in self.pieces.tokens() {
-            let Some(mut entry) = self.pieces.remove(token) else { continue };
+            let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
                 // A ring that is never closed would keep its pages pinned.
                 self.unregister(&mut entry);
@@ -309,15 +319,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
     fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
-        let staged = self.loads.get(&id).and_then(|load| load.spec.observation.as_ref()).is_some_and(|observed| observed.staged);
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
+        let load = self.loads.get(&id).expect(LOAD);
+        let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
             // What is observed in staging goes there by every route.
             Route::Buffered if staged => self.issue_staged(id, chunk),
             Route::UringFixedDirect if entry.buffer_slot.is_none() => {
                 let (all, free) = (self.kernel.buffer_slots(), self.buffer_slots.len());
-                let held = self.loads.get(&id).map_or(0, |load| load.registered);
+                let held = load.registered;
                 let may = may_have_one(all.into(), (usize::from(all) - free) as u64, held as u64);
                 let Some(slot) = self.buffer_slots.pop_if(|_| may) else {
                     self.requeue(id, chunk);
@@ -327,7 +338,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
                     Ok(()) => {
                         entry.buffer_slot = Some(slot);
-                        let Some(load) = self.loads.get_mut(&id) else { return true };
+                        let load = self.loads.get_mut(&id).expect(LOAD);
                         load.registered += 1;
                         if load.spec.trace {
                             let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
@@ -356,7 +367,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Issues a read into the piece's own memory.
     fn issue_read(&mut self, id: LoadId, chunk: Chunk) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let route = entry.file.route;
         let bytes = read_bytes(&chunk, &entry.file);
         let start = to_usize(chunk.range.start);
@@ -383,7 +394,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         address: NonNull<u8>,
         bytes: usize,
     ) {
-        let Some(entry) = self.pieces.get_mut(in_flight.chunk.piece) else { return };
+        let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
         entry.route = entry.route.max(in_flight.route);
         entry.in_flight += 1;
         let offset = entry.piece.file_offset + in_flight.chunk.range.start;
@@ -395,21 +406,20 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // not removed before its `in_flight` is back at 0, the slot stays taken until then; that happens only in
         // `complete`. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
-        if let Some(load) = self.loads.get_mut(&id) {
-            load.in_flight += 1;
-            load.reading.begin(self.kernel.now());
-        }
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        load.in_flight += 1;
+        load.reading.begin(self.kernel.now());
     }
 
     fn complete(&mut self, completion: Completion) {
         let in_flight = self.reads.remove(completion.token);
-        assert!(in_flight.is_some(), "a completion for a read that is not in flight: {completion:?}");
-        let Some(InFlight { chunk, route, step, since }) = in_flight else { return };
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let InFlight { chunk, route, step, since } =
+            in_flight.unwrap_or_else(|| panic!("a completion for a read that is not in flight: {completion:?}"));
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         entry.in_flight -= 1;
         let (id, piece) = (entry.load, entry.number);
         let now = self.kernel.now();
-        let Some(load) = self.loads.get_mut(&id) else { return };
+        let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight -= 1;
         if let Step::Read | Step::Staged(_) = step {
             self.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -470,7 +480,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// `bytes` bytes of a chunk came.
     fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
         if bytes >= wanted {
             entry.chunks_left -= 1;
@@ -480,7 +490,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             return;
         }
         let (id, file, offset) = (entry.load, entry.file.index, entry.piece.file_offset + chunk.range.start);
-        let strict = self.loads.get(&id).is_some_and(|load| load.spec.strict);
+        let strict = self.loads.get(&id).expect(LOAD).spec.strict;
         if bytes == 0 || (strict && chunk.parts_of_a_block == PARTS_OF_A_BLOCK) {
             self.fail(id, Failure::Ended { file, offset: offset + bytes, route });
             return;
@@ -502,7 +512,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// A read was interrupted, or is to be tried again.
     fn again(&mut self, mut chunk: Chunk, route: Route) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let id = entry.load;
         chunk.interruptions += 1;
         if chunk.interruptions > INTERRUPTIONS {
@@ -524,7 +534,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// The kernel merges neighbouring reads into one request, and when the medium can't give a block of it, all of them fail:
     /// alone, only the one fails that asks for the bad block.
     fn refused(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);
         let offset = entry.piece.file_offset + chunk.range.start;
         let lower = if is_refusal(errno) { route.lower(errno) } else { None };
@@ -548,17 +558,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     fn requeue(&mut self, id: LoadId, chunk: Chunk) {
-        if let Some(load) = self.loads.get_mut(&id) {
-            load.requeue(chunk);
-        }
+        self.loads.get_mut(&id).expect(LOAD).requeue(chunk);
     }
 
     /// `from` was refused to the file of this piece: all of its reads from now on go by `to`, unless they have gone
     /// lower already. What the ring refuses, it refuses to every file.
     fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
-        let Some(entry) = self.pieces.get_mut(piece) else { return };
+        let entry = self.pieces.get_mut(piece).expect(PIECE);
         let (id, file) = (entry.load, entry.file.index);
-        let Some(load) = self.loads.get_mut(&id) else { return };
+        let load = self.loads.get_mut(&id).expect(LOAD);
         if load.spec.strict {
             self.fail(id, Failure::Refused { file, offset, route: from, attempt, errno });
             return;
@@ -586,7 +594,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         *left = to.max(*left);
         for &token in &load.pieces {
             let concerned = |file: &FileSpec<K::File>| file_index.is_none_or(|index| index == file.index);
-            if let Some(other) = self.pieces.get_mut(token).filter(|other| concerned(&other.file)) {
+            let other = self.pieces.get_mut(token).expect(PIECE);
+            if concerned(&other.file) {
                 other.file.route = other.file.route.max(to);
             }
         }
@@ -597,7 +606,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// All bytes of a piece are there.
     fn fill(&mut self, token: Token) {
-        let Some(entry) = self.pieces.get_mut(token) else { return };
+        let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
         // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its buffer.
@@ -607,7 +616,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
         let registered = entry.buffer_slot.take();
         self.known.worked(entry.file.mount, entry.route);
-        let Some(load) = self.loads.get_mut(&id) else { return };
+        let load = self.loads.get_mut(&id).expect(LOAD);
         if let Some(slot) = registered {
             self.kernel.unregister_buffer(slot);
             self.buffer_slots.push(slot);
@@ -623,13 +632,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// A piece has all its bytes, and they were looked at where that is wanted.
     fn give(&mut self, token: Token) {
-        let Some(entry) = self.pieces.remove(token) else { return };
+        let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
         // The load may have failed a moment ago, and let go of it.
         self.released.push(entry.file.handle);
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
-        let Some(load) = self.loads.get_mut(&id) else { return };
+        let load = self.loads.get_mut(&id).expect(LOAD);
         load.pieces.retain(|&other| other != token);
         load.pieces_left -= 1;
         if load.pieces_left == 0 {
@@ -638,7 +647,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     fn fail(&mut self, id: LoadId, failure: Failure) {
-        let Some(load) = self.loads.get_mut(&id) else { return };
+        let load = self.loads.get_mut(&id).expect(LOAD);
         if !load.ended {
             self.outputs.push(Output::Failed { load: id, failure });
             self.abandon(id);
@@ -647,12 +656,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Drops the pieces of an ended load that no read is writing to; with the last one, the load itself.
     fn release_idle(&mut self, id: LoadId) {
-        let Some(tokens) = self.loads.get_mut(&id).map(|load| std::mem::take(&mut load.pieces)) else { return };
+        let tokens = std::mem::take(&mut self.loads.get_mut(&id).expect(LOAD).pieces);
         let mut busy = Vec::new();
         for token in tokens {
-            if self.pieces.get_mut(token).is_some_and(|entry| entry.in_flight > 0) {
+            if self.pieces.get_mut(token).expect(PIECE).in_flight > 0 {
                 busy.push(token);
-            } else if let Some(mut entry) = self.pieces.remove(token) {
+            } else {
+                let mut entry = self.pieces.remove(token).expect(PIECE);
                 self.unregister(&mut entry);
                 self.kernel.detach(&entry.file.handle);
                 self.released.push(entry.file.handle);
@@ -660,8 +670,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         if busy.is_empty() {
             self.remove(id);
-        } else if let Some(load) = self.loads.get_mut(&id) {
-            load.pieces = busy;
+        } else {
+            self.loads.get_mut(&id).expect(LOAD).pieces = busy;
         }
     }
 
@@ -673,11 +683,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     fn remove(&mut self, id: LoadId) {
-        if let Some(load) = self.loads.remove(&id) {
-            self.turns.retain(|&other| other != id);
-            let times = load.times();
-            self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });
-        }
+        let load = self.loads.remove(&id).expect(LOAD);
+        self.turns.retain(|&other| other != id);
+        let times = load.times();
+        self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });
     }
 }
 
@@ -690,8 +699,4 @@ impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
         }
         self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
     }
-}
-
-fn to_usize(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
 }

@@ -194,7 +194,7 @@ struct Ring {
 
 impl Ring {
     fn new(depth: usize, wake: &Wake) -> Result<Self, Errno> {
-        let entries = u32::try_from(depth + 1).unwrap_or(u32::MAX).next_power_of_two().clamp(8, 4096);
+        let entries = u32::try_from(depth + 1).expect("settings allow 4096 reads at most").next_power_of_two().clamp(8, 4096);
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
@@ -292,7 +292,7 @@ impl FileTable {
     }
 
     fn detach(&mut self, ring: &IoUring, file: &OpenFile) {
-        let Some(entry) = self.slots.get_mut(&file.id) else { return };
+        let entry = self.slots.get_mut(&file.id).expect("a file is detached as often as it was attached");
         entry.1 -= 1;
         if entry.1 == 0
             && let Some((Some(slot), _)) = self.slots.remove(&file.id)
@@ -305,7 +305,7 @@ impl FileTable {
     }
 
     fn entry(&self, file: &OpenFile, read: &Read) -> squeue::Entry {
-        let bytes = u32::try_from(read.bytes).unwrap_or(u32::MAX);
+        let bytes = u32::try_from(read.bytes).expect("a read is of one piece at most, which has 16 MiB or a segment");
         let address = read.address.as_ptr();
         let entry = match (self.slots.get(&file.id), read.buffer_slot) {
             (Some(&(Some(slot), _)), Some(buffer)) => {

@@ -3,6 +3,8 @@
 //! A token packs index and generation. A slot that is used again has another generation, so a completion that
 //! comes late, or twice, finds nobody home instead of somebody else's read.
 
+use crate::convert::to_usize;
+
 /// What a read is known by while the kernel has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Token(u64);
@@ -21,8 +23,13 @@ impl Token {
     }
 
     fn index(self) -> usize {
-        usize::try_from(self.0 & u64::from(u32::MAX)).unwrap_or(usize::MAX)
+        to_usize(self.0 & u64::from(u32::MAX))
     }
+}
+
+/// The index of an entry: there are fewer than four billion, see [`Slots::insert`].
+fn narrow(index: usize) -> u32 {
+    u32::try_from(index).expect("the index of an entry has 32 bits")
 }
 
 /// A table of entries that keep their token until they are removed.
@@ -44,8 +51,7 @@ impl<T> Slots<T> {
             *place = Some(entry);
             return Token::new(index, *generation);
         }
-        let index = u32::try_from(self.entries.len()).unwrap_or(u32::MAX);
-        assert!(index < u32::MAX, "four billion entries in flight");
+        let index = u32::try_from(self.entries.len()).expect("fewer than four billion entries in flight");
         self.entries.push((0, Some(entry)));
         Token::new(index, 0)
     }
@@ -55,13 +61,13 @@ impl<T> Slots<T> {
         self.get_mut(token)?;
         let (generation, place) = self.entries.get_mut(token.index())?;
         *generation = generation.wrapping_add(1);
-        self.free.push(u32::try_from(token.index()).unwrap_or(u32::MAX));
+        self.free.push(narrow(token.index()));
         place.take()
     }
 
     pub(crate) fn get_mut(&mut self, token: Token) -> Option<&mut T> {
         let (generation, place) = self.entries.get_mut(token.index())?;
-        if Token::new(u32::try_from(token.index()).unwrap_or(u32::MAX), *generation) == token { place.as_mut() } else { None }
+        if Token::new(narrow(token.index()), *generation) == token { place.as_mut() } else { None }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -74,7 +80,7 @@ impl<T> Slots<T> {
 
     pub(crate) fn tokens(&self) -> Vec<Token> {
         let live = self.entries.iter().enumerate().filter(|(_, (_, entry))| entry.is_some());
-        live.map(|(index, (generation, _))| Token::new(u32::try_from(index).unwrap_or(u32::MAX), *generation)).collect()
+        live.map(|(index, (generation, _))| Token::new(narrow(index), *generation)).collect()
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) struct StagingBudget {
     pub(crate) slots: usize,
 }
 
+const SLOT: &str = "slots stay until all of them are cleared";
+
 /// Names a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StagingSlot(usize);
@@ -86,8 +88,8 @@ impl<S: Buffer> Staging<S> {
             }
         }
         let slot = self.free.pop();
-        if let Some(taken) = slot.and_then(|slot| self.slots.get_mut(slot.0)) {
-            taken.taken_by = Some(load);
+        if let Some(slot) = slot {
+            self.slots.get_mut(slot.0).expect(SLOT).taken_by = Some(load);
         }
         Ok(slot)
     }
@@ -104,7 +106,7 @@ impl<S: Buffer> Staging<S> {
             return Some(StagingStep { to: Route::PreadDirect, attempt: Attempt::SetUpRing, errno });
         }
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
-        let slot = self.slots.get_mut(slot.0).filter(|slot| slot.buffer_slot.is_none())?;
+        let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
         // One place of the table stays for pieces. Without any for staging it goes by unregistered reads for now: nothing was
         // refused.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
@@ -127,16 +129,16 @@ impl<S: Buffer> Staging<S> {
     }
 
     /// The memory of a slot that was taken, and where it is registered.
-    pub(crate) fn get(&self, slot: StagingSlot) -> Option<(&S, Option<u16>)> {
-        self.slots.get(slot.0).map(|slot| (&slot.buffer, slot.buffer_slot))
+    pub(crate) fn get(&self, slot: StagingSlot) -> (&S, Option<u16>) {
+        let slot = self.slots.get(slot.0).expect(SLOT);
+        (&slot.buffer, slot.buffer_slot)
     }
 
     /// Nothing reads into this slot, or copies from it, any more.
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
-        if let Some(taken) = self.slots.get_mut(slot.0).filter(|slot| slot.taken_by.is_some()) {
-            taken.taken_by = None;
-            self.free.push(slot);
-        }
+        let load = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
+        assert!(load.is_some(), "a slot is given back once");
+        self.free.push(slot);
     }
 
     #[cfg(test)]

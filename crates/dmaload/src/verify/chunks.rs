@@ -1,6 +1,7 @@
 //! A file's checksums chunk by chunk, whichever way its bytes are cut when they come.
 
 use super::digest::{Algorithm, Digest, Hasher};
+use crate::convert::to_usize;
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -25,7 +26,7 @@ impl Chunks {
         while !bytes.is_empty() {
             let number = self.seen_bytes / self.chunk_bytes;
             let left = self.chunk_bytes - self.seen_bytes % self.chunk_bytes;
-            let (part, rest) = bytes.split_at(usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len()));
+            let (part, rest) = bytes.split_at(to_usize(left.min(bytes.len() as u64)));
             self.hasher.update(part);
             self.seen_bytes += part.len() as u64;
             bytes = rest;

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::HEADER_LIMIT_BYTES;
+use crate::convert::to_usize;
 use crate::model::error::ModelError;
 
 /// Why reading stopped.
@@ -35,8 +36,7 @@ impl<'a> Cursor<'a> {
 
     /// What was read already.
     pub(super) fn seen(&self, range: Range<u64>) -> &'a [u8] {
-        let at = |position: u64| usize::try_from(position).unwrap_or(usize::MAX);
-        self.start.get(at(range.start)..at(range.end)).unwrap_or_default()
+        self.start.get(to_usize(range.start)..to_usize(range.end)).expect("it was read already")
     }
 
     pub(super) fn fault(&self, offset: u64, reason: impl Into<String>) -> Stop {
@@ -56,7 +56,7 @@ impl<'a> Cursor<'a> {
         if end > HEADER_LIMIT_BYTES {
             return Err(Stop::Fault(ModelError::GgufHeaderTooLarge { limit_bytes: HEADER_LIMIT_BYTES }));
         }
-        let end = usize::try_from(end).unwrap_or(usize::MAX);
+        let end = to_usize(end);
         let found = self.start.get(self.position..end).ok_or(Stop::More(end as u64))?;
         self.position = end;
         Ok(found)

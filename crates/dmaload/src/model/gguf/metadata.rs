@@ -288,7 +288,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         };
         let value = cursor.position() - begin;
         skip(cursor, kind, 0)?;
-        let narrow = |at: u64| u32::try_from(at).unwrap_or(u32::MAX);
+        let narrow = |at: u64| u32::try_from(at).expect("a header is shorter than 4 GiB: see `HEADER_LIMIT_BYTES`");
         entries.push(Entry {
             key: narrow(key_end - key.len() as u64)..narrow(key_end),
             kind,

@@ -8,10 +8,11 @@ use super::super::message::{FileSpec, LoadId, LoadSpec, Times};
 use super::super::order::InOrder;
 use super::super::slots::Token;
 use super::super::staging::StagingSlot;
-use super::to_usize;
 use crate::busy::BusyTime;
+use crate::convert::to_usize;
 use crate::plan::{Piece, split};
 use crate::route::Route;
+use crate::window::may_have_one;
 
 #[derive(Debug)]
 pub(super) struct PieceEntry<F, B> {
@@ -124,6 +125,12 @@ pub(super) struct LoadEntry {
 }
 
 impl LoadEntry {
+    /// What is to be read next, if anything can be now, and the load may have one more read in flight where all
+    /// loads have `taken` of `depth`.
+    pub(super) fn next_chunk_within(&mut self, depth: u64, taken: u64) -> Option<Chunk> {
+        if may_have_one(depth, taken, self.in_flight as u64) { self.next_chunk() } else { None }
+    }
+
     /// What is to be read next, if anything can be now.
     pub(super) fn next_chunk(&mut self) -> Option<Chunk> {
         let alone = match (self.alone.front(), self.chunks.front()) {

@@ -8,27 +8,30 @@ use super::super::kernel::{Buffer, Kernel, Look};
 use super::super::message::{Failure, LoadId};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, Unseen, progress};
-use super::{Driver, to_usize};
+use super::{Driver, LOAD, PIECE};
+use crate::convert::to_usize;
 use crate::route::Route;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.
     pub(super) fn look(&mut self, id: LoadId) {
-        let Some(load) = self.loads.get_mut(&id) else { return };
-        let Some(watch) = load.spec.observation.as_ref().map(|observation| Arc::clone(&observation.watch)) else { return };
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        let observation = load.spec.observation.as_ref().expect("only what is observed is looked at");
+        let watch = Arc::clone(&observation.watch);
+        // The next one in file order is not there yet, or one is being looked at.
         let Some(unseen) = load.unseen.take() else { return };
         let token = match &unseen {
             Unseen::Piece(token) => *token,
             Unseen::Staged { chunk, .. } => chunk.piece,
         };
-        let Some(entry) = self.pieces.get_mut(token) else { return };
+        let entry = self.pieces.get_mut(token).expect(PIECE);
         let (address, bytes, chunk, route, step) = match unseen {
             Unseen::Piece(token) => {
                 let all = Chunk::new(token, entry.position, 0..entry.piece.bytes);
                 (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.route, Step::Seen)
             }
             Unseen::Staged { chunk, route, slot, bytes } => {
-                let Some((staging, _)) = self.staging.get(slot) else { return };
+                let (staging, _) = self.staging.get(slot);
                 (staging.address(), bytes, chunk, route, Step::SeenStaged(slot))
             }
         };
@@ -45,7 +48,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// A copy from staging is done: what is there is to be looked at. A direct read may have brought more than whole blocks,
     /// which is read again with the rest: that is not looked at yet.
     pub(super) fn copied(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
         if counted == 0 {
             self.staging.give_back(slot);
@@ -53,15 +56,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             return;
         }
         let position = chunk.at();
-        if let Some(load) = self.loads.get_mut(&id) {
-            load.unseen.ready(position, counted, Unseen::Staged { chunk, route, slot, bytes: to_usize(counted) });
-        }
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        load.unseen.ready(position, counted, Unseen::Staged { chunk, route, slot, bytes: to_usize(counted) });
         self.look(id);
     }
 
     /// The observer has looked at something.
     pub(super) fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Errno>) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         match result {
             Ok(bytes) => {
                 self.look(id);

@@ -4,14 +4,16 @@ use super::super::kernel::{Buffer, Copy, Kernel};
 use super::super::message::{Failure, LoadId, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
-use super::{Driver, to_usize};
+use super::{Driver, LOAD, PIECE};
+use crate::convert::to_usize;
 use crate::route::{Fallback, Route};
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Issues a read into staging. `false` when all of it is busy.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
         // What an observed load holds otherwise waits for this chunk, which is the first of what is not looked at: it counts as nothing.
-        let waits = self.loads.get(&id).is_some_and(|load| load.is_observed() && load.in_flight == 0);
+        let load = self.loads.get(&id).expect(LOAD);
+        let waits = load.is_observed() && load.in_flight == 0;
         let taken = self.staging.take(id, waits, &mut self.kernel);
         if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
             && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
@@ -34,9 +36,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.staging.give_back(slot);
             return true;
         }
-        let Some((buffer, registered)) = self.staging.get(slot) else { return true };
+        let (buffer, registered) = self.staging.get(slot);
         let (address, slot_bytes) = (buffer.address(), buffer.bytes());
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         // A chunk that is larger than a slot goes in parts.
         let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
         if end < chunk.range.end {
@@ -45,7 +47,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             chunk.range.end = end;
             self.requeue(id, rest);
         }
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let route = entry.file.route;
         let bytes = read_bytes(&chunk, &entry.file);
         assert!(bytes <= slot_bytes, "a read stays within its slot");
@@ -64,9 +66,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has a slot registered for a load that wants that, and tells it, once, when that can't be. `false` when it is strict, and
     /// fails.
     pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return true };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
-        let Some(load) = self.loads.get_mut(&id) else { return true };
+        let load = self.loads.get_mut(&id).expect(LOAD);
         // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
         if load.staging_told
             || entry.file.route == Route::Buffered
@@ -91,8 +93,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Has what a read brought into staging copied to where it belongs.
     pub(super) fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
-        let Some(entry) = self.pieces.get_mut(chunk.piece) else { return };
-        let Some((staging, _)) = self.staging.get(slot) else { return };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
+        let (staging, _) = self.staging.get(slot);
         let start = to_usize(chunk.range.start);
         assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy stays within both buffers");
         // SAFETY: `start` is within the buffer, by the assertion above.
@@ -105,10 +107,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // looked at, before the completion, and a taken slot is read into by nobody else.
         unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
         self.tell_if_alone(id);
-        if let Some(load) = self.loads.get_mut(&id) {
-            load.in_flight += 1;
-            load.copying.begin(self.kernel.now());
-        }
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        load.in_flight += 1;
+        load.copying.begin(self.kernel.now());
     }
 
     /// Tells, once, that there is no thread for what goes on beside reads.
