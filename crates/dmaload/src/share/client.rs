@@ -125,7 +125,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     for timeout in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
         sockopt::set_socket_timeout(&socket, timeout, Some(2 * PATIENCE)).map_err(failed("set a timeout"))?;
     }
-    connect_to(&socket, path).map_err(failed("connect"))?;
+    connect_to(&socket, path).map_err(|errno| refuse(path, not_connected(errno)))?;
     let server = user_of(&socket).map_err(failed("ask who the server is"))?;
     let users = Users::of_this_process();
     if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
@@ -173,6 +173,19 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     }
 }
 
+/// Why there is no connection, and what helps.
+fn not_connected(errno: Errno) -> String {
+    let hint = match errno {
+        Errno::NOENT => "; the socket of `dmaload serve` appears when it has loaded",
+        Errno::CONNREFUSED => "; the server that made this socket has ended",
+        Errno::ACCESS => "; the server must allow this user (ServerOptions::allow_user, --allow-user)",
+        Errno::PROTOTYPE => "; it is the socket of another program",
+        Errno::AGAIN => "; the server does not accept connections",
+        _ => "",
+    };
+    format!("cannot connect: {}{hint}", dmabuf::errno::describe(errno))
+}
+
 /// Why a server is not trusted.
 fn not_trusted(users: Users, server: u32) -> String {
     let reason = if users.is_ambiguous(server) {
@@ -205,7 +218,7 @@ fn refusal(reply: Reply, name: &str, names: &[String]) -> String {
         }
         Status::NotYet => format!("the server has no image yet, after {PATIENCE:?}: try again when it has loaded"),
         Status::Busy => {
-            format!("the server is busy: other connections of this user have not received their images in {PATIENCE:?}")
+            format!("the server is busy: in {PATIENCE:?}, other clients of this user have not received what was sent to them, or the server has reached its limit of descriptors (ulimit -n)")
         }
     }
 }

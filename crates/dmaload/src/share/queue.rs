@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, ioctl};
 
 /// `SIOCOUTQ`, from `linux/sockios.h`; the same number as `TIOCOUTQ`.
+#[allow(clippy::cast_possible_truncation, reason = "operations have 32 bits")]
 const SIOCOUTQ: Opcode = libc::TIOCOUTQ as Opcode;
 
 /// Whether a message that was sent here is still in the other side's queue. It leaves that when it is received, with its descriptors,

@@ -602,12 +602,12 @@ fn admit(shared: &Shared, limits: Limits, clients: &mut Vec<Client>) {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
-            Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
-                // It stays in the queue; without a pause the thread would spin.
+            Err(Errno::AGAIN) => return,
+            Err(_) => {
+                // No descriptors or memory, or a filter: it stays in the queue, and without a pause the thread would spin.
                 thread::sleep(Duration::from_millis(10));
                 return;
             }
-            Err(_) => return,
         };
         let Ok(user) = user_of(&socket) else {
             // Without a name there is no answer but the end.
