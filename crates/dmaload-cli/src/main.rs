@@ -27,6 +27,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use dmaload::dmabuf::printable;
 use serde_json::json;
 use tracing_subscriber::EnvFilter;
 
@@ -96,18 +97,21 @@ fn usage(error: &clap::Error) -> ExitCode {
         };
     }
     let text = error.to_string();
-    let shown = errors::lines(&text).to_string();
+    // The shell may have put names of files there, line breaks in them included.
+    let given = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
+    let hostile = given.filter(|argument| argument.contains(printable::is_hidden));
+    let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
+    let shown = errors::lines(&shown).to_string();
     if shown == text {
         // In colours, where that is a terminal.
         let _ = error.print();
     } else {
-        // The shell may have put names of files there.
         let _ = write!(std::io::stderr(), "{shown}");
     }
     // What comes after these is for another program.
     let own = std::env::args_os().take_while(|argument| argument != "--exec" && argument != "--");
     if own.skip(1).any(|argument| argument == "--json") {
-        let object = json!({ "error": text.trim_end(), "hint": null, "exit_status": 2 });
+        let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": 2 });
         if let Err(error) = output::write_json_error(&object) {
             let _ = writeln!(std::io::stderr(), "dmaload: {error}");
         }

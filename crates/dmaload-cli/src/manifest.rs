@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use dmaload::LoadOptions;
 use dmaload::dmabuf::printable;
-use dmaload::verify::{Digest, Manifest, Recorder};
+use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
 
 use crate::errors::At;
 use crate::{args, block_on, engine, errors, output};
@@ -48,9 +48,35 @@ impl FromStr for Against {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let named = text.split_once(':').is_some_and(|(name, _)| name.parse::<dmaload::verify::Algorithm>().is_ok());
-        if named { text.parse().map(Against::Digest) } else { Ok(Against::Manifest(text.into())) }
+        let named = text.split_once(':').is_some_and(|(name, _)| name.parse::<Algorithm>().is_ok());
+        if named {
+            return text.parse().map(Against::Digest);
+        }
+        // What a manifest is called is up to people.
+        match bare(text).filter(|_| !Path::new(text).exists()) {
+            None => Ok(Against::Manifest(text.into())),
+            Some(hex) => match hex.len() {
+                64 => format!("sha256:{hex}").parse().map(Against::Digest),
+                32 | 40 | 96 | 128 => Err(format!(
+                    "{text:?} is a checksum by MD5, SHA-1, SHA-384 or SHA-512; sha256, blake3, crc32c and xxh3 are known"
+                )),
+                digits => Err(format!(
+                    "{text:?} is {digits} hexadecimal digits without the name of a checksum: write sha256:HEX, blake3:HEX, \
+                     crc32c:HEX or xxh3:HEX"
+                )),
+            },
+        }
     }
+}
+
+/// A checksum without its name: alone, or in a line of SHA256SUMS, as coreutils and BSD write them.
+fn bare(text: &str) -> Option<&str> {
+    let first = match text.strip_prefix("SHA256 (") {
+        Some(line) => line.rsplit_once(") = ")?.1,
+        None => text.trim_start_matches('\\').split_whitespace().next()?,
+    };
+    let is_hex = first.len() >= 8 && first.len().is_multiple_of(2) && first.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_hex.then_some(first)
 }
 
 impl Against {
@@ -65,7 +91,19 @@ impl Against {
 
 fn read(path: &Path) -> Result<Manifest> {
     let json = std::fs::read(path).at("read", path)?;
-    Manifest::parse(&json).with_context(|| printable::path(&path).to_string())
+    let about = || {
+        let path = printable::path(path);
+        let lines = String::from_utf8_lossy(&json);
+        let sums = lines.lines().next().is_some_and(|line| bare(line).is_some());
+        let why = if sums {
+            " is a list of checksums, not a manifest: take the line of the one file (--verify sha256:HEX), or write a manifest \
+             (dmaload manifest)"
+        } else {
+            ""
+        };
+        format!("{path}{why}")
+    };
+    Manifest::parse(&json).with_context(about)
 }
 
 #[cfg(test)]
@@ -79,5 +117,31 @@ mod tests {
         assert_eq!("m.json".parse(), Ok(Against::Manifest("m.json".into())));
         assert_eq!("C:m.json".parse(), Ok(Against::Manifest("C:m.json".into())));
         "sha256:12".parse::<Against>().unwrap_err();
+    }
+
+    #[test]
+    fn a_bare_checksum_is_taken_or_explained() {
+        let hex = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393";
+        let sha256 = Against::Digest(format!("sha256:{hex}").parse().unwrap());
+        for text in [
+            hex.to_owned(),
+            hex.to_uppercase(),
+            format!("{hex}  model.safetensors"),
+            format!("{hex} *model.safetensors"),
+            format!("\\{hex}  a\\nb"),
+            format!("SHA256 (model (1).safetensors) = {hex}"),
+        ] {
+            assert_eq!(text.parse(), Ok(sha256.clone()), "{text}");
+        }
+        for (text, word) in [
+            ("d41d8cd98f00b204e9800998ecf8427e", "MD5"),
+            ("da39a3ee5e6b4b0d3255bfef95601890afd80709", "SHA-1"),
+            ("e3069283", "crc32c:HEX"),
+            ("0123456789abcdef", "xxh3:HEX"),
+        ] {
+            let error = text.parse::<Against>().unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+        assert_eq!("SHA256SUMS".parse(), Ok(Against::Manifest("SHA256SUMS".into())));
     }
 }

@@ -238,13 +238,16 @@ fn small_pages_are_told_and_how_to_get_larger_ones() {
 fn a_folder_in_memory_is_told_by_its_file_system() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
-    for asked in [folder.path(), &path] {
-        let json = run(&mut doctor(Some(asked))).succeeds().json();
+    // The folder has no model in it: it is told where it is, and that loading it would fail.
+    for (asked, status) in [(folder.path(), 1), (&path, 0)] {
+        let json = run(&mut doctor(Some(asked))).exits(status).json();
         let about = &json["path"];
         assert_eq!((about["file_system"].as_str(), about["mount_point"].as_str()), (Some("tmpfs"), Some("/dev/shm")), "{json:#}");
         assert_eq!(json["trial"]["folder"], folder.path().to_str().unwrap());
         assert_eq!(about["o_direct"], has_direct(&path), "{json:#}");
-        assert_eq!(json["load"]["route"], load_json(&path, &[])["route"]);
+        if status == 0 {
+            assert_eq!(json["load"]["route"], load_json(&path, &[])["route"]);
+        }
     }
 }
 
@@ -382,5 +385,125 @@ fn an_ordinary_user_is_told_of_another_folder() {
             assert_eq!(json["path"]["first_read"], Value::Null);
         }
         Err(reason) => skip(reason),
+    }
+}
+
+/// What a model can be like, whole or not, and what only looks like one.
+fn files_of_all_kinds() -> Vec<(&'static str, Vec<u8>)> {
+    let safetensors = |header: &str, data: usize| {
+        [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &common::random_bytes(data, 1)].concat()
+    };
+    let entry = r#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#;
+    let gguf = |version: u32| [b"GGUF", &version.to_le_bytes()[..], &[0; 24]].concat();
+    vec![
+        ("whole.safetensors", safetensors(entry, 16)),
+        ("whole.bin", safetensors(entry, 16)),
+        ("cut.safetensors", safetensors(entry, 15)),
+        ("cut.bin", safetensors(entry, 15)),
+        ("long.safetensors", safetensors(entry, 17)),
+        ("dtype.safetensors", safetensors(&entry.replace("U8", "U9"), 16)),
+        ("header.safetensors", safetensors(entry, 0)[..40].to_vec()),
+        ("none.safetensors", safetensors("{}", 0)),
+        ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n".to_vec()),
+        ("lfs.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n".to_vec()),
+        ("page.safetensors", b"<!DOCTYPE html><html>".to_vec()),
+        ("page.gguf", b"<!DOCTYPE html><html>".to_vec()),
+        ("zeros.safetensors", vec![0; 70_000]),
+        ("zeros.gguf", vec![0; 70_000]),
+        ("zeros.bin", vec![0; 70_000]),
+        ("short.safetensors", b"ab".to_vec()),
+        ("short.gguf", b"GG".to_vec()),
+        ("short.bin", b"ab".to_vec()),
+        ("empty.bin", Vec::new()),
+        ("empty.safetensors", Vec::new()),
+        ("empty.gguf", Vec::new()),
+        ("v3.gguf", gguf(3)),
+        ("v4.gguf", gguf(4)),
+        ("v1.bin", gguf(1)),
+        ("big.gguf", gguf(3_u32.swap_bytes())),
+        ("cut.gguf", gguf(3)[..21].to_vec()),
+        ("index.safetensors.index.json", br#"{"weight_map":{"w":"whole.safetensors"}}"#.to_vec()),
+        ("stale.safetensors.index.json", br#"{"weight_map":{"x":"whole.safetensors"}}"#.to_vec()),
+        ("missing.safetensors.index.json", br#"{"weight_map":{"x":"none-there.safetensors"}}"#.to_vec()),
+        ("bad.safetensors.index.json", br#"{"weight_map":5}"#.to_vec()),
+        ("m-00001-of-00002.gguf", gguf(3)),
+    ]
+}
+
+#[test]
+fn doctor_and_load_agree_on_every_file() {
+    let folder = folder();
+    let files = files_of_all_kinds();
+    for (name, bytes) in &files {
+        common::file(folder.path(), name, bytes);
+    }
+    let mut failed = 0;
+    for (name, _) in &files {
+        let path = folder.path().join(name);
+        let loaded = run(dmaload(["load", "--json"]).arg(&path));
+        let told = run(&mut doctor(Some(&path)));
+        assert_eq!(told.code, loaded.code, "{told}\n{loaded}");
+        assert_eq!(told.json()["load"]["works"], loaded.code == Some(0), "{told}");
+        if loaded.code != Some(0) {
+            failed += 1;
+            // In the same words, with the same advice.
+            let (told, loaded) = (told.json(), loaded.json());
+            let reason = told["load"]["reason"].as_str().unwrap();
+            for said in [&loaded["error"], &loaded["hint"]] {
+                assert!(reason.contains(said.as_str().unwrap_or_default()), "{reason}\n{loaded:#}");
+            }
+        }
+    }
+    assert!(failed > 15, "{failed}");
+    let screen = run(dmaload(["doctor"]).arg(folder.path().join("lfs.safetensors"))).exits(1).text();
+    let screen: Vec<_> = screen.split_whitespace().collect();
+    assert!(screen.join(" ").contains("would fail") && screen.join(" ").contains("git lfs pull"), "{screen:?}");
+}
+
+/// The same command where another file system hides procfs.
+fn without_proc(command: &Command) -> Command {
+    let mut hidden = Command::new("unshare");
+    hidden.args(["-m", "sh", "-c", "mount -t tmpfs none /proc && exec \"$@\"", "sh"]).arg(command.get_program());
+    hidden.args(command.get_args()).env_remove("DMALOAD_LOG").env("LC_ALL", "C");
+    hidden
+}
+
+#[test]
+fn without_procfs_doctor_works_as_load_does() {
+    if !is_root() || !run(&mut without_proc(&Command::new("true"))).code.is_some_and(|code| code == 0) {
+        return skip("procfs can't be hidden here");
+    }
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 20 * MIB + 5);
+    let got = run(without_proc(&dmaload(["load", "--json"])).arg(&path)).succeeds().json();
+    let told = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
+    assert_eq!((&told["load"]["works"], &told["load"]["route"]), (&json!(true), &got["route"]), "{told:#}");
+    // Where nothing can be written, and no memory file opened by its descriptor, its own beginning is loaded.
+    let mut closed = without_proc(&doctor(Some(&path)));
+    closed.env("TMPDIR", "/nonexistent");
+    let mut full = Command::new("sh");
+    full.args(["-c", "ulimit -f 0 && exec \"$@\"", "sh", "unshare"]).args(closed.get_args()).env("TMPDIR", "/nonexistent");
+    let told = run(&mut full);
+    assert!(!told.stderr.contains("panicked"), "{told}");
+    assert_eq!(heap(&told.json(), "anon")["usable"], true, "{told}");
+    let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
+    run(&mut without_proc(&doctor(Some(&broken)))).exits(1);
+}
+
+#[test]
+fn refused_memory_files_are_told_with_a_heap_that_needs_none() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();
+    for (errno, name) in [(libc::EPERM, "EPERM"), (libc::EACCES, "EACCES"), (libc::ENOSYS, "ENOSYS")] {
+        let load = || {
+            let mut command = dmaload(["load", "--json"]);
+            command.arg(&path);
+            command
+        };
+        run(&mut refusing(load(), memfd_create, errno)).fails(1, &[name, "--heap anon"]);
+        let mut anon = load();
+        anon.args(["--heap", "anon"]);
+        run(&mut refusing(anon, memfd_create, errno)).succeeds();
     }
 }

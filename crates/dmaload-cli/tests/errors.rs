@@ -239,6 +239,146 @@ fn a_header_length_that_lies_is_told_and_the_same_file_loads_as_raw_bytes() {
     assert_loads_as_raw(&short);
 }
 
+/// What lies in the place of models, under the names of models; a word of what it is, and of what to do about it.
+fn in_place_of_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
+    let safetensors = |length: [u8; 8]| [&length[..], br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}  ab"#].concat();
+    let gguf = |version: u32, to_bytes: fn(u32) -> [u8; 4]| [b"GGUF", &to_bytes(version)[..], &[0; 64]].concat();
+    let mut cut_gguf = gguf(3, u32::to_le_bytes);
+    cut_gguf.truncate(20);
+    let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345678901\n".to_vec();
+    let text = |text: &str| text.as_bytes().to_vec();
+    vec![
+        ("lfs.safetensors", lfs.clone(), "12345678901 bytes", "git lfs pull"),
+        ("lfs.gguf", lfs.clone(), "Git LFS pointer", "git lfs pull"),
+        ("model.safetensors.index.json", lfs, "Git LFS pointer", "git lfs pull"),
+        ("page.safetensors", text("<!DOCTYPE html>\n<html><title>Sign in</title></html>"), "HTML", "download it again"),
+        ("page.gguf", text("  <html><body>429</body></html>"), "HTML", "download it again"),
+        ("x.safetensors.index.json", text("<html>502</html>"), "HTML", "download it again"),
+        ("denied.safetensors", text("<?xml version=\"1.0\"?><Error><Code>AccessDenied"), "XML", "download it again"),
+        ("json.safetensors", text("{\"error\":\"Repository not found\"}"), "Repository not found", "download it again"),
+        ("text.safetensors", text("Entry not found"), "Entry not found", "download it again"),
+        ("text.gguf", text("Not Found"), "Not Found", "download it again"),
+        ("zip.safetensors", [b"PK\x03\x04".as_slice(), &[7; 500]].concat(), "zip", "convert it to safetensors"),
+        ("pickle.safetensors", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "pickle", "convert it to safetensors"),
+        ("gzip.gguf", b"\x1f\x8b\x08\0\0\0\0\0\0\x03ab".to_vec(), "gzip", "unpack"),
+        ("zeros.safetensors", vec![0; 100_000], "zeros", "download is not finished"),
+        ("zeros.gguf", vec![0; 5000], "zeros", "download is not finished"),
+        ("other.gguf", safetensors(53_u64.to_le_bytes()), "a safetensors file", "--format safetensors"),
+        ("order.safetensors", safetensors(53_u64.to_be_bytes()), "big-endian", "big-endian machine"),
+        ("order.gguf", gguf(3, u32::to_be_bytes), "big-endian", "convert it to little-endian"),
+        ("new.gguf", gguf(4, u32::to_le_bytes), "version 4", "newer than this"),
+        ("old.gguf", gguf(1, u32::to_le_bytes), "version 1", "older than"),
+        ("cut.gguf", cut_gguf, "at least 4 bytes are missing", "fetch the file again"),
+        (
+            "cut.safetensors",
+            safetensors(1_000_000_u64.to_le_bytes()),
+            "at least 999943 bytes are missing",
+            "fetch the file again",
+        ),
+        ("long.safetensors", safetensors(200_000_000_u64.to_le_bytes()), "100000000", "--format raw"),
+    ]
+}
+
+#[test]
+fn what_is_in_place_of_a_model_is_told_with_its_own_advice() {
+    let folder = folder();
+    for (name, bytes, what, advice) in in_place_of_models() {
+        let path = file(folder.path(), name, &bytes);
+        every_command_fails(&path, &[what, advice]);
+        let done = run(dmaload(["load", "--json", "--no-pack"]).arg(&path)).fails(1, &[what, advice]);
+        let has_raw = done.stderr.contains("--format raw");
+        assert!(!has_raw || ["newer", "older", "raw"].iter().any(|word| advice.contains(word)), "{done}");
+        assert!(!done.stderr.contains("--layout"), "{done}");
+        assert_loads_as_raw(&path);
+    }
+}
+
+/// What was forgotten says how much: of all tensors, not only of the first that is not there.
+#[test]
+fn what_is_missing_of_a_file_is_counted() {
+    let folder = folder();
+    let entry = |from: u64, to: u64| format!(r#"{{"dtype":"U8","shape":[{}],"data_offsets":[{from},{to}]}}"#, to - from);
+    let header = format!(r#"{{"a":{},"b":{},"c":{}}}"#, entry(0, 100), entry(100, 900), entry(900, 1000));
+    let path = safetensors(folder.path(), "m.safetensors", header.as_bytes(), 40);
+    every_command_fails(&path, &["at least 960 bytes are missing", "fetch the file again"]);
+}
+
+#[test]
+fn pipes_sockets_and_standard_input_say_to_save_them_first() {
+    let folder = folder();
+    run(dmaload(["load", "-"]).current_dir(folder.path())).fails(1, &["ENOENT", "save it to a file first"]);
+    run(dmaload(["load", "--json", "-"]).current_dir(folder.path())).fails(1, &["save it to a file first"]);
+    let fifo = folder.path().join("fifo");
+    run(Command::new("mkfifo").arg(&fifo)).succeeds();
+    every_command_fails(&fifo, &["a FIFO", "save it to a file first"]);
+    let socket = folder.path().join("s");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    every_command_fails(&socket, &["socket", "dmaload attach"]);
+}
+
+#[test]
+fn a_socket_that_can_not_be_attached_to_has_its_own_advice() {
+    let folder = folder();
+    let socket = folder.path().join("s");
+    run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "still loading"]);
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    run(dmaload(["attach"]).arg(&socket)).fails(1, &["ECONNREFUSED", "start it again"]);
+    fs::remove_file(&socket).unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    allow(folder.path(), 0o755);
+    allow(&socket, 0o600);
+    let mut attach = dmaload(["attach"]);
+    attach.arg(&socket);
+    match unprivileged(attach) {
+        Ok(mut command) if is_root() => drop(run(&mut command).fails(1, &["EACCES", "--allow-user"])),
+        Ok(_) => skip("the owner may attach"),
+        Err(reason) => skip(reason),
+    }
+}
+
+#[test]
+fn a_checksum_without_its_name_is_taken_or_explained() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let sum = sha256sum(&path);
+    for text in [sum.clone(), format!("{sum}  model.bin"), format!("SHA256 (model.bin) = {sum}")] {
+        let json = common::load_json(&path, &["--verify", &text]);
+        assert_eq!(json["verified"], "sha256 of the file", "{json:#}");
+    }
+    let wrong = sum.replace(|c: char| c.is_ascii_digit(), "e");
+    run(load(&path).args(["--verify", &wrong])).fails(1, &["corrupt", "fetch the file again"]);
+    run(load(&path).args(["--verify", &sum[..32]])).fails(2, &["MD5"]);
+    run(load(&path).args(["--verify", &sum[..8]])).fails(2, &["crc32c:HEX"]);
+    let sums = file(folder.path(), "SHA256SUMS", format!("{sum}  model.bin\n").as_bytes());
+    run(load(&path).arg("--verify").arg(&sums)).fails(1, &["list of checksums", "sha256:HEX", "invalid manifest"]);
+}
+
+#[test]
+fn under_json_each_error_is_one_object_on_standard_output() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let missing = folder.path().join("missing");
+    let missing = text(&missing);
+    for (arguments, code) in [
+        (&["load", "--json", missing][..], 1),
+        (&["inspect", "--json", missing], 1),
+        (&["doctor", "--json", missing], 1),
+        (&["attach", "--json", missing], 1),
+        (&["bench", "--json", missing], 1),
+        (&["load", "--json", text(&path), "--window", "1"], 2),
+        (&["load", "--json", "--frobnicate"], 2),
+        (&["load", "--json"], 2),
+    ] {
+        let json = run(&mut dmaload(arguments)).fails(code, &[]).json();
+        assert_eq!(json.as_object().unwrap().len(), 3, "{json:#}");
+        assert!(json["error"].as_str().is_some_and(|error| !error.is_empty()), "{json:#}");
+    }
+    // There is one object: the load's, and its command could not be run.
+    let done = run(load(&path).args(["--exec", missing])).exits(1);
+    assert_eq!(done.json()["bytes"], 5000, "{done}");
+    assert!(done.stderr.contains("ENOENT"), "{done}");
+}
+
 /// A name from the file reaches the terminal only with its control characters disarmed.
 #[test]
 fn a_hostile_name_in_a_header_does_not_reach_the_terminal() {
@@ -269,7 +409,8 @@ fn the_limit_of_open_files_is_told_wherever_it_is_met() {
     command.args(common::SMALL_SEGMENTS);
     for files in 4..=16 {
         let limited = &mut limited(&command, &format!("-n {files}"));
-        run(limited).fails(1, &[text(&path), "EMFILE", "ulimit -n"]);
+        let done = run(limited).fails(1, &[text(&path), "EMFILE", "ulimit -n"]);
+        assert!(!done.stderr.contains("--layout"), "{done}");
     }
     run(&mut limited(&load(&path), "-n 64")).succeeds();
 }
@@ -449,10 +590,12 @@ fn without_a_memlock_limit_root_takes_the_best_route() {
 fn a_full_standard_output_is_an_error() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", MIB);
-    for command in [&["load", "--json"][..], &["load"], &["cat"], &["inspect"]] {
+    for command in
+        [&["load", "--json"][..], &["load"], &["cat"], &["inspect"], &["inspect", "--json"], &["manifest"], &["doctor"]]
+    {
         let full = fs::File::options().write(true).open("/dev/full").unwrap();
         let child = dmaload(command).arg(&path).stdout(full).stderr(std::process::Stdio::piped()).spawn().unwrap();
-        common::finish(format!("dmaload {command:?} > /dev/full"), child).fails(1, &["No space left on device"]);
+        common::finish(format!("dmaload {command:?} > /dev/full"), child).fails(1, &["cannot write to standard output: ENOSPC"]);
     }
 }
 

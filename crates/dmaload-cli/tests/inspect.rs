@@ -51,6 +51,25 @@ fn the_table_has_a_line_for_each_tensor_and_one_for_all() {
 }
 
 #[test]
+fn what_a_file_says_of_itself_is_shown() {
+    let folder = folder();
+    let pairs =
+        [("format", "pt"), ("ss_base_model", "x\ny"), ("", "empty")].map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let view = TensorView::new(Dtype::U8, vec![4], &[1, 2, 3, 4]).unwrap();
+    let bytes = serialize([("w", view)], Some(pairs.clone().into())).unwrap();
+    let path = file(folder.path(), "model.safetensors", &bytes);
+    let text = run(dmaload(["inspect"]).arg(&path)).succeeds().text();
+    for (key, value) in &pairs {
+        let shown = value.replace('\n', "\\n");
+        assert!(text.lines().any(|line| line.starts_with(key) && line.ends_with(&shown)), "{key}: {text}");
+    }
+    let json = run(dmaload(["inspect", "--json"]).arg(&path)).succeeds().json();
+    assert_eq!(json["metadata"]["ss_base_model"], "x\ny", "{json:#}");
+    let none = run(dmaload(["inspect"]).arg(file(folder.path(), "none.safetensors", &model()))).succeeds().text();
+    assert!(none.starts_with("name"), "{none}");
+}
+
+#[test]
 fn a_raw_file_is_told_to_be_one() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &[3; 5000]);

@@ -59,27 +59,84 @@ fn a_rank_loads_its_part_also_when_a_launcher_says_which() {
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let asked = run(load().args(["--rank", "1", "--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
     assert_eq!(numbers(&asked).0, 750_000);
-    let launched = run(load().env("RANK", "1").env("WORLD_SIZE", "4").args(["--shard-dim", "0"]).arg(&path)).succeeds().json();
-    assert_eq!((numbers(&launched), &launched["notes"]), (numbers(&asked), &asked["notes"]));
-    assert!(asked["notes"].to_string().contains("part 1 of 4 of each tensor along dimension 0"), "{}", asked["notes"]);
-    let even: u64 = (0..3)
-        .map(|rank| {
-            let json = run(load().env("RANK", rank.to_string()).env("WORLD_SIZE", "3").arg(&path)).succeeds().json();
-            numbers(&json).1
-        })
-        .sum();
-    assert_eq!(even, std::fs::metadata(&path).unwrap().len());
-    // One process of one, or a variable that is somebody else's, is no part.
-    for (rank, world_size) in [(Some("0"), Some("1")), (Some("5"), None), (None, Some("7"))] {
+    let launched = |rank: &str, world_size: &str| {
         let mut command = load();
-        rank.map(|rank| command.env("RANK", rank));
-        world_size.map(|world_size| command.env("WORLD_SIZE", world_size));
-        let (wanted, read, _) = numbers(&run(command.arg(&path)).succeeds().json());
-        assert_eq!((wanted, read), (even, even));
-    }
-    run(load().env("RANK", "4").env("WORLD_SIZE", "4").arg(&path)).fails(2, &["no rank 4 of 4"]);
-    run(load().env("RANK", "x").env("WORLD_SIZE", "4").arg(&path)).fails(2, &["RANK", "no number"]);
+        command.env("RANK", rank).env("WORLD_SIZE", world_size).args(["--rank", "env"]);
+        command
+    };
+    let json = run(launched("1", "4").args(["--shard-dim", "0"]).arg(&path)).succeeds().json();
+    assert_eq!((numbers(&json), &json["notes"]), (numbers(&asked), &asked["notes"]));
+    assert!(asked["notes"].to_string().contains("part 1 of 4 of each tensor along dimension 0"), "{}", asked["notes"]);
+    let even: u64 = (0..3).map(|rank| numbers(&run(launched(&rank.to_string(), "3").arg(&path)).succeeds().json()).1).sum();
+    assert_eq!(even, std::fs::metadata(&path).unwrap().len());
+    // The number alone is the launcher's.
+    let json = run(launched("1", "9").args(["--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
+    assert_eq!(numbers(&json), numbers(&asked));
+    assert_eq!(numbers(&run(launched("0", "1").arg(&path)).succeeds().json()).1, even);
+    run(launched("4", "4").arg(&path)).fails(2, &["no rank 4 of 4"]);
+    run(launched("x", "4").arg(&path)).fails(2, &["RANK", "not a number"]);
+    run(launched("", "4").arg(&path)).fails(2, &["RANK is not set"]);
+    run(launched("1", "").arg(&path)).fails(2, &["WORLD_SIZE is not set"]);
+    run(load().args(["--rank", "env"]).arg(&path)).fails(2, &["RANK is not set"]);
+    run(load().args(["--rank", "ENV"]).arg(&path)).fails(2, &["not the number of a rank"]);
     run(load().args(["--shard-dim", "1"]).arg(&path)).fails(2, &["--world-size"]);
+    run(load().env("RANK", "1").env("WORLD_SIZE", "4").args(["--shard-dim", "1"]).arg(&path)).fails(2, &["--rank env"]);
+    run(load().env("WORLD_SIZE", "4").args(["--rank", "1"]).arg(&path)).fails(2, &["--world-size"]);
+}
+
+/// Training pods and data-parallel replicas have both variables, and need the whole model.
+#[test]
+fn a_launchers_variables_order_nothing_by_themselves() {
+    let folder = folder();
+    let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
+    let all = std::fs::metadata(&path).unwrap().len();
+    let variables = [Some("0"), Some("1"), Some("7"), Some(""), Some("x\u{1b}[2J"), None];
+    for rank in variables {
+        for world_size in variables {
+            let loading = |mut command: Command| {
+                rank.map(|rank| command.env("RANK", rank));
+                world_size.map(|world_size| command.env("WORLD_SIZE", world_size));
+                run(command.arg(&path)).succeeds()
+            };
+            let json = loading(load()).json();
+            assert_eq!((numbers(&json).0, numbers(&json).1, numbers(&json).2), (all, all, 3), "{rank:?} {world_size:?}");
+            let both = [rank, world_size].iter().all(|set| set.is_some_and(|text| !text.is_empty()));
+            let is_ignored = |notes: &str| notes.contains("ignored") && notes.contains("--rank env");
+            assert_eq!(is_ignored(&json["notes"].to_string()), both, "{rank:?} {world_size:?}: {json:#}");
+            let mut plain = dmaload(["load"]);
+            plain.env_remove("RANK").env_remove("WORLD_SIZE");
+            assert_eq!(is_ignored(&loading(plain).text()), both, "{rank:?} {world_size:?}");
+        }
+    }
+    let mut asked = load();
+    asked.env("RANK", "1").env("WORLD_SIZE", "4").args(["--rank", "0", "--world-size", "2"]);
+    let json = run(asked.arg(&path)).succeeds().json();
+    assert!(!json["notes"].to_string().contains("ignored"), "{json:#}");
+}
+
+#[test]
+fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
+    let folder = folder();
+    let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
+    let notes = |arguments: &[&str]| run(load().args(arguments).arg(&path)).succeeds().json()["notes"].to_string();
+    // Three million bytes in two: `b` is on both sides. In four: each part has the ends of one or two.
+    for (rank, world_size, split) in
+        [("0", "2", "tensor \\\"b\\\" is split"), ("1", "2", "tensor \\\"b\\\" is split"), ("1", "4", "2 tensors")]
+    {
+        let notes = notes(&["--rank", rank, "--world-size", world_size]);
+        assert!(notes.contains(split), "{rank} of {world_size}: {notes}");
+    }
+    assert!(!notes(&["--rank", "1", "--world-size", "2", "--format", "raw"]).contains("split"));
+    assert!(!notes(&["--rank", "1", "--world-size", "2", "--shard-dim", "0"]).contains("split between"));
+    // 1000 rows for 3000 ranks: two of three have none.
+    let nothing = (0..6).filter(|rank| {
+        notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
+    });
+    assert_eq!(nothing.count(), 4);
+    // What is cut is a model: a damaged one is no less damaged in parts.
+    let damaged =
+        common::safetensors(folder.path(), "d.safetensors", br#"{"w":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#, 16);
+    run(load().args(["--rank", "0", "--world-size", "2"]).arg(&damaged)).fails(1, &["cut short"]);
 }
 
 #[test]

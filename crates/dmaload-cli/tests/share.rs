@@ -40,6 +40,8 @@ fn what_is_served_is_attached_to_with_the_right_digest() {
     }
     let text = run(dmaload(["attach", "--name", "model"]).arg(&socket)).succeeds().text();
     assert!(text.contains("attached to") && text.contains("shared memfd"), "{text}");
+    // Nothing was read here, so there is no speed of it.
+    assert!(!text.contains("/s") && !text.contains("unknown size"), "{text}");
     run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["no image \"other\", but \"model\""]);
     run(dmaload(["serve"]).arg(&socket).arg(&paths[0])).fails(1, &["listens there"]);
     end(server, &socket);
@@ -53,6 +55,22 @@ fn a_load_that_fails_leaves_no_socket_behind() {
     run(dmaload(["serve"]).arg(&socket).arg(folder.path().join("missing"))).fails(1, &["missing", "ENOENT"]);
     assert!(!socket.exists());
     run(dmaload(["serve", "--share-dma-bufs"]).arg(&socket).arg("x")).fails(2, &["--dma-buf"]);
+}
+
+#[test]
+fn the_pages_of_attached_memory_are_the_real_ones() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 20 << 20);
+    for (number, arguments) in [&["--pages", "4k"][..], &[]].into_iter().enumerate() {
+        let socket = folder.path().join(number.to_string());
+        let loaded = common::load_json(&path, arguments);
+        let server = serving(arguments, &socket, &[&path]);
+        let json = run(dmaload(["attach", "--json"]).arg(&socket)).succeeds().json();
+        assert_eq!(json["throughput_bytes_per_second"], serde_json::Value::Null, "{json:#}");
+        assert_eq!(json["page_size_bytes"], loaded["page_size_bytes"], "{json:#}");
+        assert_eq!(json["huge_page_bytes"].as_u64() > Some(0), loaded["huge_page_bytes"].as_u64() > Some(0), "{json:#}");
+        end(server, &socket);
+    }
 }
 
 /// Clients that come as soon as the socket is there attach, and see no server that has nothing yet.

@@ -419,6 +419,17 @@ impl Error {
             Error::TooManyPieces { .. } => "use larger segments, or load a part of it",
             Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
             Error::Model { fault, .. } => fault.hint(),
+            Error::Share { reason, .. } if reason.starts_with("cannot connect") => {
+                if reason.contains("ECONNREFUSED") {
+                    "no server listens there any more: start it again"
+                } else if reason.contains("ENOENT") {
+                    "check the path; a server that is still loading has no socket yet"
+                } else if reason.contains("EACCES") || reason.contains("EPERM") {
+                    "the socket is closed to this user: the server must let this user attach"
+                } else {
+                    return None;
+                }
+            }
             _ => return None,
         };
         Some(hint.to_owned())

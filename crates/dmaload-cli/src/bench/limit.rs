@@ -289,6 +289,6 @@ mod tests {
         let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES, LARGEST.chunk_bytes);
         let mut reader = Reader::new(LARGEST.depth as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
         let error = read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap_err();
-        assert!(error.to_string().contains(&paths[1].display().to_string()), "{error}");
+        assert!(error.to_string().contains(paths[1].to_str().unwrap()), "{error}");
     }
 }

@@ -266,7 +266,7 @@ mod tests {
 
     fn path(facts: &mut Facts, bytes: u64, open_direct: Result<(), Errno>) {
         let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), ring_refused: None };
-        facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file) });
+        facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file), load: Ok(file.bytes) });
     }
 
     const LITTLE: Change = |facts| facts.memory = Some(MemoryAvailable { bytes: 100 << 20, limit: "MemAvailable".to_owned() });

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dmaload::dmabuf::{Pages, Udmabuf};
-use dmaload::{Error, heap, probe};
+use dmaload::{Error, Format, heap, probe};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
@@ -14,6 +14,7 @@ use super::cause::{self, Cause};
 use super::mounts::{self, Mount};
 use super::system::{self, HugePages, Memlock, Status};
 use super::trial::Trial;
+use crate::errors;
 
 /// All that is told or concluded from.
 #[derive(Debug, Clone)]
@@ -41,6 +42,8 @@ pub(crate) struct PathFacts {
     pub(crate) mount: Option<Mount>,
     /// The file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
+    /// What a load of it would read, of all files of the model that it names; or why that would fail, found by its headers.
+    pub(crate) load: Result<u64, String>,
 }
 
 /// What `--dma-buf` would choose.
@@ -60,7 +63,8 @@ impl Facts {
         // Before the loads: the limit of locked memory counts what a ring that was just closed has not given back yet.
         let io_uring = probe::io_uring();
         let refused = [io_uring.setup, io_uring.buffer_table].into_iter().find_map(Result::err);
-        let trial = Trial::run(path.as_ref().map(PathFacts::folder));
+        let file = path.as_ref().filter(|path| path.file.is_some()).map(|path| path.path.as_path());
+        let trial = Trial::run(path.as_ref().map(PathFacts::folder), file);
         Ok(Facts {
             kernel: system::kernel(),
             io_uring,
@@ -94,11 +98,21 @@ impl PathFacts {
         } else {
             Some(probe::file(path)?)
         };
-        let real = fs::canonicalize(path).map_err(failed("open"))?;
+        let load = match dmaload::inspect_model(path, Format::Auto) {
+            Ok(files) => Ok(files.iter().map(|(_, inspected)| inspected.bytes).sum()),
+            // A folder may be asked about before there is anything in it.
+            Err(Error::NoModel { .. }) if file.is_none() && is_empty(path) => Ok(0),
+            Err(error) => Err(match errors::hint(&error) {
+                Some(hint) => format!("{error}; {hint}"),
+                None => error.to_string(),
+            }),
+        };
+        // Some C libraries need procfs for that.
+        let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
         let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
         let mount = mounts::find(&String::from_utf8_lossy(&mountinfo), &real, device);
-        Ok(PathFacts { path: path.to_owned(), mount, file })
+        Ok(PathFacts { path: path.to_owned(), mount, file, load })
     }
 
     /// Where a file beside it would be.
@@ -109,6 +123,12 @@ impl PathFacts {
             _ => Path::new("."),
         }
     }
+}
+
+/// Whether a folder has no files but hidden ones.
+fn is_empty(folder: &Path) -> bool {
+    let names = fs::read_dir(folder).map(|names| names.flatten().map(|entry| entry.file_name()));
+    names.is_ok_and(|mut names| names.all(|name| name.as_encoded_bytes().starts_with(b".")))
 }
 
 impl DmaBuf {

@@ -40,20 +40,28 @@ pub(crate) fn kernel() -> String {
 }
 
 /// `/proc/self/status`.
-pub(crate) struct Status(String);
+pub(crate) struct Status {
+    text: String,
+    /// The effective capabilities, asked of the kernel.
+    effective: Option<u64>,
+}
 
 impl Status {
     pub(crate) fn read() -> Self {
-        Status(read_to_string("/proc/self/status").unwrap_or_default())
+        let effective = rustix::thread::capabilities(None).ok().map(|sets| sets.effective.bits());
+        Status { text: read_to_string("/proc/self/status").unwrap_or_default(), effective }
     }
 
     fn field(&self, name: &str) -> Option<&str> {
-        self.0.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+        self.text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
     }
 
     fn has(&self, capability: u32) -> bool {
-        let set = self.field("CapEff").and_then(|set| u64::from_str_radix(set, 16).ok());
-        set.is_some_and(|set| set >> capability & 1 == 1)
+        match self.field("CapEff").and_then(|set| u64::from_str_radix(set, 16).ok()) {
+            Some(set) => set >> capability & 1 == 1,
+            // Without procfs.
+            None => self.text.is_empty() && self.effective.is_some_and(|set| set >> capability & 1 == 1),
+        }
     }
 
     pub(crate) fn memlock(&self) -> Memlock {
@@ -100,7 +108,7 @@ mod tests {
         #[test]
         fn no_text_of_status_or_sysfs_panics(text in "(CapEff:|THP_enabled:|Seccomp:|\t|\n|\\[|\\]|[0-9a-f]{0,20}|\\PC){0,30}") {
             let _ = chosen(&text);
-            let status = Status(text);
+            let status = Status { text, effective: None };
             let _ = (status.has(CAP_IPC_LOCK), status.has(63), status.field("Seccomp"));
         }
     }
@@ -114,12 +122,14 @@ mod tests {
 
     #[test]
     fn capabilities_and_filters_are_read_from_the_status() {
-        let status =
-            Status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n".to_owned());
+        let status = |text: &str| Status { text: text.to_owned(), effective: None };
+        let nothing = status("");
+        let asked = Status { text: String::new(), effective: Some(1 << CAP_IPC_LOCK) };
+        assert!(asked.has(CAP_IPC_LOCK) && !asked.has(CAP_SYS_ADMIN), "without procfs the kernel is asked");
+        let status = status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n");
         assert!(status.has(CAP_IPC_LOCK) && !status.has(CAP_SYS_ADMIN));
         assert!(status.circumstances().seccomp);
         assert!(status.huge_pages().denied_to_process);
-        let nothing = Status(String::new());
         assert!(!nothing.has(CAP_IPC_LOCK) && !nothing.circumstances().seccomp && !nothing.huge_pages().denied_to_process);
     }
 }

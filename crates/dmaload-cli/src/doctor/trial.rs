@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{self, Pages, Udmabuf};
 use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
-use dmaload::{Attempt, Error, Loader, Route, probe};
+use dmaload::{Attempt, Error, Format, Loader, Route, probe};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
@@ -70,8 +70,9 @@ pub(crate) struct Step {
 }
 
 impl Trial {
-    /// Loads a file in this folder, or, where none can be written there, in another; where no folder will do, one in memory.
-    pub(crate) fn run(wanted: Option<&Path>) -> Self {
+    /// Loads a file in this folder, or, where none can be written there, in another; where no folder will do, one in memory;
+    /// where that can't be (it takes procfs), the beginning of the file that was asked about.
+    pub(crate) fn run(wanted: Option<&Path>, file: Option<&Path>) -> Self {
         // Writing more would end the process (SIGXFSZ).
         let limit = getrlimit(Resource::Fsize).current.unwrap_or(BYTES_MAX);
         let content = random_bytes(BYTES_MAX.min(limit));
@@ -94,7 +95,10 @@ impl Trial {
                 let folder = Err(errors::told(&error).replace('\n', " "));
                 let heaps = match in_memory(&content) {
                     Ok((_file, path)) => try_heaps(|heap| load_and_compare(heap, &path, &content)),
-                    Err(error) => try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written: {error}"))),
+                    Err(error) => match file.map(beginning) {
+                        Some(Ok((path, content))) => try_heaps(|heap| load_and_compare(heap, path, &content)),
+                        _ => try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written: {error}"))),
+                    },
                 };
                 Trial { folder, elsewhere, file: None, heaps }
             }
@@ -128,7 +132,15 @@ fn in_memory(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    fs::metadata(&path).at("look at", &path)?;
     Ok((file, path))
+}
+
+/// The first bytes of a file, read through the page cache.
+fn beginning(path: &Path) -> Result<(&Path, Vec<u8>)> {
+    let mut content = Vec::new();
+    File::open(path).at("open", path)?.take(BYTES_MAX).read_to_end(&mut content).at("read", path)?;
+    Ok((path, content))
 }
 
 /// On a disk if that can be had.
@@ -181,7 +193,12 @@ fn no_dma_heap() -> HeapTrial {
 fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
-    let image = block_on(load::finish(loader.load(path), true))??;
+    let mut options = loader.options().format(Format::Raw);
+    // Of the file that was asked about, its beginning.
+    if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
+        options = options.range(0..content.len() as u64);
+    }
+    let image = block_on(load::finish(loader.load_with([path], options), true))??;
     let mut compared = 0;
     for segment in image.segments() {
         let bytes = segment.bytes()?;

@@ -39,6 +39,9 @@ pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
 fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
     let loaded = tried.outcome.as_ref().map_err(|reason| format!("{heap}: {reason}"))?;
+    if let Some(Err(reason)) = facts.path.as_ref().map(|path| &path.load) {
+        return Err(reason.clone());
+    }
     let segment_bytes = path_file(facts).map_or(SEGMENT_BYTES, |file| file.bytes.min(SEGMENT_BYTES));
     if let Some(limit) = facts.file_size_limit.filter(|&limit| limit < segment_bytes && matches!(heap, "memfd" | "udmabuf")) {
         return Err(format!("the limit of file sizes (ulimit -f) is {}, and counts for memory files, too", bytes(limit)));
@@ -72,9 +75,12 @@ pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
     facts.path.as_ref()?.file.as_ref()
 }
 
-/// How much it needs and how much there is, if the file that was asked about does not fit into memory.
+/// How much it needs and how much there is, if the model that was asked about does not fit into memory.
 pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)> {
-    let (wanted, memory) = (path_file(facts)?.bytes, facts.memory.as_ref()?);
+    let path = facts.path.as_ref()?;
+    // Of a model that can't be loaded, the length of the file that was named.
+    let named = || path.file.as_ref().map(|file| file.bytes);
+    let (wanted, memory) = (path.load.as_ref().ok().copied().or_else(named)?, facts.memory.as_ref()?);
     (wanted > memory.bytes).then_some((wanted, memory))
 }
 
@@ -106,7 +112,7 @@ mod tests {
     use crate::doctor::facts::PathFacts;
 
     fn asked(file: probe::File) -> Facts {
-        let path = PathFacts { path: "m".into(), mount: None, file: Some(file) };
+        let path = PathFacts { path: "m".into(), mount: None, file: Some(file), load: Ok(file.bytes) };
         Facts { path: Some(path), ..Facts::best() }
     }
 

@@ -22,7 +22,7 @@ use super::safetensors::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[non_exhaustive]
 pub enum ModelError {
     /// Something else lies in the place of the model.
-    #[error("the file is not a model, but {kind} ({file_bytes} bytes)")]
+    #[error("the file is {kind} ({file_bytes} bytes), not the model that it should be")]
     Foreign {
         /// What it is.
         kind: ForeignFile,
@@ -438,6 +438,9 @@ impl ModelError {
             | ModelError::HeaderPastEnd { .. }
             | ModelError::PastEnd { .. }
             | ModelError::GgufCutShort { .. } => CUT_SHORT,
+            ModelError::GgufType { found: 4 | 5 | 31..=33 | 36..=38, .. } => {
+                "this type was removed from ggml: convert the model again from its source, or load it as plain bytes (the format raw)"
+            }
             ModelError::UnknownDType { .. } | ModelError::GgufType { .. } => NEWER,
             ModelError::GgufVersion { found } if is_big_endian(*found) => {
                 "convert it to little-endian: gguf-convert-endian of the Python package gguf does that"

@@ -6,7 +6,9 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -27,7 +29,10 @@ pub struct Manifest {
 /// What one file is to be.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ManifestFile {
+    /// For people; what names the file where `raw` does not.
     pub(super) path: String,
+    /// The same where it is not UTF-8.
+    pub(super) raw: Option<PathBuf>,
     pub(super) bytes: u64,
     pub(super) sha256: Option<Digest>,
     /// The checksums of all chunks, one after the other.
@@ -36,13 +41,24 @@ pub struct ManifestFile {
 
 /// Why something is no manifest: where, and what is wrong there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no manifest: {0}")]
+#[error("invalid manifest: {}", dmabuf::printable::text(.0))]
 pub struct ManifestError(String);
 
 impl ManifestFile {
-    /// The file's path, or as much of its end as it takes to name it.
+    /// A file by its name, of which nothing is known as yet.
+    pub(super) fn named(path: &Path, bytes: u64) -> Self {
+        let raw = path.to_str().is_none().then(|| path.to_owned());
+        ManifestFile { path: path.to_string_lossy().into_owned(), raw, bytes, sha256: None, sums: Vec::new() }
+    }
+
+    /// The file's path, or as much of its end as it takes to name it. Bytes that are not UTF-8 are replaced.
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// The same, as the file system has it.
+    pub fn raw_path(&self) -> &Path {
+        self.raw.as_deref().unwrap_or(Path::new(&self.path))
     }
 
     /// Its length.
@@ -99,24 +115,22 @@ impl Manifest {
     /// The file that a path names: the one whose path is the longest end of it; or the only one there is, where it is the only
     /// one asked for (a copy may have any name).
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
-        let path = PathBuf::from(path.to_string_lossy().as_ref());
-        let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(&file.path));
-        let longest = named.max_by_key(|(_, file)| Path::new(&file.path).components().count());
+        let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
+        let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());
         longest.map(|(index, _)| index).or((alone && self.files.len() == 1).then_some(0))
     }
 
     /// Names files by as little of the end of each path as it takes to tell them apart.
-    pub(super) fn names(paths: &[&Path]) -> Vec<String> {
-        let ends = |depth: usize| -> Vec<String> {
+    pub(super) fn names(paths: &[&Path]) -> Vec<PathBuf> {
+        let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {
                 let named: Vec<_> = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
-                let end: PathBuf = named[named.len().saturating_sub(depth)..].iter().collect();
-                end.to_string_lossy().into_owned()
+                named[named.len().saturating_sub(depth)..].iter().collect()
             };
             paths.iter().map(end).collect()
         };
         let longest = paths.iter().map(|path| path.components().count()).max().unwrap_or(1);
-        let distinct = |names: &[String]| names.iter().collect::<BTreeSet<_>>().len() == names.len();
+        let distinct = |names: &[PathBuf]| names.iter().collect::<BTreeSet<_>>().len() == names.len();
         (1..=longest).map(ends).find(|names| distinct(names)).unwrap_or_else(|| ends(longest))
     }
 
@@ -143,7 +157,7 @@ impl Manifest {
         let files = files.map(|(index, file)| parse_file(file, &format!("files[{index}]"), algorithm, chunk_bytes));
         let files: Vec<_> = files.collect::<Result<_, _>>()?;
         let mut seen = BTreeSet::new();
-        match files.iter().find(|file| !seen.insert(&file.path)) {
+        match files.iter().find(|file| !seen.insert(file.raw_path())) {
             Some(twice) => Err(wrong("files", &format!("has {:?} twice", twice.path))),
             None => Ok(Manifest { algorithm, chunk_bytes, files }),
         }
@@ -154,12 +168,17 @@ impl Manifest {
         let file = |file: &ManifestFile| {
             let chunks = file.sums.chunks(self.algorithm.digest_bytes());
             let chunks = chunks.filter_map(|sum| Some(Digest::new(self.algorithm, sum)?.hex()));
-            json!({
+            let mut object = json!({
                 "path": file.path,
                 "bytes": file.bytes,
                 "sha256": file.sha256.map(|digest| digest.hex()),
                 "chunks": chunks.collect::<Vec<_>>(),
-            })
+            });
+            if let Some(raw) = &file.raw {
+                let bytes = raw.as_os_str().as_bytes().iter();
+                object["path_hex"] = bytes.map(|byte| format!("{byte:02x}")).collect::<String>().into();
+            }
+            object
         };
         let json = json!({
             "format": FORMAT,
@@ -195,7 +214,22 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
             digest.ok_or_else(|| wrong(&format!("{at}.chunks[{index}]"), &format!("is no {algorithm}")))?.as_bytes(),
         );
     }
-    Ok(ManifestFile { path, bytes, sha256, sums })
+    let raw = match file.fields.get("path_hex") {
+        None | Some(Value::Null) => None,
+        Some(value) => {
+            Some(value.as_str().and_then(unhex).ok_or_else(|| wrong(&format!("{at}.path_hex"), "is not a path in hex"))?)
+        }
+    };
+    Ok(ManifestFile { path, raw, bytes, sha256, sums })
+}
+
+/// A path from its bytes in hex.
+fn unhex(hex: &str) -> Option<PathBuf> {
+    let pairs = hex.as_bytes().chunks(2);
+    let bytes: Option<Vec<u8>> = pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect();
+    let bytes =
+        bytes.filter(|bytes| hex.len() == 2 * bytes.len() && !bytes.is_empty() && hex.bytes().all(|c| c.is_ascii_hexdigit()))?;
+    Some(OsString::from_vec(bytes).into())
 }
 
 /// An object of the JSON, and where it is.
@@ -235,6 +269,7 @@ mod tests {
     fn manifest() -> Manifest {
         let file = |path: &str, bytes: u64| ManifestFile {
             path: path.to_owned(),
+            raw: None,
             bytes,
             sha256: Some(digest(Algorithm::Sha256, path.as_bytes())),
             sums: (0..bytes.div_ceil(4096)).flat_map(|chunk| u32::try_from(chunk).unwrap().to_be_bytes()).collect(),
@@ -266,8 +301,29 @@ mod tests {
     }
 
     #[test]
+    fn names_that_are_not_utf_8_are_told_apart() {
+        let paths = [&b"m/\xff.bin"[..], b"m/\xfe.bin", "m/\u{fffd}.bin".as_bytes()];
+        let paths = paths.map(|path| PathBuf::from(OsString::from_vec(path.to_vec())));
+        let files =
+            Manifest::names(&paths.each_ref().map(PathBuf::as_path)).into_iter().map(|name| ManifestFile::named(&name, 0));
+        let manifest = Manifest { files: files.map(|file| ManifestFile { sums: Vec::new(), ..file }).collect(), ..manifest() };
+        let read = Manifest::parse(manifest.to_json().as_bytes()).unwrap();
+        assert_eq!(read, manifest);
+        for (number, path) in paths.iter().enumerate() {
+            assert_eq!(read.find(path, false), Some(number), "{path:?}");
+        }
+        for hex in ["f", "fg", "", "+f", "ff0"] {
+            let json = manifest.to_json().replace("ff2e62696e", hex);
+            assert!(Manifest::parse(json.as_bytes()).unwrap_err().to_string().contains("path_hex"), "{json}");
+        }
+    }
+
+    #[test]
     fn names_are_as_short_as_can_be() {
-        let names = |paths: &[&str]| Manifest::names(&paths.iter().map(Path::new).collect::<Vec<_>>());
+        let names = |paths: &[&str]| -> Vec<String> {
+            let names = Manifest::names(&paths.iter().map(Path::new).collect::<Vec<_>>());
+            names.into_iter().map(|name| name.into_os_string().into_string().unwrap()).collect()
+        };
         assert_eq!(names(&["/m/a.bin", "../b.bin"]), ["a.bin", "b.bin"]);
         assert_eq!(names(&["/m/1/a.bin", "/m/2/a.bin", "b.bin"]), ["1/a.bin", "2/a.bin", "b.bin"]);
         assert_eq!(names(&["a.bin", "./a.bin"]), ["a.bin", "a.bin"]);
@@ -282,7 +338,7 @@ mod tests {
             says(&good.replacen(from, to, 1))
         };
         assert!(says("{").contains("EOF"), "{}", says("{"));
-        assert_eq!(says("[]"), "no manifest: it is no object");
+        assert_eq!(says("[]"), "invalid manifest: it is no object");
         assert!(with("dmaload-manifest", "other").contains("format is not"));
         assert!(with(r#""version":1"#, r#""version":2"#).contains("version is 2"));
         assert!(with("crc32c", "md5").contains("algorithm no such checksum"));
