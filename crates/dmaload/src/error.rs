@@ -45,7 +45,7 @@ pub enum Error {
         /// What it is instead.
         kind: &'static str,
     },
-    /// The file has bytes, but its length is said to be 0: it is known only when the file is read.
+    /// The file has bytes although its length is said to be 0.
     #[error("{}: has bytes, but its length is said to be 0", printable::path(.path))]
     NoLength {
         /// The file.

@@ -1,12 +1,14 @@
-//! Which files a ring may read: those of local file systems, and no others.
+//! Which files a ring may read: those on local file systems.
 //!
-//! Two things can go wrong when io_uring reads a file. A file system whose server answers short may get the same bytes twice
-//! (FUSE, see docs/kernels.md). And a read that waits for a server waits inside `io_uring_enter`, or in one of the few threads
-//! that the kernel keeps for such reads, and with it every other read of the loader. So this is a list of what is allowed, not
-//! of what is forbidden: a file system that nobody thought of is read by threads, which costs little (docs/performance.md).
+//! Reading a file by io_uring can go wrong in two ways. After a short answer of a FUSE server the
+//! kernel may read the same bytes twice (see docs/kernels.md). And a read that waits for a server
+//! waits inside `io_uring_enter`, or in one of the few kernel threads that serve such reads, and
+//! delays every other read of the loader.
 //!
-//! `f_type` of `fstatfs(2)` alone proves nothing, since 9p reports whatever its server says. Each entry of the list therefore has
-//! a second proof that the kernel fills in itself.
+//! So file systems are allowed one by one. Anything else is read by threads, which costs little.
+//!
+//! `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says. Each
+//! allowed file system needs a second proof, which only the kernel's own code can give.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -21,7 +23,7 @@ const OVERLAYFS: u32 = 0x794C_7630;
 const ECRYPTFS: u32 = 0xF15F;
 const TMPFS: u32 = 0x0102_1994;
 
-/// Local file systems on a block device: `linux/magic.h`, and the file systems' own headers.
+/// Magic numbers of local file systems on block devices, from `linux/magic.h` and fs/*.
 const ON_BLOCK_DEVICES: [u32; 12] = [
     0xEF53,      // ext2, ext3, ext4
     0x5846_5342, // xfs
@@ -37,17 +39,17 @@ const ON_BLOCK_DEVICES: [u32; 12] = [
     0x3153_464A, // jfs
 ];
 
-/// What `statx(2)` says of a file, without its server's help.
+/// What `statx(2)` reports about a file that no server can influence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device {
     pub(crate) major: u32,
-    /// `STATX_ATTR_COMPRESSED` is among the attributes that the file system can tell.
-    pub(crate) tells_compression: bool,
+    /// Whether the file system can report `STATX_ATTR_COMPRESSED`.
+    pub(crate) reports_compression: bool,
 }
 
-/// Why a ring must not read this file: what would be attempted, and what the kernel said. `None` where it may.
+/// Why a ring must not read this file: the attempt that is avoided, and the kernel's answer.
 pub(crate) fn ring_refused(file: &OwnedFd, device: Device) -> Option<(Attempt, Errno)> {
-    // A FUSE server may refuse it.
+    // A FUSE server may refuse to answer.
     let f_type = match fstatfs(file) {
         // Its width and sign differ between architectures; magic numbers have 32 bits.
         Ok(about) => {
@@ -62,14 +64,15 @@ pub(crate) fn ring_refused(file: &OwnedFd, device: Device) -> Option<(Attempt, E
 fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
     match f_type {
         FUSE => Some(Attempt::RingOnFuse),
-        // Neither says what is below. The layers' paths in the options of the mount prove nothing: they may be of another
-        // mount namespace (in each container they are), mounted over since, or unmounted lazily and still in use.
+        // Neither reports what is below. The layers' paths in the mount's options prove nothing:
+        // they may belong to another mount namespace (in containers they do), be mounted over, or
+        // be unmounted lazily and still in use.
         OVERLAYFS | ECRYPTFS => Some(Attempt::RingOnStacked),
-        // 9p has no block device. Nor has erofs where it reads from files or from a daemon.
+        // 9p has no block device, nor has erofs when it reads from files or from a daemon.
         local if ON_BLOCK_DEVICES.contains(&local) && device.major != 0 => None,
-        // Its device numbers are made up; only its own `getattr` tells of compression.
-        BTRFS if device.tells_compression => None,
-        // No other file system but hugetlbfs has seals (`memfd_file_seals_ptr` in mm/memfd.c).
+        // Its device numbers are anonymous, but only its own `getattr` reports compression.
+        BTRFS if device.reports_compression => None,
+        // Only tmpfs and hugetlbfs have seals (`memfd_file_seals_ptr` in mm/memfd.c).
         TMPFS if has_seals() => None,
         _ => Some(Attempt::RingOnOther),
     }
@@ -79,7 +82,7 @@ fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Opt
 mod tests {
     use super::*;
 
-    const ANONYMOUS: Device = Device { major: 0, tells_compression: false };
+    const ANONYMOUS: Device = Device { major: 0, reports_compression: false };
 
     #[test]
     fn only_local_file_systems_are_read_by_a_ring() {
@@ -87,26 +90,26 @@ mod tests {
         for f_type in ON_BLOCK_DEVICES {
             assert_eq!(refused(f_type, disk, || false), None, "{f_type:x}");
         }
-        assert_eq!(refused(BTRFS, Device { tells_compression: true, ..ANONYMOUS }, || false), None);
+        assert_eq!(refused(BTRFS, Device { reports_compression: true, ..ANONYMOUS }, || false), None);
         assert_eq!(refused(TMPFS, ANONYMOUS, || true), None);
     }
 
     #[test]
     fn a_server_that_claims_to_be_a_local_file_system_is_not_believed() {
-        // QEMU's 9p server gives the `f_type` of what it shares.
+        // QEMU's 9p server passes on the `f_type` of the folder that it shares.
         for f_type in ON_BLOCK_DEVICES.into_iter().chain([BTRFS, TMPFS]) {
             assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
         }
     }
 
     #[test]
-    fn what_stacks_and_what_is_unknown_is_read_by_threads() {
-        let any = Device { major: 8, tells_compression: true };
+    fn stacked_and_unknown_file_systems_are_read_by_threads() {
+        let any = Device { major: 8, reports_compression: true };
         assert_eq!(refused(FUSE, any, || true), Some(Attempt::RingOnFuse));
         for f_type in [OVERLAYFS, ECRYPTFS] {
             assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnStacked), "{f_type:x}");
         }
-        // NFS, 9p, Ceph, SMB2, AFS, GFS2, OCFS2, aufs, incfs, procfs, sysfs, ramfs, ZFS, and nothing at all.
+        // NFS, 9p, Ceph, SMB2, AFS, GFS2, OCFS2, aufs, incfs, procfs, sysfs, ramfs, ZFS, unknown.
         for f_type in [
             0x6969,
             0x0102_1997,

@@ -68,7 +68,7 @@ pub struct File {
     /// Reading its first block: with `O_DIRECT` where it could be opened so, else through the page cache. How many bytes
     /// there were.
     pub first_read: Result<u64, Errno>,
-    /// Why a load reads it by threads, never by io_uring ([`crate::Attempt::RingOnFuse`] and its like).
+    /// Why a load reads it by threads, never by io_uring ([`Attempt::RingOnFuse`] and its like).
     pub ring_refused: Option<Attempt>,
 }
 

@@ -117,12 +117,14 @@ pub enum Attempt {
     RegisterStaging,
     /// Direct reads by io_uring of a file on FUSE: never tried, since they can give wrong bytes.
     RingOnFuse,
-    /// The same of a file on overlayfs or eCryptfs: never tried, since what is below may be FUSE, and can't be known.
+    /// Direct reads by io_uring of a file on overlayfs or eCryptfs: never tried, because what is
+    /// below may be FUSE and can't be identified.
     RingOnStacked,
-    /// The same on a file system that is not known to be local: never tried, since a server that does not answer could hold up
-    /// every other read.
+    /// Direct reads by io_uring on a file system that is not known to be local: never tried,
+    /// because a server that does not answer could delay every other read.
     RingOnOther,
-    /// The same on a file system that does not say what it is (`fstatfs(2)` fails): never tried.
+    /// Direct reads by io_uring on a file system that can't be identified (`fstatfs(2)` fails):
+    /// never tried.
     RingOnUnknown,
     /// A read.
     Read,
@@ -159,13 +161,16 @@ impl Attempt {
                 "the kernel gives wrong bytes when a FUSE server answers such a read short: keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RingOnStacked, _) => Some(
-                "its layers can't be known, and may be on FUSE, where the kernel gives wrong bytes: keep models on a volume or a folder of their own, outside of the overlay",
+                "its layers can't be identified and may be on FUSE, where the kernel gives wrong bytes: \
+                 keep models on a volume of their own, outside of the overlay",
             ),
             (Attempt::RingOnOther, _) => Some(
-                "a server that does not answer could hold up every other read: keep models on a local file system (ext4, xfs, btrfs)",
+                "a server that does not answer could delay every other read: \
+                 keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RingOnUnknown, _) => Some(
-                "fstatfs failed, so it may be FUSE, where the kernel gives wrong bytes: keep models on a local file system (ext4, xfs, btrfs)",
+                "fstatfs failed, so it may be FUSE, where the kernel gives wrong bytes: \
+                 keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RegisterBuffer, Errno::OPNOTSUPP) => Some("this memory can't be registered"),
             (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::INVAL) => Some("sparse buffer tables need Linux 5.19"),
@@ -184,7 +189,7 @@ impl fmt::Display for Attempt {
             Attempt::RingOnFuse => "reading from FUSE by io_uring",
             Attempt::RingOnStacked => "reading by io_uring from a file system that stacks on others (overlayfs)",
             Attempt::RingOnOther => "reading by io_uring from a file system that is not known to be local",
-            Attempt::RingOnUnknown => "reading by io_uring from a file system that does not say what it is",
+            Attempt::RingOnUnknown => "reading by io_uring from a file system that can't be identified",
             Attempt::Read => "a read by this route",
             Attempt::ReadOn => "reading on within a block",
         })

@@ -119,24 +119,25 @@ impl Identity {
     }
 }
 
-/// What a file is, as its file system says now.
+/// A file's attributes.
 #[derive(Debug, Clone, Copy)]
 struct Look {
     identity: Identity,
     file_type: FileType,
     alignment_bytes: u64,
     device: Device,
-    /// `statx(2)` was refused: what was answered may come from a cache.
+    /// `statx(2)` was refused, so these attributes may come from a cache.
     from_cache: bool,
 }
 
-/// Has network and FUSE file systems ask their servers. They may otherwise answer from a cache that is as old as the server
-/// allows, and a file that is rewritten during its load would seem unchanged. The first look has to ask, too, or a file that was
-/// changed before the load would seem to change during it. On local file systems it makes no difference.
+/// Makes network and FUSE file systems ask their servers. Otherwise they answer from a cache that
+/// may be minutes old, and a file that is rewritten during its load seems unchanged. The first look
+/// has to ask as well, or a change before the load seems to be one during it. Local file systems
+/// ignore the flag.
 const ASK: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
 impl Look {
-    /// One call for all of it: a load of thousands of files looks at each of them before it can plan.
+    /// One call for everything: a load looks at each of thousands of files before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
@@ -155,7 +156,7 @@ impl Look {
                 alignment_bytes: alignment(Some(&seen)),
                 device: Device {
                     major: seen.stx_dev_major,
-                    tells_compression: seen.stx_attributes_mask.contains(StatxAttributes::COMPRESSED),
+                    reports_compression: seen.stx_attributes_mask.contains(StatxAttributes::COMPRESSED),
                 },
                 from_cache: false,
             }),
@@ -166,7 +167,7 @@ impl Look {
                     identity: Identity::of(&seen),
                     file_type: FileType::from_raw_mode(seen.st_mode),
                     alignment_bytes: alignment(None),
-                    device: Device { major: major(seen.st_dev), tells_compression: false },
+                    device: Device { major: major(seen.st_dev), reports_compression: false },
                     from_cache: true,
                 })
             }
@@ -184,7 +185,7 @@ pub(crate) struct OpenFile {
     pub(crate) identity: Identity,
     /// What direct reads must be aligned to; a power of two, at least a page.
     pub(crate) alignment_bytes: u64,
-    /// Why a ring must not read it, see [`file_system`].
+    /// Why a ring must not read it; see [`file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
@@ -197,8 +198,9 @@ impl OpenFile {
     /// Opens a regular file for reading, twice: with `O_DIRECT`, where that is allowed, and through the page cache.
     ///
     /// # Errors
-    /// What `open(2)` or `statx(2)` answered; [`Error::NotAFile`] for everything that is no regular file, which is not opened
-    /// (a FIFO would wait for a writer, and a device may do anything); [`Error::NoLength`].
+    /// What `open(2)` or `statx(2)` answered; [`Error::NotAFile`] for anything but a regular file,
+    /// which is not opened (a FIFO would wait for a writer, a device may do anything);
+    /// [`Error::NoLength`].
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno };
@@ -216,7 +218,7 @@ impl OpenFile {
         let ring_refused = file_system::ring_refused(&buffered, look.device);
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);
-            tracing::warn!(%path, "statx was refused: whether the file changes is known as far as its attributes are cached");
+            tracing::warn!(%path, "statx was refused: a change of the file may be missed while its attributes are cached");
         }
         let file = OpenFile {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -233,8 +235,8 @@ impl OpenFile {
         Ok(Arc::new(file))
     }
 
-    /// Whether there is something to read, whatever its length. Some regular files wait until there is (`/proc/kmsg`); they
-    /// have bytes.
+    /// Whether the file has anything to read, whatever its length. A read that would wait (as of
+    /// `/proc/kmsg`) counts as a byte.
     fn has_a_byte(&self) -> Result<bool> {
         let read = set_nonblocking(&self.buffered, true).and_then(|()| {
             loop {
@@ -307,10 +309,10 @@ impl OpenFile {
         }
     }
 
-    /// Why something in this file is wrong: because it was changed since it was `planned`, where it was, or else `error`. Half
-    /// of a file that is being rewritten looks damaged.
+    /// Replaces an error about the file's content if the file has changed since it was `planned`:
+    /// a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
-        // A model that is damaged now was not appended to.
+        // Appending damages no model.
         match self.check_unchanged(&Identity { may_grow: false, ..*planned }) {
             Err(changed @ Error::Changed { .. }) => changed,
             _ => error,
@@ -330,23 +332,24 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
     }
 }
 
-/// Opens a regular file that was found: by its descriptor, so that it is the same file even if its path names another by now; by
-/// its path, and compared, where there is no procfs.
+/// Opens a regular file that was found with `O_PATH`: by its descriptor, so that it is the same file
+/// even if its path names another by now. Without procfs it is opened by its path and compared.
 ///
-/// The description must not have `O_NONBLOCK`: io_uring takes it for its own `IOCB_NOWAIT`. It then asks file systems that don't
-/// know that flag from the ring's thread, which waits for them, and reads on after a short answer as if that were none.
+/// The description must not have `O_NONBLOCK`. io_uring then calls file systems that lack
+/// `FMODE_NOWAIT` from the ring's thread, which waits for them, and miscounts after a short read.
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
     match open(format!("/proc/self/fd/{}", found.as_raw_fd()), flags, Mode::empty()) {
-        // No procfs, or none that may be looked into. What is refused to the file itself is refused by its path, too.
+        // Procfs is missing or inaccessible. If it is the file that can't be opened, its path gives
+        // the same error.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => reopen_by_path(found, path, flags),
         other => other,
     }
 }
 
 fn reopen_by_path(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
-    // By now it may be a FIFO that has no writer.
+    // The path may name a FIFO without a writer by now.
     let file = open(path, flags | OFlags::NONBLOCK, Mode::empty())?;
     if !Identity::of(&fstat(found)?).is_same_file(&Identity::of(&fstat(&file)?)) {
         return Err(Errno::STALE);
@@ -401,7 +404,7 @@ mod tests {
         }
     }
 
-    /// io_uring takes the flag for its own.
+    /// See `reopen`.
     #[test]
     fn no_descriptor_is_nonblocking() {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -429,18 +432,18 @@ mod tests {
         assert!(reopen_by_path(&found, &path, OFlags::empty()).is_ok());
         fs::remove_file(&path).unwrap();
         assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::NOENT);
-        // By its descriptor it is there still.
+        // Its descriptor still leads to it.
         assert!(reopen(&found, &path, OFlags::empty()).is_ok());
         fs::write(&path, b"two").unwrap();
         assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::STALE);
         fs::remove_file(&path).unwrap();
-        // It has no writer, which nothing waits for.
+        // Opening this FIFO must not wait for a writer.
         rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::STALE);
     }
 
     #[test]
-    fn where_statx_is_refused_a_file_is_looked_at_by_stat() {
+    fn stat_is_used_where_statx_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(&file, [7; 4097]).unwrap();
         let seen = Look::at_path(file.path()).unwrap();

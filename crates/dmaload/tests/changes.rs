@@ -61,8 +61,13 @@ async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Res
     // A change in the same tick of the clock as the writing would not show in the file's time.
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader =
-        Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64).route(route).build().unwrap();
+    let loader = Loader::builder()
+        .heap(heap.around_memfds())
+        .allocator_threads(1)
+        .segment_bytes(SEGMENT as u64)
+        .route(route)
+        .build()
+        .unwrap();
     let mut load = loader.load(&path);
     load.next().await.expect("the first segment needs no last one").unwrap();
     change(&path);
@@ -205,7 +210,8 @@ async fn a_heap_that_runs_out_half_way_fails_the_load_and_not_the_loader() {
     let path = file(folder.path(), "model.bin", &model());
     for (allocations, populations, operation) in [(2, usize::MAX, "allocate memory"), (usize::MAX, 2, "populate memory")] {
         let heap = FailingHeap::new(allocations, populations);
-        let loader = Loader::builder().heap(Hooked::new(AnonHeap::default(), heap)).segment_bytes(SEGMENT as u64).build().unwrap();
+        let loader =
+            Loader::builder().heap(Hooked::new(AnonHeap::default(), heap)).segment_bytes(SEGMENT as u64).build().unwrap();
         let error = loader.load(&path).await.unwrap_err();
         let told = error.to_string();
         assert!(told.contains("failing") && told.contains(operation) && told.contains("ENOMEM"), "{told}");
@@ -253,7 +259,7 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     heap.0.open();
 }
 
-/// How many descriptors of this process are of this file.
+/// Number of this process's descriptors for this file.
 fn descriptors_of(path: &Path) -> usize {
     let path = fs::canonicalize(path).unwrap();
     // One that was closed meanwhile has no target.
@@ -271,7 +277,7 @@ async fn after_a_shutdown_no_file_is_open() {
         let loader = Loader::builder().segment_bytes(SEGMENT as u64).route(route).build().unwrap();
         let mut large = loader.load(&path);
         let others = [loader.load(&path), loader.load_with(&small, loader.options())];
-        // While files are opened, in the midst of reads, and after a part of them.
+        // Shut down while files are opened, after a segment, and in the midst of reads.
         match round % 3 {
             0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
             1 => drop(large.next().await.unwrap().unwrap()),
@@ -289,7 +295,7 @@ async fn after_a_shutdown_no_file_is_open() {
 }
 
 #[tokio::test]
-async fn a_rewrite_of_a_small_model_is_told_as_one_and_not_as_damage() {
+async fn rewriting_a_small_model_is_a_change_not_damage() {
     let data = 60_000;
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
     let mut good = (header.len() as u64).to_le_bytes().to_vec();
@@ -298,7 +304,7 @@ async fn a_rewrite_of_a_small_model_is_told_as_one_and_not_as_damage() {
     let (zeros, cut) = (vec![0; good.len()], good[..good.len() / 2].to_vec());
     let mut longer = good.clone();
     longer.extend([7; 100]);
-    // While it waits for its memory: its length is planned, its header not read.
+    // Rewritten while the load waits for memory: the length is planned, the header not yet read.
     for torn in [&zeros, &cut, &longer, &Vec::new()] {
         let folder = folder();
         let path = file(folder.path(), "model.safetensors", &good);

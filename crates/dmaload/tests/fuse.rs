@@ -1,6 +1,6 @@
-//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself, also below a real overlayfs.
-//! It opens files with `O_DIRECT` and refuses the first read, answers short, answers with nothing, not at all, and fails; its
-//! attributes are cached, and its file is rewritten meanwhile.
+//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself,
+//! also below a real overlayfs. It opens files with `O_DIRECT` and refuses the first read, answers
+//! short, with nothing, or not at all, and fails; it lets attributes be cached and rewrites the file.
 //!
 //! Only root can mount; elsewhere these tests say that they are skipped.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
@@ -31,7 +31,7 @@ const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, 
 const MODEL: INodeNo = INodeNo(2);
 /// The kernel asks for the length each time: a short answer makes it believe that the file ends there.
 const ASK_AGAIN: Duration = Duration::ZERO;
-/// What sshfs, s3fs and network file systems do: for a minute the kernel does not ask for attributes.
+/// As with sshfs and network file systems, the kernel does not ask for attributes for a minute.
 const CACHED: Duration = Duration::from_mins(1);
 
 /// What the file system does with a read.
@@ -47,21 +47,21 @@ enum Manners {
     FailsAt(usize),
     /// No answer at all to a direct read.
     NeverAnswers,
-    /// Nothing but `statfs`, which says what kind of file system it is.
+    /// `statfs`, which would identify the file system, fails.
     RefusesStatfs,
-    /// At most so many bytes at once, always past the page cache: the file's length stays what it is.
+    /// At most so many bytes at once, always past the page cache: the file keeps its length.
     AnswersShortPastTheCache(usize),
-    /// Its attributes are cached, and it is rewritten when a read reaches this offset.
+    /// Attributes may be cached, and the file is rewritten when a read reaches this offset.
     IsRewrittenAt(usize),
-    /// No answer to what asks for attributes, once it was read from.
+    /// Attributes are not answered for once the file was read from.
     NeverTells,
-    /// It is said to have no length, as of files that are made while they are read.
+    /// The length is given as 0, as of files that are made while they are read.
     HasNoLength,
 }
 
 struct Model {
     bytes: Arc<Vec<u8>>,
-    /// What it has when it was rewritten.
+    /// Its bytes after it was rewritten.
     other_bytes: Arc<Vec<u8>>,
     rewritten: Arc<AtomicBool>,
     was_read: AtomicBool,
@@ -137,7 +137,7 @@ impl Filesystem for Model {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         if matches!(self.manners, Manners::RefusesStatfs) {
-            // As servers do that have nothing to tell: that it is FUSE can't be seen by asking.
+            // Servers without an implementation do this: the kernel then can't report FUSE.
             reply.error(fuser::Errno::ENOSYS);
         } else {
             reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
@@ -249,7 +249,7 @@ impl Mounted {
     }
 }
 
-/// A real overlayfs with a file system of these below.
+/// A real overlayfs over another file system.
 struct Overlay {
     path: PathBuf,
     folder: tempfile::TempDir,
@@ -319,10 +319,10 @@ async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from
     }
 }
 
-/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18): it is never asked. Nor where FUSE may be
-/// below, or where the file system does not say what it is.
+/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18), so it never
+/// reads FUSE, nor what may be FUSE.
 #[tokio::test]
-async fn a_ring_is_never_used_on_what_may_be_fuse_and_that_is_told() {
+async fn a_ring_never_reads_what_may_be_fuse() {
     for (manners, attempt, errno) in [
         (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::OPNOTSUPP),
         (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::NOSYS),
@@ -439,7 +439,8 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
     }
 }
 
-/// Lazily pulled container images look like this. A ring gets the same bytes twice here, if its descriptor has `O_NONBLOCK`.
+/// Lazily pulled container images look like this. A ring gets the same bytes twice here if its
+/// descriptor has `O_NONBLOCK`.
 #[tokio::test]
 async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
@@ -450,7 +451,7 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
             let loader = loader().route(route).build().unwrap();
             let image = loader.load(&overlay.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
-            // What is in the middle of a file, which is open already.
+            // A part inside an open file.
             let part = 5_000..(BYTES as u64 - 12_345);
             let file = std::fs::File::open(&overlay.path).unwrap();
             let image = loader.load_file(file, Some(part.clone()), loader.options()).await.unwrap();
@@ -464,9 +465,9 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
     }
 }
 
-/// The kernel believes what the server said up to a minute ago; the load asks.
+/// The kernel believes attributes for a minute; a load asks the server.
 #[tokio::test]
-async fn a_rewrite_during_a_load_is_found_though_attributes_are_cached() {
+async fn cached_attributes_hide_no_rewrite_during_a_load() {
     for route in ROUTES {
         for at in [0, SEGMENT + 1, 4 * SEGMENT] {
             let Some(mounted) = Mounted::new(Manners::IsRewrittenAt(at)) else { return };
@@ -479,9 +480,9 @@ async fn a_rewrite_during_a_load_is_found_though_attributes_are_cached() {
 }
 
 #[tokio::test]
-async fn a_rewrite_before_a_load_is_none_during_it() {
+async fn cached_attributes_make_no_change_of_an_earlier_rewrite() {
     for route in ROUTES {
-        // A large file, and a small one, which is looked at before it is opened.
+        // A small file is looked at before it is opened, a large one after.
         for bytes in [BYTES, 70_000] {
             let Some(mounted) = Mounted::of(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
             let cached = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
@@ -496,10 +497,9 @@ async fn a_rewrite_before_a_load_is_none_during_it() {
     }
 }
 
-/// The header is read when the file was looked at; half of a rewrite there is no damage.
 #[tokio::test]
-async fn a_header_that_is_being_rewritten_is_told_as_a_change() {
-    // A small file, whose header is taken from its memory, and a large one, whose header is read when it is planned.
+async fn a_torn_header_is_a_change_not_damage() {
+    // The header of a small file is taken from its memory, that of a large one read when planning.
     for data in [70_000, BYTES] {
         let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
         let mut good = (header.len() as u64).to_le_bytes().to_vec();
@@ -524,7 +524,7 @@ async fn a_header_that_is_being_rewritten_is_told_as_a_change() {
 }
 
 #[tokio::test]
-async fn bytes_without_a_length_are_an_error_and_not_an_empty_file() {
+async fn bytes_without_a_length_are_an_error_not_an_empty_file() {
     let Some(mounted) = Mounted::new(Manners::HasNoLength) else { return };
     let overlay = Overlay::over(mounted.folder());
     let loader = loader().build().unwrap();
@@ -561,7 +561,7 @@ async fn no_thread_of_the_caller_closes_files() {
     let (segments, _first) = stopped(&dropped).await;
     drop(dropped);
     drop(segments);
-    // In the midst of reads, by every route: what the ring's thread lets go of last.
+    // In the midst of reads, by every route: files that the ring's thread releases last.
     for route in ROUTES.into_iter().cycle().take(30) {
         let loader = loader().route(route).build().unwrap();
         let load = loader.load(&mounted.path);
@@ -636,9 +636,9 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
     }
 }
 
-/// The last look at a file asks its server, too, which takes a worker as long as it likes.
+/// The last look at a file asks its server, which may keep a worker as long as it likes.
 #[tokio::test]
-async fn a_server_that_does_not_tell_whether_a_file_has_changed_holds_one_worker() {
+async fn a_server_silent_about_attributes_holds_one_worker() {
     if !may_mount() {
         return;
     }
@@ -673,7 +673,7 @@ struct SilentServer {
 }
 
 const SILENT_SERVER: &str = "DMALOAD_TEST_SILENT_SERVER";
-/// Set where it is silent about attributes, and not about bytes.
+/// Set if the server is silent about attributes instead of bytes.
 const SILENT_ABOUT_ATTRIBUTES: &str = "DMALOAD_TEST_SILENT_ABOUT_ATTRIBUTES";
 
 impl SilentServer {

@@ -1,7 +1,8 @@
-//! The ring's thread should never wait for a file system. If the kernel keeps it all the same, a shutdown ends, and says how much
-//! memory that thread has.
+//! The ring's thread should never wait for a file system. If the kernel keeps it all the same, a
+//! shutdown ends and reports how much memory that thread has.
 //!
-//! `io_uring_enter` is kept waiting by a seccomp filter, which can't be taken back: a process of its own, one test.
+//! A seccomp filter keeps `io_uring_enter` waiting. It can't be removed, so this is one test in a
+//! process of its own.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(unsafe_code, reason = "installs a seccomp filter")]
 
@@ -17,7 +18,7 @@ const SEGMENT: usize = 2 << 20;
 const BYTES: usize = 4 * SEGMENT + 777;
 const IO_URING_ENTER: u32 = 426;
 
-/// From now on every thread's call of this number waits for an answer that the listener never gives.
+/// Makes every thread's calls of this number wait for an answer that the listener never gives.
 fn hang(call: u32) -> OwnedFd {
     let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
     let mut filter = [
@@ -39,7 +40,7 @@ fn hang(call: u32) -> OwnedFd {
 }
 
 #[tokio::test]
-async fn a_shutdown_tells_the_memory_of_a_ring_thread_that_hangs() {
+async fn a_shutdown_reports_the_memory_of_a_hanging_ring_thread() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(BYTES, 1));
     let loader = Loader::builder().segment_bytes(SEGMENT as u64).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
@@ -55,7 +56,7 @@ async fn a_shutdown_tells_the_memory_of_a_ring_thread_that_hangs() {
     let start = Instant::now();
     let leaked = loader.shutdown().await.unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
-    // The ring's thread, and none that waits for it.
+    // One thread hangs, the ring's; no worker waits for it.
     assert_eq!((leaked.bytes, leaked.threads), (BYTES.next_multiple_of(4096) as u64, 1), "{leaked}");
     assert!(matches!(load.finish().await, Err(Error::ShutDown)));
 }

@@ -28,7 +28,7 @@ struct Schedule<T> {
     refusing: bool,
     /// No more jobs.
     closing: bool,
-    /// Nothing more is buried: the ring's thread has ended, or is not waited for.
+    /// The ring's thread has ended, or is not waited for: workers may end.
     finished: bool,
     /// What is to be dropped by a worker.
     buried: Vec<Box<dyn Any + Send>>,
@@ -159,8 +159,8 @@ impl<T: Clone> Jobs<T> {
         buried.into_iter().for_each(foreign::discard);
     }
 
-    /// No more jobs. A worker drops this, as [`Self::bury`] says, before all of them end; they stay until [`Self::finish`], for
-    /// what the ring's thread lets go of last.
+    /// No more jobs. A worker drops this, as with [`Self::bury`]. The workers stay until
+    /// [`Self::finish`], to drop what the ring's thread releases last.
     pub(super) fn close(&self, what: impl Send + 'static) {
         let mut schedule = self.schedule();
         schedule.refusing = true;
@@ -170,14 +170,14 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_all();
     }
 
-    /// The workers may end: nothing comes any more that they would have to drop. Whether they did not know that yet.
+    /// Lets the workers end: nothing more has to be dropped. Returns `false` if they may already.
     pub(super) fn finish(&self) -> bool {
         let first = !std::mem::replace(&mut self.schedule().finished, true);
         self.changed.notify_all();
         first
     }
 
-    /// How much memory has permits: pieces that are being populated, or that the ring's thread has.
+    /// Bytes of the window in use: pieces being populated and those that the ring's thread has.
     pub(super) fn window_taken_bytes(&self) -> u64 {
         self.schedule().scheduler.window_taken_bytes()
     }
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_buried_while_closing_is_dropped_before_the_workers_end() {
+    fn what_is_buried_while_closing_is_dropped_before_workers_end() {
         model(|| {
             let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1));
             let workers = [(); 2].map(|()| {
@@ -360,7 +360,7 @@ mod tests {
                 spawn(move || assert!(jobs.next().is_none()))
             });
             jobs.close(());
-            // As the ring's thread does with the files of the last load.
+            // The ring's thread does this with the files of the last load.
             let file = std::sync::Arc::new(());
             jobs.bury(std::sync::Arc::clone(&file));
             assert!(jobs.finish() && !jobs.finish());

@@ -15,17 +15,17 @@
 
 mod allocate;
 mod allowance;
+mod descriptors;
 mod expand;
 mod jobs;
-mod descriptors;
 mod open;
 mod teller;
 
 pub(crate) use expand::files as model_files;
 use jobs::Jobs;
-use teller::Message;
 use open::find_header;
 pub(crate) use open::read_header;
+use teller::Message;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -425,7 +425,7 @@ impl Engine {
         }
         let mut held_bytes = 0;
         if threads > 0 && self.jobs.finish() {
-            // The ring thread hangs itself, and keeps all that it has. The workers need not wait for it.
+            // The ring thread hangs and keeps its pieces. The workers need not wait for it.
             held_bytes = self.jobs.window_taken_bytes();
             threads = self.threads.wait(Duration::from_millis(100));
         }
@@ -682,7 +682,7 @@ impl Events<PieceBuffer<Permit>> for Engine {
     }
 
     fn released(&self, files: Vec<Arc<OpenFile>>) {
-        // Those that somebody else still holds are closed by that one.
+        // Whoever holds another reference closes the file.
         let files: Vec<_> = files.into_iter().filter_map(Arc::into_inner).collect();
         if !files.is_empty() {
             self.jobs.bury(files);

@@ -297,7 +297,7 @@ fn plan_file(
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = look_at(path)
         && shape.packs(identity.bytes)
-        // A file without a length may have bytes: opening it tells.
+        // A file whose length is said to be 0 may have bytes: opening it finds out.
         && identity.bytes > 0
     {
         let bytes = identity.bytes;
@@ -396,8 +396,8 @@ pub(super) struct Chosen {
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, by threads where a ring must not
-/// read, or buffered where it is in the page cache and that is to be used.
+/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, by
+/// threads where a ring must not read, or buffered if the page cache has it and may be used.
 pub(super) fn route_for(
     file: &OpenFile,
     index: usize,

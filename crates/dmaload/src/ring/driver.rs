@@ -77,7 +77,7 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
-    /// Files of pieces that are no longer here.
+    /// Files of pieces that have left.
     released: Vec<K::File>,
     counters: Arc<ReadCounters>,
 }
@@ -130,8 +130,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Files of pieces that are no longer here. This may be the last to hold them, and to close them may take as long as their
-    /// file systems like, so the caller has it done elsewhere.
+    /// Files of pieces that have left. These may be their last references, and closing a file may
+    /// take as long as its file system likes, so the caller has another thread do it.
     pub(crate) fn released(&mut self) -> Vec<K::File> {
         std::mem::take(&mut self.released)
     }
@@ -635,7 +635,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
-        // The load may have failed a moment ago, and let go of it.
+        // The load may have failed a moment ago and released its own reference.
         self.released.push(entry.file.handle);
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let load = self.loads.get_mut(&id).expect(LOAD);

@@ -90,7 +90,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn attach(&mut self, file: &Arc<OpenFile>) {
-        // What the ring never reads it must not hold: to let go of it may close it.
+        // The ring must not hold a file that it never reads: releasing it may close it.
         if let Ok(ring) = &mut self.ring
             && file.ring_refused.is_none()
         {

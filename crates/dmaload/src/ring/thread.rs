@@ -37,7 +37,13 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
 #[derive(Debug)]
 enum Command<B> {
     Begin(LoadSpec, Arc<AtomicBool>),
-    Piece { load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B },
+    Piece {
+        load: LoadId,
+        number: usize,
+        piece: Piece,
+        file: FileSpec<Arc<OpenFile>>,
+        buffer: B,
+    },
     /// As a broken invariant would.
     #[cfg(test)]
     Panic,
@@ -183,7 +189,7 @@ fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, star
             driver.abandon(load);
         }
         driver.issue();
-        // First: a load that is finished holds no files.
+        // Before the outputs: a load that has ended holds no files.
         let released = driver.released();
         if !released.is_empty() {
             events.released(released);
