@@ -27,7 +27,7 @@ pub(crate) enum Command {
     ///
     /// Exit status: 0 done, 1 a load failed, 2 wrong usage.
     Load(Load),
-    /// Loads a file, then writes the loaded memory to standard output.
+    /// Loads a file, or one tensor, and writes it to standard output from the loaded memory.
     Cat(Cat),
     /// Writes a manifest of files to standard output: checksums of their chunks, for `load --verify`.
     Manifest(Manifest),
@@ -100,7 +100,7 @@ pub(crate) struct Load {
     #[arg(long, value_name = "DIMENSION")]
     pub(crate) shard_dim: Option<usize>,
     /// Fail unless the files are what this says: a manifest (see `dmaload manifest`), or sha256:HEX (or blake3:, crc32c:, xxh3:)
-    /// of the one file.
+    /// of the one file that is named; parts of the model that come with it are not looked at.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
     pub(crate) verify: Option<Against>,
     /// Compute this digest of each file, from the loaded memory: sha256, blake3, crc32c, xxh3.
@@ -124,8 +124,12 @@ pub(crate) struct Load {
 
 #[derive(Debug, Args)]
 pub(crate) struct Cat {
-    /// The file.
+    /// The file, which is written as it is, also where it is a part of a model; of a folder, the files of its model.
+    #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
+    /// Write the bytes of this tensor only: of the file that the model's index maps it to. Little else is read.
+    #[arg(long, value_name = "NAME", conflicts_with = "verify")]
+    pub(crate) tensor: Option<String>,
     /// Fail unless the file is what this says, as for `load`; only what was verified is written.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
     pub(crate) verify: Option<Against>,
@@ -347,6 +351,9 @@ pub(crate) struct Engine {
     /// What the files' bytes are taken for: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
+    /// Load what is there of models of which files are missing, rather than fail.
+    #[arg(long)]
+    pub(crate) allow_missing: bool,
 }
 
 /// The number of a rank, or where it is read.

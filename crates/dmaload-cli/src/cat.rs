@@ -9,16 +9,23 @@ use crate::{args, block_on, engine, errors};
 pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
     let loader = engine::loader(&arguments.engine).map_err(about)?;
-    let options = match &arguments.verify {
-        Some(against) => against.applied_to(loader.options())?,
-        None => loader.options(),
+    let options = match (&arguments.tensor, &arguments.verify) {
+        (Some(name), _) => loader.options().tensor_names([name]),
+        (None, Some(against)) => against.applied_to(loader.options().as_one_file(true))?,
+        (None, None) => loader.options().as_one_file(true),
     };
     let mut segments = loader.stream_with([&arguments.path], options);
     block_on(async {
         let mut stdout = crate::output::stdout();
         // The stream goes ahead of a slow reader by the window and a segment, not more.
         while let Some(segment) = segments.next().await {
-            stdout.write_all(&segment.and_then(|segment| segment.bytes()).map_err(about)?)?;
+            let segment = segment.map_err(about)?;
+            let wanted = match &arguments.tensor {
+                // A segment also has what lies beside the tensor in its first and last blocks.
+                Some(name) => segment.range_of(name).unwrap_or_default(),
+                None => 0..segment.len(),
+            };
+            stdout.write_all(&segment.bytes().map_err(about)?.slice(wanted))?;
         }
         Ok(stdout.flush()?)
     })?

@@ -3,9 +3,11 @@
 
 mod common;
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{MIB, ROUTES, SMALL_SEGMENTS, dmaload, finish, folder, random_file, run};
+use common::{MIB, ROUTES, SMALL_SEGMENTS, dmaload, file, finish, folder, random_file, run, sha256sum};
 
 #[test]
 fn cmp_finds_no_difference_between_the_file_and_what_cat_writes() {
@@ -90,4 +92,122 @@ fn slow_reader_makes_cat_hold_no_more_than_its_window_and_segments() {
         println!("{options:?}: {} MiB resident, {most_mib} and the program's own allowed", resident / MIB);
         assert!(resident <= most_mib * MIB + OWN, "{options:?}: {} MiB were resident", resident / MIB);
     }
+}
+
+/// A safetensors file of tensors of so many bytes, each of one value.
+fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
+    let (mut entries, mut data) = (Vec::new(), Vec::new());
+    for (name, bytes, value) in tensors {
+        let at = data.len();
+        entries.push(format!(r#""{name}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{at},{}]}}"#, at + bytes));
+        data.resize(at + bytes, *value);
+    }
+    let header = format!("{{{}}}", entries.join(","));
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &data].concat();
+    file(folder, name, &bytes);
+}
+
+/// A GGUF file of one tensor, and what it says about its parts.
+fn part(folder: &Path, name: &str, number: u16, count: u16, tensor: &str) -> PathBuf {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+    let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &2u64.to_le_bytes()].concat();
+    for (key, value) in [("split.no", number), ("split.count", count)] {
+        bytes.extend([text(key), 2u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat());
+    }
+    bytes.extend([text(tensor), 1u32.to_le_bytes().to_vec(), 64u64.to_le_bytes().to_vec()].concat());
+    bytes.extend([&24u32.to_le_bytes()[..], &0u64.to_le_bytes()].concat());
+    bytes.resize(bytes.len().next_multiple_of(32) + 64, u8::try_from(number).unwrap() + 1);
+    file(folder, name, &bytes)
+}
+
+fn parts(folder: &Path) -> [PathBuf; 3] {
+    [0, 1, 2].map(|number| part(folder, &format!("m-{:05}-of-00003.gguf", number + 1), number, 3, &format!("w{number}")))
+}
+
+#[test]
+fn a_part_is_written_alone_and_no_other_file_is_looked_at() {
+    let folder = folder();
+    let all = parts(folder.path());
+    let index = file(folder.path(), "m.safetensors.index.json", br#"{"weight_map":{"a":"missing.safetensors"}}"#);
+    let swapped = part(folder.path(), "s-00001-of-00002.gguf", 1, 2, "w");
+    for path in all.iter().chain([&index, &swapped]) {
+        let written = run(dmaload(["cat"]).arg(path)).succeeds().stdout;
+        assert_eq!(written, fs::read(path).unwrap(), "{}", path.display());
+    }
+    fs::remove_file(&all[0]).unwrap();
+    fs::write(&all[2], "").unwrap();
+    assert_eq!(run(dmaload(["cat"]).arg(&all[1])).succeeds().stdout, fs::read(&all[1]).unwrap());
+    run(dmaload(["cat"]).arg(&all[2])).fails(1, &["m-00003-of-00003.gguf", "0 bytes"]);
+    run(dmaload(["cat", "--format", "raw"]).arg(&all[2])).succeeds();
+    run(dmaload(["load"]).arg(&all[1]))
+        .fails(1, &["2 are missing", "m-00001-of-00003.gguf", "m-00003-of-00003.gguf", "--allow-missing"]);
+    let there = run(dmaload(["load", "--json", "--allow-missing"]).arg(&all[1])).succeeds().json();
+    assert_eq!((there["tensors"].as_u64(), there["files"].as_array().map(Vec::len)), (Some(1), Some(1)));
+    assert!(there["notes"].to_string().contains("m-00003-of-00003.gguf"), "{there}");
+}
+
+#[test]
+fn all_parts_are_loaded_and_the_named_one_is_verified() {
+    let folder = folder();
+    let all = parts(folder.path());
+    for (number, path) in all.iter().enumerate() {
+        let own = format!("sha256:{}", sha256sum(path));
+        let verified = run(dmaload(["load", "--json", "--verify", &own]).arg(path)).succeeds().json();
+        assert_eq!((verified["tensors"].as_u64(), verified["files"].as_array().map(Vec::len)), (Some(3), Some(3)));
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(verified["notes"].to_string().contains(name), "{verified}");
+        let other = &all[(number + 1) % 3];
+        run(dmaload(["load", "--verify", &own]).arg(other)).fails(1, &[other.to_str().unwrap(), "corrupt"]);
+        assert_eq!(run(dmaload(["cat", "--verify", &own]).arg(path)).succeeds().stdout, fs::read(path).unwrap());
+        run(dmaload(["cat", "--verify", &own]).arg(other)).fails(1, &["corrupt"]);
+    }
+    // Nothing was named that the checksum could be of.
+    let own = format!("sha256:{}", sha256sum(&all[0]));
+    run(dmaload(["load", "--verify", &own]).arg(folder.path())).fails(1, &["one file, not 3"]);
+    run(dmaload(["load", "--verify", &own]).args(&all)).fails(1, &["one file, not 3"]);
+}
+
+#[test]
+fn one_tensor_is_written_as_the_index_decides() {
+    let folder = folder();
+    let name = folder.path();
+    model(name, "1.safetensors", &[("a", 3 * MIB + 5, 1), ("w", 70_000, 1), ("a*b", 9, 5), ("empty", 0, 0)]);
+    model(name, "2.safetensors", &[("w", 70_000, 2), ("layers[0].w", 3, 6)]);
+    let map =
+        r#"{"weight_map":{"a":"1.safetensors","w":"2.safetensors","z":"gone.safetensors","layers[0].w":"./2.safetensors"}}"#;
+    let index = file(name, "model.safetensors.index.json", map.as_bytes());
+    let cat = |path: &Path, tensor: &str| run(dmaload(["cat", "--tensor", tensor]).args(SMALL_SEGMENTS).arg(path));
+    for path in [name, &index] {
+        for (tensor, bytes, value) in
+            [("a", 3 * MIB + 5, 1), ("w", 70_000, 2), ("layers[0].w", 3, 6), ("a*b", 9, 5), ("empty", 0, 0)]
+        {
+            assert_eq!(cat(path, tensor).succeeds().stdout, vec![value; bytes], "{tensor}");
+        }
+        cat(path, "z").fails(1, &["gone.safetensors", "1 is missing"]);
+        cat(path, "none").fails(1, &["no tensor named", "none"]);
+        cat(path, "*").fails(1, &["no tensor named"]);
+    }
+    assert_eq!(cat(&name.join("1.safetensors"), "w").succeeds().stdout, vec![1; 70_000]);
+    let split = parts(name);
+    assert_eq!(cat(&split[0], "w2").succeeds().stdout, vec![3; 64]);
+    cat(&file(name, "raw.bin", &[1; 100]), "w").fails(1, &["no tensors"]);
+    run(dmaload(["cat", "--tensor", "w", "--verify", "crc32c:00000000"]).arg(name)).fails(2, &["--verify"]);
+}
+
+#[test]
+fn little_else_is_read_for_one_tensor() {
+    let folder = folder();
+    model(folder.path(), "1.safetensors", &[("large", 40 * MIB, 1), ("w", 4096, 2)]);
+    model(folder.path(), "2.safetensors", &[("other", 40 * MIB, 3)]);
+    let map = r#"{"weight_map":{"large":"1.safetensors","w":"1.safetensors","other":"2.safetensors"}}"#;
+    file(folder.path(), "model.safetensors.index.json", map.as_bytes());
+    let mut cat = Command::new("strace");
+    cat.args(["-f", "-e", "trace=openat,pread64", env!("CARGO_BIN_EXE_dmaload"), "cat", "--tensor", "w", "--route", "buffered"]);
+    let Ok(traced) = cat.arg(folder.path()).output() else { return eprintln!("no strace here: what is read is not looked at") };
+    let trace = String::from_utf8_lossy(&traced.stderr);
+    assert_eq!(traced.stdout, vec![2; 4096], "{trace}");
+    assert!(trace.contains("1.safetensors") && !trace.contains("2.safetensors"), "{trace}");
+    let read = |line: &str| line.rsplit_once("= ").and_then(|(_, bytes)| bytes.trim().parse::<usize>().ok()).unwrap_or(0);
+    let bytes: usize = trace.lines().filter(|line| line.contains("pread64(")).map(read).sum();
+    assert!((4096..MIB).contains(&bytes), "{bytes} bytes were read");
 }

@@ -272,6 +272,44 @@ pub enum Error {
         /// What was looked for.
         reason: String,
     },
+    /// Files of the model are missing, or hold nothing ([`crate::LoadOptions::allow_missing`]).
+    #[error("{}: {}", printable::path(.path), printable::text(.reason))]
+    Incomplete {
+        /// The folder, the index or a part of the model.
+        path: PathBuf,
+        /// Which files are missing, and why.
+        reason: String,
+    },
+    /// Two files of one model have a tensor of this name, and no index says which one counts.
+    #[error(
+        "tensor {tensor:?} is in two files of one model, and no index says which one counts: {} and {}",
+        printable::path(.first), printable::path(.second)
+    )]
+    DuplicateTensor {
+        /// The name.
+        tensor: String,
+        /// A file that has it.
+        first: PathBuf,
+        /// Another file that has it.
+        second: PathBuf,
+    },
+    /// Several files that were loaded together have a tensor of this name: look it up in one of them
+    /// ([`crate::ImageFile::tensor`]).
+    #[error("tensor {tensor:?} is in {} files: {}", .paths.len(), listed(.paths))]
+    AmbiguousTensor {
+        /// The name.
+        tensor: String,
+        /// The files.
+        paths: Vec<PathBuf>,
+    },
+    /// The tensor is in a file of the model that was not read, because it has none of the tensors that were asked for.
+    #[error("tensor {tensor:?} was not loaded: it is in {}, which has none of the tensors that were asked for", printable::path(.path))]
+    NotSelected {
+        /// The name.
+        tensor: String,
+        /// The file that the index maps it to.
+        path: PathBuf,
+    },
     /// These bytes of the file were not loaded: only others were asked for.
     #[error("{}: bytes {}..{} were not loaded, only other parts of the file", printable::path(.path), .range.start, .range.end)]
     NotLoaded {
@@ -418,6 +456,9 @@ impl Error {
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
             Error::TooManyPieces { .. } => "use larger segments, or load a part of it",
             Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
+            Error::Incomplete { .. } => "finish the download, or load what is there (allow_missing)",
+            Error::DuplicateTensor { .. } => "name the file to be loaded, or add an index that says which one counts",
+            Error::AmbiguousTensor { .. } => "look it up in one of these files",
             Error::Model { fault, .. } => fault.hint(),
             Error::Share { reason, .. } if reason.starts_with("cannot connect") => {
                 if reason.contains("ECONNREFUSED") {
@@ -458,6 +499,17 @@ fn memory_hint(heap: &str, refusal: &dmabuf::Error) -> Option<&'static str> {
         }
         _ => return None,
     })
+}
+
+/// How many files a message names.
+const FILES_NAMED: usize = 8;
+
+fn listed(paths: &[PathBuf]) -> String {
+    let names: Vec<_> = paths.iter().take(FILES_NAMED).map(|path| printable::path(path).to_string()).collect();
+    match paths.len().saturating_sub(FILES_NAMED) {
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names.join(", ")),
+    }
 }
 
 /// How many tensors a message names.

@@ -26,6 +26,11 @@ impl Pattern {
         Ok(Pattern { source: source.to_owned(), alternatives })
     }
 
+    /// A name, whatever characters it has.
+    pub(crate) fn literal(name: &str) -> Self {
+        Pattern { source: name.to_owned(), alternatives: Vec::new() }
+    }
+
     pub(crate) fn matches(&self, name: &str) -> bool {
         self.source == name || self.alternatives.iter().any(|pattern| is_match(pattern, name))
     }

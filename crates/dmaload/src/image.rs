@@ -3,13 +3,14 @@
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
 use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::load::{FileTensors, FinishedFile};
+use crate::model::index::Index;
 use crate::model::{DType, TensorMap};
 use crate::report::Report;
 use crate::segment::{Contiguous, Segment, holding};
@@ -21,6 +22,39 @@ pub struct Image {
     files: Arc<[ImageFile]>,
     segments: Arc<[Segment]>,
     report: Arc<Report>,
+    /// The tensors of all files, made when one is first looked up.
+    names: Arc<OnceLock<Names>>,
+    /// The indices that files were loaded by, with their folders.
+    indices: Arc<[(PathBuf, Arc<Index>)]>,
+}
+
+/// The tensors of all files, as numbers of files and positions in their maps, sorted by name.
+#[derive(Debug)]
+struct Names(Vec<(u32, u32)>);
+
+impl Names {
+    fn new(files: &[ImageFile]) -> Self {
+        let mut all: Vec<(u32, u32)> = Vec::new();
+        for (file, number) in files.iter().zip(0..) {
+            let Some(tensors) = &file.tensors else { continue };
+            let positions = (0..tensors.len()).filter_map(|number| tensors.position_of(number));
+            all.extend(positions.map(|position| (number, u32::try_from(position).expect("a map numbers tensors by u32"))));
+        }
+        all.sort_by(|a, b| Self::name(files, *a).cmp(&Self::name(files, *b)));
+        Names(all)
+    }
+
+    fn name(files: &[ImageFile], (file, position): (u32, u32)) -> Option<&str> {
+        let info = files.get(file as usize)?.tensor_map()?.at(position as usize)?;
+        Some(&info.name)
+    }
+
+    /// All of this name, in the order of their files.
+    fn find(&self, files: &[ImageFile], name: &str) -> &[(u32, u32)] {
+        let before = self.0.partition_point(|&at| Self::name(files, at) < Some(name));
+        let rest = &self.0[before..];
+        &rest[..rest.partition_point(|&at| Self::name(files, at) == Some(name))]
+    }
 }
 
 /// One file of an image.
@@ -42,9 +76,21 @@ impl Image {
                 own.push(segment.clone());
             }
         }
+        let mut indices: Vec<(PathBuf, Arc<Index>)> = Vec::new();
+        for (folder, index) in files.iter().filter_map(|file| file.index.as_ref()) {
+            if !indices.iter().any(|(_, own)| Arc::ptr_eq(own, index)) {
+                indices.push((folder.clone(), Arc::clone(index)));
+            }
+        }
         let files = files.into_iter().zip(own);
         let files = files.map(|(file, own)| ImageFile::new(file.path, file.bytes, file.part, own, file.tensors));
-        Image { files: files.collect(), segments: segments.into(), report: Arc::new(report) }
+        Image {
+            files: files.collect(),
+            segments: segments.into(),
+            report: Arc::new(report),
+            names: Arc::default(),
+            indices: indices.into(),
+        }
     }
 
     /// The files, in the order given.
@@ -62,22 +108,38 @@ impl Image {
         &self.report
     }
 
-    /// The tensor of this name; of several files that have it, the first.
+    /// The tensor of this name: of two files of a model that have it, that of the file which the model's index maps it to.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] for one that a file has, but that was not asked for.
+    /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] or [`Error::NotSelected`] for one that was not asked for;
+    /// [`Error::AmbiguousTensor`] where several files that the caller named one by one have it: [`ImageFile::tensor`] looks it
+    /// up in one.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let found = self.files.iter().find_map(|file| file.tensor(name));
-        found.ok_or_else(|| {
-            let there = self.files.iter().find_map(|file| Some((file, file.tensor_map()?.get(name)?)));
-            match there {
-                Some((file, info)) => Error::NotLoaded { path: file.path().to_owned(), range: info.file_range.clone() },
-                None => Error::NoSuchTensor(name.to_owned()),
+        let file = |&(file, _): &(u32, u32)| self.files.get(file as usize).expect("a name is of one of the files");
+        match self.names.get_or_init(|| Names::new(&self.files)).find(&self.files, name) {
+            [only] => Ok(file(only).tensor_at(only.1 as usize).expect("a name is of a tensor that was loaded")),
+            [] => Err(self.not_loaded(name)),
+            several => {
+                let paths = several.iter().map(|at| file(at).path().to_owned()).collect();
+                Err(Error::AmbiguousTensor { tensor: name.to_owned(), paths })
             }
-        })
+        }
     }
 
-    /// All tensors of all files that were loaded: in file order, or in the order in which they were asked for.
+    /// Why there is no tensor of this name.
+    fn not_loaded(&self, name: &str) -> Error {
+        let there = self.files.iter().find_map(|file| Some((file, file.tensor_map()?.get(name)?)));
+        if let Some((file, info)) = there {
+            return Error::NotLoaded { path: file.path().to_owned(), range: info.file_range.clone() };
+        }
+        let known = self.indices.iter().find_map(|(folder, index)| Some(folder.join(index.file_of(name)?)));
+        match known {
+            Some(path) => Error::NotSelected { tensor: name.to_owned(), path },
+            None => Error::NoSuchTensor(name.to_owned()),
+        }
+    }
+
+    /// All tensors that were loaded of all files, of a model with an index each name once: in file order, or in the order in which they were asked for.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         self.files.iter().flat_map(ImageFile::tensors)
     }
@@ -139,7 +201,8 @@ impl ImageFile {
         self.slice(self.part.clone())
     }
 
-    /// Its tensor of this name, if that was loaded.
+    /// Its tensor of this name, if that was loaded, and if the model's index, where it has one, doesn't map the name to another
+    /// file.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
         let position = self.tensor_map()?.position(name)?;
         self.tensor_at(position)

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::engine::{model_files, read_header};
+use crate::engine::{Choice, Found, check_whole, model_files, read_header};
 use crate::error::Result;
 use crate::model::TensorMap;
 use crate::settings::Format;
@@ -29,16 +29,23 @@ pub fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
 }
 
 /// The same of every file of a model: of a folder, of an index, of a GGUF file with its other parts. A file alone is itself. Blocks
-/// for as long as that takes.
+/// for as long as that takes. A tensor that an index maps to one of two files is in that one's map only.
 ///
 /// # Errors
-/// When a file can't be opened or read, a header is wrong, or the index says something else than the files do.
+/// When files are missing, two have a tensor of one name and no index decides, a file can't be opened or read, a header is wrong, or the index says something else than the files do.
 pub fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<(PathBuf, Inspected)>> {
-    let files = model_files(&[Input::Path(path.as_ref().to_owned())], format)?;
-    let looked_at = files.into_iter().map(|source| {
+    let choice = Choice { format, allow_missing: false, as_one_file: false, selector: None };
+    let Found { sources, .. } = model_files(&[Input::Path(path.as_ref().to_owned())], choice)?;
+    let mut looked_at = Vec::new();
+    for source in &sources {
         let inspected = inspect(&*source.path, format)?;
         source.check(inspected.tensors.as_ref())?;
-        Ok((source.path.as_ref().clone(), inspected))
-    });
-    looked_at.collect()
+        looked_at.push((source.path.as_ref().clone(), inspected));
+    }
+    let known: Vec<_> = sources.iter().zip(looked_at.iter().map(|(_, inspected)| inspected.tensors.as_ref())).collect();
+    check_whole(&known, false)?;
+    for (source, (_, inspected)) in sources.iter().zip(&mut looked_at) {
+        inspected.tensors = inspected.tensors.take().map(|map| map.only(|name| source.owns(name)));
+    }
+    Ok(looked_at)
 }

@@ -68,6 +68,21 @@ pub trait Verify: Send + Sync + 'static {
     /// Why they can't be what they should be. The load fails with this error before it reads anything.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
+    /// The same for a load whose caller named one of these files, a part of a model, and got the others with it. What is said of
+    /// "the file" is about that one: number `named`. Default: [`Self::begin`].
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    fn begin_for(&self, files: &[(&Path, u64)], named: usize, format: Format) -> Result<Arc<dyn Observer>> {
+        let _ = named;
+        self.begin(files, format)
+    }
+
+    /// Whether it looks at one file only: the one that the caller named, where that has come with others. Default: false.
+    fn is_of_one_file(&self) -> bool {
+        false
+    }
+
     /// What it compares, for the report: `crc32c of each 1048576 bytes`.
     fn describe(&self) -> String;
 }
@@ -96,7 +111,10 @@ pub(crate) const OBSERVER: &str = "the observer";
 pub(crate) enum Verdict {
     Rejected(Rejection),
     /// The code that looked panicked.
-    Panicked { code: &'static str, message: String },
+    Panicked {
+        code: &'static str,
+        message: String,
+    },
     /// No thread could be started for it, and the ring thread runs none of the caller's code.
     NoThread,
 }

@@ -199,6 +199,17 @@ impl Segment {
         Ok(memfd.as_fd())
     }
 
+    /// Where in this segment the bytes of its file's tensor of that name are; `None` where it has none of them, or where they
+    /// are in rows that are apart. A tensor that crosses segments is in each of these in part.
+    pub fn range_of(&self, tensor: &str) -> Option<Range<usize>> {
+        let tensors = self.file_tensors()?;
+        let part = tensors.part_at(tensors.map.position(tensor)?)?;
+        let (wanted, held) = (part.rows.hull(), self.file_range());
+        let (start, end) = (wanted.start.max(held.start), wanted.end.min(held.end));
+        let at = |offset: u64| usize::try_from(offset - held.start).expect("a segment's length fits into memory");
+        (part.rows.count == 1 && start < end).then(|| at(start)..at(end))
+    }
+
     /// The path, as it is kept.
     pub(crate) fn shared_path(&self) -> Arc<PathBuf> {
         Arc::clone(&self.0.place.path)

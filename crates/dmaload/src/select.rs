@@ -35,6 +35,8 @@ pub struct Shard {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Select {
     pub(crate) tensors: Option<Vec<String>>,
+    /// Whether these are names, and not patterns.
+    pub(crate) by_name: bool,
     pub(crate) range: Option<Range<u64>>,
     pub(crate) shard: Option<Shard>,
 }
@@ -103,6 +105,19 @@ impl ChosenTensors {
 
     pub(crate) fn list(&self) -> &[Chosen] {
         &self.list
+    }
+
+    /// All whole tensors of a file whose names it owns; `None` where it owns all.
+    pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
+        let whole = |(position, info): (usize, &TensorInfo)| {
+            let part = Part { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) };
+            owns(&info.name).then_some(Chosen { position, class: 0, part })
+        };
+        if map.iter().all(|info| owns(&info.name)) {
+            None
+        } else {
+            Some(Self::new(map.iter().enumerate().filter_map(whole).collect()))
+        }
     }
 
     /// The one at this position of the tensor map.
@@ -177,7 +192,9 @@ impl Select {
     /// [`Error::Config`] for what makes no sense.
     pub(crate) fn check(&self) -> Result<Selector> {
         let wrong = |text: String| Err(Error::Config(text));
-        let patterns = self.tensors.as_ref().map(|tensors| tensors.iter().map(|text| Pattern::new(text)).collect());
+        let patterns = self.tensors.as_ref().map(|tensors| {
+            tensors.iter().map(|text| if self.by_name { Ok(Pattern::literal(text)) } else { Pattern::new(text) }).collect()
+        });
         let patterns: Option<Vec<_>> = patterns.transpose().map_err(Error::Config)?;
         if patterns.as_ref().is_some_and(Vec::is_empty) {
             return wrong("no tensors were asked for: an empty list".to_owned());
@@ -241,13 +258,38 @@ impl Selector {
         })
     }
 
-    /// What is read of a file whose model is this part of it. `alignment` is what direct reads need, a power of two.
+    /// Whether it chooses tensors by their names.
+    pub(crate) fn has_patterns(&self) -> bool {
+        self.patterns.is_some()
+    }
+
+    /// Gives what comes with each name that a pattern means; whether every pattern means one.
+    pub(crate) fn meets<'a>(&self, names: impl Iterator<Item = (&'a str, &'a str)>, mut met: impl FnMut(&'a str)) -> bool {
+        let patterns = self.patterns.as_deref().unwrap_or_default();
+        let mut seen = vec![false; patterns.len()];
+        for (name, with) in names {
+            let mut is_meant = false;
+            for (pattern, seen) in patterns.iter().zip(&mut seen) {
+                if pattern.matches(name) {
+                    (*seen, is_meant) = (true, true);
+                }
+            }
+            if is_meant {
+                met(with);
+            }
+        }
+        seen.into_iter().all(|seen| seen)
+    }
+
+    /// What is read of a file whose model is this part of it, of tensors that it owns. `alignment` is what direct reads need, a
+    /// power of two.
     ///
     /// # Errors
     /// Why that can't be: a word about the file, without its name.
     pub(crate) fn of_file(
         &mut self,
         map: Option<&TensorMap>,
+        owns: impl Fn(&str) -> bool,
         part: &Range<u64>,
         file_bytes: u64,
         alignment: u64,
@@ -270,7 +312,9 @@ impl Selector {
         let Some(map) = map else { return Err("it has no tensors to choose from".to_owned()) };
         let mut chosen = Vec::new();
         for (position, tensor) in map.iter().enumerate() {
-            if let Some(class) = self.class_of(&tensor.name) {
+            if owns(&tensor.name)
+                && let Some(class) = self.class_of(&tensor.name)
+            {
                 let part = part_of(tensor, self.shard)?;
                 if part.rows.bytes() == 0 && !tensor.file_range.is_empty() {
                     self.odd.add(&tensor.name);
@@ -437,6 +481,11 @@ mod tests {
 
     const BLOCK: u64 = 4096;
 
+    /// A file that is all of its model.
+    fn all(_: &str) -> bool {
+        true
+    }
+
     /// Tensors of BF16 one after the other, `a`, `b`, …, and the length of their file.
     fn model(shapes: &[&[u64]]) -> (TensorMap, u64) {
         let (mut json, mut at) = (String::from("{"), 0);
@@ -465,24 +514,24 @@ mod tests {
         let (map, bytes) = model(&[&[100], &[1 << 20], &[100], &[100]]);
         let at = |name: &str| map.get(name).unwrap().file_range.clone();
         let mut selector = tensors(&["a", "d"]).check().unwrap();
-        let selected = selector.of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = selector.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         let d = at("d").start / BLOCK * BLOCK..bytes;
         assert_eq!(ranges(&selected), [(0..BLOCK, 0), (d, 1)]);
         assert_eq!(selected.wanted_bytes, 400);
         selector.all_met().unwrap();
         let mut together = tensors(&["[ac]", "{a,c}"]).check().unwrap();
-        let selected = together.of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = together.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         // Not in one go: a MiB is between them.
         assert_eq!(ranges(&selected).len(), 2);
         assert!(matches!(together.all_met(), Err(Error::NoSuchTensor(missed)) if missed == "[ac]"));
-        let close = tensors(&["{c,d}"]).check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+        let close = tensors(&["{c,d}"]).check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         assert_eq!(ranges(&close), [(at("c").start / BLOCK * BLOCK..bytes, 0)]);
     }
 
     #[test]
     fn what_is_asked_for_first_comes_first() {
         let (map, bytes) = model(&[&[1 << 20], &[1 << 20], &[1 << 20]]);
-        let selected = tensors(&["c", "*"]).check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = tensors(&["c", "*"]).check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         let order: Vec<_> =
             selected.tensors.as_ref().unwrap().list().iter().map(|chosen| (chosen.position, chosen.class)).collect();
         assert_eq!(order, [(2, 0), (0, 1), (1, 1)]);
@@ -497,7 +546,7 @@ mod tests {
             let mut seen = Vec::new();
             for rank in 0..4 {
                 let select = Select { shard: Some(Shard { rank, world_size: 4, dim: Some(dim) }), ..Select::default() };
-                let selected = select.check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+                let selected = select.check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
                 let a = &selected.tensors.as_ref().unwrap().list()[0];
                 assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<u64>());
                 seen.extend(a.part.rows.iter().flatten());
@@ -514,7 +563,7 @@ mod tests {
             }
         }
         let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
-        let selected = whole.check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = whole.check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "all of it is in one place");
     }
 
@@ -538,7 +587,7 @@ mod tests {
         let mut at = 0;
         for rank in 0..3 {
             let select = Select { shard: Some(Shard { rank, world_size: 3, dim: None }), ..Select::default() };
-            let selected = select.check().unwrap().of_file(None, &(0..100_001), 100_001, BLOCK).unwrap();
+            let selected = select.check().unwrap().of_file(None, all, &(0..100_001), 100_001, BLOCK).unwrap();
             let span = &selected.spans[0].range;
             assert_eq!((span.start, span.start % BLOCK), (at, 0));
             assert_eq!(selected.wanted_bytes, span.end - span.start);
@@ -559,8 +608,8 @@ mod tests {
         assert!(says(tensors(&[])).contains("empty list"));
         assert!(says(tensors(&["{"])).contains("no pattern"));
         let mut range = Select { range: Some(5..9), ..Select::default() }.check().unwrap();
-        assert!(range.of_file(None, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
-        assert!(tensors(&["a"]).check().unwrap().of_file(None, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors"));
+        assert!(range.of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
+        assert!(tensors(&["a"]).check().unwrap().of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors"));
     }
 
     proptest! {
@@ -576,8 +625,8 @@ mod tests {
             let (map, bytes) = model(&shapes);
             let names: Vec<String> = picks.iter().map(|pick| char::from(b'a' + u8::try_from(pick % lens.len()).unwrap()).to_string()).collect();
             let shard = dim.map(|dim| Shard { rank, world_size: 3, dim: Some(dim) });
-            let select = Select { tensors: Some(names), shard, range: None };
-            let selected = select.check().unwrap().of_file(Some(&map), &(0..bytes), bytes, BLOCK).unwrap();
+            let select = Select { tensors: Some(names), shard, range: None, by_name: false };
+            let selected = select.check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
             for pair in selected.spans.windows(2) {
                 prop_assert!(pair[0].class < pair[1].class || pair[0].range.end < pair[1].range.start);
             }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::convert::to_usize;
 use crate::error::{Error, Result};
-use crate::loader::LoaderBuilder;
 use crate::foreign::Foreign;
+use crate::loader::LoaderBuilder;
 use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::plan::Layout;
 use crate::ring::StagingBudget;
@@ -127,6 +127,8 @@ pub struct LoadOptions {
     pub(crate) select: Select,
     pub(crate) importer: ImporterLimits,
     pub(crate) priority: Priority,
+    pub(crate) allow_missing: bool,
+    pub(crate) as_one_file: bool,
 }
 
 /// What an importer of segments can map: a driver, an NPU, a codec. See [`LoadOptions::importer`]. All of it is unlimited by
@@ -169,6 +171,8 @@ impl Default for LoadOptions {
             select: Select::default(),
             importer: ImporterLimits::default(),
             priority: Priority::Normal,
+            allow_missing: false,
+            as_one_file: false,
         }
     }
 }
@@ -184,6 +188,31 @@ impl LoadOptions {
     #[must_use]
     pub fn tensors<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
         self.select.tensors = Some(patterns.into_iter().map(Into::into).collect());
+        self.select.by_name = false;
+        self
+    }
+
+    /// The same by names as they are, which may have characters of patterns in them: `layers[0].w`, `a*b`.
+    #[must_use]
+    pub fn tensor_names<T: Into<String>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
+        self = self.tensors(names);
+        self.select.by_name = true;
+        self
+    }
+
+    /// Loads what is there of models of which files are missing, or have no bytes, rather than failing with
+    /// [`crate::Error::Incomplete`]; the report notes what is missing. Default: false.
+    #[must_use]
+    pub fn allow_missing(mut self, allow: bool) -> Self {
+        self.allow_missing = allow;
+        self
+    }
+
+    /// Takes the path of a file for that one file, whatever it is a part of: a part of a split GGUF model comes without the
+    /// others, and an index is JSON. Default: false.
+    #[must_use]
+    pub fn as_one_file(mut self, alone: bool) -> Self {
+        self.as_one_file = alone;
         self
     }
 

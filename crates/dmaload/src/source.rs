@@ -24,6 +24,8 @@ use crate::route::{Attempt, Route};
 #[derive(Debug, Clone)]
 pub(crate) struct Source {
     pub(crate) path: Arc<PathBuf>,
+    /// Which of the inputs it is of: the files of one input are one model, where a name is in one file.
+    pub(crate) model: usize,
     /// The index of a model of several files, and the name that this file has in it.
     pub(crate) index: Option<(Arc<Index>, String)>,
     /// The part of the file that is the model; all of it without.
@@ -39,7 +41,7 @@ pub(crate) enum Input {
 
 impl Source {
     pub(crate) fn file(path: PathBuf) -> Self {
-        Source { path: Arc::new(path), index: None, part: None }
+        Source { path: Arc::new(path), model: 0, index: None, part: None }
     }
 
     pub(crate) fn of_index(path: PathBuf, index: Arc<Index>, name: String) -> Self {
@@ -52,6 +54,18 @@ impl Source {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         Source { part, ..Source::file(path.into()) }
+    }
+
+    /// The index that it is of, with that index's folder.
+    pub(crate) fn index_in_folder(&self) -> Option<(PathBuf, Arc<Index>)> {
+        let (index, name) = self.index.as_ref()?;
+        let folder = self.path.ancestors().nth(Path::new(name).components().count())?;
+        Some((folder.to_owned(), Arc::clone(index)))
+    }
+
+    /// Whether this file's tensor of that name is the model's: not where the index maps the name to another file.
+    pub(crate) fn owns(&self, tensor: &str) -> bool {
+        self.index.as_ref().is_none_or(|(index, name)| index.file_of(tensor).is_none_or(|file| file == name))
     }
 
     /// # Errors

@@ -204,3 +204,53 @@ async fn the_same_files_again_go_into_the_memory_of_the_first_load() {
     assert_files(&again, &contents, "again");
     assert_eq!(again.report().reused_bytes, bytes);
 }
+
+/// Adds a byte to a file when it has been read.
+#[derive(Debug)]
+struct Appending {
+    number: usize,
+    path: PathBuf,
+}
+
+impl Observer for Appending {
+    fn bytes(&self, file_index: usize, _offset: u64, _bytes: &[u8]) -> Result<(), Rejection> {
+        if file_index == self.number {
+            use std::io::Write;
+            fs::OpenOptions::new().append(true).open(&self.path).unwrap().write_all(b"x").unwrap();
+        }
+        Ok(())
+    }
+}
+
+/// A small model's header is not known when it is planned, and yet it has the length that its header says.
+#[tokio::test]
+async fn a_small_model_that_grew_fails_and_raw_bytes_that_grew_load() {
+    let header = r#"{"w":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
+    let model = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"abc"].concat();
+    let gguf = [&b"GGUF"[..], &3u32.to_le_bytes(), &[0; 16], &[0; 8]].concat();
+    for (name, bytes, fails) in
+        [("m.safetensors", &model, true), ("unnamed", &model, true), ("m.gguf", &gguf, true), ("m.bin", &vec![7; 5000], false)]
+    {
+        for (number, beside) in [(0, 0), (0, 3), (2, 3)] {
+            let folder = folder();
+            let mut contents: Vec<_> = (0..beside).map(|seed| random_bytes(5000, seed)).collect();
+            contents.insert(number, bytes.clone());
+            let mut paths = written(folder.path(), &contents);
+            let grown = folder.path().join(name);
+            fs::rename(&paths[number], &grown).unwrap();
+            paths[number].clone_from(&grown);
+            let loader = loader();
+            let options = loader.options().observer(Arc::new(Appending { number, path: grown.clone() }));
+            match loader.load_with(&paths, options).await {
+                Ok(image) => {
+                    assert!(!fails, "{name} {number} of {beside}");
+                    assert_files(&image, &contents, name);
+                }
+                Err(error) => {
+                    let grew = matches!(&error, Error::Changed { path, change: "it grew" } if *path == grown);
+                    assert!(fails && grew, "{name} {number} of {beside}: {error}");
+                }
+            }
+        }
+    }
+}

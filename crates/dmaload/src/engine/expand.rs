@@ -1,5 +1,6 @@
 //! From what was asked for to files: folders and indices of models, GGUF files that were split.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,187 +8,394 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::folder::{self, Folder};
+use super::missing::{self, Missing};
 use super::open::or_foreign;
 use crate::error::{Error, Result};
-use crate::model::index::{self, Index};
+use crate::model::index::{self, Index, Named};
+use crate::model::parts::PartName;
 use crate::model::{LOOKED_AT_BYTES, ModelError};
-use crate::settings::Format;
+use crate::select::Selector;
+use crate::settings::{Format, LoadOptions};
 use crate::source::{Input, OpenFile, Source};
 
-/// What a model of one file is called in a folder that model hubs have made.
-const MODEL: &str = "model.safetensors";
-
-/// The files of all paths, in the order in which they are loaded.
-///
-/// # Errors
-/// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`].
-pub(crate) fn files(asked: &[Input], format: Format) -> Result<Vec<Source>> {
-    let mut files = Vec::new();
-    for input in asked {
-        let path = match input {
-            Input::Path(path) => path,
-            Input::Open { file, part } => {
-                files.push(Source::open(file, part.clone()));
-                continue;
-            }
-        };
-        // What can't be looked at is told by whoever opens it.
-        if fs::metadata(path).is_ok_and(|about| about.is_dir()) && format != Format::Raw {
-            of_folder(path, format, &mut files)?;
-        } else if is_named(path, index::SUFFIX) && matches!(format, Format::Auto | Format::Safetensors) {
-            of_index(path, &mut files)?;
-        } else if let Some(parts) = split_parts(path).filter(|_| asked.len() == 1 && format != Format::Raw) {
-            files.extend(parts.into_iter().map(Source::file));
-        } else {
-            files.push(Source::file(path.clone()));
-        }
-    }
-    Ok(files)
+/// The files of a load, in the order in which they are loaded.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) sources: Vec<Source>,
+    /// What the report is to say of the choice.
+    pub(crate) notes: Vec<String>,
 }
 
-fn is_named(path: &Path, end: &str) -> bool {
-    path.file_name().is_some_and(|name| name.as_encoded_bytes().ends_with(end.as_bytes()))
+/// What decides which files are loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Choice<'a> {
+    pub(crate) format: Format,
+    /// Missing parts are left out.
+    pub(crate) allow_missing: bool,
+    /// A path is the file that it names, and nothing else.
+    pub(crate) as_one_file: bool,
+    /// What is read of the tensors; `None` for all of them.
+    pub(crate) selector: Option<&'a Selector>,
+}
+
+impl<'a> Choice<'a> {
+    pub(crate) fn of(options: &LoadOptions, selector: Option<&'a Selector>) -> Self {
+        let LoadOptions { format, allow_missing, as_one_file, .. } = *options;
+        Choice { format, allow_missing, as_one_file, selector }
+    }
+}
+
+/// Finds the files of all inputs.
+///
+/// # Errors
+/// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`]; [`Error::Incomplete`].
+pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
+    let mut found = Found::default();
+    for (model, input) in asked.iter().enumerate() {
+        let before = found.sources.len();
+        match input {
+            Input::Open { file, part } => found.sources.push(Source::open(file, part.clone())),
+            Input::Path(path) => of_path(path, asked.len() == 1, choice, &mut found)?,
+        }
+        found.sources.iter_mut().skip(before).for_each(|source| source.model = model);
+    }
+    Ok(found)
+}
+
+fn of_path(path: &Path, alone: bool, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+    let Choice { format, as_one_file, .. } = choice;
+    let own = Source::file(path.to_owned());
+    if format == Format::Raw {
+        found.sources.push(own);
+        return Ok(());
+    }
+    // A path that can't be looked at is an error of whoever opens it.
+    let about = fs::metadata(path).ok();
+    if about.as_ref().is_some_and(fs::Metadata::is_dir) {
+        return of_folder(path, choice, found);
+    }
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if as_one_file {
+        found.sources.push(own);
+    } else if let Some(named) = index::named(name).filter(|_| format != Format::Gguf) {
+        return of_named_index(path, named, choice, found);
+    } else if let Some(part) = PartName::parse(name).filter(|part| alone && part.is_gguf_split()) {
+        return of_split(path, part, choice, found);
+    } else {
+        if alone && format == Format::Auto && about.is_some_and(|about| about.is_file()) {
+            refuse_hidden_index(path)?;
+        }
+        found.sources.push(own);
+    }
+    Ok(())
+}
+
+/// A file with the name of an index.
+fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+    match named {
+        Named::Safetensors => of_index(path, &read_index(path)?, choice, found),
+        Named::Other if choice.format == Format::Auto => {
+            let reason = "is the index of a model in pickled files, which are not read: convert it to safetensors";
+            Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() })
+        }
+        Named::Unsaid if choice.format == Format::Auto => match read_index(path) {
+            Ok(index) if is_of_safetensors(&index) => of_index(path, &index, choice, found),
+            // JSON of another kind, which is raw bytes.
+            Ok(_) | Err(Error::Model { .. }) => {
+                found.sources.push(Source::file(path.to_owned()));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        },
+        Named::Other | Named::Unsaid => {
+            found.sources.push(Source::file(path.to_owned()));
+            Ok(())
+        }
+    }
+}
+
+fn is_of_safetensors(index: &Index) -> bool {
+    let mut files = index.files().peekable();
+    files.peek().is_some() && files.all(folder::is_safetensors_name)
+}
+
+/// An index under a name that doesn't say so, such as a blob of a model cache, would be loaded as the bytes of its text.
+fn refuse_hidden_index(path: &Path) -> Result<()> {
+    // Other formats have extensions of their own.
+    if path.extension().is_some_and(|extension| extension != "json") {
+        return Ok(());
+    }
+    let Ok(file) = OpenFile::open(path) else { return Ok(()) };
+    let mut first = [0; 1];
+    let is_json =
+        (1..=index::LIMIT_BYTES).contains(&file.identity.bytes) && file.read_exact(&mut first, 0).is_ok() && first == *b"{";
+    if is_json && read_index(path).is_ok_and(|index| is_of_safetensors(&index)) {
+        let reason = "is the index of a model, under a name that doesn't say so: load the folder of its files, or \
+                      this index by a name that ends in .safetensors.index.json";
+        return Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() });
+    }
+    Ok(())
 }
 
 /// The model in a folder: by its index, by the usual name, or all files of a format.
-fn of_folder(folder: &Path, format: Format, files: &mut Vec<Source>) -> Result<()> {
-    let failed = |error: io::Error| file_error(folder, "list", &error);
-    let mut names = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        // What begins with a dot is hidden on purpose, or left behind by other systems.
-        if !path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
-            names.push(path);
+fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+    let folder = Folder::read(path)?;
+    if choice.format != Format::Gguf {
+        if let Some(name) = folder.index(&mut found.notes)? {
+            let path = path.join(name);
+            return of_index(&path, &read_index(&path)?, choice, found);
         }
-    }
-    names.sort();
-    let of = |end: &str| names.iter().filter(|path| is_named(path, end)).cloned().collect::<Vec<_>>();
-    let no_model = |reason: String| Error::NoModel { path: folder.to_owned(), reason };
-    if format != Format::Gguf {
-        match of(index::SUFFIX).as_slice() {
-            [] => {}
-            [only] => return of_index(only, files),
-            several => return Err(no_model(format!("has {} models, each with an index: name one of these", several.len()))),
-        }
-        let found = of(".safetensors");
-        let usual = found.iter().find(|path| is_named(path, MODEL) && path.file_name().is_some_and(|name| name == MODEL));
-        if let Some(usual) = usual {
-            files.push(Source::file(usual.clone()));
-            return Ok(());
-        }
-        if !found.is_empty() {
-            files.extend(found.into_iter().map(Source::file));
+        let names = folder.safetensors();
+        if !names.is_empty() {
+            let (kept, missing) = folder.check(&names, &mut found.notes);
+            // Files that were found without any order between them are all the model has to say of itself.
+            allowed(&missing, kept.len(), choice, found, |why| {
+                let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
+                Error::Incomplete { path: path.to_owned(), reason }
+            })?;
+            found.sources.extend(kept.into_iter().map(|name| Source::file(folder.path_of(name))));
             return Ok(());
         }
     }
-    if format != Format::Safetensors {
-        let found = of(".gguf");
-        if let Some(first) = found.first() {
-            let parts = split_parts(first).unwrap_or_else(|| vec![first.clone()]);
-            if !found.iter().all(|path| parts.contains(path)) {
-                return Err(no_model(format!("has {} GGUF files that are no parts of one model: name one of them", found.len())));
+    if choice.format != Format::Safetensors {
+        let names = folder.gguf();
+        if let Some(first) = names.first() {
+            let part = PartName::parse(first).filter(PartName::is_gguf_split);
+            let is_of_it =
+                |name: &&str| part.zip(PartName::parse(name)).map_or(*name == *first, |(part, own)| part.is_with(&own));
+            if !names.iter().all(is_of_it) {
+                let reason = format!(
+                    "has {} GGUF files that are not parts of one model: name one of {}",
+                    names.len(),
+                    missing::quoted(names.iter().copied())
+                );
+                return Err(Error::NoModel { path: path.to_owned(), reason });
             }
-            files.extend(parts.into_iter().map(Source::file));
-            return Ok(());
+            return match part {
+                Some(part) => of_split(&path.join(first), part, choice, found),
+                None => {
+                    found.sources.push(Source::file(folder.path_of(first)));
+                    Ok(())
+                }
+            };
         }
     }
-    Err(no_model("is a directory without a model: no *.safetensors.index.json, *.safetensors or *.gguf in it".to_owned()))
+    Err(folder.no_model(choice.format))
 }
 
-fn of_index(path: &Path, files: &mut Vec<Source>) -> Result<()> {
-    // Not a FIFO that nobody writes to, and not without end.
+fn read_index(path: &Path) -> Result<Index> {
+    // Not a FIFO without a writer, and not without end.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {
         let reason = format!("it has {bytes} bytes, more than the {} allowed", index::LIMIT_BYTES);
         return Err(Error::Model { path: path.to_owned(), fault: ModelError::Index { offset: 0, reason } });
     }
-    let mut json = vec![0; usize::try_from(bytes).unwrap_or(0)];
+    let mut json = vec![0; usize::try_from(bytes).expect("an index is shorter than its limit")];
     file.read_exact(&mut json, 0)?;
-    let index = Index::parse(&json).map_err(|fault| {
+    Index::parse(&json).map_err(|fault| {
         let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(&json), bytes);
         file.blame_change(&file.identity, Error::Model { path: path.to_owned(), fault })
-    });
-    let index = Arc::new(index?);
+    })
+}
+
+/// The files that an index names, or those of them that have what is asked for.
+fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
-    let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
-    files.extend(index.files().map(of_shard));
-    if index.files().next().is_none() {
-        return Err(Error::NoModel { path: path.to_owned(), reason: "names no files".to_owned() });
+    let all = index.files().count();
+    if all == 0 {
+        let reason = "names no files: its \"weight_map\" is empty".to_owned();
+        return Err(Error::NoModel { path: path.to_owned(), reason });
     }
+    let needed = needed_files(index, choice.selector);
+    let index = Arc::new(index.clone());
+    let (mut kept, mut missing) = (Vec::new(), Vec::new());
+    for name in index.files() {
+        let is_needed = match &needed {
+            Needed::All => true,
+            Needed::Some(names) | Needed::First(names) => names.contains(name),
+        };
+        if !is_needed && matches!(needed, Needed::Some(_)) {
+            continue;
+        }
+        match Missing::look(&folder.join(name), name) {
+            None => kept.push(name),
+            Some(lacking) if is_needed => missing.push(lacking),
+            // It may have had what the index doesn't know. Whoever asks for that is told that nothing has it.
+            Some(_) => {}
+        }
+    }
+    allowed(&missing, kept.len(), choice, found, |why| {
+        let stale = missing::left_over(folder, &index, missing.len() == all);
+        let reason = format!("the index names {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
+        Error::Incomplete { path: path.to_owned(), reason }
+    })?;
+    found.notes.extend(missing::others(folder, &index));
+    let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
+    found.sources.extend(kept.into_iter().map(of_shard));
     Ok(())
 }
 
-/// All parts of a GGUF model that was split, if this is one of them: `NAME-00001-of-00003.gguf`.
-fn split_parts(path: &Path) -> Option<Vec<PathBuf>> {
-    let name = path.file_name()?.to_str()?.strip_suffix(".gguf")?;
-    let (rest, count) = name.rsplit_once("-of-")?;
-    let (name, number) = rest.rsplit_once('-')?;
-    let parsed = |digits: &str| digits.parse::<u32>().ok().filter(|_| digits.len() == 5);
-    let (number, count) = (parsed(number)?, parsed(count)?);
-    (1..=count)
-        .contains(&number)
-        .then(|| (1..=count).map(|number| path.with_file_name(format!("{name}-{number:05}-of-{count:05}.gguf"))).collect())
+/// Which files of an index a selection needs.
+#[derive(Debug)]
+enum Needed<'a> {
+    All,
+    /// These, and no other has what is asked for.
+    Some(HashSet<&'a str>),
+    /// These; others may have what the index doesn't know, and are looked at where they are there.
+    First(HashSet<&'a str>),
 }
 
-fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
+fn needed_files<'a>(index: &'a Index, selector: Option<&Selector>) -> Needed<'a> {
+    let Some(selector) = selector.filter(|selector| selector.has_patterns()) else { return Needed::All };
+    let mut files = HashSet::new();
+    let all_met = selector.meets(index.tensors(), |file| _ = files.insert(file));
+    if all_met { Needed::Some(files) } else { Needed::First(files) }
+}
+
+/// All parts of a GGUF model that was split: `NAME-00001-of-00003.gguf`.
+fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let (mut kept, mut missing) = (Vec::new(), Vec::new());
+    for number in 1..=part.count {
+        let name = part.of_number(number);
+        match Missing::look(&folder.join(&name), &name) {
+            None => kept.push(name),
+            Some(lacking) => missing.push(lacking),
+        }
+    }
+    if kept.is_empty() && fs::symlink_metadata(path).is_err() {
+        // Not a part of anything, but a wrong path.
+        found.sources.push(Source::file(path.to_owned()));
+        return Ok(());
+    }
+    allowed(&missing, kept.len(), choice, found, |why| Error::Incomplete {
+        path: path.to_owned(),
+        reason: format!("{} of {} parts of the model can be loaded, {why}", kept.len(), part.count),
+    })?;
+    found.sources.extend(kept.into_iter().map(|name| Source::file(path.with_file_name(name))));
+    Ok(())
+}
+
+/// Whether these files may be missing; that they are is noted.
+fn allowed(
+    missing: &[Missing],
+    kept: usize,
+    choice: Choice<'_>,
+    found: &mut Found,
+    error: impl FnOnce(String) -> Error,
+) -> Result<()> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let why = missing::described(missing);
+    if !choice.allow_missing || kept == 0 {
+        return Err(error(why));
+    }
+    found.notes.push(format!("the model is not complete, which was allowed: {why}"));
+    Ok(())
+}
+
+pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
     let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
     Error::File { path: path.to_owned(), operation, errno }
+}
+
+/// The one path that the caller has named, where others were found with it.
+pub(super) fn named_among(asked: &[Input], sources: &[Source]) -> Option<usize> {
+    let [Input::Path(path)] = asked else { return None };
+    let named: &PathBuf = path;
+    sources.iter().position(|source| source.path.as_ref() == named).filter(|_| sources.len() > 1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const CHOICE: Choice<'static> = Choice { format: Format::Auto, allow_missing: false, as_one_file: false, selector: None };
+
     fn folder(names: &[&str]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         for name in names {
-            fs::write(
-                folder.path().join(name),
-                if name.ends_with(".json") { r#"{"weight_map":{"a":"b.safetensors"}}"# } else { "" },
-            )
-            .unwrap();
+            let content = if name.ends_with(".json") { r#"{"weight_map":{"a":"b.safetensors"}}"# } else { "x" };
+            fs::write(folder.path().join(name), if name.starts_with("empty") { "" } else { content }).unwrap();
         }
         folder
     }
 
-    fn found(names: &[&str], format: Format) -> Result<Vec<String>> {
+    fn found(names: &[&str], choice: Choice<'_>) -> Result<Vec<String>> {
         let folder = folder(names);
-        let files = files(&[Input::Path(folder.path().to_owned())], format)?;
+        let files = files(&[Input::Path(folder.path().to_owned())], choice)?.sources;
         let name = |source: &Source| source.path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
         Ok(files.iter().map(name).collect())
     }
 
     #[test]
     fn a_folder_is_the_model_in_it() {
-        let of = |names: &[&str]| found(names, Format::Auto).unwrap();
-        assert_eq!(of(&["model.safetensors.index.json", "a.safetensors", "x.gguf"]), ["b.safetensors"]);
+        let of = |names: &[&str]| found(names, CHOICE).unwrap();
+        let index = "model.safetensors.index.json";
+        assert_eq!(of(&[index, "a.safetensors", "b.safetensors", "x.gguf"]), ["b.safetensors"]);
+        assert_eq!(of(&["model.safetensors.index.fp16.json", "a.safetensors", "b.safetensors"]), ["b.safetensors"]);
+        assert_eq!(of(&["model.safetensors.fp16.index.json", index, "b.safetensors"]), ["b.safetensors"]);
         assert_eq!(of(&["model.safetensors", "adapter.safetensors"]), ["model.safetensors"]);
         assert_eq!(of(&["b.safetensors", "a.safetensors", "._a.safetensors", "c.txt"]), ["a.safetensors", "b.safetensors"]);
+        assert_eq!(of(&["M.SAFETENSORS", "pytorch_model.bin.index.json"]), ["M.SAFETENSORS"]);
         assert_eq!(of(&["m-00002-of-00002.gguf", "m-00001-of-00002.gguf"]), ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
-        assert_eq!(found(&["model.safetensors", "x.gguf"], Format::Gguf).unwrap(), ["x.gguf"]);
+        assert_eq!(of(&["m-00000-of-00002.safetensors", "m-00001-of-00002.safetensors"]).len(), 2, "counted from 0");
+        let gguf = Choice { format: Format::Gguf, ..CHOICE };
+        assert_eq!(found(&["model.safetensors", "x.gguf"], gguf).unwrap(), ["x.gguf"]);
     }
 
     #[test]
     fn a_folder_without_a_model_or_with_several_says_so() {
-        let says = |names: &[&str]| found(names, Format::Auto).unwrap_err().to_string();
+        let says = |names: &[&str]| found(names, CHOICE).unwrap_err().to_string();
         assert!(says(&["a.bin"]).contains("without a model"));
-        assert!(says(&["a.gguf", "b.gguf"]).contains("2 GGUF files"));
-        assert!(says(&["a.safetensors.index.json", "b.safetensors.index.json"]).contains("2 models"));
+        assert!(
+            says(&["a.gguf", "b.gguf"])
+                .contains(r#"2 GGUF files that are not parts of one model: name one of "a.gguf", "b.gguf""#)
+        );
+        let two = says(&["a.safetensors.index.json", "b.safetensors.index.json"]);
+        assert!(two.contains(r#"name one of "a.safetensors.index.json", "b.safetensors.index.json""#), "{two}");
         // As raw bytes a folder is none: whoever opens it says that.
-        assert_eq!(found(&["a.bin"], Format::Raw).unwrap(), [""]);
+        assert_eq!(found(&["a.bin"], Choice { format: Format::Raw, ..CHOICE }).unwrap(), [""]);
+    }
+
+    #[test]
+    fn missing_parts_are_named_unless_they_are_allowed() {
+        for (names, expected, kept) in [
+            (&["m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"][..], "\"m-00002-of-00003.safetensors\"", 2),
+            (&["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors.part"], "is an unfinished download", 1),
+            (&["m-1-of-2.fp16.safetensors"], "\"m-2-of-2.fp16.safetensors\"", 1),
+            (&["m-00001-of-000002.safetensors", "other.safetensors"], "\"m-00002-of-000002.safetensors\"", 2),
+            (&["a.safetensors", "empty.safetensors"], "\"empty.safetensors\" (it has 0 bytes)", 1),
+            (&["m-00002-of-00002.gguf"], "\"m-00001-of-00002.gguf\"", 1),
+            (&["empty-00001-of-00002.gguf", "empty-00002-of-00002.gguf"], "2 are missing", 0),
+            (&["empty.safetensors"], "1 is missing", 0),
+            (&["model.safetensors.index.json"], "the index names 1 file, 1 is missing: \"b.safetensors\"", 0),
+        ] {
+            let error = found(names, CHOICE).unwrap_err();
+            assert!(matches!(error, Error::Incomplete { .. }), "{names:?}: {error}");
+            assert!(error.to_string().contains(expected), "{names:?}: {error}");
+            let allowed = found(names, Choice { allow_missing: true, ..CHOICE });
+            assert_eq!(allowed.as_ref().map_or(0, Vec::len), kept, "{names:?}: {allowed:?}");
+        }
     }
 
     #[test]
     fn a_part_of_a_split_model_is_all_of_it_unless_several_were_named() {
-        let path = |name: &str| PathBuf::from("/m").join(name);
-        let names = |asked: &[&str]| {
-            files(&asked.iter().map(|name| Input::Path(path(name))).collect::<Vec<_>>(), Format::Auto).unwrap().len()
+        let folder = folder(&["a-00001-of-00003.gguf", "a-00002-of-00003.gguf", "a-00003-of-00003.gguf"]);
+        let names = |asked: &[&str], choice| {
+            let asked: Vec<_> = asked.iter().map(|name| Input::Path(folder.path().join(name))).collect();
+            files(&asked, choice).unwrap().sources.len()
         };
-        assert_eq!(names(&["a-00002-of-00003.gguf"]), 3);
-        assert_eq!(names(&["a-00002-of-00003.gguf", "a-00001-of-00003.gguf"]), 2);
-        for other in ["a-2-of-3.gguf", "a-00004-of-00003.gguf", "a-00000-of-00003.gguf", "-of-.gguf", "a.gguf"] {
-            assert_eq!(names(&[other]), 1, "{other}");
+        assert_eq!(names(&["a-00002-of-00003.gguf"], CHOICE), 3);
+        assert_eq!(names(&["a-00002-of-00003.gguf"], Choice { as_one_file: true, ..CHOICE }), 1);
+        assert_eq!(names(&["a-00002-of-00003.gguf", "a-00001-of-00003.gguf"], CHOICE), 2);
+        for other in
+            ["b-00001-of-00002.gguf", "a-2-of-3.gguf", "a-00004-of-00003.gguf", "a-00000-of-00003.gguf", "-of-.gguf", "a.gguf"]
+        {
+            assert_eq!(names(&[other], CHOICE), 1, "{other}");
         }
     }
 }

@@ -17,15 +17,19 @@ mod allocate;
 mod allowance;
 mod descriptors;
 mod expand;
+mod folder;
 mod jobs;
+mod missing;
 mod open;
 mod teller;
+mod whole;
 
-pub(crate) use expand::files as model_files;
+pub(crate) use expand::{Choice, Found, files as model_files};
 use jobs::Jobs;
 use open::find_header;
 pub(crate) use open::read_header;
 use teller::Message;
+pub(crate) use whole::check_whole;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -621,8 +625,10 @@ impl Engine {
         match checked {
             Ok(tensors) => {
                 drop(open);
-                load.file_checked(file, tensors.map(Arc::new));
-                self.tell_of(load);
+                match load.file_checked(file, tensors.map(Arc::new)) {
+                    Ok(()) => self.tell_of(load),
+                    Err(error) => self.fail(load, error),
+                }
             }
             Err(error) => self.fail(load, error),
         }

@@ -1,13 +1,13 @@
 //! The first job of a load: opening its large files and reading their headers, looking at its small ones, planning.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use dmabuf::{AddressRange, printable};
 
-use super::{Engine, HeapCode, descriptors, expand};
+use super::{Choice, Engine, Found, HeapCode, descriptors, expand};
 use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::foreign;
@@ -22,7 +22,7 @@ use crate::plan::{BATCH_BYTES, Layout, MOST_PIECES, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
-use crate::select::{Selected, Selector, by_tensors};
+use crate::select::{ChosenTensors, Selected, Selector, by_tensors};
 use crate::settings::{Cache, Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions};
 use crate::source::{OpenFile, Source, look_at};
 
@@ -136,7 +136,10 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
     let limits = limits.chain(part_of_room).min();
-    load.found(expand::files(&load.asked(), options.format)?);
+    let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
+    let Found { sources, notes } = expand::files(&load.asked(), Choice::of(options, selector.as_ref()))?;
+    notes.into_iter().for_each(|note| load.note(Some(note)));
+    load.found(sources);
     let mut segment_bytes = options.segment_bytes_within(limits);
     if load.keep && !at_once && options.segment_bytes.is_none() && options.layout != Layout::Single {
         segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
@@ -149,7 +152,6 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let heap_most = limit.as_ref().map_or(u64::MAX, |limit| limit.bytes);
     let single_bytes = options.importer.max_segment_bytes.min(heap_most).min(memory_limit_bytes);
     let (mut files, mut spans, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), Vec::new(), 0);
-    let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
     let route = starting_route(load)?;
     for (index, source) in load.sources().iter().enumerate() {
         if load.is_over() {
@@ -164,9 +166,15 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         spans.extend(own.into_iter().map(|span| Span { file: index, ..span }));
         fallbacks.extend(fallback);
     }
-    if let Some(selector) = selector {
+    if let Some(selector) = &selector {
         selector.all_met()?;
         load.note(selector.note());
+    }
+    // Of small files the headers are read later, and of ranges of bytes never.
+    let is_read = selector.as_ref().is_none_or(Selector::needs_tensors);
+    if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
+        let maps = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
+        load.check_whole(maps)?;
     }
     // What was asked for first is read first, of whatever file it is.
     spans.sort_by_key(|span| span.class);
@@ -274,9 +282,20 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
     let lengths: Vec<_> =
         load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
+    let named = expand::named_among(&load.asked(), load.sources());
     // Its code is the caller's.
-    let begun = foreign::call(|| (verify.0.describe(), verify.0.begin(&lengths, load.options.format)));
-    let (described, observer) = begun.map_err(|message| Error::Panicked { code: VERIFIER.to_owned(), message })?;
+    let begun = foreign::call(|| match named {
+        Some(named) => {
+            let observer = verify.0.begin_for(&lengths, named, load.options.format);
+            (verify.0.describe(), observer, verify.0.is_of_one_file())
+        }
+        None => (verify.0.describe(), verify.0.begin(&lengths, load.options.format), false),
+    });
+    let (described, observer, is_of_one_file) =
+        begun.map_err(|message| Error::Panicked { code: VERIFIER.to_owned(), message })?;
+    if let Some((path, _)) = named.and_then(|named| lengths.get(named)).filter(|_| is_of_one_file) {
+        load.note(Some(format!("of {} files, only {} was verified", lengths.len(), printable::path(path))));
+    }
     assert!(load.verified.set(described).is_ok(), "a load is planned once");
     observation.watch.verify_by(observer?);
     Ok(())
@@ -341,9 +360,12 @@ fn plan_file(
     // Of a cut by bytes, tensors serve to say which ones it splits.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {
-        Some(selector) => selector.of_file(map.as_deref(), &part, bytes, alignment_bytes),
+        Some(selector) => selector.of_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
         None if source.part.is_some() => Ok(Selected::of_range(part.clone(), bytes, alignment_bytes)),
-        None => Ok(Selected::whole(bytes)),
+        None => {
+            let tensors = map.as_deref().and_then(|map| ChosenTensors::owned(map, |name| source.owns(name)));
+            Ok(Selected { tensors: tensors.map(Arc::new), ..Selected::whole(bytes) })
+        }
     };
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
     if let (Some(selector), Some(map)) = (selector, &cut) {
@@ -433,6 +455,21 @@ pub(super) fn route_for(
     Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
 }
 
+/// Refuses a file without bytes that is to be a model, by its name or by what the caller says.
+fn refuse_empty_model(path: &Path, format: Format) -> Result<()> {
+    let is_model = match format {
+        Format::Raw => false,
+        Format::Auto => is_named(path, "safetensors") || is_named(path, "gguf"),
+        _ => true,
+    };
+    if is_model { Err(Error::Model { path: path.to_owned(), fault: ModelError::Empty }) } else { Ok(()) }
+}
+
+/// Whether a file has this extension, in either case.
+fn is_named(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
+}
+
 /// Reads and checks the header of the model in this part of a file; `None` for raw bytes.
 pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
     parse_header(file, part, format).map_err(|error| file.blame_change(&file.identity, error))
@@ -441,9 +478,12 @@ pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> 
 fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
     let (bytes, base) = (part.end - part.start, part.start);
     let shifted = |map: TensorMap| map.shifted(base);
-    // An empty file has nothing to be wrong; whoever asks it for a tensor is told.
-    if format == Format::Raw || (format == Format::Auto && bytes == 0) {
+    if format == Format::Raw {
         return Ok(None);
+    }
+    // An empty file has nothing else to be wrong; whoever asks it for a tensor is told.
+    if bytes == 0 {
+        return refuse_empty_model(&file.path, format).map(|()| None);
     }
     let mut start = [0; SNIFFED_BYTES];
     let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("no more than there is room for");
@@ -515,7 +555,7 @@ const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
 /// Whether a file is to be read as GGUF: it looks like it, or somebody says that it is.
 fn is_gguf(file: &OpenFile, start: &[u8], format: Format) -> bool {
-    let named = file.path.extension() == Some(OsStr::new("gguf"));
+    let named = is_named(&file.path, "gguf");
     format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
 }
 
@@ -544,7 +584,7 @@ fn ends_within(bytes: u64, file_bytes: u64) -> ModelError {
 
 /// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
 fn header_bytes(file: &OpenFile, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
-    let named = file.path.extension() == Some(OsStr::new("safetensors"));
+    let named = is_named(&file.path, "safetensors");
     match sniff(start, file_bytes, named || format == Format::Safetensors) {
         Sniff::Safetensors { header_bytes } => Ok(Some(header_bytes)),
         Sniff::Broken { error } => Err(error),

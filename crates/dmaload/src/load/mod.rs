@@ -22,6 +22,7 @@ pub(crate) use state::{Allocation, FilePlan, Follows, Handover, HeapFacts, LoadS
 use crate::engine::Guard;
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::model::index::Index;
 use crate::report::Report;
 use crate::segment::Segment;
 
@@ -50,6 +51,8 @@ pub(crate) struct FinishedFile {
     pub(crate) tensors: Option<Arc<FileTensors>>,
     /// Whether any byte of it was read.
     pub(crate) has_segments: bool,
+    /// The index that named it, with that index's folder.
+    pub(crate) index: Option<(PathBuf, Arc<Index>)>,
 }
 
 /// A load that is under way. It runs by itself, on the loader's threads, whether it is polled or not.

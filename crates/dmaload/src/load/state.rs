@@ -20,10 +20,12 @@ use tracing::field::Empty;
 
 use super::{Event, FileTensors};
 use crate::busy::BusyTime;
-use crate::error::Error;
+use crate::engine::check_whole;
+use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 use crate::memory::Backing;
 use crate::metrics::{LoadCounters, count};
+use crate::model::TensorMap;
 use crate::observe::{Observation, Watch};
 use crate::plan::{Batch, Piece, Plan};
 use crate::report::cpu_time;
@@ -278,6 +280,12 @@ impl LoadShared {
         }
     }
 
+    /// Checks that the files are whole models, once the tensors of all are known.
+    pub(crate) fn check_whole<'a>(&self, maps: impl Iterator<Item = Option<&'a TensorMap>>) -> Result<()> {
+        let files: Vec<_> = self.sources().iter().zip(maps).collect();
+        if self.options.as_one_file { Ok(()) } else { check_whole(&files, self.options.allow_missing) }
+    }
+
     /// These are the files.
     pub(crate) fn found(&self, sources: Vec<Source>) {
         let set = self.sources.set(sources);
@@ -423,9 +431,7 @@ impl LoadShared {
         let Some((number, segments, bytes)) = planned else { return };
         let (segment, segments) = (segments.start, segments.len());
         let parent = &*self.span;
-        let span = foreign::call(|| {
-            tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes)
-        });
+        let span = foreign::call(|| tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes));
         // A subscriber that panics concerns no load.
         let mut span = span.map_or_else(|_| no_span(), Foreign::new);
         // Of two workers one is first; the other one's span is dropped without the lock.
@@ -475,7 +481,11 @@ impl LoadShared {
         drop(state);
         if let Some(errno) = refused.map(dmabuf::errno::describe) {
             foreign::emit(|| {
-                tracing::warn!(load = self.id.0, errno, "2 MiB pages could not be had for all of the memory: small pages are slower");
+                tracing::warn!(
+                    load = self.id.0,
+                    errno,
+                    "2 MiB pages could not be had for all of the memory: small pages are slower"
+                );
             });
         }
     }

@@ -178,6 +178,12 @@ dtypes! {
     TQ2_0 = "TQ2_0", 256 in 66 bytes;
     /// 4-bit float with a common scale (OCP microscaling).
     MXFP4 = "MXFP4", 32 in 17 bytes;
+    /// 4-bit float with scales for 16 elements each (NVIDIA).
+    NVFP4 = "NVFP4", 64 in 36 bytes;
+    /// 1-bit, one scale.
+    Q1_0 = "Q1_0", 128 in 18 bytes;
+    /// 2-bit, one scale.
+    Q2_0 = "Q2_0", 64 in 18 bytes;
 }
 
 impl fmt::Display for DType {

@@ -363,7 +363,8 @@ pub enum ModelError {
     },
 
     /// The type of a tensor in a GGUF file is not known.
-    #[error("GGUF header, byte {offset}: tensor {} has the unknown type {found}", quote(.tensor))]
+    #[error("GGUF header, byte {offset}: tensor {} has type {found}, which is {}", quote(.tensor),
+        if is_removed_gguf_type(*.found) { "no longer part of GGUF" } else { "newer than this dmaload knows" })]
     GgufType {
         /// Where the tensor's entry begins.
         offset: u64,
@@ -394,6 +395,17 @@ pub enum ModelError {
         /// Where in the file the part begins that is wrong.
         offset: u64,
         /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A file in the name of a model has no bytes at all.
+    #[error("the file has 0 bytes: its download has not begun, or nothing could be written")]
+    Empty,
+
+    /// The parts of a split GGUF model contradict each other, or their names.
+    #[error("{}", printable::text(.reason))]
+    Split {
+        /// What does not agree.
         reason: String,
     },
 
@@ -438,7 +450,11 @@ impl ModelError {
             | ModelError::HeaderPastEnd { .. }
             | ModelError::PastEnd { .. }
             | ModelError::GgufCutShort { .. } => CUT_SHORT,
-            ModelError::GgufType { found: 4 | 5 | 31..=33 | 36..=38, .. } => {
+            ModelError::Empty => "fetch it again, or load it as plain bytes (the format raw)",
+            ModelError::Split { .. } => {
+                "the parts are not of one model, or were renamed: fetch them again, or load each as plain bytes (the format raw)"
+            }
+            ModelError::GgufType { found, .. } if is_removed_gguf_type(*found) => {
                 "this type was removed from ggml: convert the model again from its source, or load it as plain bytes (the format raw)"
             }
             ModelError::UnknownDType { .. } | ModelError::GgufType { .. } => NEWER,
@@ -490,6 +506,11 @@ fn is_big_endian(version: u32) -> bool {
 
 fn shown_version(version: u32) -> u32 {
     if is_big_endian(version) { version.swap_bytes() } else { version }
+}
+
+/// Whether ggml has had a type of this number, and has it no more.
+fn is_removed_gguf_type(number: u32) -> bool {
+    matches!(number, 4 | 5 | 31..=33 | 36..=38)
 }
 
 /// How many characters of a text from the file a message shows.

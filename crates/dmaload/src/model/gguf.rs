@@ -203,6 +203,9 @@ fn dtype(number: u32) -> Option<DType> {
         34 => DType::TQ1_0,
         35 => DType::TQ2_0,
         39 => DType::MXFP4,
+        40 => DType::NVFP4,
+        41 => DType::Q1_0,
+        42 => DType::Q2_0,
         _ => return None,
     })
 }

@@ -13,8 +13,37 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::error::{ModelError, shorten};
 use super::map::TensorMap;
 
-/// The end of an index's name.
+/// The end of an index's name, where the index is of no variant.
 pub const SUFFIX: &str = ".safetensors.index.json";
+
+/// What the name of an index says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named {
+    /// An index of safetensors files: `model.safetensors.index.json`, and of variants such as
+    /// `model.safetensors.index.fp16.json` and `model.safetensors.fp16.index.json`.
+    Safetensors,
+    /// An index of files in another format, `pytorch_model.bin.index.json`.
+    Other,
+    /// An index that doesn't say what it is of, `model.index.fp16.json`: only its content tells.
+    Unsaid,
+}
+
+/// What a file's name says of it; `None` unless it is that of an index.
+#[must_use]
+pub fn named(name: &str) -> Option<Named> {
+    let parts: Vec<String> = name.split('.').map(str::to_ascii_lowercase).collect();
+    let [_, words @ .., end] = parts.as_slice() else { return None };
+    let has = |word: &str| words.iter().any(|own| own == word);
+    if end != "json" || !has("index") {
+        None
+    } else if has("safetensors") {
+        Some(Named::Safetensors)
+    } else if ["bin", "pt", "pth", "ckpt", "h5", "msgpack"].into_iter().any(has) {
+        Some(Named::Other)
+    } else {
+        Some(Named::Unsaid)
+    }
+}
 
 /// The longest index that is read, in bytes: as for headers.
 pub const LIMIT_BYTES: u64 = super::safetensors::HEADER_LIMIT_BYTES;
@@ -24,6 +53,8 @@ pub const LIMIT_BYTES: u64 = super::safetensors::HEADER_LIMIT_BYTES;
 pub struct Index {
     /// By name.
     shards: Vec<Shard>,
+    /// Every tensor, by name: the shard, and the tensor's position in it.
+    by_tensor: Vec<(u32, u32)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +64,7 @@ struct Shard {
 }
 
 impl Index {
-    /// Reads an index.
+    /// Reads an index. Names of files are normalised: `./a`, `b/../a` and `a` are the same file.
     ///
     /// # Errors
     /// [`ModelError::Index`], also for a tensor that comes twice; [`ModelError::IndexLeavesFolder`] for the name of a file that is
@@ -43,31 +74,49 @@ impl Index {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?
             .weight_map;
+        // By the name as it is in the index: most tensors share it with the one before.
         let mut places: HashMap<String, usize> = HashMap::new();
+        let mut by_file: HashMap<String, usize> = HashMap::new();
         let mut shards: Vec<Shard> = Vec::new();
         for (tensor, name) in pairs {
             let place = match places.get(&name) {
                 Some(&place) => place,
                 None => {
-                    if !is_within(&name) {
-                        return Err(ModelError::IndexLeavesFolder { name });
-                    }
-                    shards.push(Shard { name: name.clone(), tensors: Vec::new() });
-                    places.insert(name, shards.len() - 1);
-                    shards.len() - 1
+                    let Some(file) = within(&name) else { return Err(ModelError::IndexLeavesFolder { name }) };
+                    let place = *by_file.entry(file).or_insert_with_key(|file| {
+                        shards.push(Shard { name: file.clone(), tensors: Vec::new() });
+                        shards.len() - 1
+                    });
+                    places.insert(name, place);
+                    place
                 }
             };
-            if let Some(shard) = shards.get_mut(place) {
-                shard.tensors.push(tensor);
-            }
+            shards[place].tensors.push(tensor);
         }
         shards.sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        let mut all: Vec<&String> = shards.iter().flat_map(|shard| &shard.tensors).collect();
-        all.sort_unstable();
-        if let Some(twice) = all.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(ModelError::DuplicateTensor { tensor: twice[0].clone() });
+        let mut by_tensor: Vec<(u32, u32)> = Vec::new();
+        for (shard, number) in shards.iter().zip(0..) {
+            by_tensor.extend((0..).take(shard.tensors.len()).map(|tensor| (number, tensor)));
         }
-        Ok(Index { shards })
+        let name = |&(shard, tensor): &(u32, u32)| shards[shard as usize].tensors[tensor as usize].as_str();
+        by_tensor.sort_unstable_by(|a, b| name(a).cmp(name(b)));
+        if let Some(twice) = by_tensor.windows(2).find(|pair| name(&pair[0]) == name(&pair[1])) {
+            return Err(ModelError::DuplicateTensor { tensor: name(&twice[0]).to_owned() });
+        }
+        Ok(Index { shards, by_tensor })
+    }
+
+    /// The name of the file that this tensor comes from; `None` where the index says nothing of it.
+    #[must_use]
+    pub fn file_of(&self, tensor: &str) -> Option<&str> {
+        let name = |&(shard, tensor): &(u32, u32)| self.shards[shard as usize].tensors[tensor as usize].as_str();
+        let found = self.by_tensor.binary_search_by(|place| name(place).cmp(tensor)).ok()?;
+        Some(&self.shards[self.by_tensor[found].0 as usize].name)
+    }
+
+    /// Every tensor, with the name of its file.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.shards.iter().flat_map(|shard| shard.tensors.iter().map(|tensor| (tensor.as_str(), shard.name.as_str())))
     }
 
     /// The names of the files, in their order, relative to the index's folder.
@@ -87,11 +136,19 @@ impl Index {
     }
 }
 
-/// Whether a name stays in its folder.
-fn is_within(name: &str) -> bool {
-    let mut parts = Path::new(name).components().peekable();
-    // `components` passes over a dot at the end, and over double slashes, which change nothing.
-    parts.peek().is_some() && !name.contains('\0') && parts.all(|part| matches!(part, Component::Normal(_)))
+/// The name of a file in the index's folder, without `.`, `..` and doubled slashes; `None` where it leaves the folder,
+/// or names none.
+fn within(name: &str) -> Option<String> {
+    let mut parts = Vec::new();
+    for part in Path::new(name).components() {
+        match part {
+            Component::Normal(part) => parts.push(part.to_str().expect("a part of a string is UTF-8")),
+            Component::CurDir => {}
+            Component::ParentDir => _ = parts.pop()?,
+            Component::RootDir | Component::Prefix(_) => return None,
+        }
+    }
+    (!parts.is_empty() && !name.contains('\0')).then(|| parts.join("/"))
 }
 
 fn offset_of(json: &[u8], error: &serde_json::Error) -> usize {
@@ -169,8 +226,39 @@ mod tests {
     }
 
     #[test]
+    fn names_of_files_are_normalised() {
+        for name in ["./s", "s", "a/../s", ".//s", "s/", "./a/b/../../s", "./././s"] {
+            let index = index(&format!(r#"{{"a":"{name}","b":"s"}}"#)).unwrap();
+            assert_eq!(index.files().collect::<Vec<_>>(), ["s"], "{name}");
+            assert_eq!((index.file_of("a"), index.file_of("b"), index.file_of("c")), (Some("s"), Some("s"), None));
+        }
+    }
+
+    #[test]
+    fn an_index_is_known_by_its_name_with_and_without_a_variant() {
+        for (name, expected) in [
+            ("model.safetensors.index.json", Some(Named::Safetensors)),
+            ("model.safetensors.index.fp16.json", Some(Named::Safetensors)),
+            ("model.fp16.safetensors.index.json", Some(Named::Safetensors)),
+            ("model.safetensors.fp16.index.json", Some(Named::Safetensors)),
+            ("diffusion_pytorch_model.safetensors.index.non_ema.fp16.json", Some(Named::Safetensors)),
+            ("MODEL.SAFETENSORS.INDEX.JSON", Some(Named::Safetensors)),
+            ("pytorch_model.bin.index.json", Some(Named::Other)),
+            ("pytorch_model.bin.index.fp16.json", Some(Named::Other)),
+            ("model.index.fp16.json", Some(Named::Unsaid)),
+            ("model_index.json", None),
+            ("index.json", None),
+            ("model.safetensors.json", None),
+            ("model.safetensors", None),
+            ("", None),
+        ] {
+            assert_eq!(named(name), expected, "{name}");
+        }
+    }
+
+    #[test]
     fn a_name_that_leaves_the_folder_is_refused() {
-        for name in ["/etc/shadow", "../up", "a/../../up", "..", "", ".", "./a/..", "a\\u0000b"] {
+        for name in ["/etc/shadow", "../up", "a/../../up", "./../up", "..", "", ".", "./a/..", "a\\u0000b", "a/../../a/x"] {
             let error = index(&format!(r#"{{"a":"{name}"}}"#)).unwrap_err();
             assert!(matches!(error, ModelError::IndexLeavesFolder { .. }), "{name:?}: {error}");
         }

@@ -58,6 +58,16 @@ impl TensorMap {
         Some(self)
     }
 
+    /// The same map with the tensors of these names only.
+    pub(crate) fn only(mut self, keeps: impl Fn(&str) -> bool) -> Self {
+        if !self.tensors.iter().all(|tensor| keeps(&tensor.name)) {
+            self.tensors.retain(|tensor| keeps(&tensor.name));
+            let by_name = NameIndex::new(self.tensors.len(), |i| &self.tensors[i].name);
+            self.by_name = by_name.expect("names that were unique still are");
+        }
+        self
+    }
+
     /// The same map, of a GGUF file.
     pub(super) fn with_gguf(mut self, gguf: gguf::Metadata) -> Self {
         self.gguf = Some(Box::new(gguf));

@@ -19,6 +19,7 @@ mod foreign;
 pub mod gguf;
 pub mod index;
 mod map;
+pub(crate) mod parts;
 pub mod safetensors;
 
 pub use dtype::DType;

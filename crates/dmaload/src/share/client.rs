@@ -357,6 +357,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
         bytes: file.bytes,
         part: file.part.clone(),
         tensors: file.tensors.clone(),
+        index: None,
         has_segments: description.segments.iter().any(|segment| segment.file == number),
     });
     let image = Image::new(files.collect(), segments, report);

@@ -56,8 +56,29 @@ impl Verify for Digest {
         Ok(Arc::new(AsAWhole { expected: *self, bytes, hasher: Mutex::new(Hasher::new(self.algorithm())) }))
     }
 
+    fn begin_for(&self, files: &[(&Path, u64)], named: usize, format: Format) -> Result<Arc<dyn Observer>> {
+        let own = files.get(named).expect("the file that was named is one of the load's");
+        Ok(Arc::new(OnlyFile { file_index: named, observer: self.begin(&[*own], format)? }))
+    }
+
+    fn is_of_one_file(&self) -> bool {
+        true
+    }
+
     fn describe(&self) -> String {
         format!("{} of the file", self.algorithm())
+    }
+}
+
+/// Shows one file of a load, and none of the others.
+struct OnlyFile {
+    file_index: usize,
+    observer: Arc<dyn Observer>,
+}
+
+impl Observer for OnlyFile {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+        if file_index == self.file_index { self.observer.bytes(0, offset, bytes) } else { Ok(()) }
     }
 }
 

@@ -7,8 +7,8 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -18,7 +18,7 @@ use tracing::Span;
 use super::telling::filled_cache_bytes;
 use super::{LoadShared, Remains, State, no_span};
 use crate::convert::to_usize;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 use crate::load::{Event, FileTensors, Finished, FinishedFile};
 use crate::memory::{Backing, Move};
@@ -28,6 +28,7 @@ use crate::plan::SegmentPlan;
 use crate::ring::Times;
 use crate::route::Route;
 use crate::segment::{Place, Segment};
+use crate::select::ChosenTensors;
 use crate::source::{Identity, OpenFile};
 use crate::trace::TraceKind;
 
@@ -163,19 +164,29 @@ impl LoadShared {
     }
 
     /// A file has not changed; `tensors` are those that were found in its memory.
-    pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) {
+    ///
+    /// # Errors
+    /// With the last of several small files: those of [`LoadShared::check_whole`], which was not asked before.
+    pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {
-            return;
+            return Ok(());
         }
         state.files_left = state.files_left.checked_sub(1).expect("a file is checked once");
         if let Some(map) = tensors {
+            let source = self.sources().get(index).expect("a planned file was checked");
             let file = state.files.get_mut(index).expect("a planned file was checked");
-            file.planned.tensors = Some(Arc::new(FileTensors { map, chosen: None }));
+            let chosen = ChosenTensors::owned(&map, |name| source.owns(name)).map(Arc::new);
+            file.planned.tensors = Some(Arc::new(FileTensors { map, chosen }));
+        }
+        // Before its segments are shown: a finished load is whole.
+        if state.files_left == 0 && state.files.iter().any(|file| file.planned.small) {
+            self.check_whole(state.files.iter().map(|file| file.planned.tensors.as_deref().map(|tensors| &*tensors.map)))?;
         }
         let memory = state.last_memory_of(index).expect("a file that was read ends in a memory");
         let memory = state.memories.get_mut(memory).expect("a file ends in a planned memory");
         memory.unchecked = memory.unchecked.checked_sub(1).expect("a file is checked once");
+        Ok(())
     }
 
     /// The driver has forgotten the load, which took this long to read.
@@ -279,6 +290,7 @@ impl LoadShared {
             part: file.planned.part,
             tensors: file.planned.tensors,
             has_segments: parts.first_segment.is_some(),
+            index: source.index_in_folder(),
         });
         let files = files.collect();
         count(&self.counters.finished);
@@ -335,7 +347,9 @@ impl LoadShared {
     fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
         let Some(memfd) = backing.memfd() else { return Ok(()) };
         match memfd.seal_against_writes() {
-            Err(refusal) if !may_stay_unsealed(refusal.errno, self.heap_is_own, dmabuf::Memfd::kernel_seals_writes) => Err(refusal),
+            Err(refusal) if !may_stay_unsealed(refusal.errno, self.heap_is_own, dmabuf::Memfd::kernel_seals_writes) => {
+                Err(refusal)
+            }
             Ok(()) | Err(_) => Ok(()),
         }
     }

@@ -112,7 +112,12 @@ fn what_breaks_a_rule_is_told() {
     assert!(fault(&file(3, &[pair("general.alignment", 4, &48u32.to_le_bytes())], &[], 0)).contains("power of two"));
     assert!(one(entry("t", &[64], 2, 16)).contains("no multiple of 32"));
     assert!(one(entry("t", &[63], 2, 0)).contains("blocks of 32"));
-    assert!(one(entry("t", &[1], 4, 0)).contains("unknown type 4"));
+    for removed in [4, 5, 31, 32, 33, 36, 37, 38] {
+        assert!(one(entry("t", &[256], removed, 0)).contains("no longer part of GGUF"), "{removed}");
+    }
+    for newer in [43, 44, 137, u32::MAX] {
+        assert!(one(entry("t", &[256], newer, 0)).contains("newer than this dmaload knows"), "{newer}");
+    }
     assert!(one(entry("t", &[1; 9], 0, 0)).contains("9 dimensions"));
     assert!(one(entry("t", &[u64::MAX, 2], 0, 0)).contains("larger than any file"));
     assert!(one(entry("t", &[u64::MAX, 0, 2], 0, 0)).contains("larger than any file"));
@@ -158,5 +163,17 @@ proptest::proptest! {
                 metadata.iter().for_each(|(key, value)| assert!(format!("{key}{value}").len() < 10_000));
             }
         }
+    }
+}
+
+#[test]
+fn the_newest_block_types_have_their_sizes() {
+    for (kind, dtype, elements, bytes) in [(40, DType::NVFP4, 64, 36), (41, DType::Q1_0, 128, 18), (42, DType::Q2_0, 64, 18)] {
+        let whole = file(3, &[], &[entry("t", &[elements * 3, 2], kind, 0)], 6 * bytes);
+        let map = map(&whole);
+        let tensor = map.get("t").unwrap();
+        assert_eq!((tensor.dtype, tensor.file_range.end - tensor.file_range.start), (dtype, 6 * bytes as u64));
+        assert!(fault(&file(3, &[], &[entry("t", &[elements / 2], kind, 0)], 6 * bytes)).contains("blocks of"));
+        assert_eq!(DType::from_name(dtype.name()), Some(dtype));
     }
 }

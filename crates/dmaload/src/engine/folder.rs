@@ -1,0 +1,233 @@
+//! What a folder of a model has in it.
+
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::expand::file_error;
+use super::missing::{Missing, is_unfinished, quoted};
+use crate::error::{Error, Result};
+use crate::model::gguf;
+use crate::model::index::{self, Named};
+use crate::model::parts::PartName;
+use crate::model::safetensors::{Sniff, sniff};
+use crate::settings::Format;
+use crate::source::OpenFile;
+
+/// What a model of one file is called in a folder that model hubs have made.
+const MODEL: &str = "model.safetensors";
+
+/// Whether a name ends like that of a safetensors file.
+pub(super) fn is_safetensors_name(name: &str) -> bool {
+    has_extension(name, "safetensors")
+}
+
+fn has_extension(name: &str, extension: &str) -> bool {
+    Path::new(name).extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
+}
+
+/// The names in a folder, sorted.
+#[derive(Debug)]
+pub(super) struct Folder {
+    path: PathBuf,
+    /// What is not UTF-8 is replaced in them.
+    names: Vec<String>,
+    /// The names of which something was replaced, as they are.
+    replaced: HashMap<String, OsString>,
+}
+
+impl Folder {
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let failed = |error: io::Error| file_error(path, "list", &error);
+        let (mut names, mut replaced) = (Vec::new(), HashMap::new());
+        for entry in fs::read_dir(path).map_err(failed)? {
+            let own = entry.map_err(failed)?.file_name();
+            let name = own.to_string_lossy().into_owned();
+            // A name with a dot in front is hidden on purpose, or left behind by other systems.
+            if name.starts_with('.') {
+                continue;
+            }
+            if own.to_str().is_none() && replaced.insert(name.clone(), own).is_some() {
+                let reason = "has several names that are not UTF-8 and look alike: name the files to be loaded".to_owned();
+                return Err(Error::NoModel { path: path.to_owned(), reason });
+            }
+            names.push(name);
+        }
+        names.sort();
+        Ok(Folder { path: path.to_owned(), names, replaced })
+    }
+
+    /// The path of one of the names.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.replaced.get(name).map_or_else(|| self.path.join(name), |own| self.path.join(own))
+    }
+
+    fn matching(&self, matches: impl Fn(&str) -> bool) -> Vec<&str> {
+        self.names.iter().map(String::as_str).filter(|name| matches(name)).collect()
+    }
+
+    pub(super) fn gguf(&self) -> Vec<&str> {
+        self.matching(|name| has_extension(name, "gguf"))
+    }
+
+    /// The safetensors files of the model: the one of the usual name, or all.
+    pub(super) fn safetensors(&self) -> Vec<&str> {
+        let all = self.matching(is_safetensors_name);
+        if all.contains(&MODEL) { vec![MODEL] } else { all }
+    }
+
+    /// The index. Of several that differ in their variant, the one without a variant.
+    ///
+    /// # Errors
+    /// [`Error::NoModel`] for several.
+    pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
+        let all = self.matching(|name| index::named(name) == Some(Named::Safetensors));
+        let plain: Vec<_> = all.iter().copied().filter(|name| is_plain_index_of(name, &all)).collect();
+        match (all.as_slice(), plain.as_slice()) {
+            ([], _) => Ok(None),
+            ([only], _) => Ok(Some(only)),
+            (_, [plain]) => {
+                let others = all.iter().copied().filter(|name| name != plain);
+                notes.push(format!("loaded by {plain:?}; the folder has a variant, too: {}", quoted(others)));
+                Ok(Some(plain))
+            }
+            _ => {
+                let names = quoted(all.iter().copied());
+                let reason = format!("has {} models, each with an index: name one of {names}", all.len());
+                Err(Error::NoModel { path: self.path.clone(), reason })
+            }
+        }
+    }
+
+    /// Which of these files can be loaded, and which can't, or are missing between them.
+    pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
+        let (mut kept, mut missing) = (Vec::new(), Vec::new());
+        for name in names {
+            match Missing::look(&self.path_of(name), name) {
+                None => kept.push(*name),
+                Some(lacking) => missing.push(lacking),
+            }
+        }
+        let parts: Vec<PartName<'_>> = names.iter().filter_map(|name| PartName::parse(name)).collect();
+        for (at, part) in parts.iter().enumerate() {
+            if parts.iter().take(at).any(|other| other.is_with(part)) {
+                continue;
+            }
+            let there: HashSet<u32> = parts.iter().filter(|other| other.is_with(part)).map(|other| other.number).collect();
+            // Some writers count from 0.
+            let first = u32::from(!there.contains(&0));
+            let absent = (first..part.count + first).filter(|number| !there.contains(number));
+            // A count that lies costs no more than that.
+            let absent = absent.take(MISSING_LISTED).map(|number| part.of_number(number));
+            missing.extend(absent.filter_map(|name| Missing::look(&self.path.join(&name), &name)));
+        }
+        let others: Vec<_> = self.matching(is_safetensors_name).into_iter().filter(|name| !names.contains(name)).collect();
+        if !others.is_empty() {
+            notes.push(format!("not loaded, beside {MODEL:?}: {}", quoted(others.into_iter())));
+        }
+        (kept, missing)
+    }
+
+    /// What is wrong with a folder that has no model in it, and where one may be.
+    pub(super) fn no_model(&self, format: Format) -> Error {
+        let looked_for = match format {
+            Format::Safetensors => "no *.safetensors or *.safetensors.index.json",
+            Format::Gguf => "no *.gguf",
+            _ => "no *.safetensors, *.safetensors.index.json or *.gguf",
+        };
+        let elsewhere = self.elsewhere().map(|elsewhere| format!("; {elsewhere}")).unwrap_or_default();
+        let reason = format!("is a directory without a model: {looked_for} in it{elsewhere}");
+        Error::NoModel { path: self.path.clone(), reason }
+    }
+
+    fn elsewhere(&self) -> Option<String> {
+        if let Some(snapshot) = self.snapshot() {
+            return Some(format!("it is a model cache: load {snapshot:?} in it"));
+        }
+        let folders = folders_with_models(&self.path);
+        if !folders.is_empty() {
+            return Some(format!("there are models in {}", quoted(folders.iter().map(String::as_str))));
+        }
+        let unfinished = self.matching(is_unfinished);
+        if !unfinished.is_empty() {
+            return Some(format!("not finished downloading: {}", quoted(unfinished.into_iter())));
+        }
+        let like_models: Vec<_> = self.names.iter().take(SNIFFED).filter(|name| self.is_like_a_model(name)).collect();
+        if !like_models.is_empty() {
+            return Some(format!("name one of {}, which look like models", quoted(like_models.into_iter().map(String::as_str))));
+        }
+        let pickles = self.matching(|name| ["bin", "pt", "pth", "ckpt", "pkl"].into_iter().any(|end| has_extension(name, end)));
+        if !pickles.is_empty() {
+            let names = quoted(pickles.into_iter());
+            return Some(format!("only pickled weights, which are not read: {names}; convert them to safetensors"));
+        }
+        let others = self.matching(|name| has_extension(name, "onnx") || name.contains(".gguf") || name.contains("-split-"));
+        (!others.is_empty()).then(|| format!("not read: {}", quoted(others.into_iter())))
+    }
+
+    /// Of a model hub's cache, the folder of the newest revision.
+    fn snapshot(&self) -> Option<String> {
+        let revision = fs::read_to_string(self.path.join("refs/main")).ok().map(|text| text.trim().to_owned());
+        let revisions = fs::read_dir(self.path.join("snapshots")).ok()?;
+        let mut names: Vec<_> = revisions.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+        names.sort();
+        let found = names.iter().find(|name| Some(*name) == revision.as_ref()).or_else(|| names.first())?;
+        Some(format!("snapshots/{found}"))
+    }
+
+    /// Whether a file begins as models do.
+    fn is_like_a_model(&self, name: &str) -> bool {
+        let Ok(file) = OpenFile::open(&self.path_of(name)) else { return false };
+        let mut start = [0; 9];
+        if file.identity.bytes < start.len() as u64 || file.read_exact(&mut start, 0).is_err() {
+            return false;
+        }
+        gguf::is_gguf(&start) || matches!(sniff(&start, file.identity.bytes, false), Sniff::Safetensors { .. })
+    }
+}
+
+/// How many files of a folder without a model are opened to see what they are.
+const SNIFFED: usize = 64;
+/// How many missing parts are listed.
+const MISSING_LISTED: usize = 10_000;
+/// How deep models are looked for, and in how many folders.
+const DEPTH: usize = 5;
+const FOLDERS: usize = 256;
+
+/// Whether an index has no variant in its name, where all others are variants of it: `a.safetensors.index.json` beside
+/// `a.safetensors.index.fp16.json`, `a.fp16.safetensors.index.json` and `a.safetensors.fp16.index.json`.
+fn is_plain_index_of(name: &str, all: &[&str]) -> bool {
+    let Some(stem) = name.strip_suffix(index::SUFFIX) else { return false };
+    all.iter().all(|other| other.strip_prefix(stem).is_some_and(|rest| rest.starts_with('.')))
+}
+
+/// The folders below this one that have models in them, nearest first.
+fn folders_with_models(path: &Path) -> Vec<String> {
+    let (mut found, mut looked_at) = (Vec::new(), 0);
+    let mut level = vec![(path.to_owned(), String::new())];
+    for _ in 0..DEPTH {
+        let mut next = Vec::new();
+        for (path, shown) in level {
+            let mut entries: Vec<_> = fs::read_dir(&path).into_iter().flatten().filter_map(io::Result::ok).collect();
+            entries.sort_by_key(fs::DirEntry::file_name);
+            for entry in entries {
+                let Ok(name) = entry.file_name().into_string() else { continue };
+                // Links may lead back up.
+                let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                if is_folder && !name.starts_with('.') && looked_at < FOLDERS {
+                    looked_at += 1;
+                    next.push((entry.path(), format!("{shown}{name}/")));
+                } else if !shown.is_empty()
+                    && (is_safetensors_name(&name) || has_extension(&name, "gguf"))
+                    && found.last() != Some(&shown)
+                {
+                    found.push(shown.clone());
+                }
+            }
+        }
+        level = next;
+    }
+    found
+}

@@ -1,0 +1,123 @@
+//! Files of a model that are not there, and why.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::folder::is_safetensors_name;
+use crate::model::index::Index;
+
+/// A file that a model has, and that can't be loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Missing {
+    name: String,
+    why: Option<String>,
+}
+
+/// What the names of downloads end in that have not finished.
+const UNFINISHED: [&str; 8] = [".incomplete", ".part", ".partial", "-partial", ".tmp", ".download", ".crdownload", ".aria2"];
+
+/// Whether it is the name of a download that has not finished.
+pub(super) fn is_unfinished(name: &str) -> bool {
+    UNFINISHED.iter().any(|end| name.len() > end.len() && name.ends_with(end))
+}
+
+impl Missing {
+    /// Looks for a file; `None` where it is there and has bytes. What else is wrong with it is for whoever opens it.
+    pub(super) fn look(path: &Path, name: &str) -> Option<Missing> {
+        let why = match fs::metadata(path) {
+            Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),
+            Ok(_) => return None,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                dangling(path).or_else(|| unfinished(path))
+            }
+            Err(_) => return None,
+        };
+        Some(Missing { name: name.to_owned(), why })
+    }
+}
+
+/// Of a symbolic link, what it leads to in vain.
+fn dangling(path: &Path) -> Option<String> {
+    let target = fs::read_link(path).ok()?;
+    let at = path.parent().unwrap_or(Path::new("")).join(&target);
+    let why = unfinished(&at).map(|why| format!(", where {why}")).unwrap_or_default();
+    Some(format!("a link to {:?}, which does not exist{why}", target.to_string_lossy()))
+}
+
+/// A download of this file that has not finished.
+fn unfinished(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    let found = UNFINISHED.iter().map(|end| format!("{name}{end}")).find(|other| path.with_file_name(other).exists());
+    let found = found.or_else(|| in_download_cache(path, name))?;
+    Some(format!("{found:?} is an unfinished download"))
+}
+
+/// Where the client of a model hub keeps what it downloads into a folder.
+fn in_download_cache(path: &Path, name: &str) -> Option<String> {
+    let cache = path.parent()?.join(".cache/huggingface/download");
+    let mut names = fs::read_dir(cache).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.find(|other| other.starts_with(name) && other.ends_with(".incomplete"))
+}
+
+/// How many names a message has.
+const NAMED: usize = 8;
+
+/// Names, as a message shows them.
+pub(super) fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let mut names = names.map(|name| format!("{name:?}"));
+    let shown = names.by_ref().take(NAMED).collect::<Vec<_>>().join(", ");
+    match names.count() {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+/// `1 is missing: "a" (it has 0 bytes)`.
+pub(super) fn described(missing: &[Missing]) -> String {
+    let one = |Missing { name, why }: &Missing| match why {
+        Some(why) => format!("{name:?} ({why})"),
+        None => format!("{name:?}"),
+    };
+    let shown = missing.iter().take(NAMED).map(one).collect::<Vec<_>>().join(", ");
+    let more = missing.len().saturating_sub(NAMED);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    format!("{} missing: {shown}{more}", if missing.len() == 1 { "1 is".to_owned() } else { format!("{} are", missing.len()) })
+}
+
+/// The names of a folder's safetensors files that an index doesn't name.
+fn not_in(folder: &Path, index: &Index) -> Vec<String> {
+    let named: HashSet<&str> = index.files().collect();
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<_> =
+        names.filter(|name| is_safetensors_name(name) && !name.starts_with('.') && !named.contains(name.as_str())).collect();
+    names.sort();
+    names
+}
+
+/// Why files of an index may be missing: it may be left over from another version of the model, or a download goes on.
+pub(super) fn left_over(folder: &Path, index: &Index, all: bool) -> String {
+    let others = not_in(folder, index);
+    if !others.is_empty() {
+        let names = quoted(others.iter().map(String::as_str));
+        return format!(
+            "; the index may be left over from another version: {names} beside it is not in it, and loads by its name"
+        );
+    }
+    let blobs: PathBuf = folder.join("../../blobs");
+    let names = fs::read_dir(blobs).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    match names.filter(|name| is_unfinished(name)).count() {
+        0 if all => "; the index may be left over from another version".to_owned(),
+        0 => String::new(),
+        count => format!("; {count} unfinished download{} in the cache's blobs", if count == 1 { " is" } else { "s are" }),
+    }
+}
+
+/// What a report says of files that an index passes over.
+pub(super) fn others(folder: &Path, index: &Index) -> Option<String> {
+    let others = not_in(folder, index);
+    (!others.is_empty()).then(|| format!("not in the index, and not loaded: {}", quoted(others.iter().map(String::as_str))))
+}

@@ -1,0 +1,224 @@
+//! Whether the files of a load are whole models: no name twice, no part of a split model missing.
+//!
+//! Needs the headers of all files. Those of large files are known when a load is planned, those of small ones, which share
+//! memory, when they have been read.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::model::gguf::Value;
+use crate::model::parts::PartName;
+use crate::model::{ModelError, TensorMap};
+use crate::source::Source;
+
+/// A file of a load, and its tensors.
+pub(crate) type Known<'a> = (&'a Source, Option<&'a TensorMap>);
+
+/// Checks that the files of each model are one whole model.
+///
+/// # Errors
+/// [`Error::DuplicateTensor`], [`Error::Incomplete`], and [`Error::Model`] for parts that contradict each other.
+pub(crate) fn check_whole(files: &[Known<'_>], allow_missing: bool) -> Result<()> {
+    let mut sizes: HashMap<usize, usize> = HashMap::new();
+    files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
+    // A name that comes twice in one file is an error of its header.
+    let has_several = |source: &Source| sizes.get(&source.model).is_some_and(|&files| files > 1);
+    check_splits(files, has_several, allow_missing)?;
+    check_names(files, has_several)
+}
+
+/// Each name is in one file of a model; where an index decides, in the one that it names.
+fn check_names(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool) -> Result<()> {
+    let mut names: Vec<(usize, &str, &Source)> = Vec::new();
+    for &(source, map) in files {
+        if has_several(source) {
+            let own = map.into_iter().flatten().map(|info| info.name.as_str()).filter(|name| source.owns(name));
+            names.extend(own.map(|name| (source.model, name, source)));
+        }
+    }
+    names.sort_by_key(|&(model, name, _)| (model, name));
+    match names.windows(2).find(|pair| (pair[0].0, pair[0].1) == (pair[1].0, pair[1].1)) {
+        None => Ok(()),
+        Some(pair) => Err(Error::DuplicateTensor {
+            tensor: pair[0].1.to_owned(),
+            first: pair[0].2.path.as_ref().clone(),
+            second: pair[1].2.path.as_ref().clone(),
+        }),
+    }
+}
+
+/// What a part of a split GGUF model says of itself.
+#[derive(Debug, Clone, Copy)]
+struct Split {
+    number: u64,
+    count: u64,
+    /// How many tensors all parts have; `None` where it doesn't say.
+    all_tensors: Option<u64>,
+    tensors: u64,
+}
+
+impl Split {
+    /// `None` for a model that wasn't split.
+    fn of(map: &TensorMap) -> std::result::Result<Option<Split>, String> {
+        let Some(gguf) = map.gguf() else { return Ok(None) };
+        let number = |key: &str| match gguf.get(key) {
+            None => Ok(None),
+            Some(value) => whole_number(&value).map(Some).ok_or_else(|| format!("{key} is {value}, which is not a count")),
+        };
+        let Some(count) = number("split.count")?.filter(|&count| count > 0) else { return Ok(None) };
+        let Some(own) = number("split.no")? else { return Err("it has split.count, but no split.no".to_owned()) };
+        if own >= count {
+            return Err(format!("it says that it is part {} of {count} (split.no {own}, split.count {count})", own + 1));
+        }
+        Ok(Some(Split { number: own, count, all_tensors: number("split.tensors.count")?, tensors: map.len() as u64 }))
+    }
+}
+
+fn whole_number(value: &Value<'_>) -> Option<u64> {
+    match *value {
+        Value::U8(value) => Some(value.into()),
+        Value::U16(value) => Some(value.into()),
+        Value::U32(value) => Some(value.into()),
+        Value::U64(value) => Some(value),
+        Value::I8(value) => u64::try_from(value).ok(),
+        Value::I16(value) => u64::try_from(value).ok(),
+        Value::I32(value) => u64::try_from(value).ok(),
+        Value::I64(value) => u64::try_from(value).ok(),
+        _ => None,
+    }
+}
+
+/// Which parts belong together.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Set<'a> {
+    /// Those that were found together.
+    Model(usize),
+    /// Those that the caller named one by one: by their folder and their first part's name,
+    Named(Option<&'a Path>, String),
+    /// or, where their names don't say so, by their count.
+    Unnamed(u64),
+}
+
+/// A file that may be a part.
+#[derive(Debug, Clone, Copy)]
+struct Part<'a> {
+    path: &'a Path,
+    /// What its name says.
+    name: Option<PartName<'a>>,
+    split: Option<Split>,
+}
+
+fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<()> {
+    let mut sets: BTreeMap<Set<'_>, Vec<Part<'_>>> = BTreeMap::new();
+    for &(source, map) in files {
+        let Some(map) = map.filter(|map| map.gguf().is_some()) else { continue };
+        let path = source.path.as_path();
+        let split = Split::of(map).map_err(|reason| contradiction(path, reason))?;
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse).filter(PartName::is_gguf_split);
+        let part = Part { path, name, split };
+        let set = match (has_several(source), name, split) {
+            (true, ..) => Set::Model(source.model),
+            (false, Some(name), _) => Set::Named(path.parent(), name.of_number(1)),
+            (false, None, Some(split)) => Set::Unnamed(split.count),
+            (false, None, None) => continue,
+        };
+        sets.entry(set).or_default().push(part);
+    }
+    sets.values().try_for_each(|parts| check_split(parts, allow_missing))
+}
+
+/// Checks parts that belong together.
+fn check_split(parts: &[Part<'_>], allow_missing: bool) -> Result<()> {
+    let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(()) };
+    let mut there: BTreeMap<u64, &Part<'_>> = BTreeMap::new();
+    for part in parts {
+        let Some(own) = part.split else {
+            let other = shown(first.path);
+            return Err(contradiction(
+                part.path,
+                format!("it has no split.count, but {other} says that there are {}", split.count),
+            ));
+        };
+        check_against_name(part, own)?;
+        if own.count != split.count {
+            let reason = format!("split.count is {}, but {} in {}", own.count, split.count, shown(first.path));
+            return Err(contradiction(part.path, reason));
+        }
+        if let Some(other) = there.insert(own.number, part) {
+            let reason = format!("it is part {} of {}, and so is {}", own.number + 1, own.count, shown(other.path));
+            return Err(contradiction(part.path, reason));
+        }
+    }
+    let missing: Vec<u64> = (0..split.count).filter(|number| !there.contains_key(number)).take(MISSING_NAMED + 1).collect();
+    if !missing.is_empty() {
+        return if allow_missing { Ok(()) } else { Err(incomplete(first, split, parts.len() as u64, &missing)) };
+    }
+    check_tensor_counts(&there)
+}
+
+/// Compares what all parts have with `split.tensors.count`. The first part's is what other readers go by: where that part has no
+/// tensors, writers have counted differently in the others.
+fn check_tensor_counts(parts: &BTreeMap<u64, &Part<'_>>) -> Result<()> {
+    let splits: Vec<(&Part<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
+    let Some(&(first, split)) = splits.first() else { return Ok(()) };
+    let said = |said: Option<u64>| said.map_or("missing".to_owned(), |said| said.to_string());
+    let other = splits.iter().find(|(_, own)| own.all_tensors != split.all_tensors).filter(|_| split.tensors > 0);
+    if let Some((part, own)) = other {
+        let (own, all, first) = (said(own.all_tensors), said(split.all_tensors), shown(first.path));
+        return Err(contradiction(part.path, format!("split.tensors.count is {own}, but {all} in {first}")));
+    }
+    let tensors: u64 = splits.iter().map(|(_, split)| split.tensors).sum();
+    match split.all_tensors.filter(|&all| all != tensors) {
+        Some(all) => {
+            let reason = format!("the {} parts have {tensors} tensors, but split.tensors.count is {all}", split.count);
+            Err(contradiction(first.path, reason))
+        }
+        None => Ok(()),
+    }
+}
+
+/// How many missing parts a message names.
+const MISSING_NAMED: usize = 8;
+
+fn check_against_name(part: &Part<'_>, split: Split) -> Result<()> {
+    let Some(name) = part.name else { return Ok(()) };
+    let named = (u64::from(name.number), u64::from(name.count));
+    if named == (split.number + 1, split.count) {
+        return Ok(());
+    }
+    let Split { number, count, .. } = split;
+    let reason = format!(
+        "its name says that it is part {} of {}, but the file says that it is part {} of {count} (split.no {number})",
+        named.0,
+        named.1,
+        number + 1
+    );
+    Err(contradiction(part.path, reason))
+}
+
+fn incomplete(part: &Part<'_>, split: Split, have: u64, missing: &[u64]) -> Error {
+    let numbers = missing.iter().take(MISSING_NAMED).map(|number| (number + 1).to_string()).collect::<Vec<_>>().join(", ");
+    let more = if missing.len() > MISSING_NAMED { ", …" } else { "" };
+    let Split { number, count, .. } = split;
+    let reason = if have == 1 {
+        format!(
+            "is part {} of {count} of a split model (split.no {number}), without part {numbers}{more}: load it by a name \
+             that ends in {:05}-of-{count:05}.gguf, with the other parts beside it",
+            number + 1,
+            number + 1
+        )
+    } else {
+        format!("{have} of {count} parts of a split model are there, without part {numbers}{more}")
+    };
+    Error::Incomplete { path: part.path.to_owned(), reason }
+}
+
+fn contradiction(path: &Path, reason: String) -> Error {
+    Error::Model { path: path.to_owned(), fault: ModelError::Split { reason } }
+}
+
+/// A path as a message shows it.
+fn shown(path: &Path) -> String {
+    format!("{:?}", path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
+}

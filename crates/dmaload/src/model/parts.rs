@@ -1,0 +1,93 @@
+//! The names of the parts of a model: `model-00001-of-00003.safetensors`.
+
+/// The name of one part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PartName<'a> {
+    /// All before the number, with what joins it to that: `model-`.
+    stem: &'a str,
+    digits: &'a str,
+    /// `-of-` or `_of_`.
+    of: &'a str,
+    count_digits: &'a str,
+    /// What follows the count: `.safetensors`, `.fp16.safetensors`.
+    end: &'a str,
+    /// From 1 on, or, with some writers, from 0.
+    pub(crate) number: u32,
+    pub(crate) count: u32,
+}
+
+impl<'a> PartName<'a> {
+    /// Takes a name apart; `None` where it isn't one of a part.
+    pub(crate) fn parse(name: &'a str) -> Option<Self> {
+        ["-of-", "_of_"].into_iter().find_map(|of| Self::parse_with(name, of))
+    }
+
+    fn parse_with(name: &'a str, of: &'static str) -> Option<Self> {
+        let (before, after) = name.rsplit_once(of)?;
+        let of = &name[before.len()..before.len() + of.len()];
+        let is_digit = |c: char| c.is_ascii_digit();
+        let (count_digits, end) = after.split_at(after.find(|c| !is_digit(c)).unwrap_or(after.len()));
+        let (stem, digits) = before.split_at(before.trim_end_matches(is_digit).len());
+        let (number, count) = (digits.parse().ok()?, count_digits.parse().ok()?);
+        let joined = stem.ends_with(['-', '_', '.']);
+        (joined && count > 0 && number <= count).then_some(PartName { stem, digits, of, count_digits, end, number, count })
+    }
+
+    /// Whether two names are of parts of one model.
+    pub(crate) fn is_with(&self, other: &PartName<'_>) -> bool {
+        (self.stem, self.of, self.end, self.count) == (other.stem, other.of, other.end, other.count)
+    }
+
+    /// The name of another part.
+    pub(crate) fn of_number(&self, number: u32) -> String {
+        let width = self.digits.len();
+        let PartName { stem, of, count_digits, end, .. } = self;
+        format!("{stem}{number:0width$}{of}{count_digits}{end}")
+    }
+
+    /// Whether it is as llama.cpp names the parts of a split GGUF file.
+    pub(crate) fn is_gguf_split(&self) -> bool {
+        let five = self.digits.len() == 5 && self.count_digits.len() == 5;
+        five && self.stem.ends_with('-') && self.of == "-of-" && self.end == ".gguf" && self.number > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_parts_are_taken_apart_and_made() {
+        for (name, number, count, second) in [
+            ("model-00001-of-00003.safetensors", 1, 3, "model-00002-of-00003.safetensors"),
+            ("model-00001-of-000163.safetensors", 1, 163, "model-00002-of-000163.safetensors"),
+            ("model.fp16-00001-of-00002.safetensors", 1, 2, "model.fp16-00002-of-00002.safetensors"),
+            ("model-00001-of-00002.fp16.safetensors", 1, 2, "model-00002-of-00002.fp16.safetensors"),
+            ("m_1_of_3.safetensors", 1, 3, "m_2_of_3.safetensors"),
+            ("model-00000-of-00002.safetensors", 0, 2, "model-00002-of-00002.safetensors"),
+            ("a-of-b-00003-of-00003.gguf", 3, 3, "a-of-b-00002-of-00003.gguf"),
+        ] {
+            let part = PartName::parse(name).unwrap();
+            assert_eq!((part.number, part.count, part.of_number(2).as_str()), (number, count, second));
+            assert_eq!(part.of_number(number), name);
+            assert!(part.is_with(&PartName::parse(second).unwrap()));
+        }
+        for name in ["model.safetensors", "a-of-b", "-of-", "x-00004-of-00003.gguf", "x-1-of-0.gguf", "of-1-of-", "x1-of-3", ""] {
+            assert_eq!(PartName::parse(name), None, "{name}");
+        }
+        let other = |name| PartName::parse(name).unwrap();
+        let part = other("model-00001-of-00003.safetensors");
+        for name in ["model-00001-of-00004.safetensors", "other-00001-of-00003.safetensors", "model-00001-of-00003.gguf"] {
+            assert!(!part.is_with(&other(name)), "{name}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_name_panics(name in r"(-of-|_of_|[-_.a]|[0-9]{1,12}|\.gguf|\PC){0,8}") {
+            if let Some(part) = PartName::parse(&name) {
+                proptest::prop_assert_eq!(part.of_number(part.number), name.clone());
+            }
+        }
+    }
+}
