@@ -393,7 +393,7 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
         let raw = loader.load_with([&parts[0]], loader.options().format(Format::Raw)).await.unwrap();
         assert_eq!((raw.files().len(), raw.tensors().count()), (1, 0));
     }
-    let broken = file(folder.path(), "broken.gguf", b"GGML0000000000000");
+    let broken = file(folder.path(), "broken.gguf", b"GGML\x00\x01\xff\xfe\x02000000000");
     let error = loader.load(&broken).await.unwrap_err();
     assert!(error.to_string().contains("does not begin with \"GGUF\""), "{error}");
 }
