@@ -44,7 +44,7 @@ impl From<Error> for Failure {
             Error::NotAFile { .. } | Error::NoLength { .. } | Error::Config(_) | Error::Selection { .. } => Errno::INVAL,
             Error::Ended { .. } | Error::Changed { .. } => Errno::STALE,
             Error::OutOfMemory { .. } | Error::OverLimit { .. } => Errno::NOMEM,
-            Error::TooLarge { .. } => Errno::FBIG,
+            Error::TooLarge { .. } | Error::TooManyPieces { .. } => Errno::FBIG,
             Error::NoDmaBuf { .. } => Errno::NODEV,
             Error::NoDescriptor { .. } => Errno::OPNOTSUPP,
             Error::ShutDown => Errno::CANCELED,

@@ -62,7 +62,8 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     let hint = match error {
         // No command can do what the library says of these: each of them holds or streams as it does.
         Error::OutOfMemory { .. } => "free memory, or raise the limit".to_owned(),
-        Error::OverLimit { .. } => "raise the limit".to_owned(),
+        Error::OverLimit { .. } => "raise --memory-limit; `dmaload cat` needs room for some segments only".to_owned(),
+        Error::TooManyPieces { .. } => "use a larger --segment-size, or load a part of it (--range, --tensors)".to_owned(),
         Error::NoDmaBuf { .. } => {
             "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other processes can map"
                 .to_owned()

@@ -98,7 +98,7 @@ fn loads_at_once_in_one_group_fail_with_numbers_and_none_is_killed() {
             Err(reason) => return skip(reason),
         };
         let load = || {
-            let mut command = group.inside(dmaload(["load", "--json"]).args(options).arg(&path));
+            let mut command = group.inside(dmaload(["load"]).args(options).arg(&path));
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
         };
         let running: Vec<_> = (0..loads).map(|_| load()).collect();
