@@ -19,7 +19,8 @@ use crate::{args, block_on, engine, errors, output};
 pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
-    // From the beginning, also while it loads: the socket must not be left behind, and what was loaded goes with the process.
+    // From the beginning, also while it loads: the socket must not be left behind, and what was
+    // loaded goes with the process.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let own = Arc::clone(&server);
     let ending = move || {

@@ -73,7 +73,8 @@ fn the_pages_of_attached_memory_are_the_real_ones() {
     }
 }
 
-/// Clients that come as soon as the socket is there attach, and see no server that has nothing yet.
+/// Clients that come as soon as the socket is there attach, and see no server that has nothing
+/// yet.
 #[test]
 fn socket_appears_with_the_image() {
     let folder = folder();
@@ -91,7 +92,8 @@ fn socket_appears_with_the_image() {
     }
 }
 
-/// A second server is refused before it has loaded, and one that is ended while it loads leaves nothing behind.
+/// A second server is refused before it has loaded, and one that is ended while it loads leaves
+/// nothing behind.
 #[test]
 fn servers_that_cannot_serve_end_early_and_cleanly() {
     let folder = folder();

@@ -1,4 +1,5 @@
-//! One process loads, others have the same memory. Clients here are in this process and, where it matters, in others.
+//! One process loads, others have the same memory. Clients here are in this process and, where it
+//! matters, in others.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
 
@@ -444,7 +445,8 @@ fn reply(version: u32, status: u32, all: u32, here: u32) -> Vec<u8> {
 /// A message, and the descriptors that go with it.
 type Message = (Vec<u8>, Vec<OwnedFd>);
 
-/// A server that gives these messages to its only client, each when the one before was acknowledged.
+/// A server that gives these messages to its only client, each when the one before was
+/// acknowledged.
 fn lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandle<()> {
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::bind(&listener, &SocketAddrUnix::new(socket).unwrap()).unwrap();
@@ -539,8 +541,8 @@ fn server_that_never_answers_is_left_in_time() {
     drop(listener);
 }
 
-/// Descriptors on their way count against the server's user: a client that takes none of them holds up its own user alone, and no more
-/// than a few of them are on their way.
+/// Descriptors on their way count against the server's user: a client that takes none of them
+/// holds up its own user alone, and no more than a few of them are on their way.
 #[tokio::test]
 async fn a_client_that_does_not_take_its_descriptors_is_waited_for_by_nobody() {
     let folder = folder();
@@ -702,7 +704,8 @@ const STRANGER: u32 = 4004;
 const NOBODY: u32 = 65534;
 const ALL: &str = "0 0 4294967295";
 
-/// Who is whom is decided by the kernel's word, also in user namespaces, where all users that are not mapped have one number.
+/// Who is whom is decided by the kernel's word, also in user namespaces, where all users that are
+/// not mapped have one number.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {
     if !is_root() {
@@ -713,7 +716,8 @@ fn clients_trust_their_own_user_and_those_they_name() {
     let expected = format!("digest {}", hex(&Sha256::digest(fs::read(&model).unwrap())));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let image = runtime.block_on(loaded(&[&model]));
-    // The server's user, the client's, its map, whom it trusts; and whether it attaches, or which user it names in its error.
+    // The server's user, the client's, its map, whom it trusts; and whether it attaches, or which
+    // user it names in its error.
     type Case<'a> = (u32, u32, Option<&'a str>, &'a [u32], Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, ALICE, None, &[], Ok(())),
@@ -772,8 +776,9 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     }
     let folder = open_folder();
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
-    // The server's user, its map, whom it allows, the client's user; and whether it attaches, or as which user it is refused. That
-    // somebody is allowed (here user 9) opens the socket for connections.
+    // The server's user, its map, whom it allows, the client's user; and whether it attaches, or
+    // as which user it is refused. That somebody is allowed (here user 9) opens the socket for
+    // connections.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),
@@ -866,7 +871,8 @@ fn servers_and_clients_work_without_procfs() {
     }
 }
 
-/// The owner of the folder replaces whatever appears in it, as fast as it can, by a link to a file of root's.
+/// The owner of the folder replaces whatever appears in it, as fast as it can, by a link to a
+/// file of root's.
 #[test]
 fn owner_of_the_folder_cannot_redirect_a_server_of_root() {
     if !is_root() {
@@ -1026,7 +1032,8 @@ impl Hostility {
     }
 }
 
-/// A server with 128 descriptors, of a user who is not root, and so may have no more than these on their way to clients.
+/// A server with 128 descriptors, of a user who is not root, and so may have no more than these
+/// on their way to clients.
 #[test]
 fn hostile_clients_stall_no_other_user() {
     if !is_root() {
@@ -1095,15 +1102,17 @@ fn hostile_clients_stall_no_other_user() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Clients of one user have a bounded number of descriptors on their way, to a bounded number of them.
+/// Clients of one user have a bounded number of descriptors on their way, to a bounded number of
+/// them.
 #[test]
 fn what_is_on_its_way_to_one_user_is_bounded() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The descriptors of the image, the users who may attach, and what MALLORY's clients have on their way then: of 128 descriptors,
-    // half are shared by all users, and each has four receivers at most.
+    // The descriptors of the image, the users who may attach, and what MALLORY's clients have on
+    // their way then: of 128 descriptors, half are shared by all users, and each has four
+    // receivers at most.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
         let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
         let socket = folder.path().join(format!("socket{segments}{users}"));

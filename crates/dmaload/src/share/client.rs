@@ -1,5 +1,5 @@
-//! The side that is given an image. What the server says is checked before anything is mapped by it: a hostile one can give other
-//! bytes, which is its business, but lead nobody out of memory.
+//! The side that is given an image. What the server says is checked before anything is mapped by
+//! it: a hostile one can give other bytes, which is its business, but lead nobody out of memory.
 #![allow(unsafe_code)]
 
 use std::io::IoSliceMut;
@@ -36,8 +36,8 @@ use crate::segment::{Place, Segment};
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Attached {
-    /// Its files, segments and tensors, in memory that both have. Its report says how it got here, and nothing of how it was loaded
-    /// there but the route.
+    /// Its files, segments and tensors, in memory that both have. Its report says how it got
+    /// here, and nothing of how it was loaded there but the route.
     pub image: Image,
     /// The process that has loaded it.
     pub process: u32,
@@ -51,12 +51,14 @@ pub struct Attached {
 pub struct AttachOptions {
     /// The image's name; the server's only one without.
     pub name: Option<String>,
-    /// Users besides one's own and root whose servers are trusted. A server could have kept a way to write to what it shares, and
-    /// change bytes that are being looked at: that it does not is for its user to promise.
+    /// Users besides one's own and root whose servers are trusted. A server could have kept a way
+    /// to write to what it shares, and change bytes that are being looked at: that it does not is
+    /// for its user to promise.
     ///
-    /// In a user namespace that does not map every user, all that it does not map appear as the overflow id (usually 65534,
-    /// `nobody`). A server that has it is not trusted even if this process appears as it, too, unless the id is in this list:
-    /// that trusts *every* user who is not mapped.
+    /// In a user namespace that does not map every user, all that it does not map appear as the
+    /// overflow id (usually 65534, `nobody`). A server that has it is not trusted even if this
+    /// process appears as it, too, unless the id is in this list: that trusts *every* user who is
+    /// not mapped.
     pub trusted_users: Vec<u32>,
 }
 
@@ -78,8 +80,8 @@ impl AttachOptions {
 
 /// Attaches to an image of the server at this socket.
 ///
-/// The work is done by a thread, and takes no longer than the server's answer and mapping. Dropping the future leaves that thread to
-/// itself.
+/// The work is done by a thread, and takes no longer than the server's answer and mapping.
+/// Dropping the future leaves that thread to itself.
 ///
 /// # Errors
 /// [`Error::Share`].
@@ -218,7 +220,9 @@ fn refusal(reply: Reply, name: &str, names: &[String]) -> String {
         }
         Status::NotYet => format!("the server has no image yet, after {PATIENCE:?}: try again when it has loaded"),
         Status::Busy => {
-            format!("the server is busy: in {PATIENCE:?}, other clients of this user have not received what was sent to them, or the server has reached its limit of descriptors (ulimit -n)")
+            format!(
+                "the server is busy: in {PATIENCE:?}, other clients of this user have not received what was sent to them, or the server has reached its limit of descriptors (ulimit -n)"
+            )
         }
     }
 }
@@ -281,8 +285,8 @@ fn read(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memo
     Ok((description, memories))
 }
 
-/// Where each memory is to be mapped, and how much that is in all; `None` where a segment is not within its memory, or does not
-/// follow the one before it where it should.
+/// Where each memory is to be mapped, and how much that is in all; `None` where a segment is not
+/// within its memory, or does not follow the one before it where it should.
 fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
     let (mut places, mut end) = (Vec::new(), 0_usize);
     for (number, &bytes) in lengths.iter().enumerate() {
@@ -294,7 +298,8 @@ fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, u
         let (before, here) = (first.checked_sub(1).and_then(|before| segments.get(before)), segments.get(first)?);
         let continues = before.filter(|before| before.span == here.span);
         if let Some(before) = continues {
-            // All of the memory before it is that segment's, down to the last byte: else there would be a gap.
+            // All of the memory before it is that segment's, down to the last byte: else there
+            // would be a gap.
             let whole = before.memory_offset + (before.file_range.end - before.file_range.start);
             (*lengths.get(before.memory)? as u64 == whole).then_some(())?;
         } else {
@@ -339,10 +344,11 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: the memory is mapped in full, and what is not the file's bytes is at worst zeros: a memory file is all initialised.
-        // Nobody writes to a memory file that is sealed against it (`Memfd::from_sealed` has looked), but who had it mapped before:
-        // a process of a user who is trusted not to (`receive` has asked whose it is). Views of a dma-buf are not given: it counts
-        // as handed out below.
+        // SAFETY: the memory is mapped in full, and what is not the file's bytes is at worst
+        // zeros: a memory file is all initialised. Nobody writes to a memory file that is sealed
+        // against it (`Memfd::from_sealed` has looked), but who had it mapped before: a process
+        // of a user who is trusted not to (`receive` has asked whose it is). Views of a dma-buf
+        // are not given: it counts as handed out below.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
             segment.dma_buf()?;

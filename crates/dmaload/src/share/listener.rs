@@ -1,19 +1,22 @@
-//! A socket that listens at a path, in folders that other users can change while it is made and removed.
+//! A socket that listens at a path, in folders that other users can change while it is made and
+//! removed.
 //!
-//! The owner of a folder can replace any name in it at any time, by a symbolic link to somebody else's file too. So a path is resolved
-//! once, to the folder, and everything after that goes by descriptor:
+//! The owner of a folder can replace any name in it at any time, by a symbolic link to somebody
+//! else's file too. So a path is resolved once, to the folder, and everything after that goes by
+//! descriptor:
 //!
-//! 1. A private folder is made beside the socket: `.NAME.dmaload`, mode 0700, of this user. Others cannot change what is in it,
-//!    whatever they do to its name. It is locked (`flock`), and serves as the lock of all servers at this path.
+//! 1. A private folder is made beside the socket: `.NAME.dmaload`, mode 0700, of this user.
+//!    Others cannot change what is in it, whatever they do to its name. It is locked (`flock`),
+//!    and serves as the lock of all servers at this path.
 //! 2. The socket is bound, given its mode and made to listen in there.
-//! 3. It is moved to its place, which fails if something is there. What is there is replaced only if it is a socket that refuses
-//!    connections.
+//! 3. It is moved to its place, which fails if something is there. What is there is replaced only
+//!    if it is a socket that refuses connections.
 //!
-//! At the end the socket is removed under the same lock, and only if it is this server's own by its inode: another server may have
-//! taken the path meanwhile.
+//! At the end the socket is removed under the same lock, and only if it is this server's own by
+//! its inode: another server may have taken the path meanwhile.
 //!
-//! Requires procfs, or the permission to `unshare(CLONE_FS)`: there is no `bindat`. The path can be longer than the 107 bytes that fit
-//! into an address.
+//! Requires procfs, or the permission to `unshare(CLONE_FS)`: there is no `bindat`. The path can
+//! be longer than the 107 bytes that fit into an address.
 #![allow(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
@@ -32,7 +35,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use rustix::process::{fchdir, geteuid, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// How long a server waits for another one that is made or removed at the same path, which takes a millisecond.
+/// How long a server waits for another one that is made or removed at the same path, which takes
+/// a millisecond.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// Connections that the kernel keeps for the server to accept.
 const BACKLOG: i32 = 128;
@@ -171,7 +175,8 @@ fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     Ok((folder.map_err(cannot("open the folder of the socket"))?, name.to_owned()))
 }
 
-/// The file of a descriptor, as a path that the kernel resolves to that file, whatever its name is now.
+/// The file of a descriptor, as a path that the kernel resolves to that file, whatever its name
+/// is now.
 fn proc_path(file: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
@@ -181,10 +186,12 @@ fn has_proc(file: &OwnedFd) -> bool {
     fstat(file).is_ok_and(|own| stat(proc_path(file)).is_ok_and(|seen| identity(&seen) == identity(&own)))
 }
 
-/// Runs `task` in a thread whose working directory is this folder, and whose umask is empty: its own, not the process's.
+/// Runs `task` in a thread whose working directory is this folder, and whose umask is empty: its
+/// own, not the process's.
 fn in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) -> Result<(), Errno> {
     let body = || {
-        // SAFETY: only the working directory, the root and the umask become the thread's own; descriptors stay shared.
+        // SAFETY: only the working directory, the root and the umask become the thread's own;
+        // descriptors stay shared.
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
         fchdir(folder)?;
         umask(Mode::empty());
@@ -197,7 +204,8 @@ fn in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) 
     })
 }
 
-/// A folder beside the socket that only this user can change, and that only one server has at a time.
+/// A folder beside the socket that only this user can change, and that only one server has at a
+/// time.
 struct PrivateFolder<'a> {
     parent: &'a OwnedFd,
     /// The socket's name.
@@ -321,8 +329,9 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Removes what is at the place if it is this file. It is looked at after it was moved in here, so that nothing else is removed
-    /// even if programs that know nothing of the lock change the place.
+    /// Removes what is at the place if it is this file. It is looked at after it was moved in
+    /// here, so that nothing else is removed even if programs that know nothing of the lock
+    /// change the place.
     fn take(&self, expected: Identity) -> Result<(), String> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
@@ -573,7 +582,8 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
     }
 
-    /// Each round two servers end while two others take the place: whatever the order, the last one bound is there.
+    /// Each round two servers end while two others take the place: whatever the order, the last
+    /// one bound is there.
     #[test]
     fn servers_that_end_and_begin_at_once_keep_the_last_one() {
         let folder = tempfile::tempdir().unwrap();

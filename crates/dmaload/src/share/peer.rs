@@ -11,8 +11,9 @@ const DEFAULT_OVERFLOW_USER: u32 = 65534;
 /// How many users there are: the last number is no user.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Which numbers stand for one user. In a user namespace that does not map every user, all the others have the same number: the
-/// overflow id, often called `nobody`. A peer that has it can be any of them, also where this process has it itself.
+/// Which numbers stand for one user. In a user namespace that does not map every user, all the
+/// others have the same number: the overflow id, often called `nobody`. A peer that has it can be
+/// any of them, also where this process has it itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Users {
     /// The number that stands for every user without one.
@@ -20,14 +21,16 @@ pub(super) struct Users {
 }
 
 impl Users {
-    /// As this process sees them. Where procfs cannot be read, the overflow id is the kernel's default and not every user is mapped.
+    /// As this process sees them. Where procfs cannot be read, the overflow id is the kernel's
+    /// default and not every user is mapped.
     pub(super) fn of_this_process() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         Users::parse(&read("/proc/self/uid_map"), &read("/proc/sys/kernel/overflowuid"))
     }
 
     fn parse(uid_map: &str, overflow: &str) -> Self {
-        // Ranges do not overlap, so their lengths tell whether they are all. A nested namespace can map only what its parent does.
+        // Ranges do not overlap, so their lengths tell whether they are all. A nested namespace
+        // can map only what its parent does.
         let length = |line: &str| line.split_ascii_whitespace().nth(2).and_then(|length| length.parse::<u64>().ok()).unwrap_or(0);
         let mapped = uid_map.lines().map(length).fold(0, u64::saturating_add);
         let overflow = overflow.trim().parse().unwrap_or(DEFAULT_OVERFLOW_USER);

@@ -20,7 +20,8 @@ pub(super) enum Status {
     Ok,
     /// The request is of another version, or none.
     Malformed,
-    /// It has no image of that name, or none at all; `all` is how many it has, and their names follow.
+    /// It has no image of that name, or none at all; `all` is how many it has, and their names
+    /// follow.
     NoSuchImage,
     /// The client's user may not; `all` is its number as the server sees it.
     NotAllowed,

@@ -11,8 +11,9 @@ use rustix::ioctl::{Getter, Opcode, ioctl};
 #[allow(clippy::cast_possible_truncation, reason = "operations have 32 bits")]
 const SIOCOUTQ: Opcode = libc::TIOCOUTQ as Opcode;
 
-/// Whether a message that was sent here is still in the other side's queue. It leaves that when it is received, with its descriptors,
-/// or when the other side ends; closing one direction of the connection changes nothing.
+/// Whether a message that was sent here is still in the other side's queue. It leaves that when
+/// it is received, with its descriptors, or when the other side ends; closing one direction of
+/// the connection changes nothing.
 pub(super) fn is_unreceived(socket: &OwnedFd) -> Result<bool, Errno> {
     // SAFETY: `SIOCOUTQ` writes one `int`.
     let query = unsafe { Getter::<SIOCOUTQ, c_int>::new() };

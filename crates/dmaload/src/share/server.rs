@@ -2,13 +2,17 @@
 //!
 //! What a client can hold is bounded for its user, and nothing that a client says is believed:
 //!
-//! - Descriptors on their way over a Unix socket count against the *server's* user until they are received, even if the connection is
-//!   closed meanwhile, and the kernel stops the server when there are more than it may open. Whether they were received is the
-//!   kernel's word (`SIOCOUTQ`): a client that says so too early, or closes its half of the connection, is sent nothing more, and its
-//!   connection is kept until the kernel says that nothing is on the way. So they always count, against the client's user.
-//! - A user has no more than [`Limits::descriptors`] on their way, to no more than [`Limits::receivers`] clients. Its other clients
-//!   wait, for [`PATIENCE`] at most; clients of other users do not.
-//! - Of connections that wait for their client, the oldest of the user who has most makes place for a new one.
+//! - Descriptors on their way over a Unix socket count against the *server's* user until they are
+//!   received, even if the connection is closed meanwhile, and the kernel stops the server when
+//!   there are more than it may open. Whether they were received is the kernel's word
+//!   (`SIOCOUTQ`): a client that says so too early, or closes its half of the connection, is sent
+//!   nothing more, and its connection is kept until the kernel says that nothing is on the way.
+//!   So they always count, against the client's user.
+//! - A user has no more than [`Limits::descriptors`] on their way, to no more than
+//!   [`Limits::receivers`] clients. Its other clients wait, for [`PATIENCE`] at most; clients of
+//!   other users do not.
+//! - Of connections that wait for their client, the oldest of the user who has most makes place
+//!   for a new one.
 //! - A transfer takes [`TRANSFER_LIMIT`] at most.
 
 use std::collections::HashMap;
@@ -41,13 +45,15 @@ use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::segment::Segment;
 
-/// Connections at once of users who may attach, or fewer where the process may have few descriptors.
+/// Connections at once of users who may attach, or fewer where the process may have few
+/// descriptors.
 const CONNECTIONS_LIMIT: usize = 256;
 /// The same of users who may not attach, and are only answered that.
 const STRANGERS_LIMIT: usize = 16;
 /// Connections that are accepted before others are served again.
 const ADMITTED_AT_ONCE: usize = 32;
-/// Clients of a user that descriptors are on their way to. More than one, so that one that is slow does not hold up the others.
+/// Clients of a user that descriptors are on their way to. More than one, so that one that is
+/// slow does not hold up the others.
 const RECEIVERS_LIMIT: usize = 4;
 /// How often a client is looked at again whose progress no event tells.
 const RETRY: Duration = Duration::from_millis(20);
@@ -56,15 +62,16 @@ const RETRY: Duration = Duration::from_millis(20);
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Users besides the server's own that may attach, by their numbers. The socket then accepts connections of all users, and the
-    /// kernel is asked who each is.
+    /// Users besides the server's own that may attach, by their numbers. The socket then accepts
+    /// connections of all users, and the kernel is asked who each is.
     ///
-    /// In a user namespace that does not map every user, all that it does not map appear as the overflow id (usually 65534,
-    /// `nobody`). A client that has it is refused even if the server appears as it, too, unless the id is in this list: that
-    /// allows *every* user who is not mapped.
+    /// In a user namespace that does not map every user, all that it does not map appear as the
+    /// overflow id (usually 65534, `nobody`). A client that has it is refused even if the server
+    /// appears as it, too, unless the id is in this list: that allows *every* user who is not
+    /// mapped.
     pub allowed_users: Vec<u32>,
-    /// Share dma-bufs, for clients with devices. **Whoever has a dma-buf can write to it.** Default: memory files, which nobody can
-    /// write to any more.
+    /// Share dma-bufs, for clients with devices. **Whoever has a dma-buf can write to it.**
+    /// Default: memory files, which nobody can write to any more.
     pub dma_bufs: bool,
 }
 
@@ -84,7 +91,8 @@ impl ServerOptions {
     }
 }
 
-/// Hands images out to other processes; see [the module](super). Dropping it stops handing out; what clients have, they keep.
+/// Hands images out to other processes; see [the module](super). Dropping it stops handing out;
+/// what clients have, they keep.
 pub struct Server {
     shared: Arc<Shared>,
     thread: Option<thread::JoinHandle<()>>,
@@ -118,13 +126,15 @@ struct Published {
 }
 
 impl Server {
-    /// Listens at a path, which can be of any length. A socket that refuses connections is replaced, anything else is not; only the
-    /// server's user may connect, unless others are allowed.
+    /// Listens at a path, which can be of any length. A socket that refuses connections is
+    /// replaced, anything else is not; only the server's user may connect, unless others are
+    /// allowed.
     ///
-    /// It is safe in a folder that another user owns: see `share/listener.rs`. While a server is made or removed, its folder also
-    /// has one of the name `.NAME.dmaload`.
+    /// It is safe in a folder that another user owns: see `share/listener.rs`. While a server is
+    /// made or removed, its folder also has one of the name `.NAME.dmaload`.
     ///
-    /// Clients that come before the first image is published wait for it, for [`PATIENCE`] at most.
+    /// Clients that come before the first image is published wait for it, for [`PATIENCE`] at
+    /// most.
     ///
     /// # Errors
     /// [`Error::Share`] when another process listens there, or what the kernel answered.
@@ -136,7 +146,8 @@ impl Server {
         // Each connection is asked who it is; the mode only keeps others from asking in vain.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let listener = Listener::bind(&path, mode).map_err(|reason| refuse(&path, reason))?;
-        // Asked once here, so that a filter of system calls is an error now, and not a client that is never served.
+        // Asked once here, so that a filter of system calls is an error now, and not a client
+        // that is never served.
         is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
         let shared = Arc::new(Shared {
             socket: path.clone(),
@@ -155,7 +166,8 @@ impl Server {
         Ok(server)
     }
 
-    /// Whether [`Self::bind`] could have this path now, for those who load for minutes before they bind.
+    /// Whether [`Self::bind`] could have this path now, for those who load for minutes before
+    /// they bind.
     ///
     /// # Errors
     /// Those of [`Self::bind`].
@@ -164,12 +176,13 @@ impl Server {
         Listener::check(path).map_err(|reason| refuse(path, reason))
     }
 
-    /// Hands this image out under a name, in the place of another one of that name. Its memory is sealed, and never recycled by a
-    /// pool.
+    /// Hands this image out under a name, in the place of another one of that name. Its memory is
+    /// sealed, and never recycled by a pool.
     ///
     /// # Errors
-    /// [`Error::NoDescriptor`] for memory of another kind than is shared; [`Error::Viewed`] where dma-bufs are shared and views of its
-    /// bytes are alive; [`Error::Share`] where descriptors run out.
+    /// [`Error::NoDescriptor`] for memory of another kind than is shared; [`Error::Viewed`] where
+    /// dma-bufs are shared and views of its bytes are alive; [`Error::Share`] where descriptors
+    /// run out.
     pub fn publish(&self, name: &str, image: Image) -> Result<()> {
         let published = Arc::new(self.shared.prepare(&image)?);
         let before = {
@@ -321,8 +334,8 @@ struct Limits {
 }
 
 impl Limits {
-    /// For a process that may have so many descriptors, and so many users who may attach. The kernel allows a user the same number
-    /// on their way; half of it is left for other senders.
+    /// For a process that may have so many descriptors, and so many users who may attach. The
+    /// kernel allows a user the same number on their way; half of it is left for other senders.
     fn new(descriptors: usize, users: usize) -> Self {
         Limits {
             connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),
@@ -336,7 +349,8 @@ impl Limits {
 /// A connection.
 struct Client {
     socket: OwnedFd,
-    /// Whether it is of a user who may attach. Others are answered when they have asked: to close before would lose the answer.
+    /// Whether it is of a user who may attach. Others are answered when they have asked: to close
+    /// before would lose the answer.
     allowed: bool,
     user: u32,
     /// When it came, or made progress last.
@@ -379,7 +393,8 @@ impl Client {
         }
     }
 
-    /// Whether no event tells when it can go on: it waits for others of its user, or for an image, or only the kernel knows.
+    /// Whether no event tells when it can go on: it waits for others of its user, or for an
+    /// image, or only the kernel knows.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
             State::Receiving { unreceived, .. } => unreceived == 0,
@@ -412,7 +427,8 @@ impl Client {
     /// Nothing more is sent; it is kept while descriptors are on their way.
     fn drain(&mut self) -> Step {
         let unreceived = self.unreceived();
-        // An error would be of a filter of system calls: the kernel's word is missing, so it goes on counting.
+        // An error would be of a filter of system calls: the kernel's word is missing, so it goes
+        // on counting.
         if unreceived > 0 && is_unreceived(&self.socket).unwrap_or(true) {
             self.state = State::Draining { unreceived };
             return Step::Wait;
@@ -524,7 +540,8 @@ fn serve(shared: &Shared) {
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        // A connection of which one half is closed is always ready, so those that drain are looked at by time.
+        // A connection of which one half is closed is always ready, so those that drain are
+        // looked at by time.
         let polled = clients.iter().filter(|client| !matches!(client.state, State::Draining { .. }));
         watched.extend(polled.map(|client| PollFd::new(&client.socket, PollFlags::IN)));
         let now = Instant::now();
@@ -604,7 +621,8 @@ fn admit(shared: &Shared, limits: Limits, clients: &mut Vec<Client>) {
             }
             Err(Errno::AGAIN) => return,
             Err(_) => {
-                // No descriptors or memory, or a filter: it stays in the queue, and without a pause the thread would spin.
+                // No descriptors or memory, or a filter: it stays in the queue, and without a
+                // pause the thread would spin.
                 thread::sleep(Duration::from_millis(10));
                 return;
             }
@@ -624,8 +642,9 @@ fn admit(shared: &Shared, limits: Limits, clients: &mut Vec<Client>) {
     }
 }
 
-/// Lets the oldest of these connections go of the user who has most of them; `false` where there is none. Those that descriptors are
-/// on their way to are kept, since they are what shows that they are.
+/// Lets the oldest of these connections go of the user who has most of them; `false` where there
+/// is none. Those that descriptors are on their way to are kept, since they are what shows that
+/// they are.
 fn make_room(clients: &mut Vec<Client>, of: impl Fn(&Client) -> bool) -> bool {
     let of = |client: &Client| of(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();
