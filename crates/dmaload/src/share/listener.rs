@@ -62,6 +62,7 @@ pub(super) struct Listener {
 pub(super) enum Step {
     MadeFolder,
     Bound,
+    Found,
     Ready,
     Placed,
 }
@@ -91,6 +92,7 @@ impl Listener {
         if !is_socket(&found) || found.st_uid != geteuid().as_raw() {
             return Err("cannot bind a socket: this file system shows another file in its place".to_owned());
         }
+        after(Step::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
             // By the descriptor: this is the file that was looked at, and no link.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
@@ -425,7 +427,7 @@ mod tests {
     #[test]
     fn owner_of_the_folder_redirects_nothing_at_any_step() {
         for mode in [own(), all()] {
-            for thief_at in [Step::MadeFolder, Step::Bound, Step::Ready, Step::Placed] {
+            for thief_at in [Step::MadeFolder, Step::Bound, Step::Found, Step::Ready, Step::Placed] {
                 for target_is_folder in [false, true] {
                     let place = tempfile::tempdir().unwrap();
                     let (folder, victims) = (place.path().join("thief's"), place.path().join("victim's"));
@@ -475,17 +477,19 @@ mod tests {
                 }
             },
         ];
-        for lie in lies {
+        for (lie, lie_at) in lies.into_iter().flat_map(|lie| [(lie, Step::Bound), (lie, Step::Found)]) {
             let mode = all();
             let listener = Listener::bind_step_by_step(&place.path().join("socket"), mode, &mut |step| {
-                if step == Step::Bound {
+                if step == lie_at {
                     let fresh = place.path().join(".socket.dmaload").join(FRESH);
                     fs::remove_file(&fresh).unwrap();
                     lie(&victim, &fresh);
                 }
             });
-            listener.unwrap_err();
+            assert!(lie_at == Step::Found || listener.is_err(), "{listener:?}");
             assert_eq!((mode_of(&victim), fs::read_to_string(&victim).unwrap().as_str()), (0o600, "kept"));
+            drop(listener);
+            let _ = fs::remove_file(place.path().join("socket"));
             assert_eq!(names(place.path()), ["secret"]);
         }
     }
