@@ -132,7 +132,7 @@ fn a_part_is_written_alone_and_no_other_file_is_looked_at() {
     let swapped = part(folder.path(), "s-00001-of-00002.gguf", 1, 2, "w");
     for path in all.iter().chain([&index, &swapped]) {
         let written = run(dmaload(["cat"]).arg(path)).succeeds().stdout;
-        assert_eq!(written, fs::read(path).unwrap(), "{}", path.display());
+        assert_eq!(written, fs::read(path).unwrap(), "{path:?}");
     }
     fs::remove_file(&all[0]).unwrap();
     fs::write(&all[2], "").unwrap();
@@ -202,7 +202,17 @@ fn little_else_is_read_for_one_tensor() {
     let map = r#"{"weight_map":{"large":"1.safetensors","w":"1.safetensors","other":"2.safetensors"}}"#;
     file(folder.path(), "model.safetensors.index.json", map.as_bytes());
     let mut cat = Command::new("strace");
-    cat.args(["-f", "-e", "trace=?open,openat,pread64", env!("CARGO_BIN_EXE_dmaload"), "cat", "--tensor", "w", "--route", "buffered"]);
+    cat.args([
+        "-f",
+        "-e",
+        "trace=?open,openat,pread64",
+        env!("CARGO_BIN_EXE_dmaload"),
+        "cat",
+        "--tensor",
+        "w",
+        "--route",
+        "buffered",
+    ]);
     let Ok(traced) = cat.arg(folder.path()).output() else { return eprintln!("no strace here: what is read is not looked at") };
     let trace = String::from_utf8_lossy(&traced.stderr);
     assert_eq!(traced.stdout, vec![2; 4096], "{trace}");

@@ -70,7 +70,7 @@ fn of_path(path: &Path, alone: bool, choice: Choice<'_>, found: &mut Found) -> R
         found.sources.push(own);
         return Ok(());
     }
-    // A path that can't be looked at is an error of whoever opens it.
+    // A path that can't be looked at fails when it is opened.
     let about = fs::metadata(path).ok();
     if about.as_ref().is_some_and(fs::Metadata::is_dir) {
         return of_folder(path, choice, found);
@@ -120,7 +120,8 @@ fn is_of_safetensors(index: &Index) -> bool {
     files.peek().is_some() && files.all(folder::is_safetensors_name)
 }
 
-/// An index under a name that doesn't say so, such as a blob of a model cache, would be loaded as the bytes of its text.
+/// An index under a name that doesn't say so, such as a blob of a model cache, would be loaded as
+/// the bytes of its text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
     // Other formats have extensions of their own.
     if path.extension().is_some_and(|extension| extension != "json") {
@@ -149,7 +150,8 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
         let names = folder.safetensors();
         if !names.is_empty() {
             let (kept, missing) = folder.check(&names, &mut found.notes);
-            // Files that were found without any order between them are all the model has to say of itself.
+            // Files that were found without any order between them are all the model has to say of
+            // itself.
             allowed(&missing, kept.len(), choice, found, |why| {
                 let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
                 Error::Incomplete { path: path.to_owned(), reason }
@@ -222,7 +224,7 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
         match Missing::look(&folder.join(name), name) {
             None => kept.push(name),
             Some(lacking) if is_needed => missing.push(lacking),
-            // It may have had what the index doesn't know. Whoever asks for that is told that nothing has it.
+            // It may have had what the index doesn't know: then no file has what was asked for.
             Some(_) => {}
         }
     }
@@ -357,7 +359,7 @@ mod tests {
         );
         let two = says(&["a.safetensors.index.json", "b.safetensors.index.json"]);
         assert!(two.contains(r#"name one of "a.safetensors.index.json", "b.safetensors.index.json""#), "{two}");
-        // As raw bytes a folder is none: whoever opens it says that.
+        // As raw bytes a folder is refused when it is opened.
         assert_eq!(found(&["a.bin"], Choice { format: Format::Raw, ..CHOICE }).unwrap(), [""]);
     }
 

@@ -196,7 +196,8 @@ const MISSING_LISTED: usize = 10_000;
 const DEPTH: usize = 5;
 const FOLDERS: usize = 256;
 
-/// Whether an index has no variant in its name, where all others are variants of it: `a.safetensors.index.json` beside
+/// Whether an index has no variant in its name, where all others are variants of it:
+/// `a.safetensors.index.json` beside
 /// `a.safetensors.index.fp16.json`, `a.fp16.safetensors.index.json` and `a.safetensors.fp16.index.json`.
 fn is_plain_index_of(name: &str, all: &[&str]) -> bool {
     let Some(stem) = name.strip_suffix(index::SUFFIX) else { return false };

@@ -24,7 +24,8 @@ pub(super) fn is_unfinished(name: &str) -> bool {
 }
 
 impl Missing {
-    /// Looks for a file; `None` where it is there and has bytes. What else is wrong with it is for whoever opens it.
+    /// Looks for a file; `None` where it is there and has bytes. What else is wrong with it shows
+    /// when it is opened.
     pub(super) fn look(path: &Path, name: &str) -> Option<Missing> {
         let why = match fs::metadata(path) {
             Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),
@@ -98,7 +99,8 @@ fn not_in(folder: &Path, index: &Index) -> Vec<String> {
     names
 }
 
-/// Why files of an index may be missing: it may be left over from another version of the model, or a download goes on.
+/// Why files of an index may be missing: it may be left over from another version of the model, or
+/// a download goes on.
 pub(super) fn left_over(folder: &Path, index: &Index, all: bool) -> String {
     let others = not_in(folder, index);
     if !others.is_empty() {

@@ -174,7 +174,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let is_read = selector.as_ref().is_none_or(Selector::needs_tensors);
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let maps = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
-        load.check_whole(maps)?;
+        load.check_whole(maps)?.into_iter().for_each(|note| load.note(Some(note)));
     }
     // What was asked for first is read first, of whatever file it is.
     spans.sort_by_key(|span| span.class);

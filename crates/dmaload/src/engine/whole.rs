@@ -1,10 +1,12 @@
 //! Whether the files of a load are whole models: no name twice, no part of a split model missing.
 //!
-//! Needs the headers of all files. Those of large files are known when a load is planned, those of small ones, which share
-//! memory, when they have been read.
+//! Needs the headers of all files. Those of large files are known when a load is planned, those of
+//! small ones, which share memory, when they have been read.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+
+use dmabuf::printable;
 
 use crate::error::{Error, Result};
 use crate::model::gguf::Value;
@@ -15,17 +17,19 @@ use crate::source::Source;
 /// A file of a load, and its tensors.
 pub(crate) type Known<'a> = (&'a Source, Option<&'a TensorMap>);
 
-/// Checks that the files of each model are one whole model.
+/// Checks that the files of each model are one whole model; gives what a report is to say of parts
+/// that may be missing.
 ///
 /// # Errors
 /// [`Error::DuplicateTensor`], [`Error::Incomplete`], and [`Error::Model`] for parts that contradict each other.
-pub(crate) fn check_whole(files: &[Known<'_>], allow_missing: bool) -> Result<()> {
+pub(crate) fn check_whole(files: &[Known<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
     // A name that comes twice in one file is an error of its header.
     let has_several = |source: &Source| sizes.get(&source.model).is_some_and(|&files| files > 1);
-    check_splits(files, has_several, allow_missing)?;
-    check_names(files, has_several)
+    let notes = check_splits(files, has_several, allow_missing)?;
+    check_names(files, has_several)?;
+    Ok(notes)
 }
 
 /// Each name is in one file of a model; where an index decides, in the one that it names.
@@ -109,7 +113,7 @@ struct Part<'a> {
     split: Option<Split>,
 }
 
-fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<()> {
+fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<Vec<String>> {
     let mut sets: BTreeMap<Set<'_>, Vec<Part<'_>>> = BTreeMap::new();
     for &(source, map) in files {
         let Some(map) = map.filter(|map| map.gguf().is_some()) else { continue };
@@ -125,11 +129,20 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
         };
         sets.entry(set).or_default().push(part);
     }
-    sets.values().try_for_each(|parts| check_split(parts, allow_missing))
+    let mut notes = Vec::new();
+    for parts in sets.values() {
+        match check_split(parts) {
+            Err(Error::Incomplete { path, reason }) if allow_missing => {
+                notes.push(format!("the model is not complete, which was allowed: {}: {reason}", printable::path(&path)));
+            }
+            checked => checked?,
+        }
+    }
+    Ok(notes)
 }
 
 /// Checks parts that belong together.
-fn check_split(parts: &[Part<'_>], allow_missing: bool) -> Result<()> {
+fn check_split(parts: &[Part<'_>]) -> Result<()> {
     let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(()) };
     let mut there: BTreeMap<u64, &Part<'_>> = BTreeMap::new();
     for part in parts {
@@ -152,13 +165,13 @@ fn check_split(parts: &[Part<'_>], allow_missing: bool) -> Result<()> {
     }
     let missing: Vec<u64> = (0..split.count).filter(|number| !there.contains_key(number)).take(MISSING_NAMED + 1).collect();
     if !missing.is_empty() {
-        return if allow_missing { Ok(()) } else { Err(incomplete(first, split, parts.len() as u64, &missing)) };
+        return Err(incomplete(first, split, parts.len() as u64, &missing));
     }
     check_tensor_counts(&there)
 }
 
-/// Compares what all parts have with `split.tensors.count`. The first part's is what other readers go by: where that part has no
-/// tensors, writers have counted differently in the others.
+/// Compares what all parts have with `split.tensors.count`. The first part's is what other readers
+/// go by: where that part has no tensors, writers have counted differently in the others.
 fn check_tensor_counts(parts: &BTreeMap<u64, &Part<'_>>) -> Result<()> {
     let splits: Vec<(&Part<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
     let Some(&(first, split)) = splits.first() else { return Ok(()) };

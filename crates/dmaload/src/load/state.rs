@@ -280,10 +280,10 @@ impl LoadShared {
         }
     }
 
-    /// Checks that the files are whole models, once the tensors of all are known.
-    pub(crate) fn check_whole<'a>(&self, maps: impl Iterator<Item = Option<&'a TensorMap>>) -> Result<()> {
+    /// Checks that the files are whole models, once the tensors of all are known; gives notes for the report.
+    pub(crate) fn check_whole<'a>(&self, maps: impl Iterator<Item = Option<&'a TensorMap>>) -> Result<Vec<String>> {
         let files: Vec<_> = self.sources().iter().zip(maps).collect();
-        if self.options.as_one_file { Ok(()) } else { check_whole(&files, self.options.allow_missing) }
+        if self.options.as_one_file { Ok(Vec::new()) } else { check_whole(&files, self.options.allow_missing) }
     }
 
     /// These are the files.

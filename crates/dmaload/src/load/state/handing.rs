@@ -181,7 +181,9 @@ impl LoadShared {
         }
         // Before its segments are shown: a finished load is whole.
         if state.files_left == 0 && state.files.iter().any(|file| file.planned.small) {
-            self.check_whole(state.files.iter().map(|file| file.planned.tensors.as_deref().map(|tensors| &*tensors.map)))?;
+            let maps = state.files.iter().map(|file| file.planned.tensors.as_deref().map(|tensors| &*tensors.map));
+            let notes = self.check_whole(maps)?;
+            state.notes.extend(notes);
         }
         let memory = state.last_memory_of(index).expect("a file that was read ends in a memory");
         let memory = state.memories.get_mut(memory).expect("a file ends in a planned memory");
