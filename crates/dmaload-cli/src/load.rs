@@ -143,18 +143,19 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
         return load.await;
     }
     let bar = progress_bar("loading");
+    // From the beginning: until the first segment is there, files are opened and memory is allocated.
+    bar.tick();
     loop {
         // `next` may be dropped at any time without losing a segment.
         match tokio::time::timeout(Duration::from_millis(50), load.next()).await {
-            Ok(Some(Ok(_))) => {}
+            Ok(Some(Ok(_))) | Err(_) => {}
             // An error is told by `finish`, too.
             Ok(Some(Err(_)) | None) => break,
-            Err(_) => {
-                let progress = load.progress();
-                bar.set_length(progress.planned_bytes);
-                bar.set_position(progress.read_bytes);
-            }
         }
+        // Also while segments come faster than that.
+        let progress = load.progress();
+        bar.set_length(progress.planned_bytes);
+        bar.set_position(progress.read_bytes);
     }
     bar.finish_and_clear();
     load.finish().await

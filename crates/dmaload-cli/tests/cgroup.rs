@@ -46,7 +46,8 @@ impl MemoryGroup {
 
     /// How many processes the kernel has killed for its limit, where it tells (Linux 4.13).
     fn killed(&self) -> u64 {
-        let counts = ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
+        let counts =
+            ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
         let counts = counts.unwrap_or_default();
         counts.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
     }
@@ -92,7 +93,9 @@ fn loads_at_once_in_one_group_fail_with_numbers_and_none_is_killed() {
     let path = folder.path().join("model.bin");
     fs::File::create(&path).unwrap().set_len(600 * MIB as u64).unwrap();
     let (mut succeeded, mut failed) = (0, 0);
-    for (loads, options) in [(4, &[][..]), (4, &["--heap", "anon"]), (6, &["--segment-size", "2MiB"]), (4, &["--layout", "single"])] {
+    for (loads, options) in
+        [(4, &[][..]), (4, &["--heap", "anon"]), (6, &["--segment-size", "2MiB"]), (4, &["--layout", "single"])]
+    {
         let group = match MemoryGroup::new(900 * MIB) {
             Ok(group) => group,
             Err(reason) => return skip(reason),

@@ -417,3 +417,37 @@ fn a_symlink_is_followed_and_told_by_the_path_given() {
     assert_eq!(digest_of(&json), sha256sum(&path), "{json:#}");
     assert_eq!(json["files"][0]["path"], link.to_str().unwrap(), "{json:#}");
 }
+
+/// A terminal, by script(1): the bar is there from the beginning, whatever comes how fast.
+#[test]
+fn a_terminal_shows_a_bar_before_the_first_segment() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let mut script = std::process::Command::new("script");
+    let command = format!("'{}' load '{}'", env!("CARGO_BIN_EXE_dmaload"), path.to_str().unwrap());
+    script.args(["-qec", &command, "/dev/null"]).env("TERM", "xterm");
+    if !std::process::Command::new("script").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return common::skip("there is no script(1)");
+    }
+    let shown = run(&mut script).exits(0).text();
+    assert!(shown.contains("loading") && shown.contains("B/s"), "{shown:?}");
+}
+
+#[test]
+fn reading_what_was_cached_is_noted() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 20 * MIB + 1);
+    let notes = |arguments: &[&str]| load_json(&path, arguments)["notes"].to_string();
+    if !load_json(&path, &["--cache", "auto"])["notes"].to_string().contains("copied from there") {
+        return common::skip("what is in the page cache can't be asked for here");
+    }
+    let is_noted = |notes: String| notes.contains("are in the page cache") && notes.contains("--cache auto");
+    assert!(is_noted(notes(&[])), "{}", notes(&[]));
+    assert!(is_noted(notes(&["--cache", "bypass", "--route", "pread-direct"])));
+    assert!(!is_noted(notes(&["--cache", "auto"])));
+    assert!(!is_noted(notes(&["--route", "buffered"])));
+    let file = std::fs::File::open(&path).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    assert!(!is_noted(notes(&[])), "{}", notes(&[]));
+}

@@ -41,7 +41,7 @@ fn what_is_served_is_attached_to_with_the_right_digest() {
     let text = run(dmaload(["attach", "--name", "model"]).arg(&socket)).succeeds().text();
     assert!(text.contains("attached to") && text.contains("shared memfd"), "{text}");
     // Nothing was read here, so there is no speed of it.
-    assert!(!text.contains("/s") && !text.contains("unknown size"), "{text}");
+    assert!(!text.contains("B/s") && !text.contains("unknown size"), "{text}");
     run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["no image \"other\", but \"model\""]);
     run(dmaload(["serve"]).arg(&socket).arg(&paths[0])).fails(1, &["listens there"]);
     end(server, &socket);

@@ -693,7 +693,10 @@ type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
 
 impl fmt::Debug for FromDescriptors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FromDescriptors").field("name", &self.name).field("is_uncached", &self.is_uncached).finish_non_exhaustive()
+        f.debug_struct("FromDescriptors")
+            .field("name", &self.name)
+            .field("is_uncached", &self.is_uncached)
+            .finish_non_exhaustive()
     }
 }
 

@@ -135,10 +135,7 @@ impl Backing {
     }
 
     /// Makes a dma-buf of memory that holds all its bytes, by `export`, and lets devices see them.
-    pub(crate) fn export<E: From<dmabuf::Error>>(
-        &self,
-        export: impl FnOnce(&Memory) -> Result<DmaBuf, E>,
-    ) -> Result<(), E> {
+    pub(crate) fn export<E: From<dmabuf::Error>>(&self, export: impl FnOnce(&Memory) -> Result<DmaBuf, E>) -> Result<(), E> {
         let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
             // It was begun when the memory was allocated.

@@ -31,9 +31,8 @@ fn note_thread() {
 }
 
 fn safetensors(folder: &Path, tensors: usize, bytes: usize) -> PathBuf {
-    let entry = |n: usize| {
-        format!(r#""t{n}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, n * bytes, (n + 1) * bytes)
-    };
+    let entry =
+        |n: usize| format!(r#""t{n}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, n * bytes, (n + 1) * bytes);
     let header = format!("{{{}}}", (0..tensors).map(entry).collect::<Vec<_>>().join(","));
     let mut all = (header.len() as u64).to_le_bytes().to_vec();
     all.extend_from_slice(header.as_bytes());
@@ -107,7 +106,8 @@ fn a_waker_that_polls_deadlocks_nothing() {
     for route in ROUTES {
         let loader = Loader::builder().route(route).segment_bytes(SEGMENT).allocator_threads(1).build().unwrap();
         let (own, own_path) = (loader.clone(), path.clone());
-        run_inline("a load, dropped at its end", async move { own.load(&own_path).await.map(|image| image.report().bytes) }).unwrap();
+        run_inline("a load, dropped at its end", async move { own.load(&own_path).await.map(|image| image.report().bytes) })
+            .unwrap();
 
         let (own, own_path) = (loader.clone(), path.clone());
         run_inline("a load, dropped half-way, and another one begun", async move {
@@ -328,7 +328,8 @@ fn what_verifies_and_observes_may_panic_and_is_named() {
         let loader = Loader::builder().route(route).segment_bytes(SEGMENT).allocator_threads(1 + number % 2).build().unwrap();
         for path in [&large, &small] {
             let length = std::fs::metadata(path).unwrap().len();
-            for place in [In::Begin, In::Describe, In::Bytes, In::LastBytes, In::DropOfVerifier, In::DropOfObserver, In::Nothing] {
+            for place in [In::Begin, In::Describe, In::Bytes, In::LastBytes, In::DropOfVerifier, In::DropOfObserver, In::Nothing]
+            {
                 let what = format!("{route}, {length} bytes, {place:?}");
                 let beside = loader.load(path);
                 let verified = load_all(&loader, path, loader.options().verify(Panics(place, length)));
@@ -336,11 +337,13 @@ fn what_verifies_and_observes_may_panic_and_is_named() {
                 let observed = load_all(&loader, path, loader.options().observer(observer));
                 let panicked = |code: &str, message: &str| Err(format!("{code} panicked: {message}"));
                 // The place of the bytes follows.
-                let told = |result: dmaload::Result<u64>| result.map_err(|error| {
-                    let text = error.to_string();
-                    assert!(!text.contains("in bytes (") || text.contains(".bin: "), "{text}");
-                    text.split(" (").next().unwrap().to_owned()
-                });
+                let told = |result: dmaload::Result<u64>| {
+                    result.map_err(|error| {
+                        let text = error.to_string();
+                        assert!(!text.contains("in bytes (") || text.contains(".bin: "), "{text}");
+                        text.split(" (").next().unwrap().to_owned()
+                    })
+                };
                 let [verified, observed] = [verified, observed].map(told);
                 let expected = match place {
                     In::Begin => [panicked("the verifier", "in begin"), Ok(length)],

@@ -70,7 +70,9 @@ async fn a_kept_descriptor_cannot_write_to_a_segment() {
             let before = bytes.to_vec();
             // By now the memory of this segment is sealed; that of those to come is the loader's own affair.
             for kept in heap.kept.lock().unwrap().iter() {
-                let is_same = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino;
+                let is_same = |fd: &OwnedFd| {
+                    rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino
+                };
                 if is_same(kept) {
                     assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(Errno::PERM));
                 }
@@ -90,7 +92,8 @@ async fn memory_that_takes_no_seal_against_writes_fails_its_load() {
         let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).build().unwrap();
         for round in 0..2 {
             let mut segments = loader.stream(&path);
-            let error = segments.next().await.expect("an error comes before the end").expect_err("bytes that others can write to");
+            let error =
+                segments.next().await.expect("an error comes before the end").expect_err("bytes that others can write to");
             let text = error.to_string();
             assert!(text.contains("keeping: cannot seal a memfd against writes") && text.contains("EPERM"), "{round}: {text}");
             assert!(segments.next().await.is_none());
@@ -193,7 +196,8 @@ async fn hooks_see_each_call_of_a_heap_of_ours() {
         let memory: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
         assert_eq!(hooks.populated.load(Ordering::Relaxed) - before, memory);
     }
-    let seen = [&hooks.allocated, &hooks.answered, &hooks.populated, &hooks.failed].map(|counter| counter.load(Ordering::Relaxed));
+    let seen =
+        [&hooks.allocated, &hooks.answered, &hooks.populated, &hooks.failed].map(|counter| counter.load(Ordering::Relaxed));
     assert_eq!(seen, [seen[0], seen[0], seen[0], 0]);
 }
 
@@ -204,7 +208,10 @@ async fn a_descriptor_that_is_no_dma_buf_fails_the_load_by_name() {
     type Allocate = fn(usize) -> Result<OwnedFd, Errno>;
     let allocators: [(Allocate, &str); 4] = [
         (|_| Err(Errno::NOMEM), "vendor: cannot allocate a dma-buf of"),
-        (|bytes| Ok(dmabuf::Memfd::create("no dma-buf", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()), "vendor: cannot "),
+        (
+            |bytes| Ok(dmabuf::Memfd::create("no dma-buf", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()),
+            "vendor: cannot ",
+        ),
         (|_| Ok(std::fs::File::open("/dev/null").unwrap().into()), "vendor: cannot "),
         (|_| panic!("in the driver"), "heap vendor panicked: in the driver"),
     ];

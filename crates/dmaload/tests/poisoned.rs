@@ -60,7 +60,12 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
     let bytes = random_bytes(6 * SEGMENT + 777, 1);
     let path = file(folder.path(), "model.bin", &bytes);
     let heap = Gated::default();
-    let loader = Loader::builder().heap(Hooked::new(MemfdHeap::default(), heap.clone())).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
+    let loader = Loader::builder()
+        .heap(Hooked::new(MemfdHeap::default(), heap.clone()))
+        .allocator_threads(1)
+        .segment_bytes(SEGMENT as u64)
+        .build()
+        .unwrap();
     let mut loads = [loader.load(&path), loader.load(&path)];
     // Both have begun: each has a segment before the gate.
     for load in &mut loads {

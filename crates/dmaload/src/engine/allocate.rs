@@ -26,14 +26,7 @@ const FREEING_TIME: Duration = Duration::from_secs(10);
 impl Engine {
     /// Allocates and populates a batch, opens its files, and hands its pieces to the ring thread. The permit comes back by
     /// itself, whatever happens.
-    pub(super) fn allocate(
-        &self,
-        load: &Arc<LoadShared>,
-        heap: &HeapCode,
-        number: usize,
-        permit: Permit,
-        advance: Advance,
-    ) {
+    pub(super) fn allocate(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize, permit: Permit, advance: Advance) {
         // The load is over.
         let Some(allocation) = load.allocation(number) else { return };
         if let Err(error) = self.fill_in(load, heap, &allocation, permit, advance) {
@@ -97,12 +90,7 @@ impl Engine {
 
     /// The batch's memory: there already, from the pool, or allocated now; with the right to take what is to be taken for this
     /// batch.
-    fn backing(
-        &self,
-        load: &LoadShared,
-        heap: &HeapCode,
-        allocation: &Allocation,
-    ) -> Result<(Arc<Backing>, Option<Grant>)> {
+    fn backing(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Option<Grant>)> {
         let mut made = None;
         let backing = allocation.memory.get_or_make(|| {
             let (backing, grant) = self.new_backing(load, heap, allocation)?;
@@ -118,12 +106,7 @@ impl Engine {
         Ok((backing, grant))
     }
 
-    fn new_backing(
-        &self,
-        load: &LoadShared,
-        heap: &HeapCode,
-        allocation: &Allocation,
-    ) -> Result<(Backing, Option<Grant>)> {
+    fn new_backing(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Backing, Option<Grant>)> {
         let refused = |error| self.refused(load, error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
         let kept = self.reaper.reuse(bytes);

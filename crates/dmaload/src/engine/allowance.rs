@@ -82,7 +82,7 @@ impl Turn {
                 Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
                 Err(errno) => {
                     let errno = dmabuf::errno::describe(errno);
-                    tracing::debug!(place = %place.display(), errno, "no turn among processes that share a limit");
+                    tracing::debug!(place = %dmabuf::printable::path(&place), errno, "no turn among processes that share a limit");
                     return None;
                 }
             }
@@ -108,7 +108,10 @@ pub(super) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<Grant, Headr
 
 impl Allowance {
     const fn new() -> Self {
-        Allowance { state: Mutex::new(State { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }), changed: Condvar::new() }
+        Allowance {
+            state: Mutex::new(State { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }),
+            changed: Condvar::new(),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

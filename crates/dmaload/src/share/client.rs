@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dmabuf::{AddressRange, DmaBuf, HUGE_PAGE_BYTES, Memfd, Memory, PageCount, printable};
+use dmabuf::{AddressRange, DmaBuf, Memfd, Memory, printable};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, recvmsg, send,
@@ -370,29 +370,6 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
     Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
 }
 
-/// The most blocks of 2 MiB whose pages are looked at: attaching takes no longer the larger the image is.
-const PAGE_SAMPLES: usize = 64;
-
-/// What pages the memory really has, by a sample that is spread over it. A page is seen when it is mapped, so a byte of each
-/// block is read.
-fn pages(segments: &[Segment]) -> PageCount {
-    // A dma-buf that is out has no views.
-    let views: Vec<_> = segments.iter().filter_map(|segment| segment.bytes().ok()).collect();
-    let blocks: usize = views.iter().map(|view| view.len().div_ceil(HUGE_PAGE_BYTES)).sum();
-    let all = views.iter().flat_map(|view| view.chunks(HUGE_PAGE_BYTES));
-    let mut pages = PageCount::default();
-    for block in all.step_by(blocks.div_ceil(PAGE_SAMPLES).max(1)) {
-        std::hint::black_box(block.first());
-        let start = block.as_ptr().addr();
-        let Some(mapped) = dmabuf::count_pages(start..start + block.len()) else { continue };
-        let bytes = block.len() as u64;
-        if mapped.seen_bytes > 0 {
-            pages.add(PageCount { seen_bytes: bytes, huge_bytes: if mapped.huge_bytes > 0 { bytes } else { 0 } });
-        }
-    }
-    pages
-}
-
 /// Nothing was read, copied or allocated here.
 fn report(
     path: &Path,
@@ -419,7 +396,7 @@ fn report(
         first_segment: None,
         cpu: Duration::ZERO,
         peak_resident_bytes: crate::report::peak_resident_bytes(),
-        pages: pages(segments),
+        pages: description.pages,
         pages_refused: None,
         reused_bytes: 0,
         heap: heap.to_owned(),

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use dmabuf::PageCount;
 use serde_json::{Value, json};
 
 use crate::image::{Image, Tensor};
@@ -16,6 +17,8 @@ use crate::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
 pub(super) struct Description {
     pub(super) process: u32,
     pub(super) route: String,
+    /// What pages its loader found under the memory: whoever maps it sees smaller ones until all is touched.
+    pub(super) pages: PageCount,
     pub(super) dma_bufs: bool,
     pub(super) files: Vec<File>,
     pub(super) segments: Vec<SegmentPlace>,
@@ -74,6 +77,7 @@ pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
     let memories = if segments.is_empty() { 0 } else { memory + 1 };
     json!({
         "process": std::process::id(), "route": image.report().route.name(), "dma_bufs": dma_bufs,
+        "seen_bytes": image.report().pages.seen_bytes, "huge_bytes": image.report().pages.huge_bytes,
         "memories": memories, "files": files.collect::<Vec<_>>(), "segments": segments,
     })
     .to_string()
@@ -108,6 +112,12 @@ impl Description {
         }
         Ok(Description {
             process: u32::try_from(number("process")?).map_err(|_| wrong("process"))?,
+            pages: {
+                // They serve to be shown only.
+                let told = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
+                let seen_bytes = told("seen_bytes");
+                PageCount { seen_bytes, huge_bytes: told("huge_bytes").min(seen_bytes) }
+            },
             route: value.get("route").and_then(Value::as_str).ok_or_else(|| wrong("route"))?.to_owned(),
             dma_bufs: value.get("dma_bufs").and_then(Value::as_bool).ok_or_else(|| wrong("dma_bufs"))?,
             files,

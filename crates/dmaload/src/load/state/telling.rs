@@ -121,7 +121,7 @@ impl LoadShared {
                     }
                     Verdict::Panicked { code, message } => {
                         let place = path(file);
-                        let message = format!("{message} ({}: {bytes} bytes at offset {offset})", place.display());
+                        let message = format!("{message} ({}: {bytes} bytes at offset {offset})", printable::path(&place));
                         Error::Panicked { code: code.to_owned(), message }
                     }
                     Verdict::NoThread => {

@@ -146,7 +146,13 @@ fn staging(random: &mut Random) -> StagingBudget {
 fn shape(random: &mut Random) -> Shape {
     let layout = *random.pick(&[Layout::Segmented, Layout::Single]);
     let (batch_pages, batches) = (1 + random.below(4), *random.pick(&[1, 2, 3, 8]));
-    Shape { layout, segment_bytes: batch_pages * batches * BLOCK, batch_bytes: batch_pages * BLOCK, packed: random.chance(500), batch_files: 64 }
+    Shape {
+        layout,
+        segment_bytes: batch_pages * batches * BLOCK,
+        batch_bytes: batch_pages * BLOCK,
+        packed: random.chance(500),
+        batch_files: 64,
+    }
 }
 
 /// A file, and the length that is planned for it.
