@@ -284,7 +284,12 @@ fn what_is_in_place_of_a_model_is_told_with_its_own_advice() {
     let folder = folder();
     for (name, bytes, what, advice) in in_place_of_models() {
         let path = file(folder.path(), name, &bytes);
-        every_command_fails(&path, &[what, advice]);
+        // `cat` writes an index as the file that it is.
+        if name.ends_with(".index.json") {
+            run(dmaload(["inspect", "--json"]).arg(&path)).fails(1, &[text(&path), what, advice]);
+        } else {
+            every_command_fails(&path, &[what, advice]);
+        }
         let done = run(dmaload(["load", "--json", "--no-pack"]).arg(&path)).fails(1, &[what, advice]);
         let has_raw = done.stderr.contains("--format raw");
         assert!(!has_raw || ["newer", "older", "raw"].iter().any(|word| advice.contains(word)), "{done}");

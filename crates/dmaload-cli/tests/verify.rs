@@ -92,7 +92,7 @@ fn what_can_not_verify_is_told() {
     let load = |against: &str, paths: &[&Path]| run(dmaload(["load", "--verify", against]).args(paths));
     load("sha256:12", &[&path]).fails(2, &["64 hexadecimal digits"]);
     load("nothing.json", &[&path]).fails(1, &["nothing.json", "ENOENT"]);
-    load(text(&path), &[&path]).fails(1, &["model.bin", "no manifest"]);
+    load(text(&path), &[&path]).fails(1, &["model.bin", "invalid manifest"]);
     load(&format!("sha256:{}", "0".repeat(64)), &[&path, &others]).fails(2, &["one checksum", "not 2"]);
     let manifest = manifest(folder.path(), &[&path], &[]);
     load(text(&manifest), &[&path, &others]).fails(1, &["other.bin", "not in the manifest"]);
