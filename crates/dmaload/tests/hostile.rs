@@ -260,7 +260,7 @@ fn damaged_manifests_cost_little_and_what_is_accepted_is_written_back_the_same()
         let manifest = match manifest {
             Ok(manifest) => manifest,
             Err(error) => {
-                assert!(error.to_string().starts_with("no manifest: "), "{error}");
+                assert!(error.to_string().starts_with("invalid manifest: "), "{error}");
                 return false;
             }
         };
