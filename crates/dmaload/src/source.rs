@@ -224,8 +224,10 @@ impl OpenFile {
             return Err(Error::NotAFile { path: path.to_owned(), kind });
         }
         let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
+        // A file never takes more than two descriptors: the limits of open files count on that.
+        drop(found);
         let look = Look::at_file(&buffered).map_err(failed("stat"))?;
-        let direct = reopen(&found, path, OFlags::DIRECT);
+        let direct = reopen(&buffered, path, OFlags::DIRECT);
         if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
             return Err(failed("open")(errno));
         }
@@ -346,8 +348,8 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
     }
 }
 
-/// Opens a regular file that was found with `O_PATH`: by its descriptor, so that it is the same file
-/// even if its path names another by now. Without procfs it is opened by its path and compared.
+/// Opens a regular file again: by its descriptor, so that it is the same file even if its path names
+/// another by now. Without procfs it is opened by its path and compared.
 ///
 /// The description must not have `O_NONBLOCK`. io_uring then calls file systems that lack
 /// `FMODE_NOWAIT` from the ring's thread, which waits for them, and miscounts after a short read.
