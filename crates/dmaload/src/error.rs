@@ -302,8 +302,9 @@ pub enum Error {
         /// The files.
         paths: Vec<PathBuf>,
     },
-    /// The tensor is in a file of the model that was not read, because it has none of the tensors that were asked for.
-    #[error("tensor {tensor:?} was not loaded: it is in {}, which has none of the tensors that were asked for", printable::path(.path))]
+    /// The tensor is in a file of the model that was not read: it has none of the tensors that were
+    /// asked for, or it is missing, which was allowed.
+    #[error("tensor {tensor:?} was not loaded: it is in {}, which was not read", printable::path(.path))]
     NotSelected {
         /// The name.
         tensor: String,
