@@ -1,6 +1,7 @@
 //! Hours of use in minutes: random loads, sizes, routes, heaps, cancellations and faults against real files, from several tasks
 //! at once; every byte that is shown is compared. Between periods all is dropped, and what the process holds is counted: it must
 //! be the same at the end as at the beginning. `just soak --minutes 30`.
+#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -1,4 +1,5 @@
 //! The examples do what they say, on a small model.
+#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn hidden_characters_are_escaped_and_mean_the_same() {
         let all: String = (0..0x3000).chain(0xe0000..0xe0080).filter_map(char::from_u32).collect();
-        let value = json!({ "name": all, all.clone(): [all.clone()] });
+        let value = json!({ "name": all, all.clone(): [all] });
         let text = json(&value);
         assert!(!text.contains(|c| c != '\n' && printable::is_hidden(c)));
         assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), value);

@@ -84,7 +84,7 @@ fn a_block_device_says_how_to_go_on() {
     let names = fs::read_dir("/sys/class/block").map(|entries| entries.map(|entry| entry.unwrap().file_name()));
     let devices = names.into_iter().flatten().map(|name| Path::new("/dev").join(name));
     let Some(device) = devices.into_iter().find(|device| device.exists()) else { return skip("no block device") };
-    every_command_fails(&device, &["a block device", "could not be noticed", &format!("dd if={} of=", device.display())]);
+    every_command_fails(&device, &["a block device", "could not be noticed", &format!("dd if={} of=", text(&device))]);
 }
 
 #[test]

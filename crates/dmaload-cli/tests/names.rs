@@ -110,10 +110,10 @@ fn a_hostile_index_drives_no_terminal() {
     let folder = folder();
     let name = hostile_text();
     let maps: [Value; 4] = [
-        json!({ "weight_map": { name.clone(): name.clone() } }),
+        json!({ "weight_map": { name.clone(): name } }),
         json!({ "weight_map": { "a": format!("../{name}") } }),
         json!({ "weight_map": { name.clone(): 5 } }),
-        json!({ name.clone(): name.clone() }),
+        json!({ name.clone(): name }),
     ];
     for (number, map) in maps.iter().enumerate() {
         let model = folder.path().join(number.to_string());
