@@ -1,8 +1,8 @@
 //! A memory cgroup's limit is refused before it is met: the kernel's own answer would be SIGKILL.
 //!
 //! Takes root and a cgroup file system, v2 or v1; else the reason is printed.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
 

@@ -2,8 +2,8 @@
 //!
 //! Real file systems on loop devices, which take root, `mkfs.xfs` (package xfsprogs), `mkfs.btrfs` (btrfs-progs) and
 //! `mksquashfs` (squashfs-tools). Where the machine can't, the reason is printed.
-#![allow(
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
     reason = "a test that can't go on has failed, and one that goes on may say so"

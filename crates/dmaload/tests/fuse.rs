@@ -3,9 +3,9 @@
 //! short, with nothing, or not at all, and fails; it lets attributes be cached and rewrites the file.
 //!
 //! Only root can mount; elsewhere these tests say that they are skipped.
+#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stderr, reason = "what is skipped is told")]
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! After whatever loads did (finish, fail, be dropped at any moment, be shut down) nothing is left: no file descriptor, no
 //! mapping, no thread. One test, in a process of its own, since it counts what the process has.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
 

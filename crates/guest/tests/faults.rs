@@ -1,6 +1,6 @@
 //! What goes wrong with dma-bufs: no permission, no such heap, no memory, a bad sector. Clear errors, everything released.
-#![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
 
 mod common;
 

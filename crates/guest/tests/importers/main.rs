@@ -2,9 +2,9 @@
 //!
 //! **vivid** puts a frame out of the dma-buf, sends it through its loopback and captures it again: what its own mapping of the
 //! dma-buf has shown comes back as bytes. **vgem** attaches by PRIME, as a GPU driver does.
+#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "what fails here has failed the test")]
 #![allow(unsafe_code, reason = "ioctls of drivers, and their mappings")]
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 #[path = "../common/mod.rs"]
 mod common;
