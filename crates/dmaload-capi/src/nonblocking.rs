@@ -121,8 +121,11 @@ impl dmaload_load {
                 Some(Some(Err(error))) => Err(error.into()),
                 Some(None) => match segments.report().cloned() {
                     Some(report) => {
-                        *state = State::Finished { report: Box::new(report) };
+                        let finished = State::Finished { report: Box::new(report) };
+                        let going = std::mem::replace(&mut *state, finished);
                         self.event.set();
+                        drop(state);
+                        drop(going);
                         return Ok(Fetched::Finished);
                     }
                     None => Err(Failure::cancelled("the load ended without a report")),
@@ -136,8 +139,10 @@ impl dmaload_load {
                 Ok(Fetched::Segment(given))
             }
             Err(failure) => {
-                *state = State::Failed(failure.clone());
+                let going = std::mem::replace(&mut *state, State::Failed(failure.clone()));
                 self.event.set();
+                drop(state);
+                drop(going);
                 Err(failure)
             }
         }
@@ -160,9 +165,15 @@ impl dmaload_load {
 
     pub(crate) fn cancel(&self) {
         let mut state = self.state();
-        if let State::Going { .. } = &*state {
-            *state = State::Failed(Failure::cancelled("the load was cancelled"));
+        let cancelled = if let State::Going { .. } = &*state {
+            let failed = State::Failed(Failure::cancelled("the load was cancelled"));
             self.event.set();
-        }
+            Some(std::mem::replace(&mut *state, failed))
+        } else {
+            None
+        };
+        drop(state);
+        // Without the lock: this may be the last owner of a loader.
+        drop(cancelled);
     }
 }

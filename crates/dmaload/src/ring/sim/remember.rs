@@ -162,3 +162,11 @@ fn a_staging_buffer_that_was_refused_is_tried_again_for_the_next_load() {
     machine.driver.kernel().allow_registration();
     assert!(!refused(&machine.load(0, None, false)), "the limit was raised");
 }
+
+#[test]
+fn a_completion_that_fits_no_read_panics() {
+    let mut machine = Machine::new(Faults::none());
+    machine.driver.kernel().complete_stray();
+    let message = crate::foreign::call(|| machine.driver.turn(false)).unwrap_err();
+    assert!(message.starts_with("a completion for a read that is not in flight"), "{message}");
+}
