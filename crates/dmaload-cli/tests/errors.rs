@@ -420,6 +420,20 @@ fn the_limit_of_open_files_is_told_wherever_it_is_met() {
     run(&mut limited(&load(&path), "-n 64")).succeeds();
 }
 
+#[test]
+fn memory_limit_holds_for_each_command_that_loads() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 40 * MIB);
+    let words = ["41943040 bytes", "33554432", "--memory-limit"];
+    run(load(&path).args(["--memory-limit", "32MiB"])).fails(1, &words);
+    let socket = folder.path().join("socket");
+    run(dmaload(["serve", "--memory-limit", "32MiB"]).arg(&socket).arg(&path)).fails(1, &words);
+    run(load(&path).args(["--memory-limit", "48MiB"])).succeeds();
+    let written = run(dmaload(["cat", "--memory-limit", "16MiB"]).arg(&path)).succeeds().stdout;
+    assert!(written == std::fs::read(&path).unwrap());
+    run(load(&path).args(["--memory-limit", "1MiB"])).fails(2, &["1048576"]);
+}
+
 /// Files are opened when their turn comes and closed when they were checked, and memories are as few as descriptors.
 #[test]
 fn model_of_more_files_than_descriptors_loads() {

@@ -14,6 +14,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dmabuf::printable;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 
@@ -82,7 +83,7 @@ impl Turn {
                 Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
                 Err(errno) => {
                     let errno = dmabuf::errno::describe(errno);
-                    tracing::debug!(place = %dmabuf::printable::path(&place), errno, "no turn among processes that share a limit");
+                    tracing::debug!(place = %printable::path(place), errno, "no turn among processes that share a limit");
                     return None;
                 }
             }

@@ -173,7 +173,7 @@ struct FileState {
 pub(crate) struct Remains {
     _memories: Vec<MemoryState>,
     _files: Vec<FileState>,
-    _plan: Plan,
+    _plan: Box<Plan>,
     _range: Option<Arc<AddressRange>>,
     _asked: Arc<[Input]>,
 }
@@ -513,7 +513,7 @@ impl LoadShared {
         Remains {
             _memories: std::mem::take(&mut state.memories),
             _files: std::mem::take(&mut state.files),
-            _plan: std::mem::take(&mut state.plan),
+            _plan: Box::new(std::mem::take(&mut state.plan)),
             _range: state.range.take(),
             _asked: std::mem::replace(&mut *asked, Arc::new([])),
         }
