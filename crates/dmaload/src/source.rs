@@ -1,9 +1,10 @@
 //! Files to read from: opening, what they are, and whether they still are it at the end.
 
+use std::any::Any;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use dmabuf::printable;
@@ -203,12 +204,19 @@ pub(crate) struct OpenFile {
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
+    /// What its place among open files is for. The last field: it goes back when the descriptors are closed.
+    place: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 /// Alignment of direct reads where the file system does not tell: no block device in use has larger blocks.
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
+    /// Holds something until it is closed; if it holds something already, that was for the same place.
+    pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
+        drop(self.place.set(Box::new(place)));
+    }
+
     /// Opens a regular file for reading, twice: with `O_DIRECT`, where that is allowed, and through the page cache.
     ///
     /// # Errors
@@ -244,6 +252,7 @@ impl OpenFile {
             ring_refused,
             buffered,
             direct,
+            place: OnceLock::new(),
         };
         if file.identity.bytes == 0 && file.has_a_byte()? {
             return Err(Error::NoLength { path: path.to_owned() });

@@ -57,7 +57,13 @@ impl Engine {
             }
             let (file, route) = opened(load, part)?;
             let piece = part.piece;
-            let permit = permit.split(Need { bytes: piece.memory_bytes, files: part.small.into(), held_bytes: 0 });
+            let files = u64::from(part.small);
+            let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, held_bytes: 0 });
+            if part.small && piece.file_offset + piece.bytes >= part.identity.bytes {
+                // A file is open until it was checked, and the checks may lag behind the reads. Only with its last piece: a
+                // file that waits for another batch must not keep that batch waiting.
+                file.hold(permit.split(Need { files, ..Need::default() }));
+            }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
             let spec = FileSpec {
                 index: part.file_index,
