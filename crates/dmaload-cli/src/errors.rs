@@ -84,7 +84,6 @@ const IN_FLAGS: [(&str, &str); 10] = [
     ("load in smaller segments", "load with a smaller --segment-size"),
     ("make a new one", "make a new one (dmaload manifest)"),
     ("attach to it", "attach to it (dmaload attach)"),
-    ("let this user attach", "let this user attach (dmaload serve --allow-user)"),
 ];
 
 /// A message whose lines are its own, and nothing else in it reaches the terminal as a command. Names were escaped
