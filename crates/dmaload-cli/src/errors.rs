@@ -74,7 +74,7 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
 }
 
 /// What the library's hints call its options, and what they are called here.
-const IN_FLAGS: [(&str, &str); 10] = [
+const IN_FLAGS: [(&str, &str); 9] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),
     ("(the format safetensors)", "(--format safetensors)"),
