@@ -307,7 +307,7 @@ impl Tensor {
             let at = |offset: u64| to_usize(offset - hull.start);
             match &all {
                 Ok(all) => {
-                    copy.extend_from_slice(all.get(at(row.start)..at(row.end)).expect("a row is within the hull of all rows"))
+                    copy.extend_from_slice(all.get(at(row.start)..at(row.end)).expect("a row is within the hull of all rows"));
                 }
                 Err(Error::NotLoaded { .. }) => copy.extend_from_slice(&self.file.slice(row)?),
                 Err(error) => return Err(error.clone()),

@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -96,7 +97,11 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
         let result = body.await;
         let _ = sender.send(result);
     });
-    receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"))
+    receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| {
+        // What is locked for good can't be unwound: drops would wait for it. Not captured, as `eprintln` is.
+        let _ = writeln!(std::io::stderr(), "panicked: {what}:\nno end of it: {error}");
+        std::process::exit(101)
+    })
 }
 
 #[test]

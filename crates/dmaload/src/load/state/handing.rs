@@ -215,7 +215,7 @@ impl LoadShared {
                         tracing::debug!(parent: &*self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
                     });
                     drop(span);
-                    remains.extend(self.send(&events, Event::Segment(segment)).err());
+                    remains.extend(self.send(&events, Event::Segment(segment)));
                 }
                 Step::Unsealed(refusal) => remains.push(self.fail(self.memory_error(refusal))),
                 Step::Failed { error, events } => {
@@ -223,7 +223,7 @@ impl LoadShared {
                         tracing::debug!(load = self.id.0, %error, "load failed");
                         self.span.record("error", tracing::field::display(&error));
                     });
-                    remains.extend(self.send(&events, Event::Failed(error)).err());
+                    remains.extend(self.send(&events, Event::Failed(error)));
                     return Handover::Over;
                 }
                 Step::Done { finished, cached_bytes, events } => {
@@ -235,22 +235,19 @@ impl LoadShared {
                         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
                         self.span.record("bytes", report.bytes);
                     });
-                    remains.extend(self.send(&events, Event::Done(finished)).err());
+                    remains.extend(self.send(&events, Event::Done(finished)));
                     return Handover::Over;
                 }
             }
         }
     }
 
-    /// Leaves something to the consumer and wakes it. That it listens no more is seen elsewhere.
-    ///
-    /// # Errors
-    /// What the load leaves, if the waker panics, which fails it.
-    fn send(&self, events: &UnboundedSender<Event>, event: Event) -> Result<(), Remains> {
-        foreign::call(|| drop(events.send(event))).map_err(|message| {
-            let code = "the waker of the load's task".to_owned();
-            self.fail(Error::Panicked { code, message })
-        })
+    /// Leaves something to the consumer and wakes it. That it listens no more is seen elsewhere. If the waker
+    /// panics, the load fails, and this is what it leaves.
+    fn send(&self, events: &UnboundedSender<Event>, event: Event) -> Option<Remains> {
+        let message = foreign::call(|| drop(events.send(event))).err()?;
+        let code = "the waker of the load's task".to_owned();
+        Some(self.fail(Error::Panicked { code, message }))
     }
 
     /// What is to be told next. Under the lock, so it tells nothing itself.
