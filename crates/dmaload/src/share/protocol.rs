@@ -84,8 +84,10 @@ pub(super) struct Reply {
 
 impl Reply {
     pub(super) fn to_bytes(self) -> [u8; REPLY_BYTES] {
-        let status =
-            (0..).zip(Status::ALL).find_map(|(number, status)| (status == self.status).then_some(number)).expect("`Status::ALL` has every status");
+        let status = (0..)
+            .zip(Status::ALL)
+            .find_map(|(number, status)| (status == self.status).then_some(number))
+            .expect("`Status::ALL` has every status");
         let mut bytes = [0; REPLY_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
         for (field, number) in bytes[8..].chunks_exact_mut(4).zip([VERSION, status, self.all, self.here]) {
