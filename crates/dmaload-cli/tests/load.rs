@@ -371,7 +371,7 @@ fn a_large_buffered_load_tells_that_it_fills_the_page_cache() {
     let file = fs::File::create(&path).unwrap();
     for (len, expected) in [((1 << 30) - 1, false), (1 << 30, true)] {
         file.set_len(len).unwrap();
-        let told = |route| load_json(&path, &["--route", route])["notes"].to_string().contains("page cache");
+        let told = |route| load_json(&path, &["--route", route])["notes"].to_string().contains("read through the page cache");
         assert_eq!(told("buffered"), expected, "{len} bytes");
         assert!(!told("pread-direct"));
     }
