@@ -8,7 +8,10 @@ use dmaload_guest::{command, kernel, row};
 use serde_json::Value;
 
 fn doctor(arguments: &[&str]) -> Value {
-    let mut all = vec!["doctor", "--json", disk().to_str().unwrap()];
+    // Empty: a folder of files that are no model is one that `load` refuses, and doctor says so.
+    let place = disk().join("doctor");
+    std::fs::create_dir_all(&place).unwrap();
+    let mut all = vec!["doctor", "--json", place.to_str().unwrap()];
     all.extend(arguments);
     let output = command(&all);
     assert!(output.status.success(), "{output:?}");
