@@ -9,10 +9,12 @@ use crate::{args, block_on, engine, errors};
 pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
     let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
     let loader = engine::loader(&arguments.engine).map_err(about)?;
+    // A file is written as it is, whatever its name says; a folder must be one whole model.
+    let as_one_file = !arguments.path.is_dir();
     let options = match (&arguments.tensor, &arguments.verify) {
         (Some(name), _) => loader.options().tensor_names([name]),
-        (None, Some(against)) => against.applied_to(loader.options().as_one_file(true))?,
-        (None, None) => loader.options().as_one_file(true),
+        (None, Some(against)) => against.applied_to(loader.options().as_one_file(as_one_file))?,
+        (None, None) => loader.options().as_one_file(as_one_file),
     };
     let mut segments = loader.stream_with([&arguments.path], options);
     block_on(async {

@@ -221,3 +221,19 @@ fn little_else_is_read_for_one_tensor() {
     let bytes: usize = trace.lines().filter(|line| line.contains("pread64(")).map(read).sum();
     assert!((4096..MIB).contains(&bytes), "{bytes} bytes were read");
 }
+
+#[test]
+fn a_folder_whose_files_are_not_one_model_is_not_written_in_silence() {
+    let folder = folder();
+    let st = |name: &str| {
+        let header = format!(r#"{{"{name}":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}}}"#);
+        [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[7; 8]].concat()
+    };
+    fs::write(folder.path().join("a.safetensors"), st("w")).unwrap();
+    fs::write(folder.path().join("b.safetensors"), st("w")).unwrap();
+    run(dmaload(["cat"]).arg(folder.path())).fails(1, &["\"w\"", "a.safetensors", "b.safetensors"]);
+    // A file is written as it is.
+    run(dmaload(["cat"]).arg(folder.path().join("b.safetensors"))).succeeds();
+    fs::write(folder.path().join("b.safetensors"), st("v")).unwrap();
+    run(dmaload(["cat"]).arg(folder.path())).succeeds();
+}

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use common::folder;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
-use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result};
+use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result, Shard};
 
 /// A safetensors file whose tensors are of 64 bytes of one value each.
 fn st(tensors: &[(&str, u8)]) -> Vec<u8> {
@@ -648,5 +648,31 @@ async fn names_that_are_not_text_are_loaded() {
     for loader in loaders() {
         let image = loader.load(folder.path()).await.unwrap();
         assert_eq!((names(&image), value_of(&image, "a")), (vec!["a".to_owned(), "b".to_owned()], 1));
+    }
+}
+
+#[tokio::test]
+async fn a_rank_whose_bytes_are_cut_checks_the_whole_model() {
+    let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
+    let [first, second] = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 2)])];
+    let cases: [(&str, Vec<(&str, Vec<u8>)>); 4] = [
+        ("part 2", vec![("x.gguf", first.clone())]),
+        ("its name says", vec![(g1, second.clone()), (g2, first.clone())]),
+        ("\"w\"", vec![(A, st(&[("a", 1), ("w", 1)])), (B, st(&[("b", 2), ("w", 2)]))]),
+        ("", vec![(g1, first), (g2, second)]),
+    ];
+    for (says, files) in cases {
+        let folder = folder();
+        written(folder.path(), &files);
+        for loader in loaders() {
+            for rank in [0, 1] {
+                let options = loader.options().shard(Shard { rank, world_size: 2, dim: None });
+                let loaded = loader.load_with([folder.path()], options).await.map_err(|error| error.to_string());
+                match loaded {
+                    Ok(_) => assert_eq!(says, ""),
+                    Err(error) => assert!(!says.is_empty() && error.contains(says), "{says}: {error}"),
+                }
+            }
+        }
     }
 }

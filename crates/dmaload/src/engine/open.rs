@@ -152,12 +152,15 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let heap_most = limit.as_ref().map_or(u64::MAX, |limit| limit.bytes);
     let single_bytes = options.importer.max_segment_bytes.min(heap_most).min(memory_limit_bytes);
     let (mut files, mut spans, mut fallbacks, mut kept_open) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let mut cuts: Vec<Option<TensorMap>> = Vec::new();
     let route = starting_route(load)?;
     for (index, source) in load.sources().iter().enumerate() {
         if load.is_over() {
             break;
         }
-        let (mut planned, own, fallback) = plan_file(load, (&shape, single_bytes), selector.as_mut(), index, source, route)?;
+        let planned = plan_file(load, (&shape, single_bytes), selector.as_mut(), index, source, route)?;
+        let PlannedFile { plan: mut planned, spans: own, fallback, cut } = planned;
+        cuts.push(cut);
         kept_open += usize::from(planned.open.is_some());
         if kept_open > KEPT_OPEN.min(batch_files) {
             planned.open = None;
@@ -171,9 +174,10 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         load.note(selector.note());
     }
     // Of small files the headers are read later, and of ranges of bytes never.
-    let is_read = selector.as_ref().is_none_or(Selector::needs_tensors);
+    let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
-        let maps = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
+        let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
+        let maps = own.zip(&cuts).map(|(own, cut)| own.or(cut.as_ref()));
         load.check_whole(maps)?.into_iter().for_each(|note| load.note(Some(note)));
     }
     // What was asked for first is read first, of whatever file it is.
@@ -301,6 +305,16 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     Ok(())
 }
 
+/// A file whose header was read where that is needed to plan it.
+#[derive(Debug)]
+struct PlannedFile {
+    plan: FilePlan,
+    spans: Vec<Span>,
+    fallback: Option<Fallback>,
+    /// The tensors of a file whose bytes are cut: its plan has none, but the model must be whole.
+    cut: Option<TensorMap>,
+}
+
 fn plan_file(
     load: &LoadShared,
     (shape, single_bytes): (&Shape, u64),
@@ -308,7 +322,7 @@ fn plan_file(
     index: usize,
     source: &Source,
     route: Route,
-) -> Result<(FilePlan, Vec<Span>, Option<Fallback>)> {
+) -> Result<PlannedFile> {
     let (options, path) = (&load.options, source.path.as_path());
     // What can't be looked at can't be opened either, and that error is the better known.
     if selector.is_none()
@@ -332,7 +346,7 @@ fn plan_file(
             small: true,
             open: None,
         };
-        return Ok((file, vec![Span::whole(index, bytes)], None));
+        return Ok(PlannedFile { plan: file, spans: vec![Span::whole(index, bytes)], fallback: None, cut: None });
     }
     let file = OpenFile::open(path)?;
     let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
@@ -387,7 +401,7 @@ fn plan_file(
         small: false,
         open: Some(file),
     };
-    Ok((planned, spans, fallback))
+    Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
 /// The route that reads of a load start at: what was asked for; bounce for what is observed in staging.
