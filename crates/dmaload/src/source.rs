@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::file_system::{self, Device};
+use crate::foreign;
 use crate::model::TensorMap;
 use crate::model::index::Index;
 use crate::residency::cached_bytes;
@@ -84,9 +85,6 @@ pub(crate) struct Identity {
     inode: u64,
     pub(crate) bytes: u64,
     modified: (i64, i64),
-    /// Whether a longer file is as good. A model has the length that its header says, so one that has grown was
-    /// rewritten; raw bytes may have been appended to.
-    pub(crate) may_grow: bool,
 }
 
 impl Identity {
@@ -96,7 +94,6 @@ impl Identity {
             inode: stat.st_ino,
             bytes: u64::try_from(stat.st_size).expect("a length that the kernel tells is not negative"),
             modified: (stat.st_mtime, i64::try_from(stat.st_mtime_nsec).unwrap_or(0)),
-            may_grow: true,
         }
     }
 
@@ -106,7 +103,6 @@ impl Identity {
             inode: status.stx_ino,
             bytes: status.stx_size,
             modified: (status.stx_mtime.tv_sec, i64::from(status.stx_mtime.tv_nsec)),
-            may_grow: true,
         }
     }
 
@@ -119,14 +115,14 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// What has become of it, if that can have mixed its bytes. One that grew is taken to have kept the planned ones,
-    /// where it may grow at all.
+    /// What has become of it, if that can have mixed its bytes. A file that grew may have kept the planned ones, or may
+    /// have been rewritten: nothing tells the two apart.
     fn change_to(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
-        } else if now.bytes > self.bytes && !self.may_grow {
+        } else if now.bytes > self.bytes {
             Some("it grew")
-        } else if now.bytes == self.bytes && now.modified != self.modified {
+        } else if now.modified != self.modified {
             Some("it was modified")
         } else {
             None
@@ -242,7 +238,9 @@ impl OpenFile {
         let ring_refused = file_system::ring_refused(&buffered, look.device);
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);
-            tracing::warn!(%path, "statx was refused: a change of the file may be missed while its attributes are cached");
+            foreign::emit(|| {
+                tracing::warn!(%path, "statx was refused: a change of the file may be missed while its attributes are cached");
+            });
         }
         let file = OpenFile {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -337,8 +335,7 @@ impl OpenFile {
     /// Replaces an error about the file's content if the file has changed since it was `planned`:
     /// a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
-        // Appending damages no model.
-        match self.check_unchanged(&Identity { may_grow: false, ..*planned }) {
+        match self.check_unchanged(planned) {
             Err(changed @ Error::Changed { .. }) => changed,
             _ => error,
         }
@@ -495,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn growing_and_deleting_are_no_change_but_shrinking_replacing_and_writing_are() {
+    fn growing_shrinking_writing_and_replacing_are_changes() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         let write = |bytes: &[u8]| fs::write(&path, bytes).unwrap();
@@ -513,7 +510,7 @@ mod tests {
         let file = opened();
         assert_eq!(check(&file), "unchanged");
         write(b"fours");
-        assert_eq!(check(&file), "unchanged");
+        assert_eq!(check(&file), "it grew");
         write(b"for");
         assert_eq!(check(&file), "it shrank");
 

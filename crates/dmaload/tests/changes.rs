@@ -56,6 +56,15 @@ impl GatedHeap {
 
 /// Loads a file, and does something to it after its first segment has come and before its last one can be read.
 async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
+    load_range_and(route, bytes, None, change).await
+}
+
+async fn load_range_and(
+    route: Route,
+    bytes: &[u8],
+    range: Option<Range<u64>>,
+    change: impl FnOnce(&Path),
+) -> Result<Image, Error> {
     let folder = folder();
     let path = file(folder.path(), "model.bin", bytes);
     // A change in the same tick of the clock as the writing would not show in the file's time.
@@ -68,7 +77,11 @@ async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Res
         .route(route)
         .build()
         .unwrap();
-    let mut load = loader.load(&path);
+    let options = match range {
+        Some(range) => loader.options().range(range),
+        None => loader.options(),
+    };
+    let mut load = loader.load_with([&path], options);
     load.next().await.expect("the first segment needs no last one").unwrap();
     change(&path);
     heap.0.open();
@@ -79,31 +92,71 @@ fn model() -> Vec<u8> {
     random_bytes((SEGMENTS - 1) * SEGMENT + 70_000, 21)
 }
 
+/// Loads a file that ends within a page: its segment ends with zeros.
 #[tokio::test]
-async fn a_file_that_grows_is_loaded_at_its_planned_length_with_a_zero_tail() {
+async fn no_byte_beyond_the_end_of_a_file_shows() {
     for route in ROUTES {
         let bytes = model();
-        let grow = |path: &Path| {
-            use std::io::Write;
-            fs::OpenOptions::new().append(true).open(path).unwrap().write_all(&[0xAB; 9000]).unwrap();
-        };
-        let image = load_and(route, &bytes, grow).await.unwrap();
+        let image = load_and(route, &bytes, |_| ()).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
         let last = image.segments().last().unwrap();
         let mut memory = vec![1; last.memory_bytes()];
         rustix::io::pread(last.memfd().unwrap(), &mut memory, 0).unwrap();
-        assert!(memory[last.len()..].iter().all(|&byte| byte == 0), "{route}: no byte beyond the planned end shows");
+        assert!(memory[last.len()..].iter().all(|&byte| byte == 0), "{route}");
     }
 }
 
+/// A writer that appends can't be told from one that rewrites the file and makes it longer.
 #[tokio::test]
-async fn a_model_that_grows_was_rewritten_and_fails() {
+async fn raw_bytes_that_grow_fail() {
+    use std::io::Write;
+    let append = |path: &Path, bytes: usize| {
+        fs::OpenOptions::new().append(true).open(path).unwrap().write_all(&vec![0xAB; bytes]).unwrap();
+    };
+    for route in ROUTES {
+        for bytes in [1, 9000] {
+            let error = load_and(route, &model(), |path| append(path, bytes)).await.unwrap_err();
+            assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{route}, {bytes} more: {error}");
+            let longer = random_bytes(model().len() + bytes, 24);
+            let error = load_and(route, &model(), |path| rewrite(path, &longer)).await.unwrap_err();
+            assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{route}, {bytes} longer: {error}");
+        }
+    }
+}
+
+/// Without cutting it first, which a read could see.
+fn rewrite(path: &Path, bytes: &[u8]) {
+    use std::os::unix::fs::FileExt;
+    fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, 0).unwrap();
+}
+
+/// Of a range no header is read, so its length is not known from that.
+#[tokio::test]
+async fn a_range_of_a_model_that_grows_fails() {
+    let whole = 0..safetensors().len() as u64;
+    for range in [whole.clone(), 0..whole.end - 1, 4096..whole.end - 100_000] {
+        let mut longer = safetensors();
+        longer.push(1);
+        longer[100_000..].fill(7);
+        let change = |path: &Path| rewrite(path, &longer);
+        let error = load_range_and(Route::UringFixedDirect, &safetensors(), Some(range.clone()), change).await.unwrap_err();
+        assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{range:?}: {error}");
+    }
+}
+
+fn safetensors() -> Vec<u8> {
     let data = SEGMENTS * SEGMENT - 4096;
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header.as_bytes());
     bytes.extend(random_bytes(data, 23));
-    let longer = |path: &Path| fs::write(path, random_bytes(bytes.len() + 1, 24)).unwrap();
+    bytes
+}
+
+#[tokio::test]
+async fn a_model_that_grows_was_rewritten_and_fails() {
+    let bytes = safetensors();
+    let longer = |path: &Path| rewrite(path, &random_bytes(bytes.len() + 1, 24));
     let error = load_and(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();
     assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{error}");
 }

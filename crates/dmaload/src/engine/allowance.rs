@@ -18,6 +18,7 @@ use dmabuf::printable;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 
+use crate::foreign;
 use crate::headroom::{Headroom, headroom};
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -83,7 +84,10 @@ impl Turn {
                 Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
                 Err(errno) => {
                     let errno = dmabuf::errno::describe(errno);
-                    tracing::debug!(place = %printable::path(place), errno, "no turn among processes that share a limit");
+                    foreign::emit(|| {
+                        let errno = errno.as_str();
+                        tracing::debug!(place = %printable::path(place), errno, "no turn among processes that share a limit");
+                    });
                     return None;
                 }
             }

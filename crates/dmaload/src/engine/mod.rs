@@ -609,7 +609,7 @@ impl Engine {
     /// The file was read: it must be what it was, or its last segment is withheld.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
         // The load is over.
-        let Some((open, mut identity)) = load.take_file(file) else { return };
+        let Some((open, identity)) = load.take_file(file) else { return };
         // Of a large one the header was read when it was planned.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
@@ -618,10 +618,7 @@ impl Engine {
             Ok(tensors)
         });
         let checked = checked.map_err(|error| open.blame_change(&identity, error));
-        let checked = checked.and_then(|tensors| {
-            identity.may_grow &= tensors.is_none();
-            open.check_unchanged(&identity).map(|()| tensors)
-        });
+        let checked = checked.and_then(|tensors| open.check_unchanged(&identity).map(|()| tensors));
         match checked {
             Ok(tensors) => {
                 drop(open);

@@ -369,8 +369,7 @@ fn plan_file(
     } else {
         None
     };
-    let mut identity = file.identity;
-    identity.may_grow = header.is_none();
+    let identity = file.identity;
     // Of a cut by bytes, tensors serve to say which ones it splits.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {

@@ -35,6 +35,8 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use rustix::process::{fchdir, geteuid, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use crate::foreign;
+
 /// How long a server waits for another one that is made or removed at the same path, which takes
 /// a millisecond.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
@@ -135,7 +137,10 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Err(reason) = self.remove() {
-            tracing::warn!(socket = ?self.name, reason, "a server leaves its socket behind");
+            foreign::emit(|| {
+                let reason = reason.as_str();
+                tracing::warn!(socket = ?self.name, reason, "a server leaves its socket behind");
+            });
         }
     }
 }
@@ -356,7 +361,7 @@ impl Drop for PrivateFolder<'_> {
         let _ = unlinkat(&self.fd, FRESH, AtFlags::empty());
         // The lock ends with the descriptor, which outlives this.
         if let Err(errno) = unlinkat(self.parent, &self.name, AtFlags::REMOVEDIR) {
-            tracing::debug!(folder = ?self.name, errno = %describe(errno), "a private folder is left behind");
+            foreign::emit(|| tracing::debug!(folder = ?self.name, errno = %describe(errno), "a private folder is left behind"));
         }
     }
 }
