@@ -279,6 +279,8 @@ pub enum Error {
         path: PathBuf,
         /// Which files are missing, and why.
         reason: String,
+        /// How many of its files can be loaded.
+        loadable: usize,
     },
     /// Two files of one model have a tensor of this name, and no index says which one counts.
     #[error(
@@ -457,6 +459,7 @@ impl Error {
             Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
             Error::TooManyPieces { .. } => "use larger segments, or load a part of it",
             Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
+            Error::Incomplete { loadable: 0, .. } => "finish the download, or fetch the model again",
             Error::Incomplete { .. } => "finish the download, or load what is there (allow_missing)",
             Error::DuplicateTensor { .. } => "name the file to be loaded, or add an index that says which one counts",
             Error::AmbiguousTensor { .. } => "look it up in one of these files",
@@ -570,7 +573,7 @@ mod tests {
             Error::Straddles { tensor: t(), segments: 2 },
             Error::Selection { path: p(), reason: t() },
             Error::NoModel { path: p(), reason: t() },
-            Error::Incomplete { path: p(), reason: t() },
+            Error::Incomplete { path: p(), reason: t(), loadable: 1 },
             Error::DuplicateTensor { tensor: t(), first: p(), second: p() },
             Error::AmbiguousTensor { tensor: t(), paths: vec![p(); 9] },
             Error::NotSelected { tensor: t(), path: p() },

@@ -74,8 +74,19 @@ impl Source {
     /// [`Error::Model`] for a file that has not the tensors that the index says it has.
     pub(crate) fn check(&self, tensors: Option<&TensorMap>) -> Result<()> {
         let Some((index, name)) = &self.index else { return Ok(()) };
+        if tensors.is_none() && is_pickle_name(name) {
+            let reason = "the index names this file of pickled weights, which are not read: convert the model to safetensors";
+            return Err(Error::NoModel { path: self.path.as_ref().clone(), reason: reason.to_owned() });
+        }
         index.check(name, tensors).map_err(|fault| Error::Model { path: self.path.as_ref().clone(), fault })
     }
+}
+
+/// Whether a name ends like that of pickled weights.
+pub(crate) fn is_pickle_name(name: &str) -> bool {
+    let extension = Path::new(name).extension();
+    let is = |end: &str| extension.is_some_and(|own| own.eq_ignore_ascii_case(end));
+    ["bin", "pt", "pth", "ckpt", "pkl"].into_iter().any(is)
 }
 
 /// What a file was when the load began.

@@ -676,3 +676,103 @@ async fn a_rank_whose_bytes_are_cut_checks_the_whole_model() {
         }
     }
 }
+
+#[tokio::test]
+async fn an_index_whose_name_says_little_is_one_in_a_folder() {
+    let name = "model.index.fp16.json";
+    let folder = folder();
+    written(folder.path(), &[(A, st(&[("a", 1)])), ("fp16.safetensors", st(&[("z", 1)]))]);
+    written(folder.path(), &[(name, index(&[("a", A), ("b", "other.safetensors")])), ("z.index.json", b"{}".to_vec())]);
+    for loader in loaders() {
+        for path in [folder.path().to_owned(), folder.path().join(name)] {
+            for format in [Format::Auto, Format::Safetensors] {
+                let error = loader.load_with([&path], loader.options().format(format)).await.unwrap_err();
+                assert!(error.to_string().contains("\"other.safetensors\""), "{error}");
+            }
+        }
+    }
+    written(folder.path(), &[("other.safetensors", st(&[("b", 2)]))]);
+    for loader in loaders() {
+        for path in [folder.path().to_owned(), folder.path().join(name)] {
+            let image = loader.load_with([&path], loader.options().format(Format::Safetensors)).await.unwrap();
+            assert_eq!(names(&image), ["a", "b"]);
+        }
+    }
+    // The usual name, and an index of the usual name, still count before it.
+    written(folder.path(), &[("model.safetensors", st(&[("whole", 1)]))]);
+    assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["whole"]);
+    written(folder.path(), &[(INDEX, index(&[("b", "other.safetensors")]))]);
+    assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["b"]);
+}
+
+#[tokio::test]
+async fn names_of_a_series_are_seen_however_they_are_written() {
+    for name in [
+        "00001-of-00002.safetensors",
+        "1-of-2.safetensors",
+        "model00001-of-00002.safetensors",
+        "MODEL-00001-OF-00002.safetensors",
+        "model-00001-of-00002-one-of-many.safetensors",
+        "model-00001-of-4294967295.safetensors",
+    ] {
+        let folder = folder();
+        written(folder.path(), &[(name, st(&[("a", 1)]))]);
+        for loader in loaders() {
+            let error = loader.load(folder.path()).await.unwrap_err();
+            assert!(matches!(error, Error::Incomplete { loadable: 1, .. }), "{name}: {error}");
+        }
+    }
+    // Names that only look alike.
+    for name in ["v2-of-3.safetensors", "one-of-2.safetensors", "model-3-of-2.safetensors", "lora1-of-many.safetensors"] {
+        let folder = folder();
+        written(folder.path(), &[(name, st(&[("a", 1)]))]);
+        assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["a"], "{name}");
+    }
+}
+
+#[tokio::test]
+async fn hints_on_models_that_are_not_whole_can_be_followed() {
+    for (files, says, hints) in [
+        (vec![(INDEX, index(&[("a", A)]))], "1 is missing", "fetch the model again"),
+        (vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))], "1 is missing", "allow_missing"),
+        (
+            vec![(INDEX, br#"{"weight_map":{"a":"a.safetensors","a":"b.safetensors"}}"#.to_vec())],
+            "tensor \"a\" is in the index twice",
+            "the index is damaged",
+        ),
+    ] {
+        let folder = folder();
+        written(folder.path(), &files);
+        for loader in loaders() {
+            let error = loader.load(folder.path()).await.unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+            let hint = error.hint().unwrap();
+            assert!(hint.contains(hints) && hint.contains("allow_missing") == (hints == "allow_missing"), "{hint}");
+        }
+    }
+    let folder = folder();
+    let pickle = [&b"PK\x03\x04"[..], &[0; 200]].concat();
+    written(folder.path(), &[("pytorch_model.bin", pickle), (INDEX, index(&[("a", "pytorch_model.bin")]))]);
+    for loader in loaders() {
+        let error = loader.load(folder.path()).await.unwrap_err().to_string();
+        assert!(error.contains("pytorch_model.bin") && error.contains("pickled weights"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn gguf_files_beside_safetensors_files_are_noted() {
+    for files in [vec![("model.safetensors", st(&[("a", 1)]))], vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A)]))]] {
+        let folder = folder();
+        written(folder.path(), &files);
+        let load = async |format| {
+            let loader = &loaders()[0];
+            let image = loader.load_with([folder.path()], loader.options().format(format)).await.unwrap();
+            image.report().notes.join("\n")
+        };
+        assert_eq!(load(Format::Auto).await, "");
+        written(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
+        let notes = load(Format::Auto).await;
+        assert!(notes.contains("not loaded, beside safetensors files: \"m.gguf\""), "{notes}");
+        assert_eq!(load(Format::Safetensors).await, "", "the caller chose");
+    }
+}

@@ -99,7 +99,7 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
             let reason = "is the index of a model in pickled files, which are not read: convert it to safetensors";
             Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() })
         }
-        Named::Unsaid if choice.format == Format::Auto => match read_index(path) {
+        Named::Unsaid => match read_index(path) {
             Ok(index) if is_of_safetensors(&index) => of_index(path, &index, choice, found),
             // JSON of another kind, which is raw bytes.
             Ok(_) | Err(Error::Model { .. }) => {
@@ -108,14 +108,14 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
             }
             Err(error) => Err(error),
         },
-        Named::Other | Named::Unsaid => {
+        Named::Other => {
             found.sources.push(Source::file(path.to_owned()));
             Ok(())
         }
     }
 }
 
-fn is_of_safetensors(index: &Index) -> bool {
+pub(super) fn is_of_safetensors(index: &Index) -> bool {
     let mut files = index.files().peekable();
     files.peek().is_some() && files.all(folder::is_safetensors_name)
 }
@@ -144,6 +144,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = Folder::read(path)?;
     if choice.format != Format::Gguf {
         if let Some(name) = folder.index(&mut found.notes)? {
+            found.notes.extend(folder.gguf_beside(choice.format));
             let path = path.join(name);
             return of_index(&path, &read_index(&path)?, choice, found);
         }
@@ -154,9 +155,10 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
             // itself.
             allowed(&missing, kept.len(), choice, found, |why| {
                 let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
-                Error::Incomplete { path: path.to_owned(), reason }
+                Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
             })?;
             found.sources.extend(kept.into_iter().map(|name| Source::file(folder.path_of(name))));
+            found.notes.extend(folder.gguf_beside(choice.format));
             return Ok(());
         }
     }
@@ -186,7 +188,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     Err(folder.no_model(choice.format))
 }
 
-fn read_index(path: &Path) -> Result<Index> {
+pub(super) fn read_index(path: &Path) -> Result<Index> {
     // Not a FIFO without a writer, and not without end.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
@@ -231,7 +233,7 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
     allowed(&missing, kept.len(), choice, found, |why| {
         let stale = missing::left_over(folder, &index, missing.len() == all);
         let reason = format!("the index names {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
-        Error::Incomplete { path: path.to_owned(), reason }
+        Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
     })?;
     found.notes.extend(missing::others(folder, &index));
     let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
@@ -275,6 +277,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
     allowed(&missing, kept.len(), choice, found, |why| Error::Incomplete {
         path: path.to_owned(),
         reason: format!("{} of {} parts of the model can be loaded, {why}", kept.len(), part.count),
+        loadable: kept.len(),
     })?;
     found.sources.extend(kept.into_iter().map(|name| Source::file(path.with_file_name(name))));
     Ok(())

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::expand::file_error;
+use super::expand::{file_error, is_of_safetensors, read_index};
 use super::missing::{Missing, is_unfinished, quoted};
 use crate::error::{Error, Result};
 use crate::model::gguf;
@@ -14,7 +14,7 @@ use crate::model::index::{self, Named};
 use crate::model::parts::PartName;
 use crate::model::safetensors::{Sniff, sniff};
 use crate::settings::Format;
-use crate::source::OpenFile;
+use crate::source::{OpenFile, is_pickle_name};
 
 /// What a model of one file is called in a folder that model hubs have made.
 const MODEL: &str = "model.safetensors";
@@ -72,6 +72,13 @@ impl Folder {
         self.matching(|name| has_extension(name, "gguf"))
     }
 
+    /// What a report says of GGUF files that are passed over; nothing where the caller chose the format.
+    pub(super) fn gguf_beside(&self, format: Format) -> Option<String> {
+        let names = self.gguf();
+        let is_noted = format == Format::Auto && !names.is_empty();
+        is_noted.then(|| format!("not loaded, beside safetensors files: {}", quoted(names.into_iter())))
+    }
+
     /// The safetensors files of the model: the one of the usual name, or all.
     pub(super) fn safetensors(&self) -> Vec<&str> {
         let all = self.matching(is_safetensors_name);
@@ -83,7 +90,15 @@ impl Folder {
     /// # Errors
     /// [`Error::NoModel`] for several.
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
-        let all = self.matching(|name| index::named(name) == Some(Named::Safetensors));
+        let mut all = self.matching(|name| index::named(name) == Some(Named::Safetensors));
+        // A name that doesn't say what it is of counts where the folder would be a heap of files without it.
+        if all.is_empty() && !self.names.iter().any(|name| name == MODEL) {
+            for name in self.matching(|name| index::named(name) == Some(Named::Unsaid)) {
+                if is_index_of_safetensors(&self.path_of(name))? {
+                    all.push(name);
+                }
+            }
+        }
         let plain: Vec<_> = all.iter().copied().filter(|name| is_plain_index_of(name, &all)).collect();
         match (all.as_slice(), plain.as_slice()) {
             ([], _) => Ok(None),
@@ -117,8 +132,8 @@ impl Folder {
             }
             let there: HashSet<u32> = parts.iter().filter(|other| other.is_with(part)).map(|other| other.number).collect();
             // Some writers count from 0.
-            let first = u32::from(!there.contains(&0));
-            let absent = (first..part.count + first).filter(|number| !there.contains(number));
+            let numbers = if there.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
+            let absent = numbers.filter(|number| !there.contains(number));
             // A count that lies costs no more than that.
             let absent = absent.take(MISSING_LISTED).map(|number| part.of_number(number));
             missing.extend(absent.filter_map(|name| Missing::look(&self.path.join(&name), &name)));
@@ -158,7 +173,7 @@ impl Folder {
         if !like_models.is_empty() {
             return Some(format!("name one of {}, which look like models", quoted(like_models.into_iter().map(String::as_str))));
         }
-        let pickles = self.matching(|name| ["bin", "pt", "pth", "ckpt", "pkl"].into_iter().any(|end| has_extension(name, end)));
+        let pickles = self.matching(is_pickle_name);
         if !pickles.is_empty() {
             let names = quoted(pickles.into_iter());
             return Some(format!("only pickled weights, which are not read: {names}; convert them to safetensors"));
@@ -185,6 +200,18 @@ impl Folder {
             return false;
         }
         gguf::is_gguf(&start) || matches!(sniff(&start, file.identity.bytes, false), Sniff::Safetensors { .. })
+    }
+}
+
+/// Whether a file's content is that of an index of safetensors files. JSON of another kind is none.
+fn is_index_of_safetensors(path: &Path) -> Result<bool> {
+    if !fs::metadata(path).is_ok_and(|about| about.is_file()) {
+        return Ok(false);
+    }
+    match read_index(path) {
+        Ok(index) => Ok(is_of_safetensors(&index)),
+        Err(Error::Model { .. }) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

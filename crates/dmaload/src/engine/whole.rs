@@ -132,7 +132,7 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
     let mut notes = Vec::new();
     for parts in sets.values() {
         match check_split(parts) {
-            Err(Error::Incomplete { path, reason }) if allow_missing => {
+            Err(Error::Incomplete { path, reason, .. }) if allow_missing => {
                 notes.push(format!("the model is not complete, which was allowed: {}: {reason}", printable::path(&path)));
             }
             checked => checked?,
@@ -224,7 +224,7 @@ fn incomplete(part: &Part<'_>, split: Split, have: u64, missing: &[u64]) -> Erro
     } else {
         format!("{have} of {count} parts of a split model are there, without part {numbers}{more}")
     };
-    Error::Incomplete { path: part.path.to_owned(), reason }
+    Error::Incomplete { path: part.path.to_owned(), reason, loadable: usize::try_from(have).unwrap_or(usize::MAX) }
 }
 
 fn contradiction(path: &Path, reason: String) -> Error {

@@ -101,7 +101,8 @@ impl Index {
         let name = |&(shard, tensor): &(u32, u32)| shards[shard as usize].tensors[tensor as usize].as_str();
         by_tensor.sort_unstable_by(|a, b| name(a).cmp(name(b)));
         if let Some(twice) = by_tensor.windows(2).find(|pair| name(&pair[0]) == name(&pair[1])) {
-            return Err(ModelError::DuplicateTensor { tensor: name(&twice[0]).to_owned() });
+            let reason = format!("tensor {:?} is in the index twice", shorten(name(&twice[0]).to_owned()));
+            return Err(ModelError::Index { offset: 0, reason });
         }
         Ok(Index { shards, by_tensor })
     }
@@ -277,7 +278,8 @@ mod tests {
             let Err(ModelError::Index { reason, .. }) = Index::parse(json.as_bytes()) else { panic!("{json}") };
             assert!(reason.contains(expected), "{json}: {reason}");
         }
-        assert!(matches!(index(r#"{"a":"1","a":"2"}"#), Err(ModelError::DuplicateTensor { .. })));
+        let Err(ModelError::Index { reason, .. }) = index(r#"{"a":"1","a":"2"}"#) else { panic!() };
+        assert_eq!(reason, r#"tensor "a" is in the index twice"#);
     }
 
     proptest::proptest! {

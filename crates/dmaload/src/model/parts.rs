@@ -3,10 +3,10 @@
 /// The name of one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PartName<'a> {
-    /// All before the number, with what joins it to that: `model-`.
+    /// All before the number, with what joins it to that: `model-`. It may be empty.
     stem: &'a str,
     digits: &'a str,
-    /// `-of-` or `_of_`.
+    /// `-of-` or `_of_`, in either case.
     of: &'a str,
     count_digits: &'a str,
     /// What follows the count: `.safetensors`, `.fp16.safetensors`.
@@ -19,17 +19,20 @@ pub(crate) struct PartName<'a> {
 impl<'a> PartName<'a> {
     /// Takes a name apart; `None` where it isn't one of a part.
     pub(crate) fn parse(name: &'a str) -> Option<Self> {
-        ["-of-", "_of_"].into_iter().find_map(|of| Self::parse_with(name, of))
+        // The last that stands between numbers: what follows may have the same word in it.
+        let of = |of| name.rmatch_indices(of).find_map(|(at, of)| Self::parse_at(name, at, of));
+        ["-of-", "_of_", "-OF-", "_OF_", "-Of-", "_Of_"].into_iter().find_map(of)
     }
 
-    fn parse_with(name: &'a str, of: &'static str) -> Option<Self> {
-        let (before, after) = name.rsplit_once(of)?;
-        let of = &name[before.len()..before.len() + of.len()];
+    fn parse_at(name: &'a str, at: usize, of: &'a str) -> Option<Self> {
+        let (before, after) = (&name[..at], &name[at + of.len()..]);
         let is_digit = |c: char| c.is_ascii_digit();
         let (count_digits, end) = after.split_at(after.find(|c| !is_digit(c)).unwrap_or(after.len()));
         let (stem, digits) = before.split_at(before.trim_end_matches(is_digit).len());
         let (number, count) = (digits.parse().ok()?, count_digits.parse().ok()?);
-        let joined = stem.ends_with(['-', '_', '.']);
+        // Numbers of five digits are those of parts whatever stands before them.
+        let is_series = digits.len() == 5 && count_digits.len() == 5;
+        let joined = stem.ends_with(['-', '_', '.']) || is_series || stem.is_empty();
         (joined && count > 0 && number <= count).then_some(PartName { stem, digits, of, count_digits, end, number, count })
     }
 
@@ -66,6 +69,11 @@ mod tests {
             ("m_1_of_3.safetensors", 1, 3, "m_2_of_3.safetensors"),
             ("model-00000-of-00002.safetensors", 0, 2, "model-00002-of-00002.safetensors"),
             ("a-of-b-00003-of-00003.gguf", 3, 3, "a-of-b-00002-of-00003.gguf"),
+            ("00001-of-00002.safetensors", 1, 2, "00002-of-00002.safetensors"),
+            ("model00001-of-00002.safetensors", 1, 2, "model00002-of-00002.safetensors"),
+            ("MODEL-00001-OF-00002.SAFETENSORS", 1, 2, "MODEL-00002-OF-00002.SAFETENSORS"),
+            ("m-00001-of-00002-one-of-many.safetensors", 1, 2, "m-00002-of-00002-one-of-many.safetensors"),
+            ("m-00001-of-4294967295.safetensors", 1, u32::MAX, "m-00002-of-4294967295.safetensors"),
         ] {
             let part = PartName::parse(name).unwrap();
             assert_eq!((part.number, part.count, part.of_number(2).as_str()), (number, count, second));
