@@ -24,6 +24,9 @@ use crate::{Layout, Route};
 /// When the last clone and the last load are gone, the threads drain what is in flight and end by themselves; no drop
 /// waits for that. [`Loader::shutdown`] does wait.
 ///
+/// Code that runs on the loader's threads (wakers, subscribers of `tracing`, heaps, verifiers, observers) may call the loader, but
+/// must not wait for its loads or its shutdown: either may need the thread that runs this code.
+///
 /// ```no_run
 /// # async fn example() -> dmaload::Result<()> {
 /// let loader = dmaload::Loader::builder().window_bytes(128 << 20).build()?;

@@ -20,6 +20,8 @@ use crate::settings::Format;
 /// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they came in. Reading goes on meanwhile, and waits when the
 /// observer is slower: what it has not seen counts as not filled.
 ///
+/// It must not wait for a load of its loader, or for the end of a shutdown: either may need the thread that it runs on.
+///
 /// One that panics fails its load with [`crate::Error::Panicked`]; no other load notices.
 pub trait Observer: Send + Sync + 'static {
     /// The next bytes: of file number `file_index` (in the order given to the load), from `offset` on.

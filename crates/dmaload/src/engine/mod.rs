@@ -70,7 +70,7 @@ pub(crate) struct Engine {
     reaper: Reaper,
     ring: RingThread<PieceBuffer<Permit>>,
     mailbox: Arc<teller::Mailbox>,
-    /// Why the ring thread has ended before its time.
+    /// Why there are no more loads, where a thread of ours has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
     threads: Arc<Threads>,
@@ -409,7 +409,8 @@ impl Engine {
     fn close(&self) {
         let loads = self.jobs.refuse();
         let remains: Vec<_> = loads.iter().map(|load| load.fail(self.end())).collect();
-        loads.iter().for_each(|load| self.abandon(load));
+        // If the scheduler is what has panicked, it may do so again. The loads have failed, and the rest is done all the same.
+        let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
         self.jobs.close((loads, remains));
         self.ring.close();
@@ -504,9 +505,23 @@ impl Engine {
 
     /// The teller thread; see [`teller`].
     fn tell(self: Arc<Self>) {
+        let mut broke = false;
         while let Some(messages) = self.mailbox.next() {
             for message in messages {
-                self.handle(message);
+                let ring_ended = matches!(message, Message::RingEnded { .. });
+                let Err(message) = foreign::call(|| self.handle(message)) else { continue };
+                // A broken invariant: no load may wait for a thread that no longer knows what it does. It goes on, to tell
+                // them their end. Once, since what has panicked may panic again at each load's end.
+                if !std::mem::replace(&mut broke, true) {
+                    let error = defect("the teller thread", message);
+                    foreign::emit(|| tracing::error!(%error, "all loads fail"));
+                    // Not if the ring thread has panicked before: the first reason counts.
+                    let _ = self.broken.set(error);
+                    let _ = foreign::call(|| self.close());
+                }
+                if ring_ended {
+                    self.jobs.finish();
+                }
             }
         }
         // Workers have ended, all or all that can.
@@ -529,7 +544,8 @@ impl Engine {
                 if let Some(message) = panic {
                     let error = defect("the ring thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
-                    assert!(self.broken.set(error).is_ok(), "the ring thread ends once");
+                    // Not if this thread has panicked before: the first reason counts.
+                    let _ = self.broken.set(error);
                 }
                 // Reached with loads only after a panic or past a deadline: they must not wait for ever.
                 self.close();
@@ -538,6 +554,8 @@ impl Engine {
                 // Not the last share of it: this thread has one.
                 drop(engine);
             }
+            #[cfg(test)]
+            Message::Panic => panic!("a test wants it"),
         }
     }
 
@@ -740,6 +758,26 @@ mod tests {
     /// What a broken invariant of the driver leads to: no load hangs, each says why, and what was in flight is counted.
     #[test]
     fn a_panic_of_the_ring_thread_fails_all_loads_and_says_so() {
+        fails_all_loads("the ring thread", |engine| engine.ring.panic());
+    }
+
+    /// The thread that would tell the loads their end is the one that panics.
+    #[test]
+    fn a_panic_of_the_teller_fails_all_loads_and_says_so() {
+        fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
+        // Again and again.
+        fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]));
+    }
+
+    #[test]
+    fn the_first_of_two_panics_is_the_reason() {
+        fails_all_loads("the teller thread", |engine| {
+            engine.mailbox.push([Message::Panic]);
+            engine.ring.panic();
+        });
+    }
+
+    fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
         // Keeps the loads from being finished before the panic.
         #[derive(Debug, Default)]
         struct Gate(Mutex<bool>, Condvar);
@@ -756,7 +794,7 @@ mod tests {
         let guard = Guard::start(Settings::default(), Arc::new(heap), Vec::new()).unwrap();
         let load = || guard.load(vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
         let mut before = [load(), load()];
-        guard.engine.ring.panic();
+        panic(&guard.engine);
         let expect = |segments: &mut Segments| {
             let error = loop {
                 match block_on(segments.next()).expect("an error comes before the end") {
@@ -765,7 +803,7 @@ mod tests {
                 }
             };
             let text = error.to_string();
-            assert!(text.starts_with("the ring thread of dmaload") && text.ends_with("panicked: a test wants it"), "{text}");
+            assert!(text.starts_with(&format!("{thread} of dmaload")) && text.ends_with("panicked: a test wants it"), "{text}");
         };
         before.iter_mut().for_each(expect);
         // Those that come later say the same.

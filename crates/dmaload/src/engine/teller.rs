@@ -25,6 +25,9 @@ pub(super) enum Message {
     RingBroke { errno: Errno, leaked_bytes: u64 },
     /// The ring thread has ended: by itself, or with this panic.
     RingEnded { engine: Arc<Engine>, panic: Option<String> },
+    /// The thread panics, as a broken invariant would make it.
+    #[cfg(test)]
+    Panic,
 }
 
 #[derive(Debug, Default)]
