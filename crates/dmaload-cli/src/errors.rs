@@ -74,11 +74,12 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
 }
 
 /// What the library's hints call its options, and what they are called here.
-const IN_FLAGS: [(&str, &str); 9] = [
+const IN_FLAGS: [(&str, &str); 10] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),
     ("(the format safetensors)", "(--format safetensors)"),
-    ("(the formats auto and gguf do)", "(--format auto does)"),
+    ("(the format gguf)", "(--format gguf)"),
+    ("the format auto does so", "--format auto does so"),
     ("the heap anon", "--heap anon"),
     ("let pages have any size", "load with --pages auto"),
     ("load in smaller segments", "load with a smaller --segment-size"),

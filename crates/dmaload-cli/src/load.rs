@@ -52,10 +52,7 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
     }
     let load = match (arguments.inside, arguments.paths.as_slice()) {
         (None, paths) => loader.load_with(paths, options),
-        (Some((start, end)), [path]) => {
-            let file = std::fs::File::open(path).at("open", path)?;
-            loader.load_file(file, Some(start..end), options)
-        }
+        (Some((start, end)), [path]) => loader.load_inside(path, start..end, options),
         (Some(_), _) => return Err(Error::Config("--inside is about one file".to_owned()).into()),
     };
     let quiet = arguments.quiet || arguments.json || is_quiet();

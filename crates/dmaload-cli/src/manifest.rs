@@ -53,7 +53,16 @@ impl FromStr for Against {
             return text.parse().map(Against::Digest);
         }
         // What a manifest is called is up to people.
-        match bare(text).filter(|_| !Path::new(text).exists()) {
+        if Path::new(text).exists() {
+            return Ok(Against::Manifest(text.into()));
+        }
+        if let Some((name, hex)) = loosely_named(text) {
+            return match name.parse::<Algorithm>() {
+                Ok(algorithm) => format!("{algorithm}:{hex}").parse().map(Against::Digest),
+                Err(unknown) => Err(format!("{text:?} is no manifest that is there, and {unknown}")),
+            };
+        }
+        match bare(text) {
             None => Ok(Against::Manifest(text.into())),
             Some(hex) => match hex.len() {
                 64 => format!("sha256:{hex}").parse().map(Against::Digest),
@@ -61,12 +70,23 @@ impl FromStr for Against {
                     "{text:?} is a checksum by MD5, SHA-1, SHA-384 or SHA-512; sha256, blake3, crc32c and xxh3 are known"
                 )),
                 digits => Err(format!(
-                    "{text:?} is {digits} hexadecimal digits without the name of a checksum: write sha256:HEX, blake3:HEX, \
-                     crc32c:HEX or xxh3:HEX"
+                    "{text:?} is {digits} hexadecimal digits without the name of a checksum (a sha256 has 64): write \
+                     sha256:HEX, blake3:HEX, crc32c:HEX or xxh3:HEX"
                 )),
             },
         }
     }
+}
+
+/// A checksum by a name that is written in another way (`SHA256:HEX`, `sha256-HEX`), or is not known: the name in lower
+/// case, and the digits.
+fn loosely_named(text: &str) -> Option<(String, &str)> {
+    let (name, hex) = text.split_once([':', '-', '='])?;
+    let name = name.to_ascii_lowercase();
+    // What does not look like one is a path.
+    let is_name = ["md5", "sha", "crc", "xxh", "blake", "b3", "adler"].iter().any(|start| name.starts_with(start));
+    let is_hex = hex.len() >= 8 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
+    (is_name && is_hex).then_some((name, hex))
 }
 
 /// A checksum without its name: alone, or in a line of SHA256SUMS, as coreutils and BSD write them.
@@ -75,7 +95,7 @@ fn bare(text: &str) -> Option<&str> {
         Some(line) => line.rsplit_once(") = ")?.1,
         None => text.trim_start_matches('\\').split_whitespace().next()?,
     };
-    let is_hex = first.len() >= 8 && first.len().is_multiple_of(2) && first.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_hex = first.len() >= 8 && first.bytes().all(|byte| byte.is_ascii_hexdigit());
     is_hex.then_some(first)
 }
 
@@ -126,6 +146,9 @@ mod tests {
         for text in [
             hex.to_owned(),
             hex.to_uppercase(),
+            format!("SHA256:{hex}"),
+            format!("sha256-{hex}"),
+            format!("Sha256={hex}"),
             format!("{hex}  model.safetensors"),
             format!("{hex} *model.safetensors"),
             format!("\\{hex}  a\\nb"),
@@ -138,9 +161,16 @@ mod tests {
             ("da39a3ee5e6b4b0d3255bfef95601890afd80709", "SHA-1"),
             ("e3069283", "crc32c:HEX"),
             ("0123456789abcdef", "xxh3:HEX"),
+            (&hex[1..], "63 hexadecimal digits"),
+            (&format!("SHA256:{}", &hex[1..]), "sha256 has 64"),
+            (&format!("sha512:{hex}"), "\"sha512\"; there are sha256, blake3, crc32c, xxh3"),
+            (&format!("MD5-{}", &hex[32..]), "\"md5\"; there are sha256"),
         ] {
             let error = text.parse::<Against>().unwrap_err();
             assert!(error.contains(word), "{error}");
+        }
+        for path in ["sha256-m.json", "sha-1234", "run-20240101", "crc.json", "C:deadbeef"] {
+            assert_eq!(path.parse(), Ok(Against::Manifest(path.into())));
         }
         assert_eq!("SHA256SUMS".parse(), Ok(Against::Manifest("SHA256SUMS".into())));
     }

@@ -80,6 +80,83 @@ fn a_device_is_no_file() {
 }
 
 #[test]
+fn a_part_of_what_is_no_file_is_refused_without_waiting() {
+    let folder = folder();
+    let fifo = folder.path().join("fifo");
+    run(Command::new("mkfifo").arg(&fifo)).succeeds();
+    let missing = folder.path().join("none.bin");
+    for (path, words) in [
+        (fifo.as_path(), ["a FIFO", "save it to a file first"]),
+        (Path::new("/dev/zero"), ["a character device", "to a file first"]),
+        (folder.path(), ["a directory", ""]),
+        (&missing, ["ENOENT", "check the path"]),
+    ] {
+        run(dmaload(["load", "--inside", "0..9"]).arg(path)).fails(1, &[&[text(path)], &words[..]].concat());
+    }
+}
+
+#[test]
+fn a_link_to_nothing_says_so() {
+    let folder = folder();
+    for (name, target) in [("m.safetensors", "blobs/gone"), ("m.gguf", "/nonexistent/x"), ("raw", "gone")] {
+        let link = folder.path().join(name);
+        std::os::unix::fs::symlink(target, &link).unwrap();
+        every_command_fails(&link, &["ENOENT", "a symbolic link to", target]);
+    }
+    let inside = folder.path().join("model");
+    fs::create_dir(&inside).unwrap();
+    let index = inside.join("model.safetensors.index.json");
+    std::os::unix::fs::symlink("../blobs/gone", &index).unwrap();
+    every_command_fails(&index, &["ENOENT", "a symbolic link to ../blobs/gone"]);
+    every_command_fails(&inside, &["ENOENT", "a symbolic link to ../blobs/gone"]);
+}
+
+#[test]
+fn a_folder_named_like_a_model_is_none() {
+    let header = br#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
+    for name in ["m.gguf", "a.safetensors", "model.safetensors", "m.safetensors.index.json"] {
+        let folder = folder();
+        let inner = folder.path().join(name);
+        fs::create_dir(&inner).unwrap();
+        safetensors(&inner, "w.safetensors", header, 4);
+        every_command_fails_but_cat(folder.path(), &["without a model", &format!("there are models in \"{name}/\"")]);
+        safetensors(folder.path(), "b.safetensors", header, 4);
+        let other = folder.path().join("linked.safetensors");
+        std::os::unix::fs::symlink(&inner, &other).unwrap();
+        let json = run(&mut load(folder.path())).succeeds().json();
+        assert_eq!(json["files"][0]["path"], text(&folder.path().join("b.safetensors")), "{name}");
+    }
+}
+
+/// `cat` is of one file.
+#[track_caller]
+fn every_command_fails_but_cat(path: &Path, words: &[&str]) {
+    for arguments in [&["load", "--json"][..], &["load"], &["inspect"]] {
+        run(dmaload(arguments).arg(path)).fails(1, &[&[text(path)], words].concat());
+    }
+}
+
+#[test]
+fn a_page_in_another_encoding_is_a_page() {
+    let folder = folder();
+    let utf16: Vec<u8> = "<html><body>gelöscht".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    for page in [&b"<!DOCTYPE html><title>gel\xf6scht</title>"[..], b"<html>\0<body>", &utf16] {
+        for name in ["m.safetensors", "m.gguf"] {
+            every_command_fails(&file(folder.path(), name, page), &["an HTML page", "download it again"]);
+        }
+    }
+}
+
+#[test]
+fn a_model_by_the_wrong_format_is_not_advised_the_name_it_has() {
+    let folder = folder();
+    let path = safetensors(folder.path(), "m.safetensors", br#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#, 4);
+    let done = run(dmaload(["load", "--format", "gguf"]).arg(&path))
+        .fails(1, &["a safetensors file", "(--format safetensors)", "--format auto does so where"]);
+    assert!(!done.stderr.contains("give it a name"), "{done}");
+}
+
+#[test]
 fn a_block_device_says_how_to_go_on() {
     let names = fs::read_dir("/sys/class/block").map(|entries| entries.map(|entry| entry.unwrap().file_name()));
     let devices = names.into_iter().flatten().map(|name| Path::new("/dev").join(name));

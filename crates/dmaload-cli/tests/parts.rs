@@ -44,13 +44,31 @@ fn tensors_by_pattern_and_ranges_of_bytes() {
     let inside = format!("1234..{}", 1234 + inner.len());
     let (wanted, _, tensors) = numbers(&run(load().args(["--inside", &inside]).arg(&container)).succeeds().json());
     assert_eq!((wanted, tensors), (inner.len() as u64, 3));
-    run(load().args(["--inside", "0..99999999"]).arg(&container)).fails(1, &["which has"]);
+    run(load().args(["--inside", "0..99999999"]).arg(&container)).fails(1, &["which has", container.to_str().unwrap()]);
     run(load().args(["--tensors", "z"]).arg(&path)).fails(1, &["\"z\""]);
     run(load().args(["--tensors", "{a"]).arg(&path)).fails(2, &["without its }"]);
     run(load().args(["--range", "9..3"]).arg(&path)).fails(2, &["no range of bytes"]);
     run(load().args(["--tensors", "a", "--digest", "sha256"]).arg(&path)).fails(2, &["parts of files"]);
     let text = run(dmaload(["load", "--tensors", "b"]).arg(&path)).succeeds().text();
     assert!(text.contains("wanted") && text.contains("read along"), "{text}");
+}
+
+#[test]
+fn a_model_inside_a_file_is_named_by_the_path_given() {
+    let folder = folder();
+    let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
+    let link = folder.path().join("link.bin");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    for path in [&path, &link] {
+        let json = run(load().args(["--inside", "0..9"]).arg(path)).succeeds().json();
+        assert_eq!(json["files"][0]["path"], path.to_str().unwrap());
+        // What the whole file is called says nothing of a part of it.
+        assert_eq!(numbers(&json), (9, 4096, 0), "{json}");
+        let done = run(load().args(["--inside", "0..9", "--format", "gguf"]).arg(path)).fails(1, &[path.to_str().unwrap()]);
+        assert!(!done.stderr.contains("/proc/"), "{done}");
+    }
+    let whole = format!("0..{}", std::fs::metadata(&path).unwrap().len());
+    assert_eq!(numbers(&run(load().args(["--inside", &whole]).arg(&path)).succeeds().json()).2, 3);
 }
 
 #[test]

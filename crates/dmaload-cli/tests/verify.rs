@@ -57,6 +57,26 @@ fn a_manifest_passes_the_files_it_is_of_and_names_what_has_changed_in_them() {
 }
 
 #[test]
+fn near_misses_of_a_checksum_are_taken_or_explained() {
+    let folder = folder();
+    let path = random_file(folder.path(), "a.bin", MIB);
+    let hex = sha256sum(&path);
+    let verify = |against: &str| run(dmaload(["load", "--quiet", "--verify", against]).arg(&path));
+    for against in [format!("SHA256:{hex}"), format!("sha256-{hex}"), format!("Sha256={}", hex.to_uppercase())] {
+        verify(&against).succeeds();
+    }
+    for (against, words) in [
+        (format!("sha512:{hex}{hex}"), ["sha512", "there are sha256, blake3"]),
+        (format!("md5:{}", &hex[32..]), ["md5", "there are sha256, blake3"]),
+        (hex[1..].to_owned(), ["63 hexadecimal digits", "a sha256 has 64"]),
+        (format!("SHA256:{}", &hex[1..]), ["sha256 has 64", "hexadecimal digits"]),
+    ] {
+        verify(&against).fails(2, &words);
+    }
+    verify(&format!("{}/sha256-{}", text(folder.path()), &hex[1..])).fails(1, &["ENOENT"]);
+}
+
+#[test]
 fn cat_writes_only_what_was_verified() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 9 * MIB);

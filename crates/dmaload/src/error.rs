@@ -412,7 +412,13 @@ impl Error {
                     printable::shell(path)
                 ));
             }
-            Error::File { errno: Errno::NOENT | Errno::NOTDIR, .. } => "check the path",
+            Error::File { errno: Errno::NOENT | Errno::NOTDIR, path, .. } => {
+                if let Ok(target) = std::fs::read_link(path) {
+                    let target = printable::path(&target);
+                    return Some(format!("it is a symbolic link to {target}, which is not there: fetch that, or mend the link"));
+                }
+                "check the path"
+            }
             Error::File { errno: Errno::LOOP, .. } => "a symbolic link leads to itself: mend the link",
             Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
             // A socket can't be opened by its path.

@@ -104,6 +104,11 @@ impl Loader {
         Load::new(self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, true))
     }
 
+    /// As [`Self::load_file`] with a part, of a file that is named by its path. Reports and errors name it by that.
+    pub fn load_inside(&self, path: impl Into<PathBuf>, part: Range<u64>, options: LoadOptions) -> Load {
+        Load::new(self.guard.load(vec![Input::Inside { path: path.into(), part }], options, true))
+    }
+
     /// As [`Self::load_file`], as a stream of segments that keeps none.
     pub fn stream_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Segments {
         self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, false)

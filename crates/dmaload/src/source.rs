@@ -38,6 +38,8 @@ pub(crate) struct Source {
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
     Path(PathBuf),
+    /// A model that is a part of the file of this path.
+    Inside { path: PathBuf, part: Range<u64> },
     Open { file: Arc<OwnedFd>, part: Option<Range<u64>> },
 }
 
@@ -48,6 +50,11 @@ impl Source {
 
     pub(crate) fn of_index(path: PathBuf, index: Arc<Index>, name: String) -> Self {
         Source { index: Some((index, name)), ..Source::file(path) }
+    }
+
+    /// The model that is a part of a file, whatever that file's name says.
+    pub(crate) fn inside(path: PathBuf, part: Range<u64>) -> Self {
+        Source { part: Some(part), ..Source::file(path) }
     }
 
     /// A file that is open. It is opened again, by its descriptor, so that direct reads have a description of their own.

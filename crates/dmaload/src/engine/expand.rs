@@ -56,6 +56,7 @@ pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
         let before = found.sources.len();
         match input {
             Input::Open { file, part } => found.sources.push(Source::open(file, part.clone())),
+            Input::Inside { path, part } => found.sources.push(Source::inside(path.clone(), part.clone())),
             Input::Path(path) => of_path(path, asked.len() == 1, choice, &mut found)?,
         }
         found.sources.iter_mut().skip(before).for_each(|source| source.model = model);

@@ -28,7 +28,16 @@ fn has_extension(name: &str, extension: &str) -> bool {
     Path::new(name).extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
 }
 
-/// The names in a folder, sorted.
+/// Whether it is a folder, or a link to one. What can't be looked at fails when it is opened.
+fn is_folder(entry: &fs::DirEntry) -> bool {
+    match entry.file_type() {
+        Ok(kind) if kind.is_symlink() => fs::metadata(entry.path()).is_ok_and(|about| about.is_dir()),
+        Ok(kind) => kind.is_dir(),
+        Err(_) => false,
+    }
+}
+
+/// The names of what is in a folder and no folder itself, sorted.
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
@@ -43,10 +52,15 @@ impl Folder {
         let failed = |error: io::Error| file_error(path, "list", &error);
         let (mut names, mut replaced) = (Vec::new(), HashMap::new());
         for entry in fs::read_dir(path).map_err(failed)? {
-            let own = entry.map_err(failed)?.file_name();
+            let entry = entry.map_err(failed)?;
+            let own = entry.file_name();
             let name = own.to_string_lossy().into_owned();
             // A name with a dot in front is hidden on purpose, or left behind by other systems.
             if name.starts_with('.') {
+                continue;
+            }
+            // A folder is no model, whatever its name ends in; one may be inside.
+            if is_folder(&entry) {
                 continue;
             }
             if own.to_str().is_none() && replaced.insert(name.clone(), own).is_some() {

@@ -494,17 +494,23 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     if format == Format::Raw {
         return Ok(None);
     }
+    // The name of a file says nothing of a part of it.
+    let is_whole = part == (0..file.identity.bytes);
+    let name = if is_whole { file.path.as_path() } else { Path::new("") };
     // An empty file has nothing else to be wrong; whoever asks it for a tensor is told.
+    if bytes == 0 && !is_whole && format == Format::Auto {
+        return Ok(None);
+    }
     if bytes == 0 {
         return refuse_empty_model(&file.path, format).map(|()| None);
     }
     let mut start = [0; SNIFFED_BYTES];
     let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("no more than there is room for");
     file.read_exact(start, base)?;
-    let found = if is_gguf(file, start, format) {
+    let found = if is_gguf(name, start, format) {
         read_gguf(file, part)?.map(Some)
     } else {
-        match header_bytes(file, start, bytes, format) {
+        match header_bytes(name, start, bytes, format) {
             Ok(None) => return Ok(None),
             Ok(Some(header_bytes)) => {
                 // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
@@ -532,13 +538,13 @@ pub(super) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
         return Ok(None);
     }
     let (start, file_bytes) = (bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), bytes.len() as u64);
-    let found = if is_gguf(file, start, format) {
+    let found = if is_gguf(&file.path, start, format) {
         gguf::parse(bytes, file_bytes).and_then(|parsed| match parsed {
             Parsed::Complete(map) => Ok(Some(map)),
             Parsed::More { bytes } => Err(ends_within(bytes, file_bytes)),
         })
     } else {
-        header_bytes(file, start, file_bytes, format).and_then(|header_bytes| {
+        header_bytes(&file.path, start, file_bytes, format).and_then(|header_bytes| {
             let Some(header_bytes) = header_bytes else { return Ok(None) };
             let header = bytes.get(8..).and_then(|rest| rest.get(..to_usize(header_bytes)));
             parse(header.expect("`sniff` has checked that the header is within the file"), file_bytes).map(Some)
@@ -567,8 +573,8 @@ const SNIFFED_BYTES: usize = 9;
 const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
 /// Whether a file is to be read as GGUF: it looks like it, or somebody says that it is.
-fn is_gguf(file: &OpenFile, start: &[u8], format: Format) -> bool {
-    let named = is_named(&file.path, "gguf");
+fn is_gguf(name: &Path, start: &[u8], format: Format) -> bool {
+    let named = is_named(name, "gguf");
     format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
 }
 
@@ -596,8 +602,8 @@ fn ends_within(bytes: u64, file_bytes: u64) -> ModelError {
 }
 
 /// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
-fn header_bytes(file: &OpenFile, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
-    let named = is_named(&file.path, "safetensors");
+fn header_bytes(name: &Path, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
+    let named = is_named(name, "safetensors");
     match sniff(start, file_bytes, named || format == Format::Safetensors) {
         Sniff::Safetensors { header_bytes } => Ok(Some(header_bytes)),
         Sniff::Broken { error } => Err(error),

@@ -120,6 +120,8 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
         let path = source.path.as_path();
         let split = Split::of(map).map_err(|reason| contradiction(path, reason))?;
         let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse).filter(PartName::is_gguf_split);
+        // The name of a file says nothing of a part of it.
+        let name = name.filter(|_| source.part.is_none());
         let part = Part { path, name, split };
         let set = match (has_several(source), name, split) {
             (true, ..) => Set::Model(source.model),

@@ -82,9 +82,9 @@ impl ForeignFile {
             ForeignFile::Zeros => {
                 "the download is not finished (its space was allocated in advance): finish it, or download the file again"
             }
-            ForeignFile::Gguf => "load it as GGUF (the formats auto and gguf do), and give it a name that ends in .gguf",
+            ForeignFile::Gguf => "load it as GGUF (the format gguf); the format auto does so where its name ends in .gguf",
             ForeignFile::Safetensors => {
-                "load it as safetensors (the format safetensors), or give it a name that ends in .safetensors"
+                "load it as safetensors (the format safetensors); the format auto does so where its name ends in .safetensors"
             }
             ForeignFile::BigEndianSafetensors => {
                 "it was written by a big-endian machine against the format's rules: write it again on a little-endian one"
@@ -144,7 +144,7 @@ pub(crate) fn recognise(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     if start.iter().all(|&byte| byte == 0) {
         return Some(ForeignFile::Zeros);
     }
-    by_text(start)
+    by_text(start).or_else(|| by_markup(start))
 }
 
 /// Formats that are known by fixed bytes at fixed places.
@@ -170,6 +170,31 @@ fn by_magic(start: &[u8]) -> Option<ForeignFile> {
         [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => other("a NumPy array"),
         _ => None,
     }
+}
+
+/// Pages and messages in other encodings than UTF-8 (Latin-1, UTF-16), or with control characters between: by how they
+/// begin, which is ASCII in all of them.
+fn by_markup(start: &[u8]) -> Option<ForeignFile> {
+    let text: Vec<u8> = match start {
+        [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),
+        [_, 0, _, 0, ..] => start.iter().step_by(2).copied().collect(),
+        _ => start.to_vec(),
+    };
+    let text = text.trim_ascii_start().to_ascii_lowercase();
+    let begins = |words: &[&[u8]]| words.iter().any(|word| text.starts_with(word));
+    if begins(&[b"<!doctype html", b"<html", b"<head", b"<body"]) {
+        return Some(ForeignFile::Html);
+    }
+    if begins(&[b"<?xml", b"<!--", b"<!doctype", b"<error"]) {
+        let is_html = text.windows(b"<html".len()).any(|word| word == b"<html");
+        return Some(if is_html { ForeignFile::Html } else { ForeignFile::Xml });
+    }
+    if begins(&[b"{\"error", b"{\"message", b"{\"detail"]) {
+        let start = text.iter().take_while(|byte| matches!(byte, b' '..=b'~')).take(SHOWN_CHARS);
+        let start = start.map(|&byte| char::from(byte)).chain(['…']).collect();
+        return Some(ForeignFile::Json { start });
+    }
+    None
 }
 
 fn by_text(start: &[u8]) -> Option<ForeignFile> {
@@ -244,6 +269,17 @@ mod tests {
             (&tar, "a tar archive"),
             (b"\x89HDF\r\n", "an HDF5 file"),
             (b"\x93NUMPY\x01", "a NumPy array"),
+            (b"<!DOCTYPE HTML><html><title>gel\xf6scht", "an HTML page"),
+            (b"\n<html>\0<body>", "an HTML page"),
+            (b"\xff\xfe<\0h\0t\0m\0l\0>\0", "an HTML page"),
+            (b"\xfe\xff\0<\0h\0t\0m\0l\0>", "an HTML page"),
+            (b"<\0h\0t\0m\0l\0>\0", "an HTML page"),
+            (b"\0<\0h\0t\0m\0l\0>", "an HTML page"),
+            (b"<!-- \xe9 --><html>", "an HTML page"),
+            (b"<?xml version=\"1.0\" encoding=\"latin1\"?><Error>\xe9", "XML text"),
+            (b"{\"error\":\"gel\xf6scht\"}", "JSON text, \"{\"error\":\"gel…\""),
+            (b"{\0\"\0e\0r\0r\0o\0r\0\"\0", "JSON text, \"{\"error\"…\""),
+            (b"<\0\0\0\0\0\0\0x", "nothing"),
             (b"\xff\xfe\x01\x02\x03", "nothing"),
             // Cut short, whatever their lengths look like: 35615, 640.
             (b"\x1f\x8b\0\0\0\0\0\0{\"a\"", "nothing"),
