@@ -1,7 +1,7 @@
 //! What was found out, as plain data.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -31,6 +31,8 @@ pub(crate) struct Facts {
     pub(crate) dma_buf: DmaBuf,
     /// The limit of file sizes, which counts for memory files too.
     pub(crate) file_size_limit: Option<u64>,
+    /// How much address space the process may still take, where that is limited.
+    pub(crate) address_room: Option<u64>,
     /// Whether udmabufs have small pages only, by a bug of this kernel.
     pub(crate) udmabuf_bug: bool,
 }
@@ -74,6 +76,7 @@ impl Facts {
             huge_pages: status.huge_pages(),
             dma_buf: DmaBuf::gather(),
             file_size_limit: getrlimit(Resource::Fsize).current,
+            address_room: status.address_room(),
             udmabuf_bug: Udmabuf::huge_pages_show_wrong_bytes(),
             path,
             trial,
@@ -99,6 +102,9 @@ impl PathFacts {
             Some(probe::file(path)?)
         };
         let load = match dmaload::inspect_model(path, Format::Auto) {
+            Ok(_) if file.is_some() && ends_early(path, metadata.len()) => {
+                Err(format!("it ends before the {} bytes that its file system says it has", metadata.len()))
+            }
             Ok(files) => Ok(files.iter().map(|(_, inspected)| inspected.bytes).sum()),
             // A folder may be asked about before there is anything in it.
             Err(Error::NoModel { .. }) if file.is_none() && is_empty(path) => Ok(0),
@@ -123,6 +129,13 @@ impl PathFacts {
             _ => Path::new("."),
         }
     }
+}
+
+/// Whether a file lacks its last byte: the lengths of files of sysfs and their like are made up. What can't be read is
+/// found out by others.
+fn ends_early(path: &Path, bytes: u64) -> bool {
+    let last = |file: fs::File| file.read_at(&mut [0], bytes.saturating_sub(1));
+    bytes > 0 && fs::File::open(path).and_then(last).is_ok_and(|read| read == 0)
 }
 
 /// Whether a folder has no files but hidden ones.
@@ -175,6 +188,7 @@ impl Facts {
             trial: Trial { folder: Ok("/tmp".into()), elsewhere: None, file: None, heaps: vec![heap("memfd"), heap("udmabuf")] },
             dma_buf: DmaBuf { heap: Some("udmabuf".to_owned()), reason: "udmabuf".to_owned() },
             file_size_limit: None,
+            address_room: None,
             udmabuf_bug: false,
         }
     }

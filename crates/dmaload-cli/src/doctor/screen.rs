@@ -192,6 +192,7 @@ fn verdict_line(verdict: Result<Expected, String>) -> String {
             let because = because.map(|because| format!(": {because}")).unwrap_or_default();
             format!("works: memfd by {route}{pages}{because}")
         }
+        Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => format!("would fail: {reason}"),
     }
 }
@@ -199,6 +200,7 @@ fn verdict_line(verdict: Result<Expected, String>) -> String {
 fn dma_buf_line(facts: &Facts) -> String {
     match verdict::load_dma_buf(facts) {
         Ok(Expected { route, .. }) => format!("works, by {route}: {}", facts.dma_buf.reason),
+        Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => {
             // The reasons of each heap stand above.
             let told = if facts.dma_buf.heap.is_none() { "no heap here gives dma-bufs".to_owned() } else { reason };

@@ -69,6 +69,13 @@ impl Status {
         Memlock { soft_bytes: limit.current, hard_bytes: limit.maximum, cap_ipc_lock: self.has(CAP_IPC_LOCK) }
     }
 
+    /// What the limit of the address space leaves; `None` without one, or where what is used is not known.
+    pub(crate) fn address_room(&self) -> Option<u64> {
+        let limit = getrlimit(Resource::As).current?;
+        let used: u64 = self.field("VmSize")?.strip_suffix(" kB")?.trim().parse().ok()?;
+        Some(limit.saturating_sub(used.saturating_mul(1024)))
+    }
+
     pub(crate) fn huge_pages(&self) -> HugePages {
         let chosen = |path| read_to_string(path).ok().as_deref().and_then(chosen);
         HugePages {

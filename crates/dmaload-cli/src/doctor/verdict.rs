@@ -14,6 +14,9 @@ const PIECE_BYTES: u64 = 16 << 20;
 /// The default size of a segment, each of which is a memory file.
 const SEGMENT_BYTES: u64 = 64 << 20;
 
+/// How the reason begins where it was not found out whether a load would work.
+pub(crate) const UNKNOWN: &str = "doctor can't tell";
+
 /// A load that would work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Expected {
@@ -38,7 +41,11 @@ pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
 
 fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
-    let loaded = tried.outcome.as_ref().map_err(|reason| format!("{heap}: {reason}"))?;
+    let loaded = tried.outcome.as_ref().map_err(|reason| match reason.contains("EMFILE") {
+        // The file that was tried and what else was looked at have descriptors, too, and a load has not.
+        true => format!("{UNKNOWN}: its own trial needs more open files than the limit (ulimit -n) allows: {heap}: {reason}"),
+        false => format!("{heap}: {reason}"),
+    })?;
     if let Some(Err(reason)) = facts.path.as_ref().map(|path| &path.load) {
         return Err(reason.clone());
     }
@@ -48,6 +55,12 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     }
     if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
         return Err(format!("its first block can't be read: {}", describe(errno)));
+    }
+    if let (Some(room), Some(wanted)) = (facts.address_room, wanted_bytes(facts))
+        && wanted > room
+    {
+        let (wanted, room) = (bytes(wanted), bytes(room));
+        return Err(format!("{wanted} do not fit into the {room} that the limit of the address space (ulimit -v) leaves"));
     }
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
@@ -77,11 +90,15 @@ pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
 
 /// How much it needs and how much there is, if the model that was asked about does not fit into memory.
 pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)> {
-    let path = facts.path.as_ref()?;
-    // Of a model that can't be loaded, the length of the file that was named.
-    let named = || path.file.as_ref().map(|file| file.bytes);
-    let (wanted, memory) = (path.load.as_ref().ok().copied().or_else(named)?, facts.memory.as_ref()?);
+    let (wanted, memory) = (wanted_bytes(facts)?, facts.memory.as_ref()?);
     (wanted > memory.bytes).then_some((wanted, memory))
+}
+
+/// How much a load of the path is of: of a model that can't be loaded, the length of the file that was named.
+fn wanted_bytes(facts: &Facts) -> Option<u64> {
+    let path = facts.path.as_ref()?;
+    let named = || path.file.as_ref().map(|file| file.bytes);
+    path.load.as_ref().ok().copied().or_else(named)
 }
 
 /// Whether all that a load of the path, or of a large file, registers at once can be registered.
