@@ -31,6 +31,11 @@ impl Pattern {
         Pattern { source: name.to_owned(), alternatives: Vec::new() }
     }
 
+    /// Whether it may mean names that are not written in it.
+    pub(crate) fn is_wild(&self) -> bool {
+        self.alternatives.iter().any(|pattern| pattern.contains(['*', '?', '[']))
+    }
+
     pub(crate) fn matches(&self, name: &str) -> bool {
         self.source == name || self.alternatives.iter().any(|pattern| is_match(pattern, name))
     }

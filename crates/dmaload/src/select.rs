@@ -263,6 +263,11 @@ impl Selector {
         self.patterns.is_some()
     }
 
+    /// Whether a pattern may mean names that the caller has not written.
+    pub(crate) fn is_wild(&self) -> bool {
+        self.patterns.iter().flatten().any(Pattern::is_wild)
+    }
+
     /// Gives what comes with each name that a pattern means; whether every pattern means one.
     pub(crate) fn meets<'a>(&self, names: impl Iterator<Item = (&'a str, &'a str)>, mut met: impl FnMut(&'a str)) -> bool {
         let patterns = self.patterns.as_deref().unwrap_or_default();

@@ -776,3 +776,51 @@ async fn gguf_files_beside_safetensors_files_are_noted() {
         assert_eq!(load(Format::Safetensors).await, "", "the caller chose");
     }
 }
+
+#[tokio::test]
+async fn one_part_beside_other_paths_stands_for_all_parts() {
+    let folder = folder();
+    let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
+    let other = "other.gguf";
+    written(folder.path(), &[(g1, part(0, 2, 2, &[("a", 1)])), (g2, part(1, 2, 2, &[("b", 2)]))]);
+    written(folder.path(), &[(other, gguf(&[], &[("o", 3)]))]);
+    let dotted = |name: &str| folder.path().join(".").join(name);
+    let plain = |name: &str| folder.path().join(name);
+    // A dot in front is kept in the parts of a path, unlike one in its middle.
+    let up = "../".repeat(std::env::current_dir().unwrap().components().count() - 1);
+    let relative =
+        |dot: &str, name: &str| PathBuf::from(format!("{dot}{up}{}/{name}", &folder.path().display().to_string()[1..]));
+    for loader in loaders() {
+        for (paths, all) in [
+            (vec![plain(g1), plain(other)], &["a", "b", "o"][..]),
+            (vec![plain(other), dotted(g2)], &["a", "b", "o"]),
+            (vec![plain(g1), plain(g2), plain(other)], &["a", "b", "o"]),
+            (vec![plain(g1), dotted(g2)], &["a", "b"]),
+            (vec![relative("./", g1), relative("", g2)], &["a", "b"]),
+        ] {
+            let image = loader.load_with(&paths, loader.options()).await.unwrap();
+            assert_eq!((names(&image), image.files().len()), (all.iter().map(|&n| n.to_owned()).collect(), all.len()));
+        }
+    }
+    fs::remove_file(plain(g2)).unwrap();
+    for loader in loaders() {
+        let error = loader.load_with([plain(g1), plain(other)], loader.options()).await.unwrap_err();
+        assert!(matches!(error, Error::Incomplete { loadable: 1, .. }) && error.to_string().contains(g2), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn files_that_patterns_pass_over_by_the_index_are_noted() {
+    let folder = folder();
+    written(folder.path(), &[(A, st(&[("w1", 1)])), (B, st(&[("b", 2), ("w2", 2)]))]);
+    written(folder.path(), &[(INDEX, index(&[("w1", A), ("b", B)]))]);
+    for loader in loaders() {
+        for (pattern, is_noted) in [("w*", true), ("w?", true), ("{w*,b}", false), ("w1", false), ("*", false)] {
+            let image = loader.load_with([folder.path()], loader.options().tensors([pattern])).await.unwrap();
+            let notes = image.report().notes.join("\n");
+            assert_eq!(notes.contains("1 of its 2 files"), is_noted, "{pattern}: {notes}");
+        }
+        let image = loader.load_with([folder.path()], loader.options().tensor_names(["w1"])).await.unwrap();
+        assert!(image.report().notes.is_empty(), "{:?}", image.report().notes);
+    }
+}

@@ -1,6 +1,6 @@
 //! From what was asked for to files: folders and indices of models, GGUF files that were split.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -52,19 +52,38 @@ impl<'a> Choice<'a> {
 /// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`]; [`Error::Incomplete`].
 pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
-    for (model, input) in asked.iter().enumerate() {
+    let splits: Vec<_> = asked.iter().map(|input| split_of(input, choice)).collect();
+    let mut named: HashMap<&SplitKey, usize> = HashMap::new();
+    splits.iter().flatten().for_each(|split| *named.entry(split).or_default() += 1);
+    for ((model, input), split) in asked.iter().enumerate().zip(&splits) {
         let before = found.sources.len();
+        // Of several parts that the caller names, each is itself.
+        let is_only_part = split.as_ref().is_some_and(|split| named.get(split) == Some(&1));
         match input {
             Input::Open { file, part } => found.sources.push(Source::open(file, part.clone())),
             Input::Inside { path, part } => found.sources.push(Source::inside(path.clone(), part.clone())),
-            Input::Path(path) => of_path(path, asked.len() == 1, choice, &mut found)?,
+            Input::Path(path) => of_path(path, asked.len() == 1, is_only_part, choice, &mut found)?,
         }
         found.sources.iter_mut().skip(before).for_each(|source| source.model = model);
     }
     Ok(found)
 }
 
-fn of_path(path: &Path, alone: bool, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+/// The folder of a split GGUF model, and the name of its first part.
+type SplitKey = (PathBuf, String);
+
+/// The split GGUF model that a path is a part of, by its name. The folder is the same however it is written.
+fn split_of(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
+    let Input::Path(path) = input else { return None };
+    if choice.format == Format::Raw || choice.as_one_file {
+        return None;
+    }
+    let part = path.file_name()?.to_str().and_then(PartName::parse).filter(PartName::is_gguf_split)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Some((fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), part.of_number(1)))
+}
+
+fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let Choice { format, as_one_file, .. } = choice;
     let own = Source::file(path.to_owned());
     if format == Format::Raw {
@@ -81,7 +100,7 @@ fn of_path(path: &Path, alone: bool, choice: Choice<'_>, found: &mut Found) -> R
         found.sources.push(own);
     } else if let Some(named) = index::named(name).filter(|_| format != Format::Gguf) {
         return of_named_index(path, named, choice, found);
-    } else if let Some(part) = PartName::parse(name).filter(|part| alone && part.is_gguf_split()) {
+    } else if let Some(part) = PartName::parse(name).filter(|part| is_only_part && part.is_gguf_split()) {
         return of_split(path, part, choice, found);
     } else {
         if alone && format == Format::Auto && about.is_some_and(|about| about.is_file()) {
@@ -236,6 +255,15 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
         let reason = format!("the index names {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
         Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
     })?;
+    if let Needed::Some(names) = &needed
+        && names.len() < all
+        && choice.selector.is_some_and(Selector::is_wild)
+    {
+        let looked_at = names.len();
+        found.notes.push(format!(
+            "by the index, {looked_at} of its {all} files have tensors of these patterns; the others were not looked at"
+        ));
+    }
     found.notes.extend(missing::others(folder, &index));
     let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
     found.sources.extend(kept.into_iter().map(of_shard));

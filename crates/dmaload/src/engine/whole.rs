@@ -4,7 +4,7 @@
 //! small ones, which share memory, when they have been read.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dmabuf::printable;
 
@@ -95,13 +95,19 @@ fn whole_number(value: &Value<'_>) -> Option<u64> {
 
 /// Which parts belong together.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Set<'a> {
+enum Set {
     /// Those that were found together.
     Model(usize),
     /// Those that the caller named one by one: by their folder and their first part's name,
-    Named(Option<&'a Path>, String),
+    Named(Option<PathBuf>, String),
     /// or, where their names don't say so, by their count.
     Unnamed(u64),
+}
+
+/// The folder of a file, the same for `./m/part` and `m/part`.
+fn folder_of(path: &Path) -> Option<PathBuf> {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.parent().map(Path::to_owned)
 }
 
 /// A file that may be a part.
@@ -114,7 +120,7 @@ struct Part<'a> {
 }
 
 fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<Vec<String>> {
-    let mut sets: BTreeMap<Set<'_>, Vec<Part<'_>>> = BTreeMap::new();
+    let mut sets: BTreeMap<Set, Vec<Part<'_>>> = BTreeMap::new();
     for &(source, map) in files {
         let Some(map) = map.filter(|map| map.gguf().is_some()) else { continue };
         let path = source.path.as_path();
@@ -125,7 +131,7 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
         let part = Part { path, name, split };
         let set = match (has_several(source), name, split) {
             (true, ..) => Set::Model(source.model),
-            (false, Some(name), _) => Set::Named(path.parent(), name.of_number(1)),
+            (false, Some(name), _) => Set::Named(folder_of(path), name.of_number(1)),
             (false, None, Some(split)) => Set::Unnamed(split.count),
             (false, None, None) => continue,
         };
