@@ -41,7 +41,11 @@ impl From<Error> for Failure {
             | Error::Ring { errno } => *errno,
             Error::Memory { refusal, .. } => refusal.errno,
             Error::Device(device) => device.errno,
-            Error::NotAFile { .. } | Error::NoLength { .. } | Error::Config(_) | Error::Selection { .. } => Errno::INVAL,
+            Error::NotAFile { .. }
+            | Error::NoLength { .. }
+            | Error::Longer { .. }
+            | Error::Config(_)
+            | Error::Selection { .. } => Errno::INVAL,
             Error::Ended { .. } | Error::Changed { .. } => Errno::STALE,
             Error::OutOfMemory { .. } | Error::OverLimit { .. } => Errno::NOMEM,
             Error::TooLarge { .. } | Error::TooManyPieces { .. } => Errno::FBIG,

@@ -51,6 +51,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// The file has bytes beyond its length, as its file system states it: what was read was not all of it.
+    #[error("{}: has bytes beyond its length, which is said to be {stated_bytes}", printable::path(.path))]
+    Longer {
+        /// The file.
+        path: PathBuf,
+        /// Its length, as it was stated before and after.
+        stated_bytes: u64,
+    },
     /// A read failed for good.
     #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", printable::path(.path), dmabuf::errno::describe(*.errno))]
     Read {
@@ -406,7 +414,7 @@ impl Error {
                     printable::shell(path)
                 ));
             }
-            Error::NoLength { path } => {
+            Error::NoLength { path } | Error::Longer { path, .. } => {
                 return Some(format!(
                     "its file system learns the length by reading (procfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
                     printable::shell(path)
@@ -443,7 +451,14 @@ impl Error {
             Error::NotInManifest { .. } => {
                 "a manifest names files by the ends of their paths: compare its \"path\"s, or make a new one"
             }
-            Error::Ended { .. } | Error::Changed { .. } => "load it again when nobody writes to it",
+            Error::Ended { path, .. } => {
+                return Some(format!(
+                    "if it was cut meanwhile, load it again when that is over; if not, the length that its file system states is \
+                     wrong (sysfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
+                    printable::shell(path)
+                ));
+            }
+            Error::Changed { .. } => "load it again when nobody writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
             Error::Memory { heap, refusal, .. } => return memory_hint(heap, refusal).map(str::to_owned),
             Error::Device(dmabuf::DeviceError { errno: Errno::ACCESS | Errno::PERM, path, .. }) => {
@@ -563,6 +578,7 @@ mod tests {
             Error::NotAFile { path: p(), kind: "a FIFO" },
             Error::NotAFile { path: p(), kind: "a block device" },
             Error::NoLength { path: p() },
+            Error::Longer { path: p(), stated_bytes: 1 },
             Error::Read { path: p(), offset: 0, bytes: 1, route, errno },
             Error::Rejected { path: p(), offset: 0, bytes: 1, reason: t() },
             Error::Corrupt { path: p(), offset: 0, bytes: 1, expected: t(), found: t(), tensors: vec![t(); 40] },

@@ -350,6 +350,30 @@ impl OpenFile {
         }
     }
 
+    /// Fails if the file goes on behind its planned end, where the file system may state a length that is not true: a
+    /// server's is what it likes. Local ones end reads at the length that they state.
+    pub(crate) fn check_end(&self, planned: &Identity) -> Result<()> {
+        // Of an empty one this was asked when it was opened.
+        if self.ring_refused.is_none() || planned.bytes == 0 {
+            return Ok(());
+        }
+        let read = loop {
+            match rustix::io::pread(&self.buffered, &mut [0_u8], planned.bytes) {
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                read => break read,
+            }
+        };
+        match read {
+            Ok(0) => Ok(()),
+            // Or it has grown since it was looked at.
+            Ok(_) => Err(self.blame_change(planned, Error::Longer { path: self.path.clone(), stated_bytes: planned.bytes })),
+            Err(errno) => {
+                let (path, offset) = (self.path.clone(), planned.bytes);
+                Err(Error::Read { path, offset, bytes: 1, route: Route::Buffered, errno })
+            }
+        }
+    }
+
     /// Replaces an error about the file's content if the file has changed since it was `planned`:
     /// a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {

@@ -60,6 +60,8 @@ enum Manners {
     AnswersLate,
     /// The length is given as 0, as of files that are made while they are read.
     HasNoLength,
+    /// The length is given as this, and there are more bytes.
+    StatesLength(usize),
 }
 
 struct Model {
@@ -81,7 +83,11 @@ impl Model {
         let rewritten = self.rewritten.load(Ordering::SeqCst);
         FileAttr {
             ino: inode,
-            size: if has_length { self.bytes.len() as u64 } else { 0 },
+            size: match self.manners {
+                Manners::StatesLength(bytes) if is_model => bytes as u64,
+                _ if has_length => self.bytes.len() as u64,
+                _ => 0,
+            },
             blocks: 0,
             atime: UNIX_EPOCH,
             mtime: UNIX_EPOCH + Duration::from_secs(rewritten.into()),
@@ -150,7 +156,8 @@ impl Filesystem for Model {
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
         // Past the page cache as the reader wishes, so that short answers reach it as they are.
-        let always = matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength);
+        let always =
+            matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;
         reply.opened(FileHandle(0), if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() });
     }
@@ -539,6 +546,23 @@ async fn bytes_without_a_length_are_an_error_not_an_empty_file() {
         assert!(matches!(error, Error::NoLength { .. }), "{error}");
     }
     loader.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_beyond_the_stated_length_are_an_error() {
+    for stated in [1, 100, 4096, SEGMENT + 333, BYTES - 1] {
+        let Some(mounted) = Mounted::new(Manners::StatesLength(stated)) else { return };
+        let overlay = Overlay::over(mounted.folder());
+        for route in ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            for path in [&mounted.path, &overlay.path] {
+                let error = loader.load(path).await.unwrap_err();
+                let expected = Error::Longer { path: path.clone(), stated_bytes: stated as u64 };
+                assert_eq!(error, expected, "{route}, {stated}");
+            }
+            loader.shutdown().await.unwrap();
+        }
+    }
 }
 
 /// To close a file may take as long as its server likes.

@@ -637,6 +637,7 @@ impl Engine {
         });
         let checked = checked.map_err(|error| open.blame_change(&identity, error));
         let checked = checked.and_then(|tensors| open.check_unchanged(&identity).map(|()| tensors));
+        let checked = checked.and_then(|tensors| open.check_end(&identity).map(|()| tensors));
         match checked {
             Ok(tensors) => {
                 drop(open);
