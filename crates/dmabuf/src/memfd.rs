@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 
-use crate::Error;
+use crate::{Error, Limit};
 
 /// A memory file of a fixed size that can't shrink: mapped pages never turn into SIGBUS.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl Memfd {
     /// files is reached, EFBIG over RLIMIT_FSIZE.
     pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
         // The kernel says EFBIG too, but sends SIGXFSZ with it, which ends a process that is not prepared.
-        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+        let limit = Limit::FileSize.current();
         if limit.is_some_and(|limit| bytes as u64 > limit) {
             return Err(Error::new("size a memfd", bytes, Errno::FBIG));
         }

@@ -77,3 +77,28 @@ fn a_refused_io_uring_is_a_step_that_is_told_and_the_bytes_are_right() {
         }
     }
 }
+
+/// What the limits are is then read from procfs.
+#[test]
+fn loads_go_on_where_a_sandbox_does_not_tell_limits() {
+    let folder = folder();
+    let call = u32::try_from(libc::SYS_prlimit64).unwrap();
+    let large = random_file(folder.path(), "model.bin", 9 * MIB + 777);
+    let many: Vec<_> = (0..100).map(|number| random_file(folder.path(), &format!("{number}.bin"), 5000 + number)).collect();
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        for paths in [std::slice::from_ref(&large), &many] {
+            let load = |arguments: &[&str]| {
+                let mut command = dmaload(["load", "--json", "--digest", "sha256"]);
+                command.args(arguments).args(paths);
+                command
+            };
+            for arguments in [&[][..], &["--no-pack"]] {
+                let json = run(&mut refusing(load(arguments), &[call], errno)).succeeds().json();
+                for (file, path) in json["files"].as_array().unwrap().iter().zip(paths) {
+                    assert_eq!(file["digest"]["hex"], sha256sum(path));
+                }
+                assert_eq!(json["fallbacks"].as_array().map(Vec::len), Some(0), "{json:#}");
+            }
+        }
+    }
+}

@@ -5,10 +5,9 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use dmaload::dmabuf::{Pages, Udmabuf};
+use dmaload::dmabuf::{Limit, Pages, Udmabuf};
 use dmaload::{Error, Format, heap, probe};
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 
 use super::cause::{self, Cause};
 use super::mounts::{self, Mount};
@@ -75,7 +74,7 @@ impl Facts {
             memory: probe::memory_available(),
             huge_pages: status.huge_pages(),
             dma_buf: DmaBuf::gather(),
-            file_size_limit: getrlimit(Resource::Fsize).current,
+            file_size_limit: Limit::FileSize.current(),
             address_room: status.address_room(),
             udmabuf_bug: Udmabuf::huge_pages_show_wrong_bytes(),
             path,

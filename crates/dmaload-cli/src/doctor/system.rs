@@ -2,6 +2,7 @@
 
 use std::fs::read_to_string;
 
+use dmaload::dmabuf::Limit;
 use rustix::process::{Resource, getegid, getgroups, getrlimit};
 use rustix::system::uname;
 
@@ -71,7 +72,7 @@ impl Status {
 
     /// What the limit of the address space leaves; `None` without one, or where what is used is not known.
     pub(crate) fn address_room(&self) -> Option<u64> {
-        let limit = getrlimit(Resource::As).current?;
+        let limit = Limit::AddressSpace.current()?;
         let used: u64 = self.field("VmSize")?.strip_suffix(" kB")?.trim().parse().ok()?;
         Some(limit.saturating_sub(used.saturating_mul(1024)))
     }

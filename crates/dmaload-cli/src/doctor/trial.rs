@@ -14,7 +14,6 @@ use dmaload::dmabuf::{self, Pages, Udmabuf};
 use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use dmaload::{Attempt, Error, Format, Loader, Route, probe};
 use rustix::io::Errno;
-use rustix::process::{Resource, getrlimit};
 
 use crate::errors::{self, At};
 use crate::scratch::ScratchFile;
@@ -74,7 +73,7 @@ impl Trial {
     /// where that can't be (it takes procfs), the beginning of the file that was asked about.
     pub(crate) fn run(wanted: Option<&Path>, file: Option<&Path>) -> Self {
         // Writing more would end the process (SIGXFSZ).
-        let limit = getrlimit(Resource::Fsize).current.unwrap_or(BYTES_MAX);
+        let limit = dmabuf::Limit::FileSize.current().unwrap_or(BYTES_MAX);
         let content = random_bytes(BYTES_MAX.min(limit));
         let mut elsewhere = None;
         let scratch = wanted.and_then(|folder| match written(folder, &content) {

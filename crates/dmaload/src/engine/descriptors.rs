@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rustix::process::{Resource, getrlimit};
+use dmabuf::Limit;
 
 use crate::plan::BATCH_FILES;
 
@@ -24,7 +24,7 @@ pub(super) fn memories() -> u64 {
 }
 
 fn limit() -> u64 {
-    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+    Limit::OpenFiles.current().unwrap_or(u64::MAX)
 }
 
 /// Each takes two descriptors. Where there are few, a quarter of them is for files.

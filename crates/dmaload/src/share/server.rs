@@ -33,7 +33,6 @@ use rustix::io::Errno;
 use rustix::net::{
     RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, accept_with, recv, send as send_bytes, sendmsg,
 };
-use rustix::process::{Resource, getrlimit};
 
 use super::description::describe;
 use super::listener::Listener;
@@ -310,7 +309,7 @@ impl Shared {
     }
 
     fn limits(&self) -> Limits {
-        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(1 << 20);
+        let descriptors = dmabuf::Limit::OpenFiles.current().unwrap_or(1 << 20);
         // Its own user, too.
         Limits::new(usize::try_from(descriptors).unwrap_or(1 << 20), self.options.allowed_users.len() + 1)
     }

@@ -1,0 +1,60 @@
+//! The limits of this process, also where a sandbox refuses `prlimit64(2)`: the C library's call says that it failed,
+//! where rustix takes it for a call that can't.
+#![allow(unsafe_code)]
+
+use std::fs;
+
+/// A limit of the process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Limit {
+    /// RLIMIT_FSIZE, in bytes.
+    FileSize,
+    /// RLIMIT_NOFILE.
+    OpenFiles,
+    /// RLIMIT_AS, in bytes.
+    AddressSpace,
+}
+
+impl Limit {
+    /// The soft limit; `None` where there is none, or where neither the kernel nor procfs tells it.
+    #[must_use]
+    pub fn current(self) -> Option<u64> {
+        let resource = match self {
+            Limit::FileSize => libc::RLIMIT_FSIZE,
+            Limit::OpenFiles => libc::RLIMIT_NOFILE,
+            Limit::AddressSpace => libc::RLIMIT_AS,
+        };
+        let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the call writes to `limit`, which is live and of the type that it expects.
+        let status = unsafe { libc::getrlimit(resource, &raw mut limit) };
+        if status == 0 {
+            return (limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur);
+        }
+        self.in_list(&fs::read_to_string("/proc/self/limits").ok()?)
+    }
+
+    /// The soft limit in the text of `/proc/self/limits`.
+    fn in_list(self, list: &str) -> Option<u64> {
+        let name = match self {
+            Limit::FileSize => "Max file size",
+            Limit::OpenFiles => "Max open files",
+            Limit::AddressSpace => "Max address space",
+        };
+        list.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn procfs_tells_the_same_limits_as_the_kernel() {
+        let list = fs::read_to_string("/proc/self/limits").unwrap();
+        for limit in [Limit::FileSize, Limit::OpenFiles, Limit::AddressSpace] {
+            assert_eq!(limit.in_list(&list), limit.current(), "{limit:?}: {list}");
+        }
+        assert!(Limit::OpenFiles.current().is_some(), "{list}");
+    }
+}
