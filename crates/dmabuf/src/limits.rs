@@ -1,5 +1,5 @@
-//! The limits of this process, also where a sandbox refuses `prlimit64(2)`: the C library's call says that it failed,
-//! where rustix takes it for a call that can't.
+//! The limits of this process, also where a sandbox refuses `prlimit64(2)`: the call of the C library
+//! says that it failed, where rustix takes it for one that can't fail.
 #![allow(unsafe_code)]
 
 use std::fs;
