@@ -39,8 +39,14 @@ pub(crate) struct Source {
 pub(crate) enum Input {
     Path(PathBuf),
     /// A model that is a part of the file of this path.
-    Inside { path: PathBuf, part: Range<u64> },
-    Open { file: Arc<OwnedFd>, part: Option<Range<u64>> },
+    Inside {
+        path: PathBuf,
+        part: Range<u64>,
+    },
+    Open {
+        file: Arc<OwnedFd>,
+        part: Option<Range<u64>>,
+    },
 }
 
 impl Source {
