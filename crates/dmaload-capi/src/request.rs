@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use dmaload::dmabuf::{Device, Pages};
 use dmaload::heap::{self, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
-use dmaload::{Format, Layout, LoadOptions, Loader, Priority, Segments};
+use dmaload::{Cache, Format, Layout, LoadOptions, Loader, Priority, Segments};
 use rustix::fs::{AtFlags, FileType, OFlags, RawMode, StatxFlags, fstat, statx};
 use rustix::io::Errno;
 
@@ -117,9 +117,10 @@ pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     Ok(builder.options(fitting(options.window_bytes)?).build()?)
 }
 
-/// A loader of one's own for each call of the ioctl's kind.
+/// A loader of one's own for each call of the ioctl's kind, whose contract is to read from storage.
 pub(crate) fn loader_with(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
-    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).options(fitting(batch_bytes)?).build()?)
+    let options = fitting(batch_bytes)?.cache(Cache::Bypass);
+    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).options(options).build()?)
 }
 
 fn check_flags(options: &dmaload_options) -> Result<()> {

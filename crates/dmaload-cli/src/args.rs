@@ -345,9 +345,10 @@ pub(crate) struct Engine {
     /// Fail rather than take a lower route than the one to start at.
     #[arg(long)]
     pub(crate) strict: bool,
-    /// A file that is wholly in the page cache: auto copies it from there, bypass reads it from storage.
-    #[arg(long, default_value = "bypass")]
-    pub(crate) cache: Cache,
+    /// What the page cache has: auto copies it from there, bypass reads all from storage [default: auto; bypass with --strict
+    /// and for bench].
+    #[arg(long)]
+    pub(crate) cache: Option<Cache>,
     /// What the files' bytes are taken for: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dmaload::{Image, Loader};
+use dmaload::{Cache, Image, Loader};
 use memmap2::MmapOptions;
 
 use crate::load::{finish, progress_bar, summary};
@@ -66,7 +66,9 @@ fn engine_round(path: &Path) -> Result<Image> {
     // Forgets the peak of what was measured before (proc_pid_clear_refs(5)); without that it is only less telling.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     let loader = Loader::new()?;
-    Ok(block_on(finish(loader.load(path), !std::io::stderr().is_terminal()))??)
+    // It is storage that is measured.
+    let options = loader.options().cache(Cache::Bypass);
+    Ok(block_on(finish(loader.load_with([path], options), !std::io::stderr().is_terminal()))??)
 }
 
 /// Touches as much memory as a load takes, and gives it back to the kernel.

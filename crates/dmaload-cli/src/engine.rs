@@ -34,8 +34,10 @@ fn builder(arguments: &Engine, route: Route, strict: bool) -> Result<LoaderBuild
         .route(route)
         .strict(strict)
         .format(arguments.format)
-        .cache(arguments.cache)
         .allow_missing(arguments.allow_missing);
+    if let Some(cache) = arguments.cache {
+        options = options.cache(cache);
+    }
     if let Some(bytes) = arguments.segment_size {
         options = options.segment_bytes(bytes);
     }

@@ -205,6 +205,9 @@ fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         let along = report.bytes.saturating_sub(report.wanted_bytes);
         pairs = pairs.with("wanted", format!("{} of these; {} were read along", bytes(report.wanted_bytes), bytes(along)));
     }
+    if report.cached_bytes > 0 {
+        pairs = pairs.with("cached", format!("{}, copied from the page cache", bytes(report.cached_bytes)));
+    }
     if report.copied_bytes > 0 {
         pairs = pairs.with("copied", format!("{}, to where tensors are to be", bytes(report.copied_bytes)));
     }
@@ -277,6 +280,7 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         "bytes": report.bytes,
         "wanted_bytes": report.wanted_bytes,
         "copied_bytes": report.copied_bytes,
+        "cached_bytes": report.cached_bytes,
         "seconds": report.total.as_secs_f64(),
         "throughput_bytes_per_second": were_read(report).then(|| report.throughput_bytes_per_second()),
         "allocate_seconds": report.allocating.as_secs_f64(),

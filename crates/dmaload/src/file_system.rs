@@ -1,4 +1,4 @@
-//! Which files a ring may read: those on local file systems.
+//! Which files a ring may read, and which may be taken from the page cache: those on local file systems.
 //!
 //! Reading a file by io_uring can go wrong in two ways. After a short answer of a FUSE server the
 //! kernel may read the same bytes twice (see docs/kernels.md). And a read that waits for a server
@@ -18,22 +18,27 @@ use rustix::io::Errno;
 use crate::route::Attempt;
 
 const BTRFS: u32 = 0x9123_683E;
+const EROFS: u32 = 0xE0F5_E1E2;
+const EXT4: u32 = 0xEF53;
 const FUSE: u32 = 0x6573_5546;
+const ISO9660: u32 = 0x9660;
 const OVERLAYFS: u32 = 0x794C_7630;
 const ECRYPTFS: u32 = 0xF15F;
+const SQUASHFS: u32 = 0x7371_7368;
 const TMPFS: u32 = 0x0102_1994;
+const XFS: u32 = 0x5846_5342;
 
 /// Magic numbers of local file systems on block devices, from `linux/magic.h` and fs/*.
 const ON_BLOCK_DEVICES: [u32; 12] = [
-    0xEF53,      // ext2, ext3, ext4
-    0x5846_5342, // xfs
+    EXT4, // and ext2, ext3
+    XFS,
     0xF2F5_2010, // f2fs
-    0xE0F5_E1E2, // erofs
-    0x7371_7368, // squashfs
+    EROFS,
+    SQUASHFS,
     0x4D44,      // vfat
     0x2011_BAB0, // exfat
     0x7366_746E, // ntfs3
-    0x9660,      // iso9660
+    ISO9660,
     0x1501_3346, // udf
     0x3434,      // nilfs2
     0x3153_464A, // jfs
@@ -45,10 +50,22 @@ pub(crate) struct Device {
     pub(crate) major: u32,
     /// Whether the file system can report `STATX_ATTR_COMPRESSED`.
     pub(crate) reports_compression: bool,
+    /// Whether the file system can report `STATX_ATTR_VERITY`.
+    pub(crate) reports_verity: bool,
+    /// `STATX_ATTR_DAX`: the file's pages are storage itself, and not cached.
+    pub(crate) is_dax: bool,
 }
 
-/// Why a ring must not read this file: the attempt that is avoided, and the kernel's answer.
-pub(crate) fn ring_refused(file: &OwnedFd, device: Device) -> Option<(Attempt, Errno)> {
+/// What a file system is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Trust {
+    /// Why a ring must not read this file: the attempt that is avoided, and the kernel's answer.
+    pub(crate) ring_refused: Option<(Attempt, Errno)>,
+    /// Whether what the page cache has of it is as good a witness as storage.
+    pub(crate) cache: bool,
+}
+
+pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
     // A FUSE server may refuse to answer.
     let f_type = match fstatfs(file) {
         // Its width and sign differ between architectures; magic numbers have 32 bits.
@@ -56,9 +73,27 @@ pub(crate) fn ring_refused(file: &OwnedFd, device: Device) -> Option<(Attempt, E
             let [first, second, third, fourth, ..] = about.f_type.to_le_bytes();
             u32::from_le_bytes([first, second, third, fourth])
         }
-        Err(errno) => return Some((Attempt::RingOnUnknown, errno)),
+        Err(errno) => return Trust { ring_refused: Some((Attempt::RingOnUnknown, errno)), cache: false },
     };
-    refused(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok()).map(|attempt| (attempt, Errno::OPNOTSUPP))
+    let refused = refused(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok());
+    let ring_refused = refused.map(|attempt| (attempt, Errno::OPNOTSUPP));
+    Trust { ring_refused, cache: ring_refused.is_none() && is_cache_witness(f_type, device) }
+}
+
+/// Whether a change of bytes that were copied from the page cache always shows in the file's time of modification.
+///
+/// Two kinds of writers are easy to miss. One stores through a mapping: the file system must hear of the first store after
+/// each writeback. The other is inside a long `write(2)`, which sets the time once, before its first byte: reads must wait for
+/// its end, or something else that readers may do must. Only file systems on which both were tried are listed, and those that
+/// nobody can write to. On tmpfs no store through a mapping is heard of after the first one.
+fn is_cache_witness(f_type: u32, device: Device) -> bool {
+    match f_type {
+        _ if device.is_dax => false,
+        // Its driver for all three versions; that of ext2 alone has no verity, and its SEEK_DATA waits for no writer.
+        EXT4 => device.reports_verity,
+        XFS | BTRFS | EROFS | SQUASHFS | ISO9660 => true,
+        _ => false,
+    }
 }
 
 fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
@@ -82,7 +117,7 @@ fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Opt
 mod tests {
     use super::*;
 
-    const ANONYMOUS: Device = Device { major: 0, reports_compression: false };
+    const ANONYMOUS: Device = Device { major: 0, reports_compression: false, reports_verity: false, is_dax: false };
 
     #[test]
     fn only_local_file_systems_are_read_by_a_ring() {
@@ -95,6 +130,19 @@ mod tests {
     }
 
     #[test]
+    fn only_file_systems_that_were_tried_are_taken_from_the_cache() {
+        let disk = Device { major: 259, reports_compression: true, reports_verity: true, is_dax: false };
+        for f_type in [EXT4, XFS, BTRFS, EROFS, SQUASHFS, ISO9660] {
+            assert!(is_cache_witness(f_type, disk), "{f_type:x}");
+            assert!(!is_cache_witness(f_type, Device { is_dax: true, ..disk }), "{f_type:x}");
+        }
+        assert!(!is_cache_witness(EXT4, Device { reports_verity: false, ..disk }), "the driver of ext2");
+        for f_type in [TMPFS, FUSE, OVERLAYFS, ECRYPTFS, 0x4D44, 0x2011_BAB0, 0x6969, 0] {
+            assert!(!is_cache_witness(f_type, disk), "{f_type:x}");
+        }
+    }
+
+    #[test]
     fn a_server_that_claims_to_be_a_local_file_system_is_not_believed() {
         // QEMU's 9p server passes on the `f_type` of the folder that it shares.
         for f_type in ON_BLOCK_DEVICES.into_iter().chain([BTRFS, TMPFS]) {
@@ -104,7 +152,7 @@ mod tests {
 
     #[test]
     fn stacked_and_unknown_file_systems_are_read_by_threads() {
-        let any = Device { major: 8, reports_compression: true };
+        let any = Device { major: 8, reports_compression: true, reports_verity: true, is_dax: false };
         assert_eq!(refused(FUSE, any, || true), Some(Attempt::RingOnFuse));
         for f_type in [OVERLAYFS, ECRYPTFS] {
             assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnStacked), "{f_type:x}");

@@ -20,6 +20,8 @@ pub struct Report {
     pub wanted_bytes: u64,
     /// Bytes of tensors that were copied to where the importer wants them ([`crate::ImporterLimits::alignment_bytes`]).
     pub copied_bytes: u64,
+    /// Bytes that were copied from the page cache ([`crate::LoadOptions::cache`]) rather than read from storage.
+    pub cached_bytes: u64,
     /// Number of segments.
     pub segments: usize,
     /// Number of allocations (memfds, dma-bufs) that they are in: fewer where small files share them.
@@ -120,6 +122,7 @@ mod tests {
         Report {
             wanted_bytes: 0,
             copied_bytes: 0,
+            cached_bytes: 0,
             bytes: 1 << 20,
             segments: 1,
             memories: 1,

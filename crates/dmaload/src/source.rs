@@ -1,21 +1,23 @@
 //! Files to read from: opening, what they are, and whether they still are it at the end.
 
+mod cached;
+
 use std::any::Any;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use dmabuf::printable;
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RawMode, Stat, Statx, StatxAttributes, StatxFlags, fcntl_getfl, fcntl_setfl, fstat,
-    major, makedev, open, stat, statx,
+    Advice, AtFlags, CWD, FileType, Mode, OFlags, RawMode, Stat, Statx, StatxAttributes, StatxFlags, fadvise, fcntl_getfl,
+    fcntl_setfl, fstat, major, makedev, open, stat, statx,
 };
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
-use crate::file_system::{self, Device};
+use crate::file_system::{Device, Trust, trust};
 use crate::foreign;
 use crate::model::TensorMap;
 use crate::model::index::Index;
@@ -192,6 +194,8 @@ impl Look {
                 device: Device {
                     major: seen.stx_dev_major,
                     reports_compression: seen.stx_attributes_mask.contains(StatxAttributes::COMPRESSED),
+                    reports_verity: seen.stx_attributes_mask.contains(StatxAttributes::VERITY),
+                    is_dax: seen.stx_attributes.contains(StatxAttributes::DAX),
                 },
                 from_cache: false,
             }),
@@ -202,7 +206,12 @@ impl Look {
                     identity: Identity::of(&seen),
                     file_type: FileType::from_raw_mode(seen.st_mode),
                     alignment_bytes: alignment(None),
-                    device: Device { major: major(seen.st_dev), reports_compression: false },
+                    device: Device {
+                        major: major(seen.st_dev),
+                        reports_compression: false,
+                        reports_verity: false,
+                        is_dax: false,
+                    },
                     from_cache: true,
                 })
             }
@@ -220,8 +229,12 @@ pub(crate) struct OpenFile {
     pub(crate) identity: Identity,
     /// What direct reads must be aligned to; a power of two, at least a page.
     pub(crate) alignment_bytes: u64,
-    /// Why a ring must not read it; see [`file_system`].
+    /// Why a ring must not read it; see [`crate::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
+    /// What the page cache has of it may be taken for the file.
+    cache_is_witness: bool,
+    /// Reads of `buffered` read nothing ahead.
+    is_quiet: AtomicBool,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
     /// What its place among open files is for. The last field: it goes back when the descriptors are closed.
@@ -259,7 +272,9 @@ impl OpenFile {
         if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
             return Err(failed("open")(errno));
         }
-        let ring_refused = file_system::ring_refused(&buffered, look.device);
+        let Trust { ring_refused, cache } = trust(&buffered, look.device);
+        // Reading a header, or asking what is cached, is to bring in no more than that. A server is better asked ahead.
+        let is_quiet = ring_refused.is_none() && fadvise(&buffered, 0, None, Advice::Random).is_ok();
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);
             foreign::emit(|| {
@@ -272,6 +287,8 @@ impl OpenFile {
             identity: look.identity,
             alignment_bytes: look.alignment_bytes,
             ring_refused,
+            cache_is_witness: cache && !look.from_cache,
+            is_quiet: AtomicBool::new(is_quiet),
             buffered,
             direct,
             place: OnceLock::new(),
@@ -302,7 +319,18 @@ impl OpenFile {
     pub(crate) fn descriptor(&self, route: Route) -> BorrowedFd<'_> {
         match &self.direct {
             Ok(direct) if route.is_direct() => direct.as_fd(),
-            _ => self.buffered.as_fd(),
+            _ => {
+                self.read_ahead();
+                self.buffered.as_fd()
+            }
+        }
+    }
+
+    /// Its content is read through the page cache from now on, and that is worth reading ahead.
+    fn read_ahead(&self) {
+        if self.is_quiet.swap(false, Ordering::Relaxed) {
+            // A hint; without it reads are slow, not wrong.
+            let _ = fadvise(&self.buffered, 0, None, Advice::Normal);
         }
     }
 
@@ -318,6 +346,8 @@ impl OpenFile {
 
     /// Reads exactly `buffer.len()` bytes through the page cache.
     pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        // Where that fails, these bytes are no worse than before, and nothing else is taken from the cache.
+        let _ = self.settle(&(offset..offset + buffer.len() as u64));
         let mut done = 0;
         while done < buffer.len() {
             let at = offset + done as u64;

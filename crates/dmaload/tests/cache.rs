@@ -18,7 +18,7 @@ fn forget(path: &Path, offset: u64, len: Option<std::num::NonZeroU64>) {
 
 async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> (Image, bool) {
     let image = loader.load_with([path], options).await.unwrap();
-    let told = image.report().notes.iter().any(|note| note.contains(&format!("{LEN} bytes were in the page cache")));
+    let told = image.report().cached_bytes == LEN as u64;
     (image, told)
 }
 
@@ -61,4 +61,28 @@ async fn a_file_that_is_wholly_cached_is_copied_from_there_where_that_is_allowed
     let (image, told) = load(&loader, &path, auto()).await;
     assert_eq!((image.report().route, told), (Route::PreadDirect, false));
     assert_same(&image.files()[0].bytes().unwrap(), &expected, "from storage");
+}
+
+/// Neither its header nor asking what is cached starts readahead.
+#[tokio::test]
+async fn cold_load_leaves_next_to_nothing_of_its_file_cached() {
+    const LEN: u64 = 256 << 20;
+    let folder = folder();
+    let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{0}],"data_offsets":[0,{0}]}}}}"#, LEN - 1000);
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.resize(usize::try_from(LEN).unwrap() - 1000 + bytes.len(), 7);
+    let path = file(folder.path(), "model.safetensors", &bytes);
+    forget(&path, 0, None);
+    let cached = || probe::cached_bytes(File::open(&path).unwrap());
+    match cached() {
+        Ok(0) => {}
+        Ok(bytes) => return eprintln!("skipped: {bytes} bytes stay cached"),
+        Err(errno) => return eprintln!("skipped: cachestat: {errno}"),
+    }
+    let image = Loader::new().unwrap().load(&path).await.unwrap();
+    if image.report().route != Route::Buffered {
+        let cached = cached().unwrap();
+        assert!(cached <= LEN / 100, "{cached} bytes of {LEN} are cached");
+    }
 }

@@ -74,7 +74,11 @@ pub(crate) fn run(arguments: &args::Bench) -> Result<ExitCode> {
 /// The processes that the bench starts.
 pub(crate) fn run_child(arguments: args::BenchChild) -> Result<()> {
     match arguments {
-        args::BenchChild::Load { mode, scratch, bench } => child::run(mode, &bench, scratch),
+        args::BenchChild::Load { mode, scratch, mut bench } => {
+            // It is storage that is measured.
+            bench.engine.cache.get_or_insert(dmaload::Cache::Bypass);
+            child::run(mode, &bench, scratch)
+        }
         args::BenchChild::Hog { bytes } => pressure::hog(bytes),
         args::BenchChild::Fill { bytes, path, dirty } => pressure::fill(&path, bytes, dirty),
     }

@@ -387,6 +387,7 @@ fn report(
         bytes,
         wanted_bytes: bytes,
         copied_bytes: 0,
+        cached_bytes: 0,
         segments: segments.len(),
         memories,
         total,

@@ -177,11 +177,6 @@ impl LoadShared {
             let of = dim.map_or("the bytes of each file".to_owned(), |dim| format!("each tensor along dimension {dim}"));
             notes.push(format!("this is part {rank} of {world_size} of {of}"));
         }
-        let there = state.files.iter().filter(|file| file.planned.cached);
-        let there_bytes: u64 = there.map(|file| file.planned.read_bytes).sum();
-        if there_bytes > 0 {
-            notes.push(format!("{there_bytes} bytes were in the page cache already, and were copied from there"));
-        }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
                 "{cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now"
@@ -210,6 +205,7 @@ impl LoadShared {
                 .filter_map(|segment| segment.moved.as_ref())
                 .map(|moved| moved.end - moved.start)
                 .sum(),
+            cached_bytes: state.files.iter().filter(|file| file.planned.cached).map(|file| file.planned.read_bytes).sum(),
             segments: state.plan.segments.len(),
             memories: state.plan.memories.len(),
             total: self.started.elapsed(),

@@ -1,0 +1,266 @@
+#![allow(unsafe_code, reason = "writers that store through mappings")]
+#![allow(clippy::print_stdout, reason = "what a test passes over is told")]
+#![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
+
+#[path = "../../../tests/common/mounted.rs"]
+#[allow(unreachable_pub, clippy::unwrap_used, reason = "shared with the integration tests")]
+mod mounted;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Advice, fadvise};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use super::*;
+use crate::error::Error;
+use crate::residency::cached_bytes;
+
+const MIB: u64 = 1 << 20;
+
+/// On the disk that the sources are on, not on tmpfs.
+fn folder() -> tempfile::TempDir {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tmp");
+    fs::create_dir_all(&target).unwrap();
+    tempfile::tempdir_in(target).unwrap()
+}
+
+/// A file of which no page is like another, written back.
+fn file(folder: &Path, bytes: u64) -> (PathBuf, Vec<u8>) {
+    let words = (0..bytes.div_ceil(8)).flat_map(|word| (word.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1).to_le_bytes());
+    let content: Vec<u8> = words.take(to_usize(bytes)).collect();
+    let path = folder.join("file");
+    let file = fs::File::create(&path).unwrap();
+    file.write_all_at(&content, 0).unwrap();
+    file.sync_all().unwrap();
+    (path, content)
+}
+
+/// Has these ranges of a file in the page cache, and nothing else.
+fn cache_only(path: &Path, ranges: &[Range<u64>]) {
+    let file = fs::File::open(path).unwrap();
+    // What is still being read, by an earlier test, is not dropped.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        if !cached_bytes(&file).is_ok_and(|bytes| bytes > 0) || Instant::now() > deadline {
+            break;
+        }
+    }
+    fadvise(&file, 0, None, Advice::Random).unwrap();
+    for range in ranges {
+        file.read_exact_at(&mut vec![0; to_usize(range.end - range.start)], range.start).unwrap();
+    }
+}
+
+fn read(file: &OpenFile, range: Range<u64>) -> Vec<u8> {
+    let mut buffer = vec![MaybeUninit::uninit(); to_usize(range.end - range.start)];
+    let bytes = file.read_cached(&mut buffer, range.start).unwrap();
+    // SAFETY: so many bytes were read.
+    buffer[..bytes].iter().map(|byte| unsafe { byte.assume_init() }).collect()
+}
+
+fn chunks(cached: &CachedChunks, count: usize) -> Vec<usize> {
+    (0..count).filter(|&chunk| cached.contains(chunk)).collect()
+}
+
+/// Bytes of a file in memory, which all that map it see.
+struct Mapping(NonNull<u8>, usize);
+
+impl Mapping {
+    fn of(path: &Path) -> Self {
+        let file = fs::File::options().read(true).write(true).open(path).unwrap();
+        let bytes = to_usize(file.metadata().unwrap().len());
+        let flags = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let address = unsafe { mmap(std::ptr::null_mut(), bytes, flags, MapFlags::SHARED, &file, 0) }.unwrap();
+        Mapping(NonNull::new(address.cast()).unwrap(), bytes)
+    }
+
+    fn store(&self, offset: u64, byte: u8) {
+        let offset = to_usize(offset);
+        assert!(offset < self.1);
+        // SAFETY: within the mapping; others, if any, are written to by this thread alone.
+        let place = unsafe { self.0.add(offset) };
+        // SAFETY: as above.
+        unsafe { place.write_volatile(byte) };
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: nothing refers to it any more.
+        unsafe { munmap(self.0.as_ptr().cast(), self.1) }.unwrap();
+    }
+}
+
+#[test]
+fn chunks_are_counted_across_words() {
+    let odd = CachedChunks::of(200, |chunk| chunk % 2 == 1);
+    assert!((0..300).all(|chunk| odd.contains(chunk) == (chunk % 2 == 1 && chunk < 200)));
+    assert_eq!(odd.first(), Some(1));
+    assert_eq!(CachedChunks::of(200, |_| false), CachedChunks::default());
+    assert_eq!(CachedChunks::of(65, |chunk| chunk == 64).first(), Some(64));
+}
+
+#[test]
+fn only_chunks_that_are_wholly_cached_are_taken() {
+    let folder = folder();
+    mounted::on_each(folder.path(), |what, at| {
+        let end = 8 * MIB + 777;
+        let (path, content) = file(at, end);
+        let opened = OpenFile::open(&path).unwrap();
+        for ranges in [vec![0..3 * MIB], vec![0..end], vec![], vec![MIB..MIB + 4096, 4 * MIB..7 * MIB, 8 * MIB..end]] {
+            cache_only(&path, &ranges);
+            let has = |chunk: Range<u64>| ranges.iter().any(|range| range.start <= chunk.start && chunk.end <= range.end);
+            let expected: Vec<_> = (0..9).filter(|&chunk| has(chunk * MIB..(chunk * MIB + MIB).min(end))).collect();
+            let cached = opened.cached(&(0..end), MIB);
+            assert_eq!(
+                chunks(&cached, 9),
+                expected.iter().map(|&chunk| to_usize(chunk)).collect::<Vec<_>>(),
+                "{what}: {ranges:?}"
+            );
+            for chunk in 0..9 {
+                let range = chunk * MIB..(chunk * MIB + MIB).min(end);
+                let read = read(&opened, range.clone());
+                assert_eq!(
+                    expected.contains(&chunk),
+                    read.len() as u64 == range.end - range.start,
+                    "{what}: {ranges:?}, {chunk}"
+                );
+                assert!(content[to_usize(range.start)..].starts_with(&read), "{what}: {ranges:?}, chunk {chunk}");
+            }
+            // Without `cachestat`, two chunks of 1 MiB are probed as one.
+            cache_only(&path, &ranges);
+            let probed = opened.probed(&(0..end), MIB);
+            let pairs = (0..9).filter(|chunk| has(chunk / 2 * 2 * MIB..(chunk / 2 * 2 * MIB + 2 * MIB).min(end)));
+            let all = [0, end / 2, end - 1].iter().any(|&offset| has(offset..offset + 1));
+            let expected: Vec<_> = pairs.filter(|_| all).map(to_usize).collect();
+            assert_eq!(chunks(&probed, 9), expected, "{what}: {ranges:?}, probed");
+        }
+    });
+}
+
+#[test]
+fn asking_starts_no_readahead() {
+    let folder = folder();
+    mounted::on_each(folder.path(), |what, at| {
+        let (path, _) = file(at, 64 * MIB);
+        let page = dmabuf::page_bytes() as u64;
+        for probes in [false, true] {
+            cache_only(&path, &[]);
+            let opened = OpenFile::open(&path).unwrap();
+            // As headers are read: a bit, and then the rest.
+            opened.read_exact(&mut [0; 9], 0).unwrap();
+            opened.read_exact(&mut vec![0; 100_000], 8).unwrap();
+            for start in (0..64 * MIB).step_by(to_usize(16 * MIB)) {
+                let range = start..start + 16 * MIB;
+                let found = if probes { opened.probed(&range, 2 * MIB) } else { opened.cached(&range, 2 * MIB) };
+                assert_eq!(found, CachedChunks::default(), "{what}, by probes: {probes}");
+                std::thread::sleep(Duration::from_millis(3));
+            }
+            // Three probes of each range, and of the header's two of each chunk.
+            let most = 100_008_u64.next_multiple_of(page) + if probes { (4 * 3 + 8 * 2) * page } else { 0 };
+            match cached_bytes(&opened.buffered) {
+                Ok(bytes) => assert!(bytes <= most, "{what}, by probes: {probes}: {bytes} bytes are cached"),
+                Err(errno) => println!("skipped: cachestat: {errno}"),
+            }
+        }
+    });
+}
+
+/// Once it is read through the page cache, what readahead brings in would count as cached.
+#[test]
+fn a_file_that_is_read_ahead_is_not_taken_from_the_cache() {
+    let folder = folder();
+    let (path, _) = file(folder.path(), 4 * MIB);
+    let opened = OpenFile::open(&path).unwrap();
+    assert_eq!(chunks(&opened.cached(&(0..4 * MIB), MIB), 4), [0, 1, 2, 3]);
+    opened.descriptor(crate::Route::Buffered);
+    assert_eq!(opened.cached(&(0..4 * MIB), MIB), CachedChunks::default());
+}
+
+#[test]
+fn nothing_is_taken_from_tmpfs() {
+    let folder = folder();
+    match mounted::tmpfs(folder.path()) {
+        Ok(tmpfs) => {
+            let (path, _) = file(&tmpfs.0, 4 * MIB);
+            assert_eq!(OpenFile::open(&path).unwrap().cached(&(0..4 * MIB), MIB), CachedChunks::default());
+        }
+        Err(reason) => println!("skipped: {reason}"),
+    }
+}
+
+fn has_changed(file: &OpenFile) -> bool {
+    match file.check_unchanged(&file.identity) {
+        Ok(()) => false,
+        Err(Error::Changed { change: "it was modified", .. }) => true,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Of pages that are dirty and mapped, the kernel hears of no further store until they are written back.
+#[test]
+fn stores_into_pages_that_were_dirty_already_are_noticed() {
+    let folder = folder();
+    mounted::on_each(folder.path(), |what, at| {
+        let bytes = 16 * MIB;
+        let (path, _) = file(at, bytes);
+        let mapping = Mapping::of(&path);
+        let dirty = || (0..bytes).step_by(4096).for_each(|offset| mapping.store(offset, 1));
+        for offset in (0..bytes).step_by(to_usize(MIB)).map(|offset| offset + 5000) {
+            dirty();
+            let opened = OpenFile::open(&path).unwrap();
+            // A store before anything was read is of no consequence.
+            mapping.store(offset, 2);
+            assert_eq!(chunks(&opened.cached(&(0..bytes), MIB), 16).len(), 16, "{what}");
+            assert_eq!(read(&opened, offset..offset + 1), [2], "{what}");
+            assert!(!has_changed(&opened), "{what}: writing back is no change");
+            mapping.store(offset, 3);
+            assert!(has_changed(&opened), "{what}: a store at {offset} after it was read");
+        }
+        // The same of headers, which are read before anything else is known.
+        dirty();
+        let opened = OpenFile::open(&path).unwrap();
+        opened.read_exact(&mut [0; 100], 0).unwrap();
+        mapping.store(50, 4);
+        assert!(has_changed(&opened), "{what}: a store into the header");
+    });
+}
+
+/// `write(2)` sets the time of modification before its first byte, and a file may be opened before its last one.
+#[test]
+fn a_write_that_is_under_way_is_waited_for_or_noticed() {
+    let folder = folder();
+    mounted::on_each(folder.path(), |what, at| {
+        let bytes = 64 * MIB;
+        let (path, _) = file(at, bytes);
+        let mut under_way = 0;
+        for round in 0..5 {
+            let filled = vec![round; to_usize(bytes)];
+            let modified = || fs::metadata(&path).unwrap().modified().unwrap();
+            cache_only(&path, &[0..bytes]);
+            let before = modified();
+            let writer = std::thread::spawn({
+                let file = Arc::new(fs::File::options().write(true).open(&path).unwrap());
+                let filled = filled.clone();
+                move || file.write_all_at(&filled, 0).unwrap()
+            });
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while modified() == before && Instant::now() < deadline {}
+            let opened = OpenFile::open(&path).unwrap();
+            under_way += usize::from(!writer.is_finished());
+            let last = bytes - MIB..bytes;
+            let cached = opened.cached(&last, MIB);
+            let seen = if cached.contains(0) { read(&opened, last) } else { Vec::new() };
+            writer.join().unwrap();
+            assert!(has_changed(&opened) || seen.iter().all(|&byte| byte == round), "{what}: bytes of before the write");
+        }
+        println!("{what}: {under_way} of 5 writes were under way");
+    });
+}

@@ -1,0 +1,63 @@
+//! Real file systems on loop devices, which take root and their `mkfs`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const IMAGE_BYTES: u64 = 400 << 20;
+
+/// A mounted file system, unmounted at the end of the test, whatever comes of it.
+#[derive(Debug)]
+pub struct Mounted(pub PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// Name, `mkfs` with its options, and options of `mount`.
+const KINDS: [(&str, &[&str], &str); 5] = [
+    ("ext4", &["mkfs.ext4", "-q"], "loop"),
+    ("ext4", &["mkfs.ext4", "-q", "-b", "1024"], "loop"),
+    ("xfs", &["mkfs.xfs", "-q"], "loop"),
+    ("btrfs", &["mkfs.btrfs", "-q"], "loop"),
+    ("btrfs", &["mkfs.btrfs", "-q"], "loop,compress-force=zstd"),
+];
+
+/// Calls `check` with the name and the folder of each file system on a loop device. Where the machine can't have one, the reason
+/// is printed.
+#[allow(clippy::print_stdout, reason = "what a test passes over is told")]
+pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
+    for (number, (kind, mkfs, options)) in KINDS.into_iter().enumerate() {
+        let what = format!("{} -o {options}", mkfs.join(" "));
+        match loop_mounted(folder, number, kind, mkfs, options) {
+            Ok(mounted) => check(&what, &mounted.0),
+            Err(reason) => println!("skipped: {what}: {reason}"),
+        }
+    }
+}
+
+fn loop_mounted(folder: &Path, number: usize, kind: &str, mkfs: &[&str], options: &str) -> Result<Mounted, String> {
+    let (image, at) = (folder.join(format!("{number}.img")), folder.join(number.to_string()));
+    fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+    fs::create_dir_all(&at).unwrap();
+    let (program, arguments) = mkfs.split_first().unwrap();
+    tool(Command::new(program).args(arguments).arg(&image))?;
+    tool(Command::new("mount").args(["-t", kind, "-o", options]).args([&image, &at]))?;
+    Ok(Mounted(at))
+}
+
+/// A tmpfs; `Err` tells why there is none.
+pub fn tmpfs(folder: &Path) -> Result<Mounted, String> {
+    let at = folder.join("tmpfs");
+    fs::create_dir_all(&at).unwrap();
+    tool(Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "tmpfs"]).arg(&at))?;
+    Ok(Mounted(at))
+}
+
+/// Runs a program of the system; `Err` tells why it did not work.
+fn tool(command: &mut Command) -> Result<(), String> {
+    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    if output.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim())) }
+}
