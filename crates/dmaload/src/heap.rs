@@ -122,6 +122,13 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
+    /// The page size that [`Heap::populate`] populates with. It decides how much of a memory is populated
+    /// at once where that is done just before it is written to, and which way to read a file is taken
+    /// before one was measured.
+    fn pages(&self) -> Pages {
+        Pages::Auto
+    }
+
     /// The largest segment that it gives now; looked at for every load.
     fn size_limit(&self) -> Option<SizeLimit> {
         None
@@ -180,6 +187,10 @@ unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
 
     fn is_uncached(&self) -> bool {
         (**self).is_uncached()
+    }
+
+    fn pages(&self) -> Pages {
+        (**self).pages()
     }
 
     fn size_limit(&self) -> Option<SizeLimit> {
@@ -249,6 +260,10 @@ unsafe impl Heap for MemfdHeap {
         mapping.populate(memory, part, self.pages)
     }
 
+    fn pages(&self) -> Pages {
+        self.pages
+    }
+
     fn is_own(&self, _: private::Key) -> bool {
         true
     }
@@ -279,6 +294,10 @@ unsafe impl Heap for AnonHeap {
 
     fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
         mapping.populate(memory, part, self.pages)
+    }
+
+    fn pages(&self) -> Pages {
+        self.pages
     }
 
     fn is_own(&self, _: private::Key) -> bool {
@@ -397,6 +416,10 @@ unsafe impl Heap for UdmabufHeap {
 
     fn notes(&self) -> Vec<String> {
         self.note.iter().cloned().collect()
+    }
+
+    fn pages(&self) -> Pages {
+        self.pages
     }
 
     fn is_own(&self, _: private::Key) -> bool {
@@ -625,6 +648,10 @@ unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
 
     fn is_uncached(&self) -> bool {
         self.hooks.is_uncached(self.heap.is_uncached())
+    }
+
+    fn pages(&self) -> Pages {
+        self.heap.pages()
     }
 
     fn size_limit(&self) -> Option<SizeLimit> {

@@ -1,17 +1,19 @@
 //! A segment's memory while it is being filled, and after.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memfd, Memory};
+use rustix::io::Errno;
 
 use crate::charge::Ledger;
 use crate::lent::Lent;
 use crate::reaper::{Holding, Reaper};
-use crate::ring::{Buffer, LoadId};
+use crate::ring::{Buffer, Fault, LoadId, Place, Sink};
 
 /// Bytes that are to be elsewhere: at the beginning of their slot. All in bytes of the memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -210,24 +212,63 @@ impl Drop for Backing {
     }
 }
 
+impl Backing {
+    /// Bytes of it, to be written to.
+    ///
+    /// # Safety
+    /// Nobody else may read or write them as long as the slice lives.
+    ///
+    /// # Panics
+    /// When they reach past its end.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that nobody else has these bytes")]
+    pub(crate) unsafe fn unfilled(&self, start: usize, bytes: usize) -> &mut [MaybeUninit<u8>] {
+        let end = start.checked_add(bytes);
+        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes from {start} on are within {}", self.bytes);
+        // SAFETY: the memory is mapped as long as this lives, and the range is within it.
+        let start = unsafe { self.address.add(start) };
+        // SAFETY: as above, and what the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(start.cast().as_ptr(), bytes) }
+    }
+}
+
+/// Memory whose pages are all there.
+impl Sink for Backing {
+    unsafe fn fill(
+        &self,
+        offset: usize,
+        bytes: usize,
+        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
+    ) -> Result<usize, Fault> {
+        // SAFETY: nobody else has this part, as the caller promises.
+        write(unsafe { self.unfilled(offset, bytes) }).map_err(Fault::Read)
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        false
+    }
+}
+
 /// A part of a segment's memory that the kernel may write into. `P` is its permit, which goes back with it.
 #[derive(Debug)]
 pub(crate) struct PieceBuffer<P> {
     backing: Arc<Backing>,
+    /// What brings its pages into being, where they are not there.
+    filling: Option<Arc<dyn Sink>>,
     offset: usize,
     bytes: usize,
     _permit: P,
 }
 
 impl<P> PieceBuffer<P> {
-    /// The part of `backing` that begins at `offset`.
+    /// The part of `backing` that begins at `offset`. Its pages are there, or `filling`, whose offsets
+    /// are those of the memory, brings them into being.
     ///
     /// # Panics
     /// When it reaches past the memory.
-    pub(crate) fn new(backing: Arc<Backing>, offset: usize, bytes: usize, permit: P) -> Self {
+    pub(crate) fn new(backing: Arc<Backing>, filling: Option<Arc<dyn Sink>>, offset: usize, bytes: usize, permit: P) -> Self {
         let end = offset.checked_add(bytes);
         assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece lies within its segment");
-        PieceBuffer { backing, offset, bytes, _permit: permit }
+        PieceBuffer { backing, filling, offset, bytes, _permit: permit }
     }
 }
 
@@ -241,6 +282,15 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
 
     fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    fn is_populated(&self) -> bool {
+        self.filling.is_none()
+    }
+
+    fn place(&self, offset: usize) -> Place {
+        let mapped = || Arc::clone(&self.backing) as Arc<dyn Sink>;
+        Place { sink: self.filling.clone().unwrap_or_else(mapped), offset: self.offset + offset }
     }
 
     fn leak(self) {

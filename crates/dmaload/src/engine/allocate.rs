@@ -7,6 +7,7 @@ use dmabuf::{Access, Populated};
 use rustix::io::Errno;
 
 use super::allowance::{Grant, grant};
+use super::filling::Filling;
 use super::open::{Chosen, route_for, staged_by};
 use super::{Advance, Engine, HeapCode, Permit};
 use crate::convert::to_usize;
@@ -14,19 +15,36 @@ use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
 use crate::memory::{Backing, PieceBuffer};
-use crate::ring::FileSpec;
+use crate::ring::{FileSpec, Sink};
 use crate::route::Route;
 use crate::schedule::Need;
 use crate::settings::Cache;
 use crate::source::OpenFile;
 
+/// Two ways for bytes to get into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Memory ahead of reads: a device writes to pages that are there.
+    Direct,
+    /// Reads ahead of memory: into staging, or through the page cache. Whoever fills the memory brings
+    /// it into being.
+    Staged,
+}
+
 /// Freeing takes up to half a second per GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
-    /// Allocates and populates a batch, opens its files, and hands its pieces to the ring thread. The permit comes back by
-    /// itself, whatever happens.
-    pub(super) fn allocate(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize, permit: Permit, advance: Advance) {
+    /// Brings a batch's memory into being, or prepares that, opens its files, and hands its pieces to the
+    /// ring thread. The permit comes back by itself, whatever happens.
+    pub(super) fn allocate(
+        self: &Arc<Self>,
+        load: &Arc<LoadShared>,
+        heap: &HeapCode,
+        number: usize,
+        permit: Permit,
+        advance: Advance,
+    ) {
         // The load is over.
         let Some(allocation) = load.allocation(number) else { return };
         if let Err(error) = self.fill_in(load, heap, &allocation, permit, advance) {
@@ -35,19 +53,15 @@ impl Engine {
     }
 
     fn fill_in(
-        &self,
-        load: &LoadShared,
+        self: &Arc<Self>,
+        load: &Arc<LoadShared>,
         heap: &HeapCode,
         allocation: &Allocation,
         mut permit: Permit,
         advance: Advance,
     ) -> Result<()> {
-        let start = Instant::now();
-        load.begin_allocating();
-        let populated = self.populate(load, heap, allocation);
-        let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
-        load.end_allocating(allocation, start, told);
-        let (backing, _) = populated?;
+        let way = self.way(load, allocation);
+        let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
         advance.charge(&backing);
         let staged_by = staged_by(&load.options);
         for part in &allocation.parts {
@@ -65,17 +79,53 @@ impl Engine {
                 file.hold(permit.split(Need { files, ..Need::default() }));
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
+            let staged_by = staged_by.max(Some(route).filter(|&route| route < Route::Bounce).unwrap_or(staged_by));
             let spec = FileSpec {
                 index: part.file_index,
-                route,
+                route: if way == Way::Staged { route.max(Route::Bounce) } else { route },
                 staged_by: if file.ring_refused.is_some() { staged_by.max(Route::PreadDirect) } else { staged_by },
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
                 mount: part.identity.mount(),
             };
-            self.ring.piece(load.id, part.number, piece, spec, PieceBuffer::new(Arc::clone(&backing), offset, bytes, permit));
+            let buffer = PieceBuffer::new(Arc::clone(&backing), filling.clone(), offset, bytes, permit);
+            self.ring.piece(load.id, part.number, piece, spec, buffer);
         }
         Ok(())
+    }
+
+    /// The batch's memory, with all its pages or with what brings them into being.
+    fn memory_for(
+        self: &Arc<Self>,
+        load: &Arc<LoadShared>,
+        heap: &HeapCode,
+        allocation: &Allocation,
+        way: Way,
+    ) -> Result<(Arc<Backing>, Option<Arc<dyn Sink>>)> {
+        let about = allocation.allocated();
+        if way == Way::Staged && !self.facts.allocates_at_once {
+            let (backing, grant) = self.backing(load, heap, allocation)?;
+            // Each extent asks for itself, when it is populated.
+            drop(grant);
+            if !backing.is_reused() {
+                let batch = &allocation.batch;
+                let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
+                let filling = Filling::new(self, load, heap, &backing, part, about);
+                return Ok((backing, Some(Arc::new(filling))));
+            }
+        }
+        let start = Instant::now();
+        load.begin_allocating();
+        let populated = self.populate(load, heap, allocation);
+        let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
+        load.end_allocating(&about, start, told);
+        Ok((populated?.0, None))
+    }
+
+    /// Which way the bytes of a batch take.
+    #[expect(clippy::unused_self, reason = "next")]
+    fn way(&self, load: &LoadShared, _allocation: &Allocation) -> Way {
+        if load.starting_route() >= Route::Bounce { Way::Staged } else { Way::Direct }
     }
 
     fn populate(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
@@ -144,7 +194,7 @@ impl Engine {
     }
 
     /// The right to take memory for a batch.
-    fn grant(&self, wanted_bytes: u64) -> Result<Grant> {
+    pub(super) fn grant(&self, wanted_bytes: u64) -> Result<Grant> {
         let make_room = || {
             self.make_room();
         };
@@ -160,7 +210,7 @@ impl Engine {
 
     /// The error for memory that the kernel refused. ENOMEM has several meanings; of a group that is at its limit there are
     /// numbers.
-    fn refused(&self, load: &LoadShared, error: dmabuf::Error) -> Error {
+    pub(super) fn refused(&self, load: &LoadShared, error: dmabuf::Error) -> Error {
         match at_limit(&error, headroom) {
             Some(seen) => self.out_of_memory(error.bytes as u64, seen),
             None => load.memory_error(error),

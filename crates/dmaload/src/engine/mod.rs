@@ -17,6 +17,7 @@ mod allocate;
 mod allowance;
 mod descriptors;
 mod expand;
+mod filling;
 mod folder;
 mod jobs;
 mod missing;
@@ -213,16 +214,31 @@ pub(crate) struct Guard {
 
 /// The heap, whose code may be the caller's. Held by workers and by what callers hold, so that no other thread drops it.
 #[derive(Debug, Clone)]
-pub(crate) struct HeapCode(Foreign<Arc<dyn Heap>>);
+pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
+
+/// The same for whoever must not drop it.
+#[derive(Debug, Clone)]
+struct WeakHeap(Weak<Foreign<Arc<dyn Heap>>>);
+
+impl WeakHeap {
+    /// `None` when the engine has ended.
+    fn upgrade(&self) -> Option<HeapCode> {
+        self.0.upgrade().map(HeapCode)
+    }
+}
 
 impl HeapCode {
+    fn downgrade(&self) -> WeakHeap {
+        WeakHeap(Arc::downgrade(&self.0))
+    }
+
     /// Calls it, without a lock.
     ///
     /// # Errors
     /// [`Error::Panicked`].
     pub(crate) fn call<T>(&self, name: &str, call: impl FnOnce(&dyn Heap) -> T) -> Result<T> {
         let code = || format!("heap {name}");
-        foreign::call(|| call(&**self.0)).map_err(|message| Error::Panicked { code: code(), message })
+        foreign::call(|| call(&***self.0)).map_err(|message| Error::Panicked { code: code(), message })
     }
 }
 
@@ -243,7 +259,7 @@ impl Guard {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
             Error::Start { operation: "no thread could be had", errno }
         };
-        let heap = HeapCode(Foreign::new(heap));
+        let heap = HeapCode(Arc::new(Foreign::new(heap)));
         let name: Arc<str> = heap.call("of the loader", |heap| heap.name().into())?;
         let facts = heap.call(&name, |heap| HeapFacts {
             name: Arc::clone(&name),
@@ -251,6 +267,7 @@ impl Guard {
             exports: heap.exports(),
             allocates_at_once: heap.allocates_at_once(),
             uncached: heap.is_uncached(),
+            pages: heap.pages(),
             own: heap::is_own(heap),
         })?;
         let all_settings = settings.clone();
@@ -315,7 +332,7 @@ impl Guard {
     }
 
     pub(crate) fn heap(&self) -> &dyn Heap {
-        &**self.heap.0
+        &***self.heap.0
     }
 
     pub(crate) fn settings(&self) -> &Settings {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use dmabuf::{AddressRange, PageCount, Populated};
+use dmabuf::{AddressRange, PageCount, Pages, Populated};
 use rustix::io::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::Span;
@@ -66,6 +66,8 @@ pub(crate) struct LoadShared {
     read_bytes: AtomicU64,
     /// The largest tensor does not fit into the loader's limit of memory: its segments can be streamed, but not it.
     pub(crate) tensor_over_limit: OnceLock<Error>,
+    /// Why a thread that was to fill memory had none.
+    pub(crate) no_memory: OnceLock<Error>,
     counters: Arc<LoadCounters>,
     /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
     span: Foreign<Span>,
@@ -106,6 +108,30 @@ pub(crate) struct Allocation {
     pub(crate) parts: Vec<Part>,
 }
 
+/// What was populated: a batch, or a part of one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Allocated {
+    /// The file and the segment that it begins with.
+    pub(crate) file_index: usize,
+    pub(crate) segment: usize,
+    /// Of the files.
+    pub(crate) bytes: u64,
+    pub(crate) memory_bytes: u64,
+}
+
+impl Allocation {
+    /// What all of the batch is.
+    pub(crate) fn allocated(&self) -> Allocated {
+        let first = self.parts.first().expect("a batch has pieces");
+        Allocated {
+            file_index: first.file_index,
+            segment: first.piece.segment,
+            bytes: self.parts.iter().map(|part| part.piece.bytes).sum(),
+            memory_bytes: self.batch.bytes,
+        }
+    }
+}
+
 /// A piece of a batch, and its file.
 #[derive(Debug)]
 pub(crate) struct Part {
@@ -128,6 +154,8 @@ pub(crate) struct HeapFacts {
     pub(crate) exports: bool,
     pub(crate) allocates_at_once: bool,
     pub(crate) uncached: bool,
+    /// The page size that it populates with.
+    pub(crate) pages: Pages,
     /// Whether it is one of this crate's.
     pub(crate) own: bool,
 }
@@ -238,6 +266,7 @@ impl LoadShared {
         LoadShared {
             id,
             tensor_over_limit: OnceLock::new(),
+            no_memory: OnceLock::new(),
             counters,
             span: Foreign::new(span),
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
@@ -310,6 +339,11 @@ impl LoadShared {
     /// Whether its bytes are looked at in staging, which each read goes into then.
     pub(crate) fn is_observed_in_staging(&self) -> bool {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
+    }
+
+    /// The route that it starts at: what was asked for; bounce for what is observed in staging.
+    pub(crate) fn starting_route(&self) -> Route {
+        if self.is_observed_in_staging() { self.options.route.max(Route::Bounce) } else { self.options.route }
     }
 
     /// Whether anything is still to be done for it.
@@ -457,21 +491,19 @@ impl LoadShared {
         self.state().allocating.begin(self.started.elapsed());
     }
 
-    /// A batch was populated, or the attempt has failed.
-    pub(crate) fn end_allocating(&self, allocation: &Allocation, start: Instant, populated: Option<(&Populated, bool)>) {
+    /// Memory was populated, or the attempt has failed.
+    pub(crate) fn end_allocating(&self, part: &Allocated, start: Instant, populated: Option<(&Populated, bool)>) {
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
         // The attempt has failed: there is nothing to count.
         let Some((populated, reused)) = populated else { return };
-        let bytes = allocation.parts.iter().map(|part| part.piece.bytes).sum();
-        self.allocated_bytes.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(first) = allocation.parts.first().filter(|_| self.options.trace) {
-            let (end, kind, bytes) = (Instant::now(), TraceKind::Allocate, allocation.batch.bytes);
-            let event = self.event(kind, start, end, first.file_index, first.piece.segment, bytes);
+        self.allocated_bytes.fetch_add(part.bytes, Ordering::Relaxed);
+        if self.options.trace {
+            let event = self.event(TraceKind::Allocate, start, Instant::now(), part.file_index, part.segment, part.memory_bytes);
             state.trace.push(event);
         }
         if reused {
-            state.reused_bytes += allocation.batch.bytes;
+            state.reused_bytes += part.memory_bytes;
         }
         if let Some(pages) = populated.pages {
             state.pages.add(pages);

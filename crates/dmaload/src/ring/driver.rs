@@ -33,7 +33,7 @@ use rustix::io::Errno;
 
 use entry::{Chunk, InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of, progress, read_bytes};
 
-use super::kernel::{Buffer, Completion, Kernel, Read};
+use super::kernel::{Buffer, Completion, Fault, Kernel, Place, Read};
 use super::known::Known;
 use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span};
 use super::order::InOrder;
@@ -61,6 +61,14 @@ const PARTS_OF_A_BLOCK: u32 = 16;
 const PIECE: &str = "a piece is here as long as it has chunks, in flight or queued, or is looked at";
 /// A load stays until its last piece has gone.
 const LOAD: &str = "a load is here as long as it has pieces";
+
+/// Where a read goes.
+struct Destination {
+    buffer_slot: Option<u16>,
+    address: NonNull<u8>,
+    bytes: usize,
+    place: Option<Place>,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -172,6 +180,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push(file.handle) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
+        assert!(buffer.is_populated() || file.route >= Route::Bounce, "a device writes to pages that are there");
         let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
         self.kernel.attach(&file.handle);
         let chunk_bytes = load.spec.chunk_bytes;
@@ -375,25 +384,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // SAFETY: `start` is within the buffer, by the assertion above.
         let address = unsafe { entry.buffer.address().add(start) };
         let buffer_slot = entry.buffer_slot.filter(|_| route == Route::UringFixedDirect);
-        self.start_read(
-            id,
-            InFlight { chunk, route, step: Step::Read, since: self.kernel.now() },
-            route,
-            buffer_slot,
-            address,
-            bytes,
-        );
+        let place = (!entry.buffer.is_populated()).then(|| entry.buffer.place(start));
+        assert!(place.is_none() || route == Route::Buffered, "a device writes to pages that are there");
+        let in_flight = InFlight { chunk, route, step: Step::Read, since: self.kernel.now() };
+        self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
     }
 
-    fn start_read(
-        &mut self,
-        id: LoadId,
-        in_flight: InFlight,
-        by: Route,
-        buffer_slot: Option<u16>,
-        address: NonNull<u8>,
-        bytes: usize,
-    ) {
+    fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
+        let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
         entry.route = entry.route.max(in_flight.route);
         entry.in_flight += 1;
@@ -401,7 +399,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
         let token = self.reads.insert(in_flight);
-        let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset };
+        let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
         // SAFETY: the address is in the piece's buffer, or in a slot of the staging. The piece entry owns the buffer and is
         // not removed before its `in_flight` is back at 0, the slot stays taken until then; that happens only in
         // `complete`. `give_up` leaks both instead.
@@ -473,8 +471,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         match completion.result {
             Ok(bytes) => self.advance(chunk, route, bytes as u64),
-            Err(Errno::INTR | Errno::AGAIN) => self.again(chunk, route),
-            Err(errno) => self.refused(chunk, route, errno),
+            Err(Fault::Read(Errno::INTR | Errno::AGAIN)) => self.again(chunk, route),
+            Err(Fault::Read(errno)) => self.refused(chunk, route, errno),
+            Err(Fault::Memory(errno)) => {
+                let bytes = chunk.range.end - chunk.range.start;
+                self.fail(id, Failure::Memory { bytes, errno });
+            }
         }
     }
 

@@ -1,6 +1,8 @@
 //! The kernel as the driver sees it: a small trait with two implementations, the real one ([`super::linux`]) and
 //! the seeded simulator ([`super::sim`]).
 
+use std::fmt::Debug;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,12 +24,54 @@ pub(crate) unsafe trait Buffer {
     fn address(&self) -> NonNull<u8>;
     fn bytes(&self) -> usize;
 
+    /// Whether all its pages are there, so that a device can write to it. What is not gets its bytes
+    /// through [`Self::place`].
+    fn is_populated(&self) -> bool;
+
+    /// The way for threads to put bytes here, from `offset` on.
+    fn place(&self, offset: usize) -> Place;
+
     /// Never frees the memory, since reads may write to it at any later time; lets go of everything else.
     fn leak(self);
 }
 
+/// Where threads put bytes: those that were read into staging, those in the page cache, and those of
+/// reads without a ring.
+///
+/// A piece whose memory is not there yet has one that brings it into being, part by part, just before
+/// it is written to, while both are in the processor's cache.
+pub(crate) trait Sink: Debug + Send + Sync {
+    /// Has `write` put bytes at `offset`, up to `bytes` of them. It gets parts of the place, in order,
+    /// and says how many bytes it has written; with fewer than the part has, it is done.
+    ///
+    /// # Errors
+    /// [`Fault::Memory`] when there is no memory; the sink keeps what is to be told of that.
+    /// [`Fault::Read`] with what `write` answers, if nothing was written before.
+    ///
+    /// # Safety
+    /// The place must be one that [`Buffer::place`] gave, and have room for that many bytes. Nobody
+    /// else may look at that part of the buffer, or write to it, meanwhile.
+    #[allow(unsafe_code)]
+    unsafe fn fill(
+        &self,
+        offset: usize,
+        bytes: usize,
+        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
+    ) -> Result<usize, Fault>;
+
+    /// Whether that runs code of the caller's, such as a heap.
+    fn runs_foreign_code(&self) -> bool;
+}
+
+/// A place in a sink.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    pub(crate) sink: Arc<dyn Sink>,
+    pub(crate) offset: usize,
+}
+
 /// One read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Read {
     pub(crate) token: Token,
     /// Whose it is.
@@ -38,14 +82,17 @@ pub(crate) struct Read {
     pub(crate) address: NonNull<u8>,
     pub(crate) bytes: usize,
     pub(crate) offset: u64,
+    /// What `address` is, where its memory is to be brought into being first; only for
+    /// [`Route::Buffered`].
+    pub(crate) place: Option<Place>,
 }
 
 /// A copy from a staging buffer to where its bytes belong.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Copy {
     pub(crate) token: Token,
     pub(crate) from: NonNull<u8>,
-    pub(crate) to: NonNull<u8>,
+    pub(crate) to: Place,
     pub(crate) bytes: usize,
 }
 
@@ -64,7 +111,22 @@ pub(crate) struct Look {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Completion {
     pub(crate) token: Token,
-    pub(crate) result: Result<usize, Errno>,
+    pub(crate) result: Result<usize, Fault>,
+}
+
+/// Why bytes did not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The kernel's answer to the read.
+    Read(Errno),
+    /// There is no memory to put them into.
+    Memory(Errno),
+}
+
+impl From<Errno> for Fault {
+    fn from(errno: Errno) -> Self {
+        Fault::Read(errno)
+    }
 }
 
 pub(crate) trait Kernel {
@@ -105,7 +167,8 @@ pub(crate) trait Kernel {
     /// Memory of `bytes` bytes that can be pinned, with its pages there.
     fn staging(&mut self, bytes: usize) -> Result<Self::Staging, Errno>;
 
-    /// Has some other thread copy. Its completion comes like that of a read, and can't be an error.
+    /// Has some other thread copy. Its completion comes like that of a read; its only error is
+    /// [`Fault::Memory`].
     ///
     /// # Safety
     /// Until the completion was reaped, or for ever if that never comes: both places stay mapped for `bytes` bytes, they

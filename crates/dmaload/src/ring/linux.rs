@@ -18,7 +18,7 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
+use super::kernel::{Buffer, Completion, Copy, Kernel, Look, Place, Read};
 use super::pool::{COPIERS, LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
@@ -177,6 +177,14 @@ unsafe impl Buffer for StagingMemory {
         self.0.bytes()
     }
 
+    fn is_populated(&self) -> bool {
+        true
+    }
+
+    fn place(&self, _: usize) -> Place {
+        unreachable!("threads copy from staging, and put nothing into it")
+    }
+
     fn leak(self) {
         std::mem::forget(self);
     }
@@ -256,7 +264,7 @@ impl Ring {
                 continue;
             }
             let token = Token::from_user_data(entry.user_data());
-            let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()));
+            let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()).into());
             into.push(Completion { token, result });
         }
     }

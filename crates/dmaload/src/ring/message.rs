@@ -131,6 +131,8 @@ pub(crate) enum Failure {
     Rejected { file: usize, offset: u64, bytes: u64 },
     /// There is no memory to stage reads in.
     Staging { bytes: u64, errno: Errno },
+    /// There is no memory for what was read.
+    Memory { bytes: u64, errno: Errno },
     /// The ring broke down.
     Kernel { errno: Errno },
 }

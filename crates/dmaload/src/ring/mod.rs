@@ -22,10 +22,11 @@ mod pool;
 mod sim;
 mod slots;
 mod staging;
+mod stream;
 mod thread;
 mod wake;
 
-pub(crate) use kernel::Buffer;
+pub(crate) use kernel::{Buffer, Fault, Place, Sink};
 pub(crate) use linux::probe;
 pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
 #[cfg(any(test, feature = "internals"))]

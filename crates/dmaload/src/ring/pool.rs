@@ -11,8 +11,9 @@ use std::thread;
 
 use rustix::io::Errno;
 
-use super::kernel::{Completion, Copy, Look, Read};
+use super::kernel::{Completion, Copy, Fault, Look, Place, Read};
 use super::message::LoadId;
+use super::stream;
 use super::wake::Wake;
 use crate::source::OpenFile;
 use crate::window::may_have_one;
@@ -116,12 +117,13 @@ impl Pool {
         if self.start_thread() {
             self.queue(Job::Read(file, read));
         } else {
-            self.shared.queues().done.push(Completion { token: read.token, result: Err(Errno::NOMEM) });
+            self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::NOMEM)) });
             self.shared.wake.wake();
         }
     }
 
-    /// Queues a copy; without any thread to be had it is done here and now.
+    /// Queues a copy; without any thread to be had it is done here and now, unless that would run a
+    /// heap's code, which the caller of this must not run: then it is refused.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
@@ -130,7 +132,11 @@ impl Pool {
             self.queue(Job::Copy(copy));
         } else {
             self.alone = true;
-            let completion = perform(copy);
+            let completion = if copy.to.sink.runs_foreign_code() {
+                Completion { token: copy.token, result: Err(Fault::Memory(Errno::AGAIN)) }
+            } else {
+                perform(&copy)
+            };
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
         }
@@ -145,7 +151,7 @@ impl Pool {
         if self.start_thread() {
             self.queue(Job::Look(look));
         } else {
-            let completion = Completion { token: look.token, result: Err(look.watch.no_thread()) };
+            let completion = Completion { token: look.token, result: Err(look.watch.no_thread().into()) };
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
         }
@@ -219,39 +225,89 @@ fn do_job(job: Job) -> Completion {
     match job {
         // The file is let go before the driver hears of it: it may be the last to hold it.
         Job::Read(file, read) => pread(&file, &read),
-        Job::Copy(copy) => perform(copy),
+        Job::Copy(copy) => perform(&copy),
         Job::Look(look) => show(&look),
     }
 }
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
-    // SAFETY: the driver keeps this memory until the completion is reaped, lets nobody else look at it or write
-    // to it meanwhile, and MaybeUninit<u8> has no invalid bytes.
-    let buffer = unsafe { std::slice::from_raw_parts_mut(read.address.cast::<MaybeUninit<u8>>().as_ptr(), read.bytes) };
-    let result = rustix::io::pread(file.descriptor(read.route), buffer, read.offset).map(|(read, _)| read.len());
+    let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
+        rustix::io::pread(file.descriptor(read.route), buffer, offset).map(|(read, _)| read.len())
+    };
+    let result = match &read.place {
+        None => {
+            let start = read.address.cast::<MaybeUninit<u8>>().as_ptr();
+            // SAFETY: the driver keeps this memory until the completion is reaped, lets nobody else look at it or write
+            // to it meanwhile, and MaybeUninit<u8> has no invalid bytes.
+            pread(unsafe { std::slice::from_raw_parts_mut(start, read.bytes) }, read.offset).map_err(Fault::Read)
+        }
+        Some(Place { sink, offset }) => {
+            let mut at = read.offset;
+            let mut next = |part: &mut [MaybeUninit<u8>]| {
+                let bytes = pread(part, at)?;
+                at += bytes as u64;
+                Ok(bytes)
+            };
+            // SAFETY: this memory is the place's, of which the driver promises the same.
+            unsafe { sink.fill(*offset, read.bytes, &mut next) }
+        }
+    };
     Completion { token: read.token, result }
 }
 
-fn perform(copy: Copy) -> Completion {
-    let Copy { token, from, to, bytes } = copy;
-    // SAFETY: the driver has promised both places for that many bytes until this copy's completion is reaped, that they
-    // don't overlap, and that nobody else writes to the first or looks at the second.
-    unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), bytes) };
-    Completion { token, result: Ok(bytes) }
+fn perform(copy: &Copy) -> Completion {
+    // SAFETY: the driver has promised that so many initialised bytes are mapped, and written to by nobody, until this
+    // copy's completion is reaped.
+    let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
+    let mut next = |part: &mut [MaybeUninit<u8>]| {
+        let (now, later) = left.split_at(part.len());
+        stream::copy(now, part);
+        left = later;
+        Ok(part.len())
+    };
+    // SAFETY: the driver has promised that nobody looks at the place, or writes to it, until then.
+    let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut next) };
+    Completion { token: copy.token, result }
 }
 
 fn show(look: &Look) -> Completion {
     // SAFETY: the driver has promised that so many bytes are mapped, initialised and written to by nobody until this look's
     // completion is reaped.
     let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
-    Completion { token: look.token, result: look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes) }
+    Completion {
+        token: look.token,
+        result: look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes).map_err(Fault::Read),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::kernel::Sink;
     use crate::ring::slots::Slots;
     use std::ptr::NonNull;
+
+    #[derive(Debug)]
+    struct Sixty4(Mutex<[u8; 64]>);
+
+    impl Sink for Sixty4 {
+        unsafe fn fill(
+            &self,
+            _: usize,
+            _: usize,
+            write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
+        ) -> Result<usize, Fault> {
+            let mut bytes = [MaybeUninit::new(0); 64];
+            let written = write(&mut bytes).map_err(Fault::Read)?;
+            // SAFETY: all of them were initialised above.
+            *self.0.lock().unwrap() = bytes.map(|byte| unsafe { byte.assume_init() });
+            Ok(written)
+        }
+
+        fn runs_foreign_code(&self) -> bool {
+            false
+        }
+    }
 
     #[test]
     fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
@@ -259,16 +315,18 @@ mod tests {
         for threads_max in [0, 1] {
             let wake = Arc::new(Wake::new().unwrap());
             let mut pool = Pool::new(Arc::clone(&wake), "test", threads_max);
-            let (mut from, mut to) = ([7_u8; 64], [0_u8; 64]);
-            let copy = Copy { token, from: NonNull::from(&mut from).cast(), to: NonNull::from(&mut to).cast(), bytes: 64 };
-            // SAFETY: both arrays stay, and are left alone, until the completion below.
+            let from = [7_u8; 64];
+            let sink = Arc::new(Sixty4(Mutex::new([0_u8; 64])));
+            let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
+            let copy = Copy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
+            // SAFETY: both places stay, and are left alone, until the completion below.
             unsafe { pool.copy(copy) };
             let mut done = Vec::new();
             while done.is_empty() {
                 wake.wait();
                 pool.reap(&mut done);
             }
-            assert_eq!((done.len(), to), (1, [7; 64]));
+            assert_eq!((done.len(), *sink.0.lock().unwrap()), (1, [7; 64]));
             assert_eq!(pool.is_alone(), threads_max == 0);
         }
     }

@@ -135,6 +135,9 @@ impl LoadShared {
                 let bytes = to_usize(bytes);
                 self.memory_error(dmabuf::Error::new("allocate a staging buffer", bytes, errno))
             }
+            Failure::Memory { bytes, errno } => self.no_memory.get().cloned().unwrap_or_else(|| {
+                self.memory_error(dmabuf::Error::new("start a thread that populates memory", to_usize(bytes), errno))
+            }),
             Failure::Ended { file, offset, route } => {
                 let planned_bytes = self.state().files.get(file).map_or(0, |file| file.planned.identity.bytes);
                 Error::Ended { path: path(file), offset, planned_bytes, route }

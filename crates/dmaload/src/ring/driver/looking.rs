@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
-use super::super::kernel::{Buffer, Kernel, Look};
+use super::super::kernel::{Buffer, Fault, Kernel, Look};
 use super::super::message::{Failure, LoadId};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, Unseen, progress};
@@ -62,7 +60,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// The observer has looked at something.
-    pub(super) fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Errno>) {
+    pub(super) fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Fault>) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         match result {
             Ok(bytes) => {

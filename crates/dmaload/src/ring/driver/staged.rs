@@ -4,7 +4,7 @@ use super::super::kernel::{Buffer, Copy, Kernel};
 use super::super::message::{Failure, LoadId, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
-use super::{Driver, LOAD, PIECE};
+use super::{Destination, Driver, LOAD, PIECE};
 use crate::convert::to_usize;
 use crate::route::{Fallback, Route};
 
@@ -59,7 +59,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let by = if route == Route::Buffered { route } else { best.max(entry.file.staged_by) };
         let registered = registered.filter(|_| by == Route::UringFixedDirect);
         let in_flight = InFlight { chunk, route, step: Step::Staged(slot), since: self.kernel.now() };
-        self.start_read(id, in_flight, by, registered, address, bytes);
+        self.start_read(id, in_flight, by, Destination { buffer_slot: registered, address, bytes, place: None });
         true
     }
 
@@ -97,8 +97,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (staging, _) = self.staging.get(slot);
         let start = to_usize(chunk.range.start);
         assert!(start + bytes <= entry.buffer.bytes() && bytes <= staging.bytes(), "a copy stays within both buffers");
-        // SAFETY: `start` is within the buffer, by the assertion above.
-        let to = unsafe { entry.buffer.address().add(start) };
+        let to = entry.buffer.place(start);
         let from = staging.address();
         entry.in_flight += 1;
         let since = self.kernel.now();

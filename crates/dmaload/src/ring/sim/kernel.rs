@@ -4,15 +4,17 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::Random;
-use crate::ring::kernel::{Buffer, Completion, Copy, Kernel, Look, Read};
+use crate::ring::kernel::{Buffer, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink};
 use crate::ring::message::LoadId;
 use crate::route::Route;
 
@@ -78,6 +80,8 @@ pub(super) struct Faults {
     pub(super) no_threads: bool,
     /// So many staging buffers can be had.
     pub(super) staging: usize,
+    /// So many of 1000 pieces find no memory when they are filled.
+    pub(super) no_memory_per_mille: u64,
 }
 
 impl Faults {
@@ -96,6 +100,7 @@ impl Faults {
             unpinnable: false,
             no_threads: false,
             staging: usize::MAX,
+            no_memory_per_mille: 0,
         }
     }
 }
@@ -114,6 +119,10 @@ pub(super) struct Memory {
     pub(super) looks_at_pieces: usize,
     /// Staging, which is no part of the window.
     pub(super) staging: Vec<Range<usize>>,
+    /// Where sinks put what they take, by their addresses.
+    sinks: BTreeMap<usize, Range<usize>>,
+    /// Memory without pages: only sinks may write there.
+    unpopulated: Vec<Range<usize>>,
 }
 
 impl Memory {
@@ -133,6 +142,16 @@ impl Memory {
         self.writing.values().any(|other| other.start < range.end && range.start < other.end)
     }
 
+    fn is_unpopulated(&self, address: usize) -> bool {
+        self.unpopulated.iter().any(|range| range.contains(&address))
+    }
+
+    /// Where this place is.
+    fn address_of(&self, place: &Place) -> usize {
+        let sink = Arc::as_ptr(&place.sink).addr();
+        self.sinks.get(&sink).expect("a sink lives as long as its buffer").start + place.offset
+    }
+
     fn is_registered(&self, range: &Range<usize>) -> bool {
         self.registered.values().any(|other| other.start < range.end && range.start < other.end)
     }
@@ -144,7 +163,54 @@ pub(super) struct SimBuffer {
     address: NonNull<u8>,
     bytes: usize,
     load: LoadId,
+    populated: bool,
+    sink: Arc<SimSink>,
     memory: Rc<RefCell<Memory>>,
+}
+
+/// Brings memory into being by parts of a block.
+#[derive(Debug)]
+struct SimSink {
+    address: NonNull<u8>,
+    bytes: usize,
+    refuses: Option<Errno>,
+}
+
+// SAFETY: everything runs on one thread.
+unsafe impl Send for SimSink {}
+// SAFETY: as above.
+unsafe impl Sync for SimSink {}
+
+impl Sink for SimSink {
+    unsafe fn fill(
+        &self,
+        offset: usize,
+        bytes: usize,
+        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
+    ) -> Result<usize, Fault> {
+        assert!(offset + bytes <= self.bytes, "a place is within its buffer");
+        let mut done = 0;
+        while done < bytes {
+            if let Some(errno) = self.refuses {
+                return Err(Fault::Memory(errno));
+            }
+            let here = (BLOCK as usize - (offset + done) % BLOCK as usize).min(bytes - done);
+            let start = self.address.as_ptr().wrapping_add(offset + done).cast();
+            // SAFETY: within the buffer, which lives as long as anybody may write to it, and which
+            // nobody looks at meanwhile.
+            let part = unsafe { std::slice::from_raw_parts_mut(start, here) };
+            let written = write(part).map_err(Fault::Read)?;
+            done += written;
+            if written < here {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        true
+    }
 }
 
 /// Staging is for no load.
@@ -159,7 +225,31 @@ impl SimBuffer {
         unsafe { address.as_ptr().write_bytes(POISON, layout.size()) };
         *memory.borrow_mut().unfilled_by(load) += bytes;
         memory.borrow_mut().live_buffers += 1;
-        SimBuffer { address, bytes: layout.size(), load, memory: Rc::clone(memory) }
+        let bytes = layout.size();
+        let sink = Arc::new(SimSink { address, bytes, refuses: None });
+        SimBuffer { address, bytes, load, populated: true, sink, memory: Rc::clone(memory) }.known()
+    }
+
+    /// The same without pages, which can be had when it is filled, or are refused.
+    pub(super) fn unpopulated(load: LoadId, bytes: u64, memory: &Rc<RefCell<Memory>>, refuses: Option<Errno>) -> Self {
+        let mut buffer = Self::new(load, bytes, memory);
+        memory.borrow_mut().sinks.remove(&Arc::as_ptr(&buffer.sink).addr());
+        memory.borrow_mut().unpopulated.push(buffer.range());
+        buffer.populated = false;
+        buffer.sink = Arc::new(SimSink { address: buffer.address, bytes: buffer.bytes, refuses });
+        buffer.known()
+    }
+
+    fn known(self) -> Self {
+        self.memory.borrow_mut().sinks.insert(Arc::as_ptr(&self.sink).addr(), self.range());
+        self
+    }
+
+    fn forget(&self) {
+        let mut memory = self.memory.borrow_mut();
+        let range = self.range();
+        memory.sinks.remove(&Arc::as_ptr(&self.sink).addr());
+        memory.unpopulated.retain(|other| *other != range);
     }
 
     pub(super) fn contents(&self) -> &[u8] {
@@ -188,6 +278,14 @@ unsafe impl Buffer for SimBuffer {
         self.bytes
     }
 
+    fn is_populated(&self) -> bool {
+        self.populated
+    }
+
+    fn place(&self, offset: usize) -> Place {
+        Place { sink: Arc::clone(&self.sink) as Arc<dyn Sink>, offset }
+    }
+
     fn leak(self) {
         *self.memory.borrow_mut().unfilled_by(self.load) -= self.bytes as u64;
         self.memory.borrow_mut().leaked_bytes += self.bytes as u64;
@@ -197,6 +295,7 @@ unsafe impl Buffer for SimBuffer {
 
 impl Drop for SimBuffer {
     fn drop(&mut self) {
+        self.forget();
         let mut memory = self.memory.borrow_mut();
         if !std::thread::panicking() {
             assert!(!memory.is_written_to(&self.range()), "memory is freed while a read may write to it");
@@ -222,6 +321,14 @@ unsafe impl Buffer for SimStaging {
 
     fn bytes(&self) -> usize {
         self.0.bytes()
+    }
+
+    fn is_populated(&self) -> bool {
+        true
+    }
+
+    fn place(&self, _: usize) -> Place {
+        unreachable!("threads copy from staging, and put nothing into it")
     }
 
     fn leak(self) {
@@ -369,21 +476,33 @@ impl SimKernel {
 
     fn complete(&mut self, index: usize) {
         let (token, result) = match self.in_flight.swap_remove(index).job {
-            Job::Read(file, read) => (read.token, self.perform(&file, &read)),
+            Job::Read(file, read) => {
+                // Which sinks refuse memory before they are written to.
+                let memory = read.place.as_ref().map_or(Ok(0), |place| {
+                    // SAFETY: the driver promised this place, and nothing is written there.
+                    unsafe { place.sink.fill(place.offset, read.bytes, &mut |_| Ok(0)) }
+                });
+                (read.token, memory.and_then(|_| self.perform(&file, &read).map_err(Fault::Read)))
+            }
             Job::Copy(copy) => {
-                for at in 0..copy.bytes {
-                    // SAFETY: the driver promised both places for that many bytes until this copy completes.
-                    let byte = unsafe { copy.from.as_ptr().wrapping_add(at).read() };
-                    // SAFETY: as above.
-                    unsafe { copy.to.as_ptr().wrapping_add(at).write(byte) };
-                }
+                let mut from = copy.from.as_ptr();
+                let mut write = |part: &mut [MaybeUninit<u8>]| {
+                    for byte in part.iter_mut() {
+                        // SAFETY: the driver promised this place for that many bytes until this copy completes.
+                        byte.write(unsafe { from.read() });
+                        from = from.wrapping_add(1);
+                    }
+                    Ok(part.len())
+                };
+                // SAFETY: the driver promised the other place, too.
+                let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut write) };
                 self.memory.borrow_mut().writing.remove(&!copy.token.user_data());
-                (copy.token, Ok(copy.bytes))
+                (copy.token, result)
             }
             Job::Look(look) => {
                 // SAFETY: the driver promised so many initialised bytes that nobody writes to until this look completes.
                 let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
-                (look.token, look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes))
+                (look.token, look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes).map_err(Fault::Read))
             }
         };
         self.memory.borrow_mut().writing.remove(&token.user_data());
@@ -469,6 +588,7 @@ impl Kernel for SimKernel {
             return Err(errno);
         }
         let start = address.addr().get();
+        assert!(!self.memory.borrow().is_unpopulated(start), "memory without pages is registered");
         if self.faults.unpinnable && !self.memory.borrow().is_staging(start) {
             self.refusals += 1;
             return Err(Errno::FAULT);
@@ -511,6 +631,12 @@ impl Kernel for SimKernel {
             assert!(aligned, "a direct read must be aligned: {read:?}");
         }
         let mut memory = self.memory.borrow_mut();
+        assert_eq!(
+            memory.is_unpopulated(start),
+            read.place.is_some(),
+            "memory without pages is read into by threads that bring them"
+        );
+        assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && read.route == Route::Buffered));
         assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
         if let Some(slot) = read.buffer_slot {
             let registered = memory.registered.get(&slot).expect("the buffer is registered");
@@ -535,14 +661,15 @@ impl Kernel for SimKernel {
     }
 
     unsafe fn copy(&mut self, copy: Copy) {
-        let range = |start: NonNull<u8>| start.addr().get()..start.addr().get() + copy.bytes;
         let mut memory = self.memory.borrow_mut();
-        assert!(memory.is_staging(copy.from.addr().get()) && !memory.is_staging(copy.to.addr().get()));
-        assert!(!memory.is_written_to(&range(copy.from)), "staging is copied while a read writes to it");
-        assert!(!memory.is_written_to(&range(copy.to)), "a copy goes where somebody else writes");
-        memory.writing.insert(copy.token.user_data(), range(copy.to));
+        let range = |start: usize| start..start + copy.bytes;
+        let (from, to) = (range(copy.from.addr().get()), range(memory.address_of(&copy.to)));
+        assert!(memory.is_staging(from.start) && !memory.is_staging(to.start));
+        assert!(!memory.is_written_to(&from), "staging is copied while a read writes to it");
+        assert!(!memory.is_written_to(&to), "a copy goes where somebody else writes");
+        memory.writing.insert(copy.token.user_data(), to);
         // What is being copied must not be read into either.
-        memory.writing.insert(!copy.token.user_data(), range(copy.from));
+        memory.writing.insert(!copy.token.user_data(), from);
         drop(memory);
         // A copy needs no submission, and does not occupy the disk.
         self.in_flight.push(InFlight { job: Job::Copy(copy), due: self.clock.get() + self.copying });

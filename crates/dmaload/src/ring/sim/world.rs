@@ -64,6 +64,8 @@ struct SimLoad {
     observed: Option<(Arc<SimObserver>, Observation)>,
     start: Route,
     strict: bool,
+    /// So many of 1000 pieces come without pages, and are filled from staging whatever the load starts at.
+    unpopulated_per_mille: u64,
     chunk_bytes: u64,
     /// Each with the length that is planned for it.
     files: Vec<(SimFile, u64)>,
@@ -208,6 +210,7 @@ impl World {
             unpinnable: !calm && random.chance(250),
             no_threads: !calm && random.chance(100),
             staging: if !calm && random.chance(100) { usize::try_from(random.below(3)).unwrap() } else { usize::MAX },
+            no_memory_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
         };
         let memory = Rc::default();
         let clock = Rc::default();
@@ -273,6 +276,7 @@ impl World {
             observed,
             start,
             strict: random.chance(150),
+            unpopulated_per_mille: *random.pick(&[0, 0, 300, 1000]),
             chunk_bytes: (1 + random.below(3)) * BLOCK,
             files,
             full: vec![false; plan.pieces.len()],
@@ -364,18 +368,26 @@ impl World {
         }
         let load = &self.loads[&id];
         let pieces = load.plan.batches[batch].pieces.clone();
+        // As the engine does: of a batch all pieces, or none.
+        let unpopulated = self.random.chance(load.unpopulated_per_mille);
+        let refuses = self.random.chance(self.faults.no_memory_per_mille).then_some(Errno::NOMEM);
         let parts: Vec<_> = pieces
             .map(|number| {
                 let (file, piece) = load.piece(number);
                 let spec = FileSpec {
                     handle: load.files[file].0.clone(),
                     index: file,
-                    route: load.start,
+                    route: if unpopulated { load.start.max(Route::Bounce) } else { load.start },
                     staged_by: load.staged_by(),
                     mount: load.files[file].0.number % 2,
                     alignment_bytes: BLOCK,
                 };
-                (number, piece, spec, SimBuffer::new(id, piece.memory_bytes, &self.memory))
+                let buffer = if unpopulated {
+                    SimBuffer::unpopulated(id, piece.memory_bytes, &self.memory, refuses)
+                } else {
+                    SimBuffer::new(id, piece.memory_bytes, &self.memory)
+                };
+                (number, piece, spec, buffer)
             })
             .collect();
         for (number, piece, spec, buffer) in parts {
@@ -462,7 +474,8 @@ impl World {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!load.gone && load.failure.is_none() && !load.abandoned, "a piece of a load that is over");
                     assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
-                    assert!(route <= load.told, "a piece went by {route}, but only a step to {} was told", load.told);
+                    let chosen = load.unpopulated_per_mille > 0 && route == Route::Bounce;
+                    assert!(route <= load.told || chosen, "a piece went by {route}, but only a step to {} was told", load.told);
                     load.bounced |= route == Route::Bounce;
                     if let Some((observer, _)) = &load.observed {
                         let (file, piece) = load.piece(number);
@@ -591,6 +604,7 @@ impl World {
             }
             Failure::Kernel { .. } => assert!(self.broken),
             Failure::Staging { .. } => assert_eq!(self.faults.staging, 0),
+            Failure::Memory { errno, .. } => assert!(self.faults.no_memory_per_mille > 0 && errno == Errno::NOMEM),
         }
     }
 }
@@ -617,6 +631,7 @@ struct Outcomes {
     rejected: u64,
     ring_broke: u64,
     no_staging: u64,
+    no_memory: u64,
     leaked_bytes: u64,
 }
 
@@ -634,15 +649,28 @@ impl Outcomes {
                 Some(Failure::Rejected { .. }) => &mut outcomes.rejected,
                 Some(Failure::Kernel { .. }) => &mut outcomes.ring_broke,
                 Some(Failure::Staging { .. }) => &mut outcomes.no_staging,
+                Some(Failure::Memory { .. }) => &mut outcomes.no_memory,
             } += 1;
         }
         outcomes
     }
 
-    fn each(&mut self) -> [&mut u64; 10] {
+    fn each(&mut self) -> [&mut u64; 11] {
         let Outcomes { complete, stepped_down, abandoned, read_failed, ended_early, .. } = self;
-        let Outcomes { refused, rejected, ring_broke, no_staging, leaked_bytes, .. } = self;
-        [complete, stepped_down, abandoned, read_failed, ended_early, refused, rejected, ring_broke, no_staging, leaked_bytes]
+        let Outcomes { refused, rejected, ring_broke, no_staging, no_memory, leaked_bytes, .. } = self;
+        [
+            complete,
+            stepped_down,
+            abandoned,
+            read_failed,
+            ended_early,
+            refused,
+            rejected,
+            ring_broke,
+            no_staging,
+            no_memory,
+            leaked_bytes,
+        ]
     }
 
     fn add(&mut self, mut other: Outcomes) {

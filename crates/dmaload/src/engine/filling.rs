@@ -1,0 +1,155 @@
+//! Memory that is brought into being by the threads that fill it.
+//!
+//! On the way through staging nothing needs memory ahead of a read. So a copier takes an extent, populates
+//! it, and copies what was read while both are in its cache. Populating ahead would zero memory that has
+//! left the cache when its bytes come, which costs a third of the speed on virtual disks.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use dmabuf::Pages;
+use rustix::io::Errno;
+
+use super::{Engine, HeapCode, WeakHeap};
+use crate::error::Result;
+use crate::load::{Allocated, LoadShared};
+use crate::memory::Backing;
+use crate::ring::{Fault, Sink};
+use crate::slot::Slot;
+
+/// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache
+/// beside the bytes that they are for.
+pub(super) fn extent_bytes(pages: Pages) -> usize {
+    match pages {
+        Pages::Auto | Pages::Huge => dmabuf::HUGE_PAGE_BYTES,
+        Pages::Small => SMALL_EXTENT_BYTES,
+    }
+}
+
+const SMALL_EXTENT_BYTES: usize = 512 << 10;
+
+/// A batch of a memory, whose pages come with its bytes.
+#[derive(Debug)]
+pub(super) struct Filling {
+    engine: Arc<Engine>,
+    /// Neither a load nor a heap is to be dropped by the ring thread.
+    load: Weak<LoadShared>,
+    heap: WeakHeap,
+    backing: Arc<Backing>,
+    /// Where it is in the memory.
+    batch: Range<usize>,
+    extent_bytes: usize,
+    /// Of each extent, whether it is there. Extents begin at multiples of their size in the memory.
+    extents: Vec<Slot<()>>,
+    about: Allocated,
+    /// How many of the batch's bytes were not counted as allocated yet.
+    uncounted_bytes: AtomicU64,
+}
+
+impl Filling {
+    pub(super) fn new(
+        engine: &Arc<Engine>,
+        load: &Arc<LoadShared>,
+        heap: &HeapCode,
+        backing: &Arc<Backing>,
+        batch: Range<usize>,
+        about: Allocated,
+    ) -> Self {
+        let extent_bytes = extent_bytes(engine.facts.pages);
+        let first = batch.start / extent_bytes;
+        let count = batch.end.div_ceil(extent_bytes) - first;
+        Filling {
+            engine: Arc::clone(engine),
+            load: Arc::downgrade(load),
+            heap: heap.downgrade(),
+            backing: Arc::clone(backing),
+            batch,
+            extent_bytes,
+            extents: std::iter::repeat_with(Slot::default).take(count).collect(),
+            about,
+            uncounted_bytes: AtomicU64::new(about.bytes),
+        }
+    }
+
+    /// The number of the extent that a place is in, and the part of it that belongs to the batch.
+    fn extent_of(&self, at: usize) -> (usize, Range<usize>) {
+        let number = at / self.extent_bytes;
+        let start = number * self.extent_bytes;
+        let first = self.batch.start / self.extent_bytes;
+        (number - first, start.max(self.batch.start)..(start + self.extent_bytes).min(self.batch.end))
+    }
+
+    /// Puts pages under an extent. What goes wrong is left with the load.
+    fn bring(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
+        // The load is over, or the engine is.
+        let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
+        let brought = self.populate(&load, &heap, extent);
+        if let Err(error) = brought {
+            // Of several errors the first one counts.
+            let _ = load.no_memory.set(error);
+            self.engine.let_go(load);
+            return Err(Errno::NOMEM);
+        }
+        self.engine.let_go(load);
+        Ok(())
+    }
+
+    fn populate(&self, load: &LoadShared, heap: &HeapCode, extent: Range<usize>) -> Result<()> {
+        let memory_bytes = extent.len() as u64;
+        // Held until the memory is there.
+        let _grant = self.engine.grant(memory_bytes)?;
+        let start = Instant::now();
+        load.begin_allocating();
+        let (mapping, memory) = self.backing.parts();
+        let populated = heap
+            .call(load.heap(), |heap| heap.populate(mapping, memory, extent))
+            .and_then(|populated| populated.map_err(|error| self.engine.refused(load, error)));
+        let before = self
+            .uncounted_bytes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(memory_bytes)));
+        let bytes = before.expect("the update always gives a value").min(memory_bytes);
+        let about = Allocated { bytes, memory_bytes, ..self.about };
+        load.end_allocating(&about, start, populated.as_ref().ok().map(|populated| (populated, false)));
+        populated.map(drop)
+    }
+}
+
+#[allow(unsafe_code)]
+impl Sink for Filling {
+    unsafe fn fill(
+        &self,
+        offset: usize,
+        bytes: usize,
+        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> std::result::Result<usize, Errno>,
+    ) -> std::result::Result<usize, Fault> {
+        assert!(self.batch.start <= offset && offset + bytes <= self.batch.end, "a piece lies within its batch");
+        let mut done = 0;
+        while done < bytes {
+            let (number, extent) = self.extent_of(offset + done);
+            let here = extent.end.min(offset + bytes) - (offset + done);
+            let slot = self.extents.get(number).expect("each place of the batch is in one of its extents");
+            slot.get_or_make(|| self.bring(extent)).map_err(Fault::Memory)?;
+            // SAFETY: within the place, of which the caller promises that nobody else has it.
+            let part = unsafe { self.backing.unfilled(offset + done, here) };
+            match write(part) {
+                Ok(written) => {
+                    done += written;
+                    if written < here {
+                        break;
+                    }
+                }
+                Err(errno) if done == 0 => return Err(Fault::Read(errno)),
+                // What has come counts; whoever asks for the rest gets the error.
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        true
+    }
+}
