@@ -1,7 +1,7 @@
 //! How much memory can be taken before somebody is killed for it.
 //!
 //! Asking for pages that are not there does not fail on Linux: the OOM killer ends some process, maybe this one.
-//! So each allocation asks first: `MemAvailable` of the machine, and the limit of the memory cgroups (v2 and v1)
+//! So each allocation asks first: `MemAvailable` of the machine, and the limits of the memory cgroups (v2 and v1)
 //! that this process is in.
 
 use std::fs::read_to_string;
@@ -70,10 +70,15 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     folders
 }
 
-/// A group's limit less what it uses and can't give back. Page cache counts as free: it is dropped first.
+/// The files of a group's limits, v2 and v1. Above `memory.high` the kernel kills nobody, but it slows each allocation down to
+/// next to nothing: loaded bytes can't be dropped as page cache can.
+const LIMITS: [&str; 3] = ["memory.max", "memory.high", "memory.limit_in_bytes"];
+
+/// A group's lowest limit less what it uses and can't give back. Page cache counts as free: it is dropped first.
 fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
-    let (limit_file, limit) = ["memory.max", "memory.limit_in_bytes"].into_iter().find_map(|name| Some((name, number(name)?)))?;
+    let limits = LIMITS.into_iter().filter_map(|name| Some((number(name)?, name)));
+    let (limit, limit_file) = limits.min_by_key(|&(limit, _)| limit)?;
     let used = number("memory.current").or_else(|| number("memory.usage_in_bytes"))?;
     let stat = read_to_string(folder.join("memory.stat")).unwrap_or_default();
     let stat = |key: &str| {
@@ -149,8 +154,20 @@ mod tests {
             write(v2.join(name), text).unwrap();
         }
         assert_eq!(headroom_of_cgroup(&v2).unwrap().available_bytes, 500);
-        write(v2.join("memory.max"), "max\n").unwrap();
-        assert_eq!(headroom_of_cgroup(&v2), None);
+        for (max, high, expected) in [
+            ("1000", "max", Some((500, "memory.max is 1000"))),
+            ("1000", "700", Some((200, "memory.high is 700"))),
+            ("1000", "300", Some((0, "memory.high is 300"))),
+            ("700", "1000", Some((200, "memory.max is 700"))),
+            ("max", "700", Some((200, "memory.high is 700"))),
+            ("max", "max", None),
+        ] {
+            write(v2.join("memory.max"), format!("{max}\n")).unwrap();
+            write(v2.join("memory.high"), format!("{high}\n")).unwrap();
+            let seen = headroom_of_cgroup(&v2);
+            assert_eq!(seen.as_ref().map(|seen| seen.available_bytes), expected.map(|expected| expected.0), "{max}, {high}");
+            assert!(expected.is_none_or(|expected| seen.is_some_and(|seen| seen.limit.ends_with(expected.1))), "{max}, {high}");
+        }
 
         let v1 = folder.path().join("v1");
         create_dir_all(&v1).unwrap();

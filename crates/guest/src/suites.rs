@@ -41,6 +41,8 @@ const UNITS: &[&str] = &["6.12-cloud", "6.1-cloud"];
 const PURE: &[&str] = &[
     "budget::",
     "engine::jobs",
+    // Of texts; one reads the sources.
+    "error::",
     "glob::",
     "lent::",
     "model::",

@@ -4,9 +4,10 @@
 
 mod common;
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Command, Output};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
 
 use common::{
     MIB, assert_descriptors_are_back, assert_dma_bufs, assert_gives_memory_back, assert_same, available_bytes, block_on, file,
@@ -195,25 +196,119 @@ fn the_command_names_the_file_and_the_offset_of_a_bad_sector() {
     assert!(output.stdout.is_empty());
 }
 
-/// As on the host with cgroup v1: the kernel's own answer would be SIGKILL.
-#[test]
-fn the_limit_of_a_cgroup_v2_is_refused_before_it_is_met() {
-    let group = Path::new("/sys/fs/cgroup/dmaload-limit");
-    std::fs::create_dir(group).unwrap();
-    std::fs::write(group.join("memory.max"), (120 * MIB).to_string()).unwrap();
-    let (large, small) = (sparse_file("above-the-limit.bin", 200 << 20), file(20 * MIB));
-    let script = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", group.display());
-    let load = |heap: &str, path: &Path| {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", &script, "sh", "/bin/dmaload", "load", "--heap", heap]).arg(path).output().unwrap()
-    };
-    for heap in ["memfd", "udmabuf"] {
-        fails(&load(heap, &large), &["more bytes are needed", "dmaload-limit/memory.max"]);
-        let output = load(heap, &small);
-        assert!(output.status.success(), "{}", stderr(&output));
+/// A memory cgroup of version 2, and how processes get into it.
+struct MemoryGroup(PathBuf);
+
+impl MemoryGroup {
+    fn new(parent: &Path, name: &str, limits: &[(&str, usize)]) -> Self {
+        let group = MemoryGroup(parent.join(name));
+        std::fs::create_dir(&group.0).unwrap();
+        for (file, bytes) in limits {
+            std::fs::write(group.0.join(file), bytes.to_string()).unwrap();
+        }
+        group
     }
+
+    fn load(&self, options: &[&str], path: &Path) -> Command {
+        let script = format!("echo $$ >{}/cgroup.procs && exec \"$@\"", self.0.display());
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &script, "sh", "/bin/dmaload", "load"]).args(options).arg(path);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// How many processes the kernel has killed here.
+    #[track_caller]
+    fn assert_none_was_killed(&self) {
+        let events = std::fs::read_to_string(self.0.join("memory.events")).unwrap();
+        assert!(events.lines().any(|line| line == "oom_kill 0"), "{events}");
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+const GROUPS: &str = "/sys/fs/cgroup";
+
+/// The kernel's own answer to `memory.max` would be SIGKILL, and to `memory.high` a load that hardly goes on. Of a group's own
+/// limits and those of the groups above it the lowest counts.
+#[test]
+fn limits_of_cgroups_v2_are_refused_before_they_are_met() {
+    let (large, small) = (sparse_file("above-the-limit.bin", 200 << 20), file(20 * MIB));
+    for (above, own, told) in [
+        (&[][..], &[("memory.max", 120 * MIB)][..], "limit/own/memory.max is 125829120"),
+        (&[], &[("memory.high", 120 * MIB), ("memory.max", 400 * MIB)], "limit/own/memory.high is 125829120"),
+        (&[("memory.max", 120 * MIB)], &[], "limit/memory.max is 125829120"),
+        (&[("memory.high", 120 * MIB)], &[("memory.max", 400 * MIB)], "limit/memory.high is 125829120"),
+    ] {
+        let outer = MemoryGroup::new(Path::new(GROUPS), "limit", above);
+        std::fs::write(outer.0.join("cgroup.subtree_control"), "+memory").unwrap();
+        let group = MemoryGroup::new(&outer.0, "own", own);
+        for heap in ["memfd", "udmabuf"] {
+            fails(&group.load(&["--heap", heap], &large).output().unwrap(), &["more bytes are needed", told]);
+            let output = group.load(&["--heap", heap], &small).output().unwrap();
+            assert!(output.status.success(), "{told}: {}", stderr(&output));
+        }
+        group.assert_none_was_killed();
+    }
+    // What another process of the group holds is not free.
+    let group = MemoryGroup::new(Path::new(GROUPS), "limit", &[("memory.max", 200 * MIB)]);
+    let path = file(64 * MIB);
+    let mut holder = group.load(&["--quiet"], &path);
+    let mut holder = holder.args(["--exec", "sh", "-c", "echo held; read -r line"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(holder.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "held\n");
+    let larger = sparse_file("beside-another.bin", 120 << 20);
+    fails(&group.load(&[], &larger).output().unwrap(), &["more bytes are needed", "limit/memory.max is 209715200"]);
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    let output = group.load(&[], &larger).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    group.assert_none_was_killed();
+    std::fs::remove_file(larger).unwrap();
     std::fs::remove_file(large).unwrap();
-    std::fs::remove_dir(group).unwrap();
+}
+
+/// Each finds enough room when it begins, and all of them together do not: the kernel kills none of them.
+#[test]
+fn loads_at_once_in_one_cgroup_v2_fail_with_numbers_and_none_is_killed() {
+    let paths = [120_u64, 150, 180, 200].map(|mib| sparse_file(&format!("{mib}-mib.bin"), mib << 20));
+    let (mut succeeded, mut failed) = (0, 0);
+    for options in [&["--heap", "memfd"][..], &["--heap", "udmabuf"], &["--heap", "anon", "--segment-size", "2MiB"]] {
+        let group = MemoryGroup::new(Path::new(GROUPS), "at-once", &[("memory.max", 300 * MIB)]);
+        let running: Vec<_> = paths.iter().map(|path| group.load(options, path).spawn().unwrap()).collect();
+        let done: Vec<_> = running.into_iter().map(|load| load.wait_with_output().unwrap()).collect();
+        group.assert_none_was_killed();
+        for output in &done {
+            if output.status.success() {
+                succeeded += 1;
+            } else {
+                fails(output, &["more bytes are needed", "at-once/memory.max is 314572800"]);
+                failed += 1;
+            }
+        }
+    }
+    assert!(succeeded > 0 && failed > 0, "{succeeded} loads succeeded, {failed} failed");
+    // Each has room where it is alone.
+    let group = MemoryGroup::new(Path::new(GROUPS), "at-once", &[("memory.max", 300 * MIB)]);
+    for path in &paths {
+        let output = group.load(&[], path).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        std::fs::remove_file(path).unwrap();
+    }
+    group.assert_none_was_killed();
+    row(
+        "faults",
+        &[
+            "memfd, udmabuf, anon",
+            "four loads in a cgroup with room for one or two",
+            "those without room fail with the numbers; none is killed",
+        ],
+    );
 }
 
 #[test]

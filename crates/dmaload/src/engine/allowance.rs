@@ -26,9 +26,14 @@ const BUDGET_BYTES: u64 = 64 << 20;
 const BUDGET_TIME: Duration = Duration::from_millis(200);
 /// The part of what is free that a process takes without a turn.
 const PART_WITHOUT_TURN: u64 = 16;
-/// How long a turn is waited for: others hold it for the milliseconds that an allocation takes. It is not worth more, since anybody
-/// who may open the folder may keep it locked.
+/// How long a turn is waited for while nothing is allocated: others hold it for the milliseconds that an allocation takes. It is
+/// not worth more, since anybody who may open the folder may keep it locked.
 const TURN_PATIENCE: Duration = Duration::from_secs(1);
+/// How long while something is: on a machine that is short of memory or of processors, the turns of a few processes take seconds.
+const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
+/// How often it is looked whether something is allocated, and how much that must be.
+const TURN_LOOK: Duration = Duration::from_millis(100);
+const TURN_LOOK_BYTES: u64 = 1 << 20;
 /// How long nothing waits for a turn after one could not be had.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes of one group run out of memory at the same time, the first one to give up makes room for the others. So each
@@ -75,13 +80,26 @@ struct Turn(#[expect(dead_code, reason = "closing it ends the turn")] OwnedFd);
 
 impl Turn {
     /// Waits for it; `None` where it can't be had.
-    fn wait(place: &Path) -> Option<Self> {
+    fn wait(place: &Path, look: impl Fn() -> Option<Headroom>) -> Option<Self> {
         let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        let deadline = Instant::now() + TURN_PATIENCE;
+        let start = Instant::now();
+        let (mut deadline, mut next_look, mut free) = (start + TURN_PATIENCE, start, u64::MAX);
         loop {
             match flock(&descriptor, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Some(Turn(descriptor)),
-                Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(1));
+                    let now = Instant::now();
+                    if next_look <= now {
+                        let seen = look().map_or(free, |seen| seen.available_bytes);
+                        if seen.abs_diff(free) >= TURN_LOOK_BYTES {
+                            // Those who have turns allocate, or free.
+                            deadline = (now + TURN_PATIENCE).min(start + TURN_PATIENCE_MAX);
+                            free = seen;
+                        }
+                        next_look = now + TURN_LOOK;
+                    }
+                }
                 Err(errno) => {
                     let errno = dmabuf::errno::describe(errno);
                     foreign::emit(|| {
@@ -147,7 +165,7 @@ impl Allowance {
             if waits {
                 // Also where there is no room: another process may have failed and be freeing its memory.
                 drop(state);
-                turn = Turn::wait(&seen.place);
+                turn = Turn::wait(&seen.place, &look);
                 state = self.state();
                 if turn.is_none() {
                     state.no_turn_until = Some(Instant::now() + WITHOUT_TURNS);
@@ -261,10 +279,34 @@ mod tests {
         }
     }
 
+    /// Slow processes: each holds its turn for longer than the others wait while nothing happens.
+    #[test]
+    fn turns_that_take_long_are_waited_for_while_others_allocate() {
+        const MIB: u64 = 1 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let taken = AtomicU64::new(0);
+        let without = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+                    let look = || Some(seen((200 * MIB).saturating_sub(taken.load(Ordering::SeqCst)), folder.path()));
+                    let granted = allowance.grant(16 * MIB, || (), look, NOW).unwrap();
+                    without.fetch_add(u64::from(granted._turn.is_none()), Ordering::SeqCst);
+                    for _ in 0..8 {
+                        thread::sleep(TURN_PATIENCE / 10);
+                        taken.fetch_add(2 * MIB, Ordering::SeqCst);
+                    }
+                });
+            }
+        });
+        assert_eq!(without.load(Ordering::SeqCst), 0, "some went on without a turn");
+    }
+
     #[test]
     fn turn_that_somebody_keeps_is_not_waited_for_again() {
         let folder = tempfile::tempdir().unwrap();
-        let kept = Turn::wait(folder.path()).unwrap();
+        let kept = Turn::wait(folder.path(), || None).unwrap();
         let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
         let look = || Some(seen(100, folder.path()));
         let start = Instant::now();
