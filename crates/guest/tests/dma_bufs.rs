@@ -13,6 +13,7 @@ use common::{
     with_mapping,
 };
 use dmabuf::Pages;
+use dmaload::heap::FromDescriptors;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach_blocking};
 use dmaload::{Attempt, Error, Layout, Loader, Route};
 use dmaload_guest::{command, kernel, row};
@@ -354,6 +355,67 @@ fn check_inherited() {
         at += len;
     }
     assert_eq!(at, LARGE);
+}
+
+/// Dma-bufs as a vendor's library gives them: by descriptor, with what was below them closed.
+fn by_descriptor(source: &str, bytes: usize) -> Result<OwnedFd, Errno> {
+    let dma_buf = match source {
+        "udmabuf" => {
+            let memfd = dmabuf::Memfd::create("vendor", bytes).map_err(|error| error.errno)?;
+            dmabuf::Udmabuf::open().unwrap().create(dmabuf::Part { memfd: &memfd, offset: 0, bytes })
+        }
+        name => dmabuf::DmaHeap::open(name).unwrap().allocate(bytes),
+    };
+    Ok(dma_buf.map_err(|error| error.errno)?.into())
+}
+
+#[test]
+fn a_vendors_dma_bufs_by_descriptor_equal_the_file() {
+    for source in ["udmabuf", "system"] {
+        // SAFETY: each dma-buf is of new memory, and nothing else has a descriptor or a mapping of it.
+        #[allow(unsafe_code)]
+        let heap = unsafe { FromDescriptors::new(format!("vendor-{source}"), move |bytes| by_descriptor(source, bytes)) };
+        let loader = Loader::builder().heap(heap).segment_bytes(SEGMENT as u64).dma_buf(true).build().unwrap();
+        for layout in [Layout::Segmented, Layout::Single] {
+            for len in [1, SEGMENT + 1, 3 * SEGMENT] {
+                let what = format!("{source}, {layout}, {len} bytes");
+                let image = load(&loader, &file(len), loader.options().layout(layout)).unwrap();
+                assert_same(&image.files()[0].bytes().unwrap(), &original()[..len], &what);
+                assert_dma_bufs(image.segments(), &original()[..len], &what);
+                let report = image.report();
+                assert_eq!((report.heap.as_str(), report.route), (format!("vendor-{source}").as_str(), Route::Bounce), "{what}");
+            }
+        }
+        shut_down(loader);
+        let name = format!("descriptors of {source}");
+        row("handing", &[&name, "a vendor's allocator (FromDescriptors)", "a mapping", "equal"]);
+    }
+}
+
+#[test]
+fn what_a_vendor_must_not_give_fails_the_load_by_its_name() {
+    type Allocate = fn(usize) -> Result<OwnedFd, Errno>;
+    let allocators: [(Allocate, &str); 5] = [
+        (|bytes| by_descriptor("system", bytes - dmabuf::page_bytes()), "cannot take a shorter dma-buf in place"),
+        (|bytes| Ok(dmabuf::Memfd::create("vendor", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()), "ENOTTY"),
+        (
+            // Its descriptor allows no writing.
+            |bytes| Ok(dmabuf::DmaHeap::open("system").unwrap().allocate_with(bytes, 0, 0).unwrap().into()),
+            "EACCES",
+        ),
+        (|_| Err(Errno::NOSYS), "cannot allocate a dma-buf"),
+        (|_| Ok(std::fs::File::open("/dev/null").unwrap().into()), "vendor: cannot"),
+    ];
+    for (allocate, expected) in allocators {
+        // SAFETY: no segment is shown of these.
+        #[allow(unsafe_code)]
+        let heap = unsafe { FromDescriptors::new("vendor", allocate) };
+        let loader = Loader::builder().heap(heap).segment_bytes(SEGMENT as u64).build().unwrap();
+        let error = load(&loader, &file(3 * SEGMENT), loader.options()).unwrap_err();
+        let text = error.to_string();
+        assert!(text.starts_with("vendor: ") && text.contains(expected), "{expected}: {text}");
+        shut_down(loader);
+    }
 }
 
 #[test]
