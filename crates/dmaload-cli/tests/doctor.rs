@@ -33,6 +33,20 @@ fn a_trial_that_lacks_descriptors_says_nothing_of_loads() {
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
     assert!(unknown > 0, "no limit was too low for the trial");
+    // It does not deny what a load can do, and a damaged model is one under any limit.
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5000);
+    let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
+    for limit in 8..=16 {
+        let limited = |command: &Command| run(&mut common::limited(command, &format!("-n {limit}")));
+        let load = limited(dmaload(["load"]).arg(&path));
+        let told = limited(&doctor(Some(&path)));
+        match &told.json()["load"]["works"] {
+            Value::Null => drop(told.exits(1)),
+            works => assert_eq!((works.as_bool(), told.code), (Some(load.code == Some(0)), load.code), "{limit}: {load}"),
+        }
+        assert_eq!(limited(&doctor(Some(&broken))).exits(1).json()["load"]["works"], false, "{limit}");
+    }
 }
 
 #[test]
@@ -141,7 +155,7 @@ fn what_is_told_is_what_a_load_gets() {
 #[test]
 fn the_screen_is_one() {
     let folder = folder();
-    let screen = run(dmaload(["doctor"]).arg(folder.path())).succeeds().text();
+    let screen = run(dmaload(["doctor"]).arg(folder.path())).exits(1).text();
     for word in
         ["kernel ", "io_uring ", "memlock ", "memory ", "huge pages ", "memfd ", "anon ", "udmabuf ", "load ", "--dma-buf "]
     {
@@ -181,12 +195,13 @@ fn missing_devices_are_told_and_how_to_get_them() {
 #[test]
 fn who_refuses_io_uring_is_told_and_the_load_works() {
     let folder = folder();
+    let small = random_file(folder.path(), "small.bin", 5000);
     for (call, errno, name, route) in [
         (SETUP, libc::EPERM, "EPERM", "pread-direct"),
         (SETUP, libc::ENOSYS, "ENOSYS", "pread-direct"),
         (REGISTER, libc::EPERM, "EPERM", "uring-direct"),
     ] {
-        let json = run(&mut refusing(doctor(Some(folder.path())), call, errno)).succeeds().json();
+        let json = run(&mut refusing(doctor(Some(&small)), call, errno)).succeeds().json();
         let (ring, table) = (&json["io_uring"], &json["io_uring"]["features"]["buffer_table"]);
         assert_eq!(ring["cause"], "seccomp", "{json:#}");
         assert_eq!(ring["available"], call != SETUP);
@@ -252,7 +267,8 @@ fn root_is_not_held_back_by_the_limit() {
 #[test]
 fn small_pages_are_told_and_how_to_get_larger_ones() {
     let folder = folder();
-    let json = run(&mut on_small_pages(doctor(Some(folder.path())))).succeeds().json();
+    let small = random_file(folder.path(), "small.bin", 5000);
+    let json = run(&mut on_small_pages(doctor(Some(&small)))).succeeds().json();
     assert_eq!(json["huge_pages"]["obtained_bytes"], 4096, "{json:#}");
     assert_eq!(json["huge_pages"]["denied_to_process"], true);
     assert_eq!(heap(&json, "memfd")["page_size_bytes"], 4096);
@@ -288,7 +304,7 @@ fn a_file_system_without_direct_reads_is_told() {
     let about = &json["path"];
     assert_eq!((about["file_system"].as_str(), about["o_direct"].as_bool()), (Some("sysfs"), Some(false)), "{json:#}");
     assert_eq!((about["o_direct_errno"].as_str(), about["first_read"].as_bool()), (Some("EINVAL"), Some(true)));
-    assert!(json["load"]["reason"].as_str().unwrap().contains("it ends before the 4096 bytes"), "{json:#}");
+    assert!(json["load"]["reason"].as_str().unwrap().contains("has no bytes at offset"), "{json:#}");
     assert!(json["trial"]["not_beside_path"].is_string(), "{json:#}");
     assert!(json["advice"][0]["change"].as_str().unwrap().contains("O_DIRECT"), "{json:#}");
 }
@@ -484,6 +500,52 @@ fn doctor_and_load_agree_on_every_file() {
     let screen = run(dmaload(["doctor"]).arg(folder.path().join("lfs.safetensors"))).exits(1).text();
     let screen: Vec<_> = screen.split_whitespace().collect();
     assert!(screen.join(" ").contains("would fail") && screen.join(" ").contains("git lfs pull"), "{screen:?}");
+}
+
+#[test]
+fn doctor_and_load_agree_on_every_folder() {
+    let whole = &files_of_all_kinds()[0].1;
+    let folders: [&[(&str, &[u8])]; 8] = [
+        &[],
+        &[(".hidden.safetensors", whole)],
+        &[("README.md", b"# a model")],
+        &[("model.safetensors", whole)],
+        &[("model-00001-of-00002.safetensors", whole)],
+        &[("a.safetensors", whole), ("b.safetensors", whole)],
+        &[("model.safetensors", b"")],
+        &[("model.safetensors.index.json", b"{")],
+    ];
+    let mut works = 0;
+    for files in folders {
+        let folder = folder();
+        files.iter().for_each(|(name, bytes)| drop(common::file(folder.path(), name, bytes)));
+        let loaded = run(dmaload(["load", "--json"]).arg(folder.path()));
+        let told = run(&mut doctor(Some(folder.path())));
+        assert_eq!(told.code, loaded.code, "{told}\n{loaded}");
+        let (told, loaded) = (told.json(), loaded.json());
+        assert_eq!(told["load"]["works"], loaded["error"].is_null(), "{told:#}");
+        works += usize::from(loaded["error"].is_null());
+        let reason = told["load"]["reason"].as_str().unwrap_or_default();
+        assert!(reason.contains(loaded["error"].as_str().unwrap_or_default()), "{reason}\n{loaded:#}");
+    }
+    assert_eq!(works, 1);
+}
+
+/// Files whose file system states a length that they do not have.
+#[test]
+fn doctor_inspect_and_load_agree_on_lengths_that_are_made_up() {
+    let files = ["/sys/kernel/mm/transparent_hugepage/enabled", "/proc/self/status", "/proc/version"].map(Path::new);
+    for path in files.into_iter().filter(|path| path.exists()) {
+        let loaded = run(dmaload(["load", "--json"]).arg(path)).exits(1).json();
+        let error = loaded["error"].as_str().unwrap();
+        let inspected = run(dmaload(["inspect", "--json"]).arg(path)).exits(1).json();
+        let doctor = run(&mut doctor(Some(path))).exits(1).json();
+        let told = doctor["load"]["reason"].as_str().or(doctor["error"].as_str()).unwrap();
+        // Where it ends is found out in other steps.
+        let words = if error.contains("has no bytes at offset") { "has no bytes at offset" } else { error };
+        assert!(told.contains(words) && inspected["error"].as_str().unwrap().contains(words), "{told}\n{inspected:#}\n{error}");
+        assert_eq!(inspected["hint"], loaded["hint"]);
+    }
 }
 
 /// The same command where another file system hides procfs.

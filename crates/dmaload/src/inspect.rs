@@ -18,13 +18,15 @@ pub struct Inspected {
     pub tensors: Option<TensorMap>,
 }
 
-/// Reads a file's header, and nothing else of it. Blocks for as long as that takes.
+/// Reads a file's header, and nothing else of it; of file systems whose lengths may be made up, the last byte, too. Blocks for as
+/// long as that takes.
 ///
 /// # Errors
-/// When the file can't be opened or read, or its header is wrong.
+/// When the file can't be opened or read, its header is wrong, or its file system states a length that it has not.
 pub fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
     let file = OpenFile::open(path.as_ref())?;
     let tensors = read_header(&file, 0..file.identity.bytes, format)?;
+    file.check_length()?;
     Ok(Inspected { bytes: file.identity.bytes, tensors })
 }
 

@@ -410,6 +410,34 @@ impl OpenFile {
         }
     }
 
+    /// Fails unless the file ends where its length says, where a file system may state another one. For those who read its header
+    /// only: a load finds out by reading all of it.
+    pub(crate) fn check_length(&self) -> Result<()> {
+        let planned_bytes = self.identity.bytes;
+        if self.ring_refused.is_none() || planned_bytes == 0 {
+            return Ok(());
+        }
+        let has_byte_at = |offset| match self.read_exact(&mut [0], offset) {
+            Ok(()) => Ok(true),
+            Err(Error::Ended { .. }) => Ok(false),
+            Err(error) => Err(error),
+        };
+        if has_byte_at(planned_bytes - 1)? {
+            return self.check_end(&self.identity);
+        }
+        // Its real end is the first offset without a byte.
+        let (mut start, mut end) = (0, planned_bytes - 1);
+        while start < end {
+            let middle = start.midpoint(end);
+            if has_byte_at(middle)? {
+                start = middle + 1;
+            } else {
+                end = middle;
+            }
+        }
+        Err(Error::Ended { path: self.path.clone(), offset: end, planned_bytes, route: Route::Buffered })
+    }
+
     /// Replaces an error about the file's content if the file has changed since it was `planned`:
     /// a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {

@@ -3,14 +3,13 @@
 
 mod common;
 
-use common::{RaisedLimit, disk, file};
+use common::{RaisedLimit, file};
 use dmaload_guest::{command, kernel, row};
 use serde_json::Value;
 
 fn doctor(arguments: &[&str]) -> Value {
-    // Empty: a folder of files that are no model is one that `load` refuses, and doctor says so.
-    let place = disk().join("doctor");
-    std::fs::create_dir_all(&place).unwrap();
+    // A file: a folder without a model is one that `load` refuses, and doctor says so.
+    let place = file(4097);
     let mut all = vec!["doctor", "--json", place.to_str().unwrap()];
     all.extend(arguments);
     let output = command(&all);

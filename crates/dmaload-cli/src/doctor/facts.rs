@@ -1,7 +1,7 @@
 //! What was found out, as plain data.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -101,12 +101,7 @@ impl PathFacts {
             Some(probe::file(path)?)
         };
         let load = match dmaload::inspect_model(path, Format::Auto) {
-            Ok(_) if file.is_some() && ends_early(path, metadata.len()) => {
-                Err(format!("it ends before the {} bytes that its file system says it has", metadata.len()))
-            }
             Ok(files) => Ok(files.iter().map(|(_, inspected)| inspected.bytes).sum()),
-            // A folder may be asked about before there is anything in it.
-            Err(Error::NoModel { .. }) if file.is_none() && is_empty(path) => Ok(0),
             Err(error) => Err(match errors::hint(&error) {
                 Some(hint) => format!("{error}; {hint}"),
                 None => error.to_string(),
@@ -128,19 +123,6 @@ impl PathFacts {
             _ => Path::new("."),
         }
     }
-}
-
-/// Whether a file lacks its last byte: the lengths of files of sysfs and their like are made up. What can't be read is
-/// found out by others.
-fn ends_early(path: &Path, bytes: u64) -> bool {
-    let last = |file: fs::File| file.read_at(&mut [0], bytes.saturating_sub(1));
-    bytes > 0 && fs::File::open(path).and_then(last).is_ok_and(|read| read == 0)
-}
-
-/// Whether a folder has no files but hidden ones.
-fn is_empty(folder: &Path) -> bool {
-    let names = fs::read_dir(folder).map(|names| names.flatten().map(|entry| entry.file_name()));
-    names.is_ok_and(|mut names| names.all(|name| name.as_encoded_bytes().starts_with(b".")))
 }
 
 impl DmaBuf {

@@ -46,14 +46,14 @@ pub(crate) fn object(facts: &Facts) -> Value {
         "heaps": facts.trial.heaps.iter().map(heap).collect::<Vec<_>>(),
         "path": facts.path.as_ref().map(|path| self::path(facts, path)),
         "load": {
-            "works": load.is_ok(),
+            "works": verdict::works(&load),
             "heap": "memfd",
             "route": expected.map(|expected| expected.route.name()),
             "page_size_bytes": expected.and_then(|expected| expected.page_bytes),
             "reason": load.as_ref().err().or(expected.and_then(|expected| expected.because.as_ref())),
         },
         "dma_buf": {
-            "works": dma_buf.is_ok(),
+            "works": verdict::works(&dma_buf),
             "heap": facts.dma_buf.heap,
             "route": dma_buf.as_ref().ok().map(|expected| expected.route.name()),
             "reason": dma_buf.as_ref().err().unwrap_or(&facts.dma_buf.reason),

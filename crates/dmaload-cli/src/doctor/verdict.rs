@@ -17,6 +17,15 @@ const SEGMENT_BYTES: u64 = 64 << 20;
 /// How the reason begins where it was not found out whether a load would work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";
 
+/// For programs: whether a load would work; `None` where that was not found out.
+pub(crate) fn works<T>(verdict: &Result<T, String>) -> Option<bool> {
+    match verdict {
+        Ok(_) => Some(true),
+        Err(reason) if reason.starts_with(UNKNOWN) => None,
+        Err(_) => Some(false),
+    }
+}
+
 /// A load that would work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Expected {
@@ -35,20 +44,22 @@ pub(crate) fn load(facts: &Facts) -> Result<Expected, String> {
 pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
     match &facts.dma_buf.heap {
         Some(heap) => on_heap(facts, heap),
+        None if facts.dma_buf.reason.contains("EMFILE") => Err(format!("{UNKNOWN}: {}", facts.dma_buf.reason)),
         None => Err(facts.dma_buf.reason.clone()),
     }
 }
 
 fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
+    // Before the trial, which may lack descriptors: that says nothing of the path.
+    if let Some(Err(reason)) = facts.path.as_ref().map(|path| &path.load) {
+        return Err(reason.clone());
+    }
     let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
     let loaded = tried.outcome.as_ref().map_err(|reason| match reason.contains("EMFILE") {
         // The file that was tried and what else was looked at have descriptors, too, and a load has not.
         true => format!("{UNKNOWN}: its own trial needs more open files than the limit (ulimit -n) allows: {heap}: {reason}"),
         false => format!("{heap}: {reason}"),
     })?;
-    if let Some(Err(reason)) = facts.path.as_ref().map(|path| &path.load) {
-        return Err(reason.clone());
-    }
     let segment_bytes = path_file(facts).map_or(SEGMENT_BYTES, |file| file.bytes.min(SEGMENT_BYTES));
     if let Some(limit) = facts.file_size_limit.filter(|&limit| limit < segment_bytes && matches!(heap, "memfd" | "udmabuf")) {
         return Err(format!("the limit of file sizes (ulimit -f) is {}, and counts for memory files, too", bytes(limit)));
