@@ -91,6 +91,7 @@ fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
+            Ok(()) if sys::stdout_was_closed() => ExitCode::FAILURE,
             Ok(()) => ExitCode::SUCCESS,
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,

@@ -20,7 +20,7 @@ struct OutputError(io::Error);
 #[derive(Debug)]
 pub(crate) struct Stdout(StdoutLock<'static>);
 
-/// Locks standard output.
+/// Locks standard output. Where it was closed when the program was started, writing to it fails.
 #[allow(clippy::disallowed_methods, reason = "the one place")]
 pub(crate) fn stdout() -> Stdout {
     Stdout(io::stdout().lock())
@@ -33,6 +33,9 @@ fn named(error: io::Error) -> io::Error {
 
 impl Write for Stdout {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if crate::sys::stdout_was_closed() {
+            return Err(named(rustix::io::Errno::BADF.into()));
+        }
         match self.0.write(bytes) {
             // `write_all` tries these again, and knows them by their kind.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),

@@ -540,6 +540,44 @@ fn model_of_more_files_than_descriptors_loads() {
     run(&mut limited(&command, "-n 32")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
 }
 
+/// Whatever is loaded, and however it is laid out: the advice is the limit itself, for no other option helps.
+#[test]
+fn few_descriptors_have_the_same_advice_for_every_way_to_load() {
+    let folder = folder();
+    let tensors: Vec<_> = (0..32).map(|number| (format!("t{number}"), number << 21)).collect();
+    let entry = |(name, at): &(String, usize)| {
+        format!(r#""{name}":{{"dtype":"U8","shape":[{}],"data_offsets":[{at},{}]}}"#, 2 << 20, at + (2 << 20))
+    };
+    let header = format!("{{{}}}", tensors.iter().map(entry).collect::<Vec<_>>().join(","));
+    let path = common::safetensors(folder.path(), "model.safetensors", header.as_bytes(), 64 * MIB);
+    for options in [
+        &["--layout", "tensors"][..],
+        &["--no-pack"],
+        &["--tensors", "{t?,t1?,t2?}"],
+        &["--tensors", "t*", "--layout", "tensors"],
+        &["--range", "1MiB..60MiB"],
+        &["--rank", "0", "--world-size", "2"],
+        &["--rank", "1", "--world-size", "2", "--shard-dim", "0"],
+    ] {
+        let mut command = load(&path);
+        command.args(common::SMALL_SEGMENTS).args(options);
+        for files in [4, 6, 8, 11, 14] {
+            let done =
+                run(&mut limited(&command, &format!("-n {files}"))).fails(1, &[text(&path), "EMFILE", "raise it (ulimit -n)"]);
+            let advice: Vec<_> = done.stderr.split_whitespace().filter(|word| word.starts_with("--")).collect();
+            assert!(advice.is_empty() && !done.stderr.contains("segment"), "{done}");
+        }
+        run(&mut limited(&command, "-n 128")).succeeds();
+    }
+    // Each small file has a descriptor of its own.
+    let small: Vec<_> = (0..40).map(|number| random_file(folder.path(), &format!("{number}.bin"), 5000)).collect();
+    let mut command = load(&small[0]);
+    command.args(&small[1..]).arg("--no-pack");
+    let done = run(&mut limited(&command, "-n 30")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
+    assert!(!done.stderr.contains("--"), "{done}");
+    run(&mut limited(&command, "-n 128")).succeeds();
+}
+
 /// All segments of one memfd need one descriptor: the hint's way out is one.
 #[test]
 fn a_single_segment_needs_few_descriptors() {
@@ -692,6 +730,35 @@ fn a_full_standard_output_is_an_error() {
         let full = fs::File::options().write(true).open("/dev/full").unwrap();
         let child = dmaload(command).arg(&path).stdout(full).stderr(std::process::Stdio::piped()).spawn().unwrap();
         common::finish(format!("dmaload {command:?} > /dev/full"), child).fails(1, &["cannot write to standard output: ENOSPC"]);
+    }
+}
+
+/// The runtime opens /dev/null in the place of what was closed: what is written there would be lost without a word.
+#[test]
+fn a_closed_standard_output_is_an_error() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", MIB);
+    let closing = |arguments: &[&str]| {
+        let command = dmaload(arguments);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec \"$@\" >&-", "sh"]).arg(command.get_program()).args(command.get_args());
+        shell
+    };
+    for command in [&["load"][..], &["cat"], &["inspect"], &["manifest"], &["doctor"]] {
+        run(closing(command).arg(&path)).fails(1, &["cannot write to standard output: EBADF"]);
+        let mut json = closing(command);
+        let done = run(json.arg("--json").arg(&path));
+        assert!(done.stderr.contains("EBADF") || done.code == Some(2), "{done}");
+        run(dmaload(command).arg(&path)).succeeds();
+    }
+    run(&mut closing(&["--help"])).exits(1);
+    // Nothing is written, so nothing is lost.
+    run(closing(&["load", "--quiet"]).arg(&path)).exits(0);
+    // Who wants it nowhere says so.
+    for nowhere in [">/dev/null", "1<>/dev/null"] {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("exec \"$@\" {nowhere}"), "sh", env!("CARGO_BIN_EXE_dmaload"), "cat"]);
+        run(shell.arg(&path)).succeeds();
     }
 }
 
