@@ -47,12 +47,37 @@ impl fmt::Display for Named<'_> {
     }
 }
 
-/// An error with its causes, outermost first. Errors that have told their cause already don't tell it again.
+/// An error with its causes, outermost first, in the words of this command line. Errors that have told their cause already don't
+/// tell it again.
 pub(crate) fn told(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
+    let told = error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
         told if told.is_empty() => next,
         told if told.contains(&next) => told,
         told => format!("{told}: {next}"),
+    });
+    in_flags(told)
+}
+
+/// What the library's errors call its functions, and what they are called here.
+const FUNCTIONS: [(&str, &str); 3] = [
+    ("ServerOptions::allow_user", "--allow-user"),
+    ("AttachOptions::trust_user", "--trust-user"),
+    ("UdmabufHeap::open_despite_bug", "--despite-udmabuf-bug"),
+];
+
+/// The same text with flags in the place of functions: `f(7)` is `--f 7`, and `f` is `--f`.
+fn in_flags(text: String) -> String {
+    FUNCTIONS.iter().fold(text, |text, (function, flag)| {
+        let mut parts = text.split(function);
+        let mut told = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let argument = part.strip_prefix('(').and_then(|part| part.split_once(')'));
+            match argument.filter(|(argument, _)| argument.bytes().all(|byte| byte.is_ascii_digit())) {
+                Some((argument, rest)) => told.push_str(&format!("{flag} {argument}{rest}")),
+                None => told.push_str(&format!("{flag}{part}")),
+            }
+        }
+        told
     })
 }
 
@@ -131,6 +156,18 @@ mod tests {
         struct Outer(#[source] io::Error);
         let error = anyhow::Error::new(Outer(io::Error::other("torn"))).context("a.bin");
         assert_eq!(told(&error), "a.bin: reading failed: torn");
+    }
+
+    #[test]
+    fn functions_of_the_library_are_told_as_flags() {
+        for (text, expected) in [
+            ("allow it (ServerOptions::allow_user(1234)), or", "allow it (--allow-user 1234), or"),
+            ("allow it (ServerOptions::allow_user)", "allow it (--allow-user)"),
+            ("AttachOptions::trust_user(7) or AttachOptions::trust_user(8", "--trust-user 7 or --trust-user(8"),
+            ("use UdmabufHeap::open_despite_bug only if", "use --despite-udmabuf-bug only if"),
+        ] {
+            assert_eq!(in_flags(text.to_owned()), expected);
+        }
     }
 
     #[test]

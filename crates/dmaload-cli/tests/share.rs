@@ -5,22 +5,22 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{digest_of, dmaload, folder, is_root, random_file, run, sha256sum, skip};
+use common::{Ended, digest_of, dmaload, folder, is_root, random_file, run, sha256sum, skip};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A server that has said that it serves.
-fn serving(arguments: &[&str], socket: &Path, paths: &[&Path]) -> Child {
+fn serving(arguments: &[&str], socket: &Path, paths: &[&Path]) -> Ended {
     let mut command = dmaload(["serve"]);
-    let mut server = command.args(arguments).arg(socket).args(paths).stdout(Stdio::piped()).spawn().unwrap();
+    let mut server = Ended::spawn(command.args(arguments).arg(socket).args(paths).stdout(Stdio::piped()));
     let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().starts_with("serving ")), "it ended before it served");
     server
 }
 
-fn end(mut server: Child, socket: &Path) {
+fn end(mut server: Ended, socket: &Path) {
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
     assert!(server.wait().unwrap().success());
     assert!(!socket.exists(), "the socket is left behind");
@@ -81,7 +81,7 @@ fn socket_appears_with_the_image() {
     let path = random_file(folder.path(), "a.bin", 150_000_001);
     for round in 0..3 {
         let socket = folder.path().join(format!("socket{round}"));
-        let mut server = dmaload(["serve"]).arg(&socket).arg(&path).stdout(Stdio::null()).spawn().unwrap();
+        let mut server = Ended::spawn(dmaload(["serve"]).arg(&socket).arg(&path).stdout(Stdio::null()));
         let deadline = Instant::now() + Duration::from_secs(60);
         while !socket.exists() {
             assert!(server.try_wait().unwrap().is_none() && Instant::now() < deadline, "no socket");
@@ -113,7 +113,7 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     end(second, &socket);
     let large = random_file(folder.path(), "large.bin", 150_000_000);
     for delay in [0, 3, 10, 30, 60, 100] {
-        let mut server = dmaload(["serve"]).arg(&socket).arg(&large).stdout(Stdio::null()).spawn().unwrap();
+        let mut server = Ended::spawn(dmaload(["serve"]).arg(&socket).arg(&large).stdout(Stdio::null()));
         std::thread::sleep(Duration::from_millis(delay));
         kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
         server.wait().unwrap();

@@ -554,6 +554,39 @@ mod tests {
     use super::*;
     use crate::model::ForeignFile;
 
+    /// Programs have user interfaces of their own: the library's texts name its functions, and no flags of the command.
+    #[test]
+    fn texts_name_no_flags_of_the_command() {
+        fn look(folder: &std::path::Path, found: &mut Vec<String>) {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                // What replays a simulated world is for those who work on this.
+                if path.is_dir() && !path.ends_with("ring/sim") {
+                    look(&path, found);
+                }
+                if path.is_dir() {
+                    continue;
+                }
+                let text = std::fs::read_to_string(&path).unwrap();
+                let is_flag =
+                    |at: usize| text[..at].ends_with([' ', '(', '`', '"']) && text[at + 2..].starts_with(char::is_alphabetic);
+                let lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]"));
+                for line in lines.filter(|line| !line.trim_start().starts_with("//")) {
+                    let start = line.as_ptr().addr() - text.as_ptr().addr();
+                    let has_flag = line.match_indices("--").any(|(at, _)| is_flag(start + at));
+                    if has_flag || line.contains("`dmaload ") {
+                        found.push(format!("{}: {line}", printable::path(&path)));
+                    }
+                }
+            }
+        }
+        let mut found = Vec::new();
+        for folder in ["src", "../dmabuf/src"] {
+            look(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(folder), &mut found);
+        }
+        assert!(found.is_empty(), "{found:#?}");
+    }
+
     /// A title for the terminal's window, line breaks, text from right to left, C1's control sequences, bytes that are not UTF-8.
     fn hostile() -> (PathBuf, String) {
         use std::os::unix::ffi::OsStringExt;

@@ -345,7 +345,7 @@ impl UdmabufHeap {
         match pages {
             Pages::Huge if wrong => Err(Error::Config(
                 "on this kernel (Linux 6.11 to 6.15) drivers see wrong bytes in a udmabuf on 2 MiB pages: see docs/kernels.md, and \
-                 ask for them by --pages 2m --despite-udmabuf-bug only if no importer maps it into the kernel"
+                 use UdmabufHeap::open_despite_bug only if no importer maps it into the kernel"
                     .to_owned(),
             )),
             Pages::Auto if wrong => {

@@ -488,7 +488,7 @@ fn messages_of_a_server_that_lies_are_refused() {
         (vec![], closed),
         (vec![(reply(1, 1, 0, 0), some(0))], "does not understand the request"),
         (vec![(reply(1, 2, 0, 0), some(0))], "shares no image any more"),
-        (vec![(reply(1, 3, 1234, 0), some(0))], "(--allow-user 1234)"),
+        (vec![(reply(1, 3, 1234, 0), some(0))], "(ServerOptions::allow_user(1234))"),
         (vec![(reply(1, 6, 0, 0), some(0))], "the server is busy"),
         (vec![(names, some(0))], r#"name one of "\u{1b}]0;title\u{7}", "\u{fffd}""#),
     ];
@@ -577,12 +577,12 @@ fn client_that_cannot_connect_learns_what_helps() {
     let _server = Server::bind(folder.path().join("own"), ServerOptions::default()).unwrap();
     drop(std::os::unix::net::UnixListener::bind(folder.path().join("dead")).unwrap());
     let _other = std::os::unix::net::UnixListener::bind(folder.path().join("other")).unwrap();
-    assert!(refused("missing").contains("ENOENT") && refused("missing").contains("appears when it has loaded"));
+    assert!(refused("missing").contains("ENOENT") && refused("missing").contains("appears with the image"));
     assert!(refused("dead").contains("the server that made this socket has ended"), "{}", refused("dead"));
     assert!(refused("other").contains("the socket of another program"), "{}", refused("other"));
     if is_root() {
         let error = as_user(BOB, || refused("own"));
-        assert!(error.contains("EACCES") && error.contains("--allow-user"), "{error}");
+        assert!(error.contains("EACCES") && error.contains("(ServerOptions::allow_user)"), "{error}");
     }
 }
 
@@ -760,7 +760,7 @@ fn clients_trust_their_own_user_and_those_they_name() {
         let case = format!("server {server}, client {client}, map {map:?}, trusts {named:?}: {outcome}");
         let as_expected = match expectation {
             Ok(()) => outcome == expected,
-            Err(user) => outcome.contains(&format!("--trust-user {user})")),
+            Err(user) => outcome.contains(&format!("AttachOptions::trust_user({user}))")),
         };
         if !as_expected {
             wrong.push(case);
@@ -811,7 +811,7 @@ fn servers_serve_their_own_user_and_those_they_allow() {
             (Ok(attached), Ok(())) => {
                 assert_same(&attached.image.files()[0].bytes().unwrap(), &fs::read(&model).unwrap(), &case);
             }
-            (Err(error), Err(user)) if error.to_string().contains(&format!("--allow-user {user})")) => {}
+            (Err(error), Err(user)) if error.to_string().contains(&format!("ServerOptions::allow_user({user}))")) => {}
             (attached, _) => wrong.push(format!("{case}: {:?}", attached.map(|_| "attached"))),
         }
         drop(serving);

@@ -161,6 +161,37 @@ pub fn finish(command: String, child: Child) -> Done {
     done
 }
 
+/// A program that is ended with the test that has started it, also where that fails.
+pub struct Ended(Child);
+
+impl Ended {
+    pub fn spawn(command: &mut Command) -> Self {
+        Ended(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+    }
+}
+
+impl std::ops::Deref for Ended {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Ended {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // One that was waited for is signalled no more.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 impl Done {
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {

@@ -178,9 +178,9 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
 /// Why there is no connection, and what helps.
 fn not_connected(errno: Errno) -> String {
     let hint = match errno {
-        Errno::NOENT => "; the socket of `dmaload serve` appears when it has loaded",
+        Errno::NOENT => "; check the path, and whether the server has loaded: its socket appears with the image",
         Errno::CONNREFUSED => "; the server that made this socket has ended",
-        Errno::ACCESS => "; the server must allow this user (ServerOptions::allow_user, --allow-user)",
+        Errno::ACCESS => "; the server must allow this user (ServerOptions::allow_user)",
         Errno::PROTOTYPE => "; it is the socket of another program",
         Errno::AGAIN => "; the server does not accept connections",
         _ => "",
@@ -195,7 +195,7 @@ fn not_trusted(users: Users, server: u32) -> String {
     } else {
         "who could change what is shared"
     };
-    format!("the server is of user {server}, {reason}: name it to trust it (AttachOptions::trust_user, --trust-user {server})")
+    format!("the server is of user {server}, {reason}: name it to trust it (AttachOptions::trust_user({server}))")
 }
 
 /// What a server's refusal means. The names are the server's, so they are escaped.
@@ -216,7 +216,9 @@ fn refusal(reply: Reply, name: &str, names: &[String]) -> String {
         Status::Several => format!("the server shares several images: name one of {}", list()),
         Status::NotAllowed => {
             let user = reply.all;
-            format!("this user may not attach: the server sees user {user}, and must allow it (--allow-user {user})")
+            format!(
+                "this user may not attach: the server sees user {user}, and must allow it (ServerOptions::allow_user({user}))"
+            )
         }
         Status::NotYet => format!("the server has no image yet, after {PATIENCE:?}: try again when it has loaded"),
         Status::Busy => {
