@@ -151,6 +151,21 @@ fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
         notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
+    // A cut by bytes for more ranks than a file has blocks: the first ones have all.
+    for (name, header) in
+        [("small.bin", None), ("small.safetensors", Some(br#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#))]
+    {
+        let small = match header {
+            Some(header) => common::safetensors(folder.path(), name, header, 16),
+            None => random_file(folder.path(), name, 100),
+        };
+        for (rank, has_nothing) in [("0", false), ("1", true), ("8", true)] {
+            let json = run(load().args(["--rank", rank, "--world-size", "9"]).arg(&small)).succeeds().json();
+            let noted = json["notes"].to_string().contains("has nothing of the weights of one file");
+            assert_eq!((noted, numbers(&json).1 == 0), (has_nothing, has_nothing), "{rank}: {json:#}");
+        }
+    }
+    assert!(!notes(&["--rank", "1", "--world-size", "4"]).contains("has nothing"));
     // What is cut is a model: a damaged one is no less damaged in parts.
     let damaged =
         common::safetensors(folder.path(), "d.safetensors", br#"{"w":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#, 16);

@@ -51,6 +51,8 @@ pub(crate) struct Selector {
     met: Vec<bool>,
     /// Tensors that the cut between ranks does not leave as one might expect.
     odd: Odd,
+    /// Files of whose tensors, or bytes, the cut leaves nothing to this rank.
+    files_without: usize,
 }
 
 /// Tensors that a rank has a part of only, or nothing.
@@ -215,7 +217,7 @@ impl Select {
             return wrong("an empty range of bytes was asked for".to_owned());
         }
         let met = vec![false; patterns.as_ref().map_or(0, Vec::len)];
-        Ok(Selector { patterns, range: self.range.clone(), shard: self.shard, met, odd: Odd::default() })
+        Ok(Selector { patterns, range: self.range.clone(), shard: self.shard, met, odd: Odd::default(), files_without: 0 })
     }
 }
 
@@ -230,32 +232,49 @@ impl Selector {
         self.shard.is_some_and(|shard| shard.dim.is_none())
     }
 
-    /// Finds the tensors of a file that this rank's bytes have a part of only.
-    pub(crate) fn find_split(&mut self, map: &TensorMap, selected: &Selected) {
+    /// Finds what a cut by bytes does to a file and its tensors: those that this rank has a part of only, or whether it has
+    /// nothing.
+    pub(crate) fn look_at_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
         let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
-        for tensor in map {
+        let (mut has_any, mut is_touched) = (false, false);
+        for tensor in map.into_iter().flatten() {
             let Range { start, end } = tensor.file_range;
             let touched = own.iter().any(|own| own.start < end && start < own.end);
+            (has_any, is_touched) = (has_any || start < end, is_touched || touched);
             if touched && !own.iter().any(|own| own.start <= start && end <= own.end) {
                 self.odd.add(&tensor.name);
             }
         }
+        let has_nothing = if has_any { !is_touched } else { selected.wanted_bytes == 0 && !part.is_empty() };
+        self.files_without += usize::from(has_nothing);
     }
 
-    /// What the cut between ranks does to tensors that one might not expect.
-    pub(crate) fn note(&self) -> Option<String> {
-        let shard = self.shard?;
-        let Odd { count, first: Some(first) } = &self.odd else { return None };
+    /// What the cut between ranks does that one might not expect.
+    pub(crate) fn notes(&self) -> Vec<String> {
+        let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
-        let tensors = if *count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors, {first:?} first,") };
-        Some(match dim {
-            None => format!(
-                "{tensors} {} split between ranks: only a part of each is in part {rank} of {world_size} (cut along a \
-                 dimension to avoid that)",
-                if *count == 1 { "is" } else { "are" }
-            ),
-            Some(dim) => format!("nothing of {tensors} is in part {rank} of {world_size}: dimension {dim} is shorter than that"),
-        })
+        let odd = self.odd.first.as_ref().map(|first| {
+            let count = self.odd.count;
+            let tensors = if count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors, {first:?} first,") };
+            match dim {
+                None => format!(
+                    "{tensors} {} split between ranks: only a part of each is in part {rank} of {world_size} (cut along a \
+                     dimension to avoid that)",
+                    if count == 1 { "is" } else { "are" }
+                ),
+                Some(dim) => {
+                    format!("nothing of {tensors} is in part {rank} of {world_size}: dimension {dim} is shorter than that")
+                }
+            }
+        });
+        let without = (self.files_without > 0).then(|| {
+            let files = if self.files_without == 1 { "one file".to_owned() } else { format!("{} files", self.files_without) };
+            format!(
+                "part {rank} of {world_size} has nothing of the weights of {files}: each file is cut at blocks, and has too few of \
+                 them for all ranks"
+            )
+        });
+        odd.into_iter().chain(without).collect()
     }
 
     /// Whether it chooses tensors by their names.

@@ -472,14 +472,19 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
         // A first part without tensors, also where the second counts otherwise; no tensors at all.
         (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[("b", 1)])], ""),
-        (vec![part(0, 2, 1, &[]), part(1, 2, 2, &[("b", 1)])], ""),
+        (
+            vec![part(0, 2, 1, &[]), part(1, 2, 2, &[("b", 1)])],
+            "note: split.tensors.count is 2 in \"m-00002-of-00002.gguf\", but 1 in",
+        ),
+        (vec![gguf(&[("split.no", 0), ("split.count", 2)], &[]), part(1, 2, 1, &[("b", 1)])], ""),
+        (vec![gguf(&[("split.no", 0), ("split.count", 2)], &[]), part(1, 2, 5, &[("b", 1)])], "split.tensors.count is 5"),
         (vec![part(0, 2, 0, &[]), part(1, 2, 0, &[])], ""),
         (
             vec![
                 gguf(&[("split.no", 0), ("split.count", 2)], &[("a", 1)]),
                 gguf(&[("split.no", 1), ("split.count", 2)], &[("b", 1)]),
             ],
-            "",
+            "note: \"m-00001-of-00002.gguf\" has no split.tensors.count",
         ),
         (vec![part(1, 2, 2, &[("b", 1)]), part(0, 2, 2, &[("a", 1)])], "its name says that it is part 1 of 2"),
         (vec![part(0, 2, 2, &[("a", 1)]), part(0, 2, 2, &[("a", 1)])], "its name says that it is part 2 of 2"),
@@ -509,7 +514,13 @@ async fn parts_of_a_split_gguf_model_are_checked() {
                 for options in [loader.options(), loader.options().tensors(["*"])] {
                     let loaded = loader.load_with(&asked, options.clone()).await;
                     match loaded {
-                        Ok(image) => assert!(says.is_empty(), "{says}: {} tensors", image.tensors().count()),
+                        Ok(image) => {
+                            let notes = image.report().notes.join("\n");
+                            let noted = says.strip_prefix("note: ");
+                            assert!(says.is_empty() || noted.is_some(), "{says}: {} tensors", image.tensors().count());
+                            assert!(notes.contains(noted.unwrap_or_default()), "{says:?}: {notes}");
+                            assert_eq!(notes.contains("split.tensors.count"), noted.is_some(), "{says:?}: {notes}");
+                        }
                         // A pattern that means no tensor of none.
                         Err(Error::NoSuchTensor(_)) if options != loader.options() => {}
                         Err(error) => assert!(!says.is_empty() && error.to_string().contains(says), "{says:?}: {error}"),
@@ -518,6 +529,73 @@ async fn parts_of_a_split_gguf_model_are_checked() {
             }
             let raw = loader.load_with(&paths, loader.options().format(Format::Raw)).await.unwrap();
             assert_eq!(raw.files().len(), parts.len());
+        }
+    }
+}
+
+/// The name of the file says nothing of what is inside.
+#[tokio::test]
+async fn a_model_inside_a_file_is_checked_as_a_whole_one() {
+    let folder = folder();
+    let inner = part(0, 2, 2, &[("a", 1)]);
+    let whole = gguf(&[], &[("a", 1)]);
+    let container = |bytes: &[u8]| [&[9; 5000][..], bytes, &[7; 3000]].concat();
+    written(folder.path(), &[("app.apk", container(&inner)), ("m-00001-of-00002.gguf", container(&whole))]);
+    for loader in loaders() {
+        for shard in
+            [None, Some(Shard { rank: 0, world_size: 2, dim: None }), Some(Shard { rank: 0, world_size: 2, dim: Some(0) })]
+        {
+            let options = |format| {
+                let options = loader.options().format(format);
+                shard.map_or(options.clone(), |shard| options.shard(shard))
+            };
+            let inside = |name: &str, bytes: &[u8], options| {
+                loader.load_inside(folder.path().join(name), 5000..5000 + bytes.len() as u64, options)
+            };
+            let error = inside("app.apk", &inner, options(Format::Auto)).await.unwrap_err();
+            assert!(matches!(error, Error::Incomplete { .. }), "{shard:?}: {error}");
+            assert!(error.to_string().contains("part 1 of 2"), "{shard:?}: {error}");
+            inside("app.apk", &inner, options(Format::Auto).allow_missing(true)).await.unwrap();
+            inside("m-00001-of-00002.gguf", &whole, options(Format::Auto)).await.unwrap();
+        }
+        let raw = loader.load_inside(folder.path().join("app.apk"), 0..100, loader.options().format(Format::Raw)).await.unwrap();
+        assert_eq!(raw.report().wanted_bytes, 100);
+    }
+}
+
+/// llama.cpp finds the parts of a model by names with five digits only, and otherwise goes by what the files say.
+#[tokio::test]
+async fn parts_numbered_otherwise_are_never_taken_for_the_whole() {
+    for end in ["1-of-2", "0001-of-0002", "1_of_2", "00001-of-2"] {
+        let second = end.replacen('1', "2", 1);
+        let (first, second) = (format!("m-{end}.gguf"), format!("m-{second}.gguf"));
+        let folder = folder();
+        let at = |name: &str| folder.path().join(name);
+        written(folder.path(), &[(first.as_str(), part(0, 2, 2, &[("a", 1)])), (second.as_str(), part(1, 2, 2, &[("b", 1)]))]);
+        for loader in loaders() {
+            let error = loader.load(folder.path()).await.unwrap_err();
+            assert!(matches!(error, Error::NoModel { .. }), "{error}");
+            assert!(error.to_string().contains("NAME-00001-of-00002.gguf"), "{error}");
+            for name in [&first, &second] {
+                let (error, allowed) = both_ways(&loader, &at(name)).await;
+                assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
+                assert_eq!(allowed.unwrap().tensors().count(), 1);
+            }
+            let both = loader.load_with([at(&second), at(&first)], loader.options()).await.unwrap();
+            assert_eq!(names(&both), ["a", "b"]);
+        }
+        fs::remove_file(at(&second)).unwrap();
+        for loader in loaders() {
+            let (error, _) = both_ways(&loader, folder.path()).await;
+            assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
+        }
+        // What says that it is whole is loaded, with a note on its name.
+        written(folder.path(), &[(first.as_str(), gguf(&[], &[("a", 1)]))]);
+        for loader in loaders() {
+            for path in [folder.path().to_owned(), at(&first)] {
+                let notes = loader.load(path).await.unwrap().report().notes.join("\n");
+                assert!(notes.contains("is named as part 1 of 2, and says that it is a whole model"), "{notes}");
+            }
         }
     }
 }
@@ -696,6 +774,30 @@ async fn an_index_whose_name_says_little_is_one_in_a_folder() {
         for path in [folder.path().to_owned(), folder.path().join(name)] {
             let image = loader.load_with([&path], loader.options().format(Format::Safetensors)).await.unwrap();
             assert_eq!(names(&image), ["a", "b"]);
+        }
+    }
+    // One that is broken is not passed over; JSON of another kind is.
+    for (broken, is_other) in [
+        (&b"{\"weight_map\":{\"a\":\"a.safeten"[..], false),
+        (b"", false),
+        (b"version https://git-lfs.github.com/spec/v1\n", false),
+        (b"{\"weight_map\":{\"a\":\"../a.safetensors\"}}", false),
+        (b"{\"weight_map\":7}", false),
+        (b"{\"documents\":[]}", true),
+        (b"[1, 2]", true),
+    ] {
+        let folder = common::folder();
+        written(
+            folder.path(),
+            &[("a.safetensors", st(&[("a", 1)])), ("z.safetensors", st(&[("z", 1)])), (name, broken.to_vec())],
+        );
+        for loader in loaders() {
+            let all = loader.load(folder.path()).await;
+            let own = loader.load(folder.path().join(name)).await;
+            assert_eq!(all.as_ref().map(names).ok(), is_other.then(|| vec!["a".into(), "z".into()]), "{all:?}");
+            let errors: Vec<_> = [all, own].into_iter().filter_map(Result::err).map(|error| error.to_string()).collect();
+            assert_eq!(errors.len(), if is_other { 0 } else { 2 }, "{errors:?}");
+            assert!(errors.iter().all(|error| error.contains(name)), "{errors:?}");
         }
     }
     // The usual name, and an index of the usual name, still count before it.

@@ -119,14 +119,13 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
             let reason = "is the index of a model in pickled files, which are not read: convert it to safetensors";
             Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() })
         }
-        Named::Unsaid => match read_index(path) {
-            Ok(index) if is_of_safetensors(&index) => of_index(path, &index, choice, found),
+        Named::Unsaid => match read_unsaid_index(path)? {
+            Some(index) => of_index(path, &index, choice, found),
             // JSON of another kind, which is raw bytes.
-            Ok(_) | Err(Error::Model { .. }) => {
+            None => {
                 found.sources.push(Source::file(path.to_owned()));
                 Ok(())
             }
-            Err(error) => Err(error),
         },
         Named::Other => {
             found.sources.push(Source::file(path.to_owned()));
@@ -135,7 +134,7 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
     }
 }
 
-pub(super) fn is_of_safetensors(index: &Index) -> bool {
+fn is_of_safetensors(index: &Index) -> bool {
     let mut files = index.files().peekable();
     files.peek().is_some() && files.all(folder::is_safetensors_name)
 }
@@ -189,11 +188,19 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
             let is_of_it =
                 |name: &&str| part.zip(PartName::parse(name)).map_or(*name == *first, |(part, own)| part.is_with(&own));
             if !names.iter().all(is_of_it) {
-                let reason = format!(
-                    "has {} GGUF files that are not parts of one model: name one of {}",
-                    names.len(),
-                    missing::quoted(names.iter().copied())
-                );
+                let all = names.len();
+                let listed = missing::quoted(names.iter().copied());
+                let series = PartName::parse(first);
+                let is_series = series
+                    .is_some_and(|part| names.iter().all(|name| PartName::parse(name).is_some_and(|own| part.is_with(&own))));
+                let reason = if is_series {
+                    format!(
+                        "has {all} GGUF files that are numbered otherwise than parts of one model are \
+                         (NAME-00001-of-{all:05}.gguf): rename them, or name all that belong together of {listed}"
+                    )
+                } else {
+                    format!("has {all} GGUF files that are not parts of one model: name one of {listed}")
+                };
                 return Err(Error::NoModel { path: path.to_owned(), reason });
             }
             return match part {
@@ -208,7 +215,25 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     Err(folder.no_model(choice.format))
 }
 
-pub(super) fn read_index(path: &Path) -> Result<Index> {
+fn read_index(path: &Path) -> Result<Index> {
+    let (file, json) = read_json(path)?;
+    parse_index(&file, &json)
+}
+
+/// The index in a file whose name doesn't say what it is of; `None` where it is of no safetensors files, or JSON of another kind.
+///
+/// # Errors
+/// [`Error::Model`] for what is no JSON, or an index that can't be read: passed over, it would leave a model without its index.
+pub(super) fn read_unsaid_index(path: &Path) -> Result<Option<Index>> {
+    let (file, json) = read_json(path)?;
+    match parse_index(&file, &json) {
+        Ok(index) => Ok(Some(index).filter(is_of_safetensors)),
+        Err(Error::Model { .. }) if !Index::is_meant(&json) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
     // Not a FIFO without a writer, and not without end.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
@@ -218,9 +243,13 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
     }
     let mut json = vec![0; usize::try_from(bytes).expect("an index is shorter than its limit")];
     file.read_exact(&mut json, 0)?;
-    Index::parse(&json).map_err(|fault| {
-        let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(&json), bytes);
-        file.blame_change(&file.identity, Error::Model { path: path.to_owned(), fault })
+    Ok((file, json))
+}
+
+fn parse_index(file: &OpenFile, json: &[u8]) -> Result<Index> {
+    Index::parse(json).map_err(|fault| {
+        let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(json), json.len() as u64);
+        file.blame_change(&file.identity, Error::Model { path: file.path.to_path_buf(), fault })
     })
 }
 

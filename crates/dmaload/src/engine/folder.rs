@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::expand::{file_error, is_of_safetensors, read_index};
+use super::expand::{file_error, read_unsaid_index};
 use super::missing::{Missing, is_unfinished, quoted};
 use crate::error::{Error, Result};
 use crate::model::gguf;
@@ -108,7 +108,8 @@ impl Folder {
         // A name that doesn't say what it is of counts where the folder would be a heap of files without it.
         if all.is_empty() && !self.names.iter().any(|name| name == MODEL) {
             for name in self.matching(|name| index::named(name) == Some(Named::Unsaid)) {
-                if is_index_of_safetensors(&self.path_of(name))? {
+                let path = self.path_of(name);
+                if fs::metadata(&path).is_ok_and(|about| about.is_file()) && read_unsaid_index(&path)?.is_some() {
                     all.push(name);
                 }
             }
@@ -214,18 +215,6 @@ impl Folder {
             return false;
         }
         gguf::is_gguf(&start) || matches!(sniff(&start, file.identity.bytes, false), Sniff::Safetensors { .. })
-    }
-}
-
-/// Whether a file's content is that of an index of safetensors files. JSON of another kind is none.
-fn is_index_of_safetensors(path: &Path) -> Result<bool> {
-    if !fs::metadata(path).is_ok_and(|about| about.is_file()) {
-        return Ok(false);
-    }
-    match read_index(path) {
-        Ok(index) => Ok(is_of_safetensors(&index)),
-        Err(Error::Model { .. }) => Ok(false),
-        Err(error) => Err(error),
     }
 }
 

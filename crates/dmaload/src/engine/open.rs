@@ -171,7 +171,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     }
     if let Some(selector) = &selector {
         selector.all_met()?;
-        load.note(selector.note());
+        selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
     // Of small files the headers are read later, and of ranges of bytes never.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
@@ -381,8 +381,8 @@ fn plan_file(
         }
     };
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
-    if let (Some(selector), Some(map)) = (selector, &cut) {
-        selector.find_split(map, &selected);
+    if let Some(selector) = selector.filter(|_| cuts_bytes) {
+        selector.look_at_cut(cut.as_ref(), &selected, &part);
     }
     let mut spans = selected.spans.clone();
     if let Some(map) = map.as_ref().filter(|_| shape.layout == Layout::Tensors) {

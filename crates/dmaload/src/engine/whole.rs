@@ -121,13 +121,19 @@ struct Part<'a> {
 
 fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<Vec<String>> {
     let mut sets: BTreeMap<Set, Vec<Part<'_>>> = BTreeMap::new();
+    let mut notes = Vec::new();
     for &(source, map) in files {
         let Some(map) = map.filter(|map| map.gguf().is_some()) else { continue };
         let path = source.path.as_path();
         let split = Split::of(map).map_err(|reason| contradiction(path, reason))?;
-        let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse).filter(PartName::is_gguf_split);
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse);
         // The name of a file says nothing of a part of it.
         let name = name.filter(|_| source.part.is_none());
+        if let Some(name) = name.filter(|name| split.is_none() && name.count > 1 && !name.is_gguf_split()) {
+            let (number, count) = (name.number, name.count);
+            notes.push(format!("{} is named as part {number} of {count}, and says that it is a whole model", shown(path)));
+        }
+        let name = name.filter(PartName::is_gguf_split);
         let part = Part { path, name, split };
         let set = match (has_several(source), name, split) {
             (true, ..) => Set::Model(source.model),
@@ -137,21 +143,20 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
         };
         sets.entry(set).or_default().push(part);
     }
-    let mut notes = Vec::new();
     for parts in sets.values() {
         match check_split(parts) {
             Err(Error::Incomplete { path, reason, .. }) if allow_missing => {
                 notes.push(format!("the model is not complete, which was allowed: {}: {reason}", printable::path(&path)));
             }
-            checked => checked?,
+            checked => notes.extend(checked?),
         }
     }
     Ok(notes)
 }
 
-/// Checks parts that belong together.
-fn check_split(parts: &[Part<'_>]) -> Result<()> {
-    let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(()) };
+/// Checks parts that belong together; gives what a report is to say of them.
+fn check_split(parts: &[Part<'_>]) -> Result<Option<String>> {
+    let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(None) };
     let mut there: BTreeMap<u64, &Part<'_>> = BTreeMap::new();
     for part in parts {
         let Some(own) = part.split else {
@@ -178,25 +183,33 @@ fn check_split(parts: &[Part<'_>]) -> Result<()> {
     check_tensor_counts(&there)
 }
 
-/// Compares what all parts have with `split.tensors.count`. The first part's is what other readers
-/// go by: where that part has no tensors, writers have counted differently in the others.
-fn check_tensor_counts(parts: &BTreeMap<u64, &Part<'_>>) -> Result<()> {
+/// Compares what all parts have with `split.tensors.count`. llama.cpp goes by the first part's, and loads nothing where that is
+/// missing or wrong; what the others say, it passes over. Where the first part has no tensors, some writers have counted
+/// differently in the others: that is noted.
+fn check_tensor_counts(parts: &BTreeMap<u64, &Part<'_>>) -> Result<Option<String>> {
     let splits: Vec<(&Part<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
-    let Some(&(first, split)) = splits.first() else { return Ok(()) };
+    let Some(&(first, split)) = splits.first() else { return Ok(None) };
     let said = |said: Option<u64>| said.map_or("missing".to_owned(), |said| said.to_string());
     let other = splits.iter().find(|(_, own)| own.all_tensors != split.all_tensors).filter(|_| split.tensors > 0);
     if let Some((part, own)) = other {
         let (own, all, first) = (said(own.all_tensors), said(split.all_tensors), shown(first.path));
         return Err(contradiction(part.path, format!("split.tensors.count is {own}, but {all} in {first}")));
     }
+    let mut stated = splits.iter().filter_map(|(part, own)| Some((*part, own.all_tensors?)));
+    let Some((stating, all)) = stated.next() else {
+        let first = shown(first.path);
+        return Ok(Some(format!("nothing says how many tensors the parts have: {first} has no split.tensors.count")));
+    };
     let tensors: u64 = splits.iter().map(|(_, split)| split.tensors).sum();
-    match split.all_tensors.filter(|&all| all != tensors) {
-        Some(all) => {
-            let reason = format!("the {} parts have {tensors} tensors, but split.tensors.count is {all}", split.count);
-            Err(contradiction(first.path, reason))
-        }
-        None => Ok(()),
+    if all != tensors {
+        let reason = format!("the {} parts have {tensors} tensors, but split.tensors.count is {all}", split.count);
+        return Err(contradiction(stating.path, reason));
     }
+    let other = stated.find(|&(_, own)| own != all);
+    Ok(other.map(|(part, own)| {
+        let (part, stating) = (shown(part.path), shown(stating.path));
+        format!("split.tensors.count is {own} in {part}, but {all} in {stating}, and so many there are")
+    }))
 }
 
 /// How many missing parts a message names.

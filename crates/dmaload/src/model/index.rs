@@ -107,6 +107,17 @@ impl Index {
         Ok(Index { shards, by_tensor })
     }
 
+    /// Whether a text that can't be read as an index was meant as one: an object with a `weight_map`, or no JSON at all, such as
+    /// the beginning of one. JSON of another kind is none.
+    #[must_use]
+    pub fn is_meant(json: &[u8]) -> bool {
+        match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {
+            Ok(keys) => keys.contains_key("weight_map"),
+            // Another value than an object.
+            Err(error) => !error.is_data(),
+        }
+    }
+
     /// The name of the file that this tensor comes from; `None` where the index says nothing of it.
     #[must_use]
     pub fn file_of(&self, tensor: &str) -> Option<&str> {
@@ -282,10 +293,29 @@ mod tests {
         assert_eq!(reason, r#"tensor "a" is in the index twice"#);
     }
 
+    #[test]
+    fn what_is_no_index_may_have_been_meant_as_one() {
+        for (json, expected) in [
+            ("", true),
+            ("{", true),
+            (r#"{"weight_map":{"a":"b.safeten"#, true),
+            (r#"{"weight_map":[]}"#, true),
+            (r#"{"weight_map":{"a":"1","a":"2"}}"#, true),
+            ("version https://git-lfs.github.com/spec/v1", true),
+            ("{}", false),
+            ("[1]", false),
+            ("null", false),
+            (r#"{"documents":{"weight_map":{}}}"#, false),
+        ] {
+            assert_eq!(Index::is_meant(json.as_bytes()), expected, "{json}");
+        }
+    }
+
     proptest::proptest! {
         #[test]
         fn no_text_panics(text in r#"(\{|\}|"weight_map"|"[a-z./]{0,6}"|:|,|\[|\]|[0-9]{1,3}|\PC){0,30}"#) {
             let _ = Index::parse(text.as_bytes());
+            let _ = Index::is_meant(text.as_bytes());
         }
     }
 }
