@@ -228,12 +228,16 @@ impl LoaderBuilder {
     }
 
     /// Threads that open files and allocate memory; at least one. Default: two, or one on a machine with one CPU.
+    ///
+    /// While one waits for a file whose server does not answer for a second, another thread
+    /// takes its place (at most 64).
     pub fn allocator_threads(mut self, threads: usize) -> Self {
         self.settings.allocator_threads = threads;
         self
     }
 
-    /// Loads that have files open at once; others wait in the order they came. At least one. Default: 64.
+    /// Loads that have files open at once; others wait in the order they came. At least one. One
+    /// whose opening waits for a server that does not answer does not count. Default: 64.
     pub fn max_open_loads(mut self, loads: usize) -> Self {
         self.settings.max_open_loads = loads.max(1);
         self

@@ -8,6 +8,10 @@
 //! Where memory is limited, a load begins when its reservation is free (see [`crate::budget`]), in the order they came; one that has
 //! its share is passed over until its consumer drops something. A stream has a bounded amount of memory ahead of its consumer, also
 //! where memory is not limited: one that is far ahead is passed over until its consumer takes a segment.
+//!
+//! A load is *stalled* while one of its jobs waits for a file whose server does not answer.
+//! Until it does, the load gets no further job that may wait for files, holds up no other, and does
+//! not count as open if it is the opening that waits.
 
 use std::collections::VecDeque;
 
@@ -104,6 +108,11 @@ pub(crate) struct Scheduler<L> {
     /// What comes before anything else: a consumer waits for it.
     urgent: VecDeque<Job<L>>,
     turns: VecDeque<Turn<L>>,
+    stalled: Vec<L>,
+    /// Those of them whose opening is what waits, whether they are still wanted or not.
+    stalled_opening: Vec<L>,
+    /// Checks of stalled loads.
+    parked: VecDeque<Job<L>>,
 }
 
 impl<L: Clone + PartialEq> Scheduler<L> {
@@ -119,6 +128,9 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             opening: Vec::new(),
             urgent: VecDeque::new(),
             turns: VecDeque::new(),
+            stalled: Vec::new(),
+            stalled_opening: Vec::new(),
+            parked: VecDeque::new(),
         }
     }
 
@@ -155,10 +167,14 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// The next thing to do, if there is one now.
     pub(crate) fn next(&mut self) -> Option<Job<L>> {
-        if let Some(job) = self.urgent.pop_front() {
-            return Some(job);
+        while let Some(job) = self.urgent.pop_front() {
+            if matches!(&job, Job::Check(load, _) if self.stalled.contains(load)) {
+                self.parked.push_back(job);
+            } else {
+                return Some(job);
+            }
         }
-        if self.open < self.max_open
+        if self.open.saturating_sub(self.stalled_opening.len()) < self.max_open
             && let Some(load) = self.waiting.pop_front()
         {
             self.open += 1;
@@ -173,7 +189,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     fn admit(&mut self) {
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
-                let is_next = turn.waits_for.is_empty() || self.budget.is_unlimited();
+                let is_next = turn.waits_for.iter().all(|load| self.stalled.contains(load)) || self.budget.is_unlimited();
                 turn.admitted = is_next && self.budget.admit(turn.load.clone(), turn.demand.reserved_bytes);
                 if !turn.admitted {
                     // Nobody overtakes it.
@@ -195,7 +211,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                     }
                     continue;
                 };
-                if turn.demand.priority != priority || !turn.admitted {
+                if turn.demand.priority != priority || !turn.admitted || self.stalled.contains(&turn.load) {
                     at += 1;
                     continue;
                 }
@@ -237,6 +253,26 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         let (load, bytes) = short.filter(|_| !self.making_room)?;
         self.making_room = true;
         Some(Job::MakeRoom(load, bytes))
+    }
+
+    /// A job of this load waits for a file whose server does not answer. `is_opening` tells
+    /// whether that job opens the load.
+    pub(crate) fn stall(&mut self, load: L, is_opening: bool) {
+        if is_opening {
+            self.stalled_opening.push(load.clone());
+        }
+        if !self.stalled.contains(&load) {
+            self.stalled.push(load);
+        }
+    }
+
+    /// None of this load's jobs waits any more.
+    pub(crate) fn resume(&mut self, load: &L) {
+        self.stalled.retain(|other| other != load);
+        self.stalled_opening.retain(|other| other != load);
+        let (resumed, parked) = std::mem::take(&mut self.parked).into_iter().partition(|job| job.load() == load);
+        self.parked = parked;
+        self.urgent.extend::<VecDeque<_>>(resumed);
     }
 
     /// Nobody will do this job: what was taken for it comes back.
@@ -285,6 +321,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     pub(crate) fn forget(&mut self, load: &L) {
         self.waiting.retain(|other| other != load);
         self.urgent.retain(|job| job.load() != load);
+        self.parked.retain(|job| job.load() != load);
         self.turns.retain(|turn| turn.load != *load);
         self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| other != load));
         self.is_opened(load);
@@ -324,7 +361,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
         let done = |turn: &Turn<L>| turn.next == turn.demand.batches.len();
-        self.waiting.is_empty() && self.urgent.is_empty() && self.turns.iter().all(done)
+        self.waiting.is_empty() && self.urgent.is_empty() && self.parked.is_empty() && self.turns.iter().all(done)
     }
 
     #[cfg(test)]
@@ -492,6 +529,55 @@ mod tests {
             scheduler.forget(&load);
         }
         assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
+    }
+
+    #[test]
+    fn a_stalled_load_gets_no_job_that_may_wait_for_files_until_it_is_resumed() {
+        let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
+        scheduler.file_read(1, 0);
+        scheduler.file_read(2, 0);
+        scheduler.file_read(1, 1);
+        scheduler.memory_read(1, 0);
+        scheduler.stall(1, false);
+        let of_others = [Job::Check(2, 0), Job::Finish(1, 0), Job::Allocate(2, 0, need(10))];
+        assert_eq!(drain(&mut scheduler), of_others, "what waits for no file goes on");
+        scheduler.file_read(1, 2);
+        assert_eq!(drain(&mut scheduler), []);
+        assert!(!scheduler.is_idle());
+        scheduler.resume(&1);
+        let checks = [0, 1, 2].map(|file| Job::Check(1, file));
+        let batches = [0, 1].map(|batch| Job::Allocate(1, batch, need(10)));
+        assert_eq!(drain(&mut scheduler), [&checks[..], &batches].concat());
+        // One that is forgotten leaves nothing behind.
+        scheduler.stall(1, false);
+        scheduler.file_read(1, 3);
+        assert_eq!(drain(&mut scheduler), []);
+        scheduler.forget(&1);
+        scheduler.resume(&1);
+        assert_eq!(drain(&mut scheduler), []);
+    }
+
+    #[test]
+    fn opening_that_stalls_holds_up_no_load_that_came_later() {
+        // Memory is limited, so loads begin in the order they came; and one may be open.
+        let mut scheduler = Scheduler::new(1000, 40, 100, 1);
+        (1..4).for_each(|load| scheduler.submit(load));
+        assert_eq!(drain(&mut scheduler), [Job::Open(1)]);
+        scheduler.stall(1, true);
+        assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
+        scheduler.opened(2, demand(&[10], 10, Priority::Normal));
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
+        // Wanted or not.
+        scheduler.forget(&1);
+        scheduler.end();
+        assert_eq!(drain(&mut scheduler), [Job::Open(3)]);
+        // It counts again when its server answers; that fails, and it ends.
+        scheduler.end();
+        scheduler.resume(&1);
+        scheduler.submit(4);
+        assert_eq!(drain(&mut scheduler), [], "load 3 is open");
+        scheduler.end();
+        assert_eq!(drain(&mut scheduler), [Job::Open(4)]);
     }
 
     #[test]

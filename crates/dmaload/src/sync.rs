@@ -1,6 +1,8 @@
 //! The standard library's locks and atomics, or loom's, which try every interleaving of a model's threads
 //! (`--cfg dmaload_loom`; not `loom`, which tokio would take to be meant for it).
 
+use std::time::Duration;
+
 #[cfg(not(dmaload_loom))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
 
@@ -15,6 +17,11 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Waits until somebody has changed something.
 pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Waits until somebody has changed something, or the time is up. (A model's clock stands still.)
+pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
+    changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }
 
 /// Models: tried in every interleaving with loom, a few hundred times without.

@@ -104,13 +104,15 @@ async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
             let image = loader.load(path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), bytes, "a load among dropped ones");
         }
+        // A file that takes long on a busy machine is waited for by one more, for a while.
+        let wanted = std::thread::available_parallelism().unwrap().get().min(2);
+        let workers = |threads: &[String]| threads.iter().filter(|name| name.starts_with("dmaload-alloc")).count();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while workers(&holdings().threads) > wanted && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let threads = holdings().threads;
-        let workers = threads.iter().filter(|name| name.starts_with("dmaload-alloc")).count();
-        assert_eq!(
-            workers,
-            std::thread::available_parallelism().unwrap().get().min(2),
-            "a dropped load costs no worker: {threads:?}"
-        );
+        assert_eq!(workers(&threads), wanted, "a dropped load costs no worker: {threads:?}");
         loader.shutdown().await.unwrap();
     }
 }

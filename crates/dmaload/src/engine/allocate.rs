@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use super::allowance::{Grant, grant};
 use super::filling::Filling;
 use super::open::{Chosen, route_for, staged_by};
-use super::{Advance, Engine, HeapCode, Permit};
+use super::{Advance, Engine, HeapCode, Permit, WorkerId};
 use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
@@ -41,13 +41,14 @@ impl Engine {
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
         heap: &HeapCode,
+        worker: WorkerId,
         number: usize,
         permit: Permit,
         advance: Advance,
     ) {
         // The load is over.
         let Some(allocation) = load.allocation(number) else { return };
-        if let Err(error) = self.fill_in(load, heap, &allocation, permit, advance) {
+        if let Err(error) = self.fill_in(load, heap, worker, &allocation, permit, advance) {
             self.fail(load, error);
         }
     }
@@ -56,6 +57,7 @@ impl Engine {
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
         heap: &HeapCode,
+        worker: WorkerId,
         allocation: &Allocation,
         mut permit: Permit,
         advance: Advance,
@@ -69,6 +71,7 @@ impl Engine {
             if load.is_over() {
                 break;
             }
+            self.jobs.proceed(worker);
             let (file, route) = opened(load, part)?;
             let piece = part.piece;
             let files = u64::from(part.small);

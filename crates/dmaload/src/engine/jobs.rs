@@ -2,10 +2,17 @@
 //!
 //! Who changes something that may make a job possible wakes one worker; a worker that got a job wakes the next one, since there
 //! may be more than the one it was woken for. Every interleaving of that is tried by `tests`, with loom.
+//!
+//! What loads leave behind is dropped by workers, too. That closes files, so one worker at a
+//! time does it for each load.
+//! A thread that sleeps in [`Jobs::watch`] finds workers that wait for files too long (see
+//! [`super::workers`]).
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
 
+use super::workers::{Task, WorkerId, Workers};
 use crate::foreign;
 use crate::load::Follows;
 use crate::ring::LoadId;
@@ -17,6 +24,19 @@ use crate::sync::{Condvar, Mutex, MutexGuard};
 pub(super) struct Jobs<T> {
     schedule: Mutex<Schedule<T>>,
     changed: Condvar,
+    /// Wakes the thread that watches the workers.
+    watch: Condvar,
+}
+
+/// What became of the workers.
+#[derive(Debug)]
+pub(super) struct Noticed {
+    /// What those were at that have become stalled.
+    pub(super) stalled: Vec<Task>,
+    /// Workers to be started in place of stalled ones.
+    pub(super) substitutes: Vec<WorkerId>,
+    /// There are no more workers, and no more to be had.
+    pub(super) is_exhausted: bool,
 }
 
 #[derive(Debug)]
@@ -30,12 +50,67 @@ struct Schedule<T> {
     closing: bool,
     /// The ring's thread has ended, or is not waited for: workers may end.
     finished: bool,
-    /// What is to be dropped by a worker.
-    buried: Vec<Box<dyn Any + Send>>,
+    buried: Buried,
+    workers: Workers,
+    /// The thread that watches the workers sleeps until one is at a file.
+    watch_sleeps: bool,
+}
+
+/// What a load leaves to be dropped, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Left {
+    /// Its files, which may wait for a server.
+    Files(LoadId),
+    /// Its memory, which must not wait for its files.
+    Memory(LoadId),
+}
+
+impl Left {
+    fn load(self) -> LoadId {
+        match self {
+            Left::Files(load) | Left::Memory(load) => load,
+        }
+    }
+}
+
+/// What is to be dropped by workers.
+#[derive(Debug, Default)]
+struct Buried {
+    /// Also those that a worker is busy with, of which nothing may be left at the moment.
+    parts: HashMap<Left, Vec<Box<dyn Any + Send>>>,
+    /// Those that no worker is busy with.
+    order: VecDeque<Left>,
+}
+
+impl Buried {
+    fn push(&mut self, left: Left, what: Box<dyn Any + Send>) {
+        let part = self.parts.entry(left).or_insert_with(|| {
+            self.order.push_back(left);
+            Vec::new()
+        });
+        part.push(what);
+    }
+
+    /// All of a part that no worker is busy with, if there is one. To be followed by
+    /// [`Self::dropped`].
+    fn take(&mut self) -> Option<(Left, Vec<Box<dyn Any + Send>>)> {
+        let left = self.order.pop_front()?;
+        let part = self.parts.get_mut(&left).expect("a part is kept until it is dropped");
+        Some((left, std::mem::take(part)))
+    }
+
+    /// What was taken is dropped: another worker may have the rest.
+    fn dropped(&mut self, left: Left) {
+        if self.parts.get(&left).expect("a part is kept until it is dropped").is_empty() {
+            self.parts.remove(&left);
+        } else {
+            self.order.push_back(left);
+        }
+    }
 }
 
 impl<T: Clone> Jobs<T> {
-    pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize) -> Self {
+    pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize, workers: usize) -> Self {
         let scheduler = Scheduler::new(window_bytes, memory_bytes, files, max_open);
         let schedule = Schedule {
             scheduler,
@@ -44,9 +119,11 @@ impl<T: Clone> Jobs<T> {
             refusing: false,
             closing: false,
             finished: false,
-            buried: Vec::new(),
+            buried: Buried::default(),
+            workers: Workers::new(workers),
+            watch_sleeps: false,
         };
-        Jobs { schedule: Mutex::new(schedule), changed: Condvar::new() }
+        Jobs { schedule: Mutex::new(schedule), changed: Condvar::new(), watch: Condvar::new() }
     }
 
     fn schedule(&self) -> MutexGuard<'_, Schedule<T>> {
@@ -137,8 +214,8 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// A worker is to drop this: files and addresses of loads are not the caller's to close and unmap.
-    pub(super) fn bury(&self, what: impl Send + 'static) {
-        self.schedule().buried.push(Box::new(what));
+    pub(super) fn bury(&self, left: Left, what: impl Send + 'static) {
+        self.schedule().buried.push(left, Box::new(what));
         self.changed.notify_one();
     }
 
@@ -153,19 +230,23 @@ impl<T: Clone> Jobs<T> {
         schedule.loads.values().cloned().collect()
     }
 
-    /// Drops what was left to workers that have ended.
+    /// Drops what was left to workers that have ended. What one of them is still busy with is
+    /// left to that one.
     pub(super) fn drop_buried(&self) {
-        let buried = std::mem::take(&mut self.schedule().buried);
-        buried.into_iter().for_each(foreign::discard);
+        loop {
+            let taken = self.schedule().buried.take();
+            let Some((left, part)) = taken else { return };
+            part.into_iter().for_each(foreign::discard);
+            self.schedule().buried.dropped(left);
+        }
     }
 
-    /// No more jobs. A worker drops this, as with [`Self::bury`]. The workers stay until
-    /// [`Self::finish`], to drop what the ring's thread releases last.
-    pub(super) fn close(&self, what: impl Send + 'static) {
+    /// No more jobs. The workers stay until [`Self::finish`], to drop what the ring's thread
+    /// releases last.
+    pub(super) fn close(&self) {
         let mut schedule = self.schedule();
         schedule.refusing = true;
         schedule.closing = true;
-        schedule.buried.push(Box::new(what));
         drop(schedule);
         self.changed.notify_all();
     }
@@ -174,7 +255,74 @@ impl<T: Clone> Jobs<T> {
     pub(super) fn finish(&self) -> bool {
         let first = !std::mem::replace(&mut self.schedule().finished, true);
         self.changed.notify_all();
+        self.watch.notify_all();
         first
+    }
+
+    /// A worker that is about to be started.
+    pub(super) fn hire(&self) -> WorkerId {
+        self.schedule().workers.hire()
+    }
+
+    /// A worker that could not be started.
+    pub(super) fn dismiss(&self, worker: WorkerId) {
+        self.schedule().workers.leave(worker);
+    }
+
+    /// This worker makes progress with its job, and is about to wait for a file.
+    pub(super) fn proceed(&self, worker: WorkerId) {
+        let mut schedule = self.schedule();
+        let resumed = schedule.workers.proceed(worker, Instant::now());
+        self.wake_watch(&mut schedule);
+        if let Some(load) = resumed {
+            schedule.scheduler.resume(&load);
+            drop(schedule);
+            self.changed.notify_one();
+        }
+    }
+
+    fn wake_watch(&self, schedule: &mut Schedule<T>) {
+        if std::mem::take(&mut schedule.watch_sleeps) {
+            self.watch.notify_all();
+        }
+    }
+
+    /// Waits until workers are stalled, or substitutes of stalled ones are missing; `None` when
+    /// workers may end.
+    pub(super) fn watch(&self) -> Option<Noticed> {
+        let mut schedule = self.schedule();
+        while !schedule.finished {
+            let mut pause = schedule.workers.look_after(Instant::now());
+            if pause.is_none() {
+                schedule.watch_sleeps = true;
+                schedule = crate::sync::wait(&self.watch, schedule);
+                // Not sooner, whatever comes and goes: most jobs last for microseconds, and must
+                // not wake this thread each time.
+                pause = (!schedule.finished).then(|| schedule.workers.patience());
+            }
+            let Some(pause) = pause else { break };
+            schedule = crate::sync::wait_timeout(&self.watch, schedule, pause);
+            let noticed = self.look(&mut schedule, Instant::now());
+            if !(noticed.stalled.is_empty() && noticed.substitutes.is_empty()) {
+                return Some(noticed);
+            }
+        }
+        None
+    }
+
+    /// Looks for stalled workers, and takes their loads out of the turns.
+    fn look(&self, schedule: &mut Schedule<T>, now: Instant) -> Noticed {
+        let stalled = schedule.workers.look(now);
+        for task in &stalled {
+            schedule.scheduler.stall(task.load, task.is_open);
+        }
+        if !stalled.is_empty() {
+            // Others may have waited for these loads.
+            self.changed.notify_one();
+        }
+        let missing = if schedule.finished { 0 } else { schedule.workers.missing() };
+        let substitutes = (0..missing).map(|_| schedule.workers.hire()).collect();
+        Noticed { stalled, substitutes, is_exhausted: schedule.workers.is_exhausted() }
     }
 
     /// Bytes of the window in use: pieces being populated and those that the ring's thread has.
@@ -201,20 +349,30 @@ impl<T: Clone> Jobs<T> {
         (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
     }
 
-    /// Waits for a job; `None` when there are to be no more.
-    pub(super) fn next(&self) -> Option<(Job<LoadId>, T)> {
+    /// Waits for a job; `None` when this worker is to end: there are to be no more jobs, or
+    /// enough other workers.
+    pub(super) fn next(&self, worker: WorkerId) -> Option<(Job<LoadId>, T)> {
         let mut schedule = self.schedule();
+        schedule.end_task(worker);
         loop {
-            let buried = std::mem::take(&mut schedule.buried);
-            if !buried.is_empty() {
+            if schedule.workers.is_overstaffed() {
+                break;
+            }
+            if let Some((left, part)) = schedule.buried.take() {
+                schedule.workers.begin(worker, Task { load: left.load(), is_open: false }, Some(Instant::now()));
+                self.wake_watch(&mut schedule);
                 drop(schedule);
-                buried.into_iter().for_each(foreign::discard);
+                // Other loads may have left something, too.
+                self.changed.notify_one();
+                part.into_iter().for_each(foreign::discard);
                 schedule = self.schedule();
+                schedule.buried.dropped(left);
+                schedule.end_task(worker);
                 continue;
             }
             if schedule.closing {
                 if schedule.finished {
-                    return None;
+                    break;
                 }
                 schedule = crate::sync::wait(&self.changed, schedule);
                 continue;
@@ -226,6 +384,13 @@ impl<T: Clone> Jobs<T> {
                         schedule.scheduler.decline(&job);
                         continue;
                     };
+                    let is_open = matches!(job, Job::Open(_));
+                    // A batch gets its memory first.
+                    let at_files_since = (is_open || matches!(job, Job::Check(..))).then(Instant::now);
+                    schedule.workers.begin(worker, Task { load: *job.load(), is_open }, at_files_since);
+                    if at_files_since.is_some() {
+                        self.wake_watch(&mut schedule);
+                    }
                     drop(schedule);
                     self.changed.notify_one();
                     return Some((job, load));
@@ -233,19 +398,45 @@ impl<T: Clone> Jobs<T> {
                 None => schedule = crate::sync::wait(&self.changed, schedule),
             }
         }
+        schedule.workers.leave(worker);
+        drop(schedule);
+        // It may have been woken for what another one has to do.
+        self.changed.notify_one();
+        None
+    }
+}
+
+impl<T> Schedule<T> {
+    /// A worker has done what it had to do.
+    fn end_task(&mut self, worker: WorkerId) {
+        if let Some(load) = self.workers.end(worker) {
+            self.scheduler.resume(&load);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::atomic::{AtomicUsize, Ordering};
     use crate::sync::model::{Arc, model, spawn};
+
+    /// What one worker of its own would get.
+    fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
+        let worker = jobs.hire();
+        let next = jobs.next(worker);
+        if next.is_some() {
+            jobs.schedule().end_task(worker);
+            jobs.dismiss(worker);
+        }
+        next
+    }
 
     /// A load of so many batches, each as large as the window: each waits for the permit of the one before.
     fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
         let id = jobs.next_id();
         assert!(jobs.submit(id, Arc::new(())));
-        assert!(matches!(jobs.next(), Some((Job::Open(_), _))));
+        assert!(matches!(next(jobs), Some((Job::Open(_), _))));
         jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; batches], ..Demand::default() });
         id
     }
@@ -253,7 +444,8 @@ mod tests {
     /// As an allocator thread with the ring thread behind it: takes permits, gives them back; ends when it is told to.
     fn worker(jobs: &Jobs<Arc<()>>) -> usize {
         let mut done = 0;
-        while let Some((job, _load)) = jobs.next() {
+        let worker = jobs.hire();
+        while let Some((job, _load)) = jobs.next(worker) {
             match job {
                 Job::Allocate(id, _, need) => {
                     done += 1;
@@ -270,13 +462,13 @@ mod tests {
     #[test]
     fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, 3));
             let id = opened(&jobs, 2);
             // A permit is out; nobody can go on before it comes back.
-            let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
+            let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
             let waiting = {
                 let jobs = Arc::clone(&jobs);
-                spawn(move || jobs.next().map(|(job, _)| matches!(job, Job::Allocate(_, 1, _))))
+                spawn(move || next(&jobs).map(|(job, _)| matches!(job, Job::Allocate(_, 1, _))))
             };
             jobs.give_back(id, need);
             assert_eq!(waiting.join().unwrap(), Some(true));
@@ -286,7 +478,7 @@ mod tests {
     #[test]
     fn two_workers_leave_nothing_undone_and_both_end() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, 3));
             let id = opened(&jobs, 1);
             let workers = [(); 2].map(|()| {
                 let jobs = Arc::clone(&jobs);
@@ -304,7 +496,7 @@ mod tests {
                 }
                 crate::sync::model::yield_now();
             }
-            jobs.close(());
+            jobs.close();
             jobs.finish();
             let done: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
             assert_eq!(done, 2, "one batch and one check");
@@ -314,13 +506,13 @@ mod tests {
     #[test]
     fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, 3));
             let first = opened(&jobs, 2);
-            let Some((Job::Allocate(_, 0, need), _)) = jobs.next() else { panic!("the first batch fits") };
+            let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
             opened(&jobs, 1);
             let waiting = {
                 let jobs = Arc::clone(&jobs);
-                spawn(move || jobs.next().map(|(job, _)| matches!(job, Job::Allocate(..))))
+                spawn(move || next(&jobs).map(|(job, _)| matches!(job, Job::Allocate(..))))
             };
             let forgetting = {
                 let jobs = Arc::clone(&jobs);
@@ -335,16 +527,16 @@ mod tests {
     #[test]
     fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3));
+            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, 3));
             opened(&jobs, 1);
-            assert!(matches!(jobs.next(), Some((Job::Allocate(_, 0, _), _))));
+            assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
             // One byte is taken and stays so: the batch of the large load does not fit, and nobody overtakes it.
             let large = opened(&jobs, 0);
             jobs.opened(large, Demand { batches: vec![Need { bytes: 2, ..Need::default() }], ..Demand::default() });
             let small = opened(&jobs, 1);
             let waiting = {
                 let jobs = Arc::clone(&jobs);
-                spawn(move || jobs.next().map(|(job, _)| *job.load()))
+                spawn(move || next(&jobs).map(|(job, _)| *job.load()))
             };
             drop(jobs.forget(large));
             assert_eq!(waiting.join().unwrap(), Some(small));
@@ -354,18 +546,18 @@ mod tests {
     #[test]
     fn what_is_buried_while_closing_is_dropped_before_workers_end() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, 3));
             let workers = [(); 2].map(|()| {
                 let jobs = Arc::clone(&jobs);
-                spawn(move || assert!(jobs.next().is_none()))
+                spawn(move || assert!(next(&jobs).is_none()))
             });
-            jobs.close(());
+            jobs.close();
             // Workers that don't wait have ended by then.
             #[cfg(not(dmaload_loom))]
             std::thread::sleep(std::time::Duration::from_millis(1));
             // The ring's thread does this with the files of the last load.
             let file = std::sync::Arc::new(());
-            jobs.bury(std::sync::Arc::clone(&file));
+            jobs.bury(Left::Files(LoadId(1)), std::sync::Arc::clone(&file));
             assert!(jobs.finish() && !jobs.finish());
             for worker in workers {
                 worker.join().unwrap();
@@ -375,16 +567,98 @@ mod tests {
     }
 
     #[test]
+    fn files_of_a_load_are_dropped_by_one_worker_at_a_time_and_all_are() {
+        model(|| {
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, 3));
+            let seen = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+            let workers = [(); 2].map(|()| {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || assert!(next(&jobs).is_none()))
+            });
+            for _ in 0..2 {
+                jobs.bury(Left::Files(LoadId(1)), Closes(Arc::clone(&seen)));
+            }
+            jobs.close();
+            jobs.finish();
+            for worker in workers {
+                worker.join().unwrap();
+            }
+            assert_eq!(seen.1.load(Ordering::SeqCst), 2, "each once, and alone");
+            assert!(jobs.schedule().buried.parts.is_empty());
+        });
+    }
+
+    /// Counts those that were closed while no other one was.
+    struct Closes(Arc<(AtomicUsize, AtomicUsize)>);
+
+    impl Drop for Closes {
+        fn drop(&mut self) {
+            let (closing, alone) = &*self.0;
+            let others = closing.fetch_add(1, Ordering::SeqCst);
+            crate::sync::model::yield_now();
+            alone.fetch_add(usize::from(others == 0), Ordering::SeqCst);
+            closing.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// The server of a load's files answers, or does not, while the watch finds that it does not.
+    #[test]
+    fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
+        model(|| {
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, 1));
+            let id = opened(&jobs, 0);
+            let stalls = jobs.hire();
+            jobs.follow(id, Follows { check: Some(0), finish: None });
+            assert!(matches!(jobs.next(stalls), Some((Job::Check(_, 0), _))));
+            jobs.follow(id, Follows { check: Some(1), finish: None });
+            let comes_back = {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || {
+                    let mut done = 1;
+                    while jobs.next(stalls).is_some() {
+                        done += 1;
+                    }
+                    done
+                })
+            };
+            let late = Instant::now() + 2 * crate::engine::workers::STALLED_AFTER;
+            let noticed = jobs.look(&mut jobs.schedule(), late);
+            assert!(noticed.substitutes.len() <= 1 && noticed.stalled.len() >= noticed.substitutes.len());
+            let substitutes: Vec<_> = noticed
+                .substitutes
+                .into_iter()
+                .map(|worker| {
+                    let jobs = Arc::clone(&jobs);
+                    spawn(move || {
+                        let mut done = 0;
+                        while jobs.next(worker).is_some() {
+                            done += 1;
+                        }
+                        done
+                    })
+                })
+                .collect();
+            while !jobs.schedule().scheduler.is_idle() {
+                crate::sync::model::yield_now();
+            }
+            jobs.close();
+            jobs.finish();
+            let done: usize = substitutes.into_iter().map(|worker| worker.join().unwrap()).sum();
+            assert_eq!(done + comes_back.join().unwrap(), 2, "each check is done once");
+        });
+    }
+
+    #[test]
     fn whoever_waits_ends_when_no_more_jobs_come() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, 3));
             let waiting = {
                 let jobs = Arc::clone(&jobs);
-                spawn(move || jobs.next().is_none())
+                spawn(move || next(&jobs).is_none())
             };
             let load = Arc::new(());
-            jobs.bury(load);
-            jobs.close(());
+            jobs.bury(Left::Files(LoadId(1)), load);
+            jobs.close();
             jobs.finish();
             assert!(!jobs.submit(jobs.next_id(), Arc::new(())));
             assert!(waiting.join().unwrap());

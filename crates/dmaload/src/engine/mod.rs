@@ -24,13 +24,15 @@ mod missing;
 mod open;
 mod teller;
 mod whole;
+mod workers;
 
 pub(crate) use expand::{Choice, Found, files as model_files};
-use jobs::Jobs;
+use jobs::{Jobs, Left, Noticed};
 use open::find_header;
 pub(crate) use open::read_header;
 use teller::Message;
 pub(crate) use whole::check_whole;
+use workers::{MOST_SUBSTITUTES, WorkerId};
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -48,7 +50,7 @@ use crate::charge::Ledger;
 use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 use crate::heap::{self, Heap};
-use crate::load::{Handover, HeapFacts, LoadShared, Segments};
+use crate::load::{Handover, HeapFacts, LoadShared, Remains, Segments};
 use crate::memory::{Backing, PieceBuffer};
 use crate::metrics::{LoadCounters, Metrics};
 use crate::pressure;
@@ -279,7 +281,13 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
-            jobs: Jobs::new(settings.window_bytes, settings.memory_limit_bytes, descriptors::files(), settings.max_open_loads),
+            jobs: Jobs::new(
+                settings.window_bytes,
+                settings.memory_limit_bytes,
+                descriptors::files(),
+                settings.max_open_loads,
+                settings.allocator_threads.max(1),
+            ),
             threads: Arc::default(),
             leaked_bytes: AtomicU64::new(0),
             counters: Arc::default(),
@@ -301,11 +309,12 @@ impl Guard {
         if engine.unwatch.is_some() {
             engine.watch_pressure();
         }
-        for number in 0..engine.settings.allocator_threads.max(1) {
-            let (own, heap) = (Arc::clone(&engine), heap.clone());
-            let builder = thread::Builder::new().name(format!("dmaload-alloc-{number}"));
-            engine.counted(|| builder.spawn(move || own.work(heap)).map(|_| ())).map_err(no_thread)?;
+        for _ in 0..engine.settings.allocator_threads.max(1) {
+            engine.start_worker(engine.jobs.hire(), &heap).map_err(no_thread)?;
         }
+        let own = Arc::clone(&engine);
+        let builder = thread::Builder::new().name("dmaload-watch".to_owned());
+        engine.counted(|| builder.spawn(move || own.watch(heap)).map(|_| ())).map_err(no_thread)?;
         Ok(guard)
     }
 
@@ -365,7 +374,8 @@ impl Guard {
         load.dropped();
         self.engine.abandon(&load);
         // Its files and address ranges are closed and unmapped by a worker: the caller may be an async task.
-        self.engine.jobs.bury(load);
+        self.engine.bury(load.id, load.remains());
+        self.engine.jobs.bury(Left::Files(load.id), load);
     }
 
     /// Ends all loads and all threads, leaking past the deadline; `done` hears of it.
@@ -413,6 +423,39 @@ impl Engine {
         }
     }
 
+    fn start_worker(self: &Arc<Self>, worker: WorkerId, heap: &HeapCode) -> io::Result<()> {
+        let (own, heap) = (Arc::clone(self), heap.clone());
+        let builder = thread::Builder::new().name(format!("dmaload-alloc-{}", worker.number()));
+        let started = self.counted(|| builder.spawn(move || own.work(worker, heap)).map(|_| ()));
+        if started.is_err() {
+            self.jobs.dismiss(worker);
+        }
+        started
+    }
+
+    /// The thread that starts workers in place of those that wait for a server which does not
+    /// answer.
+    fn watch(self: Arc<Self>, heap: HeapCode) {
+        let mut refused = false;
+        while let Some(Noticed { stalled, substitutes, is_exhausted }) = self.jobs.watch() {
+            let mut error = None;
+            for worker in substitutes {
+                error = self.start_worker(worker, &heap).err().or(error);
+            }
+            if !stalled.is_empty() {
+                let loads = stalled.into_iter().map(|task| task.load).collect();
+                self.mailbox.push([Message::Stalled { loads, is_exhausted }]);
+            }
+            // Tried again each time, and told once.
+            if let Some(error) = error.filter(|_| !refused) {
+                refused = true;
+                self.mailbox.push([Message::NoSubstitute { error }]);
+            }
+        }
+        drop(heap);
+        self.thread_has_ended();
+    }
+
     fn thread_has_ended(&self) {
         self.threads.end(&self.mailbox);
     }
@@ -425,11 +468,16 @@ impl Engine {
     /// No new loads; those that run fail; the threads end when the last read has come back.
     fn close(&self) {
         let loads = self.jobs.refuse();
-        let remains: Vec<_> = loads.iter().map(|load| load.fail(self.end())).collect();
+        for load in &loads {
+            self.bury(load.id, [load.fail(self.end())]);
+        }
         // If the scheduler is what has panicked, it may do so again. The loads have failed, and the rest is done all the same.
         let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
-        self.jobs.close((loads, remains));
+        for load in loads {
+            self.jobs.bury(Left::Files(load.id), load);
+        }
+        self.jobs.close();
         self.ring.close();
         if let Some(unwatch) = &self.unwatch {
             let _ = rustix::io::write(unwatch, &1_u64.to_ne_bytes());
@@ -460,6 +508,14 @@ impl Engine {
         }
     }
 
+    /// A worker drops what a load has left.
+    fn bury(&self, load: LoadId, remains: impl IntoIterator<Item = Remains>) {
+        for (memory, files) in remains.into_iter().map(Remains::parts) {
+            self.jobs.bury(Left::Memory(load), memory);
+            self.jobs.bury(Left::Files(load), files);
+        }
+    }
+
     fn abandon(&self, load: &LoadShared) {
         load.abandoned.store(true, Ordering::Release);
         self.forget(load.id);
@@ -469,13 +525,13 @@ impl Engine {
     /// Nothing more is to be scheduled for this load. A worker drops it: its files and addresses, and what observes it.
     fn forget(&self, id: LoadId) {
         if let Some(load) = self.jobs.forget(id) {
-            self.jobs.bury(load);
+            self.jobs.bury(Left::Files(id), load);
         }
     }
 
     /// Fails a load for good: its reads in flight are drained by the ring thread.
     fn fail(&self, load: &Arc<LoadShared>, error: Error) {
-        self.jobs.bury(load.fail(error));
+        self.bury(load.id, [load.fail(error)]);
         self.abandon(load);
         self.tell_of(load);
     }
@@ -486,10 +542,10 @@ impl Engine {
     }
 
     /// A worker thread.
-    fn work(self: Arc<Self>, heap: HeapCode) {
-        while let Some((job, load)) = self.jobs.next() {
+    fn work(self: Arc<Self>, worker: WorkerId, heap: HeapCode) {
+        while let Some((job, load)) = self.jobs.next(worker) {
             // Files that the caller gave open stay so until the job is done, also where the load ends meanwhile.
-            let _open = load.asked();
+            let open = load.asked();
             let is_open = matches!(job, Job::Open(_));
             let done = foreign::call(|| match job {
                 Job::Open(_) => self.open(&load, &heap),
@@ -497,7 +553,7 @@ impl Engine {
                     let advance = Advance { engine: Arc::clone(&self), load: load.id, bytes: need.held_bytes };
                     let need = Need { held_bytes: 0, ..need };
                     let permit = Permit { engine: Arc::clone(&self), load: load.id, need };
-                    self.allocate(&load, &heap, batch, permit, advance);
+                    self.allocate(&load, &heap, worker, batch, permit, advance);
                 }
                 Job::MakeRoom(_, bytes) => {
                     self.reaper.trim_pool(self.reaper.pooled_bytes().saturating_sub(bytes));
@@ -514,6 +570,9 @@ impl Engine {
                     self.jobs.end();
                 }
             }
+            // These may be the last references to files.
+            self.jobs.proceed(worker);
+            foreign::discard(open);
             foreign::discard(load);
         }
         drop(heap);
@@ -557,6 +616,17 @@ impl Engine {
                 let errno = dmabuf::errno::describe(errno);
                 tracing::error!(errno, leaked_bytes, "io_uring broke down: memory that reads may still write to is leaked");
             }),
+            Message::Stalled { loads, is_exhausted } => foreign::emit(|| {
+                for load in loads {
+                    tracing::warn!(load = load.0, "a file keeps a worker waiting: its load waits, and another worker takes over");
+                }
+                if is_exhausted {
+                    tracing::error!("{MOST_SUBSTITUTES} workers have been replaced, and wait for files: no load goes on");
+                }
+            }),
+            Message::NoSubstitute { error } => {
+                foreign::emit(|| tracing::warn!(%error, "no thread in place of a worker that waits for a file: fewer work"));
+            }
             Message::RingEnded { engine, panic } => {
                 if let Some(message) = panic {
                     let error = defect("the ring thread", message);
@@ -605,7 +675,7 @@ impl Engine {
             Output::Retried { retried, .. } => load.retried(&retried),
             Output::Traced { piece, span, .. } => load.traced(piece, span, self.epoch),
             Output::Failed { load: id, failure } => {
-                self.jobs.bury(load.fail_for(failure));
+                self.bury(id, [load.fail_for(failure)]);
                 self.forget(id);
             }
             Output::Gone { times, .. } => load.gone(times),
@@ -624,20 +694,20 @@ impl Engine {
             }
         };
         if !remains.is_empty() {
-            self.jobs.bury(remains);
+            self.bury(load.id, remains);
             self.abandon(load);
         }
         if over {
             self.forget(load.id);
             // What it does not need any more goes, however long its consumer keeps it.
-            self.jobs.bury(load.remains());
+            self.bury(load.id, load.remains());
         }
     }
 
     /// The last one to hold a load leaves it to a worker.
     fn let_go(&self, load: Arc<LoadShared>) {
         if let Some(load) = Arc::into_inner(load) {
-            self.jobs.bury(load);
+            self.jobs.bury(Left::Files(load.id), load);
         }
     }
 
@@ -720,11 +790,12 @@ impl Events<PieceBuffer<Permit>> for Engine {
         self.mailbox.push(messages);
     }
 
-    fn released(&self, files: Vec<Arc<OpenFile>>) {
-        // Whoever holds another reference closes the file.
-        let files: Vec<_> = files.into_iter().filter_map(Arc::into_inner).collect();
-        if !files.is_empty() {
-            self.jobs.bury(files);
+    fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>) {
+        for (load, file) in files {
+            // Whoever holds another reference closes the file.
+            if let Some(file) = Arc::into_inner(file) {
+                self.jobs.bury(Left::Files(load), file);
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //! A waker that takes its time holds up what other loads are told, but no read and no allocation.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use rustix::io::Errno;
 
 use super::Engine;
 use crate::load::LoadShared;
-use crate::ring::Output;
+use crate::ring::{LoadId, Output};
 
 /// Something to tell.
 #[derive(Debug)]
@@ -23,6 +24,11 @@ pub(super) enum Message {
     Deliver(Arc<LoadShared>),
     /// The ring broke down, and another one takes its place.
     RingBroke { errno: Errno, leaked_bytes: u64 },
+    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` if all
+    /// workers do that can be had.
+    Stalled { loads: Vec<LoadId>, is_exhausted: bool },
+    /// No thread could be started in place of one of these.
+    NoSubstitute { error: io::Error },
     /// The ring thread has ended: by itself, or with this panic.
     RingEnded { engine: Arc<Engine>, panic: Option<String> },
     /// The thread panics, as a broken invariant would make it.

@@ -17,7 +17,7 @@ pub use tensors::Tensors;
 
 pub(crate) use tensors::FileTensors;
 
-pub(crate) use state::{Allocated, Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared, Part};
+pub(crate) use state::{Allocated, Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared, Part, Remains};
 
 use crate::engine::Guard;
 use crate::error::{Error, Result};

@@ -199,10 +199,27 @@ struct FileState {
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct Remains {
+    memory: RemainingMemory,
+    files: RemainingFiles,
+}
+
+impl Remains {
+    /// What waits for no server, and what may.
+    pub(crate) fn parts(self) -> (RemainingMemory, RemainingFiles) {
+        (self.memory, self.files)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct RemainingMemory {
     _memories: Vec<MemoryState>,
-    _files: Vec<FileState>,
     _plan: Box<Plan>,
     _range: Option<Arc<AddressRange>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct RemainingFiles {
+    _files: Vec<FileState>,
     _asked: Arc<[Input]>,
 }
 
@@ -543,11 +560,15 @@ impl LoadShared {
     fn take_remains(&self, state: &mut State) -> Remains {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         Remains {
-            _memories: std::mem::take(&mut state.memories),
-            _files: std::mem::take(&mut state.files),
-            _plan: Box::new(std::mem::take(&mut state.plan)),
-            _range: state.range.take(),
-            _asked: std::mem::replace(&mut *asked, Arc::new([])),
+            memory: RemainingMemory {
+                _memories: std::mem::take(&mut state.memories),
+                _plan: Box::new(std::mem::take(&mut state.plan)),
+                _range: state.range.take(),
+            },
+            files: RemainingFiles {
+                _files: std::mem::take(&mut state.files),
+                _asked: std::mem::replace(&mut *asked, Arc::new([])),
+            },
         }
     }
 

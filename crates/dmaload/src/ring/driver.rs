@@ -86,7 +86,7 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
     /// Files of pieces that have left.
-    released: Vec<K::File>,
+    released: Vec<(LoadId, K::File)>,
     counters: Arc<ReadCounters>,
 }
 
@@ -140,7 +140,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Files of pieces that have left. These may be their last references, and closing a file may
     /// take as long as its file system likes, so the caller has another thread do it.
-    pub(crate) fn released(&mut self) -> Vec<K::File> {
+    pub(crate) fn released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
 
@@ -177,7 +177,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// abandoned, is dropped at once.
     pub(crate) fn piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
         assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
-        let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push(file.handle) };
+        let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
         assert!(buffer.is_populated() || file.route >= Route::Bounce, "a device writes to pages that are there");
@@ -295,7 +295,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             if entry.in_flight == 0 {
                 // A ring that is never closed would keep its pages pinned.
                 self.unregister(&mut entry);
-                self.released.push(entry.file.handle);
+                self.released.push((entry.load, entry.file.handle));
             } else {
                 leaked += entry.buffer.bytes() as u64;
                 // The file must stay open as long as the kernel may read from it.
@@ -638,7 +638,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
         // The load may have failed a moment ago and released its own reference.
-        self.released.push(entry.file.handle);
+        self.released.push((id, entry.file.handle));
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.pieces.retain(|&other| other != token);
@@ -667,7 +667,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 let mut entry = self.pieces.remove(token).expect(PIECE);
                 self.unregister(&mut entry);
                 self.kernel.detach(&entry.file.handle);
-                self.released.push(entry.file.handle);
+                self.released.push((id, entry.file.handle));
             }
         }
         if busy.is_empty() {

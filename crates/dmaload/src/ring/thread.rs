@@ -25,8 +25,8 @@ use crate::source::OpenFile;
 pub(crate) trait Events<B>: Send + Sync + 'static {
     /// This has happened, in this order.
     fn happened(&self, outputs: Vec<Output<B>>);
-    /// Files that loads leave which are over: to be closed by another thread.
-    fn released(&self, files: Vec<Arc<OpenFile>>);
+    /// Files that these loads leave: to be closed by another thread.
+    fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
     /// The ring broke down, which leaked this much; another one takes its place.
     fn broke_down(&self, errno: Errno, leaked_bytes: u64);
     /// The thread ends, and has leaked this much: by itself, or with this panic. Takes the thread's share of the
@@ -99,7 +99,7 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
             let ran = foreign::call(|| run(&shared, depth, staging, started, &*events));
             let commands = shared.commands().take().unwrap_or_default();
             let files = commands.into_iter().filter_map(|command| match command {
-                Command::Piece { file, .. } => Some(file.handle),
+                Command::Piece { load, file, .. } => Some((load, file.handle)),
                 Command::Begin(..) => None,
                 #[cfg(test)]
                 Command::Panic => None,

@@ -1,0 +1,242 @@
+//! Which worker threads there are, and what keeps them: pure bookkeeping, under the lock of
+//! [`super::jobs`].
+//!
+//! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network
+//! file system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`]
+//! is *stalled*: it no longer counts, so another one takes its place, and its load gets no further
+//! jobs until the server has answered. A load whose server hangs therefore holds the workers that
+//! it has by then, and no others. When a stalled worker comes back, a surplus one ends.
+//!
+//! Each file of a batch counts as progress: a batch of hundreds of files is not stalled.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::ring::LoadId;
+
+/// A local file system answers within milliseconds, also when its disk is busy. A worker that is
+/// wrongly taken for stalled costs a thread for a while, nothing else.
+pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
+
+/// The same while a worker is stalled already: where one load waits for a server, others may
+/// wait for it, too, and they are found one after the other.
+const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
+
+/// When to try again to start a worker.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+
+/// The most workers that take the places of stalled ones, as each costs a stack. A loader has no
+/// more loads open by default.
+pub(super) const MOST_SUBSTITUTES: usize = 64;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct WorkerId(u64);
+
+impl WorkerId {
+    /// Counts the workers of a loader from 0 on.
+    pub(super) fn number(self) -> u64 {
+        self.0
+    }
+}
+
+/// What a worker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Task {
+    pub(super) load: LoadId,
+    /// It opens the load.
+    pub(super) is_open: bool,
+}
+
+#[derive(Debug, Default)]
+struct Worker {
+    task: Option<Task>,
+    /// Since when it has been waiting for a file.
+    at_files_since: Option<Instant>,
+    stalled: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Workers {
+    /// How many are to be there, besides those that are stalled.
+    wanted: usize,
+    hired: u64,
+    workers: HashMap<WorkerId, Worker>,
+}
+
+impl Workers {
+    pub(super) fn new(wanted: usize) -> Self {
+        Workers { wanted, hired: 0, workers: HashMap::new() }
+    }
+
+    fn worker(&mut self, id: WorkerId) -> &mut Worker {
+        self.workers.get_mut(&id).expect("a worker is there until it leaves")
+    }
+
+    fn stalled(&self) -> usize {
+        self.workers.values().filter(|worker| worker.stalled).count()
+    }
+
+    /// One more.
+    pub(super) fn hire(&mut self) -> WorkerId {
+        let id = WorkerId(self.hired);
+        self.hired += 1;
+        self.workers.insert(id, Worker::default());
+        id
+    }
+
+    /// How many are missing in the places of stalled ones, and may be hired.
+    pub(super) fn missing(&self) -> usize {
+        let most = (self.wanted + MOST_SUBSTITUTES).saturating_sub(self.workers.len());
+        (self.wanted + self.stalled()).saturating_sub(self.workers.len()).min(most)
+    }
+
+    /// Whether stalled ones hold all places that there can be.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.stalled() >= self.wanted + MOST_SUBSTITUTES
+    }
+
+    /// Whether one of those that are not stalled should end.
+    pub(super) fn is_overstaffed(&self) -> bool {
+        self.workers.len() > self.wanted + self.stalled()
+    }
+
+    /// It ends, or could not be started.
+    pub(super) fn leave(&mut self, id: WorkerId) {
+        let worker = self.workers.remove(&id).expect("a worker leaves once");
+        assert!(worker.task.is_none(), "a worker leaves when it has nothing to do");
+    }
+
+    /// It begins something, which waits for files from `at_files_since` on.
+    pub(super) fn begin(&mut self, id: WorkerId, task: Task, at_files_since: Option<Instant>) {
+        let worker = self.worker(id);
+        assert!(worker.task.is_none(), "a worker does one thing at a time");
+        *worker = Worker { task: Some(task), at_files_since, stalled: false };
+    }
+
+    /// It makes progress with its task, and may wait for the next file from now on. Returns the
+    /// load that is no longer stalled.
+    #[must_use]
+    pub(super) fn proceed(&mut self, id: WorkerId, now: Instant) -> Option<LoadId> {
+        let worker = self.worker(id);
+        worker.at_files_since = Some(now);
+        let was_stalled = std::mem::take(&mut worker.stalled);
+        let task = worker.task.expect("a worker makes progress with something");
+        self.resumed(was_stalled.then_some(task))
+    }
+
+    /// It has nothing to do any more. Returns the load that is no longer stalled.
+    #[must_use]
+    pub(super) fn end(&mut self, id: WorkerId) -> Option<LoadId> {
+        let ended = std::mem::take(self.worker(id));
+        self.resumed(ended.task.filter(|_| ended.stalled))
+    }
+
+    fn resumed(&self, task: Option<Task>) -> Option<LoadId> {
+        let is_stalled =
+            |load| self.workers.values().any(|worker| worker.stalled && worker.task.is_some_and(|task| task.load == load));
+        task.map(|task| task.load).filter(|&load| !is_stalled(load))
+    }
+
+    /// How long a worker may wait for a file.
+    pub(super) fn patience(&self) -> Duration {
+        if self.stalled() > 0 { NEXT_STALLED_AFTER } else { STALLED_AFTER }
+    }
+
+    /// How long nobody need look; `None` if not before a worker waits for a file.
+    pub(super) fn look_after(&self, now: Instant) -> Option<Duration> {
+        let patience = self.patience();
+        let waiting = self.workers.values().filter(|worker| !worker.stalled).filter_map(|worker| worker.at_files_since);
+        let next = waiting.map(|since| patience.saturating_sub(now.saturating_duration_since(since))).min();
+        next.into_iter().chain((self.missing() > 0).then_some(RETRY_AFTER)).min()
+    }
+
+    /// Finds those that have become stalled.
+    pub(super) fn look(&mut self, now: Instant) -> Vec<Task> {
+        let (patience, mut found) = (self.patience(), Vec::new());
+        for worker in self.workers.values_mut().filter(|worker| !worker.stalled) {
+            let since = worker.at_files_since.filter(|&since| now.saturating_duration_since(since) >= patience);
+            if let (Some(_), Some(task)) = (since, worker.task) {
+                worker.stalled = true;
+                found.push(task);
+            }
+        }
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(load: u64) -> Task {
+        Task { load: LoadId(load), is_open: false }
+    }
+
+    #[test]
+    fn stalled_workers_are_replaced_and_surplus_ones_end() {
+        let mut workers = Workers::new(2);
+        let now = Instant::now();
+        let late = now + STALLED_AFTER;
+        let (first, second) = (workers.hire(), workers.hire());
+        workers.begin(first, task(7), Some(now));
+        workers.begin(second, task(7), Some(now));
+        assert_eq!(workers.look(late - Duration::from_millis(1)), []);
+        assert_eq!(workers.look_after(late - Duration::from_millis(1)), Some(Duration::from_millis(1)));
+        assert_eq!((workers.missing(), workers.is_overstaffed()), (0, false));
+        assert_eq!(workers.look(late), [task(7), task(7)]);
+        assert_eq!(workers.look(late), [], "once");
+        assert_eq!((workers.missing(), workers.look_after(late)), (2, Some(RETRY_AFTER)));
+        let third = workers.hire();
+        assert_eq!((workers.missing(), workers.is_overstaffed()), (1, false));
+        workers.hire();
+        assert_eq!(workers.look_after(late), None, "those that are stalled are known");
+        workers.begin(third, task(8), Some(late));
+        assert_eq!(workers.look_after(late), Some(NEXT_STALLED_AFTER), "there are servers that do not answer");
+        assert_eq!(workers.end(third), None);
+        assert_eq!(workers.end(first), None, "the other one is still stalled with this load");
+        assert!(workers.is_overstaffed());
+        workers.leave(first);
+        assert!(!workers.is_overstaffed());
+        assert_eq!(workers.proceed(second, late), Some(LoadId(7)), "it goes on with its job");
+        assert!(workers.is_overstaffed());
+        workers.leave(third);
+        assert!(!workers.is_overstaffed());
+        assert_eq!(workers.end(second), None, "it was not stalled any more");
+        assert_eq!(workers.look_after(late), None);
+    }
+
+    #[test]
+    fn only_what_waits_for_files_is_stalled() {
+        let mut workers = Workers::new(1);
+        let worker = workers.hire();
+        let now = Instant::now();
+        workers.begin(worker, task(1), None);
+        assert_eq!(workers.look_after(now), None);
+        assert_eq!(workers.look(now + 100 * STALLED_AFTER), [], "it allocates memory");
+        assert_eq!(workers.proceed(worker, now + 100 * STALLED_AFTER), None);
+        assert_eq!(workers.look(now + 100 * STALLED_AFTER), []);
+        assert_eq!(workers.look(now + 101 * STALLED_AFTER), [task(1)]);
+    }
+
+    #[test]
+    fn substitutes_are_bounded() {
+        let mut workers = Workers::new(2);
+        let now = Instant::now();
+        workers.hire();
+        workers.hire();
+        let mut load = 0;
+        while !workers.is_exhausted() {
+            let free: Vec<_> = workers.workers.iter().filter(|(_, worker)| worker.task.is_none()).map(|(&id, _)| id).collect();
+            for id in free {
+                load += 1;
+                workers.begin(id, task(load), Some(now));
+            }
+            assert!(!workers.look(now + STALLED_AFTER).is_empty());
+            for _ in 0..workers.missing() {
+                workers.hire();
+            }
+        }
+        assert_eq!((load, workers.missing()), (2 + MOST_SUBSTITUTES as u64, 0));
+    }
+}

@@ -1,0 +1,472 @@
+//! Servers of file systems that hang where a worker waits for them: at a look for a name, an
+//! open, the attributes, a close.
+//! Loads of other file systems go on, with one worker as with several; when the server answers
+//! again, so do its own.
+//!
+//! Only root can mount; elsewhere these tests say that they are skipped.
+#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::print_stderr, reason = "what is skipped is told")]
+
+mod common;
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use common::{assert_same, folder, random_bytes};
+use dmaload::{Error, Image, Load, Loader, LoaderBuilder};
+use fuser::{
+    Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags,
+    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
+};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+const SEGMENT: usize = 2 << 20;
+const LARGE: usize = 2 * SEGMENT + 777;
+/// So small that several share a memory: they are opened when that is allocated.
+const SMALL: usize = 9_000;
+/// What must not wait for a server takes 1 s, or a few of them on a busy machine; what waits for
+/// it never ends.
+const SOON: Duration = Duration::from_secs(20);
+
+/// What the server does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hangs {
+    /// Looks for the names of files.
+    Lookup,
+    Open,
+    /// For the attributes of a file that was read from.
+    Attributes,
+    Close,
+}
+
+const ALL: [Hangs; 4] = [Hangs::Lookup, Hangs::Open, Hangs::Attributes, Hangs::Close];
+
+/// The file system: `large-N` and `small-N`, as many as anybody asks for.
+struct Server {
+    bytes: Vec<u8>,
+    hangs: Hangs,
+    was_read: AtomicBool,
+    /// Answers that are held back; `None` when they are not any more.
+    held: Arc<Mutex<Option<Vec<Answer>>>>,
+}
+
+type Answer = Box<dyn FnOnce() + Send>;
+
+impl Server {
+    fn answer(&self, hangs: bool, answer: impl FnOnce() + Send + 'static) {
+        match &mut *self.held.lock().unwrap() {
+            Some(held) if hangs => held.push(Box::new(answer)),
+            _ => answer(),
+        }
+    }
+}
+
+const ROOT: u64 = 1;
+
+/// Files of even numbers are small.
+fn length_of(inode: u64) -> usize {
+    if inode.is_multiple_of(2) { SMALL } else { LARGE }
+}
+
+fn attributes(inode: u64) -> FileAttr {
+    let is_file = inode != ROOT;
+    FileAttr {
+        ino: INodeNo(inode),
+        size: if is_file { length_of(inode) as u64 } else { 0 },
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: if is_file { FileType::RegularFile } else { FileType::Directory },
+        perm: 0o755,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        flags: 0,
+        blksize: 4096,
+    }
+}
+
+impl Filesystem for Server {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let Some((kind, number)) = name.to_str().and_then(|name| name.split_once('-')) else {
+            return reply.error(fuser::Errno::ENOENT);
+        };
+        let inode = 2 * number.parse::<u64>().unwrap() + if kind == "small" { 100 } else { 101 };
+        self.answer(self.hangs == Hangs::Lookup, move || reply.entry(&Duration::ZERO, &attributes(inode), Generation(0)));
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        let hangs = self.hangs == Hangs::Attributes && inode.0 != ROOT && self.was_read.load(Ordering::SeqCst);
+        self.answer(hangs, move || reply.attr(&Duration::ZERO, &attributes(inode.0)));
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.answer(self.hangs == Hangs::Open, move || reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO));
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.answer(self.hangs == Hangs::Close, move || reply.ok());
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.was_read.store(true, Ordering::SeqCst);
+        let file = &self.bytes[..length_of(inode.0)];
+        let start = usize::try_from(offset).unwrap().min(file.len());
+        reply.data(&file[start..file.len().min(start + size as usize)]);
+    }
+}
+
+fn bytes() -> Vec<u8> {
+    random_bytes(LARGE, 5)
+}
+
+/// A server in a process of its own: what waits for it is ended by its end.
+struct Hanging {
+    mounted: tempfile::TempDir,
+    /// The server answers once there is such a file.
+    answer: PathBuf,
+    server: Child,
+    _folder: tempfile::TempDir,
+}
+
+const SERVER: &str = "DMALOAD_TEST_HANGING_SERVER";
+const HANGS: &str = "DMALOAD_TEST_HANGS";
+const ANSWER: &str = "DMALOAD_TEST_ANSWER";
+
+impl Hanging {
+    fn at(hangs: Hangs) -> Hanging {
+        let (mounted, other) = (folder(), folder());
+        let answer = other.path().join("answer");
+        let server = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "the_hanging_server"])
+            .env(SERVER, mounted.path())
+            .env(HANGS, format!("{hangs:?}"))
+            .env(ANSWER, &answer)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while !std::fs::read_to_string("/proc/self/mounts").unwrap().contains(mounted.path().to_str().unwrap()) {
+            assert!(start.elapsed() < Duration::from_secs(20), "the file system is not mounted");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Hanging { mounted, answer, server, _folder: other }
+    }
+
+    fn files(&self, names: &[&str]) -> Vec<PathBuf> {
+        names.iter().map(|name| self.mounted.path().join(name)).collect()
+    }
+
+    fn answers_again(&self) {
+        std::fs::write(&self.answer, "").unwrap();
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        let ended = self.server.kill().and_then(|()| self.server.wait());
+        let unmounted = Command::new("umount").arg("-l").arg(self.mounted.path()).status();
+        assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
+#[test]
+#[ignore = "no test: the server of another one, in its own process"]
+fn the_hanging_server() {
+    let Some(folder) = std::env::var_os(SERVER) else { return };
+    let hangs = std::env::var(HANGS).unwrap();
+    let hangs = ALL.into_iter().find(|kind| format!("{kind:?}") == hangs).unwrap();
+    let answer = PathBuf::from(std::env::var_os(ANSWER).unwrap());
+    let held = Arc::new(Mutex::new(Some(Vec::new())));
+    let server = Server { bytes: bytes(), hangs, was_read: AtomicBool::new(false), held: Arc::clone(&held) };
+    std::thread::spawn(move || {
+        while !answer.exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let answers: Option<Vec<Answer>> = held.lock().unwrap().take();
+        answers.into_iter().flatten().for_each(|answer| answer());
+    });
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::RO, MountOption::FSName("dmaload-test".to_owned())];
+    fuser::mount(server, folder, &config).unwrap();
+}
+
+/// Events that say that a worker was replaced.
+static REPLACED: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts these events.
+struct Counts;
+
+impl Subscriber for Counts {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event()
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        event.record(&mut Counts);
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+impl Visit for Counts {
+    fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+        if field.name() == "message" && format!("{value:?}").ends_with("another worker takes over") {
+            REPLACED.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Threads are counted, so there is one test at a time; `None` where only root may mount.
+async fn alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
+    static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
+        eprintln!("skipped: mounting needs root and /dev/fuse");
+        return None;
+    }
+    let alone = ALONE.lock().await;
+    // The first test sets it.
+    let _ = tracing::subscriber::set_global_default(Counts);
+    REPLACED.store(0, Ordering::SeqCst);
+    // What an earlier one has left has ended with its server.
+    wait_for_threads(0, "before a test");
+    Some(alone)
+}
+
+/// The threads of loaders that end with them.
+fn threads() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    let of_loaders = ["dmaload-alloc", "dmaload-watch", "dmaload-ring", "dmaload-tell"];
+    names.filter(|name| of_loaders.iter().any(|own| name.starts_with(own))).collect()
+}
+
+fn workers() -> usize {
+    threads().iter().filter(|name| name.starts_with("dmaload-alloc")).count()
+}
+
+fn wait_until(is_so: impl Fn() -> bool, what: &str) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < SOON, "{what}: {:?}", threads());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn wait_for_threads(expected: usize, what: &str) {
+    wait_until(|| threads().len() == expected, &format!("{what}: {expected} threads expected"));
+}
+
+fn loader(workers: usize) -> LoaderBuilder {
+    Loader::builder().segment_bytes(SEGMENT as u64).allocator_threads(workers).shutdown_timeout(Duration::from_millis(300))
+}
+
+/// Files of a real file system, and their bytes.
+struct Plain {
+    _folder: tempfile::TempDir,
+    files: Vec<PathBuf>,
+    bytes: Vec<u8>,
+}
+
+impl Plain {
+    fn new() -> Plain {
+        let folder = folder();
+        let bytes = random_bytes(LARGE, 6);
+        let files = [("a", LARGE), ("b", SMALL), ("c", SMALL)].map(|(name, length)| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, &bytes[..length]).unwrap();
+            path
+        });
+        Plain { _folder: folder, files: files.to_vec(), bytes }
+    }
+
+    /// Several loads of these, which must not wait for any other.
+    async fn load(&self, loader: &Loader, what: &str) {
+        for round in 0..3 {
+            let load = loader.load_with(&self.files, loader.options());
+            let image = tokio::time::timeout(SOON, load).await;
+            let image = image.unwrap_or_else(|_| panic!("{what}: load {round} waits for a server: {:?}", threads())).unwrap();
+            assert_image(&image, &self.bytes, what);
+        }
+    }
+}
+
+fn assert_image(image: &Image, bytes: &[u8], what: &str) {
+    for file in image.files() {
+        let seen = file.bytes().unwrap();
+        assert!(!seen.is_empty());
+        assert_same(&seen, &bytes[..seen.len()], what);
+    }
+}
+
+/// Each kind of load that hangs: where, and of which files.
+const KINDS: [(Hangs, &[&str]); 8] = [
+    (Hangs::Lookup, &["large-0", "large-1"]),
+    (Hangs::Lookup, &["small-0", "small-1"]),
+    // The large ones are opened when the load is planned, the small ones when they get their
+    // memory.
+    (Hangs::Open, &["large-0", "large-1"]),
+    (Hangs::Open, &["small-0", "small-1", "small-2"]),
+    (Hangs::Attributes, &["large-0", "large-1", "large-2"]),
+    (Hangs::Attributes, &["small-0", "small-1", "small-2"]),
+    (Hangs::Close, &["large-0", "large-1", "large-2"]),
+    (Hangs::Close, &["small-0", "small-1", "small-2"]),
+];
+
+fn load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
+    loader.load_with(hanging.files(names), loader.options())
+}
+
+/// It neither ends nor fails.
+async fn waits(load: &mut Load, what: &str) {
+    while let Ok(segment) = tokio::time::timeout(Duration::from_millis(50), load.next()).await {
+        assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: it does not wait");
+    }
+}
+
+#[tokio::test]
+async fn hanging_load_stops_no_other_and_finishes_when_its_server_answers() {
+    let Some(_alone) = alone().await else { return };
+    let (plain, bytes) = (Plain::new(), bytes());
+    for (workers_wanted, (hangs, names)) in [1, 2].into_iter().flat_map(|workers| KINDS.map(|kind| (workers, kind))) {
+        let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
+        let hanging = Hanging::at(hangs);
+        let loader = loader(workers_wanted).build().unwrap();
+        plain.load(&loader, &what).await;
+        assert_eq!(workers(), workers_wanted, "{what}");
+        let mut held_up = load(&loader, &hanging, names);
+        waits(&mut held_up, &what).await;
+        let start = Instant::now();
+        plain.load(&loader, &what).await;
+        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), workers());
+        // An event comes a moment later. On a busy machine, a file of the others may have taken
+        // long, too.
+        let replaced = || REPLACED.load(Ordering::SeqCst);
+        wait_until(|| replaced() + workers_wanted >= workers(), &format!("{what}: {} events", replaced()));
+        wait_until(|| workers() <= 2 * workers_wanted, &format!("{what}: one load holds those that it has, and no more"));
+        hanging.answers_again();
+        let image = tokio::time::timeout(SOON, held_up).await.unwrap_or_else(|_| panic!("{what}: it goes on")).unwrap();
+        assert_image(&image, &bytes, &what);
+        wait_for_threads(workers_wanted + 3, &what);
+        plain.load(&loader, &what).await;
+        loader.shutdown().await.unwrap();
+        wait_for_threads(0, &what);
+    }
+}
+
+#[tokio::test]
+async fn many_hanging_loads_stop_no_other() {
+    let Some(_alone) = alone().await else { return };
+    let (plain, bytes) = (Plain::new(), bytes());
+    let servers = ALL.map(Hanging::at);
+    for (workers_wanted, limited) in [(1, false), (2, false), (2, true)] {
+        // Also where loads begin in the order they came, and few may be open.
+        let builder = loader(workers_wanted);
+        let builder = if limited { builder.memory_limit_bytes(256 << 20).max_open_loads(6) } else { builder };
+        let loader = builder.build().unwrap();
+        let what = format!("{workers_wanted} workers, limited: {limited}");
+        let server = |hangs| &servers[ALL.iter().position(|&kind| kind == hangs).unwrap()];
+        let mut held_up: Vec<_> = KINDS.iter().map(|&(hangs, names)| load(&loader, server(hangs), names)).collect();
+        // Of some of them nobody wants anything any more.
+        held_up.extend(KINDS.iter().map(|&(hangs, names)| load(&loader, server(hangs), names)));
+        let start = Instant::now();
+        plain.load(&loader, &what).await;
+        held_up.truncate(KINDS.len());
+        plain.load(&loader, &what).await;
+        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), workers());
+        if workers_wanted == 1 {
+            // They are told all of them.
+            let leaked = loader.shutdown().await.unwrap_err();
+            wait_for_threads(leaked.threads, &what);
+            assert!(leaked.threads >= ALL.len(), "{what}: {leaked}");
+            for load in held_up {
+                assert!(matches!(load.finish().await, Err(Error::ShutDown)), "{what}");
+            }
+        } else if limited {
+            servers.iter().for_each(Hanging::answers_again);
+            for load in held_up {
+                let image = tokio::time::timeout(SOON, load).await.expect("it goes on").unwrap();
+                assert_image(&image, &bytes, &what);
+            }
+            loader.shutdown().await.unwrap();
+        } else {
+            drop(held_up);
+            loader.shutdown().await.unwrap_err();
+        }
+    }
+}
+
+#[tokio::test]
+async fn sixty_hanging_loads_stop_no_other() {
+    let Some(_alone) = alone().await else { return };
+    let (plain, hanging) = (Plain::new(), Hanging::at(Hangs::Lookup));
+    let loader = loader(2).max_open_loads(1).build().unwrap();
+    let held_up: Vec<_> = (0..60).map(|number| load(&loader, &hanging, &[format!("large-{number}").as_str()])).collect();
+    let start = Instant::now();
+    plain.load(&loader, "sixty loads").await;
+    eprintln!("sixty loads: others took {:?}, {} workers", start.elapsed(), workers());
+    // Of two workers one may be held without that anybody has noticed.
+    wait_until(|| REPLACED.load(Ordering::SeqCst) >= 59, "an event for each worker that was replaced");
+    hanging.answers_again();
+    for load in held_up {
+        let image = tokio::time::timeout(SOON, load).await.expect("it goes on").unwrap();
+        assert_image(&image, &bytes(), "one of sixty");
+    }
+    wait_for_threads(2 + 3, "sixty loads");
+    loader.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn shutdown_tells_each_worker_that_hangs() {
+    let Some(_alone) = alone().await else { return };
+    let plain = Plain::new();
+    for (number, (hangs, names)) in KINDS.into_iter().enumerate() {
+        let workers_wanted = 1 + number % 2;
+        let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
+        let hanging = Hanging::at(hangs);
+        let loader = loader(workers_wanted).build().unwrap();
+        let mut held_up = load(&loader, &hanging, names);
+        waits(&mut held_up, &what).await;
+        plain.load(&loader, &what).await;
+        let leaked = loader.shutdown().await.unwrap_err();
+        // A thread is counted out just before it ends.
+        wait_for_threads(leaked.threads, &what);
+        assert_eq!((leaked.bytes, leaked.threads), (0, workers()), "{what}: {:?}", threads());
+        // Those that it had when it came to hang, and one that closes what it has left.
+        assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", threads());
+        assert!(matches!(held_up.finish().await, Err(Error::ShutDown)), "{what}");
+        // They end when the server answers.
+        hanging.answers_again();
+        wait_for_threads(0, &what);
+    }
+}
