@@ -457,6 +457,8 @@ async fn shutdown_tells_each_worker_that_hangs() {
         let loader = loader(workers_wanted).build().unwrap();
         let mut held_up = load(&loader, &hanging, names);
         waits(&mut held_up, &what).await;
+        // On a busy machine it may wait for something else before.
+        wait_until(|| REPLACED.swap(0, Ordering::SeqCst) > 0, &what);
         plain.load(&loader, &what).await;
         let leaked = loader.shutdown().await.unwrap_err();
         // A thread is counted out just before it ends.
