@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use dmaload::dmabuf::Pages;
 use dmaload::verify::Algorithm;
-use dmaload::{Cache, Format, Layout, Route};
+use dmaload::{Cache, Format, Layout, Prefer, Route};
 
 use crate::bench::{Mode, Pressure};
 use crate::manifest::Against;
@@ -337,11 +337,15 @@ pub(crate) struct Engine {
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
     /// The most memory that reads are staged in by the route bounce.
-    #[arg(long, default_value = "22MiB", value_name = "BYTES", value_parser = bytes)]
+    #[arg(long, default_value = "16MiB", value_name = "BYTES", value_parser = bytes)]
     pub(crate) staging: u64,
-    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered.
+    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered. auto is the faster one
+    /// of direct and staged reads (bounce), which large loads find out.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
+    /// What matters where the route is left open: speed, or cpu, which reads directly and copies nothing.
+    #[arg(long, default_value = "speed", value_name = "speed|cpu")]
+    pub(crate) prefer: Prefer,
     /// Fail rather than take a lower route than the one to start at.
     #[arg(long)]
     pub(crate) strict: bool,
@@ -420,17 +424,17 @@ impl From<PageChoice> for Pages {
     }
 }
 
-/// A route, or the best one.
+/// A route, or the faster one.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct RouteChoice(pub(crate) Route);
+pub(crate) struct RouteChoice(pub(crate) Option<Route>);
 
 impl FromStr for RouteChoice {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
         match name {
-            "auto" => Ok(RouteChoice(Route::ALL[0])),
-            name => name.parse().map(RouteChoice),
+            "auto" => Ok(RouteChoice(None)),
+            name => name.parse().map(|route| RouteChoice(Some(route))),
         }
     }
 }

@@ -18,7 +18,7 @@ pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
 
 /// The same by another route.
 pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Result<Loader> {
-    builder(arguments, route, strict)?.build()
+    builder(arguments, Some(route), strict)?.build()
 }
 
 /// The same with a pool of any size.
@@ -26,15 +26,18 @@ pub(crate) fn loader_with_pool(arguments: &Engine) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.pool_bytes(u64::MAX).build()
 }
 
-fn builder(arguments: &Engine, route: Route, strict: bool) -> Result<LoaderBuilder> {
+fn builder(arguments: &Engine, route: Option<Route>, strict: bool) -> Result<LoaderBuilder> {
     let mut options = LoadOptions::default()
         .layout(arguments.layout)
         .packed(!arguments.no_pack)
         .chunk_bytes(arguments.chunk_size)
-        .route(route)
+        .prefer(arguments.prefer)
         .strict(strict)
         .format(arguments.format)
         .allow_missing(arguments.allow_missing);
+    if let Some(route) = route {
+        options = options.route(route);
+    }
     if let Some(cache) = arguments.cache {
         options = options.cache(cache);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
 use dmaload::verify::Digest;
-use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Report, Segment, Shard};
+use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -215,6 +215,7 @@ fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
     if tensors > 0 {
         pairs = pairs.with("tensors", tensors);
     }
+    pairs = pairs.with_some("measured", report.measured.map(|measured| told_measured(&measured)));
     pairs = pairs.with_some("verified", report.verified.as_ref());
     for note in report.notes.iter().chain(notes) {
         pairs = pairs.with("note", note);
@@ -227,6 +228,13 @@ fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm().to_string()).unwrap_or_default(), told);
     }
     pairs.to_string()
+}
+
+fn told_measured(measured: &Measured) -> String {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "shown with three digits")]
+    let rate = |bytes: f64| rate(bytes as u64, Duration::from_secs(1));
+    let (staged, direct) = (rate(measured.staged_bytes_per_second), rate(measured.direct_bytes_per_second));
+    format!("staged {staged}, direct {direct}: {} for the rest", measured.chosen)
 }
 
 fn counted(count: usize, what: &str) -> String {
@@ -305,6 +313,11 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
             "errno": errno::name(fallback.errno).map_or_else(|| fallback.errno.raw_os_error().to_string(), str::to_owned),
             "file": fallback.file_index,
         })).collect::<Vec<_>>(),
+        "measured": report.measured.map(|measured| serde_json::json!({
+            "direct_bytes_per_second": measured.direct_bytes_per_second,
+            "staged_bytes_per_second": measured.staged_bytes_per_second,
+            "chosen": measured.chosen.to_string(),
+        })),
         "verified": report.verified,
         "segments": image.segments().iter().map(segment_to_json).collect::<Vec<_>>(),
         "tensors": image.tensors().count(),

@@ -164,8 +164,9 @@ impl LoaderBuilder {
     pub const WINDOW_BYTES: u64 = 128 << 20;
     /// The default of [`Self::queue_depth`]. A load alone may have 33 of them, and reads its first 64 MiB with 32.
     pub const QUEUE_DEPTH: usize = 44;
-    /// The default of [`Self::staging_bytes`]. A load alone may have 16 MiB of it.
-    pub const STAGING_BYTES: u64 = 22 << 20;
+    /// The default of [`Self::staging_bytes`]. A load alone may have 12 MiB of it: more
+    /// does not stay in the processor's cache.
+    pub const STAGING_BYTES: u64 = 16 << 20;
 
     /// Where segments' memory comes from. Default: [`heap::auto`].
     pub fn heap(mut self, heap: impl Heap) -> Self {
@@ -193,7 +194,7 @@ impl LoaderBuilder {
     }
 
     /// The most memory that [`Route::Bounce`] stages reads in, from 2 MiB to 1 GiB. It is taken when a load first needs it,
-    /// and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 22 MiB.
+    /// and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 16 MiB.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
         self.settings.staging_bytes = bytes;
         self

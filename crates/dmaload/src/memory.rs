@@ -8,12 +8,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memfd, Memory};
-use rustix::io::Errno;
 
 use crate::charge::Ledger;
 use crate::lent::Lent;
 use crate::reaper::{Holding, Reaper};
-use crate::ring::{Buffer, Fault, LoadId, Place, Sink};
+use crate::ring::{Buffer, Fault, LoadId, Place, Sink, Write};
 
 /// Bytes that are to be elsewhere: at the beginning of their slot. All in bytes of the memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -233,12 +232,7 @@ impl Backing {
 
 /// Memory whose pages are all there.
 impl Sink for Backing {
-    unsafe fn fill(
-        &self,
-        offset: usize,
-        bytes: usize,
-        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
-    ) -> Result<usize, Fault> {
+    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         // SAFETY: nobody else has this part, as the caller promises.
         write(unsafe { self.unfilled(offset, bytes) }).map_err(Fault::Read)
     }

@@ -56,12 +56,47 @@ pub struct Report {
     pub route: Route,
     /// Every step down the ladder, in the order taken.
     pub fallbacks: Vec<Fallback>,
+    /// How fast direct and staged reads were, where this load has tried both to find the faster one
+    /// ([`crate::LoadOptions::route`]).
+    pub measured: Option<Measured>,
     /// What was compared with what was expected ([`crate::LoadOptions::verify`]); `None` when nothing was.
     pub verified: Option<String>,
     /// What was done when, in the order in which it ended; empty unless [`crate::LoadOptions::trace`] was asked for.
     pub trace: Vec<TraceEvent>,
     /// The files, in the order given.
     pub files: Vec<FileReport>,
+}
+
+/// A way for bytes to get into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Way {
+    /// Memory is brought into being ahead of reads, and devices write to it.
+    Direct,
+    /// Reads go into a few buffers that stay in the processor's cache. Threads bring memory into being,
+    /// and copy what was read while both are in the cache ([`Route::Bounce`]).
+    Staged,
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Way::Direct => "direct",
+            Way::Staged => "staged",
+        })
+    }
+}
+
+/// How fast the two ways were on parts of a load.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Measured {
+    /// By direct reads.
+    pub direct_bytes_per_second: f64,
+    /// By staged ones.
+    pub staged_bytes_per_second: f64,
+    /// Which of them the rest of the load took, and later loads take.
+    pub chosen: Way,
 }
 
 /// What happened to one file.
@@ -141,6 +176,7 @@ mod tests {
             layout: Layout::Segmented,
             route: Route::Buffered,
             fallbacks: Vec::new(),
+            measured: None,
             verified: None,
             trace: Vec::new(),
             files: Vec::new(),

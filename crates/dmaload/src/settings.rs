@@ -95,6 +95,29 @@ impl std::str::FromStr for Cache {
     }
 }
 
+/// What matters when a way to read is chosen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Prefer {
+    /// The time that a load takes.
+    #[default]
+    Speed,
+    /// The processor's time: direct reads, which copy nothing, without measuring.
+    Cpu,
+}
+
+impl std::str::FromStr for Prefer {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "speed" => Ok(Prefer::Speed),
+            "cpu" => Ok(Prefer::Cpu),
+            _ => Err(format!("no such preference: {name:?}; there are speed and cpu")),
+        }
+    }
+}
+
 /// Which loads go first where several are under way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Priority {
@@ -120,7 +143,9 @@ pub struct LoadOptions {
     pub(crate) segment_bytes: Option<u64>,
     pub(crate) packed: bool,
     pub(crate) chunk_bytes: u64,
-    pub(crate) route: Route,
+    /// `None` leaves the choice to us.
+    pub(crate) route: Option<Route>,
+    pub(crate) prefer: Prefer,
     pub(crate) strict: bool,
     pub(crate) format: Format,
     pub(crate) trace: bool,
@@ -166,7 +191,8 @@ impl Default for LoadOptions {
             segment_bytes: None,
             packed: true,
             chunk_bytes: 2 << 20,
-            route: Route::UringFixedDirect,
+            route: None,
+            prefer: Prefer::Speed,
             strict: false,
             format: Format::Auto,
             trace: false,
@@ -298,10 +324,23 @@ impl LoadOptions {
         self
     }
 
-    /// The route to start at. Default: the best.
+    /// The route to start at. Default: whichever is faster of direct reads by the best route, and of
+    /// staged ones ([`Route::Bounce`]).
+    ///
+    /// Which that is depends on the machine, so a load of 512 MiB or more tries both on parts of itself, and
+    /// goes on with the faster one; later loads of the loader from the same file system take that, and
+    /// look again now and then ([`crate::Report::measured`]). Smaller ones, before anything was measured,
+    /// take staged reads on small pages and direct ones on large pages.
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {
-        self.route = route;
+        self.route = Some(route);
+        self
+    }
+
+    /// What matters where the route is left open. Default: [`Prefer::Speed`].
+    #[must_use]
+    pub fn prefer(mut self, prefer: Prefer) -> Self {
+        self.prefer = prefer;
         self
     }
 

@@ -15,21 +15,15 @@ use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
 use crate::memory::{Backing, PieceBuffer};
+use crate::report::Way;
 use crate::ring::{FileSpec, Sink};
 use crate::route::Route;
 use crate::schedule::Need;
 use crate::settings::Cache;
 use crate::source::OpenFile;
 
-/// Two ways for bytes to get into memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
-    /// Memory ahead of reads: a device writes to pages that are there.
-    Direct,
-    /// Reads ahead of memory: into staging, or through the page cache. Whoever fills the memory brings
-    /// it into being.
-    Staged,
-}
+/// A batch's memory, and what brings its pages into being where they are not there.
+type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
 
 /// Freeing takes up to half a second per GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
@@ -62,8 +56,7 @@ impl Engine {
         mut permit: Permit,
         advance: Advance,
     ) -> Result<()> {
-        let way = self.way(load, allocation);
-        let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
+        let (backing, filling) = self.memory_for(load, heap, allocation)?;
         advance.charge(&backing);
         let staged_by = staged_by(&load.options);
         for part in &allocation.parts {
@@ -85,7 +78,7 @@ impl Engine {
             let staged_by = staged_by.max(Some(route).filter(|&route| route < Route::Bounce).unwrap_or(staged_by));
             let spec = FileSpec {
                 index: part.file_index,
-                route: if way == Way::Staged { route.max(Route::Bounce) } else { route },
+                route: if allocation.way == Way::Staged { route.max(Route::Bounce) } else { route },
                 staged_by: if file.ring_refused.is_some() { staged_by.max(Route::PreadDirect) } else { staged_by },
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
@@ -98,15 +91,9 @@ impl Engine {
     }
 
     /// The batch's memory, with all its pages or with what brings them into being.
-    fn memory_for(
-        self: &Arc<Self>,
-        load: &Arc<LoadShared>,
-        heap: &HeapCode,
-        allocation: &Allocation,
-        way: Way,
-    ) -> Result<(Arc<Backing>, Option<Arc<dyn Sink>>)> {
+    fn memory_for(self: &Arc<Self>, load: &Arc<LoadShared>, heap: &HeapCode, allocation: &Allocation) -> Result<Prepared> {
         let about = allocation.allocated();
-        if way == Way::Staged && !self.facts.allocates_at_once {
+        if allocation.way == Way::Staged && !self.facts.allocates_at_once {
             let (backing, grant) = self.backing(load, heap, allocation)?;
             // Each extent asks for itself, when it is populated.
             drop(grant);
@@ -123,12 +110,6 @@ impl Engine {
         let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
         load.end_allocating(&about, start, told);
         Ok((populated?.0, None))
-    }
-
-    /// Which way the bytes of a batch take.
-    #[expect(clippy::unused_self, reason = "next")]
-    fn way(&self, load: &LoadShared, _allocation: &Allocation) -> Way {
-        if load.starting_route() >= Route::Bounce { Way::Staged } else { Way::Direct }
     }
 
     fn populate(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {

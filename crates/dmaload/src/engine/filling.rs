@@ -4,7 +4,6 @@
 //! it, and copies what was read while both are in its cache. Populating ahead would zero memory that has
 //! left the cache when its bytes come, which costs a third of the speed on virtual disks.
 
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -17,7 +16,7 @@ use super::{Engine, HeapCode, WeakHeap};
 use crate::error::Result;
 use crate::load::{Allocated, LoadShared};
 use crate::memory::Backing;
-use crate::ring::{Fault, Sink};
+use crate::ring::{Fault, Sink, Write};
 use crate::slot::Slot;
 
 /// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache
@@ -119,12 +118,7 @@ impl Filling {
 
 #[allow(unsafe_code)]
 impl Sink for Filling {
-    unsafe fn fill(
-        &self,
-        offset: usize,
-        bytes: usize,
-        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> std::result::Result<usize, Errno>,
-    ) -> std::result::Result<usize, Fault> {
+    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> std::result::Result<usize, Fault> {
         assert!(self.batch.start <= offset && offset + bytes <= self.batch.end, "a piece lies within its batch");
         let mut done = 0;
         while done < bytes {

@@ -223,6 +223,11 @@ impl<T: Clone> Jobs<T> {
         self.schedule().loads.get(&id).cloned()
     }
 
+    /// Whether there is still something to be done for a load.
+    pub(super) fn knows(&self, id: LoadId) -> bool {
+        self.schedule().loads.contains_key(&id)
+    }
+
     /// No new loads; gives those that there are.
     pub(super) fn refuse(&self) -> Vec<T> {
         let mut schedule = self.schedule();

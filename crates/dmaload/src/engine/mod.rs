@@ -15,6 +15,7 @@
 
 mod allocate;
 mod allowance;
+mod choice;
 mod descriptors;
 mod expand;
 mod filling;
@@ -26,6 +27,8 @@ mod teller;
 mod whole;
 mod workers;
 
+use choice::Choices;
+pub(crate) use choice::Choosing;
 pub(crate) use expand::{Choice, Found, files as model_files};
 use jobs::{Jobs, Left, Noticed};
 use open::find_header;
@@ -55,6 +58,7 @@ use crate::memory::{Backing, PieceBuffer};
 use crate::metrics::{LoadCounters, Metrics};
 use crate::pressure;
 use crate::reaper::Reaper;
+use crate::report::Measured;
 use crate::ring::{Events, LoadId, Output, RingThread};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
@@ -76,6 +80,7 @@ pub(crate) struct Engine {
     /// Why there are no more loads, where a thread of ours has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
+    choices: Mutex<Choices>,
     threads: Arc<Threads>,
     leaked_bytes: AtomicU64,
     counters: Arc<LoadCounters>,
@@ -274,6 +279,7 @@ impl Guard {
         })?;
         let all_settings = settings.clone();
         let settings = Settings { load: LoadOptions { verify: None, observer: None, ..settings.load }, ..settings };
+        let choices = Mutex::new(Choices::new(facts.pages));
         let engine = Arc::new(Engine {
             facts,
             mailbox: Arc::default(),
@@ -281,6 +287,7 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
+            choices,
             jobs: Jobs::new(
                 settings.window_bytes,
                 settings.memory_limit_bytes,
@@ -454,6 +461,10 @@ impl Engine {
         }
         drop(heap);
         self.thread_has_ended();
+    }
+
+    fn choices(&self) -> MutexGuard<'_, Choices> {
+        self.choices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn thread_has_ended(&self) {
@@ -668,7 +679,16 @@ impl Engine {
     /// Notes what the ring thread has done for a load.
     fn note(&self, load: &LoadShared, output: Output<()>) {
         match output {
-            Output::PieceFull { load: id, piece, route, buffer: () } => self.jobs.follow(id, load.piece_full(piece, route)),
+            Output::PieceFull { load: id, piece, route, buffer: () } => {
+                if let Some((mount, measured)) = load.measure(piece) {
+                    self.choices().learned(id, mount, &measured);
+                    foreign::emit(|| {
+                        let Measured { direct_bytes_per_second, staged_bytes_per_second, chosen } = measured;
+                        tracing::info!(load = id.0, direct_bytes_per_second, staged_bytes_per_second, %chosen, "measured");
+                    });
+                }
+                self.jobs.follow(id, load.piece_full(piece, route));
+            }
             Output::SteppedDown { fallback, .. } => load.stepped_down(fallback),
             Output::LessStaging { bytes, errno, .. } => load.less_staging(bytes, errno),
             Output::NoThread { .. } => load.no_thread(),

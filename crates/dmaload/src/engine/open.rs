@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use dmabuf::{AddressRange, printable};
 
+use super::choice::Choosing;
 use super::{Choice, Engine, Found, HeapCode, descriptors, expand};
 use crate::convert::to_usize;
 use crate::error::{Error, Result};
@@ -19,11 +20,12 @@ use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
 use crate::observe::VERIFIER;
 use crate::plan::{BATCH_BYTES, Layout, MOST_PIECES, Plan, Shape, Span};
+use crate::report::Way;
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
 use crate::select::{ChosenTensors, Selected, Selector, by_tensors};
-use crate::settings::{Cache, Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions};
+use crate::settings::{Cache, Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions, Prefer};
 use crate::source::{OpenFile, Source, look_at};
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
@@ -61,6 +63,7 @@ impl Engine {
                 tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
             });
         }
+        load.choose(self.choosing(load, &plan, &files));
         let (pieces, batches) = load.planned(plan, range, files, fallbacks);
         if pieces == 0 {
             // It is at its end, or has failed meanwhile.
@@ -72,6 +75,27 @@ impl Engine {
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         self.jobs.opened(load.id, Demand { batches, reserved_bytes, ahead_bytes, priority });
+    }
+
+    /// Which way the batches of a load are read.
+    fn choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
+        let LoadOptions { route, prefer, .. } = load.options;
+        if route.is_some() || load.is_observed_in_staging() || prefer == Prefer::Cpu {
+            let staged = load.starting_route() >= Route::Bounce;
+            return Choosing::fixed(if staged { Way::Staged } else { Way::Direct });
+        }
+        // Memory that is there as a whole is there ahead of any read; whether it can be pinned, reads find out.
+        if self.facts.allocates_at_once {
+            return Choosing::fixed(Way::Direct);
+        }
+        let mut mounts = files.iter().map(|file| file.identity.mount());
+        let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
+        let mut choices = self.choices();
+        if mounts.any(|other| other != mount) {
+            return Choosing::fixed(choices.expected());
+        }
+        let batches: Vec<_> = plan.batches.iter().map(|batch| batch.bytes).collect();
+        choices.begin(load.id, mount, &batches, |other| !self.jobs.knows(other))
     }
 
     /// The most memory that a stream has ahead of its consumer: enough for a full window beside a segment that waits for its last
@@ -406,20 +430,21 @@ fn plan_file(
 /// The route that reads of a load start at: what was asked for; bounce for what is observed in staging.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
-    if options.route >= Route::Bounce || !load.is_observed_in_staging() {
-        return Ok(options.route);
+    let route = load.starting_route();
+    if !load.is_observed_in_staging() || options.route.is_some_and(|asked| asked >= Route::Bounce) {
+        return Ok(route);
     }
     if options.strict {
         let why = "is not cached by the CPU, so what is observed goes through staging";
         return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
     }
     foreign::emit(|| tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced"));
-    Ok(Route::Bounce)
+    Ok(route)
 }
 
 /// The best way for reads into staging, of loads that are bounced: by a ring, unless something lower was asked for.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
-    Some(options.route).filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
+    options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
 
 /// How a file is read.

@@ -20,7 +20,7 @@ use tracing::field::Empty;
 
 use super::{Event, FileTensors};
 use crate::busy::BusyTime;
-use crate::engine::check_whole;
+use crate::engine::{Choosing, check_whole};
 use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 use crate::memory::Backing;
@@ -28,7 +28,7 @@ use crate::metrics::{LoadCounters, count};
 use crate::model::TensorMap;
 use crate::observe::{Observation, Watch};
 use crate::plan::{Batch, Piece, Plan};
-use crate::report::cpu_time;
+use crate::report::{Measured, Way, cpu_time};
 use crate::ring::{LoadId, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::Need;
@@ -68,6 +68,8 @@ pub(crate) struct LoadShared {
     pub(crate) tensor_over_limit: OnceLock<Error>,
     /// Why a thread that was to fill memory had none.
     pub(crate) no_memory: OnceLock<Error>,
+    /// Which way its batches are read.
+    choosing: Mutex<Choosing>,
     counters: Arc<LoadCounters>,
     /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
     span: Foreign<Span>,
@@ -101,6 +103,7 @@ pub(crate) struct FilePlan {
 #[derive(Debug)]
 pub(crate) struct Allocation {
     pub(crate) batch: Batch,
+    pub(crate) way: Way,
     pub(crate) memory: Arc<Slot<Arc<Backing>>>,
     pub(crate) memory_bytes: u64,
     pub(crate) range: Arc<AddressRange>,
@@ -180,6 +183,7 @@ struct State {
     pages: PageCount,
     pages_refused: Option<Errno>,
     reused_bytes: u64,
+    measured: Option<Measured>,
     /// What is to be told of this load, and how many reads were tried again.
     notes: Vec<String>,
     retried: usize,
@@ -284,6 +288,7 @@ impl LoadShared {
             id,
             tensor_over_limit: OnceLock::new(),
             no_memory: OnceLock::new(),
+            choosing: Mutex::new(Choosing::fixed(Way::Direct)),
             counters,
             span: Foreign::new(span),
             observation: watch.map(|watch| Observation { watch, staged: heap.uncached }),
@@ -318,6 +323,7 @@ impl LoadShared {
                 pages: PageCount::default(),
                 pages_refused: None,
                 reused_bytes: 0,
+                measured: None,
                 notes: Vec::new(),
                 retried: 0,
                 fallbacks: Vec::new(),
@@ -360,7 +366,8 @@ impl LoadShared {
 
     /// The route that it starts at: what was asked for; bounce for what is observed in staging.
     pub(crate) fn starting_route(&self) -> Route {
-        if self.is_observed_in_staging() { self.options.route.max(Route::Bounce) } else { self.options.route }
+        let asked = self.options.route.unwrap_or(Route::UringFixedDirect);
+        if self.is_observed_in_staging() { asked.max(Route::Bounce) } else { asked }
     }
 
     /// Whether anything is still to be done for it.
@@ -430,6 +437,33 @@ impl LoadShared {
         (pieces, needs)
     }
 
+    /// Its batches are read so.
+    pub(crate) fn choose(&self, choosing: Choosing) {
+        *self.choosing() = choosing;
+    }
+
+    /// Which way a batch is read.
+    fn way(&self, batch: usize) -> Way {
+        self.choosing().way(batch)
+    }
+
+    /// A piece is full. What was measured, when that has just become known, and where.
+    pub(crate) fn measure(&self, piece: usize) -> Option<(u64, Measured)> {
+        let (batch, bytes, mount) = {
+            let state = self.state();
+            let planned = state.plan.pieces.get(piece)?;
+            let batch = state.plan.batches.partition_point(|batch| batch.pieces.end <= piece);
+            (batch, planned.memory_bytes, state.files.first()?.planned.identity.mount())
+        };
+        let measured = self.choosing().full(batch, bytes, self.started.elapsed())?;
+        self.state().measured = Some(measured);
+        Some((mount, measured))
+    }
+
+    fn choosing(&self) -> MutexGuard<'_, Choosing> {
+        self.choosing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What it takes to allocate this batch; `None` when the load is over.
     pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
         if self.is_over() {
@@ -464,6 +498,7 @@ impl LoadShared {
             range: Arc::clone(state.range.as_ref().expect("a load with bytes has addresses")),
             range_offset: memory.range_offset,
             parts: batch.pieces.clone().map(part).collect(),
+            way: self.way(number),
             batch,
         })
     }
@@ -501,7 +536,7 @@ impl LoadShared {
 
     /// The route that reads of a file take now.
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
-        self.state().files.get(file_index).map_or(self.options.route, |file| file.route)
+        self.state().files.get(file_index).map_or(self.starting_route(), |file| file.route)
     }
 
     pub(crate) fn begin_allocating(&self) {

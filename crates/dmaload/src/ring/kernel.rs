@@ -52,16 +52,14 @@ pub(crate) trait Sink: Debug + Send + Sync {
     /// The place must be one that [`Buffer::place`] gave, and have room for that many bytes. Nobody
     /// else may look at that part of the buffer, or write to it, meanwhile.
     #[allow(unsafe_code)]
-    unsafe fn fill(
-        &self,
-        offset: usize,
-        bytes: usize,
-        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
-    ) -> Result<usize, Fault>;
+    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 
     /// Whether that runs code of the caller's, such as a heap.
     fn runs_foreign_code(&self) -> bool;
 }
+
+/// Puts bytes into a part of a place, and says how many.
+pub(crate) type Write<'a> = dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno> + 'a;
 
 /// A place in a sink.
 #[derive(Debug, Clone)]

@@ -26,7 +26,7 @@ mod stream;
 mod thread;
 mod wake;
 
-pub(crate) use kernel::{Buffer, Fault, Place, Sink};
+pub(crate) use kernel::{Buffer, Fault, Place, Sink, Write};
 pub(crate) use linux::probe;
 pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
 #[cfg(any(test, feature = "internals"))]

@@ -283,7 +283,7 @@ fn show(look: &Look) -> Completion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ring::kernel::Sink;
+    use crate::ring::kernel::{Sink, Write};
     use crate::ring::slots::Slots;
     use std::ptr::NonNull;
 
@@ -291,12 +291,7 @@ mod tests {
     struct Sixty4(Mutex<[u8; 64]>);
 
     impl Sink for Sixty4 {
-        unsafe fn fill(
-            &self,
-            _: usize,
-            _: usize,
-            write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
-        ) -> Result<usize, Fault> {
+        unsafe fn fill(&self, _: usize, _: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
             let mut bytes = [MaybeUninit::new(0); 64];
             let written = write(&mut bytes).map_err(Fault::Read)?;
             // SAFETY: all of them were initialised above.

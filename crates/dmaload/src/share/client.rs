@@ -386,6 +386,7 @@ fn report(
     let path_of = |path: &Arc<PathBuf>| path.as_ref().clone();
     let files = description.files.iter().map(|file| FileReport { path: path_of(&file.path), bytes: file.bytes, route });
     Report {
+        measured: None,
         bytes,
         wanted_bytes: bytes,
         copied_bytes: 0,

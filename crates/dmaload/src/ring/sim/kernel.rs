@@ -14,11 +14,12 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Random;
-use crate::ring::kernel::{Buffer, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink};
+use crate::ring::kernel::{Buffer, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink, Write};
 use crate::ring::message::LoadId;
 use crate::route::Route;
 
 pub(super) const BLOCK: u64 = 4096;
+const BLOCK_BYTES: usize = 4096;
 /// What memory holds before anything was read into it; no file has this byte.
 const POISON: u8 = 0xEE;
 
@@ -182,19 +183,14 @@ unsafe impl Send for SimSink {}
 unsafe impl Sync for SimSink {}
 
 impl Sink for SimSink {
-    unsafe fn fill(
-        &self,
-        offset: usize,
-        bytes: usize,
-        write: &mut dyn FnMut(&mut [MaybeUninit<u8>]) -> Result<usize, Errno>,
-    ) -> Result<usize, Fault> {
+    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         assert!(offset + bytes <= self.bytes, "a place is within its buffer");
         let mut done = 0;
         while done < bytes {
             if let Some(errno) = self.refuses {
                 return Err(Fault::Memory(errno));
             }
-            let here = (BLOCK as usize - (offset + done) % BLOCK as usize).min(bytes - done);
+            let here = (BLOCK_BYTES - (offset + done) % BLOCK_BYTES).min(bytes - done);
             let start = self.address.as_ptr().wrapping_add(offset + done).cast();
             // SAFETY: within the buffer, which lives as long as anybody may write to it, and which
             // nobody looks at meanwhile.
