@@ -1,7 +1,6 @@
 //! `dmaload load`: loads, and tells how it went.
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -64,7 +63,7 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
         Some(checksums) => checksums.finish(&image)?.into_iter().map(Some).collect(),
         None => vec![None; image.files().len()],
     };
-    let notes: Vec<String> = ignored.into_iter().chain(cached_note(image.report())).collect();
+    let notes: Vec<String> = ignored.into_iter().collect();
     if arguments.json {
         output::write_json(&to_json_with(&image, &digests, &notes))?;
     } else if !arguments.quiet {
@@ -106,27 +105,6 @@ fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> d
         (Some(rank), Some(world_size)) => Ok((Some(Shard { rank, world_size, dim }), note)),
         _ => Err(Error::Config("a part needs --rank and --world-size, or --rank env".to_owned())),
     }
-}
-
-/// From this size on it is worth a word that what was read was in memory already. What looking at a header brings into
-/// the page cache is less.
-const CACHED_BYTES_NOTED: u64 = 16 << 20;
-
-/// A note where files were read from storage that are wholly in the page cache. Direct reads leave them there, so looking
-/// afterwards finds what was there before.
-fn cached_note(report: &Report) -> Option<String> {
-    let is_cached = |path: &Path, bytes: u64| {
-        let cached = std::fs::File::open(path).ok().and_then(|file| dmaload::probe::cached_bytes(file).ok());
-        bytes > 0 && cached.is_some_and(|cached| cached >= bytes)
-    };
-    let read = report.files.iter().filter(|file| file.route.is_direct());
-    let cached_bytes: u64 = read.filter(|file| is_cached(&file.path, file.bytes)).map(|file| file.bytes).sum();
-    (cached_bytes >= CACHED_BYTES_NOTED).then(|| {
-        format!(
-            "{} were read from storage that are in the page cache; --cache auto copies them from there",
-            bytes(cached_bytes.min(report.bytes))
-        )
-    })
 }
 
 /// Whether nobody is there to see a bar.
@@ -177,7 +155,7 @@ fn memory(report: &Report) -> String {
 
 /// Whether the bytes were read here: those of an image that another process has loaded were not.
 fn were_read(report: &Report) -> bool {
-    report.bytes == 0 || !report.reading.is_zero()
+    report.bytes == 0 || !report.reading.is_zero() || !report.from_cache.is_zero()
 }
 
 /// What happened, for people.
@@ -206,7 +184,7 @@ fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         pairs = pairs.with("wanted", format!("{} of these; {} were read along", bytes(report.wanted_bytes), bytes(along)));
     }
     if report.cached_bytes > 0 {
-        pairs = pairs.with("cached", format!("{}, copied from the page cache", bytes(report.cached_bytes)));
+        pairs = pairs.with("cached", cached(report));
     }
     if report.copied_bytes > 0 {
         pairs = pairs.with("copied", format!("{}, to where tensors are to be", bytes(report.copied_bytes)));
@@ -262,6 +240,17 @@ fn times(report: &Report) -> String {
     format!("allocating {allocating}, reading {reading}{copying}, {:.0} % overlapped{first}", report.overlap() * 100.0)
 }
 
+/// What came from the page cache, and how fast that and the rest were.
+fn cached(report: &Report) -> String {
+    let stored_bytes = report.bytes.saturating_sub(report.cached_bytes);
+    let rest = report
+        .storage_bytes_per_second()
+        .map(|_| format!("; the rest from storage at {}", rate(stored_bytes, report.reading)))
+        .unwrap_or_default();
+    let from = rate(report.cached_bytes, report.from_cache);
+    format!("{} copied from the page cache at {from}{rest}", bytes(report.cached_bytes))
+}
+
 fn described(report: &Report, fallback: &Fallback) -> String {
     let file = fallback.file_index.and_then(|index| report.files.get(index));
     let file = file.map(|file| format!("{}: ", printable::path(&file.path))).unwrap_or_default();
@@ -294,6 +283,9 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         "allocate_seconds": report.allocating.as_secs_f64(),
         "read_seconds": report.reading.as_secs_f64(),
         "copy_seconds": report.copying.as_secs_f64(),
+        "cache_seconds": report.from_cache.as_secs_f64(),
+        "storage_bytes_per_second": report.storage_bytes_per_second(),
+        "cache_bytes_per_second": report.cache_bytes_per_second(),
         "overlap": report.overlap(),
         "first_segment_seconds": report.first_segment.map(|first| first.as_secs_f64()),
         "cpu_seconds": report.cpu.as_secs_f64(),

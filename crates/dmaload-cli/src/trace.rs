@@ -42,11 +42,18 @@ fn complete(report: &Report, event: &TraceEvent, row: usize) -> Value {
 
 /// Rows are threads to the viewer; those of a kind have neighbouring numbers.
 fn thread(kind: TraceKind, row: usize) -> usize {
-    let kind =
-        [TraceKind::Allocate, TraceKind::Register, TraceKind::Read, TraceKind::Copy, TraceKind::Export, TraceKind::HandOver]
-            .iter()
-            .position(|other| *other == kind)
-            .unwrap_or(9);
+    let kind = [
+        TraceKind::Allocate,
+        TraceKind::Register,
+        TraceKind::Read,
+        TraceKind::Copy,
+        TraceKind::Export,
+        TraceKind::HandOver,
+        TraceKind::FromCache,
+    ]
+    .iter()
+    .position(|other| *other == kind)
+    .unwrap_or(9);
     kind * 10_000 + row
 }
 

@@ -243,7 +243,7 @@ fn a_small_limit_of_locked_memory_is_told_and_what_it_allows() {
         assert_eq!(json["io_uring"]["features"]["register_16_mib"]["errno"], "ENOMEM");
         assert!(advises(&json, "ulimit -l unlimited"), "{json:#}");
         // 4 MiB were registered under 8 MiB, and the file's 20 still could not be.
-        let load = with_memlock(as_nobody(dmaload(["load", "--json"])).unwrap(), bytes);
+        let load = with_memlock(as_nobody(dmaload(["load", "--json", "--cache", "bypass"])).unwrap(), bytes);
         let got = run({ load }.arg(&path)).succeeds().json();
         assert_eq!(json["load"]["route"], got["route"], "{json:#}");
         assert_eq!(json["load"]["route"], "uring-direct");
@@ -563,7 +563,7 @@ fn without_procfs_doctor_works_as_load_does() {
     }
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 20 * MIB + 5);
-    let got = run(without_proc(&dmaload(["load", "--json"])).arg(&path)).succeeds().json();
+    let got = run(without_proc(&dmaload(["load", "--json", "--cache", "bypass"])).arg(&path)).succeeds().json();
     let told = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
     assert_eq!((&told["load"]["works"], &told["load"]["route"]), (&json!(true), &got["route"]), "{told:#}");
     // Where nothing can be written, and no memory file opened by its descriptor, its own beginning is loaded.

@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 fn load(path: &Path) -> Command {
-    let mut command = dmaload(["load", "--json"]);
+    let mut command = dmaload(["load", "--json", "--cache", "bypass"]);
     command.arg(path);
     command
 }

@@ -62,6 +62,18 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 /// What is said of a file that no ring reads.
 const BY_THREADS: &str = "by io_uring from a file system";
 
+/// Loads each file from the page cache, where that is a witness, by default.
+fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
+    for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
+        let digest = sha256sum(path);
+        let json =
+            run(common::dmaload(["load", "--json", "--digest", "sha256"]).args(SMALL_SEGMENTS).arg(path)).succeeds().json();
+        assert_eq!(digest_of(&json), digest, "{what}, {size} bytes, default");
+        let expected = if is_witness { size } else { 0 };
+        assert_eq!(json["cached_bytes"], expected, "{what}, {size} bytes: {}", json["fallbacks"]);
+    }
+}
+
 /// Loads each file by each route: right bytes, and no step down that is not told. A ring reads what is local, and nothing else;
 /// `doctor` says the same.
 fn check(what: &str, files: &[PathBuf], is_local: bool) {
@@ -115,7 +127,11 @@ fn assert_every_step_is_told(asked: &str, json: &Value, what: &str) {
 
 fn check_mounted(what: &str, mounted: Result<Mounted, String>) {
     match mounted {
-        Ok(mounted) => check(what, &files(&mounted.0), true),
+        Ok(mounted) => {
+            let files = files(&mounted.0);
+            check(what, &files, true);
+            check_cached(what, &files, what != "tmpfs");
+        }
         Err(reason) => skip(reason),
     }
 }
@@ -173,6 +189,7 @@ fn on_overlayfs_over_ext4_in_both_layers() {
         Ok(merged) => {
             let below: Vec<_> = names.iter().map(|path| merged.0.join(path.file_name().unwrap())).collect();
             check("overlayfs, lower layer", &below, false);
+            check_cached("overlayfs, lower layer", &below, false);
             fs::create_dir(merged.0.join("new")).unwrap();
             check("overlayfs, upper layer", &files(&merged.0.join("new")), false);
         }
@@ -201,6 +218,7 @@ fn on_overlayfs_over_squashfs() {
         Ok((_layers, merged)) => {
             let paths: Vec<_> = names.iter().map(|path| merged.0.join(path.file_name().unwrap())).collect();
             check("overlayfs over squashfs", &paths, false);
+            check_cached("overlayfs over squashfs", &paths, false);
         }
         Err(reason) => skip(reason),
     }

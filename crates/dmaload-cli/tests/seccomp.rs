@@ -45,7 +45,7 @@ fn a_refused_io_uring_is_a_step_that_is_told_and_the_bytes_are_right() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 9 * MIB + 777);
     let load = |arguments: &[&str]| {
-        let mut command = dmaload(["load", "--json", "--digest", "sha256"]);
+        let mut command = dmaload(["load", "--json", "--cache", "bypass", "--digest", "sha256"]);
         command.args(arguments).arg(&path);
         command
     };
@@ -88,7 +88,7 @@ fn loads_go_on_where_a_sandbox_does_not_tell_limits() {
     for errno in [libc::EPERM, libc::ENOSYS] {
         for paths in [std::slice::from_ref(&large), &many] {
             let load = |arguments: &[&str]| {
-                let mut command = dmaload(["load", "--json", "--digest", "sha256"]);
+                let mut command = dmaload(["load", "--json", "--cache", "bypass", "--digest", "sha256"]);
                 command.args(arguments).args(paths);
                 command
             };

@@ -34,6 +34,8 @@ pub struct Report {
     pub reading: Duration,
     /// While at least one copy from staging was under way; zero where nothing was bounced.
     pub copying: Duration,
+    /// While at least one copy from the page cache was under way; zero where nothing was taken from there.
+    pub from_cache: Duration,
     /// Until the first segment was handed over; `None` when there was none.
     pub first_segment: Option<Duration>,
     /// CPU time of the whole process, user and system, during the load.
@@ -118,6 +120,16 @@ impl Report {
         self.bytes as f64 / self.total.as_secs_f64().max(f64::MIN_POSITIVE)
     }
 
+    /// Bytes per second that were read from storage, while any were; `None` where none were.
+    pub fn storage_bytes_per_second(&self) -> Option<f64> {
+        rate(self.bytes.saturating_sub(self.cached_bytes), self.reading)
+    }
+
+    /// Bytes per second that were copied from the page cache, while any were; `None` where none were.
+    pub fn cache_bytes_per_second(&self) -> Option<f64> {
+        rate(self.cached_bytes, self.from_cache)
+    }
+
     /// The page size that most of the memory has.
     pub fn page_size_bytes(&self) -> usize {
         if self.pages.huge_bytes * 2 > self.pages.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }
@@ -130,6 +142,11 @@ impl Report {
         let hidden = (self.allocating + self.reading).saturating_sub(self.total).as_secs_f64();
         if shorter > 0.0 { (hidden / shorter).clamp(0.0, 1.0) } else { 0.0 }
     }
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn rate(bytes: u64, time: Duration) -> Option<f64> {
+    (bytes > 0 && !time.is_zero()).then(|| bytes as f64 / time.as_secs_f64())
 }
 
 /// CPU time of this process so far.
@@ -165,6 +182,7 @@ mod tests {
             allocating: ms(allocating_ms),
             reading: ms(reading_ms),
             copying: ms(0),
+            from_cache: ms(0),
             first_segment: None,
             cpu: ms(0),
             peak_resident_bytes: 0,
@@ -190,6 +208,16 @@ mod tests {
         {
             assert!((report(total, allocating, reading).overlap() - expected).abs() < 1e-9);
         }
+    }
+
+    #[test]
+    fn storage_and_cache_have_rates_of_their_own() {
+        let neither = report(10, 0, 0);
+        assert_eq!((neither.storage_bytes_per_second(), neither.cache_bytes_per_second()), (None, None));
+        let half = Report { cached_bytes: 1 << 19, from_cache: Duration::from_secs(1), ..report(3000, 0, 2000) };
+        let half_mib = f64::from(1 << 19);
+        assert_eq!(half.storage_bytes_per_second(), Some(half_mib / 2.0));
+        assert_eq!(half.cache_bytes_per_second(), Some(half_mib));
     }
 
     #[test]

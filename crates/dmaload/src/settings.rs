@@ -149,9 +149,8 @@ pub struct LoadOptions {
     pub(crate) strict: bool,
     pub(crate) format: Format,
     pub(crate) trace: bool,
-    pub(crate) cache: Cache,
     /// `None`: [`Cache::Auto`], except of a strict load.
-    pub(crate) chosen_cache: Option<Cache>,
+    pub(crate) cache: Option<Cache>,
     pub(crate) verify: Option<VerifyOption>,
     pub(crate) observer: Option<ObserverOption>,
     pub(crate) select: Select,
@@ -196,8 +195,7 @@ impl Default for LoadOptions {
             strict: false,
             format: Format::Auto,
             trace: false,
-            cache: Cache::Bypass,
-            chosen_cache: None,
+            cache: None,
             verify: None,
             observer: None,
             select: Select::default(),
@@ -362,14 +360,13 @@ impl LoadOptions {
     /// [`Cache::Bypass`].
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
-        (self.cache, self.chosen_cache) = (cache, Some(cache));
+        self.cache = Some(cache);
         self
     }
 
     /// Whether chunks are taken from the page cache.
-    #[cfg_attr(not(test), expect(dead_code, reason = "loads do not ask yet"))]
     pub(crate) fn takes_cached(&self) -> bool {
-        match self.chosen_cache {
+        match self.cache {
             Some(cache) => cache == Cache::Auto,
             None => !self.strict,
         }

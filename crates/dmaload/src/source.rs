@@ -2,6 +2,8 @@
 
 mod cached;
 
+pub(crate) use cached::CachedChunks;
+
 use std::any::Any;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -21,7 +23,6 @@ use crate::file_system::{Device, Trust, trust};
 use crate::foreign;
 use crate::model::TensorMap;
 use crate::model::index::Index;
-use crate::residency::cached_bytes;
 use crate::route::{Attempt, Route};
 
 /// A file of a load, and what an index says of it.
@@ -332,11 +333,6 @@ impl OpenFile {
             // A hint; without it reads are slow, not wrong.
             let _ = fadvise(&self.buffered, 0, None, Advice::Normal);
         }
-    }
-
-    /// Whether all of it is in the page cache; `false` where that can't be known.
-    pub(crate) fn is_wholly_cached(&self) -> bool {
-        self.identity.bytes > 0 && cached_bytes(&self.buffered).is_ok_and(|cached| cached >= self.identity.bytes)
     }
 
     /// Why the file has no direct route.

@@ -14,6 +14,8 @@ pub enum TraceKind {
     Read,
     /// What a read brought into staging was copied.
     Copy,
+    /// A chunk was copied from the page cache.
+    FromCache,
     /// An observer looked at bytes.
     Observe,
     /// A segment was made a dma-buf.
@@ -30,6 +32,7 @@ impl TraceKind {
             TraceKind::Register => "register",
             TraceKind::Read => "read",
             TraceKind::Copy => "copy",
+            TraceKind::FromCache => "from cache",
             TraceKind::Observe => "observe",
             TraceKind::Export => "export",
             TraceKind::HandOver => "hand over",

@@ -1,66 +1,244 @@
-//! Files that are in the page cache: copied from there only where that was allowed, only wholly, and never silently.
+//! What is in the page cache is copied from there, chunk by chunk, and only where that is as good as storage.
+#![allow(unsafe_code, reason = "writers that store through mappings")]
+#![allow(clippy::print_stderr, reason = "what a test passes over is told")]
 #![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+#![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
 
 mod common;
+#[path = "common/mounted.rs"]
+#[allow(dead_code, unreachable_pub, reason = "shared with other tests")]
+mod mounted;
 
 use std::fs::File;
+use std::num::NonZeroU64;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 
-use common::{assert_same, file, folder, random_bytes};
-use dmaload::{Cache, Image, LoadOptions, Loader, Route, probe};
+use common::{ROUTES, assert_same, file, folder, random_bytes};
+use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Cache, Image, Layout, LoadOptions, Loader, Route, probe};
+use rustix::fs::{Advice, fadvise};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-const LEN: usize = 9 << 20;
+const MIB: u64 = 1 << 20;
 
-/// Only whole pages are forgotten, and only clean ones: `file` has synced it.
-fn forget(path: &Path, offset: u64, len: Option<std::num::NonZeroU64>) {
-    rustix::fs::fadvise(File::open(path).unwrap(), offset, len, rustix::fs::Advice::DontNeed).unwrap();
+/// Has these ranges of a file in the page cache, and nothing else; the reason if that can't be.
+fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
+    let file = File::open(path).unwrap();
+    let cached = || probe::cached_bytes(&file).map_err(|errno| format!("cachestat: {errno}"));
+    // What is still being read is not dropped.
+    for _ in 0..1000 {
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        if cached()? == 0 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    fadvise(&file, 0, None, Advice::Random).unwrap();
+    for range in ranges {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
+        file.read_exact_at(&mut bytes, range.start).unwrap();
+    }
+    still_cached(path, ranges)
 }
 
-async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> (Image, bool) {
-    let image = loader.load_with([path], options).await.unwrap();
-    let told = image.report().cached_bytes == LEN as u64;
-    (image, told)
+/// The reason if not exactly these ranges of a file are in the page cache: other processes may need the memory.
+fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
+    let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
+    let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();
+    if cached == expected { Ok(()) } else { Err(format!("{cached} bytes are cached, not {expected}")) }
 }
 
-#[tokio::test]
-async fn a_file_that_is_wholly_cached_is_copied_from_there_where_that_is_allowed() {
+async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
+    loader.load_with([path], options).await.unwrap()
+}
+
+/// Not on the machine's disk, whatever that is: the cache is no witness on each.
+#[test]
+fn chunks_that_are_cached_are_copied_and_the_rest_is_read() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     let folder = folder();
-    let expected = random_bytes(LEN, 1);
-    let path = file(folder.path(), "model.bin", &expected);
-    // Whatever evicted it meanwhile: it is read in again.
-    assert_same(&std::fs::read(&path).unwrap(), &expected, "the file");
-    let open = File::open(&path).unwrap();
-    let Ok(cached) = probe::cached_bytes(&open) else {
-        eprintln!("skipped: this kernel does not tell what is cached");
-        return;
-    };
-    assert!(cached >= LEN as u64, "{cached} bytes are cached");
+    mounted::on_each(folder.path(), |what, at| runtime.block_on(mixtures(what, at)));
+}
+
+async fn mixtures(what: &str, at: &Path) {
+    let end = 48 * MIB + 777;
+    let expected = random_bytes(usize::try_from(end).unwrap(), 1);
+    let path = file(at, "model.bin", &expected);
+    let loaders = [
+        Loader::builder().build().unwrap(),
+        Loader::builder().heap(AnonHeap::default()).build().unwrap(),
+        Loader::builder().window_bytes(16 * MIB).segment_bytes(8 * MIB).queue_depth(1).pool_bytes(u64::MAX).build().unwrap(),
+    ];
+    let alternate: Vec<_> = (0..end).step_by(16 << 20).map(|start| start..(start + 8 * MIB).min(end)).collect();
+    let ragged = vec![MIB..5 * MIB, 9 * MIB + 4096..30 * MIB, 40 * MIB..end];
+    for ranges in [vec![0..end], vec![0..24 * MIB], alternate, ragged, vec![]] {
+        let has = |chunk: &Range<u64>| ranges.iter().any(|range| range.start <= chunk.start && chunk.end <= range.end);
+        let chunks = (0..end).step_by(2 << 20).map(|start| start..(start + 2 * MIB).min(end));
+        let there: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
+        let check = async |loader: &Loader, options: LoadOptions, expected_bytes: u64, how: &str| {
+            let how = format!("{what}: {ranges:?}, {how}");
+            if let Err(reason) = cache_only(&path, &ranges) {
+                return eprintln!("skipped: {how}: {reason}");
+            }
+            let image = load(loader, &path, options).await;
+            let report = image.report();
+            assert_same(&image.files()[0].bytes().unwrap(), &expected, &how);
+            assert!(report.cached_bytes <= expected_bytes, "{how}: {}", report.cached_bytes);
+            if let Err(reason) = still_cached(&path, &ranges) {
+                return eprintln!("skipped: {how}: {reason}");
+            }
+            assert_eq!(report.cached_bytes, expected_bytes, "{how}");
+            assert_eq!(report.cache_bytes_per_second().is_some(), expected_bytes > 0, "{how}");
+            assert_eq!(report.storage_bytes_per_second().is_some(), expected_bytes < end, "{how}");
+        };
+        for (number, loader) in loaders.iter().enumerate() {
+            for round in 0..2 {
+                check(loader, loader.options(), there, &format!("loader {number}, round {round}")).await;
+            }
+        }
+        let loader = &loaders[0];
+        for route in ROUTES.into_iter().filter(|&route| route != Route::Buffered) {
+            check(loader, loader.options().route(route), there, route.name()).await;
+        }
+        check(loader, loader.options().layout(Layout::Single), there, "single").await;
+        check(loader, loader.options().route(Route::PreadDirect).strict(true), 0, "strict").await;
+        let strict = loader.options().route(Route::PreadDirect).strict(true).cache(Cache::Auto);
+        check(loader, strict, there, "strict, auto").await;
+        check(loader, loader.options().cache(Cache::Bypass), 0, "bypass").await;
+    }
+}
+
+/// Small files are opened when their turn comes, and their headers are taken from their memory.
+#[tokio::test]
+async fn small_files_are_taken_from_the_cache() {
+    let folder = folder();
+    let contents: Vec<_> = (0..50).map(|seed| random_bytes(50_000 + seed, seed as u64)).collect();
+    let paths: Vec<_> =
+        contents.iter().enumerate().map(|(number, bytes)| file(folder.path(), &format!("{number:03}"), bytes)).collect();
     let loader = Loader::new().unwrap();
-    let direct = load(&loader, &path, loader.options().route(Route::PreadDirect)).await.0.report().route;
-    if direct == Route::Buffered {
-        eprintln!("skipped: no O_DIRECT here");
-        return;
+    for half in [false, true] {
+        for (number, path) in paths.iter().enumerate() {
+            let bytes = std::fs::metadata(path).unwrap().len();
+            let ranges = if half && number % 2 == 0 { vec![] } else { vec![0..bytes] };
+            if let Err(reason) = cache_only(path, &ranges) {
+                return eprintln!("skipped: {reason}");
+            }
+        }
+        let image = loader.load_with(&paths, loader.options()).await.unwrap();
+        for (number, bytes) in contents.iter().enumerate() {
+            assert_same(&image.files()[number].bytes().unwrap(), bytes, "a small file");
+        }
+        if paths.iter().zip(&contents).any(|(path, bytes)| still_cached(path, &[0..bytes.len() as u64]).is_err() && !half) {
+            return eprintln!("skipped: something has gone from the cache");
+        }
+        let cached = contents.iter().enumerate().filter(|(number, _)| !half || number % 2 == 1);
+        let cached: usize = cached.map(|(_, bytes)| bytes.len()).sum();
+        assert_eq!(image.report().cached_bytes, cached as u64, "half: {half}");
     }
-    let auto = || loader.options().route(Route::PreadDirect).cache(Cache::Auto);
-    let (image, told) = load(&loader, &path, auto()).await;
-    assert_eq!((image.report().route, told), (Route::Buffered, true));
-    assert_eq!(image.report().fallbacks, [], "a choice is no fallback");
-    assert_same(&image.files()[0].bytes().unwrap(), &expected, "from the cache");
-    for options in [loader.options().route(Route::PreadDirect), auto().strict(true)] {
-        let (image, told) = load(&loader, &path, options).await;
-        assert_eq!((image.report().route, told), (Route::PreadDirect, false));
+}
+
+/// A heap that stops before its last segment until the test says go.
+#[derive(Debug, Clone, Default)]
+struct GatedHeap(Arc<(AtomicUsize, Mutex<bool>, Condvar)>);
+
+const SEGMENTS: usize = 4;
+
+impl HeapHooks for GatedHeap {
+    fn before_allocate(&self, _bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+        let (calls, open, changed) = &*self.0;
+        if calls.fetch_add(1, Ordering::Relaxed) == SEGMENTS - 1 {
+            drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());
+        }
+        Ok(())
     }
-    // One page is missing.
-    forget(&path, 4 << 20, std::num::NonZeroU64::new(4096));
-    let cached = probe::cached_bytes(&open).unwrap();
-    if cached < LEN as u64 {
-        let (image, told) = load(&loader, &path, auto()).await;
-        assert_eq!((image.report().route, told), (Route::PreadDirect, false), "{cached} bytes are cached");
+}
+
+impl GatedHeap {
+    fn loader(&self) -> Loader {
+        let heap = Hooked::new(MemfdHeap::default(), self.clone());
+        Loader::builder().heap(heap).allocator_threads(1).segment_bytes(2 << 20).build().unwrap()
     }
-    forget(&path, 0, None);
-    let (image, told) = load(&loader, &path, auto()).await;
-    assert_eq!((image.report().route, told), (Route::PreadDirect, false));
-    assert_same(&image.files()[0].bytes().unwrap(), &expected, "from storage");
+
+    fn open(&self) {
+        *self.0.1.lock().unwrap() = true;
+        self.0.2.notify_all();
+    }
+}
+
+/// The last segment is asked for before its memory is allocated, and has gone from the cache when that is there.
+#[tokio::test]
+async fn what_has_gone_from_the_cache_meanwhile_is_read_from_storage() {
+    let folder = folder();
+    let expected = random_bytes(8 << 20, 5);
+    let path = file(folder.path(), "model.bin", &expected);
+    if let Err(reason) = cache_only(&path, &[0..8 * MIB]) {
+        return eprintln!("skipped: {reason}");
+    }
+    let heap = GatedHeap::default();
+    let loader = heap.loader();
+    let mut load = loader.load(&path);
+    load.next().await.unwrap().unwrap();
+    while heap.0.0.load(Ordering::Relaxed) < SEGMENTS {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    fadvise(File::open(&path).unwrap(), 6 * MIB, NonZeroU64::new(2 * MIB), Advice::DontNeed).unwrap();
+    heap.open();
+    let image = load.finish().await.unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &expected, "from both");
+    let cached = image.report().cached_bytes;
+    assert!(cached <= 6 * MIB, "{cached}");
+    if still_cached(&path, &[0..6 * MIB]).is_ok() {
+        assert_eq!(cached, 6 * MIB);
+    }
+}
+
+/// A writer whose page was dirty, and mapped, before the load began: the kernel hears of its next store only if that page was
+/// written back meanwhile.
+#[test]
+fn a_store_into_a_page_that_was_dirty_already_fails_the_load() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let folder = folder();
+    mounted::on_each(folder.path(), |what, at| runtime.block_on(stores(what, at)));
+}
+
+async fn stores(what: &str, at: &Path) {
+    let path = file(at, "model.bin", &random_bytes(8 << 20, 6));
+    for (how, cached) in [("from the cache", true), ("from storage", false), ("buffered", true)] {
+        if let Err(reason) = cache_only(&path, if cached { &[0..8 * MIB] } else { &[] }) {
+            return eprintln!("skipped: {what}: {reason}");
+        }
+        let open = File::options().read(true).write(true).open(&path).unwrap();
+        let flags = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let mapped = unsafe { mmap(std::ptr::null_mut(), 8 << 20, flags, MapFlags::SHARED, &open, 0) }.unwrap();
+        // SAFETY: within the mapping.
+        let place = unsafe { mapped.cast::<u8>().add(1 << 20) };
+        // SAFETY: mapped, and written to by nobody else.
+        let store = |byte: u8| unsafe { place.write_volatile(byte) };
+        store(1);
+        let heap = GatedHeap::default();
+        let loader = heap.loader();
+        let options = loader.options();
+        let options = match how {
+            "from storage" => options.cache(Cache::Bypass),
+            "buffered" => options.route(Route::Buffered),
+            _ => options,
+        };
+        let mut load = loader.load_with([&path], options);
+        load.next().await.unwrap().unwrap();
+        store(2);
+        heap.open();
+        let error = load.finish().await.err().map(|error| error.to_string());
+        let error = error.unwrap_or_else(|| panic!("{what}, {how}: bytes of before the store"));
+        assert!(error.contains("it was modified"), "{what}, {how}: {error}");
+        // SAFETY: nothing refers to it any more.
+        unsafe { munmap(mapped, 8 << 20) }.unwrap();
+        open.sync_all().unwrap();
+    }
 }
 
 /// Neither its header nor asking what is cached starts readahead.
@@ -73,16 +251,12 @@ async fn cold_load_leaves_next_to_nothing_of_its_file_cached() {
     bytes.extend_from_slice(header.as_bytes());
     bytes.resize(usize::try_from(LEN).unwrap() - 1000 + bytes.len(), 7);
     let path = file(folder.path(), "model.safetensors", &bytes);
-    forget(&path, 0, None);
-    let cached = || probe::cached_bytes(File::open(&path).unwrap());
-    match cached() {
-        Ok(0) => {}
-        Ok(bytes) => return eprintln!("skipped: {bytes} bytes stay cached"),
-        Err(errno) => return eprintln!("skipped: cachestat: {errno}"),
+    if let Err(reason) = cache_only(&path, &[]) {
+        return eprintln!("skipped: {reason}");
     }
     let image = Loader::new().unwrap().load(&path).await.unwrap();
     if image.report().route != Route::Buffered {
-        let cached = cached().unwrap();
+        let cached = probe::cached_bytes(File::open(&path).unwrap()).unwrap();
         assert!(cached <= LEN / 100, "{cached} bytes of {LEN} are cached");
     }
 }

@@ -479,6 +479,23 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
     }
 }
 
+/// Its pages may be older than what its server has, while attributes match.
+#[tokio::test]
+async fn nothing_is_taken_from_the_page_cache_of_fuse() {
+    let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
+    assert_same(&std::fs::read(&mounted.path).unwrap(), &mounted.bytes, "the file is cached");
+    let open = std::fs::File::open(&mounted.path).unwrap();
+    let cached = dmaload::probe::cached_bytes(&open);
+    assert!(cached.is_err() || cached.is_ok_and(|bytes| bytes > 0), "{cached:?}");
+    for options in [loader().build().unwrap().options(), loader().build().unwrap().options().cache(dmaload::Cache::Auto)] {
+        let loader = loader().build().unwrap();
+        let image = loader.load_with([&mounted.path], options).await.unwrap();
+        assert_eq!(image.report().cached_bytes, 0);
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "from its server");
+        loader.shutdown().await.unwrap();
+    }
+}
+
 /// The kernel believes attributes for a minute; a load asks the server.
 #[tokio::test]
 async fn cached_attributes_hide_no_rewrite_during_a_load() {

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{self, Pages, Udmabuf};
 use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
-use dmaload::{Attempt, Error, Format, Loader, Route, probe};
+use dmaload::{Attempt, Cache, Error, Format, Loader, Route, probe};
 use rustix::io::Errno;
 
 use crate::errors::{self, At};
@@ -192,7 +192,8 @@ fn no_dma_heap() -> HeapTrial {
 fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
-    let mut options = loader.options().format(Format::Raw);
+    // Routes are tried, whatever is cached.
+    let mut options = loader.options().format(Format::Raw).cache(Cache::Bypass);
     // Of the file that was asked about, its beginning.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);

@@ -57,10 +57,14 @@ pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
+/// A file that is not in the page cache: routes are to be taken.
 pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
     fs::write(&path, bytes).unwrap();
     allow(&path, 0o644);
+    let file = File::open(&path).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     path
 }
 
@@ -253,10 +257,10 @@ impl fmt::Display for Done {
     }
 }
 
-/// Loads, successfully, and gives the JSON.
+/// Loads a file from storage, whatever of it is cached, and gives the JSON.
 #[track_caller]
 pub fn load_json(path: &Path, arguments: &[&str]) -> Value {
-    run(dmaload(["load", "--json"]).args(arguments).arg(path)).succeeds().json()
+    run(dmaload(["load", "--json", "--cache", "bypass"]).args(arguments).arg(path)).succeeds().json()
 }
 
 /// What coreutils say: an implementation that has nothing to do with ours.

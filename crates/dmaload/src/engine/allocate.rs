@@ -19,8 +19,7 @@ use crate::report::Way;
 use crate::ring::{FileSpec, Sink};
 use crate::route::Route;
 use crate::schedule::Need;
-use crate::settings::Cache;
-use crate::source::OpenFile;
+use crate::source::{CachedChunks, OpenFile};
 
 /// A batch's memory, and what brings its pages into being where they are not there.
 type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
@@ -56,16 +55,20 @@ impl Engine {
         mut permit: Permit,
         advance: Advance,
     ) -> Result<()> {
-        let (backing, filling) = self.memory_for(load, heap, allocation)?;
-        advance.charge(&backing);
-        let staged_by = staged_by(&load.options);
+        let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
             // Of many files, the rest need not be opened.
             if load.is_over() {
-                break;
+                return Ok(());
             }
             self.jobs.proceed(worker);
-            let (file, route) = opened(load, part)?;
+            sources.push(opened(load, part)?);
+        }
+        let way = way(load, allocation, &sources);
+        let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
+        advance.charge(&backing);
+        let staged_by = staged_by(&load.options);
+        for (part, OpenPart { file, route, cached }) in allocation.parts.iter().zip(sources) {
             let piece = part.piece;
             let files = u64::from(part.small);
             let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, held_bytes: 0 });
@@ -78,11 +81,12 @@ impl Engine {
             let staged_by = staged_by.max(Some(route).filter(|&route| route < Route::Bounce).unwrap_or(staged_by));
             let spec = FileSpec {
                 index: part.file_index,
-                route: if allocation.way == Way::Staged { route.max(Route::Bounce) } else { route },
+                route: if way == Way::Staged { route.max(Route::Bounce) } else { route },
                 staged_by: if file.ring_refused.is_some() { staged_by.max(Route::PreadDirect) } else { staged_by },
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
                 mount: part.identity.mount(),
+                cached,
             };
             let buffer = PieceBuffer::new(Arc::clone(&backing), filling.clone(), offset, bytes, permit);
             self.ring.piece(load.id, part.number, piece, spec, buffer);
@@ -91,9 +95,15 @@ impl Engine {
     }
 
     /// The batch's memory, with all its pages or with what brings them into being.
-    fn memory_for(self: &Arc<Self>, load: &Arc<LoadShared>, heap: &HeapCode, allocation: &Allocation) -> Result<Prepared> {
+    fn memory_for(
+        self: &Arc<Self>,
+        load: &Arc<LoadShared>,
+        heap: &HeapCode,
+        allocation: &Allocation,
+        way: Way,
+    ) -> Result<Prepared> {
         let about = allocation.allocated();
-        if allocation.way == Way::Staged && !self.facts.allocates_at_once {
+        if way == Way::Staged && !self.facts.allocates_at_once {
             let (backing, grant) = self.backing(load, heap, allocation)?;
             // Each extent asks for itself, when it is populated.
             drop(grant);
@@ -215,24 +225,47 @@ fn at_limit(error: &dmabuf::Error, look: impl Fn() -> Option<Headroom>) -> Optio
     look().filter(|seen| seen.available_bytes < error.bytes as u64)
 }
 
-/// The file, opened if it is not, and the route to read it by; it must be what was planned.
-fn opened(load: &LoadShared, part: &Part) -> Result<(Arc<OpenFile>, Route)> {
+/// A part of a batch, whose file is open.
+struct OpenPart {
+    file: Arc<OpenFile>,
+    /// The route to read it by.
+    route: Route,
+    /// The chunks that the page cache has.
+    cached: CachedChunks,
+}
+
+/// The way that the bytes of a batch take: what is all in the page cache needs no memory ahead of it either.
+fn way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
+    if sources.iter().any(|source| !source.cached.is_empty()) {
+        load.cannot_measure();
+    }
+    let chunk_bytes = load.options.chunk_bytes;
+    let mut parts = allocation.parts.iter().zip(sources);
+    let cached = parts.all(|(part, source)| source.cached.is_all_of(part.piece.bytes, chunk_bytes));
+    if cached { Way::Staged } else { allocation.way }
+}
+
+/// The file, opened if it is not; it must be what was planned.
+fn opened(load: &LoadShared, part: &Part) -> Result<OpenPart> {
     // Without a lock: a server may never answer, and what is told of a step down is told here.
     let file = part.file.get_or_make(|| {
         let file = OpenFile::open(&part.path)?;
         file.check_unchanged(&part.identity)?;
-        // What became of a large one was decided when the load was planned.
-        let cache = if part.small { load.options.cache } else { Cache::Bypass };
         let (index, offset) = (part.file_index, part.piece.file_offset);
-        let Chosen { route, cached, fallback } = route_for(&file, index, offset, load, part.route, cache)?;
+        let Chosen { route, fallback } = route_for(&file, index, offset, load, part.route)?;
         if let Some(fallback) = fallback {
             load.stepped_down(fallback);
         }
-        load.file_opened(index, route, cached);
+        load.file_opened(index, route);
         Ok::<_, Error>(file)
     })?;
     let route = if file.direct_refused().is_some() { Route::Buffered } else { load.route_of(part.file_index) };
-    Ok((file, route))
+    // What is observed in staging has to go there, and what is read through the cache is copied from it anyway.
+    let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route != Route::Buffered;
+    let piece = &part.piece;
+    let range = piece.file_offset..piece.file_offset + piece.bytes;
+    let cached = if takes_cached { file.cached(&range, load.options.chunk_bytes) } else { CachedChunks::default() };
+    Ok(OpenPart { file, route, cached })
 }
 
 #[cfg(test)]

@@ -151,6 +151,13 @@ impl Choosing {
         }
     }
 
+    /// What is being measured does not come from storage: the load goes on by what was expected.
+    pub(crate) fn give_up(&mut self) {
+        if self.known.is_none() {
+            (self.known, self.trial) = (Some(self.expected), None);
+        }
+    }
+
     /// Bytes of a batch are full. What was measured, when that has just become known.
     pub(crate) fn full(&mut self, batch: usize, bytes: u64, now: Duration) -> Option<Measured> {
         if self.known.is_some() {
@@ -299,6 +306,24 @@ mod tests {
         assert!(choices.begin(LoadId(2), MOUNT, &large, |_| true).trial.is_some());
         assert!(choices.begin(LoadId(3), MOUNT, &large, |_| false).trial.is_none(), "load 2 is being measured");
         assert!(choices.begin(LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
+    }
+
+    #[test]
+    fn what_comes_from_the_page_cache_is_not_measured() {
+        let mut choices = Choices::new(Pages::Auto);
+        let batches = vec![BATCH; 64];
+        let mut choosing = choices.begin(LoadId(1), MOUNT, &batches, |_| true);
+        choosing.give_up();
+        for batch in 0..64 {
+            assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(batch as u64)), None);
+            assert_eq!(choosing.way(batch), Way::Direct);
+        }
+        // Nothing was learned, so the next load is measured.
+        assert!(load(&mut choices, 2, 1900, 2600, 6).0.is_some());
+        // What was learned already stays.
+        choosing = choices.begin(LoadId(3), MOUNT, &batches, |_| true);
+        choosing.give_up();
+        assert_eq!(choosing.way(0), Way::Staged);
     }
 
     /// Pieces of a batch may be full in any order, and some of a phase may never be.

@@ -25,7 +25,7 @@ use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
 use crate::select::{ChosenTensors, Selected, Selector, by_tensors};
-use crate::settings::{Cache, Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions, Prefer};
+use crate::settings::{Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions, Prefer};
 use crate::source::{OpenFile, Source, look_at};
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
@@ -366,7 +366,6 @@ fn plan_file(
             read_bytes: bytes,
             wanted_bytes: bytes,
             route,
-            cached: false,
             small: true,
             open: None,
         };
@@ -374,7 +373,7 @@ fn plan_file(
     }
     let file = OpenFile::open(path)?;
     let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
-    let Chosen { route, cached, fallback } = route_for(&file, index, 0, load, route, options.cache)?;
+    let Chosen { route, fallback } = route_for(&file, index, 0, load, route)?;
     // Of a range of bytes nobody asked what they are.
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
     let part = source.part.clone().unwrap_or(0..bytes);
@@ -420,7 +419,6 @@ fn plan_file(
         wanted_bytes: selected.wanted_bytes,
         tensors: map.map(|map| Arc::new(FileTensors { map, chosen: selected.tensors })),
         route,
-        cached,
         small: false,
         open: Some(file),
     };
@@ -451,21 +449,12 @@ pub(super) fn staged_by(options: &LoadOptions) -> Route {
 #[derive(Debug)]
 pub(super) struct Chosen {
     pub(super) route: Route,
-    /// It is wholly in the page cache, and copied from there by choice.
-    pub(super) cached: bool,
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, by
-/// threads where a ring must not read, or buffered if the page cache has it and may be used.
-pub(super) fn route_for(
-    file: &OpenFile,
-    index: usize,
-    offset: u64,
-    load: &LoadShared,
-    from: Route,
-    cache: Cache,
-) -> Result<Chosen> {
+/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, or by
+/// threads where a ring must not read.
+pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<Chosen> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
     let step = |from, to, attempt, errno| Some(Fallback { file_index: Some(index), from, to, attempt, errno });
@@ -482,15 +471,9 @@ pub(super) fn route_for(
         if strict {
             return Err(Error::Refused { path: file.path.clone(), offset, route: from, attempt, errno });
         }
-        return Ok(Chosen { route: from.max(to), cached: false, fallback });
+        return Ok(Chosen { route: from.max(to), fallback });
     }
-    let cached = cache == Cache::Auto && !strict && from.is_direct() && file.is_wholly_cached();
-    if cached {
-        foreign::emit(|| {
-            tracing::info!(load = load.id.0, path = %printable::path(&file.path), "wholly in the page cache: copied from there");
-        });
-    }
-    Ok(Chosen { route: if cached { Route::Buffered } else { from }, cached, fallback: None })
+    Ok(Chosen { route: from, fallback: None })
 }
 
 /// Refuses a file without bytes that is to be a model, by its name or by what the caller says.

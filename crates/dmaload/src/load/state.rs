@@ -90,8 +90,6 @@ pub(crate) struct FilePlan {
     pub(crate) wanted_bytes: u64,
     /// The route its reads start at; of a small file, the one that it is to be opened for.
     pub(crate) route: Route,
-    /// It was wholly in the page cache, and is copied from there by choice.
-    pub(crate) cached: bool,
     /// A small file: it is opened when its turn comes, and its header is taken from its memory.
     pub(crate) small: bool,
     /// Open already, or to be opened when its first piece is allocated.
@@ -442,6 +440,11 @@ impl LoadShared {
         *self.choosing() = choosing;
     }
 
+    /// Some of it comes from the page cache: how long its batches take says nothing of storage.
+    pub(crate) fn cannot_measure(&self) {
+        self.choosing().give_up();
+    }
+
     /// Which way a batch is read.
     fn way(&self, batch: usize) -> Way {
         self.choosing().way(batch)
@@ -526,11 +529,10 @@ impl LoadShared {
         }
     }
 
-    /// A file was opened when its turn came, and this route chosen for it; whether it is copied from the page cache by choice.
-    pub(crate) fn file_opened(&self, file_index: usize, route: Route, cached: bool) {
+    /// A file was opened when its turn came, and this route chosen for it.
+    pub(crate) fn file_opened(&self, file_index: usize, route: Route) {
         if let Some(file) = self.state().files.get_mut(file_index) {
             file.route = file.route.max(route);
-            file.planned.cached |= cached;
         }
     }
 

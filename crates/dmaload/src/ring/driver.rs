@@ -13,6 +13,9 @@
 //! are issued in file order then, also what is read once more: of the chunks that hold slots, the first in that order waits for no
 //! other.
 //!
+//! What the page cache has is copied from there, by the threads that copy from staging: such a chunk takes its turn like any
+//! other, in file order. If it has gone from the cache by then, it is read from storage.
+//!
 //! Memory: a piece's buffer is moved in with [`Driver::piece`] and leaves with [`Output::PieceFull`], or is dropped
 //! here, and in both cases only when no read into it is in flight. A load that failed or was abandoned keeps its
 //! buffers here until its last read has come back. If the kernel itself fails, what is in flight is leaked.
@@ -20,6 +23,7 @@
 //! It makes no syscall and knows no clock of its own: [`Kernel`] is the only door.
 #![allow(unsafe_code)]
 
+mod cached;
 mod entry;
 mod looking;
 mod staged;
@@ -157,6 +161,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             pieces: Vec::new(),
             reading: BusyTime::default(),
             copying: BusyTime::default(),
+            from_cache: BusyTime::default(),
+            cached_bytes: 0,
             staging_told: false,
             less_staging_told: false,
             no_thread_told: false,
@@ -196,7 +202,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             buffer_slot: None,
             chunks_left: 0,
             in_flight: 0,
-            route,
+            route: None,
             position: 0,
             since: self.kernel.now(),
         });
@@ -309,6 +315,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         for (id, mut load) in std::mem::take(&mut self.loads) {
             load.reading.stop(now);
             load.copying.stop(now);
+            load.from_cache.stop(now);
             if !load.ended {
                 self.outputs.push(Output::Failed { load: id, failure });
             }
@@ -328,6 +335,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
     fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
+        if chunk.cached {
+            self.issue_cached(id, chunk);
+            return true;
+        }
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let load = self.loads.get(&id).expect(LOAD);
         let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
@@ -340,8 +351,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 let held = load.registered;
                 let may = may_have_one(all.into(), (usize::from(all) - free) as u64, held as u64);
                 let Some(slot) = self.buffer_slots.pop_if(|_| may) else {
-                    self.requeue(id, chunk);
-                    return false;
+                    return self.issue_registered_instead(id, chunk);
                 };
                 let start = self.kernel.now();
                 match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
@@ -374,6 +384,18 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
+    /// There is no buffer slot for a chunk. If it is one that has gone from the page cache, a piece behind it may hold a slot
+    /// already, and keeps that until its last chunk: such chunks go first, or neither would ever go on. `false` if there are
+    /// none.
+    fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
+        let at = load.chunks.iter().position(&mut has_slot);
+        let other = at.and_then(|at| load.chunks.remove(at));
+        self.requeue(id, chunk);
+        other.is_some_and(|other| self.issue_chunk(id, other))
+    }
+
     /// Issues a read into the piece's own memory.
     fn issue_read(&mut self, id: LoadId, chunk: Chunk) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
@@ -393,7 +415,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
         let Destination { buffer_slot, address, bytes, place } = to;
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
-        entry.route = entry.route.max(in_flight.route);
+        entry.route = entry.route.max(Some(in_flight.route));
         entry.in_flight += 1;
         let offset = entry.piece.file_offset + in_flight.chunk.range.start;
         self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
@@ -426,6 +448,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         match step {
             Step::Read | Step::Staged(_) => load.reading.end(now),
             Step::Copied(_) => load.copying.end(now),
+            Step::Cached => load.from_cache.end(now),
             Step::SeenStaged(_) | Step::Seen => load.unseen.done(),
         }
         let ended = load.ended;
@@ -433,13 +456,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             let kind = match step {
                 Step::Read | Step::Staged(_) => TraceKind::Read,
                 Step::Copied(_) => TraceKind::Copy,
+                Step::Cached => TraceKind::FromCache,
                 Step::SeenStaged(_) | Step::Seen => TraceKind::Observe,
             };
             let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
             self.outputs.push(Output::Traced { load: id, piece, span: Span { kind, start: since, end: now, bytes } });
         }
         match step {
-            Step::Read => {}
+            Step::Read | Step::Cached => {}
             Step::Staged(slot) => {
                 let came = completion.result.unwrap_or(0);
                 if came > 0 && !ended {
@@ -467,6 +491,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         if matches!(step, Step::SeenStaged(_) | Step::Seen) {
             self.seen(id, chunk, route, step, completion.result);
+            return;
+        }
+        if matches!(step, Step::Cached) {
+            self.came_from_cache(id, chunk, route, completion.result);
             return;
         }
         match completion.result {
@@ -617,7 +645,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         unsafe { after.write_bytes(0, tail.len()) };
         let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
         let registered = entry.buffer_slot.take();
-        self.known.worked(entry.file.mount, entry.route);
+        if let Some(route) = entry.route {
+            self.known.worked(entry.file.mount, route);
+        }
         let load = self.loads.get_mut(&id).expect(LOAD);
         if let Some(slot) = registered {
             self.kernel.unregister_buffer(slot);

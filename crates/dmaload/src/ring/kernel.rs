@@ -94,6 +94,15 @@ pub(crate) struct Copy {
     pub(crate) bytes: usize,
 }
 
+/// A copy of what the page cache has of a file.
+#[derive(Debug, Clone)]
+pub(crate) struct CachedRead {
+    pub(crate) token: Token,
+    pub(crate) to: Place,
+    pub(crate) bytes: usize,
+    pub(crate) offset: u64,
+}
+
 /// Bytes that are there, to be looked at.
 #[derive(Debug, Clone)]
 pub(crate) struct Look {
@@ -173,6 +182,16 @@ pub(crate) trait Kernel {
     /// don't overlap, nobody writes to the first one, and nobody looks at the second one.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: Copy);
+
+    /// Has some other thread copy what the page cache has, without waiting for storage. Its completion
+    /// comes like that of a read. With fewer bytes than asked for, or [`Fault::Read`], the rest has gone
+    /// from the cache.
+    ///
+    /// # Safety
+    /// Until the completion was reaped, or for ever if that never comes: the place stays mapped for that
+    /// many bytes, and nobody looks at it, or writes to it.
+    #[allow(unsafe_code)]
+    unsafe fn read_cached(&mut self, file: &Self::File, read: CachedRead);
 
     /// Has some other thread look, and never this one. Its completion comes like that of a read; after an error the
     /// watch has the verdict.

@@ -18,7 +18,7 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Completion, Copy, Kernel, Look, Place, Read};
+use super::kernel::{Buffer, CachedRead, Completion, Copy, Kernel, Look, Place, Read};
 use super::pool::{COPIERS, LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
@@ -121,6 +121,11 @@ impl Kernel for LinuxKernel {
     unsafe fn copy(&mut self, copy: Copy) {
         // SAFETY: the caller's promise is the same.
         unsafe { self.copiers.copy(copy) };
+    }
+
+    unsafe fn read_cached(&mut self, file: &Arc<OpenFile>, read: CachedRead) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.copiers.read_cached(Arc::clone(file), read) };
     }
 
     unsafe fn look(&mut self, look: Look) {

@@ -6,6 +6,7 @@ use rustix::io::Errno;
 
 use crate::observe::Observation;
 use crate::route::{Attempt, Fallback, Route};
+use crate::source::CachedChunks;
 use crate::trace::TraceKind;
 
 /// Names a load. Never used twice by one loader.
@@ -37,13 +38,15 @@ pub(crate) struct FileSpec<F> {
     pub(crate) mount: u64,
     /// What direct reads must be aligned to, in the file and in memory.
     pub(crate) alignment_bytes: u64,
+    /// Which chunks of the piece the page cache has.
+    pub(crate) cached: CachedChunks,
 }
 
 /// What happened, for the thread around the driver to act on.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
-    /// A piece holds its bytes.
-    PieceFull { load: LoadId, piece: usize, route: Route, buffer: B },
+    /// A piece holds its bytes. The route is the lowest that any of them took from storage, if any did.
+    PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
     /// A step down the ladder was taken.
     SteppedDown { load: LoadId, fallback: Fallback },
     /// There is less staging than the load may use: fewer of its reads are in flight at once. Told once.
@@ -116,6 +119,10 @@ pub(crate) struct Times {
     pub(crate) reading: Duration,
     /// While at least one copy from staging was under way.
     pub(crate) copying: Duration,
+    /// While at least one copy from the page cache was under way.
+    pub(crate) from_cache: Duration,
+    /// How many bytes came by these.
+    pub(crate) cached_bytes: u64,
 }
 
 /// Why a load failed.

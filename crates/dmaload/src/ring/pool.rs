@@ -11,10 +11,11 @@ use std::thread;
 
 use rustix::io::Errno;
 
-use super::kernel::{Completion, Copy, Fault, Look, Place, Read};
+use super::kernel::{CachedRead, Completion, Copy, Fault, Look, Place, Read};
 use super::message::LoadId;
 use super::stream;
 use super::wake::Wake;
+use crate::route::Route;
 use crate::source::OpenFile;
 use crate::window::may_have_one;
 
@@ -31,6 +32,7 @@ pub(crate) const LOOKERS: usize = 2;
 enum Job {
     Read(Arc<OpenFile>, Read),
     Copy(Copy),
+    Cached(Arc<OpenFile>, CachedRead),
     Look(Look),
 }
 
@@ -56,7 +58,7 @@ impl Queues {
                 let held = self.reading.iter().filter(|&&load| load == read.load).count();
                 held < READERS_OF_ONE && may_have_one(threads as u64, self.reading.len() as u64, held as u64)
             }
-            Job::Copy(_) | Job::Look(_) => true,
+            Job::Copy(_) | Job::Cached(..) | Job::Look(_) => true,
         };
         let job = self.jobs.iter().position(may_start).and_then(|at| self.jobs.remove(at));
         if let Some(Job::Read(_, read)) = &job {
@@ -138,6 +140,19 @@ impl Pool {
                 perform(&copy)
             };
             self.shared.queues().done.push(completion);
+            self.shared.wake.wake();
+        }
+    }
+
+    /// Queues a copy from the page cache; without any thread to be had nothing comes from there.
+    ///
+    /// # Safety
+    /// As for [`super::kernel::Kernel::read_cached`].
+    pub(crate) unsafe fn read_cached(&mut self, file: Arc<OpenFile>, read: CachedRead) {
+        if self.start_thread() {
+            self.queue(Job::Cached(file, read));
+        } else {
+            self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::AGAIN)) });
             self.shared.wake.wake();
         }
     }
@@ -226,11 +241,16 @@ fn do_job(job: Job) -> Completion {
         // The file is let go before the driver hears of it: it may be the last to hold it.
         Job::Read(file, read) => pread(&file, &read),
         Job::Copy(copy) => perform(&copy),
+        Job::Cached(file, read) => read_cached(&file, &read),
         Job::Look(look) => show(&look),
     }
 }
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
+    if read.route == Route::Buffered {
+        // Where that fails these bytes are no worse than without.
+        let _ = file.settle(&(read.offset..read.offset + read.bytes as u64));
+    }
     let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
         rustix::io::pread(file.descriptor(read.route), buffer, offset).map(|(read, _)| read.len())
     };
@@ -268,6 +288,18 @@ fn perform(copy: &Copy) -> Completion {
     // SAFETY: the driver has promised that nobody looks at the place, or writes to it, until then.
     let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut next) };
     Completion { token: copy.token, result }
+}
+
+fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
+    let mut at = read.offset;
+    let mut next = |part: &mut [MaybeUninit<u8>]| {
+        let bytes = file.read_cached(part, at)?;
+        at += bytes as u64;
+        Ok(bytes)
+    };
+    // SAFETY: the driver has promised that nobody looks at the place, or writes to it, until this completion is reaped.
+    let result = unsafe { read.to.sink.fill(read.to.offset, read.bytes, &mut next) };
+    Completion { token: read.token, result }
 }
 
 fn show(look: &Look) -> Completion {

@@ -397,6 +397,7 @@ fn report(
         allocating: Duration::ZERO,
         reading: Duration::ZERO,
         copying: Duration::ZERO,
+        from_cache: Duration::ZERO,
         first_segment: None,
         cpu: Duration::ZERO,
         peak_resident_bytes: crate::report::peak_resident_bytes(),

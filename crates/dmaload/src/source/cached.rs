@@ -6,8 +6,6 @@
 //!
 //! (Direct reads need no such care: the kernel writes a range back, and write-protects it, before it reads that from storage.)
 
-#![cfg_attr(not(test), expect(dead_code, reason = "loads do not ask yet"))]
-
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -35,6 +33,15 @@ impl CachedChunks {
             }
         }
         if any { CachedChunks(words.into()) } else { CachedChunks::default() }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether that are all chunks of a range of so many bytes.
+    pub(crate) fn is_all_of(&self, bytes: u64, chunk_bytes: u64) -> bool {
+        (0..to_usize(bytes.div_ceil(chunk_bytes))).all(|chunk| self.contains(chunk))
     }
 
     fn first(&self) -> Option<usize> {
@@ -129,7 +136,7 @@ impl OpenFile {
     ///
     /// # Errors
     /// What writing back answered.
-    pub(super) fn settle(&self, range: &Range<u64>) -> Result<(), Errno> {
+    pub(crate) fn settle(&self, range: &Range<u64>) -> Result<(), Errno> {
         if !self.cache_is_witness {
             return Ok(());
         }

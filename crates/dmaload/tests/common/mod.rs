@@ -29,11 +29,13 @@ pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
+/// A file that is not in the page cache: routes are to be taken.
 pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
     file.write_all(bytes).unwrap();
     file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
     path
 }
 

@@ -67,7 +67,7 @@ pub(crate) enum Handover {
 
 impl LoadShared {
     /// A piece holds its bytes.
-    pub(crate) fn piece_full(&self, number: usize, route: Route) -> Follows {
+    pub(crate) fn piece_full(&self, number: usize, route: Option<Route>) -> Follows {
         let mut state = self.state();
         if state.is_over() {
             return Follows::default();
@@ -75,14 +75,14 @@ impl LoadShared {
         self.count_piece(&mut state, number, route)
     }
 
-    fn count_piece(&self, state: &mut State, number: usize, route: Route) -> Follows {
+    fn count_piece(&self, state: &mut State, number: usize, route: Option<Route>) -> Follows {
         let piece = *state.plan.pieces.get(number).expect("the driver fills planned pieces");
         let planned = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
         let file = state.files.get_mut(file_index).expect("a segment is of a planned file");
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         self.counters.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
-        file.route = file.route.max(route);
+        file.route = route.map_or(file.route, |route| file.route.max(route));
         file.pieces_left = file.pieces_left.checked_sub(1).expect("a piece of a file is filled once");
         let read = file.pieces_left == 0;
         let memory = state.memories.get_mut(memory_index).expect("a segment is of a planned memory");

@@ -208,13 +208,14 @@ impl LoadShared {
                 .filter_map(|segment| segment.moved.as_ref())
                 .map(|moved| moved.end - moved.start)
                 .sum(),
-            cached_bytes: state.files.iter().filter(|file| file.planned.cached).map(|file| file.planned.read_bytes).sum(),
+            cached_bytes: times.cached_bytes,
             segments: state.plan.segments.len(),
             memories: state.plan.memories.len(),
             total: self.started.elapsed(),
             allocating: state.allocating.total(),
             reading: times.reading,
             copying: times.copying,
+            from_cache: times.from_cache,
             first_segment: state.first_segment,
             cpu: cpu_time().saturating_sub(self.cpu_before),
             peak_resident_bytes: peak_resident_bytes(),
@@ -236,7 +237,7 @@ impl LoadShared {
 
 /// How much of the load was read through the page cache, if that is enough to be told.
 pub(super) fn filled_cache_bytes(state: &State) -> Option<u64> {
-    let cached = state.files.iter().filter(|file| file.route == Route::Buffered && !file.planned.cached);
+    let cached = state.files.iter().filter(|file| file.route == Route::Buffered);
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
     (cached_bytes >= PAGE_CACHE_BYTES_TOLD).then_some(cached_bytes)
 }

@@ -25,8 +25,8 @@ pub(super) struct PieceEntry<F, B> {
     /// Chunks that are not complete, in flight or not.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
-    /// The lowest route that any of its bytes took.
-    pub(super) route: Route,
+    /// The lowest route that any of its bytes took from storage, if any did.
+    pub(super) route: Option<Route>,
     /// Where it begins in the bytes of all files, one after the other; known when all pieces before it are here.
     pub(super) position: u64,
     /// When it came.
@@ -40,6 +40,8 @@ pub(super) struct Chunk {
     /// Where its piece begins in the bytes of all files of an observed load; else 0.
     pub(super) position: u64,
     pub(super) range: Range<u64>,
+    /// The page cache had it when the piece was prepared.
+    pub(super) cached: bool,
     /// How often in a row it gave less than a block, or was interrupted.
     pub(super) parts_of_a_block: u32,
     pub(super) interruptions: u32,
@@ -49,10 +51,10 @@ pub(super) struct Chunk {
 
 impl Chunk {
     pub(super) fn new(piece: Token, position: u64, range: Range<u64>) -> Self {
-        Chunk { piece, position, range, parts_of_a_block: 0, interruptions: 0, alone: false }
+        Chunk { piece, position, range, cached: false, parts_of_a_block: 0, interruptions: 0, alone: false }
     }
 
-    /// What of it is left to be read, from so many bytes on.
+    /// What of it is left to be read from storage, from so many bytes on.
     pub(super) fn rest(&self, bytes: u64) -> Self {
         Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
     }
@@ -79,6 +81,8 @@ pub(super) enum Step {
     Staged(StagingSlot),
     /// A copy from staging into the piece's memory.
     Copied(StagingSlot),
+    /// A copy from the page cache into the piece's memory.
+    Cached,
     /// A look at what is in staging.
     SeenStaged(StagingSlot),
     /// A look at all of the piece.
@@ -106,6 +110,8 @@ pub(super) struct LoadEntry {
     pub(super) pieces: Vec<Token>,
     pub(super) reading: BusyTime,
     pub(super) copying: BusyTime,
+    pub(super) from_cache: BusyTime,
+    pub(super) cached_bytes: u64,
     /// Whether it knows why its reads into staging do not take the best way.
     pub(super) staging_told: bool,
     /// Whether it knows that there is less staging than it may use.
@@ -158,13 +164,20 @@ impl LoadEntry {
     }
 
     pub(super) fn times(&self) -> Times {
-        Times { reading: self.reading.total(), copying: self.copying.total() }
+        Times {
+            reading: self.reading.total(),
+            copying: self.copying.total(),
+            from_cache: self.from_cache.total(),
+            cached_bytes: self.cached_bytes,
+        }
     }
 }
 
 /// The chunks of a piece.
 pub(super) fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
-    let chunks: Vec<_> = split(0..entry.piece.bytes, chunk_bytes).map(|range| Chunk::new(token, entry.position, range)).collect();
+    let chunk =
+        |(number, range)| Chunk { cached: entry.file.cached.contains(number), ..Chunk::new(token, entry.position, range) };
+    let chunks: Vec<_> = split(0..entry.piece.bytes, chunk_bytes).enumerate().map(chunk).collect();
     entry.chunks_left = chunks.len();
     chunks
 }

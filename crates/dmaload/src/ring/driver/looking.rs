@@ -26,7 +26,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (address, bytes, chunk, route, step) = match unseen {
             Unseen::Piece(token) => {
                 let all = Chunk::new(token, entry.position, 0..entry.piece.bytes);
-                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.route, Step::Seen)
+                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.file.route, Step::Seen)
             }
             Unseen::Staged { chunk, route, slot, bytes } => {
                 let (staging, _) = self.staging.get(slot);

@@ -14,6 +14,7 @@ use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::source::CachedChunks;
 
 const PIECES: usize = 24;
 /// More than a load has pieces.
@@ -134,6 +135,7 @@ impl Machine {
                     staged_by: Route::UringFixedDirect,
                     mount: 0,
                     alignment_bytes: BLOCK,
+                    cached: CachedChunks::default(),
                 };
                 self.driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &self.memory));
             }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Random;
-use crate::ring::kernel::{Buffer, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink, Write};
+use crate::ring::kernel::{Buffer, CachedRead, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink, Write};
 use crate::ring::message::LoadId;
 use crate::route::Route;
 
@@ -83,6 +83,8 @@ pub(super) struct Faults {
     pub(super) staging: usize,
     /// So many of 1000 pieces find no memory when they are filled.
     pub(super) no_memory_per_mille: u64,
+    /// So many of 1000 chunks have gone from the page cache, wholly or in part, when they are copied from there.
+    pub(super) evicted_per_mille: u64,
 }
 
 impl Faults {
@@ -102,6 +104,7 @@ impl Faults {
             no_threads: false,
             staging: usize::MAX,
             no_memory_per_mille: 0,
+            evicted_per_mille: 0,
         }
     }
 }
@@ -359,6 +362,7 @@ struct InFlight {
 enum Job {
     Read(SimFile, Read),
     Copy(Copy),
+    Cached(SimFile, CachedRead),
     Look(Look),
 }
 
@@ -494,6 +498,29 @@ impl SimKernel {
                 let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut write) };
                 self.memory.borrow_mut().writing.remove(&!copy.token.user_data());
                 (copy.token, result)
+            }
+            Job::Cached(file, read) => {
+                let there = if self.faults.no_threads {
+                    0
+                } else if self.random.chance(self.faults.evicted_per_mille) {
+                    self.random.below(read.bytes as u64)
+                } else {
+                    file.bytes.min(read.offset + read.bytes as u64).saturating_sub(read.offset)
+                };
+                let mut done = 0;
+                let mut write = |part: &mut [MaybeUninit<u8>]| {
+                    let here = usize::try_from(there - done).unwrap().min(part.len());
+                    if here == 0 {
+                        return Err(Errno::AGAIN);
+                    }
+                    for byte in &mut part[..here] {
+                        byte.write(file.byte(read.offset + done));
+                        done += 1;
+                    }
+                    Ok(here)
+                };
+                // SAFETY: the driver promised this place until this copy completes.
+                (read.token, unsafe { read.to.sink.fill(read.to.offset, read.bytes, &mut write) })
             }
             Job::Look(look) => {
                 // SAFETY: the driver promised so many initialised bytes that nobody writes to until this look completes.
@@ -669,6 +696,18 @@ impl Kernel for SimKernel {
         drop(memory);
         // A copy needs no submission, and does not occupy the disk.
         self.in_flight.push(InFlight { job: Job::Copy(copy), due: self.clock.get() + self.copying });
+    }
+
+    unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {
+        assert!(self.attached.contains_key(&file.number), "a copy from a file that is not attached");
+        let mut memory = self.memory.borrow_mut();
+        let start = memory.address_of(&read.to);
+        let range = start..start + read.bytes;
+        assert!(read.bytes > 0 && !memory.is_staging(start));
+        assert!(!memory.is_written_to(&range), "a copy goes where somebody else writes");
+        assert_eq!(memory.writing.insert(read.token.user_data(), range), None, "a token is used twice");
+        drop(memory);
+        self.in_flight.push(InFlight { job: Job::Cached(file.clone(), read), due: self.clock.get() + self.copying });
     }
 
     unsafe fn look(&mut self, look: Look) {

@@ -11,6 +11,7 @@ use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::source::CachedChunks;
 
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
@@ -57,6 +58,7 @@ fn simulate_route(
                 staged_by: Route::UringFixedDirect,
                 mount: 0,
                 alignment_bytes: BLOCK,
+                cached: CachedChunks::default(),
             };
             driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &memory));
         }

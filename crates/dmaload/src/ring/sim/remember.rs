@@ -12,6 +12,7 @@ use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Fallback, Route};
+use crate::source::CachedChunks;
 
 struct Machine {
     driver: Driver<SimKernel, SimBuffer>,
@@ -61,7 +62,15 @@ impl Machine {
         });
         for (number, &piece) in plan.pieces.iter().enumerate() {
             let route = Route::UringFixedDirect;
-            let spec = FileSpec { handle: file.clone(), index: 0, route, staged_by: route, mount, alignment_bytes: BLOCK };
+            let spec = FileSpec {
+                handle: file.clone(),
+                index: 0,
+                route,
+                staged_by: route,
+                mount,
+                alignment_bytes: BLOCK,
+                cached: CachedChunks::default(),
+            };
             self.driver.piece(id, number, piece, spec, SimBuffer::new(id, BLOCK, &self.memory));
         }
         let mut done = Done { fallbacks: Vec::new(), failure: None, refusals: 0 };

@@ -17,6 +17,7 @@ use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Route};
 use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::source::CachedChunks;
 
 /// Checks each byte that it is shown, and their order.
 struct SimObserver {
@@ -66,6 +67,11 @@ struct SimLoad {
     strict: bool,
     /// So many of 1000 pieces come without pages, and are filled from staging whatever the load starts at.
     unpopulated_per_mille: u64,
+    /// So many of 1000 chunks are in the page cache.
+    cached_per_mille: u64,
+    /// How many bytes may be taken from there.
+    asked_cached_bytes: u64,
+    cached_bytes: u64,
     chunk_bytes: u64,
     /// Each with the length that is planned for it.
     files: Vec<(SimFile, u64)>,
@@ -103,11 +109,11 @@ impl SimLoad {
         (self.plan.segments[piece.segment].file, piece)
     }
 
-    /// Whether something is wrong with its files that no route can get around.
+    /// Whether something is wrong with its files that no route can get around. A bad block may be in the page cache.
     fn must_fail(&self) -> bool {
         self.files.iter().any(|(file, planned)| {
             let bad = file.faults.bad.as_ref().is_some_and(|(range, _)| range.start < planned.next_multiple_of(BLOCK));
-            *planned > 0 && (bad || file.bytes < *planned)
+            *planned > 0 && (bad && self.cached_bytes == 0 || file.bytes < *planned)
         })
     }
 }
@@ -210,6 +216,7 @@ impl World {
             unpinnable: !calm && random.chance(250),
             no_threads: !calm && random.chance(100),
             staging: if !calm && random.chance(100) { usize::try_from(random.below(3)).unwrap() } else { usize::MAX },
+            evicted_per_mille: *random.pick(&[0, 0, 100, 1000]),
             no_memory_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
         };
         let memory = Rc::default();
@@ -277,6 +284,10 @@ impl World {
             start,
             strict: random.chance(150),
             unpopulated_per_mille: *random.pick(&[0, 0, 300, 1000]),
+            // As the engine does: what is observed in staging has to go there.
+            cached_per_mille: if staged { 0 } else { *random.pick(&[0, 0, 300, 700, 1000]) },
+            asked_cached_bytes: 0,
+            cached_bytes: 0,
             chunk_bytes: (1 + random.below(3)) * BLOCK,
             files,
             full: vec![false; plan.pieces.len()],
@@ -366,8 +377,21 @@ impl World {
             self.abandon(id);
             return;
         }
-        let load = &self.loads[&id];
+        let load = self.loads.get_mut(&id).unwrap();
         let pieces = load.plan.batches[batch].pieces.clone();
+        let mut cached = BTreeMap::new();
+        for number in pieces.clone() {
+            let (file, piece) = load.piece(number);
+            let bytes = piece.bytes.min(load.files[file].0.bytes.saturating_sub(piece.file_offset));
+            let chunk = |chunk: usize| chunk as u64 * load.chunk_bytes;
+            // Of a file that is shorter than planned, no chunk is there wholly that reaches past its end.
+            let end = |number: usize| (chunk(number) + load.chunk_bytes).min(piece.bytes);
+            let count = usize::try_from(piece.bytes.div_ceil(load.chunk_bytes)).unwrap();
+            let chosen = CachedChunks::of(count, |number| end(number) <= bytes && self.random.chance(load.cached_per_mille));
+            let asked = (0..count).filter(|&number| chosen.contains(number)).map(|number| end(number) - chunk(number));
+            load.asked_cached_bytes += asked.sum::<u64>();
+            cached.insert(number, chosen);
+        }
         // As the engine does: of a batch all pieces, or none.
         let unpopulated = self.random.chance(load.unpopulated_per_mille);
         let refuses = self.random.chance(self.faults.no_memory_per_mille).then_some(Errno::NOMEM);
@@ -381,6 +405,7 @@ impl World {
                     staged_by: load.staged_by(),
                     mount: load.files[file].0.number % 2,
                     alignment_bytes: BLOCK,
+                    cached: cached.remove(&number).unwrap(),
                 };
                 let buffer = if unpopulated {
                     SimBuffer::unpopulated(id, piece.memory_bytes, &self.memory, refuses)
@@ -474,9 +499,10 @@ impl World {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!load.gone && load.failure.is_none() && !load.abandoned, "a piece of a load that is over");
                     assert!(!std::mem::replace(&mut load.full[number], true), "a piece is full twice");
-                    let chosen = load.unpopulated_per_mille > 0 && route == Route::Bounce;
-                    assert!(route <= load.told || chosen, "a piece went by {route}, but only a step to {} was told", load.told);
-                    load.bounced |= route == Route::Bounce;
+                    let chosen = load.unpopulated_per_mille > 0 && route == Some(Route::Bounce);
+                    let told = route.is_none_or(|route| route <= load.told);
+                    assert!(told || chosen, "a piece went by {route:?}, but only a step to {} was told", load.told);
+                    load.bounced |= route == Some(Route::Bounce);
                     if let Some((observer, _)) = &load.observed {
                         let (file, piece) = load.piece(number);
                         assert!(observer.has_seen(file, piece.file_offset + piece.bytes), "a piece that was not looked at");
@@ -509,8 +535,9 @@ impl World {
                     assert!(!load.gone && !load.abandoned);
                     self.scheduler.forget(&id);
                 }
-                Output::Gone { load: id, .. } => {
+                Output::Gone { load: id, times, .. } => {
                     let load = self.loads.get_mut(&id).unwrap();
+                    load.cached_bytes = times.cached_bytes;
                     assert!(!std::mem::replace(&mut load.gone, true), "a load is gone once");
                     self.scheduler.end();
                 }
@@ -529,6 +556,11 @@ impl World {
                 None => {
                     assert!(complete, "{id:?} is gone without a failure, and not complete");
                     assert!(!load.must_fail(), "{id:?} must fail and did not");
+                    // What was there, and did not go, was taken from there.
+                    let taken = load.cached_bytes;
+                    assert!(taken <= load.asked_cached_bytes, "{id:?}: {taken} bytes from the cache, which has less");
+                    let threads = !self.faults.no_threads && self.faults.evicted_per_mille == 0;
+                    assert!(!threads || taken == load.asked_cached_bytes, "{id:?}: what is cached was read from storage");
                     self.check_staging_was_told(load);
                     let beside = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
                     assert!(!load.no_thread || self.faults.no_threads, "{id:?}: there were threads");
@@ -632,6 +664,8 @@ struct Outcomes {
     ring_broke: u64,
     no_staging: u64,
     no_memory: u64,
+    from_cache: u64,
+    evicted: u64,
     leaked_bytes: u64,
 }
 
@@ -639,6 +673,8 @@ impl Outcomes {
     fn of(world: &World) -> Self {
         let mut outcomes = Outcomes { leaked_bytes: world.leaked_bytes, ..Outcomes::default() };
         for load in world.loads.values() {
+            outcomes.from_cache += u64::from(load.cached_bytes > 0);
+            outcomes.evicted += u64::from(load.cached_bytes < load.asked_cached_bytes && load.failure.is_none());
             outcomes.stepped_down += u64::from(!load.refused.is_empty());
             *match load.failure {
                 None if load.full.iter().all(|&full| full) => &mut outcomes.complete,
@@ -655,9 +691,9 @@ impl Outcomes {
         outcomes
     }
 
-    fn each(&mut self) -> [&mut u64; 11] {
+    fn each(&mut self) -> [&mut u64; 13] {
         let Outcomes { complete, stepped_down, abandoned, read_failed, ended_early, .. } = self;
-        let Outcomes { refused, rejected, ring_broke, no_staging, no_memory, leaked_bytes, .. } = self;
+        let Outcomes { refused, rejected, ring_broke, no_staging, no_memory, from_cache, evicted, leaked_bytes, .. } = self;
         [
             complete,
             stepped_down,
@@ -669,6 +705,8 @@ impl Outcomes {
             ring_broke,
             no_staging,
             no_memory,
+            from_cache,
+            evicted,
             leaked_bytes,
         ]
     }

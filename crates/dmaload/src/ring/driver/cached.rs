@@ -1,0 +1,48 @@
+//! Chunks that the page cache had when their piece was prepared.
+
+use super::super::kernel::{Buffer, CachedRead, Fault, Kernel};
+use super::super::message::{Failure, LoadId};
+use super::entry::{Chunk, InFlight, Step, progress};
+use super::{Driver, LOAD, PIECE};
+use crate::convert::to_usize;
+use crate::route::Route;
+
+impl<K: Kernel, B: Buffer> Driver<K, B> {
+    /// Has a chunk copied from the page cache to where it belongs.
+    pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        let staged = load.spec.observation.as_ref().is_some_and(|observation| observation.staged);
+        assert!(!staged, "what is observed in staging has to go there");
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
+        let (start, bytes) = (to_usize(chunk.range.start), to_usize(chunk.range.end - chunk.range.start));
+        assert!(start + bytes <= entry.buffer.bytes(), "a copy stays within its piece");
+        entry.in_flight += 1;
+        load.in_flight += 1;
+        let (to, offset, route) = (entry.buffer.place(start), entry.piece.file_offset + chunk.range.start, entry.file.route);
+        let since = self.kernel.now();
+        load.from_cache.begin(since);
+        let token = self.reads.insert(InFlight { chunk, route, step: Step::Cached, since });
+        // SAFETY: the place is in the piece's buffer, by the assertion above. As for reads, that is not let go of, nor looked at,
+        // before the completion, and no other chunk is there.
+        unsafe { self.kernel.read_cached(&entry.file.handle, CachedRead { token, to, bytes, offset }) };
+    }
+
+    /// A copy from the page cache is done. What has gone from there meanwhile is read from storage: from a block on, as a direct
+    /// read must.
+    pub(super) fn came_from_cache(&mut self, id: LoadId, chunk: Chunk, route: Route, result: Result<usize, Fault>) {
+        let wanted = chunk.range.end - chunk.range.start;
+        let came = match result {
+            Ok(bytes) => bytes as u64,
+            Err(Fault::Read(_)) => 0,
+            Err(Fault::Memory(errno)) => return self.fail(id, Failure::Memory { bytes: wanted, errno }),
+        };
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
+        let counted = progress(&chunk, came, Route::PreadDirect, entry.file.alignment_bytes);
+        self.loads.get_mut(&id).expect(LOAD).cached_bytes += counted;
+        if counted == wanted {
+            self.advance(chunk, route, counted);
+        } else {
+            self.requeue(id, chunk.rest(counted));
+        }
+    }
+}
