@@ -465,6 +465,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         match step {
             Step::Read | Step::Cached => {}
             Step::Staged(slot) => {
+                self.staging.is_read(slot);
                 let came = completion.result.unwrap_or(0);
                 if came > 0 && !ended {
                     let wanted = to_usize(chunk.range.end - chunk.range.start);

@@ -22,7 +22,6 @@ mod pool;
 mod sim;
 mod slots;
 mod staging;
-mod stream;
 mod thread;
 mod wake;
 
