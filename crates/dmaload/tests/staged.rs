@@ -1,0 +1,438 @@
+//! Staged loads: the threads that copy from staging bring memory into being, each part of it once and just
+//! before it is written to.
+#![allow(clippy::print_stderr, reason = "what a test passes over is told")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use common::{assert_same, file, folder, random_bytes};
+use dmaload::dmabuf::{self, Pages, Populated};
+use dmaload::heap::{AnonHeap, Heap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, LoaderBuilder, Route};
+use rustix::io::Errno;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+
+const MIB: usize = 1 << 20;
+const SEGMENT: usize = 8 * MIB;
+const PAGE: usize = 4096;
+const ANY: &str = "dmaload-";
+
+/// Watches every call of `populate`.
+#[derive(Debug)]
+struct Recorder {
+    extent_bytes: usize,
+    /// How the names of the threads begin that populate.
+    by: &'static str,
+    /// How long each call takes, for others to come in between.
+    takes: Duration,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    /// By where a memory is mapped: its length, and which parts of it were populated.
+    memories: BTreeMap<usize, (usize, Vec<Range<usize>>)>,
+    under_way: usize,
+}
+
+impl Recorder {
+    fn new(pages: Pages) -> Arc<Self> {
+        let extent_bytes = if pages == Pages::Small { 512 << 10 } else { 2 * MIB };
+        Arc::new(Recorder { extent_bytes, by: "dmaload-copy-", takes: Duration::from_millis(1), seen: Mutex::default() })
+    }
+
+    /// All that was populated is all that there is, and it forgets it.
+    fn assert_all_was_populated(&self, image: &Image, what: &str) {
+        let seen = std::mem::take(&mut *self.seen.lock().unwrap());
+        let (mut memory_bytes, mut bytes) = (0, 0);
+        for (mapped_bytes, mut parts) in seen.memories.into_values() {
+            parts.sort_by_key(|part| part.start);
+            let mut end = 0;
+            for part in parts {
+                assert_eq!(part.start, end, "{what}: a part of a memory of {mapped_bytes} bytes is missing");
+                end = part.end;
+            }
+            assert_eq!(end, mapped_bytes, "{what}: the end of a memory is missing");
+            memory_bytes += mapped_bytes;
+            bytes += end;
+        }
+        assert_eq!((memory_bytes, seen.under_way), (bytes, 0), "{what}");
+        let of_segments: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
+        assert!(of_segments <= memory_bytes, "{what}: {of_segments} bytes of segments lie on {memory_bytes}");
+        // The kernel was asked what lies on which pages part by part.
+        let counted = image.report().pages.seen_bytes;
+        assert!(counted == 0 || counted == bytes as u64, "{what}: {counted} of {bytes} bytes were looked at");
+    }
+}
+
+/// How many pages of these addresses there are.
+fn present_pages(addresses: Range<usize>) -> usize {
+    let mut entries = vec![0; (addresses.end - addresses.start) / PAGE * 8];
+    File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, (addresses.start / PAGE * 8) as u64).unwrap();
+    entries.chunks_exact(8).filter(|entry| entry[7] & 0x80 != 0).count()
+}
+
+impl HeapHooks for Recorder {
+    fn name(&self) -> Option<Cow<'_, str>> {
+        Some("watched".into())
+    }
+
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+        let thread = std::thread::current().name().unwrap_or_default().to_owned();
+        assert!(thread.starts_with(self.by), "{part:?} is populated by the thread {thread}");
+        assert!(!part.is_empty() && part.end <= mapped.len(), "{part:?} of {} bytes", mapped.len());
+        // Workers ahead of reads take more at once.
+        if self.by != ANY {
+            assert!(part.len() <= self.extent_bytes, "{part:?} is more than an extent");
+            let (first, last) = (part.start / self.extent_bytes, (part.end - 1) / self.extent_bytes);
+            assert_eq!(first, last, "{part:?} lies in two extents");
+        }
+        {
+            let mut seen = self.seen.lock().unwrap();
+            seen.under_way += 1;
+            let (_, parts) = seen.memories.entry(mapped.start).or_insert_with(|| (mapped.len(), Vec::new()));
+            let other = parts.iter().find(|other| other.start < part.end && part.start < other.end);
+            assert!(other.is_none(), "{part:?} is populated again, after {other:?}");
+            parts.push(part.clone());
+        }
+        std::thread::sleep(self.takes);
+        // Who wants to write there waits for this call.
+        let present = present_pages(mapped.start + part.start..mapped.start + part.end);
+        assert_eq!(present, 0, "pages of {part:?} were written to before they were populated");
+        Ok(())
+    }
+
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+        assert!(result.is_ok(), "{part:?}: {result:?}");
+        self.seen.lock().unwrap().under_way -= 1;
+    }
+}
+
+/// Lengths around pages, extents, segments and the limit of what is small.
+fn contents() -> Vec<Vec<u8>> {
+    let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
+    lengths.extend([700_000; 50]);
+    lengths.iter().zip(1..).map(|(&bytes, seed)| random_bytes(bytes, seed)).collect()
+}
+
+fn written(folder: &Path, contents: &[Vec<u8>]) -> Vec<PathBuf> {
+    contents.iter().enumerate().map(|(number, bytes)| file(folder, &format!("{number:03}.bin"), bytes)).collect()
+}
+
+fn assert_files(image: &Image, contents: &[Vec<u8>], what: &str) {
+    for (number, bytes) in contents.iter().enumerate() {
+        assert_same(&image.files()[number].bytes().unwrap(), bytes, &format!("{what}, file {number}"));
+    }
+}
+
+fn builder(heap: impl Heap) -> LoaderBuilder {
+    Loader::builder().heap(heap).segment_bytes(SEGMENT as u64)
+}
+
+fn staged(loader: &Loader) -> LoadOptions {
+    loader.options().route(Route::Bounce).cache(Cache::Bypass)
+}
+
+#[tokio::test]
+async fn each_extent_is_populated_once_just_before_it_is_written_to() {
+    let (folder, contents) = (folder(), contents());
+    let paths = written(folder.path(), &contents);
+    for pages in [Pages::Auto, Pages::Small] {
+        let recorder = Recorder::new(pages);
+        let loaders = [
+            builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&recorder))).build().unwrap(),
+            builder(Hooked::new(AnonHeap { pages }, Arc::clone(&recorder))).build().unwrap(),
+        ];
+        for (loader, heap) in loaders.iter().zip(["memfd", "anon"]) {
+            // Chunks that are less than an extent: several copies want it at once.
+            for chunk_bytes in [64 << 10, 2 << 20] {
+                for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
+                    let what = format!("{heap}, {pages:?}, {layout}, chunks of {chunk_bytes}");
+                    let options = staged(loader).layout(layout).chunk_bytes(chunk_bytes);
+                    let image = loader.load_with(&paths, options).await.unwrap();
+                    assert_files(&image, &contents, &what);
+                    assert_eq!(image.report().route, Route::Bounce, "{what}");
+                    recorder.assert_all_was_populated(&image, &what);
+                }
+            }
+            let apart = loader.load_with(&paths, staged(loader).packed(false)).await.unwrap();
+            assert_files(&apart, &contents, "apart");
+            recorder.assert_all_was_populated(&apart, "apart");
+        }
+    }
+}
+
+/// Reads through the page cache, and copies from it, bring memory into being in the same way.
+#[tokio::test]
+async fn bytes_from_the_page_cache_come_into_memory_of_the_same_making() {
+    let (folder, contents) = (folder(), contents());
+    let paths = written(folder.path(), &contents);
+    for pages in [Pages::Auto, Pages::Small] {
+        let reading = Arc::new(Recorder { by: "dmaload-read-", ..Arc::into_inner(Recorder::new(pages)).unwrap() });
+        let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&reading))).build().unwrap();
+        let options = loader.options().route(Route::Buffered).cache(Cache::Bypass);
+        let image = loader.load_with(&paths, options).await.unwrap();
+        assert_files(&image, &contents, "buffered");
+        assert_eq!(image.report().route, Route::Buffered);
+        reading.assert_all_was_populated(&image, "buffered");
+        // What is in the cache is copied from there, as far as it still is.
+        for path in &paths {
+            std::fs::read(path).unwrap();
+        }
+        let any = Arc::new(Recorder { by: ANY, ..Arc::into_inner(Recorder::new(pages)).unwrap() });
+        let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&any))).build().unwrap();
+        let image = loader.load_with(&paths, loader.options().cache(Cache::Auto)).await.unwrap();
+        assert_files(&image, &contents, "cached");
+        if image.report().cached_bytes == 0 {
+            eprintln!("skipped: nothing was taken from the page cache");
+        }
+        any.assert_all_was_populated(&image, "cached");
+    }
+}
+
+#[tokio::test]
+async fn tensors_of_a_model_come_whole_and_in_parts() {
+    const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
+    let folder = folder();
+    let lengths = [3 * MIB + 2, 40, 9 * MIB, 700_000, 6 * MIB + 4098];
+    let data: Vec<_> = lengths.iter().zip(1..).map(|(&bytes, seed)| random_bytes(bytes, seed)).collect();
+    let views =
+        NAMES.iter().zip(&data).map(|(name, bytes)| (*name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes).unwrap()));
+    let path = file(folder.path(), "model.safetensors", &serialize(views.collect::<Vec<_>>(), None).unwrap());
+    for pages in [Pages::Auto, Pages::Small] {
+        let recorder = Recorder::new(pages);
+        let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&recorder))).build().unwrap();
+        for (layout, names) in [
+            (Layout::Tensors, vec!["*"]),
+            (Layout::Segmented, vec!["*"]),
+            (Layout::Single, vec!["b", "e"]),
+            (Layout::Tensors, vec!["e", "a", "b"]),
+        ] {
+            let what = format!("{pages:?}, {layout}, {names:?}");
+            let options = staged(&loader).layout(layout).tensors(names.clone());
+            let image = loader.load_with([&path], options).await.unwrap();
+            let mut seen = 0;
+            for tensor in image.tensors() {
+                let number = NAMES.iter().position(|name| *name == tensor.name()).unwrap();
+                if names.contains(&"*") || names.contains(&tensor.name()) {
+                    assert_same(&tensor.bytes().unwrap(), &data[number], &format!("{what}: {}", tensor.name()));
+                    seen += 1;
+                }
+            }
+            assert_eq!(seen, if names == ["*"] { 5 } else { names.len() }, "{what}");
+            recorder.assert_all_was_populated(&image, &what);
+        }
+    }
+}
+
+#[tokio::test]
+async fn small_files_have_as_many_huge_pages_as_by_direct_reads() {
+    let folder = folder();
+    let contents: Vec<_> = (0..50).map(|seed| random_bytes(700_000, seed)).collect();
+    let paths = written(folder.path(), &contents);
+    for (heap, loader) in
+        [("memfd", builder(MemfdHeap::default()).build().unwrap()), ("anon", builder(AnonHeap::default()).build().unwrap())]
+    {
+        let direct = loader.load_with(&paths, staged(&loader).route(Route::UringFixedDirect)).await.unwrap();
+        let direct = direct.report().pages;
+        if direct.huge_bytes == 0 {
+            eprintln!("skipped: {heap}: the kernel gives no huge pages ({direct:?})");
+            continue;
+        }
+        let image = loader.load_with(&paths, staged(&loader)).await.unwrap();
+        assert_files(&image, &contents, heap);
+        assert_eq!(image.report().route, Route::Bounce);
+        assert_eq!(image.report().pages, direct, "{heap}");
+    }
+}
+
+/// Counts what is populated; the test sees how far that is ahead of what is full.
+#[derive(Debug, Default)]
+struct Counting(AtomicUsize);
+
+impl HeapHooks for Counting {
+    fn after_populate(&self, part: Range<usize>, _: Result<&Populated, &dmabuf::Error>) {
+        self.0.fetch_add(part.len(), Ordering::SeqCst);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn what_is_populated_and_not_full_stays_within_the_window() {
+    const WINDOW: usize = 16 * MIB;
+    let folder = folder();
+    let bytes = random_bytes(96 * MIB, 3);
+    let path = file(folder.path(), "model.bin", &bytes);
+    let counting = Arc::new(Counting::default());
+    let heap = Hooked::new(MemfdHeap::default(), Arc::clone(&counting));
+    let loader = builder(heap).window_bytes(WINDOW as u64).build().unwrap();
+    let mut segments = loader.stream_with([&path], staged(&loader));
+    let (mut at, mut most) = (0, 0);
+    loop {
+        let next = tokio::time::timeout(Duration::from_millis(1), segments.next()).await;
+        // In this order: what is full meanwhile can only make the difference less.
+        let populated = counting.0.load(Ordering::SeqCst);
+        let full = usize::try_from(segments.progress().read_bytes).unwrap();
+        most = most.max(populated.saturating_sub(full));
+        match next {
+            Err(_) => {}
+            Ok(None) => break,
+            Ok(Some(segment)) => {
+                let segment = segment.unwrap();
+                assert_same(&segment.bytes().unwrap(), &bytes[at..at + segment.len()], "a segment");
+                at += segment.len();
+            }
+        }
+    }
+    assert_eq!((at, counting.0.load(Ordering::SeqCst)), (bytes.len(), bytes.len()));
+    assert!(most <= WINDOW, "{most} bytes were populated and not full");
+}
+
+/// Refuses, or panics in, one call of `populate` of those that the test lets through before.
+#[derive(Debug, Default)]
+struct Failing {
+    left: AtomicUsize,
+    panics: AtomicBool,
+}
+
+impl Failing {
+    fn after(&self, calls: usize, panics: bool) {
+        self.panics.store(panics, Ordering::SeqCst);
+        self.left.store(calls, Ordering::SeqCst);
+    }
+}
+
+impl HeapHooks for Failing {
+    fn name(&self) -> Option<Cow<'_, str>> {
+        Some("failing".into())
+    }
+
+    fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+        let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        // The last of those that are counted; none are counted otherwise.
+        if left == Ok(1) {
+            assert!(!self.panics.load(Ordering::SeqCst), "a mistake in populate");
+            return Err(dmabuf::Error::new("find pages of a vendor's", part.len(), Errno::NXIO));
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_heap_that_fails_amid_copies_fails_one_load_with_its_error() {
+    let folder = folder();
+    let contents = [random_bytes(40 * MIB, 1), random_bytes(40 * MIB, 2)];
+    let paths = written(folder.path(), &contents);
+    let failing = Arc::new(Failing::default());
+    for pages in [Pages::Auto, Pages::Small] {
+        let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&failing))).build().unwrap();
+        for panics in [false, true] {
+            for calls in [1, 2, 7, 20] {
+                let what = format!("{pages:?}, call {calls}, panics: {panics}");
+                failing.after(calls, panics);
+                let loads = [0, 1].map(|number| loader.load_with([&paths[number]], staged(&loader)));
+                let [first, second] = loads.map(|load| tokio::spawn(load.into_future()));
+                let results = [first.await.unwrap(), second.await.unwrap()];
+                let mut failed = 0;
+                for (result, bytes) in results.iter().zip(&contents) {
+                    match result {
+                        Ok(image) => assert_same(&image.files()[0].bytes().unwrap(), bytes, &what),
+                        Err(error) => {
+                            failed += 1;
+                            let text = error.to_string();
+                            let expected = if panics {
+                                "heap failing panicked: a mistake in populate"
+                            } else {
+                                "failing: cannot find pages of a vendor's"
+                            };
+                            assert!(text.starts_with(expected), "{what}: {text}");
+                            assert!(panics || text.contains("ENXIO"), "{what}: {text}");
+                        }
+                    }
+                }
+                assert_eq!(failed, 1, "{what}");
+            }
+        }
+        // Nothing is left of those that failed.
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// Holds calls of `populate` up until the test says go.
+#[derive(Debug, Default)]
+struct Gate {
+    state: Mutex<(bool, usize)>,
+    changed: Condvar,
+}
+
+impl HeapHooks for Gate {
+    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), dmabuf::Error> {
+        let mut state = self.state.lock().unwrap();
+        state.1 += 1;
+        self.changed.notify_all();
+        drop(self.changed.wait_while(state, |(open, _)| !*open).unwrap());
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_load_that_is_dropped_while_memory_is_populated_leaves_nothing() {
+    let folder = folder();
+    let bytes = random_bytes(40 * MIB, 1);
+    let path = file(folder.path(), "model.bin", &bytes);
+    for (held, pages) in [(1, Pages::Small), (2, Pages::Small), (1, Pages::Auto)] {
+        let gate = Arc::new(Gate::default());
+        let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&gate))).build().unwrap();
+        let load = tokio::spawn(loader.load_with([&path], staged(&loader)).into_future());
+        // So many copiers are inside the heap.
+        let inside = Arc::clone(&gate);
+        tokio::task::spawn_blocking(move || {
+            drop(inside.changed.wait_while(inside.state.lock().unwrap(), |(_, calls)| *calls < held).unwrap());
+        })
+        .await
+        .unwrap();
+        load.abort();
+        assert!(load.await.unwrap_err().is_cancelled());
+        {
+            let mut state = gate.state.lock().unwrap();
+            state.0 = true;
+            gate.changed.notify_all();
+        }
+        // The loader goes on.
+        let image = loader.load_with([&path], staged(&loader)).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the next load");
+        drop(image);
+        let memory = loader.clone();
+        loader.shutdown().await.expect("nothing is leaked");
+        // Freeing takes a moment.
+        for _ in 0..500 {
+            if memory.memory_bytes() > 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+        assert_eq!(memory.memory_bytes(), 0, "held {held}, {pages:?}");
+    }
+}
+
+#[tokio::test]
+async fn errors_of_staged_loads_say_what_was_asked_of_which_heap() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &random_bytes(5 * MIB, 1));
+    let failing = Arc::new(Failing::default());
+    failing.after(2, false);
+    let loader = builder(Hooked::new(MemfdHeap::default(), Arc::clone(&failing))).build().unwrap();
+    let error = loader.load_with([&path], staged(&loader)).await.unwrap_err();
+    let Error::Memory { heap, refusal, planned_bytes, .. } = &error else { panic!("{error:?}") };
+    assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::NXIO));
+    // What was to be loaded is told, and how much of it had memory.
+    assert_eq!(*planned_bytes, 5 * MIB as u64);
+}
