@@ -97,14 +97,15 @@ impl HeapHooks for Recorder {
             let (first, last) = (part.start / self.extent_bytes, (part.end - 1) / self.extent_bytes);
             assert_eq!(first, last, "{part:?} lies in two extents");
         }
-        {
+        let other = {
             let mut seen = self.seen.lock().unwrap();
             seen.under_way += 1;
             let (_, parts) = seen.memories.entry(mapped.start).or_insert_with(|| (mapped.len(), Vec::new()));
-            let other = parts.iter().find(|other| other.start < part.end && part.start < other.end);
-            assert!(other.is_none(), "{part:?} is populated again, after {other:?}");
+            let other = parts.iter().find(|other| other.start < part.end && part.start < other.end).cloned();
             parts.push(part.clone());
-        }
+            other
+        };
+        assert!(other.is_none(), "{part:?} is populated again, after {other:?}");
         std::thread::sleep(self.takes);
         // Who wants to write there waits for this call.
         let present = present_pages(mapped.start + part.start..mapped.start + part.end);

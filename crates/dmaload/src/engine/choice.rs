@@ -308,6 +308,19 @@ mod tests {
         assert!(choices.begin(LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
     }
 
+    /// A load goes on long after it was measured, and others are not to wait for its end.
+    #[test]
+    fn a_trial_is_over_when_both_ways_are_measured() {
+        let mut choices = Choices::new(Pages::Auto);
+        let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough");
+        let large = vec![BATCH; 64];
+        let other_mount = choices.begin(LoadId(2), MOUNT + 1, &large, |_| false);
+        assert!(other_mount.trial.is_some(), "load 1 goes on, and its trial is over");
+        // What another load has learned does not end the trial of this one.
+        choices.learned(LoadId(1), MOUNT, &measured);
+        assert!(choices.begin(LoadId(3), MOUNT, &large, |_| false).trial.is_none());
+    }
+
     #[test]
     fn what_comes_from_the_page_cache_is_not_measured() {
         let mut choices = Choices::new(Pages::Auto);

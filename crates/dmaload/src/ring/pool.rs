@@ -357,4 +357,32 @@ mod tests {
             assert_eq!(pool.is_alone(), threads_max == 0);
         }
     }
+
+    /// A place whose memory a heap brings into being.
+    #[derive(Debug)]
+    struct OfAHeap;
+
+    impl Sink for OfAHeap {
+        unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+            panic!("a heap's code runs on the ring thread");
+        }
+
+        fn runs_foreign_code(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
+        let token = Slots::new().insert(());
+        let mut pool = Pool::new(Arc::new(Wake::new().unwrap()), "test", 0);
+        let from = [7_u8; 64];
+        let to = Place { sink: Arc::new(OfAHeap), offset: 0 };
+        // SAFETY: nothing is copied.
+        unsafe { pool.copy(Copy { token, from: NonNull::from(&from).cast(), to, bytes: 64 }) };
+        let mut done = Vec::new();
+        pool.reap(&mut done);
+        assert_eq!(done.len(), 1);
+        assert_eq!(done[0].result, Err(Fault::Memory(Errno::AGAIN)));
+    }
 }
