@@ -1,0 +1,118 @@
+//! The way that a loader reads, where that is left to it: both are tried, and the faster one is taken.
+#![allow(clippy::print_stdout, reason = "what was measured is told")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use common::{assert_same, file, folder, random_bytes};
+use dmaload::dmabuf::Pages;
+use dmaload::heap::{AnonHeap, MemfdHeap};
+use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, Way};
+use rustix::fs::{Advice, fadvise};
+
+const MIB: usize = 1 << 20;
+/// The least that is measured.
+const LARGE: usize = 512 * MIB;
+
+/// Random bytes in blocks of a MiB, each of which begins with its number.
+fn large(folder: &Path, block: &[u8]) -> PathBuf {
+    let path = folder.join("large.bin");
+    let mut file = File::create(&path).unwrap();
+    for number in 0..LARGE / MIB {
+        file.write_all(&number.to_le_bytes()).unwrap();
+        file.write_all(&block[8..]).unwrap();
+    }
+    file.sync_all().unwrap();
+    fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+    path
+}
+
+fn assert_large(image: &Image, block: &[u8], what: &str) {
+    let bytes = image.files()[0].bytes().unwrap();
+    assert_eq!(bytes.len(), LARGE, "{what}");
+    for (number, found) in bytes.chunks(MIB).enumerate() {
+        let found_number = usize::from_le_bytes(found[..8].try_into().unwrap());
+        assert_eq!(found_number, number, "{what}: one block is in the place of another");
+        assert_same(&found[8..], &block[8..], &format!("{what}, block {number}"));
+    }
+}
+
+/// As the loader leaves it, but what the cache has would not be measured.
+fn options(loader: &Loader) -> LoadOptions {
+    loader.options().cache(Cache::Bypass)
+}
+
+/// A load whose bytes are right; the way that it measured, and whether it read into staging at all.
+async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], what: &str) -> (Option<Way>, Route) {
+    let image = loader.load_with([path], options).await.unwrap();
+    assert_large(&image, block, what);
+    let report = image.report();
+    let Some(measured) = report.measured else { return (None, report.route) };
+    let (direct, staged) = (measured.direct_bytes_per_second, measured.staged_bytes_per_second);
+    println!("{what}: direct {:.2} GB/s, staged {:.2} GB/s: {}", direct / 1e9, staged / 1e9, measured.chosen);
+    for rate in [direct, staged] {
+        assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
+    }
+    // What was not expected to be faster has to be, by three per cent.
+    if direct > 1.04 * staged {
+        assert_eq!(measured.chosen, Way::Direct, "{what}");
+    } else if staged > 1.04 * direct {
+        assert_eq!(measured.chosen, Way::Staged, "{what}");
+    }
+    // Some of it went through staging, to measure that.
+    assert_eq!(report.route, Route::Bounce, "{what}");
+    // That this is no step down: nothing was refused.
+    assert!(report.fallbacks.iter().all(|fallback| fallback.to != Route::Bounce), "{what}: {:?}", report.fallbacks);
+    (Some(measured.chosen), report.route)
+}
+
+#[tokio::test]
+async fn both_ways_are_measured_and_the_faster_one_is_taken() {
+    let folder = folder();
+    let block = random_bytes(MIB, 1);
+    let path = large(folder.path(), &block);
+    for (heap, pages) in [("memfd", Pages::Auto), ("anon", Pages::Small)] {
+        let builder = Loader::builder();
+        let builder = if heap == "memfd" { builder.heap(MemfdHeap { pages }) } else { builder.heap(AnonHeap { pages }) };
+        let loader = builder.build().unwrap();
+        let mut known = None;
+        // It looks again at the first and the second load after the one that began to measure.
+        for number in 0..4 {
+            // Staged reads are no step down, so a strict load has nothing against them.
+            let options = options(&loader).strict(number == 1);
+            let what = format!("{heap}, {pages:?}, load {number}");
+            let (chosen, route) = load(&loader, &path, options, &block, &what).await;
+            assert_eq!(chosen.is_some(), number < 3, "{what}");
+            known = chosen.or(known);
+            if chosen.is_none() {
+                assert_eq!(route == Route::Bounce, known == Some(Way::Staged), "{what}: {route}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_fixed_or_too_small_is_not_measured() {
+    let folder = folder();
+    let block = random_bytes(MIB, 1);
+    let path = large(folder.path(), &block);
+    let small = file(folder.path(), "small.bin", &random_bytes(20 * MIB, 2));
+    for pages in [Pages::Auto, Pages::Small] {
+        let loader = Loader::builder().heap(MemfdHeap { pages }).build().unwrap();
+        let cpu = options(&loader).prefer(Prefer::Cpu);
+        let (measured, route) = load(&loader, &path, cpu, &block, "cpu").await;
+        assert!(measured.is_none() && route < Route::Bounce, "{pages:?}: {measured:?}, {route}");
+        for fixed in [Route::UringDirect, Route::Bounce] {
+            let (measured, route) = load(&loader, &path, options(&loader).route(fixed), &block, "fixed").await;
+            assert_eq!((measured, route), (None, fixed), "{pages:?}");
+        }
+        // Nothing is known: what is expected to be faster is taken.
+        let image = loader.load_with([&small], options(&loader)).await.unwrap();
+        assert_eq!(image.report().measured, None);
+        assert_eq!(image.report().route == Route::Bounce, pages == Pages::Small, "{pages:?}: {}", image.report().route);
+    }
+}
