@@ -87,15 +87,24 @@ peers() {
     for way in safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
         command+=(--peer "${way##*/}=$python benches/peers.py ${way##*/}")
     done
-    local arguments=(--size 1GiB --route uring-direct --modes normal,limit,direct_io)
-    "$dmaload" bench "${arguments[@]}" "${command[@]}" --md >"$out/peers.md"
-    {
-        echo "\`dmaload bench ${arguments[*]} --peer NAME='python benches/peers.py NAME' …\` with"
-        echo "$("$python" -m pip list 2>/dev/null | awk '/^(safetensors|fastsafetensors|runai-model-streamer|torch) / {print $1, $2}' | paste -sd,)"
-        echo
-        cat "$out/peers.md"
-    } >"$out/peers.table"
-    insert peers "$out/peers.table"
+    local versions name arguments
+    versions=$("$python" -m pip list 2>/dev/null | awk '/^(safetensors|fastsafetensors|runai-model-streamer|torch) / {print $1, $2}' | paste -sd,)
+    # Cold on both page sizes, and from the page cache.
+    for name in peers peers-4k peers-warm; do
+        arguments=(--size 1GiB --modes normal,limit,direct_io)
+        case $name in
+            peers-4k) arguments+=(--pages 4k) ;;
+            peers-warm) arguments+=(--warm --cache auto) ;;
+        esac
+        "$dmaload" bench "${arguments[@]}" "${command[@]}" --md >"$out/$name.md"
+        {
+            echo "\`dmaload bench ${arguments[*]} --peer NAME='python benches/peers.py NAME' …\` with"
+            echo "$versions"
+            echo
+            cat "$out/$name.md"
+        } >"$out/$name.table"
+        insert "$name" "$out/$name.table"
+    done
 }
 if [[ $filter == peers ]]; then
     peers

@@ -75,7 +75,7 @@ impl Mapping {
         let extents = area.whole_extents();
         let refused = match pages {
             Pages::Small => {
-                match area.advise(part.clone(), Advice::LinuxNoHugepage) {
+                match area.advise(area.all(), Advice::LinuxNoHugepage) {
                     // A kernel without huge pages does not know the advice, and needs none.
                     Ok(()) | Err(Errno::INVAL) => {}
                     // Any other refusal (ENOMEM: too many mappings) would let huge pages in.
@@ -122,6 +122,12 @@ struct Area<'a> {
 }
 
 impl Area<'_> {
+    /// All of the mapping: advice is for that, since it would be cut into parts of different advice
+    /// otherwise, and mended again, under a lock that other threads populate with.
+    fn all(&self) -> Range<usize> {
+        0..self.mapping.bytes()
+    }
+
     /// The part of the area that consists of whole, aligned 2 MiB extents. Mappings begin at the memory's offset
     /// 0, so what is aligned in addresses is aligned in the memory too when the mapping itself is.
     fn whole_extents(&self) -> Range<usize> {
@@ -136,7 +142,7 @@ impl Area<'_> {
     /// Tries to get a huge page under each extent. Returns the last refusal.
     fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
         // Lets a plain fault give a huge page where the administrator allows it; refused where THP is not built in.
-        let _ = self.advise(self.part.clone(), Advice::LinuxHugepage);
+        let _ = self.advise(self.all(), Advice::LinuxHugepage);
         match self.memory {
             Memory::Memfd(memfd) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
