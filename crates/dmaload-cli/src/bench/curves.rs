@@ -1,5 +1,8 @@
 //! How far a load was, over time: bytes that had memory, and bytes that were there. What lies between the two is the window.
 
+use std::collections::HashMap;
+use std::time::Duration;
+
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
@@ -14,16 +17,16 @@ pub(crate) type Point = (f64, u64);
 pub(crate) struct Curves {
     /// Allocated and populated.
     pub(crate) allocated: Vec<Point>,
-    /// Read; where reads go through staging, copied.
+    /// Read; what goes through staging, copied.
     pub(crate) filled: Vec<Point>,
 }
 
 impl Curves {
     /// Those of a load that was traced.
     pub(crate) fn of(report: &Report) -> Self {
-        let bounced = report.trace.iter().any(|event| event.kind == TraceKind::Copy);
-        let fills = if bounced { TraceKind::Copy } else { TraceKind::Read };
-        Curves { allocated: curve(&report.trace, TraceKind::Allocate), filled: curve(&report.trace, fills) }
+        let events: Vec<_> = report.trace.iter().map(Event::from).collect();
+        let allocated = events.iter().filter(|event| event.kind == TraceKind::Allocate);
+        Curves { allocated: curve(allocated), filled: curve(filling(&events)) }
     }
 
     /// The most bytes that had memory and were not there yet.
@@ -47,9 +50,49 @@ impl Curves {
     }
 }
 
+/// What a curve is made of.
+#[derive(Debug, Clone, Copy)]
+struct Event {
+    kind: TraceKind,
+    start: Duration,
+    end: Duration,
+    segment: usize,
+    bytes: u64,
+}
+
+impl From<&TraceEvent> for Event {
+    fn from(&TraceEvent { kind, start, end, segment, bytes, .. }: &TraceEvent) -> Self {
+        Event { kind, start, end, segment, bytes }
+    }
+}
+
+/// The events that put bytes where they belong: copies, and the reads that none of them followed. A load
+/// may have read some of its bytes into staging and others not.
+fn filling(events: &[Event]) -> Vec<&Event> {
+    let of = |kind| events.iter().filter(move |event| event.kind == kind);
+    let mut filling: Vec<_> = of(TraceKind::Copy).chain(of(TraceKind::FromCache)).collect();
+    let mut reads: HashMap<_, Vec<&Event>> = HashMap::new();
+    for read in of(TraceKind::Read) {
+        reads.entry((read.segment, read.bytes)).or_default().push(read);
+    }
+    reads.values_mut().for_each(|reads| reads.sort_by_key(|read| read.end));
+    for copy in of(TraceKind::Copy) {
+        // The last read before it: a copy begins when its read has ended.
+        let same = reads.get_mut(&(copy.segment, copy.bytes));
+        if let Some((reads, at)) = same.and_then(|reads| {
+            let at = reads.partition_point(|read| read.end <= copy.start).checked_sub(1)?;
+            Some((reads, at))
+        }) {
+            reads.remove(at);
+        }
+    }
+    filling.extend(reads.into_values().flatten());
+    filling
+}
+
 /// The sum of the bytes of these events, at the end of each.
-fn curve(trace: &[TraceEvent], kind: TraceKind) -> Vec<Point> {
-    let mut ends: Vec<_> = trace.iter().filter(|event| event.kind == kind).map(|event| (event.end, event.bytes)).collect();
+fn curve<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<Point> {
+    let mut ends: Vec<_> = events.into_iter().map(|event| (event.end, event.bytes)).collect();
     ends.sort_unstable();
     let total: u64 = ends.iter().map(|&(_, bytes)| bytes).sum();
     let (mut sum, mut shown) = (0, 0);
@@ -77,7 +120,7 @@ mod tests {
         std::fs::write(&path, vec![1; bytes]).unwrap();
         for route in [dmaload::Route::UringFixedDirect, dmaload::Route::Bounce] {
             let loader = Loader::builder().segment_bytes(8 << 20).window_bytes(16 << 20).build().unwrap();
-            let options = loader.options().route(route).trace(true);
+            let options = loader.options().route(route).cache(dmaload::Cache::Bypass).trace(true);
             let image = crate::block_on(async { loader.load_with([&path], options).await }).unwrap().unwrap();
             let curves = Curves::of(image.report());
             for curve in [&curves.allocated, &curves.filled] {
@@ -88,6 +131,28 @@ mod tests {
             assert!((1..=16 << 20).contains(&curves.most_ahead_bytes()), "{}", curves.most_ahead_bytes());
             assert_eq!(Curves::from_json(&curves.to_json()), Some(curves));
         }
+    }
+
+    #[test]
+    fn bytes_of_a_load_that_goes_both_ways_count_once() {
+        let at = |kind, start, end, segment| Event {
+            kind,
+            start: Duration::from_millis(start),
+            end: Duration::from_millis(end),
+            segment,
+            bytes: 10,
+        };
+        let (read, copy) = (TraceKind::Read, TraceKind::Copy);
+        // Direct, staged, and staged in a segment that also has direct reads.
+        let trace = [
+            at(read, 0, 1000, 0),
+            at(read, 0, 2000, 0),
+            at(copy, 2000, 3000, 0),
+            at(read, 0, 4000, 1),
+            at(copy, 4500, 5000, 1),
+            at(TraceKind::FromCache, 5000, 6000, 1),
+        ];
+        assert_eq!(curve(filling(&trace)), [(1.0, 10), (3.0, 20), (5.0, 30), (6.0, 40)]);
     }
 
     #[test]

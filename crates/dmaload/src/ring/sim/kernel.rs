@@ -383,6 +383,8 @@ pub(super) struct SimKernel {
     service: Duration,
     /// How long a copy takes.
     pub(super) copying: Duration,
+    /// When each copier is done; without any, as many as there are copies.
+    pub(super) copiers: Vec<Duration>,
     disk_free_at: Duration,
     attached: BTreeMap<u64, usize>,
     /// Reads and registrations that were refused.
@@ -410,6 +412,7 @@ impl SimKernel {
             done: Vec::new(),
             service,
             copying: Duration::ZERO,
+            copiers: Vec::new(),
             disk_free_at: Duration::ZERO,
             attached: BTreeMap::new(),
             refusals: 0,
@@ -695,7 +698,12 @@ impl Kernel for SimKernel {
         memory.writing.insert(!copy.token.user_data(), from);
         drop(memory);
         // A copy needs no submission, and does not occupy the disk.
-        self.in_flight.push(InFlight { job: Job::Copy(copy), due: self.clock.get() + self.copying });
+        let mut due = self.clock.get() + self.copying;
+        if let Some(free_at) = self.copiers.iter_mut().min() {
+            due = due.max(*free_at + self.copying);
+            *free_at = due;
+        }
+        self.in_flight.push(InFlight { job: Job::Copy(copy), due });
     }
 
     unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {

@@ -16,6 +16,22 @@ use crate::source::CachedChunks;
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
 
+/// A machine that a load runs on. Durations are those of a piece.
+#[derive(Debug, Clone)]
+struct Machine {
+    route: Route,
+    pieces: u32,
+    window_pieces: u64,
+    staging: StagingBudget,
+    /// Memory comes into being when it is copied to, not ahead of reads.
+    filled_by_copiers: bool,
+    allocating: Duration,
+    reading: Duration,
+    copying: Duration,
+    /// How many copiers there are; 0: as many as copies.
+    copiers: usize,
+}
+
 /// Loads a file of 24 pieces with one allocator that takes `allocating` a piece and a disk that takes `reading` a piece;
 /// returns how long it took, and how far the allocator ever was ahead, in pieces.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
@@ -30,16 +46,35 @@ fn simulate_route(
     reading: Duration,
     copying: Duration,
 ) -> (Duration, u64) {
+    let machine = Machine {
+        route,
+        pieces: PIECES,
+        window_pieces,
+        staging: STAGING,
+        filled_by_copiers: false,
+        allocating,
+        reading,
+        copying,
+        copiers: 0,
+    };
+    let (total, most_out, _) = simulate_machine(&machine);
+    (total, most_out)
+}
+
+/// How long it took, how far the allocator ever was ahead, and how many reads ever were in flight.
+fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
+    let &Machine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } = machine;
     let memory: Rc<RefCell<Memory>> = Rc::default();
     let clock: Rc<Cell<Duration>> = Rc::default();
     let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
-    let bytes = u64::from(PIECES) * BLOCK;
+    let bytes = u64::from(pieces) * BLOCK;
     let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
     let file = SimFile { number: 1, bytes, faults: Rc::new(FileFaults::default()) };
     let id = LoadId(0);
     let mut scheduler = Scheduler::new(window_pieces * BLOCK, u64::MAX, 1, 1);
-    let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, STAGING);
+    let mut driver: Driver<_, SimBuffer> = Driver::new(SimKernel::new(1, Faults::none(), &memory, &clock, reading), 32, staging);
     driver.kernel().copying = copying;
+    driver.kernel().copiers = vec![Duration::ZERO; copiers];
     driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes: BLOCK, strict: true, trace: false, observation: None });
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
@@ -47,7 +82,7 @@ fn simulate_route(
     scheduler.opened(id, Demand { batches, ..Demand::default() });
 
     let mut allocation: Option<(usize, Duration)> = None;
-    let (mut out, mut most_out) = (0, 0);
+    let (mut out, mut most_out, mut most_reads) = (0, 0, 0);
     loop {
         if let Some((number, _)) = allocation.filter(|&(_, due)| due <= clock.get()) {
             allocation = None;
@@ -60,18 +95,26 @@ fn simulate_route(
                 alignment_bytes: BLOCK,
                 cached: CachedChunks::default(),
             };
-            driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &memory));
+            let buffer = if filled_by_copiers {
+                SimBuffer::unpopulated(id, BLOCK, &memory, None)
+            } else {
+                SimBuffer::new(id, BLOCK, &memory)
+            };
+            driver.piece(id, number, plan.pieces[number], spec, buffer);
         }
         driver.kernel().complete_due();
+        driver.turn(false).unwrap();
+        // What has completed makes room for what is issued at the same moment.
         driver.issue();
         driver.turn(false).unwrap();
+        most_reads = most_reads.max(driver.kernel().reads_in_flight());
         for output in driver.outputs() {
             match output {
                 Output::PieceFull { .. } => {
                     out -= 1;
                     scheduler.give_back(&id, Need { bytes: BLOCK, ..Need::default() });
                 }
-                Output::Gone { .. } => return (clock.get(), most_out),
+                Output::Gone { .. } => return (clock.get(), most_out, most_reads),
                 other => panic!("{other:?}"),
             }
         }
@@ -106,6 +149,43 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
         let longest = allocating.max(reading).max(copying);
         // Each piece passes through all three; only one of them is waited for.
         assert_eq!(total, ((PIECES - 1) * longest + allocating + reading + copying) * MS, "{allocating} {reading} {copying}");
+    }
+}
+
+/// Staged reads, whose copiers also populate: `copying` has both costs. How long they took, and how many ever were in flight.
+fn staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
+    let machine = Machine {
+        route: Route::Bounce,
+        pieces: PIECES,
+        window_pieces: 64,
+        staging: StagingBudget { slots, ..STAGING },
+        filled_by_copiers: true,
+        allocating: Duration::ZERO,
+        reading,
+        copying,
+        copiers: 2,
+    };
+    let (total, _, most_reads) = simulate_machine(&machine);
+    (total, most_reads)
+}
+
+#[test]
+fn reads_overlap_with_copies_that_populate() {
+    for (reading, copying) in [(10, 5), (10, 10), (10, 18), (5, 20), (1, 20)] {
+        // Either the disk is waited for, and the last copy; or two copiers, and the first two reads.
+        let disk = PIECES * reading + copying;
+        let copiers = PIECES / 2 * copying + 2 * reading;
+        let (total, _) = staged(8, reading * MS, copying * MS);
+        assert_eq!(total, disk.max(copiers) * MS, "reading {reading} ms, copying {copying} ms");
+    }
+}
+
+/// Copies must not wait for reads, nor reads for copies, of a device that finishes all its reads at about the same time.
+#[test]
+fn some_staging_is_left_for_what_is_copied() {
+    for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
+        let (_, most_reads) = staged(slots, 10 * MS, MS);
+        assert_eq!(most_reads, most, "of {slots} slots one load reads into {most} at once");
     }
 }
 
