@@ -646,7 +646,6 @@ mod tests {
             foreign(ForeignFile::Zeros),
             model(ModelError::DuplicateTensor { tensor: t() }),
             model(ModelError::UnknownDType { tensor: t(), found: t() }),
-            model(ModelError::UnknownKey { tensor: t(), key: t() }),
             model(ModelError::BadNumber { tensor: t(), key: "shape", found: t() }),
             model(ModelError::NotJson { offset: 1, reason: t() }),
             model(ModelError::WrongType { tensor: t(), key: None, offset: 1, reason: t() }),

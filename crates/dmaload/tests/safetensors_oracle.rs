@@ -76,12 +76,6 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
         // The README forbids duplicates; the crate lets the last one win.
         ModelError::DuplicateTensor { .. } | ModelError::DuplicateMetadataKey { .. } => true,
-        // The README wants `{` first and only spaces last; the crate takes any JSON whitespace.
-        ModelError::NotAnObject { found } | ModelError::BytesAfterJson { found, .. } => {
-            matches!(found, b' ' | b'\t' | b'\n' | b'\r')
-        }
-        // A key we don't know could change what the others mean; the crate skips it.
-        ModelError::UnknownKey { .. } => true,
         // The crate's derived deserialiser takes a struct also as an array, an enum also as an object.
         ModelError::WrongType { key, .. } => matches!(key, None | Some("dtype")),
         // No tensor library can hold it; the crate has no limit.

@@ -74,7 +74,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The header's first byte is not `{`.
+    /// The header's first byte that is not whitespace is not `{`.
     #[error("the header begins with byte {found:#04x}, expected '{{' (0x7b)")]
     NotAnObject {
         /// The byte found.
@@ -100,7 +100,7 @@ pub enum ModelError {
     /// Something other than padding follows the JSON object.
     #[error(
         "byte {found:#04x} follows the header's JSON object at byte {offset} of the header; \
-         only spaces (0x20) may pad it"
+         only whitespace may pad it"
     )]
     BytesAfterJson {
         /// Where it is.
@@ -129,18 +129,6 @@ pub enum ModelError {
         tensor: String,
         /// The key that is missing.
         key: &'static str,
-    },
-
-    /// A tensor's entry has a key that the format does not know.
-    #[error(
-        "tensor {} has the unknown key {}; only \"dtype\", \"shape\" and \"data_offsets\" are allowed",
-        quote(.tensor), quote(.key)
-    )]
-    UnknownKey {
-        /// The tensor's name.
-        tensor: String,
-        /// The key.
-        key: String,
     },
 
     /// A tensor's entry has a key twice.

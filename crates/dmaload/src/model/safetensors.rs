@@ -10,19 +10,18 @@
 //! tensors, or hide damage. It refuses, and the crate lets through:
 //!
 //! - names that come twice, of tensors or in `__metadata__` (the README forbids them);
-//! - a header that does not begin with `{`, or is padded with anything but
-//!   spaces (the README forbids both; the crate takes any JSON whitespace);
-//! - unknown keys in a tensor's entry, which could change what the rest means;
 //! - an entry written as an array, or a dtype written as an object, which are
 //!   accidents of the crate's deserialiser;
 //! - more than [`RANK_LIMIT`] dimensions.
 //!
-//! It does accept `"__metadata__": null`, as the crate does: MLX writes it.
+//! As the crate does, it accepts `"__metadata__": null`, which MLX writes, skips
+//! unknown keys of a tensor's entry, and takes any JSON whitespace around the
+//! header, although the README wants `{` first and only spaces last.
 //!
 //! Memory and time are bounded by the header: parsing takes a small multiple
-//! of its length, and no more than `n log n` comparisons of names. Nesting is
-//! at most three deep by construction: a value of the wrong type is refused
-//! where it begins, not read through.
+//! of its length, and no more than `n log n` comparisons of names. A value of
+//! the wrong type is refused where it begins, not read through, and what an
+//! unknown key has is skipped without recursion.
 
 mod header;
 
@@ -79,7 +78,7 @@ pub enum Sniff {
 /// |---|---|---|---|
 /// | yes | yes | –   | [`Sniff::Safetensors`] |
 /// | yes | no  | –   | [`Sniff::Broken`]: most likely cut short |
-/// | no  | –   | yes | [`Sniff::Broken`] |
+/// | no  | –   | yes | [`Sniff::Broken`], unless byte 8 is whitespace, which JSON allows there |
 /// | no  | –   | no  | [`Sniff::Not`] |
 ///
 /// Fewer than 9 bytes of a longer file are [`Sniff::Broken`] too: they tell nothing.
@@ -90,7 +89,7 @@ pub enum Sniff {
 /// a sixth has six) and loud; the reverse would be silent.
 #[must_use]
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
-    match look(first, file_bytes) {
+    match look(first, file_bytes, named_safetensors) {
         Ok(header_bytes) => Sniff::Safetensors { header_bytes },
         Err(error) if named_safetensors || speaks_for_safetensors(&error) => Sniff::Broken { error },
         Err(why) => Sniff::Not { why },
@@ -105,7 +104,7 @@ fn speaks_for_safetensors(error: &ModelError) -> bool {
 }
 
 /// The length of the header of a file that looks like safetensors.
-fn look(first: &[u8], file_bytes: u64) -> Result<u64, ModelError> {
+fn look(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
     if file_bytes < PREFIX_BYTES + HEADER_MIN_BYTES {
         return Err(ModelError::FileTooShort { file_bytes });
     }
@@ -114,7 +113,8 @@ fn look(first: &[u8], file_bytes: u64) -> Result<u64, ModelError> {
     };
     // The brace goes first: without it a length past the end is no sign of a
     // file cut short, but of one in another format.
-    if *brace != b'{' {
+    let is_blank = header::WHITESPACE.contains(&char::from(*brace));
+    if *brace != b'{' && !(named && is_blank) {
         return Err(ModelError::NotAnObject { found: *brace });
     }
     parse_prefix(*prefix, file_bytes)
@@ -170,7 +170,8 @@ pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
 
 /// The header as text that begins like a JSON object.
 fn text(header: &[u8]) -> Result<&str, ModelError> {
-    match header.first() {
+    let is_blank = |byte: &u8| header::WHITESPACE.contains(&char::from(*byte));
+    match header.iter().find(|byte| !is_blank(byte)) {
         Some(b'{') => {}
         Some(&found) => return Err(ModelError::NotAnObject { found }),
         None => return Err(ModelError::HeaderTooSmall { header_bytes: 0 }),

@@ -7,7 +7,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::error::Category;
 
 use super::RANK_LIMIT;
@@ -20,6 +20,9 @@ use crate::model::{
 /// The one key of a header that names no tensor.
 const METADATA_KEY: &str = "__metadata__";
 
+/// What JSON takes for whitespace.
+pub(super) const WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
+
 /// What a header holds, each tensor checked by itself but not against others.
 #[derive(Debug)]
 pub(super) struct Contents {
@@ -31,7 +34,7 @@ pub(super) struct Contents {
 /// Reads a header whose tensors lie in the `data_bytes` that begin at
 /// `data_begin` of the file.
 pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Contents, ModelError> {
-    let unpadded = json.trim_end_matches(' ');
+    let unpadded = json.trim_end_matches(WHITESPACE);
     let mut reader = Reader::new(data_begin, data_bytes);
     let mut tokens = serde_json::Deserializer::from_str(unpadded);
 
@@ -41,25 +44,14 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
     if let Some((tensor, end, last)) = reader.past_end {
         return Err(ModelError::PastEnd { tensor, end, data_bytes, missing_bytes: last - data_bytes });
     }
-    let extra = match tokens.end() {
-        Err(error) => Some(offset(&error, unpadded).saturating_sub(1)),
-        Ok(()) => odd_padding(unpadded),
-    };
-    if let Some(offset) = extra {
+    if let Err(error) = tokens.end() {
+        let offset = offset(&error, unpadded).saturating_sub(1);
         let found = unpadded.as_bytes()[offset];
         return Err(ModelError::BytesAfterJson { offset, found });
     }
 
     let metadata = Metadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
     Ok(Contents { tensors: reader.tensors, metadata })
-}
-
-/// Where padding that JSON allows, but the format does not, first is something
-/// other than a space.
-fn odd_padding(unpadded: &str) -> Option<usize> {
-    let end = unpadded.trim_ascii_end().len();
-    let odd = unpadded[end..].find(|c| c != ' ')?;
-    Some(end + odd)
 }
 
 /// The state of reading one header; the seed of its outermost object.
@@ -398,8 +390,8 @@ impl<'de> Visitor<'de> for EntrySeed<'_> {
         let mut draft = Draft::default();
         while let Some(name) = entry.next_key_seed(Text("a key"))? {
             let Some(key) = Key::parse(&name) else {
-                let key = name.into_owned();
-                return Err(self.refuse(|tensor| ModelError::UnknownKey { tensor, key }));
+                entry.next_value::<IgnoredAny>()?;
+                continue;
             };
             self.read_value(key, &mut entry, &mut draft)?;
         }
