@@ -402,7 +402,7 @@ fn pipes_sockets_and_standard_input_say_to_save_them_first() {
 fn a_socket_that_can_not_be_attached_to_has_its_own_advice() {
     let folder = folder();
     let socket = folder.path().join("s");
-    run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "when it has loaded"]);
+    run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "whether the server has loaded"]);
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
     run(dmaload(["attach"]).arg(&socket)).fails(1, &["ECONNREFUSED", "has ended"]);
     fs::remove_file(&socket).unwrap();
