@@ -522,7 +522,7 @@ fn damaged_files_are_never_read_more_loosely_or_differently() {
     // The comparison says nothing unless each verdict comes often.
     let [accepted, refused, stricter] = counts.get();
     println!("both accept {accepted}, both refuse {refused}, only we refuse {stricter}");
-    assert!(accepted > MUTANTS / 20 && refused > MUTANTS / 4 && stricter > MUTANTS / 500);
+    assert!(accepted > MUTANTS / 20 && refused > MUTANTS / 4 && stricter > 0);
 }
 
 #[test]
@@ -532,15 +532,26 @@ fn each_known_difference_is_one() {
     let headers = [
         format!(r#"{{"t":{EMPTY},"t":{EMPTY}}}"#),
         r#"{"__metadata__":{"a":"1","a":"2"}}"#.to_owned(),
-        " {}".to_owned(),
-        "{}\n".to_owned(),
-        r#"{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"strides":[1]}}"#.to_owned(),
         r#"{"t":["U8",[0],[0,0]]}"#.to_owned(),
         r#"{"t":{"dtype":{"U8":null},"shape":[0],"data_offsets":[0,0]}}"#.to_owned(),
         format!(r#"{{"t":{{"dtype":"U8","shape":[0,{ones}],"data_offsets":[0,0]}}}}"#),
     ];
     for header in headers {
         assert_eq!(compare(&framed(&header, 0)).unwrap(), Verdict::OnlyWeRefuse, "{header}");
+    }
+}
+
+/// What the README forbids, or does not speak of, and the crate reads.
+#[test]
+fn what_the_crate_lets_through_without_harm_is_read_as_well() {
+    let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    let entry = |more: &str| format!(r#"{{"t":{{"dtype":"U8","shape":[0],"data_offsets":[0,0],"more":{more}}}}}"#);
+    let headers = [" {}".to_owned(), "{}\n".to_owned(), "\r\n{}\t ".to_owned(), entry("[1]"), entry(&nested(100))];
+    for header in headers {
+        assert_eq!(compare(&framed(&header, 0)).unwrap(), Verdict::BothAccept, "{header}");
+    }
+    for header in [entry("1e400"), entry(&nested(100_000)), entry("[1")] {
+        assert_eq!(compare(&framed(&header, 0)).unwrap(), Verdict::BothRefuse, "{} bytes", header.len());
     }
 }
 

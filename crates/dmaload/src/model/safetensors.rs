@@ -21,7 +21,7 @@
 //! Memory and time are bounded by the header: parsing takes a small multiple
 //! of its length, and no more than `n log n` comparisons of names. A value of
 //! the wrong type is refused where it begins, not read through, and what an
-//! unknown key has is skipped without recursion.
+//! unknown key has is skipped, down to a depth of 127.
 
 mod header;
 
