@@ -371,9 +371,26 @@ impl UdmabufHeap {
         let heap = UdmabufHeap { device, pages, note };
         let refused = |refusal| Error::Memory { heap: Self::NAME.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
         let memory = heap.allocate(dmabuf::page_bytes()).map_err(refused)?;
-        heap.export(&memory).map_err(refused)?;
+        heap.make_dma_buf(&memory).map_err(refused)?;
         Ok(heap)
     }
+
+    /// Whether huge pages are to be kept out, since drivers would see wrong bytes on them.
+    fn avoids_bug(&self) -> bool {
+        self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes()
+    }
+
+    fn make_dma_buf(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+        let failed = |errno| dmabuf::Error::new("make a udmabuf", 0, errno);
+        let memfd = memory.memfd().ok_or(failed(Errno::BADFD))?;
+        self.device.create(Part { memfd, offset: 0, bytes: memfd.bytes() })
+    }
+}
+
+/// How many bytes of a memory file have no page.
+fn missing_bytes(memfd: &Memfd) -> Result<u64, Errno> {
+    let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
+    Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
 
 // SAFETY: memory files as in `MemfdHeap`. The dma-buf that `export` returns is of all pages of the file, and its
@@ -392,7 +409,7 @@ unsafe impl Heap for UdmabufHeap {
         let bytes = part.len();
         let populated = mapping.populate(memory, part, self.pages)?;
         let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
-        if huge && self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes() {
+        if huge && self.avoids_bug() {
             // Nothing is known to give huge pages here against the advice; should something do, its bytes are not shown.
             return Err(dmabuf::Error::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::OPNOTSUPP));
         }
@@ -404,9 +421,14 @@ unsafe impl Heap for UdmabufHeap {
     }
 
     fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
-        let failed = |errno| dmabuf::Error::new("make a udmabuf", 0, errno);
-        let memfd = memory.memfd().ok_or(failed(Errno::BADFD))?;
-        self.device.create(Part { memfd, offset: 0, bytes: memfd.bytes() })
+        if let Some(memfd) = memory.memfd().filter(|_| self.avoids_bug()) {
+            let refused = |errno| dmabuf::Error::new("export memory that was not populated", memfd.bytes(), errno);
+            // The driver would allocate them, with pages of any size: it knows nothing of the mapping's advice.
+            if missing_bytes(memfd).map_err(refused)? > 0 {
+                return Err(refused(Errno::INVAL));
+            }
+        }
+        self.make_dma_buf(memory)
     }
 
     fn size_limit(&self) -> Option<SizeLimit> {

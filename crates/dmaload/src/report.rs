@@ -54,7 +54,7 @@ pub struct Report {
     pub notes: Vec<String>,
     /// The layout.
     pub layout: Layout,
-    /// The lowest route that any byte took.
+    /// The lowest route that any byte took; the one to start at where all came from the page cache.
     pub route: Route,
     /// Every step down the ladder, in the order taken.
     pub fallbacks: Vec<Fallback>,

@@ -37,6 +37,8 @@ pub(crate) struct Built {
     pub(crate) c_programs: Vec<PathBuf>,
     /// What integration tests were compiled to take for their folder: an absolute path.
     pub(crate) tests_folder: PathBuf,
+    /// What unit tests take for theirs: an absolute path.
+    pub(crate) unit_tests_folder: PathBuf,
 }
 
 /// Builds the command and these suites.
@@ -76,7 +78,8 @@ pub(crate) fn build(workspace: &Path, target_dir: &Path, suites: &[&Suite]) -> R
     let folder = target_dir.join(TARGET);
     let c_programs = C_PROGRAMS.map(|(name, source)| compile_c(workspace, &folder.join("guest"), name, source));
     let c_programs = c_programs.into_iter().collect::<Result<Vec<_>>>()?;
-    Ok(Built { command, suites: found, c_programs, tests_folder: folder.join("tmp") })
+    let (tests_folder, unit_tests_folder) = (folder.join("tmp"), workspace.join("target/tmp"));
+    Ok(Built { command, suites: found, c_programs, tests_folder, unit_tests_folder })
 }
 
 /// Programs in C, and their sources.

@@ -55,10 +55,12 @@ while read -r serial folder options; do
     mount -t ext4 -o "$options" "$device" "$folder" || echo "@@problem disk $serial can't be mounted"
 done </etc/guest/disks
 
-# Where the tests take their folder on a disk to be, and the command: paths of the machine that built them.
-mkdir -p -m 1777 /disk/tests "$(dirname "$GUEST_TESTS_FOLDER")" "$(dirname "$GUEST_COMMAND")"
-chmod 1777 /disk/tests
+# Where the tests take their folders on a disk to be, and the command: paths of the machine that built them.
+mkdir -p -m 1777 /disk/tests /disk/unit-tests
+chmod 1777 /disk/tests /disk/unit-tests
+mkdir -p "$(dirname "$GUEST_TESTS_FOLDER")" "$(dirname "$GUEST_UNIT_TESTS_FOLDER")" "$(dirname "$GUEST_COMMAND")"
 ln -s /disk/tests "$GUEST_TESTS_FOLDER"
+ln -s /disk/unit-tests "$GUEST_UNIT_TESTS_FOLDER"
 ln -s /bin/dmaload "$GUEST_COMMAND"
 
 seconds() {

@@ -92,6 +92,7 @@ fn environment(kernel: &Kernel, built: &Built, disks: &Disks) -> String {
         (dmaload_guest::ROWS, "/tmp/rows".to_owned()),
         ("DMALOAD_SIM_SEEDS", "20".to_owned()),
         ("GUEST_TESTS_FOLDER", built.tests_folder.display().to_string()),
+        ("GUEST_UNIT_TESTS_FOLDER", built.unit_tests_folder.display().to_string()),
         ("GUEST_COMMAND", built.command.display().to_string()),
     ]);
     if kernel.bad_disks {

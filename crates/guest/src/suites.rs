@@ -73,7 +73,7 @@ pub(crate) const SUITES: &[Suite] = &[
     guest("older", OLDER),
     guest("doctor", ALL),
     Suite::new("dmabuf", Program::Lib("dmabuf"), UNITS),
-    Suite { skip: PURE, ..Suite::new("dmaload", Program::Lib("dmaload"), UNITS) },
+    Suite { skip: PURE, seconds_max: 240, ..Suite::new("dmaload", Program::Lib("dmaload"), UNITS) },
     Suite::new("load", Program::Test("dmaload", "load"), UNITS),
 ];
 

@@ -15,7 +15,7 @@ use common::{
 use dmabuf::Pages;
 use dmaload::heap::FromDescriptors;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach_blocking};
-use dmaload::{Attempt, Error, Layout, Loader, Route};
+use dmaload::{Attempt, Cache, Error, Layout, Loader, Route};
 use dmaload_guest::{command, kernel, row};
 use rustix::io::Errno;
 
@@ -36,7 +36,7 @@ fn every_route_and_size(name: &str, layout: Layout) {
         // A loader of its own: what one load has found out would be known to the next.
         let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).window_bytes(32 << 20).build().unwrap();
         let expected = expected(name, route);
-        let options = loader.options().layout(layout).route(route).strict(expected == route);
+        let options = loader.options().layout(layout).route(route).strict(expected == route).cache(Cache::Bypass);
         for len in sizes() {
             let what = format!("{name}, {layout}, {route}, {len} bytes");
             let image = load(&loader, &file(len), options.clone()).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -49,12 +49,29 @@ fn every_route_and_size(name: &str, layout: Layout) {
             }
             let at_once = report.notes.iter().any(|note| note.contains("one allocation"));
             assert_eq!(at_once, name != "udmabuf" && layout == Layout::Single, "{what}: {:?}", report.notes);
+            assert_eq!(report.cached_bytes, 0, "{what}");
             let told = report.fallbacks.iter().any(|step| step.to == Route::Bounce && step.errno == Errno::FAULT);
             assert_eq!(told, expected != route && len > 0, "{what}: {:?}", report.fallbacks);
         }
         row("matrix", &[name, layout.name(), route.name(), expected.name(), &told(&sizes()), "equal"]);
         shut_down(loader);
     }
+    every_size_from_the_page_cache(name, layout);
+}
+
+/// What a file's writer has left there is taken from there, though memory that can't be pinned allows no direct read.
+fn every_size_from_the_page_cache(name: &str, layout: Layout) {
+    let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).window_bytes(32 << 20).build().unwrap();
+    for len in sizes() {
+        let what = format!("{name}, {layout}, from the page cache, {len} bytes");
+        std::fs::read(file(len)).unwrap();
+        let image = load(&loader, &file(len), loader.options().layout(layout)).unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_dma_bufs(image.segments(), &original()[..len], &what);
+        let report = image.report();
+        assert_eq!((report.cached_bytes, report.fallbacks.as_slice()), (len as u64, [].as_slice()), "{what}");
+    }
+    row("matrix", &[name, layout.name(), "left open", "the page cache", &told(&sizes()), "equal"]);
+    shut_down(loader);
 }
 
 #[test]
@@ -123,7 +140,7 @@ fn a_single_udmabuf_above_the_limit_says_which_limit_and_how_to_raise_it() {
 fn the_heap_is_probed_once_and_remembered() {
     let loader = Loader::builder().heap(heap("dma-heap:system")).build().unwrap();
     for round in 0..3 {
-        let image = load(&loader, &file(4097), loader.options()).unwrap();
+        let image = load(&loader, &file(4097), loader.options().cache(Cache::Bypass)).unwrap();
         let report = image.report();
         // Every load tells it, also those that did not have to try.
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
@@ -287,7 +304,8 @@ fn small_files_share_a_dma_buf_and_its_fate() {
         for route in Route::ALL {
             let loader = Loader::builder().heap(heap(name)).build().unwrap();
             let what = format!("{name}, {route}");
-            let image = block_on(async { loader.load_with(&paths, loader.options().route(route)).await }).unwrap();
+            let options = loader.options().route(route).cache(Cache::Bypass);
+            let image = block_on(async { loader.load_with(&paths, options).await }).unwrap();
             assert_eq!((image.report().segments, image.report().memories), (4, 1), "{what}");
             let [first, second, ..] = image.segments() else { panic!("{what}: four segments") };
             let view = second.bytes().unwrap();
@@ -379,7 +397,8 @@ fn a_vendors_dma_bufs_by_descriptor_equal_the_file() {
         for layout in [Layout::Segmented, Layout::Single] {
             for len in [1, SEGMENT + 1, 3 * SEGMENT] {
                 let what = format!("{source}, {layout}, {len} bytes");
-                let image = load(&loader, &file(len), loader.options().layout(layout)).unwrap();
+                let options = loader.options().layout(layout).cache(Cache::Bypass);
+                let image = load(&loader, &file(len), options).unwrap();
                 assert_same(&image.files()[0].bytes().unwrap(), &original()[..len], &what);
                 assert_dma_bufs(image.segments(), &original()[..len], &what);
                 let report = image.report();

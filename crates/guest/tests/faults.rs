@@ -13,7 +13,7 @@ use common::{
     MIB, assert_descriptors_are_back, assert_dma_bufs, assert_gives_memory_back, assert_same, available_bytes, block_on, file,
     heap, load, original, settled_descriptors, shut_down, sparse_file,
 };
-use dmaload::{Error, Layout, Loader, Route};
+use dmaload::{Cache, Error, Layout, Loader, Route};
 use dmaload_guest::{BadDisk, SECTOR, bad_bytes, command, row};
 use rustix::io::Errno;
 
@@ -139,7 +139,7 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             // A loader of its own: what one load has found out would be known to the next.
             let loader = Loader::builder().heap(heap(name)).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
             let what = format!("{name}, {route}");
-            let mut segments = loader.stream_with([&disk.file], loader.options().route(route));
+            let mut segments = loader.stream_with([&disk.file], loader.options().route(route).cache(Cache::Bypass));
             let (seen, error) = block_on(async {
                 let mut seen = 0;
                 loop {
@@ -167,7 +167,7 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             assert!(error.hint().unwrap().contains("storage"), "{what}");
             // Segments come in order, so none behind the bad one was shown.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
-            let image = load(&loader, &file(4 * MIB), loader.options()).unwrap();
+            let image = load(&loader, &file(4 * MIB), loader.options().cache(Cache::Bypass)).unwrap();
             for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
                 assert_same(&segment.bytes().unwrap(), part, &what);
             }
