@@ -40,27 +40,33 @@ struct Phase {
     /// What they have, and how much of that is full.
     bytes: u64,
     full_bytes: u64,
-    /// When the first batch was full, and how much was full then.
-    first: Option<(Duration, u64)>,
+    /// When storage began to work for it, and how much was full then.
+    begun: Option<(Duration, u64)>,
+    ended: Option<Duration>,
 }
 
 impl Phase {
-    /// `bytes` more are full. The rate, with the last of them.
-    fn full(&mut self, bytes: u64, now: Duration) -> Option<f64> {
-        self.full_bytes += bytes;
-        let (start, before) = *self.first.get_or_insert((now, self.full_bytes));
-        let took = now.saturating_sub(start).as_secs_f64();
-        #[expect(clippy::cast_precision_loss, reason = "a rate")]
-        let rate = (self.full_bytes - before) as f64 / took.max(1e-6);
-        (self.full_bytes == self.bytes && self.bytes > before).then_some(rate)
+    /// Storage works for it from now on.
+    fn begin(&mut self, now: Duration) {
+        self.begun.get_or_insert((now, self.full_bytes));
     }
-}
 
-/// What became of batches of a trial.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Rates {
-    direct: Option<f64>,
-    staged: Option<f64>,
+    /// `bytes` more are full.
+    fn full(&mut self, bytes: u64, now: Duration) {
+        self.full_bytes += bytes;
+        if self.full_bytes == self.bytes {
+            self.ended = Some(now);
+        }
+    }
+
+    /// Known once all of it is full.
+    fn rate(&self) -> Option<f64> {
+        let ((begun, before), ended) = (self.begun?, self.ended?);
+        let took = ended.saturating_sub(begun).as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let rate = (self.bytes - before) as f64 / took.max(1e-6);
+        (self.bytes > before).then_some(rate)
+    }
 }
 
 impl Trial {
@@ -86,20 +92,33 @@ impl Trial {
     }
 
     /// Bytes of the batch that begins after `start` are full. What was measured, once all of it was.
-    fn full(&mut self, rates: &mut Rates, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
+    ///
+    /// Direct reads are timed from the first one on, and staged ones from the last direct one on: many reads
+    /// are in flight, and storage finishes them at about the same time, so what comes between the first
+    /// full batch and the last says nothing.
+    fn full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         if start < self.phase_bytes {
-            rates.direct = rates.direct.or(self.direct.full(bytes, now));
+            self.direct.full(bytes, now);
+            if self.direct.ended.is_some() {
+                self.staged.begin(now);
+            }
         } else if start < 2 * self.phase_bytes {
-            rates.staged = rates.staged.or(self.staged.full(bytes, now));
+            self.staged.full(bytes, now);
         } else {
             return None;
         }
-        let (direct, staged) = (rates.direct?, rates.staged?);
+        let (direct, staged) = (self.direct.rate()?, self.staged.rate()?);
         Some(Measured {
             direct_bytes_per_second: direct,
             staged_bytes_per_second: staged,
             chosen: chosen(self.expected, direct, staged),
         })
+    }
+}
+
+impl Trial {
+    fn is_over(&self) -> bool {
+        self.direct.ended.is_some() && self.staged.ended.is_some()
     }
 }
 
@@ -116,7 +135,7 @@ fn chosen(expected: Way, direct: f64, staged: f64) -> Way {
 pub(crate) struct Choosing {
     /// Where each batch begins in the bytes of the load.
     starts: Vec<u64>,
-    trial: Option<(Trial, Rates)>,
+    trial: Option<Trial>,
     known: Option<Way>,
     expected: Way,
 }
@@ -137,17 +156,24 @@ impl Choosing {
             start += bytes;
             own
         });
-        Choosing { starts: starts.collect(), trial: Some((trial, Rates::default())), known: None, expected }
+        Choosing { starts: starts.collect(), trial: Some(trial), known: None, expected }
     }
 
     /// The way of a batch that is about to be prepared.
     pub(crate) fn way(&self, batch: usize) -> Way {
         match (self.known, &self.trial, self.starts.get(batch)) {
             // What was decided for a batch of the trial stays, so that it is measured.
-            (_, Some((trial, _)), Some(&start)) if start < 2 * trial.phase_bytes => trial.way(start),
+            (_, Some(trial), Some(&start)) if start < 2 * trial.phase_bytes => trial.way(start),
             (Some(way), ..) => way,
-            (None, Some((trial, _)), Some(&start)) => trial.way(start),
+            (None, Some(trial), Some(&start)) => trial.way(start),
             (None, ..) => self.expected,
+        }
+    }
+
+    /// The pieces of a batch are about to be read.
+    pub(crate) fn handed(&mut self, now: Duration) {
+        if let Some(trial) = &mut self.trial {
+            trial.direct.begin(now);
         }
     }
 
@@ -163,10 +189,15 @@ impl Choosing {
         if self.known.is_some() {
             return None;
         }
-        let (trial, rates) = self.trial.as_mut()?;
-        let measured = trial.full(rates, *self.starts.get(batch)?, bytes, now)?;
-        self.known = Some(measured.chosen);
-        Some(measured)
+        let trial = self.trial.as_mut()?;
+        let measured = trial.full(*self.starts.get(batch)?, bytes, now);
+        if let Some(measured) = &measured {
+            self.known = Some(measured.chosen);
+        } else if trial.is_over() {
+            // The staged batches were full before the last direct one: that says nothing of either.
+            self.give_up();
+        }
+        measured
     }
 }
 
@@ -248,6 +279,7 @@ mod tests {
         for full in 0..64 {
             while ways.len() < 64.min(full + ahead) {
                 ways.push(choosing.way(ways.len()));
+                choosing.handed(now);
             }
             let speed = if ways[full] == Way::Direct { direct } else { staged };
             now += Duration::from_secs(1) * 16 / u32::try_from(speed).unwrap();
@@ -345,10 +377,13 @@ mod tests {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
         let mut choosing = choices.begin(LoadId(1), MOUNT, &batches, |_| true);
+        choosing.handed(Duration::ZERO);
         for batch in (1..64).rev() {
             assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
         }
         assert_eq!(choosing.way(63), Way::Staged);
-        assert!(choosing.full(0, BATCH, Duration::from_millis(100)).is_some());
+        // The staged ones were full before: nothing can be said of them.
+        assert_eq!(choosing.full(0, BATCH, Duration::from_millis(100)), None);
+        assert_eq!((choosing.way(63), choosing.trial.is_none()), (Way::Direct, true));
     }
 }

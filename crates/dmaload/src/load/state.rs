@@ -450,6 +450,11 @@ impl LoadShared {
         self.choosing().way(batch)
     }
 
+    /// The pieces of a batch are about to be read.
+    pub(crate) fn handed(&self) {
+        self.choosing().handed(self.started.elapsed());
+    }
+
     /// A piece is full. What was measured, when that has just become known, and where.
     pub(crate) fn measure(&self, piece: usize) -> Option<(u64, Measured)> {
         let (batch, bytes, mount) = {
