@@ -68,7 +68,7 @@ impl Engine {
         let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
         advance.charge(&backing);
         let staged_by = staged_by(&load.options);
-        load.handed();
+        load.handed(allocation.batch.pieces.start);
         for (part, OpenPart { file, route, cached }) in allocation.parts.iter().zip(sources) {
             let piece = part.piece;
             let files = u64::from(part.small);

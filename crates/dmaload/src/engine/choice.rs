@@ -40,17 +40,14 @@ struct Phase {
     /// What they have, and how much of that is full.
     bytes: u64,
     full_bytes: u64,
-    /// When storage began to work for it, and how much was full then.
-    begun: Option<(Duration, u64)>,
+    /// When its first batch was handed over to be read.
+    handed: Option<Duration>,
+    /// When storage had nothing else to do any more, and how much was full then.
+    alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }
 
 impl Phase {
-    /// Storage works for it from now on.
-    fn begin(&mut self, now: Duration) {
-        self.begun.get_or_insert((now, self.full_bytes));
-    }
-
     /// `bytes` more are full.
     fn full(&mut self, bytes: u64, now: Duration) {
         self.full_bytes += bytes;
@@ -61,11 +58,14 @@ impl Phase {
 
     /// Known once all of it is full.
     fn rate(&self) -> Option<f64> {
-        let ((begun, before), ended) = (self.begun?, self.ended?);
-        let took = ended.saturating_sub(begun).as_secs_f64();
+        // Where most of it was full before it was alone, the time beside the other way counts, too: it was
+        // at least as fast as that.
+        let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
+        let (begun, before) = alone.or(self.handed.map(|handed| (handed, 0)))?;
+        let took = self.ended?.saturating_sub(begun).as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let rate = (self.bytes - before) as f64 / took.max(1e-6);
-        (self.bytes > before).then_some(rate)
+        Some(rate)
     }
 }
 
@@ -95,12 +95,12 @@ impl Trial {
     ///
     /// Direct reads are timed from the first one on, and staged ones from the last direct one on: many reads
     /// are in flight, and storage finishes them at about the same time, so what comes between the first
-    /// full batch and the last says nothing.
+    /// full batch and the last says little.
     fn full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         if start < self.phase_bytes {
             self.direct.full(bytes, now);
             if self.direct.ended.is_some() {
-                self.staged.begin(now);
+                self.staged.alone.get_or_insert((now, self.staged.full_bytes));
             }
         } else if start < 2 * self.phase_bytes {
             self.staged.full(bytes, now);
@@ -113,12 +113,6 @@ impl Trial {
             staged_bytes_per_second: staged,
             chosen: chosen(self.expected, direct, staged),
         })
-    }
-}
-
-impl Trial {
-    fn is_over(&self) -> bool {
-        self.direct.ended.is_some() && self.staged.ended.is_some()
     }
 }
 
@@ -171,9 +165,10 @@ impl Choosing {
     }
 
     /// The pieces of a batch are about to be read.
-    pub(crate) fn handed(&mut self, now: Duration) {
-        if let Some(trial) = &mut self.trial {
-            trial.direct.begin(now);
+    pub(crate) fn handed(&mut self, batch: usize, now: Duration) {
+        if let (Some(trial), Some(&start)) = (&mut self.trial, self.starts.get(batch)) {
+            let phase = if start < trial.phase_bytes { &mut trial.direct } else { &mut trial.staged };
+            phase.handed.get_or_insert(now);
         }
     }
 
@@ -190,14 +185,9 @@ impl Choosing {
             return None;
         }
         let trial = self.trial.as_mut()?;
-        let measured = trial.full(*self.starts.get(batch)?, bytes, now);
-        if let Some(measured) = &measured {
-            self.known = Some(measured.chosen);
-        } else if trial.is_over() {
-            // The staged batches were full before the last direct one: that says nothing of either.
-            self.give_up();
-        }
-        measured
+        let measured = trial.full(*self.starts.get(batch)?, bytes, now)?;
+        self.known = Some(measured.chosen);
+        Some(measured)
     }
 }
 
@@ -279,7 +269,7 @@ mod tests {
         for full in 0..64 {
             while ways.len() < 64.min(full + ahead) {
                 ways.push(choosing.way(ways.len()));
-                choosing.handed(now);
+                choosing.handed(ways.len() - 1, now);
             }
             let speed = if ways[full] == Way::Direct { direct } else { staged };
             now += Duration::from_secs(1) * 16 / u32::try_from(speed).unwrap();
@@ -377,13 +367,14 @@ mod tests {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
         let mut choosing = choices.begin(LoadId(1), MOUNT, &batches, |_| true);
-        choosing.handed(Duration::ZERO);
+        (0..64).for_each(|batch| choosing.handed(batch, Duration::ZERO));
         for batch in (1..64).rev() {
             assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
         }
         assert_eq!(choosing.way(63), Way::Staged);
-        // The staged ones were full before: nothing can be said of them.
-        assert_eq!(choosing.full(0, BATCH, Duration::from_millis(100)), None);
-        assert_eq!((choosing.way(63), choosing.trial.is_none()), (Way::Direct, true));
+        // The staged ones were full before, although storage had both to read.
+        let measured = choosing.full(0, BATCH, Duration::from_millis(100)).unwrap();
+        assert_eq!(measured.chosen, Way::Staged);
+        assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");
     }
 }

@@ -256,6 +256,11 @@ impl State {
         Some((self.plan.segments.get(segment)?.file, segment))
     }
 
+    /// The batch that a piece is of.
+    fn batch_of(&self, piece: usize) -> usize {
+        self.plan.batches.partition_point(|batch| batch.pieces.end <= piece)
+    }
+
     /// The memory that a file ends in; `None` for one without bytes.
     fn last_memory_of(&self, file: usize) -> Option<usize> {
         self.plan.files.get(file)?.last_memory
@@ -451,8 +456,9 @@ impl LoadShared {
     }
 
     /// The pieces of a batch are about to be read.
-    pub(crate) fn handed(&self) {
-        self.choosing().handed(self.started.elapsed());
+    pub(crate) fn handed(&self, first_piece: usize) {
+        let batch = self.state().batch_of(first_piece);
+        self.choosing().handed(batch, self.started.elapsed());
     }
 
     /// A piece is full. What was measured, when that has just become known, and where.
@@ -460,8 +466,7 @@ impl LoadShared {
         let (batch, bytes, mount) = {
             let state = self.state();
             let planned = state.plan.pieces.get(piece)?;
-            let batch = state.plan.batches.partition_point(|batch| batch.pieces.end <= piece);
-            (batch, planned.memory_bytes, state.files.first()?.planned.identity.mount())
+            (state.batch_of(piece), planned.memory_bytes, state.files.first()?.planned.identity.mount())
         };
         let measured = self.choosing().full(batch, bytes, self.started.elapsed())?;
         self.state().measured = Some(measured);
