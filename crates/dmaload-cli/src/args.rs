@@ -336,9 +336,10 @@ pub(crate) struct Engine {
     /// Reads in flight at once.
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
-    /// The most memory that reads are staged in by the route bounce.
-    #[arg(long, default_value = "16MiB", value_name = "BYTES", value_parser = bytes)]
-    pub(crate) staging: u64,
+    /// The most memory that reads are staged in by the route bounce [default: 16MiB, and 4MiB for each thread that copies
+    /// besides the first two].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) staging: Option<u64>,
     /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered. auto is the faster one
     /// of direct and staged reads (bounce), which large loads find out.
     #[arg(long, default_value = "auto")]
@@ -463,7 +464,7 @@ mod tests {
     fn the_command_loads_as_the_library_does() {
         let arguments = Arguments::parse_from(["dmaload", "load", "model"]);
         let Command::Load(Load { engine, .. }) = arguments.command else { panic!("that is load") };
-        let library = (LoaderBuilder::WINDOW_BYTES, LoaderBuilder::QUEUE_DEPTH, LoaderBuilder::STAGING_BYTES);
+        let library = (LoaderBuilder::WINDOW_BYTES, LoaderBuilder::QUEUE_DEPTH, None);
         assert_eq!((engine.window, engine.queue_depth, engine.staging), library);
     }
 

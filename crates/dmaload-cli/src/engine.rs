@@ -47,9 +47,11 @@ fn builder(arguments: &Engine, route: Option<Route>, strict: bool) -> Result<Loa
     let mut builder = Loader::builder()
         .window_bytes(arguments.window)
         .queue_depth(arguments.queue_depth)
-        .staging_bytes(arguments.staging)
         .dma_buf(arguments.dma_buf)
         .options(options);
+    if let Some(bytes) = arguments.staging {
+        builder = builder.staging_bytes(bytes);
+    }
     if let Some(bytes) = arguments.memory_limit {
         // The command loads one thing at a time: its segments need not leave room for sixty-four.
         builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);

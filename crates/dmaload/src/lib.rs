@@ -38,6 +38,7 @@ mod memory;
 mod metrics;
 pub mod model;
 mod observe;
+mod pace;
 mod plan;
 mod pressure;
 pub mod probe;

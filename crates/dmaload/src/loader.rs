@@ -164,8 +164,9 @@ impl LoaderBuilder {
     pub const WINDOW_BYTES: u64 = 128 << 20;
     /// The default of [`Self::queue_depth`]. A load alone may have 33 of them, and reads its first 64 MiB with 32.
     pub const QUEUE_DEPTH: usize = 44;
-    /// The default of [`Self::staging_bytes`]. A load alone may have 12 MiB of it: more
-    /// does not stay in the processor's cache.
+    /// Staging at the start. A load alone may have 12 MiB of it: more does not stay in the processor's
+    /// cache. It grows by 4 MiB for each thread that copies besides the first two: see
+    /// [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = 16 << 20;
 
     /// Where segments' memory comes from. Default: [`heap::auto`].
@@ -194,8 +195,14 @@ impl LoaderBuilder {
     }
 
     /// The most memory that [`Route::Bounce`] stages reads in, from 2 MiB to 1 GiB. It is taken when a load first needs it,
-    /// and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 16 MiB.
+    /// and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 16 MiB, and 4 MiB
+    /// more for each thread that copies besides the first two: up to 72 MiB on a machine with 16 CPUs or more, and never more
+    /// than 16 MiB on one with two.
+    ///
+    /// The threads that copy follow what is measured: where two are always busy, another one is tried, and kept if it
+    /// makes loads faster; up to one for each CPU, and 16.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
+        self.settings.staging_is_chosen = true;
         self.settings.staging_bytes = bytes;
         self
     }
@@ -228,11 +235,14 @@ impl LoaderBuilder {
         self
     }
 
-    /// Threads that open files and allocate memory; at least one. Default: two, or one on a machine with one CPU.
+    /// Threads that open files and allocate memory; at least one. Default: two, or one on a machine with one CPU; where
+    /// these are always busy, another one is tried, and kept if memory comes faster with it, up to one for each CPU, and
+    /// eight. A number that is set stays.
     ///
     /// While one waits for a file whose server does not answer for a second, another thread
     /// takes its place (at most 64).
     pub fn allocator_threads(mut self, threads: usize) -> Self {
+        self.settings.allocators_are_chosen = true;
         self.settings.allocator_threads = threads;
         self
     }

@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 use crate::foreign::Foreign;
 use crate::loader::LoaderBuilder;
 use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
-use crate::plan::Layout;
+use crate::pace::{self, FIRST, Pace, most_allocators, most_copiers};
+use crate::plan::{BATCH_BYTES, Layout};
 use crate::ring::StagingBudget;
 use crate::route::Route;
 use crate::select::{Select, Shard};
@@ -417,10 +418,17 @@ pub(crate) struct Settings {
     pub(crate) window_bytes: u64,
     pub(crate) queue_depth: usize,
     pub(crate) staging_bytes: u64,
+    /// Somebody has chosen the staging, which does not grow then.
+    pub(crate) staging_is_chosen: bool,
     pub(crate) pool_bytes: u64,
     /// `u64::MAX` for no limit.
     pub(crate) memory_limit_bytes: u64,
+    /// At the start.
     pub(crate) allocator_threads: usize,
+    /// Somebody has chosen them: there are never more.
+    pub(crate) allocators_are_chosen: bool,
+    /// Processors to count on.
+    pub(crate) cores: usize,
     pub(crate) max_open_loads: usize,
     pub(crate) shutdown_timeout: Duration,
     pub(crate) load: LoadOptions,
@@ -428,22 +436,51 @@ pub(crate) struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(2));
+        Settings::for_cores(pace::cores())
+    }
+}
+
+impl Settings {
+    /// The defaults on a machine of so many processors.
+    pub(crate) fn for_cores(cores: usize) -> Self {
         Settings {
             window_bytes: LoaderBuilder::WINDOW_BYTES,
             queue_depth: LoaderBuilder::QUEUE_DEPTH,
             staging_bytes: LoaderBuilder::STAGING_BYTES,
+            staging_is_chosen: false,
             pool_bytes: 0,
             memory_limit_bytes: u64::MAX,
-            allocator_threads: threads,
+            allocator_threads: cores.min(FIRST),
+            allocators_are_chosen: false,
+            cores,
             max_open_loads: 64,
             shutdown_timeout: Duration::from_secs(10),
             load: LoadOptions::default(),
         }
     }
-}
 
-impl Settings {
+    /// The pace of threads that copy.
+    pub(crate) fn copiers(&self) -> Pace {
+        Pace::new(FIRST, most_copiers(self.cores))
+    }
+
+    /// The pace of threads that allocate.
+    pub(crate) fn allocators(&self) -> Pace {
+        let first = self.allocator_threads.max(1);
+        Pace::new(first, if self.allocators_are_chosen { first } else { most_allocators(self.cores) })
+    }
+
+    /// Whether staging grows with the threads that copy.
+    pub(crate) fn staging_grows(&self) -> bool {
+        !self.staging_is_chosen
+    }
+
+    /// How much memory one allocator brings into being at once. Less where more than [`FIRST`] may do that side by side:
+    /// what they are at is a part of the window, and has to leave room for reads.
+    pub(crate) fn batch_bytes(&self) -> u64 {
+        if self.allocators().most() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
+    }
+
     pub(crate) fn check(&self, load: &LoadOptions) -> Result<()> {
         let wrong = |text: String| Err(Error::Config(text));
         let (segment_bytes, chunk_bytes) = (load.segment_bytes_within(None), load.chunk_bytes);

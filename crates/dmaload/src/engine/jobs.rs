@@ -15,6 +15,7 @@ use std::time::Instant;
 use super::workers::{Task, WorkerId, Workers};
 use crate::foreign;
 use crate::load::Follows;
+use crate::pace::Pace;
 use crate::ring::LoadId;
 use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::sync::{Condvar, Mutex, MutexGuard};
@@ -52,6 +53,13 @@ struct Schedule<T> {
     finished: bool,
     buried: Buried,
     workers: Workers,
+    /// Of the workers that allocate, by the time since `since`.
+    pace: Pace,
+    since: Instant,
+    /// The batches that they are at.
+    allocating: HashMap<WorkerId, u64>,
+    /// There is to be one more, and it is not started yet.
+    growing: bool,
     /// The thread that watches the workers sleeps until one is at a file.
     watch_sleeps: bool,
 }
@@ -110,7 +118,7 @@ impl Buried {
 }
 
 impl<T: Clone> Jobs<T> {
-    pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize, workers: usize) -> Self {
+    pub(super) fn new(window_bytes: u64, memory_bytes: u64, files: u64, max_open: usize, pace: Pace) -> Self {
         let scheduler = Scheduler::new(window_bytes, memory_bytes, files, max_open);
         let schedule = Schedule {
             scheduler,
@@ -120,7 +128,11 @@ impl<T: Clone> Jobs<T> {
             closing: false,
             finished: false,
             buried: Buried::default(),
-            workers: Workers::new(workers),
+            workers: Workers::new(pace.threads()),
+            pace,
+            since: Instant::now(),
+            allocating: HashMap::new(),
+            growing: false,
             watch_sleeps: false,
         };
         Jobs { schedule: Mutex::new(schedule), changed: Condvar::new(), watch: Condvar::new() }
@@ -354,6 +366,14 @@ impl<T: Clone> Jobs<T> {
         (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
     }
 
+    /// A worker to be started, where one more makes allocating faster.
+    pub(super) fn hire_more(&self) -> Option<WorkerId> {
+        let mut schedule = self.schedule();
+        let wanted = !schedule.closing && schedule.growing && schedule.workers.missing() > 0;
+        schedule.growing = false;
+        wanted.then(|| schedule.workers.hire())
+    }
+
     /// Waits for a job; `None` when this worker is to end: there are to be no more jobs, or
     /// enough other workers.
     pub(super) fn next(&self, worker: WorkerId) -> Option<(Job<LoadId>, T)> {
@@ -393,6 +413,9 @@ impl<T: Clone> Jobs<T> {
                     // A batch gets its memory first.
                     let at_files_since = (is_open || matches!(job, Job::Check(..))).then(Instant::now);
                     schedule.workers.begin(worker, Task { load: *job.load(), is_open }, at_files_since);
+                    if let Job::Allocate(_, _, need) = &job {
+                        schedule.begin_allocating(worker, need.bytes);
+                    }
                     if at_files_since.is_some() {
                         self.wake_watch(&mut schedule);
                     }
@@ -412,8 +435,27 @@ impl<T: Clone> Jobs<T> {
 }
 
 impl<T> Schedule<T> {
+    fn begin_allocating(&mut self, worker: WorkerId, bytes: u64) {
+        self.pace.begin(self.since.elapsed());
+        self.allocating.insert(worker, bytes);
+    }
+
+    fn end_allocating(&mut self, bytes: u64) {
+        let before = self.pace.threads();
+        if self.pace.end(self.since.elapsed(), bytes) {
+            self.workers.want(self.pace.threads());
+            self.growing = self.pace.threads() > before;
+        }
+        if self.scheduler.window_taken_bytes() == 0 && self.allocating.is_empty() {
+            self.pace.pause();
+        }
+    }
+
     /// A worker has done what it had to do.
     fn end_task(&mut self, worker: WorkerId) {
+        if let Some(bytes) = self.allocating.remove(&worker) {
+            self.end_allocating(bytes);
+        }
         if let Some(load) = self.workers.end(worker) {
             self.scheduler.resume(&load);
         }
@@ -467,7 +509,7 @@ mod tests {
     #[test]
     fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, 3));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
             let id = opened(&jobs, 2);
             // A permit is out; nobody can go on before it comes back.
             let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
@@ -483,7 +525,7 @@ mod tests {
     #[test]
     fn two_workers_leave_nothing_undone_and_both_end() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, 3));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
             let id = opened(&jobs, 1);
             let workers = [(); 2].map(|()| {
                 let jobs = Arc::clone(&jobs);
@@ -511,7 +553,7 @@ mod tests {
     #[test]
     fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, 3));
+            let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, Pace::fixed(3)));
             let first = opened(&jobs, 2);
             let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
             opened(&jobs, 1);
@@ -532,7 +574,7 @@ mod tests {
     #[test]
     fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
         model(|| {
-            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, 3));
+            let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, Pace::fixed(3)));
             opened(&jobs, 1);
             assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
             // One byte is taken and stays so: the batch of the large load does not fit, and nobody overtakes it.
@@ -551,7 +593,7 @@ mod tests {
     #[test]
     fn what_is_buried_while_closing_is_dropped_before_workers_end() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, 3));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
             let workers = [(); 2].map(|()| {
                 let jobs = Arc::clone(&jobs);
                 spawn(move || assert!(next(&jobs).is_none()))
@@ -574,7 +616,7 @@ mod tests {
     #[test]
     fn files_of_a_load_are_dropped_by_one_worker_at_a_time_and_all_are() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, 3));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
             let seen = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
             let workers = [(); 2].map(|()| {
                 let jobs = Arc::clone(&jobs);
@@ -610,7 +652,7 @@ mod tests {
     #[test]
     fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, 1));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, Pace::fixed(1)));
             let id = opened(&jobs, 0);
             let stalls = jobs.hire();
             jobs.follow(id, Follows { check: Some(0), finish: None });
@@ -653,10 +695,35 @@ mod tests {
         });
     }
 
+    #[cfg(not(dmaload_loom))]
+    #[test]
+    fn allocators_that_are_always_busy_get_another_one_up_to_the_bound() {
+        let jobs = Jobs::new(u64::MAX, u64::MAX, 1, 1, Pace::new(1, 2));
+        let first = jobs.hire();
+        assert_eq!(jobs.hire_more(), None);
+        let id = jobs.next_id();
+        assert!(jobs.submit(id, Arc::new(())));
+        assert!(matches!(jobs.next(first), Some((Job::Open(_), _))));
+        jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; 100], ..Demand::default() });
+        let mut done = 0;
+        let second = loop {
+            assert!(matches!(jobs.next(first), Some((Job::Allocate(..), _))));
+            std::thread::sleep(std::time::Duration::from_micros(100));
+            if let Some(second) = jobs.hire_more() {
+                break second;
+            }
+            done += 1;
+            assert!(done < 80, "it is always busy");
+        };
+        assert!(done >= 12, "not before something was measured: {done}");
+        assert_eq!((jobs.hire_more(), jobs.schedule().workers.missing()), (None, 0));
+        assert!(matches!(jobs.next(second), Some((Job::Allocate(..), _))));
+    }
+
     #[test]
     fn whoever_waits_ends_when_no_more_jobs_come() {
         model(|| {
-            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, 3));
+            let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
             let waiting = {
                 let jobs = Arc::clone(&jobs);
                 spawn(move || next(&jobs).is_none())

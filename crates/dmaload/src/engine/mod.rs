@@ -59,7 +59,7 @@ use crate::metrics::{LoadCounters, Metrics};
 use crate::pressure;
 use crate::reaper::Reaper;
 use crate::report::Measured;
-use crate::ring::{Events, LoadId, Output, RingThread};
+use crate::ring::{Events, Limits, LoadId, Output, RingThread};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 use crate::source::Input;
@@ -293,7 +293,7 @@ impl Guard {
                 settings.memory_limit_bytes,
                 descriptors::files(),
                 settings.max_open_loads,
-                settings.allocator_threads.max(1),
+                settings.allocators(),
             ),
             threads: Arc::default(),
             leaked_bytes: AtomicU64::new(0),
@@ -308,15 +308,12 @@ impl Guard {
         let own = Arc::clone(&engine);
         thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.tell()).map_err(no_thread)?;
         engine
-            .counted(|| {
-                let Settings { queue_depth, .. } = engine.settings;
-                engine.ring.start(queue_depth, engine.settings.staging(), engine.epoch, Arc::clone(&engine))
-            })
+            .counted(|| engine.ring.start(Limits::of(&engine.settings), engine.epoch, Arc::clone(&engine)))
             .map_err(no_thread)?;
         if engine.unwatch.is_some() {
             engine.watch_pressure();
         }
-        for _ in 0..engine.settings.allocator_threads.max(1) {
+        for _ in 0..engine.settings.allocators().threads() {
             engine.start_worker(engine.jobs.hire(), &heap).map_err(no_thread)?;
         }
         let own = Arc::clone(&engine);
@@ -555,6 +552,12 @@ impl Engine {
     /// A worker thread.
     fn work(self: Arc<Self>, worker: WorkerId, heap: HeapCode) {
         while let Some((job, load)) = self.jobs.next(worker) {
+            if let Some(another) = self.jobs.hire_more()
+                && let Err(error) = self.start_worker(another, &heap)
+            {
+                // The watch tries again.
+                foreign::emit(|| tracing::debug!(%error, "no thread for one more worker"));
+            }
             // Files that the caller gave open stay so until the job is done, also where the load ends meanwhile.
             let open = load.asked();
             let is_open = matches!(job, Job::Open(_));

@@ -19,7 +19,7 @@ use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
 use crate::observe::VERIFIER;
-use crate::plan::{BATCH_BYTES, Layout, MOST_PIECES, Plan, Shape, Span};
+use crate::plan::{Layout, MOST_PIECES, Plan, Shape, Span};
 use crate::report::Way;
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
@@ -168,7 +168,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     if load.keep && !at_once && options.segment_bytes.is_none() && options.layout != Layout::Single {
         segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
     }
-    let batch_bytes = if at_once { segment_bytes } else { BATCH_BYTES.min(segment_bytes) };
+    let batch_bytes = if at_once { segment_bytes } else { settings.batch_bytes().min(segment_bytes) };
     // What is aligned to more than blocks begins a memory.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
     let batch_files = descriptors::batch_files();

@@ -69,6 +69,11 @@ impl Workers {
         Workers { wanted, hired: 0, workers: HashMap::new() }
     }
 
+    /// So many are to be there from now on, besides those that are stalled.
+    pub(super) fn want(&mut self, wanted: usize) {
+        self.wanted = wanted;
+    }
+
     fn worker(&mut self, id: WorkerId) -> &mut Worker {
         self.workers.get_mut(&id).expect("a worker is there until it leaves")
     }

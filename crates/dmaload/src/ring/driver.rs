@@ -46,6 +46,7 @@ use super::staging::{Staging, StagingBudget};
 use crate::busy::BusyTime;
 use crate::convert::to_usize;
 use crate::metrics::ReadCounters;
+use crate::pace::{FIRST, Pace, more_staging_slots};
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::trace::TraceKind;
@@ -86,6 +87,10 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     reads: Slots<InFlight>,
     buffer_slots: Vec<u16>,
     staging: Staging<K::Staging>,
+    /// Of the threads that copy.
+    pace: Pace,
+    /// Slots at the start, where staging grows with the threads.
+    growing_from: Option<usize>,
     known: Known,
     completions: Vec<Completion>,
     outputs: Vec<Output<B>>,
@@ -106,6 +111,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             reads: Slots::new(),
             buffer_slots,
             staging: Staging::new(staging),
+            pace: Pace::fixed(FIRST),
+            growing_from: None,
             known: Known::default(),
             completions: Vec::new(),
             outputs: Vec::new(),
@@ -117,6 +124,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has reads counted here.
     pub(crate) fn counted_by(mut self, counters: Arc<ReadCounters>) -> Self {
         self.counters = counters;
+        self
+    }
+
+    /// Has copies done by as many threads as `pace` finds to help; `growing` tells whether staging grows with them.
+    pub(crate) fn paced(mut self, pace: Pace, growing: bool) -> Self {
+        self.kernel.set_copiers(pace.threads());
+        self.growing_from = growing.then(|| self.staging.slots());
+        self.pace = pace;
         self
     }
 
@@ -310,6 +325,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
         }
         leaked += self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
+        self.pace.stop();
         let now = self.kernel.now();
         self.turns.clear();
         for (id, mut load) in std::mem::take(&mut self.loads) {
@@ -331,6 +347,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         assert_eq!(self.reads.len() + self.pieces.len(), 0, "give_up comes first");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
         std::mem::forget(std::mem::replace(&mut self.kernel, kernel));
+        self.kernel.set_copiers(self.pace.threads());
     }
 
     /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
@@ -445,6 +462,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
             self.counters.in_kernel.add(now.saturating_sub(since));
         }
+        let is_copy = matches!(step, Step::Copied(_) | Step::Cached);
         match step {
             Step::Read | Step::Staged(_) => load.reading.end(now),
             Step::Copied(_) => load.copying.end(now),
@@ -461,6 +479,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             };
             let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
             self.outputs.push(Output::Traced { load: id, piece, span: Span { kind, start: since, end: now, bytes } });
+        }
+        if is_copy && self.pace.end(now, completion.result.unwrap_or(0) as u64) {
+            self.follow_pace();
         }
         match step {
             Step::Read | Step::Cached => {}
@@ -708,6 +729,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
+    /// The number of threads that copy has changed.
+    fn follow_pace(&mut self) {
+        let copiers = self.pace.threads();
+        self.kernel.set_copiers(copiers);
+        if let Some(slots) = self.growing_from {
+            self.staging.set_slots(slots + more_staging_slots(copiers));
+        }
+    }
+
     fn unregister(&mut self, entry: &mut PieceEntry<K::File, B>) {
         if let Some(slot) = entry.buffer_slot.take() {
             self.kernel.unregister_buffer(slot);
@@ -717,6 +747,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     fn remove(&mut self, id: LoadId) {
         let load = self.loads.remove(&id).expect(LOAD);
+        if self.loads.is_empty() {
+            self.pace.pause();
+        }
         self.turns.retain(|&other| other != id);
         let times = load.times();
         self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });

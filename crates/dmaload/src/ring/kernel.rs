@@ -183,6 +183,9 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: Copy);
 
+    /// From now on at most so many threads copy at once.
+    fn set_copiers(&mut self, threads: usize);
+
     /// Has some other thread copy what the page cache has, without waiting for storage. Its completion
     /// comes like that of a read. With fewer bytes than asked for, or [`Fault::Read`], the rest has gone
     /// from the cache.

@@ -19,9 +19,10 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::kernel::{Buffer, CachedRead, Completion, Copy, Kernel, Look, Place, Read};
-use super::pool::{COPIERS, LOOKERS, Pool, READERS};
+use super::pool::{LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
+use crate::pace::FIRST;
 use crate::probe;
 use crate::route::Route;
 use crate::source::OpenFile;
@@ -51,7 +52,7 @@ impl LinuxKernel {
         LinuxKernel {
             started,
             readers: Pool::new(Arc::clone(&wake), "read", READERS),
-            copiers: Pool::new(Arc::clone(&wake), "copy", COPIERS),
+            copiers: Pool::new(Arc::clone(&wake), "copy", FIRST),
             lookers: Pool::new(Arc::clone(&wake), "look", LOOKERS),
             ring,
             wake,
@@ -121,6 +122,10 @@ impl Kernel for LinuxKernel {
     unsafe fn copy(&mut self, copy: Copy) {
         // SAFETY: the caller's promise is the same.
         unsafe { self.copiers.copy(copy) };
+    }
+
+    fn set_copiers(&mut self, threads: usize) {
+        self.copiers.set_most(threads);
     }
 
     unsafe fn read_cached(&mut self, file: &Arc<OpenFile>, read: CachedRead) {

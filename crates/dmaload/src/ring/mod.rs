@@ -31,4 +31,4 @@ pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, S
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;
-pub(crate) use thread::{Events, RingThread};
+pub(crate) use thread::{Events, Limits, RingThread};

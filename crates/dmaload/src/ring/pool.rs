@@ -22,8 +22,6 @@ use crate::window::may_have_one;
 pub(crate) const READERS: usize = 16;
 /// Enough to keep a device busy with large reads: four threads reached its limit where one reached an eighth.
 const READERS_OF_ONE: usize = 4;
-/// Copying is bound by memory: one thread copies faster than most disks read.
-pub(crate) const COPIERS: usize = 2;
 /// Each load is looked at by one at a time.
 pub(crate) const LOOKERS: usize = 2;
 
@@ -46,12 +44,18 @@ struct Queues {
     done: Vec<Completion>,
     /// Threads that wait for a job.
     idle: usize,
+    /// Threads that have one, and how many may.
+    busy: usize,
+    busy_max: usize,
     closed: bool,
 }
 
 impl Queues {
     /// The next job for one of so many threads: the first that is not a read of a load that has its part of them.
     fn take(&mut self, threads: usize) -> Option<Job> {
+        if self.busy >= self.busy_max {
+            return None;
+        }
         let may_start = |job: &Job| match job {
             Job::Read(_, read) => {
                 let held = self.reading.iter().filter(|&&load| load == read.load).count();
@@ -63,6 +67,7 @@ impl Queues {
         if let Some(Job::Read(_, read)) = &job {
             self.reading.push(read.load);
         }
+        self.busy += usize::from(job.is_some());
         job
     }
 
@@ -101,8 +106,9 @@ pub(crate) struct Pool {
 impl Pool {
     /// A pool of its own for each kind of job: a read that hangs in a dead disk must not keep copies from being done.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
+        let queues = Queues { busy_max: threads_max, ..Queues::default() };
         Pool {
-            shared: Arc::new(Shared { queues: Mutex::default(), changed: Condvar::new(), wake }),
+            shared: Arc::new(Shared { queues: Mutex::new(queues), changed: Condvar::new(), wake }),
             name,
             threads: 0,
             threads_max,
@@ -171,6 +177,15 @@ impl Pool {
         }
     }
 
+    /// From now on at most so many threads have a job at once. More are started when there are jobs for them; those that
+    /// are too many wait.
+    pub(crate) fn set_most(&mut self, threads: usize) {
+        self.threads_max = threads;
+        self.shared.queues().busy_max = threads;
+        // There may be jobs for those that had to wait.
+        self.shared.changed.notify_all();
+    }
+
     fn queue(&self, job: Job) {
         self.shared.queues().jobs.push_back(job);
         self.shared.changed.notify_one();
@@ -225,6 +240,7 @@ fn run(shared: &Shared, threads: usize) {
         let read_for = if let Job::Read(_, read) = &job { Some(read.load) } else { None };
         let completion = do_job(job);
         queues = shared.queues();
+        queues.busy -= 1;
         if let Some(load) = read_for {
             queues.done(load);
             // What had to wait for this one may be more than this thread takes next.
@@ -333,6 +349,73 @@ mod tests {
 
         fn runs_foreign_code(&self) -> bool {
             false
+        }
+    }
+
+    /// Holds each copy until it is let go, and counts those that it holds.
+    #[derive(Debug, Default)]
+    struct Gate {
+        held: Mutex<(usize, usize)>,
+        changed: Condvar,
+    }
+
+    impl Gate {
+        fn wait_until_held(&self, copies: usize) {
+            drop(self.changed.wait_while(self.held.lock().unwrap(), |(held, _)| *held < copies).unwrap());
+        }
+
+        fn let_go(&self, copies: usize) {
+            self.held.lock().unwrap().1 += copies;
+            self.changed.notify_all();
+        }
+    }
+
+    impl Sink for Gate {
+        unsafe fn fill(&self, _: usize, bytes: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+            let mut held = self.held.lock().unwrap();
+            held.0 += 1;
+            self.changed.notify_all();
+            held = self.changed.wait_while(held, |(_, free)| *free == 0).unwrap();
+            held.0 -= 1;
+            held.1 -= 1;
+            drop(held);
+            self.changed.notify_all();
+            Ok(bytes)
+        }
+
+        fn runs_foreign_code(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
+        let wake = Arc::new(Wake::new().unwrap());
+        let mut pool = Pool::new(Arc::clone(&wake), "test", 2);
+        let gate = Arc::new(Gate::default());
+        let from = [7_u8; 64];
+        let mut slots = Slots::new();
+        let mut copy = |pool: &mut Pool| {
+            let to = Place { sink: Arc::clone(&gate) as Arc<dyn Sink>, offset: 0 };
+            let copy = Copy { token: slots.insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 };
+            // SAFETY: the place stays until all are done, and nothing is written.
+            unsafe { pool.copy(copy) };
+        };
+        (0..4).for_each(|_| copy(&mut pool));
+        gate.wait_until_held(2);
+        pool.set_most(4);
+        (0..4).for_each(|_| copy(&mut pool));
+        gate.wait_until_held(4);
+        pool.set_most(1);
+        gate.let_go(4);
+        gate.wait_until_held(1);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "the others wait");
+        gate.let_go(4);
+        let mut done = Vec::new();
+        while done.len() < 8 {
+            wake.wait();
+            pool.reap(&mut done);
         }
     }
 

@@ -67,6 +67,15 @@ impl<S: Buffer> Staging<S> {
         Staging { budget, slots: Vec::new(), free: Vec::new(), short: None }
     }
 
+    pub(crate) fn slots(&self) -> usize {
+        self.budget.slots
+    }
+
+    /// From now on there may be so many slots. Those that are there already stay, and are not taken beyond that number.
+    pub(crate) fn set_slots(&mut self, slots: usize) {
+        self.budget.slots = slots;
+    }
+
     pub(crate) fn slot_bytes(&self) -> usize {
         self.budget.slot_bytes
     }

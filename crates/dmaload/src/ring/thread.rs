@@ -17,8 +17,32 @@ use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::foreign;
 use crate::metrics::ReadCounters;
+use crate::pace::Pace;
 use crate::plan::Piece;
+use crate::settings::Settings;
 use crate::source::OpenFile;
+
+/// What bounds the ring thread's work.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    /// Reads, copies and looks in flight.
+    depth: usize,
+    /// Staging at the start.
+    staging: StagingBudget,
+    copiers: Pace,
+    staging_grows: bool,
+}
+
+impl Limits {
+    pub(crate) fn of(settings: &Settings) -> Self {
+        Limits {
+            depth: settings.queue_depth,
+            staging: settings.staging(),
+            copiers: settings.copiers(),
+            staging_grows: settings.staging_grows(),
+        }
+    }
+}
 
 /// What the ring thread tells the engine. All calls come from that thread; they must not block, and must not run
 /// code of the caller's.
@@ -87,16 +111,10 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn start(
-        &self,
-        depth: usize,
-        staging: StagingBudget,
-        started: Instant,
-        events: Arc<impl Events<B>>,
-    ) -> io::Result<()> {
+    pub(crate) fn start(&self, limits: Limits, started: Instant, events: Arc<impl Events<B>>) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let body = move || {
-            let ran = foreign::call(|| run(&shared, depth, staging, started, &*events));
+            let ran = foreign::call(|| run(&shared, &limits, started, &*events));
             let commands = shared.commands().take().unwrap_or_default();
             let files = commands.into_iter().filter_map(|command| match command {
                 Command::Piece { load, file, .. } => Some((load, file.handle)),
@@ -167,9 +185,12 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     }
 }
 
-fn run<B: Buffer>(shared: &Shared<B>, depth: usize, staging: StagingBudget, started: Instant, events: &impl Events<B>) -> u64 {
+fn run<B: Buffer>(shared: &Shared<B>, limits: &Limits, started: Instant, events: &impl Events<B>) -> u64 {
+    let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
-    let mut driver = Driver::new(new_kernel(), depth, staging).counted_by(Arc::clone(&shared.counters));
+    let mut driver = Driver::new(new_kernel(), depth, limits.staging)
+        .counted_by(Arc::clone(&shared.counters))
+        .paced(limits.copiers.clone(), limits.staging_grows);
     let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
     let mut leaked_bytes = 0;
     loop {

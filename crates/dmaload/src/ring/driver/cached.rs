@@ -21,6 +21,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (to, offset, route) = (entry.buffer.place(start), entry.piece.file_offset + chunk.range.start, entry.file.route);
         let since = self.kernel.now();
         load.from_cache.begin(since);
+        self.pace.begin(since);
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Cached, since });
         // SAFETY: the place is in the piece's buffer, by the assertion above. As for reads, that is not let go of, nor looked at,
         // before the completion, and no other chunk is there.

@@ -109,6 +109,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;
         load.copying.begin(self.kernel.now());
+        self.pace.begin(self.kernel.now());
     }
 
     /// Tells, once, that there is no thread for what goes on beside reads.

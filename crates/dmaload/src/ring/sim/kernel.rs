@@ -706,6 +706,10 @@ impl Kernel for SimKernel {
         self.in_flight.push(InFlight { job: Job::Copy(copy), due });
     }
 
+    fn set_copiers(&mut self, _: usize) {
+        // Each copy has a thread.
+    }
+
     unsafe fn read_cached(&mut self, file: &SimFile, read: CachedRead) {
         assert!(self.attached.contains_key(&file.number), "a copy from a file that is not attached");
         let mut memory = self.memory.borrow_mut();

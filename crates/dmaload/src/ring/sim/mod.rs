@@ -10,6 +10,7 @@ mod fair;
 mod kernel;
 mod overlap;
 mod remember;
+mod scaling;
 mod world;
 
 /// Random numbers for the simulator (xorshift64*): the same seed, the same world.

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
 use crate::observe::{Observation, Observer, ObserverOption, Rejection, Verdict, Watch};
+use crate::pace::{Pace, more_staging_slots};
 use crate::plan::{Layout, Piece, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
@@ -146,6 +147,8 @@ struct World {
     staging: StagingBudget,
 }
 
+const MOST_COPIERS: usize = 4;
+
 fn staging(random: &mut Random) -> StagingBudget {
     let slots = 1 + usize::try_from(random.below(4)).unwrap();
     StagingBudget { slot_bytes: usize::try_from((1 + random.below(2)) * BLOCK).unwrap(), slots }
@@ -232,7 +235,8 @@ impl World {
             window_bytes,
             depth,
             scheduler: Scheduler::new(window_bytes, u64::MAX, 1, 1 + usize::try_from(random.below(3)).unwrap()),
-            driver: Driver::new(kernel, depth, staging),
+            // Threads and staging change while slots are taken.
+            driver: Driver::new(kernel, depth, staging).paced(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
             alloc_fails_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
@@ -329,7 +333,11 @@ impl World {
             let ahead: u64 = unfilled + self.allocating.iter().map(|allocating| allocating.bytes).sum::<u64>();
             assert!(ahead <= self.window_bytes, "{ahead} bytes ahead, the window has {}", self.window_bytes);
             let staged = self.memory.borrow().staging.len();
-            assert!(staged <= self.staging.slots, "{staged} staging buffers, the budget has {:?}", self.staging);
+            assert!(
+                staged <= self.staging.slots + more_staging_slots(MOST_COPIERS),
+                "{staged} staging buffers, the budget has {:?}",
+                self.staging
+            );
             assert!(self.driver.kernel().reads_in_flight() <= self.depth || self.broken, "deeper than the queue depth");
         }
         for allocating in std::mem::take(&mut self.allocating) {
@@ -519,7 +527,10 @@ impl World {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!std::mem::replace(&mut load.less_staging, true), "told once");
                     let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
-                    assert!(slots == self.faults.staging && slots < self.staging.slots, "{slots} slots, and nothing was refused");
+                    assert!(
+                        slots == self.faults.staging && slots < self.staging.slots + more_staging_slots(MOST_COPIERS),
+                        "{slots} slots, and nothing was refused"
+                    );
                 }
                 Output::SteppedDown { load: id, fallback } => {
                     let load = self.loads.get_mut(&id).unwrap();

@@ -1,0 +1,279 @@
+//! How many threads a kind of work gets: as many as are busy, while one more makes it faster.
+//!
+//! Copiers and allocators begin with [`FIRST`] threads. At the end of each *epoch* (some jobs) the pace
+//! looks at what waited for what. If the threads were busy for nine tenths of the time, the work waits for
+//! them: one more thread is tried for an epoch, and kept if the rate rose by a quarter of what it would
+//! rise by if nothing else were in the way. Else the device, the processor or the memory bus is the
+//! limit: the thread is withdrawn, and not tried again for a while. Threads that are not busy are
+//! withdrawn one by one.
+//!
+//! Pure bookkeeping: it starts no thread and knows no clock. The engine and the simulator both obey it.
+
+use std::time::Duration;
+
+/// Threads at the start. Two copiers keep a device of 9 GiB/s busy, two allocators one of 18 GiB/s.
+pub(crate) const FIRST: usize = 2;
+
+/// Upper bound of the threads that copy from staging and from the page cache: at 4.5 GiB/s each (populating
+/// and copying at 9 GiB/s), enough for 72 GiB/s.
+const MOST_COPIERS: usize = 16;
+
+/// Upper bound of the threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
+const MOST_ALLOCATORS: usize = 8;
+
+/// Epochs after a trial without gain in which there is no other one: one after the first, twice as many after each
+/// further one, up to this.
+const REST_EPOCHS_MAX: u32 = 16;
+
+/// Jobs after a pause that are not measured: an empty window fills as fast as threads can allocate, whatever the device
+/// does.
+const FILLING_JOBS: usize = 5;
+
+/// Threads that may copy on a machine of `cores` processors.
+pub(crate) fn most_copiers(cores: usize) -> usize {
+    cores.clamp(FIRST, MOST_COPIERS)
+}
+
+/// Threads that may allocate on a machine of `cores` processors.
+pub(crate) fn most_allocators(cores: usize) -> usize {
+    cores.clamp(1, MOST_ALLOCATORS)
+}
+
+/// How many slots of staging to add to those at the start when `copiers` copy. One that is copied from
+/// and one that is read into, for each copier.
+pub(crate) fn more_staging_slots(copiers: usize) -> usize {
+    copiers.saturating_sub(FIRST) * 2
+}
+
+/// Processors that this process may use.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// A stretch of work, to be measured.
+#[derive(Debug, Clone, Copy)]
+struct Epoch {
+    began: Duration,
+    /// Jobs to be done before it begins: those that began under the last number of threads.
+    before: usize,
+    jobs: usize,
+    bytes: u64,
+    /// Time of threads that had a job, over all of them.
+    busy: Duration,
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub(crate) struct Pace {
+    least: usize,
+    most: usize,
+    threads: usize,
+    /// Jobs that are under way, or wait for a thread.
+    jobs: usize,
+    /// Until when `busy` of the epoch is counted.
+    counted: Duration,
+    epoch: Option<Epoch>,
+    /// The bytes per second before the last thread came.
+    trial: Option<u64>,
+    rest_epochs: u32,
+    /// How long the rest after the next trial without gain is.
+    next_rest_epochs: u32,
+}
+
+impl Pace {
+    pub(crate) fn new(first: usize, most: usize) -> Self {
+        Pace {
+            least: first,
+            most: most.max(first),
+            threads: first,
+            jobs: 0,
+            counted: Duration::ZERO,
+            epoch: None,
+            trial: None,
+            rest_epochs: 0,
+            next_rest_epochs: 1,
+        }
+    }
+
+    /// Always as many threads.
+    pub(crate) fn fixed(threads: usize) -> Self {
+        Pace::new(threads, threads)
+    }
+
+    /// How many threads may work now.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// How many there may ever be.
+    pub(crate) fn most(&self) -> usize {
+        self.most
+    }
+
+    /// A job is queued.
+    pub(crate) fn begin(&mut self, now: Duration) {
+        self.count(now);
+        self.jobs += 1;
+    }
+
+    /// A job is done. Whether the number of threads changes.
+    #[must_use]
+    pub(crate) fn end(&mut self, now: Duration, bytes: u64) -> bool {
+        self.count(now);
+        self.jobs = self.jobs.checked_sub(1).expect("a job ends once");
+        if self.least == self.most {
+            return false;
+        }
+        let epoch = self.epoch.get_or_insert(Epoch::new(now, FILLING_JOBS));
+        if epoch.before > 0 {
+            epoch.before -= 1;
+            *epoch = Epoch { began: now, busy: Duration::ZERO, ..*epoch };
+            return false;
+        }
+        epoch.jobs += 1;
+        epoch.bytes += bytes;
+        let ended = *epoch;
+        let elapsed = now.saturating_sub(ended.began);
+        if ended.jobs < jobs_of_epoch(self.threads) || elapsed.is_zero() {
+            return false;
+        }
+        let threads = self.next(ended, elapsed);
+        self.epoch = Some(Epoch::new(now, if threads == self.threads { 0 } else { self.threads.max(threads) }));
+        std::mem::replace(&mut self.threads, threads) != threads
+    }
+
+    /// There is nothing to do for now: what was measured so far would be compared with a pause in it.
+    pub(crate) fn pause(&mut self) {
+        self.epoch = None;
+    }
+
+    /// Nothing is under way any more, whatever was.
+    pub(crate) fn stop(&mut self) {
+        self.jobs = 0;
+        self.trial = None;
+        self.pause();
+    }
+
+    /// How many threads the next epoch gets.
+    fn next(&mut self, epoch: Epoch, elapsed: Duration) -> usize {
+        let rate = rate(epoch.bytes, elapsed);
+        if let Some(before) = self.trial.take() {
+            // Without another limit, n threads do n/(n - 1) of what n - 1 do.
+            let least = before + before / (4 * (self.threads as u64 - 1));
+            if rate < least {
+                self.rest_epochs = self.next_rest_epochs;
+                self.next_rest_epochs = (2 * self.next_rest_epochs).min(REST_EPOCHS_MAX);
+                return self.threads - 1;
+            }
+            self.next_rest_epochs = 1;
+        }
+        let threads = u32::try_from(self.threads).unwrap_or(u32::MAX);
+        if self.rest_epochs > 0 {
+            self.rest_epochs -= 1;
+        } else if epoch.busy * 10 >= elapsed * 9 * threads && self.threads < self.most {
+            self.trial = Some(rate);
+            return self.threads + 1;
+        }
+        if self.threads > self.least && epoch.busy * 10 < elapsed * 7 * (threads - 1) {
+            return self.threads - 1;
+        }
+        self.threads
+    }
+
+    fn count(&mut self, now: Duration) {
+        let passed = now.saturating_sub(std::mem::replace(&mut self.counted, now));
+        let busy = u32::try_from(self.jobs.min(self.threads)).unwrap_or(u32::MAX);
+        if let Some(epoch) = &mut self.epoch {
+            epoch.busy += passed * busy;
+        }
+    }
+}
+
+impl Epoch {
+    fn new(began: Duration, before: usize) -> Self {
+        Epoch { began, before, jobs: 0, bytes: 0, busy: Duration::ZERO }
+    }
+}
+
+/// Several for each thread, so that the jobs that cross an epoch's ends count for little.
+fn jobs_of_epoch(threads: usize) -> usize {
+    3 * threads.max(4)
+}
+
+/// In bytes per second.
+fn rate(bytes: u64, time: Duration) -> u64 {
+    let nanoseconds = time.as_nanos().max(1);
+    u64::try_from(u128::from(bytes) * 1_000_000_000 / nanoseconds).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// A world in which `useful` threads help, and in which each job takes a thread a millisecond. `load` of 100 of the
+    /// time of that many threads there is work. Gives the most threads that there ever were, and those at the end.
+    fn settles(pace: &mut Pace, useful: usize, load: u32, epochs: usize) -> (usize, usize) {
+        let mut now = pace.counted;
+        let mut most = pace.threads();
+        for _ in 0..epochs * 12 {
+            let threads = pace.threads();
+            (0..threads).for_each(|_| pace.begin(now));
+            // Beyond those that help, all are slower.
+            now += MS * u32::try_from(threads).unwrap() / u32::try_from(threads.min(useful)).unwrap();
+            let changes = (0..threads).filter(|_| pace.end(now, 1 << 20)).count();
+            assert_eq!(changes > 0, pace.threads() != threads);
+            most = most.max(pace.threads());
+            now += MS * (100 - load) / load;
+        }
+        (most, pace.threads())
+    }
+
+    #[test]
+    fn threads_are_added_while_they_help_and_one_that_does_not_is_withdrawn() {
+        for useful in [2, 3, 5, 8] {
+            let (most, _) = settles(&mut Pace::new(2, 16), useful, 100, 200);
+            assert_eq!(most, useful + 1, "one is tried");
+        }
+        assert_eq!(settles(&mut Pace::new(2, 4), 8, 100, 50), (4, 4), "up to the bound");
+    }
+
+    #[test]
+    fn threads_that_wait_for_work_are_not_added_but_withdrawn() {
+        let mut pace = Pace::new(2, 16);
+        assert_eq!(settles(&mut pace, 16, 50, 50), (2, 2));
+        let (most, last) = settles(&mut pace, 6, 100, 50);
+        assert!(most == 7 && last >= 6, "{most} {last}");
+        // A slower device comes.
+        let (_, last) = settles(&mut pace, 6, 1, 50);
+        assert_eq!(last, 2);
+    }
+
+    #[test]
+    fn a_pause_is_no_slowness() {
+        let mut pace = Pace::new(2, 16);
+        for _ in 0..100 {
+            settles(&mut pace, 16, 100, 1);
+            pace.pause();
+        }
+        assert_eq!(pace.threads(), 16);
+    }
+
+    #[test]
+    fn a_pace_that_is_fixed_stays_and_what_stopped_can_begin_anew() {
+        let mut pace = Pace::fixed(2);
+        assert_eq!(settles(&mut pace, 16, 100, 50), (2, 2));
+        pace.begin(MS);
+        pace.stop();
+        pace.begin(2 * MS);
+        assert!(!pace.end(3 * MS, 1));
+    }
+
+    #[test]
+    fn bounds_follow_the_processors() {
+        assert_eq!([1, 2, 8, 64].map(most_copiers), [2, 2, 8, 16]);
+        assert_eq!([1, 2, 8, 64].map(most_allocators), [1, 2, 8, 8]);
+        assert_eq!([1, 2, 3, 16].map(more_staging_slots), [0, 0, 2, 28]);
+    }
+}

@@ -1,0 +1,462 @@
+//! Fast devices and many processors, in virtual time: how near the engine comes to the machine's limit, with
+//! how many threads.
+//!
+//! The machine is a model of flows. Each processor does [`PASS`] of zeroing or of copying; threads that are
+//! more than processors share them. A device works on all the reads that it has at once, each after [`LATENCY`],
+//! and finishes them at about the same time. The memory bus moves [`BUS`]; when more is wanted of it, everything
+//! that uses it slows down alike. The driver, the scheduler, the window, staging and both paces are the engine's own, with
+//! its defaults; only the kernel is not.
+//!
+//! The costs are fixed; none is for tuning:
+//!
+//! | path | processor, passes a byte | bus, bytes a byte |
+//! |---|---|---|
+//! | direct | 1 (zeroing) | 2: zeroing writes it, the device writes it |
+//! | staged, in the cache | 2 (zeroing, copying) | 2: the device writes staging, the copy writes the memory that was zeroed in the cache |
+//! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads it, zeroes, and writes |
+//!
+//! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and [`REGISTER`] to register a piece.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout as Allocation, alloc, dealloc};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::pace::{FIRST, most_allocators, most_copiers};
+use crate::plan::{Layout, Plan, Shape, Span};
+use crate::ring::driver::Driver;
+use crate::ring::kernel::{Buffer, CachedRead, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink, Write};
+use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::slots::Token;
+use crate::route::Route;
+use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::settings::Settings;
+use crate::source::CachedChunks;
+
+const GIB: f64 = (1 << 30) as f64;
+/// Zeroing, or copying, by one processor: bytes a second.
+const PASS: f64 = 9.0 * GIB;
+const BUS: f64 = 100.0 * GIB;
+const LATENCY: f64 = 100e-6;
+const CALL: f64 = 2e-6;
+const REGISTER: f64 = 20e-6;
+/// An allocator's work on a batch besides its pages.
+const PREPARE: f64 = 20e-6;
+const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];
+const CORES: [usize; 5] = [2, 4, 8, 16, 32];
+const FILE_BYTES: u64 = 16 << 30;
+/// What must be reached of the machine's limit.
+const SHARE: f64 = 0.95;
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Path {
+    Direct,
+    StagedInCache,
+    StagedOutOfCache,
+}
+
+impl Path {
+    /// Passes of a processor over each byte.
+    fn passes(self) -> f64 {
+        if self == Path::Direct { 1.0 } else { 2.0 }
+    }
+
+    /// Of each byte's traffic, what the processor causes; the device causes 1.
+    fn traffic(self) -> f64 {
+        if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
+    }
+
+    fn limit(self, device: f64, cores: usize) -> f64 {
+        (device * GIB).min(BUS / (1.0 + self.traffic())).min(cores as f64 * PASS / self.passes())
+    }
+}
+
+/// Something that a processor does.
+#[derive(Debug)]
+struct Task {
+    of: Of,
+    /// When its thread can begin.
+    from: f64,
+    /// Bytes that are left.
+    left: f64,
+    bytes: u64,
+    /// Passes and traffic for each byte.
+    passes: f64,
+    traffic: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Of {
+    Batch(usize),
+    Copy(Token),
+}
+
+#[derive(Debug)]
+struct Transfer {
+    token: Token,
+    from: f64,
+    left: f64,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Machine {
+    path: Path,
+    device: f64,
+    cores: usize,
+    now: f64,
+    tasks: Vec<Task>,
+    transfers: Vec<Transfer>,
+    copies: VecDeque<(Token, usize)>,
+    copiers: usize,
+    most_copying: usize,
+    ring_until: f64,
+    completions: Vec<Completion>,
+    batches: Vec<usize>,
+}
+
+impl Machine {
+    /// The ring thread takes so long for something.
+    fn ring(&mut self, time: f64) {
+        self.ring_until = self.ring_until.max(self.now) + time;
+    }
+
+    fn copying(&self) -> usize {
+        self.tasks.iter().filter(|task| matches!(task.of, Of::Copy(_))).count()
+    }
+
+    fn start_copies(&mut self) {
+        while self.copying() < self.copiers
+            && let Some((token, bytes)) = self.copies.pop_front()
+        {
+            let (passes, traffic) = (self.path.passes(), self.path.traffic());
+            let from = self.ring_until.max(self.now);
+            self.tasks.push(Task { of: Of::Copy(token), from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
+            self.most_copying = self.most_copying.max(self.copying());
+        }
+    }
+
+    /// Bytes a second of a thread that makes one pass, of each transfer, and what part of its speed all have.
+    fn rates(&self) -> (f64, f64) {
+        let running = || self.tasks.iter().filter(|task| task.from <= self.now);
+        let threads = running().count() + usize::from(self.ring_until > self.now);
+        let pass = PASS * (self.cores as f64 / threads.max(1) as f64).min(1.0);
+        let moving = self.transfers.iter().filter(|transfer| transfer.from <= self.now).count();
+        let device = if moving > 0 { self.device * GIB } else { 0.0 };
+        let wanted = device + running().map(|task| pass / task.passes * task.traffic).sum::<f64>();
+        let slowed = (BUS / wanted.max(1.0)).min(1.0);
+        (pass * slowed, device * slowed / moving.max(1) as f64)
+    }
+
+    /// Lets time pass until something happens.
+    fn advance(&mut self) {
+        let (pass, device) = self.rates();
+        let now = self.now;
+        let task = |task: &Task| if task.from > now { task.from } else { now + task.left * task.passes / pass };
+        let transfer = |transfer: &Transfer| if transfer.from > now { transfer.from } else { now + transfer.left / device };
+        let ring = Some(self.ring_until).filter(|&until| until > now);
+        let events = self.tasks.iter().map(task).chain(self.transfers.iter().map(transfer)).chain(ring);
+        let next = events.min_by(f64::total_cmp).expect("something is under way until the load is gone");
+        for task in self.tasks.iter_mut().filter(|task| task.from <= now) {
+            task.left -= (next - now) * pass / task.passes;
+        }
+        for transfer in self.transfers.iter_mut().filter(|transfer| transfer.from <= now) {
+            transfer.left -= (next - now) * device;
+        }
+        // A hundredth of a byte: less than anything that is left, and more than what rounding leaves.
+        self.now = next + 1e-12;
+        for task in self.tasks.extract_if(.., |task| task.left < 0.01) {
+            match task.of {
+                Of::Batch(number) => self.batches.push(number),
+                Of::Copy(token) => {
+                    let result = Ok(usize::try_from(task.bytes).unwrap());
+                    self.completions.push(Completion { token, result });
+                }
+            }
+        }
+        for transfer in self.transfers.extract_if(.., |transfer| transfer.left < 0.01) {
+            self.completions.push(Completion { token: transfer.token, result: Ok(transfer.bytes) });
+        }
+        self.start_copies();
+    }
+}
+
+/// Memory that has addresses, and is never touched.
+#[derive(Debug)]
+struct Untouched {
+    address: NonNull<u8>,
+    bytes: usize,
+    populated: bool,
+}
+
+impl Untouched {
+    fn new(bytes: usize, populated: bool) -> Self {
+        let layout = Allocation::from_size_align(bytes, 4096).unwrap();
+        // SAFETY: the layout has a size above zero.
+        let address = NonNull::new(unsafe { alloc(layout) }).expect("memory for a test");
+        Untouched { address, bytes, populated }
+    }
+}
+
+impl Drop for Untouched {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with the same layout.
+        unsafe { dealloc(self.address.as_ptr(), Allocation::from_size_align(self.bytes, 4096).unwrap()) };
+    }
+}
+
+// SAFETY: the memory is allocated until the drop, and this module never looks at it.
+unsafe impl Buffer for Untouched {
+    fn address(&self) -> NonNull<u8> {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn is_populated(&self) -> bool {
+        self.populated
+    }
+
+    fn place(&self, offset: usize) -> Place {
+        Place { sink: Arc::new(Nowhere), offset }
+    }
+
+    fn leak(self) {
+        unreachable!("nothing fails here")
+    }
+}
+
+#[derive(Debug)]
+struct Nowhere;
+
+impl Sink for Nowhere {
+    unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+        unreachable!("copies take time here, and move nothing")
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        false
+    }
+}
+
+#[derive(Debug)]
+struct FlowKernel(Rc<RefCell<Machine>>);
+
+impl Kernel for FlowKernel {
+    type File = ();
+    type Staging = Untouched;
+
+    fn now(&self) -> Duration {
+        Duration::from_secs_f64(self.0.borrow().now)
+    }
+
+    fn ring(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn buffer_slots(&self) -> u16 {
+        512
+    }
+
+    fn register_buffer(&mut self, _: u16, _: NonNull<u8>, _: usize) -> Result<(), Errno> {
+        self.0.borrow_mut().ring(REGISTER);
+        Ok(())
+    }
+
+    fn unregister_buffer(&mut self, _: u16) {}
+
+    fn attach(&mut self, (): &()) {}
+
+    fn detach(&mut self, (): &()) {}
+
+    unsafe fn read(&mut self, (): &(), read: Read) {
+        let mut machine = self.0.borrow_mut();
+        machine.ring(CALL);
+        let (from, left) = (machine.ring_until + LATENCY, read.bytes as f64);
+        machine.transfers.push(Transfer { token: read.token, from, left, bytes: read.bytes });
+    }
+
+    fn staging(&mut self, bytes: usize) -> Result<Untouched, Errno> {
+        Ok(Untouched::new(bytes, true))
+    }
+
+    unsafe fn copy(&mut self, copy: Copy) {
+        let mut machine = self.0.borrow_mut();
+        machine.ring(CALL);
+        machine.copies.push_back((copy.token, copy.bytes));
+        machine.start_copies();
+    }
+
+    fn set_copiers(&mut self, threads: usize) {
+        let mut machine = self.0.borrow_mut();
+        machine.copiers = threads;
+        machine.start_copies();
+    }
+
+    unsafe fn read_cached(&mut self, (): &(), _: CachedRead) {
+        unreachable!("nothing is cached here")
+    }
+
+    unsafe fn look(&mut self, _: Look) {
+        unreachable!("nothing is observed here")
+    }
+
+    fn is_alone(&self) -> bool {
+        false
+    }
+
+    fn submit(&mut self, _: bool) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn reap(&mut self, into: &mut Vec<Completion>) {
+        let mut machine = self.0.borrow_mut();
+        let calls = machine.completions.len() as f64;
+        machine.ring(calls * CALL);
+        into.append(&mut machine.completions);
+    }
+}
+
+#[derive(Debug)]
+struct Outcome {
+    /// Bytes a second, over the whole load.
+    rate: f64,
+    copiers: usize,
+    allocators: usize,
+}
+
+fn whole(threads: f64) -> usize {
+    (1..).find(|&whole| whole as f64 >= threads).expect("there is a number above each other")
+}
+
+/// Loads one large file with the engine's defaults.
+fn load(path: Path, device: f64, cores: usize) -> Outcome {
+    let machine = Rc::new(RefCell::new(Machine {
+        path,
+        device,
+        cores,
+        now: 0.0,
+        tasks: Vec::new(),
+        transfers: Vec::new(),
+        copies: VecDeque::new(),
+        copiers: FIRST,
+        most_copying: 0,
+        ring_until: 0.0,
+        completions: Vec::new(),
+        batches: Vec::new(),
+    }));
+    let settings = Settings::for_cores(cores);
+    let batch_bytes = settings.batch_bytes();
+    let segment_bytes = settings.load.segment_bytes_within(None);
+    let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes, packed: false, batch_files: 64 };
+    let plan = Plan::new(&[4096], &[Span::whole(0, FILE_BYTES)], shape);
+    let id = LoadId(0);
+    let chunk_bytes = settings.load.chunk_bytes;
+    let mut scheduler = Scheduler::new(settings.window_bytes, u64::MAX, 1, 1);
+    let mut driver: Driver<_, Untouched> = Driver::new(FlowKernel(Rc::clone(&machine)), settings.queue_depth, settings.staging())
+        .paced(settings.copiers(), settings.staging_grows());
+    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes, strict: true, trace: false, observation: None });
+    scheduler.submit(id);
+    assert_eq!(scheduler.next(), Some(Job::Open(id)));
+    let need = |bytes| Need { bytes, ..Need::default() };
+    scheduler.opened(id, Demand { batches: plan.batches.iter().map(|batch| need(batch.bytes)).collect(), ..Demand::default() });
+    let mut allocators = settings.allocators();
+    let (mut allocating, mut most_allocating) = (0, 0);
+    loop {
+        let now = machine.borrow().now;
+        let ended = std::mem::take(&mut machine.borrow_mut().batches);
+        for number in ended {
+            allocating -= 1;
+            let piece = plan.pieces[number];
+            let _ = allocators.end(Duration::from_secs_f64(now), piece.bytes);
+            let route = if path == Path::Direct { Route::UringFixedDirect } else { Route::Bounce };
+            let spec = FileSpec {
+                handle: (),
+                index: 0,
+                route,
+                staged_by: Route::UringFixedDirect,
+                mount: 0,
+                alignment_bytes: 4096,
+                cached: CachedChunks::default(),
+            };
+            let bytes = usize::try_from(piece.memory_bytes).unwrap();
+            driver.piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
+        }
+        // What comes while the ring thread is busy, it finds when it is done.
+        if machine.borrow().ring_until <= now {
+            driver.turn(false).unwrap();
+            driver.issue();
+        }
+        for output in driver.outputs() {
+            match output {
+                Output::PieceFull { piece, .. } => scheduler.give_back(&id, need(plan.pieces[piece].memory_bytes)),
+                Output::Gone { .. } => {
+                    let machine = machine.borrow();
+                    let rate = FILE_BYTES as f64 / machine.now;
+                    return Outcome { rate, copiers: machine.most_copying, allocators: most_allocating };
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        while allocating < allocators.threads()
+            && let Some(Job::Allocate(_, number, need)) = scheduler.next()
+        {
+            allocators.begin(Duration::from_secs_f64(now));
+            allocating += 1;
+            most_allocating = most_allocating.max(allocating);
+            let (left, passes, traffic) =
+                if path == Path::Direct { (need.bytes as f64, 1.0, 1.0) } else { (PREPARE * PASS, 1.0, 0.0) };
+            let task = Task { of: Of::Batch(number), from: now, left, bytes: need.bytes, passes, traffic };
+            machine.borrow_mut().tasks.push(task);
+        }
+        machine.borrow_mut().advance();
+    }
+}
+
+#[test]
+fn threads_and_staging_follow_the_machine_to_its_limit() {
+    use std::fmt::Write as _;
+
+    let mut table = String::from("path | device | cores | limit | reached | share | copiers | allocators\n");
+    let mut wrong = Vec::new();
+    for path in [Path::Direct, Path::StagedInCache, Path::StagedOutOfCache] {
+        for device in DEVICES {
+            for cores in CORES {
+                let Outcome { rate, copiers, allocators } = load(path, device, cores);
+                let limit = path.limit(device, cores);
+                // Threads that do nothing but their passes, at the limit. Where that is the bus, which slows down threads as well as
+                // the device, it takes one more to have as large a part of it.
+                let of_bus = usize::from(limit >= BUS / (1.0 + path.traffic()));
+                let needed = (whole(limit * path.passes() / PASS) + of_bus).min(cores);
+                let used = if path == Path::Direct { allocators } else { copiers };
+                let share = rate / limit;
+                let row = format!(
+                    "{path:?} | {device} | {cores} | {:.1} | {:.1} | {share:.3} | {copiers} | {allocators}",
+                    limit / GIB,
+                    rate / GIB
+                );
+                writeln!(table, "{row}").unwrap();
+                if !(SHARE..=1.0).contains(&share) || used > (needed + 1).clamp(FIRST, cores) {
+                    wrong.push(row);
+                }
+            }
+        }
+    }
+    eprintln!("{table}");
+    assert_eq!(wrong, Vec::<String>::new(), "of {table}");
+}
+
+#[test]
+fn bounds_of_threads_are_for_the_fastest_device() {
+    assert!(most_copiers(32) as f64 * PASS / 2.0 >= 50.0 * GIB && most_allocators(32) as f64 * PASS >= 50.0 * GIB);
+    assert_eq!([1, 2].map(most_copiers), [2, 2], "as before");
+    assert_eq!([1, 2].map(most_allocators), [1, 2], "as before");
+}
