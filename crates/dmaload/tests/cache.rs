@@ -57,6 +57,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
 }
 
 /// Not on the machine's disk, whatever that is: the cache is no witness on each.
+const TRIES: usize = 5;
+
 #[test]
 fn chunks_that_are_cached_are_copied_and_the_rest_is_read() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
@@ -81,16 +83,27 @@ async fn mixtures(what: &str, at: &Path) {
         let there: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
         let check = async |loader: &Loader, options: LoadOptions, expected_bytes: u64, how: &str| {
             let how = format!("{what}: {ranges:?}, {how}");
-            if let Err(reason) = cache_only(&path, &ranges) {
-                return eprintln!("skipped: {how}: {reason}");
+            // A page that somebody else has locked for a moment makes a read that does not wait come short.
+            let mut image = None;
+            for attempt in 0..TRIES {
+                if let Err(reason) = cache_only(&path, &ranges) {
+                    return eprintln!("skipped: {how}: {reason}");
+                }
+                let loaded = load(loader, &path, options.clone()).await;
+                let cached_bytes = loaded.report().cached_bytes;
+                assert_same(&loaded.files()[0].bytes().unwrap(), &expected, &how);
+                assert!(cached_bytes <= expected_bytes, "{how}: {cached_bytes}");
+                if let Err(reason) = still_cached(&path, &ranges) {
+                    return eprintln!("skipped: {how}: {reason}");
+                }
+                image = Some(loaded);
+                if cached_bytes == expected_bytes {
+                    break;
+                }
+                eprintln!("{how}: {cached_bytes} bytes, not {expected_bytes}, at attempt {attempt}");
             }
-            let image = load(loader, &path, options).await;
+            let image = image.expect("at least one attempt");
             let report = image.report();
-            assert_same(&image.files()[0].bytes().unwrap(), &expected, &how);
-            assert!(report.cached_bytes <= expected_bytes, "{how}: {}", report.cached_bytes);
-            if let Err(reason) = still_cached(&path, &ranges) {
-                return eprintln!("skipped: {how}: {reason}");
-            }
             assert_eq!(report.cached_bytes, expected_bytes, "{how}");
             assert_eq!(report.cache_bytes_per_second().is_some(), expected_bytes > 0, "{how}");
             assert_eq!(report.storage_bytes_per_second().is_some(), expected_bytes < end, "{how}");
