@@ -401,14 +401,20 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// There is no buffer slot for a chunk. If it is one that has gone from the page cache, a piece behind it may hold a slot
-    /// already, and keeps that until its last chunk: such chunks go first, or neither would ever go on. `false` if there are
-    /// none.
+    /// There is no buffer slot for a chunk. If it is one that has gone from the page cache, a piece behind
+    /// it may hold a slot already, and keeps that until its last chunk. Such chunks go first, or neither
+    /// would ever go on; those that are read alone, once nothing is in flight. `false` if there are none.
     fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
-        let at = load.chunks.iter().position(&mut has_slot);
-        let other = at.and_then(|at| load.chunks.remove(at));
+        let other = match load.chunks.iter().position(&mut has_slot) {
+            Some(at) => load.chunks.remove(at),
+            None if load.in_flight == 0 => load.alone.iter().position(&mut has_slot).and_then(|at| load.alone.remove(at)),
+            None => None,
+        };
+        if let Some(other) = &other {
+            load.alone_in_flight = other.alone;
+        }
         self.requeue(id, chunk);
         other.is_some_and(|other| self.issue_chunk(id, other))
     }
