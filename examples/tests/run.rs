@@ -98,11 +98,20 @@ impl Service {
     }
 }
 
-/// A hundred times one model in the place of another, with requests on the way: right bytes, and nothing grows.
+/// Has the page cache let go of a file, so that it is read from storage.
+fn evict(path: &Path) {
+    let of = format!("of={}", path.display());
+    let dd = Command::new("dd").args([&of, "oflag=nocache", "conv=notrunc,fdatasync", "count=0", "status=none"]).status();
+    assert!(dd.unwrap().success());
+}
+
+/// A hundred times one model in the place of another, with requests on the way: right bytes, and
+/// nothing grows. One comes from the page cache, the other from storage.
 #[test]
 fn service_loads_swaps_serves_and_ends() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let paths = [1, 2].map(|value| model(folder.path(), &format!("{value}.safetensors"), 20_000_000, value));
+    evict(&paths[1]);
     let mut service = Service::start();
     assert_eq!(service.ask_json("GET", "/models", ""), json!([]));
     let (mut descriptors, mut memory) = (0, 0);

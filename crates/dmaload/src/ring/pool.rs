@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::kernel::{CachedRead, Completion, Copy, Fault, Look, Place, Read};
 use super::message::LoadId;
 use super::wake::Wake;
+use crate::foreign;
 use crate::route::Route;
 use crate::source::OpenFile;
 use crate::window::may_have_one;
@@ -47,6 +48,8 @@ struct Queues {
     /// Threads that have one, and how many may.
     busy: usize,
     busy_max: usize,
+    /// A thread has panicked: its name and message.
+    broken: Option<String>,
     closed: bool,
 }
 
@@ -211,12 +214,21 @@ impl Pool {
     }
 
     /// Takes the completions that have come.
+    ///
+    /// # Panics
+    /// If a thread has panicked: the completion of its job will never come, so nobody may wait for it.
     pub(crate) fn reap(&self, into: &mut Vec<Completion>) {
-        into.append(&mut self.shared.queues().done);
+        let mut queues = self.shared.queues();
+        if let Some(panic) = queues.broken.take() {
+            drop(queues);
+            panic!("{panic}");
+        }
+        into.append(&mut queues.done);
     }
 
     pub(crate) fn has_completions(&self) -> bool {
-        !self.shared.queues().done.is_empty()
+        let queues = self.shared.queues();
+        !queues.done.is_empty() || queues.broken.is_some()
     }
 }
 
@@ -238,7 +250,7 @@ fn run(shared: &Shared, threads: usize) {
         };
         drop(queues);
         let read_for = if let Job::Read(_, read) = &job { Some(read.load) } else { None };
-        let completion = do_job(job);
+        let completion = foreign::call(|| do_job(job));
         queues = shared.queues();
         queues.busy -= 1;
         if let Some(load) = read_for {
@@ -246,7 +258,15 @@ fn run(shared: &Shared, threads: usize) {
             // What had to wait for this one may be more than this thread takes next.
             shared.changed.notify_one();
         }
-        queues.done.push(completion);
+        match completion {
+            Ok(completion) => queues.done.push(completion),
+            // Code of the caller's is caught where it is called, so this is a defect of ours. The
+            // driver's thread panics in its turn, which fails all loads.
+            Err(message) => {
+                let thread = thread::current();
+                queues.broken = Some(format!("{}: {message}", thread.name().unwrap_or("a thread")));
+            }
+        }
         shared.wake.wake();
     }
 }
@@ -467,5 +487,35 @@ mod tests {
         pool.reap(&mut done);
         assert_eq!(done.len(), 1);
         assert_eq!(done[0].result, Err(Fault::Memory(Errno::AGAIN)));
+    }
+
+    /// A place that breaks a promise.
+    #[derive(Debug)]
+    struct Broken;
+
+    impl Sink for Broken {
+        unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+            panic!("here");
+        }
+
+        fn runs_foreign_code(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_thread_that_panics_is_known_to_have_done_so() {
+        let wake = Arc::new(Wake::new().unwrap());
+        let mut pool = Pool::new(Arc::clone(&wake), "test", 1);
+        let from = [7_u8; 64];
+        let to = Place { sink: Arc::new(Broken), offset: 0 };
+        // SAFETY: nothing is copied.
+        unsafe { pool.copy(Copy { token: Slots::new().insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 }) };
+        while !pool.has_completions() {
+            wake.wait();
+        }
+        let message = foreign::call(|| pool.reap(&mut Vec::new())).unwrap_err();
+        assert_eq!(message, "dmaload-test-0: here");
+        assert!(!pool.has_completions());
     }
 }
