@@ -1,4 +1,4 @@
-//! The examples do what they say, on a small model.
+//! The examples do what they say, on a small model, and the README shows the shortest one as it is.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -31,6 +31,15 @@ fn output(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_readme_shows_the_hello_example_as_it_is() {
+    let readme = include_str!("../../README.md");
+    let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("code after the comment");
+    let (_, block) = readme.split_once("```rust\nuse ").expect("a Rust block");
+    let (block, _) = block.split_once("```").expect("the block's end");
+    assert_eq!(block, hello);
 }
 
 #[test]
