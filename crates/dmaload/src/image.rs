@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 use crate::load::{FileTensors, FinishedFile};
 use crate::model::index::Index;
 use crate::model::{DType, TensorMap};
-use crate::report::Report;
 use crate::segment::{Contiguous, Segment, holding};
 use crate::select::{Part, Rows};
+use crate::telemetry::report::Report;
 
 /// All segments of a load, with its files, its tensors and its report. Cheap to clone.
 #[derive(Debug, Clone)]

@@ -16,7 +16,6 @@
 //! refuses it, never silently.
 
 mod budget;
-mod busy;
 mod charge;
 mod convert;
 mod engine;
@@ -35,7 +34,6 @@ mod lent;
 mod load;
 mod loader;
 mod memory;
-mod metrics;
 pub mod model;
 mod observe;
 mod pace;
@@ -43,7 +41,6 @@ mod plan;
 mod pressure;
 pub mod probe;
 mod reaper;
-mod report;
 mod residency;
 mod ring;
 mod route;
@@ -55,7 +52,7 @@ pub mod share;
 mod slot;
 mod source;
 mod sync;
-mod trace;
+mod telemetry;
 #[cfg(feature = "verify")]
 pub mod verify;
 mod window;
@@ -67,12 +64,12 @@ pub use image::{Image, ImageFile, Tensor, TensorPart};
 pub use inspect::{Inspected, inspect, inspect_model};
 pub use load::{Load, Progress, Segments, Tensors};
 pub use loader::{Loader, LoaderBuilder};
-pub use metrics::{Latency, Metrics};
 pub use observe::{Observer, Rejection, Verify};
 pub use plan::Layout;
-pub use report::{FileReport, Measured, Report, Way};
 pub use route::{Attempt, Fallback, Route};
 pub use segment::{Segment, SegmentAccess};
 pub use select::Shard;
 pub use settings::{Cache, Format, ImporterLimits, LoadOptions, Prefer, Priority};
-pub use trace::{TraceEvent, TraceKind};
+pub use telemetry::metrics::{Latency, Metrics};
+pub use telemetry::report::{FileReport, Measured, Report, Way};
+pub use telemetry::trace::{TraceEvent, TraceKind};

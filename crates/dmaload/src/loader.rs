@@ -13,9 +13,9 @@ use crate::engine::{Guard, Leaked};
 use crate::error::{Error, Result};
 use crate::heap::{self, Heap};
 use crate::load::{Load, Segments};
-use crate::metrics::Metrics;
 use crate::settings::{Format, LoadOptions, Settings};
 use crate::source::Input;
+use crate::telemetry::metrics::Metrics;
 use crate::{Layout, Route};
 
 /// Loads files. Cheap to clone, shared by every task of a service; all its loads share one window of memory, one ring and a

@@ -15,11 +15,11 @@ use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
 use crate::memory::{Backing, PieceBuffer};
-use crate::report::Way;
 use crate::ring::{FileSpec, Sink};
 use crate::route::Route;
 use crate::schedule::Need;
 use crate::source::{CachedChunks, OpenFile};
+use crate::telemetry::report::Way;
 
 /// A batch's memory, and what brings its pages into being where they are not there.
 type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use dmabuf::Pages;
 
-use crate::report::{Measured, Way};
 use crate::ring::LoadId;
+use crate::telemetry::report::{Measured, Way};
 
 /// A load with less than this is not measured: what is learned must be worth what it costs.
 pub(crate) const LEAST_BYTES: u64 = 512 << 20;

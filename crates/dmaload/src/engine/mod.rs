@@ -55,15 +55,15 @@ use crate::foreign::{self, Foreign};
 use crate::heap::{self, Heap};
 use crate::load::{Handover, HeapFacts, LoadShared, Remains, Segments};
 use crate::memory::{Backing, PieceBuffer};
-use crate::metrics::{LoadCounters, Metrics};
 use crate::pressure;
 use crate::reaper::Reaper;
-use crate::report::Measured;
 use crate::ring::{Events, Limits, LoadId, Output, RingThread};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 use crate::source::Input;
 use crate::source::OpenFile;
+use crate::telemetry::metrics::{LoadCounters, Metrics};
+use crate::telemetry::report::Measured;
 
 /// See the module.
 #[derive(Debug)]

@@ -20,13 +20,13 @@ use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
 use crate::observe::VERIFIER;
 use crate::plan::{Layout, MOST_PIECES, Plan, Shape, Span};
-use crate::report::Way;
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
 use crate::select::{ChosenTensors, Selected, Selector, by_tensors};
 use crate::settings::{Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions, Prefer};
 use crate::source::{OpenFile, Source, look_at};
+use crate::telemetry::report::Way;
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
 /// thousands of files must fit into the limit of open files.

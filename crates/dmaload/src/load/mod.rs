@@ -23,8 +23,8 @@ use crate::engine::Guard;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::model::index::Index;
-use crate::report::Report;
 use crate::segment::Segment;
+use crate::telemetry::report::Report;
 
 /// What a load tells its consumer, in this order: segments, then the end or an error.
 #[derive(Debug)]

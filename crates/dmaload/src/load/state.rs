@@ -19,23 +19,23 @@ use tracing::Span;
 use tracing::field::Empty;
 
 use super::{Event, FileTensors};
-use crate::busy::BusyTime;
 use crate::engine::{Choosing, check_whole};
 use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 use crate::memory::Backing;
-use crate::metrics::{LoadCounters, count};
 use crate::model::TensorMap;
 use crate::observe::{Observation, Watch};
 use crate::plan::{Batch, Piece, Plan};
-use crate::report::{Measured, Way, cpu_time};
 use crate::ring::{LoadId, Times};
 use crate::route::{Fallback, Route};
 use crate::schedule::Need;
 use crate::settings::LoadOptions;
 use crate::slot::Slot;
 use crate::source::{Identity, Input, OpenFile, Source};
-use crate::trace::{TraceEvent, TraceKind};
+use crate::telemetry::busy::BusyTime;
+use crate::telemetry::metrics::{LoadCounters, count};
+use crate::telemetry::report::{Measured, Way, cpu_time};
+use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// See the module.
 #[derive(Debug)]

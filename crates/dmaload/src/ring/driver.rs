@@ -43,13 +43,13 @@ use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span}
 use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
-use crate::busy::BusyTime;
 use crate::convert::to_usize;
-use crate::metrics::ReadCounters;
 use crate::pace::{FIRST, Pace, more_staging_slots};
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
-use crate::trace::TraceKind;
+use crate::telemetry::busy::BusyTime;
+use crate::telemetry::metrics::ReadCounters;
+use crate::telemetry::trace::TraceKind;
 use crate::window::may_have_one;
 
 /// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 use crate::observe::Observation;
 use crate::route::{Attempt, Fallback, Route};
 use crate::source::CachedChunks;
-use crate::trace::TraceKind;
+use crate::telemetry::trace::TraceKind;
 
 /// Names a load. Never used twice by one loader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -16,11 +16,11 @@ use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::foreign;
-use crate::metrics::ReadCounters;
 use crate::pace::Pace;
 use crate::plan::Piece;
 use crate::settings::Settings;
 use crate::source::OpenFile;
+use crate::telemetry::metrics::ReadCounters;
 
 /// What bounds the ring thread's work.
 #[derive(Debug)]

@@ -28,9 +28,9 @@ use crate::load::FinishedFile;
 use crate::memory::Backing;
 use crate::plan::Layout;
 use crate::reaper::Reaper;
-use crate::report::{FileReport, Report};
 use crate::route::Route;
 use crate::segment::{Place, Segment};
+use crate::telemetry::report::{FileReport, Report};
 
 /// An image of another process.
 #[derive(Debug, Clone)]
@@ -400,7 +400,7 @@ fn report(
         from_cache: Duration::ZERO,
         first_segment: None,
         cpu: Duration::ZERO,
-        peak_resident_bytes: crate::report::peak_resident_bytes(),
+        peak_resident_bytes: crate::telemetry::report::peak_resident_bytes(),
         pages: description.pages,
         pages_refused: None,
         reused_bytes: 0,

@@ -7,7 +7,7 @@ use super::chunks::Chunks;
 use super::digest::{Algorithm, Digest, Hasher};
 use super::manifest::{Manifest, ManifestFile};
 use crate::observe::{Observer, Rejection};
-use crate::report::Report;
+use crate::telemetry::report::Report;
 
 /// An [`Observer`] that makes a [`Manifest`] of a load's files. For one load.
 ///

@@ -22,7 +22,6 @@ use crate::error::{Error, Result};
 use crate::foreign::{self, Foreign};
 use crate::load::{Event, FileTensors, Finished, FinishedFile};
 use crate::memory::{Backing, Move};
-use crate::metrics::count;
 use crate::model::TensorMap;
 use crate::plan::SegmentPlan;
 use crate::ring::Times;
@@ -30,7 +29,8 @@ use crate::route::Route;
 use crate::segment::{Place, Segment};
 use crate::select::ChosenTensors;
 use crate::source::{Identity, OpenFile};
-use crate::trace::TraceKind;
+use crate::telemetry::metrics::count;
+use crate::telemetry::trace::TraceKind;
 
 /// The bytes of a file that is in one segment, all of them.
 #[derive(Debug)]

@@ -13,14 +13,14 @@ use crate::convert::to_usize;
 use crate::error::Error;
 use crate::foreign;
 use crate::load::Progress;
-use crate::metrics::count;
 use crate::observe::{Rejection, Verdict};
 use crate::plan::Layout;
-use crate::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::ring::{Failure, Retried, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::select::Shard;
-use crate::trace::{TraceEvent, TraceKind};
+use crate::telemetry::metrics::count;
+use crate::telemetry::report::{FileReport, Report, cpu_time, peak_resident_bytes};
+use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// Loads through the page cache from this size on say that they fill it.
 const PAGE_CACHE_BYTES_TOLD: u64 = 1 << 30;

@@ -8,10 +8,10 @@ use super::super::message::{FileSpec, LoadId, LoadSpec, Times};
 use super::super::order::InOrder;
 use super::super::slots::Token;
 use super::super::staging::StagingSlot;
-use crate::busy::BusyTime;
 use crate::convert::to_usize;
 use crate::plan::{Piece, split};
 use crate::route::Route;
+use crate::telemetry::busy::BusyTime;
 use crate::window::may_have_one;
 
 #[derive(Debug)]

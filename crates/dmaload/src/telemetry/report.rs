@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::plan::Layout;
 use crate::route::{Fallback, Route};
-use crate::trace::TraceEvent;
+use crate::telemetry::trace::TraceEvent;
 
 /// What happened during a load: how much, how long, by which ways.
 #[derive(Debug, Clone, PartialEq)]
