@@ -7,13 +7,13 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
-use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::load::{FileTensors, FinishedFile};
 use crate::model::index::Index;
 use crate::model::{DType, TensorMap};
 use crate::segment::{Contiguous, Segment, holding};
 use crate::select::{Part, Rows};
+use crate::support::convert::to_usize;
 use crate::telemetry::report::Report;
 
 /// All segments of a load, with its files, its tensors and its report. Cheap to clone.

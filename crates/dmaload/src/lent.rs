@@ -1,7 +1,7 @@
 //! Views and handing out exclude each other: bytes are lent as often as one likes until the memory's descriptor has left, and
 //! that leaves only when no view is alive.
 
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::support::sync::atomic::{AtomicUsize, Ordering};
 
 /// The number of views that are alive, or [`HANDED_OUT`].
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl Lent {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::model::{Arc, model, spawn};
+    use crate::support::sync::model::{Arc, model, spawn};
 
     #[test]
     fn nobody_views_what_was_handed_out_and_nobody_hands_out_what_is_viewed() {

@@ -17,11 +17,9 @@
 
 mod budget;
 mod charge;
-mod convert;
 mod engine;
 mod error;
 mod file_system;
-mod foreign;
 mod glob;
 mod headroom;
 pub mod heap;
@@ -49,9 +47,8 @@ mod segment;
 mod select;
 mod settings;
 pub mod share;
-mod slot;
 mod source;
-mod sync;
+mod support;
 mod telemetry;
 #[cfg(feature = "verify")]
 pub mod verify;

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rustix::io::Errno;
 
 use crate::error::Result;
-use crate::foreign::{self, Foreign};
 use crate::settings::Format;
+use crate::support::foreign::{self, Foreign};
 
 /// Sees every byte of a load before anybody is shown it; see [`crate::LoadOptions::observer`].
 ///

@@ -9,12 +9,12 @@ use std::os::fd::AsFd;
 
 use rustix::io::{Errno, pread};
 
-use crate::convert::to_usize;
 use crate::error::Result;
 use crate::headroom::headroom;
 use crate::ring;
 use crate::route::{Attempt, Route, is_refusal};
 use crate::source::OpenFile;
+use crate::support::convert::to_usize;
 
 /// A piece: what a load registers at a time.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;

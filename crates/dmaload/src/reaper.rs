@@ -58,7 +58,7 @@ impl Holding {
         match mapping.move_to(range, at) {
             Ok(mapping) => Ok(Box::new(Holding { mapping, memory, exported, reusable, next, charge })),
             Err(NotMoved { mapping, error }) => {
-                crate::foreign::emit(|| tracing::debug!(%error, "memory of the pool can't be used again"));
+                crate::support::foreign::emit(|| tracing::debug!(%error, "memory of the pool can't be used again"));
                 Err(Box::new(Holding { mapping, memory, exported, reusable, next, charge }))
             }
         }

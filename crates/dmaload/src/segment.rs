@@ -14,10 +14,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use dmabuf::{Access, DmaBuf};
 
-use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::load::FileTensors;
 use crate::memory::Backing;
+use crate::support::convert::to_usize;
 
 /// A contiguous piece of a heap's memory that holds a range of a file, complete.
 ///

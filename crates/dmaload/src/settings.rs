@@ -4,9 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::convert::to_usize;
 use crate::error::{Error, Result};
-use crate::foreign::Foreign;
 use crate::loader::LoaderBuilder;
 use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::pace::{self, FIRST, Pace, most_allocators, most_copiers};
@@ -14,6 +12,8 @@ use crate::plan::{BATCH_BYTES, Layout};
 use crate::ring::StagingBudget;
 use crate::route::Route;
 use crate::select::{Select, Shard};
+use crate::support::convert::to_usize;
+use crate::support::foreign::Foreign;
 
 /// What a path's bytes are taken for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

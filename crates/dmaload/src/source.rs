@@ -20,10 +20,10 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 use crate::file_system::{Device, Trust, trust};
-use crate::foreign;
 use crate::model::TensorMap;
 use crate::model::index::Index;
 use crate::route::{Attempt, Route};
+use crate::support::foreign;
 
 /// A file of a load, and what an index says of it.
 #[derive(Debug, Clone)]

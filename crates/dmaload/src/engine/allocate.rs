@@ -10,7 +10,6 @@ use super::allowance::{Grant, grant};
 use super::filling::Filling;
 use super::open::{Chosen, route_for, staged_by};
 use super::{Advance, Engine, HeapCode, Permit, WorkerId};
-use crate::convert::to_usize;
 use crate::error::{Error, Result};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
@@ -19,6 +18,7 @@ use crate::ring::{FileSpec, Sink};
 use crate::route::Route;
 use crate::schedule::Need;
 use crate::source::{CachedChunks, OpenFile};
+use crate::support::convert::to_usize;
 use crate::telemetry::report::Way;
 
 /// A batch's memory, and what brings its pages into being where they are not there.

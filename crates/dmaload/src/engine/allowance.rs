@@ -18,8 +18,8 @@ use dmabuf::printable;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 
-use crate::foreign;
 use crate::headroom::{Headroom, headroom};
+use crate::support::foreign;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
 const BUDGET_BYTES: u64 = 64 << 20;

@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::load::{Allocated, LoadShared};
 use crate::memory::Backing;
 use crate::ring::{Fault, Sink, Write};
-use crate::slot::Slot;
+use crate::support::slot::Slot;
 
 /// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache
 /// beside the bytes that they are for.

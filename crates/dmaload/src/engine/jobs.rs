@@ -13,12 +13,12 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
 use super::workers::{Task, WorkerId, Workers};
-use crate::foreign;
 use crate::load::Follows;
 use crate::pace::Pace;
 use crate::ring::LoadId;
 use crate::schedule::{Demand, Job, Need, Scheduler};
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::support::foreign;
+use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
 /// See the module. `T` is a load.
 #[derive(Debug)]
@@ -139,7 +139,7 @@ impl<T: Clone> Jobs<T> {
     }
 
     fn schedule(&self) -> MutexGuard<'_, Schedule<T>> {
-        crate::sync::lock(&self.schedule)
+        crate::support::sync::lock(&self.schedule)
     }
 
     /// A number for a new load.
@@ -312,13 +312,13 @@ impl<T: Clone> Jobs<T> {
             let mut pause = schedule.workers.look_after(Instant::now());
             if pause.is_none() {
                 schedule.watch_sleeps = true;
-                schedule = crate::sync::wait(&self.watch, schedule);
+                schedule = crate::support::sync::wait(&self.watch, schedule);
                 // Not sooner, whatever comes and goes: most jobs last for microseconds, and must
                 // not wake this thread each time.
                 pause = (!schedule.finished).then(|| schedule.workers.patience());
             }
             let Some(pause) = pause else { break };
-            schedule = crate::sync::wait_timeout(&self.watch, schedule, pause);
+            schedule = crate::support::sync::wait_timeout(&self.watch, schedule, pause);
             let noticed = self.look(&mut schedule, Instant::now());
             if !(noticed.stalled.is_empty() && noticed.substitutes.is_empty()) {
                 return Some(noticed);
@@ -399,7 +399,7 @@ impl<T: Clone> Jobs<T> {
                 if schedule.finished {
                     break;
                 }
-                schedule = crate::sync::wait(&self.changed, schedule);
+                schedule = crate::support::sync::wait(&self.changed, schedule);
                 continue;
             }
             match schedule.scheduler.next() {
@@ -423,7 +423,7 @@ impl<T: Clone> Jobs<T> {
                     self.changed.notify_one();
                     return Some((job, load));
                 }
-                None => schedule = crate::sync::wait(&self.changed, schedule),
+                None => schedule = crate::support::sync::wait(&self.changed, schedule),
             }
         }
         schedule.workers.leave(worker);
@@ -465,8 +465,8 @@ impl<T> Schedule<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::atomic::{AtomicUsize, Ordering};
-    use crate::sync::model::{Arc, model, spawn};
+    use crate::support::sync::atomic::{AtomicUsize, Ordering};
+    use crate::support::sync::model::{Arc, model, spawn};
 
     /// What one worker of its own would get.
     fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
@@ -541,7 +541,7 @@ mod tests {
                 if !left {
                     break;
                 }
-                crate::sync::model::yield_now();
+                crate::support::sync::model::yield_now();
             }
             jobs.close();
             jobs.finish();
@@ -642,7 +642,7 @@ mod tests {
         fn drop(&mut self) {
             let (closing, alone) = &*self.0;
             let others = closing.fetch_add(1, Ordering::SeqCst);
-            crate::sync::model::yield_now();
+            crate::support::sync::model::yield_now();
             alone.fetch_add(usize::from(others == 0), Ordering::SeqCst);
             closing.fetch_sub(1, Ordering::SeqCst);
         }
@@ -686,7 +686,7 @@ mod tests {
                 })
                 .collect();
             while !jobs.schedule().scheduler.is_idle() {
-                crate::sync::model::yield_now();
+                crate::support::sync::model::yield_now();
             }
             jobs.close();
             jobs.finish();

@@ -11,7 +11,7 @@
 //!
 //! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and what drops these) runs
 //! without any of our locks, on workers, on the observers' threads and on the teller, never on the ring thread.
-//! A panic of it is caught where it is called (see [`crate::foreign`]).
+//! A panic of it is caught where it is called (see [`crate::support::foreign`]).
 
 mod allocate;
 mod allowance;
@@ -51,7 +51,6 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::charge::Ledger;
 use crate::error::{Error, Result};
-use crate::foreign::{self, Foreign};
 use crate::heap::{self, Heap};
 use crate::load::{Handover, HeapFacts, LoadShared, Remains, Segments};
 use crate::memory::{Backing, PieceBuffer};
@@ -62,6 +61,7 @@ use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 use crate::source::Input;
 use crate::source::OpenFile;
+use crate::support::foreign::{self, Foreign};
 use crate::telemetry::metrics::{LoadCounters, Metrics};
 use crate::telemetry::report::Measured;
 

@@ -9,9 +9,7 @@ use dmabuf::{AddressRange, printable};
 
 use super::choice::Choosing;
 use super::{Choice, Engine, Found, HeapCode, descriptors, expand};
-use crate::convert::to_usize;
 use crate::error::{Error, Result};
-use crate::foreign;
 use crate::headroom::headroom;
 use crate::heap::{AnonHeap, SizeLimit};
 use crate::load::{FilePlan, FileTensors, LoadShared};
@@ -26,6 +24,8 @@ use crate::schedule::Demand;
 use crate::select::{ChosenTensors, Selected, Selector, by_tensors};
 use crate::settings::{Format, ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions, Prefer};
 use crate::source::{OpenFile, Source, look_at};
+use crate::support::convert::to_usize;
+use crate::support::foreign;
 use crate::telemetry::report::Way;
 
 /// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of

@@ -43,10 +43,10 @@ use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span}
 use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
-use crate::convert::to_usize;
 use crate::pace::{FIRST, Pace, more_staging_slots};
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
+use crate::support::convert::to_usize;
 use crate::telemetry::busy::BusyTime;
 use crate::telemetry::metrics::ReadCounters;
 use crate::telemetry::trace::TraceKind;

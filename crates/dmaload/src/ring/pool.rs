@@ -14,9 +14,9 @@ use rustix::io::Errno;
 use super::kernel::{CachedRead, Completion, Copy, Fault, Look, Place, Read};
 use super::message::LoadId;
 use super::wake::Wake;
-use crate::foreign;
 use crate::route::Route;
 use crate::source::OpenFile;
+use crate::support::foreign;
 use crate::window::may_have_one;
 
 /// Of so many threads one load has [`READERS_OF_ONE`] at most, and leaves some to loads that have none.

@@ -3,7 +3,7 @@
 //! A token packs index and generation. A slot that is used again has another generation, so a completion that
 //! comes late, or twice, finds nobody home instead of somebody else's read.
 
-use crate::convert::to_usize;
+use crate::support::convert::to_usize;
 
 /// What a read is known by while the kernel has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -15,11 +15,11 @@ use super::linux::LinuxKernel;
 use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
-use crate::foreign;
 use crate::pace::Pace;
 use crate::plan::Piece;
 use crate::settings::Settings;
 use crate::source::OpenFile;
+use crate::support::foreign;
 use crate::telemetry::metrics::ReadCounters;
 
 /// What bounds the ring thread's work.

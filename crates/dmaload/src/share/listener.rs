@@ -35,7 +35,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use rustix::process::{fchdir, geteuid, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use crate::foreign;
+use crate::support::foreign;
 
 /// How long a server waits for another one that is made or removed at the same path, which takes
 /// a millisecond.

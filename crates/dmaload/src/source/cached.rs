@@ -14,8 +14,8 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::OpenFile;
-use crate::convert::to_usize;
 use crate::residency::{cached_bytes_in, read_nowait, write_back};
+use crate::support::convert::to_usize;
 
 /// Which chunks of a range are wholly in the page cache; by default none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

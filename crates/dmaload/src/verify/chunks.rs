@@ -1,7 +1,7 @@
 //! A file's checksums chunk by chunk, whichever way its bytes are cut when they come.
 
 use super::digest::{Algorithm, Digest, Hasher};
-use crate::convert::to_usize;
+use crate::support::convert::to_usize;
 
 /// See the module.
 #[derive(Debug, Clone)]

@@ -17,9 +17,7 @@ use tracing::Span;
 
 use super::telling::filled_cache_bytes;
 use super::{LoadShared, Remains, State, no_span};
-use crate::convert::to_usize;
 use crate::error::{Error, Result};
-use crate::foreign::{self, Foreign};
 use crate::load::{Event, FileTensors, Finished, FinishedFile};
 use crate::memory::{Backing, Move};
 use crate::model::TensorMap;
@@ -29,6 +27,8 @@ use crate::route::Route;
 use crate::segment::{Place, Segment};
 use crate::select::ChosenTensors;
 use crate::source::{Identity, OpenFile};
+use crate::support::convert::to_usize;
+use crate::support::foreign::{self, Foreign};
 use crate::telemetry::metrics::count;
 use crate::telemetry::trace::TraceKind;
 

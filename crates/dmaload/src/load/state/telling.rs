@@ -9,15 +9,15 @@ use rustix::io::Errno;
 
 use super::Remains;
 use super::{LoadShared, State};
-use crate::convert::to_usize;
 use crate::error::Error;
-use crate::foreign;
 use crate::load::Progress;
 use crate::observe::{Rejection, Verdict};
 use crate::plan::Layout;
 use crate::ring::{Failure, Retried, Span, Times};
 use crate::route::{Fallback, Route};
 use crate::select::Shard;
+use crate::support::convert::to_usize;
+use crate::support::foreign;
 use crate::telemetry::metrics::count;
 use crate::telemetry::report::{FileReport, Report, cpu_time, peak_resident_bytes};
 use crate::telemetry::trace::{TraceEvent, TraceKind};

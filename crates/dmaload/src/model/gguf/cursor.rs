@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::HEADER_LIMIT_BYTES;
-use crate::convert::to_usize;
 use crate::model::error::ModelError;
+use crate::support::convert::to_usize;
 
 /// Why reading stopped.
 #[derive(Debug)]

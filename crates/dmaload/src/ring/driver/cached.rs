@@ -4,8 +4,8 @@ use super::super::kernel::{Buffer, CachedRead, Fault, Kernel};
 use super::super::message::{Failure, LoadId};
 use super::entry::{Chunk, InFlight, Step, progress};
 use super::{Driver, LOAD, PIECE};
-use crate::convert::to_usize;
 use crate::route::Route;
+use crate::support::convert::to_usize;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has a chunk copied from the page cache to where it belongs.

@@ -8,9 +8,9 @@ use super::super::message::{FileSpec, LoadId, LoadSpec, Times};
 use super::super::order::InOrder;
 use super::super::slots::Token;
 use super::super::staging::StagingSlot;
-use crate::convert::to_usize;
 use crate::plan::{Piece, split};
 use crate::route::Route;
+use crate::support::convert::to_usize;
 use crate::telemetry::busy::BusyTime;
 use crate::window::may_have_one;
 

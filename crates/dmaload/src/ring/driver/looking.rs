@@ -7,8 +7,8 @@ use super::super::message::{Failure, LoadId};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, Unseen, progress};
 use super::{Driver, LOAD, PIECE};
-use crate::convert::to_usize;
 use crate::route::Route;
+use crate::support::convert::to_usize;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.

@@ -5,8 +5,8 @@ use super::super::message::{Failure, LoadId, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
 use super::{Destination, Driver, LOAD, PIECE};
-use crate::convert::to_usize;
 use crate::route::{Fallback, Route};
+use crate::support::convert::to_usize;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Issues a read into staging. `false` when all of it is busy.

@@ -176,6 +176,6 @@ fn a_staging_buffer_that_was_refused_is_tried_again_for_the_next_load() {
 fn a_completion_that_fits_no_read_panics() {
     let mut machine = Machine::new(Faults::none());
     machine.driver.kernel().complete_stray();
-    let message = crate::foreign::call(|| machine.driver.turn(false)).unwrap_err();
+    let message = crate::support::foreign::call(|| machine.driver.turn(false)).unwrap_err();
     assert!(message.starts_with("a completion for a read that is not in flight"), "{message}");
 }

@@ -1,7 +1,7 @@
 //! A value that several threads want, and the first one of them makes. No lock is held while it is made, since
 //! that may call a heap's code, or open a file on a server that never answers.
 
-use crate::sync::{Condvar, Mutex, MutexGuard, lock, wait};
+use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 #[derive(Debug)]
 enum State<T> {
@@ -95,8 +95,8 @@ impl<T> Drop for Making<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sync::atomic::{AtomicUsize, Ordering};
-    use crate::sync::model::{Arc, model, spawn};
+    use crate::support::sync::atomic::{AtomicUsize, Ordering};
+    use crate::support::sync::model::{Arc, model, spawn};
 
     #[test]
     fn it_is_made_once_and_again_only_after_a_failure() {
@@ -127,7 +127,7 @@ mod tests {
     #[cfg(not(dmaload_loom))]
     fn a_panic_while_it_is_made_leaves_it_to_others() {
         let slot = Slot::<usize>::default();
-        let panicked = crate::foreign::call(|| slot.get_or_make(|| -> Result<usize, ()> { panic!("here") }));
+        let panicked = crate::support::foreign::call(|| slot.get_or_make(|| -> Result<usize, ()> { panic!("here") }));
         assert!(panicked.is_err());
         assert_eq!(slot.get_or_make(|| Ok::<_, ()>(7)), Ok(7));
     }
