@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::load::{FileTensors, FinishedFile};
 use crate::model::index::Index;
 use crate::model::{DType, TensorMap};
+use crate::plan::select::{Part, Rows};
 use crate::segment::{Contiguous, Segment, holding};
-use crate::select::{Part, Rows};
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Report;
 

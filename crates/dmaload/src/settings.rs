@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::loader::LoaderBuilder;
 use crate::observe::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::pace::{self, FIRST, Pace, most_allocators, most_copiers};
+use crate::plan::select::{Select, Shard};
 use crate::plan::{BATCH_BYTES, Layout};
 use crate::ring::StagingBudget;
 use crate::route::Route;
-use crate::select::{Select, Shard};
 use crate::support::convert::to_usize;
 use crate::support::foreign::Foreign;
 

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::model::index::{self, Index, Named};
 use crate::model::parts::PartName;
 use crate::model::{LOOKED_AT_BYTES, ModelError};
-use crate::select::Selector;
+use crate::plan::select::Selector;
 use crate::settings::{Format, LoadOptions};
 use crate::source::{Input, OpenFile, Source};
 

@@ -13,8 +13,8 @@ use super::{Load, Segments};
 use crate::error::{Error, Result};
 use crate::image::{Image, ImageFile, Tensor};
 use crate::model::TensorMap;
+use crate::plan::select::{ChosenTensors, Part, Rows};
 use crate::segment::{Segment, holding};
-use crate::select::{ChosenTensors, Part, Rows};
 use crate::telemetry::report::Report;
 
 /// The tensors of a file, and which of them are read.

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::image::{Image, Tensor};
 use crate::load::FileTensors;
 use crate::model::{DType, TensorInfo, TensorMap};
-use crate::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
+use crate::plan::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
 
 /// See the module. What was parsed is consistent in itself; the sizes of the memories are for whoever has them to compare.
 #[derive(Debug)]

@@ -13,10 +13,14 @@
 //! What is dotted is padding up to the alignment. Small files that follow one another share memories, so that a thousand of them
 //! cost a few allocations and can have huge pages; each begins at a multiple of the alignment, which direct reads need.
 //!
-//! What is planned is spans: whole files, or the parts of them that are wanted (see [`crate::select`]). What is said here of small
+//! What is planned is spans: whole files, or the parts of them that [`select`] wants. What is said here of small
 //! files holds for small spans.
 //!
-//! Pure: no clock, no syscall, the same answer every time.
+//! Pure: no clock, no syscall, the same answer every time. It knows lengths, headers and options, and no open file, memory or
+//! ring. A plan is made before the first read of a load and never changes.
+
+pub(crate) mod glob;
+pub(crate) mod select;
 
 use std::num::NonZeroU64;
 use std::ops::Range;

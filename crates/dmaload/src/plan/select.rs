@@ -15,9 +15,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::glob::Pattern;
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::Span;
+use crate::plan::glob::Pattern;
 use crate::settings::ImporterLimits;
 
 /// One rank's part of a model; see [`crate::LoadOptions::shard`].
