@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::engine::{Choice, Found, check_whole, model_files, read_header};
 use crate::error::Result;
+use crate::files::expand::{self, Choice, Found};
+use crate::files::header::read_header;
+use crate::files::source::{Input, OpenFile};
+use crate::files::whole::check_whole;
 use crate::model::TensorMap;
 use crate::settings::Format;
-use crate::source::{Input, OpenFile};
 
 /// What a file says about itself.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,7 +39,7 @@ pub fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
 /// When files are missing, two have a tensor of one name and no index decides, a file can't be opened or read, a header is wrong, or the index says something else than the files do.
 pub fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<(PathBuf, Inspected)>> {
     let choice = Choice { format, allow_missing: false, as_one_file: false, selector: None };
-    let Found { sources, .. } = model_files(&[Input::Path(path.as_ref().to_owned())], choice)?;
+    let Found { sources, .. } = expand::files(&[Input::Path(path.as_ref().to_owned())], choice)?;
     let mut looked_at = Vec::new();
     for source in &sources {
         let inspected = inspect(&*source.path, format)?;

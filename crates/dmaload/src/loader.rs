@@ -11,10 +11,10 @@ use tokio::sync::oneshot;
 
 use crate::engine::{Guard, Leaked};
 use crate::error::{Error, Result};
+use crate::files::source::Input;
 use crate::heap::{self, Heap};
 use crate::load::{Load, Segments};
 use crate::settings::{Format, LoadOptions, Settings};
-use crate::source::Input;
 use crate::telemetry::metrics::Metrics;
 use crate::{Layout, Route};
 

@@ -10,10 +10,10 @@ use std::os::fd::AsFd;
 use rustix::io::{Errno, pread};
 
 use crate::error::Result;
+use crate::files::source::OpenFile;
 use crate::headroom::headroom;
 use crate::ring;
 use crate::route::{Attempt, Route, is_refusal};
-use crate::source::OpenFile;
 use crate::support::convert::to_usize;
 
 /// A piece: what a load registers at a time.
@@ -118,7 +118,7 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
 /// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor may write; EOPNOTSUPP for files
 /// without a page cache of that kind.
 pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
-    crate::residency::cached_bytes(file)
+    crate::files::residency::cached_bytes(file)
 }
 
 /// What may be allocated before somebody is killed for it.

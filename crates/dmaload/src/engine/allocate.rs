@@ -11,13 +11,13 @@ use super::filling::Filling;
 use super::open::{Chosen, route_for, staged_by};
 use super::{Advance, Engine, HeapCode, Permit, WorkerId};
 use crate::error::{Error, Result};
+use crate::files::source::{CachedChunks, OpenFile};
 use crate::headroom::{Headroom, headroom};
 use crate::load::{Allocation, LoadShared, Part};
 use crate::memory::{Backing, PieceBuffer};
 use crate::ring::{FileSpec, Sink};
 use crate::route::Route;
 use crate::schedule::Need;
-use crate::source::{CachedChunks, OpenFile};
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Way;
 

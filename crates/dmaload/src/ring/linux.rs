@@ -22,10 +22,10 @@ use super::kernel::{Buffer, CachedRead, Completion, Copy, Kernel, Look, Place, R
 use super::pool::{LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
+use crate::files::source::OpenFile;
 use crate::pace::FIRST;
 use crate::probe;
 use crate::route::Route;
-use crate::source::OpenFile;
 
 /// Registered buffers at once. A piece is registered from its first read to its last, and reads are issued piece after
 /// piece, so it is the queue depth that bounds how many are needed.

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use crate::files::source::CachedChunks;
 use crate::observe::Observation;
 use crate::route::{Attempt, Fallback, Route};
-use crate::source::CachedChunks;
 use crate::telemetry::trace::TraceKind;
 
 /// Names a load. Never used twice by one loader.

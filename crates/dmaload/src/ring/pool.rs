@@ -14,8 +14,8 @@ use rustix::io::Errno;
 use super::kernel::{CachedRead, Completion, Copy, Fault, Look, Place, Read};
 use super::message::LoadId;
 use super::wake::Wake;
+use crate::files::source::OpenFile;
 use crate::route::Route;
-use crate::source::OpenFile;
 use crate::support::foreign;
 use crate::window::may_have_one;
 

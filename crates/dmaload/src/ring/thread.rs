@@ -15,10 +15,10 @@ use super::linux::LinuxKernel;
 use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
+use crate::files::source::OpenFile;
 use crate::pace::Pace;
 use crate::plan::Piece;
 use crate::settings::Settings;
-use crate::source::OpenFile;
 use crate::support::foreign;
 use crate::telemetry::metrics::ReadCounters;
 

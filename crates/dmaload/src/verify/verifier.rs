@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::chunks::Chunks;
 use super::digest::{Digest, Hasher};
 use super::manifest::Manifest;
-use crate::engine::read_header;
 use crate::error::{Error, Result};
+use crate::files::header::read_header;
+use crate::files::source::OpenFile;
 use crate::observe::{Observer, Rejection, Verify};
 use crate::settings::Format;
-use crate::source::OpenFile;
 
 impl Verify for Manifest {
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use crate::files::source::CachedChunks;
 use crate::observe::{Observation, Observer, ObserverOption, Rejection, Watch};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
@@ -14,7 +15,6 @@ use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
-use crate::source::CachedChunks;
 
 const PIECES: usize = 24;
 /// More than a load has pieces.

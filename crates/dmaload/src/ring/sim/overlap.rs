@@ -5,13 +5,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use crate::files::source::CachedChunks;
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
-use crate::source::CachedChunks;
 
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };

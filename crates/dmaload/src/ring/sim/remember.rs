@@ -7,12 +7,12 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use crate::files::source::CachedChunks;
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Fallback, Route};
-use crate::source::CachedChunks;
 
 struct Machine {
     driver: Driver<SimKernel, SimBuffer>,

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use crate::files::source::CachedChunks;
 use crate::pace::{FIRST, most_allocators, most_copiers};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
@@ -37,7 +38,6 @@ use crate::ring::slots::Token;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::settings::Settings;
-use crate::source::CachedChunks;
 
 const GIB: f64 = (1 << 30) as f64;
 /// Zeroing, or copying, by one processor: bytes a second.

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use crate::files::source::CachedChunks;
 use crate::observe::{Observation, Observer, ObserverOption, Rejection, Verdict, Watch};
 use crate::pace::{Pace, more_staging_slots};
 use crate::plan::{Layout, Piece, Plan, Shape, Span};
@@ -18,7 +19,6 @@ use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Route};
 use crate::schedule::{Demand, Job, Need, Scheduler};
-use crate::source::CachedChunks;
 
 /// Checks each byte that it is shown, and their order.
 struct SimObserver {

@@ -2,22 +2,19 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::io::Errno;
-
-use super::folder::{self, Folder};
+use super::folder::Folder;
+use super::index::{is_of_safetensors, read_index, read_unsaid_index};
 use super::missing::{self, Missing};
-use super::open::or_foreign;
+use super::names::quoted;
+use super::source::{Input, OpenFile, Source};
 use crate::error::{Error, Result};
 use crate::model::index::{self, Index, Named};
 use crate::model::parts::PartName;
-use crate::model::{LOOKED_AT_BYTES, ModelError};
 use crate::plan::select::Selector;
 use crate::settings::{Format, LoadOptions};
-use crate::source::{Input, OpenFile, Source};
 
 /// The files of a load, in the order in which they are loaded.
 #[derive(Debug, Default)]
@@ -134,11 +131,6 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
     }
 }
 
-fn is_of_safetensors(index: &Index) -> bool {
-    let mut files = index.files().peekable();
-    files.peek().is_some() && files.all(folder::is_safetensors_name)
-}
-
 /// An index under a name that doesn't say so, such as a blob of a model cache, would be loaded as
 /// the bytes of its text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
@@ -189,7 +181,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
                 |name: &&str| part.zip(PartName::parse(name)).map_or(*name == *first, |(part, own)| part.is_with(&own));
             if !names.iter().all(is_of_it) {
                 let all = names.len();
-                let listed = missing::quoted(names.iter().copied());
+                let listed = quoted(names.iter().copied());
                 let series = PartName::parse(first);
                 let is_series = series
                     .is_some_and(|part| names.iter().all(|name| PartName::parse(name).is_some_and(|own| part.is_with(&own))));
@@ -213,44 +205,6 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
         }
     }
     Err(folder.no_model(choice.format))
-}
-
-fn read_index(path: &Path) -> Result<Index> {
-    let (file, json) = read_json(path)?;
-    parse_index(&file, &json)
-}
-
-/// The index in a file whose name doesn't say what it is of; `None` where it is of no safetensors files, or JSON of another kind.
-///
-/// # Errors
-/// [`Error::Model`] for what is no JSON, or an index that can't be read: passed over, it would leave a model without its index.
-pub(super) fn read_unsaid_index(path: &Path) -> Result<Option<Index>> {
-    let (file, json) = read_json(path)?;
-    match parse_index(&file, &json) {
-        Ok(index) => Ok(Some(index).filter(is_of_safetensors)),
-        Err(Error::Model { .. }) if !Index::is_meant(&json) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
-    // Not a FIFO without a writer, and not without end.
-    let file = OpenFile::open(path)?;
-    let bytes = file.identity.bytes;
-    if bytes > index::LIMIT_BYTES {
-        let reason = format!("it has {bytes} bytes, more than the {} allowed", index::LIMIT_BYTES);
-        return Err(Error::Model { path: path.to_owned(), fault: ModelError::Index { offset: 0, reason } });
-    }
-    let mut json = vec![0; usize::try_from(bytes).expect("an index is shorter than its limit")];
-    file.read_exact(&mut json, 0)?;
-    Ok((file, json))
-}
-
-fn parse_index(file: &OpenFile, json: &[u8]) -> Result<Index> {
-    Index::parse(json).map_err(|fault| {
-        let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(json), json.len() as u64);
-        file.blame_change(&file.identity, Error::Model { path: file.path.to_path_buf(), fault })
-    })
 }
 
 /// The files that an index names, or those of them that have what is asked for.
@@ -360,13 +314,8 @@ fn allowed(
     Ok(())
 }
 
-pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
-    let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
-    Error::File { path: path.to_owned(), operation, errno }
-}
-
 /// The one path that the caller has named, where others were found with it.
-pub(super) fn named_among(asked: &[Input], sources: &[Source]) -> Option<usize> {
+pub(crate) fn named_among(asked: &[Input], sources: &[Source]) -> Option<usize> {
     let [Input::Path(path)] = asked else { return None };
     let named: &PathBuf = path;
     sources.iter().position(|source| source.path.as_ref() == named).filter(|_| sources.len() > 1)

@@ -2,7 +2,7 @@
 //!
 //! Bytes of the cache are as good as those of storage if every later change of them shows in the file's time of modification,
 //! which is compared when the load ends. [`OpenFile::settle`] sees to that, for each range before it is read; on which file
-//! systems that works is told by [`crate::file_system`].
+//! systems that works is told by [`crate::files::file_system`].
 //!
 //! (Direct reads need no such care: the kernel writes a range back, and write-protects it, before it reads that from storage.)
 
@@ -14,7 +14,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::OpenFile;
-use crate::residency::{cached_bytes_in, read_nowait, write_back};
+use crate::files::residency::{cached_bytes_in, read_nowait, write_back};
 use crate::support::convert::to_usize;
 
 /// Which chunks of a range are wholly in the page cache; by default none.

@@ -2,7 +2,7 @@
 #![allow(clippy::print_stdout, reason = "what a test passes over is told")]
 #![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
 
-#[path = "../../../tests/common/mounted.rs"]
+#[path = "../../../../tests/common/mounted.rs"]
 #[allow(unreachable_pub, clippy::unwrap_used, reason = "shared with the integration tests")]
 mod mounted;
 
@@ -18,7 +18,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::*;
 use crate::error::Error;
-use crate::residency::cached_bytes;
+use crate::files::residency::cached_bytes;
 
 const MIB: u64 = 1 << 20;
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::folder::is_safetensors_name;
+use super::names::{NAMED, is_safetensors_name, quoted};
 use crate::model::index::Index;
 
 /// A file that a model has, and that can't be loaded.
@@ -60,19 +60,6 @@ fn in_download_cache(path: &Path, name: &str) -> Option<String> {
     let cache = path.parent()?.join(".cache/huggingface/download");
     let mut names = fs::read_dir(cache).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     names.find(|other| other.starts_with(name) && other.ends_with(".incomplete"))
-}
-
-/// How many names a message has.
-const NAMED: usize = 8;
-
-/// Names, as a message shows them.
-pub(super) fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> String {
-    let mut names = names.map(|name| format!("{name:?}"));
-    let shown = names.by_ref().take(NAMED).collect::<Vec<_>>().join(", ");
-    match names.count() {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }
 
 /// `1 is missing: "a" (it has 0 bytes)`.

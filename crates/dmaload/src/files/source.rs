@@ -5,6 +5,7 @@ mod cached;
 pub(crate) use cached::CachedChunks;
 
 use std::any::Any;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -18,8 +19,9 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::names::is_pickle_name;
 use crate::error::{Error, Result};
-use crate::file_system::{Device, Trust, trust};
+use crate::files::file_system::{Device, Trust, trust};
 use crate::model::TensorMap;
 use crate::model::index::Index;
 use crate::route::{Attempt, Route};
@@ -98,11 +100,10 @@ impl Source {
     }
 }
 
-/// Whether a name ends like that of pickled weights.
-pub(crate) fn is_pickle_name(name: &str) -> bool {
-    let extension = Path::new(name).extension();
-    let is = |end: &str| extension.is_some_and(|own| own.eq_ignore_ascii_case(end));
-    ["bin", "pt", "pth", "ckpt", "pkl"].into_iter().any(is)
+/// The error of a call on a path that went through the standard library.
+pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
+    let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
+    Error::File { path: path.to_owned(), operation, errno }
 }
 
 /// What a file was when the load began.
@@ -230,7 +231,7 @@ pub(crate) struct OpenFile {
     pub(crate) identity: Identity,
     /// What direct reads must be aligned to; a power of two, at least a page.
     pub(crate) alignment_bytes: u64,
-    /// Why a ring must not read it; see [`crate::file_system`].
+    /// Why a ring must not read it; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     /// What the page cache has of it may be taken for the file.
     cache_is_witness: bool,

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 
 use dmabuf::printable;
 
+use super::source::Source;
 use crate::error::{Error, Result};
 use crate::model::gguf::Value;
 use crate::model::parts::PartName;
 use crate::model::{ModelError, TensorMap};
-use crate::source::Source;
 
 /// A file of a load, and its tensors.
 pub(crate) type Known<'a> = (&'a Source, Option<&'a TensorMap>);

@@ -6,27 +6,19 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::expand::{file_error, read_unsaid_index};
-use super::missing::{Missing, is_unfinished, quoted};
+use super::index::read_unsaid_index;
+use super::missing::{Missing, is_unfinished};
+use super::names::{has_extension, is_pickle_name, is_safetensors_name, quoted};
+use super::source::{OpenFile, file_error};
 use crate::error::{Error, Result};
 use crate::model::gguf;
 use crate::model::index::{self, Named};
 use crate::model::parts::PartName;
 use crate::model::safetensors::{Sniff, sniff};
 use crate::settings::Format;
-use crate::source::{OpenFile, is_pickle_name};
 
 /// What a model of one file is called in a folder that model hubs have made.
 const MODEL: &str = "model.safetensors";
-
-/// Whether a name ends like that of a safetensors file.
-pub(super) fn is_safetensors_name(name: &str) -> bool {
-    has_extension(name, "safetensors")
-}
-
-fn has_extension(name: &str, extension: &str) -> bool {
-    Path::new(name).extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
-}
 
 /// Whether it is a folder, or a link to one. What can't be looked at fails when it is opened.
 fn is_folder(entry: &fs::DirEntry) -> bool {

@@ -1,0 +1,159 @@
+//! Finds and reads the header of a model: in a file ([`read_header`]), or in its bytes where these are
+//! in memory already ([`find_header`]).
+//!
+//! Reads through the page cache, and nothing ahead. Headers are not believed: each length is checked
+//! against the file's before memory is taken for it.
+
+use std::ops::Range;
+use std::path::Path;
+
+use super::source::OpenFile;
+use crate::error::{Error, Result};
+use crate::model::gguf::{self, Parsed};
+use crate::model::safetensors::{Sniff, parse, sniff};
+use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
+use crate::settings::Format;
+use crate::support::convert::to_usize;
+
+/// Refuses a file without bytes that is to be a model, by its name or by what the caller says.
+fn refuse_empty_model(path: &Path, format: Format) -> Result<()> {
+    let is_model = match format {
+        Format::Raw => false,
+        Format::Auto => is_named(path, "safetensors") || is_named(path, "gguf"),
+        _ => true,
+    };
+    if is_model { Err(Error::Model { path: path.to_owned(), fault: ModelError::Empty }) } else { Ok(()) }
+}
+
+/// Whether a file has this extension, in either case.
+fn is_named(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|own| own.eq_ignore_ascii_case(extension))
+}
+
+/// Reads and checks the header of the model in this part of a file; `None` for raw bytes.
+pub(crate) fn read_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
+    parse_header(file, part, format).map_err(|error| file.blame_change(&file.identity, error))
+}
+
+fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Option<TensorMap>> {
+    let (bytes, base) = (part.end - part.start, part.start);
+    let shifted = |map: TensorMap| map.shifted(base);
+    if format == Format::Raw {
+        return Ok(None);
+    }
+    // The name of a file says nothing of a part of it.
+    let is_whole = part == (0..file.identity.bytes);
+    let name = if is_whole { file.path.as_path() } else { Path::new("") };
+    // An empty file has nothing else to be wrong; whoever asks it for a tensor is told.
+    if bytes == 0 && !is_whole && format == Format::Auto {
+        return Ok(None);
+    }
+    if bytes == 0 {
+        return refuse_empty_model(&file.path, format).map(|()| None);
+    }
+    let mut start = [0; SNIFFED_BYTES];
+    let start = start.get_mut(..to_usize(bytes.min(SNIFFED_BYTES as u64))).expect("no more than there is room for");
+    file.read_exact(start, base)?;
+    let found = if is_gguf(name, start, format) {
+        read_gguf(file, part)?.map(Some)
+    } else {
+        match header_bytes(name, start, bytes, format) {
+            Ok(None) => return Ok(None),
+            Ok(Some(header_bytes)) => {
+                // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
+                let mut header = vec![0; to_usize(header_bytes)];
+                file.read_exact(&mut header, base + 8)?;
+                parse(&header, bytes).map(Some)
+            }
+            Err(fault) => Err(fault),
+        }
+    };
+    match found {
+        Ok(map) => Ok(map.and_then(shifted)),
+        Err(fault) if fault.may_be_foreign() => {
+            let mut start = vec![0; to_usize(bytes.min(LOOKED_AT_BYTES as u64))];
+            file.read_exact(&mut start, base)?;
+            Err(Error::Model { path: file.path.clone(), fault: or_foreign(fault, &start, bytes) })
+        }
+        Err(fault) => Err(Error::Model { path: file.path.clone(), fault }),
+    }
+}
+
+/// Finds and checks a model's header in a file's bytes; `None` for a file of raw bytes.
+pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Result<Option<TensorMap>> {
+    if format == Format::Raw {
+        return Ok(None);
+    }
+    let (start, file_bytes) = (bytes.get(..SNIFFED_BYTES).unwrap_or(bytes), bytes.len() as u64);
+    let found = if is_gguf(&file.path, start, format) {
+        gguf::parse(bytes, file_bytes).and_then(|parsed| match parsed {
+            Parsed::Complete(map) => Ok(Some(map)),
+            Parsed::More { bytes } => Err(ends_within(bytes, file_bytes)),
+        })
+    } else {
+        header_bytes(&file.path, start, file_bytes, format).and_then(|header_bytes| {
+            let Some(header_bytes) = header_bytes else { return Ok(None) };
+            let header = bytes.get(8..).and_then(|rest| rest.get(..to_usize(header_bytes)));
+            parse(header.expect("`sniff` has checked that the header is within the file"), file_bytes).map(Some)
+        })
+    };
+    let start = bytes.get(..LOOKED_AT_BYTES).unwrap_or(bytes);
+    found.map_err(|fault| Error::Model { path: file.path.clone(), fault: or_foreign(fault, start, file_bytes) })
+}
+
+/// The fault of a file that begins so; what the file is instead, where it is something else altogether.
+pub(super) fn or_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
+    if !fault.may_be_foreign() {
+        return fault;
+    }
+    match (recognise(start, file_bytes), &fault) {
+        // Of JSON that is no index, its fault says more.
+        (Some(ForeignFile::Json { .. }), ModelError::Index { .. }) | (None, _) => fault,
+        (Some(kind), _) => ModelError::Foreign { kind, file_bytes },
+    }
+}
+
+/// What tells a header: its length and its first byte.
+const SNIFFED_BYTES: usize = 9;
+
+/// Most headers without a vocabulary are shorter.
+const GGUF_FIRST_BYTES: u64 = 256 << 10;
+
+/// Whether a file is to be read as GGUF: it looks like it, or somebody says that it is.
+fn is_gguf(name: &Path, start: &[u8], format: Format) -> bool {
+    let named = is_named(name, "gguf");
+    format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
+}
+
+/// Reads a header whose length only reading it tells.
+fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<TensorMap, ModelError>> {
+    let (file_bytes, mut wanted) = (part.end - part.start, GGUF_FIRST_BYTES);
+    let mut start: Vec<u8> = Vec::new();
+    loop {
+        let have = start.len();
+        start.resize(to_usize(wanted.min(file_bytes)), 0);
+        file.read_exact(start.get_mut(have..).expect("it grows"), part.start + have as u64)?;
+        match gguf::parse(&start, file_bytes) {
+            Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
+            // Twice as much each time: what is parsed again is no more than what is parsed.
+            Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
+            Ok(Parsed::More { bytes }) => return Ok(Err(ends_within(bytes, file_bytes))),
+            Err(fault) => return Ok(Err(fault)),
+        }
+    }
+}
+
+fn ends_within(bytes: u64, file_bytes: u64) -> ModelError {
+    let missing = bytes.saturating_sub(file_bytes);
+    ModelError::GgufCutShort { offset: file_bytes, part: "the header", missing, file_bytes }
+}
+
+/// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
+fn header_bytes(name: &Path, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
+    let named = is_named(name, "safetensors");
+    match sniff(start, file_bytes, named || format == Format::Safetensors) {
+        Sniff::Safetensors { header_bytes } => Ok(Some(header_bytes)),
+        Sniff::Broken { error } => Err(error),
+        Sniff::Not { .. } => Ok(None),
+    }
+}

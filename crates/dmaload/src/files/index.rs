@@ -1,0 +1,54 @@
+//! Reads the index of a model of several files.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::header::or_foreign;
+use super::names;
+use super::source::OpenFile;
+use crate::error::{Error, Result};
+use crate::model::index::{self, Index};
+use crate::model::{LOOKED_AT_BYTES, ModelError};
+
+pub(super) fn read_index(path: &Path) -> Result<Index> {
+    let (file, json) = read_json(path)?;
+    parse_index(&file, &json)
+}
+
+/// The index in a file whose name doesn't say what it is of; `None` where it is of no safetensors files, or JSON of another kind.
+///
+/// # Errors
+/// [`Error::Model`] for what is no JSON, or an index that can't be read: passed over, it would leave a model without its index.
+pub(super) fn read_unsaid_index(path: &Path) -> Result<Option<Index>> {
+    let (file, json) = read_json(path)?;
+    match parse_index(&file, &json) {
+        Ok(index) => Ok(Some(index).filter(is_of_safetensors)),
+        Err(Error::Model { .. }) if !Index::is_meant(&json) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
+    // Not a FIFO without a writer, and not without end.
+    let file = OpenFile::open(path)?;
+    let bytes = file.identity.bytes;
+    if bytes > index::LIMIT_BYTES {
+        let reason = format!("it has {bytes} bytes, more than the {} allowed", index::LIMIT_BYTES);
+        return Err(Error::Model { path: path.to_owned(), fault: ModelError::Index { offset: 0, reason } });
+    }
+    let mut json = vec![0; usize::try_from(bytes).expect("an index is shorter than its limit")];
+    file.read_exact(&mut json, 0)?;
+    Ok((file, json))
+}
+
+fn parse_index(file: &OpenFile, json: &[u8]) -> Result<Index> {
+    Index::parse(json).map_err(|fault| {
+        let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(json), json.len() as u64);
+        file.blame_change(&file.identity, Error::Model { path: file.path.to_path_buf(), fault })
+    })
+}
+
+pub(super) fn is_of_safetensors(index: &Index) -> bool {
+    let mut files = index.files().peekable();
+    files.peek().is_some() && files.all(names::is_safetensors_name)
+}
