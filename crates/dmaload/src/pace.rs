@@ -7,6 +7,10 @@
 //! limit: the thread is withdrawn, and not tried again for a while. Threads that are not busy are
 //! withdrawn one by one.
 //!
+//! Threads that read wait for storage, or for a server, rather than for the processor, and each file system
+//! has a pace for them. They begin with [`FIRST_READERS`], and double where copiers become one more: a server
+//! that takes 20 ms for an answer is worth 32 threads, and one by one would take gigabytes to find that out.
+//!
 //! Pure bookkeeping: it starts no thread and knows no clock. The engine and the simulator both obey it.
 
 use std::time::Duration;
@@ -20,6 +24,13 @@ const MOST_COPIERS: usize = 16;
 
 /// Upper bound of the threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
 const MOST_ALLOCATORS: usize = 8;
+
+/// Threads that read for one load at first: enough for a local device with large reads, where four threads
+/// reached its limit, and one an eighth of it.
+pub(crate) const FIRST_READERS: usize = 4;
+
+/// Upper bound of the threads that read for one load: as many reads as a load may have in flight by default.
+pub(crate) const MOST_READERS: usize = 32;
 
 /// Epochs after a trial without gain in which there is no other one: one after the first, twice as many after each
 /// further one, up to this.
@@ -62,9 +73,25 @@ struct Epoch {
     busy: Duration,
 }
 
+/// What is tried next where the threads are busy.
+#[derive(Debug, Clone, Copy)]
+enum Growth {
+    OneMore,
+    TwiceAsMany,
+}
+
+/// A trial of more threads.
+#[derive(Debug, Clone, Copy)]
+struct Trial {
+    /// The threads before it, and how many bytes per second they did.
+    threads: usize,
+    rate: u64,
+}
+
 /// See the module.
 #[derive(Debug, Clone)]
 pub(crate) struct Pace {
+    growth: Growth,
     least: usize,
     most: usize,
     threads: usize,
@@ -73,8 +100,7 @@ pub(crate) struct Pace {
     /// Until when `busy` of the epoch is counted.
     counted: Duration,
     epoch: Option<Epoch>,
-    /// The bytes per second before the last thread came.
-    trial: Option<u64>,
+    trial: Option<Trial>,
     rest_epochs: u32,
     /// How long the rest after the next trial without gain is.
     next_rest_epochs: u32,
@@ -83,6 +109,7 @@ pub(crate) struct Pace {
 impl Pace {
     pub(crate) fn new(first: usize, most: usize) -> Self {
         Pace {
+            growth: Growth::OneMore,
             least: first,
             most: most.max(first),
             threads: first,
@@ -100,6 +127,11 @@ impl Pace {
         Pace::new(threads, threads)
     }
 
+    /// Of the threads that read a file system.
+    pub(crate) fn of_readers() -> Self {
+        Pace { growth: Growth::TwiceAsMany, ..Pace::new(FIRST_READERS, MOST_READERS) }
+    }
+
     /// How many threads may work now.
     pub(crate) fn threads(&self) -> usize {
         self.threads
@@ -108,6 +140,11 @@ impl Pace {
     /// How many there may ever be.
     pub(crate) fn most(&self) -> usize {
         self.most
+    }
+
+    /// Whether no job is under way, or waits.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.jobs == 0
     }
 
     /// A job is queued.
@@ -158,26 +195,43 @@ impl Pace {
     fn next(&mut self, epoch: Epoch, elapsed: Duration) -> usize {
         let rate = rate(epoch.bytes, elapsed);
         if let Some(before) = self.trial.take() {
-            // Without another limit, n threads do n/(n - 1) of what n - 1 do.
-            let least = before + before / (4 * (self.threads as u64 - 1));
+            // Without another limit, twice as many threads do twice as much.
+            let more = (self.threads - before.threads) as u64;
+            let least = before.rate + before.rate / (4 * before.threads as u64) * more;
             if rate < least {
                 self.rest_epochs = self.next_rest_epochs;
                 self.next_rest_epochs = (2 * self.next_rest_epochs).min(REST_EPOCHS_MAX);
-                return self.threads - 1;
+                return before.threads;
             }
             self.next_rest_epochs = 1;
         }
-        let threads = u32::try_from(self.threads).unwrap_or(u32::MAX);
+        let times = |threads: usize| u32::try_from(threads).unwrap_or(u32::MAX);
         if self.rest_epochs > 0 {
             self.rest_epochs -= 1;
-        } else if epoch.busy * 10 >= elapsed * 9 * threads && self.threads < self.most {
-            self.trial = Some(rate);
-            return self.threads + 1;
+        } else if epoch.busy * 10 >= elapsed * 9 * times(self.threads) && self.threads < self.most {
+            self.trial = Some(Trial { threads: self.threads, rate });
+            return self.more();
         }
-        if self.threads > self.least && epoch.busy * 10 < elapsed * 7 * (threads - 1) {
-            return self.threads - 1;
+        if self.threads > self.least && epoch.busy * 10 < elapsed * 7 * times(self.fewer()) {
+            return self.fewer();
         }
         self.threads
+    }
+
+    fn more(&self) -> usize {
+        let more = match self.growth {
+            Growth::OneMore => self.threads + 1,
+            Growth::TwiceAsMany => 2 * self.threads,
+        };
+        more.min(self.most)
+    }
+
+    fn fewer(&self) -> usize {
+        let fewer = match self.growth {
+            Growth::OneMore => self.threads - 1,
+            Growth::TwiceAsMany => self.threads / 2,
+        };
+        fewer.max(self.least)
     }
 
     fn count(&mut self, now: Duration) {
@@ -268,6 +322,39 @@ mod tests {
         pace.stop();
         pace.begin(2 * MS);
         assert!(!pace.end(3 * MS, 1));
+    }
+
+    #[test]
+    fn readers_double_while_that_helps_and_return_to_what_helped() {
+        for (useful, expected_most, expected_last) in [(1, 8, 4), (4, 8, 4), (6, 16, 8), (8, 16, 8), (20, 32, 32), (100, 32, 32)]
+        {
+            // So long that no trial is under way at the end.
+            let (most, last) = settles(&mut Pace::of_readers(), useful, 100, 400);
+            assert_eq!((most, last), (expected_most, expected_last), "{useful} help");
+        }
+    }
+
+    /// A load is to be fast before it is over: the first 128 reads are enough to find out.
+    #[test]
+    fn the_most_readers_are_found_within_a_few_reads() {
+        let mut pace = Pace::of_readers();
+        let (mut now, mut reads) = (Duration::ZERO, 0);
+        while pace.threads() < MOST_READERS {
+            let threads = pace.threads();
+            (0..threads).for_each(|_| pace.begin(now));
+            now += MS;
+            reads += threads;
+            let _ = (0..threads).filter(|_| pace.end(now, 1 << 20)).count();
+        }
+        assert!(reads <= 128, "{reads}");
+    }
+
+    #[test]
+    fn readers_without_work_are_halved() {
+        let mut pace = Pace::of_readers();
+        assert_eq!(settles(&mut pace, 100, 100, 50), (32, 32));
+        assert_eq!(settles(&mut pace, 100, 1, 50), (32, FIRST_READERS));
+        assert!(pace.is_idle());
     }
 
     #[test]

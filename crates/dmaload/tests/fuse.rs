@@ -56,8 +56,10 @@ enum Manners {
     IsRewrittenAt(usize),
     /// Attributes are not answered for once the file was read from.
     NeverTells,
-    /// Each read takes 20 ms.
+    /// Each read takes 20 ms, and all others wait for it.
     AnswersLate,
+    /// Each read takes so long, and others are answered meanwhile: a server that is far away.
+    AnswersFromAfar(Duration),
     /// The length is given as 0, as of files that are made while they are read.
     HasNoLength,
     /// The length is given as this, and there are more bytes.
@@ -74,6 +76,14 @@ struct Model {
     open_files: Arc<AtomicUsize>,
     /// The threads that have closed it.
     closers: Arc<Mutex<Vec<u32>>>,
+    asked: Arc<Asked>,
+}
+
+/// Reads that are not answered yet: how many there are, and the most that there ever were.
+#[derive(Debug, Default)]
+struct Asked {
+    now: AtomicUsize,
+    most: AtomicUsize,
 }
 
 impl Model {
@@ -119,6 +129,7 @@ impl Model {
             manners,
             open_files: Arc::default(),
             closers: Arc::default(),
+            asked: Arc::default(),
         }
     }
 
@@ -195,6 +206,16 @@ impl Filesystem for Model {
             // To drop it would answer with EIO.
             Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
             Manners::EndsAt(at) => end = end.min(at.max(start)),
+            Manners::AnswersFromAfar(after) => {
+                let (bytes, asked) = (Arc::clone(&self.bytes), Arc::clone(&self.asked));
+                asked.most.fetch_max(1 + asked.now.fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
+                std::thread::spawn(move || {
+                    std::thread::sleep(after);
+                    asked.now.fetch_sub(1, Ordering::SeqCst);
+                    reply.data(&bytes[start..end]);
+                });
+                return;
+            }
             _ => {}
         }
         let bytes = if self.rewritten.load(Ordering::SeqCst) { &self.other_bytes } else { &self.bytes };
@@ -224,6 +245,7 @@ struct Mounted {
     rewritten: Arc<AtomicBool>,
     open_files: Arc<AtomicUsize>,
     closers: Arc<Mutex<Vec<u32>>>,
+    asked: Arc<Asked>,
     session: Option<BackgroundSession>,
     _folder: tempfile::TempDir,
 }
@@ -250,6 +272,7 @@ impl Mounted {
             rewritten: Arc::clone(&model.rewritten),
             open_files: Arc::clone(&model.open_files),
             closers: Arc::clone(&model.closers),
+            asked: Arc::clone(&model.asked),
             session: Some(fuser::spawn_mount(model, folder.path(), &read_only()).unwrap()),
             _folder: folder,
         })
@@ -368,6 +391,35 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
         assert_eq!((refused, told), (attempt, errno), "{route}");
         loader.shutdown().await.unwrap();
     }
+}
+
+/// Four threads, which are enough for a disk, would wait for such a server most of the time.
+#[tokio::test]
+async fn more_threads_read_from_a_server_that_is_far_away() {
+    const CHUNK: u64 = 128 << 10;
+    let bytes = 64 * SEGMENT + 777;
+    let Some(mounted) = Mounted::of(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
+    let loader = loader().route(Route::PreadDirect).chunk_bytes(CHUNK).build().unwrap();
+    let most = || mounted.asked.most.swap(0, Ordering::SeqCst);
+    let small = Mounted::of(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
+    let image = loader.load(&small.path).await.unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &small.bytes, "small");
+    assert_eq!(small.asked.most.load(Ordering::SeqCst), 4, "nothing is known of the server yet");
+    for _ in 0..2 {
+        let image = loader.load(&mounted.path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "large");
+        assert_eq!(image.report().route, Route::PreadDirect);
+        let most = most();
+        assert!((16..=32).contains(&most), "{most} reads at once");
+    }
+    // Of two loads each has a part.
+    let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
+    for image in [one, other] {
+        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "beside another one");
+    }
+    let most = most();
+    assert!(most <= 48, "{most} reads at once");
+    loader.shutdown().await.unwrap();
 }
 
 /// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between

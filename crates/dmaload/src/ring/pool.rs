@@ -4,10 +4,11 @@
 //! take the caller with it. What they write to is owned by the driver, which keeps it until the completion is here.
 #![allow(unsafe_code)]
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::mem::MaybeUninit;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 use rustix::io::Errno;
 
@@ -15,14 +16,15 @@ use super::kernel::{CachedRead, Completion, Copy, Fault, Look, Place, Read};
 use super::message::LoadId;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
+use crate::pace::{FIRST_READERS, MOST_READERS, Pace};
 use crate::route::Route;
 use crate::support::foreign;
 use crate::window::may_have_one;
 
-/// Of so many threads one load has [`READERS_OF_ONE`] at most, and leaves some to loads that have none.
-pub(crate) const READERS: usize = 16;
-/// Enough to keep a device busy with large reads: four threads reached its limit where one reached an eighth.
-const READERS_OF_ONE: usize = 4;
+/// Threads that read for all loads. One load has [`MOST_READERS`] at most, and leaves some to loads that have none.
+pub(crate) const READERS: usize = MOST_READERS + MOST_READERS / 2;
+/// File systems whose number of readers is remembered.
+const MOUNTS: usize = 64;
 /// Each load is looked at by one at a time.
 pub(crate) const LOOKERS: usize = 2;
 
@@ -37,11 +39,14 @@ enum Job {
 // SAFETY: the pointers in it are to memory that the driver keeps until the job's completion is reaped.
 unsafe impl Send for Job {}
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queues {
     jobs: VecDeque<Job>,
     /// Whose reads threads are at.
     reading: Vec<LoadId>,
+    /// How many threads may read for one load from each file system, by its number; by the time since `since`.
+    paces: HashMap<u64, Pace>,
+    since: Instant,
     done: Vec<Completion>,
     /// Threads that wait for a job.
     idle: usize,
@@ -54,15 +59,30 @@ struct Queues {
 }
 
 impl Queues {
+    fn new(busy_max: usize) -> Self {
+        Queues {
+            jobs: VecDeque::new(),
+            reading: Vec::new(),
+            paces: HashMap::new(),
+            since: Instant::now(),
+            done: Vec::new(),
+            idle: 0,
+            busy: 0,
+            busy_max,
+            broken: None,
+            closed: false,
+        }
+    }
+
     /// The next job for one of so many threads: the first that is not a read of a load that has its part of them.
     fn take(&mut self, threads: usize) -> Option<Job> {
         if self.busy >= self.busy_max {
             return None;
         }
         let may_start = |job: &Job| match job {
-            Job::Read(_, read) => {
-                let held = self.reading.iter().filter(|&&load| load == read.load).count();
-                held < READERS_OF_ONE && may_have_one(threads as u64, self.reading.len() as u64, held as u64)
+            Job::Read(file, read) => {
+                let held = held(&self.reading, read.load);
+                held < self.readers_of_one(file) && may_have_one(threads as u64, self.reading.len() as u64, held as u64)
             }
             Job::Copy(_) | Job::Cached(..) | Job::Look(_) => true,
         };
@@ -74,12 +94,53 @@ impl Queues {
         job
     }
 
-    /// A read of this load is done.
-    fn done(&mut self, load: LoadId) {
+    /// How many threads may read for one load from the file system of this file.
+    fn readers_of_one(&self, file: &OpenFile) -> usize {
+        self.paces.get(&file.identity.mount()).map_or(FIRST_READERS, Pace::threads)
+    }
+
+    /// Whether there are more reads, with this one, that may start than threads that wait for a job.
+    fn lacks_a_thread(&self, file: &OpenFile, read: &Read) -> bool {
+        let queued =
+            self.jobs.iter().filter_map(|job| if let Job::Read(file, read) = job { Some((&**file, read)) } else { None });
+        let mut reading = self.reading.clone();
+        for (file, read) in queued.chain([(file, read)]) {
+            if held(&reading, read.load) < self.readers_of_one(file) {
+                reading.push(read.load);
+            }
+        }
+        reading.len() - self.reading.len() > self.idle
+    }
+
+    fn push(&mut self, job: Job) {
+        if let Job::Read(file, _) = &job {
+            let mount = file.identity.mount();
+            if self.paces.len() >= MOUNTS && !self.paces.contains_key(&mount) {
+                self.paces.retain(|_, pace| !pace.is_idle());
+            }
+            let now = self.since.elapsed();
+            self.paces.entry(mount).or_insert_with(Pace::of_readers).begin(now);
+        }
+        self.jobs.push_back(job);
+    }
+
+    /// A read of this load, from this file system, is done. Whether the number of threads that may read has changed.
+    fn done(&mut self, load: LoadId, mount: u64, bytes: usize) -> bool {
         if let Some(at) = self.reading.iter().position(|&other| other == load) {
             self.reading.swap_remove(at);
         }
+        let now = self.since.elapsed();
+        let pace = self.paces.get_mut(&mount).expect("the pace of a file system stays while it is read");
+        let changed = pace.end(now, bytes as u64);
+        if pace.is_idle() {
+            pace.pause();
+        }
+        changed
     }
+}
+
+fn held(reading: &[LoadId], load: LoadId) -> usize {
+    reading.iter().filter(|&&other| other == load).count()
 }
 
 #[derive(Debug)]
@@ -109,9 +170,8 @@ pub(crate) struct Pool {
 impl Pool {
     /// A pool of its own for each kind of job: a read that hangs in a dead disk must not keep copies from being done.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
-        let queues = Queues { busy_max: threads_max, ..Queues::default() };
         Pool {
-            shared: Arc::new(Shared { queues: Mutex::new(queues), changed: Condvar::new(), wake }),
+            shared: Arc::new(Shared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
             name,
             threads: 0,
             threads_max,
@@ -124,7 +184,8 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::read`].
     pub(crate) unsafe fn read(&mut self, file: Arc<OpenFile>, read: Read) {
-        if self.start_thread() {
+        let lacks_a_thread = self.shared.queues().lacks_a_thread(&file, &read);
+        if self.start_thread(lacks_a_thread) {
             self.queue(Job::Read(file, read));
         } else {
             self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::NOMEM)) });
@@ -138,7 +199,7 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
     pub(crate) unsafe fn copy(&mut self, copy: Copy) {
-        if self.start_thread() {
+        if self.start_thread_for_any() {
             self.queue(Job::Copy(copy));
         } else {
             self.alone = true;
@@ -157,7 +218,7 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::read_cached`].
     pub(crate) unsafe fn read_cached(&mut self, file: Arc<OpenFile>, read: CachedRead) {
-        if self.start_thread() {
+        if self.start_thread_for_any() {
             self.queue(Job::Cached(file, read));
         } else {
             self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::AGAIN)) });
@@ -171,7 +232,7 @@ impl Pool {
     /// # Safety
     /// As for [`super::kernel::Kernel::look`].
     pub(crate) unsafe fn look(&mut self, look: Look) {
-        if self.start_thread() {
+        if self.start_thread_for_any() {
             self.queue(Job::Look(look));
         } else {
             let completion = Completion { token: look.token, result: Err(look.watch.no_thread().into()) };
@@ -190,19 +251,25 @@ impl Pool {
     }
 
     fn queue(&self, job: Job) {
-        self.shared.queues().jobs.push_back(job);
+        self.shared.queues().push(job);
         self.shared.changed.notify_one();
     }
 
-    /// Starts a thread for one more job, unless there are enough. Whether there is any.
-    fn start_thread(&mut self) -> bool {
-        let enough = {
+    /// Starts a thread for one more job that any thread may take, unless there are enough. Whether there is any.
+    fn start_thread_for_any(&mut self) -> bool {
+        let lacks_a_thread = {
             let queues = self.shared.queues();
-            queues.idle > queues.jobs.len()
+            queues.idle <= queues.jobs.len()
         };
+        self.start_thread(lacks_a_thread)
+    }
+
+    /// Starts a thread if one is lacking, and may be started. Whether there is any.
+    fn start_thread(&mut self, lacks_one: bool) -> bool {
         let (shared, threads) = (Arc::clone(&self.shared), self.threads_max);
         let name = format!("dmaload-{}-{}", self.name, self.threads);
-        if !enough && self.threads < threads && thread::Builder::new().name(name).spawn(move || run(&shared, threads)).is_ok() {
+        let may = (lacks_one || self.threads == 0) && self.threads < threads;
+        if may && thread::Builder::new().name(name).spawn(move || run(&shared, threads)).is_ok() {
             self.threads += 1;
         }
         self.threads > 0
@@ -249,14 +316,18 @@ fn run(shared: &Shared, threads: usize) {
             continue;
         };
         drop(queues);
-        let read_for = if let Job::Read(_, read) = &job { Some(read.load) } else { None };
+        let read_for = if let Job::Read(file, read) = &job { Some((read.load, file.identity.mount())) } else { None };
         let completion = foreign::call(|| do_job(job));
         queues = shared.queues();
         queues.busy -= 1;
-        if let Some(load) = read_for {
-            queues.done(load);
-            // What had to wait for this one may be more than this thread takes next.
-            shared.changed.notify_one();
+        if let Some((load, mount)) = read_for {
+            let bytes = completion.as_ref().map_or(0, |completion| completion.result.unwrap_or(0));
+            if queues.done(load, mount, bytes) {
+                shared.changed.notify_all();
+            } else {
+                // What had to wait for this one may be more than this thread takes next.
+                shared.changed.notify_one();
+            }
         }
         match completion {
             Ok(completion) => queues.done.push(completion),
