@@ -1,12 +1,31 @@
 //! `dmaload cat`: what was loaded, written out.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use anyhow::Result;
+use clap::Args;
 
-use crate::{args, block_on, engine, errors};
+use crate::engine::{self, EngineArguments, block_on};
+use crate::errors;
+use crate::manifest::Against;
 
-pub(crate) fn run(arguments: &args::Cat) -> Result<()> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The file, which is written as it is, also where it is a part of a model; of a folder, the files of its model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) path: PathBuf,
+    /// Write the bytes of this tensor only: of the file that the model's index maps it to. Little else is read.
+    #[arg(long, value_name = "NAME", conflicts_with = "verify")]
+    pub(crate) tensor: Option<String>,
+    /// Fail unless the file is what this says, as for `load`; only what was verified is written.
+    #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
+    pub(crate) verify: Option<Against>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     // A file is written as it is, whatever its name says; a folder must be one whole model.

@@ -101,7 +101,7 @@ mod tests {
                 let checksums = Checksums::new(algorithm, loader.heap());
                 assert_eq!(checksums.landing.is_some(), landing);
                 let load = loader.load_with(&paths, checksums.applied_to(loader.options()));
-                let image = crate::block_on(async { load.await }).unwrap().unwrap();
+                let image = crate::engine::block_on(async { load.await }).unwrap().unwrap();
                 assert_eq!(checksums.finish(&image).unwrap(), expected);
             }
         }

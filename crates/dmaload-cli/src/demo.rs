@@ -5,23 +5,39 @@
 //! outside of the measured time.
 
 use std::io::{IsTerminal, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use clap::Args;
 use dmaload::{Cache, Image, Loader};
+use dmaload_bench::scratch::ScratchFile;
+use dmaload_bench::synth::Model;
+use dmaload_bench::{baseline, cold};
+use dmaload_text::{Pairs, bytes, duration, rate};
 use memmap2::MmapOptions;
 
+use crate::engine::block_on;
 use crate::load::{finish, progress_bar, summary};
-use crate::scratch::ScratchFile;
-use crate::summary::{Pairs, bytes, duration, rate};
-use crate::synth::Model;
-use crate::{args, baseline, block_on, cold};
+use crate::parse;
 
 /// Any would do; this one makes the same model every time.
 const SEED: u64 = 1;
 
-pub(crate) fn run(arguments: &args::Demo) -> Result<()> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The size of the model.
+    #[arg(long, default_value = "1GiB", value_parser = parse::bytes)]
+    pub(crate) size: u64,
+    /// The folder for it; by default one on a disk, not in memory.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// How often each way is measured; the median counts.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let file = ScratchFile::create(arguments.dir.as_deref(), "demo.safetensors", arguments.size)?;
     let model = Model::new(arguments.size, SEED)?;
     write(&model, &file)?;
@@ -78,7 +94,7 @@ fn warm(len: u64) -> Result<()> {
     Ok(())
 }
 
-fn print(arguments: &args::Demo, model: &Model, image: &Image, engine: &mut [Duration], normal: &mut [Duration]) -> Result<()> {
+fn print(arguments: &Arguments, model: &Model, image: &Image, engine: &mut [Duration], normal: &mut [Duration]) -> Result<()> {
     let ratios: Vec<f64> =
         normal.iter().zip(&*engine).map(|(normal, engine)| normal.as_secs_f64() / engine.as_secs_f64()).collect();
     let (engine, normal, ratio) = (median(engine), median(normal), median_of(ratios));

@@ -1,32 +1,156 @@
 //! From the command line to a loader.
 
+use std::str::FromStr;
 use std::sync::Arc;
 
+use clap::{Args, ValueEnum};
 use dmaload::dmabuf::Pages;
 use dmaload::heap::{self, AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
-use dmaload::{Error, LoadOptions, Loader, LoaderBuilder, Result, Route};
+use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, Prefer, Result, Route};
 
-use crate::args::{Engine, HeapName};
+use crate::parse;
 
 /// With a limit of memory, a segment is at most one of so many parts of it.
 const MEMORY_PARTS: usize = 4;
 
+/// How to load.
+#[derive(Debug, Args)]
+pub(crate) struct EngineArguments {
+    /// Where memory comes from: auto, memfd, anon, udmabuf, dma-heap:NAME.
+    #[arg(long, default_value = "auto")]
+    pub(crate) heap: HeapName,
+    /// Require dma-bufs: with --heap auto, udmabuf, else the dma-heap system.
+    #[arg(long)]
+    pub(crate) dma_buf: bool,
+    /// The page size: auto takes 2 MiB pages wherever they can be had, 2m fails without them.
+    #[arg(long, default_value = "auto")]
+    pub(crate) pages: PageChoice,
+    /// Allow 2 MiB pages in a udmabuf on Linux 6.11 to 6.15, where drivers that map it see WRONG BYTES.
+    #[arg(long)]
+    pub(crate) despite_udmabuf_bug: bool,
+    /// How files are spread over segments: segmented, single, tensors (cut between tensors).
+    #[arg(long, default_value = "segmented")]
+    pub(crate) layout: Layout,
+    /// Give each small file a memory of its own, where several share one otherwise
+    #[arg(long)]
+    pub(crate) no_pack: bool,
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less where the heap gives less].
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) segment_size: Option<u64>,
+    /// The most memory that is allocated and not yet filled: at least a segment.
+    #[arg(long, default_value = "128MiB", value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) window: u64,
+    /// The most memory that segments may have at once, those that are being filled and those that are still in use: a load that
+    /// needs more fails before it reads, and `cat` goes on within it [default: no limit].
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) memory_limit: Option<u64>,
+    /// The size of one read: a multiple of 64 KiB.
+    #[arg(long, default_value = "2MiB", value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) chunk_size: u64,
+    /// Reads in flight at once.
+    #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
+    pub(crate) queue_depth: usize,
+    /// The most memory that reads are staged in by the route bounce [default: 16MiB, and 4MiB for each thread that copies
+    /// besides the first two].
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) staging: Option<u64>,
+    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered. auto is the faster one
+    /// of direct and staged reads (bounce), which large loads find out.
+    #[arg(long, default_value = "auto")]
+    pub(crate) route: RouteChoice,
+    /// What matters where the route is left open: speed, or cpu, which reads directly and copies nothing.
+    #[arg(long, default_value = "speed", value_name = "speed|cpu")]
+    pub(crate) prefer: Prefer,
+    /// Fail rather than take a lower route than the one to start at.
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// What the page cache has: auto copies it from there, bypass reads all from storage [default: auto; bypass with --strict
+    /// and for bench].
+    #[arg(long)]
+    pub(crate) cache: Option<Cache>,
+    /// What the files' bytes are taken for: auto, safetensors, gguf, raw.
+    #[arg(long, default_value = "auto")]
+    pub(crate) format: Format,
+    /// Load what is there of models of which files are missing, rather than fail.
+    #[arg(long)]
+    pub(crate) allow_missing: bool,
+}
+
+/// A heap by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum HeapName {
+    Auto,
+    Memfd,
+    Anon,
+    Udmabuf,
+    DmaHeap(String),
+}
+
+impl FromStr for HeapName {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match (name, name.strip_prefix("dma-heap:")) {
+            ("auto", _) => Ok(HeapName::Auto),
+            ("memfd", _) => Ok(HeapName::Memfd),
+            ("anon", _) => Ok(HeapName::Anon),
+            ("udmabuf", _) => Ok(HeapName::Udmabuf),
+            (_, Some(heap)) if !heap.is_empty() => Ok(HeapName::DmaHeap(heap.to_owned())),
+            _ => Err(format!("no such heap: {name:?}; the heaps are auto, memfd, anon, udmabuf, dma-heap:NAME")),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PageChoice {
+    Auto,
+    #[value(name = "4k")]
+    Small,
+    #[value(name = "2m")]
+    Huge,
+}
+
+impl From<PageChoice> for Pages {
+    fn from(choice: PageChoice) -> Self {
+        match choice {
+            PageChoice::Auto => Pages::Auto,
+            PageChoice::Small => Pages::Small,
+            PageChoice::Huge => Pages::Huge,
+        }
+    }
+}
+
+/// A route, or the faster one.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RouteChoice(pub(crate) Option<Route>);
+
+impl FromStr for RouteChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "auto" => Ok(RouteChoice(None)),
+            name => name.parse().map(|route| RouteChoice(Some(route))),
+        }
+    }
+}
+
 /// The loader that the command line asks for.
-pub(crate) fn loader(arguments: &Engine) -> Result<Loader> {
+pub(crate) fn loader(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.build()
 }
 
 /// The same by another route.
-pub(crate) fn loader_by(arguments: &Engine, route: Route, strict: bool) -> Result<Loader> {
+pub(crate) fn loader_by(arguments: &EngineArguments, route: Route, strict: bool) -> Result<Loader> {
     builder(arguments, Some(route), strict)?.build()
 }
 
 /// The same with a pool of any size.
-pub(crate) fn loader_with_pool(arguments: &Engine) -> Result<Loader> {
+pub(crate) fn loader_with_pool(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.pool_bytes(u64::MAX).build()
 }
 
-fn builder(arguments: &Engine, route: Option<Route>, strict: bool) -> Result<LoaderBuilder> {
+fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> Result<LoaderBuilder> {
     let mut options = LoadOptions::default()
         .layout(arguments.layout)
         .packed(!arguments.no_pack)
@@ -64,7 +188,7 @@ fn builder(arguments: &Engine, route: Option<Route>, strict: bool) -> Result<Loa
 }
 
 /// The heap, and why it is this one where that was left to us.
-pub(crate) fn heap(arguments: &Engine) -> Result<(Arc<dyn Heap>, Option<String>)> {
+pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option<String>)> {
     let pages: Pages = arguments.pages.into();
     let udmabuf = arguments.heap == HeapName::Udmabuf || (arguments.heap == HeapName::Auto && arguments.dma_buf);
     if arguments.despite_udmabuf_bug && !udmabuf {
@@ -87,4 +211,9 @@ pub(crate) fn heap(arguments: &Engine) -> Result<(Arc<dyn Heap>, Option<String>)
         }
         HeapName::DmaHeap(name) => chosen(Arc::new(DmaHeap::open(name)?)),
     }
+}
+
+/// Runs a future to its end: one thread is enough, the loader has its own.
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

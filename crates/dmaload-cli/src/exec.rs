@@ -11,10 +11,9 @@ use std::process::{Command, ExitCode};
 use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
 use dmaload::{Error, Image, Segment};
+use dmaload_text::At;
 use rustix::io::Errno;
 use serde_json::{Value, json};
-
-use crate::errors::At;
 
 /// The first descriptor, after standard input, output and error.
 const FIRST_FD: i32 = 3;

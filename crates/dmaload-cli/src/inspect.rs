@@ -1,18 +1,31 @@
 //! `dmaload inspect`: what a file says about itself.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use dmaload::Inspected;
+use clap::Args;
 use dmaload::dmabuf::printable;
 use dmaload::model::{TensorInfo, TensorMap, gguf};
+use dmaload::{Format, Inspected};
+use dmaload_text::{Align, Pairs, Table, bytes, grouped};
 use serde_json::{Map, Value, json};
 
-use crate::summary::{Align, Pairs, Table, bytes, grouped, terminal_width};
-use crate::{args, output};
+use crate::output::{self, terminal_width};
 
-pub(crate) fn run(arguments: &args::Inspect) -> Result<()> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The file; a folder or an index stands for all files of a model.
+    pub(crate) path: PathBuf,
+    /// What its bytes are taken for: auto, safetensors, gguf, raw.
+    #[arg(long, default_value = "auto")]
+    pub(crate) format: Format,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let files = dmaload::inspect_model(&arguments.path, arguments.format)?;
     if arguments.json {
         let mut objects = files.iter().map(|(path, inspected)| file_to_json(path, inspected));

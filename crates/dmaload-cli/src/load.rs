@@ -1,25 +1,104 @@
 //! `dmaload load`: loads, and tells how it went.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Result;
+use clap::Args;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
-use dmaload::verify::Digest;
+use dmaload::verify::{Algorithm, Digest};
 use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard};
+use dmaload_text::{At, Pairs, bytes, duration, rate};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::args;
 use crate::checksums::Checksums;
-use crate::errors::At;
-use crate::summary::{Pairs, bytes, duration, rate};
-use crate::{block_on, engine, errors, exec, output, trace};
+use crate::engine::{self, EngineArguments, HeapName, block_on};
+use crate::manifest::Against;
+use crate::{errors, exec, output, parse, trace};
 
-pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The files; a folder or an index stands for all files of a model.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+    /// Load these tensors only: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated, and they come in this order.
+    #[arg(long, value_name = "PATTERN")]
+    pub(crate) tensors: Vec<String>,
+    /// Load this range of each file's bytes only.
+    #[arg(long, value_name = "START..END", value_parser = parse::range, conflicts_with = "tensors")]
+    pub(crate) range: Option<(u64, u64)>,
+    /// With --layout tensors: let each tensor begin at a multiple of this in its memory; what is elsewhere in its file is copied.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) align: Option<u64>,
+    /// Fail rather than copy for --align.
+    #[arg(long, requires = "align")]
+    pub(crate) no_copy: bool,
+    /// The model is this range of the one file's bytes: weights stored inside of a package.
+    #[arg(long, value_name = "START..END", value_parser = parse::range)]
+    pub(crate) inside: Option<(u64, u64)>,
+    /// Load one rank's part only: the number of the part, from 0 on; or env, for that of the variables RANK and WORLD_SIZE.
+    ///
+    /// A launcher of many processes (torchrun) sets both variables. They are read only when they are asked for.
+    #[arg(long, value_name = "NUMBER|env")]
+    pub(crate) rank: Option<Rank>,
+    /// How many parts there are; 1 is all in one.
+    #[arg(long, value_name = "RANKS")]
+    pub(crate) world_size: Option<u32>,
+    /// Cut each tensor along this dimension, the outermost is 0; without it the bytes of each file are cut.
+    #[arg(long, value_name = "DIMENSION")]
+    pub(crate) shard_dim: Option<usize>,
+    /// Fail unless the files are what this says: a manifest (see `dmaload manifest`), or sha256:HEX (or blake3:, crc32c:, xxh3:)
+    /// of the one file that is named; parts of the model that come with it are not looked at.
+    #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
+    pub(crate) verify: Option<Against>,
+    /// Compute this digest of each file, from the loaded memory: sha256, blake3, crc32c, xxh3.
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) digest: Option<Algorithm>,
+    /// Print one JSON object, and nothing else, on standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print nothing but errors.
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+    /// Write a timeline of the load to this file, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Then run this command, to the end of the line, with the segments' descriptors from 3 on; exit as it does.
+    ///
+    /// DMALOAD_FDS tells their number, DMALOAD_SEGMENTS and DMALOAD_FILES what each holds: see docs/cli.md.
+    #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
+    pub(crate) exec: Vec<OsString>,
+}
+
+/// The number of a rank, or where it is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rank {
+    Number(u32),
+    /// The variables that a launcher sets.
+    Environment,
+}
+
+impl FromStr for Rank {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "env" => Ok(Rank::Environment),
+            text => text.parse().map(Rank::Number).map_err(|_| format!("{text:?} is not the number of a rank, and not env")),
+        }
+    }
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
-    if !arguments.exec.is_empty() && arguments.engine.heap == args::HeapName::Anon {
+    if !arguments.exec.is_empty() && arguments.engine.heap == HeapName::Anon {
         return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
@@ -78,7 +157,7 @@ pub(crate) fn run(arguments: &args::Load) -> Result<ExitCode> {
 }
 
 /// The part that is asked for; a note where the environment has one and it was not asked for.
-fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<(Option<Shard>, Option<String>)> {
+fn shard(arguments: &Arguments, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<(Option<Shard>, Option<String>)> {
     // A launcher that has nothing to say leaves a variable empty.
     let variable = |name: &str| variable(name).filter(|text| !text.is_empty());
     let number = |name: &str| match variable(name) {
@@ -86,10 +165,10 @@ fn shard(arguments: &args::Load, variable: impl Fn(&str) -> Option<String>) -> d
         None => Err(Error::Config(format!("--rank env: {name} is not set"))),
     };
     let (rank, world_size, note) = match (arguments.rank, arguments.world_size) {
-        (Some(args::Rank::Environment), world_size) => {
+        (Some(Rank::Environment), world_size) => {
             (Some(number("RANK")?), Some(world_size.map_or_else(|| number("WORLD_SIZE"), Ok)?), None)
         }
-        (Some(args::Rank::Number(rank)), world_size) => (Some(rank), world_size, None),
+        (Some(Rank::Number(rank)), world_size) => (Some(rank), world_size, None),
         (None, world_size) => {
             let both = variable("RANK").zip(variable("WORLD_SIZE"));
             let note = both.map(|(rank, all)| {

@@ -1,11 +1,9 @@
 //! `dmaload`: loads model files from the command line.
 
 mod args;
-mod baseline;
 mod bench;
 mod cat;
 mod checksums;
-mod cold;
 mod demo;
 mod doctor;
 mod engine;
@@ -15,17 +13,14 @@ mod inspect;
 mod load;
 mod manifest;
 mod output;
-mod scratch;
+mod parse;
 mod serve;
-mod summary;
-mod synth;
 mod sys;
 mod trace;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use anyhow::Result;
 use clap::Parser;
 use dmaload::dmabuf::printable;
 use serde_json::json;
@@ -60,7 +55,7 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(code) => code,
-        Err(error) if summary::is_closed_pipe(error.as_ref()) => ExitCode::SUCCESS,
+        Err(error) if errors::is_closed_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             let is_usage = matches!(error.downcast_ref(), Some(dmaload::Error::Config(_)));
             let status = if is_usage { 2 } else { 1 };
@@ -118,9 +113,4 @@ fn usage(error: &clap::Error) -> ExitCode {
         }
     }
     ExitCode::from(2)
-}
-
-/// Runs a future to its end: one thread is enough, the loader has its own.
-fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
-    Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

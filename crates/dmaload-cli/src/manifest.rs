@@ -6,14 +6,31 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use clap::Args;
 use dmaload::LoadOptions;
 use dmaload::dmabuf::printable;
 use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
+use dmaload_text::At;
 
-use crate::errors::At;
-use crate::{args, block_on, engine, errors, output};
+use crate::engine::{self, EngineArguments, block_on};
+use crate::{errors, output, parse};
 
-pub(crate) fn run(arguments: &args::Manifest) -> Result<()> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The files.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// The checksum of the chunks: crc32c, xxh3, or, against somebody who forges files, blake3, sha256.
+    #[arg(long, default_value = "crc32c")]
+    pub(crate) algorithm: Algorithm,
+    /// The size of a chunk: a power of two from 4KiB to 1MiB.
+    #[arg(long, default_value = "1MiB", value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) chunk: u64,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let about = |error| errors::about(error, &arguments.paths);
     if !Manifest::allows_chunk_bytes(arguments.chunk) {
         let text = format!("--chunk: {} is no power of two from 4KiB to 1MiB", arguments.chunk);

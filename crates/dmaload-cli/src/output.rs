@@ -7,9 +7,8 @@ use std::io::{self, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dmaload::dmabuf::printable;
+use dmaload_text::Named;
 use serde_json::Value;
-
-use crate::errors::Named;
 
 /// Standard output could not be written to.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +89,14 @@ pub(crate) fn escaped(text: String) -> String {
         }
     }
     escaped
+}
+
+/// The width of the terminal that standard output is, or `None` when it is a file or a pipe.
+#[must_use]
+pub(crate) fn terminal_width() -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;
+    // Serial consoles and some CI runners have a terminal of no size.
+    (size.ws_col > 0).then_some(usize::from(size.ws_col))
 }
 
 #[cfg(test)]

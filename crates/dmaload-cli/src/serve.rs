@@ -1,10 +1,12 @@
 //! `dmaload serve`: loads, and hands the memory out. `dmaload attach`: has it, too.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
+use clap::Args;
 use dmaload::Segment;
 use dmaload::dmabuf::printable;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
@@ -13,10 +15,55 @@ use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::engine::{self, EngineArguments, block_on};
 use crate::load::{finish, is_quiet, summary, to_json};
-use crate::{args, block_on, engine, errors, output};
+use crate::{errors, output};
 
-pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The socket, which appears when the files are loaded; one that no process listens at any more is replaced.
+    pub(crate) socket: PathBuf,
+    /// The files; a folder or an index stands for all files of a model.
+    #[arg(required = true, value_name = "PATH")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// The name that the memory is asked for by.
+    #[arg(long, default_value = "model")]
+    pub(crate) name: String,
+    /// Let this user attach, too, by its number; may be repeated. Without, only your own may.
+    ///
+    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to allow that is to allow all of
+    /// them.
+    #[arg(long = "allow-user", value_name = "UID")]
+    pub(crate) allow_users: Vec<u32>,
+    /// Hand out dma-bufs, which whoever has them can WRITE to, instead of sealed memory files; takes --dma-buf.
+    #[arg(long, requires = "dma_buf")]
+    pub(crate) share_dma_bufs: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AttachArguments {
+    /// The socket.
+    pub(crate) socket: PathBuf,
+    /// The name of what is asked for; needed where the server has several.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Trust a server of this user, by its number, besides your own and root's; may be repeated.
+    ///
+    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to trust that is to trust all of
+    /// them.
+    #[arg(long = "trust-user", value_name = "UID")]
+    pub(crate) trust_users: Vec<u32>,
+    /// Compute this digest of each file, from the mapped memory: sha256, blake3, crc32c, xxh3.
+    #[arg(long, value_name = "ALGORITHM")]
+    pub(crate) digest: Option<Algorithm>,
+    /// Print one JSON object, and nothing else, on standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn serve(arguments: &Arguments) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
     // From the beginning, also while it loads: the socket must not be left behind, and what was
@@ -60,7 +107,7 @@ pub(crate) fn serve(arguments: &args::Serve) -> Result<ExitCode> {
     }
 }
 
-pub(crate) fn attached(arguments: &args::Attach) -> Result<ExitCode> {
+pub(crate) fn attached(arguments: &AttachArguments) -> Result<ExitCode> {
     let options = arguments.trust_users.iter().fold(AttachOptions::default(), |options, &user| options.trust_user(user));
     let options = match &arguments.name {
         Some(name) => options.name(name),

@@ -9,6 +9,7 @@ use std::path::Path;
 use dmaload::Attempt;
 use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, Udmabuf, errno::describe};
+use dmaload_text::bytes;
 use rustix::io::Errno;
 
 use super::cause::Cause;
@@ -16,7 +17,6 @@ use super::facts::Facts;
 use super::system::SHMEM_ENABLED;
 use super::trial::{DMA_HEAP, HeapTrial, Loaded};
 use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
-use crate::summary::bytes;
 
 /// So many are shown.
 pub(crate) const SHOWN: usize = 3;

@@ -20,14 +20,25 @@ mod trial;
 mod verdict;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use clap::Args;
 
-use crate::{args, output};
+use crate::output;
 use facts::Facts;
 
-pub(crate) fn run(arguments: &args::Doctor) -> Result<ExitCode> {
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// A file to be loaded, or the folder of such files.
+    pub(crate) path: Option<PathBuf>,
+    /// Print one JSON object, and nothing else, on standard output.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let facts = Facts::gather(arguments.path.as_deref())?;
     if arguments.json {
         output::write_json(&json::object(&facts))?;

@@ -5,13 +5,13 @@ use std::fmt;
 use dmaload::dmabuf::errno::describe;
 use dmaload::dmabuf::printable;
 use dmaload::probe::IoUring;
+use dmaload_text::{Pairs, bytes};
 
 use super::advice::{self, Advice};
 use super::facts::{Facts, PathFacts};
 use super::system::{HugePages, Memlock};
 use super::trial::{HeapTrial, Loaded};
 use super::verdict::{self, Expected};
-use crate::summary::{Pairs, bytes};
 
 const WIDTH: usize = 80;
 /// The longest name of a row, and the gap.

@@ -13,11 +13,12 @@ use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{self, Pages, Udmabuf};
 use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use dmaload::{Attempt, Cache, Error, Format, Loader, Route, probe};
+use dmaload_bench::scratch::ScratchFile;
+use dmaload_text::{At, Named};
 use rustix::io::Errno;
 
-use crate::errors::{self, At};
-use crate::scratch::ScratchFile;
-use crate::{block_on, load};
+use crate::engine::block_on;
+use crate::{errors, load};
 
 const BYTES_MAX: u64 = 4 << 20;
 /// The name of the line that says that there is no dma-heap.
@@ -178,7 +179,7 @@ fn no_dma_heap() -> HeapTrial {
     let folder = PathBuf::from(dmabuf::DmaHeap::FOLDER);
     let (reason, errno) = match fs::read_dir(&folder) {
         Ok(_) => ("is empty".to_owned(), Errno::NOENT),
-        Err(error) => (errors::Named(&error).to_string(), Errno::from_io_error(&error).unwrap_or(Errno::NOENT)),
+        Err(error) => (Named(&error).to_string(), Errno::from_io_error(&error).unwrap_or(Errno::NOENT)),
     };
     HeapTrial {
         name: DMA_HEAP.to_owned(),

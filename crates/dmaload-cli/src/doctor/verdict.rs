@@ -2,11 +2,11 @@
 
 use dmaload::dmabuf::errno::describe;
 use dmaload::{Attempt, Route, probe};
+use dmaload_text::bytes;
 use rustix::io::Errno;
 
 use super::facts::Facts;
 use super::trial::Loaded;
-use crate::summary::bytes;
 
 /// The default window: no load registers more at once.
 const REGISTERED_BYTES_MAX: u64 = 128 << 20;

@@ -1,88 +1,8 @@
-//! What a person reads: sizes, rates, times, aligned pairs and tables.
-//!
-//! Everything here makes strings. They go out through a `Write`, whose errors the command passes on, and
-//! [`is_closed_pipe`] tells the one that is no error: the reader of `dmaload inspect … | head` has seen enough.
+//! Aligned pairs, and tables. What a terminal would act on is escaped in every cell.
 
-use std::error::Error;
 use std::fmt;
-use std::io;
-use std::time::Duration;
 
-use dmaload::dmabuf::printable;
-
-/// A size in binary units with three digits: `512 B`, `1.50 MiB`, `23.4 GiB`.
-#[must_use]
-pub(crate) fn bytes(count: u64) -> String {
-    scaled(count as f64, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
-}
-
-/// Bytes in a time, per second: `3.21 GiB/s`. Nothing in no time is `-`.
-#[must_use]
-pub(crate) fn rate(count: u64, time: Duration) -> String {
-    if time.is_zero() {
-        return "-".into();
-    }
-    scaled(count as f64 / time.as_secs_f64(), &["B/s", "KiB/s", "MiB/s", "GiB/s", "TiB/s"])
-}
-
-/// A time with three digits: `812 µs`, `45.6 ms`, `1.23 s`, `2 min 05 s`.
-#[must_use]
-pub(crate) fn duration(time: Duration) -> String {
-    let seconds = time.as_secs_f64();
-    if time >= Duration::from_secs(100) {
-        let whole = (time + Duration::from_millis(500)).as_secs();
-        return format!("{} min {:02} s", whole / 60, whole % 60);
-    }
-    match seconds {
-        0.0 => "0 s".into(),
-        s if rounds_below(s * 1e6, 1000.0) => format!("{} µs", three_digits(s * 1e6)),
-        s if rounds_below(s * 1e3, 1000.0) => format!("{} ms", three_digits(s * 1e3)),
-        s => format!("{} s", three_digits(s)),
-    }
-}
-
-/// A count with its thousands apart: `1_234_567` as `1 234 567`.
-#[must_use]
-pub(crate) fn grouped(count: u64) -> String {
-    let digits = count.to_string();
-    let mut grouped = String::with_capacity(digits.len() * 4 / 3);
-    for (position, digit) in digits.chars().enumerate() {
-        if position > 0 && (digits.len() - position).is_multiple_of(3) {
-            grouped.push(' ');
-        }
-        grouped.push(digit);
-    }
-    grouped
-}
-
-fn scaled(value: f64, units: &[&str]) -> String {
-    let mut value = value;
-    let mut units = units.iter().peekable();
-    let mut whole = true;
-    while let Some(unit) = units.next() {
-        // 1023.9 KiB would be shown as "1024 KiB": it is 1.00 MiB.
-        if rounds_below(value, 1024.0) || units.peek().is_none() {
-            // There is no hundredth of a byte, unless it is one per second.
-            let number = if whole && value.fract() == 0.0 { format!("{value}") } else { three_digits(value) };
-            return format!("{number} {unit}");
-        }
-        value /= 1024.0;
-        whole = false;
-    }
-    unreachable!("the last unit always returns")
-}
-
-fn rounds_below(value: f64, limit: f64) -> bool {
-    value < limit - 0.5
-}
-
-fn three_digits(value: f64) -> String {
-    match value {
-        v if v < 9.995 => format!("{v:.2}"),
-        v if v < 99.95 => format!("{v:.1}"),
-        v => format!("{v:.0}"),
-    }
-}
+use dmabuf::printable;
 
 /// Two columns: what, and how much. Rows are shown in the order in which they were added.
 ///
@@ -92,25 +12,25 @@ fn three_digits(value: f64) -> String {
 /// total     290 ms, 3.45 GiB/s
 /// ```
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Pairs(Vec<(String, String)>);
+pub struct Pairs(Vec<(String, String)>);
 
 impl Pairs {
     /// No rows.
     #[must_use]
-    pub(crate) fn new() -> Self {
+    pub fn new() -> Self {
         Self::default()
     }
 
     /// Adds a row.
     #[must_use]
-    pub(crate) fn with(mut self, what: impl Into<String>, value: impl fmt::Display) -> Self {
+    pub fn with(mut self, what: impl Into<String>, value: impl fmt::Display) -> Self {
         self.0.push((printable(&what.into()), printable(&value.to_string())));
         self
     }
 
     /// Adds a row if there is something to say.
     #[must_use]
-    pub(crate) fn with_some(self, what: impl Into<String>, value: Option<impl fmt::Display>) -> Self {
+    pub fn with_some(self, what: impl Into<String>, value: Option<impl fmt::Display>) -> Self {
         match value {
             Some(value) => self.with(what, value),
             None => self,
@@ -129,7 +49,7 @@ impl fmt::Display for Pairs {
 
 /// On which side the text of a column is aligned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Align {
+pub enum Align {
     /// Words.
     Left,
     /// Numbers.
@@ -138,7 +58,7 @@ pub(crate) enum Align {
 
 /// A table with a header, and perhaps a line of totals. The first column gives way where there is too little room.
 #[derive(Debug, Clone)]
-pub(crate) struct Table {
+pub struct Table {
     header: Vec<(String, Align)>,
     rows: Vec<Vec<String>>,
     total: Option<Vec<String>>,
@@ -154,7 +74,7 @@ const SHORTEST: usize = 32;
 impl Table {
     /// A table with these columns.
     #[must_use]
-    pub(crate) fn new<'a>(header: impl IntoIterator<Item = (&'a str, Align)>) -> Self {
+    pub fn new<'a>(header: impl IntoIterator<Item = (&'a str, Align)>) -> Self {
         let header = header.into_iter().map(|(name, align)| (name.to_owned(), align)).collect();
         Self { header, rows: Vec::new(), total: None, width: None }
     }
@@ -162,19 +82,19 @@ impl Table {
     /// Shortens the names in the first column, in the middle, so that lines fit. Without it nothing is ever cut: a
     /// program on the other side of a pipe wants whole names.
     #[must_use]
-    pub(crate) fn fit(mut self, width: Option<usize>) -> Self {
+    pub fn fit(mut self, width: Option<usize>) -> Self {
         self.width = width;
         self
     }
 
     /// Adds a row; missing cells are empty.
-    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
+    pub fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
         let row = self.cells(cells);
         self.rows.push(row);
     }
 
     /// Sets the last line, which a rule sets apart.
-    pub(crate) fn total(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
+    pub fn total(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
         self.total = Some(self.cells(cells));
     }
 
@@ -225,28 +145,6 @@ impl fmt::Display for Table {
     }
 }
 
-/// The width of the terminal that standard output is, or `None` when it is a file or a pipe.
-#[must_use]
-pub(crate) fn terminal_width() -> Option<usize> {
-    let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;
-    // Serial consoles and some CI runners have a terminal of no size.
-    (size.ws_col > 0).then_some(usize::from(size.ws_col))
-}
-
-/// Whether an error says that whoever read our output has closed it, as `head` does: then leave quietly, with
-/// success. Looks through the whole chain of causes.
-#[must_use]
-pub(crate) fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
-}
-
 /// Names come from files that anyone may have written.
 fn printable(text: &str) -> String {
     printable::text(text).to_string()
@@ -277,54 +175,6 @@ fn shortened(text: &str, width: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_three_digits() {
-        let cases = [
-            (0, "0 B"),
-            (1, "1 B"),
-            (1023, "1023 B"),
-            (1024, "1.00 KiB"),
-            (10 * 1024, "10.0 KiB"),
-            (128 << 20, "128 MiB"),
-            ((1 << 20) - 1, "1.00 MiB"),
-            (1_000_000_000, "954 MiB"),
-            (u64::MAX, "16.0 EiB"),
-        ];
-        for (count, shown) in cases {
-            assert_eq!(bytes(count), shown);
-        }
-    }
-
-    #[test]
-    fn rates_are_per_second() {
-        assert_eq!(rate(1 << 30, Duration::from_millis(500)), "2.00 GiB/s");
-        assert_eq!(rate(1, Duration::from_secs(3)), "0.33 B/s");
-        assert_eq!(rate(1, Duration::ZERO), "-");
-    }
-
-    #[test]
-    fn times_have_three_digits() {
-        let cases = [
-            (0, "0 s"),
-            (812, "812 µs"),
-            (999_400, "999 ms"),
-            (999_700, "1.00 s"),
-            (45_600, "45.6 ms"),
-            (1_234_000, "1.23 s"),
-            (99_990_000, "100 s"),
-            (125_000_000, "2 min 05 s"),
-        ];
-        for (micros, shown) in cases {
-            assert_eq!(duration(Duration::from_micros(micros)), shown);
-        }
-    }
-
-    #[test]
-    fn thousands_are_apart() {
-        let shown: Vec<_> = [0, 999, 1000, 1_234_567].map(grouped).into();
-        assert_eq!(shown, ["0", "999", "1 000", "1 234 567"]);
-    }
 
     #[test]
     fn pairs_are_aligned() {
@@ -373,14 +223,5 @@ model.norm.weight                       F32       16
         let mut table = Table::new([("tensor", Align::Left)]);
         table.row(["\x1b]0;gone\x07\nnext\u{202E}"]);
         assert!(table.to_string().ends_with("\\u{1b}]0;gone\\u{7}\\nnext\\u{202e}\n"), "{table}");
-    }
-
-    #[test]
-    fn a_closed_pipe_is_found_below_other_errors() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("outer")]
-        struct Outer(#[source] io::Error);
-        assert!(is_closed_pipe(&Outer(io::ErrorKind::BrokenPipe.into())));
-        assert!(!is_closed_pipe(&Outer(io::ErrorKind::NotFound.into())));
     }
 }

@@ -21,13 +21,12 @@ use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread;
 
 use dmaload::dmabuf::printable;
+use dmaload_text::bytes;
+use dmaload_text::{At, FileError, Named};
 use rustix::fs::{Access, FsWord, StatFs, access, statfs};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
-
-use crate::errors::{At, FileError, Named};
-use crate::summary::bytes;
 
 /// File systems that keep their files in memory, by the `f_type` of `statfs(2)`.
 const IN_MEMORY: &[(FsWord, &str)] =
@@ -40,14 +39,14 @@ static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 static FIRST: OnceLock<fn()> = OnceLock::new();
 
 /// Has something else done, too, when a signal ends the process. Only the first one to ask is heeded.
-pub(crate) fn before_an_interrupt_ends(hook: fn()) {
+pub fn before_an_interrupt_ends(hook: fn()) {
     let _ = FIRST.set(hook);
     remove_on_signals();
 }
 
 /// A file that is removed when this is dropped, or when the process is interrupted.
 #[derive(Debug)]
-pub(crate) struct ScratchFile {
+pub struct ScratchFile {
     path: PathBuf,
     /// The file that was created. It is written through this, never by its path: in a folder that others may write to, its
     /// name may lead elsewhere by then.
@@ -56,7 +55,7 @@ pub(crate) struct ScratchFile {
 
 /// Why there is no scratch file.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ScratchError {
+pub enum ScratchError {
     /// No folder will do; it lists each with its reason.
     #[error("no folder for a scratch file of {}{}\nname another one, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
     NoFolder {
@@ -72,7 +71,7 @@ pub(crate) enum ScratchError {
 
 /// What is wrong with a folder.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Refusal {
+pub enum Refusal {
     /// Reading from it would measure memory.
     #[error("is in memory ({0})")]
     InMemory(&'static str),
@@ -100,7 +99,7 @@ impl ScratchFile {
     ///
     /// # Errors
     /// When no folder will do, or the file can't be created.
-    pub(crate) fn create(folder: Option<&Path>, suffix: &str, length: u64) -> Result<Self, ScratchError> {
+    pub fn create(folder: Option<&Path>, suffix: &str, length: u64) -> Result<Self, ScratchError> {
         let candidates = folder.map_or_else(usual_folders, |folder| vec![folder.to_owned()]);
         let folder = choose(candidates, length)?;
         Ok(Self::create_in(&folder, suffix)?)
@@ -110,7 +109,7 @@ impl ScratchFile {
     ///
     /// # Errors
     /// When the file can't be created.
-    pub(crate) fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
+    pub fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
         remove_on_signals();
         let mut alive = alive();
         let path = free_name(folder, suffix, &alive);
@@ -121,13 +120,13 @@ impl ScratchFile {
 
     /// The file, to be written.
     #[must_use]
-    pub(crate) fn file(&self) -> &File {
+    pub fn file(&self) -> &File {
         &self.file
     }
 
     /// Where it is: an absolute path, so a later change of folder does no harm.
     #[must_use]
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }

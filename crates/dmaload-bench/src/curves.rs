@@ -121,7 +121,7 @@ mod tests {
         for route in [dmaload::Route::UringFixedDirect, dmaload::Route::Bounce] {
             let loader = Loader::builder().segment_bytes(8 << 20).window_bytes(16 << 20).build().unwrap();
             let options = loader.options().route(route).cache(dmaload::Cache::Bypass).trace(true);
-            let image = crate::block_on(async { loader.load_with([&path], options).await }).unwrap().unwrap();
+            let image = crate::engine::block_on(async { loader.load_with([&path], options).await }).unwrap().unwrap();
             let curves = Curves::of(image.report());
             for curve in [&curves.allocated, &curves.filled] {
                 assert_eq!(curve.last().unwrap().1, bytes as u64, "{route}");

@@ -22,10 +22,10 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
-use crate::errors::{At, FileError};
+use dmaload_text::{At, FileError};
 
 /// The smallest model: below, there is hardly room for the header.
-pub(crate) const BYTES_MIN: u64 = 4096;
+pub const BYTES_MIN: u64 = 4096;
 /// One unit of generated content. All tensors begin and end on one.
 const WORD: usize = 8;
 /// What is generated at a time: large enough for the disk, small enough for the cache.
@@ -33,30 +33,30 @@ const BLOCK: usize = 1 << 20;
 
 /// A synthetic model: where its tensors are, and all its bytes on demand.
 #[derive(Debug, Clone)]
-pub(crate) struct Model {
+pub struct Model {
     /// The length of the file.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
     /// What makes its weights differ from another model's.
-    pub(crate) seed: u64,
+    pub seed: u64,
     /// Its tensors, in the order of the file.
-    pub(crate) tensors: Vec<Tensor>,
+    pub tensors: Vec<Tensor>,
     /// Everything before the weights: the length and the padded JSON.
     header: Vec<u8>,
 }
 
 /// A tensor of a [`Model`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Tensor {
+pub struct Tensor {
     /// Named as in a Llama checkpoint.
-    pub(crate) name: String,
+    pub name: String,
     /// What its elements are.
-    pub(crate) dtype: Dtype,
+    pub dtype: Dtype,
     /// Its dimensions, outermost first.
-    pub(crate) shape: Vec<u64>,
+    pub shape: Vec<u64>,
     /// Where it begins in the file.
-    pub(crate) offset: u64,
+    pub offset: u64,
     /// How long it is.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
 }
 
 impl Tensor {
@@ -67,7 +67,7 @@ impl Tensor {
 
 /// The types of elements that a synthetic model has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Dtype {
+pub enum Dtype {
     /// Weights: between 2⁻¹⁵ and 2⁻⁷, of either sign.
     Bf16,
     /// Norms and frequencies: from ½ up to 1.
@@ -102,7 +102,7 @@ impl fmt::Display for Dtype {
 
 /// Why there is no model.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SynthError {
+pub enum SynthError {
     /// Too small for a header and a tensor.
     #[error("a synthetic model has at least {BYTES_MIN} bytes, not {0}")]
     TooSmall(u64),
@@ -113,7 +113,7 @@ pub(crate) enum SynthError {
 
 /// What is wrong with bytes that should be those of a synthetic model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Mismatch {
+pub enum Mismatch {
     /// Too few or too many.
     #[error("{found} bytes instead of {expected}")]
     Length {
@@ -141,7 +141,7 @@ impl Model {
     ///
     /// # Errors
     /// When the size is below [`BYTES_MIN`].
-    pub(crate) fn new(bytes: u64, seed: u64) -> Result<Self, SynthError> {
+    pub fn new(bytes: u64, seed: u64) -> Result<Self, SynthError> {
         if bytes < BYTES_MIN {
             return Err(SynthError::TooSmall(bytes));
         }
@@ -177,7 +177,7 @@ impl Model {
     ///
     /// # Errors
     /// When the file can't be written or flushed.
-    pub(crate) fn write(&self, mut file: &File, path: &Path, mut progress: impl FnMut(u64)) -> Result<(), FileError> {
+    pub fn write(&self, mut file: &File, path: &Path, mut progress: impl FnMut(u64)) -> Result<(), FileError> {
         let mut block = vec![0; BLOCK];
         let mut written = 0;
         while written < self.bytes {
@@ -194,7 +194,7 @@ impl Model {
     ///
     /// # Errors
     /// The first difference; a length of its own is one, too.
-    pub(crate) fn verify_all(&self, content: &[u8]) -> Result<(), Mismatch> {
+    pub fn verify_all(&self, content: &[u8]) -> Result<(), Mismatch> {
         if content.len() as u64 != self.bytes {
             return Err(Mismatch::Length { expected: self.bytes, found: content.len() as u64 });
         }

@@ -9,39 +9,69 @@ use anyhow::{Context, Result};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 
-use super::curves::Curves;
-use super::mode::Mode;
-use super::results::{Apart, Failure, ReadInto, Run};
-use super::ways::{self, WrongBytes};
-use crate::{args, errors};
+use crate::curves::Curves;
+use crate::engine::Engine;
+use crate::mode::Mode;
+use crate::results::{Apart, Failure, ReadInto, Run};
+use crate::ways::{self, WrongBytes};
+
+pub use crate::pressure::{fill, hog};
 
 /// What an ordinary user may lock, on most machines.
 const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
 
-/// Waits to be told, makes ready, waits again, runs. Whoever tells it has gone: then it goes, too.
-pub(crate) fn run(mode: Mode, arguments: &args::Bench, scratch: Option<PathBuf>) -> Result<()> {
-    let mut lines = io::stdin().lines();
-    let mut told = |word: &str| -> Result<bool> { Ok(lines.next().transpose()?.is_some_and(|line| line == word)) };
-    if !told(PREPARE)? {
-        return Ok(());
-    }
-    let paths = scratch.map_or_else(|| arguments.paths.clone(), |path| vec![path]);
-    let ready = prepare(mode, arguments, paths);
-    say(&ready.as_ref().map_or_else(failed, |_| json!({ "ready": true })))?;
-    let Ok(ready) = ready else { return Ok(()) };
-    if told(GO)? {
-        say(&ready().as_ref().map_or_else(failed, to_json))?;
-    }
-    Ok(())
+/// A process that measures one run: `bench-child load --mode NAME [--scratch FILE]`, then
+/// [`Settings::arguments`](crate::Settings::arguments).
+#[derive(Debug)]
+pub struct Load {
+    /// The mode.
+    pub mode: Mode,
+    /// The files.
+    pub paths: Vec<PathBuf>,
+    /// [`Settings::user`](crate::Settings::user): all modes but `limit` lock no more memory then than most users may.
+    pub user: Option<u32>,
+    /// Whether to tell how far the engine was when, for a picture.
+    pub curves: bool,
 }
 
-fn prepare(mode: Mode, arguments: &args::Bench, paths: Vec<PathBuf>) -> Result<ways::Ready> {
-    if arguments.user.is_some() && mode != Mode::Limit {
-        ordinary_memlock()?;
+impl Load {
+    /// Is told what to do by lines on standard input, and tells how it went by lines to `output`, which is standard output.
+    /// `told` puts the error of a run into words.
+    ///
+    /// # Errors
+    /// When `output` can't be written to. A run that fails is told, not returned.
+    pub fn run(self, engine: &dyn Engine, told: fn(&anyhow::Error) -> String, output: &mut dyn Write) -> Result<()> {
+        let prepare = || {
+            if self.user.is_some() && self.mode != Mode::Limit {
+                ordinary_memlock()?;
+            }
+            ways::prepare(self.mode, engine, self.paths, self.curves)
+        };
+        measure(prepare, told, output)
     }
-    ways::prepare(mode, &arguments.engine, paths, arguments.plot.is_some())
+}
+
+/// Waits to be told, makes ready, waits again, runs. Whoever tells it has gone: then it goes, too.
+fn measure(
+    prepare: impl FnOnce() -> Result<ways::Ready>,
+    told: fn(&anyhow::Error) -> String,
+    output: &mut dyn Write,
+) -> Result<()> {
+    let mut lines = io::stdin().lines();
+    let mut is_next = |word: &str| -> Result<bool> { Ok(lines.next().transpose()?.is_some_and(|line| line == word)) };
+    if !is_next(PREPARE)? {
+        return Ok(());
+    }
+    let failed = |error: &anyhow::Error| failed(&told(error), error);
+    let ready = prepare();
+    say(output, &ready.as_ref().map_or_else(failed, |_| json!({ "ready": true })))?;
+    let Ok(ready) = ready else { return Ok(()) };
+    if is_next(GO)? {
+        say(output, &ready().as_ref().map_or_else(failed, to_json))?;
+    }
+    Ok(())
 }
 
 /// Lowers the limit of locked memory to the usual one.
@@ -52,14 +82,13 @@ fn ordinary_memlock() -> Result<()> {
     setrlimit(Resource::Memlock, limit).context("cannot lower the limit of locked memory")
 }
 
-fn say(value: &Value) -> Result<()> {
-    let mut stdout = crate::output::stdout();
-    writeln!(stdout, "{value}")?;
-    Ok(stdout.flush()?)
+fn say(output: &mut dyn Write, value: &Value) -> Result<()> {
+    writeln!(output, "{value}")?;
+    Ok(output.flush()?)
 }
 
-fn failed(error: &anyhow::Error) -> Value {
-    json!({ "error": errors::told(error), "wrong_bytes": error.is::<WrongBytes>() })
+fn failed(told: &str, error: &anyhow::Error) -> Value {
+    json!({ "error": told, "wrong_bytes": error.is::<WrongBytes>() })
 }
 
 fn to_json(run: &Run) -> Value {
@@ -81,7 +110,7 @@ fn to_json(run: &Run) -> Value {
     })
 }
 
-/// What a line of [`run`] says; `None` of a line that is none of its own.
+/// What a line of [`Load::run`] says; `None` of a line that is none of its own.
 pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
     let value: Value = serde_json::from_str(line).ok()?;
     if let Some(reason) = value.get("error").and_then(Value::as_str) {
@@ -133,7 +162,7 @@ mod tests {
         assert_eq!(heard(&to_json(&run).to_string()), Some(Ok(run)));
         let bare = Run { seconds: 1.0, page_bytes: 4096, ..Run::default() };
         assert_eq!(heard(&to_json(&bare).to_string()), Some(Ok(bare)));
-        let failure = heard(&failed(&anyhow::anyhow!("no memory")).to_string());
+        let failure = heard(&failed("no memory", &anyhow::anyhow!("no memory")).to_string());
         assert_eq!(failure, Some(Err(Failure { reason: "no memory".to_owned(), wrong_bytes: false })));
         assert_eq!(heard("{\"ready\":true}"), None);
         assert_eq!(heard("Killed"), None);

@@ -13,8 +13,9 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::sys::{Read, Reader};
-use crate::errors::{At, FileError};
+use dmaload_text::{At, FileError};
+
+use crate::sys::{Read, Reader};
 
 /// Buffers that reads go to: one for each read in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,8 +211,8 @@ fn push(
 #[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
 mod tests {
     use super::*;
-    use crate::bench::memory::{PART_BYTES, Region};
-    use crate::bench::sys;
+    use crate::memory::{PART_BYTES, Region};
+    use crate::sys;
     use dmaload::dmabuf::Pages;
     use dmaload::heap::{AnonHeap, Heap};
     use std::io::Write as _;

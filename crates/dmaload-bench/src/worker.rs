@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, anyhow};
 
-use super::leftovers;
+use crate::leftovers;
 
 /// The command `dmaload bench-child`, to be completed.
 pub(crate) fn command() -> Command {

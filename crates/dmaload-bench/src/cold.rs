@@ -12,11 +12,11 @@ use std::thread;
 use std::time::Duration;
 
 use dmaload::dmabuf::printable;
+use dmaload_text::bytes;
+use dmaload_text::{At, FileError};
 use rustix::fs::Advice;
 
-use crate::errors::{At, FileError};
-use crate::summary::bytes;
-use crate::sys;
+use crate::mapping;
 
 /// How often a file that stays warm is evicted before it counts as an error: pages under writeback or waiting in
 /// another core's batch leave a moment later.
@@ -25,7 +25,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Who told how much of a file is cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Method {
+pub enum Method {
     /// `cachestat(2)`, Linux 6.5 and later.
     Cachestat,
     /// `mincore(2)` on a mapping. For a file that the caller neither owns nor may write, the kernel answers "all
@@ -44,26 +44,26 @@ impl fmt::Display for Method {
 
 /// How much of a file is in the page cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Residency {
+pub struct Residency {
     /// Cached bytes, in whole pages.
-    pub(crate) resident: u64,
+    pub resident: u64,
     /// The length of the file.
-    pub(crate) total: u64,
+    pub total: u64,
     /// Who said so.
-    pub(crate) method: Method,
+    pub method: Method,
 }
 
 impl Residency {
     /// Nothing of the file is cached: every byte must come from storage.
     #[must_use]
-    pub(crate) fn is_cold(&self) -> bool {
+    pub fn is_cold(&self) -> bool {
         self.resident == 0
     }
 }
 
 /// Why a file could not be made cold.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ColdError {
+pub enum ColdError {
     /// A call failed.
     #[error(transparent)]
     File(#[from] FileError),
@@ -109,15 +109,15 @@ fn by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
     if file.metadata().at("look at", path)?.len() == 0 {
         return Ok(0);
     }
-    let mapping = sys::map_file(file).at("map", path)?;
-    sys::mincore(&mapping).at("count the cached pages of", path)
+    let mapping = mapping::map_file(file).at("map", path)?;
+    mapping::mincore(&mapping).at("count the cached pages of", path)
 }
 
 /// Evicts the file and makes sure of it.
 ///
 /// # Errors
 /// [`ColdError::StillCached`] when pages are left after a few attempts, otherwise the call that failed.
-pub(crate) fn make_cold(path: &Path) -> Result<Residency, ColdError> {
+pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
     let file = File::open(path).at("open", path)?;
     let mut attempt = 1;
     loop {
@@ -136,7 +136,7 @@ pub(crate) fn make_cold(path: &Path) -> Result<Residency, ColdError> {
 ///
 /// # Errors
 /// The call that failed, or ENOMEM where the page cache does not keep it.
-pub(crate) fn make_warm(path: &Path) -> Result<(), FileError> {
+pub fn make_warm(path: &Path) -> Result<(), FileError> {
     let mut file = File::open(path).at("open", path)?;
     // Nothing is dirty: a direct read would have to wait for it to be written.
     file.sync_all().at("write back", path)?;

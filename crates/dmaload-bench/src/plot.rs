@@ -2,21 +2,19 @@
 
 use std::fmt::Write as _;
 
-use super::mode::Mode;
-use super::panel;
-use super::results::{ModeRuns, Results};
-use super::stats::Spread;
-use crate::summary::bytes;
+use dmaload_text::bytes;
 
-const WIDTH: f64 = 860.0;
+use crate::mode::Mode;
+use crate::panel;
+use crate::results::{ModeRuns, Results};
+use crate::stats::Spread;
+use crate::svg::{Scale, WIDTH, line, text};
+
 const LEFT: f64 = 140.0;
-const RIGHT: f64 = 230.0;
 const TOP: f64 = 64.0;
 const ROW: f64 = 34.0;
 const BAR: f64 = 20.0;
 const BOTTOM: f64 = 46.0;
-/// About as many ticks as that.
-const TICKS: f64 = 6.0;
 
 /// An SVG of its own.
 pub(crate) fn svg(results: &Results) -> String {
@@ -62,49 +60,6 @@ pub(crate) fn svg(results: &Results) -> String {
     svg
 }
 
-/// From seconds to places.
-pub(super) struct Scale {
-    pub(super) left: f64,
-    pub(super) most: f64,
-}
-
-impl Scale {
-    pub(super) fn x(&self, seconds: f64) -> f64 {
-        self.left + (WIDTH - self.left - RIGHT) * seconds / self.most
-    }
-
-    /// A round distance between ticks: 1, 2 or 5 times a power of ten.
-    fn step(&self) -> f64 {
-        let rough = self.most / TICKS;
-        let power = 10_f64.powf(rough.log10().floor());
-        let factor = [1.0, 2.0, 5.0].into_iter().find(|factor| factor * power >= rough).unwrap_or(10.0);
-        factor * power
-    }
-
-    /// Lines from `top` to `floor`, and their seconds below.
-    pub(super) fn ticks(&self, svg: &mut String, top: f64, floor: f64) {
-        let step = self.step();
-        let digits = if step < 0.01 {
-            3
-        } else if step < 0.1 {
-            2
-        } else if step < 1.0 {
-            1
-        } else {
-            0
-        };
-        let mut tick = 0_u32;
-        while f64::from(tick) * step <= self.most * 1.0001 {
-            let seconds = f64::from(tick) * step;
-            let x = self.x(seconds);
-            line(svg, (x, top - 4.0), (x, floor + 4.0), "stroke=\"#ddd\"");
-            let style = "text-anchor=\"middle\" fill=\"#666\" font-size=\"12\"";
-            text(svg, x, floor + 18.0, style, &format!("{seconds:.digits$}"));
-            tick += 1;
-        }
-    }
-}
-
 fn bar(svg: &mut String, scale: &Scale, middle: f64, runs: &ModeRuns) {
     text(svg, LEFT - 10.0, middle + 4.5, "text-anchor=\"end\"", runs.mode.name());
     let Some(Spread { median, min, max }) = runs.seconds() else { return };
@@ -147,21 +102,12 @@ fn color(mode: Mode) -> &'static str {
     }
 }
 
-pub(super) fn line(svg: &mut String, from: (f64, f64), to: (f64, f64), style: &str) {
-    let _ = writeln!(svg, "<line x1=\"{:.1}\" y1=\"{:.1}\" x2=\"{:.1}\" y2=\"{:.1}\" {style}/>", from.0, from.1, to.0, to.1);
-}
-
-pub(super) fn text(svg: &mut String, x: f64, y: f64, style: &str, text: &str) {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;");
-    let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" {style}>{text}</text>");
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::curves::Curves;
-    use super::super::results::Run;
-    use super::super::results::tests::{killed, results, run};
     use super::*;
+    use crate::curves::Curves;
+    use crate::results::Run;
+    use crate::results::tests::{killed, results, run};
 
     #[test]
     fn every_mode_has_a_bar_or_is_said_to_have_failed() {
@@ -191,12 +137,5 @@ mod tests {
     fn nothing_measured_makes_a_picture_too() {
         let svg = svg(&results(vec![(Mode::Normal, vec![killed()])]));
         assert!(svg.contains("failed") && !svg.contains("NaN"), "{svg}");
-    }
-
-    #[test]
-    fn ticks_are_round() {
-        for (most, step) in [(0.29, 0.05), (3.0, 0.5), (3.1, 1.0), (9.0, 2.0), (60.0, 10.0)] {
-            assert!((Scale { left: 0.0, most }.step() - step).abs() < 1e-9, "{most}");
-        }
     }
 }

@@ -15,19 +15,19 @@ use dmaload::dmabuf::{Pages, page_bytes, printable};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Image, LoadOptions, Loader, Route};
+use dmaload_text::At;
 use rustix::thread::disable_transparent_huge_pages;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::compare::compare;
-use super::curves::Curves;
-use super::limit::{self, DESTINATIONS, Into, LARGEST};
-use super::memory::{PART_BYTES, Region, page_bytes_of};
-use super::mode::Mode;
-use super::results::{Apart, ReadInto, Run};
-use super::sys::{self, Reader};
-use crate::args::{Engine, PageChoice};
-use crate::errors::At;
-use crate::{baseline, block_on, engine, manifest};
+use crate::compare::compare;
+use crate::curves::Curves;
+use crate::engine::{Engine, block_on};
+use crate::limit::{self, DESTINATIONS, Into, LARGEST};
+use crate::memory::{PART_BYTES, Region, page_bytes_of};
+use crate::mode::Mode;
+use crate::results::{Apart, ReadInto, Run};
+use crate::sys::{self, Reader};
+use crate::{baseline, mapping};
 
 /// Wrong bytes: what no circumstance excuses.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
 ///
 /// # Errors
 /// When this machine has no such thing, or the files can't be looked at.
-pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curves: bool) -> Result<Ready> {
+pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curves: bool) -> Result<Ready> {
     let files = Files::look_at(paths)?;
     Ok(match mode {
         Mode::Normal => {
@@ -52,24 +52,24 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
             Box::new(move || normal(&files))
         }
         Mode::NormalIo => {
-            if matches!(arguments.pages, PageChoice::Small) {
+            if matches!(engine.pages(), Pages::Small) {
                 small_pages()?;
             }
-            let populate = matches!(arguments.pages, PageChoice::Huge);
+            let populate = matches!(engine.pages(), Pages::Huge);
             Box::new(move || normal_io(&files, populate))
         }
         Mode::DirectIo | Mode::DirectIoCheck => {
-            let loader = engine::loader(arguments)?;
+            let loader = engine.loader()?;
             let check = mode == Mode::DirectIoCheck;
             Box::new(move || by_engine(&loader, &files, loader.options().trace(curves), check))
         }
         Mode::Reuse => {
-            let loader = engine::loader_with_pool(arguments)?;
+            let loader = engine.loader_with_pool()?;
             drop(block_on(loader.load_with(&files.paths, loader.options()).finish())??);
             Box::new(move || by_engine(&loader, &files, loader.options(), false))
         }
         Mode::Swap => {
-            let loader = engine::loader_with_pool(arguments)?;
+            let loader = engine.loader_with_pool()?;
             let load = || block_on(loader.load_with(&files.paths, loader.options()).finish());
             let (before, served) = (load()??, load()??);
             drop(before);
@@ -81,16 +81,16 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
         }
         Mode::Verify => {
             let recorder = Recorder::new(Algorithm::Crc32c, Manifest::LARGEST_CHUNK_BYTES);
-            let manifest = Arc::new(block_on(manifest::recorded(&engine::loader(arguments)?, &files.paths, recorder))??);
-            let loader = engine::loader(arguments)?;
+            let manifest = Arc::new(engine.manifest(&files.paths, recorder)?);
+            let loader = engine.loader()?;
             Box::new(move || by_engine(&loader, &files, loader.options().verify(manifest), false))
         }
         Mode::AtOnce => {
-            let loader = engine::loader(arguments)?;
+            let loader = engine.loader()?;
             Box::new(move || all_at_once(&loader, &files))
         }
         Mode::PreadDirect => {
-            let loader = engine::loader_by(arguments, Route::PreadDirect, true)?;
+            let loader = engine.loader_by(Route::PreadDirect)?;
             Box::new(move || by_engine(&loader, &files, loader.options(), false))
         }
         Mode::Limit => {
@@ -107,7 +107,7 @@ pub(crate) fn prepare(mode: Mode, arguments: &Engine, paths: Vec<PathBuf>, curve
         Mode::Mmap => Box::new(move || mapped(&files)),
         Mode::TokioFs => Box::new(move || by_tokio(&files)),
         Mode::NoOverlap => {
-            let (heap, _) = engine::heap(arguments)?;
+            let heap = engine.heap()?;
             Box::new(move || no_overlap(&heap, &files))
         }
     })
@@ -219,7 +219,7 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
     let mut notes = vec![format!("by {}", report.route)];
     notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", dmaload::dmabuf::errno::describe(errno))));
     if report.reused_bytes > 0 {
-        notes.push(format!("{} in memory of the pool", crate::summary::bytes(report.reused_bytes)));
+        notes.push(format!("{} in memory of the pool", dmaload_text::bytes(report.reused_bytes)));
     }
     Ok(Run {
         page_bytes: report.page_size_bytes() as u64,
@@ -304,7 +304,7 @@ fn mapped(files: &Files) -> Result<Run> {
     let mut loaded = Vec::new();
     for path in &files.paths {
         let file = File::open(path).at("open", path)?;
-        let mapping = crate::sys::map_file(&file).at("map", path)?;
+        let mapping = mapping::map_file(&file).at("map", path)?;
         let touched: u64 = mapping.iter().step_by(page_bytes()).map(|&byte| u64::from(byte)).sum();
         black_box(touched);
         loaded.push(mapping);

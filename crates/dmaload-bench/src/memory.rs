@@ -123,7 +123,7 @@ pub(crate) fn page_bytes_of(addresses: Range<usize>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::sys;
+    use crate::sys;
     use dmaload::dmabuf::Pages;
     use dmaload::heap::{AnonHeap, MemfdHeap};
 

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use dmaload::dmabuf::printable;
+use dmaload_text::{At, FileError, Named};
 
-use super::leftovers;
-use crate::errors::{At, FileError, Named};
+use crate::leftovers;
 
 /// The limit's file, in v2 and v1.
 const LIMITS: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];

@@ -8,21 +8,21 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
+use dmaload_text::{At, bytes};
 use memmap2::MmapOptions;
 use serde_json::json;
 
-use super::cgroup::Group;
-use super::host;
-use super::worker::{self, Worker};
+use crate::cgroup::Group;
 use crate::cold;
-use crate::errors::At;
+use crate::host;
 use crate::scratch::ScratchFile;
+use crate::worker::{self, Worker};
 
 const BLOCK: usize = 1 << 20;
 
 /// The kinds of pressure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pressure {
+pub enum Pressure {
     /// Each run in a memory cgroup of this limit, which is perhaps full of page cache from the start.
     Cgroup(u64, Option<Cache>),
     /// Another process has so much memory.
@@ -33,7 +33,7 @@ pub(crate) enum Pressure {
 
 /// What the page cache of a group is full of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cache {
+pub enum Cache {
     /// Pages that were read.
     Clean,
     /// Pages that were written, and not yet written back.
@@ -65,7 +65,6 @@ impl FromStr for Pressure {
 
 impl fmt::Display for Pressure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use crate::summary::bytes;
         match self {
             Pressure::Cgroup(limit, None) => write!(f, "a cgroup of {}", bytes(*limit)),
             Pressure::Cgroup(limit, Some(Cache::Clean)) => write!(f, "a cgroup of {} full of clean page cache", bytes(*limit)),
@@ -159,28 +158,29 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     let mut command = worker::command();
     command.arg("hog").arg(bytes.to_string());
     let mut hog = Worker::start(&mut command)?;
-    hog.hear().with_context(|| format!("a process that takes {} could not do so", crate::summary::bytes(bytes)))?;
+    hog.hear().with_context(|| format!("a process that takes {} could not do so", dmaload_text::bytes(bytes)))?;
     Ok(hog)
 }
 
-/// The process that takes memory: until nobody holds the other end of its standard input.
+/// A process that takes memory, until nobody holds the other end of its standard input: `bench-child hog BYTES`.
 ///
 /// # Errors
 /// When it can't have so much.
-pub(crate) fn hog(bytes: u64) -> Result<()> {
+pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
     let memory = host::touched(usize::try_from(bytes)?)?;
-    tell_ready()?;
+    tell_ready(output)?;
     // Until the end of input, whatever comes.
     io::copy(&mut io::stdin(), &mut io::sink())?;
     drop(memory);
     Ok(())
 }
 
-/// The process that fills page cache: whoever reads or writes a page first is charged for it.
+/// A process that fills page cache: `bench-child fill BYTES PATH [--dirty]`. Whoever reads or writes a page first is charged
+/// for it.
 ///
 /// # Errors
 /// When the file can't be read or written.
-pub(crate) fn fill(path: &Path, bytes: u64, dirty: bool) -> Result<()> {
+pub fn fill(path: &Path, bytes: u64, dirty: bool, output: &mut dyn Write) -> Result<()> {
     io::stdin().lock().read_line(&mut String::new())?;
     if dirty {
         let file = OpenOptions::new().write(true).open(path).at("open", path)?;
@@ -190,13 +190,12 @@ pub(crate) fn fill(path: &Path, bytes: u64, dirty: bool) -> Result<()> {
         let mut block = vec![0; BLOCK];
         while file.read(&mut block).at("read", path)? > 0 {}
     }
-    tell_ready()
+    tell_ready(output)
 }
 
-fn tell_ready() -> Result<()> {
-    let mut stdout = crate::output::stdout();
-    writeln!(stdout, "{}", json!({ "ready": true }))?;
-    Ok(stdout.flush()?)
+fn tell_ready(output: &mut dyn Write) -> Result<()> {
+    writeln!(output, "{}", json!({ "ready": true }))?;
+    Ok(output.flush()?)
 }
 
 /// Bytes that no layer below can make less of: random, with a number of its own in each sector.

@@ -3,10 +3,11 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::mode::Mode;
-use super::results::{ModeRuns, Results};
-use super::stats::Spread;
-use crate::summary::{Align, Table, bytes, duration};
+use dmaload_text::{Align, Table, bytes, duration};
+
+use crate::mode::Mode;
+use crate::results::{ModeRuns, Results};
+use crate::stats::Spread;
 
 const HEADER: [&str; 8] =
     ["mode", "pages", "seconds (min–max)", "× normal", "share of limit", "CPU s/GiB", "first segment", "extra memory"];
@@ -145,8 +146,8 @@ fn remarks(results: &Results) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::results::tests::{killed, results, run};
     use super::*;
+    use crate::results::tests::{killed, results, run};
 
     fn some() -> Results {
         results(vec![

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 /// A way of loading. The first four have the names of the kernel series' own test program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// Allocate, map the file, copy: what people do today, on 4 KiB pages.
     Normal,
     /// The same allocation, filled by `read(2)` through the page cache.
@@ -39,15 +39,16 @@ pub(crate) enum Mode {
 /// A program to be compared with. It speaks as the processes of this bench do: gets the paths as arguments, is told `prepare`,
 /// answers `{"ready": true}`, is told `go`, loads, and answers with `seconds`, `cpu_seconds` and `page_bytes`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Peer {
-    pub(crate) name: String,
+pub struct Peer {
+    /// What it is called.
+    pub name: String,
     /// For the shell; the paths follow it.
-    pub(crate) command: String,
+    pub command: String,
 }
 
 impl Mode {
     /// Every mode, in the order in which they are shown.
-    pub(crate) const ALL: [Mode; 13] = [
+    pub const ALL: [Mode; 13] = [
         Mode::Normal,
         Mode::NormalIo,
         Mode::DirectIo,
@@ -64,7 +65,7 @@ impl Mode {
     ];
 
     /// The name used on the command line and in every output.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Mode::Normal => "normal",
             Mode::NormalIo => "normal_io",
@@ -87,7 +88,7 @@ impl Mode {
     ///
     /// # Errors
     /// When it has no name or no command, or the name of a mode.
-    pub(crate) fn peer(text: &str) -> Result<Self, String> {
+    pub fn peer(text: &str) -> Result<Self, String> {
         let (name, command) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=COMMAND"))?;
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
             return Err(format!("{text:?}: a name of its own and a command are needed"));
@@ -98,7 +99,7 @@ impl Mode {
 
     /// What is measured: those asked for, or all that load a file as if for the first time and alone, and always the two that
     /// everything is compared with.
-    pub(crate) fn chosen(asked: &[Mode]) -> Vec<Mode> {
+    pub fn chosen(asked: &[Mode]) -> Vec<Mode> {
         let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
         let wanted = |mode: &Mode| (asked.is_empty() && !special(mode)) || asked.contains(mode) || compared_with(mode);
@@ -106,7 +107,7 @@ impl Mode {
     }
 
     /// The order of a round: one further each time, so that no mode always follows the same traces of another.
-    pub(crate) fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
+    pub fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
         let mut modes = modes.to_vec();
         let by = round % modes.len().max(1);
         modes.rotate_left(by);

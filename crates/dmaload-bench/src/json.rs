@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::mode::Mode;
-use super::results::{ModeRuns, Results, Run};
-use super::stats::Spread;
+use crate::mode::Mode;
+use crate::results::{ModeRuns, Results, Run};
+use crate::stats::Spread;
 
 /// One object; see docs/cli.md.
 pub(crate) fn to_json(results: &Results) -> Value {
@@ -73,8 +73,8 @@ fn pages((smallest, largest): (u64, u64)) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::results::tests::{killed, results, run};
     use super::*;
+    use crate::results::tests::{killed, results, run};
 
     #[test]
     fn the_numbers_agree_with_each_other() {

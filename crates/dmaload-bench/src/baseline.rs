@@ -9,25 +9,25 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dmaload::dmabuf::printable;
+use dmaload_text::{At, FileError};
 use memmap2::MmapMut;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::cold::{self, ColdError};
-use crate::errors::{At, FileError};
-use crate::sys;
+use crate::mapping;
 
 /// A file loaded as it is done today.
 #[derive(Debug)]
-pub(crate) struct Normal {
+pub struct Normal {
     /// From before the memory was asked for until the last byte was copied.
-    pub(crate) elapsed: Duration,
+    pub elapsed: Duration,
     /// The copy, so that it can be verified outside of the measured time.
-    pub(crate) memory: MmapMut,
+    pub memory: MmapMut,
 }
 
 /// Why the comparison could not be made.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BaselineError {
+pub enum BaselineError {
     /// A call failed.
     #[error(transparent)]
     File(#[from] FileError),
@@ -43,7 +43,7 @@ pub(crate) enum BaselineError {
 ///
 /// # Errors
 /// When the file can't be made cold or can't be loaded.
-pub(crate) fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
+pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
     cold::make_cold(path)?;
     load(path)
 }
@@ -52,7 +52,7 @@ pub(crate) fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
 ///
 /// # Errors
 /// When the file is empty or a call fails.
-pub(crate) fn load(path: &Path) -> Result<Normal, BaselineError> {
+pub fn load(path: &Path) -> Result<Normal, BaselineError> {
     let started = Instant::now();
     let file = File::open(path).at("open", path)?;
     let length = file.metadata().at("look at", path)?.len();
@@ -60,7 +60,7 @@ pub(crate) fn load(path: &Path) -> Result<Normal, BaselineError> {
         return Err(BaselineError::Empty(path.to_owned()));
     }
     let mut memory = allocate(length).at("allocate memory for", path)?;
-    let source = sys::map_file(&file).at("map", path)?;
+    let source = mapping::map_file(&file).at("map", path)?;
     memory.copy_from_slice(&source);
     Ok(Normal { elapsed: started.elapsed(), memory })
 }
@@ -68,7 +68,7 @@ pub(crate) fn load(path: &Path) -> Result<Normal, BaselineError> {
 fn allocate(length: u64) -> std::io::Result<MmapMut> {
     let memory = File::from(memfd_create("dmaload-baseline", MemfdFlags::CLOEXEC)?);
     memory.set_len(length)?;
-    sys::map_memory(&memory)
+    mapping::map_memory(&memory)
 }
 
 #[cfg(test)]

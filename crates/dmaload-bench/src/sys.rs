@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use io_uring::{IoUring, opcode, types};
 
-use super::memory::Region;
+use crate::memory::Region;
 
 /// A read to be done.
 #[derive(Debug, Clone, Copy)]

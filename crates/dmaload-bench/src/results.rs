@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::curves::Curves;
-use super::mode::Mode;
-use super::stats::{Spread, median};
+use crate::curves::Curves;
+use crate::mode::Mode;
+use crate::stats::{Spread, median};
 
 /// One measured run of one mode.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -112,7 +112,7 @@ impl ModeRuns {
 
 /// All that was measured.
 #[derive(Debug, Clone)]
-pub(crate) struct Results {
+pub struct Results {
     pub(crate) rounds: u32,
     /// Of all files.
     pub(crate) file_bytes: u64,
@@ -192,7 +192,8 @@ impl Results {
     }
 
     /// Whether the command has failed: wrong bytes always, anything else unless pressure was asked for.
-    pub(crate) fn failed(&self) -> bool {
+    #[must_use]
+    pub fn failed(&self) -> bool {
         let mut failures = self.modes.iter().flat_map(ModeRuns::failures);
         failures.any(|(_, failure)| failure.wrong_bytes || self.pressure.is_none())
     }

@@ -2,9 +2,10 @@
 
 use std::fmt::Write as _;
 
-use super::curves::{Curves, Point};
-use super::plot::{Scale, line, text};
-use crate::summary::bytes;
+use dmaload_text::bytes;
+
+use crate::curves::{Curves, Point};
+use crate::svg::{Scale, line, text};
 
 /// How high it is, with its title and its axis.
 pub(crate) const HEIGHT: f64 = 320.0;

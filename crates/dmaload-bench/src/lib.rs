@@ -1,0 +1,250 @@
+//! `dmaload bench`: ways of loading compared, so that the comparison can be believed.
+//!
+//! ```text
+//!   for each round, for each mode, another one first each time:
+//!     a process of its own ── gets ready ──► file made cold ──► memory warmed ──► go ──► one line of JSON
+//! ```
+//!
+//! What one mode leaves behind (page cache, fragments, a peak of memory) is not the next one's: the process is new, the file
+//! is checked to be cold, and rounds are interleaved, so that what the machine does meanwhile hits all modes alike.
+//! Ratios are taken within a round, then their median.
+//!
+//! The program that runs the bench is also its children: `/proc/self/exe bench-child …` must come to a function of
+//! [`child`]. What is measured is an [`Engine`] of the program's own making.
+//!
+//! The modules that are public serve any measurement: [`synth`] makes models whose every byte is known, [`scratch`] keeps
+//! them on a disk for as long as they are needed, [`cold`] sees to it that they come from there, and [`baseline`] loads
+//! them as people do today.
+
+mod cgroup;
+mod compare;
+mod curves;
+mod engine;
+mod host;
+mod json;
+mod leftovers;
+mod limit;
+mod mapping;
+mod memory;
+mod mode;
+mod panel;
+mod plot;
+mod pressure;
+mod results;
+mod stats;
+mod svg;
+mod sys;
+mod table;
+mod ways;
+mod worker;
+
+pub mod baseline;
+pub mod child;
+pub mod cold;
+pub mod scratch;
+pub mod synth;
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use dmaload::dmabuf::printable;
+use dmaload_text::At;
+use serde_json::Value;
+
+pub use engine::Engine;
+pub use mode::{Mode, Peer};
+pub use pressure::{Cache, Pressure};
+pub use results::Results;
+
+use pressure::Arm;
+use results::{Failure, ModeRuns, Run};
+use worker::Worker;
+
+/// What is measured, and how.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The files; several are one load.
+    pub paths: Vec<PathBuf>,
+    /// The one of them that was made for the bench, which is passed on to its processes.
+    pub scratch: Option<PathBuf>,
+    /// The folder for files that are made; without one, a folder on a disk is found.
+    pub folder: Option<PathBuf>,
+    /// The modes: see [`Mode::chosen`].
+    pub modes: Vec<Mode>,
+    /// How often each is measured.
+    pub rounds: u32,
+    /// How memory is short.
+    pub pressure: Option<Pressure>,
+    /// Whether the files are in the page cache before each run, rather than not.
+    pub warm: bool,
+    /// As whom all modes but `limit` are measured; takes root.
+    pub user: Option<u32>,
+    /// What the processes are given besides: the arguments that these settings were made from.
+    pub arguments: Vec<OsString>,
+}
+
+impl Results {
+    /// A table for a terminal, and what it comes to.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        table::plain(self)
+    }
+
+    /// The same for a document.
+    #[must_use]
+    pub fn to_markdown(&self) -> String {
+        table::markdown(self)
+    }
+
+    /// The same for programs; see docs/cli.md.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        json::to_json(self)
+    }
+
+    /// The same as a picture.
+    #[must_use]
+    pub fn to_svg(&self) -> String {
+        plot::svg(self)
+    }
+}
+
+/// A comparison for which all is there before the first run.
+#[derive(Debug)]
+pub struct Bench {
+    settings: Settings,
+    file_bytes: u64,
+    arm: Arm,
+}
+
+impl Bench {
+    /// Looks at the files, and puts the pressure on. From here on, an interrupt leaves nothing behind.
+    ///
+    /// # Errors
+    /// When there is nothing to load, or there can't be such pressure.
+    pub fn set_up(settings: Settings) -> Result<Self> {
+        leftovers::remove_on_interrupt();
+        let paths = &settings.paths;
+        let mut file_bytes = 0;
+        for path in paths {
+            let about = fs::metadata(path).at("look at", path)?;
+            if !about.is_file() {
+                bail!("{} is not a file", printable::path(&path));
+            }
+            file_bytes += about.len();
+        }
+        if file_bytes == 0 {
+            bail!(
+                "{}: there is nothing to load",
+                paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default()
+            );
+        }
+        let arm = Arm::new(settings.pressure, settings.folder.as_deref())?;
+        Ok(Bench { settings, file_bytes, arm })
+    }
+
+    /// Measures every mode in every round. `tell` gets a line after each run.
+    ///
+    /// # Errors
+    /// When the bench can't go on; a run that fails is a result.
+    pub fn measure(&self, mut tell: impl FnMut(&str)) -> Result<Results> {
+        let Settings { modes, rounds, .. } = &self.settings;
+        let rounds = *rounds;
+        let mut measured: Vec<ModeRuns> = modes.iter().map(|&mode| ModeRuns { mode, runs: Vec::new() }).collect();
+        for round in 0..rounds {
+            for mode in Mode::rotated(modes, round as usize) {
+                let run = self.run_once(mode)?;
+                tell(&format!("round {}/{rounds}  {mode:15}  {}", round + 1, told(mode, &run)));
+                if let Some(runs) = measured.iter_mut().find(|runs| runs.mode == mode) {
+                    runs.runs.push(run);
+                }
+            }
+        }
+        let mut results = Results {
+            rounds,
+            file_bytes: self.file_bytes,
+            pressure: self.settings.pressure.map(|pressure| pressure.to_string()),
+            user: self.settings.user,
+            warm: self.settings.warm,
+            read_ahead_kib: self.settings.paths.first().and_then(|path| host::read_ahead_kib(path)),
+            modes: measured,
+            destinations: Vec::new(),
+        };
+        results.choose_limit();
+        Ok(results)
+    }
+
+    /// One run of one mode. What goes wrong in its process is a result; what goes wrong here ends the bench.
+    fn run_once(&self, mode: Mode) -> Result<Result<Run, Failure>> {
+        let group = self.arm.group()?;
+        let mut worker = self.start(mode)?;
+        if let Some(group) = &group {
+            group.add(worker.id())?;
+        }
+        let died = |error: anyhow::Error| Failure { reason: error.to_string(), wrong_bytes: false };
+        worker.tell(child::PREPARE);
+        match worker.hear() {
+            Ok(line) => match child::heard(&line) {
+                Some(Err(failure)) => return Ok(Err(failure)),
+                Some(Ok(_)) => bail!("a run was measured before it began"),
+                // It is ready.
+                None => {}
+            },
+            Err(error) => return Ok(Err(died(error))),
+        }
+        if let Some(group) = &group {
+            self.arm.fill(group)?;
+        }
+        for path in &self.settings.paths {
+            if self.settings.warm {
+                cold::make_warm(path)?;
+            } else {
+                cold::make_cold(path)?;
+            }
+        }
+        host::warm(self.file_bytes, self.arm.is_on()).context("cannot warm the machine's memory")?;
+        worker.tell(child::GO);
+        let run = match worker.hear() {
+            Ok(line) => child::heard(&line).with_context(|| format!("a run said {line:?}"))?,
+            Err(error) => Err(died(error)),
+        };
+        // It must have left its group before that is removed.
+        drop(worker);
+        drop(group);
+        self.arm.settle()?;
+        Ok(run)
+    }
+
+    fn start(&self, mode: Mode) -> Result<Worker> {
+        let mut command = if let Mode::Peer(peer) = mode {
+            worker::peer(&peer.command, &self.settings.paths)
+        } else {
+            let mut command = worker::command();
+            command.args(["load", "--mode", mode.name()]);
+            if let Some(file) = &self.settings.scratch {
+                command.arg("--scratch").arg(file);
+            }
+            command.args(&self.settings.arguments);
+            command
+        };
+        if let Some(user) = self.settings.user.filter(|_| mode != Mode::Limit) {
+            command.uid(user).gid(user);
+        }
+        Worker::start(&mut command)
+    }
+}
+
+/// How a run went, in a few words.
+fn told(mode: Mode, run: &Result<Run, Failure>) -> String {
+    match run {
+        Ok(run) if mode == Mode::Limit => {
+            let all = run.destinations.iter().map(|read| format!("{:.3} s", read.seconds));
+            all.collect::<Vec<_>>().join(", ")
+        }
+        Ok(run) => format!("{:.3} s", run.seconds),
+        Err(failure) => format!("failed: {}", failure.reason),
+    }
+}

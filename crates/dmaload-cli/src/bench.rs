@@ -1,0 +1,194 @@
+//! `dmaload bench`: its arguments and its output; [`dmaload_bench`] measures.
+
+use std::env;
+use std::fs::{self, Permissions};
+use std::io::{IsTerminal, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use dmaload::dmabuf::Pages;
+use dmaload::heap::Heap;
+use dmaload::verify::{Manifest, Recorder};
+use dmaload::{Loader, Route};
+use dmaload_bench::scratch::ScratchFile;
+use dmaload_bench::synth::Model;
+use dmaload_bench::{Bench, Engine, Mode, Pressure, Settings, child};
+use dmaload_text::At;
+
+use crate::engine::{self, EngineArguments, block_on};
+use crate::{demo, errors, manifest, output, parse};
+
+/// Any would do; this one makes the same file every time.
+const SEED: u64 = 1;
+
+#[derive(Debug, Args)]
+pub(crate) struct Arguments {
+    /// The files; several are one load.
+    #[arg(value_name = "PATH", required_unless_present = "size", conflicts_with = "size")]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Make a file of random weights of this size, and remove it afterwards.
+    #[arg(long, value_parser = parse::bytes)]
+    pub(crate) size: Option<u64>,
+    /// The folder for files that are made; by default one on a disk, not in memory.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// What is compared, by names with commas between; normal and limit always are [default: all].
+    ///
+    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse, swap, at-once
+    /// and verify where they are asked for: see docs/cli.md.
+    #[arg(long, value_name = "MODES", value_delimiter = ',')]
+    pub(crate) modes: Vec<Mode>,
+    /// Another program to compare with, run by the shell with the paths as arguments; may be repeated: see docs/cli.md.
+    #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Mode::peer)]
+    pub(crate) peers: Vec<Mode>,
+    /// How often each mode is measured; the medians count.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// Let memory be short: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE, hog:all-but:SIZE.
+    #[arg(long)]
+    pub(crate) pressure: Option<Pressure>,
+    /// Have the files in the page cache before each run, instead of making sure that they are not.
+    #[arg(long, conflicts_with = "pressure")]
+    pub(crate) warm: bool,
+    /// Measure all modes but limit as this user, who may lock 8 MiB of memory; takes root.
+    #[arg(long, value_name = "UID")]
+    pub(crate) user: Option<u32>,
+    /// Print one JSON object, and nothing else, on standard output.
+    #[arg(long, conflicts_with = "md")]
+    pub(crate) json: bool,
+    /// Print a Markdown table.
+    #[arg(long)]
+    pub(crate) md: bool,
+    /// Write a picture of it to this file, an SVG.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArguments,
+}
+
+/// What `bench` starts.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Child {
+    /// Measures one run.
+    Load {
+        #[arg(long)]
+        mode: Mode,
+        /// The file that `bench` made.
+        #[arg(long)]
+        scratch: Option<PathBuf>,
+        #[command(flatten)]
+        bench: Box<Arguments>,
+    },
+    /// Takes memory.
+    Hog { bytes: u64 },
+    /// Fills page cache.
+    Fill {
+        bytes: u64,
+        path: PathBuf,
+        #[arg(long)]
+        dirty: bool,
+    },
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    check(arguments)?;
+    let scratch = arguments.size.map(|size| make_file(arguments, size)).transpose()?;
+    let scratch_path = scratch.as_ref().map(|file| file.path().to_owned());
+    let settings = Settings {
+        paths: scratch_path.clone().map_or_else(|| arguments.paths.clone(), |path| vec![path]),
+        scratch: scratch_path,
+        folder: arguments.dir.clone(),
+        modes: Mode::chosen(&arguments.modes).into_iter().chain(arguments.peers.iter().copied()).collect(),
+        rounds: arguments.rounds,
+        pressure: arguments.pressure,
+        warm: arguments.warm,
+        user: arguments.user,
+        // The same options, read by the same parser: everything behind the word `bench`.
+        arguments: env::args_os().skip(2).collect(),
+    };
+    let results = Bench::set_up(settings)?.measure(tell)?;
+    let mut stdout = output::stdout();
+    match (arguments.json, arguments.md) {
+        (true, _) => writeln!(stdout, "{}", output::json(&results.to_json()))?,
+        (_, true) => write!(stdout, "{}", results.to_markdown())?,
+        _ => write!(stdout, "{}", results.to_text())?,
+    }
+    stdout.flush()?;
+    if let Some(path) = &arguments.plot {
+        fs::write(path, results.to_svg()).at("write the picture to", path)?;
+    }
+    Ok(if results.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// The processes that the bench starts.
+pub(crate) fn run_child(arguments: Child) -> Result<()> {
+    let mut stdout = output::stdout();
+    match arguments {
+        Child::Load { mode, scratch, mut bench } => {
+            // It is storage that is measured.
+            bench.engine.cache.get_or_insert(dmaload::Cache::Bypass);
+            let paths = scratch.map_or_else(|| bench.paths.clone(), |path| vec![path]);
+            let load = child::Load { mode, paths, user: bench.user, curves: bench.plot.is_some() };
+            load.run(&bench.engine, errors::told, &mut stdout)
+        }
+        Child::Hog { bytes } => child::hog(bytes, &mut stdout),
+        Child::Fill { bytes, path, dirty } => child::fill(&path, bytes, dirty, &mut stdout),
+    }
+}
+
+/// Wrong usage is told before the first file is written.
+fn check(arguments: &Arguments) -> Result<()> {
+    if arguments.user.is_some() && !rustix::process::geteuid().is_root() {
+        return Err(dmaload::Error::Config("--user: only root can run a process as another user".to_owned()).into());
+    }
+    drop(engine::loader(&arguments.engine)?);
+    Ok(())
+}
+
+/// After each run, where somebody watches.
+fn tell(line: &str) {
+    let mut stderr = std::io::stderr().lock();
+    if stderr.is_terminal() {
+        // Nobody is left to be told when this fails.
+        let _ = writeln!(stderr, "{line}");
+    }
+}
+
+/// A file of random weights, which whoever is to load it can read.
+fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
+    let model = Model::new(size, SEED)?;
+    let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;
+    file.file().set_permissions(Permissions::from_mode(0o644)).at("open to other users", file.path())?;
+    demo::write(&model, &file)?;
+    Ok(file)
+}
+
+impl Engine for EngineArguments {
+    fn loader(&self) -> dmaload::Result<Loader> {
+        engine::loader(self)
+    }
+
+    fn loader_by(&self, route: Route) -> dmaload::Result<Loader> {
+        engine::loader_by(self, route, true)
+    }
+
+    fn loader_with_pool(&self) -> dmaload::Result<Loader> {
+        engine::loader_with_pool(self)
+    }
+
+    fn heap(&self) -> dmaload::Result<Arc<dyn Heap>> {
+        engine::heap(self).map(|(heap, _)| heap)
+    }
+
+    fn pages(&self) -> Pages {
+        self.pages.into()
+    }
+
+    fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> Result<Manifest> {
+        Ok(block_on(manifest::recorded(&engine::loader(self)?, paths, recorder))??)
+    }
+}

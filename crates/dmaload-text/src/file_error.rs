@@ -1,0 +1,70 @@
+//! Errors of files that a person can act on: what was being done, to which file, and the errno by its name.
+//!
+//! The name is what manuals, kernel sources and search engines know; the sentence beside it depends on the C library
+//! and its locale.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dmabuf::printable;
+
+/// A system call on a file that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {}: {}", printable::path(&path), Named(cause))]
+pub struct FileError {
+    action: &'static str,
+    path: PathBuf,
+    // Part of the message, so not also its `source()`: a printed chain would say it twice.
+    cause: io::Error,
+}
+
+/// Says what was being done, and to which file, when a call fails.
+pub trait At<T> {
+    /// `action` completes the sentence "cannot … PATH": `"open"`, `"write to"`.
+    ///
+    /// # Errors
+    /// The failure it was called on, now with its place.
+    fn at(self, action: &'static str, path: &Path) -> Result<T, FileError>;
+}
+
+impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
+    fn at(self, action: &'static str, path: &Path) -> Result<T, FileError> {
+        self.map_err(|cause| FileError { action, path: path.to_owned(), cause: cause.into() })
+    }
+}
+
+/// Shows an I/O error with the name of its errno: `ENOSPC (No space left on device)`.
+#[derive(Debug)]
+pub struct Named<'a>(pub &'a io::Error);
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match rustix::io::Errno::from_io_error(self.0) {
+            Some(errno) => f.write_str(&dmabuf::errno::describe(errno)),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_open_names_file_and_errno() {
+        let path = Path::new("/nonexistent/model.safetensors");
+        let error = std::fs::File::open(path).at("open", path).unwrap_err();
+        assert_eq!(error.to_string(), "cannot open /nonexistent/model.safetensors: ENOENT (No such file or directory)");
+    }
+
+    #[test]
+    fn an_error_without_an_errno_keeps_its_text() {
+        assert_eq!(Named(&io::Error::other("torn")).to_string(), "torn");
+    }
+
+    #[test]
+    fn an_unknown_errno_is_shown_by_its_number() {
+        assert!(Named(&io::Error::from_raw_os_error(4095)).to_string().starts_with("errno 4095 ("));
+    }
+}
