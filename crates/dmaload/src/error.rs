@@ -1,14 +1,19 @@
 //! What can go wrong, told so that a person can act on it.
 
+mod size_limit;
+
 use std::path::PathBuf;
 
 use dmabuf::printable;
 use rustix::io::Errno;
 
-use crate::headroom::MARGIN_BYTES;
-use crate::heap::SizeLimit;
 use crate::model::ModelError;
 use crate::route::{Attempt, Route};
+
+pub use size_limit::SizeLimit;
+
+/// Left to everybody else: without it the machine would be at its limit just after the load.
+pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// Why a load, or the making of a loader, failed.
 ///

@@ -8,11 +8,12 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 
 use crate::error::{Error, Result};
-use crate::load::{FileTensors, FinishedFile};
+use crate::load::FinishedFile;
+use crate::memory::segment::{Contiguous, Segment, holding};
 use crate::model::index::Index;
 use crate::model::{DType, TensorMap};
 use crate::plan::select::{Part, Rows};
-use crate::segment::{Contiguous, Segment, holding};
+use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Report;
 

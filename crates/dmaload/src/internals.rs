@@ -1,9 +1,9 @@
 //! What the small benches count the instructions of. No part of the interface: behind the feature `internals`, and it may change
 //! or go at any time.
 
+use crate::memory::window::{Permitted, Window};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::Slots;
-use crate::window::{Permitted, Window};
 
 /// Plans files of these lengths with the default sizes; how many pieces that makes.
 pub fn plan(lengths: &[u64]) -> usize {

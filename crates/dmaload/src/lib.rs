@@ -15,19 +15,14 @@
 //! Linux only. io_uring, `O_DIRECT` and huge pages are used where they can be had; each is done without where the kernel
 //! refuses it, never silently.
 
-mod budget;
-mod charge;
 mod engine;
 mod error;
 mod files;
-mod headroom;
-pub mod heap;
 mod image;
 mod inspect;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
 pub mod internals;
-mod lent;
 mod load;
 mod loader;
 mod memory;
@@ -35,20 +30,16 @@ pub mod model;
 mod observe;
 mod pace;
 mod plan;
-mod pressure;
 pub mod probe;
-mod reaper;
 mod ring;
 mod route;
 mod schedule;
-mod segment;
 mod settings;
 pub mod share;
 mod support;
 mod telemetry;
 #[cfg(feature = "verify")]
 pub mod verify;
-mod window;
 
 pub use dmabuf;
 pub use engine::Leaked;
@@ -57,11 +48,12 @@ pub use image::{Image, ImageFile, Tensor, TensorPart};
 pub use inspect::{Inspected, inspect, inspect_model};
 pub use load::{Load, Progress, Segments, Tensors};
 pub use loader::{Loader, LoaderBuilder};
+pub use memory::heap;
+pub use memory::segment::{Segment, SegmentAccess};
 pub use observe::{Observer, Rejection, Verify};
 pub use plan::Layout;
 pub use plan::select::Shard;
 pub use route::{Attempt, Fallback, Route};
-pub use segment::{Segment, SegmentAccess};
 pub use settings::{Cache, Format, ImporterLimits, LoadOptions, Prefer, Priority};
 pub use telemetry::metrics::{Latency, Metrics};
 pub use telemetry::report::{FileReport, Measured, Report, Way};

@@ -11,7 +11,7 @@ use rustix::io::{Errno, pread};
 
 use crate::error::Result;
 use crate::files::source::OpenFile;
-use crate::headroom::headroom;
+use crate::memory::headroom::headroom;
 use crate::ring;
 use crate::route::{Attempt, Route, is_refusal};
 use crate::support::convert::to_usize;

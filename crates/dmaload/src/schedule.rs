@@ -1,11 +1,11 @@
 //! Who is served next: the scheduler of opening, allocating and finishing, over all loads of a loader.
 //!
 //! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch each, so a large one
-//! can't starve a small one. One that has its part of the window (see [`crate::window`]) is passed over; when one that holds nothing of it
+//! can't starve a small one. One that has its part of the window (see [`crate::memory::window`]) is passed over; when one that holds nothing of it
 //! finds no room, nobody overtakes it, so small ones can't starve a large one either. The number of loads that are open at once
 //! is bounded; the others wait in the order they came. Loads of a higher priority go first.
 //!
-//! Where memory is limited, a load begins when its reservation is free (see [`crate::budget`]), in the order they came; one that has
+//! Where memory is limited, a load begins when its reservation is free (see [`crate::memory::budget`]), in the order they came; one that has
 //! its share is passed over until its consumer drops something. A stream has a bounded amount of memory ahead of its consumer, also
 //! where memory is not limited: one that is far ahead is passed over until its consumer takes a segment.
 //!
@@ -15,10 +15,10 @@
 
 use std::collections::VecDeque;
 
-use crate::budget::{Budget, Taken};
+use crate::memory::budget::{Budget, Taken};
+use crate::memory::window::{Permitted, Window};
 use crate::plan::{BATCH_BYTES, BATCH_FILES};
 use crate::settings::Priority;
-use crate::window::{Permitted, Window};
 
 /// Something for a worker thread to do. `L` names a load.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dmabuf::Pages;
 
-use crate::ring::LoadId;
+use crate::support::id::LoadId;
 use crate::telemetry::report::{Measured, Way};
 
 /// A load with less than this is not measured: what is learned must be worth what it costs.

@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use super::{Engine, HeapCode, WeakHeap};
 use crate::error::Result;
 use crate::load::{Allocated, LoadShared};
-use crate::memory::Backing;
-use crate::ring::{Fault, Sink, Write};
+use crate::memory::backing::Backing;
+use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::slot::Slot;
 
 /// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache

@@ -15,9 +15,9 @@ use std::time::Instant;
 use super::workers::{Task, WorkerId, Workers};
 use crate::load::Follows;
 use crate::pace::Pace;
-use crate::ring::LoadId;
 use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::support::foreign;
+use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
 /// See the module. `T` is a load.

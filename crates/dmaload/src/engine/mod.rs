@@ -14,7 +14,6 @@
 //! A panic of it is caught where it is called (see [`crate::support::foreign`]).
 
 mod allocate;
-mod allowance;
 mod choice;
 mod descriptors;
 mod filling;
@@ -41,20 +40,21 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::charge::Ledger;
 use crate::error::{Error, Result};
 use crate::files::header::find_header;
 use crate::files::source::Input;
 use crate::files::source::OpenFile;
-use crate::heap::{self, Heap};
 use crate::load::{Handover, HeapFacts, LoadShared, Remains, Segments};
-use crate::memory::{Backing, PieceBuffer};
-use crate::pressure;
-use crate::reaper::Reaper;
-use crate::ring::{Events, Limits, LoadId, Output, RingThread};
+use crate::memory::backing::{Backing, PieceBuffer};
+use crate::memory::charge::Ledger;
+use crate::memory::heap::{self, Heap};
+use crate::memory::pressure;
+use crate::memory::reaper::Reaper;
+use crate::ring::{Events, Limits, Output, RingThread};
 use crate::schedule::{Job, Need};
 use crate::settings::{LoadOptions, Settings};
 use crate::support::foreign::{self, Foreign};
+use crate::support::id::LoadId;
 use crate::telemetry::metrics::{LoadCounters, Metrics};
 use crate::telemetry::report::Measured;
 
@@ -833,7 +833,7 @@ mod tests {
 
     #[test]
     fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
-        let guard = Guard::start(Settings::default(), Arc::new(crate::heap::AnonHeap::default()), Vec::new()).unwrap();
+        let guard = Guard::start(Settings::default(), Arc::new(crate::memory::heap::AnonHeap::default()), Vec::new()).unwrap();
         let gone = LoadId(u64::MAX);
         let window_bytes = guard.settings().window_bytes;
         for _ in 0..8 {

@@ -13,7 +13,8 @@ use rustix::io::Errno;
 
 use super::Engine;
 use crate::load::LoadShared;
-use crate::ring::{LoadId, Output};
+use crate::ring::Output;
+use crate::support::id::LoadId;
 
 /// Something to tell.
 #[derive(Debug)]

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use crate::ring::LoadId;
+use crate::support::id::LoadId;
 
 /// A local file system answers within milliseconds, also when its disk is busy. A worker that is
 /// wrongly taken for stalled costs a thread for a while, nothing else.

@@ -15,15 +15,14 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use tensors::Tensors;
 
-pub(crate) use tensors::FileTensors;
-
 pub(crate) use state::{Allocated, Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared, Part, Remains};
 
 use crate::engine::Guard;
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::memory::segment::Segment;
 use crate::model::index::Index;
-use crate::segment::Segment;
+use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
 /// What a load tells its consumer, in this order: segments, then the end or an error.

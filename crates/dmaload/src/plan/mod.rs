@@ -21,6 +21,7 @@
 
 pub(crate) mod glob;
 pub(crate) mod select;
+pub(crate) mod tensors;
 
 use std::num::NonZeroU64;
 use std::ops::Range;

@@ -37,20 +37,23 @@ use rustix::io::Errno;
 
 use entry::{Chunk, InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of, progress, read_bytes};
 
-use super::kernel::{Buffer, Completion, Fault, Kernel, Place, Read};
+use super::kernel::{Completion, Kernel, Read};
+
 use super::known::Known;
-use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span};
+use super::message::{Failure, FileSpec, LoadSpec, Output, Retried, Span};
 use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
+use crate::memory::buffer::{Buffer, Fault, Place};
+use crate::memory::window::may_have_one;
 use crate::pace::{FIRST, Pace, more_staging_slots};
 use crate::plan::Piece;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::support::convert::to_usize;
+use crate::support::id::LoadId;
 use crate::telemetry::busy::BusyTime;
 use crate::telemetry::metrics::ReadCounters;
 use crate::telemetry::trace::TraceKind;
-use crate::window::may_have_one;
 
 /// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
 const INTERRUPTIONS: u32 = 64;

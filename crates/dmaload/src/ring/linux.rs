@@ -18,11 +18,13 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, CachedRead, Completion, Copy, Kernel, Look, Place, Read};
+use super::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
+
 use super::pool::{LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
+use crate::memory::buffer::{Buffer, Place};
 use crate::pace::FIRST;
 use crate::probe;
 use crate::route::Route;

@@ -7,11 +7,8 @@ use rustix::io::Errno;
 use crate::files::source::CachedChunks;
 use crate::observe::Observation;
 use crate::route::{Attempt, Fallback, Route};
+use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;
-
-/// Names a load. Never used twice by one loader.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct LoadId(pub(crate) u64);
 
 /// What the driver has to know of a load before its first piece.
 #[derive(Debug, Clone)]

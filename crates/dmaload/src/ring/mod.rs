@@ -25,9 +25,8 @@ mod staging;
 mod thread;
 mod wake;
 
-pub(crate) use kernel::{Buffer, Fault, Place, Sink, Write};
 pub(crate) use linux::probe;
-pub(crate) use message::{Failure, FileSpec, LoadId, LoadSpec, Output, Retried, Span, Times};
+pub(crate) use message::{Failure, FileSpec, LoadSpec, Output, Retried, Span, Times};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;

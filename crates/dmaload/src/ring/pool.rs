@@ -12,14 +12,16 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, Copy, Fault, Look, Place, Read};
-use super::message::LoadId;
+use super::kernel::{CachedRead, Completion, Copy, Look, Read};
+
 use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::pace::{FIRST_READERS, MOST_READERS, Pace};
+use crate::memory::buffer::{Fault, Place};
+use crate::memory::window::may_have_one;
 use crate::route::Route;
 use crate::support::foreign;
-use crate::window::may_have_one;
+use crate::support::id::LoadId;
 
 /// Threads that read for all loads. One load has [`MOST_READERS`] at most, and leaves some to loads that have none.
 pub(crate) const READERS: usize = MOST_READERS + MOST_READERS / 2;
@@ -422,7 +424,7 @@ fn show(look: &Look) -> Completion {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ring::kernel::{Sink, Write};
+    use crate::memory::buffer::{Sink, Write};
     use crate::ring::slots::Slots;
     use std::ptr::NonNull;
 

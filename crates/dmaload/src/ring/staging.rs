@@ -5,10 +5,12 @@
 
 use rustix::io::Errno;
 
-use super::kernel::{Buffer, Kernel};
-use super::message::LoadId;
+use super::kernel::Kernel;
+
+use crate::memory::buffer::Buffer;
+use crate::memory::window::may_have_one;
 use crate::route::{Attempt, Route};
-use crate::window::may_have_one;
+use crate::support::id::LoadId;
 
 /// How much staging there may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

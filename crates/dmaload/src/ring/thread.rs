@@ -10,16 +10,18 @@ use std::time::Instant;
 use rustix::io::Errno;
 
 use super::driver::Driver;
-use super::kernel::{Buffer, Kernel};
+use super::kernel::Kernel;
 use super::linux::LinuxKernel;
-use super::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
+use super::message::{Failure, FileSpec, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
+use crate::memory::buffer::Buffer;
 use crate::pace::Pace;
 use crate::plan::Piece;
 use crate::settings::Settings;
 use crate::support::foreign;
+use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
 
 /// What bounds the ring thread's work.

@@ -25,11 +25,11 @@ use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::load::FinishedFile;
-use crate::memory::Backing;
+use crate::memory::backing::Backing;
+use crate::memory::reaper::Reaper;
+use crate::memory::segment::{Place, Segment};
 use crate::plan::Layout;
-use crate::reaper::Reaper;
 use crate::route::Route;
-use crate::segment::{Place, Segment};
 use crate::telemetry::report::{FileReport, Report};
 
 /// An image of another process.

@@ -8,9 +8,9 @@ use dmabuf::PageCount;
 use serde_json::{Value, json};
 
 use crate::image::{Image, Tensor};
-use crate::load::FileTensors;
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
+use crate::plan::tensors::FileTensors;
 
 /// See the module. What was parsed is consistent in itself; the sizes of the memories are for whoever has them to compare.
 #[derive(Debug)]

@@ -42,7 +42,7 @@ use super::queue::is_unreceived;
 use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::{Error, Result};
 use crate::image::Image;
-use crate::segment::Segment;
+use crate::memory::segment::Segment;
 
 /// Connections at once of users who may attach, or fewer where the process may have few
 /// descriptors.

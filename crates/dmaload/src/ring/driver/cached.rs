@@ -1,11 +1,14 @@
 //! Chunks that the page cache had when their piece was prepared.
 
-use super::super::kernel::{Buffer, CachedRead, Fault, Kernel};
-use super::super::message::{Failure, LoadId};
+use super::super::kernel::{CachedRead, Kernel};
+
+use super::super::message::Failure;
 use super::entry::{Chunk, InFlight, Step, progress};
 use super::{Driver, LOAD, PIECE};
+use crate::memory::buffer::{Buffer, Fault};
 use crate::route::Route;
 use crate::support::convert::to_usize;
+use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has a chunk copied from the page cache to where it belongs.

@@ -4,15 +4,17 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Duration;
 
-use super::super::message::{FileSpec, LoadId, LoadSpec, Times};
+use super::super::message::{FileSpec, LoadSpec, Times};
+
 use super::super::order::InOrder;
 use super::super::slots::Token;
 use super::super::staging::StagingSlot;
+use crate::memory::window::may_have_one;
 use crate::plan::{Piece, split};
 use crate::route::Route;
 use crate::support::convert::to_usize;
+use crate::support::id::LoadId;
 use crate::telemetry::busy::BusyTime;
-use crate::window::may_have_one;
 
 #[derive(Debug)]
 pub(super) struct PieceEntry<F, B> {

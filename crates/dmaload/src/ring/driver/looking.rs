@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use super::super::kernel::{Buffer, Fault, Kernel, Look};
-use super::super::message::{Failure, LoadId};
+use super::super::kernel::{Kernel, Look};
+
+use super::super::message::Failure;
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, Unseen, progress};
 use super::{Driver, LOAD, PIECE};
+use crate::memory::buffer::{Buffer, Fault};
 use crate::route::Route;
 use crate::support::convert::to_usize;
+use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.

@@ -1,12 +1,15 @@
 //! The route bounce: reads into staging, and copies from there.
 
-use super::super::kernel::{Buffer, Copy, Kernel};
-use super::super::message::{Failure, LoadId, Output};
+use super::super::kernel::{Copy, Kernel};
+
+use super::super::message::{Failure, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
 use super::{Destination, Driver, LOAD, PIECE};
+use crate::memory::buffer::Buffer;
 use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
+use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Issues a read into staging. `false` when all of it is busy.

@@ -11,10 +11,11 @@ use crate::files::source::CachedChunks;
 use crate::observe::{Observation, Observer, ObserverOption, Rejection, Watch};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::support::id::LoadId;
 
 const PIECES: usize = 24;
 /// More than a load has pieces.

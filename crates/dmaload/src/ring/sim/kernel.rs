@@ -14,9 +14,10 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use super::Random;
-use crate::ring::kernel::{Buffer, CachedRead, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink, Write};
-use crate::ring::message::LoadId;
+use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
+use crate::ring::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
 use crate::route::Route;
+use crate::support::id::LoadId;
 
 pub(super) const BLOCK: u64 = 4096;
 const BLOCK_BYTES: usize = 4096;

@@ -8,10 +8,11 @@ use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKe
 use crate::files::source::CachedChunks;
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::message::{FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::support::id::LoadId;
 
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };

@@ -10,9 +10,10 @@ use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKe
 use crate::files::source::CachedChunks;
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Fallback, Route};
+use crate::support::id::LoadId;
 
 struct Machine {
     driver: Driver<SimKernel, SimBuffer>,

@@ -29,15 +29,17 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::files::source::CachedChunks;
+use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
 use crate::pace::{FIRST, most_allocators, most_copiers};
 use crate::plan::{Layout, Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::kernel::{Buffer, CachedRead, Completion, Copy, Fault, Kernel, Look, Place, Read, Sink, Write};
-use crate::ring::message::{FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
+use crate::ring::message::{FileSpec, LoadSpec, Output};
 use crate::ring::slots::Token;
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::settings::Settings;
+use crate::support::id::LoadId;
 
 const GIB: f64 = (1 << 30) as f64;
 /// Zeroing, or copying, by one processor: bytes a second.

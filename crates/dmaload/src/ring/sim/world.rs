@@ -15,10 +15,11 @@ use crate::observe::{Observation, Observer, ObserverOption, Rejection, Verdict, 
 use crate::pace::{Pace, more_staging_slots};
 use crate::plan::{Layout, Piece, Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{Failure, FileSpec, LoadId, LoadSpec, Output};
+use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Route};
 use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::support::id::LoadId;
 
 /// Checks each byte that it is shown, and their order.
 struct SimObserver {

@@ -9,10 +9,11 @@ use std::sync::{Arc, Weak};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memfd, Memory};
 
-use crate::charge::Ledger;
-use crate::lent::Lent;
-use crate::reaper::{Holding, Reaper};
-use crate::ring::{Buffer, Fault, LoadId, Place, Sink, Write};
+use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
+use crate::memory::charge::Ledger;
+use crate::memory::lent::Lent;
+use crate::memory::reaper::{Holding, Reaper};
+use crate::support::id::LoadId;
 
 /// Bytes that are to be elsewhere: at the beginning of their slot. All in bytes of the memory.
 #[derive(Debug, Clone, PartialEq, Eq)]

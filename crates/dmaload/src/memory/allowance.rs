@@ -18,7 +18,7 @@ use dmabuf::printable;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 
-use crate::headroom::{Headroom, headroom};
+use crate::memory::headroom::{Headroom, headroom};
 use crate::support::foreign;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -68,7 +68,7 @@ static PROCESS: Allowance = Allowance::new();
 /// The right to take some memory, to be held until it is taken.
 #[derive(Debug)]
 #[must_use = "what is not held is not counted"]
-pub(super) struct Grant {
+pub(crate) struct Grant {
     of: &'static Allowance,
     bytes: u64,
     _turn: Option<Turn>,
@@ -124,7 +124,7 @@ impl Drop for Grant {
 ///
 /// # Errors
 /// What there is instead.
-pub(super) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<Grant, Headroom> {
+pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<Grant, Headroom> {
     let patience = GIVE_UP_STEP * (std::process::id() % GIVE_UP_STEPS);
     PROCESS.grant(bytes, make_room, headroom, patience)
 }

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use dmabuf::printable;
 
+use crate::error::MARGIN_BYTES;
+
 /// The tightest limit and what it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Headroom {
@@ -17,9 +19,6 @@ pub(crate) struct Headroom {
     /// The folder of the cgroup, or the file of the machine's figures: all processes that share the limit have it in common.
     pub(crate) place: PathBuf,
 }
-
-/// Left to everybody else: without it the machine would be at its limit just after the load.
-pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// What is left now. `None` where nothing can be read (no procfs): then nothing is refused.
 pub(crate) fn headroom() -> Option<Headroom> {

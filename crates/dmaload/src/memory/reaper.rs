@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
-use crate::charge::Charge;
+use crate::memory::charge::Charge;
 
 /// Holdings that leave the pool under one lock: some 20 µs.
 const TRIMMED_AT_ONCE: usize = 64;

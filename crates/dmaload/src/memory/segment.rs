@@ -15,8 +15,8 @@ use bytes::Bytes;
 use dmabuf::{Access, DmaBuf};
 
 use crate::error::{Error, Result};
-use crate::load::FileTensors;
-use crate::memory::Backing;
+use crate::memory::backing::Backing;
+use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
 
 /// A contiguous piece of a heap's memory that holds a range of a file, complete.

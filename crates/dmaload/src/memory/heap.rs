@@ -17,6 +17,7 @@ use dmabuf::{DmaBuf, Mapping, Memfd, Memory, Pages, Part, Populated, Udmabuf};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+pub use crate::error::SizeLimit;
 use crate::error::{Error, Result};
 
 /// A source of memory for segments.
@@ -203,36 +204,6 @@ unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
 
     fn is_own(&self, key: private::Key) -> bool {
         (**self).is_own(key)
-    }
-}
-
-/// The most that a heap gives as one segment, and the file in which that is set.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct SizeLimit {
-    /// The most bytes.
-    pub bytes: u64,
-    /// The file, in which the limit stands in units of `unit_bytes`.
-    pub setting: String,
-    /// The unit.
-    pub unit_bytes: u64,
-}
-
-impl SizeLimit {
-    /// A limit that is set in a file.
-    pub fn new(bytes: u64, setting: impl Into<String>, unit_bytes: u64) -> Self {
-        SizeLimit { bytes, setting: setting.into(), unit_bytes }
-    }
-
-    /// The command that raises it far enough.
-    pub fn raise(&self, wanted_bytes: u64) -> String {
-        format!("echo {} > {}", wanted_bytes.div_ceil(self.unit_bytes.max(1)), self.setting)
-    }
-}
-
-impl fmt::Display for SizeLimit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} is {} ({} bytes)", self.setting, self.bytes / self.unit_bytes.max(1), self.bytes)
     }
 }
 

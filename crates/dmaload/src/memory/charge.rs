@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, Weak};
 
-use crate::ring::LoadId;
+use crate::support::id::LoadId;
 
 /// Keeps the accounts that charges are of.
 pub(crate) trait Ledger: fmt::Debug + Send + Sync {

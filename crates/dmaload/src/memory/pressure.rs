@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use crate::headroom::own_cgroups;
+use crate::memory::headroom::own_cgroups;
 
 /// Tasks waited 150 ms of 2 s for memory. Without privilege the kernel takes windows of whole 2 s only.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";

@@ -1,0 +1,46 @@
+//! The tensors of a file, and which of them are read.
+
+use std::sync::Arc;
+
+use super::select::{ChosenTensors, Part, Rows};
+use crate::model::TensorMap;
+
+/// The tensors of a file, and which of them are read.
+#[derive(Debug)]
+pub(crate) struct FileTensors {
+    pub(crate) map: Arc<TensorMap>,
+    /// `None` for all of them, in file order.
+    pub(crate) chosen: Option<Arc<ChosenTensors>>,
+}
+
+impl FileTensors {
+    pub(crate) fn len(&self) -> usize {
+        self.chosen.as_ref().map_or(self.map.len(), |chosen| chosen.list().len())
+    }
+
+    /// Where in the map the tensor is that comes at this place.
+    pub(crate) fn position_of(&self, number: usize) -> Option<usize> {
+        match &self.chosen {
+            Some(chosen) => chosen.list().get(number).map(|chosen| chosen.position),
+            None => (number < self.map.len()).then_some(number),
+        }
+    }
+
+    /// Where in the caller's order the tensor comes that is at this place.
+    pub(crate) fn class_of(&self, number: usize) -> Option<usize> {
+        match &self.chosen {
+            Some(chosen) => chosen.list().get(number).map(|chosen| chosen.class),
+            None => (number < self.map.len()).then_some(0),
+        }
+    }
+
+    /// What is read of the tensor at this position of the map.
+    pub(crate) fn part_at(&self, position: usize) -> Option<Part> {
+        match &self.chosen {
+            Some(chosen) => chosen.at(position).map(|chosen| chosen.part.clone()),
+            None => {
+                self.map.at(position).map(|info| Part { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) })
+            }
+        }
+    }
+}
