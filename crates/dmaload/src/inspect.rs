@@ -8,7 +8,7 @@ use crate::files::header::read_header;
 use crate::files::source::{Input, OpenFile};
 use crate::files::whole::check_whole;
 use crate::model::TensorMap;
-use crate::settings::Format;
+use crate::options::choices::Format;
 
 /// What a file says about itself.
 #[derive(Debug, Clone, PartialEq)]

@@ -2,7 +2,8 @@
 //! or go at any time.
 
 use crate::memory::window::{Permitted, Window};
-use crate::plan::{Layout, Plan, Shape, Span};
+use crate::options::choices::Layout;
+use crate::plan::{Plan, Shape, Span};
 use crate::ring::Slots;
 
 /// Plans files of these lengths with the default sizes; how many pieces that makes.

@@ -9,12 +9,14 @@ use std::time::Duration;
 use dmabuf::Pages;
 use tokio::sync::oneshot;
 
+use crate::engine::settings::{self, Settings};
 use crate::engine::{Guard, Leaked};
 use crate::error::{Error, Result};
 use crate::files::source::Input;
 use crate::load::{Load, Segments};
 use crate::memory::heap::{self, Heap};
-use crate::settings::{Format, LoadOptions, Settings};
+use crate::options::choices::Format;
+use crate::options::load::LoadOptions;
 use crate::telemetry::metrics::Metrics;
 use crate::{Layout, Route};
 
@@ -161,13 +163,13 @@ pub struct LoaderBuilder {
 
 impl LoaderBuilder {
     /// The default of [`Self::window_bytes`].
-    pub const WINDOW_BYTES: u64 = 128 << 20;
+    pub const WINDOW_BYTES: u64 = settings::WINDOW_BYTES;
     /// The default of [`Self::queue_depth`]. A load alone may have 33 of them, and reads its first 64 MiB with 32.
-    pub const QUEUE_DEPTH: usize = 44;
+    pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
     /// Staging at the start. A load alone may have 12 MiB of it: more does not stay in the processor's
     /// cache. It grows by 4 MiB for each thread that copies besides the first two: see
     /// [`Self::staging_bytes`].
-    pub const STAGING_BYTES: u64 = 16 << 20;
+    pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
     /// Where segments' memory comes from. Default: [`heap::auto`].
     pub fn heap(mut self, heap: impl Heap) -> Self {

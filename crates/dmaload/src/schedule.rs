@@ -17,8 +17,8 @@ use std::collections::VecDeque;
 
 use crate::memory::budget::{Budget, Taken};
 use crate::memory::window::{Permitted, Window};
+use crate::options::choices::Priority;
 use crate::plan::{BATCH_BYTES, BATCH_FILES};
-use crate::settings::Priority;
 
 /// Something for a worker thread to do. `L` names a load.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,6 +19,7 @@ mod descriptors;
 mod filling;
 mod jobs;
 mod open;
+pub(crate) mod settings;
 mod teller;
 mod workers;
 
@@ -50,13 +51,14 @@ use crate::memory::charge::Ledger;
 use crate::memory::heap::{self, Heap};
 use crate::memory::pressure;
 use crate::memory::reaper::Reaper;
-use crate::ring::{Events, Limits, Output, RingThread};
+use crate::options::load::LoadOptions;
+use crate::ring::{Events, Output, RingThread};
 use crate::schedule::{Job, Need};
-use crate::settings::{LoadOptions, Settings};
 use crate::support::foreign::{self, Foreign};
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::{LoadCounters, Metrics};
 use crate::telemetry::report::Measured;
+use settings::Settings;
 
 /// See the module.
 #[derive(Debug)]
@@ -301,7 +303,7 @@ impl Guard {
         let own = Arc::clone(&engine);
         thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.tell()).map_err(no_thread)?;
         engine
-            .counted(|| engine.ring.start(Limits::of(&engine.settings), engine.epoch, Arc::clone(&engine)))
+            .counted(|| engine.ring.start(engine.settings.ring_limits(), engine.epoch, Arc::clone(&engine)))
             .map_err(no_thread)?;
         if engine.unwatch.is_some() {
             engine.watch_pressure();

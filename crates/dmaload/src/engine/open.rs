@@ -15,14 +15,16 @@ use crate::load::{FilePlan, LoadShared};
 use crate::memory::headroom::headroom;
 use crate::memory::heap::{AnonHeap, SizeLimit};
 use crate::model::TensorMap;
-use crate::observe::VERIFIER;
+use crate::options::choices::Layout;
+use crate::options::choices::{ImporterLimits, Prefer};
+use crate::options::load::{LARGEST_SEGMENT_BYTES, LoadOptions};
+use crate::options::observer::VERIFIER;
 use crate::plan::select::{ChosenTensors, Selected, Selector, by_tensors};
 use crate::plan::tensors::FileTensors;
-use crate::plan::{Layout, MOST_PIECES, Plan, Shape, Span};
+use crate::plan::{MOST_PIECES, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
 use crate::schedule::Demand;
-use crate::settings::{ImporterLimits, LARGEST_SEGMENT_BYTES, LoadOptions, Prefer};
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 
@@ -158,7 +160,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
     let limits = limits.chain(part_of_room).min();
-    let mut selector = if options.select.is_partial() { Some(options.select.check()?) } else { None };
+    let mut selector = if options.select.is_partial() { Some(Selector::new(&options.select)?) } else { None };
     let Found { sources, notes } = expand::files(&load.asked(), Choice::of(options, selector.as_ref()))?;
     notes.into_iter().for_each(|note| load.note(Some(note)));
     load.found(sources);

@@ -13,8 +13,9 @@ use super::source::{Input, OpenFile, Source};
 use crate::error::{Error, Result};
 use crate::model::index::{self, Index, Named};
 use crate::model::parts::PartName;
+use crate::options::choices::Format;
+use crate::options::load::LoadOptions;
 use crate::plan::select::Selector;
-use crate::settings::{Format, LoadOptions};
 
 /// The files of a load, in the order in which they are loaded.
 #[derive(Debug, Default)]

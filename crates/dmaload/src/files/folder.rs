@@ -15,7 +15,7 @@ use crate::model::gguf;
 use crate::model::index::{self, Named};
 use crate::model::parts::PartName;
 use crate::model::safetensors::{Sniff, sniff};
-use crate::settings::Format;
+use crate::options::choices::Format;
 
 /// What a model of one file is called in a folder that model hubs have made.
 const MODEL: &str = "model.safetensors";

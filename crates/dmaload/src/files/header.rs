@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
 use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
-use crate::settings::Format;
+use crate::options::choices::Format;
 use crate::support::convert::to_usize;
 
 /// Refuses a file without bytes that is to be a model, by its name or by what the caller says.

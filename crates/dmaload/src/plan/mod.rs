@@ -26,52 +26,10 @@ pub(crate) mod tensors;
 use std::num::NonZeroU64;
 use std::ops::Range;
 
+use crate::options::choices::Layout;
+
 /// The same as the memory's.
 const HUGE_PAGE_BYTES: u64 = dmabuf::HUGE_PAGE_BYTES as u64;
-
-/// How a file is spread over segments.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Layout {
-    /// Segments of the configured size, each with its own memory: the first is usable while the rest is read.
-    #[default]
-    Segmented,
-    /// One segment for the whole file. Still filled piece by piece while the rest is being populated.
-    Single,
-    /// As segmented, but cut between tensors: each is in one segment, a larger one where it must be, unless it is more than the
-    /// importer, the heap or the memory limit allows. Two segments that
-    /// are next to each other in a file both have the block that one tensor ends and the next one begins in. A file without
-    /// tensors is segmented.
-    Tensors,
-}
-
-impl Layout {
-    /// The name used on the command line and in reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            Layout::Segmented => "segmented",
-            Layout::Single => "single",
-            Layout::Tensors => "tensors",
-        }
-    }
-}
-
-impl std::fmt::Display for Layout {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-impl std::str::FromStr for Layout {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        [Layout::Segmented, Layout::Single, Layout::Tensors]
-            .into_iter()
-            .find(|layout| layout.name() == name)
-            .ok_or_else(|| format!("no such layout: {name:?}; the layouts are segmented, single, tensors"))
-    }
-}
 
 /// What shapes a plan. Sizes are multiples of every file's alignment.
 #[derive(Debug, Clone, Copy)]

@@ -16,30 +16,10 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::model::{DType, TensorInfo, TensorMap};
+use crate::options::choices::{ImporterLimits, Shard};
+use crate::options::load::Select;
 use crate::plan::Span;
 use crate::plan::glob::Pattern;
-use crate::settings::ImporterLimits;
-
-/// One rank's part of a model; see [`crate::LoadOptions::shard`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shard {
-    /// Which part, from 0 on.
-    pub rank: u32,
-    /// Into how many parts.
-    pub world_size: u32,
-    /// The dimension that each tensor is cut along, outermost first; `None` cuts the bytes of each file.
-    pub dim: Option<usize>,
-}
-
-/// What a load is told to read.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Select {
-    pub(crate) tensors: Option<Vec<String>>,
-    /// Whether these are names, and not patterns.
-    pub(crate) by_name: bool,
-    pub(crate) range: Option<Range<u64>>,
-    pub(crate) shard: Option<Shard>,
-}
 
 /// The same, checked.
 #[derive(Debug, Default)]
@@ -184,44 +164,39 @@ impl Selected {
     }
 }
 
-impl Select {
-    /// Whether anything but whole files is read.
-    pub(crate) fn is_partial(&self) -> bool {
-        *self != Select::default()
-    }
-
+impl Selector {
+    /// Checks what is to be read, and compiles its patterns.
+    ///
     /// # Errors
     /// [`Error::Config`] for what makes no sense.
-    pub(crate) fn check(&self) -> Result<Selector> {
+    pub(crate) fn new(select: &Select) -> Result<Self> {
         let wrong = |text: String| Err(Error::Config(text));
-        let patterns = self.tensors.as_ref().map(|tensors| {
-            tensors.iter().map(|text| if self.by_name { Ok(Pattern::literal(text)) } else { Pattern::new(text) }).collect()
+        let patterns = select.tensors.as_ref().map(|tensors| {
+            tensors.iter().map(|text| if select.by_name { Ok(Pattern::literal(text)) } else { Pattern::new(text) }).collect()
         });
         let patterns: Option<Vec<_>> = patterns.transpose().map_err(Error::Config)?;
         if patterns.as_ref().is_some_and(Vec::is_empty) {
             return wrong("no tensors were asked for: an empty list".to_owned());
         }
-        if let Some(shard) = self.shard
+        if let Some(shard) = select.shard
             && shard.rank >= shard.world_size
         {
             return wrong(format!("there is no rank {} of {}: they count from 0", shard.rank, shard.world_size));
         }
-        let cuts_tensors = self.shard.is_some_and(|shard| shard.dim.is_some());
-        if self.range.is_some() && (patterns.is_some() || self.shard.is_some()) {
+        let cuts_tensors = select.shard.is_some_and(|shard| shard.dim.is_some());
+        if select.range.is_some() && (patterns.is_some() || select.shard.is_some()) {
             return wrong("a range of bytes can't be asked for together with tensors or a rank's part".to_owned());
         }
-        if patterns.is_some() && self.shard.is_some() && !cuts_tensors {
+        if patterns.is_some() && select.shard.is_some() && !cuts_tensors {
             return wrong("a rank's part of named tensors needs the dimension that they are cut along".to_owned());
         }
-        if self.range.as_ref().is_some_and(Range::is_empty) {
+        if select.range.as_ref().is_some_and(Range::is_empty) {
             return wrong("an empty range of bytes was asked for".to_owned());
         }
         let met = vec![false; patterns.as_ref().map_or(0, Vec::len)];
-        Ok(Selector { patterns, range: self.range.clone(), shard: self.shard, met, odd: Odd::default(), files_without: 0 })
+        Ok(Selector { patterns, range: select.range.clone(), shard: select.shard, met, odd: Odd::default(), files_without: 0 })
     }
-}
 
-impl Selector {
     /// Whether it needs the tensors of a file to tell.
     pub(crate) fn needs_tensors(&self) -> bool {
         self.patterns.is_some() || self.shard.is_some_and(|shard| shard.dim.is_some())
@@ -537,25 +512,25 @@ mod tests {
     fn what_is_wanted_is_read_with_its_blocks_and_what_is_between() {
         let (map, bytes) = model(&[&[100], &[1 << 20], &[100], &[100]]);
         let at = |name: &str| map.get(name).unwrap().file_range.clone();
-        let mut selector = tensors(&["a", "d"]).check().unwrap();
+        let mut selector = Selector::new(&tensors(&["a", "d"])).unwrap();
         let selected = selector.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         let d = at("d").start / BLOCK * BLOCK..bytes;
         assert_eq!(ranges(&selected), [(0..BLOCK, 0), (d, 1)]);
         assert_eq!(selected.wanted_bytes, 400);
         selector.all_met().unwrap();
-        let mut together = tensors(&["[ac]", "{a,c}"]).check().unwrap();
+        let mut together = Selector::new(&tensors(&["[ac]", "{a,c}"])).unwrap();
         let selected = together.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         // Not in one go: a MiB is between them.
         assert_eq!(ranges(&selected).len(), 2);
         assert!(matches!(together.all_met(), Err(Error::NoSuchTensor(missed)) if missed == "[ac]"));
-        let close = tensors(&["{c,d}"]).check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+        let close = Selector::new(&tensors(&["{c,d}"])).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         assert_eq!(ranges(&close), [(at("c").start / BLOCK * BLOCK..bytes, 0)]);
     }
 
     #[test]
     fn what_is_asked_for_first_comes_first() {
         let (map, bytes) = model(&[&[1 << 20], &[1 << 20], &[1 << 20]]);
-        let selected = tensors(&["c", "*"]).check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = Selector::new(&tensors(&["c", "*"])).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         let order: Vec<_> =
             selected.tensors.as_ref().unwrap().list().iter().map(|chosen| (chosen.position, chosen.class)).collect();
         assert_eq!(order, [(2, 0), (0, 1), (1, 1)]);
@@ -570,7 +545,7 @@ mod tests {
             let mut seen = Vec::new();
             for rank in 0..4 {
                 let select = Select { shard: Some(Shard { rank, world_size: 4, dim: Some(dim) }), ..Select::default() };
-                let selected = select.check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+                let selected = Selector::new(&select).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
                 let a = &selected.tensors.as_ref().unwrap().list()[0];
                 assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<u64>());
                 seen.extend(a.part.rows.iter().flatten());
@@ -587,7 +562,7 @@ mod tests {
             }
         }
         let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
-        let selected = whole.check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = Selector::new(&whole).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "all of it is in one place");
     }
 
@@ -611,7 +586,7 @@ mod tests {
         let mut at = 0;
         for rank in 0..3 {
             let select = Select { shard: Some(Shard { rank, world_size: 3, dim: None }), ..Select::default() };
-            let selected = select.check().unwrap().of_file(None, all, &(0..100_001), 100_001, BLOCK).unwrap();
+            let selected = Selector::new(&select).unwrap().of_file(None, all, &(0..100_001), 100_001, BLOCK).unwrap();
             let span = &selected.spans[0].range;
             assert_eq!((span.start, span.start % BLOCK), (at, 0));
             assert_eq!(selected.wanted_bytes, span.end - span.start);
@@ -623,7 +598,7 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused() {
         let shard = |rank, world_size, dim| Some(Shard { rank, world_size, dim });
-        let says = |select: Select| select.check().unwrap_err().to_string();
+        let says = |select: Select| Selector::new(&select).unwrap_err().to_string();
         assert!(says(Select { shard: shard(2, 2, None), ..Select::default() }).contains("no rank 2 of 2"));
         assert!(says(Select { shard: shard(0, 0, None), ..Select::default() }).contains("no rank 0 of 0"));
         assert!(says(Select { shard: shard(0, 2, None), ..tensors(&["a"]) }).contains("needs the dimension"));
@@ -631,9 +606,11 @@ mod tests {
         assert!(says(Select { range: Some(1..1), ..Select::default() }).contains("empty range"));
         assert!(says(tensors(&[])).contains("empty list"));
         assert!(says(tensors(&["{"])).contains("no pattern"));
-        let mut range = Select { range: Some(5..9), ..Select::default() }.check().unwrap();
+        let mut range = Selector::new(&Select { range: Some(5..9), ..Select::default() }).unwrap();
         assert!(range.of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
-        assert!(tensors(&["a"]).check().unwrap().of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors"));
+        assert!(
+            Selector::new(&tensors(&["a"])).unwrap().of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors")
+        );
     }
 
     proptest! {
@@ -650,7 +627,7 @@ mod tests {
             let names: Vec<String> = picks.iter().map(|pick| char::from(b'a' + u8::try_from(pick % lens.len()).unwrap()).to_string()).collect();
             let shard = dim.map(|dim| Shard { rank, world_size: 3, dim: Some(dim) });
             let select = Select { tensors: Some(names), shard, range: None, by_name: false };
-            let selected = select.check().unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+            let selected = Selector::new(&select).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
             for pair in selected.spans.windows(2) {
                 prop_assert!(pair[0].class < pair[1].class || pair[0].range.end < pair[1].range.start);
             }

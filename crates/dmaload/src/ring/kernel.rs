@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::slots::Token;
 use crate::memory::buffer::{Buffer, Fault, Place};
-use crate::observe::Watch;
+use crate::ring::watch::Watch;
 use crate::route::Route;
 use crate::support::id::LoadId;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::files::source::CachedChunks;
-use crate::observe::Observation;
+use crate::ring::watch::Observation;
 use crate::route::{Attempt, Fallback, Route};
 use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;

@@ -24,6 +24,7 @@ mod slots;
 mod staging;
 mod thread;
 mod wake;
+pub(crate) mod watch;
 
 pub(crate) use linux::probe;
 pub(crate) use message::{Failure, FileSpec, LoadSpec, Output, Retried, Span, Times};

@@ -19,7 +19,6 @@ use crate::files::source::OpenFile;
 use crate::memory::buffer::Buffer;
 use crate::pace::Pace;
 use crate::plan::Piece;
-use crate::settings::Settings;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
@@ -28,22 +27,11 @@ use crate::telemetry::metrics::ReadCounters;
 #[derive(Debug)]
 pub(crate) struct Limits {
     /// Reads, copies and looks in flight.
-    depth: usize,
+    pub(crate) depth: usize,
     /// Staging at the start.
-    staging: StagingBudget,
-    copiers: Pace,
-    staging_grows: bool,
-}
-
-impl Limits {
-    pub(crate) fn of(settings: &Settings) -> Self {
-        Limits {
-            depth: settings.queue_depth,
-            staging: settings.staging(),
-            copiers: settings.copiers(),
-            staging_grows: settings.staging_grows(),
-        }
-    }
+    pub(crate) staging: StagingBudget,
+    pub(crate) copiers: Pace,
+    pub(crate) staging_grows: bool,
 }
 
 /// What the ring thread tells the engine. All calls come from that thread; they must not block, and must not run

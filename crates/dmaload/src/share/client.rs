@@ -28,7 +28,7 @@ use crate::load::FinishedFile;
 use crate::memory::backing::Backing;
 use crate::memory::reaper::Reaper;
 use crate::memory::segment::{Place, Segment};
-use crate::plan::Layout;
+use crate::options::choices::Layout;
 use crate::route::Route;
 use crate::telemetry::report::{FileReport, Report};
 

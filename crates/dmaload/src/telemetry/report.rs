@@ -6,7 +6,7 @@ use std::time::Duration;
 use dmabuf::{HUGE_PAGE_BYTES, PageCount, page_bytes};
 use rustix::io::Errno;
 
-use crate::plan::Layout;
+use crate::options::choices::Layout;
 use crate::route::{Fallback, Route};
 use crate::telemetry::trace::TraceEvent;
 

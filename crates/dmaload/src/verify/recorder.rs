@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use super::chunks::Chunks;
 use super::digest::{Algorithm, Digest, Hasher};
 use super::manifest::{Manifest, ManifestFile};
-use crate::observe::{Observer, Rejection};
+use crate::options::observer::{Observer, Rejection};
 use crate::telemetry::report::Report;
 
 /// An [`Observer`] that makes a [`Manifest`] of a load's files. For one load.

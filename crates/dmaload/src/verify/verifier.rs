@@ -9,8 +9,8 @@ use super::manifest::Manifest;
 use crate::error::{Error, Result};
 use crate::files::header::read_header;
 use crate::files::source::OpenFile;
-use crate::observe::{Observer, Rejection, Verify};
-use crate::settings::Format;
+use crate::options::choices::Format;
+use crate::options::observer::{Observer, Rejection, Verify};
 
 impl Verify for Manifest {
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>> {

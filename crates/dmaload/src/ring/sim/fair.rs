@@ -8,11 +8,13 @@ use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
 use crate::files::source::CachedChunks;
-use crate::observe::{Observation, Observer, ObserverOption, Rejection, Watch};
-use crate::plan::{Layout, Plan, Shape, Span};
+use crate::options::choices::Layout;
+use crate::options::observer::{Observer, ObserverOption, Rejection};
+use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
+use crate::ring::watch::{Observation, Watch};
 use crate::route::Route;
 use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::support::id::LoadId;

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
 use crate::files::source::CachedChunks;
-use crate::plan::{Layout, Plan, Shape, Span};
+use crate::options::choices::Layout;
+use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;

@@ -8,7 +8,8 @@ use rustix::io::Errno;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
 use crate::files::source::CachedChunks;
-use crate::plan::{Layout, Plan, Shape, Span};
+use crate::options::choices::Layout;
+use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;

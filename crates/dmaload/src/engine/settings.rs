@@ -1,0 +1,180 @@
+//! What holds for a whole loader, and whether the options of a load make sense with it.
+
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+use crate::options::choices::Layout;
+use crate::options::load::{LARGEST_SEGMENT_BYTES, LoadOptions, MIB, SEGMENT_STEP_BYTES};
+use crate::pace::{self, FIRST, Pace, most_allocators, most_copiers};
+use crate::plan::BATCH_BYTES;
+use crate::plan::select::Selector;
+use crate::ring::{Limits, StagingBudget};
+use crate::support::convert::to_usize;
+
+/// Allocated and not yet filled, over all loads.
+pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
+/// Reads in flight, over all loads.
+pub(crate) const QUEUE_DEPTH: usize = 44;
+/// Staging at the start.
+pub(crate) const STAGING_BYTES: u64 = 16 << 20;
+/// What fits into the caches of today's processors, is a huge page, and is a default chunk.
+const STAGING_SLOT_BYTES: u64 = 2 << 20;
+const CHUNK_STEP_BYTES: u64 = 64 << 10;
+
+/// What holds for a whole loader.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) window_bytes: u64,
+    pub(crate) queue_depth: usize,
+    pub(crate) staging_bytes: u64,
+    /// Somebody has chosen the staging, which does not grow then.
+    pub(crate) staging_is_chosen: bool,
+    pub(crate) pool_bytes: u64,
+    /// `u64::MAX` for no limit.
+    pub(crate) memory_limit_bytes: u64,
+    /// At the start.
+    pub(crate) allocator_threads: usize,
+    /// Somebody has chosen them: there are never more.
+    pub(crate) allocators_are_chosen: bool,
+    /// Processors to count on.
+    pub(crate) cores: usize,
+    pub(crate) max_open_loads: usize,
+    pub(crate) shutdown_timeout: Duration,
+    pub(crate) load: LoadOptions,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings::for_cores(pace::cores())
+    }
+}
+
+impl Settings {
+    /// The defaults on a machine of so many processors.
+    pub(crate) fn for_cores(cores: usize) -> Self {
+        Settings {
+            window_bytes: WINDOW_BYTES,
+            queue_depth: QUEUE_DEPTH,
+            staging_bytes: STAGING_BYTES,
+            staging_is_chosen: false,
+            pool_bytes: 0,
+            memory_limit_bytes: u64::MAX,
+            allocator_threads: cores.min(FIRST),
+            allocators_are_chosen: false,
+            cores,
+            max_open_loads: 64,
+            shutdown_timeout: Duration::from_secs(10),
+            load: LoadOptions::default(),
+        }
+    }
+
+    /// The pace of threads that copy.
+    pub(crate) fn copiers(&self) -> Pace {
+        Pace::new(FIRST, most_copiers(self.cores))
+    }
+
+    /// The pace of threads that allocate.
+    pub(crate) fn allocators(&self) -> Pace {
+        let first = self.allocator_threads.max(1);
+        Pace::new(first, if self.allocators_are_chosen { first } else { most_allocators(self.cores) })
+    }
+
+    /// Whether staging grows with the threads that copy.
+    pub(crate) fn staging_grows(&self) -> bool {
+        !self.staging_is_chosen
+    }
+
+    /// How much memory one allocator brings into being at once. Less where more than [`FIRST`] may do that side by side:
+    /// what they are at is a part of the window, and has to leave room for reads.
+    pub(crate) fn batch_bytes(&self) -> u64 {
+        if self.allocators().most() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
+    }
+
+    pub(crate) fn check(&self, load: &LoadOptions) -> Result<()> {
+        let wrong = |text: String| Err(Error::Config(text));
+        let (segment_bytes, chunk_bytes) = (load.segment_bytes_within(None), load.chunk_bytes);
+        if segment_bytes == 0
+            || load.segment_bytes.is_some() && segment_bytes % SEGMENT_STEP_BYTES != 0
+            || segment_bytes > LARGEST_SEGMENT_BYTES
+        {
+            return wrong(format!("the segment size must be a multiple of 2 MiB and at most 1 GiB, not {segment_bytes} bytes"));
+        }
+        if chunk_bytes == 0 || chunk_bytes % CHUNK_STEP_BYTES != 0 || chunk_bytes > LARGEST_SEGMENT_BYTES {
+            return wrong(format!("the chunk size must be a multiple of 64 KiB and at most 1 GiB, not {chunk_bytes} bytes"));
+        }
+        let most = load.importer.max_segment_bytes;
+        if load.segment_bytes.is_some_and(|bytes| bytes > most) || most < MIB {
+            return wrong(format!(
+                "segments of {segment_bytes} bytes for an importer that takes {most}: it must take a MiB, and all"
+            ));
+        }
+        let alignment = load.importer.alignment_bytes;
+        if !alignment.is_power_of_two() || alignment > LARGEST_SEGMENT_BYTES || alignment > 1 && load.layout != Layout::Tensors {
+            return wrong(format!(
+                "an alignment of {alignment} bytes: a power of two up to 1 GiB, and the layout tensors, are needed"
+            ));
+        }
+        let partial = load.select.is_partial() || load.layout == Layout::Tensors;
+        if partial && (load.verify.is_some() || load.observer.is_some()) {
+            return wrong("a load of parts of files can't be verified or observed: checksums are of whole files".to_owned());
+        }
+        Selector::new(&load.select)?;
+        if self.memory_limit_bytes < SEGMENT_STEP_BYTES {
+            return wrong(format!("a memory limit of {} bytes holds not even a segment of 2 MiB", self.memory_limit_bytes));
+        }
+        if self.window_bytes < segment_bytes {
+            return wrong(format!(
+                "the window ({} bytes) is smaller than a segment ({segment_bytes} bytes): nothing could be allocated",
+                self.window_bytes
+            ));
+        }
+        if self.queue_depth == 0 || self.queue_depth > 4096 {
+            return wrong(format!("the queue depth must be from 1 to 4096, not {}", self.queue_depth));
+        }
+        if self.staging_bytes < STAGING_SLOT_BYTES || self.staging_bytes > LARGEST_SEGMENT_BYTES {
+            return wrong(format!("staging must have from 2 MiB to 1 GiB, not {} bytes", self.staging_bytes));
+        }
+        Ok(())
+    }
+
+    /// The largest segment that leaves room for as many loads as may be open, where memory is limited.
+    pub(crate) fn share_bytes(&self) -> Option<u64> {
+        let share = self.memory_limit_bytes / self.max_open_loads as u64 / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
+        (self.memory_limit_bytes < u64::MAX).then_some(share.max(SEGMENT_STEP_BYTES))
+    }
+
+    /// What bounds the ring thread's work.
+    pub(crate) fn ring_limits(&self) -> Limits {
+        Limits { depth: self.queue_depth, staging: self.staging(), copiers: self.copiers(), staging_grows: self.staging_grows() }
+    }
+
+    /// The staging budget in slots.
+    pub(crate) fn staging(&self) -> StagingBudget {
+        StagingBudget { slot_bytes: to_usize(STAGING_SLOT_BYTES), slots: to_usize(self.staging_bytes / STAGING_SLOT_BYTES) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_allowed() {
+        let settings = Settings::default();
+        settings.check(&settings.load).unwrap();
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_in_words() {
+        let settings = Settings::default();
+        let says = |settings: &Settings, load: LoadOptions| settings.check(&load).unwrap_err().to_string();
+        let load = LoadOptions::default;
+        assert!(says(&settings, load().segment_bytes(3 << 20)).contains("multiple of 2 MiB"));
+        assert!(says(&settings, load().segment_bytes(0)).contains("multiple of 2 MiB"));
+        assert!(says(&settings, load().segment_bytes(2 << 30)).contains("at most 1 GiB"));
+        assert!(says(&settings, load().chunk_bytes(4096)).contains("multiple of 64 KiB"));
+        assert!(says(&settings, load().segment_bytes(256 << 20)).contains("smaller than a segment"));
+        assert!(says(&Settings { queue_depth: 0, ..settings.clone() }, load()).contains("queue depth"));
+        assert!(says(&Settings { staging_bytes: 1 << 20, ..settings }, load()).contains("staging"));
+    }
+}

@@ -1,0 +1,84 @@
+//! What sees the bytes of a load as they land, and its verdict.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rustix::io::Errno;
+
+use crate::options::observer::{OBSERVER, Observer, ObserverOption, Rejection, VERIFIER};
+use crate::support::foreign;
+
+/// Why bytes that were looked at may not be shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Rejected(Rejection),
+    /// The code that looked panicked.
+    Panicked {
+        code: &'static str,
+        message: String,
+    },
+    /// No thread could be started for it, and the ring thread runs none of the caller's code.
+    NoThread,
+}
+
+/// What looks at the bytes of one load: its verification, then its observer.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    /// Made when the lengths of the files are known.
+    verifier: OnceLock<ObserverOption>,
+    observer: Option<ObserverOption>,
+    verdict: Mutex<Option<Verdict>>,
+}
+
+impl Watch {
+    pub(crate) fn new(observer: Option<ObserverOption>) -> Self {
+        Watch { verifier: OnceLock::new(), observer, verdict: Mutex::new(None) }
+    }
+
+    /// Has bytes verified by this, before any were looked at.
+    pub(crate) fn verify_by(&self, verifier: Arc<dyn Observer>) {
+        let set = self.verifier.set(ObserverOption::new(verifier));
+        assert!(set.is_ok(), "a load is planned once");
+    }
+
+    /// Shows them some bytes.
+    ///
+    /// # Errors
+    /// EBADMSG when one rejects them; [`Self::verdict`] says why.
+    pub(crate) fn look(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let verifier = self.verifier.get().map(|verifier| (VERIFIER, verifier));
+        let observer = self.observer.as_ref().map(|observer| (OBSERVER, observer));
+        verifier.into_iter().chain(observer).try_for_each(|(code, observer)| {
+            let seen = foreign::call(|| observer.0.bytes(file_index, offset, bytes));
+            let verdict = match seen {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(rejection)) => Verdict::Rejected(rejection),
+                Err(message) => Verdict::Panicked { code, message },
+            };
+            Err(self.refuse(verdict))
+        })
+    }
+
+    /// Rejects bytes because no thread could be started to look at them; gives the error of [`Self::look`].
+    pub(crate) fn no_thread(&self) -> Errno {
+        self.refuse(Verdict::NoThread)
+    }
+
+    fn refuse(&self, verdict: Verdict) -> Errno {
+        *self.verdict.lock().unwrap_or_else(PoisonError::into_inner) = Some(verdict);
+        Errno::BADMSG
+    }
+
+    /// Why bytes were rejected.
+    pub(crate) fn verdict(&self) -> Verdict {
+        let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        verdict.expect("a look that fails leaves its verdict first")
+    }
+}
+
+/// How the driver has a load's bytes looked at.
+#[derive(Debug, Clone)]
+pub(crate) struct Observation {
+    pub(crate) watch: Arc<Watch>,
+    /// In staging, which every read goes into then; else in the pieces' memory.
+    pub(crate) staged: bool,
+}
