@@ -46,6 +46,7 @@ const PURE: &[&str] = &[
     "glob::",
     "lent::",
     "model::",
+    "options::",
     "plan::",
     "ring::order",
     "ring::sim",
