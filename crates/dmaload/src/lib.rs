@@ -18,7 +18,6 @@
 mod engine;
 mod error;
 mod files;
-mod image;
 mod inspect;
 #[cfg(any(test, feature = "internals"))]
 #[doc(hidden)]
@@ -28,12 +27,10 @@ mod loader;
 mod memory;
 pub mod model;
 mod options;
-mod pace;
 mod plan;
 pub mod probe;
 mod ring;
 mod route;
-mod schedule;
 pub mod share;
 mod support;
 mod telemetry;
@@ -42,10 +39,11 @@ pub mod verify;
 
 pub use dmabuf;
 pub use engine::Leaked;
+pub use engine::event::Progress;
 pub use error::{Error, Result};
-pub use image::{Image, ImageFile, Tensor, TensorPart};
 pub use inspect::{Inspected, inspect, inspect_model};
-pub use load::{Load, Progress, Segments, Tensors};
+pub use load::image::{Image, ImageFile, Tensor, TensorPart};
+pub use load::{Load, Segments, Tensors};
 pub use loader::{Loader, LoaderBuilder};
 pub use memory::heap;
 pub use memory::segment::{Segment, SegmentAccess};

@@ -65,7 +65,7 @@ impl Loader {
 
     /// Starts loading several files as one load, with options of its own.
     pub fn load_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Load {
-        Load::new(self.guard.load(inputs(paths), options, true))
+        Load::new(Segments::start(&self.guard, inputs(paths), options, true))
     }
 
     /// Starts loading a file whose segments are to be used as they come, and not kept.
@@ -77,7 +77,7 @@ impl Loader {
 
     /// The same for several files, with options of its own.
     pub fn stream_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Segments {
-        self.guard.load(inputs(paths), options, false)
+        Segments::start(&self.guard, inputs(paths), options, false)
     }
 
     /// The options that the loader was built with, to be changed for one load.
@@ -103,17 +103,17 @@ impl Loader {
     /// reports and errors is that of the descriptor. The part need not begin at a block: what is around it in the first and the
     /// last block is read along. It can't be verified or observed.
     pub fn load_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Load {
-        Load::new(self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, true))
+        Load::new(Segments::start(&self.guard, vec![Input::Open { file: Arc::new(file.into()), part }], options, true))
     }
 
     /// As [`Self::load_file`] with a part, of a file that is named by its path. Reports and errors name it by that.
     pub fn load_inside(&self, path: impl Into<PathBuf>, part: Range<u64>, options: LoadOptions) -> Load {
-        Load::new(self.guard.load(vec![Input::Inside { path: path.into(), part }], options, true))
+        Load::new(Segments::start(&self.guard, vec![Input::Inside { path: path.into(), part }], options, true))
     }
 
     /// As [`Self::load_file`], as a stream of segments that keeps none.
     pub fn stream_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Segments {
-        self.guard.load(vec![Input::Open { file: Arc::new(file.into()), part }], options, false)
+        Segments::start(&self.guard, vec![Input::Open { file: Arc::new(file.into()), part }], options, false)
     }
 
     /// What the loader has done so far, and holds now.

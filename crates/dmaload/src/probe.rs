@@ -12,48 +12,15 @@ use rustix::io::{Errno, pread};
 use crate::error::Result;
 use crate::files::source::OpenFile;
 use crate::memory::headroom::headroom;
-use crate::ring;
+pub use crate::ring::probe::IoUring;
+#[cfg(test)]
+use crate::ring::probe::{REGISTER_BYTES_MAX, REGISTER_BYTES_MIN};
 use crate::route::{Attempt, Route, is_refusal};
 use crate::support::convert::to_usize;
 
-/// A piece: what a load registers at a time.
-pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
-pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
-
-/// What io_uring allows here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IoUring {
-    /// Setting up a ring and entering it. Where it is refused, so is all the rest.
-    pub setup: Result<(), Errno>,
-    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are worked off in batches.
-    pub deferred_task_run: Result<(), Errno>,
-    /// A sparse table of registered buffers, which [`Route::UringFixedDirect`] needs.
-    pub buffer_table: Result<(), Errno>,
-    /// A sparse table of registered files: no look-up per read.
-    pub file_table: Result<(), Errno>,
-    /// Registering 16 MiB, which is a piece of a load. ENOMEM is the limit of locked memory.
-    pub register: Result<(), Errno>,
-    /// The largest power of two from 64 KiB to 16 MiB that could be registered; 0 for none.
-    pub registrable_bytes: u64,
-}
-
-impl IoUring {
-    fn refused(errno: Errno) -> Self {
-        let refused = Err(errno);
-        IoUring {
-            setup: refused,
-            deferred_task_run: refused,
-            buffer_table: refused,
-            file_table: refused,
-            register: refused,
-            registrable_bytes: 0,
-        }
-    }
-}
-
 /// Tries what a load would do with io_uring.
 pub fn io_uring() -> IoUring {
-    ring::probe().unwrap_or_else(IoUring::refused)
+    crate::ring::probe::probe().unwrap_or_else(IoUring::refused)
 }
 
 /// A file that could be opened.

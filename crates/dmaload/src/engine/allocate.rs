@@ -8,17 +8,17 @@ use rustix::io::Errno;
 
 use super::filling::Filling;
 use super::open::{Chosen, route_for, staged_by};
+use super::state::{Allocation, LoadShared, Part};
 use super::{Advance, Engine, HeapCode, Permit, WorkerId};
+use crate::engine::schedule::Need;
 use crate::error::{Error, Result};
 use crate::files::source::{CachedChunks, OpenFile};
-use crate::load::{Allocation, LoadShared, Part};
 use crate::memory::allowance::{Grant, grant};
 use crate::memory::backing::{Backing, PieceBuffer};
 use crate::memory::buffer::Sink;
 use crate::memory::headroom::{Headroom, headroom};
 use crate::ring::FileSpec;
 use crate::route::Route;
-use crate::schedule::Need;
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Way;
 

@@ -12,9 +12,9 @@ use std::time::Instant;
 use dmabuf::Pages;
 use rustix::io::Errno;
 
+use super::state::{Allocated, LoadShared};
 use super::{Engine, HeapCode, WeakHeap};
 use crate::error::Result;
-use crate::load::{Allocated, LoadShared};
 use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::slot::Slot;

@@ -12,10 +12,10 @@ use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
+use super::state::Follows;
 use super::workers::{Task, WorkerId, Workers};
-use crate::load::Follows;
-use crate::pace::Pace;
-use crate::schedule::{Demand, Job, Need, Scheduler};
+use crate::engine::schedule::{Demand, Job, Need, Scheduler};
+use crate::ring::pace::Pace;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};

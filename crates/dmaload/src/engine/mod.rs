@@ -16,15 +16,17 @@
 mod allocate;
 mod choice;
 mod descriptors;
+pub(crate) mod event;
 mod filling;
 mod jobs;
 mod open;
+pub(crate) mod schedule;
 pub(crate) mod settings;
+pub(crate) mod state;
 mod teller;
 mod workers;
 
 use choice::Choices;
-pub(crate) use choice::Choosing;
 use jobs::{Jobs, Left, Noticed};
 use teller::Message;
 use workers::{MOST_SUBSTITUTES, WorkerId};
@@ -39,13 +41,14 @@ use std::time::{Duration, Instant};
 use dmabuf::Memory;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::sync::oneshot;
 
+use crate::engine::schedule::{Job, Need};
 use crate::error::{Error, Result};
 use crate::files::header::find_header;
 use crate::files::source::Input;
 use crate::files::source::OpenFile;
-use crate::load::{Handover, HeapFacts, LoadShared, Remains, Segments};
 use crate::memory::backing::{Backing, PieceBuffer};
 use crate::memory::charge::Ledger;
 use crate::memory::heap::{self, Heap};
@@ -53,12 +56,13 @@ use crate::memory::pressure;
 use crate::memory::reaper::Reaper;
 use crate::options::load::LoadOptions;
 use crate::ring::{Events, Output, RingThread};
-use crate::schedule::{Job, Need};
 use crate::support::foreign::{self, Foreign};
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::{LoadCounters, Metrics};
 use crate::telemetry::report::Measured;
+use event::Event;
 use settings::Settings;
+use state::{Handover, HeapFacts, LoadShared, Remains};
 
 /// See the module.
 #[derive(Debug)]
@@ -71,7 +75,7 @@ pub(crate) struct Engine {
     epoch: Instant,
     reaper: Reaper,
     ring: RingThread<PieceBuffer<Permit>>,
-    mailbox: Arc<teller::Mailbox>,
+    mailbox: Arc<teller::Mailbox<Engine>>,
     /// Why there are no more loads, where a thread of ours has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
@@ -101,7 +105,7 @@ impl Threads {
     }
 
     /// One has ended, or was not started: with the last one the teller tells what is left to tell, and ends.
-    fn end(&self, mailbox: &teller::Mailbox) {
+    fn end(&self, mailbox: &teller::Mailbox<Engine>) {
         let left = {
             let mut count = self.count();
             *count = count.checked_sub(1).expect("each thread ends once");
@@ -348,7 +352,12 @@ impl Guard {
     }
 
     /// Starts a load. `keep` tells whether all of it will be in memory at once.
-    pub(crate) fn load(self: &Arc<Self>, asked: Vec<Input>, options: LoadOptions, keep: bool) -> Segments {
+    pub(crate) fn load(
+        self: &Arc<Self>,
+        asked: Vec<Input>,
+        options: LoadOptions,
+        keep: bool,
+    ) -> (UnboundedReceiver<Event>, Arc<LoadShared>) {
         let engine = &self.engine;
         let (sender, receiver) = mpsc::unbounded_channel();
         let checked = engine.settings.check(&options);
@@ -360,7 +369,7 @@ impl Guard {
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), Handover::Over, "a load that has failed is over");
         }
-        Segments::new(receiver, shared, Arc::clone(self))
+        (receiver, shared)
     }
 
     /// The consumer of a stream has taken a segment: its load may go on by as much memory.
@@ -614,7 +623,7 @@ impl Engine {
         self.mailbox.end();
     }
 
-    fn handle(&self, message: Message) {
+    fn handle(&self, message: Message<Engine>) {
         match message {
             Message::Ring(output) => self.handle_output(output),
             Message::Deliver(load) => {
@@ -830,99 +839,4 @@ impl Events<PieceBuffer<Permit>> for Engine {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
-        let guard = Guard::start(Settings::default(), Arc::new(crate::memory::heap::AnonHeap::default()), Vec::new()).unwrap();
-        let gone = LoadId(u64::MAX);
-        let window_bytes = guard.settings().window_bytes;
-        for _ in 0..8 {
-            // What a load leaves in the scheduler when it is forgotten between two of its steps.
-            guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, held_bytes: 0 });
-        }
-        let empty = tempfile::NamedTempFile::new().unwrap();
-        let mut events = guard.load(vec![Input::Path(empty.path().to_owned())], LoadOptions::default(), true);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        // A good load without segments.
-        let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
-        assert!(next.expect("the workers are still there").is_none());
-        // The worker tells the consumer of the end before it tells the scheduler.
-        let taken = || guard.engine.jobs.taken();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while taken() != (0, 0) {
-            assert!(Instant::now() < deadline, "permits and places that never come back: {:?}", taken());
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn block_on<T>(future: impl Future<Output = T>) -> T {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("it ends") })
-    }
-
-    /// What a broken invariant of the driver leads to: no load hangs, each says why, and what was in flight is counted.
-    #[test]
-    fn a_panic_of_the_ring_thread_fails_all_loads_and_says_so() {
-        fails_all_loads("the ring thread", |engine| engine.ring.panic());
-    }
-
-    /// The thread that would tell the loads their end is the one that panics.
-    #[test]
-    fn a_panic_of_the_teller_fails_all_loads_and_says_so() {
-        fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
-        // Again and again.
-        fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]));
-    }
-
-    #[test]
-    fn the_first_of_two_panics_is_the_reason() {
-        fails_all_loads("the teller thread", |engine| {
-            engine.mailbox.push([Message::Panic]);
-            engine.ring.panic();
-        });
-    }
-
-    fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
-        // Keeps the loads from being finished before the panic.
-        #[derive(Debug, Default)]
-        struct Gate(Mutex<bool>, Condvar);
-        impl heap::HeapHooks for Gate {
-            fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
-                drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
-                Ok(())
-            }
-        }
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(64 << 20).unwrap();
-        let gate = Arc::new(Gate::default());
-        let heap = heap::Hooked::new(heap::AnonHeap::default(), Arc::clone(&gate));
-        let guard = Guard::start(Settings::default(), Arc::new(heap), Vec::new()).unwrap();
-        let load = || guard.load(vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
-        let mut before = [load(), load()];
-        panic(&guard.engine);
-        let expect = |segments: &mut Segments| {
-            let error = loop {
-                match block_on(segments.next()).expect("an error comes before the end") {
-                    Ok(_) => {}
-                    Err(error) => break error,
-                }
-            };
-            let text = error.to_string();
-            assert!(text.starts_with(&format!("{thread} of dmaload")) && text.ends_with("panicked: a test wants it"), "{text}");
-        };
-        before.iter_mut().for_each(expect);
-        // Those that come later say the same.
-        expect(&mut load());
-        *gate.0.lock().unwrap() = true;
-        gate.1.notify_all();
-        let (done, left) = oneshot::channel();
-        guard.shut_down(done);
-        assert_eq!(block_on(left).unwrap(), Ok(()), "nothing was in flight");
-        // Others are not concerned.
-        let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
-        let mut segments = other.load(vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
-        assert!(block_on(segments.next()).unwrap().is_ok());
-    }
-}
+mod tests;

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, printable};
 
 use super::choice::Choosing;
+use super::state::{FilePlan, LoadShared};
 use super::{Engine, HeapCode, descriptors};
+use crate::engine::schedule::Demand;
 use crate::error::{Error, Result};
 use crate::files::expand::{self, Choice, Found};
 use crate::files::header::read_header;
 use crate::files::source::{OpenFile, Source, look_at};
-use crate::load::{FilePlan, LoadShared};
 use crate::memory::headroom::headroom;
 use crate::memory::heap::{AnonHeap, SizeLimit};
 use crate::model::TensorMap;
@@ -24,7 +25,6 @@ use crate::plan::tensors::FileTensors;
 use crate::plan::{MOST_PIECES, Plan, Shape, Span};
 use crate::ring::LoadSpec;
 use crate::route::{Attempt, Fallback, Route};
-use crate::schedule::Demand;
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 

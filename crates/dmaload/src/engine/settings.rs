@@ -5,9 +5,9 @@ use std::time::Duration;
 use crate::error::{Error, Result};
 use crate::options::choices::Layout;
 use crate::options::load::{LARGEST_SEGMENT_BYTES, LoadOptions, MIB, SEGMENT_STEP_BYTES};
-use crate::pace::{self, FIRST, Pace, most_allocators, most_copiers};
 use crate::plan::BATCH_BYTES;
 use crate::plan::select::Selector;
+use crate::ring::pace::{self, FIRST, Pace, most_allocators, most_copiers};
 use crate::ring::{Limits, StagingBudget};
 use crate::support::convert::to_usize;
 

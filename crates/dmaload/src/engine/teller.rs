@@ -11,14 +11,13 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::Engine;
-use crate::load::LoadShared;
+use super::state::LoadShared;
 use crate::ring::Output;
 use crate::support::id::LoadId;
 
 /// Something to tell.
 #[derive(Debug)]
-pub(super) enum Message {
+pub(super) enum Message<E> {
     /// The ring thread has done this. Buffers have gone back before.
     Ring(Output<()>),
     /// A load may have segments to hand over, or its end.
@@ -30,35 +29,42 @@ pub(super) enum Message {
     Stalled { loads: Vec<LoadId>, is_exhausted: bool },
     /// No thread could be started in place of one of these.
     NoSubstitute { error: io::Error },
-    /// The ring thread has ended: by itself, or with this panic.
-    RingEnded { engine: Arc<Engine>, panic: Option<String> },
+    /// The ring thread has ended: by itself, or with this panic. Its share of the engine is dropped here.
+    RingEnded { engine: Arc<E>, panic: Option<String> },
     /// The thread panics, as a broken invariant would make it.
     #[cfg(test)]
     Panic,
 }
 
-#[derive(Debug, Default)]
-struct Queue {
-    messages: VecDeque<Message>,
+#[derive(Debug)]
+struct Queue<E> {
+    messages: VecDeque<Message<E>>,
     /// The thread ends when it has told what there is.
     closed: bool,
     ended: bool,
 }
 
-/// What is to be told, and not told yet.
-#[derive(Debug, Default)]
-pub(super) struct Mailbox {
-    queue: Mutex<Queue>,
+/// What is to be told, and not told yet. `E` is the engine.
+#[derive(Debug)]
+pub(super) struct Mailbox<E> {
+    queue: Mutex<Queue<E>>,
     changed: Condvar,
 }
 
-impl Mailbox {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+impl<E> Default for Mailbox<E> {
+    fn default() -> Self {
+        let queue = Queue { messages: VecDeque::new(), closed: false, ended: false };
+        Mailbox { queue: Mutex::new(queue), changed: Condvar::new() }
+    }
+}
+
+impl<E> Mailbox<E> {
+    fn queue(&self) -> MutexGuard<'_, Queue<E>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Leaves messages to the thread. Once that was told to end, they are dropped: by then every load has ended.
-    pub(super) fn push(&self, messages: impl IntoIterator<Item = Message>) {
+    pub(super) fn push(&self, messages: impl IntoIterator<Item = Message<E>>) {
         let mut messages: VecDeque<_> = messages.into_iter().collect();
         let mut queue = self.queue();
         if !queue.closed {
@@ -71,7 +77,7 @@ impl Mailbox {
     }
 
     /// Waits for messages, and takes all there are; `None` when no more come.
-    pub(super) fn next(&self) -> Option<VecDeque<Message>> {
+    pub(super) fn next(&self) -> Option<VecDeque<Message<E>>> {
         let mut queue = self.queue();
         loop {
             if !queue.messages.is_empty() {

@@ -1,11 +1,14 @@
-//! A load from the caller's side: a stream of segments, or an image when all are there.
+//! A load from the caller's side: segments as they come ([`Load`], [`Segments`]), tensors as they come
+//! ([`Tensors`]), or an [`Image`] when all of it is there.
+//!
+//! It turns the events of the engine into what a caller holds, and makes no system call. It needs no
+//! runtime, only something that polls it. Dropping it cancels the load; the engine frees what the load
+//! leaves.
 
-mod state;
+pub(crate) mod image;
 mod tensors;
 
 use std::future::{Future, IntoFuture};
-use std::ops::Range;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -15,44 +18,15 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 pub use tensors::Tensors;
 
-pub(crate) use state::{Allocated, Allocation, FilePlan, Follows, Handover, HeapFacts, LoadShared, Part, Remains};
-
 use crate::engine::Guard;
+use crate::engine::event::{Event, Finished, FinishedFile, Progress};
+use crate::engine::state::LoadShared;
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::files::source::Input;
 use crate::memory::segment::Segment;
-use crate::model::index::Index;
-use crate::plan::tensors::FileTensors;
+use crate::options::load::LoadOptions;
 use crate::telemetry::report::Report;
-
-/// What a load tells its consumer, in this order: segments, then the end or an error.
-#[derive(Debug)]
-pub(crate) enum Event {
-    Segment(Segment),
-    Done(Box<Finished>),
-    Failed(Error),
-}
-
-/// What is known at the end.
-#[derive(Debug)]
-pub(crate) struct Finished {
-    pub(crate) report: Report,
-    pub(crate) files: Vec<FinishedFile>,
-}
-
-/// A file of a load, at its end.
-#[derive(Debug, Clone)]
-pub(crate) struct FinishedFile {
-    pub(crate) path: Arc<PathBuf>,
-    pub(crate) bytes: u64,
-    /// The part of it that is the model.
-    pub(crate) part: Range<u64>,
-    pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// Whether any byte of it was read.
-    pub(crate) has_segments: bool,
-    /// The index that named it, with that index's folder.
-    pub(crate) index: Option<(PathBuf, Arc<Index>)>,
-}
+use image::Image;
 
 /// A load that is under way. It runs by itself, on the loader's threads, whether it is polled or not.
 ///
@@ -166,8 +140,10 @@ pub struct Segments {
 }
 
 impl Segments {
-    pub(crate) fn new(events: UnboundedReceiver<Event>, shared: Arc<LoadShared>, guard: Arc<Guard>) -> Self {
-        Segments { events, shared: Some(shared), guard, finished: None, failed: None, given: 0 }
+    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    pub(crate) fn start(guard: &Arc<Guard>, asked: Vec<Input>, options: LoadOptions, keep: bool) -> Self {
+        let (events, shared) = guard.load(asked, options, keep);
+        Segments { events, shared: Some(shared), guard: Arc::clone(guard), finished: None, failed: None, given: 0 }
     }
 
     /// The next segment, in order; `None` after the last one. Cancel-safe, like [`Load::next`].
@@ -238,16 +214,4 @@ impl Drop for Segments {
             self.guard.abandon(shared);
         }
     }
-}
-
-/// How far a load is, in bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Progress {
-    /// What is to be loaded; 0 until the files are opened.
-    pub planned_bytes: u64,
-    /// What has memory.
-    pub allocated_bytes: u64,
-    /// What is read.
-    pub read_bytes: u64,
 }

@@ -11,7 +11,7 @@ use futures_core::Stream;
 
 use super::{Load, Segments};
 use crate::error::{Error, Result};
-use crate::image::{Image, ImageFile, Tensor};
+use crate::load::image::{Image, ImageFile, Tensor};
 use crate::memory::segment::{Segment, holding};
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;

@@ -8,6 +8,8 @@
 //! Closing a ring does not end the reads in it, so it is only closed when none is in flight (see [`super::driver`]).
 #![allow(unsafe_code)]
 
+pub(crate) mod probe;
+
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
@@ -25,8 +27,7 @@ use super::slots::Token;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::memory::buffer::{Buffer, Place};
-use crate::pace::FIRST;
-use crate::probe;
+use crate::ring::pace::FIRST;
 use crate::route::Route;
 
 /// Registered buffers at once. A piece is registered from its first read to its last, and reads are issued piece after
@@ -378,50 +379,6 @@ fn build(way: fn(&mut io_uring::Builder), entries: u32) -> Result<IoUring, Errno
     let mut builder = IoUring::builder();
     way(&mut builder);
     builder.build(entries).map_err(|error| errno(&error))
-}
-
-/// Tries, on a ring as the engine's, what the engine would use.
-pub(crate) fn probe() -> Result<probe::IoUring, Errno> {
-    let wake = Wake::new()?;
-    let mut ring = Ring::new(1, &wake)?;
-    let (registrable_bytes, register) = largest_registrable(&mut ring);
-    Ok(probe::IoUring {
-        setup: Ok(()),
-        deferred_task_run: build(WAYS[0], 8).map(drop),
-        buffer_table: ring.buffers,
-        file_table: ring.files.refused.map_or(Ok(()), Err),
-        register,
-        registrable_bytes,
-    })
-}
-
-/// How much can be registered at once, to within [`probe::REGISTER_BYTES_MIN`], and whether that is a whole piece.
-fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
-    if let Err(errno) = ring.buffers {
-        return (0, Err(errno));
-    }
-    // Small pages: of a huge one that is registered in part, all counts.
-    let memory = match StagingMemory::new(probe::REGISTER_BYTES_MAX, Pages::Small) {
-        Ok(memory) => memory,
-        Err(error) => return (0, Err(error.errno)),
-    };
-    let mut register = |bytes: usize| {
-        ring.update_buffer(0, memory.address().as_ptr(), bytes)?;
-        // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
-        let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
-        Ok(())
-    };
-    let whole = register(probe::REGISTER_BYTES_MAX);
-    if whole.is_ok() {
-        return (probe::REGISTER_BYTES_MAX as u64, whole);
-    }
-    // So many steps are possible, so many are not.
-    let (mut possible, mut impossible) = (0, probe::REGISTER_BYTES_MAX / probe::REGISTER_BYTES_MIN);
-    while possible + 1 < impossible {
-        let middle = possible.midpoint(impossible);
-        if register(middle * probe::REGISTER_BYTES_MIN).is_ok() { possible = middle } else { impossible = middle }
-    }
-    ((possible * probe::REGISTER_BYTES_MIN) as u64, whole)
 }
 
 fn errno(error: &std::io::Error) -> Errno {

@@ -17,6 +17,7 @@ mod known;
 mod linux;
 mod message;
 mod order;
+pub(crate) mod pace;
 mod pool;
 #[cfg(test)]
 mod sim;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dmabuf::PageCount;
 use serde_json::{Value, json};
 
-use crate::image::{Image, Tensor};
+use crate::load::image::{Image, Tensor};
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
 use crate::plan::tensors::FileTensors;

@@ -41,7 +41,7 @@ use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, DESCRIPTORS_LIMIT, Reply, Status
 use super::queue::is_unreceived;
 use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::{Error, Result};
-use crate::image::Image;
+use crate::load::image::Image;
 use crate::memory::segment::Segment;
 
 /// Connections at once of users who may attach, or fewer where the process may have few

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use crate::engine::schedule::{Demand, Job, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::options::observer::{Observer, ObserverOption, Rejection};
@@ -16,7 +17,6 @@ use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::ring::watch::{Observation, Watch};
 use crate::route::Route;
-use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::support::id::LoadId;
 
 const PIECES: usize = 24;

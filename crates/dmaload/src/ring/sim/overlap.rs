@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use crate::engine::schedule::{Demand, Job, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
@@ -12,7 +13,6 @@ use crate::ring::driver::Driver;
 use crate::ring::message::{FileSpec, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
-use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::support::id::LoadId;
 
 const PIECES: u32 = 24;

@@ -28,18 +28,18 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use crate::engine::schedule::{Demand, Job, Need, Scheduler};
 use crate::engine::settings::Settings;
 use crate::files::source::CachedChunks;
 use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
 use crate::options::choices::Layout;
-use crate::pace::{FIRST, most_allocators, most_copiers};
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
 use crate::ring::message::{FileSpec, LoadSpec, Output};
+use crate::ring::pace::{FIRST, most_allocators, most_copiers};
 use crate::ring::slots::Token;
 use crate::route::Route;
-use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::support::id::LoadId;
 
 const GIB: f64 = (1 << 30) as f64;

@@ -10,17 +10,17 @@ use rustix::io::Errno;
 
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use crate::engine::schedule::{Demand, Job, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::options::observer::{Observer, ObserverOption, Rejection};
-use crate::pace::{Pace, more_staging_slots};
 use crate::plan::{Piece, Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
+use crate::ring::pace::{Pace, more_staging_slots};
 use crate::ring::staging::StagingBudget;
 use crate::ring::watch::{Observation, Verdict, Watch};
 use crate::route::{Attempt, Route};
-use crate::schedule::{Demand, Job, Need, Scheduler};
 use crate::support::id::LoadId;
 
 /// Checks each byte that it is shown, and their order.

@@ -7,8 +7,8 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
+use crate::engine::event::FinishedFile;
 use crate::error::{Error, Result};
-use crate::load::FinishedFile;
 use crate::memory::segment::{Contiguous, Segment, holding};
 use crate::model::index::Index;
 use crate::model::{DType, TensorMap};

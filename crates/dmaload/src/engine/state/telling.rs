@@ -9,8 +9,8 @@ use rustix::io::Errno;
 
 use super::Remains;
 use super::{LoadShared, State};
+use crate::engine::event::Progress;
 use crate::error::Error;
-use crate::load::Progress;
 use crate::options::choices::Layout;
 use crate::options::choices::Shard;
 use crate::options::observer::Rejection;

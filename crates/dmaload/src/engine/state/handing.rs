@@ -17,9 +17,9 @@ use tracing::Span;
 
 use super::telling::filled_cache_bytes;
 use super::{LoadShared, Remains, State, no_span};
+use crate::engine::event::{Event, Finished, FinishedFile};
 use crate::error::{Error, Result};
 use crate::files::source::{Identity, OpenFile};
-use crate::load::{Event, Finished, FinishedFile};
 use crate::memory::backing::{Backing, Move};
 use crate::memory::segment::{Place, Segment};
 use crate::model::TensorMap;

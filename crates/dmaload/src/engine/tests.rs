@@ -1,0 +1,95 @@
+use super::*;
+use crate::load::Segments;
+
+#[test]
+fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
+    let guard = Guard::start(Settings::default(), Arc::new(crate::memory::heap::AnonHeap::default()), Vec::new()).unwrap();
+    let gone = LoadId(u64::MAX);
+    let window_bytes = guard.settings().window_bytes;
+    for _ in 0..8 {
+        // What a load leaves in the scheduler when it is forgotten between two of its steps.
+        guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, held_bytes: 0 });
+    }
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let mut events = Segments::start(&guard, vec![Input::Path(empty.path().to_owned())], LoadOptions::default(), true);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    // A good load without segments.
+    let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
+    assert!(next.expect("the workers are still there").is_none());
+    // The worker tells the consumer of the end before it tells the scheduler.
+    let taken = || guard.engine.jobs.taken();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while taken() != (0, 0) {
+        assert!(Instant::now() < deadline, "permits and places that never come back: {:?}", taken());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("it ends") })
+}
+
+/// What a broken invariant of the driver leads to: no load hangs, each says why, and what was in flight is counted.
+#[test]
+fn a_panic_of_the_ring_thread_fails_all_loads_and_says_so() {
+    fails_all_loads("the ring thread", |engine| engine.ring.panic());
+}
+
+/// The thread that would tell the loads their end is the one that panics.
+#[test]
+fn a_panic_of_the_teller_fails_all_loads_and_says_so() {
+    fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
+    // Again and again.
+    fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]));
+}
+
+#[test]
+fn the_first_of_two_panics_is_the_reason() {
+    fails_all_loads("the teller thread", |engine| {
+        engine.mailbox.push([Message::Panic]);
+        engine.ring.panic();
+    });
+}
+
+fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
+    // Keeps the loads from being finished before the panic.
+    #[derive(Debug, Default)]
+    struct Gate(Mutex<bool>, Condvar);
+    impl heap::HeapHooks for Gate {
+        fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
+            drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
+            Ok(())
+        }
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(64 << 20).unwrap();
+    let gate = Arc::new(Gate::default());
+    let heap = heap::Hooked::new(heap::AnonHeap::default(), Arc::clone(&gate));
+    let guard = Guard::start(Settings::default(), Arc::new(heap), Vec::new()).unwrap();
+    let load = || Segments::start(&guard, vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
+    let mut before = [load(), load()];
+    panic(&guard.engine);
+    let expect = |segments: &mut Segments| {
+        let error = loop {
+            match block_on(segments.next()).expect("an error comes before the end") {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        let text = error.to_string();
+        assert!(text.starts_with(&format!("{thread} of dmaload")) && text.ends_with("panicked: a test wants it"), "{text}");
+    };
+    before.iter_mut().for_each(expect);
+    // Those that come later say the same.
+    expect(&mut load());
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    let (done, left) = oneshot::channel();
+    guard.shut_down(done);
+    assert_eq!(block_on(left).unwrap(), Ok(()), "nothing was in flight");
+    // Others are not concerned.
+    let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
+    let mut segments = Segments::start(&other, vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
+    assert!(block_on(segments.next()).unwrap().is_ok());
+}

@@ -1,0 +1,88 @@
+//! Tries what io_uring allows here, on a ring like the loader's.
+
+use dmabuf::Pages;
+use rustix::io::Errno;
+
+use super::{Ring, StagingMemory, WAYS, build};
+use crate::memory::buffer::Buffer;
+use crate::ring::wake::Wake;
+
+/// A piece: what a load registers at a time.
+pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
+
+pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
+
+/// What io_uring allows here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IoUring {
+    /// Setting up a ring and entering it. Where it is refused, so is all the rest.
+    pub setup: Result<(), Errno>,
+    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are worked off in batches.
+    pub deferred_task_run: Result<(), Errno>,
+    /// A sparse table of registered buffers, which [`Route::UringFixedDirect`](crate::Route::UringFixedDirect) needs.
+    pub buffer_table: Result<(), Errno>,
+    /// A sparse table of registered files: no look-up per read.
+    pub file_table: Result<(), Errno>,
+    /// Registering 16 MiB, which is a piece of a load. ENOMEM is the limit of locked memory.
+    pub register: Result<(), Errno>,
+    /// The largest power of two from 64 KiB to 16 MiB that could be registered; 0 for none.
+    pub registrable_bytes: u64,
+}
+
+impl IoUring {
+    pub(crate) fn refused(errno: Errno) -> Self {
+        let refused = Err(errno);
+        IoUring {
+            setup: refused,
+            deferred_task_run: refused,
+            buffer_table: refused,
+            file_table: refused,
+            register: refused,
+            registrable_bytes: 0,
+        }
+    }
+}
+
+/// Tries, on a ring as the engine's, what the engine would use.
+pub(crate) fn probe() -> Result<IoUring, Errno> {
+    let wake = Wake::new()?;
+    let mut ring = Ring::new(1, &wake)?;
+    let (registrable_bytes, register) = largest_registrable(&mut ring);
+    Ok(IoUring {
+        setup: Ok(()),
+        deferred_task_run: build(WAYS[0], 8).map(drop),
+        buffer_table: ring.buffers,
+        file_table: ring.files.refused.map_or(Ok(()), Err),
+        register,
+        registrable_bytes,
+    })
+}
+
+/// How much can be registered at once, to within [`REGISTER_BYTES_MIN`], and whether that is a whole piece.
+fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
+    if let Err(errno) = ring.buffers {
+        return (0, Err(errno));
+    }
+    // Small pages: of a huge one that is registered in part, all counts.
+    let memory = match StagingMemory::new(REGISTER_BYTES_MAX, Pages::Small) {
+        Ok(memory) => memory,
+        Err(error) => return (0, Err(error.errno)),
+    };
+    let mut register = |bytes: usize| {
+        ring.update_buffer(0, memory.address().as_ptr(), bytes)?;
+        // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
+        let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
+        Ok(())
+    };
+    let whole = register(REGISTER_BYTES_MAX);
+    if whole.is_ok() {
+        return (REGISTER_BYTES_MAX as u64, whole);
+    }
+    // So many steps are possible, so many are not.
+    let (mut possible, mut impossible) = (0, REGISTER_BYTES_MAX / REGISTER_BYTES_MIN);
+    while possible + 1 < impossible {
+        let middle = possible.midpoint(impossible);
+        if register(middle * REGISTER_BYTES_MIN).is_ok() { possible = middle } else { impossible = middle }
+    }
+    ((possible * REGISTER_BYTES_MIN) as u64, whole)
+}
