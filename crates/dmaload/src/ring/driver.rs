@@ -38,7 +38,6 @@ use rustix::io::Errno;
 use entry::{Chunk, InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of, progress, read_bytes};
 
 use super::kernel::{Completion, Kernel, Read};
-
 use super::known::Known;
 use super::message::{Failure, FileSpec, LoadSpec, Output, Retried, Span};
 use super::order::InOrder;

@@ -21,7 +21,6 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
-
 use super::pool::{LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;

@@ -13,12 +13,11 @@ use std::time::Instant;
 use rustix::io::Errno;
 
 use super::kernel::{CachedRead, Completion, Copy, Look, Read};
-
 use super::wake::Wake;
 use crate::files::source::OpenFile;
-use crate::pace::{FIRST_READERS, MOST_READERS, Pace};
 use crate::memory::buffer::{Fault, Place};
 use crate::memory::window::may_have_one;
+use crate::ring::pace::{FIRST_READERS, MOST_READERS, Pace};
 use crate::route::Route;
 use crate::support::foreign;
 use crate::support::id::LoadId;

@@ -6,7 +6,6 @@
 use rustix::io::Errno;
 
 use super::kernel::Kernel;
-
 use crate::memory::buffer::Buffer;
 use crate::memory::window::may_have_one;
 use crate::route::{Attempt, Route};

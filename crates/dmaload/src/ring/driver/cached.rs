@@ -1,7 +1,6 @@
 //! Chunks that the page cache had when their piece was prepared.
 
 use super::super::kernel::{CachedRead, Kernel};
-
 use super::super::message::Failure;
 use super::entry::{Chunk, InFlight, Step, progress};
 use super::{Driver, LOAD, PIECE};

@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::super::message::{FileSpec, LoadSpec, Times};
-
 use super::super::order::InOrder;
 use super::super::slots::Token;
 use super::super::staging::StagingSlot;

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use super::super::kernel::{Kernel, Look};
-
 use super::super::message::Failure;
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, Unseen, progress};

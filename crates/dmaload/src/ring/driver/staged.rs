@@ -1,7 +1,6 @@
 //! The route bounce: reads into staging, and copies from there.
 
 use super::super::kernel::{Copy, Kernel};
-
 use super::super::message::{Failure, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
