@@ -3,12 +3,13 @@
 
 use std::ffi::c_void;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-use crate::device::{open_device, path_of};
+use crate::device;
+use crate::open::{open_device, path_of};
 use crate::{Device, DeviceError, DmaBuf, Error, page_bytes};
 
 /// `struct dma_heap_allocation_data` of include/uapi/linux/dma-heap.h.
@@ -54,19 +55,16 @@ pub struct DmaHeap {
 
 impl DmaHeap {
     /// Where the kernel puts them.
-    pub const FOLDER: &str = "/dev/dma_heap";
+    pub const FOLDER: &str = device::HEAPS;
 
     /// The names of the heaps that this machine has, in order; none where it has no such folder.
     pub fn names() -> Vec<String> {
-        let entries = std::fs::read_dir(Self::FOLDER).into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.sort();
-        names
+        device::heap_names()
     }
 
     /// The device of the heap of this name.
     pub fn path(name: &str) -> PathBuf {
-        Path::new(Self::FOLDER).join(name)
+        device::heap_path(name)
     }
 
     /// Opens the heap of this name: `system`, `reserved`, or what the vendor calls it.

@@ -8,7 +8,8 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-use crate::device::{open_device, path_of};
+use crate::device;
+use crate::open::{open_device, path_of};
 use crate::{Device, DeviceError, DmaBuf, Error, Memfd};
 
 /// `struct udmabuf_create` of include/uapi/linux/udmabuf.h.
@@ -130,7 +131,7 @@ pub struct Udmabuf {
 
 impl Udmabuf {
     /// The device.
-    pub const PATH: &str = "/dev/udmabuf";
+    pub const PATH: &str = device::UDMABUF;
     /// Where its limits can be read, and raised by root.
     pub const PARAMETERS: &str = "/sys/module/udmabuf/parameters";
 

@@ -16,6 +16,7 @@
 //! No KVM is needed: everything is emulated. So this proves what is right, never what is fast.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
+mod boot;
 mod compile;
 mod cpio;
 mod debian;

@@ -1,7 +1,7 @@
 //! What a run leaves for readers: `target/guest/report.md`.
 
+use crate::boot::Boot;
 use crate::rows::{self, Row};
-use crate::session::Boot;
 
 /// All tests and all rows of a run.
 pub(crate) fn markdown(boots: &[Boot<'_>], all: &[Row]) -> String {

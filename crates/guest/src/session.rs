@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 
 use crate::Options;
+use crate::boot::Boot;
 use crate::compile::{self, Built};
 use crate::debian;
 use crate::disks::{self, Disks};
@@ -26,22 +27,6 @@ use crate::transcript::{Event, SuiteRun};
 
 /// How often a kernel is booted when the emulator gets in the way.
 const BOOTS_MAX: usize = 4;
-
-/// A boot and what came of it.
-#[derive(Debug)]
-pub(crate) struct Boot<'a> {
-    pub(crate) plan: Plan<'a>,
-    /// None, if it could not be started.
-    pub(crate) outcome: Option<Outcome>,
-    /// Why this is no success.
-    pub(crate) problems: Vec<String>,
-}
-
-impl Boot<'_> {
-    pub(crate) fn suites(&self) -> &[SuiteRun] {
-        self.outcome.as_ref().map_or(&[], |outcome| &outcome.transcript.suites)
-    }
-}
 
 /// Runs what the options choose, and says whether all went well.
 pub(crate) fn run(options: &Options) -> Result<bool> {

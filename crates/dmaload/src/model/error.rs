@@ -6,7 +6,7 @@ use dmabuf::printable;
 
 use super::dtype::DType;
 use super::foreign::ForeignFile;
-use super::safetensors::{HEADER_LIMIT_BYTES, RANK_LIMIT};
+use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 
 /// Why a model file was refused: what is wrong, where, and what was expected.
 ///

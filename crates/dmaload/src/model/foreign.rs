@@ -6,8 +6,8 @@ use std::fmt;
 
 use dmabuf::printable;
 
-use super::gguf;
-use super::safetensors::HEADER_LIMIT_BYTES;
+use super::gguf::is_gguf;
+use super::limits::HEADER_LIMIT_BYTES;
 
 /// How much of a file's beginning [`recognise`] looks at, in bytes.
 pub(crate) const LOOKED_AT_BYTES: usize = 4096;
@@ -152,7 +152,7 @@ fn by_magic(start: &[u8]) -> Option<ForeignFile> {
     let archive = |format| Some(ForeignFile::Archive { format });
     let other = |format| Some(ForeignFile::OtherFormat { format });
     match start {
-        _ if gguf::is_gguf(start) => Some(ForeignFile::Gguf),
+        _ if is_gguf(start) => Some(ForeignFile::Gguf),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
         // PROTO 2 to 5; what follows in a checkpoint is never a length that fits a header.
         [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),

@@ -10,19 +10,18 @@
 //! the bytes for it were seen.
 
 mod cursor;
+mod magic;
 mod metadata;
 
 use self::cursor::{Cursor, Stop};
+pub use self::magic::{MAGIC, is_gguf};
 pub use self::metadata::{Array, Metadata, Value};
 use super::dtype::DType;
 use super::error::{ModelError, quote};
 use super::map::{self, TensorInfo, TensorMap};
 
-/// What a GGUF file begins with.
-pub const MAGIC: [u8; 4] = *b"GGUF";
-
 /// The longest header that is read, in bytes: as for safetensors. The largest vocabularies take some 10 MB.
-pub const HEADER_LIMIT_BYTES: u64 = super::safetensors::HEADER_LIMIT_BYTES;
+pub const HEADER_LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
 /// ggml has four (`GGML_MAX_DIMS`); its format leaves room for more.
 const RANK_LIMIT: u32 = 8;
@@ -39,12 +38,6 @@ pub enum Parsed {
         /// How many, from its first byte on.
         bytes: u64,
     },
-}
-
-/// Whether a file is GGUF, by its first bytes.
-#[must_use]
-pub fn is_gguf(first: &[u8]) -> bool {
-    first.starts_with(&MAGIC)
 }
 
 /// Reads and checks a header. `start` is the beginning of the file, which has `file_bytes`.

@@ -46,7 +46,7 @@ pub fn named(name: &str) -> Option<Named> {
 }
 
 /// The longest index that is read, in bytes: as for headers.
-pub const LIMIT_BYTES: u64 = super::safetensors::HEADER_LIMIT_BYTES;
+pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
 /// Which file has which tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]

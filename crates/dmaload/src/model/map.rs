@@ -3,7 +3,8 @@
 use std::{fmt, ops::Range, slice};
 
 use super::dtype::DType;
-use super::gguf;
+use super::gguf::Metadata as GgufMetadata;
+use super::names::NameIndex;
 
 /// One tensor: its name, its type, its shape, and where its bytes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub struct TensorMap {
     tensors: Vec<TensorInfo>,
     by_name: NameIndex,
     metadata: Metadata,
-    gguf: Option<Box<gguf::Metadata>>,
+    gguf: Option<Box<GgufMetadata>>,
     header_bytes: u64,
 }
 
@@ -69,7 +70,7 @@ impl TensorMap {
     }
 
     /// The same map, of a GGUF file.
-    pub(super) fn with_gguf(mut self, gguf: gguf::Metadata) -> Self {
+    pub(super) fn with_gguf(mut self, gguf: GgufMetadata) -> Self {
         self.gguf = Some(Box::new(gguf));
         self
     }
@@ -111,7 +112,7 @@ impl TensorMap {
 
     /// What a GGUF file says about itself; `None` for a safetensors file.
     #[must_use]
-    pub fn gguf(&self) -> Option<&gguf::Metadata> {
+    pub fn gguf(&self) -> Option<&GgufMetadata> {
         self.gguf.as_deref()
     }
 
@@ -235,30 +236,6 @@ impl Pairs {
     fn string(&self, position: usize) -> &str {
         let begin = position.checked_sub(1).map_or(0, |before| self.ends[before]);
         &self.text[begin as usize..self.ends[position] as usize]
-    }
-}
-
-/// Positions in some list, sorted by the names there.
-///
-/// Against a hash map it needs no second copy of the names, and no key for a
-/// hostile header to aim at; it finds duplicates as neighbours.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct NameIndex(Vec<u32>);
-
-impl NameIndex {
-    /// Indexes `count` names. If two are the same, the error is the position of one.
-    pub(super) fn new<'a>(count: usize, name: impl Fn(usize) -> &'a str) -> Result<Self, usize> {
-        let mut order: Vec<u32> = (0..).take(count).collect();
-        order.sort_unstable_by_key(|&i| name(i as usize));
-        match order.windows(2).find(|pair| name(pair[0] as usize) == name(pair[1] as usize)) {
-            Some(pair) => Err(pair[0] as usize),
-            None => Ok(Self(order)),
-        }
-    }
-
-    pub(super) fn find<'a>(&self, wanted: &str, name: impl Fn(usize) -> &'a str) -> Option<usize> {
-        let found = self.0.binary_search_by(|&i| name(i as usize).cmp(wanted)).ok()?;
-        Some(self.0[found] as usize)
     }
 }
 

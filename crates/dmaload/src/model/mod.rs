@@ -18,7 +18,9 @@ mod error;
 mod foreign;
 pub mod gguf;
 pub mod index;
+mod limits;
 mod map;
+mod names;
 pub(crate) mod parts;
 pub mod safetensors;
 

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::HEADER_LIMIT_BYTES;
 use crate::model::error::ModelError;
+use crate::model::limits::HEADER_LIMIT_BYTES;
 use crate::support::convert::to_usize;
 
 /// Why reading stopped.

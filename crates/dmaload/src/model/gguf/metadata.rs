@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::cursor::{Cursor, Stop};
 use crate::model::error::quote;
-use crate::model::map::NameIndex;
+use crate::model::names::NameIndex;
 
 /// What a GGUF file says about itself.
 #[derive(Clone, PartialEq, Eq)]

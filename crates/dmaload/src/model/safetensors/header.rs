@@ -10,7 +10,7 @@ use std::{borrow::Cow, fmt};
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::error::Category;
 
-use super::RANK_LIMIT;
+use crate::model::limits::RANK_LIMIT;
 use crate::model::{
     dtype::DType,
     error::{ModelError, shorten},

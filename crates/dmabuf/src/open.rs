@@ -1,0 +1,64 @@
+//! Opening the devices that make dma-bufs, and saying why one can't be opened.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::io::Errno;
+
+use crate::printable;
+
+/// A device that could not be opened.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("cannot open {}: {}{}", printable::path(path), crate::errno::describe(*.errno), .about.iter().map(|about| format!("; {}", printable::text(about))).collect::<String>())]
+#[non_exhaustive]
+pub struct DeviceError {
+    /// The device.
+    pub path: PathBuf,
+    /// The kernel's answer.
+    pub errno: Errno,
+    /// Whose it is, or which others there are.
+    pub about: Option<String>,
+}
+
+/// The path by which a descriptor is known here, for errors.
+pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    let link = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    std::fs::read_link(&link).unwrap_or(link)
+}
+
+pub(crate) fn open_device(path: &Path) -> Result<OwnedFd, DeviceError> {
+    let failed = |errno| DeviceError { path: path.to_owned(), errno, about: about(path, errno) };
+    let fd = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let kind = FileType::from_raw_mode(fstat(&fd).map_err(failed)?.st_mode);
+    if kind == FileType::CharacterDevice { Ok(fd) } else { Err(failed(Errno::NODEV)) }
+}
+
+fn about(path: &Path, errno: Errno) -> Option<String> {
+    match errno {
+        Errno::ACCESS | Errno::PERM => {
+            let found = std::fs::metadata(path).ok()?;
+            Some(format!("its mode is {:04o}, its owner {}, its group {}", found.mode() & 0o7777, found.uid(), found.gid()))
+        }
+        Errno::NODEV => Some("it is no character device".to_owned()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_device_and_a_plain_file_are_told_apart() {
+        let missing = open_device(Path::new("/dev/no-such-device")).unwrap_err();
+        assert_eq!(missing.to_string(), "cannot open /dev/no-such-device: ENOENT (No such file or directory)");
+        let file = std::env::temp_dir().join(format!("dmabuf-device-{}", std::process::id()));
+        std::fs::write(&file, "").unwrap();
+        let refused = open_device(&file);
+        std::fs::remove_file(&file).unwrap();
+        assert!(refused.unwrap_err().to_string().ends_with("it is no character device"));
+    }
+}
