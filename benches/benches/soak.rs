@@ -18,6 +18,7 @@ use dmaload::dmabuf;
 use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, Route};
+use dmaload_testing::Random;
 
 const MIB: u64 = 1 << 20;
 /// Tasks at once.
@@ -28,27 +29,6 @@ const SLACK_KIB: u64 = 2 << 10;
 /// The C library keeps a heap for each thread that it has seen at work, which rises for half an hour: one for all shows
 /// what is ours.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
-
-/// Random numbers (xorshift64*).
-#[derive(Debug, Clone)]
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11) % limit.max(1)
-    }
-
-    fn chance(&mut self, per_cent: u64) -> bool {
-        self.below(100) < per_cent
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[usize::try_from(self.below(from.len() as u64)).expect("an index")]
-    }
-}
 
 /// The byte of a file at an offset, eight at a time: what a file holds follows from its number.
 fn word(number: u64, index: u64) -> [u8; 8] {
@@ -88,7 +68,7 @@ impl HeapHooks for Failing {
     }
 
     fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
-        let fails = self.0.lock().expect("no panic before").chance(5);
+        let fails = self.0.lock().expect("no panic before").chance(50);
         if fails { Err(dmabuf::Error::new("allocate", bytes, rustix::io::Errno::NOMEM)) } else { Ok(()) }
     }
 }
@@ -102,7 +82,7 @@ struct World {
 
 impl World {
     async fn new(folder: &Path) -> Result<Self> {
-        let mut random = Random(42);
+        let mut random = Random::new(42);
         let mut files = Vec::new();
         for number in 0..48 {
             let bytes = match number % 4 {
@@ -153,14 +133,14 @@ impl Counts {
 }
 
 fn loader(random: &mut Random) -> Result<Loader> {
-    let segment_bytes = random.pick(&[2, 4, 16, 64]) * MIB;
+    let segment_bytes = *random.pick(&[2, 4, 16, 64]) * MIB;
     let builder = Loader::builder()
         .segment_bytes(segment_bytes)
         .window_bytes(segment_bytes * (1 + random.below(4)))
-        .queue_depth(random.pick(&[1, 4, 32, 128]))
-        .staging_bytes(random.pick(&[2, 16]) * MIB)
-        .pool_bytes(random.pick(&[0, 0, 256]) * MIB)
-        .chunk_bytes(random.pick(&[64 << 10, MIB, 2 * MIB]));
+        .queue_depth(*random.pick(&[1, 4, 32, 128]))
+        .staging_bytes(*random.pick(&[2, 16]) * MIB)
+        .pool_bytes(*random.pick(&[0, 0, 256]) * MIB)
+        .chunk_bytes(*random.pick(&[64 << 10, MIB, 2 * MIB]));
     let builder = match random.below(6) {
         0 => builder.heap(AnonHeap::default()),
         1 => builder.heap(Hooked::new(MemfdHeap::default(), Failing(std::sync::Mutex::new(random.clone())))),
@@ -173,12 +153,12 @@ fn loader(random: &mut Random) -> Result<Loader> {
 fn options(random: &mut Random, loader: &Loader, world: &World) -> LoadOptions {
     let mut options = loader
         .options()
-        .route(random.pick(&Route::ALL))
-        .layout(random.pick(&[Layout::Segmented, Layout::Segmented, Layout::Single]))
-        .packed(random.chance(70))
-        .cache(random.pick(&[Cache::Bypass, Cache::Auto]))
-        .trace(random.chance(10));
-    if random.chance(30) {
+        .route(*random.pick(&Route::ALL))
+        .layout(*random.pick(&[Layout::Segmented, Layout::Segmented, Layout::Single]))
+        .packed(random.chance(700))
+        .cache(*random.pick(&[Cache::Bypass, Cache::Auto]))
+        .trace(random.chance(100));
+    if random.chance(300) {
         options = options.verify(Arc::clone(&world.manifest));
     }
     options
@@ -193,7 +173,7 @@ fn check(image: &Image, numbers: &[u64]) -> Result<()> {
 
 /// One thing that somebody does.
 async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, counts: &mut Counts) -> Result<()> {
-    let count = random.pick(&[1, 1, 1, 3, 12]);
+    let count = *random.pick(&[1, 1, 1, 3, 12]);
     let numbers: Vec<u64> = (0..count).map(|_| random.below(world.files.len() as u64)).collect();
     let file = |&number: &u64| world.files[usize::try_from(number).expect("an index")].clone();
     let (paths, lengths): (Vec<_>, Vec<_>) = numbers.iter().map(file).unzip();
@@ -214,7 +194,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
         }
         2 => {
             let mut segments = loader.stream_with(&paths, options);
-            let stops = random.chance(30).then(|| random.below(4));
+            let stops = random.chance(300).then(|| random.below(4));
             let mut given = 0;
             while let Some(segment) = segments.next().await {
                 if stops == Some(given) {
@@ -235,7 +215,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             // Somebody writes to the file meanwhile: an error, or what was there before.
             let (path, bytes) = (world.folder.join(format!("scratch-{task}")), 1 + random.below(8 * MIB));
             write_file(&path, 99, bytes)?;
-            let load = loader.load_with([&path], options.clone().route(random.pick(&Route::ALL)));
+            let load = loader.load_with([&path], options.clone().route(*random.pick(&Route::ALL)));
             tokio::time::sleep(Duration::from_micros(random.below(3000))).await;
             let change = random.below(3);
             match change {
@@ -298,7 +278,7 @@ fn one_file(json: &str, number: u64) -> Result<String> {
 }
 
 async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result<Counts> {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut counts = Counts::default();
     while Instant::now() < until {
         let own = loader(&mut random)?;
@@ -306,7 +286,7 @@ async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result
             act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
         }
         // Sometimes with loads under way.
-        let left = random.chance(30).then(|| own.load(&world.files[3].0));
+        let left = random.chance(300).then(|| own.load(&world.files[3].0));
         if let Err(leaked) = own.shutdown().await {
             bail!("{leaked}");
         }
@@ -409,7 +389,7 @@ async fn soak() -> Result<()> {
         let tasks: Vec<_> = (0..TASKS)
             .map(|number| {
                 seed += 1;
-                tokio::spawn(task(Arc::clone(&world), number, seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1, until))
+                tokio::spawn(task(Arc::clone(&world), number, seed, until))
             })
             .collect();
         for task in tasks {

@@ -1,6 +1,6 @@
 //! `dmaload doctor` says what is so: with and without rights, io_uring, huge pages, locked memory, and a path that works.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(unsafe_code, reason = "filters and limits are set between fork and exec")]
+#![allow(unsafe_code, reason = "limits are set between fork and exec")]
 
 mod common;
 
@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
+use common::sandbox::refusing;
 use common::{MIB, allow, as_nobody, base, dmaload, folder, is_root, load_json, random_file, run, skip};
 use serde_json::{Value, json};
 
@@ -60,28 +61,6 @@ fn a_file_larger_than_the_address_space_would_fail() {
     assert!(reason.contains("ulimit -v") || reason.contains("available"), "{json:#}");
     let small = random_file(folder.path(), "small.bin", MIB);
     limited(doctor(Some(&small))).succeeds();
-}
-
-/// Makes one call of the command fail with `errno`, as `tests/seccomp.rs` does.
-fn refusing(mut command: Command, call: u32, errno: i32) -> Command {
-    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | errno.cast_unsigned()),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let install = move || {
-        let program = libc::sock_fprog { len: u16::try_from(filter.len()).unwrap(), filter: filter.as_mut_ptr() };
-        // SAFETY: PR_SET_NO_NEW_PRIVS takes numbers only.
-        let allowed = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-        // SAFETY: the program points to `filter`, which outlives the call.
-        let installed = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
-        if allowed == 0 && installed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    };
-    // SAFETY: the closure makes two system calls and allocates nothing.
-    unsafe { command.pre_exec(install) };
-    command
 }
 
 /// Denies the command huge pages.
@@ -201,7 +180,7 @@ fn who_refuses_io_uring_is_told_and_the_load_works() {
         (SETUP, libc::ENOSYS, "ENOSYS", "pread-direct"),
         (REGISTER, libc::EPERM, "EPERM", "uring-direct"),
     ] {
-        let json = run(&mut refusing(doctor(Some(&small)), call, errno)).succeeds().json();
+        let json = run(&mut refusing(doctor(Some(&small)), &[call], errno)).succeeds().json();
         let (ring, table) = (&json["io_uring"], &json["io_uring"]["features"]["buffer_table"]);
         assert_eq!(ring["cause"], "seccomp", "{json:#}");
         assert_eq!(ring["available"], call != SETUP);
@@ -212,7 +191,7 @@ fn who_refuses_io_uring_is_told_and_the_load_works() {
         let fallback = &heap(&json, "memfd")["fallbacks"][0];
         assert_eq!((fallback["to"].as_str(), fallback["errno"].as_str()), (Some(route), Some(name)));
         assert!(json["advice"][0]["change"].as_str().unwrap().contains("seccomp"), "{json:#}");
-        let screen = run(&mut refusing(dmaload(["doctor"]), call, errno)).succeeds().text();
+        let screen = run(&mut refusing(dmaload(["doctor"]), &[call], errno)).succeeds().text();
         assert!(screen.contains(name) && screen.contains("seccomp"), "{screen}");
     }
     let free = run(&mut doctor(None)).succeeds().json();
@@ -338,11 +317,11 @@ fn a_load_that_would_fail_is_told_with_exit_status_1() {
     assert!(json["advice"][0]["change"].as_str().unwrap().starts_with("free "), "{json:#}");
     // Memory files alone are refused: all the rest is told as ever.
     let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();
-    let json = run(&mut refusing(doctor(None), memfd_create, libc::EPERM)).exits(1).json();
+    let json = run(&mut refusing(doctor(None), &[memfd_create], libc::EPERM)).exits(1).json();
     assert_eq!((&json["load"]["works"], &heap(&json, "memfd")["usable"]), (&json!(false), &json!(false)), "{json:#}");
     assert!(json["load"]["reason"].as_str().unwrap().contains("EPERM"), "{json:#}");
     assert_eq!(heap(&json, "anon")["usable"], true);
-    let screen = run(&mut refusing(dmaload(["doctor"]), memfd_create, libc::EPERM)).exits(1).text();
+    let screen = run(&mut refusing(dmaload(["doctor"]), &[memfd_create], libc::EPERM)).exits(1).text();
     assert!(screen.contains("would fail: "), "{screen}");
     // Memory files are files: a small one loads, no large one does.
     let json = run(&mut common::limited(&doctor(None), "-f 8")).exits(1).json();
@@ -589,9 +568,9 @@ fn refused_memory_files_are_told_with_a_heap_that_needs_none() {
             command.arg(&path);
             command
         };
-        run(&mut refusing(load(), memfd_create, errno)).fails(1, &[name, "--heap anon"]);
+        run(&mut refusing(load(), &[memfd_create], errno)).fails(1, &[name, "--heap anon"]);
         let mut anon = load();
         anon.args(["--heap", "anon"]);
-        run(&mut refusing(anon, memfd_create, errno)).succeeds();
+        run(&mut refusing(anon, &[memfd_create], errno)).succeeds();
     }
 }

@@ -15,44 +15,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{MIB, ROUTES, SMALL_SEGMENTS, digest_of, folder, is_root, load_json, random_file, run, sha256sum, skip};
+use common::{MIB, ROUTES, SMALL_SEGMENTS, digest_of, folder, load_json, random_file, run, sha256sum, skip};
+use dmaload_testing::mounted::{self, Mounted, mount, tmpfs, tool};
 use serde_json::Value;
 
 const SIZES: [usize; 7] = [0, 1, 4095, 4096, 4097, 2 * MIB + 1, 9 * MIB + 777];
-const IMAGE_BYTES: u64 = 400 << 20;
 
-/// A mounted file system, unmounted at the end of the test, whatever comes of it.
-struct Mounted(PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
-/// Runs a program of the system; `Err` tells why it did not work.
-fn tool(program: &str, arguments: &[&str]) -> Result<(), String> {
-    let output = Command::new(program).args(arguments).output().map_err(|error| format!("{program}: {error}"))?;
-    if output.status.success() { Ok(()) } else { Err(format!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim())) }
-}
-
-fn mount(arguments: &[&str], at: &Path) -> Result<Mounted, String> {
-    if !is_root() {
-        return Err("only root can mount".to_owned());
-    }
-    fs::create_dir_all(at).unwrap();
-    let at_name = at.to_str().unwrap();
-    tool("mount", &[arguments, &[at_name]].concat())?;
-    Ok(Mounted(at.to_owned()))
-}
-
+/// A file system on a loop device, which is mounted at a folder of its name.
 fn loop_mounted(folder: &Path, kind: &str, mkfs: &[&str]) -> Result<Mounted, String> {
-    let image = folder.join(format!("{kind}.img"));
-    fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
-    let image = image.to_str().unwrap();
-    let (program, options) = mkfs.split_first().unwrap();
-    tool(program, &[options, &[image]].concat())?;
-    mount(&["-o", "loop", "-t", kind, image], &folder.join(kind))
+    mounted::on_loop_device(&folder.join(kind), kind, mkfs, "loop")
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
@@ -163,7 +134,7 @@ fn on_btrfs() {
 #[test]
 fn on_tmpfs() {
     let folder = folder();
-    check_mounted("tmpfs", mount(&["-t", "tmpfs", "-o", "size=64m", "tmpfs"], &folder.path().join("tmpfs")));
+    check_mounted("tmpfs", tmpfs(&folder.path().join("tmpfs"), "64m"));
 }
 
 /// Mounts an overlay whose lower layer is `lower`.
@@ -172,7 +143,7 @@ fn overlay(folder: &Path, lower: &Path) -> Result<Mounted, String> {
     fs::create_dir_all(&upper).unwrap();
     fs::create_dir_all(&work).unwrap();
     let options = format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
-    mount(&["-t", "overlay", "-o", &options, "overlay"], &folder.join("merged"))
+    mount("overlay", &options, "overlay", &folder.join("merged"))
 }
 
 #[test]
@@ -204,15 +175,14 @@ fn on_overlayfs_over_squashfs() {
     fs::create_dir(&sources).unwrap();
     let names = files(&sources);
     let image = folder.path().join("squashfs.img");
-    let image = image.to_str().unwrap();
-    let squashed = tool("mksquashfs", &[sources.to_str().unwrap(), image, "-quiet", "-no-progress"]);
-    let squashed = squashed.and_then(|()| mount(&["-o", "loop", "-t", "squashfs", image], &folder.path().join("squashfs")));
+    let squashed = tool(Command::new("mksquashfs").args([&sources, &image]).args(["-quiet", "-no-progress"]));
+    let squashed = squashed.and_then(|()| mount("squashfs", "loop", &image, &folder.path().join("squashfs")));
     let squashed = match squashed {
         Ok(squashed) => squashed,
         Err(reason) => return skip(reason),
     };
     // The upper layer of an overlay can't be on an overlay itself: tmpfs will do.
-    let layers = mount(&["-t", "tmpfs", "-o", "size=16m", "tmpfs"], &folder.path().join("layers"));
+    let layers = tmpfs(&folder.path().join("layers"), "16m");
     // What is declared last is unmounted first.
     match layers.and_then(|layers| overlay(&layers.0, &squashed.0).map(|merged| (layers, merged))) {
         Ok((_layers, merged)) => {

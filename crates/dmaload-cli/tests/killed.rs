@@ -13,9 +13,7 @@ use common::{MIB, digest_of, dmaload, folder, large_file, load_json, sha256sum};
 
 /// Memory files and other shared memory of the whole machine.
 fn shared_memory_bytes() -> u64 {
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("Shmem:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    dmaload_testing::meminfo_bytes("Shmem")
 }
 
 /// How much of a file a process has in memory files so far.

@@ -311,14 +311,7 @@ async fn a_load_of_high_priority_overtakes() {
 
 /// A model of tensors of two and a half MiB, each across two segments.
 fn tensors(folder: &Path, count: usize) -> PathBuf {
-    const BYTES: usize = 5 << 19;
-    let entry =
-        |n: usize| format!(r#""t{n}":{{"dtype":"U8","shape":[{BYTES}],"data_offsets":[{},{}]}}"#, n * BYTES, (n + 1) * BYTES);
-    let header = format!("{{{}}}", (0..count).map(entry).collect::<Vec<_>>().join(","));
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(header.as_bytes());
-    bytes.extend(random_bytes(count * BYTES, 9));
-    file(folder, "tensors.safetensors", &bytes)
+    file(folder, "tensors.safetensors", &dmaload_testing::safetensors_of(count, 5 << 19, 9))
 }
 
 /// The library holds the segments of a tensor that is not complete: a reservation has to have room for that.

@@ -5,9 +5,6 @@
 #![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
 
 mod common;
-#[path = "common/mounted.rs"]
-#[allow(dead_code, unreachable_pub, reason = "shared with other tests")]
-mod mounted;
 
 use std::fs::File;
 use std::num::NonZeroU64;
@@ -20,6 +17,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Cache, Image, Layout, LoadOptions, Loader, Route, probe};
+use dmaload_testing::mounted;
 use rustix::fs::{Advice, fadvise};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 

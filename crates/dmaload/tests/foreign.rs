@@ -32,13 +32,7 @@ fn note_thread() {
 }
 
 fn safetensors(folder: &Path, tensors: usize, bytes: usize) -> PathBuf {
-    let entry =
-        |n: usize| format!(r#""t{n}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, n * bytes, (n + 1) * bytes);
-    let header = format!("{{{}}}", (0..tensors).map(entry).collect::<Vec<_>>().join(","));
-    let mut all = (header.len() as u64).to_le_bytes().to_vec();
-    all.extend_from_slice(header.as_bytes());
-    all.extend(random_bytes(tensors * bytes, 3));
-    file(folder, "model.safetensors", &all)
+    file(folder, "model.safetensors", &dmaload_testing::safetensors_of(tensors, bytes, 3))
 }
 
 type Body = Pin<Box<dyn Future<Output = ()> + Send>>;

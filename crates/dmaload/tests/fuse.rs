@@ -19,6 +19,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use common::{ROUTES, assert_same, folder, random_bytes};
 use dmaload::{Attempt, Error, Format, Loader, LoaderBuilder, Route};
+use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
     BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
     MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, Request,
@@ -483,8 +484,8 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
         return;
     }
     for (route, overlaid) in DIRECT_ROUTES.into_iter().flat_map(|route| [(route, false), (route, true)]) {
-        let server = SilentServer::start();
-        let overlay = overlaid.then(|| Overlay::over(server.folder.path()));
+        let server = SilentServer::start(Manners::NeverAnswers);
+        let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         // Enough staging for as many reads at once.
         let loader = loader().staging_bytes(32 << 20).route(route).shutdown_timeout(Duration::from_millis(300));
@@ -733,8 +734,8 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
     let plain = folder.path().join("plain.bin");
     std::fs::write(&plain, &*answering.bytes).unwrap();
     for (route, overlaid) in DIRECT_ROUTES.into_iter().flat_map(|route| [(route, false), (route, true)]) {
-        let server = SilentServer::start();
-        let overlay = overlaid.then(|| Overlay::over(server.folder.path()));
+        let server = SilentServer::start(Manners::NeverAnswers);
+        let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let silent = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader()
             .route(route)
@@ -767,8 +768,8 @@ async fn a_server_silent_about_attributes_holds_one_worker() {
     let (plain, bytes) = (folder.path().join("plain.bin"), random_bytes(BYTES, 5));
     std::fs::write(&plain, &bytes).unwrap();
     for overlaid in [false, true] {
-        let server = SilentServer::with(&[(SILENT_ABOUT_ATTRIBUTES, "1")]);
-        let overlay = overlaid.then(|| Overlay::over(server.folder.path()));
+        let server = SilentServer::start(Manners::NeverTells);
+        let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader().allocator_threads(2).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
         let mut load = loader.load(path);
@@ -786,55 +787,27 @@ async fn a_server_silent_about_attributes_holds_one_worker() {
     }
 }
 
-/// A file system of a server in a process of its own, which never answers direct reads.
+/// A file system of a server in a process of its own, which never answers direct reads, or requests for attributes.
 struct SilentServer {
     path: PathBuf,
-    server: std::process::Child,
-    folder: tempfile::TempDir,
+    served: ServedFolder,
 }
 
-const SILENT_SERVER: &str = "DMALOAD_TEST_SILENT_SERVER";
-/// Set if the server is silent about attributes instead of bytes.
-const SILENT_ABOUT_ATTRIBUTES: &str = "DMALOAD_TEST_SILENT_ABOUT_ATTRIBUTES";
+/// How the server is silent.
+const MANNERS: &str = "DMALOAD_TEST_MANNERS";
 
 impl SilentServer {
-    fn start() -> Self {
-        SilentServer::with(&[])
-    }
-
-    fn with(variables: &[(&str, &str)]) -> Self {
-        let folder = folder();
-        let server = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "the_silent_server"])
-            .env(SILENT_SERVER, folder.path())
-            .envs(variables.iter().copied())
-            .stdout(std::process::Stdio::null())
-            .spawn()
-            .unwrap();
-        let server = SilentServer { path: folder.path().join("model.bin"), server, folder };
-        let start = Instant::now();
-        while !server.path.exists() {
-            assert!(start.elapsed() < Duration::from_secs(20), "the file system is not mounted");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        server
-    }
-}
-
-impl Drop for SilentServer {
-    fn drop(&mut self) {
-        // With its server the connection ends, and all reads with it.
-        let ended = self.server.kill().and_then(|()| self.server.wait());
-        let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
-        assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    fn start(manners: Manners) -> Self {
+        let served = ServedFolder::start(folder(), "the_silent_server", [(MANNERS, format!("{manners:?}").as_ref())]);
+        SilentServer { path: served.path().join("model.bin"), served }
     }
 }
 
 #[test]
 #[ignore = "no test: the server of another one, in its own process"]
 fn the_silent_server() {
-    let Some(folder) = std::env::var_os(SILENT_SERVER) else { return };
-    let about_attributes = std::env::var_os(SILENT_ABOUT_ATTRIBUTES).is_some();
-    let manners = if about_attributes { Manners::NeverTells } else { Manners::NeverAnswers };
-    fuser::mount(Model::new(BYTES, manners), folder, &read_only()).unwrap();
+    let Some(folder) = folder_to_serve() else { return };
+    let asked = std::env::var(MANNERS).unwrap();
+    let manners = [Manners::NeverAnswers, Manners::NeverTells].into_iter().find(|manners| format!("{manners:?}") == asked);
+    fuser::mount(Model::new(BYTES, manners.unwrap()), folder, &read_only()).unwrap();
 }

@@ -24,6 +24,7 @@ use dmaload::model::gguf::{self, Parsed};
 use dmaload::model::index::Index;
 use dmaload::model::safetensors::{Sniff, parse, sniff};
 use dmaload::verify::Manifest;
+use dmaload_testing::Random;
 use safetensors::SafeTensors;
 
 /// The system's allocator; counts what each thread has, and the most that it ever had.
@@ -75,18 +76,6 @@ fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     (result, (MOST.get() - before).try_into().unwrap_or(0), started.elapsed())
 }
 
-/// Random numbers (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        usize::try_from(self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 11).unwrap() % limit.max(1)
-    }
-}
-
 /// What parsers stumble over.
 const TOKENS: [&str; 36] = [
     "{",
@@ -129,21 +118,21 @@ const TOKENS: [&str; 36] = [
 
 /// Damages an input in a way that leaves much of it whole.
 fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
-    let mut input = corpus[random.below(corpus.len())].clone();
-    for _ in 0..1 + random.below(4) {
-        let at = random.below(input.len() + 1);
-        let end = (at + random.below(24)).min(input.len());
-        match random.below(9) {
-            0 if at < input.len() => input[at] ^= 1 << random.below(8),
-            1 => input.insert(at, u8::try_from(random.below(256)).unwrap()),
+    let mut input = corpus[random.index(corpus.len())].clone();
+    for _ in 0..1 + random.index(4) {
+        let at = random.index(input.len() + 1);
+        let end = (at + random.index(24)).min(input.len());
+        match random.index(9) {
+            0 if at < input.len() => input[at] ^= 1 << random.index(8),
+            1 => input.insert(at, u8::try_from(random.index(256)).unwrap()),
             2 => drop(input.drain(at..end)),
             3 => input.truncate(at),
-            4 => drop(input.splice(at..end, TOKENS[random.below(TOKENS.len())].bytes())),
+            4 => drop(input.splice(at..end, TOKENS[random.index(TOKENS.len())].bytes())),
             5 => {
                 // A piece of another one.
-                let other = &corpus[random.below(corpus.len())];
-                let from = random.below(other.len() + 1);
-                let to = (from + random.below(60)).min(other.len());
+                let other = &corpus[random.index(corpus.len())];
+                let from = random.index(other.len() + 1);
+                let to = (from + random.index(60)).min(other.len());
                 drop(input.splice(at..at, other[from..to].iter().copied()));
             }
             6 => {
@@ -155,7 +144,7 @@ fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
                 // Another number in the place of one.
                 if let Some(start) = (at..input.len()).find(|&at| input[at].is_ascii_digit()) {
                     let digits = input[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
-                    let number = TOKENS[12 + random.below(12)];
+                    let number = TOKENS[12 + random.index(12)];
                     drop(input.splice(start..start + digits, number.bytes()));
                 }
             }
@@ -190,7 +179,7 @@ fn corpus(kind: &str) -> Vec<Vec<u8>> {
 fn for_each_input(kind: &str, mut show: impl FnMut(&[u8]) -> bool) {
     let corpus = corpus(kind);
     let (count, seed) = (number("DMALOAD_INPUTS", 20_000), number("DMALOAD_SEED", 1));
-    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut random = Random::new(seed);
     let mut accepted = 0;
     for index in 0..corpus.len() as u64 + count {
         let input = match corpus.get(usize::try_from(index).unwrap()) {
@@ -325,7 +314,7 @@ fn load_damaged(kind: &str, names: [&str; 2]) {
     let folder = common::folder();
     let loader = Loader::builder().segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
     let corpus = corpus(kind);
-    let mut random = Random(number("DMALOAD_SEED", 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut random = Random::new(number("DMALOAD_SEED", 1));
     let count = number("DMALOAD_INPUTS", 20_000) / 100;
     let mut accepted = 0;
     for index in 0..count {

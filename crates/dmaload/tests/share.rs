@@ -294,9 +294,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn shared_memory_bytes() -> u64 {
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("Shmem:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    dmaload_testing::meminfo_bytes("Shmem")
 }
 
 #[tokio::test]

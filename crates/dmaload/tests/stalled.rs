@@ -10,15 +10,15 @@
 
 mod common;
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use common::{assert_same, folder, random_bytes};
 use dmaload::{Error, Image, Load, Loader, LoaderBuilder};
+use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
     Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags,
     ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
@@ -142,39 +142,26 @@ fn bytes() -> Vec<u8> {
 
 /// A server in a process of its own: what waits for it is ended by its end.
 struct Hanging {
-    mounted: tempfile::TempDir,
+    served: ServedFolder,
     /// The server answers once there is such a file.
     answer: PathBuf,
-    server: Child,
     _folder: tempfile::TempDir,
 }
 
-const SERVER: &str = "DMALOAD_TEST_HANGING_SERVER";
 const HANGS: &str = "DMALOAD_TEST_HANGS";
 const ANSWER: &str = "DMALOAD_TEST_ANSWER";
 
 impl Hanging {
     fn at(hangs: Hangs) -> Hanging {
-        let (mounted, other) = (folder(), folder());
+        let other = folder();
         let answer = other.path().join("answer");
-        let server = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "the_hanging_server"])
-            .env(SERVER, mounted.path())
-            .env(HANGS, format!("{hangs:?}"))
-            .env(ANSWER, &answer)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let start = Instant::now();
-        while !std::fs::read_to_string("/proc/self/mounts").unwrap().contains(mounted.path().to_str().unwrap()) {
-            assert!(start.elapsed() < Duration::from_secs(20), "the file system is not mounted");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Hanging { mounted, answer, server, _folder: other }
+        let variables = [(HANGS, OsString::from(format!("{hangs:?}"))), (ANSWER, answer.clone().into())];
+        let variables = variables.iter().map(|(name, value)| (*name, value.as_os_str()));
+        Hanging { served: ServedFolder::start(folder(), "the_hanging_server", variables), answer, _folder: other }
     }
 
     fn files(&self, names: &[&str]) -> Vec<PathBuf> {
-        names.iter().map(|name| self.mounted.path().join(name)).collect()
+        names.iter().map(|name| self.served.path().join(name)).collect()
     }
 
     fn answers_again(&self) {
@@ -182,18 +169,10 @@ impl Hanging {
     }
 }
 
-impl Drop for Hanging {
-    fn drop(&mut self) {
-        let ended = self.server.kill().and_then(|()| self.server.wait());
-        let unmounted = Command::new("umount").arg("-l").arg(self.mounted.path()).status();
-        assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
-    }
-}
-
 #[test]
 #[ignore = "no test: the server of another one, in its own process"]
 fn the_hanging_server() {
-    let Some(folder) = std::env::var_os(SERVER) else { return };
+    let Some(folder) = folder_to_serve() else { return };
     let hangs = std::env::var(HANGS).unwrap();
     let hangs = ALL.into_iter().find(|kind| format!("{kind:?}") == hangs).unwrap();
     let answer = PathBuf::from(std::env::var_os(ANSWER).unwrap());

@@ -123,22 +123,7 @@ impl BadDisk {
 /// What is in `bad.bin`, the unreadable sector included.
 #[must_use]
 pub fn bad_bytes() -> Vec<u8> {
-    random_bytes(BAD_LEN, BAD_SEED)
-}
-
-/// Random bytes, the same for the same seed. Never a run of zeros: unread memory must show.
-#[must_use]
-pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
+    dmaload_testing::random_bytes(BAD_LEN, BAD_SEED)
 }
 
 #[cfg(test)]

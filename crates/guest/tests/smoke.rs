@@ -7,7 +7,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-use dmaload_guest::{BAD_LEN, BadDisk, SECTOR, bad_bytes, command, kernel, random_bytes};
+use dmaload_guest::{BAD_LEN, BadDisk, SECTOR, bad_bytes, command, kernel};
+use dmaload_testing::random_bytes;
 
 /// Memory that is aligned as `O_DIRECT` wants it.
 #[repr(align(4096))]

@@ -2,6 +2,8 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file or start its program has failed")]
 
+pub mod sandbox;
+
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -43,30 +45,8 @@ pub fn allow(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// Random bytes, the same for the same seed. Never a run of zeros: memory that was not read must show.
-pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
-
-/// A file that is not in the page cache: routes are to be taken.
-pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
-    let path = folder.join(name);
-    fs::write(&path, bytes).unwrap();
-    allow(&path, 0o644);
-    let file = File::open(&path).unwrap();
-    file.sync_all().unwrap();
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    path
-}
+#[allow(unused_imports, reason = "each test uses a part of it")]
+pub use dmaload_testing::{file, random_bytes};
 
 /// A file of random bytes.
 pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
@@ -93,10 +73,7 @@ pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
 
 /// A safetensors file: this header, then so many random bytes.
 pub fn safetensors(folder: &Path, name: &str, header: &[u8], data: usize) -> PathBuf {
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend_from_slice(header);
-    bytes.extend(random_bytes(data, 1));
-    file(folder, name, &bytes)
+    file(folder, name, &dmaload_testing::safetensors(header, &random_bytes(data, 1)))
 }
 
 pub fn dmaload<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {

@@ -3,8 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dmaload::Route;
 
@@ -15,38 +14,7 @@ pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(target).unwrap()
 }
 
-/// Random bytes, the same for the same seed. Never a run of zeros: unread memory must show.
-pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
-
-/// A file that is not in the page cache: routes are to be taken.
-pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
-    let path = folder.join(name);
-    let mut file = fs::File::create(&path).unwrap();
-    file.write_all(bytes).unwrap();
-    file.sync_all().unwrap();
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-    path
-}
-
-/// Where two long byte strings differ first. `assert_eq!` would print gigabytes.
-#[track_caller]
-pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
-    assert_eq!(seen.len(), expected.len(), "{what}: length");
-    if seen != expected {
-        let at = seen.iter().zip(expected).position(|(a, b)| a != b).unwrap();
-        panic!("{what}: differs at {at}: {:02x} instead of {:02x}", seen[at], expected[at]);
-    }
-}
+#[allow(unused_imports, reason = "each test uses a part of it")]
+pub use dmaload_testing::{assert_same, file, random_bytes};
 
 pub const ROUTES: [Route; 5] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];

@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 use dmabuf::{Access, AddressRange, DmaBuf, Memory, Pages};
 use dmaload::heap::{DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use dmaload::{Image, LoadOptions, Loader, Result, Segment};
-use dmaload_guest::random_bytes;
+use dmaload_testing::{meminfo_bytes, random_bytes};
+
+#[allow(unused_imports, reason = "each suite uses a part of it")]
+pub use dmaload_testing::assert_same;
 
 pub const MIB: usize = 1 << 20;
 /// A large file that is no multiple of anything.
@@ -108,23 +111,11 @@ pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     assert_eq!(at, expected.len(), "{what}: all of the file");
 }
 
-/// Where two long byte strings differ first. `assert_eq!` would print megabytes.
-#[track_caller]
-pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
-    assert_eq!(seen.len(), expected.len(), "{what}: length");
-    if seen != expected {
-        let at = seen.iter().zip(expected).position(|(a, b)| a != b).unwrap();
-        panic!("{what}: differs at {at}: {:02x} instead of {:02x}", seen[at], expected[at]);
-    }
-}
-
 /// Memory that is available without counting on the page cache, which has its own ways.
 pub fn available_bytes() -> u64 {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    meminfo_bytes("MemAvailable")
 }
 
 /// What `work` takes of the guest's memory comes back. A kernel that was short of memory, and a process that has new threads,

@@ -2,10 +2,6 @@
 #![allow(clippy::print_stdout, reason = "what a test passes over is told")]
 #![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
 
-#[path = "../../../../tests/common/mounted.rs"]
-#[allow(unreachable_pub, clippy::unwrap_used, reason = "shared with the integration tests")]
-mod mounted;
-
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dmaload_testing::mounted;
 use rustix::fs::{Advice, fadvise};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -194,7 +191,7 @@ fn a_file_that_is_read_ahead_is_not_taken_from_the_cache() {
 #[test]
 fn nothing_is_taken_from_tmpfs() {
     let folder = folder();
-    match mounted::tmpfs(folder.path()) {
+    match mounted::tmpfs(&folder.path().join("tmpfs"), "96m") {
         Ok(tmpfs) => {
             let (path, _) = file(&tmpfs.0, 4 * MIB);
             assert_eq!(OpenFile::open(&path).unwrap().cached(&(0..4 * MIB), MIB), CachedChunks::default());

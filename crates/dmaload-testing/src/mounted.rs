@@ -1,5 +1,6 @@
 //! Real file systems on loop devices, which take root and their `mkfs`.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -35,33 +36,36 @@ pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     }
     for (number, (kind, mkfs, options)) in KINDS.into_iter().enumerate() {
         let what = format!("{} -o {options}", mkfs.join(" "));
-        match loop_mounted(folder, number, kind, mkfs, options) {
+        match on_loop_device(&folder.join(number.to_string()), kind, mkfs, options) {
             Ok(mounted) => check(&what, &mounted.0),
             Err(reason) => println!("skipped: {what}: {reason}"),
         }
     }
 }
 
-fn loop_mounted(folder: &Path, number: usize, kind: &str, mkfs: &[&str], options: &str) -> Result<Mounted, String> {
-    let (image, at) = (folder.join(format!("{number}.img")), folder.join(number.to_string()));
+/// Makes a file system by `mkfs`, with its options, on a loop device of 400 MiB, and mounts it. `Err` tells why that did not work.
+pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Result<Mounted, String> {
+    let image = at.with_extension("img");
     fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
-    fs::create_dir_all(&at).unwrap();
     let (program, arguments) = mkfs.split_first().unwrap();
     tool(Command::new(program).args(arguments).arg(&image))?;
-    tool(Command::new("mount").args(["-t", kind, "-o", options]).args([&image, &at]))?;
-    Ok(Mounted(at))
+    mount(kind, options, image, at)
 }
 
 /// A tmpfs; `Err` tells why there is none.
-pub fn tmpfs(folder: &Path) -> Result<Mounted, String> {
-    let at = folder.join("tmpfs");
-    fs::create_dir_all(&at).unwrap();
-    tool(Command::new("mount").args(["-t", "tmpfs", "-o", "size=96m", "tmpfs"]).arg(&at))?;
-    Ok(Mounted(at))
+pub fn tmpfs(at: &Path, size: &str) -> Result<Mounted, String> {
+    mount("tmpfs", &format!("size={size}"), "tmpfs", at)
+}
+
+/// Mounts a file system of this kind at a folder, which is made. `Err` tells why that did not work: only root can.
+pub fn mount(kind: &str, options: &str, source: impl AsRef<OsStr>, at: &Path) -> Result<Mounted, String> {
+    fs::create_dir_all(at).unwrap();
+    tool(Command::new("mount").args(["-t", kind, "-o", options]).arg(source).arg(at))?;
+    Ok(Mounted(at.to_owned()))
 }
 
 /// Runs a program of the system; `Err` tells why it did not work.
-fn tool(command: &mut Command) -> Result<(), String> {
+pub fn tool(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     if output.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim())) }
 }
