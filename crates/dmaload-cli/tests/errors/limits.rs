@@ -1,0 +1,284 @@
+//! What the limits of a process or of a machine refuse.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::common::{self, MIB, as_nobody, dmaload, file, folder, is_root, limited, random_file, run, sha256sum, skip};
+use crate::{load, text};
+
+/// Run by somebody without any rights, who this user perhaps is already.
+pub(crate) fn unprivileged(command: Command) -> Result<Command, &'static str> {
+    if is_root() { as_nobody(command) } else { Ok(command) }
+}
+
+/// A file of this length that takes no room.
+fn sparse(folder: &Path, bytes: u64) -> std::path::PathBuf {
+    let path = file(folder, "sparse.bin", &[]);
+    fs::File::options().write(true).open(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+/// At 4 the ring, at 6 the file, from 7 on the segments find no descriptor left.
+#[test]
+fn the_limit_of_open_files_is_told_wherever_it_is_met() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 64 * MIB);
+    let mut command = load(&path);
+    command.args(common::SMALL_SEGMENTS);
+    for files in 4..=16 {
+        let limited = &mut limited(&command, &format!("-n {files}"));
+        let done = run(limited).fails(1, &[text(&path), "EMFILE", "ulimit -n"]);
+        assert!(!done.stderr.contains("--layout"), "{done}");
+    }
+    run(&mut limited(&load(&path), "-n 64")).succeeds();
+}
+
+#[test]
+fn memory_limit_holds_for_each_command_that_loads() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 40 * MIB);
+    let words = ["41943040 bytes", "33554432", "--memory-limit"];
+    run(load(&path).args(["--memory-limit", "32MiB"])).fails(1, &words);
+    let socket = folder.path().join("socket");
+    run(dmaload(["serve", "--memory-limit", "32MiB"]).arg(&socket).arg(&path)).fails(1, &words);
+    run(load(&path).args(["--memory-limit", "48MiB"])).succeeds();
+    let written = run(dmaload(["cat", "--memory-limit", "16MiB"]).arg(&path)).succeeds().stdout;
+    assert!(written == std::fs::read(&path).unwrap());
+    run(load(&path).args(["--memory-limit", "1MiB"])).fails(2, &["1048576"]);
+}
+
+/// Files are opened when their turn comes and closed when they were checked, and memories are as few as descriptors.
+#[test]
+fn model_of_more_files_than_descriptors_loads() {
+    let folder = folder();
+    let parts = |name: &str, count: usize, bytes: u64| -> Vec<_> {
+        let of = folder.path().join(name);
+        std::fs::create_dir(&of).unwrap();
+        let path = |number| of.join(format!("{number:05}.bin"));
+        let make = |number| std::fs::File::create(path(number)).unwrap().set_len(bytes + number as u64).unwrap();
+        (0..count).for_each(make);
+        (0..count).map(path).collect()
+    };
+    let small = parts("small", 300, 100_000);
+    let medium = parts("medium", 300, 2 << 20);
+    let large = parts("large", 70, 18 << 20);
+    for (paths, descriptors) in [(&small, 24), (&small, 128), (&medium, 48), (&medium, 128), (&large, 32), (&large, 64)] {
+        let mut command = dmaload(["load", "--json"]);
+        command.args(paths);
+        let done = run(&mut limited(&command, &format!("-n {descriptors}"))).succeeds();
+        let report: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+        let bytes: u64 = paths.iter().map(|path| path.metadata().unwrap().len()).sum();
+        assert_eq!(report["bytes"].as_u64(), Some(bytes), "{descriptors} descriptors");
+    }
+    // What was asked for by its size stays so, and the advice is the one that helps.
+    let mut command = load(&large[0]);
+    command.args(&large[1..]).args(["--segment-size", "64MiB"]);
+    run(&mut limited(&command, "-n 32")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
+}
+
+/// Whatever is loaded, and however it is laid out: the advice is the limit itself, for no other option helps.
+#[test]
+fn few_descriptors_have_the_same_advice_for_every_way_to_load() {
+    let folder = folder();
+    let tensors: Vec<_> = (0..32).map(|number| (format!("t{number}"), number << 21)).collect();
+    let entry = |(name, at): &(String, usize)| {
+        format!(r#""{name}":{{"dtype":"U8","shape":[{}],"data_offsets":[{at},{}]}}"#, 2 << 20, at + (2 << 20))
+    };
+    let header = format!("{{{}}}", tensors.iter().map(entry).collect::<Vec<_>>().join(","));
+    let path = common::safetensors(folder.path(), "model.safetensors", header.as_bytes(), 64 * MIB);
+    for options in [
+        &["--layout", "tensors"][..],
+        &["--no-pack"],
+        &["--tensors", "{t?,t1?,t2?}"],
+        &["--tensors", "t*", "--layout", "tensors"],
+        &["--range", "1MiB..60MiB"],
+        &["--rank", "0", "--world-size", "2"],
+        &["--rank", "1", "--world-size", "2", "--shard-dim", "0"],
+    ] {
+        let mut command = load(&path);
+        command.args(common::SMALL_SEGMENTS).args(options);
+        for files in [4, 6, 8, 11, 14] {
+            let done =
+                run(&mut limited(&command, &format!("-n {files}"))).fails(1, &[text(&path), "EMFILE", "raise it (ulimit -n)"]);
+            let advice: Vec<_> = done.stderr.split_whitespace().filter(|word| word.starts_with("--")).collect();
+            assert!(advice.is_empty() && !done.stderr.contains("segment"), "{done}");
+        }
+        run(&mut limited(&command, "-n 128")).succeeds();
+    }
+    // Each small file has a descriptor of its own.
+    let small: Vec<_> = (0..40).map(|number| random_file(folder.path(), &format!("{number}.bin"), 5000)).collect();
+    let mut command = load(&small[0]);
+    command.args(&small[1..]).arg("--no-pack");
+    let done = run(&mut limited(&command, "-n 30")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
+    assert!(!done.stderr.contains("--"), "{done}");
+    run(&mut limited(&command, "-n 128")).succeeds();
+}
+
+/// All segments of one memfd need one descriptor: the hint's way out is one.
+#[test]
+fn a_single_segment_needs_few_descriptors() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 64 * MIB);
+    let mut command = load(&path);
+    command.args(common::SMALL_SEGMENTS).args(["--layout", "single"]);
+    run(&mut limited(&command, "-n 16")).succeeds();
+}
+
+/// From a limit that leaves room for the program to one that leaves room for all but the file.
+#[test]
+fn the_limit_of_addresses_is_told_and_nothing_panics() {
+    const KIB: u64 = 1 << 10;
+    let folder = folder();
+    let path = sparse(folder.path(), 1 << 30);
+    for mib in [64, 128, 256, 512, 1000, 1024] {
+        for heap in ["memfd", "anon"] {
+            let mut command = load(&path);
+            command.args(["--heap", heap]);
+            run(&mut limited(&command, &format!("-v {}", mib * KIB))).fails(1, &[text(&path), "ENOMEM", "ulimit -v"]);
+        }
+    }
+}
+
+/// Where it begins: the threads' stacks are refused one after the other. Whatever happens, it is told.
+#[test]
+fn however_few_addresses_there_are_a_load_fails_in_words() {
+    let folder = folder();
+    let path = sparse(folder.path(), 1 << 30);
+    let mut told = false;
+    for mib in 8..=40 {
+        let done = run(&mut limited(&load(&path), &format!("-v {}", mib << 10)));
+        if done.code == Some(127) {
+            continue; // The dynamic linker found no room for the program itself.
+        }
+        let nothing_left = ["memory allocation of", "Fatal glibc error"].iter().any(|words| done.stderr.contains(words));
+        if done.signal == Some(Signal::ABORT.as_raw()) && nothing_left {
+            continue; // The standard library or the C library found no room for a few bytes, and has no other answer.
+        }
+        if done.signal == Some(Signal::SEGV.as_raw()) && !told && done.stderr.is_empty() {
+            continue; // The stack can't grow by the few hundred KiB that reading the command line takes unoptimised.
+        }
+        let done = done.fails(1, &["dmaload: "]);
+        assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
+        told = true;
+    }
+    assert!(told, "no limit was told");
+}
+
+/// More memory than any machine has.
+#[test]
+fn a_file_larger_than_memory_is_refused_before_it_is_read() {
+    let folder = folder();
+    let path = sparse(folder.path(), 1 << 42);
+    if fs::metadata(&path).unwrap().len() != 1 << 42 {
+        return skip("this file system has no file of 4 TiB");
+    }
+    for heap in ["memfd", "anon"] {
+        for layout in ["segmented", "single"] {
+            let done = run(load(&path).args(["--heap", heap, "--layout", layout])).fails(1, &[text(&path)]);
+            assert!(done.stderr.contains("available") || done.stderr.contains("ENOMEM"), "{done}");
+        }
+    }
+}
+
+/// An ordinary user's limit of locked memory (8 MiB by default, 64 KiB before Linux 5.16).
+#[test]
+fn a_small_memlock_limit_takes_the_next_route_and_says_which_limit() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 100 * MIB + 1);
+    if let Some(reason) = common::unavailable("uring-direct", folder.path()) {
+        return skip(reason);
+    }
+    for kib in ["64", "8192"] {
+        let limit = format!("-l {kib}");
+        let mut lenient = load(&path);
+        lenient.args(["--digest", "sha256"]);
+        let mut strict = load(&path);
+        strict.arg("--strict");
+        let (lenient, strict) = match (unprivileged(limited(&lenient, &limit)), unprivileged(limited(&strict, &limit))) {
+            (Ok(lenient), Ok(strict)) => (lenient, strict),
+            (Err(reason), _) | (_, Err(reason)) => return skip(reason),
+        };
+        memlock_is_told(lenient, strict, &path);
+    }
+}
+
+fn memlock_is_told(mut lenient: Command, mut strict: Command, path: &Path) {
+    let json = run(&mut lenient).succeeds().json();
+    assert_eq!(common::digest_of(&json), sha256sum(path), "{json:#}");
+    assert_eq!(json["route"], "uring-direct", "{json:#}");
+    let fallbacks = json["fallbacks"].as_array().unwrap();
+    let [step] = fallbacks.as_slice() else { panic!("one step: {json:#}") };
+    let expected = [("from", "uring-fixed-direct"), ("to", "uring-direct"), ("errno", "ENOMEM")];
+    assert!(expected.iter().all(|&(key, value)| step[key] == value), "{step:#}");
+    let reason = step["reason"].as_str().unwrap();
+    assert!(reason.contains("locked memory") && reason.contains("MEMLOCK"), "{reason}");
+    run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
+}
+
+/// The route bounce registers its staging buffers, which a limit may refuse: a step of its own.
+#[test]
+fn staging_beyond_the_memlock_limit_is_told_and_refused_to_a_strict_load() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 40 * MIB + 1);
+    if let Some(reason) = common::unavailable("uring-direct", folder.path()) {
+        return skip(reason);
+    }
+    let bounced = |arguments: &[&str]| {
+        let mut command = load(&path);
+        command.args(["--route", "bounce", "--digest", "sha256"]).args(arguments);
+        unprivileged(limited(&command, "-l 64"))
+    };
+    let (mut lenient, mut strict) = match (bounced(&[]), bounced(&["--strict"])) {
+        (Ok(lenient), Ok(strict)) => (lenient, strict),
+        (Err(reason), _) | (_, Err(reason)) => return skip(reason),
+    };
+    let json = run(&mut lenient).succeeds().json();
+    assert_eq!((&json["route"], common::digest_of(&json)), (&"bounce".into(), sha256sum(&path).as_str()), "{json:#}");
+    let fallbacks = json["fallbacks"].as_array().unwrap();
+    let [step] = fallbacks.as_slice() else { panic!("one step: {json:#}") };
+    assert_eq!((&step["to"], &step["errno"]), (&"uring-direct".into(), &"ENOMEM".into()), "{json:#}");
+    assert!(step["reason"].as_str().unwrap().contains("staging"), "{json:#}");
+    run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
+}
+
+/// The same file, loaded without a limit: the test above would else prove nothing about the limit.
+#[test]
+fn without_a_memlock_limit_root_takes_the_best_route() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 20 * MIB);
+    if !is_root() {
+        return skip("only root is without the limit");
+    }
+    if let Some(reason) = common::unavailable("uring-fixed-direct", folder.path()) {
+        return skip(reason);
+    }
+    let json = run(&mut limited(&load(&path), "-l 64")).succeeds().json();
+    assert_eq!((&json["route"], &json["fallbacks"]), (&"uring-fixed-direct".into(), &Value::Array(vec![])), "{json:#}");
+}
+
+/// The kernel's own answer is SIGXFSZ, which ends a process.
+#[test]
+fn the_limit_of_file_sizes_is_told_by_name() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", 5 * MIB);
+    run(&mut limited(&load(&path), "-f 1000")).fails(1, &[text(&path), "EFBIG", "ulimit -f"]);
+    let mut anon = load(&path);
+    anon.args(["--heap", "anon"]);
+    run(&mut limited(&anon, "-f 1000")).succeeds();
+}
+
+/// Small files are opened when their turn comes, a bounded number at a time.
+#[test]
+fn thousands_of_files_need_few_descriptors() {
+    let folder = folder();
+    let paths: Vec<_> = (0..1500).map(|number| random_file(folder.path(), &format!("{number}.bin"), 1 + number)).collect();
+    let mut command = dmaload(["load", "--json"]);
+    command.args(&paths);
+    let done = run(&mut limited(&command, "-n 200")).succeeds();
+    let report: serde_json::Value = serde_json::from_str(&done.text()).unwrap();
+    assert_eq!((report["segments"].as_array().unwrap().len(), report["memories"].as_u64().unwrap()), (1500, 1));
+}

@@ -1,0 +1,270 @@
+//! Models of several files: which of them are loaded, which tensor counts of those of one name,
+//! and that no half of a model is taken for a whole one. Small files, which share memory and have
+//! their headers read late, and the same ones each with a memory of its own, whose headers are
+//! read when the load is planned.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::type_complexity, reason = "tables of cases")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod index;
+mod parts;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result};
+
+use common::folder;
+
+/// A safetensors file whose tensors are of 64 bytes of one value each.
+fn st(tensors: &[(&str, u8)]) -> Vec<u8> {
+    let entry = |(at, (name, _)): (usize, &(&str, u8))| {
+        format!(r#""{name}":{{"dtype":"U8","shape":[64],"data_offsets":[{},{}]}}"#, 64 * at, 64 * at + 64)
+    };
+    let header = format!("{{{}}}", tensors.iter().enumerate().map(entry).collect::<Vec<_>>().join(","));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    tensors.iter().for_each(|&(_, value)| bytes.extend([value; 64]));
+    bytes
+}
+
+fn index(map: &[(&str, &str)]) -> Vec<u8> {
+    let pairs: Vec<_> = map.iter().map(|(tensor, file)| format!("{tensor:?}:{file:?}")).collect();
+    format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{{{}}}}}"#, pairs.join(",")).into_bytes()
+}
+
+/// A GGUF file with these keys, of U16, and tensors of 64 bytes of one value.
+fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+    let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes()].concat();
+    bytes.extend([tensors.len() as u64, keys.len() as u64].map(u64::to_le_bytes).concat());
+    for (key, value) in keys {
+        bytes.extend([text(key), 2u32.to_le_bytes().to_vec(), value.to_le_bytes().to_vec()].concat());
+    }
+    for ((name, _), at) in tensors.iter().zip(0u64..) {
+        bytes.extend([text(name), 1u32.to_le_bytes().to_vec(), 64u64.to_le_bytes().to_vec()].concat());
+        bytes.extend([24u32.to_le_bytes().to_vec(), (64 * at).to_le_bytes().to_vec()].concat());
+    }
+    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    tensors.iter().for_each(|&(_, value)| bytes.extend([value; 64]));
+    bytes
+}
+
+/// A part of a split model, from 0 on, of a model of so many tensors.
+fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
+    gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
+}
+
+type Files<'a> = &'a [(&'a str, Vec<u8>)];
+
+fn written(folder: &Path, files: Files<'_>) {
+    for (name, bytes) in files {
+        let path = folder.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+}
+
+/// Loaders that read headers late and early.
+fn loaders() -> [Loader; 2] {
+    let loader = |packed| Loader::builder().options(LoadOptions::default().packed(packed)).build().unwrap();
+    [loader(true), loader(false)]
+}
+
+fn value_of(image: &Image, name: &str) -> u8 {
+    let bytes = image.tensor(name).unwrap().bytes().unwrap();
+    assert!(bytes.len() == 64 && bytes.iter().all(|byte| *byte == bytes[0]), "{name}");
+    bytes[0]
+}
+
+fn names(image: &Image) -> Vec<String> {
+    let mut names: Vec<_> = image.tensors().map(|tensor| tensor.name().to_owned()).collect();
+    names.sort();
+    names
+}
+
+const A: &str = "model-00001-of-00002.safetensors";
+const B: &str = "model-00002-of-00002.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+#[tokio::test]
+async fn a_name_in_two_files_without_an_index_is_an_error() {
+    let (one, two) = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors");
+    let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
+    let cases: [(&str, Vec<(&str, Vec<u8>)>, [&str; 2]); 6] = [
+        ("w", vec![(A, st(&[("a", 1), ("w", 1)])), (B, st(&[("b", 2), ("w", 2)]))], [A, B]),
+        ("a", vec![(one, st(&[("a", 1)])), (two, st(&[("a", 2)]))], [one, two]),
+        (
+            "a",
+            vec![("model-rank-0-part-0.safetensors", st(&[("a", 1)])), ("model-rank-1-part-0.safetensors", st(&[("a", 1)]))],
+            ["rank-0", "rank-1"],
+        ),
+        (
+            "z",
+            vec![("1.safetensors", st(&[("z", 1)])), ("2.safetensors", st(&[("b", 1)])), ("3.safetensors", st(&[("z", 1)]))],
+            ["1.", "3."],
+        ),
+        // The index says nothing of it.
+        (
+            "x",
+            vec![(A, st(&[("a", 1), ("x", 1)])), (B, st(&[("b", 2), ("x", 2)])), (INDEX, index(&[("a", A), ("b", B)]))],
+            [A, B],
+        ),
+        ("w", vec![(g1, part(0, 2, 2, &[("w", 1)])), (g2, part(1, 2, 2, &[("w", 2)]))], [g1, g2]),
+    ];
+    for (tensor, files, both) in cases {
+        let folder = folder();
+        written(folder.path(), &files);
+        for loader in loaders() {
+            for options in [loader.options(), loader.options().tensors(["*"]), loader.options().layout(Layout::Tensors)] {
+                let error = loader.load_with([folder.path()], options).await.unwrap_err();
+                assert!(matches!(&error, Error::DuplicateTensor { tensor: found, .. } if found == tensor), "{error}");
+                assert!(both.iter().all(|name| error.to_string().contains(name)), "{error}");
+            }
+        }
+        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).unwrap_err();
+        assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
+        // Each alone is a model of its own, unless it is a part.
+        if tensor == "a" {
+            for (name, _) in &files {
+                assert_eq!(loaders()[0].load(folder.path().join(name)).await.unwrap().tensors().count(), 1);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn named_files_may_share_names_and_only_lookups_fail() {
+    let folder = folder();
+    let files = [
+        ("base.safetensors", st(&[("w", 1), ("b", 3)])),
+        ("lora.safetensors", st(&[("w", 2)])),
+        ("l.gguf", gguf(&[], &[("w", 4)])),
+    ];
+    written(folder.path(), &files);
+    written(folder.path(), &[("m/model.safetensors", st(&[("w", 5)]))]);
+    for asked in [
+        &["base.safetensors", "lora.safetensors"][..],
+        &["lora.safetensors", "base.safetensors", "l.gguf"],
+        &["base.safetensors", "m"],
+    ] {
+        let paths: Vec<PathBuf> = asked.iter().map(|name| folder.path().join(name)).collect();
+        for loader in loaders() {
+            for options in [loader.options(), loader.options().tensors(["w", "b"])] {
+                let image = loader.load_with(&paths, options).await.unwrap();
+                assert_eq!(value_of(&image, "b"), 3, "a name that one file has");
+                let error = image.tensor("w").unwrap_err();
+                assert!(matches!(&error, Error::AmbiguousTensor { paths: found, .. } if found.len() == asked.len()), "{error}");
+                assert!(paths.iter().all(|path| error.to_string().contains(path.to_str().unwrap())), "{error}");
+                let mut values: Vec<u8> =
+                    image.files().iter().map(|file| file.tensor("w").unwrap().bytes().unwrap()[0]).collect();
+                values.sort_unstable();
+                assert!(values.windows(2).all(|pair| pair[0] != pair[1]), "{values:?}");
+                assert_eq!(image.tensors().count(), asked.len() + 1);
+            }
+        }
+    }
+}
+
+async fn both_ways(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
+    let allowed = loader.load_with([path], loader.options().allow_missing(true)).await;
+    (loader.load(path).await, allowed)
+}
+
+#[tokio::test]
+async fn a_shard_loads_alone_by_its_own_path() {
+    let folder = folder();
+    written(folder.path(), &[(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
+    let part_alone = folder.path().join("m-00002-of-00003.gguf");
+    fs::write(&part_alone, part(1, 3, 3, &[("c", 1)])).unwrap();
+    for loader in loaders() {
+        assert_eq!(names(&loader.load(folder.path().join(A)).await.unwrap()), ["a"]);
+        let error = loader.load(&part_alone).await.unwrap_err();
+        assert!(error.to_string().contains("m-00001-of-00003.gguf"), "{error}");
+        let alone = loader.load_with([&part_alone], loader.options().as_one_file(true)).await.unwrap();
+        assert_eq!(names(&alone), ["c"]);
+        let error = loader.load(folder.path().join("x-00001-of-00002.gguf")).await.unwrap_err();
+        assert!(matches!(error, Error::File { .. }), "a wrong path is not a missing part: {error}");
+    }
+}
+
+#[tokio::test]
+async fn an_empty_file_named_as_a_model_is_an_error_unless_raw() {
+    let folder = folder();
+    let names = ["m.safetensors", "m.gguf", "M.SAFETENSORS", "m.GGUF", "m.bin", "m"];
+    names.iter().for_each(|name| written(folder.path(), &[(name, Vec::new())]));
+    for loader in loaders() {
+        for (number, name) in names.into_iter().enumerate() {
+            let path = [folder.path().join(name)];
+            let by = |format| loader.load_with(&path, loader.options().format(format));
+            assert_eq!(by(Format::Auto).await.is_ok(), number >= 4, "{name}");
+            assert!(by(Format::Safetensors).await.is_err() && by(Format::Gguf).await.is_err(), "{name}");
+            assert_eq!(by(Format::Raw).await.unwrap().report().bytes, 0);
+            let tensors = loader.load_with(&path, loader.options().layout(Layout::Tensors)).await;
+            assert_eq!(tensors.is_ok(), number >= 4, "{name}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_folder_without_a_model_says_where_one_is() {
+    let cases: [(Vec<(&str, Vec<u8>)>, &[&str]); 8] = [
+        (
+            vec![
+                ("refs/main", b"r2\n".to_vec()),
+                ("snapshots/r1/model.safetensors", st(&[("a", 1)])),
+                ("snapshots/r2/x", vec![1]),
+            ],
+            &["snapshots/r2"],
+        ),
+        (
+            vec![("unet/m.safetensors", st(&[("a", 1)])), ("vae/m.gguf", gguf(&[], &[])), ("docs/x", vec![1])],
+            &["\"unet/\", \"vae/\""],
+        ),
+        (vec![("org/model/model.safetensors", st(&[("a", 1)]))], &["\"org/model/\""]),
+        (vec![("pytorch_model.bin", b"PK\x03\x04".to_vec()), ("config.json", b"{}".to_vec())], &["pytorch_model.bin", "pickled"]),
+        (vec![("model.safetensors.part", vec![1])], &["not finished", "model.safetensors.part"]),
+        (vec![("flux.sft", st(&[("a", 1)]))], &["flux.sft", "look like models"]),
+        (vec![("sha256-aaaa", gguf(&[], &[("a", 1)]))], &["sha256-aaaa"]),
+        (vec![("README.md", vec![1])], &["no *.safetensors, *.safetensors.index.json or *.gguf"]),
+    ];
+    for (files, says) in cases {
+        let folder = folder();
+        written(folder.path(), &files);
+        let error = loaders()[0].load(folder.path()).await.unwrap_err();
+        assert!(matches!(error, Error::NoModel { .. }), "{error}");
+        assert!(says.iter().all(|text| error.to_string().contains(text)), "{says:?}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn names_that_are_not_text_are_loaded() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = folder();
+    let name = |bytes: &'static [u8]| folder.path().join(std::ffi::OsStr::from_bytes(bytes));
+    fs::write(name(b"m\xff.safetensors"), st(&[("a", 1)])).unwrap();
+    fs::write(name(b"n.safetensors"), st(&[("b", 2)])).unwrap();
+    for loader in loaders() {
+        let image = loader.load(folder.path()).await.unwrap();
+        assert_eq!((names(&image), value_of(&image, "a")), (vec!["a".to_owned(), "b".to_owned()], 1));
+    }
+}
+
+#[tokio::test]
+async fn gguf_files_beside_safetensors_files_are_noted() {
+    for files in [vec![("model.safetensors", st(&[("a", 1)]))], vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A)]))]] {
+        let folder = folder();
+        written(folder.path(), &files);
+        let load = async |format| {
+            let loader = &loaders()[0];
+            let image = loader.load_with([folder.path()], loader.options().format(format)).await.unwrap();
+            image.report().notes.join("\n")
+        };
+        assert_eq!(load(Format::Auto).await, "");
+        written(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
+        let notes = load(Format::Auto).await;
+        assert!(notes.contains("not loaded, beside safetensors files: \"m.gguf\""), "{notes}");
+        assert_eq!(load(Format::Safetensors).await, "", "the caller chose");
+    }
+}

@@ -1,0 +1,92 @@
+//! Who closes files.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use dmaload::Loader;
+
+use crate::common::ROUTES;
+use crate::file_system::{Manners, Mounted};
+use crate::{BYTES, SEGMENT, loader};
+
+/// To close a file may take as long as its server likes.
+#[tokio::test]
+async fn no_thread_of_the_caller_closes_files() {
+    let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
+    // What stops when its limit is reached keeps its files open, with no read in flight.
+    let limited = || loader().memory_limit_bytes(2 * SEGMENT as u64).build().unwrap();
+    let stopped = async |loader: &Loader| {
+        let mut segments = loader.stream(&mounted.path);
+        let first = segments.next().await.unwrap().unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        (segments, first)
+    };
+    let shut_down = limited();
+    let kept = stopped(&shut_down).await;
+    shut_down.shutdown().await.unwrap();
+    drop(kept);
+    let dropped = limited();
+    let (segments, first) = stopped(&dropped).await;
+    drop(segments);
+    drop(first);
+    // The last to hold the loader is the load.
+    let (segments, _first) = stopped(&dropped).await;
+    drop(dropped);
+    drop(segments);
+    closed_by_others(&mounted, 3);
+}
+
+#[tokio::test]
+async fn after_a_shutdown_amid_reads_the_files_are_closed() {
+    // Late answers: the ring's thread has the files when every worker has done its last job.
+    let Some(mounted) = Mounted::new(Manners::AnswersLate) else { return };
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let load = loader.load(&mounted.path);
+        while loader.metrics().reads_in_flight == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        loader.shutdown().await.unwrap();
+        // A descriptor that was closed meanwhile has no target.
+        let targets = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| entry.unwrap().path().read_link().ok());
+        assert_eq!(targets.filter(|target| *target == mounted.path).count(), 0, "{route}");
+        drop(load);
+    }
+    closed_by_others(&mounted, ROUTES.len());
+}
+
+/// Waits until all files are closed, at least so many: by other threads than this one.
+fn closed_by_others(mounted: &Mounted, files: usize) {
+    while mounted.open_files.load(Ordering::SeqCst) > 0 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let own = u32::try_from(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+    let closers = mounted.closers.lock().unwrap();
+    assert!(closers.len() >= files && !closers.contains(&own), "{own} closes: {closers:?}");
+}
+
+/// The thread that all loads need, least of all: also what a load leaves in it that was dropped with reads in flight.
+#[tokio::test]
+async fn the_ring_thread_closes_no_files() {
+    // So short that it takes a while.
+    let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
+    let loader = loader().build().unwrap();
+    for _ in 0..20 {
+        let load = loader.load(&mounted.path);
+        while loader.metrics().reads_in_flight == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(load);
+        while mounted.open_files.load(Ordering::SeqCst) > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let is_ring = |task: &PathBuf| std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "dmaload-ring\n");
+    let rings: Vec<u32> =
+        tasks.filter(is_ring).map(|task| task.file_name().unwrap().to_str().unwrap().parse().unwrap()).collect();
+    let closers = mounted.closers.lock().unwrap();
+    assert!(!rings.is_empty() && closers.len() >= 40);
+    assert!(!closers.iter().any(|closer| rings.contains(closer)), "{rings:?} close: {closers:?}");
+}

@@ -1,0 +1,314 @@
+//! The file system, and overlays over it.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use fuser::{
+    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
+    MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, Request,
+};
+
+use crate::BYTES;
+use crate::common::{folder, random_bytes};
+
+const MODEL: INodeNo = INodeNo(2);
+/// The kernel asks for the length each time: a short answer makes it believe that the file ends there.
+const ASK_AGAIN: Duration = Duration::ZERO;
+/// As with sshfs and network file systems, the kernel does not ask for attributes for a minute.
+const CACHED: Duration = Duration::from_mins(1);
+
+/// What the file system does with a read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Manners {
+    /// EINVAL for a read through a descriptor with `O_DIRECT`, which opened well.
+    RefusesDirect,
+    /// At most so many bytes at once.
+    AnswersShort(usize),
+    /// Nothing from here on, though the file is said to be longer.
+    EndsAt(usize),
+    /// EIO for a read that reaches this offset.
+    FailsAt(usize),
+    /// No answer at all to a direct read.
+    NeverAnswers,
+    /// `statfs`, which would identify the file system, fails.
+    RefusesStatfs,
+    /// At most so many bytes at once, always past the page cache: the file keeps its length.
+    AnswersShortPastTheCache(usize),
+    /// Attributes may be cached, and the file is rewritten when a read reaches this offset.
+    IsRewrittenAt(usize),
+    /// Attributes are not answered for once the file was read from.
+    NeverTells,
+    /// Each read takes 20 ms, and all others wait for it.
+    AnswersLate,
+    /// Each read takes so long, and others are answered meanwhile: a server that is far away.
+    AnswersFromAfar(Duration),
+    /// The length is given as 0, as of files that are made while they are read.
+    HasNoLength,
+    /// The length is given as this, and there are more bytes.
+    StatesLength(usize),
+}
+
+pub(crate) struct Model {
+    pub(crate) bytes: Arc<Vec<u8>>,
+    /// Its bytes after it was rewritten.
+    pub(crate) other_bytes: Arc<Vec<u8>>,
+    pub(crate) rewritten: Arc<AtomicBool>,
+    pub(crate) was_read: AtomicBool,
+    pub(crate) manners: Manners,
+    pub(crate) open_files: Arc<AtomicUsize>,
+    /// The threads that have closed it.
+    pub(crate) closers: Arc<Mutex<Vec<u32>>>,
+    pub(crate) asked: Arc<Asked>,
+}
+
+/// Reads that are not answered yet: how many there are, and the most that there ever were.
+#[derive(Debug, Default)]
+pub(crate) struct Asked {
+    pub(crate) now: AtomicUsize,
+    pub(crate) most: AtomicUsize,
+}
+
+impl Model {
+    pub(crate) fn attributes(&self, inode: INodeNo) -> FileAttr {
+        let is_model = inode == MODEL;
+        let has_length = is_model && !matches!(self.manners, Manners::HasNoLength);
+        let rewritten = self.rewritten.load(Ordering::SeqCst);
+        FileAttr {
+            ino: inode,
+            size: match self.manners {
+                Manners::StatesLength(bytes) if is_model => bytes as u64,
+                _ if has_length => self.bytes.len() as u64,
+                _ => 0,
+            },
+            blocks: 0,
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH + Duration::from_secs(rewritten.into()),
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind: if is_model { FileType::RegularFile } else { FileType::Directory },
+            perm: 0o755,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            flags: 0,
+            blksize: 4096,
+        }
+    }
+}
+
+impl Model {
+    pub(crate) fn new(bytes: usize, manners: Manners) -> Model {
+        Model::holding([5, 6].map(|seed| random_bytes(bytes, seed)), manners)
+    }
+
+    pub(crate) fn holding([bytes, other_bytes]: [Vec<u8>; 2], manners: Manners) -> Model {
+        Model {
+            bytes: Arc::new(bytes),
+            other_bytes: Arc::new(other_bytes),
+            rewritten: Arc::default(),
+            was_read: AtomicBool::new(false),
+            manners,
+            open_files: Arc::default(),
+            closers: Arc::default(),
+            asked: Arc::default(),
+        }
+    }
+
+    /// How long the kernel need not ask for attributes.
+    pub(crate) fn time_to_live(&self) -> &Duration {
+        if matches!(self.manners, Manners::IsRewrittenAt(_) | Manners::NeverTells) { &CACHED } else { &ASK_AGAIN }
+    }
+}
+
+impl Filesystem for Model {
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name == "model.bin" {
+            reply.entry(self.time_to_live(), &self.attributes(MODEL), Generation(0));
+        } else {
+            reply.error(fuser::Errno::ENOENT);
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        if matches!(self.manners, Manners::NeverTells) && self.was_read.load(Ordering::SeqCst) {
+            return std::mem::forget(reply);
+        }
+        reply.attr(self.time_to_live(), &self.attributes(inode));
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        if matches!(self.manners, Manners::RefusesStatfs) {
+            // Servers without an implementation do this: the kernel then can't report FUSE.
+            reply.error(fuser::Errno::ENOSYS);
+        } else {
+            reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
+        }
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.open_files.fetch_add(1, Ordering::SeqCst);
+        // Past the page cache as the reader wishes, so that short answers reach it as they are.
+        let always =
+            matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
+        let is_direct = always || flags.0 & libc::O_DIRECT != 0;
+        reply.opened(FileHandle(0), if is_direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::empty() });
+    }
+
+    fn flush(&self, request: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.closers.lock().unwrap().push(request.pid());
+        reply.ok();
+    }
+
+    fn release(&self, _: &Request, _: INodeNo, _: FileHandle, _: OpenFlags, _: Option<LockOwner>, _: bool, reply: ReplyEmpty) {
+        self.open_files.fetch_sub(1, Ordering::SeqCst);
+        reply.ok();
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.was_read.store(true, Ordering::SeqCst);
+        let start = usize::try_from(offset).unwrap().min(self.bytes.len());
+        let mut end = (start + size as usize).min(self.bytes.len());
+        match self.manners {
+            Manners::RefusesDirect if flags.0 & libc::O_DIRECT != 0 => return reply.error(fuser::Errno::EINVAL),
+            Manners::FailsAt(at) if end > at => return reply.error(fuser::Errno::EIO),
+            Manners::AnswersLate => std::thread::sleep(Duration::from_millis(20)),
+            Manners::AnswersShort(most) | Manners::AnswersShortPastTheCache(most) => end = end.min(start + most),
+            Manners::IsRewrittenAt(at) if end > at => self.rewritten.store(true, Ordering::SeqCst),
+            // To drop it would answer with EIO.
+            Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
+            Manners::EndsAt(at) => end = end.min(at.max(start)),
+            Manners::AnswersFromAfar(after) => {
+                let (bytes, asked) = (Arc::clone(&self.bytes), Arc::clone(&self.asked));
+                asked.most.fetch_max(1 + asked.now.fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
+                std::thread::spawn(move || {
+                    std::thread::sleep(after);
+                    asked.now.fetch_sub(1, Ordering::SeqCst);
+                    reply.data(&bytes[start..end]);
+                });
+                return;
+            }
+            _ => {}
+        }
+        let bytes = if self.rewritten.load(Ordering::SeqCst) { &self.other_bytes } else { &self.bytes };
+        reply.data(&bytes[start..end]);
+    }
+}
+
+pub(crate) fn may_mount() -> bool {
+    let may = rustix::process::geteuid().is_root() && std::path::Path::new("/dev/fuse").exists();
+    if !may {
+        eprintln!("skipped: mounting needs root and /dev/fuse");
+    }
+    may
+}
+
+pub(crate) fn read_only() -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::RO, MountOption::FSName("dmaload-test".to_owned())];
+    config
+}
+
+/// The file system, mounted; unmounted at the end.
+pub(crate) struct Mounted {
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: Arc<Vec<u8>>,
+    pub(crate) other_bytes: Arc<Vec<u8>>,
+    pub(crate) rewritten: Arc<AtomicBool>,
+    pub(crate) open_files: Arc<AtomicUsize>,
+    pub(crate) closers: Arc<Mutex<Vec<u32>>>,
+    pub(crate) asked: Arc<Asked>,
+    pub(crate) session: Option<BackgroundSession>,
+    pub(crate) _folder: tempfile::TempDir,
+}
+
+impl Mounted {
+    /// `None` where only root may mount.
+    pub(crate) fn new(manners: Manners) -> Option<Mounted> {
+        Mounted::of(BYTES, manners)
+    }
+
+    pub(crate) fn of(bytes: usize, manners: Manners) -> Option<Mounted> {
+        Mounted::serving(Model::new(bytes, manners))
+    }
+
+    pub(crate) fn serving(model: Model) -> Option<Mounted> {
+        if !may_mount() {
+            return None;
+        }
+        let folder = folder();
+        Some(Mounted {
+            path: folder.path().join("model.bin"),
+            bytes: Arc::clone(&model.bytes),
+            other_bytes: Arc::clone(&model.other_bytes),
+            rewritten: Arc::clone(&model.rewritten),
+            open_files: Arc::clone(&model.open_files),
+            closers: Arc::clone(&model.closers),
+            asked: Arc::clone(&model.asked),
+            session: Some(fuser::spawn_mount(model, folder.path(), &read_only()).unwrap()),
+            _folder: folder,
+        })
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.path.parent().unwrap()
+    }
+}
+
+/// A real overlayfs over another file system.
+pub(crate) struct Overlay {
+    pub(crate) path: PathBuf,
+    pub(crate) folder: tempfile::TempDir,
+}
+
+impl Overlay {
+    pub(crate) fn over(lower: &Path) -> Overlay {
+        let folder = folder();
+        let at = |name: &str| folder.path().join(name);
+        for name in ["empty", "merged"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        let options = format!("ro,lowerdir={}:{}", lower.display(), at("empty").display());
+        let mounted = Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(at("merged")).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "an overlay over {}", lower.display());
+        Overlay { path: at("merged").join("model.bin"), folder }
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let unmounted = Command::new("umount").arg("-l").arg(self.folder.path().join("merged")).status();
+        assert!(unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // A ring that is gone closes its files a little later.
+        let start = Instant::now();
+        while self.open_files.load(Ordering::SeqCst) > 0 && start.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let left = self.open_files.load(Ordering::SeqCst);
+        if left > 0 {
+            // By force, which ends the connection: else a read could wait for ever for the end of its own process.
+            let _ = Command::new("umount").args(["-f", "-l"]).arg(self.folder()).status();
+        }
+        let ended = self.session.take().unwrap().umount_and_join();
+        assert!(left == 0 && ended.is_ok() || std::thread::panicking(), "{left} files are still open; {ended:?}");
+    }
+}

@@ -1,0 +1,315 @@
+//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself,
+//! also below a real overlayfs. It opens files with `O_DIRECT` and refuses the first read, answers
+//! short, with nothing, or not at all, and fails; it lets attributes be cached and rewrites the file.
+//!
+//! Only root can mount; elsewhere these tests say that they are skipped.
+#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::print_stderr, reason = "what is skipped is told")]
+
+mod closing;
+#[path = "../common/mod.rs"]
+mod common;
+mod file_system;
+mod silent;
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use dmaload::{Attempt, Error, Format, Loader, LoaderBuilder, Route};
+use rustix::io::Errno;
+
+use common::{ROUTES, assert_same, random_bytes};
+use file_system::{Manners, Model, Mounted, Overlay};
+
+const SEGMENT: usize = 2 << 20;
+const BYTES: usize = 4 * SEGMENT + 777;
+/// The page cache would take a short answer for the end of the file, and fill up with zeros.
+const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
+
+fn loader() -> LoaderBuilder {
+    Loader::builder().segment_bytes(SEGMENT as u64)
+}
+
+#[tokio::test]
+async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from_and_told() {
+    let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let image = loader.load(&mounted.path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &route.to_string());
+        let report = image.report();
+        assert_eq!(report.route, Route::Buffered, "{route}");
+        let read_refused = report.fallbacks.iter().any(|step| step.attempt == Attempt::Read && step.errno == Errno::INVAL);
+        assert_eq!(read_refused, route != Route::Buffered, "{route}: {:?}", report.fallbacks);
+        let strict = loader.load_with([&mounted.path], loader.options().route(route).strict(true)).await;
+        match strict {
+            Ok(_) => assert_eq!(route, Route::Buffered, "nothing is refused to it"),
+            Err(error) => {
+                assert!(matches!(error, Error::Refused { errno: Errno::INVAL | Errno::OPNOTSUPP, .. }), "{route}: {error}");
+            }
+        }
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18), so it never
+/// reads FUSE, nor what may be FUSE.
+#[tokio::test]
+async fn a_ring_never_reads_what_may_be_fuse() {
+    for (manners, attempt, errno) in [
+        (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::OPNOTSUPP),
+        (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::NOSYS),
+    ] {
+        let Some(mounted) = Mounted::new(manners) else { return };
+        read_by_threads(&mounted.path, &mounted.bytes, attempt, errno).await;
+        if errno == Errno::OPNOTSUPP {
+            let overlay = Overlay::over(mounted.folder());
+            read_by_threads(&overlay.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
+            let nested = Overlay::over(overlay.path.parent().unwrap());
+            read_by_threads(&nested.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
+        }
+    }
+}
+
+async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Errno) {
+    for (route, from, to) in [
+        (Route::UringFixedDirect, Route::UringFixedDirect, Route::PreadDirect),
+        (Route::UringDirect, Route::UringDirect, Route::PreadDirect),
+        // What is bounced stays bounced, and its reads into staging are no ring's.
+        (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
+    ] {
+        let loader = loader().route(route).build().unwrap();
+        let image = loader.load(path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), bytes, &format!("{attempt}, {route}"));
+        let report = image.report();
+        let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
+        assert_eq!((report.route, steps), (to, vec![(from, Route::PreadDirect, attempt, errno)]), "{route}");
+        assert!(report.fallbacks[0].reason().contains("wrong bytes"), "{}", report.fallbacks[0].reason());
+        let strict = loader.load_with([path], loader.options().strict(true)).await.unwrap_err();
+        let Error::Refused { attempt: refused, errno: told, .. } = strict else { panic!("{route}: {strict}") };
+        assert_eq!((refused, told), (attempt, errno), "{route}");
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// Four threads, which are enough for a disk, would wait for such a server most of the time.
+#[tokio::test]
+async fn more_threads_read_from_a_server_that_is_far_away() {
+    const CHUNK: u64 = 128 << 10;
+    let bytes = 64 * SEGMENT + 777;
+    let Some(mounted) = Mounted::of(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
+    let loader = loader().route(Route::PreadDirect).chunk_bytes(CHUNK).build().unwrap();
+    let most = || mounted.asked.most.swap(0, Ordering::SeqCst);
+    let small = Mounted::of(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
+    let image = loader.load(&small.path).await.unwrap();
+    assert_same(&image.files()[0].bytes().unwrap(), &small.bytes, "small");
+    assert_eq!(small.asked.most.load(Ordering::SeqCst), 4, "nothing is known of the server yet");
+    for _ in 0..2 {
+        let image = loader.load(&mounted.path).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "large");
+        assert_eq!(image.report().route, Route::PreadDirect);
+        let most = most();
+        assert!((16..=32).contains(&most), "{most} reads at once");
+    }
+    // Of two loads each has a part.
+    let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
+    for image in [one, other] {
+        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "beside another one");
+    }
+    let most = most();
+    assert!(most <= 48, "{most} reads at once");
+    loader.shutdown().await.unwrap();
+}
+
+/// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between
+/// two reads of ours: whatever it then gives is the file's bytes, or an end that is told.
+#[tokio::test]
+async fn short_answers_give_the_same_bytes_or_a_clear_end() {
+    // Whole blocks, and what no block size divides.
+    for most in [4096, 12_288, 100_001, 65_535] {
+        let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
+        for route in DIRECT_ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            match loader.load(&mounted.path).await {
+                Ok(image) => {
+                    assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &format!("{route}, {most} bytes at once"));
+                }
+                Err(Error::Ended { .. } | Error::Changed { .. }) => {}
+                Err(error) => panic!("{route}, {most} bytes at once: {error}"),
+            }
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_ends_before_its_stated_length_is_an_error() {
+    for at in [0, 4096, SEGMENT + 333, 4 * SEGMENT] {
+        let Some(mounted) = Mounted::new(Manners::EndsAt(at)) else { return };
+        for route in DIRECT_ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            let error = loader.load(&mounted.path).await.unwrap_err();
+            let Error::Ended { offset, planned_bytes, .. } = error else { panic!("{route}, {at}: {error}") };
+            assert!(offset >= at as u64, "{route}: {error}");
+            assert_eq!(planned_bytes, mounted.bytes.len() as u64);
+            loader.shutdown().await.unwrap();
+        }
+        let inspected = dmaload::inspect(&mounted.path, Format::Raw).unwrap_err();
+        let Error::Ended { offset, planned_bytes, .. } = inspected else { panic!("{at}: {inspected}") };
+        assert_eq!((offset, planned_bytes), (at as u64, mounted.bytes.len() as u64));
+    }
+}
+
+#[tokio::test]
+async fn an_error_names_the_file_and_where() {
+    let at = 2 * SEGMENT + 4096;
+    let Some(mounted) = Mounted::new(Manners::FailsAt(at)) else { return };
+    for route in ROUTES {
+        let loader = loader().route(route).build().unwrap();
+        let error = loader.load(&mounted.path).await.unwrap_err();
+        let Error::Read { path, offset, bytes, errno, .. } = &error else { panic!("{route}: {error}") };
+        assert_eq!((path, *errno), (&mounted.path, Errno::IO), "{route}");
+        assert!(offset + bytes > at as u64, "{route}: {error}");
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// Lazily pulled container images look like this. A ring gets the same bytes twice here if its
+/// descriptor has `O_NONBLOCK`.
+#[tokio::test]
+async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
+    for most in [100_001, 65_535, 12_288] {
+        let Some(mounted) = Mounted::new(Manners::AnswersShortPastTheCache(most)) else { return };
+        let overlay = Overlay::over(mounted.folder());
+        for route in ROUTES {
+            let what = format!("{route}, {most} bytes at once");
+            let loader = loader().route(route).build().unwrap();
+            let image = loader.load(&overlay.path).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
+            // A part inside an open file.
+            let part = 5_000..(BYTES as u64 - 12_345);
+            let file = std::fs::File::open(&overlay.path).unwrap();
+            let image = loader.load_file(file, Some(part.clone()), loader.options()).await.unwrap();
+            let part = usize::try_from(part.start).unwrap()..usize::try_from(part.end).unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes[part], &what);
+            let open = std::fs::File::open(&overlay.path).unwrap();
+            let image = loader.load(format!("/proc/self/fd/{}", open.as_raw_fd())).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+/// Its pages may be older than what its server has, while attributes match.
+#[tokio::test]
+async fn nothing_is_taken_from_the_page_cache_of_fuse() {
+    let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
+    // By one description: the next one that is opened drops what is cached.
+    let open = std::fs::File::open(&mounted.path).unwrap();
+    let mut read = vec![0; mounted.bytes.len()];
+    std::os::unix::fs::FileExt::read_exact_at(&open, &mut read, 0).unwrap();
+    assert_same(&read, &mounted.bytes, "the file is cached");
+    let cached = dmaload::probe::cached_bytes(&open);
+    assert!(cached.is_err() || cached.is_ok_and(|bytes| bytes > 0), "{cached:?}");
+    for options in [loader().build().unwrap().options(), loader().build().unwrap().options().cache(dmaload::Cache::Auto)] {
+        let loader = loader().build().unwrap();
+        let image = loader.load_with([&mounted.path], options).await.unwrap();
+        assert_eq!(image.report().cached_bytes, 0);
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "from its server");
+        loader.shutdown().await.unwrap();
+    }
+}
+
+/// The kernel believes attributes for a minute; a load asks the server.
+#[tokio::test]
+async fn cached_attributes_hide_no_rewrite_during_a_load() {
+    for route in ROUTES {
+        for at in [0, SEGMENT + 1, 4 * SEGMENT] {
+            let Some(mounted) = Mounted::new(Manners::IsRewrittenAt(at)) else { return };
+            let loader = loader().route(route).build().unwrap();
+            let error = loader.load(&mounted.path).await.unwrap_err();
+            assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {at}: {error}");
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn cached_attributes_make_no_change_of_an_earlier_rewrite() {
+    for route in ROUTES {
+        // A small file is looked at before it is opened, a large one after.
+        for bytes in [BYTES, 70_000] {
+            let Some(mounted) = Mounted::of(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
+            let cached = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
+            mounted.rewritten.store(true, Ordering::SeqCst);
+            let modified = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
+            assert_eq!(modified, cached, "the kernel does not know yet");
+            let loader = loader().route(route).build().unwrap();
+            let image = loader.load(&mounted.path).await.unwrap();
+            assert_same(&image.files()[0].bytes().unwrap(), &mounted.other_bytes, &format!("{route}, {bytes} bytes"));
+            loader.shutdown().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_torn_header_is_a_change_not_damage() {
+    // The header of a small file is taken from its memory, that of a large one read when planning.
+    for data in [70_000, BYTES] {
+        let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
+        let mut good = (header.len() as u64).to_le_bytes().to_vec();
+        good.extend_from_slice(header.as_bytes());
+        good.extend(random_bytes(data, 25));
+        let mut half = good.clone();
+        half[20..].fill(0);
+        for torn in [half, vec![0; good.len()], random_bytes(good.len(), 26)] {
+            for route in ROUTES {
+                let model = Model::holding([good.clone(), torn.clone()], Manners::IsRewrittenAt(0));
+                let Some(mounted) = Mounted::serving(model) else { return };
+                let loader = loader().route(route).format(Format::Safetensors).build().unwrap();
+                let error = loader.load(&mounted.path).await.unwrap_err();
+                assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {data} bytes: {error}");
+                // At rest it is damaged.
+                let error = loader.load(&mounted.path).await.unwrap_err();
+                assert!(matches!(error, Error::Model { .. }), "{route}, {data} bytes: {error}");
+                loader.shutdown().await.unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn bytes_without_a_length_are_an_error_not_an_empty_file() {
+    let Some(mounted) = Mounted::new(Manners::HasNoLength) else { return };
+    let overlay = Overlay::over(mounted.folder());
+    let loader = loader().build().unwrap();
+    for path in [&mounted.path, &overlay.path, Path::new("/proc/self/status"), Path::new("/proc/self/mountinfo")] {
+        let error = loader.load(path).await.unwrap_err();
+        assert_eq!(error, Error::NoLength { path: path.to_owned() });
+        let error = loader.load_file(std::fs::File::open(path).unwrap(), None, loader.options()).await.unwrap_err();
+        assert!(matches!(error, Error::NoLength { .. }), "{error}");
+    }
+    loader.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn bytes_beyond_the_stated_length_are_an_error() {
+    for stated in [1, 100, 4096, SEGMENT + 333, BYTES - 1] {
+        let Some(mounted) = Mounted::new(Manners::StatesLength(stated)) else { return };
+        let overlay = Overlay::over(mounted.folder());
+        for route in ROUTES {
+            let loader = loader().route(route).build().unwrap();
+            for path in [&mounted.path, &overlay.path] {
+                let error = loader.load(path).await.unwrap_err();
+                let expected = Error::Longer { path: path.clone(), stated_bytes: stated as u64 };
+                assert_eq!(error, expected, "{route}, {stated}");
+            }
+            loader.shutdown().await.unwrap();
+        }
+        let expected = Error::Longer { path: mounted.path.clone(), stated_bytes: stated as u64 };
+        assert_eq!(dmaload::inspect(&mounted.path, Format::Raw).unwrap_err(), expected);
+    }
+}

@@ -1,0 +1,259 @@
+//! Clients that hold up what they can.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use dmaload::share::attach_blocking;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv, send, shutdown,
+    socket_with,
+};
+
+use crate::common::{assert_same, file, random_bytes};
+use crate::roles::{BOB, MALLORY, Role, STRANGER, Serving, as_user, fresh_user, is_root, open_folder};
+use crate::{connected, default};
+
+fn good_request() -> Vec<u8> {
+    [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat()
+}
+
+/// What hostile clients do with a connection, which they keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hostility {
+    Silent,
+    HalfClosed,
+    Closed,
+    NeverReceives,
+    AcknowledgesAtOnce,
+    AcknowledgesTooMuch,
+    AsksTwice,
+    SlowReader,
+    AllOfThem,
+}
+
+const HOSTILITIES: [Hostility; 8] = [
+    Hostility::Silent,
+    Hostility::HalfClosed,
+    Hostility::Closed,
+    Hostility::NeverReceives,
+    Hostility::AcknowledgesAtOnce,
+    Hostility::AcknowledgesTooMuch,
+    Hostility::AsksTwice,
+    Hostility::SlowReader,
+];
+
+impl Hostility {
+    fn connect(self, socket: &Path, number: usize) -> Option<OwnedFd> {
+        let client = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        connect(&client, &SocketAddrUnix::new(socket).unwrap()).ok()?;
+        let say = |message: &[u8]| {
+            let _ = send(&client, message, SendFlags::NOSIGNAL);
+        };
+        match self {
+            Hostility::AllOfThem => return HOSTILITIES[number % HOSTILITIES.len()].connect(socket, number),
+            Hostility::Silent => return Some(client),
+            _ => say(&good_request()),
+        }
+        match self {
+            Hostility::HalfClosed => shutdown(&client, Shutdown::Write).unwrap(),
+            Hostility::Closed => shutdown(&client, Shutdown::Both).unwrap(),
+            Hostility::AcknowledgesAtOnce => say(&[0]),
+            Hostility::AcknowledgesTooMuch => (0..20).for_each(|_| say(&[0])),
+            Hostility::AsksTwice => say(&good_request()),
+            Hostility::SlowReader => {
+                let reader = client.try_clone().unwrap();
+                std::thread::spawn(move || {
+                    while recv(&reader, &mut [0; 64][..], RecvFlags::empty()).is_ok_and(|(bytes, _)| bytes > 0) {
+                        std::thread::sleep(Duration::from_millis(300));
+                        if send(&reader, &[0], SendFlags::NOSIGNAL).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            Hostility::Silent | Hostility::NeverReceives | Hostility::AllOfThem => {}
+        }
+        Some(client)
+    }
+}
+
+/// A server with 128 descriptors, of a user who is not root, and so may have no more than these
+/// on their way to clients.
+#[test]
+fn hostile_clients_stall_no_other_user() {
+    if !is_root() {
+        return;
+    }
+    let (folder, alice) = (open_folder(), fresh_user());
+    // With the description, 11 descriptors: twelve who hoard them are more than the kernel allows.
+    let bytes = random_bytes(10 << 21, 3);
+    let model = file(folder.path(), "model.bin", &bytes);
+    let mut wrong = Vec::new();
+    // Of the server's own user, too.
+    for hostile in [MALLORY, STRANGER, alice] {
+        for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
+            let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
+            let variables =
+                vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+            let role = Role { name: "the_server", user: alice, map: None, named: &[BOB, MALLORY], variables };
+            let (serving, first) = Serving::start(&role, &socket);
+            assert!(first.starts_with("ready"), "{first}");
+            let before = serving.descriptors();
+            let mut kept: Vec<OwnedFd> = Vec::new();
+            let mut slowest = Duration::ZERO;
+            for round in 0..16 {
+                let more = as_user(hostile, || {
+                    (0..10).filter_map(|number| hostility.connect(&socket, 10 * round + number)).collect::<Vec<_>>()
+                });
+                kept.extend(more);
+                for honest in [BOB, alice].into_iter().filter(|&honest| honest != hostile) {
+                    let started = Instant::now();
+                    let attached = as_user(honest, || attach_blocking(&socket, &default().trust_user(alice)));
+                    slowest = slowest.max(started.elapsed());
+                    match attached {
+                        Ok(attached) => assert_eq!(attached.image.files()[0].len(), bytes.len() as u64),
+                        Err(error) => wrong.push(format!("{hostility:?} of {hostile}: {error}")),
+                    }
+                }
+            }
+            println!("{hostility:?} of {hostile}: {} kept, the slowest honest client took {slowest:?}", kept.len());
+            if slowest > Duration::from_secs(1) {
+                wrong.push(format!("{hostility:?} of {hostile}: the slowest took {slowest:?}"));
+            }
+            let during = serving.descriptors();
+            if during > before + 64 + 16 + 4 {
+                wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
+            }
+            // When they have let go, all is as before, and their user is served.
+            for client in kept {
+                // Those that read slowly have it, too.
+                let _ = shutdown(&client, Shutdown::Both);
+            }
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while serving.descriptors() > before {
+                assert!(Instant::now() < deadline, "{hostility:?} of {hostile}: {} of {before}", serving.descriptors());
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if hostile == MALLORY {
+                as_user(hostile, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
+            }
+            let ended = serving.end();
+            let served: u64 = ended.split(' ').nth(1).unwrap().parse().unwrap();
+            if served < 16 {
+                wrong.push(format!("{hostility:?} of {hostile}: {ended}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Clients of one user have a bounded number of descriptors on their way, to a bounded number of
+/// them.
+#[test]
+fn what_is_on_its_way_to_one_user_is_bounded() {
+    if !is_root() {
+        return;
+    }
+    let (folder, alice) = (open_folder(), fresh_user());
+    // The descriptors of the image, the users who may attach, and what MALLORY's clients have on
+    // their way then: of 128 descriptors, half are shared by all users, and each has four
+    // receivers at most.
+    for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
+        let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
+        let socket = folder.path().join(format!("socket{segments}{users}"));
+        let variables =
+            vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+        let named: Vec<u32> = [MALLORY, BOB].into_iter().chain(5000..5000 + users - 2).collect();
+        let (serving, first) =
+            Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
+        assert!(first.starts_with("ready"), "{first}");
+        let kept: Vec<_> =
+            as_user(MALLORY, || (0..30).filter_map(|number| Hostility::HalfClosed.connect(&socket, number)).collect());
+        std::thread::sleep(Duration::from_millis(100));
+        as_user(BOB, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
+        let here = |client: &OwnedFd| {
+            let mut message = [0; 64];
+            let received = recv(client, &mut message[..], RecvFlags::DONTWAIT | RecvFlags::PEEK).map_or(0, |(bytes, _)| bytes);
+            (received == 24 && message[12] == 0).then(|| usize::from(message[20]))
+        };
+        let seen: Vec<usize> = kept.iter().filter_map(here).collect();
+        let all: usize = seen.iter().sum();
+        assert!(seen.len() <= receivers && all <= descriptors, "{segments} segments, {users} users: {seen:?}");
+        assert!(!seen.is_empty());
+        drop(serving);
+    }
+}
+
+#[test]
+fn many_hostile_users_stall_no_other() {
+    if !is_root() {
+        return;
+    }
+    let (folder, alice) = (open_folder(), fresh_user());
+    let bytes = random_bytes(10 << 21, 3);
+    let model = file(folder.path(), "model.bin", &bytes);
+    let socket = folder.path().join("socket");
+    let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+    // Ten who may attach, and ten who may not.
+    let named: Vec<u32> = (5000..5010).chain([BOB]).collect();
+    let (_serving, first) =
+        Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
+    assert!(first.starts_with("ready"), "{first}");
+    let mut kept = Vec::new();
+    for user in 5000..5020 {
+        kept.extend(as_user(user, || {
+            (0..20).filter_map(|number| Hostility::AllOfThem.connect(&socket, number)).collect::<Vec<_>>()
+        }));
+        let started = Instant::now();
+        let attached = as_user(BOB, || attach_blocking(&socket, &default().trust_user(alice)));
+        let attached = attached.unwrap_or_else(|error| panic!("after user {user}: {error}"));
+        assert!(started.elapsed() < Duration::from_secs(1), "after user {user}: {:?}", started.elapsed());
+        assert_same(&attached.image.files()[0].bytes().unwrap(), &bytes, "attached");
+    }
+}
+
+/// What waits for a client, or lets it wait, ends in time, and the client learns why.
+#[test]
+fn clients_that_stop_are_let_go_in_time() {
+    if !is_root() {
+        return;
+    }
+    let (folder, alice) = (open_folder(), fresh_user());
+    let model = file(folder.path(), "model.bin", &random_bytes(10 << 21, 3));
+    let socket = folder.path().join("socket");
+    let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
+    // Eight descriptors at once for each user, of eleven.
+    let named = [BOB, MALLORY, STRANGER, 5000, 5001, 5002, 5003];
+    let (_serving, first) =
+        Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
+    assert!(first.starts_with("ready"), "{first}");
+    let in_time = |started: Instant| (4..9).contains(&started.elapsed().as_secs());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let started = Instant::now();
+            let client = as_user(BOB, || connected(&socket));
+            assert_eq!(recv(&client, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 0, "a silent client");
+            assert!(in_time(started), "{:?}", started.elapsed());
+        });
+        scope.spawn(|| {
+            // It has all that its user may, and others of its user wait.
+            let hoard = as_user(MALLORY, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
+            std::thread::sleep(Duration::from_millis(100));
+            let started = Instant::now();
+            let error = as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(alice))).unwrap_err();
+            assert!(error.to_string().contains("the server is busy"), "{error}");
+            assert!(in_time(started), "{:?}", started.elapsed());
+            drop(hoard);
+            as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
+        });
+        scope.spawn(|| {
+            // It takes six seconds for the first part, and is given no second one.
+            let slow = as_user(STRANGER, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
+            std::thread::sleep(Duration::from_secs(6));
+            assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 24);
+            let _ = send(&slow, &[0], SendFlags::NOSIGNAL);
+            assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap_or_default().0, 0);
+        });
+    });
+}

@@ -1,0 +1,364 @@
+//! One process loads, others have the same memory. Clients here are in this process and, where it
+//! matters, in others.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::print_stdout, reason = "what was measured is told")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod hostile;
+mod messages;
+mod roles;
+mod users;
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dmaload::heap::AnonHeap;
+use dmaload::share::{AttachOptions, Server, ServerOptions, attach, attach_blocking};
+use dmaload::{Error, Image, Loader, Shard};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with};
+use rustix::process::{Resource, Rlimit, setrlimit, umask};
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use sha2::{Digest, Sha256};
+
+use common::{assert_same, file, folder, random_bytes};
+
+const SEGMENT: u64 = 2 << 20;
+
+fn model(folder: &Path) -> PathBuf {
+    let data = random_bytes(3_000_000, 1);
+    let view = |name: &str, shape: &[usize]| {
+        let bytes = 2 * shape.iter().product::<usize>();
+        (name.to_owned(), TensorView::new(Dtype::BF16, shape.to_vec(), &data[..bytes]).unwrap())
+    };
+    let all = serialize([view("a", &[1000, 1500]), view("b", &[30, 70]), view("empty", &[0, 3])], None).unwrap();
+    file(folder, "model.safetensors", &all)
+}
+
+async fn loaded(paths: &[&Path]) -> Image {
+    let loader = Loader::builder().segment_bytes(SEGMENT).build().unwrap();
+    loader.load_with(paths.iter().copied(), loader.options()).await.unwrap()
+}
+
+/// A model, and a server that has it.
+async fn serving(folder: &Path) -> (Image, PathBuf, Server) {
+    let image = loaded(&[&model(folder)]).await;
+    let socket = folder.join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    (image, socket, server)
+}
+
+fn default() -> AttachOptions {
+    AttachOptions::default()
+}
+
+fn assert_same_image(ours: &Image, theirs: &Image) {
+    assert_eq!(ours.files().len(), theirs.files().len());
+    for (ours, theirs) in ours.files().iter().zip(theirs.files()) {
+        assert_eq!((ours.path(), ours.len()), (theirs.path(), theirs.len()));
+        assert_same(&ours.bytes().unwrap(), &theirs.bytes().unwrap(), "file");
+    }
+    let names = |image: &Image| image.tensors().map(|tensor| tensor.name().to_owned()).collect::<Vec<_>>();
+    assert_eq!(names(ours), names(theirs));
+    for tensor in ours.tensors() {
+        let other = theirs.tensor(tensor.name()).unwrap();
+        assert_eq!((tensor.dtype(), tensor.shape(), tensor.file_range()), (other.dtype(), other.shape(), other.file_range()));
+        assert_same(&tensor.bytes().unwrap(), &other.bytes().unwrap(), tensor.name());
+    }
+}
+
+#[tokio::test]
+async fn a_client_has_the_same_image_and_keeps_it_when_the_server_is_gone() {
+    let folder = folder();
+    let path = model(folder.path());
+    // Small files share a memory, and a raw one has no tensors.
+    let raw = file(folder.path(), "raw.bin", &random_bytes(5 << 20, 2));
+    let small = [1, 2, 3].map(|n| file(folder.path(), &format!("small{n}"), &random_bytes(1000 * n, 5)));
+    let paths: Vec<&Path> = [&path, &raw].into_iter().chain(&small).map(PathBuf::as_path).collect();
+    let image = loaded(&paths).await;
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    let attached = attach(&socket, default()).await.unwrap();
+    assert_eq!((attached.process, attached.dma_bufs), (std::process::id(), false));
+    assert!(attached.image.report().notes[0].contains("attached to"));
+    drop(server);
+    assert!(!socket.exists());
+    assert_same_image(&image, &attached.image);
+    drop(image);
+    assert_same(&attached.image.files()[1].bytes().unwrap(), &fs::read(&raw).unwrap(), "after the loader");
+    // What is shared can't be written to, by anybody.
+    let memfd = attached.image.segments()[0].memfd().unwrap();
+    assert!(rustix::io::pwrite(memfd, b"x", 0).is_err());
+}
+
+#[tokio::test]
+async fn images_have_names_and_come_and_go() {
+    let folder = folder();
+    let path = model(folder.path());
+    let image = loaded(&[&path]).await;
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    let refused = |options: AttachOptions| attach_blocking(&socket, &options).unwrap_err().to_string();
+    server.publish("a", image.clone()).unwrap();
+    server.publish("b", image.clone()).unwrap();
+    assert_eq!(server.names(), ["a", "b"]);
+    let reason = refused(default());
+    assert!(reason.ends_with(r#"the server shares several images: name one of "a", "b""#), "{reason}");
+    let reason = refused(default().name("c"));
+    assert!(reason.ends_with(r#"the server has no image "c", but "a", "b""#), "{reason}");
+    assert!(refused(default().name("n".repeat(1000))).contains("too long"));
+    attach_blocking(&socket, &default().name("b")).unwrap();
+    assert!(server.withdraw("a").is_some() && server.withdraw("a").is_none());
+    attach_blocking(&socket, &default()).unwrap();
+    // The server counts when it has sent all, the client goes on when it has received it.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.served().0 < 2 {
+        assert!(Instant::now() < deadline, "{:?} served", server.served());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(server.served().0, 2);
+    assert!(
+        matches!(Server::bind(&socket, ServerOptions::default()), Err(Error::Share { reason, .. }) if reason.contains("listens"))
+    );
+    // A part of a model is shared as it is.
+    let loader = Loader::builder().segment_bytes(SEGMENT).build().unwrap();
+    let options = loader.options().tensors(["b", "a"]).shard(Shard { rank: 1, world_size: 4, dim: Some(1) });
+    let part = loader.load_with([&path], options).await.unwrap();
+    server.publish("part", part.clone()).unwrap();
+    let theirs = attach_blocking(&socket, &default().name("part")).unwrap().image;
+    assert_eq!(theirs.tensors().map(|tensor| tensor.name().to_owned()).collect::<Vec<_>>(), ["b", "a"]);
+    for tensor in part.tensors() {
+        assert_same(&tensor.to_vec().unwrap(), &theirs.tensor(tensor.name()).unwrap().to_vec().unwrap(), tensor.name());
+    }
+    // Names are somebody else's.
+    server.publish("\u{1b}]0;title\u{7}", image.clone()).unwrap();
+    let reason = refused(default());
+    assert!(!reason.contains(|char: char| char.is_control()) && reason.contains(r"\u{1b}]0;title\u{7}"), "{reason:?}");
+    for number in 0..200 {
+        server.publish(&format!("image number {number}"), image.clone()).unwrap();
+    }
+    let reason = refused(default().name("c"));
+    assert!(reason.contains(" more") && reason.len() < 2000, "{reason}");
+    for name in server.names() {
+        server.withdraw(&name);
+    }
+    assert!(refused(default()).contains("shares no image any more"));
+    assert!(refused(default().name("a")).contains("shares no image any more"));
+    let anon = Loader::builder().heap(AnonHeap::default()).build().unwrap().load(&path).await.unwrap();
+    assert!(matches!(server.publish("anon", anon), Err(Error::NoDescriptor { .. })));
+}
+
+#[tokio::test]
+async fn a_socket_that_was_left_behind_is_replaced_and_what_is_none_stays() {
+    let folder = folder();
+    let socket = folder.path().join("socket");
+    // As a process leaves it that was killed.
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "somebody listens there, though for something else");
+    drop(listener);
+    drop(Server::bind(&socket, ServerOptions::default()).unwrap());
+    let raw = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    rustix::net::bind(&raw, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
+    drop(raw);
+    drop(Server::bind(&socket, ServerOptions::default()).unwrap());
+    let other = file(folder.path(), "file", b"kept");
+    assert!(Server::bind(&other, ServerOptions::default()).is_err());
+    assert_eq!(fs::read(&other).unwrap(), b"kept");
+    let error = attach(folder.path().join("missing"), default()).await.unwrap_err();
+    assert!(error.to_string().contains("ENOENT"), "{error}");
+}
+
+fn connected(socket: &Path) -> OwnedFd {
+    let own = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    connect(&own, &SocketAddrUnix::new(socket).unwrap()).unwrap();
+    own
+}
+
+/// Descriptors of this process.
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// A client in a process of its own, which prints the digest of what it has mapped.
+fn client(socket: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "the_client", "--nocapture", "--quiet"])
+        .env("DMALOAD_TEST_SOCKET", socket)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+#[ignore = "no test: the client of another one, in its own process"]
+fn the_client() {
+    let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
+    let options = users_of("DMALOAD_TEST_TRUST").fold(AttachOptions::default(), AttachOptions::trust_user);
+    let image = match attach_blocking(socket, &options) {
+        Ok(attached) => attached.image,
+        Err(error) => {
+            println!("error {error}");
+            return;
+        }
+    };
+    let mut digest = Sha256::new();
+    image.segments().iter().for_each(|segment| digest.update(segment.bytes().unwrap()));
+    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino);
+    println!("memories {:?}", inodes.collect::<Vec<_>>());
+    println!("digest {}", hex(&digest.finalize()));
+}
+
+fn users_of(variable: &str) -> impl Iterator<Item = u32> {
+    let text = std::env::var(variable).unwrap_or_default();
+    text.split(',').filter(|user| !user.is_empty()).map(|user| user.parse().unwrap()).collect::<Vec<_>>().into_iter()
+}
+
+#[test]
+#[ignore = "no test: the server of another one, in its own process"]
+fn the_server() {
+    let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
+    if let Ok(limit) = std::env::var("DMALOAD_TEST_NOFILE") {
+        let limit = Rlimit { current: limit.parse().ok(), maximum: limit.parse().ok() };
+        setrlimit(Resource::Nofile, limit).unwrap();
+    }
+    if let Ok(mask) = std::env::var("DMALOAD_TEST_UMASK") {
+        umask(Mode::from_raw_mode(u32::from_str_radix(&mask, 8).unwrap()));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let image = runtime.block_on(loaded(&[Path::new(&std::env::var_os("DMALOAD_TEST_MODEL").unwrap())]));
+    let options = users_of("DMALOAD_TEST_ALLOW").fold(ServerOptions::default(), ServerOptions::allow_user);
+    let server = match Server::bind(socket, options) {
+        Ok(server) => server,
+        Err(error) => {
+            println!("error {error}");
+            return;
+        }
+    };
+    server.publish("model", image).unwrap();
+    println!("ready {:o}", umask(Mode::empty()).as_raw_mode());
+    let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    let (served, refused) = server.served();
+    println!("ended {served} {refused}");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn shared_memory_bytes() -> u64 {
+    dmaload_testing::meminfo_bytes("Shmem")
+}
+
+#[tokio::test]
+async fn ten_processes_have_one_image_in_one_memory_and_one_that_is_killed_harms_nobody() {
+    let folder = folder();
+    // The issue's GiB by DMALOAD_SHARE_MIB=1024.
+    let mib: usize = std::env::var("DMALOAD_SHARE_MIB").map_or(256, |mib| mib.parse().unwrap());
+    let bytes = random_bytes(mib << 20, 3);
+    let expected = hex(&Sha256::digest(&bytes));
+    let path = file(folder.path(), "model.bin", &bytes);
+    drop(bytes);
+    let before = shared_memory_bytes();
+    let image = Loader::new().unwrap().load(&path).await.unwrap();
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino);
+    let memories = format!("memories {:?}", inodes.collect::<Vec<_>>());
+    for delay in 0..8 {
+        let mut killed = client(&socket);
+        std::thread::sleep(Duration::from_millis(3 * delay));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+    }
+    let clients: Vec<_> = (0..10).map(|_| client(&socket)).collect();
+    let mut most = 0;
+    for client in clients {
+        most = most.max(shared_memory_bytes());
+        let output = client.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && text.contains(&format!("digest {expected}")), "{text}");
+        // The same memory, not a copy.
+        assert!(text.contains(&memories), "{text} {memories}");
+    }
+    // Of the whole machine, other tests included.
+    let taken = most.saturating_sub(before) >> 20;
+    println!("ten processes attached to {mib} MiB: {taken} MiB of shared memory in all");
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.served().0 < 10 {
+        assert!(Instant::now() < deadline, "{:?} served", server.served());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Descriptors on their way count against the server's user: a client that takes none of them
+/// holds up its own user alone, and no more than a few of them are on their way.
+#[tokio::test]
+async fn a_client_that_does_not_take_its_descriptors_is_waited_for_by_nobody() {
+    let folder = folder();
+    let (image, socket, _server) = serving(folder.path()).await;
+    let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
+    let hoards: Vec<_> = (0..20)
+        .map(|_| {
+            let client = connected(&socket);
+            send(&client, &request, SendFlags::NOSIGNAL).unwrap();
+            client
+        })
+        .collect();
+    // Of the same user nobody gets through before they let go; of another one it would.
+    let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default())).await;
+    assert!(waiting.is_err(), "four are on their way already");
+    drop(hoards);
+    assert_same_image(&image, &attach(&socket, default()).await.unwrap().image);
+}
+
+#[tokio::test]
+async fn server_that_ends_leaves_the_socket_of_the_one_that_replaced_it() {
+    let folder = folder();
+    let (image, socket, first) = serving(folder.path()).await;
+    fs::remove_file(&socket).unwrap();
+    let second = Server::bind(&socket, ServerOptions::default()).unwrap();
+    second.publish("model", image).unwrap();
+    drop(first);
+    attach(&socket, default()).await.unwrap();
+    drop(second);
+    assert!(!socket.exists());
+    assert!(fs::read_dir(folder.path()).unwrap().all(|entry| entry.unwrap().file_name() == "model.safetensors"));
+}
+
+#[tokio::test]
+async fn client_that_comes_before_the_first_image_waits_for_it() {
+    let folder = folder();
+    let image = loaded(&[&model(folder.path())]).await;
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    let clients: Vec<_> = [default(), default().name("model")]
+        .into_iter()
+        .map(|options| {
+            let socket = socket.clone();
+            std::thread::spawn(move || attach_blocking(socket, &options))
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let started = Instant::now();
+    server.publish("model", image.clone()).unwrap();
+    for client in clients {
+        assert_same_image(&image, &client.join().unwrap().unwrap().image);
+    }
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    // Not for ever.
+    drop(server);
+    let _server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    let started = Instant::now();
+    let error = attach(&socket, default()).await.unwrap_err();
+    assert!(error.to_string().contains("the server has no image yet, after 5s"), "{error}");
+    assert!((4..9).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
+}
