@@ -54,7 +54,8 @@ pub(crate) struct EngineArguments {
     /// besides the first two].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
-    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce, buffered. auto is the faster one
+    /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
+    /// uring-buffered, buffered. auto is the faster one
     /// of direct and staged reads (bounce), which large loads find out.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,

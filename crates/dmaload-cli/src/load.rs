@@ -291,7 +291,8 @@ fn told_measured(measured: &Measured) -> String {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "shown with three digits")]
     let rate = |bytes: f64| rate(bytes as u64, Duration::from_secs(1));
     let (staged, direct) = (rate(measured.staged_bytes_per_second), rate(measured.direct_bytes_per_second));
-    format!("staged {staged}, direct {direct}: {} for the rest", measured.chosen)
+    let buffered = measured.buffered_bytes_per_second.map(|bytes| format!(", buffered {}", rate(bytes)));
+    format!("staged {staged}, direct {direct}{}: {} for the rest", buffered.unwrap_or_default(), measured.chosen)
 }
 
 fn counted(count: usize, what: &str) -> String {
@@ -387,6 +388,7 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         "measured": report.measured.map(|measured| serde_json::json!({
             "direct_bytes_per_second": measured.direct_bytes_per_second,
             "staged_bytes_per_second": measured.staged_bytes_per_second,
+            "buffered_bytes_per_second": measured.buffered_bytes_per_second,
             "chosen": measured.chosen.to_string(),
         })),
         "verified": report.verified,

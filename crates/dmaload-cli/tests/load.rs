@@ -82,6 +82,11 @@ fn every_size_and_shape_by_the_page_cache_equals_sha256sum() {
 }
 
 #[test]
+fn by_uring_buffered() {
+    every_size_and_shape("uring-buffered");
+}
+
+#[test]
 fn with_the_default_settings_sizes_around_a_segment_equal_sha256sum() {
     let folder = folder();
     for size in [0, 1, 4097, 64 * MIB - 1, 64 * MIB, 64 * MIB + 1, 3 * 64 * MIB + 1] {
@@ -373,6 +378,7 @@ fn a_large_buffered_load_tells_that_it_fills_the_page_cache() {
         file.set_len(len).unwrap();
         let told = |route| load_json(&path, &["--route", route])["notes"].to_string().contains("read through the page cache");
         assert_eq!(told("buffered"), expected, "{len} bytes");
+        assert_eq!(told("uring-buffered"), expected, "{len} bytes");
         assert!(!told("pread-direct"));
     }
 }

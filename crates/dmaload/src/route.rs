@@ -19,13 +19,18 @@ pub enum Route {
     /// Direct reads into a few staging buffers, by the best of the ways above, and a copy from there. For memory that
     /// can't be pinned: the mappings of most dma-heaps.
     Bounce,
+    /// io_uring through the page cache, many reads at once. For network file systems on which direct reads are slow, and
+    /// for whoever asks for it; no refusal leads here. Leaves nothing in the page cache where the kernel and the file
+    /// system can do that (`RWF_DONTCACHE`).
+    UringBuffered,
     /// `pread(2)` through the page cache, by a few threads. For file systems that refuse `O_DIRECT`.
     Buffered,
 }
 
 impl Route {
     /// All of them, best first.
-    pub const ALL: [Route; 5] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];
+    pub const ALL: [Route; 6] =
+        [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
     /// The next one down the ladder after this one was refused with `errno`.
     ///
@@ -35,17 +40,27 @@ impl Route {
         if errno == Errno::FAULT && self < Route::Bounce {
             return Some(Route::Bounce);
         }
-        Route::ALL.into_iter().find(|&other| other > self && other != Route::Bounce)
+        // Threads that read through the page cache bring memory into being as they go, and a ring can't.
+        Route::ALL.into_iter().find(|&other| other > self && !matches!(other, Route::Bounce | Route::UringBuffered))
     }
 
     /// Whether reads bypass the page cache, and so need aligned offsets, lengths and addresses.
     pub fn is_direct(self) -> bool {
-        self != Route::Buffered
+        self < Route::UringBuffered
     }
 
     /// Whether reads go through io_uring.
     pub fn uses_ring(self) -> bool {
-        matches!(self, Route::UringFixedDirect | Route::UringDirect)
+        matches!(self, Route::UringFixedDirect | Route::UringDirect | Route::UringBuffered)
+    }
+
+    /// The same way by threads.
+    pub(crate) fn without_ring(self) -> Route {
+        match self {
+            Route::UringFixedDirect | Route::UringDirect => Route::PreadDirect,
+            Route::UringBuffered => Route::Buffered,
+            other => other,
+        }
     }
 
     /// The name used on the command line and in reports.
@@ -55,6 +70,7 @@ impl Route {
             Route::UringDirect => "uring-direct",
             Route::PreadDirect => "pread-direct",
             Route::Bounce => "bounce",
+            Route::UringBuffered => "uring-buffered",
             Route::Buffered => "buffered",
         }
     }
@@ -115,15 +131,16 @@ pub enum Attempt {
     RegisterBuffer,
     /// Registering a staging buffer of [`Route::Bounce`] with the ring.
     RegisterStaging,
-    /// Direct reads by io_uring of a file on FUSE: never tried, since they can give wrong bytes.
+    /// Reads by io_uring of a file on FUSE: never tried, since they can give wrong bytes.
     RingOnFuse,
-    /// Direct reads by io_uring of a file on overlayfs or eCryptfs: never tried, because what is
+    /// Reads by io_uring of a file on overlayfs or eCryptfs: never tried, because what is
     /// below may be FUSE and can't be identified.
     RingOnStacked,
-    /// Direct reads by io_uring on a file system that is not known to be local: never tried,
-    /// because a server that does not answer could delay every other read.
+    /// Reads by io_uring on a file system that is not known to be local: never tried, because a
+    /// server that does not answer could delay every other read. Buffered ones of NFS and SMB are
+    /// allowed ([`Route::UringBuffered`]).
     RingOnOther,
-    /// Direct reads by io_uring on a file system that can't be identified (`fstatfs(2)` fails):
+    /// Reads by io_uring on a file system that can't be identified (`fstatfs(2)` fails):
     /// never tried.
     RingOnUnknown,
     /// A read.
@@ -218,10 +235,22 @@ mod tests {
             }
             seen
         };
-        use Route::{Bounce, Buffered, PreadDirect, UringDirect, UringFixedDirect};
+        use Route::{Bounce, Buffered, PreadDirect, UringBuffered, UringDirect, UringFixedDirect};
         assert_eq!(ladder(Errno::INVAL), [UringFixedDirect, UringDirect, PreadDirect, Buffered]);
         assert_eq!(ladder(Errno::FAULT), [UringFixedDirect, Bounce, Buffered]);
         assert_eq!(Bounce.lower(Errno::INVAL), Some(Buffered));
+        for errno in [Errno::INVAL, Errno::FAULT] {
+            assert_eq!(UringBuffered.lower(errno), Some(Buffered));
+        }
+    }
+
+    #[test]
+    fn without_a_ring_direct_reads_stay_direct_and_buffered_ones_buffered() {
+        for route in Route::ALL {
+            let threads = route.without_ring();
+            assert!(!threads.uses_ring() && threads >= route, "{route}");
+            assert_eq!(threads.is_direct(), route.is_direct(), "{route}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Cache, Image, Layout, LoadOptions, Loader, Route, probe};
+use dmaload::{Attempt, Cache, Image, Layout, LoadOptions, Loader, Route, probe};
 use dmaload_testing::mounted;
 use rustix::fs::{Advice, fadvise};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
@@ -112,7 +112,7 @@ async fn mixtures(what: &str, at: &Path) {
             }
         }
         let loader = &loaders[0];
-        for route in ROUTES.into_iter().filter(|&route| route != Route::Buffered) {
+        for route in ROUTES.into_iter().filter(|route| route.is_direct()) {
             check(loader, loader.options().route(route), there, route.name()).await;
         }
         check(loader, loader.options().layout(Layout::Single), there, "single").await;
@@ -218,7 +218,7 @@ fn a_store_into_a_page_that_was_dirty_already_fails_the_load() {
 
 async fn stores(what: &str, at: &Path) {
     let path = file(at, "model.bin", &random_bytes(8 << 20, 6));
-    for (how, cached) in [("from the cache", true), ("from storage", false), ("buffered", true)] {
+    for (how, cached) in [("from the cache", true), ("from storage", false), ("buffered", true), ("uring-buffered", true)] {
         if let Err(reason) = cache_only(&path, if cached { &[0..8 * MIB] } else { &[] }) {
             return eprintln!("skipped: {what}: {reason}");
         }
@@ -237,6 +237,7 @@ async fn stores(what: &str, at: &Path) {
         let options = match how {
             "from storage" => options.cache(Cache::Bypass),
             "buffered" => options.route(Route::Buffered),
+            "uring-buffered" => options.route(Route::UringBuffered),
             _ => options,
         };
         let mut load = loader.load_with([&path], options);
@@ -270,4 +271,52 @@ async fn cold_load_leaves_next_to_nothing_of_its_file_cached() {
         let cached = probe::cached_bytes(File::open(&path).unwrap()).unwrap();
         assert!(cached <= LEN / 100, "{cached} bytes of {LEN} are cached");
     }
+}
+
+/// Whether reads from this file may leave nothing in the page cache: `RWF_DONTCACHE`.
+fn can_leave_nothing(file: &File) -> bool {
+    let mut byte = [0];
+    let flags = rustix::io::ReadWriteFlags::from_bits_retain(0x80);
+    rustix::io::preadv2(file, &mut [std::io::IoSliceMut::new(&mut byte)], 0, flags).is_ok()
+}
+
+/// Also where the kernel or the file system can't do that: the first reads are refused then, and done once more.
+#[test]
+fn buffered_reads_by_a_ring_are_right_and_leave_nothing_where_that_can_be() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
+    let folder = folder();
+    let tmpfs = mounted::tmpfs(&folder.path().join("tmpfs"), "96m");
+    let check = |what: &str, at: &Path| {
+        let expected = random_bytes((48 << 20) + 777, 1);
+        let path = file(at, "model.bin", &expected);
+        let cold = cache_only(&path, &[]);
+        let loader = Loader::builder().chunk_bytes(256 << 10).build().unwrap();
+        let options = loader.options().route(Route::UringBuffered);
+        for strict in [false, true] {
+            let image = runtime.block_on(load(&loader, &path, options.clone().strict(strict)));
+            assert_same(&image.files()[0].bytes().unwrap(), &expected, what);
+            let report = image.report();
+            let refused: Vec<_> = report.fallbacks.iter().filter(|step| step.from == Route::UringBuffered).collect();
+            // A container may refuse io_uring, and nothing else is refused.
+            if let Some(step) = refused.first() {
+                assert_eq!(step.attempt, Attempt::SetUpRing, "{what}: {step:?}");
+                return eprintln!("skipped: {what}: {}", step.reason());
+            }
+            assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0), "{what}");
+            let open = File::open(&path).unwrap();
+            match &cold {
+                Ok(()) if can_leave_nothing(&open) => {
+                    let cached = probe::cached_bytes(&open).unwrap();
+                    assert!(cached <= expected.len() as u64 / 100, "{what}: {cached} bytes are cached");
+                    eprintln!("{what}: nothing stays");
+                }
+                cold => eprintln!("{what}: it may stay ({cold:?})"),
+            }
+        }
+    };
+    match &tmpfs {
+        Ok(tmpfs) => check("tmpfs", &tmpfs.0),
+        Err(reason) => eprintln!("skipped: tmpfs: {reason}"),
+    }
+    mounted::on_each(folder.path(), check);
 }

@@ -6,12 +6,15 @@ mod common;
 
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use common::{assert_same, file, folder, random_bytes};
 use dmaload::dmabuf::Pages;
-use dmaload::heap::{AnonHeap, MemfdHeap};
-use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, Way};
+use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, TraceKind, Way};
 use rustix::fs::{Advice, fadvise};
 
 const MIB: usize = 1 << 20;
@@ -93,6 +96,37 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
             }
         }
     }
+}
+
+/// Populates what copiers ask for slowly, so that direct reads win.
+#[derive(Debug)]
+struct SlowExtents;
+
+impl HeapHooks for SlowExtents {
+    fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), dmaload::dmabuf::Error> {
+        if part.len() <= 2 * MIB {
+            std::thread::sleep(Duration::from_millis(15));
+        }
+        Ok(())
+    }
+}
+
+/// That a part of a file was staged, to measure that, is no reason to stage the rest.
+#[tokio::test]
+async fn after_the_trial_the_rest_goes_the_way_that_was_chosen() {
+    let folder = folder();
+    let block = random_bytes(MIB, 1);
+    let path = large(folder.path(), &block);
+    let heap = Hooked::new(MemfdHeap { pages: Pages::Auto }, Arc::new(SlowExtents));
+    let loader = Loader::builder().heap(heap).build().unwrap();
+    let image = loader.load_with([&path], options(&loader).trace(true)).await.unwrap();
+    assert_large(&image, &block, "direct reads are faster");
+    let report = image.report();
+    let measured = report.measured.expect("512 MiB are enough");
+    assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
+    let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
+    // The trial, and what was prepared while it went on: less than a window.
+    assert!((96 << 20..=(96 + 128) << 20).contains(&copied), "{copied} bytes were copied");
 }
 
 #[tokio::test]

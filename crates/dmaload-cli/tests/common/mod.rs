@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 pub const MIB: usize = 1 << 20;
-pub const ROUTES: [&str; 5] = ["uring-fixed-direct", "uring-direct", "pread-direct", "bounce", "buffered"];
+pub const ROUTES: [&str; 6] = ["uring-fixed-direct", "uring-direct", "pread-direct", "bounce", "uring-buffered", "buffered"];
 /// Small segments, so that small files have several.
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-size", "2MiB", "--window", "4MiB"];
 /// Somebody without any rights.

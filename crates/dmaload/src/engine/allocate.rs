@@ -81,9 +81,19 @@ impl Engine {
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
             let staged_by = staged_by.max(Some(route).filter(|&route| route < Route::Bounce).unwrap_or(staged_by));
+            let route = match way {
+                Way::Staged => route.max(Route::Bounce),
+                Way::Buffered if file.ring_refused_to(Route::UringBuffered).is_none() => route.max(Route::UringBuffered),
+                Way::Direct | Way::Buffered => route,
+            };
+            if route == Route::UringBuffered {
+                // As threads do before each read; the ring's thread must not wait for it. Where it fails these bytes are
+                // no worse than without.
+                let _ = file.settle(&(piece.file_offset..piece.file_offset + piece.bytes));
+            }
             let spec = FileSpec {
                 index: part.file_index,
-                route: if way == Way::Staged { route.max(Route::Bounce) } else { route },
+                route,
                 staged_by: if file.ring_refused.is_some() { staged_by.max(Route::PreadDirect) } else { staged_by },
                 handle: file,
                 alignment_bytes: part.alignment_bytes,
@@ -261,9 +271,10 @@ fn opened(load: &LoadShared, part: &Part) -> Result<OpenPart> {
         load.file_opened(index, route);
         Ok::<_, Error>(file)
     })?;
-    let route = if file.direct_refused().is_some() { Route::Buffered } else { load.route_of(part.file_index) };
+    let start = load.route_of(part.file_index);
+    let route = if file.direct_refused().is_some() && start.is_direct() { Route::Buffered } else { start };
     // What is observed in staging has to go there, and what is read through the cache is copied from it anyway.
-    let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route != Route::Buffered;
+    let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route.is_direct();
     let piece = &part.piece;
     let range = piece.file_offset..piece.file_offset + piece.bytes;
     let cached = if takes_cached { file.cached(&range, load.options.chunk_bytes) } else { CachedChunks::default() };

@@ -4,6 +4,9 @@
 //! stays in the processor's cache is faster by a third. A real drive writes to cold memory as fast as to
 //! any, and direct reads spare the copy. Nothing tells the two apart but measuring.
 //!
+//! On network file systems direct reads may be far slower than those through the page cache, or far
+//! faster: that is tried as a third way there.
+//!
 //! Pure: no clock, no syscall.
 
 use std::collections::HashMap;
@@ -25,13 +28,28 @@ const MARGIN: f64 = 1.03;
 /// Loads that were measured look again at the first, second, fourth … load, and then after so many.
 const LOOK_AGAIN: u64 = 32;
 
-/// The bytes of a load, cut into batches that go one way or the other until it is known which is faster.
+/// The ways that a load may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ways {
+    /// What is taken before anything was measured.
+    pub(crate) expected: Way,
+    /// Whether [`Way::Buffered`] is one.
+    pub(crate) buffered: bool,
+}
+
+impl Ways {
+    fn may(self, way: Way) -> bool {
+        self.buffered || way != Way::Buffered
+    }
+}
+
+/// The bytes of a load, cut into batches that go one way or another until it is known which is the fastest.
 #[derive(Debug)]
 pub(crate) struct Trial {
     phase_bytes: u64,
     expected: Way,
-    direct: Phase,
-    staged: Phase,
+    /// One after the other.
+    phases: Vec<(Way, Phase)>,
 }
 
 /// When the batches of one way were full.
@@ -70,58 +88,70 @@ impl Phase {
 }
 
 impl Trial {
-    fn new(expected: Way, pages: Pages) -> Self {
+    fn new(ways: Ways, pages: Pages) -> Self {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
-        Trial { phase_bytes, expected, direct: Phase::default(), staged: Phase::default() }
+        // Direct comes first: at a load's beginning no memory is ahead of the reads, which would make it seem faster.
+        let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.may(way));
+        Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
 
-    /// The way of a batch of `bytes` bytes that begins after `start` bytes of the load, while nothing is
-    /// known. Direct comes first: at a load's beginning no memory is ahead of the reads, which would
-    /// make it seem faster.
-    pub(crate) fn way(&self, start: u64) -> Way {
-        if start < self.phase_bytes { Way::Direct } else { Way::Staged }
+    fn phase(&self, start: u64) -> usize {
+        usize::try_from(start / self.phase_bytes).unwrap_or(usize::MAX)
     }
 
-    /// A batch goes this way, and has so many bytes.
-    fn has(&mut self, start: u64, bytes: u64) {
-        if start < self.phase_bytes {
-            self.direct.bytes += bytes;
-        } else if start < 2 * self.phase_bytes {
-            self.staged.bytes += bytes;
-        }
+    /// Whether the batch that begins after `start` bytes of the load is one of those that are measured.
+    fn measures(&self, start: u64) -> bool {
+        self.phase(start) < self.phases.len()
+    }
+
+    /// The way of a batch that begins after `start` bytes of the load, while nothing is known.
+    fn way(&self, start: u64) -> Way {
+        self.phases.get(self.phase(start)).or(self.phases.last()).map_or(self.expected, |&(way, _)| way)
+    }
+
+    /// The phase that a batch is measured in.
+    fn phase_of(&mut self, start: u64) -> Option<&mut Phase> {
+        let number = self.phase(start);
+        self.phases.get_mut(number).map(|(_, phase)| phase)
     }
 
     /// Bytes of the batch that begins after `start` are full. What was measured, once all of it was.
     ///
-    /// Direct reads are timed from the first one on, and staged ones from the last direct one on: many reads
-    /// are in flight, and storage finishes them at about the same time, so what comes between the first
-    /// full batch and the last says little.
+    /// The first phase is timed from its first read on, and each other one from the end of those before it:
+    /// many reads are in flight, and storage finishes them at about the same time, so what comes between the
+    /// first full batch and the last says little.
     fn full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
-        if start < self.phase_bytes {
-            self.direct.full(bytes, now);
-            if self.direct.ended.is_some() {
-                self.staged.alone.get_or_insert((now, self.staged.full_bytes));
+        self.phase_of(start)?.full(bytes, now);
+        let mut ended = true;
+        for (number, (_, phase)) in self.phases.iter_mut().enumerate() {
+            if ended && number > 0 {
+                phase.alone.get_or_insert((now, phase.full_bytes));
             }
-        } else if start < 2 * self.phase_bytes {
-            self.staged.full(bytes, now);
-        } else {
+            ended &= phase.ended.is_some();
+        }
+        let rate = |wanted: Way| {
+            let (_, phase) = self.phases.iter().find(|&&(way, _)| way == wanted)?;
+            phase.rate()
+        };
+        if !ended {
             return None;
         }
-        let (direct, staged) = (self.direct.rate()?, self.staged.rate()?);
+        let (direct, staged, buffered) = (rate(Way::Direct)?, rate(Way::Staged)?, rate(Way::Buffered));
+        let rates = [(Way::Direct, direct), (Way::Staged, staged)].into_iter().chain(buffered.map(|rate| (Way::Buffered, rate)));
         Some(Measured {
             direct_bytes_per_second: direct,
             staged_bytes_per_second: staged,
-            chosen: chosen(self.expected, direct, staged),
+            buffered_bytes_per_second: buffered,
+            chosen: chosen(self.expected, rates),
         })
     }
 }
 
-fn chosen(expected: Way, direct: f64, staged: f64) -> Way {
-    match expected {
-        Way::Direct if staged > direct * MARGIN => Way::Staged,
-        Way::Staged if direct > staged * MARGIN => Way::Direct,
-        expected => expected,
-    }
+/// The fastest way, unless the expected one is about as fast.
+fn chosen(expected: Way, rates: impl Iterator<Item = (Way, f64)> + Clone) -> Way {
+    let expected_rate = rates.clone().find(|&(way, _)| way == expected).map_or(0.0, |(_, rate)| rate);
+    let fastest = rates.max_by(|(_, one), (_, other)| one.total_cmp(other));
+    fastest.filter(|&(_, rate)| rate > expected_rate * MARGIN).map_or(expected, |(way, _)| way)
 }
 
 /// How the batches of a load are read.
@@ -140,13 +170,16 @@ impl Choosing {
         Choosing { starts: Vec::new(), trial: None, known: Some(way), expected: way }
     }
 
-    /// By both, at first.
-    fn measured(expected: Way, pages: Pages, batches: &[u64]) -> Self {
-        let mut trial = Trial::new(expected, pages);
+    /// By all ways, at first.
+    fn measured(ways: Ways, pages: Pages, batches: &[u64]) -> Self {
+        let mut trial = Trial::new(ways, pages);
+        let expected = ways.expected;
         let mut start = 0;
         let starts = batches.iter().map(|&bytes| {
             let own = start;
-            trial.has(own, bytes);
+            if let Some(phase) = trial.phase_of(own) {
+                phase.bytes += bytes;
+            }
             start += bytes;
             own
         });
@@ -157,7 +190,7 @@ impl Choosing {
     pub(crate) fn way(&self, batch: usize) -> Way {
         match (self.known, &self.trial, self.starts.get(batch)) {
             // What was decided for a batch of the trial stays, so that it is measured.
-            (_, Some(trial), Some(&start)) if start < 2 * trial.phase_bytes => trial.way(start),
+            (_, Some(trial), Some(&start)) if trial.measures(start) => trial.way(start),
             (Some(way), ..) => way,
             (None, Some(trial), Some(&start)) => trial.way(start),
             (None, ..) => self.expected,
@@ -166,8 +199,9 @@ impl Choosing {
 
     /// The pieces of a batch are about to be read.
     pub(crate) fn handed(&mut self, batch: usize, now: Duration) {
-        if let (Some(trial), Some(&start)) = (&mut self.trial, self.starts.get(batch)) {
-            let phase = if start < trial.phase_bytes { &mut trial.direct } else { &mut trial.staged };
+        if let (Some(trial), Some(&start)) = (&mut self.trial, self.starts.get(batch))
+            && let Some(phase) = trial.phase_of(start)
+        {
             phase.handed.get_or_insert(now);
         }
     }
@@ -218,17 +252,29 @@ impl Choices {
         Choices { pages, mounts: HashMap::new(), trying: None }
     }
 
-    /// What is expected to be faster before anything was measured: on small pages memory is slow to come
-    /// by, so nothing should wait for it; on large ones direct reads cost less.
-    pub(crate) fn expected(&self) -> Way {
-        if self.pages == Pages::Small { Way::Staged } else { Way::Direct }
+    /// The ways of loads from a file system, and the one that is expected to be faster before anything was
+    /// measured. On small pages memory is slow to come by, so nothing should wait for it; on large ones direct
+    /// reads cost less. A server that may be slow to answer is to have more reads at once than staging has room for.
+    pub(crate) fn ways(&self, may_be_slow: bool, buffered: bool) -> Ways {
+        let expected = if self.pages == Pages::Small && !may_be_slow { Way::Staged } else { Way::Direct };
+        Ways { expected, buffered }
     }
 
     /// How a load reads its batches, of so many bytes each. `is_over` says whether a load is,
     /// which is asked of the one that is being measured.
-    pub(crate) fn begin(&mut self, load: LoadId, mount: u64, batches: &[u64], is_over: impl Fn(LoadId) -> bool) -> Choosing {
-        let expected = self.expected();
-        let way = self.mounts.get(&mount).map_or(expected, |known| known.way);
+    pub(crate) fn begin(
+        &mut self,
+        load: LoadId,
+        mount: u64,
+        ways: Ways,
+        batches: &[u64],
+        is_over: impl Fn(LoadId) -> bool,
+    ) -> Choosing {
+        let way = self.mounts.get(&mount).map_or(ways.expected, |known| known.way);
+        if !ways.may(way) {
+            // What it could measure would be less than what is known.
+            return Choosing::fixed(ways.expected);
+        }
         if batches.iter().sum::<u64>() < LEAST_BYTES || self.trying.is_some_and(|other| !is_over(other)) {
             return Choosing::fixed(way);
         }
@@ -239,7 +285,7 @@ impl Choices {
             }
         }
         self.trying = Some(load);
-        Choosing::measured(way, self.pages, batches)
+        Choosing::measured(Ways { expected: way, ..ways }, self.pages, batches)
     }
 
     /// A load has measured both ways.
@@ -262,8 +308,31 @@ mod tests {
     /// A load of 1 GiB whose batches are prepared `ahead` of those that are full, by a device and copiers of
     /// these speeds in MiB/s; what it measured, and how many of its batches went each way.
     fn load(choices: &mut Choices, number: u64, direct: u64, staged: u64, ahead: usize) -> (Option<Measured>, [usize; 2]) {
+        let ways = local(choices);
+        let (measured, [direct, staged, buffered]) = load_by(choices, number, ways, [direct, staged, 1], ahead);
+        assert_eq!(buffered, 0);
+        (measured, [direct, staged])
+    }
+
+    fn begin(choices: &mut Choices, load: LoadId, mount: u64, batches: &[u64], is_over: impl Fn(LoadId) -> bool) -> Choosing {
+        let ways = local(choices);
+        choices.begin(load, mount, ways, batches, is_over)
+    }
+
+    fn local(choices: &Choices) -> Ways {
+        choices.ways(false, false)
+    }
+
+    /// The same by three ways, with these speeds: direct, staged, and through the page cache.
+    fn load_by(
+        choices: &mut Choices,
+        number: u64,
+        ways: Ways,
+        [direct, staged, buffered]: [u64; 3],
+        ahead: usize,
+    ) -> (Option<Measured>, [usize; 3]) {
         let batches = vec![BATCH; 64];
-        let mut choosing = choices.begin(LoadId(number), MOUNT, &batches, |_| true);
+        let mut choosing = choices.begin(LoadId(number), MOUNT, ways, &batches, |_| true);
         let mut ways = Vec::new();
         let (mut now, mut measured) = (Duration::ZERO, None);
         for full in 0..64 {
@@ -271,7 +340,11 @@ mod tests {
                 ways.push(choosing.way(ways.len()));
                 choosing.handed(ways.len() - 1, now);
             }
-            let speed = if ways[full] == Way::Direct { direct } else { staged };
+            let speed = match ways[full] {
+                Way::Direct => direct,
+                Way::Staged => staged,
+                Way::Buffered => buffered,
+            };
             now += Duration::from_secs(1) * 16 / u32::try_from(speed).unwrap();
             if let Some(seen) = choosing.full(full, BATCH, now) {
                 assert_eq!(measured, None, "told once");
@@ -280,7 +353,43 @@ mod tests {
             }
         }
         let count = |way| ways.iter().filter(|&&other| other == way).count();
-        (measured, [count(Way::Direct), count(Way::Staged)])
+        (measured, [count(Way::Direct), count(Way::Staged), count(Way::Buffered)])
+    }
+
+    #[test]
+    fn of_three_ways_the_fastest_is_found_wherever_it_stands() {
+        for pages in [Pages::Auto, Pages::Small] {
+            for (speeds, fastest) in [([300, 200, 100], 0), ([200, 300, 100], 1), ([100, 200, 900], 2), ([100, 30, 900], 2)] {
+                let mut choices = Choices::new(pages);
+                let ways = choices.ways(true, true);
+                assert_eq!(ways.expected, Way::Direct, "{pages:?}");
+                let (measured, batches) = load_by(&mut choices, 1, ways, speeds, 4);
+                let measured = measured.expect("1 GiB is enough");
+                let way = [Way::Direct, Way::Staged, Way::Buffered][fastest];
+                assert_eq!(measured.chosen, way, "{measured:?}");
+                let rates = [Some(measured.direct_bytes_per_second), Some(measured.staged_bytes_per_second)];
+                for (rate, speed) in rates.into_iter().chain([measured.buffered_bytes_per_second]).zip(speeds) {
+                    let expected = f64::from(u32::try_from(speed).unwrap()) * 1_048_576.0;
+                    assert!((rate.unwrap() / expected - 1.0).abs() < 0.01, "{measured:?}");
+                }
+                assert!(batches[fastest] >= 64 - 2 * 6 - 4, "{batches:?}");
+                // The fourth load knows, and does not look again.
+                (2..4).for_each(|number| _ = load_by(&mut choices, number, ways, speeds, 4));
+                let (measured, batches) = load_by(&mut choices, 4, ways, speeds, 4);
+                assert_eq!((measured, batches[fastest]), (None, 64));
+            }
+        }
+    }
+
+    #[test]
+    fn a_load_that_may_not_be_buffered_is_not_and_what_is_known_stays() {
+        let mut choices = Choices::new(Pages::Auto);
+        let (may, strict) = (choices.ways(true, true), choices.ways(true, false));
+        assert_eq!(load_by(&mut choices, 1, may, [100, 200, 900], 4).0.unwrap().chosen, Way::Buffered);
+        for number in 2..10 {
+            assert_eq!(load_by(&mut choices, number, strict, [100, 200, 900], 4), (None, [64, 0, 0]));
+        }
+        assert_eq!(load_by(&mut choices, 10, may, [100, 200, 900], 4).0.unwrap().chosen, Way::Buffered);
     }
 
     #[test]
@@ -322,12 +431,12 @@ mod tests {
     #[test]
     fn small_loads_and_those_beside_a_trial_take_what_is_known_or_expected() {
         let mut choices = Choices::new(Pages::Small);
-        let small = choices.begin(LoadId(1), MOUNT, &[BATCH; 8], |_| true);
+        let small = begin(&mut choices, LoadId(1), MOUNT, &[BATCH; 8], |_| true);
         assert_eq!((small.way(0), small.trial.is_none()), (Way::Staged, true));
         let large = vec![BATCH; 64];
-        assert!(choices.begin(LoadId(2), MOUNT, &large, |_| true).trial.is_some());
-        assert!(choices.begin(LoadId(3), MOUNT, &large, |_| false).trial.is_none(), "load 2 is being measured");
-        assert!(choices.begin(LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
+        assert!(begin(&mut choices, LoadId(2), MOUNT, &large, |_| true).trial.is_some());
+        assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none(), "load 2 is being measured");
+        assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
     }
 
     /// A load goes on long after it was measured, and others are not to wait for its end.
@@ -336,18 +445,18 @@ mod tests {
         let mut choices = Choices::new(Pages::Auto);
         let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough");
         let large = vec![BATCH; 64];
-        let other_mount = choices.begin(LoadId(2), MOUNT + 1, &large, |_| false);
+        let other_mount = begin(&mut choices, LoadId(2), MOUNT + 1, &large, |_| false);
         assert!(other_mount.trial.is_some(), "load 1 goes on, and its trial is over");
         // What another load has learned does not end the trial of this one.
         choices.learned(LoadId(1), MOUNT, &measured);
-        assert!(choices.begin(LoadId(3), MOUNT, &large, |_| false).trial.is_none());
+        assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none());
     }
 
     #[test]
     fn what_comes_from_the_page_cache_is_not_measured() {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
-        let mut choosing = choices.begin(LoadId(1), MOUNT, &batches, |_| true);
+        let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &batches, |_| true);
         choosing.give_up();
         for batch in 0..64 {
             assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(batch as u64)), None);
@@ -356,7 +465,7 @@ mod tests {
         // Nothing was learned, so the next load is measured.
         assert!(load(&mut choices, 2, 1900, 2600, 6).0.is_some());
         // What was learned already stays.
-        choosing = choices.begin(LoadId(3), MOUNT, &batches, |_| true);
+        choosing = begin(&mut choices, LoadId(3), MOUNT, &batches, |_| true);
         choosing.give_up();
         assert_eq!(choosing.way(0), Way::Staged);
     }
@@ -366,7 +475,7 @@ mod tests {
     fn a_phase_that_never_ends_decides_nothing() {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
-        let mut choosing = choices.begin(LoadId(1), MOUNT, &batches, |_| true);
+        let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &batches, |_| true);
         (0..64).for_each(|batch| choosing.handed(batch, Duration::ZERO));
         for batch in (1..64).rev() {
             assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);

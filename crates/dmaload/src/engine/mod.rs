@@ -690,8 +690,16 @@ impl Engine {
                 if let Some((mount, measured)) = load.measure(piece) {
                     self.choices().learned(id, mount, &measured);
                     foreign::emit(|| {
-                        let Measured { direct_bytes_per_second, staged_bytes_per_second, chosen } = measured;
-                        tracing::info!(load = id.0, direct_bytes_per_second, staged_bytes_per_second, %chosen, "measured");
+                        let Measured { direct_bytes_per_second, staged_bytes_per_second, buffered_bytes_per_second, chosen } =
+                            measured;
+                        tracing::info!(
+                            load = id.0,
+                            direct_bytes_per_second,
+                            staged_bytes_per_second,
+                            buffered_bytes_per_second,
+                            %chosen,
+                            "measured"
+                        );
                     });
                 }
                 self.jobs.follow(id, load.piece_full(piece, route));

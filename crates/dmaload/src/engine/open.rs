@@ -23,7 +23,7 @@ use crate::options::observer::VERIFIER;
 use crate::plan::select::{ChosenTensors, Selected, Selector, by_tensors};
 use crate::plan::tensors::FileTensors;
 use crate::plan::{MOST_PIECES, Plan, Shape, Span};
-use crate::ring::LoadSpec;
+use crate::ring::{LoadSpec, can_read_buffered};
 use crate::route::{Attempt, Fallback, Route};
 use crate::support::foreign;
 use crate::telemetry::report::Way;
@@ -81,8 +81,10 @@ impl Engine {
     fn choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
         let LoadOptions { route, prefer, .. } = load.options;
         if route.is_some() || load.is_observed_in_staging() || prefer == Prefer::Cpu {
-            let staged = load.starting_route() >= Route::Bounce;
-            return Choosing::fixed(if staged { Way::Staged } else { Way::Direct });
+            let start = load.starting_route();
+            // A ring reads into memory that is there, through the page cache, too.
+            let direct = start < Route::Bounce || start == Route::UringBuffered && !load.is_observed_in_staging();
+            return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
         // Memory that is there as a whole is there ahead of any read; whether it can be pinned, reads find out.
         if self.facts.allocates_at_once {
@@ -90,12 +92,20 @@ impl Engine {
         }
         let mut mounts = files.iter().map(|file| file.identity.mount());
         let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
+        // Of one file system all are the same.
+        let open = files.iter().find_map(|file| file.open.as_ref());
+        let may_be_slow = open.is_some_and(|file| file.ring_refused.is_some());
+        let buffered = may_be_slow
+            && !load.options.strict
+            && open.is_some_and(|file| file.ring_refused_to(Route::UringBuffered).is_none())
+            && can_read_buffered();
         let mut choices = self.choices();
+        let ways = choices.ways(may_be_slow, buffered);
         if mounts.any(|other| other != mount) {
-            return Choosing::fixed(choices.expected());
+            return Choosing::fixed(ways.expected);
         }
         let batches: Vec<_> = plan.batches.iter().map(|batch| batch.bytes).collect();
-        choices.begin(load.id, mount, &batches, |other| !self.jobs.knows(other))
+        choices.begin(load.id, mount, ways, &batches, |other| !self.jobs.knows(other))
     }
 
     /// The most memory that a stream has ahead of its consumer: enough for a full window beside a segment that waits for its last
@@ -458,7 +468,8 @@ pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadS
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
     let step = |from, to, attempt, errno| Some(Fallback { file_index: Some(index), from, to, attempt, errno });
-    let fallback = match (file.direct_refused(), file.ring_refused) {
+    let fallback = match (file.direct_refused(), file.ring_refused_to(from)) {
+        (_, Some((attempt, errno))) if from == Route::UringBuffered => step(from, Route::Buffered, attempt, errno),
         (Some(errno), _) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),
         (None, Some((attempt, errno))) if from < Route::PreadDirect => step(from, Route::PreadDirect, attempt, errno),
         // What is bounced is still bounced, but read into staging by threads.

@@ -197,6 +197,9 @@ struct FileState {
     planned: FilePlan,
     open: Arc<Slot<Arc<OpenFile>>>,
     pieces_left: usize,
+    /// Where its reads start.
+    start: Route,
+    /// The lowest route that any of its bytes took.
     route: Route,
 }
 
@@ -416,7 +419,7 @@ impl LoadShared {
             let open = Arc::new(Slot::new(planned.open.clone().filter(|_| pieces_left > 0)));
             let route = planned.route;
             let planned = FilePlan { open: None, ..planned };
-            state.files.push(FileState { planned, open, pieces_left, route });
+            state.files.push(FileState { planned, open, pieces_left, start: route, route });
         }
         let is_small = |piece: &Piece| {
             let segment = state.plan.segments.get(piece.segment);
@@ -503,7 +506,7 @@ impl LoadShared {
                 path: Arc::clone(self.path(file_index).expect("a planned file has a path")),
                 identity: file.planned.identity,
                 alignment_bytes: file.planned.alignment_bytes,
-                route: file.route,
+                route: file.start,
                 small: file.planned.small,
                 file: Arc::clone(&file.open),
             }
@@ -545,13 +548,15 @@ impl LoadShared {
     /// A file was opened when its turn came, and this route chosen for it.
     pub(crate) fn file_opened(&self, file_index: usize, route: Route) {
         if let Some(file) = self.state().files.get_mut(file_index) {
+            file.start = file.start.max(route);
             file.route = file.route.max(route);
         }
     }
 
-    /// The route that reads of a file take now.
+    /// The route that reads of a file start at. (Where it has stepped down since, the driver knows; and that parts of it
+    /// took another way says nothing about the others.)
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
-        self.state().files.get(file_index).map_or(self.starting_route(), |file| file.route)
+        self.state().files.get(file_index).map_or(self.starting_route(), |file| file.start)
     }
 
     pub(crate) fn begin_allocating(&self) {

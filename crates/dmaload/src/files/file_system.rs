@@ -7,6 +7,10 @@
 //!
 //! So file systems are allowed one by one. Anything else is read by threads, which costs little.
 //!
+//! Buffered reads ([`crate::Route::UringBuffered`]) of network file systems are allowed, too. Such a read
+//! goes to a kernel thread of its own at once (`IOSQE_ASYNC`), and there are as many of these as reads in
+//! flight: nothing waits for it, and a short answer comes back short. Never FUSE, nor what may be FUSE.
+//!
 //! `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says. Each
 //! allowed file system needs a second proof, which only the kernel's own code can give.
 
@@ -20,10 +24,13 @@ use crate::route::Attempt;
 const BTRFS: u32 = 0x9123_683E;
 const EROFS: u32 = 0xE0F5_E1E2;
 const EXT4: u32 = 0xEF53;
+const CIFS: u32 = 0xFF53_4D42;
 const FUSE: u32 = 0x6573_5546;
 const ISO9660: u32 = 0x9660;
+const NFS: u32 = 0x6969;
 const OVERLAYFS: u32 = 0x794C_7630;
 const ECRYPTFS: u32 = 0xF15F;
+const SMB2: u32 = 0xFE53_4D42;
 const SQUASHFS: u32 = 0x7371_7368;
 const TMPFS: u32 = 0x0102_1994;
 const XFS: u32 = 0x5846_5342;
@@ -61,6 +68,8 @@ pub(crate) struct Device {
 pub(crate) struct Trust {
     /// Why a ring must not read this file: the attempt that is avoided, and the kernel's answer.
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
+    /// Why a ring must not read it through the page cache either.
+    pub(crate) buffered_ring_refused: Option<(Attempt, Errno)>,
     /// Whether what the page cache has of it is as good a witness as storage.
     pub(crate) cache: bool,
 }
@@ -73,11 +82,15 @@ pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
             let [first, second, third, fourth, ..] = about.f_type.to_le_bytes();
             u32::from_le_bytes([first, second, third, fourth])
         }
-        Err(errno) => return Trust { ring_refused: Some((Attempt::RingOnUnknown, errno)), cache: false },
+        Err(errno) => {
+            let refused = Some((Attempt::RingOnUnknown, errno));
+            return Trust { ring_refused: refused, buffered_ring_refused: refused, cache: false };
+        }
     };
     let refused = refused(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok());
     let ring_refused = refused.map(|attempt| (attempt, Errno::OPNOTSUPP));
-    Trust { ring_refused, cache: ring_refused.is_none() && is_cache_witness(f_type, device) }
+    let buffered_ring_refused = ring_refused.filter(|_| !is_network(f_type));
+    Trust { ring_refused, buffered_ring_refused, cache: ring_refused.is_none() && is_cache_witness(f_type, device) }
 }
 
 /// Whether a change of bytes that were copied from the page cache always shows in the file's time of modification.
@@ -94,6 +107,15 @@ fn is_cache_witness(f_type: u32, device: Device) -> bool {
         XFS | BTRFS | EROFS | SQUASHFS | ISO9660 => true,
         _ => false,
     }
+}
+
+/// Whether direct reads may be slow where buffered ones are not, and what the page cache has of a file that was just opened
+/// is what its server has.
+///
+/// 9p is not listed: its `f_type` is whatever the server says, and its caches may be older than the server's bytes. Virtiofs
+/// can't be told from FUSE. A 9p server that claims to be one of these gains nothing: such a read can't go wrong in the ring.
+fn is_network(f_type: u32) -> bool {
+    matches!(f_type, NFS | CIFS | SMB2)
 }
 
 fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
@@ -140,6 +162,22 @@ mod tests {
         for f_type in [TMPFS, FUSE, OVERLAYFS, ECRYPTFS, 0x4D44, 0x2011_BAB0, 0x6969, 0] {
             assert!(!is_cache_witness(f_type, disk), "{f_type:x}");
         }
+    }
+
+    #[test]
+    fn a_ring_reads_through_the_cache_what_it_reads_directly_and_network_file_systems() {
+        for f_type in [NFS, CIFS, SMB2] {
+            assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
+            assert!(is_network(f_type), "{f_type:x}");
+        }
+        // Ceph, 9p, AFS, ZFS.
+        for f_type in [FUSE, OVERLAYFS, ECRYPTFS, 0x00C3_6400, 0x0102_1997, 0x5346_414F, 0x2FC1_2FC1, 0] {
+            assert!(!is_network(f_type), "{f_type:x}");
+        }
+        let memfd =
+            OwnedFd::from(std::fs::File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap()));
+        let trusted = trust(&memfd, ANONYMOUS);
+        assert_eq!((trusted.ring_refused, trusted.buffered_ring_refused), (None, None), "tmpfs");
     }
 
     #[test]

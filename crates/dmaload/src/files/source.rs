@@ -233,6 +233,7 @@ pub(crate) struct OpenFile {
     pub(crate) alignment_bytes: u64,
     /// Why a ring must not read it; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
+    buffered_ring_refused: Option<(Attempt, Errno)>,
     /// What the page cache has of it may be taken for the file.
     cache_is_witness: bool,
     /// Reads of `buffered` read nothing ahead.
@@ -274,7 +275,7 @@ impl OpenFile {
         if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
             return Err(failed("open")(errno));
         }
-        let Trust { ring_refused, cache } = trust(&buffered, look.device);
+        let Trust { ring_refused, buffered_ring_refused, cache } = trust(&buffered, look.device);
         // Reading a header, or asking what is cached, is to bring in no more than that. A server is better asked ahead.
         let is_quiet = ring_refused.is_none() && fadvise(&buffered, 0, None, Advice::Random).is_ok();
         if look.from_cache && ring_refused.is_some() {
@@ -289,6 +290,7 @@ impl OpenFile {
             identity: look.identity,
             alignment_bytes: look.alignment_bytes,
             ring_refused,
+            buffered_ring_refused,
             cache_is_witness: cache && !look.from_cache,
             is_quiet: AtomicBool::new(is_quiet),
             buffered,
@@ -317,10 +319,17 @@ impl OpenFile {
         read.and_then(|has| set_nonblocking(&self.buffered, false).map(|()| has)).map_err(failed)
     }
 
+    /// Why a ring must not read it by this route.
+    pub(crate) fn ring_refused_to(&self, route: Route) -> Option<(Attempt, Errno)> {
+        if route == Route::UringBuffered { self.buffered_ring_refused } else { self.ring_refused }
+    }
+
     /// The descriptor that reads by this route use.
     pub(crate) fn descriptor(&self, route: Route) -> BorrowedFd<'_> {
         match &self.direct {
             Ok(direct) if route.is_direct() => direct.as_fd(),
+            // Reads in any order, each of its own range: what lies behind it is another read's.
+            _ if route == Route::UringBuffered => self.buffered.as_fd(),
             _ => {
                 self.read_ahead();
                 self.buffered.as_fd()

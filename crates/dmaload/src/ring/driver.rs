@@ -240,7 +240,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         if let Some(errno) = refused {
             // The ring was refused for all its routes at once: that is one step, to the first one without it.
-            self.step_down(token, route, Route::PreadDirect, Attempt::SetUpRing, errno, piece.file_offset);
+            self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
             // A strict load has failed, and is gone.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_told = true;
@@ -364,7 +364,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
             // What is observed in staging goes there by every route.
-            Route::Buffered if staged => self.issue_staged(id, chunk),
+            Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
+            // A ring brings no memory into being.
+            Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
             Route::UringFixedDirect if entry.buffer_slot.is_none() => {
                 let (all, free) = (self.kernel.buffer_slots(), self.buffer_slots.len());
                 let held = load.registered;
@@ -644,7 +646,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             | Attempt::Read
             | Attempt::ReadOn => Some(file),
         };
-        self.known.stepped_down(mount, to, attempt, errno, self.kernel.now());
+        self.known.stepped_down(mount, (from, to), attempt, errno, self.kernel.now());
         let left = match file_index {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),

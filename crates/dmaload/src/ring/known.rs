@@ -42,13 +42,13 @@ pub(super) struct Known {
 
 impl Known {
     /// A step down was taken.
-    pub(super) fn stepped_down(&mut self, mount: u64, to: Route, attempt: Attempt, errno: Errno, now: Duration) {
+    pub(super) fn stepped_down(&mut self, mount: u64, (from, to): (Route, Route), attempt: Attempt, errno: Errno, now: Duration) {
         let until = now + KNOWN_FOR;
         if to == Route::Bounce {
             if !matches!(self.memory, Pinnable::Yes) {
                 self.memory = Pinnable::No { attempt, errno, until };
             }
-        } else if attempt == Attempt::Read && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
+        } else if from.is_direct() && attempt == Attempt::Read && matches!(errno, Errno::INVAL | Errno::OPNOTSUPP) {
             let known = self.mounts.entry(mount).or_insert(Mount::Refused { to, errno, until });
             if let Mount::Refused { to: known, until: known_until, .. } = known {
                 *known = to.max(*known);
@@ -74,7 +74,7 @@ impl Known {
             _ => None,
         };
         let mount = match self.mounts.get(&mount) {
-            Some(&Mount::Refused { to, errno, until }) if now < until => Some((to, Attempt::Read, errno)),
+            Some(&Mount::Refused { to, errno, until }) if now < until && route.is_direct() => Some((to, Attempt::Read, errno)),
             _ => None,
         };
         memory.into_iter().chain(mount).filter(|&(to, ..)| route < to).max_by_key(|&(to, ..)| to)

@@ -10,7 +10,7 @@
 
 pub(crate) mod probe;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use super::pool::{LOOKERS, Pool, READERS};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
-use crate::memory::buffer::{Buffer, Place};
+use crate::memory::buffer::{Buffer, Fault, Place};
 use crate::ring::pace::FIRST;
 use crate::route::Route;
 
@@ -111,7 +111,7 @@ impl Kernel for LinuxKernel {
 
     unsafe fn read(&mut self, file: &Arc<OpenFile>, read: Read) {
         match &mut self.ring {
-            Ok(ring) if read.route.uses_ring() && file.ring_refused.is_none() => ring.queue.push(ring.files.entry(file, &read)),
+            Ok(ring) if read.route.uses_ring() && file.ring_refused_to(read.route).is_none() => ring.read(file, &read),
             // SAFETY: the caller's promise is the same.
             _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }
@@ -210,6 +210,38 @@ struct Ring {
     armed: bool,
     buffers: Result<(), Errno>,
     files: FileTable,
+    uncached: Uncached,
+}
+
+/// Reads through the page cache that are to leave nothing in it (`RWF_DONTCACHE`, Linux 6.14), where that can be.
+#[derive(Debug, Default)]
+struct Uncached {
+    /// Those in flight, by their user data, with the number of the file system.
+    in_flight: HashMap<u64, u64>,
+    /// File systems that can't do it; all of them on older kernels.
+    refused_by: HashSet<u64>,
+}
+
+impl Uncached {
+    /// The flags of a read from this file system.
+    fn flags(&mut self, user_data: u64, mount: u64) -> i32 {
+        if self.refused_by.contains(&mount) {
+            return 0;
+        }
+        self.in_flight.insert(user_data, mount);
+        libc::RWF_DONTCACHE
+    }
+
+    /// What a completion means for the driver: without the flag the read is to be done once more.
+    fn answered(&mut self, user_data: u64, result: Result<usize, Errno>) -> Result<usize, Errno> {
+        match (self.in_flight.remove(&user_data), result) {
+            (Some(mount), Err(Errno::OPNOTSUPP)) => {
+                self.refused_by.insert(mount);
+                Err(Errno::AGAIN)
+            }
+            (_, result) => result,
+        }
+    }
 }
 
 impl Ring {
@@ -218,10 +250,26 @@ impl Ring {
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
-        let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files };
+        // Without it (before Linux 5.15) there are fewer, and reads wait for each other.
+        let _ = set_kernel_threads(&ring, depth);
+        let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files, uncached: Uncached::default() };
         // A kernel that sets up rings but refuses to enter them (a seccomp profile) is found out here.
         ring.submit(false, wake)?;
         Ok(ring)
+    }
+
+    fn read(&mut self, file: &OpenFile, read: &Read) {
+        let entry = if read.route == Route::UringBuffered {
+            let user_data = read.token.user_data();
+            let fd = types::Fd(file.descriptor(read.route).as_raw_fd());
+            let flags = self.uncached.flags(user_data, file.identity.mount());
+            let entry = opcode::Read::new(fd, read.address.as_ptr(), length(read)).offset(read.offset).rw_flags(flags);
+            // At once to a kernel thread: this thread neither waits for a server nor copies.
+            entry.build().flags(squeue::Flags::ASYNC).user_data(user_data)
+        } else {
+            self.files.entry(file, read)
+        };
+        self.queue.push(entry);
     }
 
     fn update_buffer(&mut self, slot: u16, address: *mut u8, bytes: usize) -> Result<(), Errno> {
@@ -276,7 +324,8 @@ impl Ring {
                 continue;
             }
             let token = Token::from_user_data(entry.user_data());
-            let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()).into());
+            let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()));
+            let result = self.uncached.answered(entry.user_data(), result).map_err(Fault::Read);
             into.push(Completion { token, result });
         }
     }
@@ -325,7 +374,7 @@ impl FileTable {
     }
 
     fn entry(&self, file: &OpenFile, read: &Read) -> squeue::Entry {
-        let bytes = u32::try_from(read.bytes).expect("a read is of one piece at most, which has 16 MiB or a segment");
+        let bytes = length(read);
         let address = read.address.as_ptr();
         let entry = match (self.slots.get(&file.id), read.buffer_slot) {
             (Some(&(Some(slot), _)), Some(buffer)) => {
@@ -343,6 +392,23 @@ impl FileTable {
         };
         entry.user_data(read.token.user_data())
     }
+}
+
+fn length(read: &Read) -> u32 {
+    u32::try_from(read.bytes).expect("a read is of one piece at most, which has 16 MiB or a segment")
+}
+
+/// Lets as many kernel threads of this thread's rings wait for files as there are reads in flight, so that none waits for
+/// another one's server. By default there are four for each CPU.
+fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
+    let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
+    // 0 leaves the others as they are: those for files that are no regular ones.
+    ring.submitter().register_iowq_max_workers(&mut [threads, 0]).map_err(|error| errno(&error))
+}
+
+/// Whether reads through the page cache can go by a ring, and none of them waits for another one's server.
+pub(crate) fn can_read_buffered() -> bool {
+    set_up(8).and_then(|ring| set_kernel_threads(&ring, 1)).is_ok()
 }
 
 /// Ways of running a ring, the better ones first.
@@ -386,4 +452,25 @@ fn errno(error: &std::io::Error) -> Errno {
 
 fn libc_iovec(address: *mut u8, bytes: usize) -> libc::iovec {
     libc::iovec { iov_base: address.cast(), iov_len: bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_file_system_can_not_leave_uncached_is_read_once_more_and_then_without_asking() {
+        let mut uncached = Uncached::default();
+        let (one, other) = (7, 8);
+        assert_eq!([1, 2].map(|read| uncached.flags(read, one)), [libc::RWF_DONTCACHE; 2]);
+        assert_eq!(uncached.flags(3, other), libc::RWF_DONTCACHE);
+        // Both are read once more, though the first one has told already.
+        assert_eq!([1, 2].map(|read| uncached.answered(read, Err(Errno::OPNOTSUPP))), [Err(Errno::AGAIN); 2]);
+        assert_eq!(uncached.flags(1, one), 0);
+        // Of a read without the flag it is an answer like any other.
+        assert_eq!(uncached.answered(1, Err(Errno::OPNOTSUPP)), Err(Errno::OPNOTSUPP));
+        assert_eq!((uncached.answered(3, Ok(5)), uncached.flags(3, other)), (Ok(5), libc::RWF_DONTCACHE));
+        assert_eq!(uncached.answered(3, Err(Errno::IO)), Err(Errno::IO));
+        assert!(uncached.in_flight.is_empty());
+    }
 }

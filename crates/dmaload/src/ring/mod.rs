@@ -27,7 +27,7 @@ mod thread;
 mod wake;
 pub(crate) mod watch;
 
-pub(crate) use linux::probe;
+pub(crate) use linux::{can_read_buffered, probe};
 pub(crate) use message::{Failure, FileSpec, LoadSpec, Output, Retried, Span, Times};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;

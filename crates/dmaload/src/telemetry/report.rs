@@ -58,7 +58,7 @@ pub struct Report {
     pub route: Route,
     /// Every step down the ladder, in the order taken.
     pub fallbacks: Vec<Fallback>,
-    /// How fast direct and staged reads were, where this load has tried both to find the faster one
+    /// How fast direct and staged reads were, where this load has tried them to find the fastest way
     /// ([`crate::LoadOptions::route`]).
     pub measured: Option<Measured>,
     /// What was compared with what was expected ([`crate::LoadOptions::verify`]); `None` when nothing was.
@@ -78,6 +78,9 @@ pub enum Way {
     /// Reads go into a few buffers that stay in the processor's cache. Threads bring memory into being,
     /// and copy what was read while both are in the cache ([`Route::Bounce`]).
     Staged,
+    /// Through the page cache, by io_uring ([`Route::UringBuffered`]): on network file systems, where direct reads may be
+    /// slow. A step down, so no strict load takes it.
+    Buffered,
 }
 
 impl std::fmt::Display for Way {
@@ -85,11 +88,12 @@ impl std::fmt::Display for Way {
         f.pad(match self {
             Way::Direct => "direct",
             Way::Staged => "staged",
+            Way::Buffered => "buffered",
         })
     }
 }
 
-/// How fast the two ways were on parts of a load.
+/// How fast the ways were on parts of a load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Measured {
@@ -97,6 +101,8 @@ pub struct Measured {
     pub direct_bytes_per_second: f64,
     /// By staged ones.
     pub staged_bytes_per_second: f64,
+    /// By those through the page cache; `None` where these were not tried.
+    pub buffered_bytes_per_second: Option<f64>,
     /// Which of them the rest of the load took, and later loads take.
     pub chosen: Way,
 }

@@ -17,4 +17,5 @@ pub fn folder() -> tempfile::TempDir {
 #[allow(unused_imports, reason = "each test uses a part of it")]
 pub use dmaload_testing::{assert_same, file, random_bytes};
 
-pub const ROUTES: [Route; 5] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];
+pub const ROUTES: [Route; 6] =
+    [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];

@@ -43,7 +43,7 @@ async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from
         let report = image.report();
         assert_eq!(report.route, Route::Buffered, "{route}");
         let read_refused = report.fallbacks.iter().any(|step| step.attempt == Attempt::Read && step.errno == Errno::INVAL);
-        assert_eq!(read_refused, route != Route::Buffered, "{route}: {:?}", report.fallbacks);
+        assert_eq!(read_refused, route.is_direct(), "{route}: {:?}", report.fallbacks);
         let strict = loader.load_with([&mounted.path], loader.options().route(route).strict(true)).await;
         match strict {
             Ok(_) => assert_eq!(route, Route::Buffered, "nothing is refused to it"),
@@ -80,13 +80,15 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
         (Route::UringDirect, Route::UringDirect, Route::PreadDirect),
         // What is bounced stays bounced, and its reads into staging are no ring's.
         (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
+        (Route::UringBuffered, Route::UringBuffered, Route::Buffered),
     ] {
         let loader = loader().route(route).build().unwrap();
         let image = loader.load(path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), bytes, &format!("{attempt}, {route}"));
         let report = image.report();
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
-        assert_eq!((report.route, steps), (to, vec![(from, Route::PreadDirect, attempt, errno)]), "{route}");
+        let by_threads = if from.is_direct() { Route::PreadDirect } else { Route::Buffered };
+        assert_eq!((report.route, steps), (to, vec![(from, by_threads, attempt, errno)]), "{route}");
         assert!(report.fallbacks[0].reason().contains("wrong bytes"), "{}", report.fallbacks[0].reason());
         let strict = loader.load_with([path], loader.options().strict(true)).await.unwrap_err();
         let Error::Refused { attempt: refused, errno: told, .. } = strict else { panic!("{route}: {strict}") };

@@ -183,7 +183,8 @@ impl LoadShared {
         }
         if let Some(cached_bytes) = filled_cache_bytes(state) {
             notes.push(format!(
-                "{cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now"
+                "{cached_bytes} bytes were read through the page cache, which keeps a second copy of them for now{}",
+                if self.options.route == Some(Route::UringBuffered) { ", unless RWF_DONTCACHE works" } else { "" }
             ));
         }
         if self.allocates_at_once && self.options.layout == Layout::Single {
@@ -238,7 +239,7 @@ impl LoadShared {
 
 /// How much of the load was read through the page cache, if that is enough to be told.
 pub(super) fn filled_cache_bytes(state: &State) -> Option<u64> {
-    let cached = state.files.iter().filter(|file| file.route == Route::Buffered);
+    let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
     (cached_bytes >= PAGE_CACHE_BYTES_TOLD).then_some(cached_bytes)
 }

@@ -58,7 +58,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             (Ok(()), None) => Route::UringDirect,
             (Ok(()), Some(_)) => Route::UringFixedDirect,
         };
-        let by = if route == Route::Buffered { route } else { best.max(entry.file.staged_by) };
+        let by = if route.is_direct() { best.max(entry.file.staged_by) } else { route };
         let registered = registered.filter(|_| by == Route::UringFixedDirect);
         let in_flight = InFlight { chunk, route, step: Step::Staged(slot), since: self.kernel.now() };
         self.start_read(id, in_flight, by, Destination { buffer_slot: registered, address, bytes, place: None });
@@ -72,10 +72,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let load = self.loads.get_mut(&id).expect(LOAD);
         // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
-        if load.staging_told
-            || entry.file.route == Route::Buffered
-            || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
-        {
+        if load.staging_told || !entry.file.route.is_direct() || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok() {
             return true;
         }
         let Some(step) = self.staging.register(slot, &mut self.kernel, &mut self.buffer_slots) else { return true };

@@ -156,7 +156,7 @@ fn loads_whose_reads_never_come_back_stop_nobody_else() {
         Shared { staging_slots: 8, ..enough },
         Shared { buffer_slots: 8, ..enough },
     ];
-    let routes = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::Buffered];
+    let routes = Route::ALL;
     for shared in scarce {
         for (hung_by, others_by) in routes.into_iter().flat_map(|hung_by| routes.map(|others_by| (hung_by, others_by))) {
             let mut machine = Machine::new(1, shared, &Faults::none());

@@ -539,6 +539,7 @@ impl SimKernel {
     fn perform(&mut self, file: &SimFile, read: &Read) -> Result<usize, Errno> {
         let refused = match read.route {
             Route::Buffered => None,
+            Route::UringBuffered => file.faults.no_ring,
             Route::PreadDirect => file.faults.no_direct,
             _ => file.faults.no_ring.or(file.faults.no_direct),
         };

@@ -21,6 +21,8 @@ struct Machine {
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
     loads: u64,
+    /// Where they start.
+    route: Route,
 }
 
 /// What came of a load.
@@ -37,22 +39,29 @@ impl Machine {
         let clock: Rc<Cell<Duration>> = Rc::default();
         let kernel = SimKernel::new(1, faults, &memory, &clock, Duration::ZERO);
         let staging = StagingBudget { slot_bytes: 4096, slots: 2 };
-        Machine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0 }
+        Machine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0, route: Route::UringFixedDirect }
     }
 
     /// Loads a file of three pieces on this mount, which refuses direct reads with this errno.
     fn load(&mut self, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
-        self.load_shrunk(0, mount, no_direct, strict)
+        self.load_with(mount, FileFaults { no_direct, ..FileFaults::default() }, strict)
+    }
+
+    fn load_with(&mut self, mount: u64, faults: FileFaults, strict: bool) -> Done {
+        self.load_file(0, mount, faults, strict)
     }
 
     /// The same of a file that has lost so many bytes since it was planned.
     fn load_shrunk(&mut self, lost: u64, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
+        self.load_file(lost, mount, FileFaults { no_direct, ..FileFaults::default() }, strict)
+    }
+
+    fn load_file(&mut self, lost: u64, mount: u64, faults: FileFaults, strict: bool) -> Done {
         let id = LoadId(self.loads);
         self.loads += 1;
         let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
         let plan = Plan::new(&[BLOCK], &[Span::whole(0, 3 * BLOCK)], shape);
-        let faults = Rc::new(FileFaults { no_direct, ..FileFaults::default() });
-        let file = SimFile { number: id.0, bytes: 3 * BLOCK - lost, faults };
+        let file = SimFile { number: id.0, bytes: 3 * BLOCK - lost, faults: Rc::new(faults) };
         let before = self.driver.kernel().refusals;
         self.driver.begin(LoadSpec {
             id,
@@ -63,12 +72,12 @@ impl Machine {
             observation: None,
         });
         for (number, &piece) in plan.pieces.iter().enumerate() {
-            let route = Route::UringFixedDirect;
+            let route = self.route;
             let spec = FileSpec {
                 handle: file.clone(),
                 index: 0,
                 route,
-                staged_by: route,
+                staged_by: Route::UringFixedDirect,
                 mount,
                 alignment_bytes: BLOCK,
                 cached: CachedChunks::default(),
@@ -131,6 +140,21 @@ fn a_mount_without_direct_reads_is_tried_once() {
     assert_eq!(other.steps(), [], "another mount is not concerned");
     let strict = machine.load(7, Some(Errno::INVAL), true);
     assert!(strict.refusals > 0 && matches!(strict.failure, Some(Failure::Refused { .. })));
+}
+
+#[test]
+fn reads_through_the_cache_and_direct_ones_say_nothing_of_each_other() {
+    let mut machine = Machine::new(Faults::none());
+    // Direct reads were refused there.
+    assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
+    machine.route = Route::UringBuffered;
+    assert_eq!(machine.load(7, Some(Errno::INVAL), false).steps(), []);
+    // Reads by a ring through the cache were refused here.
+    let file = FileFaults { no_ring: Some(Errno::OPNOTSUPP), ..FileFaults::default() };
+    let step = (Route::UringBuffered, Route::Buffered, Attempt::Read, Errno::OPNOTSUPP);
+    assert_eq!(machine.load_with(8, file, false).steps(), [step]);
+    machine.route = Route::UringFixedDirect;
+    assert_eq!(machine.load(8, None, false).steps(), []);
 }
 
 #[test]

@@ -267,6 +267,7 @@ impl World {
             Route::UringDirect,
             Route::PreadDirect,
             Route::Bounce,
+            Route::UringBuffered,
             Route::Buffered,
         ]);
         let rejects = if !calm && random.chance(100) {
