@@ -1,6 +1,8 @@
-//! A process of one measured run: it is told to get ready, then to go, and tells in a line of JSON how it went.
+//! A process of one measured run: it is told to get ready, then to go, and tells in a line of JSON
+//! how it went.
 //!
-//! It has just these lines of its own, so CPU time, peak memory and whatever a mode leaves behind are that mode's alone.
+//! It has just these lines of its own, so CPU time, peak memory and whatever a mode leaves behind
+//! are that mode's alone.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -22,7 +24,9 @@ const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
 
-/// A process that measures one run: `bench-child load --mode NAME [--scratch FILE]`, then
+/// A process that measures one run.
+///
+/// It is started as `bench-child load --mode NAME [--scratch FILE]`, followed by
 /// [`Settings::arguments`](crate::Settings::arguments).
 #[derive(Debug)]
 pub struct Load {
@@ -30,18 +34,19 @@ pub struct Load {
     pub mode: Mode,
     /// The files.
     pub paths: Vec<PathBuf>,
-    /// [`Settings::user`](crate::Settings::user): all modes but `limit` lock no more memory then than most users may.
+    /// [`Settings::user`](crate::Settings::user): if set, all modes but `limit` may lock 8 MiB of
+    /// memory only.
     pub user: Option<u32>,
-    /// Whether to tell how far the engine was when, for a picture.
+    /// Whether to record progress over time, for a picture.
     pub curves: bool,
 }
 
 impl Load {
-    /// Is told what to do by lines on standard input, and tells how it went by lines to `output`, which is standard output.
-    /// `told` puts the error of a run into words.
+    /// Reads commands from standard input, a line each, and writes the outcome to `output`, which
+    /// must be standard output. `told` puts the error of a run into words.
     ///
     /// # Errors
-    /// When `output` can't be written to. A run that fails is told, not returned.
+    /// If `output` can't be written to. The error of a run is written, not returned.
     pub fn run(self, engine: &dyn Engine, told: fn(&anyhow::Error) -> String, output: &mut dyn Write) -> Result<()> {
         let prepare = || {
             if self.user.is_some() && self.mode != Mode::Limit {

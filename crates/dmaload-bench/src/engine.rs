@@ -8,18 +8,18 @@ use dmaload::heap::Heap;
 use dmaload::verify::{Manifest, Recorder};
 use dmaload::{Loader, Route};
 
-/// Makes the engine that is measured, by the options of the program that runs the bench.
+/// Makes the loaders that are measured, from the options of the program that runs the bench.
 ///
-/// Each method is called when its mode needs it, in the process of that mode: a mode that needs no heap must not fail
-/// for want of one.
+/// Each method is called in the process of the mode that needs it, and only then: a mode without a
+/// heap must not fail because a heap can't be had.
 pub trait Engine {
-    /// A loader.
+    /// A loader by these options.
     ///
     /// # Errors
-    /// When this machine has no such thing, or the options contradict each other.
+    /// If this machine lacks what the options ask for, or they contradict each other.
     fn loader(&self) -> dmaload::Result<Loader>;
 
-    /// A loader by this route alone: it fails rather than take a lower one.
+    /// A strict loader by this route: it fails rather than take a lower one.
     ///
     /// # Errors
     /// As [`Engine::loader`].
@@ -31,16 +31,16 @@ pub trait Engine {
     /// As [`Engine::loader`].
     fn loader_with_pool(&self) -> dmaload::Result<Loader>;
 
-    /// The heap of its loaders.
+    /// The heap that these loaders allocate from.
     ///
     /// # Errors
-    /// When this machine has no such heap.
+    /// If this machine has no such heap.
     fn heap(&self) -> dmaload::Result<Arc<dyn Heap>>;
 
-    /// The page size that was asked for.
+    /// The page size that the options ask for.
     fn pages(&self) -> Pages;
 
-    /// What `recorder` records while these files are loaded.
+    /// Loads these files and returns what `recorder` records of them.
     ///
     /// # Errors
     /// The load's.

@@ -1,20 +1,24 @@
-//! `dmaload bench`: ways of loading compared, so that the comparison can be believed.
+//! Compares ways of loading files: the machinery behind `dmaload bench`.
 //!
 //! ```text
-//!   for each round, for each mode, another one first each time:
-//!     a process of its own ── gets ready ──► file made cold ──► memory warmed ──► go ──► one line of JSON
+//! for each round, for each mode, starting with another one each time:
+//!   a new process ── prepares ──► file made cold ──► memory warmed ──► go ──► one line of JSON
 //! ```
 //!
-//! What one mode leaves behind (page cache, fragments, a peak of memory) is not the next one's: the process is new, the file
-//! is checked to be cold, and rounds are interleaved, so that what the machine does meanwhile hits all modes alike.
-//! Ratios are taken within a round, then their median.
+//! A mode must not profit from what another one leaves behind (page cache, fragments, a peak of
+//! memory): each run is a new process, and the file is checked to be cold. Rounds are interleaved,
+//! so that whatever else the machine does hits all modes alike. Ratios are taken within a round;
+//! their median counts.
 //!
-//! The program that runs the bench is also its children: `/proc/self/exe bench-child …` must come to a function of
-//! [`child`]. What is measured is an [`Engine`] of the program's own making.
+//! The program that runs a [`Bench`] is also its children: they are started by `/proc/self/exe`
+//! with `bench-child` as the first argument, and must call [`child`]. The program also implements
+//! [`Engine`], which makes the loaders that are measured.
 //!
-//! The modules that are public serve any measurement: [`synth`] makes models whose every byte is known, [`scratch`] keeps
-//! them on a disk for as long as they are needed, [`cold`] sees to it that they come from there, and [`baseline`] loads
-//! them as people do today.
+//! The other public modules serve any measurement: [`synth`] generates models whose every byte is
+//! known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts them from
+//! the page cache, and [`baseline`] loads them the usual way.
+//!
+//! Requires `/proc`; memory groups require root.
 
 mod cgroup;
 mod compare;
@@ -63,56 +67,57 @@ use pressure::Arm;
 use results::{Failure, ModeRuns, Run};
 use worker::Worker;
 
-/// What is measured, and how.
+/// What to measure, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The files; several are one load.
     pub paths: Vec<PathBuf>,
-    /// The one of them that was made for the bench, which is passed on to its processes.
+    /// The file made for the bench, if it is one of `paths`; child processes get it by
+    /// `--scratch`.
     pub scratch: Option<PathBuf>,
-    /// The folder for files that are made; without one, a folder on a disk is found.
+    /// The folder for temporary files; by default one on a disk.
     pub folder: Option<PathBuf>,
-    /// The modes: see [`Mode::chosen`].
+    /// The modes, in the order of the output: see [`Mode::chosen`].
     pub modes: Vec<Mode>,
-    /// How often each is measured.
+    /// How often each mode runs; medians count.
     pub rounds: u32,
-    /// How memory is short.
+    /// How memory is made short.
     pub pressure: Option<Pressure>,
-    /// Whether the files are in the page cache before each run, rather than not.
+    /// Whether the files are in the page cache before each run, rather than evicted.
     pub warm: bool,
-    /// As whom all modes but `limit` are measured; takes root.
+    /// The user that all modes but `limit` run as; takes root.
     pub user: Option<u32>,
-    /// What the processes are given besides: the arguments that these settings were made from.
+    /// Arguments for child processes: those that these settings were parsed from.
     pub arguments: Vec<OsString>,
 }
 
 impl Results {
-    /// A table for a terminal, and what it comes to.
+    /// A table for a terminal, and its summary.
     #[must_use]
     pub fn to_text(&self) -> String {
         table::plain(self)
     }
 
-    /// The same for a document.
+    /// The same as Markdown.
     #[must_use]
     pub fn to_markdown(&self) -> String {
         table::markdown(self)
     }
 
-    /// The same for programs; see docs/cli.md.
+    /// The same as one JSON object: see docs/cli.md.
     #[must_use]
     pub fn to_json(&self) -> Value {
         json::to_json(self)
     }
 
-    /// The same as a picture.
+    /// The same as an SVG picture.
     #[must_use]
     pub fn to_svg(&self) -> String {
         plot::svg(self)
     }
 }
 
-/// A comparison for which all is there before the first run.
+/// A comparison that is ready to run.
 #[derive(Debug)]
 pub struct Bench {
     settings: Settings,
@@ -121,10 +126,11 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Looks at the files, and puts the pressure on. From here on, an interrupt leaves nothing behind.
+    /// Checks the files and puts the memory pressure on. From then on, an interrupt leaves nothing
+    /// behind.
     ///
     /// # Errors
-    /// When there is nothing to load, or there can't be such pressure.
+    /// If there is nothing to load, or the pressure can't be had.
     pub fn set_up(settings: Settings) -> Result<Self> {
         leftovers::remove_on_interrupt();
         let paths = &settings.paths;
@@ -146,10 +152,10 @@ impl Bench {
         Ok(Bench { settings, file_bytes, arm })
     }
 
-    /// Measures every mode in every round. `tell` gets a line after each run.
+    /// Runs every mode in every round. `tell` gets a line of text after each run.
     ///
     /// # Errors
-    /// When the bench can't go on; a run that fails is a result.
+    /// If the bench can't go on. A run that fails is part of the results.
     pub fn measure(&self, mut tell: impl FnMut(&str)) -> Result<Results> {
         let Settings { modes, rounds, .. } = &self.settings;
         let rounds = *rounds;
@@ -157,7 +163,7 @@ impl Bench {
         for round in 0..rounds {
             for mode in Mode::rotated(modes, round as usize) {
                 let run = self.run_once(mode)?;
-                tell(&format!("round {}/{rounds}  {mode:15}  {}", round + 1, told(mode, &run)));
+                tell(&format!("round {}/{rounds}  {mode:15}  {}", round + 1, outcome(mode, &run)));
                 if let Some(runs) = measured.iter_mut().find(|runs| runs.mode == mode) {
                     runs.runs.push(run);
                 }
@@ -177,7 +183,8 @@ impl Bench {
         Ok(results)
     }
 
-    /// One run of one mode. What goes wrong in its process is a result; what goes wrong here ends the bench.
+    /// One run of one mode. What goes wrong in its process is a result; what goes wrong here ends
+    /// the bench.
     fn run_once(&self, mode: Mode) -> Result<Result<Run, Failure>> {
         let group = self.arm.group()?;
         let mut worker = self.start(mode)?;
@@ -237,8 +244,8 @@ impl Bench {
     }
 }
 
-/// How a run went, in a few words.
-fn told(mode: Mode, run: &Result<Run, Failure>) -> String {
+/// The outcome of a run, in a few words.
+fn outcome(mode: Mode, run: &Result<Run, Failure>) -> String {
     match run {
         Ok(run) if mode == Mode::Limit => {
             let all = run.destinations.iter().map(|read| format!("{:.3} s", read.seconds));

@@ -38,17 +38,19 @@ pub(crate) struct Arguments {
     pub(crate) dir: Option<PathBuf>,
     /// What is compared, by names with commas between; normal and limit always are [default: all].
     ///
-    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct, no-overlap; reuse, swap, at-once
-    /// and verify where they are asked for: see docs/cli.md.
+    /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct,
+    /// no-overlap; reuse, swap, at-once and verify where they are asked for: see docs/cli.md.
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
-    /// Another program to compare with, run by the shell with the paths as arguments; may be repeated: see docs/cli.md.
+    /// Another program to compare with, run by the shell with the paths as arguments; may be
+    /// repeated: see docs/cli.md.
     #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Mode::peer)]
     pub(crate) peers: Vec<Mode>,
     /// How often each mode is measured; the medians count.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
-    /// Let memory be short: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE, hog:all-but:SIZE.
+    /// Let memory be short: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE,
+    /// hog:all-but:SIZE.
     #[arg(long)]
     pub(crate) pressure: Option<Pressure>,
     /// Have the files in the page cache before each run, instead of making sure that they are not.

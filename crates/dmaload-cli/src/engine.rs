@@ -25,7 +25,8 @@ pub(crate) struct EngineArguments {
     /// The page size: auto takes 2 MiB pages wherever they can be had, 2m fails without them.
     #[arg(long, default_value = "auto")]
     pub(crate) pages: PageChoice,
-    /// Allow 2 MiB pages in a udmabuf on Linux 6.11 to 6.15, where drivers that map it see WRONG BYTES.
+    /// Allow 2 MiB pages in a udmabuf on Linux 6.11 to 6.15, where drivers that map it see WRONG
+    /// BYTES.
     #[arg(long)]
     pub(crate) despite_udmabuf_bug: bool,
     /// How files are spread over segments: segmented, single, tensors (cut between tensors).
@@ -34,14 +35,16 @@ pub(crate) struct EngineArguments {
     /// Give each small file a memory of its own, where several share one otherwise
     #[arg(long)]
     pub(crate) no_pack: bool,
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less where the heap gives less].
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less where
+    /// the heap gives less].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) segment_size: Option<u64>,
     /// The most memory that is allocated and not yet filled: at least a segment.
     #[arg(long, default_value = "128MiB", value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) window: u64,
-    /// The most memory that segments may have at once, those that are being filled and those that are still in use: a load that
-    /// needs more fails before it reads, and `cat` goes on within it [default: no limit].
+    /// The most memory that segments may have at once, those that are being filled and those that
+    /// are still in use: a load that needs more fails before it reads, and `cat` goes on within it
+    /// [default: no limit].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) memory_limit: Option<u64>,
     /// The size of one read: a multiple of 64 KiB.
@@ -50,23 +53,24 @@ pub(crate) struct EngineArguments {
     /// Reads in flight at once.
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
-    /// The most memory that reads are staged in by the route bounce [default: 16MiB, and 4MiB for each thread that copies
-    /// besides the first two].
+    /// The most memory that reads are staged in by the route bounce [default: 16MiB, and 4MiB for
+    /// each thread that copies besides the first two].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
     /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
-    /// uring-buffered, buffered. auto is the faster one
-    /// of direct and staged reads (bounce), which large loads find out.
+    /// uring-buffered, buffered. auto is the faster one of direct and staged reads (bounce), which
+    /// large loads find out.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
-    /// What matters where the route is left open: speed, or cpu, which reads directly and copies nothing.
+    /// What matters where the route is left open: speed, or cpu, which reads directly and copies
+    /// nothing.
     #[arg(long, default_value = "speed", value_name = "speed|cpu")]
     pub(crate) prefer: Prefer,
     /// Fail rather than take a lower route than the one to start at.
     #[arg(long)]
     pub(crate) strict: bool,
-    /// What the page cache has: auto copies it from there, bypass reads all from storage [default: auto; bypass with --strict
-    /// and for bench].
+    /// What the page cache has: auto copies it from there, bypass reads all from storage [default:
+    /// auto; bypass with --strict and for bench].
     #[arg(long)]
     pub(crate) cache: Option<Cache>,
     /// What the files' bytes are taken for: auto, safetensors, gguf, raw.

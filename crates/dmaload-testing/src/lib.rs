@@ -1,7 +1,8 @@
-//! What the tests of all crates here share: known random bytes, files that are not in the page cache, mounted file
-//! systems, and servers of file systems that do not answer.
+//! Test helpers that several crates use: seeded random bytes, files outside the page cache,
+//! mounted file systems, and FUSE servers in processes of their own.
 //!
-//! Development only. Whatever goes wrong here fails the test that asked for it.
+//! For development only. Every function panics when it can't do its work, which fails the calling
+//! test.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that can't make its file has failed")]
 
 mod random;
@@ -16,7 +17,8 @@ use std::path::{Path, PathBuf};
 
 pub use random::{Random, random_bytes};
 
-/// Writes a file that is not in the page cache, so that routes are taken. Anyone may read it.
+/// Writes a file and evicts it from the page cache, so that a load takes its route. Every user may
+/// read it.
 pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
@@ -27,13 +29,14 @@ pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// A safetensors file with this header.
+/// The bytes of a safetensors file with this header and data.
 pub fn safetensors(header: &[u8], data: &[u8]) -> Vec<u8> {
     let length = (header.len() as u64).to_le_bytes();
     [&length, header, data].concat()
 }
 
-/// A safetensors file of the tensors `t0`, `t1`, …, each of `tensor_bytes` random bytes.
+/// The bytes of a safetensors file with the tensors `t0`, `t1`, …, each of `tensor_bytes` random
+/// bytes.
 pub fn safetensors_of(tensors: usize, tensor_bytes: usize, seed: u64) -> Vec<u8> {
     let entry = |number: usize| {
         let (start, end) = (number * tensor_bytes, (number + 1) * tensor_bytes);
@@ -43,7 +46,8 @@ pub fn safetensors_of(tensors: usize, tensor_bytes: usize, seed: u64) -> Vec<u8>
     safetensors(header.as_bytes(), &random_bytes(tensors * tensor_bytes, seed))
 }
 
-/// Fails where two long byte strings differ, and says where they first do. `assert_eq!` would print gigabytes.
+/// Asserts that two long byte strings are equal, and reports the first difference only:
+/// `assert_eq!` would print both.
 #[track_caller]
 pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
     assert_eq!(seen.len(), expected.len(), "{what}: length");
@@ -53,7 +57,7 @@ pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {
     }
 }
 
-/// A line of `/proc/meminfo`, in bytes.
+/// A value of `/proc/meminfo`, in bytes.
 pub fn meminfo_bytes(key: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
     let value = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap();

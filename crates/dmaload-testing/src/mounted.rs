@@ -1,4 +1,4 @@
-//! Real file systems on loop devices, which take root and their `mkfs`.
+//! Real file systems on loop devices. Requires root, and the `mkfs` of each.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,18 +7,18 @@ use std::process::Command;
 
 const IMAGE_BYTES: u64 = 400 << 20;
 
-/// A mounted file system, unmounted at the end of the test, whatever comes of it.
+/// A mounted file system, unmounted when this is dropped.
 #[derive(Debug)]
 pub struct Mounted(pub PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Lazily: a test that has failed may have something mapped.
+        // Lazily: a failed test may still map a file.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
-/// Name, `mkfs` with its options, and options of `mount`.
+/// Name, `mkfs` with its options, and options for `mount`.
 const KINDS: [(&str, &[&str], &str); 5] = [
     ("ext4", &["mkfs.ext4", "-q"], "loop"),
     ("ext4", &["mkfs.ext4", "-q", "-b", "1024"], "loop"),
@@ -27,9 +27,9 @@ const KINDS: [(&str, &[&str], &str); 5] = [
     ("btrfs", &["mkfs.btrfs", "-q"], "loop,compress-force=zstd"),
 ];
 
-/// Calls `check` with the name and the folder of each file system on a loop device. Where the machine can't have one, the reason
-/// is printed. In a guest, whose folder is on ext4, also with that.
-#[allow(clippy::print_stdout, reason = "what a test passes over is told")]
+/// Calls `check` with the description and the folder of each kind of file system; in a guest also
+/// with `folder` itself, which is on ext4 there. If this machine can't mount one, prints why.
+#[allow(clippy::print_stdout, reason = "reports what a test skips")]
 pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     if std::env::var_os("DMALOAD_GUEST").is_some() {
         check("the guest's disk", folder);
@@ -43,7 +43,10 @@ pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     }
 }
 
-/// Makes a file system by `mkfs`, with its options, on a loop device of 400 MiB, and mounts it. `Err` tells why that did not work.
+/// Makes a file system with `mkfs` on a loop device of 400 MiB, and mounts it at `at`.
+///
+/// # Errors
+/// The reason, as the failed program printed it.
 pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Result<Mounted, String> {
     let image = at.with_extension("img");
     fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
@@ -52,19 +55,28 @@ pub fn on_loop_device(at: &Path, kind: &str, mkfs: &[&str], options: &str) -> Re
     mount(kind, options, image, at)
 }
 
-/// A tmpfs; `Err` tells why there is none.
+/// Mounts a tmpfs of `size`, as `mount` reads it, at `at`.
+///
+/// # Errors
+/// The reason, as `mount` printed it.
 pub fn tmpfs(at: &Path, size: &str) -> Result<Mounted, String> {
     mount("tmpfs", &format!("size={size}"), "tmpfs", at)
 }
 
-/// Mounts a file system of this kind at a folder, which is made. `Err` tells why that did not work: only root can.
+/// Mounts a file system of `kind` at `at`, a folder that is created if it does not exist.
+///
+/// # Errors
+/// The reason, as `mount` printed it: only root can mount.
 pub fn mount(kind: &str, options: &str, source: impl AsRef<OsStr>, at: &Path) -> Result<Mounted, String> {
     fs::create_dir_all(at).unwrap();
     tool(Command::new("mount").args(["-t", kind, "-o", options]).arg(source).arg(at))?;
     Ok(Mounted(at.to_owned()))
 }
 
-/// Runs a program of the system; `Err` tells why it did not work.
+/// Runs a program.
+///
+/// # Errors
+/// What it printed to standard error, or why it can't be started.
 pub fn tool(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     if output.status.success() { Ok(()) } else { Err(format!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim())) }

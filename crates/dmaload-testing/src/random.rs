@@ -1,11 +1,11 @@
-//! Random numbers and bytes, the same for the same seed.
+//! Random numbers and bytes, reproducible from a seed.
 
-/// Random numbers (xorshift64*).
+/// A generator of random numbers (xorshift64*).
 #[derive(Debug, Clone)]
 pub struct Random(u64);
 
 impl Random {
-    /// Starts at a seed; seeds may be small and close together.
+    /// Seeds a generator. Small consecutive seeds give unrelated sequences.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Random((seed ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
@@ -13,7 +13,7 @@ impl Random {
 
     /// 64 random bits.
     #[inline]
-    #[expect(clippy::should_implement_trait, reason = "it never ends")]
+    #[expect(clippy::should_implement_trait, reason = "an iterator would have to end")]
     pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -21,31 +21,31 @@ impl Random {
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
-    /// A number below `limit`; 0 where that is 0.
+    /// A number below `limit`, or 0 if `limit` is 0.
     #[inline]
     pub fn below(&mut self, limit: u64) -> u64 {
         (self.next() >> 11) % limit.max(1)
     }
 
-    /// An index below `limit`; 0 where that is 0.
+    /// An index below `limit`, or 0 if `limit` is 0.
     #[inline]
     pub fn index(&mut self, limit: usize) -> usize {
         usize::try_from(self.below(limit as u64)).unwrap()
     }
 
-    /// True in `per_mille` of 1000 cases.
+    /// True with a probability of `per_mille` in 1000.
     #[inline]
     pub fn chance(&mut self, per_mille: u64) -> bool {
         self.below(1000) < per_mille
     }
 
-    /// One of these.
+    /// One of `from`, which must not be empty.
     pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
         &from[self.index(from.len())]
     }
 }
 
-/// Random bytes, the same for the same seed. Never a run of zeros: memory that was not read must show.
+/// Reproducible random bytes. They have no run of zeros, so that memory that was never read shows.
 #[must_use]
 pub fn random_bytes(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;

@@ -1,4 +1,4 @@
-//! File systems in user space (FUSE) whose server may never answer.
+//! FUSE file systems whose server may never answer.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// Tells a test program that it is the server, and of which folder.
+/// Set in the server's process to the folder that it serves.
 const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A folder that a process of its own serves: this same test program, in which only one ignored test runs.
+/// A FUSE mount whose server is another process: this test program again, running one ignored
+/// test.
 ///
-/// When this is dropped, the process is killed, and every call that waits for it fails.
+/// A call that waits for a server in its own process could keep that process alive for ever.
+/// Dropping this kills the server, which fails every call that waits for it, and unmounts.
 #[derive(Debug)]
 pub struct ServedFolder {
     server: Child,
@@ -21,8 +23,10 @@ pub struct ServedFolder {
 }
 
 impl ServedFolder {
-    /// Starts the server, and waits until it has mounted. `test` is the name of the ignored test that does so; it gets the
-    /// folder from [`folder_to_serve`], and has these variables in its environment.
+    /// Starts the server and waits until it has mounted `folder`.
+    ///
+    /// `test` is the full name of the ignored test that mounts: it gets the folder from
+    /// [`folder_to_serve`], and `variables` from its environment.
     pub fn start<'a>(folder: TempDir, test: &str, variables: impl IntoIterator<Item = (&'a str, &'a OsStr)>) -> Self {
         let server = Command::new(std::env::current_exe().unwrap())
             .args(["--ignored", "--exact", test])
@@ -40,7 +44,7 @@ impl ServedFolder {
         served
     }
 
-    /// The folder.
+    /// Where the file system is mounted.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.folder.path()
@@ -49,14 +53,14 @@ impl ServedFolder {
 
 impl Drop for ServedFolder {
     fn drop(&mut self) {
-        // With its server the connection ends, and all that waits for it.
+        // The connection ends with its server, and with it every call that waits.
         let ended = self.server.kill().and_then(|()| self.server.wait());
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
         assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());
     }
 }
 
-/// In the server's process: the folder to mount at. Elsewhere `None`.
+/// The folder to mount at, in the server's process; `None` elsewhere.
 #[must_use]
 pub fn folder_to_serve() -> Option<PathBuf> {
     std::env::var_os(SERVED_FOLDER).map(PathBuf::from)

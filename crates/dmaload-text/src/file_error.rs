@@ -1,7 +1,7 @@
-//! Errors of files that a person can act on: what was being done, to which file, and the errno by its name.
+//! File errors that a person can act on: the action, the file, and the errno by its name.
 //!
-//! The name is what manuals, kernel sources and search engines know; the sentence beside it depends on the C library
-//! and its locale.
+//! The name is what manuals, kernel sources and search engines know; the sentence beside it
+//! depends on the C library and its locale.
 
 use std::fmt;
 use std::io;

@@ -1,7 +1,7 @@
-//! What the command and its bench write for people: sizes, rates and times, aligned pairs and tables, and errors of
-//! files that name the call, the path and the errno.
+//! Text for people, as the command and its bench write it: sizes, rates and times, aligned pairs
+//! and tables, and file errors that name the call, the path and the errno.
 //!
-//! Everything here makes strings; the caller writes them. It asks the system for nothing, and reads no file.
+//! Everything here makes strings, which the caller writes; nothing makes a system call.
 
 mod amount;
 mod file_error;

@@ -56,7 +56,8 @@ pub enum Align {
     Right,
 }
 
-/// A table with a header, and perhaps a line of totals. The first column gives way where there is too little room.
+/// A table with a header, and perhaps a line of totals. The first column gives way where there is
+/// too little room.
 #[derive(Debug, Clone)]
 pub struct Table {
     header: Vec<(String, Align)>,
@@ -67,8 +68,8 @@ pub struct Table {
 
 /// Between columns.
 const GAP: usize = 2;
-/// No first column is cut shorter than this, which keeps the number of a layer: better a wide line than a dozen that
-/// look the same.
+/// No first column is cut shorter than this, which keeps the number of a layer: better a wide line
+/// than a dozen that look the same.
 const SHORTEST: usize = 32;
 
 impl Table {
@@ -79,8 +80,8 @@ impl Table {
         Self { header, rows: Vec::new(), total: None, width: None }
     }
 
-    /// Shortens the names in the first column, in the middle, so that lines fit. Without it nothing is ever cut: a
-    /// program on the other side of a pipe wants whole names.
+    /// Shortens the names in the first column, in the middle, so that lines fit. Without it
+    /// nothing is ever cut: a program on the other side of a pipe wants whole names.
     #[must_use]
     pub fn fit(mut self, width: Option<usize>) -> Self {
         self.width = width;
@@ -150,7 +151,8 @@ fn printable(text: &str) -> String {
     printable::text(text).to_string()
 }
 
-/// Characters, which is what names of tensors and our own words take; wide scripts would be off by their width.
+/// Characters, which is what names of tensors and our own words take; wide scripts would be off by
+/// their width.
 fn columns(text: &str) -> usize {
     text.chars().count()
 }
@@ -159,7 +161,8 @@ fn spaces(count: usize) -> String {
     " ".repeat(count)
 }
 
-/// Cuts out the middle: the names of tensors begin with the model's part and end with the weight's, and both matter.
+/// Cuts out the middle: the names of tensors begin with the model's part and end with the
+/// weight's, and both matter.
 fn shortened(text: &str, width: usize) -> String {
     let length = columns(text);
     if length <= width {
