@@ -1,0 +1,272 @@
+use super::*;
+use crate::support::sync::atomic::{AtomicUsize, Ordering};
+use crate::support::sync::model::{Arc, model, spawn};
+
+/// What one worker of its own would get.
+fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
+    let worker = jobs.hire();
+    let next = jobs.next(worker);
+    if next.is_some() {
+        jobs.schedule().end_task(worker);
+        jobs.dismiss(worker);
+    }
+    next
+}
+
+/// A load of so many batches, each as large as the window: each waits for the permit of the one before.
+fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
+    let id = jobs.next_id();
+    assert!(jobs.submit(id, Arc::new(())));
+    assert!(matches!(next(jobs), Some((Job::Open(_), _))));
+    jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; batches], ..Demand::default() });
+    id
+}
+
+/// As an allocator thread with the ring thread behind it: takes permits, gives them back; ends when it is told to.
+fn worker(jobs: &Jobs<Arc<()>>) -> usize {
+    let mut done = 0;
+    let worker = jobs.hire();
+    while let Some((job, _load)) = jobs.next(worker) {
+        match job {
+            Job::Allocate(id, _, need) => {
+                done += 1;
+                jobs.give_back(id, need);
+            }
+            Job::Check(..) | Job::Finish(..) => done += 1,
+            Job::Open(_) => jobs.end(),
+            Job::MakeRoom(..) => unreachable!("memory is not limited"),
+        }
+    }
+    done
+}
+
+#[test]
+fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
+    model(|| {
+        let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
+        let id = opened(&jobs, 2);
+        // A permit is out; nobody can go on before it comes back.
+        let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
+        let waiting = {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || next(&jobs).map(|(job, _)| matches!(job, Job::Allocate(_, 1, _))))
+        };
+        jobs.give_back(id, need);
+        assert_eq!(waiting.join().unwrap(), Some(true));
+    });
+}
+
+#[test]
+fn two_workers_leave_nothing_undone_and_both_end() {
+    model(|| {
+        let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
+        let id = opened(&jobs, 1);
+        let workers = [(); 2].map(|()| {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || worker(&jobs))
+        });
+        // What the ring thread says when all is read; then nobody needs the workers any more.
+        jobs.follow(id, Follows { check: Some(0), finish: None });
+        loop {
+            let left = {
+                let schedule = jobs.schedule();
+                !schedule.scheduler.is_idle() || schedule.scheduler.window_taken_bytes() > 0
+            };
+            if !left {
+                break;
+            }
+            crate::support::sync::model::yield_now();
+        }
+        jobs.close();
+        jobs.finish();
+        let done: usize = workers.into_iter().map(|worker| worker.join().unwrap()).sum();
+        assert_eq!(done, 2, "one batch and one check");
+    });
+}
+
+#[test]
+fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
+    model(|| {
+        let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, Pace::fixed(3)));
+        let first = opened(&jobs, 2);
+        let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
+        opened(&jobs, 1);
+        let waiting = {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || next(&jobs).map(|(job, _)| matches!(job, Job::Allocate(..))))
+        };
+        let forgetting = {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || drop(jobs.forget(first)))
+        };
+        jobs.give_back(first, need);
+        forgetting.join().unwrap();
+        assert_eq!(waiting.join().unwrap(), Some(true), "its next batch, or the other load's");
+    });
+}
+
+#[test]
+fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
+    model(|| {
+        let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, Pace::fixed(3)));
+        opened(&jobs, 1);
+        assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
+        // One byte is taken and stays so: the batch of the large load does not fit, and nobody overtakes it.
+        let large = opened(&jobs, 0);
+        jobs.opened(large, Demand { batches: vec![Need { bytes: 2, ..Need::default() }], ..Demand::default() });
+        let small = opened(&jobs, 1);
+        let waiting = {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || next(&jobs).map(|(job, _)| *job.load()))
+        };
+        drop(jobs.forget(large));
+        assert_eq!(waiting.join().unwrap(), Some(small));
+    });
+}
+
+#[test]
+fn what_is_buried_while_closing_is_dropped_before_workers_end() {
+    model(|| {
+        let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
+        let workers = [(); 2].map(|()| {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || assert!(next(&jobs).is_none()))
+        });
+        jobs.close();
+        // Workers that don't wait have ended by then.
+        #[cfg(not(dmaload_loom))]
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        // The ring's thread does this with the files of the last load.
+        let file = std::sync::Arc::new(());
+        jobs.bury(Left::Files(LoadId(1)), std::sync::Arc::clone(&file));
+        assert!(jobs.finish() && !jobs.finish());
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        assert_eq!(std::sync::Arc::strong_count(&file), 1);
+    });
+}
+
+#[test]
+fn files_of_a_load_are_dropped_by_one_worker_at_a_time_and_all_are() {
+    model(|| {
+        let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
+        let seen = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+        let workers = [(); 2].map(|()| {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || assert!(next(&jobs).is_none()))
+        });
+        for _ in 0..2 {
+            jobs.bury(Left::Files(LoadId(1)), Closes(Arc::clone(&seen)));
+        }
+        jobs.close();
+        jobs.finish();
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        assert_eq!(seen.1.load(Ordering::SeqCst), 2, "each once, and alone");
+        assert!(jobs.schedule().buried.parts.is_empty());
+    });
+}
+
+/// Counts those that were closed while no other one was.
+struct Closes(Arc<(AtomicUsize, AtomicUsize)>);
+
+impl Drop for Closes {
+    fn drop(&mut self) {
+        let (closing, alone) = &*self.0;
+        let others = closing.fetch_add(1, Ordering::SeqCst);
+        crate::support::sync::model::yield_now();
+        alone.fetch_add(usize::from(others == 0), Ordering::SeqCst);
+        closing.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The server of a load's files answers, or does not, while the watch finds that it does not.
+#[test]
+fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
+    model(|| {
+        let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, Pace::fixed(1)));
+        let id = opened(&jobs, 0);
+        let stalls = jobs.hire();
+        jobs.follow(id, Follows { check: Some(0), finish: None });
+        assert!(matches!(jobs.next(stalls), Some((Job::Check(_, 0), _))));
+        jobs.follow(id, Follows { check: Some(1), finish: None });
+        let comes_back = {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || {
+                let mut done = 1;
+                while jobs.next(stalls).is_some() {
+                    done += 1;
+                }
+                done
+            })
+        };
+        let late = Instant::now() + 2 * crate::engine::workers::STALLED_AFTER;
+        let noticed = jobs.look(&mut jobs.schedule(), late);
+        assert!(noticed.substitutes.len() <= 1 && noticed.stalled.len() >= noticed.substitutes.len());
+        let substitutes: Vec<_> = noticed
+            .substitutes
+            .into_iter()
+            .map(|worker| {
+                let jobs = Arc::clone(&jobs);
+                spawn(move || {
+                    let mut done = 0;
+                    while jobs.next(worker).is_some() {
+                        done += 1;
+                    }
+                    done
+                })
+            })
+            .collect();
+        while !jobs.schedule().scheduler.is_idle() {
+            crate::support::sync::model::yield_now();
+        }
+        jobs.close();
+        jobs.finish();
+        let done: usize = substitutes.into_iter().map(|worker| worker.join().unwrap()).sum();
+        assert_eq!(done + comes_back.join().unwrap(), 2, "each check is done once");
+    });
+}
+
+#[cfg(not(dmaload_loom))]
+#[test]
+fn allocators_that_are_always_busy_get_another_one_up_to_the_bound() {
+    let jobs = Jobs::new(u64::MAX, u64::MAX, 1, 1, Pace::new(1, 2));
+    let first = jobs.hire();
+    assert_eq!(jobs.hire_more(), None);
+    let id = jobs.next_id();
+    assert!(jobs.submit(id, Arc::new(())));
+    assert!(matches!(jobs.next(first), Some((Job::Open(_), _))));
+    jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; 100], ..Demand::default() });
+    let mut done = 0;
+    let second = loop {
+        assert!(matches!(jobs.next(first), Some((Job::Allocate(..), _))));
+        std::thread::sleep(std::time::Duration::from_micros(100));
+        if let Some(second) = jobs.hire_more() {
+            break second;
+        }
+        done += 1;
+        assert!(done < 80, "it is always busy");
+    };
+    assert!(done >= 12, "not before something was measured: {done}");
+    assert_eq!((jobs.hire_more(), jobs.schedule().workers.missing()), (None, 0));
+    assert!(matches!(jobs.next(second), Some((Job::Allocate(..), _))));
+}
+
+#[test]
+fn whoever_waits_ends_when_no_more_jobs_come() {
+    model(|| {
+        let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
+        let waiting = {
+            let jobs = Arc::clone(&jobs);
+            spawn(move || next(&jobs).is_none())
+        };
+        let load = Arc::new(());
+        jobs.bury(Left::Files(LoadId(1)), load);
+        jobs.close();
+        jobs.finish();
+        assert!(!jobs.submit(jobs.next_id(), Arc::new(())));
+        assert!(waiting.join().unwrap());
+    });
+}

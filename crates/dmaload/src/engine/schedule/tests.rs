@@ -1,0 +1,271 @@
+use super::*;
+
+fn need(bytes: u64) -> Need {
+    Need { bytes, files: 0, held_bytes: bytes }
+}
+
+fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> Demand {
+    Demand { batches: batches.iter().map(|&bytes| need(bytes)).collect(), reserved_bytes, priority, ahead_bytes: None }
+}
+
+fn opened(window: u64, loads: &[(u32, &[u64])]) -> Scheduler<u32> {
+    let mut scheduler = Scheduler::new(window, u64::MAX, 100, 8);
+    for &(load, batches) in loads {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand(batches, 0, Priority::Normal));
+    }
+    scheduler
+}
+
+fn drain(scheduler: &mut Scheduler<u32>) -> Vec<Job<u32>> {
+    std::iter::from_fn(|| scheduler.next()).collect()
+}
+
+#[test]
+fn loads_take_turns() {
+    let mut scheduler = opened(100, &[(1, &[10, 10, 10]), (2, &[10])]);
+    let jobs = drain(&mut scheduler);
+    assert_eq!(
+        jobs,
+        [
+            Job::Allocate(1, 0, need(10)),
+            Job::Allocate(2, 0, need(10)),
+            Job::Allocate(1, 1, need(10)),
+            Job::Allocate(1, 2, need(10))
+        ]
+    );
+}
+
+#[test]
+fn nothing_is_allocated_beyond_the_window_and_nobody_overtakes() {
+    let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[10])]);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(10))]);
+    scheduler.opened(3, demand(&[1], 0, Priority::Normal));
+    scheduler.give_back(&1, need(10));
+    assert_eq!(drain(&mut scheduler), [], "the large batch of load 1 waits, and the small one of load 3 behind it");
+    scheduler.give_back(&2, need(10));
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need(20)), Job::Allocate(3, 0, need(1))]);
+    assert_eq!(scheduler.window_taken_bytes(), 21);
+}
+
+#[test]
+fn a_load_that_holds_something_and_does_not_fit_is_passed_over() {
+    let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[1, 1])]);
+    let jobs = drain(&mut scheduler);
+    let one = [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(1)), Job::Allocate(2, 1, need(1))];
+    assert_eq!(jobs, one, "its own reads make room for it, or nothing does");
+}
+
+#[test]
+fn stream_waits_for_its_consumer_and_holds_up_no_other() {
+    let mut scheduler = Scheduler::new(1000, u64::MAX, 100, 8);
+    for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        // Memories of two batches each, all of which the first one pays for; and one larger than the bound.
+        let part = |held_bytes| Need { bytes: 5, files: 0, held_bytes };
+        let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
+        scheduler.opened(load, Demand { batches, ahead_bytes, ..Demand::default() });
+    }
+    let of = |jobs: &[Job<u32>], load| jobs.iter().filter(|job| *job.load() == load).count();
+    let jobs = drain(&mut scheduler);
+    assert_eq!((of(&jobs, 1), of(&jobs, 2)), (4, 6));
+    scheduler.give_back(&1, need(20));
+    assert_eq!(drain(&mut scheduler), [], "read is not taken");
+    scheduler.consumed(&1, 10);
+    assert_eq!(drain(&mut scheduler), [], "there is still a memory ahead");
+    scheduler.consumed(&1, 10);
+    let jobs = drain(&mut scheduler);
+    assert_eq!(of(&jobs, 1), 2, "alone, a memory larger than the bound is allocated");
+    scheduler.consumed(&1, 40);
+    scheduler.consumed(&3, 10);
+}
+
+#[test]
+fn who_waits_for_files_keeps_nobody_else_waiting() {
+    let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
+    let many = Need { bytes: 1, files: 3, held_bytes: 0 };
+    for (load, need) in [(1, many), (2, many), (3, need(1))] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, Demand { batches: vec![need], ..Demand::default() });
+    }
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, many), Job::Allocate(3, 0, need(1))]);
+    scheduler.give_back(&1, many);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, many)]);
+}
+
+#[test]
+fn a_load_whose_reads_do_not_come_back_leaves_room_for_others() {
+    let mut scheduler = opened(80, &[(1, &[10; 100]), (2, &[10; 5]), (3, &[10; 5])]);
+    let mut others = Vec::new();
+    while let Some(job) = scheduler.next() {
+        if *job.load() != 1 {
+            others.push(*job.load());
+            scheduler.give_back(job.load(), need(10));
+        }
+    }
+    assert_eq!(others.iter().filter(|&&load| load == 2).count(), 5);
+    assert_eq!(others.len(), 10);
+    assert_eq!(scheduler.window_taken_bytes(), 60, "of which load 1 has three quarters at last");
+}
+
+#[test]
+fn no_more_files_are_open_than_may_be() {
+    let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
+    scheduler.submit(1);
+    assert_eq!(scheduler.next(), Some(Job::Open(1)));
+    let need = Need { bytes: 1, files: 2, held_bytes: 0 };
+    scheduler.opened(1, Demand { batches: vec![need; 2], ..Demand::default() });
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
+    assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");
+    scheduler.give_back(&1, need);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need)]);
+}
+
+#[test]
+fn only_so_many_loads_are_open_at_once() {
+    let mut scheduler = Scheduler::new(100, u64::MAX, 100, 2);
+    for load in 0..4 {
+        scheduler.submit(load);
+    }
+    assert_eq!(drain(&mut scheduler), [Job::Open(0), Job::Open(1)]);
+    scheduler.end();
+    assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
+}
+
+#[test]
+fn a_forgotten_load_gets_no_more_jobs() {
+    let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
+    scheduler.submit(3);
+    scheduler.file_read(1, 0);
+    scheduler.memory_read(1, 0);
+    for load in [1, 3] {
+        scheduler.forget(&load);
+    }
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
+}
+
+#[test]
+fn a_stalled_load_gets_no_job_that_may_wait_for_files_until_it_is_resumed() {
+    let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
+    scheduler.file_read(1, 0);
+    scheduler.file_read(2, 0);
+    scheduler.file_read(1, 1);
+    scheduler.memory_read(1, 0);
+    scheduler.stall(1, false);
+    let of_others = [Job::Check(2, 0), Job::Finish(1, 0), Job::Allocate(2, 0, need(10))];
+    assert_eq!(drain(&mut scheduler), of_others, "what waits for no file goes on");
+    scheduler.file_read(1, 2);
+    assert_eq!(drain(&mut scheduler), []);
+    assert!(!scheduler.is_idle());
+    scheduler.resume(&1);
+    let checks = [0, 1, 2].map(|file| Job::Check(1, file));
+    let batches = [0, 1].map(|batch| Job::Allocate(1, batch, need(10)));
+    assert_eq!(drain(&mut scheduler), [&checks[..], &batches].concat());
+    // One that is forgotten leaves nothing behind.
+    scheduler.stall(1, false);
+    scheduler.file_read(1, 3);
+    assert_eq!(drain(&mut scheduler), []);
+    scheduler.forget(&1);
+    scheduler.resume(&1);
+    assert_eq!(drain(&mut scheduler), []);
+}
+
+#[test]
+fn opening_that_stalls_holds_up_no_load_that_came_later() {
+    // Memory is limited, so loads begin in the order they came; and one may be open.
+    let mut scheduler = Scheduler::new(1000, 40, 100, 1);
+    (1..4).for_each(|load| scheduler.submit(load));
+    assert_eq!(drain(&mut scheduler), [Job::Open(1)]);
+    scheduler.stall(1, true);
+    assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
+    scheduler.opened(2, demand(&[10], 10, Priority::Normal));
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
+    // Wanted or not.
+    scheduler.forget(&1);
+    scheduler.end();
+    assert_eq!(drain(&mut scheduler), [Job::Open(3)]);
+    // It counts again when its server answers; that fails, and it ends.
+    scheduler.end();
+    scheduler.resume(&1);
+    scheduler.submit(4);
+    assert_eq!(drain(&mut scheduler), [], "load 3 is open");
+    scheduler.end();
+    assert_eq!(drain(&mut scheduler), [Job::Open(4)]);
+}
+
+#[test]
+fn a_load_with_its_share_is_passed_over_and_blocks_nobody() {
+    let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+    for load in 1..4 {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand(&[10, 10, 10], 10, Priority::Normal));
+    }
+    let taken: Vec<_> = drain(&mut scheduler).iter().map(|job| (*job.load(), matches!(job, Job::Allocate(..)))).collect();
+    assert_eq!(taken, [(1, true), (2, true), (3, true)], "half of the limit is for those to come");
+    scheduler.freed(&2, 10, 0);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 1, need(10))], "its own consumer has dropped something");
+    scheduler.forget(&1);
+    assert_eq!(drain(&mut scheduler), [], "what load 1 has is still held");
+    scheduler.freed(&1, 10, 0);
+    scheduler.freed(&3, 10, 0);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 1, need(10))]);
+}
+
+#[test]
+fn loads_wait_for_their_reservation_in_order_and_the_pool_makes_room() {
+    let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+    for (load, reserved) in [(1, 30), (2, 20), (3, 5)] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand(&[reserved], reserved, Priority::Normal));
+    }
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(30))], "load 3 does not overtake load 2");
+    scheduler.pooled(&1, 30);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 0, need(5)), Job::MakeRoom(2, 15)].map(|job| job), "once");
+    scheduler.freed(&1, 0, 30);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(20))]);
+    assert_eq!(scheduler.memory_bytes(), 25);
+}
+
+#[test]
+fn a_higher_priority_goes_first() {
+    let mut scheduler = Scheduler::new(20, u64::MAX, 100, 8);
+    for (load, priority) in [(1, Priority::Low), (2, Priority::Normal), (3, Priority::High)] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand(&[10, 10], 0, priority));
+    }
+    let mut order = Vec::new();
+    for _ in 0..6 {
+        let job = scheduler.next().unwrap();
+        order.push(*job.load());
+        scheduler.give_back(job.load(), need(10));
+    }
+    assert_eq!(order, [3, 3, 2, 2, 1, 1]);
+}
+
+#[test]
+fn loads_begin_in_the_order_they_came_though_opened_in_another() {
+    let mut scheduler = Scheduler::new(1000, 40, 100, 8);
+    (1..4).for_each(|load| scheduler.submit(load));
+    assert_eq!(drain(&mut scheduler), [Job::Open(1), Job::Open(2), Job::Open(3)]);
+    scheduler.opened(3, demand(&[30], 30, Priority::Normal));
+    scheduler.opened(2, demand(&[30], 30, Priority::Normal));
+    assert_eq!(drain(&mut scheduler), [], "load 1 came first");
+    scheduler.opened(1, demand(&[30], 30, Priority::Normal));
+    for load in 1..4 {
+        assert_eq!(drain(&mut scheduler), [Job::Allocate(load, 0, need(30))]);
+        scheduler.freed(&load, 30, 0);
+    }
+    // One that can't be opened holds up nobody.
+    scheduler.submit(4);
+    scheduler.submit(5);
+    assert_eq!(drain(&mut scheduler), [Job::Open(4), Job::Open(5)]);
+    scheduler.opened(5, demand(&[30], 30, Priority::Normal));
+    scheduler.forget(&4);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(5, 0, need(30))]);
+}

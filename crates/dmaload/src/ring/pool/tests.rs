@@ -1,0 +1,168 @@
+use super::*;
+use crate::memory::buffer::{Sink, Write};
+use crate::ring::slots::Slots;
+use std::ptr::NonNull;
+
+#[derive(Debug)]
+struct Sixty4(Mutex<[u8; 64]>);
+
+impl Sink for Sixty4 {
+    unsafe fn fill(&self, _: usize, _: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
+        let mut bytes = [MaybeUninit::new(0); 64];
+        let written = write(&mut bytes).map_err(Fault::Read)?;
+        // SAFETY: all of them were initialised above.
+        *self.0.lock().unwrap() = bytes.map(|byte| unsafe { byte.assume_init() });
+        Ok(written)
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        false
+    }
+}
+
+/// Holds each copy until it is let go, and counts those that it holds.
+#[derive(Debug, Default)]
+struct Gate {
+    held: Mutex<(usize, usize)>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn wait_until_held(&self, copies: usize) {
+        drop(self.changed.wait_while(self.held.lock().unwrap(), |(held, _)| *held < copies).unwrap());
+    }
+
+    fn let_go(&self, copies: usize) {
+        self.held.lock().unwrap().1 += copies;
+        self.changed.notify_all();
+    }
+}
+
+impl Sink for Gate {
+    unsafe fn fill(&self, _: usize, bytes: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+        let mut held = self.held.lock().unwrap();
+        held.0 += 1;
+        self.changed.notify_all();
+        held = self.changed.wait_while(held, |(_, free)| *free == 0).unwrap();
+        held.0 -= 1;
+        held.1 -= 1;
+        drop(held);
+        self.changed.notify_all();
+        Ok(bytes)
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
+    let wake = Arc::new(Wake::new().unwrap());
+    let mut pool = Pool::new(Arc::clone(&wake), "test", 2);
+    let gate = Arc::new(Gate::default());
+    let from = [7_u8; 64];
+    let mut slots = Slots::new();
+    let mut copy = |pool: &mut Pool| {
+        let to = Place { sink: Arc::clone(&gate) as Arc<dyn Sink>, offset: 0 };
+        let copy = Copy { token: slots.insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 };
+        // SAFETY: the place stays until all are done, and nothing is written.
+        unsafe { pool.copy(copy) };
+    };
+    (0..4).for_each(|_| copy(&mut pool));
+    gate.wait_until_held(2);
+    pool.set_most(4);
+    (0..4).for_each(|_| copy(&mut pool));
+    gate.wait_until_held(4);
+    pool.set_most(1);
+    gate.let_go(4);
+    gate.wait_until_held(1);
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "the others wait");
+    gate.let_go(4);
+    let mut done = Vec::new();
+    while done.len() < 8 {
+        wake.wait();
+        pool.reap(&mut done);
+    }
+}
+
+#[test]
+fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
+    let token = Slots::new().insert(());
+    for threads_max in [0, 1] {
+        let wake = Arc::new(Wake::new().unwrap());
+        let mut pool = Pool::new(Arc::clone(&wake), "test", threads_max);
+        let from = [7_u8; 64];
+        let sink = Arc::new(Sixty4(Mutex::new([0_u8; 64])));
+        let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
+        let copy = Copy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
+        // SAFETY: both places stay, and are left alone, until the completion below.
+        unsafe { pool.copy(copy) };
+        let mut done = Vec::new();
+        while done.is_empty() {
+            wake.wait();
+            pool.reap(&mut done);
+        }
+        assert_eq!((done.len(), *sink.0.lock().unwrap()), (1, [7; 64]));
+        assert_eq!(pool.is_alone(), threads_max == 0);
+    }
+}
+
+/// A place whose memory a heap brings into being.
+#[derive(Debug)]
+struct OfAHeap;
+
+impl Sink for OfAHeap {
+    unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+        panic!("a heap's code runs on the ring thread");
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
+    let token = Slots::new().insert(());
+    let mut pool = Pool::new(Arc::new(Wake::new().unwrap()), "test", 0);
+    let from = [7_u8; 64];
+    let to = Place { sink: Arc::new(OfAHeap), offset: 0 };
+    // SAFETY: nothing is copied.
+    unsafe { pool.copy(Copy { token, from: NonNull::from(&from).cast(), to, bytes: 64 }) };
+    let mut done = Vec::new();
+    pool.reap(&mut done);
+    assert_eq!(done.len(), 1);
+    assert_eq!(done[0].result, Err(Fault::Memory(Errno::AGAIN)));
+}
+
+/// A place that breaks a promise.
+#[derive(Debug)]
+struct Broken;
+
+impl Sink for Broken {
+    unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+        panic!("here");
+    }
+
+    fn runs_foreign_code(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_thread_that_panics_is_known_to_have_done_so() {
+    let wake = Arc::new(Wake::new().unwrap());
+    let mut pool = Pool::new(Arc::clone(&wake), "test", 1);
+    let from = [7_u8; 64];
+    let to = Place { sink: Arc::new(Broken), offset: 0 };
+    // SAFETY: nothing is copied.
+    unsafe { pool.copy(Copy { token: Slots::new().insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 }) };
+    while !pool.has_completions() {
+        wake.wait();
+    }
+    let message = foreign::call(|| pool.reap(&mut Vec::new())).unwrap_err();
+    assert_eq!(message, "dmaload-test-0: here");
+    assert!(!pool.has_completions());
+}

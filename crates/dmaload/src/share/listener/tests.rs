@@ -1,0 +1,364 @@
+use super::*;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::PathBuf;
+
+fn own() -> Mode {
+    Mode::from_raw_mode(0o600)
+}
+
+fn all() -> Mode {
+    Mode::from_raw_mode(0o666)
+}
+
+fn mode_of(path: &Path) -> u32 {
+    fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn is_served(path: &Path) -> bool {
+    connect_to(&new_socket().unwrap(), path).is_ok()
+}
+
+fn dead_socket(path: &Path) {
+    let socket = new_socket().unwrap();
+    bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+}
+
+/// What the owner of a folder can do to the names in it, whoever's they are.
+fn steal(folder: &Path, target: &Path) {
+    for (number, name) in names(folder).into_iter().enumerate() {
+        if !name.starts_with("stolen") {
+            fs::rename(folder.join(&name), folder.join(format!("stolen{number}{name}"))).unwrap();
+            symlink(target, folder.join(&name)).unwrap();
+        }
+    }
+    for name in ["socket", ".socket.dmaload"] {
+        let _ = symlink(target, folder.join(name));
+    }
+}
+
+#[test]
+fn owner_of_the_folder_redirects_nothing_at_any_step() {
+    for mode in [own(), all()] {
+        for thief_at in [Step::MadeFolder, Step::Bound, Step::Found, Step::Ready, Step::Placed] {
+            for target_is_folder in [false, true] {
+                let place = tempfile::tempdir().unwrap();
+                let (folder, victims) = (place.path().join("thief's"), place.path().join("victim's"));
+                fs::create_dir(&folder).unwrap();
+                fs::create_dir(&victims).unwrap();
+                fs::set_permissions(&victims, fs::Permissions::from_mode(0o700)).unwrap();
+                let victim = victims.join("secret");
+                fs::write(&victim, "kept").unwrap();
+                fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+                let target = if target_is_folder { &victims } else { &victim };
+                let mut steps = Vec::new();
+                let listener = Listener::bind_step_by_step(&folder.join("socket"), mode, &mut |step| {
+                    steps.push(step);
+                    if step == thief_at {
+                        steal(&folder, target);
+                    }
+                });
+                assert!(steps.contains(&thief_at), "{steps:?}");
+                let bound = listener.is_ok();
+                drop(listener);
+                let case = format!("{mode:?} {thief_at:?} {target_is_folder} {bound}");
+                assert_eq!((mode_of(&victim), mode_of(&victims)), (0o600, 0o700), "{case}");
+                assert_eq!(names(&victims), ["secret"], "{case}");
+                assert_eq!(fs::read_to_string(&victim).unwrap(), "kept", "{case}");
+            }
+        }
+    }
+}
+
+/// A file system that lies shows other files in the private folder.
+#[test]
+fn another_file_in_the_place_of_the_bound_socket_is_left_alone() {
+    let place = tempfile::tempdir().unwrap();
+    let victim = place.path().join("secret");
+    fs::write(&victim, "kept").unwrap();
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+    let lies: [fn(&Path, &Path); 3] = [
+        |victim, fresh| symlink(victim, fresh).unwrap(),
+        |victim, fresh| fs::hard_link(victim, fresh).unwrap(),
+        |_, fresh| {
+            dead_socket(fresh);
+            // Of another user, where there can be one.
+            if geteuid().is_root() {
+                std::os::unix::fs::chown(fresh, Some(12345), None).unwrap();
+            } else {
+                fs::remove_file(fresh).unwrap();
+            }
+        },
+    ];
+    for (lie, lie_at) in lies.into_iter().flat_map(|lie| [(lie, Step::Bound), (lie, Step::Found)]) {
+        let mode = all();
+        let listener = Listener::bind_step_by_step(&place.path().join("socket"), mode, &mut |step| {
+            if step == lie_at {
+                let fresh = place.path().join(".socket.dmaload").join(FRESH);
+                fs::remove_file(&fresh).unwrap();
+                lie(&victim, &fresh);
+            }
+        });
+        assert!(lie_at == Step::Found || listener.is_err(), "{listener:?}");
+        assert_eq!((mode_of(&victim), fs::read_to_string(&victim).unwrap().as_str()), (0o600, "kept"));
+        drop(listener);
+        let _ = fs::remove_file(place.path().join("socket"));
+        assert_eq!(names(place.path()), ["secret"]);
+    }
+}
+
+#[test]
+fn socket_has_its_mode_before_it_is_in_its_place() {
+    for mode in [own(), all()] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let mut seen = Vec::new();
+        let listener = Listener::bind_step_by_step(&path, mode, &mut |step| {
+            let private = folder.path().join(".socket.dmaload");
+            assert_eq!(mode_of(&private), 0o700, "{step:?}");
+            assert_eq!(step == Step::Placed, path.exists(), "{step:?}");
+            if step == Step::Bound || step == Step::Ready {
+                seen.push((step, mode_of(&private.join(FRESH)) & !0o022));
+            }
+            // Whoever sees it can connect.
+            assert!(step != Step::Placed || (mode_of(&path) == mode.as_raw_mode() && is_served(&path)));
+        });
+        assert_eq!(seen.len(), 2);
+        assert_eq!(seen.last(), Some(&(Step::Ready, mode.as_raw_mode() & !0o022)));
+        assert_eq!(names(folder.path()), ["socket"]);
+        drop(listener.unwrap());
+        assert_eq!(names(folder.path()), [""; 0]);
+    }
+}
+
+#[test]
+fn only_dead_sockets_are_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    dead_socket(&at("seqpacket"));
+    drop(UnixListener::bind(at("stream")).unwrap());
+    drop(UnixDatagram::bind(at("datagram")).unwrap());
+    for name in ["seqpacket", "stream", "datagram", "none"] {
+        Listener::check(&at(name)).unwrap();
+        let listener = Listener::bind(&at(name), own()).unwrap();
+        assert!(is_served(&at(name)), "{name}");
+        drop(listener);
+        assert!(!at(name).exists(), "{name}");
+    }
+    fs::write(at("file"), "kept").unwrap();
+    fs::create_dir(at("folder")).unwrap();
+    symlink(at("file"), at("link")).unwrap();
+    symlink(at("nothing"), at("dangling")).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), FileType::Fifo, own(), 0).unwrap();
+    let alive = (
+        UnixListener::bind(at("alive stream")).unwrap(),
+        UnixDatagram::bind(at("alive datagram")).unwrap(),
+        Listener::bind(&at("alive"), own()).unwrap(),
+    );
+    symlink(at("alive"), at("link to alive")).unwrap();
+    let before = names(folder.path());
+    for name in &before {
+        let expected = if name.starts_with("alive") { "another process listens there" } else { "no socket" };
+        for refused in [Listener::bind(&at(name), own()).map(|_| ()), Listener::check(&at(name))] {
+            let reason = refused.unwrap_err();
+            assert!(reason.contains(expected), "{name}: {reason}");
+        }
+    }
+    assert_eq!(names(folder.path()), before);
+    assert!(is_served(&at("alive")) && fs::symlink_metadata(at("fifo")).unwrap().file_type().is_fifo());
+    drop(alive);
+}
+
+#[test]
+fn server_that_ends_leaves_the_socket_of_the_next_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    type Change = fn(&Path);
+    let changes: [Change; 3] = [
+        |path| fs::remove_file(path).unwrap(),
+        |path| fs::rename(path, path.with_file_name("moved")).unwrap(),
+        |path| {
+            dead_socket(&path.with_file_name("dead"));
+            fs::rename(path.with_file_name("dead"), path).unwrap();
+        },
+    ];
+    for change in changes {
+        let first = Listener::bind(&path, own()).unwrap();
+        change(&path);
+        let second = Listener::bind(&path, own()).unwrap();
+        drop(first);
+        assert!(is_served(&path));
+        drop(second);
+        assert!(!path.exists());
+        let _ = fs::remove_file(path.with_file_name("moved"));
+    }
+    let first = Listener::bind(&path, own()).unwrap();
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "kept").unwrap();
+    drop(first);
+    assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
+}
+
+/// Each round two servers end while two others take the place: whatever the order, the last
+/// one bound is there.
+#[test]
+fn servers_that_end_and_begin_at_once_keep_the_last_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    for _ in 0..100 {
+        let first = Listener::bind(&path, own()).unwrap();
+        fs::remove_file(&path).unwrap();
+        let second = thread::scope(|scope| {
+            let second = scope.spawn(|| Listener::bind(&path, own()));
+            drop(first);
+            second.join().unwrap()
+        });
+        assert!(is_served(&path));
+        drop(second.unwrap());
+        // A dead socket that two find at once: one has it.
+        dead_socket(&path);
+        let both = thread::scope(|scope| {
+            let other = scope.spawn(|| Listener::bind(&path, own()));
+            (Listener::bind(&path, own()), other.join().unwrap())
+        });
+        assert!(is_served(&path));
+        let one = match both {
+            (Ok(one), Err(reason)) | (Err(reason), Ok(one)) => {
+                assert!(reason.contains("another process listens there"), "{reason}");
+                one
+            }
+            both => panic!("{both:?}"),
+        };
+        drop(one);
+        assert_eq!(names(folder.path()), [""; 0]);
+    }
+}
+
+#[test]
+fn what_is_not_the_expected_file_is_put_back() {
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("socket");
+    let (folder, name) = open_folder(&path).unwrap();
+    let private = PrivateFolder::enter(&folder, &name).unwrap();
+    let makers: [fn(&Path); 3] = [dead_socket, |path| fs::write(path, "kept").unwrap(), |path| fs::create_dir(path).unwrap()];
+    for make in makers {
+        make(&path);
+        let before = identity(&stat(&path).unwrap());
+        private.take((before.0, before.1 + 1)).unwrap();
+        assert_eq!(identity(&stat(&path).unwrap()), before);
+        if path.is_dir() {
+            fs::remove_dir(&path).unwrap();
+        } else {
+            private.take(before).unwrap();
+        }
+        assert!(!path.exists());
+    }
+    private.take((0, 0)).unwrap();
+}
+
+#[test]
+fn private_folder_is_taken_over_from_the_killed_and_from_no_stranger() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, private) = (folder.path().join("socket"), folder.path().join(".socket.dmaload"));
+    let make = |mode: u32| {
+        fs::create_dir(&private).unwrap();
+        fs::set_permissions(&private, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    make(0o700);
+    dead_socket(&private.join(FRESH));
+    dead_socket(&private.join(TAKEN));
+    drop(Listener::bind(&path, own()).unwrap());
+    assert_eq!(names(folder.path()), [""; 0]);
+    let refused = |expected: &str| {
+        let reason = Listener::bind(&path, all()).unwrap_err();
+        assert!(reason.contains(expected), "{reason}");
+        assert!(!path.exists());
+    };
+    make(0o700);
+    fs::write(private.join(TAKEN), "kept").unwrap();
+    refused("it holds a file");
+    assert_eq!(fs::read_to_string(private.join(TAKEN)).unwrap(), "kept");
+    fs::remove_dir_all(&private).unwrap();
+    for mode in [0o701, 0o710, 0o770, 0o777] {
+        make(mode);
+        refused("not a folder of this user alone");
+        fs::remove_dir(&private).unwrap();
+    }
+    if geteuid().is_root() {
+        make(0o700);
+        std::os::unix::fs::chown(&private, Some(12345), None).unwrap();
+        refused("not a folder of this user alone");
+        fs::remove_dir(&private).unwrap();
+    }
+    let target = tempfile::tempdir().unwrap();
+    fs::set_permissions(target.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    symlink(target.path(), &private).unwrap();
+    refused("ENOTDIR");
+}
+
+#[test]
+fn one_server_at_a_time_has_the_private_folder() {
+    let place = tempfile::tempdir().unwrap();
+    let (folder, name) = open_folder(&place.path().join("socket")).unwrap();
+    let inside = std::sync::atomic::AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    let private = PrivateFolder::enter(&folder, &name).unwrap();
+                    assert_eq!(inside.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                    thread::yield_now();
+                    inside.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                    drop(private);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn long_paths_and_their_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let deep = folder.path().join("d".repeat(200)).join("e".repeat(200));
+    fs::create_dir_all(&deep).unwrap();
+    let path = deep.join("n".repeat(240));
+    let listener = Listener::bind(&path, all()).unwrap();
+    assert!(is_served(&path) && mode_of(&path) == 0o666);
+    assert!(Listener::bind(&path, own()).unwrap_err().contains("another process listens there"));
+    drop(listener);
+    assert!(!path.exists());
+    let refused = |path: PathBuf, expected: &str| {
+        let reason = Listener::bind(&path, own()).unwrap_err();
+        assert!(reason.contains(expected), "{reason}");
+    };
+    refused(deep.join("n".repeat(250)), "ENAMETOOLONG");
+    refused(deep.join("..").join(".."), "no file name");
+    refused(PathBuf::from("/"), "no file name");
+    refused(PathBuf::new(), "no file name");
+    refused(deep.join("missing").join("socket"), "ENOENT");
+}
+
+/// As [`Listener::bind`] does without procfs.
+#[test]
+fn thread_of_its_own_binds_where_the_process_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let opened = open(folder.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+    let before = std::env::current_dir().unwrap();
+    let socket = new_socket().unwrap();
+    fchmod(&socket, all()).unwrap();
+    let address = SocketAddrUnix::new("here").unwrap();
+    in_folder(&opened, || bind(&socket, &address)).unwrap();
+    assert_eq!(mode_of(&folder.path().join("here")), 0o666, "the umask of that thread is empty");
+    assert_eq!(std::env::current_dir().unwrap(), before);
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert_ne!(mode_of(&file), 0o666, "the umask of the process is as it was");
+}
