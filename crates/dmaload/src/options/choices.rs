@@ -176,7 +176,7 @@ pub struct Shard {
     pub dim: Option<usize>,
 }
 
-/// What an importer of segments can map: a driver, an NPU, a codec. See [`LoadOptions::importer`]. All of it is unlimited by
+/// What an importer of segments can map: a driver, an NPU, a codec. See [`crate::LoadOptions::importer`]. All of it is unlimited by
 /// default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImporterLimits {

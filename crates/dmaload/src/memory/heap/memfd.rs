@@ -1,0 +1,78 @@
+//! Heaps of ordinary memory: memory files, and private pages.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use dmabuf::{Mapping, Memfd, Memory, Pages, Populated};
+
+use super::{Heap, private};
+use crate::error::Result;
+
+/// Memory files: each segment has a file descriptor that other processes can map. Needs no device and no
+/// privilege, so it is what [`super::auto`] gives.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MemfdHeap {
+    /// The page size to populate with.
+    pub pages: Pages,
+}
+
+// SAFETY: each memory file is new, its one descriptor is in the returned value, and `Memfd` creates it without
+// F_SEAL_SEAL and sealed against shrinking. Populating changes no byte. It exports nothing.
+#[allow(unsafe_code)]
+unsafe impl Heap for MemfdHeap {
+    fn name(&self) -> Cow<'_, str> {
+        "memfd".into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        Memfd::create("dmaload", bytes).map(Memory::Memfd)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        mapping.populate(memory, part, self.pages)
+    }
+
+    fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
+    }
+}
+
+/// Private memory with transparent huge pages, for callers that need no file descriptor.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AnonHeap {
+    /// The page size to populate with.
+    pub pages: Pages,
+}
+
+impl AnonHeap {
+    pub(crate) const NAME: &str = "anon";
+}
+
+// SAFETY: anonymous memory comes into being with its mapping, which dmaload makes, and has no descriptor.
+// Populating changes no byte. It exports nothing.
+#[allow(unsafe_code)]
+unsafe impl Heap for AnonHeap {
+    fn name(&self) -> Cow<'_, str> {
+        Self::NAME.into()
+    }
+
+    fn allocate(&self, _bytes: usize) -> Result<Memory, dmabuf::Error> {
+        Ok(Memory::Anonymous)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        mapping.populate(memory, part, self.pages)
+    }
+
+    fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
+    }
+}

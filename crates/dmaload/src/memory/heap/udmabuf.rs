@@ -1,0 +1,155 @@
+//! Memory files that `/dev/udmabuf` makes dma-bufs of.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+
+use dmabuf::{DmaBuf, Mapping, Memfd, Memory, Pages, Part, Populated, Udmabuf};
+use rustix::io::Errno;
+
+use super::{Heap, private};
+use crate::error::{Error, Result, SizeLimit};
+
+/// Memory files that become dma-bufs when they are full: the device reads straight into the pages that the dma-buf then
+/// shows. Needs `/dev/udmabuf`.
+///
+/// Reads go through the mapping of the memfd, never through one of the dma-buf, which newer kernels can't pin. On Linux 6.11
+/// to 6.15 it uses small pages only, since there drivers see wrong bytes on 2 MiB ones (see
+/// [`Udmabuf::huge_pages_show_wrong_bytes`]).
+#[derive(Debug)]
+pub struct UdmabufHeap {
+    device: Udmabuf,
+    pages: Pages,
+    /// Why pages are smaller than they could be.
+    note: Option<String>,
+}
+
+impl UdmabufHeap {
+    /// The name of this heap.
+    pub const NAME: &str = "udmabuf";
+
+    /// Opens the device, and makes one small dma-buf to see that it works.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; [`Error::Memory`] when no dma-buf can be made; [`Error::Config`] for [`Pages::Huge`] on kernels
+    /// that show wrong bytes there.
+    pub fn open(pages: Pages) -> Result<Self> {
+        Self::with_device(Udmabuf::open()?, pages)
+    }
+
+    /// The same with the device open already: for a process that has no right to open it.
+    ///
+    /// # Errors
+    /// As [`UdmabufHeap::open`].
+    pub fn from_fd(device: OwnedFd, pages: Pages) -> Result<Self> {
+        Self::with_device(Udmabuf::from_fd(device)?, pages)
+    }
+
+    fn with_device(device: Udmabuf, pages: Pages) -> Result<Self> {
+        let wrong = Udmabuf::huge_pages_show_wrong_bytes();
+        match pages {
+            Pages::Huge if wrong => Err(Error::Config(
+                "on this kernel (Linux 6.11 to 6.15) drivers see wrong bytes in a udmabuf on 2 MiB pages: see docs/kernels.md, and \
+                 use UdmabufHeap::open_despite_bug only if no importer maps it into the kernel"
+                    .to_owned(),
+            )),
+            Pages::Auto if wrong => {
+                let note = "small pages: on this kernel (Linux 6.11 to 6.15) drivers see wrong bytes in a udmabuf on 2 MiB ones";
+                Self::with(device, Pages::Small, Some(note.to_owned()))
+            }
+            pages => Self::with(device, pages, None),
+        }
+    }
+
+    /// As [`UdmabufHeap::open`], with 2 MiB pages also where importers that map the dma-buf into the kernel see wrong bytes
+    /// on them. For those who know that theirs do not: one that only takes its addresses for DMA does not.
+    ///
+    /// # Errors
+    /// As [`UdmabufHeap::open`].
+    pub fn open_despite_bug(pages: Pages) -> Result<Self> {
+        let wrong = Udmabuf::huge_pages_show_wrong_bytes() && pages != Pages::Small;
+        let note = "2 MiB pages despite the bug of this kernel: drivers that map the udmabuf see wrong bytes";
+        Self::with(Udmabuf::open()?, pages, wrong.then(|| note.to_owned()))
+    }
+
+    fn with(device: Udmabuf, pages: Pages, note: Option<String>) -> Result<Self> {
+        let heap = UdmabufHeap { device, pages, note };
+        let refused = |refusal| Error::Memory { heap: Self::NAME.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
+        let memory = heap.allocate(dmabuf::page_bytes()).map_err(refused)?;
+        heap.make_dma_buf(&memory).map_err(refused)?;
+        Ok(heap)
+    }
+
+    /// Whether huge pages are to be kept out, since drivers would see wrong bytes on them.
+    fn avoids_bug(&self) -> bool {
+        self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes()
+    }
+
+    fn make_dma_buf(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+        let failed = |errno| dmabuf::Error::new("make a udmabuf", 0, errno);
+        let memfd = memory.memfd().ok_or(failed(Errno::BADFD))?;
+        self.device.create(Part { memfd, offset: 0, bytes: memfd.bytes() })
+    }
+}
+
+/// How many bytes of a memory file have no page.
+fn missing_bytes(memfd: &Memfd) -> Result<u64, Errno> {
+    let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
+    Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
+}
+
+// SAFETY: memory files as in `MemfdHeap`. The dma-buf that `export` returns is of all pages of the file, and its
+// one descriptor is in the returned value.
+#[allow(unsafe_code)]
+unsafe impl Heap for UdmabufHeap {
+    fn name(&self) -> Cow<'_, str> {
+        Self::NAME.into()
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+        Memfd::create("dmaload", bytes).map(Memory::Memfd)
+    }
+
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+        let bytes = part.len();
+        let populated = mapping.populate(memory, part, self.pages)?;
+        let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
+        if huge && self.avoids_bug() {
+            // Nothing is known to give huge pages here against the advice; should something do, its bytes are not shown.
+            return Err(dmabuf::Error::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::OPNOTSUPP));
+        }
+        Ok(populated)
+    }
+
+    fn exports(&self) -> bool {
+        true
+    }
+
+    fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+        if let Some(memfd) = memory.memfd().filter(|_| self.avoids_bug()) {
+            let refused = |errno| dmabuf::Error::new("export memory that was not populated", memfd.bytes(), errno);
+            // The driver would allocate them, with pages of any size: it knows nothing of the mapping's advice.
+            if missing_bytes(memfd).map_err(refused)? > 0 {
+                return Err(refused(Errno::INVAL));
+            }
+        }
+        self.make_dma_buf(memory)
+    }
+
+    fn size_limit(&self) -> Option<SizeLimit> {
+        let setting = format!("{}/size_limit_mb", Udmabuf::PARAMETERS);
+        Udmabuf::limits().size_bytes.map(|bytes| SizeLimit::new(bytes, setting, 1 << 20))
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.note.iter().cloned().collect()
+    }
+
+    fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    fn is_own(&self, _: private::Key) -> bool {
+        true
+    }
+}
