@@ -7,9 +7,11 @@ use dmabuf::{Access, Populated};
 use rustix::io::Errno;
 
 use super::filling::Filling;
+use super::heap_code::HeapCode;
 use super::open::{Chosen, route_for, staged_by};
 use super::state::{Allocation, LoadShared, Part};
-use super::{Advance, Engine, HeapCode, Permit, WorkerId};
+use super::workers::WorkerId;
+use super::{Advance, Engine, Permit};
 use crate::engine::schedule::Need;
 use crate::error::{Error, Result};
 use crate::files::source::{CachedChunks, OpenFile};

@@ -12,8 +12,9 @@ use std::time::Instant;
 use dmabuf::Pages;
 use rustix::io::Errno;
 
+use super::Engine;
+use super::heap_code::{HeapCode, WeakHeap};
 use super::state::{Allocated, LoadShared};
-use super::{Engine, HeapCode, WeakHeap};
 use crate::error::Result;
 use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, printable};
 
 use super::choice::Choosing;
+use super::heap_code::HeapCode;
 use super::state::{FilePlan, LoadShared};
-use super::{Engine, HeapCode, descriptors};
+use super::{Engine, descriptors};
 use crate::engine::schedule::Demand;
 use crate::error::{Error, Result};
 use crate::files::expand::{self, Choice, Found};

@@ -1,112 +1,198 @@
-//! The thread that tells: what the ring thread and the workers have found out reaches the loads' consumers, and
-//! the subscribers of `tracing`, from here. So the caller's code runs neither on the ring thread nor under a lock,
-//! and each load's segments go out in order without one.
-//!
-//! A waker that takes its time holds up what other loads are told, but no read and no allocation.
+//! The thread that tells loads' consumers, and subscribers of `tracing`, what the others have found out; see
+//! [`super::mailbox`].
 
-use std::collections::VecDeque;
-use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use super::state::LoadShared;
-use crate::ring::Output;
+use super::jobs::Left;
+use super::mailbox::Message;
+use super::state::{Handover, LoadShared};
+use super::workers::MOST_SUBSTITUTES;
+use super::{Engine, Permit, defect};
+use crate::files::source::OpenFile;
+use crate::memory::backing::PieceBuffer;
+use crate::ring::{Events, Output};
+use crate::support::foreign;
 use crate::support::id::LoadId;
+use crate::telemetry::report::Measured;
 
-/// Something to tell.
-#[derive(Debug)]
-pub(super) enum Message<E> {
-    /// The ring thread has done this. Buffers have gone back before.
-    Ring(Output<()>),
-    /// A load may have segments to hand over, or its end.
-    Deliver(Arc<LoadShared>),
-    /// The ring broke down, and another one takes its place.
-    RingBroke { errno: Errno, leaked_bytes: u64 },
-    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` if all
-    /// workers do that can be had.
-    Stalled { loads: Vec<LoadId>, is_exhausted: bool },
-    /// No thread could be started in place of one of these.
-    NoSubstitute { error: io::Error },
-    /// The ring thread has ended: by itself, or with this panic. Its share of the engine is dropped here.
-    RingEnded { engine: Arc<E>, panic: Option<String> },
-    /// The thread panics, as a broken invariant would make it.
-    #[cfg(test)]
-    Panic,
-}
-
-#[derive(Debug)]
-struct Queue<E> {
-    messages: VecDeque<Message<E>>,
-    /// The thread ends when it has told what there is.
-    closed: bool,
-    ended: bool,
-}
-
-/// What is to be told, and not told yet. `E` is the engine.
-#[derive(Debug)]
-pub(super) struct Mailbox<E> {
-    queue: Mutex<Queue<E>>,
-    changed: Condvar,
-}
-
-impl<E> Default for Mailbox<E> {
-    fn default() -> Self {
-        let queue = Queue { messages: VecDeque::new(), closed: false, ended: false };
-        Mailbox { queue: Mutex::new(queue), changed: Condvar::new() }
-    }
-}
-
-impl<E> Mailbox<E> {
-    fn queue(&self) -> MutexGuard<'_, Queue<E>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Leaves messages to the thread. Once that was told to end, they are dropped: by then every load has ended.
-    pub(super) fn push(&self, messages: impl IntoIterator<Item = Message<E>>) {
-        let mut messages: VecDeque<_> = messages.into_iter().collect();
-        let mut queue = self.queue();
-        if !queue.closed {
-            queue.messages.append(&mut messages);
+impl Engine {
+    /// The teller thread; see [`teller`].
+    pub(super) fn tell(self: Arc<Self>) {
+        let mut broke = false;
+        while let Some(messages) = self.mailbox.next() {
+            for message in messages {
+                let ring_ended = matches!(message, Message::RingEnded { .. });
+                let Err(message) = foreign::call(|| self.handle(message)) else { continue };
+                // A broken invariant: no load may wait for a thread that no longer knows what it does. It goes on, to tell
+                // them their end. Once, since what has panicked may panic again at each load's end.
+                if !std::mem::replace(&mut broke, true) {
+                    let error = defect("the teller thread", message);
+                    foreign::emit(|| tracing::error!(%error, "all loads fail"));
+                    // Not if the ring thread has panicked before: the first reason counts.
+                    let _ = self.broken.set(error);
+                    let _ = foreign::call(|| self.close());
+                }
+                if ring_ended {
+                    self.jobs.finish();
+                }
+            }
         }
-        drop(queue);
-        self.changed.notify_all();
-        // What is left is dropped here, without the lock.
-        drop(messages);
+        // Workers have ended, all or all that can.
+        self.jobs.drop_buried();
+        self.mailbox.end();
     }
 
-    /// Waits for messages, and takes all there are; `None` when no more come.
-    pub(super) fn next(&self) -> Option<VecDeque<Message<E>>> {
-        let mut queue = self.queue();
-        loop {
-            if !queue.messages.is_empty() {
-                return Some(std::mem::take(&mut queue.messages));
+    fn handle(&self, message: Message<Engine>) {
+        match message {
+            Message::Ring(output) => self.handle_output(output),
+            Message::Deliver(load) => {
+                self.deliver(&load);
+                self.let_go(load);
             }
-            if queue.closed {
-                return None;
+            Message::RingBroke { errno, leaked_bytes } => foreign::emit(|| {
+                let errno = dmabuf::errno::describe(errno);
+                tracing::error!(errno, leaked_bytes, "io_uring broke down: memory that reads may still write to is leaked");
+            }),
+            Message::Stalled { loads, is_exhausted } => foreign::emit(|| {
+                for load in loads {
+                    tracing::warn!(load = load.0, "a file keeps a worker waiting: its load waits, and another worker takes over");
+                }
+                if is_exhausted {
+                    tracing::error!("{MOST_SUBSTITUTES} workers have been replaced, and wait for files: no load goes on");
+                }
+            }),
+            Message::NoSubstitute { error } => {
+                foreign::emit(|| tracing::warn!(%error, "no thread in place of a worker that waits for a file: fewer work"));
             }
-            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            Message::RingEnded { engine, panic } => {
+                if let Some(message) = panic {
+                    let error = defect("the ring thread", message);
+                    foreign::emit(|| tracing::error!(%error, "all loads fail"));
+                    // Not if this thread has panicked before: the first reason counts.
+                    let _ = self.broken.set(error);
+                }
+                // Reached with loads only after a panic or past a deadline: they must not wait for ever.
+                self.close();
+                // What was left to workers until now, they drop before they end.
+                self.jobs.finish();
+                // Not the last share of it: this thread has one.
+                drop(engine);
+            }
+            #[cfg(test)]
+            Message::Panic => panic!("a test wants it"),
         }
     }
 
-    /// No more messages come.
-    pub(super) fn close(&self) {
-        self.queue().closed = true;
-        self.changed.notify_all();
+    fn handle_output(&self, output: Output<()>) {
+        let id = output.load();
+        let is_gone = matches!(output, Output::Gone { .. });
+        // A load that has failed or was dropped is forgotten while the driver drains its reads.
+        if let Some(load) = self.jobs.load_of(id) {
+            if let Err(message) = foreign::call(|| self.note(&load, output)) {
+                self.fail(&load, defect("the teller thread", message));
+            }
+            self.deliver(&load);
+            self.let_go(load);
+        } else {
+            // What observed it comes along, and its drop is the caller's code.
+            foreign::discard(output);
+        }
+        if is_gone {
+            self.jobs.end();
+        }
     }
 
-    /// The thread has ended.
-    pub(super) fn end(&self) {
-        let mut queue = self.queue();
-        (queue.closed, queue.ended) = (true, true);
-        drop(queue);
-        self.changed.notify_all();
+    /// Notes what the ring thread has done for a load.
+    fn note(&self, load: &LoadShared, output: Output<()>) {
+        match output {
+            Output::PieceFull { load: id, piece, route, buffer: () } => {
+                if let Some((mount, measured)) = load.measure(piece) {
+                    self.choices().learned(id, mount, &measured);
+                    foreign::emit(|| {
+                        let Measured { direct_bytes_per_second, staged_bytes_per_second, buffered_bytes_per_second, chosen } =
+                            measured;
+                        tracing::info!(
+                            load = id.0,
+                            direct_bytes_per_second,
+                            staged_bytes_per_second,
+                            buffered_bytes_per_second,
+                            %chosen,
+                            "measured"
+                        );
+                    });
+                }
+                self.jobs.follow(id, load.piece_full(piece, route));
+            }
+            Output::SteppedDown { fallback, .. } => load.stepped_down(fallback),
+            Output::LessStaging { bytes, errno, .. } => load.less_staging(bytes, errno),
+            Output::NoThread { .. } => load.no_thread(),
+            Output::Retried { retried, .. } => load.retried(&retried),
+            Output::Traced { piece, span, .. } => load.traced(piece, span, self.epoch),
+            Output::Failed { load: id, failure } => {
+                self.bury(id, [load.fail_for(failure)]);
+                self.forget(id);
+            }
+            Output::Gone { times, .. } => load.gone(times),
+        }
     }
 
-    /// Waits for the thread to end, or the time to be up; whether it has ended.
-    pub(super) fn wait_until_ended(&self, timeout: Duration) -> bool {
-        let waited = self.changed.wait_timeout_while(self.queue(), timeout, |queue| !queue.ended);
-        waited.unwrap_or_else(PoisonError::into_inner).0.ended
+    /// Hands over what a load has; by the teller alone, which keeps the order.
+    fn deliver(&self, load: &Arc<LoadShared>) {
+        let mut remains = Vec::new();
+        let delivered = foreign::call(|| load.deliver(&mut remains));
+        let over = match delivered {
+            Ok(handover) => handover == Handover::Over,
+            Err(message) => {
+                self.fail(load, defect("the teller thread", message));
+                false
+            }
+        };
+        if !remains.is_empty() {
+            self.bury(load.id, remains);
+            self.abandon(load);
+        }
+        if over {
+            self.forget(load.id);
+            // What it does not need any more goes, however long its consumer keeps it.
+            self.bury(load.id, load.remains());
+        }
+    }
+
+    /// The last one to hold a load leaves it to a worker.
+    pub(super) fn let_go(&self, load: Arc<LoadShared>) {
+        if let Some(load) = Arc::into_inner(load) {
+            self.jobs.bury(Left::Files(load.id), load);
+        }
+    }
+}
+
+impl Events<PieceBuffer<Permit>> for Engine {
+    fn happened(&self, outputs: Vec<Output<PieceBuffer<Permit>>>) {
+        // The permits go back first: the allocator may go on while the rest is done by the teller.
+        let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
+        self.mailbox.push(messages);
+    }
+
+    fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>) {
+        for (load, file) in files {
+            // Whoever holds another reference closes the file.
+            if let Some(file) = Arc::into_inner(file) {
+                self.jobs.bury(Left::Files(load), file);
+            }
+        }
+    }
+
+    fn broke_down(&self, errno: Errno, leaked_bytes: u64) {
+        self.mailbox.push([Message::RingBroke { errno, leaked_bytes }]);
+    }
+
+    fn ended(self: Arc<Self>, leaked_bytes: u64, panic: Option<String>) {
+        self.leaked_bytes.fetch_add(leaked_bytes, Ordering::AcqRel);
+        let (threads, mailbox) = (Arc::clone(&self.threads), Arc::clone(&self.mailbox));
+        mailbox.push([Message::RingEnded { engine: self, panic }]);
+        threads.end(&mailbox);
     }
 }

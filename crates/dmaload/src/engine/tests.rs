@@ -1,5 +1,14 @@
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
 use super::*;
+use crate::files::source::Input;
 use crate::load::Segments;
+use crate::memory::heap;
+use crate::options::load::LoadOptions;
 
 #[test]
 fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {

@@ -1,0 +1,192 @@
+//! What keeps an engine running: starting its threads, starting and abandoning loads, shutting down.
+
+use std::io;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::Instant;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+use tokio::sync::mpsc::{self, UnboundedReceiver};
+use tokio::sync::oneshot;
+
+use super::choice::Choices;
+use super::event::Event;
+use super::heap_code::HeapCode;
+use super::jobs::{Jobs, Left};
+use super::settings::Settings;
+use super::state::{Handover, HeapFacts, LoadShared};
+use super::threads::Leaked;
+use super::{Engine, descriptors};
+use crate::error::{Error, Result};
+use crate::files::source::Input;
+use crate::memory::heap::{self, Heap};
+use crate::memory::reaper::Reaper;
+use crate::options::load::LoadOptions;
+use crate::ring::RingThread;
+use crate::support::foreign;
+use crate::support::id::LoadId;
+use crate::telemetry::metrics::Metrics;
+
+/// Keeps an engine running: held by loaders and loads. With the last one the threads end by themselves.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    pub(super) engine: Arc<Engine>,
+    heap: HeapCode,
+    settings: Settings,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.engine.close();
+    }
+}
+
+impl Guard {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// [`Error::Config`]; [`Error::Start`] when no thread or descriptor can be had.
+    pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>, notes: Vec<String>) -> Result<Arc<Self>> {
+        settings.check(&settings.load)?;
+        let no_thread = |error: io::Error| {
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+            Error::Start { operation: "no thread could be had", errno }
+        };
+        let heap = HeapCode::new(heap);
+        let name: Arc<str> = heap.call("of the loader", |heap| heap.name().into())?;
+        let facts = heap.call(&name, |heap| HeapFacts {
+            name: Arc::clone(&name),
+            notes: notes.into(),
+            exports: heap.exports(),
+            allocates_at_once: heap.allocates_at_once(),
+            uncached: heap.is_uncached(),
+            pages: heap.pages(),
+            own: heap::is_own(heap),
+        })?;
+        let all_settings = settings.clone();
+        let settings = Settings { load: LoadOptions { verify: None, observer: None, ..settings.load }, ..settings };
+        let choices = Mutex::new(Choices::new(facts.pages));
+        let engine = Arc::new(Engine {
+            facts,
+            mailbox: Arc::default(),
+            broken: OnceLock::new(),
+            epoch: Instant::now(),
+            reaper: Reaper::start().map_err(no_thread)?,
+            ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
+            choices,
+            jobs: Jobs::new(
+                settings.window_bytes,
+                settings.memory_limit_bytes,
+                descriptors::files(),
+                settings.max_open_loads,
+                settings.allocators(),
+            ),
+            threads: Arc::default(),
+            leaked_bytes: AtomicU64::new(0),
+            counters: Arc::default(),
+            // The pool can do without it.
+            unwatch: (settings.pool_bytes > 0).then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()).flatten(),
+            settings,
+        });
+        engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
+        // From here on whatever fails ends the threads that were started: the guard is dropped.
+        let guard = Arc::new(Guard { engine: Arc::clone(&engine), heap: heap.clone(), settings: all_settings });
+        let own = Arc::clone(&engine);
+        thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.tell()).map_err(no_thread)?;
+        engine
+            .counted(|| engine.ring.start(engine.settings.ring_limits(), engine.epoch, Arc::clone(&engine)))
+            .map_err(no_thread)?;
+        if engine.unwatch.is_some() {
+            engine.watch_pressure();
+        }
+        for _ in 0..engine.settings.allocators().threads() {
+            engine.start_worker(engine.jobs.hire(), &heap).map_err(no_thread)?;
+        }
+        let own = Arc::clone(&engine);
+        let builder = thread::Builder::new().name("dmaload-watch".to_owned());
+        engine.counted(|| builder.spawn(move || own.watch(heap)).map(|_| ())).map_err(no_thread)?;
+        Ok(guard)
+    }
+
+    pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
+        self.engine.reaper.trim_pool(keep_bytes)
+    }
+
+    pub(crate) fn metrics(&self) -> Metrics {
+        let engine = &self.engine;
+        Metrics {
+            queue_depth: engine.settings.queue_depth as u64,
+            memory_bytes: self.memory_bytes(),
+            pooled_bytes: self.pooled_bytes(),
+            ..engine.counters.seen(engine.ring.counters())
+        }
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.engine.jobs.memory_bytes()
+    }
+
+    pub(crate) fn pooled_bytes(&self) -> u64 {
+        self.engine.reaper.pooled_bytes()
+    }
+
+    pub(crate) fn heap(&self) -> &dyn Heap {
+        self.heap.heap()
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    pub(crate) fn load(
+        self: &Arc<Self>,
+        asked: Vec<Input>,
+        options: LoadOptions,
+        keep: bool,
+    ) -> (UnboundedReceiver<Event>, Arc<LoadShared>) {
+        let engine = &self.engine;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let checked = engine.settings.check(&options);
+        let id = engine.jobs.next_id();
+        let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), sender));
+        let submit = || engine.jobs.submit(id, Arc::clone(&shared));
+        if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end())) {
+            // It holds nothing yet, and nothing else knows of it: its consumer is told here.
+            let mut remains = vec![shared.fail(error)];
+            assert_eq!(shared.deliver(&mut remains), Handover::Over, "a load that has failed is over");
+        }
+        (receiver, shared)
+    }
+
+    /// The consumer of a stream has taken a segment: its load may go on by as much memory.
+    pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
+        self.engine.jobs.account(|scheduler| scheduler.consumed(&load, bytes));
+    }
+
+    /// Nobody waits for this load any more.
+    pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
+        load.dropped();
+        self.engine.abandon(&load);
+        // Its files and address ranges are closed and unmapped by a worker: the caller may be an async task.
+        self.engine.bury(load.id, load.remains());
+        self.engine.jobs.bury(Left::Files(load.id), load);
+    }
+
+    /// Ends all loads and all threads, leaking past the deadline; `done` hears of it.
+    pub(crate) fn shut_down(self: &Arc<Self>, done: oneshot::Sender<Result<(), Leaked>>) {
+        let engine = Arc::clone(&self.engine);
+        engine.close();
+        let body = move || {
+            let left = engine.wait_for_threads();
+            // Wakes the caller's task. A panic of its waker concerns nothing here.
+            foreign::discard(foreign::call(|| done.send(left)));
+        };
+        if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
+            // Without a thread to wait on, nobody would end what hangs; the receiver sees the sender dropped.
+            self.engine.ring.give_up();
+        }
+    }
+}

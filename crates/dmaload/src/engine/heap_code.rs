@@ -1,0 +1,46 @@
+//! The heap of a loader, whose code may be the caller's.
+
+use std::sync::{Arc, Weak};
+
+use crate::error::{Error, Result};
+use crate::memory::heap::Heap;
+use crate::support::foreign::{self, Foreign};
+
+/// The heap, whose code may be the caller's. Held by workers and by what callers hold, so that no other thread drops it.
+#[derive(Debug, Clone)]
+pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
+
+/// The same for whoever must not drop it.
+#[derive(Debug, Clone)]
+pub(super) struct WeakHeap(Weak<Foreign<Arc<dyn Heap>>>);
+
+impl WeakHeap {
+    /// `None` when the engine has ended.
+    pub(super) fn upgrade(&self) -> Option<HeapCode> {
+        self.0.upgrade().map(HeapCode)
+    }
+}
+
+impl HeapCode {
+    pub(super) fn new(heap: Arc<dyn Heap>) -> Self {
+        HeapCode(Arc::new(Foreign::new(heap)))
+    }
+
+    /// The heap, for the caller's own thread.
+    pub(super) fn heap(&self) -> &dyn Heap {
+        &***self.0
+    }
+
+    pub(super) fn downgrade(&self) -> WeakHeap {
+        WeakHeap(Arc::downgrade(&self.0))
+    }
+
+    /// Calls it, without a lock.
+    ///
+    /// # Errors
+    /// [`Error::Panicked`].
+    pub(crate) fn call<T>(&self, name: &str, call: impl FnOnce(&dyn Heap) -> T) -> Result<T> {
+        let code = || format!("heap {name}");
+        foreign::call(|| call(&***self.0)).map_err(|message| Error::Panicked { code: code(), message })
+    }
+}

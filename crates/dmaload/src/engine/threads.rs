@@ -1,0 +1,59 @@
+//! Which threads have not ended, and what a shutdown leaves behind.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::mailbox::Mailbox;
+
+/// The threads that have not ended, but for the teller, which ends after them.
+#[derive(Debug, Default)]
+pub(super) struct Threads {
+    count: Mutex<usize>,
+    changed: Condvar,
+}
+
+impl Threads {
+    fn count(&self) -> MutexGuard<'_, usize> {
+        self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more.
+    pub(super) fn start(&self) {
+        *self.count() += 1;
+    }
+
+    /// One has ended, or was not started: with the last one the teller tells what is left to tell, and ends.
+    pub(super) fn end<E>(&self, mailbox: &Mailbox<E>) {
+        let left = {
+            let mut count = self.count();
+            *count = count.checked_sub(1).expect("each thread ends once");
+            *count
+        };
+        self.changed.notify_all();
+        if left == 0 {
+            mailbox.close();
+        }
+    }
+
+    /// Waits until all have ended, or the time is up; how many are left.
+    pub(super) fn wait(&self, timeout: Duration) -> usize {
+        let waited = self.changed.wait_timeout_while(self.count(), timeout, |count| *count > 0);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+/// What a shutdown had to leave behind, past its deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes that reads in flight may still write to were leaked on purpose; {threads} threads have not ended")]
+#[non_exhaustive]
+pub struct Leaked {
+    /// How much memory that is.
+    pub bytes: u64,
+    /// Threads that hang, in the kernel or in a heap's code, and end when that lets go of them.
+    pub threads: usize,
+}
+
+impl Leaked {
+    /// No thread could be had to wait for the others.
+    pub(crate) const UNKNOWN: Leaked = Leaked { bytes: 0, threads: 1 };
+}

@@ -1,0 +1,163 @@
+//! The worker threads: they do the jobs of the schedule, and another thread starts new ones in place of those that wait for
+//! a server.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use dmabuf::Memory;
+
+use super::heap_code::HeapCode;
+use super::jobs::Noticed;
+use super::mailbox::Message;
+use super::schedule::{Job, Need};
+use super::state::LoadShared;
+use super::workers::WorkerId;
+use super::{Advance, Engine, Permit, defect};
+use crate::error::Error;
+use crate::files::header::find_header;
+use crate::support::foreign;
+
+impl Engine {
+    pub(super) fn start_worker(self: &Arc<Self>, worker: WorkerId, heap: &HeapCode) -> io::Result<()> {
+        let (own, heap) = (Arc::clone(self), heap.clone());
+        let builder = thread::Builder::new().name(format!("dmaload-alloc-{}", worker.number()));
+        let started = self.counted(|| builder.spawn(move || own.work(worker, heap)).map(|_| ()));
+        if started.is_err() {
+            self.jobs.dismiss(worker);
+        }
+        started
+    }
+
+    /// The thread that starts workers in place of those that wait for a server which does not
+    /// answer.
+    pub(super) fn watch(self: Arc<Self>, heap: HeapCode) {
+        let mut refused = false;
+        while let Some(Noticed { stalled, substitutes, is_exhausted }) = self.jobs.watch() {
+            let mut error = None;
+            for worker in substitutes {
+                error = self.start_worker(worker, &heap).err().or(error);
+            }
+            if !stalled.is_empty() {
+                let loads = stalled.into_iter().map(|task| task.load).collect();
+                self.mailbox.push([Message::Stalled { loads, is_exhausted }]);
+            }
+            // Tried again each time, and told once.
+            if let Some(error) = error.filter(|_| !refused) {
+                refused = true;
+                self.mailbox.push([Message::NoSubstitute { error }]);
+            }
+        }
+        drop(heap);
+        self.thread_has_ended();
+    }
+
+    /// A worker thread.
+    fn work(self: Arc<Self>, worker: WorkerId, heap: HeapCode) {
+        while let Some((job, load)) = self.jobs.next(worker) {
+            if let Some(another) = self.jobs.hire_more()
+                && let Err(error) = self.start_worker(another, &heap)
+            {
+                // The watch tries again.
+                foreign::emit(|| tracing::debug!(%error, "no thread for one more worker"));
+            }
+            // Files that the caller gave open stay so until the job is done, also where the load ends meanwhile.
+            let open = load.asked();
+            let is_open = matches!(job, Job::Open(_));
+            let done = foreign::call(|| match job {
+                Job::Open(_) => self.open(&load, &heap),
+                Job::Allocate(_, batch, need) => {
+                    let advance = Advance { engine: Arc::clone(&self), load: load.id, bytes: need.held_bytes };
+                    let need = Need { held_bytes: 0, ..need };
+                    let permit = Permit { engine: Arc::clone(&self), load: load.id, need };
+                    self.allocate(&load, &heap, worker, batch, permit, advance);
+                }
+                Job::MakeRoom(_, bytes) => {
+                    self.reaper.trim_pool(self.reaper.pooled_bytes().saturating_sub(bytes));
+                }
+                Job::Check(_, file) => self.check(&load, file),
+                Job::Finish(_, memory) => self.finish(&load, &heap, memory),
+            });
+            if let Err(message) = done {
+                // Not a heap and not a verifier: these are caught where they are called. Whatever the job held was
+                // released by unwinding.
+                self.fail(&load, defect("a worker thread", message));
+                if is_open {
+                    // Before it was announced to the ring, which would have ended it: its place is free.
+                    self.jobs.end();
+                }
+            }
+            // These may be the last references to files.
+            self.jobs.proceed(worker);
+            foreign::discard(open);
+            foreign::discard(load);
+        }
+        drop(heap);
+        self.thread_has_ended();
+    }
+
+    /// The file was read: it must be what it was, or its last segment is withheld.
+    fn check(&self, load: &Arc<LoadShared>, file: usize) {
+        // The load is over.
+        let Some((open, identity)) = load.take_file(file) else { return };
+        // Of a large one the header was read when it was planned.
+        let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
+            let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
+            let source = load.sources().get(file).expect("a planned file is checked");
+            source.check(tensors.as_ref())?;
+            Ok(tensors)
+        });
+        let checked = checked.map_err(|error| open.blame_change(&identity, error));
+        let checked = checked.and_then(|tensors| open.check_unchanged(&identity).map(|()| tensors));
+        let checked = checked.and_then(|tensors| open.check_end(&identity).map(|()| tensors));
+        match checked {
+            Ok(tensors) => {
+                drop(open);
+                match load.file_checked(file, tensors.map(Arc::new)) {
+                    Ok(()) => self.tell_of(load),
+                    Err(error) => self.fail(load, error),
+                }
+            }
+            Err(error) => self.fail(load, error),
+        }
+    }
+
+    /// Moves what is to be elsewhere in a full memory, and makes a dma-buf of it.
+    #[allow(unsafe_code)]
+    fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
+        // The load is over.
+        let Some((backing, moves)) = load.full_memory(number) else { return };
+        let start = Instant::now();
+        for slot in &moves {
+            // SAFETY: all pieces of the memory have come back from the driver, so it is filled and nobody writes to it; its segments
+            // are not made before `memory_finished`, so nobody reads it.
+            unsafe { backing.move_down(slot) };
+        }
+        let export = |memory: &Memory| {
+            let exported = heap.call(load.heap(), |heap| heap.export(memory)).map_err(Refused::Load)?;
+            exported.map_err(Refused::Kernel)
+        };
+        match if self.facts.exports { backing.export(export) } else { Ok(()) } {
+            Ok(()) => {
+                drop(backing);
+                load.memory_finished(number, start);
+                self.tell_of(load);
+            }
+            Err(Refused::Kernel(refusal)) => self.fail(load, load.memory_error(refusal)),
+            Err(Refused::Load(error)) => self.fail(load, error),
+        }
+    }
+}
+
+/// Why memory is not exported.
+enum Refused {
+    Kernel(dmabuf::Error),
+    Load(Error),
+}
+
+impl From<dmabuf::Error> for Refused {
+    fn from(refusal: dmabuf::Error) -> Self {
+        Refused::Kernel(refusal)
+    }
+}
