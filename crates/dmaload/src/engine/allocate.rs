@@ -8,8 +8,8 @@ use rustix::io::Errno;
 
 use super::filling::Filling;
 use super::heap_code::HeapCode;
-use super::open::{Chosen, route_for, staged_by};
-use super::state::{Allocation, LoadShared, Part};
+use super::open::{FileRoute, route_for, staged_by};
+use super::state::{Allocation, BatchPart, LoadShared};
 use super::workers::WorkerId;
 use super::{Advance, Engine, Permit};
 use crate::engine::schedule::Need;
@@ -260,13 +260,13 @@ fn way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way 
 }
 
 /// The file, opened if it is not; it must be what was planned.
-fn opened(load: &LoadShared, part: &Part) -> Result<OpenPart> {
+fn opened(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     // Without a lock: a server may never answer, and what is told of a step down is told here.
     let file = part.file.get_or_make(|| {
         let file = OpenFile::open(&part.path)?;
         file.check_unchanged(&part.identity)?;
         let (index, offset) = (part.file_index, part.piece.file_offset);
-        let Chosen { route, fallback } = route_for(&file, index, offset, load, part.route)?;
+        let FileRoute { route, fallback } = route_for(&file, index, offset, load, part.route)?;
         if let Some(fallback) = fallback {
             load.stepped_down(fallback);
         }

@@ -229,19 +229,19 @@ impl Choosing {
 #[derive(Debug)]
 pub(crate) struct Choices {
     pages: Pages,
-    mounts: HashMap<u64, Known>,
+    mounts: HashMap<u64, KnownWay>,
     /// The load that tries now: others would disturb it.
     trying: Option<LoadId>,
 }
 
 #[derive(Debug)]
-struct Known {
+struct KnownWay {
     way: Way,
     /// Loads that could have been measured.
     loads: u64,
 }
 
-impl Known {
+impl KnownWay {
     fn is_due(&self) -> bool {
         self.loads.is_power_of_two() && self.loads < LOOK_AGAIN || self.loads.is_multiple_of(LOOK_AGAIN)
     }
@@ -293,7 +293,7 @@ impl Choices {
         if self.trying == Some(load) {
             self.trying = None;
         }
-        let known = self.mounts.entry(mount).or_insert(Known { way: measured.chosen, loads: 0 });
+        let known = self.mounts.entry(mount).or_insert(KnownWay { way: measured.chosen, loads: 0 });
         known.way = measured.chosen;
     }
 }

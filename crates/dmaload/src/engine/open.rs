@@ -384,7 +384,7 @@ fn plan_file(
     }
     let file = OpenFile::open(path)?;
     let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
-    let Chosen { route, fallback } = route_for(&file, index, 0, load, route)?;
+    let FileRoute { route, fallback } = route_for(&file, index, 0, load, route)?;
     // Of a range of bytes nobody asked what they are.
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
     let part = source.part.clone().unwrap_or(0..bytes);
@@ -458,14 +458,14 @@ pub(super) fn staged_by(options: &LoadOptions) -> Route {
 
 /// How a file is read.
 #[derive(Debug)]
-pub(super) struct Chosen {
+pub(super) struct FileRoute {
     pub(super) route: Route,
     pub(super) fallback: Option<Fallback>,
 }
 
 /// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, or by
 /// threads where a ring must not read.
-pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<Chosen> {
+pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
     let step = |from, to, attempt, errno| Some(Fallback { file_index: Some(index), from, to, attempt, errno });
@@ -483,7 +483,7 @@ pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadS
         if strict {
             return Err(Error::Refused { path: file.path.clone(), offset, route: from, attempt, errno });
         }
-        return Ok(Chosen { route: from.max(to), fallback });
+        return Ok(FileRoute { route: from.max(to), fallback });
     }
-    Ok(Chosen { route: from, fallback: None })
+    Ok(FileRoute { route: from, fallback: None })
 }

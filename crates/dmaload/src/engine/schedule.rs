@@ -71,7 +71,7 @@ pub(crate) struct Demand {
 }
 
 #[derive(Debug)]
-struct Turn<L> {
+struct LoadTurn<L> {
     load: L,
     demand: Demand,
     next: usize,
@@ -83,7 +83,7 @@ struct Turn<L> {
     waits_for: Vec<L>,
 }
 
-impl<L> Turn<L> {
+impl<L> LoadTurn<L> {
     /// Whether its next batch begins a memory that has to wait for its consumer.
     fn is_far_ahead(&self, need: Need) -> bool {
         let most = self.demand.ahead_bytes.unwrap_or(u64::MAX);
@@ -107,7 +107,7 @@ pub(crate) struct Scheduler<L> {
     opening: Vec<L>,
     /// What comes before anything else: a consumer waits for it.
     urgent: VecDeque<Job<L>>,
-    turns: VecDeque<Turn<L>>,
+    turns: VecDeque<LoadTurn<L>>,
     stalled: Vec<L>,
     /// Those of them whose opening is what waits, whether they are still wanted or not.
     stalled_opening: Vec<L>,
@@ -145,10 +145,10 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         let waits_for = self.opening.get(..came_before).unwrap_or_default().to_vec();
         self.is_opened(&load);
         // Those that came later and were opened sooner wait for this one.
-        let later = |turn: &Turn<L>| !turn.admitted && turn.waits_for.contains(&load);
+        let later = |turn: &LoadTurn<L>| !turn.admitted && turn.waits_for.contains(&load);
         let at = self.turns.iter().position(later).unwrap_or(self.turns.len());
         self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| *other != load));
-        self.turns.insert(at, Turn { load, demand, next: 0, ahead: 0, admitted: false, waits_for });
+        self.turns.insert(at, LoadTurn { load, demand, next: 0, ahead: 0, admitted: false, waits_for });
     }
 
     fn is_opened(&mut self, load: &L) {
@@ -360,7 +360,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Whether there is nothing to be done, now or later.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
-        let done = |turn: &Turn<L>| turn.next == turn.demand.batches.len();
+        let done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
         self.waiting.is_empty() && self.urgent.is_empty() && self.parked.is_empty() && self.turns.iter().all(done)
     }
 

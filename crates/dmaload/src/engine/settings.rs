@@ -8,7 +8,7 @@ use crate::options::load::{LARGEST_SEGMENT_BYTES, LoadOptions, MIB, SEGMENT_STEP
 use crate::plan::BATCH_BYTES;
 use crate::plan::select::Selector;
 use crate::ring::pace::{self, FIRST, Pace, most_allocators, most_copiers};
-use crate::ring::{Limits, StagingBudget};
+use crate::ring::{RingLimits, StagingBudget};
 use crate::support::convert::to_usize;
 
 /// Allocated and not yet filled, over all loads.
@@ -144,8 +144,13 @@ impl Settings {
     }
 
     /// What bounds the ring thread's work.
-    pub(crate) fn ring_limits(&self) -> Limits {
-        Limits { depth: self.queue_depth, staging: self.staging(), copiers: self.copiers(), staging_grows: self.staging_grows() }
+    pub(crate) fn ring_limits(&self) -> RingLimits {
+        RingLimits {
+            depth: self.queue_depth,
+            staging: self.staging(),
+            copiers: self.copiers(),
+            staging_grows: self.staging_grows(),
+        }
     }
 
     /// The staging budget in slots.

@@ -77,7 +77,7 @@ pub(crate) struct LoadShared {
     /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
     span: Foreign<Span>,
     /// No code of the caller's runs while this is locked: no waker, no subscriber, no drop of either.
-    state: Mutex<State>,
+    state: Mutex<LoadState>,
 }
 
 /// A file as it was when the load began, and what is to be done with it.
@@ -109,7 +109,7 @@ pub(crate) struct Allocation {
     pub(crate) memory_bytes: u64,
     pub(crate) range: Arc<AddressRange>,
     pub(crate) range_offset: u64,
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<BatchPart>,
 }
 
 /// What was populated: a batch, or a part of one.
@@ -138,7 +138,7 @@ impl Allocation {
 
 /// A piece of a batch, and its file.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct BatchPart {
     pub(crate) number: usize,
     pub(crate) piece: Piece,
     pub(crate) file_index: usize,
@@ -165,7 +165,7 @@ pub(crate) struct HeapFacts {
 }
 
 #[derive(Debug)]
-struct State {
+struct LoadState {
     /// `None` when the load is over: finished, failed, or dropped. Dropping the last sender wakes the consumer.
     events: Option<Foreign<UnboundedSender<Event>>>,
     /// Why it has failed, until the consumer is told.
@@ -250,7 +250,7 @@ fn no_span() -> Foreign<Span> {
     Foreign::new(Span::none())
 }
 
-impl State {
+impl LoadState {
     /// Whether nothing is to be done for the load any more.
     fn is_over(&self) -> bool {
         self.events.is_none() || self.failed.is_some()
@@ -317,7 +317,7 @@ impl LoadShared {
             planned_bytes: AtomicU64::new(0),
             allocated_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
-            state: Mutex::new(State {
+            state: Mutex::new(LoadState {
                 events: Some(Foreign::new(events)),
                 failed: None,
                 plan: Plan::default(),
@@ -499,7 +499,7 @@ impl LoadShared {
             let piece = *state.plan.pieces.get(number).expect("a batch is of planned pieces");
             let file_index = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment").file;
             let file = state.files.get(file_index).expect("a segment is of a planned file");
-            Part {
+            BatchPart {
                 number,
                 piece,
                 file_index,
@@ -612,7 +612,7 @@ impl LoadShared {
         state.events.is_none().then(|| self.take_remains(&mut state))
     }
 
-    fn take_remains(&self, state: &mut State) -> Remains {
+    fn take_remains(&self, state: &mut LoadState) -> Remains {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         Remains {
             memory: RemainingMemory {
@@ -643,7 +643,7 @@ impl LoadShared {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LoadState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

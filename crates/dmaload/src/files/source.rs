@@ -160,7 +160,7 @@ impl Identity {
 
 /// A file's attributes.
 #[derive(Debug, Clone, Copy)]
-struct Look {
+struct Attributes {
     identity: Identity,
     file_type: FileType,
     alignment_bytes: u64,
@@ -175,21 +175,21 @@ struct Look {
 /// ignore the flag.
 const ASK: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
-impl Look {
+impl Attributes {
     /// One call for everything: a load looks at each of thousands of files before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
-        Look::of(statx(CWD, path, ASK, Self::WANTED), || stat(path))
+        Attributes::of(statx(CWD, path, ASK, Self::WANTED), || stat(path))
     }
 
     fn at_file(file: &OwnedFd) -> rustix::io::Result<Self> {
-        Look::of(statx(file, c"", ASK | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
+        Attributes::of(statx(file, c"", ASK | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
     }
 
     fn of(seen: rustix::io::Result<Statx>, stat: impl FnOnce() -> rustix::io::Result<Stat>) -> rustix::io::Result<Self> {
         match seen {
-            Ok(seen) => Ok(Look {
+            Ok(seen) => Ok(Attributes {
                 identity: Identity::of_statx(&seen),
                 file_type: FileType::from_raw_mode(RawMode::from(seen.stx_mode)),
                 alignment_bytes: alignment(Some(&seen)),
@@ -204,7 +204,7 @@ impl Look {
             // A sandbox may refuse it.
             Err(Errno::NOSYS | Errno::PERM) => {
                 let seen = stat()?;
-                Ok(Look {
+                Ok(Attributes {
                     identity: Identity::of(&seen),
                     file_type: FileType::from_raw_mode(seen.st_mode),
                     alignment_bytes: alignment(None),
@@ -270,7 +270,7 @@ impl OpenFile {
         let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
         // A file never takes more than two descriptors: the limits of open files count on that.
         drop(found);
-        let look = Look::at_file(&buffered).map_err(failed("stat"))?;
+        let look = Attributes::at_file(&buffered).map_err(failed("stat"))?;
         let direct = reopen(&buffered, path, OFlags::DIRECT);
         if let Err(errno @ (Errno::MFILE | Errno::NFILE)) = direct {
             return Err(failed("open")(errno));
@@ -378,7 +378,7 @@ impl OpenFile {
     /// A file that was deleted meanwhile is fine: its bytes stay until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
-        let now = Look::at_file(&self.buffered);
+        let now = Attributes::at_file(&self.buffered);
         let now = now.map_err(|errno| Error::File { path: self.path.clone(), operation: "stat", errno })?.identity;
         if !planned.is_same_file(&now) {
             return changed("it was replaced");
@@ -503,7 +503,7 @@ fn set_nonblocking(file: &OwnedFd, nonblocking: bool) -> rustix::io::Result<()> 
 /// # Errors
 /// What `statx(2)` answered; [`Error::NotAFile`].
 pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
-    let look = Look::at_path(path);
+    let look = Attributes::at_path(path);
     let look = look.map_err(|errno| Error::File { path: path.to_owned(), operation: "stat", errno })?;
     match kind_of(look.file_type) {
         Some(kind) => Err(Error::NotAFile { path: path.to_owned(), kind }),

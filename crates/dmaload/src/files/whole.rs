@@ -15,14 +15,14 @@ use crate::model::parts::PartName;
 use crate::model::{ModelError, TensorMap};
 
 /// A file of a load, and its tensors.
-pub(crate) type Known<'a> = (&'a Source, Option<&'a TensorMap>);
+pub(crate) type KnownFile<'a> = (&'a Source, Option<&'a TensorMap>);
 
 /// Checks that the files of each model are one whole model; gives what a report is to say of parts
 /// that may be missing.
 ///
 /// # Errors
 /// [`Error::DuplicateTensor`], [`Error::Incomplete`], and [`Error::Model`] for parts that contradict each other.
-pub(crate) fn check_whole(files: &[Known<'_>], allow_missing: bool) -> Result<Vec<String>> {
+pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
     // A name that comes twice in one file is an error of its header.
@@ -33,7 +33,7 @@ pub(crate) fn check_whole(files: &[Known<'_>], allow_missing: bool) -> Result<Ve
 }
 
 /// Each name is in one file of a model; where an index decides, in the one that it names.
-fn check_names(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool) -> Result<()> {
+fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&Source) -> bool) -> Result<()> {
     let mut names: Vec<(usize, &str, &Source)> = Vec::new();
     for &(source, map) in files {
         if has_several(source) {
@@ -112,15 +112,15 @@ fn folder_of(path: &Path) -> Option<PathBuf> {
 
 /// A file that may be a part.
 #[derive(Debug, Clone, Copy)]
-struct Part<'a> {
+struct ModelPart<'a> {
     path: &'a Path,
     /// What its name says.
     name: Option<PartName<'a>>,
     split: Option<Split>,
 }
 
-fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<Vec<String>> {
-    let mut sets: BTreeMap<Set, Vec<Part<'_>>> = BTreeMap::new();
+fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<Vec<String>> {
+    let mut sets: BTreeMap<Set, Vec<ModelPart<'_>>> = BTreeMap::new();
     let mut notes = Vec::new();
     for &(source, map) in files {
         let Some(map) = map.filter(|map| map.gguf().is_some()) else { continue };
@@ -134,7 +134,7 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
             notes.push(format!("{} is named as part {number} of {count}, and says that it is a whole model", shown(path)));
         }
         let name = name.filter(PartName::is_gguf_split);
-        let part = Part { path, name, split };
+        let part = ModelPart { path, name, split };
         let set = match (has_several(source), name, split) {
             (true, ..) => Set::Model(source.model),
             (false, Some(name), _) => Set::Named(folder_of(path), name.of_number(1)),
@@ -155,9 +155,9 @@ fn check_splits(files: &[Known<'_>], has_several: impl Fn(&Source) -> bool, allo
 }
 
 /// Checks parts that belong together; gives what a report is to say of them.
-fn check_split(parts: &[Part<'_>]) -> Result<Option<String>> {
+fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(None) };
-    let mut there: BTreeMap<u64, &Part<'_>> = BTreeMap::new();
+    let mut there: BTreeMap<u64, &ModelPart<'_>> = BTreeMap::new();
     for part in parts {
         let Some(own) = part.split else {
             let other = shown(first.path);
@@ -186,8 +186,8 @@ fn check_split(parts: &[Part<'_>]) -> Result<Option<String>> {
 /// Compares what all parts have with `split.tensors.count`. llama.cpp goes by the first part's, and loads nothing where that is
 /// missing or wrong; what the others say, it passes over. Where the first part has no tensors, some writers have counted
 /// differently in the others: that is noted.
-fn check_tensor_counts(parts: &BTreeMap<u64, &Part<'_>>) -> Result<Option<String>> {
-    let splits: Vec<(&Part<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
+fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<String>> {
+    let splits: Vec<(&ModelPart<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
     let Some(&(first, split)) = splits.first() else { return Ok(None) };
     let said = |said: Option<u64>| said.map_or("missing".to_owned(), |said| said.to_string());
     let other = splits.iter().find(|(_, own)| own.all_tensors != split.all_tensors).filter(|_| split.tensors > 0);
@@ -215,7 +215,7 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &Part<'_>>) -> Result<Option<String
 /// How many missing parts a message names.
 const MISSING_NAMED: usize = 8;
 
-fn check_against_name(part: &Part<'_>, split: Split) -> Result<()> {
+fn check_against_name(part: &ModelPart<'_>, split: Split) -> Result<()> {
     let Some(name) = part.name else { return Ok(()) };
     let named = (u64::from(name.number), u64::from(name.count));
     if named == (split.number + 1, split.count) {
@@ -231,7 +231,7 @@ fn check_against_name(part: &Part<'_>, split: Split) -> Result<()> {
     Err(contradiction(part.path, reason))
 }
 
-fn incomplete(part: &Part<'_>, split: Split, have: u64, missing: &[u64]) -> Error {
+fn incomplete(part: &ModelPart<'_>, split: Split, have: u64, missing: &[u64]) -> Error {
     let numbers = missing.iter().take(MISSING_NAMED).map(|number| (number + 1).to_string()).collect::<Vec<_>>().join(", ");
     let more = if missing.len() > MISSING_NAMED { ", …" } else { "" };
     let Split { number, count, .. } = split;

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::memory::segment::{Contiguous, Segment, holding};
 use crate::model::index::Index;
 use crate::model::{DType, TensorMap};
-use crate::plan::select::{Part, Rows};
+use crate::plan::select::{Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Report;
@@ -231,7 +231,7 @@ impl ImageFile {
 #[derive(Debug, Clone)]
 pub struct Tensor {
     position: usize,
-    part: Part,
+    part: TensorSlice,
     file: ImageFile,
 }
 

@@ -23,7 +23,7 @@ use crate::telemetry::report::Report;
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Tensors {
-    source: Source,
+    source: SegmentSource,
     ready: VecDeque<Tensor>,
     files: Vec<Pending>,
     /// Files whose tensors were all given.
@@ -34,7 +34,7 @@ pub struct Tensors {
 }
 
 #[derive(Debug)]
-enum Source {
+enum SegmentSource {
     Kept(Load),
     Streamed(Segments),
 }
@@ -57,7 +57,7 @@ impl Load {
     pub fn tensors(self) -> Tensors {
         // Those that were given as segments already count.
         let kept = self.kept.clone();
-        let mut tensors = Tensors::of(Source::Kept(self), None);
+        let mut tensors = Tensors::of(SegmentSource::Kept(self), None);
         kept.into_iter().for_each(|segment| tensors.add(segment));
         tensors
     }
@@ -69,12 +69,12 @@ impl Segments {
     pub fn tensors(self) -> Tensors {
         let late = self.given > 0;
         let failed = late.then(|| Error::Config("tensors were asked for after segments were given".to_owned()));
-        Tensors::of(Source::Streamed(self), failed)
+        Tensors::of(SegmentSource::Streamed(self), failed)
     }
 }
 
 impl Tensors {
-    fn of(source: Source, failed: Option<Error>) -> Self {
+    fn of(source: SegmentSource, failed: Option<Error>) -> Self {
         Tensors { source, ready: VecDeque::new(), files: Vec::new(), done: Vec::new(), failed, ended: false }
     }
 
@@ -90,8 +90,8 @@ impl Tensors {
     /// The report, once the last tensor was given by a stream that keeps nothing.
     pub fn report(&self) -> Option<&Report> {
         match &self.source {
-            Source::Kept(_) => None,
-            Source::Streamed(segments) => segments.report(),
+            SegmentSource::Kept(_) => None,
+            SegmentSource::Streamed(segments) => segments.report(),
         }
     }
 
@@ -105,8 +105,8 @@ impl Tensors {
             tensor?;
         }
         match self.source {
-            Source::Kept(load) => load.finish().await.map(Some),
-            Source::Streamed(_) => Ok(None),
+            SegmentSource::Kept(load) => load.finish().await.map(Some),
+            SegmentSource::Streamed(_) => Ok(None),
         }
     }
 
@@ -119,16 +119,16 @@ impl Tensors {
                 return Poll::Ready(None);
             }
             let failed = self.failed.take().or_else(|| match &self.source {
-                Source::Kept(_) => None,
-                Source::Streamed(segments) => segments.tensor_over_limit(),
+                SegmentSource::Kept(_) => None,
+                SegmentSource::Streamed(segments) => segments.tensor_over_limit(),
             });
             if let Some(error) = failed {
                 self.ended = true;
                 return Poll::Ready(Some(Err(error)));
             }
             let polled = match &mut self.source {
-                Source::Kept(load) => load.poll_segment(context),
-                Source::Streamed(segments) => segments.poll_segment(context),
+                SegmentSource::Kept(load) => load.poll_segment(context),
+                SegmentSource::Streamed(segments) => segments.poll_segment(context),
             };
             match std::task::ready!(polled) {
                 Some(Ok(segment)) => self.add(segment),
@@ -168,8 +168,8 @@ impl Tensors {
         }
         // Files of which no byte was read, because their tensors have none.
         let finished = match &self.source {
-            Source::Kept(load) => load.finished_files(),
-            Source::Streamed(segments) => segments.finished_files(),
+            SegmentSource::Kept(load) => load.finished_files(),
+            SegmentSource::Streamed(segments) => segments.finished_files(),
         };
         for file in finished.iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };

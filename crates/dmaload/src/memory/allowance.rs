@@ -47,7 +47,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
-struct State {
+struct AllowanceState {
     /// Granted, and still being allocated.
     granted_bytes: u64,
     /// What was seen to be free beyond all that was granted, and may be taken without another look until then.
@@ -59,7 +59,7 @@ struct State {
 
 #[derive(Debug)]
 struct Allowance {
-    state: Mutex<State>,
+    state: Mutex<AllowanceState>,
     changed: Condvar,
 }
 
@@ -71,14 +71,14 @@ static PROCESS: Allowance = Allowance::new();
 pub(crate) struct Grant {
     of: &'static Allowance,
     bytes: u64,
-    _turn: Option<Turn>,
+    _turn: Option<ProcessTurn>,
 }
 
 /// This process' turn among those that share a limit, until it is dropped.
 #[derive(Debug)]
-struct Turn(#[expect(dead_code, reason = "closing it ends the turn")] OwnedFd);
+struct ProcessTurn(#[expect(dead_code, reason = "closing it ends the turn")] OwnedFd);
 
-impl Turn {
+impl ProcessTurn {
     /// Waits for it; `None` where it can't be had.
     fn wait(place: &Path, look: impl Fn() -> Option<Headroom>) -> Option<Self> {
         let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
@@ -86,7 +86,7 @@ impl Turn {
         let (mut deadline, mut next_look, mut free) = (start + TURN_PATIENCE, start, u64::MAX);
         loop {
             match flock(&descriptor, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => return Some(Turn(descriptor)),
+                Ok(()) => return Some(ProcessTurn(descriptor)),
                 Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(1));
                     let now = Instant::now();
@@ -132,12 +132,12 @@ pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<Grant, Headr
 impl Allowance {
     const fn new() -> Self {
         Allowance {
-            state: Mutex::new(State { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }),
+            state: Mutex::new(AllowanceState { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }),
             changed: Condvar::new(),
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, AllowanceState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -165,7 +165,7 @@ impl Allowance {
             if waits {
                 // Also where there is no room: another process may have failed and be freeing its memory.
                 drop(state);
-                turn = Turn::wait(&seen.place, &look);
+                turn = ProcessTurn::wait(&seen.place, &look);
                 state = self.state();
                 if turn.is_none() {
                     state.no_turn_until = Some(Instant::now() + WITHOUT_TURNS);
@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn turn_that_somebody_keeps_is_not_waited_for_again() {
         let folder = tempfile::tempdir().unwrap();
-        let kept = Turn::wait(folder.path(), || None).unwrap();
+        let kept = ProcessTurn::wait(folder.path(), || None).unwrap();
         let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
         let look = || Some(seen(100, folder.path()));
         let start = Instant::now();

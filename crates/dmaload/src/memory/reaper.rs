@@ -142,13 +142,13 @@ struct List {
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct ReaperShared {
     list: Mutex<List>,
     changed: Condvar,
     idle: Condvar,
 }
 
-impl Shared {
+impl ReaperShared {
     fn list(&self) -> MutexGuard<'_, List> {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -161,7 +161,7 @@ pub(crate) struct Reaper {
 }
 
 #[derive(Debug)]
-struct Closing(Arc<Shared>);
+struct Closing(Arc<ReaperShared>);
 
 impl Drop for Closing {
     fn drop(&mut self) {
@@ -176,7 +176,7 @@ impl Reaper {
     /// # Errors
     /// When no thread can be started.
     pub(crate) fn start() -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(ReaperShared::default());
         let reaper = Reaper { shared: Arc::new(Closing(Arc::clone(&shared))) };
         thread::Builder::new().name("dmaload-reap".to_owned()).spawn(move || run(&shared))?;
         Ok(reaper)
@@ -285,7 +285,7 @@ impl List {
     }
 }
 
-fn run(shared: &Shared) {
+fn run(shared: &ReaperShared) {
     let mut list = shared.list();
     loop {
         match list.dead.pop() {

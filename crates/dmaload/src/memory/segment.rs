@@ -30,14 +30,14 @@ use crate::support::convert::to_usize;
 pub struct Segment(Arc<Inner>);
 
 struct Inner {
-    place: Place,
+    place: Placement,
     heap: Arc<str>,
     backing: Arc<Backing>,
 }
 
 /// What a segment holds, and where.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Placement {
     pub(crate) index: usize,
     pub(crate) file_index: usize,
     /// Segments of one span lie side by side.
@@ -58,7 +58,7 @@ impl Segment {
     /// # Safety
     /// All bytes of the place's `file_range` must have been read into the memory, from its `memory_offset`; nothing in the
     /// kernel may still write to the memory, and nothing in this process may ever again.
-    pub(crate) unsafe fn new(place: Place, heap: Arc<str>, backing: Arc<Backing>) -> Self {
+    pub(crate) unsafe fn new(place: Placement, heap: Arc<str>, backing: Arc<Backing>) -> Self {
         let end = place.memory_offset.checked_add(place.memory_bytes);
         assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment lies within its memory");
         assert!(
@@ -334,7 +334,7 @@ impl Drop for SegmentAccess<'_> {
 
 impl fmt::Debug for Segment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { place: Place { index, path, file_range, .. }, heap, .. } = &*self.0;
+        let Inner { place: Placement { index, path, file_range, .. }, heap, .. } = &*self.0;
         f.debug_struct("Segment")
             .field("index", index)
             .field("path", path)

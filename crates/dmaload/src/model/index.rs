@@ -52,13 +52,13 @@ pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Index {
     /// By name.
-    shards: Vec<Shard>,
+    shards: Vec<IndexShard>,
     /// Every tensor, by name: the shard, and the tensor's position in it.
     by_tensor: Vec<(u32, u32)>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Shard {
+struct IndexShard {
     name: String,
     tensors: Vec<String>,
 }
@@ -77,14 +77,14 @@ impl Index {
         // By the name as it is in the index: most tensors share it with the one before.
         let mut places: HashMap<String, usize> = HashMap::new();
         let mut by_file: HashMap<String, usize> = HashMap::new();
-        let mut shards: Vec<Shard> = Vec::new();
+        let mut shards: Vec<IndexShard> = Vec::new();
         for (tensor, name) in pairs {
             let place = match places.get(&name) {
                 Some(&place) => place,
                 None => {
                     let Some(file) = within(&name) else { return Err(ModelError::IndexLeavesFolder { name }) };
                     let place = *by_file.entry(file).or_insert_with_key(|file| {
-                        shards.push(Shard { name: file.clone(), tensors: Vec::new() });
+                        shards.push(IndexShard { name: file.clone(), tensors: Vec::new() });
                         shards.len() - 1
                     });
                     places.insert(name, place);

@@ -62,38 +62,38 @@ pub(crate) struct Selected {
 
 /// A tensor that is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Chosen {
+pub(crate) struct ChosenTensor {
     /// Its position in the tensor map.
     pub(crate) position: usize,
     /// Where in the caller's order it comes; the same for those of one pattern.
     pub(crate) class: usize,
-    pub(crate) part: Part,
+    pub(crate) part: TensorSlice,
 }
 
 /// The tensors of a file that are read, in the order in which they come.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ChosenTensors {
-    list: Vec<Chosen>,
+    list: Vec<ChosenTensor>,
     /// Their numbers, sorted by position.
     by_position: Vec<u32>,
 }
 
 impl ChosenTensors {
-    pub(crate) fn new(list: Vec<Chosen>) -> Self {
+    pub(crate) fn new(list: Vec<ChosenTensor>) -> Self {
         let mut by_position: Vec<u32> = (0..).take(list.len()).collect();
         by_position.sort_unstable_by_key(|&number| list[number as usize].position);
         ChosenTensors { list, by_position }
     }
 
-    pub(crate) fn list(&self) -> &[Chosen] {
+    pub(crate) fn list(&self) -> &[ChosenTensor] {
         &self.list
     }
 
     /// All whole tensors of a file whose names it owns; `None` where it owns all.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
-            let part = Part { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) };
-            owns(&info.name).then_some(Chosen { position, class: 0, part })
+            let part = TensorSlice { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) };
+            owns(&info.name).then_some(ChosenTensor { position, class: 0, part })
         };
         if map.iter().all(|info| owns(&info.name)) {
             None
@@ -103,7 +103,7 @@ impl ChosenTensors {
     }
 
     /// The one at this position of the tensor map.
-    pub(crate) fn at(&self, position: usize) -> Option<&Chosen> {
+    pub(crate) fn at(&self, position: usize) -> Option<&ChosenTensor> {
         let of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
         let found = self.by_position.binary_search_by(|number| of(number).cmp(&Some(position))).ok()?;
         self.list.get(*self.by_position.get(found)? as usize)
@@ -112,7 +112,7 @@ impl ChosenTensors {
 
 /// What is wanted of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Part {
+pub(crate) struct TensorSlice {
     /// Its shape; that of the tensor where all of it is wanted.
     pub(crate) shape: Vec<u64>,
     pub(crate) rows: Rows,
@@ -318,7 +318,7 @@ impl Selector {
                 if part.rows.bytes() == 0 && !tensor.file_range.is_empty() {
                     self.odd.add(&tensor.name);
                 }
-                chosen.push(Chosen { position, class, part });
+                chosen.push(ChosenTensor { position, class, part });
             }
         }
         chosen.sort_by_key(|chosen| chosen.class);
@@ -360,9 +360,9 @@ fn portion(all: u64, rank: u32, world_size: u32) -> u64 {
 }
 
 /// What a rank has of a tensor. One that has fewer dimensions than the one to cut along is everybody's.
-fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<Part, String> {
+fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, String> {
     let TensorInfo { name, dtype, shape, file_range } = tensor;
-    let whole = || Part { shape: shape.clone(), rows: Rows::one(file_range.clone()) };
+    let whole = || TensorSlice { shape: shape.clone(), rows: Rows::one(file_range.clone()) };
     let Some(Shard { rank, world_size, dim: Some(dim) }) = shard else { return Ok(whole()) };
     let Some(&len) = shape.get(dim) else { return Ok(whole()) };
     let (start, end) = (portion(len, rank, world_size), portion(len, rank + 1, world_size));
@@ -370,7 +370,7 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<Part, String> {
     own[dim] = end - start;
     if file_range.is_empty() {
         // Its other dimensions may be of any size.
-        return Ok(Part { shape: own, rows: Rows::one(file_range.clone()) });
+        return Ok(TensorSlice { shape: own, rows: Rows::one(file_range.clone()) });
     }
     let product = |dims: &[u64]| dims.iter().product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
@@ -388,7 +388,7 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<Part, String> {
     } else {
         Rows { first, stride_bytes, count: outer }
     };
-    Ok(Part { shape: own, rows })
+    Ok(TensorSlice { shape: own, rows })
 }
 
 /// The bytes of so many elements; `None` where they end within a block, or are more than can be.

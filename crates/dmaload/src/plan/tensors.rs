@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::select::{ChosenTensors, Part, Rows};
+use super::select::{ChosenTensors, Rows, TensorSlice};
 use crate::model::TensorMap;
 
 /// The tensors of a file, and which of them are read.
@@ -35,12 +35,13 @@ impl FileTensors {
     }
 
     /// What is read of the tensor at this position of the map.
-    pub(crate) fn part_at(&self, position: usize) -> Option<Part> {
+    pub(crate) fn part_at(&self, position: usize) -> Option<TensorSlice> {
         match &self.chosen {
             Some(chosen) => chosen.at(position).map(|chosen| chosen.part.clone()),
-            None => {
-                self.map.at(position).map(|info| Part { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) })
-            }
+            None => self
+                .map
+                .at(position)
+                .map(|info| TensorSlice { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) }),
         }
     }
 }

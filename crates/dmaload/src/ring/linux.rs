@@ -21,7 +21,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
 use super::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
-use super::pool::{LOOKERS, Pool, READERS};
+use super::pool::{LOOKERS, READERS, ThreadPool};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
@@ -41,9 +41,9 @@ pub(crate) struct LinuxKernel {
     started: Instant,
     wake: Arc<Wake>,
     ring: Result<Ring, Errno>,
-    readers: Pool,
-    copiers: Pool,
-    lookers: Pool,
+    readers: ThreadPool,
+    copiers: ThreadPool,
+    lookers: ThreadPool,
 }
 
 impl LinuxKernel {
@@ -53,9 +53,9 @@ impl LinuxKernel {
         let ring = Ring::new(depth, &wake);
         LinuxKernel {
             started,
-            readers: Pool::new(Arc::clone(&wake), "read", READERS),
-            copiers: Pool::new(Arc::clone(&wake), "copy", FIRST),
-            lookers: Pool::new(Arc::clone(&wake), "look", LOOKERS),
+            readers: ThreadPool::new(Arc::clone(&wake), "read", READERS),
+            copiers: ThreadPool::new(Arc::clone(&wake), "copy", FIRST),
+            lookers: ThreadPool::new(Arc::clone(&wake), "look", LOOKERS),
             ring,
             wake,
         }
@@ -145,7 +145,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
-        let wait = wait && ![&self.readers, &self.copiers, &self.lookers].into_iter().any(Pool::has_completions);
+        let wait = wait && ![&self.readers, &self.copiers, &self.lookers].into_iter().any(ThreadPool::has_completions);
         match &mut self.ring {
             Ok(ring) => ring.submit(wait, &self.wake),
             Err(_) => {

@@ -32,4 +32,4 @@ pub(crate) use message::{Failure, FileSpec, LoadSpec, Output, Retried, Span, Tim
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;
-pub(crate) use thread::{Events, Limits, RingThread};
+pub(crate) use thread::{Events, RingLimits, RingThread};

@@ -82,7 +82,7 @@ enum Growth {
 
 /// A trial of more threads.
 #[derive(Debug, Clone, Copy)]
-struct Trial {
+struct PaceTrial {
     /// The threads before it, and how many bytes per second they did.
     threads: usize,
     rate: u64,
@@ -100,7 +100,7 @@ pub(crate) struct Pace {
     /// Until when `busy` of the epoch is counted.
     counted: Duration,
     epoch: Option<Epoch>,
-    trial: Option<Trial>,
+    trial: Option<PaceTrial>,
     rest_epochs: u32,
     /// How long the rest after the next trial without gain is.
     next_rest_epochs: u32,
@@ -209,7 +209,7 @@ impl Pace {
         if self.rest_epochs > 0 {
             self.rest_epochs -= 1;
         } else if epoch.busy * 10 >= elapsed * 9 * times(self.threads) && self.threads < self.most {
-            self.trial = Some(Trial { threads: self.threads, rate });
+            self.trial = Some(PaceTrial { threads: self.threads, rate });
             return self.more();
         }
         if self.threads > self.least && epoch.busy * 10 < elapsed * 7 * times(self.fewer()) {

@@ -30,7 +30,7 @@ const MOUNTS: usize = 64;
 pub(crate) const LOOKERS: usize = 2;
 
 #[derive(Debug)]
-enum Job {
+enum PoolJob {
     Read(Arc<OpenFile>, Read),
     Copy(Copy),
     Cached(Arc<OpenFile>, CachedRead),
@@ -38,11 +38,11 @@ enum Job {
 }
 
 // SAFETY: the pointers in it are to memory that the driver keeps until the job's completion is reaped.
-unsafe impl Send for Job {}
+unsafe impl Send for PoolJob {}
 
 #[derive(Debug)]
 struct Queues {
-    jobs: VecDeque<Job>,
+    jobs: VecDeque<PoolJob>,
     /// Whose reads threads are at.
     reading: Vec<LoadId>,
     /// How many threads may read for one load from each file system, by its number; by the time since `since`.
@@ -76,19 +76,19 @@ impl Queues {
     }
 
     /// The next job for one of so many threads: the first that is not a read of a load that has its part of them.
-    fn take(&mut self, threads: usize) -> Option<Job> {
+    fn take(&mut self, threads: usize) -> Option<PoolJob> {
         if self.busy >= self.busy_max {
             return None;
         }
-        let may_start = |job: &Job| match job {
-            Job::Read(file, read) => {
+        let may_start = |job: &PoolJob| match job {
+            PoolJob::Read(file, read) => {
                 let held = held(&self.reading, read.load);
                 held < self.readers_of_one(file) && may_have_one(threads as u64, self.reading.len() as u64, held as u64)
             }
-            Job::Copy(_) | Job::Cached(..) | Job::Look(_) => true,
+            PoolJob::Copy(_) | PoolJob::Cached(..) | PoolJob::Look(_) => true,
         };
         let job = self.jobs.iter().position(may_start).and_then(|at| self.jobs.remove(at));
-        if let Some(Job::Read(_, read)) = &job {
+        if let Some(PoolJob::Read(_, read)) = &job {
             self.reading.push(read.load);
         }
         self.busy += usize::from(job.is_some());
@@ -103,7 +103,7 @@ impl Queues {
     /// Whether there are more reads, with this one, that may start than threads that wait for a job.
     fn lacks_a_thread(&self, file: &OpenFile, read: &Read) -> bool {
         let queued =
-            self.jobs.iter().filter_map(|job| if let Job::Read(file, read) = job { Some((&**file, read)) } else { None });
+            self.jobs.iter().filter_map(|job| if let PoolJob::Read(file, read) = job { Some((&**file, read)) } else { None });
         let mut reading = self.reading.clone();
         for (file, read) in queued.chain([(file, read)]) {
             if held(&reading, read.load) < self.readers_of_one(file) {
@@ -113,8 +113,8 @@ impl Queues {
         reading.len() - self.reading.len() > self.idle
     }
 
-    fn push(&mut self, job: Job) {
-        if let Job::Read(file, _) = &job {
+    fn push(&mut self, job: PoolJob) {
+        if let PoolJob::Read(file, _) = &job {
             let mount = file.identity.mount();
             if self.paces.len() >= MOUNTS && !self.paces.contains_key(&mount) {
                 self.paces.retain(|_, pace| !pace.is_idle());
@@ -145,13 +145,13 @@ fn held(reading: &[LoadId], load: LoadId) -> usize {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct PoolShared {
     queues: Mutex<Queues>,
     changed: Condvar,
     wake: Arc<Wake>,
 }
 
-impl Shared {
+impl PoolShared {
     fn queues(&self) -> MutexGuard<'_, Queues> {
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,8 +159,8 @@ impl Shared {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Pool {
-    shared: Arc<Shared>,
+pub(crate) struct ThreadPool {
+    shared: Arc<PoolShared>,
     name: &'static str,
     threads: usize,
     threads_max: usize,
@@ -168,11 +168,11 @@ pub(crate) struct Pool {
     alone: bool,
 }
 
-impl Pool {
+impl ThreadPool {
     /// A pool of its own for each kind of job: a read that hangs in a dead disk must not keep copies from being done.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
-        Pool {
-            shared: Arc::new(Shared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
+        ThreadPool {
+            shared: Arc::new(PoolShared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
             name,
             threads: 0,
             threads_max,
@@ -187,7 +187,7 @@ impl Pool {
     pub(crate) unsafe fn read(&mut self, file: Arc<OpenFile>, read: Read) {
         let lacks_a_thread = self.shared.queues().lacks_a_thread(&file, &read);
         if self.start_thread(lacks_a_thread) {
-            self.queue(Job::Read(file, read));
+            self.queue(PoolJob::Read(file, read));
         } else {
             self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::NOMEM)) });
             self.shared.wake.wake();
@@ -201,7 +201,7 @@ impl Pool {
     /// As for [`super::kernel::Kernel::copy`].
     pub(crate) unsafe fn copy(&mut self, copy: Copy) {
         if self.start_thread_for_any() {
-            self.queue(Job::Copy(copy));
+            self.queue(PoolJob::Copy(copy));
         } else {
             self.alone = true;
             let completion = if copy.to.sink.runs_foreign_code() {
@@ -220,7 +220,7 @@ impl Pool {
     /// As for [`super::kernel::Kernel::read_cached`].
     pub(crate) unsafe fn read_cached(&mut self, file: Arc<OpenFile>, read: CachedRead) {
         if self.start_thread_for_any() {
-            self.queue(Job::Cached(file, read));
+            self.queue(PoolJob::Cached(file, read));
         } else {
             self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::AGAIN)) });
             self.shared.wake.wake();
@@ -234,7 +234,7 @@ impl Pool {
     /// As for [`super::kernel::Kernel::look`].
     pub(crate) unsafe fn look(&mut self, look: Look) {
         if self.start_thread_for_any() {
-            self.queue(Job::Look(look));
+            self.queue(PoolJob::Look(look));
         } else {
             let completion = Completion { token: look.token, result: Err(look.watch.no_thread().into()) };
             self.shared.queues().done.push(completion);
@@ -251,7 +251,7 @@ impl Pool {
         self.shared.changed.notify_all();
     }
 
-    fn queue(&self, job: Job) {
+    fn queue(&self, job: PoolJob) {
         self.shared.queues().push(job);
         self.shared.changed.notify_one();
     }
@@ -300,14 +300,14 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
+impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.queues().closed = true;
         self.shared.changed.notify_all();
     }
 }
 
-fn run(shared: &Shared, threads: usize) {
+fn run(shared: &PoolShared, threads: usize) {
     let mut queues = shared.queues();
     while !queues.closed {
         let Some(job) = queues.take(threads) else {
@@ -317,7 +317,7 @@ fn run(shared: &Shared, threads: usize) {
             continue;
         };
         drop(queues);
-        let read_for = if let Job::Read(file, read) = &job { Some((read.load, file.identity.mount())) } else { None };
+        let read_for = if let PoolJob::Read(file, read) = &job { Some((read.load, file.identity.mount())) } else { None };
         let completion = foreign::call(|| do_job(job));
         queues = shared.queues();
         queues.busy -= 1;
@@ -343,13 +343,13 @@ fn run(shared: &Shared, threads: usize) {
     }
 }
 
-fn do_job(job: Job) -> Completion {
+fn do_job(job: PoolJob) -> Completion {
     match job {
         // The file is let go before the driver hears of it: it may be the last to hold it.
-        Job::Read(file, read) => pread(&file, &read),
-        Job::Copy(copy) => perform(&copy),
-        Job::Cached(file, read) => read_cached(&file, &read),
-        Job::Look(look) => show(&look),
+        PoolJob::Read(file, read) => pread(&file, &read),
+        PoolJob::Copy(copy) => perform(&copy),
+        PoolJob::Cached(file, read) => read_cached(&file, &read),
+        PoolJob::Look(look) => show(&look),
     }
 }
 

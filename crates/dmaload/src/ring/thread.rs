@@ -25,7 +25,7 @@ use crate::telemetry::metrics::ReadCounters;
 
 /// What bounds the ring thread's work.
 #[derive(Debug)]
-pub(crate) struct Limits {
+pub(crate) struct RingLimits {
     /// Reads, copies and looks in flight.
     pub(crate) depth: usize,
     /// Staging at the start.
@@ -64,7 +64,7 @@ enum Command<B> {
 }
 
 #[derive(Debug)]
-struct Shared<B> {
+struct RingShared<B> {
     /// `None` when the thread has ended: what is sent then is dropped at once.
     commands: Mutex<Option<Vec<Command<B>>>>,
     closing: AtomicBool,
@@ -73,7 +73,7 @@ struct Shared<B> {
     counters: Arc<ReadCounters>,
 }
 
-impl<B> Shared<B> {
+impl<B> RingShared<B> {
     fn commands(&self) -> MutexGuard<'_, Option<Vec<Command<B>>>> {
         self.commands.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -82,7 +82,7 @@ impl<B> Shared<B> {
 /// The way to the ring thread.
 #[derive(Debug)]
 pub(crate) struct RingThread<B> {
-    shared: Arc<Shared<B>>,
+    shared: Arc<RingShared<B>>,
 }
 
 impl<B: Buffer + Send + 'static> RingThread<B> {
@@ -94,14 +94,16 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
         let wake = Arc::new(Wake::new()?);
         let (closing, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
         let counters = Arc::default();
-        Ok(RingThread { shared: Arc::new(Shared { commands: Mutex::new(Some(Vec::new())), closing, giving_up, wake, counters }) })
+        Ok(RingThread {
+            shared: Arc::new(RingShared { commands: Mutex::new(Some(Vec::new())), closing, giving_up, wake, counters }),
+        })
     }
 
     /// Starts the thread.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn start(&self, limits: Limits, started: Instant, events: Arc<impl Events<B>>) -> io::Result<()> {
+    pub(crate) fn start(&self, limits: RingLimits, started: Instant, events: Arc<impl Events<B>>) -> io::Result<()> {
         let shared = Arc::clone(&self.shared);
         let body = move || {
             let ran = foreign::call(|| run(&shared, &limits, started, &*events));
@@ -175,7 +177,7 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     }
 }
 
-fn run<B: Buffer>(shared: &Shared<B>, limits: &Limits, started: Instant, events: &impl Events<B>) -> u64 {
+fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> u64 {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
     let mut driver = Driver::new(new_kernel(), depth, limits.staging)

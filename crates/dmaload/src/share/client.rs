@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::load::image::Image;
 use crate::memory::backing::Backing;
 use crate::memory::reaper::Reaper;
-use crate::memory::segment::{Place, Segment};
+use crate::memory::segment::{Placement, Segment};
 use crate::options::choices::Layout;
 use crate::route::Route;
 use crate::telemetry::report::{FileReport, Report};
@@ -334,7 +334,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
     for (index, planned) in description.segments.iter().enumerate() {
         let file = description.files.get(planned.file).expect("a description with a segment of no file is refused");
         let backing = backings.get(planned.memory).expect("as many memories came as are described, and segments are in these");
-        let place = Place {
+        let place = Placement {
             index,
             file_index: planned.file,
             span: planned.span,

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::load::image::{Image, Tensor};
 use crate::model::{DType, TensorInfo, TensorMap};
-use crate::plan::select::{Chosen, ChosenTensors, Part, Rows, in_bytes};
+use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice, in_bytes};
 use crate::plan::tensors::FileTensors;
 
 /// See the module. What was parsed is consistent in itself; the sizes of the memories are for whoever has them to compare.
@@ -20,14 +20,14 @@ pub(super) struct Description {
     /// What pages its loader found under the memory: whoever maps it sees smaller ones until all is touched.
     pub(super) pages: PageCount,
     pub(super) dma_bufs: bool,
-    pub(super) files: Vec<File>,
+    pub(super) files: Vec<DescribedFile>,
     pub(super) segments: Vec<SegmentPlace>,
     /// How many memories there are.
     pub(super) memories: usize,
 }
 
 #[derive(Debug)]
-pub(super) struct File {
+pub(super) struct DescribedFile {
     pub(super) path: Arc<PathBuf>,
     pub(super) bytes: u64,
     pub(super) part: Range<u64>,
@@ -100,7 +100,7 @@ impl Description {
             let place = segment(value).ok_or_else(|| wrong("segments"))?;
             let before = segments.last().map_or(0, |before| before.memory + 1);
             let in_order = place.memory == before || segments.last().is_some_and(|before| before.memory == place.memory);
-            let bytes = files.get(place.file).map_or(0, |file: &File| file.bytes);
+            let bytes = files.get(place.file).map_or(0, |file: &DescribedFile| file.bytes);
             let fits = place.file_range.end <= bytes && place.file_range.end - place.file_range.start <= place.memory_bytes;
             if !in_order || !fits || segments.last().is_some_and(|before| !follows(before, &place)) {
                 return Err(wrong("a segment is out of place"));
@@ -157,14 +157,14 @@ fn segment(value: &Value) -> Option<SegmentPlace> {
     })
 }
 
-fn file(value: &Value) -> Option<File> {
+fn file(value: &Value) -> Option<DescribedFile> {
     let (path, bytes) = (value.get("path")?.as_str()?, value.get("bytes")?.as_u64()?);
     let tensors = match value.get("tensors")? {
         Value::Null => None,
         tensors => Some(Arc::new(file_tensors(tensors.as_array()?, bytes)?)),
     };
     let [start, end] = *numbers(value.get("part")?)? else { return None };
-    (start <= end && end <= bytes).then_some(File { path: Arc::new(path.into()), bytes, part: start..end, tensors })
+    (start <= end && end <= bytes).then_some(DescribedFile { path: Arc::new(path.into()), bytes, part: start..end, tensors })
 }
 
 fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
@@ -174,13 +174,13 @@ fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     // In the order in which they came, which is not that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.position(&info.name)?;
-        Some(Chosen { position, class, part })
+        Some(ChosenTensor { position, class, part })
     });
     let chosen = ChosenTensors::new(list.collect::<Option<_>>()?);
     Some(FileTensors { map: Arc::new(map), chosen: Some(Arc::new(chosen)) })
 }
 
-fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, Part)> {
+fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, TensorSlice)> {
     let name = value.get("name")?.as_str()?.to_owned();
     let dtype = DType::from_name(value.get("dtype")?.as_str()?)?;
     let [whole, start, end] = value.get("of")?.as_array()?.as_slice() else { return None };
@@ -201,7 +201,7 @@ fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, Part)> {
         && row.checked_mul(count)? == bytes_of(&shape)?;
     let rows = Rows { first: first..first_end, stride_bytes, count };
     let info = TensorInfo { name, dtype, shape: whole, file_range: start..end };
-    (is_whole && is_part && count > 0).then_some((info, Part { shape, rows }))
+    (is_whole && is_part && count > 0).then_some((info, TensorSlice { shape, rows }))
 }
 
 #[cfg(test)]

@@ -48,7 +48,7 @@ const FRESH: &str = "socket";
 const TAKEN: &str = "taken";
 
 /// Which file it is. While a socket is open its inode is not used again.
-type Identity = (u64, u64);
+type SocketIdentity = (u64, u64);
 
 /// A listening socket, and where it is.
 #[derive(Debug)]
@@ -56,12 +56,12 @@ pub(super) struct Listener {
     pub(super) socket: OwnedFd,
     folder: OwnedFd,
     name: OsString,
-    identity: Identity,
+    identity: SocketIdentity,
 }
 
 /// What [`Listener::bind`] has just done; tests change the folder then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(super) enum BindStep {
     MadeFolder,
     Bound,
     Found,
@@ -78,15 +78,15 @@ impl Listener {
         Listener::bind_step_by_step(path, mode, &mut |_| {})
     }
 
-    fn bind_step_by_step(path: &Path, mode: Mode, after: &mut dyn FnMut(Step)) -> Result<Self, String> {
+    fn bind_step_by_step(path: &Path, mode: Mode, after: &mut dyn FnMut(BindStep)) -> Result<Self, String> {
         let (folder, name) = open_folder(path)?;
         let private = PrivateFolder::enter(&folder, &name)?;
-        after(Step::MadeFolder);
+        after(BindStep::MadeFolder);
         let socket = new_socket().map_err(cannot("make a socket"))?;
         // The mode that it is born with, less the umask, which belongs to the whole process.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
         private.bind(&socket).map_err(cannot("bind a socket"))?;
-        after(Step::Bound);
+        after(BindStep::Bound);
         let file = openat(&private.fd, FRESH, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
         let file = file.map_err(cannot("find the socket that was bound"))?;
         let found = fstat(&file).map_err(cannot("find the socket that was bound"))?;
@@ -94,15 +94,15 @@ impl Listener {
         if !is_socket(&found) || found.st_uid != geteuid().as_raw() {
             return Err("cannot bind a socket: this file system shows another file in its place".to_owned());
         }
-        after(Step::Found);
+        after(BindStep::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
             // By the descriptor: this is the file that was looked at, and no link.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
-        after(Step::Ready);
+        after(BindStep::Ready);
         private.place()?;
-        after(Step::Placed);
+        after(BindStep::Placed);
         let identity = identity(&found);
         drop(private);
         Ok(Listener { socket, folder, name, identity })
@@ -161,7 +161,7 @@ fn cannot(what: &'static str) -> impl Fn(Errno) -> String {
     move |errno| format!("cannot {what}: {}", describe(errno))
 }
 
-fn identity(found: &Stat) -> Identity {
+fn identity(found: &Stat) -> SocketIdentity {
     #[allow(clippy::useless_conversion, reason = "their types depend on the architecture")]
     (found.st_dev.into(), found.st_ino.into())
 }
@@ -311,7 +311,7 @@ impl<'a> PrivateFolder<'a> {
     ///
     /// # Errors
     /// What else is there.
-    fn look_at_place(&self) -> Result<Option<Identity>, String> {
+    fn look_at_place(&self) -> Result<Option<SocketIdentity>, String> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
             Ok(file) => file,
@@ -339,7 +339,7 @@ impl<'a> PrivateFolder<'a> {
     /// Removes what is at the place if it is this file. It is looked at after it was moved in
     /// here, so that nothing else is removed even if programs that know nothing of the lock
     /// change the place.
-    fn take(&self, expected: Identity) -> Result<(), String> {
+    fn take(&self, expected: SocketIdentity) -> Result<(), String> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(()),

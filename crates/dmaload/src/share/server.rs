@@ -8,8 +8,8 @@
 //!   (`SIOCOUTQ`): a client that says so too early, or closes its half of the connection, is sent
 //!   nothing more, and its connection is kept until the kernel says that nothing is on the way.
 //!   So they always count, against the client's user.
-//! - A user has no more than [`Limits::descriptors`] on their way, to no more than
-//!   [`Limits::receivers`] clients. Its other clients wait, for [`PATIENCE`] at most; clients of
+//! - A user has no more than [`ClientLimits::descriptors`] on their way, to no more than
+//!   [`ClientLimits::receivers`] clients. Its other clients wait, for [`PATIENCE`] at most; clients of
 //!   other users do not.
 //! - Of connections that wait for their client, the oldest of the user who has most makes place
 //!   for a new one.
@@ -93,12 +93,12 @@ impl ServerOptions {
 /// Hands images out to other processes; see [the module](super). Dropping it stops handing out;
 /// what clients have, they keep.
 pub struct Server {
-    shared: Arc<Shared>,
+    shared: Arc<ServerShared>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct ServerShared {
     socket: PathBuf,
     listener: Listener,
     options: ServerOptions,
@@ -148,7 +148,7 @@ impl Server {
         // Asked once here, so that a filter of system calls is an error now, and not a client
         // that is never served.
         is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ServerShared {
             socket: path.clone(),
             listener,
             options,
@@ -237,7 +237,7 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
     Error::Share { socket: socket.to_owned(), reason: reason.into() }
 }
 
-impl Shared {
+impl ServerShared {
     fn images(&self) -> MutexGuard<'_, Images> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -308,10 +308,10 @@ impl Shared {
         self.users.is_own(user) || self.options.allowed_users.contains(&user)
     }
 
-    fn limits(&self) -> Limits {
+    fn limits(&self) -> ClientLimits {
         let descriptors = dmabuf::Limit::OpenFiles.current().unwrap_or(1 << 20);
         // Its own user, too.
-        Limits::new(usize::try_from(descriptors).unwrap_or(1 << 20), self.options.allowed_users.len() + 1)
+        ClientLimits::new(usize::try_from(descriptors).unwrap_or(1 << 20), self.options.allowed_users.len() + 1)
     }
 }
 
@@ -321,7 +321,7 @@ fn count(len: usize) -> u32 {
 
 /// What is held for clients at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Limits {
+struct ClientLimits {
     /// Connections of users who may attach.
     connections: usize,
     /// Connections of users who may not.
@@ -332,11 +332,11 @@ struct Limits {
     descriptors: usize,
 }
 
-impl Limits {
+impl ClientLimits {
     /// For a process that may have so many descriptors, and so many users who may attach. The
     /// kernel allows a user the same number on their way; half of it is left for other senders.
     fn new(descriptors: usize, users: usize) -> Self {
-        Limits {
+        ClientLimits {
             connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),
             strangers: STRANGERS_LIMIT.min(descriptors / 8).max(1),
             receivers: RECEIVERS_LIMIT.min(descriptors / 8 / users).max(1),
@@ -354,10 +354,10 @@ struct Client {
     user: u32,
     /// When it came, or made progress last.
     since: Instant,
-    state: State,
+    state: ClientState,
 }
 
-enum State {
+enum ClientState {
     /// Its request has not come.
     Silent,
     /// It has asked before the first image was published.
@@ -370,7 +370,7 @@ enum State {
 
 /// What a step with a client has led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum ClientStep {
     Wait,
     Served,
     LetGo,
@@ -387,8 +387,8 @@ impl Client {
     /// How many descriptors are on their way to it.
     fn unreceived(&self) -> usize {
         match self.state {
-            State::Receiving { unreceived, .. } | State::Draining { unreceived } => unreceived,
-            State::Silent | State::Early { .. } => 0,
+            ClientState::Receiving { unreceived, .. } | ClientState::Draining { unreceived } => unreceived,
+            ClientState::Silent | ClientState::Early { .. } => 0,
         }
     }
 
@@ -396,57 +396,57 @@ impl Client {
     /// image, or only the kernel knows.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
-            State::Receiving { unreceived, .. } => unreceived == 0,
-            State::Draining { .. } => true,
-            State::Silent | State::Early { .. } => false,
+            ClientState::Receiving { unreceived, .. } => unreceived == 0,
+            ClientState::Draining { .. } => true,
+            ClientState::Silent | ClientState::Early { .. } => false,
         }
     }
 
     /// When it is let go, or sent nothing more.
     fn deadline(&self) -> Option<Instant> {
         match self.state {
-            State::Silent | State::Early { .. } => Some(self.since + PATIENCE),
-            State::Receiving { begun, .. } => Some((self.since + PATIENCE).min(begun + TRANSFER_LIMIT)),
+            ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
+            ClientState::Receiving { begun, .. } => Some((self.since + PATIENCE).min(begun + TRANSFER_LIMIT)),
             // Only it can take them, or end.
-            State::Draining { .. } => None,
+            ClientState::Draining { .. } => None,
         }
     }
 
     /// Answers, and is done with it.
-    fn answer(&self, message: &[u8]) -> Step {
+    fn answer(&self, message: &[u8]) -> ClientStep {
         // It may have gone.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-        Step::LetGo
+        ClientStep::LetGo
     }
 
-    fn refuse(&self, status: Status, all: u32) -> Step {
+    fn refuse(&self, status: Status, all: u32) -> ClientStep {
         self.answer(&Reply { status, all, here: 0 }.to_bytes())
     }
 
     /// Nothing more is sent; it is kept while descriptors are on their way.
-    fn drain(&mut self) -> Step {
+    fn drain(&mut self) -> ClientStep {
         let unreceived = self.unreceived();
         // An error would be of a filter of system calls: the kernel's word is missing, so it goes
         // on counting.
         if unreceived > 0 && is_unreceived(&self.socket).unwrap_or(true) {
-            self.state = State::Draining { unreceived };
-            return Step::Wait;
+            self.state = ClientState::Draining { unreceived };
+            return ClientStep::Wait;
         }
-        Step::LetGo
+        ClientStep::LetGo
     }
 
     /// Its time is up.
-    fn expire(&mut self) -> Step {
+    fn expire(&mut self) -> ClientStep {
         match self.state {
-            State::Early { .. } => self.refuse(Status::NotYet, 0),
-            State::Receiving { unreceived: 0, .. } => self.refuse(Status::Busy, 0),
-            State::Silent | State::Receiving { .. } | State::Draining { .. } => self.drain(),
+            ClientState::Early { .. } => self.refuse(Status::NotYet, 0),
+            ClientState::Receiving { unreceived: 0, .. } => self.refuse(Status::Busy, 0),
+            ClientState::Silent | ClientState::Receiving { .. } | ClientState::Draining { .. } => self.drain(),
         }
     }
 
     /// `others` is what other clients of its user hold.
-    fn step(&mut self, shared: &Shared, others: Held, limits: Limits) -> Step {
-        if matches!(self.state, State::Draining { .. }) {
+    fn step(&mut self, shared: &ServerShared, others: Held, limits: ClientLimits) -> ClientStep {
+        if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
         }
         // A request; a byte for each message that was received; or its end.
@@ -458,54 +458,56 @@ impl Client {
             Err(_) => return self.drain(),
         };
         match (&mut self.state, message) {
-            (State::Silent, None) => return Step::Wait,
-            (State::Silent, Some(_)) if !self.allowed => return self.refuse(Status::NotAllowed, self.user),
-            (State::Silent, Some(request)) => {
+            (ClientState::Silent, None) => return ClientStep::Wait,
+            (ClientState::Silent, Some(_)) if !self.allowed => return self.refuse(Status::NotAllowed, self.user),
+            (ClientState::Silent, Some(request)) => {
                 let request = request.to_vec();
                 return self.ask(shared, request, others, limits);
             }
-            (State::Early { request }, None) => {
+            (ClientState::Early { request }, None) => {
                 let request = std::mem::take(request);
                 return self.ask(shared, request, others, limits);
             }
-            (State::Receiving { unreceived: 0, .. }, None) => {}
-            (State::Receiving { .. }, None) => return Step::Wait,
-            (State::Receiving { unreceived, .. }, Some(_)) if *unreceived > 0 && is_unreceived(&self.socket) == Ok(false) => {
+            (ClientState::Receiving { unreceived: 0, .. }, None) => {}
+            (ClientState::Receiving { .. }, None) => return ClientStep::Wait,
+            (ClientState::Receiving { unreceived, .. }, Some(_))
+                if *unreceived > 0 && is_unreceived(&self.socket) == Ok(false) =>
+            {
                 (*unreceived, self.since) = (0, Instant::now());
             }
             // It has spoken before it was answered: what it says is worth nothing.
-            (State::Early { .. } | State::Receiving { .. } | State::Draining { .. }, _) => return self.drain(),
+            (ClientState::Early { .. } | ClientState::Receiving { .. } | ClientState::Draining { .. }, _) => return self.drain(),
         }
         self.send_next(others, limits)
     }
 
-    fn ask(&mut self, shared: &Shared, request: Vec<u8>, others: Held, limits: Limits) -> Step {
+    fn ask(&mut self, shared: &ServerShared, request: Vec<u8>, others: Held, limits: ClientLimits) -> ClientStep {
         match shared.find(&request) {
             Ok(published) => {
                 self.since = Instant::now();
-                self.state = State::Receiving { published, next: 0, unreceived: 0, begun: self.since };
+                self.state = ClientState::Receiving { published, next: 0, unreceived: 0, begun: self.since };
                 self.send_next(others, limits)
             }
             Err((Status::NotYet, _)) => {
-                self.state = State::Early { request };
-                Step::Wait
+                self.state = ClientState::Early { request };
+                ClientStep::Wait
             }
             Err((_, answer)) => self.answer(&answer),
         }
     }
 
     /// Sends as many descriptors as its user may have on their way.
-    fn send_next(&mut self, others: Held, limits: Limits) -> Step {
-        let State::Receiving { published, next, unreceived, .. } = &mut self.state else {
+    fn send_next(&mut self, others: Held, limits: ClientLimits) -> ClientStep {
+        let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
             unreachable!("descriptors are sent only to a client that receives");
         };
         let rest = published.descriptors.get(*next..).unwrap_or_default();
         if rest.is_empty() {
-            return Step::Served;
+            return ClientStep::Served;
         }
         let room = limits.descriptors.saturating_sub(others.descriptors);
         if others.receivers >= limits.receivers || room == 0 {
-            return Step::Wait;
+            return ClientStep::Wait;
         }
         let part = rest.get(..DESCRIPTORS_IN_A_MESSAGE.min(rest.len()).min(room)).unwrap_or_default();
         let reply = Reply { status: Status::Ok, all: count(published.descriptors.len()), here: count(part.len()) };
@@ -513,11 +515,11 @@ impl Client {
             Ok(()) => {
                 (*next, *unreceived) = (*next + part.len(), part.len());
                 self.since = Instant::now();
-                Step::Wait
+                ClientStep::Wait
             }
             // Full for now; or others have too many descriptors of the server's user on their way.
-            Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => Step::Wait,
-            Err(_) => Step::LetGo,
+            Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => ClientStep::Wait,
+            Err(_) => ClientStep::LetGo,
         }
     }
 }
@@ -534,14 +536,14 @@ fn send(socket: &OwnedFd, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), E
 }
 
 /// The thread.
-fn serve(shared: &Shared) {
+fn serve(shared: &ServerShared) {
     let listener = &shared.listener.socket;
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
         // A connection of which one half is closed is always ready, so those that drain are
         // looked at by time.
-        let polled = clients.iter().filter(|client| !matches!(client.state, State::Draining { .. }));
+        let polled = clients.iter().filter(|client| !matches!(client.state, ClientState::Draining { .. }));
         watched.extend(polled.map(|client| PollFd::new(&client.socket, PollFlags::IN)));
         let now = Instant::now();
         let deadline = clients.iter().filter_map(Client::deadline).min();
@@ -576,28 +578,28 @@ fn serve(shared: &Shared) {
             own.descriptors += client.unreceived();
         }
         clients.retain_mut(|client| {
-            let is_draining = matches!(client.state, State::Draining { .. });
+            let is_draining = matches!(client.state, ClientState::Draining { .. });
             let is_ready = !is_draining && ready.next() == Some(true);
-            let is_early = is_woken && matches!(client.state, State::Early { .. });
+            let is_early = is_woken && matches!(client.state, ClientState::Early { .. });
             let own = held.entry(client.user).or_default();
             own.receivers -= usize::from(client.unreceived() > 0);
             own.descriptors -= client.unreceived();
             let is_expired = client.deadline().is_some_and(|deadline| deadline <= Instant::now());
-            let mut step = Step::Wait;
+            let mut step = ClientStep::Wait;
             if is_ready || is_early || client.is_polled_by_time() {
                 step = client.step(shared, *own, limits);
             }
-            if step == Step::Wait && is_expired && client.deadline().is_some_and(|deadline| deadline <= Instant::now()) {
+            if step == ClientStep::Wait && is_expired && client.deadline().is_some_and(|deadline| deadline <= Instant::now()) {
                 step = client.expire();
             }
-            if step == Step::Wait {
+            if step == ClientStep::Wait {
                 own.receivers += usize::from(client.unreceived() > 0);
                 own.descriptors += client.unreceived();
             }
             match step {
-                Step::Wait => return true,
-                Step::Served => shared.served.fetch_add(1, Ordering::Relaxed),
-                Step::LetGo => shared.refused.fetch_add(1, Ordering::Relaxed),
+                ClientStep::Wait => return true,
+                ClientStep::Served => shared.served.fetch_add(1, Ordering::Relaxed),
+                ClientStep::LetGo => shared.refused.fetch_add(1, Ordering::Relaxed),
             };
             false
         });
@@ -608,7 +610,7 @@ fn serve(shared: &Shared) {
 }
 
 /// Accepts connections; not all at once, so that those that are there are served in between.
-fn admit(shared: &Shared, limits: Limits, clients: &mut Vec<Client>) {
+fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>) {
     for _ in 0..ADMITTED_AT_ONCE {
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
@@ -637,7 +639,7 @@ fn admit(shared: &Shared, limits: Limits, clients: &mut Vec<Client>) {
         if full && make_room(clients, |client| client.allowed == allowed) {
             shared.refused.fetch_add(1, Ordering::Relaxed);
         }
-        clients.push(Client { socket, allowed, user, since: Instant::now(), state: State::Silent });
+        clients.push(Client { socket, allowed, user, since: Instant::now(), state: ClientState::Silent });
     }
 }
 
@@ -663,7 +665,7 @@ mod tests {
     fn all_users_together_have_room_for_others_left() {
         for descriptors in [16, 64, 128, 1024, 1 << 20] {
             for users in [1, 2, 3, 10, 100] {
-                let limits = Limits::new(descriptors, users);
+                let limits = ClientLimits::new(descriptors, users);
                 assert!(limits.connections >= 1 && limits.strangers >= 1 && limits.receivers >= 1 && limits.descriptors >= 1);
                 assert!(limits.connections + limits.strangers < descriptors, "{limits:?} of {descriptors}");
                 if users * 8 <= descriptors {
@@ -685,17 +687,17 @@ mod tests {
         .unwrap();
         let now = Instant::now();
         let published = Arc::new(Published { descriptors: Vec::new() });
-        let mut client = Client { socket, allowed: true, user: 0, since: now, state: State::Silent };
+        let mut client = Client { socket, allowed: true, user: 0, since: now, state: ClientState::Silent };
         assert_eq!(client.deadline(), Some(now + PATIENCE));
-        client.state = State::Early { request: Vec::new() };
+        client.state = ClientState::Early { request: Vec::new() };
         assert_eq!(client.deadline(), Some(now + PATIENCE));
         for unreceived in [0, 3] {
             let mut begun = now;
-            client.state = State::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
+            client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now + PATIENCE));
             // It makes progress, but for too long.
             begun = now - TRANSFER_LIMIT;
-            client.state = State::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
+            client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now));
         }
     }

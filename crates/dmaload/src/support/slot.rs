@@ -4,7 +4,7 @@
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 #[derive(Debug)]
-enum State<T> {
+enum SlotState<T> {
     Empty,
     /// A thread is making it.
     Making,
@@ -14,7 +14,7 @@ enum State<T> {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Slot<T> {
-    state: Mutex<State<T>>,
+    state: Mutex<SlotState<T>>,
     changed: Condvar,
 }
 
@@ -26,18 +26,18 @@ impl<T> Default for Slot<T> {
 
 impl<T> Slot<T> {
     pub(crate) fn new(value: Option<T>) -> Self {
-        Slot { state: Mutex::new(value.map_or(State::Empty, State::There)), changed: Condvar::new() }
+        Slot { state: Mutex::new(value.map_or(SlotState::Empty, SlotState::There)), changed: Condvar::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, State<T>> {
+    fn state(&self) -> MutexGuard<'_, SlotState<T>> {
         lock(&self.state)
     }
 
     /// Takes it out, if it is there.
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
-        match std::mem::replace(&mut *state, State::Empty) {
-            State::There(value) => Some(value),
+        match std::mem::replace(&mut *state, SlotState::Empty) {
+            SlotState::There(value) => Some(value),
             other => {
                 *state = other;
                 None
@@ -50,8 +50,8 @@ impl<T: Clone> Slot<T> {
     /// A clone of it, if it is there.
     pub(crate) fn get(&self) -> Option<T> {
         match &*self.state() {
-            State::There(value) => Some(value.clone()),
-            State::Empty | State::Making => None,
+            SlotState::There(value) => Some(value.clone()),
+            SlotState::Empty | SlotState::Making => None,
         }
     }
 
@@ -64,12 +64,12 @@ impl<T: Clone> Slot<T> {
         let mut state = self.state();
         loop {
             match &*state {
-                State::There(value) => return Ok(value.clone()),
-                State::Making => state = wait(&self.changed, state),
-                State::Empty => break,
+                SlotState::There(value) => return Ok(value.clone()),
+                SlotState::Making => state = wait(&self.changed, state),
+                SlotState::Empty => break,
             }
         }
-        *state = State::Making;
+        *state = SlotState::Making;
         drop(state);
         // Also when `make` panics, the others must not wait for ever.
         let mut making = Making { slot: self, value: None };
@@ -86,7 +86,7 @@ struct Making<'a, T> {
 
 impl<T> Drop for Making<'_, T> {
     fn drop(&mut self) {
-        let made = self.value.take().map_or(State::Empty, State::There);
+        let made = self.value.take().map_or(SlotState::Empty, SlotState::There);
         *self.slot.state() = made;
         self.slot.changed.notify_all();
     }

@@ -138,11 +138,11 @@ pub fn digest(algorithm: Algorithm, bytes: &[u8]) -> Digest {
 
 /// A checksum in the making, for bytes that arrive piece by piece.
 #[derive(Clone)]
-pub struct Hasher(State);
+pub struct Hasher(HasherState);
 
 // Two of the states are large, and there is one hasher per file: the boxes cost nothing.
 #[derive(Clone)]
-enum State {
+enum HasherState {
     Sha256(sha2::Sha256),
     Blake3(Box<blake3::Hasher>),
     Crc32c(u32),
@@ -154,10 +154,10 @@ impl Hasher {
     #[must_use]
     pub fn new(algorithm: Algorithm) -> Self {
         Self(match algorithm {
-            Algorithm::Sha256 => State::Sha256(sha2::Sha256::new()),
-            Algorithm::Blake3 => State::Blake3(Box::default()),
-            Algorithm::Crc32c => State::Crc32c(0),
-            Algorithm::Xxh3 => State::Xxh3(Box::default()),
+            Algorithm::Sha256 => HasherState::Sha256(sha2::Sha256::new()),
+            Algorithm::Blake3 => HasherState::Blake3(Box::default()),
+            Algorithm::Crc32c => HasherState::Crc32c(0),
+            Algorithm::Xxh3 => HasherState::Xxh3(Box::default()),
         })
     }
 
@@ -165,22 +165,22 @@ impl Hasher {
     #[must_use]
     pub fn algorithm(&self) -> Algorithm {
         match self.0 {
-            State::Sha256(_) => Algorithm::Sha256,
-            State::Blake3(_) => Algorithm::Blake3,
-            State::Crc32c(_) => Algorithm::Crc32c,
-            State::Xxh3(_) => Algorithm::Xxh3,
+            HasherState::Sha256(_) => Algorithm::Sha256,
+            HasherState::Blake3(_) => Algorithm::Blake3,
+            HasherState::Crc32c(_) => Algorithm::Crc32c,
+            HasherState::Xxh3(_) => Algorithm::Xxh3,
         }
     }
 
     /// Takes the next bytes; how they are cut makes no difference.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
-            State::Sha256(state) => state.update(bytes),
-            State::Blake3(state) => {
+            HasherState::Sha256(state) => state.update(bytes),
+            HasherState::Blake3(state) => {
                 state.update(bytes);
             }
-            State::Crc32c(crc) => *crc = crc32c::crc32c_append(*crc, bytes),
-            State::Xxh3(state) => state.write(bytes),
+            HasherState::Crc32c(crc) => *crc = crc32c::crc32c_append(*crc, bytes),
+            HasherState::Xxh3(state) => state.write(bytes),
         }
     }
 
@@ -189,10 +189,10 @@ impl Hasher {
     pub fn finish(self) -> Digest {
         let algorithm = self.algorithm();
         let value = match self.0 {
-            State::Sha256(state) => Digest::new(algorithm, &state.finalize()),
-            State::Blake3(state) => Digest::new(algorithm, state.finalize().as_bytes()),
-            State::Crc32c(crc) => Digest::new(algorithm, &crc.to_be_bytes()),
-            State::Xxh3(state) => Digest::new(algorithm, &state.finish().to_be_bytes()),
+            HasherState::Sha256(state) => Digest::new(algorithm, &state.finalize()),
+            HasherState::Blake3(state) => Digest::new(algorithm, state.finalize().as_bytes()),
+            HasherState::Crc32c(crc) => Digest::new(algorithm, &crc.to_be_bytes()),
+            HasherState::Xxh3(state) => Digest::new(algorithm, &state.finish().to_be_bytes()),
         };
         value.expect("each algorithm's value has its length")
     }

@@ -31,7 +31,7 @@ impl Verify for Arc<Manifest> {
             if bytes != expected_bytes {
                 return Err(Error::WrongLength { path: path.to_owned(), bytes, expected_bytes });
             }
-            Ok(File { path: path.to_owned(), bytes, entry })
+            Ok(VerifiedFile { path: path.to_owned(), bytes, entry })
         };
         let files = files.iter().map(expected).collect::<Result<_>>()?;
         let chunks = Chunks::new(self.algorithm, self.chunk_bytes);
@@ -83,7 +83,7 @@ impl Observer for OnlyFile {
 }
 
 #[derive(Debug)]
-struct File {
+struct VerifiedFile {
     path: PathBuf,
     bytes: u64,
     entry: usize,
@@ -94,7 +94,7 @@ struct File {
 struct ByChunks {
     manifest: Arc<Manifest>,
     format: Format,
-    files: Vec<File>,
+    files: Vec<VerifiedFile>,
     /// The file that it is in, and how far.
     at: Mutex<(usize, Chunks)>,
 }
@@ -116,7 +116,7 @@ impl Observer for ByChunks {
 }
 
 impl ByChunks {
-    fn compare(&self, file: &File, number: u64, found: Digest) -> Result<(), Rejection> {
+    fn compare(&self, file: &VerifiedFile, number: u64, found: Digest) -> Result<(), Rejection> {
         let expected = self.manifest.files.get(file.entry).and_then(|entry| self.manifest.sum(entry, number));
         let expected = expected.ok_or("the manifest has no such chunk")?;
         if found == expected {

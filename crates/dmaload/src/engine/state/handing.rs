@@ -16,12 +16,12 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::Span;
 
 use super::telling::filled_cache_bytes;
-use super::{LoadShared, Remains, State, no_span};
+use super::{LoadShared, LoadState, Remains, no_span};
 use crate::engine::event::{Event, Finished, FinishedFile};
 use crate::error::{Error, Result};
 use crate::files::source::{Identity, OpenFile};
 use crate::memory::backing::{Backing, Move};
-use crate::memory::segment::{Place, Segment};
+use crate::memory::segment::{Placement, Segment};
 use crate::model::TensorMap;
 use crate::plan::SegmentPlan;
 use crate::plan::select::ChosenTensors;
@@ -76,7 +76,7 @@ impl LoadShared {
         self.count_piece(&mut state, number, route)
     }
 
-    fn count_piece(&self, state: &mut State, number: usize, route: Option<Route>) -> Follows {
+    fn count_piece(&self, state: &mut LoadState, number: usize, route: Option<Route>) -> Follows {
         let piece = *state.plan.pieces.get(number).expect("the driver fills planned pieces");
         let planned = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
@@ -206,9 +206,9 @@ impl LoadShared {
             // A statement of its own: the lock must be gone before anything is sent, or dropped.
             let step = self.next_step(&mut self.state());
             match step {
-                Step::Nothing => return Handover::Going,
-                Step::Over => return Handover::Over,
-                Step::Segment { segment, waited, events, span } => {
+                DeliveryStep::Nothing => return Handover::Going,
+                DeliveryStep::Over => return Handover::Over,
+                DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
                     let waited_us = u64::try_from(waited.as_micros()).expect("less than half a million years");
@@ -218,8 +218,8 @@ impl LoadShared {
                     drop(span);
                     remains.extend(self.send(&events, Event::Segment(segment)));
                 }
-                Step::Unsealed(refusal) => remains.push(self.fail(self.memory_error(refusal))),
-                Step::Failed { error, events } => {
+                DeliveryStep::Unsealed(refusal) => remains.push(self.fail(self.memory_error(refusal))),
+                DeliveryStep::Failed { error, events } => {
                     foreign::emit(|| {
                         tracing::debug!(load = self.id.0, %error, "load failed");
                         self.span.record("error", tracing::field::display(&error));
@@ -227,7 +227,7 @@ impl LoadShared {
                     remains.extend(self.send(&events, Event::Failed(error)));
                     return Handover::Over;
                 }
-                Step::Done { finished, cached_bytes, events } => {
+                DeliveryStep::Done { finished, cached_bytes, events } => {
                     let report = &finished.report;
                     foreign::emit(|| {
                         if let Some(cached_bytes) = cached_bytes {
@@ -252,17 +252,17 @@ impl LoadShared {
     }
 
     /// What is to be told next. Under the lock, so it tells nothing itself.
-    fn next_step(&self, state: &mut State) -> Step {
+    fn next_step(&self, state: &mut LoadState) -> DeliveryStep {
         if state.events.is_none() {
-            return Step::Over;
+            return DeliveryStep::Over;
         }
         if let Some(error) = state.failed.take() {
             let events = state.events.take().expect("looked at above");
-            return Step::Failed { error, events };
+            return DeliveryStep::Failed { error, events };
         }
         if let Some((segment, last)) = match self.next_segment(state) {
             Ok(next) => next,
-            Err(refusal) => return Step::Unsealed(refusal),
+            Err(refusal) => return DeliveryStep::Unsealed(refusal),
         } {
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
@@ -277,10 +277,10 @@ impl LoadShared {
             let waited = memory.full_at.expect("memory that is handed over is full").elapsed();
             let span = if last { std::mem::replace(&mut memory.span, no_span()) } else { no_span() };
             let events = state.events.clone().expect("looked at above");
-            return Step::Segment { segment, waited, events, span };
+            return DeliveryStep::Segment { segment, waited, events, span };
         }
         let all = state.handed == state.plan.segments.len() && state.files_left == 0;
-        let Some(times) = state.times.filter(|_| all) else { return Step::Nothing };
+        let Some(times) = state.times.filter(|_| all) else { return DeliveryStep::Nothing };
         let report = self.report(state, times);
         let cached_bytes = filled_cache_bytes(state);
         let files = state.files.drain(..).zip(self.sources()).zip(&state.plan.files);
@@ -295,14 +295,14 @@ impl LoadShared {
         let files = files.collect();
         count(&self.counters.finished);
         let events = state.events.take().expect("looked at above");
-        Step::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
+        DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
     /// The segment whose turn it is, once its memory is ready, and whether it is the last one of its memory.
     ///
     /// # Errors
     /// Its memory file could not be sealed against writes: its bytes can't be lent.
-    fn next_segment(&self, state: &State) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
+    fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
         let memory = state.memories.get(planned.memory).expect("a segment is of a planned memory");
@@ -321,7 +321,7 @@ impl LoadShared {
             backing.allow_reuse();
             backing.allow_fork();
         }
-        let place = Place {
+        let place = Placement {
             index,
             file_index: planned.file,
             span: planned.span,
@@ -362,7 +362,7 @@ fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl 
 }
 
 /// What [`LoadShared::deliver`] is to do without the lock.
-enum Step {
+enum DeliveryStep {
     Nothing,
     Over,
     Segment { segment: Segment, waited: Duration, events: Foreign<UnboundedSender<Event>>, span: Foreign<Span> },

@@ -8,7 +8,7 @@ use dmabuf::{AddressRange, PageCount, printable};
 use rustix::io::Errno;
 
 use super::Remains;
-use super::{LoadShared, State};
+use super::{LoadShared, LoadState};
 use crate::engine::event::Progress;
 use crate::error::Error;
 use crate::options::choices::Layout;
@@ -165,7 +165,7 @@ impl LoadShared {
         }
     }
 
-    fn notes(&self, state: &State) -> Vec<String> {
+    fn notes(&self, state: &LoadState) -> Vec<String> {
         let mut notes = self.notes.to_vec();
         notes.extend(state.notes.iter().cloned());
         if state.retried > RETRIES_TOLD {
@@ -193,7 +193,7 @@ impl LoadShared {
         notes
     }
 
-    pub(super) fn report(&self, state: &mut State, times: Times) -> Report {
+    pub(super) fn report(&self, state: &mut LoadState, times: Times) -> Report {
         let files = state.files.iter().zip(self.sources());
         let files = files.map(|(file, source)| FileReport {
             path: source.path.as_ref().clone(),
@@ -238,7 +238,7 @@ impl LoadShared {
 }
 
 /// How much of the load was read through the page cache, if that is enough to be told.
-pub(super) fn filled_cache_bytes(state: &State) -> Option<u64> {
+pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
     (cached_bytes >= PAGE_CACHE_BYTES_TOLD).then_some(cached_bytes)

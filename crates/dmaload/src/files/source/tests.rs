@@ -59,13 +59,13 @@ fn without_procfs_another_file_at_the_path_is_noticed() {
 fn stat_is_used_where_statx_is_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(&file, [7; 4097]).unwrap();
-    let seen = Look::at_path(file.path()).unwrap();
+    let seen = Attributes::at_path(file.path()).unwrap();
     for errno in [Errno::NOSYS, Errno::PERM] {
-        let refused = Look::of(Err(errno), || stat(file.path())).unwrap();
+        let refused = Attributes::of(Err(errno), || stat(file.path())).unwrap();
         assert_eq!((refused.identity, refused.device.major), (seen.identity, seen.device.major));
         assert!(refused.from_cache && !seen.from_cache);
     }
-    assert_eq!(Look::of(Err(Errno::IO), || stat(file.path())).unwrap_err(), Errno::IO);
+    assert_eq!(Attributes::of(Err(Errno::IO), || stat(file.path())).unwrap_err(), Errno::IO);
 }
 
 #[test]

@@ -15,12 +15,12 @@ pub struct Metadata {
     version: u32,
     /// The part of the header that the ranges are of.
     bytes: Box<[u8]>,
-    entries: Vec<Entry>,
+    entries: Vec<KeyValue>,
     by_key: NameIndex,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Entry {
+struct KeyValue {
     key: Range<u32>,
     kind: Kind,
     value: Range<u32>,
@@ -217,7 +217,7 @@ impl Metadata {
         str::from_utf8(bytes).unwrap_or_default()
     }
 
-    fn value(&self, entry: &Entry) -> Option<Value<'_>> {
+    fn value(&self, entry: &KeyValue) -> Option<Value<'_>> {
         next_value(entry.kind, &mut self.part(&entry.value)?)
     }
 
@@ -289,7 +289,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         let value = cursor.position() - begin;
         skip(cursor, kind, 0)?;
         let narrow = |at: u64| u32::try_from(at).expect("a header is shorter than 4 GiB: see `HEADER_LIMIT_BYTES`");
-        entries.push(Entry {
+        entries.push(KeyValue {
             key: narrow(key_end - key.len() as u64)..narrow(key_end),
             kind,
             value: narrow(value)..narrow(cursor.position() - begin),

@@ -64,7 +64,7 @@ struct Reader {
     /// The numbers of the list being read, to be copied at their final size.
     numbers: Vec<u64>,
     /// Where reading stopped, if it did.
-    place: Place,
+    place: ValuePlace,
     fault: Option<ModelError>,
     /// The first tensor that ends past the end of the file, its end, and the last end of all: reading goes on, so
     /// that the error can say how much is missing.
@@ -72,7 +72,7 @@ struct Reader {
 }
 
 /// Which value was being read when an error came from `serde_json`.
-enum Place {
+enum ValuePlace {
     Header,
     Tensor { tensor: String, key: Option<&'static str> },
     Metadata,
@@ -87,7 +87,7 @@ impl Reader {
             tensors: Vec::new(),
             metadata: None,
             numbers: Vec::new(),
-            place: Place::Header,
+            place: ValuePlace::Header,
             fault: None,
             past_end: None,
         }
@@ -110,9 +110,9 @@ impl Reader {
         }
         let (offset, reason) = (offset(error, json), reason(error));
         match (error.classify(), self.place) {
-            (Category::Data, Place::Tensor { tensor, key }) => ModelError::WrongType { tensor, key, offset, reason },
-            (Category::Data, Place::Metadata) => ModelError::MetadataNotObject { offset, reason },
-            (Category::Data, Place::MetadataValue { key }) => ModelError::MetadataNotString { key, offset, reason },
+            (Category::Data, ValuePlace::Tensor { tensor, key }) => ModelError::WrongType { tensor, key, offset, reason },
+            (Category::Data, ValuePlace::Metadata) => ModelError::MetadataNotObject { offset, reason },
+            (Category::Data, ValuePlace::MetadataValue { key }) => ModelError::MetadataNotString { key, offset, reason },
             _ => ModelError::NotJson { offset, reason },
         }
     }
@@ -121,9 +121,9 @@ impl Reader {
         if self.metadata.is_some() {
             return Err(self.refuse(ModelError::DuplicateMetadata));
         }
-        self.place = Place::Metadata;
+        self.place = ValuePlace::Metadata;
         let pairs = header.next_value_seed(MetadataSeed { place: &mut self.place })?;
-        self.place = Place::Header;
+        self.place = ValuePlace::Header;
         self.metadata = Some(pairs);
         Ok(())
     }
@@ -134,7 +134,7 @@ impl Reader {
         let entry = match header.next_value_seed(seed) {
             Ok(entry) => entry,
             Err(error) => {
-                self.place = Place::Tensor { tensor: name, key };
+                self.place = ValuePlace::Tensor { tensor: name, key };
                 return Err(error);
             }
         };
@@ -188,7 +188,7 @@ fn reason(error: &serde_json::Error) -> String {
 
 /// `__metadata__`: an object of strings, or null for none.
 struct MetadataSeed<'a> {
-    place: &'a mut Place,
+    place: &'a mut ValuePlace,
 }
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
@@ -218,7 +218,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
         let mut pairs = Pairs::default();
         while map.next_key_seed(PushString(&mut pairs))?.is_some() {
             if let Err(error) = map.next_value_seed(PushString(&mut pairs)) {
-                *self.place = Place::MetadataValue { key: pairs.last().to_owned() };
+                *self.place = ValuePlace::MetadataValue { key: pairs.last().to_owned() };
                 return Err(error);
             }
         }
@@ -251,14 +251,14 @@ impl Visitor<'_> for PushString<'_> {
 }
 
 /// A tensor's entry as the header has it.
-struct Entry {
+struct TensorEntry {
     dtype: DType,
     shape: Vec<u64>,
     begin: u64,
     end: u64,
 }
 
-impl Entry {
+impl TensorEntry {
     /// The tensor of that name and entry in its file, if its bytes are within
     /// the data and as many as its type and shape need.
     fn place(self, name: String, data_begin: u64, data_bytes: u64) -> Result<TensorInfo, ModelError> {
@@ -309,18 +309,18 @@ struct Draft {
 }
 
 impl EntrySeed<'_> {
-    fn read_value<'de, A: MapAccess<'de>>(&mut self, key: Key, entry: &mut A, draft: &mut Draft) -> Result<(), A::Error> {
+    fn read_value<'de, A: MapAccess<'de>>(&mut self, key: EntryKey, entry: &mut A, draft: &mut Draft) -> Result<(), A::Error> {
         if draft.has(key) {
             return Err(self.refuse(|tensor| ModelError::DuplicateKey { tensor, key: key.name() }));
         }
         *self.key = Some(key.name());
         match key {
-            Key::DType => draft.dtype = Some(self.read_dtype(entry)?),
-            Key::Shape => {
+            EntryKey::DType => draft.dtype = Some(self.read_dtype(entry)?),
+            EntryKey::Shape => {
                 self.read_numbers(key, entry)?;
                 draft.shape = Some(self.reader.numbers.clone());
             }
-            Key::DataOffsets => {
+            EntryKey::DataOffsets => {
                 self.read_numbers(key, entry)?;
                 draft.offsets = Some(self.begin_and_end()?);
             }
@@ -334,7 +334,7 @@ impl EntrySeed<'_> {
         DType::parse(&name).ok_or_else(|| self.refuse(|tensor| ModelError::UnknownDType { tensor, found: name.into_owned() }))
     }
 
-    fn read_numbers<'de, A: MapAccess<'de>>(&mut self, key: Key, entry: &mut A) -> Result<(), A::Error> {
+    fn read_numbers<'de, A: MapAccess<'de>>(&mut self, key: EntryKey, entry: &mut A) -> Result<(), A::Error> {
         entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
     }
 
@@ -354,42 +354,42 @@ impl EntrySeed<'_> {
 }
 
 impl Draft {
-    fn has(&self, key: Key) -> bool {
+    fn has(&self, key: EntryKey) -> bool {
         match key {
-            Key::DType => self.dtype.is_some(),
-            Key::Shape => self.shape.is_some(),
-            Key::DataOffsets => self.offsets.is_some(),
+            EntryKey::DType => self.dtype.is_some(),
+            EntryKey::Shape => self.shape.is_some(),
+            EntryKey::DataOffsets => self.offsets.is_some(),
         }
     }
 
     /// The whole entry, or the key that it lacks.
-    fn finish(self) -> Result<Entry, Key> {
-        let dtype = self.dtype.ok_or(Key::DType)?;
-        let shape = self.shape.ok_or(Key::Shape)?;
-        let (begin, end) = self.offsets.ok_or(Key::DataOffsets)?;
-        Ok(Entry { dtype, shape, begin, end })
+    fn finish(self) -> Result<TensorEntry, EntryKey> {
+        let dtype = self.dtype.ok_or(EntryKey::DType)?;
+        let shape = self.shape.ok_or(EntryKey::Shape)?;
+        let (begin, end) = self.offsets.ok_or(EntryKey::DataOffsets)?;
+        Ok(TensorEntry { dtype, shape, begin, end })
     }
 }
 
 impl<'de> DeserializeSeed<'de> for EntrySeed<'_> {
-    type Value = Entry;
+    type Value = TensorEntry;
 
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Entry, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<TensorEntry, D::Error> {
         json.deserialize_map(self)
     }
 }
 
 impl<'de> Visitor<'de> for EntrySeed<'_> {
-    type Value = Entry;
+    type Value = TensorEntry;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object with \"dtype\", \"shape\" and \"data_offsets\"")
     }
 
-    fn visit_map<A: MapAccess<'de>>(mut self, mut entry: A) -> Result<Entry, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(mut self, mut entry: A) -> Result<TensorEntry, A::Error> {
         let mut draft = Draft::default();
         while let Some(name) = entry.next_key_seed(Text("a key"))? {
-            let Some(key) = Key::parse(&name) else {
+            let Some(key) = EntryKey::parse(&name) else {
                 entry.next_value::<Skipped>()?;
                 continue;
             };
@@ -453,13 +453,13 @@ impl<'de> Visitor<'de> for Skipped {
 
 /// The keys of an entry.
 #[derive(Clone, Copy)]
-enum Key {
+enum EntryKey {
     DType,
     Shape,
     DataOffsets,
 }
 
-impl Key {
+impl EntryKey {
     fn parse(name: &str) -> Option<Self> {
         [Self::DType, Self::Shape, Self::DataOffsets].into_iter().find(|key| key.name() == name)
     }
@@ -505,7 +505,7 @@ impl<'de> Visitor<'de> for Text {
 struct NumbersSeed<'a> {
     reader: &'a mut Reader,
     tensor: &'a str,
-    key: Key,
+    key: EntryKey,
 }
 
 impl NumbersSeed<'_> {
@@ -515,8 +515,8 @@ impl NumbersSeed<'_> {
         let numbers = &mut self.reader.numbers;
         let fault = match (number, self.key) {
             (Number::Other(found), key) => ModelError::BadNumber { tensor: tensor(), key: key.name(), found },
-            (_, Key::Shape) if numbers.len() == RANK_LIMIT => ModelError::RankTooLarge { tensor: tensor() },
-            (_, Key::DataOffsets) if numbers.len() == 2 => ModelError::OffsetCount { tensor: tensor(), found: 3 },
+            (_, EntryKey::Shape) if numbers.len() == RANK_LIMIT => ModelError::RankTooLarge { tensor: tensor() },
+            (_, EntryKey::DataOffsets) if numbers.len() == 2 => ModelError::OffsetCount { tensor: tensor(), found: 3 },
             (Number::Count(count), _) => {
                 numbers.push(count);
                 return Ok(());

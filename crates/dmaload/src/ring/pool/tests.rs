@@ -59,11 +59,11 @@ impl Sink for Gate {
 #[test]
 fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
     let wake = Arc::new(Wake::new().unwrap());
-    let mut pool = Pool::new(Arc::clone(&wake), "test", 2);
+    let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 2);
     let gate = Arc::new(Gate::default());
     let from = [7_u8; 64];
     let mut slots = Slots::new();
-    let mut copy = |pool: &mut Pool| {
+    let mut copy = |pool: &mut ThreadPool| {
         let to = Place { sink: Arc::clone(&gate) as Arc<dyn Sink>, offset: 0 };
         let copy = Copy { token: slots.insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 };
         // SAFETY: the place stays until all are done, and nothing is written.
@@ -92,7 +92,7 @@ fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
     let token = Slots::new().insert(());
     for threads_max in [0, 1] {
         let wake = Arc::new(Wake::new().unwrap());
-        let mut pool = Pool::new(Arc::clone(&wake), "test", threads_max);
+        let mut pool = ThreadPool::new(Arc::clone(&wake), "test", threads_max);
         let from = [7_u8; 64];
         let sink = Arc::new(Sixty4(Mutex::new([0_u8; 64])));
         let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
@@ -126,7 +126,7 @@ impl Sink for OfAHeap {
 #[test]
 fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
     let token = Slots::new().insert(());
-    let mut pool = Pool::new(Arc::new(Wake::new().unwrap()), "test", 0);
+    let mut pool = ThreadPool::new(Arc::new(Wake::new().unwrap()), "test", 0);
     let from = [7_u8; 64];
     let to = Place { sink: Arc::new(OfAHeap), offset: 0 };
     // SAFETY: nothing is copied.
@@ -154,7 +154,7 @@ impl Sink for Broken {
 #[test]
 fn a_thread_that_panics_is_known_to_have_done_so() {
     let wake = Arc::new(Wake::new().unwrap());
-    let mut pool = Pool::new(Arc::clone(&wake), "test", 1);
+    let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 1);
     let from = [7_u8; 64];
     let to = Place { sink: Arc::new(Broken), offset: 0 };
     // SAFETY: nothing is copied.

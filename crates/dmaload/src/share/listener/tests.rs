@@ -48,7 +48,7 @@ fn steal(folder: &Path, target: &Path) {
 #[test]
 fn owner_of_the_folder_redirects_nothing_at_any_step() {
     for mode in [own(), all()] {
-        for thief_at in [Step::MadeFolder, Step::Bound, Step::Found, Step::Ready, Step::Placed] {
+        for thief_at in [BindStep::MadeFolder, BindStep::Bound, BindStep::Found, BindStep::Ready, BindStep::Placed] {
             for target_is_folder in [false, true] {
                 let place = tempfile::tempdir().unwrap();
                 let (folder, victims) = (place.path().join("thief's"), place.path().join("victim's"));
@@ -98,7 +98,7 @@ fn another_file_in_the_place_of_the_bound_socket_is_left_alone() {
             }
         },
     ];
-    for (lie, lie_at) in lies.into_iter().flat_map(|lie| [(lie, Step::Bound), (lie, Step::Found)]) {
+    for (lie, lie_at) in lies.into_iter().flat_map(|lie| [(lie, BindStep::Bound), (lie, BindStep::Found)]) {
         let mode = all();
         let listener = Listener::bind_step_by_step(&place.path().join("socket"), mode, &mut |step| {
             if step == lie_at {
@@ -107,7 +107,7 @@ fn another_file_in_the_place_of_the_bound_socket_is_left_alone() {
                 lie(&victim, &fresh);
             }
         });
-        assert!(lie_at == Step::Found || listener.is_err(), "{listener:?}");
+        assert!(lie_at == BindStep::Found || listener.is_err(), "{listener:?}");
         assert_eq!((mode_of(&victim), fs::read_to_string(&victim).unwrap().as_str()), (0o600, "kept"));
         drop(listener);
         let _ = fs::remove_file(place.path().join("socket"));
@@ -124,15 +124,15 @@ fn socket_has_its_mode_before_it_is_in_its_place() {
         let listener = Listener::bind_step_by_step(&path, mode, &mut |step| {
             let private = folder.path().join(".socket.dmaload");
             assert_eq!(mode_of(&private), 0o700, "{step:?}");
-            assert_eq!(step == Step::Placed, path.exists(), "{step:?}");
-            if step == Step::Bound || step == Step::Ready {
+            assert_eq!(step == BindStep::Placed, path.exists(), "{step:?}");
+            if step == BindStep::Bound || step == BindStep::Ready {
                 seen.push((step, mode_of(&private.join(FRESH)) & !0o022));
             }
             // Whoever sees it can connect.
-            assert!(step != Step::Placed || (mode_of(&path) == mode.as_raw_mode() && is_served(&path)));
+            assert!(step != BindStep::Placed || (mode_of(&path) == mode.as_raw_mode() && is_served(&path)));
         });
         assert_eq!(seen.len(), 2);
-        assert_eq!(seen.last(), Some(&(Step::Ready, mode.as_raw_mode() & !0o022)));
+        assert_eq!(seen.last(), Some(&(BindStep::Ready, mode.as_raw_mode() & !0o022)));
         assert_eq!(names(folder.path()), ["socket"]);
         drop(listener.unwrap());
         assert_eq!(names(folder.path()), [""; 0]);
