@@ -16,7 +16,7 @@ use super::event::Event;
 use super::heap_code::HeapCode;
 use super::jobs::{Jobs, Left};
 use super::settings::Settings;
-use super::state::{Handover, HeapFacts, LoadShared};
+use super::state::{HandOverStatus, HeapFacts, LoadShared};
 use super::threads::Leaked;
 use super::{Engine, descriptors};
 use crate::error::{Error, Result};
@@ -156,7 +156,7 @@ impl Guard {
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end())) {
             // It holds nothing yet, and nothing else knows of it: its consumer is told here.
             let mut remains = vec![shared.fail(error)];
-            assert_eq!(shared.deliver(&mut remains), Handover::Over, "a load that has failed is over");
+            assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }
         (receiver, shared)
     }

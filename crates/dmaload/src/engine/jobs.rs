@@ -12,7 +12,7 @@ use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
-use super::state::Follows;
+use super::state::FollowUpJobs;
 use super::workers::{Task, WorkerId, Workers};
 use crate::engine::schedule::{Demand, Job, Need, Scheduler};
 use crate::ring::pace::Pace;
@@ -173,8 +173,8 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// There is something to be done for a load, unless it was forgotten meanwhile.
-    pub(super) fn follow(&self, id: LoadId, follows: Follows) {
-        if follows == Follows::default() {
+    pub(super) fn follow(&self, id: LoadId, follows: FollowUpJobs) {
+        if follows == FollowUpJobs::default() {
             return;
         }
         let mut schedule = self.schedule();

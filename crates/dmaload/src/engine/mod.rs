@@ -46,7 +46,7 @@ use jobs::{Jobs, Left};
 use mailbox::{Mailbox, Message};
 use schedule::Need;
 use settings::Settings;
-use state::{HeapFacts, LoadShared, Remains};
+use state::{DeferredDrop, HeapFacts, LoadShared};
 use threads::Threads;
 
 use crate::error::Error;
@@ -238,8 +238,8 @@ impl Engine {
     }
 
     /// A worker drops what a load has left.
-    fn bury(&self, load: LoadId, remains: impl IntoIterator<Item = Remains>) {
-        for (memory, files) in remains.into_iter().map(Remains::parts) {
+    fn bury(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
+        for (memory, files) in remains.into_iter().map(DeferredDrop::parts) {
             self.jobs.bury(Left::Memory(load), memory);
             self.jobs.bury(Left::Files(load), files);
         }

@@ -1,10 +1,10 @@
-//! A load from the engine's side: what is planned and what is allocated; in [`handing`] what is full and can be handed over, in
-//! [`telling`] what is told of it.
+//! A load from the engine's side: what is planned and what is allocated; in [`hand_over`] what is full and can be handed over, in
+//! [`reporting`] what is told of it.
 
-mod handing;
-mod telling;
+mod hand_over;
+mod reporting;
 
-pub(crate) use handing::{Follows, Handover};
+pub(crate) use hand_over::{FollowUpJobs, HandOverStatus};
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -206,12 +206,12 @@ struct FileState {
 /// What a load leaves that is over. To drop it closes files, which may take as long as their file system likes.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Remains {
+pub(crate) struct DeferredDrop {
     memory: RemainingMemory,
     files: RemainingFiles,
 }
 
-impl Remains {
+impl DeferredDrop {
     /// What waits for no server, and what may.
     pub(crate) fn parts(self) -> (RemainingMemory, RemainingFiles) {
         (self.memory, self.files)
@@ -595,7 +595,7 @@ impl LoadShared {
     }
 
     /// Ends the load with an error, which [`Self::deliver`] tells its consumer. Only the first one counts.
-    pub(crate) fn fail(&self, error: Error) -> Remains {
+    pub(crate) fn fail(&self, error: Error) -> DeferredDrop {
         let mut state = self.state();
         self.abandoned.store(true, Ordering::Release);
         if !state.is_over() {
@@ -607,14 +607,14 @@ impl LoadShared {
     }
 
     /// What a load has left that has given its end; nothing before that.
-    pub(crate) fn remains(&self) -> Option<Remains> {
+    pub(crate) fn remains(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))
     }
 
-    fn take_remains(&self, state: &mut LoadState) -> Remains {
+    fn take_remains(&self, state: &mut LoadState) -> DeferredDrop {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        Remains {
+        DeferredDrop {
             memory: RemainingMemory {
                 _memories: std::mem::take(&mut state.memories),
                 _plan: Box::new(std::mem::take(&mut state.plan)),

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use super::jobs::Left;
 use super::mailbox::Message;
-use super::state::{Handover, LoadShared};
+use super::state::{HandOverStatus, LoadShared};
 use super::workers::MOST_SUBSTITUTES;
 use super::{Engine, Permit, defect};
 use crate::files::source::OpenFile;
@@ -144,7 +144,7 @@ impl Engine {
         let mut remains = Vec::new();
         let delivered = foreign::call(|| load.deliver(&mut remains));
         let over = match delivered {
-            Ok(handover) => handover == Handover::Over,
+            Ok(handover) => handover == HandOverStatus::Over,
             Err(message) => {
                 self.fail(load, defect("the teller thread", message));
                 false

@@ -11,7 +11,7 @@ use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memfd, Memory};
 
 use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
 use crate::memory::charge::Ledger;
-use crate::memory::lent::Lent;
+use crate::memory::lent::ViewCount;
 use crate::memory::reaper::{Holding, Reaper};
 use crate::support::id::LoadId;
 
@@ -32,7 +32,7 @@ pub(crate) struct Backing {
     bytes: usize,
     /// Whether its pages are there already.
     reused: bool,
-    lent: Lent,
+    lent: ViewCount,
     reaper: Reaper,
 }
 
@@ -44,7 +44,7 @@ unsafe impl Sync for Backing {}
 impl Backing {
     pub(crate) fn new(mapping: Mapping, memory: Memory, reaper: Reaper) -> Self {
         let (address, bytes) = (mapping.address(), mapping.bytes());
-        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: Lent::new(), reaper }
+        Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: ViewCount::new(), reaper }
     }
 
     /// Memory from the pool, moved to where it is needed now; `None` when it can't be moved: then it is freed.
@@ -58,7 +58,7 @@ impl Backing {
             }
             Ok(holding) => {
                 let (address, bytes) = (holding.mapping.address(), holding.mapping.bytes());
-                let (lent, reaper) = (Lent::new(), reaper.clone());
+                let (lent, reaper) = (ViewCount::new(), reaper.clone());
                 Some(Backing { holding: Some(holding), address, bytes, reused: true, lent, reaper })
             }
             Err(holding) => {

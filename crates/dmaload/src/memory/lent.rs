@@ -5,14 +5,14 @@ use crate::support::sync::atomic::{AtomicUsize, Ordering};
 
 /// The number of views that are alive, or [`HANDED_OUT`].
 #[derive(Debug)]
-pub(crate) struct Lent(AtomicUsize);
+pub(crate) struct ViewCount(AtomicUsize);
 
 /// No number of views.
 const HANDED_OUT: usize = usize::MAX;
 
-impl Lent {
+impl ViewCount {
     pub(crate) fn new() -> Self {
-        Lent(AtomicUsize::new(0))
+        ViewCount(AtomicUsize::new(0))
     }
 
     /// A view more; `false` once it was handed out.
@@ -21,7 +21,7 @@ impl Lent {
         self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
     }
 
-    /// A view that [`Lent::lend`] has allowed is gone.
+    /// A view that [`ViewCount::lend`] has allowed is gone.
     pub(crate) fn take_back(&self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
@@ -44,7 +44,7 @@ mod tests {
     fn nobody_views_what_was_handed_out_and_nobody_hands_out_what_is_viewed() {
         model(|| {
             // What a view looks at, and what the one who was handed it writes to.
-            let shared = Arc::new((Lent::new(), AtomicUsize::new(0)));
+            let shared = Arc::new((ViewCount::new(), AtomicUsize::new(0)));
             let viewers = [(); 2].map(|()| {
                 let shared = Arc::clone(&shared);
                 spawn(move || {

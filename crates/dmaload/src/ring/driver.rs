@@ -39,7 +39,7 @@ use entry::{Chunk, InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of, pro
 
 use super::kernel::{Completion, Kernel, Read};
 use super::known::Known;
-use super::message::{Failure, FileSpec, LoadSpec, Output, Retried, Span};
+use super::message::{Failure, FileSpec, LoadSpec, Output, Retried, TimedSpan};
 use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
@@ -382,7 +382,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                         load.registered += 1;
                         if load.spec.trace {
                             let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
-                            let span = Span { kind: TraceKind::Register, start, end, bytes };
+                            let span = TimedSpan { kind: TraceKind::Register, start, end, bytes };
                             self.outputs.push(Output::Traced { load: id, piece: entry.number, span });
                         }
                         self.issue_read(id, chunk);
@@ -488,7 +488,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 Step::SeenStaged(_) | Step::Seen => TraceKind::Observe,
             };
             let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
-            self.outputs.push(Output::Traced { load: id, piece, span: Span { kind, start: since, end: now, bytes } });
+            self.outputs.push(Output::Traced { load: id, piece, span: TimedSpan { kind, start: since, end: now, bytes } });
         }
         if is_copy && self.pace.end(now, completion.result.unwrap_or(0) as u64) {
             self.follow_pace();

@@ -33,7 +33,7 @@ pub(crate) struct Read {
 
 /// A copy from a staging buffer to where its bytes belong.
 #[derive(Debug, Clone)]
-pub(crate) struct Copy {
+pub(crate) struct StagedCopy {
     pub(crate) token: Token,
     pub(crate) from: NonNull<u8>,
     pub(crate) to: Place,
@@ -112,7 +112,7 @@ pub(crate) trait Kernel {
     /// Until the completion was reaped, or for ever if that never comes: both places stay mapped for `bytes` bytes, they
     /// don't overlap, nobody writes to the first one, and nobody looks at the second one.
     #[allow(unsafe_code)]
-    unsafe fn copy(&mut self, copy: Copy);
+    unsafe fn copy(&mut self, copy: StagedCopy);
 
     /// From now on at most so many threads copy at once.
     fn set_copiers(&mut self, threads: usize);

@@ -20,7 +20,7 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
+use super::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
 use super::pool::{LOOKERS, READERS, ThreadPool};
 use super::slots::Token;
 use super::wake::Wake;
@@ -121,7 +121,7 @@ impl Kernel for LinuxKernel {
         StagingMemory::new(bytes, Pages::Auto).map_err(|error| error.errno)
     }
 
-    unsafe fn copy(&mut self, copy: Copy) {
+    unsafe fn copy(&mut self, copy: StagedCopy) {
         // SAFETY: the caller's promise is the same.
         unsafe { self.copiers.copy(copy) };
     }

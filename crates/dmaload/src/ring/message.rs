@@ -53,7 +53,7 @@ pub(crate) enum Output<B> {
     /// A read failed, and is tried once more.
     Retried { load: LoadId, retried: Retried },
     /// Something was done for a piece; only where the load wants to know.
-    Traced { load: LoadId, piece: usize, span: Span },
+    Traced { load: LoadId, piece: usize, span: TimedSpan },
     /// The load can't be finished. Told once; its memory goes when its last read has come back.
     Failed { load: LoadId, failure: Failure },
     /// No buffer of this load is here any more, and none will be. What observed it comes along, since to drop that
@@ -102,7 +102,7 @@ pub(crate) struct Retried {
 
 /// Something that was done, by the kernel's clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Span {
+pub(crate) struct TimedSpan {
     pub(crate) kind: TraceKind,
     pub(crate) start: Duration,
     pub(crate) end: Duration,

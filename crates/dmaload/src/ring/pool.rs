@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, Copy, Look, Read};
+use super::kernel::{CachedRead, Completion, Look, Read, StagedCopy};
 use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::memory::buffer::{Fault, Place};
@@ -32,7 +32,7 @@ pub(crate) const LOOKERS: usize = 2;
 #[derive(Debug)]
 enum PoolJob {
     Read(Arc<OpenFile>, Read),
-    Copy(Copy),
+    Copy(StagedCopy),
     Cached(Arc<OpenFile>, CachedRead),
     Look(Look),
 }
@@ -199,7 +199,7 @@ impl ThreadPool {
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
-    pub(crate) unsafe fn copy(&mut self, copy: Copy) {
+    pub(crate) unsafe fn copy(&mut self, copy: StagedCopy) {
         if self.start_thread_for_any() {
             self.queue(PoolJob::Copy(copy));
         } else {
@@ -382,7 +382,7 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
     Completion { token: read.token, result }
 }
 
-fn perform(copy: &Copy) -> Completion {
+fn perform(copy: &StagedCopy) -> Completion {
     // SAFETY: the driver has promised that so many initialised bytes are mapped, and written to by nobody, until this
     // copy's completion is reaped.
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };

@@ -66,7 +66,7 @@ fn two_workers_leave_nothing_undone_and_both_end() {
             spawn(move || worker(&jobs))
         });
         // What the ring thread says when all is read; then nobody needs the workers any more.
-        jobs.follow(id, Follows { check: Some(0), finish: None });
+        jobs.follow(id, FollowUpJobs { check: Some(0), finish: None });
         loop {
             let left = {
                 let schedule = jobs.schedule();
@@ -189,9 +189,9 @@ fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, Pace::fixed(1)));
         let id = opened(&jobs, 0);
         let stalls = jobs.hire();
-        jobs.follow(id, Follows { check: Some(0), finish: None });
+        jobs.follow(id, FollowUpJobs { check: Some(0), finish: None });
         assert!(matches!(jobs.next(stalls), Some((Job::Check(_, 0), _))));
-        jobs.follow(id, Follows { check: Some(1), finish: None });
+        jobs.follow(id, FollowUpJobs { check: Some(1), finish: None });
         let comes_back = {
             let jobs = Arc::clone(&jobs);
             spawn(move || {

@@ -74,7 +74,7 @@ pub(super) struct InFlight {
 }
 
 /// What is in flight.
-#[derive(Debug, Clone, std::marker::Copy)]
+#[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
     /// A read into the piece's memory.
     Read,

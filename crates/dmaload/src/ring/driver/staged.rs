@@ -1,6 +1,6 @@
 //! The route bounce: reads into staging, and copies from there.
 
-use super::super::kernel::{Copy, Kernel};
+use super::super::kernel::{Kernel, StagedCopy};
 use super::super::message::{Failure, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
@@ -103,7 +103,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
         // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
         // looked at, before the completion, and a taken slot is read into by nobody else.
-        unsafe { self.kernel.copy(Copy { token, from, to, bytes }) };
+        unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.tell_if_alone(id);
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;

@@ -65,7 +65,7 @@ fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
     let mut slots = Slots::new();
     let mut copy = |pool: &mut ThreadPool| {
         let to = Place { sink: Arc::clone(&gate) as Arc<dyn Sink>, offset: 0 };
-        let copy = Copy { token: slots.insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 };
+        let copy = StagedCopy { token: slots.insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 };
         // SAFETY: the place stays until all are done, and nothing is written.
         unsafe { pool.copy(copy) };
     };
@@ -96,7 +96,7 @@ fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
         let from = [7_u8; 64];
         let sink = Arc::new(Sixty4(Mutex::new([0_u8; 64])));
         let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
-        let copy = Copy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
+        let copy = StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
         // SAFETY: both places stay, and are left alone, until the completion below.
         unsafe { pool.copy(copy) };
         let mut done = Vec::new();
@@ -130,7 +130,7 @@ fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
     let from = [7_u8; 64];
     let to = Place { sink: Arc::new(OfAHeap), offset: 0 };
     // SAFETY: nothing is copied.
-    unsafe { pool.copy(Copy { token, from: NonNull::from(&from).cast(), to, bytes: 64 }) };
+    unsafe { pool.copy(StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 }) };
     let mut done = Vec::new();
     pool.reap(&mut done);
     assert_eq!(done.len(), 1);
@@ -158,7 +158,7 @@ fn a_thread_that_panics_is_known_to_have_done_so() {
     let from = [7_u8; 64];
     let to = Place { sink: Arc::new(Broken), offset: 0 };
     // SAFETY: nothing is copied.
-    unsafe { pool.copy(Copy { token: Slots::new().insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 }) };
+    unsafe { pool.copy(StagedCopy { token: Slots::new().insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 }) };
     while !pool.has_completions() {
         wake.wait();
     }

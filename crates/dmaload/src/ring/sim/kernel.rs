@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::Random;
 use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
-use crate::ring::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
+use crate::ring::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
 use crate::route::Route;
 use crate::support::id::LoadId;
 
@@ -362,7 +362,7 @@ struct InFlight {
 #[derive(Debug)]
 enum Job {
     Read(SimFile, Read),
-    Copy(Copy),
+    Copy(StagedCopy),
     Cached(SimFile, CachedRead),
     Look(Look),
 }
@@ -688,7 +688,7 @@ impl Kernel for SimKernel {
         Ok(SimStaging(buffer))
     }
 
-    unsafe fn copy(&mut self, copy: Copy) {
+    unsafe fn copy(&mut self, copy: StagedCopy) {
         let mut memory = self.memory.borrow_mut();
         let range = |start: usize| start..start + copy.bytes;
         let (from, to) = (range(copy.from.addr().get()), range(memory.address_of(&copy.to)));

@@ -35,7 +35,7 @@ use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::kernel::{CachedRead, Completion, Copy, Kernel, Look, Read};
+use crate::ring::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
 use crate::ring::message::{FileSpec, LoadSpec, Output};
 use crate::ring::pace::{FIRST, most_allocators, most_copiers};
 use crate::ring::slots::Token;
@@ -291,7 +291,7 @@ impl Kernel for FlowKernel {
         Ok(Untouched::new(bytes, true))
     }
 
-    unsafe fn copy(&mut self, copy: Copy) {
+    unsafe fn copy(&mut self, copy: StagedCopy) {
         let mut machine = self.0.borrow_mut();
         machine.ring(CALL);
         machine.copies.push_back((copy.token, copy.bytes));

@@ -15,8 +15,8 @@ use rustix::io::Errno;
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::Span;
 
-use super::telling::filled_cache_bytes;
-use super::{LoadShared, LoadState, Remains, no_span};
+use super::reporting::filled_cache_bytes;
+use super::{DeferredDrop, LoadShared, LoadState, no_span};
 use crate::engine::event::{Event, Finished, FinishedFile};
 use crate::error::{Error, Result};
 use crate::files::source::{Identity, OpenFile};
@@ -50,7 +50,7 @@ impl AsRef<[u8]> for WholeFile {
 
 /// What follows from a piece that is full.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Follows {
+pub(crate) struct FollowUpJobs {
     /// All reads of this file are done; it is to be checked.
     pub(crate) check: Option<usize>,
     /// All bytes of this memory are there; its tensors are to be moved, or it is to be made a dma-buf.
@@ -59,7 +59,7 @@ pub(crate) struct Follows {
 
 /// What handing over has led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Handover {
+pub(crate) enum HandOverStatus {
     /// There is more to come.
     Going,
     /// The load has given its end, or was over already.
@@ -68,15 +68,15 @@ pub(crate) enum Handover {
 
 impl LoadShared {
     /// A piece holds its bytes.
-    pub(crate) fn piece_full(&self, number: usize, route: Option<Route>) -> Follows {
+    pub(crate) fn piece_full(&self, number: usize, route: Option<Route>) -> FollowUpJobs {
         let mut state = self.state();
         if state.is_over() {
-            return Follows::default();
+            return FollowUpJobs::default();
         }
         self.count_piece(&mut state, number, route)
     }
 
-    fn count_piece(&self, state: &mut LoadState, number: usize, route: Option<Route>) -> Follows {
+    fn count_piece(&self, state: &mut LoadState, number: usize, route: Option<Route>) -> FollowUpJobs {
         let piece = *state.plan.pieces.get(number).expect("the driver fills planned pieces");
         let planned = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
@@ -90,7 +90,7 @@ impl LoadShared {
         memory.pieces_left = memory.pieces_left.checked_sub(1).expect("a piece of a memory is filled once");
         memory.full_at = Some(Instant::now());
         let finish = memory.pieces_left == 0 && memory.unfinished;
-        Follows { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
+        FollowUpJobs { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
     }
 
     /// A full memory that is to be finished, and what is to be moved in it; `None` when the load is over.
@@ -201,13 +201,13 @@ impl LoadShared {
     ///
     /// For one thread at a time, which is what keeps the order: it wakes the consumer, so no lock is held then.
     /// What a load leaves that fails here is put into `remains`.
-    pub(crate) fn deliver(&self, remains: &mut Vec<Remains>) -> Handover {
+    pub(crate) fn deliver(&self, remains: &mut Vec<DeferredDrop>) -> HandOverStatus {
         loop {
             // A statement of its own: the lock must be gone before anything is sent, or dropped.
             let step = self.next_step(&mut self.state());
             match step {
-                DeliveryStep::Nothing => return Handover::Going,
-                DeliveryStep::Over => return Handover::Over,
+                DeliveryStep::Nothing => return HandOverStatus::Going,
+                DeliveryStep::Over => return HandOverStatus::Over,
                 DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
@@ -225,7 +225,7 @@ impl LoadShared {
                         self.span.record("error", tracing::field::display(&error));
                     });
                     remains.extend(self.send(&events, Event::Failed(error)));
-                    return Handover::Over;
+                    return HandOverStatus::Over;
                 }
                 DeliveryStep::Done { finished, cached_bytes, events } => {
                     let report = &finished.report;
@@ -237,7 +237,7 @@ impl LoadShared {
                         self.span.record("bytes", report.bytes);
                     });
                     remains.extend(self.send(&events, Event::Done(finished)));
-                    return Handover::Over;
+                    return HandOverStatus::Over;
                 }
             }
         }
@@ -245,7 +245,7 @@ impl LoadShared {
 
     /// Leaves something to the consumer and wakes it. That it listens no more is seen elsewhere. If the waker
     /// panics, the load fails, and this is what it leaves.
-    fn send(&self, events: &UnboundedSender<Event>, event: Event) -> Option<Remains> {
+    fn send(&self, events: &UnboundedSender<Event>, event: Event) -> Option<DeferredDrop> {
         let message = foreign::call(|| drop(events.send(event))).err()?;
         let code = "the waker of the load's task".to_owned();
         Some(self.fail(Error::Panicked { code, message }))

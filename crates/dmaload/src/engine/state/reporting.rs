@@ -7,7 +7,7 @@ use std::time::Instant;
 use dmabuf::{AddressRange, PageCount, printable};
 use rustix::io::Errno;
 
-use super::Remains;
+use super::DeferredDrop;
 use super::{LoadShared, LoadState};
 use crate::engine::event::Progress;
 use crate::error::Error;
@@ -15,7 +15,7 @@ use crate::options::choices::Layout;
 use crate::options::choices::Shard;
 use crate::options::observer::Rejection;
 use crate::ring::watch::Verdict;
-use crate::ring::{Failure, Retried, Span, Times};
+use crate::ring::{Failure, Retried, TimedSpan, Times};
 use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
 use crate::support::foreign;
@@ -81,7 +81,7 @@ impl LoadShared {
     }
 
     /// The ring thread did something for a piece; its clock began at `epoch`.
-    pub(crate) fn traced(&self, number: usize, span: Span, epoch: Instant) {
+    pub(crate) fn traced(&self, number: usize, span: TimedSpan, epoch: Instant) {
         let mut state = self.state();
         if state.is_over() {
             return;
@@ -106,7 +106,7 @@ impl LoadShared {
     }
 
     /// The same, told by the driver.
-    pub(crate) fn fail_for(&self, failure: Failure) -> Remains {
+    pub(crate) fn fail_for(&self, failure: Failure) -> DeferredDrop {
         let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
             Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
