@@ -13,7 +13,7 @@ use super::workers::MOST_SUBSTITUTES;
 use super::{Engine, Permit, defect};
 use crate::files::source::OpenFile;
 use crate::memory::backing::PieceBuffer;
-use crate::ring::{Events, Output};
+use crate::ring::{Events, LoadEvent, Output};
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::report::Measured;
@@ -88,7 +88,7 @@ impl Engine {
 
     fn handle_output(&self, output: Output<()>) {
         let id = output.load();
-        let is_gone = matches!(output, Output::Gone { .. });
+        let is_gone = matches!(output, Output::Event { event: LoadEvent::Gone { .. }, .. });
         // A load that has failed or was dropped is forgotten while the driver drains its reads.
         if let Some(load) = self.jobs.load_of(id) {
             if let Err(message) = foreign::call(|| self.note(&load, output)) {
@@ -126,16 +126,21 @@ impl Engine {
                 }
                 self.jobs.follow(id, load.piece_full(piece, route));
             }
-            Output::SteppedDown { fallback, .. } => load.stepped_down(fallback),
-            Output::LessStaging { bytes, errno, .. } => load.less_staging(bytes, errno),
-            Output::NoThread { .. } => load.no_thread(),
-            Output::Retried { retried, .. } => load.retried(&retried),
-            Output::Traced { piece, span, .. } => load.traced(piece, span, self.epoch),
-            Output::Failed { load: id, failure } => {
-                self.bury(id, [load.fail_for(failure)]);
-                self.forget(id);
-            }
-            Output::Gone { times, .. } => load.gone(times),
+            Output::Event { load: id, event } => match event {
+                LoadEvent::SteppedDown { fallback } => load.stepped_down(fallback),
+                LoadEvent::LessStaging { bytes, errno } => load.less_staging(bytes, errno),
+                LoadEvent::NoThread => load.no_thread(),
+                LoadEvent::Retried { retried } => load.retried(&retried),
+                LoadEvent::Traced { piece, span } => load.traced(piece, span, self.epoch),
+                LoadEvent::Failed { failure } => {
+                    self.bury(id, [load.fail_for(failure)]);
+                    self.forget(id);
+                }
+                LoadEvent::Gone { times, observation } => {
+                    load.gone(times);
+                    drop(observation);
+                }
+            },
         }
     }
 

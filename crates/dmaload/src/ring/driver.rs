@@ -39,7 +39,7 @@ use entry::{Chunk, InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of, pro
 
 use super::kernel::{Completion, Kernel, Read};
 use super::known::Known;
-use super::message::{Failure, FileSpec, LoadSpec, Output, Retried, TimedSpan};
+use super::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output, Retried, TimedSpan};
 use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
@@ -335,10 +335,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             load.copying.stop(now);
             load.from_cache.stop(now);
             if !load.ended {
-                self.outputs.push(Output::Failed { load: id, failure });
+                self.outputs.push(Output::Event { load: id, event: LoadEvent::Failed { failure } });
             }
             let times = load.times();
-            self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });
+            self.outputs.push(Output::Event { load: id, event: LoadEvent::Gone { times, observation: load.spec.observation } });
         }
         leaked
     }
@@ -383,7 +383,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                         if load.spec.trace {
                             let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
                             let span = TimedSpan { kind: TraceKind::Register, start, end, bytes };
-                            self.outputs.push(Output::Traced { load: id, piece: entry.number, span });
+                            self.outputs.push(Output::Event { load: id, event: LoadEvent::Traced { piece: entry.number, span } });
                         }
                         self.issue_read(id, chunk);
                     }
@@ -488,7 +488,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 Step::SeenStaged(_) | Step::Seen => TraceKind::Observe,
             };
             let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
-            self.outputs.push(Output::Traced { load: id, piece, span: TimedSpan { kind, start: since, end: now, bytes } });
+            self.outputs.push(Output::Event {
+                load: id,
+                event: LoadEvent::Traced { piece, span: TimedSpan { kind, start: since, end: now, bytes } },
+            });
         }
         if is_copy && self.pace.end(now, completion.result.unwrap_or(0) as u64) {
             self.follow_pace();
@@ -607,7 +610,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
             None if !chunk.alone => {
                 let retried = Retried { file: entry.file.index, offset, bytes: chunk.range.end - chunk.range.start, errno };
-                self.outputs.push(Output::Retried { load: id, retried });
+                self.outputs.push(Output::Event { load: id, event: LoadEvent::Retried { retried } });
                 chunk.alone = true;
                 self.requeue(id, chunk);
             }
@@ -662,7 +665,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
         }
         if first {
-            self.outputs.push(Output::SteppedDown { load: id, fallback: Fallback { file_index, from, to, attempt, errno } });
+            self.outputs.push(Output::Event {
+                load: id,
+                event: LoadEvent::SteppedDown { fallback: Fallback { file_index, from, to, attempt, errno } },
+            });
         }
     }
 
@@ -713,7 +719,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     fn fail(&mut self, id: LoadId, failure: Failure) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         if !load.ended {
-            self.outputs.push(Output::Failed { load: id, failure });
+            self.outputs.push(Output::Event { load: id, event: LoadEvent::Failed { failure } });
             self.abandon(id);
         }
     }
@@ -762,7 +768,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         self.turns.retain(|&other| other != id);
         let times = load.times();
-        self.outputs.push(Output::Gone { load: id, times, observation: load.spec.observation });
+        self.outputs.push(Output::Event { load: id, event: LoadEvent::Gone { times, observation: load.spec.observation } });
     }
 }
 

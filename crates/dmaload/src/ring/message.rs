@@ -44,21 +44,28 @@ pub(crate) struct FileSpec<F> {
 pub(crate) enum Output<B> {
     /// A piece holds its bytes. The route is the lowest that any of them took from storage, if any did.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
+    /// Something else has happened to a load.
+    Event { load: LoadId, event: LoadEvent },
+}
+
+/// What else happens to a load.
+#[derive(Debug)]
+pub(crate) enum LoadEvent {
     /// A step down the ladder was taken.
-    SteppedDown { load: LoadId, fallback: Fallback },
+    SteppedDown { fallback: Fallback },
     /// There is less staging than the load may use: fewer of its reads are in flight at once. Told once.
-    LessStaging { load: LoadId, bytes: u64, errno: Errno },
+    LessStaging { bytes: u64, errno: Errno },
     /// No thread could be had for the load's copies: reads wait for them. Told once.
-    NoThread { load: LoadId },
+    NoThread,
     /// A read failed, and is tried once more.
-    Retried { load: LoadId, retried: Retried },
+    Retried { retried: Retried },
     /// Something was done for a piece; only where the load wants to know.
-    Traced { load: LoadId, piece: usize, span: TimedSpan },
+    Traced { piece: usize, span: TimedSpan },
     /// The load can't be finished. Told once; its memory goes when its last read has come back.
-    Failed { load: LoadId, failure: Failure },
+    Failed { failure: Failure },
     /// No buffer of this load is here any more, and none will be. What observed it comes along, since to drop that
     /// may run the caller's code.
-    Gone { load: LoadId, times: Times, observation: Option<Observation> },
+    Gone { times: Times, observation: Option<Observation> },
 }
 
 impl<B> Output<B> {
@@ -66,27 +73,14 @@ impl<B> Output<B> {
     pub(crate) fn map_buffer<C>(self, map: impl FnOnce(B) -> C) -> Output<C> {
         match self {
             Output::PieceFull { load, piece, route, buffer } => Output::PieceFull { load, piece, route, buffer: map(buffer) },
-            Output::SteppedDown { load, fallback } => Output::SteppedDown { load, fallback },
-            Output::LessStaging { load, bytes, errno } => Output::LessStaging { load, bytes, errno },
-            Output::NoThread { load } => Output::NoThread { load },
-            Output::Retried { load, retried } => Output::Retried { load, retried },
-            Output::Traced { load, piece, span } => Output::Traced { load, piece, span },
-            Output::Failed { load, failure } => Output::Failed { load, failure },
-            Output::Gone { load, times, observation } => Output::Gone { load, times, observation },
+            Output::Event { load, event } => Output::Event { load, event },
         }
     }
 
     /// The load that it is about.
     pub(crate) fn load(&self) -> LoadId {
         match *self {
-            Output::PieceFull { load, .. }
-            | Output::SteppedDown { load, .. }
-            | Output::LessStaging { load, .. }
-            | Output::NoThread { load }
-            | Output::Retried { load, .. }
-            | Output::Traced { load, .. }
-            | Output::Failed { load, .. }
-            | Output::Gone { load, .. } => load,
+            Output::PieceFull { load, .. } | Output::Event { load, .. } => load,
         }
     }
 }

@@ -28,7 +28,7 @@ mod wake;
 pub(crate) mod watch;
 
 pub(crate) use linux::{can_read_buffered, probe};
-pub(crate) use message::{Failure, FileSpec, LoadSpec, Output, Retried, TimedSpan, Times};
+pub(crate) use message::{Failure, FileSpec, LoadEvent, LoadSpec, Output, Retried, TimedSpan, Times};
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::driver::Driver;
 use super::kernel::Kernel;
 use super::linux::LinuxKernel;
-use super::message::{Failure, FileSpec, LoadSpec, Output};
+use super::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
@@ -209,7 +209,7 @@ fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant,
         }
         let outputs = driver.outputs();
         for output in &outputs {
-            if let Output::Gone { load, .. } = output {
+            if let Output::Event { load, event: LoadEvent::Gone { .. } } = output {
                 watched.remove(load);
             }
         }

@@ -1,7 +1,7 @@
 //! The route bounce: reads into staging, and copies from there.
 
 use super::super::kernel::{Kernel, StagedCopy};
-use super::super::message::{Failure, Output};
+use super::super::message::{Failure, LoadEvent, Output};
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
 use super::{Destination, Driver, LOAD, PIECE};
@@ -21,7 +21,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
         {
             load.less_staging_told = true;
-            self.outputs.push(Output::LessStaging { load: id, bytes, errno });
+            self.outputs.push(Output::Event { load: id, event: LoadEvent::LessStaging { bytes, errno } });
         }
         let slot = match taken {
             Ok(Some(slot)) => slot,
@@ -86,7 +86,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             return false;
         }
         let fallback = Fallback { file_index: None, from: Route::UringFixedDirect, to: step.to, attempt, errno };
-        self.outputs.push(Output::SteppedDown { load: id, fallback });
+        self.outputs.push(Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } });
         true
     }
 
@@ -117,7 +117,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             && self.kernel.is_alone()
         {
             load.no_thread_told = true;
-            self.outputs.push(Output::NoThread { load: id });
+            self.outputs.push(Output::Event { load: id, event: LoadEvent::NoThread });
         }
     }
 }

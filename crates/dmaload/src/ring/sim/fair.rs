@@ -13,7 +13,7 @@ use crate::options::choices::Layout;
 use crate::options::observer::{Observer, ObserverOption, Rejection};
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
+use crate::ring::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::ring::watch::{Observation, Watch};
 use crate::route::Route;
@@ -101,7 +101,7 @@ impl Machine {
                         *self.full.entry(load).or_default() += 1;
                         self.scheduler.give_back(&load, Need { bytes: BLOCK, ..Need::default() });
                     }
-                    Output::Gone { load, .. } => {
+                    Output::Event { load, event: LoadEvent::Gone { .. } } => {
                         self.scheduler.end();
                         assert_eq!(self.full.get(&load), Some(&PIECES));
                     }

@@ -10,7 +10,7 @@ use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{FileSpec, LoadSpec, Output};
+use crate::ring::message::{FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::Route;
 use crate::support::id::LoadId;
@@ -116,7 +116,7 @@ fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
                     out -= 1;
                     scheduler.give_back(&id, Need { bytes: BLOCK, ..Need::default() });
                 }
-                Output::Gone { .. } => return (clock.get(), most_out, most_reads),
+                Output::Event { event: LoadEvent::Gone { .. }, .. } => return (clock.get(), most_out, most_reads),
                 other => panic!("{other:?}"),
             }
         }

@@ -11,7 +11,7 @@ use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
+use crate::ring::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Fallback, Route};
 use crate::support::id::LoadId;
@@ -91,14 +91,15 @@ impl Machine {
             self.driver.kernel().complete_any();
             for output in self.driver.outputs() {
                 match output {
-                    Output::SteppedDown { fallback, .. } => done.fallbacks.push(fallback),
-                    Output::Failed { failure, .. } => done.failure = Some(failure),
+                    Output::Event { event: LoadEvent::SteppedDown { fallback, .. }, .. } => done.fallbacks.push(fallback),
+                    Output::Event { event: LoadEvent::Failed { failure, .. }, .. } => done.failure = Some(failure),
                     Output::PieceFull { .. }
-                    | Output::Traced { .. }
-                    | Output::Retried { .. }
-                    | Output::LessStaging { .. }
-                    | Output::NoThread { .. } => {}
-                    Output::Gone { .. } => {
+                    | Output::Event {
+                        event:
+                            LoadEvent::Traced { .. } | LoadEvent::Retried { .. } | LoadEvent::LessStaging { .. } | LoadEvent::NoThread,
+                        ..
+                    } => {}
+                    Output::Event { event: LoadEvent::Gone { .. }, .. } => {
                         done.refusals = self.driver.kernel().refusals - before;
                         return done;
                     }

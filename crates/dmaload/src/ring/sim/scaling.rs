@@ -36,7 +36,7 @@ use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
 use crate::ring::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
-use crate::ring::message::{FileSpec, LoadSpec, Output};
+use crate::ring::message::{FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::pace::{FIRST, most_allocators, most_copiers};
 use crate::ring::slots::Token;
 use crate::route::Route;
@@ -401,7 +401,7 @@ fn load(path: Path, device: f64, cores: usize) -> Outcome {
         for output in driver.outputs() {
             match output {
                 Output::PieceFull { piece, .. } => scheduler.give_back(&id, need(plan.pieces[piece].memory_bytes)),
-                Output::Gone { .. } => {
+                Output::Event { event: LoadEvent::Gone { .. }, .. } => {
                     let machine = machine.borrow();
                     let rate = FILE_BYTES as f64 / machine.now;
                     return Outcome { rate, copiers: machine.most_copying, allocators: most_allocating };

@@ -16,7 +16,7 @@ use crate::options::choices::Layout;
 use crate::options::observer::{Observer, ObserverOption, Rejection};
 use crate::plan::{Piece, Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::message::{Failure, FileSpec, LoadSpec, Output};
+use crate::ring::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::pace::{Pace, more_staging_slots};
 use crate::ring::staging::StagingBudget;
 use crate::ring::watch::{Observation, Verdict, Watch};
@@ -522,12 +522,12 @@ impl World {
                     check_bytes(load, number, buffer.contents());
                     drop(buffer);
                 }
-                Output::Traced { .. } | Output::Retried { .. } => {}
-                Output::NoThread { load: id } => {
+                Output::Event { event: LoadEvent::Traced { .. } | LoadEvent::Retried { .. }, .. } => {}
+                Output::Event { load: id, event: LoadEvent::NoThread } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!std::mem::replace(&mut load.no_thread, true), "told once");
                 }
-                Output::LessStaging { load: id, bytes, .. } => {
+                Output::Event { load: id, event: LoadEvent::LessStaging { bytes, .. } } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!std::mem::replace(&mut load.less_staging, true), "told once");
                     let slots = usize::try_from(bytes).unwrap() / self.staging.slot_bytes;
@@ -536,7 +536,7 @@ impl World {
                         "{slots} slots, and nothing was refused"
                     );
                 }
-                Output::SteppedDown { load: id, fallback } => {
+                Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert!(!load.strict, "a strict load steps down");
                     assert!(fallback.from < fallback.to);
@@ -544,13 +544,13 @@ impl World {
                     load.refused.push(fallback.attempt);
                     assert!(fallback.errno != Errno::FAULT || fallback.file_index.is_none(), "memory is no file's: {fallback:?}");
                 }
-                Output::Failed { load: id, failure } => {
+                Output::Event { load: id, event: LoadEvent::Failed { failure } } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     assert_eq!(load.failure.replace(failure), None, "a load fails once");
                     assert!(!load.gone && !load.abandoned);
                     self.scheduler.forget(&id);
                 }
-                Output::Gone { load: id, times, .. } => {
+                Output::Event { load: id, event: LoadEvent::Gone { times, .. } } => {
                     let load = self.loads.get_mut(&id).unwrap();
                     load.cached_bytes = times.cached_bytes;
                     assert!(!std::mem::replace(&mut load.gone, true), "a load is gone once");
