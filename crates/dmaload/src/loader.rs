@@ -324,3 +324,61 @@ impl LoaderBuilder {
         Ok(Loader { guard: Guard::start(self.settings, heap, notes)? })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Image;
+    use crate::error::Error;
+    use crate::files::file_system::tests::ON_NFS;
+    use crate::memory::heap::AnonHeap;
+    use crate::ring::can_read_buffered;
+    use crate::route::{Attempt, Route};
+
+    /// A file of the length that is measured, each MiB of which begins with its number, taken for one on NFS.
+    fn on_nfs() -> tempfile::NamedTempFile {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(512 << 20).unwrap();
+        for number in 0..512_u64 {
+            file.as_file().write_all_at(&(number + 1).to_le_bytes(), number << 20).unwrap();
+        }
+        file.as_file().sync_all().unwrap();
+        ON_NFS.lock().unwrap().push(file.as_file().metadata().unwrap().ino());
+        file
+    }
+
+    fn has_its_bytes(image: &Image) -> bool {
+        let bytes = image.files()[0].bytes().unwrap();
+        let number = |block: &[u8]| u64::from_le_bytes(*block.first_chunk().unwrap());
+        bytes.len() == 512 << 20 && bytes.chunks(1 << 20).map(number).eq(1..=512)
+    }
+
+    #[tokio::test]
+    async fn on_nfs_reads_through_the_page_cache_are_measured_beside_the_others() {
+        if !can_read_buffered() {
+            return;
+        }
+        let file = on_nfs();
+        let loader = Loader::builder().heap(AnonHeap::default()).build().unwrap();
+        let image = loader.load(file.path()).await.unwrap();
+        assert!(has_its_bytes(&image));
+        let report = image.report();
+        let measured = report.measured.expect("512 MiB are enough");
+        assert!(measured.buffered_bytes_per_second.is_some(), "{measured:?}");
+        // Some of it went that way, which nothing has refused.
+        assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0));
+        let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
+        assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);
+        drop(image);
+        let strict = loader.options().strict(true);
+        let refused = loader.load_with([file.path()], strict.clone()).await.unwrap_err();
+        assert!(matches!(refused, Error::Refused { attempt: Attempt::RingOnOther, .. }), "{refused}");
+        // Direct reads by threads are what this one asks for, and it takes no others.
+        let image = loader.load_with([file.path()], strict.clone().route(Route::PreadDirect)).await.unwrap();
+        assert_eq!((image.report().route, image.report().measured), (Route::PreadDirect, None));
+        let image = loader.load_with([file.path()], strict.route(Route::UringBuffered)).await.unwrap();
+        assert!(has_its_bytes(&image));
+        assert_eq!((image.report().route, image.report().fallbacks.len()), (Route::UringBuffered, 0));
+    }
+}

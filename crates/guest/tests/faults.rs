@@ -160,7 +160,7 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                 }
             });
             // Through the page cache every error of the disk is EIO.
-            let errno = if route == Route::Buffered { Errno::IO } else { Errno::from_raw_os_error(disk.errno) };
+            let errno = if route.is_direct() { Errno::from_raw_os_error(disk.errno) } else { Errno::IO };
             let Error::Read { path, offset, bytes, errno: told, .. } = &error else { panic!("{what}: {error}") };
             assert_eq!((path, *told), (&disk.file, errno), "{what}: {error}");
             assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");
