@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use dmabuf::{Access, Populated};
 use rustix::io::Errno;
 
+use super::allocation::{Allocation, BatchPart};
 use super::filling::Filling;
 use super::heap_code::HeapCode;
 use super::open::{FileRoute, route_for, staged_by};
-use super::state::{Allocation, BatchPart, LoadShared};
+use super::state::LoadShared;
 use super::workers::WorkerId;
 use super::{Advance, Engine, Permit};
 use crate::engine::schedule::Need;

@@ -13,8 +13,9 @@ use dmabuf::Pages;
 use rustix::io::Errno;
 
 use super::Engine;
+use super::allocation::Allocated;
 use super::heap_code::{HeapCode, WeakHeap};
-use super::state::{Allocated, LoadShared};
+use super::state::LoadShared;
 use crate::error::Result;
 use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};

@@ -11,12 +11,13 @@ use rustix::io::Errno;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio::sync::oneshot;
 
+use super::allocation::HeapFacts;
 use super::choice::Choices;
 use super::event::Event;
 use super::heap_code::HeapCode;
 use super::jobs::{Jobs, Left};
 use super::settings::Settings;
-use super::state::{HandOverStatus, HeapFacts, LoadShared};
+use super::state::{HandOverStatus, LoadShared};
 use super::threads::Leaked;
 use super::{Engine, descriptors};
 use crate::error::{Error, Result};

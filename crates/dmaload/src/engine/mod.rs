@@ -14,6 +14,7 @@
 //! A panic of it is caught where it is called (see [`crate::support::foreign`]).
 
 mod allocate;
+mod allocation;
 mod choice;
 mod descriptors;
 pub(crate) mod event;
@@ -41,12 +42,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::engine::allocation::HeapFacts;
 use choice::Choices;
 use jobs::{Jobs, Left};
 use mailbox::{Mailbox, Message};
 use schedule::Need;
 use settings::Settings;
-use state::{DeferredDrop, HeapFacts, LoadShared};
+use state::{DeferredDrop, LoadShared};
 use threads::Threads;
 
 use crate::error::Error;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use dmabuf::{AddressRange, printable};
 
+use super::allocation::FilePlan;
 use super::choice::Choosing;
 use super::heap_code::HeapCode;
-use super::state::{FilePlan, LoadShared};
+use super::state::LoadShared;
 use super::{Engine, descriptors};
 use crate::engine::schedule::Demand;
 use crate::error::{Error, Result};

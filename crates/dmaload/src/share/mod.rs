@@ -32,17 +32,21 @@
 //! behind it.
 
 mod client;
+mod clients;
 mod description;
+mod limits;
 mod listener;
 mod peer;
 mod protocol;
+mod published;
 mod queue;
 mod server;
 
 use std::time::Duration;
 
 pub use client::{AttachOptions, Attached, attach, attach_blocking};
-pub use server::{Server, ServerOptions};
+pub use published::ServerOptions;
+pub use server::Server;
 
 /// The longest request, in bytes.
 pub const REQUEST_LIMIT_BYTES: usize = 512;
