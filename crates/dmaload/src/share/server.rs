@@ -2,7 +2,6 @@
 //! [`super::clients`].
 
 use std::fmt;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
