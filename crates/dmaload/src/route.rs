@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use rustix::io::Errno;
 
+use crate::support::names;
+
 /// A way for bytes to get into a segment, best first. A load starts at the one it was asked for (by default the
 /// first) and steps down when the kernel refuses it; each step is a [`Fallback`] in the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,10 +88,7 @@ impl FromStr for Route {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        Route::ALL
-            .into_iter()
-            .find(|route| route.name() == name)
-            .ok_or_else(|| format!("no such route: {name:?}; the routes are {}", Route::ALL.map(Route::name).join(", ")))
+        names::parse(name, "route", &Route::ALL, Route::name)
     }
 }
 

@@ -1,5 +1,7 @@
 //! The choices that a load has, one type for each.
 
+use crate::support::names;
+
 /// How a file is spread over segments.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -37,10 +39,7 @@ impl std::str::FromStr for Layout {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Layout::Segmented, Layout::Single, Layout::Tensors]
-            .into_iter()
-            .find(|layout| layout.name() == name)
-            .ok_or_else(|| format!("no such layout: {name:?}; the layouts are segmented, single, tensors"))
+        names::parse(name, "layout", &[Layout::Segmented, Layout::Single, Layout::Tensors], Layout::name)
     }
 }
 
@@ -75,10 +74,7 @@ impl std::str::FromStr for Format {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Format::Auto, Format::Safetensors, Format::Gguf, Format::Raw]
-            .into_iter()
-            .find(|format| format.name() == name)
-            .ok_or_else(|| format!("no such format: {name:?}; the formats are auto, safetensors, gguf, raw"))
+        names::parse(name, "format", &[Format::Auto, Format::Safetensors, Format::Gguf, Format::Raw], Format::name)
     }
 }
 
@@ -118,10 +114,7 @@ impl std::str::FromStr for Cache {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Cache::Bypass, Cache::Auto]
-            .into_iter()
-            .find(|cache| cache.name() == name)
-            .ok_or_else(|| format!("no such choice: {name:?}; the choices are bypass, auto"))
+        names::parse(name, "choice", &[Cache::Bypass, Cache::Auto], Cache::name)
     }
 }
 
@@ -136,15 +129,20 @@ pub enum Prefer {
     Cpu,
 }
 
+impl Prefer {
+    fn name(self) -> &'static str {
+        match self {
+            Prefer::Speed => "speed",
+            Prefer::Cpu => "cpu",
+        }
+    }
+}
+
 impl std::str::FromStr for Prefer {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "speed" => Ok(Prefer::Speed),
-            "cpu" => Ok(Prefer::Cpu),
-            _ => Err(format!("no such preference: {name:?}; there are speed and cpu")),
-        }
+        names::parse(name, "preference", &[Prefer::Speed, Prefer::Cpu], Prefer::name)
     }
 }
 

@@ -1,0 +1,24 @@
+//! Choices that are known by their names: the one place that looks them up, and says which there are.
+
+/// The choice of this name.
+///
+/// # Errors
+/// Which choices there are.
+pub(crate) fn parse<T: Copy>(name: &str, kind: &str, choices: &[T], name_of: impl Fn(T) -> &'static str) -> Result<T, String> {
+    choices.iter().copied().find(|&choice| name_of(choice) == name).ok_or_else(|| {
+        let names: Vec<_> = choices.iter().map(|&choice| name_of(choice)).collect();
+        format!("no such {kind}: {name:?}; the {kind}s are {}", names.join(", "))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_name_is_answered_with_those_there_are() {
+        let parse = |name| parse(name, "colour", &["red", "green"], |colour| colour);
+        assert_eq!(parse("green"), Ok("green"));
+        assert_eq!(parse("gre\u{1b}en").unwrap_err(), "no such colour: \"gre\\u{1b}en\"; the colours are red, green");
+    }
+}
