@@ -12,13 +12,13 @@ use super::heap_code::HeapCode;
 use super::open::{FileRoute, route_for, staged_by};
 use super::state::LoadShared;
 use super::workers::WorkerId;
-use super::{Advance, Engine, Permit};
+use super::{BudgetPermit, Engine, WindowPermit};
 use crate::engine::schedule::Need;
 use crate::error::{Error, Result};
 use crate::files::source::{CachedChunks, OpenFile};
-use crate::memory::allowance::{Grant, grant};
 use crate::memory::backing::{Backing, PieceBuffer};
 use crate::memory::buffer::Sink;
+use crate::memory::headroom::permits::{HeadroomPermit, grant};
 use crate::memory::headroom::{Headroom, headroom};
 use crate::ring::FileSpec;
 use crate::route::Route;
@@ -40,8 +40,8 @@ impl Engine {
         heap: &HeapCode,
         worker: WorkerId,
         number: usize,
-        permit: Permit,
-        advance: Advance,
+        permit: WindowPermit,
+        advance: BudgetPermit,
     ) {
         // The load is over.
         let Some(allocation) = load.allocation(number) else { return };
@@ -56,8 +56,8 @@ impl Engine {
         heap: &HeapCode,
         worker: WorkerId,
         allocation: &Allocation,
-        mut permit: Permit,
-        advance: Advance,
+        mut permit: WindowPermit,
+        advance: BudgetPermit,
     ) -> Result<()> {
         let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
@@ -155,7 +155,12 @@ impl Engine {
 
     /// The batch's memory: there already, from the pool, or allocated now; with the right to take what is to be taken for this
     /// batch.
-    fn backing(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Option<Grant>)> {
+    fn backing(
+        &self,
+        load: &LoadShared,
+        heap: &HeapCode,
+        allocation: &Allocation,
+    ) -> Result<(Arc<Backing>, Option<HeadroomPermit>)> {
         let mut made = None;
         let backing = allocation.memory.get_or_make(|| {
             let (backing, grant) = self.new_backing(load, heap, allocation)?;
@@ -171,7 +176,12 @@ impl Engine {
         Ok((backing, grant))
     }
 
-    fn new_backing(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Backing, Option<Grant>)> {
+    fn new_backing(
+        &self,
+        load: &LoadShared,
+        heap: &HeapCode,
+        allocation: &Allocation,
+    ) -> Result<(Backing, Option<HeadroomPermit>)> {
         let refused = |error| self.refused(load, error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
         let kept = self.reaper.reuse(bytes);
@@ -203,7 +213,7 @@ impl Engine {
     }
 
     /// The right to take memory for a batch.
-    pub(super) fn grant(&self, wanted_bytes: u64) -> Result<Grant> {
+    pub(super) fn grant(&self, wanted_bytes: u64) -> Result<HeadroomPermit> {
         let make_room = || {
             self.make_room();
         };

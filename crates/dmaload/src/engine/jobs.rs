@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::state::FollowUpJobs;
 use super::workers::{Task, WorkerId, Workers};
-use crate::engine::schedule::{Demand, Job, Need, Scheduler};
+use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::ring::pace::Pace;
 use crate::support::foreign;
 use crate::support::id::LoadId;
@@ -163,7 +163,7 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// A load was opened and planned.
-    pub(super) fn opened(&self, id: LoadId, demand: Demand) {
+    pub(super) fn opened(&self, id: LoadId, demand: LoadNeeds) {
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&id) {
             schedule.scheduler.opened(id, demand);
@@ -353,7 +353,7 @@ impl<T: Clone> Jobs<T> {
         let mut schedule = self.schedule();
         schedule.scheduler.file_read(gone, 0);
         schedule.scheduler.memory_read(gone, 0);
-        schedule.scheduler.opened(gone, Demand { batches: vec![need], ..Demand::default() });
+        schedule.scheduler.opened(gone, LoadNeeds { batches: vec![need], ..LoadNeeds::default() });
         schedule.scheduler.submit(gone);
         drop(schedule);
         self.changed.notify_all();

@@ -71,7 +71,7 @@ pub(crate) struct Engine {
     /// When the ring thread's clock began.
     epoch: Instant,
     reaper: Reaper,
-    ring: RingThread<PieceBuffer<Permit>>,
+    ring: RingThread<PieceBuffer<WindowPermit>>,
     mailbox: Arc<Mailbox<Engine>>,
     /// Why there are no more loads, where a thread of ours has panicked.
     broken: OnceLock<Error>,
@@ -86,26 +86,26 @@ pub(crate) struct Engine {
 
 /// A permit of the window: gives what it is for back when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Permit {
+pub(crate) struct WindowPermit {
     engine: Arc<Engine>,
     load: LoadId,
     need: Need,
 }
 
-impl Permit {
+impl WindowPermit {
     /// Takes the part of a permit that is for one piece of a batch.
     ///
     /// # Panics
     /// When that is more than there is.
-    fn split(&mut self, part: Need) -> Permit {
+    fn split(&mut self, part: Need) -> WindowPermit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
         self.need = Need { bytes, files, held_bytes: 0 };
-        Permit { engine: Arc::clone(&self.engine), load: self.load, need: part }
+        WindowPermit { engine: Arc::clone(&self.engine), load: self.load, need: part }
     }
 }
 
-impl Drop for Permit {
+impl Drop for WindowPermit {
     fn drop(&mut self) {
         if self.need == Need::default() {
             return;
@@ -116,13 +116,13 @@ impl Drop for Permit {
 
 /// Memory that was taken of the budget for a batch: given back when it is dropped, unless the memory has it.
 #[derive(Debug)]
-struct Advance {
+struct BudgetPermit {
     engine: Arc<Engine>,
     load: LoadId,
     bytes: u64,
 }
 
-impl Advance {
+impl BudgetPermit {
     /// From now on the memory gives it back, when it is freed.
     fn charge(mut self, backing: &Backing) {
         let bytes = std::mem::take(&mut self.bytes);
@@ -132,7 +132,7 @@ impl Advance {
     }
 }
 
-impl Drop for Advance {
+impl Drop for BudgetPermit {
     fn drop(&mut self) {
         if self.bytes > 0 {
             self.engine.freed(self.load, self.bytes, 0);

@@ -10,7 +10,7 @@ use super::choice::Choosing;
 use super::heap_code::HeapCode;
 use super::state::LoadShared;
 use super::{Engine, descriptors};
-use crate::engine::schedule::Demand;
+use crate::engine::schedule::LoadNeeds;
 use crate::error::{Error, Result};
 use crate::files::expand::{self, Choice, Found};
 use crate::files::header::read_header;
@@ -76,7 +76,7 @@ impl Engine {
         let observation = load.observation.clone();
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
-        self.jobs.opened(load.id, Demand { batches, reserved_bytes, ahead_bytes, priority });
+        self.jobs.opened(load.id, LoadNeeds { batches, reserved_bytes, ahead_bytes, priority });
     }
 
     /// Which way the batches of a load are read.

@@ -59,7 +59,7 @@ impl<L> Job<L> {
 
 /// What a load was planned to take.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Demand {
+pub(crate) struct LoadNeeds {
     /// What each batch takes, in order.
     pub(crate) batches: Vec<Need>,
     /// What it must be able to hold to go on.
@@ -73,7 +73,7 @@ pub(crate) struct Demand {
 #[derive(Debug)]
 struct LoadTurn<L> {
     load: L,
-    demand: Demand,
+    demand: LoadNeeds,
     next: usize,
     /// What it has ahead of its consumer.
     ahead: u64,
@@ -140,7 +140,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     }
 
     /// A load was opened and planned.
-    pub(crate) fn opened(&mut self, load: L, demand: Demand) {
+    pub(crate) fn opened(&mut self, load: L, demand: LoadNeeds) {
         let came_before = self.opening.iter().position(|other| *other == load).unwrap_or(0);
         let waits_for = self.opening.get(..came_before).unwrap_or_default().to_vec();
         self.is_opened(&load);

@@ -10,7 +10,7 @@ use super::jobs::Left;
 use super::mailbox::Message;
 use super::state::{HandOverStatus, LoadShared};
 use super::workers::MOST_SUBSTITUTES;
-use super::{Engine, Permit, defect};
+use super::{Engine, WindowPermit, defect};
 use crate::files::source::OpenFile;
 use crate::memory::backing::PieceBuffer;
 use crate::ring::{Events, LoadEvent, Output};
@@ -174,8 +174,8 @@ impl Engine {
     }
 }
 
-impl Events<PieceBuffer<Permit>> for Engine {
-    fn happened(&self, outputs: Vec<Output<PieceBuffer<Permit>>>) {
+impl Events<PieceBuffer<WindowPermit>> for Engine {
+    fn happened(&self, outputs: Vec<Output<PieceBuffer<WindowPermit>>>) {
         // The permits go back first: the allocator may go on while the rest is done by the teller.
         let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
         self.mailbox.push(messages);

@@ -14,7 +14,7 @@ use super::mailbox::Message;
 use super::schedule::{Job, Need};
 use super::state::LoadShared;
 use super::workers::WorkerId;
-use super::{Advance, Engine, Permit, defect};
+use super::{BudgetPermit, Engine, WindowPermit, defect};
 use crate::error::Error;
 use crate::files::header::find_header;
 use crate::support::foreign;
@@ -68,9 +68,9 @@ impl Engine {
             let done = foreign::call(|| match job {
                 Job::Open(_) => self.open(&load, &heap),
                 Job::Allocate(_, batch, need) => {
-                    let advance = Advance { engine: Arc::clone(&self), load: load.id, bytes: need.held_bytes };
+                    let advance = BudgetPermit { engine: Arc::clone(&self), load: load.id, bytes: need.held_bytes };
                     let need = Need { held_bytes: 0, ..need };
-                    let permit = Permit { engine: Arc::clone(&self), load: load.id, need };
+                    let permit = WindowPermit { engine: Arc::clone(&self), load: load.id, need };
                     self.allocate(&load, &heap, worker, batch, permit, advance);
                 }
                 Job::MakeRoom(_, bytes) => {

@@ -4,6 +4,8 @@
 //! So each allocation asks first: `MemAvailable` of the machine, and the limits of the memory cgroups (v2 and v1)
 //! that this process is in.
 
+pub(crate) mod permits;
+
 use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 

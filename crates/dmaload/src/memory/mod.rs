@@ -13,15 +13,15 @@
 //!   out its descriptor apart.
 //! - [`reaper`]: where dropped memory goes.
 //! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader, with
-//!   [`charge`] for one allocation's part of it), [`allowance`] (what the machine and its cgroups have
-//!   left, with [`headroom`] and [`pressure`] to find out).
+//!   [`charge`] for one allocation's part of it), and [`headroom`] (what the machine and its cgroups
+//!   have left; [`pressure`] tells when others lack it). What is taken of a limit ahead of memory is a
+//!   permit of it, which goes back when it is dropped.
 //!
 //! It makes the kernel's memory calls, through `dmabuf`, and reads figures from procfs, sysfs and
 //! cgroups; without these no limit but the loader's own is known, and nothing is refused. It opens no
 //! model file and knows no ring. Whatever the kernel may still write to is leaked, never freed; all
 //! else is freed by the reaper's thread, which ends with the last allocation.
 
-pub(crate) mod allowance;
 pub(crate) mod backing;
 pub(crate) mod budget;
 pub(crate) mod buffer;

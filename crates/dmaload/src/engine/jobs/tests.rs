@@ -18,7 +18,7 @@ fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
     assert!(matches!(next(jobs), Some((Job::Open(_), _))));
-    jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; batches], ..Demand::default() });
+    jobs.opened(id, LoadNeeds { batches: vec![Need { bytes: 1, ..Need::default() }; batches], ..LoadNeeds::default() });
     id
 }
 
@@ -113,7 +113,7 @@ fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
         assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
         // One byte is taken and stays so: the batch of the large load does not fit, and nobody overtakes it.
         let large = opened(&jobs, 0);
-        jobs.opened(large, Demand { batches: vec![Need { bytes: 2, ..Need::default() }], ..Demand::default() });
+        jobs.opened(large, LoadNeeds { batches: vec![Need { bytes: 2, ..Need::default() }], ..LoadNeeds::default() });
         let small = opened(&jobs, 1);
         let waiting = {
             let jobs = Arc::clone(&jobs);
@@ -238,7 +238,7 @@ fn allocators_that_are_always_busy_get_another_one_up_to_the_bound() {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
     assert!(matches!(jobs.next(first), Some((Job::Open(_), _))));
-    jobs.opened(id, Demand { batches: vec![Need { bytes: 1, ..Need::default() }; 100], ..Demand::default() });
+    jobs.opened(id, LoadNeeds { batches: vec![Need { bytes: 1, ..Need::default() }; 100], ..LoadNeeds::default() });
     let mut done = 0;
     let second = loop {
         assert!(matches!(jobs.next(first), Some((Job::Allocate(..), _))));

@@ -4,8 +4,8 @@ fn need(bytes: u64) -> Need {
     Need { bytes, files: 0, held_bytes: bytes }
 }
 
-fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> Demand {
-    Demand { batches: batches.iter().map(|&bytes| need(bytes)).collect(), reserved_bytes, priority, ahead_bytes: None }
+fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> LoadNeeds {
+    LoadNeeds { batches: batches.iter().map(|&bytes| need(bytes)).collect(), reserved_bytes, priority, ahead_bytes: None }
 }
 
 fn opened(window: u64, loads: &[(u32, &[u64])]) -> Scheduler<u32> {
@@ -66,7 +66,7 @@ fn stream_waits_for_its_consumer_and_holds_up_no_other() {
         // Memories of two batches each, all of which the first one pays for; and one larger than the bound.
         let part = |held_bytes| Need { bytes: 5, files: 0, held_bytes };
         let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
-        scheduler.opened(load, Demand { batches, ahead_bytes, ..Demand::default() });
+        scheduler.opened(load, LoadNeeds { batches, ahead_bytes, ..LoadNeeds::default() });
     }
     let of = |jobs: &[Job<u32>], load| jobs.iter().filter(|job| *job.load() == load).count();
     let jobs = drain(&mut scheduler);
@@ -89,7 +89,7 @@ fn who_waits_for_files_keeps_nobody_else_waiting() {
     for (load, need) in [(1, many), (2, many), (3, need(1))] {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
-        scheduler.opened(load, Demand { batches: vec![need], ..Demand::default() });
+        scheduler.opened(load, LoadNeeds { batches: vec![need], ..LoadNeeds::default() });
     }
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, many), Job::Allocate(3, 0, need(1))]);
     scheduler.give_back(&1, many);
@@ -117,7 +117,7 @@ fn no_more_files_are_open_than_may_be() {
     scheduler.submit(1);
     assert_eq!(scheduler.next(), Some(Job::Open(1)));
     let need = Need { bytes: 1, files: 2, held_bytes: 0 };
-    scheduler.opened(1, Demand { batches: vec![need; 2], ..Demand::default() });
+    scheduler.opened(1, LoadNeeds { batches: vec![need; 2], ..LoadNeeds::default() });
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
     assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");
     scheduler.give_back(&1, need);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
-use crate::engine::schedule::{Demand, Job, Need, Scheduler};
+use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::options::observer::{Observer, ObserverOption, Rejection};
@@ -128,7 +128,7 @@ impl Machine {
                     }),
                 });
                 let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
-                self.scheduler.opened(id, Demand { batches, ..Demand::default() });
+                self.scheduler.opened(id, LoadNeeds { batches, ..LoadNeeds::default() });
             }
             Job::Allocate(id, number, _) => {
                 let spec = FileSpec {

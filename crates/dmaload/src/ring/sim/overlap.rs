@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
-use crate::engine::schedule::{Demand, Job, Need, Scheduler};
+use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
@@ -81,7 +81,7 @@ fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
     let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
-    scheduler.opened(id, Demand { batches, ..Demand::default() });
+    scheduler.opened(id, LoadNeeds { batches, ..LoadNeeds::default() });
 
     let mut allocation: Option<(usize, Duration)> = None;
     let (mut out, mut most_out, mut most_reads) = (0, 0, 0);

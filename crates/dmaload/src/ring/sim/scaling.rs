@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::engine::schedule::{Demand, Job, Need, Scheduler};
+use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::engine::settings::Settings;
 use crate::files::source::CachedChunks;
 use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
@@ -370,7 +370,8 @@ fn load(path: Path, device: f64, cores: usize) -> Outcome {
     scheduler.submit(id);
     assert_eq!(scheduler.next(), Some(Job::Open(id)));
     let need = |bytes| Need { bytes, ..Need::default() };
-    scheduler.opened(id, Demand { batches: plan.batches.iter().map(|batch| need(batch.bytes)).collect(), ..Demand::default() });
+    scheduler
+        .opened(id, LoadNeeds { batches: plan.batches.iter().map(|batch| need(batch.bytes)).collect(), ..LoadNeeds::default() });
     let mut allocators = settings.allocators();
     let (mut allocating, mut most_allocating) = (0, 0);
     loop {

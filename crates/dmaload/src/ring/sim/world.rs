@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::Random;
 use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
-use crate::engine::schedule::{Demand, Job, Need, Scheduler};
+use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::options::observer::{Observer, ObserverOption, Rejection};
@@ -370,7 +370,7 @@ impl World {
                     trace: true,
                     observation: load.observed.as_ref().map(|(_, observation)| observation.clone()),
                 });
-                self.scheduler.opened(id, Demand { batches: needs, ..Demand::default() });
+                self.scheduler.opened(id, LoadNeeds { batches: needs, ..LoadNeeds::default() });
             }
             Some(Job::Allocate(load, batch, Need { bytes, .. })) => self.allocating.push(Allocating { load, batch, bytes }),
             Some(Job::Check(..) | Job::Finish(..) | Job::MakeRoom(..)) => unreachable!("the simulator asks for none of these"),

@@ -18,7 +18,7 @@ use dmabuf::printable;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 
-use crate::memory::headroom::{Headroom, headroom};
+use super::{Headroom, headroom};
 use crate::support::foreign;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -47,7 +47,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
-struct AllowanceState {
+struct PermitsState {
     /// Granted, and still being allocated.
     granted_bytes: u64,
     /// What was seen to be free beyond all that was granted, and may be taken without another look until then.
@@ -58,18 +58,18 @@ struct AllowanceState {
 }
 
 #[derive(Debug)]
-struct Allowance {
-    state: Mutex<AllowanceState>,
+struct Permits {
+    state: Mutex<PermitsState>,
     changed: Condvar,
 }
 
-static PROCESS: Allowance = Allowance::new();
+static PROCESS: Permits = Permits::new();
 
 /// The right to take some memory, to be held until it is taken.
 #[derive(Debug)]
 #[must_use = "what is not held is not counted"]
-pub(crate) struct Grant {
-    of: &'static Allowance,
+pub(crate) struct HeadroomPermit {
+    of: &'static Permits,
     bytes: u64,
     _turn: Option<ProcessTurn>,
 }
@@ -113,7 +113,7 @@ impl ProcessTurn {
     }
 }
 
-impl Drop for Grant {
+impl Drop for HeadroomPermit {
     fn drop(&mut self) {
         self.of.state().granted_bytes -= self.bytes;
         self.of.changed.notify_all();
@@ -124,20 +124,20 @@ impl Drop for Grant {
 ///
 /// # Errors
 /// What there is instead.
-pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<Grant, Headroom> {
+pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<HeadroomPermit, Headroom> {
     let patience = GIVE_UP_STEP * (std::process::id() % GIVE_UP_STEPS);
     PROCESS.grant(bytes, make_room, headroom, patience)
 }
 
-impl Allowance {
+impl Permits {
     const fn new() -> Self {
-        Allowance {
-            state: Mutex::new(AllowanceState { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }),
+        Permits {
+            state: Mutex::new(PermitsState { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }),
             changed: Condvar::new(),
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, AllowanceState> {
+    fn state(&self) -> MutexGuard<'_, PermitsState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -147,7 +147,7 @@ impl Allowance {
         make_room: impl FnOnce(),
         look: impl Fn() -> Option<Headroom>,
         patience: Duration,
-    ) -> Result<Grant, Headroom> {
+    ) -> Result<HeadroomPermit, Headroom> {
         let mut make_room = Some(make_room);
         let (mut turn, mut give_up) = (None, None);
         let deadline = Instant::now() + PATIENCE;
@@ -195,7 +195,7 @@ impl Allowance {
             }
         }
         state.granted_bytes += bytes;
-        Ok(Grant { of: self, bytes, _turn: turn })
+        Ok(HeadroomPermit { of: self, bytes, _turn: turn })
     }
 }
 
@@ -217,12 +217,12 @@ mod tests {
     #[test]
     fn what_was_granted_counts_until_it_is_taken() {
         const GIB: u64 = 1 << 30;
-        let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+        let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
         let machine = 1000 * GIB;
-        let first = allowance.grant(600 * GIB, || (), have(machine), NOW).unwrap();
+        let first = permits.grant(600 * GIB, || (), have(machine), NOW).unwrap();
         let began = Instant::now();
         std::thread::scope(|scope| {
-            let other = scope.spawn(|| allowance.grant(600 * GIB, || (), have(machine), NOW).is_ok());
+            let other = scope.spawn(|| permits.grant(600 * GIB, || (), have(machine), NOW).is_ok());
             std::thread::sleep(Duration::from_millis(100));
             assert!(!other.is_finished(), "there is no room for both");
             drop(first);
@@ -231,7 +231,7 @@ mod tests {
         assert!(began.elapsed() < PATIENCE);
         let made = AtomicU64::new(0);
         let room = || made.fetch_add(1, Ordering::Relaxed);
-        let refused = allowance
+        let refused = permits
             .grant(
                 2 * machine,
                 || {
@@ -244,12 +244,12 @@ mod tests {
         assert_eq!((refused.available_bytes, made.load(Ordering::Relaxed)), (machine, 1), "room was made once");
         let free = AtomicU64::new(0);
         let look = || Some(seen(free.load(Ordering::Relaxed), Path::new("/nonexistent")));
-        let _granted = allowance.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
+        let _granted = permits.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
         // Where nothing can be read, nothing is refused.
-        let _granted = allowance.grant(u64::MAX / 4, || (), || None, NOW).unwrap();
+        let _granted = permits.grant(u64::MAX / 4, || (), || None, NOW).unwrap();
     }
 
-    /// As many processes as there are allowances, which share what is free; each allocation takes a while to show.
+    /// As many processes as there are sets of permits, which share what is free; each allocation takes a while to show.
     #[test]
     fn processes_that_share_a_limit_never_take_more_than_there_is() {
         const MIB: u64 = 1 << 20;
@@ -261,10 +261,10 @@ mod tests {
             std::thread::scope(|scope| {
                 for _ in 0..processes {
                     scope.spawn(|| {
-                        let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+                        let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
                         let look = || Some(seen(most.saturating_sub(taken.load(Ordering::SeqCst)), folder.path()));
                         for _ in 0..600 * MIB / batch {
-                            let Ok(_granted) = allowance.grant(batch, || (), look, NOW) else {
+                            let Ok(_granted) = permits.grant(batch, || (), look, NOW) else {
                                 failed.fetch_add(1, Ordering::SeqCst);
                                 return;
                             };
@@ -289,9 +289,9 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+                    let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
                     let look = || Some(seen((200 * MIB).saturating_sub(taken.load(Ordering::SeqCst)), folder.path()));
-                    let granted = allowance.grant(16 * MIB, || (), look, NOW).unwrap();
+                    let granted = permits.grant(16 * MIB, || (), look, NOW).unwrap();
                     without.fetch_add(u64::from(granted._turn.is_none()), Ordering::SeqCst);
                     for _ in 0..8 {
                         thread::sleep(TURN_PATIENCE / 10);
@@ -307,11 +307,11 @@ mod tests {
     fn turn_that_somebody_keeps_is_not_waited_for_again() {
         let folder = tempfile::tempdir().unwrap();
         let kept = ProcessTurn::wait(folder.path(), || None).unwrap();
-        let allowance: &'static Allowance = Box::leak(Box::new(Allowance::new()));
+        let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
         let look = || Some(seen(100, folder.path()));
         let start = Instant::now();
         for _ in 0..50 {
-            let _granted = allowance.grant(50, || (), look, NOW).unwrap();
+            let _granted = permits.grant(50, || (), look, NOW).unwrap();
         }
         assert!(start.elapsed() < TURN_PATIENCE + WITHOUT_TURNS / 4, "{:?}", start.elapsed());
         drop(kept);
