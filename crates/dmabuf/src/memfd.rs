@@ -94,6 +94,13 @@ impl Memfd {
         fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::new("seal a memfd against writes", self.bytes, errno))
     }
 
+    /// Whether nobody can write to it any more but by what is mapped, or is a udmabuf, already. What
+    /// takes no seals has none.
+    pub fn is_sealed_against_writes(&self) -> bool {
+        let against_writes = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
+        rustix::fs::fcntl_get_seals(&self.fd).is_ok_and(|seals| seals.intersects(against_writes))
+    }
+
     /// Whether this kernel has the seal against writes (`F_SEAL_FUTURE_WRITE`, Linux 5.1), found by trying it on
     /// a memory file of its own. Where even that can't be made, it is taken to have it.
     pub fn kernel_seals_writes() -> bool {

@@ -168,7 +168,11 @@ impl Udmabuf {
     /// # Errors
     /// EINVAL for an offset or size that is no multiple of the page size, a size of 0 or above
     /// [`UdmabufLimits::size_bytes`], or a memfd that is sealed against writes; EBADFD for what is no memfd.
+    ///
+    /// That a memfd is sealed by `F_SEAL_FUTURE_WRITE` is found here, since kernels from before 2025
+    /// do not look for it: a udmabuf can be written to.
     pub fn create(&self, part: Part<'_>) -> Result<DmaBuf, Error> {
+        refuse_sealed(&[part])?;
         self.request("make a udmabuf", Request::create(&part), part.bytes)
     }
 
@@ -179,6 +183,7 @@ impl Udmabuf {
     pub fn create_list(&self, parts: &[Part<'_>]) -> Result<DmaBuf, Error> {
         let bytes = parts.iter().map(|part| part.bytes).sum();
         let operation = "make a udmabuf of several parts";
+        refuse_sealed(parts)?;
         let request = Request::create_list(parts).map_err(|errno| Error::new(operation, bytes, errno))?;
         self.request(operation, request, bytes)
     }
@@ -199,6 +204,15 @@ impl Udmabuf {
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())
     }
+}
+
+fn refuse_sealed(parts: &[Part<'_>]) -> Result<(), Error> {
+    for part in parts {
+        if part.memfd.is_sealed_against_writes() {
+            return Err(Error::new("make a udmabuf of a memfd that is sealed against writes", part.bytes, Errno::INVAL));
+        }
+    }
+    Ok(())
 }
 
 fn limit(parameter: &str) -> Option<u64> {
@@ -229,6 +243,22 @@ mod tests {
         let request = Request::create_list(&[part, part]).unwrap();
         assert_eq!(request.words.len() * 8, size_of::<CreateList>() + 2 * size_of::<CreateItem>());
         assert_eq!(request.words[0], u64::from_ne_bytes((1u64 | 2 << 32).to_le_bytes()));
+    }
+
+    #[test]
+    fn sealed_memory_is_refused_whatever_the_kernel_thinks_of_it() {
+        let memfds = [false, true].map(|sealed| {
+            let memfd = Memfd::create("test", 4096).unwrap();
+            if sealed {
+                memfd.seal_against_writes().unwrap();
+            }
+            memfd
+        });
+        let [open, sealed] = memfds.each_ref().map(|memfd| Part { memfd, offset: 0, bytes: 4096 });
+        assert_eq!(refuse_sealed(&[open]), Ok(()));
+        for parts in [&[sealed][..], &[open, sealed]] {
+            assert_eq!(refuse_sealed(parts).unwrap_err().errno, Errno::INVAL);
+        }
     }
 
     #[test]

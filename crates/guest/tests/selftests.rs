@@ -155,6 +155,8 @@ fn udmabuf_wants_no_seal_against_writes_before_and_keeps_them_out_after() {
     assert_eq!(rustix::fs::fcntl_add_seals(&memfd, rustix::fs::SealFlags::WRITE), Err(Errno::BUSY));
     memfd.seal_against_writes().unwrap();
     assert_eq!(rustix::io::pwrite(&memfd, b"x", 0), Err(Errno::PERM));
+    // Whatever the kernel thinks of it.
+    assert_eq!(device.create(part).unwrap_err().errno, Errno::INVAL);
     let memory = Memory::DmaBuf(dma_buf);
     assert!(bytes_of(&mapped(&memory, MIB)).iter().all(|&byte| byte == 0));
 }

@@ -1,7 +1,7 @@
 //! What keeps an engine running: starting its threads, starting and abandoning loads, shutting down.
 
 use std::io;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Instant;
@@ -86,6 +86,7 @@ impl Guard {
             ),
             threads: Arc::default(),
             leaked_bytes: AtomicU64::new(0),
+            left_threads: AtomicUsize::new(0),
             counters: Arc::default(),
             // The pool can do without it.
             unwatch: (settings.pool_bytes > 0).then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()).flatten(),

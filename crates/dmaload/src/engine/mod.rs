@@ -37,7 +37,7 @@ pub use threads::Leaked;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -79,6 +79,8 @@ pub(crate) struct Engine {
     choices: Mutex<Choices>,
     threads: Arc<Threads>,
     leaked_bytes: AtomicU64,
+    /// Of the ring's threads, those that are left behind.
+    left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
     /// Ends the watch over memory pressure, where there is one.
     unwatch: Option<OwnedFd>,
@@ -233,6 +235,7 @@ impl Engine {
         self.mailbox.close();
         // It may be in a waker, which is the caller's code.
         threads += usize::from(!self.mailbox.wait_until_ended(Duration::from_secs(1)));
+        threads += self.left_threads.load(Ordering::Acquire);
         match (self.leaked_bytes.load(Ordering::Acquire) + held_bytes, threads) {
             (0, 0) => Ok(()),
             (bytes, threads) => Err(Leaked { bytes, threads }),

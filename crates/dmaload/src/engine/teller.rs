@@ -13,7 +13,7 @@ use super::workers::MOST_SUBSTITUTES;
 use super::{Engine, WindowPermit, defect};
 use crate::files::source::OpenFile;
 use crate::memory::backing::PieceBuffer;
-use crate::ring::{Events, LoadEvent, Output};
+use crate::ring::{Events, LeftBehind, LoadEvent, Output};
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::report::Measured;
@@ -194,8 +194,9 @@ impl Events<PieceBuffer<WindowPermit>> for Engine {
         self.mailbox.push([Message::RingBroke { errno, leaked_bytes }]);
     }
 
-    fn ended(self: Arc<Self>, leaked_bytes: u64, panic: Option<String>) {
-        self.leaked_bytes.fetch_add(leaked_bytes, Ordering::AcqRel);
+    fn ended(self: Arc<Self>, left: LeftBehind, panic: Option<String>) {
+        self.leaked_bytes.fetch_add(left.bytes, Ordering::AcqRel);
+        self.left_threads.fetch_add(left.threads, Ordering::AcqRel);
         let (threads, mailbox) = (Arc::clone(&self.threads), Arc::clone(&self.mailbox));
         mailbox.push([Message::RingEnded { engine: self, panic }]);
         threads.end(&mailbox);

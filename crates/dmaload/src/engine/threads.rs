@@ -49,7 +49,8 @@ impl Threads {
 pub struct Leaked {
     /// How much memory that is.
     pub bytes: u64,
-    /// Threads that hang, in the kernel or in a heap's code, and end when that lets go of them.
+    /// Threads that hang, in the kernel or in the caller's code (a heap, a verifier, an observer), and
+    /// end when that lets go of them.
     pub threads: usize,
 }
 

@@ -284,6 +284,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
+    /// Threads of the kernel's implementation that are at something now.
+    pub(crate) fn busy_threads(&self) -> usize {
+        self.kernel.busy_threads()
+    }
+
     /// Hands reads to the kernel, optionally waits, and works off what came back.
     ///
     /// # Errors

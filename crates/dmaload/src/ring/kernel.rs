@@ -139,6 +139,11 @@ pub(crate) trait Kernel {
     /// Whether copies were done by this thread itself, because no other could be had: reads wait for them.
     fn is_alone(&self) -> bool;
 
+    /// Threads of its own that are at something now.
+    fn busy_threads(&self) -> usize {
+        0
+    }
+
     /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the
     /// thread. An error means that this kernel can't be used any more; what was queued may be in flight.
     fn submit(&mut self, wait: bool) -> Result<(), Errno>;

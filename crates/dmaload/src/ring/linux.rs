@@ -144,6 +144,10 @@ impl Kernel for LinuxKernel {
         self.copiers.is_alone()
     }
 
+    fn busy_threads(&self) -> usize {
+        [&self.readers, &self.copiers, &self.lookers].into_iter().map(ThreadPool::busy).sum()
+    }
+
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
         let wait = wait && ![&self.readers, &self.copiers, &self.lookers].into_iter().any(ThreadPool::has_completions);
         match &mut self.ring {

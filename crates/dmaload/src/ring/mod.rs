@@ -32,4 +32,4 @@ pub(crate) use message::{Failure, FileSpec, LoadEvent, LoadSpec, Output, Retried
 #[cfg(any(test, feature = "internals"))]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;
-pub(crate) use thread::{Events, RingLimits, RingThread};
+pub(crate) use thread::{Events, LeftBehind, RingLimits, RingThread};

@@ -281,6 +281,11 @@ impl ThreadPool {
         self.alone
     }
 
+    /// How many threads are at a job.
+    pub(crate) fn busy(&self) -> usize {
+        self.shared.queues().busy
+    }
+
     /// Takes the completions that have come.
     ///
     /// # Panics

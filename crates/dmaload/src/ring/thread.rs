@@ -43,9 +43,18 @@ pub(crate) trait Events<B>: Send + Sync + 'static {
     fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
     /// The ring broke down, which leaked this much; another one takes its place.
     fn broke_down(&self, errno: Errno, leaked_bytes: u64);
-    /// The thread ends, and has leaked this much: by itself, or with this panic. Takes the thread's share of the
-    /// engine, which must not be dropped here.
-    fn ended(self: Arc<Self>, leaked_bytes: u64, panic: Option<String>);
+    /// The thread ends, and leaves this behind: by itself, or with this panic. Takes the thread's
+    /// share of the engine, which must not be dropped here.
+    fn ended(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
+}
+
+/// What was given up.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LeftBehind {
+    /// Memory that is leaked, since reads may still write to it.
+    pub(crate) bytes: u64,
+    /// Threads that had not ended.
+    pub(crate) threads: usize,
 }
 
 #[derive(Debug)]
@@ -116,9 +125,9 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
             });
             events.released(files.collect());
             // A panic is a broken invariant of the driver. What was in flight was leaked by the driver's drop.
-            let leaked_bytes = ran.as_ref().ok().copied();
-            let leaked_bytes = leaked_bytes.unwrap_or_else(|| shared.counters.leaked_bytes.load(Ordering::Relaxed));
-            events.ended(leaked_bytes, ran.err());
+            let left = ran.as_ref().ok().copied();
+            let leaked = || LeftBehind { bytes: shared.counters.leaked_bytes.load(Ordering::Relaxed), threads: 0 };
+            events.ended(left.unwrap_or_else(leaked), ran.err());
         };
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
@@ -177,14 +186,14 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     }
 }
 
-fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> u64 {
+fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> LeftBehind {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
     let mut driver = Driver::new(new_kernel(), depth, limits.staging)
         .counted_by(Arc::clone(&shared.counters))
         .paced(limits.copiers.clone(), limits.staging_grows);
     let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
-    let mut leaked_bytes = 0;
+    let mut left = LeftBehind::default();
     loop {
         let commands = shared.commands().as_mut().map(std::mem::take).unwrap_or_default();
         for command in commands {
@@ -217,23 +226,30 @@ fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant,
             events.happened(outputs);
         }
         if shared.giving_up.load(Ordering::Acquire) {
-            return leaked_bytes + give_up(&mut driver, Errno::TIMEDOUT, events);
+            give_up(&mut driver, Errno::TIMEDOUT, events, &mut left);
+            return left;
         }
         if shared.closing.load(Ordering::Acquire) && watched.is_empty() && shared.commands().as_ref().is_none_or(Vec::is_empty) {
-            return leaked_bytes;
+            return left;
         }
         if let Err(errno) = driver.turn(true) {
-            leaked_bytes += give_up(&mut driver, errno, events);
+            give_up(&mut driver, errno, events, &mut left);
             driver.replace_kernel(new_kernel());
             watched.clear();
         }
     }
 }
 
-fn give_up<K: Kernel<File = Arc<OpenFile>>, B: Buffer>(driver: &mut Driver<K, B>, errno: Errno, events: &impl Events<B>) -> u64 {
+fn give_up<K: Kernel<File = Arc<OpenFile>>, B: Buffer>(
+    driver: &mut Driver<K, B>,
+    errno: Errno,
+    events: &impl Events<B>,
+    left: &mut LeftBehind,
+) {
     let leaked_bytes = driver.give_up(Failure::Kernel { errno });
     events.broke_down(errno, leaked_bytes);
     events.released(driver.released());
     events.happened(driver.outputs());
-    leaked_bytes
+    left.bytes += leaked_bytes;
+    left.threads += driver.busy_threads();
 }

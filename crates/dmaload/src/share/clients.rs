@@ -14,6 +14,8 @@
 //! - Of connections that wait for their client, the oldest of the user who has most makes place
 //!   for a new one.
 //! - A transfer takes [`TRANSFER_LIMIT`] at most.
+//! - Descriptors that it sends are refused, or closed where nobody waits for that
+//!   ([`super::connection`]).
 
 use std::collections::HashMap;
 use std::io::IoSlice;
@@ -27,9 +29,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, accept_with, recv, send as send_bytes, sendmsg,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, accept_with, send as send_bytes, sendmsg,
+    shutdown,
 };
 
+use super::connection::Connection;
 use super::limits::ClientLimits;
 use super::peer::user_of;
 use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, Reply, Status};
@@ -46,7 +50,7 @@ const RETRY: Duration = Duration::from_millis(20);
 
 /// A connection.
 struct Client {
-    socket: OwnedFd,
+    socket: Connection,
     /// Whether it is of a user who may attach. Others are answered when they have asked: to close
     /// before would lose the answer.
     allowed: bool,
@@ -150,9 +154,9 @@ impl Client {
         }
         // A request; a byte for each message that was received; or its end.
         let mut message = [0; REQUEST_LIMIT_BYTES + 1];
-        let message = match recv(&self.socket, &mut message[..], RecvFlags::DONTWAIT) {
-            Ok((0, _)) => return self.drain(),
-            Ok((bytes, _)) => message.get(..bytes),
+        let message = match self.socket.receive(&mut message) {
+            Ok(0) => return self.drain(),
+            Ok(bytes) => message.get(..bytes),
             Err(Errno::AGAIN | Errno::INTR) => None,
             Err(_) => return self.drain(),
         };
@@ -223,7 +227,7 @@ impl Client {
     }
 }
 
-fn send(socket: &OwnedFd, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), Errno> {
+fn send(socket: &Connection, reply: Reply, descriptors: &[OwnedFd]) -> Result<(), Errno> {
     let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_IN_A_MESSAGE))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -256,6 +260,7 @@ pub(super) fn serve(shared: &ServerShared) {
         let ready: Vec<bool> = watched.iter().map(|watched| polled.is_ok() && !watched.revents().is_empty()).collect();
         drop(watched);
         if shared.images().closed {
+            turn_away(shared);
             return;
         }
         if polled.is_err_and(|errno| errno != Errno::INTR) {
@@ -327,6 +332,7 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
                 return;
             }
         };
+        let socket = Connection::new(socket, shared.undertaker.clone());
         let Ok(user) = user_of(&socket) else {
             // Without a name there is no answer but the end.
             shared.refused.fetch_add(1, Ordering::Relaxed);
@@ -339,6 +345,16 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
             shared.refused.fetch_add(1, Ordering::Relaxed);
         }
         clients.push(Client { socket, allowed, user, since: Instant::now(), state: ClientState::Silent });
+    }
+}
+
+/// Lets go of the connections that nobody has accepted, and of those to come.
+fn turn_away(shared: &ServerShared) {
+    let listener = &shared.listener.socket;
+    // An error would leave them to the listener's end.
+    let _ = shutdown(listener, Shutdown::Both);
+    while let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        drop(Connection::new(socket, shared.undertaker.clone()));
     }
 }
 
@@ -384,6 +400,7 @@ mod tests {
             None,
         )
         .unwrap();
+        let socket = Connection::new(socket, None);
         let now = Instant::now();
         let published = Arc::new(Published { descriptors: Vec::new() });
         let mut client = Client { socket, allowed: true, user: 0, since: now, state: ClientState::Silent };

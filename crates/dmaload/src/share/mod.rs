@@ -33,6 +33,7 @@
 
 mod client;
 mod clients;
+mod connection;
 mod description;
 mod limits;
 mod listener;

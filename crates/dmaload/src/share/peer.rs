@@ -4,7 +4,7 @@ use std::fs;
 
 use rustix::net::sockopt;
 use rustix::process::geteuid;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 
 /// The kernel's default for `/proc/sys/kernel/overflowuid`.
 const DEFAULT_OVERFLOW_USER: u32 = 65534;
@@ -54,7 +54,7 @@ impl Users {
 }
 
 /// The user at the other end of a connection.
-pub(super) fn user_of(socket: &OwnedFd) -> Result<u32, rustix::io::Errno> {
+pub(super) fn user_of(socket: impl AsFd) -> Result<u32, rustix::io::Errno> {
     sockopt::socket_peercred(socket).map(|peer| peer.uid.as_raw())
 }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dmabuf::Memfd;
 use rustix::io::Errno;
 
+use super::connection::Undertaker;
 use super::description::describe;
 use super::limits::ClientLimits;
 use super::listener::Listener;
@@ -55,6 +56,8 @@ impl ServerOptions {
 pub(super) struct ServerShared {
     pub(super) socket: PathBuf,
     pub(super) listener: Listener,
+    /// `None` where the kernel refuses descriptors.
+    pub(super) undertaker: Option<Arc<Undertaker>>,
     pub(super) options: ServerOptions,
     pub(super) users: Users,
     pub(super) wake: OwnedFd,

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 
 use rustix::io::Errno;
 use rustix::ioctl::{Getter, Opcode, ioctl};
@@ -14,7 +14,7 @@ const SIOCOUTQ: Opcode = libc::TIOCOUTQ as Opcode;
 /// Whether a message that was sent here is still in the other side's queue. It leaves that when
 /// it is received, with its descriptors, or when the other side ends; closing one direction of
 /// the connection changes nothing.
-pub(super) fn is_unreceived(socket: &OwnedFd) -> Result<bool, Errno> {
+pub(super) fn is_unreceived(socket: impl AsFd) -> Result<bool, Errno> {
     // SAFETY: `SIOCOUTQ` writes one `int`.
     let query = unsafe { Getter::<SIOCOUTQ, c_int>::new() };
     // SAFETY: as above; it changes nothing.

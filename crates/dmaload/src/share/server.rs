@@ -2,6 +2,7 @@
 //! [`super::clients`].
 
 use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,6 +13,7 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use super::clients::serve;
+use super::connection::refuse_descriptors;
 use super::listener::Listener;
 use super::peer::Users;
 use super::published::{ServerOptions, ServerShared, refuse};
@@ -40,19 +42,24 @@ impl Server {
     /// # Errors
     /// [`crate::Error::Share`] when another process listens there, or what the kernel answered.
     pub fn bind(socket: impl AsRef<Path>, options: ServerOptions) -> Result<Self> {
-        let path = socket.as_ref().to_owned();
-        let failed = |what: &str, errno: Errno| refuse(&path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
+        Server::bind_with(socket.as_ref(), options, refuse_descriptors)
+    }
+
+    fn bind_with(path: &Path, options: ServerOptions, refuse_descriptors: fn(BorrowedFd<'_>) -> bool) -> Result<Self> {
+        let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("make an eventfd", errno))?;
         // Each connection is asked who it is; the mode only keeps others from asking in vain.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
-        let listener = Listener::bind(&path, mode).map_err(|reason| refuse(&path, reason))?;
+        let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
+        let undertaker = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
         // Asked once here, so that a filter of system calls is an error now, and not a client
         // that is never served.
         is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
-            socket: path.clone(),
+            socket: path.to_owned(),
             listener,
+            undertaker,
             options,
             users: Users::of_this_process(),
             wake,
@@ -125,6 +132,9 @@ impl Drop for Server {
             // It never waits for a client.
             let _ = thread.join();
         }
+        if let Some(undertaker) = &self.shared.undertaker {
+            undertaker.close();
+        }
         // The thread is gone, so this ends the listener, which removes its socket.
     }
 }
@@ -132,5 +142,96 @@ impl Drop for Server {
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Server").field("socket", &self.shared.socket).field("names", &self.names()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSlice, Write};
+    use std::mem::MaybeUninit;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::OwnedFd;
+    use std::time::Duration;
+
+    use rustix::net::{
+        AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, send as send_bytes,
+        sendmsg, sockopt,
+    };
+
+    use super::*;
+
+    /// A TCP socket whose last close waits for as long as its other end likes, and that end.
+    fn lingering() -> (OwnedFd, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (receiver, _) = listener.accept().unwrap();
+        sockopt::set_socket_linger(&sender, Some(Duration::from_secs(600))).unwrap();
+        sender.set_nonblocking(true).unwrap();
+        // Nobody reads it: sooner or later it is not even sent.
+        while sender.write(&[0; 1 << 16]).is_ok() {}
+        (sender.into(), receiver)
+    }
+
+    /// Sends a message that carries a descriptor, which the message alone has a moment later.
+    fn send_with(socket: &OwnedFd, message: &[u8], descriptor: OwnedFd) -> Result<(), Errno> {
+        let descriptors = [descriptor.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        let sent = sendmsg(socket, &[IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL).map(|_| ());
+        // Where the message has gone already, this is the last close.
+        thread::spawn(move || drop(descriptor));
+        sent
+    }
+
+    #[test]
+    fn a_client_that_sends_what_takes_long_to_close_holds_up_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let connect = || {
+            let flags = SocketFlags::CLOEXEC;
+            let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+            crate::share::listener::connect_to(&socket, &path).unwrap();
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(20))).unwrap();
+            socket
+        };
+        // With what the kernel has, and as before Linux 6.16.
+        for refuse in [refuse_descriptors, |_: BorrowedFd<'_>| false] {
+            let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
+            let is_refused = server.shared.undertaker.is_none();
+            let mut others = Vec::new();
+            // Several times, since the server's close must come last.
+            for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(5) {
+                let (descriptor, other) = lingering();
+                others.push(other);
+                let socket = connect();
+                for _ in 0..before {
+                    send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
+                }
+                // After the first message it may have been let go already.
+                let sent = send_with(&socket, b"not a request", descriptor);
+                assert!(!is_refused || sent == Err(Errno::PERM) || before > 0, "{sent:?}");
+                assert!(is_refused || before > 0 || sent.is_ok(), "{sent:?}");
+                if !ends {
+                    std::mem::forget(socket);
+                }
+                // Somebody else is answered, though not with an image.
+                let socket = connect();
+                send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
+                let answer = rustix::net::recv(&socket, &mut [0; 64][..], rustix::net::RecvFlags::empty());
+                assert!(matches!(answer, Ok((1.., _))), "refused {is_refused}, {before} before, ends {ends}: {answer:?}");
+            }
+            // Nor is its end held up, by those that it has never accepted either.
+            let (descriptor, other) = lingering();
+            others.push(other);
+            let socket = connect();
+            let _ = send_with(&socket, b"not a request", descriptor);
+            let (ended, end) = std::sync::mpsc::channel();
+            thread::spawn(move || {
+                drop(server);
+                ended.send(())
+            });
+            end.recv_timeout(Duration::from_secs(20)).unwrap_or_else(|_| panic!("refused {is_refused}: the server ends"));
+        }
     }
 }
