@@ -1,0 +1,131 @@
+//! Handing a chunk to the kernel: as a read into the piece or into staging, or as a copy from the page cache.
+
+use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
+
+use super::entry::{Chunk, InFlight, Step, read_bytes};
+use super::{Driver, LOAD, PIECE};
+use crate::memory::buffer::{Buffer, Place};
+use crate::memory::window::may_have_one;
+use crate::ring::kernel::{Kernel, Read};
+use crate::ring::message::{LoadEvent, Output, TimedSpan};
+use crate::route::{Attempt, Route};
+use crate::support::convert::to_usize;
+use crate::support::id::LoadId;
+use crate::telemetry::trace::TraceKind;
+
+/// Where a read goes.
+pub(super) struct Destination {
+    pub(super) buffer_slot: Option<u16>,
+    pub(super) address: NonNull<u8>,
+    pub(super) bytes: usize,
+    pub(super) place: Option<Place>,
+}
+
+impl<K: Kernel, B: Buffer> Driver<K, B> {
+    /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
+    pub(super) fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
+        if chunk.cached {
+            self.issue_cached(id, chunk);
+            return true;
+        }
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
+        let load = self.loads.get(&id).expect(LOAD);
+        let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
+        match entry.file.route {
+            Route::Bounce => self.issue_staged(id, chunk),
+            // What is observed in staging goes there by every route.
+            Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
+            // A ring brings no memory into being.
+            Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
+            Route::UringFixedDirect if entry.buffer_slot.is_none() => {
+                let (all, free) = (self.kernel.buffer_slots(), self.buffer_slots.len());
+                let held = load.registered;
+                let may = may_have_one(all.into(), (usize::from(all) - free) as u64, held as u64);
+                let Some(slot) = self.buffer_slots.pop_if(|_| may) else {
+                    return self.issue_registered_instead(id, chunk);
+                };
+                let start = self.kernel.now();
+                match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
+                    Ok(()) => {
+                        entry.buffer_slot = Some(slot);
+                        let load = self.loads.get_mut(&id).expect(LOAD);
+                        load.registered += 1;
+                        if load.spec.trace {
+                            let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
+                            let span = TimedSpan { kind: TraceKind::Register, start, end, bytes };
+                            self.outputs.push(Output::Event { load: id, event: LoadEvent::Traced { piece: entry.number, span } });
+                        }
+                        self.issue_read(id, chunk);
+                    }
+                    Err(errno) => {
+                        self.buffer_slots.push(slot);
+                        let (token, offset) = (chunk.piece, entry.piece.file_offset + chunk.range.start);
+                        self.requeue(id, chunk);
+                        let from = Route::UringFixedDirect;
+                        let to = from.lower(errno).unwrap_or(Route::UringDirect);
+                        self.step_down(token, from, to, Attempt::RegisterBuffer, errno, offset);
+                    }
+                }
+                true
+            }
+            _ => {
+                self.issue_read(id, chunk);
+                true
+            }
+        }
+    }
+
+    /// There is no buffer slot for a chunk. If it is one that has gone from the page cache, a piece behind
+    /// it may hold a slot already, and keeps that until its last chunk. Such chunks go first, or neither
+    /// would ever go on; those that are read alone, once nothing is in flight. `false` if there are none.
+    pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
+        let other = match load.chunks.iter().position(&mut has_slot) {
+            Some(at) => load.chunks.remove(at),
+            None if load.in_flight == 0 => load.alone.iter().position(&mut has_slot).and_then(|at| load.alone.remove(at)),
+            None => None,
+        };
+        if let Some(other) = &other {
+            load.alone_in_flight = other.alone;
+        }
+        self.requeue(id, chunk);
+        other.is_some_and(|other| self.issue_chunk(id, other))
+    }
+
+    /// Issues a read into the piece's own memory.
+    pub(super) fn issue_read(&mut self, id: LoadId, chunk: Chunk) {
+        let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
+        let route = entry.file.route;
+        let bytes = read_bytes(&chunk, &entry.file);
+        let start = to_usize(chunk.range.start);
+        assert!(start + bytes <= entry.buffer.bytes(), "a read stays within its piece");
+        // SAFETY: `start` is within the buffer, by the assertion above.
+        let address = unsafe { entry.buffer.address().add(start) };
+        let buffer_slot = entry.buffer_slot.filter(|_| route == Route::UringFixedDirect);
+        let place = (!entry.buffer.is_populated()).then(|| entry.buffer.place(start));
+        assert!(place.is_none() || route == Route::Buffered, "a device writes to pages that are there");
+        let in_flight = InFlight { chunk, route, step: Step::Read, since: self.kernel.now() };
+        self.start_read(id, in_flight, route, Destination { buffer_slot, address, bytes, place });
+    }
+
+    pub(super) fn start_read(&mut self, id: LoadId, in_flight: InFlight, by: Route, to: Destination) {
+        let Destination { buffer_slot, address, bytes, place } = to;
+        let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
+        entry.route = entry.route.max(Some(in_flight.route));
+        entry.in_flight += 1;
+        let offset = entry.piece.file_offset + in_flight.chunk.range.start;
+        self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
+        self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
+        let token = self.reads.insert(in_flight);
+        let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
+        // SAFETY: the address is in the piece's buffer, or in a slot of the staging. The piece entry owns the buffer and is
+        // not removed before its `in_flight` is back at 0, the slot stays taken until then; that happens only in
+        // `complete`. `give_up` leaks both instead.
+        unsafe { self.kernel.read(&entry.file.handle, read) };
+        let load = self.loads.get_mut(&id).expect(LOAD);
+        load.in_flight += 1;
+        load.reading.begin(self.kernel.now());
+    }
+}
