@@ -499,12 +499,18 @@ impl Error {
 const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
 const ALL_OPEN_FILES: &str = "the whole machine's limit of open files is reached: raise it (sysctl fs.file-max)";
 
+/// More addresses than a process has on common machines: 2^47 bytes on x86-64, 2^48 on AArch64.
+const ALL_ADDRESSES: usize = 1 << 47;
+
 /// What can be done about memory that was refused. The step says what is short: ENOMEM of mapping is the address space,
 /// ENOMEM of pages is memory.
 fn memory_hint(heap: &str, refusal: &dmabuf::Error) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {
         Errno::INVAL if heap == "udmabuf" => "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb",
+        Errno::NOMEM if refusal.operation.starts_with("reserve") && refusal.bytes >= ALL_ADDRESSES => {
+            "no process has as many addresses: load a part of it"
+        }
         Errno::NOMEM if maps => "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count",
         Errno::NOMEM => {
             "no memory could be had for its pages: see the limit of this process' memory cgroup (memory.max), and what is free"

@@ -139,6 +139,11 @@ pub enum Attempt {
     /// server that does not answer could delay every other read. Buffered ones of NFS and SMB are
     /// allowed ([`Route::UringBuffered`]).
     RingOnOther,
+    /// Reads by io_uring on a block device that may stop answering, because a network or a
+    /// process is behind it (nbd, rbd, drbd, ublk, a loop device whose file isn't on a local file
+    /// system), or of which that can't be found out: never tried, because such a read may block
+    /// the ring thread, and with it every other read.
+    RingOnDevice,
     /// Reads by io_uring on a file system that can't be identified (`fstatfs(2)` fails):
     /// never tried.
     RingOnUnknown,
@@ -184,6 +189,14 @@ impl Attempt {
                 "a server that does not answer could delay every other read: \
                  keep models on a local file system (ext4, xfs, btrfs)",
             ),
+            (Attempt::RingOnDevice, Errno::OPNOTSUPP) => Some(
+                "a network or a server is behind it and may stop answering, which could delay every other read: \
+                 keep models on a local disk",
+            ),
+            (Attempt::RingOnDevice, _) => Some(
+                "what is behind it can't be found out, and may stop answering: \
+                 mount sysfs at /sys, and keep the file of a loop device where its path can be reached",
+            ),
             (Attempt::RingOnUnknown, _) => Some(
                 "fstatfs failed, so it may be FUSE, where the kernel gives wrong bytes: \
                  keep models on a local file system (ext4, xfs, btrfs)",
@@ -205,6 +218,7 @@ impl fmt::Display for Attempt {
             Attempt::RingOnFuse => "reading from FUSE by io_uring",
             Attempt::RingOnStacked => "reading by io_uring from a file system that stacks on others (overlayfs)",
             Attempt::RingOnOther => "reading by io_uring from a file system that is not known to be local",
+            Attempt::RingOnDevice => "reading by io_uring from a block device that may stop answering",
             Attempt::RingOnUnknown => "reading by io_uring from a file system that can't be identified",
             Attempt::Read => "a read by this route",
             Attempt::ReadOn => "reading on within a block",

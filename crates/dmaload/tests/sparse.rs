@@ -1,5 +1,5 @@
 //! A length costs nothing: sparse files claim terabytes. What is planned and allocated for them is bounded, and what can't be held
-//! is refused before it is planned. One test, in a process of its own, since it measures what the process has.
+//! is refused before it is planned. A process of its own, since it measures what the process has.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
 
@@ -94,4 +94,26 @@ async fn sparse_files_of_terabytes_take_no_memory_to_be_refused_or_streamed() {
     }
     println!("{streamed} streamed, {refused} refused");
     assert!(streamed >= 8 && refused >= 40);
+}
+
+/// Lengths for which no process has addresses are refused by the same limit as lengths for which
+/// it has.
+#[tokio::test]
+async fn a_length_beyond_all_addresses_is_compared_with_memory_first() {
+    // Most file systems have no files of these lengths; tmpfs has.
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
+    let loader = Loader::builder().window_bytes(64 << 20).segment_bytes(64 << 20).build().unwrap();
+    let limited = Loader::builder().memory_limit_bytes(256 << 20).build().unwrap();
+    for bytes in [80 * TIB, 200 * TIB, 7 << 60] {
+        let path = sparse(folder.path(), bytes, false);
+        for layout in [Layout::Segmented, Layout::Single] {
+            let error = attempt(&loader, &path, loader.options().layout(layout), true).await;
+            let Some(Error::OutOfMemory { wanted_bytes, .. }) = error else { panic!("{bytes}, {layout}: {error:?}") };
+            assert_eq!(wanted_bytes, bytes, "{layout}");
+            let error = attempt(&limited, &path, limited.options().layout(layout), true).await;
+            assert!(matches!(error, Some(Error::OverLimit { .. })), "{bytes}, {layout}: {error:?}");
+        }
+        let error = attempt(&loader, &path, loader.options(), false).await;
+        assert!(matches!(error, Some(Error::TooManyPieces { .. })), "{bytes}: {error:?}");
+    }
 }

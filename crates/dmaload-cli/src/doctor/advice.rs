@@ -75,6 +75,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
         let attempt = path_file(facts)?.ring_refused.filter(|_| facts.io_uring.setup.is_ok())?;
         let why = match attempt {
             Attempt::RingOnFuse => "FUSE",
+            Attempt::RingOnDevice => "a block device that may stop answering (nbd, rbd, a loop device over FUSE)",
             Attempt::RingOnStacked => "a file system that stacks on others (overlayfs)",
             _ => "a file system that is not known to be local",
         };

@@ -184,6 +184,26 @@ fn a_file_larger_than_memory_is_refused_before_it_is_read() {
     }
 }
 
+/// 80 TiB have addresses, the others have none: the words are the same.
+#[test]
+fn lengths_beyond_all_addresses_have_the_words_of_those_beyond_memory() {
+    let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("there is no /dev/shm") };
+    for bytes in [80 << 40, 200 << 40, 7 << 60] {
+        let path = sparse(folder.path(), bytes);
+        let socket = folder.path().join("socket");
+        let commands = [
+            (load(&path), "available"),
+            (dmaload(["serve", text(&socket), text(&path)]), "available"),
+            (dmaload(["cat", text(&path)]), "pieces"),
+        ];
+        for (mut command, words) in commands {
+            let done = run(&mut command).fails(1, &[words]);
+            let is_of_addresses = ["ENOMEM", "ulimit -v", "max_map_count"].iter().any(|words| done.stderr.contains(words));
+            assert!(!is_of_addresses, "{bytes} bytes: {done}");
+        }
+    }
+}
+
 /// An ordinary user's limit of locked memory (8 MiB by default, 64 KiB before Linux 5.16).
 #[test]
 fn a_small_memlock_limit_takes_the_next_route_and_says_which_limit() {

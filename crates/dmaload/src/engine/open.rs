@@ -222,10 +222,11 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         0 => Ok(None),
         bytes => AddressRange::reserve(bytes).map(Some).map_err(|error| load.memory_error(error)),
     };
+    let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
+    // Before addresses are asked for: memory is the smaller limit, and its error has the numbers.
+    let shape = engine.check_size(load, shape, &spans, &alignments)?;
     // Files too large for addresses (sparse ones can be) are not worth a plan of their size.
     reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
-    let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
-    let shape = engine.check_size(load, shape, &spans, &alignments)?;
     let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
     if let Some(limit) = limit

@@ -127,11 +127,14 @@ fn hints_speak_of_the_librarys_options() {
 
 #[test]
 fn refused_memory_says_which_limit_it_is() {
-    let told = |heap: &str, step, errno| {
-        let refusal = dmabuf::Error::new(step, 1, errno);
+    let told_of = |heap: &str, step, bytes, errno| {
+        let refusal = dmabuf::Error::new(step, bytes, errno);
         let error = Error::Memory { heap: heap.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
         error.hint().unwrap_or_default()
     };
+    let told = |heap: &str, step, errno| told_of(heap, step, 1, errno);
+    let no_limit = told_of("memfd", "reserve addresses", 200 << 40, Errno::NOMEM);
+    assert!(no_limit.contains("no process") && !no_limit.contains("ulimit"), "{no_limit}");
     for step in ["reserve addresses", "map memory", "move a mapping", "allocate a staging buffer"] {
         assert!(told("memfd", step, Errno::NOMEM).contains("ulimit -v"), "{step}");
     }

@@ -13,12 +13,19 @@
 //!
 //! `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says. Each
 //! allowed file system needs a second proof, which only the kernel's own code can give.
+//!
+//! A local file system may be on a device that hangs (nbd, a loop device over FUSE), and blocks
+//! the ring thread as well: see [`super::block_device`].
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use rustix::fs::{fcntl_get_seals, fstatfs};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, RawMode, StatFs, StatxAttributes, StatxFlags, fcntl_get_seals, fstatfs, open, statx,
+};
 use rustix::io::Errno;
 
+use super::block_device::{BlockDevices, DeviceNumber};
 use crate::route::Attempt;
 
 const BTRFS: u32 = 0x9123_683E;
@@ -55,6 +62,7 @@ const ON_BLOCK_DEVICES: [u32; 12] = [
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device {
     pub(crate) major: u32,
+    pub(crate) minor: u32,
     /// Whether the file system can report `STATX_ATTR_COMPRESSED`.
     pub(crate) reports_compression: bool,
     /// Whether the file system can report `STATX_ATTR_VERITY`.
@@ -74,14 +82,12 @@ pub(crate) struct Trust {
     pub(crate) cache: bool,
 }
 
+/// Says what the file's file system is good for. May wait for a server: of the file, or of the
+/// file behind its loop device.
 pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
     // A FUSE server may refuse to answer.
     let f_type = match fstatfs(file) {
-        // Its width and sign differ between architectures; magic numbers have 32 bits.
-        Ok(about) => {
-            let [first, second, third, fourth, ..] = about.f_type.to_le_bytes();
-            u32::from_le_bytes([first, second, third, fourth])
-        }
+        Ok(about) => magic(&about),
         Err(errno) => {
             let refused = Some((Attempt::RingOnUnknown, errno));
             return Trust { ring_refused: refused, buffered_ring_refused: refused, cache: false };
@@ -90,9 +96,55 @@ pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
     #[cfg(test)]
     let (f_type, device) = tests::taken_for(file, f_type, device);
     let refused = refused(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok());
-    let ring_refused = refused.map(|attempt| (attempt, Errno::OPNOTSUPP));
+    let ring_refused = match refused {
+        Some(attempt) => Some((attempt, Errno::OPNOTSUPP)),
+        None => device_refused(f_type, device).map(|errno| (Attempt::RingOnDevice, errno)),
+    };
     let buffered_ring_refused = ring_refused.filter(|_| !is_network(f_type));
     Trust { ring_refused, buffered_ring_refused, cache: ring_refused.is_none() && is_cache_witness(f_type, device) }
+}
+
+fn magic(about: &StatFs) -> u32 {
+    // Its width and sign differ between architectures; magic numbers have 32 bits.
+    let [first, second, third, fourth, ..] = about.f_type.to_le_bytes();
+    u32::from_le_bytes([first, second, third, fourth])
+}
+
+/// Why a ring must not wait for the block device of a local file system.
+///
+/// Btrfs has no device number of its own to ask about: its devices are trusted.
+fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
+    if !ON_BLOCK_DEVICES.contains(&f_type) {
+        return None;
+    }
+    let devices = BlockDevices { sysfs: Path::new("/sys"), device_of_file: &device_of_file };
+    devices.check(DeviceNumber { major: device.major, minor: device.minor }).err()
+}
+
+/// The block device that a loop device's file is on; `None` for tmpfs and btrfs, which have none.
+///
+/// The path is the one that the kernel shows to this process. It may be wrong for a file of
+/// another mount namespace.
+fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
+    let found = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let seen = statx(&found, c"", AtFlags::EMPTY_PATH, StatxFlags::TYPE)?;
+    if FileType::from_raw_mode(RawMode::from(seen.stx_mode)) == FileType::BlockDevice {
+        return Ok(Some(DeviceNumber { major: seen.stx_rdev_major, minor: seen.stx_rdev_minor }));
+    }
+    let f_type = magic(&fstatfs(&found)?);
+    let device = Device {
+        major: seen.stx_dev_major,
+        minor: seen.stx_dev_minor,
+        reports_compression: seen.stx_attributes_mask.contains(StatxAttributes::COMPRESSED),
+        reports_verity: false,
+        is_dax: false,
+    };
+    // Seals can't be asked for by a descriptor that was opened with `O_PATH`.
+    let reopen = || open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty());
+    match refused(f_type, device, || reopen().is_ok_and(|file| fcntl_get_seals(&file).is_ok())) {
+        Some(_) => Err(Errno::OPNOTSUPP),
+        None => Ok((device.major != 0).then_some(DeviceNumber { major: device.major, minor: device.minor })),
+    }
 }
 
 /// Whether a change of bytes that were copied from the page cache always shows in the file's time of modification.
@@ -151,7 +203,7 @@ pub(crate) mod tests {
         if ON_NFS.lock().unwrap().contains(&inode) { (NFS, ANONYMOUS) } else { (f_type, device) }
     }
 
-    const ANONYMOUS: Device = Device { major: 0, reports_compression: false, reports_verity: false, is_dax: false };
+    const ANONYMOUS: Device = Device { major: 0, minor: 0, reports_compression: false, reports_verity: false, is_dax: false };
 
     #[test]
     fn only_local_file_systems_are_read_by_a_ring() {
@@ -165,7 +217,7 @@ pub(crate) mod tests {
 
     #[test]
     fn only_file_systems_that_were_tried_are_taken_from_the_cache() {
-        let disk = Device { major: 259, reports_compression: true, reports_verity: true, is_dax: false };
+        let disk = Device { major: 259, minor: 0, reports_compression: true, reports_verity: true, is_dax: false };
         for f_type in [EXT4, XFS, BTRFS, EROFS, SQUASHFS, ISO9660] {
             assert!(is_cache_witness(f_type, disk), "{f_type:x}");
             assert!(!is_cache_witness(f_type, Device { is_dax: true, ..disk }), "{f_type:x}");
@@ -202,7 +254,7 @@ pub(crate) mod tests {
 
     #[test]
     fn stacked_and_unknown_file_systems_are_read_by_threads() {
-        let any = Device { major: 8, reports_compression: true, reports_verity: true, is_dax: false };
+        let any = Device { major: 8, minor: 0, reports_compression: true, reports_verity: true, is_dax: false };
         assert_eq!(refused(FUSE, any, || true), Some(Attempt::RingOnFuse));
         for f_type in [OVERLAYFS, ECRYPTFS] {
             assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnStacked), "{f_type:x}");

@@ -15,7 +15,7 @@ use std::sync::{Arc, OnceLock};
 use dmabuf::printable;
 use rustix::fs::{
     Advice, AtFlags, CWD, FileType, Mode, OFlags, RawMode, Stat, Statx, StatxAttributes, StatxFlags, fadvise, fcntl_getfl,
-    fcntl_setfl, fstat, major, makedev, open, stat, statx,
+    fcntl_setfl, fstat, major, makedev, minor, open, stat, statx,
 };
 use rustix::io::Errno;
 
@@ -195,6 +195,7 @@ impl Attributes {
                 alignment_bytes: alignment(Some(&seen)),
                 device: Device {
                     major: seen.stx_dev_major,
+                    minor: seen.stx_dev_minor,
                     reports_compression: seen.stx_attributes_mask.contains(StatxAttributes::COMPRESSED),
                     reports_verity: seen.stx_attributes_mask.contains(StatxAttributes::VERITY),
                     is_dax: seen.stx_attributes.contains(StatxAttributes::DAX),
@@ -210,6 +211,7 @@ impl Attributes {
                     alignment_bytes: alignment(None),
                     device: Device {
                         major: major(seen.st_dev),
+                        minor: minor(seen.st_dev),
                         reports_compression: false,
                         reports_verity: false,
                         is_dax: false,

@@ -15,6 +15,8 @@ use fuser::{
 use crate::BYTES;
 use crate::common::{folder, random_bytes};
 
+/// Who looks up this name in the folder silences [`Manners::NeverAnswersAfterSilence`].
+pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
 /// The kernel asks for the length each time: a short answer makes it believe that the file ends there.
 const ASK_AGAIN: Duration = Duration::ZERO;
@@ -34,6 +36,8 @@ pub(crate) enum Manners {
     FailsAt(usize),
     /// No answer at all to a direct read.
     NeverAnswers,
+    /// No answer to any read once [`SILENCE`] was looked up in its folder.
+    NeverAnswersAfterSilence,
     /// `statfs`, which would identify the file system, fails.
     RefusesStatfs,
     /// At most so many bytes at once, always past the page cache: the file keeps its length.
@@ -58,6 +62,7 @@ pub(crate) struct Model {
     pub(crate) other_bytes: Arc<Vec<u8>>,
     pub(crate) rewritten: Arc<AtomicBool>,
     pub(crate) was_read: AtomicBool,
+    pub(crate) is_silent: AtomicBool,
     pub(crate) manners: Manners,
     pub(crate) open_files: Arc<AtomicUsize>,
     /// The threads that have closed it.
@@ -112,6 +117,7 @@ impl Model {
             other_bytes: Arc::new(other_bytes),
             rewritten: Arc::default(),
             was_read: AtomicBool::new(false),
+            is_silent: AtomicBool::new(false),
             manners,
             open_files: Arc::default(),
             closers: Arc::default(),
@@ -130,6 +136,9 @@ impl Filesystem for Model {
         if name == "model.bin" {
             reply.entry(self.time_to_live(), &self.attributes(MODEL), Generation(0));
         } else {
+            if name == SILENCE {
+                self.is_silent.store(true, Ordering::SeqCst);
+            }
             reply.error(fuser::Errno::ENOENT);
         }
     }
@@ -191,6 +200,7 @@ impl Filesystem for Model {
             Manners::IsRewrittenAt(at) if end > at => self.rewritten.store(true, Ordering::SeqCst),
             // To drop it would answer with EIO.
             Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
+            Manners::NeverAnswersAfterSilence if self.is_silent.load(Ordering::SeqCst) => return std::mem::forget(reply),
             Manners::EndsAt(at) => end = end.min(at.max(start)),
             Manners::AnswersFromAfar(after) => {
                 let (bytes, asked) = (Arc::clone(&self.bytes), Arc::clone(&self.asked));

@@ -11,6 +11,7 @@ mod closing;
 #[path = "../common/mod.rs"]
 mod common;
 mod file_system;
+mod loop_device;
 mod silent;
 
 use std::os::fd::AsRawFd;

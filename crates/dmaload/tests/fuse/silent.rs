@@ -1,6 +1,7 @@
 //! Servers that do not answer, each in a process of its own.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dmaload::{Error, Route};
@@ -11,17 +12,28 @@ use crate::file_system::{Manners, Model, Mounted, Overlay, may_mount, read_only}
 use crate::{BYTES, DIRECT_ROUTES, SEGMENT, loader};
 
 /// A file system of a server in a process of its own, which never answers direct reads, or requests for attributes.
-struct SilentServer {
-    path: PathBuf,
-    served: ServedFolder,
+pub(crate) struct SilentServer {
+    pub(crate) path: PathBuf,
+    pub(crate) served: ServedFolder,
 }
 
 /// How the server is silent.
 const MANNERS: &str = "DMALOAD_TEST_MANNERS";
+/// A file whose bytes the server has.
+const CONTENT: &str = "DMALOAD_TEST_CONTENT";
 
 impl SilentServer {
     fn start(manners: Manners) -> Self {
-        let served = ServedFolder::start(folder(), "silent::the_silent_server", [(MANNERS, format!("{manners:?}").as_ref())]);
+        SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref())])
+    }
+
+    /// Serves the bytes of a file.
+    pub(crate) fn of(content: &Path, manners: Manners) -> Self {
+        SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref()), (CONTENT, content.as_os_str())])
+    }
+
+    fn start_with(variables: &[(&str, &OsStr)]) -> Self {
+        let served = ServedFolder::start(folder(), "silent::the_silent_server", variables.iter().copied());
         SilentServer { path: served.path().join("model.bin"), served }
     }
 }
@@ -31,8 +43,13 @@ impl SilentServer {
 fn the_silent_server() {
     let Some(folder) = folder_to_serve() else { return };
     let asked = std::env::var(MANNERS).unwrap();
-    let manners = [Manners::NeverAnswers, Manners::NeverTells].into_iter().find(|manners| format!("{manners:?}") == asked);
-    fuser::mount(Model::new(BYTES, manners.unwrap()), folder, &read_only()).unwrap();
+    let all = [Manners::NeverAnswers, Manners::NeverTells, Manners::NeverAnswersAfterSilence];
+    let manners = all.into_iter().find(|manners| format!("{manners:?}") == asked).unwrap();
+    let model = match std::env::var_os(CONTENT) {
+        Some(content) => Model::holding([std::fs::read(content).unwrap(), Vec::new()], manners),
+        None => Model::new(BYTES, manners),
+    };
+    fuser::mount(model, folder, &read_only()).unwrap();
 }
 
 /// A read that its server has been sent can't be called off, and keeps the process that waits for it: a server in the process

@@ -121,6 +121,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             | Attempt::RingOnFuse
             | Attempt::RingOnStacked
             | Attempt::RingOnOther
+            | Attempt::RingOnDevice
             | Attempt::RingOnUnknown
             | Attempt::Read
             | Attempt::ReadOn => Some(file),

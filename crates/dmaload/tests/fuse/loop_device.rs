@@ -1,0 +1,131 @@
+//! A local file system on a loop device whose file is on FUSE.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use dmaload::{Attempt, Route};
+use dmaload_testing::mounted::tool;
+use rustix::io::Errno;
+use tempfile::TempDir;
+
+use crate::common::{assert_same, folder, random_bytes};
+use crate::file_system::{Manners, SILENCE, may_mount};
+use crate::silent::SilentServer;
+use crate::{BYTES, SEGMENT, loader};
+
+const IMAGE_BYTES: u64 = 64 << 20;
+
+/// A read-only loop device over a file, with ext4 mounted from it.
+struct LoopMounted {
+    device: String,
+    folder: TempDir,
+    /// Ends before the mount does: whatever waits for it fails then.
+    server: Option<SilentServer>,
+}
+
+impl LoopMounted {
+    /// Serves an ext4 image of these files, and mounts it.
+    fn serving(files: &[(&str, &[u8])]) -> Result<Self, String> {
+        let source = folder();
+        let content = source.path().join("content");
+        fs::create_dir(&content).unwrap();
+        for (name, bytes) in files {
+            fs::write(content.join(name), bytes).unwrap();
+        }
+        let image = source.path().join("image");
+        fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+        tool(Command::new("mkfs.ext4").args(["-q", "-d"]).args([&content, &image]))?;
+        let server = SilentServer::of(&image, Manners::NeverAnswersAfterSilence);
+        let device = attach(&server.path)?;
+        let mounted = LoopMounted { device, folder: folder(), server: Some(server) };
+        let mount =
+            Command::new("mount").args(["-t", "ext4", "-o", "ro,noload", &mounted.device]).arg(mounted.folder.path()).status();
+        assert!(mount.is_ok_and(|status| status.success()), "ext4 on {}", mounted.device);
+        Ok(mounted)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Reads are not answered from now on.
+    fn silence(&self) {
+        assert!(!self.server.as_ref().unwrap().served.path().join(SILENCE).exists());
+    }
+}
+
+impl Drop for LoopMounted {
+    fn drop(&mut self) {
+        // The device first, which goes when its last user does: the mount, and reads that hang.
+        let detached = Command::new("losetup").args(["-d", &self.device]).status();
+        self.server = None;
+        let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
+        let ended = [detached, unmounted].into_iter().all(|ended| ended.is_ok_and(|status| status.success()));
+        assert!(ended || std::thread::panicking());
+    }
+}
+
+/// Makes a loop device of a file.
+fn attach(file: &Path) -> Result<String, String> {
+    let output = Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output();
+    let output = output.map_err(|error| format!("losetup: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim()));
+    }
+    Ok(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+}
+
+/// ext4 is local, and its device is not: when the queue of the loop device is full, a read waits
+/// in `io_uring_enter`.
+#[tokio::test]
+async fn a_loop_device_over_a_silent_server_stops_no_load_of_another_file_system() {
+    if !may_mount() {
+        return;
+    }
+    let [first, second] = [15, 16].map(|seed| random_bytes(BYTES, seed));
+    let mounted = match LoopMounted::serving(&[("first.bin", &first), ("second.bin", &second)]) {
+        Ok(mounted) => mounted,
+        Err(reason) => return eprintln!("skipped: {reason}"),
+    };
+    // As if the queue had few requests: 128 would take a larger file.
+    let name = mounted.device.strip_prefix("/dev/").unwrap();
+    fs::write(format!("/sys/block/{name}/queue/nr_requests"), "4").unwrap();
+    let folder = folder();
+    let plain = folder.path().join("plain.bin");
+    fs::write(&plain, &first).unwrap();
+    for route in [Route::UringFixedDirect, Route::UringDirect, Route::Bounce, Route::UringBuffered] {
+        let loader = loader().route(route).build().unwrap();
+        let image = loader.load(mounted.path("first.bin")).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &first, &route.to_string());
+        let steps: Vec<_> = image.report().fallbacks.iter().map(|step| (step.to, step.attempt, step.errno)).collect();
+        let by_threads = if route == Route::UringBuffered { Route::Buffered } else { Route::PreadDirect };
+        assert_eq!(steps, [(by_threads, Attempt::RingOnDevice, Errno::OPNOTSUPP)], "{route}");
+        loader.shutdown().await.unwrap();
+    }
+    // The second file's blocks are found without the server from now on.
+    fs::File::open(mounted.path("second.bin"))
+        .and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, &mut [0], 0))
+        .unwrap();
+    mounted.silence();
+    for route in [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce] {
+        let loader = loader()
+            .route(route)
+            .window_bytes(8 * SEGMENT as u64)
+            .staging_bytes(32 << 20)
+            .chunk_bytes(256 << 10)
+            .shutdown_timeout(Duration::from_millis(300))
+            .build()
+            .unwrap();
+        let mut silent = [loader.load(mounted.path("second.bin")), loader.load(mounted.path("second.bin"))];
+        for load in &mut silent {
+            let ended = tokio::time::timeout(Duration::from_millis(500), async { while load.next().await.is_some() {} }).await;
+            assert!(ended.is_err(), "{route}: the server has answered");
+        }
+        let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(&plain)).await;
+        let image = ended.unwrap_or_else(|_| panic!("{route}: another load waits for what is silent")).unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &first, &route.to_string());
+        loader.shutdown().await.unwrap_err();
+    }
+}
