@@ -446,15 +446,18 @@ fn what_came_from_the_page_cache_is_told() {
     let number = |json: &serde_json::Value| json["cached_bytes"].as_u64().unwrap();
     let load = |arguments: &[&str]| run(dmaload(["load", "--json"]).args(arguments).arg(&path)).succeeds().json();
     assert_eq!(std::fs::read(&path).unwrap().len(), 20 * MIB + 1);
-    let warm = load(&[]);
-    if number(&warm) == 0 {
+    // The kernel may take any page away, or be at work on it, so not each load finds all of them.
+    let attempts: Vec<_> = (0..5).map(|_| load(&[])).collect();
+    if attempts.iter().all(|json| number(json) == 0) {
         return common::skip("nothing is taken from the page cache here");
     }
-    assert_eq!((number(&warm), warm["cached_bytes"] == warm["bytes"]), (20 << 20 | 1, true));
+    let warm = attempts.iter().find(|json| json["cached_bytes"] == json["bytes"]).expect("one finds all of it cached");
+    assert_eq!(number(warm), 20 << 20 | 1);
     assert!(warm["cache_bytes_per_second"].as_f64().unwrap() > 0.0 && warm["storage_bytes_per_second"].is_null(), "{warm}");
     assert_eq!(digest_of(&load(&["--digest", "sha256"])), sha256sum(&path));
-    let shown = run(dmaload(["load"]).arg(&path)).succeeds().text();
-    assert!(shown.contains("cached") && shown.contains("20.0 MiB copied from the page cache"), "{shown}");
+    let shown: Vec<_> = (0..5).map(|_| run(dmaload(["load"]).arg(&path)).succeeds().text()).collect();
+    let says_so = |shown: &String| shown.contains("cached") && shown.contains("20.0 MiB copied from the page cache");
+    assert!(shown.iter().any(says_so), "{shown:?}");
     for arguments in [&["--cache", "bypass"][..], &["--strict", "--route", "pread-direct"], &["--route", "buffered"]] {
         assert_eq!(number(&load(arguments)), 0, "{arguments:?}");
     }
