@@ -20,7 +20,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Emulation is slow: optimised, but with all checks of a debug build.
 const PROFILE: [&str; 5] = [
     "profile.guest.inherits=\"dev\"",
-    "profile.guest.opt-level=1",
+    "profile.guest.opt-level=2",
     "profile.guest.debug=false",
     "profile.guest.strip=\"symbols\"",
     "profile.guest.package.\"*\".opt-level=1",
