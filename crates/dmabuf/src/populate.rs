@@ -11,6 +11,8 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -42,6 +44,46 @@ pub struct Populated {
 
 /// Collapsing can fail for a moment (a page on its way elsewhere, a lock held by somebody else).
 const COLLAPSE_TRIES: usize = 3;
+
+/// When to ask for 2 MiB pages again after the kernel had none.
+///
+/// It compacts and reclaims memory before it refuses one with ENOMEM, which takes longer than a load can
+/// win by the page. So each refusal in a row doubles the number of requests that are left out.
+#[derive(Debug)]
+struct Shortage {
+    /// Refusals since the last page that was given.
+    refusals: AtomicU32,
+    /// Requests still to be left out.
+    skips: AtomicU32,
+}
+
+/// Memory is the machine's, so all mappings of the process share it.
+static SHORTAGE: Shortage = Shortage::new();
+
+impl Shortage {
+    const SKIPS_MAX: u32 = 64;
+
+    const fn new() -> Self {
+        Shortage { refusals: AtomicU32::new(0), skips: AtomicU32::new(0) }
+    }
+
+    /// Whether to make the next request. Threads that race leave out one more or one less.
+    fn allows_request(&self) -> bool {
+        self.skips.fetch_update(Relaxed, Relaxed, |skips| skips.checked_sub(1)).is_err()
+    }
+
+    fn note(&self, refused: Option<Errno>) {
+        match refused {
+            None => self.refusals.store(0, Relaxed),
+            Some(Errno::NOMEM) => {
+                let refusals = self.refusals.fetch_add(1, Relaxed).min(Self::SKIPS_MAX.ilog2());
+                self.skips.store(1 << refusals, Relaxed);
+            }
+            // A matter of this mapping, or of the moment.
+            Some(_) => {}
+        }
+    }
+}
 
 impl Mapping {
     /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that neither the
@@ -84,7 +126,15 @@ impl Mapping {
                 None
             }
             Pages::Auto | Pages::Huge if extents.is_empty() => None,
-            Pages::Auto | Pages::Huge => area.make_huge(extents.clone()),
+            Pages::Auto if !SHORTAGE.allows_request() => {
+                area.allocate_small();
+                Some(Errno::NOMEM)
+            }
+            Pages::Auto | Pages::Huge => {
+                let refused = area.make_huge(extents.clone());
+                SHORTAGE.note(refused);
+                refused
+            }
         };
         area.fault_in(Advice::LinuxPopulateWrite).map_err(failed)?;
 
@@ -167,14 +217,20 @@ impl Area<'_> {
                 break;
             }
         }
-        // Small pages it is, at least for some extents: taking them all in one call is cheaper than by faults.
-        if let (Memory::Memfd(memfd), Some(Errno::INVAL | Errno::NOMEM)) = (self.memory, refused) {
+        if let Some(Errno::INVAL | Errno::NOMEM) = refused {
             let seen = scan(self.addresses(extents));
             if seen.is_some_and(|seen| seen.huge_bytes == 0) {
-                memfd.allocate(self.part.start as u64, self.part.len() as u64);
+                self.allocate_small();
             }
         }
         refused
+    }
+
+    /// Takes all small pages of a memfd in one call, which costs less than a fault for each.
+    fn allocate_small(&self) {
+        if let Memory::Memfd(memfd) = self.memory {
+            memfd.allocate(self.part.start as u64, self.part.len() as u64);
+        }
     }
 
     fn collapse(&self, part: Range<usize>) -> Result<(), Errno> {
@@ -241,6 +297,25 @@ mod tests {
 
     fn resident_bytes(memory: &Memory) -> u64 {
         rustix::fs::fstat(memory.memfd().unwrap()).unwrap().st_blocks.cast_unsigned() * 512
+    }
+
+    #[test]
+    fn refused_huge_pages_are_asked_for_less_and_less() {
+        let shortage = Shortage::new();
+        let mut skipped = Vec::new();
+        for _ in 0..9 {
+            shortage.note(Some(Errno::NOMEM));
+            skipped.push((0..).take_while(|_| !shortage.allows_request()).count());
+        }
+        assert_eq!(skipped, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
+        // Other refusals say nothing about memory.
+        shortage.note(Some(Errno::AGAIN));
+        shortage.note(Some(Errno::INVAL));
+        assert!(shortage.allows_request());
+        // One that is given ends the shortage.
+        shortage.note(None);
+        shortage.note(Some(Errno::NOMEM));
+        assert_eq!((0..).take_while(|_| !shortage.allows_request()).count(), 1);
     }
 
     #[test]
