@@ -6,7 +6,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel, byte_of};
+use super::disk::{BLOCK, FileFaults, SimFile, byte_of};
+use super::faults::Faults;
+use super::kernel::SimKernel;
+use super::memory::{Memory, SimBuffer};
 use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;

@@ -1,16 +1,31 @@
-//! The seeded simulator: the driver and the scheduler with a kernel that does everything a kernel may do.
+//! The seeded simulator: the real driver and scheduler on a kernel that does whatever a kernel may.
 //!
-//! Everything runs on one thread, and every choice (which read completes next, how short it is, what is refused, who is
-//! cancelled when) comes from one seed: a failure prints it, and the same seed fails in the same way again. Time is a
-//! number that the simulator moves.
+//! ```text
+//!   worlds     many seeds, and what came of their loads
+//!    └─ world      one seed: loads, faults, cancellations; checked at its end
+//!        └─ kernel     what is in flight, and how it completes
+//!            ├─ disk       files, and their faults
+//!            ├─ faults     the kernel's faults
+//!            └─ memory     buffers that know who may still write to them
+//!   fair, overlap, remember, scaling    single properties, in virtual time
+//! ```
 //!
-//! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17` replays one.
+//! It runs on one thread, and one seed makes every choice: which read completes next, how short it
+//! is, what is refused, when a load is cancelled. A failure prints its seed, which fails again in the
+//! same way. Time is a number that the simulator moves.
+//!
+//! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17`
+//! replays one.
 
+mod disk;
 mod fair;
+mod faults;
 mod kernel;
+mod memory;
 mod overlap;
 mod remember;
 mod scaling;
 mod world;
+mod worlds;
 
 use dmaload_testing::Random;

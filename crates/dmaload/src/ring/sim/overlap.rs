@@ -4,7 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use super::disk::{BLOCK, FileFaults, SimFile};
+use super::faults::Faults;
+use super::kernel::SimKernel;
+use super::memory::{Memory, SimBuffer};
 use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;

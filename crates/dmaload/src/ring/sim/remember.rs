@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::kernel::{BLOCK, Faults, FileFaults, Memory, SimBuffer, SimFile, SimKernel};
+use super::disk::{BLOCK, FileFaults, SimFile};
+use super::faults::Faults;
+use super::kernel::SimKernel;
+use super::memory::{Memory, SimBuffer};
 use crate::files::source::CachedChunks;
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};

@@ -1,0 +1,47 @@
+//! The files of the simulated disk, and what is wrong with them.
+
+use std::ops::Range;
+use std::rc::Rc;
+
+use rustix::io::Errno;
+
+pub(super) const BLOCK: u64 = 4096;
+/// What memory holds before anything is read into it. No file contains this byte.
+pub(super) const POISON: u8 = 0xEE;
+/// What a device writes between the end of a file and the end of its last block.
+pub(super) const BEYOND_END: u8 = 0xBB;
+
+/// A file whose bytes follow from its number.
+#[derive(Debug, Clone)]
+pub(super) struct SimFile {
+    pub(super) number: u64,
+    /// Length on disk, which may differ from the planned one.
+    pub(super) bytes: u64,
+    pub(super) faults: Rc<FileFaults>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct FileFaults {
+    /// Range in which every read fails, and the error that it fails with.
+    pub(super) bad: Option<(Range<u64>, Errno)>,
+    /// Error of every direct read.
+    pub(super) no_direct: Option<Errno>,
+    /// Error of every read by io_uring.
+    pub(super) no_ring: Option<Errno>,
+    /// Whether reads never complete.
+    pub(super) hangs: bool,
+}
+
+impl SimFile {
+    pub(super) fn byte(&self, offset: u64) -> u8 {
+        byte_of(self.number, offset)
+    }
+}
+
+/// The byte at `offset` in the file with this number: never zero and never poison, so that
+/// neither memory that was zeroed nor memory that was not written passes for a file's bytes.
+pub(super) fn byte_of(number: u64, offset: u64) -> u8 {
+    let mixed = (offset ^ number << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    let byte = (mixed & 0xFF) as u8;
+    if byte == POISON || byte == 0 { 0x11 } else { byte }
+}

@@ -1,0 +1,61 @@
+//! What the simulated kernel refuses, interrupts and loses. Faults of a single file are its own:
+//! see [`super::disk::FileFaults`].
+
+use rustix::io::Errno;
+
+/// Rates are per thousand of the operations that they name.
+#[derive(Debug, Clone)]
+pub(super) struct Faults {
+    /// Why io_uring cannot be set up.
+    pub(super) ring: Option<Errno>,
+    /// Error of the registrations that are refused.
+    pub(super) register: Option<Errno>,
+    /// Registrations refused with `register`.
+    pub(super) register_per_mille: u64,
+    /// Reads that return fewer bytes than the file has.
+    pub(super) short_per_mille: u64,
+    /// Reads that fail with `EINTR` or `EAGAIN`.
+    pub(super) interrupted_per_mille: u64,
+    /// Reads that fail because another read of the same file, also in flight, hits a bad block.
+    pub(super) collateral_per_mille: u64,
+    /// Submissions that fail after the kernel took part of the queue.
+    pub(super) breaks_per_mille: u64,
+    /// Reads that return no bytes before the end of the file.
+    pub(super) nothing_per_mille: u64,
+    /// Reads that never complete.
+    pub(super) hangs_per_mille: u64,
+    /// Buffers that can be registered at once.
+    pub(super) buffer_slots: u16,
+    /// Whether the heap's memory can be pinned neither by registration nor by a direct read.
+    pub(super) unpinnable: bool,
+    /// Whether no thread can be started for copies and looks.
+    pub(super) no_threads: bool,
+    /// Staging buffers that can be allocated.
+    pub(super) staging: usize,
+    /// Pieces without pages for which allocation fails when they are filled.
+    pub(super) no_memory_per_mille: u64,
+    /// Cached chunks that are evicted, wholly or in part, before they are copied.
+    pub(super) evicted_per_mille: u64,
+}
+
+impl Faults {
+    pub(super) fn none() -> Self {
+        Faults {
+            ring: None,
+            register: None,
+            register_per_mille: 0,
+            short_per_mille: 0,
+            interrupted_per_mille: 0,
+            collateral_per_mille: 0,
+            breaks_per_mille: 0,
+            nothing_per_mille: 0,
+            hangs_per_mille: 0,
+            buffer_slots: 16,
+            unpinnable: false,
+            no_threads: false,
+            staging: usize::MAX,
+            no_memory_per_mille: 0,
+            evicted_per_mille: 0,
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What must hold at the end of every world, whatever went wrong in it.
+
+use rustix::io::Errno;
+
+use super::World;
+use super::load::SimLoad;
+use crate::ring::message::Failure;
+use crate::ring::sim::disk::BLOCK;
+use crate::ring::sim::faults::Faults;
+use crate::ring::watch::Verdict;
+use crate::route::{Attempt, Route};
+
+impl World {
+    pub(super) fn check_end(&mut self) {
+        self.sync_window();
+        assert_eq!(self.driver.staging_taken(), 0, "staging slots are still held");
+        for (id, load) in &self.loads {
+            let complete = load.full.iter().all(|&full| full);
+            match load.failure {
+                None if load.abandoned => {}
+                None => {
+                    assert!(complete, "{id:?} is gone without a failure, and not complete");
+                    assert!(!load.must_fail(), "{id:?} must fail and did not");
+                    // Chunks that were cached and not evicted were copied from the cache.
+                    let taken = load.cached_bytes;
+                    assert!(taken <= load.asked_cached_bytes, "{id:?}: {taken} bytes from the cache, which holds fewer");
+                    let threads = !self.faults.no_threads && self.faults.evicted_per_mille == 0;
+                    assert!(!threads || taken == load.asked_cached_bytes, "{id:?}: cached chunks were read from storage");
+                    self.check_staging_report(load);
+                    let beside = (load.bounced || load.observed.is_some()) && !load.plan.pieces.is_empty();
+                    assert!(!load.no_thread || self.faults.no_threads, "{id:?}: threads could be started");
+                    assert!(load.no_thread || !(beside && self.faults.no_threads), "{id:?}: the missing thread was not reported");
+                    if let Some((observer, _)) = &load.observed {
+                        assert!(observer.has_seen_all(), "{id:?} was not observed to its end");
+                        assert!(observer.rejects.is_none(), "{id:?} contains the rejected byte");
+                    }
+                }
+                Some(failure) => {
+                    assert!(!complete, "{id:?} failed after it was complete");
+                    self.check_failure(load, failure);
+                }
+            }
+        }
+        let memory = self.memory.borrow();
+        let observed = |staged: bool| self.loads.values().any(|load| load.observed.is_some() && load.is_staged() == staged);
+        assert!(memory.looks_at_staging == 0 || observed(true), "staging is looked at only if that was asked for");
+        assert!(memory.looks_at_pieces == 0 || observed(false), "pieces are looked at only if that was asked for");
+        assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed but what was leaked on purpose");
+        assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
+        assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits came back");
+        drop(memory);
+        assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
+    }
+
+    /// Reads into staging report what keeps them from the best route.
+    fn check_staging_report(&self, load: &SimLoad) {
+        if !load.bounced || self.broken {
+            return;
+        }
+        let Faults { ring, register, register_per_mille, buffer_slots, .. } = self.faults;
+        if ring.is_some() && load.staged_by() < Route::PreadDirect {
+            assert!(load.refused.contains(&Attempt::SetUpRing), "staging without a ring was not reported");
+        } else if register.is_some() && register_per_mille == 1000 && buffer_slots > 1 && load.staged_by() < Route::UringDirect {
+            assert!(load.refused.contains(&Attempt::RegisterStaging), "unregistered staging was not reported");
+        }
+    }
+
+    /// A failure names a fault that the world has, and its place.
+    fn check_failure(&self, load: &SimLoad, failure: Failure) {
+        let file = |index: usize| &load.files[index];
+        match failure {
+            Failure::Ended { file: index, offset, .. } => {
+                let (file, planned) = file(index);
+                // A strict load makes no buffered read, so it cannot find where in the last block the
+                // file ends.
+                let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
+                let nothing_came = self.faults.nothing_per_mille > 0 && offset < *planned;
+                let ended = file.bytes < *planned && end <= offset && offset < *planned;
+                assert!(ended || nothing_came, "{failure:?} of {file:?}");
+            }
+            Failure::Read { file: index, offset, bytes, errno, .. } => {
+                let (file, _) = file(index);
+                match &file.faults.bad {
+                    Some((bad, expected)) => {
+                        assert_eq!(errno, *expected);
+                        assert!(bad.start < offset.next_multiple_of(BLOCK) + bytes.next_multiple_of(BLOCK) && offset < bad.end);
+                    }
+                    None => assert!(self.faults.interrupted_per_mille > 0 && errno == Errno::AGAIN),
+                }
+            }
+            Failure::Refused { file: index, route, .. } => {
+                let (file, _) = file(index);
+                let refused = self.faults.ring.is_some() || self.faults.register.is_some() || self.faults.unpinnable;
+                let refused = refused || file.faults.no_direct.is_some() || file.faults.no_ring.is_some();
+                assert!(load.strict && refused, "{route} was not refused");
+            }
+            Failure::Rejected { file: index, offset, bytes } => {
+                let (observer, observation) = load.observed.as_ref().expect("a rejection comes from an observer");
+                assert_eq!(observation.watch.verdict(), Verdict::Rejected("this byte".into()));
+                let (file, at) = observer.rejects.expect("this observer rejects a byte");
+                assert!(file == index && (offset..offset + bytes).contains(&at), "{failure:?}, but the rejected byte is at {at}");
+            }
+            Failure::Kernel { .. } => assert!(self.broken),
+            Failure::Staging { .. } => assert_eq!(self.faults.staging, 0),
+            Failure::Memory { errno, .. } => assert!(self.faults.no_memory_per_mille > 0 && errno == Errno::NOMEM),
+        }
+    }
+}

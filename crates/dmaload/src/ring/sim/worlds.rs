@@ -1,0 +1,110 @@
+//! Runs many seeded worlds, and checks that between them everything happened at least once.
+
+use super::world::World;
+use crate::ring::message::Failure;
+
+/// How many loads ended in which way.
+#[derive(Debug, Default)]
+struct Outcomes {
+    complete: u64,
+    stepped_down: u64,
+    abandoned: u64,
+    read_failed: u64,
+    ended_early: u64,
+    refused: u64,
+    rejected: u64,
+    ring_broke: u64,
+    no_staging: u64,
+    no_memory: u64,
+    from_cache: u64,
+    evicted: u64,
+    leaked_bytes: u64,
+}
+
+impl Outcomes {
+    fn count(world: &World) -> Self {
+        let mut outcomes = Outcomes { leaked_bytes: world.leaked_bytes, ..Outcomes::default() };
+        for load in world.loads.values() {
+            outcomes.from_cache += u64::from(load.cached_bytes > 0);
+            outcomes.evicted += u64::from(load.cached_bytes < load.asked_cached_bytes && load.failure.is_none());
+            outcomes.stepped_down += u64::from(!load.refused.is_empty());
+            *match load.failure {
+                None if load.full.iter().all(|&full| full) => &mut outcomes.complete,
+                None => &mut outcomes.abandoned,
+                Some(Failure::Read { .. }) => &mut outcomes.read_failed,
+                Some(Failure::Ended { .. }) => &mut outcomes.ended_early,
+                Some(Failure::Refused { .. }) => &mut outcomes.refused,
+                Some(Failure::Rejected { .. }) => &mut outcomes.rejected,
+                Some(Failure::Kernel { .. }) => &mut outcomes.ring_broke,
+                Some(Failure::Staging { .. }) => &mut outcomes.no_staging,
+                Some(Failure::Memory { .. }) => &mut outcomes.no_memory,
+            } += 1;
+        }
+        outcomes
+    }
+
+    fn counts(&mut self) -> [&mut u64; 13] {
+        let Outcomes { complete, stepped_down, abandoned, read_failed, ended_early, .. } = self;
+        let Outcomes { refused, rejected, ring_broke, no_staging, no_memory, from_cache, evicted, leaked_bytes, .. } = self;
+        [
+            complete,
+            stepped_down,
+            abandoned,
+            read_failed,
+            ended_early,
+            refused,
+            rejected,
+            ring_broke,
+            no_staging,
+            no_memory,
+            from_cache,
+            evicted,
+            leaked_bytes,
+        ]
+    }
+
+    fn add(&mut self, mut other: Outcomes) {
+        for (sum, other) in self.counts().into_iter().zip(other.counts()) {
+            *sum += *other;
+        }
+    }
+
+    fn all_happened(&mut self) -> bool {
+        self.counts().into_iter().all(|count| *count > 0)
+    }
+}
+
+fn run_world(seed: u64) -> Outcomes {
+    let result = std::panic::catch_unwind(|| {
+        let mut world = World::new(seed);
+        world.run();
+        Outcomes::count(&world)
+    });
+    result.unwrap_or_else(|panic| {
+        eprintln!("the world of seed {seed} is broken; replay it with: just simulate --seed {seed}");
+        std::panic::resume_unwind(panic)
+    })
+}
+
+fn number_from(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().expect("a number"))
+}
+
+#[test]
+fn in_every_world_what_is_full_is_right_and_what_is_wrong_is_told() {
+    if let Some(seed) = number_from("DMALOAD_SIM_SEED") {
+        println!("the world of seed {seed}: {:?}", run_world(seed));
+        return;
+    }
+    let (from, count) = (number_from("DMALOAD_SIM_FROM").unwrap_or(0), number_from("DMALOAD_SIM_SEEDS").unwrap_or(2_000));
+    let mut outcomes = Outcomes::default();
+    // Once a standstill: a chunk to be read alone held the only buffer slot, and a chunk before it
+    // waited for that slot.
+    run_world(48_760);
+    for seed in from..from + count {
+        outcomes.add(run_world(seed));
+    }
+    println!("{count} worlds from seed {from} on: {outcomes:?}");
+    // Worlds in which nothing goes wrong would test nothing.
+    assert!(count < 2_000 || outcomes.all_happened(), "something never happened: {outcomes:?}");
+}
