@@ -7,7 +7,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use dmaload::dmabuf::{Device, Pages};
-use dmaload::heap::{self, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::heap::{DmaHeap, Heap, HeapChoice, UdmabufHeap};
 use dmaload::{Cache, Format, Layout, LoadOptions, Loader, Priority, Segments};
 use rustix::fs::{AtFlags, FileType, OFlags, RawMode, StatxFlags, fstat, statx};
 use rustix::io::Errno;
@@ -75,20 +75,20 @@ pub(crate) fn heap_of(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
 /// # Safety
 /// It is null, or a C string.
 unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
-    if name.is_null() {
-        return Ok(Arc::new(MemfdHeap::default()));
-    }
-    // SAFETY: the caller says so.
-    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
-    match name.as_ref() {
-        "memfd" => Ok(Arc::new(MemfdHeap::default())),
-        "udmabuf" => Ok(Arc::new(UdmabufHeap::open(Pages::Auto)?)),
-        "dma-buf" => Ok(heap::for_dma_buf(Pages::Auto)?.0),
-        other => match other.strip_prefix("dma-heap:") {
-            Some(name) => Ok(Arc::new(DmaHeap::open(name)?)),
-            None => Err(Failure::invalid(format!("heap {other:?}: memfd, udmabuf, dma-heap:NAME or dma-buf"))),
-        },
-    }
+    let choice = if name.is_null() {
+        HeapChoice::Memfd
+    } else {
+        // SAFETY: the caller says so.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        match name.parse() {
+            // The header promises neither; an `anon` segment would have no descriptor to hand out.
+            Err(_) | Ok(HeapChoice::Auto | HeapChoice::Anon) => {
+                return Err(Failure::invalid(format!("heap {name:?}: memfd, udmabuf, dma-heap:NAME or dma-buf")));
+            }
+            Ok(choice) => choice,
+        }
+    };
+    Ok(choice.open(Pages::Auto)?.0)
 }
 
 /// # Safety

@@ -64,7 +64,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::engine::{HeapName, RouteChoice};
+    use crate::engine::{RouteChoice, heap_choice};
     use crate::load::Rank;
     use crate::manifest::Against;
     use crate::parse::{bytes, range};
@@ -93,7 +93,7 @@ mod tests {
             }
             told(&text, bytes(&text));
             told(&text, range(&text));
-            told(&text, text.parse::<HeapName>());
+            told(&text, heap_choice(&text));
             told(&text, text.parse::<RouteChoice>());
             told(&text, text.parse::<Rank>());
             told(&text, text.parse::<Against>());

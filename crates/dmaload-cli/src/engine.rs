@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use dmaload::dmabuf::Pages;
-use dmaload::heap::{self, AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::heap::{Heap, HeapChoice, UdmabufHeap};
 use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, Prefer, Result, Route};
 
 use crate::parse;
@@ -17,8 +17,8 @@ const MEMORY_PARTS: usize = 4;
 #[derive(Debug, Args)]
 pub(crate) struct EngineArguments {
     /// Where memory comes from: auto, memfd, anon, udmabuf, dma-heap:NAME.
-    #[arg(long, default_value = "auto")]
-    pub(crate) heap: HeapName,
+    #[arg(long, default_value = "auto", value_parser = heap_choice)]
+    pub(crate) heap: HeapChoice,
     /// Require dma-bufs: with --heap auto, udmabuf, else the dma-heap system.
     #[arg(long)]
     pub(crate) dma_buf: bool,
@@ -81,28 +81,13 @@ pub(crate) struct EngineArguments {
     pub(crate) allow_missing: bool,
 }
 
-/// A heap by its name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum HeapName {
-    Auto,
-    Memfd,
-    Anon,
-    Udmabuf,
-    DmaHeap(String),
-}
-
-impl FromStr for HeapName {
-    type Err = String;
-
-    fn from_str(name: &str) -> std::result::Result<Self, String> {
-        match (name, name.strip_prefix("dma-heap:")) {
-            ("auto", _) => Ok(HeapName::Auto),
-            ("memfd", _) => Ok(HeapName::Memfd),
-            ("anon", _) => Ok(HeapName::Anon),
-            ("udmabuf", _) => Ok(HeapName::Udmabuf),
-            (_, Some(heap)) if !heap.is_empty() => Ok(HeapName::DmaHeap(heap.to_owned())),
-            _ => Err(format!("no such heap: {name:?}; the heaps are auto, memfd, anon, udmabuf, dma-heap:NAME")),
+/// Parses `--heap`. The library's `dma-buf` is the flag `--dma-buf` here.
+pub(crate) fn heap_choice(name: &str) -> std::result::Result<HeapChoice, String> {
+    match name.parse() {
+        Err(_) | Ok(HeapChoice::DmaBuf) => {
+            Err(format!("no such heap: {name:?}; the heaps are auto, memfd, anon, udmabuf, dma-heap:NAME"))
         }
+        choice => choice,
     }
 }
 
@@ -195,27 +180,17 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
 /// The heap, and why it is this one where that was left to us.
 pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option<String>)> {
     let pages: Pages = arguments.pages.into();
-    let udmabuf = arguments.heap == HeapName::Udmabuf || (arguments.heap == HeapName::Auto && arguments.dma_buf);
-    if arguments.despite_udmabuf_bug && !udmabuf {
+    let choice = match &arguments.heap {
+        HeapChoice::Auto if arguments.dma_buf => HeapChoice::DmaBuf,
+        named => named.clone(),
+    };
+    if !arguments.despite_udmabuf_bug {
+        return choice.open(pages);
+    }
+    if !matches!(choice, HeapChoice::DmaBuf | HeapChoice::Udmabuf) {
         return Err(Error::Config("--despite-udmabuf-bug is about the heap udmabuf".to_owned()));
     }
-    let chosen = |heap: Arc<dyn Heap>| Ok((heap, None));
-    match &arguments.heap {
-        HeapName::Auto if arguments.dma_buf && !arguments.despite_udmabuf_bug => {
-            heap::for_dma_buf(pages).map(|(heap, reason)| (heap, Some(reason)))
-        }
-        HeapName::Auto if !arguments.dma_buf => chosen(Arc::new(MemfdHeap { pages })),
-        HeapName::Memfd => chosen(Arc::new(MemfdHeap { pages })),
-        HeapName::Anon => chosen(Arc::new(AnonHeap { pages })),
-        HeapName::Auto | HeapName::Udmabuf if arguments.despite_udmabuf_bug => {
-            chosen(Arc::new(UdmabufHeap::open_despite_bug(pages)?))
-        }
-        HeapName::Auto | HeapName::Udmabuf => chosen(Arc::new(UdmabufHeap::open(pages)?)),
-        HeapName::DmaHeap(_) if pages != Pages::Auto => {
-            Err(Error::Config("--pages: a dma-heap chooses its page sizes itself".to_owned()))
-        }
-        HeapName::DmaHeap(name) => chosen(Arc::new(DmaHeap::open(name)?)),
-    }
+    Ok((Arc::new(UdmabufHeap::open_despite_bug(pages)?), None))
 }
 
 /// Runs a future to its end: one thread is enough, the loader has its own.

@@ -19,10 +19,11 @@ pub(crate) fn told(error: &anyhow::Error) -> String {
 }
 
 /// What the library's errors call its functions, and what they are called here.
-const FUNCTIONS: [(&str, &str); 3] = [
+const FUNCTIONS: [(&str, &str); 4] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
     ("UdmabufHeap::open_despite_bug", "--despite-udmabuf-bug"),
+    ("pages: a dma-heap", "--pages: a dma-heap"),
 ];
 
 /// The same text with flags in the place of functions: `f(7)` is `--f 7`, and `f` is `--f`.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::Args;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
+use dmaload::heap::HeapChoice;
 use dmaload::verify::{Algorithm, Digest};
 use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard};
 use dmaload_text::{At, Pairs, bytes, duration, rate};
@@ -17,7 +18,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::checksums::Checksums;
-use crate::engine::{self, EngineArguments, HeapName, block_on};
+use crate::engine::{self, EngineArguments, block_on};
 use crate::manifest::Against;
 use crate::{errors, exec, output, parse, trace};
 
@@ -98,7 +99,7 @@ impl FromStr for Rank {
 
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
-    if !arguments.exec.is_empty() && arguments.engine.heap == HeapName::Anon {
+    if !arguments.exec.is_empty() && arguments.engine.heap == HeapChoice::Anon {
         return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;

@@ -14,7 +14,7 @@ use crate::engine::{Guard, Leaked};
 use crate::error::{Error, Result};
 use crate::files::source::Input;
 use crate::load::{Load, Segments};
-use crate::memory::heap::{self, Heap};
+use crate::memory::heap::{Heap, HeapChoice};
 use crate::options::choices::Format;
 use crate::options::load::LoadOptions;
 use crate::telemetry::metrics::Metrics;
@@ -171,13 +171,14 @@ impl LoaderBuilder {
     /// [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
-    /// Where segments' memory comes from. Default: [`heap::auto`].
+    /// Where segments' memory comes from. Default: [`HeapChoice::Auto`].
     pub fn heap(mut self, heap: impl Heap) -> Self {
         self.heap = Some(Arc::new(heap));
         self
     }
 
-    /// Requires dma-bufs: without a heap that was chosen, [`heap::for_dma_buf`] chooses one. Default: false.
+    /// Requires dma-bufs: without [`LoaderBuilder::heap`], the heap is [`HeapChoice::DmaBuf`].
+    /// Default: false.
     pub fn dma_buf(mut self, required: bool) -> Self {
         self.dma_buf = required;
         self
@@ -316,8 +317,8 @@ impl LoaderBuilder {
                 return Err(Error::Config(format!("dma-bufs are required, and the heap {} gives none", heap.name())));
             }
             Some(heap) => (heap, None),
-            None if self.dma_buf => heap::for_dma_buf(Pages::Auto).map(|(heap, reason)| (heap, Some(reason)))?,
-            None => (Arc::new(heap::auto()) as Arc<dyn Heap>, None),
+            None if self.dma_buf => HeapChoice::DmaBuf.open(Pages::Auto)?,
+            None => HeapChoice::Auto.open(Pages::Auto)?,
         };
         tracing::debug!(heap = %heap.name(), reason, "heap");
         let notes = self.notes.into_iter().chain(reason).chain(heap.notes()).collect();

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dmaload::dmabuf::{Limit, Pages, Udmabuf};
-use dmaload::{Error, Format, heap, probe};
+use dmaload::heap::HeapChoice;
+use dmaload::{Error, Format, probe};
 use rustix::io::Errno;
 
 use super::cause::{self, Cause};
@@ -127,8 +128,8 @@ impl PathFacts {
 
 impl DmaBuf {
     fn gather() -> Self {
-        match heap::for_dma_buf(Pages::Auto) {
-            Ok((heap, reason)) => DmaBuf { heap: Some(heap.name().into_owned()), reason },
+        match HeapChoice::DmaBuf.open(Pages::Auto) {
+            Ok((heap, reason)) => DmaBuf { heap: Some(heap.name().into_owned()), reason: reason.unwrap_or_default() },
             Err(error) => DmaBuf { heap: None, reason: error.to_string() },
         }
     }

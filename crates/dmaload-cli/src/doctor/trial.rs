@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use dmaload::dmabuf::printable;
 use dmaload::dmabuf::{self, Pages, Udmabuf};
-use dmaload::heap::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Attempt, Cache, Error, Format, Loader, Route, probe};
 use dmaload_bench::scratch::ScratchFile;
 use dmaload_text::{At, Named};
@@ -152,26 +152,25 @@ fn written_anywhere(content: &[u8]) -> Result<ScratchFile> {
 }
 
 fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapTrial> {
-    let mut tried = |name: &str, heap: dmaload::Result<Arc<dyn Heap>>| {
+    let mut tried = |choice: HeapChoice| {
+        let heap = choice.open(Pages::Auto);
         let device = match &heap {
             Err(Error::Device(error)) => Some((error.path.clone(), error.errno)),
             _ => None,
         };
-        let outcome = heap.map_err(anyhow::Error::new).and_then(&mut load).map_err(|error| errors::told(&error));
-        HeapTrial { name: name.to_owned(), outcome, device, limit_bytes: None, limit_parts: None }
+        let loaded = heap.map_err(anyhow::Error::new).and_then(|(heap, _)| load(heap));
+        let outcome = loaded.map_err(|error| errors::told(&error));
+        HeapTrial { name: choice.to_string(), outcome, device, limit_bytes: None, limit_parts: None }
     };
-    let mut heaps = vec![tried("memfd", Ok(Arc::new(MemfdHeap::default()))), tried("anon", Ok(Arc::new(AnonHeap::default())))];
+    let mut heaps = vec![tried(HeapChoice::Memfd), tried(HeapChoice::Anon)];
     let limits = Udmabuf::limits();
-    let udmabuf = tried(UdmabufHeap::NAME, UdmabufHeap::open(Pages::Auto).map(|heap| Arc::new(heap) as Arc<dyn Heap>));
+    let udmabuf = tried(HeapChoice::Udmabuf);
     heaps.push(HeapTrial { limit_bytes: limits.size_bytes, limit_parts: limits.list_entries, ..udmabuf });
     let names = dmabuf::DmaHeap::names();
-    for name in &names {
-        let heap = DmaHeap::open(name).map(|heap| Arc::new(heap) as Arc<dyn Heap>);
-        heaps.push(tried(&format!("{DMA_HEAP}:{name}"), heap));
-    }
     if names.is_empty() {
         heaps.push(no_dma_heap());
     }
+    heaps.extend(names.into_iter().map(|name| tried(HeapChoice::DmaHeap(name))));
     heaps
 }
 

@@ -24,7 +24,7 @@ use rustix::io::Errno;
 
 use crate::error::Result;
 pub use crate::error::SizeLimit;
-pub use choose::{auto, for_dma_buf};
+pub use choose::HeapChoice;
 pub use descriptors::FromDescriptors;
 pub use dma_heap::DmaHeap;
 pub use hooks::{HeapHooks, Hooked};

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Memory, Pages};
-use dmaload::heap::{DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::heap::{Heap, HeapChoice};
 use dmaload::{Image, LoadOptions, Loader, Result, Segment};
 use dmaload_testing::{meminfo_bytes, random_bytes};
 
@@ -63,11 +63,7 @@ pub fn sparse_file(name: &str, len: u64) -> PathBuf {
 }
 
 pub fn heap(name: &str) -> Arc<dyn Heap> {
-    match name {
-        "memfd" => Arc::new(MemfdHeap::default()),
-        "udmabuf" => Arc::new(UdmabufHeap::open(Pages::Auto).unwrap()),
-        name => Arc::new(DmaHeap::open(name.strip_prefix("dma-heap:").unwrap()).unwrap()),
-    }
+    name.parse::<HeapChoice>().unwrap().open(Pages::Auto).unwrap().0
 }
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {

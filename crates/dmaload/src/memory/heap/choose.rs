@@ -1,29 +1,115 @@
-//! Which heap a loader takes when the caller names none.
+//! Choosing a heap by its name.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use dmabuf::{Pages, Udmabuf};
 
-use super::Heap;
-use super::{DmaHeap, MemfdHeap, UdmabufHeap};
+use super::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
 use crate::error::{Error, Result};
 
-/// The heap for callers that require nothing of it: memfd.
-pub fn auto() -> MemfdHeap {
-    MemfdHeap::default()
+/// A heap to open, known by its name.
+///
+/// | name | heap |
+/// |---|---|
+/// | `auto` | [`MemfdHeap`] |
+/// | `dma-buf` | [`UdmabufHeap`], which makes dma-bufs without a copy, else the dma-heap `system` |
+/// | `memfd` | [`MemfdHeap`] |
+/// | `anon` | [`AnonHeap`] |
+/// | `udmabuf` | [`UdmabufHeap`] |
+/// | `dma-heap:NAME` | [`DmaHeap`] |
+///
+/// ```
+/// use dmaload::heap::HeapChoice;
+///
+/// let choice: HeapChoice = "dma-heap:system".parse()?;
+/// assert_eq!(choice, HeapChoice::DmaHeap("system".to_owned()));
+/// assert_eq!(choice.to_string(), "dma-heap:system");
+/// # Ok::<_, String>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum HeapChoice {
+    /// A heap for callers that require nothing of it: memfd.
+    #[default]
+    Auto,
+    /// A heap that gives dma-bufs: udmabuf, or the dma-heap `system` where udmabuf cannot be opened.
+    DmaBuf,
+    /// Memory files.
+    Memfd,
+    /// Private pages.
+    Anon,
+    /// Memory files, exported by `/dev/udmabuf`.
+    Udmabuf,
+    /// The dma-heap of this name.
+    DmaHeap(String),
 }
 
-/// The heap for callers that require dma-bufs, and why it is this one: udmabuf (no copy), else the dma-heap `system`.
-///
-/// # Errors
-/// [`Error::NoDmaBuf`], with what each of them said.
-pub fn for_dma_buf(pages: Pages) -> Result<(Arc<dyn Heap>, String)> {
+impl HeapChoice {
+    const DMA_HEAP: &str = "dma-heap:";
+
+    /// Opens the heap. Where the choice leaves open which one it is, also returns why it is this one.
+    ///
+    /// `pages` is the page size to populate with.
+    ///
+    /// # Errors
+    /// [`Error::NoDmaBuf`] if no heap gives dma-bufs; [`Error::Config`] for [`Pages::Small`] or
+    /// [`Pages::Huge`] on a dma-heap, whose driver chooses the page sizes; else as
+    /// [`UdmabufHeap::open`] and [`DmaHeap::open`].
+    pub fn open(&self, pages: Pages) -> Result<(Arc<dyn Heap>, Option<String>)> {
+        let heap: Arc<dyn Heap> = match self {
+            HeapChoice::Auto | HeapChoice::Memfd => Arc::new(MemfdHeap { pages }),
+            HeapChoice::DmaBuf => return open_for_dma_buf(pages).map(|(heap, reason)| (heap, Some(reason))),
+            HeapChoice::Anon => Arc::new(AnonHeap { pages }),
+            HeapChoice::Udmabuf => Arc::new(UdmabufHeap::open(pages)?),
+            HeapChoice::DmaHeap(_) if pages != Pages::Auto => {
+                return Err(Error::Config("pages: a dma-heap chooses its page sizes itself".to_owned()));
+            }
+            HeapChoice::DmaHeap(name) => Arc::new(DmaHeap::open(name)?),
+        };
+        Ok((heap, None))
+    }
+}
+
+impl FromStr for HeapChoice {
+    type Err = String;
+
+    /// # Errors
+    /// The names there are.
+    fn from_str(name: &str) -> Result<Self, String> {
+        match (name, name.strip_prefix(Self::DMA_HEAP)) {
+            ("auto", _) => Ok(HeapChoice::Auto),
+            ("dma-buf", _) => Ok(HeapChoice::DmaBuf),
+            (MemfdHeap::NAME, _) => Ok(HeapChoice::Memfd),
+            (AnonHeap::NAME, _) => Ok(HeapChoice::Anon),
+            (UdmabufHeap::NAME, _) => Ok(HeapChoice::Udmabuf),
+            (_, Some(heap)) if !heap.is_empty() => Ok(HeapChoice::DmaHeap(heap.to_owned())),
+            _ => Err(format!("no such heap: {name:?}; the heaps are auto, dma-buf, memfd, anon, udmabuf, dma-heap:NAME")),
+        }
+    }
+}
+
+impl fmt::Display for HeapChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HeapChoice::Auto => f.write_str("auto"),
+            HeapChoice::DmaBuf => f.write_str("dma-buf"),
+            HeapChoice::Memfd => f.write_str(MemfdHeap::NAME),
+            HeapChoice::Anon => f.write_str(AnonHeap::NAME),
+            HeapChoice::Udmabuf => f.write_str(UdmabufHeap::NAME),
+            HeapChoice::DmaHeap(name) => write!(f, "{}{name}", Self::DMA_HEAP),
+        }
+    }
+}
+
+fn open_for_dma_buf(pages: Pages) -> Result<(Arc<dyn Heap>, String)> {
     let udmabuf = match UdmabufHeap::open(pages) {
         Ok(heap) => {
             let reason = format!("udmabuf: dma-bufs are required, and {} makes them without a copy", Udmabuf::PATH);
             return Ok((Arc::new(heap), reason));
         }
-        // A setting that makes no sense is not mended by another heap.
+        // Another heap cannot make up for an invalid setting.
         Err(error @ Error::Config(_)) => return Err(error),
         Err(error) => format!("udmabuf: {error}"),
     };
@@ -39,9 +125,10 @@ mod tests {
 
     #[test]
     fn the_heap_for_dma_bufs_exports_or_says_what_each_candidate_lacks() {
-        match for_dma_buf(Pages::Auto) {
+        match HeapChoice::DmaBuf.open(Pages::Auto) {
             Ok((heap, reason)) => {
                 assert!(heap.exports());
+                let reason = reason.expect("the choice was left open");
                 assert!(reason.starts_with(&*heap.name()), "{reason}");
             }
             Err(Error::NoDmaBuf { tried }) => {
@@ -49,5 +136,26 @@ mod tests {
             }
             Err(other) => panic!("{other}"),
         }
+    }
+
+    #[test]
+    fn a_choice_is_parsed_from_the_name_that_it_displays() {
+        for name in ["auto", "dma-buf", "memfd", "anon", "udmabuf", "dma-heap:system"] {
+            assert_eq!(name.parse::<HeapChoice>().unwrap().to_string(), name);
+        }
+        for name in ["", "Memfd", "dma-heap", "dma-heap:", "system"] {
+            let error = name.parse::<HeapChoice>().unwrap_err();
+            assert!(error.contains(&format!("{name:?}")) && error.contains("dma-heap:NAME"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_heap_has_the_name_and_the_pages_of_its_choice() {
+        for (choice, name) in [(HeapChoice::Auto, "memfd"), (HeapChoice::Memfd, "memfd"), (HeapChoice::Anon, "anon")] {
+            let (heap, reason) = choice.open(Pages::Small).unwrap();
+            assert_eq!((&*heap.name(), heap.pages(), reason), (name, Pages::Small, None));
+        }
+        let refused = HeapChoice::DmaHeap("system".to_owned()).open(Pages::Huge).unwrap_err();
+        assert!(matches!(refused, Error::Config(_)), "{refused}");
     }
 }

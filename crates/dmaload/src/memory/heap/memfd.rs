@@ -9,11 +9,15 @@ use super::{Heap, private};
 use crate::error::Result;
 
 /// Memory files: each segment has a file descriptor that other processes can map. Needs no device and no
-/// privilege, so it is what [`super::auto`] gives.
+/// privilege, so it is the default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MemfdHeap {
     /// The page size to populate with.
     pub pages: Pages,
+}
+
+impl MemfdHeap {
+    pub(crate) const NAME: &str = "memfd";
 }
 
 // SAFETY: each memory file is new, its one descriptor is in the returned value, and `Memfd` creates it without
@@ -21,7 +25,7 @@ pub struct MemfdHeap {
 #[allow(unsafe_code)]
 unsafe impl Heap for MemfdHeap {
     fn name(&self) -> Cow<'_, str> {
-        "memfd".into()
+        Self::NAME.into()
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
