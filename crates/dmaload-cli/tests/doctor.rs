@@ -11,8 +11,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
-use common::sandbox::refusing;
 use common::{MIB, allow, as_nobody, base, dmaload, folder, is_root, load_json, random_file, run, skip};
+use dmaload_testing::seccomp::refusing;
 use serde_json::{Value, json};
 
 const SETUP: u32 = 425;

@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::sandbox::refusing;
 use common::{MIB, digest_of, dmaload, folder, random_file, run, sha256sum};
+use dmaload_testing::seccomp::refusing;
 
 /// The same numbers on every architecture.
 const SETUP: u32 = 425;

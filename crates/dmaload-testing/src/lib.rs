@@ -1,5 +1,5 @@
 //! Test helpers that several crates use: seeded random bytes, files outside the page cache,
-//! mounted file systems, and FUSE servers in processes of their own.
+//! mounted file systems, FUSE servers in processes of their own, and refused system calls.
 //!
 //! For development only. Every function panics when it can't do its work, which fails the calling
 //! test.
@@ -8,6 +8,7 @@
 mod random;
 
 pub mod mounted;
+pub mod seccomp;
 pub mod served;
 
 use std::fs::{self, Permissions};

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dmabuf::Pages;
-use tokio::sync::oneshot;
 
 use crate::engine::settings::{self, Settings};
 use crate::engine::{Guard, Leaked};
@@ -138,12 +137,10 @@ impl Loader {
     ///
     /// # Errors
     /// [`Leaked`] when reads are still in flight past the deadline ([`LoaderBuilder::shutdown_timeout`]): the memory that
-    /// they may write to is never freed; or when another thread has not ended by then.
+    /// they may write to is never freed; or when another thread has not ended by then. If no thread can
+    /// be started to wait for that, the deadline is the first poll of the future.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
-        let (done, wait) = oneshot::channel();
-        // Now, not when it is first polled.
-        self.guard.shut_down(done);
-        async move { wait.await.unwrap_or(Err(Leaked::UNKNOWN)) }
+        self.guard.shut_down()
     }
 }
 

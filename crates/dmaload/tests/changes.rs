@@ -13,6 +13,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, Image, Loader, Route};
+use dmaload_testing::seccomp::{self, Scope};
 
 const SEGMENT: usize = 2 << 20;
 const SEGMENTS: usize = 4;
@@ -309,6 +310,29 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     assert_eq!(error, Error::ShutDown);
     assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
     assert_same(&segment.bytes().unwrap(), &model()[..SEGMENT], "a segment after the shutdown");
+    heap.0.open();
+}
+
+#[tokio::test]
+async fn a_shutdown_without_a_thread_to_wait_reports_what_has_not_ended() {
+    let folder = folder();
+    let path = file(folder.path(), "model.bin", &model());
+    let heap = GatedHeap::default();
+    let builder = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64);
+    let loader = builder.build().unwrap();
+    let load = loader.load(&path);
+    while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    // For this thread, which the test harness started for this test.
+    let [clone, clone3] = [libc::SYS_clone, libc::SYS_clone3].map(|call| u32::try_from(call).unwrap());
+    seccomp::refuse(Scope::Thread, &[clone, clone3], libc::EAGAIN);
+    assert!(std::thread::Builder::new().spawn(|| ()).is_err());
+    let left = loader.shutdown();
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let left = left.await.unwrap_err();
+    assert_eq!((left.bytes, left.threads), (0, 2), "the worker is in the heap, and the teller waits for it");
+    assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
     heap.0.open();
 }
 

@@ -1,7 +1,7 @@
 //! As on Linux 5.0, which has no seal against later writes: a seccomp filter answers EINVAL to it. The filter can't be
 //! taken back, so this is a process of its own, with one test.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(unsafe_code, reason = "installs a seccomp filter, and has a heap of its own")]
+#![allow(unsafe_code, reason = "has a heap of its own")]
 
 mod common;
 
@@ -12,6 +12,7 @@ use common::{assert_same, file, folder, random_bytes};
 use dmaload::dmabuf::{self, Mapping, Memory, Populated};
 use dmaload::heap::{Heap, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, Loader};
+use dmaload_testing::seccomp::{Scope, install, instruction};
 use rustix::io::Errno;
 
 /// From now on `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` is refused with EINVAL.
@@ -23,24 +24,19 @@ fn forget_the_seal() {
     const COMMAND: u32 = 24;
     const SEALS: u32 = 32;
     let call = u32::try_from(libc::SYS_fcntl).unwrap();
-    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
-    let load = |offset| statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
-    let mut filter = [
+    let load = |offset| instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+    let answer = |answer| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, answer);
+    let filter = vec![
         load(CALL),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 5, call),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 5, call),
         load(COMMAND),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, F_ADD_SEALS),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, F_ADD_SEALS),
         load(SEALS),
-        statement(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, F_SEAL_FUTURE_WRITE),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EINVAL.cast_unsigned()),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, F_SEAL_FUTURE_WRITE),
+        answer(libc::SECCOMP_RET_ERRNO | libc::EINVAL.cast_unsigned()),
+        answer(libc::SECCOMP_RET_ALLOW),
     ];
-    let program = libc::sock_fprog { len: 8, filter: filter.as_mut_ptr() };
-    // SAFETY: takes numbers only.
-    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
-    // SAFETY: the program points to `filter`, which outlives the call.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) }, 0);
+    install(Scope::Process, filter).unwrap();
 }
 
 #[derive(Debug)]

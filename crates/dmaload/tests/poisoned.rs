@@ -2,7 +2,6 @@
 //!
 //! The kernel is made to refuse `io_uring_enter` by a seccomp filter, which can't be taken back: a process of its own, one test.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(unsafe_code, reason = "installs a seccomp filter")]
 
 mod common;
 
@@ -13,6 +12,7 @@ use common::{assert_same, file, folder, random_bytes};
 use dmaload::dmabuf;
 use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Attempt, Error, Loader, Route};
+use dmaload_testing::seccomp::{self, Scope};
 use rustix::io::Errno;
 
 const SEGMENT: usize = 2 << 20;
@@ -37,23 +37,6 @@ impl HeapHooks for Gated {
     }
 }
 
-/// From now on every thread's calls of this number fail with EIO.
-fn refuse(call: u32) {
-    let statement = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
-    let mut filter = [
-        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EIO.cast_unsigned()),
-        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
-    // SAFETY: takes numbers only.
-    assert_eq!(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }, 0);
-    let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_TSYNC);
-    // SAFETY: the program points to `filter`, which outlives the call.
-    assert_eq!(unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) }, 0);
-}
-
 #[tokio::test]
 async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go_on() {
     let folder = folder();
@@ -71,7 +54,7 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
     for load in &mut loads {
         load.next().await.unwrap().unwrap();
     }
-    refuse(IO_URING_ENTER);
+    seccomp::refuse(Scope::Process, &[IO_URING_ENTER], libc::EIO);
     heap.open();
     for mut load in loads {
         let error = loop {

@@ -177,18 +177,21 @@ impl Guard {
         self.engine.jobs.bury(Left::Files(load.id), load);
     }
 
-    /// Ends all loads and all threads, leaking past the deadline; `done` hears of it.
-    pub(crate) fn shut_down(self: &Arc<Self>, done: oneshot::Sender<Result<(), Leaked>>) {
+    /// Ends all loads and all threads, and leaks what is in flight past the deadline. Begins with the call.
+    pub(crate) fn shut_down(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();
+        let (done, answer) = oneshot::channel();
+        let waiting = Arc::clone(&engine);
         let body = move || {
-            let left = engine.wait_for_threads();
+            let left = waiting.wait_for_threads();
             // Wakes the caller's task. A panic of its waker concerns nothing here.
             foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // Without a thread to wait on, nobody would end what hangs; the receiver sees the sender dropped.
-            self.engine.ring.give_up();
+            // Without a thread to wait for the deadline, it has passed.
+            engine.ring.give_up();
         }
+        async move { answer.await.unwrap_or_else(|_| engine.left_now()) }
     }
 }

@@ -276,6 +276,11 @@ impl<T: Clone> Jobs<T> {
         first
     }
 
+    /// Whether workers may end.
+    pub(super) fn is_finished(&self) -> bool {
+        self.schedule().finished
+    }
+
     /// A worker that is about to be started.
     pub(super) fn hire(&self) -> WorkerId {
         self.schedule().workers.hire()

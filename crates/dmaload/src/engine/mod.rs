@@ -235,10 +235,22 @@ impl Engine {
         self.mailbox.close();
         // It may be in a waker, which is the caller's code.
         threads += usize::from(!self.mailbox.wait_until_ended(Duration::from_secs(1)));
-        threads += self.left_threads.load(Ordering::Acquire);
-        match (self.leaked_bytes.load(Ordering::Acquire) + held_bytes, threads) {
-            (0, 0) => Ok(()),
-            (bytes, threads) => Err(Leaked { bytes, threads }),
+        self.left(held_bytes, threads)
+    }
+
+    /// What has not ended by now, for a shutdown without a thread that could wait for it.
+    fn left_now(&self) -> Result<(), Leaked> {
+        let threads = self.threads.wait(Duration::ZERO);
+        // The ring thread may still have pieces.
+        let held_bytes = if self.jobs.is_finished() { 0 } else { self.jobs.window_taken_bytes() };
+        self.left(held_bytes, threads + usize::from(!self.mailbox.wait_until_ended(Duration::ZERO)))
+    }
+
+    fn left(&self, held_bytes: u64, threads: usize) -> Result<(), Leaked> {
+        let threads = threads + self.left_threads.load(Ordering::Acquire);
+        match self.leaked_bytes.load(Ordering::Acquire) + held_bytes {
+            0 if threads == 0 => Ok(()),
+            bytes => Err(Leaked { bytes, threads }),
         }
     }
 

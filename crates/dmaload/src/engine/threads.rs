@@ -53,8 +53,3 @@ pub struct Leaked {
     /// end when that lets go of them.
     pub threads: usize,
 }
-
-impl Leaked {
-    /// No thread could be had to wait for the others.
-    pub(crate) const UNKNOWN: Leaked = Leaked { bytes: 0, threads: 1 };
-}
