@@ -82,7 +82,7 @@ bench FILTER="":
 # Only the small benches, to the terminal: overlap, and plan, window, slots and parser in instructions.
 bench-small:
     cargo bench -p dmaload-benches --bench overlap
-    cargo bench -p dmaload-benches --bench instructions
+    cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 
 # Random loads, cancellations and faults for so long, and what the process holds, as a table: `just soak --minutes 30`.
 soak *ARGS:

@@ -44,7 +44,12 @@ fi
 # NAME BENCH: what one of the small benches prints.
 small() {
     [[ $1 == *$filter* ]] || return 0
-    { echo "\`cargo bench -p dmaload-benches --bench $2\`"; echo; echo '```text'; cargo bench --quiet --locked -p dmaload-benches --bench "$2"; echo '```'; } >"$out/$1"
+    {
+        printf '`cargo %s`\n\n```text\n' "${*:2}"
+        # Without what the test harness says.
+        cargo --quiet --locked "${@:2}" | grep -vE '^(running |test |\.?$)'
+        echo '```'
+    } >"$out/$1"
     insert "$1" "$out/$1"
 }
 
@@ -160,5 +165,5 @@ measure cgroup-clean --size 1GiB --pressure cgroup:1600MiB,clean --modes normal,
 measure cgroup-dirty --size 1GiB --pressure cgroup:1600MiB,dirty --modes normal,normal_io,limit,direct_io
 measure hog --size 3GiB --pressure hog:all-but:3328MiB --modes normal,limit,direct_io --rounds 3
 profile
-small instructions instructions
-small overlap overlap
+small instructions test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
+small overlap bench -p dmaload-benches --bench overlap

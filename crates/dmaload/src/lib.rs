@@ -19,9 +19,8 @@ mod engine;
 mod error;
 mod files;
 mod inspect;
-#[cfg(any(test, feature = "internals"))]
-#[doc(hidden)]
-pub mod internals;
+#[cfg(test)]
+mod instructions;
 mod load;
 mod loader;
 mod memory;

@@ -29,7 +29,7 @@ pub(crate) mod watch;
 
 pub(crate) use linux::{can_read_buffered, probe};
 pub(crate) use message::{Failure, FileSpec, LoadEvent, LoadSpec, Output, Retried, TimedSpan, Times};
-#[cfg(any(test, feature = "internals"))]
+#[cfg(test)]
 pub(crate) use slots::Slots;
 pub(crate) use staging::StagingBudget;
 pub(crate) use thread::{Events, LeftBehind, RingLimits, RingThread};
