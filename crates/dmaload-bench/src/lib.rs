@@ -16,7 +16,8 @@
 //!
 //! The other public modules serve any measurement: [`synth`] generates models whose every byte is
 //! known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts them from
-//! the page cache, and [`baseline`] loads them the usual way.
+//! the page cache, [`baseline`] loads them the usual way, and [`usage`] reads what this process has
+//! used.
 //!
 //! Requires `/proc`; memory groups require root.
 
@@ -47,6 +48,7 @@ pub mod child;
 pub mod cold;
 pub mod scratch;
 pub mod synth;
+pub mod usage;
 
 use std::ffi::OsString;
 use std::fs;

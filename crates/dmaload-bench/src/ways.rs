@@ -17,7 +17,6 @@ use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Image, LoadOptions, Loader, Route};
 use dmaload_text::At;
 use rustix::thread::disable_transparent_huge_pages;
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::compare::compare;
 use crate::curves::Curves;
@@ -27,6 +26,7 @@ use crate::memory::{PART_BYTES, Region, page_bytes_of};
 use crate::mode::Mode;
 use crate::results::{Apart, ReadInto, Run};
 use crate::sys::{self, Reader};
+use crate::usage::{cpu_time, peak_resident_bytes};
 use crate::{baseline, mapping};
 
 /// Wrong bytes: what no circumstance excuses.
@@ -160,16 +160,6 @@ impl Stopwatch {
         let peak_extra_bytes = peak_resident_bytes().map(|peak| peak.saturating_sub(files.bytes()));
         Run { seconds, cpu_seconds, peak_extra_bytes, page_bytes: page_bytes() as u64, ..Run::default() }
     }
-}
-
-fn cpu_time() -> Duration {
-    clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
-}
-
-fn peak_resident_bytes() -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
 }
 
 /// This process gets no huge pages by faults, whatever the machine gives others.

@@ -9,11 +9,11 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use dmaload::{Loader, Report, Segments};
+use dmaload::{Loader, Segments};
 use futures_core::Stream;
 
 use crate::failure::{Failure, Result};
-use crate::outcome::{self, Given};
+use crate::outcome::{self, Finished, Given};
 use crate::request::Started;
 use crate::types::dmaload_options;
 
@@ -79,8 +79,8 @@ impl<'a> Control<'a> {
 ///
 /// # Safety
 /// The pointers in what `control` is of are as the header says.
-pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(Vec<Given>, Report)> {
-    let Started { mut segments, wanted } = started;
+pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(Vec<Given>, Finished)> {
+    let Started { mut segments, wanted, cpu_before } = started;
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let (mut all, mut due) = (Vec::new(), Instant::now() + TICK);
     loop {
@@ -101,7 +101,8 @@ pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(V
     // SAFETY: as the caller says.
     unsafe { control.look(&segments)? };
     let report = segments.report().cloned();
-    Ok((all, report.ok_or_else(|| Failure::cancelled("the load ended without a report"))?))
+    let report = report.ok_or_else(|| Failure::cancelled("the load ended without a report"))?;
+    Ok((all, Finished::new(report, cpu_before)))
 }
 
 /// Ends a loader that nobody else has, after its load, and waits for its threads.

@@ -6,14 +6,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 
-use dmaload::{Error, Progress, Report, Segment, Segments};
+use dmaload::{Error, Progress, Segment, Segments};
 use futures_core::Stream;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use crate::failure::{Failure, Result};
-use crate::outcome::Given;
+use crate::outcome::{Finished, Given};
 use crate::request::Started;
 
 /// The eventfd.
@@ -43,6 +44,7 @@ impl Wake for Event {
 pub struct dmaload_load {
     event: Arc<Event>,
     wanted: Range<u64>,
+    cpu_before: Duration,
     state: Mutex<State>,
 }
 
@@ -53,7 +55,7 @@ enum State {
         next: Option<Option<std::result::Result<Segment, Error>>>,
     },
     Finished {
-        report: Box<Report>,
+        report: Box<Finished>,
     },
     Failed(Failure),
 }
@@ -74,12 +76,13 @@ pub(crate) enum Fetched {
 impl dmaload_load {
     /// From now on the eventfd tells.
     pub(crate) fn new(started: Started) -> Result<Self> {
-        let Started { segments, wanted } = started;
+        let Started { segments, wanted, cpu_before } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be had"))?;
         let load = dmaload_load {
             event: Arc::new(Event(event)),
             wanted,
+            cpu_before,
             state: Mutex::new(State::Going { segments: Box::new(segments), next: None }),
         };
         load.fetch_ahead(&mut load.state());
@@ -121,7 +124,7 @@ impl dmaload_load {
                 Some(Some(Err(error))) => Err(error.into()),
                 Some(None) => match segments.report().cloned() {
                     Some(report) => {
-                        let finished = State::Finished { report: Box::new(report) };
+                        let finished = State::Finished { report: Box::new(Finished::new(report, self.cpu_before)) };
                         let going = std::mem::replace(&mut *state, finished);
                         self.event.set();
                         drop(state);
@@ -155,7 +158,7 @@ impl dmaload_load {
         }
     }
 
-    pub(crate) fn report(&self) -> Result<Report> {
+    pub(crate) fn report(&self) -> Result<Finished> {
         match &*self.state() {
             State::Finished { report } => Ok(report.as_ref().clone()),
             State::Failed(failure) => Err(failure.clone()),

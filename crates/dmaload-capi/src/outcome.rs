@@ -4,10 +4,12 @@
 use std::ffi::{c_char, c_int};
 use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
+use std::time::Duration;
 
 use dmaload::dmabuf::errno;
 use dmaload::{Progress, Report, Segment};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::failure::{Failure, Result};
 use crate::sized;
@@ -55,6 +57,26 @@ impl Given {
     }
 }
 
+/// The report of a load, with what C is told besides.
+#[derive(Debug, Clone)]
+pub(crate) struct Finished {
+    report: Report,
+    /// CPU time of the process during the load.
+    cpu: Duration,
+}
+
+impl Finished {
+    /// A load that has just finished, with the process' CPU time when it was started.
+    pub(crate) fn new(report: Report, cpu_before: Duration) -> Self {
+        Finished { report, cpu: cpu_time().saturating_sub(cpu_before) }
+    }
+}
+
+/// CPU time of the process so far.
+pub(crate) fn cpu_time() -> Duration {
+    clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
+}
+
 pub(crate) fn progress(progress: Progress) -> dmaload_progress {
     let Progress { planned_bytes, allocated_bytes, read_bytes, .. } = progress;
     dmaload_progress { planned_bytes, allocated_bytes, read_bytes }
@@ -64,8 +86,9 @@ pub(crate) fn progress(progress: Progress) -> dmaload_progress {
 ///
 /// # Safety
 /// As for [`sized::write`].
-pub(crate) unsafe fn write_report(report: &Report, to: *mut dmaload_report) -> Result<()> {
-    let ns = |duration: std::time::Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
+pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) -> Result<()> {
+    let Finished { report, cpu } = finished;
+    let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
     let mut all: dmaload_report = sized::zeroed();
     all.bytes = report.bytes;
     all.total_ns = ns(report.total);
@@ -73,7 +96,7 @@ pub(crate) unsafe fn write_report(report: &Report, to: *mut dmaload_report) -> R
     all.allocating_ns = ns(report.allocating);
     all.reading_ns = ns(report.reading);
     all.copying_ns = ns(report.copying);
-    all.cpu_ns = ns(report.cpu);
+    all.cpu_ns = ns(*cpu);
     all.huge_page_bytes = report.pages.huge_bytes;
     all.segments = report.segments as u64;
     all.fallbacks = report.fallbacks.len() as u64;

@@ -5,6 +5,7 @@ use std::ffi::{CStr, c_char, c_int};
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use dmaload::dmabuf::{Device, Pages};
 use dmaload::heap::{DmaHeap, Heap, HeapChoice, UdmabufHeap};
@@ -13,6 +14,7 @@ use rustix::fs::{AtFlags, FileType, OFlags, RawMode, StatxFlags, fstat, statx};
 use rustix::io::Errno;
 
 use crate::failure::{Failure, Result};
+use crate::outcome::cpu_time;
 use crate::types::{DMALOAD_HEAP_FD, DMALOAD_SEGMENTED, DMALOAD_SINGLE, DMALOAD_STRICT, dmaload_options};
 
 const MIB: u64 = 1 << 20;
@@ -168,6 +170,8 @@ pub(crate) unsafe fn loader_of(options: &dmaload_options) -> Result<(Loader, boo
 pub(crate) struct Started {
     pub(crate) segments: Segments,
     pub(crate) wanted: Range<u64>,
+    /// CPU time of the process when it was started.
+    pub(crate) cpu_before: Duration,
 }
 
 /// Starts what is asked for.
@@ -192,7 +196,8 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     if options.segment_bytes > 0 {
         load = load.segment_bytes(options.segment_bytes);
     }
-    Ok(Started { segments: loader.stream_file(file, part, load), wanted })
+    let cpu_before = cpu_time();
+    Ok(Started { segments: loader.stream_file(file, part, load), wanted, cpu_before })
 }
 
 /// The part of the file that is wanted.

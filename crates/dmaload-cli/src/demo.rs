@@ -13,12 +13,12 @@ use clap::Args;
 use dmaload::{Cache, Image, Loader};
 use dmaload_bench::scratch::ScratchFile;
 use dmaload_bench::synth::Model;
-use dmaload_bench::{baseline, cold};
+use dmaload_bench::{baseline, cold, usage};
 use dmaload_text::{Pairs, bytes, duration, rate};
 use memmap2::MmapOptions;
 
 use crate::engine::block_on;
-use crate::load::{finish, progress_bar, summary};
+use crate::load::{Used, finish, progress_bar, summary};
 use crate::parse;
 
 /// Any would do; this one makes the same model every time.
@@ -51,14 +51,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         warm(model.bytes)?;
         normal.push(normal_round(&model, file.path(), normal.is_empty())?);
         warm(model.bytes)?;
-        let image = engine_round(file.path())?;
+        let (image, used) = engine_round(file.path())?;
         engine.push(image.report().total);
-        last = Some(image);
+        last = Some((image, used));
     }
-    let image = last.context("at least one round")?;
+    let (image, used) = last.context("at least one round")?;
     let loaded = image.files().first().context("one file")?;
     model.verify_all(&loaded.bytes()?).context("the loaded model is not what was written")?;
-    print(arguments, &model, &image, &mut engine, &mut normal)
+    print(arguments, &model, &summary(&image, &[None], used), &mut engine, &mut normal)
 }
 
 pub(crate) fn write(model: &Model, file: &ScratchFile) -> Result<()> {
@@ -77,14 +77,16 @@ fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {
     Ok(loaded.elapsed)
 }
 
-fn engine_round(path: &Path) -> Result<Image> {
+fn engine_round(path: &Path) -> Result<(Image, Used)> {
     cold::make_cold(path)?;
     // Forgets the peak of what was measured before (proc_pid_clear_refs(5)); without that it is only less telling.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     let loader = Loader::new()?;
     // It is storage that is measured.
     let options = loader.options().cache(Cache::Bypass);
-    Ok(block_on(finish(loader.load_with([path], options), !std::io::stderr().is_terminal()))??)
+    let cpu_before = usage::cpu_time();
+    let image = block_on(finish(loader.load_with([path], options), !std::io::stderr().is_terminal()))??;
+    Ok((image, Used::since(cpu_before)))
 }
 
 /// Touches as much memory as a load takes, and gives it back to the kernel.
@@ -94,7 +96,7 @@ fn warm(len: u64) -> Result<()> {
     Ok(())
 }
 
-fn print(arguments: &Arguments, model: &Model, image: &Image, engine: &mut [Duration], normal: &mut [Duration]) -> Result<()> {
+fn print(arguments: &Arguments, model: &Model, summary: &str, engine: &mut [Duration], normal: &mut [Duration]) -> Result<()> {
     let ratios: Vec<f64> =
         normal.iter().zip(&*engine).map(|(normal, engine)| normal.as_secs_f64() / engine.as_secs_f64()).collect();
     let (engine, normal, ratio) = (median(engine), median(normal), median_of(ratios));
@@ -102,7 +104,7 @@ fn print(arguments: &Arguments, model: &Model, image: &Image, engine: &mut [Dura
     let tensors = model.tensors.len();
     let mut stdout = crate::output::stdout();
     writeln!(stdout, "a synthetic model of {} with {tensors} tensors of random values, loaded cold\n", bytes(model.bytes))?;
-    write!(stdout, "{}", summary(image, &[None]))?;
+    write!(stdout, "{summary}")?;
     let rounds = arguments.rounds;
     let pairs = Pairs::new()
         .with("verified", "every byte, against the generator")

@@ -13,6 +13,7 @@ use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
 use dmaload::heap::HeapChoice;
 use dmaload::verify::{Algorithm, Digest};
 use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard};
+use dmaload_bench::usage;
 use dmaload_text::{At, Pairs, bytes, duration, rate};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -129,6 +130,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     if let Some(checksums) = &checksums {
         options = checksums.applied_to(options);
     }
+    let cpu_before = usage::cpu_time();
     let load = match (arguments.inside, arguments.paths.as_slice()) {
         (None, paths) => loader.load_with(paths, options),
         (Some((start, end)), [path]) => loader.load_inside(path, start..end, options),
@@ -136,6 +138,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let quiet = arguments.quiet || arguments.json || is_quiet();
     let image = block_on(finish(load, quiet))?.map_err(about)?;
+    let used = Used::since(cpu_before);
     if let Some(file) = &arguments.trace {
         std::fs::write(file, trace::to_json(image.report()).to_string()).at("write the timeline to", file)?;
     }
@@ -145,10 +148,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     };
     let notes: Vec<String> = ignored.into_iter().collect();
     if arguments.json {
-        output::write_json(&to_json_with(&image, &digests, &notes))?;
+        output::write_json(&to_json_with(&image, &digests, used, &notes))?;
     } else if !arguments.quiet {
         let mut stdout = output::stdout();
-        write!(stdout, "{}", summary_with(&image, &digests, &notes))?;
+        write!(stdout, "{}", summary_with(&image, &digests, used, &notes))?;
         stdout.flush()?;
     }
     match arguments.exec.as_slice() {
@@ -228,6 +231,22 @@ pub(crate) fn progress_bar(what: &'static str) -> ProgressBar {
     bar
 }
 
+/// What the process has used by the end of a load.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Used {
+    /// CPU time during the load.
+    cpu: Duration,
+    peak_resident_bytes: u64,
+}
+
+impl Used {
+    /// Now, with the CPU time when the load was started.
+    pub(crate) fn since(cpu_before: Duration) -> Self {
+        let cpu = usage::cpu_time().saturating_sub(cpu_before);
+        Used { cpu, peak_resident_bytes: usage::peak_resident_bytes().unwrap_or(0) }
+    }
+}
+
 fn memory(report: &Report) -> String {
     let shared = if report.memories < report.segments { format!(" in {} memories", report.memories) } else { String::new() };
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
@@ -239,12 +258,12 @@ fn were_read(report: &Report) -> bool {
 }
 
 /// What happened, for people.
-pub(crate) fn summary(image: &Image, digests: &[Option<Digest>]) -> String {
-    summary_with(image, digests, &[])
+pub(crate) fn summary(image: &Image, digests: &[Option<Digest>], used: Used) -> String {
+    summary_with(image, digests, used, &[])
 }
 
 /// The same, with notes that are the command's own.
-fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> String {
+fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[String]) -> String {
     let report = image.report();
     let in_time = format!("{} in {}", bytes(report.bytes), duration(report.total));
     let mut pairs = Pairs::new();
@@ -255,7 +274,7 @@ fn summary_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
     };
     pairs = pairs.with("route", report.route).with("memory", memory(report)).with("pages", pages(report));
     if were_read(report) {
-        let (cpu, resident) = (duration(report.cpu), bytes(report.peak_resident_bytes));
+        let (cpu, resident) = (duration(used.cpu), bytes(used.peak_resident_bytes));
         pairs =
             pairs.with("time", times(report)).with("CPU", format!("{cpu} for the whole process, {resident} resident at most"));
     }
@@ -339,12 +358,12 @@ fn described(report: &Report, fallback: &Fallback) -> String {
 }
 
 /// What happened, for programs.
-pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>]) -> Value {
-    to_json_with(image, digests, &[])
+pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>], used: Used) -> Value {
+    to_json_with(image, digests, used, &[])
 }
 
 /// The same, with notes that are the command's own.
-fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> Value {
+fn to_json_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[String]) -> Value {
     let report = image.report();
     let files = report.files.iter().zip(digests).map(|(file, digest)| {
         json!({
@@ -369,8 +388,8 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], notes: &[String]) -> 
         "cache_bytes_per_second": report.cache_bytes_per_second(),
         "overlap": report.overlap(),
         "first_segment_seconds": report.first_segment.map(|first| first.as_secs_f64()),
-        "cpu_seconds": report.cpu.as_secs_f64(),
-        "peak_resident_bytes": report.peak_resident_bytes,
+        "cpu_seconds": used.cpu.as_secs_f64(),
+        "peak_resident_bytes": used.peak_resident_bytes,
         "page_size_bytes": report.page_size_bytes(),
         "huge_page_bytes": report.pages.huge_bytes,
         "pages_refused": report.pages_refused.map(errno::describe),

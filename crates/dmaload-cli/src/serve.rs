@@ -11,12 +11,13 @@ use dmaload::Segment;
 use dmaload::dmabuf::printable;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 use dmaload::verify::{Algorithm, Digest, Hasher, digest};
+use dmaload_bench::usage;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::engine::{self, EngineArguments, block_on};
-use crate::load::{finish, is_quiet, summary, to_json};
+use crate::load::{Used, finish, is_quiet, summary, to_json};
 use crate::{errors, output};
 
 #[derive(Debug, Args)]
@@ -84,9 +85,10 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<ExitCode> {
         Server::check(&arguments.socket)?;
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
+    let cpu_before = usage::cpu_time();
     let load = loader.load_with(&arguments.paths, loader.options());
     let image = block_on(finish(load, is_quiet()))?.map_err(about)?;
-    let text = summary(&image, &vec![None; image.files().len()]);
+    let text = summary(&image, &vec![None; image.files().len()], Used::since(cpu_before));
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
     {
         // The socket appears with the image: who sees it can attach.
@@ -113,7 +115,9 @@ pub(crate) fn attached(arguments: &AttachArguments) -> Result<ExitCode> {
         Some(name) => options.name(name),
         None => options,
     };
+    let cpu_before = usage::cpu_time();
     let attached = block_on(attach(&arguments.socket, options))??;
+    let used = Used::since(cpu_before);
     let image = &attached.image;
     let digests = image.files().iter().map(|file| match arguments.digest {
         // Others may write to dma-bufs: they are looked at, not lent.
@@ -123,14 +127,14 @@ pub(crate) fn attached(arguments: &AttachArguments) -> Result<ExitCode> {
     });
     let digests = digests.collect::<dmaload::Result<Vec<_>>>()?;
     if arguments.json {
-        let mut object = to_json(image, &digests);
+        let mut object = to_json(image, &digests, used);
         if let Some(object) = object.as_object_mut() {
             object.insert("process".to_owned(), json!(attached.process));
         }
         output::write_json(&object)?;
     } else {
         let mut stdout = output::stdout();
-        write!(stdout, "{}", summary(image, &digests))?;
+        write!(stdout, "{}", summary(image, &digests, used))?;
         stdout.flush()?;
     }
     Ok(ExitCode::SUCCESS)

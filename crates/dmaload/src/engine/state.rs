@@ -36,7 +36,7 @@ use crate::support::id::LoadId;
 use crate::support::slot::Slot;
 use crate::telemetry::busy::BusyTime;
 use crate::telemetry::metrics::{LoadCounters, count};
-use crate::telemetry::report::{Measured, Way, cpu_time};
+use crate::telemetry::report::{Measured, Way};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// See the module.
@@ -62,7 +62,6 @@ pub(crate) struct LoadShared {
     /// What verifies it, in its own words: asked when the load is planned, since that is the caller's code.
     pub(crate) verified: OnceLock<String>,
     started: Instant,
-    cpu_before: Duration,
     planned_bytes: AtomicU64,
     allocated_bytes: AtomicU64,
     read_bytes: AtomicU64,
@@ -228,7 +227,6 @@ impl LoadShared {
             allocates_at_once: heap.allocates_at_once,
             heap_is_own: heap.own,
             started: Instant::now(),
-            cpu_before: cpu_time(),
             planned_bytes: AtomicU64::new(0),
             allocated_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),

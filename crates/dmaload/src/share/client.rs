@@ -399,8 +399,6 @@ fn report(
         copying: Duration::ZERO,
         from_cache: Duration::ZERO,
         first_segment: None,
-        cpu: Duration::ZERO,
-        peak_resident_bytes: crate::telemetry::report::peak_resident_bytes(),
         pages: description.pages,
         pages_refused: None,
         reused_bytes: 0,

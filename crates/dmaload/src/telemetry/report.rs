@@ -38,10 +38,6 @@ pub struct Report {
     pub from_cache: Duration,
     /// Until the first segment was handed over; `None` when there was none.
     pub first_segment: Option<Duration>,
-    /// CPU time of the whole process, user and system, during the load.
-    pub cpu: Duration,
-    /// The most memory that the process has ever had resident, shared memory included (`VmHWM`).
-    pub peak_resident_bytes: u64,
     /// How much of the segments' memory lies on 2 MiB pages.
     pub pages: PageCount,
     /// Why a 2 MiB extent has small pages although huge ones were wanted.
@@ -155,22 +151,6 @@ fn rate(bytes: u64, time: Duration) -> Option<f64> {
     (bytes > 0 && !time.is_zero()).then(|| bytes as f64 / time.as_secs_f64())
 }
 
-/// CPU time of this process so far.
-pub(crate) fn cpu_time() -> Duration {
-    let seconds = |time: rustix::time::Timespec| {
-        Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
-    };
-    seconds(rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime))
-}
-
-/// `VmHWM`, the peak of resident memory since the process began.
-pub(crate) fn peak_resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.unwrap_or(0).saturating_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,8 +170,6 @@ mod tests {
             copying: ms(0),
             from_cache: ms(0),
             first_segment: None,
-            cpu: ms(0),
-            peak_resident_bytes: 0,
             pages: PageCount::default(),
             pages_refused: None,
             reused_bytes: 0,
@@ -224,11 +202,5 @@ mod tests {
         let half_mib = f64::from(1 << 19);
         assert_eq!(half.storage_bytes_per_second(), Some(half_mib / 2.0));
         assert_eq!(half.cache_bytes_per_second(), Some(half_mib));
-    }
-
-    #[test]
-    fn this_process_has_used_some_cpu_and_some_memory() {
-        assert!(cpu_time() > Duration::ZERO);
-        assert!(peak_resident_bytes() > 1 << 20);
     }
 }

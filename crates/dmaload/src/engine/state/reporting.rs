@@ -20,7 +20,7 @@ use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
 use crate::support::foreign;
 use crate::telemetry::metrics::count;
-use crate::telemetry::report::{FileReport, Report, cpu_time, peak_resident_bytes};
+use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// Loads through the page cache from this size on say that they fill it.
@@ -219,8 +219,6 @@ impl LoadShared {
             copying: times.copying,
             from_cache: times.from_cache,
             first_segment: state.first_segment,
-            cpu: cpu_time().saturating_sub(self.cpu_before),
-            peak_resident_bytes: peak_resident_bytes(),
             pages: if state.pages.seen_bytes > 0 { state.pages } else { pages_by_smaps(state.range.as_deref()) },
             pages_refused: state.pages_refused,
             reused_bytes: state.reused_bytes,

@@ -1,0 +1,31 @@
+//! What this process has used of the machine.
+
+use std::fs;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// CPU time of all threads so far, user and system.
+#[must_use]
+pub fn cpu_time() -> Duration {
+    clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
+}
+
+/// The most memory that was ever resident, shared memory included (`VmHWM`); `None` without `/proc`.
+#[must_use]
+pub fn peak_resident_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_has_used_some_cpu_and_some_memory() {
+        assert!(cpu_time() > Duration::ZERO);
+        assert!(peak_resident_bytes().unwrap() > 1 << 20);
+    }
+}
