@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::ptr;
 
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
@@ -22,85 +23,28 @@ struct Create {
     size: u64,
 }
 
-/// `struct udmabuf_create_item` of the same header.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CreateItem {
-    memfd: u32,
-    reserved: u32,
-    offset: u64,
-    size: u64,
-}
-
-/// `struct udmabuf_create_list`, without the items that follow it in memory.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct CreateList {
-    flags: u32,
-    count: u32,
-}
-
 const UDMABUF_CREATE: Opcode = opcode::write::<Create>(b'u', 0x42);
-const UDMABUF_CREATE_LIST: Opcode = opcode::write::<CreateList>(b'u', 0x43);
 const _: () = assert!(size_of::<Create>() == 24 && UDMABUF_CREATE == 0x4018_7542);
-const _: () = assert!(size_of::<CreateList>() == 8 && UDMABUF_CREATE_LIST == 0x4008_7543);
-const _: () = assert!(size_of::<CreateItem>() == 24 && align_of::<CreateItem>() == align_of::<u64>());
 
 const UDMABUF_FLAGS_CLOEXEC: u32 = 1;
 
-/// Both requests answer with the new descriptor as the return value, not in a field.
-struct Request {
-    opcode: Opcode,
-    /// `u64`s, so that the structures in it are aligned.
-    words: Vec<u64>,
-}
-
-// SAFETY: the opcode is one of the two above, and the words hold the structure that it reads: see the two makers.
-unsafe impl Ioctl for Request {
+// SAFETY: the opcode is that of this structure. The kernel reads the structure and writes nothing.
+unsafe impl Ioctl for Create {
+    /// The new descriptor, which is the return value.
     type Output = RawFd;
     const IS_MUTATING: bool = false;
 
     fn opcode(&self) -> Opcode {
-        self.opcode
+        UDMABUF_CREATE
     }
 
     fn as_ptr(&mut self) -> *mut c_void {
-        self.words.as_mut_ptr().cast()
+        ptr::from_mut(self).cast()
     }
 
     unsafe fn output_from_ptr(output: IoctlOutput, _: *mut c_void) -> rustix::io::Result<RawFd> {
         Ok(output)
     }
-}
-
-impl Request {
-    fn create(part: &Part<'_>) -> Self {
-        let memfd = descriptor(part);
-        let words = vec![pair(memfd, UDMABUF_FLAGS_CLOEXEC), part.offset, part.bytes as u64];
-        Request { opcode: UDMABUF_CREATE, words }
-    }
-
-    fn create_list(parts: &[Part<'_>]) -> Result<Self, Errno> {
-        // As the kernel answers to more than its limit, which is far below.
-        let count = u32::try_from(parts.len()).map_err(|_| Errno::INVAL)?;
-        let mut words = vec![pair(UDMABUF_FLAGS_CLOEXEC, count)];
-        for part in parts {
-            words.extend([pair(descriptor(part), 0), part.offset, part.bytes as u64]);
-        }
-        Ok(Request { opcode: UDMABUF_CREATE_LIST, words })
-    }
-}
-
-/// Two neighbouring u32 fields, as they lie in memory.
-fn pair(first: u32, second: u32) -> u64 {
-    let mut bytes = [0; 8];
-    bytes[..4].copy_from_slice(&first.to_ne_bytes());
-    bytes[4..].copy_from_slice(&second.to_ne_bytes());
-    u64::from_ne_bytes(bytes)
-}
-
-fn descriptor(part: &Part<'_>) -> u32 {
-    part.memfd.as_fd().as_raw_fd().cast_unsigned()
 }
 
 /// A range of a memfd.
@@ -119,7 +63,8 @@ pub struct Part<'a> {
 pub struct UdmabufLimits {
     /// Bytes of one dma-buf (`size_limit_mb`); `None` without a limit.
     pub size_bytes: Option<u64>,
-    /// Parts of one list (`list_limit`); `None` without a limit.
+    /// Ranges that one dma-buf can be made of (`list_limit`), which [`Udmabuf::create`] makes of one;
+    /// `None` without a limit.
     pub list_entries: Option<u64>,
 }
 
@@ -172,28 +117,18 @@ impl Udmabuf {
     /// That a memfd is sealed by `F_SEAL_FUTURE_WRITE` is found here, since kernels from before 2025
     /// do not look for it: a udmabuf can be written to.
     pub fn create(&self, part: Part<'_>) -> Result<DmaBuf, Error> {
-        refuse_sealed(&[part])?;
-        self.request("make a udmabuf", Request::create(&part), part.bytes)
-    }
-
-    /// Makes one dma-buf of several ranges, in this order.
-    ///
-    /// # Errors
-    /// As [`Udmabuf::create`], and EINVAL for no part or more than [`UdmabufLimits::list_entries`].
-    pub fn create_list(&self, parts: &[Part<'_>]) -> Result<DmaBuf, Error> {
-        let bytes = parts.iter().map(|part| part.bytes).sum();
-        let operation = "make a udmabuf of several parts";
-        refuse_sealed(parts)?;
-        let request = Request::create_list(parts).map_err(|errno| Error::new(operation, bytes, errno))?;
-        self.request(operation, request, bytes)
-    }
-
-    fn request(&self, operation: &'static str, request: Request, bytes: usize) -> Result<DmaBuf, Error> {
-        // SAFETY: the request describes itself truly, see its `Ioctl` implementation.
-        let fd = unsafe { ioctl(&self.fd, request) }.map_err(|errno| Error::new(operation, bytes, errno))?;
-        // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+        refuse_sealed(&part)?;
+        let create = Create {
+            memfd: part.memfd.as_fd().as_raw_fd().cast_unsigned(),
+            flags: UDMABUF_FLAGS_CLOEXEC,
+            offset: part.offset,
+            size: part.bytes as u64,
+        };
+        // SAFETY: the structure is the one that the opcode names, see its `Ioctl` implementation.
+        let fd = unsafe { ioctl(&self.fd, create) }.map_err(|errno| Error::new("make a udmabuf", part.bytes, errno))?;
+        // SAFETY: the kernel has just made this descriptor, and only this value has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(DmaBuf::new(fd, bytes))
+        Ok(DmaBuf::new(fd, part.bytes))
     }
 
     /// Whether importers that map the dma-buf into the kernel see wrong bytes where its memfd has huge pages.
@@ -206,11 +141,9 @@ impl Udmabuf {
     }
 }
 
-fn refuse_sealed(parts: &[Part<'_>]) -> Result<(), Error> {
-    for part in parts {
-        if part.memfd.is_sealed_against_writes() {
-            return Err(Error::new("make a udmabuf of a memfd that is sealed against writes", part.bytes, Errno::INVAL));
-        }
+fn refuse_sealed(part: &Part<'_>) -> Result<(), Error> {
+    if part.memfd.is_sealed_against_writes() {
+        return Err(Error::new("make a udmabuf of a memfd that is sealed against writes", part.bytes, Errno::INVAL));
     }
     Ok(())
 }
@@ -233,32 +166,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_requests_lie_in_memory_as_the_kernel_reads_them() {
-        let memfd = Memfd::create("test", 8192).unwrap();
-        let part = Part { memfd: &memfd, offset: 4096, bytes: 4096 };
-        let fd = u64::from(descriptor(&part));
-        let request = Request::create(&part);
-        assert_eq!(request.words.len() * 8, size_of::<Create>());
-        assert_eq!(request.words, [u64::from_ne_bytes((fd | 1 << 32).to_le_bytes()), 4096, 4096]);
-        let request = Request::create_list(&[part, part]).unwrap();
-        assert_eq!(request.words.len() * 8, size_of::<CreateList>() + 2 * size_of::<CreateItem>());
-        assert_eq!(request.words[0], u64::from_ne_bytes((1u64 | 2 << 32).to_le_bytes()));
-    }
-
-    #[test]
     fn sealed_memory_is_refused_whatever_the_kernel_thinks_of_it() {
-        let memfds = [false, true].map(|sealed| {
-            let memfd = Memfd::create("test", 4096).unwrap();
-            if sealed {
-                memfd.seal_against_writes().unwrap();
-            }
-            memfd
-        });
-        let [open, sealed] = memfds.each_ref().map(|memfd| Part { memfd, offset: 0, bytes: 4096 });
-        assert_eq!(refuse_sealed(&[open]), Ok(()));
-        for parts in [&[sealed][..], &[open, sealed]] {
-            assert_eq!(refuse_sealed(parts).unwrap_err().errno, Errno::INVAL);
-        }
+        let memfd = Memfd::create("test", 4096).unwrap();
+        let part = Part { memfd: &memfd, offset: 0, bytes: 4096 };
+        assert_eq!(refuse_sealed(&part), Ok(()));
+        memfd.seal_against_writes().unwrap();
+        assert_eq!(refuse_sealed(&part).unwrap_err().errno, Errno::INVAL);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use common::{MIB, RaisedLimit, assert_same, file, open_descriptors, original};
-use dmabuf::{Access, AddressRange, DmaBuf, DmaHeap, HUGE_PAGE_BYTES, Mapping, Memfd, Memory, Pages, Part, Udmabuf, page_bytes};
+use dmabuf::{Access, AddressRange, DmaBuf, DmaHeap, HUGE_PAGE_BYTES, Mapping, Memfd, Memory, Pages, Part, Udmabuf, UdmabufLimits, page_bytes};
 use dmaload_guest::row;
 use rustix::io::Errno;
 
@@ -136,7 +136,6 @@ fn udmabuf_refuses_what_is_unaligned_empty_too_large_or_no_memfd() {
     assert_eq!(refused(0, 65 * MIB), Errno::INVAL, "above size_limit_mb");
     assert_eq!(refused(79 * MIB as u64, 2 * MIB), Errno::INVAL, "past the memfd's end");
     device.create(Part { memfd: &memfd, offset: 0, bytes: 64 * MIB }).unwrap();
-    assert_eq!(device.create_list(&[]).unwrap_err().errno, Errno::INVAL, "no part");
     let fd = rustix::fs::open("/dev/udmabuf", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).unwrap();
     for path in ["/dev/null", "/dev/zero"] {
         let other = rustix::fs::open(path, rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).unwrap();
@@ -170,8 +169,8 @@ fn ending_an_access_that_was_never_begun_is_refused_by_udmabuf() {
     dma_buf.cpu_access(Access::ReadWrite).unwrap().end().unwrap();
 }
 
-/// Writes through the memfd are seen in a list's mapping, at the right places, and the other way round.
-fn a_list_is_coherent(pages: Pages) {
+/// Writes through the memfd are seen in the mapping of a part's dma-buf, and the other way round.
+fn a_part_is_coherent(pages: Pages) {
     let device = Udmabuf::open().unwrap();
     let bytes = 3 * HUGE_PAGE_BYTES;
     let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
@@ -182,57 +181,40 @@ fn a_list_is_coherent(pages: Pages) {
     let huge = dmabuf::huge_bytes_in(start..start + bytes).huge_bytes;
     assert_eq!(huge, if pages == Pages::Small { 0 } else { bytes as u64 }, "the pages are what was asked for");
     let page = page_bytes();
-    // Parts in another order than they lie in the memfd, some within a huge page.
-    let parts = [(2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES), (5 * page, 3 * page), (HUGE_PAGE_BYTES - page, 2 * page)];
-    let list: Vec<_> = parts.iter().map(|&(offset, bytes)| Part { memfd, offset: offset as u64, bytes }).collect();
-    let joined = Memory::DmaBuf(device.create_list(&list).unwrap());
-    let dma_buf = joined.dma_buf().unwrap();
-    let above = mapped(&joined, dma_buf.bytes());
     for (number, at) in (0..bytes).step_by(page).enumerate() {
         // SAFETY: `at` is within the mapping.
         let page = unsafe { below.address().add(at) };
-        // SAFETY: it is aligned and has a page left, and nobody else knows the mapping.
+        // SAFETY: it is aligned and has a page left, and only this function has the mapping.
         unsafe { page.cast::<u64>().write(number as u64) };
     }
-    let mut seen_at = 0;
+    // A huge page, pages within one, and pages of two.
+    let parts = [(2 * HUGE_PAGE_BYTES, HUGE_PAGE_BYTES), (5 * page, 3 * page), (HUGE_PAGE_BYTES - page, 2 * page)];
     for (offset, len) in parts {
+        let dma_buf = Memory::DmaBuf(device.create(Part { memfd, offset: offset as u64, bytes: len }).unwrap());
+        let above = mapped(&dma_buf, len);
         for at in (0..len).step_by(page) {
-            let word: [u8; 8] = bytes_of(&above)[seen_at + at..][..8].try_into().unwrap();
+            let word: [u8; 8] = bytes_of(&above)[at..][..8].try_into().unwrap();
             assert_eq!(u64::from_ne_bytes(word), ((offset + at) / page) as u64, "{pages:?}");
         }
-        seen_at += len;
-    }
-    fill(&above, 0x5A);
-    for (offset, len) in parts {
+        fill(&above, 0x5A);
         assert!(bytes_of(&below)[offset..offset + len].iter().all(|&byte| byte == 0x5A), "{pages:?}");
     }
     assert_eq!(bytes_of(&below)[0], 0, "what is in no part is untouched");
 }
 
 #[test]
-fn a_list_over_small_pages_is_coherent() {
-    a_list_is_coherent(Pages::Small);
+fn a_part_of_small_pages_is_coherent() {
+    a_part_is_coherent(Pages::Small);
 }
 
 #[test]
-fn a_list_over_huge_pages_is_coherent_in_its_mapping() {
-    a_list_is_coherent(Pages::Huge);
-}
-
-#[test]
-fn a_list_longer_than_the_limit_is_refused() {
-    let device = Udmabuf::open().unwrap();
-    let memfd = Memfd::create("test", MIB).unwrap();
-    let limit = usize::try_from(Udmabuf::limits().list_entries.unwrap()).unwrap();
-    assert_eq!(limit, 1024);
-    let part = Part { memfd: &memfd, offset: 0, bytes: 4096 };
-    assert_eq!(device.create_list(&vec![part; limit]).unwrap().bytes(), limit * 4096);
-    assert_eq!(device.create_list(&vec![part; limit + 1]).unwrap_err().errno, Errno::INVAL);
+fn a_part_of_huge_pages_is_coherent_in_its_mapping() {
+    a_part_is_coherent(Pages::Huge);
 }
 
 #[test]
 fn the_limits_are_read_from_where_they_are_set() {
-    assert_eq!(Udmabuf::limits().size_bytes, Some(64 << 20));
+    assert_eq!(Udmabuf::limits(), UdmabufLimits { size_bytes: Some(64 << 20), list_entries: Some(1024) });
     let raised = RaisedLimit::to(256);
     assert_eq!(Udmabuf::limits().size_bytes, Some(256 << 20));
     drop(raised);
