@@ -8,19 +8,22 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stderr, reason = "what is skipped is told")]
 
+#[path = "common/fuse_attributes.rs"]
+mod attributes;
 mod common;
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
+use attributes::attributes;
 use common::{assert_same, folder, random_bytes};
 use dmaload::{Error, Image, Load, Loader, LoaderBuilder};
 use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
-    Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags,
+    Config, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags,
     ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
 };
 use tracing::field::{Field, Visit};
@@ -75,25 +78,8 @@ fn length_of(inode: u64) -> usize {
     if inode.is_multiple_of(2) { SMALL } else { LARGE }
 }
 
-fn attributes(inode: u64) -> FileAttr {
-    let is_file = inode != ROOT;
-    FileAttr {
-        ino: INodeNo(inode),
-        size: if is_file { length_of(inode) as u64 } else { 0 },
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind: if is_file { FileType::RegularFile } else { FileType::Directory },
-        perm: 0o755,
-        nlink: 1,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        flags: 0,
-        blksize: 4096,
-    }
+fn attributes_of(inode: u64) -> FileAttr {
+    attributes(INodeNo(inode), (inode != ROOT).then(|| length_of(inode) as u64))
 }
 
 impl Filesystem for Server {
@@ -102,12 +88,12 @@ impl Filesystem for Server {
             return reply.error(fuser::Errno::ENOENT);
         };
         let inode = 2 * number.parse::<u64>().unwrap() + if kind == "small" { 100 } else { 101 };
-        self.answer(self.hangs == Hangs::Lookup, move || reply.entry(&Duration::ZERO, &attributes(inode), Generation(0)));
+        self.answer(self.hangs == Hangs::Lookup, move || reply.entry(&Duration::ZERO, &attributes_of(inode), Generation(0)));
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         let hangs = self.hangs == Hangs::Attributes && inode.0 != ROOT && self.was_read.load(Ordering::SeqCst);
-        self.answer(hangs, move || reply.attr(&Duration::ZERO, &attributes(inode.0)));
+        self.answer(hangs, move || reply.attr(&Duration::ZERO, &attributes_of(inode.0)));
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {

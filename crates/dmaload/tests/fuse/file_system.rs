@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use fuser::{
-    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
+    BackgroundSession, Config, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, LockOwner,
     MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, Request,
 };
 
 use crate::BYTES;
+use crate::attributes::attributes;
 use crate::common::{folder, random_bytes};
 
 /// Who looks up this name in the folder silences [`Manners::NeverAnswersAfterSilence`].
@@ -79,30 +80,14 @@ pub(crate) struct Asked {
 
 impl Model {
     pub(crate) fn attributes(&self, inode: INodeNo) -> FileAttr {
-        let is_model = inode == MODEL;
-        let has_length = is_model && !matches!(self.manners, Manners::HasNoLength);
+        let file_bytes = match self.manners {
+            _ if inode != MODEL => None,
+            Manners::StatesLength(bytes) => Some(bytes as u64),
+            Manners::HasNoLength => Some(0),
+            _ => Some(self.bytes.len() as u64),
+        };
         let rewritten = self.rewritten.load(Ordering::SeqCst);
-        FileAttr {
-            ino: inode,
-            size: match self.manners {
-                Manners::StatesLength(bytes) if is_model => bytes as u64,
-                _ if has_length => self.bytes.len() as u64,
-                _ => 0,
-            },
-            blocks: 0,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH + Duration::from_secs(rewritten.into()),
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind: if is_model { FileType::RegularFile } else { FileType::Directory },
-            perm: 0o755,
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            flags: 0,
-            blksize: 4096,
-        }
+        FileAttr { mtime: UNIX_EPOCH + Duration::from_secs(rewritten.into()), ..attributes(inode, file_bytes) }
     }
 }
 

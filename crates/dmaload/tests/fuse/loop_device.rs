@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, SILENCE, may_mount};
 use crate::silent::SilentServer;
-use crate::{BYTES, SEGMENT, loader};
+use crate::{BYTES, loader, shared_loader};
 
 const IMAGE_BYTES: u64 = 64 << 20;
 
@@ -110,14 +110,7 @@ async fn a_loop_device_over_a_silent_server_stops_no_load_of_another_file_system
         .unwrap();
     mounted.silence();
     for route in [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce] {
-        let loader = loader()
-            .route(route)
-            .window_bytes(8 * SEGMENT as u64)
-            .staging_bytes(32 << 20)
-            .chunk_bytes(256 << 10)
-            .shutdown_timeout(Duration::from_millis(300))
-            .build()
-            .unwrap();
+        let loader = shared_loader(route);
         let mut silent = [loader.load(mounted.path("second.bin")), loader.load(mounted.path("second.bin"))];
         for load in &mut silent {
             let ended = tokio::time::timeout(Duration::from_millis(500), async { while load.next().await.is_some() {} }).await;

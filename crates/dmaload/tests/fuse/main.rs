@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stderr, reason = "what is skipped is told")]
 
+#[path = "../common/fuse_attributes.rs"]
+mod attributes;
 mod closing;
 #[path = "../common/mod.rs"]
 mod common;
@@ -32,6 +34,18 @@ const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, 
 
 fn loader() -> LoaderBuilder {
     Loader::builder().segment_bytes(SEGMENT as u64)
+}
+
+/// A loader with few of everything, so that loads which never end would take all of it if they could.
+fn shared_loader(route: Route) -> Loader {
+    loader()
+        .route(route)
+        .window_bytes(8 * SEGMENT as u64)
+        .staging_bytes(32 << 20)
+        .chunk_bytes(256 << 10)
+        .shutdown_timeout(Duration::from_millis(300))
+        .build()
+        .unwrap()
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use dmaload_testing::served::{ServedFolder, folder_to_serve};
 
 use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, Model, Mounted, Overlay, may_mount, read_only};
-use crate::{BYTES, DIRECT_ROUTES, SEGMENT, loader};
+use crate::{BYTES, DIRECT_ROUTES, loader, shared_loader};
 
 /// A file system of a server in a process of its own, which never answers direct reads, or requests for attributes.
 pub(crate) struct SilentServer {
@@ -97,14 +97,7 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
         let server = SilentServer::start(Manners::NeverAnswers);
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let silent = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
-        let loader = loader()
-            .route(route)
-            .window_bytes(8 * SEGMENT as u64)
-            .staging_bytes(32 << 20)
-            .chunk_bytes(256 << 10)
-            .shutdown_timeout(Duration::from_millis(300))
-            .build()
-            .unwrap();
+        let loader = shared_loader(route);
         let mut silent = [loader.load(silent), loader.load(silent)];
         for load in &mut silent {
             assert!(tokio::time::timeout(Duration::from_millis(200), load.next()).await.is_err(), "{route}");

@@ -1,0 +1,26 @@
+//! Attributes that FUSE servers of tests report.
+
+use std::time::UNIX_EPOCH;
+
+use fuser::{FileAttr, FileType, INodeNo};
+
+/// Attributes of a file with this length, or of a folder. Times are the epoch.
+pub(crate) fn attributes(inode: INodeNo, file_bytes: Option<u64>) -> FileAttr {
+    FileAttr {
+        ino: inode,
+        size: file_bytes.unwrap_or(0),
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: if file_bytes.is_some() { FileType::RegularFile } else { FileType::Directory },
+        perm: 0o755,
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        flags: 0,
+        blksize: 4096,
+    }
+}
