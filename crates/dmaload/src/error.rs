@@ -1,4 +1,7 @@
-//! What can go wrong, told so that a person can act on it.
+//! What can go wrong, in words that a person can act on.
+//!
+//! Plain values: they hold paths, offsets and errnos, and neither files nor memory. An error makes no
+//! system call, also when it is displayed.
 
 mod size_limit;
 

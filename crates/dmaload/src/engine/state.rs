@@ -1,5 +1,5 @@
-//! A load from the engine's side: what is planned and what is allocated; in [`hand_over`] what is full and can be handed over, in
-//! [`reporting`] what is told of it.
+//! A load from the engine's side: what is planned and allocated, which segments are full and can be
+//! handed over ([`hand_over`]), and its report and events ([`reporting`]).
 
 mod hand_over;
 mod reporting;

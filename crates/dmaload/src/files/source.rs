@@ -1,4 +1,4 @@
-//! Files to read from: opening, what they are, and whether they still are it at the end.
+//! Files to read from: opening them, what they are, and whether they are unchanged at the end of a load.
 
 mod cached;
 

@@ -3,7 +3,7 @@
 //!
 //! Plain values with their defaults. Nothing here knows how a load is done: whether options make sense
 //! together is checked by the engine, before it starts anything. Observers and verifiers are the
-//! caller's code, so what holds one catches the panics of its drop.
+//! caller's code, so what holds one catches the panics of its drop. No system calls; nothing to end.
 
 pub(crate) mod choices;
 pub(crate) mod load;

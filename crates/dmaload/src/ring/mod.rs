@@ -8,8 +8,12 @@
 //!            └─ pool    a few threads: pread where io_uring is refused, copies from staging, observers
 //! ```
 //!
-//! How it ends: the thread leaves when it was told to close and no load is left in the driver, that is when the last
-//! read has come back; or, past the deadline of a shutdown, it leaks what is in flight and leaves at once.
+//! It reads open files into memory that others allocated. It opens no file, allocates nothing but
+//! staging, and runs none of the caller's code on its thread. Requires io_uring (Linux 5.6) for the
+//! routes by ring; where that is refused, threads `pread`.
+//!
+//! How it ends: the thread leaves once it was closed and no load is left in the driver, that is after
+//! the last completion. Past the deadline of a shutdown it leaks what is in flight and leaves at once.
 
 mod driver;
 mod kernel;
