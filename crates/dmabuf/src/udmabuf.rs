@@ -63,8 +63,8 @@ pub struct Part<'a> {
 pub struct UdmabufLimits {
     /// Bytes of one dma-buf (`size_limit_mb`); `None` without a limit.
     pub size_bytes: Option<u64>,
-    /// Ranges that one dma-buf can be made of (`list_limit`), which [`Udmabuf::create`] makes of one;
-    /// `None` without a limit.
+    /// Ranges that one dma-buf can be made of (`list_limit`), which [`Udmabuf::create`] makes of
+    /// one; `None` without a limit.
     pub list_entries: Option<u64>,
 }
 

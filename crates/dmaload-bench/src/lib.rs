@@ -16,8 +16,8 @@
 //!
 //! The other public modules serve any measurement: [`synth`] generates models whose every byte is
 //! known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts them from
-//! the page cache, [`baseline`] loads them the usual way, and [`usage`] reads what this process has
-//! used.
+//! the page cache, [`baseline`] loads them the usual way, and [`usage`] reads what this process
+//! has used.
 //!
 //! Requires `/proc`; memory groups require root.
 

@@ -11,7 +11,8 @@ pub fn cpu_time() -> Duration {
     clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
 }
 
-/// The most memory that was ever resident, shared memory included (`VmHWM`); `None` without `/proc`.
+/// The most memory that was ever resident, shared memory included (`VmHWM`); `None` without
+/// `/proc`.
 #[must_use]
 pub fn peak_resident_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;

@@ -1,7 +1,7 @@
 //! What can go wrong, in words that a person can act on.
 //!
-//! Plain values: they hold paths, offsets and errnos, and neither files nor memory. An error makes no
-//! system call, also when it is displayed.
+//! Plain values: they hold paths, offsets and errnos, and neither files nor memory. An error makes
+//! no system call, also when it is displayed.
 
 mod size_limit;
 

@@ -1,12 +1,12 @@
-//! How much work the pure parts are: the header of a model with 200,000 tensors, the plan of a load,
-//! window and slots. A bench rather than a test:
+//! How much work the pure parts are: the header of a model with 200,000 tensors, the plan of a
+//! load, window and slots. A bench rather than a test:
 //!
 //! ```text
 //! cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 //! ```
 //!
-//! It prints times, and instructions where valgrind is installed: callgrind counts the same number on
-//! a busy machine.
+//! It prints times, and instructions where valgrind is installed: callgrind counts the same number
+//! on a busy machine.
 #![allow(clippy::print_stdout, reason = "prints what it has measured")]
 #![allow(clippy::unwrap_used, reason = "a bench that cannot go on fails")]
 
@@ -65,7 +65,8 @@ fn plan(lengths: &[u64]) -> usize {
     Plan::new(&vec![4096; lengths.len()], &spans, shape).pieces.len()
 }
 
-/// Takes permits and gives each back, with eight of them out at a time. Returns how many were granted.
+/// Takes permits and gives each back, with eight of them out at a time. Returns how many were
+/// granted.
 fn window(permits: usize) -> usize {
     const PERMIT_BYTES: u64 = 16 << 20;
     let mut window = Window::new(12 * PERMIT_BYTES, PERMIT_BYTES);
@@ -79,8 +80,8 @@ fn window(permits: usize) -> usize {
     granted
 }
 
-/// Puts entries into slots, with 32 of them in flight, finds each once and removes it. Returns how many
-/// were found.
+/// Puts entries into slots, with 32 of them in flight, finds each once and removes it. Returns how
+/// many were found.
 fn slots(entries: usize) -> usize {
     let mut slots = Slots::new();
     let mut in_flight = VecDeque::new();

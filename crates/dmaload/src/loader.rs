@@ -136,9 +136,10 @@ impl Loader {
     /// Other clones stay valid, but every load on them fails. It begins with the call, and dropping the future does not stop it.
     ///
     /// # Errors
-    /// [`Leaked`] when reads are still in flight past the deadline ([`LoaderBuilder::shutdown_timeout`]): the memory that
-    /// they may write to is never freed; or when another thread has not ended by then. If no thread can
-    /// be started to wait for that, the deadline is the first poll of the future.
+    /// [`Leaked`] when reads are still in flight past the deadline
+    /// ([`LoaderBuilder::shutdown_timeout`]): the memory that they may write to is never freed; or
+    /// when another thread has not ended by then. If no thread can be started to wait for that,
+    /// the deadline is the first poll of the future.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
         self.guard.shut_down()
     }

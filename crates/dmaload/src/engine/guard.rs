@@ -177,7 +177,8 @@ impl Guard {
         self.engine.jobs.bury(Left::Files(load.id), load);
     }
 
-    /// Ends all loads and all threads, and leaks what is in flight past the deadline. Begins with the call.
+    /// Ends all loads and all threads, and leaks what is in flight past the deadline. Begins with
+    /// the call.
     pub(crate) fn shut_down(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();

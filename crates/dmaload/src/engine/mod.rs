@@ -7,21 +7,23 @@
 //!   ring thread                   pieces in ──► reads ──► pieces full ┘ ──► teller ──► segments to the loads
 //! ```
 //!
-//! Locks: a load's may be held while the schedule's is taken (memory that it drops gives its charge
-//! back), never the other way round.
+//! Locks: a load's may be held while the schedule's is taken (memory that it drops gives its
+//! charge back), never the other way round.
 //!
-//! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their drops)
-//! runs without any of our locks, on workers, on the observers' threads and on the teller, never on the
-//! ring thread. A panic of it is caught where it is called (see [`crate::support::foreign`]).
+//! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their
+//! drops) runs without any of our locks, on workers, on the observers' threads and on the teller,
+//! never on the ring thread. A panic of it is caught where it is called (see
+//! [`crate::support::foreign`]).
 //!
-//! It decides which job is next and starts the threads that do it. It makes no read itself: files are
-//! opened by [`crate::files`], memory is allocated by [`crate::memory`], and reads belong to
-//! [`crate::ring`]. Requires threads and one eventfd; all else may be refused, and a load then says
-//! what it did without.
+//! It decides which job is next and starts the threads that do it. It makes no read itself: files
+//! are opened by [`crate::files`], memory is allocated by [`crate::memory`], and reads belong to
+//! [`crate::ring`]. Requires threads and one eventfd; all else may be refused, and a load then
+//! says what it did without.
 //!
-//! How it ends: with its last [`Guard`], or at a shutdown, it closes. Running loads fail, the ring thread
-//! drains its reads and leaves, then the workers, then the teller, which tells the consumers so. Past
-//! the deadline, what is in flight is leaked and threads that hang are left behind ([`Leaked`]).
+//! How it ends: with its last [`Guard`], or at a shutdown, it closes. Running loads fail, the ring
+//! thread drains its reads and leaves, then the workers, then the teller, which tells the
+//! consumers so. Past the deadline, what is in flight is leaked and threads that hang are left
+//! behind ([`Leaked`]).
 
 mod allocate;
 mod allocation;

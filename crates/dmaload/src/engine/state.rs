@@ -1,5 +1,5 @@
-//! A load from the engine's side: what is planned and allocated, which segments are full and can be
-//! handed over ([`hand_over`]), and its report and events ([`reporting`]).
+//! A load from the engine's side: what is planned and allocated, which segments are full and can
+//! be handed over ([`hand_over`]), and its report and events ([`reporting`]).
 
 mod hand_over;
 mod reporting;

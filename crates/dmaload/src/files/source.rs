@@ -1,4 +1,5 @@
-//! Files to read from: opening them, what they are, and whether they are unchanged at the end of a load.
+//! Files to read from: opening them, what they are, and whether they are unchanged at the end of a
+//! load.
 
 mod cached;
 

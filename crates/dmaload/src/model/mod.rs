@@ -7,8 +7,8 @@
 //! none that is no padding belongs to none, and every tensor has exactly the
 //! bytes its type and shape need.
 //!
-//! Requires nothing of the machine. Memory and time are bounded by the length of the header, whatever
-//! the header claims.
+//! Requires nothing of the machine. Memory and time are bounded by the length of the header,
+//! whatever the header claims.
 //!
 //! ```text
 //! first bytes ──► sniff ──► parse_prefix ──► header bytes ──► parse ──► TensorMap

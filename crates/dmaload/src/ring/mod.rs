@@ -9,11 +9,12 @@
 //! ```
 //!
 //! It reads open files into memory that others allocated. It opens no file, allocates nothing but
-//! staging, and runs none of the caller's code on its thread. Requires io_uring (Linux 5.6) for the
-//! routes by ring; where that is refused, threads `pread`.
+//! staging, and runs none of the caller's code on its thread. Requires io_uring (Linux 5.6) for
+//! the routes by ring; where that is refused, threads `pread`.
 //!
-//! How it ends: the thread leaves once it was closed and no load is left in the driver, that is after
-//! the last completion. Past the deadline of a shutdown it leaks what is in flight and leaves at once.
+//! How it ends: the thread leaves once it was closed and no load is left in the driver, that is
+//! after the last completion. Past the deadline of a shutdown it leaks what is in flight and
+//! leaves at once.
 
 mod driver;
 mod kernel;

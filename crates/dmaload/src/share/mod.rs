@@ -22,10 +22,10 @@
 //! client that sends anything else, or nothing for [`PATIENCE`], is let go. One thread serves all
 //! of them, and never waits for one; what clients of a user hold concerns no other user.
 //!
-//! It touches Unix sockets and the descriptors of finished images, and neither the engine's threads nor
-//! model files. Requires segments with descriptors, which anonymous memory has none of, and procfs (see
-//! `listener`). A server ends with its [`Server`]: the socket goes, then its thread; clients that have
-//! attached keep their memory.
+//! It touches Unix sockets and the descriptors of finished images, and neither the engine's
+//! threads nor model files. Requires segments with descriptors, which anonymous memory has none
+//! of, and procfs (see `listener`). A server ends with its [`Server`]: the socket goes, then its
+//! thread; clients that have attached keep their memory.
 //!
 //! The protocol (version 1, `SOCK_SEQPACKET`): the client sends `dmaload\0`, the version and what
 //! it wants (`u32` each, little-endian), and the name of an image (empty for the only one). The

@@ -5,8 +5,8 @@
 //! single [`Digest`] of a whole file does, too: all segments but the last one are shown before it is known.
 //!
 //! It computes, and compares bytes that a load shows it. It reads no payload itself, only a file's
-//! header, to name the tensors of a corrupt chunk. It has no threads and nothing to end: a verifier lives
-//! as long as the load that uses it.
+//! header, to name the tensors of a corrupt chunk. It has no threads and nothing to end: a
+//! verifier lives as long as the load that uses it.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

@@ -36,7 +36,8 @@ fn loader() -> LoaderBuilder {
     Loader::builder().segment_bytes(SEGMENT as u64)
 }
 
-/// A loader with few of everything, so that loads which never end would take all of it if they could.
+/// A loader with few of everything, so that loads which never end would take all of it if they
+/// could.
 fn shared_loader(route: Route) -> Loader {
     loader()
         .route(route)

@@ -1,5 +1,6 @@
-//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, its loopback copies
-//! the frame to vivid's capture side, and the bytes that the driver's own kernel mapping saw come back.
+//! Reads a dma-buf through a real importer: vivid's video output takes the dma-buf, its loopback
+//! copies the frame to vivid's capture side, and the bytes that the driver's own kernel mapping
+//! saw come back.
 //!
 //! Requires the module with one HDMI output and one HDMI input:
 //! `modprobe vivid n_devs=1 node_types=0x101 num_inputs=1 input_types=3 num_outputs=1 output_types=1`
@@ -31,7 +32,8 @@ const OUTPUT_BUFFERS: u32 = 2;
 /// Capture buffers: the driver fills some while one is being read.
 const CAPTURE_BUFFERS: u32 = 4;
 
-/// Both ends of one vivid instance, set up so that a captured frame has the bytes of the output frame.
+/// Both ends of one vivid instance, set up so that a captured frame has the bytes of the output
+/// frame.
 pub(crate) struct Loopback {
     output: File,
     capture: File,
@@ -39,8 +41,8 @@ pub(crate) struct Loopback {
 }
 
 impl Loopback {
-    /// Finds the nodes and sets them up. The settings are the driver's, not the open file's: use one
-    /// `Loopback` at a time.
+    /// Finds the nodes and sets them up. The settings are the driver's, not the open file's: use
+    /// one `Loopback` at a time.
     pub(crate) fn open() -> io::Result<Self> {
         let (output, capture, instance) = nodes()?;
         let linked = during("output controls", set_controls(&output, &instance))?;
@@ -69,11 +71,12 @@ impl Loopback {
         self.frame as usize
     }
 
-    /// Returns the first [`frame_bytes`](Self::frame_bytes) of a dma-buf of `buffer_bytes`, as vivid
-    /// sees them.
+    /// Returns the first [`frame_bytes`](Self::frame_bytes) of a dma-buf of `buffer_bytes`, as
+    /// vivid sees them.
     ///
-    /// Accepts a frame once two in a row are equal: without a looped picture vivid fills every frame
-    /// with fresh noise, so equal frames come from the output. The dma-buf must not change meanwhile.
+    /// Accepts a frame once two in a row are equal: without a looped picture vivid fills every
+    /// frame with fresh noise, so equal frames come from the output. The dma-buf must not change
+    /// meanwhile.
     pub(crate) fn pass(&mut self, dma_buf: BorrowedFd<'_>, buffer_bytes: usize) -> io::Result<Vec<u8>> {
         let length = u32::try_from(buffer_bytes).map_err(|_| failed(ErrorKind::InvalidInput, "4 GiB or more"))?;
         if length < self.frame {
@@ -106,8 +109,8 @@ impl Loopback {
     }
 }
 
-/// Opens the output and the capture node of one vivid instance. Also returns the instance's number as
-/// its controls spell it.
+/// Opens the output and the capture node of one vivid instance. Also returns the instance's number
+/// as its controls spell it.
 fn nodes() -> io::Result<(File, File, String)> {
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir("/dev")? {
@@ -153,8 +156,9 @@ fn nodes() -> io::Result<(File, File, String)> {
     Err(refused.unwrap_or_else(|| failed(ErrorKind::NotFound, "no output and capture node of one instance")))
 }
 
-/// Sets RGB24, which passes the loopback as plain bytes. With cropping and scaling off, the size is the
-/// signal's own whatever the request says: 1280x720 as the driver starts, which is over 2 MiB.
+/// Sets RGB24, which passes the loopback as plain bytes. With cropping and scaling off, the size
+/// is the signal's own whatever the request says: 1280x720 as the driver starts, which is over 2
+/// MiB.
 fn set_format(node: &File, kind: u32) -> io::Result<PixFormat> {
     let pix = PixFormat {
         width: 1280,

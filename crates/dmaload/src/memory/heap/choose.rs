@@ -34,7 +34,8 @@ pub enum HeapChoice {
     /// A heap for callers that require nothing of it: memfd.
     #[default]
     Auto,
-    /// A heap that gives dma-bufs: udmabuf, or the dma-heap `system` where udmabuf cannot be opened.
+    /// A heap that gives dma-bufs: udmabuf, or the dma-heap `system` where udmabuf cannot be
+    /// opened.
     DmaBuf,
     /// Memory files.
     Memfd,
@@ -49,7 +50,8 @@ pub enum HeapChoice {
 impl HeapChoice {
     const DMA_HEAP: &str = "dma-heap:";
 
-    /// Opens the heap. Where the choice leaves open which one it is, also returns why it is this one.
+    /// Opens the heap. Where the choice leaves open which one it is, also returns why it is this
+    /// one.
     ///
     /// `pages` is the page size to populate with.
     ///

@@ -164,7 +164,8 @@ impl SimKernel {
     fn complete_read(&mut self, file: &SimFile, read: &Read) -> Result<usize, Fault> {
         // A sink without memory refuses before anything is read.
         if let Some(place) = &read.place {
-            // SAFETY: the driver guarantees that this place is valid, and nothing is written there.
+            // SAFETY: the driver guarantees that this place is valid, and nothing is written
+            // there.
             unsafe { place.sink.fill(place.offset, read.bytes, &mut |_| Ok(0)) }?;
         }
         self.perform(file, read).map_err(Fault::Read)
@@ -249,7 +250,8 @@ impl SimKernel {
         for at in 0..bytes {
             write(read, at, file.byte(wanted.start + at));
         }
-        // A device writes whole blocks, so beyond the end of the file it writes what the disk holds.
+        // A device writes whole blocks, so beyond the end of the file it writes what the disk
+        // holds.
         if read.route.is_direct() && bytes == there {
             for at in bytes..(bytes.next_multiple_of(BLOCK)).min(read.bytes as u64) {
                 write(read, at, BEYOND_END);
@@ -268,8 +270,8 @@ fn write(read: &Read, at: u64, byte: u8) {
     let at = usize::try_from(at).unwrap();
     assert!(at < read.bytes);
     let address = read.address.as_ptr().wrapping_add(at);
-    // SAFETY: the driver guarantees that the memory is valid for `read.bytes` bytes until this read
-    // completes.
+    // SAFETY: the driver guarantees that the memory is valid for `read.bytes` bytes until this
+    // read completes.
     unsafe { address.write(byte) };
 }
 

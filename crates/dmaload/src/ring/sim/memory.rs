@@ -182,7 +182,8 @@ impl SimBuffer {
 
     pub(super) fn contents(&self) -> &[u8] {
         assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are looked at while a read may write to them");
-        // SAFETY: the memory has that many bytes, initialised with poison, and nothing writes to it.
+        // SAFETY: the memory has that many bytes, initialised with poison, and nothing writes to
+        // it.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 

@@ -1,4 +1,5 @@
-//! The seeded simulator: the real driver and scheduler on a kernel that does whatever a kernel may.
+//! The seeded simulator: the real driver and scheduler on a kernel that does whatever a kernel
+//! may.
 //!
 //! ```text
 //!   worlds     many seeds, and what came of their loads
@@ -11,8 +12,8 @@
 //! ```
 //!
 //! It runs on one thread, and one seed makes every choice: which read completes next, how short it
-//! is, what is refused, when a load is cancelled. A failure prints its seed, which fails again in the
-//! same way. Time is a number that the simulator moves.
+//! is, what is refused, when a load is cancelled. A failure prints its seed, which fails again in
+//! the same way. Time is a number that the simulator moves.
 //!
 //! `DMALOAD_SIM_SEEDS=50000` runs more seeds, from `DMALOAD_SIM_FROM` on; `DMALOAD_SIM_SEED=17`
 //! replays one.

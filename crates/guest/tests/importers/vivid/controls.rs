@@ -18,8 +18,8 @@ enum Setting {
     Link,
 }
 
-/// Decides by name, because numbers and kinds of vivid's controls differ between kernels. Leaves names
-/// with "Inject" alone: those buttons break the device on purpose.
+/// Decides by name, because numbers and kinds of vivid's controls differ between kernels. Leaves
+/// names with "Inject" alone: those buttons break the device on purpose.
 fn setting(name: &str, instance: &str) -> Option<Setting> {
     Some(match name {
         // The loopback: a switch on older kernels, a choice of partner on newer ones.

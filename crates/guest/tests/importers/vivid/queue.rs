@@ -96,7 +96,8 @@ impl<'a> Queue<'a> {
 
 impl Drop for Queue<'_> {
     fn drop(&mut self) {
-        // A failure cannot be reported here. A pass that got its frame has stopped the queue itself.
+        // A failure cannot be reported here. A pass that got its frame has stopped the queue
+        // itself.
         let _ = self.stop();
     }
 }
@@ -144,15 +145,17 @@ impl Mapping {
 
     /// Copies the buffer. It must be dequeued, so that the driver does not write to it.
     fn to_vec(&self) -> Vec<u8> {
-        // SAFETY: `length` bytes from `start` are mapped readable until `self` is dropped, and the slice
-        // ends before the buffer is queued again, so the driver does not write to it meanwhile.
+        // SAFETY: `length` bytes from `start` are mapped readable until `self` is dropped, and the
+        // slice ends before the buffer is queued again, so the driver does not write to it
+        // meanwhile.
         unsafe { slice::from_raw_parts(self.start.as_ptr(), self.length) }.to_vec()
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range that `new` mapped, which nothing else unmaps and no reference outlives.
+        // SAFETY: the range that `new` mapped, which nothing else unmaps and no reference
+        // outlives.
         let _ = unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }

@@ -59,7 +59,8 @@ pub(super) struct PixFormat {
 }
 const _: () = assert!(size_of::<PixFormat>() == 48);
 
-/// The kernel's union is 200 bytes long and aligned like a pointer; `pad` and `rest` make up for it.
+/// The kernel's union is 200 bytes long and aligned like a pointer; `pad` and `rest` make up for
+/// it.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct Format {
@@ -200,9 +201,9 @@ const _: () = {
 
 pub(super) fn ioctl<T>(node: &File, call: &Call<T>, argument: &mut T) -> io::Result<()> {
     loop {
-        // SAFETY: the number encodes the size of `T` (asserted where each `Call` is made), the kernel
-        // accesses that many bytes at the pointer and nothing else, and every field of every `T` here
-        // is a plain integer.
+        // SAFETY: the number encodes the size of `T` (asserted where each `Call` is made), the
+        // kernel accesses that many bytes at the pointer and nothing else, and every field of
+        // every `T` here is a plain integer.
         let code = unsafe { libc::ioctl(node.as_raw_fd(), call.number as _, ptr::from_mut(argument)) };
         if code >= 0 {
             return Ok(());

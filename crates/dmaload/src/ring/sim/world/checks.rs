@@ -71,8 +71,8 @@ impl World {
         match failure {
             Failure::Ended { file: index, offset, .. } => {
                 let (file, planned) = file(index);
-                // A strict load makes no buffered read, so it cannot find where in the last block the
-                // file ends.
+                // A strict load makes no buffered read, so it cannot find where in the last block
+                // the file ends.
                 let end = if load.strict { file.bytes / BLOCK * BLOCK } else { file.bytes };
                 let nothing_came = self.faults.nothing_per_mille > 0 && offset < *planned;
                 let ended = file.bytes < *planned && end <= offset && offset < *planned;
