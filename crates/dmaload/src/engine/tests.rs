@@ -2,7 +2,6 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
 
 use super::*;
 use crate::files::source::Input;
@@ -94,9 +93,7 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     expect(&mut load());
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
-    let (done, left) = oneshot::channel();
-    guard.shut_down(done);
-    assert_eq!(block_on(left).unwrap(), Ok(()), "nothing was in flight");
+    assert_eq!(block_on(guard.shut_down()), Ok(()), "nothing was in flight");
     // Others are not concerned.
     let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
     let mut segments = Segments::start(&other, vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
