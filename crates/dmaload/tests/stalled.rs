@@ -23,8 +23,8 @@ use common::{assert_same, folder, random_bytes};
 use dmaload::{Error, Image, Load, Loader, LoaderBuilder};
 use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
-    Config, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags,
-    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
+    Config, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr,
+    ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, Request,
 };
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};

@@ -9,7 +9,10 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use common::{MIB, RaisedLimit, assert_same, file, open_descriptors, original};
-use dmabuf::{Access, AddressRange, DmaBuf, DmaHeap, HUGE_PAGE_BYTES, Mapping, Memfd, Memory, Pages, Part, Udmabuf, UdmabufLimits, page_bytes};
+use dmabuf::{
+    Access, AddressRange, DmaBuf, DmaHeap, HUGE_PAGE_BYTES, Mapping, Memfd, Memory, Pages, Part, Udmabuf, UdmabufLimits,
+    page_bytes,
+};
 use dmaload_guest::row;
 use rustix::io::Errno;
 

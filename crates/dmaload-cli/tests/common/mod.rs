@@ -2,7 +2,6 @@
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file or start its program has failed")]
 
-
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -2,7 +2,6 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-
 use super::*;
 use crate::files::source::Input;
 use crate::load::Segments;

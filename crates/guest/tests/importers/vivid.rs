@@ -22,9 +22,9 @@ use std::{
 use self::controls::set_controls;
 use self::queue::Queue;
 use self::v4l2::{
-    CAP_CAPTURE, CAP_DEVICE_CAPS, CAP_OUTPUT, CAP_STREAMING, CAPTURE, COLORSPACE_SRGB, Capability, DvTimings, FIELD_NONE,
-    Format, G_DV_TIMINGS, MEMORY_DMABUF, MEMORY_MMAP, OUTPUT, PixFormat, QBUF, QUERYCAP, RGB24, RGB24_BYTES, S_DV_TIMINGS,
-    S_FMT, during, failed, ioctl, text,
+    CAP_CAPTURE, CAP_DEVICE_CAPS, CAP_OUTPUT, CAP_STREAMING, CAPTURE, COLORSPACE_SRGB, Capability, DvTimings, FIELD_NONE, Format,
+    G_DV_TIMINGS, MEMORY_DMABUF, MEMORY_MMAP, OUTPUT, PixFormat, QBUF, QUERYCAP, RGB24, RGB24_BYTES, S_DV_TIMINGS, S_FMT, during,
+    failed, ioctl, text,
 };
 
 /// Output buffers, all of the same dma-buf. Older kernels do not start with fewer than two.

@@ -453,7 +453,10 @@ impl World {
                     assert!(fallback.from < fallback.to);
                     load.lowest_reported = load.lowest_reported.max(fallback.to);
                     load.refused.push(fallback.attempt);
-                    assert!(fallback.errno != Errno::FAULT || fallback.file_index.is_none(), "a fallback of memory names no file: {fallback:?}");
+                    assert!(
+                        fallback.errno != Errno::FAULT || fallback.file_index.is_none(),
+                        "a fallback of memory names no file: {fallback:?}"
+                    );
                 }
                 Output::Event { load: id, event: LoadEvent::Failed { failure } } => {
                     let load = self.loads.get_mut(&id).unwrap();

@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::v4l2::{
-    CONTROL_BOOLEAN, CONTROL_FIXED, CONTROL_INTEGER, CONTROL_MENU, CONTROL_NEXT, Control, QUERYCTRL, QUERYMENU,
-    QueryControl, QueryMenu, S_CTRL, during, failed, ioctl, text,
+    CONTROL_BOOLEAN, CONTROL_FIXED, CONTROL_INTEGER, CONTROL_MENU, CONTROL_NEXT, Control, QUERYCTRL, QUERYMENU, QueryControl,
+    QueryMenu, S_CTRL, during, failed, ioctl, text,
 };
 
 /// The value that lets a frame pass unchanged.
