@@ -27,10 +27,10 @@ impl Given {
     /// descriptor.
     pub(crate) fn of(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
-            (segment.to_dma_buf()?, DMALOAD_DMA_BUF)
+            (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
         } else {
             let failed = |errno| Failure::new(errno, "a segment's descriptor can't be duplicated");
-            (rustix::io::fcntl_dupfd_cloexec(segment.memfd()?, 0).map_err(failed)?, DMALOAD_MEMFD)
+            (rustix::io::fcntl_dupfd_cloexec(segment.hand_out_memfd()?, 0).map_err(failed)?, DMALOAD_MEMFD)
         };
         let has = segment.file_range();
         let (start, end) = (has.start.max(wanted.start), has.end.min(wanted.end));

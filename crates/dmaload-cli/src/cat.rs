@@ -43,7 +43,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             let segment = segment.map_err(about)?;
             let wanted = match &arguments.tensor {
                 // A segment also has what lies beside the tensor in its first and last blocks.
-                Some(name) => segment.range_of(name).unwrap_or_default(),
+                Some(name) => segment.tensor_range(name).unwrap_or_default(),
                 None => 0..segment.len(),
             };
             stdout.write_all(&segment.bytes().map_err(about)?.slice(wanted))?;

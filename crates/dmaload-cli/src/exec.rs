@@ -55,9 +55,9 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
 /// The dma-buf, or on the heap memfd the memory file.
 fn descriptor(segment: &Segment) -> Result<OwnedFd> {
     if segment.has_dma_buf() {
-        return Ok(segment.to_dma_buf()?);
+        return Ok(segment.hand_out_owned_dma_buf()?);
     }
-    let memfd = segment.memfd()?;
+    let memfd = segment.hand_out_memfd()?;
     memfd.try_clone_to_owned().map_err(|error| {
         let errno = Errno::from_io_error(&error).unwrap_or(Errno::MFILE);
         Error::File { path: segment.path().to_owned(), operation: "duplicate a descriptor of its memory", errno }.into()

@@ -68,7 +68,7 @@ fn file_to_json(path: &Path, inspected: &Inspected) -> Value {
 }
 
 /// What a GGUF file says of itself, a line each.
-fn metadata(gguf: &gguf::Metadata) -> Pairs {
+fn metadata(gguf: &gguf::GgufMetadata) -> Pairs {
     let pairs = Pairs::new().with("GGUF version", gguf.version());
     gguf.iter().fold(pairs, |pairs, (key, value)| pairs.with(key, value))
 }

@@ -102,7 +102,7 @@ async fn no_byte_beyond_the_end_of_a_file_shows() {
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
         let last = image.segments().last().unwrap();
         let mut memory = vec![1; last.memory_bytes()];
-        rustix::io::pread(last.memfd().unwrap(), &mut memory, 0).unwrap();
+        rustix::io::pread(last.hand_out_memfd().unwrap(), &mut memory, 0).unwrap();
         assert!(memory[last.len()..].iter().all(|&byte| byte == 0), "{route}");
     }
 }

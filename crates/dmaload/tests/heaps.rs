@@ -71,7 +71,7 @@ async fn a_kept_descriptor_cannot_write_to_a_segment() {
             // By now the memory of this segment is sealed; that of those to come is the loader's own affair.
             for kept in heap.kept.lock().unwrap().iter() {
                 let is_same = |fd: &OwnedFd| {
-                    rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino
+                    rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino
                 };
                 if is_same(kept) {
                     assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(Errno::PERM));

@@ -202,7 +202,7 @@ async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
         let mut load = loader.load_file(open(&files.large), None, loader.options());
         let mut descriptors = 0;
         while let Some(segment) = load.next().await {
-            descriptors += usize::from(segment.unwrap().memfd().is_ok());
+            descriptors += usize::from(segment.unwrap().hand_out_memfd().is_ok());
         }
         let deadline = Instant::now() + Duration::from_secs(10);
         while holdings().descriptors > before.0 + descriptors {

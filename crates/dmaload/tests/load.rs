@@ -49,7 +49,7 @@ async fn the_bytes_after_the_end_of_the_file_are_zero_and_the_memfd_holds_the_sa
         let image = loader.load(&path).await.unwrap();
         let last = &image.segments()[1];
         let mut memory = vec![0xEE; last.memory_bytes()];
-        rustix::io::pread(last.memfd().unwrap(), &mut memory, 0).unwrap();
+        rustix::io::pread(last.hand_out_memfd().unwrap(), &mut memory, 0).unwrap();
         assert_same(&memory[..5000], &bytes[SEGMENT..], "the memfd");
         assert!(memory.len() > 5000 && memory[5000..].iter().all(|&byte| byte == 0), "{route}: the tail is zero");
     }
@@ -66,7 +66,7 @@ async fn both_heaps_give_the_bytes_and_anon_has_no_descriptor() {
         let image = builder.build().unwrap().load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, name);
         assert_eq!(image.report().heap, name);
-        match image.segments()[0].memfd() {
+        match image.segments()[0].hand_out_memfd() {
             Ok(_) => assert_eq!(name, "memfd"),
             Err(Error::NoDescriptor { .. }) => assert_eq!(name, "anon"),
             Err(other) => panic!("{other}"),

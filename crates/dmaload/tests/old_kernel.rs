@@ -77,7 +77,7 @@ async fn before_linux_5_1_own_heaps_load_and_others_fail() {
         let image = builder.build().unwrap().load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "an own heap");
         // Its descriptor can't be given to others: they could write to it.
-        let refused = image.segments()[0].memfd().unwrap_err();
+        let refused = image.segments()[0].hand_out_memfd().unwrap_err();
         assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::INVAL), "{refused}");
     }
     let error = Loader::builder().heap(OfTheCaller).build().unwrap().load(&path).await.unwrap_err();

@@ -82,7 +82,7 @@ async fn the_shared_memfd_holds_each_file_at_its_offset_with_a_zero_tail() {
     let image = loader().load_with(&paths, loader().options()).await.unwrap();
     for segment in image.segments() {
         let mut memory = vec![0xEE; segment.memory_bytes()];
-        rustix::io::pread(segment.memfd().unwrap(), &mut memory, segment.memory_offset() as u64).unwrap();
+        rustix::io::pread(segment.hand_out_memfd().unwrap(), &mut memory, segment.memory_offset() as u64).unwrap();
         let range = segment.file_range();
         let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
         assert_same(&memory[..segment.len()], &contents[segment.file_index()][range], &format!("{segment:?}"));
@@ -163,7 +163,7 @@ async fn headers_of_small_models_are_read_from_their_memory_and_what_is_wrong_is
         assert_eq!(file.tensor("w").unwrap().bytes().unwrap(), data.as_bytes());
         let [part] = &*file.tensor("w").unwrap().parts() else { panic!("a tensor in one segment") };
         let mut memory = [0; 3];
-        rustix::io::pread(part.segment.memfd().unwrap(), &mut memory, part.memory_offset() as u64).unwrap();
+        rustix::io::pread(part.segment.hand_out_memfd().unwrap(), &mut memory, part.memory_offset() as u64).unwrap();
         assert_eq!(memory, data.as_bytes(), "where it is in the memory that they share");
     }
     let short = file(folder.path(), "short.safetensors", &model("xy"));

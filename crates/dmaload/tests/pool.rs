@@ -80,7 +80,7 @@ async fn the_tail_of_memory_that_is_used_again_is_zero() {
         assert_eq!(image.report().reused_bytes, 8192);
         let segment = &image.segments()[0];
         let mut memory = vec![0xEE; 8192];
-        rustix::io::pread(segment.memfd().unwrap(), &mut memory, 0).unwrap();
+        rustix::io::pread(segment.hand_out_memfd().unwrap(), &mut memory, 0).unwrap();
         assert!(memory[4097..].iter().all(|&byte| byte == 0), "{route}");
         assert_same(&memory[..4097], &random_bytes(4097, 2), "the shorter one");
         drop(image);
@@ -94,7 +94,7 @@ async fn a_segment_whose_descriptor_was_handed_out_is_never_used_again() {
     let path = file(folder.path(), "model.bin", &bytes);
     let loader = Loader::builder().segment_bytes(SEGMENT as u64).pool_bytes(64 << 20).build().unwrap();
     let image = load(&loader, &path, loader.options()).await;
-    let kept = image.segments()[1].memfd().unwrap().try_clone_to_owned().unwrap();
+    let kept = image.segments()[1].hand_out_memfd().unwrap().try_clone_to_owned().unwrap();
     drop(image);
     assert_pooled(&loader, 3 * SEGMENT as u64, "all but one").await;
     let other = file(folder.path(), "other.bin", &random_bytes(4 * SEGMENT, 2));

@@ -418,7 +418,7 @@ async fn a_model_inside_of_an_open_file_is_loaded_from_there() {
             let whole = |options| loader.load_file(open.try_clone().unwrap(), Some(part.clone()), options);
             let image = whole(loader.options()).await.unwrap();
             let what = format!("{route} at {lead}");
-            assert_eq!((image.files()[0].len(), image.files()[0].file_part()), (inner.len() as u64, part.clone()));
+            assert_eq!((image.files()[0].len(), image.files()[0].file_range()), (inner.len() as u64, part.clone()));
             assert_same(&image.files()[0].bytes().unwrap(), &inner, &what);
             assert_eq!(image.tensors().count(), 13);
             assert_tensors(&image, &path, &what);

@@ -166,7 +166,7 @@ fn auto_takes_udmabuf_when_dma_bufs_are_required_and_says_why() {
     let loader = Loader::new().unwrap();
     let image = load(&loader, &file(4097), loader.options()).unwrap();
     assert_eq!(image.report().heap, "memfd");
-    assert!(matches!(image.segments()[0].dma_buf(), Err(Error::NoDescriptor { .. })));
+    assert!(matches!(image.segments()[0].hand_out_dma_buf(), Err(Error::NoDescriptor { .. })));
     shut_down(loader);
     let error = Loader::builder().heap(heap("memfd")).dma_buf(true).build().unwrap_err();
     assert!(matches!(error, Error::Config(_)), "{error}");
@@ -182,9 +182,9 @@ fn bytes_are_lent_or_the_dma_buf_is_handed_out_never_both() {
         let other = bytes.slice(7..9);
         assert_same(&bytes, &original()[..SEGMENT + 1], name);
         drop(bytes);
-        assert!(matches!(segment.dma_buf(), Err(Error::Viewed { views: 1, .. })), "{name}");
+        assert!(matches!(segment.hand_out_dma_buf(), Err(Error::Viewed { views: 1, .. })), "{name}");
         drop(other);
-        segment.dma_buf().unwrap();
+        segment.hand_out_dma_buf().unwrap();
         assert!(matches!(segment.bytes(), Err(Error::HandedOut { .. })), "{name}");
         assert!(matches!(image.files()[0].bytes(), Err(Error::HandedOut { .. })), "{name}");
         let mut seen = vec![0; 100];
@@ -201,7 +201,7 @@ fn a_udmabufs_memfd_is_sealed_and_refuses_writes_and_holes() {
     let loader = Loader::builder().heap(heap("udmabuf")).build().unwrap();
     let image = load(&loader, &file(SEGMENT), loader.options()).unwrap();
     let segment = &image.segments()[0];
-    let memfd = segment.memfd().unwrap();
+    let memfd = segment.hand_out_memfd().unwrap();
     assert_eq!(rustix::io::pwrite(memfd, b"x", 0), Err(Errno::PERM));
     let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     assert_eq!(rustix::fs::fallocate(memfd, hole, 0, 4096), Err(Errno::PERM));
@@ -229,7 +229,7 @@ fn what_is_shared_read_only_is_handed_to_no_device_and_what_is_shared_as_dma_buf
             assert_same(&theirs.files()[0].bytes().unwrap(), &original()[..len], &what);
             for segment in image.segments() {
                 // Not by the kernel's seals, which a driver does not ask: by never giving it away.
-                assert!(matches!(segment.to_dma_buf(), Err(Error::Viewed { .. })), "{what}");
+                assert!(matches!(segment.hand_out_owned_dma_buf(), Err(Error::Viewed { .. })), "{what}");
             }
         }
         row(
@@ -257,7 +257,7 @@ fn a_dma_buf_survives_its_loader_and_its_process() {
     if let Ok(name) = std::env::var(ROLE) {
         let loader = Loader::builder().heap(heap(&name)).build().unwrap();
         let image = load(&loader, &file(SEGMENT + 1), loader.options()).unwrap();
-        let dma_buf = image.segments()[0].to_dma_buf().unwrap();
+        let dma_buf = image.segments()[0].hand_out_owned_dma_buf().unwrap();
         shut_down(loader);
         drop(image);
         send(&UnixStream::connect(&socket).unwrap(), &dma_buf);
@@ -309,10 +309,10 @@ fn small_files_share_a_dma_buf_and_its_fate() {
             assert_eq!((image.report().segments, image.report().memories), (4, 1), "{what}");
             let [first, second, ..] = image.segments() else { panic!("{what}: four segments") };
             let view = second.bytes().unwrap();
-            let error = first.dma_buf().unwrap_err();
+            let error = first.hand_out_dma_buf().unwrap_err();
             assert!(matches!(error, Error::Viewed { .. }), "{what}: {error}");
             drop(view);
-            with_mapping(first.to_dma_buf().unwrap(), |seen| {
+            with_mapping(first.hand_out_owned_dma_buf().unwrap(), |seen| {
                 for segment in image.segments() {
                     let part = &seen[segment.memory_offset()..][..segment.memory_bytes()];
                     assert_same(&part[..segment.len()], &original()[..segment.len()], &format!("{what}, {segment:?}"));

@@ -77,7 +77,7 @@ impl Gpu {
     /// What the GPU reads in a segment's dma-buf.
     fn read(&self, segment: &Segment) -> Result<Vec<u8>> {
         let bytes = (segment.memory_offset() + segment.memory_bytes()) as u64;
-        let fd = segment.to_dma_buf()?;
+        let fd = segment.hand_out_owned_dma_buf()?;
         let mut told = vk::MemoryFdPropertiesKHR::default();
         // SAFETY: the descriptor is open, and the structures outlive the calls below. Vulkan owns what it has imported.
         unsafe {

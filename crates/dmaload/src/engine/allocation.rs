@@ -11,7 +11,7 @@ use crate::memory::backing::Backing;
 use crate::plan::tensors::FileTensors;
 use crate::plan::{Batch, Piece};
 use crate::route::Route;
-use crate::support::slot::Slot;
+use crate::support::once_value::OnceValue;
 use crate::telemetry::report::Way;
 
 /// A file as it was when the load began, and what is to be done with it.
@@ -39,7 +39,7 @@ pub(crate) struct FilePlan {
 pub(crate) struct Allocation {
     pub(crate) batch: Batch,
     pub(crate) way: Way,
-    pub(crate) memory: Arc<Slot<Arc<Backing>>>,
+    pub(crate) memory: Arc<OnceValue<Arc<Backing>>>,
     pub(crate) memory_bytes: u64,
     pub(crate) range: Arc<AddressRange>,
     pub(crate) range_offset: u64,
@@ -81,7 +81,7 @@ pub(crate) struct BatchPart {
     pub(crate) alignment_bytes: u64,
     pub(crate) route: Route,
     pub(crate) small: bool,
-    pub(crate) file: Arc<Slot<Arc<OpenFile>>>,
+    pub(crate) file: Arc<OnceValue<Arc<OpenFile>>>,
 }
 
 /// What a load has to know of the heap.

@@ -19,7 +19,7 @@ use super::state::LoadShared;
 use crate::error::Result;
 use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
-use crate::support::slot::Slot;
+use crate::support::once_value::OnceValue;
 
 /// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache
 /// beside the bytes that they are for.
@@ -44,7 +44,7 @@ pub(super) struct Filling {
     batch: Range<usize>,
     extent_bytes: usize,
     /// Of each extent, whether it is there. Extents begin at multiples of their size in the memory.
-    extents: Vec<Slot<()>>,
+    extents: Vec<OnceValue<()>>,
     about: Allocated,
     /// How many of the batch's bytes were not counted as allocated yet.
     uncounted_bytes: AtomicU64,
@@ -69,7 +69,7 @@ impl Filling {
             backing: Arc::clone(backing),
             batch,
             extent_bytes,
-            extents: std::iter::repeat_with(Slot::default).take(count).collect(),
+            extents: std::iter::repeat_with(OnceValue::default).take(count).collect(),
             about,
             uncounted_bytes: AtomicU64::new(about.bytes),
         }

@@ -33,7 +33,7 @@ use crate::ring::watch::{Observation, Watch};
 use crate::route::{Fallback, Route};
 use crate::support::foreign::{self, Foreign};
 use crate::support::id::LoadId;
-use crate::support::slot::Slot;
+use crate::support::once_value::OnceValue;
 use crate::telemetry::busy::BusyTime;
 use crate::telemetry::metrics::{LoadCounters, count};
 use crate::telemetry::report::{Measured, Way};
@@ -109,7 +109,7 @@ struct LoadState {
 #[derive(Debug)]
 struct FileState {
     planned: FilePlan,
-    open: Arc<Slot<Arc<OpenFile>>>,
+    open: Arc<OnceValue<Arc<OpenFile>>>,
     pieces_left: usize,
     /// Where its reads start.
     start: Route,
@@ -147,7 +147,7 @@ pub(crate) struct RemainingFiles {
 
 #[derive(Debug)]
 struct MemoryState {
-    cell: Arc<Slot<Arc<Backing>>>,
+    cell: Arc<OnceValue<Arc<Backing>>>,
     pieces_left: usize,
     /// Files that end in it and wait for their check.
     unchecked: usize,
@@ -329,7 +329,7 @@ impl LoadShared {
             if let Some(memory) = state.last_memory_of(index).and_then(|memory| state.memories.get_mut(memory)) {
                 memory.unchecked += 1;
             }
-            let open = Arc::new(Slot::new(planned.open.clone().filter(|_| pieces_left > 0)));
+            let open = Arc::new(OnceValue::new(planned.open.clone().filter(|_| pieces_left > 0)));
             let route = planned.route;
             let planned = FilePlan { open: None, ..planned };
             state.files.push(FileState { planned, open, pieces_left, start: route, route });

@@ -46,7 +46,7 @@ impl Names {
     }
 
     fn name(files: &[ImageFile], (file, position): (u32, u32)) -> Option<&str> {
-        let info = files.get(file as usize)?.tensor_map()?.at(position as usize)?;
+        let info = files.get(file as usize)?.tensor_map()?.get_index(position as usize)?;
         Some(&info.name)
     }
 
@@ -164,7 +164,7 @@ impl ImageFile {
 
     /// The part of the file that is the model: all of it, unless it was loaded from inside of another file
     /// ([`crate::Loader::load_file`]).
-    pub fn file_part(&self) -> Range<u64> {
+    pub fn file_range(&self) -> Range<u64> {
         self.part.clone()
     }
 
@@ -205,7 +205,7 @@ impl ImageFile {
     /// Its tensor of this name, if that was loaded, and if the model's index, where it has one, doesn't map the name to another
     /// file.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
-        let position = self.tensor_map()?.position(name)?;
+        let position = self.tensor_map()?.get_index_of(name)?;
         self.tensor_at(position)
     }
 
@@ -321,8 +321,8 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as
-    /// [`Segment::dma_buf`].
-    pub fn dma_buf(&self) -> Result<BorrowedFd<'_>> {
+    /// [`Segment::hand_out_dma_buf`].
+    pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let parts = self.parts();
         let mut numbers: Vec<_> = parts.iter().map(|part| part.segment.index()).collect();
         numbers.dedup();
@@ -330,7 +330,7 @@ impl Tensor {
             [only] => self.file.segments.iter().find(|segment| segment.index() == only),
             _ => None,
         };
-        segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.dma_buf()
+        segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.hand_out_dma_buf()
     }
 
     /// Where it is in memory: one part for each segment that holds some of it, or of each of its rows. An empty tensor has none.
@@ -358,6 +358,6 @@ impl Tensor {
     }
 
     fn info(&self) -> Option<&crate::model::TensorInfo> {
-        self.file.tensor_map()?.at(self.position)
+        self.file.tensor_map()?.get_index(self.position)
     }
 }

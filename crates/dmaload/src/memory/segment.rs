@@ -122,7 +122,7 @@ impl Segment {
     /// Its bytes, without a copy. They keep the memory alive.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] once [`Segment::dma_buf`] was asked for, of this segment or of one that shares its memory: others may
+    /// [`Error::HandedOut`] once [`Segment::hand_out_dma_buf`] was asked for, of this segment or of one that shares its memory: others may
     /// write to it.
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
@@ -142,7 +142,7 @@ impl Segment {
     ///
     /// # Errors
     /// [`Error::NoDescriptor`] on a heap that makes none; [`Error::Viewed`] while views of its bytes are alive.
-    pub fn dma_buf(&self) -> Result<BorrowedFd<'_>> {
+    pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
         match self.0.backing.hand_out() {
@@ -154,9 +154,9 @@ impl Segment {
     /// Its dma-buf as a descriptor of the caller's own (close-on-exec).
     ///
     /// # Errors
-    /// As [`Segment::dma_buf`], and [`Error::File`] at the limit of open files.
-    pub fn to_dma_buf(&self) -> Result<OwnedFd> {
-        self.dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
+    /// As [`Segment::hand_out_dma_buf`], and [`Error::File`] at the limit of open files.
+    pub fn hand_out_owned_dma_buf(&self) -> Result<OwnedFd> {
+        self.hand_out_dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
             path: self.path().to_owned(),
             operation: "duplicate its dma-buf",
             errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::MFILE),
@@ -188,7 +188,7 @@ impl Segment {
     ///
     /// # Errors
     /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is refused (Linux before 5.1).
-    pub fn memfd(&self) -> Result<BorrowedFd<'_>> {
+    pub fn hand_out_memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let memfd = self.0.backing.memfd();
         let memfd = memfd.ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "memfd" })?;
@@ -201,9 +201,9 @@ impl Segment {
 
     /// Where in this segment the bytes of its file's tensor of that name are; `None` where it has none of them, or where they
     /// are in rows that are apart. A tensor that crosses segments is in each of these in part.
-    pub fn range_of(&self, tensor: &str) -> Option<Range<usize>> {
+    pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
-        let part = tensors.part_at(tensors.map.position(tensor)?)?;
+        let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;
         let (wanted, held) = (part.rows.hull(), self.file_range());
         let (start, end) = (wanted.start.max(held.start), wanted.end.min(held.end));
         let at = |offset: u64| usize::try_from(offset - held.start).expect("a segment's length fits into memory");

@@ -178,7 +178,7 @@ pub enum ModelError {
         reason: String,
     },
 
-    /// A tensor's element type is not one of [`DType::ALL`].
+    /// A tensor's element type is not one of [`DType::SAFETENSORS`].
     #[error("tensor {} has the unknown dtype {} (names are exact: \"BF16\", \"F8_E4M3\")", quote(.tensor), quote(.found))]
     UnknownDType {
         /// The tensor's name.

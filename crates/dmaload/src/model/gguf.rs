@@ -15,7 +15,7 @@ mod metadata;
 
 use self::cursor::{Cursor, Stop};
 pub use self::magic::{MAGIC, is_gguf};
-pub use self::metadata::{Array, Metadata, Value};
+pub use self::metadata::{Array, GgufMetadata, Value};
 use super::dtype::DType;
 use super::error::{ModelError, quote};
 use super::map::{self, TensorInfo, TensorMap};
@@ -73,13 +73,13 @@ fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
     let data_begin = header_bytes.next_multiple_of(alignment);
     place(cursor, &mut found, data_begin, alignment, file_bytes)?;
     let infos = found.into_iter().map(|(_, info)| info).collect();
-    let map = TensorMap::new(infos, map::Metadata::default(), data_begin.min(file_bytes))
+    let map = TensorMap::new(infos, map::SafetensorsMetadata::default(), data_begin.min(file_bytes))
         .map_err(|tensor| Stop::Fault(ModelError::DuplicateTensor { tensor }))?;
     Ok(map.with_gguf(metadata))
 }
 
 /// `general.alignment`, or what holds without it.
-fn alignment(cursor: &Cursor<'_>, metadata: &Metadata) -> Result<u64, Stop> {
+fn alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> {
     match metadata.get("general.alignment") {
         None => Ok(DEFAULT_ALIGNMENT),
         Some(Value::U32(alignment)) if alignment.is_power_of_two() && alignment >= 8 => Ok(u64::from(alignment)),

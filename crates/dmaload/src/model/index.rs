@@ -143,7 +143,7 @@ impl Index {
     pub fn check(&self, file: &str, found: Option<&TensorMap>) -> Result<(), ModelError> {
         let shard = self.shards.iter().find(|shard| shard.name == file);
         let missing =
-            shard.and_then(|shard| shard.tensors.iter().find(|name| found.is_none_or(|found| found.position(name).is_none())));
+            shard.and_then(|shard| shard.tensors.iter().find(|name| found.is_none_or(|found| found.get_index_of(name).is_none())));
         missing.map_or(Ok(()), |tensor| Err(ModelError::IndexDisagrees { tensor: tensor.clone() }))
     }
 }
@@ -177,8 +177,8 @@ struct WeightMap(Vec<(String, String)>);
 
 impl<'de> Deserialize<'de> for Document {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Keys;
-        impl<'de> Visitor<'de> for Keys {
+        struct DocumentVisitor;
+        impl<'de> Visitor<'de> for DocumentVisitor {
             type Value = Document;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -197,14 +197,14 @@ impl<'de> Deserialize<'de> for Document {
                 weight_map.map(|weight_map| Document { weight_map }).ok_or_else(|| serde::de::Error::missing_field("weight_map"))
             }
         }
-        deserializer.deserialize_map(Keys)
+        deserializer.deserialize_map(DocumentVisitor)
     }
 }
 
 impl<'de> Deserialize<'de> for WeightMap {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Pairs;
-        impl<'de> Visitor<'de> for Pairs {
+        struct WeightMapVisitor;
+        impl<'de> Visitor<'de> for WeightMapVisitor {
             type Value = WeightMap;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -219,7 +219,7 @@ impl<'de> Deserialize<'de> for WeightMap {
                 Ok(WeightMap(pairs))
             }
         }
-        deserializer.deserialize_map(Pairs)
+        deserializer.deserialize_map(WeightMapVisitor)
     }
 }
 

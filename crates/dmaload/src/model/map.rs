@@ -3,7 +3,7 @@
 use std::{fmt, ops::Range, slice};
 
 use super::dtype::DType;
-use super::gguf::Metadata as GgufMetadata;
+use super::gguf::GgufMetadata;
 use super::names::NameIndex;
 
 /// One tensor: its name, its type, its shape, and where its bytes are.
@@ -29,7 +29,7 @@ pub struct TensorInfo {
 pub struct TensorMap {
     tensors: Vec<TensorInfo>,
     by_name: NameIndex,
-    metadata: Metadata,
+    metadata: SafetensorsMetadata,
     gguf: Option<Box<GgufMetadata>>,
     header_bytes: u64,
 }
@@ -37,7 +37,7 @@ pub struct TensorMap {
 impl TensorMap {
     /// Takes tensors in any order, and puts them into file order. Two of the
     /// same name are an error, which holds the name.
-    pub(super) fn new(mut tensors: Vec<TensorInfo>, metadata: Metadata, header_bytes: u64) -> Result<Self, String> {
+    pub(super) fn new(mut tensors: Vec<TensorInfo>, metadata: SafetensorsMetadata, header_bytes: u64) -> Result<Self, String> {
         // An unstable sort needs no second copy of a hostile list; the name
         // makes the order total, so that it does not show.
         tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
@@ -48,7 +48,7 @@ impl TensorMap {
 
     /// A map that came from another process: no file's header. Two tensors of the same name are an error, which holds the name.
     pub(crate) fn of(tensors: Vec<TensorInfo>) -> Result<Self, String> {
-        Self::new(tensors, Metadata::default(), 0)
+        Self::new(tensors, SafetensorsMetadata::default(), 0)
     }
 
     /// The same map, of a model that begins so many bytes into its file. `None` where that is beyond what 64 bits count.
@@ -78,7 +78,7 @@ impl TensorMap {
     /// The tensor of that name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
-        self.at(self.position(name)?)
+        self.get_index(self.get_index_of(name)?)
     }
 
     /// The tensors in file order.
@@ -100,13 +100,13 @@ impl TensorMap {
 
     /// The tensor at this position in file order.
     #[must_use]
-    pub fn at(&self, position: usize) -> Option<&TensorInfo> {
-        self.tensors.get(position)
+    pub fn get_index(&self, index: usize) -> Option<&TensorInfo> {
+        self.tensors.get(index)
     }
 
     /// Where in file order the tensor of that name is.
     #[must_use]
-    pub fn position(&self, name: &str) -> Option<usize> {
+    pub fn get_index_of(&self, name: &str) -> Option<usize> {
         self.by_name.find(name, |i| &self.tensors[i].name)
     }
 
@@ -124,7 +124,7 @@ impl TensorMap {
 
     /// The free-form metadata of a safetensors file; empty if it has none.
     #[must_use]
-    pub fn metadata(&self) -> &Metadata {
+    pub fn metadata(&self) -> &SafetensorsMetadata {
         &self.metadata
     }
 
@@ -152,15 +152,15 @@ fn file_order(tensor: &TensorInfo) -> (u64, u64, &str) {
 
 /// The free-form strings of a file's `__metadata__`, in header order.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Metadata {
-    pairs: Pairs,
+pub struct SafetensorsMetadata {
+    pairs: StringPairs,
     by_key: NameIndex,
 }
 
-impl Metadata {
+impl SafetensorsMetadata {
     /// Takes the pairs as read. A key that comes twice is an error, which
     /// holds the key.
-    pub(super) fn new(mut pairs: Pairs) -> Result<Self, String> {
+    pub(super) fn new(mut pairs: StringPairs) -> Result<Self, String> {
         pairs.text.shrink_to_fit();
         pairs.ends.shrink_to_fit();
         let by_key = NameIndex::new(pairs.len(), |i| pairs.key(i)).map_err(|duplicate| pairs.key(duplicate).to_owned())?;
@@ -193,7 +193,7 @@ impl Metadata {
     }
 }
 
-impl fmt::Debug for Metadata {
+impl fmt::Debug for SafetensorsMetadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map().entries(self.iter()).finish()
     }
@@ -202,13 +202,13 @@ impl fmt::Debug for Metadata {
 /// Strings by twos, all in one buffer: a hostile header can hold ten million
 /// pairs, and two allocations for each would be many times its length.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub(super) struct Pairs {
+pub(super) struct StringPairs {
     text: String,
     /// Where each string ends in `text`; keys are even, values odd.
     ends: Vec<u32>,
 }
 
-impl Pairs {
+impl StringPairs {
     /// Appends a string: a key, then its value, then the next key.
     pub(super) fn push(&mut self, string: &str) {
         self.text.push_str(string);
@@ -251,7 +251,7 @@ mod tests {
     #[test]
     fn tensors_are_in_file_order_and_found_by_name() {
         let tensors = vec![tensor("b", 4..4), tensor("c", 4..8), tensor("z", 0..4), tensor("a", 4..4)];
-        let map = TensorMap::new(tensors, Metadata::default(), 2).unwrap();
+        let map = TensorMap::new(tensors, SafetensorsMetadata::default(), 2).unwrap();
         let names: Vec<_> = map.iter().map(|t| t.name.as_str()).collect();
         assert_eq!(names, ["z", "a", "b", "c"]);
         assert_eq!(map.get("c").unwrap().file_range, 4..8);
@@ -264,18 +264,18 @@ mod tests {
     #[test]
     fn a_duplicate_is_named() {
         let tensors = vec![tensor("b", 4..5), tensor("a", 0..4), tensor("b", 5..6)];
-        assert_eq!(TensorMap::new(tensors, Metadata::default(), 2), Err("b".into()));
+        assert_eq!(TensorMap::new(tensors, SafetensorsMetadata::default(), 2), Err("b".into()));
     }
 
     #[test]
     fn metadata_keep_the_order_of_the_header() {
-        let mut pairs = Pairs::default();
+        let mut pairs = StringPairs::default();
         assert_eq!(pairs.last(), "");
         for string in ["z", "1", "", "ä", "a", ""] {
             pairs.push(string);
             assert_eq!(pairs.last(), string);
         }
-        let metadata = Metadata::new(pairs).unwrap();
+        let metadata = SafetensorsMetadata::new(pairs).unwrap();
         assert_eq!(metadata.iter().collect::<Vec<_>>(), [("z", "1"), ("", "ä"), ("a", "")]);
         assert_eq!(metadata.get(""), Some("ä"));
         assert_eq!(metadata.get("a"), Some(""));

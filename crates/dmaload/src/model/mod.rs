@@ -31,4 +31,4 @@ pub use dtype::DType;
 pub use error::ModelError;
 pub use foreign::ForeignFile;
 pub(crate) use foreign::{LOOKED_AT_BYTES, recognise};
-pub use map::{Metadata, TensorInfo, TensorMap};
+pub use map::{SafetensorsMetadata, TensorInfo, TensorMap};

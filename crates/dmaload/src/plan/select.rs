@@ -463,7 +463,7 @@ pub(crate) fn by_tensors(
         Ok(())
     };
     match &selected.tensors {
-        Some(chosen) => chosen.list().iter().try_for_each(|chosen| match map.at(chosen.position) {
+        Some(chosen) => chosen.list().iter().try_for_each(|chosen| match map.get_index(chosen.position) {
             Some(info) => add(info, chosen.part.rows.hull(), chosen.class),
             None => Ok(()),
         })?,

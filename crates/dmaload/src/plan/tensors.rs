@@ -40,7 +40,7 @@ impl FileTensors {
             Some(chosen) => chosen.at(position).map(|chosen| chosen.part.clone()),
             None => self
                 .map
-                .at(position)
+                .get_index(position)
                 .map(|info| TensorSlice { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) }),
         }
     }

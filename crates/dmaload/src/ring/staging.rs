@@ -35,7 +35,7 @@ const SLOT: &str = "slots stay until all of them are cleared";
 pub(crate) struct StagingSlot(usize);
 
 #[derive(Debug)]
-struct Slot<S> {
+struct StagingBuffer<S> {
     buffer: S,
     /// Where it is registered.
     buffer_slot: Option<u16>,
@@ -57,7 +57,7 @@ pub(crate) struct StagingStep {
 #[derive(Debug)]
 pub(crate) struct Staging<S> {
     budget: StagingBudget,
-    slots: Vec<Slot<S>>,
+    slots: Vec<StagingBuffer<S>>,
     free: Vec<StagingSlot>,
     /// Why there are fewer slots than the budget allows.
     short: Option<Errno>,
@@ -94,7 +94,7 @@ impl<S: Buffer> Staging<S> {
     ) -> Result<Option<StagingSlot>, Errno> {
         let taken = || self.slots.iter().filter(|slot| slot.taken_by.is_some());
         let reading = || taken().filter(|slot| slot.reading);
-        let own = |slot: &&Slot<S>| !waits && slot.taken_by == Some(load);
+        let own = |slot: &&StagingBuffer<S>| !waits && slot.taken_by == Some(load);
         let may_take = may_have_one(self.budget.slots as u64, taken().count() as u64, taken().filter(own).count() as u64);
         let may_read = may_have_one(self.budget.reads(), reading().count() as u64, reading().filter(own).count() as u64);
         if !may_take || !may_read {
@@ -105,7 +105,7 @@ impl<S: Buffer> Staging<S> {
                 Ok(buffer) => {
                     self.short = None;
                     self.free.push(StagingSlot(self.slots.len()));
-                    self.slots.push(Slot { buffer, buffer_slot: None, taken_by: None, reading: false });
+                    self.slots.push(StagingBuffer { buffer, buffer_slot: None, taken_by: None, reading: false });
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
                 // The ones that exist have to do.

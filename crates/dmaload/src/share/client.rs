@@ -353,7 +353,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
         // are not given: it counts as handed out below.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
-            segment.dma_buf()?;
+            segment.hand_out_dma_buf()?;
         }
         segments.push(segment);
     }

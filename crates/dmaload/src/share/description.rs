@@ -60,7 +60,7 @@ pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
             };
             file.tensors().map(tensor).collect::<Vec<_>>()
         });
-        let part = file.file_part();
+        let part = file.file_range();
         json!({
             "path": file.path().to_string_lossy(), "bytes": file.file_bytes(), "part": [part.start, part.end], "tensors": tensors,
         })
@@ -173,7 +173,7 @@ fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     let map = TensorMap::of(infos).ok()?;
     // In the order in which they came, which is not that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
-        let position = map.position(&info.name)?;
+        let position = map.get_index_of(&info.name)?;
         Some(ChosenTensor { position, class, part })
     });
     let chosen = ChosenTensors::new(list.collect::<Option<_>>()?);

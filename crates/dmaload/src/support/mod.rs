@@ -1,6 +1,6 @@
 //! What every other folder builds on, and that knows nothing of loads: locks and atomics that loom
 //! can replace ([`sync`]), the name of a load ([`id`]), a value that the first of several threads
-//! makes ([`slot`]), calls into the caller's code whose panics are caught ([`foreign`]), choices by
+//! makes ([`once_value`]), calls into the caller's code whose panics are caught ([`foreign`]), choices by
 //! their names ([`names`]), and conversions of numbers ([`convert`]).
 //!
 //! It imports nothing of this crate, makes no system call beyond those of the standard library's
@@ -10,5 +10,5 @@ pub(crate) mod convert;
 pub(crate) mod foreign;
 pub(crate) mod id;
 pub(crate) mod names;
-pub(crate) mod slot;
+pub(crate) mod once_value;
 pub(crate) mod sync;

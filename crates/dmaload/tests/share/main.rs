@@ -94,7 +94,7 @@ async fn a_client_has_the_same_image_and_keeps_it_when_the_server_is_gone() {
     drop(image);
     assert_same(&attached.image.files()[1].bytes().unwrap(), &fs::read(&raw).unwrap(), "after the loader");
     // What is shared can't be written to, by anybody.
-    let memfd = attached.image.segments()[0].memfd().unwrap();
+    let memfd = attached.image.segments()[0].hand_out_memfd().unwrap();
     assert!(rustix::io::pwrite(memfd, b"x", 0).is_err());
 }
 
@@ -211,7 +211,7 @@ fn the_client() {
     };
     let mut digest = Sha256::new();
     image.segments().iter().for_each(|segment| digest.update(segment.bytes().unwrap()));
-    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino);
+    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino);
     println!("memories {:?}", inodes.collect::<Vec<_>>());
     println!("digest {}", hex(&digest.finalize()));
 }
@@ -271,7 +271,7 @@ async fn ten_processes_have_one_image_in_one_memory_and_one_that_is_killed_harms
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
-    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.memfd().unwrap()).unwrap().st_ino);
+    let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino);
     let memories = format!("memories {:?}", inodes.collect::<Vec<_>>());
     for delay in 0..8 {
         let mut killed = client(&socket);

@@ -97,7 +97,7 @@ pub fn assert_dma_bufs(segments: &[Segment], expected: &[u8], what: &str) {
     let mut at = 0;
     for segment in segments {
         let len = segment.len();
-        with_mapping(segment.to_dma_buf().unwrap(), |seen| {
+        with_mapping(segment.hand_out_owned_dma_buf().unwrap(), |seen| {
             assert_eq!(seen.len(), segment.memory_bytes(), "{what}: the dma-buf's length");
             assert_same(&seen[..len], &expected[at..at + len], what);
             assert!(seen[len..].iter().all(|&byte| byte == 0), "{what}: the tail is zero");

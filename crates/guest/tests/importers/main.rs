@@ -36,10 +36,10 @@ fn seen_by_vivid(loopback: &mut Loopback, heap: impl Heap, options: impl FnOnce(
     let image = load(&loader, &file(LEN), options(loader.options())).unwrap();
     shut_down(loader);
     let segment = &image.segments()[0];
-    let frame = loopback.pass(segment.dma_buf().unwrap(), segment.memory_bytes()).unwrap();
+    let frame = loopback.pass(segment.hand_out_dma_buf().unwrap(), segment.memory_bytes()).unwrap();
     assert_eq!(frame.len(), loopback.frame_bytes());
     assert!(frame.len() > HUGE && frame.len() < LEN);
-    vgem::attach(segment.dma_buf().unwrap()).unwrap();
+    vgem::attach(segment.hand_out_dma_buf().unwrap()).unwrap();
     // Its own mapping is right in every case.
     assert_dma_bufs(image.segments(), &original()[..LEN], "the dma-buf's own mapping");
     (image, frame)

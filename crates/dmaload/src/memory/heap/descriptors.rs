@@ -42,7 +42,7 @@ impl FromDescriptors {
     ///
     /// - It is a dma-buf of new memory, which shares no page with any other memory.
     /// - No duplicate of it, no mapping of it and no importer of it writes to that memory, except those that
-    ///   got it from dmaload ([`crate::Segment::dma_buf`]).
+    ///   got it from dmaload ([`crate::Segment::hand_out_dma_buf`]).
     /// - Its pages stay: none is taken away, replaced, or moved under a mapping.
     #[allow(unsafe_code, reason = "the contract above")]
     pub unsafe fn new(

@@ -11,7 +11,7 @@ use crate::model::names::NameIndex;
 
 /// What a GGUF file says about itself.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Metadata {
+pub struct GgufMetadata {
     version: u32,
     /// The part of the header that the ranges are of.
     bytes: Box<[u8]>,
@@ -180,7 +180,7 @@ impl Value<'_> {
     }
 }
 
-impl Metadata {
+impl GgufMetadata {
     /// The version of the format: 2 or 3.
     #[must_use]
     pub fn version(&self) -> u32 {
@@ -226,7 +226,7 @@ impl Metadata {
     }
 }
 
-impl fmt::Debug for Metadata {
+impl fmt::Debug for GgufMetadata {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map().entries(self.iter()).finish()
     }
@@ -274,7 +274,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
 const DEPTH_LIMIT: u32 = 4;
 
 /// Reads all pairs.
-pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<Metadata, Stop> {
+pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<GgufMetadata, Stop> {
     let begin = cursor.position();
     let mut entries = Vec::new();
     let mut text: Vec<&str> = Vec::new();
@@ -302,7 +302,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         let key = text.get(twice).copied().unwrap_or_default();
         cursor.fault(begin, format!("key {} comes twice", quote(key)))
     })?;
-    Ok(Metadata { version, bytes: cursor.seen(begin..end).into(), entries, by_key })
+    Ok(GgufMetadata { version, bytes: cursor.seen(begin..end).into(), entries, by_key })
 }
 
 /// Passes over a value.

@@ -14,7 +14,7 @@ use crate::model::limits::RANK_LIMIT;
 use crate::model::{
     dtype::DType,
     error::{ModelError, shorten},
-    map::{Metadata, Pairs, TensorInfo},
+    map::{SafetensorsMetadata, StringPairs, TensorInfo},
 };
 
 /// The one key of a header that names no tensor.
@@ -28,7 +28,7 @@ pub(super) const WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 pub(super) struct Contents {
     /// In header order.
     pub(super) tensors: Vec<TensorInfo>,
-    pub(super) metadata: Metadata,
+    pub(super) metadata: SafetensorsMetadata,
 }
 
 /// Reads a header whose tensors lie in the `data_bytes` that begin at
@@ -50,7 +50,7 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
         return Err(ModelError::BytesAfterJson { offset, found });
     }
 
-    let metadata = Metadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
+    let metadata = SafetensorsMetadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
@@ -60,7 +60,7 @@ struct Reader {
     data_bytes: u64,
     tensors: Vec<TensorInfo>,
     /// `Some` once the key has come, also if its value was null.
-    metadata: Option<Pairs>,
+    metadata: Option<StringPairs>,
     /// The numbers of the list being read, to be copied at their final size.
     numbers: Vec<u64>,
     /// Where reading stopped, if it did.
@@ -192,30 +192,30 @@ struct MetadataSeed<'a> {
 }
 
 impl<'de> DeserializeSeed<'de> for MetadataSeed<'_> {
-    type Value = Pairs;
+    type Value = StringPairs;
 
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Pairs, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<StringPairs, D::Error> {
         json.deserialize_option(self)
     }
 }
 
 impl<'de> Visitor<'de> for MetadataSeed<'_> {
-    type Value = Pairs;
+    type Value = StringPairs;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of strings")
     }
 
-    fn visit_none<E: Error>(self) -> Result<Pairs, E> {
-        Ok(Pairs::default())
+    fn visit_none<E: Error>(self) -> Result<StringPairs, E> {
+        Ok(StringPairs::default())
     }
 
-    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<Pairs, D::Error> {
+    fn visit_some<D: Deserializer<'de>>(self, json: D) -> Result<StringPairs, D::Error> {
         json.deserialize_map(self)
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs, A::Error> {
-        let mut pairs = Pairs::default();
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<StringPairs, A::Error> {
+        let mut pairs = StringPairs::default();
         while map.next_key_seed(PushString(&mut pairs))?.is_some() {
             if let Err(error) = map.next_value_seed(PushString(&mut pairs)) {
                 *self.place = ValuePlace::MetadataValue { key: pairs.last().to_owned() };
@@ -227,7 +227,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
 }
 
 /// Reads a string to where it stays, without one of its own.
-struct PushString<'a>(&'a mut Pairs);
+struct PushString<'a>(&'a mut StringPairs);
 
 impl<'de> DeserializeSeed<'de> for PushString<'_> {
     type Value = ();

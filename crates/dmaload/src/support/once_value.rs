@@ -4,7 +4,7 @@
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
 #[derive(Debug)]
-enum SlotState<T> {
+enum ValueState<T> {
     Empty,
     /// A thread is making it.
     Making,
@@ -13,31 +13,31 @@ enum SlotState<T> {
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Slot<T> {
-    state: Mutex<SlotState<T>>,
+pub(crate) struct OnceValue<T> {
+    state: Mutex<ValueState<T>>,
     changed: Condvar,
 }
 
-impl<T> Default for Slot<T> {
+impl<T> Default for OnceValue<T> {
     fn default() -> Self {
-        Slot::new(None)
+        OnceValue::new(None)
     }
 }
 
-impl<T> Slot<T> {
+impl<T> OnceValue<T> {
     pub(crate) fn new(value: Option<T>) -> Self {
-        Slot { state: Mutex::new(value.map_or(SlotState::Empty, SlotState::There)), changed: Condvar::new() }
+        OnceValue { state: Mutex::new(value.map_or(ValueState::Empty, ValueState::There)), changed: Condvar::new() }
     }
 
-    fn state(&self) -> MutexGuard<'_, SlotState<T>> {
+    fn state(&self) -> MutexGuard<'_, ValueState<T>> {
         lock(&self.state)
     }
 
     /// Takes it out, if it is there.
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
-        match std::mem::replace(&mut *state, SlotState::Empty) {
-            SlotState::There(value) => Some(value),
+        match std::mem::replace(&mut *state, ValueState::Empty) {
+            ValueState::There(value) => Some(value),
             other => {
                 *state = other;
                 None
@@ -46,12 +46,12 @@ impl<T> Slot<T> {
     }
 }
 
-impl<T: Clone> Slot<T> {
+impl<T: Clone> OnceValue<T> {
     /// A clone of it, if it is there.
     pub(crate) fn get(&self) -> Option<T> {
         match &*self.state() {
-            SlotState::There(value) => Some(value.clone()),
-            SlotState::Empty | SlotState::Making => None,
+            ValueState::There(value) => Some(value.clone()),
+            ValueState::Empty | ValueState::Making => None,
         }
     }
 
@@ -64,15 +64,15 @@ impl<T: Clone> Slot<T> {
         let mut state = self.state();
         loop {
             match &*state {
-                SlotState::There(value) => return Ok(value.clone()),
-                SlotState::Making => state = wait(&self.changed, state),
-                SlotState::Empty => break,
+                ValueState::There(value) => return Ok(value.clone()),
+                ValueState::Making => state = wait(&self.changed, state),
+                ValueState::Empty => break,
             }
         }
-        *state = SlotState::Making;
+        *state = ValueState::Making;
         drop(state);
         // Also when `make` panics, the others must not wait for ever.
-        let mut making = Making { slot: self, value: None };
+        let mut making = Making { owner: self, value: None };
         let value = make()?;
         making.value = Some(value.clone());
         Ok(value)
@@ -80,15 +80,15 @@ impl<T: Clone> Slot<T> {
 }
 
 struct Making<'a, T> {
-    slot: &'a Slot<T>,
+    owner: &'a OnceValue<T>,
     value: Option<T>,
 }
 
 impl<T> Drop for Making<'_, T> {
     fn drop(&mut self) {
-        let made = self.value.take().map_or(SlotState::Empty, SlotState::There);
-        *self.slot.state() = made;
-        self.slot.changed.notify_all();
+        let made = self.value.take().map_or(ValueState::Empty, ValueState::There);
+        *self.owner.state() = made;
+        self.owner.changed.notify_all();
     }
 }
 
@@ -102,8 +102,8 @@ mod tests {
     fn it_is_made_once_and_again_only_after_a_failure() {
         for first_fails in [false, true] {
             model(move || {
-                let shared = Arc::new((Slot::<usize>::default(), AtomicUsize::new(0)));
-                let get = move |shared: &(Slot<usize>, AtomicUsize)| {
+                let shared = Arc::new((OnceValue::<usize>::default(), AtomicUsize::new(0)));
+                let get = move |shared: &(OnceValue<usize>, AtomicUsize)| {
                     shared.0.get_or_make(|| {
                         let before = shared.1.fetch_add(1, Ordering::Relaxed);
                         if first_fails && before == 0 { Err(()) } else { Ok(before) }
@@ -126,9 +126,9 @@ mod tests {
     #[test]
     #[cfg(not(dmaload_loom))]
     fn a_panic_while_it_is_made_leaves_it_to_others() {
-        let slot = Slot::<usize>::default();
-        let panicked = crate::support::foreign::call(|| slot.get_or_make(|| -> Result<usize, ()> { panic!("here") }));
+        let shared = OnceValue::<usize>::default();
+        let panicked = crate::support::foreign::call(|| shared.get_or_make(|| -> Result<usize, ()> { panic!("here") }));
         assert!(panicked.is_err());
-        assert_eq!(slot.get_or_make(|| Ok::<_, ()>(7)), Ok(7));
+        assert_eq!(shared.get_or_make(|| Ok::<_, ()>(7)), Ok(7));
     }
 }
