@@ -1,7 +1,7 @@
 //! `dmaload inspect`: what a file says about itself.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
@@ -26,9 +26,9 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let files = dmaload::inspect_model(&arguments.path, arguments.format)?;
+    let files = dmaload::inspect_model_blocking(&arguments.path, arguments.format)?;
     if arguments.json {
-        let mut objects = files.iter().map(|(path, inspected)| file_to_json(path, inspected));
+        let mut objects = files.iter().map(file_to_json);
         let object = match objects.len() {
             1 => objects.next().unwrap_or_default(),
             _ => json!({ "path": arguments.path.to_string_lossy(), "files": objects.collect::<Vec<_>>() }),
@@ -36,9 +36,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         return Ok(output::write_json(&object)?);
     }
     let mut stdout = output::stdout();
-    for (number, (path, inspected)) in files.iter().enumerate() {
+    for (number, inspected) in files.iter().enumerate() {
+        let (path, file_bytes) = (printable::path(&inspected.path), bytes(inspected.file_bytes));
         if files.len() > 1 {
-            writeln!(stdout, "{}{}, {}", if number == 0 { "" } else { "\n" }, printable::path(&path), bytes(inspected.bytes))?;
+            writeln!(stdout, "{}{path}, {file_bytes}", if number == 0 { "" } else { "\n" })?;
         }
         match &inspected.tensors {
             Some(tensors) => {
@@ -49,18 +50,18 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
                 }
                 write!(stdout, "{}", table(tensors))?;
             }
-            None => writeln!(stdout, "{}: raw bytes, {}", printable::path(&path), bytes(inspected.bytes))?,
+            None => writeln!(stdout, "{path}: raw bytes, {file_bytes}")?,
         }
     }
     Ok(stdout.flush()?)
 }
 
-fn file_to_json(path: &Path, inspected: &Inspected) -> Value {
+fn file_to_json(inspected: &Inspected) -> Value {
     let (format, tensors) = match &inspected.tensors {
         Some(tensors) => (tensors.format(), to_json(tensors)),
         None => ("raw", json!({ "tensors": [] })),
     };
-    let mut object = json!({ "path": path.to_string_lossy(), "bytes": inspected.bytes, "format": format });
+    let mut object = json!({ "path": inspected.path.to_string_lossy(), "bytes": inspected.file_bytes, "format": format });
     if let (Some(object), Value::Object(tensors)) = (object.as_object_mut(), tensors) {
         object.extend(tensors);
     }

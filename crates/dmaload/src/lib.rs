@@ -40,7 +40,7 @@ pub use dmabuf;
 pub use engine::Leaked;
 pub use engine::event::Progress;
 pub use error::{Error, Result};
-pub use inspect::{Inspected, inspect, inspect_model};
+pub use inspect::{Inspected, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 pub use load::image::{Image, ImageFile, Tensor, TensorPart};
 pub use load::{Load, Segments, Tensors};
 pub use loader::{Loader, LoaderBuilder};

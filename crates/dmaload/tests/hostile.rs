@@ -274,8 +274,9 @@ fn damaged_gguf_headers_cost_little_and_never_leave_the_file() {
         };
         let mut end = map.header_bytes();
         for tensor in map.iter() {
-            let (elements, bytes) = tensor.dtype.block();
-            assert_eq!(tensor.shape.iter().product::<u64>() / elements * bytes, tensor.file_range.end - tensor.file_range.start);
+            let blocks = tensor.shape.iter().product::<usize>() / tensor.dtype.block_elements();
+            let bytes = (blocks * tensor.dtype.block_bytes()) as u64;
+            assert_eq!(bytes, tensor.file_range.end - tensor.file_range.start);
             assert!(tensor.file_range.start >= end && tensor.file_range.end <= length, "{tensor:?}");
             end = tensor.file_range.end;
         }

@@ -53,12 +53,11 @@ fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
         let info = map.get(name).expect("the crate's tensor is in the map");
-        let shape: Vec<u64> = view.shape().iter().map(|&dim| dim as u64).collect();
         // A slice's address tells where the crate found it.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
         prop_assert_eq!(info.dtype.to_string(), format!("{:?}", view.dtype()));
-        prop_assert_eq!(&info.shape, &shape);
+        prop_assert_eq!(&info.shape, view.shape());
         prop_assert_eq!(&info.file_range, &(begin..begin + view.data().len() as u64));
     }
     let (header_bytes, metadata) = SafeTensors::read_metadata(file).unwrap();
@@ -258,8 +257,15 @@ fn dtypes_are_those_of_the_crate() {
     let theirs = oracle_dtypes();
     assert_eq!(theirs.len(), DType::SAFETENSORS.len());
     for dtype in theirs {
-        let ours = DType::parse(&format!("{dtype:?}")).expect("a dtype of the crate");
-        assert_eq!(ours.bits(), dtype.bitsize() as u64, "{ours}");
+        // What the crate writes into a header, and reads from one.
+        let name: String = serde_json::from_value(serde_json::to_value(dtype).unwrap()).unwrap();
+        let ours: DType = name.parse().expect("a dtype of the crate");
+        assert_eq!(DType::try_from(name.as_str()), Ok(ours));
+        assert_eq!((ours.name(), ours.to_string()), (name.as_str(), dtype.to_string()));
+        assert_eq!(serde_json::from_str::<Dtype>(&format!("\"{ours}\"")).unwrap(), dtype);
+        assert_eq!(ours.element_bits(), Some(dtype.bitsize()), "{ours}");
+        let whole_bytes = dtype.bitsize().is_multiple_of(8).then_some(dtype.bitsize() / 8);
+        assert_eq!(ours.element_bytes(), whole_bytes, "{ours}");
     }
 }
 

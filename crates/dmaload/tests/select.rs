@@ -48,8 +48,7 @@ fn assert_tensors(image: &Image, path: &Path, what: &str) {
     for tensor in image.tensors() {
         let view = theirs.tensor(tensor.name()).unwrap();
         assert_same(&tensor.bytes().unwrap(), view.data(), &format!("{what}: {}", tensor.name()));
-        let shape: Vec<u64> = view.shape().iter().map(|&dim| dim as u64).collect();
-        assert_eq!(tensor.shape(), shape);
+        assert_eq!(tensor.shape(), view.shape());
     }
 }
 
@@ -151,7 +150,7 @@ async fn files_without_bytes_to_read_and_small_ones_have_their_tensors_in_the_st
         let mut count = 0;
         while let Some(tensor) = tensors.next().await {
             let tensor = tensor.unwrap();
-            assert_eq!(tensor.bytes().unwrap().len() as u64, 2 * tensor.shape().iter().product::<u64>());
+            assert_eq!(tensor.bytes().unwrap().len(), 2 * tensor.shape().iter().product::<usize>());
             count += 1;
         }
         assert_eq!(count, expected);
@@ -175,7 +174,7 @@ async fn ranks_have_the_model_between_them() {
                 let copy = tensor.to_vec().unwrap();
                 match tensor.bytes() {
                     Ok(bytes) => assert_same(&bytes, &copy, tensor.name()),
-                    Err(Error::Apart { rows, .. }) => assert!(dim == 1 && rows == tensor.shape()[0], "{}", tensor.name()),
+                    Err(Error::Apart { rows, .. }) => assert!(dim == 1 && rows == tensor.shape()[0] as u64, "{}", tensor.name()),
                     Err(error) => panic!("{error}"),
                 }
                 let by_parts: usize = tensor.parts().iter().map(|part| part.len).sum();
@@ -380,7 +379,7 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
         let image = loader.load(&parts[0]).await.unwrap();
         assert_eq!(image.files().len(), 2, "the other part comes along");
         let q = image.tensor("q").unwrap();
-        assert_eq!((q.dtype(), q.shape()), (DType::Q8_0, &[32 * blocks as u64][..]));
+        assert_eq!((q.dtype(), q.shape()), (DType::Q8_0, &[32 * blocks][..]));
         assert_same(&q.bytes().unwrap(), &data[0], "q");
         assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
         let map = image.files()[0].tensor_map().unwrap();

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use attributes::attributes;
 use common::{assert_same, folder, random_bytes};
-use dmaload::{Error, Image, Load, Loader, LoaderBuilder};
+use dmaload::{Error, Format, Image, Load, Loader, LoaderBuilder};
 use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
     Config, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr,
@@ -435,5 +435,38 @@ async fn shutdown_tells_each_worker_that_hangs() {
         // They end when the server answers.
         hanging.answers_again();
         wait_for_threads(0, &what);
+    }
+}
+
+#[tokio::test]
+async fn inspecting_a_file_of_a_silent_server_blocks_no_async_thread() {
+    let Some(_alone) = alone().await else { return };
+    for hangs in [Hangs::Lookup, Hangs::Open] {
+        let hanging = Hanging::at(hangs);
+        let path = hanging.served.path().join("large-0");
+        // Where the inspection blocks this thread, it ends, and fails the test below.
+        let (answer, is_over) = (hanging.answer.clone(), Arc::new(AtomicBool::new(false)));
+        let watchdog = {
+            let is_over = Arc::clone(&is_over);
+            std::thread::spawn(move || {
+                let start = Instant::now();
+                while !is_over.load(Ordering::SeqCst) && start.elapsed() < SOON {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                std::fs::write(&answer, "").unwrap();
+            })
+        };
+        let mut kept = std::pin::pin!(dmaload::inspect(&path, Format::Raw));
+        for _ in 0..20 {
+            let dropped = dmaload::inspect_model(&path, Format::Raw);
+            let waited = tokio::time::timeout(Duration::from_millis(10), dropped).await;
+            assert!(waited.is_err(), "{hangs:?}: {waited:?} before the server answers");
+            let waited = tokio::time::timeout(Duration::from_millis(10), &mut kept).await;
+            assert!(waited.is_err(), "{hangs:?}: {waited:?} before the server answers");
+        }
+        is_over.store(true, Ordering::SeqCst);
+        let inspected = tokio::time::timeout(SOON, kept).await.expect("the server answers").unwrap();
+        assert_eq!((inspected.path, inspected.file_bytes), (path, LARGE as u64), "{hangs:?}");
+        watchdog.join().unwrap();
     }
 }

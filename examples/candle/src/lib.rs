@@ -32,9 +32,8 @@ impl SimpleBackend for Weights {
             dmaload::model::DType::U8 => DType::U8,
             other => return Err(Error::Msg(format!("{name}: candle has no {other}")).bt()),
         };
-        let shape = tensor.shape().iter().map(|&dim| usize::try_from(dim)).collect::<std::result::Result<Vec<_>, _>>();
         let bytes = tensor.bytes().map_err(Error::wrap)?;
-        Tensor::from_raw_buffer(&bytes, own, &shape.map_err(Error::wrap)?, device)?.to_dtype(dtype)
+        Tensor::from_raw_buffer(&bytes, own, tensor.shape(), device)?.to_dtype(dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {

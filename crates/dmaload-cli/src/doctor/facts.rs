@@ -101,8 +101,8 @@ impl PathFacts {
         } else {
             Some(probe::file(path)?)
         };
-        let load = match dmaload::inspect_model(path, Format::Auto) {
-            Ok(files) => Ok(files.iter().map(|(_, inspected)| inspected.bytes).sum()),
+        let load = match dmaload::inspect_model_blocking(path, Format::Auto) {
+            Ok(files) => Ok(files.iter().map(|inspected| inspected.file_bytes).sum()),
             Err(error) => Err(match errors::hint(&error) {
                 Some(hint) => format!("{error}; {hint}"),
                 None => error.to_string(),

@@ -11,7 +11,7 @@ use crate::engine::event::FinishedFile;
 use crate::error::{Error, Result};
 use crate::memory::segment::{Contiguous, Segment, holding};
 use crate::model::index::Index;
-use crate::model::{DType, TensorMap};
+use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
@@ -162,8 +162,8 @@ impl ImageFile {
         self.bytes
     }
 
-    /// The part of the file that is the model: all of it, unless it was loaded from inside of another file
-    /// ([`crate::Loader::load_file`]).
+    /// The bytes of the file that are the model: all of them, unless it was loaded from inside of
+    /// another file.
     pub fn file_range(&self) -> Range<u64> {
         self.part.clone()
     }
@@ -211,15 +211,19 @@ impl ImageFile {
 
     /// Its tensors that were loaded, in file order, or in the order in which they were asked for.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
-        let count = self.tensors.as_ref().map_or(0, |tensors| tensors.len());
-        (0..count).filter_map(|number| self.tensors.as_ref()?.position_of(number)).filter_map(|position| self.tensor_at(position))
+        let tensors = self.tensors.as_deref();
+        let count = tensors.map_or(0, FileTensors::len);
+        let positions = (0..count).filter_map(move |number| tensors?.position_of(number));
+        positions.map(|position| self.tensor_at(position).expect("a tensor that was chosen is in the map"))
     }
 
     /// The tensor at this position of the map, if it was loaded.
     pub(crate) fn tensor_at(&self, position: usize) -> Option<Tensor> {
         let tensors = self.tensors.as_ref()?;
         let part = tensors.part_at(position)?;
-        Some(Tensor { position, part, file: self.clone() })
+        // A tensor's name and type are looked up there whenever they are asked for.
+        tensors.map.get_index(position)?;
+        Some(Tensor { position, part, tensors: Arc::clone(tensors), file: self.clone() })
     }
 
     fn slice(&self, range: Range<u64>) -> Result<Bytes> {
@@ -230,24 +234,27 @@ impl ImageFile {
 /// One tensor of an image, or one rank's part of it: what it is, and where its bytes are.
 #[derive(Debug, Clone)]
 pub struct Tensor {
+    /// Its place in the map of `tensors`, which has one there: [`ImageFile::tensor_at`] checks it.
     position: usize,
     part: TensorSlice,
+    tensors: Arc<FileTensors>,
     file: ImageFile,
 }
 
-/// A part of a tensor that lies in one segment.
+/// The bytes of a tensor that lie in one segment, next to each other.
 #[derive(Debug, Clone)]
 pub struct TensorPart {
     /// The segment.
     pub segment: Segment,
-    /// Where in the segment the part begins, in bytes.
+    /// Where in the segment they begin, in bytes.
     pub offset: usize,
-    /// Its length in bytes.
+    /// How many bytes they are.
     pub len: usize,
 }
 
 impl TensorPart {
-    /// Where in the segment's dma-buf or memfd the part begins, in bytes: not at `offset` where small files share that.
+    /// Where in the segment's dma-buf or memfd they begin, in bytes: not at `offset` where small
+    /// files share that.
     pub fn memory_offset(&self) -> usize {
         self.segment.memory_offset() + self.offset
     }
@@ -256,16 +263,17 @@ impl TensorPart {
 impl Tensor {
     /// Its name.
     pub fn name(&self) -> &str {
-        self.info().map_or("", |info| &info.name)
+        &self.info().name
     }
 
     /// The type of its elements.
     pub fn dtype(&self) -> DType {
-        self.info().map_or(DType::U8, |info| info.dtype)
+        self.info().dtype
     }
 
-    /// The lengths of its dimensions, outermost first; of a rank's part, that part's.
-    pub fn shape(&self) -> &[u64] {
+    /// The lengths of its dimensions, outermost first: `[]` is a scalar. Of a rank's part, that
+    /// part's.
+    pub fn shape(&self) -> &[usize] {
         &self.part.shape
     }
 
@@ -279,7 +287,8 @@ impl Tensor {
         &self.file
     }
 
-    /// Whether all its bytes are in one place: not those of a rank's part along any but the first dimension.
+    /// Whether its bytes are contiguous in the file, and so in memory: all whole tensors are, a
+    /// rank's part along another than the first dimension is not.
     pub fn is_contiguous(&self) -> bool {
         self.part.rows.count == 1
     }
@@ -317,7 +326,9 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// The dma-buf that holds all of it; where in that it begins, its parts tell ([`TensorPart::memory_offset`]).
+    /// Hands out the dma-buf that holds all of it, which revokes views of its segment **for good**:
+    /// see [`Segment::hand_out_dma_buf`]. Where in the dma-buf the tensor begins is in its parts
+    /// ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
     /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as
@@ -333,7 +344,8 @@ impl Tensor {
         segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.hand_out_dma_buf()
     }
 
-    /// Where it is in memory: one part for each segment that holds some of it, or of each of its rows. An empty tensor has none.
+    /// Where it is in memory, in order: one part for each segment that holds some of it, or of each
+    /// of its rows where it is not contiguous. An empty tensor has none.
     pub fn parts(&self) -> Vec<TensorPart> {
         self.part.rows.iter().flat_map(|row| self.parts_of(row)).collect()
     }
@@ -357,7 +369,8 @@ impl Tensor {
         &self.part.rows
     }
 
-    fn info(&self) -> Option<&crate::model::TensorInfo> {
-        self.file.tensor_map()?.get_index(self.position)
+    /// What the file's header says of it: of a rank's part, of the whole tensor.
+    pub(crate) fn info(&self) -> &TensorInfo {
+        self.tensors.map.get_index(self.position).expect("a tensor is made of a position that its map has")
     }
 }

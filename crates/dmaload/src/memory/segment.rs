@@ -1,7 +1,8 @@
 //! Finished segments: memory that holds a known range of a file.
 //!
-//! Its bytes are either lent, as views that nobody writes under, or its dma-buf is handed out, and then whoever has it may
-//! write: never both. The first of the two decides; views that are dropped undo their part, handing out is for good.
+//! Its bytes are either lent, as views under which nothing is written, or its dma-buf is handed out,
+//! and then whoever has it may write: never both. The first of the two decides; views that are dropped
+//! undo their part, handing out is for good.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -113,35 +114,42 @@ impl Segment {
         self.0.place.memory_bytes
     }
 
-    /// Whether it has its dma-buf or memfd in common with another segment. What is said here of handing it out holds for all
-    /// that share it.
+    /// Whether it has its dma-buf or memfd in common with another segment. Handing out the
+    /// descriptor of one hands out that of all that share it.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
 
-    /// Its bytes, without a copy. They keep the memory alive.
+    /// A view of its bytes, without a copy. It keeps the memory alive, and the dma-buf from being
+    /// handed out; dropping it undoes both.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] once [`Segment::hand_out_dma_buf`] was asked for, of this segment or of one that shares its memory: others may
-    /// write to it.
+    /// [`Error::HandedOut`] after [`Segment::hand_out_dma_buf`] of this segment, or of one that
+    /// shares its memory: others may write to it.
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
     }
 
-    /// Whether it has a dma-buf.
+    /// Whether it has a dma-buf. Asking does not hand it out.
     pub fn has_dma_buf(&self) -> bool {
         self.0.backing.dma_buf().is_some()
     }
 
-    /// Its dma-buf, for importers and other processes.
+    /// Hands out its dma-buf to importers and other processes. **This revokes [`Segment::bytes`]
+    /// for good**, of this segment and of those that share its memory.
     ///
-    /// Whoever has it can write to it (a dma-buf can't be made read-only), so from now on [`Segment::bytes`] is refused, and
-    /// [`Segment::cpu_access`] takes its place. It stays valid as long as anybody has a descriptor of it, an import or a
-    /// mapping: longer than this segment, its loader and this process. The file's bytes begin at its offset
-    /// [`Segment::memory_offset`], and there are [`Segment::memory_bytes`] for them.
+    /// A dma-buf can't be made read-only: who has it can write to it. So from now on, also after the
+    /// descriptor was closed, no view of the bytes is given; [`Segment::cpu_access`] takes its place.
+    /// The memory is not used again by other loads ([`crate::LoaderBuilder::pool_bytes`]). Calling
+    /// this again gives the same dma-buf and changes nothing more.
+    ///
+    /// The file's bytes begin [`Segment::memory_offset`] bytes into the dma-buf, and have
+    /// [`Segment::memory_bytes`] there. It stays valid as long as there is a descriptor, an import or
+    /// a mapping of it: longer than this segment, its loader and this process.
     ///
     /// # Errors
-    /// [`Error::NoDescriptor`] on a heap that makes none; [`Error::Viewed`] while views of its bytes are alive.
+    /// Nothing is handed out, and nothing revoked, with [`Error::NoDescriptor`] (a heap without
+    /// dma-bufs) and [`Error::Viewed`] (views of the bytes are alive).
     pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
@@ -151,10 +159,12 @@ impl Segment {
         }
     }
 
-    /// Its dma-buf as a descriptor of the caller's own (close-on-exec).
+    /// Hands out its dma-buf as a descriptor that the caller owns (close-on-exec). **This revokes
+    /// [`Segment::bytes`] for good**, as [`Segment::hand_out_dma_buf`] does.
     ///
     /// # Errors
-    /// As [`Segment::hand_out_dma_buf`], and [`Error::File`] at the limit of open files.
+    /// Those of [`Segment::hand_out_dma_buf`]; [`Error::File`] at the limit of open files, when
+    /// the views are revoked already.
     pub fn hand_out_owned_dma_buf(&self) -> Result<OwnedFd> {
         self.hand_out_dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
             path: self.path().to_owned(),
@@ -180,14 +190,17 @@ impl Segment {
         Ok(SegmentAccess { segment: self })
     }
 
-    /// The memory file's descriptor, to be given to other processes: they can map it, read-only. On the heap udmabuf it shows
+    /// Hands out its memory file to other processes, which can map it read-only. Views of the bytes
+    /// stay, and can still be had. **This seals the memory for good**: no process can write to the
+    /// file, resize it or punch holes into it, and other loads don't use its memory again
+    /// ([`crate::LoaderBuilder::pool_bytes`]).
+    ///
+    /// The file's bytes begin [`Segment::memory_offset`] bytes into it. On the heap `udmabuf` it shows
     /// what importers of the dma-buf write.
     ///
-    /// It is sealed before it is shown: nobody can write to it, resize it or punch holes into it, so the bytes here
-    /// stay what they are. The file's bytes begin at [`Segment::memory_offset`].
-    ///
     /// # Errors
-    /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is refused (Linux before 5.1).
+    /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is
+    /// refused (Linux before 5.1).
     pub fn hand_out_memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let memfd = self.0.backing.memfd();
@@ -199,8 +212,9 @@ impl Segment {
         Ok(memfd.as_fd())
     }
 
-    /// Where in this segment the bytes of its file's tensor of that name are; `None` where it has none of them, or where they
-    /// are in rows that are apart. A tensor that crosses segments is in each of these in part.
+    /// Where in this segment the bytes of its file's tensor of that name are, in bytes from its
+    /// beginning. A tensor that crosses segments is in each of these in part. `None` where the segment
+    /// has none of its bytes, or where these are not contiguous ([`crate::Tensor::is_contiguous`]).
     pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
         let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;

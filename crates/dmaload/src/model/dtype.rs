@@ -1,6 +1,7 @@
 //! The types of tensors' elements: those that a safetensors header can name, and the blocks of ggml that GGUF files have.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// Declares [`DType`] and everything about it from one table, so that a type
 /// can't be known in one direction and unknown in the other.
@@ -15,6 +16,17 @@ macro_rules! dtypes {
         /// The set and the spelling are those of the `safetensors` crate 0.8,
         /// and the quantized types of ggml, which come in blocks of several
         /// elements with common scales. All are little-endian.
+        ///
+        /// Converts to and from its name, as `safetensors` or ggml spell it:
+        ///
+        /// ```
+        /// use dmaload::model::DType;
+        ///
+        /// let dtype: DType = "BF16".parse()?;
+        /// assert_eq!((dtype, dtype.element_bytes()), (DType::BF16, Some(2)));
+        /// assert_eq!(DType::try_from("Q4_0")?.to_string(), "Q4_0");
+        /// # Ok::<(), dmaload::model::ParseDTypeError>(())
+        /// ```
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         #[allow(non_camel_case_types, reason = "ggml's own names")]
@@ -25,33 +37,43 @@ macro_rules! dtypes {
 
         impl DType {
             /// Every type that a safetensors header can name.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
+            pub const SAFETENSORS: &[Self] = &[$(Self::$variant),+];
 
             /// Every quantized type that a GGUF file can have.
             pub const QUANTIZED: &[Self] = &[$(Self::$quantized),+];
 
-            /// The size of one element, in bits. Not always a multiple of 8; of
-            /// a quantized type the average, rounded up.
+            /// The size of one element in bits, which is not always a multiple
+            /// of 8. `None` for a quantized type, whose elements share scales.
             #[must_use]
-            pub const fn bits(self) -> u64 {
+            pub const fn element_bits(self) -> Option<usize> {
                 match self {
-                    $(Self::$variant => $bits,)+
-                    $(Self::$quantized => ($bytes * 8_u64).div_ceil($elements),)+
+                    $(Self::$variant => Some($bits),)+
+                    $(Self::$quantized)|+ => None,
                 }
             }
 
-            /// How many elements can't be taken apart, and how many bytes they
-            /// are: `(1, 2)` of [`BF16`](Self::BF16), `(2, 1)` of
-            /// [`F4`](Self::F4), `(32, 18)` of [`Q4_0`](Self::Q4_0).
+            /// The number of elements in a block, the least that can be stored:
+            /// 1 for [`BF16`](Self::BF16), 2 for [`F4`](Self::F4), 32 for
+            /// [`Q4_0`](Self::Q4_0).
             #[must_use]
-            pub const fn block(self) -> (u64, u64) {
+            pub const fn block_elements(self) -> usize {
                 match self {
                     $(Self::$variant => match $bits {
-                        4 => (2, 1),
-                        6 => (4, 3),
-                        bits => (1, bits / 8),
+                        4 => 2,
+                        6 => 4,
+                        _ => 1,
                     },)+
-                    $(Self::$quantized => ($elements, $bytes),)+
+                    $(Self::$quantized => $elements,)+
+                }
+            }
+
+            /// The size of a block in bytes: 2 for [`BF16`](Self::BF16), 1 for
+            /// [`F4`](Self::F4), 18 for [`Q4_0`](Self::Q4_0).
+            #[must_use]
+            pub const fn block_bytes(self) -> usize {
+                match self {
+                    $(Self::$variant => $bits * self.block_elements() / 8,)+
+                    $(Self::$quantized => $bytes,)+
                 }
             }
 
@@ -64,16 +86,9 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The type of that [`name`](Self::name), quantized or not.
-            #[must_use]
-            pub fn from_name(name: &str) -> Option<Self> {
-                Self::parse(name).or_else(|| Self::QUANTIZED.iter().copied().find(|dtype| dtype.name() == name))
-            }
-
-            /// The type of that name, spelled exactly as in a safetensors header
-            /// (`"BF16"`, not `"bf16"`), or `None`.
-            #[must_use]
-            pub fn parse(name: &str) -> Option<Self> {
+            /// The type of this name in a safetensors header, which has no
+            /// names for quantized types.
+            pub(super) fn from_safetensors_name(name: &str) -> Option<Self> {
                 match name {
                     $($name => Some(Self::$variant),)+
                     _ => None,
@@ -81,6 +96,59 @@ macro_rules! dtypes {
             }
         }
     };
+}
+
+impl DType {
+    /// The size of one element in bytes. `None` where an element is no whole number of bytes
+    /// ([`F4`](Self::F4)), or is quantized.
+    #[must_use]
+    pub const fn element_bytes(self) -> Option<usize> {
+        match self.element_bits() {
+            Some(bits) if bits.is_multiple_of(8) => Some(bits / 8),
+            _ => None,
+        }
+    }
+
+    /// The bytes that this many elements take. `None` where they end within a block, or are more
+    /// than 64 bits count.
+    pub(crate) fn bytes_of(self, elements: u64) -> Option<u64> {
+        let (block_elements, block_bytes) = (self.block_elements() as u64, self.block_bytes() as u64);
+        if elements.is_multiple_of(block_elements) {
+            (elements / block_elements).checked_mul(block_bytes)
+        } else {
+            None
+        }
+    }
+}
+
+/// The name is that of no [`DType`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unknown dtype {name:?} (names are exact: \"BF16\", \"F8_E4M3\")")]
+#[non_exhaustive]
+pub struct ParseDTypeError {
+    /// The name.
+    pub name: String,
+}
+
+/// Spelled exactly as in a safetensors header (`"BF16"`, not `"bf16"`), or as by ggml (`"Q4_0"`).
+impl FromStr for DType {
+    type Err = ParseDTypeError;
+
+    fn from_str(name: &str) -> Result<Self, ParseDTypeError> {
+        let quantized = || Self::QUANTIZED.iter().copied().find(|dtype| dtype.name() == name);
+        Self::from_safetensors_name(name)
+            .or_else(quantized)
+            .ok_or_else(|| ParseDTypeError { name: name.to_owned() })
+    }
+}
+
+/// As [`DType::from_str`].
+impl TryFrom<&str> for DType {
+    type Error = ParseDTypeError;
+
+    fn try_from(name: &str) -> Result<Self, ParseDTypeError> {
+        name.parse()
+    }
 }
 
 dtypes! {
@@ -196,27 +264,53 @@ impl fmt::Display for DType {
 mod tests {
     use super::*;
 
+    fn all() -> impl Iterator<Item = DType> {
+        DType::SAFETENSORS.iter().chain(DType::QUANTIZED).copied()
+    }
+
     #[test]
     fn every_name_leads_back_to_its_type() {
-        for &dtype in DType::SAFETENSORS {
-            assert_eq!(DType::parse(&dtype.to_string()), Some(dtype));
+        let mut names = Vec::new();
+        for dtype in all() {
+            assert_eq!(dtype.to_string(), dtype.name());
+            assert_eq!(dtype.name().parse(), Ok(dtype));
+            assert_eq!(DType::try_from(dtype.name()), Ok(dtype));
+            names.push(dtype.name());
         }
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "a name twice: {names:?}");
     }
 
     #[test]
     fn a_block_is_whole_bytes_and_agrees_with_the_bits() {
         for &dtype in DType::SAFETENSORS {
-            let (elements, bytes) = dtype.block();
-            assert_eq!(elements * dtype.bits(), bytes * 8, "{dtype}");
+            let (elements, bits) = (dtype.block_elements(), dtype.element_bits().unwrap());
+            assert_eq!(elements * bits, dtype.block_bytes() * 8, "{dtype}");
+            assert_eq!(dtype.element_bytes(), (elements == 1).then_some(bits / 8), "{dtype}");
         }
-        assert_eq!((DType::F4.block(), DType::BF16.block(), DType::Q6_K.block()), ((2, 1), (1, 2), (256, 210)));
-        assert_eq!((DType::Q4_0.bits(), DType::IQ1_S.bits()), (5, 2));
+        for &dtype in DType::QUANTIZED {
+            assert_eq!((dtype.element_bits(), dtype.element_bytes()), (None, None), "{dtype}");
+        }
+        let block = |dtype: DType| (dtype.block_elements(), dtype.block_bytes());
+        let blocks = [DType::F4, DType::F6E2M3, DType::BF16, DType::Q6_K].map(block);
+        assert_eq!(blocks, [(2, 1), (4, 3), (1, 2), (256, 210)]);
+    }
+
+    #[test]
+    fn bytes_of_elements_are_whole_blocks() {
+        assert_eq!((DType::BF16.bytes_of(3), DType::F4.bytes_of(3)), (Some(6), None));
+        assert_eq!((DType::Q4_0.bytes_of(64), DType::Q4_0.bytes_of(63)), (Some(36), None));
+        assert_eq!((DType::U8.bytes_of(u64::MAX), DType::U16.bytes_of(u64::MAX)), (Some(u64::MAX), None));
     }
 
     #[test]
     fn spelling_is_exact() {
-        for name in ["", "Q4_0", "bf16", "BF16 ", "F8E4M3", "Bool", "F128"] {
-            assert_eq!(DType::parse(name), None, "{name:?}");
+        for name in ["", "bf16", "BF16 ", "F8E4M3", "Bool", "F128", "q4_0", "\u{1b}[2J"] {
+            let error = name.parse::<DType>().unwrap_err();
+            assert_eq!(error.name, name);
+            assert!(!error.to_string().contains('\u{1b}'), "control characters are escaped");
         }
+        // Of the quantized types a safetensors header knows none.
+        assert_eq!(DType::from_safetensors_name("Q4_0"), None);
     }
 }

@@ -187,10 +187,11 @@ pub enum ModelError {
         found: String,
     },
 
-    /// A number in `shape` or `data_offsets` is negative, not whole, or beyond 64 bits.
+    /// A number in `shape` or `data_offsets` is negative, not whole, or beyond 64 bits (in a shape
+    /// beyond `usize`).
     #[error(
         "tensor {}, \"{key}\": {} found, expected an integer from 0 to {max} without fraction or exponent",
-        quote(.tensor), printable::text(.found), max = u64::MAX
+        quote(.tensor), printable::text(.found), max = largest(.key)
     )]
     BadNumber {
         /// The tensor's name.
@@ -226,7 +227,7 @@ pub enum ModelError {
         /// Its element type.
         dtype: DType,
         /// Its shape.
-        shape: Vec<u64>,
+        shape: Vec<usize>,
     },
 
     /// A tensor of a type smaller than a byte ends within a byte.
@@ -240,7 +241,7 @@ pub enum ModelError {
         /// Its element type.
         dtype: DType,
         /// Its shape.
-        shape: Vec<u64>,
+        shape: Vec<usize>,
         /// The bits that type and shape make.
         bits: u64,
     },
@@ -284,7 +285,7 @@ pub enum ModelError {
         /// Its element type.
         dtype: DType,
         /// Its shape.
-        shape: Vec<u64>,
+        shape: Vec<usize>,
         /// The bytes that type and shape need.
         expected: u64,
         /// The bytes that the offsets cover.
@@ -510,6 +511,11 @@ pub(super) fn quote(text: &str) -> impl fmt::Display {
         None => write!(f, "{text:?}"),
         Some((cut, _)) => write!(f, "{:?}… ({} bytes)", &text[..cut], text.len()),
     })
+}
+
+/// The largest number that a list under this key can have.
+fn largest(key: &str) -> u64 {
+    if key == "shape" { usize::MAX as u64 } else { u64::MAX }
 }
 
 /// The key of an entry that a message is about, if it is about one.

@@ -97,23 +97,28 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     }
     let mut shape = Vec::new();
     for _ in 0..rank {
-        shape.push(cursor.u64("a tensor's dimension")?);
+        let dim = cursor.u64("a tensor's dimension")?;
+        // Cut off, as it would be on a 32-bit machine, it would be another shape.
+        let dim = usize::try_from(dim).map_err(|_| {
+            cursor.fault(at, format!("tensor {} has a dimension of {dim}, more than {}", quote(&name), usize::MAX))
+        })?;
+        shape.push(dim);
     }
     let number = cursor.u32("a tensor's type")?;
     let offset = cursor.u64("a tensor's offset")?;
     let Some(dtype) = dtype(number) else {
         return Err(Stop::Fault(ModelError::GgufType { offset: at, tensor: name, found: number }));
     };
-    let (block_elements, block_bytes) = dtype.block();
+    let block_elements = dtype.block_elements();
     let row = shape.first().copied().unwrap_or(1);
     if !row.is_multiple_of(block_elements) {
         let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
     // In any order: a zero among them hides no overflow of the others.
-    let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim));
+    let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64));
     let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });
-    let bytes = elements.and_then(|elements| (elements / block_elements).checked_mul(block_bytes));
+    let bytes = elements.and_then(|elements| dtype.bytes_of(elements));
     let end = bytes.and_then(|bytes| offset.checked_add(bytes));
     // The fastest dimension comes first in the file, last in everybody else's shapes.
     shape.reverse();

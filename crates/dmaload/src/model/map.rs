@@ -15,7 +15,7 @@ pub struct TensorInfo {
     pub dtype: DType,
     /// The lengths of the dimensions in row-major order: `[]` is a scalar, a
     /// zero makes the tensor empty.
-    pub shape: Vec<u64>,
+    pub shape: Vec<usize>,
     /// The bytes of the tensor, as an absolute range in the file. Its length
     /// is exactly what `dtype` and `shape` need.
     pub file_range: Range<u64>,
@@ -98,13 +98,13 @@ impl TensorMap {
         self.tensors.is_empty()
     }
 
-    /// The tensor at this position in file order.
+    /// The tensor at this index in file order.
     #[must_use]
     pub fn get_index(&self, index: usize) -> Option<&TensorInfo> {
         self.tensors.get(index)
     }
 
-    /// Where in file order the tensor of that name is.
+    /// The index in file order of the tensor of that name.
     #[must_use]
     pub fn get_index_of(&self, name: &str) -> Option<usize> {
         self.by_name.find(name, |i| &self.tensors[i].name)
@@ -244,7 +244,7 @@ mod tests {
     use super::*;
 
     fn tensor(name: &str, file_range: Range<u64>) -> TensorInfo {
-        let shape = vec![file_range.end - file_range.start];
+        let shape = vec![usize::try_from(file_range.end - file_range.start).unwrap()];
         TensorInfo { name: name.into(), dtype: DType::U8, shape, file_range }
     }
 

@@ -27,7 +27,7 @@ mod names;
 pub(crate) mod parts;
 pub mod safetensors;
 
-pub use dtype::DType;
+pub use dtype::{DType, ParseDTypeError};
 pub use error::ModelError;
 pub use foreign::ForeignFile;
 pub(crate) use foreign::{LOOKED_AT_BYTES, recognise};

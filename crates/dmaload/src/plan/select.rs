@@ -15,11 +15,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::model::{DType, TensorInfo, TensorMap};
+use crate::model::{TensorInfo, TensorMap};
 use crate::options::choices::{ImporterLimits, Shard};
 use crate::options::load::Select;
 use crate::plan::Span;
 use crate::plan::glob::Pattern;
+use crate::support::convert::to_usize;
 
 /// The same, checked.
 #[derive(Debug, Default)]
@@ -114,7 +115,7 @@ impl ChosenTensors {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TensorSlice {
     /// Its shape; that of the tensor where all of it is wanted.
-    pub(crate) shape: Vec<u64>,
+    pub(crate) shape: Vec<usize>,
     pub(crate) rows: Rows,
 }
 
@@ -365,18 +366,18 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, Str
     let whole = || TensorSlice { shape: shape.clone(), rows: Rows::one(file_range.clone()) };
     let Some(Shard { rank, world_size, dim: Some(dim) }) = shard else { return Ok(whole()) };
     let Some(&len) = shape.get(dim) else { return Ok(whole()) };
+    let len = len as u64;
     let (start, end) = (portion(len, rank, world_size), portion(len, rank + 1, world_size));
     let mut own = shape.clone();
-    own[dim] = end - start;
+    own[dim] = to_usize(end - start);
     if file_range.is_empty() {
         // Its other dimensions may be of any size.
         return Ok(TensorSlice { shape: own, rows: Rows::one(file_range.clone()) });
     }
-    let product = |dims: &[u64]| dims.iter().product::<u64>();
+    let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
     // A whole tensor fits into 64 bits, so its parts do.
-    let bytes = |elements: u64| in_bytes(*dtype, elements);
-    let place = (bytes(start * inner), bytes(end * inner), bytes(len * inner));
+    let place = (dtype.bytes_of(start * inner), dtype.bytes_of(end * inner), dtype.bytes_of(len * inner));
     let (Some(from), Some(to), Some(stride_bytes)) = place else {
         return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} cuts through blocks of {dtype}"));
     };
@@ -389,12 +390,6 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, Str
         Rows { first, stride_bytes, count: outer }
     };
     Ok(TensorSlice { shape: own, rows })
-}
-
-/// The bytes of so many elements; `None` where they end within a block, or are more than can be.
-pub(crate) fn in_bytes(dtype: DType, elements: u64) -> Option<u64> {
-    let (block_elements, block_bytes) = dtype.block();
-    if elements.is_multiple_of(block_elements) { (elements / block_elements).checked_mul(block_bytes) } else { None }
 }
 
 /// Joins sorted ranges that are close to each other, and takes them out to whole blocks. Empty ones need no reading.

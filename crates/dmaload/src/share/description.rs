@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::load::image::{Image, Tensor};
 use crate::model::{DType, TensorInfo, TensorMap};
-use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice, in_bytes};
+use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 
 /// See the module. What was parsed is consistent in itself; the sizes of the memories are for whoever has them to compare.
@@ -47,13 +47,12 @@ pub(super) struct SegmentPlace {
 /// Describes an image, as JSON.
 pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
     let files = image.files().iter().map(|file| {
-        let tensors = file.tensor_map().map(|map| {
+        let tensors = file.tensor_map().map(|_| {
             let tensor = |tensor: Tensor| {
-                let info = map.get(tensor.name());
-                let rows = tensor.rows();
+                let (info, rows) = (tensor.info(), tensor.rows());
                 json!({
                     "name": tensor.name(), "dtype": tensor.dtype().name(),
-                    "of": info.map(|info| json!([info.shape, info.file_range.start, info.file_range.end])),
+                    "of": [json!(info.shape), json!(info.file_range.start), json!(info.file_range.end)],
                     "shape": tensor.shape(),
                     "rows": [rows.first.start, rows.first.end, rows.stride_bytes, rows.count],
                 })
@@ -142,6 +141,10 @@ fn numbers(value: &Value) -> Option<Vec<u64>> {
     value.as_array()?.iter().map(Value::as_u64).collect()
 }
 
+fn dimensions(value: &Value) -> Option<Vec<usize>> {
+    value.as_array()?.iter().map(|dim| usize::try_from(dim.as_u64()?).ok()).collect()
+}
+
 fn segment(value: &Value) -> Option<SegmentPlace> {
     let [file, span, memory, memory_offset, memory_bytes, start, end] = *numbers(value)? else { return None };
     let index = |number: u64| usize::try_from(number).ok();
@@ -182,14 +185,14 @@ fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
 
 fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, TensorSlice)> {
     let name = value.get("name")?.as_str()?.to_owned();
-    let dtype = DType::from_name(value.get("dtype")?.as_str()?)?;
+    let dtype: DType = value.get("dtype")?.as_str()?.parse().ok()?;
     let [whole, start, end] = value.get("of")?.as_array()?.as_slice() else { return None };
-    let (whole, start, end) = (numbers(whole)?, start.as_u64()?, end.as_u64()?);
-    let shape = numbers(value.get("shape")?)?;
+    let (whole, start, end) = (dimensions(whole)?, start.as_u64()?, end.as_u64()?);
+    let shape = dimensions(value.get("shape")?)?;
     let [first, first_end, stride_bytes, count] = *numbers(value.get("rows")?)? else { return None };
-    let bytes_of = |shape: &[u64]| {
-        let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim))?;
-        in_bytes(dtype, elements)
+    let bytes_of = |shape: &[usize]| {
+        let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
+        dtype.bytes_of(elements)
     };
     let is_whole = start <= end && end <= file_bytes && bytes_of(&whole)? == end - start;
     // The last row ends within the tensor, and no row begins before the last one ends.

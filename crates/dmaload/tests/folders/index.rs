@@ -88,8 +88,8 @@ async fn what_is_shared_and_inspected_is_what_the_index_says() {
             assert_eq!((value_of(&attached, "w"), names(&attached)), (value, all.iter().map(|&name| name.to_owned()).collect()));
             drop(server);
         }
-        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).unwrap();
-        let maps = inspected.iter().map(|(_, file)| file.tensors.as_ref().unwrap());
+        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap();
+        let maps = inspected.iter().map(|file| file.tensors.as_ref().unwrap());
         let mut seen: Vec<_> = maps.flatten().map(|info| info.name.as_str()).collect();
         seen.sort_unstable();
         assert_eq!(seen, all);

@@ -123,7 +123,7 @@ async fn a_name_in_two_files_without_an_index_is_an_error() {
                 assert!(both.iter().all(|name| error.to_string().contains(name)), "{error}");
             }
         }
-        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).unwrap_err();
+        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
         // Each alone is a model of its own, unless it is a part.
         if tensor == "a" {

@@ -60,7 +60,7 @@ async fn missing_parts_are_named_unless_they_may_be_missing() {
             let notes = allowed.report().notes.join("\n");
             assert!(notes.contains("not complete") && notes.contains("missing"), "{notes}");
         }
-        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).unwrap_err();
+        let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::Incomplete { .. }), "{inspected}");
     }
 }

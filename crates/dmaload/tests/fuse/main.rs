@@ -175,7 +175,7 @@ async fn a_file_that_ends_before_its_stated_length_is_an_error() {
             assert_eq!(planned_bytes, mounted.bytes.len() as u64);
             loader.shutdown().await.unwrap();
         }
-        let inspected = dmaload::inspect(&mounted.path, Format::Raw).unwrap_err();
+        let inspected = dmaload::inspect(&mounted.path, Format::Raw).await.unwrap_err();
         let Error::Ended { offset, planned_bytes, .. } = inspected else { panic!("{at}: {inspected}") };
         assert_eq!((offset, planned_bytes), (at as u64, mounted.bytes.len() as u64));
     }
@@ -328,6 +328,6 @@ async fn bytes_beyond_the_stated_length_are_an_error() {
             loader.shutdown().await.unwrap();
         }
         let expected = Error::Longer { path: mounted.path.clone(), stated_bytes: stated as u64 };
-        assert_eq!(dmaload::inspect(&mounted.path, Format::Raw).unwrap_err(), expected);
+        assert_eq!(dmaload::inspect(&mounted.path, Format::Raw).await.unwrap_err(), expected);
     }
 }

@@ -253,7 +253,7 @@ impl Visitor<'_> for PushString<'_> {
 /// A tensor's entry as the header has it.
 struct TensorEntry {
     dtype: DType,
-    shape: Vec<u64>,
+    shape: Vec<usize>,
     begin: u64,
     end: u64,
 }
@@ -287,9 +287,10 @@ impl TensorEntry {
 
 /// The bits of a tensor, or `None` if they overflow. As in the crate, an
 /// overflow before a zero dimension counts.
-fn bits(dtype: DType, shape: &[u64]) -> Option<u64> {
-    let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim))?;
-    elements.checked_mul(dtype.bits())
+fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
+    let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
+    let element_bits = dtype.element_bits().expect("a safetensors header names no quantized type");
+    elements.checked_mul(element_bits as u64)
 }
 
 /// Reads the entry of one tensor.
@@ -304,7 +305,7 @@ struct EntrySeed<'a> {
 #[derive(Default)]
 struct Draft {
     dtype: Option<DType>,
-    shape: Option<Vec<u64>>,
+    shape: Option<Vec<usize>>,
     offsets: Option<(u64, u64)>,
 }
 
@@ -318,7 +319,7 @@ impl EntrySeed<'_> {
             EntryKey::DType => draft.dtype = Some(self.read_dtype(entry)?),
             EntryKey::Shape => {
                 self.read_numbers(key, entry)?;
-                draft.shape = Some(self.reader.numbers.clone());
+                draft.shape = Some(self.shape()?);
             }
             EntryKey::DataOffsets => {
                 self.read_numbers(key, entry)?;
@@ -331,11 +332,26 @@ impl EntrySeed<'_> {
 
     fn read_dtype<'de, A: MapAccess<'de>>(&mut self, entry: &mut A) -> Result<DType, A::Error> {
         let name = entry.next_value_seed(Text("the name of a dtype"))?;
-        DType::parse(&name).ok_or_else(|| self.refuse(|tensor| ModelError::UnknownDType { tensor, found: name.into_owned() }))
+        DType::from_safetensors_name(&name)
+            .ok_or_else(|| self.refuse(|tensor| ModelError::UnknownDType { tensor, found: name.into_owned() }))
     }
 
     fn read_numbers<'de, A: MapAccess<'de>>(&mut self, key: EntryKey, entry: &mut A) -> Result<(), A::Error> {
         entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
+    }
+
+    /// The numbers as lengths of dimensions. One that is beyond `usize`, which only 32-bit machines
+    /// have, is refused: cut off, it would be another shape.
+    fn shape<E: Error>(&mut self) -> Result<Vec<usize>, E> {
+        let mut shape = Vec::with_capacity(self.reader.numbers.len());
+        for &dim in &self.reader.numbers {
+            let Ok(dim) = usize::try_from(dim) else {
+                let (key, found) = (EntryKey::Shape.name(), dim.to_string());
+                return Err(self.refuse(|tensor| ModelError::BadNumber { tensor, key, found }));
+            };
+            shape.push(dim);
+        }
+        Ok(shape)
     }
 
     fn begin_and_end<E: Error>(&mut self) -> Result<(u64, u64), E> {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::safetensors;
+use crate::model::{DType, safetensors};
 use proptest::prelude::*;
 
 const BLOCK: u64 = 4096;
@@ -10,10 +10,10 @@ fn all(_: &str) -> bool {
 }
 
 /// Tensors of BF16 one after the other, `a`, `b`, …, and the length of their file.
-fn model(shapes: &[&[u64]]) -> (TensorMap, u64) {
+fn model(shapes: &[&[usize]]) -> (TensorMap, u64) {
     let (mut json, mut at) = (String::from("{"), 0);
     for (index, shape) in shapes.iter().enumerate() {
-        let end = at + 2 * shape.iter().product::<u64>();
+        let end = at + 2 * shape.iter().product::<usize>() as u64;
         let name = char::from(b'a' + u8::try_from(index).unwrap());
         let comma = if index == 0 { "" } else { "," };
         json += &format!(r#"{comma}"{name}":{{"dtype":"BF16","shape":{shape:?},"data_offsets":[{at},{end}]}}"#);
@@ -70,7 +70,7 @@ fn ranks_have_all_of_a_tensor_between_them() {
             let select = Select { shard: Some(Shard { rank, world_size: 4, dim: Some(dim) }), ..Select::default() };
             let selected = Selector::new(&select).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
             let a = &selected.tensors.as_ref().unwrap().list()[0];
-            assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<u64>());
+            assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<usize>() as u64);
             seen.extend(a.part.rows.iter().flatten());
             // A tensor of fewer dimensions is everybody's.
             let b = &selected.tensors.as_ref().unwrap().list()[1];
@@ -91,13 +91,13 @@ fn ranks_have_all_of_a_tensor_between_them() {
 
 #[test]
 fn a_part_never_cuts_through_a_block_of_a_quantized_type() {
-    let tensor = |shape: &[u64]| TensorInfo { name: "q".into(), dtype: DType::Q4_0, shape: shape.to_vec(), file_range: 0..72 };
-    let part = |shape: &[u64], dim| part_of(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
+    let tensor = |shape: &[usize]| TensorInfo { name: "q".into(), dtype: DType::Q4_0, shape: shape.to_vec(), file_range: 0..72 };
+    let part = |shape: &[usize], dim| part_of(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
     assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::one(36..72));
     assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
     assert!(part(&[4, 32], 1).unwrap_err().contains("blocks of Q4_0"));
     // Of a tensor without bytes nothing is multiplied: any size may be beside the zero.
-    let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, u64::MAX, u64::MAX], file_range: 7..7 };
+    let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, usize::MAX, usize::MAX], file_range: 7..7 };
     for dim in 0..3 {
         assert_eq!(part_of(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::one(7..7));
     }
@@ -136,13 +136,13 @@ fn what_makes_no_sense_is_refused() {
 proptest! {
     #[test]
     fn spans_hold_every_wanted_byte_once_per_class_in_blocks(
-        lens in proptest::collection::vec(0u64..300_000, 1..20),
+        lens in proptest::collection::vec(0usize..300_000, 1..20),
         picks in proptest::collection::vec(0usize..20, 1..6),
         rank in 0u32..3,
         dim in proptest::option::of(0usize..2),
     ) {
-        let shapes: Vec<Vec<u64>> = lens.iter().map(|&len| vec![len / 7, 7]).collect();
-        let shapes: Vec<&[u64]> = shapes.iter().map(Vec::as_slice).collect();
+        let shapes: Vec<Vec<usize>> = lens.iter().map(|&len| vec![len / 7, 7]).collect();
+        let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
         let (map, bytes) = model(&shapes);
         let names: Vec<String> = picks.iter().map(|pick| char::from(b'a' + u8::try_from(pick % lens.len()).unwrap()).to_string()).collect();
         let shard = dim.map(|dim| Shard { rank, world_size: 3, dim: Some(dim) });

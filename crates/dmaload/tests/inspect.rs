@@ -1,0 +1,124 @@
+//! Inspecting: the async functions block no caller, need no runtime, and say what the blocking ones
+//! say.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use common::{file, folder};
+use dmaload::{Format, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
+use dmaload_testing::{safetensors, safetensors_of};
+
+/// Threads are counted, so there is one test at a time.
+static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// A model whose header takes a good part of a second to read.
+fn slow_to_inspect(folder: &Path) -> PathBuf {
+    const TENSORS: usize = 250_000;
+    let entry = |number| format!(r#""t{number:06}":{{"dtype":"U8","shape":[0,1,2],"data_offsets":[0,0]}}"#);
+    let entries: Vec<String> = (0..TENSORS).map(entry).collect();
+    file(folder, "slow.safetensors", &safetensors(format!("{{{}}}", entries.join(",")).as_bytes(), b""))
+}
+
+/// The smallest executor there is: a thread that parks.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    struct Unpark(std::thread::Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Arc::new(Unpark(std::thread::current())).into();
+    let mut context = Context::from_waker(&waker);
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+fn inspecting_threads() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.trim_end() == "dmaload-inspect").count()
+}
+
+fn wait_until(is_so: impl Fn() -> bool, what: &str) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[tokio::test]
+async fn only_thread_of_a_runtime_goes_on_while_a_file_is_inspected() {
+    let _alone = ALONE.lock().await;
+    let folder = folder();
+    let path = slow_to_inspect(folder.path());
+    let (start, mut ticks) = (Instant::now(), 0_u32);
+    let mut inspecting = pin!(inspect(&path, Format::Auto));
+    let inspected = loop {
+        match tokio::time::timeout(Duration::from_millis(1), &mut inspecting).await {
+            Ok(inspected) => break inspected.unwrap(),
+            Err(_) => ticks += 1,
+        }
+    };
+    let took = start.elapsed();
+    assert_eq!(inspected.tensors.unwrap().len(), 250_000);
+    assert!(ticks >= 10 && u128::from(ticks) > took.as_millis() / 8, "{ticks} ticks in {took:?}");
+}
+
+#[test]
+fn async_and_blocking_inspection_agree_without_a_runtime() {
+    let _alone = ALONE.blocking_lock();
+    let folder = folder();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    let first = file(&model, "model-00001-of-00002.safetensors", &safetensors_of(2, 100, 1));
+    let other = br#"{"other":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]}}"#;
+    let second = file(&model, "model-00002-of-00002.safetensors", &safetensors(other, &[7; 12]));
+    let raw = file(folder.path(), "raw.bin", b"not a model");
+    let broken = file(folder.path(), "broken.safetensors", &safetensors_of(1, 100, 1)[..90]);
+    for (path, tensors) in [(&first, Some(2)), (&second, Some(1)), (&raw, None)] {
+        let inspected = block_on(inspect(path, Format::Auto)).unwrap();
+        assert_eq!(inspected, inspect_blocking(path, Format::Auto).unwrap());
+        let (bytes, seen) = (std::fs::metadata(path).unwrap().len(), inspected.tensors.map(|map| map.len()));
+        assert_eq!((&inspected.path, inspected.file_bytes, seen), (path, bytes, tensors));
+    }
+    for path in [&broken, &folder.path().join("missing"), &folder.path().to_owned()] {
+        let error = block_on(inspect(path, Format::Auto)).unwrap_err();
+        assert_eq!(error, inspect_blocking(path, Format::Auto).unwrap_err());
+        let error = block_on(inspect_model(path, Format::Auto)).unwrap_err();
+        assert_eq!(error, inspect_model_blocking(path, Format::Auto).unwrap_err());
+    }
+    let files = block_on(inspect_model(&model, Format::Auto)).unwrap();
+    assert_eq!(files, inspect_model_blocking(&model, Format::Auto).unwrap());
+    let paths: Vec<_> = files.iter().map(|file| &file.path).collect();
+    assert_eq!(paths, [&first, &second]);
+    let shape = files[1].tensors.as_ref().unwrap().get("other").unwrap().shape.as_slice();
+    assert_eq!(shape, [2_usize, 3]);
+}
+
+#[test]
+fn dropped_inspection_leaves_no_thread() {
+    let _alone = ALONE.blocking_lock();
+    let folder = folder();
+    let path = slow_to_inspect(folder.path());
+    wait_until(|| inspecting_threads() == 0, "those of an earlier test");
+    {
+        let mut inspecting = pin!(inspect(&path, Format::Auto));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(inspecting.as_mut().poll(&mut context).is_pending());
+        // It gets its name a moment after it was started.
+        wait_until(|| inspecting_threads() == 1, "a thread reads");
+    }
+    wait_until(|| inspecting_threads() == 0, "the thread goes on for nobody");
+}
