@@ -52,7 +52,7 @@ pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
                 let (info, rows) = (tensor.info(), tensor.rows());
                 json!({
                     "name": tensor.name(), "dtype": tensor.dtype().name(),
-                    "of": [json!(info.shape), json!(info.file_range.start), json!(info.file_range.end)],
+                    "of": [info.shape, info.file_range.start, info.file_range.end],
                     "shape": tensor.shape(),
                     "rows": [rows.first.start, rows.first.end, rows.stride_bytes, rows.count],
                 })
