@@ -466,7 +466,7 @@ async fn inspecting_a_file_of_a_silent_server_blocks_no_async_thread() {
         }
         is_over.store(true, Ordering::SeqCst);
         let inspected = tokio::time::timeout(SOON, kept).await.expect("the server answers").unwrap();
-        assert_eq!((inspected.path, inspected.file_bytes), (path, LARGE as u64), "{hangs:?}");
+        assert_eq!((inspected.path.as_path(), inspected.file_bytes), (path.as_path(), LARGE as u64), "{hangs:?}");
         watchdog.join().unwrap();
     }
 }

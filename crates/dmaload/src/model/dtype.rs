@@ -113,11 +113,7 @@ impl DType {
     /// than 64 bits count.
     pub(crate) fn bytes_of(self, elements: u64) -> Option<u64> {
         let (block_elements, block_bytes) = (self.block_elements() as u64, self.block_bytes() as u64);
-        if elements.is_multiple_of(block_elements) {
-            (elements / block_elements).checked_mul(block_bytes)
-        } else {
-            None
-        }
+        if elements.is_multiple_of(block_elements) { (elements / block_elements).checked_mul(block_bytes) } else { None }
     }
 }
 
@@ -136,9 +132,7 @@ impl FromStr for DType {
 
     fn from_str(name: &str) -> Result<Self, ParseDTypeError> {
         let quantized = || Self::QUANTIZED.iter().copied().find(|dtype| dtype.name() == name);
-        Self::from_safetensors_name(name)
-            .or_else(quantized)
-            .ok_or_else(|| ParseDTypeError { name: name.to_owned() })
+        Self::from_safetensors_name(name).or_else(quantized).ok_or_else(|| ParseDTypeError { name: name.to_owned() })
     }
 }
 

@@ -142,8 +142,8 @@ impl Index {
     /// [`ModelError::IndexDisagrees`].
     pub fn check(&self, file: &str, found: Option<&TensorMap>) -> Result<(), ModelError> {
         let shard = self.shards.iter().find(|shard| shard.name == file);
-        let missing =
-            shard.and_then(|shard| shard.tensors.iter().find(|name| found.is_none_or(|found| found.get_index_of(name).is_none())));
+        let missing = shard
+            .and_then(|shard| shard.tensors.iter().find(|name| found.is_none_or(|found| found.get_index_of(name).is_none())));
         missing.map_or(Ok(()), |tensor| Err(ModelError::IndexDisagrees { tensor: tensor.clone() }))
     }
 }

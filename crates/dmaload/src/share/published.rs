@@ -121,7 +121,11 @@ impl ServerShared {
             if before.is_some_and(|before| segment.shares_memory_with(before)) {
                 continue;
             }
-            descriptors.push(if self.options.dma_bufs { segment.hand_out_owned_dma_buf()? } else { own(segment.hand_out_memfd()?)? });
+            descriptors.push(if self.options.dma_bufs {
+                segment.hand_out_owned_dma_buf()?
+            } else {
+                own(segment.hand_out_memfd()?)?
+            });
         }
         Ok(Published { descriptors })
     }

@@ -50,7 +50,8 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
         return Err(ModelError::BytesAfterJson { offset, found });
     }
 
-    let metadata = SafetensorsMetadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
+    let metadata =
+        SafetensorsMetadata::new(reader.metadata.unwrap_or_default()).map_err(|key| ModelError::DuplicateMetadataKey { key })?;
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
