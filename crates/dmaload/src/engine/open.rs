@@ -14,7 +14,7 @@ use crate::engine::schedule::LoadNeeds;
 use crate::error::{Error, Result};
 use crate::files::expand::{self, Choice, Found};
 use crate::files::header::read_header;
-use crate::files::source::{OpenFile, Source, look_at};
+use crate::files::source::{OpenFile, SourceFile, look_at};
 use crate::memory::headroom::headroom;
 use crate::memory::heap::{AnonHeap, SizeLimit};
 use crate::model::TensorMap;
@@ -248,7 +248,7 @@ fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<
         return segment_bytes;
     }
     // What can't be looked at is told by whoever opens it.
-    let length = |source: &Source| source.part.clone().map(|part| part.end.saturating_sub(part.start));
+    let length = |source: &SourceFile| source.part.clone().map(|part| part.end.saturating_sub(part.start));
     let lengths: Vec<_> = load
         .sources()
         .iter()
@@ -357,7 +357,7 @@ fn plan_file(
     (shape, single_bytes): (&Shape, u64),
     mut selector: Option<&mut Selector>,
     index: usize,
-    source: &Source,
+    source: &SourceFile,
     route: Route,
 ) -> Result<PlannedFile> {
     let (options, path) = (&load.options, source.path.as_path());

@@ -22,7 +22,7 @@ use super::choice::Choosing;
 use super::event::Event;
 use crate::engine::schedule::Need;
 use crate::error::{Error, Result};
-use crate::files::source::{Input, OpenFile, Source};
+use crate::files::source::{Input, OpenFile, SourceFile};
 use crate::files::whole::check_whole;
 use crate::memory::backing::Backing;
 use crate::model::TensorMap;
@@ -49,7 +49,7 @@ pub(crate) struct LoadShared {
     /// What was asked for: files, and folders of files; nothing any more when the load is over, since open files are among it.
     asked: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
-    sources: OnceLock<Vec<Source>>,
+    sources: OnceLock<Vec<SourceFile>>,
     /// Nobody waits for this load any more, or it has failed.
     pub(crate) abandoned: Arc<AtomicBool>,
     heap: Arc<str>,
@@ -261,13 +261,13 @@ impl LoadShared {
     }
 
     /// These are the files.
-    pub(crate) fn found(&self, sources: Vec<Source>) {
+    pub(crate) fn found(&self, sources: Vec<SourceFile>) {
         let set = self.sources.set(sources);
         debug_assert!(set.is_ok(), "a load is planned once");
     }
 
     /// The files; none before they are known.
-    pub(crate) fn sources(&self) -> &[Source] {
+    pub(crate) fn sources(&self) -> &[SourceFile] {
         self.sources.get().map_or(&[], |sources| sources)
     }
 

@@ -9,7 +9,7 @@ use super::folder::Folder;
 use super::index::{is_of_safetensors, read_index, read_unsaid_index};
 use super::missing::{self, Missing};
 use super::names::quoted;
-use super::source::{Input, OpenFile, Source};
+use super::source::{Input, OpenFile, SourceFile};
 use crate::error::{Error, Result};
 use crate::model::index::{self, Index, Named};
 use crate::model::parts::PartName;
@@ -20,7 +20,7 @@ use crate::plan::select::Selector;
 /// The files of a load, in the order in which they are loaded.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
-    pub(crate) sources: Vec<Source>,
+    pub(crate) sources: Vec<SourceFile>,
     /// What the report is to say of the choice.
     pub(crate) notes: Vec<String>,
 }
@@ -58,8 +58,8 @@ pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
         // Of several parts that the caller names, each is itself.
         let is_only_part = split.as_ref().is_some_and(|split| named.get(split) == Some(&1));
         match input {
-            Input::Open { file, part } => found.sources.push(Source::open(file, part.clone())),
-            Input::Inside { path, part } => found.sources.push(Source::inside(path.clone(), part.clone())),
+            Input::Open { file, part } => found.sources.push(SourceFile::open(file, part.clone())),
+            Input::Inside { path, part } => found.sources.push(SourceFile::inside(path.clone(), part.clone())),
             Input::Path(path) => of_path(path, asked.len() == 1, is_only_part, choice, &mut found)?,
         }
         found.sources.iter_mut().skip(before).for_each(|source| source.model = model);
@@ -83,7 +83,7 @@ fn split_of(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
 
 fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let Choice { format, as_one_file, .. } = choice;
-    let own = Source::file(path.to_owned());
+    let own = SourceFile::file(path.to_owned());
     if format == Format::Raw {
         found.sources.push(own);
         return Ok(());
@@ -121,12 +121,12 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
             Some(index) => of_index(path, &index, choice, found),
             // JSON of another kind, which is raw bytes.
             None => {
-                found.sources.push(Source::file(path.to_owned()));
+                found.sources.push(SourceFile::file(path.to_owned()));
                 Ok(())
             }
         },
         Named::Other => {
-            found.sources.push(Source::file(path.to_owned()));
+            found.sources.push(SourceFile::file(path.to_owned()));
             Ok(())
         }
     }
@@ -169,7 +169,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
                 let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
                 Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
             })?;
-            found.sources.extend(kept.into_iter().map(|name| Source::file(folder.path_of(name))));
+            found.sources.extend(kept.into_iter().map(|name| SourceFile::file(folder.path_of(name))));
             found.notes.extend(folder.gguf_beside(choice.format));
             return Ok(());
         }
@@ -199,7 +199,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
             return match part {
                 Some(part) => of_split(&path.join(first), part, choice, found),
                 None => {
-                    found.sources.push(Source::file(folder.path_of(first)));
+                    found.sources.push(SourceFile::file(folder.path_of(first)));
                     Ok(())
                 }
             };
@@ -249,7 +249,7 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
         ));
     }
     found.notes.extend(missing::others(folder, &index));
-    let of_shard = |name: &str| Source::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
+    let of_shard = |name: &str| SourceFile::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
     found.sources.extend(kept.into_iter().map(of_shard));
     Ok(())
 }
@@ -284,7 +284,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
     }
     if kept.is_empty() && fs::symlink_metadata(path).is_err() {
         // Not a part of anything, but a wrong path.
-        found.sources.push(Source::file(path.to_owned()));
+        found.sources.push(SourceFile::file(path.to_owned()));
         return Ok(());
     }
     allowed(&missing, kept.len(), choice, found, |why| Error::Incomplete {
@@ -292,7 +292,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
         reason: format!("{} of {} parts of the model can be loaded, {why}", kept.len(), part.count),
         loadable: kept.len(),
     })?;
-    found.sources.extend(kept.into_iter().map(|name| Source::file(path.with_file_name(name))));
+    found.sources.extend(kept.into_iter().map(|name| SourceFile::file(path.with_file_name(name))));
     Ok(())
 }
 
@@ -316,7 +316,7 @@ fn allowed(
 }
 
 /// The one path that the caller has named, where others were found with it.
-pub(crate) fn named_among(asked: &[Input], sources: &[Source]) -> Option<usize> {
+pub(crate) fn named_among(asked: &[Input], sources: &[SourceFile]) -> Option<usize> {
     let [Input::Path(path)] = asked else { return None };
     let named: &PathBuf = path;
     sources.iter().position(|source| source.path.as_ref() == named).filter(|_| sources.len() > 1)
@@ -340,7 +340,7 @@ mod tests {
     fn found(names: &[&str], choice: Choice<'_>) -> Result<Vec<String>> {
         let folder = folder(names);
         let files = files(&[Input::Path(folder.path().to_owned())], choice)?.sources;
-        let name = |source: &Source| source.path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
+        let name = |source: &SourceFile| source.path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
         Ok(files.iter().map(name).collect())
     }
 

@@ -30,7 +30,7 @@ use crate::support::foreign;
 
 /// A file of a load, and what an index says of it.
 #[derive(Debug, Clone)]
-pub(crate) struct Source {
+pub(crate) struct SourceFile {
     pub(crate) path: Arc<PathBuf>,
     /// Which of the inputs it is of: the files of one input are one model, where a name is in one file.
     pub(crate) model: usize,
@@ -55,18 +55,18 @@ pub(crate) enum Input {
     },
 }
 
-impl Source {
+impl SourceFile {
     pub(crate) fn file(path: PathBuf) -> Self {
-        Source { path: Arc::new(path), model: 0, index: None, part: None }
+        SourceFile { path: Arc::new(path), model: 0, index: None, part: None }
     }
 
     pub(crate) fn of_index(path: PathBuf, index: Arc<Index>, name: String) -> Self {
-        Source { index: Some((index, name)), ..Source::file(path) }
+        SourceFile { index: Some((index, name)), ..SourceFile::file(path) }
     }
 
     /// The model that is a part of a file, whatever that file's name says.
     pub(crate) fn inside(path: PathBuf, part: Range<u64>) -> Self {
-        Source { part: Some(part), ..Source::file(path) }
+        SourceFile { part: Some(part), ..SourceFile::file(path) }
     }
 
     /// A file that is open. It is opened again, by its descriptor, so that direct reads have a description of their own.
@@ -74,7 +74,7 @@ impl Source {
     pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        Source { part, ..Source::file(path.into()) }
+        SourceFile { part, ..SourceFile::file(path.into()) }
     }
 
     /// The index that it is of, with that index's folder.

@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 
 use dmabuf::printable;
 
-use super::source::Source;
+use super::source::SourceFile;
 use crate::error::{Error, Result};
 use crate::model::gguf::Value;
 use crate::model::parts::PartName;
 use crate::model::{ModelError, TensorMap};
 
 /// A file of a load, and its tensors.
-pub(crate) type KnownFile<'a> = (&'a Source, Option<&'a TensorMap>);
+pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 
 /// Checks that the files of each model are one whole model; gives what a report is to say of parts
 /// that may be missing.
@@ -26,15 +26,15 @@ pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Resul
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
     // A name that comes twice in one file is an error of its header.
-    let has_several = |source: &Source| sizes.get(&source.model).is_some_and(|&files| files > 1);
+    let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;
     Ok(notes)
 }
 
 /// Each name is in one file of a model; where an index decides, in the one that it names.
-fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&Source) -> bool) -> Result<()> {
-    let mut names: Vec<(usize, &str, &Source)> = Vec::new();
+fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool) -> Result<()> {
+    let mut names: Vec<(usize, &str, &SourceFile)> = Vec::new();
     for &(source, map) in files {
         if has_several(source) {
             let own = map.into_iter().flatten().map(|info| info.name.as_str()).filter(|name| source.owns(name));
@@ -119,7 +119,7 @@ struct ModelPart<'a> {
     split: Option<Split>,
 }
 
-fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&Source) -> bool, allow_missing: bool) -> Result<Vec<String>> {
+fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool, allow_missing: bool) -> Result<Vec<String>> {
     let mut sets: BTreeMap<Set, Vec<ModelPart<'_>>> = BTreeMap::new();
     let mut notes = Vec::new();
     for &(source, map) in files {
