@@ -1,12 +1,12 @@
 //! Uses each segment while the rest is still being read, and keeps none: what a consumer that uploads to a device does.
 
-use dmaload::Loader;
+use dmaload::{LoadOptions, Loader};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let path = std::env::args().nth(1).unwrap_or("model.safetensors".to_owned());
-    let loader = Loader::builder().segment_bytes(16 << 20).build()?;
-    let mut segments = loader.stream(path);
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(16 << 20)).build()?;
+    let mut segments = loader.load(path).segments();
     while let Some(segment) = segments.next().await {
         let segment = segment?;
         let sum = segment.bytes()?.iter().fold(0u64, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));

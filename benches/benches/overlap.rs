@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use dmaload::dmabuf::Error;
 use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Loader, Report};
+use dmaload::{LoadOptions, Loader, Report};
 
 const FILE_BYTES: usize = 512 << 20;
 /// Segments of one piece each.
@@ -30,7 +30,10 @@ impl HeapHooks for SlowHeap {
 
 fn load(path: &Path, delay: Duration, window_pieces: u64) -> anyhow::Result<Report> {
     let builder = Loader::builder().heap(Hooked::new(MemfdHeap::default(), SlowHeap(delay))).allocator_threads(1);
-    let loader = builder.segment_bytes(SEGMENT_BYTES as u64).window_bytes(window_pieces * SEGMENT_BYTES as u64).build()?;
+    let loader = builder
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT_BYTES as u64))
+        .window_bytes(window_pieces * SEGMENT_BYTES as u64)
+        .build()?;
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     Ok(runtime.block_on(loader.load(path).into_future())?.report().clone())
 }

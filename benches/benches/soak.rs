@@ -98,7 +98,7 @@ impl World {
         let loader = Loader::new()?;
         let recorder = Arc::new(Recorder::new(Algorithm::Xxh3, MIB));
         let paths: Vec<_> = files.iter().map(|(path, _)| path.clone()).collect();
-        let mut segments = loader.stream_with(&paths, loader.options().observer(recorder.clone()));
+        let mut segments = loader.load(&paths).options(loader.load_options().observer(recorder.clone())).segments();
         while let Some(segment) = segments.next().await {
             let segment = segment?;
             compare(segment.file_index() as u64, segment.file_range().start, &segment.bytes()?)?;
@@ -135,12 +135,11 @@ impl Counts {
 fn loader(random: &mut Random) -> Result<Loader> {
     let segment_bytes = *random.pick(&[2, 4, 16, 64]) * MIB;
     let builder = Loader::builder()
-        .segment_bytes(segment_bytes)
+        .load_options(LoadOptions::new().segment_bytes(segment_bytes).chunk_bytes(*random.pick(&[64 << 10, MIB, 2 * MIB])))
         .window_bytes(segment_bytes * (1 + random.below(4)))
         .queue_depth(*random.pick(&[1, 4, 32, 128]))
         .staging_bytes(*random.pick(&[2, 16]) * MIB)
-        .pool_bytes(*random.pick(&[0, 0, 256]) * MIB)
-        .chunk_bytes(*random.pick(&[64 << 10, MIB, 2 * MIB]));
+        .pool_bytes(*random.pick(&[0, 0, 256]) * MIB);
     let builder = match random.below(6) {
         0 => builder.heap(AnonHeap::default()),
         1 => builder.heap(Hooked::new(MemfdHeap::default(), Failing(std::sync::Mutex::new(random.clone())))),
@@ -152,7 +151,7 @@ fn loader(random: &mut Random) -> Result<Loader> {
 
 fn options(random: &mut Random, loader: &Loader, world: &World) -> LoadOptions {
     let mut options = loader
-        .options()
+        .load_options()
         .route(*random.pick(&Route::ALL))
         .layout(*random.pick(&[Layout::Segmented, Layout::Segmented, Layout::Single]))
         .packed(random.chance(700))
@@ -187,13 +186,13 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
     };
     match random.below(10) {
         0 | 1 => {
-            let load = loader.load_with(&paths, options);
+            let load = loader.load(&paths).options(options).start();
             tokio::time::sleep(Duration::from_micros(random.below(60_000))).await;
             drop(load);
             counts.count("dropped");
         }
         2 => {
-            let mut segments = loader.stream_with(&paths, options);
+            let mut segments = loader.load(&paths).options(options).segments();
             let stops = random.chance(300).then(|| random.below(4));
             let mut given = 0;
             while let Some(segment) = segments.next().await {
@@ -215,7 +214,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             // Somebody writes to the file meanwhile: an error, or what was there before.
             let (path, bytes) = (world.folder.join(format!("scratch-{task}")), 1 + random.below(8 * MIB));
             write_file(&path, 99, bytes)?;
-            let load = loader.load_with([&path], options.clone().route(*random.pick(&Route::ALL)));
+            let load = loader.load(&path).options(options.clone().route(*random.pick(&Route::ALL))).start();
             tokio::time::sleep(Duration::from_micros(random.below(3000))).await;
             let change = random.below(3);
             match change {
@@ -242,7 +241,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             byte ^= 1;
             std::os::unix::fs::FileExt::write_all_at(&fs::OpenOptions::new().write(true).open(&path)?, &[byte], at)?;
             let alone = Manifest::parse(one_file(&world.manifest.to_json(), other)?.as_bytes())?;
-            match loader.load_with([&path], options.verify(alone)).await {
+            match loader.load(&path).options(options.verify(alone)).await {
                 Err(Error::Corrupt { offset, bytes, .. }) if (offset..offset + bytes).contains(&at) => counts.count("corrupt"),
                 Err(error) => failed(error, counts)?,
                 Ok(_) => bail!("WRONG BYTES: byte {at} of {} passed", path.display()),
@@ -254,7 +253,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             ensure!(matches!(missing, Err(Error::File { .. })), "{missing:?}");
             counts.count("missing");
         }
-        _ => match loader.load_with(&paths, options).await {
+        _ => match loader.load(&paths).options(options).await {
             Ok(image) => {
                 check(&image, &numbers)?;
                 counts.loads += 1;
@@ -286,7 +285,7 @@ async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result
             act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
         }
         // Sometimes with loads under way.
-        let left = random.chance(300).then(|| own.load(&world.files[3].0));
+        let left = random.chance(300).then(|| own.load(&world.files[3].0).start());
         if let Err(leaked) = own.shutdown().await {
             bail!("{leaked}");
         }

@@ -110,7 +110,7 @@ fn curve<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<Point> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dmaload::Loader;
+    use dmaload::{LoadOptions, Loader};
 
     #[test]
     fn a_load_has_two_curves_that_end_with_all_its_bytes() {
@@ -119,9 +119,10 @@ mod tests {
         let bytes = 40 << 20;
         std::fs::write(&path, vec![1; bytes]).unwrap();
         for route in [dmaload::Route::UringFixedDirect, dmaload::Route::Bounce] {
-            let loader = Loader::builder().segment_bytes(8 << 20).window_bytes(16 << 20).build().unwrap();
-            let options = loader.options().route(route).cache(dmaload::Cache::Bypass).trace(true);
-            let image = crate::engine::block_on(async { loader.load_with([&path], options).await }).unwrap().unwrap();
+            let loader =
+                Loader::builder().load_options(LoadOptions::new().segment_bytes(8 << 20)).window_bytes(16 << 20).build().unwrap();
+            let options = loader.load_options().route(route).cache(dmaload::Cache::Bypass).trace(true);
+            let image = crate::engine::block_on(async { loader.load(&path).options(options).await }).unwrap().unwrap();
             let curves = Curves::of(image.report());
             for curve in [&curves.allocated, &curves.filled] {
                 assert_eq!(curve.last().unwrap().1, bytes as u64, "{route}");

@@ -61,20 +61,20 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
         Mode::DirectIo | Mode::DirectIoCheck => {
             let loader = engine.loader()?;
             let check = mode == Mode::DirectIoCheck;
-            Box::new(move || by_engine(&loader, &files, loader.options().trace(curves), check))
+            Box::new(move || by_engine(&loader, &files, loader.load_options().trace(curves), check))
         }
         Mode::Reuse => {
             let loader = engine.loader_with_pool()?;
-            drop(block_on(loader.load_with(&files.paths, loader.options()).finish())??);
-            Box::new(move || by_engine(&loader, &files, loader.options(), false))
+            drop(block_on(loader.load(&files.paths).into_future())??);
+            Box::new(move || by_engine(&loader, &files, loader.load_options(), false))
         }
         Mode::Swap => {
             let loader = engine.loader_with_pool()?;
-            let load = || block_on(loader.load_with(&files.paths, loader.options()).finish());
+            let load = || block_on(loader.load(&files.paths).into_future());
             let (before, served) = (load()??, load()??);
             drop(before);
             Box::new(move || {
-                let run = by_engine(&loader, &files, loader.options(), false);
+                let run = by_engine(&loader, &files, loader.load_options(), false);
                 drop(served);
                 run
             })
@@ -83,7 +83,7 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let recorder = Recorder::new(Algorithm::Crc32c, Manifest::LARGEST_CHUNK_BYTES);
             let manifest = Arc::new(engine.manifest(&files.paths, recorder)?);
             let loader = engine.loader()?;
-            Box::new(move || by_engine(&loader, &files, loader.options().verify(manifest), false))
+            Box::new(move || by_engine(&loader, &files, loader.load_options().verify(manifest), false))
         }
         Mode::AtOnce => {
             let loader = engine.loader()?;
@@ -91,7 +91,7 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
         }
         Mode::PreadDirect => {
             let loader = engine.loader_by(Route::PreadDirect)?;
-            Box::new(move || by_engine(&loader, &files, loader.options(), false))
+            Box::new(move || by_engine(&loader, &files, loader.load_options(), false))
         }
         Mode::Limit => {
             let (mut reader, notes) = limit_reader()?;
@@ -199,7 +199,7 @@ fn normal_io(files: &Files, populate: bool) -> Result<Run> {
 
 fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) -> Result<Run> {
     let watch = Stopwatch::start();
-    let load = loader.load_with(&files.paths, options);
+    let load = loader.load(&files.paths).options(options).start();
     let image = block_on(load.finish())??;
     let run = watch.stop(files);
     if check {
@@ -224,7 +224,7 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
 /// The first segment of any is the first one.
 fn all_at_once(loader: &Loader, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
-    let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path)).collect();
+    let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path).start()).collect();
     let images = block_on(async {
         let mut images = Vec::new();
         for load in loads {

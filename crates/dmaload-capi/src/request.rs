@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use dmaload::dmabuf::{Device, Pages};
 use dmaload::heap::{DmaHeap, Heap, HeapChoice, UdmabufHeap};
-use dmaload::{Cache, Format, Layout, LoadOptions, Loader, Priority, Segments};
+use dmaload::{Cache, Format, Layout, LoadOptions, Loader, LoaderBuilder, Priority, Segments, Source};
 use rustix::fs::{AtFlags, FileType, OFlags, RawMode, StatxFlags, fstat, statx};
 use rustix::io::Errno;
 
@@ -18,8 +18,6 @@ use crate::outcome::cpu_time;
 use crate::types::{DMALOAD_HEAP_FD, DMALOAD_SEGMENTED, DMALOAD_SINGLE, DMALOAD_STRICT, dmaload_options};
 
 const MIB: u64 = 1 << 20;
-const SEGMENT_BYTES: u64 = 64 * MIB;
-const WINDOW_BYTES: u64 = 128 * MIB;
 const SEGMENT_STEP_BYTES: u64 = 2 * MIB;
 
 /// A descriptor of our own of what the caller has open.
@@ -116,13 +114,13 @@ pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     if options.queue_depth > 0 {
         builder = builder.queue_depth(options.queue_depth as usize);
     }
-    Ok(builder.options(fitting(options.window_bytes)?).build()?)
+    Ok(builder.load_options(fitting(options.window_bytes)?).build()?)
 }
 
 /// A loader of one's own for each call of the ioctl's kind, whose contract is to read from storage.
 pub(crate) fn loader_with(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
     let options = fitting(batch_bytes)?.cache(Cache::Bypass);
-    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).options(options).build()?)
+    Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).load_options(options).build()?)
 }
 
 fn check_flags(options: &dmaload_options) -> Result<()> {
@@ -132,7 +130,7 @@ fn check_flags(options: &dmaload_options) -> Result<()> {
 
 fn window_bytes(asked: u64) -> Result<u64> {
     match asked {
-        0 => Ok(WINDOW_BYTES),
+        0 => Ok(LoaderBuilder::WINDOW_BYTES),
         bytes if bytes < SEGMENT_STEP_BYTES => {
             Err(Failure::invalid(format!("{bytes} bytes at once are too few: 2 MiB at least")))
         }
@@ -144,7 +142,7 @@ fn window_bytes(asked: u64) -> Result<u64> {
 fn fitting(window: u64) -> Result<LoadOptions> {
     let (window, options) = (window_bytes(window)?, LoadOptions::default());
     let fits = window / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
-    Ok(if window < SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
+    Ok(if window < LoadOptions::SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
 }
 
 /// The loader of a load, and whether nobody else has it.
@@ -192,12 +190,13 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
     // Whatever the file is, its bytes are what is asked for.
-    let mut load = loader.options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
+    let mut load = loader.load_options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
     if options.segment_bytes > 0 {
         load = load.segment_bytes(options.segment_bytes);
     }
+    let source = part.into_iter().fold(Source::file(file), Source::range);
     let cpu_before = cpu_time();
-    Ok(Started { segments: loader.stream_file(file, part, load), wanted, cpu_before })
+    Ok(Started { segments: loader.load(source).options(load).segments(), wanted, cpu_before })
 }
 
 /// The part of the file that is wanted.

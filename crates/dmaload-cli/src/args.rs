@@ -59,7 +59,8 @@ impl Command {
 
 #[cfg(test)]
 mod tests {
-    use dmaload::LoaderBuilder;
+    use clap::CommandFactory;
+    use dmaload::{LoadOptions, LoaderBuilder};
     use dmaload_bench::{Mode, Pressure};
     use proptest::prelude::*;
 
@@ -76,8 +77,20 @@ mod tests {
     fn the_command_loads_as_the_library_does() {
         let arguments = Arguments::parse_from(["dmaload", "load", "model"]);
         let Command::Load(load::Arguments { engine, .. }) = arguments.command else { panic!("that is load") };
-        let library = (LoaderBuilder::WINDOW_BYTES, LoaderBuilder::QUEUE_DEPTH, None);
-        assert_eq!((engine.window, engine.queue_depth, engine.staging), library);
+        assert_eq!((engine.window, engine.staging, engine.segment_size, engine.chunk_size), (None, None, None, None));
+        assert_eq!(engine.queue_depth, LoaderBuilder::QUEUE_DEPTH);
+        // What is left to the library, the help puts into words.
+        let help = Arguments::command().find_subcommand_mut("load").unwrap().render_long_help().to_string();
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+        for (option, bytes) in [
+            ("at least a segment", LoaderBuilder::WINDOW_BYTES),
+            ("at most 1 GiB", LoadOptions::SEGMENT_BYTES),
+            ("a multiple of 64 KiB", LoadOptions::CHUNK_BYTES),
+            ("by the route bounce", LoaderBuilder::STAGING_BYTES),
+        ] {
+            let default = format!("{option} [default: {}MiB", bytes >> 20);
+            assert!(help.contains(&default), "{default:?} is not in {help}");
+        }
     }
 
     proptest! {

@@ -31,11 +31,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     // A file is written as it is, whatever its name says; a folder must be one whole model.
     let as_one_file = !arguments.path.is_dir();
     let options = match (&arguments.tensor, &arguments.verify) {
-        (Some(name), _) => loader.options().tensor_names([name]),
-        (None, Some(against)) => against.applied_to(loader.options().as_one_file(as_one_file))?,
-        (None, None) => loader.options().as_one_file(as_one_file),
+        (Some(name), _) => loader.load_options().tensor_names([name]),
+        (None, Some(against)) => against.applied_to(loader.load_options().as_one_file(as_one_file))?,
+        (None, None) => loader.load_options().as_one_file(as_one_file),
     };
-    let mut segments = loader.stream_with([&arguments.path], options);
+    let mut segments = loader.load(&arguments.path).options(options).segments();
     block_on(async {
         let mut stdout = crate::output::stdout();
         // The stream goes ahead of a slow reader by the window and a segment, not more.

@@ -100,7 +100,7 @@ mod tests {
             for (loader, landing) in loaders.iter().zip([false, true]) {
                 let checksums = Checksums::new(algorithm, loader.heap());
                 assert_eq!(checksums.landing.is_some(), landing);
-                let load = loader.load_with(&paths, checksums.applied_to(loader.options()));
+                let load = loader.load(&paths).options(checksums.applied_to(loader.load_options())).start();
                 let image = crate::engine::block_on(async { load.await }).unwrap().unwrap();
                 assert_eq!(checksums.finish(&image).unwrap(), expected);
             }

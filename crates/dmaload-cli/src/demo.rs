@@ -83,9 +83,9 @@ fn engine_round(path: &Path) -> Result<(Image, Used)> {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     let loader = Loader::new()?;
     // It is storage that is measured.
-    let options = loader.options().cache(Cache::Bypass);
+    let options = loader.load_options().cache(Cache::Bypass);
     let cpu_before = usage::cpu_time();
-    let image = block_on(finish(loader.load_with([path], options), !std::io::stderr().is_terminal()))??;
+    let image = block_on(finish(loader.load(path).options(options).start(), !std::io::stderr().is_terminal()))??;
     Ok((image, Used::since(cpu_before)))
 }
 

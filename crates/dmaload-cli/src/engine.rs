@@ -39,17 +39,17 @@ pub(crate) struct EngineArguments {
     /// the heap gives less].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) segment_size: Option<u64>,
-    /// The most memory that is allocated and not yet filled: at least a segment.
-    #[arg(long, default_value = "128MiB", value_name = "BYTES", value_parser = parse::bytes)]
-    pub(crate) window: u64,
+    /// The most memory that is allocated and not yet filled: at least a segment [default: 128MiB].
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) window: Option<u64>,
     /// The most memory that segments may have at once, those that are being filled and those that
     /// are still in use: a load that needs more fails before it reads, and `cat` goes on within it
     /// [default: no limit].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) memory_limit: Option<u64>,
-    /// The size of one read: a multiple of 64 KiB.
-    #[arg(long, default_value = "2MiB", value_name = "BYTES", value_parser = parse::bytes)]
-    pub(crate) chunk_size: u64,
+    /// The size of one read: a multiple of 64 KiB [default: 2MiB].
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    pub(crate) chunk_size: Option<u64>,
     /// Reads in flight at once.
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
@@ -141,10 +141,9 @@ pub(crate) fn loader_with_pool(arguments: &EngineArguments) -> Result<Loader> {
 }
 
 fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> Result<LoaderBuilder> {
-    let mut options = LoadOptions::default()
+    let mut options = LoadOptions::new()
         .layout(arguments.layout)
         .packed(!arguments.no_pack)
-        .chunk_bytes(arguments.chunk_size)
         .prefer(arguments.prefer)
         .strict(strict)
         .format(arguments.format)
@@ -155,14 +154,16 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
     if let Some(cache) = arguments.cache {
         options = options.cache(cache);
     }
+    if let Some(bytes) = arguments.chunk_size {
+        options = options.chunk_bytes(bytes);
+    }
     if let Some(bytes) = arguments.segment_size {
         options = options.segment_bytes(bytes);
     }
-    let mut builder = Loader::builder()
-        .window_bytes(arguments.window)
-        .queue_depth(arguments.queue_depth)
-        .dma_buf(arguments.dma_buf)
-        .options(options);
+    let mut builder = Loader::builder().queue_depth(arguments.queue_depth).dma_buf(arguments.dma_buf).load_options(options);
+    if let Some(bytes) = arguments.window {
+        builder = builder.window_bytes(bytes);
+    }
     if let Some(bytes) = arguments.staging {
         builder = builder.staging_bytes(bytes);
     }

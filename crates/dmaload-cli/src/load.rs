@@ -12,7 +12,7 @@ use clap::Args;
 use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
 use dmaload::heap::HeapChoice;
 use dmaload::verify::{Algorithm, Digest};
-use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard};
+use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard, Source};
 use dmaload_bench::usage;
 use dmaload_text::{At, Pairs, bytes, duration, rate};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -105,7 +105,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, loader.heap()));
-    let mut options = loader.options().trace(arguments.trace.is_some());
+    let mut options = loader.load_options().trace(arguments.trace.is_some());
     if !arguments.tensors.is_empty() {
         options = options.tensors(&arguments.tensors);
     }
@@ -132,8 +132,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let cpu_before = usage::cpu_time();
     let load = match (arguments.inside, arguments.paths.as_slice()) {
-        (None, paths) => loader.load_with(paths, options),
-        (Some((start, end)), [path]) => loader.load_inside(path, start..end, options),
+        (None, paths) => loader.load(paths).options(options).start(),
+        (Some((start, end)), [path]) => loader.load(Source::from(path).range(start..end)).options(options).start(),
         (Some(_), _) => return Err(Error::Config("--inside is about one file".to_owned()).into()),
     };
     let quiet = arguments.quiet || arguments.json || is_quiet();

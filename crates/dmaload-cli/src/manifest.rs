@@ -46,7 +46,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 /// The manifest of what these files hold now.
 pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], recorder: Recorder) -> dmaload::Result<Manifest> {
     let recorder = Arc::new(recorder);
-    let mut segments = loader.stream_with(paths, loader.options().observer(recorder.clone()));
+    let mut segments = loader.load(paths).options(loader.load_options().observer(recorder.clone())).segments();
     while let Some(segment) = segments.next().await {
         drop(segment?);
     }

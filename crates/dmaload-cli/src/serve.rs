@@ -86,7 +86,7 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<ExitCode> {
     }
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     let cpu_before = usage::cpu_time();
-    let load = loader.load_with(&arguments.paths, loader.options());
+    let load = loader.load(&arguments.paths).start();
     let image = block_on(finish(load, is_quiet()))?.map_err(about)?;
     let text = summary(&image, &vec![None; image.files().len()], Used::since(cpu_before));
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));

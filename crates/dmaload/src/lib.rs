@@ -10,7 +10,9 @@
 //! A plan is made before the first read; one thread owns everything in flight; others allocate ahead of it; a window of
 //! bytes between the two bounds what is allocated and not yet filled. Segments can be used while the rest is being read.
 //!
-//! Start at [`Loader`]. What a load did, and every step it took down from the best [`Route`], is in its [`Report`].
+//! Start at [`Loader`], whose loads are consumed in one of three ways: as a whole, with single tensors
+//! by their names while the rest is read ([`Load`]), segment by segment ([`Segments`]), or tensor by
+//! tensor ([`Tensors`]). What a load did, and every step it took down from the best [`Route`], is in its [`Report`].
 //!
 //! Linux only. io_uring, `O_DIRECT` and huge pages are used where they can be had; each is done without where the kernel
 //! refuses it, never silently.
@@ -42,7 +44,7 @@ pub use engine::event::Progress;
 pub use error::{Error, Result};
 pub use inspect::{Inspected, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 pub use load::image::{Image, ImageFile, Tensor, TensorPart};
-pub use load::{Load, Segments, Tensors};
+pub use load::{Load, LoadRequest, Segments, Source, Tensors};
 pub use loader::{Loader, LoaderBuilder};
 pub use memory::heap;
 pub use memory::segment::{Segment, SegmentAccess};

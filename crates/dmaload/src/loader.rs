@@ -1,8 +1,5 @@
 //! The loader: what a service makes once, and shares.
 
-use std::ops::Range;
-use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,13 +8,10 @@ use dmabuf::Pages;
 use crate::engine::settings::{self, Settings};
 use crate::engine::{Guard, Leaked};
 use crate::error::{Error, Result};
-use crate::files::source::Input;
-use crate::load::{Load, Segments};
+use crate::load::{LoadRequest, Source};
 use crate::memory::heap::{Heap, HeapChoice};
-use crate::options::choices::Format;
 use crate::options::load::LoadOptions;
 use crate::telemetry::metrics::Metrics;
-use crate::{Layout, Route};
 
 /// Loads files. Cheap to clone, shared by every task of a service; all its loads share one window of memory, one ring and a
 /// handful of threads.
@@ -51,36 +45,23 @@ impl Loader {
         Loader::builder().build()
     }
 
-    /// Says how a loader is to be.
+    /// Configures a loader.
     pub fn builder() -> LoaderBuilder {
         LoaderBuilder { settings: Settings::default(), heap: None, dma_buf: false, notes: Vec::new() }
     }
 
-    /// Starts loading a file. Never blocks: opening and reading happen on the loader's threads, and whatever goes wrong is
-    /// told by the load.
-    pub fn load(&self, path: impl Into<PathBuf>) -> Load {
-        self.load_with([path], self.options())
-    }
-
-    /// Starts loading several files as one load, with options of its own.
-    pub fn load_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Load {
-        Load::new(Segments::start(&self.guard, inputs(paths), options, true))
-    }
-
-    /// Starts loading a file whose segments are to be used as they come, and not kept.
+    /// Asks for a load of a file, a folder, several files, or a file that is open (see [`Source`]). Await it
+    /// for all of it, or consume it in another way: see [`LoadRequest`]. It takes the loader's options
+    /// unless it is given its own ([`LoadRequest::options`]).
     ///
-    /// What is kept anyway, by the caller or because it was not taken yet, must fit into memory; the file need not.
-    pub fn stream(&self, path: impl Into<PathBuf>) -> Segments {
-        self.stream_with([path], self.options())
+    /// Nothing happens before it is consumed, and nothing blocks then: opening and reading happen on the
+    /// loader's threads, and every error comes from the load.
+    pub fn load(&self, source: impl Into<Source>) -> LoadRequest {
+        LoadRequest::new(&self.guard, source.into())
     }
 
-    /// The same for several files, with options of its own.
-    pub fn stream_with<P: Into<PathBuf>>(&self, paths: impl IntoIterator<Item = P>, options: LoadOptions) -> Segments {
-        Segments::start(&self.guard, inputs(paths), options, false)
-    }
-
-    /// The options that the loader was built with, to be changed for one load.
-    pub fn options(&self) -> LoadOptions {
+    /// The options of loads that are given none, to be changed for one load.
+    pub fn load_options(&self) -> LoadOptions {
         self.guard.settings().load.clone()
     }
 
@@ -93,26 +74,6 @@ impl Loader {
     /// freeing itself is done by a thread.
     pub fn trim_pool(&self, keep_bytes: u64) -> u64 {
         self.guard.trim_pool(keep_bytes)
-    }
-
-    /// Starts loading a file that is open already, or the model that is a part of it: weights inside of an application's package or
-    /// another container (stored there as they are, not compressed).
-    ///
-    /// The file is opened again by its descriptor, for reading with `O_DIRECT`, so it takes procfs and the right to read it. Its path in
-    /// reports and errors is that of the descriptor. The part need not begin at a block: what is around it in the first and the
-    /// last block is read along. It can't be verified or observed.
-    pub fn load_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Load {
-        Load::new(Segments::start(&self.guard, vec![Input::Open { file: Arc::new(file.into()), part }], options, true))
-    }
-
-    /// As [`Self::load_file`] with a part, of a file that is named by its path. Reports and errors name it by that.
-    pub fn load_inside(&self, path: impl Into<PathBuf>, part: Range<u64>, options: LoadOptions) -> Load {
-        Load::new(Segments::start(&self.guard, vec![Input::Inside { path: path.into(), part }], options, true))
-    }
-
-    /// As [`Self::load_file`], as a stream of segments that keeps none.
-    pub fn stream_file(&self, file: impl Into<OwnedFd>, part: Option<Range<u64>>, options: LoadOptions) -> Segments {
-        Segments::start(&self.guard, vec![Input::Open { file: Arc::new(file.into()), part }], options, false)
     }
 
     /// What the loader has done so far, and holds now.
@@ -145,11 +106,21 @@ impl Loader {
     }
 }
 
-fn inputs<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Vec<Input> {
-    paths.into_iter().map(|path| Input::Path(path.into())).collect()
-}
-
-/// Says how a loader is to be; see [`Loader::builder`].
+/// Configures a [`Loader`]. Made by [`Loader::builder`].
+///
+/// Worst-case memory that is allocated and not filled is window + staging, over all loads: with
+/// the defaults 128 MiB ([`Self::window_bytes`]) and 16 to 72 MiB ([`Self::staging_bytes`]). On a
+/// dma-heap, [`Layout::Single`](crate::Layout::Single) adds the one allocation of each such load.
+/// Memory that is filled belongs to those who load: it is limited only by
+/// [`Self::memory_limit_bytes`] (default: no limit), and kept for later loads only by
+/// [`Self::pool_bytes`] (default: none is).
+///
+/// - A larger window lets more loads go on at full speed side by side, and bounds the size of a
+///   segment.
+/// - More staging lets more staged reads be in flight, and takes more of the processor's cache.
+/// - A deeper queue keeps storage with more latency busy, and other users of the disk wait longer.
+/// - A pool spares the next model the allocating, and keeps memory from others until it is short.
+/// - Under a limit of memory, loads wait for each other, and segments are smaller.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct LoaderBuilder {
@@ -195,8 +166,8 @@ impl LoaderBuilder {
         self
     }
 
-    /// The most memory that [`Route::Bounce`] stages reads in, from 2 MiB to 1 GiB. It is taken when a load first needs it,
-    /// and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 16 MiB, and 4 MiB
+    /// The most memory that [`Route::Bounce`](crate::Route::Bounce) stages reads in, from 2 MiB to 1 GiB.
+    /// It is taken when a load first needs it, and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 16 MiB, and 4 MiB
     /// more for each thread that copies besides the first two: up to 72 MiB on a machine with 16 CPUs or more, and never more
     /// than 16 MiB on one with two.
     ///
@@ -221,8 +192,8 @@ impl LoaderBuilder {
     /// The most memory that segments may have, over all loads: those that are being filled, those whose consumers have not dropped
     /// them, and what the pool keeps. A consumer that drops what it has used can so stream a model larger than memory.
     ///
-    /// A load begins when there is room for its largest segment, or, where all of it will be in memory ([`Loader::load`]), for all of
-    /// it; until then it waits, in the order they came. One that could never begin fails with [`crate::Error::OverLimit`]. A consumer
+    /// A load begins when there is room for its largest segment, or, where all of it will be in memory (an image, or
+    /// [`LoadRequest::start`]), for all of it; until then it waits, in the order they came. One that could never begin fails with [`crate::Error::OverLimit`]. A consumer
     /// that keeps what it was given holds up its own load, and no other. Segments whose size is left open are small enough for as
     /// many loads as may be open at once ([`Self::max_open_loads`]): a hundredth of the limit, more or less. Default: no limit.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
@@ -261,45 +232,10 @@ impl LoaderBuilder {
         self
     }
 
-    /// What holds for loads that choose nothing else.
-    pub fn options(mut self, options: LoadOptions) -> Self {
+    /// The options of loads that are given none of their own ([`LoadRequest::options`]). Default:
+    /// [`LoadOptions::new`].
+    pub fn load_options(mut self, options: LoadOptions) -> Self {
         self.settings.load = options;
-        self
-    }
-
-    /// See [`LoadOptions::layout`].
-    pub fn layout(mut self, layout: Layout) -> Self {
-        self.settings.load = self.settings.load.layout(layout);
-        self
-    }
-
-    /// See [`LoadOptions::segment_bytes`].
-    pub fn segment_bytes(mut self, bytes: u64) -> Self {
-        self.settings.load = self.settings.load.segment_bytes(bytes);
-        self
-    }
-
-    /// See [`LoadOptions::chunk_bytes`].
-    pub fn chunk_bytes(mut self, bytes: u64) -> Self {
-        self.settings.load = self.settings.load.chunk_bytes(bytes);
-        self
-    }
-
-    /// See [`LoadOptions::route`].
-    pub fn route(mut self, route: Route) -> Self {
-        self.settings.load = self.settings.load.route(route);
-        self
-    }
-
-    /// See [`LoadOptions::strict`].
-    pub fn strict(mut self, strict: bool) -> Self {
-        self.settings.load = self.settings.load.strict(strict);
-        self
-    }
-
-    /// See [`LoadOptions::format`].
-    pub fn format(mut self, format: Format) -> Self {
-        self.settings.load = self.settings.load.format(format);
         self
     }
 
@@ -375,13 +311,13 @@ mod tests {
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
         assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);
         drop(image);
-        let strict = loader.options().strict(true);
-        let refused = loader.load_with([file.path()], strict.clone()).await.unwrap_err();
+        let strict = loader.load_options().strict(true);
+        let refused = loader.load(file.path()).options(strict.clone()).await.unwrap_err();
         assert!(matches!(refused, Error::Refused { attempt: Attempt::RingOnOther, .. }), "{refused}");
         // Direct reads by threads are what this one asks for, and it takes no others.
-        let image = loader.load_with([file.path()], strict.clone().route(Route::PreadDirect)).await.unwrap();
+        let image = loader.load(file.path()).options(strict.clone().route(Route::PreadDirect)).await.unwrap();
         assert_eq!((image.report().route, image.report().measured), (Route::PreadDirect, None));
-        let image = loader.load_with([file.path()], strict.route(Route::UringBuffered)).await.unwrap();
+        let image = loader.load(file.path()).options(strict.route(Route::UringBuffered)).await.unwrap();
         assert!(has_its_bytes(&image));
         assert_eq!((image.report().route, image.report().fallbacks.len()), (Route::UringBuffered, 0));
     }

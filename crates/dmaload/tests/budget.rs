@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{assert_same, file, folder, random_bytes};
 use dmaload::heap::AnonHeap;
-use dmaload::{Error, Layout, Loader, Priority, Segment};
+use dmaload::{Error, Layout, LoadOptions, Loader, Priority, Segment};
 use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
@@ -81,7 +81,7 @@ async fn a_model_larger_than_the_limit_is_streamed_within_it() {
     let loader = Loader::builder().memory_limit_bytes(limit).build().unwrap();
     let before = resident_shared_bytes();
     let watch = Watch::start(&loader);
-    let mut segments = loader.stream(&path);
+    let mut segments = loader.load(&path).segments();
     let mut digest = Sha256::new();
     while let Some(segment) = segments.next().await {
         digest.update(segment.unwrap().bytes().unwrap());
@@ -112,12 +112,12 @@ async fn slow_consumer_holds_up_its_own_stream_within_the_window() {
     // Small ones share memories.
     let small: Vec<_> = (0..300).map(|n| file(folder.path(), &format!("{n}"), &random_bytes(900_000 + n, n as u64))).collect();
     for heap in ["memfd", "anon"] {
-        let builder = Loader::builder().window_bytes(WINDOW).segment_bytes(SEGMENT);
+        let builder = Loader::builder().window_bytes(WINDOW).load_options(LoadOptions::new().segment_bytes(SEGMENT));
         let builder = if heap == "anon" { builder.heap(AnonHeap::default()) } else { builder };
         let loader = builder.build().unwrap();
         let mut stopped = Vec::new();
         for paths in [vec![path.clone()], small.clone()] {
-            let mut segments = loader.stream_with(&paths, loader.options());
+            let mut segments = loader.load(&paths).segments();
             let first = segments.next().await.unwrap().unwrap();
             // Until it does not go on any more.
             let (mut before, mut same) = (0, 0);
@@ -133,7 +133,7 @@ async fn slow_consumer_holds_up_its_own_stream_within_the_window() {
         }
         assert!(loader.memory_bytes() <= 2 * (WINDOW + 2 * SEGMENT), "{} bytes", loader.memory_bytes());
         // Others go on: a stream with a fast consumer, and a load that is kept.
-        let mut segments = loader.stream(&path);
+        let mut segments = loader.load(&path).segments();
         let mut digest = Sha256::new();
         while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
             digest.update(segment.unwrap().bytes().unwrap());
@@ -163,8 +163,8 @@ async fn what_can_never_fit_fails_at_once_with_the_arithmetic() {
     let error = loader.load(&path).await.unwrap_err();
     assert_eq!(error, Error::OverLimit { wanted_bytes: 40 * MIB, limit_bytes: 32 * MIB, why: "all of the load" });
     assert!(error.to_string().contains("8388608 too many"), "{error}");
-    let single = loader.options().layout(Layout::Single);
-    let mut stream = loader.stream_with([&path], single);
+    let single = loader.load_options().layout(Layout::Single);
+    let mut stream = loader.load(&path).options(single).segments();
     assert!(matches!(stream.next().await, Some(Err(Error::OverLimit { why: "a segment", .. }))));
     let error = Loader::builder().memory_limit_bytes(MIB).build().unwrap_err();
     assert!(matches!(error, Error::Config(_)), "{error}");
@@ -179,7 +179,7 @@ async fn loads_that_are_kept_wait_for_each_other_and_never_hold_each_other_up() 
     let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
     let first = loader.load(&path).await.unwrap();
     // Both begin at once, and only one has room; the other one waits until the first image is dropped.
-    let mut second = loader.load(&path);
+    let mut second = loader.load(&path).start();
     let waiting = tokio::time::timeout(Duration::from_millis(200), second.next()).await;
     assert!(waiting.is_err(), "{waiting:?}");
     assert!(loader.memory_bytes() <= 32 * MIB);
@@ -205,7 +205,12 @@ async fn the_pool_is_within_the_limit_and_gives_way() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let paths = [24, 28].map(|mib: usize| file(folder.path(), &format!("{mib}"), &random_bytes(mib << 20, mib as u64)));
-    let loader = Loader::builder().memory_limit_bytes(40 * MIB).pool_bytes(u64::MAX).segment_bytes(8 << 20).build().unwrap();
+    let loader = Loader::builder()
+        .memory_limit_bytes(40 * MIB)
+        .pool_bytes(u64::MAX)
+        .load_options(LoadOptions::new().segment_bytes(8 << 20))
+        .build()
+        .unwrap();
     let mut reused = 0;
     for round in 0..6 {
         let path = &paths[(round / 2) % 2];
@@ -236,7 +241,7 @@ async fn sixty_four_streams_share_a_limit_and_ten_that_stop_delay_nobody() {
         let watch = Watch::start(&loader);
         let mut stopped: Vec<(dmaload::Segments, Segment)> = Vec::new();
         for _ in 0..stalled {
-            let mut segments = loader.stream(&path);
+            let mut segments = loader.load(&path).segments();
             let segment = segments.next().await.unwrap().unwrap();
             stopped.push((segments, segment));
         }
@@ -246,7 +251,7 @@ async fn sixty_four_streams_share_a_limit_and_ten_that_stop_delay_nobody() {
             .map(|_| {
                 let (loader, path, expected, slowest) = (loader.clone(), path.clone(), expected.clone(), Arc::clone(&slowest));
                 tokio::spawn(async move {
-                    let mut segments = loader.stream(&path);
+                    let mut segments = loader.load(&path).segments();
                     let mut digest = Sha256::new();
                     while let Some(segment) = segments.next().await {
                         digest.update(segment.unwrap().bytes().unwrap());
@@ -295,12 +300,12 @@ async fn a_load_of_high_priority_overtakes() {
     let loader = Loader::builder()
         .heap(AnonHeap::default())
         .allocator_threads(1)
-        .segment_bytes(4 << 20)
+        .load_options(LoadOptions::new().segment_bytes(4 << 20))
         .window_bytes(8 << 20)
         .build()
         .unwrap();
-    let low = [(); 4].map(|()| loader.load_with([&path], loader.options().priority(Priority::Low)));
-    let high = loader.load_with([&path], loader.options().priority(Priority::High)).await.unwrap();
+    let low = [(); 4].map(|()| loader.load(&path).options(loader.load_options().priority(Priority::Low)).start());
+    let high = loader.load(&path).options(loader.load_options().priority(Priority::High)).await.unwrap();
     assert_eq!(high.report().bytes, 96 * MIB);
     let read: u64 = low.iter().map(|load| load.progress().read_bytes).sum();
     assert!(read < 2 * 96 * MIB, "{read} bytes of low priority were read before the end of one of high priority");
@@ -320,15 +325,20 @@ async fn streams_of_tensors_never_wait_for_memory_that_they_hold_themselves() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let path = tensors(folder.path(), 12);
-    let loader = Loader::builder().memory_limit_bytes(32 * MIB).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
-    let expected: Vec<_> = loader.stream(&path).tensors().collect_names().await;
+    let loader = Loader::builder()
+        .memory_limit_bytes(32 * MIB)
+        .load_options(LoadOptions::new().segment_bytes(2 << 20))
+        .window_bytes(4 << 20)
+        .build()
+        .unwrap();
+    let expected: Vec<_> = loader.load(&path).tensors().collect_names().await;
     assert_eq!(expected.len(), 12);
     let streams: Vec<_> = (0..40)
         .map(|number| {
-            let options = loader.options();
+            let options = loader.load_options();
             // Some in another order, which keeps nothing of the order before.
             let options = if number % 2 == 0 { options } else { options.tensors(["t11", "t3", "*"]) };
-            tokio::spawn(loader.stream_with([&path], options).tensors().collect_names())
+            tokio::spawn(loader.load(&path).options(options).tensors().collect_names())
         })
         .collect();
     for stream in streams {
@@ -340,11 +350,16 @@ async fn streams_of_tensors_never_wait_for_memory_that_they_hold_themselves() {
     }
     assert!(loader.memory_bytes() <= 32 * MIB);
     // What holds not even one tensor says so; its segments can be streamed all the same.
-    let small = Loader::builder().memory_limit_bytes(2 * MIB).segment_bytes(2 << 20).window_bytes(2 << 20).build().unwrap();
-    let mut refused = small.stream(&path).tensors();
+    let small = Loader::builder()
+        .memory_limit_bytes(2 * MIB)
+        .load_options(LoadOptions::new().segment_bytes(2 << 20))
+        .window_bytes(2 << 20)
+        .build()
+        .unwrap();
+    let mut refused = small.load(&path).tensors();
     assert!(matches!(refused.next().await, Some(Err(Error::OverLimit { why: "the memory of a tensor", .. }))));
     drop(refused);
-    let mut segments = small.stream(&path);
+    let mut segments = small.load(&path).segments();
     while let Some(segment) = segments.next().await {
         segment.unwrap();
     }
@@ -372,7 +387,10 @@ async fn a_reservation_holds_while_memory_of_the_pool_is_used_again() {
     let large = file(folder.path(), "large", &random_bytes(64 << 20, 1));
     let small = file(folder.path(), "small", &random_bytes(16 << 20, 2));
     for _ in 0..5 {
-        let loader = Loader::builder().memory_limit_bytes(80 * MIB).segment_bytes(64 << 20).pool_bytes(u64::MAX);
+        let loader = Loader::builder()
+            .memory_limit_bytes(80 * MIB)
+            .load_options(LoadOptions::new().segment_bytes(64 << 20))
+            .pool_bytes(u64::MAX);
         let loader = loader.allocator_threads(1).build().unwrap();
         drop(loader.load(&large).await.unwrap());
         let both = async { (loader.load(&large).into_future(), loader.load(&small).into_future()) }.await;

@@ -51,7 +51,7 @@ fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
 }
 
 async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
-    loader.load_with([path], options).await.unwrap()
+    loader.load(path).options(options).await.unwrap()
 }
 
 /// Not on the machine's disk, whatever that is: the cache is no witness on each.
@@ -71,7 +71,13 @@ async fn mixtures(what: &str, at: &Path) {
     let loaders = [
         Loader::builder().build().unwrap(),
         Loader::builder().heap(AnonHeap::default()).build().unwrap(),
-        Loader::builder().window_bytes(16 * MIB).segment_bytes(8 * MIB).queue_depth(1).pool_bytes(u64::MAX).build().unwrap(),
+        Loader::builder()
+            .window_bytes(16 * MIB)
+            .load_options(LoadOptions::new().segment_bytes(8 * MIB))
+            .queue_depth(1)
+            .pool_bytes(u64::MAX)
+            .build()
+            .unwrap(),
     ];
     let alternate: Vec<_> = (0..end).step_by(16 << 20).map(|start| start..(start + 8 * MIB).min(end)).collect();
     let ragged = vec![MIB..5 * MIB, 9 * MIB + 4096..30 * MIB, 40 * MIB..end];
@@ -108,18 +114,18 @@ async fn mixtures(what: &str, at: &Path) {
         };
         for (number, loader) in loaders.iter().enumerate() {
             for round in 0..2 {
-                check(loader, loader.options(), there, &format!("loader {number}, round {round}")).await;
+                check(loader, loader.load_options(), there, &format!("loader {number}, round {round}")).await;
             }
         }
         let loader = &loaders[0];
         for route in ROUTES.into_iter().filter(|route| route.is_direct()) {
-            check(loader, loader.options().route(route), there, route.name()).await;
+            check(loader, loader.load_options().route(route), there, route.name()).await;
         }
-        check(loader, loader.options().layout(Layout::Single), there, "single").await;
-        check(loader, loader.options().route(Route::PreadDirect).strict(true), 0, "strict").await;
-        let strict = loader.options().route(Route::PreadDirect).strict(true).cache(Cache::Auto);
+        check(loader, loader.load_options().layout(Layout::Single), there, "single").await;
+        check(loader, loader.load_options().route(Route::PreadDirect).strict(true), 0, "strict").await;
+        let strict = loader.load_options().route(Route::PreadDirect).strict(true).cache(Cache::Auto);
         check(loader, strict, there, "strict, auto").await;
-        check(loader, loader.options().cache(Cache::Bypass), 0, "bypass").await;
+        check(loader, loader.load_options().cache(Cache::Bypass), 0, "bypass").await;
     }
 }
 
@@ -139,7 +145,7 @@ async fn small_files_are_taken_from_the_cache() {
                 return eprintln!("skipped: {reason}");
             }
         }
-        let image = loader.load_with(&paths, loader.options()).await.unwrap();
+        let image = loader.load(&paths).await.unwrap();
         for (number, bytes) in contents.iter().enumerate() {
             assert_same(&image.files()[number].bytes().unwrap(), bytes, "a small file");
         }
@@ -171,7 +177,7 @@ impl HeapHooks for GatedHeap {
 impl GatedHeap {
     fn loader(&self) -> Loader {
         let heap = Hooked::new(MemfdHeap::default(), self.clone());
-        Loader::builder().heap(heap).allocator_threads(1).segment_bytes(2 << 20).build().unwrap()
+        Loader::builder().heap(heap).allocator_threads(1).load_options(LoadOptions::new().segment_bytes(2 << 20)).build().unwrap()
     }
 
     fn open(&self) {
@@ -191,7 +197,7 @@ async fn what_has_gone_from_the_cache_meanwhile_is_read_from_storage() {
     }
     let heap = GatedHeap::default();
     let loader = heap.loader();
-    let mut load = loader.load(&path);
+    let mut load = loader.load(&path).start();
     load.next().await.unwrap().unwrap();
     while heap.0.0.load(Ordering::Relaxed) < SEGMENTS {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
@@ -233,14 +239,14 @@ async fn stores(what: &str, at: &Path) {
         store(1);
         let heap = GatedHeap::default();
         let loader = heap.loader();
-        let options = loader.options();
+        let options = loader.load_options();
         let options = match how {
             "from storage" => options.cache(Cache::Bypass),
             "buffered" => options.route(Route::Buffered),
             "uring-buffered" => options.route(Route::UringBuffered),
             _ => options,
         };
-        let mut load = loader.load_with([&path], options);
+        let mut load = loader.load(&path).options(options).start();
         load.next().await.unwrap().unwrap();
         store(2);
         heap.open();
@@ -290,8 +296,8 @@ fn buffered_reads_by_a_ring_are_right_and_leave_nothing_where_that_can_be() {
         let expected = random_bytes((48 << 20) + 777, 1);
         let path = file(at, "model.bin", &expected);
         let cold = cache_only(&path, &[]);
-        let loader = Loader::builder().chunk_bytes(256 << 10).build().unwrap();
-        let options = loader.options().route(Route::UringBuffered);
+        let loader = Loader::builder().load_options(LoadOptions::new().chunk_bytes(256 << 10)).build().unwrap();
+        let options = loader.load_options().route(Route::UringBuffered);
         for strict in [false, true] {
             let image = runtime.block_on(load(&loader, &path, options.clone().strict(strict)));
             assert_same(&image.files()[0].bytes().unwrap(), &expected, what);

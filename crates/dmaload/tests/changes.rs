@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Image, Loader, Route};
+use dmaload::{Error, Image, LoadOptions, Loader, Route};
 use dmaload_testing::seccomp::{self, Scope};
 
 const SEGMENT: usize = 2 << 20;
@@ -74,15 +74,14 @@ async fn load_range_and(
     let loader = Loader::builder()
         .heap(heap.around_memfds())
         .allocator_threads(1)
-        .segment_bytes(SEGMENT as u64)
-        .route(route)
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route))
         .build()
         .unwrap();
     let options = match range {
-        Some(range) => loader.options().range(range),
-        None => loader.options(),
+        Some(range) => loader.load_options().range(range),
+        None => loader.load_options(),
     };
-    let mut load = loader.load_with([&path], options);
+    let mut load = loader.load(&path).options(options).start();
     load.next().await.expect("the first segment needs no last one").unwrap();
     change(&path);
     heap.0.open();
@@ -207,8 +206,13 @@ async fn the_last_segment_is_withheld_from_a_stream_when_the_file_has_changed() 
     let path = file(folder.path(), "model.bin", &model());
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64).build().unwrap();
-    let mut segments = loader.stream(&path);
+    let loader = Loader::builder()
+        .heap(heap.around_memfds())
+        .allocator_threads(1)
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .build()
+        .unwrap();
+    let mut segments = loader.load(&path).segments();
     segments.next().await.unwrap().unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
     heap.0.open();
@@ -264,8 +268,11 @@ async fn a_heap_that_runs_out_half_way_fails_the_load_and_not_the_loader() {
     let path = file(folder.path(), "model.bin", &model());
     for (allocations, populations, operation) in [(2, usize::MAX, "allocate memory"), (usize::MAX, 2, "populate memory")] {
         let heap = FailingHeap::new(allocations, populations);
-        let loader =
-            Loader::builder().heap(Hooked::new(AnonHeap::default(), heap)).segment_bytes(SEGMENT as u64).build().unwrap();
+        let loader = Loader::builder()
+            .heap(Hooked::new(AnonHeap::default(), heap))
+            .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+            .build()
+            .unwrap();
         let error = loader.load(&path).await.unwrap_err();
         let told = error.to_string();
         assert!(told.contains("failing") && told.contains(operation) && told.contains("ENOMEM"), "{told}");
@@ -283,7 +290,7 @@ async fn a_file_among_many_that_cannot_be_loaded_is_named() {
     let mut paths = good.clone();
     paths.insert(13, folder.path().join("missing.bin"));
     let loader = Loader::new().unwrap();
-    let error = loader.load_with(&paths, loader.options()).await.unwrap_err();
+    let error = loader.load(&paths).await.unwrap_err();
     assert!(error.to_string().contains("missing.bin") && error.to_string().contains("ENOENT"), "{error}");
 }
 
@@ -292,9 +299,12 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();
-    let builder = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64);
+    let builder = Loader::builder()
+        .heap(heap.around_memfds())
+        .allocator_threads(1)
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64));
     let loader = builder.shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
-    let mut load = loader.load(&path);
+    let mut load = loader.load(&path).start();
     let segment = load.next().await.expect("the first segment needs no last one").unwrap();
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
@@ -318,9 +328,12 @@ async fn a_shutdown_without_a_thread_to_wait_reports_what_has_not_ended() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();
-    let builder = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).segment_bytes(SEGMENT as u64);
+    let builder = Loader::builder()
+        .heap(heap.around_memfds())
+        .allocator_threads(1)
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64));
     let loader = builder.build().unwrap();
-    let load = loader.load(&path);
+    let load = loader.load(&path).start();
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
@@ -351,9 +364,10 @@ async fn after_a_shutdown_no_file_is_open() {
     let small: Vec<_> =
         (0..20).map(|number| file(folder.path(), &format!("{number}.bin"), &random_bytes(9_000, number))).collect();
     for (round, route) in (0..12).flat_map(|round| ROUTES.map(|route| (round, route))) {
-        let loader = Loader::builder().segment_bytes(SEGMENT as u64).route(route).build().unwrap();
-        let mut large = loader.load(&path);
-        let others = [loader.load(&path), loader.load_with(&small, loader.options())];
+        let loader =
+            Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route)).build().unwrap();
+        let mut large = loader.load(&path).start();
+        let others = [loader.load(&path).start(), loader.load(&small).start()];
         // Shut down while files are opened, after a segment, and in the midst of reads.
         match round % 3 {
             0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
@@ -389,7 +403,7 @@ async fn rewriting_a_small_model_is_a_change_not_damage() {
         let heap = GatedHeap::default();
         heap.0.calls.store(SEGMENTS - 1, Ordering::Relaxed);
         let loader = Loader::builder().heap(heap.around_memfds()).allocator_threads(1).build().unwrap();
-        let load = loader.load(&path);
+        let load = loader.load(&path).start();
         while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }

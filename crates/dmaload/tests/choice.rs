@@ -46,12 +46,12 @@ fn assert_large(image: &Image, block: &[u8], what: &str) {
 
 /// As the loader leaves it, but what the cache has would not be measured.
 fn options(loader: &Loader) -> LoadOptions {
-    loader.options().cache(Cache::Bypass)
+    loader.load_options().cache(Cache::Bypass)
 }
 
 /// A load whose bytes are right; the way that it measured, and whether it read into staging at all.
 async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], what: &str) -> (Option<Way>, Route) {
-    let image = loader.load_with([path], options).await.unwrap();
+    let image = loader.load(path).options(options).await.unwrap();
     assert_large(&image, block, what);
     let report = image.report();
     let Some(measured) = report.measured else { return (None, report.route) };
@@ -119,7 +119,7 @@ async fn after_the_trial_the_rest_goes_the_way_that_was_chosen() {
     let path = large(folder.path(), &block);
     let heap = Hooked::new(MemfdHeap { pages: Pages::Auto }, Arc::new(SlowExtents));
     let loader = Loader::builder().heap(heap).build().unwrap();
-    let image = loader.load_with([&path], options(&loader).trace(true)).await.unwrap();
+    let image = loader.load(&path).options(options(&loader).trace(true)).await.unwrap();
     assert_large(&image, &block, "direct reads are faster");
     let report = image.report();
     let measured = report.measured.expect("512 MiB are enough");
@@ -145,7 +145,7 @@ async fn what_is_fixed_or_too_small_is_not_measured() {
             assert_eq!((measured, route), (None, fixed), "{pages:?}");
         }
         // Nothing is known: what is expected to be faster is taken.
-        let image = loader.load_with([&small], options(&loader)).await.unwrap();
+        let image = loader.load(&small).options(options(&loader)).await.unwrap();
         assert_eq!(image.report().measured, None);
         assert_eq!(image.report().route == Route::Bounce, pages == Pages::Small, "{pages:?}: {}", image.report().route);
     }

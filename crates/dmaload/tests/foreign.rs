@@ -103,14 +103,18 @@ fn a_waker_that_polls_deadlocks_nothing() {
     let folder = folder();
     let path = safetensors(folder.path(), 12, 1_000_000);
     for route in ROUTES {
-        let loader = Loader::builder().route(route).segment_bytes(SEGMENT).allocator_threads(1).build().unwrap();
+        let loader = Loader::builder()
+            .load_options(LoadOptions::new().route(route).segment_bytes(SEGMENT))
+            .allocator_threads(1)
+            .build()
+            .unwrap();
         let (own, own_path) = (loader.clone(), path.clone());
         run_inline("a load, dropped at its end", async move { own.load(&own_path).await.map(|image| image.report().bytes) })
             .unwrap();
 
         let (own, own_path) = (loader.clone(), path.clone());
         run_inline("a load, dropped half-way, and another one begun", async move {
-            let mut load = own.load(&own_path);
+            let mut load = own.load(&own_path).start();
             load.next().await.unwrap().unwrap();
             drop(load);
             own.load(&own_path).await.unwrap();
@@ -118,7 +122,7 @@ fn a_waker_that_polls_deadlocks_nothing() {
 
         let (own, own_path) = (loader.clone(), path.clone());
         let segments = run_inline("segments", async move {
-            let mut segments = own.stream(&own_path);
+            let mut segments = own.load(&own_path).segments();
             let mut count = 0;
             while let Some(segment) = segments.next().await {
                 segment.unwrap();
@@ -129,21 +133,29 @@ fn a_waker_that_polls_deadlocks_nothing() {
         assert!(segments > 4);
 
         let (own, own_path) = (loader.clone(), path.clone());
-        run_inline("segments, dropped half-way", async move { own.stream(&own_path).next().await.unwrap().unwrap().len() });
+        run_inline(
+            "segments, dropped half-way",
+            async move { own.load(&own_path).segments().next().await.unwrap().unwrap().len() },
+        );
 
-        for kept in [true, false] {
-            let (own, own_path) = (loader.clone(), path.clone());
-            let tensors = run_inline("tensors", async move {
-                let mut tensors = if kept { own.load(&own_path).tensors() } else { own.stream(&own_path).tensors() };
-                let mut count = 0;
-                while let Some(tensor) = tensors.next().await {
-                    tensor.unwrap();
-                    count += 1;
-                }
-                count
-            });
-            assert_eq!(tensors, 12);
-        }
+        let (own, own_path) = (loader.clone(), path.clone());
+        let names = run_inline("tensors", async move {
+            let mut tensors = own.load(&own_path).tensors();
+            let mut names = Vec::new();
+            while let Some(tensor) = tensors.next().await {
+                names.push(tensor.unwrap().name().to_owned());
+            }
+            names
+        });
+        assert_eq!(names.len(), 12);
+
+        let (own, own_path) = (loader.clone(), path.clone());
+        run_inline("tensors by name, from the last one on", async move {
+            let load = own.load(&own_path).start();
+            for name in names.iter().rev() {
+                load.tensor(name).await.unwrap();
+            }
+        });
 
         let own = loader.clone();
         let missing = run_inline("a load that fails", async move { own.load("/no/such/file").await.map(drop) });
@@ -151,7 +163,7 @@ fn a_waker_that_polls_deadlocks_nothing() {
 
         let (own, own_path) = (loader.clone(), path.clone());
         let ended = run_inline("a shutdown under a load", async move {
-            let mut load = own.load(&own_path);
+            let mut load = own.load(&own_path).start();
             let _ = load.next().await;
             let shutdown = own.shutdown().await;
             (shutdown, load.finish().await.map(drop))
@@ -167,7 +179,7 @@ fn the_last_loader_may_be_dropped_inside_of_a_waker() {
     let folder = folder();
     let path = safetensors(folder.path(), 12, 1_000_000);
     for _ in 0..20 {
-        let loader = Loader::builder().segment_bytes(SEGMENT).build().unwrap();
+        let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
         let path = path.clone();
         run_inline("a load that has the last loader", async move { loader.load(path).await.map(drop) }).unwrap();
     }
@@ -203,8 +215,13 @@ fn a_waker_that_panics_fails_its_load_by_name_and_no_other() {
     for route in ROUTES {
         let gate = Gate::default();
         let heap = Hooked::new(MemfdHeap::default(), gate.clone());
-        let loader = Loader::builder().heap(heap).route(route).segment_bytes(SEGMENT).allocator_threads(1).build().unwrap();
-        let (mut load, mut other) = (loader.load(&path), loader.load(&path));
+        let loader = Loader::builder()
+            .heap(heap)
+            .load_options(LoadOptions::new().route(route).segment_bytes(SEGMENT))
+            .allocator_threads(1)
+            .build()
+            .unwrap();
+        let (mut load, mut other) = (loader.load(&path).start(), loader.load(&path).start());
         let panics = Arc::new(PanicsWhenWoken(AtomicUsize::new(0)));
         let polled = Pin::new(&mut load).poll_next(&mut Context::from_waker(&Waker::from(Arc::clone(&panics))));
         assert!(polled.is_pending(), "the heap waits");
@@ -230,7 +247,7 @@ fn a_waker_that_panics_fails_its_load_by_name_and_no_other() {
             let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
             assert_same(&segment.bytes().unwrap(), &bytes[range], "beside it");
         }
-        assert_eq!(load_all(&loader, &path, loader.options()).unwrap(), bytes.len() as u64, "after it");
+        assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), bytes.len() as u64, "after it");
     }
 }
 
@@ -259,7 +276,7 @@ impl HeapHooks for Gate {
 }
 
 fn load_all(loader: &Loader, path: &Path, options: LoadOptions) -> dmaload::Result<u64> {
-    let load = loader.load_with([path], options);
+    let load = loader.load(path).options(options).start();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let image = runtime.block_on(async { tokio::time::timeout(PATIENCE, load.into_future()).await.expect("it ends") })?;
     Ok(image.report().bytes)
@@ -324,16 +341,20 @@ fn what_verifies_and_observes_may_panic_and_is_named() {
     let bytes = random_bytes(6_000_000, 1);
     let (large, small) = (file(folder.path(), "large.bin", &bytes), file(folder.path(), "small.bin", &bytes[..5000]));
     for (number, route) in ROUTES.into_iter().enumerate() {
-        let loader = Loader::builder().route(route).segment_bytes(SEGMENT).allocator_threads(1 + number % 2).build().unwrap();
+        let loader = Loader::builder()
+            .load_options(LoadOptions::new().route(route).segment_bytes(SEGMENT))
+            .allocator_threads(1 + number % 2)
+            .build()
+            .unwrap();
         for path in [&large, &small] {
             let length = std::fs::metadata(path).unwrap().len();
             for place in [In::Begin, In::Describe, In::Bytes, In::LastBytes, In::DropOfVerifier, In::DropOfObserver, In::Nothing]
             {
                 let what = format!("{route}, {length} bytes, {place:?}");
-                let beside = loader.load(path);
-                let verified = load_all(&loader, path, loader.options().verify(Panics(place, length)));
+                let beside = loader.load(path).start();
+                let verified = load_all(&loader, path, loader.load_options().verify(Panics(place, length)));
                 let observer: Arc<dyn Observer> = Arc::new(PanicsToo(place, length));
-                let observed = load_all(&loader, path, loader.options().observer(observer));
+                let observed = load_all(&loader, path, loader.load_options().observer(observer));
                 let panicked = |code: &str, message: &str| Err(format!("{code} panicked: {message}"));
                 // The place of the bytes follows.
                 let told = |result: dmaload::Result<u64>| {
@@ -354,7 +375,7 @@ fn what_verifies_and_observes_may_panic_and_is_named() {
                 let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
                 let image = runtime.block_on(beside.into_future()).unwrap_or_else(|error| panic!("beside {what}: {error}"));
                 assert_same(&image.files()[0].bytes().unwrap(), &bytes[..usize::try_from(length).unwrap()], &what);
-                assert_eq!(load_all(&loader, path, loader.options()), Ok(length), "after {what}");
+                assert_eq!(load_all(&loader, path, loader.load_options()), Ok(length), "after {what}");
             }
         }
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -371,9 +392,9 @@ fn a_verifier_that_all_loads_have_may_panic_in_its_drop() {
     let path = file(folder.path(), "model.bin", &random_bytes(3_000_000, 1));
     for place in [In::DropOfVerifier, In::DropOfObserver, In::Describe] {
         let options = LoadOptions::default().verify(Panics(place, 3_000_000));
-        let loader = Loader::builder().options(options).segment_bytes(SEGMENT).build().unwrap();
+        let loader = Loader::builder().load_options(options.segment_bytes(SEGMENT)).build().unwrap();
         for _ in 0..3 {
-            assert_eq!(load_all(&loader, &path, loader.options()).is_ok(), place != In::Describe, "{place:?}");
+            assert_eq!(load_all(&loader, &path, loader.load_options()).is_ok(), place != In::Describe, "{place:?}");
         }
         assert_eq!(load_all(&loader, &path, LoadOptions::default()), Ok(3_000_000));
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, MemfdHeap};
-use dmaload::{Loader, Observer, Rejection};
+use dmaload::{LoadOptions, Loader, Observer, Rejection};
 
 const SEGMENT: usize = 2 << 20;
 
@@ -74,10 +74,10 @@ async fn a_child_has_private_memory_only_when_it_is_complete() {
         [(true, Loader::builder().heap(AnonHeap::default())), (false, Loader::builder().heap(MemfdHeap::default()))]
     {
         // Once into new memory, once into that of the pool.
-        let loader = loader.segment_bytes(SEGMENT as u64).pool_bytes(64 << 20).build().unwrap();
+        let loader = loader.load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).pool_bytes(64 << 20).build().unwrap();
         for reused in [false, true] {
             let curious = Arc::new(Curious::default());
-            let image = loader.load_with([&path], loader.options().observer(curious.clone())).await.unwrap();
+            let image = loader.load(&path).options(loader.load_options().observer(curious.clone())).await.unwrap();
             assert_eq!(image.report().reused_bytes > 0, reused);
             assert!(curious.looked.load(Ordering::Relaxed) >= 3);
             assert_eq!(curious.seen.load(Ordering::Relaxed), !private, "while it was being loaded");
@@ -100,7 +100,7 @@ async fn loads_are_right_while_the_process_forks() {
     for (what, loader) in
         [("anon", Loader::builder().heap(AnonHeap::default())), ("memfd", Loader::builder().heap(MemfdHeap::default()))]
     {
-        let loader = loader.segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap();
+        let loader = loader.load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).window_bytes(8 << 20).build().unwrap();
         for route in ROUTES {
             let done = Arc::new(AtomicBool::new(false));
             let forking = {
@@ -117,7 +117,7 @@ async fn loads_are_right_while_the_process_forks() {
                     }
                 })
             };
-            let image = loader.load_with([&path], loader.options().route(route)).await.unwrap();
+            let image = loader.load(&path).options(loader.load_options().route(route)).await.unwrap();
             done.store(true, Ordering::Relaxed);
             forking.join().unwrap();
             assert_eq!(image.report().route, route);

@@ -10,7 +10,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{file, folder, random_bytes};
-use dmaload::{Error, Loader};
+use dmaload::{Error, LoadOptions, Loader};
 use dmaload_testing::seccomp;
 
 const SEGMENT: usize = 2 << 20;
@@ -21,11 +21,15 @@ const IO_URING_ENTER: u32 = 426;
 async fn a_shutdown_reports_the_memory_of_a_hanging_ring_thread() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(BYTES, 1));
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
+    let loader = Loader::builder()
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .shutdown_timeout(Duration::from_millis(300))
+        .build()
+        .unwrap();
     // The ring has been set up, and the thread waits in it.
     loader.load(&path).await.unwrap();
     let _listener = seccomp::hang(IO_URING_ENTER);
-    let mut load = loader.load(&path);
+    let mut load = loader.load(&path).start();
     while load.progress().allocated_bytes < BYTES as u64 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use common::{assert_same, file, folder, random_bytes};
 use dmaload::dmabuf::{self, Mapping, Memory, Populated};
 use dmaload::heap::{AnonHeap, FromDescriptors, Heap, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Loader};
+use dmaload::{Error, LoadOptions, Loader};
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 
@@ -62,8 +62,9 @@ async fn a_kept_descriptor_cannot_write_to_a_segment() {
     let small: Vec<_> = (0..3).map(|n| file(folder.path(), &format!("{n}.bin"), &random_bytes(5000, n))).collect();
     for paths in [vec![path], small] {
         let heap = Keeping::new(None);
-        let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).build().unwrap();
-        let mut segments = loader.stream_with(&paths, loader.options());
+        let loader =
+            Loader::builder().heap(heap.clone()).load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
+        let mut segments = loader.load(&paths).segments();
         while let Some(segment) = segments.next().await {
             let segment = segment.unwrap();
             let bytes = segment.bytes().unwrap();
@@ -89,9 +90,10 @@ async fn memory_that_takes_no_seal_against_writes_fails_its_load() {
     let path = file(folder.path(), "model.bin", &model());
     for seals in [SealFlags::SEAL, SealFlags::SEAL | SealFlags::GROW] {
         let heap = Keeping::new(Some(seals));
-        let loader = Loader::builder().heap(heap.clone()).segment_bytes(SEGMENT as u64).build().unwrap();
+        let loader =
+            Loader::builder().heap(heap.clone()).load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
         for round in 0..2 {
-            let mut segments = loader.stream(&path);
+            let mut segments = loader.load(&path).segments();
             let error =
                 segments.next().await.expect("an error comes before the end").expect_err("bytes that others can write to");
             let text = error.to_string();
@@ -189,7 +191,8 @@ async fn hooks_see_each_call_of_a_heap_of_ours() {
         Loader::builder().heap(Hooked::new(AnonHeap::default(), Arc::clone(&hooks))),
     ] {
         let before = hooks.populated.load(Ordering::Relaxed);
-        let image = loader.segment_bytes(SEGMENT as u64).build().unwrap().load(&path).await.unwrap();
+        let loader = loader.load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
+        let image = loader.load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &model(), "through hooks");
         assert_eq!(image.report().heap, "counted");
         assert!(image.report().notes.iter().any(|note| note == "it is counted"), "{:?}", image.report().notes);

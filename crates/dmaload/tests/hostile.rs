@@ -19,11 +19,11 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use dmaload::Loader;
 use dmaload::model::gguf::{self, Parsed};
 use dmaload::model::index::Index;
 use dmaload::model::safetensors::{Sniff, parse, sniff};
 use dmaload::verify::Manifest;
+use dmaload::{LoadOptions, Loader};
 use dmaload_testing::Random;
 use safetensors::SafeTensors;
 
@@ -313,7 +313,7 @@ fn damaged_files_are_loaded_as_they_are_or_refused() {
 fn load_damaged(kind: &str, names: [&str; 2]) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let folder = common::folder();
-    let loader = Loader::builder().segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(2 << 20)).window_bytes(4 << 20).build().unwrap();
     let corpus = corpus(kind);
     let mut random = Random::new(number("DMALOAD_SEED", 1));
     let count = number("DMALOAD_INPUTS", 20_000) / 100;

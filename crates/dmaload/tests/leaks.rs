@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::AnonHeap;
-use dmaload::{Error, Layout, Loader, LoaderBuilder};
+use dmaload::{Error, Layout, LoadOptions, Loader, LoaderBuilder, Source};
 
 const SEGMENT: u64 = 2 << 20;
 
@@ -66,11 +66,15 @@ fn files() -> Files {
 }
 
 fn small_window() -> LoaderBuilder {
-    Loader::builder().segment_bytes(SEGMENT).window_bytes(4 * SEGMENT)
+    Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).window_bytes(4 * SEGMENT)
 }
 
 async fn a_hundred_loads_at_once(files: &Files) {
-    for builder in [small_window(), small_window().heap(AnonHeap::default()), Loader::builder().layout(Layout::Single)] {
+    for builder in [
+        small_window(),
+        small_window().heap(AnonHeap::default()),
+        Loader::builder().load_options(LoadOptions::new().layout(Layout::Single)),
+    ] {
         let loader = builder.build().unwrap();
         let loads: Vec<_> = files.files.iter().map(|(path, _)| tokio::spawn(loader.load(path).into_future())).collect();
         for (load, (path, bytes)) in loads.into_iter().zip(&files.files) {
@@ -83,13 +87,13 @@ async fn a_hundred_loads_at_once(files: &Files) {
 
 async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
     for route in ROUTES {
-        let loader = small_window().route(route).build().unwrap();
+        let loader = small_window().load_options(LoadOptions::new().segment_bytes(SEGMENT).route(route)).build().unwrap();
         let mut state = 88_172_645_463_325_252u64;
         for round in 0..50 {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            let mut load = loader.load(&files.large);
+            let mut load = loader.load(&files.large).start();
             match state % 4 {
                 0 => {}
                 1 => tokio::time::sleep(Duration::from_micros(state % 20_000)).await,
@@ -124,7 +128,7 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
         loader.load(path).await.unwrap_err();
     }
     let shrinking = file(folder, "shrinking.bin", &random_bytes(64 << 20, 5));
-    let mut load = loader.load(&shrinking);
+    let mut load = loader.load(&shrinking).start();
     drop(load.next().await);
     fs::OpenOptions::new().write(true).open(&shrinking).unwrap().set_len(1000).unwrap();
     // Whether all of it had been read and checked before it shrank is a matter of luck; tests/changes.rs leaves none.
@@ -132,7 +136,7 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
     drop(loader);
 
     let loader = small_window().build().unwrap();
-    let mut load = loader.load(&files.large);
+    let mut load = loader.load(&files.large).start();
     drop(load.next().await);
     loader.shutdown().await.unwrap();
     // The same here.
@@ -144,7 +148,7 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
 
 async fn a_loader_that_is_dropped_with_a_load_under_way(files: &Files) {
     let loader = small_window().build().unwrap();
-    let load = loader.load(&files.large);
+    let load = loader.load(&files.large).start();
     drop(loader);
     let image = load.await.unwrap();
     assert_eq!(image.report().bytes, 96 << 20, "the load keeps the threads alive");
@@ -178,28 +182,28 @@ async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
         let open = |path: &Path| fs::File::open(path).unwrap();
         for what in ["a stream", "a stream of many files", "a stream of an open file", "an empty stream"] {
             let mut stream = match what {
-                "a stream" => loader.stream(&files.large),
-                "a stream of many files" => loader.stream_with(&paths, loader.options()),
-                "a stream of an open file" => loader.stream_file(open(&files.large), None, loader.options()),
-                _ => loader.stream_file(open(&paths[0]), Some(0..0), loader.options()),
+                "a stream" => loader.load(&files.large).segments(),
+                "a stream of many files" => loader.load(&paths).segments(),
+                "a stream of an open file" => loader.load(open(&files.large)).segments(),
+                _ => loader.load(Source::file(open(&paths[0])).range(0..0)).segments(),
             };
             while let Some(segment) = stream.next().await {
                 drop(segment.unwrap());
             }
             holds_when_dropped(what, stream, &before).await;
         }
-        let mut failed = loader.load(&lying);
+        let mut failed = loader.load(&lying).start();
         assert!(failed.next().await.unwrap().is_err());
         holds("a load that failed", &before).await;
-        let mut refused = loader.load_file(open(&lying), None, loader.options().format(dmaload::Format::Safetensors));
+        let mut refused = loader.load(open(&lying)).options(loader.load_options().format(dmaload::Format::Safetensors)).start();
         assert!(refused.next().await.unwrap().is_err());
         holds("a load of an open file that failed", &before).await;
         drop((failed, refused));
-        let mut failed = loader.stream_with([Path::new("/nonexistent")], loader.options());
+        let mut failed = loader.load(Path::new("/nonexistent")).segments();
         assert!(failed.next().await.unwrap().is_err());
         holds_when_dropped("a stream that failed", failed, &before).await;
         // A load keeps its segments for the image, and no file.
-        let mut load = loader.load_file(open(&files.large), None, loader.options());
+        let mut load = loader.load(open(&files.large)).start();
         let mut descriptors = 0;
         while let Some(segment) = load.next().await {
             descriptors += usize::from(segment.unwrap().hand_out_memfd().is_ok());

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap, SizeLimit};
-use dmaload::{Error, Layout, Loader, Route};
+use dmaload::{Error, Layout, LoadOptions, Loader, Route};
 
 const SEGMENT: usize = 2 << 20;
 
@@ -18,15 +18,19 @@ fn sizes() -> Vec<usize> {
 #[tokio::test]
 async fn every_size_by_every_route_and_layout_equals_the_file() {
     let folder = folder();
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).window_bytes(3 * SEGMENT as u64).build().unwrap();
+    let loader = Loader::builder()
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .window_bytes(3 * SEGMENT as u64)
+        .build()
+        .unwrap();
     for (seed, len) in sizes().into_iter().enumerate() {
         let bytes = random_bytes(len, seed as u64);
         let path = file(folder.path(), "model.bin", &bytes);
         for route in ROUTES {
             for layout in [Layout::Segmented, Layout::Single] {
                 let what = format!("{len} bytes, {route}, {layout}");
-                let options = loader.options().route(route).layout(layout).strict(true);
-                let image = loader.load_with([&path], options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+                let options = loader.load_options().route(route).layout(layout).strict(true);
+                let image = loader.load(&path).options(options).await.unwrap_or_else(|error| panic!("{what}: {error}"));
                 assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
                 assert_eq!(image.report().route, route, "{what}");
                 let expected = if layout == Layout::Single { 1 } else { len.div_ceil(SEGMENT) };
@@ -45,7 +49,10 @@ async fn the_bytes_after_the_end_of_the_file_are_zero_and_the_memfd_holds_the_sa
     let bytes = random_bytes(SEGMENT + 5000, 7);
     let path = file(folder.path(), "model.bin", &bytes);
     for route in ROUTES {
-        let loader = Loader::builder().segment_bytes(SEGMENT as u64).route(route).strict(true).build().unwrap();
+        let loader = Loader::builder()
+            .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route).strict(true))
+            .build()
+            .unwrap();
         let image = loader.load(&path).await.unwrap();
         let last = &image.segments()[1];
         let mut memory = vec![0xEE; last.memory_bytes()];
@@ -80,12 +87,12 @@ async fn a_file_of_no_bytes_is_a_good_load_without_segments() {
     let empty = file(folder.path(), "empty.bin", b"");
     let other = file(folder.path(), "other.bin", b"something");
     let loader = Loader::new().unwrap();
-    let mut load = loader.load(&empty);
+    let mut load = loader.load(&empty).start();
     assert!(load.next().await.is_none());
     let image = load.finish().await.unwrap();
     assert_eq!((image.segments().len(), image.files()[0].bytes().unwrap().len()), (0, 0));
 
-    let image = loader.load_with([&empty, &other, &empty], loader.options()).await.unwrap();
+    let image = loader.load([&empty, &other, &empty]).await.unwrap();
     assert_eq!(image.files().iter().map(dmaload::ImageFile::len).collect::<Vec<_>>(), [0, 9, 0]);
     assert_same(&image.files()[1].bytes().unwrap(), b"something", "the file between two empty ones");
 }
@@ -95,8 +102,8 @@ async fn segments_come_in_order_and_the_image_has_the_same_ones() {
     let folder = folder();
     let bytes = random_bytes(20 * SEGMENT + 1, 11);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
-    let mut load = loader.load(&path);
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
+    let mut load = loader.load(&path).start();
     let mut at = 0;
     while let Some(segment) = load.next().await {
         let segment = segment.unwrap();
@@ -115,8 +122,8 @@ async fn a_stream_gives_each_segment_once_and_a_report_at_the_end() {
     let folder = folder();
     let bytes = random_bytes(6 * SEGMENT + 9, 12);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
-    let mut segments = loader.stream(&path);
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
+    let mut segments = loader.load(&path).segments();
     let mut seen = Vec::new();
     while let Some(segment) = segments.next().await {
         seen.extend_from_slice(&segment.unwrap().bytes().unwrap());
@@ -130,7 +137,7 @@ async fn segments_and_views_outlive_the_loader() {
     let folder = folder();
     let bytes = random_bytes(3 * SEGMENT, 13);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).build().unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
     let image = loader.load(&path).await.unwrap();
     loader.shutdown().await.unwrap();
     let whole = image.files()[0].bytes().unwrap();
@@ -148,7 +155,7 @@ async fn many_files_in_one_load_keep_their_order_and_few_descriptors() {
     let paths: Vec<_> =
         contents.iter().enumerate().map(|(index, bytes)| file(folder.path(), &format!("{index}.bin"), bytes)).collect();
     let loader = Loader::builder().heap(AnonHeap::default()).build().unwrap();
-    let image = loader.load_with(&paths, loader.options()).await.unwrap();
+    let image = loader.load(&paths).await.unwrap();
     for (index, bytes) in contents.iter().enumerate() {
         assert_same(&image.files()[index].bytes().unwrap(), bytes, &format!("file {index}"));
     }
@@ -156,10 +163,13 @@ async fn many_files_in_one_load_keep_their_order_and_few_descriptors() {
 
 #[tokio::test]
 async fn a_window_smaller_than_a_segment_is_refused_in_words() {
-    let Err(error) = Loader::builder().segment_bytes(64 << 20).window_bytes(32 << 20).build() else { panic!("it was built") };
+    let Err(error) = Loader::builder().load_options(LoadOptions::new().segment_bytes(64 << 20)).window_bytes(32 << 20).build()
+    else {
+        panic!("it was built")
+    };
     assert!(matches!(&error, Error::Config(text) if text.contains("smaller than a segment")), "{error}");
     let loader = Loader::new().unwrap();
-    let error = loader.load_with(["/dev/null"], loader.options().segment_bytes(1 << 30)).await.unwrap_err();
+    let error = loader.load("/dev/null").options(loader.load_options().segment_bytes(1 << 30)).await.unwrap_err();
     assert!(matches!(error, Error::Config(_)));
 }
 
@@ -196,14 +206,14 @@ async fn a_file_larger_than_memory_is_refused_before_anything_is_allocated() {
     let path = folder.path().join("sparse.bin");
     std::fs::File::create(&path).unwrap().set_len(10 << 40).unwrap();
     for layout in [Layout::Segmented, Layout::Single] {
-        let loader = Loader::builder().layout(layout).build().unwrap();
-        let mut load = loader.load(&path);
+        let loader = Loader::builder().load_options(LoadOptions::new().layout(layout)).build().unwrap();
+        let mut load = loader.load(&path).start();
         let error = load.next().await.unwrap().unwrap_err();
         assert!(matches!(&error, Error::OutOfMemory { wanted_bytes, .. } if *wanted_bytes == 10 << 40), "{error}");
         assert_eq!(load.progress().allocated_bytes, 0);
     }
     // A stream need not fit.
-    let mut segments = Loader::new().unwrap().stream(&path);
+    let mut segments = Loader::new().unwrap().load(&path).segments();
     assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
 
@@ -213,13 +223,13 @@ fn everything_can_be_sent_to_another_thread() {
     fn sent_and_shared<T: Send + Sync + 'static>() {}
     sent_and_shared::<(Loader, dmaload::Segment, dmaload::Image, dmaload::Tensor, dmaload::Report, Error)>();
     let loader = Loader::new().unwrap();
-    let mut load = loader.load("/nonexistent");
+    let mut load = loader.load("/nonexistent").start();
     sent(&async move {
         let _ = load.next().await;
         load.finish().await
     });
     sent(&loader.load("/nonexistent").into_future());
-    sent(&loader.stream("/nonexistent"));
+    sent(&loader.load("/nonexistent").segments());
     sent(&loader.shutdown());
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::dmabuf;
 use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Loader, Observer, Rejection, Route};
+use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
@@ -78,7 +78,12 @@ impl Observer for Recorder {
 }
 
 fn loader(heap: &SpiedHeap) -> Loader {
-    Loader::builder().heap(heap.around_memfds()).segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap()
+    Loader::builder()
+        .heap(heap.around_memfds())
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .window_bytes(8 << 20)
+        .build()
+        .unwrap()
 }
 
 #[tokio::test]
@@ -91,8 +96,8 @@ async fn every_byte_is_seen_once_in_order_by_every_route_and_on_uncached_memory_
             let heap = SpiedHeap { uncached, ..SpiedHeap::default() };
             let loader = loader(&heap);
             let recorder = Recorder::new(&heap, paths.len());
-            let options = loader.options().route(route).observer(recorder.clone());
-            let image = loader.load_with(&paths, options).await.unwrap();
+            let options = loader.load_options().route(route).observer(recorder.clone());
+            let image = loader.load(&paths).options(options).await.unwrap();
             let what = format!("{route}, uncached: {uncached}");
             for (index, expected) in contents.iter().enumerate() {
                 assert_same(&recorder.files.lock().unwrap()[index], expected, &what);
@@ -118,7 +123,7 @@ async fn no_segment_is_shown_before_it_was_seen_and_a_slow_observer_does_not_let
         let mut recorder = Arc::into_inner(Recorder::new(&heap, 1)).unwrap();
         recorder.slow = Duration::from_millis(10);
         let recorder = Arc::new(recorder);
-        let mut load = loader.load_with([&path], loader.options().observer(recorder.clone()));
+        let mut load = loader.load(&path).options(loader.load_options().observer(recorder.clone())).start();
         while let Some(segment) = load.next().await {
             let (segment, seen) = (segment.unwrap(), recorder.files.lock().unwrap()[0].len() as u64);
             assert!(seen >= segment.file_range().end, "{seen} bytes were seen, {:?} is shown", segment.file_range());
@@ -155,7 +160,7 @@ async fn what_is_rejected_fails_the_load_with_the_reason_and_its_place() {
         for panics in [false, true] {
             let heap = SpiedHeap { uncached, ..SpiedHeap::default() };
             let loader = loader(&heap);
-            let mut load = loader.load_with([&path], loader.options().observer(Arc::new(Judge { at, panics })));
+            let mut load = loader.load(&path).options(loader.load_options().observer(Arc::new(Judge { at, panics }))).start();
             let error = loop {
                 match load.next().await.unwrap() {
                     Ok(segment) => assert!(segment.file_range().end <= at, "a rejected segment is shown"),
@@ -183,8 +188,8 @@ async fn a_strict_load_on_uncached_memory_must_ask_for_bounce() {
     let path = file(folder.path(), "strict.bin", &random_bytes(SEGMENT, 6));
     let heap = SpiedHeap { uncached: true, ..SpiedHeap::default() };
     let loader = loader(&heap);
-    let options = loader.options().strict(true).observer(Recorder::new(&heap, 1));
-    let error = loader.load_with([&path], options.clone()).await.unwrap_err();
+    let options = loader.load_options().strict(true).observer(Recorder::new(&heap, 1));
+    let error = loader.load(&path).options(options.clone()).await.unwrap_err();
     assert!(matches!(&error, Error::Config(text) if text.contains("bounce")), "{error}");
-    loader.load_with([&path], options.route(Route::Bounce)).await.unwrap();
+    loader.load(&path).options(options.route(Route::Bounce)).await.unwrap();
 }

@@ -11,13 +11,13 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 
 use dmaload::dmabuf::Pages;
 use dmaload::heap::AnonHeap;
-use dmaload::{Error, Image, Layout, Loader, Observer, Rejection, Segment};
+use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
 /// Segments of 8 MiB: files of up to 2 MiB are small.
 const SEGMENT: u64 = 8 << 20;
 
 fn loader() -> Loader {
-    Loader::builder().segment_bytes(SEGMENT).build().unwrap()
+    Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
 /// Lengths around pages, huge pages, batches and the limit of what is small; large ones and empty ones between them.
@@ -42,11 +42,15 @@ async fn every_file_is_right_by_every_route_and_they_share_memories() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let loader = loader();
-    let anon = Loader::builder().segment_bytes(SEGMENT).heap(AnonHeap { pages: Pages::Small }).build().unwrap();
+    let anon = Loader::builder()
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT))
+        .heap(AnonHeap { pages: Pages::Small })
+        .build()
+        .unwrap();
     for route in ROUTES {
         for (heap, loader) in [("memfd", &loader), ("anon", &anon)] {
             let what = format!("{heap}, {route}");
-            let image = loader.load_with(&paths, loader.options().route(route)).await.unwrap();
+            let image = loader.load(&paths).options(loader.load_options().route(route)).await.unwrap();
             assert_files(&image, &contents, &what);
             let report = image.report();
             assert_eq!((report.segments, report.memories), (52, 7), "{what}");
@@ -67,10 +71,10 @@ async fn every_file_is_right_by_every_route_and_they_share_memories() {
             assert_eq!(memories, report.memories, "{what}");
         }
     }
-    let apart = loader.load_with(&paths, loader.options().packed(false)).await.unwrap();
+    let apart = loader.load(&paths).options(loader.load_options().packed(false)).await.unwrap();
     assert_files(&apart, &contents, "apart");
     assert_eq!(apart.report().memories, apart.report().segments);
-    let single = loader.load_with(&paths, loader.options().layout(Layout::Single)).await.unwrap();
+    let single = loader.load(&paths).options(loader.load_options().layout(Layout::Single)).await.unwrap();
     assert_files(&single, &contents, "single");
     assert_eq!(single.report().memories, 51, "a memory for each file that has bytes");
 }
@@ -79,7 +83,7 @@ async fn every_file_is_right_by_every_route_and_they_share_memories() {
 async fn the_shared_memfd_holds_each_file_at_its_offset_with_a_zero_tail() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
-    let image = loader().load_with(&paths, loader().options()).await.unwrap();
+    let image = loader().load(&paths).await.unwrap();
     for segment in image.segments() {
         let mut memory = vec![0xEE; segment.memory_bytes()];
         rustix::io::pread(segment.hand_out_memfd().unwrap(), &mut memory, segment.memory_offset() as u64).unwrap();
@@ -95,7 +99,7 @@ async fn a_stream_gives_them_in_order_and_a_memory_lives_as_long_as_any_of_its_s
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let loader = loader();
-    let mut segments = loader.stream_with(&paths, loader.options());
+    let mut segments = loader.load(&paths).segments();
     let (mut index, mut kept) = (0, Vec::new());
     while let Some(segment) = segments.next().await {
         let segment = segment.unwrap();
@@ -121,8 +125,8 @@ async fn a_small_file_that_changes_fails_the_load_before_any_that_shares_with_it
     let contents: Vec<_> = (0..20).map(|seed| random_bytes(100_000, seed)).collect();
     let paths = written(folder.path(), &contents);
     let loader = loader();
-    let options = loader.options().observer(Arc::new(Replacing { number: 19, path: paths[19].clone() }));
-    let mut segments = loader.stream_with(&paths, options);
+    let options = loader.load_options().observer(Arc::new(Replacing { number: 19, path: paths[19].clone() }));
+    let mut segments = loader.load(&paths).options(options).segments();
     let first = segments.next().await.unwrap();
     let error = first.expect_err("a segment was shown");
     assert!(matches!(&error, Error::Changed { path, .. } if *path == paths[19]), "{error}");
@@ -158,7 +162,7 @@ async fn headers_of_small_models_are_read_from_their_memory_and_what_is_wrong_is
     };
     let paths = ["abc", "def"].map(|name| file(folder.path(), &format!("{name}.safetensors"), &model(name)));
     let loader = loader();
-    let image = loader.load_with(&paths, loader.options()).await.unwrap();
+    let image = loader.load(&paths).await.unwrap();
     for (file, data) in image.files().iter().zip(["abc", "def"]) {
         assert_eq!(file.tensor("w").unwrap().bytes().unwrap(), data.as_bytes());
         let [part] = &*file.tensor("w").unwrap().parts() else { panic!("a tensor in one segment") };
@@ -167,10 +171,10 @@ async fn headers_of_small_models_are_read_from_their_memory_and_what_is_wrong_is
         assert_eq!(memory, data.as_bytes(), "where it is in the memory that they share");
     }
     let short = file(folder.path(), "short.safetensors", &model("xy"));
-    let error = loader.load_with([&paths[0], &short, &paths[1]], loader.options()).await.unwrap_err();
+    let error = loader.load([&paths[0], &short, &paths[1]]).await.unwrap_err();
     assert!(matches!(&error, Error::Model { path, .. } if *path == short), "{error}");
     let stump = file(folder.path(), "stump.safetensors", b"123");
-    let error = loader.load_with([&stump], loader.options()).await.unwrap_err();
+    let error = loader.load(&stump).await.unwrap_err();
     assert!(matches!(&error, Error::Model { path, .. } if *path == stump), "{error}");
 }
 
@@ -181,7 +185,7 @@ async fn one_that_is_missing_among_many_is_named() {
     let mut paths = written(folder.path(), &contents);
     paths.insert(150, folder.path().join("missing.bin"));
     let loader = loader();
-    let error = loader.load_with(&paths, loader.options()).await.unwrap_err();
+    let error = loader.load(&paths).await.unwrap_err();
     assert!(error.to_string().contains("missing.bin: cannot open: ENOENT"), "{error}");
 }
 
@@ -189,9 +193,9 @@ async fn one_that_is_missing_among_many_is_named() {
 async fn the_same_files_again_go_into_the_memory_of_the_first_load() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
-    let loader = Loader::builder().segment_bytes(SEGMENT).pool_bytes(1 << 30).build().unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).pool_bytes(1 << 30).build().unwrap();
     let memory = |image: &Image| image.segments().iter().map(|segment| segment.memory_bytes() as u64).sum::<u64>();
-    let first = loader.load_with(&paths, loader.options()).await.unwrap();
+    let first = loader.load(&paths).await.unwrap();
     let bytes = memory(&first);
     drop(first);
     while loader.pooled_bytes() < bytes {
@@ -200,7 +204,7 @@ async fn the_same_files_again_go_into_the_memory_of_the_first_load() {
     let mut shuffled: Vec<_> = paths.iter().cloned().zip(contents).collect();
     shuffled[0..4].rotate_left(1);
     let (paths, contents): (Vec<_>, Vec<_>) = shuffled.into_iter().unzip();
-    let again = loader.load_with(&paths, loader.options()).await.unwrap();
+    let again = loader.load(&paths).await.unwrap();
     assert_files(&again, &contents, "again");
     assert_eq!(again.report().reused_bytes, bytes);
 }
@@ -237,8 +241,8 @@ async fn a_small_file_that_grew_fails() {
             fs::rename(&paths[number], &grown).unwrap();
             paths[number].clone_from(&grown);
             let loader = loader();
-            let options = loader.options().observer(Arc::new(Appending { number, path: grown.clone() }));
-            let error = loader.load_with(&paths, options).await.unwrap_err();
+            let options = loader.load_options().observer(Arc::new(Appending { number, path: grown.clone() }));
+            let error = loader.load(&paths).options(options).await.unwrap_err();
             let grew = matches!(&error, Error::Changed { path, change: "it grew" } if *path == grown);
             assert!(grew, "{name} {number} of {beside}: {error}");
         }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use common::{assert_same, file, folder, random_bytes};
 use dmaload::dmabuf;
 use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Attempt, Error, Loader, Route};
+use dmaload::{Attempt, Error, LoadOptions, Loader, Route};
 use dmaload_testing::seccomp::{self, Scope};
 use rustix::io::Errno;
 
@@ -46,10 +46,10 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
     let loader = Loader::builder()
         .heap(Hooked::new(MemfdHeap::default(), heap.clone()))
         .allocator_threads(1)
-        .segment_bytes(SEGMENT as u64)
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
         .build()
         .unwrap();
-    let mut loads = [loader.load(&path), loader.load(&path)];
+    let mut loads = [loader.load(&path).start(), loader.load(&path).start()];
     // Both have begun: each has a segment before the gate.
     for load in &mut loads {
         load.next().await.unwrap().unwrap();
@@ -74,7 +74,7 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
     assert_eq!(report.route, Route::PreadDirect);
     let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.attempt, step.errno)).collect();
     assert_eq!(steps, [(Attempt::SetUpRing, Errno::IO)]);
-    let strict = loader.load_with([&path], loader.options().strict(true)).await.unwrap_err();
+    let strict = loader.load(&path).options(loader.load_options().strict(true)).await.unwrap_err();
     assert!(matches!(strict, Error::Refused { errno: Errno::IO, .. }), "{strict}");
     // What was in flight at the time is leaked on purpose, and told.
     match loader.shutdown().await {

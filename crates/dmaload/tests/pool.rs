@@ -14,7 +14,12 @@ use dmaload::{Image, Layout, LoadOptions, Loader};
 const SEGMENT: usize = 2 << 20;
 
 fn loaders(pool_bytes: u64) -> [(&'static str, Loader); 3] {
-    let builder = || Loader::builder().segment_bytes(SEGMENT as u64).window_bytes(8 << 20).pool_bytes(pool_bytes);
+    let builder = || {
+        Loader::builder()
+            .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+            .window_bytes(8 << 20)
+            .pool_bytes(pool_bytes)
+    };
     [
         ("memfd", builder().heap(MemfdHeap::default()).build().unwrap()),
         ("memfd, 4 KiB pages", builder().heap(MemfdHeap { pages: Pages::Small }).build().unwrap()),
@@ -23,7 +28,7 @@ fn loaders(pool_bytes: u64) -> [(&'static str, Loader); 3] {
 }
 
 async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
-    loader.load_with([path], options).await.unwrap()
+    loader.load(path).options(options).await.unwrap()
 }
 
 /// The segments' memory is given to the pool when their last owner drops them, which may be a thread of the loader.
@@ -46,7 +51,7 @@ async fn a_load_of_the_same_size_is_given_the_same_memory_and_shows_only_its_own
         for layout in [Layout::Segmented, Layout::Single] {
             for route in ROUTES {
                 let what = format!("{name}, {layout}, {route}");
-                let options = loader.options().layout(layout).route(route).strict(true);
+                let options = loader.load_options().layout(layout).route(route).strict(true);
                 let image = load(&loader, &paths[0], options.clone()).await;
                 let huge = image.report().pages.huge_bytes;
                 drop(image);
@@ -73,7 +78,7 @@ async fn the_tail_of_memory_that_is_used_again_is_zero() {
     let short = file(folder.path(), "short.bin", &random_bytes(4097, 2));
     let loader = Loader::builder().pool_bytes(1 << 20).build().unwrap();
     for route in ROUTES {
-        let options = loader.options().route(route);
+        let options = loader.load_options().route(route);
         drop(load(&loader, &long, options.clone()).await);
         assert_pooled(&loader, 8192, "the longer one").await;
         let image = load(&loader, &short, options).await;
@@ -92,13 +97,14 @@ async fn a_segment_whose_descriptor_was_handed_out_is_never_used_again() {
     let folder = folder();
     let bytes = random_bytes(4 * SEGMENT, 1);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).pool_bytes(64 << 20).build().unwrap();
-    let image = load(&loader, &path, loader.options()).await;
+    let loader =
+        Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).pool_bytes(64 << 20).build().unwrap();
+    let image = load(&loader, &path, loader.load_options()).await;
     let kept = image.segments()[1].hand_out_memfd().unwrap().try_clone_to_owned().unwrap();
     drop(image);
     assert_pooled(&loader, 3 * SEGMENT as u64, "all but one").await;
     let other = file(folder.path(), "other.bin", &random_bytes(4 * SEGMENT, 2));
-    drop(load(&loader, &other, loader.options()).await);
+    drop(load(&loader, &other, loader.load_options()).await);
     let mut seen = vec![0; SEGMENT];
     rustix::io::pread(&kept, &mut seen, 0).unwrap();
     assert_same(&seen, &bytes[SEGMENT..2 * SEGMENT], "what was handed out");
@@ -109,12 +115,13 @@ async fn views_keep_memory_out_of_the_pool_and_loads_that_were_dropped_bring_non
     let folder = folder();
     let bytes = random_bytes(8 * SEGMENT, 1);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).pool_bytes(64 << 20).build().unwrap();
-    let image = load(&loader, &path, loader.options()).await;
+    let loader =
+        Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).pool_bytes(64 << 20).build().unwrap();
+    let image = load(&loader, &path, loader.load_options()).await;
     let view = image.segments()[0].bytes().unwrap();
     drop(image);
     assert_pooled(&loader, 7 * SEGMENT as u64, "all but the viewed one").await;
-    drop(load(&loader, &path, loader.options()).await);
+    drop(load(&loader, &path, loader.load_options()).await);
     assert_same(&view, &bytes[..SEGMENT], "a view");
     drop(view);
     assert_pooled(&loader, 9 * SEGMENT as u64, "its memory too, and one that was new").await;
@@ -122,12 +129,12 @@ async fn views_keep_memory_out_of_the_pool_and_loads_that_were_dropped_bring_non
     assert_eq!(loader.pooled_bytes(), SEGMENT as u64);
     loader.trim_pool(0);
     for _ in 0..20 {
-        let mut load = loader.load(&path);
+        let mut load = loader.load(&path).start();
         let first = load.next().await.unwrap().unwrap();
         drop((load, first));
     }
     // Complete segments that nobody took may be kept; each load then shows its own bytes.
-    let image = load(&loader, &path, loader.options()).await;
+    let image = load(&loader, &path, loader.load_options()).await;
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after dropped loads");
 }
 
@@ -135,13 +142,17 @@ async fn views_keep_memory_out_of_the_pool_and_loads_that_were_dropped_bring_non
 async fn the_pool_keeps_no_more_than_it_was_given_and_nothing_after_the_shutdown() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(8 * SEGMENT, 1));
-    let loader = Loader::builder().segment_bytes(SEGMENT as u64).pool_bytes(3 * SEGMENT as u64).build().unwrap();
-    drop(load(&loader, &path, loader.options()).await);
+    let loader = Loader::builder()
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .pool_bytes(3 * SEGMENT as u64)
+        .build()
+        .unwrap();
+    drop(load(&loader, &path, loader.load_options()).await);
     assert_pooled(&loader, 3 * SEGMENT as u64, "its size").await;
     let other = loader.clone();
     loader.shutdown().await.unwrap();
     assert_eq!(other.pooled_bytes(), 0);
     let without = Loader::new().unwrap();
-    drop(load(&without, &path, without.options()).await);
+    drop(load(&without, &path, without.load_options()).await);
     assert_eq!(without.pooled_bytes(), 0, "no pool unless it is asked for");
 }

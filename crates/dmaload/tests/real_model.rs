@@ -5,7 +5,7 @@
 mod common;
 
 use common::{ROUTES, assert_same};
-use dmaload::{Layout, Loader};
+use dmaload::{Layout, LoadOptions, Loader};
 
 #[tokio::test]
 async fn every_tensor_of_a_real_model_is_what_the_safetensors_crate_reads() {
@@ -15,11 +15,11 @@ async fn every_tensor_of_a_real_model_is_what_the_safetensors_crate_reads() {
     };
     let bytes = std::fs::read(&path).unwrap();
     let oracle = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let loader = Loader::builder().segment_bytes(4 << 20).build().unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(4 << 20)).build().unwrap();
     for route in ROUTES {
         for layout in [Layout::Segmented, Layout::Single] {
-            let options = loader.options().route(route).layout(layout).strict(true);
-            let image = loader.load_with([&path], options).await.unwrap();
+            let options = loader.load_options().route(route).layout(layout).strict(true);
+            let image = loader.load(&path).options(options).await.unwrap();
             assert_eq!(image.tensors().count(), oracle.len());
             for (name, expected) in oracle.iter() {
                 let tensor = image.tensor(name).unwrap();

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::{Latency, Loader, Route};
+use dmaload::{Latency, LoadOptions, Loader, Route};
 
 fn large(folder: &Path, mib: u64) -> PathBuf {
     let path = folder.join("large.bin");
@@ -47,11 +47,11 @@ fn a_ticker_on_the_only_thread_keeps_ticking_during_a_load_of_a_gibibyte() {
                 })
             };
             let started = Instant::now();
-            let loader = Loader::builder().route(route).build().unwrap();
+            let loader = Loader::builder().load_options(LoadOptions::new().route(route)).build().unwrap();
             let image = loader.load(&path).await.unwrap();
             assert_eq!(image.report().bytes, 1 << 30);
             drop(image);
-            let mut half = loader.stream(&path);
+            let mut half = loader.load(&path).segments();
             half.next().await.unwrap().unwrap();
             drop(half);
             loader.shutdown().await.unwrap();
@@ -72,7 +72,7 @@ fn a_loader_outlives_the_runtime_that_its_load_was_begun_on() {
     let folder = folder();
     let bytes = random_bytes(40 << 20, 2);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(2 << 20)).window_bytes(4 << 20).build().unwrap();
     for threads in [None, Some(2)] {
         let runtime = || match threads {
             None => tokio::runtime::Builder::new_current_thread().build().unwrap(),
@@ -80,9 +80,9 @@ fn a_loader_outlives_the_runtime_that_its_load_was_begun_on() {
         };
         let first = runtime();
         let (mut load, task) = first.block_on(async {
-            let mut load = loader.load(&path);
+            let mut load = loader.load(&path).start();
             load.next().await.unwrap().unwrap();
-            let other = loader.load(&path);
+            let other = loader.load(&path).start();
             // One that is being awaited by a task of the runtime goes with it.
             (load, tokio::spawn(async move { other.await.map(|image| image.report().bytes) }))
         });
@@ -125,8 +125,8 @@ async fn what_is_said_to_be_cancel_safe_is() {
     let folder = folder();
     let bytes = random_bytes(24 << 20, 3);
     let path = file(folder.path(), "model.bin", &bytes);
-    let loader = Loader::builder().segment_bytes(2 << 20).window_bytes(2 << 20).build().unwrap();
-    let mut segments = loader.stream(&path);
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(2 << 20)).window_bytes(2 << 20).build().unwrap();
+    let mut segments = loader.load(&path).segments();
     let (mut seen, mut cancelled) = (Vec::new(), 0);
     loop {
         match tokio::time::timeout(Duration::from_micros(50), segments.next()).await {
@@ -148,11 +148,16 @@ async fn what_is_said_to_be_cancel_safe_is() {
 async fn metrics_say_what_was_done() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(10 << 20, 4));
-    let loader = Loader::builder().segment_bytes(2 << 20).pool_bytes(1 << 30).queue_depth(7).build().unwrap();
+    let loader = Loader::builder()
+        .load_options(LoadOptions::new().segment_bytes(2 << 20))
+        .pool_bytes(1 << 30)
+        .queue_depth(7)
+        .build()
+        .unwrap();
     assert_eq!(loader.metrics().loads_started, 0);
     let image = loader.load(&path).await.unwrap();
     assert!(loader.load(folder.path().join("missing")).await.is_err());
-    let mut dropped = loader.stream(&path);
+    let mut dropped = loader.load(&path).segments();
     dropped.next().await.unwrap().unwrap();
     drop(dropped);
     let seen = loader.metrics();

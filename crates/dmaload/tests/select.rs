@@ -11,14 +11,18 @@ use std::path::{Path, PathBuf};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::model::DType;
-use dmaload::{Error, Format, Image, ImporterLimits, Layout, Loader, LoaderBuilder, Shard};
+use dmaload::{Error, Format, Image, ImporterLimits, Layout, LoadOptions, Loader, LoaderBuilder, Shard, Source};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 const SEGMENT: usize = 2 << 20;
 
+fn options() -> LoadOptions {
+    LoadOptions::new().segment_bytes(SEGMENT as u64)
+}
+
 fn loader() -> LoaderBuilder {
-    Loader::builder().segment_bytes(SEGMENT as u64)
+    Loader::builder().load_options(options())
 }
 
 /// A model of these BF16 tensors, with random bytes.
@@ -58,9 +62,9 @@ async fn chosen_tensors_are_there_and_nothing_else_is_read() {
     let path = layers(folder.path());
     let file_bytes = fs::metadata(&path).unwrap().len();
     for route in ROUTES {
-        let loader = loader().route(route).build().unwrap();
-        let options = loader.options().tensors(["layers.{1..2}.*", "embed"]);
-        let image = loader.load_with([&path], options).await.unwrap();
+        let loader = loader().load_options(options().route(route)).build().unwrap();
+        let options = loader.load_options().tensors(["layers.{1..2}.*", "embed"]);
+        let image = loader.load(&path).options(options).await.unwrap();
         assert_eq!(image.tensors().count(), 7, "{route}");
         assert_tensors(&image, &path, &route.to_string());
         let report = image.report();
@@ -82,12 +86,12 @@ async fn a_pattern_that_means_nothing_is_an_error_and_so_is_verifying_a_part() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader().build().unwrap();
-    let missed = loader.load_with([&path], loader.options().tensors(["embed", "layers.9.*"])).await.unwrap_err();
+    let missed = loader.load(&path).options(loader.load_options().tensors(["embed", "layers.9.*"])).await.unwrap_err();
     assert!(matches!(&missed, Error::NoSuchTensor(pattern) if pattern == "layers.9.*"), "{missed}");
     let raw = file(folder.path(), "raw", &random_bytes(100_000, 1));
-    let error = loader.load_with([&raw], loader.options().tensors(["*"])).await.unwrap_err();
+    let error = loader.load(&raw).options(loader.load_options().tensors(["*"])).await.unwrap_err();
     assert!(matches!(error, Error::Selection { .. }), "{error}");
-    let beyond = loader.load_with([&raw], loader.options().range(5..100_001)).await.unwrap_err();
+    let beyond = loader.load(&raw).options(loader.load_options().range(5..100_001)).await.unwrap_err();
     assert!(beyond.to_string().contains("it has 100000"), "{beyond}");
 }
 
@@ -100,7 +104,7 @@ async fn tensors_come_as_they_are_complete_in_file_order_or_the_order_asked_for(
     let bytes = fs::read(&path).unwrap();
     let theirs = SafeTensors::deserialize(&bytes).unwrap();
     for patterns in [&["*"][..], &["layers.3.*", "embed", "*.norm", "*"]] {
-        let mut tensors = loader.stream_with([&path], loader.options().tensors(patterns.iter().copied())).tensors();
+        let mut tensors = loader.load(&path).options(loader.load_options().tensors(patterns.iter().copied())).tensors();
         let mut names = Vec::new();
         while let Some(tensor) = tensors.next().await {
             let tensor = tensor.unwrap();
@@ -117,24 +121,11 @@ async fn tensors_come_as_they_are_complete_in_file_order_or_the_order_asked_for(
         }
         assert_eq!(all, by_file, "each once");
     }
-    // What was given as a segment before is not lost to a load that keeps it, and told by a stream that does not.
-    let mut load = loader.load(&path);
-    load.next().await.unwrap().unwrap();
-    let mut tensors = load.tensors();
-    let mut names = Vec::new();
-    while let Some(tensor) = tensors.next().await {
-        names.push(tensor.unwrap().name().to_owned());
-    }
-    assert_eq!(names, by_file);
-    let mut segments = loader.stream(&path);
-    segments.next().await.unwrap().unwrap();
-    let mut late = segments.tensors();
-    assert!(matches!(late.next().await, Some(Err(Error::Config(_)))) && late.next().await.is_none());
-    // Of a load that keeps them, the image is there in the end; and tensors come before the load is over.
-    let mut tensors = loader.load(&path).tensors();
-    assert_eq!(tensors.next().await.unwrap().unwrap().name(), by_file[0]);
-    let image = tensors.finish().await.unwrap().unwrap();
-    assert_tensors(&image, &path, "kept");
+    // A load that is kept loses none to those who ask for single ones first.
+    let mut load = loader.load(&path).start();
+    assert_eq!(load.tensor(&by_file[0]).await.unwrap().name(), by_file[0]);
+    assert_eq!(load.next().await.unwrap().unwrap().index(), 0);
+    assert_tensors(&load.await.unwrap(), &path, "kept");
 }
 
 #[tokio::test]
@@ -143,10 +134,12 @@ async fn files_without_bytes_to_read_and_small_ones_have_their_tensors_in_the_st
     let small = model(&folder.path().join("small.safetensors"), &[("a", &[3]), ("empty", &[0, 4])]);
     let large = layers(folder.path());
     let loader = loader().build().unwrap();
-    for (options, expected) in
-        [(loader.options(), 15), (loader.options().tensors(["empty"]), 1), (loader.options().tensors(["a", "empty", "embed"]), 3)]
-    {
-        let mut tensors = loader.stream_with([&small, &large], options).tensors();
+    for (options, expected) in [
+        (loader.load_options(), 15),
+        (loader.load_options().tensors(["empty"]), 1),
+        (loader.load_options().tensors(["a", "empty", "embed"]), 3),
+    ] {
+        let mut tensors = loader.load([&small, &large]).options(options).tensors();
         let mut count = 0;
         while let Some(tensor) = tensors.next().await {
             let tensor = tensor.unwrap();
@@ -167,8 +160,9 @@ async fn ranks_have_the_model_between_them() {
     for dim in [0, 1] {
         let mut parts: HashMap<String, Vec<Vec<u8>>> = HashMap::new();
         for rank in 0..3 {
-            let options = loader.options().tensors(["layers.0.*", "embed"]).shard(Shard { rank, world_size: 3, dim: Some(dim) });
-            let image = loader.load_with([&path], options).await.unwrap();
+            let options =
+                loader.load_options().tensors(["layers.0.*", "embed"]).shard(Shard { rank, world_size: 3, dim: Some(dim) });
+            let image = loader.load(&path).options(options).await.unwrap();
             assert!(image.report().notes.iter().any(|note| note.contains(&format!("part {rank} of 3"))));
             for tensor in image.tensors() {
                 let copy = tensor.to_vec().unwrap();
@@ -207,17 +201,17 @@ async fn ranges_and_even_parts_of_files_are_the_files_bytes() {
     let bytes = random_bytes(3 * SEGMENT + 777, 9);
     let path = file(folder.path(), "raw", &bytes);
     for route in ROUTES {
-        let loader = loader().route(route).build().unwrap();
+        let loader = loader().load_options(options().route(route)).build().unwrap();
         let mut joined = Vec::new();
         for rank in 0..5 {
-            let options = loader.options().shard(Shard { rank, world_size: 5, dim: None });
-            let image = loader.load_with([&path], options).await.unwrap();
+            let options = loader.load_options().shard(Shard { rank, world_size: 5, dim: None });
+            let image = loader.load(&path).options(options).await.unwrap();
             image.segments().iter().for_each(|segment| joined.extend_from_slice(&segment.bytes().unwrap()));
         }
         assert_same(&joined, &bytes, &route.to_string());
         for range in [0..1, 4095..4097, SEGMENT - 5..2 * SEGMENT + 5, bytes.len() - 1..bytes.len()] {
             let wanted = range.start as u64..range.end as u64;
-            let image = loader.load_with([&path], loader.options().range(wanted.clone())).await.unwrap();
+            let image = loader.load(&path).options(loader.load_options().range(wanted.clone())).await.unwrap();
             let held = image.segments()[0].file_range().start..image.segments().last().unwrap().file_range().end;
             assert!(held.start <= wanted.start && wanted.end <= held.end && held.start % 4096 == 0);
             for segment in image.segments() {
@@ -236,18 +230,18 @@ async fn cut_between_tensors_each_is_in_one_segment_unless_it_is_larger() {
     let folder = folder();
     let path = layers(folder.path());
     for route in ROUTES {
-        let loader = loader().route(route).layout(Layout::Tensors).build().unwrap();
+        let loader = loader().load_options(options().route(route).layout(Layout::Tensors)).build().unwrap();
         let image = loader.load(&path).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
         assert!(image.tensors().all(|tensor| tensor.parts().len() == 1), "{route}: a tensor alone may be larger than a segment");
         let small = ImporterLimits { max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
-        let image = loader.load_with([&path], loader.options().importer(small)).await.unwrap();
+        let image = loader.load(&path).options(loader.load_options().importer(small)).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
         let straddlers: Vec<_> = image.tensors().filter(|tensor| tensor.parts().len() > 1).map(|t| t.name().to_owned()).collect();
         assert_eq!(straddlers, ["embed"], "3.2 MB can't be in 2 MiB");
         loader.shutdown().await.unwrap();
     }
-    let loader = Loader::builder().layout(Layout::Tensors).build().unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().layout(Layout::Tensors)).build().unwrap();
     let image = loader.load(&path).await.unwrap();
     assert!(image.tensors().all(|tensor| tensor.parts().len() == 1));
 }
@@ -259,15 +253,15 @@ async fn an_importer_gets_what_it_can_map_or_is_told_why_not() {
     let loader = Loader::builder().build().unwrap();
     let limits =
         |max_segment_bytes, max_segments| ImporterLimits { max_segment_bytes, max_segments, ..ImporterLimits::default() };
-    let options = loader.options().layout(Layout::Tensors).importer(limits(4 << 20, 8));
-    let image = loader.load_with([&path], options.clone()).await.unwrap();
+    let options = loader.load_options().layout(Layout::Tensors).importer(limits(4 << 20, 8));
+    let image = loader.load(&path).options(options.clone()).await.unwrap();
     assert!(image.segments().iter().all(|segment| segment.memory_bytes() <= 4 << 20));
     assert!(image.tensors().all(|tensor| tensor.parts().len() == 1));
     assert_tensors(&image, &path, "limited");
-    let error = loader.load_with([&path], options.importer(limits(4 << 20, 1))).await.unwrap_err();
+    let error = loader.load(&path).options(options.importer(limits(4 << 20, 1))).await.unwrap_err();
     assert!(matches!(error, Error::Importer { max_segments: 1, .. }), "{error}");
-    let single = loader.options().layout(Layout::Single).importer(limits(4 << 20, 8));
-    let error = loader.load_with([&path], single).await.unwrap_err();
+    let single = loader.load_options().layout(Layout::Single).importer(limits(4 << 20, 8));
+    let error = loader.load(&path).options(single).await.unwrap_err();
     assert!(matches!(error, Error::Importer { segments: 1, .. }), "{error}");
 }
 
@@ -302,7 +296,7 @@ async fn a_folder_of_a_model_hub_is_one_model() {
         assert_eq!(image.tensor("c").unwrap().shape(), [700_001]);
     }
     // What is asked for first comes first, of whatever file it is.
-    let mut tensors = loader.stream_with([&snapshot], loader.options().tensors(["c", "b"])).tensors();
+    let mut tensors = loader.load(&snapshot).options(loader.load_options().tensors(["c", "b"])).tensors();
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), "c");
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), "b");
     assert!(tensors.next().await.is_none());
@@ -384,12 +378,12 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
         assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
         let map = image.files()[0].tensor_map().unwrap();
         assert_eq!(map.gguf().unwrap().get("general.architecture").unwrap().to_string(), "llama");
-        let n = loader.load_with([&parts[0], &parts[1]], loader.options().tensors(["n"])).await.unwrap();
+        let n = loader.load([&parts[0], &parts[1]]).options(loader.load_options().tensors(["n"])).await.unwrap();
         assert_same(&n.tensor("n").unwrap().bytes().unwrap(), &data[1], "n alone");
-        let half = loader.options().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
-        let half = loader.load_with([&parts[0]], half).await.unwrap();
+        let half = loader.load_options().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
+        let half = loader.load(&parts[0]).options(half).await.unwrap();
         assert_same(&half.tensor("q").unwrap().bytes().unwrap(), &data[0][34 * (blocks / 2)..], "half of q");
-        let raw = loader.load_with([&parts[0]], loader.options().format(Format::Raw)).await.unwrap();
+        let raw = loader.load(&parts[0]).options(loader.load_options().format(Format::Raw)).await.unwrap();
         assert_eq!((raw.files().len(), raw.tensors().count()), (1, 0));
     }
     let broken = file(folder.path(), "broken.gguf", b"GGML\x00\x01\xff\xfe\x02000000000");
@@ -413,24 +407,24 @@ async fn a_model_inside_of_an_open_file_is_loaded_from_there() {
         fs::remove_file(&container).unwrap();
         let part = lead as u64..(lead + inner.len()) as u64;
         for route in ROUTES {
-            let loader = loader().route(route).build().unwrap();
-            let whole = |options| loader.load_file(open.try_clone().unwrap(), Some(part.clone()), options);
-            let image = whole(loader.options()).await.unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
+            let whole = |options| loader.load(Source::file(open.try_clone().unwrap()).range(part.clone())).options(options);
+            let image = whole(loader.load_options()).await.unwrap();
             let what = format!("{route} at {lead}");
             assert_eq!((image.files()[0].len(), image.files()[0].file_range()), (inner.len() as u64, part.clone()));
             assert_same(&image.files()[0].bytes().unwrap(), &inner, &what);
             assert_eq!(image.tensors().count(), 13);
             assert_tensors(&image, &path, &what);
             assert_eq!(image.report().wanted_bytes, inner.len() as u64);
-            let chosen = whole(loader.options().tensors(["layers.2.*"])).await.unwrap();
+            let chosen = whole(loader.load_options().tensors(["layers.2.*"])).await.unwrap();
             assert_eq!(chosen.tensors().count(), 3);
             assert_tensors(&chosen, &path, &what);
             assert!(chosen.report().bytes < 700_000);
-            let range = whole(loader.options().range(8..20)).await.unwrap();
+            let range = whole(loader.load_options().range(8..20)).await.unwrap();
             assert_eq!(range.segments()[0].file_range().start, (lead as u64 + 8) / 4096 * 4096);
             let mut joined = Vec::new();
             for rank in 0..3 {
-                let options = loader.options().shard(Shard { rank, world_size: 3, dim: None });
+                let options = loader.load_options().shard(Shard { rank, world_size: 3, dim: None });
                 let image = whole(options).await.unwrap();
                 let held = image.segments().iter().map(|segment| segment.len()).sum::<usize>() as u64;
                 assert!(held >= image.report().wanted_bytes);
@@ -440,10 +434,10 @@ async fn a_model_inside_of_an_open_file_is_loaded_from_there() {
             loader.shutdown().await.unwrap();
         }
         let loader = loader().build().unwrap();
-        let whole = loader.load_file(open.try_clone().unwrap(), None, loader.options().format(Format::Raw)).await.unwrap();
+        let whole = loader.load(open.try_clone().unwrap()).options(loader.load_options().format(Format::Raw)).await.unwrap();
         assert_same(&whole.files()[0].bytes().unwrap(), &bytes, "all of it");
-        let beyond = Some(0..bytes.len() as u64 + 1);
-        let error = loader.load_file(open.try_clone().unwrap(), beyond, loader.options()).await.unwrap_err();
+        let beyond = Source::file(open.try_clone().unwrap()).range(0..bytes.len() as u64 + 1);
+        let error = loader.load(beyond).await.unwrap_err();
         assert!(matches!(&error, Error::Selection { reason, .. } if reason.contains("which has")), "{error}");
     }
 }
@@ -456,7 +450,7 @@ async fn a_gguf_model_inside_of_an_open_file() {
     let bytes = [random_bytes(100, 1), inner.clone()].concat();
     let open = fs::File::open(file(folder.path(), "container", &bytes)).unwrap();
     let loader = loader().build().unwrap();
-    let image = loader.load_file(open, Some(100..bytes.len() as u64), loader.options()).await.unwrap();
+    let image = loader.load(Source::file(open).range(100..bytes.len() as u64)).await.unwrap();
     assert_same(&image.tensor("q").unwrap().bytes().unwrap(), &data[0], "q");
     assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
 }
@@ -469,9 +463,12 @@ async fn tensors_are_where_an_importer_wants_them() {
     let file_bytes = fs::metadata(&path).unwrap().len();
     for route in ROUTES {
         for alignment_bytes in [1, 64, 4096, 1 << 16, 2 << 20] {
-            let loader = Loader::builder().segment_bytes(4 << 20).route(route).layout(Layout::Tensors).build().unwrap();
+            let loader = Loader::builder()
+                .load_options(LoadOptions::new().segment_bytes(4 << 20).route(route).layout(Layout::Tensors))
+                .build()
+                .unwrap();
             let importer = ImporterLimits { alignment_bytes, ..ImporterLimits::default() };
-            let image = loader.load_with([&path], loader.options().importer(importer)).await.unwrap();
+            let image = loader.load(&path).options(loader.load_options().importer(importer)).await.unwrap();
             let what = format!("{route}, {alignment_bytes}");
             assert_eq!(image.tensors().count(), 13);
             assert_tensors(&image, &path, &what);
@@ -494,7 +491,7 @@ async fn tensors_are_where_an_importer_wants_them() {
             assert_eq!(moved > 0, alignment_bytes >= 64, "{what}: {moved} bytes were copied");
             assert!(moved < file_bytes);
             let refused = ImporterLimits { may_copy: false, ..importer };
-            let refused = loader.load_with([&path], loader.options().importer(refused)).await;
+            let refused = loader.load(&path).options(loader.load_options().importer(refused)).await;
             match refused {
                 Ok(_) => assert_eq!(alignment_bytes, 1),
                 Err(error) => assert!(matches!(&error, Error::Unaligned { why, .. } if why.contains("refused")), "{error}"),
@@ -503,10 +500,10 @@ async fn tensors_are_where_an_importer_wants_them() {
         }
     }
     // A tensor that is larger than a segment can't be copied within one.
-    let loader = loader().layout(Layout::Tensors).build().unwrap();
+    let loader = loader().load_options(options().layout(Layout::Tensors)).build().unwrap();
     let importer = ImporterLimits { alignment_bytes: 4096, max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
-    let error = loader.load_with([&path], loader.options().importer(importer)).await.unwrap_err();
+    let error = loader.load(&path).options(loader.load_options().importer(importer)).await.unwrap_err();
     assert!(matches!(&error, Error::Unaligned { tensor, .. } if tensor == "embed"), "{error}");
-    let other = loader.options().layout(Layout::Segmented).importer(importer);
-    assert!(matches!(loader.load_with([&path], other).await, Err(Error::Config(_))));
+    let other = loader.load_options().layout(Layout::Segmented).importer(importer);
+    assert!(matches!(loader.load(&path).options(other).await, Err(Error::Config(_))));
 }

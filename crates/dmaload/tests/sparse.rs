@@ -41,9 +41,9 @@ fn sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
 /// Loads it, or takes the first segments of a stream of it; the error, where it is refused.
 async fn attempt(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
     if kept {
-        return loader.load_with([path], options).await.err();
+        return loader.load(path).options(options).await.err();
     }
-    let mut segments = loader.stream_with([path], options);
+    let mut segments = loader.load(path).options(options).segments();
     for _ in 0..8 {
         if let Err(error) = segments.next().await.unwrap() {
             return Some(error);
@@ -55,8 +55,9 @@ async fn attempt(loader: &Loader, path: &Path, options: LoadOptions, kept: bool)
 #[tokio::test]
 async fn sparse_files_of_terabytes_take_no_memory_to_be_refused_or_streamed() {
     let folder = folder();
-    let small = Loader::builder().window_bytes(16 << 20).segment_bytes(2 << 20).build().unwrap();
-    let large = Loader::builder().window_bytes(64 << 20).segment_bytes(64 << 20).build().unwrap();
+    let small = Loader::builder().window_bytes(16 << 20).load_options(LoadOptions::new().segment_bytes(2 << 20)).build().unwrap();
+    let large =
+        Loader::builder().window_bytes(64 << 20).load_options(LoadOptions::new().segment_bytes(64 << 20)).build().unwrap();
     let limited = Loader::builder().memory_limit_bytes(256 << 20).build().unwrap();
     let (mut streamed, mut refused) = (0, 0);
     for bytes in [TIB / 2, 3 * TIB, 7 * TIB, 15 * TIB] {
@@ -74,7 +75,7 @@ async fn sparse_files_of_terabytes_take_no_memory_to_be_refused_or_streamed() {
                         }
                         peak_bytes();
                         let (before, start) = (peak_bytes(), Instant::now());
-                        let error = attempt(loader, &path, loader.options().layout(layout), kept).await;
+                        let error = attempt(loader, &path, loader.load_options().layout(layout), kept).await;
                         let grown = peak_bytes().saturating_sub(before);
                         println!("{what}: {} MiB, {:?}: {error:?}", grown / MIB, start.elapsed());
                         let most = match &error {
@@ -102,18 +103,19 @@ async fn sparse_files_of_terabytes_take_no_memory_to_be_refused_or_streamed() {
 async fn a_length_beyond_all_addresses_is_compared_with_memory_first() {
     // Most file systems have no files of these lengths; tmpfs has.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
-    let loader = Loader::builder().window_bytes(64 << 20).segment_bytes(64 << 20).build().unwrap();
+    let loader =
+        Loader::builder().window_bytes(64 << 20).load_options(LoadOptions::new().segment_bytes(64 << 20)).build().unwrap();
     let limited = Loader::builder().memory_limit_bytes(256 << 20).build().unwrap();
     for bytes in [80 * TIB, 200 * TIB, 7 << 60] {
         let path = sparse(folder.path(), bytes, false);
         for layout in [Layout::Segmented, Layout::Single] {
-            let error = attempt(&loader, &path, loader.options().layout(layout), true).await;
+            let error = attempt(&loader, &path, loader.load_options().layout(layout), true).await;
             let Some(Error::OutOfMemory { wanted_bytes, .. }) = error else { panic!("{bytes}, {layout}: {error:?}") };
             assert_eq!(wanted_bytes, bytes, "{layout}");
-            let error = attempt(&limited, &path, limited.options().layout(layout), true).await;
+            let error = attempt(&limited, &path, limited.load_options().layout(layout), true).await;
             assert!(matches!(error, Some(Error::OverLimit { .. })), "{bytes}, {layout}: {error:?}");
         }
-        let error = attempt(&loader, &path, loader.options(), false).await;
+        let error = attempt(&loader, &path, loader.load_options(), false).await;
         assert!(matches!(error, Some(Error::TooManyPieces { .. })), "{bytes}: {error:?}");
     }
 }

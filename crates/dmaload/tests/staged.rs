@@ -137,11 +137,11 @@ fn assert_files(image: &Image, contents: &[Vec<u8>], what: &str) {
 }
 
 fn builder(heap: impl Heap) -> LoaderBuilder {
-    Loader::builder().heap(heap).segment_bytes(SEGMENT as u64)
+    Loader::builder().heap(heap).load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
 }
 
 fn staged(loader: &Loader) -> LoadOptions {
-    loader.options().route(Route::Bounce).cache(Cache::Bypass)
+    loader.load_options().route(Route::Bounce).cache(Cache::Bypass)
 }
 
 #[tokio::test]
@@ -160,13 +160,13 @@ async fn each_extent_is_populated_once_just_before_it_is_written_to() {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     let what = format!("{heap}, {pages:?}, {layout}, chunks of {chunk_bytes}");
                     let options = staged(loader).layout(layout).chunk_bytes(chunk_bytes);
-                    let image = loader.load_with(&paths, options).await.unwrap();
+                    let image = loader.load(&paths).options(options).await.unwrap();
                     assert_files(&image, &contents, &what);
                     assert_eq!(image.report().route, Route::Bounce, "{what}");
                     recorder.assert_all_was_populated(&image, &what);
                 }
             }
-            let apart = loader.load_with(&paths, staged(loader).packed(false)).await.unwrap();
+            let apart = loader.load(&paths).options(staged(loader).packed(false)).await.unwrap();
             assert_files(&apart, &contents, "apart");
             recorder.assert_all_was_populated(&apart, "apart");
         }
@@ -181,8 +181,8 @@ async fn bytes_from_the_page_cache_come_into_memory_of_the_same_making() {
     for pages in [Pages::Auto, Pages::Small] {
         let reading = Arc::new(Recorder { by: "dmaload-read-", ..Arc::into_inner(Recorder::new(pages)).unwrap() });
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&reading))).build().unwrap();
-        let options = loader.options().route(Route::Buffered).cache(Cache::Bypass);
-        let image = loader.load_with(&paths, options).await.unwrap();
+        let options = loader.load_options().route(Route::Buffered).cache(Cache::Bypass);
+        let image = loader.load(&paths).options(options).await.unwrap();
         assert_files(&image, &contents, "buffered");
         assert_eq!(image.report().route, Route::Buffered);
         reading.assert_all_was_populated(&image, "buffered");
@@ -192,7 +192,7 @@ async fn bytes_from_the_page_cache_come_into_memory_of_the_same_making() {
         }
         let any = Arc::new(Recorder { by: ANY, ..Arc::into_inner(Recorder::new(pages)).unwrap() });
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&any))).build().unwrap();
-        let image = loader.load_with(&paths, loader.options().cache(Cache::Auto)).await.unwrap();
+        let image = loader.load(&paths).options(loader.load_options().cache(Cache::Auto)).await.unwrap();
         assert_files(&image, &contents, "cached");
         if image.report().cached_bytes == 0 {
             eprintln!("skipped: nothing was taken from the page cache");
@@ -221,7 +221,7 @@ async fn tensors_of_a_model_come_whole_and_in_parts() {
         ] {
             let what = format!("{pages:?}, {layout}, {names:?}");
             let options = staged(&loader).layout(layout).tensors(names.clone());
-            let image = loader.load_with([&path], options).await.unwrap();
+            let image = loader.load(&path).options(options).await.unwrap();
             let mut seen = 0;
             for tensor in image.tensors() {
                 let number = NAMES.iter().position(|name| *name == tensor.name()).unwrap();
@@ -244,13 +244,13 @@ async fn small_files_have_as_many_huge_pages_as_by_direct_reads() {
     for (heap, loader) in
         [("memfd", builder(MemfdHeap::default()).build().unwrap()), ("anon", builder(AnonHeap::default()).build().unwrap())]
     {
-        let direct = loader.load_with(&paths, staged(&loader).route(Route::UringFixedDirect)).await.unwrap();
+        let direct = loader.load(&paths).options(staged(&loader).route(Route::UringFixedDirect)).await.unwrap();
         let direct = direct.report().pages;
         if direct.huge_bytes == 0 {
             eprintln!("skipped: {heap}: the kernel gives no huge pages ({direct:?})");
             continue;
         }
-        let image = loader.load_with(&paths, staged(&loader)).await.unwrap();
+        let image = loader.load(&paths).options(staged(&loader)).await.unwrap();
         assert_files(&image, &contents, heap);
         assert_eq!(image.report().route, Route::Bounce);
         assert_eq!(image.report().pages, direct, "{heap}");
@@ -276,7 +276,7 @@ async fn what_is_populated_and_not_full_stays_within_the_window() {
     let counting = Arc::new(Counting::default());
     let heap = Hooked::new(MemfdHeap::default(), Arc::clone(&counting));
     let loader = builder(heap).window_bytes(WINDOW as u64).build().unwrap();
-    let mut segments = loader.stream_with([&path], staged(&loader));
+    let mut segments = loader.load(&path).options(staged(&loader)).segments();
     let (mut at, mut most) = (0, 0);
     loop {
         let next = tokio::time::timeout(Duration::from_millis(1), segments.next()).await;
@@ -340,7 +340,7 @@ async fn a_heap_that_fails_amid_copies_fails_one_load_with_its_error() {
             for calls in [1, 2, 7, 20] {
                 let what = format!("{pages:?}, call {calls}, panics: {panics}");
                 failing.after(calls, panics);
-                let loads = [0, 1].map(|number| loader.load_with([&paths[number]], staged(&loader)));
+                let loads = [0, 1].map(|number| loader.load(&paths[number]).options(staged(&loader)).start());
                 let [first, second] = loads.map(|load| tokio::spawn(load.into_future()));
                 let results = [first.await.unwrap(), second.await.unwrap()];
                 let mut failed = 0;
@@ -393,7 +393,7 @@ async fn a_load_that_is_dropped_while_memory_is_populated_leaves_nothing() {
     for (held, pages) in [(1, Pages::Small), (2, Pages::Small), (1, Pages::Auto)] {
         let gate = Arc::new(Gate::default());
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&gate))).build().unwrap();
-        let load = tokio::spawn(loader.load_with([&path], staged(&loader)).into_future());
+        let load = tokio::spawn(loader.load(&path).options(staged(&loader)).into_future());
         // So many copiers are inside the heap.
         let inside = Arc::clone(&gate);
         tokio::task::spawn_blocking(move || {
@@ -409,7 +409,7 @@ async fn a_load_that_is_dropped_while_memory_is_populated_leaves_nothing() {
             gate.changed.notify_all();
         }
         // The loader goes on.
-        let image = loader.load_with([&path], staged(&loader)).await.unwrap();
+        let image = loader.load(&path).options(staged(&loader)).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the next load");
         drop(image);
         let memory = loader.clone();
@@ -431,7 +431,7 @@ async fn errors_of_staged_loads_say_what_was_asked_of_which_heap() {
     let failing = Arc::new(Failing::default());
     failing.after(2, false);
     let loader = builder(Hooked::new(MemfdHeap::default(), Arc::clone(&failing))).build().unwrap();
-    let error = loader.load_with([&path], staged(&loader)).await.unwrap_err();
+    let error = loader.load(&path).options(staged(&loader)).await.unwrap_err();
     let Error::Memory { heap, refusal, planned_bytes, .. } = &error else { panic!("{error:?}") };
     assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::NXIO));
     // What was to be loaded is told, and how much of it had memory.

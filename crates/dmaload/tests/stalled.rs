@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use attributes::attributes;
 use common::{assert_same, folder, random_bytes};
-use dmaload::{Error, Format, Image, Load, Loader, LoaderBuilder};
+use dmaload::{Error, Format, Image, Load, LoadOptions, Loader, LoaderBuilder};
 use dmaload_testing::served::{ServedFolder, folder_to_serve};
 use fuser::{
     Config, FileAttr, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr,
@@ -253,7 +253,10 @@ fn wait_for_threads(expected: usize, what: &str) {
 }
 
 fn loader(workers: usize) -> LoaderBuilder {
-    Loader::builder().segment_bytes(SEGMENT as u64).allocator_threads(workers).shutdown_timeout(Duration::from_millis(300))
+    Loader::builder()
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .allocator_threads(workers)
+        .shutdown_timeout(Duration::from_millis(300))
 }
 
 /// Files of a real file system, and their bytes.
@@ -278,7 +281,7 @@ impl Plain {
     /// Several loads of these, which must not wait for any other.
     async fn load(&self, loader: &Loader, what: &str) {
         for round in 0..3 {
-            let load = loader.load_with(&self.files, loader.options());
+            let load = loader.load(&self.files).start();
             let image = tokio::time::timeout(SOON, load).await;
             let image = image.unwrap_or_else(|_| panic!("{what}: load {round} waits for a server: {:?}", threads())).unwrap();
             assert_image(&image, &self.bytes, what);
@@ -309,7 +312,7 @@ const KINDS: [(Hangs, &[&str]); 8] = [
 ];
 
 fn load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
-    loader.load_with(hanging.files(names), loader.options())
+    loader.load(hanging.files(names)).start()
 }
 
 /// It neither ends nor fails.

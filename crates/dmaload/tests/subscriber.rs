@@ -11,7 +11,7 @@ use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::{Load, Loader};
+use dmaload::{Load, LoadOptions, Loader};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
@@ -100,7 +100,9 @@ fn a_subscriber_may_call_back_drop_loads_and_panic() {
     let large = file(folder.path(), "large.bin", &bytes);
     let small: Vec<_> = (0..40).map(|n| file(folder.path(), &format!("{n}.bin"), &random_bytes(9000, n))).collect();
     tracing::subscriber::set_global_default(CallsBack(AtomicU64::new(0))).unwrap();
-    let loader = LOADER.get_or_init(|| Loader::builder().segment_bytes(2 << 20).pool_bytes(4 << 20).build().unwrap());
+    let loader = LOADER.get_or_init(|| {
+        Loader::builder().load_options(LoadOptions::new().segment_bytes(2 << 20)).pool_bytes(4 << 20).build().unwrap()
+    });
     let (done, finished) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
@@ -108,14 +110,14 @@ fn a_subscriber_may_call_back_drop_loads_and_panic() {
             PANICS.store(panics, Ordering::Relaxed);
             for round in 0..4 {
                 for route in ROUTES {
-                    let options = loader.options().route(route).trace(round % 2 == 0);
+                    let options = loader.load_options().route(route).trace(round % 2 == 0);
                     for _ in 0..6 {
-                        let spare = loader.load_with([&large], options.clone());
+                        let spare = loader.load(&large).options(options.clone()).start();
                         SPARE.lock().unwrap().push(spare);
                     }
-                    let image = runtime.block_on(loader.load_with([&large], options.clone()).into_future()).unwrap();
+                    let image = runtime.block_on(loader.load(&large).options(options.clone()).into_future()).unwrap();
                     assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
-                    let image = runtime.block_on(loader.load_with(&small, options).into_future()).unwrap();
+                    let image = runtime.block_on(loader.load(&small).options(options).into_future()).unwrap();
                     assert_eq!(image.report().bytes, 40 * 9000);
                     runtime.block_on(loader.load("/no/such/file").into_future()).unwrap_err();
                 }

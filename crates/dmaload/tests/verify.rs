@@ -15,12 +15,12 @@ const SEGMENT: usize = 2 << 20;
 const CHUNK: usize = 64 << 10;
 
 fn loader() -> Loader {
-    Loader::builder().segment_bytes(SEGMENT as u64).window_bytes(8 << 20).build().unwrap()
+    Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).window_bytes(8 << 20).build().unwrap()
 }
 
 async fn manifest_of(loader: &Loader, paths: &[PathBuf], algorithm: Algorithm) -> Manifest {
     let recorder = Arc::new(Recorder::new(algorithm, CHUNK as u64));
-    let image = loader.load_with(paths, loader.options().observer(recorder.clone())).await.unwrap();
+    let image = loader.load(paths).options(loader.load_options().observer(recorder.clone())).await.unwrap();
     recorder.manifest(image.report())
 }
 
@@ -62,8 +62,8 @@ async fn a_manifest_has_the_checksums_of_the_files_chunks_and_the_right_files_pa
         assert_eq!(Manifest::parse(manifest.to_json().as_bytes()).unwrap(), manifest);
         for route in ROUTES {
             for layout in [Layout::Segmented, Layout::Single] {
-                let options = loader.options().route(route).layout(layout).verify(manifest.clone());
-                let image = loader.load_with(&paths, options).await.unwrap();
+                let options = loader.load_options().route(route).layout(layout).verify(manifest.clone());
+                let image = loader.load(&paths).options(options).await.unwrap();
                 for (file, bytes) in image.files().iter().zip(&contents) {
                     assert_same(&file.bytes().unwrap(), bytes, &format!("{algorithm} {route} {layout}"));
                 }
@@ -75,7 +75,7 @@ async fn a_manifest_has_the_checksums_of_the_files_chunks_and_the_right_files_pa
 
 /// Loads; gives how far it was shown, and the error.
 async fn shown_until(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
-    let (mut shown, mut segments) = (0, loader.stream_with([path], options));
+    let (mut shown, mut segments) = (0, loader.load(path).options(options).segments());
     loop {
         match segments.next().await.expect("an error comes before the end") {
             Ok(segment) => shown = segment.file_range().end,
@@ -96,7 +96,7 @@ async fn a_flipped_bit_anywhere_is_found_before_it_is_shown_and_its_place_is_tol
             let length = bytes.len() as u64;
             for at in [600, SEGMENT as u64 - 1, SEGMENT as u64, 2 * SEGMENT as u64 + 4096, length - 1] {
                 flip(&path, at);
-                let options = loader.options().route(route).verify(manifest.clone());
+                let options = loader.load_options().route(route).verify(manifest.clone());
                 let (shown, error) = shown_until(&loader, &path, options).await;
                 assert!(shown <= at, "{algorithm} {route}: byte {at} is wrong, and was shown");
                 let Error::Corrupt { offset, bytes: long, expected, found, tensors, path: named } = &error else {
@@ -113,7 +113,7 @@ async fn a_flipped_bit_anywhere_is_found_before_it_is_shown_and_its_place_is_tol
                 assert!(error.to_string().contains(&format!("{:?}", names[0])), "{error}");
                 flip(&path, at);
             }
-            loader.load_with([&path], loader.options().route(route).verify(manifest.clone())).await.unwrap();
+            loader.load(&path).options(loader.load_options().route(route).verify(manifest.clone())).await.unwrap();
         }
     }
 }
@@ -127,17 +127,17 @@ async fn a_checksum_of_the_whole_file_withholds_its_end() {
     let loader = loader();
     for algorithm in Algorithm::ALL {
         let expected = digest(algorithm, &bytes);
-        let image = loader.load_with([&path], loader.options().verify(expected)).await.unwrap();
+        let image = loader.load(&path).options(loader.load_options().verify(expected)).await.unwrap();
         assert_eq!(image.report().verified, Some(format!("{algorithm} of the file")));
         let other = digest(algorithm, b"another file");
-        let (shown, error) = shown_until(&loader, &path, loader.options().verify(other)).await;
+        let (shown, error) = shown_until(&loader, &path, loader.load_options().verify(other)).await;
         assert!(shown <= 2 * SEGMENT as u64, "the last segment was shown");
         let Error::Corrupt { expected: told, found, .. } = &error else { panic!("{error}") };
         assert_eq!((told, found), (&other.to_string(), &expected.to_string()));
-        loader.load_with([&empty], loader.options().verify(digest(algorithm, b""))).await.unwrap();
-        let error = loader.load_with([&empty], loader.options().verify(other)).await.unwrap_err();
+        loader.load(&empty).options(loader.load_options().verify(digest(algorithm, b""))).await.unwrap();
+        let error = loader.load(&empty).options(loader.load_options().verify(other)).await.unwrap_err();
         assert!(matches!(error, Error::Corrupt { .. }), "{error}");
-        let error = loader.load_with([&path, &empty], loader.options().verify(other)).await.unwrap_err();
+        let error = loader.load([&path, &empty]).options(loader.load_options().verify(other)).await.unwrap_err();
         assert!(matches!(error, Error::Config(_)), "{error}");
     }
 }
@@ -149,11 +149,11 @@ async fn another_length_or_a_file_that_is_not_in_the_manifest_is_an_error_before
     let loader = loader();
     let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
     // The same bytes by another name: the only one asked for, and the only one known.
-    loader.load_with([&b], loader.options().verify(manifest.clone())).await.unwrap();
-    let error = loader.load_with([&a, &b], loader.options().verify(manifest.clone())).await.unwrap_err();
+    loader.load(&b).options(loader.load_options().verify(manifest.clone())).await.unwrap();
+    let error = loader.load([&a, &b]).options(loader.load_options().verify(manifest.clone())).await.unwrap_err();
     assert_eq!(error, Error::NotInManifest { path: b.clone() });
     std::fs::OpenOptions::new().write(true).open(&a).unwrap().set_len(SEGMENT as u64).unwrap();
-    let error = loader.load_with([&a], loader.options().verify(manifest)).await.unwrap_err();
+    let error = loader.load(&a).options(loader.load_options().verify(manifest)).await.unwrap_err();
     assert_eq!(error, Error::WrongLength { path: a, bytes: SEGMENT as u64, expected_bytes: SEGMENT as u64 + 1 });
 }
 
@@ -166,12 +166,12 @@ async fn small_files_that_share_memory_are_verified_each() {
     let paths: Vec<_> = contents.iter().enumerate().map(|(n, bytes)| file(folder.path(), &name(n), bytes)).collect();
     let loader = loader();
     let manifest = Arc::new(manifest_of(&loader, &paths, Algorithm::Crc32c).await);
-    loader.load_with(&paths, loader.options().verify(Arc::clone(&manifest))).await.unwrap();
+    loader.load(&paths).options(loader.load_options().verify(Arc::clone(&manifest))).await.unwrap();
     flip(&paths[17], 100_000);
-    let error = loader.load_with(&paths, loader.options().verify(Arc::clone(&manifest))).await.unwrap_err();
+    let error = loader.load(&paths).options(loader.load_options().verify(Arc::clone(&manifest))).await.unwrap_err();
     let Error::Corrupt { path, tensors, .. } = &error else { panic!("{error}") };
     assert_eq!((path, tensors.as_slice()), (&paths[17], &["y".to_owned(), "z".to_owned()][..]));
     // The loader goes on.
     let digest: Digest = digest(Algorithm::Blake3, &contents[3]);
-    loader.load_with([&paths[3]], loader.options().verify(digest)).await.unwrap();
+    loader.load(&paths[3]).options(loader.load_options().verify(digest)).await.unwrap();
 }

@@ -15,7 +15,7 @@ use common::{
 use dmabuf::Pages;
 use dmaload::heap::FromDescriptors;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach_blocking};
-use dmaload::{Attempt, Cache, Error, Layout, Loader, Route};
+use dmaload::{Attempt, Cache, Error, Layout, LoadOptions, Loader, Route};
 use dmaload_guest::{command, kernel, row};
 use rustix::io::Errno;
 
@@ -34,9 +34,14 @@ fn every_route_and_size(name: &str, layout: Layout) {
     let _raised = RaisedLimit::to(256);
     for route in Route::ALL {
         // A loader of its own: what one load has found out would be known to the next.
-        let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).window_bytes(32 << 20).build().unwrap();
+        let loader = Loader::builder()
+            .heap(heap(name))
+            .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+            .window_bytes(32 << 20)
+            .build()
+            .unwrap();
         let expected = expected(name, route);
-        let options = loader.options().layout(layout).route(route).strict(expected == route).cache(Cache::Bypass);
+        let options = loader.load_options().layout(layout).route(route).strict(expected == route).cache(Cache::Bypass);
         for len in sizes() {
             let what = format!("{name}, {layout}, {route}, {len} bytes");
             let image = load(&loader, &file(len), options.clone()).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -61,11 +66,17 @@ fn every_route_and_size(name: &str, layout: Layout) {
 
 /// What a file's writer has left there is taken from there, though memory that can't be pinned allows no direct read.
 fn every_size_from_the_page_cache(name: &str, layout: Layout) {
-    let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).window_bytes(32 << 20).build().unwrap();
+    let loader = Loader::builder()
+        .heap(heap(name))
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .window_bytes(32 << 20)
+        .build()
+        .unwrap();
     for len in sizes() {
         let what = format!("{name}, {layout}, from the page cache, {len} bytes");
         std::fs::read(file(len)).unwrap();
-        let image = load(&loader, &file(len), loader.options().layout(layout)).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let image =
+            load(&loader, &file(len), loader.load_options().layout(layout)).unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_dma_bufs(image.segments(), &original()[..len], &what);
         let report = image.report();
         assert_eq!((report.cached_bytes, report.fallbacks.as_slice()), (len as u64, [].as_slice()), "{what}");
@@ -96,7 +107,10 @@ fn system_heap_single_equals_the_file() {
 
 #[test]
 fn a_udmabuf_that_was_never_handed_out_is_used_again_and_shows_what_was_loaded_last() {
-    let loader = Loader::builder().heap(heap("udmabuf")).segment_bytes(SEGMENT as u64).window_bytes(32 << 20);
+    let loader = Loader::builder()
+        .heap(heap("udmabuf"))
+        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+        .window_bytes(32 << 20);
     let loader = loader.pool_bytes(64 << 20).build().unwrap();
     let len = 2 * SEGMENT + 777;
     let other: Vec<u8> = original()[..len].iter().rev().copied().collect();
@@ -104,11 +118,11 @@ fn a_udmabuf_that_was_never_handed_out_is_used_again_and_shows_what_was_loaded_l
     std::fs::write(&path, &other).unwrap();
     for _ in 0..3 {
         // Dropped without its dma-bufs having been shown to anybody.
-        drop(load(&loader, &file(len), loader.options()).unwrap());
+        drop(load(&loader, &file(len), loader.load_options()).unwrap());
         while loader.pooled_bytes() == 0 {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        let image = load(&loader, &path, loader.options()).unwrap();
+        let image = load(&loader, &path, loader.load_options()).unwrap();
         assert!(image.report().reused_bytes > 0, "nothing was used again");
         assert_dma_bufs(image.segments(), &other, "used again");
     }
@@ -120,7 +134,7 @@ fn a_udmabuf_that_was_never_handed_out_is_used_again_and_shows_what_was_loaded_l
 fn a_single_udmabuf_above_the_limit_says_which_limit_and_how_to_raise_it() {
     let path = file(LARGE);
     let loader = Loader::builder().heap(heap("udmabuf")).build().unwrap();
-    let error = load(&loader, &path, loader.options().layout(Layout::Single)).unwrap_err();
+    let error = load(&loader, &path, loader.load_options().layout(Layout::Single)).unwrap_err();
     let text = error.to_string();
     for words in [path.to_str().unwrap(), "size_limit_mb is 64", "67108864"] {
         assert!(text.contains(words), "{words} is not in: {text}");
@@ -128,9 +142,9 @@ fn a_single_udmabuf_above_the_limit_says_which_limit_and_how_to_raise_it() {
     assert!(error.hint().unwrap().contains("echo 201 > /sys/module/udmabuf/parameters/size_limit_mb"), "{:?}", error.hint());
     // A size that was chosen is not made smaller; one that was left open is.
     let _lowered = RaisedLimit::to(9);
-    let chosen = load(&loader, &path, loader.options().segment_bytes(64 << 20)).unwrap_err();
+    let chosen = load(&loader, &path, loader.load_options().segment_bytes(64 << 20)).unwrap_err();
     assert!(matches!(chosen, Error::TooLarge { .. }), "{chosen}");
-    let image = load(&loader, &path, loader.options()).unwrap();
+    let image = load(&loader, &path, loader.load_options()).unwrap();
     assert_eq!(image.segments()[0].len(), 8 * MIB);
     assert_dma_bufs(image.segments(), original(), "smaller segments");
     shut_down(loader);
@@ -140,7 +154,7 @@ fn a_single_udmabuf_above_the_limit_says_which_limit_and_how_to_raise_it() {
 fn the_heap_is_probed_once_and_remembered() {
     let loader = Loader::builder().heap(heap("dma-heap:system")).build().unwrap();
     for round in 0..3 {
-        let image = load(&loader, &file(4097), loader.options().cache(Cache::Bypass)).unwrap();
+        let image = load(&loader, &file(4097), loader.load_options().cache(Cache::Bypass)).unwrap();
         let report = image.report();
         // Every load tells it, also those that did not have to try.
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
@@ -148,7 +162,7 @@ fn the_heap_is_probed_once_and_remembered() {
         assert_eq!(steps, expected, "load {round}");
     }
     // A strict load is told the real reason, not a memory of it.
-    let error = load(&loader, &file(4097), loader.options().strict(true)).unwrap_err();
+    let error = load(&loader, &file(4097), loader.load_options().strict(true)).unwrap_err();
     assert!(matches!(error, Error::Refused { errno: Errno::FAULT, .. }), "{error}");
     shut_down(loader);
 }
@@ -156,7 +170,7 @@ fn the_heap_is_probed_once_and_remembered() {
 #[test]
 fn auto_takes_udmabuf_when_dma_bufs_are_required_and_says_why() {
     let loader = Loader::builder().dma_buf(true).build().unwrap();
-    let image = load(&loader, &file(4097), loader.options()).unwrap();
+    let image = load(&loader, &file(4097), loader.load_options()).unwrap();
     let report = image.report();
     assert_eq!(report.heap, "udmabuf");
     assert!(report.notes[0].contains("dma-bufs are required"), "{:?}", report.notes);
@@ -164,7 +178,7 @@ fn auto_takes_udmabuf_when_dma_bufs_are_required_and_says_why() {
     shut_down(loader);
     // Nothing else is given where it was not required.
     let loader = Loader::new().unwrap();
-    let image = load(&loader, &file(4097), loader.options()).unwrap();
+    let image = load(&loader, &file(4097), loader.load_options()).unwrap();
     assert_eq!(image.report().heap, "memfd");
     assert!(matches!(image.segments()[0].hand_out_dma_buf(), Err(Error::NoDescriptor { .. })));
     shut_down(loader);
@@ -176,7 +190,7 @@ fn auto_takes_udmabuf_when_dma_bufs_are_required_and_says_why() {
 fn bytes_are_lent_or_the_dma_buf_is_handed_out_never_both() {
     for name in ["udmabuf", "dma-heap:system"] {
         let loader = Loader::builder().heap(heap(name)).build().unwrap();
-        let image = load(&loader, &file(SEGMENT + 1), loader.options()).unwrap();
+        let image = load(&loader, &file(SEGMENT + 1), loader.load_options()).unwrap();
         let segment = &image.segments()[0];
         let bytes = segment.bytes().unwrap();
         let other = bytes.slice(7..9);
@@ -199,7 +213,7 @@ fn bytes_are_lent_or_the_dma_buf_is_handed_out_never_both() {
 #[test]
 fn a_udmabufs_memfd_is_sealed_and_refuses_writes_and_holes() {
     let loader = Loader::builder().heap(heap("udmabuf")).build().unwrap();
-    let image = load(&loader, &file(SEGMENT), loader.options()).unwrap();
+    let image = load(&loader, &file(SEGMENT), loader.load_options()).unwrap();
     let segment = &image.segments()[0];
     let memfd = segment.hand_out_memfd().unwrap();
     assert_eq!(rustix::io::pwrite(memfd, b"x", 0), Err(Errno::PERM));
@@ -214,8 +228,9 @@ fn what_is_shared_read_only_is_handed_to_no_device_and_what_is_shared_as_dma_buf
     let len = 2 * SEGMENT + 777;
     for (name, dma_bufs) in [("udmabuf", false), ("udmabuf", true), ("dma-heap:system", true)] {
         let what = format!("{name}, as dma-bufs: {dma_bufs}");
-        let loader = Loader::builder().heap(heap(name)).segment_bytes(SEGMENT as u64).build().unwrap();
-        let image = load(&loader, &file(len), loader.options()).unwrap();
+        let loader =
+            Loader::builder().heap(heap(name)).load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
+        let image = load(&loader, &file(len), loader.load_options()).unwrap();
         let socket = disk().join("socket");
         let server = Server::bind(&socket, ServerOptions::default().dma_bufs(dma_bufs)).unwrap();
         server.publish("model", image.clone()).unwrap();
@@ -256,7 +271,7 @@ fn a_dma_buf_survives_its_loader_and_its_process() {
     let socket = disk().join("socket");
     if let Ok(name) = std::env::var(ROLE) {
         let loader = Loader::builder().heap(heap(&name)).build().unwrap();
-        let image = load(&loader, &file(SEGMENT + 1), loader.options()).unwrap();
+        let image = load(&loader, &file(SEGMENT + 1), loader.load_options()).unwrap();
         let dma_buf = image.segments()[0].hand_out_owned_dma_buf().unwrap();
         shut_down(loader);
         drop(image);
@@ -304,8 +319,8 @@ fn small_files_share_a_dma_buf_and_its_fate() {
         for route in Route::ALL {
             let loader = Loader::builder().heap(heap(name)).build().unwrap();
             let what = format!("{name}, {route}");
-            let options = loader.options().route(route).cache(Cache::Bypass);
-            let image = block_on(async { loader.load_with(&paths, options).await }).unwrap();
+            let options = loader.load_options().route(route).cache(Cache::Bypass);
+            let image = block_on(async { loader.load(&paths).options(options).await }).unwrap();
             assert_eq!((image.report().segments, image.report().memories), (4, 1), "{what}");
             let [first, second, ..] = image.segments() else { panic!("{what}: four segments") };
             let view = second.bytes().unwrap();
@@ -393,11 +408,16 @@ fn a_vendors_dma_bufs_by_descriptor_equal_the_file() {
         // SAFETY: each dma-buf is of new memory, and nothing else has a descriptor or a mapping of it.
         #[allow(unsafe_code)]
         let heap = unsafe { FromDescriptors::new(format!("vendor-{source}"), move |bytes| by_descriptor(source, bytes)) };
-        let loader = Loader::builder().heap(heap).segment_bytes(SEGMENT as u64).dma_buf(true).build().unwrap();
+        let loader = Loader::builder()
+            .heap(heap)
+            .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
+            .dma_buf(true)
+            .build()
+            .unwrap();
         for layout in [Layout::Segmented, Layout::Single] {
             for len in [1, SEGMENT + 1, 3 * SEGMENT] {
                 let what = format!("{source}, {layout}, {len} bytes");
-                let options = loader.options().layout(layout).cache(Cache::Bypass);
+                let options = loader.load_options().layout(layout).cache(Cache::Bypass);
                 let image = load(&loader, &file(len), options).unwrap();
                 assert_same(&image.files()[0].bytes().unwrap(), &original()[..len], &what);
                 assert_dma_bufs(image.segments(), &original()[..len], &what);
@@ -429,8 +449,8 @@ fn what_a_vendor_must_not_give_fails_the_load_by_its_name() {
         // SAFETY: no segment is shown of these.
         #[allow(unsafe_code)]
         let heap = unsafe { FromDescriptors::new("vendor", allocate) };
-        let loader = Loader::builder().heap(heap).segment_bytes(SEGMENT as u64).build().unwrap();
-        let error = load(&loader, &file(3 * SEGMENT), loader.options()).unwrap_err();
+        let loader = Loader::builder().heap(heap).load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
+        let error = load(&loader, &file(3 * SEGMENT), loader.load_options()).unwrap_err();
         let text = error.to_string();
         assert!(text.starts_with("vendor: ") && text.contains(expected), "{expected}: {text}");
         shut_down(loader);

@@ -13,7 +13,7 @@ use common::{
     MIB, assert_descriptors_are_back, assert_dma_bufs, assert_gives_memory_back, assert_same, available_bytes, block_on, file,
     heap, load, original, settled_descriptors, shut_down, sparse_file,
 };
-use dmaload::{Cache, Error, Layout, Loader, Route};
+use dmaload::{Cache, Error, Layout, LoadOptions, Loader, Route};
 use dmaload_guest::{BadDisk, SECTOR, bad_bytes, command, row};
 use rustix::io::Errno;
 
@@ -87,7 +87,7 @@ fn runs_out_half_way(name: &str, path: &Path) {
     let loader = Loader::builder().heap(heap(name)).build().unwrap();
     let mut kept = Vec::new();
     let error = block_on(async {
-        let mut segments = loader.stream(path);
+        let mut segments = loader.load(path).segments();
         loop {
             match segments.next().await {
                 Some(Ok(segment)) => kept.push(segment),
@@ -101,7 +101,7 @@ fn runs_out_half_way(name: &str, path: &Path) {
     assert!(loaded > 256 * MIB, "{name}: {loaded} bytes came before");
     drop(kept);
     // The next load works.
-    let image = load(&loader, &file(4097), loader.options()).unwrap();
+    let image = load(&loader, &file(4097), loader.load_options()).unwrap();
     assert_dma_bufs(image.segments(), &original()[..4097], name);
     drop(image);
     shut_down(loader);
@@ -118,9 +118,9 @@ fn loads_that_are_dropped_give_everything_back() {
 }
 
 fn drop_loads(name: &str) {
-    let loader = Loader::builder().heap(heap(name)).segment_bytes(8 << 20).build().unwrap();
+    let loader = Loader::builder().heap(heap(name)).load_options(LoadOptions::new().segment_bytes(8 << 20)).build().unwrap();
     for round in 0..20 {
-        let mut load = loader.load(file(64 * MIB));
+        let mut load = loader.load(file(64 * MIB)).start();
         let segment = block_on(async { if round % 2 == 0 { load.next().await } else { None } });
         drop(load);
         if let Some(segment) = segment {
@@ -137,9 +137,15 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
     for name in ["memfd", "udmabuf", "dma-heap:system"] {
         for route in Route::ALL {
             // A loader of its own: what one load has found out would be known to the next.
-            let loader = Loader::builder().heap(heap(name)).segment_bytes(2 << 20).window_bytes(4 << 20).build().unwrap();
+            let loader = Loader::builder()
+                .heap(heap(name))
+                .load_options(LoadOptions::new().segment_bytes(2 << 20))
+                .window_bytes(4 << 20)
+                .build()
+                .unwrap();
             let what = format!("{name}, {route}");
-            let mut segments = loader.stream_with([&disk.file], loader.options().route(route).cache(Cache::Bypass));
+            let mut segments =
+                loader.load(&disk.file).options(loader.load_options().route(route).cache(Cache::Bypass)).segments();
             let (seen, error) = block_on(async {
                 let mut seen = 0;
                 loop {
@@ -167,7 +173,7 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
             assert!(error.hint().unwrap().contains("storage"), "{what}");
             // Segments come in order, so none behind the bad one was shown.
             assert!(seen <= bad / (2 << 20), "{what}: {seen} segments");
-            let image = load(&loader, &file(4 * MIB), loader.options().cache(Cache::Bypass)).unwrap();
+            let image = load(&loader, &file(4 * MIB), loader.load_options().cache(Cache::Bypass)).unwrap();
             for (segment, part) in image.segments().iter().zip(original()[..4 * MIB].chunks(2 * MIB)) {
                 assert_same(&segment.bytes().unwrap(), part, &what);
             }
@@ -315,9 +321,13 @@ fn loads_at_once_in_one_cgroup_v2_fail_with_numbers_and_none_is_killed() {
 fn a_single_dma_buf_of_the_system_heap_is_charged_once_and_freed() {
     assert_gives_memory_back(|| {
         let before = available_bytes();
-        let loader = Loader::builder().heap(heap("dma-heap:system")).layout(Layout::Single).build().unwrap();
+        let loader = Loader::builder()
+            .heap(heap("dma-heap:system"))
+            .load_options(LoadOptions::new().layout(Layout::Single))
+            .build()
+            .unwrap();
         for _ in 0..3 {
-            let image = load(&loader, &file(200 * MIB + 777), loader.options()).unwrap();
+            let image = load(&loader, &file(200 * MIB + 777), loader.load_options()).unwrap();
             let taken = before.saturating_sub(available_bytes());
             assert!(taken < 400 << 20, "{taken} bytes are taken for 200 MiB");
             drop(image);
@@ -335,9 +345,10 @@ fn two_loads_at_once_do_not_wake_the_oom_killer() {
 
 fn fill_memory() {
     let path = sparse_file("most.bin", available_bytes() / 10 * 6);
-    let loader = Loader::builder().heap(heap("dma-heap:system")).layout(Layout::Single).build().unwrap();
+    let loader =
+        Loader::builder().heap(heap("dma-heap:system")).load_options(LoadOptions::new().layout(Layout::Single)).build().unwrap();
     let (first, second) = block_on(async {
-        let (first, second) = (loader.load(&path), loader.load(&path));
+        let (first, second) = (loader.load(&path).start(), loader.load(&path).start());
         (first.finish().await.map(drop), second.finish().await.map(drop))
     });
     for outcome in [&first, &second] {
@@ -345,10 +356,15 @@ fn fill_memory() {
     }
     shut_down(loader);
     // Large segments, two of which are allocated at a time.
-    let loader = Loader::builder().heap(heap("dma-heap:system")).segment_bytes(1 << 30).window_bytes(3 << 30).build().unwrap();
+    let loader = Loader::builder()
+        .heap(heap("dma-heap:system"))
+        .load_options(LoadOptions::new().segment_bytes(1 << 30))
+        .window_bytes(3 << 30)
+        .build()
+        .unwrap();
     let path = sparse_file("half-way.bin", 6 << 30);
     let error = block_on(async {
-        let mut segments = loader.stream(&path);
+        let mut segments = loader.load(&path).segments();
         let mut kept = Vec::new();
         loop {
             match segments.next().await {
@@ -371,7 +387,7 @@ fn a_low_size_limit_gives_smaller_segments_and_none_at_all_another_heap() {
     let path = file(4 * MIB);
     let lowered = common::RaisedLimit::to(1);
     let loader = Loader::builder().dma_buf(true).build().unwrap();
-    let image = load(&loader, &path, loader.options()).unwrap();
+    let image = load(&loader, &path, loader.load_options()).unwrap();
     assert_eq!((image.report().heap.as_str(), image.segments()[0].len()), ("udmabuf", MIB));
     assert_dma_bufs(image.segments(), &original()[..4 * MIB], "segments of 1 MiB");
     shut_down(loader);

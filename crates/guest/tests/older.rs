@@ -4,7 +4,7 @@
 mod common;
 
 use common::{LARGE, MIB, assert_same, file, load, original, shut_down, told};
-use dmaload::{Error, Layout, Loader, Route};
+use dmaload::{Error, Layout, LoadOptions, Loader, Route};
 use dmaload_guest::{command, row};
 
 const SIZES: [usize; 9] = [0, 1, 4095, 4096, 4097, 8 * MIB - 1, 8 * MIB, 8 * MIB + 1, LARGE];
@@ -13,9 +13,12 @@ const SIZES: [usize; 9] = [0, 1, 4095, 4096, 4097, 8 * MIB - 1, 8 * MIB, 8 * MIB
 fn memfds_hold_the_file_by_every_route_layout_and_size() {
     for layout in [Layout::Segmented, Layout::Single] {
         for route in Route::ALL {
-            let loader = Loader::builder().layout(layout).route(route).strict(true).segment_bytes(8 << 20).build().unwrap();
+            let loader = Loader::builder()
+                .load_options(LoadOptions::new().layout(layout).route(route).strict(true).segment_bytes(8 << 20))
+                .build()
+                .unwrap();
             for len in SIZES {
-                let image = load(&loader, &file(len), loader.options()).unwrap();
+                let image = load(&loader, &file(len), loader.load_options()).unwrap();
                 assert_same(&image.files()[0].bytes().unwrap(), &original()[..len], &format!("{layout}, {route}, {len} bytes"));
             }
             shut_down(loader);
@@ -28,10 +31,10 @@ fn memfds_hold_the_file_by_every_route_layout_and_size() {
 #[test]
 fn memfds_hold_the_file_from_the_page_cache() {
     for layout in [Layout::Segmented, Layout::Single] {
-        let loader = Loader::builder().layout(layout).segment_bytes(8 << 20).build().unwrap();
+        let loader = Loader::builder().load_options(LoadOptions::new().layout(layout).segment_bytes(8 << 20)).build().unwrap();
         for len in SIZES {
             std::fs::read(file(len)).unwrap();
-            let image = load(&loader, &file(len), loader.options()).unwrap();
+            let image = load(&loader, &file(len), loader.load_options()).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &original()[..len], &format!("{layout}, cached, {len} bytes"));
             assert_eq!(image.report().cached_bytes, len as u64, "{layout}, {len} bytes");
         }

@@ -193,12 +193,12 @@ fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
     // Routes are tried, whatever is cached.
-    let mut options = loader.options().format(Format::Raw).cache(Cache::Bypass);
+    let mut options = loader.load_options().format(Format::Raw).cache(Cache::Bypass);
     // Of the file that was asked about, its beginning.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);
     }
-    let image = block_on(load::finish(loader.load_with([path], options), true))??;
+    let image = block_on(load::finish(loader.load(path).options(options).start(), true))??;
     let mut compared = 0;
     for segment in image.segments() {
         let bytes = segment.bytes()?;

@@ -1,7 +1,7 @@
 //! What a load would do, concluded from the facts.
 
 use dmaload::dmabuf::errno::describe;
-use dmaload::{Attempt, Route, probe};
+use dmaload::{Attempt, LoadOptions, LoaderBuilder, Route, probe};
 use dmaload_text::bytes;
 use rustix::io::Errno;
 
@@ -9,10 +9,10 @@ use super::facts::Facts;
 use super::trial::Loaded;
 
 /// The default window: no load registers more at once.
-const REGISTERED_BYTES_MAX: u64 = 128 << 20;
+const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 const PIECE_BYTES: u64 = 16 << 20;
 /// The default size of a segment, each of which is a memory file.
-const SEGMENT_BYTES: u64 = 64 << 20;
+const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 
 /// How the reason begins where it was not found out whether a load would work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";

@@ -10,9 +10,12 @@ use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
-/// What a load tells its consumer, in this order: segments, then the end or an error.
+/// What a load tells its consumer, in this order: its files, if it is kept; segments; the end or
+/// an error.
 #[derive(Debug)]
 pub(crate) enum Event {
+    /// The files were opened or looked at.
+    Planned(Vec<LoadFile>),
     Segment(Segment),
     Done(Box<Finished>),
     Failed(Error),
@@ -22,18 +25,21 @@ pub(crate) enum Event {
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) report: Report,
-    pub(crate) files: Vec<FinishedFile>,
+    pub(crate) files: Vec<LoadFile>,
 }
 
-/// A file of a load, at its end.
+/// A file of a load.
 #[derive(Debug, Clone)]
-pub(crate) struct FinishedFile {
+pub(crate) struct LoadFile {
     pub(crate) path: Arc<PathBuf>,
     pub(crate) bytes: u64,
     /// The part of it that is the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// Whether any byte of it was read.
+    /// Whether `tensors` is final. The headers of small files are read with their bytes, so what
+    /// these have is known with their first segment.
+    pub(crate) is_known: bool,
+    /// Whether any byte of it is read.
     pub(crate) has_segments: bool,
     /// The index that named it, with that index's folder.
     pub(crate) index: Option<(PathBuf, Arc<Index>)>,

@@ -8,14 +8,13 @@ use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
-use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio::sync::oneshot;
 
 use super::allocation::HeapFacts;
 use super::choice::Choices;
-use super::event::Event;
 use super::heap_code::HeapCode;
 use super::jobs::{Jobs, Left};
+use super::outbox::{Announcer, Outbox};
 use super::settings::Settings;
 use super::state::{HandOverStatus, LoadShared};
 use super::threads::Leaked;
@@ -142,25 +141,28 @@ impl Guard {
         &self.settings
     }
 
-    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    /// Starts a load of what was asked for, or one that fails for the reason why that makes no sense.
+    /// `keep` tells whether all of it will be in memory at once.
     pub(crate) fn load(
         self: &Arc<Self>,
-        asked: Vec<Input>,
+        asked: Result<Vec<Input>>,
         options: LoadOptions,
         keep: bool,
-    ) -> (UnboundedReceiver<Event>, Arc<LoadShared>) {
+    ) -> (Arc<Outbox>, Arc<LoadShared>) {
         let engine = &self.engine;
-        let (sender, receiver) = mpsc::unbounded_channel();
+        let outbox = Arc::default();
+        let events = Announcer::new(&outbox);
         let checked = engine.settings.check(&options);
+        let (asked, checked) = asked.map_or_else(|error| (Vec::new(), Err(error)), |asked| (asked, checked));
         let id = engine.jobs.next_id();
-        let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), sender));
+        let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end())) {
             // It holds nothing yet, and nothing else knows of it: its consumer is told here.
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }
-        (receiver, shared)
+        (outbox, shared)
     }
 
     /// The consumer of a stream has taken a segment: its load may go on by as much memory.

@@ -36,6 +36,7 @@ mod heap_code;
 mod jobs;
 mod mailbox;
 mod open;
+pub(crate) mod outbox;
 pub(crate) mod schedule;
 pub(crate) mod settings;
 pub(crate) mod state;

@@ -77,6 +77,10 @@ impl Engine {
         let spec = LoadSpec { id: load.id, pieces, chunk_bytes, strict, trace, observation };
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         self.jobs.opened(load.id, LoadNeeds { batches, reserved_bytes, ahead_bytes, priority });
+        if load.keep {
+            // Of its files, whose tensors somebody may wait for.
+            self.tell_of(load);
+        }
     }
 
     /// Which way the batches of a load are read.

@@ -13,13 +13,12 @@ use std::time::{Duration, Instant};
 
 use dmabuf::{AddressRange, PageCount, Populated};
 use rustix::io::Errno;
-use tokio::sync::mpsc::UnboundedSender;
 use tracing::Span;
 use tracing::field::Empty;
 
 use super::allocation::{Allocated, Allocation, BatchPart, FilePlan, HeapFacts};
 use super::choice::Choosing;
-use super::event::Event;
+use super::outbox::Announcer;
 use crate::engine::schedule::Need;
 use crate::error::{Error, Result};
 use crate::files::source::{Input, OpenFile, SourceFile};
@@ -80,10 +79,12 @@ pub(crate) struct LoadShared {
 
 #[derive(Debug)]
 struct LoadState {
-    /// `None` when the load is over: finished, failed, or dropped. Dropping the last sender wakes the consumer.
-    events: Option<Foreign<UnboundedSender<Event>>>,
+    /// `None` when the load is over: finished, failed, or dropped. Dropping the last of it wakes the consumers.
+    events: Option<Arc<Announcer>>,
     /// Why it has failed, until the consumer is told.
     failed: Option<Error>,
+    /// The consumer was not told of the files yet, and wants to know.
+    files_untold: bool,
     plan: Plan,
     /// Where its memories are mapped; `None` for no bytes at all.
     range: Option<Arc<AddressRange>>,
@@ -201,7 +202,7 @@ impl LoadShared {
         asked: Vec<Input>,
         heap: &HeapFacts,
         counters: Arc<LoadCounters>,
-        events: UnboundedSender<Event>,
+        events: Announcer,
     ) -> Self {
         let observed = options.observer.is_some() || options.verify.is_some();
         let watch = observed.then(|| Arc::new(Watch::new(options.observer.clone())));
@@ -231,8 +232,9 @@ impl LoadShared {
             allocated_bytes: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             state: Mutex::new(LoadState {
-                events: Some(Foreign::new(events)),
+                events: Some(Arc::new(events)),
                 failed: None,
+                files_untold: false,
                 plan: Plan::default(),
                 range: None,
                 files: Vec::new(),
@@ -352,6 +354,7 @@ impl LoadShared {
             }
         };
         let needs = state.plan.batches.iter().map(need).collect();
+        state.files_untold = self.keep;
         let pieces = state.plan.pieces.len();
         if pieces == 0 {
             state.times = Some(Times::default());

@@ -18,7 +18,7 @@ fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
         guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, held_bytes: 0 });
     }
     let empty = tempfile::NamedTempFile::new().unwrap();
-    let mut events = Segments::start(&guard, vec![Input::Path(empty.path().to_owned())], LoadOptions::default(), true);
+    let mut events = Segments::start(&guard, Ok(vec![Input::Path(empty.path().to_owned())]), LoadOptions::default(), true);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     // A good load without segments.
     let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
@@ -74,7 +74,7 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     let gate = Arc::new(Gate::default());
     let heap = heap::Hooked::new(heap::AnonHeap::default(), Arc::clone(&gate));
     let guard = Guard::start(Settings::default(), Arc::new(heap), Vec::new()).unwrap();
-    let load = || Segments::start(&guard, vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
+    let load = || Segments::start(&guard, Ok(vec![Input::Path(file.path().to_owned())]), LoadOptions::default(), true);
     let mut before = [load(), load()];
     panic(&guard.engine);
     let expect = |segments: &mut Segments| {
@@ -95,6 +95,6 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     assert_eq!(block_on(guard.shut_down()), Ok(()), "nothing was in flight");
     // Others are not concerned.
     let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
-    let mut segments = Segments::start(&other, vec![Input::Path(file.path().to_owned())], LoadOptions::default(), true);
+    let mut segments = Segments::start(&other, Ok(vec![Input::Path(file.path().to_owned())]), LoadOptions::default(), true);
     assert!(block_on(segments.next()).unwrap().is_ok());
 }

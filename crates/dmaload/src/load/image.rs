@@ -7,10 +7,10 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
-use crate::engine::event::FinishedFile;
+use super::names::{FolderIndex, Names, indices};
+use crate::engine::event::LoadFile;
 use crate::error::{Error, Result};
 use crate::memory::segment::{Contiguous, Segment, holding};
-use crate::model::index::Index;
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
@@ -25,37 +25,7 @@ pub struct Image {
     report: Arc<Report>,
     /// The tensors of all files, made when one is first looked up.
     names: Arc<OnceLock<Names>>,
-    /// The indices that files were loaded by, with their folders.
-    indices: Arc<[(PathBuf, Arc<Index>)]>,
-}
-
-/// The tensors of all files, as numbers of files and positions in their maps, sorted by name.
-#[derive(Debug)]
-struct Names(Vec<(u32, u32)>);
-
-impl Names {
-    fn new(files: &[ImageFile]) -> Self {
-        let mut all: Vec<(u32, u32)> = Vec::new();
-        for (file, number) in files.iter().zip(0..) {
-            let Some(tensors) = &file.tensors else { continue };
-            let positions = (0..tensors.len()).filter_map(|number| tensors.position_of(number));
-            all.extend(positions.map(|position| (number, u32::try_from(position).expect("a map numbers tensors by u32"))));
-        }
-        all.sort_by(|a, b| Self::name(files, *a).cmp(&Self::name(files, *b)));
-        Names(all)
-    }
-
-    fn name(files: &[ImageFile], (file, position): (u32, u32)) -> Option<&str> {
-        let info = files.get(file as usize)?.tensor_map()?.get_index(position as usize)?;
-        Some(&info.name)
-    }
-
-    /// All of this name, in the order of their files.
-    fn find(&self, files: &[ImageFile], name: &str) -> &[(u32, u32)] {
-        let before = self.0.partition_point(|&at| Self::name(files, at) < Some(name));
-        let rest = &self.0[before..];
-        &rest[..rest.partition_point(|&at| Self::name(files, at) == Some(name))]
-    }
+    indices: Arc<[FolderIndex]>,
 }
 
 /// One file of an image.
@@ -70,19 +40,14 @@ pub struct ImageFile {
 }
 
 impl Image {
-    pub(crate) fn new(files: Vec<FinishedFile>, segments: Vec<Segment>, report: Report) -> Self {
+    pub(crate) fn new(files: Vec<LoadFile>, segments: Vec<Segment>, report: Report) -> Self {
         let mut own: Vec<Vec<Segment>> = files.iter().map(|_| Vec::new()).collect();
         for segment in &segments {
             if let Some(own) = own.get_mut(segment.file_index()) {
                 own.push(segment.clone());
             }
         }
-        let mut indices: Vec<(PathBuf, Arc<Index>)> = Vec::new();
-        for (folder, index) in files.iter().filter_map(|file| file.index.as_ref()) {
-            if !indices.iter().any(|(_, own)| Arc::ptr_eq(own, index)) {
-                indices.push((folder.clone(), Arc::clone(index)));
-            }
-        }
+        let indices = indices(files.iter());
         let files = files.into_iter().zip(own);
         let files = files.map(|(file, own)| ImageFile::new(file.path, file.bytes, file.part, own, file.tensors));
         Image {
@@ -116,28 +81,13 @@ impl Image {
     /// [`Error::AmbiguousTensor`] where several files that the caller named one by one have it: [`ImageFile::tensor`] looks it
     /// up in one.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let file = |&(file, _): &(u32, u32)| self.files.get(file as usize).expect("a name is of one of the files");
-        match self.names.get_or_init(|| Names::new(&self.files)).find(&self.files, name) {
-            [only] => Ok(file(only).tensor_at(only.1 as usize).expect("a name is of a tensor that was loaded")),
-            [] => Err(self.not_loaded(name)),
-            several => {
-                let paths = several.iter().map(|at| file(at).path().to_owned()).collect();
-                Err(Error::AmbiguousTensor { tensor: name.to_owned(), paths })
-            }
-        }
-    }
-
-    /// Why there is no tensor of this name.
-    fn not_loaded(&self, name: &str) -> Error {
-        let there = self.files.iter().find_map(|file| Some((file, file.tensor_map()?.get(name)?)));
-        if let Some((file, info)) = there {
-            return Error::NotLoaded { path: file.path().to_owned(), range: info.file_range.clone() };
-        }
-        let known = self.indices.iter().find_map(|(folder, index)| Some(folder.join(index.file_of(name)?)));
-        match known {
-            Some(path) => Error::NotSelected { tensor: name.to_owned(), path },
-            None => Error::NoSuchTensor(name.to_owned()),
-        }
+        let names = self.names.get_or_init(|| {
+            let files = self.files.iter().map(|file| (Arc::clone(&file.path), file.tensors.clone()));
+            Names::new(files.collect(), self.indices.to_vec())
+        });
+        let (file, position) = names.find(name)?;
+        let file = self.files.get(file).expect("a name is of one of the files");
+        Ok(file.tensor_at(position).expect("a name is of a tensor that was loaded"))
     }
 
     /// All tensors that were loaded of all files, of a model with an index each name once: in file order, or in the order in which they were asked for.
@@ -163,7 +113,8 @@ impl ImageFile {
     }
 
     /// The bytes of the file that are the model: all of them, unless it was loaded from inside of
-    /// another file.
+    /// another file
+    /// ([`crate::Source::range`]).
     pub fn file_range(&self) -> Range<u64> {
         self.part.clone()
     }
@@ -229,6 +180,26 @@ impl ImageFile {
     fn slice(&self, range: Range<u64>) -> Result<Bytes> {
         Contiguous::bytes(&self.path, &self.segments, range)
     }
+}
+
+/// The tensor at this position of a file's map, if all its bytes are in these of the file's segments.
+pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: usize) -> Option<Tensor> {
+    let tensors = file.tensors.as_ref()?;
+    let part = tensors.part_at(position)?;
+    // Rows come in order: with the last one, all are there.
+    let rows = [part.rows.iter().next(), part.rows.iter().last()];
+    let is_there = |row: &Range<u64>| row.is_empty() || holding(segments, row).is_some();
+    if !rows.into_iter().flatten().all(|row| is_there(&row)) {
+        return None;
+    }
+    let hull = part.rows.hull();
+    let own = segments.iter().filter(|segment| {
+        let held = segment.file_range();
+        held.start < hull.end && hull.start < held.end
+    });
+    let tensors = Some(Arc::clone(tensors));
+    let file = ImageFile::new(Arc::clone(&file.path), file.bytes, file.part.clone(), own.cloned().collect(), tensors);
+    file.tensor_at(position)
 }
 
 /// One tensor of an image, or one rank's part of it: what it is, and where its bytes are.

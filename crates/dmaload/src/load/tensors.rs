@@ -1,85 +1,58 @@
 //! The tensors of a load: which of a file are read, and a stream of them as they become complete.
 
 use std::collections::VecDeque;
-use std::ops::Range;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use futures_core::Stream;
 
-use super::{Load, Segments};
-use crate::error::{Error, Result};
-use crate::load::image::{Image, ImageFile, Tensor};
-use crate::memory::segment::{Segment, holding};
+use super::image::{ImageFile, Tensor, complete_tensor};
+use super::segments::Segments;
+use crate::engine::event::{LoadFile, Progress};
+use crate::error::Result;
+use crate::memory::segment::Segment;
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
-/// The tensors of a load, each as soon as its last byte is there, while the rest is still being read: in file order, or in the
-/// order in which they were asked for ([`crate::LoadOptions::tensors`]). Made by [`Load::tensors`] and [`Segments::tensors`].
+/// The tensors of a load, each as soon as its last byte is there, while the rest is still being
+/// read: in file order, or in the order in which they were asked for
+/// ([`crate::LoadOptions::tensors`]). Made by
+/// [`LoadRequest::tensors`](crate::LoadRequest::tensors).
 ///
-/// Dropping it cancels the load. Tensors that were given stay, and keep the segments that they are in.
+/// It keeps nothing: the memory of a tensor that was dropped is freed, once no other is in it.
+///
+/// Dropping it cancels the load. Tensors that were given stay, and keep the segments that they
+/// are in.
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Tensors {
-    source: SegmentSource,
+    segments: Segments,
     ready: VecDeque<Tensor>,
     files: Vec<Pending>,
     /// Files whose tensors were all given.
     done: Vec<usize>,
-    /// Why there can be none; told first.
-    failed: Option<Error>,
     ended: bool,
-}
-
-#[derive(Debug)]
-enum SegmentSource {
-    Kept(Load),
-    Streamed(Segments),
 }
 
 /// A file whose tensors are being given.
 #[derive(Debug)]
 struct Pending {
     index: usize,
-    path: Arc<PathBuf>,
-    bytes: u64,
-    part: Range<u64>,
+    about: LoadFile,
     tensors: Arc<FileTensors>,
     next: usize,
     /// Those that a tensor to come may have a part in.
     segments: Vec<Segment>,
 }
 
-impl Load {
-    /// Gives the tensors one by one, and the image in the end ([`Tensors::finish`]).
-    pub fn tensors(self) -> Tensors {
-        // Those that were given as segments already count.
-        let kept = self.kept.clone();
-        let mut tensors = Tensors::of(SegmentSource::Kept(self), None);
-        kept.into_iter().for_each(|segment| tensors.add(segment));
-        tensors
-    }
-}
-
-impl Segments {
-    /// Gives the tensors one by one, and keeps nothing: the memory of a tensor that was dropped is freed, once no other is in it.
-    /// To be called before [`Segments::next`]: segments that were given are gone, and the stream begins with an error.
-    pub fn tensors(self) -> Tensors {
-        let late = self.given > 0;
-        let failed = late.then(|| Error::Config("tensors were asked for after segments were given".to_owned()));
-        Tensors::of(SegmentSource::Streamed(self), failed)
-    }
-}
-
 impl Tensors {
-    fn of(source: SegmentSource, failed: Option<Error>) -> Self {
-        Tensors { source, ready: VecDeque::new(), files: Vec::new(), done: Vec::new(), failed, ended: false }
+    pub(super) fn new(segments: Segments) -> Self {
+        Tensors { segments, ready: VecDeque::new(), files: Vec::new(), done: Vec::new(), ended: false }
     }
 
-    /// The next tensor; `None` after the last one. Files of raw bytes have none, and are passed over. Cancel-safe, like
-    /// [`Load::next`].
+    /// The next tensor; `None` after the last one. Files of raw bytes have none, and are passed
+    /// over. Cancel-safe: dropping the future never loses a tensor.
     ///
     /// # Errors
     /// Whatever made the load fail; after that, `None`.
@@ -87,27 +60,14 @@ impl Tensors {
         std::future::poll_fn(|context| self.poll_tensor(context)).await
     }
 
-    /// The report, once the last tensor was given by a stream that keeps nothing.
+    /// The report, once the last tensor was given and [`Self::next`] has given `None`.
     pub fn report(&self) -> Option<&Report> {
-        match &self.source {
-            SegmentSource::Kept(_) => None,
-            SegmentSource::Streamed(segments) => segments.report(),
-        }
+        self.segments.report()
     }
 
-    /// Waits for the rest, and gives the image; `None` for a stream that keeps nothing. Not cancel-safe, like [`Load::finish`].
-    ///
-    /// # Errors
-    /// Whatever made the load fail.
-    pub async fn finish(mut self) -> Result<Option<Image>> {
-        // What is not given any more need not be kept.
-        while let Some(tensor) = self.next().await {
-            tensor?;
-        }
-        match self.source {
-            SegmentSource::Kept(load) => load.finish().await.map(Some),
-            SegmentSource::Streamed(_) => Ok(None),
-        }
+    /// How far the load is.
+    pub fn progress(&self) -> Progress {
+        self.segments.progress()
     }
 
     fn poll_tensor(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Tensor>>> {
@@ -118,19 +78,11 @@ impl Tensors {
             if self.ended {
                 return Poll::Ready(None);
             }
-            let failed = self.failed.take().or_else(|| match &self.source {
-                SegmentSource::Kept(_) => None,
-                SegmentSource::Streamed(segments) => segments.tensor_over_limit(),
-            });
-            if let Some(error) = failed {
+            if let Some(error) = self.segments.tensor_over_limit() {
                 self.ended = true;
                 return Poll::Ready(Some(Err(error)));
             }
-            let polled = match &mut self.source {
-                SegmentSource::Kept(load) => load.poll_segment(context),
-                SegmentSource::Streamed(segments) => segments.poll_segment(context),
-            };
-            match std::task::ready!(polled) {
+            match std::task::ready!(self.segments.poll_segment(context)) {
                 Some(Ok(segment)) => self.add(segment),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
                 None => self.end(),
@@ -147,8 +99,16 @@ impl Tensors {
             return;
         }
         let at = self.files.iter().position(|file| file.index == index).unwrap_or_else(|| {
-            let (path, bytes, part) = (segment.shared_path(), segment.file_bytes(), segment.file_part());
-            self.files.push(Pending { index, path, bytes, part, tensors, next: 0, segments: Vec::new() });
+            let about = LoadFile {
+                path: segment.shared_path(),
+                bytes: segment.file_bytes(),
+                part: segment.file_part(),
+                tensors: Some(Arc::clone(&tensors)),
+                is_known: true,
+                has_segments: true,
+                index: None,
+            };
+            self.files.push(Pending { index, about, tensors, next: 0, segments: Vec::new() });
             self.files.len() - 1
         });
         let file = self.files.get_mut(at).expect("found or pushed above");
@@ -167,11 +127,7 @@ impl Tensors {
             file.give(&mut self.ready);
         }
         // Files of which no byte was read, because their tensors have none.
-        let finished = match &self.source {
-            SegmentSource::Kept(load) => load.finished_files(),
-            SegmentSource::Streamed(segments) => segments.finished_files(),
-        };
-        for file in finished.iter().filter(|file| !file.has_segments) {
+        for file in self.segments.finished_files().iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };
             let image =
                 ImageFile::new(Arc::clone(&file.path), file.bytes, file.part.clone(), Vec::new(), Some(Arc::clone(tensors)));
@@ -190,25 +146,12 @@ impl Pending {
     fn give(&mut self, ready: &mut VecDeque<Tensor>) {
         let before = self.next;
         while let Some(position) = self.tensors.position_of(self.next) {
-            let part = self.tensors.part_at(position).expect("a tensor that was chosen is in the map");
-            // Rows come in order: with the last one, all are there.
-            let rows = [part.rows.iter().next(), part.rows.iter().last()];
-            let is_there = |row: &Range<u64>| row.is_empty() || holding(&self.segments, row).is_some();
-            if !rows.into_iter().flatten().all(|row| is_there(&row)) {
-                break;
-            }
-            let hull = part.rows.hull();
-            let own = self.segments.iter().filter(|segment| {
-                let held = segment.file_range();
-                held.start < hull.end && hull.start < held.end
-            });
-            let tensors = Some(Arc::clone(&self.tensors));
-            let image = ImageFile::new(Arc::clone(&self.path), self.bytes, self.part.clone(), own.cloned().collect(), tensors);
-            ready.extend(image.tensor_at(position));
+            let Some(tensor) = complete_tensor(&self.about, &self.segments, position) else { break };
+            ready.push_back(tensor);
             self.next += 1;
         }
-        // The tensors of a class come in file order: what ends before the next one begins is of none to come. Those of another
-        // class have spans of their own, which come later.
+        // The tensors of a class come in file order: what ends before the next one begins is of
+        // none to come. Those of another class have spans of their own, which come later.
         let class = |number: usize| self.tensors.class_of(number);
         let goes_on = self.next == before || class(self.next - 1) == class(self.next);
         let next = self.next_start().filter(|_| goes_on);

@@ -8,7 +8,16 @@ use super::observer::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::route::Route;
 use crate::support::foreign::Foreign;
 
-/// What can be chosen for each load; the loader's builder sets what holds for those that choose nothing.
+/// How one load is done: which bytes, into which memory, by which route, and how they are verified.
+///
+/// Given to one load by [`LoadRequest::options`](crate::LoadRequest::options), and to all loads of a
+/// loader that are given none by [`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options).
+///
+/// ```
+/// use dmaload::{Layout, LoadOptions};
+///
+/// let options = LoadOptions::new().layout(Layout::Single).strict(true);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
     pub(crate) layout: Layout,
@@ -39,7 +48,7 @@ impl Default for LoadOptions {
             layout: Layout::Segmented,
             segment_bytes: None,
             packed: true,
-            chunk_bytes: 2 << 20,
+            chunk_bytes: LoadOptions::CHUNK_BYTES,
             route: None,
             prefer: Prefer::Speed,
             strict: false,
@@ -58,6 +67,17 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
+    /// The default of [`Self::segment_bytes`], where nothing asks for less: 64 MiB.
+    pub const SEGMENT_BYTES: u64 = 64 << 20;
+    /// The default of [`Self::chunk_bytes`]: 2 MiB.
+    pub const CHUNK_BYTES: u64 = 2 << 20;
+
+    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the route that turns
+    /// out to be the fastest. What the kernel refuses is replaced by the next best, and the report says so.
+    pub fn new() -> Self {
+        LoadOptions::default()
+    }
+
     /// Reads these tensors only: by their names, or by patterns (`model.layers.{0..3}.*`: `*` is any text, `?` any character,
     /// `{a,b}` one of several, `{0..3}` one of these numbers). They come in the order of the patterns, and in file order where one
     /// pattern means several. A pattern that no file has a tensor for is an error. Default: everything.
@@ -136,9 +156,13 @@ impl LoadOptions {
         self
     }
 
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB. Default: 64 MiB, or what the heap takes where that is
-    /// less (a size that was asked for is never made smaller); on dma-heaps, whose memory comes at once, an eighth of the window. With [`Layout::Single`] it bounds nothing but the check
-    /// against the window.
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's window. Smaller
+    /// ones are usable earlier, and each has a descriptor of its own; larger ones need fewer.
+    ///
+    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB, or what the heap takes where that is less (a size that was
+    /// asked for is never made smaller); on dma-heaps, whose memory comes at once, an eighth of the window.
+    /// Larger where there are too few descriptors for that, and smaller under a limit of memory. With
+    /// [`Layout::Single`] it bounds nothing but the check against the window.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
@@ -161,11 +185,15 @@ impl LoadOptions {
         // Below a huge page any whole page will do: a MiB is the unit of the one limit there is.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
-        self.segment_bytes
-            .unwrap_or_else(|| limit_bytes.map_or(DEFAULT_SEGMENT_BYTES, |limit| fits(limit).min(DEFAULT_SEGMENT_BYTES)))
+        self.segment_bytes.unwrap_or_else(|| {
+            limit_bytes.map_or(LoadOptions::SEGMENT_BYTES, |limit| fits(limit).min(LoadOptions::SEGMENT_BYTES))
+        })
     }
 
-    /// The size of one read: a multiple of 64 KiB, at most 1 GiB. Default: 2 MiB.
+    /// The size of one read: a multiple of 64 KiB, at most 1 GiB. At most
+    /// [`queue_depth`](crate::LoaderBuilder::queue_depth) of them are in flight. Smaller ones cost more
+    /// system calls; on larger ones a short read or a bad block repeats more. Default:
+    /// [`Self::CHUNK_BYTES`], 2 MiB.
     #[must_use]
     pub fn chunk_bytes(mut self, bytes: u64) -> Self {
         self.chunk_bytes = bytes;
@@ -258,8 +286,6 @@ pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 
 pub(crate) const MIB: u64 = 1 << 20;
-
-const DEFAULT_SEGMENT_BYTES: u64 = 64 << 20;
 
 /// What a load is told to read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -22,7 +22,7 @@ use super::listener::connect_to;
 use super::peer::{Users, user_of};
 use super::protocol::{DESCRIPTORS_IN_A_MESSAGE, NAMES_LIMIT_BYTES, REPLY_BYTES, Reply, Status, parse_names, request};
 use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
-use crate::engine::event::FinishedFile;
+use crate::engine::event::LoadFile;
 use crate::error::{Error, Result};
 use crate::load::image::Image;
 use crate::memory::backing::Backing;
@@ -360,11 +360,12 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
     let route =
         description.route.parse().map_err(|_| wrong(format!("its description has an unknown route, {:?}", description.route)))?;
     let report = report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
-    let files = description.files.iter().enumerate().map(|(number, file)| FinishedFile {
+    let files = description.files.iter().enumerate().map(|(number, file)| LoadFile {
         path: Arc::clone(&file.path),
         bytes: file.bytes,
         part: file.part.clone(),
         tensors: file.tensors.clone(),
+        is_known: true,
         index: None,
         has_segments: description.segments.iter().any(|segment| segment.file == number),
     });

@@ -13,7 +13,7 @@
 //! use dmaload::verify::Manifest;
 //! let manifest = Manifest::parse(&std::fs::read("model.safetensors.json")?)?;
 //! let loader = dmaload::Loader::new()?;
-//! let image = loader.load_with(["model.safetensors"], loader.options().verify(manifest)).await?;
+//! let image = loader.load("model.safetensors").options(loader.load_options().verify(manifest)).await?;
 //! # Ok(())
 //! # }
 //! ```

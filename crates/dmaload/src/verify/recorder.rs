@@ -17,7 +17,7 @@ use crate::telemetry::report::Report;
 /// use dmaload::verify::{Algorithm, Recorder};
 /// let loader = dmaload::Loader::new()?;
 /// let recorder = Arc::new(Recorder::new(Algorithm::Crc32c, 1 << 20));
-/// let mut segments = loader.stream_with(["model.safetensors"], loader.options().observer(recorder.clone()));
+/// let mut segments = loader.load("model.safetensors").options(loader.load_options().observer(recorder.clone())).segments();
 /// while let Some(segment) = segments.next().await {
 ///     drop(segment?);
 /// }

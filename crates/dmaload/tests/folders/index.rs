@@ -46,8 +46,8 @@ async fn the_index_decides_which_of_two_tensors_counts() {
         written(folder.path(), &files);
         for loader in loaders() {
             let whole = loader.load(folder.path()).await.unwrap();
-            let by_tensors = loader.load_with([folder.path()], loader.options().layout(Layout::Tensors)).await.unwrap();
-            let chosen = loader.load_with([folder.path()], loader.options().tensors(["w", "*"])).await.unwrap();
+            let by_tensors = loader.load(folder.path()).options(loader.load_options().layout(Layout::Tensors)).await.unwrap();
+            let chosen = loader.load(folder.path()).options(loader.load_options().tensors(["w", "*"])).await.unwrap();
             for image in [&whole, &by_tensors, &chosen] {
                 assert_eq!((value_of(image, "w"), names(image)), (value, all.iter().map(|&name| name.to_owned()).collect()));
                 for other in ["a", "b", "extra"].into_iter().filter(|name| all.contains(name)) {
@@ -56,10 +56,18 @@ async fn the_index_decides_which_of_two_tensors_counts() {
                 let own = image.files().iter().filter_map(|file| file.tensor("w")).count();
                 assert_eq!(own, 1, "files have theirs only where the index says so");
             }
-            let w = loader.load_with([folder.path()], loader.options().tensors(["w"])).await.unwrap();
+            let load = loader.load(folder.path()).start();
+            for name in all.iter().rev() {
+                let tensor = load.tensor(name).await.unwrap();
+                let expected = if *name == "w" { value } else { 9 };
+                assert_eq!(tensor.bytes().unwrap(), vec![expected; 64], "{name}");
+            }
+            let w = loader.load(folder.path()).options(loader.load_options().tensors(["w"])).await.unwrap();
             assert_eq!((value_of(&w, "w"), w.tensors().count(), w.report().wanted_bytes), (value, 1, 64));
-            for options in [loader.options(), loader.options().tensors(["*"]), loader.options().tensor_names(["w"])] {
-                let mut tensors = loader.stream_with([folder.path()], options).tensors();
+            for options in
+                [loader.load_options(), loader.load_options().tensors(["*"]), loader.load_options().tensor_names(["w"])]
+            {
+                let mut tensors = loader.load(folder.path()).options(options).tensors();
                 let mut seen = Vec::new();
                 while let Some(tensor) = tensors.next().await {
                     let tensor = tensor.unwrap();
@@ -127,7 +135,7 @@ async fn an_index_is_one_by_any_of_its_names() {
         for name in ["blob", "pytorch_model.bin.index.json"] {
             let error = loader.load(folder.path().join(name)).await.unwrap_err();
             assert!(matches!(error, Error::NoModel { .. }), "{error}");
-            let raw = loader.load_with([folder.path().join(name)], loader.options().format(Format::Raw)).await.unwrap();
+            let raw = loader.load(folder.path().join(name)).options(loader.load_options().format(Format::Raw)).await.unwrap();
             assert_eq!(raw.tensors().count(), 0);
         }
         assert_eq!(loader.load(folder.path().join("free.index.json")).await.unwrap().files()[0].bytes().unwrap(), &b"{}"[..]);
@@ -159,22 +167,22 @@ async fn chosen_tensors_need_only_the_files_of_the_index() {
         second.iter().for_each(|bytes| written(folder.path(), &[(B, bytes.clone())]));
         for loader in loaders() {
             for patterns in [&["a.w"][..], &["c.w", "a.w"], &["{a,c}.*"], &["a.?"]] {
-                let options = loader.options().tensors(patterns.iter().copied());
-                let image = loader.load_with([folder.path()], options).await.unwrap();
+                let options = loader.load_options().tensors(patterns.iter().copied());
+                let image = loader.load(folder.path()).options(options).await.unwrap();
                 assert_eq!(value_of(&image, "a.w"), 1);
                 let error = image.tensor("b.w").unwrap_err();
                 assert!(matches!(&error, Error::NotSelected { path, .. } if path.ends_with(B)), "{error}");
                 assert!(matches!(image.tensor("d.w"), Err(Error::NoSuchTensor(_))));
             }
-            let by_name = loader.load_with([folder.path()], loader.options().tensor_names(["c.w"])).await.unwrap();
+            let by_name = loader.load(folder.path()).options(loader.load_options().tensor_names(["c.w"])).await.unwrap();
             assert_eq!((value_of(&by_name, "c.w"), by_name.files().len()), (3, 1));
-            assert!(loader.load_with([folder.path()], loader.options().tensors(["*.w"])).await.is_err());
+            assert!(loader.load(folder.path()).options(loader.load_options().tensors(["*.w"])).await.is_err());
             assert!(loader.load(folder.path()).await.is_err());
             // What the index does not know may be in any file that is there.
             if number < 2 {
-                let extra = loader.load_with([folder.path()], loader.options().tensors(["extra"])).await.unwrap();
+                let extra = loader.load(folder.path()).options(loader.load_options().tensors(["extra"])).await.unwrap();
                 assert_eq!(value_of(&extra, "extra"), 4);
-                let error = loader.load_with([folder.path()], loader.options().tensors(["none"])).await.unwrap_err();
+                let error = loader.load(folder.path()).options(loader.load_options().tensors(["none"])).await.unwrap_err();
                 assert!(matches!(error, Error::NoSuchTensor(_)), "{error}");
             }
         }
@@ -188,8 +196,8 @@ async fn names_with_characters_of_patterns_are_names() {
     written(folder.path(), &[("m.safetensors", st(&all.map(|name| (name, 7))))]);
     for loader in loaders() {
         for name in all {
-            let options = loader.options().tensor_names([name]);
-            let image = loader.load_with([folder.path().join("m.safetensors")], options).await.unwrap();
+            let options = loader.load_options().tensor_names([name]);
+            let image = loader.load(folder.path().join("m.safetensors")).options(options).await.unwrap();
             assert_eq!(names(&image), [name]);
         }
     }
@@ -229,7 +237,7 @@ async fn an_index_whose_name_says_little_is_one_in_a_folder() {
     for loader in loaders() {
         for path in [folder.path().to_owned(), folder.path().join(name)] {
             for format in [Format::Auto, Format::Safetensors] {
-                let error = loader.load_with([&path], loader.options().format(format)).await.unwrap_err();
+                let error = loader.load(&path).options(loader.load_options().format(format)).await.unwrap_err();
                 assert!(error.to_string().contains("\"other.safetensors\""), "{error}");
             }
         }
@@ -237,7 +245,7 @@ async fn an_index_whose_name_says_little_is_one_in_a_folder() {
     written(folder.path(), &[("other.safetensors", st(&[("b", 2)]))]);
     for loader in loaders() {
         for path in [folder.path().to_owned(), folder.path().join(name)] {
-            let image = loader.load_with([&path], loader.options().format(Format::Safetensors)).await.unwrap();
+            let image = loader.load(&path).options(loader.load_options().format(Format::Safetensors)).await.unwrap();
             assert_eq!(names(&image), ["a", "b"]);
         }
     }
@@ -279,11 +287,11 @@ async fn files_that_patterns_pass_over_by_the_index_are_noted() {
     written(folder.path(), &[(INDEX, index(&[("w1", A), ("b", B)]))]);
     for loader in loaders() {
         for (pattern, is_noted) in [("w*", true), ("w?", true), ("{w*,b}", false), ("w1", false), ("*", false)] {
-            let image = loader.load_with([folder.path()], loader.options().tensors([pattern])).await.unwrap();
+            let image = loader.load(folder.path()).options(loader.load_options().tensors([pattern])).await.unwrap();
             let notes = image.report().notes.join("\n");
             assert_eq!(notes.contains("1 of its 2 files"), is_noted, "{pattern}: {notes}");
         }
-        let image = loader.load_with([folder.path()], loader.options().tensor_names(["w1"])).await.unwrap();
+        let image = loader.load(folder.path()).options(loader.load_options().tensor_names(["w1"])).await.unwrap();
         assert!(image.report().notes.is_empty(), "{:?}", image.report().notes);
     }
 }

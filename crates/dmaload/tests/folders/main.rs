@@ -68,7 +68,7 @@ fn written(folder: &Path, files: Files<'_>) {
 
 /// Loaders that read headers late and early.
 fn loaders() -> [Loader; 2] {
-    let loader = |packed| Loader::builder().options(LoadOptions::default().packed(packed)).build().unwrap();
+    let loader = |packed| Loader::builder().load_options(LoadOptions::default().packed(packed)).build().unwrap();
     [loader(true), loader(false)]
 }
 
@@ -117,9 +117,13 @@ async fn a_name_in_two_files_without_an_index_is_an_error() {
         let folder = folder();
         written(folder.path(), &files);
         for loader in loaders() {
-            for options in [loader.options(), loader.options().tensors(["*"]), loader.options().layout(Layout::Tensors)] {
-                let error = loader.load_with([folder.path()], options).await.unwrap_err();
+            for options in
+                [loader.load_options(), loader.load_options().tensors(["*"]), loader.load_options().layout(Layout::Tensors)]
+            {
+                let error = loader.load(folder.path()).options(options.clone()).await.unwrap_err();
                 assert!(matches!(&error, Error::DuplicateTensor { tensor: found, .. } if found == tensor), "{error}");
+                let load = loader.load(folder.path()).options(options).start();
+                assert_eq!(load.tensor(tensor).await.unwrap_err(), error, "neither of the two");
                 assert!(both.iter().all(|name| error.to_string().contains(name)), "{error}");
             }
         }
@@ -151,10 +155,14 @@ async fn named_files_may_share_names_and_only_lookups_fail() {
     ] {
         let paths: Vec<PathBuf> = asked.iter().map(|name| folder.path().join(name)).collect();
         for loader in loaders() {
-            for options in [loader.options(), loader.options().tensors(["w", "b"])] {
-                let image = loader.load_with(&paths, options).await.unwrap();
+            for options in [loader.load_options(), loader.load_options().tensors(["w", "b"])] {
+                let load = loader.load(&paths).options(options).start();
+                let (by_name, both) = (load.tensor("b").await.unwrap(), load.tensor("w").await);
+                assert_eq!(by_name.bytes().unwrap(), vec![3; 64]);
+                let image = load.await.unwrap();
                 assert_eq!(value_of(&image, "b"), 3, "a name that one file has");
                 let error = image.tensor("w").unwrap_err();
+                assert_eq!(both.unwrap_err(), error);
                 assert!(matches!(&error, Error::AmbiguousTensor { paths: found, .. } if found.len() == asked.len()), "{error}");
                 assert!(paths.iter().all(|path| error.to_string().contains(path.to_str().unwrap())), "{error}");
                 let mut values: Vec<u8> =
@@ -168,7 +176,7 @@ async fn named_files_may_share_names_and_only_lookups_fail() {
 }
 
 async fn both_ways(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
-    let allowed = loader.load_with([path], loader.options().allow_missing(true)).await;
+    let allowed = loader.load(path).options(loader.load_options().allow_missing(true)).await;
     (loader.load(path).await, allowed)
 }
 
@@ -182,7 +190,7 @@ async fn a_shard_loads_alone_by_its_own_path() {
         assert_eq!(names(&loader.load(folder.path().join(A)).await.unwrap()), ["a"]);
         let error = loader.load(&part_alone).await.unwrap_err();
         assert!(error.to_string().contains("m-00001-of-00003.gguf"), "{error}");
-        let alone = loader.load_with([&part_alone], loader.options().as_one_file(true)).await.unwrap();
+        let alone = loader.load(&part_alone).options(loader.load_options().as_one_file(true)).await.unwrap();
         assert_eq!(names(&alone), ["c"]);
         let error = loader.load(folder.path().join("x-00001-of-00002.gguf")).await.unwrap_err();
         assert!(matches!(error, Error::File { .. }), "a wrong path is not a missing part: {error}");
@@ -197,11 +205,11 @@ async fn an_empty_file_named_as_a_model_is_an_error_unless_raw() {
     for loader in loaders() {
         for (number, name) in names.into_iter().enumerate() {
             let path = [folder.path().join(name)];
-            let by = |format| loader.load_with(&path, loader.options().format(format));
+            let by = |format| loader.load(&path).options(loader.load_options().format(format)).start();
             assert_eq!(by(Format::Auto).await.is_ok(), number >= 4, "{name}");
             assert!(by(Format::Safetensors).await.is_err() && by(Format::Gguf).await.is_err(), "{name}");
             assert_eq!(by(Format::Raw).await.unwrap().report().bytes, 0);
-            let tensors = loader.load_with(&path, loader.options().layout(Layout::Tensors)).await;
+            let tensors = loader.load(&path).options(loader.load_options().layout(Layout::Tensors)).await;
             assert_eq!(tensors.is_ok(), number >= 4, "{name}");
         }
     }
@@ -258,7 +266,7 @@ async fn gguf_files_beside_safetensors_files_are_noted() {
         written(folder.path(), &files);
         let load = async |format| {
             let loader = &loaders()[0];
-            let image = loader.load_with([folder.path()], loader.options().format(format)).await.unwrap();
+            let image = loader.load(folder.path()).options(loader.load_options().format(format)).await.unwrap();
             image.report().notes.join("\n")
         };
         assert_eq!(load(Format::Auto).await, "");

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use dmaload::{Error, Format, Shard};
+use dmaload::{Error, Format, Shard, Source};
 
 use crate::common::folder;
 use crate::{A, B, INDEX, both_ways, gguf, index, loaders, names, part, st, written};
@@ -144,8 +144,8 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         for loader in loaders() {
             let last = paths.last().unwrap();
             for asked in [vec![folder.path()], vec![last.as_path()], paths.iter().map(PathBuf::as_path).collect()] {
-                for options in [loader.options(), loader.options().tensors(["*"])] {
-                    let loaded = loader.load_with(&asked, options.clone()).await;
+                for options in [loader.load_options(), loader.load_options().tensors(["*"])] {
+                    let loaded = loader.load(&asked).options(options.clone()).await;
                     match loaded {
                         Ok(image) => {
                             let notes = image.report().notes.join("\n");
@@ -155,12 +155,12 @@ async fn parts_of_a_split_gguf_model_are_checked() {
                             assert_eq!(notes.contains("split.tensors.count"), noted.is_some(), "{says:?}: {notes}");
                         }
                         // A pattern that means no tensor of none.
-                        Err(Error::NoSuchTensor(_)) if options != loader.options() => {}
+                        Err(Error::NoSuchTensor(_)) if options != loader.load_options() => {}
                         Err(error) => assert!(!says.is_empty() && error.to_string().contains(says), "{says:?}: {error}"),
                     }
                 }
             }
-            let raw = loader.load_with(&paths, loader.options().format(Format::Raw)).await.unwrap();
+            let raw = loader.load(&paths).options(loader.load_options().format(Format::Raw)).await.unwrap();
             assert_eq!(raw.files().len(), parts.len());
         }
     }
@@ -179,11 +179,11 @@ async fn a_model_inside_a_file_is_checked_as_a_whole_one() {
             [None, Some(Shard { rank: 0, world_size: 2, dim: None }), Some(Shard { rank: 0, world_size: 2, dim: Some(0) })]
         {
             let options = |format| {
-                let options = loader.options().format(format);
+                let options = loader.load_options().format(format);
                 shard.map_or(options.clone(), |shard| options.shard(shard))
             };
             let inside = |name: &str, bytes: &[u8], options| {
-                loader.load_inside(folder.path().join(name), 5000..5000 + bytes.len() as u64, options)
+                loader.load(Source::from(folder.path().join(name)).range(5000..5000 + bytes.len() as u64)).options(options)
             };
             let error = inside("app.apk", &inner, options(Format::Auto)).await.unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }), "{shard:?}: {error}");
@@ -191,7 +191,11 @@ async fn a_model_inside_a_file_is_checked_as_a_whole_one() {
             inside("app.apk", &inner, options(Format::Auto).allow_missing(true)).await.unwrap();
             inside("m-00001-of-00002.gguf", &whole, options(Format::Auto)).await.unwrap();
         }
-        let raw = loader.load_inside(folder.path().join("app.apk"), 0..100, loader.options().format(Format::Raw)).await.unwrap();
+        let raw = loader
+            .load(Source::from(folder.path().join("app.apk")).range(0..100))
+            .options(loader.load_options().format(Format::Raw))
+            .await
+            .unwrap();
         assert_eq!(raw.report().wanted_bytes, 100);
     }
 }
@@ -214,7 +218,7 @@ async fn parts_numbered_otherwise_are_never_taken_for_the_whole() {
                 assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
                 assert_eq!(allowed.unwrap().tensors().count(), 1);
             }
-            let both = loader.load_with([at(&second), at(&first)], loader.options()).await.unwrap();
+            let both = loader.load([at(&second), at(&first)]).await.unwrap();
             assert_eq!(names(&both), ["a", "b"]);
         }
         fs::remove_file(at(&second)).unwrap();
@@ -264,8 +268,8 @@ async fn a_part_under_a_name_that_says_nothing_is_a_part() {
         }
         // Named one by one, in any order, and with others beside them.
         let paths = [at("blobs/b1"), at("m.safetensors"), at("blobs/b0")];
-        assert_eq!(names(&loader.load_with(&paths, loader.options()).await.unwrap()), ["a", "b", "s"]);
-        let twice = loader.load_with([at("blobs/b1"), at("blobs/b1")], loader.options()).await.unwrap_err();
+        assert_eq!(names(&loader.load(&paths).await.unwrap()), ["a", "b", "s"]);
+        let twice = loader.load([at("blobs/b1"), at("blobs/b1")]).await.unwrap_err();
         assert!(twice.to_string().contains("and so is"), "{twice}");
         assert_eq!(names(&loader.load(at("snapshot")).await.unwrap()), ["a", "b"]);
         assert_eq!(names(&loader.load(at("snapshot/m-00002-of-00002.gguf")).await.unwrap()), ["a", "b"]);
@@ -290,8 +294,8 @@ async fn a_rank_whose_bytes_are_cut_checks_the_whole_model() {
         written(folder.path(), &files);
         for loader in loaders() {
             for rank in [0, 1] {
-                let options = loader.options().shard(Shard { rank, world_size: 2, dim: None });
-                let loaded = loader.load_with([folder.path()], options).await.map_err(|error| error.to_string());
+                let options = loader.load_options().shard(Shard { rank, world_size: 2, dim: None });
+                let loaded = loader.load(folder.path()).options(options).await.map_err(|error| error.to_string());
                 match loaded {
                     Ok(_) => assert_eq!(says, ""),
                     Err(error) => assert!(!says.is_empty() && error.contains(says), "{says}: {error}"),
@@ -375,13 +379,13 @@ async fn one_part_beside_other_paths_stands_for_all_parts() {
             (vec![plain(g1), dotted(g2)], &["a", "b"]),
             (vec![relative("./", g1), relative("", g2)], &["a", "b"]),
         ] {
-            let image = loader.load_with(&paths, loader.options()).await.unwrap();
+            let image = loader.load(&paths).await.unwrap();
             assert_eq!((names(&image), image.files().len()), (all.iter().map(|&n| n.to_owned()).collect(), all.len()));
         }
     }
     fs::remove_file(plain(g2)).unwrap();
     for loader in loaders() {
-        let error = loader.load_with([plain(g1), plain(other)], loader.options()).await.unwrap_err();
+        let error = loader.load([plain(g1), plain(other)]).await.unwrap_err();
         assert!(matches!(error, Error::Incomplete { loadable: 1, .. }) && error.to_string().contains(g2), "{error}");
     }
 }

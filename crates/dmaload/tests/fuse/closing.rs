@@ -8,7 +8,7 @@ use dmaload::Loader;
 
 use crate::common::ROUTES;
 use crate::file_system::{Manners, Mounted};
-use crate::{BYTES, SEGMENT, loader};
+use crate::{BYTES, SEGMENT, loader, options};
 
 /// To close a file may take as long as its server likes.
 #[tokio::test]
@@ -17,7 +17,7 @@ async fn no_thread_of_the_caller_closes_files() {
     // What stops when its limit is reached keeps its files open, with no read in flight.
     let limited = || loader().memory_limit_bytes(2 * SEGMENT as u64).build().unwrap();
     let stopped = async |loader: &Loader| {
-        let mut segments = loader.stream(&mounted.path);
+        let mut segments = loader.load(&mounted.path).segments();
         let first = segments.next().await.unwrap().unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
         (segments, first)
@@ -42,8 +42,8 @@ async fn after_a_shutdown_amid_reads_the_files_are_closed() {
     // Late answers: the ring's thread has the files when every worker has done its last job.
     let Some(mounted) = Mounted::new(Manners::AnswersLate) else { return };
     for route in ROUTES {
-        let loader = loader().route(route).build().unwrap();
-        let load = loader.load(&mounted.path);
+        let loader = loader().load_options(options().route(route)).build().unwrap();
+        let load = loader.load(&mounted.path).start();
         while loader.metrics().reads_in_flight == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -73,7 +73,7 @@ async fn the_ring_thread_closes_no_files() {
     let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
     let loader = loader().build().unwrap();
     for _ in 0..20 {
-        let load = loader.load(&mounted.path);
+        let load = loader.load(&mounted.path).start();
         while loader.metrics().reads_in_flight == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

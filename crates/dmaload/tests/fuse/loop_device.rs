@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, SILENCE, may_mount};
 use crate::silent::SilentServer;
-use crate::{BYTES, loader, shared_loader};
+use crate::{BYTES, loader, options, shared_loader};
 
 const IMAGE_BYTES: u64 = 64 << 20;
 
@@ -96,7 +96,7 @@ async fn a_loop_device_over_a_silent_server_stops_no_load_of_another_file_system
     let plain = folder.path().join("plain.bin");
     fs::write(&plain, &first).unwrap();
     for route in [Route::UringFixedDirect, Route::UringDirect, Route::Bounce, Route::UringBuffered] {
-        let loader = loader().route(route).build().unwrap();
+        let loader = loader().load_options(options().route(route)).build().unwrap();
         let image = loader.load(mounted.path("first.bin")).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &first, &route.to_string());
         let steps: Vec<_> = image.report().fallbacks.iter().map(|step| (step.to, step.attempt, step.errno)).collect();
@@ -111,7 +111,7 @@ async fn a_loop_device_over_a_silent_server_stops_no_load_of_another_file_system
     mounted.silence();
     for route in [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce] {
         let loader = shared_loader(route);
-        let mut silent = [loader.load(mounted.path("second.bin")), loader.load(mounted.path("second.bin"))];
+        let mut silent = [loader.load(mounted.path("second.bin")).start(), loader.load(mounted.path("second.bin")).start()];
         for load in &mut silent {
             let ended = tokio::time::timeout(Duration::from_millis(500), async { while load.next().await.is_some() {} }).await;
             assert!(ended.is_err(), "{route}: the server has answered");

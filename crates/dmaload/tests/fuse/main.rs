@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use dmaload::{Attempt, Error, Format, Loader, LoaderBuilder, Route};
+use dmaload::{Attempt, Error, Format, LoadOptions, Loader, LoaderBuilder, Route, Source};
 use rustix::io::Errno;
 
 use common::{ROUTES, assert_same, random_bytes};
@@ -32,18 +32,21 @@ const BYTES: usize = 4 * SEGMENT + 777;
 /// The page cache would take a short answer for the end of the file, and fill up with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 
+fn options() -> LoadOptions {
+    LoadOptions::new().segment_bytes(SEGMENT as u64)
+}
+
 fn loader() -> LoaderBuilder {
-    Loader::builder().segment_bytes(SEGMENT as u64)
+    Loader::builder().load_options(options())
 }
 
 /// A loader with few of everything, so that loads which never end would take all of it if they
 /// could.
 fn shared_loader(route: Route) -> Loader {
     loader()
-        .route(route)
+        .load_options(options().route(route).chunk_bytes(256 << 10))
         .window_bytes(8 * SEGMENT as u64)
         .staging_bytes(32 << 20)
-        .chunk_bytes(256 << 10)
         .shutdown_timeout(Duration::from_millis(300))
         .build()
         .unwrap()
@@ -53,14 +56,14 @@ fn shared_loader(route: Route) -> Loader {
 async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from_and_told() {
     let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
     for route in ROUTES {
-        let loader = loader().route(route).build().unwrap();
+        let loader = loader().load_options(options().route(route)).build().unwrap();
         let image = loader.load(&mounted.path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &route.to_string());
         let report = image.report();
         assert_eq!(report.route, Route::Buffered, "{route}");
         let read_refused = report.fallbacks.iter().any(|step| step.attempt == Attempt::Read && step.errno == Errno::INVAL);
         assert_eq!(read_refused, route.is_direct(), "{route}: {:?}", report.fallbacks);
-        let strict = loader.load_with([&mounted.path], loader.options().route(route).strict(true)).await;
+        let strict = loader.load(&mounted.path).options(loader.load_options().route(route).strict(true)).await;
         match strict {
             Ok(_) => assert_eq!(route, Route::Buffered, "nothing is refused to it"),
             Err(error) => {
@@ -98,7 +101,7 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
         (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
         (Route::UringBuffered, Route::UringBuffered, Route::Buffered),
     ] {
-        let loader = loader().route(route).build().unwrap();
+        let loader = loader().load_options(options().route(route)).build().unwrap();
         let image = loader.load(path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), bytes, &format!("{attempt}, {route}"));
         let report = image.report();
@@ -106,7 +109,7 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
         let by_threads = if from.is_direct() { Route::PreadDirect } else { Route::Buffered };
         assert_eq!((report.route, steps), (to, vec![(from, by_threads, attempt, errno)]), "{route}");
         assert!(report.fallbacks[0].reason().contains("wrong bytes"), "{}", report.fallbacks[0].reason());
-        let strict = loader.load_with([path], loader.options().strict(true)).await.unwrap_err();
+        let strict = loader.load(path).options(loader.load_options().strict(true)).await.unwrap_err();
         let Error::Refused { attempt: refused, errno: told, .. } = strict else { panic!("{route}: {strict}") };
         assert_eq!((refused, told), (attempt, errno), "{route}");
         loader.shutdown().await.unwrap();
@@ -119,7 +122,7 @@ async fn more_threads_read_from_a_server_that_is_far_away() {
     const CHUNK: u64 = 128 << 10;
     let bytes = 64 * SEGMENT + 777;
     let Some(mounted) = Mounted::of(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
-    let loader = loader().route(Route::PreadDirect).chunk_bytes(CHUNK).build().unwrap();
+    let loader = loader().load_options(options().route(Route::PreadDirect).chunk_bytes(CHUNK)).build().unwrap();
     let most = || mounted.asked.most.swap(0, Ordering::SeqCst);
     let small = Mounted::of(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
     let image = loader.load(&small.path).await.unwrap();
@@ -150,7 +153,7 @@ async fn short_answers_give_the_same_bytes_or_a_clear_end() {
     for most in [4096, 12_288, 100_001, 65_535] {
         let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
         for route in DIRECT_ROUTES {
-            let loader = loader().route(route).build().unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
             match loader.load(&mounted.path).await {
                 Ok(image) => {
                     assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &format!("{route}, {most} bytes at once"));
@@ -168,7 +171,7 @@ async fn a_file_that_ends_before_its_stated_length_is_an_error() {
     for at in [0, 4096, SEGMENT + 333, 4 * SEGMENT] {
         let Some(mounted) = Mounted::new(Manners::EndsAt(at)) else { return };
         for route in DIRECT_ROUTES {
-            let loader = loader().route(route).build().unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
             let error = loader.load(&mounted.path).await.unwrap_err();
             let Error::Ended { offset, planned_bytes, .. } = error else { panic!("{route}, {at}: {error}") };
             assert!(offset >= at as u64, "{route}: {error}");
@@ -186,7 +189,7 @@ async fn an_error_names_the_file_and_where() {
     let at = 2 * SEGMENT + 4096;
     let Some(mounted) = Mounted::new(Manners::FailsAt(at)) else { return };
     for route in ROUTES {
-        let loader = loader().route(route).build().unwrap();
+        let loader = loader().load_options(options().route(route)).build().unwrap();
         let error = loader.load(&mounted.path).await.unwrap_err();
         let Error::Read { path, offset, bytes, errno, .. } = &error else { panic!("{route}: {error}") };
         assert_eq!((path, *errno), (&mounted.path, Errno::IO), "{route}");
@@ -204,13 +207,13 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
         let overlay = Overlay::over(mounted.folder());
         for route in ROUTES {
             let what = format!("{route}, {most} bytes at once");
-            let loader = loader().route(route).build().unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&overlay.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
             // A part inside an open file.
             let part = 5_000..(BYTES as u64 - 12_345);
             let file = std::fs::File::open(&overlay.path).unwrap();
-            let image = loader.load_file(file, Some(part.clone()), loader.options()).await.unwrap();
+            let image = loader.load(Source::file(file).range(part.clone())).await.unwrap();
             let part = usize::try_from(part.start).unwrap()..usize::try_from(part.end).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes[part], &what);
             let open = std::fs::File::open(&overlay.path).unwrap();
@@ -232,9 +235,11 @@ async fn nothing_is_taken_from_the_page_cache_of_fuse() {
     assert_same(&read, &mounted.bytes, "the file is cached");
     let cached = dmaload::probe::cached_bytes(&open);
     assert!(cached.is_err() || cached.is_ok_and(|bytes| bytes > 0), "{cached:?}");
-    for options in [loader().build().unwrap().options(), loader().build().unwrap().options().cache(dmaload::Cache::Auto)] {
+    for options in
+        [loader().build().unwrap().load_options(), loader().build().unwrap().load_options().cache(dmaload::Cache::Auto)]
+    {
         let loader = loader().build().unwrap();
-        let image = loader.load_with([&mounted.path], options).await.unwrap();
+        let image = loader.load(&mounted.path).options(options).await.unwrap();
         assert_eq!(image.report().cached_bytes, 0);
         assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "from its server");
         loader.shutdown().await.unwrap();
@@ -247,7 +252,7 @@ async fn cached_attributes_hide_no_rewrite_during_a_load() {
     for route in ROUTES {
         for at in [0, SEGMENT + 1, 4 * SEGMENT] {
             let Some(mounted) = Mounted::new(Manners::IsRewrittenAt(at)) else { return };
-            let loader = loader().route(route).build().unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
             let error = loader.load(&mounted.path).await.unwrap_err();
             assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {at}: {error}");
             loader.shutdown().await.unwrap();
@@ -265,7 +270,7 @@ async fn cached_attributes_make_no_change_of_an_earlier_rewrite() {
             mounted.rewritten.store(true, Ordering::SeqCst);
             let modified = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
             assert_eq!(modified, cached, "the kernel does not know yet");
-            let loader = loader().route(route).build().unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&mounted.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.other_bytes, &format!("{route}, {bytes} bytes"));
             loader.shutdown().await.unwrap();
@@ -287,7 +292,7 @@ async fn a_torn_header_is_a_change_not_damage() {
             for route in ROUTES {
                 let model = Model::holding([good.clone(), torn.clone()], Manners::IsRewrittenAt(0));
                 let Some(mounted) = Mounted::serving(model) else { return };
-                let loader = loader().route(route).format(Format::Safetensors).build().unwrap();
+                let loader = loader().load_options(options().route(route).format(Format::Safetensors)).build().unwrap();
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {data} bytes: {error}");
                 // At rest it is damaged.
@@ -307,7 +312,7 @@ async fn bytes_without_a_length_are_an_error_not_an_empty_file() {
     for path in [&mounted.path, &overlay.path, Path::new("/proc/self/status"), Path::new("/proc/self/mountinfo")] {
         let error = loader.load(path).await.unwrap_err();
         assert_eq!(error, Error::NoLength { path: path.to_owned() });
-        let error = loader.load_file(std::fs::File::open(path).unwrap(), None, loader.options()).await.unwrap_err();
+        let error = loader.load(std::fs::File::open(path).unwrap()).await.unwrap_err();
         assert!(matches!(error, Error::NoLength { .. }), "{error}");
     }
     loader.shutdown().await.unwrap();
@@ -319,7 +324,7 @@ async fn bytes_beyond_the_stated_length_are_an_error() {
         let Some(mounted) = Mounted::new(Manners::StatesLength(stated)) else { return };
         let overlay = Overlay::over(mounted.folder());
         for route in ROUTES {
-            let loader = loader().route(route).build().unwrap();
+            let loader = loader().load_options(options().route(route)).build().unwrap();
             for path in [&mounted.path, &overlay.path] {
                 let error = loader.load(path).await.unwrap_err();
                 let expected = Error::Longer { path: path.clone(), stated_bytes: stated as u64 };

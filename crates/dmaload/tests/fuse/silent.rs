@@ -9,7 +9,7 @@ use dmaload_testing::served::{ServedFolder, folder_to_serve};
 
 use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, Model, Mounted, Overlay, may_mount, read_only};
-use crate::{BYTES, DIRECT_ROUTES, loader, shared_loader};
+use crate::{BYTES, DIRECT_ROUTES, loader, options, shared_loader};
 
 /// A file system of a server in a process of its own, which never answers direct reads, or requests for attributes.
 pub(crate) struct SilentServer {
@@ -64,9 +64,10 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         // Enough staging for as many reads at once.
-        let loader = loader().staging_bytes(32 << 20).route(route).shutdown_timeout(Duration::from_millis(300));
+        let loader =
+            loader().staging_bytes(32 << 20).load_options(options().route(route)).shutdown_timeout(Duration::from_millis(300));
         let loader = loader.build().unwrap();
-        let mut load = loader.load(path);
+        let mut load = loader.load(path).start();
         // All of the file is being read: five reads, each into a slot of its own where they are staged.
         while loader.metrics().reads_in_flight < 5 {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -98,7 +99,7 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let silent = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = shared_loader(route);
-        let mut silent = [loader.load(silent), loader.load(silent)];
+        let mut silent = [loader.load(silent).start(), loader.load(silent).start()];
         for load in &mut silent {
             assert!(tokio::time::timeout(Duration::from_millis(200), load.next()).await.is_err(), "{route}");
         }
@@ -125,7 +126,7 @@ async fn a_server_silent_about_attributes_holds_one_worker() {
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader().allocator_threads(2).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
-        let mut load = loader.load(path);
+        let mut load = loader.load(path).start();
         for _ in 0..4 {
             load.next().await.unwrap().unwrap();
         }

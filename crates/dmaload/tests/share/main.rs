@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use dmaload::heap::AnonHeap;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach, attach_blocking};
-use dmaload::{Error, Image, Loader, Shard};
+use dmaload::{Error, Image, LoadOptions, Loader, Shard, Source};
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with};
 use rustix::process::{Resource, Rlimit, setrlimit, umask};
@@ -41,8 +41,8 @@ fn model(folder: &Path) -> PathBuf {
 }
 
 async fn loaded(paths: &[&Path]) -> Image {
-    let loader = Loader::builder().segment_bytes(SEGMENT).build().unwrap();
-    loader.load_with(paths.iter().copied(), loader.options()).await.unwrap()
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
+    loader.load(Source::paths(paths.iter().copied())).await.unwrap()
 }
 
 /// A model, and a server that has it.
@@ -128,9 +128,9 @@ async fn images_have_names_and_come_and_go() {
         matches!(Server::bind(&socket, ServerOptions::default()), Err(Error::Share { reason, .. }) if reason.contains("listens"))
     );
     // A part of a model is shared as it is.
-    let loader = Loader::builder().segment_bytes(SEGMENT).build().unwrap();
-    let options = loader.options().tensors(["b", "a"]).shard(Shard { rank: 1, world_size: 4, dim: Some(1) });
-    let part = loader.load_with([&path], options).await.unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
+    let options = loader.load_options().tensors(["b", "a"]).shard(Shard { rank: 1, world_size: 4, dim: Some(1) });
+    let part = loader.load(&path).options(options).await.unwrap();
     server.publish("part", part.clone()).unwrap();
     let theirs = attach_blocking(&socket, &default().name("part")).unwrap().image;
     assert_eq!(theirs.tensors().map(|tensor| tensor.name().to_owned()).collect::<Vec<_>>(), ["b", "a"]);

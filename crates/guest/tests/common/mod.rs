@@ -71,7 +71,7 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
 }
 
 pub fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Result<Image> {
-    block_on(async { loader.load_with([path], options).await })
+    block_on(async { loader.load(path).options(options).await })
 }
 
 pub fn shut_down(loader: Loader) {

@@ -32,8 +32,8 @@ const LEN: usize = 9 * MIB + 777;
 
 /// One dma-buf that holds the file, and what vivid sees of it.
 fn seen_by_vivid(loopback: &mut Loopback, heap: impl Heap, options: impl FnOnce(LoadOptions) -> LoadOptions) -> (Image, Vec<u8>) {
-    let loader = Loader::builder().heap(heap).layout(Layout::Single).build().unwrap();
-    let image = load(&loader, &file(LEN), options(loader.options())).unwrap();
+    let loader = Loader::builder().heap(heap).load_options(LoadOptions::new().layout(Layout::Single)).build().unwrap();
+    let image = load(&loader, &file(LEN), options(loader.load_options())).unwrap();
     shut_down(loader);
     let segment = &image.segments()[0];
     let frame = loopback.pass(segment.hand_out_dma_buf().unwrap(), segment.memory_bytes()).unwrap();
@@ -177,8 +177,8 @@ fn the_default_avoids_the_bug_with_multi_size_thp() {
 #[test]
 fn a_memfd_does_get_large_folios_with_multi_size_thp() {
     let _switched = Switched::to(&[("hugepages-64kB/shmem_enabled", "always")]);
-    let loader = Loader::builder().layout(Layout::Single).build().unwrap();
-    let image = load(&loader, &file(MIB), loader.options()).unwrap();
+    let loader = Loader::builder().load_options(LoadOptions::new().layout(Layout::Single)).build().unwrap();
+    let image = load(&loader, &file(MIB), loader.load_options()).unwrap();
     assert!(compound_pages(&image) > 0, "multi-size THP is on");
     shut_down(loader);
 }
@@ -297,7 +297,7 @@ fn a_load_that_measures_both_ways_lets_no_huge_pages_in() {
     let asked = Arc::new(Asked::default());
     let heap = Hooked::new(UdmabufHeap::open(Pages::Auto).unwrap(), Arc::clone(&asked));
     let loader = Loader::builder().heap(heap).build().unwrap();
-    let image = common::block_on(async { loader.load_with(vec![&path; COUNT], loader.options()).await }).unwrap();
+    let image = common::block_on(async { loader.load(vec![&path; COUNT]).await }).unwrap();
     let report = image.report();
     assert!(report.measured.is_some() && report.cached_bytes == 0, "{report:?}");
     asked.assert_all_of(&image, "both ways");

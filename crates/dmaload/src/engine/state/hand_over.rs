@@ -12,12 +12,12 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use tokio::sync::mpsc::UnboundedSender;
 use tracing::Span;
 
 use super::reporting::filled_cache_bytes;
-use super::{DeferredDrop, LoadShared, LoadState, no_span};
-use crate::engine::event::{Event, Finished, FinishedFile};
+use super::{DeferredDrop, FileState, LoadShared, LoadState, no_span};
+use crate::engine::event::{Event, Finished, LoadFile};
+use crate::engine::outbox::Announcer;
 use crate::error::{Error, Result};
 use crate::files::source::{Identity, OpenFile};
 use crate::memory::backing::{Backing, Move};
@@ -208,6 +208,7 @@ impl LoadShared {
             match step {
                 DeliveryStep::Nothing => return HandOverStatus::Going,
                 DeliveryStep::Over => return HandOverStatus::Over,
+                DeliveryStep::Planned { files, events } => remains.extend(self.send(&events, Event::Planned(files))),
                 DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
@@ -245,8 +246,8 @@ impl LoadShared {
 
     /// Leaves something to the consumer and wakes it. That it listens no more is seen elsewhere. If the waker
     /// panics, the load fails, and this is what it leaves.
-    fn send(&self, events: &UnboundedSender<Event>, event: Event) -> Option<DeferredDrop> {
-        let message = foreign::call(|| drop(events.send(event))).err()?;
+    fn send(&self, events: &Announcer, event: Event) -> Option<DeferredDrop> {
+        let message = events.send(event).err()?;
         let code = "the waker of the load's task".to_owned();
         Some(self.fail(Error::Panicked { code, message }))
     }
@@ -259,6 +260,11 @@ impl LoadShared {
         if let Some(error) = state.failed.take() {
             let events = state.events.take().expect("looked at above");
             return DeliveryStep::Failed { error, events };
+        }
+        if std::mem::take(&mut state.files_untold) {
+            let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
+            let (files, events) = (files.collect(), state.events.clone().expect("looked at above"));
+            return DeliveryStep::Planned { files, events };
         }
         if let Some((segment, last)) = match self.next_segment(state) {
             Ok(next) => next,
@@ -283,19 +289,25 @@ impl LoadShared {
         let Some(times) = state.times.filter(|_| all) else { return DeliveryStep::Nothing };
         let report = self.report(state, times);
         let cached_bytes = filled_cache_bytes(state);
-        let files = state.files.drain(..).zip(self.sources()).zip(&state.plan.files);
-        let files = files.map(|((file, source), parts)| FinishedFile {
-            path: Arc::clone(&source.path),
-            bytes: file.planned.identity.bytes,
-            part: file.planned.part,
-            tensors: file.planned.tensors,
-            has_segments: parts.first_segment.is_some(),
-            index: source.index_in_folder(),
-        });
-        let files = files.collect();
+        let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
+        let files = files.map(|file| LoadFile { is_known: true, ..file }).collect();
         count(&self.counters.finished);
         let events = state.events.take().expect("looked at above");
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
+    }
+
+    /// What the consumer is told of a file.
+    fn describe_file(&self, state: &LoadState, index: usize, file: &FileState) -> LoadFile {
+        let source = self.sources().get(index).expect("a planned file has a source");
+        LoadFile {
+            path: Arc::clone(&source.path),
+            bytes: file.planned.identity.bytes,
+            part: file.planned.part.clone(),
+            tensors: file.planned.tensors.clone(),
+            is_known: !file.planned.small,
+            has_segments: state.plan.files.get(index).is_some_and(|parts| parts.first_segment.is_some()),
+            index: source.index_in_folder(),
+        }
     }
 
     /// The segment whose turn it is, once its memory is ready, and whether it is the last one of its memory.
@@ -365,10 +377,11 @@ fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl 
 enum DeliveryStep {
     Nothing,
     Over,
-    Segment { segment: Segment, waited: Duration, events: Foreign<UnboundedSender<Event>>, span: Foreign<Span> },
+    Planned { files: Vec<LoadFile>, events: Arc<Announcer> },
+    Segment { segment: Segment, waited: Duration, events: Arc<Announcer>, span: Foreign<Span> },
     Unsealed(dmabuf::Error),
-    Failed { error: Error, events: Foreign<UnboundedSender<Event>> },
-    Done { finished: Box<Finished>, cached_bytes: Option<u64>, events: Foreign<UnboundedSender<Event>> },
+    Failed { error: Error, events: Arc<Announcer> },
+    Done { finished: Box<Finished>, cached_bytes: Option<u64>, events: Arc<Announcer> },
 }
 
 #[cfg(test)]

@@ -1,0 +1,68 @@
+//! The events of a load, from its consumer's side.
+
+use std::sync::Arc;
+
+use crate::engine::Guard;
+use crate::engine::event::{Event, Progress};
+use crate::engine::outbox::{Outbox, Waiter};
+use crate::engine::state::LoadShared;
+use crate::error::{Error, Result};
+use crate::files::source::{Input, SourceFile};
+use crate::memory::segment::Segment;
+use crate::options::load::LoadOptions;
+
+/// The events of a load. Dropping it cancels the load.
+#[derive(Debug)]
+pub(super) struct Feed {
+    outbox: Arc<Outbox>,
+    /// Only `None` inside `drop`.
+    shared: Option<Arc<LoadShared>>,
+    guard: Arc<Guard>,
+}
+
+impl Feed {
+    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    pub(super) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
+        let (outbox, shared) = guard.load(asked, options, keep);
+        Feed { outbox, shared: Some(shared), guard: Arc::clone(guard) }
+    }
+
+    pub(super) fn waiter(&self) -> Waiter {
+        Waiter::new(&self.outbox)
+    }
+
+    pub(super) fn take(&self) -> Option<Event> {
+        self.outbox.take()
+    }
+
+    /// The consumer of a stream has taken a segment: its load may go on.
+    pub(super) fn consumed(&self, segment: &Segment) {
+        // A load that is kept is not held up.
+        if let Some(load) = self.shared.as_ref().filter(|load| !load.keep) {
+            self.guard.consumed(load.id, segment.memory_bytes() as u64);
+        }
+    }
+
+    /// Why the tensors of this load can't be given one by one within its loader's limit of
+    /// memory.
+    pub(super) fn tensor_over_limit(&self) -> Option<Error> {
+        self.shared.as_ref().and_then(|shared| shared.tensor_over_limit.get().cloned())
+    }
+
+    /// The files; none before they are known.
+    pub(super) fn sources(&self) -> &[SourceFile] {
+        self.shared.as_ref().map_or(&[], |shared| shared.sources())
+    }
+
+    pub(super) fn progress(&self) -> Progress {
+        self.shared.as_ref().map(|shared| shared.progress()).unwrap_or_default()
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.take() {
+            self.guard.abandon(shared);
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! What a load is asked for: paths, or a file that is open.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::files::source::Input;
+
+/// What to load: a path, several paths, or a file that is open already.
+///
+/// A path names a file, a folder with a model in it, the index of a model of several files, or
+/// one part of a split GGUF model, which stands for all its parts (see
+/// [`LoadOptions::as_one_file`](crate::LoadOptions::as_one_file)). Several paths are one load,
+/// whose files come in the order given.
+///
+/// Made from what names a file, wherever one is asked for:
+///
+/// ```no_run
+/// use dmaload::Source;
+///
+/// # async fn example(loader: dmaload::Loader) -> Result<(), Box<dyn std::error::Error>> {
+/// loader.load("model.safetensors").await?;
+/// loader.load(["a.safetensors", "b.safetensors"]).await?;
+/// loader.load(std::fs::File::open("model.gguf")?).await?;
+/// loader.load(Source::paths(std::env::args_os().skip(1))).await?;
+/// // The model that is these bytes of an application's package.
+/// loader.load(Source::from("app.pkg").range(4096..1 << 30)).await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Source {
+    inputs: Vec<Input>,
+    range: Option<Range<u64>>,
+}
+
+impl Source {
+    /// Several paths, as one load.
+    pub fn paths<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Self {
+        let inputs = paths.into_iter().map(|path| Input::Path(path.into())).collect();
+        Source { inputs, range: None }
+    }
+
+    /// A file that is open.
+    ///
+    /// It is opened again by its descriptor, since direct reads need a description of their own.
+    /// That takes procfs and the right to read the file. Its path in reports and errors is that
+    /// of the descriptor.
+    pub fn file(file: impl Into<OwnedFd>) -> Self {
+        Source { inputs: vec![Input::Open { file: Arc::new(file.into()), part: None }], range: None }
+    }
+
+    /// The model that is this part of the file, in bytes: weights inside of an application's
+    /// package or another container, stored there as they are, not compressed.
+    ///
+    /// It need not begin at a block; what is around it in the first and the last block is read
+    /// along. It can't be verified or observed. A load of several files with a range fails with
+    /// [`Error::Config`], and one of a file that ends before the range does with
+    /// [`Error::Selection`].
+    #[must_use]
+    pub fn range(mut self, range: Range<u64>) -> Self {
+        self.range = Some(range);
+        self
+    }
+
+    /// # Errors
+    /// [`Error::Config`] for a range of several files.
+    pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {
+        let Source { mut inputs, range } = self;
+        let Some(range) = range else { return Ok(inputs) };
+        let files = inputs.len();
+        let input = inputs.pop().filter(|_| files == 1);
+        let input = input.ok_or_else(|| Error::Config(format!("a range is of one file, and {files} were asked for")))?;
+        Ok(vec![match input {
+            Input::Path(path) | Input::Inside { path, .. } => Input::Inside { path, part: range },
+            Input::Open { file, .. } => Input::Open { file, part: Some(range) },
+        }])
+    }
+}
+
+/// One path.
+macro_rules! from_path {
+    ($($path:ty),*) => {
+        $(impl From<$path> for Source {
+            fn from(path: $path) -> Self {
+                Source::paths([path])
+            }
+        })*
+    };
+}
+
+from_path!(&str, String, &String, &OsStr, OsString, &OsString, &Path, PathBuf, &PathBuf);
+
+impl<P: Into<PathBuf>> From<Vec<P>> for Source {
+    fn from(paths: Vec<P>) -> Self {
+        Source::paths(paths)
+    }
+}
+
+impl<P: Into<PathBuf>, const N: usize> From<[P; N]> for Source {
+    fn from(paths: [P; N]) -> Self {
+        Source::paths(paths)
+    }
+}
+
+impl<P: AsRef<Path>> From<&[P]> for Source {
+    fn from(paths: &[P]) -> Self {
+        Source::paths(paths.iter().map(AsRef::as_ref))
+    }
+}
+
+impl<P: AsRef<Path>> From<&Vec<P>> for Source {
+    fn from(paths: &Vec<P>) -> Self {
+        Source::from(paths.as_slice())
+    }
+}
+
+impl<P: AsRef<Path>, const N: usize> From<&[P; N]> for Source {
+    fn from(paths: &[P; N]) -> Self {
+        Source::from(paths.as_slice())
+    }
+}
+
+impl From<File> for Source {
+    fn from(file: File) -> Self {
+        Source::file(file)
+    }
+}
+
+impl From<OwnedFd> for Source {
+    fn from(file: OwnedFd) -> Self {
+        Source::file(file)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_names_files_is_a_source() {
+        let paths = |source: Source| -> Vec<PathBuf> {
+            let path = |input| match input {
+                Input::Path(path) => path,
+                other => panic!("{other:?} is no path"),
+            };
+            source.into_inputs().unwrap().into_iter().map(path).collect()
+        };
+        let owned = "a".to_owned();
+        let path = PathBuf::from("a");
+        let sources: [Source; 6] =
+            ["a".into(), (&owned).into(), owned.clone().into(), path.as_path().into(), (&path).into(), path.clone().into()];
+        for source in sources {
+            assert_eq!(paths(source), [Path::new("a")]);
+        }
+        let two = [Path::new("a"), Path::new("b")];
+        assert_eq!(paths(["a", "b"].into()), two);
+        assert_eq!(paths(vec!["a", "b"].into()), two);
+        assert_eq!(paths(two.as_slice().into()), two);
+        assert_eq!(paths((&two).into()), two);
+        assert_eq!(paths((&two.to_vec()).into()), two);
+        assert_eq!(paths(Source::paths(["a", "b"].iter())), two);
+    }
+
+    #[test]
+    fn a_range_is_of_one_file() {
+        let inside = Source::from("a").range(1..3).into_inputs().unwrap();
+        assert!(matches!(&*inside, [Input::Inside { path, part }] if path == Path::new("a") && *part == (1..3)), "{inside:?}");
+        let open = Source::from(File::open("/dev/null").unwrap()).range(1..3).into_inputs().unwrap();
+        assert!(matches!(&*open, [Input::Open { part: Some(part), .. }] if *part == (1..3)), "{open:?}");
+        for (source, files) in [(Source::from(["a", "b"]), "2"), (Source::paths::<PathBuf>([]), "0")] {
+            let refused = source.range(1..3).into_inputs().unwrap_err();
+            assert_eq!(refused.to_string(), format!("a range is of one file, and {files} were asked for"));
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! One tensor by its name, as soon as its bytes are there, while the rest of the load is held
+//! back.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+use std::time::Duration;
+
+use common::{ROUTES, assert_same, file, folder};
+use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Tensor, Verify};
+
+const SEGMENT: u64 = 2 << 20;
+const TENSORS: usize = 12;
+const TENSOR_BYTES: usize = 1_000_000;
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long nothing is to happen.
+const WHILE: Duration = Duration::from_millis(200);
+
+/// Lets the bytes of a load pass up to a place, and those behind it once it is open.
+struct Gate {
+    file: usize,
+    offset: u64,
+    /// What becomes of bytes behind the place, once that is decided.
+    verdict: Mutex<Option<Result<(), Rejection>>>,
+    decided: Condvar,
+}
+
+impl Gate {
+    fn at(file: usize, offset: u64) -> Arc<Self> {
+        Arc::new(Gate { file, offset, verdict: Mutex::default(), decided: Condvar::new() })
+    }
+
+    fn decide(&self, verdict: Result<(), Rejection>) {
+        *self.verdict.lock().unwrap() = Some(verdict);
+        self.decided.notify_all();
+    }
+
+    fn open(&self) {
+        self.decide(Ok(()));
+    }
+
+    fn pass(&self) -> Result<(), Rejection> {
+        let verdict = self.decided.wait_while(self.verdict.lock().unwrap(), |verdict| verdict.is_none()).unwrap();
+        verdict.clone().unwrap()
+    }
+}
+
+impl Observer for Gate {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+        if (file_index, offset + bytes.len() as u64) > (self.file, self.offset) { self.pass() } else { Ok(()) }
+    }
+}
+
+/// Holds back the plan of a load.
+struct Planned(Arc<Gate>);
+
+impl Verify for Planned {
+    fn begin(&self, _files: &[(&Path, u64)], _format: Format) -> dmaload::Result<Arc<dyn Observer>> {
+        self.0.pass().unwrap();
+        Ok(self.0.clone())
+    }
+
+    fn describe(&self) -> String {
+        "a plan that is held back".to_owned()
+    }
+}
+
+fn options() -> LoadOptions {
+    LoadOptions::new().segment_bytes(SEGMENT)
+}
+
+fn model(folder: &Path, name: &str, seed: u64) -> (PathBuf, Vec<u8>) {
+    let bytes = dmaload_testing::safetensors_of(TENSORS, TENSOR_BYTES, seed);
+    (file(folder, name, &bytes), bytes)
+}
+
+fn check(tensor: &Tensor, number: usize, file: &[u8]) {
+    assert_eq!(tensor.name(), format!("t{number}"));
+    let start = file.len() - (TENSORS - number) * TENSOR_BYTES;
+    assert_same(&tensor.bytes().unwrap(), &file[start..start + TENSOR_BYTES], tensor.name());
+}
+
+/// Where the last segment of such a file begins.
+fn last_segment(file: &[u8]) -> u64 {
+    (file.len() as u64 - 1) / SEGMENT * SEGMENT
+}
+
+async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} did not come"))
+}
+
+async fn is_pending(future: impl Future) -> bool {
+    tokio::time::timeout(WHILE, future).await.is_err()
+}
+
+fn poll<F: Future>(future: Pin<&mut F>, waker: &Waker) -> Poll<F::Output> {
+    future.poll(&mut Context::from_waker(waker))
+}
+
+#[derive(Default)]
+struct CountWakes(AtomicUsize);
+
+impl Wake for CountWakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[tokio::test]
+async fn tensor_is_there_before_the_load_ends() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 1);
+    let last = TENSORS - 1;
+    for route in ROUTES {
+        let loader = Loader::new().unwrap();
+        let gate = Gate::at(0, last_segment(&bytes));
+        let load = loader.load(&path).options(options().route(route).observer(gate.clone())).start();
+        // Of those that are there, one in one segment and one in two.
+        for number in [0, 1, 2, 7] {
+            check(&in_time("a tensor", load.tensor(&format!("t{number}"))).await.unwrap(), number, &bytes);
+        }
+        let name = format!("t{last}");
+        assert!(is_pending(load.tensor(&name)).await, "{route}: its bytes are held back");
+        assert!(is_pending(load.tensor("t10")).await, "{route}: of two segments, its second one is held back");
+        // What the model does not have is known by now.
+        for unknown in ["t12", "", "T0"] {
+            let error = in_time("an error", load.tensor(unknown)).await.unwrap_err();
+            assert_eq!(error, Error::NoSuchTensor(unknown.to_owned()));
+        }
+        assert!(load.progress().read_bytes < bytes.len() as u64, "{route}: {:?}", load.progress());
+        gate.open();
+        check(&in_time("the last tensor", load.tensor(&name)).await.unwrap(), last, &bytes);
+        let image = in_time("the image", load.finish()).await.unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_number_of_tasks_wait_at_once() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 2);
+    let bytes = Arc::new(bytes);
+    let gate = Gate::at(0, 0);
+    let load = Arc::new(Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start());
+    let tasks: Vec<_> = (0..200)
+        .map(|task| {
+            let (load, bytes, number) = (Arc::clone(&load), Arc::clone(&bytes), task % (TENSORS + 1));
+            tokio::spawn(async move {
+                match load.tensor(&format!("t{number}")).await {
+                    Ok(tensor) => check(&tensor, number, &bytes),
+                    Err(error) => assert_eq!((error, number), (Error::NoSuchTensor(format!("t{TENSORS}")), TENSORS)),
+                }
+            })
+        })
+        .collect();
+    tokio::time::sleep(WHILE).await;
+    gate.open();
+    for task in tasks {
+        in_time("a waiter", task).await.unwrap();
+    }
+    let load = Arc::into_inner(load).unwrap();
+    assert_same(&load.await.unwrap().files()[0].bytes().unwrap(), &bytes, "the image");
+}
+
+#[tokio::test]
+async fn a_waiter_that_is_not_polled_holds_up_no_other() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 3);
+    let last = TENSORS - 1;
+    let gate = Gate::at(0, 0);
+    let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
+    let last_name = format!("t{last}");
+    // Both were polled once, and are alive; their task has other things to do.
+    let wakes = Arc::new(CountWakes::default());
+    let waker = Waker::from(Arc::clone(&wakes));
+    let mut idle = pin!(load.tensor("t0"));
+    let mut other = pin!(load.tensor(&last_name));
+    assert!(poll(idle.as_mut(), &waker).is_pending() && poll(other.as_mut(), &waker).is_pending());
+    gate.open();
+    // Nothing else takes what comes than this one.
+    check(&in_time("the last tensor", load.tensor(&last_name)).await.unwrap(), last, &bytes);
+    assert!(wakes.0.load(Ordering::SeqCst) >= 2, "both were woken");
+    // They find what another one has taken.
+    for (waiter, number) in [(idle, 0), (other, last)] {
+        let Poll::Ready(tensor) = poll(waiter, Waker::noop()) else { panic!("t{number} is there") };
+        check(&tensor.unwrap(), number, &bytes);
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_waiter_loses_nothing_and_is_woken_no_more() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 4);
+    let gate = Gate::at(0, last_segment(&bytes));
+    let mut load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
+    let wakes = Arc::new(CountWakes::default());
+    {
+        let waker = Waker::from(Arc::clone(&wakes));
+        let mut dropped = pin!(load.tensor("t11"));
+        assert!(poll(dropped.as_mut(), &waker).is_pending());
+        // What is not held back has come, and was taken by one of the two.
+        check(&in_time("a tensor", load.tensor("t8")).await.unwrap(), 8, &bytes);
+        assert!(poll(dropped.as_mut(), &waker).is_pending());
+    }
+    in_time("the end of its waker", async {
+        // The thread that has woken the other one may still be at it.
+        while Arc::strong_count(&wakes) > 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+    let woken = wakes.0.load(Ordering::SeqCst);
+    gate.open();
+    check(&in_time("a tensor", load.tensor("t11")).await.unwrap(), 11, &bytes);
+    assert_eq!(wakes.0.load(Ordering::SeqCst), woken);
+    // All segments are still given, each once and in order.
+    let mut indices = Vec::new();
+    while let Some(segment) = in_time("a segment", load.next()).await {
+        indices.push(segment.unwrap().index());
+    }
+    assert_eq!(indices, (0..bytes.len().div_ceil(SEGMENT as usize)).collect::<Vec<_>>());
+    assert_same(&load.await.unwrap().files()[0].bytes().unwrap(), &bytes, "the image");
+}
+
+#[tokio::test]
+async fn a_name_is_unknown_only_when_all_files_are_planned_and_known() {
+    let folder = folder();
+    let loader = Loader::new().unwrap();
+    let (large, bytes) = model(folder.path(), "large.safetensors", 5);
+    let small = file(folder.path(), "small.safetensors", &dmaload_testing::safetensors_of(1, 64, 6));
+    // Until it is planned, nothing is known.
+    let gate = Gate::at(0, 0);
+    let load = loader.load(&large).options(options().verify(Planned(gate.clone()))).start();
+    assert!(is_pending(load.tensor("none")).await && is_pending(load.tensor("t0")).await);
+    gate.open();
+    assert_eq!(in_time("an error", load.tensor("none")).await.unwrap_err(), Error::NoSuchTensor("none".to_owned()));
+    check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
+    drop(load);
+
+    // The header of a small file is read with its bytes, which are held back: it may have a `t3`,
+    // too, and has a `t0`.
+    let gate = Gate::at(1, 0);
+    let load = loader.load([&large, &small]).options(options().observer(gate.clone())).start();
+    for name in ["none", "t3", "t0"] {
+        assert!(is_pending(load.tensor(name)).await, "{name}");
+    }
+    gate.open();
+    check(&in_time("a tensor", load.tensor("t3")).await.unwrap(), 3, &bytes);
+    let (none, both) = (in_time("an error", load.tensor("none")).await, in_time("an error", load.tensor("t0")).await);
+    let image = load.await.unwrap();
+    assert_eq!(none.unwrap_err(), image.tensor("none").unwrap_err());
+    let ambiguous = both.unwrap_err();
+    assert!(matches!(ambiguous, Error::AmbiguousTensor { .. }), "{ambiguous}");
+    assert_eq!(ambiguous, image.tensor("t0").unwrap_err());
+}
+
+#[tokio::test]
+async fn an_index_tells_early_which_file_has_a_tensor() {
+    let folder = folder();
+    let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    // Both have the same names; the second one's are smaller, and its header is read late.
+    let (_, first) = model(folder.path(), a, 7);
+    file(folder.path(), b, &dmaload_testing::safetensors_of(TENSORS, 64, 8));
+    let entry = |number: usize| format!(r#""t{number}":"{}""#, if number < 6 { a } else { b });
+    let entries = (0..TENSORS).map(entry).collect::<Vec<_>>().join(",");
+    file(folder.path(), "model.safetensors.index.json", format!(r#"{{"weight_map":{{{entries}}}}}"#).as_bytes());
+    let gate = Gate::at(1, 0);
+    let load = Loader::new().unwrap().load(folder.path()).options(options().observer(gate.clone())).start();
+    check(&in_time("a tensor of the first file", load.tensor("t5")).await.unwrap(), 5, &first);
+    assert!(is_pending(load.tensor("t6")).await && is_pending(load.tensor("none")).await);
+    gate.open();
+    let tensor = in_time("a tensor of the second file", load.tensor("t6")).await.unwrap();
+    assert_eq!((tensor.bytes().unwrap().len(), tensor.file().path()), (64, folder.path().join(b).as_path()));
+    assert!(matches!(in_time("an error", load.tensor("none")).await, Err(Error::NoSuchTensor(_))));
+    let image = load.await.unwrap();
+    for number in 0..TENSORS {
+        let expected = if number < 6 { TENSOR_BYTES } else { 64 };
+        assert_eq!(image.tensor(&format!("t{number}")).unwrap().bytes().unwrap().len(), expected);
+    }
+}
+
+#[tokio::test]
+async fn tensor_that_was_not_selected_is_an_error_that_says_so() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 9);
+    let loader = Loader::new().unwrap();
+    let load = loader.load(&path).options(options().tensors(["t1", "t7"])).start();
+    let error = in_time("an error", load.tensor("t2")).await.unwrap_err();
+    let unknown = in_time("an error", load.tensor("t99")).await.unwrap_err();
+    check(&in_time("a tensor", load.tensor("t7")).await.unwrap(), 7, &bytes);
+    let image = load.await.unwrap();
+    assert!(matches!(error, Error::NotLoaded { .. }), "{error}");
+    assert_eq!([error, unknown], ["t2", "t99"].map(|name| image.tensor(name).unwrap_err()));
+}
+
+#[tokio::test]
+async fn a_load_that_fails_tells_every_waiter_why() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 10);
+    let gate = Gate::at(0, last_segment(&bytes));
+    let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
+    check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
+    let fail = async {
+        tokio::time::sleep(WHILE).await;
+        gate.decide(Err("a test wants it".into()));
+    };
+    let waiters = async { tokio::join!(load.tensor("t11"), load.tensor("t11"), fail) };
+    let (one, other, ()) = in_time("errors", waiters).await;
+    let error = one.unwrap_err();
+    assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "a test wants it"), "{error}");
+    assert_eq!(other.unwrap_err(), error);
+    // Also of those that were there, and of none.
+    for name in ["t0", "t11", "none"] {
+        assert_eq!(in_time("an error", load.tensor(name)).await.unwrap_err(), error, "{name}");
+    }
+    assert_eq!(load.await.unwrap_err(), error);
+
+    let missing = Loader::new().unwrap().load(folder.path().join("missing")).start();
+    assert!(matches!(in_time("an error", missing.tensor("t0")).await, Err(Error::File { .. })));
+}
+
+#[test]
+fn threads_wait_without_a_runtime() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 11);
+    let gate = Gate::at(0, 0);
+    let loader = Loader::new().unwrap();
+    let load: Load = loader.load(&path).options(options().observer(gate.clone())).start();
+    let (sender, receiver) = mpsc::channel();
+    thread::scope(|scope| {
+        for number in 0..=TENSORS {
+            let (load, sender) = (&load, sender.clone());
+            scope.spawn(move || sender.send((number, load.tensor_blocking(&format!("t{number}")))).unwrap());
+        }
+        // One is not there, and that is known already.
+        let (number, missing) = receiver.recv_timeout(PATIENCE).unwrap();
+        assert_eq!((number, missing.unwrap_err()), (TENSORS, Error::NoSuchTensor(format!("t{TENSORS}"))));
+        assert!(receiver.recv_timeout(WHILE).is_err(), "nothing is there");
+        gate.open();
+        for _ in 0..TENSORS {
+            let (number, tensor) = receiver.recv_timeout(PATIENCE).unwrap();
+            check(&tensor.unwrap(), number, &bytes);
+        }
+    });
+    check(&load.tensor_blocking("t3").unwrap(), 3, &bytes);
+}
+
+#[tokio::test]
+async fn nothing_is_loaded_before_the_request_is_consumed() {
+    let folder = folder();
+    let (path, _) = model(folder.path(), "model.safetensors", 12);
+    let loader = Loader::new().unwrap();
+    let request = loader.load(&path);
+    assert_eq!(loader.metrics().loads_started, 0);
+    drop(request.start());
+    assert_eq!(loader.metrics().loads_started, 1);
+    let future = loader.load(&path).into_future();
+    assert_eq!(loader.metrics().loads_started, 2, "not when it is first polled");
+    in_time("the image", future).await.unwrap();
+    let refused = loader.load(dmaload::Source::from([&path, &path]).range(0..8)).await.unwrap_err();
+    assert!(matches!(refused, Error::Config(_)), "{refused}");
+}
