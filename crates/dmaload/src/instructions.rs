@@ -73,9 +73,9 @@ fn window(permits: usize) -> usize {
     let mut granted = 0;
     for number in 0..permits {
         if number >= 8 {
-            window.give_back(&0, PERMIT_BYTES);
+            window.give_back(&0, 0, PERMIT_BYTES);
         }
-        granted += usize::from(window.take(&0, PERMIT_BYTES) == Permitted::Yes);
+        granted += usize::from(window.take(&0, 0, PERMIT_BYTES) == Permitted::Yes);
     }
     granted
 }

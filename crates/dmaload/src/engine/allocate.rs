@@ -76,7 +76,7 @@ impl Engine {
         for (part, OpenPart { file, route, cached }) in allocation.parts.iter().zip(sources) {
             let piece = part.piece;
             let files = u64::from(part.small);
-            let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, held_bytes: 0 });
+            let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, ..Need::default() });
             if part.small && piece.file_offset + piece.bytes >= part.identity.bytes {
                 // A file is open until it was checked, and the checks may lag behind the reads. Only with its last piece: a
                 // file that waits for another batch must not keep that batch waiting.

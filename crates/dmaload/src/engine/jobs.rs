@@ -6,11 +6,11 @@
 //! What loads leave behind is dropped by workers, too. That closes files, so one worker at a
 //! time does it for each load.
 //! A thread that sleeps in [`Jobs::watch`] finds workers that wait for files too long (see
-//! [`super::workers`]).
+//! [`super::workers`]), and file systems of which nothing comes while loads wait for places.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::state::FollowUpJobs;
 use super::workers::{Task, WorkerId, Workers};
@@ -19,6 +19,10 @@ use crate::ring::pace::Pace;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
+
+/// How often to look for file systems of which nothing comes, while loads wait for others to end. Such a one is found at the
+/// second look: a batch of 16 MiB from a server of 3 MiB/s comes before that.
+const SILENCE_LOOKS: Duration = Duration::from_secs(5);
 
 /// See the module. `T` is a load.
 #[derive(Debug)]
@@ -60,8 +64,9 @@ struct Schedule<T> {
     allocating: HashMap<WorkerId, u64>,
     /// There is to be one more, and it is not started yet.
     growing: bool,
-    /// The thread that watches the workers sleeps until one is at a file.
+    /// The thread that watches the workers sleeps until one is at a file, or loads lack places.
     watch_sleeps: bool,
+    looked_for_silence: Instant,
 }
 
 /// What a load leaves to be dropped, one after the other.
@@ -134,6 +139,7 @@ impl<T: Clone> Jobs<T> {
             allocating: HashMap::new(),
             growing: false,
             watch_sleeps: false,
+            looked_for_silence: Instant::now(),
         };
         Jobs { schedule: Mutex::new(schedule), changed: Condvar::new(), watch: Condvar::new() }
     }
@@ -157,6 +163,7 @@ impl<T: Clone> Jobs<T> {
         }
         schedule.loads.insert(id, load);
         schedule.scheduler.submit(id);
+        self.wake_watch_for_places(&mut schedule);
         drop(schedule);
         self.changed.notify_one();
         true
@@ -192,7 +199,11 @@ impl<T: Clone> Jobs<T> {
 
     /// A permit comes back.
     pub(super) fn give_back(&self, load: LoadId, need: Need) {
-        self.schedule().scheduler.give_back(&load, need);
+        let mut schedule = self.schedule();
+        schedule.scheduler.give_back(&load, need);
+        // A load that did not count as open may do so again.
+        self.wake_watch_for_places(&mut schedule);
+        drop(schedule);
         self.changed.notify_one();
     }
 
@@ -303,6 +314,12 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
+    fn wake_watch_for_places(&self, schedule: &mut Schedule<T>) {
+        if schedule.watch_sleeps && schedule.scheduler.lacks_places() {
+            self.wake_watch(schedule);
+        }
+    }
+
     fn wake_watch(&self, schedule: &mut Schedule<T>) {
         if std::mem::take(&mut schedule.watch_sleeps) {
             self.watch.notify_all();
@@ -314,7 +331,7 @@ impl<T: Clone> Jobs<T> {
     pub(super) fn watch(&self) -> Option<Noticed> {
         let mut schedule = self.schedule();
         while !schedule.finished {
-            let mut pause = schedule.workers.look_after(Instant::now());
+            let mut pause = schedule.look_after(Instant::now());
             if pause.is_none() {
                 schedule.watch_sleeps = true;
                 schedule = crate::support::sync::wait(&self.watch, schedule);
@@ -334,6 +351,13 @@ impl<T: Clone> Jobs<T> {
 
     /// Looks for stalled workers, and takes their loads out of the turns.
     fn look(&self, schedule: &mut Schedule<T>, now: Instant) -> Noticed {
+        if schedule.silence_look_after(now) == Some(Duration::ZERO) {
+            schedule.looked_for_silence = now;
+            if schedule.scheduler.look_for_silence() {
+                // Others may be opened in their places.
+                self.changed.notify_one();
+            }
+        }
         let stalled = schedule.workers.look(now);
         for task in &stalled {
             schedule.scheduler.stall(task.load, task.is_open);
@@ -440,6 +464,16 @@ impl<T: Clone> Jobs<T> {
 }
 
 impl<T> Schedule<T> {
+    /// How long nobody need look for anything; `None` if not before something happens.
+    fn look_after(&self, now: Instant) -> Option<Duration> {
+        self.workers.look_after(now).into_iter().chain(self.silence_look_after(now)).min()
+    }
+
+    fn silence_look_after(&self, now: Instant) -> Option<Duration> {
+        let left = || SILENCE_LOOKS.saturating_sub(now.saturating_duration_since(self.looked_for_silence));
+        self.scheduler.lacks_places().then(left)
+    }
+
     fn begin_allocating(&mut self, worker: WorkerId, bytes: u64) {
         self.pace.begin(self.since.elapsed());
         self.allocating.insert(worker, bytes);

@@ -115,14 +115,15 @@ impl WindowPermit {
     fn split(&mut self, part: Need) -> WindowPermit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
-        self.need = Need { bytes, files, held_bytes: 0 };
-        WindowPermit { engine: Arc::clone(&self.engine), load: self.load, need: part }
+        self.need = Need { bytes, files, held_bytes: 0, ..self.need };
+        let need = Need { file_system: self.need.file_system, ..part };
+        WindowPermit { engine: Arc::clone(&self.engine), load: self.load, need }
     }
 }
 
 impl Drop for WindowPermit {
     fn drop(&mut self) {
-        if self.need == Need::default() {
+        if (self.need.bytes, self.need.files) == (0, 0) {
             return;
         }
         self.engine.jobs.give_back(self.load, self.need);

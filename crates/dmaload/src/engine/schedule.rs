@@ -1,8 +1,9 @@
 //! Who is served next: the scheduler of opening, allocating and finishing, over all loads of a loader.
 //!
 //! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch each, so a large one
-//! can't starve a small one. One that has its part of the window (see [`crate::memory::window`]) is passed over; when one that holds nothing of it
-//! finds no room, nobody overtakes it, so small ones can't starve a large one either. The number of loads that are open at once
+//! can't starve a small one. One that has its part of the window (see [`crate::memory::window`]) is passed over; when one that
+//! holds nothing of it finds no room, nobody overtakes it, so small ones can't starve a large one either. Where its file system
+//! has its part, no load of that file system overtakes it, and loads of others do. The number of loads that are open at once
 //! is bounded; the others wait in the order they came. Loads of a higher priority go first.
 //!
 //! Where memory is limited, a load begins when its reservation is free (see [`crate::memory::budget`]), in the order they came; one that has
@@ -12,10 +13,14 @@
 //! A load is *stalled* while one of its jobs waits for a file whose server does not answer.
 //! Until it does, the load gets no further job that may wait for files, holds up no other, and does
 //! not count as open if it is the opening that waits.
+//!
+//! A file system is *silent* while it holds permits of the window and none has come back for long
+//! ([`Scheduler::look_for_silence`]). Its loads don't count as open either, up to [`MOST_SILENT`] of
+//! them: they would keep all places from loads of other file systems.
 
 use std::collections::VecDeque;
 
-use crate::memory::budget::{Budget, Taken};
+use crate::memory::budget::{Admitted, Budget, Taken};
 use crate::memory::window::{Permitted, Window};
 use crate::options::choices::Priority;
 use crate::plan::{BATCH_BYTES, BATCH_FILES};
@@ -44,6 +49,8 @@ pub(crate) struct Need {
     pub(crate) files: u64,
     /// What its load takes of the budget for it: all of a memory with its first batch, since memory of the pool comes as a whole.
     pub(crate) held_bytes: u64,
+    /// The file system that it is read from. Where small files of several share a memory, that of the first.
+    pub(crate) file_system: u64,
 }
 
 impl<L> Job<L> {
@@ -70,6 +77,13 @@ pub(crate) struct LoadNeeds {
     pub(crate) priority: Priority,
 }
 
+impl LoadNeeds {
+    /// The file system that a load is from whose consumer keeps all of it.
+    fn kept_from(&self) -> Option<u64> {
+        self.batches.first().filter(|_| self.ahead_bytes.is_none()).map(|need| need.file_system)
+    }
+}
+
 #[derive(Debug)]
 struct LoadTurn<L> {
     load: L,
@@ -90,6 +104,9 @@ impl<L> LoadTurn<L> {
         need.held_bytes > 0 && self.ahead > 0 && self.ahead.saturating_add(need.held_bytes) > most
     }
 }
+
+/// The most loads that do not count as open because their file systems are silent: each has files open.
+const MOST_SILENT: usize = 64;
 
 /// See the module.
 #[derive(Debug)]
@@ -113,6 +130,10 @@ pub(crate) struct Scheduler<L> {
     stalled_opening: Vec<L>,
     /// Checks of stalled loads.
     parked: VecDeque<Job<L>>,
+    /// File systems that have held permits since the last look, without any that came back.
+    watched: Vec<u64>,
+    /// Those of them that did so at the look before.
+    silent: Vec<u64>,
 }
 
 impl<L: Clone + PartialEq> Scheduler<L> {
@@ -131,6 +152,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             stalled: Vec::new(),
             stalled_opening: Vec::new(),
             parked: VecDeque::new(),
+            watched: Vec::new(),
+            silent: Vec::new(),
         }
     }
 
@@ -174,26 +197,87 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 return Some(job);
             }
         }
-        if self.open.saturating_sub(self.stalled_opening.len()) < self.max_open
+        if !self.waiting.is_empty()
+            && self.counted_open() < self.max_open
             && let Some(load) = self.waiting.pop_front()
         {
             self.open += 1;
             self.opening.push(load.clone());
             return Some(Job::Open(load));
         }
+        self.close_done();
         self.admit();
         self.batch()
     }
 
+    /// Loads that count as open.
+    fn counted_open(&self) -> usize {
+        self.open.saturating_sub(self.stalled_opening.len() + self.silent_loads())
+    }
+
+    /// Loads of silent file systems: those that wait for permits, and those that hold some.
+    fn silent_loads(&self) -> usize {
+        if self.silent.is_empty() {
+            return 0;
+        }
+        let is_silent =
+            |turn: &&LoadTurn<L>| turn.demand.batches.get(turn.next).is_some_and(|need| self.silent.contains(&need.file_system));
+        let mut loads: Vec<_> = self.turns.iter().filter(is_silent).map(|turn| &turn.load).collect();
+        for (load, file_system) in self.window.holders() {
+            if self.silent.contains(&file_system) && !loads.contains(&load) {
+                loads.push(load);
+            }
+        }
+        loads.len().min(MOST_SILENT)
+    }
+
+    /// Whether loads wait for open ones to end.
+    pub(crate) fn lacks_places(&self) -> bool {
+        !self.waiting.is_empty() && self.counted_open() >= self.max_open
+    }
+
+    /// Finds file systems that have held permits since the last call, of which none has come back. To be called now and then
+    /// while [`Self::lacks_places`]. Whether more of them are silent now.
+    pub(crate) fn look_for_silence(&mut self) -> bool {
+        let mut holding: Vec<_> = self.window.holders().map(|(_, file_system)| file_system).collect();
+        holding.sort_unstable();
+        holding.dedup();
+        let before = self.silent.len();
+        self.silent = holding.iter().copied().filter(|file_system| self.watched.contains(file_system)).collect();
+        self.watched = holding;
+        self.silent.len() > before
+    }
+
+    /// Loads whose last batch was given out take nothing any more. Before others are admitted, which may wait for that.
+    fn close_done(&mut self) {
+        let is_done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
+        for done in self.turns.iter().filter(|turn| is_done(turn)) {
+            self.budget.close(&done.load);
+        }
+        self.turns.retain(|turn| !is_done(turn));
+    }
+
     /// Lets loads begin, in order, as far as there is memory for what they reserve.
     fn admit(&mut self) {
+        // A load from each of these waits for what others from there have reserved: none of that file system overtakes it.
+        let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
+                let kept_from = turn.demand.kept_from();
+                if kept_from.is_some_and(|file_system| waited_for.contains(&file_system)) {
+                    continue;
+                }
                 let is_next = turn.waits_for.iter().all(|load| self.stalled.contains(load)) || self.budget.is_unlimited();
-                turn.admitted = is_next && self.budget.admit(turn.load.clone(), turn.demand.reserved_bytes);
-                if !turn.admitted {
+                let admitted = if is_next {
+                    self.budget.admit(turn.load.clone(), turn.demand.reserved_bytes, kept_from)
+                } else {
+                    Admitted::No
+                };
+                match admitted {
+                    Admitted::Yes => turn.admitted = true,
+                    Admitted::FileSystemHasItsPart => waited_for.extend(kept_from),
                     // Nobody overtakes it.
-                    return;
+                    Admitted::No => return,
                 }
             }
         }
@@ -202,21 +286,18 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// The next batch of whoever's turn it is.
     fn batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
+        // A load from each of these waits for what its file system holds: none of that file system overtakes it.
+        let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;
             while let Some(turn) = self.turns.get(at) {
-                let Some(&need) = turn.demand.batches.get(turn.next) else {
-                    if let Some(done) = self.turns.remove(at) {
-                        self.budget.close(&done.load);
-                    }
-                    continue;
-                };
+                let need = *turn.demand.batches.get(turn.next).expect("a load whose last batch was given out has no turn");
                 if turn.demand.priority != priority || !turn.admitted || self.stalled.contains(&turn.load) {
                     at += 1;
                     continue;
                 }
-                if turn.is_far_ahead(need) {
-                    // Its consumer holds it up, and nobody else.
+                // One that is far ahead is held up by its consumer, and holds up nobody else.
+                if turn.is_far_ahead(need) || waited_for.contains(&need.file_system) {
                     at += 1;
                     continue;
                 }
@@ -235,8 +316,10 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                     Permitted::Yes => {}
                     permitted => {
                         self.budget.give_back(&load, need.held_bytes);
-                        if permitted == Permitted::Full {
-                            return None;
+                        match permitted {
+                            Permitted::Full => return None,
+                            Permitted::FileSystemHasItsPart => waited_for.push(need.file_system),
+                            Permitted::Yes | Permitted::HasItsPart => {}
                         }
                         at += 1;
                         continue;
@@ -290,14 +373,14 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// A permit, all of it or nothing.
     fn take(&mut self, load: &L, need: Need) -> Permitted {
-        let bytes = self.window.take(load, need.bytes);
+        let bytes = self.window.take(load, need.file_system, need.bytes);
         if bytes != Permitted::Yes {
             return bytes;
         }
-        if self.files.take(load, need.files) == Permitted::Yes {
+        if self.files.take(load, need.file_system, need.files) == Permitted::Yes {
             return Permitted::Yes;
         }
-        self.window.give_back(load, need.bytes);
+        self.window.give_back(load, need.file_system, need.bytes);
         // Who waits for files waits for other loads of many files, and need not keep those of large ones waiting.
         Permitted::HasItsPart
     }
@@ -312,8 +395,12 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// A permit comes back.
     pub(crate) fn give_back(&mut self, load: &L, need: Need) {
-        self.window.give_back(load, need.bytes);
-        self.files.give_back(load, need.files);
+        self.window.give_back(load, need.file_system, need.bytes);
+        self.files.give_back(load, need.file_system, need.files);
+        if need.bytes > 0 {
+            self.watched.retain(|&other| other != need.file_system);
+            self.silent.retain(|&other| other != need.file_system);
+        }
     }
 
     /// A load failed or was dropped: nothing more is to be done for it. Whether it was opened is for the caller to

@@ -336,21 +336,22 @@ impl LoadShared {
             let planned = FilePlan { open: None, ..planned };
             state.files.push(FileState { planned, open, pieces_left, start: route, route });
         }
-        let is_small = |piece: &Piece| {
-            let segment = state.plan.segments.get(piece.segment);
-            segment.and_then(|segment| state.files.get(segment.file)).is_some_and(|file| file.planned.small)
+        let file_of = |piece: &Piece| {
+            let segment = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
+            &state.files.get(segment.file).expect("a segment is of a planned file").planned
         };
         let need = |batch: &Batch| {
             let pieces = state.plan.pieces.get(batch.pieces.clone()).expect("a batch is of planned pieces");
             Need {
                 bytes: batch.bytes,
-                files: pieces.iter().filter(|piece| is_small(piece)).count() as u64,
+                files: pieces.iter().filter(|piece| file_of(piece).small).count() as u64,
                 held_bytes: state
                     .plan
                     .memories
                     .get(batch.memory)
                     .filter(|_| batch.memory_offset == 0)
                     .map_or(0, |memory| memory.bytes),
+                file_system: pieces.first().map_or(0, |piece| file_of(piece).identity.mount()),
             }
         };
         let needs = state.plan.batches.iter().map(need).collect();

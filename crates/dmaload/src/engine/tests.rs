@@ -15,7 +15,7 @@ fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
     let window_bytes = guard.settings().window_bytes;
     for _ in 0..8 {
         // What a load leaves in the scheduler when it is forgotten between two of its steps.
-        guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, held_bytes: 0 });
+        guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, ..Need::default() });
     }
     let empty = tempfile::NamedTempFile::new().unwrap();
     let mut events = Segments::start(&guard, Ok(vec![Input::Path(empty.path().to_owned())]), LoadOptions::default(), true);

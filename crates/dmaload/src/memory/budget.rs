@@ -4,6 +4,10 @@
 //! once, all of it. So it can always go on when its own consumer drops something, and a consumer that stops blocks itself alone.
 //! What is beyond reservations is shared, up to half of the limit: the other half is for reservations of loads to come.
 //!
+//! Loads that are kept reserve all of themselves, and a file system that does not answer would have that reserved for ever. So such
+//! loads from one file system have three quarters of the limit together, unless a single one needs more. (A consumer may take from
+//! several streams in any order, so that one of them must not wait for another.)
+//!
 //! ```text
 //!   limit |- reserved, or held where that is more -|- held by loads that are over -|--------- free ---------|
 //!   there |------------------- held by anybody ------------------|-- pool --|
@@ -26,9 +30,31 @@ pub(crate) struct Budget<L> {
 #[derive(Debug)]
 struct Account<L> {
     load: L,
+    /// The file system of a load that is kept.
+    kept_from: Option<u64>,
     reserved: u64,
     held: u64,
 }
+
+impl<L> Account<L> {
+    /// What nobody else may take.
+    fn taken(&self) -> u64 {
+        self.held.max(self.reserved)
+    }
+}
+
+/// What became of an attempt to let a load in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Admitted {
+    Yes,
+    /// Its file system has its part: loads of others may be let in before it.
+    FileSystemHasItsPart,
+    /// There is no room.
+    No,
+}
+
+/// So many times what it leaves free is what kept loads from a file system may reserve.
+const TIMES_THE_REST: u64 = 3;
 
 /// What became of an attempt to take memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,7 +77,7 @@ impl<L: PartialEq> Budget<L> {
 
     /// What nobody holds or has reserved.
     fn free(&self) -> u64 {
-        let taken = self.accounts.iter().map(|account| account.held.max(account.reserved)).fold(self.loose, u64::saturating_add);
+        let taken = self.accounts.iter().map(Account::taken).fold(self.loose, u64::saturating_add);
         self.limit.saturating_sub(taken)
     }
 
@@ -65,13 +91,20 @@ impl<L: PartialEq> Budget<L> {
         self.held().saturating_add(self.pooled)
     }
 
-    /// Lets a load in, if what it reserves is free.
-    pub(crate) fn admit(&mut self, load: L, reserved: u64) -> bool {
-        let fits = reserved <= self.free();
-        if fits {
-            self.accounts.push(Account { load, reserved, held: 0 });
+    /// Lets a load in, if what it reserves is free. One that is kept is `kept_from` a file system.
+    pub(crate) fn admit(&mut self, load: L, reserved: u64, kept_from: Option<u64>) -> Admitted {
+        let same = self.accounts.iter().filter(|account| kept_from.is_some() && account.kept_from == kept_from);
+        let by_file_system = same.map(Account::taken).fold(0, u64::saturating_add);
+        let left = self.free().checked_sub(reserved);
+        let within_part = left.is_some_and(|left| by_file_system.saturating_add(reserved) <= left.saturating_mul(TIMES_THE_REST));
+        if by_file_system > 0 && !within_part {
+            return Admitted::FileSystemHasItsPart;
         }
-        fits
+        if left.is_none() {
+            return Admitted::No;
+        }
+        self.accounts.push(Account { load, kept_from, reserved, held: 0 });
+        Admitted::Yes
     }
 
     /// Takes memory for a load that was let in.
@@ -144,16 +177,16 @@ mod tests {
     #[test]
     fn a_reservation_is_there_whatever_others_do() {
         let mut budget = Budget::new(100);
-        assert!(budget.admit(1, 10));
+        assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         // Alone it may take half of what there is.
         assert_eq!(budget.take(&1, 50), Taken::Yes);
         assert_eq!(budget.take(&1, 1), Taken::No);
         for load in 2..7 {
-            assert!(budget.admit(load, 10), "{load}");
+            assert_eq!(budget.admit(load, 10, None), Admitted::Yes, "{load}");
             assert_eq!(budget.take(&load, 10), Taken::Yes);
             assert_eq!(budget.take(&load, 1), Taken::No);
         }
-        assert!(!budget.admit(7, 1));
+        assert_eq!(budget.admit(7, 1, None), Admitted::No);
         assert_eq!(budget.held(), 100);
         budget.give_back(&3, 10);
         assert_eq!(budget.take(&2, 1), Taken::No, "what load 3 has reserved");
@@ -163,22 +196,22 @@ mod tests {
     #[test]
     fn what_a_load_leaves_behind_counts_until_it_is_dropped() {
         let mut budget = Budget::new(10);
-        assert!(budget.admit(1, 10));
+        assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         assert_eq!(budget.take(&1, 8), Taken::Yes);
         budget.close(&1);
-        assert!(!budget.admit(2, 3));
+        assert_eq!(budget.admit(2, 3, None), Admitted::No);
         budget.give_back(&1, 8);
-        assert!(budget.admit(2, 10));
+        assert_eq!(budget.admit(2, 10, None), Admitted::Yes);
     }
 
     #[test]
     fn the_pool_gives_way_and_is_no_reason_to_wait() {
         let mut budget = Budget::new(10);
-        assert!(budget.admit(1, 10));
+        assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         assert_eq!(budget.take(&1, 8), Taken::Yes);
         budget.close(&1);
         budget.pool(&1, 8);
-        assert!(budget.admit(2, 9), "nobody holds it");
+        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "nobody holds it");
         assert_eq!(budget.take(&2, 2), Taken::Yes);
         assert_eq!(budget.take(&2, 3), Taken::Pooled(3));
         budget.unpool(4);
@@ -196,7 +229,7 @@ mod tests {
             let (mut open, mut held, mut pooled) = (Vec::<(usize, u64)>::new(), Vec::<(usize, u64)>::new(), 0);
             for (number, (step, pick, bytes)) in steps.into_iter().enumerate() {
                 match step {
-                    0 if budget.admit(number, bytes) => open.push((number, bytes)),
+                    0 if budget.admit(number, bytes, None) == Admitted::Yes => open.push((number, bytes)),
                     1 | 2 => {
                         if let Some(&(load, _)) = open.get(pick % open.len().max(1)) && budget.take(&load, bytes) == Taken::Yes {
                             held.push((load, bytes));

@@ -45,6 +45,7 @@ use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
 use crate::memory::buffer::{Buffer, Fault};
+use crate::memory::window::Holders;
 use crate::plan::Piece;
 use crate::ring::pace::{FIRST, Pace, more_staging_slots};
 use crate::route::{Attempt, Route};
@@ -72,7 +73,11 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     pieces: Slots<PieceEntry<K::File, B>>,
     /// Reads, and the copies and looks that follow them.
     reads: Slots<InFlight>,
+    /// Whose these are, and from which file systems.
+    in_flight: Holders<LoadId>,
     buffer_slots: Vec<u16>,
+    /// Whose pieces are registered.
+    registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
     /// Of the threads that copy.
     pace: Pace,
@@ -96,7 +101,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             turns: VecDeque::new(),
             pieces: Slots::new(),
             reads: Slots::new(),
+            in_flight: Holders::new(),
             buffer_slots,
+            registered: Holders::new(),
             staging: Staging::new(staging),
             pace: Pace::fixed(FIRST),
             growing_from: None,
@@ -159,7 +166,6 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             alone: VecDeque::new(),
             alone_in_flight: false,
             in_flight: 0,
-            registered: 0,
             pieces: Vec::new(),
             reading: BusyTime::default(),
             copying: BusyTime::default(),
@@ -242,7 +248,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// come back.
     pub(crate) fn abandon(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id) {
-            load.ended = true;
+            if !std::mem::replace(&mut load.ended, true) {
+                self.kernel.cancel(id);
+            }
             load.chunks.clear();
             load.alone.clear();
             for unseen in load.unseen.drain() {
@@ -254,18 +262,19 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Issues reads while there are any and the depth allows: in turns, and leaving some of it to loads that have none in flight.
+    /// Issues reads while there are any and the depth allows: in turns, and leaving some of it to file systems and loads that
+    /// have none in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
             let id = self.turns.pop_front().expect("there are more turns than were passed");
             self.turns.push_back(id);
-            let (depth, taken) = (self.depth as u64, self.reads.len() as u64);
-            let chunk = self
-                .loads
-                .get_mut(&id)
-                .map(|load| load.next_chunk_within(depth, taken))
-                .expect("a load that has gone has no turn");
+            let load = self.loads.get_mut(&id).expect("a load that has gone has no turn");
+            let may_read = load.next_piece().is_some_and(|piece| {
+                let file_system = self.pieces.get_mut(piece).expect(PIECE).file.mount;
+                self.in_flight.may_have_one(self.depth as u64, &id, file_system)
+            });
+            let chunk = if may_read { load.next_chunk() } else { None };
             match chunk {
                 Some(chunk) => {
                     passed = if self.issue_chunk(id, chunk) { 0 } else { passed + 1 };
@@ -303,6 +312,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         for token in self.reads.tokens() {
             self.reads.remove(token);
         }
+        self.in_flight = Holders::new();
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
@@ -317,6 +327,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
         }
         leaked += self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
+        // What is still registered stays so with the ring that is given up.
+        self.registered = Holders::new();
         self.pace.stop();
         let now = self.kernel.now();
         self.turns.clear();
@@ -349,6 +361,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         entry.in_flight -= 1;
         let (id, piece) = (entry.load, entry.number);
+        self.in_flight.give_back(&id, entry.file.mount, 1);
         let now = self.kernel.now();
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight -= 1;
@@ -445,7 +458,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         if let Some(slot) = registered {
             self.kernel.unregister_buffer(slot);
             self.buffer_slots.push(slot);
-            load.registered -= 1;
+            self.registered.give_back(&id, entry.file.mount, 1);
         }
         if load.spec.observation.as_ref().is_some_and(|observation| !observation.staged) {
             load.unseen.ready(position, bytes, Unseen::Piece(token));
@@ -513,6 +526,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         if let Some(slot) = entry.buffer_slot.take() {
             self.kernel.unregister_buffer(slot);
             self.buffer_slots.push(slot);
+            self.registered.give_back(&entry.load, entry.file.mount, 1);
         }
     }
 

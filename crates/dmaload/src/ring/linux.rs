@@ -28,6 +28,7 @@ use crate::files::source::OpenFile;
 use crate::memory::buffer::{Buffer, Fault, Place};
 use crate::ring::pace::FIRST;
 use crate::route::Route;
+use crate::support::id::LoadId;
 
 /// Registered buffers at once. A piece is registered from its first read to its last, and reads are issued piece after
 /// piece, so it is the queue depth that bounds how many are needed.
@@ -115,6 +116,11 @@ impl Kernel for LinuxKernel {
             // SAFETY: the caller's promise is the same.
             _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }
+    }
+
+    fn cancel(&mut self, load: LoadId) {
+        // Cancelling does nothing for reads that the kernel has: see docs/architecture.md.
+        self.readers.cancel(load);
     }
 
     fn staging(&mut self, bytes: usize) -> Result<StagingMemory, Errno> {

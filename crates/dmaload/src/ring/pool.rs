@@ -16,14 +16,14 @@ use super::kernel::{CachedRead, Completion, Look, Read, StagedCopy};
 use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::memory::buffer::{Fault, Place};
-use crate::memory::window::may_have_one;
+use crate::memory::window::Holders;
 use crate::ring::pace::{FIRST_READERS, MOST_READERS, Pace};
 use crate::route::Route;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 
-/// Threads that read for all loads. One load has [`MOST_READERS`] at most, and leaves some to loads that have none.
-pub(crate) const READERS: usize = MOST_READERS + MOST_READERS / 2;
+/// Threads that read for all loads: [`MOST_READERS`] at most for one load, three quarters for all loads from one file system.
+pub(crate) const READERS: usize = 2 * MOST_READERS;
 /// File systems whose number of readers is remembered.
 const MOUNTS: usize = 64;
 /// Each load is looked at by one at a time.
@@ -43,8 +43,8 @@ unsafe impl Send for PoolJob {}
 #[derive(Debug)]
 struct Queues {
     jobs: VecDeque<PoolJob>,
-    /// Whose reads threads are at.
-    reading: Vec<LoadId>,
+    /// Whose reads threads are at, and from which file systems.
+    reading: Holders<LoadId>,
     /// How many threads may read for one load from each file system, by its number; by the time since `since`.
     paces: HashMap<u64, Pace>,
     since: Instant,
@@ -63,7 +63,7 @@ impl Queues {
     fn new(busy_max: usize) -> Self {
         Queues {
             jobs: VecDeque::new(),
-            reading: Vec::new(),
+            reading: Holders::new(),
             paces: HashMap::new(),
             since: Instant::now(),
             done: Vec::new(),
@@ -75,24 +75,29 @@ impl Queues {
         }
     }
 
-    /// The next job for one of so many threads: the first that is not a read of a load that has its part of them.
+    /// The next job for one of so many threads: the first that is not a read of a load, or from a file system, that has its part
+    /// of them.
     fn take(&mut self, threads: usize) -> Option<PoolJob> {
         if self.busy >= self.busy_max {
             return None;
         }
         let may_start = |job: &PoolJob| match job {
-            PoolJob::Read(file, read) => {
-                let held = held(&self.reading, read.load);
-                held < self.readers_of_one(file) && may_have_one(threads as u64, self.reading.len() as u64, held as u64)
-            }
+            PoolJob::Read(file, read) => self.may_read(&self.reading, file, read, threads),
             PoolJob::Copy(_) | PoolJob::Cached(..) | PoolJob::Look(_) => true,
         };
         let job = self.jobs.iter().position(may_start).and_then(|at| self.jobs.remove(at));
-        if let Some(PoolJob::Read(_, read)) = &job {
-            self.reading.push(read.load);
+        if let Some(PoolJob::Read(file, read)) = &job {
+            self.reading.take(&read.load, file.identity.mount(), 1);
         }
         self.busy += usize::from(job.is_some());
         job
+    }
+
+    /// Whether one more of so many threads may be at a read of this load, where `reading` are at reads.
+    fn may_read(&self, reading: &Holders<LoadId>, file: &OpenFile, read: &Read, threads: usize) -> bool {
+        let file_system = file.identity.mount();
+        let held = reading.held_by(&read.load, file_system).by_load;
+        held < self.readers_of_one(file) as u64 && reading.may_have_one(threads as u64, &read.load, file_system)
     }
 
     /// How many threads may read for one load from the file system of this file.
@@ -106,11 +111,11 @@ impl Queues {
             self.jobs.iter().filter_map(|job| if let PoolJob::Read(file, read) = job { Some((&**file, read)) } else { None });
         let mut reading = self.reading.clone();
         for (file, read) in queued.chain([(file, read)]) {
-            if held(&reading, read.load) < self.readers_of_one(file) {
-                reading.push(read.load);
+            if self.may_read(&reading, file, read, self.busy_max) {
+                reading.take(&read.load, file.identity.mount(), 1);
             }
         }
-        reading.len() - self.reading.len() > self.idle
+        reading.taken() - self.reading.taken() > self.idle as u64
     }
 
     fn push(&mut self, job: PoolJob) {
@@ -125,11 +130,30 @@ impl Queues {
         self.jobs.push_back(job);
     }
 
+    /// Completes the queued reads of this load with an error; whether there were any.
+    fn cancel(&mut self, load: LoadId) -> bool {
+        let is_own = |job: &PoolJob| matches!(job, PoolJob::Read(_, read) if read.load == load);
+        let (own, others): (VecDeque<_>, _) = std::mem::take(&mut self.jobs).into_iter().partition(is_own);
+        self.jobs = others;
+        for job in &own {
+            if let PoolJob::Read(file, read) = job {
+                self.end_read(file.identity.mount(), 0);
+                self.done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::CANCELED)) });
+            }
+        }
+        // The driver holds these files, too, until it has seen the completions: none is closed here.
+        !own.is_empty()
+    }
+
     /// A read of this load, from this file system, is done. Whether the number of threads that may read has changed.
     fn done(&mut self, load: LoadId, mount: u64, bytes: usize) -> bool {
-        if let Some(at) = self.reading.iter().position(|&other| other == load) {
-            self.reading.swap_remove(at);
-        }
+        self.reading.give_back(&load, mount, 1);
+        self.end_read(mount, bytes)
+    }
+
+    /// Tells the pace of a file system that a read is done, or was taken back. Whether the number of threads that may read from
+    /// it has changed.
+    fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
         let pace = self.paces.get_mut(&mount).expect("the pace of a file system stays while it is read");
         let changed = pace.end(now, bytes as u64);
@@ -138,10 +162,6 @@ impl Queues {
         }
         changed
     }
-}
-
-fn held(reading: &[LoadId], load: LoadId) -> usize {
-    reading.iter().filter(|&&other| other == load).count()
 }
 
 #[derive(Debug)]
@@ -190,6 +210,14 @@ impl ThreadPool {
             self.queue(PoolJob::Read(file, read));
         } else {
             self.shared.queues().done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::NOMEM)) });
+            self.shared.wake.wake();
+        }
+    }
+
+    /// Takes back the reads of this load that no thread is at: they may have to wait for those that are at reads which never
+    /// come back.
+    pub(crate) fn cancel(&self, load: LoadId) {
+        if self.shared.queues().cancel(load) {
             self.shared.wake.wake();
         }
     }

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use super::kernel::Kernel;
 use crate::memory::buffer::Buffer;
-use crate::memory::window::may_have_one;
+use crate::memory::window::{Held, may_have_one};
 use crate::route::{Attempt, Route};
 use crate::support::id::LoadId;
 
@@ -39,8 +39,8 @@ struct StagingBuffer<S> {
     buffer: S,
     /// Where it is registered.
     buffer_slot: Option<u16>,
-    /// Who has it.
-    taken_by: Option<LoadId>,
+    /// Who has it, and for a file of which file system.
+    taken_by: Option<(LoadId, u64)>,
     /// A read into it is in flight.
     reading: bool,
 }
@@ -81,22 +81,36 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// Takes a slot; `None` when all of the budget is busy, or this load has its part of it, which is not asked of one that `waits` for this
-    /// slot with all that it holds.
+    /// How many of the slots that count are taken, and how many of these this load holds, and this file system.
+    fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
+        let (mut taken, mut held) = (0, Held::default());
+        for slot in self.slots.iter().filter(|slot| counts(slot)) {
+            let Some((holder, from)) = slot.taken_by else { continue };
+            taken += 1;
+            held.by_load += u64::from(holder == load);
+            held.by_file_system += u64::from(from == file_system);
+        }
+        (taken, held)
+    }
+
+    /// Takes a slot for a file of this file system; `None` when all of the budget is busy, or the load or the file system has its
+    /// part of it. That is not asked of one that `waits` for this slot with all that it holds.
     ///
     /// # Errors
     /// When there is no memory for even one.
     pub(crate) fn take<K: Kernel<Staging = S>>(
         &mut self,
         load: LoadId,
+        file_system: u64,
         waits: bool,
         kernel: &mut K,
     ) -> Result<Option<StagingSlot>, Errno> {
-        let taken = || self.slots.iter().filter(|slot| slot.taken_by.is_some());
-        let reading = || taken().filter(|slot| slot.reading);
-        let own = |slot: &&StagingBuffer<S>| !waits && slot.taken_by == Some(load);
-        let may_take = may_have_one(self.budget.slots as u64, taken().count() as u64, taken().filter(own).count() as u64);
-        let may_read = may_have_one(self.budget.reads(), reading().count() as u64, reading().filter(own).count() as u64);
+        let (taken, held) = self.held(load, file_system, |_| true);
+        let (reading, read_into) = self.held(load, file_system, |slot| slot.reading);
+        // One that holds no slot waits for others to give theirs back, and must not take more than its file system's part.
+        let counted = |part: Held| if waits && held.by_load > 0 { Held::default() } else { part };
+        let may_take = may_have_one(self.budget.slots as u64, taken, counted(held));
+        let may_read = may_have_one(self.budget.reads(), reading, counted(read_into));
         if !may_take || !may_read {
             return Ok(None);
         }
@@ -115,7 +129,7 @@ impl<S: Buffer> Staging<S> {
         let slot = self.free.pop();
         if let Some(slot) = slot {
             let slot = self.slots.get_mut(slot.0).expect(SLOT);
-            slot.taken_by = Some(load);
+            slot.taken_by = Some((load, file_system));
             slot.reading = true;
         }
         Ok(slot)
@@ -169,8 +183,8 @@ impl<S: Buffer> Staging<S> {
     /// Nothing reads into this slot, or copies from it, any more.
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
         self.is_read(slot);
-        let load = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
-        assert!(load.is_some(), "a slot is given back once");
+        let holder = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
+        assert!(holder.is_some(), "a slot is given back once");
         self.free.push(slot);
     }
 

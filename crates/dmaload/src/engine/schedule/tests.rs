@@ -1,7 +1,26 @@
 use super::*;
 
 fn need(bytes: u64) -> Need {
-    Need { bytes, files: 0, held_bytes: bytes }
+    need_from(0, bytes)
+}
+
+fn need_from(file_system: u64, bytes: u64) -> Need {
+    Need { bytes, files: 0, held_bytes: bytes, file_system }
+}
+
+fn demand_from(file_system: u64, batches: &[u64]) -> LoadNeeds {
+    LoadNeeds { batches: batches.iter().map(|&bytes| need_from(file_system, bytes)).collect(), ..LoadNeeds::default() }
+}
+
+/// Loads that are opened, each from a file system.
+fn opened_from(window: u64, loads: &[(u32, u64, &[u64])]) -> Scheduler<u32> {
+    let mut scheduler = Scheduler::new(window, u64::MAX, 100, 64);
+    for &(load, file_system, batches) in loads {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand_from(file_system, batches));
+    }
+    scheduler
 }
 
 fn demand(batches: &[u64], reserved_bytes: u64, priority: Priority) -> LoadNeeds {
@@ -22,6 +41,11 @@ fn drain(scheduler: &mut Scheduler<u32>) -> Vec<Job<u32>> {
     std::iter::from_fn(|| scheduler.next()).collect()
 }
 
+/// The loads of all jobs that there are now.
+fn loads(scheduler: &mut Scheduler<u32>) -> Vec<u32> {
+    drain(scheduler).iter().map(|job| *job.load()).collect()
+}
+
 #[test]
 fn loads_take_turns() {
     let mut scheduler = opened(100, &[(1, &[10, 10, 10]), (2, &[10])]);
@@ -39,14 +63,114 @@ fn loads_take_turns() {
 
 #[test]
 fn nothing_is_allocated_beyond_the_window_and_nobody_overtakes() {
-    let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[10])]);
-    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(10))]);
-    scheduler.opened(3, demand(&[1], 0, Priority::Normal));
-    scheduler.give_back(&1, need(10));
+    let mut scheduler = opened_from(25, &[(1, 1, &[10, 20]), (2, 2, &[10])]);
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need_from(1, 10)), Job::Allocate(2, 0, need_from(2, 10))]);
+    scheduler.opened(3, demand_from(3, &[1]));
+    scheduler.give_back(&1, need_from(1, 10));
     assert_eq!(drain(&mut scheduler), [], "the large batch of load 1 waits, and the small one of load 3 behind it");
-    scheduler.give_back(&2, need(10));
-    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need(20)), Job::Allocate(3, 0, need(1))]);
+    scheduler.give_back(&2, need_from(2, 10));
+    assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need_from(1, 20)), Job::Allocate(3, 0, need_from(3, 1))]);
     assert_eq!(scheduler.window_taken_bytes(), 21);
+}
+
+#[test]
+fn loads_of_one_file_system_wait_for_it_in_turn_and_hold_up_no_other() {
+    let mut scheduler = opened_from(160, &[(1, 1, &[40]), (2, 1, &[40]), (3, 1, &[2]), (4, 2, &[40])]);
+    assert_eq!(loads(&mut scheduler), [1, 2, 3, 4]);
+    for (load, file_system, bytes) in [(5, 1, 40), (6, 1, 1), (7, 2, 1)] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand_from(file_system, &[bytes]));
+    }
+    scheduler.give_back(&4, need_from(2, 40));
+    assert_eq!(loads(&mut scheduler), [7], "load 6 would fit, and does not overtake load 5");
+    scheduler.give_back(&2, need_from(1, 40));
+    assert_eq!(loads(&mut scheduler), [5, 6]);
+}
+
+#[test]
+fn loads_of_a_silent_file_system_leave_room_however_many_there_are() {
+    let batches = [10; 100];
+    let silent: Vec<_> = (0..20).map(|load| (load, 1, &batches[..])).collect();
+    let mut scheduler = opened_from(80, &silent);
+    assert_eq!(drain(&mut scheduler).len(), 6);
+    assert_eq!(scheduler.window_taken_bytes(), 60);
+    for load in [20, 21] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, demand_from(2, &[10; 5]));
+    }
+    let mut others = Vec::new();
+    while let Some(job) = scheduler.next() {
+        others.push(*job.load());
+        scheduler.give_back(job.load(), need_from(2, 10));
+    }
+    assert_eq!(others, [20, 21].repeat(5));
+}
+
+#[test]
+fn loads_of_a_silent_file_system_do_not_count_as_open() {
+    let mut scheduler = Scheduler::new(80, u64::MAX, 100, 20);
+    (0..22).for_each(|load| scheduler.submit(load));
+    assert_eq!(loads(&mut scheduler).len(), 20, "all places");
+    (0..20).for_each(|load| scheduler.opened(load, demand_from(1, &[10, 10])));
+    assert_eq!(loads(&mut scheduler).len(), 6);
+    assert!(scheduler.lacks_places());
+    assert!(!scheduler.look_for_silence(), "they have only begun");
+    scheduler.give_back(&0, need_from(1, 10));
+    assert!(!scheduler.look_for_silence(), "something came");
+    assert_eq!(loads(&mut scheduler), [6]);
+    assert!(scheduler.look_for_silence());
+    assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
+    assert!(!scheduler.look_for_silence(), "those are known");
+    // They count again when something comes: there are two more than may be.
+    scheduler.submit(22);
+    scheduler.give_back(&1, need_from(1, 10));
+    assert!(scheduler.lacks_places());
+    (20..22).for_each(|load| scheduler.opened(load, demand_from(2, &[10])));
+    assert!(loads(&mut scheduler).iter().all(|&load| load < 22));
+    (0..3).for_each(|_| scheduler.end());
+    assert_eq!(loads(&mut scheduler), [22]);
+}
+
+#[test]
+fn loads_that_do_not_count_as_open_are_bounded() {
+    let mut scheduler = Scheduler::new(80, u64::MAX, 100, 1);
+    (0..200).for_each(|load| scheduler.submit(load));
+    let mut open = 0;
+    loop {
+        match scheduler.next() {
+            Some(Job::Open(load)) => {
+                open += 1;
+                scheduler.opened(load, demand_from(1, &[10, 10]));
+            }
+            Some(job) => assert!(matches!(job, Job::Allocate(..))),
+            None => {
+                scheduler.look_for_silence();
+                if !scheduler.look_for_silence() {
+                    break;
+                }
+            }
+        }
+    }
+    assert_eq!(open, 1 + MOST_SILENT);
+}
+
+#[test]
+fn kept_loads_of_a_silent_file_system_leave_memory_however_many_there_are() {
+    let mut scheduler = Scheduler::new(80, 160, 100, 64);
+    for load in 0..22 {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        let file_system = if load < 20 { 1 } else { 2 };
+        scheduler.opened(load, LoadNeeds { reserved_bytes: 20, ..demand_from(file_system, &[10, 10]) });
+    }
+    assert_eq!(loads(&mut scheduler), [0, 1, 2, 3, 4, 5, 20], "three quarters of the memory, and of the window");
+    scheduler.give_back(&20, need_from(2, 10));
+    assert_eq!(loads(&mut scheduler), [20]);
+    scheduler.give_back(&20, need_from(2, 10));
+    scheduler.freed(&20, 20, 0);
+    assert_eq!(loads(&mut scheduler), [21]);
 }
 
 #[test]
@@ -64,7 +188,7 @@ fn stream_waits_for_its_consumer_and_holds_up_no_other() {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
         // Memories of two batches each, all of which the first one pays for; and one larger than the bound.
-        let part = |held_bytes| Need { bytes: 5, files: 0, held_bytes };
+        let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
         let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
         scheduler.opened(load, LoadNeeds { batches, ahead_bytes, ..LoadNeeds::default() });
     }
@@ -85,7 +209,7 @@ fn stream_waits_for_its_consumer_and_holds_up_no_other() {
 #[test]
 fn who_waits_for_files_keeps_nobody_else_waiting() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
-    let many = Need { bytes: 1, files: 3, held_bytes: 0 };
+    let many = Need { bytes: 1, files: 3, ..Need::default() };
     for (load, need) in [(1, many), (2, many), (3, need(1))] {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
@@ -98,12 +222,12 @@ fn who_waits_for_files_keeps_nobody_else_waiting() {
 
 #[test]
 fn a_load_whose_reads_do_not_come_back_leaves_room_for_others() {
-    let mut scheduler = opened(80, &[(1, &[10; 100]), (2, &[10; 5]), (3, &[10; 5])]);
+    let mut scheduler = opened_from(80, &[(1, 1, &[10; 100]), (2, 2, &[10; 5]), (3, 3, &[10; 5])]);
     let mut others = Vec::new();
     while let Some(job) = scheduler.next() {
         if *job.load() != 1 {
             others.push(*job.load());
-            scheduler.give_back(job.load(), need(10));
+            scheduler.give_back(job.load(), need_from(u64::from(*job.load()), 10));
         }
     }
     assert_eq!(others.iter().filter(|&&load| load == 2).count(), 5);
@@ -116,7 +240,7 @@ fn no_more_files_are_open_than_may_be() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
     scheduler.submit(1);
     assert_eq!(scheduler.next(), Some(Job::Open(1)));
-    let need = Need { bytes: 1, files: 2, held_bytes: 0 };
+    let need = Need { bytes: 1, files: 2, ..Need::default() };
     scheduler.opened(1, LoadNeeds { batches: vec![need; 2], ..LoadNeeds::default() });
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
     assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");

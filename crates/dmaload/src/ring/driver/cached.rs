@@ -20,6 +20,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         assert!(start + bytes <= entry.buffer.bytes(), "a copy stays within its piece");
         entry.in_flight += 1;
         load.in_flight += 1;
+        self.in_flight.take(&id, entry.file.mount, 1);
         let (to, offset, route) = (entry.buffer.place(start), entry.piece.file_offset + chunk.range.start, entry.file.route);
         let since = self.kernel.now();
         load.from_cache.begin(since);

@@ -8,7 +8,6 @@ use super::super::message::{FileSpec, LoadSpec, Times};
 use super::super::order::InOrder;
 use super::super::slots::Token;
 use super::super::staging::StagingSlot;
-use crate::memory::window::may_have_one;
 use crate::plan::{Piece, split};
 use crate::route::Route;
 use crate::support::convert::to_usize;
@@ -106,8 +105,6 @@ pub(super) struct LoadEntry {
     pub(super) alone: VecDeque<Chunk>,
     pub(super) alone_in_flight: bool,
     pub(super) in_flight: usize,
-    /// Pieces that are registered.
-    pub(super) registered: usize,
     pub(super) pieces: Vec<Token>,
     pub(super) reading: BusyTime,
     pub(super) copying: BusyTime,
@@ -132,19 +129,24 @@ pub(super) struct LoadEntry {
 }
 
 impl LoadEntry {
-    /// What is to be read next, if anything can be now, and the load may have one more read in flight where all
-    /// loads have `taken` of `depth`.
-    pub(super) fn next_chunk_within(&mut self, depth: u64, taken: u64) -> Option<Chunk> {
-        if may_have_one(depth, taken, self.in_flight as u64) { self.next_chunk() } else { None }
+    /// Whether what is to be read next is to be read alone.
+    fn next_is_alone(&self) -> bool {
+        match (self.alone.front(), self.chunks.front()) {
+            // In file order, see the module.
+            (Some(alone), Some(other)) if self.is_observed() => alone.at() < other.at(),
+            (alone, _) => alone.is_some(),
+        }
+    }
+
+    /// The piece of what is to be read next, whether it can be now or not.
+    pub(super) fn next_piece(&self) -> Option<Token> {
+        let queue = if self.next_is_alone() { &self.alone } else { &self.chunks };
+        queue.front().map(|chunk| chunk.piece)
     }
 
     /// What is to be read next, if anything can be now.
     pub(super) fn next_chunk(&mut self) -> Option<Chunk> {
-        let alone = match (self.alone.front(), self.chunks.front()) {
-            // In file order, see the module.
-            (Some(alone), Some(other)) if self.is_observed() => alone.at() < other.at(),
-            (alone, _) => alone.is_some(),
-        };
+        let alone = self.next_is_alone();
         if self.in_flight > 0 && (self.alone_in_flight || alone) {
             return None;
         }

@@ -40,8 +40,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
             Route::UringFixedDirect if entry.buffer_slot.is_none() => {
                 let (all, free) = (self.kernel.buffer_slots(), self.buffer_slots.len());
-                let held = load.registered;
-                let may = may_have_one(all.into(), (usize::from(all) - free) as u64, held as u64);
+                let file_system = entry.file.mount;
+                let held = self.registered.held_by(&id, file_system);
+                let may = may_have_one(all.into(), (usize::from(all) - free) as u64, held);
                 let Some(slot) = self.buffer_slots.pop_if(|_| may) else {
                     return self.issue_registered_instead(id, chunk);
                 };
@@ -49,8 +50,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 match self.kernel.register_buffer(slot, entry.buffer.address(), entry.buffer.bytes()) {
                     Ok(()) => {
                         entry.buffer_slot = Some(slot);
-                        let load = self.loads.get_mut(&id).expect(LOAD);
-                        load.registered += 1;
+                        self.registered.take(&id, file_system, 1);
                         if load.spec.trace {
                             let (bytes, end) = (entry.buffer.bytes() as u64, self.kernel.now());
                             let span = TimedSpan { kind: TraceKind::Register, start, end, bytes };
@@ -115,6 +115,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let entry = self.pieces.get_mut(in_flight.chunk.piece).expect(PIECE);
         entry.route = entry.route.max(Some(in_flight.route));
         entry.in_flight += 1;
+        self.in_flight.take(&id, entry.file.mount, 1);
         let offset = entry.piece.file_offset + in_flight.chunk.range.start;
         self.counters.before_kernel.add(in_flight.since.saturating_sub(entry.since));
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);

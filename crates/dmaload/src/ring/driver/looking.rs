@@ -37,6 +37,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         };
         entry.in_flight += 1;
         load.in_flight += 1;
+        self.in_flight.take(&id, entry.file.mount, 1);
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
         let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
         // SAFETY: these bytes came by reads that have completed. As for reads, neither the piece nor the slot is let go of, or

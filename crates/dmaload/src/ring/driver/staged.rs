@@ -17,7 +17,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // What an observed load holds otherwise waits for this chunk, which is the first of what is not looked at: it counts as nothing.
         let load = self.loads.get(&id).expect(LOAD);
         let waits = load.is_observed() && load.in_flight == 0;
-        let taken = self.staging.take(id, waits, &mut self.kernel);
+        let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
+        let taken = self.staging.take(id, file_system, waits, &mut self.kernel);
         if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
             && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
         {
@@ -100,6 +101,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let to = entry.buffer.place(start);
         let from = staging.address();
         entry.in_flight += 1;
+        self.in_flight.take(&id, entry.file.mount, 1);
         let since = self.kernel.now();
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
         // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor

@@ -1,4 +1,4 @@
-//! Loads whose reads never come back hold their part of everything, and no more: others go on beside them.
+//! Loads whose reads never come back hold the part of their file system of everything, and no more: others go on beside them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -45,11 +45,22 @@ impl Observer for Content {
     }
 }
 
+struct SimLoad {
+    file: SimFile,
+    file_system: u64,
+    route: Route,
+    plan: Plan,
+}
+
+fn need(load: &SimLoad) -> Need {
+    Need { bytes: BLOCK, file_system: load.file_system, ..Need::default() }
+}
+
 struct Machine {
     memory: Rc<RefCell<Memory>>,
     scheduler: Scheduler<LoadId>,
     driver: Driver<SimKernel, SimBuffer>,
-    loads: BTreeMap<LoadId, (SimFile, Route, Plan)>,
+    loads: BTreeMap<LoadId, SimLoad>,
     /// They are looked at in staging.
     observed: Vec<LoadId>,
     full: BTreeMap<LoadId, usize>,
@@ -64,7 +75,7 @@ impl Machine {
         let kernel = SimKernel::new(seed, faults, &memory, &clock, Duration::ZERO);
         Machine {
             memory,
-            scheduler: Scheduler::new(u64::from(shared.window_pieces) * BLOCK, u64::MAX, 1, 8),
+            scheduler: Scheduler::new(u64::from(shared.window_pieces) * BLOCK, u64::MAX, 1, 64),
             driver: Driver::new(kernel, shared.depth.into(), staging),
             loads: BTreeMap::new(),
             observed: Vec::new(),
@@ -72,12 +83,12 @@ impl Machine {
         }
     }
 
-    fn submit(&mut self, number: u64, route: Route, hangs: bool) {
+    fn submit(&mut self, number: u64, file_system: u64, route: Route, hangs: bool) {
         let bytes = PIECES as u64 * BLOCK;
         let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
         let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
         let file = SimFile { number, bytes, faults: Rc::new(FileFaults { hangs, ..FileFaults::default() }) };
-        self.loads.insert(LoadId(number), (file, route, plan));
+        self.loads.insert(LoadId(number), SimLoad { file, file_system, route, plan });
         self.scheduler.submit(LoadId(number));
     }
 
@@ -102,7 +113,7 @@ impl Machine {
                         assert!(right, "piece {piece} of {load:?}");
                         drop(buffer);
                         *self.full.entry(load).or_default() += 1;
-                        self.scheduler.give_back(&load, Need { bytes: BLOCK, ..Need::default() });
+                        self.scheduler.give_back(&load, need(&self.loads[&load]));
                     }
                     Output::Event { load, event: LoadEvent::Gone { .. } } => {
                         self.scheduler.end();
@@ -116,7 +127,8 @@ impl Machine {
     }
 
     fn act(&mut self, job: Job<LoadId>) {
-        let (file, route, plan) = &self.loads[job.load()];
+        let load = &self.loads[job.load()];
+        let SimLoad { file, file_system, route, plan } = load;
         match job {
             Job::Open(id) => {
                 self.driver.begin(LoadSpec {
@@ -130,7 +142,7 @@ impl Machine {
                         staged: true,
                     }),
                 });
-                let batches = plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
+                let batches = plan.batches.iter().map(|_| need(load)).collect();
                 self.scheduler.opened(id, LoadNeeds { batches, ..LoadNeeds::default() });
             }
             Job::Allocate(id, number, _) => {
@@ -139,7 +151,7 @@ impl Machine {
                     index: 0,
                     route: *route,
                     staged_by: Route::UringFixedDirect,
-                    mount: 0,
+                    mount: *file_system,
                     alignment_bytes: BLOCK,
                     cached: CachedChunks::default(),
                 };
@@ -148,33 +160,109 @@ impl Machine {
             other => unreachable!("{other:?}"),
         }
     }
+
+    /// As a shutdown does past its deadline.
+    fn give_up(mut self) {
+        self.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
+        self.driver.kernel().complete_late();
+    }
 }
 
+const PLENTY: Shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: ENOUGH, buffer_slots: ENOUGH };
+
+/// Each resource scarce in its turn.
+fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots: u16) -> [Shared; 4] {
+    [
+        Shared { window_pieces, ..PLENTY },
+        Shared { depth, ..PLENTY },
+        Shared { staging_slots, ..PLENTY },
+        Shared { buffer_slots, ..PLENTY },
+    ]
+}
+
+/// Each pair of routes, beside each scarce resource.
+fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
+    let routes = || Route::ALL.into_iter();
+    let pairs = move || routes().flat_map(move |hung_by| routes().map(move |others_by| (hung_by, others_by)));
+    scarce.into_iter().flat_map(move |shared| pairs().map(move |(hung_by, others_by)| (shared, hung_by, others_by)))
+}
+
+/// However many loads there are from each of two file systems that never answer, whatever is scarce: those from a third go on.
 #[test]
-fn loads_whose_reads_never_come_back_stop_nobody_else() {
-    let enough = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: ENOUGH, buffer_slots: ENOUGH };
-    let scarce = [
-        Shared { window_pieces: 8, ..enough },
-        Shared { depth: 8, ..enough },
-        Shared { staging_slots: 8, ..enough },
-        Shared { buffer_slots: 8, ..enough },
-    ];
-    let routes = Route::ALL;
-    for shared in scarce {
-        for (hung_by, others_by) in routes.into_iter().flat_map(|hung_by| routes.map(|others_by| (hung_by, others_by))) {
+fn two_silent_file_systems_stop_no_other() {
+    for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
+        for loads in [1, 10] {
             let mut machine = Machine::new(1, shared, &Faults::none());
-            for number in 0..2 {
-                machine.submit(number, hung_by, true);
-                assert_eq!(machine.run(), [], "{hung_by}: they hang");
+            for number in 0..2 * loads {
+                machine.submit(number, number / loads, hung_by, true);
             }
-            let others = [2, 3, 4].map(LoadId);
+            assert_eq!(machine.run(), [], "{hung_by}: they hang");
+            let others = [20, 21, 22].map(LoadId);
             for other in others {
-                machine.submit(other.0, others_by, false);
+                machine.submit(other.0, 2, others_by, false);
             }
-            assert_eq!(machine.run(), others, "by {others_by} beside two that hang by {hung_by}, of {shared:?}");
-            machine.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
-            machine.driver.kernel().complete_late();
+            let case = format!("by {others_by} beside {loads} that hang by {hung_by} from each of two, of {shared:?}");
+            assert_eq!(machine.run(), others, "{case}");
+            machine.give_up();
         }
+    }
+}
+
+/// The same when all begin at once, the silent ones first, and as many from one file system as a loader has open.
+#[test]
+fn loads_that_begin_beside_many_silent_ones_go_on() {
+    for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
+        let mut machine = Machine::new(2, shared, &Faults::none());
+        for number in 0..20 {
+            machine.submit(number, 0, hung_by, true);
+        }
+        let others = [20, 21, 22].map(LoadId);
+        for other in others {
+            machine.submit(other.0, 1, others_by, false);
+        }
+        assert_eq!(machine.run(), others, "by {others_by} beside many that hang by {hung_by}, of {shared:?}");
+        machine.give_up();
+    }
+}
+
+/// Where there are many of something, a silent load leaves one to others of its own file system.
+#[test]
+fn one_silent_load_leaves_something_to_others_of_its_file_system() {
+    // Of 22 slots, 16 may be read into at once.
+    for (shared, hung_by, others_by) in each_case(each_scarce(16, 16, 22, 16)) {
+        let mut machine = Machine::new(3, shared, &Faults::none());
+        machine.submit(0, 0, hung_by, true);
+        assert_eq!(machine.run(), [], "{hung_by}: it hangs");
+        let others = [1, 2, 3].map(LoadId);
+        for other in others {
+            machine.submit(other.0, 0, others_by, false);
+        }
+        assert_eq!(machine.run(), others, "by {others_by} beside one that hangs by {hung_by}, of {shared:?}");
+        machine.give_up();
+    }
+}
+
+/// Loads that are healthy never wait for each other for good, however little there is of anything, and whoever is observed.
+#[test]
+fn many_loads_of_one_file_system_all_finish() {
+    for seed in 0..50 {
+        let little = [1, 2, 3, 4, 5, 8, 17];
+        let pick = |at: u64| little[usize::try_from((seed / 7_u64.pow(u32::try_from(at).unwrap()) + seed) % 7).unwrap()];
+        let shared = Shared { window_pieces: pick(0), depth: pick(1), staging_slots: pick(2), buffer_slots: pick(3) };
+        let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
+        let mut machine = Machine::new(seed, shared, &faults);
+        let all: Vec<_> = (0..16).map(LoadId).collect();
+        // Those that are observed in staging go there by every route.
+        machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
+        for load in &all {
+            let route = if machine.observed.contains(load) {
+                Route::Bounce
+            } else {
+                Route::ALL[usize::try_from((load.0 * 5 + seed) % Route::ALL.len() as u64).unwrap()]
+            };
+            machine.submit(load.0, 0, route, false);
+        }
+        assert_eq!(machine.run(), all, "seed {seed}, of {shared:?}");
     }
 }
 
@@ -183,15 +271,14 @@ fn loads_whose_reads_never_come_back_stop_nobody_else() {
 #[test]
 fn an_observed_load_goes_on_beside_those_that_hang() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
-    let shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: 8, buffer_slots: ENOUGH };
+    let shared = Shared { staging_slots: 8, ..PLENTY };
     for seed in 0..300 {
         let mut machine = Machine::new(seed, shared, &faults);
         machine.observed = vec![LoadId(0)];
-        for number in 0..2 + seed % 5 {
-            machine.submit(number, Route::Bounce, number > 0);
+        for number in 0..2 + seed % 20 {
+            machine.submit(number, if number == 0 { 0 } else { 1 + number % 2 }, Route::Bounce, number > 0);
         }
         assert_eq!(machine.run(), [LoadId(0)], "seed {seed}");
-        machine.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
-        machine.driver.kernel().complete_late();
+        machine.give_up();
     }
 }

@@ -96,7 +96,7 @@ struct Task {
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Of {
-    Batch(usize),
+    Batch(LoadId, usize),
     Copy(Token),
 }
 
@@ -121,7 +121,7 @@ struct Machine {
     most_copying: usize,
     ring_until: f64,
     completions: Vec<Completion>,
-    batches: Vec<usize>,
+    batches: Vec<(LoadId, usize)>,
 }
 
 impl Machine {
@@ -176,7 +176,7 @@ impl Machine {
         self.now = next + 1e-12;
         for task in self.tasks.extract_if(.., |task| task.left < 0.01) {
             match task.of {
-                Of::Batch(number) => self.batches.push(number),
+                Of::Batch(load, number) => self.batches.push((load, number)),
                 Of::Copy(token) => {
                     let result = Ok(usize::try_from(task.bytes).unwrap());
                     self.completions.push(Completion { token, result });
@@ -340,8 +340,8 @@ fn whole(threads: f64) -> usize {
     (1..).find(|&whole| whole as f64 >= threads).expect("there is a number above each other")
 }
 
-/// Loads one large file with the engine's defaults.
-fn load(path: Path, device: f64, cores: usize) -> Outcome {
+/// Loads one large file, or as many bytes in several loads at once of one file system, with the engine's defaults.
+fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
     let machine = Rc::new(RefCell::new(Machine {
         path,
         device,
@@ -360,24 +360,26 @@ fn load(path: Path, device: f64, cores: usize) -> Outcome {
     let batch_bytes = settings.batch_bytes();
     let segment_bytes = settings.load.segment_bytes_within(None);
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes, packed: false, batch_files: 64 };
-    let plan = Plan::new(&[4096], &[Span::whole(0, FILE_BYTES)], shape);
-    let id = LoadId(0);
+    let plan = Plan::new(&[4096], &[Span::whole(0, FILE_BYTES / loads as u64)], shape);
     let chunk_bytes = settings.load.chunk_bytes;
-    let mut scheduler = Scheduler::new(settings.window_bytes, u64::MAX, 1, 1);
+    let mut scheduler = Scheduler::new(settings.window_bytes, u64::MAX, 1, loads);
     let mut driver: Driver<_, Untouched> = Driver::new(FlowKernel(Rc::clone(&machine)), settings.queue_depth, settings.staging())
         .paced(settings.copiers(), settings.staging_grows());
-    driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes, strict: true, trace: false, observation: None });
-    scheduler.submit(id);
-    assert_eq!(scheduler.next(), Some(Job::Open(id)));
     let need = |bytes| Need { bytes, ..Need::default() };
-    scheduler
-        .opened(id, LoadNeeds { batches: plan.batches.iter().map(|batch| need(batch.bytes)).collect(), ..LoadNeeds::default() });
+    for id in (0..loads as u64).map(LoadId) {
+        driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes, strict: true, trace: false, observation: None });
+        scheduler.submit(id);
+        assert_eq!(scheduler.next(), Some(Job::Open(id)));
+        let batches = plan.batches.iter().map(|batch| need(batch.bytes)).collect();
+        scheduler.opened(id, LoadNeeds { batches, ..LoadNeeds::default() });
+    }
+    let mut loads_left = loads;
     let mut allocators = settings.allocators();
     let (mut allocating, mut most_allocating) = (0, 0);
     loop {
         let now = machine.borrow().now;
         let ended = std::mem::take(&mut machine.borrow_mut().batches);
-        for number in ended {
+        for (id, number) in ended {
             allocating -= 1;
             let piece = plan.pieces[number];
             let _ = allocators.end(Duration::from_secs_f64(now), piece.bytes);
@@ -401,7 +403,8 @@ fn load(path: Path, device: f64, cores: usize) -> Outcome {
         }
         for output in driver.outputs() {
             match output {
-                Output::PieceFull { piece, .. } => scheduler.give_back(&id, need(plan.pieces[piece].memory_bytes)),
+                Output::PieceFull { load, piece, .. } => scheduler.give_back(&load, need(plan.pieces[piece].memory_bytes)),
+                Output::Event { event: LoadEvent::Gone { .. }, .. } if loads_left > 1 => loads_left -= 1,
                 Output::Event { event: LoadEvent::Gone { .. }, .. } => {
                     let machine = machine.borrow();
                     let rate = FILE_BYTES as f64 / machine.now;
@@ -411,14 +414,14 @@ fn load(path: Path, device: f64, cores: usize) -> Outcome {
             }
         }
         while allocating < allocators.threads()
-            && let Some(Job::Allocate(_, number, need)) = scheduler.next()
+            && let Some(Job::Allocate(id, number, need)) = scheduler.next()
         {
             allocators.begin(Duration::from_secs_f64(now));
             allocating += 1;
             most_allocating = most_allocating.max(allocating);
             let (left, passes, traffic) =
                 if path == Path::Direct { (need.bytes as f64, 1.0, 1.0) } else { (PREPARE * PASS, 1.0, 0.0) };
-            let task = Task { of: Of::Batch(number), from: now, left, bytes: need.bytes, passes, traffic };
+            let task = Task { of: Of::Batch(id, number), from: now, left, bytes: need.bytes, passes, traffic };
             machine.borrow_mut().tasks.push(task);
         }
         machine.borrow_mut().advance();
@@ -434,7 +437,7 @@ fn threads_and_staging_follow_the_machine_to_its_limit() {
     for path in [Path::Direct, Path::StagedInCache, Path::StagedOutOfCache] {
         for device in DEVICES {
             for cores in CORES {
-                let Outcome { rate, copiers, allocators } = load(path, device, cores);
+                let Outcome { rate, copiers, allocators } = load(path, device, cores, 1);
                 let limit = path.limit(device, cores);
                 // Threads that do nothing but their passes, at the limit. Where that is the bus, which slows down threads as well as
                 // the device, it takes one more to have as large a part of it.
@@ -456,6 +459,19 @@ fn threads_and_staging_follow_the_machine_to_its_limit() {
     }
     eprintln!("{table}");
     assert_eq!(wrong, Vec::<String>::new(), "of {table}");
+}
+
+/// Together they hold no more than one, of anything: that must be enough for all of them.
+#[test]
+fn many_loads_of_one_file_system_are_as_fast_as_one() {
+    for path in [Path::Direct, Path::StagedInCache] {
+        for (device, cores) in [(3.0, 2), (14.0, 2), (14.0, 8), (50.0, 32)] {
+            let Outcome { rate, .. } = load(path, device, cores, 16);
+            let share = rate / path.limit(device, cores);
+            eprintln!("16 loads, {path:?}, {device} GiB/s, {cores} cores: {share:.3}");
+            assert!((SHARE..=1.0).contains(&share), "{path:?}, {device} GiB/s, {cores} cores: {share:.3}");
+        }
+    }
 }
 
 #[test]

@@ -30,6 +30,12 @@ use crate::ring::watch::{Observation, Watch};
 use crate::route::Route;
 use crate::support::id::LoadId;
 
+/// What memory of a load takes of the window. There are two file systems, from both of which a load
+/// may have files: its memory counts for one of them.
+fn need(load: LoadId, bytes: u64) -> Need {
+    Need { bytes, file_system: load.0 % 2, ..Need::default() }
+}
+
 /// Turns without a completion after which a shutdown passes its deadline.
 const PATIENCE: u32 = 200;
 
@@ -264,8 +270,7 @@ impl World {
             Some(Job::Open(id)) => {
                 let load = self.loads.get_mut(&id).unwrap();
                 load.begun = true;
-                let needs: Vec<_> =
-                    load.plan.batches.iter().map(|batch| Need { bytes: batch.bytes, ..Need::default() }).collect();
+                let needs: Vec<_> = load.plan.batches.iter().map(|batch| need(id, batch.bytes)).collect();
                 if needs.is_empty() {
                     load.gone = true;
                     self.scheduler.end();
@@ -348,7 +353,7 @@ impl World {
     }
 
     fn give_back(&mut self, load: LoadId, bytes: u64) {
-        self.scheduler.give_back(&load, Need { bytes, ..Need::default() });
+        self.scheduler.give_back(&load, need(load, bytes));
     }
 
     /// Gives back the permits of buffers that were dropped, counted by the bytes still allocated.
