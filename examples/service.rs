@@ -21,7 +21,7 @@ use axum::body::Body;
 use axum::extract::{Json, Path, State};
 use axum::http::StatusCode;
 use axum::routing::{get, put};
-use dmaload::{Image, Latency, Loader};
+use dmaload::{ErrorKind, Image, Latency, Loader};
 use serde_json::{Value, json};
 
 #[derive(Clone)]
@@ -33,9 +33,9 @@ struct Service {
 type Answer<T> = Result<T, (StatusCode, String)>;
 
 fn failed(error: dmaload::Error) -> (StatusCode, String) {
-    let status = match error {
-        dmaload::Error::File { .. } | dmaload::Error::NoSuchTensor(_) => StatusCode::NOT_FOUND,
-        dmaload::Error::OverLimit { .. } | dmaload::Error::OutOfMemory { .. } => StatusCode::INSUFFICIENT_STORAGE,
+    let status = match error.kind() {
+        ErrorKind::NotFound => StatusCode::NOT_FOUND,
+        ErrorKind::OverLimit | ErrorKind::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
         _ => StatusCode::UNPROCESSABLE_ENTITY,
     };
     let hint = error.hint().map(|hint| format!("; {hint}")).unwrap_or_default();

@@ -8,8 +8,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
-use dmaload::dmabuf::Error;
-use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
+use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{LoadOptions, Loader, Report};
 
 const FILE_BYTES: usize = 512 << 20;
@@ -22,7 +21,7 @@ const ROUNDS: usize = 5;
 struct SlowHeap(Duration);
 
 impl HeapHooks for SlowHeap {
-    fn before_populate(&self, _mapped: Range<usize>, _part: Range<usize>) -> Result<(), Error> {
+    fn before_populate(&self, _mapped: Range<usize>, _part: Range<usize>) -> Result<(), HeapError> {
         std::thread::sleep(self.0);
         Ok(())
     }

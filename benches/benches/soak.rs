@@ -14,8 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use dmaload::dmabuf;
-use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::heap::{AnonHeap, HeapError, HeapHooks, Hooked, MemfdHeap, Pages};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, Route};
 use dmaload_testing::Random;
@@ -67,9 +66,9 @@ impl HeapHooks for Failing {
         Some("failing".into())
     }
 
-    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         let fails = self.0.lock().expect("no panic before").chance(50);
-        if fails { Err(dmabuf::Error::new("allocate", bytes, rustix::io::Errno::NOMEM)) } else { Ok(()) }
+        if fails { Err(HeapError::new("allocate", bytes, dmaload::Errno::ENOMEM)) } else { Ok(()) }
     }
 }
 
@@ -143,7 +142,7 @@ fn loader(random: &mut Random) -> Result<Loader> {
     let builder = match random.below(6) {
         0 => builder.heap(AnonHeap::default()),
         1 => builder.heap(Hooked::new(MemfdHeap::default(), Failing(std::sync::Mutex::new(random.clone())))),
-        2 => builder.heap(MemfdHeap { pages: dmabuf::Pages::Small }),
+        2 => builder.heap(MemfdHeap { pages: Pages::Small }),
         _ => builder.heap(MemfdHeap::default()),
     };
     Ok(builder.build()?)

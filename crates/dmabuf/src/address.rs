@@ -35,7 +35,7 @@ impl AddressRange {
     /// # Errors
     /// ENOMEM when the address space is full (RLIMIT_AS, or the number of mappings), EINVAL for a length of 0.
     pub fn reserve(bytes: usize) -> Result<Arc<Self>, Error> {
-        let failed = |errno| Error::new("reserve addresses", bytes, errno);
+        let failed = |errno| Error::from_call("reserve addresses", bytes, errno);
         let bytes = bytes.checked_next_multiple_of(page_bytes()).filter(|&b| b > 0).ok_or(failed(Errno::INVAL))?;
         let padded = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(failed(Errno::NOMEM))?;
         // SAFETY: no address is asked for, so nothing that exists is replaced.
@@ -66,7 +66,7 @@ impl AddressRange {
     /// EINVAL when `at` or `bytes` is not a multiple of the page size, is zero, or reaches past the range or the
     /// memory; EEXIST when a part is mapped already; else what `mmap(2)` answered.
     pub fn map(self: &Arc<Self>, memory: &Memory, at: usize, bytes: usize) -> Result<Mapping, Error> {
-        let failed = |errno| Error::new("map memory", bytes, errno);
+        let failed = |errno| Error::from_call("map memory", bytes, errno);
         let page = page_bytes();
         let end = at.checked_add(bytes).ok_or(failed(Errno::INVAL))?;
         let room = memory.bytes().unwrap_or(usize::MAX);
@@ -214,7 +214,7 @@ impl Mapping {
     fn advise(&self, advice: Advice, operation: &'static str) -> Result<(), Error> {
         // SAFETY: the range is this mapping's, and the advice changes none of its bytes.
         unsafe { madvise(self.address().as_ptr().cast(), self.bytes, advice) }
-            .map_err(|errno| Error::new(operation, self.bytes, errno))
+            .map_err(|errno| Error::from_call(operation, self.bytes, errno))
     }
 
     /// Moves the mapping, with its page tables, to `at` bytes into another range (or elsewhere in its own): nothing is
@@ -227,7 +227,7 @@ impl Mapping {
     /// EINVAL when `at` is unaligned or out of range, on older kernels, and for mappings by page frame number (dma-heaps);
     /// EEXIST when something is mapped there; ENOMEM.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
-        let failed = |errno| Error::new("move a mapping", self.bytes, errno);
+        let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
         let Some(end) = end else {
             let error = failed(Errno::INVAL);
@@ -274,6 +274,7 @@ impl Drop for Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Errno;
     use crate::Memfd;
 
     const PAGE: usize = 4096;
@@ -316,7 +317,7 @@ mod tests {
             assert_eq!(range.base().addr().get() % HUGE_PAGE_BYTES, 0);
             assert!(range.bytes() >= bytes);
         }
-        assert_eq!(AddressRange::reserve(0).unwrap_err().errno, Errno::INVAL);
+        assert_eq!(AddressRange::reserve(0).unwrap_err().errno, Errno::EINVAL);
     }
 
     #[test]
@@ -324,7 +325,7 @@ mod tests {
         let range = AddressRange::reserve(8 * PAGE).unwrap();
         let first = range.map(&Memory::Anonymous, PAGE, 2 * PAGE).unwrap();
         for (at, bytes) in [(0, 2 * PAGE), (PAGE, PAGE), (2 * PAGE, PAGE), (0, 8 * PAGE)] {
-            assert_eq!(range.map(&Memory::Anonymous, at, bytes).unwrap_err().errno, Errno::EXIST, "{at} {bytes}");
+            assert_eq!(range.map(&Memory::Anonymous, at, bytes).unwrap_err().errno, Errno::EEXIST, "{at} {bytes}");
         }
         let _before = range.map(&Memory::Anonymous, 0, PAGE).unwrap();
         let _after = range.map(&Memory::Anonymous, 3 * PAGE, PAGE).unwrap();
@@ -351,11 +352,11 @@ mod tests {
             // SAFETY: as above.
             unsafe { mapping.address().as_ptr().write_bytes(0xA5, 4 * PAGE) };
             old.map(&Memory::Anonymous, PAGE, 4 * PAGE).unwrap();
-            assert_eq!(new.map(&Memory::Anonymous, 5 * PAGE, PAGE).unwrap_err().errno, Errno::EXIST);
+            assert_eq!(new.map(&Memory::Anonymous, 5 * PAGE, PAGE).unwrap_err().errno, Errno::EEXIST);
             let refused = mapping.move_to(&new, 3 * PAGE).unwrap_err();
-            assert_eq!(refused.error.errno, Errno::EXIST, "onto itself");
+            assert_eq!(refused.error.errno, Errno::EEXIST, "onto itself");
             let refused = refused.mapping.move_to(&old, 6 * PAGE).unwrap_err();
-            assert_eq!(refused.error.errno, Errno::INVAL, "past the end");
+            assert_eq!(refused.error.errno, Errno::EINVAL, "past the end");
         }
     }
 
@@ -364,7 +365,7 @@ mod tests {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
         for (at, bytes) in [(1, PAGE), (0, 100), (0, 0), (3 * PAGE, 2 * PAGE), (0, 2 * PAGE), (usize::MAX - PAGE + 1, PAGE)] {
-            assert_eq!(range.map(&memory, at, bytes).unwrap_err().errno, Errno::INVAL, "{at} {bytes}");
+            assert_eq!(range.map(&memory, at, bytes).unwrap_err().errno, Errno::EINVAL, "{at} {bytes}");
         }
     }
 

@@ -63,7 +63,7 @@ impl DmaBuf {
     /// # Errors
     /// ENOTTY or EINVAL when the descriptor is no dma-buf.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
-        let failed = |errno| Error::new("take a dma-buf", 0, errno);
+        let failed = |errno| Error::from_call("take a dma-buf", 0, errno);
         // A dma-buf tells its size this way and no other (drivers/dma-buf/dma-buf.c, dma_buf_llseek).
         let bytes = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0)).map_err(failed)?;
         let dma_buf = DmaBuf { fd, bytes: usize::try_from(bytes).map_err(|_| failed(Errno::OVERFLOW))? };
@@ -110,7 +110,7 @@ impl DmaBuf {
             match unsafe { ioctl(&self.fd, request) } {
                 // The documentation of the ioctl asks for this loop.
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                other => return other.map_err(|errno| Error::new(operation, self.bytes, errno)),
+                other => return other.map_err(|errno| Error::from_call(operation, self.bytes, errno)),
             }
         }
     }
@@ -165,6 +165,6 @@ mod tests {
     fn what_is_no_dma_buf_is_refused() {
         let memfd = crate::Memfd::create("test", 4096).unwrap();
         let refused = DmaBuf::from_fd(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap_err();
-        assert!(matches!(refused.errno, Errno::NOTTY | Errno::INVAL), "{refused}");
+        assert!(matches!(refused.errno, crate::Errno::ENOTTY | crate::Errno::EINVAL), "{refused}");
     }
 }

@@ -5,12 +5,12 @@ use std::ffi::c_void;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
 
-use rustix::io::Errno;
+use rustix::io;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
 use crate::device;
 use crate::open::{open_device, path_of};
-use crate::{Device, DeviceError, DmaBuf, Error, page_bytes};
+use crate::{Device, DeviceError, DmaBuf, Errno, Error, page_bytes};
 
 /// `struct dma_heap_allocation_data` of include/uapi/linux/dma-heap.h.
 #[repr(C)]
@@ -76,10 +76,10 @@ impl DmaHeap {
         let path = Self::path(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
             let about = Some("a heap's name is a name, not a path".to_owned());
-            return Err(DeviceError { path, errno: Errno::INVAL, about });
+            return Err(DeviceError { path, errno: Errno::EINVAL, about });
         }
         let fd = open_device(&path).map_err(|error| match error.errno {
-            Errno::NOENT => DeviceError { about: Some(others()), ..error },
+            Errno::ENOENT => DeviceError { about: Some(others()), ..error },
             _ => error,
         })?;
         Ok(DmaHeap { fd, name: name.to_owned() })
@@ -92,7 +92,7 @@ impl DmaHeap {
     pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
         match Device::of(&fd) {
             Some(Device::DmaHeap(name)) => Ok(DmaHeap { fd, name }),
-            _ => Err(DeviceError { path: path_of(&fd), errno: Errno::NODEV, about: Some("it is no dma-heap".to_owned()) }),
+            _ => Err(DeviceError { path: path_of(&fd), errno: Errno::ENODEV, about: Some("it is no dma-heap".to_owned()) }),
         }
     }
 
@@ -118,12 +118,12 @@ impl DmaHeap {
     /// # Errors
     /// As [`DmaHeap::allocate`], and EINVAL for flags that the kernel does not know.
     pub fn allocate_with(&self, bytes: usize, fd_flags: u32, heap_flags: u64) -> Result<DmaBuf, Error> {
-        let failed = |errno| Error::new("allocate a dma-buf", bytes, errno);
-        let rounded = bytes.checked_next_multiple_of(page_bytes()).ok_or(failed(Errno::NOMEM))?;
+        let failed = |errno| Error::from_call("allocate a dma-buf", bytes, errno);
+        let rounded = bytes.checked_next_multiple_of(page_bytes()).ok_or(failed(io::Errno::NOMEM))?;
         let request = Allocate(Allocation { len: bytes as u64, fd: 0, fd_flags, heap_flags });
         // SAFETY: the request describes itself truly, see its `Ioctl` implementation.
         let fd = unsafe { ioctl(&self.fd, request) }.map_err(failed)?;
-        let fd = i32::try_from(fd).map_err(|_| failed(Errno::BADF))?;
+        let fd = i32::try_from(fd).map_err(|_| failed(io::Errno::BADF))?;
         // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::new(fd, rounded))
@@ -144,14 +144,14 @@ mod tests {
     #[test]
     fn a_name_is_no_path() {
         for name in ["", ".", "..", "../null", "a/b", "/dev/null"] {
-            assert_eq!(DmaHeap::open(name).unwrap_err().errno, Errno::INVAL, "{name:?}");
+            assert_eq!(DmaHeap::open(name).unwrap_err().errno, Errno::EINVAL, "{name:?}");
         }
     }
 
     #[test]
     fn an_unknown_name_is_told_with_the_known_ones() {
         let error = DmaHeap::open("no-such-heap").unwrap_err();
-        assert_eq!(error.errno, Errno::NOENT);
+        assert_eq!(error.errno, Errno::ENOENT);
         assert!(error.to_string().contains("heaps"), "{error}");
     }
 }

@@ -1,39 +1,110 @@
 //! Errors of the kernel by name: `EINVAL` tells more than `22`.
 
-use rustix::io::Errno;
+use std::fmt;
+use std::io;
 
-macro_rules! names {
-    ($($rustix:ident $posix:literal),* $(,)?) => {
-        /// The symbolic name of an errno, as the man pages write it; `None` for one that this table does not have.
-        pub fn name(errno: Errno) -> Option<&'static str> {
-            match errno {
-                $(Errno::$rustix => Some($posix),)*
-                _ => None,
+/// An error number of the kernel.
+///
+/// The constants have the names of errno(3). [`fmt::Display`] shows what [`io::Error`] shows;
+/// [`Errno::describe`] adds the name, as the error texts of these crates do:
+///
+/// ```
+/// use dmabuf::Errno;
+///
+/// let errno = Errno::from_raw_os_error(22);
+/// assert_eq!(errno, Errno::EINVAL);
+/// assert_eq!(errno.name(), Some("EINVAL"));
+/// assert_eq!(errno.describe(), "EINVAL (Invalid argument)");
+/// assert_eq!(errno.to_string(), "Invalid argument (os error 22)");
+/// assert_eq!(std::io::Error::from(errno).kind(), std::io::ErrorKind::InvalidInput);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Errno(i32);
+
+macro_rules! constants {
+    ($($rustix:ident $posix:ident),* $(,)?) => {
+        impl Errno {
+            $(
+                #[doc = concat!("`", stringify!($posix), "`, see errno(3).")]
+                pub const $posix: Errno = Errno(rustix::io::Errno::$rustix.raw_os_error());
+            )*
+
+            /// The symbolic name, as the man pages write it; `None` for an error that has no
+            /// constant here.
+            pub const fn name(self) -> Option<&'static str> {
+                match self {
+                    $(Errno::$posix => Some(stringify!($posix)),)*
+                    _ => None,
+                }
             }
         }
     };
 }
 
-names! {
-    ACCESS "EACCES", AGAIN "EAGAIN", BADF "EBADF", BADFD "EBADFD", BUSY "EBUSY", CANCELED "ECANCELED",
-    CONNREFUSED "ECONNREFUSED", CONNRESET "ECONNRESET", DEADLK "EDEADLK", EXIST "EEXIST", FAULT "EFAULT",
-    FBIG "EFBIG", HOSTDOWN "EHOSTDOWN", HOSTUNREACH "EHOSTUNREACH", ILSEQ "EILSEQ", INTR "EINTR",
-    INVAL "EINVAL", IO "EIO", ISDIR "EISDIR", LOOP "ELOOP", MEDIUMTYPE "EMEDIUMTYPE", MFILE "EMFILE",
-    NAMETOOLONG "ENAMETOOLONG", NFILE "ENFILE", NODATA "ENODATA", NODEV "ENODEV", NOENT "ENOENT",
-    NOMEDIUM "ENOMEDIUM", NOMEM "ENOMEM", NOSPC "ENOSPC", NOSYS "ENOSYS", NOTCONN "ENOTCONN",
-    NOTDIR "ENOTDIR", NOTTY "ENOTTY", NXIO "ENXIO", OPNOTSUPP "EOPNOTSUPP", OVERFLOW "EOVERFLOW",
-    PERM "EPERM", PIPE "EPIPE", RANGE "ERANGE", REMOTEIO "EREMOTEIO", ROFS "EROFS", SHUTDOWN "ESHUTDOWN",
-    SPIPE "ESPIPE", SRCH "ESRCH", STALE "ESTALE", TIME "ETIME", TIMEDOUT "ETIMEDOUT", TXTBSY "ETXTBSY",
-    UCLEAN "EUCLEAN", XDEV "EXDEV",
+constants! {
+    ACCESS EACCES, AGAIN EAGAIN, BADF EBADF, BADFD EBADFD, BUSY EBUSY, CANCELED ECANCELED,
+    CONNREFUSED ECONNREFUSED, CONNRESET ECONNRESET, DEADLK EDEADLK, EXIST EEXIST, FAULT EFAULT,
+    FBIG EFBIG, HOSTDOWN EHOSTDOWN, HOSTUNREACH EHOSTUNREACH, ILSEQ EILSEQ, INTR EINTR,
+    INVAL EINVAL, IO EIO, ISDIR EISDIR, LOOP ELOOP, MEDIUMTYPE EMEDIUMTYPE, MFILE EMFILE,
+    NAMETOOLONG ENAMETOOLONG, NFILE ENFILE, NODATA ENODATA, NODEV ENODEV, NOENT ENOENT,
+    NOMEDIUM ENOMEDIUM, NOMEM ENOMEM, NOSPC ENOSPC, NOSYS ENOSYS, NOTCONN ENOTCONN,
+    NOTDIR ENOTDIR, NOTTY ENOTTY, NXIO ENXIO, OPNOTSUPP EOPNOTSUPP, OVERFLOW EOVERFLOW,
+    PERM EPERM, PIPE EPIPE, RANGE ERANGE, REMOTEIO EREMOTEIO, ROFS EROFS, SHUTDOWN ESHUTDOWN,
+    SPIPE ESPIPE, SRCH ESRCH, STALE ESTALE, TIME ETIME, TIMEDOUT ETIMEDOUT, TXTBSY ETXTBSY,
+    UCLEAN EUCLEAN, XDEV EXDEV,
 }
 
-/// `EINVAL (Invalid argument)`; an errno without a name in the table is written by its number.
-pub fn describe(errno: Errno) -> String {
-    let text = std::io::Error::from(errno).to_string();
-    let text = text.split(" (os error").next().unwrap_or_default();
-    match name(errno) {
-        Some(name) => format!("{name} ({text})"),
-        None => format!("errno {} ({text})", errno.raw_os_error()),
+impl Errno {
+    /// The error of this number.
+    pub const fn from_raw_os_error(number: i32) -> Self {
+        Errno(number)
+    }
+
+    /// Its number.
+    pub const fn raw_os_error(self) -> i32 {
+        self.0
+    }
+
+    /// The kernel's answer inside of an I/O error; `None` where it comes from elsewhere.
+    pub fn from_io_error(error: &io::Error) -> Option<Self> {
+        error.raw_os_error().map(Errno)
+    }
+
+    /// Name and words: `EINVAL (Invalid argument)`, or `errno 4000 (…)` for one without a name.
+    pub fn describe(self) -> String {
+        let text = self.to_string();
+        let text = text.split(" (os error").next().unwrap_or_default();
+        match self.name() {
+            Some(name) => format!("{name} ({text})"),
+            None => format!("errno {} ({text})", self.0),
+        }
+    }
+
+    pub(crate) fn from_rustix(errno: rustix::io::Errno) -> Self {
+        Errno(errno.raw_os_error())
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        io::Error::from(*self).fmt(f)
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "Errno({})", self.0),
+        }
+    }
+}
+
+impl std::error::Error for Errno {}
+
+impl From<Errno> for io::Error {
+    fn from(errno: Errno) -> Self {
+        io::Error::from_raw_os_error(errno.0)
     }
 }
 
@@ -43,12 +114,40 @@ mod tests {
 
     #[test]
     fn an_errno_is_told_by_name_and_in_words() {
-        assert_eq!(describe(Errno::INVAL), "EINVAL (Invalid argument)");
-        assert_eq!(describe(Errno::NODATA), "ENODATA (No data available)");
+        assert_eq!(Errno::EINVAL.describe(), "EINVAL (Invalid argument)");
+        assert_eq!(Errno::ENODATA.describe(), "ENODATA (No data available)");
+        assert_eq!(format!("{:?}", Errno::EIO), "EIO");
     }
 
     #[test]
     fn an_unknown_errno_keeps_its_number() {
-        assert!(describe(Errno::from_raw_os_error(4000)).starts_with("errno 4000 "));
+        let unknown = Errno::from_raw_os_error(4000);
+        assert!(unknown.describe().starts_with("errno 4000 "));
+        assert_eq!((unknown.name(), unknown.raw_os_error()), (None, 4000));
+        assert_eq!(format!("{unknown:?}"), "Errno(4000)");
+    }
+
+    #[test]
+    fn constants_are_the_kernels_numbers() {
+        for (errno, number) in [
+            (Errno::EPERM, libc::EPERM),
+            (Errno::ENOENT, libc::ENOENT),
+            (Errno::EIO, libc::EIO),
+            (Errno::EAGAIN, libc::EAGAIN),
+            (Errno::EOPNOTSUPP, libc::ENOTSUP),
+            (Errno::ECANCELED, libc::ECANCELED),
+        ] {
+            assert_eq!(errno.raw_os_error(), number, "{errno:?}");
+        }
+    }
+
+    #[test]
+    fn io_errors_are_taken_and_given() {
+        for errno in [Errno::ENOENT, Errno::EIO, Errno::from_raw_os_error(4000)] {
+            let error = io::Error::from(errno);
+            assert_eq!(Errno::from_io_error(&error), Some(errno));
+            assert_eq!(error.to_string(), errno.to_string());
+        }
+        assert_eq!(Errno::from_io_error(&io::Error::other("torn")), None);
     }
 }

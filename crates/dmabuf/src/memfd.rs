@@ -30,16 +30,16 @@ impl Memfd {
         // The kernel says EFBIG too, but sends SIGXFSZ with it, which ends a process that is not prepared.
         let limit = Limit::FileSize.current();
         if limit.is_some_and(|limit| bytes as u64 > limit) {
-            return Err(Error::new("size a memfd", bytes, Errno::FBIG));
+            return Err(Error::from_call("size a memfd", bytes, Errno::FBIG));
         }
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
             Err(Errno::INVAL) => memfd_create(name, flags),
             other => other,
         }
-        .map_err(|errno| Error::new("create a memfd", bytes, errno))?;
-        ftruncate(&fd, bytes as u64).map_err(|errno| Error::new("size a memfd", bytes, errno))?;
-        fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(|errno| Error::new("seal a memfd", bytes, errno))?;
+        .map_err(|errno| Error::from_call("create a memfd", bytes, errno))?;
+        ftruncate(&fd, bytes as u64).map_err(|errno| Error::from_call("size a memfd", bytes, errno))?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK).map_err(|errno| Error::from_call("seal a memfd", bytes, errno))?;
         Ok(Memfd { fd, bytes, foreign: false })
     }
 
@@ -49,7 +49,7 @@ impl Memfd {
     /// # Errors
     /// EINVAL for what is no memory file, or of no size; EPERM for one without these seals.
     pub fn from_sealed(fd: OwnedFd) -> Result<Self, Error> {
-        let failed = |errno| Error::new("take a sealed memfd", 0, errno);
+        let failed = |errno| Error::from_call("take a sealed memfd", 0, errno);
         let seals = rustix::fs::fcntl_get_seals(&fd).map_err(failed)?;
         if !seals.contains(SealFlags::SHRINK) || !seals.intersects(SealFlags::FUTURE_WRITE | SealFlags::WRITE) {
             return Err(failed(Errno::PERM));
@@ -87,11 +87,11 @@ impl Memfd {
     /// seals were sealed without this one.
     pub fn seal_against_writes(&self) -> Result<(), Error> {
         let wanted = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
-        let has = rustix::fs::fcntl_get_seals(&self.fd).map_err(|errno| Error::new("read the seals", self.bytes, errno))?;
+        let has = rustix::fs::fcntl_get_seals(&self.fd).map_err(|errno| Error::from_call("read the seals", self.bytes, errno))?;
         if has.contains(wanted) {
             return Ok(());
         }
-        fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::new("seal a memfd against writes", self.bytes, errno))
+        fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::from_call("seal a memfd against writes", self.bytes, errno))
     }
 
     /// Whether nobody can write to it any more but by what is mapped, or is a udmabuf, already. What
@@ -126,10 +126,10 @@ mod tests {
     fn what_is_not_sealed_is_not_taken_and_what_is_can_only_be_looked_at() {
         let memfd = Memfd::create("test", 8192).unwrap();
         let again = || memfd.fd.try_clone().unwrap();
-        assert_eq!(Memfd::from_sealed(again()).unwrap_err().errno, Errno::PERM);
+        assert_eq!(Memfd::from_sealed(again()).unwrap_err().errno, crate::Errno::EPERM);
         let file = std::fs::File::open("/proc/self/exe").unwrap();
         // Files on tmpfs have seals, too, but not these.
-        assert!(matches!(Memfd::from_sealed(file.into()).unwrap_err().errno, Errno::INVAL | Errno::PERM));
+        assert!(matches!(Memfd::from_sealed(file.into()).unwrap_err().errno, crate::Errno::EINVAL | crate::Errno::EPERM));
         memfd.seal_against_writes().unwrap();
         let taken = crate::Memory::Memfd(Memfd::from_sealed(again()).unwrap());
         let range = crate::AddressRange::reserve(8192).unwrap();

@@ -5,13 +5,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
-use rustix::io::Errno;
 
-use crate::printable;
+use crate::{Errno, printable};
 
 /// A device that could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cannot open {}: {}{}", printable::path(path), crate::errno::describe(*.errno), .about.iter().map(|about| format!("; {}", printable::text(about))).collect::<String>())]
+#[error("cannot open {}: {}{}", printable::path(path), .errno.describe(), .about.iter().map(|about| format!("; {}", printable::text(about))).collect::<String>())]
 #[non_exhaustive]
 pub struct DeviceError {
     /// The device.
@@ -31,18 +30,20 @@ pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
 
 pub(crate) fn open_device(path: &Path) -> Result<OwnedFd, DeviceError> {
     let failed = |errno| DeviceError { path: path.to_owned(), errno, about: about(path, errno) };
-    let fd = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-    let kind = FileType::from_raw_mode(fstat(&fd).map_err(failed)?.st_mode);
-    if kind == FileType::CharacterDevice { Ok(fd) } else { Err(failed(Errno::NODEV)) }
+    let fd = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    let fd = fd.map_err(|errno| failed(Errno::from_rustix(errno)))?;
+    let status = fstat(&fd).map_err(|errno| failed(Errno::from_rustix(errno)))?;
+    let kind = FileType::from_raw_mode(status.st_mode);
+    if kind == FileType::CharacterDevice { Ok(fd) } else { Err(failed(Errno::ENODEV)) }
 }
 
 fn about(path: &Path, errno: Errno) -> Option<String> {
     match errno {
-        Errno::ACCESS | Errno::PERM => {
+        Errno::EACCES | Errno::EPERM => {
             let found = std::fs::metadata(path).ok()?;
             Some(format!("its mode is {:04o}, its owner {}, its group {}", found.mode() & 0o7777, found.uid(), found.gid()))
         }
-        Errno::NODEV => Some("it is no character device".to_owned()),
+        Errno::ENODEV => Some("it is no character device".to_owned()),
         _ => None,
     }
 }

@@ -23,6 +23,7 @@ use crate::{Error, HUGE_PAGE_BYTES, Mapping, Memory, PageCount, page_bytes};
 
 /// Which page size to populate with.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Pages {
     /// 2 MiB pages wherever they can be had, small ones for the rest.
     #[default]
@@ -39,7 +40,7 @@ pub struct Populated {
     /// The page sizes obtained; `None` where the kernel has no cheap way to look (before Linux 6.7).
     pub pages: Option<PageCount>,
     /// Why an extent is not on a huge page although one was wanted. `None` too where nothing could be seen.
-    pub refused: Option<Errno>,
+    pub refused: Option<crate::Errno>,
 }
 
 /// Collapsing can fail for a moment (a page on its way elsewhere, a lock held by somebody else).
@@ -97,7 +98,7 @@ impl Mapping {
     /// reaches past the mapping, when the mapping is not one of `memory`, and before Linux 5.14 for a
     /// read-only mapping; ENOTSUP under [`Pages::Huge`] when an extent is seen to be on small pages.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
-        let failed = |errno| Error::new("populate memory", part.len(), errno);
+        let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();
         if part.is_empty() || part.end > self.bytes() || !part.start.is_multiple_of(page) || !part.end.is_multiple_of(page) {
             return Err(failed(Errno::INVAL));
@@ -121,7 +122,7 @@ impl Mapping {
                     // A kernel without huge pages does not know the advice, and needs none.
                     Ok(()) | Err(Errno::INVAL) => {}
                     // Any other refusal (ENOMEM: too many mappings) would let huge pages in.
-                    Err(errno) => return Err(Error::new("keep to small pages", part.len(), errno)),
+                    Err(errno) => return Err(Error::from_call("keep to small pages", part.len(), errno)),
                 }
                 None
             }
@@ -142,9 +143,10 @@ impl Mapping {
         let whole = extents.len() as u64;
         let short = pages != Pages::Small && pages_seen.is_some_and(|seen| seen.huge_bytes < whole);
         if short && pages == Pages::Huge {
-            return Err(Error::new("put 2 MiB pages under memory", part.len(), refused.unwrap_or(Errno::NOTSUP)));
+            return Err(Error::from_call("put 2 MiB pages under memory", part.len(), refused.unwrap_or(Errno::NOTSUP)));
         }
-        Ok(Populated { pages: pages_seen, refused: if short { Some(refused.unwrap_or(Errno::NOTSUP)) } else { None } })
+        let refused = short.then(|| crate::Errno::from_rustix(refused.unwrap_or(Errno::NOTSUP)));
+        Ok(Populated { pages: pages_seen, refused })
     }
 }
 
@@ -360,7 +362,7 @@ mod tests {
         let memory = Memory::Anonymous;
         let mapping = mapped(&memory, 4 * page_bytes());
         for part in [0..1, 1..page_bytes(), 0..5 * page_bytes(), 0..0] {
-            assert_eq!(mapping.populate(&memory, part, Pages::Auto).unwrap_err().errno, Errno::INVAL);
+            assert_eq!(mapping.populate(&memory, part, Pages::Auto).unwrap_err().errno, crate::Errno::EINVAL);
         }
     }
 
@@ -377,7 +379,7 @@ mod tests {
             mapping.populate(&foreign, 0..bytes, pages).unwrap();
             // What it says that it is made of must be what it is made of.
             for other in [Memory::Anonymous, Memory::Memfd(Memfd::create("other", bytes).unwrap())] {
-                assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, Errno::INVAL);
+                assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, crate::Errno::EINVAL);
             }
         }
     }

@@ -96,7 +96,7 @@ impl Udmabuf {
         if Device::of(&fd) == Some(Device::Udmabuf) {
             return Ok(Udmabuf { fd });
         }
-        Err(DeviceError { path: path_of(&fd), errno: Errno::NODEV, about: Some(format!("it is not {}", Self::PATH)) })
+        Err(DeviceError { path: path_of(&fd), errno: crate::Errno::ENODEV, about: Some(format!("it is not {}", Self::PATH)) })
     }
 
     /// The limits now: root may change them at any time.
@@ -125,7 +125,7 @@ impl Udmabuf {
             size: part.bytes as u64,
         };
         // SAFETY: the structure is the one that the opcode names, see its `Ioctl` implementation.
-        let fd = unsafe { ioctl(&self.fd, create) }.map_err(|errno| Error::new("make a udmabuf", part.bytes, errno))?;
+        let fd = unsafe { ioctl(&self.fd, create) }.map_err(|errno| Error::from_call("make a udmabuf", part.bytes, errno))?;
         // SAFETY: the kernel has just made this descriptor, and only this value has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::new(fd, part.bytes))
@@ -143,7 +143,7 @@ impl Udmabuf {
 
 fn refuse_sealed(part: &Part<'_>) -> Result<(), Error> {
     if part.memfd.is_sealed_against_writes() {
-        return Err(Error::new("make a udmabuf of a memfd that is sealed against writes", part.bytes, Errno::INVAL));
+        return Err(Error::from_call("make a udmabuf of a memfd that is sealed against writes", part.bytes, Errno::INVAL));
     }
     Ok(())
 }
@@ -171,7 +171,7 @@ mod tests {
         let part = Part { memfd: &memfd, offset: 0, bytes: 4096 };
         assert_eq!(refuse_sealed(&part), Ok(()));
         memfd.seal_against_writes().unwrap();
-        assert_eq!(refuse_sealed(&part).unwrap_err().errno, Errno::INVAL);
+        assert_eq!(refuse_sealed(&part).unwrap_err().errno, crate::Errno::EINVAL);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload_text::{At, FileError};
 use memmap2::MmapMut;
 use rustix::fs::{MemfdFlags, memfd_create};

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload_text::{At, FileError, Named};
 
 use crate::leftovers;

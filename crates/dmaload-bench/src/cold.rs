@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload_text::bytes;
 use dmaload_text::{At, FileError};
 use rustix::fs::Advice;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dmaload::dmabuf::Pages;
+use dmabuf::Pages;
 use dmaload::heap::Heap;
 use dmaload::verify::{Manifest, Recorder};
 use dmaload::{Loader, Route};

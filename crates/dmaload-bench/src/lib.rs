@@ -56,7 +56,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload_text::At;
 use serde_json::Value;
 

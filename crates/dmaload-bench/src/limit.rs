@@ -213,7 +213,7 @@ mod tests {
     use super::*;
     use crate::memory::{PART_BYTES, Region};
     use crate::sys;
-    use dmaload::dmabuf::Pages;
+    use dmabuf::Pages;
     use dmaload::heap::{AnonHeap, Heap};
     use std::io::Write as _;
     use std::sync::Arc;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use dmaload::dmabuf::{AddressRange, Error, HUGE_PAGE_BYTES, Mapping, Memory, huge_bytes_in, page_bytes};
+use dmabuf::{AddressRange, Error, HUGE_PAGE_BYTES, Mapping, Memory, huge_bytes_in, page_bytes};
 use dmaload::heap::Heap;
 
 /// A part of a region, as the engine's segments are by default.
@@ -124,7 +124,7 @@ pub(crate) fn page_bytes_of(addresses: Range<usize>) -> u64 {
 mod tests {
     use super::*;
     use crate::sys;
-    use dmaload::dmabuf::Pages;
+    use dmabuf::Pages;
     use dmaload::heap::{AnonHeap, MemfdHeap};
 
     #[test]

@@ -20,7 +20,7 @@ use std::process;
 use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::thread;
 
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload_text::bytes;
 use dmaload_text::{At, FileError, Named};
 use rustix::fs::{Access, FsWord, StatFs, access, statfs};

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use dmaload::dmabuf::{Pages, page_bytes, printable};
+use dmabuf::{Pages, page_bytes, printable};
 use dmaload::heap::{AnonHeap, Heap, MemfdHeap};
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 use dmaload::{Image, LoadOptions, Loader, Route};
@@ -207,7 +207,7 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
     }
     let report = image.report();
     let mut notes = vec![format!("by {}", report.route)];
-    notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", dmaload::dmabuf::errno::describe(errno))));
+    notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", errno.describe())));
     if report.reused_bytes > 0 {
         notes.push(format!("{} in memory of the pool", dmaload_text::bytes(report.reused_bytes)));
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use dmaload::Error;
+use dmaload::{Error, ErrorKind};
 use rustix::io::Errno;
 
 /// Why a call failed.
@@ -33,31 +33,27 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let errno = match &error {
-            Error::Start { errno, .. }
-            | Error::File { errno, .. }
-            | Error::Read { errno, .. }
-            | Error::Refused { errno, .. }
-            | Error::Ring { errno } => *errno,
-            Error::Memory { refusal, .. } => refusal.errno,
-            Error::Device(device) => device.errno,
-            Error::NotAFile { .. }
-            | Error::NoLength { .. }
-            | Error::Longer { .. }
-            | Error::Config(_)
-            | Error::Selection { .. } => Errno::INVAL,
-            Error::Ended { .. } | Error::Changed { .. } => Errno::STALE,
-            Error::OutOfMemory { .. } | Error::OverLimit { .. } => Errno::NOMEM,
-            Error::TooLarge { .. } | Error::TooManyPieces { .. } => Errno::FBIG,
-            Error::NoDmaBuf { .. } => Errno::NODEV,
-            Error::NoDescriptor { .. } => Errno::OPNOTSUPP,
-            Error::ShutDown => Errno::CANCELED,
-            Error::Panicked { .. } => Errno::NOTRECOVERABLE,
-            // What else there is has to do with models and views, which are not asked for here.
-            _ => Errno::IO,
-        };
         let hint = error.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
-        Failure { errno, text: format!("{error}{hint}") }
+        Failure { errno: errno_of(&error), text: format!("{error}{hint}") }
+    }
+}
+
+/// What the kernel answered; else the errno that says as much as the kind of error does.
+fn errno_of(error: &Error) -> Errno {
+    if let Some(errno) = error.errno() {
+        return Errno::from_io_error(&errno.into()).unwrap_or(Errno::IO);
+    }
+    match error.kind() {
+        ErrorKind::Config | ErrorKind::InvalidInput => Errno::INVAL,
+        ErrorKind::Changed => Errno::STALE,
+        ErrorKind::OutOfMemory | ErrorKind::OverLimit => Errno::NOMEM,
+        ErrorKind::TooLarge => Errno::FBIG,
+        ErrorKind::Device => Errno::NODEV,
+        ErrorKind::Unsupported => Errno::OPNOTSUPP,
+        ErrorKind::ShutDown => Errno::CANCELED,
+        ErrorKind::Panicked => Errno::NOTRECOVERABLE,
+        // Wrong bytes; the others are of models and views, which are not asked for here.
+        _ => Errno::IO,
     }
 }
 
@@ -98,9 +94,88 @@ mod tests {
         assert_eq!(text, c"a b");
     }
 
+    /// One of each variant of the library's error, and what C programs get for it: part of the C
+    /// interface.
+    fn pinned() -> Vec<(Error, c_int)> {
+        use dmaload::heap::{HeapError, SizeLimit};
+        use dmaload::{Attempt, Errno, Route, model::ModelError};
+        let path = || "model".into();
+        let text = || "text".to_owned();
+        let (route, errno) = (Route::Buffered, Errno::EXDEV);
+        let refusal = HeapError::new("map memory", 1, Errno::ENFILE);
+        let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a name has no slash");
+        vec![
+            (Error::Config(text()), libc::EINVAL),
+            (Error::Start { operation: "no thread could be had", errno }, libc::EXDEV),
+            (Error::File { path: path(), operation: "open", errno }, libc::EXDEV),
+            (Error::NotAFile { path: path(), kind: "a FIFO" }, libc::EINVAL),
+            (Error::NoLength { path: path() }, libc::EINVAL),
+            (Error::Longer { path: path(), stated_bytes: 1 }, libc::EINVAL),
+            (Error::Read { path: path(), offset: 0, bytes: 1, route, errno }, libc::EXDEV),
+            (Error::Rejected { path: path(), offset: 0, bytes: 1, reason: text() }, libc::EIO),
+            (Error::Corrupt { path: path(), offset: 0, bytes: 1, expected: text(), found: text(), tensors: vec![] }, libc::EIO),
+            (Error::WrongLength { path: path(), bytes: 1, expected_bytes: 2 }, libc::EIO),
+            (Error::NotInManifest { path: path() }, libc::EIO),
+            (Error::Ended { path: path(), offset: 1, planned_bytes: 2, route }, libc::ESTALE),
+            (Error::Changed { path: path(), change: "it grew" }, libc::ESTALE),
+            (Error::Refused { path: path(), offset: 0, route, attempt: Attempt::Read, errno }, libc::EXDEV),
+            (Error::Memory { heap: text(), refusal, loaded_bytes: 0, planned_bytes: 0 }, libc::ENFILE),
+            (Error::Panicked { code: text(), message: text() }, libc::ENOTRECOVERABLE),
+            (Error::OutOfMemory { heap: text(), wanted_bytes: 2, available_bytes: 1, limit: text() }, libc::ENOMEM),
+            (Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" }, libc::ENOMEM),
+            (Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 }, libc::EFBIG),
+            (Error::Model { path: path(), fault: ModelError::Empty }, libc::EIO),
+            (device, libc::EINVAL),
+            (Error::TooLarge { path: path(), heap: text(), wanted_bytes: 2, limit: SizeLimit::new(1, "", 1) }, libc::EFBIG),
+            (Error::NoDmaBuf { tried: vec![] }, libc::ENODEV),
+            (Error::HandedOut { segment: 0 }, libc::EIO),
+            (Error::Viewed { segment: 0, views: 1 }, libc::EIO),
+            (Error::Straddles { tensor: text(), segments: 2 }, libc::EIO),
+            (Error::Selection { path: path(), reason: text() }, libc::EINVAL),
+            (Error::NoModel { path: path(), reason: text() }, libc::EIO),
+            (Error::Incomplete { path: path(), reason: text(), loadable: 0 }, libc::EIO),
+            (Error::DuplicateTensor { tensor: text(), first: path(), second: path() }, libc::EIO),
+            (Error::AmbiguousTensor { tensor: text(), paths: vec![path()] }, libc::EIO),
+            (Error::NotSelected { tensor: text(), path: path() }, libc::EIO),
+            (Error::NotLoaded { path: path(), range: 0..1 }, libc::EIO),
+            (Error::Apart { tensor: text(), rows: 2 }, libc::EIO),
+            (Error::Unaligned { tensor: text(), offset: 1, alignment_bytes: 2, why: "" }, libc::EIO),
+            (Error::Importer { segments: 2, segment_bytes: 1, max_segments: 1, max_segment_bytes: 1 }, libc::EIO),
+            (Error::NoSuchTensor(text()), libc::EIO),
+            (Error::NoDescriptor { heap: text(), wanted: "dma-buf" }, libc::EOPNOTSUPP),
+            (Error::Share { socket: path(), reason: text() }, libc::EIO),
+            (Error::ShutDown, libc::ECANCELED),
+            (Error::Ring { errno }, libc::EXDEV),
+        ]
+    }
+
+    #[test]
+    fn every_error_keeps_its_errno() {
+        for (error, expected) in pinned() {
+            let shown = format!("{error:?}");
+            assert_eq!(Failure::from(error).errno.raw_os_error(), expected, "{shown}");
+        }
+    }
+
+    /// The compiler accepts new variants of the library's error here, so this reads its source.
+    #[test]
+    fn the_errno_of_every_variant_is_pinned() {
+        let source = include_str!("../../dmaload/src/error.rs");
+        let body = source.split_once("pub enum Error {\n").expect("it is defined there").1;
+        let body = body.split_once("\n}\n").expect("it ends").0;
+        let variant_on = |line: &'static str| {
+            let name = line.strip_prefix("    ")?.split(|c: char| !c.is_alphanumeric()).next()?;
+            name.starts_with(|c: char| c.is_uppercase()).then_some(name)
+        };
+        let variants: Vec<_> = body.lines().filter_map(variant_on).collect();
+        let name_of = |error: &Error| format!("{error:?}").split(|c: char| !c.is_alphanumeric()).next().map(str::to_owned);
+        let pinned: Vec<_> = pinned().iter().filter_map(|(error, _)| name_of(error)).collect();
+        assert_eq!(variants, pinned);
+    }
+
     #[test]
     fn the_words_say_what_can_be_done() {
-        let missing = Failure::from(Error::File { path: "x".into(), operation: "open", errno: Errno::NOENT });
+        let missing = Failure::from(Error::File { path: "x".into(), operation: "open", errno: dmaload::Errno::ENOENT });
         assert_eq!(missing.text, "x: cannot open: ENOENT (No such file or directory); check the path");
     }
 }

@@ -6,7 +6,6 @@ use std::ops::Range;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::time::Duration;
 
-use dmaload::dmabuf::errno;
 use dmaload::{Progress, Report, Segment};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -113,7 +112,7 @@ pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) 
 fn told(report: &Report) -> String {
     let mut lines = vec![format!("{} by {}", report.heap, report.route)];
     lines.extend(report.fallbacks.iter().map(|step| {
-        let errno = errno::describe(step.errno);
+        let errno = step.errno.describe();
         format!("{} was refused while {}: {errno}; {} was taken", step.from, step.attempt, step.to)
     }));
     lines.extend(report.notes.iter().cloned());

@@ -7,8 +7,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use dmaload::dmabuf::{Device, Pages};
-use dmaload::heap::{DmaHeap, Heap, HeapChoice, UdmabufHeap};
+use dmabuf::Device;
+use dmaload::heap::{DmaHeap, Heap, HeapChoice, Pages, UdmabufHeap};
 use dmaload::{Cache, Format, Layout, LoadOptions, Loader, LoaderBuilder, Priority, Segments, Source};
 use rustix::fs::{AtFlags, FileType, OFlags, RawMode, StatxFlags, fstat, statx};
 use rustix::io::Errno;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use dmaload::dmabuf::Pages;
+use dmabuf::Pages;
 use dmaload::heap::Heap;
 use dmaload::verify::{Manifest, Recorder};
 use dmaload::{Loader, Route};

@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use dmaload::dmabuf::Pages;
+use dmabuf::Pages;
 use dmaload::heap::{Heap, HeapChoice, UdmabufHeap};
 use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, Prefer, Result, Route};
 

@@ -5,14 +5,15 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
+use dmaload::ErrorKind;
 
 /// An error with its causes, outermost first, in the words of this command line. Errors that have told their cause already don't
 /// tell it again.
 pub(crate) fn told(error: &anyhow::Error) -> String {
     let told = error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
         told if told.is_empty() => next,
-        told if told.contains(&next) => told,
+        told if told.contains(&next) || told.contains(&printable::text(&next).to_string()) => told,
         told => format!("{told}: {next}"),
     });
     in_flags(told)
@@ -44,23 +45,13 @@ fn in_flags(text: String) -> String {
 
 /// What a person can do about an error of the engine, in the words of this command line.
 pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
-    use dmaload::Error;
-    let hint = match error {
-        // No command can do what the library says of these: each of them holds or streams as it does.
-        Error::OutOfMemory { .. } => "free memory, or raise the limit".to_owned(),
-        Error::OverLimit { .. } => "raise --memory-limit; `dmaload cat` needs room for some segments only".to_owned(),
-        Error::TooManyPieces { .. } => "use a larger --segment-size, or load a part of it (--range, --tensors)".to_owned(),
-        Error::NoDmaBuf { .. } => {
-            "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other processes can map"
-                .to_owned()
-        }
-        _ => error.hint()?,
-    };
+    let hint = error.hint()?;
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// What the library's hints call its options, and what they are called here.
-const IN_FLAGS: [(&str, &str); 10] = [
+/// What the library's hints call its options, and what they are called here. The long ones say
+/// what no command can do, because each of them holds or streams as it does.
+const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),
     ("(the format safetensors)", "(--format safetensors)"),
@@ -71,6 +62,16 @@ const IN_FLAGS: [(&str, &str); 10] = [
     ("load in smaller segments", "load with a smaller --segment-size"),
     ("make a new one", "make a new one (dmaload manifest)"),
     ("attach to it", "attach to it (dmaload attach)"),
+    ("raise the limit, or stream the file and drop its segments as they come", "or raise the limit"),
+    (
+        "raise the limit, or stream the load and drop its segments as they come",
+        "raise --memory-limit; `dmaload cat` needs room for some segments only",
+    ),
+    ("use larger segments, or load a part of it", "use a larger --segment-size, or load a part of it (--range, --tensors)"),
+    (
+        "see what each heap needs; without a dma-buf, the heap memfd gives",
+        "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives",
+    ),
 ];
 
 /// A message whose lines are its own, and nothing else in it reaches the terminal as a command. Names were escaped
@@ -87,18 +88,15 @@ pub(crate) fn lines(message: &str) -> impl fmt::Display {
 
 /// Says which files were being loaded, where an error of the engine speaks of none: of memory, for example.
 pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
-    use dmaload::Error;
-    let names_no_file = matches!(
-        error,
-        Error::Memory { .. }
-            | Error::OutOfMemory { .. }
-            | Error::NoDescriptor { .. }
-            | Error::NoDmaBuf { .. }
-            | Error::Device(_)
-            | Error::Ring { .. }
+    let is_of_machine = matches!(
+        error.kind(),
+        ErrorKind::OutOfMemory | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Device | ErrorKind::Io
     );
+    // A device's path is not that of a file, and a loader that can't start has no files yet.
+    let names_no_file = error.path().is_none() || error.kind() == ErrorKind::Device;
+    let has_started = !matches!(error, dmaload::Error::Start { .. });
     match paths {
-        [first, others @ ..] if names_no_file => {
+        [first, others @ ..] if is_of_machine && names_no_file && has_started => {
             let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
             anyhow::Error::new(error).context(format!("{}{others}", printable::path(&first)))
         }
@@ -151,6 +149,61 @@ mod tests {
         let error = about(error, &["a".into(), "b".into(), "c".into()]);
         assert_eq!(told(&error), "a and 2 more: heap memfd gives no dma-buf");
         assert!(error.downcast_ref::<dmaload::Error>().is_some());
+    }
+
+    #[test]
+    fn only_errors_that_name_no_file_get_one() {
+        use dmaload::{Errno, Error};
+        let told_of = |error| told(&about(error, &["a".into()]));
+        let refusal = dmaload::heap::HeapError::new("map memory", 1, Errno::ENOMEM);
+        let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a name has no slash");
+        for error in [
+            Error::Memory { heap: "memfd".to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 },
+            Error::OutOfMemory { heap: "memfd".to_owned(), wanted_bytes: 2, available_bytes: 1, limit: "x".to_owned() },
+            Error::NoDmaBuf { tried: vec!["udmabuf: x".to_owned()] },
+            Error::Ring { errno: Errno::EIO },
+            device,
+        ] {
+            assert_eq!(told_of(error.clone()), format!("a: {error}"));
+        }
+        for error in [
+            Error::Config("--x".to_owned()),
+            Error::Start { operation: "no thread could be had", errno: Errno::EAGAIN },
+            Error::File { path: "b".into(), operation: "open", errno: Errno::EIO },
+            Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
+            Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
+            Error::NoSuchTensor("t".to_owned()),
+            Error::ShutDown,
+        ] {
+            assert_eq!(told_of(error.clone()), error.to_string());
+        }
+    }
+
+    #[test]
+    fn hints_speak_of_this_command_line() {
+        use dmaload::Error;
+        let heap = || "memfd".to_owned();
+        for (error, expected) in [
+            (
+                Error::OutOfMemory { heap: heap(), wanted_bytes: 2, available_bytes: 1, limit: heap() },
+                "free memory, or raise the limit",
+            ),
+            (
+                Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
+                "raise --memory-limit; `dmaload cat` needs room for some segments only",
+            ),
+            (
+                Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
+                "use a larger --segment-size, or load a part of it (--range, --tensors)",
+            ),
+            (
+                Error::NoDmaBuf { tried: Vec::new() },
+                "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other \
+                 processes can map",
+            ),
+        ] {
+            assert_eq!(hint(&error).as_deref(), Some(expected));
+        }
     }
 
     #[test]

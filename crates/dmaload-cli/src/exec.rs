@@ -10,9 +10,8 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
-use dmaload::{Error, Image, Segment};
+use dmaload::{Errno, Error, Image, Segment};
 use dmaload_text::At;
-use rustix::io::Errno;
 use serde_json::{Value, json};
 
 /// The first descriptor, after standard input, output and error.
@@ -59,7 +58,7 @@ fn descriptor(segment: &Segment) -> Result<OwnedFd> {
     }
     let memfd = segment.hand_out_memfd()?;
     memfd.try_clone_to_owned().map_err(|error| {
-        let errno = Errno::from_io_error(&error).unwrap_or(Errno::MFILE);
+        let errno = Errno::from_io_error(&error).unwrap_or(Errno::EMFILE);
         Error::File { path: segment.path().to_owned(), operation: "duplicate a descriptor of its memory", errno }.into()
     })
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload::model::{TensorInfo, TensorMap, gguf};
 use dmaload::{Format, Inspected};
 use dmaload_text::{Align, Pairs, Table, bytes, grouped};

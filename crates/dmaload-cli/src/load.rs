@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Args;
-use dmaload::dmabuf::{HUGE_PAGE_BYTES, errno, printable};
+use dmabuf::{HUGE_PAGE_BYTES, printable};
 use dmaload::heap::HeapChoice;
 use dmaload::verify::{Algorithm, Digest};
-use dmaload::{Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard, Source};
+use dmaload::{Errno, Error, Fallback, Image, ImporterLimits, Layout, Load, Measured, Report, Segment, Shard, Source};
 use dmaload_bench::usage;
 use dmaload_text::{At, Pairs, bytes, duration, rate};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -328,7 +328,7 @@ fn pages(report: &Report) -> String {
         (seen, huge) => format!("2 MiB for {} of {}", bytes(huge), bytes(seen)),
     };
     match report.pages_refused {
-        Some(errno) => format!("{told}; more 2 MiB pages were refused: {}", errno::describe(errno)),
+        Some(errno) => format!("{told}; more 2 MiB pages were refused: {}", errno.describe()),
         None => told,
     }
 }
@@ -354,7 +354,7 @@ fn cached(report: &Report) -> String {
 fn described(report: &Report, fallback: &Fallback) -> String {
     let file = fallback.file_index.and_then(|index| report.files.get(index));
     let file = file.map(|file| format!("{}: ", printable::path(&file.path))).unwrap_or_default();
-    format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), errno::describe(fallback.errno))
+    format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), fallback.errno.describe())
 }
 
 /// What happened, for programs.
@@ -392,7 +392,7 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[
         "peak_resident_bytes": used.peak_resident_bytes,
         "page_size_bytes": report.page_size_bytes(),
         "huge_page_bytes": report.pages.huge_bytes,
-        "pages_refused": report.pages_refused.map(errno::describe),
+        "pages_refused": report.pages_refused.map(Errno::describe),
         "heap": report.heap,
         "notes": report.notes.iter().chain(notes).collect::<Vec<_>>(),
         "layout": report.layout.name(),
@@ -402,7 +402,7 @@ fn to_json_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[
             "from": fallback.from.name(),
             "to": fallback.to.name(),
             "reason": fallback.reason(),
-            "errno": errno::name(fallback.errno).map_or_else(|| fallback.errno.raw_os_error().to_string(), str::to_owned),
+            "errno": fallback.errno.name().map_or_else(|| fallback.errno.raw_os_error().to_string(), str::to_owned),
             "file": fallback.file_index,
         })).collect::<Vec<_>>(),
         "measured": report.measured.map(|measured| serde_json::json!({

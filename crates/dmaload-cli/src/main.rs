@@ -22,7 +22,8 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
+use dmaload::ErrorKind;
 use serde_json::json;
 use tracing_subscriber::EnvFilter;
 
@@ -57,9 +58,10 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if errors::is_closed_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
-            let is_usage = matches!(error.downcast_ref(), Some(dmaload::Error::Config(_)));
+            let of_library = error.downcast_ref::<dmaload::Error>();
+            let is_usage = of_library.is_some_and(|error| error.kind() == ErrorKind::Config);
             let status = if is_usage { 2 } else { 1 };
-            let hint = error.downcast_ref().and_then(errors::hint);
+            let hint = of_library.and_then(errors::hint);
             report(&errors::told(&error), hint.as_deref(), status, wants_json);
             ExitCode::from(status)
         }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use dmabuf::printable;
 use dmaload::LoadOptions;
-use dmaload::dmabuf::printable;
 use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
 use dmaload_text::At;
 

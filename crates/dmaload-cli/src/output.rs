@@ -6,7 +6,7 @@
 use std::io::{self, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload_text::Named;
 use serde_json::Value;
 

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use clap::Args;
+use dmabuf::printable;
 use dmaload::Segment;
-use dmaload::dmabuf::printable;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 use dmaload::verify::{Algorithm, Digest, Hasher, digest};
 use dmaload_bench::usage;

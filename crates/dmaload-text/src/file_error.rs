@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use dmabuf::printable;
+use dmabuf::{Errno, printable};
 
 /// A system call on a file that failed.
 #[derive(Debug, thiserror::Error)]
@@ -40,8 +40,8 @@ pub struct Named<'a>(pub &'a io::Error);
 
 impl fmt::Display for Named<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match rustix::io::Errno::from_io_error(self.0) {
-            Some(errno) => f.write_str(&dmabuf::errno::describe(errno)),
+        match Errno::from_io_error(self.0) {
+            Some(errno) => f.write_str(&errno.describe()),
             None => self.0.fmt(f),
         }
     }

@@ -3,16 +3,18 @@
 //! Plain values: they hold paths, offsets and errnos, and neither files nor memory. An error makes
 //! no system call, also when it is displayed.
 
+mod kind;
 mod size_limit;
 
 use std::path::PathBuf;
 
-use dmabuf::printable;
-use rustix::io::Errno;
+pub use dmabuf::Errno;
+use dmabuf::{DeviceError, Error as HeapError, printable};
 
 use crate::model::ModelError;
 use crate::route::{Attempt, Route};
 
+pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
 /// Left to everybody else: without it the machine would be at its limit just after the load.
@@ -20,7 +22,32 @@ pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
 /// Why a load, or the making of a loader, failed.
 ///
-/// The text says what was tried, on which file and where, and the errno by name; [`Error::hint`] what can be done.
+/// The text says what was tried, on which file and where, and the errno by name; [`Error::hint`]
+/// what can be done. Programs that react to errors match [`Error::kind`], and ask for
+/// [`Error::errno`], [`Error::path`] and [`Error::offset`]; the variants have the details:
+///
+/// ```no_run
+/// # async fn example(loader: dmaload::Loader) {
+/// use dmaload::ErrorKind;
+///
+/// match loader.load("model.safetensors").await {
+///     Ok(image) => println!("{} segments", image.segments().len()),
+///     Err(error) => match error.kind() {
+///         ErrorKind::NotFound | ErrorKind::Incomplete => println!("download it: {error}"),
+///         ErrorKind::Corrupt | ErrorKind::InvalidModel => println!("download it again: {error}"),
+///         ErrorKind::OutOfMemory => println!("try later: {error}"),
+///         _ => println!("{error}{}", error.hint().map(|hint| format!("; {hint}")).unwrap_or_default()),
+///     },
+/// }
+/// # }
+/// ```
+///
+/// # Sources
+/// [`source`](std::error::Error::source) is the [`crate::model::ModelError`] of [`Error::Model`],
+/// the [`HeapError`](crate::heap::HeapError) of [`Error::Memory`] and the
+/// [`DeviceError`](crate::heap::DeviceError) of [`Error::Device`], for programs that want their
+/// fields. Each error's text includes that of its source, so show the error or the end of its
+/// chain, not both.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -28,7 +55,7 @@ pub enum Error {
     #[error("{}", printable::text(.0))]
     Config(String),
     /// The loader's threads could not be started.
-    #[error("cannot start a loader: {operation}: {}", dmabuf::errno::describe(*.errno))]
+    #[error("cannot start a loader: {operation}: {}", .errno.describe())]
     Start {
         /// What could not be had.
         operation: &'static str,
@@ -36,7 +63,7 @@ pub enum Error {
         errno: Errno,
     },
     /// A file could not be opened or looked at.
-    #[error("{}: cannot {operation}: {}", printable::path(.path), dmabuf::errno::describe(*.errno))]
+    #[error("{}: cannot {operation}: {}", printable::path(.path), .errno.describe())]
     File {
         /// The file.
         path: PathBuf,
@@ -68,7 +95,7 @@ pub enum Error {
         stated_bytes: u64,
     },
     /// A read failed for good.
-    #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", printable::path(.path), dmabuf::errno::describe(*.errno))]
+    #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.
         path: PathBuf,
@@ -146,7 +173,7 @@ pub enum Error {
         change: &'static str,
     },
     /// A route was refused to a load that takes no other: a strict one.
-    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", printable::path(.path), dmabuf::errno::describe(*.errno))]
+    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", printable::path(.path), .errno.describe())]
     Refused {
         /// The file.
         path: PathBuf,
@@ -165,7 +192,8 @@ pub enum Error {
         /// The heap that was asked.
         heap: String,
         /// The step that failed.
-        refusal: dmabuf::Error,
+        #[source]
+        refusal: HeapError,
         /// What the load had before.
         loaded_bytes: u64,
         /// What it needs in all; 0 when that was not known yet.
@@ -225,11 +253,12 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What is wrong.
+        #[source]
         fault: ModelError,
     },
     /// A device could not be opened.
-    #[error(transparent)]
-    Device(#[from] dmabuf::DeviceError),
+    #[error("{0}")]
+    Device(#[from] DeviceError),
     /// A dma-buf would be larger than its heap allows.
     #[error("{}: a dma-buf of {wanted_bytes} bytes is more than {} allows: {}", printable::path(.path), printable::text(.heap), printable::shown(.limit))]
     TooLarge {
@@ -394,7 +423,7 @@ pub enum Error {
     #[error("the loader was shut down")]
     ShutDown,
     /// The thread that runs the reads broke down. Other loaders are not concerned.
-    #[error("the ring broke down: {}; what it was reading into is leaked on purpose", dmabuf::errno::describe(*.errno))]
+    #[error("the ring broke down: {}; what it was reading into is leaked on purpose", .errno.describe())]
     Ring {
         /// The kernel's answer.
         errno: Errno,
@@ -408,12 +437,12 @@ impl Error {
     /// these options have in their own user interface.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Error::Start { errno: Errno::AGAIN | Errno::NOMEM, .. } => {
+            Error::Start { errno: Errno::EAGAIN | Errno::ENOMEM, .. } => {
                 "the limit of processes or of the address space is reached: see ulimit -u and ulimit -v"
             }
-            Error::Start { errno: Errno::MFILE, .. } => OPEN_FILES,
-            Error::Start { errno: Errno::NFILE, .. } => ALL_OPEN_FILES,
-            Error::File { errno: Errno::NOENT, path, .. } if path.as_os_str() == "-" => {
+            Error::Start { errno: Errno::EMFILE, .. } => OPEN_FILES,
+            Error::Start { errno: Errno::ENFILE, .. } => ALL_OPEN_FILES,
+            Error::File { errno: Errno::ENOENT, path, .. } if path.as_os_str() == "-" => {
                 "standard input can't be loaded, since reads are by offset: save it to a file first"
             }
             Error::NotAFile { kind: "a block device", path } => {
@@ -428,28 +457,30 @@ impl Error {
                     printable::shell(path)
                 ));
             }
-            Error::File { errno: Errno::NOENT | Errno::NOTDIR, path, .. } => {
+            Error::File { errno: Errno::ENOENT | Errno::ENOTDIR, path, .. } => {
                 if let Ok(target) = std::fs::read_link(path) {
                     let target = printable::path(&target);
                     return Some(format!("it is a symbolic link to {target}, which is not there: fetch that, or mend the link"));
                 }
                 "check the path"
             }
-            Error::File { errno: Errno::LOOP, .. } => "a symbolic link leads to itself: mend the link",
-            Error::File { errno: Errno::ACCESS | Errno::PERM, .. } => "check the file's permissions, and those of its folders",
+            Error::File { errno: Errno::ELOOP, .. } => "a symbolic link leads to itself: mend the link",
+            Error::File { errno: Errno::EACCES | Errno::EPERM, .. } => "check the file's permissions, and those of its folders",
             // A socket can't be opened by its path.
-            Error::File { errno: Errno::NXIO, .. } | Error::NotAFile { kind: "a socket", .. } => {
+            Error::File { errno: Errno::ENXIO, .. } | Error::NotAFile { kind: "a socket", .. } => {
                 "a socket is no file; if a server shares a model there, attach to it"
             }
             Error::NotAFile { kind: "a FIFO", .. } => {
                 "a pipe can't be loaded, since reads are by offset: save it to a file first"
             }
             Error::NotAFile { kind: "a character device", .. } => "copy what it gives to a file first",
-            Error::File { errno: Errno::MFILE, .. }
-            | Error::Memory { refusal: dmabuf::Error { errno: Errno::MFILE, .. }, .. } => OPEN_FILES,
-            Error::File { errno: Errno::NFILE, .. }
-            | Error::Memory { refusal: dmabuf::Error { errno: Errno::NFILE, .. }, .. } => ALL_OPEN_FILES,
-            Error::Read { errno: Errno::IO | Errno::NODATA | Errno::REMOTEIO, .. } => {
+            Error::File { errno: Errno::EMFILE, .. } | Error::Memory { refusal: HeapError { errno: Errno::EMFILE, .. }, .. } => {
+                OPEN_FILES
+            }
+            Error::File { errno: Errno::ENFILE, .. } | Error::Memory { refusal: HeapError { errno: Errno::ENFILE, .. }, .. } => {
+                ALL_OPEN_FILES
+            }
+            Error::Read { errno: Errno::EIO | Errno::ENODATA | Errno::EREMOTEIO, .. } => {
                 "the storage can't give these bytes: see the kernel's log (dmesg), and restore the file from a good copy"
             }
             Error::Corrupt { .. } | Error::WrongLength { .. } => {
@@ -469,13 +500,13 @@ impl Error {
             Error::Changed { .. } => "load it again when nobody writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
             Error::Memory { heap, refusal, .. } => return memory_hint(heap, refusal).map(str::to_owned),
-            Error::Device(dmabuf::DeviceError { errno: Errno::ACCESS | Errno::PERM, path, .. }) => {
+            Error::Device(DeviceError { errno: Errno::EACCES | Errno::EPERM, path, .. }) => {
                 return Some(format!(
                     "give yourself the right to it: sudo setfacl -m u:$USER:rw {0}, or a udev rule; or have a process that has it hand you the dma-bufs",
                     printable::path(path)
                 ));
             }
-            Error::Device(dmabuf::DeviceError { errno: Errno::NOENT, path, .. }) if path.ends_with("udmabuf") => {
+            Error::Device(DeviceError { errno: Errno::ENOENT, path, .. }) if path.ends_with("udmabuf") => {
                 "load the module (sudo modprobe udmabuf); it needs a kernel with CONFIG_UDMABUF"
             }
             Error::TooLarge { wanted_bytes, limit, .. } => {
@@ -507,22 +538,22 @@ const ALL_ADDRESSES: usize = 1 << 47;
 
 /// What can be done about memory that was refused. The step says what is short: ENOMEM of mapping is the address space,
 /// ENOMEM of pages is memory.
-fn memory_hint(heap: &str, refusal: &dmabuf::Error) -> Option<&'static str> {
+fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {
-        Errno::INVAL if heap == "udmabuf" => "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb",
-        Errno::NOMEM if refusal.operation.starts_with("reserve") && refusal.bytes >= ALL_ADDRESSES => {
+        Errno::EINVAL if heap == "udmabuf" => "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb",
+        Errno::ENOMEM if refusal.operation.starts_with("reserve") && refusal.bytes >= ALL_ADDRESSES => {
             "no process has as many addresses: load a part of it"
         }
-        Errno::NOMEM if maps => "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count",
-        Errno::NOMEM => {
+        Errno::ENOMEM if maps => "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count",
+        Errno::ENOMEM => {
             "no memory could be had for its pages: see the limit of this process' memory cgroup (memory.max), and what is free"
         }
-        Errno::PERM | Errno::ACCESS | Errno::NOSYS if refusal.operation.contains("memfd") => {
+        Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
             "memory files are refused here, by a container's seccomp profile for example: the heap anon needs none"
         }
-        Errno::FBIG => "the limit of file sizes counts for memory files, too: raise it (ulimit -f), or use the heap anon",
-        Errno::NOTSUP => {
+        Errno::EFBIG => "the limit of file sizes counts for memory files, too: raise it (ulimit -f), or use the heap anon",
+        Errno::EOPNOTSUPP => {
             "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or let pages have any size"
         }
         _ => return None,

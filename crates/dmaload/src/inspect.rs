@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::{io, thread};
 
-use rustix::io::Errno;
+use dmabuf::Errno;
 use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
@@ -126,7 +126,7 @@ async fn on_thread<T: Send + 'static>(path: &Path, read: impl FnOnce(&Path) -> R
     let no_thread = |error: io::Error| Error::File {
         path: path.to_owned(),
         operation: "start a thread that reads its header",
-        errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
+        errno: Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN),
     };
     thread::Builder::new().name(THREAD.to_owned()).spawn(body).map_err(no_thread)?;
     receiver.await.unwrap_or_else(|_| Err(panicked("it ended without a result".to_owned())))

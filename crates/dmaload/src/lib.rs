@@ -38,10 +38,9 @@ mod telemetry;
 #[cfg(feature = "verify")]
 pub mod verify;
 
-pub use dmabuf;
 pub use engine::Leaked;
 pub use engine::event::Progress;
-pub use error::{Error, Result};
+pub use error::{Errno, Error, ErrorKind, Result};
 pub use inspect::{Inspected, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 pub use load::image::{Image, ImageFile, Tensor, TensorPart};
 pub use load::{Load, LoadRequest, Segments, Source, Tensors};

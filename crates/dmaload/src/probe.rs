@@ -7,7 +7,8 @@ use std::path::Path;
 
 use std::os::fd::AsFd;
 
-use rustix::io::{Errno, pread};
+use dmabuf::Errno;
+use rustix::io::pread;
 
 use crate::error::Result;
 use crate::files::source::OpenFile;
@@ -17,10 +18,11 @@ pub use crate::ring::probe::IoUring;
 use crate::ring::probe::{REGISTER_BYTES_MAX, REGISTER_BYTES_MIN};
 use crate::route::{Attempt, Route, is_refusal};
 use crate::support::convert::to_usize;
+use crate::support::errno;
 
 /// Tries what a load would do with io_uring.
 pub fn io_uring() -> IoUring {
-    crate::ring::probe::probe().unwrap_or_else(IoUring::refused)
+    crate::ring::probe::probe().unwrap_or_else(|errno| IoUring::refused(errno::from_rustix(errno)))
 }
 
 /// A file that could be opened.
@@ -58,7 +60,7 @@ impl File {
 pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let file = OpenFile::open(path.as_ref())?;
     let block = to_usize(file.alignment_bytes);
-    let open_direct = file.direct_refused().map_or(Ok(()), Err);
+    let open_direct = file.direct_refused().map_or(Ok(()), |errno| Err(errno::from_rustix(errno)));
     // Twice as much holds an aligned block, wherever it begins.
     let mut memory = vec![0; 2 * block];
     let start = memory.as_ptr().align_offset(block);
@@ -66,8 +68,8 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let route = if open_direct.is_ok() { Route::PreadDirect } else { Route::Buffered };
     let first_read = loop {
         match pread(file.descriptor(route), &mut *block, 0) {
-            Err(Errno::INTR) => {}
-            read => break read.map(|bytes| bytes as u64),
+            Err(rustix::io::Errno::INTR) => {}
+            read => break read.map(|bytes| bytes as u64).map_err(errno::from_rustix),
         }
     };
     Ok(File {
@@ -85,7 +87,7 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
 /// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor may write; EOPNOTSUPP for files
 /// without a page cache of that kind.
 pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
-    crate::files::residency::cached_bytes(file)
+    crate::files::residency::cached_bytes(file).map_err(errno::from_rustix)
 }
 
 /// What may be allocated before somebody is killed for it.
@@ -134,7 +136,7 @@ mod tests {
             assert_eq!(found.unreadable(), None);
         }
         assert!(matches!(file(folder.path()), Err(Error::NotAFile { .. })));
-        assert!(matches!(file(folder.path().join("missing")), Err(Error::File { errno: Errno::NOENT, .. })));
+        assert!(matches!(file(folder.path().join("missing")), Err(Error::File { errno: Errno::ENOENT, .. })));
     }
 
     #[test]
@@ -143,9 +145,9 @@ mod tests {
             |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read, ring_refused: None };
         let verdict = |file: File| (file.direct_refused(), file.unreadable());
         assert_eq!(verdict(file(Ok(()), Ok(1))), (None, None));
-        assert_eq!(verdict(file(Err(Errno::INVAL), Ok(1))), (Some(Errno::INVAL), None));
-        assert_eq!(verdict(file(Ok(()), Err(Errno::INVAL))), (Some(Errno::INVAL), None));
-        assert_eq!(verdict(file(Ok(()), Err(Errno::IO))), (None, Some(Errno::IO)));
-        assert_eq!(verdict(file(Err(Errno::INVAL), Err(Errno::PERM))), (Some(Errno::INVAL), Some(Errno::PERM)));
+        assert_eq!(verdict(file(Err(Errno::EINVAL), Ok(1))), (Some(Errno::EINVAL), None));
+        assert_eq!(verdict(file(Ok(()), Err(Errno::EINVAL))), (Some(Errno::EINVAL), None));
+        assert_eq!(verdict(file(Ok(()), Err(Errno::EIO))), (None, Some(Errno::EIO)));
+        assert_eq!(verdict(file(Err(Errno::EINVAL), Err(Errno::EPERM))), (Some(Errno::EINVAL), Some(Errno::EPERM)));
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use rustix::io::Errno;
+use dmabuf::Errno;
 
 use crate::support::names;
 
@@ -39,7 +39,7 @@ impl Route {
     /// EFAULT is memory that can't be pinned: no direct read can go into it, so the next one is [`Route::Bounce`]. Any
     /// other refusal is none of the memory's, and bouncing would not help.
     pub fn lower(self, errno: Errno) -> Option<Route> {
-        if errno == Errno::FAULT && self < Route::Bounce {
+        if errno == Errno::EFAULT && self < Route::Bounce {
             return Some(Route::Bounce);
         }
         // Threads that read through the page cache bring memory into being as they go, and a ring can't.
@@ -157,25 +157,25 @@ impl Attempt {
     /// What a person can do about a refusal.
     pub fn hint(self, errno: Errno) -> Option<&'static str> {
         match (self, errno) {
-            (Attempt::SetUpRing, Errno::PERM) => Some(
+            (Attempt::SetUpRing, Errno::EPERM) => Some(
                 "the sysctl kernel.io_uring_disabled or a container's seccomp profile forbids io_uring: allow io_uring_setup, io_uring_enter and io_uring_register",
             ),
-            (Attempt::SetUpRing, Errno::ACCESS) => {
+            (Attempt::SetUpRing, Errno::EACCES) => {
                 Some("a security module (SELinux, AppArmor) forbids io_uring: allow it in its policy")
             }
-            (Attempt::SetUpRing, Errno::NOSYS) => Some(
+            (Attempt::SetUpRing, Errno::ENOSYS) => Some(
                 "this kernel has no io_uring, or a seccomp profile hides it: Linux 5.11 or a profile that allows it is needed",
             ),
-            (Attempt::SetUpRing, Errno::NOMEM) => {
+            (Attempt::SetUpRing, Errno::ENOMEM) => {
                 Some("the limit of locked memory is too small for a ring: raise it (ulimit -l)")
             }
-            (Attempt::OpenDirect | Attempt::Read, Errno::INVAL | Errno::OPNOTSUPP) => {
+            (Attempt::OpenDirect | Attempt::Read, Errno::EINVAL | Errno::EOPNOTSUPP) => {
                 Some("this file system has no O_DIRECT for this file: keep models on one that has it (ext4, xfs, btrfs)")
             }
-            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::NOMEM) => {
+            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::ENOMEM) => {
                 Some("the limit of locked memory is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
             }
-            (Attempt::RegisterBuffer | Attempt::Read, Errno::FAULT) => Some(
+            (Attempt::RegisterBuffer | Attempt::Read, Errno::EFAULT) => Some(
                 "the kernel can't pin this heap's mappings, so reads go through staging buffers: memfd and udmabuf need none",
             ),
             (Attempt::RingOnFuse, _) => Some(
@@ -189,7 +189,7 @@ impl Attempt {
                 "a server that does not answer could delay every other read: \
                  keep models on a local file system (ext4, xfs, btrfs)",
             ),
-            (Attempt::RingOnDevice, Errno::OPNOTSUPP) => Some(
+            (Attempt::RingOnDevice, Errno::EOPNOTSUPP) => Some(
                 "a network or a server is behind it and may stop answering, which could delay every other read: \
                  keep models on a local disk",
             ),
@@ -201,8 +201,8 @@ impl Attempt {
                 "fstatfs failed, so it may be FUSE, where the kernel gives wrong bytes: \
                  keep models on a local file system (ext4, xfs, btrfs)",
             ),
-            (Attempt::RegisterBuffer, Errno::OPNOTSUPP) => Some("this memory can't be registered"),
-            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::INVAL) => Some("sparse buffer tables need Linux 5.19"),
+            (Attempt::RegisterBuffer, Errno::EOPNOTSUPP) => Some("this memory can't be registered"),
+            (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::EINVAL) => Some("sparse buffer tables need Linux 5.19"),
             _ => None,
         }
     }
@@ -232,7 +232,10 @@ impl fmt::Display for Attempt {
 /// EFAULT from memory that can't be pinned; the others from security modules and limits. Everything that
 /// speaks of the medium (EIO, ENODATA, ESTALE, ...) is an error on every route.
 pub(crate) fn is_refusal(errno: Errno) -> bool {
-    matches!(errno, Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::FAULT | Errno::NOMEM | Errno::PERM | Errno::ACCESS)
+    matches!(
+        errno,
+        Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EFAULT | Errno::ENOMEM | Errno::EPERM | Errno::EACCES
+    )
 }
 
 #[cfg(test)]
@@ -249,10 +252,10 @@ mod tests {
             seen
         };
         use Route::{Bounce, Buffered, PreadDirect, UringBuffered, UringDirect, UringFixedDirect};
-        assert_eq!(ladder(Errno::INVAL), [UringFixedDirect, UringDirect, PreadDirect, Buffered]);
-        assert_eq!(ladder(Errno::FAULT), [UringFixedDirect, Bounce, Buffered]);
-        assert_eq!(Bounce.lower(Errno::INVAL), Some(Buffered));
-        for errno in [Errno::INVAL, Errno::FAULT] {
+        assert_eq!(ladder(Errno::EINVAL), [UringFixedDirect, UringDirect, PreadDirect, Buffered]);
+        assert_eq!(ladder(Errno::EFAULT), [UringFixedDirect, Bounce, Buffered]);
+        assert_eq!(Bounce.lower(Errno::EINVAL), Some(Buffered));
+        for errno in [Errno::EINVAL, Errno::EFAULT] {
             assert_eq!(UringBuffered.lower(errno), Some(Buffered));
         }
     }
@@ -276,7 +279,7 @@ mod tests {
 
     #[test]
     fn a_bad_medium_is_no_refusal() {
-        for errno in [Errno::IO, Errno::NODATA, Errno::STALE, Errno::TIMEDOUT, Errno::REMOTEIO, Errno::NODEV] {
+        for errno in [Errno::EIO, Errno::ENODATA, Errno::ESTALE, Errno::ETIMEDOUT, Errno::EREMOTEIO, Errno::ENODEV] {
             assert!(!is_refusal(errno));
         }
     }

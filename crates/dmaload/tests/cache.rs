@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::heap::{AnonHeap, HeapError, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Attempt, Cache, Image, Layout, LoadOptions, Loader, Route, probe};
 use dmaload_testing::mounted;
 use rustix::fs::{Advice, fadvise};
@@ -165,7 +165,7 @@ struct GatedHeap(Arc<(AtomicUsize, Mutex<bool>, Condvar)>);
 const SEGMENTS: usize = 4;
 
 impl HeapHooks for GatedHeap {
-    fn before_allocate(&self, _bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+    fn before_allocate(&self, _bytes: usize) -> Result<(), HeapError> {
         let (calls, open, changed) = &*self.0;
         if calls.fetch_add(1, Ordering::Relaxed) == SEGMENTS - 1 {
             drop(changed.wait_while(open.lock().unwrap(), |open| !*open).unwrap());

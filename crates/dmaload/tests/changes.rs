@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::heap::{AnonHeap, HeapError, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, Image, LoadOptions, Loader, Route};
 use dmaload_testing::seccomp::{self, Scope};
 
@@ -38,7 +38,7 @@ impl Gate {
 }
 
 impl HeapHooks for GatedHeap {
-    fn before_allocate(&self, _bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+    fn before_allocate(&self, _bytes: usize) -> Result<(), HeapError> {
         if self.0.calls.fetch_add(1, Ordering::Relaxed) == SEGMENTS - 1 {
             let mut open = self.0.open.lock().unwrap();
             while !*open {
@@ -240,9 +240,9 @@ impl FailingHeap {
         FailingHeap { allocations: AtomicUsize::new(allocations), populations: AtomicUsize::new(populations) }
     }
 
-    fn count(left: &AtomicUsize, operation: &'static str, bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+    fn count(left: &AtomicUsize, operation: &'static str, bytes: usize) -> Result<(), HeapError> {
         match left.fetch_sub(1, Ordering::Relaxed) {
-            0 => Err(dmaload::dmabuf::Error::new(operation, bytes, rustix::io::Errno::NOMEM)),
+            0 => Err(HeapError::new(operation, bytes, dmaload::Errno::ENOMEM)),
             _ => Ok(()),
         }
     }
@@ -253,11 +253,11 @@ impl HeapHooks for FailingHeap {
         Some("failing".into())
     }
 
-    fn before_allocate(&self, bytes: usize) -> Result<(), dmaload::dmabuf::Error> {
+    fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         Self::count(&self.allocations, "allocate memory", bytes)
     }
 
-    fn before_populate(&self, _mapped: Range<usize>, part: Range<usize>) -> Result<(), dmaload::dmabuf::Error> {
+    fn before_populate(&self, _mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         Self::count(&self.populations, "populate memory", part.len())
     }
 }

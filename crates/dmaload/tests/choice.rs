@@ -12,8 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::Pages;
-use dmaload::heap::{AnonHeap, HeapHooks, Hooked, MemfdHeap};
+use dmaload::heap::{AnonHeap, HeapError, HeapHooks, Hooked, MemfdHeap, Pages};
 use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, TraceKind, Way};
 use rustix::fs::{Advice, fadvise};
 
@@ -103,7 +102,7 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
 struct SlowExtents;
 
 impl HeapHooks for SlowExtents {
-    fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), dmaload::dmabuf::Error> {
+    fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         if part.len() <= 2 * MIB {
             std::thread::sleep(Duration::from_millis(15));
         }

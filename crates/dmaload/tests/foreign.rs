@@ -15,8 +15,8 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Verify, dmabuf};
+use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Verify};
 use futures_core::Stream;
 
 const SEGMENT: u64 = 2 << 20;
@@ -263,13 +263,13 @@ impl Gate {
 }
 
 impl HeapHooks for Gate {
-    fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, _: usize) -> Result<(), HeapError> {
         note_thread();
         drop(self.0.1.wait_while(self.0.0.lock().unwrap(), |open| !*open).unwrap());
         Ok(())
     }
 
-    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), HeapError> {
         note_thread();
         Ok(())
     }

@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-use dmaload::heap::{AnonHeap, FromDescriptors, Heap, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, LoadOptions, Loader};
+use dmaload::heap::{
+    AnonHeap, FromDescriptors, Heap, HeapError, HeapHooks, Hooked, Mapping, Memfd, MemfdHeap, Memory, Populated,
+};
+use dmaload::{Errno, Error, LoadOptions, Loader};
 use rustix::fs::SealFlags;
-use rustix::io::Errno;
 
 const SEGMENT: usize = 2 << 20;
 
@@ -42,7 +42,7 @@ unsafe impl Heap for Keeping {
         "keeping".into()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         let memory = MemfdHeap::default().allocate(bytes)?;
         let memfd = memory.memfd().unwrap();
         self.seals.into_iter().for_each(|seals| rustix::fs::fcntl_add_seals(memfd, seals).unwrap());
@@ -50,7 +50,7 @@ unsafe impl Heap for Keeping {
         Ok(memory)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         MemfdHeap::default().populate(mapping, memory, part)
     }
 }
@@ -75,7 +75,7 @@ async fn a_kept_descriptor_cannot_write_to_a_segment() {
                     rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino
                 };
                 if is_same(kept) {
-                    assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(Errno::PERM));
+                    assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(rustix::io::Errno::PERM));
                 }
             }
             assert_same(&bytes, &before, "what is lent");
@@ -132,13 +132,13 @@ unsafe impl Heap for Presealed {
         "presealed".into()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         let memory = MemfdHeap::default().allocate(bytes)?;
         rustix::fs::fcntl_add_seals(memory.memfd().unwrap(), self.0).unwrap();
         Ok(memory)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         MemfdHeap::default().populate(mapping, memory, part)
     }
 }
@@ -157,21 +157,21 @@ impl HeapHooks for Counting {
         Some("counted".into())
     }
 
-    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         self.allocated.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 
-    fn after_allocate(&self, bytes: usize, result: Result<(), &dmabuf::Error>) {
+    fn after_allocate(&self, bytes: usize, result: Result<(), &HeapError>) {
         self.answered.fetch_add(if result.is_ok() { bytes } else { 0 }, Ordering::Relaxed);
     }
 
-    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         assert!(part.end <= mapped.len());
         Ok(())
     }
 
-    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &HeapError>) {
         let counter = if result.is_ok() { &self.populated } else { &self.failed };
         counter.fetch_add(part.len(), Ordering::Relaxed);
     }
@@ -210,11 +210,8 @@ async fn a_descriptor_that_is_no_dma_buf_fails_the_load_by_name() {
     let path = file(folder.path(), "model.bin", &model());
     type Allocate = fn(usize) -> Result<OwnedFd, Errno>;
     let allocators: [(Allocate, &str); 4] = [
-        (|_| Err(Errno::NOMEM), "vendor: cannot allocate a dma-buf of"),
-        (
-            |bytes| Ok(dmabuf::Memfd::create("no dma-buf", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()),
-            "vendor: cannot ",
-        ),
+        (|_| Err(Errno::ENOMEM), "vendor: cannot allocate a dma-buf of"),
+        (|bytes| Ok(Memfd::create("no dma-buf", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()), "vendor: cannot "),
         (|_| Ok(std::fs::File::open("/dev/null").unwrap().into()), "vendor: cannot "),
         (|_| panic!("in the driver"), "heap vendor panicked: in the driver"),
     ];
@@ -245,21 +242,21 @@ impl HeapHooks for PanicsIn {
         Some("panicking".into())
     }
 
-    fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, _: usize) -> Result<(), HeapError> {
         self.call("before_allocate");
         Ok(())
     }
 
-    fn after_allocate(&self, _: usize, _: Result<(), &dmabuf::Error>) {
+    fn after_allocate(&self, _: usize, _: Result<(), &HeapError>) {
         self.call("after_allocate");
     }
 
-    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), HeapError> {
         self.call("before_populate");
         Ok(())
     }
 
-    fn after_populate(&self, _: Range<usize>, _: Result<&Populated, &dmabuf::Error>) {
+    fn after_populate(&self, _: Range<usize>, _: Result<&Populated, &HeapError>) {
         self.call("after_populate");
     }
 

@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::dmabuf;
-use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
+use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
@@ -29,7 +28,7 @@ impl SpiedHeap {
 }
 
 impl HeapHooks for SpiedHeap {
-    fn before_populate(&self, mapped: Range<usize>, _part: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, mapped: Range<usize>, _part: Range<usize>) -> Result<(), HeapError> {
         self.mapped.lock().unwrap().push(mapped);
         Ok(())
     }

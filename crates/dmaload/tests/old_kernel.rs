@@ -9,11 +9,9 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{self, Mapping, Memory, Populated};
-use dmaload::heap::{Heap, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Loader};
+use dmaload::heap::{Heap, HeapError, HeapHooks, Hooked, Mapping, Memfd, MemfdHeap, Memory, Populated};
+use dmaload::{Errno, Error, Loader};
 use dmaload_testing::seccomp::{Scope, install, instruction};
-use rustix::io::Errno;
 
 /// From now on `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` is refused with EINVAL.
 fn forget_the_seal() {
@@ -48,11 +46,11 @@ unsafe impl Heap for OfTheCaller {
         "of-the-caller".into()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         MemfdHeap::default().allocate(bytes)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         MemfdHeap::default().populate(mapping, memory, part)
     }
 }
@@ -65,7 +63,7 @@ impl HeapHooks for Nothing {}
 #[tokio::test]
 async fn before_linux_5_1_own_heaps_load_and_others_fail() {
     forget_the_seal();
-    assert!(!dmabuf::Memfd::kernel_seals_writes());
+    assert!(!Memfd::kernel_seals_writes());
     let folder = folder();
     let bytes = random_bytes(5_000_000, 1);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -78,7 +76,7 @@ async fn before_linux_5_1_own_heaps_load_and_others_fail() {
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "an own heap");
         // Its descriptor can't be given to others: they could write to it.
         let refused = image.segments()[0].hand_out_memfd().unwrap_err();
-        assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::INVAL), "{refused}");
+        assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::EINVAL), "{refused}");
     }
     let error = Loader::builder().heap(OfTheCaller).build().unwrap().load(&path).await.unwrap_err();
     let text = error.to_string();

@@ -9,8 +9,7 @@ use std::sync::Arc;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 
-use dmaload::dmabuf::Pages;
-use dmaload::heap::AnonHeap;
+use dmaload::heap::{AnonHeap, Pages};
 use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
 /// Segments of 8 MiB: files of up to 2 MiB are small.

@@ -9,11 +9,9 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex};
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::dmabuf;
-use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Attempt, Error, LoadOptions, Loader, Route};
+use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Attempt, Errno, Error, LoadOptions, Loader, Route};
 use dmaload_testing::seccomp::{self, Scope};
-use rustix::io::Errno;
 
 const SEGMENT: usize = 2 << 20;
 const IO_URING_ENTER: u32 = 426;
@@ -30,7 +28,7 @@ impl Gated {
 }
 
 impl HeapHooks for Gated {
-    fn before_allocate(&self, _bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, _bytes: usize) -> Result<(), HeapError> {
         let mut given = self.0.1.wait_while(self.0.0.lock().unwrap(), |given| *given == 3).unwrap();
         *given += 1;
         Ok(())
@@ -63,7 +61,7 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
                 Err(error) => break error,
             }
         };
-        assert_eq!(error, Error::Ring { errno: Errno::IO });
+        assert_eq!(error, Error::Ring { errno: Errno::EIO });
         assert!(error.to_string().contains("EIO"), "{error}");
         assert_eq!(load.finish().await.unwrap_err(), error, "the first failure is the one that is told");
     }
@@ -73,9 +71,9 @@ async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go
     let report = image.report();
     assert_eq!(report.route, Route::PreadDirect);
     let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.attempt, step.errno)).collect();
-    assert_eq!(steps, [(Attempt::SetUpRing, Errno::IO)]);
+    assert_eq!(steps, [(Attempt::SetUpRing, Errno::EIO)]);
     let strict = loader.load(&path).options(loader.load_options().strict(true)).await.unwrap_err();
-    assert!(matches!(strict, Error::Refused { errno: Errno::IO, .. }), "{strict}");
+    assert!(matches!(strict, Error::Refused { errno: Errno::EIO, .. }), "{strict}");
     // What was in flight at the time is leaked on purpose, and told.
     match loader.shutdown().await {
         Ok(()) => {}

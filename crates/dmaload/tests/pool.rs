@@ -7,8 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::Pages;
-use dmaload::heap::{AnonHeap, MemfdHeap};
+use dmaload::heap::{AnonHeap, MemfdHeap, Pages};
 use dmaload::{Image, Layout, LoadOptions, Loader};
 
 const SEGMENT: usize = 2 << 20;

@@ -16,10 +16,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use common::{assert_same, file, folder, random_bytes};
-use dmaload::dmabuf::{self, Pages, Populated};
-use dmaload::heap::{AnonHeap, Heap, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, LoaderBuilder, Route};
-use rustix::io::Errno;
+use dmaload::heap::{AnonHeap, Heap, HeapError, HeapHooks, Hooked, MemfdHeap, Pages, Populated};
+use dmaload::{Cache, Errno, Error, Image, Layout, LoadOptions, Loader, LoaderBuilder, Route};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 
 const MIB: usize = 1 << 20;
@@ -87,7 +85,7 @@ impl HeapHooks for Recorder {
         Some("watched".into())
     }
 
-    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
         assert!(thread.starts_with(self.by), "{part:?} is populated by the thread {thread}");
         assert!(!part.is_empty() && part.end <= mapped.len(), "{part:?} of {} bytes", mapped.len());
@@ -113,7 +111,7 @@ impl HeapHooks for Recorder {
         Ok(())
     }
 
-    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &HeapError>) {
         assert!(result.is_ok(), "{part:?}: {result:?}");
         self.seen.lock().unwrap().under_way -= 1;
     }
@@ -262,7 +260,7 @@ async fn small_files_have_as_many_huge_pages_as_by_direct_reads() {
 struct Counting(AtomicUsize);
 
 impl HeapHooks for Counting {
-    fn after_populate(&self, part: Range<usize>, _: Result<&Populated, &dmabuf::Error>) {
+    fn after_populate(&self, part: Range<usize>, _: Result<&Populated, &HeapError>) {
         self.0.fetch_add(part.len(), Ordering::SeqCst);
     }
 }
@@ -317,12 +315,12 @@ impl HeapHooks for Failing {
         Some("failing".into())
     }
 
-    fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         // The last of those that are counted; none are counted otherwise.
         if left == Ok(1) {
             assert!(!self.panics.load(Ordering::SeqCst), "a mistake in populate");
-            return Err(dmabuf::Error::new("find pages of a vendor's", part.len(), Errno::NXIO));
+            return Err(HeapError::new("find pages of a vendor's", part.len(), Errno::ENXIO));
         }
         Ok(())
     }
@@ -376,7 +374,7 @@ struct Gate {
 }
 
 impl HeapHooks for Gate {
-    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, _: Range<usize>, _: Range<usize>) -> Result<(), HeapError> {
         let mut state = self.state.lock().unwrap();
         state.1 += 1;
         self.changed.notify_all();
@@ -433,7 +431,7 @@ async fn errors_of_staged_loads_say_what_was_asked_of_which_heap() {
     let loader = builder(Hooked::new(MemfdHeap::default(), Arc::clone(&failing))).build().unwrap();
     let error = loader.load(&path).options(staged(&loader)).await.unwrap_err();
     let Error::Memory { heap, refusal, planned_bytes, .. } = &error else { panic!("{error:?}") };
-    assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::NXIO));
+    assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::ENXIO));
     // What was to be loaded is told, and how much of it had memory.
     assert_eq!(*planned_bytes, 5 * MIB as u64);
 }

@@ -15,9 +15,8 @@ use common::{
 use dmabuf::Pages;
 use dmaload::heap::FromDescriptors;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach_blocking};
-use dmaload::{Attempt, Cache, Error, Layout, LoadOptions, Loader, Route};
+use dmaload::{Attempt, Cache, Errno, Error, Layout, LoadOptions, Loader, Route};
 use dmaload_guest::{command, kernel, row};
-use rustix::io::Errno;
 
 const SEGMENT: usize = 8 * MIB;
 
@@ -55,7 +54,7 @@ fn every_route_and_size(name: &str, layout: Layout) {
             let at_once = report.notes.iter().any(|note| note.contains("one allocation"));
             assert_eq!(at_once, name != "udmabuf" && layout == Layout::Single, "{what}: {:?}", report.notes);
             assert_eq!(report.cached_bytes, 0, "{what}");
-            let told = report.fallbacks.iter().any(|step| step.to == Route::Bounce && step.errno == Errno::FAULT);
+            let told = report.fallbacks.iter().any(|step| step.to == Route::Bounce && step.errno == Errno::EFAULT);
             assert_eq!(told, expected != route && len > 0, "{what}: {:?}", report.fallbacks);
         }
         row("matrix", &[name, layout.name(), route.name(), expected.name(), &told(&sizes()), "equal"]);
@@ -158,12 +157,12 @@ fn the_heap_is_probed_once_and_remembered() {
         let report = image.report();
         // Every load tells it, also those that did not have to try.
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect();
-        let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
+        let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::EFAULT)];
         assert_eq!(steps, expected, "load {round}");
     }
     // A strict load is told the real reason, not a memory of it.
     let error = load(&loader, &file(4097), loader.load_options().strict(true)).unwrap_err();
-    assert!(matches!(error, Error::Refused { errno: Errno::FAULT, .. }), "{error}");
+    assert!(matches!(error, Error::Refused { errno: Errno::EFAULT, .. }), "{error}");
     shut_down(loader);
 }
 
@@ -216,9 +215,9 @@ fn a_udmabufs_memfd_is_sealed_and_refuses_writes_and_holes() {
     let image = load(&loader, &file(SEGMENT), loader.load_options()).unwrap();
     let segment = &image.segments()[0];
     let memfd = segment.hand_out_memfd().unwrap();
-    assert_eq!(rustix::io::pwrite(memfd, b"x", 0), Err(Errno::PERM));
+    assert_eq!(rustix::io::pwrite(memfd, b"x", 0), Err(rustix::io::Errno::PERM));
     let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-    assert_eq!(rustix::fs::fallocate(memfd, hole, 0, 4096), Err(Errno::PERM));
+    assert_eq!(rustix::fs::fallocate(memfd, hole, 0, 4096), Err(rustix::io::Errno::PERM));
     assert_dma_bufs(image.segments(), &original()[..SEGMENT], "after the attempts");
     shut_down(loader);
 }
@@ -442,7 +441,7 @@ fn what_a_vendor_must_not_give_fails_the_load_by_its_name() {
             |bytes| Ok(dmabuf::DmaHeap::open("system").unwrap().allocate_with(bytes, 0, 0).unwrap().into()),
             "EACCES",
         ),
-        (|_| Err(Errno::NOSYS), "cannot allocate a dma-buf"),
+        (|_| Err(Errno::ENOSYS), "cannot allocate a dma-buf"),
         (|_| Ok(std::fs::File::open("/dev/null").unwrap().into()), "vendor: cannot"),
     ];
     for (allocate, expected) in allocators {

@@ -13,9 +13,8 @@ use common::{
     MIB, assert_descriptors_are_back, assert_dma_bufs, assert_gives_memory_back, assert_same, available_bytes, block_on, file,
     heap, load, original, settled_descriptors, shut_down, sparse_file,
 };
-use dmaload::{Cache, Error, Layout, LoadOptions, Loader, Route};
+use dmaload::{Cache, Errno, Error, Layout, LoadOptions, Loader, Route};
 use dmaload_guest::{BadDisk, SECTOR, bad_bytes, command, row};
-use rustix::io::Errno;
 
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
@@ -166,7 +165,7 @@ fn a_bad_sector_fails_the_load(disk: &BadDisk, how: &str) {
                 }
             });
             // Through the page cache every error of the disk is EIO.
-            let errno = if route.is_direct() { Errno::from_raw_os_error(disk.errno) } else { Errno::IO };
+            let errno = if route.is_direct() { Errno::from_raw_os_error(disk.errno) } else { Errno::EIO };
             let Error::Read { path, offset, bytes, errno: told, .. } = &error else { panic!("{what}: {error}") };
             assert_eq!((path, *told), (&disk.file, errno), "{what}: {error}");
             assert!((*offset..offset + bytes).contains(&bad), "{what}: {error}");

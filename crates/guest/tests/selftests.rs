@@ -64,13 +64,16 @@ fn bad_sizes_and_flags_are_refused() {
     let heap = system();
     let cloexec = rustix::fs::OFlags::CLOEXEC.bits();
     let read_write = rustix::fs::OFlags::RDWR.bits();
-    assert_eq!(heap.allocate(0).unwrap_err().errno, Errno::INVAL);
-    assert_eq!(heap.allocate_with(4096, !0, 0).unwrap_err().errno, Errno::INVAL);
-    assert_eq!(heap.allocate_with(4096, read_write | rustix::fs::OFlags::NONBLOCK.bits(), 0).unwrap_err().errno, Errno::INVAL);
-    assert_eq!(heap.allocate_with(4096, read_write | cloexec, !0).unwrap_err().errno, Errno::INVAL);
+    assert_eq!(heap.allocate(0).unwrap_err().errno, dmabuf::Errno::EINVAL);
+    assert_eq!(heap.allocate_with(4096, !0, 0).unwrap_err().errno, dmabuf::Errno::EINVAL);
+    assert_eq!(
+        heap.allocate_with(4096, read_write | rustix::fs::OFlags::NONBLOCK.bits(), 0).unwrap_err().errno,
+        dmabuf::Errno::EINVAL
+    );
+    assert_eq!(heap.allocate_with(4096, read_write | cloexec, !0).unwrap_err().errno, dmabuf::Errno::EINVAL);
     // A descriptor for reading only is given, and can't be mapped for writing.
     let memory = Memory::DmaBuf(heap.allocate_with(4096, cloexec, 0).unwrap());
-    assert_eq!(AddressRange::reserve(4096).unwrap().map(&memory, 0, 4096).unwrap_err().errno, Errno::ACCESS);
+    assert_eq!(AddressRange::reserve(4096).unwrap().map(&memory, 0, 4096).unwrap_err().errno, dmabuf::Errno::EACCES);
 }
 
 /// A request as `rustix` wants it, for structures and descriptors that our API does not make.
@@ -133,11 +136,11 @@ fn udmabuf_refuses_what_is_unaligned_empty_too_large_or_no_memfd() {
     let device = Udmabuf::open().unwrap();
     let memfd = Memfd::create("test", 80 * MIB).unwrap();
     let refused = |offset, bytes| device.create(Part { memfd: &memfd, offset, bytes }).unwrap_err().errno;
-    assert_eq!(refused(1, 4096), Errno::INVAL, "offset");
-    assert_eq!(refused(0, 4095), Errno::INVAL, "size");
-    assert_eq!(refused(0, 0), Errno::INVAL, "nothing");
-    assert_eq!(refused(0, 65 * MIB), Errno::INVAL, "above size_limit_mb");
-    assert_eq!(refused(79 * MIB as u64, 2 * MIB), Errno::INVAL, "past the memfd's end");
+    assert_eq!(refused(1, 4096), dmabuf::Errno::EINVAL, "offset");
+    assert_eq!(refused(0, 4095), dmabuf::Errno::EINVAL, "size");
+    assert_eq!(refused(0, 0), dmabuf::Errno::EINVAL, "nothing");
+    assert_eq!(refused(0, 65 * MIB), dmabuf::Errno::EINVAL, "above size_limit_mb");
+    assert_eq!(refused(79 * MIB as u64, 2 * MIB), dmabuf::Errno::EINVAL, "past the memfd's end");
     device.create(Part { memfd: &memfd, offset: 0, bytes: 64 * MIB }).unwrap();
     let fd = rustix::fs::open("/dev/udmabuf", rustix::fs::OFlags::RDWR, rustix::fs::Mode::empty()).unwrap();
     for path in ["/dev/null", "/dev/zero"] {
@@ -158,7 +161,7 @@ fn udmabuf_wants_no_seal_against_writes_before_and_keeps_them_out_after() {
     memfd.seal_against_writes().unwrap();
     assert_eq!(rustix::io::pwrite(&memfd, b"x", 0), Err(Errno::PERM));
     // Whatever the kernel thinks of it.
-    assert_eq!(device.create(part).unwrap_err().errno, Errno::INVAL);
+    assert_eq!(device.create(part).unwrap_err().errno, dmabuf::Errno::EINVAL);
     let memory = Memory::DmaBuf(dma_buf);
     assert!(bytes_of(&mapped(&memory, MIB)).iter().all(|&byte| byte == 0));
 }
@@ -168,7 +171,7 @@ fn ending_an_access_that_was_never_begun_is_refused_by_udmabuf() {
     let device = Udmabuf::open().unwrap();
     let memfd = Memfd::create("test", MIB).unwrap();
     let dma_buf = device.create(Part { memfd: &memfd, offset: 0, bytes: MIB }).unwrap();
-    assert_eq!(dma_buf.end_cpu_access(Access::Read).unwrap_err().errno, Errno::INVAL);
+    assert_eq!(dma_buf.end_cpu_access(Access::Read).unwrap_err().errno, dmabuf::Errno::EINVAL);
     dma_buf.cpu_access(Access::ReadWrite).unwrap().end().unwrap();
 }
 
@@ -241,7 +244,8 @@ fn nothing_leaks_descriptors() {
 }
 
 fn told(answer: Result<(), Errno>) -> String {
-    answer.map_or_else(|errno| dmabuf::errno::name(errno).map_or_else(|| errno.to_string(), str::to_owned), |()| "ok".to_owned())
+    let name = |errno: Errno| dmabuf::Errno::from_raw_os_error(errno.raw_os_error()).name();
+    answer.map_or_else(|errno| name(errno).map_or_else(|| errno.to_string(), str::to_owned), |()| "ok".to_owned())
 }
 
 /// What io_uring's registration and a direct read say to a mapping.

@@ -6,11 +6,9 @@
 
 use std::path::Path;
 
-use dmaload::Attempt;
-use dmaload::dmabuf::printable;
-use dmaload::dmabuf::{HUGE_PAGE_BYTES, Udmabuf, errno::describe};
+use dmabuf::{HUGE_PAGE_BYTES, Udmabuf, printable};
+use dmaload::{Attempt, Errno};
 use dmaload_text::bytes;
-use rustix::io::Errno;
 
 use super::cause::Cause;
 use super::facts::Facts;
@@ -88,7 +86,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
     let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
     Some(Advice::new(
-        format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} answers {}", describe(errno)),
+        format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} answers {}", errno.describe()),
         LOCAL_FILE_SYSTEMS,
         "up to half the time: no page cache, no copy, and nothing else is pushed out of memory",
     ))
@@ -171,11 +169,11 @@ fn registering(facts: &Facts) -> Option<Advice> {
         "little on 2 MiB pages: the route uring-fixed-direct instead of uring-direct"
     };
     let (change, command) = match facts.io_uring.register {
-        Ok(()) | Err(Errno::NOMEM) => (
+        Ok(()) | Err(Errno::ENOMEM) => (
             "raise the limit of locked memory (services: LimitMEMLOCK=infinity; or setcap cap_ipc_lock+ep)".to_owned(),
             "ulimit -l unlimited".to_owned(),
         ),
-        Err(Errno::INVAL) => ("boot a kernel with sparse buffer tables (Linux 5.19)".to_owned(), "uname -r".to_owned()),
+        Err(Errno::EINVAL) => ("boot a kernel with sparse buffer tables (Linux 5.19)".to_owned(), "uname -r".to_owned()),
         Err(_) => allowing(facts.cause.as_ref()),
     };
     Some(Advice::new(change, command, gain))
@@ -192,11 +190,11 @@ fn permission(facts: &Facts) -> Option<Advice> {
     }
     let refused = facts.trial.heaps.iter().filter_map(|heap| heap.device.as_ref());
     let (path, errno) = refused
-        .filter(|(_, errno)| matches!(*errno, Errno::ACCESS | Errno::PERM))
+        .filter(|(_, errno)| matches!(*errno, Errno::EACCES | Errno::EPERM))
         .min_by_key(|(path, _)| (path.as_path() != Path::new(Udmabuf::PATH), !path.ends_with("system")))?;
     let path = printable::path(&path);
     Some(Advice::new(
-        format!("give this user the right to {path} ({}; for good: a udev rule)", describe(*errno)),
+        format!("give this user the right to {path} ({}; for good: a udev rule)", errno.describe()),
         format!("sudo setfacl -m u:$USER:rw {path}"),
         "load --dma-buf, whose memory drivers import",
     ))
@@ -204,7 +202,7 @@ fn permission(facts: &Facts) -> Option<Advice> {
 
 fn device(facts: &Facts) -> Option<Advice> {
     let (_, errno) = heap(facts, "udmabuf")?.device.as_ref()?;
-    if !matches!(*errno, Errno::NOENT | Errno::NODEV | Errno::NXIO) {
+    if !matches!(*errno, Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) {
         return None;
     }
     let others = facts.trial.heaps.iter().any(|heap| heap.name.starts_with(DMA_HEAP) && heap.outcome.is_ok());
@@ -271,14 +269,14 @@ mod tests {
     }
 
     const LITTLE: Change = |facts| facts.memory = Some(MemoryAvailable { bytes: 100 << 20, limit: "MemAvailable".to_owned() });
-    const BUFFERED: Change = |facts| path(facts, GIB, Err(Errno::INVAL));
+    const BUFFERED: Change = |facts| path(facts, GIB, Err(Errno::EINVAL));
     const ON_FUSE: Change = |facts| {
         path(facts, GIB, Ok(()));
         facts.path.as_mut().and_then(|path| path.file.as_mut()).unwrap().ring_refused = Some(Attempt::RingOnFuse);
     };
     const SMALL_PAGES: Change = |facts| memfd(facts).page_bytes = Some(4096);
     const NO_RING: Change = |facts| {
-        let no = Err(Errno::PERM);
+        let no = Err(Errno::EPERM);
         facts.io_uring =
             IoUring { setup: no, deferred_task_run: no, buffer_table: no, file_table: no, register: no, registrable_bytes: 0 };
         facts.cause = Some(Cause::Sysctl(2));
@@ -286,11 +284,11 @@ mod tests {
     const SMALL_MEMLOCK: Change = |facts| {
         facts.memlock.soft_bytes = Some(8 << 20);
         facts.memlock.cap_ipc_lock = false;
-        facts.io_uring.register = Err(Errno::NOMEM);
+        facts.io_uring.register = Err(Errno::ENOMEM);
         facts.io_uring.registrable_bytes = 8 << 20;
     };
-    const NO_RIGHT: Change = |facts| udmabuf(facts, Errno::ACCESS);
-    const NO_DEVICE: Change = |facts| udmabuf(facts, Errno::NOENT);
+    const NO_RIGHT: Change = |facts| udmabuf(facts, Errno::EACCES);
+    const NO_DEVICE: Change = |facts| udmabuf(facts, Errno::ENOENT);
     const SMALL_UDMABUFS: Change = |facts| facts.trial.heaps[1].limit_bytes = Some(64 << 20);
     const BUG: Change = |facts| facts.udmabuf_bug = true;
 
@@ -342,7 +340,7 @@ mod tests {
     #[test]
     fn a_refused_registration_is_none_of_the_limit() {
         let advice = after(&[|facts| {
-            facts.io_uring.register = Err(Errno::PERM);
+            facts.io_uring.register = Err(Errno::EPERM);
             facts.io_uring.registrable_bytes = 0;
             facts.cause = Some(Cause::Seccomp);
         }]);
@@ -367,7 +365,7 @@ mod tests {
     fn without_a_path_the_small_files_refusal_counts() {
         let advice = after(&[|facts| {
             let (from, to, reason) = (Route::UringFixedDirect, Route::Buffered, String::new());
-            memfd(facts).steps = vec![Step { from, to, attempt: Attempt::OpenDirect, reason, errno: Errno::INVAL }];
+            memfd(facts).steps = vec![Step { from, to, attempt: Attempt::OpenDirect, reason, errno: Errno::EINVAL }];
         }]);
         assert!(advice[0].change.contains("EINVAL"), "{advice:#?}");
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use rustix::io::Errno;
+use dmaload::Errno;
 
 /// What bears on a refusal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -40,14 +40,14 @@ const POLICIES: [&str; 5] = ["selinux", "apparmor", "smack", "tomoyo", "bpf"];
 pub(crate) fn of(errno: Errno, around: &Circumstances) -> Cause {
     let policy = around.lsms.iter().find(|lsm| POLICIES.contains(&lsm.as_str())).cloned();
     match (errno, around.sysctl) {
-        (Errno::PERM, Some(value @ 2..)) => Cause::Sysctl(value),
-        (Errno::PERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
-        (Errno::PERM | Errno::NOSYS, _) if around.seccomp => Cause::Seccomp,
+        (Errno::EPERM, Some(value @ 2..)) => Cause::Sysctl(value),
+        (Errno::EPERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
+        (Errno::EPERM | Errno::ENOSYS, _) if around.seccomp => Cause::Seccomp,
         // A filter may answer with any errno; a security module is the likelier one where there is one.
-        (Errno::ACCESS, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
-        (Errno::ACCESS, _) => Cause::Lsm(policy),
-        (Errno::NOSYS, _) => Cause::Kernel,
-        (Errno::NOMEM, _) => Cause::Memlock,
+        (Errno::EACCES, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
+        (Errno::EACCES, _) => Cause::Lsm(policy),
+        (Errno::ENOSYS, _) => Cause::Kernel,
+        (Errno::ENOMEM, _) => Cause::Memlock,
         _ => Cause::Unknown,
     }
 }
@@ -96,23 +96,23 @@ mod tests {
         };
         let selinux = Cause::Lsm(Some("selinux".to_owned()));
         for (errno, around, expected) in [
-            (Errno::PERM, sysctl(2, true), Cause::Sysctl(2)),
-            (Errno::PERM, sysctl(2, false), Cause::Sysctl(2)),
-            (Errno::PERM, sysctl(1, false), Cause::Sysctl(1)),
+            (Errno::EPERM, sysctl(2, true), Cause::Sysctl(2)),
+            (Errno::EPERM, sysctl(2, false), Cause::Sysctl(2)),
+            (Errno::EPERM, sysctl(1, false), Cause::Sysctl(1)),
             // With the right to it, 1 refuses nothing.
-            (Errno::PERM, sysctl(1, true), Cause::Unknown),
-            (Errno::PERM, Circumstances { seccomp: true, ..sysctl(1, true) }, Cause::Seccomp),
-            (Errno::PERM, filtered.clone(), Cause::Seccomp),
-            (Errno::PERM, sysctl(0, false), Cause::Unknown),
-            (Errno::PERM, free.clone(), Cause::Unknown),
-            (Errno::NOSYS, filtered.clone(), Cause::Seccomp),
-            (Errno::NOSYS, free.clone(), Cause::Kernel),
-            (Errno::ACCESS, guarded(false), selinux.clone()),
-            (Errno::ACCESS, guarded(true), selinux),
-            (Errno::ACCESS, free.clone(), Cause::Lsm(None)),
-            (Errno::ACCESS, filtered.clone(), Cause::Seccomp),
-            (Errno::NOMEM, filtered, Cause::Memlock),
-            (Errno::MFILE, free, Cause::Unknown),
+            (Errno::EPERM, sysctl(1, true), Cause::Unknown),
+            (Errno::EPERM, Circumstances { seccomp: true, ..sysctl(1, true) }, Cause::Seccomp),
+            (Errno::EPERM, filtered.clone(), Cause::Seccomp),
+            (Errno::EPERM, sysctl(0, false), Cause::Unknown),
+            (Errno::EPERM, free.clone(), Cause::Unknown),
+            (Errno::ENOSYS, filtered.clone(), Cause::Seccomp),
+            (Errno::ENOSYS, free.clone(), Cause::Kernel),
+            (Errno::EACCES, guarded(false), selinux.clone()),
+            (Errno::EACCES, guarded(true), selinux),
+            (Errno::EACCES, free.clone(), Cause::Lsm(None)),
+            (Errno::EACCES, filtered.clone(), Cause::Seccomp),
+            (Errno::ENOMEM, filtered, Cause::Memlock),
+            (Errno::EMFILE, free, Cause::Unknown),
         ] {
             assert_eq!(of(errno, &around), expected, "{errno:?} {around:?}");
         }

@@ -5,10 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use dmaload::dmabuf::{Limit, Pages, Udmabuf};
+use dmabuf::{Limit, Pages, Udmabuf};
 use dmaload::heap::HeapChoice;
-use dmaload::{Error, Format, probe};
-use rustix::io::Errno;
+use dmaload::{Errno, Error, Format, probe};
 
 use super::cause::{self, Cause};
 use super::mounts::{self, Mount};
@@ -90,7 +89,7 @@ impl PathFacts {
             move |error: std::io::Error| Error::File {
                 path: path.to_owned(),
                 operation,
-                errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+                errno: Errno::from_io_error(&error).unwrap_or(Errno::EIO),
             }
         };
         let metadata = fs::metadata(path).map_err(failed("open"))?;

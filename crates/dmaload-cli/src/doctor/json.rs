@@ -1,8 +1,7 @@
 //! The facts for programs: one object.
 
-use dmaload::dmabuf::errno;
+use dmaload::Errno;
 use dmaload::probe::IoUring;
-use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::advice;
@@ -67,7 +66,7 @@ pub(crate) fn object(facts: &Facts) -> Value {
 }
 
 fn name(errno: Errno) -> String {
-    errno::name(errno).map_or_else(|| errno.raw_os_error().to_string(), str::to_owned)
+    errno.name().map_or_else(|| errno.raw_os_error().to_string(), str::to_owned)
 }
 
 fn features(found: &IoUring) -> Value {

@@ -2,8 +2,7 @@
 
 use std::fmt;
 
-use dmaload::dmabuf::errno::describe;
-use dmaload::dmabuf::printable;
+use dmabuf::printable;
 use dmaload::probe::IoUring;
 use dmaload_text::{Pairs, bytes};
 
@@ -100,7 +99,7 @@ fn io_uring(facts: &Facts) -> String {
     let found = &facts.io_uring;
     let by = facts.cause.as_ref().map(|cause| format!(", by {cause}")).unwrap_or_default();
     if let Err(errno) = found.setup {
-        return format!("refused: {}{by}", describe(errno));
+        return format!("refused: {}{by}", errno.describe());
     }
     let features = [
         ("SINGLE_ISSUER+DEFER_TASKRUN", found.deferred_task_run),
@@ -108,7 +107,7 @@ fn io_uring(facts: &Facts) -> String {
         ("file table", found.file_table),
     ];
     let had: Vec<_> = features.iter().filter(|(_, tried)| tried.is_ok()).map(|(name, _)| *name).collect();
-    let refused = features.iter().filter_map(|(name, tried)| Some(format!("; {name} refused: {}", describe(tried.err()?))));
+    let refused = features.iter().filter_map(|(name, tried)| Some(format!("; {name} refused: {}", tried.err()?.describe())));
     let by = if found.buffer_table.is_err() { by } else { String::new() };
     let had = if had.is_empty() { String::new() } else { format!(" with {}", had.join(", ")) };
     format!("works{had}{}{by}", refused.collect::<String>())
@@ -120,8 +119,8 @@ fn memlock(limit: &Memlock, ring: &IoUring) -> String {
     let registrable = match (ring.setup, ring.register, ring.registrable_bytes) {
         (Err(_), ..) => String::new(),
         (_, Ok(()), most) => format!("; {} at once could be registered", size(most)),
-        (_, Err(errno), 0) => format!("; nothing could be registered: {}", describe(errno)),
-        (_, Err(errno), most) => format!("; {} at once could be registered, more: {}", size(most), describe(errno)),
+        (_, Err(errno), 0) => format!("; nothing could be registered: {}", errno.describe()),
+        (_, Err(errno), most) => format!("; {} at once could be registered, more: {}", size(most), errno.describe()),
     };
     format!("{} (hard limit {}), {capability}{registrable}", told(limit.soft_bytes), told(limit.hard_bytes))
 }
@@ -129,7 +128,7 @@ fn memlock(limit: &Memlock, ring: &IoUring) -> String {
 fn huge_pages(facts: &Facts) -> String {
     let got = match facts.trial.heap("memfd").and_then(|heap| heap.outcome.as_ref().ok()) {
         Some(Loaded { page_bytes: Some(bytes_each), pages_refused, .. }) => {
-            let refused = pages_refused.map(|errno| format!(" (larger ones: {})", describe(errno))).unwrap_or_default();
+            let refused = pages_refused.map(|errno| format!(" (larger ones: {})", errno.describe())).unwrap_or_default();
             format!("memfd got {}{refused}", size(*bytes_each))
         }
         Some(_) => "unknown: this kernel offers no way to look".to_owned(),
@@ -153,9 +152,11 @@ fn about(facts: &PathFacts) -> String {
 fn first_read(file: &dmaload::probe::File) -> String {
     match (file.open_direct, file.first_read) {
         (Ok(()), Ok(_)) => format!("O_DIRECT at {} works", size(file.alignment_bytes)),
-        (Ok(()), Err(errno)) => format!("the first O_DIRECT read fails: {}", describe(errno)),
-        (Err(refused), Ok(_)) => format!("O_DIRECT refused: {}; a cached read works", describe(refused)),
-        (Err(refused), Err(errno)) => format!("O_DIRECT refused: {}; a cached read, too: {}", describe(refused), describe(errno)),
+        (Ok(()), Err(errno)) => format!("the first O_DIRECT read fails: {}", errno.describe()),
+        (Err(refused), Ok(_)) => format!("O_DIRECT refused: {}; a cached read works", refused.describe()),
+        (Err(refused), Err(errno)) => {
+            format!("O_DIRECT refused: {}; a cached read, too: {}", refused.describe(), errno.describe())
+        }
     }
 }
 
@@ -179,7 +180,7 @@ fn heap_line(heap: &HeapTrial) -> String {
         Ok(loaded) => {
             let pages = loaded.page_bytes.map(|bytes_each| format!(", {} pages", size(bytes_each))).unwrap_or_default();
             let steps =
-                loaded.steps.iter().map(|step| format!("; not {}: {}: {}", step.from, describe(step.errno), step.attempt));
+                loaded.steps.iter().map(|step| format!("; not {}: {}: {}", step.from, step.errno.describe(), step.attempt));
             format!("{}{pages}{limits}{}", loaded.route, steps.collect::<String>())
         }
     }

@@ -2,7 +2,7 @@
 
 use std::fs::read_to_string;
 
-use dmaload::dmabuf::Limit;
+use dmabuf::Limit;
 use rustix::process::{Resource, getegid, getgroups, getrlimit};
 use rustix::system::uname;
 

@@ -9,13 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use dmaload::dmabuf::printable;
-use dmaload::dmabuf::{self, Pages, Udmabuf};
+use dmabuf::{Pages, Udmabuf, printable};
 use dmaload::heap::{Heap, HeapChoice};
-use dmaload::{Attempt, Cache, Error, Format, Loader, Route, probe};
+use dmaload::{Attempt, Cache, Errno, ErrorKind, Format, Loader, Route, probe};
 use dmaload_bench::scratch::ScratchFile;
 use dmaload_text::{At, Named};
-use rustix::io::Errno;
 
 use crate::engine::block_on;
 use crate::{errors, load};
@@ -154,10 +152,8 @@ fn written_anywhere(content: &[u8]) -> Result<ScratchFile> {
 fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapTrial> {
     let mut tried = |choice: HeapChoice| {
         let heap = choice.open(Pages::Auto);
-        let device = match &heap {
-            Err(Error::Device(error)) => Some((error.path.clone(), error.errno)),
-            _ => None,
-        };
+        let device = heap.as_ref().err().filter(|error| error.kind() == ErrorKind::Device);
+        let device = device.and_then(|error| Some((error.path()?.to_owned(), error.errno()?)));
         let loaded = heap.map_err(anyhow::Error::new).and_then(|(heap, _)| load(heap));
         let outcome = loaded.map_err(|error| errors::told(&error));
         HeapTrial { name: choice.to_string(), outcome, device, limit_bytes: None, limit_parts: None }
@@ -177,8 +173,8 @@ fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapT
 fn no_dma_heap() -> HeapTrial {
     let folder = PathBuf::from(dmabuf::DmaHeap::FOLDER);
     let (reason, errno) = match fs::read_dir(&folder) {
-        Ok(_) => ("is empty".to_owned(), Errno::NOENT),
-        Err(error) => (Named(&error).to_string(), Errno::from_io_error(&error).unwrap_or(Errno::NOENT)),
+        Ok(_) => ("is empty".to_owned(), Errno::ENOENT),
+        Err(error) => (Named(&error).to_string(), Errno::from_io_error(&error).unwrap_or(Errno::ENOENT)),
     };
     HeapTrial {
         name: DMA_HEAP.to_owned(),

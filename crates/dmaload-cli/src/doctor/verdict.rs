@@ -1,9 +1,7 @@
 //! What a load would do, concluded from the facts.
 
-use dmaload::dmabuf::errno::describe;
-use dmaload::{Attempt, LoadOptions, LoaderBuilder, Route, probe};
+use dmaload::{Attempt, Errno, LoadOptions, LoaderBuilder, Route, probe};
 use dmaload_text::bytes;
-use rustix::io::Errno;
 
 use super::facts::Facts;
 use super::trial::Loaded;
@@ -65,7 +63,7 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
         return Err(format!("the limit of file sizes (ulimit -f) is {}, and counts for memory files, too", bytes(limit)));
     }
     if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
-        return Err(format!("its first block can't be read: {}", describe(errno)));
+        return Err(format!("its first block can't be read: {}", errno.describe()));
     }
     if let (Some(room), Some(wanted)) = (facts.address_room, wanted_bytes(facts))
         && wanted > room
@@ -83,10 +81,10 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     let (mut route, mut because) = (loaded.route, None);
     if let Some(errno) = path_file(facts).and_then(probe::File::direct_refused) {
         route = Route::Buffered;
-        because = Some(format!("its file system refuses O_DIRECT: {}", describe(errno)));
+        because = Some(format!("its file system refuses O_DIRECT: {}", errno.describe()));
     } else if let Some(attempt) = path_file(facts).and_then(|file| file.ring_refused).filter(|_| route <= Route::PreadDirect) {
         route = Route::PreadDirect;
-        because = Some(format!("{attempt} is never tried: {}", attempt.hint(Errno::OPNOTSUPP).unwrap_or_default()));
+        because = Some(format!("{attempt} is never tried: {}", attempt.hint(Errno::EOPNOTSUPP).unwrap_or_default()));
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
         because = Some("the limit of locked memory is too small for uring-fixed-direct".to_owned());
@@ -151,14 +149,14 @@ mod tests {
     fn what_was_tried_holds_unless_the_path_says_otherwise() {
         let route = |file| load(&asked(file)).map(|expected| expected.route);
         assert_eq!(route(FILE), Ok(Route::UringFixedDirect));
-        assert_eq!(route(probe::File { open_direct: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
-        assert_eq!(route(probe::File { first_read: Err(Errno::INVAL), ..FILE }), Ok(Route::Buffered));
+        assert_eq!(route(probe::File { open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
+        assert_eq!(route(probe::File { first_read: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
         assert_eq!(route(probe::File { ring_refused: Some(Attempt::RingOnFuse), ..FILE }), Ok(Route::PreadDirect));
         assert_eq!(
-            route(probe::File { ring_refused: Some(Attempt::RingOnFuse), open_direct: Err(Errno::INVAL), ..FILE }),
+            route(probe::File { ring_refused: Some(Attempt::RingOnFuse), open_direct: Err(Errno::EINVAL), ..FILE }),
             Ok(Route::Buffered)
         );
-        assert!(route(probe::File { first_read: Err(Errno::IO), ..FILE }).unwrap_err().contains("EIO"));
+        assert!(route(probe::File { first_read: Err(Errno::EIO), ..FILE }).unwrap_err().contains("EIO"));
         assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
     }
 

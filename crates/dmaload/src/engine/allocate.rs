@@ -3,8 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dmabuf::{Access, Populated};
-use rustix::io::Errno;
+use dmabuf::{Access, Errno, Populated};
 
 use super::allocation::{Allocation, BatchPart};
 use super::filling::Filling;
@@ -244,7 +243,7 @@ impl Engine {
 
 /// The limit that a refusal is of, where it was of memory itself: what is left below it is less than what was asked for.
 fn at_limit(error: &dmabuf::Error, look: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
-    if error.errno != Errno::NOMEM {
+    if error.errno != Errno::ENOMEM {
         return None;
     }
     look().filter(|seen| seen.available_bytes < error.bytes as u64)
@@ -306,9 +305,9 @@ mod tests {
             move || Some(Headroom { available_bytes, limit: "memory.max is 9".to_owned(), place: PathBuf::new() })
         };
         let refused = |errno| dmabuf::Error::new("populate memory", 1000, errno);
-        assert_eq!(at_limit(&refused(Errno::NOMEM), have(999)).map(|seen| seen.available_bytes), Some(999));
-        assert_eq!(at_limit(&refused(Errno::NOMEM), have(1000)), None, "the addresses or the mappings are used up");
-        assert_eq!(at_limit(&refused(Errno::NOMEM), || None), None);
-        assert_eq!(at_limit(&refused(Errno::MFILE), have(0)), None);
+        assert_eq!(at_limit(&refused(Errno::ENOMEM), have(999)).map(|seen| seen.available_bytes), Some(999));
+        assert_eq!(at_limit(&refused(Errno::ENOMEM), have(1000)), None, "the addresses or the mappings are used up");
+        assert_eq!(at_limit(&refused(Errno::ENOMEM), || None), None);
+        assert_eq!(at_limit(&refused(Errno::EMFILE), have(0)), None);
     }
 }

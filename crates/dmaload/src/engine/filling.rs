@@ -24,10 +24,7 @@ use crate::support::once_value::OnceValue;
 /// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache
 /// beside the bytes that they are for.
 pub(super) fn extent_bytes(pages: Pages) -> usize {
-    match pages {
-        Pages::Auto | Pages::Huge => dmabuf::HUGE_PAGE_BYTES,
-        Pages::Small => SMALL_EXTENT_BYTES,
-    }
+    if pages == Pages::Small { SMALL_EXTENT_BYTES } else { dmabuf::HUGE_PAGE_BYTES }
 }
 
 const SMALL_EXTENT_BYTES: usize = 512 << 10;

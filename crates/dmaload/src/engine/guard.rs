@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Instant;
 
+use dmabuf::Errno;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
 use tokio::sync::oneshot;
 
 use super::allocation::HeapFacts;
@@ -25,6 +25,7 @@ use crate::memory::heap::{self, Heap};
 use crate::memory::reaper::Reaper;
 use crate::options::load::LoadOptions;
 use crate::ring::RingThread;
+use crate::support::errno;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::Metrics;
@@ -51,7 +52,7 @@ impl Guard {
     pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>, notes: Vec<String>) -> Result<Arc<Self>> {
         settings.check(&settings.load)?;
         let no_thread = |error: io::Error| {
-            let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN);
             Error::Start { operation: "no thread could be had", errno }
         };
         let heap = HeapCode::new(heap);
@@ -74,7 +75,8 @@ impl Guard {
             broken: OnceLock::new(),
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
-            ring: RingThread::new().map_err(|errno| Error::Start { operation: "no eventfd could be had", errno })?,
+            ring: RingThread::new()
+                .map_err(|errno| Error::Start { operation: "no eventfd could be had", errno: errno::from_rustix(errno) })?,
             choices,
             jobs: Jobs::new(
                 settings.window_bytes,

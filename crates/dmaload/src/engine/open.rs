@@ -27,6 +27,7 @@ use crate::plan::tensors::FileTensors;
 use crate::plan::{MOST_PIECES, Plan, Shape, Span};
 use crate::ring::{LoadSpec, can_read_buffered};
 use crate::route::{Attempt, Fallback, Route};
+use crate::support::errno;
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 
@@ -474,7 +475,9 @@ pub(super) struct FileRoute {
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
-    let step = |from, to, attempt, errno| Some(Fallback { file_index: Some(index), from, to, attempt, errno });
+    let step = |from, to, attempt, errno| {
+        Some(Fallback { file_index: Some(index), from, to, attempt, errno: errno::from_rustix(errno) })
+    };
     let fallback = match (file.direct_refused(), file.ring_refused_to(from)) {
         (_, Some((attempt, errno))) if from == Route::UringBuffered => step(from, Route::Buffered, attempt, errno),
         (Some(errno), _) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),

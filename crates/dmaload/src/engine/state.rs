@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use dmabuf::{AddressRange, PageCount, Populated};
-use rustix::io::Errno;
+use dmabuf::{AddressRange, Errno, PageCount, Populated};
 use tracing::Span;
 use tracing::field::Empty;
 
@@ -500,7 +499,7 @@ impl LoadShared {
         let refused = populated.refused.filter(|_| state.pages_refused.is_none());
         state.pages_refused = state.pages_refused.or(refused);
         drop(state);
-        if let Some(errno) = refused.map(dmabuf::errno::describe) {
+        if let Some(errno) = refused.map(Errno::describe) {
             foreign::emit(|| {
                 tracing::warn!(
                     load = self.id.0,

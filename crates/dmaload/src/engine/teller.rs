@@ -14,6 +14,7 @@ use super::{Engine, WindowPermit, defect};
 use crate::files::source::OpenFile;
 use crate::memory::backing::PieceBuffer;
 use crate::ring::{Events, LeftBehind, LoadEvent, Output};
+use crate::support::errno;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::report::Measured;
@@ -53,7 +54,7 @@ impl Engine {
                 self.let_go(load);
             }
             Message::RingBroke { errno, leaked_bytes } => foreign::emit(|| {
-                let errno = dmabuf::errno::describe(errno);
+                let errno = errno::describe(errno);
                 tracing::error!(errno, leaked_bytes, "io_uring broke down: memory that reads may still write to is leaked");
             }),
             Message::Stalled { loads, is_exhausted } => foreign::emit(|| {

@@ -42,36 +42,47 @@ fn hostile() -> (PathBuf, String) {
     (path.into(), text)
 }
 
-/// One of each kind that has a text or a path of somebody else's.
+/// Devices are opened by another crate, which alone makes its errors.
+fn device_error() -> Error {
+    dmabuf::DmaHeap::open("no/name").expect_err("a name has no slash").into()
+}
+
+/// One of each variant, with texts and paths of somebody else's.
 fn errors() -> Vec<Error> {
     let (path, text) = hostile();
     let p = || path.clone();
     let t = || text.clone();
-    let (route, errno, attempt) = (Route::Buffered, Errno::IO, Attempt::Read);
-    let refusal = dmabuf::Error::new("create a memfd", 1, Errno::PERM);
+    let (route, errno, attempt) = (Route::Buffered, Errno::EIO, Attempt::Read);
+    let refusal = HeapError::new("create a memfd", 1, Errno::EPERM);
     let foreign = |kind| Error::Model { path: p(), fault: ModelError::Foreign { kind, file_bytes: 1 } };
     let model = |fault| Error::Model { path: p(), fault };
     let limit = SizeLimit::new(1, t(), 1);
     vec![
         Error::Config(t()),
+        Error::Start { operation: "no thread could be had", errno: Errno::EAGAIN },
         Error::File { path: p(), operation: "open", errno },
         Error::NotAFile { path: p(), kind: "a FIFO" },
         Error::NotAFile { path: p(), kind: "a block device" },
         Error::NoLength { path: p() },
         Error::Longer { path: p(), stated_bytes: 1 },
-        Error::Read { path: p(), offset: 0, bytes: 1, route, errno },
-        Error::Rejected { path: p(), offset: 0, bytes: 1, reason: t() },
-        Error::Corrupt { path: p(), offset: 0, bytes: 1, expected: t(), found: t(), tensors: vec![t(); 40] },
+        Error::Read { path: p(), offset: 4096, bytes: 1, route, errno },
+        Error::Rejected { path: p(), offset: 4097, bytes: 1, reason: t() },
+        Error::Corrupt { path: p(), offset: 4098, bytes: 1, expected: t(), found: t(), tensors: vec![t(); 40] },
         Error::WrongLength { path: p(), bytes: 1, expected_bytes: 2 },
         Error::NotInManifest { path: p() },
         Error::Ended { path: p(), offset: 1, planned_bytes: 2, route },
         Error::Changed { path: p(), change: "it grew" },
-        Error::Refused { path: p(), offset: 0, route, attempt, errno: Errno::INVAL },
+        Error::Refused { path: p(), offset: 4099, route, attempt, errno: Errno::EINVAL },
         Error::Memory { heap: t(), refusal, loaded_bytes: 1, planned_bytes: 2 },
         Error::Panicked { code: t(), message: t() },
         Error::OutOfMemory { heap: t(), wanted_bytes: 2, available_bytes: 1, limit: t() },
+        Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
+        Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
+        device_error(),
         Error::TooLarge { path: p(), heap: t(), wanted_bytes: 2, limit },
         Error::NoDmaBuf { tried: vec![t(), t()] },
+        Error::HandedOut { segment: 3 },
+        Error::Viewed { segment: 3, views: 2 },
         Error::Straddles { tensor: t(), segments: 2 },
         Error::Selection { path: p(), reason: t() },
         Error::NoModel { path: p(), reason: t() },
@@ -79,12 +90,15 @@ fn errors() -> Vec<Error> {
         Error::DuplicateTensor { tensor: t(), first: p(), second: p() },
         Error::AmbiguousTensor { tensor: t(), paths: vec![p(); 9] },
         Error::NotSelected { tensor: t(), path: p() },
-        Error::NotLoaded { path: p(), range: 0..1 },
+        Error::NotLoaded { path: p(), range: 7..9 },
         Error::Apart { tensor: t(), rows: 2 },
         Error::Unaligned { tensor: t(), offset: 1, alignment_bytes: 2, why: "copying is refused" },
+        Error::Importer { segments: 2, segment_bytes: 2, max_segments: 1, max_segment_bytes: 1 },
         Error::NoSuchTensor(t()),
         Error::NoDescriptor { heap: t(), wanted: "dma-buf" },
         Error::Share { socket: p(), reason: t() },
+        Error::ShutDown,
+        Error::Ring { errno: Errno::EBADF },
         foreign(ForeignFile::LfsPointer { bytes: Some(5) }),
         foreign(ForeignFile::Text { start: t() }),
         foreign(ForeignFile::Json { start: t() }),
@@ -128,24 +142,162 @@ fn hints_speak_of_the_librarys_options() {
 #[test]
 fn refused_memory_says_which_limit_it_is() {
     let told_of = |heap: &str, step, bytes, errno| {
-        let refusal = dmabuf::Error::new(step, bytes, errno);
+        let refusal = HeapError::new(step, bytes, errno);
         let error = Error::Memory { heap: heap.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
         error.hint().unwrap_or_default()
     };
     let told = |heap: &str, step, errno| told_of(heap, step, 1, errno);
-    let no_limit = told_of("memfd", "reserve addresses", 200 << 40, Errno::NOMEM);
+    let no_limit = told_of("memfd", "reserve addresses", 200 << 40, Errno::ENOMEM);
     assert!(no_limit.contains("no process") && !no_limit.contains("ulimit"), "{no_limit}");
     for step in ["reserve addresses", "map memory", "move a mapping", "allocate a staging buffer"] {
-        assert!(told("memfd", step, Errno::NOMEM).contains("ulimit -v"), "{step}");
+        assert!(told("memfd", step, Errno::ENOMEM).contains("ulimit -v"), "{step}");
     }
     for step in ["populate memory", "put 2 MiB pages under memory", "allocate a dma-buf"] {
-        let hint = told("memfd", step, Errno::NOMEM);
+        let hint = told("memfd", step, Errno::ENOMEM);
         assert!(hint.contains("memory.max") && !hint.contains("ulimit -v"), "{step}: {hint}");
     }
-    for errno in [Errno::PERM, Errno::ACCESS, Errno::NOSYS] {
+    for errno in [Errno::EPERM, Errno::EACCES, Errno::ENOSYS] {
         assert!(told("memfd", "create a memfd", errno).contains("anon"));
         assert!(!told("system", "allocate a dma-buf", errno).contains("anon"));
     }
-    let files = told("memfd", "create a memfd", Errno::MFILE);
+    let files = told("memfd", "create a memfd", Errno::EMFILE);
     assert!(files.contains("ulimit -n") && !files.contains("layout"), "{files}");
+}
+
+/// What programs see of an error.
+#[derive(Debug, PartialEq)]
+struct Answers {
+    kind: ErrorKind,
+    errno: Option<Errno>,
+    has_path: bool,
+    offset: Option<u64>,
+    has_source: bool,
+}
+
+/// What each of [`errors`] is to answer, and the number of its variant. A new variant does not
+/// compile until it is here, and fails the test until it is among [`errors`], too.
+fn expected(error: &Error) -> (usize, Answers) {
+    let of = |kind| Answers { kind, errno: None, has_path: false, offset: None, has_source: false };
+    let on_file = |kind| Answers { has_path: true, ..of(kind) };
+    let at = |kind, offset| Answers { offset: Some(offset), ..on_file(kind) };
+    match error {
+        Error::Config(_) => (0, of(ErrorKind::Config)),
+        Error::Start { .. } => (1, Answers { errno: Some(Errno::EAGAIN), ..of(ErrorKind::Io) }),
+        Error::File { .. } => (2, Answers { errno: Some(Errno::EIO), ..on_file(ErrorKind::Io) }),
+        Error::NotAFile { .. } => (3, on_file(ErrorKind::InvalidInput)),
+        Error::NoLength { .. } => (4, on_file(ErrorKind::InvalidInput)),
+        Error::Longer { .. } => (5, on_file(ErrorKind::InvalidInput)),
+        Error::Read { .. } => (6, Answers { errno: Some(Errno::EIO), ..at(ErrorKind::Io, 4096) }),
+        Error::Rejected { .. } => (7, at(ErrorKind::Corrupt, 4097)),
+        Error::Corrupt { .. } => (8, at(ErrorKind::Corrupt, 4098)),
+        Error::WrongLength { .. } => (9, on_file(ErrorKind::Corrupt)),
+        Error::NotInManifest { .. } => (10, on_file(ErrorKind::NotFound)),
+        Error::Ended { .. } => (11, at(ErrorKind::Changed, 1)),
+        Error::Changed { .. } => (12, on_file(ErrorKind::Changed)),
+        Error::Refused { .. } => (13, Answers { errno: Some(Errno::EINVAL), ..at(ErrorKind::Unsupported, 4099) }),
+        Error::Memory { .. } => (14, Answers { errno: Some(Errno::EPERM), has_source: true, ..of(ErrorKind::PermissionDenied) }),
+        Error::Panicked { .. } => (15, of(ErrorKind::Panicked)),
+        Error::OutOfMemory { .. } => (16, of(ErrorKind::OutOfMemory)),
+        Error::OverLimit { .. } => (17, of(ErrorKind::OverLimit)),
+        Error::TooManyPieces { .. } => (18, of(ErrorKind::TooLarge)),
+        Error::Model { .. } => (19, Answers { has_source: true, ..on_file(ErrorKind::InvalidModel) }),
+        Error::Device(_) => (20, Answers { errno: Some(Errno::EINVAL), has_source: true, ..on_file(ErrorKind::Device) }),
+        Error::TooLarge { .. } => (21, on_file(ErrorKind::TooLarge)),
+        Error::NoDmaBuf { .. } => (22, of(ErrorKind::Device)),
+        Error::HandedOut { .. } => (23, of(ErrorKind::InUse)),
+        Error::Viewed { .. } => (24, of(ErrorKind::InUse)),
+        Error::Straddles { .. } => (25, of(ErrorKind::Placement)),
+        Error::Selection { .. } => (26, on_file(ErrorKind::InvalidInput)),
+        Error::NoModel { .. } => (27, on_file(ErrorKind::NotFound)),
+        Error::Incomplete { .. } => (28, on_file(ErrorKind::Incomplete)),
+        Error::DuplicateTensor { .. } => (29, on_file(ErrorKind::Ambiguous)),
+        Error::AmbiguousTensor { .. } => (30, on_file(ErrorKind::Ambiguous)),
+        Error::NotSelected { .. } => (31, on_file(ErrorKind::NotLoaded)),
+        Error::NotLoaded { .. } => (32, at(ErrorKind::NotLoaded, 7)),
+        Error::Apart { .. } => (33, of(ErrorKind::Placement)),
+        Error::Unaligned { .. } => (34, Answers { offset: Some(1), ..of(ErrorKind::Placement) }),
+        Error::Importer { .. } => (35, of(ErrorKind::Placement)),
+        Error::NoSuchTensor(_) => (36, of(ErrorKind::NotFound)),
+        Error::NoDescriptor { .. } => (37, of(ErrorKind::Unsupported)),
+        Error::Share { .. } => (38, on_file(ErrorKind::Share)),
+        Error::ShutDown => (39, of(ErrorKind::ShutDown)),
+        Error::Ring { .. } => (40, Answers { errno: Some(Errno::EBADF), ..of(ErrorKind::Io) }),
+    }
+}
+const VARIANTS: usize = 41;
+
+#[test]
+fn every_variant_answers_what_programs_ask() {
+    let mut seen = [false; VARIANTS];
+    for error in errors() {
+        let (number, expected) = expected(&error);
+        seen[number] = true;
+        let answers = Answers {
+            kind: error.kind(),
+            errno: error.errno(),
+            has_path: error.path().is_some(),
+            offset: error.offset(),
+            has_source: std::error::Error::source(&error).is_some(),
+        };
+        assert_eq!(answers, expected, "{error:?}");
+    }
+    let missing: Vec<_> = (0..VARIANTS).filter(|&number| !seen[number]).collect();
+    assert!(missing.is_empty(), "`errors` lacks variants number {missing:?}");
+}
+
+#[test]
+fn the_path_is_that_of_the_text() {
+    let (hostile, _) = hostile();
+    for error in errors() {
+        match (&error, error.path()) {
+            (Error::Device(device), path) => assert_eq!(path, Some(device.path.as_path())),
+            (_, Some(path)) => {
+                assert_eq!(path, hostile);
+                assert!(error.to_string().contains(&printable::path(path).to_string()), "{error}");
+            }
+            (_, None) => {}
+        }
+    }
+}
+
+#[test]
+fn a_source_is_the_error_inside_and_part_of_the_text() {
+    use std::error::Error as _;
+    let mut sources = 0;
+    for error in errors() {
+        let Some(source) = error.source() else { continue };
+        sources += 1;
+        let is_inner = match &error {
+            Error::Model { fault, .. } => source.downcast_ref() == Some(fault),
+            Error::Memory { refusal, .. } => source.downcast_ref() == Some(refusal),
+            Error::Device(device) => source.downcast_ref() == Some(device),
+            _ => false,
+        };
+        assert!(is_inner, "{error:?}: {source:?}");
+        assert!(error.to_string().contains(&printable::shown(source).to_string()), "{error}");
+    }
+    assert!(sources >= 3, "{sources}");
+}
+
+#[test]
+fn an_errno_decides_the_kind_where_it_says_what_to_do() {
+    let file = |errno| Error::File { path: "m".into(), operation: "open", errno }.kind();
+    let memory = |errno| {
+        let refusal = HeapError::new("map memory", 1, errno);
+        Error::Memory { heap: "vendor".to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 }.kind()
+    };
+    for (errno, of_file, of_memory) in [
+        (Errno::ENOENT, ErrorKind::NotFound, ErrorKind::Io),
+        (Errno::ENOTDIR, ErrorKind::NotFound, ErrorKind::Io),
+        (Errno::ESTALE, ErrorKind::Changed, ErrorKind::Io),
+        (Errno::EACCES, ErrorKind::PermissionDenied, ErrorKind::PermissionDenied),
+        (Errno::EPERM, ErrorKind::PermissionDenied, ErrorKind::PermissionDenied),
+        (Errno::ENOMEM, ErrorKind::OutOfMemory, ErrorKind::OutOfMemory),
+        (Errno::ENOSYS, ErrorKind::Unsupported, ErrorKind::Unsupported),
+        (Errno::EOPNOTSUPP, ErrorKind::Unsupported, ErrorKind::Unsupported),
+        (Errno::EMFILE, ErrorKind::Io, ErrorKind::Io),
+        (Errno::EIO, ErrorKind::Io, ErrorKind::Io),
+    ] {
+        assert_eq!((file(errno), memory(errno)), (of_file, of_memory), "{errno:?}");
+    }
 }

@@ -26,6 +26,7 @@ use crate::files::file_system::{Device, Trust, trust};
 use crate::model::TensorMap;
 use crate::model::index::Index;
 use crate::route::{Attempt, Route};
+use crate::support::errno;
 use crate::support::foreign;
 
 /// A file of a load, and what an index says of it.
@@ -103,8 +104,12 @@ impl SourceFile {
 
 /// The error of a call on a path that went through the standard library.
 pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
-    let errno = Errno::from_io_error(error).unwrap_or(Errno::IO);
+    let errno = dmabuf::Errno::from_io_error(error).unwrap_or(dmabuf::Errno::EIO);
     Error::File { path: path.to_owned(), operation, errno }
+}
+
+fn stat_error(path: &Path, errno: Errno) -> Error {
+    Error::File { path: path.to_owned(), operation: "stat", errno: errno::from_rustix(errno) }
 }
 
 /// What a file was when the load began.
@@ -264,7 +269,7 @@ impl OpenFile {
     /// [`Error::NoLength`].
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno };
+        let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno: errno::from_rustix(errno) };
         let found = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed("open"))?;
         let status = fstat(&found).map_err(failed("stat"))?;
         if let Some(kind) = kind_of(FileType::from_raw_mode(status.st_mode)) {
@@ -318,8 +323,14 @@ impl OpenFile {
                 }
             }
         });
-        let failed = |errno| Error::Read { path: self.path.clone(), offset: 0, bytes: 1, route: Route::Buffered, errno };
+        let failed = |errno| self.read_error(0, 1, errno);
         read.and_then(|has| set_nonblocking(&self.buffered, false).map(|()| has)).map_err(failed)
+    }
+
+    /// The error of a read through the page cache.
+    fn read_error(&self, offset: u64, bytes: u64, errno: Errno) -> Error {
+        let errno = errno::from_rustix(errno);
+        Error::Read { path: self.path.clone(), offset, bytes, route: Route::Buffered, errno }
     }
 
     /// Why a ring must not read it by this route.
@@ -369,7 +380,7 @@ impl OpenFile {
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 Err(errno) => {
                     let bytes = (buffer.len() - done) as u64;
-                    return Err(Error::Read { path: self.path.clone(), offset: at, bytes, route: Route::Buffered, errno });
+                    return Err(self.read_error(at, bytes, errno));
                 }
             }
         }
@@ -382,7 +393,7 @@ impl OpenFile {
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);
-        let now = now.map_err(|errno| Error::File { path: self.path.clone(), operation: "stat", errno })?.identity;
+        let now = now.map_err(|errno| stat_error(&self.path, errno))?.identity;
         if !planned.is_same_file(&now) {
             return changed("it was replaced");
         }
@@ -412,10 +423,7 @@ impl OpenFile {
             Ok(0) => Ok(()),
             // Or it has grown since it was looked at.
             Ok(_) => Err(self.blame_change(planned, Error::Longer { path: self.path.clone(), stated_bytes: planned.bytes })),
-            Err(errno) => {
-                let (path, offset) = (self.path.clone(), planned.bytes);
-                Err(Error::Read { path, offset, bytes: 1, route: Route::Buffered, errno })
-            }
+            Err(errno) => Err(self.read_error(planned.bytes, 1, errno)),
         }
     }
 
@@ -507,7 +515,7 @@ fn set_nonblocking(file: &OwnedFd, nonblocking: bool) -> rustix::io::Result<()> 
 /// What `statx(2)` answered; [`Error::NotAFile`].
 pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
     let look = Attributes::at_path(path);
-    let look = look.map_err(|errno| Error::File { path: path.to_owned(), operation: "stat", errno })?;
+    let look = look.map_err(|errno| stat_error(path, errno))?;
     match kind_of(look.file_type) {
         Some(kind) => Err(Error::NotAFile { path: path.to_owned(), kind }),
         None => Ok((look.identity, look.alignment_bytes)),

@@ -19,14 +19,19 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use dmabuf::{DmaBuf, Mapping, Memfd, Memory, Pages, Populated};
-use rustix::io::Errno;
+use dmabuf::Errno;
 
 use crate::error::Result;
 pub use crate::error::SizeLimit;
 pub use choose::HeapChoice;
 pub use descriptors::FromDescriptors;
 pub use dma_heap::DmaHeap;
+#[doc(inline)]
+pub use dmabuf::Error as HeapError;
+#[doc(inline)]
+pub use dmabuf::{
+    Access, AddressRange, CpuAccess, DeviceError, DmaBuf, Mapping, Memfd, Memory, NotMoved, PageCount, Pages, Populated,
+};
 pub use hooks::{HeapHooks, Hooked};
 pub use memfd::{AnonHeap, MemfdHeap};
 pub use udmabuf::UdmabufHeap;
@@ -65,20 +70,20 @@ pub use udmabuf::UdmabufHeap;
 /// Heaps of safe code can't keep these promises for others, so a safe implementation does not compile:
 ///
 /// ```compile_fail,E0200
-/// use dmaload::dmabuf::{self, Mapping, Memory, Populated, Udmabuf};
-/// use dmaload::heap::{Heap, MemfdHeap};
+/// use dmabuf::{Part, Udmabuf};
+/// use dmaload::heap::{DmaBuf, Heap, HeapError, Mapping, MemfdHeap, Memory, Populated};
 ///
 /// /// Keeps a dma-buf of each memory, and could write to a finished segment through it.
 /// #[derive(Debug)]
-/// struct Keeping(Udmabuf, std::sync::Mutex<Vec<dmabuf::DmaBuf>>);
+/// struct Keeping(Udmabuf, std::sync::Mutex<Vec<DmaBuf>>);
 ///
 /// impl Heap for Keeping {
 ///     fn name(&self) -> std::borrow::Cow<'_, str> {
 ///         "keeping".into()
 ///     }
-///     fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+///     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
 ///         let memory = MemfdHeap::default().allocate(bytes)?;
-///         let part = dmabuf::Part { memfd: memory.memfd().unwrap(), offset: 0, bytes };
+///         let part = Part { memfd: memory.memfd().unwrap(), offset: 0, bytes };
 ///         self.1.lock().unwrap().push(self.0.create(part)?);
 ///         Ok(memory)
 ///     }
@@ -87,7 +92,7 @@ pub use udmabuf::UdmabufHeap;
 ///         mapping: &Mapping,
 ///         memory: &Memory,
 ///         part: std::ops::Range<usize>,
-///     ) -> Result<Populated, dmabuf::Error> {
+///     ) -> Result<Populated, HeapError> {
 ///         MemfdHeap::default().populate(mapping, memory, part)
 ///     }
 /// }
@@ -101,13 +106,13 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// The kernel's refusal, as it came.
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error>;
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
     /// Puts pages under a part of such memory.
     ///
     /// # Errors
     /// The kernel's refusal, as it came.
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error>;
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError>;
 
     /// Whether its segments have dma-bufs.
     fn exports(&self) -> bool {
@@ -119,8 +124,8 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// The kernel's refusal, as it came.
-    fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
-        Err(dmabuf::Error::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::OPNOTSUPP))
+    fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
+        Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
     /// Whether [`Heap::allocate`] takes all pages at once, so that the window must count them from then on.
@@ -177,11 +182,11 @@ unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
         (**self).name()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         (**self).allocate(bytes)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         (**self).populate(mapping, memory, part)
     }
 
@@ -189,7 +194,7 @@ unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
         (**self).exports()
     }
 
-    fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+    fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         (**self).export(memory)
     }
 

@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use dmabuf::{Access, DmaBuf};
+use dmabuf::{Access, DmaBuf, Errno};
 
 use crate::error::{Error, Result};
 use crate::memory::backing::Backing;
@@ -169,7 +169,7 @@ impl Segment {
         self.hand_out_dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
             path: self.path().to_owned(),
             operation: "duplicate its dma-buf",
-            errno: rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::MFILE),
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::EMFILE),
         })
     }
 

@@ -18,6 +18,7 @@ pub const SUFFIX: &str = ".safetensors.index.json";
 
 /// What the name of an index says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Named {
     /// An index of safetensors files: `model.safetensors.index.json`, and of variants such as
     /// `model.safetensors.index.fp16.json` and `model.safetensors.fp16.index.json`.

@@ -148,6 +148,7 @@ impl std::str::FromStr for Prefer {
 
 /// Which loads go first where several are under way.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Priority {
     /// When no other load has anything to do.
     Low,

@@ -28,6 +28,7 @@ use crate::files::source::OpenFile;
 use crate::memory::buffer::{Buffer, Fault, Place};
 use crate::ring::pace::FIRST;
 use crate::route::Route;
+use crate::support::errno;
 use crate::support::id::LoadId;
 
 /// Registered buffers at once. A piece is registered from its first read to its last, and reads are issued piece after
@@ -124,7 +125,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn staging(&mut self, bytes: usize) -> Result<StagingMemory, Errno> {
-        StagingMemory::new(bytes, Pages::Auto).map_err(|error| error.errno)
+        StagingMemory::new(bytes, Pages::Auto).map_err(|error| errno::to_rustix(error.errno))
     }
 
     unsafe fn copy(&mut self, copy: StagedCopy) {

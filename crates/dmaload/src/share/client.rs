@@ -30,6 +30,7 @@ use crate::memory::reaper::Reaper;
 use crate::memory::segment::{Placement, Segment};
 use crate::options::choices::Layout;
 use crate::route::Route;
+use crate::support::errno;
 use crate::telemetry::report::{FileReport, Report};
 
 /// An image of another process.
@@ -115,8 +116,7 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
 
 /// Asks the server, and takes all descriptors, in `limit` or little more.
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
-    let failed =
-        |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
+    let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
     let request = request(name);
     if request.len() > REQUEST_LIMIT_BYTES {
@@ -185,7 +185,7 @@ fn not_connected(errno: Errno) -> String {
         Errno::AGAIN => "; the server does not accept connections",
         _ => "",
     };
-    format!("cannot connect: {}{hint}", dmabuf::errno::describe(errno))
+    format!("cannot connect: {}{hint}", errno::describe(errno))
 }
 
 /// Why a server is not trusted.

@@ -25,7 +25,6 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmabuf::errno::describe;
 use rustix::fs::{
     AtFlags, FileType, FlockOperation, Mode, OFlags, RenameFlags, Stat, chmod, fchmod, flock, fstat, linkat, mkdirat, open,
     openat, renameat, renameat_with, stat, statat, unlinkat,
@@ -35,6 +34,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 use rustix::process::{fchdir, geteuid, umask};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use crate::support::errno::describe;
 use crate::support::foreign;
 
 /// How long a server waits for another one that is made or removed at the same path, which takes

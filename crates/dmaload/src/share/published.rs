@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dmabuf::Memfd;
-use rustix::io::Errno;
+use dmabuf::{Errno, Memfd};
 
 use super::connection::Undertaker;
 use super::description::describe;
@@ -18,6 +17,7 @@ use super::protocol::{DESCRIPTORS_LIMIT, Reply, Status, parse_request, with_name
 use crate::error::{Error, Result};
 use crate::load::image::Image;
 use crate::memory::segment::Segment;
+use crate::support::errno;
 
 /// What a server does otherwise than by default.
 #[derive(Debug, Clone, Default)]
@@ -94,13 +94,13 @@ impl ServerShared {
 
     /// Collects an image's descriptors.
     pub(super) fn prepare(&self, image: &Image) -> Result<Published> {
-        let no_room = |errno: Errno| refuse(&self.socket, format!("no descriptor to share: {}", dmabuf::errno::describe(errno)));
+        let no_room = |errno: Errno| refuse(&self.socket, format!("no descriptor to share: {}", errno.describe()));
         let json = describe(image, self.options.dma_bufs);
         let description = Memfd::create("dmaload-description", json.len()).map_err(|error| no_room(error.errno))?;
         let mut rest = json.as_bytes();
         let mut at = 0;
         while !rest.is_empty() {
-            let written = rustix::io::pwrite(&description, rest, at).map_err(no_room)?;
+            let written = rustix::io::pwrite(&description, rest, at).map_err(|errno| no_room(errno::from_rustix(errno)))?;
             rest = rest.get(written..).unwrap_or_default();
             at += written as u64;
         }
@@ -113,7 +113,7 @@ impl ServerShared {
             image.segments().iter().try_for_each(Segment::keep_unwritten)?;
         }
         let own = |fd: BorrowedFd<'_>| {
-            fd.try_clone_to_owned().map_err(|error| no_room(Errno::from_io_error(&error).unwrap_or(Errno::MFILE)))
+            fd.try_clone_to_owned().map_err(|error| no_room(Errno::from_io_error(&error).unwrap_or(Errno::EMFILE)))
         };
         let mut descriptors = vec![own(description.as_fd())?];
         for (index, segment) in image.segments().iter().enumerate() {

@@ -20,6 +20,7 @@ use super::published::{ServerOptions, ServerShared, refuse};
 use super::queue::is_unreceived;
 use crate::error::Result;
 use crate::load::image::Image;
+use crate::support::errno;
 
 /// Hands images out to other processes; see [the module](super). Dropping it stops handing out;
 /// what clients have, they keep.
@@ -46,7 +47,7 @@ impl Server {
     }
 
     fn bind_with(path: &Path, options: ServerOptions, refuse_descriptors: fn(BorrowedFd<'_>) -> bool) -> Result<Self> {
-        let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", dmabuf::errno::describe(errno)));
+        let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("make an eventfd", errno))?;
         // Each connection is asked who it is; the mode only keeps others from asking in vain.

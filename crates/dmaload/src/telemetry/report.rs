@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dmabuf::{HUGE_PAGE_BYTES, PageCount, page_bytes};
-use rustix::io::Errno;
+use dmabuf::{Errno, HUGE_PAGE_BYTES, PageCount, page_bytes};
 
 use crate::options::choices::Layout;
 use crate::route::{Fallback, Route};

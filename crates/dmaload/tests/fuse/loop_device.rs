@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use dmaload::{Attempt, Route};
+use dmaload::{Attempt, Errno, Route};
 use dmaload_testing::mounted::tool;
-use rustix::io::Errno;
 use tempfile::TempDir;
 
 use crate::common::{assert_same, folder, random_bytes};
@@ -101,7 +100,7 @@ async fn a_loop_device_over_a_silent_server_stops_no_load_of_another_file_system
         assert_same(&image.files()[0].bytes().unwrap(), &first, &route.to_string());
         let steps: Vec<_> = image.report().fallbacks.iter().map(|step| (step.to, step.attempt, step.errno)).collect();
         let by_threads = if route == Route::UringBuffered { Route::Buffered } else { Route::PreadDirect };
-        assert_eq!(steps, [(by_threads, Attempt::RingOnDevice, Errno::OPNOTSUPP)], "{route}");
+        assert_eq!(steps, [(by_threads, Attempt::RingOnDevice, Errno::EOPNOTSUPP)], "{route}");
         loader.shutdown().await.unwrap();
     }
     // The second file's blocks are found without the server from now on.

@@ -21,8 +21,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use dmaload::{Attempt, Error, Format, LoadOptions, Loader, LoaderBuilder, Route, Source};
-use rustix::io::Errno;
+use dmaload::{Attempt, Errno, Error, Format, LoadOptions, Loader, LoaderBuilder, Route, Source};
 
 use common::{ROUTES, assert_same, random_bytes};
 use file_system::{Manners, Model, Mounted, Overlay};
@@ -61,13 +60,13 @@ async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from
         assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &route.to_string());
         let report = image.report();
         assert_eq!(report.route, Route::Buffered, "{route}");
-        let read_refused = report.fallbacks.iter().any(|step| step.attempt == Attempt::Read && step.errno == Errno::INVAL);
+        let read_refused = report.fallbacks.iter().any(|step| step.attempt == Attempt::Read && step.errno == Errno::EINVAL);
         assert_eq!(read_refused, route.is_direct(), "{route}: {:?}", report.fallbacks);
         let strict = loader.load(&mounted.path).options(loader.load_options().route(route).strict(true)).await;
         match strict {
             Ok(_) => assert_eq!(route, Route::Buffered, "nothing is refused to it"),
             Err(error) => {
-                assert!(matches!(error, Error::Refused { errno: Errno::INVAL | Errno::OPNOTSUPP, .. }), "{route}: {error}");
+                assert!(matches!(error, Error::Refused { errno: Errno::EINVAL | Errno::EOPNOTSUPP, .. }), "{route}: {error}");
             }
         }
         loader.shutdown().await.unwrap();
@@ -79,12 +78,12 @@ async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from
 #[tokio::test]
 async fn a_ring_never_reads_what_may_be_fuse() {
     for (manners, attempt, errno) in [
-        (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::OPNOTSUPP),
-        (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::NOSYS),
+        (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::EOPNOTSUPP),
+        (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::ENOSYS),
     ] {
         let Some(mounted) = Mounted::new(manners) else { return };
         read_by_threads(&mounted.path, &mounted.bytes, attempt, errno).await;
-        if errno == Errno::OPNOTSUPP {
+        if errno == Errno::EOPNOTSUPP {
             let overlay = Overlay::over(mounted.folder());
             read_by_threads(&overlay.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
             let nested = Overlay::over(overlay.path.parent().unwrap());
@@ -192,7 +191,7 @@ async fn an_error_names_the_file_and_where() {
         let loader = loader().load_options(options().route(route)).build().unwrap();
         let error = loader.load(&mounted.path).await.unwrap_err();
         let Error::Read { path, offset, bytes, errno, .. } = &error else { panic!("{route}: {error}") };
-        assert_eq!((path, *errno), (&mounted.path, Errno::IO), "{route}");
+        assert_eq!((path, *errno), (&mounted.path, Errno::EIO), "{route}");
         assert!(offset + bytes > at as u64, "{route}: {error}");
         loader.shutdown().await.unwrap();
     }

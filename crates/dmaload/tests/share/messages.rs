@@ -57,7 +57,7 @@ async fn ten_thousand_malformed_messages_and_clients_that_stop_harm_nobody() {
 async fn a_server_that_lies_leads_nobody_out_of_memory() {
     let folder = folder();
     let page = |sealed: bool| {
-        let memfd = dmaload::dmabuf::Memfd::create("test", 8192).unwrap();
+        let memfd = dmaload::heap::Memfd::create("test", 8192).unwrap();
         if sealed {
             memfd.seal_against_writes().unwrap();
         }
@@ -69,7 +69,7 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
         )
     };
     let description = |text: &str| {
-        let memfd = dmaload::dmabuf::Memfd::create("test", text.len()).unwrap();
+        let memfd = dmaload::heap::Memfd::create("test", text.len()).unwrap();
         rustix::io::pwrite(memfd.as_fd(), text.as_bytes(), 0).unwrap();
         memfd.seal_against_writes().unwrap();
         memfd.as_fd().try_clone_to_owned().unwrap()
@@ -77,7 +77,7 @@ async fn a_server_that_lies_leads_nobody_out_of_memory() {
     let good = "[[0,0,0,0,8192,0,8192],[0,0,1,0,8192,8192,16384]]";
     let file = || fs::File::open("/proc/self/exe").unwrap().into();
     let huge = || {
-        let memfd = dmaload::dmabuf::Memfd::create("test", 300 << 20).unwrap();
+        let memfd = dmaload::heap::Memfd::create("test", 300 << 20).unwrap();
         memfd.seal_against_writes().unwrap();
         memfd.as_fd().try_clone_to_owned().unwrap()
     };

@@ -314,7 +314,7 @@ fn memory_that_was_not_populated_becomes_no_udmabuf() {
     let memory = heap.allocate(2 * PAGE).unwrap();
     let mapping = dmabuf::AddressRange::reserve(2 * PAGE).unwrap().map(&memory, 0, 2 * PAGE).unwrap();
     for populated in [0..PAGE, PAGE..2 * PAGE] {
-        assert_eq!(heap.export(&memory).unwrap_err().errno, rustix::io::Errno::INVAL);
+        assert_eq!(heap.export(&memory).unwrap_err().errno, dmaload::Errno::EINVAL);
         heap.populate(&mapping, &memory, populated).unwrap();
     }
     heap.export(&memory).unwrap();

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use dmabuf::Errno;
 use tracing::Span;
 
 use super::reporting::filled_cache_bytes;
@@ -370,7 +370,7 @@ impl LoadShared {
 /// Whether a memory file that could not be sealed may be shown: one of our own heaps, which keep no second descriptor,
 /// on a kernel before 5.1, which has no such seal. EINVAL says that, too, of a file that takes no seals at all.
 fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl FnOnce() -> bool) -> bool {
-    heap_is_own && errno == Errno::INVAL && !kernel_seals_writes()
+    heap_is_own && errno == Errno::EINVAL && !kernel_seals_writes()
 }
 
 /// What [`LoadShared::deliver`] is to do without the lock.
@@ -390,10 +390,10 @@ mod tests {
 
     #[test]
     fn only_own_memory_on_an_old_kernel_may_stay_unsealed() {
-        for errno in [Errno::INVAL, Errno::PERM, Errno::BUSY, Errno::BADF] {
+        for errno in [Errno::EINVAL, Errno::EPERM, Errno::EBUSY, Errno::EBADF] {
             for own in [true, false] {
                 for kernel_seals in [true, false] {
-                    let expected = errno == Errno::INVAL && own && !kernel_seals;
+                    let expected = errno == Errno::EINVAL && own && !kernel_seals;
                     assert_eq!(may_stay_unsealed(errno, own, || kernel_seals), expected, "{errno} {own} {kernel_seals}");
                 }
             }

@@ -18,6 +18,7 @@ use crate::ring::watch::Verdict;
 use crate::ring::{Failure, Retried, TimedSpan, Times};
 use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
+use crate::support::errno;
 use crate::support::foreign;
 use crate::telemetry::metrics::count;
 use crate::telemetry::report::{FileReport, Report};
@@ -33,7 +34,7 @@ impl LoadShared {
     pub(crate) fn stepped_down(&self, fallback: Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
         foreign::emit(|| {
-            let errno = dmabuf::errno::describe(fallback.errno);
+            let errno = fallback.errno.describe();
             tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno, "{}", fallback.reason());
         });
         count(&self.counters.fallbacks);
@@ -47,7 +48,7 @@ impl LoadShared {
 
     /// There is less staging than the load may use.
     pub(crate) fn less_staging(&self, bytes: u64, errno: Errno) {
-        let errno = dmabuf::errno::describe(errno);
+        let errno = errno::describe(errno);
         foreign::emit(|| {
             let errno = errno.as_str();
             tracing::warn!(load = self.id.0, bytes, errno, "no memory for more staging: fewer reads at once");
@@ -67,7 +68,7 @@ impl LoadShared {
     pub(crate) fn retried(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
-        let errno = dmabuf::errno::describe(errno);
+        let errno = errno::describe(errno);
         foreign::emit(|| {
             let (path, errno) = (path.as_str(), errno.as_str());
             tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
@@ -109,9 +110,11 @@ impl LoadShared {
     pub(crate) fn fail_for(&self, failure: Failure) -> DeferredDrop {
         let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
-            Failure::Read { file, offset, bytes, route, errno } => Error::Read { path: path(file), offset, bytes, route, errno },
+            Failure::Read { file, offset, bytes, route, errno } => {
+                Error::Read { path: path(file), offset, bytes, route, errno: errno::from_rustix(errno) }
+            }
             Failure::Refused { file, offset, route, attempt, errno } => {
-                Error::Refused { path: path(file), offset, route, attempt, errno }
+                Error::Refused { path: path(file), offset, route, attempt, errno: errno::from_rustix(errno) }
             }
             Failure::Rejected { file, offset, bytes } => {
                 let observation = self.observation.as_ref().expect("bytes are rejected by what observes them");
@@ -131,12 +134,13 @@ impl LoadShared {
                     }
                 }
             }
-            Failure::Kernel { errno } => Error::Ring { errno },
+            Failure::Kernel { errno } => Error::Ring { errno: errno::from_rustix(errno) },
             Failure::Staging { bytes, errno } => {
-                let bytes = to_usize(bytes);
-                self.memory_error(dmabuf::Error::new("allocate a staging buffer", bytes, errno))
+                let errno = errno::from_rustix(errno);
+                self.memory_error(dmabuf::Error::new("allocate a staging buffer", to_usize(bytes), errno))
             }
             Failure::Memory { bytes, errno } => self.no_memory.get().cloned().unwrap_or_else(|| {
+                let errno = errno::from_rustix(errno);
                 self.memory_error(dmabuf::Error::new("start a thread that populates memory", to_usize(bytes), errno))
             }),
             Failure::Ended { file, offset, route } => {

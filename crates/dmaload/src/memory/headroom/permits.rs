@@ -19,6 +19,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 
 use super::{Headroom, headroom};
+use crate::support::errno;
 use crate::support::foreign;
 
 /// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
@@ -101,7 +102,7 @@ impl ProcessTurn {
                     }
                 }
                 Err(errno) => {
-                    let errno = dmabuf::errno::describe(errno);
+                    let errno = errno::describe(errno);
                     foreign::emit(|| {
                         let errno = errno.as_str();
                         tracing::debug!(place = %printable::path(place), errno, "no turn among processes that share a limit");

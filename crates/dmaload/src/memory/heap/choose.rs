@@ -4,9 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use dmabuf::{Pages, Udmabuf};
+use dmabuf::Udmabuf;
 
-use super::{AnonHeap, DmaHeap, Heap, MemfdHeap, UdmabufHeap};
+use super::{AnonHeap, DmaHeap, Heap, MemfdHeap, Pages, UdmabufHeap};
 use crate::error::{Error, Result};
 
 /// A heap to open, known by its name.

@@ -5,10 +5,9 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
-use dmabuf::{DmaBuf, Mapping, Memory, Pages, Populated};
-use rustix::io::Errno;
+use dmabuf::Errno;
 
-use super::Heap;
+use super::{DmaBuf, Heap, HeapError, Mapping, Memory, Pages, Populated};
 use crate::error::Result;
 
 type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
@@ -35,7 +34,7 @@ impl fmt::Debug for FromDescriptors {
 
 impl FromDescriptors {
     /// A heap of what `allocate` gives: for a length, a multiple of the page size, a dma-buf of at least that
-    /// many bytes.
+    /// many bytes. An I/O error becomes an errno by [`Errno::from_io_error`].
     ///
     /// # Safety
     /// For each descriptor that `allocate` returns, until its memory is freed:
@@ -68,17 +67,17 @@ unsafe impl Heap for FromDescriptors {
         Cow::Borrowed(&self.name)
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
-        let fd = (self.allocate)(bytes).map_err(|errno| dmabuf::Error::new("allocate a dma-buf", bytes, errno))?;
-        let dma_buf = DmaBuf::from_fd(fd).map_err(|error| dmabuf::Error::new(error.operation, bytes, error.errno))?;
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
+        let fd = (self.allocate)(bytes).map_err(|errno| HeapError::new("allocate a dma-buf", bytes, errno))?;
+        let dma_buf = DmaBuf::from_fd(fd).map_err(|error| HeapError::new(error.operation, bytes, error.errno))?;
         if dma_buf.bytes() < bytes {
             // As the kernel answers where a dma-buf is too small for what is asked of it.
-            return Err(dmabuf::Error::new("take a shorter dma-buf in place", bytes, Errno::INVAL));
+            return Err(HeapError::new("take a shorter dma-buf in place", bytes, Errno::EINVAL));
         }
         Ok(Memory::DmaBuf(dma_buf))
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         mapping.populate(memory, part, Pages::Auto)
     }
 

@@ -4,10 +4,9 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
-use dmabuf::{Mapping, Memory, Pages, Populated};
 use rustix::fs::OFlags;
 
-use super::{Heap, private};
+use super::{Heap, HeapError, Mapping, Memory, Pages, Populated, private};
 use crate::error::Result;
 
 /// A dma-heap of this machine: `system`, a CMA region, or what the vendor offers.
@@ -59,12 +58,12 @@ unsafe impl Heap for DmaHeap {
         Cow::Borrowed(&self.name)
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         let fd_flags = OFlags::RDWR | OFlags::CLOEXEC;
         self.device.allocate_with(bytes, fd_flags.bits(), self.flags).map(Memory::DmaBuf)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         mapping.populate(memory, part, Pages::Auto)
     }
 

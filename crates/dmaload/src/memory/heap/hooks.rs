@@ -5,9 +5,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use dmabuf::{DmaBuf, Mapping, Memory, Pages, Populated};
-
-use super::{Heap, private};
+use super::{DmaBuf, Heap, HeapError, Mapping, Memory, Pages, Populated, private};
 use crate::error::{Result, SizeLimit};
 
 /// Code of the caller's around the calls of a heap; see [`Hooked`]. Each method does nothing by default.
@@ -24,13 +22,13 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// In place of the call: the allocation fails with it.
-    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
     }
 
     /// After [`Heap::allocate`], with what it answered.
-    fn after_allocate(&self, bytes: usize, result: Result<(), &dmabuf::Error>) {
+    fn after_allocate(&self, bytes: usize, result: Result<(), &HeapError>) {
         let _ = (bytes, result);
     }
 
@@ -39,13 +37,13 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// In place of the call: populating fails with it.
-    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let _ = (mapped, part);
         Ok(())
     }
 
     /// After [`Heap::populate`], with what it answered.
-    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &HeapError>) {
         let _ = (part, result);
     }
 
@@ -53,7 +51,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     /// In place of the call: the export fails with it.
-    fn before_export(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_export(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
     }
@@ -79,8 +77,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
 /// The hooks get numbers and never the memory, so this needs no `unsafe`.
 ///
 /// ```
-/// use dmaload::dmabuf;
-/// use dmaload::heap::{HeapHooks, Hooked, MemfdHeap};
+/// use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
 /// use std::sync::Arc;
 /// use std::sync::atomic::{AtomicUsize, Ordering};
 ///
@@ -88,7 +85,7 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
 /// struct Counting(AtomicUsize);
 ///
 /// impl HeapHooks for Counting {
-///     fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+///     fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
 ///         self.0.fetch_add(bytes, Ordering::Relaxed);
 ///         Ok(())
 ///     }
@@ -124,14 +121,14 @@ unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
         self.hooks.name().unwrap_or_else(|| self.heap.name())
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         self.hooks.before_allocate(bytes)?;
         let memory = self.heap.allocate(bytes);
         self.hooks.after_allocate(bytes, memory.as_ref().map(|_| ()));
         memory
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         let start = mapping.address().addr().get();
         self.hooks.before_populate(start..start + mapping.bytes(), part.clone())?;
         let populated = self.heap.populate(mapping, memory, part.clone());
@@ -143,7 +140,7 @@ unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
         self.heap.exports()
     }
 
-    fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+    fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         self.hooks.before_export(memory.bytes().unwrap_or(0))?;
         self.heap.export(memory)
     }
@@ -178,23 +175,23 @@ impl<K: HeapHooks + ?Sized> HeapHooks for Arc<K> {
         (**self).name()
     }
 
-    fn before_allocate(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         (**self).before_allocate(bytes)
     }
 
-    fn after_allocate(&self, bytes: usize, result: Result<(), &dmabuf::Error>) {
+    fn after_allocate(&self, bytes: usize, result: Result<(), &HeapError>) {
         (**self).after_allocate(bytes, result);
     }
 
-    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), dmabuf::Error> {
+    fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         (**self).before_populate(mapped, part)
     }
 
-    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &dmabuf::Error>) {
+    fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &HeapError>) {
         (**self).after_populate(part, result);
     }
 
-    fn before_export(&self, bytes: usize) -> Result<(), dmabuf::Error> {
+    fn before_export(&self, bytes: usize) -> Result<(), HeapError> {
         (**self).before_export(bytes)
     }
 

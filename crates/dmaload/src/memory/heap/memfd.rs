@@ -3,9 +3,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use dmabuf::{Mapping, Memfd, Memory, Pages, Populated};
-
-use super::{Heap, private};
+use super::{Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, private};
 use crate::error::Result;
 
 /// Memory files: each segment has a file descriptor that other processes can map. Needs no device and no
@@ -28,11 +26,11 @@ unsafe impl Heap for MemfdHeap {
         Self::NAME.into()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         Memfd::create("dmaload", bytes).map(Memory::Memfd)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         mapping.populate(memory, part, self.pages)
     }
 
@@ -64,11 +62,11 @@ unsafe impl Heap for AnonHeap {
         Self::NAME.into()
     }
 
-    fn allocate(&self, _bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, _bytes: usize) -> Result<Memory, HeapError> {
         Ok(Memory::Anonymous)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         mapping.populate(memory, part, self.pages)
     }
 

@@ -4,11 +4,11 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
-use dmabuf::{DmaBuf, Mapping, Memfd, Memory, Pages, Part, Populated, Udmabuf};
-use rustix::io::Errno;
+use dmabuf::{Errno, Part, Udmabuf};
 
-use super::{Heap, private};
+use super::{DmaBuf, Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, private};
 use crate::error::{Error, Result, SizeLimit};
+use crate::support::errno;
 
 /// Memory files that become dma-bufs when they are full: the device reads straight into the pages that the dma-buf then
 /// shows. Needs `/dev/udmabuf`.
@@ -85,15 +85,15 @@ impl UdmabufHeap {
         self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes()
     }
 
-    fn make_dma_buf(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
-        let failed = |errno| dmabuf::Error::new("make a udmabuf", 0, errno);
-        let memfd = memory.memfd().ok_or(failed(Errno::BADFD))?;
+    fn make_dma_buf(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
+        let failed = |errno| HeapError::new("make a udmabuf", 0, errno);
+        let memfd = memory.memfd().ok_or(failed(Errno::EBADFD))?;
         self.device.create(Part { memfd, offset: 0, bytes: memfd.bytes() })
     }
 }
 
 /// How many bytes of a memory file have no page.
-fn missing_bytes(memfd: &Memfd) -> Result<u64, Errno> {
+fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
@@ -106,17 +106,17 @@ unsafe impl Heap for UdmabufHeap {
         Self::NAME.into()
     }
 
-    fn allocate(&self, bytes: usize) -> Result<Memory, dmabuf::Error> {
+    fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         Memfd::create("dmaload", bytes).map(Memory::Memfd)
     }
 
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, dmabuf::Error> {
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
         let bytes = part.len();
         let populated = mapping.populate(memory, part, self.pages)?;
         let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
         if huge && self.avoids_bug() {
             // Nothing is known to give huge pages here against the advice; should something do, its bytes are not shown.
-            return Err(dmabuf::Error::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::OPNOTSUPP));
+            return Err(HeapError::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::EOPNOTSUPP));
         }
         Ok(populated)
     }
@@ -125,12 +125,12 @@ unsafe impl Heap for UdmabufHeap {
         true
     }
 
-    fn export(&self, memory: &Memory) -> Result<DmaBuf, dmabuf::Error> {
+    fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         if let Some(memfd) = memory.memfd().filter(|_| self.avoids_bug()) {
-            let refused = |errno| dmabuf::Error::new("export memory that was not populated", memfd.bytes(), errno);
+            let refused = |errno| HeapError::new("export memory that was not populated", memfd.bytes(), errno);
             // The driver would allocate them, with pages of any size: it knows nothing of the mapping's advice.
-            if missing_bytes(memfd).map_err(refused)? > 0 {
-                return Err(refused(Errno::INVAL));
+            if missing_bytes(memfd).map_err(|errno| refused(errno::from_rustix(errno)))? > 0 {
+                return Err(refused(Errno::EINVAL));
             }
         }
         self.make_dma_buf(memory)

@@ -11,6 +11,7 @@ use crate::ring::kernel::{Kernel, Read};
 use crate::ring::message::{LoadEvent, Output, TimedSpan};
 use crate::route::{Attempt, Route};
 use crate::support::convert::to_usize;
+use crate::support::errno;
 use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;
 
@@ -63,7 +64,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                         let (token, offset) = (chunk.piece, entry.piece.file_offset + chunk.range.start);
                         self.requeue(id, chunk);
                         let from = Route::UringFixedDirect;
-                        let to = from.lower(errno).unwrap_or(Route::UringDirect);
+                        let to = from.lower(errno::from_rustix(errno)).unwrap_or(Route::UringDirect);
                         self.step_down(token, from, to, Attempt::RegisterBuffer, errno, offset);
                     }
                 }

@@ -9,6 +9,7 @@ use crate::ring::kernel::Kernel;
 use crate::ring::message::{Failure, FileSpec, LoadEvent, Output, Retried};
 use crate::ring::slots::Token;
 use crate::route::{Attempt, Fallback, Route, is_refusal};
+use crate::support::errno;
 use crate::support::id::LoadId;
 
 /// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
@@ -78,7 +79,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);
         let offset = entry.piece.file_offset + chunk.range.start;
-        let lower = if is_refusal(errno) { route.lower(errno) } else { None };
+        let answer = errno::from_rustix(errno);
+        let lower = if is_refusal(answer) { route.lower(answer) } else { None };
         match lower {
             Some(lower) => {
                 self.requeue(id, chunk);
@@ -142,10 +144,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
         }
         if first {
-            self.outputs.push(Output::Event {
-                load: id,
-                event: LoadEvent::SteppedDown { fallback: Fallback { file_index, from, to, attempt, errno } },
-            });
+            let fallback = Fallback { file_index, from, to, attempt, errno: errno::from_rustix(errno) };
+            self.outputs.push(Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } });
         }
     }
 }

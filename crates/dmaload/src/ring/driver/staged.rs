@@ -9,6 +9,7 @@ use super::{Driver, LOAD, PIECE};
 use crate::memory::buffer::Buffer;
 use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
+use crate::support::errno;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
@@ -87,6 +88,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.fail(id, Failure::Refused { file, offset, route: Route::Bounce, attempt, errno });
             return false;
         }
+        let errno = errno::from_rustix(errno);
         let fallback = Fallback { file_index: None, from: Route::UringFixedDirect, to: step.to, attempt, errno };
         self.outputs.push(Output::Event { load: id, event: LoadEvent::SteppedDown { fallback } });
         true

@@ -1,11 +1,11 @@
 //! Tries what io_uring allows here, on a ring like the loader's.
 
-use dmabuf::Pages;
-use rustix::io::Errno;
+use dmabuf::{Errno, Pages};
 
 use super::{Ring, StagingMemory, WAYS, build};
 use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
+use crate::support::errno;
 
 /// A piece: what a load registers at a time.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
@@ -44,15 +44,15 @@ impl IoUring {
 }
 
 /// Tries, on a ring as the engine's, what the engine would use.
-pub(crate) fn probe() -> Result<IoUring, Errno> {
+pub(crate) fn probe() -> rustix::io::Result<IoUring> {
     let wake = Wake::new()?;
     let mut ring = Ring::new(1, &wake)?;
     let (registrable_bytes, register) = largest_registrable(&mut ring);
     Ok(IoUring {
         setup: Ok(()),
-        deferred_task_run: build(WAYS[0], 8).map(drop),
-        buffer_table: ring.buffers,
-        file_table: ring.files.refused.map_or(Ok(()), Err),
+        deferred_task_run: build(WAYS[0], 8).map(drop).map_err(errno::from_rustix),
+        buffer_table: ring.buffers.map_err(errno::from_rustix),
+        file_table: ring.files.refused.map_or(Ok(()), |errno| Err(errno::from_rustix(errno))),
         register,
         registrable_bytes,
     })
@@ -61,7 +61,7 @@ pub(crate) fn probe() -> Result<IoUring, Errno> {
 /// How much can be registered at once, to within [`REGISTER_BYTES_MIN`], and whether that is a whole piece.
 fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if let Err(errno) = ring.buffers {
-        return (0, Err(errno));
+        return (0, Err(errno::from_rustix(errno)));
     }
     // Small pages: of a huge one that is registered in part, all counts.
     let memory = match StagingMemory::new(REGISTER_BYTES_MAX, Pages::Small) {
@@ -69,7 +69,7 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
         Err(error) => return (0, Err(error.errno)),
     };
     let mut register = |bytes: usize| {
-        ring.update_buffer(0, memory.address().as_ptr(), bytes)?;
+        ring.update_buffer(0, memory.address().as_ptr(), bytes).map_err(errno::from_rustix)?;
         // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
         let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
         Ok(())

@@ -17,6 +17,7 @@ use crate::ring::driver::Driver;
 use crate::ring::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::staging::StagingBudget;
 use crate::route::{Attempt, Fallback, Route};
+use crate::support::errno::to_rustix;
 use crate::support::id::LoadId;
 
 struct Machine {
@@ -114,7 +115,7 @@ impl Machine {
 
 impl Done {
     fn steps(&self) -> Vec<(Route, Route, Attempt, Errno)> {
-        self.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, step.errno)).collect()
+        self.fallbacks.iter().map(|step| (step.from, step.to, step.attempt, to_rustix(step.errno))).collect()
     }
 }
 

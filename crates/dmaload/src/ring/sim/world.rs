@@ -459,7 +459,7 @@ impl World {
                     load.lowest_reported = load.lowest_reported.max(fallback.to);
                     load.refused.push(fallback.attempt);
                     assert!(
-                        fallback.errno != Errno::FAULT || fallback.file_index.is_none(),
+                        fallback.errno != dmabuf::Errno::EFAULT || fallback.file_index.is_none(),
                         "a fallback of memory names no file: {fallback:?}"
                     );
                 }

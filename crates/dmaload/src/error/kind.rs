@@ -1,0 +1,194 @@
+//! What programs ask of an error: what sort it is, and which errno, path and offset it has.
+
+use std::path::Path;
+
+use super::{Errno, Error};
+
+/// What sort of error it is, by what a caller can do about it; see [`Error::kind`].
+///
+/// - Change the call: [`Config`](Self::Config), [`InvalidInput`](Self::InvalidInput),
+///   [`Ambiguous`](Self::Ambiguous), [`NotLoaded`](Self::NotLoaded),
+///   [`Placement`](Self::Placement), [`InUse`](Self::InUse), [`TooLarge`](Self::TooLarge),
+///   [`Unsupported`](Self::Unsupported).
+/// - Get the model, or get it again: [`NotFound`](Self::NotFound),
+///   [`Incomplete`](Self::Incomplete), [`InvalidModel`](Self::InvalidModel),
+///   [`Corrupt`](Self::Corrupt).
+/// - Try again: [`Changed`](Self::Changed), and [`OutOfMemory`](Self::OutOfMemory) when memory is
+///   free again.
+/// - Change a limit or a right: [`OverLimit`](Self::OverLimit),
+///   [`PermissionDenied`](Self::PermissionDenied), [`Device`](Self::Device).
+/// - Report it: [`Io`](Self::Io), [`Share`](Self::Share), [`Panicked`](Self::Panicked),
+///   [`ShutDown`](Self::ShutDown).
+///
+/// New kinds may be added, and errors that are [`Io`](Self::Io) today may get one of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A setting or an option makes no sense, or contradicts another. Nothing was read. Change the
+    /// call.
+    Config,
+    /// What was named can't be loaded in this way: it is not a regular file, its file system
+    /// states a wrong length, or what was selected is not in the file. Name something else, or
+    /// copy the file to a disk first.
+    InvalidInput,
+    /// There is no such file, model, tensor or entry of a manifest. A tensor that is in the model
+    /// and was not loaded is [`ErrorKind::NotLoaded`].
+    NotFound,
+    /// This user may not open the file, or have the memory. Change the rights ([`Error::errno`] is
+    /// EACCES or EPERM).
+    PermissionDenied,
+    /// The kernel or the storage failed, or reached one of its limits: [`Error::errno`] says
+    /// which.
+    Io,
+    /// The file is not a model of its format, or breaks the format's rules. Get the file again, or
+    /// load it as plain bytes ([`crate::Format::Raw`]).
+    InvalidModel,
+    /// Files of the model are missing. Finish the download, or allow it
+    /// ([`crate::LoadOptions::allow_missing`]).
+    Incomplete,
+    /// Several files have a tensor of this name. Name the file.
+    Ambiguous,
+    /// The tensor or the bytes exist, and were not asked for when the files were loaded. Load
+    /// them.
+    NotLoaded,
+    /// The file is not what it was when the load began. Load it again when nothing writes to it.
+    Changed,
+    /// The bytes are not those that were expected. Never use them; get the file again.
+    Corrupt,
+    /// The machine, its memory cgroup, or the process' addresses have too little memory for it.
+    /// Free some and try again, or stream the load.
+    OutOfMemory,
+    /// The load needs more memory at once than its loader may have
+    /// ([`crate::LoaderBuilder::memory_limit_bytes`]), so trying again is useless. Raise the
+    /// limit, or stream the load.
+    OverLimit,
+    /// A segment would be larger than its heap allows, or a plan longer than a load may have.
+    /// Change the size of segments, load a part, or raise the limit.
+    TooLarge,
+    /// No dma-buf can be had: a device is missing, or may not be opened. [`Error::hint`] says what
+    /// is needed; memory files ([`crate::heap::MemfdHeap`]) need no device.
+    Device,
+    /// The kernel, the file system or the heap can't do what was required. Require less: no
+    /// [`crate::LoadOptions::strict`], another heap.
+    Unsupported,
+    /// A tensor does not lie in memory as it was asked for: it is in several segments or rows, or
+    /// is not where an importer can map it. Use its parts, copy it, or load with another
+    /// [`crate::Layout`].
+    Placement,
+    /// Views of the bytes and its handed-out dma-buf exclude each other. Drop the views first, or
+    /// read through [`crate::Segment::cpu_access`].
+    InUse,
+    /// A server or a client of shared images failed ([`crate::share`]).
+    Share,
+    /// The caller's own code panicked: a heap, a verifier, an observer or a waker.
+    Panicked,
+    /// The loader was shut down before the load had finished.
+    ShutDown,
+}
+
+impl Error {
+    /// What sort of error it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Config(_) => ErrorKind::Config,
+            Error::File { errno, .. } => match *errno {
+                Errno::ENOENT | Errno::ENOTDIR => ErrorKind::NotFound,
+                Errno::ESTALE => ErrorKind::Changed,
+                errno => kind_of(errno),
+            },
+            Error::Start { errno, .. } => kind_of(*errno),
+            Error::Memory { refusal, .. } => kind_of(refusal.errno),
+            Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,
+            Error::NotAFile { .. } | Error::NoLength { .. } | Error::Longer { .. } | Error::Selection { .. } => {
+                ErrorKind::InvalidInput
+            }
+            Error::NotInManifest { .. } | Error::NoModel { .. } | Error::NoSuchTensor(_) => ErrorKind::NotFound,
+            Error::Model { .. } => ErrorKind::InvalidModel,
+            Error::Incomplete { .. } => ErrorKind::Incomplete,
+            Error::DuplicateTensor { .. } | Error::AmbiguousTensor { .. } => ErrorKind::Ambiguous,
+            Error::NotSelected { .. } | Error::NotLoaded { .. } => ErrorKind::NotLoaded,
+            Error::Ended { .. } | Error::Changed { .. } => ErrorKind::Changed,
+            Error::Rejected { .. } | Error::Corrupt { .. } | Error::WrongLength { .. } => ErrorKind::Corrupt,
+            Error::OutOfMemory { .. } => ErrorKind::OutOfMemory,
+            Error::OverLimit { .. } => ErrorKind::OverLimit,
+            Error::TooLarge { .. } | Error::TooManyPieces { .. } => ErrorKind::TooLarge,
+            Error::Device(_) | Error::NoDmaBuf { .. } => ErrorKind::Device,
+            Error::Refused { .. } | Error::NoDescriptor { .. } => ErrorKind::Unsupported,
+            Error::Straddles { .. } | Error::Apart { .. } | Error::Unaligned { .. } | Error::Importer { .. } => {
+                ErrorKind::Placement
+            }
+            Error::HandedOut { .. } | Error::Viewed { .. } => ErrorKind::InUse,
+            Error::Share { .. } => ErrorKind::Share,
+            Error::Panicked { .. } => ErrorKind::Panicked,
+            Error::ShutDown => ErrorKind::ShutDown,
+        }
+    }
+
+    /// What the kernel answered; `None` where the kernel refused nothing.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::Start { errno, .. }
+            | Error::File { errno, .. }
+            | Error::Read { errno, .. }
+            | Error::Refused { errno, .. }
+            | Error::Ring { errno } => Some(*errno),
+            Error::Memory { refusal, .. } => Some(refusal.errno),
+            Error::Device(device) => Some(device.errno),
+            _ => None,
+        }
+    }
+
+    /// The file, folder, device or socket that it is about; the first of several.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Error::File { path, .. }
+            | Error::NotAFile { path, .. }
+            | Error::NoLength { path }
+            | Error::Longer { path, .. }
+            | Error::Read { path, .. }
+            | Error::Rejected { path, .. }
+            | Error::Corrupt { path, .. }
+            | Error::WrongLength { path, .. }
+            | Error::NotInManifest { path }
+            | Error::Ended { path, .. }
+            | Error::Changed { path, .. }
+            | Error::Refused { path, .. }
+            | Error::Model { path, .. }
+            | Error::TooLarge { path, .. }
+            | Error::Selection { path, .. }
+            | Error::NoModel { path, .. }
+            | Error::Incomplete { path, .. }
+            | Error::NotSelected { path, .. }
+            | Error::NotLoaded { path, .. } => Some(path),
+            Error::DuplicateTensor { first, .. } => Some(first),
+            Error::AmbiguousTensor { paths, .. } => paths.first().map(AsRef::as_ref),
+            Error::Device(device) => Some(&device.path),
+            Error::Share { socket, .. } => Some(socket),
+            _ => None,
+        }
+    }
+
+    /// Where in its file the bytes begin that it is about.
+    pub fn offset(&self) -> Option<u64> {
+        match self {
+            Error::Read { offset, .. }
+            | Error::Rejected { offset, .. }
+            | Error::Corrupt { offset, .. }
+            | Error::Ended { offset, .. }
+            | Error::Refused { offset, .. }
+            | Error::Unaligned { offset, .. } => Some(*offset),
+            Error::NotLoaded { range, .. } => Some(range.start),
+            _ => None,
+        }
+    }
+}
+
+/// The kind of a refusal that names no file: of memory, threads or descriptors.
+fn kind_of(errno: Errno) -> ErrorKind {
+    match errno {
+        Errno::EACCES | Errno::EPERM => ErrorKind::PermissionDenied,
+        Errno::ENOMEM => ErrorKind::OutOfMemory,
+        Errno::ENOSYS | Errno::EOPNOTSUPP => ErrorKind::Unsupported,
+        _ => ErrorKind::Io,
+    }
+}

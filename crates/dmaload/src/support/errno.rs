@@ -1,0 +1,41 @@
+//! Between what system calls answer, which the engine works with, and the errno of errors and
+//! reports.
+
+use dmabuf::Errno;
+use rustix::io;
+
+/// What a system call answered, as callers see it.
+pub(crate) fn from_rustix(errno: io::Errno) -> Errno {
+    Errno::from_raw_os_error(errno.raw_os_error())
+}
+
+/// An errno that a heap's code has made, as if a system call had answered it. A number that the
+/// kernel does not use becomes EIO.
+pub(crate) fn to_rustix(errno: Errno) -> io::Errno {
+    io::Errno::from_io_error(&errno.into()).unwrap_or(io::Errno::IO)
+}
+
+/// Name and words: `EINVAL (Invalid argument)`.
+pub(crate) fn describe(errno: io::Errno) -> String {
+    from_rustix(errno).describe()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_stay_what_they_are() {
+        for errno in [io::Errno::NOENT, io::Errno::IO, io::Errno::from_raw_os_error(4000)] {
+            assert_eq!(from_rustix(errno).raw_os_error(), errno.raw_os_error());
+            assert_eq!(to_rustix(from_rustix(errno)), errno);
+        }
+    }
+
+    #[test]
+    fn numbers_of_no_kernel_become_eio() {
+        for number in [i32::MIN, -5, 0, 4096, i32::MAX] {
+            assert_eq!(to_rustix(Errno::from_raw_os_error(number)), io::Errno::IO, "{number}");
+        }
+    }
+}
