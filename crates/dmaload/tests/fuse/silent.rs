@@ -80,7 +80,9 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
         // Four threads read from such a file. The fifth read waited for one of them, and was taken back.
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
-        assert_eq!(leaked.bytes, (4 * SEGMENT + staged) as u64, "{route}: {leaked}");
+        // Pieces are read in the order in which they get their memory: the last one, of a block, may be among the four.
+        let expected = [4 * SEGMENT, 3 * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
+        assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
         let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends with its loader");
         assert!(matches!(ended, Err(Error::ShutDown)), "{route}: {ended:?}");
     }
