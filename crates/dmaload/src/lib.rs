@@ -38,6 +38,11 @@ mod telemetry;
 #[cfg(feature = "verify")]
 pub mod verify;
 
+/// The programs of docs/programs.md, as tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/programs.md")]
+mod programs {}
+
 pub use engine::Leaked;
 pub use engine::event::Progress;
 pub use error::{Errno, Error, ErrorKind, Result};

@@ -112,6 +112,37 @@ impl Wake for CountWakes {
     }
 }
 
+/// What shows progress asks this, and then takes the image.
+#[tokio::test(flavor = "multi_thread")]
+async fn load_is_finished_once_its_last_segment_is_there() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path(), "model.safetensors", 1);
+    let gate = Gate::at(0, last_segment(&bytes));
+    let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
+    in_time("the first tensor", load.tensor("t0")).await.unwrap();
+    tokio::time::sleep(WHILE).await;
+    assert!(!load.is_finished(), "its last segment is held back");
+    gate.open();
+    let finished = async {
+        while !load.is_finished() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    in_time("the end", finished).await;
+    let mut load = Box::pin(load.finish());
+    let image = poll(load.as_mut(), Waker::noop());
+    assert!(matches!(image, Poll::Ready(Ok(_))), "the image is there at once");
+    // A load that failed has ended, too.
+    let load = Loader::new().unwrap().load(folder.path().join("missing")).start();
+    let finished = async {
+        while !load.is_finished() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    in_time("the failure", finished).await;
+    assert!(load.finish().await.is_err());
+}
+
 #[tokio::test]
 async fn tensor_is_there_before_the_load_ends() {
     let folder = folder();

@@ -59,6 +59,11 @@ impl Load {
         self.feed.progress()
     }
 
+    /// Whether it has ended, well or not: awaiting it then gives the image, or the error, at once.
+    pub fn is_finished(&self) -> bool {
+        self.look(|arrived| arrived.end().map(|_| ())).is_some()
+    }
+
     /// The tensor of this name, as soon as its last byte is there; that may be long before the
     /// load ends. Its bytes are contiguous, whether they are in one segment or in several (unless
     /// it is a rank's part in rows: [`Tensor::is_contiguous`]).
