@@ -39,7 +39,7 @@ mod telemetry;
 pub mod verify;
 
 /// The programs of docs/programs.md, as tests.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "verify"))]
 #[doc = include_str!("../../../docs/programs.md")]
 mod programs {}
 
