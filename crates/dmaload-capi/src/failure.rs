@@ -138,7 +138,7 @@ mod tests {
             (Error::AmbiguousTensor { tensor: text(), paths: vec![path()] }, libc::EIO),
             (Error::NotSelected { tensor: text(), path: path() }, libc::EIO),
             (Error::NotLoaded { path: path(), range: 0..1 }, libc::EIO),
-            (Error::Apart { tensor: text(), rows: 2 }, libc::EIO),
+            (Error::NotContiguous { tensor: text(), rows: 2 }, libc::EIO),
             (Error::Unaligned { tensor: text(), offset: 1, alignment_bytes: 2, why: "" }, libc::EIO),
             (Error::Importer { segments: 2, segment_bytes: 1, max_segments: 1, max_segment_bytes: 1 }, libc::EIO),
             (Error::NoSuchTensor(text()), libc::EIO),

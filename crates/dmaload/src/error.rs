@@ -368,7 +368,7 @@ pub enum Error {
     },
     /// This part of a tensor has its bytes in rows that are apart, so there is no view of all of it.
     #[error("the part of tensor {tensor:?} lies in {rows} rows that are apart: use its parts, or copy it (to_vec)")]
-    Apart {
+    NotContiguous {
         /// The tensor.
         tensor: String,
         /// How many.

@@ -114,7 +114,7 @@ impl Error {
             Error::TooLarge { .. } | Error::TooManyPieces { .. } => ErrorKind::TooLarge,
             Error::Device(_) | Error::NoDmaBuf { .. } => ErrorKind::Device,
             Error::Refused { .. } | Error::NoDescriptor { .. } => ErrorKind::Unsupported,
-            Error::Straddles { .. } | Error::Apart { .. } | Error::Unaligned { .. } | Error::Importer { .. } => {
+            Error::Straddles { .. } | Error::NotContiguous { .. } | Error::Unaligned { .. } | Error::Importer { .. } => {
                 ErrorKind::Placement
             }
             Error::HandedOut { .. } | Error::Viewed { .. } => ErrorKind::InUse,

@@ -5,9 +5,10 @@
 //! models.
 //!
 //! The only folder that opens files by their paths. Each call may wait for a server that does not
-//! answer, so only workers make them, and the threads of [`inspect`](crate::inspect()). It needs `O_DIRECT` and `statx(2)` for direct reads, and procfs
-//! to open a file again by its descriptor; without these it says why, and the load takes another
-//! route. A file is closed with the last clone of its [`OpenFile`](source::OpenFile).
+//! answer, so only workers make them, and the threads of [`inspect`](crate::inspect()). It needs
+//! `O_DIRECT` and `statx(2)` for direct reads, and procfs to open a file again by its descriptor;
+//! without these it says why, and the load takes another route. A file is closed with the last
+//! clone of its [`OpenFile`](source::OpenFile).
 
 mod block_device;
 pub(crate) mod expand;

@@ -267,10 +267,10 @@ impl Tensor {
     /// Its bytes, contiguous and without a copy, even where it crosses segments.
     ///
     /// # Errors
-    /// As [`Segment::bytes`]; [`Error::Apart`] where it is not contiguous.
+    /// As [`Segment::bytes`]; [`Error::NotContiguous`] where it is not contiguous.
     pub fn bytes(&self) -> Result<Bytes> {
         if !self.is_contiguous() {
-            return Err(Error::Apart { tensor: self.name().to_owned(), rows: self.part.rows.count });
+            return Err(Error::NotContiguous { tensor: self.name().to_owned(), rows: self.part.rows.count });
         }
         self.file.slice(self.file_range())
     }
