@@ -466,10 +466,10 @@ fn threads_and_staging_follow_the_machine_to_its_limit() {
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {
         for (device, cores) in [(3.0, 2), (14.0, 2), (14.0, 8), (50.0, 32)] {
-            let Outcome { rate, .. } = load(path, device, cores, 16);
-            let share = rate / path.limit(device, cores);
-            eprintln!("16 loads, {path:?}, {device} GiB/s, {cores} cores: {share:.3}");
-            assert!((SHARE..=1.0).contains(&share), "{path:?}, {device} GiB/s, {cores} cores: {share:.3}");
+            let [one, many] = [1, 16].map(|loads| load(path, device, cores, loads).rate / path.limit(device, cores));
+            let row = format!("{path:?}, {device} GiB/s, {cores} cores: {one:.3} alone, {many:.3} by 16");
+            eprintln!("{row}");
+            assert!(many >= one.min(SHARE) * 0.98, "{row}");
         }
     }
 }
