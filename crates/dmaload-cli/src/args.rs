@@ -1,8 +1,8 @@
-//! The command line: the verbs, each of which owns its arguments.
+//! The command line: lists the verbs. Each verb owns its arguments, in a file of its own.
 
 use clap::{Parser, Subcommand};
 
-use crate::{bench, cat, demo, doctor, inspect, load, manifest, serve};
+use crate::{attach, bench, cat, demo, doctor, inspect, load, manifest, serve};
 
 /// Loads model files straight into shareable memory through io_uring, without the page cache.
 #[derive(Debug, Parser)]
@@ -27,7 +27,7 @@ pub(crate) enum Command {
     /// Loads files, and hands their memory out to other processes at a Unix socket, until it is ended (SIGINT, SIGTERM).
     Serve(serve::Arguments),
     /// Maps the memory that `serve` has loaded, without a copy, and tells what is in it.
-    Attach(serve::AttachArguments),
+    Attach(attach::Arguments),
     /// Tells what loads get from this machine, by trying, and what would help most.
     ///
     /// Exit status: 0 when a load would work, 1 when not, 2 wrong usage.
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
     use crate::engine::{RouteChoice, heap_choice};
     use crate::load::Rank;
-    use crate::manifest::Against;
+    use crate::manifests::Against;
     use crate::parse::{bytes, range};
 
     /// What arguments are made of, and anything else.

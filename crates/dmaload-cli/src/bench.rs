@@ -20,7 +20,9 @@ use dmaload_bench::{Bench, Engine, Mode, Pressure, Settings, child};
 use dmaload_text::At;
 
 use crate::engine::{self, EngineArguments, block_on};
-use crate::{demo, errors, manifest, output, parse};
+use crate::manifests::recorded;
+use crate::progress::write_model;
+use crate::{errors, output, parse};
 
 /// Any would do; this one makes the same file every time.
 const SEED: u64 = 1;
@@ -165,7 +167,7 @@ fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
     let model = Model::new(size, SEED)?;
     let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;
     file.file().set_permissions(Permissions::from_mode(0o644)).at("open to other users", file.path())?;
-    demo::write(&model, &file)?;
+    write_model(&model, &file)?;
     Ok(file)
 }
 
@@ -191,6 +193,6 @@ impl Engine for EngineArguments {
     }
 
     fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> Result<Manifest> {
-        Ok(block_on(manifest::recorded(&engine::loader(self)?, paths, recorder))??)
+        Ok(block_on(recorded(&engine::loader(self)?, paths, recorder))??)
     }
 }

@@ -8,7 +8,7 @@ use clap::Args;
 
 use crate::engine::{self, EngineArguments, block_on};
 use crate::errors;
-use crate::manifest::Against;
+use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {

@@ -18,8 +18,9 @@ use dmaload_text::{Pairs, bytes, duration, rate};
 use memmap2::MmapOptions;
 
 use crate::engine::block_on;
-use crate::load::{Used, finish, progress_bar, summary};
 use crate::parse;
+use crate::progress::{finish, write_model};
+use crate::summary::{Used, summary};
 
 /// Any would do; this one makes the same model every time.
 const SEED: u64 = 1;
@@ -40,7 +41,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let file = ScratchFile::create(arguments.dir.as_deref(), "demo.safetensors", arguments.size)?;
     let model = Model::new(arguments.size, SEED)?;
-    write(&model, &file)?;
+    write_model(&model, &file)?;
 
     let mut engine = Vec::new();
     let mut normal = Vec::new();
@@ -59,14 +60,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let loaded = image.files().first().context("one file")?;
     model.verify_all(&loaded.bytes()?).context("the loaded model is not what was written")?;
     print(arguments, &model, &summary(&image, &[None], used), &mut engine, &mut normal)
-}
-
-pub(crate) fn write(model: &Model, file: &ScratchFile) -> Result<()> {
-    let bar = if std::io::stderr().is_terminal() { progress_bar("writing") } else { indicatif::ProgressBar::hidden() };
-    bar.set_length(model.bytes);
-    model.write(file.file(), file.path(), |written| bar.set_position(written))?;
-    bar.finish_and_clear();
-    Ok(())
 }
 
 fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {

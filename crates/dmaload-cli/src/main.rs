@@ -1,6 +1,7 @@
 //! `dmaload`: loads model files from the command line.
 
 mod args;
+mod attach;
 mod bench;
 mod cat;
 mod checksums;
@@ -12,9 +13,12 @@ mod exec;
 mod inspect;
 mod load;
 mod manifest;
+mod manifests;
 mod output;
 mod parse;
+mod progress;
 mod serve;
+mod summary;
 mod sys;
 mod trace;
 
@@ -47,8 +51,8 @@ fn main() -> ExitCode {
         Command::Cat(arguments) => cat::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Manifest(arguments) => manifest::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Inspect(arguments) => inspect::run(&arguments).map(|()| ExitCode::SUCCESS),
-        Command::Serve(arguments) => serve::serve(&arguments),
-        Command::Attach(arguments) => serve::attached(&arguments),
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Attach(arguments) => attach::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Bench(arguments) => bench::run(&arguments),

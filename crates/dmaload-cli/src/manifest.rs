@@ -1,18 +1,14 @@
-//! `dmaload manifest`: what files are to be, for `load --verify`; and reading it back.
+//! `dmaload manifest`: writes checksums of files, for `load --verify`.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::sync::Arc;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
-use dmabuf::printable;
-use dmaload::LoadOptions;
-use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
-use dmaload_text::At;
+use dmaload::verify::{Algorithm, Manifest, Recorder};
 
 use crate::engine::{self, EngineArguments, block_on};
+use crate::manifests::recorded;
 use crate::{errors, output, parse};
 
 #[derive(Debug, Args)]
@@ -41,154 +37,4 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut stdout = output::stdout();
     writeln!(stdout, "{}", output::escaped(manifest.map_err(about)?.to_json()))?;
     Ok(stdout.flush()?)
-}
-
-/// The manifest of what these files hold now.
-pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], recorder: Recorder) -> dmaload::Result<Manifest> {
-    let recorder = Arc::new(recorder);
-    let mut segments = loader.load(paths).options(loader.load_options().observer(recorder.clone())).segments();
-    while let Some(segment) = segments.next().await {
-        drop(segment?);
-    }
-    let report = segments.report().expect("a stream that has ended without an error has a report");
-    Ok(recorder.manifest(report))
-}
-
-/// What files are verified by.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Against {
-    Digest(Digest),
-    Manifest(PathBuf),
-}
-
-impl FromStr for Against {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let named = text.split_once(':').is_some_and(|(name, _)| name.parse::<Algorithm>().is_ok());
-        if named {
-            return text.parse().map(Against::Digest);
-        }
-        // What a manifest is called is up to people.
-        if Path::new(text).exists() {
-            return Ok(Against::Manifest(text.into()));
-        }
-        if let Some((name, hex)) = loosely_named(text) {
-            return match name.parse::<Algorithm>() {
-                Ok(algorithm) => format!("{algorithm}:{hex}").parse().map(Against::Digest),
-                Err(unknown) => Err(format!("{text:?} is no manifest that is there, and {unknown}")),
-            };
-        }
-        match bare(text) {
-            None => Ok(Against::Manifest(text.into())),
-            Some(hex) => match hex.len() {
-                64 => format!("sha256:{hex}").parse().map(Against::Digest),
-                32 | 40 | 96 | 128 => Err(format!(
-                    "{text:?} is a checksum by MD5, SHA-1, SHA-384 or SHA-512; sha256, blake3, crc32c and xxh3 are known"
-                )),
-                digits => Err(format!(
-                    "{text:?} is {digits} hexadecimal digits without the name of a checksum (a sha256 has 64): write \
-                     sha256:HEX, blake3:HEX, crc32c:HEX or xxh3:HEX"
-                )),
-            },
-        }
-    }
-}
-
-/// A checksum by a name that is written in another way (`SHA256:HEX`, `sha256-HEX`), or is not known: the name in lower
-/// case, and the digits.
-fn loosely_named(text: &str) -> Option<(String, &str)> {
-    let (name, hex) = text.split_once([':', '-', '='])?;
-    let name = name.to_ascii_lowercase();
-    // What does not look like one is a path.
-    let is_name = ["md5", "sha", "crc", "xxh", "blake", "b3", "adler"].iter().any(|start| name.starts_with(start));
-    let is_hex = hex.len() >= 8 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
-    (is_name && is_hex).then_some((name, hex))
-}
-
-/// A checksum without its name: alone, or in a line of SHA256SUMS, as coreutils and BSD write them.
-fn bare(text: &str) -> Option<&str> {
-    let first = match text.strip_prefix("SHA256 (") {
-        Some(line) => line.rsplit_once(") = ")?.1,
-        None => text.trim_start_matches('\\').split_whitespace().next()?,
-    };
-    let is_hex = first.len() >= 8 && first.bytes().all(|byte| byte.is_ascii_hexdigit());
-    is_hex.then_some(first)
-}
-
-impl Against {
-    /// The options of the load that is to be verified.
-    pub(crate) fn applied_to(&self, options: LoadOptions) -> Result<LoadOptions> {
-        match self {
-            Against::Digest(digest) => Ok(options.verify(*digest)),
-            Against::Manifest(path) => Ok(options.verify(read(path)?)),
-        }
-    }
-}
-
-fn read(path: &Path) -> Result<Manifest> {
-    let json = std::fs::read(path).at("read", path)?;
-    let about = || {
-        let path = printable::path(path);
-        let lines = String::from_utf8_lossy(&json);
-        let sums = lines.lines().next().is_some_and(|line| bare(line).is_some());
-        let why = if sums {
-            " is a list of checksums, not a manifest: take the line of the one file (--verify sha256:HEX), or write a manifest \
-             (dmaload manifest)"
-        } else {
-            ""
-        };
-        format!("{path}{why}")
-    };
-    Manifest::parse(&json).with_context(about)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_checksum_is_told_from_a_path() {
-        let hex = "e3069283";
-        assert_eq!(format!("crc32c:{hex}").parse(), Ok(Against::Digest(format!("crc32c:{hex}").parse().unwrap())));
-        assert_eq!("m.json".parse(), Ok(Against::Manifest("m.json".into())));
-        assert_eq!("C:m.json".parse(), Ok(Against::Manifest("C:m.json".into())));
-        "sha256:12".parse::<Against>().unwrap_err();
-    }
-
-    #[test]
-    fn a_bare_checksum_is_taken_or_explained() {
-        let hex = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393";
-        let sha256 = Against::Digest(format!("sha256:{hex}").parse().unwrap());
-        for text in [
-            hex.to_owned(),
-            hex.to_uppercase(),
-            format!("SHA256:{hex}"),
-            format!("sha256-{hex}"),
-            format!("Sha256={hex}"),
-            format!("{hex}  model.safetensors"),
-            format!("{hex} *model.safetensors"),
-            format!("\\{hex}  a\\nb"),
-            format!("SHA256 (model (1).safetensors) = {hex}"),
-        ] {
-            assert_eq!(text.parse(), Ok(sha256.clone()), "{text}");
-        }
-        for (text, word) in [
-            ("d41d8cd98f00b204e9800998ecf8427e", "MD5"),
-            ("da39a3ee5e6b4b0d3255bfef95601890afd80709", "SHA-1"),
-            ("e3069283", "crc32c:HEX"),
-            ("0123456789abcdef", "xxh3:HEX"),
-            (&hex[1..], "63 hexadecimal digits"),
-            (&format!("SHA256:{}", &hex[1..]), "sha256 has 64"),
-            (&format!("sha512:{hex}"), "\"sha512\"; there are sha256, blake3, crc32c, xxh3"),
-            (&format!("MD5-{}", &hex[32..]), "\"md5\"; there are sha256"),
-        ] {
-            let error = text.parse::<Against>().unwrap_err();
-            assert!(error.contains(word), "{error}");
-        }
-        for path in ["sha256-m.json", "sha-1234", "run-20240101", "crc.json", "C:deadbeef"] {
-            assert_eq!(path.parse(), Ok(Against::Manifest(path.into())));
-        }
-        assert_eq!("SHA256SUMS".parse(), Ok(Against::Manifest("SHA256SUMS".into())));
-    }
 }

@@ -1,4 +1,4 @@
-//! `dmaload serve`: loads, and hands the memory out. `dmaload attach`: has it, too.
+//! `dmaload serve`: loads files, and hands their memory out to other processes.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -8,16 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Result;
 use clap::Args;
 use dmabuf::printable;
-use dmaload::Segment;
-use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
-use dmaload::verify::{Algorithm, Digest, Hasher, digest};
+use dmaload::share::{Server, ServerOptions};
 use dmaload_bench::usage;
-use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::engine::{self, EngineArguments, block_on};
-use crate::load::{Used, finish, is_quiet, summary, to_json};
+use crate::progress::{finish, is_quiet};
+use crate::summary::{Used, summary};
 use crate::{errors, output};
 
 #[derive(Debug, Args)]
@@ -43,28 +41,7 @@ pub(crate) struct Arguments {
     pub(crate) engine: EngineArguments,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct AttachArguments {
-    /// The socket.
-    pub(crate) socket: PathBuf,
-    /// The name of what is asked for; needed where the server has several.
-    #[arg(long)]
-    pub(crate) name: Option<String>,
-    /// Trust a server of this user, by its number, besides your own and root's; may be repeated.
-    ///
-    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to trust that is to trust all of
-    /// them.
-    #[arg(long = "trust-user", value_name = "UID")]
-    pub(crate) trust_users: Vec<u32>,
-    /// Compute this digest of each file, from the mapped memory: sha256, blake3, crc32c, xxh3.
-    #[arg(long, value_name = "ALGORITHM")]
-    pub(crate) digest: Option<Algorithm>,
-    /// Print one JSON object, and nothing else, on standard output.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-pub(crate) fn serve(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
     // From the beginning, also while it loads: the socket must not be left behind, and what was
@@ -107,49 +84,4 @@ pub(crate) fn serve(arguments: &Arguments) -> Result<ExitCode> {
     loop {
         std::thread::park();
     }
-}
-
-pub(crate) fn attached(arguments: &AttachArguments) -> Result<ExitCode> {
-    let options = arguments.trust_users.iter().fold(AttachOptions::default(), |options, &user| options.trust_user(user));
-    let options = match &arguments.name {
-        Some(name) => options.name(name),
-        None => options,
-    };
-    let cpu_before = usage::cpu_time();
-    let attached = block_on(attach(&arguments.socket, options))??;
-    let used = Used::since(cpu_before);
-    let image = &attached.image;
-    let digests = image.files().iter().map(|file| match arguments.digest {
-        // Others may write to dma-bufs: they are looked at, not lent.
-        Some(algorithm) if attached.dma_bufs => of_dma_bufs(algorithm, file.segments()).map(Some),
-        Some(algorithm) => file.bytes().map(|bytes| Some(digest(algorithm, &bytes))),
-        None => Ok(None),
-    });
-    let digests = digests.collect::<dmaload::Result<Vec<_>>>()?;
-    if arguments.json {
-        let mut object = to_json(image, &digests, used);
-        if let Some(object) = object.as_object_mut() {
-            object.insert("process".to_owned(), json!(attached.process));
-        }
-        output::write_json(&object)?;
-    } else {
-        let mut stdout = output::stdout();
-        write!(stdout, "{}", summary(image, &digests, used))?;
-        stdout.flush()?;
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
-fn of_dma_bufs(algorithm: Algorithm, segments: &[Segment]) -> dmaload::Result<Digest> {
-    let (mut hasher, mut buffer) = (Hasher::new(algorithm), vec![0; 1 << 20]);
-    for segment in segments {
-        let access = segment.cpu_access()?;
-        let mut at = 0;
-        while at < segment.len() {
-            let read = access.read_at(&mut buffer, at);
-            hasher.update(buffer.get(..read).unwrap_or_default());
-            at += read;
-        }
-    }
-    Ok(hasher.finish())
 }

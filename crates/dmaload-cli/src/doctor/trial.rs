@@ -16,7 +16,8 @@ use dmaload_bench::scratch::ScratchFile;
 use dmaload_text::{At, Named};
 
 use crate::engine::block_on;
-use crate::{errors, load};
+use crate::errors;
+use crate::progress::finish;
 
 const BYTES_MAX: u64 = 4 << 20;
 /// The name of the line that says that there is no dma-heap.
@@ -194,7 +195,7 @@ fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);
     }
-    let image = block_on(load::finish(loader.load(path).options(options).start(), true))??;
+    let image = block_on(finish(loader.load(path).options(options).start(), true))??;
     let mut compared = 0;
     for segment in image.segments() {
         let bytes = segment.bytes()?;

@@ -1,0 +1,60 @@
+//! Waiting for a load, and writing a model, with a bar on the terminal.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::Result;
+use dmaload::{Image, Load};
+use dmaload_bench::scratch::ScratchFile;
+use dmaload_bench::synth::Model;
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Whether standard error is no terminal, so that a bar would not be seen.
+pub(crate) fn is_quiet() -> bool {
+    !std::io::stderr().is_terminal()
+}
+
+/// Waits for a load, with a bar on the terminal unless `quiet`.
+pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image> {
+    if quiet {
+        return load.await;
+    }
+    let bar = progress_bar("loading");
+    // From the beginning: until the first segment is there, files are opened and memory is allocated.
+    bar.tick();
+    loop {
+        // `next` may be dropped at any time without losing a segment.
+        match tokio::time::timeout(Duration::from_millis(50), load.next()).await {
+            Ok(Some(Ok(_))) | Err(_) => {}
+            // An error is told by `finish`, too.
+            Ok(Some(Err(_)) | None) => break,
+        }
+        // Also while segments come faster than that.
+        let progress = load.progress();
+        bar.set_length(progress.planned_bytes);
+        bar.set_position(progress.read_bytes);
+    }
+    bar.finish_and_clear();
+    load.finish().await
+}
+
+/// A bar with rate and time left.
+fn progress_bar(what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg:10} [{bar:32}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left",
+    );
+    let bar = ProgressBar::new(0).with_message(what);
+    if let Ok(style) = style {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar
+}
+
+/// Writes a generated model, with a bar on the terminal.
+pub(crate) fn write_model(model: &Model, file: &ScratchFile) -> Result<()> {
+    let bar = if std::io::stderr().is_terminal() { progress_bar("writing") } else { indicatif::ProgressBar::hidden() };
+    bar.set_length(model.bytes);
+    model.write(file.file(), file.path(), |written| bar.set_position(written))?;
+    bar.finish_and_clear();
+    Ok(())
+}
