@@ -132,6 +132,23 @@ fn what_is_told_is_what_a_load_gets() {
 }
 
 #[test]
+fn loads_that_measure_their_ways_are_foretold() {
+    let folder = folder();
+    let half_gib = 512 * MIB as u64;
+    for (bytes, ways) in [(half_gib - 4096, json!([])), (half_gib - 1, json!(["direct", "staged"]))] {
+        let path = folder.path().join("model.bin");
+        fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        let told = run(&mut doctor(Some(&path))).succeeds().json();
+        assert_eq!(told["load"]["measures"], ways, "{told:#}");
+        let got = load_json(&path, &[]);
+        assert_eq!(got["measured"].is_null(), ways == json!([]), "{got:#}");
+    }
+    let screen = run(dmaload(["doctor"]).arg(folder.path().join("model.bin"))).succeeds().text();
+    let screen = screen.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(screen.contains("; measures staged reads, too, and takes the faster ones"), "{screen}");
+}
+
+#[test]
 fn the_screen_is_one() {
     let folder = folder();
     let screen = run(dmaload(["doctor"]).arg(folder.path())).exits(1).text();

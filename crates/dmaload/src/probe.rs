@@ -10,9 +10,11 @@ use std::os::fd::AsFd;
 use dmabuf::Errno;
 use rustix::io::pread;
 
+use crate::engine::choice::LEAST_BYTES;
 use crate::error::Result;
 use crate::files::source::OpenFile;
 use crate::memory::headroom::headroom;
+use crate::ring::can_read_buffered;
 pub use crate::ring::probe::IoUring;
 #[cfg(test)]
 use crate::ring::probe::{REGISTER_BYTES_MAX, REGISTER_BYTES_MIN};
@@ -39,7 +41,14 @@ pub struct File {
     pub first_read: Result<u64, Errno>,
     /// Why a load reads it by threads, never by io_uring ([`Attempt::RingOnFuse`] and its like).
     pub ring_refused: Option<Attempt>,
+    /// Whether io_uring may read it through the page cache all the same: a load that measures its
+    /// ways tries that one, too ([`crate::Way::Buffered`]).
+    pub buffered_by_ring: bool,
 }
+
+/// Bytes of the smallest load that measures which way is the fastest, where
+/// [`crate::LoadOptions::route`] leaves it open.
+pub const MEASURED_BYTES_MIN: u64 = LEAST_BYTES;
 
 impl File {
     /// Why a load of it would go through the page cache ([`Route::Buffered`]).
@@ -78,6 +87,9 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
         open_direct,
         first_read,
         ring_refused: file.ring_refused.map(|(attempt, _)| attempt),
+        buffered_by_ring: file.ring_refused.is_some()
+            && file.ring_refused_to(Route::UringBuffered).is_none()
+            && can_read_buffered(),
     })
 }
 
@@ -141,8 +153,14 @@ mod tests {
 
     #[test]
     fn a_refusal_is_none_of_the_medium() {
-        let file =
-            |open_direct, first_read| File { bytes: 1, alignment_bytes: 4096, open_direct, first_read, ring_refused: None };
+        let file = |open_direct, first_read| File {
+            bytes: 1,
+            alignment_bytes: 4096,
+            open_direct,
+            first_read,
+            ring_refused: None,
+            buffered_by_ring: false,
+        };
         let verdict = |file: File| (file.direct_refused(), file.unreadable());
         assert_eq!(verdict(file(Ok(()), Ok(1))), (None, None));
         assert_eq!(verdict(file(Err(Errno::EINVAL), Ok(1))), (Some(Errno::EINVAL), None));

@@ -264,7 +264,8 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn path(facts: &mut Facts, bytes: u64, open_direct: Result<(), Errno>) {
-        let file = File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), ring_refused: None };
+        let file =
+            File { bytes, alignment_bytes: 4096, open_direct, first_read: Ok(1), ring_refused: None, buffered_by_ring: false };
         facts.path = Some(PathFacts { path: "m".into(), mount: None, file: Some(file), load: Ok(file.bytes) });
     }
 

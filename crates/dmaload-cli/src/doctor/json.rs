@@ -1,7 +1,7 @@
 //! The facts for programs: one object.
 
-use dmaload::Errno;
 use dmaload::probe::IoUring;
+use dmaload::{Errno, Way};
 use serde_json::{Value, json};
 
 use super::advice;
@@ -49,6 +49,7 @@ pub(crate) fn object(facts: &Facts) -> Value {
             "heap": "memfd",
             "route": expected.map(|expected| expected.route.name()),
             "page_size_bytes": expected.and_then(|expected| expected.page_bytes),
+            "measures": expected.map(|expected| expected.measured.iter().map(Way::to_string).collect::<Vec<_>>()),
             "reason": load.as_ref().err().or(expected.and_then(|expected| expected.because.as_ref())),
         },
         "dma_buf": {

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use dmabuf::printable;
+use dmaload::Way;
 use dmaload::probe::IoUring;
 use dmaload_text::{Pairs, bytes};
 
@@ -188,10 +189,15 @@ fn heap_line(heap: &HeapTrial) -> String {
 
 fn verdict_line(verdict: Result<Expected, String>) -> String {
     match verdict {
-        Ok(Expected { route, page_bytes, because }) => {
+        Ok(Expected { route, page_bytes, because, measured }) => {
             let pages = page_bytes.map(|bytes_each| format!(", {} pages", size(bytes_each))).unwrap_or_default();
             let because = because.map(|because| format!(": {because}")).unwrap_or_default();
-            format!("works: memfd by {route}{pages}{because}")
+            let others: Vec<_> = measured.iter().filter(|&&way| way != Way::Direct).map(Way::to_string).collect();
+            let measured = match &*others {
+                [] => String::new(),
+                others => format!("; measures {} reads, too, and takes the faster ones", others.join(" and ")),
+            };
+            format!("works: memfd by {route}{pages}{because}{measured}")
         }
         Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => format!("would fail: {reason}"),

@@ -1,6 +1,6 @@
 //! What a load would do, concluded from the facts.
 
-use dmaload::{Attempt, Errno, LoadOptions, LoaderBuilder, Route, probe};
+use dmaload::{Attempt, Errno, LoadOptions, LoaderBuilder, Route, Way, probe};
 use dmaload_text::bytes;
 
 use super::facts::Facts;
@@ -31,6 +31,9 @@ pub(crate) struct Expected {
     pub(crate) page_bytes: Option<u64>,
     /// Why the route is another than that of the small file that was loaded.
     pub(crate) because: Option<String>,
+    /// The ways that the load measures on parts of itself, before it takes the fastest; none if it
+    /// does not measure.
+    pub(crate) measured: Vec<Way>,
 }
 
 /// What `dmaload load` would do with the path, or else with a large file; or why it would fail.
@@ -74,7 +77,9 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
-    Ok(expected(facts, loaded))
+    // The memory of a dma-heap comes at once, so nothing is gained by bringing it into being late.
+    let comes_at_once = heap.starts_with("dma-heap");
+    Ok(Expected { measured: if comes_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
 }
 
 fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
@@ -89,7 +94,17 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
         route = Route::UringDirect;
         because = Some("the limit of locked memory is too small for uring-fixed-direct".to_owned());
     }
-    Expected { route, page_bytes: loaded.page_bytes, because }
+    Expected { route, page_bytes: loaded.page_bytes, because, measured: Vec::new() }
+}
+
+fn measured(facts: &Facts) -> Vec<Way> {
+    let Some(file) = path_file(facts) else { return Vec::new() };
+    // Memory counts, in whole blocks.
+    let measures = |bytes: u64| bytes.next_multiple_of(file.alignment_bytes) >= probe::MEASURED_BYTES_MIN;
+    if !wanted_bytes(facts).is_some_and(measures) {
+        return Vec::new();
+    }
+    [Way::Direct, Way::Staged].into_iter().chain(file.buffered_by_ring.then_some(Way::Buffered)).collect()
 }
 
 /// The file that was asked about.
@@ -142,8 +157,14 @@ mod tests {
         Facts { path: Some(path), ..Facts::best() }
     }
 
-    const FILE: probe::File =
-        probe::File { bytes: 1 << 30, alignment_bytes: 4096, open_direct: Ok(()), first_read: Ok(4096), ring_refused: None };
+    const FILE: probe::File = probe::File {
+        bytes: 1 << 30,
+        alignment_bytes: 4096,
+        open_direct: Ok(()),
+        first_read: Ok(4096),
+        ring_refused: None,
+        buffered_by_ring: false,
+    };
 
     #[test]
     fn what_was_tried_holds_unless_the_path_says_otherwise() {
@@ -158,6 +179,15 @@ mod tests {
         );
         assert!(route(probe::File { first_read: Err(Errno::EIO), ..FILE }).unwrap_err().contains("EIO"));
         assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
+    }
+
+    #[test]
+    fn large_loads_measure_and_network_ones_through_the_page_cache_too() {
+        let measured = |file| load(&asked(file)).unwrap().measured;
+        assert_eq!(measured(FILE), [Way::Direct, Way::Staged]);
+        assert_eq!(measured(probe::File { bytes: probe::MEASURED_BYTES_MIN - 4096, ..FILE }), []);
+        let on_nfs = probe::File { ring_refused: Some(Attempt::RingOnOther), buffered_by_ring: true, ..FILE };
+        assert_eq!(measured(on_nfs), [Way::Direct, Way::Staged, Way::Buffered]);
     }
 
     #[test]

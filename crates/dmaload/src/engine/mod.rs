@@ -27,7 +27,7 @@
 
 mod allocate;
 mod allocation;
-mod choice;
+pub(crate) mod choice;
 mod descriptors;
 pub(crate) mod event;
 mod filling;
