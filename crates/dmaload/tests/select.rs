@@ -169,7 +169,7 @@ async fn ranks_have_the_model_between_them() {
                 match tensor.bytes() {
                     Ok(bytes) => assert_same(&bytes, &copy, tensor.name()),
                     Err(Error::NotContiguous { rows, .. }) => {
-                        assert!(dim == 1 && rows == tensor.shape()[0] as u64, "{}", tensor.name())
+                        assert!(dim == 1 && rows == tensor.shape()[0] as u64, "{}", tensor.name());
                     }
                     Err(error) => panic!("{error}"),
                 }
