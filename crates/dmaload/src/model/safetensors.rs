@@ -24,6 +24,7 @@
 //! unknown key has is skipped, down to a depth of 127.
 
 mod header;
+mod values;
 
 pub use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 use super::{
