@@ -20,8 +20,9 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
-/// How often to look for file systems of which nothing comes, while loads wait for others to end. Such a one is found at the
-/// second look: a batch of 16 MiB from a server of 3 MiB/s comes before that.
+/// How often to look for file systems of which nothing comes, while loads wait for others to end.
+/// Such a one is found at the second look: a batch of 16 MiB from a server of 3 MiB/s comes before
+/// that.
 const SILENCE_LOOKS: Duration = Duration::from_secs(5);
 
 /// See the module. `T` is a load.

@@ -1,10 +1,12 @@
 //! Who is served next: the scheduler of opening, allocating and finishing, over all loads of a loader.
 //!
-//! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch each, so a large one
-//! can't starve a small one. One that has its part of the window (see [`crate::memory::window`]) is passed over; when one that
-//! holds nothing of it finds no room, nobody overtakes it, so small ones can't starve a large one either. Where its file system
-//! has its part, no load of that file system overtakes it, and loads of others do. The number of loads that are open at once
-//! is bounded; the others wait in the order they came. Loads of a higher priority go first.
+//! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch
+//! each, so a large one can't starve a small one. One that has its part of the window (see
+//! [`crate::memory::window`]) is passed over; when one that holds nothing of it finds no room,
+//! nobody overtakes it, so small ones can't starve a large one either. Where its file system has
+//! its part, no load of that file system overtakes it, and loads of others do. The number of loads
+//! that are open at once is bounded; the others wait in the order they came. Loads of a higher
+//! priority go first.
 //!
 //! Where memory is limited, a load begins when its reservation is free (see [`crate::memory::budget`]), in the order they came; one that has
 //! its share is passed over until its consumer drops something. A stream has a bounded amount of memory ahead of its consumer, also
@@ -15,8 +17,8 @@
 //! not count as open if it is the opening that waits.
 //!
 //! A file system is *silent* while it holds permits of the window and none has come back for long
-//! ([`Scheduler::look_for_silence`]). Its loads don't count as open either, up to [`MOST_SILENT`] of
-//! them: they would keep all places from loads of other file systems.
+//! ([`Scheduler::look_for_silence`]). Its loads don't count as open either, up to [`MOST_SILENT`]
+//! of them: they would keep all places from loads of other file systems.
 
 use std::collections::VecDeque;
 
@@ -49,7 +51,8 @@ pub(crate) struct Need {
     pub(crate) files: u64,
     /// What its load takes of the budget for it: all of a memory with its first batch, since memory of the pool comes as a whole.
     pub(crate) held_bytes: u64,
-    /// The file system that it is read from. Where small files of several share a memory, that of the first.
+    /// The file system that it is read from. Where small files of several share a memory, that of
+    /// the first.
     pub(crate) file_system: u64,
 }
 
@@ -105,7 +108,8 @@ impl<L> LoadTurn<L> {
     }
 }
 
-/// The most loads that do not count as open because their file systems are silent: each has files open.
+/// The most loads that do not count as open because their file systems are silent: each has files
+/// open.
 const MOST_SILENT: usize = 64;
 
 /// See the module.
@@ -236,8 +240,9 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         !self.waiting.is_empty() && self.counted_open() >= self.max_open
     }
 
-    /// Finds file systems that have held permits since the last call, of which none has come back. To be called now and then
-    /// while [`Self::lacks_places`]. Whether more of them are silent now.
+    /// Finds file systems that have held permits since the last call, of which none has come back.
+    /// To be called now and then while [`Self::lacks_places`]. Whether more of them are silent
+    /// now.
     pub(crate) fn look_for_silence(&mut self) -> bool {
         let mut holding: Vec<_> = self.window.holders().map(|(_, file_system)| file_system).collect();
         holding.sort_unstable();
@@ -248,7 +253,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.silent.len() > before
     }
 
-    /// Loads whose last batch was given out take nothing any more. Before others are admitted, which may wait for that.
+    /// Loads whose last batch was given out take nothing any more. Before others are admitted,
+    /// which may wait for that.
     fn close_done(&mut self) {
         let is_done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
         for done in self.turns.iter().filter(|turn| is_done(turn)) {
@@ -259,7 +265,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// Lets loads begin, in order, as far as there is memory for what they reserve.
     fn admit(&mut self) {
-        // A load from each of these waits for what others from there have reserved: none of that file system overtakes it.
+        // A load from each of these waits for what others from there have reserved: none of that
+        // file system overtakes it.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -286,7 +293,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// The next batch of whoever's turn it is.
     fn batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // A load from each of these waits for what its file system holds: none of that file system overtakes it.
+        // A load from each of these waits for what its file system holds: none of that file system
+        // overtakes it.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;

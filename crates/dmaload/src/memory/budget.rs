@@ -4,9 +4,10 @@
 //! once, all of it. So it can always go on when its own consumer drops something, and a consumer that stops blocks itself alone.
 //! What is beyond reservations is shared, up to half of the limit: the other half is for reservations of loads to come.
 //!
-//! Loads that are kept reserve all of themselves, and a file system that does not answer would have that reserved for ever. So such
-//! loads from one file system have three quarters of the limit together, unless a single one needs more. (A consumer may take from
-//! several streams in any order, so that one of them must not wait for another.)
+//! Loads that are kept reserve all of themselves, and a file system that does not answer would
+//! have that reserved for ever. So such loads from one file system have three quarters of the
+//! limit together, unless a single one needs more. (A consumer may take from several streams in
+//! any order, so that one of them must not wait for another.)
 //!
 //! ```text
 //!   limit |- reserved, or held where that is more -|- held by loads that are over -|--------- free ---------|

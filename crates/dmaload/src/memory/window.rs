@@ -1,20 +1,23 @@
-//! The window: how many bytes may be allocated and not yet filled; and what part of anything shared a load may have.
+//! The window: how many bytes may be allocated and not yet filled; and what part of anything
+//! shared a load may have.
 //!
 //! It is what keeps the allocator and the reader in step: a permit is taken before memory is allocated, and comes
 //! back when that memory is full (or given up).
 //!
 //! Loads whose reads do not come back must not come to hold all of it. So there are two levels.
 //!
-//! - What a *file system* may hold depends on what is free: three times what it leaves free, at most (dynamic queue length
-//!   thresholds: Choudhury and Hahne, 1998), and a usual permit must still fit into that. Alone it has three quarters, two
-//!   have three sevenths each. All loads from one file system count as one, since they wait for the same server or device:
-//!   one that does not answer takes three quarters, a second one three quarters of the rest, and so on. A file system that
-//!   holds nothing may take whatever fits.
-//! - A *load* that holds something leaves one permit within the part of its file system to a load that comes. Where a window
-//!   has room for fewer than [`MANY`], that would cost too much speed.
+//! - What a *file system* may hold depends on what is free: three times what it leaves free, at
+//!   most (dynamic queue length thresholds: Choudhury and Hahne, 1998), and a usual permit must
+//!   still fit into that. Alone it has three quarters, two have three sevenths each. All loads
+//!   from one file system count as one, since they wait for the same server or device: one that
+//!   does not answer takes three quarters, a second one three quarters of the rest, and so on. A
+//!   file system that holds nothing may take whatever fits.
+//! - A *load* that holds something leaves one permit within the part of its file system to a load
+//!   that comes. Where a window has room for fewer than [`MANY`], that would cost too much speed.
 //!
-//! Loads that have no part of it at the moment get one in their turn: who grants permits (the scheduler, the driver, the
-//! pool of threads) goes round. Reads in flight, staging, registered buffers and threads are shared by the same rule.
+//! Loads that have no part of it at the moment get one in their turn: who grants permits (the
+//! scheduler, the driver, the pool of threads) goes round. Reads in flight, staging, registered
+//! buffers and threads are shared by the same rule.
 
 /// A budget that loads share. Pure bookkeeping: who waits, and where, is the scheduler's business. `L` names a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,21 +34,24 @@ pub(crate) enum Permitted {
     Yes,
     /// The load has its part: nobody has to wait for it.
     HasItsPart,
-    /// The load holds nothing, and its file system has its part: no load of that file system may overtake it, or it would
-    /// wait for ever. Loads of others may.
+    /// The load holds nothing, and its file system has its part: no load of that file system may
+    /// overtake it, or it would wait for ever. Loads of others may.
     FileSystemHasItsPart,
-    /// The load's file system holds nothing, and there is no room: nobody may overtake it, or it would wait for ever.
+    /// The load's file system holds nothing, and there is no room: nobody may overtake it, or it
+    /// would wait for ever.
     Full,
 }
 
 /// So many times what it leaves free is what a file system may hold.
 const TIMES_THE_REST: u64 = 3;
 
-/// Where fewer than so many have room, nothing is kept for other file systems: one of two would be half of the speed.
+/// Where fewer than so many have room, nothing is kept for other file systems: one of two would be
+/// half of the speed.
 const FEW: u64 = 4;
 
-/// Where fewer than so many have room, a load keeps nothing for others of its file system: of eight permits, of which six are
-/// for that file system, it would be a sixth of the speed; of sixteen it is a twelfth.
+/// Where fewer than so many have room, a load keeps nothing for others of its file system: of
+/// eight permits, of which six are for that file system, it would be a sixth of the speed; of
+/// sixteen it is a twelfth.
 const MANY: u64 = 16;
 
 /// What somebody holds who asks for more.
@@ -57,12 +63,14 @@ pub(crate) struct Held {
     pub(crate) by_file_system: u64,
 }
 
-/// Whether somebody who holds `held` of `all` things, of which `taken` are taken, may have one more.
+/// Whether somebody who holds `held` of `all` things, of which `taken` are taken, may have one
+/// more.
 pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether somebody who holds `held` of `all`, of which `taken` is taken, may have `more`, while others may want `usual`.
+/// Whether somebody who holds `held` of `all`, of which `taken` is taken, may have `more`, while
+/// others may want `usual`.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     let file_system_may_have = |taken, held| within_part(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));
@@ -185,7 +193,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// How often each of these loads gets one, in turns, until nobody gets any. Each has the file system of the same place.
+    /// How often each of these loads gets one, in turns, until nobody gets any. Each has the file
+    /// system of the same place.
     fn parts<const N: usize>(window: &mut Window<usize>, loads: [usize; N], file_systems: [u64; N]) -> [u64; N] {
         let mut got = [0; N];
         loop {
@@ -267,7 +276,8 @@ mod tests {
         window.give_back(&1, 2, 1);
     }
 
-    /// What a load may have in the window by default, in batches of 16 MiB: as much as before loads were counted by file system.
+    /// What a load may have in the window by default, in batches of 16 MiB: as much as before
+    /// loads were counted by file system.
     #[test]
     fn one_load_has_six_of_eight_batches_and_two_silent_file_systems_leave_one() {
         let mut window = Window::new(8 << 4, 1 << 4);
@@ -345,7 +355,8 @@ mod tests {
             prop_assert!(held.may_have_one(size, &usize::MAX, 2));
         }
 
-        /// One load and its file system, alone: what it may have hardly depends on there being two levels.
+        /// One load and its file system, alone: what it may have hardly depends on there being two
+        /// levels.
         #[test]
         fn one_load_has_what_its_file_system_has_less_one_at_most(size in 1u64..2000) {
             let (mut one, mut many) = (Holders::new(), Holders::new());

@@ -262,8 +262,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Issues reads while there are any and the depth allows: in turns, and leaving some of it to file systems and loads that
-    /// have none in flight.
+    /// Issues reads while there are any and the depth allows: in turns, and leaving some of it to
+    /// file systems and loads that have none in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {

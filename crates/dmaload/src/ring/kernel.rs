@@ -102,7 +102,8 @@ pub(crate) trait Kernel {
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
 
-    /// Takes back those reads of this load that were not begun. Their completions come like those of others, with an error.
+    /// Takes back those reads of this load that were not begun. Their completions come like those
+    /// of others, with an error.
     fn cancel(&mut self, _: LoadId) {}
 
     /// Memory of `bytes` bytes that can be pinned, with its pages there.

@@ -22,7 +22,8 @@ use crate::route::Route;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 
-/// Threads that read for all loads: [`MOST_READERS`] at most for one load, three quarters for all loads from one file system.
+/// Threads that read for all loads: [`MOST_READERS`] at most for one load, three quarters for all
+/// loads from one file system.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
 /// File systems whose number of readers is remembered.
 const MOUNTS: usize = 64;
@@ -75,8 +76,8 @@ impl Queues {
         }
     }
 
-    /// The next job for one of so many threads: the first that is not a read of a load, or from a file system, that has its part
-    /// of them.
+    /// The next job for one of so many threads: the first that is not a read of a load, or from a
+    /// file system, that has its part of them.
     fn take(&mut self, threads: usize) -> Option<PoolJob> {
         if self.busy >= self.busy_max {
             return None;
@@ -93,7 +94,8 @@ impl Queues {
         job
     }
 
-    /// Whether one more of so many threads may be at a read of this load, where `reading` are at reads.
+    /// Whether one more of so many threads may be at a read of this load, where `reading` are at
+    /// reads.
     fn may_read(&self, reading: &Holders<LoadId>, file: &OpenFile, read: &Read, threads: usize) -> bool {
         let file_system = file.identity.mount();
         let held = reading.held_by(&read.load, file_system).by_load;
@@ -141,7 +143,8 @@ impl Queues {
                 self.done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::CANCELED)) });
             }
         }
-        // The driver holds these files, too, until it has seen the completions: none is closed here.
+        // The driver holds these files, too, until it has seen the completions: none is closed
+        // here.
         !own.is_empty()
     }
 
@@ -151,8 +154,8 @@ impl Queues {
         self.end_read(mount, bytes)
     }
 
-    /// Tells the pace of a file system that a read is done, or was taken back. Whether the number of threads that may read from
-    /// it has changed.
+    /// Tells the pace of a file system that a read is done, or was taken back. Whether the number
+    /// of threads that may read from it has changed.
     fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
         let pace = self.paces.get_mut(&mount).expect("the pace of a file system stays while it is read");
@@ -214,8 +217,8 @@ impl ThreadPool {
         }
     }
 
-    /// Takes back the reads of this load that no thread is at: they may have to wait for those that are at reads which never
-    /// come back.
+    /// Takes back the reads of this load that no thread is at: they may have to wait for those
+    /// that are at reads which never come back.
     pub(crate) fn cancel(&self, load: LoadId) {
         if self.shared.queues().cancel(load) {
             self.shared.wake.wake();

@@ -81,7 +81,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// How many of the slots that count are taken, and how many of these this load holds, and this file system.
+    /// How many of the slots that count are taken, and how many of these this load holds, and this
+    /// file system.
     fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
         let (mut taken, mut held) = (0, Held::default());
         for slot in self.slots.iter().filter(|slot| counts(slot)) {
@@ -93,8 +94,9 @@ impl<S: Buffer> Staging<S> {
         (taken, held)
     }
 
-    /// Takes a slot for a file of this file system; `None` when all of the budget is busy, or the load or the file system has its
-    /// part of it. That is not asked of one that `waits` for this slot with all that it holds.
+    /// Takes a slot for a file of this file system; `None` when all of the budget is busy, or the
+    /// load or the file system has its part of it. That is not asked of one that `waits` for this
+    /// slot with all that it holds.
     ///
     /// # Errors
     /// When there is no memory for even one.
@@ -107,7 +109,8 @@ impl<S: Buffer> Staging<S> {
     ) -> Result<Option<StagingSlot>, Errno> {
         let (taken, held) = self.held(load, file_system, |_| true);
         let (reading, read_into) = self.held(load, file_system, |slot| slot.reading);
-        // One that holds no slot waits for others to give theirs back, and must not take more than its file system's part.
+        // One that holds no slot waits for others to give theirs back, and must not take more than
+        // its file system's part.
         let counted = |part: Held| if waits && held.by_load > 0 { Held::default() } else { part };
         let may_take = may_have_one(self.budget.slots as u64, taken, counted(held));
         let may_read = may_have_one(self.budget.reads(), reading, counted(read_into));

@@ -77,10 +77,12 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
         let start = Instant::now();
         let leaked = loader.shutdown().await.unwrap_err();
         assert!(start.elapsed() < Duration::from_secs(5), "{route}: it took {:?}", start.elapsed());
-        // Four threads read from such a file. The fifth read waited for one of them, and was taken back.
+        // Four threads read from such a file. The fifth read waited for one of them, and was taken
+        // back.
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
-        // Pieces are read in the order in which they get their memory: the last one, of a block, may be among the four.
+        // Pieces are read in the order in which they get their memory: the last one, of a block,
+        // may be among the four.
         let expected = [4 * SEGMENT, 3 * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
         let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends with its loader");
@@ -113,7 +115,8 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
     }
 }
 
-/// However many loads wait for silent servers: together they hold the part of their file system, of which each server has one.
+/// However many loads wait for silent servers: together they hold the part of their file system,
+/// of which each server has one.
 #[tokio::test]
 async fn many_loads_of_two_silent_servers_stop_no_load_of_another_file_system() {
     if !may_mount() {
@@ -160,7 +163,8 @@ async fn many_loads_of_two_silent_servers_stop_no_load_of_another_file_system() 
     }
 }
 
-/// All places are taken by loads of which nothing comes: they don't count as open any more after some seconds.
+/// All places are taken by loads of which nothing comes: they don't count as open any more after
+/// some seconds.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_places_among_the_open_ones() {
     if !may_mount() {
@@ -182,7 +186,8 @@ async fn silent_loads_do_not_keep_all_places_among_the_open_ones() {
     loader.shutdown().await.unwrap_err();
 }
 
-/// A read that a server was sent can't be called off. What only waits for a thread can: it would wait for those reads.
+/// A read that a server was sent can't be called off. What only waits for a thread can: it would
+/// wait for those reads.
 #[tokio::test]
 async fn dropping_a_silent_load_takes_back_the_reads_that_were_not_begun() {
     if !may_mount() {

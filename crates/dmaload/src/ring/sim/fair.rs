@@ -1,4 +1,5 @@
-//! Loads whose reads never come back hold the part of their file system of everything, and no more: others go on beside them.
+//! Loads whose reads never come back hold the part of their file system of everything, and no
+//! more: others go on beside them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -187,7 +188,8 @@ fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)
     scarce.into_iter().flat_map(move |shared| pairs().map(move |(hung_by, others_by)| (shared, hung_by, others_by)))
 }
 
-/// However many loads there are from each of two file systems that never answer, whatever is scarce: those from a third go on.
+/// However many loads there are from each of two file systems that never answer, whatever is
+/// scarce: those from a third go on.
 #[test]
 fn two_silent_file_systems_stop_no_other() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -208,7 +210,8 @@ fn two_silent_file_systems_stop_no_other() {
     }
 }
 
-/// The same when all begin at once, the silent ones first, and as many from one file system as a loader has open.
+/// The same when all begin at once, the silent ones first, and as many from one file system as a
+/// loader has open.
 #[test]
 fn loads_that_begin_beside_many_silent_ones_go_on() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -242,7 +245,8 @@ fn one_silent_load_leaves_something_to_others_of_its_file_system() {
     }
 }
 
-/// Loads that are healthy never wait for each other for good, however little there is of anything, and whoever is observed.
+/// Loads that are healthy never wait for each other for good, however little there is of anything,
+/// and whoever is observed.
 #[test]
 fn many_loads_of_one_file_system_all_finish() {
     for seed in 0..50 {

@@ -202,7 +202,8 @@ fn with_a_window_of_one_piece_nothing_overlaps() {
 
 #[test]
 fn the_allocator_never_runs_more_than_the_window_ahead() {
-    // What has room for four or more keeps some of it for other file systems, for 16 or more one for other loads.
+    // What has room for four or more keeps some of it for other file systems, for 16 or more one
+    // for other loads.
     for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 6), (16, 11)] {
         // A disk so slow that only the window holds the allocator back.
         let (_, most_ahead) = simulate(window, MS, 1000 * MS);

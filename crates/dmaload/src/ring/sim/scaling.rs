@@ -340,7 +340,8 @@ fn whole(threads: f64) -> usize {
     (1..).find(|&whole| whole as f64 >= threads).expect("there is a number above each other")
 }
 
-/// Loads one large file, or as many bytes in several loads at once of one file system, with the engine's defaults.
+/// Loads one large file, or as many bytes in several loads at once of one file system, with the
+/// engine's defaults.
 fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
     let machine = Rc::new(RefCell::new(Machine {
         path,
