@@ -192,10 +192,14 @@ impl LoaderBuilder {
     /// The most memory that segments may have, over all loads: those that are being filled, those whose consumers have not dropped
     /// them, and what the pool keeps. A consumer that drops what it has used can so stream a model larger than memory.
     ///
-    /// A load begins when there is room for its largest segment, or, where all of it will be in memory (an image, or
-    /// [`LoadRequest::start`]), for all of it; until then it waits, in the order they came. One that could never begin fails with [`crate::Error::OverLimit`]. A consumer
-    /// that keeps what it was given holds up its own load, and no other. Segments whose size is left open are small enough for as
-    /// many loads as may be open at once ([`Self::max_open_loads`]): a hundredth of the limit, more or less. Default: no limit.
+    /// A load begins when there is room for its largest segment, or, where all of it will be in
+    /// memory (an image, or [`LoadRequest::start`]), for all of it; until then it waits, in the
+    /// order they came. Images of one file system begin in three quarters of the limit together
+    /// (or one that needs more, alone), so that a server which does not answer leaves room for
+    /// loads of others. One that could never begin fails with [`crate::Error::OverLimit`]. A
+    /// consumer that keeps what it was given holds up its own load, and no other. Segments whose
+    /// size is left open are small enough for as many loads as may be open at once
+    /// ([`Self::max_open_loads`]): a hundredth of the limit, more or less. Default: no limit.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.settings.memory_limit_bytes = bytes;
         self
@@ -220,7 +224,8 @@ impl LoaderBuilder {
     }
 
     /// Loads that have files open at once; others wait in the order they came. At least one. One
-    /// whose opening waits for a server that does not answer does not count. Default: 64.
+    /// whose opening waits for a server that does not answer does not count. Nor do up to 64 loads
+    /// of file systems of which nothing has come for 5 to 10 s while others wait. Default: 64.
     pub fn max_open_loads(mut self, loads: usize) -> Self {
         self.settings.max_open_loads = loads.max(1);
         self
