@@ -27,8 +27,8 @@ pub struct Inspected {
     pub path: PathBuf,
     /// The length of the file in bytes.
     pub file_bytes: u64,
-    /// Its tensors, with its metadata; `None` for a file of raw bytes. Of a file of a model with an
-    /// index, only the tensors that the index maps to this file.
+    /// Its tensors, with its metadata; `None` for a file of raw bytes. Of a file of a model with
+    /// an index, only the tensors that the index maps to this file.
     pub tensors: Option<TensorMap>,
 }
 
@@ -45,8 +45,8 @@ pub struct Inspected {
 /// # }
 /// ```
 ///
-/// The caller's thread is not blocked: the reading is done by a thread of its own, on any runtime or
-/// none. Synchronous callers use [`inspect_blocking`].
+/// The caller's thread is not blocked: the reading is done by a thread of its own, on any runtime
+/// or none. Synchronous callers use [`inspect_blocking`].
 ///
 /// # Cancel safety
 /// Reading begins when the future is polled first. Dropping the future loses nothing but the
@@ -73,17 +73,17 @@ pub fn inspect_blocking(path: impl AsRef<Path>, format: Format) -> Result<Inspec
     Ok(Inspected { path: path.to_owned(), file_bytes: file.identity.bytes, tensors })
 }
 
-/// Reads the headers of all files of a model, and nothing else of them: of a folder, of an index, of
-/// a GGUF file with its other parts. A file alone is itself. A tensor that an index maps to one of
-/// two files is in that one's map only.
+/// Reads the headers of all files of a model, and nothing else of them: of a folder, of an index,
+/// of a GGUF file with its other parts. A file alone is itself. A tensor that an index maps to one
+/// of two files is in that one's map only.
 ///
 /// Blocks no caller, and is cancel-safe, as [`inspect`]; one thread reads all files. Synchronous
 /// callers use [`inspect_model_blocking`].
 ///
 /// # Errors
-/// When files are missing, two have a tensor of one name and no index decides, a file can't be opened
-/// or read, a header is wrong, or the index says something else than the files do; when no thread can
-/// be started.
+/// When files are missing, two have a tensor of one name and no index decides, a file can't be
+/// opened or read, a header is wrong, or the index says something else than the files do; when no
+/// thread can be started.
 pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     on_thread(path.as_ref(), move |path| inspect_model_blocking(path, format)).await
 }

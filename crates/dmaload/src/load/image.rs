@@ -182,7 +182,8 @@ impl ImageFile {
     }
 }
 
-/// The tensor at this position of a file's map, if all its bytes are in these of the file's segments.
+/// The tensor at this position of a file's map, if all its bytes are in these of the file's
+/// segments.
 pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: usize) -> Option<Tensor> {
     let tensors = file.tensors.as_ref()?;
     let part = tensors.part_at(position)?;
@@ -297,9 +298,9 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// Hands out the dma-buf that holds all of it, which revokes views of its segment **for good**:
-    /// see [`Segment::hand_out_dma_buf`]. Where in the dma-buf the tensor begins is in its parts
-    /// ([`TensorPart::memory_offset`]).
+    /// Hands out the dma-buf that holds all of it, which revokes views of its segment **for
+    /// good**: see [`Segment::hand_out_dma_buf`]. Where in the dma-buf the tensor begins is in its
+    /// parts ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
     /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as
@@ -315,8 +316,8 @@ impl Tensor {
         segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.hand_out_dma_buf()
     }
 
-    /// Where it is in memory, in order: one part for each segment that holds some of it, or of each
-    /// of its rows where it is not contiguous. An empty tensor has none.
+    /// Where it is in memory, in order: one part for each segment that holds some of it, or of
+    /// each of its rows where it is not contiguous. An empty tensor has none.
     pub fn parts(&self) -> Vec<TensorPart> {
         self.part.rows.iter().flat_map(|row| self.parts_of(row)).collect()
     }

@@ -1,8 +1,8 @@
 //! Finished segments: memory that holds a known range of a file.
 //!
-//! Its bytes are either lent, as views under which nothing is written, or its dma-buf is handed out,
-//! and then whoever has it may write: never both. The first of the two decides; views that are dropped
-//! undo their part, handing out is for good.
+//! Its bytes are either lent, as views under which nothing is written, or its dma-buf is handed
+//! out, and then whoever has it may write: never both. The first of the two decides; views that
+//! are dropped undo their part, handing out is for good.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -138,14 +138,14 @@ impl Segment {
     /// Hands out its dma-buf to importers and other processes. **This revokes [`Segment::bytes`]
     /// for good**, of this segment and of those that share its memory.
     ///
-    /// A dma-buf can't be made read-only: who has it can write to it. So from now on, also after the
-    /// descriptor was closed, no view of the bytes is given; [`Segment::cpu_access`] takes its place.
-    /// The memory is not used again by other loads ([`crate::LoaderBuilder::pool_bytes`]). Calling
-    /// this again gives the same dma-buf and changes nothing more.
+    /// A dma-buf can't be made read-only: who has it can write to it. So from now on, also after
+    /// the descriptor was closed, no view of the bytes is given; [`Segment::cpu_access`] takes its
+    /// place. The memory is not used again by other loads ([`crate::LoaderBuilder::pool_bytes`]).
+    /// Calling this again gives the same dma-buf and changes nothing more.
     ///
     /// The file's bytes begin [`Segment::memory_offset`] bytes into the dma-buf, and have
-    /// [`Segment::memory_bytes`] there. It stays valid as long as there is a descriptor, an import or
-    /// a mapping of it: longer than this segment, its loader and this process.
+    /// [`Segment::memory_bytes`] there. It stays valid as long as there is a descriptor, an import
+    /// or a mapping of it: longer than this segment, its loader and this process.
     ///
     /// # Errors
     /// Nothing is handed out, and nothing revoked, with [`Error::NoDescriptor`] (a heap without
@@ -190,13 +190,13 @@ impl Segment {
         Ok(SegmentAccess { segment: self })
     }
 
-    /// Hands out its memory file to other processes, which can map it read-only. Views of the bytes
-    /// stay, and can still be had. **This seals the memory for good**: no process can write to the
-    /// file, resize it or punch holes into it, and other loads don't use its memory again
+    /// Hands out its memory file to other processes, which can map it read-only. Views of the
+    /// bytes stay, and can still be had. **This seals the memory for good**: no process can write
+    /// to the file, resize it or punch holes into it, and other loads don't use its memory again
     /// ([`crate::LoaderBuilder::pool_bytes`]).
     ///
-    /// The file's bytes begin [`Segment::memory_offset`] bytes into it. On the heap `udmabuf` it shows
-    /// what importers of the dma-buf write.
+    /// The file's bytes begin [`Segment::memory_offset`] bytes into it. On the heap `udmabuf` it
+    /// shows what importers of the dma-buf write.
     ///
     /// # Errors
     /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is
@@ -213,8 +213,9 @@ impl Segment {
     }
 
     /// Where in this segment the bytes of its file's tensor of that name are, in bytes from its
-    /// beginning. A tensor that crosses segments is in each of these in part. `None` where the segment
-    /// has none of its bytes, or where these are not contiguous ([`crate::Tensor::is_contiguous`]).
+    /// beginning. A tensor that crosses segments is in each of these in part. `None` where the
+    /// segment has none of its bytes, or where these are not contiguous
+    /// ([`crate::Tensor::is_contiguous`]).
     pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
         let part = tensors.part_at(tensors.map.get_index_of(tensor)?)?;

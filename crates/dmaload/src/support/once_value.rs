@@ -1,5 +1,5 @@
-//! A value that several threads want, and the first one of them makes. No lock is held while it is made, since
-//! that may call a heap's code, or open a file on a server that never answers.
+//! A value that several threads want, and the first one of them makes. No lock is held while it is
+//! made, since that may call a heap's code, or open a file on a server that never answers.
 
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -55,8 +55,8 @@ impl<T: Clone> OnceValue<T> {
         }
     }
 
-    /// A clone of it. Where it is missing, this thread makes it, and others wait for that. If that fails, one of
-    /// those that wait makes it instead.
+    /// A clone of it. Where it is missing, this thread makes it, and others wait for that. If that
+    /// fails, one of those that wait makes it instead.
     ///
     /// # Errors
     /// Those of `make`.

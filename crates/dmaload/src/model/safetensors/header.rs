@@ -342,8 +342,8 @@ impl EntrySeed<'_> {
         entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
     }
 
-    /// The numbers as lengths of dimensions. One that is beyond `usize`, which only 32-bit machines
-    /// have, is refused: cut off, it would be another shape.
+    /// The numbers as lengths of dimensions. One beyond `usize` (on 32-bit machines)
+    /// is refused: cut off, it would be another shape.
     fn shape<E: Error>(&mut self) -> Result<Vec<usize>, E> {
         let mut shape = Vec::with_capacity(self.reader.numbers.len());
         for &dim in &self.reader.numbers {
