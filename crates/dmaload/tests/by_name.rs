@@ -368,7 +368,11 @@ fn threads_wait_without_a_runtime() {
     for number in 0..=TENSORS {
         let (load, sender) = (Arc::clone(&load), sender.clone());
         // Not waited for: one that waits for ever is to fail the test, not to hang it.
-        thread::spawn(move || sender.send((number, load.tensor_blocking(&format!("t{number}")))));
+        thread::spawn(move || {
+            let tensor = load.tensor_blocking(&format!("t{number}"));
+            // The receiver is gone where the test has failed.
+            let _ = sender.send((number, tensor));
+        });
     }
     // One is not there, and that is known already.
     let (number, missing) = receiver.recv_timeout(PATIENCE).unwrap();
