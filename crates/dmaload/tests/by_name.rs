@@ -13,7 +13,8 @@ use std::thread;
 use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder};
-use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Tensor, Verify};
+use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
+use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Shard, Tensor, Verify};
 
 const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 12;
@@ -23,6 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const WHILE: Duration = Duration::from_millis(200);
 
 /// Lets the bytes of a load pass up to a place, and those behind it once it is open.
+#[derive(Debug)]
 struct Gate {
     file: usize,
     offset: u64,
@@ -141,6 +143,52 @@ async fn load_is_finished_once_its_last_segment_is_there() {
     };
     in_time("the failure", finished).await;
     assert!(load.finish().await.is_err());
+}
+
+/// Holds back a load's memory after the first allocations.
+#[derive(Debug)]
+struct HeldAllocations {
+    left: AtomicUsize,
+    gate: Arc<Gate>,
+}
+
+impl HeapHooks for HeldAllocations {
+    fn before_allocate(&self, _: usize) -> Result<(), HeapError> {
+        let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if left.is_err() {
+            self.gate.pass().unwrap();
+        }
+        Ok(())
+    }
+}
+
+/// Blocks of tensors that come first may hold the first and the last row of one that does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn part_in_rows_is_not_there_before_the_rows_in_its_middle() {
+    let folder = folder();
+    let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
+        "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
+        "a2":{"dtype":"U8","shape":[1000],"data_offsets":[8193000,8194000]}}"#;
+    // Data begin at 1500 in a block, so "b" begins at 2500 in one, and ends there.
+    let header = format!("{header:<1492}");
+    let data = dmaload_testing::random_bytes(8_194_000, 1);
+    let bytes = [&1492u64.to_le_bytes()[..], header.as_bytes(), &data].concat();
+    let path = file(folder.path(), "model.safetensors", &bytes);
+    let gate = Gate::at(0, 0);
+    let hooks = HeldAllocations { left: AtomicUsize::new(2), gate: gate.clone() };
+    let loader = Loader::builder().heap(Hooked::new(MemfdHeap::default(), hooks)).build().unwrap();
+    let options = LoadOptions::new().packed(false).tensors(["a*", "b"]);
+    let options = options.shard(Shard { rank: 0, world_size: 2, dim: Some(1) });
+    let load = loader.load(&path).options(options).start();
+    let a1 = in_time("a tensor of one dimension", load.tensor("a1")).await.unwrap();
+    in_time("the other one", load.tensor("a2")).await.unwrap();
+    assert!(a1.file().tensor("b").is_none() && a1.file().tensors().all(|tensor| tensor.name() == "a1"));
+    assert!(is_pending(load.tensor("b")).await, "the middle of its rows has no memory yet");
+    gate.open();
+    let b = in_time("all rows", load.tensor("b")).await.unwrap();
+    let expected: Vec<u8> = data[1000..8_193_000].chunks(2048).flat_map(|row| row[..1024].to_vec()).collect();
+    assert_same(&b.to_vec().unwrap(), &expected, "b");
+    assert_eq!(b.parts().iter().map(|part| part.len).sum::<usize>(), expected.len());
 }
 
 #[tokio::test]

@@ -47,10 +47,9 @@ impl Arrived {
         match event {
             Event::Planned(files) => self.files = Some(Files::new(files)),
             Event::Segment(segment) => {
-                if let Some(files) = &mut self.files {
-                    files.add(&segment);
-                }
-                self.segments.push(segment);
+                self.segments.push(segment.clone());
+                let files = self.files.as_mut().expect("the files of a load are known before its first segment");
+                files.add(&segment);
             }
             Event::Done(finished) => self.end = Some(End::Finished(finished)),
             Event::Failed(error) => self.end = Some(End::Failed(error)),

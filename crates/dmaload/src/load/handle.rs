@@ -64,14 +64,16 @@ impl Load {
         self.look(|arrived| arrived.end().map(|_| ())).is_some()
     }
 
-    /// The tensor of this name, as soon as its last byte is there; that may be long before the
-    /// load ends. Its bytes are contiguous, whether they are in one segment or in several (unless
+    /// The tensor of this name, as soon as the segments up to its last byte are there (they come in
+    /// order); that may be long before the load ends. Its bytes are contiguous, whether they are in one segment or in several (unless
     /// it is a rank's part in rows: [`Tensor::is_contiguous`]).
     ///
-    /// The names of a file's tensors are known once its header is read, and those of a load once
-    /// all of its files are open. Of several files, the index of their model decides which one
-    /// has the tensor. Where there is none, a tensor is not given before the headers of all files
-    /// are read, because another one may have a tensor of the same name.
+    /// The names of a file's tensors are known once its header is read: for a small file, which is
+    /// read as a whole, with its bytes. Of several files, the index of their model decides which one
+    /// has the tensor. A name that it does not list, or that has no index, is not given before the
+    /// headers of all files are read, because another one may have a tensor of the same name.
+    /// Whether a model of several files is whole is known by then, too, or at the latest when the
+    /// load ends: then the load fails, although tensors were given.
     ///
     /// As with segments, a file that is changed while it is being read is found out at its end: a
     /// tensor may be given before that, and the load fails all the same. Once it has failed, so
@@ -151,7 +153,10 @@ impl Load {
         let arrived = self.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
         match end.expect("waited for above") {
-            End::Finished(finished) => Ok(Image::new(finished.files, segments, finished.report)),
+            End::Finished(finished) => {
+                assert_eq!(segments.len(), finished.report.segments, "a load gives all of its segments before its end");
+                Ok(Image::new(finished.files, segments, finished.report))
+            }
             End::Failed(error) => Err(error),
         }
     }

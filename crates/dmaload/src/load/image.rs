@@ -37,6 +37,9 @@ pub struct ImageFile {
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
+    /// Whether segments are missing that the load has, or will have: it belongs to a tensor that
+    /// was given before the load ended.
+    is_partial: bool,
 }
 
 impl Image {
@@ -104,7 +107,7 @@ impl ImageFile {
         segments: Vec<Segment>,
         tensors: Option<Arc<FileTensors>>,
     ) -> Self {
-        ImageFile { path, bytes, part, segments: segments.into(), tensors }
+        ImageFile { path, bytes, part, segments: segments.into(), tensors, is_partial: false }
     }
 
     /// The length of the file that the model is in.
@@ -154,7 +157,8 @@ impl ImageFile {
     }
 
     /// Its tensor of this name, if that was loaded, and if the model's index, where it has one, doesn't map the name to another
-    /// file.
+    /// file. The file of a tensor that was given before the load ended ([`Tensor::file`]) has those tensors only that lie in
+    /// the segments of that tensor.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
         let position = self.tensor_map()?.get_index_of(name)?;
         self.tensor_at(position)
@@ -165,6 +169,7 @@ impl ImageFile {
         let tensors = self.tensors.as_deref();
         let count = tensors.map_or(0, FileTensors::len);
         let positions = (0..count).filter_map(move |number| tensors?.position_of(number));
+        let positions = positions.filter(|&position| !self.is_partial || self.tensor_at(position).is_some());
         positions.map(|position| self.tensor_at(position).expect("a tensor that was chosen is in the map"))
     }
 
@@ -172,6 +177,9 @@ impl ImageFile {
     pub(crate) fn tensor_at(&self, position: usize) -> Option<Tensor> {
         let tensors = self.tensors.as_ref()?;
         let part = tensors.part_at(position)?;
+        if self.is_partial && !has_rows(&self.segments, &part.rows) {
+            return None;
+        }
         // A tensor's name and type are looked up there whenever they are asked for.
         tensors.map.get_index(position)?;
         Some(Tensor { position, part, tensors: Arc::clone(tensors), file: self.clone() })
@@ -187,10 +195,7 @@ impl ImageFile {
 pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: usize) -> Option<Tensor> {
     let tensors = file.tensors.as_ref()?;
     let part = tensors.part_at(position)?;
-    // Rows come in order: with the last one, all are there.
-    let rows = [part.rows.iter().next(), part.rows.iter().last()];
-    let is_there = |row: &Range<u64>| row.is_empty() || holding(segments, row).is_some();
-    if !rows.into_iter().flatten().all(|row| is_there(&row)) {
+    if !has_rows(segments, &part.rows) {
         return None;
     }
     let hull = part.rows.hull();
@@ -200,7 +205,16 @@ pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: u
     });
     let tensors = Some(Arc::clone(tensors));
     let file = ImageFile::new(Arc::clone(&file.path), file.bytes, file.part.clone(), own.cloned().collect(), tensors);
-    file.tensor_at(position)
+    ImageFile { is_partial: true, ..file }.tensor_at(position)
+}
+
+/// Whether all of these rows are in these segments of a file.
+fn has_rows(segments: &[Segment], rows: &Rows) -> bool {
+    let is_there = |row: &Range<u64>| row.is_empty() || holding(segments, row).is_some();
+    let ends = [rows.iter().next(), rows.iter().last()];
+    // The ends say nothing about the rows between them, unless one span has all: the blocks of other
+    // tensors, which were read before, may hold both.
+    ends.into_iter().flatten().all(|row| is_there(&row)) && (is_there(&rows.hull()) || rows.iter().all(|row| is_there(&row)))
 }
 
 /// One tensor of an image, or one rank's part of it: what it is, and where its bytes are.
@@ -323,8 +337,11 @@ impl Tensor {
     }
 
     fn parts_of(&self, wanted: Range<u64>) -> Vec<TensorPart> {
-        let touched = if wanted.is_empty() { None } else { holding(&self.file.segments, &wanted) };
-        let segments = touched.unwrap_or_default().iter().filter_map(|segment| {
+        if wanted.is_empty() {
+            return Vec::new();
+        }
+        let touched = holding(&self.file.segments, &wanted).expect("a tensor is given with all its rows");
+        let segments = touched.iter().filter_map(|segment| {
             let held = segment.file_range();
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);
             (range.start < range.end).then(|| TensorPart {
