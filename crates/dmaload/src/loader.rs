@@ -133,7 +133,7 @@ pub struct LoaderBuilder {
 impl LoaderBuilder {
     /// The default of [`Self::window_bytes`].
     pub const WINDOW_BYTES: u64 = settings::WINDOW_BYTES;
-    /// The default of [`Self::queue_depth`]. A load alone may have 33 of them, and reads its first 64 MiB with 32.
+    /// The default of [`Self::queue_depth`]. A load alone may have 32 of them, and reads its first 64 MiB with 32.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
     /// Staging at the start. A load alone may have 12 MiB of it: more does not stay in the processor's
     /// cache. It grows by 4 MiB for each thread that copies besides the first two: see

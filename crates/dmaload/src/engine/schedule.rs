@@ -146,7 +146,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             window: Window::new(window_bytes, BATCH_BYTES),
             budget: Budget::new(memory_bytes),
             making_room: false,
-            files: Window::new(files, BATCH_FILES as u64),
+            // Not by file system: loads that hold few files each would keep one that needs many waiting.
+            files: Window::of_loads(files, BATCH_FILES as u64),
             max_open,
             open: 0,
             waiting: VecDeque::new(),

@@ -98,6 +98,9 @@ impl Error {
             },
             Error::Start { errno, .. } => kind_of(*errno),
             Error::Memory { refusal, .. } => kind_of(refusal.errno),
+            // A network file that was replaced; no thread to be had for a read.
+            Error::Read { errno: Errno::ESTALE, .. } => ErrorKind::Changed,
+            Error::Read { errno: Errno::ENOMEM, .. } => ErrorKind::OutOfMemory,
             Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,
             Error::NotAFile { .. } | Error::NoLength { .. } | Error::Longer { .. } | Error::Selection { .. } => {
                 ErrorKind::InvalidInput

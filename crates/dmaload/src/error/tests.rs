@@ -300,4 +300,7 @@ fn an_errno_decides_the_kind_where_it_says_what_to_do() {
     ] {
         assert_eq!((file(errno), memory(errno)), (of_file, of_memory), "{errno:?}");
     }
+    let read = |errno| Error::Read { path: "m".into(), offset: 0, bytes: 1, route: Route::PreadDirect, errno }.kind();
+    let kinds = [Errno::ESTALE, Errno::ENOMEM, Errno::EIO].map(read);
+    assert_eq!(kinds, [ErrorKind::Changed, ErrorKind::OutOfMemory, ErrorKind::Io]);
 }

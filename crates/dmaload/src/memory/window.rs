@@ -26,6 +26,8 @@ pub(crate) struct Window<L> {
     held: Holders<L>,
     /// So much must be left for others.
     usual: u64,
+    /// Whether file systems share on the first level, or each load for itself.
+    by_file_system: bool,
 }
 
 /// What became of an attempt to take a permit.
@@ -143,7 +145,12 @@ impl<L: Clone + PartialEq> Holders<L> {
 impl<L: Clone + PartialEq> Window<L> {
     /// One of so many, of which permits are for `usual` or less, or else are few.
     pub(crate) fn new(bytes: u64, usual: u64) -> Self {
-        Window { bytes, held: Holders::new(), usual: usual.min(bytes / FEW) }
+        Window { bytes, held: Holders::new(), usual: usual.min(bytes / FEW), by_file_system: true }
+    }
+
+    /// The same of something that each load shares for itself, whatever file system it reads.
+    pub(crate) fn of_loads(bytes: u64, usual: u64) -> Self {
+        Window { by_file_system: false, ..Window::new(bytes, usual) }
     }
 
     /// What this load holds.
@@ -158,7 +165,10 @@ impl<L: Clone + PartialEq> Window<L> {
         if bytes == 0 {
             return Permitted::Yes;
         }
-        let held = self.held.held_by(load, file_system);
+        let mut held = self.held.held_by(load, file_system);
+        if !self.by_file_system {
+            held.by_file_system = held.by_load;
+        }
         if !may_have(self.bytes, self.held.taken(), held, bytes, self.usual) {
             return match held {
                 Held { by_load: 0, by_file_system: 0 } => Permitted::Full,

@@ -179,6 +179,12 @@ impl Pace {
         std::mem::replace(&mut self.threads, threads) != threads
     }
 
+    /// A job that was queued is not done after all: it says nothing about how fast others are.
+    pub(crate) fn withdraw(&mut self, now: Duration) {
+        self.count(now);
+        self.jobs = self.jobs.checked_sub(1).expect("a job is withdrawn once");
+    }
+
     /// There is nothing to do for now: what was measured so far would be compared with a pause in it.
     pub(crate) fn pause(&mut self) {
         self.epoch = None;
@@ -312,6 +318,19 @@ mod tests {
             pace.pause();
         }
         assert_eq!(pace.threads(), 16);
+    }
+
+    #[test]
+    fn jobs_that_are_withdrawn_say_nothing() {
+        let mut pace = Pace::of_readers();
+        let threads = settles(&mut pace, 100, 100, 3).1;
+        let now = pace.counted;
+        (0..100).for_each(|_| pace.begin(now));
+        (0..100).for_each(|_| pace.withdraw(now + 100 * MS));
+        assert!(pace.is_idle());
+        assert_eq!(pace.threads(), threads);
+        pace.pause();
+        assert_eq!(settles(&mut pace, 100, 100, 50).1, 32, "and none is held against more threads");
     }
 
     #[test]

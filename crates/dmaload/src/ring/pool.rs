@@ -139,7 +139,13 @@ impl Queues {
         self.jobs = others;
         for job in &own {
             if let PoolJob::Read(file, read) = job {
-                self.end_read(file.identity.mount(), 0);
+                let now = self.since.elapsed();
+                let pace = self.paces.get_mut(&file.identity.mount());
+                let pace = pace.expect("the pace of a file system stays while it is read");
+                pace.withdraw(now);
+                if pace.is_idle() {
+                    pace.pause();
+                }
                 self.done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::CANCELED)) });
             }
         }
@@ -154,8 +160,8 @@ impl Queues {
         self.end_read(mount, bytes)
     }
 
-    /// Tells the pace of a file system that a read is done, or was taken back. Whether the number
-    /// of threads that may read from it has changed.
+    /// Tells the pace of a file system that a read is done. Whether the number of threads that may
+    /// read from it has changed.
     fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
         let pace = self.paces.get_mut(&mount).expect("the pace of a file system stays while it is read");

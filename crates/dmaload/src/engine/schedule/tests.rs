@@ -220,6 +220,28 @@ fn who_waits_for_files_keeps_nobody_else_waiting() {
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, many)]);
 }
 
+/// Loads of one file system, each with a few files at a time, keep none waiting that needs many.
+#[test]
+fn load_that_needs_many_files_gets_them_beside_others_of_its_file_system() {
+    let mut scheduler = Scheduler::new(u64::MAX, u64::MAX, 256, 64);
+    let need = |files| Need { bytes: 1, files, held_bytes: 1, file_system: 7 };
+    for (load, batches) in [(1, vec![need(8); 1000]), (2, vec![need(8); 1000]), (3, vec![need(64)])] {
+        scheduler.submit(load);
+        assert_eq!(scheduler.next(), Some(Job::Open(load)));
+        scheduler.opened(load, LoadNeeds { batches, ..LoadNeeds::default() });
+        if load == 2 {
+            // These two have all that they may have.
+            assert!(drain(&mut scheduler).len() > 16);
+        }
+    }
+    let mut rounds = 0;
+    while !drain(&mut scheduler).iter().any(|job| *job.load() == 3) {
+        rounds += 1;
+        assert!(rounds < 64, "load 3 waits for ever");
+        scheduler.give_back(&(1 + rounds % 2), need(8));
+    }
+}
+
 #[test]
 fn a_load_whose_reads_do_not_come_back_leaves_room_for_others() {
     let mut scheduler = opened_from(80, &[(1, 1, &[10; 100]), (2, 2, &[10; 5]), (3, 3, &[10; 5])]);
