@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder};
 use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Shard, Tensor, Verify};
+use dmaload::{Error, ErrorKind, Format, Load, LoadOptions, Loader, Observer, Rejection, Shard, Source, Tensor, Verify};
 
 const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 12;
@@ -143,6 +143,19 @@ async fn load_is_finished_once_its_last_segment_is_there() {
     };
     in_time("the failure", finished).await;
     assert!(load.finish().await.is_err());
+}
+
+/// An empty list of paths, of a pattern that matched nothing for example, is no empty model.
+#[tokio::test]
+async fn load_of_no_file_is_an_error() {
+    let loader = Loader::new().unwrap();
+    for source in [Source::paths([""; 0]), Source::from(Vec::<String>::new()), Source::paths([""; 0]).range(0..1)] {
+        let error = loader.load(source.clone()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Config, "{error}");
+        assert!(loader.load(source.clone()).segments().next().await.unwrap().is_err());
+        assert!(loader.load(source.clone()).tensors().next().await.unwrap().is_err());
+        assert!(loader.load(source).start().tensor("t0").await.is_err());
+    }
 }
 
 /// Holds back a load's memory after the first allocations.

@@ -39,7 +39,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Several paths, as one load.
+    /// Several paths, as one load. Without any, the load fails with [`Error::Config`].
     pub fn paths<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Self {
         let inputs = paths.into_iter().map(|path| Input::Path(path.into())).collect();
         Source { inputs, range: None }
@@ -68,9 +68,12 @@ impl Source {
     }
 
     /// # Errors
-    /// [`Error::Config`] for a range of several files.
+    /// [`Error::Config`] for no file, and for a range of several files.
     pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {
         let Source { mut inputs, range } = self;
+        if inputs.is_empty() {
+            return Err(Error::Config("no file was named, so there is nothing to load".to_owned()));
+        }
         let Some(range) = range else { return Ok(inputs) };
         let files = inputs.len();
         let input = inputs.pop().filter(|_| files == 1);

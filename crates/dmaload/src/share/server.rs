@@ -201,14 +201,22 @@ mod tests {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.undertaker.is_none();
             let mut others = Vec::new();
-            // Several times, since the server's close must come last.
-            for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(5) {
+            // Several times, since the server's close has to come last.
+            for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(10) {
                 let (descriptor, other) = lingering();
                 others.push(other);
                 let socket = connect();
                 for _ in 0..before {
                     send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
                 }
+                // Clients that the server answers first, so that this side closes before it does.
+                let _busy: Vec<_> = (0..16)
+                    .map(|_| {
+                        let socket = connect();
+                        send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
+                        socket
+                    })
+                    .collect();
                 // After the first message it may have been let go already.
                 let sent = send_with(&socket, b"not a request", descriptor);
                 assert!(!is_refused || sent == Err(Errno::PERM) || before > 0, "{sent:?}");
