@@ -1,8 +1,9 @@
-//! Reserved ranges of addresses, and the mappings put into them.
+//! Reserved address ranges and the mappings placed in them.
 //!
-//! A file's segments are mapped side by side into one reserved range, so what crosses a boundary between two
-//! segments is still contiguous in memory. The range knows which parts of it are taken: two mappings never
-//! overlap, and an unmapped part goes back to being reserved, so nobody else's mapping can land in it.
+//! A file's segments are mapped side by side in one reserved range, so data that crosses a segment
+//! boundary is still contiguous in memory. The range tracks which parts of it are mapped: mappings
+//! never overlap, and an unmapped part becomes reserved again, so no unrelated mapping can land
+//! there.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -15,7 +16,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mun
 
 use crate::{Error, HUGE_PAGE_BYTES, Memfd, Memory, page_bytes};
 
-/// A reserved range of addresses, aligned to 2 MiB. It costs no memory until something is mapped into it.
+/// A reserved address range, aligned to 2 MiB. Uses no memory until something is mapped into it.
 #[derive(Debug)]
 pub struct AddressRange {
     base: NonNull<u8>,
@@ -24,21 +25,23 @@ pub struct AddressRange {
     taken: Mutex<BTreeMap<usize, usize>>,
 }
 
-// SAFETY: the range is plain address space; whatever changes it goes through the mutex or the kernel.
+// SAFETY: the range is plain address space, and every change to it goes through the mutex or the
+// kernel.
 unsafe impl Send for AddressRange {}
-// SAFETY: as above: the pointer is never dereferenced here.
+// SAFETY: as above; the pointer is never dereferenced here.
 unsafe impl Sync for AddressRange {}
 
 impl AddressRange {
-    /// Reserves at least `bytes` bytes of addresses, starting at a multiple of 2 MiB.
+    /// Reserves at least `bytes` bytes of address space, starting at a multiple of 2 MiB.
     ///
     /// # Errors
-    /// ENOMEM when the address space is full (RLIMIT_AS, or the number of mappings), EINVAL for a length of 0.
+    /// ENOMEM when the address space is exhausted (RLIMIT_AS, or the number of mappings), EINVAL
+    /// when `bytes` is 0.
     pub fn reserve(bytes: usize) -> Result<Arc<Self>, Error> {
         let failed = |errno| Error::from_call("reserve addresses", bytes, errno);
         let bytes = bytes.checked_next_multiple_of(page_bytes()).filter(|&b| b > 0).ok_or(failed(Errno::INVAL))?;
         let padded = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(failed(Errno::NOMEM))?;
-        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        // SAFETY: no address is requested, so no existing mapping is replaced.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), padded, ProtFlags::empty(), reserved()) }.map_err(failed)?;
         let lead = start.addr().next_multiple_of(HUGE_PAGE_BYTES) - start.addr();
         let base = start.wrapping_byte_add(lead);
@@ -58,13 +61,16 @@ impl AddressRange {
         self.bytes
     }
 
-    /// Maps `bytes` bytes of `memory`, from its offset 0, at `at` bytes into the range; readable and writable, or readable alone where
-    /// it came from somebody else ([`Memfd::from_sealed`]). Anonymous memory
-    /// is kept from forked processes, see [`Mapping::forbid_fork`].
+    /// Maps the first `bytes` bytes of `memory` at offset `at` of the range.
+    ///
+    /// The mapping is writable, except for a memfd received from another process
+    /// ([`Memfd::from_sealed`]), which is mapped read-only. Anonymous memory is not inherited by
+    /// forked processes, see [`Mapping::forbid_fork`].
     ///
     /// # Errors
-    /// EINVAL when `at` or `bytes` is not a multiple of the page size, is zero, or reaches past the range or the
-    /// memory; EEXIST when a part is mapped already; else what `mmap(2)` answered.
+    /// EINVAL when `at` or `bytes` is not a multiple of the page size, when `bytes` is 0, or when
+    /// the part reaches past the end of the range or of the memory; EEXIST when some of it is
+    /// already mapped; otherwise the errno of `mmap(2)`.
     pub fn map(self: &Arc<Self>, memory: &Memory, at: usize, bytes: usize) -> Result<Mapping, Error> {
         let failed = |errno| Error::from_call("map memory", bytes, errno);
         let page = page_bytes();
@@ -81,8 +87,9 @@ impl AddressRange {
         let read_only = memory.memfd().is_some_and(Memfd::is_foreign);
         let access = if read_only { ProtFlags::READ } else { ProtFlags::READ | ProtFlags::WRITE };
         match memory {
-            // SAFETY: [at, end) lies in the range, which is ours, and no live mapping is in it (checked above,
-            // under the lock): what MAP_FIXED replaces is reserved address space and nothing else.
+            // SAFETY: [at, end) lies in the range, which this value owns, and overlaps no live
+            // mapping (checked above, under the lock), so MAP_FIXED replaces nothing but reserved
+            // address space.
             Memory::Memfd(memfd) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, memfd, 0) },
             // SAFETY: as above.
             Memory::DmaBuf(dma_buf) => unsafe { mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, dma_buf, 0) },
@@ -106,14 +113,15 @@ impl AddressRange {
     }
 
     fn taken(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        // The map is only touched by single inserts and removes: a panic elsewhere can't leave it half-changed.
+        // The map only sees single inserts and removes, so a panic elsewhere can't leave it
+        // inconsistent.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for AddressRange {
     fn drop(&mut self) {
-        // SAFETY: every Mapping holds an Arc of this range, so none is left.
+        // SAFETY: every Mapping holds an Arc of this range, so no mapping is left.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
     }
 }
@@ -124,22 +132,22 @@ fn reserved() -> MapFlags {
 
 fn trim(start: *mut c_void, bytes: usize) {
     if bytes > 0 {
-        // SAFETY: the range was reserved a moment ago, and nobody has been told of it.
+        // SAFETY: the range was reserved by the caller and is not used by anything yet.
         let _ = unsafe { munmap(start, bytes) };
     }
 }
 
-/// Why [`Mapping::move_to`] has not moved a mapping, and the mapping.
+/// Returned when [`Mapping::move_to`] fails; gives the mapping back.
 #[derive(Debug)]
 pub struct NotMoved {
-    /// As it was.
+    /// The mapping, unchanged.
     pub mapping: Mapping,
-    /// What the kernel answered.
+    /// Why it could not be moved.
     pub error: Error,
 }
 
-/// A part of an [`AddressRange`] that has memory behind it. Dropping it unmaps, which takes milliseconds for
-/// large mappings of small pages: not a thing to do on an async thread.
+/// A part of an [`AddressRange`] that is backed by memory. Dropping it unmaps it, which takes
+/// milliseconds for large mappings of small pages, so don't drop one on an async thread.
 #[derive(Debug)]
 pub struct Mapping {
     range: Arc<AddressRange>,
@@ -148,18 +156,18 @@ pub struct Mapping {
     kind: Kind,
 }
 
-/// What a mapping is of, which decides how pages may be put under it.
+/// What a mapping is backed by; decides how it can be populated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Memfd,
-    /// A memory file that came from another process: a write would kill this one.
+    /// A memfd from another process; writing to the mapping raises a fatal signal.
     ReadOnly,
     Anonymous,
     DmaBuf,
 }
 
 impl Kind {
-    /// Whether a mapping of this kind can be one of `memory`.
+    /// Whether a mapping of this kind can be backed by `memory`.
     pub(crate) fn fits(self, memory: &Memory) -> bool {
         match memory {
             Memory::Memfd(memfd) => self == if memfd.is_foreign() { Kind::ReadOnly } else { Kind::Memfd },
@@ -176,7 +184,7 @@ impl Mapping {
 
     /// The first address, page-aligned.
     pub fn address(&self) -> NonNull<u8> {
-        // SAFETY: `at` is below the range's length, and the range is one allocation of addresses.
+        // SAFETY: `at` is below the length of the range, and the range is a single reservation.
         unsafe { self.range.base.add(self.at) }
     }
 
@@ -185,17 +193,18 @@ impl Mapping {
         self.bytes
     }
 
-    /// The range it lies in.
+    /// The range that contains this mapping.
     pub fn range(&self) -> &Arc<AddressRange> {
         &self.range
     }
 
-    /// Keeps the mapping from processes that are forked from now on: they don't have it.
+    /// Keeps processes that are forked from now on from inheriting the mapping.
     ///
-    /// A device writes to pages, and a fork makes private pages common to two processes: whichever writes first gets a copy,
-    /// and what the device writes afterwards is in the other one's. open(2) demands this call, or a shared mapping, for
-    /// `O_DIRECT` reads in processes that fork. Kernels since 5.10 copy pages that are pinned, as those of registered buffers are,
-    /// when a process forks; direct reads pin theirs since 6.3.
+    /// After a fork, both processes share private pages copy-on-write. Whichever process writes
+    /// first gets a copy, so data that a device writes later may land in the other process's page.
+    /// open(2) requires this call, or a shared mapping, for `O_DIRECT` reads in processes that
+    /// fork. Since Linux 5.10 a fork copies pinned pages, such as those of registered buffers;
+    /// direct reads pin their pages since 6.3.
     ///
     /// # Errors
     /// ENOMEM.
@@ -203,7 +212,7 @@ impl Mapping {
         self.advise(Advice::LinuxDontFork, "keep memory from forked processes")
     }
 
-    /// Undoes [`Mapping::forbid_fork`]: nothing but the CPU writes to it now.
+    /// Undoes [`Mapping::forbid_fork`], once only the CPU writes to the mapping.
     ///
     /// # Errors
     /// ENOMEM.
@@ -212,20 +221,20 @@ impl Mapping {
     }
 
     fn advise(&self, advice: Advice, operation: &'static str) -> Result<(), Error> {
-        // SAFETY: the range is this mapping's, and the advice changes none of its bytes.
+        // SAFETY: the range belongs to this mapping, and the advice does not change its bytes.
         unsafe { madvise(self.address().as_ptr().cast(), self.bytes, advice) }
             .map_err(|errno| Error::from_call(operation, self.bytes, errno))
     }
 
-    /// Moves the mapping, with its page tables, to `at` bytes into another range (or elsewhere in its own): nothing is
-    /// unmapped and no page is touched, so it takes microseconds where mapping and populating anew takes milliseconds.
+    /// Moves the mapping and its page tables to offset `at` of another range, or of its own.
     ///
-    /// By `mremap(2)` with `MREMAP_DONTUNMAP` (Linux 5.13 for memory files), which leaves no hole that somebody else's mapping
-    /// could fall into.
+    /// Nothing is unmapped and no page is touched, so this takes microseconds; mapping and
+    /// populating anew takes milliseconds. Uses `mremap(2)` with `MREMAP_DONTUNMAP` (Linux 5.13
+    /// for memfds), which leaves no hole that an unrelated mapping could fall into.
     ///
     /// # Errors
-    /// EINVAL when `at` is unaligned or out of range, on older kernels, and for mappings by page frame number (dma-heaps);
-    /// EEXIST when something is mapped there; ENOMEM.
+    /// EINVAL when `at` is unaligned or out of range, on older kernels, and for mappings by page
+    /// frame number (dma-heaps); EEXIST when something is already mapped there; ENOMEM.
     pub fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Mapping, NotMoved> {
         let failed = |errno| Error::from_call("move a mapping", self.bytes, errno);
         let end = at.checked_add(self.bytes).filter(|&end| at.is_multiple_of(page_bytes()) && end <= range.bytes);
@@ -241,8 +250,9 @@ impl Mapping {
         }
         let (from, to) = (self.address().as_ptr().cast::<c_void>(), range.base.as_ptr().wrapping_add(at).cast::<c_void>());
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        // SAFETY: the old place is this mapping's, the new one is reserved and not taken (checked above, under the lock);
-        // the caller gives up the mapping, so nobody uses the old addresses any more.
+        // SAFETY: the old place belongs to this mapping, and the new one is reserved and unmapped
+        // (checked above, under the lock). The caller gives up the mapping, so the old addresses
+        // are no longer used.
         let moved = unsafe { libc::mremap(from, self.bytes, self.bytes, flags, to) };
         if moved == libc::MAP_FAILED {
             let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL);
@@ -252,7 +262,8 @@ impl Mapping {
         }
         taken.insert(at, self.bytes);
         drop(taken);
-        // What is dropped at the end is the old place: still mapped, without pages, and reserved again by the drop.
+        // This drops `self`: the old place is still mapped, without pages, and the drop reserves
+        // it again.
         Ok(Mapping { range: Arc::clone(range), at, bytes: self.bytes, kind: self.kind })
     }
 }
@@ -261,10 +272,10 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         let mut taken = self.range.taken();
         let address = self.address().as_ptr().cast::<c_void>();
-        // SAFETY: this mapping is the only owner of these addresses; reserving them anew unmaps its pages and
-        // keeps the place from being given to anybody else.
+        // SAFETY: this mapping is the only owner of these addresses. Reserving them again unmaps
+        // the pages and keeps other mappings out of the place.
         let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved() | MapFlags::FIXED) };
-        // Where that fails (too many mappings), the pages stay until the whole range goes: late, but never wrong.
+        // If that fails (too many mappings), the pages stay until the whole range is dropped.
         if reserved.is_ok() {
             taken.remove(&self.at);
         }
@@ -338,10 +349,10 @@ mod tests {
         for memory in [Memory::Memfd(Memfd::create("test", 4 * PAGE).unwrap()), Memory::Anonymous] {
             let (old, new) = (AddressRange::reserve(8 * PAGE).unwrap(), AddressRange::reserve(8 * PAGE).unwrap());
             let mapping = old.map(&memory, PAGE, 4 * PAGE).unwrap();
-            // SAFETY: the mapping is that long, writable, and only this test knows it.
+            // SAFETY: the mapping is that long and writable, and only this test uses it.
             unsafe { mapping.address().as_ptr().write_bytes(0x5A, 4 * PAGE) };
             if let Some(memfd) = memory.memfd() {
-                // A mapping that exists stays writable, also when it is moved.
+                // Sealing does not make existing mappings read-only, even if they are moved.
                 memfd.seal_against_writes().unwrap();
             }
             let mapping = mapping.move_to(&new, 2 * PAGE).unwrap();
@@ -384,7 +395,7 @@ mod tests {
         let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
         let range = AddressRange::reserve(PAGE).unwrap();
         let mapping = range.map(&memory, 0, PAGE).unwrap();
-        // SAFETY: the mapping is PAGE bytes long, writable, and only this test knows it.
+        // SAFETY: the mapping is PAGE bytes long and writable, and only this test uses it.
         unsafe { mapping.address().as_ptr().write_bytes(0xA5, PAGE) };
         let mut seen = [0; 16];
         rustix::io::pread(memory.memfd().unwrap(), &mut seen, 4080).unwrap();

@@ -1,4 +1,4 @@
-//! The devices that make dma-bufs, and which one a descriptor is of.
+//! The devices that create dma-bufs, and how to tell which one a descriptor belongs to.
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, fstat, major, minor};
 
-/// The device that makes dma-bufs of memory files.
+/// The device that creates dma-bufs from memfds.
 pub(crate) const UDMABUF: &str = "/dev/udmabuf";
-/// Where the kernel puts the devices of dma-heaps.
+/// The folder of the dma-heap devices.
 pub(crate) const HEAPS: &str = "/dev/dma_heap";
 
-/// The names of the dma-heaps of this machine, in order.
+/// The names of this machine's dma-heaps, sorted.
 pub(crate) fn heap_names() -> Vec<String> {
     let entries = std::fs::read_dir(HEAPS).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -19,22 +19,23 @@ pub(crate) fn heap_names() -> Vec<String> {
     names
 }
 
-/// The device of the dma-heap of this name.
+/// The device path of the dma-heap called `name`.
 pub(crate) fn heap_path(name: &str) -> PathBuf {
     Path::new(HEAPS).join(name)
 }
 
-/// A device that makes dma-bufs.
+/// A device that creates dma-bufs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Device {
     /// `/dev/udmabuf`.
     Udmabuf,
-    /// The dma-heap of this name.
+    /// The dma-heap of that name.
     DmaHeap(String),
 }
 
 impl Device {
-    /// Which of them a descriptor is of, by its device number: wherever its file was, and whoever opened it. `None` for anything else.
+    /// Identifies the device behind a descriptor by its device number, whatever path it was opened
+    /// at. `None` for anything else.
     pub fn of(fd: impl AsFd) -> Option<Self> {
         let found = fstat(fd).ok().filter(|found| FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice)?;
         let number = found.st_rdev;
@@ -45,7 +46,7 @@ impl Device {
                 "misc" if name == "udmabuf" => Some(Device::Udmabuf),
                 _ => None,
             },
-            // Without sysfs: is it that of the devices where they usually are?
+            // Without sysfs, compare with the devices at their usual paths.
             _ => {
                 let is_at = |path: &Path| std::fs::metadata(path).is_ok_and(|found| found.rdev() == number);
                 let heaps = || heap_names().into_iter().find(|name| is_at(&heap_path(name)));
@@ -55,7 +56,7 @@ impl Device {
     }
 }
 
-/// The name of what a link of sysfs leads to.
+/// The file name of the target of a sysfs link.
 fn name_of(link: &Path) -> Option<String> {
     std::fs::canonicalize(link).ok()?.file_name()?.to_str().map(str::to_owned)
 }

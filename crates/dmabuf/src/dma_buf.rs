@@ -25,11 +25,11 @@ const SYNC_END: u64 = 1 << 2;
 /// What the CPU is about to do with a dma-buf's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Look at them.
+    /// Read them.
     Read,
-    /// Change them.
+    /// Write them.
     Write,
-    /// Both.
+    /// Read and write them.
     ReadWrite,
 }
 
@@ -43,10 +43,10 @@ impl Access {
     }
 }
 
-/// A dma-buf: its descriptor, and its size.
+/// A dma-buf: its descriptor and its size.
 ///
-/// It lives as long as any descriptor of it, mapping of it or importer: longer than the device it came from, and
-/// longer than the process that made it, if another one has the descriptor.
+/// The memory lives as long as any descriptor, mapping or importer of it. It outlives the device
+/// that it came from, and even the process that created it if another process has a descriptor.
 #[derive(Debug)]
 pub struct DmaBuf {
     fd: OwnedFd,
@@ -58,13 +58,14 @@ impl DmaBuf {
         DmaBuf { fd, bytes }
     }
 
-    /// Takes a dma-buf that came from elsewhere: from another process, or a driver.
+    /// Wraps a dma-buf descriptor that came from another process or from a driver.
     ///
     /// # Errors
-    /// ENOTTY or EINVAL when the descriptor is no dma-buf.
+    /// ENOTTY or EINVAL when the descriptor is not a dma-buf.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, Error> {
         let failed = |errno| Error::from_call("take a dma-buf", 0, errno);
-        // A dma-buf tells its size this way and no other (drivers/dma-buf/dma-buf.c, dma_buf_llseek).
+        // Seeking is the only way to get the size of a dma-buf (dma_buf_llseek in
+        // drivers/dma-buf/dma-buf.c).
         let bytes = rustix::fs::seek(&fd, rustix::fs::SeekFrom::End(0)).map_err(failed)?;
         let dma_buf = DmaBuf { fd, bytes: usize::try_from(bytes).map_err(|_| failed(Errno::OVERFLOW))? };
         dma_buf.cpu_access(Access::Read)?.end()?;
@@ -76,20 +77,21 @@ impl DmaBuf {
         self.bytes
     }
 
-    /// Begins an access of the CPU to its bytes: caches that are not coherent with devices are made so. Ends with the
-    /// guard.
+    /// Begins a CPU access to the bytes: makes caches that are not coherent with devices
+    /// consistent. The access ends when the guard is dropped.
     ///
     /// # Errors
-    /// What `DMA_BUF_IOCTL_SYNC` answered.
+    /// The errno of `DMA_BUF_IOCTL_SYNC`.
     pub fn cpu_access(&self, access: Access) -> Result<CpuAccess<'_>, Error> {
         self.begin_cpu_access(access)?;
         Ok(CpuAccess { dma_buf: self, access, ended: false })
     }
 
-    /// As [`DmaBuf::cpu_access`], for an access that ends elsewhere: by [`DmaBuf::end_cpu_access`].
+    /// Like [`DmaBuf::cpu_access`], for an access that ends elsewhere, by
+    /// [`DmaBuf::end_cpu_access`].
     ///
     /// # Errors
-    /// What `DMA_BUF_IOCTL_SYNC` answered.
+    /// The errno of `DMA_BUF_IOCTL_SYNC`.
     pub fn begin_cpu_access(&self, access: Access) -> Result<(), Error> {
         self.sync("begin CPU access to a dma-buf", access.flags())
     }
@@ -97,18 +99,19 @@ impl DmaBuf {
     /// Ends an access that [`DmaBuf::begin_cpu_access`] began.
     ///
     /// # Errors
-    /// What `DMA_BUF_IOCTL_SYNC` answered: EINVAL on a udmabuf when none was ever begun.
+    /// The errno of `DMA_BUF_IOCTL_SYNC`: EINVAL on a udmabuf when no access was ever begun.
     pub fn end_cpu_access(&self, access: Access) -> Result<(), Error> {
         self.sync("end CPU access to a dma-buf", access.flags() | SYNC_END)
     }
 
     fn sync(&self, operation: &'static str, flags: u64) -> Result<(), Error> {
         loop {
-            // SAFETY: the opcode is DMA_BUF_IOCTL_SYNC (asserted above), which reads one `struct dma_buf_sync`.
+            // SAFETY: the opcode is DMA_BUF_IOCTL_SYNC (asserted above), which reads one `struct
+            // dma_buf_sync`.
             let request = unsafe { Setter::<DMA_BUF_IOCTL_SYNC, Sync>::new(Sync { flags }) };
-            // SAFETY: as above; it touches no memory of this process.
+            // SAFETY: as above; the ioctl touches no memory of this process.
             match unsafe { ioctl(&self.fd, request) } {
-                // The documentation of the ioctl asks for this loop.
+                // The ioctl's documentation asks for this loop.
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 other => return other.map_err(|errno| Error::from_call(operation, self.bytes, errno)),
             }
@@ -128,7 +131,7 @@ impl From<DmaBuf> for OwnedFd {
     }
 }
 
-/// An access of the CPU to a dma-buf's bytes, which ends when this is dropped.
+/// A CPU access to the bytes of a dma-buf, which ends when this guard is dropped.
 #[derive(Debug)]
 #[must_use = "the access ends when the guard is dropped"]
 pub struct CpuAccess<'a> {
@@ -138,10 +141,10 @@ pub struct CpuAccess<'a> {
 }
 
 impl CpuAccess<'_> {
-    /// Ends it, and tells whether that went well; dropping the guard can't tell.
+    /// Ends the access and reports errors, which dropping the guard can't.
     ///
     /// # Errors
-    /// What `DMA_BUF_IOCTL_SYNC` answered.
+    /// The errno of `DMA_BUF_IOCTL_SYNC`.
     pub fn end(mut self) -> Result<(), Error> {
         self.ended = true;
         self.dma_buf.end_cpu_access(self.access)
@@ -151,7 +154,7 @@ impl CpuAccess<'_> {
 impl Drop for CpuAccess<'_> {
     fn drop(&mut self) {
         if !self.ended {
-            // Only a descriptor that is no dma-buf, or flags that make no sense, are refused.
+            // The kernel refuses only a descriptor that is not a dma-buf, or invalid flags.
             let _ = self.dma_buf.end_cpu_access(self.access);
         }
     }

@@ -1,4 +1,4 @@
-//! dma-heaps: allocators of dma-bufs, one device each under `/dev/dma_heap`.
+//! dma-heaps: allocators of dma-bufs, each a device in `/dev/dma_heap`.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -27,7 +27,8 @@ const _: () = assert!(size_of::<Allocation>() == 24 && DMA_HEAP_IOCTL_ALLOC == 0
 
 struct Allocate(Allocation);
 
-// SAFETY: the opcode is that of DMA_HEAP_IOCTL_ALLOC, and the pointer is to the struct that it reads and writes.
+// SAFETY: the opcode is that of DMA_HEAP_IOCTL_ALLOC, and the pointer is to the struct that it
+// reads and writes.
 unsafe impl Ioctl for Allocate {
     type Output = u32;
     const IS_MUTATING: bool = true;
@@ -41,7 +42,7 @@ unsafe impl Ioctl for Allocate {
     }
 
     unsafe fn output_from_ptr(_: IoctlOutput, pointer: *mut c_void) -> rustix::io::Result<u32> {
-        // SAFETY: this is the pointer that `as_ptr` gave.
+        // SAFETY: this is the pointer that `as_ptr` returned.
         Ok(unsafe { (*pointer.cast::<Allocation>()).fd })
     }
 }
@@ -54,24 +55,24 @@ pub struct DmaHeap {
 }
 
 impl DmaHeap {
-    /// Where the kernel puts them.
+    /// The folder of the dma-heap devices.
     pub const FOLDER: &str = device::HEAPS;
 
-    /// The names of the heaps that this machine has, in order; none where it has no such folder.
+    /// The names of this machine's heaps, sorted; empty if there is no such folder.
     pub fn names() -> Vec<String> {
         device::heap_names()
     }
 
-    /// The device of the heap of this name.
+    /// The device path of the heap called `name`.
     pub fn path(name: &str) -> PathBuf {
         device::heap_path(name)
     }
 
-    /// Opens the heap of this name: `system`, `reserved`, or what the vendor calls it.
+    /// Opens the heap called `name`: `system`, `reserved`, or a vendor's name.
     ///
     /// # Errors
-    /// ENOENT for a name that this machine does not have (the error lists those it has), EACCES without the right to it
-    /// (the devices are mode 0600), EINVAL for a name that is a path.
+    /// ENOENT when this machine has no such heap (the error lists those it has), EACCES without
+    /// permission (the devices have mode 0600), EINVAL when `name` is a path.
     pub fn open(name: &str) -> Result<Self, DeviceError> {
         let path = Self::path(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
@@ -85,10 +86,10 @@ impl DmaHeap {
         Ok(DmaHeap { fd, name: name.to_owned() })
     }
 
-    /// Takes one that is open already, by whoever has the right to.
+    /// Wraps an open heap, for processes that may not open it themselves.
     ///
     /// # Errors
-    /// ENODEV for what is no dma-heap.
+    /// ENODEV when the descriptor is not a dma-heap.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
         match Device::of(&fd) {
             Some(Device::DmaHeap(name)) => Ok(DmaHeap { fd, name }),
@@ -96,15 +97,17 @@ impl DmaHeap {
         }
     }
 
-    /// Its name.
+    /// The name of the heap.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Allocates a dma-buf of at least `bytes` bytes: whole pages, all of them zero, all of them there when this returns.
+    /// Allocates a dma-buf of at least `bytes` bytes: whole pages, zeroed, and all present on
+    /// return.
     ///
-    /// **Asking a heap for more than the machine has wakes the OOM killer instead of failing** (seen on the system heap of
-    /// 6.12): look at `MemAvailable` and the memory cgroup first. This method does not.
+    /// **Asking a heap for more memory than the machine has wakes the OOM killer instead of
+    /// failing** (seen on the system heap of 6.12). Check `MemAvailable` and the memory cgroup
+    /// first; this method does not.
     ///
     /// # Errors
     /// EINVAL for 0 bytes; ENOMEM.
@@ -113,18 +116,19 @@ impl DmaHeap {
         self.allocate_with(bytes, flags.bits(), 0)
     }
 
-    /// As [`DmaHeap::allocate`], with flags for the descriptor and for the heap (which knows none today).
+    /// Like [`DmaHeap::allocate`], with flags for the descriptor and for the heap (none are
+    /// defined today).
     ///
     /// # Errors
-    /// As [`DmaHeap::allocate`], and EINVAL for flags that the kernel does not know.
+    /// Those of [`DmaHeap::allocate`], and EINVAL for flags that the kernel does not know.
     pub fn allocate_with(&self, bytes: usize, fd_flags: u32, heap_flags: u64) -> Result<DmaBuf, Error> {
         let failed = |errno| Error::from_call("allocate a dma-buf", bytes, errno);
         let rounded = bytes.checked_next_multiple_of(page_bytes()).ok_or(failed(io::Errno::NOMEM))?;
         let request = Allocate(Allocation { len: bytes as u64, fd: 0, fd_flags, heap_flags });
-        // SAFETY: the request describes itself truly, see its `Ioctl` implementation.
+        // SAFETY: the request's `Ioctl` implementation describes its struct correctly.
         let fd = unsafe { ioctl(&self.fd, request) }.map_err(failed)?;
         let fd = i32::try_from(fd).map_err(|_| failed(io::Errno::BADF))?;
-        // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+        // SAFETY: the kernel has just created this descriptor, and nothing else uses it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::new(fd, rounded))
     }

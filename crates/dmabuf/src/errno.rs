@@ -1,12 +1,12 @@
-//! Errors of the kernel by name: `EINVAL` tells more than `22`.
+//! Kernel errors by name: `EINVAL` says more than `22`.
 
 use std::fmt;
 use std::io;
 
-/// An error number of the kernel.
+/// A kernel error number.
 ///
-/// The constants have the names of errno(3). [`fmt::Display`] shows what [`io::Error`] shows;
-/// [`Errno::describe`] adds the name, as the error texts of these crates do:
+/// The constants are named as in errno(3). [`fmt::Display`] prints what [`io::Error`] prints;
+/// [`Errno::describe`] adds the name, and is what the error messages of these crates use:
 ///
 /// ```
 /// use dmabuf::Errno;
@@ -29,8 +29,8 @@ macro_rules! constants {
                 pub const $posix: Errno = Errno(rustix::io::Errno::$rustix.raw_os_error());
             )*
 
-            /// The symbolic name, as the man pages write it; `None` for an error that has no
-            /// constant here.
+            /// The symbolic name, as in the man pages; `None` for an error that has no constant
+            /// here.
             pub const fn name(self) -> Option<&'static str> {
                 match self {
                     $(Errno::$posix => Some(stringify!($posix)),)*
@@ -55,22 +55,23 @@ constants! {
 }
 
 impl Errno {
-    /// The error of this number.
+    /// The error with this number.
     pub const fn from_raw_os_error(number: i32) -> Self {
         Errno(number)
     }
 
-    /// Its number.
+    /// The number.
     pub const fn raw_os_error(self) -> i32 {
         self.0
     }
 
-    /// The kernel's answer inside of an I/O error; `None` where it comes from elsewhere.
+    /// The errno in an I/O error; `None` if the error did not come from the kernel.
     pub fn from_io_error(error: &io::Error) -> Option<Self> {
         error.raw_os_error().map(Errno)
     }
 
-    /// Name and words: `EINVAL (Invalid argument)`, or `errno 4000 (…)` for one without a name.
+    /// Name and description: `EINVAL (Invalid argument)`, or `errno 4000 (…)` for one without a
+    /// name.
     pub fn describe(self) -> String {
         let text = self.to_string();
         let text = text.split(" (os error").next().unwrap_or_default();

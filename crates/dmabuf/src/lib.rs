@@ -2,18 +2,19 @@
 //!
 //! ```text
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
-//!    └─ Mapping    a part of it, backed by a Memory: a memfd or private pages
-//!        └─ populate()   pages put under it, of 2 MiB where they can be had
+//!    └─ Mapping    a part of it, backed by a Memory: a memfd, a dma-buf or private pages
+//!        └─ populate()   puts pages under it, of 2 MiB where possible
 //!
 //!   Udmabuf ── create(memfd) ──┐
 //!   DmaHeap ── allocate ───────┴─► DmaBuf   what drivers and other processes import
 //! ```
 //!
-//! This crate knows nothing of io_uring or of async code: it creates, maps, populates and seals. Who may
-//! write into a [`Mapping`], and when its bytes may be looked at, is for the caller to know; that is why
-//! everything that hands out bytes here is `unsafe`.
+//! This crate creates, maps, populates and seals memory; it knows nothing about io_uring or async
+//! code. Who may write to a [`Mapping`], and when its bytes may be read, is up to the caller, so
+//! the crate hands out addresses rather than slices.
 //!
-//! Needs Linux 3.17 (`memfd_create`); each newer feature is tried, and done without where it is refused.
+//! Requires Linux 3.17 (`memfd_create`). Each newer feature is tried, and done without if the
+//! kernel refuses it.
 
 mod address;
 mod device;
@@ -42,20 +43,20 @@ pub use pages::{HUGE_PAGE_BYTES, PageCount, count_pages, huge_bytes_in, page_byt
 pub use populate::{Pages, Populated};
 pub use udmabuf::{Part, Udmabuf, UdmabufLimits};
 
-/// What stands behind a [`Mapping`].
+/// What backs a [`Mapping`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Memory {
-    /// A sealed memory file: it has a file descriptor that other processes can map.
+    /// A sealed memfd, whose descriptor other processes can map.
     Memfd(Memfd),
-    /// Private memory of this process, without a file descriptor.
+    /// Private memory of this process, without a descriptor.
     Anonymous,
-    /// A dma-buf of a dma-heap, whose pages are all there from the start.
+    /// A dma-buf of a dma-heap, whose pages are all present from the start.
     DmaBuf(DmaBuf),
 }
 
 impl Memory {
-    /// The memory file, if it is one.
+    /// The memfd, if it is one.
     pub fn memfd(&self) -> Option<&Memfd> {
         match self {
             Memory::Memfd(memfd) => Some(memfd),
@@ -71,12 +72,12 @@ impl Memory {
         }
     }
 
-    /// Whether nobody but this process, and those forked from it, can have it.
+    /// Whether the memory is visible only to this process and its forks.
     pub fn is_private(&self) -> bool {
         matches!(self, Memory::Anonymous)
     }
 
-    /// How much can be mapped of it: whole pages; `None` where there is no end.
+    /// How many bytes can be mapped, in whole pages; `None` if unlimited.
     pub fn bytes(&self) -> Option<usize> {
         match self {
             Memory::Memfd(memfd) => Some(memfd.bytes().next_multiple_of(page_bytes())),

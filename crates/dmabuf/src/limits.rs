@@ -1,10 +1,10 @@
-//! The limits of this process, also where a sandbox refuses `prlimit64(2)`: the call of the C library
-//! says that it failed, where rustix takes it for one that can't fail.
+//! The limits of this process, even where a sandbox refuses `prlimit64(2)`: libc reports that
+//! failure, whereas rustix assumes that the call can't fail.
 #![allow(unsafe_code)]
 
 use std::fs;
 
-/// A limit of the process.
+/// A resource limit of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Limit {
@@ -17,7 +17,7 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// The soft limit; `None` where there is none, or where neither the kernel nor procfs tells it.
+    /// The soft limit; `None` if there is none, or if neither the kernel nor procfs reports it.
     #[must_use]
     pub fn current(self) -> Option<u64> {
         let resource = match self {
@@ -34,7 +34,7 @@ impl Limit {
         self.in_list(&fs::read_to_string("/proc/self/limits").ok()?)
     }
 
-    /// The soft limit in the text of `/proc/self/limits`.
+    /// Parses the soft limit from the text of `/proc/self/limits`.
     fn in_list(self, list: &str) -> Option<u64> {
         let name = match self {
             Limit::FileSize => "Max file size",

@@ -1,4 +1,4 @@
-//! Memory files: pages with a file descriptor, no device and no privilege needed.
+//! Memfds: pages with a file descriptor, without a device or privileges.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -8,26 +8,28 @@ use rustix::io::Errno;
 
 use crate::{Error, Limit};
 
-/// A memory file of a fixed size that can't shrink: mapped pages never turn into SIGBUS.
+/// A memfd of fixed size. It can't shrink, so accessing mapped pages never raises SIGBUS.
 #[derive(Debug)]
 pub struct Memfd {
     fd: OwnedFd,
     bytes: usize,
-    /// It came from somebody else: it can only be looked at.
+    /// Received from another process; read-only.
     foreign: bool,
 }
 
 impl Memfd {
-    /// Creates a memory file of `bytes` bytes, sealed against shrinking. No page is allocated yet.
+    /// Creates a memfd of `bytes` bytes, sealed against shrinking. Allocates no pages yet.
     ///
-    /// `name` shows in `/proc/PID/maps`. Asks for `MFD_NOEXEC_SEAL` (Linux 6.3), since `vm.memfd_noexec=2`
-    /// refuses everything else, and goes without it on kernels that do not know the flag.
+    /// `name` shows in `/proc/PID/maps`. Asks for `MFD_NOEXEC_SEAL` (Linux 6.3), since
+    /// `vm.memfd_noexec=2` refuses everything else, and does without it on kernels that do not
+    /// know the flag.
     ///
     /// # Errors
-    /// What `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)` answered: EMFILE when the limit of open
-    /// files is reached, EFBIG over RLIMIT_FSIZE.
+    /// The errno of `memfd_create(2)`, `ftruncate(2)` or `fcntl(F_ADD_SEALS)`: EMFILE at the limit
+    /// of open files, EFBIG above RLIMIT_FSIZE.
     pub fn create(name: &str, bytes: usize) -> Result<Self, Error> {
-        // The kernel says EFBIG too, but sends SIGXFSZ with it, which ends a process that is not prepared.
+        // The kernel also returns EFBIG, but sends SIGXFSZ first, which by default ends the
+        // process.
         let limit = Limit::FileSize.current();
         if limit.is_some_and(|limit| bytes as u64 > limit) {
             return Err(Error::from_call("size a memfd", bytes, Errno::FBIG));
@@ -43,11 +45,12 @@ impl Memfd {
         Ok(Memfd { fd, bytes, foreign: false })
     }
 
-    /// Takes a memory file that came from another process, to be looked at: sealed so that nobody can write to it or shrink it any
-    /// more. (Who had it mapped writable before it was sealed still can write.)
+    /// Wraps a memfd from another process, for reading. It must be sealed against shrinking and
+    /// against further writes. (Whoever mapped it writable before it was sealed can still write.)
     ///
     /// # Errors
-    /// EINVAL for what is no memory file, or of no size; EPERM for one without these seals.
+    /// EINVAL when the descriptor is not a memfd or the memfd is empty; EPERM when it lacks these
+    /// seals.
     pub fn from_sealed(fd: OwnedFd) -> Result<Self, Error> {
         let failed = |errno| Error::from_call("take a sealed memfd", 0, errno);
         let seals = rustix::fs::fcntl_get_seals(&fd).map_err(failed)?;
@@ -59,7 +62,7 @@ impl Memfd {
         Ok(Memfd { fd, bytes, foreign: true })
     }
 
-    /// Whether it came from somebody else, and can't be written to.
+    /// Whether it came from another process and is read-only.
     pub(crate) fn is_foreign(&self) -> bool {
         self.foreign
     }
@@ -69,22 +72,23 @@ impl Memfd {
         self.bytes
     }
 
-    /// Allocates pages for a range without mapping them; `false` where the kernel refused.
+    /// Allocates pages for a range without mapping them; returns `false` if the kernel refused.
     ///
-    /// A refusal is no error: populating the mapping does the same work later, and reports what is wrong.
+    /// A refusal is not an error: populating the mapping does the same work later and reports the
+    /// cause.
     pub(crate) fn allocate(&self, offset: u64, bytes: u64) -> bool {
         fallocate(&self.fd, FallocateFlags::empty(), offset, bytes).is_ok()
     }
 
-    /// Forbids every later change through this file: new writable mappings, `write(2)`, growing, punching
-    /// holes, and further seals. Mappings that exist stay as they are. After this the descriptor can be given
-    /// to anybody.
+    /// Forbids all later changes through this file: new writable mappings, `write(2)`, growing,
+    /// punching holes, and further seals. Existing mappings stay writable. After this the
+    /// descriptor can safely be given to other processes.
     ///
-    /// `F_SEAL_FUTURE_WRITE` needs Linux 5.1. Sealing twice is no error.
+    /// Requires Linux 5.1 (`F_SEAL_FUTURE_WRITE`). Sealing twice is not an error.
     ///
     /// # Errors
-    /// EINVAL before Linux 5.1 ([`Memfd::kernel_seals_writes`]), and for what takes no seals; EPERM when the
-    /// seals were sealed without this one.
+    /// EINVAL before Linux 5.1 ([`Memfd::kernel_seals_writes`]) and for a file that does not
+    /// support seals; EPERM when further seals are forbidden and this one is missing.
     pub fn seal_against_writes(&self) -> Result<(), Error> {
         let wanted = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
         let has = rustix::fs::fcntl_get_seals(&self.fd).map_err(|errno| Error::from_call("read the seals", self.bytes, errno))?;
@@ -94,15 +98,15 @@ impl Memfd {
         fcntl_add_seals(&self.fd, wanted).map_err(|errno| Error::from_call("seal a memfd against writes", self.bytes, errno))
     }
 
-    /// Whether nobody can write to it any more but by what is mapped, or is a udmabuf, already. What
-    /// takes no seals has none.
+    /// Whether the memfd can no longer be written to, except through existing mappings and
+    /// udmabufs. False for a file that does not support seals.
     pub fn is_sealed_against_writes(&self) -> bool {
         let against_writes = SealFlags::WRITE | SealFlags::FUTURE_WRITE;
         rustix::fs::fcntl_get_seals(&self.fd).is_ok_and(|seals| seals.intersects(against_writes))
     }
 
-    /// Whether this kernel has the seal against writes (`F_SEAL_FUTURE_WRITE`, Linux 5.1), found by trying it on
-    /// a memory file of its own. Where even that can't be made, it is taken to have it.
+    /// Whether this kernel has `F_SEAL_FUTURE_WRITE` (Linux 5.1), found by trying it on a scratch
+    /// memfd. If that can't be created, assumes that it has.
     pub fn kernel_seals_writes() -> bool {
         static KNOWN: OnceLock<bool> = OnceLock::new();
         *KNOWN.get_or_init(|| {

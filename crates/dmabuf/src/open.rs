@@ -1,4 +1,4 @@
-//! Opening the devices that make dma-bufs, and saying why one can't be opened.
+//! Opens the devices that create dma-bufs, and explains failures.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -15,13 +15,13 @@ use crate::{Errno, printable};
 pub struct DeviceError {
     /// The device.
     pub path: PathBuf,
-    /// The kernel's answer.
+    /// The errno of the failure.
     pub errno: Errno,
-    /// Whose it is, or which others there are.
+    /// More detail: the owner of the device, or which heaps exist.
     pub about: Option<String>,
 }
 
-/// The path by which a descriptor is known here, for errors.
+/// The path that a descriptor was opened at, for error messages.
 pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
     use std::os::fd::AsRawFd;
     let link = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));

@@ -1,9 +1,9 @@
-//! Which page sizes a range of memory really got.
+//! Finds out which page sizes a range of memory really got.
 //!
-//! Asking for 2 MiB pages says nothing about getting them: the sysfs switches, fragmentation and the kernel's
-//! version decide. Two ways to look: the `PAGEMAP_SCAN` ioctl (Linux 6.7, fs/proc/task_mmu.c), which walks just
-//! the range, and `/proc/self/smaps`, which walks every mapping of the process and is therefore asked once a
-//! load, not once a piece.
+//! Asking for 2 MiB pages does not guarantee them: the sysfs switches, fragmentation and the
+//! kernel version decide. There are two ways to look: the `PAGEMAP_SCAN` ioctl (Linux 6.7,
+//! fs/proc/task_mmu.c) walks just the range; `/proc/self/smaps` walks every mapping of the
+//! process, so it is read once per load rather than once per piece.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -13,7 +13,8 @@ use std::ops::Range;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
-/// The size of a huge page: what one entry of the page middle directory maps on x86-64 and on arm64 with 4 KiB pages.
+/// The size of a huge page: what one entry of the page middle directory maps on x86-64 and on
+/// arm64 with 4 KiB pages.
 pub const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// The size of a small page on this machine.
@@ -21,12 +22,12 @@ pub fn page_bytes() -> usize {
     rustix::param::page_size()
 }
 
-/// How much of a populated range was looked at, and how much of that lies on huge pages.
+/// How much of a populated range was inspected, and how much of that is on huge pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PageCount {
-    /// Bytes that were looked at; 0 when the kernel offers no way to look.
+    /// Bytes that were inspected; 0 if the kernel offers no way to do so.
     pub seen_bytes: u64,
-    /// Bytes of these on pages of 2 MiB.
+    /// How many of these bytes are on 2 MiB pages.
     pub huge_bytes: u64,
 }
 
@@ -71,8 +72,8 @@ const _: () = assert!(size_of::<ScanArgument>() == 96 && size_of::<PageRegion>()
 
 struct Scan<'a>(&'a mut ScanArgument);
 
-// SAFETY: the opcode is PAGEMAP_SCAN (_IOWR('f', 16, struct pm_scan_arg)), the pointer is to such a struct, and
-// the kernel writes only into it and into the regions that its `vec` and `vec_len` describe.
+// SAFETY: the opcode is PAGEMAP_SCAN (_IOWR('f', 16, struct pm_scan_arg)), the pointer is to such
+// a struct, and the kernel writes only to it and to the regions that `vec` and `vec_len` describe.
 unsafe impl Ioctl for Scan<'_> {
     type Output = usize;
     const IS_MUTATING: bool = true;
@@ -90,8 +91,8 @@ unsafe impl Ioctl for Scan<'_> {
     }
 }
 
-/// Counts the huge pages under mapped addresses by walking just their page tables; `None` where the kernel has
-/// no `PAGEMAP_SCAN`.
+/// Counts the huge pages under mapped addresses by walking just their page tables; `None` if the
+/// kernel has no `PAGEMAP_SCAN`.
 pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     let pagemap = File::open("/proc/self/pagemap").ok()?;
     let mut regions = [PageRegion::default(); 32];
@@ -119,23 +120,23 @@ pub(crate) fn scan(addresses: Range<usize>) -> Option<PageCount> {
     Some(count)
 }
 
-/// Counts the huge pages under mapped addresses where that is cheap: by `PAGEMAP_SCAN`, in microseconds. `None` before
-/// Linux 6.7.
+/// Counts the huge pages under mapped addresses if that is cheap (`PAGEMAP_SCAN`, microseconds).
+/// `None` before Linux 6.7.
 pub fn count_pages(addresses: Range<usize>) -> Option<PageCount> {
     scan(addresses)
 }
 
-/// Counts the huge pages under mapped addresses, by whatever way this kernel has.
+/// Counts the huge pages under mapped addresses by whatever means this kernel has.
 ///
-/// With `PAGEMAP_SCAN` it costs microseconds; without, it reads all of `/proc/self/smaps`.
+/// Takes microseconds with `PAGEMAP_SCAN`; otherwise reads all of `/proc/self/smaps`.
 pub fn huge_bytes_in(addresses: Range<usize>) -> PageCount {
     scan(addresses.clone())
         .or_else(|| std::fs::read_to_string("/proc/self/smaps").ok().map(|smaps| from_smaps(&smaps, &addresses)))
         .unwrap_or_default()
 }
 
-/// Sums what smaps says of the mappings that touch the range. A mapping that reaches beyond the range is counted
-/// up to the part inside: adjacent mappings of the same file are shown as one.
+/// Sums the smaps entries of the mappings that overlap the range. Counts at most the overlap of
+/// each mapping, since smaps shows adjacent mappings of one file as one.
 fn from_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut count = PageCount::default();
     let mut inside = 0;
@@ -201,7 +202,7 @@ AnonHugePages:      2048 kB
     fn small_pages_are_seen_as_small_by_both_ways() {
         let range = AddressRange::reserve(HUGE_PAGE_BYTES).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, 16 * page_bytes()).unwrap();
-        // SAFETY: the mapping is that long, writable, and only this test knows it.
+        // SAFETY: the mapping is that long and writable, and only this test uses it.
         unsafe { mapping.address().as_ptr().write_bytes(1, mapping.bytes()) };
         let start = mapping.address().addr().get();
         let addresses = start..start + mapping.bytes();

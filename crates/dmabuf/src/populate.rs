@@ -1,10 +1,11 @@
-//! Putting pages under a mapping before a device reads into it.
+//! Puts pages under a mapping before a device reads into it.
 //!
-//! Page size decides the speed of everything that follows (populating, pinning, the number of block requests),
-//! so 2 MiB pages are worth some trouble. `MADV_COLLAPSE` (Linux 6.1, mm/khugepaged.c) makes one of whatever
-//! pages lie in an aligned extent, for any user, with the sysfs switches at `never`. It wants at least one page
-//! in the extent, and its return value says little (stock 6.1 and 6.12 answer EINVAL after having done it all):
-//! what was obtained is looked up in the page tables.
+//! Page size decides the speed of everything that follows (populating, pinning, the number of
+//! block requests), so 2 MiB pages are worth some effort. `MADV_COLLAPSE` (Linux 6.1,
+//! mm/khugepaged.c) replaces the pages of an aligned extent by one huge page, for any user, even
+//! with the sysfs switches at `never`. It needs at least one page in the extent, and its return
+//! value says little (stock 6.1 and 6.12 return EINVAL although they collapsed everything), so the
+//! result is looked up in the page tables.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -25,7 +26,7 @@ use crate::{Error, HUGE_PAGE_BYTES, Mapping, Memory, PageCount, page_bytes};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Pages {
-    /// 2 MiB pages wherever they can be had, small ones for the rest.
+    /// 2 MiB pages where possible, small ones elsewhere.
     #[default]
     Auto,
     /// Small pages only.
@@ -34,31 +35,33 @@ pub enum Pages {
     Huge,
 }
 
-/// What populating gave.
+/// The result of populating.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Populated {
-    /// The page sizes obtained; `None` where the kernel has no cheap way to look (before Linux 6.7).
+    /// The page sizes obtained; `None` where the kernel has no cheap way to look (before Linux
+    /// 6.7).
     pub pages: Option<PageCount>,
-    /// Why an extent is not on a huge page although one was wanted. `None` too where nothing could be seen.
+    /// Why an extent is not on a huge page although one was requested. Also `None` if `pages` is.
     pub refused: Option<crate::Errno>,
 }
 
-/// Collapsing can fail for a moment (a page on its way elsewhere, a lock held by somebody else).
+/// Collapsing can fail temporarily (a page under migration, a contended lock).
 const COLLAPSE_TRIES: usize = 3;
 
-/// When to ask for 2 MiB pages again after the kernel had none.
+/// Backs off from asking for 2 MiB pages when the kernel has none.
 ///
-/// It compacts and reclaims memory before it refuses one with ENOMEM, which takes longer than a load can
-/// win by the page. So each refusal in a row doubles the number of requests that are left out.
+/// Before it refuses one with ENOMEM, the kernel compacts and reclaims memory, which takes longer
+/// than the page could save the load. So each consecutive refusal doubles the number of requests
+/// to skip.
 #[derive(Debug)]
 struct Shortage {
-    /// Refusals since the last page that was given.
+    /// Refusals since a huge page was last obtained.
     refusals: AtomicU32,
-    /// Requests still to be left out.
+    /// Requests still to skip.
     skips: AtomicU32,
 }
 
-/// Memory is the machine's, so all mappings of the process share it.
+/// Memory is a resource of the whole machine, so all mappings of the process share this.
 static SHORTAGE: Shortage = Shortage::new();
 
 impl Shortage {
@@ -68,7 +71,7 @@ impl Shortage {
         Shortage { refusals: AtomicU32::new(0), skips: AtomicU32::new(0) }
     }
 
-    /// Whether to make the next request. Threads that race leave out one more or one less.
+    /// Whether to make the next request. Threads that race may skip one more or one less.
     fn allows_request(&self) -> bool {
         self.skips.fetch_update(Relaxed, Relaxed, |skips| skips.checked_sub(1)).is_err()
     }
@@ -80,23 +83,24 @@ impl Shortage {
                 let refusals = self.refusals.fetch_add(1, Relaxed).min(Self::SKIPS_MAX.ilog2());
                 self.skips.store(1 << refusals, Relaxed);
             }
-            // A matter of this mapping, or of the moment.
+            // Concerns only this mapping, or is temporary.
             Some(_) => {}
         }
     }
 }
 
 impl Mapping {
-    /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that neither the
-    /// reader nor the device meets a page fault. `memory` is what the mapping was made of.
+    /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that
+    /// neither reads nor devices cause page faults. `memory` must be what backs the mapping.
     ///
-    /// A read-only mapping ([`crate::Memfd::from_sealed`]) gets the pages that its file has, of whatever
-    /// sizes; nothing is written (`MADV_POPULATE_READ`, Linux 5.14).
+    /// A read-only mapping ([`crate::Memfd::from_sealed`]) gets the existing pages of its file, of
+    /// any size; nothing is written (`MADV_POPULATE_READ`, Linux 5.14).
     ///
     /// # Errors
-    /// ENOMEM or EFAULT when there is no memory (a cgroup limit, for one); EINVAL when `part` is unaligned or
-    /// reaches past the mapping, when the mapping is not one of `memory`, and before Linux 5.14 for a
-    /// read-only mapping; ENOTSUP under [`Pages::Huge`] when an extent is seen to be on small pages.
+    /// ENOMEM or EFAULT when there is no memory (a cgroup limit, for example); EINVAL when `part`
+    /// is unaligned or reaches past the mapping, when `memory` does not back the mapping, and
+    /// before Linux 5.14 for a read-only mapping; ENOTSUP under [`Pages::Huge`] when an extent is
+    /// on small pages.
     pub fn populate(&self, memory: &Memory, part: Range<usize>, pages: Pages) -> Result<Populated, Error> {
         let failed = |errno| Error::from_call("populate memory", part.len(), errno);
         let page = page_bytes();
@@ -107,7 +111,7 @@ impl Mapping {
             return Err(failed(Errno::INVAL));
         }
         if memory.dma_buf().is_some() {
-            // Its exporter has put all pages there, of whatever sizes, and refuses every advice.
+            // The exporter has already put all pages there, and accepts no advice.
             return Ok(Populated::default());
         }
         let area = Area { mapping: self, memory, part: part.clone() };
@@ -119,9 +123,10 @@ impl Mapping {
         let refused = match pages {
             Pages::Small => {
                 match area.advise(area.all(), Advice::LinuxNoHugepage) {
-                    // A kernel without huge pages does not know the advice, and needs none.
+                    // A kernel without huge pages does not know the advice, and doesn't need it.
                     Ok(()) | Err(Errno::INVAL) => {}
-                    // Any other refusal (ENOMEM: too many mappings) would let huge pages in.
+                    // After any other refusal (ENOMEM: too many mappings), huge pages could
+                    // appear.
                     Err(errno) => return Err(Error::from_call("keep to small pages", part.len(), errno)),
                 }
                 None
@@ -150,18 +155,20 @@ impl Mapping {
     }
 }
 
-/// Whether this kernel knows `MADV_POPULATE_WRITE` (Linux 5.14), found by trying it on a page of our own.
+/// Whether this kernel has `MADV_POPULATE_WRITE` (Linux 5.14), found by trying it on a scratch
+/// page.
 fn kernel_populates() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
         let (bytes, access) = (page_bytes(), ProtFlags::READ | ProtFlags::WRITE);
-        // SAFETY: no address is asked for, so nothing that exists is replaced.
+        // SAFETY: no address is requested, so no existing mapping is replaced.
         let page = unsafe { mmap_anonymous(std::ptr::null_mut(), bytes, access, MapFlags::PRIVATE) };
-        // Without memory for a page, nothing is known; the next error tells.
+        // There is no memory to try it with. Assume that it works; if not, the real call reports
+        // it.
         let Ok(page) = page else { return true };
-        // SAFETY: the page was mapped a moment ago, and nothing else knows it.
+        // SAFETY: the page was just mapped, and nothing else uses it.
         let answer = unsafe { madvise(page, bytes, Advice::LinuxPopulateWrite) };
-        // SAFETY: as above; it is not used any more.
+        // SAFETY: as above; the page is not used afterwards.
         let _ = unsafe { munmap(page, bytes) };
         answer != Err(Errno::INVAL)
     })
@@ -174,14 +181,14 @@ struct Area<'a> {
 }
 
 impl Area<'_> {
-    /// All of the mapping: advice is for that, since it would be cut into parts of different advice
-    /// otherwise, and mended again, under a lock that other threads populate with.
+    /// The whole mapping. Advising only a part would split the mapping into several, and merge
+    /// them again later, both under the lock that populating threads need.
     fn all(&self) -> Range<usize> {
         0..self.mapping.bytes()
     }
 
-    /// The part of the area that consists of whole, aligned 2 MiB extents. Mappings begin at the memory's offset
-    /// 0, so what is aligned in addresses is aligned in the memory too when the mapping itself is.
+    /// The whole, aligned 2 MiB extents of the area. A mapping begins at offset 0 of its memory,
+    /// so if the mapping is aligned, what is aligned in addresses is aligned in the memory, too.
     fn whole_extents(&self) -> Range<usize> {
         if !self.mapping.address().addr().get().is_multiple_of(HUGE_PAGE_BYTES) {
             return 0..0;
@@ -191,9 +198,10 @@ impl Area<'_> {
         if start < end { start..end } else { 0..0 }
     }
 
-    /// Tries to get a huge page under each extent. Returns the last refusal.
+    /// Tries to put a huge page under each extent. Returns the last refusal.
     fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
-        // Lets a plain fault give a huge page where the administrator allows it; refused where THP is not built in.
+        // Lets page faults use huge pages where the administrator allows it; fails if THP is not
+        // built in.
         let _ = self.advise(self.all(), Advice::LinuxHugepage);
         match self.memory {
             Memory::Memfd(memfd) => {
@@ -201,7 +209,8 @@ impl Area<'_> {
                     memfd.allocate(extent as u64, page_bytes() as u64);
                 }
             }
-            // Private memory needs no collapse as long as a fault may give a huge page; asking for one page tells.
+            // Private memory needs no collapse if a fault can give a huge page; populating one
+            // page finds out.
             Memory::Anonymous | Memory::DmaBuf(_) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
                     let _ = self.advise(extent..extent + page_bytes(), Advice::LinuxPopulateWrite);
@@ -214,7 +223,7 @@ impl Area<'_> {
                 Ok(()) => return None,
                 Err(errno) => refused = Some(errno),
             }
-            // Worth another try only where the kernel says that it was a matter of the moment.
+            // Retry only failures that the kernel calls temporary.
             if !matches!(refused, Some(Errno::AGAIN | Errno::BUSY)) {
                 break;
             }
@@ -228,7 +237,7 @@ impl Area<'_> {
         refused
     }
 
-    /// Takes all small pages of a memfd in one call, which costs less than a fault for each.
+    /// Allocates all small pages of a memfd in one call, which is cheaper than a fault for each.
     fn allocate_small(&self) {
         if let Memory::Memfd(memfd) = self.memory {
             memfd.allocate(self.part.start as u64, self.part.len() as u64);
@@ -237,19 +246,20 @@ impl Area<'_> {
 
     fn collapse(&self, part: Range<usize>) -> Result<(), Errno> {
         let (address, bytes) = self.pointer(part);
-        // SAFETY: the range lies in the mapping, which is ours and not read by anybody yet; collapsing moves
-        // pages but changes no byte.
+        // SAFETY: the range lies in the mapping, which nothing reads yet; collapsing moves pages
+        // but changes no bytes.
         let result = unsafe { libc::madvise(address, bytes, libc::MADV_COLLAPSE) };
         if result == 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
     }
 
-    /// Makes every page present, and writable unless only reading was asked for.
+    /// Makes every page present, and writable unless `advice` is to populate for reading.
     fn fault_in(&self, advice: Advice) -> Result<(), Errno> {
         loop {
             match self.advise(self.part.clone(), advice) {
                 Err(Errno::INTR | Errno::AGAIN) => {}
-                // EINVAL has two meanings: a kernel before 5.14, which does not know the advice, and a mapping
-                // that can't be written to. Only for the first one the pages may be touched instead.
+                // EINVAL has two meanings: a kernel before 5.14, which does not know the advice,
+                // and a mapping that is not writable. Touching the pages is an alternative only
+                // for the former.
                 Err(Errno::INVAL) if self.mapping.kind() != Kind::ReadOnly && !kernel_populates() => {
                     self.touch();
                     return Ok(());
@@ -259,13 +269,15 @@ impl Area<'_> {
         }
     }
 
-    /// What `MADV_POPULATE_WRITE` does, by hand: an atomic add of 0 dirties a page and keeps its bytes.
+    /// Does what `MADV_POPULATE_WRITE` does: atomically adding 0 dirties a page and keeps its
+    /// bytes.
     fn touch(&self) {
         assert_ne!(self.mapping.kind(), Kind::ReadOnly, "a write to a read-only mapping ends the process");
         for at in self.part.clone().step_by(page_bytes()) {
-            // SAFETY: `at` lies in the mapping, which is readable and, by the assertion above, writable.
+            // SAFETY: `at` lies in the mapping, which is readable and, by the assertion above,
+            // writable.
             let byte = unsafe { self.mapping.address().add(at) };
-            // SAFETY: an AtomicU8 has the layout of a u8 and no alignment to miss.
+            // SAFETY: an AtomicU8 has the layout of a u8, and no alignment requirement.
             let byte = unsafe { byte.cast::<std::sync::atomic::AtomicU8>().as_ref() };
             byte.fetch_add(0, std::sync::atomic::Ordering::Relaxed);
         }
@@ -273,7 +285,8 @@ impl Area<'_> {
 
     fn advise(&self, part: Range<usize>, advice: Advice) -> Result<(), Errno> {
         let (address, bytes) = self.pointer(part);
-        // SAFETY: the range lies in the mapping, and none of the advices used here drops or changes bytes.
+        // SAFETY: the range lies in the mapping, and the advice used here never drops or changes
+        // bytes.
         unsafe { madvise(address, bytes, advice) }
     }
 
@@ -310,11 +323,11 @@ mod tests {
             skipped.push((0..).take_while(|_| !shortage.allows_request()).count());
         }
         assert_eq!(skipped, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
-        // Other refusals say nothing about memory.
+        // Other refusals are not about memory.
         shortage.note(Some(Errno::AGAIN));
         shortage.note(Some(Errno::INVAL));
         assert!(shortage.allows_request());
-        // One that is given ends the shortage.
+        // A success ends the shortage.
         shortage.note(None);
         shortage.note(Some(Errno::NOMEM));
         assert_eq!((0..).take_while(|_| !shortage.allows_request()).count(), 1);
@@ -377,7 +390,7 @@ mod tests {
             let foreign = Memory::Memfd(Memfd::from_sealed(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap());
             let mapping = mapped(&foreign, bytes);
             mapping.populate(&foreign, 0..bytes, pages).unwrap();
-            // What it says that it is made of must be what it is made of.
+            // `memory` must be what backs the mapping.
             for other in [Memory::Anonymous, Memory::Memfd(Memfd::create("other", bytes).unwrap())] {
                 assert_eq!(mapping.populate(&other, 0..bytes, pages).unwrap_err().errno, crate::Errno::EINVAL);
             }

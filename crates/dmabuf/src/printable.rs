@@ -1,34 +1,36 @@
-//! Text that others have chosen, made safe to show: names of files and tensors, texts of other processes.
+//! Makes text from untrusted sources safe to show: names of files and tensors, messages from other
+//! processes.
 //!
-//! A control character would reach a terminal as a command, a line break would forge a line of a log, and the
-//! invisible marks that reverse the direction of text make a name look like another. All of them are
-//! written as escapes (`\n`, `\u{1b}`, `\u{202e}`); bytes that are not UTF-8 as `\xff`.
+//! A control character would reach a terminal as a command, a line break would forge a log line,
+//! and invisible marks that reverse the text direction make one name look like another. All of
+//! these are written as escapes (`\n`, `\u{1b}`, `\u{202e}`), and bytes that are not UTF-8 as
+//! `\xff`.
 //!
-//! Everything in these crates that shows a path or a name goes through here. The lint
-//! `clippy::disallowed_methods` forbids [`Path::display`], which does none of this.
+//! Everything in these crates that shows a path or a name goes through this module. The lint
+//! `clippy::disallowed_methods` forbids [`Path::display`], which escapes none of this.
 
 use std::fmt::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// A path or a text to be shown: see the [module](self).
+/// A path or text, displayed with escapes: see the [module](self).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Printable<'a>(&'a [u8]);
 
-/// Shows a path.
+/// Displays a path.
 #[must_use]
 pub fn path<P: AsRef<Path> + ?Sized>(path: &P) -> Printable<'_> {
     Printable(path.as_ref().as_os_str().as_bytes())
 }
 
-/// Shows a text.
+/// Displays a text.
 #[must_use]
 pub fn text<T: AsRef<str> + ?Sized>(text: &T) -> Printable<'_> {
     Printable(text.as_ref().as_bytes())
 }
 
-/// Shows a path as one word of a shell's command line, for commands that are to be copied: a name can have spaces,
-/// quotes and semicolons.
+/// Displays a path as one word of a shell command line, for commands that users copy: a name can
+/// contain spaces, quotes and semicolons.
 pub fn shell<P: AsRef<Path> + ?Sized>(path: &P) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         let bytes = path.as_ref().as_os_str().as_bytes();
@@ -53,7 +55,7 @@ pub fn shell<P: AsRef<Path> + ?Sized>(path: &P) -> impl fmt::Display {
     })
 }
 
-/// Whether a terminal would act on this character, or not show it.
+/// Whether a terminal would interpret this character, or not show it.
 #[must_use]
 pub fn is_hidden(c: char) -> bool {
     c.is_control()
@@ -78,7 +80,7 @@ impl fmt::Display for Printable<'_> {
     }
 }
 
-/// Shows anything that has a [`fmt::Display`] of its own, which may quote what others have chosen.
+/// Displays a value whose own [`fmt::Display`] may quote untrusted text.
 pub fn shown(anything: impl fmt::Display) -> impl fmt::Display {
     fmt::from_fn(move |f| write!(Escaping(f), "{anything}"))
 }

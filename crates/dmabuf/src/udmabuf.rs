@@ -28,7 +28,7 @@ const _: () = assert!(size_of::<Create>() == 24 && UDMABUF_CREATE == 0x4018_7542
 
 const UDMABUF_FLAGS_CLOEXEC: u32 = 1;
 
-// SAFETY: the opcode is that of this structure. The kernel reads the structure and writes nothing.
+// SAFETY: the opcode is that of this struct. The kernel reads the struct and writes nothing.
 unsafe impl Ioctl for Create {
     /// The new descriptor, which is the return value.
     type Output = RawFd;
@@ -50,21 +50,21 @@ unsafe impl Ioctl for Create {
 /// A range of a memfd.
 #[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
-    /// The memory file.
+    /// The memfd.
     pub memfd: &'a Memfd,
-    /// Where in it, a multiple of the page size.
+    /// The start, a multiple of the page size.
     pub offset: u64,
-    /// How much of it, a multiple of the page size.
+    /// The length, a multiple of the page size.
     pub bytes: usize,
 }
 
-/// What this kernel's udmabuf takes at most.
+/// The limits of this kernel's udmabuf driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdmabufLimits {
-    /// Bytes of one dma-buf (`size_limit_mb`); `None` without a limit.
+    /// Maximum size of one dma-buf (`size_limit_mb`); `None` if unlimited.
     pub size_bytes: Option<u64>,
-    /// Ranges that one dma-buf can be made of (`list_limit`), which [`Udmabuf::create`] makes of
-    /// one; `None` without a limit.
+    /// Maximum number of ranges in one dma-buf (`list_limit`); `None` if unlimited.
+    /// [`Udmabuf::create`] uses one.
     pub list_entries: Option<u64>,
 }
 
@@ -75,23 +75,23 @@ pub struct Udmabuf {
 }
 
 impl Udmabuf {
-    /// The device.
+    /// The path of the device.
     pub const PATH: &str = device::UDMABUF;
-    /// Where its limits can be read, and raised by root.
+    /// The folder where its limits can be read, and raised by root.
     pub const PARAMETERS: &str = "/sys/module/udmabuf/parameters";
 
     /// Opens the device.
     ///
     /// # Errors
-    /// ENOENT on kernels without it (CONFIG_UDMABUF), EACCES without the right to it (mode 0600).
+    /// ENOENT on kernels without it (CONFIG_UDMABUF), EACCES without permission (mode 0600).
     pub fn open() -> Result<Self, DeviceError> {
         Ok(Udmabuf { fd: open_device(Path::new(Self::PATH))? })
     }
 
-    /// Takes the device, open already, by whoever has the right to.
+    /// Wraps the open device, for processes that may not open it themselves.
     ///
     /// # Errors
-    /// ENODEV for what is not that device.
+    /// ENODEV when the descriptor is not that device.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
         if Device::of(&fd) == Some(Device::Udmabuf) {
             return Ok(Udmabuf { fd });
@@ -99,7 +99,7 @@ impl Udmabuf {
         Err(DeviceError { path: path_of(&fd), errno: crate::Errno::ENODEV, about: Some(format!("it is not {}", Self::PATH)) })
     }
 
-    /// The limits now: root may change them at any time.
+    /// The current limits; root may change them at any time.
     pub fn limits() -> UdmabufLimits {
         let read = |name: &str| std::fs::read_to_string(Path::new(Self::PARAMETERS).join(name)).ok();
         UdmabufLimits {
@@ -108,14 +108,16 @@ impl Udmabuf {
         }
     }
 
-    /// Makes a dma-buf of a range of a memfd. The pages are the same, and stay when the memfd is closed.
+    /// Creates a dma-buf from a range of a memfd. It shares the pages, which stay when the memfd
+    /// is closed.
     ///
     /// # Errors
-    /// EINVAL for an offset or size that is no multiple of the page size, a size of 0 or above
-    /// [`UdmabufLimits::size_bytes`], or a memfd that is sealed against writes; EBADFD for what is no memfd.
+    /// EINVAL when the offset or size is not a multiple of the page size, when the size is 0 or
+    /// above [`UdmabufLimits::size_bytes`], or when the memfd is sealed against writes; EBADFD
+    /// when the file is not a memfd.
     ///
-    /// That a memfd is sealed by `F_SEAL_FUTURE_WRITE` is found here, since kernels from before 2025
-    /// do not look for it: a udmabuf can be written to.
+    /// `F_SEAL_FUTURE_WRITE` is checked here, since kernels from before 2025 do not check it,
+    /// although a udmabuf can be written to.
     pub fn create(&self, part: Part<'_>) -> Result<DmaBuf, Error> {
         refuse_sealed(&part)?;
         let create = Create {
@@ -124,18 +126,20 @@ impl Udmabuf {
             offset: part.offset,
             size: part.bytes as u64,
         };
-        // SAFETY: the structure is the one that the opcode names, see its `Ioctl` implementation.
+        // SAFETY: the struct is the one that the opcode names, see its `Ioctl` implementation.
         let fd = unsafe { ioctl(&self.fd, create) }.map_err(|errno| Error::from_call("make a udmabuf", part.bytes, errno))?;
-        // SAFETY: the kernel has just made this descriptor, and only this value has it.
+        // SAFETY: the kernel has just created this descriptor, and only this value has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(DmaBuf::new(fd, part.bytes))
     }
 
-    /// Whether importers that map the dma-buf into the kernel see wrong bytes where its memfd has huge pages.
+    /// Whether importers that map the dma-buf into the kernel see wrong bytes if its memfd has
+    /// huge pages.
     ///
-    /// Linux 6.11 made the driver hold folios, and its `vmap_udmabuf` gives every page of a folio as the first one; 6.16
-    /// takes the right one (drivers/dma-buf/udmabuf.c). Seen on 6.12.117. It shows in no return value and in no file, so
-    /// this is the one question that a version answers; a release that can't be read counts as affected.
+    /// Since Linux 6.11 the driver holds folios, and its `vmap_udmabuf` uses the first page of a
+    /// folio in place of each of its pages; 6.16 uses the right one (drivers/dma-buf/udmabuf.c).
+    /// Seen on 6.12.117. No return value and no file shows this bug, so this is the only place
+    /// that compares kernel versions. A release that can't be parsed counts as affected.
     pub fn huge_pages_show_wrong_bytes() -> bool {
         is_affected(&rustix::system::uname().release().to_string_lossy())
     }
@@ -149,7 +153,7 @@ fn refuse_sealed(part: &Part<'_>) -> Result<(), Error> {
 }
 
 fn limit(parameter: &str) -> Option<u64> {
-    // Signed, and no limit at all where it is not positive.
+    // The parameter is signed; zero and negative values mean no limit.
     parameter.trim().parse::<i64>().ok().and_then(|value| u64::try_from(value).ok()).filter(|&value| value > 0)
 }
 
