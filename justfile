@@ -1,114 +1,167 @@
-# Every verb of this project. `just` lists them.
+# Every verb of this project. `just` shows the common ones, `just --list` all of them.
+# Needs just 1.27.
 
 # Where `install` puts things: `just PREFIX=/opt/dmaload install`.
 PREFIX := "/usr/local"
 
 _default:
-    @just --list --unsorted
+    @just --list --unsorted --list-heading "" | sed '/^$/d; /\[/{/\[everyday\]/!Q}'
+    @echo "    (just --list shows all verbs)"
 
-# The main job on a synthetic model, beside allocate + mmap + memcpy.
+# Runs the main job on a synthetic model, beside allocate + mmap + memcpy.
+[group('everyday')]
 demo *ARGS:
     cargo run --release -p dmaload-cli -- demo {{ARGS}}
 
-# Loads a file: `just load model.safetensors --digest sha256`.
+# Loads a model: `just load model.safetensors --digest sha256`.
+[group('everyday')]
 load *ARGS:
     cargo run --release -p dmaload-cli -- load {{ARGS}}
 
-# All tests that need nothing but this machine.
-test:
-    cargo test --workspace
+# Runs all tests that need nothing but this machine.
+[group('everyday')]
+test *ARGS:
+    cargo test --workspace {{ARGS}}
 
-# Fetches a small real model, loads it, and compares every tensor with what the safetensors crate reads.
-real-model:
-    cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
-    DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" cargo test -p dmaload --test real_model -- --nocapture
+# Checks what CI checks without running tests: formatting, texts, imports, lints, documentation.
+[group('everyday')]
+check: fmt-check texts lint doc
 
-# GGUF files as the format's own Python package writes and reads them, beside what dmaload makes of them.
-gguf:
-    .ci/gguf
-
-# A real model in candle on what dmaload has loaded, beside candle's own loader: the same embedding to the last bit (builds for minutes).
-candle:
-    .ci/candle
-
-# A model's dma-bufs imported by Vulkan; says why where that can't be: `just gpu-import model.safetensors`.
-gpu-import *MODEL:
-    .ci/gpu-import {{MODEL}}
-
-# The command, libdmaload.so and .a, dmaload.h and dmaload.pc into PREFIX (under DESTDIR, if that is set).
-install:
-    crates/dmaload-capi/install.sh "{{PREFIX}}"
-
-# The C library as its users have it: installed into a folder, linked, its programs and its suite run, also under valgrind (needs a C compiler, pkg-config, valgrind).
-capi:
-    .ci/capi
-
-# Makes dmaload.h anew from the sources.
-capi-header:
-    DMALOAD_WRITE_HEADER=1 cargo test --quiet -p dmaload-capi --test header
-
-# The seeded simulator, 50,000 worlds or as many as asked for; a failure prints its seed: `just simulate --seeds 1000000`, `just simulate --seed 17`.
-simulate *ARGS:
-    .ci/simulate {{ARGS}}
-
-# Damaged headers and manifests, so many of each: `just hostile 10000000`.
-hostile INPUTS="1000000" SEED="1":
-    DMALOAD_INPUTS={{INPUTS}} DMALOAD_SEED={{SEED}} cargo test --release -p dmaload --features verify --test hostile -- --nocapture
-
-# Every interleaving of what threads decide by locks and atomics.
-loom:
-    .ci/loom
-
-# The tests under valgrind (needs it; takes an hour).
-valgrind *ARGS:
-    .ci/valgrind {{ARGS}}
-
-# Puts deliberate bugs into a copy of the sources, and fails unless each one's test finds it.
-mutants *NAMES:
-    .ci/mutants {{NAMES}}
-
-# Boots stock kernels with real dma-bufs in QEMU and runs the suites inside: `just guest-test --kernel 6.12-cloud --only faults`.
-guest-test *ARGS:
-    cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}
-
-# The same, and writes the tables of docs/kernels.md from what was seen.
-kernels-md:
-    cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
-
-# Measures all of docs/performance.md (root, some 45 minutes on an idle machine) and writes its tables and pictures; `just bench reuse` one part of it.
-bench FILTER="":
-    benches/performance.sh "{{FILTER}}"
-
-# Only the small benches, to the terminal: overlap, and plan, window, slots and parser in instructions.
-bench-small:
-    cargo bench -p dmaload-benches --bench overlap
-    cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
-
-# Random loads, cancellations and faults for so long, and what the process holds, as a table: `just soak --minutes 30`.
-soak *ARGS:
-    cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
-
-# The loaders that people use today, in one run with the engine (installs them: gigabytes), into docs/performance.md.
-bench-peers:
-    benches/performance.sh peers
-
-# The documentation of the libraries.
-doc:
-    RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p dmaload -p dmabuf --features dmaload/verify
-
-# Formatting, as CI checks it.
+# Formats the sources.
+[group('everyday')]
 fmt:
     cargo fmt --all
 
-# Lints, as CI checks them.
+# Measures and writes docs/performance.md, or one part of it: `just bench reuse` (root, 45 minutes).
+[group('everyday')]
+bench FILTER="":
+    benches/performance.sh "{{FILTER}}"
+
+# Installs the command and the C library into PREFIX, below DESTDIR if that is set.
+[group('everyday')]
+install:
+    crates/dmaload-capi/install.sh "{{PREFIX}}"
+
+# Runs everything that CI runs.
+[group('everyday')]
+ci:
+    .ci/run
+
+# Checks the formatting.
+[group('checks')]
+fmt-check:
+    cargo fmt --all --check
+
+# Checks line lengths, links between documents, and that imports run one way.
+[group('checks')]
+texts:
+    .ci/line-lengths
+    .ci/links
+    .ci/circles
+
+# Runs the lints.
+[group('checks')]
 lint:
     cargo clippy --workspace --all-targets -- -D warnings
     cargo clippy -p dmaload-guest --test '*' -- -D warnings
 
-# Licences and sources of all dependencies (needs cargo-deny).
+# Builds the documentation of the libraries, and checks the types in their public signatures.
+[group('checks')]
+doc:
+    RUSTDOCFLAGS="-D warnings" \
+        cargo doc --no-deps -p dmaload -p dmabuf --features dmaload/verify
+    .ci/public-types
+
+# Checks licences and sources of all dependencies (needs cargo-deny).
+[group('checks')]
 deny:
     cargo deny --config deny.toml check licenses bans sources
 
-# All that CI runs.
-ci:
-    .ci/run
+# Packages the published crates together, and builds them from their packages.
+[group('checks')]
+package *ARGS:
+    .ci/package {{ARGS}}
+
+# Simulates worlds from seeds: `just simulate --seeds 1000000`; a failed one: `--seed 17`.
+[group('deep tests')]
+simulate *ARGS:
+    .ci/simulate {{ARGS}}
+
+# Puts deliberate bugs into a copy of the sources; fails unless a test finds each.
+[group('deep tests')]
+mutants *NAMES:
+    .ci/mutants {{NAMES}}
+
+# Parses damaged headers and manifests, this many of each: `just hostile 10000000`.
+[group('deep tests')]
+hostile INPUTS="1000000" SEED="1":
+    DMALOAD_INPUTS={{INPUTS}} DMALOAD_SEED={{SEED}} cargo test --release -p dmaload \
+        --features verify --test hostile -- --nocapture
+
+# Tries every interleaving of what threads decide by locks and atomics.
+[group('deep tests')]
+loom:
+    .ci/loom
+
+# Runs the tests under valgrind (an hour).
+[group('deep tests')]
+valgrind *ARGS:
+    .ci/valgrind {{ARGS}}
+
+# Runs random loads, cancellations and faults, and prints what the process holds.
+[group('deep tests')]
+soak *ARGS:
+    cargo bench -p dmaload-benches --bench soak -- {{ARGS}}
+
+# Boots stock kernels with real dma-bufs in QEMU: `just guest-test --kernel 6.12-cloud`.
+[group('guests')]
+guest-test *ARGS:
+    cargo run -p dmaload-guest -- test --jobs 2 {{ARGS}}
+
+# Does the same, and writes the tables of docs/kernels.md.
+[group('guests')]
+kernels-md:
+    cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
+
+# Installs the C library into a folder, links it, and runs its suite, also under valgrind.
+[group('other programs')]
+capi:
+    .ci/capi
+
+# Writes dmaload.h from the sources.
+[group('other programs')]
+capi-header:
+    DMALOAD_WRITE_HEADER=1 cargo test --quiet -p dmaload-capi --test header
+
+# Loads a small real model, and compares each tensor with what the safetensors crate reads.
+[group('other programs')]
+real-model:
+    cargo run --release -p dmaload-cli -- load "$(.ci/real-model.sh)" --digest sha256
+    DMALOAD_REAL_MODEL="$(.ci/real-model.sh)" \
+        cargo test -p dmaload --test real_model -- --nocapture
+
+# Compares GGUF files with what the format's own Python package reads.
+[group('other programs')]
+gguf:
+    .ci/gguf
+
+# Computes one embedding in candle, on an image and with candle's own loader (builds for minutes).
+[group('other programs')]
+candle:
+    .ci/candle
+
+# Imports a model's dma-bufs into Vulkan: `just gpu-import model.safetensors`.
+[group('other programs')]
+gpu-import *MODEL:
+    .ci/gpu-import {{MODEL}}
+
+# Runs the small benches: overlap, and the instructions of plan, window, slots and parser.
+[group('measuring')]
+bench-small:
+    cargo bench -p dmaload-benches --bench overlap
+    cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
+
+# Measures other loaders beside dmaload, into docs/performance.md (installs gigabytes).
+[group('measuring')]
+bench-peers:
+    benches/performance.sh peers

@@ -1,4 +1,4 @@
-//! Loads a model and looks at a tensor, without a copy.
+//! Loads a model and prints its first tensors, without copying them.
 
 use dmaload::Loader;
 
@@ -8,7 +8,8 @@ async fn main() -> anyhow::Result<()> {
     let loader = Loader::new()?;
     let image = loader.load(path).await?;
     for tensor in image.tensors().take(5) {
-        println!("{} {} {:?}: {} bytes", tensor.name(), tensor.dtype(), tensor.shape(), tensor.bytes()?.len());
+        let len = tensor.bytes()?.len();
+        println!("{} {} {:?}: {len} bytes", tensor.name(), tensor.dtype(), tensor.shape());
     }
     println!("{} bytes by {}", image.report().bytes, image.report().route);
     Ok(())
