@@ -1,8 +1,7 @@
-//! Looking at files without loading them: their headers are read, through the page cache, and no
-//! data.
+//! Inspects files without loading them: reads their headers through the page cache, and no data.
 //!
-//! A file's server may never answer, so the async functions read on a thread, one for each call,
-//! which ends with its reading. They need no runtime.
+//! A file's server may never answer, so each call of an async function reads on its own thread,
+//! which exits once it has read. No runtime is needed.
 
 use std::path::{Path, PathBuf};
 use std::{io, thread};
@@ -19,21 +18,21 @@ use crate::model::TensorMap;
 use crate::options::choices::Format;
 use crate::support::foreign;
 
-/// What a file says about itself, made by [`inspect`] and [`inspect_model`].
+/// What a file's header and length say. Returned by [`inspect`] and [`inspect_model`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Inspected {
-    /// The path of the file: as it was given, or as it was found in the folder that was given.
+    /// The file's path, as given or as found in the given folder.
     pub path: PathBuf,
     /// The length of the file in bytes.
     pub file_bytes: u64,
-    /// Its tensors, with its metadata; `None` for a file of raw bytes. Of a file of a model with
-    /// an index, only the tensors that the index maps to this file.
+    /// The file's tensors and metadata; `None` for a file of raw bytes. For a model with an index,
+    /// only the tensors that the index maps to this file.
     pub tensors: Option<TensorMap>,
 }
 
-/// Reads a file's header, and nothing else of it (from file systems whose lengths may be made up,
-/// the last byte, too).
+/// Reads a file's header and nothing else (and the last byte, on file systems that may state a
+/// wrong length).
 ///
 /// ```no_run
 /// # async fn example() -> dmaload::Result<()> {
@@ -45,23 +44,23 @@ pub struct Inspected {
 /// # }
 /// ```
 ///
-/// The caller's thread is not blocked: the reading is done by a thread of its own, on any runtime
-/// or none. Synchronous callers use [`inspect_blocking`].
+/// Does not block the caller's thread: a new thread does the reading, on any runtime or none.
+/// Synchronous callers use [`inspect_blocking`].
 ///
 /// # Cancel safety
-/// Reading begins when the future is polled first. Dropping the future loses nothing but the
-/// result: the thread ends when its reading does. A server that does not answer keeps a thread for
-/// each call until it does.
+/// Reading begins when the future is first polled. Dropping the future only discards the result;
+/// the thread exits when its read completes. While a server does not answer, each call occupies
+/// one thread.
 ///
 /// # Errors
-/// When the file can't be opened or read, its header is wrong, or its file system states a length
-/// that it has not; when no thread can be started.
+/// If the file can't be opened or read, its header is invalid, its file system states a wrong
+/// length, or no thread can be started.
 pub async fn inspect(path: impl AsRef<Path>, format: Format) -> Result<Inspected> {
     on_thread(path.as_ref(), move |path| inspect_blocking(path, format)).await
 }
 
-/// Does the same as [`inspect`], and blocks the caller's thread as long as that takes: for ever
-/// where the file's server does not answer.
+/// Blocking version of [`inspect`]. Blocks the caller's thread for as long as the read takes:
+/// forever if the file's server never answers.
 ///
 /// # Errors
 /// Those of [`inspect`].
@@ -73,23 +72,23 @@ pub fn inspect_blocking(path: impl AsRef<Path>, format: Format) -> Result<Inspec
     Ok(Inspected { path: path.to_owned(), file_bytes: file.identity.bytes, tensors })
 }
 
-/// Reads the headers of all files of a model, and nothing else of them: of a folder, of an index,
-/// of a GGUF file with its other parts. A file alone is itself. A tensor that an index maps to one
-/// of two files is in that one's map only.
+/// Reads the headers of all files of a model and nothing else: a folder, an index, or a GGUF file
+/// together with its other parts. Any other path is a model of one file. A tensor that exists in
+/// two files is listed only for the file that the index maps it to.
 ///
-/// Blocks no caller, and is cancel-safe, as [`inspect`]; one thread reads all files. Synchronous
-/// callers use [`inspect_model_blocking`].
+/// Like [`inspect`], does not block the caller and is cancel-safe. One thread reads all files.
+/// Synchronous callers use [`inspect_model_blocking`].
 ///
 /// # Errors
-/// When files are missing, two have a tensor of one name and no index decides, a file can't be
-/// opened or read, a header is wrong, or the index says something else than the files do; when no
-/// thread can be started.
+/// If files are missing, two files contain a tensor of the same name and no index decides between
+/// them, a file can't be opened or read, a header is invalid, the index contradicts the files, or
+/// no thread can be started.
 pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     on_thread(path.as_ref(), move |path| inspect_model_blocking(path, format)).await
 }
 
-/// Does the same as [`inspect_model`], and blocks the caller's thread as long as that takes: for
-/// ever where a file's server does not answer.
+/// Blocking version of [`inspect_model`]. Blocks the caller's thread for as long as the reads
+/// take: forever if a file's server never answers.
 ///
 /// # Errors
 /// Those of [`inspect_model`].
@@ -110,17 +109,17 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
     Ok(files)
 }
 
-/// The longest name that the kernel keeps of a thread.
+/// 15 bytes, the longest thread name that the kernel keeps.
 const THREAD: &str = "dmaload-inspect";
 
-/// Reads on a thread of its own, and waits for that without blocking.
+/// Runs `read` on a new thread and waits for the result without blocking.
 async fn on_thread<T: Send + 'static>(path: &Path, read: impl FnOnce(&Path) -> Result<T> + Send + 'static) -> Result<T> {
     let (sender, receiver) = oneshot::channel();
     let own = path.to_owned();
     let panicked = |message: String| Error::Panicked { code: format!("the thread {THREAD}"), message };
     let body = move || {
         let result = foreign::call(|| read(&own)).unwrap_or_else(|message| Err(panicked(message)));
-        // Wakes the caller's task. When the caller has gone, so has its need of the result.
+        // Wakes the caller's task. If the caller is gone, the result is discarded.
         foreign::emit(|| drop(sender.send(result)));
     };
     let no_thread = |error: io::Error| Error::File {

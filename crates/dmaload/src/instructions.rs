@@ -1,12 +1,12 @@
-//! How much work the pure parts are: the header of a model with 200,000 tensors, the plan of a
-//! load, window and slots. A bench rather than a test:
+//! Measures how much work the pure parts do: parsing a header of 200,000 tensors, planning a load,
+//! the window, and slots. A benchmark rather than a test:
 //!
 //! ```text
 //! cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
 //! ```
 //!
-//! It prints times, and instructions where valgrind is installed: callgrind counts the same number
-//! on a busy machine.
+//! Prints times, and instruction counts where valgrind is installed: callgrind's counts don't
+//! depend on how busy the machine is.
 #![allow(clippy::print_stdout, reason = "prints what it has measured")]
 #![allow(clippy::unwrap_used, reason = "a bench that cannot go on fails")]
 
@@ -26,20 +26,20 @@ use crate::ring::Slots;
 const ROUNDS: usize = 9;
 const TENSORS: usize = 200_000;
 const MANY: usize = 1_000_000;
-/// Tell a process of this bench to do one case this often, and nothing else.
+/// Tells a child process of this benchmark to run one case, and how often.
 const CASE: &str = "DMALOAD_INSTRUCTIONS_CASE";
 const TIMES: &str = "DMALOAD_INSTRUCTIONS_TIMES";
 
-/// Work to count.
+/// A case to measure.
 struct Case {
     name: &'static str,
-    /// What the work is divided by.
+    /// The unit to which the work is normalized.
     unit: &'static str,
     units: usize,
     work: Box<dyn Fn()>,
 }
 
-/// A header as model writers make it: sorted names, offsets without gaps.
+/// A header as typical model writers lay it out: sorted names, offsets without gaps.
 fn header(tensors: usize) -> (String, u64) {
     const TENSOR_BYTES: usize = 8192;
     let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
@@ -65,8 +65,7 @@ fn plan(lengths: &[u64]) -> usize {
     Plan::new(&vec![4096; lengths.len()], &spans, shape).pieces.len()
 }
 
-/// Takes permits and gives each back, with eight of them out at a time. Returns how many were
-/// granted.
+/// Takes and returns permits, with eight outstanding at a time. Returns how many were granted.
 fn window(permits: usize) -> usize {
     const PERMIT_BYTES: u64 = 16 << 20;
     let mut window = Window::new(12 * PERMIT_BYTES, PERMIT_BYTES);
@@ -80,7 +79,7 @@ fn window(permits: usize) -> usize {
     granted
 }
 
-/// Puts entries into slots, with 32 of them in flight, finds each once and removes it. Returns how
+/// Inserts entries into slots, with 32 in flight, and finds and removes each once. Returns how
 /// many were found.
 fn slots(entries: usize) -> usize {
     let mut slots = Slots::new();
@@ -114,7 +113,8 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Instructions of a process that does this case so often; `None` without valgrind.
+/// Counts the instructions of a process that runs this case `times` times; `None` without
+/// valgrind.
 fn instructions(case: &Case, times: u32) -> Option<u64> {
     let mut valgrind = Command::new("valgrind");
     valgrind.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]).arg(env::current_exe().unwrap());
@@ -151,7 +151,7 @@ fn bench() {
     for case in &cases {
         let Case { name, unit, units, .. } = case;
         print!("{name:25} {:8.2} ms (median of {ROUNDS})", milliseconds(case));
-        // Everything else that the process does is the same in both, and cancels out.
+        // Subtracting one run from three cancels out the process's fixed costs.
         match instructions(case, 3).zip(instructions(case, 1)) {
             Some((thrice, once)) => {
                 let each = thrice.saturating_sub(once) / 2;

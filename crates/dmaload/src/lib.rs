@@ -1,21 +1,25 @@
-//! Loads model files of gigabytes from storage straight into shareable memory, without the page cache.
+//! Loads multi-gigabyte model files from storage straight into shareable memory, bypassing the
+//! page cache.
 //!
 //! ```text
-//!   path ── open O_DIRECT ──► Plan: segments, pieces, chunks ────────────┐
-//!   Window ── permit ──► allocator threads: memory, 2 MiB pages ──► piece ──► ring thread ── reads ──► storage
-//!      ▲                                                                        │ last byte
-//!      └──────────────── permit comes back ◄────────────────────────────────────┴──► Segment ──► Load (a Stream) ──► Image
+//!   path ── open O_DIRECT ──► Plan: segments, pieces, chunks ───────────┐
+//!   Window ── permit ──► allocator threads: 2 MiB pages ──► piece ──► ring thread ──► storage
+//!      ▲                                                                    │ last byte
+//!      └────────── permit is released ◄─────────────────────────────────────┴──► Segment
+//!                                                                                   │
+//!                                                     Image ◄── Load (a Stream) ◄───┘
 //! ```
 //!
-//! A plan is made before the first read; one thread owns everything in flight; others allocate ahead of it; a window of
-//! bytes between the two bounds what is allocated and not yet filled. Segments can be used while the rest is being read.
+//! The plan is made before the first read. One thread owns everything in flight, other threads
+//! allocate memory ahead of it, and a window between them bounds the bytes that are allocated but
+//! not yet filled. Segments can be used while the rest is being read.
 //!
-//! Start at [`Loader`], whose loads are consumed in one of three ways: as a whole, with single tensors
-//! by their names while the rest is read ([`Load`]), segment by segment ([`Segments`]), or tensor by
-//! tensor ([`Tensors`]). What a load did, and every step it took down from the best [`Route`], is in its [`Report`].
+//! Start with [`Loader`]. A load can be consumed as a whole, with single tensors by name while the
+//! rest is read ([`Load`]), segment by segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
+//! What a load did, and every step it took down from the best [`Route`], is in its [`Report`].
 //!
-//! Linux only. io_uring, `O_DIRECT` and huge pages are used where they can be had; each is done without where the kernel
-//! refuses it, never silently.
+//! Linux only. io_uring, `O_DIRECT` and huge pages are used where available. Where the kernel
+//! refuses one, the load continues without it and the report says so.
 
 mod engine;
 mod error;
@@ -38,7 +42,7 @@ mod telemetry;
 #[cfg(feature = "verify")]
 pub mod verify;
 
-/// The programs of docs/programs.md, as tests.
+/// The programs in docs/programs.md, compiled as doc tests.
 #[cfg(all(doctest, feature = "verify"))]
 #[doc = include_str!("../../../docs/programs.md")]
 mod programs {}

@@ -1,4 +1,4 @@
-//! The loader: what a service makes once, and shares.
+//! The loader, which a service creates once and shares.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,14 +13,15 @@ use crate::memory::heap::{Heap, HeapChoice};
 use crate::options::load::LoadOptions;
 use crate::telemetry::metrics::Metrics;
 
-/// Loads files. Cheap to clone, shared by every task of a service; all its loads share one window of memory, one ring and a
-/// handful of threads.
+/// Loads files. Cheap to clone and shared by every task of a service: all loads use one memory
+/// window, one ring and a few threads.
 ///
-/// When the last clone and the last load are gone, the threads drain what is in flight and end by themselves; no drop
-/// waits for that. [`Loader::shutdown`] does wait.
+/// After the last clone and the last load are dropped, the threads drain what is in flight and
+/// exit. No drop blocks on that; [`Loader::shutdown`] does.
 ///
-/// Code that runs on the loader's threads (wakers, subscribers of `tracing`, heaps, verifiers, observers) may call the loader, but
-/// must not wait for its loads or its shutdown: either may need the thread that runs this code.
+/// Code that runs on the loader's threads (wakers, `tracing` subscribers, heaps, verifiers,
+/// observers) may call the loader, but must not wait for its loads or its shutdown: either may
+/// need the thread that this code runs on.
 ///
 /// ```no_run
 /// # async fn example() -> dmaload::Result<()> {
@@ -37,10 +38,10 @@ pub struct Loader {
 }
 
 impl Loader {
-    /// A loader with the defaults.
+    /// Creates a loader with the default settings.
     ///
     /// # Errors
-    /// As [`LoaderBuilder::build`].
+    /// Those of [`LoaderBuilder::build`].
     pub fn new() -> Result<Self> {
         Loader::builder().build()
     }
@@ -50,77 +51,81 @@ impl Loader {
         LoaderBuilder { settings: Settings::default(), heap: None, dma_buf: false, notes: Vec::new() }
     }
 
-    /// Asks for a load of a file, a folder, several files, or a file that is open (see [`Source`]). Await it
-    /// for all of it, or consume it in another way: see [`LoadRequest`]. It takes the loader's options
-    /// unless it is given its own ([`LoadRequest::options`]).
+    /// Prepares a load of a file, a folder, several files, or an open file (see [`Source`]). Await
+    /// it to load everything, or see [`LoadRequest`] for other ways to consume it. It uses the
+    /// loader's options unless [`LoadRequest::options`] sets others.
     ///
-    /// Nothing happens before it is consumed, and nothing blocks then: opening and reading happen on the
-    /// loader's threads, and every error comes from the load.
+    /// Nothing happens until the request is consumed, and nothing blocks then: files are opened
+    /// and read on the loader's threads, and all errors come from the load.
     pub fn load(&self, source: impl Into<Source>) -> LoadRequest {
         LoadRequest::new(&self.guard, source.into())
     }
 
-    /// The options of loads that are given none, to be changed for one load.
+    /// The options of loads that don't set their own, as a starting point for one load's options.
     pub fn load_options(&self) -> LoadOptions {
         self.guard.settings().load.clone()
     }
 
-    /// Where segments' memory comes from.
+    /// The heap that allocates segments.
     pub fn heap(&self) -> &dyn Heap {
         self.guard.heap()
     }
 
-    /// Frees memory that the pool keeps, the oldest first, until it has at most `keep_bytes`; returns how much that is. The
-    /// freeing itself is done by a thread.
+    /// Frees pooled memory, oldest first, until at most `keep_bytes` remain. Returns the number of
+    /// bytes removed from the pool; a background thread frees them.
     pub fn trim_pool(&self, keep_bytes: u64) -> u64 {
         self.guard.trim_pool(keep_bytes)
     }
 
-    /// What the loader has done so far, and holds now.
+    /// What the loader has done so far and what it holds now.
     pub fn metrics(&self) -> Metrics {
         self.guard.metrics()
     }
 
-    /// How much memory segments have now: those that are being filled, those that are not dropped, or not freed yet, and what the
-    /// pool keeps. What [`LoaderBuilder::memory_limit_bytes`] limits.
+    /// Bytes of memory that segments occupy now: being filled, held by consumers, waiting to be
+    /// freed, or kept in the pool. This is what [`LoaderBuilder::memory_limit_bytes`] limits.
     pub fn memory_bytes(&self) -> u64 {
         self.guard.memory_bytes()
     }
 
-    /// How much memory the pool keeps now.
+    /// Bytes of memory that the pool keeps now.
     pub fn pooled_bytes(&self) -> u64 {
         self.guard.pooled_bytes()
     }
 
-    /// Stops: loads that are not finished fail with [`crate::Error::ShutDown`], reads in flight are drained, the threads end.
+    /// Shuts down: unfinished loads fail with [`crate::Error::ShutDown`], reads in flight are
+    /// drained, and the threads exit.
     ///
-    /// Other clones stay valid, but every load on them fails. It begins with the call, and dropping the future does not stop it.
+    /// Other clones stay valid, but every load on them fails. Shutdown begins with the call;
+    /// dropping the future does not stop it.
     ///
     /// # Errors
-    /// [`Leaked`] when reads are still in flight past the deadline
-    /// ([`LoaderBuilder::shutdown_timeout`]): the memory that they may write to is never freed; or
-    /// when another thread has not ended by then. If no thread can be started to wait for that,
+    /// [`Leaked`] if reads are still in flight at the deadline
+    /// ([`LoaderBuilder::shutdown_timeout`]), in which case the memory they may write to is never
+    /// freed, or if another thread has not exited by then. If no thread can be started to wait,
     /// the deadline is the first poll of the future.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
         self.guard.shut_down()
     }
 }
 
-/// Configures a [`Loader`]. Made by [`Loader::builder`].
+/// Configures a [`Loader`]. Created by [`Loader::builder`].
 ///
-/// Worst-case memory that is allocated and not filled is window + staging, over all loads: with
-/// the defaults 128 MiB ([`Self::window_bytes`]) and 16 to 72 MiB ([`Self::staging_bytes`]). On a
-/// dma-heap, [`Layout::Single`](crate::Layout::Single) adds the one allocation of each such load.
-/// Memory that is filled belongs to those who load: it is limited only by
-/// [`Self::memory_limit_bytes`] (default: no limit), and kept for later loads only by
-/// [`Self::pool_bytes`] (default: none is).
+/// Worst-case memory that is allocated but not filled is window + staging, over all loads: with
+/// the defaults, 128 MiB ([`Self::window_bytes`]) plus 16 to 72 MiB ([`Self::staging_bytes`]). On
+/// a dma-heap, [`Layout::Single`](crate::Layout::Single) adds the one allocation of each such
+/// load. Filled memory belongs to the consumers of the loads: only [`Self::memory_limit_bytes`]
+/// limits it (no limit by default), and only [`Self::pool_bytes`] keeps it for later loads (none
+/// by default).
 ///
-/// - A larger window lets more loads go on at full speed side by side, and bounds the size of a
+/// - A larger window lets more loads run at full speed side by side. It also bounds the size of a
 ///   segment.
-/// - More staging lets more staged reads be in flight, and takes more of the processor's cache.
-/// - A deeper queue keeps storage with more latency busy, and other users of the disk wait longer.
-/// - A pool spares the next model the allocating, and keeps memory from others until it is short.
-/// - Under a limit of memory, loads wait for each other, and segments are smaller.
+/// - More staging allows more staged reads in flight and occupies more of the CPU cache.
+/// - A deeper queue keeps high-latency storage busy, and makes other users of the disk wait
+///   longer.
+/// - A pool saves the next model its allocations, and keeps that memory from others until memory
+///   runs short.
+/// - Under a memory limit, loads wait for each other and segments are smaller.
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct LoaderBuilder {
@@ -133,111 +138,120 @@ pub struct LoaderBuilder {
 impl LoaderBuilder {
     /// The default of [`Self::window_bytes`].
     pub const WINDOW_BYTES: u64 = settings::WINDOW_BYTES;
-    /// The default of [`Self::queue_depth`]. A load alone may have 32 of them, and reads its first 64 MiB with 32.
+    /// The default of [`Self::queue_depth`]. A load alone may use 32 of them and reads its first
+    /// 64 MiB with 32.
     pub const QUEUE_DEPTH: usize = settings::QUEUE_DEPTH;
-    /// Staging at the start. A load alone may have 12 MiB of it: more does not stay in the processor's
-    /// cache. It grows by 4 MiB for each thread that copies besides the first two: see
+    /// The initial amount of staging. A load alone may use 12 MiB of it, because more does not
+    /// stay in the CPU cache. It grows by 4 MiB for each copier thread after the first two: see
     /// [`Self::staging_bytes`].
     pub const STAGING_BYTES: u64 = settings::STAGING_BYTES;
 
-    /// Where segments' memory comes from. Default: [`HeapChoice::Auto`].
+    /// Sets the heap that allocates segments. Default: [`HeapChoice::Auto`].
     pub fn heap(mut self, heap: impl Heap) -> Self {
         self.heap = Some(Arc::new(heap));
         self
     }
 
-    /// Requires dma-bufs: without [`LoaderBuilder::heap`], the heap is [`HeapChoice::DmaBuf`].
-    /// Default: false.
+    /// Requires dma-bufs. Unless [`LoaderBuilder::heap`] sets a heap, [`HeapChoice::DmaBuf`] is
+    /// used. Default: false.
     pub fn dma_buf(mut self, required: bool) -> Self {
         self.dma_buf = required;
         self
     }
 
-    /// The most bytes that may be allocated and not yet filled, over all loads: at least a segment. One load alone takes three quarters of it
-    /// at most, where at least four of its allocations have room. Default: [`Self::WINDOW_BYTES`], 128 MiB.
+    /// Maximum bytes that may be allocated but not yet filled, over all loads; at least one
+    /// segment. A single load takes at most three quarters of it where at least four of its
+    /// allocations fit. Default: [`Self::WINDOW_BYTES`], 128 MiB.
     pub fn window_bytes(mut self, bytes: u64) -> Self {
         self.settings.window_bytes = bytes;
         self
     }
 
-    /// Reads in flight at once, over all loads, from 1 to 4096; one load alone has three quarters of them at most. Default: [`Self::QUEUE_DEPTH`].
+    /// Maximum reads in flight over all loads, from 1 to 4096. A single load uses at most three
+    /// quarters of them. Default: [`Self::QUEUE_DEPTH`].
     pub fn queue_depth(mut self, reads: usize) -> Self {
         self.settings.queue_depth = reads;
         self
     }
 
-    /// The most memory that [`Route::Bounce`](crate::Route::Bounce) stages reads in, from 2 MiB to 1 GiB.
-    /// It is taken when a load first needs it, and kept. One load alone has three quarters of it at most. Default: [`Self::STAGING_BYTES`], 16 MiB, and 4 MiB
-    /// more for each thread that copies besides the first two: up to 72 MiB on a machine with 16 CPUs or more, and never more
+    /// Maximum memory in which [`Route::Bounce`](crate::Route::Bounce) stages reads, from 2 MiB to
+    /// 1 GiB. It is allocated when a load first needs it, and kept. A single load uses at most
+    /// three quarters of it. Default: [`Self::STAGING_BYTES`], 16 MiB, plus 4 MiB for each copier
+    /// thread after the first two: up to 72 MiB on a machine with 16 or more CPUs, and never more
     /// than 16 MiB on one with two.
     ///
-    /// The threads that copy follow what is measured: where two are always busy, another one is tried, and kept if it
-    /// makes loads faster; up to one for each CPU, and 16.
+    /// The number of copier threads follows measurements: when two are always busy, another is
+    /// tried, and kept if loads get faster, up to one for each CPU and at most 16.
     pub fn staging_bytes(mut self, bytes: u64) -> Self {
         self.settings.staging_is_chosen = true;
         self.settings.staging_bytes = bytes;
         self
     }
 
-    /// How much memory of dropped segments is kept for loads to come. Such memory needs no allocating, zeroing or populating,
-    /// which is most of the work on small pages. It is used again for a segment of the same size, so for a model of the same
-    /// size and layout. Only segments whose descriptors never left are kept; when memory gets short, an allocation
-    /// takes it from the pool before it fails; and where the kernel tells of memory pressure (PSI), all of it is
-    /// freed when others wait for memory. Default: 0, nothing is kept.
+    /// Maximum memory of dropped segments to keep for later loads. Reusing it skips allocating,
+    /// zeroing and populating, which is most of the work on small pages. Memory is reused for
+    /// segments of the same size, so for models of the same size and layout. Only segments whose
+    /// descriptors were never handed out are kept. When memory runs short, an allocation frees
+    /// pooled memory before it fails; where the kernel reports memory pressure (PSI), the whole
+    /// pool is freed as soon as other processes wait for memory. Default: 0, nothing is kept.
     pub fn pool_bytes(mut self, bytes: u64) -> Self {
         self.settings.pool_bytes = bytes;
         self
     }
 
-    /// The most memory that segments may have, over all loads: those that are being filled, those whose consumers have not dropped
-    /// them, and what the pool keeps. A consumer that drops what it has used can so stream a model larger than memory.
+    /// Maximum memory that segments may occupy, over all loads: those being filled, those that
+    /// consumers still hold, and what the pool keeps. A consumer that drops segments after use can
+    /// stream a model larger than memory.
     ///
-    /// A load begins when there is room for its largest segment, or, where all of it will be in
-    /// memory (an image, or [`LoadRequest::start`]), for all of it; until then it waits, in the
-    /// order they came. Images of one file system begin in three quarters of the limit together
-    /// (or one that needs more, alone), so that a server which does not answer leaves room for
-    /// loads of others. One that could never begin fails with [`crate::Error::OverLimit`]. A
-    /// consumer that keeps what it was given holds up its own load, and no other. Segments whose
-    /// size is left open are small enough for as many loads as may be open at once
-    /// ([`Self::max_open_loads`]): a hundredth of the limit, more or less. Default: no limit.
+    /// A load begins when its largest segment fits, or, where all of it will be in memory (an
+    /// image, or [`LoadRequest::start`]), when all of it fits. Until then it waits in arrival
+    /// order. Images from one file system together begin in at most three quarters of the limit
+    /// (or one image that needs more, alone), so that a server that does not answer leaves room
+    /// for loads from others. A load that could never begin fails with
+    /// [`crate::Error::OverLimit`]. A consumer that keeps its segments holds up its own load and
+    /// no other. Segments without an explicit size are small enough for as many loads as may be
+    /// open at once ([`Self::max_open_loads`]): about a hundredth of the limit. Default: no limit.
     pub fn memory_limit_bytes(mut self, bytes: u64) -> Self {
         self.settings.memory_limit_bytes = bytes;
         self
     }
 
-    /// Something that the reports of all loads are to say, such as why the caller chose this heap.
+    /// Adds a note to the reports of all loads, such as why the caller chose this heap.
     pub fn note(mut self, note: impl Into<String>) -> Self {
         self.notes.push(note.into());
         self
     }
 
-    /// Threads that open files and allocate memory; at least one. Default: two, or one on a machine with one CPU; where
-    /// these are always busy, another one is tried, and kept if memory comes faster with it, up to one for each CPU, and
-    /// eight. A number that is set stays.
+    /// Number of threads that open files and allocate memory; at least one. Default: two, or one
+    /// on a machine with one CPU. When they are always busy, another is tried, and kept if memory
+    /// is allocated faster with it, up to one for each CPU and at most eight. An explicit number
+    /// stays fixed.
     ///
-    /// While one waits for a file whose server does not answer for a second, another thread
-    /// takes its place (at most 64).
+    /// If a thread waits more than a second for a file whose server does not answer, another
+    /// thread takes its place (at most 64).
     pub fn allocator_threads(mut self, threads: usize) -> Self {
         self.settings.allocators_are_chosen = true;
         self.settings.allocator_threads = threads;
         self
     }
 
-    /// Loads that have files open at once; others wait in the order they came. At least one. One
-    /// whose opening waits for a server that does not answer does not count. Nor do up to 64 loads
-    /// of file systems of which nothing has come for 5 to 10 s while others wait. Default: 64.
+    /// Maximum loads that have files open at once; others wait in arrival order. At least one. A
+    /// load whose open call waits for a server that does not answer does not count, nor do up to
+    /// 64 loads from file systems that have delivered nothing for 5 to 10 s while others wait.
+    /// Default: 64.
     pub fn max_open_loads(mut self, loads: usize) -> Self {
         self.settings.max_open_loads = loads.max(1);
         self
     }
 
-    /// How long [`Loader::shutdown`] waits for reads in flight before it leaks their memory. Default: 10 s.
+    /// How long [`Loader::shutdown`] waits for reads in flight before leaking their memory.
+    /// Default: 10 s.
     pub fn shutdown_timeout(mut self, timeout: Duration) -> Self {
         self.settings.shutdown_timeout = timeout;
         self
     }
 
-    /// The options of loads that are given none of their own ([`LoadRequest::options`]). Default:
+    /// Sets the options of loads without their own ([`LoadRequest::options`]). Default:
     /// [`LoadOptions::new`].
     pub fn load_options(mut self, options: LoadOptions) -> Self {
         self.settings.load = options;
@@ -247,9 +261,10 @@ impl LoaderBuilder {
     /// Starts the loader's threads.
     ///
     /// # Errors
-    /// [`crate::Error::Config`] for settings that make no sense; [`crate::Error::Start`] when no thread or descriptor can be
-    /// had; [`crate::Error::NoDmaBuf`] where dma-bufs are required and can't be had. That io_uring is refused is no error here:
-    /// loads take the next route, and say so.
+    /// [`crate::Error::Config`] for invalid settings; [`crate::Error::Start`] if a thread or
+    /// descriptor can't be created; [`crate::Error::NoDmaBuf`] if dma-bufs are required but not
+    /// available. A refusal of io_uring is not an error: loads step down to the next route and
+    /// report it.
     pub fn build(self) -> Result<Loader> {
         let (heap, reason) = match self.heap {
             Some(heap) if self.dma_buf && !heap.exports() => {
@@ -275,7 +290,8 @@ mod tests {
     use crate::ring::can_read_buffered;
     use crate::route::{Attempt, Route};
 
-    /// A file of the length that is measured, each MiB of which begins with its number, taken for one on NFS.
+    /// A file long enough to be measured, where each MiB begins with its number. It pretends to be
+    /// on NFS.
     fn on_nfs() -> tempfile::NamedTempFile {
         use std::os::unix::fs::{FileExt, MetadataExt};
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -300,7 +316,7 @@ mod tests {
             return;
         }
         let file = on_nfs();
-        // What has no direct reads (tmpfs before Linux 6.6) leaves nothing to choose from.
+        // File systems without direct reads (tmpfs before Linux 6.6) leave nothing to choose from.
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECT;
         if rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).is_err() {
             return;
@@ -311,7 +327,7 @@ mod tests {
         let report = image.report();
         let measured = report.measured.expect("512 MiB are enough");
         assert!(measured.buffered_bytes_per_second.is_some(), "{measured:?}");
-        // Some of it went that way, which nothing has refused.
+        // Part of it was read through the page cache by choice; nothing was refused.
         assert_eq!((report.route, report.cached_bytes), (Route::UringBuffered, 0));
         let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.to, step.attempt)).collect();
         assert_eq!(steps, [(Route::PreadDirect, Attempt::RingOnOther)]);
@@ -319,7 +335,7 @@ mod tests {
         let strict = loader.load_options().strict(true);
         let refused = loader.load(file.path()).options(strict.clone()).await.unwrap_err();
         assert!(matches!(refused, Error::Refused { attempt: Attempt::RingOnOther, .. }), "{refused}");
-        // Direct reads by threads are what this one asks for, and it takes no others.
+        // This load asks for direct reads by threads, so it must not measure other ways.
         let image = loader.load(file.path()).options(strict.clone().route(Route::PreadDirect)).await.unwrap();
         assert_eq!((image.report().route, image.report().measured), (Route::PreadDirect, None));
         let image = loader.load(file.path()).options(strict.route(Route::UringBuffered)).await.unwrap();

@@ -1,4 +1,4 @@
-//! How bytes get from storage into a segment, and the ladder between the ways.
+//! How bytes get from storage into a segment, and the ladder of such ways.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,46 +7,55 @@ use dmabuf::Errno;
 
 use crate::support::names;
 
-/// A way for bytes to get into a segment, best first. A load starts at the one it was asked for (by default the
-/// first) and steps down when the kernel refuses it; each step is a [`Fallback`] in the report.
+/// A way for bytes to get into a segment, best first. A load starts at the requested route (the
+/// first by default) and steps down when the kernel refuses it. Each step is a [`Fallback`] in the
+/// report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Route {
-    /// io_uring with registered buffers and `O_DIRECT`: the device writes into pages that were pinned once.
+    /// io_uring with registered buffers and `O_DIRECT`: the device writes into pages that were
+    /// pinned once.
     UringFixedDirect,
-    /// io_uring with `O_DIRECT`: each read pins its pages itself. What an ordinary user's memlock limit allows.
+    /// io_uring with `O_DIRECT`: each read pins its own pages. Works within an ordinary user's
+    /// memlock limit.
     UringDirect,
-    /// `pread(2)` with `O_DIRECT`, by a few threads. For kernels and containers that refuse io_uring.
+    /// `pread(2)` with `O_DIRECT` on a few threads, for kernels and containers that refuse
+    /// io_uring.
     PreadDirect,
-    /// Direct reads into a few staging buffers, by the best of the ways above, and a copy from there. For memory that
-    /// can't be pinned: the mappings of most dma-heaps.
+    /// Direct reads into a few staging buffers, by the best of the routes above, followed by a
+    /// copy. For memory that can't be pinned, such as the mappings of most dma-heaps.
     Bounce,
-    /// io_uring through the page cache, many reads at once. For network file systems on which direct reads are slow, and
-    /// for whoever asks for it; no refusal leads here. Leaves nothing in the page cache where the kernel and the file
-    /// system can do that (`RWF_DONTCACHE`).
+    /// io_uring through the page cache, with many reads at once. For network file systems on which
+    /// direct reads are slow, and for callers who ask for it; no refusal leads here. Leaves
+    /// nothing in the page cache where the kernel and the file system support that
+    /// (`RWF_DONTCACHE`).
     UringBuffered,
-    /// `pread(2)` through the page cache, by a few threads. For file systems that refuse `O_DIRECT`.
+    /// `pread(2)` through the page cache on a few threads, for file systems that refuse
+    /// `O_DIRECT`.
     Buffered,
 }
 
 impl Route {
-    /// All of them, best first.
+    /// All routes, best first.
     pub const ALL: [Route; 6] =
         [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce, Route::UringBuffered, Route::Buffered];
 
-    /// The next one down the ladder after this one was refused with `errno`.
+    /// The next route down the ladder after `errno` refused this one.
     ///
-    /// EFAULT is memory that can't be pinned: no direct read can go into it, so the next one is [`Route::Bounce`]. Any
-    /// other refusal is none of the memory's, and bouncing would not help.
+    /// EFAULT means that the memory can't be pinned, so no direct read can target it and the next
+    /// route is [`Route::Bounce`]. Other refusals have nothing to do with the memory, and bouncing
+    /// would not help.
     pub fn lower(self, errno: Errno) -> Option<Route> {
         if errno == Errno::EFAULT && self < Route::Bounce {
             return Some(Route::Bounce);
         }
-        // Threads that read through the page cache bring memory into being as they go, and a ring can't.
+        // Threads that read through the page cache populate memory as they write to it; a ring
+        // does not.
         Route::ALL.into_iter().find(|&other| other > self && !matches!(other, Route::Bounce | Route::UringBuffered))
     }
 
-    /// Whether reads bypass the page cache, and so need aligned offsets, lengths and addresses.
+    /// Whether reads bypass the page cache and therefore need aligned offsets, lengths and
+    /// addresses.
     pub fn is_direct(self) -> bool {
         self < Route::UringBuffered
     }
@@ -56,7 +65,7 @@ impl Route {
         matches!(self, Route::UringFixedDirect | Route::UringDirect | Route::UringBuffered)
     }
 
-    /// The same way by threads.
+    /// The equivalent route on threads.
     pub(crate) fn without_ring(self) -> Route {
         match self {
             Route::UringFixedDirect | Route::UringDirect => Route::PreadDirect,
@@ -104,12 +113,12 @@ pub struct Fallback {
     pub to: Route,
     /// What was being tried.
     pub attempt: Attempt,
-    /// The kernel's answer.
+    /// The kernel's error.
     pub errno: Errno,
 }
 
 impl Fallback {
-    /// What was refused and what would change it, in a sentence.
+    /// A sentence that says what was refused and what would change that.
     pub fn reason(&self) -> String {
         match self.attempt.hint(self.errno) {
             Some(hint) => format!("{} was refused; {hint}", self.attempt),
@@ -118,7 +127,7 @@ impl Fallback {
     }
 }
 
-/// What a route needs from the kernel, and may be refused.
+/// What a route needs from the kernel, which may refuse it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Attempt {
@@ -130,31 +139,31 @@ pub enum Attempt {
     RegisterBuffer,
     /// Registering a staging buffer of [`Route::Bounce`] with the ring.
     RegisterStaging,
-    /// Reads by io_uring of a file on FUSE: never tried, since they can give wrong bytes.
+    /// Reading a file on FUSE by io_uring: never tried, because such reads can return wrong bytes.
     RingOnFuse,
-    /// Reads by io_uring of a file on overlayfs or eCryptfs: never tried, because what is
-    /// below may be FUSE and can't be identified.
+    /// Reading a file on overlayfs or eCryptfs by io_uring: never tried, because the lower file
+    /// system may be FUSE and can't be identified.
     RingOnStacked,
-    /// Reads by io_uring on a file system that is not known to be local: never tried, because a
-    /// server that does not answer could delay every other read. Buffered ones of NFS and SMB are
+    /// Reading by io_uring from a file system not known to be local: never tried, because a server
+    /// that does not answer could delay every other read. Buffered reads from NFS and SMB are
     /// allowed ([`Route::UringBuffered`]).
     RingOnOther,
-    /// Reads by io_uring on a block device that may stop answering, because a network or a
+    /// Reading by io_uring from a block device that may stop answering, because a network or a
     /// process is behind it (nbd, rbd, drbd, ublk, a loop device whose file isn't on a local file
-    /// system), or of which that can't be found out: never tried, because such a read may block
-    /// the ring thread, and with it every other read.
+    /// system), or whose backing can't be determined: never tried, because such a read may block
+    /// the ring thread and with it every other read.
     RingOnDevice,
-    /// Reads by io_uring on a file system that can't be identified (`fstatfs(2)` fails):
-    /// never tried.
+    /// Reading by io_uring from a file system that can't be identified (`fstatfs(2)` fails): never
+    /// tried.
     RingOnUnknown,
     /// A read.
     Read,
-    /// Reading on where direct reads gave less than a block, again and again.
+    /// Continuing after direct reads repeatedly returned less than a block.
     ReadOn,
 }
 
 impl Attempt {
-    /// What a person can do about a refusal.
+    /// What the user can do about the refusal.
     pub fn hint(self, errno: Errno) -> Option<&'static str> {
         match (self, errno) {
             (Attempt::SetUpRing, Errno::EPERM) => Some(
@@ -226,11 +235,11 @@ impl fmt::Display for Attempt {
     }
 }
 
-/// Whether an error of a read says "not this way" (another route may do) rather than "these bytes can't be had".
+/// Whether a read error means "not by this route" rather than "these bytes can't be read".
 ///
-/// EINVAL and EOPNOTSUPP come from file systems without `O_DIRECT` or stricter about alignment than they told;
-/// EFAULT from memory that can't be pinned; the others from security modules and limits. Everything that
-/// speaks of the medium (EIO, ENODATA, ESTALE, ...) is an error on every route.
+/// EINVAL and EOPNOTSUPP come from file systems that lack `O_DIRECT` or need a stricter alignment
+/// than they state; EFAULT from memory that can't be pinned; the others from security modules and
+/// limits. Errors about the medium (EIO, ENODATA, ESTALE, ...) fail on every route.
 pub(crate) fn is_refusal(errno: Errno) -> bool {
     matches!(
         errno,

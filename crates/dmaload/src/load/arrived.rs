@@ -1,4 +1,4 @@
-//! What has come of a load that is kept: its files, its segments, its end.
+//! What a kept load has delivered so far: its files, its segments, and how it ended.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct Arrived {
     segments: Vec<Segment>,
@@ -24,17 +24,17 @@ pub(super) enum End {
     Failed(Error),
 }
 
-/// The files of a load, in its order.
+/// The files of a load, in load order.
 #[derive(Debug)]
 struct Files {
     list: Vec<ArrivingFile>,
-    /// How many have tensors that are not known yet.
+    /// Number of files whose tensors are not known yet.
     unknown: usize,
-    /// Made when a tensor is looked up and the tensors of all files are known.
+    /// Built when a tensor is looked up and the tensors of all files are known.
     names: Option<Names>,
 }
 
-/// A file, and those of its segments that are there.
+/// A file and the segments of it that have arrived.
 #[derive(Debug)]
 struct ArrivingFile {
     about: LoadFile,
@@ -42,7 +42,7 @@ struct ArrivingFile {
 }
 
 impl Arrived {
-    /// Adds what the load tells.
+    /// Records an event of the load.
     pub(super) fn add(&mut self, event: Event) {
         match event {
             Event::Planned(files) => self.files = Some(Files::new(files)),
@@ -56,7 +56,7 @@ impl Arrived {
         }
     }
 
-    /// The segments that are there, in order.
+    /// The segments that have arrived, in order.
     pub(super) fn segments(&self) -> &[Segment] {
         &self.segments
     }
@@ -69,8 +69,8 @@ impl Arrived {
         (self.segments, self.end)
     }
 
-    /// The tensor of this name, if it is there, or why it never will be; `None` while that is
-    /// open. `sources` are the files of the load.
+    /// The tensor with this name if it has arrived, or the error if it never will; `None` while
+    /// that is undecided. `sources` are the files of the load.
     pub(super) fn tensor(&mut self, name: &str, sources: &[SourceFile]) -> Option<Result<Tensor>> {
         if let Some(End::Failed(error)) = &self.end {
             return Some(Err(error.clone()));
@@ -96,7 +96,7 @@ impl Files {
     fn add(&mut self, segment: &Segment) {
         let file = self.list.get_mut(segment.file_index()).expect("a segment is of a file of its load");
         if !file.about.is_known {
-            // The file was checked, and its header read, before its first segment was shown.
+            // The file was checked and its header read before its first segment was handed over.
             file.about.tensors = segment.file_tensors().cloned();
             file.about.is_known = true;
             self.unknown -= 1;
@@ -104,8 +104,8 @@ impl Files {
         file.segments.push(segment.clone());
     }
 
-    /// The number of the file that has this tensor, and the tensor's position in that file's map,
-    /// or why there is none; `None` while that is open.
+    /// The number of the file that contains this tensor and the tensor's position in that file's
+    /// map, or the error if there is none; `None` while that is undecided.
     fn find(&mut self, name: &str, sources: &[SourceFile]) -> Option<Result<(usize, usize)>> {
         if self.unknown == 0 {
             let list = &self.list;
@@ -115,16 +115,17 @@ impl Files {
             });
             return Some(names.find(name));
         }
-        // The index of a model says of most of its files that they do not have this tensor. A
-        // file of which it does not say so, or that has no index, has to be known. What can't be
-        // found in these may be in none, or not wanted: only the names of all files tell.
+        // A model's index rules out most of its files for a given tensor. A file that it does not
+        // rule out, or that has no index, must be known first. A name that is in none of these may
+        // not exist or may not be selected; only the names of all files can tell.
         let mut found = None;
         for (number, (file, _)) in self.list.iter().zip(sources).enumerate().filter(|(_, (_, source))| source.owns(name)) {
             if !file.about.is_known {
                 return None;
             }
             if let Some(position) = file.position_of(name) {
-                // Two of this name are an error, unless the load fails before that is known.
+                // Two tensors with this name are an error, unless the load fails before that is
+                // certain.
                 if found.replace((number, position)).is_some() {
                     return None;
                 }
@@ -135,7 +136,7 @@ impl Files {
 }
 
 impl ArrivingFile {
-    /// The position of a tensor that is loaded in the file's map.
+    /// The position in the file's map of a tensor that is loaded.
     fn position_of(&self, name: &str) -> Option<usize> {
         let tensors = self.about.tensors.as_ref()?;
         tensors.map.get_index_of(name).filter(|&position| tensors.part_at(position).is_some())

@@ -21,7 +21,7 @@ pub(super) struct Feed {
 }
 
 impl Feed {
-    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    /// Starts a load. `keep` says whether all of it will be in memory at once.
     pub(super) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
         let (outbox, shared) = guard.load(asked, options, keep);
         Feed { outbox, shared: Some(shared), guard: Arc::clone(guard) }
@@ -35,21 +35,20 @@ impl Feed {
         self.outbox.take()
     }
 
-    /// The consumer of a stream has taken a segment: its load may go on.
+    /// Reports that the consumer of a stream has taken a segment, so its load may continue.
     pub(super) fn consumed(&self, segment: &Segment) {
-        // A load that is kept is not held up.
+        // Kept loads never wait for their consumer.
         if let Some(load) = self.shared.as_ref().filter(|load| !load.keep) {
             self.guard.consumed(load.id, segment.memory_bytes() as u64);
         }
     }
 
-    /// Why the tensors of this load can't be given one by one within its loader's limit of
-    /// memory.
+    /// Why this load's tensors can't be delivered one by one within the loader's memory limit.
     pub(super) fn tensor_over_limit(&self) -> Option<Error> {
         self.shared.as_ref().and_then(|shared| shared.tensor_over_limit.get().cloned())
     }
 
-    /// The files; none before they are known.
+    /// The load's files; empty until they are known.
     pub(super) fn sources(&self) -> &[SourceFile] {
         self.shared.as_ref().map_or(&[], |shared| shared.sources())
     }

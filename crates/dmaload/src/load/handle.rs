@@ -1,5 +1,4 @@
-//! A load that is kept as a whole: its progress, single tensors as soon as they are there, the
-//! image.
+//! A load that is kept as a whole: its progress, single tensors as they arrive, and the image.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,31 +18,31 @@ use crate::memory::segment::Segment;
 use crate::options::load::LoadOptions;
 use crate::support::park;
 
-/// A load that is under way and keeps all that it reads. It runs by itself, on the loader's
-/// threads, whether it is polled or not. Made by
-/// [`LoadRequest::start`](crate::LoadRequest::start).
+/// A running load that keeps everything it reads. It runs on the loader's threads, whether or not
+/// it is polled. Created by [`LoadRequest::start`](crate::LoadRequest::start).
 ///
-/// - [`Load::tensor`] gives one tensor by its name, as soon as its bytes are there, while the
-///   rest is read. Any number of tasks and threads may wait at once.
-/// - [`Load::next`] (it is a [`Stream`], too) gives the segments in order, each as soon as it is
-///   complete.
-/// - [`Load::finish`], or awaiting the load itself, gives the [`Image`].
+/// - [`Load::tensor`] returns a tensor by name as soon as its bytes have arrived, while the rest
+///   is read. Any number of tasks and threads may wait at once.
+/// - [`Load::next`] (also available as a [`Stream`]) yields the segments in order, each as soon as
+///   it is complete.
+/// - [`Load::finish`], or awaiting the load itself, returns the [`Image`].
 ///
-/// Dropping it cancels the load: nothing new is read, what is in flight is drained in the
-/// background, then its memory is freed. Segments and tensors that were given stay. Until then it
-/// holds all segments, and nothing else once the last one is there: its files are closed.
+/// Dropping it cancels the load: no new reads start, reads in flight are drained in the
+/// background, and then its memory is freed. Segments and tensors already handed over stay valid.
+/// Until it is dropped, the load holds all its segments; its files are closed once the last
+/// segment has arrived.
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Load {
-    /// Of [`Load::next`] and [`Load::finish`]. Before the feed: cancelling wakes no task for its
-    /// own load.
+    /// Used by [`Load::next`] and [`Load::finish`]. Declared before the feed so that cancelling
+    /// the load does not wake the task that drops it.
     waiter: Waiter,
     feed: Feed,
-    /// No code of the caller's runs while this is locked.
+    /// The caller's code never runs while this is locked.
     arrived: Mutex<Arrived>,
-    /// How many segments [`Load::next`] has given.
+    /// How many segments [`Load::next`] has returned.
     given: usize,
-    /// Whether it has given the error.
+    /// Whether [`Load::next`] has returned the error.
     failure_given: bool,
 }
 
@@ -54,39 +53,41 @@ impl Load {
         Load { waiter: feed.waiter(), feed, arrived, given: 0, failure_given: false }
     }
 
-    /// How far it is.
+    /// How far the load has progressed.
     pub fn progress(&self) -> Progress {
         self.feed.progress()
     }
 
-    /// Whether it has ended, well or not: awaiting it then gives the image, or the error, at once.
+    /// Whether the load has ended, successfully or not. Awaiting it then returns at once.
     pub fn is_finished(&self) -> bool {
         self.look(|arrived| arrived.end().map(|_| ())).is_some()
     }
 
-    /// The tensor of this name, as soon as the segments up to its last byte are there (they come in
-    /// order); that may be long before the load ends. Its bytes are contiguous, whether they are in one segment or in several (unless
-    /// it is a rank's part in rows: [`Tensor::is_contiguous`]).
+    /// Returns the tensor with this name as soon as the segments up to its last byte have arrived
+    /// (segments arrive in order), which may be long before the load ends. The tensor's bytes are
+    /// contiguous even if they span segments, except for a rank's part in rows:
+    /// [`Tensor::is_contiguous`].
     ///
-    /// The names of a file's tensors are known once its header is read: for a small file, which is
-    /// read as a whole, with its bytes. Of several files, the index of their model decides which one
-    /// has the tensor. A name that it does not list, or that has no index, is not given before the
-    /// headers of all files are read, because another one may have a tensor of the same name.
-    /// Whether a model of several files is whole is known by then, too, or at the latest when the
-    /// load ends: then the load fails, although tensors were given.
+    /// The names of a file's tensors are known once its header is read; a small file is read as a
+    /// whole, so its names arrive with its bytes. For several files, the model's index decides
+    /// which file has the tensor. A name that the index does not list, or that has no index, is
+    /// returned only after the headers of all files are read, because another file may have a
+    /// tensor of the same name. Whether a model of several files is complete is known by then or
+    /// at the end of the load; if it is not, the load fails although tensors were already
+    /// returned.
     ///
-    /// As with segments, a file that is changed while it is being read is found out at its end: a
-    /// tensor may be given before that, and the load fails all the same. Once it has failed, so
-    /// does this.
+    /// As with segments, a change to a file during the load is detected when the file has been
+    /// read. A tensor may be returned before that, and the load still fails. After it has failed,
+    /// this returns the error too.
     ///
-    /// Any number of tasks and threads may wait at once, also for the same tensor. One that is
-    /// not polled holds up no other.
+    /// Any number of tasks and threads may wait at once, even for the same tensor. A future that
+    /// is not polled does not hold up the others.
     ///
-    /// Cancel-safe: dropping the future loses nothing, and cancels nothing.
+    /// Cancel-safe: dropping the future loses nothing and does not cancel the load.
     ///
     /// # Errors
-    /// Those of [`Image::tensor`], as soon as the names of all tensors are known; whatever made
-    /// the load fail.
+    /// Those of [`Image::tensor`], as soon as the names of all tensors are known, and the error
+    /// that made the load fail.
     ///
     /// # Example
     /// ```no_run
@@ -103,16 +104,16 @@ impl Load {
         std::future::poll_fn(|context| self.poll(&waiter, context, |arrived| arrived.tensor(name, self.feed.sources()))).await
     }
 
-    /// As [`Self::tensor`], for code that builds a model without `async`: this thread sleeps
-    /// until the tensor is there.
+    /// Blocking version of [`Self::tensor`], for model builders without `async`. The thread sleeps
+    /// until the tensor has arrived.
     ///
-    /// Not to be called on a thread that has other things to do: on an async runtime's worker it
-    /// stops all tasks of that worker. Nor on one of the loader's own threads (in wakers,
-    /// subscribers of `tracing`, heaps, verifiers and observers), where the load may need the
-    /// very thread that waits.
+    /// Don't call this from a thread with other work to do: on a worker of an async runtime it
+    /// stops all of that worker's tasks. Don't call it on the loader's own threads (in wakers,
+    /// `tracing` subscribers, heaps, verifiers or observers) either, because the load may need the
+    /// thread that waits.
     ///
     /// # Errors
-    /// As [`Self::tensor`].
+    /// Those of [`Self::tensor`].
     ///
     /// # Example
     /// ```no_run
@@ -128,26 +129,26 @@ impl Load {
         park::block_on(self.tensor(name))
     }
 
-    /// The next segment, in order; `None` after the last one. An error ends the load.
+    /// Returns the next segment, in order; `None` after the last one. An error ends the load.
     ///
-    /// A file that is changed while it is being read is found out at its end: before its last
-    /// segment, not before its first ones.
+    /// A change to a file during the load is detected at the end of the file: before its last
+    /// segment is returned, but after its first ones.
     ///
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// Whatever made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
         std::future::poll_fn(|context| self.poll_segment(context)).await
     }
 
-    /// Waits for the rest, and gives all of it.
+    /// Waits for the rest of the load and returns all of it.
     ///
     /// Not cancel-safe: dropping the future drops the load, which cancels it.
     ///
     /// # Errors
-    /// Whatever made the load fail, also if [`Load::next`] or [`Load::tensor`] has given it
-    /// before.
+    /// The error that made the load fail, even if [`Load::next`] or [`Load::tensor`] has already
+    /// returned it.
     pub async fn finish(self) -> Result<Image> {
         std::future::poll_fn(|context| self.poll(&self.waiter, context, |arrived| arrived.end().map(|_| ()))).await;
         let arrived = self.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -164,14 +165,15 @@ impl Load {
     /// Waits until `look` finds something in what has arrived.
     fn poll<T>(&self, waiter: &Waiter, context: &mut Context<'_>, mut look: impl FnMut(&mut Arrived) -> Option<T>) -> Poll<T> {
         let found = self.look(&mut look).or_else(|| {
-            // What comes from now on wakes the task; what has come before is there.
+            // Registered first, so that nothing that arrives during the check is missed.
             waiter.wait(context.waker());
             self.look(&mut look)
         });
         found.map_or(Poll::Pending, Poll::Ready)
     }
 
-    /// Looks at what has arrived by now. Whoever looks takes the events for all that wait.
+    /// Checks what has arrived so far. The caller takes the pending events on behalf of all
+    /// waiters.
     fn look<T>(&self, look: impl FnOnce(&mut Arrived) -> Option<T>) -> Option<T> {
         let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
         while arrived.end().is_none()

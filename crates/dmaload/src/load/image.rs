@@ -1,4 +1,4 @@
-//! A finished load: all segments, with the map of what is in them.
+//! A finished load: all its segments and a map of their contents.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -17,13 +17,13 @@ use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Report;
 
-/// All segments of a load, with its files, its tensors and its report. Cheap to clone.
+/// All segments of a load, with its files, tensors and report. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Image {
     files: Arc<[ImageFile]>,
     segments: Arc<[Segment]>,
     report: Arc<Report>,
-    /// The tensors of all files, made when one is first looked up.
+    /// The tensors of all files, built on the first lookup.
     names: Arc<OnceLock<Names>>,
     indices: Arc<[FolderIndex]>,
 }
@@ -33,12 +33,12 @@ pub struct Image {
 pub struct ImageFile {
     path: Arc<PathBuf>,
     bytes: u64,
-    /// The part of the file that is the model.
+    /// The part of the file that contains the model.
     part: Range<u64>,
     segments: Arc<[Segment]>,
     tensors: Option<Arc<FileTensors>>,
-    /// Whether segments are missing that the load has, or will have: it belongs to a tensor that
-    /// was given before the load ended.
+    /// Whether the load has, or will have, more segments of this file: the file belongs to a
+    /// tensor that was returned before the load ended.
     is_partial: bool,
 }
 
@@ -72,17 +72,18 @@ impl Image {
         &self.segments
     }
 
-    /// What happened during the load.
+    /// The report of the load.
     pub fn report(&self) -> &Report {
         &self.report
     }
 
-    /// The tensor of this name: of two files of a model that have it, that of the file which the model's index maps it to.
+    /// Returns the tensor with this name. If two files of a model contain it, the file that the
+    /// model's index maps it to counts.
     ///
     /// # Errors
-    /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] or [`Error::NotSelected`] for one that was not asked for;
-    /// [`Error::AmbiguousTensor`] where several files that the caller named one by one have it: [`ImageFile::tensor`] looks it
-    /// up in one.
+    /// [`Error::NoSuchTensor`]; [`Error::NotLoaded`] or [`Error::NotSelected`] for a tensor that
+    /// was not requested; [`Error::AmbiguousTensor`] if several files that the caller listed
+    /// contain it: use [`ImageFile::tensor`] to look it up in one.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let names = self.names.get_or_init(|| {
             let files = self.files.iter().map(|file| (Arc::clone(&file.path), file.tensors.clone()));
@@ -93,7 +94,8 @@ impl Image {
         Ok(file.tensor_at(position).expect("a name is of a tensor that was loaded"))
     }
 
-    /// All tensors that were loaded of all files, of a model with an index each name once: in file order, or in the order in which they were asked for.
+    /// All loaded tensors of all files, in file order or in the order in which they were
+    /// requested. For a model with an index, each name appears once.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         self.files.iter().flat_map(ImageFile::tensors)
     }
@@ -110,61 +112,61 @@ impl ImageFile {
         ImageFile { path, bytes, part, segments: segments.into(), tensors, is_partial: false }
     }
 
-    /// The length of the file that the model is in.
+    /// The length of the file that contains the model.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The bytes of the file that are the model: all of them, unless it was loaded from inside of
-    /// another file
-    /// ([`crate::Source::range`]).
+    /// The byte range of the file that contains the model: all of it, unless a range of a larger
+    /// file was loaded ([`crate::Source::range`]).
     pub fn file_range(&self) -> Range<u64> {
         self.part.clone()
     }
 
-    /// The path, as it was given, or as it was found in the folder that was given.
+    /// The path, as given or as found in the given folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The length of the file, or of the part of it that is the model, in bytes, also where only parts of it were loaded.
+    /// The length in bytes of the file, or of the range of it that contains the model, even if
+    /// only parts of it were loaded.
     pub fn len(&self) -> u64 {
         self.part.end - self.part.start
     }
 
-    /// Whether it has no bytes.
+    /// Whether the file is empty.
     pub fn is_empty(&self) -> bool {
         self.part.is_empty()
     }
 
-    /// Its segments, in order.
+    /// The file's segments, in order.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
     }
 
-    /// Its tensor map, with all tensors that it has; `None` for a file of raw bytes.
+    /// The map of all tensors in the file; `None` for a file of raw bytes.
     pub fn tensor_map(&self) -> Option<&TensorMap> {
         self.tensors.as_deref().map(|tensors| &*tensors.map)
     }
 
-    /// All its bytes, contiguous and without a copy, header included.
+    /// All bytes of the file, header included: contiguous and without a copy.
     ///
     /// # Errors
-    /// As [`Segment::bytes`]; [`Error::NotLoaded`] where only parts of it were, or where they are not contiguous
-    /// ([`crate::Layout::Tensors`]).
+    /// Those of [`Segment::bytes`]; [`Error::NotLoaded`] if only parts of the file were loaded, or
+    /// if they are not contiguous ([`crate::Layout::Tensors`]).
     pub fn bytes(&self) -> Result<Bytes> {
         self.slice(self.part.clone())
     }
 
-    /// Its tensor of this name, if that was loaded, and if the model's index, where it has one, doesn't map the name to another
-    /// file. The file of a tensor that was given before the load ended ([`Tensor::file`]) has those tensors only that lie in
-    /// the segments of that tensor.
+    /// Returns the tensor with this name if it was loaded and the model's index, if any, does not
+    /// map the name to another file. The file of a tensor that was returned before the load ended
+    /// ([`Tensor::file`]) has only the tensors that lie in that tensor's segments.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
         let position = self.tensor_map()?.get_index_of(name)?;
         self.tensor_at(position)
     }
 
-    /// Its tensors that were loaded, in file order, or in the order in which they were asked for.
+    /// The file's loaded tensors, in file order or in the order in which they were requested.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor> {
         let tensors = self.tensors.as_deref();
         let count = tensors.map_or(0, FileTensors::len);
@@ -180,7 +182,8 @@ impl ImageFile {
         if self.is_partial && !has_rows(&self.segments, &part.rows) {
             return None;
         }
-        // A tensor's name and type are looked up there whenever they are asked for.
+        // A tensor's name and type are looked up in the map on each access, so the entry must
+        // exist.
         tensors.map.get_index(position)?;
         Some(Tensor { position, part, tensors: Arc::clone(tensors), file: self.clone() })
     }
@@ -190,8 +193,7 @@ impl ImageFile {
     }
 }
 
-/// The tensor at this position of a file's map, if all its bytes are in these of the file's
-/// segments.
+/// The tensor at this position of a file's map, if these segments of the file hold all its bytes.
 pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: usize) -> Option<Tensor> {
     let tensors = file.tensors.as_ref()?;
     let part = tensors.part_at(position)?;
@@ -208,81 +210,82 @@ pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: u
     ImageFile { is_partial: true, ..file }.tensor_at(position)
 }
 
-/// Whether all of these rows are in these segments of a file.
+/// Whether these segments of a file hold all of these rows.
 fn has_rows(segments: &[Segment], rows: &Rows) -> bool {
     let is_there = |row: &Range<u64>| row.is_empty() || holding(segments, row).is_some();
     let ends = [rows.iter().next(), rows.iter().last()];
-    // The ends say nothing about the rows between them, unless one span has all: the blocks of other
-    // tensors, which were read before, may hold both.
+    // Having both ends says nothing about the rows between them unless one span covers all: both
+    // may lie in blocks of other tensors that were read earlier.
     ends.into_iter().flatten().all(|row| is_there(&row)) && (is_there(&rows.hull()) || rows.iter().all(|row| is_there(&row)))
 }
 
-/// One tensor of an image, or one rank's part of it: what it is, and where its bytes are.
+/// A tensor of an image, or one rank's part of it: what it is and where its bytes are.
 #[derive(Debug, Clone)]
 pub struct Tensor {
-    /// Its place in the map of `tensors`, which has one there: [`ImageFile::tensor_at`] checks it.
+    /// The tensor's position in the map of `tensors`. [`ImageFile::tensor_at`] checks that the
+    /// entry exists.
     position: usize,
     part: TensorSlice,
     tensors: Arc<FileTensors>,
     file: ImageFile,
 }
 
-/// The bytes of a tensor that lie in one segment, next to each other.
+/// The contiguous bytes of a tensor within one segment.
 #[derive(Debug, Clone)]
 pub struct TensorPart {
     /// The segment.
     pub segment: Segment,
-    /// Where in the segment they begin, in bytes.
+    /// Offset of the bytes in the segment.
     pub offset: usize,
-    /// How many bytes they are.
+    /// Number of bytes.
     pub len: usize,
 }
 
 impl TensorPart {
-    /// Where in the segment's dma-buf or memfd they begin, in bytes: not at `offset` where small
-    /// files share that.
+    /// Offset of the bytes in the segment's dma-buf or memfd. It differs from `offset` where small
+    /// files share one.
     pub fn memory_offset(&self) -> usize {
         self.segment.memory_offset() + self.offset
     }
 }
 
 impl Tensor {
-    /// Its name.
+    /// The tensor's name.
     pub fn name(&self) -> &str {
         &self.info().name
     }
 
-    /// The type of its elements.
+    /// The type of the elements.
     pub fn dtype(&self) -> DType {
         self.info().dtype
     }
 
-    /// The lengths of its dimensions, outermost first: `[]` is a scalar. Of a rank's part, that
-    /// part's.
+    /// The dimensions, outermost first: `[]` is a scalar. For a rank's part, the dimensions of
+    /// that part.
     pub fn shape(&self) -> &[usize] {
         &self.part.shape
     }
 
-    /// Where it is in its file, in bytes; of a part in rows, from the first to the last.
+    /// The tensor's byte range in its file. For a part in rows, from the first row to the last.
     pub fn file_range(&self) -> Range<u64> {
         self.part.rows.hull()
     }
 
-    /// The file that it is in.
+    /// The file that contains the tensor.
     pub fn file(&self) -> &ImageFile {
         &self.file
     }
 
-    /// Whether its bytes are contiguous in the file, and so in memory: all whole tensors are, a
-    /// rank's part along another than the first dimension is not.
+    /// Whether the bytes are contiguous in the file, and so in memory. All whole tensors are; a
+    /// rank's part along any dimension but the first is not.
     pub fn is_contiguous(&self) -> bool {
         self.part.rows.count == 1
     }
 
-    /// Its bytes, contiguous and without a copy, even where it crosses segments.
+    /// The tensor's bytes: contiguous and without a copy, even across segments.
     ///
     /// # Errors
-    /// As [`Segment::bytes`]; [`Error::NotContiguous`] where it is not contiguous.
+    /// Those of [`Segment::bytes`]; [`Error::NotContiguous`] if the tensor is not contiguous.
     pub fn bytes(&self) -> Result<Bytes> {
         if !self.is_contiguous() {
             return Err(Error::NotContiguous { tensor: self.name().to_owned(), rows: self.part.rows.count });
@@ -290,14 +293,14 @@ impl Tensor {
         self.file.slice(self.file_range())
     }
 
-    /// A copy of its bytes, also of those that are not contiguous.
+    /// Copies the tensor's bytes, including those of tensors that are not contiguous.
     ///
     /// # Errors
-    /// As [`Segment::bytes`].
+    /// Those of [`Segment::bytes`].
     pub fn to_vec(&self) -> Result<Vec<u8>> {
         let mut copy = Vec::new();
         let hull = self.file_range();
-        // One view where what is between the rows was read, too.
+        // One view of the whole range suffices if the bytes between the rows were read as well.
         let all = self.file.slice(hull.clone());
         for row in self.part.rows.iter() {
             let at = |offset: u64| to_usize(offset - hull.start);
@@ -312,13 +315,13 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// Hands out the dma-buf that holds all of it, which revokes views of its segment **for
-    /// good**: see [`Segment::hand_out_dma_buf`]. Where in the dma-buf the tensor begins is in its
-    /// parts ([`TensorPart::memory_offset`]).
+    /// Hands out the dma-buf that holds all of the tensor, which revokes views of its segment
+    /// **permanently**: see [`Segment::hand_out_dma_buf`]. The tensor's offset in the dma-buf is
+    /// in its parts ([`TensorPart::memory_offset`]).
     ///
     /// # Errors
-    /// [`Error::Straddles`] when it lies in several segments, or in none because it is empty; else as
-    /// [`Segment::hand_out_dma_buf`].
+    /// [`Error::Straddles`] if the tensor spans several segments, or none because it is empty;
+    /// otherwise those of [`Segment::hand_out_dma_buf`].
     pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let parts = self.parts();
         let mut numbers: Vec<_> = parts.iter().map(|part| part.segment.index()).collect();
@@ -330,8 +333,8 @@ impl Tensor {
         segment.ok_or_else(|| Error::Straddles { tensor: self.name().to_owned(), segments: numbers.len() })?.hand_out_dma_buf()
     }
 
-    /// Where it is in memory, in order: one part for each segment that holds some of it, or of
-    /// each of its rows where it is not contiguous. An empty tensor has none.
+    /// The tensor's places in memory, in order: one part for each segment that holds some of it,
+    /// or for each of its rows if it is not contiguous. An empty tensor has none.
     pub fn parts(&self) -> Vec<TensorPart> {
         self.part.rows.iter().flat_map(|row| self.parts_of(row)).collect()
     }
@@ -353,12 +356,13 @@ impl Tensor {
         segments.collect()
     }
 
-    /// Where its bytes are in the file.
+    /// The byte ranges of the tensor in its file.
     pub(crate) fn rows(&self) -> &Rows {
         &self.part.rows
     }
 
-    /// What the file's header says of it: of a rank's part, of the whole tensor.
+    /// The tensor's entry in the file's header. For a rank's part, this is the whole tensor's
+    /// entry.
     pub(crate) fn info(&self) -> &TensorInfo {
         self.tensors.map.get_index(self.position).expect("a tensor is made of a position that its map has")
     }

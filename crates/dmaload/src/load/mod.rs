@@ -1,16 +1,16 @@
-//! A load from the caller's side: what is asked for ([`Source`], [`LoadRequest`]), and the three
-//! ways to consume it: as a whole, with single tensors before that ([`Load`], [`image::Image`]),
-//! segments as they come ([`Segments`]), tensors as they come ([`Tensors`]).
+//! A load from the caller's side: what to load ([`Source`], [`LoadRequest`]) and the three ways to
+//! consume it: as a whole, with single tensors on the way ([`Load`], [`image::Image`]), segment by
+//! segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
 //!
 //! ```text
 //!   request ─┬─► handle (Load) ──► arrived ─► names, image
 //!            ├─► segments ◄── tensors            │
-//!            └─► source         └────────────────┴─► feed: the engine's events, and who waits for them
+//!            └─► source         └────────────────┴─► feed: the engine's events and waiters
 //! ```
 //!
-//! It turns the events of the engine into what a caller holds, and makes no system call. It needs
-//! no runtime, only something that polls it. Dropping it cancels the load; the engine frees what
-//! the load leaves.
+//! Turns the engine's events into what a caller holds, and makes no system calls. Needs no
+//! runtime, only something that polls it. Dropping any of these cancels the load; the engine then
+//! frees what the load leaves behind.
 
 mod arrived;
 mod feed;

@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 
-/// An index that files were loaded by, with its folder.
+/// An index that was used to find files, with its folder.
 pub(super) type FolderIndex = (PathBuf, Arc<Index>);
 
-/// The indices of these files, each once.
+/// The indices of these files, without duplicates.
 pub(super) fn indices<'a>(files: impl Iterator<Item = &'a LoadFile>) -> Vec<FolderIndex> {
     let mut indices: Vec<FolderIndex> = Vec::new();
     for (folder, index) in files.filter_map(|file| file.index.as_ref()) {
@@ -22,7 +22,7 @@ pub(super) fn indices<'a>(files: impl Iterator<Item = &'a LoadFile>) -> Vec<Fold
     indices
 }
 
-/// A file, and its tensors.
+/// A file and its tensors.
 pub(super) type NamedFile = (Arc<PathBuf>, Option<Arc<FileTensors>>);
 
 /// The tensors of all files of a load, by name.
@@ -30,7 +30,7 @@ pub(super) type NamedFile = (Arc<PathBuf>, Option<Arc<FileTensors>>);
 pub(super) struct Names {
     files: Vec<NamedFile>,
     indices: Vec<FolderIndex>,
-    /// Those that are loaded, as numbers of files and positions in their maps, sorted by name.
+    /// The loaded tensors as file numbers and positions in the files' maps, sorted by name.
     sorted: Vec<(u32, u32)>,
 }
 
@@ -46,10 +46,11 @@ impl Names {
         Names { files, indices, sorted }
     }
 
-    /// The number of the file that has this tensor, and the tensor's position in that file's map.
+    /// The number of the file that contains this tensor and the tensor's position in that file's
+    /// map.
     ///
     /// # Errors
-    /// As [`crate::Image::tensor`].
+    /// Those of [`crate::Image::tensor`].
     pub(super) fn find(&self, name: &str) -> Result<(usize, usize)> {
         match self.all(name) {
             &[(file, position)] => Ok((file as usize, position as usize)),
@@ -61,14 +62,14 @@ impl Names {
         }
     }
 
-    /// All of this name, in the order of their files.
+    /// All tensors with this name, in the order of their files.
     fn all(&self, wanted: &str) -> &[(u32, u32)] {
         let before = self.sorted.partition_point(|&at| name(&self.files, at) < Some(wanted));
         let rest = &self.sorted[before..];
         &rest[..rest.partition_point(|&at| name(&self.files, at) == Some(wanted))]
     }
 
-    /// Why there is no tensor of this name.
+    /// The error that says why there is no tensor with this name.
     fn not_loaded(&self, name: &str) -> Error {
         let info = |tensors: &Option<Arc<FileTensors>>| Some(tensors.as_ref()?.map.get(name)?.file_range.clone());
         let there = self.files.iter().find_map(|(path, tensors)| Some((path, info(tensors)?)));

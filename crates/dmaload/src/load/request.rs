@@ -1,4 +1,4 @@
-//! A load that was asked for and has not started.
+//! A load that was requested but not started.
 
 use std::sync::Arc;
 
@@ -9,17 +9,16 @@ use super::tensors::Tensors;
 use crate::engine::Guard;
 use crate::options::load::LoadOptions;
 
-/// A load that was asked for: what to load, and how. Made by
-/// [`Loader::load`](crate::Loader::load).
+/// A requested load: what to load and how. Created by [`Loader::load`](crate::Loader::load).
 ///
-/// Nothing is opened or read before it is consumed, in one of these ways:
+/// Nothing is opened or read until it is consumed in one of these ways:
 ///
-/// - `.await` gives the [`Image`](crate::Image): all of it. All of it is in memory at once.
-/// - [`start`](Self::start) gives a [`Load`]: its progress, single tensors by their names while
-///   the rest is read, and the image. All of it is in memory at once.
-/// - [`segments`](Self::segments) gives each segment, in order, as soon as it is complete. In
-///   memory is what the consumer keeps, and what the load is ahead of it.
-/// - [`tensors`](Self::tensors) gives each tensor, in order, as soon as it is complete, and keeps
+/// - `.await` returns the [`Image`](crate::Image): everything. All of it is in memory at once.
+/// - [`start`](Self::start) returns a [`Load`]: progress, single tensors by name while the rest is
+///   read, and the image. All of it is in memory at once.
+/// - [`segments`](Self::segments) yields each segment, in order, as soon as it is complete. Memory
+///   holds what the consumer keeps plus what the load has read ahead.
+/// - [`tensors`](Self::tensors) yields each tensor, in order, as soon as it is complete, and keeps
 ///   as little.
 ///
 /// ```no_run
@@ -37,9 +36,9 @@ use crate::options::load::LoadOptions;
 /// # }
 /// ```
 ///
-/// None of these blocks: opening and reading happen on the loader's threads, and every error
-/// comes from the load. It runs by itself, whether it is polled or not. It needs no particular
-/// runtime, nor any: only something that polls it.
+/// None of these blocks: files are opened and read on the loader's threads, and every error comes
+/// from the load. A load runs whether or not it is polled. It works on any runtime, or with none:
+/// all it needs is something that polls it.
 #[derive(Debug)]
 #[must_use = "nothing is loaded before it is awaited, started or consumed"]
 pub struct LoadRequest {
@@ -53,34 +52,34 @@ impl LoadRequest {
         LoadRequest { guard: Arc::clone(guard), source, options: guard.settings().load.clone() }
     }
 
-    /// Takes these options in place of the loader's
-    /// ([`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options)): all of them. To
-    /// change some of the loader's, begin with
+    /// Uses these options in place of the loader's
+    /// ([`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options)). They replace all of
+    /// the loader's options; to change only some, start from
     /// [`Loader::load_options`](crate::Loader::load_options).
     pub fn options(mut self, options: LoadOptions) -> Self {
         self.options = options;
         self
     }
 
-    /// Starts it, to get all of it in the end, and single tensors before that.
+    /// Starts the load and keeps all of it, for the image and for single tensors before that.
     pub fn start(self) -> Load {
         let LoadRequest { guard, source, options } = self;
         Load::start(&guard, source.into_inputs(), options)
     }
 
-    /// Starts it, and gives the segments as they come. It keeps none.
+    /// Starts the load and yields its segments as they complete. Keeps none of them.
     pub fn segments(self) -> Segments {
         let LoadRequest { guard, source, options } = self;
         Segments::start(&guard, source.into_inputs(), options, false)
     }
 
-    /// Starts it, and gives the tensors as they come. It keeps none.
+    /// Starts the load and yields its tensors as they complete. Keeps none of them.
     pub fn tensors(self) -> Tensors {
         Tensors::new(self.segments())
     }
 }
 
-/// Starts it, with the call of `into_future`, and waits for all of it.
+/// Starts the load when `into_future` is called, and waits for all of it.
 ///
 /// Dropping the future cancels the load.
 impl IntoFuture for LoadRequest {

@@ -1,4 +1,4 @@
-//! The segments of a load, as they come.
+//! The segments of a load as a stream.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,20 +16,19 @@ use crate::memory::segment::Segment;
 use crate::options::load::LoadOptions;
 use crate::telemetry::report::Report;
 
-/// The segments of a load, each handed over once and not kept: a consumer that drops what it has
-/// used can load files larger than memory. Made by
+/// The segments of a load, each handed over once and not kept: a consumer that drops segments
+/// after use can load files larger than memory. Created by
 /// [`LoadRequest::segments`](crate::LoadRequest::segments).
 ///
-/// The load is ahead of its consumer by the loader's window and a segment at most (by less where
-/// there is less memory), and waits until the next segment is taken. Once the last one is taken,
-/// this holds no file, no memory and no addresses any more, only the report and the maps of
-/// tensors.
+/// The load is at most the loader's window plus one segment ahead of its consumer (less if memory
+/// is short), and then waits until the next segment is taken. After the last segment, this holds
+/// no file, memory or address range, only the report and the tensor maps.
 ///
-/// Dropping it cancels the load. Segments that were given stay.
+/// Dropping it cancels the load. Segments already handed over stay valid.
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Segments {
-    // Before the feed: cancelling wakes no task for its own load.
+    // Declared before the feed so that cancelling the load does not wake the task that drops it.
     waiter: Waiter,
     feed: Feed,
     finished: Option<Box<Finished>>,
@@ -37,42 +36,41 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// Starts a load. `keep` tells whether all of it will be in memory at once.
+    /// Starts a load. `keep` says whether all of it will be in memory at once.
     pub(crate) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions, keep: bool) -> Self {
         let feed = Feed::start(guard, asked, options, keep);
         Segments { waiter: feed.waiter(), feed, finished: None, failed: false }
     }
 
-    /// The next segment, in order; `None` after the last one.
+    /// Returns the next segment, in order; `None` after the last one.
     ///
-    /// A file that is changed while it is being read is found out at its end: before its last
-    /// segment, not before its first ones.
+    /// A change to a file during the load is detected at the end of the file: before its last
+    /// segment is returned, but after its first ones.
     ///
     /// Cancel-safe: dropping the future never loses a segment.
     ///
     /// # Errors
-    /// Whatever made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`.
     pub async fn next(&mut self) -> Option<Result<Segment>> {
         std::future::poll_fn(|context| self.poll_segment(context)).await
     }
 
-    /// The report, once the last segment was given and [`Self::next`] has given `None`.
+    /// The report, once [`Self::next`] has returned `None` after the last segment.
     pub fn report(&self) -> Option<&Report> {
         self.finished.as_ref().map(|finished| &finished.report)
     }
 
-    /// How far the load is.
+    /// How far the load has progressed.
     pub fn progress(&self) -> Progress {
         self.feed.progress()
     }
 
-    /// Why the tensors of this load can't be given one by one within its loader's limit of
-    /// memory.
+    /// Why this load's tensors can't be delivered one by one within the loader's memory limit.
     pub(super) fn tensor_over_limit(&self) -> Option<Error> {
         self.feed.tensor_over_limit()
     }
 
-    /// The files, once the last segment was given.
+    /// The files, once the last segment has been returned.
     pub(super) fn finished_files(&self) -> &[LoadFile] {
         self.finished.as_ref().map_or(&[], |finished| &finished.files)
     }
@@ -85,7 +83,7 @@ impl Segments {
             });
             match event {
                 None => return Poll::Pending,
-                // A consumer of segments learns of files from these.
+                // A consumer of segments learns about the files from the segments.
                 Some(Event::Planned(_)) => {}
                 Some(Event::Segment(segment)) => {
                     self.feed.consumed(&segment);

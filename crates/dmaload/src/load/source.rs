@@ -1,4 +1,4 @@
-//! What a load is asked for: paths, or a file that is open.
+//! What to load: paths, or an open file.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -10,14 +10,14 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::files::source::Input;
 
-/// What to load: a path, several paths, or a file that is open already.
+/// What to load: a path, several paths, or an open file.
 ///
-/// A path names a file, a folder with a model in it, the index of a model of several files, or
+/// A path names a file, a folder that contains a model, the index of a model of several files, or
 /// one part of a split GGUF model, which stands for all its parts (see
-/// [`LoadOptions::as_one_file`](crate::LoadOptions::as_one_file)). Several paths are one load,
-/// whose files come in the order given.
+/// [`LoadOptions::as_one_file`](crate::LoadOptions::as_one_file)). Several paths form one load,
+/// whose files come in the given order.
 ///
-/// Made from what names a file, wherever one is asked for:
+/// Anything that names a file converts into a `Source`:
 ///
 /// ```no_run
 /// use dmaload::Source;
@@ -27,7 +27,7 @@ use crate::files::source::Input;
 /// loader.load(["a.safetensors", "b.safetensors"]).await?;
 /// loader.load(std::fs::File::open("model.gguf")?).await?;
 /// loader.load(Source::paths(std::env::args_os().skip(1))).await?;
-/// // The model that is these bytes of an application's package.
+/// // The model in this byte range of an application's package.
 /// loader.load(Source::from("app.pkg").range(4096..1 << 30)).await?;
 /// # Ok(())
 /// # }
@@ -39,27 +39,27 @@ pub struct Source {
 }
 
 impl Source {
-    /// Several paths, as one load. Without any, the load fails with [`Error::Config`].
+    /// Several paths, as one load. Without any path, the load fails with [`Error::Config`].
     pub fn paths<P: Into<PathBuf>>(paths: impl IntoIterator<Item = P>) -> Self {
         let inputs = paths.into_iter().map(|path| Input::Path(path.into())).collect();
         Source { inputs, range: None }
     }
 
-    /// A file that is open.
+    /// A file that is already open.
     ///
-    /// It is opened again by its descriptor, since direct reads need a description of their own.
-    /// That takes procfs and the right to read the file. Its path in reports and errors is that
-    /// of the descriptor.
+    /// The file is opened again by its descriptor, because direct reads need their own open file
+    /// description. That requires procfs and permission to read the file. Reports and errors name
+    /// the descriptor's path.
     pub fn file(file: impl Into<OwnedFd>) -> Self {
         Source { inputs: vec![Input::Open { file: Arc::new(file.into()), part: None }], range: None }
     }
 
-    /// The model that is this part of the file, in bytes: weights inside of an application's
-    /// package or another container, stored there as they are, not compressed.
+    /// The model in this byte range of the file: weights stored, uncompressed, in an application's
+    /// package or another container.
     ///
-    /// It need not begin at a block; what is around it in the first and the last block is read
-    /// along. It can't be verified or observed. A load of several files with a range fails with
-    /// [`Error::Config`], and one of a file that ends before the range does with
+    /// The range need not begin at a block boundary; the rest of its first and last block is read
+    /// as well. It can't be verified or observed. A load of several files with a range fails with
+    /// [`Error::Config`], and a load of a file that ends before the range does fails with
     /// [`Error::Selection`].
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
@@ -68,7 +68,7 @@ impl Source {
     }
 
     /// # Errors
-    /// [`Error::Config`] for no file, and for a range of several files.
+    /// [`Error::Config`] without any file, and for a range of several files.
     pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {
         let Source { mut inputs, range } = self;
         if inputs.is_empty() {
@@ -85,7 +85,7 @@ impl Source {
     }
 }
 
-/// One path.
+/// Converts a single path.
 macro_rules! from_path {
     ($($path:ty),*) => {
         $(impl From<$path> for Source {

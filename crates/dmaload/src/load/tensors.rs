@@ -1,4 +1,4 @@
-//! The tensors of a load: which of a file are read, and a stream of them as they become complete.
+//! The tensors of a load as a stream.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -15,34 +15,32 @@ use crate::memory::segment::Segment;
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
-/// The tensors of a load, each as soon as its last byte is there, while the rest is still being
-/// read: in file order, or in the order in which they were asked for
-/// ([`crate::LoadOptions::tensors`]). Made by
-/// [`LoadRequest::tensors`](crate::LoadRequest::tensors).
+/// The tensors of a load, each as soon as its last byte has arrived, while the rest is being read:
+/// in file order, or in the order in which they were requested ([`crate::LoadOptions::tensors`]).
+/// Created by [`LoadRequest::tensors`](crate::LoadRequest::tensors).
 ///
-/// It keeps nothing: the memory of a tensor that was dropped is freed, once no other is in it.
+/// It keeps nothing: once all tensors in a segment are dropped, the segment's memory is freed.
 ///
-/// Dropping it cancels the load. Tensors that were given stay, and keep the segments that they
-/// are in.
+/// Dropping it cancels the load. Tensors already returned stay valid and keep their segments.
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Tensors {
     segments: Segments,
     ready: VecDeque<Tensor>,
     files: Vec<Pending>,
-    /// Files whose tensors were all given.
+    /// Files whose tensors have all been returned.
     done: Vec<usize>,
     ended: bool,
 }
 
-/// A file whose tensors are being given.
+/// A file whose tensors are being returned.
 #[derive(Debug)]
 struct Pending {
     index: usize,
     about: LoadFile,
     tensors: Arc<FileTensors>,
     next: usize,
-    /// Those that a tensor to come may have a part in.
+    /// Segments that may hold part of a tensor not yet returned.
     segments: Vec<Segment>,
 }
 
@@ -51,21 +49,21 @@ impl Tensors {
         Tensors { segments, ready: VecDeque::new(), files: Vec::new(), done: Vec::new(), ended: false }
     }
 
-    /// The next tensor; `None` after the last one. Files of raw bytes have none, and are passed
-    /// over. Cancel-safe: dropping the future never loses a tensor.
+    /// Returns the next tensor; `None` after the last one. Files of raw bytes have none and are
+    /// skipped. Cancel-safe: dropping the future never loses a tensor.
     ///
     /// # Errors
-    /// Whatever made the load fail; after that, `None`.
+    /// The error that made the load fail; after that, `None`.
     pub async fn next(&mut self) -> Option<Result<Tensor>> {
         std::future::poll_fn(|context| self.poll_tensor(context)).await
     }
 
-    /// The report, once the last tensor was given and [`Self::next`] has given `None`.
+    /// The report, once [`Self::next`] has returned `None` after the last tensor.
     pub fn report(&self) -> Option<&Report> {
         self.segments.report()
     }
 
-    /// How far the load is.
+    /// How far the load has progressed.
     pub fn progress(&self) -> Progress {
         self.segments.progress()
     }
@@ -90,9 +88,9 @@ impl Tensors {
         }
     }
 
-    /// A segment is there: what it completes is ready.
+    /// Adds a segment and queues the tensors that it completes.
     fn add(&mut self, segment: Segment) {
-        // A file of raw bytes has none.
+        // A file of raw bytes has no tensors.
         let Some(tensors) = segment.file_tensors().cloned() else { return };
         let index = segment.file_index();
         if self.done.contains(&index) {
@@ -120,13 +118,13 @@ impl Tensors {
         }
     }
 
-    /// All segments were given: what is left are tensors of no bytes.
+    /// Handles the end of the load: only tensors without bytes are left.
     fn end(&mut self) {
         self.ended = true;
         for file in &mut self.files {
             file.give(&mut self.ready);
         }
-        // Files of which no byte was read, because their tensors have none.
+        // Files that were not read at all because their tensors have no bytes.
         for file in self.segments.finished_files().iter().filter(|file| !file.has_segments) {
             let Some(tensors) = &file.tensors else { continue };
             let image =
@@ -142,7 +140,7 @@ impl Pending {
         self.next == self.tensors.len()
     }
 
-    /// Gives the tensors that are complete, in order.
+    /// Queues the complete tensors, in order.
     fn give(&mut self, ready: &mut VecDeque<Tensor>) {
         let before = self.next;
         while let Some(position) = self.tensors.position_of(self.next) {
@@ -150,8 +148,9 @@ impl Pending {
             ready.push_back(tensor);
             self.next += 1;
         }
-        // The tensors of a class come in file order: what ends before the next one begins is of
-        // none to come. Those of another class have spans of their own, which come later.
+        // The tensors of a class come in file order, so a segment that ends before the next tensor
+        // begins holds no part of a later one. Tensors of other classes are in spans of their own,
+        // which are read later.
         let class = |number: usize| self.tensors.class_of(number);
         let goes_on = self.next == before || class(self.next - 1) == class(self.next);
         let next = self.next_start().filter(|_| goes_on);

@@ -1,20 +1,22 @@
-//! The choices that a load has, one type for each.
+//! The choices for a load, one type for each.
 
 use crate::support::names;
 
-/// How a file is spread over segments.
+/// How a file is divided into segments.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Layout {
-    /// Segments of the configured size, each with its own memory: the first is usable while the rest is read.
+    /// Segments of the configured size, each with its own memory. The first is usable while the
+    /// rest is read.
     #[default]
     Segmented,
-    /// One segment for the whole file. Still filled piece by piece while the rest is being populated.
+    /// One segment for the whole file, still filled piece by piece while the rest is being
+    /// populated.
     Single,
-    /// As segmented, but cut between tensors: each is in one segment, a larger one where it must be, unless it is more than the
-    /// importer, the heap or the memory limit allows. Two segments that
-    /// are next to each other in a file both have the block that one tensor ends and the next one begins in. A file without
-    /// tensors is segmented.
+    /// Like `Segmented`, but cut between tensors: each tensor is in one segment, in a larger one
+    /// if necessary, unless it exceeds what the importer, the heap or the memory limit allows. Two
+    /// segments that are adjacent in a file both contain the block in which one tensor ends and
+    /// the next begins. A file without tensors is divided as in `Segmented`.
     Tensors,
 }
 
@@ -43,18 +45,19 @@ impl std::str::FromStr for Layout {
     }
 }
 
-/// What a path's bytes are taken for.
+/// How to interpret the bytes of a path.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
-    /// safetensors or GGUF where the file looks like it, else raw bytes. A folder is taken for a model of several files.
+    /// safetensors or GGUF if the file looks like one, otherwise raw bytes. A folder is treated as
+    /// a model of several files.
     #[default]
     Auto,
-    /// safetensors, or an error.
+    /// safetensors; anything else is an error.
     Safetensors,
-    /// GGUF, or an error.
+    /// GGUF; anything else is an error.
     Gguf,
-    /// Bytes; no header is looked for.
+    /// Raw bytes, without looking for a header.
     Raw,
 }
 
@@ -78,18 +81,18 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// What is made of what the page cache has of a file.
+/// What to do with those bytes of a file that are in the page cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Cache {
-    /// Nothing: all is read from storage, by the route that was asked for.
+    /// Ignore the page cache: read everything from storage, by the requested route.
     Bypass,
-    /// Chunks that are wholly in the page cache are copied from there, and the rest is read from storage. Asking what is cached
-    /// fills the cache with next to nothing (at most 1 % of a file).
+    /// Copy chunks that are fully in the page cache from there, and read the rest from storage.
+    /// Checking what is cached adds very little to the cache (at most 1 % of a file).
     ///
-    /// Only on file systems on which every change of such bytes shows in the file's time of modification: ext4, xfs, btrfs, and
-    /// those that can't be written to (erofs, iso9660). Never from FUSE, overlayfs, network file systems, whose cache may be
-    /// stale, and tmpfs.
+    /// Only on file systems where every change to cached bytes shows in the file's modification
+    /// time: ext4, xfs, btrfs, and read-only ones (erofs, iso9660). Never on FUSE, overlayfs and
+    /// network file systems, whose cache may be stale, nor on tmpfs.
     #[default]
     Auto,
 }
@@ -118,14 +121,14 @@ impl std::str::FromStr for Cache {
     }
 }
 
-/// What matters when a way to read is chosen.
+/// What to optimize for when choosing how to read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prefer {
-    /// The time that a load takes.
+    /// The duration of the load.
     #[default]
     Speed,
-    /// The processor's time: direct reads, which copy nothing, without measuring.
+    /// CPU time: direct reads, which copy nothing, without measuring.
     Cpu,
 }
 
@@ -146,49 +149,53 @@ impl std::str::FromStr for Prefer {
     }
 }
 
-/// Which loads go first where several are under way.
+/// Which loads go first when several are running.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Priority {
-    /// When no other load has anything to do.
+    /// Runs only when no other load has anything to do.
     Low,
-    /// In turn with others.
+    /// Takes turns with other loads.
     #[default]
     Normal,
-    /// Before others.
+    /// Runs before other loads.
     High,
 }
 
 impl Priority {
-    /// All, the first first.
+    /// Every priority, highest first.
     pub(crate) const DOWN: [Priority; 3] = [Priority::High, Priority::Normal, Priority::Low];
 }
 
 /// One rank's part of a model; see [`crate::LoadOptions::shard`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
-    /// Which part, from 0 on.
+    /// Which part, counted from 0.
     pub rank: u32,
-    /// Into how many parts.
+    /// Number of parts.
     pub world_size: u32,
-    /// The dimension that each tensor is cut along, outermost first; `None` cuts the bytes of each file.
+    /// The dimension along which each tensor is cut, counted from the outermost; `None` cuts the
+    /// bytes of each file.
     pub dim: Option<usize>,
 }
 
-/// What an importer of segments can map: a driver, an NPU, a codec. See [`crate::LoadOptions::importer`]. All of it is unlimited by
-/// default.
+/// What an importer of segments (a driver, an NPU, a codec) can map. See
+/// [`crate::LoadOptions::importer`]. The default sets no limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ImporterLimits {
-    /// The largest dma-buf that it takes.
+    /// The largest dma-buf that it accepts.
     pub max_segment_bytes: u64,
-    /// The most dma-bufs that it takes for a model. Small files and small spans of tensors share some.
+    /// The maximum number of dma-bufs for a model. Small files and small spans of tensors share
+    /// them.
     pub max_segments: usize,
-    /// What a tensor's place in its dma-buf must be a multiple of: a power of two, up to 1 GiB. Takes [`Layout::Tensors`]. A direct read
-    /// puts bytes where they are in the file, modulo its blocks of 4 KiB, say: a tensor that is not as well aligned in its file is
-    /// read beside its place and copied there, which [`crate::Report::copied_bytes`] counts. Beyond the blocks every tensor has a
-    /// dma-buf of its own.
+    /// Alignment of a tensor in its dma-buf: a power of two, at most 1 GiB. Requires
+    /// [`Layout::Tensors`]. A direct read preserves a byte's position within a block (4 KiB, for
+    /// example), so a tensor that is less aligned in its file is read elsewhere and copied into
+    /// place, which [`crate::Report::copied_bytes`] counts. With an alignment larger than a block,
+    /// every tensor has its own dma-buf.
     pub alignment_bytes: u64,
-    /// Whether tensors may be copied for that. Otherwise a load that would have to fails with [`crate::Error::Unaligned`].
+    /// Whether tensors may be copied to align them. If not, a load that would have to fails with
+    /// [`crate::Error::Unaligned`].
     pub may_copy: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What can be chosen for one load.
+//! The options of one load.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,10 +8,11 @@ use super::observer::{Observer, ObserverOption, Verify, VerifyOption};
 use crate::route::Route;
 use crate::support::foreign::Foreign;
 
-/// How one load is done: which bytes, into which memory, by which route, and how they are verified.
+/// How to do one load: which bytes, into which memory, by which route, and how to verify them.
 ///
-/// Given to one load by [`LoadRequest::options`](crate::LoadRequest::options), and to all loads of a
-/// loader that are given none by [`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options).
+/// Set for one load by [`LoadRequest::options`](crate::LoadRequest::options), and for all loads
+/// without their own options by
+/// [`LoaderBuilder::load_options`](crate::LoaderBuilder::load_options).
 ///
 /// ```
 /// use dmaload::{Layout, LoadOptions};
@@ -21,17 +22,17 @@ use crate::support::foreign::Foreign;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
     pub(crate) layout: Layout,
-    /// `None` leaves the choice to us.
+    /// `None`: the loader chooses.
     pub(crate) segment_bytes: Option<u64>,
     pub(crate) packed: bool,
     pub(crate) chunk_bytes: u64,
-    /// `None` leaves the choice to us.
+    /// `None`: the loader chooses.
     pub(crate) route: Option<Route>,
     pub(crate) prefer: Prefer,
     pub(crate) strict: bool,
     pub(crate) format: Format,
     pub(crate) trace: bool,
-    /// `None`: [`Cache::Auto`], except of a strict load.
+    /// `None`: [`Cache::Auto`], or [`Cache::Bypass`] for a strict load.
     pub(crate) cache: Option<Cache>,
     pub(crate) verify: Option<VerifyOption>,
     pub(crate) observer: Option<ObserverOption>,
@@ -67,24 +68,26 @@ impl Default for LoadOptions {
 }
 
 impl LoadOptions {
-    /// The default of [`Self::segment_bytes`], where nothing asks for less: 64 MiB.
+    /// The default of [`Self::segment_bytes`], 64 MiB, unless something limits it.
     pub const SEGMENT_BYTES: u64 = 64 << 20;
     /// The default of [`Self::chunk_bytes`]: 2 MiB.
     pub const CHUNK_BYTES: u64 = 2 << 20;
 
-    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the route that turns
-    /// out to be the fastest. What the kernel refuses is replaced by the next best, and the report says so.
+    /// The defaults: everything is read, into segments of [`Self::SEGMENT_BYTES`], by the route
+    /// that turns out to be fastest. Where the kernel refuses something, the load steps down to
+    /// the next best and reports it.
     pub fn new() -> Self {
         LoadOptions::default()
     }
 
-    /// Reads these tensors only: by their names, or by patterns (`model.layers.{0..3}.*`: `*` is any text, `?` any character,
-    /// `{a,b}` one of several, `{0..3}` one of these numbers). They come in the order of the patterns, and in file order where one
-    /// pattern means several. A pattern that no file has a tensor for is an error. Default: everything.
+    /// Reads only these tensors, given by name or pattern (`model.layers.{0..3}.*`: `*` matches
+    /// any text, `?` any character, `{a,b}` either alternative, `{0..3}` a number in the range).
+    /// They arrive in the order of the patterns, and in file order where one pattern matches
+    /// several. A pattern that matches no tensor in any file is an error. Default: everything.
     ///
-    /// What lies between two tensors is read along where that is little, and so are the blocks at their ends: the report says how
-    /// much was wanted ([`crate::Report::wanted_bytes`]) and how much was read. What is read of a file can't be verified or
-    /// observed: that takes all of it.
+    /// Small gaps between tensors are read too, and so are the blocks at their ends: the report
+    /// says how much was wanted ([`crate::Report::wanted_bytes`]) and how much was read. A partly
+    /// read file can't be verified or observed, because both need all of its bytes.
     #[must_use]
     pub fn tensors<T: Into<String>>(mut self, patterns: impl IntoIterator<Item = T>) -> Self {
         self.select.tensors = Some(patterns.into_iter().map(Into::into).collect());
@@ -92,7 +95,8 @@ impl LoadOptions {
         self
     }
 
-    /// The same by names as they are, which may have characters of patterns in them: `layers[0].w`, `a*b`.
+    /// Like [`Self::tensors`], but takes literal names, which may contain pattern characters:
+    /// `layers[0].w`, `a*b`.
     #[must_use]
     pub fn tensor_names<T: Into<String>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
         self = self.tensors(names);
@@ -100,89 +104,94 @@ impl LoadOptions {
         self
     }
 
-    /// Loads what is there of models of which files are missing, or have no bytes, rather than failing with
-    /// [`crate::Error::Incomplete`]; the report notes what is missing. Default: false.
+    /// Loads what exists of models with missing or empty files, rather than failing with
+    /// [`crate::Error::Incomplete`]. The report notes what is missing. Default: false.
     #[must_use]
     pub fn allow_missing(mut self, allow: bool) -> Self {
         self.allow_missing = allow;
         self
     }
 
-    /// Takes the path of a file for that one file, whatever it is a part of: a part of a split GGUF model comes without the
-    /// others, and an index is JSON. Default: false.
+    /// Treats a path to a file as just that file, even if it belongs to a larger model: a part of
+    /// a split GGUF model loads without the others, and an index is plain JSON. Default: false.
     #[must_use]
     pub fn as_one_file(mut self, alone: bool) -> Self {
         self.as_one_file = alone;
         self
     }
 
-    /// Reads this range of each file's bytes only, taken out to whole blocks, and looks for no header. Default: everything.
+    /// Reads only this byte range of each file, extended to whole blocks, and looks for no header.
+    /// Default: everything.
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.select.range = Some(range);
         self
     }
 
-    /// Reads one rank's part only: of each tensor (of those of [`Self::tensors`] where that is set), or of each file's bytes. What
-    /// can't be divided evenly is cut so that the parts differ by one; a tensor without the dimension belongs to every rank.
-    /// Default: everything.
+    /// Reads only one rank's part: of each tensor (of those selected by [`Self::tensors`], if
+    /// set), or of each file's bytes. Where a length does not divide evenly, the parts differ by
+    /// at most one; a tensor without the dimension belongs to every rank. Default: everything.
     ///
-    /// Along dimension 0 a part is contiguous, and as good as a tensor of its own. Along others its rows are apart in the file:
-    /// see [`crate::Tensor::to_vec`].
+    /// Along dimension 0 a part is contiguous and behaves like a whole tensor. Along other
+    /// dimensions its rows are scattered in the file: see [`crate::Tensor::to_vec`].
     #[must_use]
     pub fn shard(mut self, shard: Shard) -> Self {
         self.select.shard = Some(shard);
         self
     }
 
-    /// Which loads of a loader go first: memory is allocated for theirs before that of others. Default: [`Priority::Normal`].
+    /// Which loads of a loader go first: memory for loads of higher priority is allocated first.
+    /// Default: [`Priority::Normal`].
     #[must_use]
     pub fn priority(mut self, priority: Priority) -> Self {
         self.priority = priority;
         self
     }
 
-    /// What the importer of the segments can map. Default: anything.
+    /// What the importer of the segments can map. Default: no limits.
     #[must_use]
     pub fn importer(mut self, limits: ImporterLimits) -> Self {
         self.importer = limits;
         self
     }
 
-    /// How files are spread over segments. Default: [`Layout::Segmented`].
+    /// How files are divided into segments. Default: [`Layout::Segmented`].
     #[must_use]
     pub fn layout(mut self, layout: Layout) -> Self {
         self.layout = layout;
         self
     }
 
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's window. Smaller
-    /// ones are usable earlier, and each has a descriptor of its own; larger ones need fewer.
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB, and at most the loader's window.
+    /// Smaller segments are usable earlier; larger ones need fewer descriptors, since each segment
+    /// has its own.
     ///
-    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB, or what the heap takes where that is less (a size that was
-    /// asked for is never made smaller); on dma-heaps, whose memory comes at once, an eighth of the window.
-    /// Larger where there are too few descriptors for that, and smaller under a limit of memory. With
-    /// [`Layout::Single`] it bounds nothing but the check against the window.
+    /// Default: [`Self::SEGMENT_BYTES`], 64 MiB, or the heap's maximum where that is less (an
+    /// explicit size is never reduced). On dma-heaps, which allocate all of a segment at once, an
+    /// eighth of the window. Larger where there are too few descriptors, and smaller under a
+    /// memory limit. With [`Layout::Single`], the size is only checked against the window.
     #[must_use]
     pub fn segment_bytes(mut self, bytes: u64) -> Self {
         self.segment_bytes = Some(bytes);
         self
     }
 
-    /// Whether small files that follow one another share memory, with [`Layout::Segmented`]: those of up to a quarter of a
-    /// segment, each at a multiple of the page size. A thousand of them then cost a few allocations and descriptors, and can
-    /// have huge pages. Whoever is given the dma-buf or memfd of one has all that are in it. Default: true.
+    /// Whether consecutive small files share memory, with [`Layout::Segmented`]: files of up to a
+    /// quarter of a segment, each at a multiple of the page size. A thousand of them then need
+    /// only a few allocations and descriptors, and can have huge pages. The dma-buf or memfd of
+    /// one such file contains all files that share it. Default: true.
     #[must_use]
     pub fn packed(mut self, packed: bool) -> Self {
         self.packed = packed;
         self
     }
 
-    /// The size of a segment on a heap that takes segments up to this size.
+    /// The segment size on a heap that accepts segments of up to `limit_bytes`.
     pub(crate) fn segment_bytes_within(&self, limit_bytes: Option<u64>) -> u64 {
         let own = Some(self.importer.max_segment_bytes).filter(|&most| most < u64::MAX);
         let limit_bytes = limit_bytes.into_iter().chain(own).min();
-        // Below a huge page any whole page will do: a MiB is the unit of the one limit there is.
+        // Below the size of a huge page, any whole number of pages will do. The only such limit
+        // (of udmabuf) is in MiB, so that is the step.
         let step = |limit: u64| if limit < SEGMENT_STEP_BYTES { MIB } else { SEGMENT_STEP_BYTES };
         let fits = |limit: u64| (limit / step(limit) * step(limit)).max(MIB);
         self.segment_bytes.unwrap_or_else(|| {
@@ -191,8 +200,9 @@ impl LoadOptions {
     }
 
     /// The size of one read: a multiple of 64 KiB, at most 1 GiB. At most
-    /// [`queue_depth`](crate::LoaderBuilder::queue_depth) of them are in flight. Smaller ones cost more
-    /// system calls; on larger ones a short read or a bad block repeats more. Default:
+    /// [`queue_depth`](crate::LoaderBuilder::queue_depth) reads are in flight. Smaller reads cost
+    /// more system calls; with larger ones, a short read or a bad block repeats more. Default:
+    /// [`Self::CHUNK_BYTES`], 2 MiB.
     /// [`Self::CHUNK_BYTES`], 2 MiB.
     #[must_use]
     pub fn chunk_bytes(mut self, bytes: u64) -> Self {
@@ -200,49 +210,51 @@ impl LoadOptions {
         self
     }
 
-    /// The route to start at. Default: whichever is faster of direct reads by the best route, and of
-    /// staged ones ([`Route::Bounce`]).
+    /// The route to start at. Default: the faster of direct reads by the best route and staged
+    /// reads ([`Route::Bounce`]).
     ///
-    /// Which that is depends on the machine, so a load of 512 MiB or more tries both on parts of itself, and
-    /// goes on with the faster one; later loads of the loader from the same file system take that, and
-    /// look again now and then ([`crate::Report::measured`]). Smaller ones, before anything was measured,
-    /// take staged reads on small pages and direct ones on large pages.
+    /// Which one is faster depends on the machine, so a load of 512 MiB or more measures both on
+    /// parts of itself and continues with the faster one. Later loads of the loader from the same
+    /// file system use that result and measure again from time to time
+    /// ([`crate::Report::measured`]). Until something has been measured, smaller loads use staged
+    /// reads on small pages and direct reads on large pages.
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {
         self.route = Some(route);
         self
     }
 
-    /// What matters where the route is left open. Default: [`Prefer::Speed`].
+    /// What to optimize for if no route is set. Default: [`Prefer::Speed`].
     #[must_use]
     pub fn prefer(mut self, prefer: Prefer) -> Self {
         self.prefer = prefer;
         self
     }
 
-    /// Fail rather than take another route than the one to start at. Default: false.
+    /// Fails rather than step down from the starting route. Default: false.
     #[must_use]
     pub fn strict(mut self, strict: bool) -> Self {
         self.strict = strict;
         self
     }
 
-    /// Record what is done when, for [`crate::Report::trace`]: an event of 56 bytes for each read. Default: false.
+    /// Records a timeline for [`crate::Report::trace`]: an event of 56 bytes for each read.
+    /// Default: false.
     #[must_use]
     pub fn trace(mut self, trace: bool) -> Self {
         self.trace = trace;
         self
     }
 
-    /// Whether what the page cache has is copied from there. Default: [`Cache::Auto`]; of a load that is [strict](Self::strict),
-    /// [`Cache::Bypass`].
+    /// Whether to copy from the page cache what is already there. Default: [`Cache::Auto`], or
+    /// [`Cache::Bypass`] for a [strict](Self::strict) load.
     #[must_use]
     pub fn cache(mut self, cache: Cache) -> Self {
         self.cache = Some(cache);
         self
     }
 
-    /// Whether chunks are taken from the page cache.
+    /// Whether chunks are copied from the page cache.
     pub(crate) fn takes_cached(&self) -> bool {
         match self.cache {
             Some(cache) => cache == Cache::Auto,
@@ -250,28 +262,32 @@ impl LoadOptions {
         }
     }
 
-    /// What the files are to be: a manifest, or the checksum of the one file (module and feature `verify`). A load whose
-    /// files are something else fails with [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
-    /// [`crate::Error::NotInManifest`], and shows no segment that was not verified. Default: nothing is known of them.
+    /// The expected contents of the files: a manifest, or the checksum of a single file (module
+    /// and feature `verify`). A load of files with other contents fails with
+    /// [`crate::Error::Corrupt`], [`crate::Error::WrongLength`] or
+    /// [`crate::Error::NotInManifest`], and no segment is handed over unverified. Default: no
+    /// verification.
     ///
-    /// Bytes are looked at as by an [observer](Self::observer), before it.
+    /// The verifier sees the bytes as an [observer](Self::observer) does, and before it.
     #[must_use]
     pub fn verify(mut self, expected: impl Verify) -> Self {
         self.verify = Some(VerifyOption(Foreign::new(Arc::new(expected))));
         self
     }
 
-    /// Something that sees every byte before its segment is shown, to compute a checksum or to verify it. Default: none.
+    /// Sees every byte before its segment is handed over, for example to compute a checksum.
+    /// Default: none.
     ///
-    /// On a heap that the CPU reads without its caches every read then goes into staging, where the bytes are cheap to look at:
-    /// the load takes the route [`Route::Bounce`], and a strict load must have asked for it.
+    /// On a heap that the CPU reads uncached, every read then goes into staging, where reading the
+    /// bytes is cheap: the load takes the route [`Route::Bounce`], and a strict load must have
+    /// requested it.
     #[must_use]
     pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
         self.observer = Some(ObserverOption::new(observer));
         self
     }
 
-    /// What the files' bytes are taken for. Default: [`Format::Auto`].
+    /// How to interpret the files' bytes. Default: [`Format::Auto`].
     #[must_use]
     pub fn format(mut self, format: Format) -> Self {
         self.format = format;
@@ -279,26 +295,26 @@ impl LoadOptions {
     }
 }
 
-/// A segment is a whole number of huge pages, so that no 2 MiB extent is shared by two.
+/// A segment is a whole number of huge pages, so that two segments never share a 2 MiB extent.
 pub(crate) const SEGMENT_STEP_BYTES: u64 = 2 << 20;
 
-/// One registered buffer holds at most this much before Linux 7.
+/// The size limit of one registered buffer before Linux 7.
 pub(crate) const LARGEST_SEGMENT_BYTES: u64 = 1 << 30;
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// What a load is told to read.
+/// Which parts of the files a load reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Select {
     pub(crate) tensors: Option<Vec<String>>,
-    /// Whether these are names, and not patterns.
+    /// Whether these are literal names rather than patterns.
     pub(crate) by_name: bool,
     pub(crate) range: Option<Range<u64>>,
     pub(crate) shard: Option<Shard>,
 }
 
 impl Select {
-    /// Whether anything but whole files is read.
+    /// Whether anything less than whole files is read.
     pub(crate) fn is_partial(&self) -> bool {
         *self != Select::default()
     }

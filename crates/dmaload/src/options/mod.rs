@@ -1,10 +1,10 @@
-//! What a caller may ask for: the choices of a load and their names ([`choices`]), all of them together
-//! ([`load`]), and who looks at its bytes ([`observer`]).
+//! What a caller may ask for: the choices of a load and their names ([`choices`]), all options of
+//! a load ([`load`]), and observers of its bytes ([`observer`]).
 //!
-//! Plain values with their defaults. Nothing here knows how a load is done: whether options make
-//! sense together is checked by the engine, before it starts anything. Observers and verifiers are
-//! the caller's code, so what holds one catches the panics of its drop. No system calls; nothing
-//! to end.
+//! Plain values with their defaults. Nothing here knows how a load works: the engine checks that
+//! options make sense together before it starts anything. Observers and verifiers are the caller's
+//! code, so their holders catch panics from dropping them. Makes no system calls, and needs no
+//! shutdown.
 
 pub(crate) mod choices;
 pub(crate) mod load;

@@ -1,4 +1,4 @@
-//! Looking at the bytes of a load as they land: checksums, verification.
+//! Observing the bytes of a load as they arrive: checksums and verification.
 
 use std::fmt;
 use std::path::Path;
@@ -8,44 +8,49 @@ use super::choices::Format;
 use crate::error::Result;
 use crate::support::foreign::Foreign;
 
-/// Sees every byte of a load before anybody is shown it; see [`crate::LoadOptions::observer`].
+/// Sees every byte of a load before its segment is handed over; see
+/// [`crate::LoadOptions::observer`].
 ///
-/// The files of a load come one after the other, each from its beginning to its end: every byte once, without gaps, one call at a
-/// time, on threads of the loader's own. How the bytes are cut means nothing. The bytes before a file's end that a load never
-/// gets to, because it failed or was dropped, are not seen.
+/// The files of a load come one after another, each from beginning to end: every byte once,
+/// without gaps, one call at a time, on the loader's threads. How the bytes are split over calls
+/// has no meaning. If a load fails or is dropped, the observer does not see the rest.
 ///
-/// Bytes are looked at in the memory of their segment, or, on a heap that the CPU reads without its caches
-/// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they came in. Reading goes on meanwhile, and waits when the
-/// observer is slower: what it has not seen counts as not filled.
+/// The bytes are in the memory of their segment or, on a heap that the CPU reads uncached
+/// ([`crate::heap::Heap::is_uncached`]), in the staging buffer that they were read into. Reading
+/// continues meanwhile, and waits if the observer is slower: bytes not yet observed count as not
+/// filled.
 ///
-/// It must not wait for a load of its loader, or for the end of a shutdown: either may need the thread that it runs on.
+/// An observer must not wait for a load of its loader, nor for a shutdown to complete: either may
+/// need the thread that it runs on.
 ///
-/// One that panics fails its load with [`crate::Error::Panicked`]; no other load notices.
+/// A panic fails the observer's load with [`crate::Error::Panicked`]; other loads are not
+/// affected.
 pub trait Observer: Send + Sync + 'static {
-    /// The next bytes: of file number `file_index` (in the order given to the load), from `offset` on.
+    /// Receives the next bytes of file number `file_index` (in load order), starting at `offset`.
     ///
     /// # Errors
-    /// Why these bytes can't be right. The load fails with [`crate::Error::Rejected`] or [`crate::Error::Corrupt`], which say so.
+    /// The reason why these bytes can't be right. The load fails with [`crate::Error::Rejected`]
+    /// or [`crate::Error::Corrupt`], which contain it.
     fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection>;
 }
 
-/// Why an [`Observer`] takes bytes to be wrong.
+/// Why an [`Observer`] rejects bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Rejection {
-    /// In its own words.
+    /// A reason in the observer's own words.
     Reason(String),
     /// A checksum differs: see [`crate::Error::Corrupt`].
     Corrupt {
-        /// Where in the file the bytes begin that it is of.
+        /// Where in the file the checked bytes begin.
         offset: u64,
-        /// How many they are.
+        /// Number of checked bytes.
         bytes: u64,
-        /// What it should be.
+        /// The expected checksum.
         expected: String,
-        /// What it is.
+        /// The computed checksum.
         found: String,
-        /// The tensors that have bytes among them.
+        /// The tensors that overlap these bytes.
         tensors: Vec<String>,
     },
 }
@@ -56,38 +61,42 @@ impl<T: Into<String>> From<T> for Rejection {
     }
 }
 
-/// Knows what the files of loads are to be; see [`crate::LoadOptions::verify`]. Manifests and checksums do, with the feature
-/// `verify` (module `verify`).
+/// Knows the expected contents of a load's files; see [`crate::LoadOptions::verify`]. Implemented
+/// by manifests and checksums in the module `verify` (feature `verify`).
 ///
-/// All calls come from threads of the loader's own, once for each load. One that panics fails its load with
-/// [`crate::Error::Panicked`]; no other load notices.
+/// Called on the loader's threads, once for each load. A panic fails its load with
+/// [`crate::Error::Panicked`]; other loads are not affected.
 pub trait Verify: Send + Sync + 'static {
-    /// A load of these files, with their lengths, has been planned; gives what is to see their bytes.
+    /// Begins to verify a load of these files with these lengths, which has just been planned.
+    /// Returns the observer that checks their bytes.
     ///
     /// # Errors
-    /// Why they can't be what they should be. The load fails with this error before it reads anything.
+    /// The reason why the files can't have the expected contents. The load fails with this error
+    /// before it reads anything.
     fn begin(&self, files: &[(&Path, u64)], format: Format) -> Result<Arc<dyn Observer>>;
 
-    /// The same for a load whose caller named one of these files, a part of a model, and got the others with it. What is said of
-    /// "the file" is about that one: number `named`. Default: [`Self::begin`].
+    /// Like [`Self::begin`], for a load whose caller named one file, a part of a model, and got
+    /// the model's other files with it. Statements about "the file" concern that one: number
+    /// `named`. Default: calls [`Self::begin`].
     ///
     /// # Errors
-    /// As [`Self::begin`].
+    /// Those of [`Self::begin`].
     fn begin_for(&self, files: &[(&Path, u64)], named: usize, format: Format) -> Result<Arc<dyn Observer>> {
         let _ = named;
         self.begin(files, format)
     }
 
-    /// Whether it looks at one file only: the one that the caller named, where that has come with others. Default: false.
+    /// Whether it verifies one file only: the one that the caller named, even if others come with
+    /// it. Default: false.
     fn is_of_one_file(&self) -> bool {
         false
     }
 
-    /// What it compares, for the report: `crc32c of each 1048576 bytes`.
+    /// What is compared, for the report: `crc32c of each 1048576 bytes`.
     fn describe(&self) -> String;
 }
 
-/// An observer as an option. Two are equal when they are the same one.
+/// An observer as an option. Two are equal if they are the same object.
 #[derive(Clone)]
 pub(crate) struct ObserverOption(pub(crate) Foreign<Arc<dyn Observer>>);
 
@@ -97,11 +106,11 @@ impl ObserverOption {
     }
 }
 
-/// The same of what knows what files are to be.
+/// A verifier as an option. Two are equal if they are the same object.
 #[derive(Clone)]
 pub(crate) struct VerifyOption(pub(crate) Foreign<Arc<dyn Verify>>);
 
-/// How errors name a verifier, and what it has begun.
+/// How errors name a verifier and the observer that it returns.
 pub(crate) const VERIFIER: &str = "the verifier";
 /// How errors name an observer.
 pub(crate) const OBSERVER: &str = "the observer";

@@ -1,22 +1,23 @@
-//! Patterns of tensors' names: `model.layers.{0..3}.*`.
+//! Patterns for tensor names: `model.layers.{0..3}.*`.
 
 use std::fmt;
 
-/// A pattern: `*` is any text, `?` any character, `{a,b}` one of several, `{0..3}` one of these numbers, both included (`{00..12}` has
-/// leading zeros). A name that is spelled exactly like the pattern is always meant.
+/// A pattern: `*` matches any text, `?` any character, `{a,b}` either alternative, and `{0..3}` a
+/// number in that range, both ends included (`{00..12}` has leading zeros). A name that is spelled
+/// exactly like the pattern always matches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pattern {
     source: String,
     alternatives: Vec<String>,
 }
 
-/// What braces may amount to.
+/// The maximum number of patterns that braces may expand to.
 const ALTERNATIVES_LIMIT: usize = 4096;
 const LENGTH_LIMIT_BYTES: usize = 4096;
 
 impl Pattern {
     /// # Errors
-    /// Why it is no pattern.
+    /// Why the pattern is invalid.
     pub(crate) fn new(source: &str) -> Result<Self, String> {
         if source.len() > LENGTH_LIMIT_BYTES {
             return Err(format!("a pattern of {} bytes: at most {LENGTH_LIMIT_BYTES} are allowed", source.len()));
@@ -26,12 +27,12 @@ impl Pattern {
         Ok(Pattern { source: source.to_owned(), alternatives })
     }
 
-    /// A name, whatever characters it has.
+    /// A literal name, whatever characters it contains.
     pub(crate) fn literal(name: &str) -> Self {
         Pattern { source: name.to_owned(), alternatives: Vec::new() }
     }
 
-    /// Whether it may mean names that are not written in it.
+    /// Whether the pattern can match names that it does not spell out.
     pub(crate) fn is_wild(&self) -> bool {
         self.alternatives.iter().any(|pattern| pattern.contains(['*', '?', '[']))
     }
@@ -47,7 +48,7 @@ impl fmt::Display for Pattern {
     }
 }
 
-/// Adds all that `rest` can be after `before`.
+/// Appends every expansion of `before` followed by `rest`.
 fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), String> {
     let Some((literal, braces)) = rest.split_once('{') else {
         if into.len() == ALTERNATIVES_LIMIT {
@@ -58,7 +59,7 @@ fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), Stri
     };
     let (choices, after) = choices(braces)?;
     for choice in choices {
-        // A choice may have braces of its own.
+        // A choice may contain braces of its own.
         let mut begun = Vec::new();
         expand(format!("{before}{literal}"), &choice, &mut begun)?;
         begun.into_iter().try_for_each(|begun| expand(begun, after, into))?;
@@ -66,7 +67,8 @@ fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), Stri
     Ok(())
 }
 
-/// What is in braces, after the first of them, and what comes behind.
+/// Splits the text after an opening brace into the choices inside the braces and what follows
+/// them.
 fn choices(text: &str) -> Result<(Vec<String>, &str), String> {
     let (mut depth, mut start, mut choices) = (0_u32, 0, Vec::new());
     for (at, c) in text.char_indices() {
@@ -91,7 +93,7 @@ fn choices(text: &str) -> Result<(Vec<String>, &str), String> {
     Err("a { without its }".to_owned())
 }
 
-/// The numbers of `0..3`; `None` for anything else.
+/// Expands `0..3` into its numbers; `None` for anything else.
 fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
     let (first, last) = text.split_once("..")?;
     let (from, to) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
@@ -105,11 +107,11 @@ fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
     Some(Ok((from..=to).map(|number| format!("{number:0width$}")).collect()))
 }
 
-/// Whether a name is what a pattern without braces means. A star that was too short is made longer, and only the last one can
-/// be: time is the product of the lengths at most.
+/// Whether a name matches a pattern without braces. On a mismatch only the last star is extended,
+/// so the time is at most proportional to the product of the lengths.
 fn is_match(pattern: &str, name: &str) -> bool {
     let (mut pattern, mut name) = (pattern.chars(), name.chars());
-    // What follows the last star, and the rest of the name that it has not taken yet.
+    // The pattern after the last star, and the part of the name that the star has not consumed.
     let mut star = None;
     loop {
         let rest = name.clone();

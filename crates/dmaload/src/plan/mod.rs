@@ -1,23 +1,25 @@
-//! The plan of a load: which segments its files go into, in which memories these are, in which pieces they are filled, and by
-//! which reads.
+//! The plan of a load: how its files are divided into segments, the memories that hold these, the
+//! pieces in which they are filled, and the reads.
 //!
 //! ```text
-//!   a large file   |------------------------- bytes --------------------------|      small files   a |---| b |--| c |---------|
-//!   segments       |--------- 0 ----------|--------- 1 ----------|---- 2 -----|....|               |-3-|.|-4|...|----5----|.|
-//!   memories       |--------- 0 ----------|--------- 1 ----------|------- 2 -------|               |------------ 3 ----------|
-//!   batches        |--0--|--1--|--2--|--3-|--4--| ...     allocated, populated, permitted          |-------7-------|----8----|
-//!   pieces         |--0--|--1--|--2--|--3-|--4--| ...     registered and filled                    |--7--|--8--|-9-|---10----|
-//!   chunks         |-|-|-|-|-|-|-|-| ...                  one read each
+//!   a large file |---------------- bytes ------------------|  small: a |---| b |--| c |---------|
+//!   segments     |----- 0 -------|----- 1 -------|-- 2 -|..|         |-3-|.|-4|...|----5----|.|
+//!   memories     |----- 0 -------|----- 1 -------|--- 2 ---|         |----------- 3 -----------|
+//!   batches      |-0-|-1-|-2-|-3-|-4-| ... allocated, populated      |-------7-------|----8----|
+//!   pieces       |-0-|-1-|-2-|-3-|-4-| ... registered, filled        |--7--|--8--|-9-|---10----|
+//!   chunks       |-|-|-|-|-|-|-|-| ...     one read each
 //! ```
 //!
-//! What is dotted is padding up to the alignment. Small files that follow one another share memories, so that a thousand of them
-//! cost a few allocations and can have huge pages; each begins at a multiple of the alignment, which direct reads need.
+//! Dots are padding up to the alignment. Consecutive small files share memories, so that a
+//! thousand of them need only a few allocations and can have huge pages. Each begins at a multiple
+//! of the alignment, as direct reads require.
 //!
-//! What is planned is spans: whole files, or the parts of them that [`select`] wants. What is said here of small
-//! files holds for small spans.
+//! The plan is made of spans: whole files, or the parts of them that [`select`] wants. What
+//! applies to small files here applies to small spans.
 //!
-//! Pure: no clock, no syscall, the same answer every time. It knows lengths, headers and options, and no open file, memory or
-//! ring. A plan is made before the first read of a load and never changes.
+//! Pure: no clock, no system call, always the same result for the same input. It knows lengths,
+//! headers and options, but no open file, memory or ring. A plan is made before the first read of
+//! a load and never changes.
 
 pub(crate) mod glob;
 pub(crate) mod select;
@@ -28,33 +30,35 @@ use std::ops::Range;
 
 use crate::options::choices::Layout;
 
-/// The same as the memory's.
 const HUGE_PAGE_BYTES: u64 = dmabuf::HUGE_PAGE_BYTES as u64;
 
-/// What shapes a plan. Sizes are multiples of every file's alignment.
+/// The sizes that shape a plan. Each is a multiple of every file's alignment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
     pub(crate) layout: Layout,
     pub(crate) segment_bytes: u64,
-    /// What is allocated and populated at once; with `segment_bytes`, all of a memory is.
+    /// How much is allocated and populated at once. If it equals `segment_bytes`, each memory is
+    /// one batch.
     pub(crate) batch_bytes: u64,
     /// Whether small files share memories.
     pub(crate) packed: bool,
-    /// The most files that have a part in one batch, from 1 to [`BATCH_FILES`].
+    /// Maximum number of files with a part in one batch, from 1 to [`BATCH_FILES`].
     pub(crate) batch_files: usize,
 }
 
-/// A part of a file that is read: it begins at a multiple of the file's alignment, and ends at one or with the file.
+/// A part of a file to read. It begins at a multiple of the file's alignment and ends at one or at
+/// the end of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Span {
     /// The number of the file.
     pub(crate) file: usize,
     pub(crate) range: Range<u64>,
-    /// Where in the caller's order it comes.
+    /// Position in the caller's order of requests.
     pub(crate) class: usize,
-    /// What is moved to the beginning of its memory when all of it was read: a span that is one segment, then.
+    /// The range to move to the beginning of the memory once everything is read. Such a span is a
+    /// single segment.
     pub(crate) moved: Option<Range<u64>>,
-    /// One segment, however large.
+    /// Whether the span is one segment, however large.
     pub(crate) single: bool,
 }
 
@@ -65,10 +69,10 @@ impl Span {
     }
 }
 
-/// The plan of all spans of a load. Everything is in their order.
+/// The plan of all spans of a load. All lists are in span order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// The length of all memories side by side.
+    /// The total length of all memories side by side.
     pub(crate) memory_bytes: u64,
     pub(crate) files: Vec<FileParts>,
     pub(crate) memories: Vec<MemoryPlan>,
@@ -77,43 +81,45 @@ pub(crate) struct Plan {
     pub(crate) pieces: Vec<Piece>,
 }
 
-/// What belongs to a file, as indices into the plan.
+/// A file's parts, as indices into the plan.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct FileParts {
-    /// `None` where nothing of it is read.
+    /// `None` if nothing of the file is read.
     pub(crate) first_segment: Option<usize>,
-    /// The memory that its last segment is in.
+    /// The memory that contains the file's last segment.
     pub(crate) last_memory: Option<usize>,
-    /// How many pieces it has.
+    /// Number of pieces.
     pub(crate) pieces: usize,
 }
 
-/// A memory: what a heap allocates as one. It holds a segment, or those of many small files.
+/// A memory: a single allocation of the heap. It holds one segment, or those of many small files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
-    /// Where it begins in the load's range of addresses.
+    /// Offset in the load's address range.
     pub(crate) range_offset: u64,
     pub(crate) bytes: u64,
     pub(crate) segments: Range<usize>,
     pub(crate) pieces: Range<usize>,
 }
 
-/// A segment: a range of a file, and where it is in its memory.
+/// A segment: a range of a file and its place in its memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SegmentPlan {
     pub(crate) file: usize,
-    /// The number of its span: those of one lie side by side.
+    /// The number of its span. The segments of a span are adjacent.
     pub(crate) span: usize,
     pub(crate) memory: usize,
     pub(crate) memory_offset: u64,
     pub(crate) file_range: Range<u64>,
-    /// What it takes of its memory: the length of its range, rounded up to the alignment.
+    /// Bytes of memory that the segment occupies: the length of its range, rounded up to the
+    /// alignment.
     pub(crate) memory_bytes: u64,
-    /// What it holds in the end, at its beginning; `None` for what was read, where it was read.
+    /// The range that ends up at the segment's beginning; `None` if the bytes stay where they were
+    /// read.
     pub(crate) moved: Option<Range<u64>>,
 }
 
-/// A batch: what is allocated, populated and counted by the window at once.
+/// A batch: the unit that is allocated, populated and counted by the window.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub(crate) memory: usize,
@@ -122,37 +128,40 @@ pub(crate) struct Batch {
     pub(crate) pieces: Range<usize>,
 }
 
-/// A piece: the part of a batch that belongs to one file. It is registered and filled as one.
+/// A piece: the part of a batch that belongs to one file. It is registered and filled as a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) segment: usize,
-    /// Where it begins in its memory.
+    /// Offset in its memory.
     pub(crate) memory_offset: u64,
-    /// Where it begins in the file.
+    /// Offset in the file.
     pub(crate) file_offset: u64,
-    /// The file's bytes in it.
+    /// Number of the file's bytes.
     pub(crate) bytes: u64,
-    /// The length of its memory, at least `bytes`; what lies beyond is read too (a direct read takes whole
-    /// blocks) and zeroed afterwards.
+    /// Length of its memory, at least `bytes`. What lies beyond `bytes` is read too (a direct read
+    /// takes whole blocks) and then zeroed.
     pub(crate) memory_bytes: u64,
 }
 
-/// What is allocated and populated at once. Small enough for the first reads to start early and for the window to be fine-grained; large
-/// enough that registering and populating cost nothing per call.
+/// How much is allocated and populated at once. Small enough for the first reads to start early
+/// and for a fine-grained window; large enough that the cost per call of registering and
+/// populating does not matter.
 pub(crate) const BATCH_BYTES: u64 = 16 << 20;
 
-/// The most files that have a part in one batch: each is open while it is read.
+/// Maximum number of files with a part in one batch: each is open while it is read.
 pub(crate) const BATCH_FILES: usize = 64;
 
-/// The most pieces of a plan: 32 TiB in segments of 64 MiB, 1 TiB in segments of 2 MiB. A plan takes up to 400 bytes for each piece,
-/// and a length costs nothing (files can be sparse): a plan must not grow with it without bound.
+/// Maximum number of pieces in a plan: 32 TiB in segments of 64 MiB, 1 TiB in segments of 2 MiB. A
+/// plan takes up to 400 bytes per piece, and a sparse file of any length costs nothing to create,
+/// so the size of a plan must be bounded.
 pub(crate) const MOST_PIECES: u64 = 1 << 19;
 
-/// Files up to this part of a segment share memories: what a larger one could share is not worth the wait for the others.
+/// Files of up to this fraction of a segment share memories. For larger ones, what they would save
+/// is not worth waiting for the other files.
 const PACKED_PART: u64 = 4;
 
 impl Shape {
-    /// How many pieces spans of these lengths are cut into, more or less: known without making a plan.
+    /// About how many pieces spans of these lengths are cut into, without making a plan.
     pub(crate) fn pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
         let batch_bytes = self.batch_bytes.min(self.segment_bytes).max(1);
         lengths.map(|bytes| bytes.div_ceil(batch_bytes)).fold(0, u64::saturating_add)
@@ -165,14 +174,16 @@ impl Shape {
 }
 
 impl Plan {
-    /// Plans spans of files with these alignments, powers of two and at least a page. A span of 0 bytes has no segments.
+    /// Plans spans of files with these alignments, which are powers of two and at least a page. A
+    /// span of 0 bytes has no segments.
     pub(crate) fn new(alignments: &[u64], spans: &[Span], shape: Shape) -> Plan {
         let segment_bytes = match shape.layout {
             Layout::Segmented | Layout::Tensors => shape.segment_bytes,
             Layout::Single => u64::MAX,
         };
         let mut plan = Plan { files: vec![FileParts::default(); alignments.len()], ..Plan::default() };
-        // The alignment and the number of the spans of the memory that more small ones may join.
+        // The alignment and the number of spans of the last memory, if more small spans may join
+        // it.
         let mut pack: Option<(u64, usize)> = None;
         for (number, span) in spans.iter().enumerate() {
             let &alignment = alignments.get(span.file).expect("each file has an alignment");
@@ -208,7 +219,8 @@ impl Plan {
         self.memories.last().map_or(0, |memory| memory.range_offset + memory.bytes)
     }
 
-    /// A new memory: a span's next one follows its last one without a gap, any other begins where a huge page can.
+    /// Adds a memory. If it continues a span, it begins where the last one ends; otherwise at the
+    /// next huge page boundary.
     fn begin_memory(&mut self, continues_span: bool) {
         let end = self.end_of_range();
         let range_offset = if continues_span { end } else { end.next_multiple_of(HUGE_PAGE_BYTES) };
@@ -216,7 +228,7 @@ impl Plan {
         self.memories.push(MemoryPlan { range_offset, bytes: 0, segments, pieces: 0..0 });
     }
 
-    /// A segment at the end of the last memory.
+    /// Adds a segment at the end of the last memory.
     fn add_segment(&mut self, of: &Span, span: usize, file_range: Range<u64>, memory_bytes: u64) {
         let (file, moved) = (of.file, of.moved.clone());
         let number = self.memories.len().checked_sub(1).expect("`begin_memory` comes first");
@@ -230,7 +242,7 @@ impl Plan {
         memory.segments.end += 1;
     }
 
-    /// Cuts a memory into batches, and these into pieces.
+    /// Cuts a memory into batches, and those into pieces.
     fn cut(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
         let memory = memories.get_mut(number).expect("memories are cut one by one");
@@ -240,7 +252,8 @@ impl Plan {
         while start < memory.bytes {
             let mut end = start.saturating_add(batch_bytes).min(memory.bytes);
             if let Some(next) = own.get(segment + batch_files).filter(|next| next.memory_offset < end) {
-                // A batch that ends within a huge page makes small ones of it: only where files are tiny.
+                // Ending a batch inside a huge page would split that page into small ones. Done
+                // only if the files are so tiny that a batch of them is less than a huge page.
                 let whole = next.memory_offset / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
                 end = if whole > start { whole } else { next.memory_offset };
             }
@@ -270,7 +283,7 @@ impl Plan {
     }
 }
 
-/// Cuts a range into parts of `step` bytes; the last may be shorter.
+/// Splits a range into parts of `step` bytes; the last may be shorter.
 pub(crate) fn split(range: Range<u64>, step: u64) -> impl Iterator<Item = Range<u64>> {
     let step = NonZeroU64::new(step).map_or(u64::MAX, NonZeroU64::get);
     let mut start = range.start;
@@ -330,7 +343,7 @@ mod tests {
     fn small_files_share_memories_and_batches_end_at_huge_pages() {
         let shape = large_shape(16 * MIB);
         let plan = planned(&vec![700_000; 2000], shape);
-        // 171 pages each, 95 of which fit into 64 MiB.
+        // Each takes 171 pages, so 95 of them fit into 64 MiB.
         assert_eq!((plan.memories.len(), plan.segments.len()), (22, 2000));
         let whole = |batch: &Batch| batch.memory_offset.is_multiple_of(HUGE_PAGE_BYTES);
         assert!(plan.batches.iter().all(whole) && plan.batches.len() == 21 * 4 + 1, "{} batches", plan.batches.len());
@@ -345,7 +358,7 @@ mod tests {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
                 assert!(plan.batches.iter().all(|batch| batch.pieces.len() <= batch_files));
                 let fewest = 1000_usize.div_ceil(batch_files);
-                // A batch may end early, with its memory or at a huge page.
+                // A batch may end early, at the end of its memory or at a huge page.
                 assert!((fewest..fewest + 2 * plan.memories.len()).contains(&plan.batches.len()), "{}", plan.batches.len());
             }
         }
@@ -372,7 +385,7 @@ mod tests {
             let layout = if single { Layout::Single } else { Layout::Segmented };
             let shape = Shape { packed, batch_files, ..shape(layout, segment_pages * 2, batch_pages * 2) };
             let alignments: Vec<u64> = bytes.iter().zip(large).map(|(_, large)| if large { 2 * ALIGNMENT } else { ALIGNMENT }).collect();
-            // Of some files a part, of some two: what comes last first.
+            // Part of some files, two parts of others, last ones first.
             let mut spans = Vec::new();
             for (file, (&bytes, alignment)) in bytes.iter().zip(&alignments).enumerate() {
                 let cut = (bytes / 2).next_multiple_of(*alignment).min(bytes);
@@ -387,7 +400,7 @@ mod tests {
             let lengths = spans.iter().map(|span| span.range.end - span.range.start);
             prop_assert!(plan.batches.len() <= plan.pieces.len());
             prop_assert!(plan.pieces.len() as u64 <= shape.pieces(lengths) + 2 * plan.segments.len() as u64);
-            // Spans → segments → pieces: all bytes, in order, none twice.
+            // Spans, segments and pieces cover all bytes, in order and without overlap.
             prop_assert_eq!(plan.files.len(), bytes.len());
             let (mut segment_at, mut piece_at) = (0, 0);
             for (number, span) in spans.iter().enumerate() {
@@ -422,7 +435,7 @@ mod tests {
             }
             prop_assert_eq!(plan.files.iter().map(|file| file.pieces).sum::<usize>(), plan.pieces.len());
             prop_assert_eq!((segment_at, piece_at), (plan.segments.len(), plan.pieces.len()));
-            // Memories → batches → pieces: no gap, nothing twice.
+            // Memories, batches and pieces have no gaps or overlaps.
             let (mut range_at, mut batch_at, mut piece_at) = (0, 0, 0);
             for (index, memory) in plan.memories.iter().enumerate() {
                 prop_assert!(memory.range_offset >= range_at && !memory.segments.is_empty());

@@ -1,4 +1,5 @@
-//! Which bytes of its files a load reads: all of them, or those of some tensors, of one rank's part of them, of a range.
+//! Which bytes of its files a load reads: all of them, or those of some tensors, of a rank's part
+//! of them, or of a range.
 //!
 //! ```text
 //!   tensors  |--a--|-------b-------|--c--|------------------- d -------------------|--e--|
@@ -6,10 +7,10 @@
 //!   spans      |-------------------------------------------|                     |---------|
 //! ```
 //!
-//! A span is what is read in one go: wanted ranges with what is between them where that is little, out to the blocks that direct
-//! reads need. What is wanted first is a span before the others.
+//! A span is read in one go: the wanted ranges together with small gaps between them, extended to
+//! the blocks that direct reads need. Ranges that were requested earlier come in earlier spans.
 //!
-//! Pure: no clock, no syscall.
+//! Pure: no clock, no system call.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,21 +23,21 @@ use crate::plan::Span;
 use crate::plan::glob::Pattern;
 use crate::support::convert::to_usize;
 
-/// The same, checked.
+/// A checked [`Select`].
 #[derive(Debug, Default)]
 pub(crate) struct Selector {
     patterns: Option<Vec<Pattern>>,
     range: Option<Range<u64>>,
     shard: Option<Shard>,
-    /// Patterns that have met a tensor.
+    /// Which patterns have matched a tensor.
     met: Vec<bool>,
-    /// Tensors that the cut between ranks does not leave as one might expect.
+    /// Tensors that are affected by the cut between ranks in a way that may surprise.
     odd: Odd,
-    /// Files of whose tensors, or bytes, the cut leaves nothing to this rank.
+    /// Number of files of which this rank gets no tensors, or no bytes.
     files_without: usize,
 }
 
-/// Tensors that a rank has a part of only, or nothing.
+/// Tensors of which a rank has only a part, or nothing.
 #[derive(Debug, Default)]
 struct Odd {
     count: usize,
@@ -50,32 +51,32 @@ impl Odd {
     }
 }
 
-/// What is read of a file.
+/// What to read of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Selected {
-    /// Sorted by what comes first, then by place.
+    /// Sorted by request order, then by place in the file.
     pub(crate) spans: Vec<Span>,
-    /// `None` where all tensors are there as they are in the file.
+    /// `None` if all tensors are loaded as they are in the file.
     pub(crate) tensors: Option<Arc<ChosenTensors>>,
-    /// What was asked for, without what is read along with it.
+    /// Bytes that were requested, without those that are read along with them.
     pub(crate) wanted_bytes: u64,
 }
 
-/// A tensor that is read.
+/// A tensor to read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ChosenTensor {
-    /// Its position in the tensor map.
+    /// Position in the tensor map.
     pub(crate) position: usize,
-    /// Where in the caller's order it comes; the same for those of one pattern.
+    /// Position in the caller's order of requests; the same for all matches of a pattern.
     pub(crate) class: usize,
     pub(crate) part: TensorSlice,
 }
 
-/// The tensors of a file that are read, in the order in which they come.
+/// The tensors of a file to read, in the order in which they are read.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ChosenTensors {
     list: Vec<ChosenTensor>,
-    /// Their numbers, sorted by position.
+    /// Indices into `list`, sorted by position.
     by_position: Vec<u32>,
 }
 
@@ -90,7 +91,7 @@ impl ChosenTensors {
         &self.list
     }
 
-    /// All whole tensors of a file whose names it owns; `None` where it owns all.
+    /// All whole tensors of a file whose names it owns; `None` if it owns all of them.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
             let part = TensorSlice { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) };
@@ -103,7 +104,7 @@ impl ChosenTensors {
         }
     }
 
-    /// The one at this position of the tensor map.
+    /// The tensor at this position of the tensor map, if it is read.
     pub(crate) fn at(&self, position: usize) -> Option<&ChosenTensor> {
         let of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
         let found = self.by_position.binary_search_by(|number| of(number).cmp(&Some(position))).ok()?;
@@ -111,15 +112,15 @@ impl ChosenTensors {
     }
 }
 
-/// What is wanted of a tensor.
+/// The part of a tensor that is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TensorSlice {
-    /// Its shape; that of the tensor where all of it is wanted.
+    /// The shape of the part; the tensor's shape if all of it is wanted.
     pub(crate) shape: Vec<usize>,
     pub(crate) rows: Rows,
 }
 
-/// Equal ranges of a file at equal distances.
+/// Ranges of equal length at equal distances in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Rows {
     pub(crate) first: Range<u64>,
@@ -141,17 +142,18 @@ impl Rows {
         self.count * (self.first.end - self.first.start)
     }
 
-    /// From the first to the last.
+    /// The range from the first to the last.
     pub(crate) fn hull(&self) -> Range<u64> {
         self.first.start..self.first.end + self.count.saturating_sub(1) * self.stride_bytes
     }
 }
 
-/// What is read rather than passed over, between two wanted ranges: it takes no longer than a read of its own would.
+/// Gaps of up to this size between two wanted ranges are read rather than skipped: that takes no
+/// longer than a separate read.
 const GAP_BYTES: u64 = 128 << 10;
 
 impl Selected {
-    /// A range of it.
+    /// Selects a range of a file.
     pub(crate) fn of_range(range: Range<u64>, file_bytes: u64, alignment: u64) -> Self {
         let mut spans = Vec::new();
         let wanted_bytes = range.end - range.start;
@@ -159,17 +161,17 @@ impl Selected {
         Selected { spans, tensors: None, wanted_bytes }
     }
 
-    /// All of it.
+    /// Selects a whole file.
     pub(crate) fn whole(file_bytes: u64) -> Self {
         Selected { spans: vec![Span::whole(0, file_bytes)], tensors: None, wanted_bytes: file_bytes }
     }
 }
 
 impl Selector {
-    /// Checks what is to be read, and compiles its patterns.
+    /// Checks the selection and compiles its patterns.
     ///
     /// # Errors
-    /// [`Error::Config`] for what makes no sense.
+    /// [`Error::Config`] for an invalid selection.
     pub(crate) fn new(select: &Select) -> Result<Self> {
         let wrong = |text: String| Err(Error::Config(text));
         let patterns = select.tensors.as_ref().map(|tensors| {
@@ -198,18 +200,18 @@ impl Selector {
         Ok(Selector { patterns, range: select.range.clone(), shard: select.shard, met, odd: Odd::default(), files_without: 0 })
     }
 
-    /// Whether it needs the tensors of a file to tell.
+    /// Whether the selection depends on the tensors of a file.
     pub(crate) fn needs_tensors(&self) -> bool {
         self.patterns.is_some() || self.shard.is_some_and(|shard| shard.dim.is_some())
     }
 
-    /// Whether the bytes of each file are cut, wherever tensors begin and end.
+    /// Whether the bytes of each file are cut, regardless of where tensors begin and end.
     pub(crate) fn cuts_bytes(&self) -> bool {
         self.shard.is_some_and(|shard| shard.dim.is_none())
     }
 
-    /// Finds what a cut by bytes does to a file and its tensors: those that this rank has a part of only, or whether it has
-    /// nothing.
+    /// Notes the effects of a cut by bytes on a file: tensors of which this rank has only a part,
+    /// and whether it has nothing of the file.
     pub(crate) fn look_at_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
         let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
         let (mut has_any, mut is_touched) = (false, false);
@@ -225,7 +227,7 @@ impl Selector {
         self.files_without += usize::from(has_nothing);
     }
 
-    /// What the cut between ranks does that one might not expect.
+    /// Describes effects of the cut between ranks that may surprise.
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
@@ -253,17 +255,18 @@ impl Selector {
         odd.into_iter().chain(without).collect()
     }
 
-    /// Whether it chooses tensors by their names.
+    /// Whether tensors are selected by name.
     pub(crate) fn has_patterns(&self) -> bool {
         self.patterns.is_some()
     }
 
-    /// Whether a pattern may mean names that the caller has not written.
+    /// Whether a pattern can match names that the caller has not written out.
     pub(crate) fn is_wild(&self) -> bool {
         self.patterns.iter().flatten().any(Pattern::is_wild)
     }
 
-    /// Gives what comes with each name that a pattern means; whether every pattern means one.
+    /// Passes the value that comes with each matching name to `met`. Returns whether every pattern
+    /// has matched a name.
     pub(crate) fn meets<'a>(&self, names: impl Iterator<Item = (&'a str, &'a str)>, mut met: impl FnMut(&'a str)) -> bool {
         let patterns = self.patterns.as_deref().unwrap_or_default();
         let mut seen = vec![false; patterns.len()];
@@ -281,11 +284,11 @@ impl Selector {
         seen.into_iter().all(|seen| seen)
     }
 
-    /// What is read of a file whose model is this part of it, of tensors that it owns. `alignment` is what direct reads need, a
-    /// power of two.
+    /// Selects what to read of a file in which the model is `part`, from the tensors that the file
+    /// owns. `alignment`, a power of two, is what direct reads need.
     ///
     /// # Errors
-    /// Why that can't be: a word about the file, without its name.
+    /// A reason to append to the path.
     pub(crate) fn of_file(
         &mut self,
         map: Option<&TensorMap>,
@@ -302,7 +305,7 @@ impl Selector {
             return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
-            // Cut at blocks: no rank reads what is another's.
+            // Cut at block boundaries, so that no rank reads another rank's bytes.
             let cut = |rank: u32| match portion(bytes, rank, world_size) {
                 0 => part.start,
                 at => (part.start + at).next_multiple_of(alignment).min(part.end),
@@ -332,7 +335,7 @@ impl Selector {
         Ok(Selected { spans, tensors: Some(Arc::new(ChosenTensors::new(chosen))), wanted_bytes })
     }
 
-    /// The first pattern that means this tensor; all patterns that do have met one.
+    /// The first pattern that matches this tensor. Marks all matching patterns as matched.
     fn class_of(&mut self, name: &str) -> Option<usize> {
         let Some(patterns) = &self.patterns else { return Some(0) };
         let mut first = None;
@@ -345,8 +348,10 @@ impl Selector {
         first
     }
 
+    /// Checks that every pattern has matched a tensor.
+    ///
     /// # Errors
-    /// [`Error::NoSuchTensor`] for a pattern that has met no tensor of any file: nobody asks for nothing.
+    /// [`Error::NoSuchTensor`] for a pattern that has not.
     pub(crate) fn all_met(&self) -> Result<()> {
         let patterns = self.patterns.iter().flatten().zip(&self.met);
         let missed = patterns.filter(|(_, met)| !**met).map(|(pattern, _)| pattern.to_string()).next();
@@ -354,13 +359,13 @@ impl Selector {
     }
 }
 
-/// Where rank number `rank` of `world_size` begins in so many of anything.
+/// Start of `rank`'s share of `all` items.
 fn portion(all: u64, rank: u32, world_size: u32) -> u64 {
     let portion = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
     u64::try_from(portion).expect("a part is no larger than the whole")
 }
 
-/// What a rank has of a tensor. One that has fewer dimensions than the one to cut along is everybody's.
+/// A rank's part of a tensor. A tensor without the dimension to cut belongs to every rank.
 fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, String> {
     let TensorInfo { name, dtype, shape, file_range } = tensor;
     let whole = || TensorSlice { shape: shape.clone(), rows: Rows::one(file_range.clone()) };
@@ -371,12 +376,12 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, Str
     let mut own = shape.clone();
     own[dim] = to_usize(end - start);
     if file_range.is_empty() {
-        // Its other dimensions may be of any size.
+        // The product of its other dimensions may overflow, so don't compute it.
         return Ok(TensorSlice { shape: own, rows: Rows::one(file_range.clone()) });
     }
     let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
-    // A whole tensor fits into 64 bits, so its parts do.
+    // The size of the whole tensor fits into 64 bits, so sizes of its parts do too.
     let place = (dtype.bytes_of(start * inner), dtype.bytes_of(end * inner), dtype.bytes_of(len * inner));
     let (Some(from), Some(to), Some(stride_bytes)) = place else {
         return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} cuts through blocks of {dtype}"));
@@ -392,23 +397,26 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, Str
     Ok(TensorSlice { shape: own, rows })
 }
 
-/// Joins sorted ranges that are close to each other, and takes them out to whole blocks. Empty ones need no reading.
+/// Merges sorted ranges that are close to each other and extends them to whole blocks. Skips empty
+/// ranges.
 fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment: u64, class: usize, into: &mut Vec<Span>) {
     let first = into.len();
     for range in ranges.filter(|range| !range.is_empty()) {
         let (start, end) = (range.start / alignment * alignment, range.end.next_multiple_of(alignment).min(file_bytes));
         match into.get_mut(first..).and_then(<[_]>::last_mut) {
-            // Rows of one tensor begin before the last of another ends, where these overlap: never, as tensors do not.
+            // Ranges of different tensors never overlap, so a range never begins before the last
+            // one.
             Some(last) if start <= last.range.end.saturating_add(GAP_BYTES) => last.range.end = last.range.end.max(end),
             _ => into.push(Span { file: 0, range: start..end, class, moved: None, single: false }),
         }
     }
 }
 
-/// Spans for [`crate::Layout::Tensors`]: each holds whole tensors and is no longer than `most_bytes`, unless a single tensor is; that
-/// is one segment up to `single_bytes`. Each
-/// tensor begins at a multiple of what the importer wants, from the beginning of its memory; where its file does not have it so,
-/// it is a span of its own, and moved.
+/// Spans for [`crate::Layout::Tensors`]. Each holds whole tensors and is no longer than
+/// `most_bytes`, unless it is a single tensor, which is one segment if it fits into
+/// `single_bytes`. Each tensor begins at a multiple of the importer's alignment, counted from the
+/// beginning of its memory; if its place in the file does not allow that, it gets its own span and
+/// is moved.
 ///
 /// # Errors
 /// [`Error::Unaligned`].
@@ -422,7 +430,7 @@ pub(crate) fn by_tensors(
     importer: ImporterLimits,
 ) -> Result<Vec<Span>> {
     let wanted = importer.alignment_bytes;
-    // What direct reads keep of the places in the file.
+    // The alignment in the file that direct reads preserve.
     let kept = wanted.min(alignment);
     let mut spans: Vec<Span> = Vec::new();
     let mut add = |info: &TensorInfo, range: Range<u64>, class: usize| {

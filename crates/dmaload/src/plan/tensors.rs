@@ -1,15 +1,15 @@
-//! The tensors of a file, and which of them are read.
+//! The tensors of a file and which of them are read.
 
 use std::sync::Arc;
 
 use super::select::{ChosenTensors, Rows, TensorSlice};
 use crate::model::TensorMap;
 
-/// The tensors of a file, and which of them are read.
+/// The tensors of a file and which of them are read.
 #[derive(Debug)]
 pub(crate) struct FileTensors {
     pub(crate) map: Arc<TensorMap>,
-    /// `None` for all of them, in file order.
+    /// `None` if all are read, in file order.
     pub(crate) chosen: Option<Arc<ChosenTensors>>,
 }
 
@@ -18,7 +18,7 @@ impl FileTensors {
         self.chosen.as_ref().map_or(self.map.len(), |chosen| chosen.list().len())
     }
 
-    /// Where in the map the tensor is that comes at this place.
+    /// The position in the map of tensor number `number` in read order.
     pub(crate) fn position_of(&self, number: usize) -> Option<usize> {
         match &self.chosen {
             Some(chosen) => chosen.list().get(number).map(|chosen| chosen.position),
@@ -26,7 +26,7 @@ impl FileTensors {
         }
     }
 
-    /// Where in the caller's order the tensor comes that is at this place.
+    /// The request class of tensor number `number` in read order.
     pub(crate) fn class_of(&self, number: usize) -> Option<usize> {
         match &self.chosen {
             Some(chosen) => chosen.list().get(number).map(|chosen| chosen.class),
@@ -34,7 +34,7 @@ impl FileTensors {
         }
     }
 
-    /// What is read of the tensor at this position of the map.
+    /// What to read of the tensor at this position of the map.
     pub(crate) fn part_at(&self, position: usize) -> Option<TensorSlice> {
         match &self.chosen {
             Some(chosen) => chosen.at(position).map(|chosen| chosen.part.clone()),

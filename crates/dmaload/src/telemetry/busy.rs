@@ -1,4 +1,4 @@
-//! For how long something was going on: the union of intervals that may overlap.
+//! How long something was running: the union of intervals that may overlap.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ impl BusyTime {
         }
     }
 
-    /// Everything that was running ends.
+    /// Ends all running activities.
     pub(crate) fn stop(&mut self, now: Duration) {
         if self.running > 0 {
             self.running = 1;

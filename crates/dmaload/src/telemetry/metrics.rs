@@ -1,54 +1,57 @@
-//! What a loader has done so far, for exporters.
+//! Metrics of a loader, for exporters.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What a loader has done since it was made, and what it holds now; see [`crate::Loader::metrics`]. Counters only ever rise.
+/// What a loader has done since it was created, and what it holds now; see
+/// [`crate::Loader::metrics`]. Counters never decrease.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Metrics {
-    /// Loads that were begun.
+    /// Loads that have started.
     pub loads_started: u64,
-    /// Loads that have given all they had.
+    /// Loads that have delivered everything.
     pub loads_finished: u64,
     /// Loads that ended with an error.
     pub loads_failed: u64,
-    /// Loads that were dropped before their end.
+    /// Loads that were dropped before they ended.
     pub loads_dropped: u64,
-    /// Bytes of files that were read into segments.
+    /// Bytes read from files into segments.
     pub read_bytes: u64,
-    /// Segments that were handed over.
+    /// Segments handed over.
     pub segments: u64,
     /// Steps down the ladder of routes.
     pub fallbacks: u64,
-    /// Reads that failed, and were tried once more.
+    /// Reads that failed and were retried.
     pub retried_reads: u64,
-    /// Reads that the kernel has now, and at most ([`crate::LoaderBuilder::queue_depth`]).
+    /// Reads that the kernel has now, at most [`crate::LoaderBuilder::queue_depth`].
     pub reads_in_flight: u64,
-    /// The most of them.
+    /// The maximum number of reads in flight.
     pub queue_depth: u64,
-    /// Memory that segments and the pool have now ([`crate::Loader::memory_bytes`]).
+    /// Memory that segments and the pool occupy now ([`crate::Loader::memory_bytes`]).
     pub memory_bytes: u64,
     /// Memory that the pool keeps now.
     pub pooled_bytes: u64,
-    /// How long reads waited, from when their memory was there until the kernel was asked: for the queue, mostly.
+    /// How long reads waited between their memory being ready and their submission to the kernel:
+    /// mostly for a place in the queue.
     pub before_kernel: Latency,
-    /// How long reads took, from when the kernel was asked until its answer was seen.
+    /// How long reads took, from submission until their completion was seen.
     pub in_kernel: Latency,
-    /// How long segments waited, from when all their bytes were there until they were handed over: for the ones before them, and for
-    /// the check of their file.
+    /// How long complete segments waited before they were handed over: for earlier segments, and
+    /// for the check of their file.
     pub after_kernel: Latency,
 }
 
-/// How long something took, each time.
+/// A histogram of durations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Latency {
-    /// How often.
+    /// Number of samples.
     pub count: u64,
-    /// In all.
+    /// Sum of all samples.
     pub sum: Duration,
-    /// How often it took up to [`Latency::bound`] of each bucket, and longer than that of the one before it; the last has no bound.
+    /// Number of samples per bucket: up to the bucket's [`Latency::bound`] and above that of the
+    /// one before it. The last bucket has no bound.
     pub buckets: [u64; Latency::BUCKETS],
 }
 
@@ -56,13 +59,14 @@ impl Latency {
     /// The number of buckets.
     pub const BUCKETS: usize = 22;
 
-    /// The bound of a bucket: 1 µs, 2 µs, 4 µs and so on; `None` for the last one, from a second on.
+    /// The upper bound of a bucket: 1 µs, 2 µs, 4 µs and so on; `None` for the last one, which
+    /// begins at about 1 s.
     #[must_use]
     pub fn bound(bucket: usize) -> Option<Duration> {
         (bucket + 1 < Self::BUCKETS).then(|| Duration::from_micros(1 << bucket))
     }
 
-    /// The average; zero where there was none.
+    /// The average; zero without samples.
     #[must_use]
     pub fn mean(&self) -> Duration {
         let nanos = self.sum.as_nanos().checked_div(self.count.into()).unwrap_or(0);
@@ -70,7 +74,7 @@ impl Latency {
     }
 }
 
-/// Latencies as they come.
+/// Counts latencies as they are measured.
 #[derive(Debug, Default)]
 pub(crate) struct Histogram {
     sum_nanos: AtomicU64,
@@ -81,7 +85,7 @@ impl Histogram {
     pub(crate) fn add(&self, took: Duration) {
         let nanos = u64::try_from(took.as_nanos()).expect("less than 500 years");
         let micros = nanos.div_ceil(1000);
-        // The first power of two that is not less.
+        // The smallest power of two that is not less.
         let bucket = micros.max(1).next_power_of_two().trailing_zeros() as usize;
         let bucket = self.buckets.get(bucket.min(Latency::BUCKETS - 1)).expect("the last bucket is for all that is longer");
         bucket.fetch_add(1, Ordering::Relaxed);
@@ -94,17 +98,17 @@ impl Histogram {
     }
 }
 
-/// What the ring thread counts.
+/// Counters of the ring thread.
 #[derive(Debug, Default)]
 pub(crate) struct ReadCounters {
     pub(crate) in_flight: AtomicU64,
-    /// What a panic of the ring thread has leaked.
+    /// Bytes leaked by a panic of the ring thread.
     pub(crate) leaked_bytes: AtomicU64,
     pub(crate) before_kernel: Histogram,
     pub(crate) in_kernel: Histogram,
 }
 
-/// What loads count.
+/// Counters of loads.
 #[derive(Debug, Default)]
 pub(crate) struct LoadCounters {
     pub(crate) started: AtomicU64,
@@ -119,7 +123,7 @@ pub(crate) struct LoadCounters {
 }
 
 impl LoadCounters {
-    /// What was counted, without what is not theirs.
+    /// Takes a snapshot. Figures that are not counted here stay zero.
     pub(crate) fn seen(&self, reads: &ReadCounters) -> Metrics {
         let seen = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Metrics {
@@ -142,7 +146,6 @@ impl LoadCounters {
     }
 }
 
-/// One more.
 pub(crate) fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }

@@ -1,9 +1,9 @@
-//! What a load and a loader tell about themselves: the [`Report`](report::Report) of one load, the
+//! What loads and loaders report: the [`Report`](report::Report) of one load, the
 //! [`Metrics`](metrics::Metrics) of a loader, and the events of a trace.
 //!
-//! Pure bookkeeping: it reads no file and no clock, and starts no thread. The engine fills these
-//! values and hands them to the caller, who may keep them for any time: nothing here refers to a
-//! loader. Figures of the whole process are the caller's to take.
+//! Pure bookkeeping: reads no file and no clock, and starts no thread. The engine fills these
+//! values and returns them to the caller, who may keep them: nothing here refers to a loader.
+//! Process-wide figures are left to the caller.
 
 pub(crate) mod busy;
 pub(crate) mod metrics;

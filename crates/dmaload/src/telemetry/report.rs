@@ -1,4 +1,4 @@
-//! What happened during a load.
+//! The report of a load.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,58 +9,66 @@ use crate::options::choices::Layout;
 use crate::route::{Fallback, Route};
 use crate::telemetry::trace::TraceEvent;
 
-/// What happened during a load: how much, how long, by which ways.
+/// What happened during a load: how much was read, how long it took, and by which routes.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
-    /// Bytes that were read into segments: of all files, or of what was asked for with what was read along.
+    /// Bytes read into segments: all bytes of the files, or the requested parts plus whatever was
+    /// read along with them.
     pub bytes: u64,
-    /// Bytes that were asked for: as many, unless only parts of the files were ([`crate::LoadOptions::tensors`] and the like).
+    /// Bytes requested: equal to `bytes` unless only parts of the files were requested
+    /// ([`crate::LoadOptions::tensors`] and the like).
     pub wanted_bytes: u64,
-    /// Bytes of tensors that were copied to where the importer wants them ([`crate::ImporterLimits::alignment_bytes`]).
+    /// Bytes of tensors that were copied to meet the importer's alignment
+    /// ([`crate::ImporterLimits::alignment_bytes`]).
     pub copied_bytes: u64,
-    /// Bytes that were copied from the page cache ([`crate::LoadOptions::cache`]) rather than read from storage.
+    /// Bytes copied from the page cache ([`crate::LoadOptions::cache`]) rather than read from
+    /// storage.
     pub cached_bytes: u64,
     /// Number of segments.
     pub segments: usize,
-    /// Number of allocations (memfds, dma-bufs) that they are in: fewer where small files share them.
+    /// Number of allocations (memfds, dma-bufs) behind the segments: fewer than segments where
+    /// small files share one.
     pub memories: usize,
-    /// From the call of `load` to the last segment.
+    /// From the start of the load to the last segment.
     pub total: Duration,
-    /// While at least one piece was being allocated and populated.
+    /// Time during which at least one piece was being allocated and populated.
     pub allocating: Duration,
-    /// While at least one read was in flight.
+    /// Time during which at least one read was in flight.
     pub reading: Duration,
-    /// While at least one copy from staging was under way; zero where nothing was bounced.
+    /// Time during which at least one copy from staging was running; zero if nothing was bounced.
     pub copying: Duration,
-    /// While at least one copy from the page cache was under way; zero where nothing was taken from there.
+    /// Time during which at least one copy from the page cache was running; zero if nothing was
+    /// copied from there.
     pub from_cache: Duration,
-    /// Until the first segment was handed over; `None` when there was none.
+    /// Time until the first segment was handed over; `None` without segments.
     pub first_segment: Option<Duration>,
     /// How much of the segments' memory lies on 2 MiB pages.
     pub pages: PageCount,
-    /// Why a 2 MiB extent has small pages although huge ones were wanted.
+    /// Why a 2 MiB extent got small pages although huge ones were wanted.
     pub pages_refused: Option<Errno>,
     /// How much of the segments' memory came from the pool ([`crate::LoaderBuilder::pool_bytes`]).
     pub reused_bytes: u64,
     /// The heap.
     pub heap: String,
-    /// Why it is this heap, where it was chosen for the caller, and what it does otherwise than one might expect.
+    /// Why this heap was chosen, unless the caller chose it, and anything unexpected about the
+    /// load.
     pub notes: Vec<String>,
     /// The layout.
     pub layout: Layout,
-    /// The lowest route that any byte took; the one to start at where all came from the page cache.
+    /// The lowest route that any byte took; the starting route if everything came from the page
+    /// cache.
     pub route: Route,
     /// Every step down the ladder, in the order taken.
     pub fallbacks: Vec<Fallback>,
-    /// How fast direct and staged reads were, where this load has tried them to find the fastest way
+    /// How fast direct and staged reads were, if this load measured them to find the fastest way
     /// ([`crate::LoadOptions::route`]).
     pub measured: Option<Measured>,
-    /// What was compared with what was expected ([`crate::LoadOptions::verify`]); `None` when nothing was.
+    /// What was verified, and how ([`crate::LoadOptions::verify`]); `None` without verification.
     pub verified: Option<String>,
-    /// What was done when, in the order in which it ended; empty unless [`crate::LoadOptions::trace`] was asked for.
+    /// A timeline, sorted by when each event ended; empty without [`crate::LoadOptions::trace`].
     pub trace: Vec<TraceEvent>,
-    /// The files, in the order given.
+    /// The files, in load order.
     pub files: Vec<FileReport>,
 }
 
@@ -68,13 +76,13 @@ pub struct Report {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Way {
-    /// Memory is brought into being ahead of reads, and devices write to it.
+    /// Memory is populated ahead of reads, and devices write to it.
     Direct,
-    /// Reads go into a few buffers that stay in the processor's cache. Threads bring memory into being,
-    /// and copy what was read while both are in the cache ([`Route::Bounce`]).
+    /// Reads go into a few buffers that stay in the CPU cache. Threads populate memory and copy
+    /// into it what was read while both are in the cache ([`Route::Bounce`]).
     Staged,
-    /// Through the page cache, by io_uring ([`Route::UringBuffered`]): on network file systems, where direct reads may be
-    /// slow. A step down, so no strict load takes it.
+    /// io_uring through the page cache ([`Route::UringBuffered`]), for network file systems where
+    /// direct reads may be slow. A step down, so strict loads never use it.
     Buffered,
 }
 
@@ -88,17 +96,17 @@ impl std::fmt::Display for Way {
     }
 }
 
-/// How fast the ways were on parts of a load.
+/// How fast each way was on parts of a load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Measured {
-    /// By direct reads.
+    /// Speed of direct reads.
     pub direct_bytes_per_second: f64,
-    /// By staged ones.
+    /// Speed of staged reads.
     pub staged_bytes_per_second: f64,
-    /// By those through the page cache; `None` where these were not tried.
+    /// Speed of reads through the page cache; `None` if they were not measured.
     pub buffered_bytes_per_second: Option<f64>,
-    /// Which of them the rest of the load took, and later loads take.
+    /// The way that the rest of the load and later loads use.
     pub chosen: Way,
 }
 
@@ -106,9 +114,9 @@ pub struct Measured {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileReport {
-    /// The path, as it was given.
+    /// The path, as given.
     pub path: PathBuf,
-    /// Its length when the load began, which is what was loaded.
+    /// The file's length when the load began, all of which was loaded.
     pub bytes: u64,
     /// The lowest route that any of its bytes took.
     pub route: Route,
@@ -121,23 +129,24 @@ impl Report {
         self.bytes as f64 / self.total.as_secs_f64().max(f64::MIN_POSITIVE)
     }
 
-    /// Bytes per second that were read from storage, while any were; `None` where none were.
+    /// Read speed of storage over the time that reads were running; `None` if there were no reads.
     pub fn storage_bytes_per_second(&self) -> Option<f64> {
         rate(self.bytes.saturating_sub(self.cached_bytes), self.reading)
     }
 
-    /// Bytes per second that were copied from the page cache, while any were; `None` where none were.
+    /// Copy speed from the page cache over the time that such copies were running; `None` if there
+    /// were none.
     pub fn cache_bytes_per_second(&self) -> Option<f64> {
         rate(self.cached_bytes, self.from_cache)
     }
 
-    /// The page size that most of the memory has.
+    /// The size of most of the pages.
     pub fn page_size_bytes(&self) -> usize {
         if self.pages.huge_bytes * 2 > self.pages.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }
     }
 
-    /// How much of the shorter of allocating and reading was hidden behind the longer: 1 when the load took no longer
-    /// than the longer of the two, 0 when they ran one after the other.
+    /// How much of the shorter of allocating and reading was hidden behind the longer: 1 if the
+    /// load took no longer than the longer of the two, 0 if they ran one after the other.
     pub fn overlap(&self) -> f64 {
         let shorter = self.allocating.min(self.reading).as_secs_f64();
         let hidden = (self.allocating + self.reading).saturating_sub(self.total).as_secs_f64();

@@ -1,8 +1,8 @@
-//! What a load did when: an event for each allocation, registration, read, copy and hand-over.
+//! The timeline of a load: an event for each allocation, registration, read, copy and hand-over.
 
 use std::time::Duration;
 
-/// What was being done.
+/// The kind of a [`TraceEvent`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum TraceKind {
@@ -12,15 +12,15 @@ pub enum TraceKind {
     Register,
     /// A read was in flight.
     Read,
-    /// What a read brought into staging was copied.
+    /// Data read into staging was copied into place.
     Copy,
     /// A chunk was copied from the page cache.
     FromCache,
-    /// An observer looked at bytes.
+    /// An observer saw bytes.
     Observe,
-    /// A segment was made a dma-buf.
+    /// A segment was exported as a dma-buf.
     Export,
-    /// A segment was handed over to the consumer: a moment.
+    /// A segment was handed over to the consumer. Takes no time.
     HandOver,
 }
 
@@ -40,11 +40,11 @@ impl TraceKind {
     }
 }
 
-/// Something that a load did; times count from the call of `load`.
+/// Something that a load did. Times count from the start of the load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TraceEvent {
-    /// What.
+    /// What was done.
     pub kind: TraceKind,
     /// When it began.
     pub start: Duration,
@@ -54,6 +54,6 @@ pub struct TraceEvent {
     pub file_index: usize,
     /// The number of the segment, over all files.
     pub segment: usize,
-    /// How many bytes: of memory for `Allocate` and `Register`, of the file for the others.
+    /// Number of bytes: of memory for `Allocate` and `Register`, of the file for the others.
     pub bytes: u64,
 }

@@ -4,12 +4,12 @@ use proptest::prelude::*;
 
 const BLOCK: u64 = 4096;
 
-/// A file that is all of its model.
+/// A file that owns all its tensors.
 fn all(_: &str) -> bool {
     true
 }
 
-/// Tensors of BF16 one after the other, `a`, `b`, …, and the length of their file.
+/// BF16 tensors `a`, `b`, … one after another, and the length of their file.
 fn model(shapes: &[&[usize]]) -> (TensorMap, u64) {
     let (mut json, mut at) = (String::from("{"), 0);
     for (index, shape) in shapes.iter().enumerate() {
@@ -44,7 +44,7 @@ fn what_is_wanted_is_read_with_its_blocks_and_what_is_between() {
     selector.all_met().unwrap();
     let mut together = Selector::new(&tensors(&["[ac]", "{a,c}"])).unwrap();
     let selected = together.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
-    // Not in one go: a MiB is between them.
+    // Two reads, because a MiB lies between them.
     assert_eq!(ranges(&selected).len(), 2);
     assert!(matches!(together.all_met(), Err(Error::NoSuchTensor(missed)) if missed == "[ac]"));
     let close = Selector::new(&tensors(&["{c,d}"])).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
@@ -72,7 +72,7 @@ fn ranks_have_all_of_a_tensor_between_them() {
             let a = &selected.tensors.as_ref().unwrap().list()[0];
             assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<usize>() as u64);
             seen.extend(a.part.rows.iter().flatten());
-            // A tensor of fewer dimensions is everybody's.
+            // A tensor without the dimension belongs to every rank.
             let b = &selected.tensors.as_ref().unwrap().list()[1];
             assert!(dim == 0 || b.part.shape == [5]);
         }
@@ -96,7 +96,8 @@ fn a_part_never_cuts_through_a_block_of_a_quantized_type() {
     assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::one(36..72));
     assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
     assert!(part(&[4, 32], 1).unwrap_err().contains("blocks of Q4_0"));
-    // Of a tensor without bytes nothing is multiplied: any size may be beside the zero.
+    // Nothing is multiplied for a tensor without bytes: dimensions next to the zero may have any
+    // size.
     let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, usize::MAX, usize::MAX], file_range: 7..7 };
     for dim in 0..3 {
         assert_eq!(part_of(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::one(7..7));
@@ -167,7 +168,8 @@ proptest! {
             let Ok(spans) = by_tensors(&selected, &map, bytes, BLOCK, most, most, importer) else { continue };
             for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
                 let hull = chosen.part.rows.hull();
-                // Where it begins in its memory, which begins where its span does, or with what is moved.
+                // The tensor's offset in its memory, which begins where its span does, or with the
+                // moved range.
                 let place = |span: &Span| hull.start - span.moved.as_ref().map_or(span.range.start, |moved| moved.start);
                 let holds = |span: &&Span| span.class == chosen.class && span.moved.as_ref().map_or(span.range.start <= hull.start && hull.end <= span.range.end, |moved| *moved == hull);
                 prop_assert!(hull.is_empty() || spans.iter().filter(holds).any(|span| place(span).is_multiple_of(alignment)));
