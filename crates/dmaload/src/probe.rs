@@ -1,7 +1,9 @@
-//! What this machine offers a load, found by trying: for tools that tell what is missing, such as `dmaload doctor`.
+//! Finds out what this machine offers a load, for tools that diagnose problems, such as `dmaload
+//! doctor`.
 //!
-//! Each function tries what a load would do, in the way a load does it, and undoes it. None compares versions, and none
-//! asks why: that is for the caller, who knows of sysctls and containers.
+//! Each function tries what a load would do, in the same way, and undoes it. None compares
+//! versions or looks for causes: that is left to the caller, who knows about sysctls and
+//! containers.
 
 use std::path::Path;
 
@@ -32,31 +34,31 @@ pub fn io_uring() -> IoUring {
 pub struct File {
     /// Its length.
     pub bytes: u64,
-    /// What direct reads are aligned to.
+    /// The alignment that direct reads need.
     pub alignment_bytes: u64,
-    /// Opening it with `O_DIRECT`.
+    /// The result of opening it with `O_DIRECT`.
     pub open_direct: Result<(), Errno>,
-    /// Reading its first block: with `O_DIRECT` where it could be opened so, else through the page cache. How many bytes
-    /// there were.
+    /// The result of reading its first block: with `O_DIRECT` if it could be opened so, otherwise
+    /// through the page cache. The value is the number of bytes read.
     pub first_read: Result<u64, Errno>,
-    /// Why a load reads it by threads, never by io_uring ([`Attempt::RingOnFuse`] and its like).
+    /// Why a load reads it with threads, never by io_uring ([`Attempt::RingOnFuse`] and the like).
     pub ring_refused: Option<Attempt>,
-    /// Whether io_uring may read it through the page cache all the same: a load that measures its
-    /// ways tries that one, too ([`crate::Way::Buffered`]).
+    /// Whether io_uring may nevertheless read it through the page cache; a load that measures its
+    /// ways of reading then tries that one, too ([`crate::Way::Buffered`]).
     pub buffered_by_ring: bool,
 }
 
-/// Bytes of the smallest load that measures which way is the fastest, where
+/// Bytes of the smallest load that measures which way of reading is fastest, if
 /// [`crate::LoadOptions::route`] leaves it open.
 pub const MEASURED_BYTES_MIN: u64 = LEAST_BYTES;
 
 impl File {
-    /// Why a load of it would go through the page cache ([`Route::Buffered`]).
+    /// Why a load would read it through the page cache ([`Route::Buffered`]).
     pub fn direct_refused(&self) -> Option<Errno> {
         self.open_direct.err().or(self.first_read.err().filter(|&errno| is_refusal(errno)))
     }
 
-    /// Why a load of it would fail on every route.
+    /// Why a load would fail on every route.
     pub fn unreadable(&self) -> Option<Errno> {
         self.first_read.err().filter(|&errno| self.open_direct.is_err() || !is_refusal(errno))
     }
@@ -65,12 +67,13 @@ impl File {
 /// Opens a regular file as a load does, and reads its first block.
 ///
 /// # Errors
-/// [`crate::Error::File`] where it can't be opened, [`crate::Error::NotAFile`] for what is no regular file.
+/// [`crate::Error::File`] if it can't be opened, [`crate::Error::NotAFile`] if it is not a regular
+/// file.
 pub fn file(path: impl AsRef<Path>) -> Result<File> {
     let file = OpenFile::open(path.as_ref())?;
     let block = to_usize(file.alignment_bytes);
     let open_direct = file.direct_refused().map_or(Ok(()), |errno| Err(errno::from_rustix(errno)));
-    // Twice as much holds an aligned block, wherever it begins.
+    // Twice the size always contains an aligned block.
     let mut memory = vec![0; 2 * block];
     let start = memory.as_ptr().align_offset(block);
     let block = &mut memory[start..start + block];
@@ -93,25 +96,26 @@ pub fn file(path: impl AsRef<Path>) -> Result<File> {
     })
 }
 
-/// How many bytes of an open file are in the page cache, in whole pages, by `cachestat(2)`.
+/// How many bytes of an open file are in the page cache, in whole pages, according to
+/// `cachestat(2)`.
 ///
 /// # Errors
-/// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor may write; EOPNOTSUPP for files
-/// without a page cache of that kind.
+/// ENOSYS before Linux 6.5; EPERM, on newer kernels, for a file that the caller neither owns nor
+/// may write; EOPNOTSUPP for files without such a page cache.
 pub fn cached_bytes(file: impl AsFd) -> Result<u64, Errno> {
     crate::files::residency::cached_bytes(file).map_err(errno::from_rustix)
 }
 
-/// What may be allocated before somebody is killed for it.
+/// How much may be allocated before the OOM killer ends a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryAvailable {
-    /// How much.
+    /// How many bytes.
     pub bytes: u64,
-    /// What sets the limit: the machine, or one of the memory cgroups that this process is in.
+    /// What sets the limit: the machine, or one of this process's memory cgroups.
     pub limit: String,
 }
 
-/// How much a load may allocate now; `None` where it can't be known (no procfs).
+/// How much a load may allocate now; `None` if that is unknown (no procfs).
 pub fn memory_available() -> Option<MemoryAvailable> {
     headroom().map(|headroom| MemoryAvailable { bytes: headroom.available_bytes, limit: headroom.limit })
 }
@@ -130,7 +134,7 @@ mod tests {
             assert_eq!(found.register.is_ok(), found.registrable_bytes == REGISTER_BYTES_MAX as u64, "{found:?}");
             assert!(found.registrable_bytes.is_multiple_of(REGISTER_BYTES_MIN as u64), "{found:?}");
         }
-        // Nothing stays registered: a second look finds as much.
+        // Nothing stays registered: a second probe finds the same.
         assert_eq!(io_uring(), found);
     }
 

@@ -1,4 +1,4 @@
-//! A segment's memory while it is being filled, and after.
+//! A segment's memory, while it is being filled and afterwards.
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -15,7 +15,7 @@ use crate::memory::lent::ViewCount;
 use crate::memory::reaper::{Holding, Reaper};
 use crate::support::id::LoadId;
 
-/// Bytes that are to be elsewhere: at the beginning of their slot. All in bytes of the memory.
+/// Bytes that belong at the start of their slot. All fields are byte offsets in the allocation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Move {
     pub(crate) slot: Range<usize>,
@@ -23,14 +23,14 @@ pub(crate) struct Move {
     pub(crate) bytes: usize,
 }
 
-/// Mapped memory with its owner. Dropping it leaves the unmapping to the reaper thread.
+/// A mapped allocation. Dropping it hands the unmapping to the reaper thread.
 #[derive(Debug)]
 pub(crate) struct Backing {
-    /// Only `None` inside `drop`.
+    /// `None` only inside `drop`.
     holding: Option<Box<Holding>>,
     address: NonNull<u8>,
     bytes: usize,
-    /// Whether its pages are there already.
+    /// Whether it came from the pool, with its pages.
     reused: bool,
     lent: ViewCount,
     reaper: Reaper,
@@ -38,7 +38,7 @@ pub(crate) struct Backing {
 
 // SAFETY: the pointer is into the mapping that `holding` owns, which is not bound to a thread.
 unsafe impl Send for Backing {}
-// SAFETY: as above; who may look at the bytes is decided by the owners of the Backing.
+// SAFETY: as above; the owners of the Backing decide who may access the bytes.
 unsafe impl Sync for Backing {}
 
 impl Backing {
@@ -47,11 +47,12 @@ impl Backing {
         Backing { holding: Some(Holding::new(mapping, memory)), address, bytes, reused: false, lent: ViewCount::new(), reaper }
     }
 
-    /// Memory from the pool, moved to where it is needed now; `None` when it can't be moved: then it is freed.
+    /// Takes an allocation from the pool and moves it to its new place; frees it and returns
+    /// `None` if it can't be moved.
     pub(crate) fn reused(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
         holding.reusable.store(false, Ordering::Release);
         match holding.moved_to(range, at) {
-            // Where it can't be kept from forked processes it is no use.
+            // Without protection from forks, private memory can't be reused.
             Ok(holding) if holding.memory.is_private() && holding.mapping.forbid_fork().is_err() => {
                 reaper.bury(holding);
                 None
@@ -72,8 +73,8 @@ impl Backing {
         self.reused
     }
 
-    /// It is complete: when it is dropped, it may be used again. A dma-heap's may not: its mapping can't be moved, so keeping
-    /// it would take room in the pool for nothing.
+    /// Marks the memory as complete, so that it may be reused once dropped. Memory of dma-heaps
+    /// may not: its mapping can't be moved, so keeping it would only take space in the pool.
     pub(crate) fn allow_reuse(&self) {
         let holding = self.holding();
         if holding.memory.dma_buf().is_none() {
@@ -81,8 +82,8 @@ impl Backing {
         }
     }
 
-    /// No device writes to it any more: processes that are forked may have it. Where the kernel has no memory to note that,
-    /// they don't.
+    /// Lets forked processes inherit the memory, since no device writes to it any more. If the
+    /// kernel refuses for lack of memory, they don't inherit it.
     pub(crate) fn allow_fork(&self) {
         let holding = self.holding();
         if holding.memory.is_private() {
@@ -90,13 +91,13 @@ impl Backing {
         }
     }
 
-    /// Moves bytes to the beginning of their slot, and zeroes the rest of it.
+    /// Moves bytes to the start of their slot, and zeroes the rest of it.
     ///
     /// # Safety
-    /// The slot must be filled, and nobody may read or write it meanwhile.
+    /// The slot must be filled, and nothing else may read or write it during the call.
     ///
     /// # Panics
-    /// When the slot is not within the memory, or the bytes are not within the slot.
+    /// When the slot is not within the allocation, or the bytes are not within the slot.
     pub(crate) unsafe fn move_down(&self, Move { slot, from, bytes }: &Move) {
         let within = slot.start <= *from && from.checked_add(*bytes).is_some_and(|end| end <= slot.end) && slot.end <= self.bytes;
         assert!(within, "{bytes} bytes from {from} on are not within {slot:?} of {}", self.bytes);
@@ -104,7 +105,8 @@ impl Backing {
         let to = unsafe { self.address.add(slot.start) };
         // SAFETY: as above.
         let from = unsafe { self.address.add(*from) };
-        // SAFETY: both are within the slot, which is mapped and the caller's alone; they may overlap.
+        // SAFETY: both are within the slot, which is mapped and exclusive to the caller; they may
+        // overlap.
         unsafe { from.copy_to(to, *bytes) };
         // SAFETY: within the slot, by the assertion.
         let rest = unsafe { to.add(*bytes) };
@@ -112,12 +114,12 @@ impl Backing {
         unsafe { rest.write_bytes(0, slot.end - slot.start - bytes) };
     }
 
-    /// A load has taken so much of its loader's memory for a part of it.
+    /// Charges `bytes` of this allocation to a load.
     pub(crate) fn charge(&self, ledger: &Weak<dyn Ledger>, load: LoadId, bytes: u64) {
         self.holding().charge.add(ledger, load, bytes);
     }
 
-    /// A descriptor of it was handed out: it is never used again.
+    /// Excludes the memory from reuse, since a descriptor of it was handed out.
     pub(crate) fn forbid_reuse(&self) {
         self.holding().reusable.store(false, Ordering::Release);
     }
@@ -130,71 +132,73 @@ impl Backing {
         self.bytes
     }
 
-    /// Its dma-buf: the memory itself, or what was made of it.
+    /// The dma-buf: the memory itself, or the one that was exported from it.
     pub(crate) fn dma_buf(&self) -> Option<&DmaBuf> {
         let holding = self.holding();
         holding.memory.dma_buf().or_else(|| holding.exported.get())
     }
 
-    /// Makes a dma-buf of memory that holds all its bytes, by `export`, and lets devices see them.
+    /// Exports filled memory as a dma-buf, by calling `export`, and makes the bytes visible to
+    /// devices.
     pub(crate) fn export<E: From<dmabuf::Error>>(&self, export: impl FnOnce(&Memory) -> Result<DmaBuf, E>) -> Result<(), E> {
         let holding = self.holding();
         if let Some(dma_buf) = holding.memory.dma_buf() {
-            // It was begun when the memory was allocated.
+            // The access was begun when the memory was allocated.
             return Ok(dma_buf.end_cpu_access(Access::ReadWrite)?);
         }
         if let Some(dma_buf) = holding.exported.get() {
-            // It was used before, and its pages are the same.
+            // The memory was exported in an earlier use, and its pages are the same.
             return Ok(dma_buf.cpu_access(Access::ReadWrite)?.end()?);
         }
         let dma_buf = export(&holding.memory)?;
-        // The tail was zeroed, and maybe more was copied, by the CPU: what it wrote before the dma-buf existed is flushed, too.
+        // The CPU zeroed the tail and may have copied more, before the dma-buf existed; this
+        // flushes that, too.
         dma_buf.cpu_access(Access::ReadWrite)?.end()?;
         if let Some(memfd) = holding.memory.memfd() {
-            // After the export: newer kernels refuse to export what is sealed like that.
+            // After the export, since newer kernels refuse to export a memfd with this seal.
             memfd.seal_against_writes()?;
         }
         holding.exported.set(dma_buf).expect("a memory is exported once, by the worker that finishes it");
         Ok(())
     }
 
-    /// A view more; `false` once it was handed out.
+    /// Adds a view; returns `false` if the memory was handed out.
     pub(crate) fn lend(&self) -> bool {
         self.lent.lend()
     }
 
-    /// A view that [`Backing::lend`] has allowed is gone.
+    /// Removes a view that [`Backing::lend`] added.
     pub(crate) fn take_back(&self) {
         self.lent.take_back();
     }
 
-    /// From now on nobody gets a view. Where there are any, the error is their number.
+    /// Refuses views from now on. Fails with the number of live views if there are any.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         self.lent.hand_out().inspect(|()| self.forbid_reuse())
     }
 
-    /// Bytes of it.
+    /// Returns filled bytes.
     ///
     /// # Safety
-    /// They must be filled, and nobody may write to them as long as the slice lives.
+    /// The bytes must be filled, and nothing may write to them while the slice lives.
     ///
     /// # Panics
-    /// When they reach past its end.
+    /// When `range` is not within the allocation.
     pub(crate) unsafe fn filled(&self, range: Range<usize>) -> &[u8] {
         assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} is within {} bytes", self.bytes);
-        // SAFETY: the memory is mapped as long as this lives, and the range is within it.
+        // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(range.start) };
-        // SAFETY: as above, and what the caller promises.
+        // SAFETY: as above, and the caller's guarantee.
         unsafe { std::slice::from_raw_parts(start.as_ptr(), range.len()) }
     }
 
-    /// Its mapping, and what is mapped.
+    /// The mapping, and the memory that backs it.
     pub(crate) fn parts(&self) -> (&Mapping, &Memory) {
         let holding = self.holding();
         (&holding.mapping, &holding.memory)
     }
 
-    /// Its memory file, if it is one.
+    /// The memfd, if it is one.
     pub(crate) fn memfd(&self) -> Option<&Memfd> {
         self.holding().memory.memfd()
     }
@@ -213,28 +217,28 @@ impl Drop for Backing {
 }
 
 impl Backing {
-    /// Bytes of it, to be written to.
+    /// Returns bytes for writing.
     ///
     /// # Safety
-    /// Nobody else may read or write them as long as the slice lives.
+    /// Nothing else may read or write them while the slice lives.
     ///
     /// # Panics
-    /// When they reach past its end.
+    /// When they are not within the allocation.
     #[expect(clippy::mut_from_ref, reason = "the caller promises that nobody else has these bytes")]
     pub(crate) unsafe fn unfilled(&self, start: usize, bytes: usize) -> &mut [MaybeUninit<u8>] {
         let end = start.checked_add(bytes);
         assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes from {start} on are within {}", self.bytes);
-        // SAFETY: the memory is mapped as long as this lives, and the range is within it.
+        // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(start) };
-        // SAFETY: as above, and what the caller promises.
+        // SAFETY: as above, and the caller's guarantee.
         unsafe { std::slice::from_raw_parts_mut(start.cast().as_ptr(), bytes) }
     }
 }
 
-/// Memory whose pages are all there.
+/// Memory whose pages are all present.
 impl Sink for Backing {
     unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
-        // SAFETY: nobody else has this part, as the caller promises.
+        // SAFETY: the caller guarantees exclusive access to this part.
         write(unsafe { self.unfilled(offset, bytes) }).map_err(Fault::Read)
     }
 
@@ -243,11 +247,11 @@ impl Sink for Backing {
     }
 }
 
-/// A part of a segment's memory that the kernel may write into. `P` is its permit, which goes back with it.
+/// A part of a segment's memory that the kernel may write to. Dropping it returns its permit, `P`.
 #[derive(Debug)]
 pub(crate) struct PieceBuffer<P> {
     backing: Arc<Backing>,
-    /// What brings its pages into being, where they are not there.
+    /// Populates the memory on demand, unless its pages are already present.
     filling: Option<Arc<dyn Sink>>,
     offset: usize,
     bytes: usize,
@@ -255,11 +259,11 @@ pub(crate) struct PieceBuffer<P> {
 }
 
 impl<P> PieceBuffer<P> {
-    /// The part of `backing` that begins at `offset`. Its pages are there, or `filling`, whose offsets
-    /// are those of the memory, brings them into being.
+    /// The part of `backing` that starts at `offset`. If `filling` is `None`, its pages are
+    /// present; otherwise `filling`, whose offsets are those of the allocation, populates them.
     ///
     /// # Panics
-    /// When it reaches past the memory.
+    /// When the part reaches past the end of the allocation.
     pub(crate) fn new(backing: Arc<Backing>, filling: Option<Arc<dyn Sink>>, offset: usize, bytes: usize, permit: P) -> Self {
         let end = offset.checked_add(bytes);
         assert!(end.is_some_and(|end| end <= backing.bytes()), "a piece lies within its segment");
@@ -267,8 +271,8 @@ impl<P> PieceBuffer<P> {
     }
 }
 
-// SAFETY: the address is inside the mapping, by the check in `new`, and the Arc keeps that mapped; a segment's bytes
-// are shown to nobody before all of its pieces have come back from the driver.
+// SAFETY: the address is inside the mapping, by the check in `new`, and the Arc keeps it mapped. A
+// segment's bytes are not shown before all of its pieces have come back from the driver.
 unsafe impl<P> Buffer for PieceBuffer<P> {
     fn address(&self) -> NonNull<u8> {
         // SAFETY: `offset` is within the mapping, by the check in `new`.
@@ -289,7 +293,7 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
     }
 
     fn leak(self) {
-        // The permit goes back: the window must not be smaller for the loads to come.
+        // The permit is returned, so that the window stays as large for later loads.
         std::mem::forget(self.backing);
     }
 }
@@ -302,7 +306,7 @@ mod tests {
     fn dropping_a_backing_unmaps_nothing_by_itself() {
         let range = AddressRange::reserve(4096).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, 4096).unwrap();
-        // A reaper whose thread does nothing.
+        // The thread of this reaper does nothing.
         let reaper = Reaper::without_thread();
         drop(Backing::new(mapping, Memory::Anonymous, reaper.clone()));
         assert!(range.map(&Memory::Anonymous, 0, 4096).is_err(), "the mapping is still there");

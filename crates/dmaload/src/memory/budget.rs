@@ -1,29 +1,33 @@
-//! How much memory loads may hold: in segments that are being filled, and in those that their consumers have not dropped.
+//! Limits the memory that loads hold: segments being filled, and segments not yet dropped by their
+//! consumers.
 //!
-//! Each load that was let in has a reservation that nobody else can take: its largest segment, or, where all of it will be in memory at
-//! once, all of it. So it can always go on when its own consumer drops something, and a consumer that stops blocks itself alone.
-//! What is beyond reservations is shared, up to half of the limit: the other half is for reservations of loads to come.
+//! Each admitted load has a reservation that no other load can take: its largest segment or, if
+//! all of it will be in memory at once, the whole load. So it can always proceed once its own
+//! consumer drops something, and a consumer that stops blocks only itself. Memory beyond the
+//! reservations is shared, up to half of the limit; the other half is left for the reservations of
+//! later loads.
 //!
-//! Loads that are kept reserve all of themselves, and a file system that does not answer would
-//! have that reserved for ever. So such loads from one file system have three quarters of the
-//! limit together, unless a single one needs more. (A consumer may take from several streams in
-//! any order, so that one of them must not wait for another.)
+//! Loads that are kept reserve all of their memory, which an unresponsive file system would hold
+//! forever. So the kept loads of one file system together get at most three quarters of the limit,
+//! unless a single one needs more. (Streams are exempt: a consumer may take from several in any
+//! order, so one must not wait for another.)
 //!
 //! ```text
-//!   limit |- reserved, or held where that is more -|- held by loads that are over -|--------- free ---------|
-//!   there |------------------- held by anybody ------------------|-- pool --|
+//!   limit   |- reserved, or held where that is more -|- held by finished loads -|----- free -----|
+//!   present |------------------- held by any load ------------------|-- pool --|
 //! ```
 //!
-//! The pool is memory that nobody holds. It is there, though: it has to give way before more is allocated.
+//! Memory in the pool is not held by any load, but it is allocated, so it has to be freed before
+//! more is allocated.
 //!
-//! Pure bookkeeping: who waits, and where, is the scheduler's business.
+//! Pure bookkeeping: the scheduler decides who waits and where.
 
-/// See the module. `L` names a load.
+/// See the module. `L` identifies a load.
 #[derive(Debug)]
 pub(crate) struct Budget<L> {
     limit: u64,
     accounts: Vec<Account<L>>,
-    /// Held by loads that take nothing any more.
+    /// Held by loads that take no more memory.
     loose: u64,
     pooled: u64,
 }
@@ -31,39 +35,39 @@ pub(crate) struct Budget<L> {
 #[derive(Debug)]
 struct Account<L> {
     load: L,
-    /// The file system of a load that is kept.
+    /// The file system, if the load is kept.
     kept_from: Option<u64>,
     reserved: u64,
     held: u64,
 }
 
 impl<L> Account<L> {
-    /// What nobody else may take.
+    /// Memory that no other load may take.
     fn taken(&self) -> u64 {
         self.held.max(self.reserved)
     }
 }
 
-/// What became of an attempt to let a load in.
+/// The result of trying to admit a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Admitted {
     Yes,
-    /// Its file system has its part: loads of others may be let in before it.
+    /// Its file system has its share; loads of other file systems may be admitted first.
     FileSystemHasItsPart,
-    /// There is no room.
+    /// There is not enough free memory.
     No,
 }
 
-/// So many times what it leaves free is what kept loads from a file system may reserve.
+/// Maximum ratio of reserved to free memory for the kept loads of one file system.
 const TIMES_THE_REST: u64 = 3;
 
-/// What became of an attempt to take memory.
+/// The result of trying to take memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Taken {
     Yes,
     /// The load has its share; something has to be dropped first.
     No,
-    /// The pool has to give so much first.
+    /// The pool has to free this many bytes first.
     Pooled(u64),
 }
 
@@ -76,23 +80,24 @@ impl<L: PartialEq> Budget<L> {
         self.limit == u64::MAX
     }
 
-    /// What nobody holds or has reserved.
+    /// Memory that is neither held nor reserved.
     fn free(&self) -> u64 {
         let taken = self.accounts.iter().map(Account::taken).fold(self.loose, u64::saturating_add);
         self.limit.saturating_sub(taken)
     }
 
-    /// What is held by anybody.
+    /// Memory held by any load.
     pub(crate) fn held(&self) -> u64 {
         self.accounts.iter().map(|account| account.held).fold(self.loose, u64::saturating_add)
     }
 
-    /// What is there: held, or kept in the pool.
+    /// Memory that is allocated: held, or in the pool.
     pub(crate) fn there(&self) -> u64 {
         self.held().saturating_add(self.pooled)
     }
 
-    /// Lets a load in, if what it reserves is free. One that is kept is `kept_from` a file system.
+    /// Admits a load if its reservation is free. `kept_from` is the file system of a load that is
+    /// kept.
     pub(crate) fn admit(&mut self, load: L, reserved: u64, kept_from: Option<u64>) -> Admitted {
         let same = self.accounts.iter().filter(|account| kept_from.is_some() && account.kept_from == kept_from);
         let by_file_system = same.map(Account::taken).fold(0, u64::saturating_add);
@@ -108,7 +113,7 @@ impl<L: PartialEq> Budget<L> {
         Admitted::Yes
     }
 
-    /// Takes memory for a load that was let in.
+    /// Takes memory for an admitted load.
     #[must_use]
     pub(crate) fn take(&mut self, load: &L, bytes: u64) -> Taken {
         if bytes == 0 {
@@ -134,10 +139,11 @@ impl<L: PartialEq> Budget<L> {
         }
     }
 
-    /// Memory is freed, or was not needed.
+    /// Returns memory that was freed or was not needed.
     ///
     /// # Panics
-    /// When more comes back than was taken: the bookkeeping is broken, and going on would allocate without bound.
+    /// When more comes back than was taken: the bookkeeping is broken, and continuing would
+    /// allocate without bound.
     pub(crate) fn give_back(&mut self, load: &L, bytes: u64) {
         let held = match self.accounts.iter_mut().find(|account| account.load == *load) {
             Some(account) => &mut account.held,
@@ -147,20 +153,21 @@ impl<L: PartialEq> Budget<L> {
         *held -= bytes;
     }
 
-    /// A load takes nothing any more. What it holds, it holds until it is given back; from then on without its name.
+    /// Ends a load's reservation. What it still holds counts as held, without its name, until it
+    /// is returned.
     pub(crate) fn close(&mut self, load: &L) {
         if let Some(at) = self.accounts.iter().position(|account| account.load == *load) {
             self.loose += self.accounts.swap_remove(at).held;
         }
     }
 
-    /// Memory that a load held is in the pool.
+    /// Moves memory that a load held to the pool.
     pub(crate) fn pool(&mut self, load: &L, bytes: u64) {
         self.give_back(load, bytes);
         self.pooled += bytes;
     }
 
-    /// Memory of the pool is used again by somebody who has taken it, or is freed.
+    /// Removes memory from the pool, since it was reused by a load that has taken it, or freed.
     ///
     /// # Panics
     /// As [`Self::give_back`].
@@ -179,7 +186,7 @@ mod tests {
     fn a_reservation_is_there_whatever_others_do() {
         let mut budget = Budget::new(100);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
-        // Alone it may take half of what there is.
+        // A load that is alone may take half of the limit.
         assert_eq!(budget.take(&1, 50), Taken::Yes);
         assert_eq!(budget.take(&1, 1), Taken::No);
         for load in 2..7 {

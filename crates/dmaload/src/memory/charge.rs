@@ -1,4 +1,5 @@
-//! Whose memory it is: what a piece of memory has taken of the loader's budget, given back when it is freed.
+//! Budget accounting for one allocation: what it took of the loader's budget is returned when it
+//! is freed.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,17 +7,17 @@ use std::sync::{OnceLock, Weak};
 
 use crate::support::id::LoadId;
 
-/// Keeps the accounts that charges are of.
+/// Keeps the accounts that charges are booked to.
 pub(crate) trait Ledger: fmt::Debug + Send + Sync {
-    /// Memory is freed: what the load held of it, and what counted as the pool's.
+    /// Memory was freed: `held` of it was the load's, `pooled` counted as the pool's.
     fn freed(&self, load: LoadId, held: u64, pooled: u64);
-    /// What a load held is in the pool now.
+    /// Memory that a load held is now in the pool.
     fn pooled(&self, load: LoadId, bytes: u64);
-    /// Memory of the pool is used again, by a load that has taken as much.
+    /// Memory from the pool is reused by a load that has taken as much.
     fn unpooled(&self, bytes: u64);
 }
 
-/// See the module. The memory may outlive the loader: then nobody keeps accounts any more.
+/// See the module. The memory may outlive the loader; then there is no ledger to book to.
 #[derive(Debug, Default)]
 pub(crate) struct Charge {
     ledger: OnceLock<Weak<dyn Ledger>>,
@@ -26,12 +27,12 @@ pub(crate) struct Charge {
 }
 
 impl Charge {
-    /// A load has taken so much for a part of this memory.
+    /// Charges `bytes` of this allocation to a load.
     pub(crate) fn add(&self, ledger: &Weak<dyn Ledger>, load: LoadId, bytes: u64) {
         let ledger = self.ledger.get_or_init(|| Weak::clone(ledger));
         self.load.store(load.0, Ordering::Relaxed);
         self.held.fetch_add(bytes, Ordering::AcqRel);
-        // Memory from the pool is paid for part by part, as it is used.
+        // Memory from the pool is charged part by part, as it is used.
         let mut part = 0;
         let _ = self.pooled.fetch_update(Ordering::AcqRel, Ordering::Acquire, |pooled| {
             part = pooled.min(bytes);
@@ -42,7 +43,8 @@ impl Charge {
         }
     }
 
-    /// It goes into the pool: nobody holds it, and nobody adds to it before it comes out again.
+    /// Books the memory to the pool: no load holds it, and nothing adds to the charge until it is
+    /// reused.
     pub(crate) fn pool(&self) {
         let held = self.held.swap(0, Ordering::AcqRel);
         self.pooled.fetch_add(held, Ordering::AcqRel);
@@ -51,7 +53,8 @@ impl Charge {
         }
     }
 
-    /// Who to tell that it is in the pool, when it may be somebody else's already.
+    /// The ledger to notify after the memory is in the pool, when another load may already have
+    /// taken it.
     pub(crate) fn ledger(&self) -> Option<Weak<dyn Ledger>> {
         self.ledger.get().cloned()
     }

@@ -1,8 +1,8 @@
-//! How much memory can be taken before somebody is killed for it.
+//! How much memory can be taken before the OOM killer ends a process.
 //!
-//! Asking for pages that are not there does not fail on Linux: the OOM killer ends some process, maybe this one.
-//! So each allocation asks first: `MemAvailable` of the machine, and the limits of the memory cgroups (v2 and v1)
-//! that this process is in.
+//! On Linux, touching pages that the machine does not have does not fail: the OOM killer ends some
+//! process, maybe this one. So each allocation first checks `MemAvailable` of the machine and the
+//! limits of the memory cgroups (v2 and v1) of this process.
 
 pub(crate) mod permits;
 
@@ -13,16 +13,18 @@ use dmabuf::printable;
 
 use crate::error::MARGIN_BYTES;
 
-/// The tightest limit and what it leaves.
+/// The tightest limit, and what it leaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Headroom {
     pub(crate) available_bytes: u64,
     pub(crate) limit: String,
-    /// The folder of the cgroup, or the file of the machine's figures: all processes that share the limit have it in common.
+    /// The cgroup's folder, or the file of the machine's figures; the same for all processes that
+    /// share the limit.
     pub(crate) place: PathBuf,
 }
 
-/// What is left now. `None` where nothing can be read (no procfs): then nothing is refused.
+/// What is available now. `None` if nothing can be read (no procfs); then no allocation is
+/// refused.
 pub(crate) fn headroom() -> Option<Headroom> {
     const MACHINE: &str = "/proc/meminfo";
     let machine = read_to_string(MACHINE).ok().as_deref().and_then(available_in_meminfo);
@@ -35,7 +37,7 @@ pub(crate) fn headroom() -> Option<Headroom> {
     Some(Headroom { available_bytes: tightest.available_bytes.saturating_sub(MARGIN_BYTES), ..tightest })
 }
 
-/// The folders of the memory cgroups that this process is in, each after those above it.
+/// The folders of this process's memory cgroups, each after its ancestors.
 pub(crate) fn own_cgroups() -> Vec<PathBuf> {
     let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
     cgroup_folders(&groups, Path::new("/sys/fs/cgroup"))
@@ -46,7 +48,8 @@ fn available_in_meminfo(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.saturating_mul(1024))
 }
 
-/// The folders of the memory cgroups that hold this process: its own and all above it, since each may have a limit.
+/// The folders of this process's memory cgroups: its own and all above, since each may have a
+/// limit.
 fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
     for line in cgroups.lines() {
@@ -61,7 +64,8 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
         };
         for mount in mounts {
             let mount = root.join(mount);
-            // In a container the group's path may be that of the host while the mount shows just its own part.
+            // In a container the group's path may be the host's, while the mount shows only its
+            // own part.
             let own = mount.join(group.trim_start_matches('/'));
             folders.extend(own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned));
         }
@@ -71,11 +75,12 @@ fn cgroup_folders(cgroups: &str, root: &Path) -> Vec<PathBuf> {
     folders
 }
 
-/// The files of a group's limits, v2 and v1. Above `memory.high` the kernel kills nobody, but it slows each allocation down to
-/// next to nothing: loaded bytes can't be dropped as page cache can.
+/// The limit files of a cgroup, v2 and v1. Above `memory.high` the kernel does not kill, but slows
+/// each allocation to almost nothing, since loaded bytes can't be dropped like page cache.
 const LIMITS: [&str; 3] = ["memory.max", "memory.high", "memory.limit_in_bytes"];
 
-/// A group's lowest limit less what it uses and can't give back. Page cache counts as free: it is dropped first.
+/// A cgroup's lowest limit minus the memory it can't reclaim. Page cache counts as free: it is
+/// dropped first.
 fn headroom_of_cgroup(folder: &Path) -> Option<Headroom> {
     let number = |name: &str| read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
     let limits = LIMITS.into_iter().filter_map(|name| Some((number(name)?, name)));
@@ -113,7 +118,8 @@ mod tests {
     }
 
     proptest::proptest! {
-        // Not always the kernel's own words: containers show files of their own (lxcfs) in their place.
+        // The text is not always the kernel's: containers may show files of their own (lxcfs) in
+        // its place.
         #[test]
         fn no_text_of_procfs_panics_or_leaves_the_root(
             text in "(MemAvailable: {0,3}[0-9]{1,21} kB\n|MemAvailable:|[0-9]:memory:/[a-z./]{0,9}\n|memory:|[0-9]{1,3}:|0::|/|\\.\\.|,| kB|\n|[0-9]{1,25}|\\PC){0,40}",

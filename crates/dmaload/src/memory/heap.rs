@@ -1,11 +1,11 @@
-//! Where segments' memory comes from.
+//! Sources of memory for segments.
 //!
 //! | heap | memory | a segment has |
 //! |---|---|---|
-//! | [`MemfdHeap`] | memory files | a memfd |
+//! | [`MemfdHeap`] | memfds | a memfd |
 //! | [`AnonHeap`] | private pages | no descriptor |
-//! | [`UdmabufHeap`] | memory files, exported by `/dev/udmabuf` | a dma-buf, and a memfd |
-//! | [`DmaHeap`] | a dma-heap's, `/dev/dma_heap/NAME` | a dma-buf |
+//! | [`UdmabufHeap`] | memfds, exported by `/dev/udmabuf` | a dma-buf and a memfd |
+//! | [`DmaHeap`] | a dma-heap, `/dev/dma_heap/NAME` | a dma-buf |
 
 mod choose;
 mod descriptors;
@@ -38,42 +38,47 @@ pub use udmabuf::UdmabufHeap;
 
 /// A source of memory for segments.
 ///
-/// To count, delay or fail the calls of a heap, wrap it in [`Hooked`]: that is safe. To use a vendor's
-/// allocator that returns descriptors of dma-bufs, see [`FromDescriptors`]. Implement the trait itself only
-/// for memory that neither of them can describe.
+/// To count, delay or fail the calls of a heap, wrap it in [`Hooked`], which is safe. To use a
+/// vendor's allocator that returns dma-buf descriptors, see [`FromDescriptors`]. Implement the
+/// trait itself only for memory that neither of them can describe.
 ///
-/// All calls during a load come from the loader's own worker threads, from several at once, so they may
-/// block. One that panics fails its load with [`crate::Error::Panicked`].
+/// All calls during a load come from the loader's worker threads, several at a time, and may
+/// block. A call that panics fails its load with [`crate::Error::Panicked`].
 ///
 /// # Safety
-/// Finished segments are lent as `&[u8]`, and devices write to unfinished ones. Both rest on what follows.
-/// For each [`Memory`] that [`Heap::allocate`] returns, the implementer must guarantee, from the call until
-/// the memory's pages are freed (which may be later than the drop of the heap and of the loader):
+/// Finished segments are lent as `&[u8]`, and devices write to unfinished ones. Both rely on what
+/// follows. For each [`Memory`] that [`Heap::allocate`] returns, the implementer must guarantee,
+/// until the memory's pages are freed (which may be after the heap and the loader are dropped):
 ///
-/// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or buffer. Nothing
-///   but the returned value reads or writes it: no thread, no other process, no device.
-/// - **No second descriptor can change it.** A duplicate of its descriptor, a writable mapping of it, or a
-///   dma-buf made of it, is either not kept, or never used to write, to resize, to punch holes, or to import
-///   it into a device. This includes descriptors that other processes or drivers hold.
-/// - **A memory file can be sealed.** It is created with `MFD_ALLOW_SEALING` and without `F_SEAL_SEAL`.
-///   dmaload seals it against writes before it shows a segment; where that fails, the load fails.
-/// - **Its pages stay.** It has at least the length that was asked for, and neither shrinks nor loses pages.
-/// - **Its bytes stay.** [`Heap::populate`] and [`Heap::export`] change no byte that was written before, and
-///   keep no pointer into the mapping after they return.
-/// - **Its mapping stays.** No call unmaps, remaps, or changes the protection of the mapping's addresses, or
-///   of any other address that it did not map itself.
-/// - **An exported dma-buf is this memory.** What [`Heap::export`] returns consists of exactly the pages of
-///   `memory`, from its first byte on, all of them, and no second descriptor of it exists.
-/// - **[`Heap::exports`] is honest.** It always returns the same; it returns `true` if any memory is a
-///   [`Memory::DmaBuf`], and `false` only if no dma-buf of this memory exists or will exist.
+/// - **The memory is exclusive.** It shares no page with any other memory, file, mapping or
+///   buffer. Nothing but the returned value reads or writes it: no thread, no other process, no
+///   device.
+/// - **No second descriptor can change it.** A duplicate of its descriptor, a writable mapping of
+///   it, or a dma-buf made from it is either not kept, or never used to write, to resize, to punch
+///   holes, or to import it into a device. This includes descriptors that other processes or
+///   drivers hold.
+/// - **A memfd can be sealed.** It is created with `MFD_ALLOW_SEALING` and without `F_SEAL_SEAL`.
+///   dmaload seals it against writes before it shows a segment; if that fails, the load fails.
+/// - **Its pages stay.** It has at least the requested length, and neither shrinks nor loses
+///   pages.
+/// - **Its bytes stay.** [`Heap::populate`] and [`Heap::export`] change no byte that was written
+///   before, and keep no pointer into the mapping after they return.
+/// - **Its mapping stays.** No call unmaps, remaps, or changes the protection of the mapping's
+///   addresses, or of any other address that it did not map itself.
+/// - **An exported dma-buf is this memory.** What [`Heap::export`] returns consists of exactly the
+///   pages of `memory`, all of them from the first byte on, and no second descriptor of it exists.
+/// - **[`Heap::exports`] is honest.** It always returns the same value; it returns `true` if any
+///   memory is a [`Memory::DmaBuf`], and `false` only if no dma-buf of this memory exists or will
+///   exist.
 ///
-/// Heaps of safe code can't keep these promises for others, so a safe implementation does not compile:
+/// Safe code can't make these guarantees on behalf of others, so a safe implementation does not
+/// compile:
 ///
 /// ```compile_fail,E0200
 /// use dmabuf::{Part, Udmabuf};
 /// use dmaload::heap::{DmaBuf, Heap, HeapError, Mapping, MemfdHeap, Memory, Populated};
 ///
-/// /// Keeps a dma-buf of each memory, and could write to a finished segment through it.
+/// /// Keeps a dma-buf of each allocation, and could write to a finished segment through it.
 /// #[derive(Debug)]
 /// struct Keeping(Udmabuf, std::sync::Mutex<Vec<DmaBuf>>);
 ///
@@ -102,16 +107,17 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     /// The name used in reports and errors.
     fn name(&self) -> Cow<'_, str>;
 
-    /// Memory of at least `bytes` bytes, a multiple of the page size. It is mapped, and populated, by the caller.
+    /// Allocates memory of at least `bytes` bytes, a multiple of the page size. The caller maps
+    /// and populates it.
     ///
     /// # Errors
-    /// The kernel's refusal, as it came.
+    /// The kernel's refusal, unchanged.
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
-    /// Puts pages under a part of such memory.
+    /// Puts pages under a part of the mapped memory.
     ///
     /// # Errors
-    /// The kernel's refusal, as it came.
+    /// The kernel's refusal, unchanged.
     fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError>;
 
     /// Whether its segments have dma-bufs.
@@ -119,45 +125,46 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
         false
     }
 
-    /// Makes a dma-buf of memory that holds all its bytes. Asked only of heaps that export, and only for memory that is no
-    /// dma-buf by itself.
+    /// Exports filled memory as a dma-buf. Called only on heaps that export, and only for memory
+    /// that is not itself a dma-buf.
     ///
     /// # Errors
-    /// The kernel's refusal, as it came.
+    /// The kernel's refusal, unchanged.
     fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         Err(HeapError::new("export memory as a dma-buf", memory.memfd().map_or(0, Memfd::bytes), Errno::EOPNOTSUPP))
     }
 
-    /// Whether [`Heap::allocate`] takes all pages at once, so that the window must count them from then on.
+    /// Whether [`Heap::allocate`] allocates all pages at once, so that the window must count them
+    /// from then on.
     fn allocates_at_once(&self) -> bool {
         false
     }
 
-    /// Whether the CPU reads this memory without its caches, which takes a multiple of the time. Bytes are then observed in
-    /// staging ([`crate::Observer`]), not in the segments.
+    /// Whether the CPU reads this memory uncached, which is several times slower. If so, bytes are
+    /// observed in staging ([`crate::Observer`]) rather than in the segments.
     fn is_uncached(&self) -> bool {
         false
     }
 
-    /// The page size that [`Heap::populate`] populates with. It decides how much of a memory is populated
-    /// at once where that is done just before it is written to, and which way to read a file is taken
-    /// before one was measured.
+    /// The page size that [`Heap::populate`] uses. It decides how much is populated at once when
+    /// memory is populated just before it is written, and which way of reading is used before one
+    /// was measured.
     fn pages(&self) -> Pages {
         Pages::Auto
     }
 
-    /// The largest segment that it gives now; looked at for every load.
+    /// The largest segment that the heap can allocate now; checked for every load.
     fn size_limit(&self) -> Option<SizeLimit> {
         None
     }
 
-    /// What it does otherwise than one might expect, for the report.
+    /// Notes for the report about unexpected behaviour of this heap.
     fn notes(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Whether this crate made it: what its memory files lack on old kernels is known then. Callers can't
-    /// name the argument, so they can't override this.
+    /// Whether this crate provides the heap, and so knows which seals its memfds lack on old
+    /// kernels. Callers can't name the argument's type, so they can't override this.
     #[doc(hidden)]
     fn is_own(&self, _: private::Key) -> bool {
         false
@@ -165,17 +172,17 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
 }
 
 mod private {
-    /// Known to this crate alone.
+    /// A type that only this crate can name.
     #[derive(Debug, Clone, Copy)]
     pub struct Key;
 }
 
-/// Whether a heap is one of this crate's.
+/// Whether a heap is provided by this crate.
 pub(crate) fn is_own(heap: &dyn Heap) -> bool {
     heap.is_own(private::Key)
 }
 
-// SAFETY: each call is that of the heap inside, whose implementer has promised all of it.
+// SAFETY: every call is forwarded to the inner heap, whose implementer guarantees all of it.
 #[allow(unsafe_code)]
 unsafe impl<H: Heap + ?Sized> Heap for Arc<H> {
     fn name(&self) -> Cow<'_, str> {

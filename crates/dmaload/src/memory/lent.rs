@@ -1,13 +1,13 @@
-//! Views and handing out exclude each other: bytes are lent as often as one likes until the memory's descriptor has left, and
-//! that leaves only when no view is alive.
+//! Makes views and handing out exclude each other: any number of views may exist until the
+//! memory's descriptor is handed out, which is possible only while no view is alive.
 
 use crate::support::sync::atomic::{AtomicUsize, Ordering};
 
-/// The number of views that are alive, or [`HANDED_OUT`].
+/// The number of live views, or [`HANDED_OUT`].
 #[derive(Debug)]
 pub(crate) struct ViewCount(AtomicUsize);
 
-/// No number of views.
+/// Not a number of views.
 const HANDED_OUT: usize = usize::MAX;
 
 impl ViewCount {
@@ -15,18 +15,18 @@ impl ViewCount {
         ViewCount(AtomicUsize::new(0))
     }
 
-    /// A view more; `false` once it was handed out.
+    /// Adds a view; returns `false` if the memory was handed out.
     pub(crate) fn lend(&self) -> bool {
         let one_more = |views: usize| (views < HANDED_OUT - 1).then(|| views + 1);
         self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, one_more).is_ok()
     }
 
-    /// A view that [`ViewCount::lend`] has allowed is gone.
+    /// Removes a view that [`ViewCount::lend`] added.
     pub(crate) fn take_back(&self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// From now on nobody gets a view. Where there are any, the error is their number.
+    /// Refuses views from now on. Fails with the number of live views if there are any.
     pub(crate) fn hand_out(&self) -> Result<(), usize> {
         match self.0.compare_exchange(0, HANDED_OUT, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) | Err(HANDED_OUT) => Ok(()),
@@ -43,7 +43,7 @@ mod tests {
     #[test]
     fn nobody_views_what_was_handed_out_and_nobody_hands_out_what_is_viewed() {
         model(|| {
-            // What a view looks at, and what the one who was handed it writes to.
+            // The counter, and a value that views read and the holder of the descriptor writes.
             let shared = Arc::new((ViewCount::new(), AtomicUsize::new(0)));
             let viewers = [(); 2].map(|()| {
                 let shared = Arc::clone(&shared);

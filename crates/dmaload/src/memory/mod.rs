@@ -1,26 +1,27 @@
-//! Where bytes live, from the moment that memory is asked for until it is freed.
+//! Where bytes live, from allocation to release.
 //!
 //! ```text
-//!   heap ──► allocation ──► Backing (mapped) ──► pieces, filled by the ring ──► Segment ──► dropped
-//!                                                                                           │
-//!            the pool of the reaper ◄── may be used again ◄──────────────────────────────────┤
-//!            unmapped and freed     ◄── by the reaper's thread ◄────────────────────────────┘
+//!   heap ─► allocation ─► Backing (mapped) ─► pieces, filled by the ring ─► Segment ─► dropped
+//!                                                                                         │
+//!            the pool of the reaper ◄── may be reused ◄───────────────────────────────────┤
+//!            unmapped and freed     ◄── by the reaper's thread ◄──────────────────────────┘
 //! ```
 //!
-//! - [`heap`]: where memory comes from, and [`backing`]: one allocation, mapped, while it is being
-//!   filled and after. [`buffer`] is the contract between memory and whoever writes to it.
-//! - [`segment`]: filled memory, as a caller holds it. [`lent`] keeps views of its bytes and handing
-//!   out its descriptor apart.
-//! - [`reaper`]: where dropped memory goes.
-//! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader, with
-//!   [`charge`] for one allocation's part of it), and [`headroom`] (what the machine and its cgroups
-//!   have left; [`pressure`] tells when others lack it). What is taken of a limit ahead of memory is a
-//!   permit of it, which goes back when it is dropped.
+//! - [`heap`]: sources of memory; [`backing`]: one mapped allocation, while it is being filled and
+//!   afterwards. [`buffer`] is the contract between memory and its writers.
+//! - [`segment`]: filled memory, as a caller holds it. [`lent`] makes views of its bytes and
+//!   handing out its descriptor exclude each other.
+//! - [`reaper`]: releases or pools dropped memory.
+//! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;
+//!   with [`charge`], which accounts for one allocation), and [`headroom`] (what the machine and
+//!   its cgroups have left; [`pressure`] reports when other processes lack memory). What is taken
+//!   from a limit ahead of memory is a permit, which is returned when it is dropped.
 //!
-//! It makes the kernel's memory calls, through `dmabuf`, and reads figures from procfs, sysfs and
-//! cgroups; without these no limit but the loader's own is known, and nothing is refused. It opens no
-//! model file and knows no ring. Whatever the kernel may still write to is leaked, never freed; all
-//! else is freed by the reaper's thread, which ends with the last allocation.
+//! Makes the kernel's memory calls, through `dmabuf`, and reads figures from procfs, sysfs and
+//! cgroups; without these, only the loader's own limits apply, and nothing else is refused. Opens
+//! no model files and knows nothing of rings. Memory that the kernel may still write to is leaked,
+//! never freed; all other memory is freed by the reaper's thread, which ends with the last
+//! allocation.
 
 pub(crate) mod backing;
 pub(crate) mod budget;

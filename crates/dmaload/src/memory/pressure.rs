@@ -1,5 +1,6 @@
-//! Memory pressure, as the kernel tells it: pressure stall information (PSI, Documentation/accounting/psi.rst). Memory that a pool
-//! keeps for later is the first that should go when others wait for theirs.
+//! Memory pressure as the kernel reports it: pressure stall information (PSI,
+//! Documentation/accounting/psi.rst). When other processes lack memory, the pool is the first to
+//! go.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,11 +12,12 @@ use rustix::io::Errno;
 
 use crate::memory::headroom::own_cgroups;
 
-/// Tasks waited 150 ms of 2 s for memory. Without privilege the kernel takes windows of whole 2 s only.
+/// Tasks waited 150 ms of 2 s for memory. For unprivileged users the kernel accepts only windows
+/// of whole multiples of 2 s.
 const TRIGGER: &[u8] = b"some 150000 2000000\0";
 
-/// What tells of pressure on this process' memory: its own cgroup's file, or the machine's. `None` where there is none, or where the
-/// kernel takes no trigger from us.
+/// Opens the pressure file of this process's cgroup, or of the machine. `None` if there is none,
+/// or if the kernel does not accept our trigger.
 pub(crate) fn open() -> Option<File> {
     let own = own_cgroups().into_iter().rev().map(|folder| folder.join("memory.pressure"));
     own.chain([Path::new("/proc/pressure/memory").to_owned()]).find_map(|path| {
@@ -25,7 +27,7 @@ pub(crate) fn open() -> Option<File> {
     })
 }
 
-/// Calls something each time that memory is short, until `stop` can be read.
+/// Calls `on_pressure` each time memory is short, until `stop` becomes readable.
 pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl FnMut()) {
     loop {
         let mut watched = [PollFd::new(&pressure, PollFlags::PRI), PollFd::new(stop, PollFlags::IN)];
@@ -35,7 +37,7 @@ pub(crate) fn watch(pressure: impl AsFd, stop: &OwnedFd, mut on_pressure: impl F
             Ok(_) => {}
         }
         let [pressure, stop] = watched.each_ref().map(PollFd::revents);
-        // The file of a cgroup that was removed says so for ever.
+        // The file of a removed cgroup reports an error forever.
         if !stop.is_empty() || pressure.intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP) {
             return;
         }
@@ -53,7 +55,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    /// Urgent data on a socket is what `POLLPRI` was made for: PSI is told in the same way.
+    /// Urgent data on a socket raises `POLLPRI`, as PSI does.
     #[test]
     fn pressure_is_seen_each_time_and_the_watch_ends_when_it_is_told_to() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,12 +1,14 @@
-//! Where the memory of dropped segments goes: into the pool, or to the thread that unmaps.
+//! Takes the memory of dropped segments: into the pool, or to the thread that unmaps it.
 //!
-//! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task: the drop only puts it
-//! on a list. That list is intrusive, so that such a drop allocates nothing. The thread lives as long as anybody may still
-//! put something on its list, which may be longer than the loader.
+//! Unmapping and freeing a segment takes milliseconds, and its last owner may be an async task, so
+//! the drop only puts it on a list. The list is intrusive, so that the drop allocates nothing. The
+//! thread lives as long as anything may still be put on its list, which may be longer than the
+//! loader.
 //!
-//! The **pool** keeps whole segments, mapped and with their pages, for loads to come: their memory needs no allocating, no
-//! zeroing and no populating. Only what nobody outside can see any more is kept: a segment whose descriptor was handed out is
-//! freed. It is indexed by age and by size, so that no operation walks it: every drop of a segment takes its lock.
+//! The **pool** keeps whole segments, mapped and with their pages, for later loads, which then
+//! need not allocate, zero or populate. It keeps only memory that nothing outside can access: a
+//! segment whose descriptor was handed out is freed. It is indexed by age and by size, so that no
+//! operation walks it under the lock that every drop of a segment takes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -19,20 +21,20 @@ use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 
 use crate::memory::charge::Charge;
 
-/// Holdings that leave the pool under one lock: some 20 µs.
+/// Holdings that leave the pool per lock acquisition: takes some 20 µs.
 const TRIMMED_AT_ONCE: usize = 64;
 
-/// Mapped memory on its way to be freed, or not yet.
+/// A mapped allocation on its way to the pool or to be freed.
 #[derive(Debug)]
 pub(crate) struct Holding {
     pub(crate) mapping: Mapping,
     pub(crate) memory: Memory,
-    /// The dma-buf that was made of the memory. Closing it frees pages, too.
+    /// The dma-buf that was exported from the memory. Closing it frees pages, too.
     pub(crate) exported: OnceLock<DmaBuf>,
-    /// Whether it may be used again: complete, and no descriptor of it was handed out.
+    /// Whether it may be reused: it is complete, and no descriptor of it was handed out.
     pub(crate) reusable: AtomicBool,
     next: Option<Box<Holding>>,
-    /// The last field: it is given back when all else is freed.
+    /// The last field, so that the charge is returned after everything else is freed.
     pub(crate) charge: Charge,
 }
 
@@ -52,7 +54,7 @@ impl Holding {
         self.mapping.bytes() as u64
     }
 
-    /// The same memory, mapped elsewhere; as it was where the kernel does not move it.
+    /// Moves the mapping; returns the holding unchanged if the kernel refuses.
     pub(crate) fn moved_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
         let Holding { mapping, memory, exported, reusable, next, charge } = self;
         match mapping.move_to(range, at) {
@@ -65,7 +67,7 @@ impl Holding {
     }
 }
 
-/// Holdings that wait to be freed, the last one first.
+/// Holdings that wait to be freed, last in first out.
 #[derive(Debug, Default)]
 struct Stack {
     head: Option<Box<Holding>>,
@@ -85,18 +87,18 @@ impl Stack {
 }
 
 impl Drop for Stack {
-    /// One by one: the drop of a long chain would recurse as deep.
+    /// Pops one by one: dropping a long chain would recurse once per holding.
     fn drop(&mut self) {
         while self.pop().is_some() {}
     }
 }
 
-/// Holdings that are kept, by age and by size.
+/// Holdings that are kept for reuse, by age and by size.
 #[derive(Debug, Default)]
 struct Pool {
-    /// By the number under which each came: the oldest first.
+    /// By insertion number: the oldest first.
     by_age: BTreeMap<u64, Box<Holding>>,
-    /// Sizes and numbers.
+    /// Pairs of size and insertion number.
     by_size: BTreeSet<(u64, u64)>,
     bytes: u64,
     next: u64,
@@ -123,7 +125,7 @@ impl Pool {
         self.remove(number)
     }
 
-    /// The one of this size that came last: its pages are the most likely to be in a cache.
+    /// The most recent one of this size: its pages are the most likely to be in a cache.
     fn take_newest(&mut self, bytes: u64) -> Option<Box<Holding>> {
         let &(_, number) = self.by_size.range((bytes, 0)..=(bytes, u64::MAX)).next_back()?;
         self.remove(number)
@@ -133,10 +135,10 @@ impl Pool {
 #[derive(Debug, Default)]
 struct List {
     dead: Stack,
-    /// What is kept for loads to come, at most so much of it.
+    /// Kept for later loads, up to `pool_bytes`.
     pool: Pool,
     pool_bytes: u64,
-    /// Whether the thread is freeing something that is not on the list any more.
+    /// Whether the thread is freeing something that is no longer on the list.
     busy: bool,
     closed: bool,
 }
@@ -154,7 +156,7 @@ impl ReaperShared {
     }
 }
 
-/// The way to the reaper thread. The thread ends when the last clone is gone.
+/// A handle to the reaper thread. The thread ends when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub(crate) struct Reaper {
     shared: Arc<Closing>,
@@ -194,7 +196,8 @@ impl Reaper {
         drop(dead);
     }
 
-    /// Waits until all that was left to the thread is freed, or the time is up; whether there was anything to wait for.
+    /// Waits until the thread has freed everything, or the time is up; returns whether there was
+    /// anything to wait for.
     pub(crate) fn wait_until_idle(&self, timeout: Duration) -> bool {
         let is_busy = |list: &mut List| list.busy || list.dead.head.is_some();
         let mut list = self.shared.0.list();
@@ -205,12 +208,13 @@ impl Reaper {
         true
     }
 
-    /// Takes memory that nobody uses any more: for the pool, if it may be used again and there is room or older memory to
-    /// make room; else for the thread, to be unmapped and freed.
+    /// Takes memory that is no longer used. It goes to the pool if it may be reused and fits,
+    /// possibly in place of older memory; otherwise the thread unmaps and frees it.
     pub(crate) fn bury(&self, holding: Box<Holding>) {
         let bytes = holding.bytes();
         let mut ledger = None;
-        // Before anybody can take it out again; where there is no room after all, it counts as the pool's until it is freed.
+        // Before another load can take it; if there is no room after all, it counts as the pool's
+        // until freed.
         if holding.reusable.load(Ordering::Acquire) && bytes <= self.shared.0.list().pool_bytes {
             ledger = holding.charge.ledger();
             holding.charge.pool();
@@ -221,7 +225,7 @@ impl Reaper {
         }
         let mut list = self.shared.0.list();
         if holding.reusable.load(Ordering::Acquire) && bytes <= list.pool_bytes {
-            // What others have added since then, if anything.
+            // Make room again if other threads have added memory since.
             let room = list.pool_bytes - bytes;
             list.shrink_pool(room, usize::MAX);
             list.pool.push(holding);
@@ -231,22 +235,23 @@ impl Reaper {
         drop(list);
         self.shared.0.changed.notify_one();
         if let Some(ledger) = ledger.and_then(|ledger| ledger.upgrade()) {
-            // Whoever looked for room in the pool a moment ago did not find it.
+            // A thread that just looked in the pool did not find this memory; let it look again.
             ledger.unpooled(0);
         }
     }
 
-    /// How much the pool may keep; with less than it has, the oldest goes.
+    /// Sets the pool's capacity; frees the oldest memory above it.
     pub(crate) fn set_pool_bytes(&self, bytes: u64) {
         self.shared.0.list().pool_bytes = bytes;
         self.trim_pool(bytes);
     }
 
-    /// Frees what the pool has beyond `keep_bytes`, the oldest first; how much that is. The lock is held for a few holdings at a
-    /// time: whoever drops a segment meanwhile does not wait for all of them.
+    /// Frees what the pool has beyond `keep_bytes`, oldest first, and returns how much that was.
+    /// Holds the lock for a few holdings at a time, so that threads that drop segments don't wait
+    /// for all of them.
     pub(crate) fn trim_pool(&self, keep_bytes: u64) -> u64 {
         let mut freed = 0;
-        // What comes into the pool meanwhile is not this call's to free: it ends.
+        // Memory that enters the pool during this call is not counted, so that the call ends.
         let excess = self.pooled_bytes().saturating_sub(keep_bytes);
         while freed < excess {
             let part = self.shared.0.list().shrink_pool(keep_bytes, TRIMMED_AT_ONCE);
@@ -259,19 +264,20 @@ impl Reaper {
         freed
     }
 
-    /// How much the pool has.
+    /// How much memory the pool has.
     pub(crate) fn pooled_bytes(&self) -> u64 {
         self.shared.0.list().pool.bytes
     }
 
-    /// Memory of this size from the pool, the one that came last.
+    /// Takes memory of this size from the pool, the most recent first.
     pub(crate) fn reuse(&self, bytes: usize) -> Option<Box<Holding>> {
         self.shared.0.list().pool.take_newest(bytes as u64)
     }
 }
 
 impl List {
-    /// Leaves the oldest holdings to the thread, at most so many of them; how many bytes these are.
+    /// Moves the oldest holdings to the thread's list, at most `most` of them; returns how many
+    /// bytes that is.
     fn shrink_pool(&mut self, keep_bytes: u64, most: usize) -> u64 {
         let before = self.pool.bytes;
         for _ in 0..most {
@@ -357,7 +363,7 @@ mod tests {
         assert_eq!(Arc::strong_count(&range), 1, "all of it is freed");
     }
 
-    /// What `work` takes of this thread's time on a pool of `count` pages, at best.
+    /// The least CPU time that `work` takes on a pool of `count` pages.
     fn best_time(count: usize, work: impl Fn(&Reaper, &Arc<AddressRange>)) -> Duration {
         let range = AddressRange::reserve((count + 1) * 4096).unwrap();
         let times = [(); 5].map(|()| {
@@ -377,7 +383,8 @@ mod tests {
         Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
     }
 
-    /// Eight times the memories take eight times as long, not sixty-four times.
+    /// Asserts that eight times the allocations take about eight times as long, not sixty-four
+    /// times.
     fn assert_linear(what: &str, work: impl Fn(&Reaper, &Arc<AddressRange>, usize)) {
         let [few, many] = [2_500, 20_000].map(|count| best_time(count, |reaper, range| work(reaper, range, count)));
         let ratio = many.as_secs_f64() / few.as_secs_f64().max(20e-6);
@@ -412,7 +419,7 @@ mod tests {
                 reaper.bury(next.take().unwrap());
                 assert_eq!(reaper.pooled_bytes(), count as u64 * 4096);
                 next = reaper.reuse(4096);
-                // Another one takes its place, so that the next one finds the pool full.
+                // Put another one in its place, so that the next call finds the pool full.
                 let mut list = reaper.shared.0.list();
                 let oldest = list.dead.pop().expect("one gave way");
                 list.pool.push(oldest);

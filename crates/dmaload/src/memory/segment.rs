@@ -1,8 +1,8 @@
 //! Finished segments: memory that holds a known range of a file.
 //!
-//! Its bytes are either lent, as views under which nothing is written, or its dma-buf is handed
-//! out, and then whoever has it may write: never both. The first of the two decides; views that
-//! are dropped undo their part, handing out is for good.
+//! Either the bytes are lent as views, under which nothing is written, or the dma-buf is handed
+//! out and its holders may write: never both. Whichever comes first decides. Dropping the views
+//! allows handing out again; handing out is permanent.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -20,13 +20,14 @@ use crate::memory::backing::Backing;
 use crate::plan::tensors::FileTensors;
 use crate::support::convert::to_usize;
 
-/// A contiguous piece of a heap's memory that holds a range of a file, complete.
+/// A contiguous part of a heap's memory that holds a complete range of a file.
 ///
-/// Small files that follow one another in a load share memory: their segments have one dma-buf or memfd, each at its own
-/// [`Segment::memory_offset`] (see [`crate::LoadOptions::packed`]).
+/// Small files that follow one another in a load share memory: their segments have one dma-buf or
+/// memfd in common, each at its own [`Segment::memory_offset`] (see
+/// [`crate::LoadOptions::packed`]).
 ///
-/// Cheap to clone; the memory is freed, by a thread of its own, when the last clone and the last view of the last segment in
-/// it are gone, and outlives the loader.
+/// Cheap to clone. A background thread frees the memory when the last clone and the last view of
+/// its last segment are gone; it may outlive the loader.
 #[derive(Clone)]
 pub struct Segment(Arc<Inner>);
 
@@ -41,7 +42,7 @@ struct Inner {
 pub(crate) struct Placement {
     pub(crate) index: usize,
     pub(crate) file_index: usize,
-    /// Segments of one span lie side by side.
+    /// Segments of one span are adjacent in memory.
     pub(crate) span: usize,
     pub(crate) tensors: Option<Arc<FileTensors>>,
     pub(crate) path: Arc<PathBuf>,
@@ -54,11 +55,12 @@ pub(crate) struct Placement {
 }
 
 impl Segment {
-    /// Makes a segment of memory that is filled.
+    /// Creates a segment of filled memory.
     ///
     /// # Safety
-    /// All bytes of the place's `file_range` must have been read into the memory, from its `memory_offset`; nothing in the
-    /// kernel may still write to the memory, and nothing in this process may ever again.
+    /// All bytes of the place's `file_range` must have been read into the memory, starting at its
+    /// `memory_offset`; nothing in the kernel may still write to the memory, and nothing in this
+    /// process may ever do so again.
     pub(crate) unsafe fn new(place: Placement, heap: Arc<str>, backing: Arc<Backing>) -> Self {
         let end = place.memory_offset.checked_add(place.memory_bytes);
         assert!(end.is_some_and(|end| end <= backing.bytes()), "a segment lies within its memory");
@@ -69,59 +71,60 @@ impl Segment {
         Segment(Arc::new(Inner { place, heap, backing }))
     }
 
-    /// Segments of the same span lie side by side.
+    /// The span of the segment. Segments of the same span are adjacent in memory.
     pub(crate) fn span(&self) -> usize {
         self.0.place.span
     }
 
-    /// Its number in the load, counted over all files.
+    /// The number of the segment in the load, counted over all files.
     pub fn index(&self) -> usize {
         self.0.place.index
     }
 
-    /// The number of its file in the load.
+    /// The number of the segment's file in the load.
     pub fn file_index(&self) -> usize {
         self.0.place.file_index
     }
 
-    /// The path of its file, as it was given.
+    /// The path of the file, as the caller gave it.
     pub fn path(&self) -> &Path {
         &self.0.place.path
     }
 
-    /// The bytes of the file that it holds.
+    /// The bytes of the file that the segment holds.
     pub fn file_range(&self) -> Range<u64> {
         self.0.place.file_range.clone()
     }
 
-    /// How many bytes of the file it holds.
+    /// The number of bytes of the file that the segment holds.
     pub fn len(&self) -> usize {
         to_usize(self.0.place.file_range.end - self.0.place.file_range.start)
     }
 
-    /// Whether it holds none; no load gives such a segment.
+    /// Whether the segment holds no bytes; loads never return such a segment.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Where its memory begins in its dma-buf or memfd, a multiple of the page size: 0, except for small files that share one.
+    /// The segment's offset in its dma-buf or memfd, a multiple of the page size: 0, except for
+    /// small files that share one.
     pub fn memory_offset(&self) -> usize {
         self.0.place.memory_offset
     }
 
-    /// The length of its memory: that of its bytes, rounded up. What lies beyond them is zero.
+    /// The length of the segment's memory: its bytes, rounded up. The rest is zero.
     pub fn memory_bytes(&self) -> usize {
         self.0.place.memory_bytes
     }
 
-    /// Whether it has its dma-buf or memfd in common with another segment. Handing out the
-    /// descriptor of one hands out that of all that share it.
+    /// Whether the two segments share a dma-buf or memfd. Handing out the descriptor of one hands
+    /// out that of all that share it.
     pub fn shares_memory_with(&self, other: &Segment) -> bool {
         Arc::ptr_eq(&self.0.backing, &other.0.backing)
     }
 
-    /// A view of its bytes, without a copy. It keeps the memory alive, and the dma-buf from being
-    /// handed out; dropping it undoes both.
+    /// Returns a view of the bytes, without a copy. The view keeps the memory alive and prevents
+    /// handing out the dma-buf until it is dropped.
     ///
     /// # Errors
     /// [`Error::HandedOut`] after [`Segment::hand_out_dma_buf`] of this segment, or of one that
@@ -130,26 +133,27 @@ impl Segment {
         Ok(Bytes::from_owner(View::new(self)?))
     }
 
-    /// Whether it has a dma-buf. Asking does not hand it out.
+    /// Whether the segment has a dma-buf. Asking does not hand it out.
     pub fn has_dma_buf(&self) -> bool {
         self.0.backing.dma_buf().is_some()
     }
 
-    /// Hands out its dma-buf to importers and other processes. **This revokes [`Segment::bytes`]
-    /// for good**, of this segment and of those that share its memory.
+    /// Hands out the dma-buf to importers and other processes. **This permanently revokes
+    /// [`Segment::bytes`]** of this segment and of those that share its memory.
     ///
-    /// A dma-buf can't be made read-only: who has it can write to it. So from now on, also after
-    /// the descriptor was closed, no view of the bytes is given; [`Segment::cpu_access`] takes its
-    /// place. The memory is not used again by other loads ([`crate::LoaderBuilder::pool_bytes`]).
-    /// Calling this again gives the same dma-buf and changes nothing more.
+    /// A dma-buf can't be made read-only: every holder of a descriptor can write to it. So from
+    /// now on, even after the descriptor was closed, the bytes can't be viewed; use
+    /// [`Segment::cpu_access`] instead. Other loads don't reuse the memory
+    /// ([`crate::LoaderBuilder::pool_bytes`]). Further calls return the same dma-buf and change
+    /// nothing more.
     ///
-    /// The file's bytes begin [`Segment::memory_offset`] bytes into the dma-buf, and have
-    /// [`Segment::memory_bytes`] there. It stays valid as long as there is a descriptor, an import
-    /// or a mapping of it: longer than this segment, its loader and this process.
+    /// The segment's bytes start at [`Segment::memory_offset`] in the dma-buf and take up
+    /// [`Segment::memory_bytes`] there. The dma-buf stays valid as long as it has a descriptor, an
+    /// import or a mapping, even after this segment, its loader and this process are gone.
     ///
     /// # Errors
-    /// Nothing is handed out, and nothing revoked, with [`Error::NoDescriptor`] (a heap without
-    /// dma-bufs) and [`Error::Viewed`] (views of the bytes are alive).
+    /// [`Error::NoDescriptor`] (a heap without dma-bufs) and [`Error::Viewed`] (views of the bytes
+    /// are alive). Nothing is handed out or revoked in these cases.
     pub fn hand_out_dma_buf(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let dma_buf = self.0.backing.dma_buf().ok_or_else(|| Error::NoDescriptor { heap: heap(), wanted: "dma-buf" })?;
@@ -159,12 +163,12 @@ impl Segment {
         }
     }
 
-    /// Hands out its dma-buf as a descriptor that the caller owns (close-on-exec). **This revokes
-    /// [`Segment::bytes`] for good**, as [`Segment::hand_out_dma_buf`] does.
+    /// Hands out the dma-buf as a descriptor that the caller owns (close-on-exec). **This
+    /// permanently revokes [`Segment::bytes`]**, as [`Segment::hand_out_dma_buf`] does.
     ///
     /// # Errors
-    /// Those of [`Segment::hand_out_dma_buf`]; [`Error::File`] at the limit of open files, when
-    /// the views are revoked already.
+    /// Those of [`Segment::hand_out_dma_buf`]; [`Error::File`] at the limit of open files, after
+    /// the views have been revoked.
     pub fn hand_out_owned_dma_buf(&self) -> Result<OwnedFd> {
         self.hand_out_dma_buf()?.try_clone_to_owned().map_err(|error| Error::File {
             path: self.path().to_owned(),
@@ -173,11 +177,12 @@ impl Segment {
         })
     }
 
-    /// Begins an access of the CPU to its bytes, also when its dma-buf was handed out: on a dma-buf it is bracketed by
-    /// `DMA_BUF_IOCTL_SYNC`, so that what a device wrote is seen. Ends with the guard.
+    /// Begins a CPU access to the bytes, even if the dma-buf was handed out. On a dma-buf it is
+    /// bracketed by `DMA_BUF_IOCTL_SYNC`, so that a device's writes are visible. Ends when the
+    /// guard is dropped.
     ///
     /// # Errors
-    /// [`Error::Memory`] when the kernel refuses it.
+    /// [`Error::Memory`] when the kernel refuses the access.
     pub fn cpu_access(&self) -> Result<SegmentAccess<'_>> {
         let bytes = self.len() as u64;
         let begin = |dma_buf: &DmaBuf| dma_buf.begin_cpu_access(Access::Read);
@@ -190,17 +195,17 @@ impl Segment {
         Ok(SegmentAccess { segment: self })
     }
 
-    /// Hands out its memory file to other processes, which can map it read-only. Views of the
-    /// bytes stay, and can still be had. **This seals the memory for good**: no process can write
-    /// to the file, resize it or punch holes into it, and other loads don't use its memory again
+    /// Hands out the memfd to other processes, which can map it read-only. Existing views stay
+    /// valid, and new ones can be made. **This permanently seals the memory**: no process can
+    /// write to the file, resize it or punch holes into it, and other loads don't reuse the memory
     /// ([`crate::LoaderBuilder::pool_bytes`]).
     ///
-    /// The file's bytes begin [`Segment::memory_offset`] bytes into it. On the heap `udmabuf` it
-    /// shows what importers of the dma-buf write.
+    /// The segment's bytes start at [`Segment::memory_offset`] in it. On the heap `udmabuf`,
+    /// writes by importers of the dma-buf are visible in the memfd.
     ///
     /// # Errors
-    /// [`Error::NoDescriptor`] on a heap of other memory; [`Error::Memory`] where the seal is
-    /// refused (Linux before 5.1).
+    /// [`Error::NoDescriptor`] on a heap without memfds; [`Error::Memory`] if the kernel refuses
+    /// the seal (before Linux 5.1).
     pub fn hand_out_memfd(&self) -> Result<BorrowedFd<'_>> {
         let heap = || self.0.heap.to_string();
         let memfd = self.0.backing.memfd();
@@ -212,9 +217,9 @@ impl Segment {
         Ok(memfd.as_fd())
     }
 
-    /// Where in this segment the bytes of its file's tensor of that name are, in bytes from its
-    /// beginning. A tensor that crosses segments is in each of these in part. `None` where the
-    /// segment has none of its bytes, or where these are not contiguous
+    /// The range of the segment that holds bytes of the named tensor of its file, in bytes from
+    /// the start of the segment. A tensor that crosses segments has a range in each of them.
+    /// `None` if the segment has none of its bytes, or if they are not contiguous
     /// ([`crate::Tensor::is_contiguous`]).
     pub fn tensor_range(&self, tensor: &str) -> Option<Range<usize>> {
         let tensors = self.file_tensors()?;
@@ -225,30 +230,30 @@ impl Segment {
         (part.rows.count == 1 && start < end).then(|| at(start)..at(end))
     }
 
-    /// The path, as it is kept.
+    /// The shared path of the file.
     pub(crate) fn shared_path(&self) -> Arc<PathBuf> {
         Arc::clone(&self.0.place.path)
     }
 
-    /// The length of its file.
+    /// The length of the file.
     pub(crate) fn file_bytes(&self) -> u64 {
         self.0.place.file_bytes
     }
 
-    /// The part of its file that is the model.
+    /// The part of the file that is the model.
     pub(crate) fn file_part(&self) -> Range<u64> {
         self.0.place.part.clone()
     }
 
-    /// The tensors of its file; `None` for one of raw bytes.
+    /// The tensors of the file; `None` for raw bytes.
     pub(crate) fn file_tensors(&self) -> Option<&Arc<FileTensors>> {
         self.0.place.tensors.as_ref()
     }
 
-    /// Promises for good that nobody can write to it: its dma-buf is handed to nobody from now on.
+    /// Permanently prevents handing out the dma-buf, so that nothing can write to the segment.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] where it was handed out already.
+    /// [`Error::HandedOut`] if it was already handed out.
     pub(crate) fn keep_unwritten(&self) -> Result<()> {
         if self.has_dma_buf() {
             // A view that never ends.
@@ -257,7 +262,8 @@ impl Segment {
         Ok(())
     }
 
-    /// The first address of its memory. Segments of a span lie in memory as they do in the file, without gaps.
+    /// The first address of the memory. Segments of a span are laid out in memory as in the file,
+    /// without gaps.
     pub(crate) fn address(&self) -> usize {
         self.start().addr().get()
     }
@@ -268,15 +274,16 @@ impl Segment {
     }
 
     /// # Safety
-    /// As long as the slice lives, nobody may write to its bytes.
+    /// Nothing may write to the bytes while the slice lives.
     unsafe fn filled(&self) -> &[u8] {
         let start = self.0.place.memory_offset;
-        // SAFETY: `new` was promised that these bytes are filled; that nobody writes to them is the caller's promise.
+        // SAFETY: the caller of `new` guaranteed that these bytes are filled; this caller
+        // guarantees that nothing writes to them.
         unsafe { self.0.backing.filled(start..start + self.len()) }
     }
 }
 
-/// The right to look at a segment's bytes: while one exists, its dma-buf is handed to nobody.
+/// The right to read a segment's bytes: while one exists, the dma-buf can't be handed out.
 #[derive(Debug)]
 struct View(Segment);
 
@@ -294,13 +301,14 @@ impl Drop for View {
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: nobody writes to it: promised to `new`; memfds are sealed before they are shown, and a dma-buf is handed to
-        // nobody while this view exists.
+        // SAFETY: nothing writes to the bytes: `new` requires it; memfds are sealed before they
+        // are shown, and a dma-buf can't be handed out while this view exists.
         unsafe { self.0.filled() }
     }
 }
 
-/// An access of the CPU to a segment's bytes, which ends when this is dropped; see [`Segment::cpu_access`].
+/// A CPU access to a segment's bytes, which ends when this guard is dropped; see
+/// [`Segment::cpu_access`].
 #[derive(Debug)]
 #[must_use = "the access ends when the guard is dropped"]
 pub struct SegmentAccess<'a> {
@@ -308,32 +316,35 @@ pub struct SegmentAccess<'a> {
 }
 
 impl SegmentAccess<'_> {
-    /// Copies bytes out, from `offset` bytes into the segment; returns how many there were (fewer than `buffer` holds at
-    /// the segment's end). If somebody who has the dma-buf writes meanwhile, what is copied may be partly old and new.
+    /// Copies bytes from `offset` in the segment to `buffer`, and returns how many (fewer than
+    /// `buffer` holds at the segment's end). If a holder of the dma-buf writes at the same time,
+    /// the copy may be a mix of old and new bytes.
     pub fn read_at(&self, buffer: &mut [u8], offset: usize) -> usize {
         let bytes = buffer.len().min(self.segment.len().saturating_sub(offset));
         if bytes > 0 {
             // SAFETY: `offset` is below the segment's length.
             let from = unsafe { self.address().add(offset) };
-            // SAFETY: `from` has that many bytes left, mapped and initialised, the buffer at least as many, and it is memory
-            // of this process' own. No reference to the segment's bytes is made, so others may write to them.
+            // SAFETY: `from` has that many bytes left, mapped and initialised; the buffer has at
+            // least as many, in this process's own memory. No reference to the segment's bytes is
+            // made, so others may write to them.
             unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), buffer.as_mut_ptr(), bytes) };
         }
         bytes
     }
 
-    /// Where its bytes begin in this process: [`Segment::memory_bytes`] of them are mapped as long as the segment lives, readable
-    /// and writable; of another process' sealed memory ([`crate::share`]) only readable.
+    /// The address of the bytes in this process. [`Segment::memory_bytes`] of them are mapped
+    /// while the segment lives, readable and writable; sealed memory of another process
+    /// ([`crate::share`]) is only readable.
     pub fn address(&self) -> NonNull<u8> {
         self.segment.start()
     }
 
-    /// Its bytes.
+    /// Returns the bytes.
     ///
     /// # Safety
-    /// As long as the slice lives, nobody who has the dma-buf may write to it.
+    /// No holder of the dma-buf may write to it while the slice lives.
     pub unsafe fn as_slice(&self) -> &[u8] {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller's guarantee.
         unsafe { self.segment.filled() }
     }
 }
@@ -341,7 +352,7 @@ impl SegmentAccess<'_> {
 impl Drop for SegmentAccess<'_> {
     fn drop(&mut self) {
         if let Some(dma_buf) = self.segment.0.backing.dma_buf() {
-            // It was begun, so it can be ended.
+            // The access was begun, so ending it does not fail.
             let _ = dma_buf.end_cpu_access(Access::Read);
         }
     }
@@ -359,7 +370,7 @@ impl fmt::Debug for Segment {
     }
 }
 
-/// Of a file's segments those that hold a range together: of one span, in order.
+/// The segments of a file that together hold a range: of one span, in order.
 pub(crate) fn holding<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option<&'a [Segment]> {
     segments.chunk_by(|a, b| a.0.place.span == b.0.place.span).find_map(|span| {
         let held = span.first()?.file_range().start..span.last()?.file_range().end;
@@ -372,22 +383,23 @@ pub(crate) fn holding<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option
     })
 }
 
-/// A file's segments, seen as one.
+/// Several segments of a file, viewed as one.
 #[derive(Debug)]
 pub(crate) struct Contiguous {
-    /// Those that the range touches.
+    /// The segments that overlap the range.
     views: Vec<View>,
     range: Range<u64>,
 }
 
 impl Contiguous {
-    /// The bytes `range` of the file that these segments hold, all of it, in order.
+    /// Returns the bytes `range` of the file, all of which these segments hold, in order.
     ///
     /// # Errors
-    /// [`Error::HandedOut`] for the first segment of the range whose dma-buf is out; [`Error::NotLoaded`] when they do not hold it.
+    /// [`Error::HandedOut`] for the first segment of the range whose dma-buf was handed out;
+    /// [`Error::NotLoaded`] when the segments do not hold the range.
     ///
     /// # Panics
-    /// When the segments of a span do not lie in memory as they do in the file.
+    /// When the segments of a span are not laid out in memory as in the file.
     pub(crate) fn bytes(path: &Path, segments: &[Segment], range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
             return Ok(Bytes::new());
@@ -412,10 +424,11 @@ impl AsRef<[u8]> for Contiguous {
         let View(first) = self.views.first().expect("a range with bytes touches a segment: see `bytes`");
         let offset = to_usize(self.range.start - first.file_range().start);
         let bytes = to_usize(self.range.end - self.range.start);
-        // SAFETY: `bytes` has checked that the range lies within the segments' bytes, and that these lie side by side in
-        // one reserved address range.
+        // SAFETY: `bytes` has checked that the range lies within the segments' bytes, and that
+        // these are adjacent in one reserved address range.
         let start = unsafe { first.start().add(offset) };
-        // SAFETY: as above; each segment is mapped, complete and unchanging as long as its view lives (see `View`).
+        // SAFETY: as above; each segment stays mapped, complete and unchanged while its view lives
+        // (see `View`).
         unsafe { std::slice::from_raw_parts(start.as_ptr(), bytes) }
     }
 }

@@ -1,78 +1,78 @@
-//! The window: how many bytes may be allocated and not yet filled; and what part of anything
-//! shared a load may have.
+//! The window: limits how many bytes may be allocated and not yet filled, and how much of a shared
+//! resource one load may have.
 //!
-//! It is what keeps the allocator and the reader in step: a permit is taken before memory is allocated, and comes
-//! back when that memory is full (or given up).
+//! It keeps the allocator and the reader in step: a permit is taken before memory is allocated,
+//! and returned when that memory is full (or given up).
 //!
-//! Loads whose reads do not come back must not come to hold all of it. So there are two levels.
+//! Loads whose reads never complete must not end up holding all of it. So there are two levels:
 //!
-//! - What a *file system* may hold depends on what is free: three times what it leaves free, at
-//!   most (dynamic queue length thresholds: Choudhury and Hahne, 1998), and a usual permit must
-//!   still fit into that. Alone it has three quarters, two have three sevenths each. All loads
-//!   from one file system count as one, since they wait for the same server or device: one that
-//!   does not answer takes three quarters, a second one three quarters of the rest, and so on. A
-//!   file system that holds nothing may take whatever fits.
-//! - A *load* that holds something leaves one permit within the part of its file system to a load
-//!   that comes. Where a window has room for fewer than [`MANY`], that would cost too much speed.
+//! - How much a *file system* may hold depends on what is free: at most three times what it leaves
+//!   free (dynamic queue length thresholds: Choudhury and Hahne, 1998), and a usual permit must
+//!   still fit into the rest. A single file system gets three quarters, two get three sevenths
+//!   each. All loads of one file system count as one, since they wait for the same server or
+//!   device. One that does not answer takes three quarters, a second one three quarters of the
+//!   rest, and so on. A file system that holds nothing may take anything that fits.
+//! - A *load* that holds something leaves one permit of its file system's share for a new load. In
+//!   a window with room for fewer than [`MANY`] permits, that would cost too much speed.
 //!
-//! Loads that have no part of it at the moment get one in their turn: who grants permits (the
-//! scheduler, the driver, the pool of threads) goes round. Reads in flight, staging, registered
-//! buffers and threads are shared by the same rule.
+//! Loads that hold nothing get their part in turn: the components that grant permits (the
+//! scheduler, the driver, the thread pool) go round. The same rule governs reads in flight,
+//! staging, registered buffers and threads.
 
-/// A budget that loads share. Pure bookkeeping: who waits, and where, is the scheduler's business. `L` names a load.
+/// A budget that loads share. Pure bookkeeping: the scheduler decides who waits and where. `L`
+/// identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Window<L> {
     bytes: u64,
     held: Holders<L>,
-    /// So much must be left for others.
+    /// Bytes that must be left for others: the size of a usual permit.
     usual: u64,
-    /// Whether file systems share on the first level, or each load for itself.
+    /// Whether shares are per file system; if not, they are per load.
     by_file_system: bool,
 }
 
-/// What became of an attempt to take a permit.
+/// The result of trying to take a permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Permitted {
     Yes,
-    /// The load has its part: nobody has to wait for it.
+    /// The load has its share; no other load has to wait for it.
     HasItsPart,
-    /// The load holds nothing, and its file system has its part: no load of that file system may
-    /// overtake it, or it would wait for ever. Loads of others may.
+    /// The load holds nothing, but its file system has its share. No load of that file system may
+    /// overtake it, or it could wait forever; loads of others may.
     FileSystemHasItsPart,
-    /// The load's file system holds nothing, and there is no room: nobody may overtake it, or it
-    /// would wait for ever.
+    /// The load's file system holds nothing, and there is no room. No load may overtake it, or it
+    /// could wait forever.
     Full,
 }
 
-/// So many times what it leaves free is what a file system may hold.
+/// Maximum ratio of held to free space for one file system.
 const TIMES_THE_REST: u64 = 3;
 
-/// Where fewer than so many have room, nothing is kept for other file systems: one of two would be
-/// half of the speed.
+/// If fewer permits than this fit, nothing is reserved for other file systems: one of two would be
+/// half the speed.
 const FEW: u64 = 4;
 
-/// Where fewer than so many have room, a load keeps nothing for others of its file system: of
-/// eight permits, of which six are for that file system, it would be a sixth of the speed; of
-/// sixteen it is a twelfth.
+/// If fewer permits than this fit, a load leaves none to others of its file system: of eight
+/// permits, of which six are for that file system, one would be a sixth of the speed; of sixteen
+/// it is a twelfth.
 const MANY: u64 = 16;
 
-/// What somebody holds who asks for more.
+/// What a load that asks for more already holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Held {
-    /// The load itself.
+    /// Held by the load itself.
     pub(crate) by_load: u64,
-    /// All loads from its file system.
+    /// Held by all loads of its file system.
     pub(crate) by_file_system: u64,
 }
 
-/// Whether somebody who holds `held` of `all` things, of which `taken` are taken, may have one
-/// more.
+/// Whether a load that holds `held` of `all` units, of which `taken` are taken, may take one more.
 pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
     may_have(all, taken, held, 1, 1)
 }
 
-/// Whether somebody who holds `held` of `all`, of which `taken` is taken, may have `more`, while
-/// others may want `usual`.
+/// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`, given
+/// that others may want `usual`.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     let file_system_may_have = |taken, held| within_part(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));
@@ -80,17 +80,17 @@ fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
     file_system_may_have(taken, held.by_file_system) && (keeps_none || leaves_one())
 }
 
-/// The first level: whether a file system whose loads hold `held` may have `more`.
+/// The first level: whether a file system whose loads hold `held` may take `more`.
 fn within_part(all: u64, taken: u64, held: u64, more: u64, usual: u64) -> bool {
     let Some(rest) = taken.checked_add(more).and_then(|sum| all.checked_sub(sum)) else { return false };
     held == 0 || all / FEW < more || usual <= rest && held.saturating_add(more) <= rest.saturating_mul(TIMES_THE_REST)
 }
 
-/// Who holds how much of something that loads share.
+/// How much of a shared resource each load holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Holders<L> {
     taken: u64,
-    /// What each load that holds something holds for files of each file system.
+    /// Load, file system, and how much the load holds for files of that file system.
     held: Vec<(L, u64, u64)>,
 }
 
@@ -99,12 +99,12 @@ impl<L: Clone + PartialEq> Holders<L> {
         Holders { taken: 0, held: Vec::new() }
     }
 
-    /// What is held by anybody.
+    /// How much is held in total.
     pub(crate) fn taken(&self) -> u64 {
         self.taken
     }
 
-    /// What this load holds, and its file system.
+    /// How much this load holds, and its file system.
     pub(crate) fn held_by(&self, load: &L, file_system: u64) -> Held {
         let mut held = Held::default();
         for (other, from, amount) in &self.held {
@@ -114,7 +114,7 @@ impl<L: Clone + PartialEq> Holders<L> {
         held
     }
 
-    /// Whether this load may have one more of `all` for a file of this file system.
+    /// Whether this load may take one more of `all` for a file of this file system.
     pub(crate) fn may_have_one(&self, all: u64, load: &L, file_system: u64) -> bool {
         may_have_one(all, self.taken, self.held_by(load, file_system))
     }
@@ -129,7 +129,7 @@ impl<L: Clone + PartialEq> Holders<L> {
     }
 
     /// # Panics
-    /// When more comes back than was taken: the bookkeeping is broken.
+    /// When more is returned than was taken: the bookkeeping is broken.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, amount: u64) {
         let own = |(other, from, _): &(L, u64, u64)| other == load && *from == file_system;
         let held = self.held.iter().find(|entry| own(entry)).map_or(0, |&(.., held)| held);
@@ -143,23 +143,23 @@ impl<L: Clone + PartialEq> Holders<L> {
 }
 
 impl<L: Clone + PartialEq> Window<L> {
-    /// One of so many, of which permits are for `usual` or less, or else are few.
+    /// A window of `bytes` bytes. Permits are for `usual` bytes or less, except a few.
     pub(crate) fn new(bytes: u64, usual: u64) -> Self {
         Window { bytes, held: Holders::new(), usual: usual.min(bytes / FEW), by_file_system: true }
     }
 
-    /// The same of something that each load shares for itself, whatever file system it reads.
+    /// A window that is shared per load, whichever file system it reads.
     pub(crate) fn of_loads(bytes: u64, usual: u64) -> Self {
         Window { by_file_system: false, ..Window::new(bytes, usual) }
     }
 
-    /// What this load holds.
+    /// How much this load holds.
     #[cfg(test)]
     pub(crate) fn held_by(&self, load: &L) -> u64 {
         self.held.held_by(load, 0).by_load
     }
 
-    /// Takes a permit for `bytes` of a file of this file system, all of it or nothing.
+    /// Takes a permit for `bytes` of a file of this file system, all or nothing.
     #[must_use]
     pub(crate) fn take(&mut self, load: &L, file_system: u64, bytes: u64) -> Permitted {
         if bytes == 0 {
@@ -180,10 +180,11 @@ impl<L: Clone + PartialEq> Window<L> {
         Permitted::Yes
     }
 
-    /// Gives a permit back.
+    /// Returns a permit.
     ///
     /// # Panics
-    /// When more comes back than was taken: the bookkeeping is broken, and going on would allocate without bound.
+    /// When more is returned than was taken: the bookkeeping is broken, and continuing would
+    /// allocate without bound.
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, bytes: u64) {
         self.held.give_back(load, file_system, bytes);
     }
@@ -192,7 +193,7 @@ impl<L: Clone + PartialEq> Window<L> {
         self.held.taken()
     }
 
-    /// Who holds permits, and of files of which file systems; one of several for each of them.
+    /// The loads that hold permits, with the file systems of their files; one entry for each pair.
     pub(crate) fn holders(&self) -> impl Iterator<Item = (&L, u64)> {
         self.held.held.iter().map(|(load, file_system, _)| (load, *file_system))
     }
@@ -203,8 +204,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// How often each of these loads gets one, in turns, until nobody gets any. Each has the file
-    /// system of the same place.
+    /// How many permits each of these loads gets, in turns, until none can get another. File
+    /// system `n` is that of load `n`.
     fn parts<const N: usize>(window: &mut Window<usize>, loads: [usize; N], file_systems: [u64; N]) -> [u64; N] {
         let mut got = [0; N];
         loop {
@@ -235,7 +236,8 @@ mod tests {
             let mut window = Window::new(size, 1);
             assert_eq!(parts(&mut window, [1], [1]), [alone], "of {size}");
             assert_eq!(window.take(&1, 1, 1), Permitted::HasItsPart);
-            // The first holds what it has for ever: one after the other the others get something, and can give it back.
+            // The first load never returns its permits. Others get something one after another,
+            // and can return it.
             assert_eq!(window.take(&2, 2, 1), Permitted::Yes);
             window.give_back(&2, 2, 1);
             let mut window = Window::new(size, 1);
@@ -248,11 +250,11 @@ mod tests {
         for (size, [first, second, third]) in [(8, [3, 3, 0]), (32, [12, 11, 1]), (128, [48, 47, 1])] {
             let mut window = Window::new(size, 1);
             assert_eq!(parts(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");
-            // Where there are many, one is left to a load that comes; not to two.
+            // If many fit, one is left to one new load, but not to two.
             assert_eq!(parts(&mut window, [3], [7]), [third], "of {size}");
             assert_eq!(window.take(&4, 7, 1), Permitted::FileSystemHasItsPart);
             assert_eq!(window.taken_bytes(), size * 3 / 4);
-            // Another file system has three quarters of the rest, as if it were alone with that.
+            // Another file system gets three quarters of the rest, as if it were alone with that.
             assert!(parts(&mut window, [5], [8])[0] >= size / 8, "of {size}");
             window.give_back(&1, 7, 1);
             assert_ne!(window.take(&5, 8, 1), Permitted::Full);
@@ -286,8 +288,8 @@ mod tests {
         window.give_back(&1, 2, 1);
     }
 
-    /// What a load may have in the window by default, in batches of 16 MiB: as much as before
-    /// loads were counted by file system.
+    /// A load's share of the default window, in batches of 16 MiB: as much as before loads were
+    /// counted by file system.
     #[test]
     fn one_load_has_six_of_eight_batches_and_two_silent_file_systems_leave_one() {
         let mut window = Window::new(8 << 4, 1 << 4);
@@ -347,7 +349,7 @@ mod tests {
             }
         }
 
-        /// However many loads wait for two silent file systems, in whatever order they came.
+        /// However many loads wait for two silent file systems, in whatever order they come.
         #[test]
         fn two_silent_file_systems_leave_something_to_a_third(
             size in 5u64..200,
@@ -365,7 +367,7 @@ mod tests {
             prop_assert!(held.may_have_one(size, &usize::MAX, 2));
         }
 
-        /// One load and its file system, alone: what it may have hardly depends on there being two
+        /// One load and its file system, alone: its share hardly depends on there being two
         /// levels.
         #[test]
         fn one_load_has_what_its_file_system_has_less_one_at_most(size in 1u64..2000) {

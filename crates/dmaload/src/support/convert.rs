@@ -1,9 +1,10 @@
-//! Numbers that are known to fit.
+//! Conversions that are known to fit.
 
-/// A length or an offset in memory that was planned, reserved or read.
+/// Converts a length or an offset in memory that was planned, reserved or read.
 ///
 /// # Panics
-/// On a machine of 32 bits when it does not fit: an address range of that length was reserved, so it does.
+/// When it does not fit, on a 32-bit machine. It does fit if an address range of that length was
+/// reserved.
 pub(crate) fn to_usize(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a length in memory fits into the address space")
 }

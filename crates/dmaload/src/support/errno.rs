@@ -1,21 +1,21 @@
-//! Between what system calls answer, which the engine works with, and the errno of errors and
+//! Conversions between the errnos of system calls, which the engine uses, and those of errors and
 //! reports.
 
 use dmabuf::Errno;
 use rustix::io;
 
-/// What a system call answered, as callers see it.
+/// The public form of a system call's errno.
 pub(crate) fn from_rustix(errno: io::Errno) -> Errno {
     Errno::from_raw_os_error(errno.raw_os_error())
 }
 
-/// An errno that a heap's code has made, as if a system call had answered it. A number that the
-/// kernel does not use becomes EIO.
+/// An errno from a heap's code, as if a system call had returned it. A number that the kernel does
+/// not use becomes EIO.
 pub(crate) fn to_rustix(errno: Errno) -> io::Errno {
     io::Errno::from_io_error(&errno.into()).unwrap_or(io::Errno::IO)
 }
 
-/// Name and words: `EINVAL (Invalid argument)`.
+/// Name and description: `EINVAL (Invalid argument)`.
 pub(crate) fn describe(errno: io::Errno) -> String {
     from_rustix(errno).describe()
 }

@@ -1,8 +1,9 @@
-//! The caller's code: heaps, observers, verifiers, wakers, subscribers of `tracing`, and the drops of these.
+//! Calls the caller's code: heaps, observers, verifiers, wakers, subscribers of `tracing`, and
+//! their drops.
 //!
-//! It never runs while one of our locks is held, and never on the ring thread. A panic of it is caught where it
-//! is called, so that the load that it belongs to can fail with a message that names it, and no other load
-//! notices.
+//! It never runs while one of our locks is held, and never on the ring thread. A panic is caught
+//! at the call, so that the load it belongs to can fail with a message that names the code, and no
+//! other load is affected.
 
 use std::any::Any;
 use std::fmt;
@@ -12,23 +13,23 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// Runs the caller's code.
 ///
 /// # Errors
-/// The message of its panic.
+/// The panic message.
 pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(code)).map_err(message)
 }
 
-/// Emits an event: a panic of its subscriber concerns no load, and the panic hook has reported it.
+/// Emits an event. A panic in the subscriber concerns no load, and the panic hook has reported it.
 pub(crate) fn emit(event: impl FnOnce()) {
     let _ = call(event);
 }
 
-/// Drops what may contain the caller's code.
+/// Drops a value that may contain the caller's code.
 pub(crate) fn discard<T>(value: T) {
-    // The panic hook has reported a panic; there is nothing left that could fail because of it.
+    // The panic hook has reported a panic; nothing is left that could fail because of it.
     let _ = call(|| drop(value));
 }
 
-/// The message of a panic.
+/// The message of a panic payload.
 pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     if let Some(text) = payload.downcast_ref::<&str>() {
         return (*text).to_owned();
@@ -36,16 +37,16 @@ pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
     match payload.downcast::<String>() {
         Ok(text) => *text,
         Err(payload) => {
-            // Its drop is the caller's code, too, and may panic in its turn.
+            // Its drop is the caller's code, too, and may panic again.
             std::mem::forget(payload);
             "with a value that is no text".to_owned()
         }
     }
 }
 
-/// A value whose drop may run the caller's code: a panic of that is caught.
+/// A value whose drop may run the caller's code; panics in it are caught.
 pub(crate) struct Foreign<T>(
-    /// Only `None` inside `drop`.
+    /// `None` only inside `drop`.
     Option<T>,
 );
 
@@ -105,7 +106,7 @@ mod tests {
 
     #[test]
     fn values_that_panic_in_their_drop_are_dropped_side_by_side() {
-        // Two panics at once would abort, also while a third one unwinds.
+        // Two panics at once would abort, even while a third one unwinds.
         let unwound = call(|| {
             let _held = [Foreign::new(PanicsInDrop), Foreign::new(PanicsInDrop)];
             panic!("the first one");

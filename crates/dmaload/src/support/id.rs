@@ -1,5 +1,5 @@
-//! The name of a load.
+//! Identifies a load.
 
-/// Names a load. Never used twice by one loader.
+/// Identifies a load. A loader never reuses one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct LoadId(pub(crate) u64);

@@ -1,11 +1,11 @@
-//! What every other folder builds on, and that knows nothing of loads: locks and atomics that loom
-//! can replace ([`sync`]), the name of a load ([`id`]), a value that the first of several threads
-//! makes ([`once_value`]), calls into the caller's code whose panics are caught ([`foreign`]), a thread
-//! that sleeps until a future is ready ([`park`]), choices by their names ([`names`]), and conversions of
-//! numbers ([`convert`], [`errno`]).
+//! What all other folders build on, without knowledge of loads: locks and atomics that loom can
+//! replace ([`sync`]), load identifiers ([`id`]), a value that the first of several threads makes
+//! ([`once_value`]), calls into the caller's code that catch panics ([`foreign`]), blocking on a
+//! future ([`park`]), choices by name ([`names`]), and conversions of numbers ([`convert`],
+//! [`errno`]).
 //!
-//! It imports nothing of this crate, makes no system call beyond those of the standard library's
-//! locks, and starts no thread. Nothing here has to be ended.
+//! Imports nothing from this crate, makes no system calls beyond those of the standard library's
+//! locks, and starts no threads. Nothing here has to be shut down.
 
 pub(crate) mod convert;
 pub(crate) mod errno;

@@ -1,9 +1,9 @@
-//! Choices that are known by their names: the one place that looks them up, and says which there are.
+//! Looks up choices by name, and lists the valid names.
 
-/// The choice of this name.
+/// The choice called `name`.
 ///
 /// # Errors
-/// Which choices there are.
+/// A list of the valid names.
 pub(crate) fn parse<T: Copy>(name: &str, kind: &str, choices: &[T], name_of: impl Fn(T) -> &'static str) -> Result<T, String> {
     choices.iter().copied().find(|&choice| name_of(choice) == name).ok_or_else(|| {
         let names: Vec<_> = choices.iter().map(|&choice| name_of(choice)).collect();

@@ -1,5 +1,5 @@
-//! A value that several threads want, and the first one of them makes. No lock is held while it is
-//! made, since that may call a heap's code, or open a file on a server that never answers.
+//! A value that several threads want, made by the first of them. No lock is held while it is being
+//! made, since that may call a heap's code or open a file on a server that never answers.
 
 use crate::support::sync::{Condvar, Mutex, MutexGuard, lock, wait};
 
@@ -33,7 +33,7 @@ impl<T> OnceValue<T> {
         lock(&self.state)
     }
 
-    /// Takes it out, if it is there.
+    /// Takes the value, if there is one.
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
         match std::mem::replace(&mut *state, ValueState::Empty) {
@@ -47,7 +47,7 @@ impl<T> OnceValue<T> {
 }
 
 impl<T: Clone> OnceValue<T> {
-    /// A clone of it, if it is there.
+    /// Clones the value, if there is one.
     pub(crate) fn get(&self) -> Option<T> {
         match &*self.state() {
             ValueState::There(value) => Some(value.clone()),
@@ -55,8 +55,8 @@ impl<T: Clone> OnceValue<T> {
         }
     }
 
-    /// A clone of it. Where it is missing, this thread makes it, and others wait for that. If that
-    /// fails, one of those that wait makes it instead.
+    /// Clones the value. If there is none, this thread makes it while others wait. If that fails,
+    /// one of those waiting tries in its place.
     ///
     /// # Errors
     /// Those of `make`.
@@ -71,7 +71,7 @@ impl<T: Clone> OnceValue<T> {
         }
         *state = ValueState::Making;
         drop(state);
-        // Also when `make` panics, the others must not wait for ever.
+        // Even if `make` panics, the other threads must not wait forever.
         let mut making = Making { owner: self, value: None };
         let value = make()?;
         making.value = Some(value.clone());

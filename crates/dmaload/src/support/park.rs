@@ -1,4 +1,4 @@
-//! Waiting for a future on a thread that has nothing else to do.
+//! Blocks a thread on a future.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Polls a future on this thread, which sleeps in between.
+/// Polls a future on this thread, which sleeps between wakes.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     let unpark = Arc::new(Unpark { thread: thread::current(), is_woken: AtomicBool::new(false) });
@@ -31,7 +31,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
         if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
             return value;
         }
-        // Parking also ends for no reason, or for another's.
+        // Parking may also end spuriously, or because of another permit.
         while !unpark.is_woken.swap(false, Ordering::Acquire) {
             thread::park();
         }
@@ -60,7 +60,7 @@ mod tests {
             }
             Poll::Pending
         });
-        // A permit to go on that is nobody's wake.
+        // An unpark that belongs to no wake.
         thread::current().unpark();
         let begin = Instant::now();
         assert_eq!(block_on(future), 7);

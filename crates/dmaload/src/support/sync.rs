@@ -1,5 +1,5 @@
-//! The standard library's locks and atomics, or loom's, which try every interleaving of a model's threads
-//! (`--cfg dmaload_loom`; not `loom`, which tokio would take to be meant for it).
+//! The standard library's locks and atomics, or loom's, which try every interleaving of a model's
+//! threads (`--cfg dmaload_loom`, because tokio would interpret `loom`).
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, atomic};
 #[cfg(dmaload_loom)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard, atomic};
 
-/// Locks what is never left half-changed: whoever panicked with the lock has not broken it.
+/// Locks data that is never left inconsistent, so a panic of a lock holder does no harm.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits until somebody has changed something.
+/// Waits for a change.
 pub(crate) fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     changed.wait(guard).unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Waits until somebody has changed something, or the time is up. (A model's clock stands still.)
+/// Waits for a change, or until the time is up. (The clock of a model stands still.)
 pub(crate) fn wait_timeout<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>, timeout: Duration) -> MutexGuard<'a, T> {
     changed.wait_timeout(guard, timeout).unwrap_or_else(std::sync::PoisonError::into_inner).0
 }
@@ -41,7 +41,7 @@ pub(crate) mod model {
     #[cfg(dmaload_loom)]
     pub(crate) fn model(run: impl Fn() + Send + Sync + 'static) {
         let mut builder = loom::model::Builder::new();
-        // More are no more likely to show anything, and take hours.
+        // More are unlikely to find anything else, and take hours.
         builder.preemption_bound = Some(3);
         builder.check(run);
     }

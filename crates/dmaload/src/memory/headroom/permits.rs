@@ -1,12 +1,14 @@
-//! May this memory be taken? Asked before each allocation, since asking the kernel for too much wakes the OOM killer.
+//! Grants memory before each allocation, since asking the kernel for too much wakes the OOM
+//! killer.
 //!
-//! What was granted and is still being allocated does not show in the kernel's figures yet, so it is counted here: for the whole
-//! process, since all of its loaders take from the same memory.
+//! Memory that was granted but is still being allocated does not show in the kernel's figures yet,
+//! so it is counted here, for the whole process: all of its loaders take from the same memory.
 //!
-//! Other processes take from it, too. Of those that load by this library, each takes a small part of what is free before it looks
-//! again; and where even one allocation is more than that, they take turns (an advisory lock of what they have in common: the
-//! cgroup's folder), each from its look until its memory shows. Processes that allocate by other means can still use up what was
-//! seen to be free a moment ago.
+//! Other processes take from it, too. Processes that use this library each take a small fraction
+//! of the free memory before they check again; where even one allocation is more than that, they
+//! take turns (an advisory lock on what they share, the cgroup's folder), each from its check
+//! until its memory shows. Processes that allocate by other means can still use up what was free a
+//! moment ago.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -22,39 +24,42 @@ use super::{Headroom, headroom};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// Memory that may be taken before the limits are looked at again: looking costs a dozen small files.
+/// Memory that may be taken before the limits are checked again: a check reads a dozen small
+/// files.
 const BUDGET_BYTES: u64 = 64 << 20;
 const BUDGET_TIME: Duration = Duration::from_millis(200);
-/// The part of what is free that a process takes without a turn.
+/// The fraction of free memory that a process takes without a turn.
 const PART_WITHOUT_TURN: u64 = 16;
-/// How long a turn is waited for while nothing is allocated: others hold it for the milliseconds that an allocation takes. It is
-/// not worth more, since anybody who may open the folder may keep it locked.
+/// How long to wait for a turn while no memory is being allocated. Others hold it for the
+/// milliseconds that an allocation takes. Longer is not worthwhile, since anyone who may open the
+/// folder can keep it locked.
 const TURN_PATIENCE: Duration = Duration::from_secs(1);
-/// How long while something is: on a machine that is short of memory or of processors, the turns of a few processes take seconds.
+/// How long while memory is being allocated: on an overloaded machine, a few processes' turns take
+/// seconds.
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
-/// How often it is looked whether something is allocated, and how much that must be.
+/// How often to check whether memory is being allocated, and the change that counts.
 const TURN_LOOK: Duration = Duration::from_millis(100);
 const TURN_LOOK_BYTES: u64 = 1 << 20;
-/// How long nothing waits for a turn after one could not be had.
+/// How long not to wait for turns after one could not be obtained.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
-/// When processes of one group run out of memory at the same time, the first one to give up makes room for the others. So each
-/// waits a different time: a number of these steps, by its process id.
+/// When processes of one group run out of memory at the same time, the first one to give up makes
+/// room for the others. So each waits a different number of these steps, chosen by its process ID.
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
 const GIVE_UP_STEPS: u32 = 8;
-/// Between two looks while it waits.
+/// The interval between checks while waiting.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-/// How long allocations under way are waited for when there is no room beside them. They take milliseconds; a heap of the
-/// caller's may hang.
+/// How long to wait for other allocations when there is no room beside them. They take
+/// milliseconds, but a caller's heap may hang.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 struct PermitsState {
     /// Granted, and still being allocated.
     granted_bytes: u64,
-    /// What was seen to be free beyond all that was granted, and may be taken without another look until then.
+    /// Free memory beyond what was granted, which may be taken without a check until `until`.
     budget_bytes: u64,
     until: Option<Instant>,
-    /// No turn could be had a moment ago: none is waited for until then.
+    /// No turn could be obtained recently; don't wait for one before this.
     no_turn_until: Option<Instant>,
 }
 
@@ -66,7 +71,7 @@ struct Permits {
 
 static PROCESS: Permits = Permits::new();
 
-/// The right to take some memory, to be held until it is taken.
+/// The right to take some memory; hold it until the memory is taken.
 #[derive(Debug)]
 #[must_use = "what is not held is not counted"]
 pub(crate) struct HeadroomPermit {
@@ -75,12 +80,12 @@ pub(crate) struct HeadroomPermit {
     _turn: Option<ProcessTurn>,
 }
 
-/// This process' turn among those that share a limit, until it is dropped.
+/// This process's turn among those that share a limit; ends when dropped.
 #[derive(Debug)]
 struct ProcessTurn(#[expect(dead_code, reason = "closing it ends the turn")] OwnedFd);
 
 impl ProcessTurn {
-    /// Waits for it; `None` where it can't be had.
+    /// Waits for a turn; `None` if it can't be obtained.
     fn wait(place: &Path, look: impl Fn() -> Option<Headroom>) -> Option<Self> {
         let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
         let start = Instant::now();
@@ -94,7 +99,7 @@ impl ProcessTurn {
                     if next_look <= now {
                         let seen = look().map_or(free, |seen| seen.available_bytes);
                         if seen.abs_diff(free) >= TURN_LOOK_BYTES {
-                            // Those who have turns allocate, or free.
+                            // Processes that have turns are allocating or freeing.
                             deadline = (now + TURN_PATIENCE).min(start + TURN_PATIENCE_MAX);
                             free = seen;
                         }
@@ -121,10 +126,10 @@ impl Drop for HeadroomPermit {
     }
 }
 
-/// Asks for `bytes` bytes. `make_room` frees what can be freed, and is called once, when there is no room.
+/// Requests `bytes` bytes. Calls `make_room` once if there is no room; it frees what can be freed.
 ///
 /// # Errors
-/// What there is instead.
+/// The headroom at that time.
 pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<HeadroomPermit, Headroom> {
     let patience = GIVE_UP_STEP * (std::process::id() % GIVE_UP_STEPS);
     PROCESS.grant(bytes, make_room, headroom, patience)
@@ -164,7 +169,8 @@ impl Permits {
             let part = free / PART_WITHOUT_TURN;
             let waits = part < bytes && turn.is_none() && state.no_turn_until.is_none_or(|until| until <= now);
             if waits {
-                // Also where there is no room: another process may have failed and be freeing its memory.
+                // Also when there is no room: another process may have failed and be freeing its
+                // memory.
                 drop(state);
                 turn = ProcessTurn::wait(&seen.place, &look);
                 state = self.state();
@@ -179,7 +185,8 @@ impl Permits {
                 break;
             }
             if state.granted_bytes > 0 && now < deadline {
-                // Part of what was granted may be counted twice by now: when it is taken, it shows.
+                // Some granted memory may already show, and so be counted twice, until its permit
+                // is dropped.
                 state = self.changed.wait_timeout(state, deadline - now).unwrap_or_else(PoisonError::into_inner).0;
             } else if let Some(make_room) = make_room.take() {
                 drop(state);
@@ -187,7 +194,7 @@ impl Permits {
                 state = self.state();
                 give_up = Some(Instant::now() + patience);
             } else if give_up.is_some_and(|give_up| now < give_up) {
-                // Not in its turn: others have to see what there is, too.
+                // Give up the turn first, so that others can check, too.
                 drop((state, turn.take()));
                 thread::sleep(LOOK_AGAIN);
                 state = self.state();
@@ -246,11 +253,12 @@ mod tests {
         let free = AtomicU64::new(0);
         let look = || Some(seen(free.load(Ordering::Relaxed), Path::new("/nonexistent")));
         let _granted = permits.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
-        // Where nothing can be read, nothing is refused.
+        // If nothing can be read, nothing is refused.
         let _granted = permits.grant(u64::MAX / 4, || (), || None, NOW).unwrap();
     }
 
-    /// As many processes as there are sets of permits, which share what is free; each allocation takes a while to show.
+    /// Each set of permits stands for a process. They share the free memory, and each allocation
+    /// takes a while to show.
     #[test]
     fn processes_that_share_a_limit_never_take_more_than_there_is() {
         const MIB: u64 = 1 << 20;
@@ -280,7 +288,8 @@ mod tests {
         }
     }
 
-    /// Slow processes: each holds its turn for longer than the others wait while nothing happens.
+    /// Slow processes: each holds its turn for longer than the others would wait if nothing were
+    /// allocated.
     #[test]
     fn turns_that_take_long_are_waited_for_while_others_allocate() {
         const MIB: u64 = 1 << 20;

@@ -1,4 +1,4 @@
-//! Choosing a heap by its name.
+//! Chooses a heap by name.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +9,7 @@ use dmabuf::Udmabuf;
 use super::{AnonHeap, DmaHeap, Heap, MemfdHeap, Pages, UdmabufHeap};
 use crate::error::{Error, Result};
 
-/// A heap to open, known by its name.
+/// A heap to open, chosen by name.
 ///
 /// | name | heap |
 /// |---|---|
@@ -31,33 +31,33 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum HeapChoice {
-    /// A heap for callers that require nothing of it: memfd.
+    /// Any heap; currently memfd.
     #[default]
     Auto,
-    /// A heap that gives dma-bufs: udmabuf, or the dma-heap `system` where udmabuf cannot be
+    /// A heap that provides dma-bufs: udmabuf, or the dma-heap `system` if udmabuf cannot be
     /// opened.
     DmaBuf,
-    /// Memory files.
+    /// Memfds.
     Memfd,
     /// Private pages.
     Anon,
-    /// Memory files, exported by `/dev/udmabuf`.
+    /// Memfds, exported by `/dev/udmabuf`.
     Udmabuf,
-    /// The dma-heap of this name.
+    /// The dma-heap of that name.
     DmaHeap(String),
 }
 
 impl HeapChoice {
     const DMA_HEAP: &str = "dma-heap:";
 
-    /// Opens the heap. Where the choice leaves open which one it is, also returns why it is this
-    /// one.
+    /// Opens the heap. If the choice leaves open which heap that is, also returns why this one was
+    /// chosen.
     ///
     /// `pages` is the page size to populate with.
     ///
     /// # Errors
-    /// [`Error::NoDmaBuf`] if no heap gives dma-bufs; [`Error::Config`] for [`Pages::Small`] or
-    /// [`Pages::Huge`] on a dma-heap, whose driver chooses the page sizes; else as
+    /// [`Error::NoDmaBuf`] if no heap provides dma-bufs; [`Error::Config`] for [`Pages::Small`] or
+    /// [`Pages::Huge`] on a dma-heap, whose driver chooses the page sizes; otherwise the errors of
     /// [`UdmabufHeap::open`] and [`DmaHeap::open`].
     pub fn open(&self, pages: Pages) -> Result<(Arc<dyn Heap>, Option<String>)> {
         let heap: Arc<dyn Heap> = match self {
@@ -78,7 +78,7 @@ impl FromStr for HeapChoice {
     type Err = String;
 
     /// # Errors
-    /// The names there are.
+    /// A list of the valid names.
     fn from_str(name: &str) -> Result<Self, String> {
         match (name, name.strip_prefix(Self::DMA_HEAP)) {
             ("auto", _) => Ok(HeapChoice::Auto),

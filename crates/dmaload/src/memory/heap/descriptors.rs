@@ -1,4 +1,4 @@
-//! A heap of a vendor's allocator, which returns descriptors of dma-bufs.
+//! A heap around an allocator that returns dma-buf descriptors.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,11 +12,11 @@ use crate::error::Result;
 
 type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
 
-/// A vendor's allocator, or any other, that gives descriptors of dma-bufs.
+/// A heap around a vendor's allocator, or any other, that returns dma-buf descriptors.
 ///
-/// Each descriptor is checked to be one of a dma-buf that is large enough; whether nothing else writes to it
-/// can't be checked, so making one is `unsafe`. Its memory is taken to be allocated at once, and is mapped by
-/// `mmap(2)` of the descriptor.
+/// Checks that each descriptor is a dma-buf and large enough. It can't check that nothing else
+/// writes to the memory, so creating one is `unsafe`. The memory is assumed to be allocated at
+/// once, and is mapped by `mmap(2)` of the descriptor.
 pub struct FromDescriptors {
     name: String,
     allocate: AllocateFn,
@@ -33,16 +33,17 @@ impl fmt::Debug for FromDescriptors {
 }
 
 impl FromDescriptors {
-    /// A heap of what `allocate` gives: for a length, a multiple of the page size, a dma-buf of at least that
-    /// many bytes. An I/O error becomes an errno by [`Errno::from_io_error`].
+    /// Creates a heap from `allocate`, which takes a length, a multiple of the page size, and
+    /// returns a dma-buf of at least that many bytes. [`Errno::from_io_error`] converts an I/O
+    /// error to an errno.
     ///
     /// # Safety
     /// For each descriptor that `allocate` returns, until its memory is freed:
     ///
     /// - It is a dma-buf of new memory, which shares no page with any other memory.
-    /// - No duplicate of it, no mapping of it and no importer of it writes to that memory, except those that
-    ///   got it from dmaload ([`crate::Segment::hand_out_dma_buf`]).
-    /// - Its pages stay: none is taken away, replaced, or moved under a mapping.
+    /// - No duplicate, mapping or importer of it writes to that memory, except those that received
+    ///   it from dmaload ([`crate::Segment::hand_out_dma_buf`]).
+    /// - Its pages stay: none is removed, replaced, or moved under a mapping.
     #[allow(unsafe_code, reason = "the contract above")]
     pub unsafe fn new(
         name: impl Into<String>,
@@ -51,7 +52,7 @@ impl FromDescriptors {
         FromDescriptors { name: name.into(), allocate: Box::new(allocate), is_uncached: false }
     }
 
-    /// Says that the CPU reads this memory without its caches; see [`Heap::is_uncached`]. Default: false.
+    /// Sets whether the CPU reads this memory uncached; see [`Heap::is_uncached`]. Default: false.
     #[must_use]
     pub fn uncached(mut self, is_uncached: bool) -> Self {
         self.is_uncached = is_uncached;
@@ -59,8 +60,8 @@ impl FromDescriptors {
     }
 }
 
-// SAFETY: who made this has promised for `allocate` what the trait demands of memory that is a dma-buf. Nothing is
-// populated or exported here, and `exports` says that there are dma-bufs.
+// SAFETY: the creator guarantees for `allocate` what the trait requires of memory that is a
+// dma-buf. This heap populates and exports nothing, and `exports` says that there are dma-bufs.
 #[allow(unsafe_code)]
 unsafe impl Heap for FromDescriptors {
     fn name(&self) -> Cow<'_, str> {
@@ -71,7 +72,7 @@ unsafe impl Heap for FromDescriptors {
         let fd = (self.allocate)(bytes).map_err(|errno| HeapError::new("allocate a dma-buf", bytes, errno))?;
         let dma_buf = DmaBuf::from_fd(fd).map_err(|error| HeapError::new(error.operation, bytes, error.errno))?;
         if dma_buf.bytes() < bytes {
-            // As the kernel answers where a dma-buf is too small for what is asked of it.
+            // The errno that the kernel returns when a dma-buf is too small.
             return Err(HeapError::new("take a shorter dma-buf in place", bytes, Errno::EINVAL));
         }
         Ok(Memory::DmaBuf(dma_buf))

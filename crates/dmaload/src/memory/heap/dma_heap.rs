@@ -1,4 +1,4 @@
-//! dma-heaps: memory of devices under `/dev/dma_heap`.
+//! dma-heaps: memory from the devices in `/dev/dma_heap`.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -9,10 +9,11 @@ use rustix::fs::OFlags;
 use super::{Heap, HeapError, Mapping, Memory, Pages, Populated, private};
 use crate::error::Result;
 
-/// A dma-heap of this machine: `system`, a CMA region, or what the vendor offers.
+/// A dma-heap of this machine: `system`, a CMA region, or one that the vendor provides.
 ///
-/// The kernel's own system heap gives mappings that can't be pinned, so reads are bounced ([`crate::Route::Bounce`]); where a
-/// mapping can be pinned, they go straight into it. Which it is, the first load finds out.
+/// Mappings of the kernel's own system heap can't be pinned, so reads are bounced
+/// ([`crate::Route::Bounce`]). If a mapping can be pinned, reads go straight into it. The first
+/// load finds out which.
 #[derive(Debug)]
 pub struct DmaHeap {
     device: dmabuf::DmaHeap,
@@ -21,7 +22,7 @@ pub struct DmaHeap {
 }
 
 impl DmaHeap {
-    /// Opens the heap of this name.
+    /// Opens the heap called `name`.
     ///
     /// # Errors
     /// [`crate::Error::Device`].
@@ -29,10 +30,10 @@ impl DmaHeap {
         Ok(Self::with(dmabuf::DmaHeap::open(name)?))
     }
 
-    /// Takes a heap that is open already: for a process that has no right to open it.
+    /// Wraps an open heap, for processes that may not open it themselves.
     ///
     /// # Errors
-    /// As [`DmaHeap::open`].
+    /// Those of [`DmaHeap::open`].
     pub fn from_fd(device: OwnedFd) -> Result<Self> {
         Ok(Self::with(dmabuf::DmaHeap::from_fd(device)?))
     }
@@ -42,7 +43,8 @@ impl DmaHeap {
         DmaHeap { device, name, flags: 0 }
     }
 
-    /// Flags for its allocations (`heap_flags` of linux/dma-heap.h). The kernel's own heaps know none, and refuse them; a vendor's may.
+    /// Sets flags for allocations (`heap_flags` of linux/dma-heap.h). The kernel's own heaps
+    /// refuse any; a vendor's may not.
     #[must_use]
     pub fn flags(mut self, flags: u64) -> Self {
         self.flags = flags;
@@ -50,8 +52,9 @@ impl DmaHeap {
     }
 }
 
-// SAFETY: the kernel's heaps give new memory with each call, and its one descriptor is in the returned value.
-// Nothing is populated or exported here. (A vendor's driver is trusted as the kernel is.)
+// SAFETY: the kernel's heaps return new memory for each call, and the returned value has its only
+// descriptor. This heap populates and exports nothing. (A vendor's driver is trusted like the
+// kernel.)
 #[allow(unsafe_code)]
 unsafe impl Heap for DmaHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -75,8 +78,8 @@ unsafe impl Heap for DmaHeap {
         true
     }
 
-    /// By its name, which is all that user space can see: vendors' heaps of such memory are called `system-uncached`,
-    /// `mtk_mm-uncached`, and the like.
+    /// Goes by the name, which is all that user space can see: vendors call heaps of such memory
+    /// `system-uncached`, `mtk_mm-uncached`, and the like.
     fn is_uncached(&self) -> bool {
         self.name.contains("uncached")
     }

@@ -1,4 +1,4 @@
-//! A heap with code of the caller's around its calls, without `unsafe`.
+//! A heap with the caller's code around its calls, without `unsafe`.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,73 +8,74 @@ use std::sync::Arc;
 use super::{DmaBuf, Heap, HeapError, Mapping, Memory, Pages, Populated, private};
 use crate::error::{Result, SizeLimit};
 
-/// Code of the caller's around the calls of a heap; see [`Hooked`]. Each method does nothing by default.
+/// The caller's code around the calls of a heap; see [`Hooked`]. By default each method does
+/// nothing.
 ///
-/// The calls come from the loader's worker threads, from several at once, so they may block. One that panics
-/// fails its load with [`crate::Error::Panicked`].
+/// The calls come from the loader's worker threads, several at a time, and may block. A call that
+/// panics fails its load with [`crate::Error::Panicked`].
 pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
-    /// The name used in reports and errors, in place of that of the heap.
+    /// Replaces the heap's name in reports and errors.
     fn name(&self) -> Option<Cow<'_, str>> {
         None
     }
 
-    /// Before [`Heap::allocate`].
+    /// Called before [`Heap::allocate`].
     ///
     /// # Errors
-    /// In place of the call: the allocation fails with it.
+    /// An error replaces the call: the allocation fails with it.
     fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
     }
 
-    /// After [`Heap::allocate`], with what it answered.
+    /// Called after [`Heap::allocate`], with its result.
     fn after_allocate(&self, bytes: usize, result: Result<(), &HeapError>) {
         let _ = (bytes, result);
     }
 
-    /// Before [`Heap::populate`]: `mapped` are the addresses of the whole mapping, `part` the byte offsets in
-    /// it that are to be populated.
+    /// Called before [`Heap::populate`]. `mapped` are the addresses of the whole mapping, `part`
+    /// the byte offsets within it that will be populated.
     ///
     /// # Errors
-    /// In place of the call: populating fails with it.
+    /// An error replaces the call: populating fails with it.
     fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let _ = (mapped, part);
         Ok(())
     }
 
-    /// After [`Heap::populate`], with what it answered.
+    /// Called after [`Heap::populate`], with its result.
     fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &HeapError>) {
         let _ = (part, result);
     }
 
-    /// Before [`Heap::export`] of memory of this length.
+    /// Called before [`Heap::export`] of memory of this length.
     ///
     /// # Errors
-    /// In place of the call: the export fails with it.
+    /// An error replaces the call: the export fails with it.
     fn before_export(&self, bytes: usize) -> Result<(), HeapError> {
         let _ = bytes;
         Ok(())
     }
 
-    /// In place of what [`Heap::is_uncached`] answers.
+    /// Replaces the result of [`Heap::is_uncached`].
     fn is_uncached(&self, of_the_heap: bool) -> bool {
         of_the_heap
     }
 
-    /// In place of what [`Heap::size_limit`] answers.
+    /// Replaces the result of [`Heap::size_limit`].
     fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
         of_the_heap
     }
 
-    /// In place of what [`Heap::notes`] answers.
+    /// Replaces the result of [`Heap::notes`].
     fn notes(&self, of_the_heap: Vec<String>) -> Vec<String> {
         of_the_heap
     }
 }
 
-/// A heap with code of the caller's around its calls: to count, delay or fail them.
+/// A heap with the caller's code around its calls, to count, delay or fail them.
 ///
-/// The hooks get numbers and never the memory, so this needs no `unsafe`.
+/// The hooks see sizes and offsets but never the memory, so this needs no `unsafe`.
 ///
 /// ```
 /// use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
@@ -92,7 +93,8 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
 /// }
 ///
 /// let hooks = Arc::new(Counting::default());
-/// let loader = dmaload::Loader::builder().heap(Hooked::new(MemfdHeap::default(), Arc::clone(&hooks)));
+/// let heap = Hooked::new(MemfdHeap::default(), Arc::clone(&hooks));
+/// let loader = dmaload::Loader::builder().heap(heap);
 /// # drop(loader);
 /// ```
 #[derive(Debug, Clone)]
@@ -102,7 +104,7 @@ pub struct Hooked<H, K> {
 }
 
 impl<H: Heap, K: HeapHooks> Hooked<H, K> {
-    /// Puts `hooks` around `heap`.
+    /// Wraps `heap` with `hooks`.
     pub fn new(heap: H, hooks: K) -> Self {
         Hooked { heap, hooks }
     }
@@ -113,8 +115,8 @@ impl<H: Heap, K: HeapHooks> Hooked<H, K> {
     }
 }
 
-// SAFETY: memory comes from the heap inside, whose implementer has promised all of it. The hooks see numbers only,
-// and can't change what the heap answers about its memory.
+// SAFETY: memory comes from the inner heap, whose implementer guarantees all of it. The hooks see
+// only numbers, and can't change what the heap returns about its memory.
 #[allow(unsafe_code)]
 unsafe impl<H: Heap, K: HeapHooks> Heap for Hooked<H, K> {
     fn name(&self) -> Cow<'_, str> {

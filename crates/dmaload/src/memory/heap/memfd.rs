@@ -1,4 +1,4 @@
-//! Heaps of ordinary memory: memory files, and private pages.
+//! Heaps of ordinary memory: memfds and private pages.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -6,8 +6,8 @@ use std::ops::Range;
 use super::{Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, private};
 use crate::error::Result;
 
-/// Memory files: each segment has a file descriptor that other processes can map. Needs no device and no
-/// privilege, so it is the default.
+/// Memfds: each segment has a file descriptor that other processes can map. Needs no device and no
+/// privileges, so it is the default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MemfdHeap {
     /// The page size to populate with.
@@ -18,8 +18,9 @@ impl MemfdHeap {
     pub(crate) const NAME: &str = "memfd";
 }
 
-// SAFETY: each memory file is new, its one descriptor is in the returned value, and `Memfd` creates it without
-// F_SEAL_SEAL and sealed against shrinking. Populating changes no byte. It exports nothing.
+// SAFETY: each memfd is new, the returned value has its only descriptor, and `Memfd` creates it
+// without F_SEAL_SEAL and sealed against shrinking. Populating changes no byte. This heap exports
+// nothing.
 #[allow(unsafe_code)]
 unsafe impl Heap for MemfdHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -54,8 +55,8 @@ impl AnonHeap {
     pub(crate) const NAME: &str = "anon";
 }
 
-// SAFETY: anonymous memory comes into being with its mapping, which dmaload makes, and has no descriptor.
-// Populating changes no byte. It exports nothing.
+// SAFETY: anonymous memory is created with its mapping, which dmaload makes, and has no
+// descriptor. Populating changes no byte. This heap exports nothing.
 #[allow(unsafe_code)]
 unsafe impl Heap for AnonHeap {
     fn name(&self) -> Cow<'_, str> {

@@ -1,4 +1,4 @@
-//! Memory files that `/dev/udmabuf` makes dma-bufs of.
+//! Memfds that `/dev/udmabuf` exports as dma-bufs.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -10,12 +10,12 @@ use super::{DmaBuf, Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, p
 use crate::error::{Error, Result, SizeLimit};
 use crate::support::errno;
 
-/// Memory files that become dma-bufs when they are full: the device reads straight into the pages that the dma-buf then
-/// shows. Needs `/dev/udmabuf`.
+/// Memfds that are exported as dma-bufs once they are full: the device reads straight into the
+/// pages of the dma-buf. Requires `/dev/udmabuf`.
 ///
-/// Reads go through the mapping of the memfd, never through one of the dma-buf, which newer kernels can't pin. On Linux 6.11
-/// to 6.15 it uses small pages only, since there drivers see wrong bytes on 2 MiB ones (see
-/// [`Udmabuf::huge_pages_show_wrong_bytes`]).
+/// Reads go through the mapping of the memfd, not of the dma-buf, which newer kernels can't pin.
+/// On Linux 6.11 to 6.15 it uses only small pages, since drivers see wrong bytes on 2 MiB pages
+/// there (see [`Udmabuf::huge_pages_show_wrong_bytes`]).
 #[derive(Debug)]
 pub struct UdmabufHeap {
     device: Udmabuf,
@@ -28,19 +28,19 @@ impl UdmabufHeap {
     /// The name of this heap.
     pub const NAME: &str = "udmabuf";
 
-    /// Opens the device, and makes one small dma-buf to see that it works.
+    /// Opens the device, and creates one small dma-buf to see that it works.
     ///
     /// # Errors
-    /// [`Error::Device`]; [`Error::Memory`] when no dma-buf can be made; [`Error::Config`] for [`Pages::Huge`] on kernels
-    /// that show wrong bytes there.
+    /// [`Error::Device`]; [`Error::Memory`] when no dma-buf can be created; [`Error::Config`] for
+    /// [`Pages::Huge`] on kernels with the bug.
     pub fn open(pages: Pages) -> Result<Self> {
         Self::with_device(Udmabuf::open()?, pages)
     }
 
-    /// The same with the device open already: for a process that has no right to open it.
+    /// Wraps the open device, for processes that may not open it themselves.
     ///
     /// # Errors
-    /// As [`UdmabufHeap::open`].
+    /// Those of [`UdmabufHeap::open`].
     pub fn from_fd(device: OwnedFd, pages: Pages) -> Result<Self> {
         Self::with_device(Udmabuf::from_fd(device)?, pages)
     }
@@ -61,11 +61,12 @@ impl UdmabufHeap {
         }
     }
 
-    /// As [`UdmabufHeap::open`], with 2 MiB pages also where importers that map the dma-buf into the kernel see wrong bytes
-    /// on them. For those who know that theirs do not: one that only takes its addresses for DMA does not.
+    /// Like [`UdmabufHeap::open`], but uses 2 MiB pages even on kernels with the bug, where
+    /// importers that map the dma-buf into the kernel see wrong bytes. For callers whose importers
+    /// do not: one that only uses its addresses for DMA is not affected.
     ///
     /// # Errors
-    /// As [`UdmabufHeap::open`].
+    /// Those of [`UdmabufHeap::open`].
     pub fn open_despite_bug(pages: Pages) -> Result<Self> {
         let wrong = Udmabuf::huge_pages_show_wrong_bytes() && pages != Pages::Small;
         let note = "2 MiB pages despite the bug of this kernel: drivers that map the udmabuf see wrong bytes";
@@ -80,7 +81,7 @@ impl UdmabufHeap {
         Ok(heap)
     }
 
-    /// Whether huge pages are to be kept out, since drivers would see wrong bytes on them.
+    /// Whether to keep huge pages out, because drivers would see wrong bytes on them.
     fn avoids_bug(&self) -> bool {
         self.pages == Pages::Small && Udmabuf::huge_pages_show_wrong_bytes()
     }
@@ -92,14 +93,14 @@ impl UdmabufHeap {
     }
 }
 
-/// How many bytes of a memory file have no page.
+/// How many bytes of a memfd have no page.
 fn missing_bytes(memfd: &Memfd) -> rustix::io::Result<u64> {
     let present_bytes = rustix::fs::fstat(memfd)?.st_blocks.cast_unsigned().saturating_mul(512);
     Ok((memfd.bytes() as u64).saturating_sub(present_bytes))
 }
 
-// SAFETY: memory files as in `MemfdHeap`. The dma-buf that `export` returns is of all pages of the file, and its
-// one descriptor is in the returned value.
+// SAFETY: memfds as in `MemfdHeap`. The dma-buf that `export` returns consists of all pages of the
+// file, and the returned value has its only descriptor.
 #[allow(unsafe_code)]
 unsafe impl Heap for UdmabufHeap {
     fn name(&self) -> Cow<'_, str> {
@@ -115,7 +116,8 @@ unsafe impl Heap for UdmabufHeap {
         let populated = mapping.populate(memory, part, self.pages)?;
         let huge = populated.pages.is_some_and(|pages| pages.huge_bytes > 0);
         if huge && self.avoids_bug() {
-            // Nothing is known to give huge pages here against the advice; should something do, its bytes are not shown.
+            // Nothing is known to give huge pages against the advice; if something does, its bytes
+            // are not shown.
             return Err(HeapError::new("keep 2 MiB pages out of a udmabuf", bytes, Errno::EOPNOTSUPP));
         }
         Ok(populated)
@@ -128,7 +130,8 @@ unsafe impl Heap for UdmabufHeap {
     fn export(&self, memory: &Memory) -> Result<DmaBuf, HeapError> {
         if let Some(memfd) = memory.memfd().filter(|_| self.avoids_bug()) {
             let refused = |errno| HeapError::new("export memory that was not populated", memfd.bytes(), errno);
-            // The driver would allocate them, with pages of any size: it knows nothing of the mapping's advice.
+            // The driver would allocate the missing pages, of any size: it does not know the
+            // mapping's advice.
             if missing_bytes(memfd).map_err(|errno| refused(errno::from_rustix(errno)))? > 0 {
                 return Err(refused(Errno::EINVAL));
             }
