@@ -1,7 +1,7 @@
-//! What can go wrong, in words that a person can act on.
+//! Errors, in words that a person can act on.
 //!
-//! Plain values: they hold paths, offsets and errnos, and neither files nor memory. An error makes
-//! no system call, also when it is displayed.
+//! Plain values: they hold paths, offsets and errnos, but no files or memory. Neither creating nor
+//! displaying an error makes a system call.
 
 mod kind;
 mod size_limit;
@@ -17,13 +17,14 @@ use crate::route::{Attempt, Route};
 pub use kind::ErrorKind;
 pub use size_limit::SizeLimit;
 
-/// Left to everybody else: without it the machine would be at its limit just after the load.
+/// Memory left to other processes: without it, the machine would be at its limit right after the
+/// load.
 pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 
-/// Why a load, or the making of a loader, failed.
+/// Why a load failed, or a loader could not be built.
 ///
-/// The text says what was tried, on which file and where, and the errno by name; [`Error::hint`]
-/// what can be done. Programs that react to errors match [`Error::kind`], and ask for
+/// The text says what was tried, on which file and where, and names the errno; [`Error::hint`]
+/// says what to do about it. Programs that react to errors match on [`Error::kind`] and use
 /// [`Error::errno`], [`Error::path`] and [`Error::offset`]; the variants have the details:
 ///
 /// ```no_run
@@ -45,34 +46,34 @@ pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 /// # Sources
 /// [`source`](std::error::Error::source) is the [`crate::model::ModelError`] of [`Error::Model`],
 /// the [`HeapError`](crate::heap::HeapError) of [`Error::Memory`] and the
-/// [`DeviceError`](crate::heap::DeviceError) of [`Error::Device`], for programs that want their
-/// fields. Each error's text includes that of its source, so show the error or the end of its
+/// [`DeviceError`](crate::heap::DeviceError) of [`Error::Device`], for programs that need their
+/// fields. An error's text includes that of its source, so show either the error or the end of its
 /// chain, not both.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting makes no sense. Nothing was started.
+    /// A setting is invalid. Nothing was started.
     #[error("{}", printable::text(.0))]
     Config(String),
     /// The loader's threads could not be started.
     #[error("cannot start a loader: {operation}: {}", .errno.describe())]
     Start {
-        /// What could not be had.
+        /// What could not be created.
         operation: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
-    /// A file could not be opened or looked at.
+    /// A file could not be opened or inspected.
     #[error("{}: cannot {operation}: {}", printable::path(.path), .errno.describe())]
     File {
         /// The file.
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
-    /// What the path names is no regular file.
+    /// The path does not name a regular file.
     #[error("{}: is {kind}, not a regular file", printable::path(.path))]
     NotAFile {
         /// The path.
@@ -80,135 +81,140 @@ pub enum Error {
         /// What it is instead.
         kind: &'static str,
     },
-    /// The file has bytes although its length is said to be 0.
+    /// The file has contents although its file system states a length of 0.
     #[error("{}: has bytes, but its length is said to be 0", printable::path(.path))]
     NoLength {
         /// The file.
         path: PathBuf,
     },
-    /// The file has bytes beyond its length, as its file system states it: what was read was not all of it.
+    /// The file has contents beyond the length that its file system states, so the load would have
+    /// been incomplete.
     #[error("{}: has bytes beyond its length, which is said to be {stated_bytes}", printable::path(.path))]
     Longer {
         /// The file.
         path: PathBuf,
-        /// Its length, as it was stated before and after.
+        /// The stated length, which did not change during the load.
         stated_bytes: u64,
     },
-    /// A read failed for good.
+    /// A read failed, and retrying did not help.
     #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.
         path: PathBuf,
-        /// Where in the file the read began.
+        /// Offset of the read in the file.
         offset: u64,
-        /// How much it asked for.
+        /// Length of the read in bytes.
         bytes: u64,
-        /// The route it took.
+        /// The route of the read.
         route: Route,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
-    /// The load's observer says that these bytes are wrong ([`crate::Observer`]).
+    /// The load's observer rejected these bytes ([`crate::Observer`]).
     #[error("{}: {bytes} bytes at offset {offset} were rejected: {}", printable::path(.path), printable::text(.reason))]
     Rejected {
         /// The file.
         path: PathBuf,
-        /// Where in the file the bytes began that it was looking at.
+        /// Where in the file the rejected bytes begin.
         offset: u64,
-        /// How many they were.
+        /// Number of bytes.
         bytes: u64,
-        /// What it says.
+        /// The observer's reason.
         reason: String,
     },
-    /// Bytes of the file are not those that were expected ([`crate::LoadOptions::verify`]).
+    /// Bytes of the file differ from what was expected ([`crate::LoadOptions::verify`]).
     #[error("{}: {bytes} bytes at offset {offset} are corrupt: {} instead of {}{}", printable::path(.path), printable::text(.found), printable::text(.expected), named(.tensors))]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// Where in the file the bytes begin that the checksum is of.
+        /// Where in the file the checked bytes begin.
         offset: u64,
-        /// How many they are.
+        /// Number of bytes.
         bytes: u64,
-        /// The checksum that they should have.
+        /// The expected checksum.
         expected: String,
-        /// The checksum that they have.
+        /// The computed checksum.
         found: String,
-        /// The tensors that have bytes among them, where a chunk was verified; none where the file's header can't be read.
+        /// The tensors that overlap these bytes, if a chunk was verified; empty if the file's
+        /// header can't be read.
         tensors: Vec<String>,
     },
-    /// The file has not the length that was expected ([`crate::LoadOptions::verify`]). Nothing was read.
+    /// The file's length differs from what was expected ([`crate::LoadOptions::verify`]). Nothing
+    /// was read.
     #[error("{}: has {bytes} bytes, but should have {expected_bytes}", printable::path(.path))]
     WrongLength {
         /// The file.
         path: PathBuf,
-        /// Its length.
+        /// The file's length.
         bytes: u64,
-        /// The length that it should have.
+        /// The expected length.
         expected_bytes: u64,
     },
-    /// The load was to be verified, and its manifest knows nothing of this file. Nothing was read.
+    /// The manifest that the load was to be verified against does not list this file. Nothing was
+    /// read.
     #[error("{}: is not in the manifest", printable::path(.path))]
     NotInManifest {
         /// The file.
         path: PathBuf,
     },
-    /// The file ended before the end that it had when the load began.
+    /// The file ended earlier than it did when the load began.
     #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", printable::path(.path))]
     Ended {
         /// The file.
         path: PathBuf,
-        /// Where nothing was left to read: its end, or an offset beyond.
+        /// Where no more bytes could be read: the end of the file, or beyond it.
         offset: u64,
-        /// The length that was planned.
+        /// The file's length when the load began.
         planned_bytes: u64,
-        /// The route of the read that met it.
+        /// The route of the read that reached the end.
         route: Route,
     },
-    /// The file is not what it was when the load began: its bytes may be of different moments.
+    /// The file changed after the load began, so its bytes may be from different versions.
     #[error("{}: {change} during the load", printable::path(.path))]
     Changed {
         /// The file.
         path: PathBuf,
-        /// What happened to it.
+        /// What changed.
         change: &'static str,
     },
-    /// A route was refused to a load that takes no other: a strict one.
+    /// A route was refused, and the load is strict.
     #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", printable::path(.path), .errno.describe())]
     Refused {
         /// The file.
         path: PathBuf,
-        /// Where in the file.
+        /// Offset in the file.
         offset: u64,
         /// The route.
         route: Route,
         /// What was being tried.
         attempt: Attempt,
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
-    /// Memory could not be had.
+    /// Memory could not be allocated.
     #[error("{}: cannot {refusal}{}", printable::text(.heap), before(*.loaded_bytes, *.planned_bytes))]
     Memory {
-        /// The heap that was asked.
+        /// The heap.
         heap: String,
         /// The step that failed.
         #[source]
         refusal: HeapError,
-        /// What the load had before.
+        /// Bytes that the load had allocated before.
         loaded_bytes: u64,
-        /// What it needs in all; 0 when that was not known yet.
+        /// Bytes that the load needs in total; 0 if not known yet.
         planned_bytes: u64,
     },
-    /// Code of the caller's panicked: a heap, a verifier, an observer, the waker of the load's task. Only the
-    /// load that it belongs to fails. (Where `code` is a thread of dmaload, the defect is dmaload's.)
+    /// The caller's code panicked: a heap, a verifier, an observer, or the waker of the load's
+    /// task. Only the load that it belongs to fails. (If `code` names a thread of dmaload, this is
+    /// a bug in dmaload.)
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
-        /// Which code: `heap NAME`, `the verifier`, `the observer`.
+        /// Which code panicked: `heap NAME`, `the verifier`, `the observer`.
         code: String,
         /// The message of the panic.
         message: String,
     },
-    /// Allocating would have taken the machine, or this process' memory cgroup, to its limit.
+    /// The allocation would have taken the machine or this process's memory cgroup to its limit.
     #[error(
         "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}; {MARGIN_BYTES} of it are kept free)",
         printable::text(.heap), printable::text(.limit)
@@ -216,43 +222,45 @@ pub enum Error {
     OutOfMemory {
         /// The heap.
         heap: String,
-        /// The next allocation.
+        /// Size of the next allocation.
         wanted_bytes: u64,
-        /// What may be taken without waking the OOM killer.
+        /// Bytes that can be allocated without waking the OOM killer.
         available_bytes: u64,
         /// What sets the limit.
         limit: String,
     },
-    /// The load needs more memory at once than its loader may have ([`crate::LoaderBuilder::memory_limit_bytes`]).
+    /// The load needs more memory at once than its loader may use
+    /// ([`crate::LoaderBuilder::memory_limit_bytes`]).
     #[error("{wanted_bytes} bytes have to be in memory at once ({why}), but the loader's limit is {limit_bytes}: {} too many", .wanted_bytes - .limit_bytes)]
     OverLimit {
-        /// What it would need.
+        /// Bytes that the load needs at once.
         wanted_bytes: u64,
-        /// What the loader may have.
+        /// The loader's limit.
         limit_bytes: u64,
-        /// What needs it.
+        /// What needs that much.
         why: &'static str,
     },
-    /// A plan of the load would take too much memory itself: the files are very long (sparse ones can be), or its segments small.
+    /// The load's plan would take too much memory: its files are very long (sparse files can be),
+    /// or its segments are small.
     #[error(
         "{bytes} bytes in segments of {segment_bytes} bytes are {pieces} pieces, but a load has at most {most_pieces} of them"
     )]
     TooManyPieces {
-        /// The length of all that is to be read.
+        /// The total number of bytes to read.
         bytes: u64,
         /// The size of a segment.
         segment_bytes: u64,
-        /// How many pieces that makes.
+        /// The number of pieces that results.
         pieces: u64,
-        /// How many there may be.
+        /// The maximum number of pieces.
         most_pieces: u64,
     },
-    /// The model's header is wrong.
+    /// The model's header is invalid.
     #[error("{}: {}", printable::path(.path), printable::shown(.fault))]
     Model {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong with it.
         #[source]
         fault: ModelError,
     },
@@ -266,18 +274,19 @@ pub enum Error {
         path: PathBuf,
         /// The heap.
         heap: String,
-        /// What would be needed.
+        /// The size of the dma-buf.
         wanted_bytes: u64,
-        /// What it allows, and where that is set.
+        /// The heap's limit, and where it is set.
         limit: SizeLimit,
     },
-    /// Dma-bufs were required, and no heap of this machine gives any.
+    /// dma-bufs were required, but no heap on this machine provides them.
     #[error("no heap here gives dma-bufs: {}", printable::text(&.tried.join("; ")))]
     NoDmaBuf {
-        /// Each heap that was tried, with what it said.
+        /// The heaps that were tried, each with its error.
         tried: Vec<String>,
     },
-    /// The segment's dma-buf was handed out: others may write to it, so its bytes can't be lent any more.
+    /// The segment's dma-buf was handed out. Others may write to it, so its bytes can't be viewed
+    /// any more.
     #[error(
         "the dma-buf of segment {segment} was handed out, and others may write to it: look at its bytes through `cpu_access`"
     )]
@@ -285,23 +294,24 @@ pub enum Error {
         /// The segment.
         segment: usize,
     },
-    /// The segment's bytes are lent: handing out its dma-buf would let others write under them.
+    /// The segment's bytes are being viewed. Handing out its dma-buf would let others write to
+    /// them.
     #[error("{views} views of segment {segment} are alive: its dma-buf can be handed out when they are dropped")]
     Viewed {
         /// The segment.
         segment: usize,
-        /// How many.
+        /// Number of views.
         views: usize,
     },
-    /// The tensor lies in more than one segment, so no single dma-buf holds it.
+    /// The tensor spans several segments, so no single dma-buf holds it.
     #[error("tensor {tensor:?} lies in {segments} segments: use its parts, or load with larger segments or Layout::Single")]
     Straddles {
         /// The tensor.
         tensor: String,
-        /// How many.
+        /// Number of segments.
         segments: usize,
     },
-    /// What was asked for can't be had of this file.
+    /// The selection does not fit the file.
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     Selection {
         /// The file.
@@ -309,7 +319,7 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
-    /// The folder has no model in it that could be loaded.
+    /// The folder contains no model that could be loaded.
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     NoModel {
         /// The folder.
@@ -317,101 +327,101 @@ pub enum Error {
         /// What was looked for.
         reason: String,
     },
-    /// Files of the model are missing, or hold nothing ([`crate::LoadOptions::allow_missing`]).
+    /// Files of the model are missing or empty ([`crate::LoadOptions::allow_missing`]).
     #[error("{}: {}", printable::path(.path), printable::text(.reason))]
     Incomplete {
-        /// The folder, the index or a part of the model.
+        /// The folder, the index, or a part of the model.
         path: PathBuf,
-        /// Which files are missing, and why.
+        /// Which files are missing, and why they are expected.
         reason: String,
-        /// How many of its files can be loaded.
+        /// How many of the model's files can be loaded.
         loadable: usize,
     },
-    /// Two files of one model have a tensor of this name, and no index says which one counts.
+    /// Two files of one model contain a tensor of this name, and no index says which one counts.
     #[error(
         "tensor {tensor:?} is in two files of one model, and no index says which one counts: {} and {}",
         printable::path(.first), printable::path(.second)
     )]
     DuplicateTensor {
-        /// The name.
+        /// The tensor's name.
         tensor: String,
-        /// A file that has it.
+        /// A file that contains it.
         first: PathBuf,
-        /// Another file that has it.
+        /// Another file that contains it.
         second: PathBuf,
     },
-    /// Several files that were loaded together have a tensor of this name: look it up in one of them
-    /// ([`crate::ImageFile::tensor`]).
+    /// Several files that were loaded together contain a tensor of this name. Use
+    /// [`crate::ImageFile::tensor`] to look it up in one of them.
     #[error("tensor {tensor:?} is in {} files: {}", .paths.len(), listed(.paths))]
     AmbiguousTensor {
-        /// The name.
+        /// The tensor's name.
         tensor: String,
         /// The files.
         paths: Vec<PathBuf>,
     },
-    /// The tensor is in a file of the model that was not read: it has none of the tensors that were
-    /// asked for, or it is missing, which was allowed.
+    /// The tensor is in a file of the model that was not read: none of the requested tensors are
+    /// in that file, or it is missing and that was allowed.
     #[error("tensor {tensor:?} was not loaded: it is in {}, which was not read", printable::path(.path))]
     NotSelected {
-        /// The name.
+        /// The tensor's name.
         tensor: String,
         /// The file that the index maps it to.
         path: PathBuf,
     },
-    /// These bytes of the file were not loaded: only others were asked for.
+    /// These bytes of the file were not loaded, because only other parts were requested.
     #[error("{}: bytes {}..{} were not loaded, only other parts of the file", printable::path(.path), .range.start, .range.end)]
     NotLoaded {
         /// The file.
         path: PathBuf,
-        /// The bytes.
+        /// The byte range.
         range: std::ops::Range<u64>,
     },
-    /// This part of a tensor has its bytes in rows that are apart, so there is no view of all of it.
+    /// The bytes of this part of a tensor are in separate rows, so there is no single view of it.
     #[error("the part of tensor {tensor:?} lies in {rows} rows that are apart: use its parts, or copy it (to_vec)")]
     NotContiguous {
         /// The tensor.
         tensor: String,
-        /// How many.
+        /// Number of rows.
         rows: u64,
     },
-    /// A tensor can't be where the importer wants it, without or even with a copy.
+    /// A tensor does not have the importer's alignment, and can't be copied to get it.
     #[error("tensor {tensor:?} is at byte {offset} of its file, no multiple of {alignment_bytes}: {why}")]
     Unaligned {
         /// The tensor.
         tensor: String,
-        /// Where it begins in its file.
+        /// Where the tensor begins in its file.
         offset: u64,
-        /// What the importer wants.
+        /// The importer's alignment.
         alignment_bytes: u64,
-        /// Why it is not copied there.
+        /// Why the tensor is not copied.
         why: &'static str,
     },
-    /// The importer can't map what the load would be.
+    /// The load's segments exceed the importer's limits.
     #[error(
         "{segments} segments of up to {segment_bytes} bytes would be needed; the importer takes {max_segments} of {max_segment_bytes}"
     )]
     Importer {
-        /// How many there would be.
+        /// Number of segments that the load needs.
         segments: usize,
-        /// How large the largest.
+        /// Size of the largest of them.
         segment_bytes: u64,
-        /// How many it takes.
+        /// The importer's maximum number of segments.
         max_segments: usize,
-        /// How large.
+        /// The importer's maximum segment size.
         max_segment_bytes: u64,
     },
     /// No file of the image has a tensor of this name.
     #[error("no tensor named {0:?}")]
     NoSuchTensor(String),
-    /// This memory has no file descriptor of the kind that was asked for.
+    /// The memory has no file descriptor of the requested kind.
     #[error("heap {} gives no {wanted}", printable::text(.heap))]
     NoDescriptor {
         /// The heap.
         heap: String,
-        /// What was asked for.
+        /// The kind of descriptor.
         wanted: &'static str,
     },
-    /// Sharing an image with other processes did not work ([`crate::share`]).
+    /// Sharing an image with other processes failed ([`crate::share`]).
     #[error("{}: {}", printable::path(.socket), printable::text(.reason))]
     Share {
         /// The socket.
@@ -422,19 +432,19 @@ pub enum Error {
     /// The loader was shut down before the load was finished.
     #[error("the loader was shut down")]
     ShutDown,
-    /// The thread that runs the reads broke down. Other loaders are not concerned.
+    /// The ring thread failed. Other loaders are not affected.
     #[error("the ring broke down: {}; what it was reading into is leaked on purpose", .errno.describe())]
     Ring {
-        /// The kernel's answer.
+        /// The kernel's error.
         errno: Errno,
     },
 }
 
 impl Error {
-    /// What can be done about it, if there is something to say that the text does not say already.
+    /// What to do about the error, if there is anything that the text does not already say.
     ///
-    /// It speaks of the library's options, and of what anybody can do at a shell; programs add the names that
-    /// these options have in their own user interface.
+    /// Hints refer to the library's options and to what anyone can do in a shell. Programs add the
+    /// names that these options have in their own user interfaces.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Error::Start { errno: Errno::EAGAIN | Errno::ENOMEM, .. } => {
@@ -466,7 +476,7 @@ impl Error {
             }
             Error::File { errno: Errno::ELOOP, .. } => "a symbolic link leads to itself: mend the link",
             Error::File { errno: Errno::EACCES | Errno::EPERM, .. } => "check the file's permissions, and those of its folders",
-            // A socket can't be opened by its path.
+            // Opening a socket by its path fails with ENXIO.
             Error::File { errno: Errno::ENXIO, .. } | Error::NotAFile { kind: "a socket", .. } => {
                 "a socket is no file; if a server shares a model there, attach to it"
             }
@@ -533,11 +543,12 @@ impl Error {
 const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
 const ALL_OPEN_FILES: &str = "the whole machine's limit of open files is reached: raise it (sysctl fs.file-max)";
 
-/// More addresses than a process has on common machines: 2^47 bytes on x86-64, 2^48 on AArch64.
+/// More than the address space of a process on common machines: 2^47 bytes on x86-64, 2^48 on
+/// AArch64.
 const ALL_ADDRESSES: usize = 1 << 47;
 
-/// What can be done about memory that was refused. The step says what is short: ENOMEM of mapping is the address space,
-/// ENOMEM of pages is memory.
+/// What to do when memory is refused. The failed step says what ran short: ENOMEM from mapping
+/// means address space, ENOMEM from populating means memory.
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {
@@ -560,7 +571,7 @@ fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     })
 }
 
-/// How many files a message names.
+/// Maximum number of files to list in a message.
 const FILES_NAMED: usize = 8;
 
 fn listed(paths: &[PathBuf]) -> String {
@@ -571,7 +582,7 @@ fn listed(paths: &[PathBuf]) -> String {
     }
 }
 
-/// How many tensors a message names.
+/// Maximum number of tensors to list in a message.
 const TENSORS_NAMED: usize = 32;
 
 fn named(tensors: &[String]) -> String {
@@ -591,7 +602,7 @@ fn before(loaded_bytes: u64, planned_bytes: u64) -> String {
     }
 }
 
-/// A result of this crate.
+/// A [`std::result::Result`] with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[cfg(test)]

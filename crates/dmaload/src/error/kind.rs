@@ -1,93 +1,91 @@
-//! What programs ask of an error: what sort it is, and which errno, path and offset it has.
+//! What programs ask about an error: its kind, errno, path and offset.
 
 use std::path::Path;
 
 use super::{Errno, Error};
 
-/// What sort of error it is, by what a caller can do about it; see [`Error::kind`].
+/// The kind of an error, grouped by what a caller can do about it; see [`Error::kind`].
 ///
 /// - Change the call: [`Config`](Self::Config), [`InvalidInput`](Self::InvalidInput),
 ///   [`Ambiguous`](Self::Ambiguous), [`NotLoaded`](Self::NotLoaded),
 ///   [`Placement`](Self::Placement), [`InUse`](Self::InUse), [`TooLarge`](Self::TooLarge),
 ///   [`Unsupported`](Self::Unsupported).
-/// - Get the model, or get it again: [`NotFound`](Self::NotFound),
+/// - Download the model, possibly again: [`NotFound`](Self::NotFound),
 ///   [`Incomplete`](Self::Incomplete), [`InvalidModel`](Self::InvalidModel),
 ///   [`Corrupt`](Self::Corrupt).
-/// - Try again: [`Changed`](Self::Changed), and [`OutOfMemory`](Self::OutOfMemory) when memory is
-///   free again.
-/// - Change a limit or a right: [`OverLimit`](Self::OverLimit),
+/// - Try again: [`Changed`](Self::Changed), and [`OutOfMemory`](Self::OutOfMemory) once memory is
+///   free.
+/// - Change a limit or a permission: [`OverLimit`](Self::OverLimit),
 ///   [`PermissionDenied`](Self::PermissionDenied), [`Device`](Self::Device).
 /// - Report it: [`Io`](Self::Io), [`Share`](Self::Share), [`Panicked`](Self::Panicked),
 ///   [`ShutDown`](Self::ShutDown).
 ///
-/// New kinds may be added, and errors that are [`Io`](Self::Io) today may get one of them.
+/// New kinds may be added, and errors that are [`Io`](Self::Io) today may change to one of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A setting or an option makes no sense, or contradicts another. Nothing was read. Change the
-    /// call.
+    /// A setting or option is invalid or contradicts another. Nothing was read. Change the call.
     Config,
-    /// What was named can't be loaded in this way: it is not a regular file, its file system
-    /// states a wrong length, or what was selected is not in the file. Name something else, or
-    /// copy the file to a disk first.
+    /// The input can't be loaded in this way: it is not a regular file, its file system states a
+    /// wrong length, or the selection is not in the file. Use another input, or copy the file to a
+    /// disk first.
     InvalidInput,
-    /// There is no such file, model, tensor or entry of a manifest. A tensor that is in the model
-    /// and was not loaded is [`ErrorKind::NotLoaded`].
+    /// There is no such file, model, tensor or manifest entry. A tensor that is in the model but
+    /// was not loaded is [`ErrorKind::NotLoaded`].
     NotFound,
-    /// This user may not open the file, or have the memory. Change the rights ([`Error::errno`] is
-    /// EACCES or EPERM).
+    /// This user may not open the file or allocate the memory. Change the permissions
+    /// ([`Error::errno`] is EACCES or EPERM).
     PermissionDenied,
-    /// The kernel or the storage failed, or reached one of its limits: [`Error::errno`] says
-    /// which.
+    /// The kernel or the storage failed or reached one of its limits: [`Error::errno`] says which.
     Io,
-    /// The file is not a model of its format, or breaks the format's rules. Get the file again, or
-    /// load it as plain bytes ([`crate::Format::Raw`]).
+    /// The file is not a model of its format, or violates the format's rules. Download the file
+    /// again, or load it as raw bytes ([`crate::Format::Raw`]).
     InvalidModel,
-    /// Files of the model are missing. Finish the download, or allow it
+    /// Files of the model are missing. Finish the download, or allow missing files
     /// ([`crate::LoadOptions::allow_missing`]).
     Incomplete,
-    /// Several files have a tensor of this name. Name the file.
+    /// Several files contain a tensor of this name. Say which file to use.
     Ambiguous,
-    /// The tensor or the bytes exist, and were not asked for when the files were loaded. Load
+    /// The tensor or the bytes exist, but were not requested when the files were loaded. Load
     /// them.
     NotLoaded,
-    /// The file is not what it was when the load began. Load it again when nothing writes to it.
+    /// The file changed after the load began. Load it again when nothing writes to it.
     Changed,
-    /// The bytes are not those that were expected. Never use them; get the file again.
+    /// The bytes differ from what was expected. Don't use them; download the file again.
     Corrupt,
-    /// The machine, its memory cgroup, or the process' addresses have too little memory for it.
-    /// Free some and try again, or stream the load.
+    /// The machine, its memory cgroup, or the process's address space is too small. Free memory
+    /// and try again, or stream the load.
     OutOfMemory,
-    /// The load needs more memory at once than its loader may have
-    /// ([`crate::LoaderBuilder::memory_limit_bytes`]), so trying again is useless. Raise the
+    /// The load needs more memory at once than its loader may use
+    /// ([`crate::LoaderBuilder::memory_limit_bytes`]), so trying again does not help. Raise the
     /// limit, or stream the load.
     OverLimit,
-    /// A segment would be larger than its heap allows, or a plan longer than a load may have.
-    /// Change the size of segments, load a part, or raise the limit.
+    /// A segment would be larger than its heap allows, or the plan longer than the limit. Change
+    /// the segment size, load only a part, or raise the limit.
     TooLarge,
-    /// No dma-buf can be had: a device is missing, or may not be opened. [`Error::hint`] says what
-    /// is needed; memory files ([`crate::heap::MemfdHeap`]) need no device.
+    /// No dma-buf is available: a device is missing or may not be opened. [`Error::hint`] says
+    /// what is needed; memfds ([`crate::heap::MemfdHeap`]) need no device.
     Device,
-    /// The kernel, the file system or the heap can't do what was required. Require less: no
-    /// [`crate::LoadOptions::strict`], another heap.
+    /// The kernel, the file system or the heap does not support what was required. Require less:
+    /// drop [`crate::LoadOptions::strict`], or use another heap.
     Unsupported,
-    /// A tensor does not lie in memory as it was asked for: it is in several segments or rows, or
-    /// is not where an importer can map it. Use its parts, copy it, or load with another
+    /// A tensor is not placed in memory as requested: it spans several segments or rows, or is not
+    /// where an importer can map it. Use its parts, copy it, or load with another
     /// [`crate::Layout`].
     Placement,
-    /// Views of the bytes and its handed-out dma-buf exclude each other. Drop the views first, or
+    /// Views of the bytes and a handed-out dma-buf exclude each other. Drop the views first, or
     /// read through [`crate::Segment::cpu_access`].
     InUse,
     /// A server or a client of shared images failed ([`crate::share`]).
     Share,
     /// The caller's own code panicked: a heap, a verifier, an observer or a waker.
     Panicked,
-    /// The loader was shut down before the load had finished.
+    /// The loader was shut down before the load finished.
     ShutDown,
 }
 
 impl Error {
-    /// What sort of error it is.
+    /// The kind of this error.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Config(_) => ErrorKind::Config,
@@ -98,7 +96,7 @@ impl Error {
             },
             Error::Start { errno, .. } => kind_of(*errno),
             Error::Memory { refusal, .. } => kind_of(refusal.errno),
-            // A network file that was replaced; no thread to be had for a read.
+            // A network file was replaced; a thread for the read could not be started.
             Error::Read { errno: Errno::ESTALE, .. } => ErrorKind::Changed,
             Error::Read { errno: Errno::ENOMEM, .. } => ErrorKind::OutOfMemory,
             Error::Read { .. } | Error::Ring { .. } => ErrorKind::Io,
@@ -127,7 +125,7 @@ impl Error {
         }
     }
 
-    /// What the kernel answered; `None` where the kernel refused nothing.
+    /// The kernel's error; `None` if the kernel refused nothing.
     pub fn errno(&self) -> Option<Errno> {
         match self {
             Error::Start { errno, .. }
@@ -141,7 +139,7 @@ impl Error {
         }
     }
 
-    /// The file, folder, device or socket that it is about; the first of several.
+    /// The file, folder, device or socket that the error is about; the first if there are several.
     pub fn path(&self) -> Option<&Path> {
         match self {
             Error::File { path, .. }
@@ -171,7 +169,7 @@ impl Error {
         }
     }
 
-    /// Where in its file the bytes begin that it is about.
+    /// Offset in the file of the bytes that the error is about.
     pub fn offset(&self) -> Option<u64> {
         match self {
             Error::Read { offset, .. }
@@ -186,7 +184,7 @@ impl Error {
     }
 }
 
-/// The kind of a refusal that names no file: of memory, threads or descriptors.
+/// The kind of an error that names no file: about memory, threads or descriptors.
 fn kind_of(errno: Errno) -> ErrorKind {
     match errno {
         Errno::EACCES | Errno::EPERM => ErrorKind::PermissionDenied,

@@ -1,26 +1,26 @@
-//! A limit of the system that an error and a heap both name.
+//! A limit of the system that is part of both an error and a heap.
 
 use std::fmt;
 
-/// The most that a heap gives as one segment, and the file in which that is set.
+/// The maximum size of a heap's segments, and the file in which it is set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SizeLimit {
-    /// The most bytes.
+    /// The limit in bytes.
     pub bytes: u64,
-    /// The file, in which the limit stands in units of `unit_bytes`.
+    /// The file that contains the limit, in units of `unit_bytes`.
     pub setting: String,
-    /// The unit.
+    /// The unit in bytes.
     pub unit_bytes: u64,
 }
 
 impl SizeLimit {
-    /// A limit that is set in a file.
+    /// Creates a limit that is set in a file.
     pub fn new(bytes: u64, setting: impl Into<String>, unit_bytes: u64) -> Self {
         SizeLimit { bytes, setting: setting.into(), unit_bytes }
     }
 
-    /// The command that raises it far enough.
+    /// The shell command that raises the limit far enough.
     pub fn raise(&self, wanted_bytes: u64) -> String {
         format!("echo {} > {}", wanted_bytes.div_ceil(self.unit_bytes.max(1)), self.setting)
     }

@@ -1,13 +1,14 @@
 use super::*;
 use crate::model::ForeignFile;
 
-/// Programs have user interfaces of their own: the library's texts name its functions, and no flags of the command.
+/// Programs have their own user interfaces, so the library's texts name its functions, not flags
+/// of the command.
 #[test]
 fn texts_name_no_flags_of_the_command() {
     fn look(folder: &std::path::Path, found: &mut Vec<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            // Simulated worlds and benches print commands for those who work on this crate.
+            // Simulated worlds and benchmarks print commands for developers of this crate.
             if path.is_dir() && !path.ends_with("ring/sim") {
                 look(&path, found);
             }
@@ -34,7 +35,8 @@ fn texts_name_no_flags_of_the_command() {
     assert!(found.is_empty(), "{found:#?}");
 }
 
-/// A title for the terminal's window, line breaks, text from right to left, C1's control sequences, bytes that are not UTF-8.
+/// A terminal title sequence, line breaks, right-to-left text, C1 control sequences, and bytes
+/// that are not UTF-8.
 fn hostile() -> (PathBuf, String) {
     use std::os::unix::ffi::OsStringExt;
     let text = "\u{1b}]0;x\u{7}\n\r\u{202e}\u{2066}\u{9b}2J\u{feff}\u{ad}\u{200b}\u{2028}\u{e0041}".to_owned();
@@ -42,12 +44,12 @@ fn hostile() -> (PathBuf, String) {
     (path.into(), text)
 }
 
-/// Devices are opened by another crate, which alone makes its errors.
+/// Opening a device is the only way to get this error.
 fn device_error() -> Error {
     dmabuf::DmaHeap::open("no/name").expect_err("a name has no slash").into()
 }
 
-/// One of each variant, with texts and paths of somebody else's.
+/// One error of each variant, with texts and paths of hostile origin.
 fn errors() -> Vec<Error> {
     let (path, text) = hostile();
     let p = || path.clone();
@@ -164,7 +166,7 @@ fn refused_memory_says_which_limit_it_is() {
     assert!(files.contains("ulimit -n") && !files.contains("layout"), "{files}");
 }
 
-/// What programs see of an error.
+/// The answers that programs see.
 #[derive(Debug, PartialEq)]
 struct Answers {
     kind: ErrorKind,
@@ -174,8 +176,8 @@ struct Answers {
     has_source: bool,
 }
 
-/// What each of [`errors`] is to answer, and the number of its variant. A new variant does not
-/// compile until it is here, and fails the test until it is among [`errors`], too.
+/// The expected answers for each of [`errors`], and the number of its variant. A new variant does
+/// not compile until it is added here, and fails the test until it is added to [`errors`].
 fn expected(error: &Error) -> (usize, Answers) {
     let of = |kind| Answers { kind, errno: None, has_path: false, offset: None, has_source: false };
     let on_file = |kind| Answers { has_path: true, ..of(kind) };

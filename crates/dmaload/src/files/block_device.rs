@@ -1,15 +1,15 @@
-//! Whether a block device may stop answering, from what sysfs says it stands on.
+//! Determines from sysfs whether a block device may stop answering.
 //!
-//! A direct read of a file on ext4 ends in the queue of its device. When all requests of that
+//! A direct read of a file on ext4 ends up in the queue of its device. When all requests of that
 //! queue are in flight, the kernel waits for one of them (`blk_mq_get_tag`) inside
 //! `io_uring_enter`, and the ring thread waits with it. A local disk answers or fails; a loop
 //! device over a file on FUSE waits for that file's server.
 //!
-//! Requires sysfs at `/sys`. A device that it doesn't list is not trusted.
+//! Requires sysfs at `/sys`. A device that sysfs doesn't list is not trusted.
 //!
-//! Nothing is remembered: a loop device gets another file with the same number. Resolving a disk
-//! takes a few calls that read memory; only the file of a loop device may be on a server that
-//! hangs, so callers must be allowed to wait.
+//! Results are not cached, because a loop device can get another file under the same number.
+//! Resolving a disk takes a few calls that only read memory. Only the file of a loop device may be
+//! on a server that hangs, so callers must be able to wait.
 
 use std::ffi::OsString;
 use std::io;
@@ -18,29 +18,29 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-/// The devices of drivers whose other end is a network or a process, by the beginnings of their
-/// names in sysfs. `ublkb` is served by a process, `etherd!` is ATA over Ethernet.
+/// Drivers whose devices have a network or a process at the other end, by the prefixes of their
+/// device names in sysfs. `ublkb` is served by a process, `etherd!` is ATA over Ethernet.
 const REMOTE: [&str; 6] = ["nbd", "rbd", "rnbd", "drbd", "ublkb", "etherd!"];
 
-/// How many devices may stand on each other: more than anybody stacks, and few enough to follow.
+/// Maximum depth of stacked devices: more than anyone stacks, and few enough to follow.
 const MOST_LEVELS: usize = 8;
 
-/// Most devices below one device, of all levels together.
+/// Maximum number of devices below one device, over all levels.
 const MOST_DEVICES: usize = 256;
 
-/// A block device's number.
+/// The number of a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DeviceNumber {
     pub(super) major: u32,
     pub(super) minor: u32,
 }
 
-/// Resolves what devices stand on.
+/// Resolves the devices that a device is built on.
 pub(super) struct BlockDevices<'a> {
-    /// Where sysfs is mounted.
+    /// The mount point of sysfs.
     pub(super) sysfs: &'a Path,
-    /// The block device that a loop device's file is on; `None` if the file is local and on none.
-    /// An error if its file system may hang, or can't be identified.
+    /// The block device of a loop device's file; `None` if the file is local and not on a block
+    /// device. An error if its file system may hang or can't be identified.
     pub(super) device_of_file: &'a dyn Fn(&Path) -> Result<Option<DeviceNumber>, Errno>,
 }
 
@@ -48,7 +48,7 @@ impl BlockDevices<'_> {
     /// Checks that neither the device nor anything below it is known to stop answering.
     ///
     /// # Errors
-    /// EOPNOTSUPP if it may; another error if what it stands on can't be found out.
+    /// EOPNOTSUPP if one may stop answering; another error if that can't be determined.
     pub(super) fn check(&self, device: DeviceNumber) -> Result<(), Errno> {
         self.check_below(device, MOST_LEVELS, &mut { MOST_DEVICES })
     }
@@ -68,7 +68,7 @@ impl BlockDevices<'_> {
                 None => Ok(()),
             };
         }
-        // Device-mapper and md list what they are made of; a disk's list is empty.
+        // Device-mapper and md devices list their components; a disk's list is empty.
         let slaves = match std::fs::read_dir(folder.join("slaves")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && !is_made_of_others(name) => return Ok(()),
             slaves => slaves.map_err(|error| errno(&error))?,
@@ -80,7 +80,7 @@ impl BlockDevices<'_> {
         Ok(())
     }
 
-    /// Finds the device's folder in sysfs; of a partition its disk's.
+    /// Finds the device's folder in sysfs. For a partition, this is its disk's folder.
     fn folder_of(&self, DeviceNumber { major, minor }: DeviceNumber) -> Result<PathBuf, Errno> {
         let numbers = self.sysfs.join("dev/block");
         let target = std::fs::read_link(numbers.join(format!("{major}:{minor}"))).map_err(|error| errno(&error))?;
@@ -96,7 +96,7 @@ fn is_made_of_others(name: &str) -> bool {
     name.starts_with("dm-") || name.starts_with("md")
 }
 
-/// Reads an attribute, without the line's end.
+/// Reads an attribute, without the trailing newline.
 fn read(path: &Path) -> Result<Vec<u8>, Errno> {
     let mut value = std::fs::read(path).map_err(|error| errno(&error))?;
     value.pop_if(|last| *last == b'\n');
@@ -128,7 +128,7 @@ mod tests {
             sysfs
         }
 
-        /// Adds a device below `devices/`, with `slaves` by their paths there.
+        /// Adds a device below `devices/`, with `slaves` given by their paths there.
         fn add(&self, number: &str, path: &str, slaves: &[&str]) -> PathBuf {
             let folder = self.0.path().join("devices").join(path);
             fs::create_dir_all(folder.join("slaves")).unwrap();

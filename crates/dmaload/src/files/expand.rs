@@ -1,4 +1,4 @@
-//! From what was asked for to files: folders and indices of models, GGUF files that were split.
+//! Expands the requested paths to files: folders and indices of models, split GGUF files.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -17,23 +17,23 @@ use crate::options::choices::Format;
 use crate::options::load::LoadOptions;
 use crate::plan::select::Selector;
 
-/// The files of a load, in the order in which they are loaded.
+/// The files of a load, in load order.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     pub(crate) sources: Vec<SourceFile>,
-    /// What the report is to say of the choice.
+    /// Notes for the report about how the files were chosen.
     pub(crate) notes: Vec<String>,
 }
 
-/// What decides which files are loaded.
+/// What determines which files are loaded.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Choice<'a> {
     pub(crate) format: Format,
-    /// Missing parts are left out.
+    /// Skip missing parts.
     pub(crate) allow_missing: bool,
-    /// A path is the file that it names, and nothing else.
+    /// Treat each path as just the file that it names.
     pub(crate) as_one_file: bool,
-    /// What is read of the tensors; `None` for all of them.
+    /// The selected tensors; `None` for all.
     pub(crate) selector: Option<&'a Selector>,
 }
 
@@ -47,7 +47,8 @@ impl<'a> Choice<'a> {
 /// Finds the files of all inputs.
 ///
 /// # Errors
-/// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`]; [`Error::Incomplete`].
+/// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`];
+/// [`Error::Incomplete`].
 pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
     let splits: Vec<_> = asked.iter().map(|input| split_of(input, choice)).collect();
@@ -55,7 +56,7 @@ pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
     splits.iter().flatten().for_each(|split| *named.entry(split).or_default() += 1);
     for ((model, input), split) in asked.iter().enumerate().zip(&splits) {
         let before = found.sources.len();
-        // Of several parts that the caller names, each is itself.
+        // If the caller names several parts of a model, each stands for itself.
         let is_only_part = split.as_ref().is_some_and(|split| named.get(split) == Some(&1));
         match input {
             Input::Open { file, part } => found.sources.push(SourceFile::open(file, part.clone())),
@@ -67,10 +68,11 @@ pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
     Ok(found)
 }
 
-/// The folder of a split GGUF model, and the name of its first part.
+/// The folder of a split GGUF model and the name of its first part.
 type SplitKey = (PathBuf, String);
 
-/// The split GGUF model that a path is a part of, by its name. The folder is the same however it is written.
+/// The split GGUF model that a path is part of, judging by its name. Different spellings of the
+/// same folder give the same key.
 fn split_of(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
     let Input::Path(path) = input else { return None };
     if choice.format == Format::Raw || choice.as_one_file {
@@ -88,7 +90,7 @@ fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, fou
         found.sources.push(own);
         return Ok(());
     }
-    // A path that can't be looked at fails when it is opened.
+    // Opening the path later reports why it is not accessible.
     let about = fs::metadata(path).ok();
     if about.as_ref().is_some_and(fs::Metadata::is_dir) {
         return of_folder(path, choice, found);
@@ -109,7 +111,7 @@ fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, fou
     Ok(())
 }
 
-/// A file with the name of an index.
+/// A file that is named like an index.
 fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     match named {
         Named::Safetensors => of_index(path, &read_index(path)?, choice, found),
@@ -119,7 +121,7 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
         }
         Named::Unsaid => match read_unsaid_index(path)? {
             Some(index) => of_index(path, &index, choice, found),
-            // JSON of another kind, which is raw bytes.
+            // Some other JSON, which loads as raw bytes.
             None => {
                 found.sources.push(SourceFile::file(path.to_owned()));
                 Ok(())
@@ -132,10 +134,10 @@ fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Fou
     }
 }
 
-/// An index under a name that doesn't say so, such as a blob of a model cache, would be loaded as
-/// the bytes of its text.
+/// Refuses an index under another name, such as a blob of a model cache: it would be loaded as raw
+/// JSON text.
 fn refuse_hidden_index(path: &Path) -> Result<()> {
-    // Other formats have extensions of their own.
+    // Other formats have their own extensions.
     if path.extension().is_some_and(|extension| extension != "json") {
         return Ok(());
     }
@@ -151,7 +153,7 @@ fn refuse_hidden_index(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The model in a folder: by its index, by the usual name, or all files of a format.
+/// The model in a folder: by its index, by the usual name, or all files of one format.
 fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = Folder::read(path)?;
     if choice.format != Format::Gguf {
@@ -163,8 +165,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
         let names = folder.safetensors();
         if !names.is_empty() {
             let (kept, missing) = folder.check(&names, &mut found.notes);
-            // Files that were found without any order between them are all the model has to say of
-            // itself.
+            // Files found without an index are the only evidence of what the model consists of.
             allowed(&missing, kept.len(), choice, found, |why| {
                 let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
                 Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
@@ -208,7 +209,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     Err(folder.no_model(choice.format))
 }
 
-/// The files that an index names, or those of them that have what is asked for.
+/// The files that an index names, or only those that contain what is selected.
 fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let all = index.files().count();
@@ -230,7 +231,8 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
         match Missing::look(&folder.join(name), name) {
             None => kept.push(name),
             Some(lacking) if is_needed => missing.push(lacking),
-            // It may have had what the index doesn't know: then no file has what was asked for.
+            // The missing file may have contained a tensor that the index does not list; then no
+            // file contains it.
             Some(_) => {}
         }
     }
@@ -254,13 +256,14 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
     Ok(())
 }
 
-/// Which files of an index a selection needs.
+/// The files of an index that a selection needs.
 #[derive(Debug)]
 enum Needed<'a> {
     All,
-    /// These, and no other has what is asked for.
+    /// These files; no other contains anything selected.
     Some(HashSet<&'a str>),
-    /// These; others may have what the index doesn't know, and are looked at where they are there.
+    /// These files first. Others may contain tensors that the index does not list, so those that
+    /// exist are checked too.
     First(HashSet<&'a str>),
 }
 
@@ -271,7 +274,7 @@ fn needed_files<'a>(index: &'a Index, selector: Option<&Selector>) -> Needed<'a>
     if all_met { Needed::Some(files) } else { Needed::First(files) }
 }
 
-/// All parts of a GGUF model that was split: `NAME-00001-of-00003.gguf`.
+/// All parts of a split GGUF model: `NAME-00001-of-00003.gguf`.
 fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let (mut kept, mut missing) = (Vec::new(), Vec::new());
@@ -283,7 +286,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
         }
     }
     if kept.is_empty() && fs::symlink_metadata(path).is_err() {
-        // Not a part of anything, but a wrong path.
+        // Not part of a split model, just a wrong path.
         found.sources.push(SourceFile::file(path.to_owned()));
         return Ok(());
     }
@@ -296,7 +299,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
     Ok(())
 }
 
-/// Whether these files may be missing; that they are is noted.
+/// Checks whether these files may be missing, and notes that they are.
 fn allowed(
     missing: &[Missing],
     kept: usize,
@@ -315,7 +318,8 @@ fn allowed(
     Ok(())
 }
 
-/// The one path that the caller has named, where others were found with it.
+/// The position in `sources` of the only path that the caller named, if other files were found
+/// with it.
 pub(crate) fn named_among(asked: &[Input], sources: &[SourceFile]) -> Option<usize> {
     let [Input::Path(path)] = asked else { return None };
     let named: &PathBuf = path;
@@ -370,7 +374,7 @@ mod tests {
         );
         let two = says(&["a.safetensors.index.json", "b.safetensors.index.json"]);
         assert!(two.contains(r#"name one of "a.safetensors.index.json", "b.safetensors.index.json""#), "{two}");
-        // As raw bytes a folder is refused when it is opened.
+        // As raw bytes, a folder is refused when it is opened.
         assert_eq!(found(&["a.bin"], Choice { format: Format::Raw, ..CHOICE }).unwrap(), [""]);
     }
 

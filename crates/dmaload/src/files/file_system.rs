@@ -1,20 +1,22 @@
-//! Which files a ring may read, and which may be taken from the page cache: those on local file systems.
+//! Which files a ring may read, and which may be copied from the page cache, judging by their file
+//! systems.
 //!
-//! Reading a file by io_uring can go wrong in two ways. After a short answer of a FUSE server the
-//! kernel may read the same bytes twice (see docs/kernels.md). And a read that waits for a server
-//! waits inside `io_uring_enter`, or in one of the few kernel threads that serve such reads, and
-//! delays every other read of the loader.
+//! Reading a file by io_uring can go wrong in two ways. After a FUSE server answers a read with
+//! less, the kernel may read the same bytes twice (see docs/kernels.md). And a read that waits for
+//! a server does so inside `io_uring_enter`, or in one of the few kernel threads that serve such
+//! reads, and delays every other read of the loader.
 //!
-//! So file systems are allowed one by one. Anything else is read by threads, which costs little.
+//! Therefore only listed file systems are allowed. Others are read by threads, which costs little.
 //!
-//! Buffered reads ([`crate::Route::UringBuffered`]) of network file systems are allowed, too. Such a read
-//! goes to a kernel thread of its own at once (`IOSQE_ASYNC`), and there are as many of these as reads in
-//! flight: nothing waits for it, and a short answer comes back short. Never FUSE, nor what may be FUSE.
+//! Buffered reads ([`crate::Route::UringBuffered`]) from network file systems are also allowed.
+//! Each such read goes straight to its own kernel thread (`IOSQE_ASYNC`), and there are as many of
+//! these as reads in flight, so nothing else waits for it, and a short answer is reported as a
+//! short read. FUSE, and anything that may be FUSE, is never allowed.
 //!
-//! `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says. Each
-//! allowed file system needs a second proof, which only the kernel's own code can give.
+//! The `f_type` of `fstatfs(2)` alone proves nothing, because 9p reports whatever its server says.
+//! Each allowed file system needs a second proof that only the kernel's own code can provide.
 //!
-//! A local file system may be on a device that hangs (nbd, a loop device over FUSE), and blocks
+//! A local file system may be on a device that hangs (nbd, a loop device over FUSE), which blocks
 //! the ring thread as well: see [`super::block_device`].
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -58,7 +60,7 @@ const ON_BLOCK_DEVICES: [u32; 12] = [
     0x3153_464A, // jfs
 ];
 
-/// What `statx(2)` reports about a file that no server can influence.
+/// The results of `statx(2)` for a file that no server can influence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Device {
     pub(crate) major: u32,
@@ -67,23 +69,23 @@ pub(crate) struct Device {
     pub(crate) reports_compression: bool,
     /// Whether the file system can report `STATX_ATTR_VERITY`.
     pub(crate) reports_verity: bool,
-    /// `STATX_ATTR_DAX`: the file's pages are storage itself, and not cached.
+    /// `STATX_ATTR_DAX`: the file's pages are the storage itself, and are not cached.
     pub(crate) is_dax: bool,
 }
 
-/// What a file system is good for.
+/// How far a file system can be trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Trust {
-    /// Why a ring must not read this file: the attempt that is avoided, and the kernel's answer.
+    /// Why a ring must not read this file: the attempt that is avoided and the errno.
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     /// Why a ring must not read it through the page cache either.
     pub(crate) buffered_ring_refused: Option<(Attempt, Errno)>,
-    /// Whether what the page cache has of it is as good a witness as storage.
+    /// Whether the page cache is as trustworthy as storage.
     pub(crate) cache: bool,
 }
 
-/// Says what the file's file system is good for. May wait for a server: of the file, or of the
-/// file behind its loop device.
+/// Determines how far the file's file system can be trusted. May wait for a server: of the file
+/// itself, or of the file behind its loop device.
 pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
     // A FUSE server may refuse to answer.
     let f_type = match fstatfs(file) {
@@ -105,14 +107,14 @@ pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
 }
 
 fn magic(about: &StatFs) -> u32 {
-    // Its width and sign differ between architectures; magic numbers have 32 bits.
+    // The field's width and sign differ between architectures; magic numbers have 32 bits.
     let [first, second, third, fourth, ..] = about.f_type.to_le_bytes();
     u32::from_le_bytes([first, second, third, fourth])
 }
 
 /// Why a ring must not wait for the block device of a local file system.
 ///
-/// Btrfs has no device number of its own to ask about: its devices are trusted.
+/// Btrfs has anonymous device numbers, so its devices can't be looked up and are trusted.
 fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
     if !ON_BLOCK_DEVICES.contains(&f_type) {
         return None;
@@ -121,9 +123,9 @@ fn device_refused(f_type: u32, device: Device) -> Option<Errno> {
     devices.check(DeviceNumber { major: device.major, minor: device.minor }).err()
 }
 
-/// The block device that a loop device's file is on; `None` for tmpfs and btrfs, which have none.
+/// The block device of a loop device's file; `None` for tmpfs and btrfs, which have none.
 ///
-/// The path is the one that the kernel shows to this process. It may be wrong for a file of
+/// The path is the one that the kernel shows to this process. It may be wrong for a file in
 /// another mount namespace.
 fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
     let found = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
@@ -139,7 +141,7 @@ fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
         reports_verity: false,
         is_dax: false,
     };
-    // Seals can't be asked for by a descriptor that was opened with `O_PATH`.
+    // Seals can't be queried through a descriptor opened with `O_PATH`.
     let reopen = || open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty());
     match refused(f_type, device, || reopen().is_ok_and(|file| fcntl_get_seals(&file).is_ok())) {
         Some(_) => Err(Errno::OPNOTSUPP),
@@ -147,27 +149,31 @@ fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
     }
 }
 
-/// Whether a change of bytes that were copied from the page cache always shows in the file's time of modification.
+/// Whether every change to bytes that were copied from the page cache shows in the file's
+/// modification time.
 ///
-/// Two kinds of writers are easy to miss. One stores through a mapping: the file system must hear of the first store after
-/// each writeback. The other is inside a long `write(2)`, which sets the time once, before its first byte: reads must wait for
-/// its end, or something else that readers may do must. Only file systems on which both were tried are listed, and those that
-/// nobody can write to. On tmpfs no store through a mapping is heard of after the first one.
+/// Two kinds of writers are easy to miss. One stores through a mapping: the file system must be
+/// notified of the first store after each writeback. The other is inside a long `write(2)`, which
+/// sets the time once, before its first byte: reads, or some other call that readers may make,
+/// must wait for its end. Only file systems on which both were tested are listed, plus those that
+/// can't be written to. On tmpfs, only the first store through a mapping is noticed.
 fn is_cache_witness(f_type: u32, device: Device) -> bool {
     match f_type {
         _ if device.is_dax => false,
-        // Its driver for all three versions; that of ext2 alone has no verity, and its SEEK_DATA waits for no writer.
+        // The ext4 driver serves ext2 and ext3, too. The separate ext2 driver has no verity, and
+        // its SEEK_DATA does not wait for writers.
         EXT4 => device.reports_verity,
         XFS | BTRFS | EROFS | SQUASHFS | ISO9660 => true,
         _ => false,
     }
 }
 
-/// Whether direct reads may be slow where buffered ones are not, and what the page cache has of a file that was just opened
-/// is what its server has.
+/// Whether direct reads may be slow where buffered ones are not, and the page cache of a freshly
+/// opened file matches its server.
 ///
-/// 9p is not listed: its `f_type` is whatever the server says, and its caches may be older than the server's bytes. Virtiofs
-/// can't be told from FUSE. A 9p server that claims to be one of these gains nothing: such a read can't go wrong in the ring.
+/// 9p is not listed: its `f_type` is whatever the server says, and its cache may be older than the
+/// server's bytes. Virtiofs can't be told apart from FUSE. A 9p server that claims to be a listed
+/// file system gains nothing, because such a read can't go wrong in the ring.
 fn is_network(f_type: u32) -> bool {
     matches!(f_type, NFS | CIFS | SMB2)
 }
@@ -175,15 +181,15 @@ fn is_network(f_type: u32) -> bool {
 fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
     match f_type {
         FUSE => Some(Attempt::RingOnFuse),
-        // Neither reports what is below. The layers' paths in the mount's options prove nothing:
-        // they may belong to another mount namespace (in containers they do), be mounted over, or
-        // be unmounted lazily and still in use.
+        // Neither reports its lower layers. The paths of the layers in the mount options prove
+        // nothing: they may belong to another mount namespace (in containers they do), be mounted
+        // over, or be lazily unmounted and still in use.
         OVERLAYFS | ECRYPTFS => Some(Attempt::RingOnStacked),
-        // 9p has no block device, nor has erofs when it reads from files or from a daemon.
+        // 9p has no block device, nor does erofs when it reads from files or a daemon.
         local if ON_BLOCK_DEVICES.contains(&local) && device.major != 0 => None,
         // Its device numbers are anonymous, but only its own `getattr` reports compression.
         BTRFS if device.reports_compression => None,
-        // Only tmpfs and hugetlbfs have seals (`memfd_file_seals_ptr` in mm/memfd.c).
+        // Only tmpfs and hugetlbfs support seals (`memfd_file_seals_ptr` in mm/memfd.c).
         TMPFS if has_seals() => None,
         _ => Some(Attempt::RingOnOther),
     }
@@ -195,7 +201,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Inodes of files that are to be taken for those of an NFS server.
+    /// Inodes of files that pretend to be on an NFS server.
     pub(crate) static ON_NFS: Mutex<Vec<u64>> = Mutex::new(Vec::new());
 
     pub(super) fn taken_for(file: &OwnedFd, f_type: u32, device: Device) -> (u32, Device) {

@@ -1,4 +1,4 @@
-//! What a folder of a model has in it.
+//! The contents of a model's folder.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -17,10 +17,10 @@ use crate::model::parts::PartName;
 use crate::model::safetensors::{Sniff, sniff};
 use crate::options::choices::Format;
 
-/// What a model of one file is called in a folder that model hubs have made.
+/// The usual name of a single-file model in folders from model hubs.
 const MODEL: &str = "model.safetensors";
 
-/// Whether it is a folder, or a link to one. What can't be looked at fails when it is opened.
+/// Whether an entry is a folder or a link to one. An inaccessible one fails when it is opened.
 fn is_folder(entry: &fs::DirEntry) -> bool {
     match entry.file_type() {
         Ok(kind) if kind.is_symlink() => fs::metadata(entry.path()).is_ok_and(|about| about.is_dir()),
@@ -29,13 +29,13 @@ fn is_folder(entry: &fs::DirEntry) -> bool {
     }
 }
 
-/// The names of what is in a folder and no folder itself, sorted.
+/// The names of everything in a folder except subfolders, sorted.
 #[derive(Debug)]
 pub(super) struct Folder {
     path: PathBuf,
-    /// What is not UTF-8 is replaced in them.
+    /// Names that are not UTF-8 are converted lossily.
     names: Vec<String>,
-    /// The names of which something was replaced, as they are.
+    /// The original names of those that were converted.
     replaced: HashMap<String, OsString>,
 }
 
@@ -47,11 +47,11 @@ impl Folder {
             let entry = entry.map_err(failed)?;
             let own = entry.file_name();
             let name = own.to_string_lossy().into_owned();
-            // A name with a dot in front is hidden on purpose, or left behind by other systems.
+            // Names with a leading dot are hidden on purpose, or left behind by other systems.
             if name.starts_with('.') {
                 continue;
             }
-            // A folder is no model, whatever its name ends in; one may be inside.
+            // A folder is not a model, whatever its name ends in, but may contain one.
             if is_folder(&entry) {
                 continue;
             }
@@ -78,26 +78,26 @@ impl Folder {
         self.matching(|name| has_extension(name, "gguf"))
     }
 
-    /// What a report says of GGUF files that are passed over; nothing where the caller chose the format.
+    /// A note about GGUF files that are ignored; `None` if the caller chose the format.
     pub(super) fn gguf_beside(&self, format: Format) -> Option<String> {
         let names = self.gguf();
         let is_noted = format == Format::Auto && !names.is_empty();
         is_noted.then(|| format!("not loaded, beside safetensors files: {}", quoted(names.into_iter())))
     }
 
-    /// The safetensors files of the model: the one of the usual name, or all.
+    /// The model's safetensors files: the one with the usual name, or all.
     pub(super) fn safetensors(&self) -> Vec<&str> {
         let all = self.matching(is_safetensors_name);
         if all.contains(&MODEL) { vec![MODEL] } else { all }
     }
 
-    /// The index. Of several that differ in their variant, the one without a variant.
+    /// The index. Of several that are variants of each other, the one without a variant.
     ///
     /// # Errors
-    /// [`Error::NoModel`] for several.
+    /// [`Error::NoModel`] if several remain.
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
         let mut all = self.matching(|name| index::named(name) == Some(Named::Safetensors));
-        // A name that doesn't say what it is of counts where the folder would be a heap of files without it.
+        // An index with a generic name counts only if the folder has no single-file model.
         if all.is_empty() && !self.names.iter().any(|name| name == MODEL) {
             for name in self.matching(|name| index::named(name) == Some(Named::Unsaid)) {
                 let path = self.path_of(name);
@@ -123,7 +123,7 @@ impl Folder {
         }
     }
 
-    /// Which of these files can be loaded, and which can't, or are missing between them.
+    /// Which of these files can be loaded, and which can't be or are missing from the sequence.
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {
@@ -141,7 +141,7 @@ impl Folder {
             // Some writers count from 0.
             let numbers = if there.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
             let absent = numbers.filter(|number| !there.contains(number));
-            // A count that lies costs no more than that.
+            // Bounded, because the count may be wrong.
             let absent = absent.take(MISSING_LISTED).map(|number| part.of_number(number));
             missing.extend(absent.filter_map(|name| Missing::look(&self.path.join(&name), &name)));
         }
@@ -152,7 +152,7 @@ impl Folder {
         (kept, missing)
     }
 
-    /// What is wrong with a folder that has no model in it, and where one may be.
+    /// The error for a folder without a model, which says where one may be.
     pub(super) fn no_model(&self, format: Format) -> Error {
         let looked_for = match format {
             Format::Safetensors => "no *.safetensors or *.safetensors.index.json",
@@ -189,7 +189,7 @@ impl Folder {
         (!others.is_empty()).then(|| format!("not read: {}", quoted(others.into_iter())))
     }
 
-    /// Of a model hub's cache, the folder of the newest revision.
+    /// The folder of the newest revision in a model hub's cache.
     fn snapshot(&self) -> Option<String> {
         let revision = fs::read_to_string(self.path.join("refs/main")).ok().map(|text| text.trim().to_owned());
         let revisions = fs::read_dir(self.path.join("snapshots")).ok()?;
@@ -199,7 +199,7 @@ impl Folder {
         Some(format!("snapshots/{found}"))
     }
 
-    /// Whether a file begins as models do.
+    /// Whether a file begins like a model.
     fn is_like_a_model(&self, name: &str) -> bool {
         let Ok(file) = OpenFile::open(&self.path_of(name)) else { return false };
         let mut start = [0; 9];
@@ -210,23 +210,23 @@ impl Folder {
     }
 }
 
-/// How many files of a folder without a model are opened to see what they are.
+/// Maximum number of files to open in a folder without a model to see what they are.
 const SNIFFED: usize = 64;
-/// How many missing parts are listed.
+/// Maximum number of missing parts to list.
 const MISSING_LISTED: usize = 10_000;
-/// How deep models are looked for, and in how many folders.
+/// How deep to look for models, and in how many folders.
 const DEPTH: usize = 5;
 const FOLDERS: usize = 256;
 
-/// Whether an index has no variant in its name, where all others are variants of it:
-/// `a.safetensors.index.json` beside
-/// `a.safetensors.index.fp16.json`, `a.fp16.safetensors.index.json` and `a.safetensors.fp16.index.json`.
+/// Whether an index has no variant in its name and all others are variants of it:
+/// `a.safetensors.index.json` next to `a.safetensors.index.fp16.json`,
+/// `a.fp16.safetensors.index.json` and `a.safetensors.fp16.index.json`.
 fn is_plain_index_of(name: &str, all: &[&str]) -> bool {
     let Some(stem) = name.strip_suffix(index::SUFFIX) else { return false };
     all.iter().all(|other| other.strip_prefix(stem).is_some_and(|rest| rest.starts_with('.')))
 }
 
-/// The folders below this one that have models in them, nearest first.
+/// The folders below this one that contain models, nearest first.
 fn folders_with_models(path: &Path) -> Vec<String> {
     let (mut found, mut looked_at) = (Vec::new(), 0);
     let mut level = vec![(path.to_owned(), String::new())];
@@ -237,7 +237,7 @@ fn folders_with_models(path: &Path) -> Vec<String> {
             entries.sort_by_key(fs::DirEntry::file_name);
             for entry in entries {
                 let Ok(name) = entry.file_name().into_string() else { continue };
-                // Links may lead back up.
+                // Links are not followed, because they may lead back up.
                 let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
                 if is_folder && !name.starts_with('.') && looked_at < FOLDERS {
                     looked_at += 1;

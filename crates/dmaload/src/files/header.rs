@@ -1,8 +1,8 @@
-//! Finds and reads the header of a model: in a file ([`read_header`]), or in its bytes where these are
-//! in memory already ([`find_header`]).
+//! Finds and reads the header of a model: in a file ([`read_header`]), or in its bytes if they are
+//! already in memory ([`find_header`]).
 //!
-//! Reads through the page cache, and nothing ahead. Headers are not believed: each length is checked
-//! against the file's before memory is taken for it.
+//! Reads through the page cache, without readahead. Headers are not trusted: each length is
+//! checked against the file's before memory is allocated for it.
 
 use std::ops::Range;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognis
 use crate::options::choices::Format;
 use crate::support::convert::to_usize;
 
-/// Refuses a file without bytes that is to be a model, by its name or by what the caller says.
+/// Refuses an empty file that should be a model, according to its name or the caller.
 fn refuse_empty_model(path: &Path, format: Format) -> Result<()> {
     let is_model = match format {
         Format::Raw => false,
@@ -41,10 +41,10 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
     if format == Format::Raw {
         return Ok(None);
     }
-    // The name of a file says nothing of a part of it.
+    // The name of a file says nothing about a part of it.
     let is_whole = part == (0..file.identity.bytes);
     let name = if is_whole { file.path.as_path() } else { Path::new("") };
-    // An empty file has nothing else to be wrong; whoever asks it for a tensor is told.
+    // An empty part has no other fault; requests for its tensors fail later.
     if bytes == 0 && !is_whole && format == Format::Auto {
         return Ok(None);
     }
@@ -60,7 +60,8 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         match header_bytes(name, start, bytes, format) {
             Ok(None) => return Ok(None),
             Ok(Some(header_bytes)) => {
-                // At most [`crate::model::safetensors::HEADER_LIMIT_BYTES`]: `sniff` has checked.
+                // `sniff` has checked that this is at most
+                // [`crate::model::safetensors::HEADER_LIMIT_BYTES`].
                 let mut header = vec![0; to_usize(header_bytes)];
                 file.read_exact(&mut header, base + 8)?;
                 parse(&header, bytes).map(Some)
@@ -101,31 +102,32 @@ pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
     found.map_err(|fault| Error::Model { path: file.path.clone(), fault: or_foreign(fault, start, file_bytes) })
 }
 
-/// The fault of a file that begins so; what the file is instead, where it is something else altogether.
+/// Replaces the fault of a file by what the file is instead, if its beginning is that of something
+/// else.
 pub(super) fn or_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
     if !fault.may_be_foreign() {
         return fault;
     }
     match (recognise(start, file_bytes), &fault) {
-        // Of JSON that is no index, its fault says more.
+        // The fault of JSON that is not an index is more specific.
         (Some(ForeignFile::Json { .. }), ModelError::Index { .. }) | (None, _) => fault,
         (Some(kind), _) => ModelError::Foreign { kind, file_bytes },
     }
 }
 
-/// What tells a header: its length and its first byte.
+/// Bytes that identify a safetensors header: its length and its first character.
 const SNIFFED_BYTES: usize = 9;
 
 /// Most headers without a vocabulary are shorter.
 const GGUF_FIRST_BYTES: u64 = 256 << 10;
 
-/// Whether a file is to be read as GGUF: it looks like it, or somebody says that it is.
+/// Whether to read a file as GGUF, because it looks like GGUF or is said to be.
 fn is_gguf(name: &Path, start: &[u8], format: Format) -> bool {
     let named = is_named(name, "gguf");
     format == Format::Gguf || format == Format::Auto && (gguf::is_gguf(start) || named)
 }
 
-/// Reads a header whose length only reading it tells.
+/// Reads a header whose length becomes known only by parsing it.
 fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<TensorMap, ModelError>> {
     let (file_bytes, mut wanted) = (part.end - part.start, GGUF_FIRST_BYTES);
     let mut start: Vec<u8> = Vec::new();
@@ -135,7 +137,8 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
         file.read_exact(start.get_mut(have..).expect("it grows"), part.start + have as u64)?;
         match gguf::parse(&start, file_bytes) {
             Ok(Parsed::Complete(map)) => return Ok(Ok(map)),
-            // Twice as much each time: what is parsed again is no more than what is parsed.
+            // Doubles each time, so the bytes parsed again are at most as many as the bytes
+            // parsed.
             Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
             Ok(Parsed::More { bytes }) => return Ok(Err(ends_within(bytes, file_bytes))),
             Err(fault) => return Ok(Err(fault)),
@@ -148,7 +151,8 @@ fn ends_within(bytes: u64, file_bytes: u64) -> ModelError {
     ModelError::GgufCutShort { offset: file_bytes, part: "the header", missing, file_bytes }
 }
 
-/// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw bytes.
+/// The length of the safetensors header of a file of `file_bytes` bytes; `None` for a file of raw
+/// bytes.
 fn header_bytes(name: &Path, start: &[u8], file_bytes: u64, format: Format) -> std::result::Result<Option<u64>, ModelError> {
     let named = is_named(name, "safetensors");
     match sniff(start, file_bytes, named || format == Format::Safetensors) {

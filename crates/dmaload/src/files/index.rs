@@ -15,10 +15,12 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
     parse_index(&file, &json)
 }
 
-/// The index in a file whose name doesn't say what it is of; `None` where it is of no safetensors files, or JSON of another kind.
+/// Reads a possible index with a generic name; `None` if it lists no safetensors files or is some
+/// other JSON.
 ///
 /// # Errors
-/// [`Error::Model`] for what is no JSON, or an index that can't be read: passed over, it would leave a model without its index.
+/// [`Error::Model`] for invalid JSON or an invalid index: skipping it would load a model without
+/// its index.
 pub(super) fn read_unsaid_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {
@@ -29,7 +31,7 @@ pub(super) fn read_unsaid_index(path: &Path) -> Result<Option<Index>> {
 }
 
 fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
-    // Not a FIFO without a writer, and not without end.
+    // Refuses FIFOs without a writer and files without end.
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {

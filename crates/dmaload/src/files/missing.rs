@@ -1,4 +1,4 @@
-//! Files of a model that are not there, and why.
+//! Missing files of a model, and why they are missing.
 
 use std::collections::HashSet;
 use std::fs;
@@ -8,24 +8,23 @@ use std::path::{Path, PathBuf};
 use super::names::{NAMED, is_safetensors_name, quoted};
 use crate::model::index::Index;
 
-/// A file that a model has, and that can't be loaded.
+/// A file that belongs to a model and can't be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Missing {
     name: String,
     why: Option<String>,
 }
 
-/// What the names of downloads end in that have not finished.
+/// Suffixes of unfinished downloads.
 const UNFINISHED: [&str; 8] = [".incomplete", ".part", ".partial", "-partial", ".tmp", ".download", ".crdownload", ".aria2"];
 
-/// Whether it is the name of a download that has not finished.
+/// Whether this is the name of an unfinished download.
 pub(super) fn is_unfinished(name: &str) -> bool {
     UNFINISHED.iter().any(|end| name.len() > end.len() && name.ends_with(end))
 }
 
 impl Missing {
-    /// Looks for a file; `None` where it is there and has bytes. What else is wrong with it shows
-    /// when it is opened.
+    /// Checks a file; `None` if it exists and is not empty. Other faults show when it is opened.
     pub(super) fn look(path: &Path, name: &str) -> Option<Missing> {
         let why = match fs::metadata(path) {
             Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),
@@ -39,7 +38,7 @@ impl Missing {
     }
 }
 
-/// Of a symbolic link, what it leads to in vain.
+/// For a dangling symbolic link, a description of its target.
 fn dangling(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     let at = path.parent().unwrap_or(Path::new("")).join(&target);
@@ -47,7 +46,7 @@ fn dangling(path: &Path) -> Option<String> {
     Some(format!("a link to {:?}, which does not exist{why}", target.to_string_lossy()))
 }
 
-/// A download of this file that has not finished.
+/// An unfinished download of this file.
 fn unfinished(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
     let found = UNFINISHED.iter().map(|end| format!("{name}{end}")).find(|other| path.with_file_name(other).exists());
@@ -55,7 +54,7 @@ fn unfinished(path: &Path) -> Option<String> {
     Some(format!("{found:?} is an unfinished download"))
 }
 
-/// Where the client of a model hub keeps what it downloads into a folder.
+/// Where a model hub's client keeps downloads into a folder until they are finished.
 fn in_download_cache(path: &Path, name: &str) -> Option<String> {
     let cache = path.parent()?.join(".cache/huggingface/download");
     let mut names = fs::read_dir(cache).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -74,7 +73,7 @@ pub(super) fn described(missing: &[Missing]) -> String {
     format!("{} missing: {shown}{more}", if missing.len() == 1 { "1 is".to_owned() } else { format!("{} are", missing.len()) })
 }
 
-/// The names of a folder's safetensors files that an index doesn't name.
+/// The names of a folder's safetensors files that are not in an index.
 fn not_in(folder: &Path, index: &Index) -> Vec<String> {
     let named: HashSet<&str> = index.files().collect();
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
@@ -87,7 +86,7 @@ fn not_in(folder: &Path, index: &Index) -> Vec<String> {
 }
 
 /// Why files of an index may be missing: it may be left over from another version of the model, or
-/// a download goes on.
+/// a download may be running.
 pub(super) fn left_over(folder: &Path, index: &Index, all: bool) -> String {
     let others = not_in(folder, index);
     if !others.is_empty() {
@@ -105,7 +104,7 @@ pub(super) fn left_over(folder: &Path, index: &Index, all: bool) -> String {
     }
 }
 
-/// What a report says of files that an index passes over.
+/// A note about files that are not in an index.
 pub(super) fn others(folder: &Path, index: &Index) -> Option<String> {
     let others = not_in(folder, index);
     (!others.is_empty()).then(|| format!("not in the index, and not loaded: {}", quoted(others.iter().map(String::as_str))))

@@ -1,14 +1,13 @@
-//! What is on disk: opening files and saying what they are ([`source`]), which file systems may be
-//! read by a ring or from the page cache ([`file_system`], [`block_device`], [`residency`]), and
-//! which files a path means: [`expand`] takes folders, indices and split files to files,
-//! [`header`] reads what they say of themselves, and [`whole`] says whether they are whole
-//! models.
+//! What is on disk: opening and identifying files ([`source`]), which file systems may be read by
+//! a ring or from the page cache ([`file_system`], [`block_device`], [`residency`]), and which
+//! files a path stands for: [`expand`] turns folders, indices and split files into files,
+//! [`header`] reads the files' headers, and [`whole`] checks that they form complete models.
 //!
-//! The only folder that opens files by their paths. Each call may wait for a server that does not
-//! answer, so only workers make them, and the threads of [`inspect`](crate::inspect()). It needs
-//! `O_DIRECT` and `statx(2)` for direct reads, and procfs to open a file again by its descriptor;
-//! without these it says why, and the load takes another route. A file is closed with the last
-//! clone of its [`OpenFile`](source::OpenFile).
+//! The only folder that opens files by path. Each call may wait for a server that does not answer,
+//! so only workers and the threads of [`inspect`](crate::inspect()) make them. Requires `O_DIRECT`
+//! and `statx(2)` for direct reads, and procfs to reopen a file by its descriptor; without these,
+//! it reports why and the load takes another route. A file is closed with the last clone of its
+//! [`OpenFile`](source::OpenFile).
 
 mod block_device;
 pub(crate) mod expand;

@@ -1,4 +1,4 @@
-//! What names of files say, and how errors and notes list names.
+//! What file names imply, and how errors and notes list names.
 
 use std::path::Path;
 
@@ -18,10 +18,10 @@ pub(super) fn is_pickle_name(name: &str) -> bool {
     ["bin", "pt", "pth", "ckpt", "pkl"].into_iter().any(is)
 }
 
-/// How many names a message has.
+/// Maximum number of names in a message.
 pub(super) const NAMED: usize = 8;
 
-/// Names, as a message shows them.
+/// Quotes names for a message.
 pub(super) fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let mut names = names.map(|name| format!("{name:?}"));
     let shown = names.by_ref().take(NAMED).collect::<Vec<_>>().join(", ");

@@ -1,5 +1,5 @@
-//! Files to read from: opening them, what they are, and whether they are unchanged at the end of a
-//! load.
+//! Files to read from: opening and identifying them, and checking that they are unchanged at the
+//! end of a load.
 
 mod cached;
 
@@ -29,23 +29,24 @@ use crate::route::{Attempt, Route};
 use crate::support::errno;
 use crate::support::foreign;
 
-/// A file of a load, and what an index says of it.
+/// A file of a load, and its entry in an index.
 #[derive(Debug, Clone)]
 pub(crate) struct SourceFile {
     pub(crate) path: Arc<PathBuf>,
-    /// Which of the inputs it is of: the files of one input are one model, where a name is in one file.
+    /// The number of its input. The files of one input form one model, in which a name is in one
+    /// file only.
     pub(crate) model: usize,
-    /// The index of a model of several files, and the name that this file has in it.
+    /// The index of a model of several files, and this file's name in it.
     pub(crate) index: Option<(Arc<Index>, String)>,
-    /// The part of the file that is the model; all of it without.
+    /// The part of the file that contains the model; `None` for all of it.
     pub(crate) part: Option<Range<u64>>,
 }
 
-/// What a load is asked for.
+/// What to load.
 #[derive(Debug, Clone)]
 pub(crate) enum Input {
     Path(PathBuf),
-    /// A model that is a part of the file of this path.
+    /// A model in a part of the file at this path.
     Inside {
         path: PathBuf,
         part: Range<u64>,
@@ -65,33 +66,36 @@ impl SourceFile {
         SourceFile { index: Some((index, name)), ..SourceFile::file(path) }
     }
 
-    /// The model that is a part of a file, whatever that file's name says.
+    /// A model in a part of a file, regardless of the file's name.
     pub(crate) fn inside(path: PathBuf, part: Range<u64>) -> Self {
         SourceFile { part: Some(part), ..SourceFile::file(path) }
     }
 
-    /// A file that is open. It is opened again, by its descriptor, so that direct reads have a description of their own.
-    /// The path is right as long as that is not closed.
+    /// An open file. It is opened again by its descriptor, because direct reads need their own
+    /// open file description. The path is valid as long as the given descriptor stays open.
     pub(crate) fn open(file: &OwnedFd, part: Option<Range<u64>>) -> Self {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         SourceFile { part, ..SourceFile::file(path.into()) }
     }
 
-    /// The index that it is of, with that index's folder.
+    /// The file's index, with the index's folder.
     pub(crate) fn index_in_folder(&self) -> Option<(PathBuf, Arc<Index>)> {
         let (index, name) = self.index.as_ref()?;
         let folder = self.path.ancestors().nth(Path::new(name).components().count())?;
         Some((folder.to_owned(), Arc::clone(index)))
     }
 
-    /// Whether this file's tensor of that name is the model's: not where the index maps the name to another file.
+    /// Whether this file's tensor with this name belongs to the model, rather than one that the
+    /// index maps to another file.
     pub(crate) fn owns(&self, tensor: &str) -> bool {
         self.index.as_ref().is_none_or(|(index, name)| index.file_of(tensor).is_none_or(|file| file == name))
     }
 
+    /// Checks the file's tensors against its index.
+    ///
     /// # Errors
-    /// [`Error::Model`] for a file that has not the tensors that the index says it has.
+    /// [`Error::Model`] if the file lacks tensors that the index says it has.
     pub(crate) fn check(&self, tensors: Option<&TensorMap>) -> Result<()> {
         let Some((index, name)) = &self.index else { return Ok(()) };
         if tensors.is_none() && is_pickle_name(name) {
@@ -102,7 +106,7 @@ impl SourceFile {
     }
 }
 
-/// The error of a call on a path that went through the standard library.
+/// Converts an error of the standard library for a path.
 pub(super) fn file_error(path: &Path, operation: &'static str, error: &io::Error) -> Error {
     let errno = dmabuf::Errno::from_io_error(error).unwrap_or(dmabuf::Errno::EIO);
     Error::File { path: path.to_owned(), operation, errno }
@@ -112,7 +116,7 @@ fn stat_error(path: &Path, errno: Errno) -> Error {
     Error::File { path: path.to_owned(), operation: "stat", errno: errno::from_rustix(errno) }
 }
 
-/// What a file was when the load began.
+/// Identifies the version of a file that a load began with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Identity {
     device: u64,
@@ -140,7 +144,7 @@ impl Identity {
         }
     }
 
-    /// Names the mounted file system.
+    /// Identifies the mounted file system.
     pub(crate) fn mount(&self) -> u64 {
         self.device
     }
@@ -149,8 +153,8 @@ impl Identity {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// What has become of it, if that can have mixed its bytes. A file that grew may have kept the planned ones, or may
-    /// have been rewritten: nothing tells the two apart.
+    /// How the file has changed, if that can have mixed its bytes. A file that grew may have kept
+    /// the planned bytes or been rewritten: the two can't be told apart.
     fn change_to(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
@@ -176,13 +180,13 @@ struct Attributes {
 }
 
 /// Makes network and FUSE file systems ask their servers. Otherwise they answer from a cache that
-/// may be minutes old, and a file that is rewritten during its load seems unchanged. The first look
-/// has to ask as well, or a change before the load seems to be one during it. Local file systems
-/// ignore the flag.
+/// may be minutes old, and a file that is rewritten during its load seems unchanged. The first
+/// call needs the flag as well, or a change before the load seems to be one during it. Local file
+/// systems ignore the flag.
 const ASK: AtFlags = AtFlags::STATX_FORCE_SYNC;
 
 impl Attributes {
-    /// One call for everything: a load looks at each of thousands of files before it can plan.
+    /// All attributes in one call: a load inspects thousands of files before it can plan.
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
@@ -208,7 +212,7 @@ impl Attributes {
                 },
                 from_cache: false,
             }),
-            // A sandbox may refuse it.
+            // A sandbox may refuse statx.
             Err(Errno::NOSYS | Errno::PERM) => {
                 let seen = stat()?;
                 Ok(Attributes {
@@ -233,40 +237,44 @@ impl Attributes {
 /// An open file.
 #[derive(Debug)]
 pub(crate) struct OpenFile {
-    /// Never used twice: file descriptors are.
+    /// Never reused, unlike file descriptors.
     pub(crate) id: u64,
     pub(crate) path: PathBuf,
     pub(crate) identity: Identity,
-    /// What direct reads must be aligned to; a power of two, at least a page.
+    /// The alignment that direct reads need; a power of two, and at least a page.
     pub(crate) alignment_bytes: u64,
     /// Why a ring must not read it; see [`crate::files::file_system`].
     pub(crate) ring_refused: Option<(Attempt, Errno)>,
     buffered_ring_refused: Option<(Attempt, Errno)>,
-    /// What the page cache has of it may be taken for the file.
+    /// Whether the page cache is as trustworthy as the file.
     cache_is_witness: bool,
-    /// Reads of `buffered` read nothing ahead.
+    /// Whether reads of `buffered` start no readahead.
     is_quiet: AtomicBool,
     buffered: OwnedFd,
     direct: std::result::Result<OwnedFd, Errno>,
-    /// What its place among open files is for. The last field: it goes back when the descriptors are closed.
+    /// The holder of its place among open files. The last field, so that it is dropped after the
+    /// descriptors are closed.
     place: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
-/// Alignment of direct reads where the file system does not tell: no block device in use has larger blocks.
+/// Alignment of direct reads if the file system does not report one: no block device in use has
+/// larger blocks.
 const DEFAULT_ALIGNMENT_BYTES: u64 = 4096;
 
 impl OpenFile {
-    /// Holds something until it is closed; if it holds something already, that was for the same place.
+    /// Holds an object until the file is closed. If the file already holds one, that one is for
+    /// the same place.
     pub(crate) fn hold(&self, place: impl Any + Send + Sync) {
         drop(self.place.set(Box::new(place)));
     }
 
-    /// Opens a regular file for reading, twice: with `O_DIRECT`, where that is allowed, and through the page cache.
+    /// Opens a regular file for reading, twice: with `O_DIRECT`, where allowed, and through the
+    /// page cache.
     ///
     /// # Errors
-    /// What `open(2)` or `statx(2)` answered; [`Error::NotAFile`] for anything but a regular file,
-    /// which is not opened (a FIFO would wait for a writer, a device may do anything);
-    /// [`Error::NoLength`].
+    /// The error of `open(2)` or `statx(2)`; [`Error::NotAFile`] for anything but a regular file,
+    /// which is not opened (opening a FIFO would wait for a writer, and opening a device can have
+    /// any effect); [`Error::NoLength`].
     pub(crate) fn open(path: &Path) -> Result<Arc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         let failed = |operation| move |errno| Error::File { path: path.to_owned(), operation, errno: errno::from_rustix(errno) };
@@ -276,7 +284,7 @@ impl OpenFile {
             return Err(Error::NotAFile { path: path.to_owned(), kind });
         }
         let buffered = reopen(&found, path, OFlags::empty()).map_err(failed("open"))?;
-        // A file never takes more than two descriptors: the limits of open files count on that.
+        // Closed first, because the limits of open files assume two descriptors per file.
         drop(found);
         let look = Attributes::at_file(&buffered).map_err(failed("stat"))?;
         let direct = reopen(&buffered, path, OFlags::DIRECT);
@@ -284,7 +292,8 @@ impl OpenFile {
             return Err(failed("open")(errno));
         }
         let Trust { ring_refused, buffered_ring_refused, cache } = trust(&buffered, look.device);
-        // Reading a header, or asking what is cached, is to bring in no more than that. A server is better asked ahead.
+        // Reading a header, or checking what is cached, must not read more than that. From a
+        // server, readahead is worthwhile.
         let is_quiet = ring_refused.is_none() && fadvise(&buffered, 0, None, Advice::Random).is_ok();
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);
@@ -311,7 +320,7 @@ impl OpenFile {
         Ok(Arc::new(file))
     }
 
-    /// Whether the file has anything to read, whatever its length. A read that would wait (as of
+    /// Whether the file has any bytes, regardless of its length. A read that would wait (as of
     /// `/proc/kmsg`) counts as a byte.
     fn has_a_byte(&self) -> Result<bool> {
         let read = set_nonblocking(&self.buffered, true).and_then(|()| {
@@ -327,22 +336,22 @@ impl OpenFile {
         read.and_then(|has| set_nonblocking(&self.buffered, false).map(|()| has)).map_err(failed)
     }
 
-    /// The error of a read through the page cache.
+    /// The error for a failed read through the page cache.
     fn read_error(&self, offset: u64, bytes: u64, errno: Errno) -> Error {
         let errno = errno::from_rustix(errno);
         Error::Read { path: self.path.clone(), offset, bytes, route: Route::Buffered, errno }
     }
 
-    /// Why a ring must not read it by this route.
+    /// Why a ring must not read the file by this route.
     pub(crate) fn ring_refused_to(&self, route: Route) -> Option<(Attempt, Errno)> {
         if route == Route::UringBuffered { self.buffered_ring_refused } else { self.ring_refused }
     }
 
-    /// The descriptor that reads by this route use.
+    /// The descriptor for reads by this route.
     pub(crate) fn descriptor(&self, route: Route) -> BorrowedFd<'_> {
         match &self.direct {
             Ok(direct) if route.is_direct() => direct.as_fd(),
-            // Reads in any order, each of its own range: what lies behind it is another read's.
+            // Reads come in any order, each for its own range, so readahead would not help.
             _ if route == Route::UringBuffered => self.buffered.as_fd(),
             _ => {
                 self.read_ahead();
@@ -351,10 +360,10 @@ impl OpenFile {
         }
     }
 
-    /// Its content is read through the page cache from now on, and that is worth reading ahead.
+    /// Enables readahead, because the file's contents are read through the page cache from now on.
     fn read_ahead(&self) {
         if self.is_quiet.swap(false, Ordering::Relaxed) {
-            // A hint; without it reads are slow, not wrong.
+            // Only a hint: if it fails, reads are slow but not wrong.
             let _ = fadvise(&self.buffered, 0, None, Advice::Normal);
         }
     }
@@ -366,7 +375,8 @@ impl OpenFile {
 
     /// Reads exactly `buffer.len()` bytes through the page cache.
     pub(crate) fn read_exact(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
-        // Where that fails, these bytes are no worse than before, and nothing else is taken from the cache.
+        // If this fails, these bytes are no worse than before, and no others are copied from the
+        // cache.
         let _ = self.settle(&(offset..offset + buffer.len() as u64));
         let mut done = 0;
         while done < buffer.len() {
@@ -387,9 +397,9 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Fails unless this file, and what its path names, are still what was planned.
+    /// Fails unless the open file and the one at its path are still the planned version.
     ///
-    /// A file that was deleted meanwhile is fine: its bytes stay until it is closed.
+    /// A deleted file is fine: its bytes stay until it is closed.
     pub(crate) fn check_unchanged(&self, planned: &Identity) -> Result<()> {
         let changed = |change| Err(Error::Changed { path: self.path.clone(), change });
         let now = Attributes::at_file(&self.buffered);
@@ -406,10 +416,10 @@ impl OpenFile {
         }
     }
 
-    /// Fails if the file goes on behind its planned end, where the file system may state a length that is not true: a
-    /// server's is what it likes. Local ones end reads at the length that they state.
+    /// Fails if the file continues beyond its planned end, on file systems that may state a wrong
+    /// length, such as those of servers. On local ones, reads end at the stated length.
     pub(crate) fn check_end(&self, planned: &Identity) -> Result<()> {
-        // Of an empty one this was asked when it was opened.
+        // For an empty file this was checked when it was opened.
         if self.ring_refused.is_none() || planned.bytes == 0 {
             return Ok(());
         }
@@ -421,14 +431,14 @@ impl OpenFile {
         };
         match read {
             Ok(0) => Ok(()),
-            // Or it has grown since it was looked at.
+            // It may have grown in the meantime.
             Ok(_) => Err(self.blame_change(planned, Error::Longer { path: self.path.clone(), stated_bytes: planned.bytes })),
             Err(errno) => Err(self.read_error(planned.bytes, 1, errno)),
         }
     }
 
-    /// Fails unless the file ends where its length says, where a file system may state another one. For those who read its header
-    /// only: a load finds out by reading all of it.
+    /// Fails unless the file ends at its stated length, on file systems that may state a wrong
+    /// one. For callers that only read the header: a load finds out by reading everything.
     pub(crate) fn check_length(&self) -> Result<()> {
         let planned_bytes = self.identity.bytes;
         if self.ring_refused.is_none() || planned_bytes == 0 {
@@ -442,7 +452,7 @@ impl OpenFile {
         if has_byte_at(planned_bytes - 1)? {
             return self.check_end(&self.identity);
         }
-        // Its real end is the first offset without a byte.
+        // The real end is the first offset without a byte.
         let (mut start, mut end) = (0, planned_bytes - 1);
         while start < end {
             let middle = start.midpoint(end);
@@ -455,7 +465,7 @@ impl OpenFile {
         Err(Error::Ended { path: self.path.clone(), offset: end, planned_bytes, route: Route::Buffered })
     }
 
-    /// Replaces an error about the file's content if the file has changed since it was `planned`:
+    /// Replaces an error about the file's contents if the file has changed since it was `planned`:
     /// a file that is being rewritten looks damaged.
     pub(crate) fn blame_change(&self, planned: &Identity, error: Error) -> Error {
         match self.check_unchanged(planned) {
@@ -477,24 +487,25 @@ fn kind_of(file_type: FileType) -> Option<&'static str> {
     }
 }
 
-/// Opens a regular file again: by its descriptor, so that it is the same file even if its path names
-/// another by now. Without procfs it is opened by its path and compared.
+/// Opens a regular file again by its descriptor, so that it is the same file even if its path now
+/// names another. Without procfs it is opened by path and compared.
 ///
-/// The description must not have `O_NONBLOCK`. io_uring then calls file systems that lack
-/// `FMODE_NOWAIT` from the ring's thread, which waits for them, and miscounts after a short read.
+/// The description must not have `O_NONBLOCK`. Otherwise io_uring calls file systems without
+/// `FMODE_NOWAIT` on the ring's thread, which then waits for them, and miscounts after a short
+/// read.
 fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd;
     let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
     match open(format!("/proc/self/fd/{}", found.as_raw_fd()), flags, Mode::empty()) {
-        // Procfs is missing or inaccessible. If it is the file that can't be opened, its path gives
-        // the same error.
+        // Procfs is missing or inaccessible. If the file itself can't be opened, opening it by
+        // path fails with the same error.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => reopen_by_path(found, path, flags),
         other => other,
     }
 }
 
 fn reopen_by_path(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
-    // The path may name a FIFO without a writer by now.
+    // The path may now name a FIFO without a writer.
     let file = open(path, flags | OFlags::NONBLOCK, Mode::empty())?;
     if !Identity::of(&fstat(found)?).is_same_file(&Identity::of(&fstat(&file)?)) {
         return Err(Errno::STALE);
@@ -509,10 +520,10 @@ fn set_nonblocking(file: &OwnedFd, nonblocking: bool) -> rustix::io::Result<()> 
     fcntl_setfl(file, flags)
 }
 
-/// What a regular file is, without opening it, and the alignment of direct reads of it.
+/// Identifies a regular file without opening it, and returns the alignment of direct reads.
 ///
 /// # Errors
-/// What `statx(2)` answered; [`Error::NotAFile`].
+/// The error of `statx(2)`; [`Error::NotAFile`].
 pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
     let look = Attributes::at_path(path);
     let look = look.map_err(|errno| stat_error(path, errno))?;
@@ -522,7 +533,8 @@ pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
     }
 }
 
-/// `STATX_DIOALIGN` (Linux 6.1) tells the alignment; a first read proves it. Smaller ones are raised to a page.
+/// `STATX_DIOALIGN` (Linux 6.1) reports the alignment; a first read proves it. Smaller ones are
+/// raised to a page.
 fn alignment(seen: Option<&Statx>) -> u64 {
     let seen = seen.filter(|seen| seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
     let aligned = seen.map_or(0, |seen| u64::from(seen.stx_dio_offset_align.max(seen.stx_dio_mem_align)));

@@ -1,7 +1,8 @@
-//! Whether the files of a load are whole models: no name twice, no part of a split model missing.
+//! Checks that the files of a load are complete models: no duplicate names, no missing part of a
+//! split model.
 //!
-//! Needs the headers of all files. Those of large files are known when a load is planned, those of
-//! small ones, which share memory, when they have been read.
+//! Needs the headers of all files. Those of large files are known when a load is planned; those of
+//! small files, which share memory, only once they have been read.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -14,25 +15,26 @@ use crate::model::gguf::Value;
 use crate::model::parts::PartName;
 use crate::model::{ModelError, TensorMap};
 
-/// A file of a load, and its tensors.
+/// A file of a load and its tensors.
 pub(crate) type KnownFile<'a> = (&'a SourceFile, Option<&'a TensorMap>);
 
-/// Checks that the files of each model are one whole model; gives what a report is to say of parts
-/// that may be missing.
+/// Checks that the files of each model form one complete model. Returns notes for the report about
+/// parts that may be missing.
 ///
 /// # Errors
-/// [`Error::DuplicateTensor`], [`Error::Incomplete`], and [`Error::Model`] for parts that contradict each other.
+/// [`Error::DuplicateTensor`], [`Error::Incomplete`], and [`Error::Model`] for parts that
+/// contradict each other.
 pub(crate) fn check_whole(files: &[KnownFile<'_>], allow_missing: bool) -> Result<Vec<String>> {
     let mut sizes: HashMap<usize, usize> = HashMap::new();
     files.iter().for_each(|(source, _)| *sizes.entry(source.model).or_default() += 1);
-    // A name that comes twice in one file is an error of its header.
+    // A name that occurs twice in one file is an error of its header.
     let has_several = |source: &SourceFile| sizes.get(&source.model).is_some_and(|&files| files > 1);
     let notes = check_splits(files, has_several, allow_missing)?;
     check_names(files, has_several)?;
     Ok(notes)
 }
 
-/// Each name is in one file of a model; where an index decides, in the one that it names.
+/// Checks that each name is in one file of a model: if an index decides, in the one that it names.
 fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bool) -> Result<()> {
     let mut names: Vec<(usize, &str, &SourceFile)> = Vec::new();
     for &(source, map) in files {
@@ -52,18 +54,18 @@ fn check_names(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> boo
     }
 }
 
-/// What a part of a split GGUF model says of itself.
+/// The split metadata in a part of a split GGUF model.
 #[derive(Debug, Clone, Copy)]
 struct Split {
     number: u64,
     count: u64,
-    /// How many tensors all parts have; `None` where it doesn't say.
+    /// Total number of tensors in all parts; `None` if not stated.
     all_tensors: Option<u64>,
     tensors: u64,
 }
 
 impl Split {
-    /// `None` for a model that wasn't split.
+    /// `None` for a model that is not split.
     fn of(map: &TensorMap) -> std::result::Result<Option<Split>, String> {
         let Some(gguf) = map.gguf() else { return Ok(None) };
         let number = |key: &str| match gguf.get(key) {
@@ -96,11 +98,11 @@ fn whole_number(value: &Value<'_>) -> Option<u64> {
 /// Which parts belong together.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Set {
-    /// Those that were found together.
+    /// Parts that were found together.
     Model(usize),
-    /// Those that the caller named one by one: by their folder and their first part's name,
+    /// Parts that the caller named one by one, by their folder and the first part's name.
     Named(Option<PathBuf>, String),
-    /// or, where their names don't say so, by their count.
+    /// Parts that the caller named one by one and whose names don't say so, by their count.
     Unnamed(u64),
 }
 
@@ -110,7 +112,7 @@ fn folder_of(path: &Path) -> Option<PathBuf> {
     path.parent().map(Path::to_owned)
 }
 
-/// A file that may be a part.
+/// A file that may be a part of a split model.
 #[derive(Debug, Clone, Copy)]
 struct ModelPart<'a> {
     path: &'a Path,
@@ -127,7 +129,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
         let path = source.path.as_path();
         let split = Split::of(map).map_err(|reason| contradiction(path, reason))?;
         let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse);
-        // The name of a file says nothing of a part of it.
+        // The name of a file says nothing about a part of it.
         let name = name.filter(|_| source.part.is_none());
         if let Some(name) = name.filter(|name| split.is_none() && name.count > 1 && !name.is_gguf_split()) {
             let (number, count) = (name.number, name.count);
@@ -154,7 +156,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
     Ok(notes)
 }
 
-/// Checks parts that belong together; gives what a report is to say of them.
+/// Checks parts that belong together. Returns a note for the report.
 fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     let Some((first, split)) = parts.iter().find_map(|part| Some((part, part.split?))) else { return Ok(None) };
     let mut there: BTreeMap<u64, &ModelPart<'_>> = BTreeMap::new();
@@ -183,9 +185,10 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     check_tensor_counts(&there)
 }
 
-/// Compares what all parts have with `split.tensors.count`. llama.cpp goes by the first part's, and loads nothing where that is
-/// missing or wrong; what the others say, it passes over. Where the first part has no tensors, some writers have counted
-/// differently in the others: that is noted.
+/// Compares the number of tensors in all parts with `split.tensors.count`. llama.cpp uses the
+/// first part's count, loads nothing if that is missing or wrong, and ignores the counts in other
+/// parts. If the first part has no tensors, the other parts of some writers state a different
+/// count: that is noted.
 fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<String>> {
     let splits: Vec<(&ModelPart<'_>, Split)> = parts.values().filter_map(|part| Some((*part, part.split?))).collect();
     let Some(&(first, split)) = splits.first() else { return Ok(None) };
@@ -212,7 +215,7 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<S
     }))
 }
 
-/// How many missing parts a message names.
+/// Maximum number of missing parts to list in a message.
 const MISSING_NAMED: usize = 8;
 
 fn check_against_name(part: &ModelPart<'_>, split: Split) -> Result<()> {
@@ -252,7 +255,7 @@ fn contradiction(path: &Path, reason: String) -> Error {
     Error::Model { path: path.to_owned(), fault: ModelError::Split { reason } }
 }
 
-/// A path as a message shows it.
+/// Formats a path for a message.
 fn shown(path: &Path) -> String {
     format!("{:?}", path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
 }

@@ -1,10 +1,12 @@
-//! Reading what the page cache has of a file, and nothing but that.
+//! Reads what the page cache holds of a file, and nothing else.
 //!
-//! Bytes of the cache are as good as those of storage if every later change of them shows in the file's time of modification,
-//! which is compared when the load ends. [`OpenFile::settle`] sees to that, for each range before it is read; on which file
-//! systems that works is told by [`crate::files::file_system`].
+//! Bytes from the cache are as good as those from storage if every later change to them shows in
+//! the file's modification time, which is compared when the load ends. [`OpenFile::settle`]
+//! ensures that for each range before it is read; [`crate::files::file_system`] lists the file
+//! systems on which that works.
 //!
-//! (Direct reads need no such care: the kernel writes a range back, and write-protects it, before it reads that from storage.)
+//! (Direct reads need no such care: the kernel writes a range back, and write-protects it, before
+//! reading it from storage.)
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -17,12 +19,12 @@ use super::OpenFile;
 use crate::files::residency::{cached_bytes_in, read_nowait, write_back};
 use crate::support::convert::to_usize;
 
-/// Which chunks of a range are wholly in the page cache; by default none.
+/// Which chunks of a range are fully cached; none by default.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct CachedChunks(Box<[u64]>);
 
 impl CachedChunks {
-    /// Of `count` chunks, those that `is_cached` says are.
+    /// The chunks, of `count`, for which `is_cached` returns true.
     pub(crate) fn of(count: usize, mut is_cached: impl FnMut(usize) -> bool) -> Self {
         let mut words = vec![0; count.div_ceil(WORD_BITS)];
         let mut any = false;
@@ -39,7 +41,7 @@ impl CachedChunks {
         self.0.is_empty()
     }
 
-    /// Whether that are all chunks of a range of so many bytes.
+    /// Whether these are all chunks of a range of `bytes` bytes.
     pub(crate) fn is_all_of(&self, bytes: u64, chunk_bytes: u64) -> bool {
         (0..to_usize(bytes.div_ceil(chunk_bytes))).all(|chunk| self.contains(chunk))
     }
@@ -55,18 +57,21 @@ impl CachedChunks {
 
 const WORD_BITS: usize = u64::BITS as usize;
 
-/// What is probed where `cachestat(2)` can't be asked. A probe that misses brings in a page, and a load that finds nothing in the
-/// cache is to leave next to nothing there: two pages in 2 MiB are 0.4 %.
+/// The unit to probe if `cachestat(2)` is not available. A probe that misses reads a page into the
+/// cache, and a load that finds nothing cached should add very little to it: two pages in 2 MiB
+/// are 0.4 %.
 const LEAST_PROBED_BYTES: u64 = 2 << 20;
 
-/// What one call copies from the cache: if some of it has gone since it was asked for, no more than that is read ahead.
+/// How much one call copies from the cache. If part of it has been evicted in the meantime,
+/// readahead reads no more than that.
 const STEP_BYTES: usize = 256 << 10;
 
 impl OpenFile {
-    /// Which chunks of a range of the file are wholly in the page cache, and may be taken from there: none where the cache is no
-    /// witness, or can't be read without waiting. Neither waits for storage nor starts readahead; dirty pages are written back.
+    /// Which chunks of a range are fully cached and may be copied from the cache: none if the
+    /// cache can't be trusted or can't be read without waiting. Neither waits for storage nor
+    /// starts readahead; writes dirty pages back.
     pub(crate) fn cached(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
-        // With readahead, asking would fill the cache.
+        // With readahead, probing would fill the cache.
         let may_ask = self.cache_is_witness && self.is_quiet.load(Ordering::Relaxed);
         let range = range.start..range.end.min(self.identity.bytes);
         if !may_ask || range.is_empty() {
@@ -95,21 +100,22 @@ impl OpenFile {
         CachedChunks::of(count_of(range, chunk_bytes), |chunk| probed.contains(chunk / chunks_in_probed))
     }
 
-    /// Whether the page of that offset is cached. If not, that page is read, and no other.
+    /// Whether the page at that offset is cached. If not, exactly that page is read.
     fn has_cached(&self, offset: u64) -> bool {
         read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset).is_ok_and(|bytes| bytes > 0)
     }
 
-    /// Some file systems have a cache, and can't be read without waiting.
+    /// Some file systems have a cache that can't be read without waiting.
     fn can_read_cached(&self, offset: u64) -> bool {
         matches!(read_nowait(&self.buffered, &mut [MaybeUninit::uninit()], offset), Ok(_) | Err(Errno::AGAIN))
     }
 
-    /// Copies what the page cache has of the file at this offset, without waiting for storage: fewer bytes than asked for if
-    /// the rest has gone from it. Only what [`Self::cached`] has told of may be read so.
+    /// Copies what the page cache holds of the file at this offset, without waiting for storage:
+    /// fewer bytes than requested if the rest has been evicted. Only for chunks that
+    /// [`Self::cached`] has reported.
     ///
     /// # Errors
-    /// What `preadv2(2)` answered, except EAGAIN.
+    /// Those of `preadv2(2)`, except EAGAIN.
     pub(crate) fn read_cached(&self, buffer: &mut [MaybeUninit<u8>], offset: u64) -> Result<usize, Errno> {
         let mut done = 0;
         for step in buffer.chunks_mut(STEP_BYTES) {
@@ -127,20 +133,21 @@ impl OpenFile {
         Ok(done)
     }
 
-    /// Makes sure that every later change of these bytes changes the file's time of modification, where the page cache is a
-    /// witness (elsewhere nothing is done).
+    /// Ensures that every later change to these bytes updates the file's modification time, if the
+    /// page cache is trusted (otherwise does nothing).
     ///
-    /// A writer inside of `write(2)` has set the time already, perhaps before the file was looked at: it is waited for.
-    /// Stores into mapped pages that are dirty set no time: these are written back, and thereby write-protected. Takes 3 µs
-    /// when there is no such writer.
+    /// A writer inside `write(2)` has already set the time, perhaps before the file was first
+    /// inspected, so this waits for it. Stores into dirty mapped pages do not set the time, so
+    /// those pages are written back and thereby write-protected. Takes 3 µs without such a writer.
     ///
     /// # Errors
-    /// What writing back answered.
+    /// The error of writing back.
     pub(crate) fn settle(&self, range: &Range<u64>) -> Result<(), Errno> {
         if !self.cache_is_witness {
             return Ok(());
         }
-        // Takes the lock that writers hold. The offset of this description means nothing, and ENXIO that all is a hole.
+        // Takes the lock that writers hold. This description's offset is not used, and ENXIO means
+        // that the rest is a hole.
         match seek(&self.buffered, SeekFrom::Data(0)) {
             Ok(_) | Err(Errno::NXIO) => {}
             Err(errno) => return Err(errno),
@@ -160,7 +167,7 @@ fn chunks_of(range: &Range<u64>, chunk_bytes: u64, is_cached: impl Fn(&Range<u64
     })
 }
 
-/// How many bytes the pages have that a range touches.
+/// Total size of the pages that a range touches.
 fn page_bytes_of(range: &Range<u64>) -> u64 {
     let page = dmabuf::page_bytes() as u64;
     range.end.next_multiple_of(page) - range.start / page * page

@@ -26,7 +26,7 @@ fn no_descriptor_is_nonblocking() {
         let found = open(file.path(), OFlags::PATH, Mode::empty()).unwrap();
         for flags in [OFlags::empty(), OFlags::DIRECT] {
             let reopened = match reopen_by_path(&found, file.path(), flags) {
-                // tmpfs takes no O_DIRECT before Linux 6.6.
+                // tmpfs does not support O_DIRECT before Linux 6.6.
                 Err(Errno::INVAL) if flags == OFlags::DIRECT => continue,
                 reopened => reopened.unwrap(),
             };
@@ -45,7 +45,7 @@ fn without_procfs_another_file_at_the_path_is_noticed() {
     assert!(reopen_by_path(&found, &path, OFlags::empty()).is_ok());
     fs::remove_file(&path).unwrap();
     assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::NOENT);
-    // Its descriptor still leads to it.
+    // The descriptor still leads to the file.
     assert!(reopen(&found, &path, OFlags::empty()).is_ok());
     fs::write(&path, b"two").unwrap();
     assert_eq!(reopen_by_path(&found, &path, OFlags::empty()).unwrap_err(), Errno::STALE);

@@ -19,14 +19,14 @@ use crate::files::residency::cached_bytes;
 
 const MIB: u64 = 1 << 20;
 
-/// On the disk that the sources are on, not on tmpfs.
+/// On the disk of the source tree, not on tmpfs.
 fn folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tmp");
     fs::create_dir_all(&target).unwrap();
     tempfile::tempdir_in(target).unwrap()
 }
 
-/// A file of which no page is like another, written back.
+/// Creates a file in which all pages differ, and writes it back.
 fn file(folder: &Path, bytes: u64) -> (PathBuf, Vec<u8>) {
     let words = (0..bytes.div_ceil(8)).flat_map(|word| (word.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1).to_le_bytes());
     let content: Vec<u8> = words.take(to_usize(bytes)).collect();
@@ -37,10 +37,10 @@ fn file(folder: &Path, bytes: u64) -> (PathBuf, Vec<u8>) {
     (path, content)
 }
 
-/// Has these ranges of a file in the page cache, and nothing else.
+/// Makes these ranges of a file cached, and nothing else.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) {
     let file = fs::File::open(path).unwrap();
-    // What is still being read, by an earlier test, is not dropped.
+    // Pages that an earlier test is still reading are not dropped.
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         fadvise(&file, 0, None, Advice::DontNeed).unwrap();
@@ -57,7 +57,7 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) {
 fn read(file: &OpenFile, range: Range<u64>) -> Vec<u8> {
     let mut buffer = vec![MaybeUninit::uninit(); to_usize(range.end - range.start)];
     let bytes = file.read_cached(&mut buffer, range.start).unwrap();
-    // SAFETY: so many bytes were read.
+    // SAFETY: `read` initialized that many bytes.
     buffer[..bytes].iter().map(|byte| unsafe { byte.assume_init() }).collect()
 }
 
@@ -65,13 +65,14 @@ fn chunks(cached: &CachedChunks, count: usize) -> Vec<usize> {
     (0..count).filter(|&chunk| cached.contains(chunk)).collect()
 }
 
-/// Whether a page that a probe has asked for may be there before the probe looks again. In a guest, whose processor is emulated
-/// and its disk is not, that happens often: the chunk then counts as cached, is read short, and the rest comes from storage.
+/// Whether a page that a probe has requested may be cached before the next probe. In a guest, with
+/// an emulated CPU and a real disk, that happens often: the chunk then counts as cached, is read
+/// short, and the rest comes from storage.
 fn may_outrun_probes() -> bool {
     std::env::var_os("DMALOAD_GUEST").is_some()
 }
 
-/// Bytes of a file in memory, which all that map it see.
+/// A shared mapping of a file.
 struct Mapping(NonNull<u8>, usize);
 
 impl Mapping {
@@ -79,7 +80,7 @@ impl Mapping {
         let file = fs::File::options().read(true).write(true).open(path).unwrap();
         let bytes = to_usize(file.metadata().unwrap().len());
         let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping, at an address that the kernel chooses.
+        // SAFETY: creates a new mapping at an address that the kernel chooses.
         let address = unsafe { mmap(std::ptr::null_mut(), bytes, flags, MapFlags::SHARED, &file, 0) }.unwrap();
         Mapping(NonNull::new(address.cast()).unwrap(), bytes)
     }
@@ -87,16 +88,16 @@ impl Mapping {
     fn store(&self, offset: u64, byte: u8) {
         let offset = to_usize(offset);
         assert!(offset < self.1);
-        // SAFETY: within the mapping; others, if any, are written to by this thread alone.
+        // SAFETY: the offset is within the mapping, and only this thread writes to it.
         let place = unsafe { self.0.add(offset) };
-        // SAFETY: as above.
+        // SAFETY: `place` is valid for writes, as above.
         unsafe { place.write_volatile(byte) };
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: nothing refers to it any more.
+        // SAFETY: nothing refers to the mapping any more.
         unsafe { munmap(self.0.as_ptr().cast(), self.1) }.unwrap();
     }
 }
@@ -156,7 +157,7 @@ fn asking_starts_no_readahead() {
         for probes in [false, true] {
             cache_only(&path, &[]);
             let opened = OpenFile::open(&path).unwrap();
-            // As headers are read: a bit, and then the rest.
+            // Reads as for a header: a few bytes, then the rest.
             opened.read_exact(&mut [0; 9], 0).unwrap();
             opened.read_exact(&mut vec![0; 100_000], 8).unwrap();
             for start in (0..64 * MIB).step_by(to_usize(16 * MIB)) {
@@ -166,7 +167,7 @@ fn asking_starts_no_readahead() {
                 assert!(found == CachedChunks::default() || may_seem_cached, "{what}, by probes: {probes}: {found:?}");
                 std::thread::sleep(Duration::from_millis(3));
             }
-            // Three probes of each range, and of those that seem to be cached two of each chunk.
+            // Three probes per range, plus two for each chunk that seems to be cached.
             let seem_cached = if may_outrun_probes() { 4 } else { 1 };
             let most = 100_008_u64.next_multiple_of(page) + if probes { (4 * 3 + seem_cached * 8 * 2) * page } else { 0 };
             match cached_bytes(&opened.buffered) {
@@ -177,7 +178,7 @@ fn asking_starts_no_readahead() {
     });
 }
 
-/// Once it is read through the page cache, what readahead brings in would count as cached.
+/// After a read through the page cache, what readahead brings in would count as cached.
 #[test]
 fn a_file_that_is_read_ahead_is_not_taken_from_the_cache() {
     let folder = folder();
@@ -208,7 +209,7 @@ fn has_changed(file: &OpenFile) -> bool {
     }
 }
 
-/// Of pages that are dirty and mapped, the kernel hears of no further store until they are written back.
+/// The kernel does not notice further stores into dirty mapped pages until they are written back.
 #[test]
 fn stores_into_pages_that_were_dirty_already_are_noticed() {
     let folder = folder();
@@ -218,13 +219,14 @@ fn stores_into_pages_that_were_dirty_already_are_noticed() {
         let mapping = Mapping::of(&path);
         let dirty = || {
             (0..bytes).step_by(4096).for_each(|offset| mapping.store(offset, 1));
-            // Before Linux 6.13 times have the clock's ticks, up to 10 ms long: later stores are to be in another one.
+            // Before Linux 6.13, times have the resolution of the clock tick, up to 10 ms. Later
+            // stores must fall into another tick.
             std::thread::sleep(Duration::from_millis(20));
         };
         for offset in (0..bytes).step_by(to_usize(4 * MIB)).map(|offset| offset + 5000) {
             dirty();
             let opened = OpenFile::open(&path).unwrap();
-            // A store before anything was read is of no consequence.
+            // A store before anything is read does not matter.
             mapping.store(offset, 2);
             assert_eq!(chunks(&opened.cached(&(0..bytes), MIB), 16).len(), 16, "{what}");
             assert_eq!(read(&opened, offset..offset + 1), [2], "{what}");
@@ -232,7 +234,7 @@ fn stores_into_pages_that_were_dirty_already_are_noticed() {
             mapping.store(offset, 3);
             assert!(has_changed(&opened), "{what}: a store at {offset} after it was read");
         }
-        // The same of headers, which are read before anything else is known.
+        // The same for headers, which are read before anything else is known.
         dirty();
         let opened = OpenFile::open(&path).unwrap();
         opened.read_exact(&mut [0; 100], 0).unwrap();
@@ -241,7 +243,8 @@ fn stores_into_pages_that_were_dirty_already_are_noticed() {
     });
 }
 
-/// `write(2)` sets the time of modification before its first byte, and a file may be opened before its last one.
+/// `write(2)` sets the modification time before its first byte, and a file may be opened before
+/// its last one.
 #[test]
 fn a_write_that_is_under_way_is_waited_for_or_noticed() {
     let folder = folder();
