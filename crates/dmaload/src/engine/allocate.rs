@@ -1,4 +1,4 @@
-//! The second job of a load, again and again: memory for a batch, ahead of its reads.
+//! The second job of a load, once per batch: prepares memory ahead of its reads.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,15 +24,15 @@ use crate::route::Route;
 use crate::support::convert::to_usize;
 use crate::telemetry::report::Way;
 
-/// A batch's memory, and what brings its pages into being where they are not there.
+/// A batch's allocation, and the sink that populates it if its pages are not present.
 type Prepared = (Arc<Backing>, Option<Arc<dyn Sink>>);
 
 /// Freeing takes up to half a second per GiB.
 const FREEING_TIME: Duration = Duration::from_secs(10);
 
 impl Engine {
-    /// Brings a batch's memory into being, or prepares that, opens its files, and hands its pieces to the
-    /// ring thread. The permit comes back by itself, whatever happens.
+    /// Populates a batch's memory, or prepares to, opens its files, and passes its pieces to the
+    /// ring thread. The permit is returned on drop, whatever happens.
     pub(super) fn allocate(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -42,7 +42,6 @@ impl Engine {
         permit: WindowPermit,
         advance: BudgetPermit,
     ) {
-        // The load is over.
         let Some(allocation) = load.allocation(number) else { return };
         if let Err(error) = self.fill_in(load, heap, worker, &allocation, permit, advance) {
             self.fail(load, error);
@@ -60,7 +59,7 @@ impl Engine {
     ) -> Result<()> {
         let mut sources = Vec::with_capacity(allocation.parts.len());
         for part in &allocation.parts {
-            // Of many files, the rest need not be opened.
+            // With many files, there is no need to open the rest.
             if load.is_over() {
                 return Ok(());
             }
@@ -77,8 +76,9 @@ impl Engine {
             let files = u64::from(part.small);
             let mut permit = permit.split(Need { bytes: piece.memory_bytes, files, ..Need::default() });
             if part.small && piece.file_offset + piece.bytes >= part.identity.bytes {
-                // A file is open until it was checked, and the checks may lag behind the reads. Only with its last piece: a
-                // file that waits for another batch must not keep that batch waiting.
+                // A file stays open until it is checked, and checks may lag behind reads. Only its
+                // last piece holds it: a file that waits for another batch must not make that
+                // batch wait.
                 file.hold(permit.split(Need { files, ..Need::default() }));
             }
             let (offset, bytes) = (to_usize(piece.memory_offset), to_usize(piece.memory_bytes));
@@ -89,8 +89,8 @@ impl Engine {
                 Way::Direct | Way::Buffered => route,
             };
             if route == Route::UringBuffered {
-                // As threads do before each read; the ring's thread must not wait for it. Where it fails these bytes are
-                // no worse than without.
+                // Threads do this before each read; the ring thread must not wait for it. If it
+                // fails, these bytes are no worse off.
                 let _ = file.settle(&(piece.file_offset..piece.file_offset + piece.bytes));
             }
             let spec = FileSpec {
@@ -108,7 +108,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The batch's memory, with all its pages or with what brings them into being.
+    /// Gets the batch's memory, populated or with the sink that will populate it.
     fn memory_for(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
@@ -119,7 +119,7 @@ impl Engine {
         let about = allocation.allocated();
         if way == Way::Staged && !self.facts.allocates_at_once {
             let (backing, grant) = self.backing(load, heap, allocation)?;
-            // Each extent asks for itself, when it is populated.
+            // Each extent asks for its own grant when it is populated.
             drop(grant);
             if !backing.is_reused() {
                 let batch = &allocation.batch;
@@ -139,7 +139,7 @@ impl Engine {
     fn populate(&self, load: &LoadShared, heap: &HeapCode, allocation: &Allocation) -> Result<(Arc<Backing>, Populated)> {
         let batch = &allocation.batch;
         let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
-        // Held until the memory is there.
+        // Held until the pages are present.
         let (backing, _grant) = self.backing(load, heap, allocation)?;
         let (mapping, memory) = backing.parts();
         let populated = if backing.is_reused() {
@@ -152,8 +152,8 @@ impl Engine {
         Ok((backing, populated))
     }
 
-    /// The batch's memory: there already, from the pool, or allocated now; with the right to take what is to be taken for this
-    /// batch.
+    /// Gets the batch's allocation: an existing one, one from the pool, or a new one; with the
+    /// grant for the memory that this batch is about to take.
     fn backing(
         &self,
         load: &LoadShared,
@@ -168,7 +168,7 @@ impl Engine {
         })?;
         let grant = match made {
             Some(grant) => grant,
-            // An earlier batch has made it.
+            // An earlier batch made the allocation.
             None if backing.is_reused() || self.facts.allocates_at_once => None,
             None => Some(self.grant(allocation.batch.bytes)?),
         };
@@ -194,14 +194,15 @@ impl Engine {
             if !self.facts.exports {
                 return Err(Error::Config(format!("the heap {} gives dma-bufs, and its `exports` denies it", load.heap())));
             }
-            // Ended when the segment is exported. One that never is closes with the access open, which is allowed.
+            // Ends when the segment is exported. A dma-buf that never is gets closed with the
+            // access open, which is allowed.
             dma_buf.begin_cpu_access(Access::ReadWrite).map_err(refused)?;
         }
         let mapping = allocation.range.map(&memory, at, bytes).map_err(refused)?;
         Ok((Backing::new(mapping, memory, self.reaper.clone()), Some(grant)))
     }
 
-    /// Refuses a load that could not be held at once.
+    /// Refuses a load that needs more memory at once than is available.
     pub(super) fn check_headroom(&self, wanted_bytes: u64) -> Result<()> {
         let short = || headroom().filter(|seen| seen.available_bytes < wanted_bytes);
         match short() {
@@ -211,7 +212,7 @@ impl Engine {
         }
     }
 
-    /// The right to take memory for a batch.
+    /// Requests a grant for a batch's memory.
     pub(super) fn grant(&self, wanted_bytes: u64) -> Result<HeadroomPermit> {
         let make_room = || {
             self.make_room();
@@ -219,15 +220,15 @@ impl Engine {
         grant(wanted_bytes, make_room).map_err(|seen| self.out_of_memory(wanted_bytes, seen))
     }
 
-    /// Frees what the pool keeps, and waits for memory of dropped segments that is still on its way to be freed; whether there
-    /// was anything of either.
+    /// Frees the pool, and waits for the reaper to free dropped segments; returns whether there
+    /// was anything to free.
     fn make_room(&self) -> bool {
         let trimmed = self.reaper.trim_pool(0);
         self.reaper.wait_until_idle(FREEING_TIME) || trimmed > 0
     }
 
-    /// The error for memory that the kernel refused. ENOMEM has several meanings; of a group that is at its limit there are
-    /// numbers.
+    /// The error for memory that the kernel refused. ENOMEM has several causes; if a limit was
+    /// reached, the error says which and gives its numbers.
     pub(super) fn refused(&self, load: &LoadShared, error: dmabuf::Error) -> Error {
         match at_limit(&error, headroom) {
             Some(seen) => self.out_of_memory(error.bytes as u64, seen),
@@ -241,7 +242,8 @@ impl Engine {
     }
 }
 
-/// The limit that a refusal is of, where it was of memory itself: what is left below it is less than what was asked for.
+/// The limit that caused a refusal: one that leaves less memory than was requested. `None` if
+/// there was another cause.
 fn at_limit(error: &dmabuf::Error, look: impl Fn() -> Option<Headroom>) -> Option<Headroom> {
     if error.errno != Errno::ENOMEM {
         return None;
@@ -249,16 +251,16 @@ fn at_limit(error: &dmabuf::Error, look: impl Fn() -> Option<Headroom>) -> Optio
     look().filter(|seen| seen.available_bytes < error.bytes as u64)
 }
 
-/// A part of a batch, whose file is open.
+/// A part of a batch, with its file open.
 struct OpenPart {
     file: Arc<OpenFile>,
     /// The route to read it by.
     route: Route,
-    /// The chunks that the page cache has.
+    /// The chunks that are in the page cache.
     cached: CachedChunks,
 }
 
-/// The way that the bytes of a batch take: what is all in the page cache needs no memory ahead of it either.
+/// The way that a batch is read. One that is wholly in the page cache needs no memory ahead of it.
 fn way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();
@@ -269,9 +271,9 @@ fn way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way 
     if cached { Way::Staged } else { allocation.way }
 }
 
-/// The file, opened if it is not; it must be what was planned.
+/// Opens the part's file if necessary, and checks that it is the file that was planned.
 fn opened(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
-    // Without a lock: a server may never answer, and what is told of a step down is told here.
+    // No lock is held: a server may never answer, and this emits events.
     let file = part.file.get_or_make(|| {
         let file = OpenFile::open(&part.path)?;
         file.check_unchanged(&part.identity)?;
@@ -285,7 +287,8 @@ fn opened(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     })?;
     let start = load.route_of(part.file_index);
     let route = if file.direct_refused().is_some() && start.is_direct() { Route::Buffered } else { start };
-    // What is observed in staging has to go there, and what is read through the cache is copied from it anyway.
+    // What is observed in staging must go there; what is read through the page cache is copied
+    // from it anyway.
     let takes_cached = load.options.takes_cached() && !load.is_observed_in_staging() && route.is_direct();
     let piece = &part.piece;
     let range = piece.file_offset..piece.file_offset + piece.bytes;

@@ -1,4 +1,4 @@
-//! What a load plans for a file, and what it takes to allocate a batch.
+//! What a load plans for a file, and what is needed to allocate a batch.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -14,27 +14,28 @@ use crate::route::Route;
 use crate::support::once_value::OnceValue;
 use crate::telemetry::report::Way;
 
-/// A file as it was when the load began, and what is to be done with it.
+/// A file as it was when the load began, and how it will be read.
 #[derive(Debug)]
 pub(crate) struct FilePlan {
     pub(crate) identity: Identity,
     pub(crate) alignment_bytes: u64,
-    /// The part of it that is the model.
+    /// The part of the file that is the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// What is to be read of it, and how much of that was asked for.
+    /// How many bytes will be read, and how many of these were asked for.
     pub(crate) read_bytes: u64,
     pub(crate) wanted_bytes: u64,
-    /// The route its reads start at; of a small file, the one that it is to be opened for.
+    /// The route its reads start at; for a small file, the one to open it for.
     pub(crate) route: Route,
-    /// A small file: it is opened when its turn comes, and its header is taken from its memory.
+    /// A small file is opened when its batch is allocated, and its header is parsed from its
+    /// memory.
     pub(crate) small: bool,
-    /// Open already, or to be opened when its first piece is allocated.
+    /// Already open; if not, opened when its first piece is allocated.
     pub(crate) open: Option<Arc<OpenFile>>,
 }
 
-/// What it takes to allocate a batch. The cells are shared by the batches of a memory and the pieces of a file: whoever comes
-/// first fills them.
+/// What is needed to allocate a batch. Batches of one allocation share its cell, and pieces of one
+/// file share the file's; the first to need a cell fills it.
 #[derive(Debug)]
 pub(crate) struct Allocation {
     pub(crate) batch: Batch,
@@ -49,16 +50,16 @@ pub(crate) struct Allocation {
 /// What was populated: a batch, or a part of one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Allocated {
-    /// The file and the segment that it begins with.
+    /// The file and the segment at its start.
     pub(crate) file_index: usize,
     pub(crate) segment: usize,
-    /// Of the files.
+    /// Bytes of the files.
     pub(crate) bytes: u64,
     pub(crate) memory_bytes: u64,
 }
 
 impl Allocation {
-    /// What all of the batch is.
+    /// Describes the whole batch.
     pub(crate) fn allocated(&self) -> Allocated {
         let first = self.parts.first().expect("a batch has pieces");
         Allocated {
@@ -84,7 +85,7 @@ pub(crate) struct BatchPart {
     pub(crate) file: Arc<OnceValue<Arc<OpenFile>>>,
 }
 
-/// What a load has to know of the heap.
+/// What a load needs to know about the heap.
 #[derive(Debug)]
 pub(crate) struct HeapFacts {
     pub(crate) name: Arc<str>,
@@ -92,8 +93,8 @@ pub(crate) struct HeapFacts {
     pub(crate) exports: bool,
     pub(crate) allocates_at_once: bool,
     pub(crate) uncached: bool,
-    /// The page size that it populates with.
+    /// The page size that the heap populates with.
     pub(crate) pages: Pages,
-    /// Whether it is one of this crate's.
+    /// Whether this crate provides the heap.
     pub(crate) own: bool,
 }

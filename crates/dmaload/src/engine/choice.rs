@@ -1,13 +1,13 @@
-//! Direct or staged: which way is faster here, found out by trying both on parts of a load.
+//! Chooses between direct, staged and buffered reads by measuring each on a part of a load.
 //!
-//! Where storage is a virtual disk, its host copies into the memory that is read into, and staging that
-//! stays in the processor's cache is faster by a third. A real drive writes to cold memory as fast as to
-//! any, and direct reads spare the copy. Nothing tells the two apart but measuring.
+//! On a virtual disk, the host copies into the memory that is read into, and staging that stays in
+//! the processor's cache is a third faster. A real drive writes to cold memory just as fast, and
+//! direct reads save the copy. Only measuring tells the two apart.
 //!
-//! On network file systems direct reads may be far slower than those through the page cache, or far
-//! faster: that is tried as a third way there.
+//! On network file systems, direct reads may be far slower than reads through the page cache, or
+//! far faster, so those are measured as a third way.
 //!
-//! Pure: no clock, no syscall.
+//! Pure: no clock, no system calls.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,23 +17,24 @@ use dmabuf::Pages;
 use crate::support::id::LoadId;
 use crate::telemetry::report::{Measured, Way};
 
-/// A load with less than this is not measured: what is learned must be worth what it costs.
+/// Smaller loads are not measured: the gain must be worth the cost.
 pub(crate) const LEAST_BYTES: u64 = 512 << 20;
-/// What each way is tried on. On small pages direct reads wait for memory, and are rarely the faster
-/// ones: less of the load is risked for them.
+/// How much is read in each way. On small pages, direct reads wait for memory and are rarely
+/// faster, so less of the load is risked for them.
 const PHASE_BYTES: u64 = 96 << 20;
 const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
-/// By so much the way that was not expected to be faster has to be.
+/// How much faster a way must be than the expected one.
 const MARGIN: f64 = 1.03;
-/// Loads that were measured look again at the first, second, fourth … load, and then after so many.
+/// A file system's first, second, fourth … load is measured, and from then on every one of this
+/// many.
 const LOOK_AGAIN: u64 = 32;
 
-/// The ways that a load may take.
+/// The ways that a load may be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ways {
-    /// What is taken before anything was measured.
+    /// The way used before anything was measured.
     pub(crate) expected: Way,
-    /// Whether [`Way::Buffered`] is one.
+    /// Whether [`Way::Buffered`] is allowed.
     pub(crate) buffered: bool,
 }
 
@@ -43,30 +44,30 @@ impl Ways {
     }
 }
 
-/// The bytes of a load, cut into batches that go one way or another until it is known which is the fastest.
+/// A load's batches, read in different ways until it is known which is the fastest.
 #[derive(Debug)]
 pub(crate) struct Trial {
     phase_bytes: u64,
     expected: Way,
-    /// One after the other.
+    /// In order.
     phases: Vec<(Way, Phase)>,
 }
 
-/// When the batches of one way were full.
+/// The progress of the batches of one way.
 #[derive(Debug, Default)]
 struct Phase {
-    /// What they have, and how much of that is full.
+    /// Their total size, and how much of it is full.
     bytes: u64,
     full_bytes: u64,
-    /// When its first batch was handed over to be read.
+    /// When its first batch was queued for reading.
     handed: Option<Duration>,
-    /// When storage had nothing else to do any more, and how much was full then.
+    /// When all earlier phases had ended, and how much was full by then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
 }
 
 impl Phase {
-    /// `bytes` more are full.
+    /// Records that `bytes` more are full.
     fn full(&mut self, bytes: u64, now: Duration) {
         self.full_bytes += bytes;
         if self.full_bytes == self.bytes {
@@ -74,10 +75,10 @@ impl Phase {
         }
     }
 
-    /// Known once all of it is full.
+    /// The rate, once all of the phase is full.
     fn rate(&self) -> Option<f64> {
-        // Where most of it was full before it was alone, the time beside the other way counts, too: it was
-        // at least as fast as that.
+        // If most of it was full before it was alone, the time it shared with the other way
+        // counts, too: it was at least that fast.
         let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
         let (begun, before) = alone.or(self.handed.map(|handed| (handed, 0)))?;
         let took = self.ended?.saturating_sub(begun).as_secs_f64();
@@ -90,7 +91,8 @@ impl Phase {
 impl Trial {
     fn new(ways: Ways, pages: Pages) -> Self {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
-        // Direct comes first: at a load's beginning no memory is ahead of the reads, which would make it seem faster.
+        // Direct comes first: at the start of a load, no memory is prepared ahead, which would
+        // make it seem faster.
         let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.may(way));
         Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
@@ -99,12 +101,12 @@ impl Trial {
         usize::try_from(start / self.phase_bytes).unwrap_or(usize::MAX)
     }
 
-    /// Whether the batch that begins after `start` bytes of the load is one of those that are measured.
+    /// Whether the batch that starts at byte `start` of the load is measured.
     fn measures(&self, start: u64) -> bool {
         self.phase(start) < self.phases.len()
     }
 
-    /// The way of a batch that begins after `start` bytes of the load, while nothing is known.
+    /// The way of the batch that starts at byte `start` of the load, before a decision.
     fn way(&self, start: u64) -> Way {
         self.phases.get(self.phase(start)).or(self.phases.last()).map_or(self.expected, |&(way, _)| way)
     }
@@ -115,11 +117,12 @@ impl Trial {
         self.phases.get_mut(number).map(|(_, phase)| phase)
     }
 
-    /// Bytes of the batch that begins after `start` are full. What was measured, once all of it was.
+    /// Records that bytes of the batch that starts at `start` are full. Returns the measurement
+    /// once all phases have ended.
     ///
-    /// The first phase is timed from its first read on, and each other one from the end of those before it:
-    /// many reads are in flight, and storage finishes them at about the same time, so what comes between the
-    /// first full batch and the last says little.
+    /// The first phase is timed from its first read, each later one from the end of those before
+    /// it: many reads are in flight, and storage finishes them at about the same time, so the time
+    /// between the first full batch and the last says little.
     fn full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
         self.phase_of(start)?.full(bytes, now);
         let mut ended = true;
@@ -157,7 +160,7 @@ fn chosen(expected: Way, rates: impl Iterator<Item = (Way, f64)> + Clone) -> Way
 /// How the batches of a load are read.
 #[derive(Debug)]
 pub(crate) struct Choosing {
-    /// Where each batch begins in the bytes of the load.
+    /// The offset of each batch in the bytes of the load.
     starts: Vec<u64>,
     trial: Option<Trial>,
     known: Option<Way>,
@@ -165,12 +168,12 @@ pub(crate) struct Choosing {
 }
 
 impl Choosing {
-    /// By one way from the beginning to the end.
+    /// Reads the whole load in one way.
     pub(crate) fn fixed(way: Way) -> Self {
         Choosing { starts: Vec::new(), trial: None, known: Some(way), expected: way }
     }
 
-    /// By all ways, at first.
+    /// Reads the first batches in each way, to measure them.
     fn measured(ways: Ways, pages: Pages, batches: &[u64]) -> Self {
         let mut trial = Trial::new(ways, pages);
         let expected = ways.expected;
@@ -189,7 +192,7 @@ impl Choosing {
     /// The way of a batch that is about to be prepared.
     pub(crate) fn way(&self, batch: usize) -> Way {
         match (self.known, &self.trial, self.starts.get(batch)) {
-            // What was decided for a batch of the trial stays, so that it is measured.
+            // A batch of the trial keeps its way, so that it is measured.
             (_, Some(trial), Some(&start)) if trial.measures(start) => trial.way(start),
             (Some(way), ..) => way,
             (None, Some(trial), Some(&start)) => trial.way(start),
@@ -197,7 +200,7 @@ impl Choosing {
         }
     }
 
-    /// The pieces of a batch are about to be read.
+    /// Records that the pieces of a batch are about to be read.
     pub(crate) fn handed(&mut self, batch: usize, now: Duration) {
         if let (Some(trial), Some(&start)) = (&mut self.trial, self.starts.get(batch))
             && let Some(phase) = trial.phase_of(start)
@@ -206,14 +209,16 @@ impl Choosing {
         }
     }
 
-    /// What is being measured does not come from storage: the load goes on by what was expected.
+    /// Stops measuring, since the bytes do not come from storage; the load continues in the
+    /// expected way.
     pub(crate) fn give_up(&mut self) {
         if self.known.is_none() {
             (self.known, self.trial) = (Some(self.expected), None);
         }
     }
 
-    /// Bytes of a batch are full. What was measured, when that has just become known.
+    /// Records that bytes of a batch are full. Returns the measurement when it has just become
+    /// known.
     pub(crate) fn full(&mut self, batch: usize, bytes: u64, now: Duration) -> Option<Measured> {
         if self.known.is_some() {
             return None;
@@ -225,19 +230,19 @@ impl Choosing {
     }
 }
 
-/// What a loader has found out, by file system.
+/// What a loader has learned about each file system.
 #[derive(Debug)]
 pub(crate) struct Choices {
     pages: Pages,
     mounts: HashMap<u64, KnownWay>,
-    /// The load that tries now: others would disturb it.
+    /// The load that is being measured; a second one would disturb it.
     trying: Option<LoadId>,
 }
 
 #[derive(Debug)]
 struct KnownWay {
     way: Way,
-    /// Loads that could have been measured.
+    /// How many loads could have been measured.
     loads: u64,
 }
 
@@ -252,16 +257,16 @@ impl Choices {
         Choices { pages, mounts: HashMap::new(), trying: None }
     }
 
-    /// The ways of loads from a file system, and the one that is expected to be faster before anything was
-    /// measured. On small pages memory is slow to come by, so nothing should wait for it; on large ones direct
-    /// reads cost less. A server that may be slow to answer is to have more reads at once than staging has room for.
+    /// The ways for loads from a file system, with the one expected to be faster. On small pages,
+    /// populating is slow, so nothing should wait for it; on large ones, direct reads cost less. A
+    /// server that may be slow to answer needs more reads in flight than staging has room for.
     pub(crate) fn ways(&self, may_be_slow: bool, buffered: bool) -> Ways {
         let expected = if self.pages == Pages::Small && !may_be_slow { Way::Staged } else { Way::Direct };
         Ways { expected, buffered }
     }
 
-    /// How a load reads its batches, of so many bytes each. `is_over` says whether a load is,
-    /// which is asked of the one that is being measured.
+    /// Decides how to read a load whose batches have these sizes. `is_over` tells whether a load
+    /// is over; it is asked about the one that is being measured.
     pub(crate) fn begin(
         &mut self,
         load: LoadId,
@@ -272,7 +277,7 @@ impl Choices {
     ) -> Choosing {
         let way = self.mounts.get(&mount).map_or(ways.expected, |known| known.way);
         if !ways.may(way) {
-            // What it could measure would be less than what is known.
+            // It could only measure less than what is already known.
             return Choosing::fixed(ways.expected);
         }
         if batches.iter().sum::<u64>() < LEAST_BYTES || self.trying.is_some_and(|other| !is_over(other)) {
@@ -288,7 +293,7 @@ impl Choices {
         Choosing::measured(Ways { expected: way, ..ways }, self.pages, batches)
     }
 
-    /// A load has measured both ways.
+    /// Records what a load has measured.
     pub(crate) fn learned(&mut self, load: LoadId, mount: u64, measured: &Measured) {
         if self.trying == Some(load) {
             self.trying = None;
@@ -305,8 +310,9 @@ mod tests {
     const BATCH: u64 = 16 << 20;
     const MOUNT: u64 = 7;
 
-    /// A load of 1 GiB whose batches are prepared `ahead` of those that are full, by a device and copiers of
-    /// these speeds in MiB/s; what it measured, and how many of its batches went each way.
+    /// A load of 1 GiB whose batches are prepared `ahead` of the full ones, on a device and
+    /// copiers of these speeds in MiB/s. Returns its measurement, and how many batches went each
+    /// way.
     fn load(choices: &mut Choices, number: u64, direct: u64, staged: u64, ahead: usize) -> (Option<Measured>, [usize; 2]) {
         let ways = local(choices);
         let (measured, [direct, staged, buffered]) = load_by(choices, number, ways, [direct, staged, 1], ahead);
@@ -323,7 +329,7 @@ mod tests {
         choices.ways(false, false)
     }
 
-    /// The same by three ways, with these speeds: direct, staged, and through the page cache.
+    /// The same with three ways, at these speeds: direct, staged, and through the page cache.
     fn load_by(
         choices: &mut Choices,
         number: u64,
@@ -373,7 +379,7 @@ mod tests {
                     assert!((rate.unwrap() / expected - 1.0).abs() < 0.01, "{measured:?}");
                 }
                 assert!(batches[fastest] >= 64 - 2 * 6 - 4, "{batches:?}");
-                // The fourth load knows, and does not look again.
+                // The fourth load uses what is known, and is measured again.
                 (2..4).for_each(|number| _ = load_by(&mut choices, number, ways, speeds, 4));
                 let (measured, batches) = load_by(&mut choices, 4, ways, speeds, 4);
                 assert_eq!((measured, batches[fastest]), (None, 64));
@@ -421,7 +427,7 @@ mod tests {
         assert_eq!(load(&mut choices, 0, 1900, 2600, 6).0.unwrap().chosen, Way::Staged);
         let looked: Vec<_> = (1..=100).filter(|&number| load(&mut choices, number, 1900, 2600, 6).0.is_some()).collect();
         assert_eq!(looked, [1, 2, 4, 8, 16, 32, 64, 96]);
-        // All others go the known way from the beginning.
+        // All other loads use the known way from the start.
         assert_eq!(load(&mut choices, 101, 1900, 2600, 6), (None, [0, 64]));
         // The machine has changed.
         let becomes = (102..140).find(|&number| load(&mut choices, number, 2600, 1900, 6).1 == [64, 0]);
@@ -439,7 +445,7 @@ mod tests {
         assert!(begin(&mut choices, LoadId(4), MOUNT, &large, |_| true).trial.is_some(), "load 2 has failed");
     }
 
-    /// A load goes on long after it was measured, and others are not to wait for its end.
+    /// A load goes on long after it was measured; others must not wait for its end.
     #[test]
     fn a_trial_is_over_when_both_ways_are_measured() {
         let mut choices = Choices::new(Pages::Auto);
@@ -447,7 +453,7 @@ mod tests {
         let large = vec![BATCH; 64];
         let other_mount = begin(&mut choices, LoadId(2), MOUNT + 1, &large, |_| false);
         assert!(other_mount.trial.is_some(), "load 1 goes on, and its trial is over");
-        // What another load has learned does not end the trial of this one.
+        // What another load learns does not end this load's trial.
         choices.learned(LoadId(1), MOUNT, &measured);
         assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none());
     }
@@ -464,13 +470,13 @@ mod tests {
         }
         // Nothing was learned, so the next load is measured.
         assert!(load(&mut choices, 2, 1900, 2600, 6).0.is_some());
-        // What was learned already stays.
+        // What was already learned stays.
         choosing = begin(&mut choices, LoadId(3), MOUNT, &batches, |_| true);
         choosing.give_up();
         assert_eq!(choosing.way(0), Way::Staged);
     }
 
-    /// Pieces of a batch may be full in any order, and some of a phase may never be.
+    /// Pieces of a batch may become full in any order, and some of a phase may never do so.
     #[test]
     fn a_phase_that_never_ends_decides_nothing() {
         let mut choices = Choices::new(Pages::Auto);
@@ -481,7 +487,7 @@ mod tests {
             assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
         }
         assert_eq!(choosing.way(63), Way::Staged);
-        // The staged ones were full before, although storage had both to read.
+        // The staged batches were full first, although storage was reading both.
         let measured = choosing.full(0, BATCH, Duration::from_millis(100)).unwrap();
         assert_eq!(measured.chosen, Way::Staged);
         assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");

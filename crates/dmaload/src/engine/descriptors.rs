@@ -1,4 +1,4 @@
-//! How the descriptors of the process are spent: on files while they are read, and on memories as long as they live.
+//! Divides the process's file descriptors between open files and allocations.
 
 use std::fs;
 
@@ -16,9 +16,9 @@ pub(super) fn batch_files() -> usize {
     usize::try_from(files() / 4).unwrap_or(usize::MAX).clamp(1, BATCH_FILES)
 }
 
-/// How many memories with a descriptor of their own a load may have.
+/// How many allocations with a descriptor a load may have.
 pub(super) fn memories() -> u64 {
-    // Without procfs: what a process usually has open is less than that.
+    // Without procfs, assume more than a process usually has open.
     let open = fs::read_dir("/proc/self/fd").map_or(64, |entries| entries.count() as u64);
     memories_within(limit(), open)
 }
@@ -27,13 +27,14 @@ fn limit() -> u64 {
     Limit::OpenFiles.current().unwrap_or(u64::MAX)
 }
 
-/// Each takes two descriptors. Where there are few, a quarter of them is for files.
+/// Each file takes two descriptors. If there are few descriptors, a quarter of them is for files.
 fn files_within(limit: u64) -> u64 {
     let most = 4 * BATCH_FILES as u64;
     if limit < 4 * most { (limit / 8).max(1) } else { most }
 }
 
-/// What is left by files, by what is open now, and by what the process may still open for itself.
+/// Leaves room for files, for the descriptors open now, and for those that the process may still
+/// open itself.
 fn memories_within(limit: u64, open: u64) -> u64 {
     limit.saturating_sub(2 * files_within(limit)).saturating_sub(open) / 4 * 3
 }

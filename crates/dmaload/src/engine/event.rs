@@ -1,4 +1,4 @@
-//! What a load tells its consumer.
+//! Events for the consumer of a load.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -10,18 +10,18 @@ use crate::model::index::Index;
 use crate::plan::tensors::FileTensors;
 use crate::telemetry::report::Report;
 
-/// What a load tells its consumer, in this order: its files, if it is kept; segments; the end or
-/// an error.
+/// An event for the consumer of a load. Their order: the files, if the load is kept; segments; the
+/// end or an error.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// The files were opened or looked at.
+    /// The files were opened or inspected.
     Planned(Vec<LoadFile>),
     Segment(Segment),
     Done(Box<Finished>),
     Failed(Error),
 }
 
-/// What is known at the end.
+/// The results of a finished load.
 #[derive(Debug)]
 pub(crate) struct Finished {
     pub(crate) report: Report,
@@ -33,26 +33,26 @@ pub(crate) struct Finished {
 pub(crate) struct LoadFile {
     pub(crate) path: Arc<PathBuf>,
     pub(crate) bytes: u64,
-    /// The part of it that is the model.
+    /// The part of the file that is the model.
     pub(crate) part: Range<u64>,
     pub(crate) tensors: Option<Arc<FileTensors>>,
-    /// Whether `tensors` is final. The headers of small files are read with their bytes, so what
-    /// these have is known with their first segment.
+    /// Whether `tensors` is final. The headers of small files are read with their bytes, so their
+    /// tensors are known only with their first segment.
     pub(crate) is_known: bool,
-    /// Whether any byte of it is read.
+    /// Whether any byte of the file is read.
     pub(crate) has_segments: bool,
-    /// The index that named it, with that index's folder.
+    /// The index that named the file, with the folder of the index.
     pub(crate) index: Option<(PathBuf, Arc<Index>)>,
 }
 
-/// How far a load is, in bytes.
+/// The progress of a load, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// What is to be loaded; 0 until the files are opened.
+    /// Bytes to load; 0 until the files are opened.
     pub planned_bytes: u64,
-    /// What has memory.
+    /// Bytes that have memory.
     pub allocated_bytes: u64,
-    /// What is read.
+    /// Bytes that were read.
     pub read_bytes: u64,
 }

@@ -1,8 +1,9 @@
-//! Memory that is brought into being by the threads that fill it.
+//! Memory that is populated by the threads that fill it.
 //!
-//! On the way through staging nothing needs memory ahead of a read. So a copier takes an extent, populates
-//! it, and copies what was read while both are in its cache. Populating ahead would zero memory that has
-//! left the cache when its bytes come, which costs a third of the speed on virtual disks.
+//! Staged reads need no memory ahead of them. So a copier takes an extent, populates it, and
+//! copies the staged bytes while both are in its cache. Populating ahead would zero memory that
+//! has left the cache by the time its bytes arrive, which costs a third of the speed on virtual
+//! disks.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,29 +22,30 @@ use crate::memory::backing::Backing;
 use crate::memory::buffer::{Fault, Sink, Write};
 use crate::support::once_value::OnceValue;
 
-/// What is populated at once: a huge page, or as many small ones as a processor keeps in its cache
-/// beside the bytes that they are for.
+/// How much is populated at once: a huge page, or as many small ones as a processor can keep in
+/// its cache together with their bytes.
 pub(super) fn extent_bytes(pages: Pages) -> usize {
     if pages == Pages::Small { SMALL_EXTENT_BYTES } else { dmabuf::HUGE_PAGE_BYTES }
 }
 
 const SMALL_EXTENT_BYTES: usize = 512 << 10;
 
-/// A batch of a memory, whose pages come with its bytes.
+/// A batch of an allocation, populated as its bytes arrive.
 #[derive(Debug)]
 pub(super) struct Filling {
     engine: Arc<Engine>,
-    /// Neither a load nor a heap is to be dropped by the ring thread.
+    /// Weak: the ring thread must not drop a load or a heap.
     load: Weak<LoadShared>,
     heap: WeakHeap,
     backing: Arc<Backing>,
-    /// Where it is in the memory.
+    /// The batch's range in the allocation.
     batch: Range<usize>,
     extent_bytes: usize,
-    /// Of each extent, whether it is there. Extents begin at multiples of their size in the memory.
+    /// Whether each extent is populated. Extents start at multiples of their size in the
+    /// allocation.
     extents: Vec<OnceValue<()>>,
     about: Allocated,
-    /// How many of the batch's bytes were not counted as allocated yet.
+    /// How many of the batch's bytes were not yet counted as allocated.
     uncounted_bytes: AtomicU64,
 }
 
@@ -72,7 +74,7 @@ impl Filling {
         }
     }
 
-    /// The number of the extent that a place is in, and the part of it that belongs to the batch.
+    /// The index of the extent that contains `at`, and its part that belongs to the batch.
     fn extent_of(&self, at: usize) -> (usize, Range<usize>) {
         let number = at / self.extent_bytes;
         let start = number * self.extent_bytes;
@@ -80,13 +82,13 @@ impl Filling {
         (number - first, start.max(self.batch.start)..(start + self.extent_bytes).min(self.batch.end))
     }
 
-    /// Puts pages under an extent. What goes wrong is left with the load.
+    /// Populates an extent. On failure, leaves the error with the load.
     fn bring(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
-        // The load is over, or the engine is.
+        // The load, or the engine, is over.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
         let brought = self.populate(&load, &heap, extent);
         if let Err(error) = brought {
-            // Of several errors the first one counts.
+            // Only the first error counts.
             let _ = load.no_memory.set(error);
             self.engine.let_go(load);
             return Err(Errno::NOMEM);
@@ -97,7 +99,7 @@ impl Filling {
 
     fn populate(&self, load: &LoadShared, heap: &HeapCode, extent: Range<usize>) -> Result<()> {
         let memory_bytes = extent.len() as u64;
-        // Held until the memory is there.
+        // Held until the pages are present.
         let _grant = self.engine.grant(memory_bytes)?;
         let start = Instant::now();
         load.begin_allocating();
@@ -125,7 +127,7 @@ impl Sink for Filling {
             let here = extent.end.min(offset + bytes) - (offset + done);
             let slot = self.extents.get(number).expect("each place of the batch is in one of its extents");
             slot.get_or_make(|| self.bring(extent)).map_err(Fault::Memory)?;
-            // SAFETY: within the place, of which the caller promises that nobody else has it.
+            // SAFETY: within the place, to which the caller guarantees exclusive access.
             let part = unsafe { self.backing.unfilled(offset + done, here) };
             match write(part) {
                 Ok(written) => {
@@ -135,7 +137,7 @@ impl Sink for Filling {
                     }
                 }
                 Err(errno) if done == 0 => return Err(Fault::Read(errno)),
-                // What has come counts; whoever asks for the rest gets the error.
+                // The bytes so far count; the next attempt to get the rest returns the error.
                 Err(_) => break,
             }
         }

@@ -1,4 +1,4 @@
-//! What keeps an engine running: starting its threads, starting and abandoning loads, shutting down.
+//! Keeps an engine running: starts its threads, starts and abandons loads, and shuts down.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
@@ -30,7 +30,8 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::Metrics;
 
-/// Keeps an engine running: held by loaders and loads. With the last one the threads end by themselves.
+/// Keeps an engine running; held by loaders and loads. The threads end after the last one is
+/// dropped.
 #[derive(Debug)]
 pub(crate) struct Guard {
     pub(super) engine: Arc<Engine>,
@@ -48,7 +49,7 @@ impl Guard {
     /// Starts the threads.
     ///
     /// # Errors
-    /// [`Error::Config`]; [`Error::Start`] when no thread or descriptor can be had.
+    /// [`Error::Config`]; [`Error::Start`] when no thread or descriptor can be obtained.
     pub(crate) fn start(settings: Settings, heap: Arc<dyn Heap>, notes: Vec<String>) -> Result<Arc<Self>> {
         settings.check(&settings.load)?;
         let no_thread = |error: io::Error| {
@@ -89,12 +90,12 @@ impl Guard {
             leaked_bytes: AtomicU64::new(0),
             left_threads: AtomicUsize::new(0),
             counters: Arc::default(),
-            // The pool can do without it.
+            // Optional: the pool works without it.
             unwatch: (settings.pool_bytes > 0).then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()).flatten(),
             settings,
         });
         engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
-        // From here on whatever fails ends the threads that were started: the guard is dropped.
+        // From here on, dropping the guard ends the threads that were started.
         let guard = Arc::new(Guard { engine: Arc::clone(&engine), heap: heap.clone(), settings: all_settings });
         let own = Arc::clone(&engine);
         thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.tell()).map_err(no_thread)?;
@@ -143,8 +144,8 @@ impl Guard {
         &self.settings
     }
 
-    /// Starts a load of what was asked for, or one that fails for the reason why that makes no sense.
-    /// `keep` tells whether all of it will be in memory at once.
+    /// Starts a load; if the request or the options are invalid, the load fails with that error.
+    /// `keep` says whether all of it will be in memory at once.
     pub(crate) fn load(
         self: &Arc<Self>,
         asked: Result<Vec<Input>>,
@@ -160,29 +161,31 @@ impl Guard {
         let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
         if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end())) {
-            // It holds nothing yet, and nothing else knows of it: its consumer is told here.
+            // The load holds nothing yet and is not registered anywhere, so its consumer gets the
+            // error here.
             let mut remains = vec![shared.fail(error)];
             assert_eq!(shared.deliver(&mut remains), HandOverStatus::Over, "a load that has failed is over");
         }
         (outbox, shared)
     }
 
-    /// The consumer of a stream has taken a segment: its load may go on by as much memory.
+    /// Records that the consumer of a stream has taken a segment, so that its load may allocate as
+    /// much again.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
         self.engine.jobs.account(|scheduler| scheduler.consumed(&load, bytes));
     }
 
-    /// Nobody waits for this load any more.
+    /// Cancels a load that is no longer wanted.
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
         load.dropped();
         self.engine.abandon(&load);
-        // Its files and address ranges are closed and unmapped by a worker: the caller may be an async task.
+        // A worker closes its files and unmaps its addresses: the caller may be an async task.
         self.engine.bury(load.id, load.remains());
         self.engine.jobs.bury(Left::Files(load.id), load);
     }
 
-    /// Ends all loads and all threads, and leaks what is in flight past the deadline. Begins with
-    /// the call.
+    /// Ends all loads and threads, and leaks what is still in flight at the deadline. Starts with
+    /// the call, not with the first poll.
     pub(crate) fn shut_down(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();
@@ -190,11 +193,11 @@ impl Guard {
         let waiting = Arc::clone(&engine);
         let body = move || {
             let left = waiting.wait_for_threads();
-            // Wakes the caller's task. A panic of its waker concerns nothing here.
+            // This wakes the caller's task; a panic of its waker has no consequence here.
             foreign::discard(foreign::call(|| done.send(left)));
         };
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // Without a thread to wait for the deadline, it has passed.
+            // Without a thread to wait for it, the deadline counts as passed.
             engine.ring.give_up();
         }
         async move { answer.await.unwrap_or_else(|_| engine.left_now()) }

@@ -1,4 +1,4 @@
-//! The heap of a loader, whose code may be the caller's.
+//! Calls the loader's heap, which may be the caller's code.
 
 use std::sync::{Arc, Weak};
 
@@ -6,16 +6,17 @@ use crate::error::{Error, Result};
 use crate::memory::heap::Heap;
 use crate::support::foreign::{self, Foreign};
 
-/// The heap, whose code may be the caller's. Held by workers and by what callers hold, so that no other thread drops it.
+/// The heap, which may be the caller's code. Held by workers and by what callers hold, so that no
+/// other thread drops it.
 #[derive(Debug, Clone)]
 pub(crate) struct HeapCode(Arc<Foreign<Arc<dyn Heap>>>);
 
-/// The same for whoever must not drop it.
+/// A reference for threads that must not drop the heap.
 #[derive(Debug, Clone)]
 pub(super) struct WeakHeap(Weak<Foreign<Arc<dyn Heap>>>);
 
 impl WeakHeap {
-    /// `None` when the engine has ended.
+    /// `None` after the engine has ended.
     pub(super) fn upgrade(&self) -> Option<HeapCode> {
         self.0.upgrade().map(HeapCode)
     }
@@ -26,7 +27,7 @@ impl HeapCode {
         HeapCode(Arc::new(Foreign::new(heap)))
     }
 
-    /// The heap, for the caller's own thread.
+    /// The heap, for use on the caller's own thread.
     pub(super) fn heap(&self) -> &dyn Heap {
         &***self.0
     }
@@ -35,7 +36,7 @@ impl HeapCode {
         WeakHeap(Arc::downgrade(&self.0))
     }
 
-    /// Calls it, without a lock.
+    /// Calls the heap, without holding a lock.
     ///
     /// # Errors
     /// [`Error::Panicked`].

@@ -1,12 +1,13 @@
-//! Where worker threads get their jobs from, and wait for them: the scheduler and the loads it is about, under one lock.
+//! Hands jobs to worker threads, which wait here: the scheduler and its loads, under one lock.
 //!
-//! Who changes something that may make a job possible wakes one worker; a worker that got a job wakes the next one, since there
-//! may be more than the one it was woken for. Every interleaving of that is tried by `tests`, with loom.
+//! A change that may make a job possible wakes one worker, and a worker that got a job wakes the
+//! next, since there may be more jobs than the one it was woken for. `tests` tries every
+//! interleaving of this, with loom.
 //!
-//! What loads leave behind is dropped by workers, too. That closes files, so one worker at a
-//! time does it for each load.
-//! A thread that sleeps in [`Jobs::watch`] finds workers that wait for files too long (see
-//! [`super::workers`]), and file systems of which nothing comes while loads wait for places.
+//! Workers also drop what finished loads leave behind. Since that closes files, only one worker at
+//! a time does so for each load. A thread that sleeps in [`Jobs::watch`] finds workers that have
+//! waited too long for files (see [`super::workers`]), and silent file systems while loads wait
+//! for places.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -20,9 +21,9 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::support::sync::{Condvar, Mutex, MutexGuard};
 
-/// How often to look for file systems of which nothing comes, while loads wait for others to end.
-/// Such a one is found at the second look: a batch of 16 MiB from a server of 3 MiB/s comes before
-/// that.
+/// How often to check for silent file systems while loads wait for others to end. One is
+/// recognised at the second check; by then a batch of 16 MiB arrives even from a server of 3
+/// MiB/s.
 const SILENCE_LOOKS: Duration = Duration::from_secs(5);
 
 /// See the module. `T` is a load.
@@ -34,14 +35,14 @@ pub(super) struct Jobs<T> {
     watch: Condvar,
 }
 
-/// What became of the workers.
+/// What the watch has found.
 #[derive(Debug)]
 pub(super) struct Noticed {
-    /// What those were at that have become stalled.
+    /// The tasks of workers that have become stalled.
     pub(super) stalled: Vec<Task>,
-    /// Workers to be started in place of stalled ones.
+    /// Workers to start in place of stalled ones.
     pub(super) substitutes: Vec<WorkerId>,
-    /// There are no more workers, and no more to be had.
+    /// All workers are stalled, and no more may be started.
     pub(super) is_exhausted: bool,
 }
 
@@ -50,30 +51,30 @@ struct Schedule<T> {
     scheduler: Scheduler<LoadId>,
     loads: HashMap<LoadId, T>,
     next_id: u64,
-    /// No new loads.
+    /// Accepts no new loads.
     refusing: bool,
-    /// No more jobs.
+    /// Hands out no more jobs.
     closing: bool,
-    /// The ring's thread has ended, or is not waited for: workers may end.
+    /// The ring thread has ended, or is no longer waited for: workers may end.
     finished: bool,
     buried: Buried,
     workers: Workers,
-    /// Of the workers that allocate, by the time since `since`.
+    /// The pace of the workers that allocate; its clock starts at `since`.
     pace: Pace,
     since: Instant,
-    /// The batches that they are at.
+    /// How many bytes each worker is allocating.
     allocating: HashMap<WorkerId, u64>,
-    /// There is to be one more, and it is not started yet.
+    /// One more worker is wanted and not yet started.
     growing: bool,
-    /// The thread that watches the workers sleeps until one is at a file, or loads lack places.
+    /// The watching thread sleeps until a worker waits for a file or loads lack places.
     watch_sleeps: bool,
     looked_for_silence: Instant,
 }
 
-/// What a load leaves to be dropped, one after the other.
+/// A part of what a load leaves behind; each part is dropped by one worker at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Left {
-    /// Its files, which may wait for a server.
+    /// Its files, whose closing may wait for a server.
     Files(LoadId),
     /// Its memory, which must not wait for its files.
     Memory(LoadId),
@@ -87,12 +88,12 @@ impl Left {
     }
 }
 
-/// What is to be dropped by workers.
+/// What workers have to drop.
 #[derive(Debug, Default)]
 struct Buried {
-    /// Also those that a worker is busy with, of which nothing may be left at the moment.
+    /// Includes parts that a worker is busy with, which may be empty at the moment.
     parts: HashMap<Left, Vec<Box<dyn Any + Send>>>,
-    /// Those that no worker is busy with.
+    /// The parts that no worker is busy with.
     order: VecDeque<Left>,
 }
 
@@ -105,15 +106,15 @@ impl Buried {
         part.push(what);
     }
 
-    /// All of a part that no worker is busy with, if there is one. To be followed by
-    /// [`Self::dropped`].
+    /// Takes everything from a part that no worker is busy with, if there is one. Must be followed
+    /// by [`Self::dropped`].
     fn take(&mut self) -> Option<(Left, Vec<Box<dyn Any + Send>>)> {
         let left = self.order.pop_front()?;
         let part = self.parts.get_mut(&left).expect("a part is kept until it is dropped");
         Some((left, std::mem::take(part)))
     }
 
-    /// What was taken is dropped: another worker may have the rest.
+    /// Records that what was taken is dropped, so that another worker may take the rest.
     fn dropped(&mut self, left: Left) {
         if self.parts.get(&left).expect("a part is kept until it is dropped").is_empty() {
             self.parts.remove(&left);
@@ -149,14 +150,14 @@ impl<T: Clone> Jobs<T> {
         crate::support::sync::lock(&self.schedule)
     }
 
-    /// A number for a new load.
+    /// Returns an ID for a new load.
     pub(super) fn next_id(&self) -> LoadId {
         let mut schedule = self.schedule();
         schedule.next_id += 1;
         LoadId(schedule.next_id)
     }
 
-    /// A new load, to be opened when its turn comes. `false` when there are to be no more of them.
+    /// Adds a new load, to be opened in its turn. Returns `false` if no more loads are accepted.
     pub(super) fn submit(&self, id: LoadId, load: T) -> bool {
         let mut schedule = self.schedule();
         if schedule.refusing {
@@ -170,7 +171,7 @@ impl<T: Clone> Jobs<T> {
         true
     }
 
-    /// A load was opened and planned.
+    /// Records that a load was opened and planned.
     pub(super) fn opened(&self, id: LoadId, demand: LoadNeeds) {
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&id) {
@@ -180,7 +181,7 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// There is something to be done for a load, unless it was forgotten meanwhile.
+    /// Schedules follow-up jobs of a load, unless it was forgotten in the meantime.
     pub(super) fn follow(&self, id: LoadId, follows: FollowUpJobs) {
         if follows == FollowUpJobs::default() {
             return;
@@ -198,46 +199,46 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_one();
     }
 
-    /// A permit comes back.
+    /// Returns a permit.
     pub(super) fn give_back(&self, load: LoadId, need: Need) {
         let mut schedule = self.schedule();
         schedule.scheduler.give_back(&load, need);
-        // A load that did not count as open may do so again.
+        // A load that did not count as open may count again.
         self.wake_watch_for_places(&mut schedule);
         drop(schedule);
         self.changed.notify_one();
     }
 
-    /// Changes what is known of memory.
+    /// Updates the memory accounts.
     pub(super) fn account(&self, change: impl FnOnce(&mut Scheduler<LoadId>)) {
         change(&mut self.schedule().scheduler);
         self.changed.notify_one();
     }
 
-    /// How much memory segments and the pool have.
+    /// How much memory is in segments and in the pool.
     pub(super) fn memory_bytes(&self) -> u64 {
         self.schedule().scheduler.memory_bytes()
     }
 
-    /// A load holds no files and no memory of the driver any more: another may be opened.
+    /// Records that a load no longer holds files or driver memory, so that another may be opened.
     pub(super) fn end(&self) {
         self.schedule().scheduler.end();
         self.changed.notify_one();
     }
 
-    /// Nothing more is to be scheduled for this load, which is given back.
+    /// Stops scheduling a load, and returns it.
     #[must_use = "dropping it may close files and run the caller's code: see `bury`"]
     pub(super) fn forget(&self, id: LoadId) -> Option<T> {
         let mut schedule = self.schedule();
         schedule.scheduler.forget(&id);
         let load = schedule.loads.remove(&id);
         drop(schedule);
-        // The batch that it waited with may have kept others waiting.
+        // Its waiting batch may have held up others.
         self.changed.notify_one();
         load
     }
 
-    /// A worker is to drop this: files and addresses of loads are not the caller's to close and unmap.
+    /// Has a worker drop this: the caller must not close a load's files or unmap its addresses.
     pub(super) fn bury(&self, left: Left, what: impl Send + 'static) {
         self.schedule().buried.push(left, Box::new(what));
         self.changed.notify_one();
@@ -247,20 +248,20 @@ impl<T: Clone> Jobs<T> {
         self.schedule().loads.get(&id).cloned()
     }
 
-    /// Whether there is still something to be done for a load.
+    /// Whether a load still has anything to do.
     pub(super) fn knows(&self, id: LoadId) -> bool {
         self.schedule().loads.contains_key(&id)
     }
 
-    /// No new loads; gives those that there are.
+    /// Accepts no new loads; returns those there are.
     pub(super) fn refuse(&self) -> Vec<T> {
         let mut schedule = self.schedule();
         schedule.refusing = true;
         schedule.loads.values().cloned().collect()
     }
 
-    /// Drops what was left to workers that have ended. What one of them is still busy with is
-    /// left to that one.
+    /// Drops what was left for workers that have ended. What a worker is still busy with is left
+    /// to it.
     pub(super) fn drop_buried(&self) {
         loop {
             let taken = self.schedule().buried.take();
@@ -270,8 +271,8 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
-    /// No more jobs. The workers stay until [`Self::finish`], to drop what the ring's thread
-    /// releases last.
+    /// Hands out no more jobs. The workers stay until [`Self::finish`], to drop what the ring
+    /// thread releases last.
     pub(super) fn close(&self) {
         let mut schedule = self.schedule();
         schedule.refusing = true;
@@ -280,7 +281,8 @@ impl<T: Clone> Jobs<T> {
         self.changed.notify_all();
     }
 
-    /// Lets the workers end: nothing more has to be dropped. Returns `false` if they may already.
+    /// Lets the workers end, since nothing more has to be dropped. Returns `false` if they already
+    /// may.
     pub(super) fn finish(&self) -> bool {
         let first = !std::mem::replace(&mut self.schedule().finished, true);
         self.changed.notify_all();
@@ -293,17 +295,17 @@ impl<T: Clone> Jobs<T> {
         self.schedule().finished
     }
 
-    /// A worker that is about to be started.
+    /// Adds a worker that is about to be started.
     pub(super) fn hire(&self) -> WorkerId {
         self.schedule().workers.hire()
     }
 
-    /// A worker that could not be started.
+    /// Removes a worker that could not be started.
     pub(super) fn dismiss(&self, worker: WorkerId) {
         self.schedule().workers.leave(worker);
     }
 
-    /// This worker makes progress with its job, and is about to wait for a file.
+    /// Records that a worker makes progress and is about to wait for a file.
     pub(super) fn proceed(&self, worker: WorkerId) {
         let mut schedule = self.schedule();
         let resumed = schedule.workers.proceed(worker, Instant::now());
@@ -327,8 +329,7 @@ impl<T: Clone> Jobs<T> {
         }
     }
 
-    /// Waits until workers are stalled, or substitutes of stalled ones are missing; `None` when
-    /// workers may end.
+    /// Waits until workers are stalled or substitutes are missing; `None` when workers may end.
     pub(super) fn watch(&self) -> Option<Noticed> {
         let mut schedule = self.schedule();
         while !schedule.finished {
@@ -336,8 +337,8 @@ impl<T: Clone> Jobs<T> {
             if pause.is_none() {
                 schedule.watch_sleeps = true;
                 schedule = crate::support::sync::wait(&self.watch, schedule);
-                // Not sooner, whatever comes and goes: most jobs last for microseconds, and must
-                // not wake this thread each time.
+                // Sleep for the full period even if the task ends: most jobs last for
+                // microseconds, and must not wake this thread each time.
                 pause = (!schedule.finished).then(|| schedule.workers.patience());
             }
             let Some(pause) = pause else { break };
@@ -350,12 +351,12 @@ impl<T: Clone> Jobs<T> {
         None
     }
 
-    /// Looks for stalled workers, and takes their loads out of the turns.
+    /// Finds stalled workers, and suspends their loads.
     fn look(&self, schedule: &mut Schedule<T>, now: Instant) -> Noticed {
         if schedule.silence_look_after(now) == Some(Duration::ZERO) {
             schedule.looked_for_silence = now;
             if schedule.scheduler.look_for_silence() {
-                // Others may be opened in their places.
+                // Other loads may be opened in their places.
                 self.changed.notify_one();
             }
         }
@@ -372,12 +373,12 @@ impl<T: Clone> Jobs<T> {
         Noticed { stalled, substitutes, is_exhausted: schedule.workers.is_exhausted() }
     }
 
-    /// Bytes of the window in use: pieces being populated and those that the ring's thread has.
+    /// Bytes of the window in use: pieces being populated, and those that the ring thread has.
     pub(super) fn window_taken_bytes(&self) -> u64 {
         self.schedule().scheduler.window_taken_bytes()
     }
 
-    /// What a load leaves in the scheduler when it is forgotten between two of its steps.
+    /// Does to the scheduler what a load does that is forgotten between two of its steps.
     #[cfg(test)]
     pub(super) fn leave_behind(&self, gone: LoadId, need: Need) {
         let mut schedule = self.schedule();
@@ -396,7 +397,7 @@ impl<T: Clone> Jobs<T> {
         (schedule.scheduler.window_taken_bytes(), schedule.scheduler.open_loads())
     }
 
-    /// A worker to be started, where one more makes allocating faster.
+    /// Returns a worker to start, if one more would make allocating faster.
     pub(super) fn hire_more(&self) -> Option<WorkerId> {
         let mut schedule = self.schedule();
         let wanted = !schedule.closing && schedule.growing && schedule.workers.missing() > 0;
@@ -404,8 +405,8 @@ impl<T: Clone> Jobs<T> {
         wanted.then(|| schedule.workers.hire())
     }
 
-    /// Waits for a job; `None` when this worker is to end: there are to be no more jobs, or
-    /// enough other workers.
+    /// Waits for a job. Returns `None` when the worker should end: there are no more jobs, or too
+    /// many workers.
     pub(super) fn next(&self, worker: WorkerId) -> Option<(Job<LoadId>, T)> {
         let mut schedule = self.schedule();
         schedule.end_task(worker);
@@ -435,12 +436,12 @@ impl<T: Clone> Jobs<T> {
             match schedule.scheduler.next() {
                 Some(job) => {
                     let Some(load) = schedule.loads.get(job.load()).cloned() else {
-                        // Forgotten a moment ago; what the job took goes back.
+                        // The load was just forgotten; return what the job took.
                         schedule.scheduler.decline(&job);
                         continue;
                     };
                     let is_open = matches!(job, Job::Open(_));
-                    // A batch gets its memory first.
+                    // A batch gets its memory first, so the worker does not wait for files yet.
                     let at_files_since = (is_open || matches!(job, Job::Check(..))).then(Instant::now);
                     schedule.workers.begin(worker, Task { load: *job.load(), is_open }, at_files_since);
                     if let Job::Allocate(_, _, need) = &job {
@@ -458,14 +459,15 @@ impl<T: Clone> Jobs<T> {
         }
         schedule.workers.leave(worker);
         drop(schedule);
-        // It may have been woken for what another one has to do.
+        // The wake-up may have been meant for another worker.
         self.changed.notify_one();
         None
     }
 }
 
 impl<T> Schedule<T> {
-    /// How long nobody need look for anything; `None` if not before something happens.
+    /// How long until the next check is due; `None` if nothing has to be checked until something
+    /// changes.
     fn look_after(&self, now: Instant) -> Option<Duration> {
         self.workers.look_after(now).into_iter().chain(self.silence_look_after(now)).min()
     }
@@ -491,7 +493,7 @@ impl<T> Schedule<T> {
         }
     }
 
-    /// A worker has done what it had to do.
+    /// Ends a worker's current task.
     fn end_task(&mut self, worker: WorkerId) {
         if let Some(bytes) = self.allocating.remove(&worker) {
             self.end_allocating(bytes);

@@ -1,8 +1,8 @@
-//! The thread that tells: what the ring thread and the workers have found out reaches the loads' consumers, and
-//! the subscribers of `tracing`, from here. So the caller's code runs neither on the ring thread nor under a lock,
-//! and each load's segments go out in order without one.
+//! The queue of the teller: what the ring thread and the workers find out reaches consumers, and
+//! subscribers of `tracing`, through it. So the caller's code runs neither on the ring thread nor
+//! under a lock, and each load's segments go out in order without one.
 //!
-//! A waker that takes its time holds up what other loads are told, but no read and no allocation.
+//! A slow waker delays what other loads are told, but no read and no allocation.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,23 +15,24 @@ use super::state::LoadShared;
 use crate::ring::Output;
 use crate::support::id::LoadId;
 
-/// Something to tell.
+/// A message for the teller.
 #[derive(Debug)]
 pub(super) enum Message<E> {
-    /// The ring thread has done this. Buffers have gone back before.
+    /// The ring thread did this. The buffers were already returned.
     Ring(Output<()>),
     /// A load may have segments to hand over, or its end.
     Deliver(Arc<LoadShared>),
-    /// The ring broke down, and another one takes its place.
+    /// The ring failed, and a new one replaces it.
     RingBroke { errno: Errno, leaked_bytes: u64 },
-    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` if all
-    /// workers do that can be had.
+    /// Workers wait for files of these loads, whose servers do not answer. `is_exhausted` if that
+    /// is true of all workers that may be started.
     Stalled { loads: Vec<LoadId>, is_exhausted: bool },
     /// No thread could be started in place of one of these.
     NoSubstitute { error: io::Error },
-    /// The ring thread has ended: by itself, or with this panic. Its share of the engine is dropped here.
+    /// The ring thread has ended, by itself or with this panic. Its reference to the engine is
+    /// dropped by the teller.
     RingEnded { engine: Arc<E>, panic: Option<String> },
-    /// The thread panics, as a broken invariant would make it.
+    /// Makes the thread panic, as a broken invariant would.
     #[cfg(test)]
     Panic,
 }
@@ -39,12 +40,12 @@ pub(super) enum Message<E> {
 #[derive(Debug)]
 struct Queue<E> {
     messages: VecDeque<Message<E>>,
-    /// The thread ends when it has told what there is.
+    /// The thread ends after the messages that are queued.
     closed: bool,
     ended: bool,
 }
 
-/// What is to be told, and not told yet. `E` is the engine.
+/// Messages that the teller has not handled yet. `E` is the engine.
 #[derive(Debug)]
 pub(super) struct Mailbox<E> {
     queue: Mutex<Queue<E>>,
@@ -63,7 +64,7 @@ impl<E> Mailbox<E> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Leaves messages to the thread. Once that was told to end, they are dropped: by then every load has ended.
+    /// Queues messages. Drops them if the queue is closed: by then every load has ended.
     pub(super) fn push(&self, messages: impl IntoIterator<Item = Message<E>>) {
         let mut messages: VecDeque<_> = messages.into_iter().collect();
         let mut queue = self.queue();
@@ -72,11 +73,11 @@ impl<E> Mailbox<E> {
         }
         drop(queue);
         self.changed.notify_all();
-        // What is left is dropped here, without the lock.
+        // Drop the remaining messages without the lock.
         drop(messages);
     }
 
-    /// Waits for messages, and takes all there are; `None` when no more come.
+    /// Waits for messages, and takes all of them; `None` when the queue is closed and empty.
     pub(super) fn next(&self) -> Option<VecDeque<Message<E>>> {
         let mut queue = self.queue();
         loop {
@@ -90,13 +91,13 @@ impl<E> Mailbox<E> {
         }
     }
 
-    /// No more messages come.
+    /// Closes the queue: no more messages are accepted.
     pub(super) fn close(&self) {
         self.queue().closed = true;
         self.changed.notify_all();
     }
 
-    /// The thread has ended.
+    /// Records that the thread has ended.
     pub(super) fn end(&self) {
         let mut queue = self.queue();
         (queue.closed, queue.ended) = (true, true);
@@ -104,7 +105,7 @@ impl<E> Mailbox<E> {
         self.changed.notify_all();
     }
 
-    /// Waits for the thread to end, or the time to be up; whether it has ended.
+    /// Waits for the thread to end, or until the time is up; returns whether it has ended.
     pub(super) fn wait_until_ended(&self, timeout: Duration) -> bool {
         let waited = self.changed.wait_timeout_while(self.queue(), timeout, |queue| !queue.ended);
         waited.unwrap_or_else(PoisonError::into_inner).0.ended

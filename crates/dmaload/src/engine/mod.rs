@@ -1,28 +1,28 @@
 //! The engine: what all loads of a loader share, and the threads that work for them.
 //!
 //! ```text
-//!   workers (allocator threads)   open and plan ──► allocate and populate ──► check at the end
-//!        │ jobs from the scheduler, permits from its window          ▲
-//!        ▼                                                           │
-//!   ring thread                   pieces in ──► reads ──► pieces full ┘ ──► teller ──► segments to the loads
+//!   workers (allocator threads)  open and plan ──► allocate and populate ──► check at the end
+//!        │ jobs from the scheduler, permits from its window         ▲
+//!        ▼                                                          │
+//!   ring thread                  pieces in ──► reads ──► pieces full┘ ──► teller ──► segments
 //! ```
 //!
-//! Locks: a load's may be held while the schedule's is taken (memory that it drops gives its
-//! charge back), never the other way round.
+//! Lock order: a load's lock may be held while the schedule's is taken (dropped memory returns its
+//! charge), but never the reverse.
 //!
 //! The caller's code (heaps, verifiers, observers, wakers, subscribers of `tracing`, and their
 //! drops) runs without any of our locks, on workers, on the observers' threads and on the teller,
-//! never on the ring thread. A panic of it is caught where it is called (see
+//! never on the ring thread. Panics in it are caught at the call (see
 //! [`crate::support::foreign`]).
 //!
-//! It decides which job is next and starts the threads that do it. It makes no read itself: files
-//! are opened by [`crate::files`], memory is allocated by [`crate::memory`], and reads belong to
-//! [`crate::ring`]. Requires threads and one eventfd; all else may be refused, and a load then
-//! says what it did without.
+//! The engine decides which job is next and starts the threads for it. It makes no reads itself:
+//! [`crate::files`] opens files, [`crate::memory`] allocates, and [`crate::ring`] reads. It
+//! requires threads and one eventfd; anything else may be refused, and a load then reports what it
+//! did without.
 //!
-//! How it ends: with its last [`Guard`], or at a shutdown, it closes. Running loads fail, the ring
-//! thread drains its reads and leaves, then the workers, then the teller, which tells the
-//! consumers so. Past the deadline, what is in flight is leaked and threads that hang are left
+//! Shutdown: the engine closes with its last [`Guard`], or when asked to. Running loads fail, the
+//! ring thread drains its reads and ends, then the workers end, then the teller, which informs the
+//! consumers. Past the deadline, what is in flight is leaked, and threads that hang are left
 //! behind ([`Leaked`]).
 
 mod allocate;
@@ -77,29 +77,29 @@ use crate::telemetry::metrics::LoadCounters;
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Engine {
-    /// Without the options of loads that choose none: what verifies or observes these is the caller's code, and an
-    /// engine may be dropped by any thread.
+    /// Without the default options' verifier and observer: they are the caller's code, and any
+    /// thread may drop the engine.
     settings: Settings,
     facts: HeapFacts,
-    /// When the ring thread's clock began.
+    /// The origin of the ring thread's clock.
     epoch: Instant,
     reaper: Reaper,
     ring: RingThread<PieceBuffer<WindowPermit>>,
     mailbox: Arc<Mailbox<Engine>>,
-    /// Why there are no more loads, where a thread of ours has panicked.
+    /// Why there are no more loads, if one of our threads has panicked.
     broken: OnceLock<Error>,
     jobs: Jobs<Arc<LoadShared>>,
     choices: Mutex<Choices>,
     threads: Arc<Threads>,
     leaked_bytes: AtomicU64,
-    /// Of the ring's threads, those that are left behind.
+    /// How many of the ring's threads were left behind.
     left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
-    /// Ends the watch over memory pressure, where there is one.
+    /// Ends the watch on memory pressure, if there is one.
     unwatch: Option<OwnedFd>,
 }
 
-/// A permit of the window: gives what it is for back when it is dropped.
+/// A permit of the window, returned when it is dropped.
 #[derive(Debug)]
 pub(crate) struct WindowPermit {
     engine: Arc<Engine>,
@@ -108,10 +108,10 @@ pub(crate) struct WindowPermit {
 }
 
 impl WindowPermit {
-    /// Takes the part of a permit that is for one piece of a batch.
+    /// Splits off the part for one piece of a batch.
     ///
     /// # Panics
-    /// When that is more than there is.
+    /// When the part is larger than the permit.
     fn split(&mut self, part: Need) -> WindowPermit {
         let left = |all: u64, part: u64| all.checked_sub(part).expect("a batch has a permit for each of its pieces");
         let (bytes, files) = (left(self.need.bytes, part.bytes), left(self.need.files, part.files));
@@ -130,7 +130,8 @@ impl Drop for WindowPermit {
     }
 }
 
-/// Memory that was taken of the budget for a batch: given back when it is dropped, unless the memory has it.
+/// Memory taken from the budget for a batch; returned when dropped, unless it was charged to an
+/// allocation.
 #[derive(Debug)]
 struct BudgetPermit {
     engine: Arc<Engine>,
@@ -139,7 +140,7 @@ struct BudgetPermit {
 }
 
 impl BudgetPermit {
-    /// From now on the memory gives it back, when it is freed.
+    /// Moves the charge to the allocation, which returns it when freed.
     fn charge(mut self, backing: &Backing) {
         let bytes = std::mem::take(&mut self.bytes);
         let engine = Arc::downgrade(&self.engine);
@@ -180,7 +181,7 @@ impl Engine {
         started
     }
 
-    /// Has the pool freed when memory is short, where the kernel tells.
+    /// Frees the pool when memory is short, if the kernel reports that.
     fn watch_pressure(self: &Arc<Self>) {
         let Some(pressure) = pressure::open() else { return };
         let own = Arc::clone(self);
@@ -212,13 +213,15 @@ impl Engine {
         self.broken.get().cloned().unwrap_or(Error::ShutDown)
     }
 
-    /// No new loads; those that run fail; the threads end when the last read has come back.
+    /// Refuses new loads and fails the running ones; the threads end when the last read has
+    /// completed.
     fn close(&self) {
         let loads = self.jobs.refuse();
         for load in &loads {
             self.bury(load.id, [load.fail(self.end())]);
         }
-        // If the scheduler is what has panicked, it may do so again. The loads have failed, and the rest is done all the same.
+        // If it was the scheduler that panicked, it may panic again. The loads have failed; the
+        // rest must still be done.
         let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
         for load in loads {
@@ -229,7 +232,7 @@ impl Engine {
         if let Some(unwatch) = &self.unwatch {
             let _ = rustix::io::write(unwatch, &1_u64.to_ne_bytes());
         }
-        // No load comes any more that could use it.
+        // No later load could use the pool.
         self.reaper.set_pool_bytes(0);
     }
 
@@ -237,7 +240,8 @@ impl Engine {
         let mut threads = self.threads.wait(self.settings.shutdown_timeout);
         if threads > 0 {
             self.ring.give_up();
-            // The ring thread needs a moment to leave; a worker that hangs in the kernel is left alone.
+            // The ring thread needs a moment to end; a worker that hangs in the kernel is left
+            // alone.
             threads = self.threads.wait(Duration::from_secs(1));
         }
         let mut held_bytes = 0;
@@ -247,12 +251,12 @@ impl Engine {
             threads = self.threads.wait(Duration::from_millis(100));
         }
         self.mailbox.close();
-        // It may be in a waker, which is the caller's code.
+        // The teller may be in a waker, which is the caller's code.
         threads += usize::from(!self.mailbox.wait_until_ended(Duration::from_secs(1)));
         self.left(held_bytes, threads)
     }
 
-    /// What has not ended by now, for a shutdown without a thread that could wait for it.
+    /// What has not ended yet, for a shutdown without a thread that could wait.
     fn left_now(&self) -> Result<(), Leaked> {
         let threads = self.threads.wait(Duration::ZERO);
         // The ring thread may still have pieces.
@@ -268,7 +272,7 @@ impl Engine {
         }
     }
 
-    /// A worker drops what a load has left.
+    /// Has a worker drop what a load has left.
     fn bury(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
         for (memory, files) in remains.into_iter().map(DeferredDrop::parts) {
             self.jobs.bury(Left::Memory(load), memory);
@@ -282,27 +286,27 @@ impl Engine {
         self.ring.wake();
     }
 
-    /// Nothing more is to be scheduled for this load. A worker drops it: its files and addresses, and what observes it.
+    /// Stops scheduling this load. A worker drops it, with its files, addresses and observer.
     fn forget(&self, id: LoadId) {
         if let Some(load) = self.jobs.forget(id) {
             self.jobs.bury(Left::Files(id), load);
         }
     }
 
-    /// Fails a load for good: its reads in flight are drained by the ring thread.
+    /// Fails a load; the ring thread drains its reads in flight.
     fn fail(&self, load: &Arc<LoadShared>, error: Error) {
         self.bury(load.id, [load.fail(error)]);
         self.abandon(load);
         self.tell_of(load);
     }
 
-    /// Something has become complete, or failed: the teller sees what follows for the load's consumer.
+    /// Has the teller deliver what has become complete, or the failure.
     fn tell_of(&self, load: &Arc<LoadShared>) {
         self.mailbox.push([Message::Deliver(Arc::clone(load))]);
     }
 }
 
-/// A panic of a thread of ours, in code that is not known to be the caller's.
+/// The error for a panic of one of our threads, in code that is not known to be the caller's.
 fn defect(thread: &str, message: String) -> Error {
     Error::Panicked { code: format!("{thread} of dmaload (a defect of dmaload, or of a subscriber of tracing)"), message }
 }

@@ -1,4 +1,5 @@
-//! The first job of a load: opening its large files and reading their headers, looking at its small ones, planning.
+//! The first job of a load: opens its large files and reads their headers, inspects its small
+//! ones, and plans.
 
 use std::fs;
 use std::sync::Arc;
@@ -31,8 +32,8 @@ use crate::support::errno;
 use crate::support::foreign;
 use crate::telemetry::report::Way;
 
-/// Files of a load that stay open from planning on. Those beyond are opened again when their turn comes: a load of
-/// thousands of files must fit into the limit of open files.
+/// How many files of a load stay open from planning on. The others are reopened for their first
+/// batch: a load of thousands of files must stay within the limit of open files.
 const KEPT_OPEN: usize = 8;
 
 impl Engine {
@@ -45,11 +46,12 @@ impl Engine {
         };
         let Planned { plan, range, files, fallbacks } = planned;
         let memory_bytes: u64 = plan.memories.iter().map(|memory| memory.bytes).sum();
-        // One that is kept was refused before it was planned.
+        // A kept load was already checked before planning.
         let largest_bytes = plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0);
         let reserved_bytes = if load.keep { memory_bytes } else { largest_bytes };
         let limit_bytes = self.settings.memory_limit_bytes;
-        // Whoever streams tensors holds all memories of one until its last byte is there.
+        // A consumer that streams tensors holds all allocations of one until its last byte is
+        // read.
         let tensor_bytes = if load.keep { 0 } else { largest_tensor(&plan, &files) };
         let reserved_bytes = if tensor_bytes <= limit_bytes { reserved_bytes.max(tensor_bytes) } else { reserved_bytes };
         if tensor_bytes > limit_bytes {
@@ -69,7 +71,7 @@ impl Engine {
         load.choose(self.choosing(load, &plan, &files));
         let (pieces, batches) = load.planned(plan, range, files, fallbacks);
         if pieces == 0 {
-            // It is at its end, or has failed meanwhile.
+            // The load is already complete, or has failed in the meantime.
             self.tell_of(load);
             return self.jobs.end();
         }
@@ -79,27 +81,28 @@ impl Engine {
         self.ring.begin(spec, Arc::clone(&load.abandoned));
         self.jobs.opened(load.id, LoadNeeds { batches, reserved_bytes, ahead_bytes, priority });
         if load.keep {
-            // Of its files, whose tensors somebody may wait for.
+            // Deliver the files: a consumer may be waiting for their tensors.
             self.tell_of(load);
         }
     }
 
-    /// Which way the batches of a load are read.
+    /// Decides which way the batches of a load are read.
     fn choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
         let LoadOptions { route, prefer, .. } = load.options;
         if route.is_some() || load.is_observed_in_staging() || prefer == Prefer::Cpu {
             let start = load.starting_route();
-            // A ring reads into memory that is there, through the page cache, too.
+            // A ring needs populated memory, also for reads through the page cache.
             let direct = start < Route::Bounce || start == Route::UringBuffered && !load.is_observed_in_staging();
             return Choosing::fixed(if direct { Way::Direct } else { Way::Staged });
         }
-        // Memory that is there as a whole is there ahead of any read; whether it can be pinned, reads find out.
+        // Memory that is allocated at once is ahead of any read. Reads find out whether it can be
+        // pinned.
         if self.facts.allocates_at_once {
             return Choosing::fixed(Way::Direct);
         }
         let mut mounts = files.iter().map(|file| file.identity.mount());
         let Some(mount) = mounts.next() else { return Choosing::fixed(Way::Direct) };
-        // Of one file system all are the same.
+        // The files of one file system are all alike.
         let open = files.iter().find_map(|file| file.open.as_ref());
         let may_be_slow = open.is_some_and(|file| file.ring_refused.is_some());
         let buffered = may_be_slow
@@ -115,14 +118,15 @@ impl Engine {
         choices.begin(load.id, mount, ways, &batches, |other| !self.jobs.knows(other))
     }
 
-    /// The most memory that a stream has ahead of its consumer: enough for a full window beside a segment that waits for its last
-    /// reads, and half of what there is where that is less.
+    /// The most memory that a stream allocates ahead of its consumer: a full window beside a
+    /// segment that waits for its last reads; or half of the available memory, if that is less.
     fn ahead_bytes(&self, largest_bytes: u64) -> u64 {
         let usual = self.settings.window_bytes.saturating_add(largest_bytes);
         headroom().map_or(usual, |seen| usual.min(seen.available_bytes / 2))
     }
 
-    /// Refuses what can't be loaded, from the lengths alone: what a file claims to be long costs nothing, a plan of it does.
+    /// Refuses loads that can't fit, from the lengths alone: a file may claim any length, but
+    /// planning it has a cost.
     fn check_size(&self, load: &LoadShared, shape: Shape, spans: &[Span], alignments: &[u64]) -> Result<Shape> {
         let length = |span: &Span| span.range.end - span.range.start;
         let memory = |span: &Span| {
@@ -134,16 +138,18 @@ impl Engine {
         if load.keep && memory_bytes > limit_bytes {
             return Err(Error::OverLimit { wanted_bytes: memory_bytes, limit_bytes, why: "all of the load" });
         }
-        // A stream whose consumer drops what it has used may be larger than memory; one segment may not.
+        // A stream whose consumer drops used segments may be larger than memory, but no single
+        // segment may.
         let largest = |span: &Span| match load.options.layout {
             Layout::Segmented | Layout::Tensors if !span.single => memory(span).min(shape.segment_bytes),
             Layout::Segmented | Layout::Tensors | Layout::Single => memory(span),
         };
         let at_once = if load.keep { memory_bytes } else { spans.iter().map(largest).max().unwrap_or(0) };
-        // What the pool has may serve again; where its sizes do not fit, each allocation looks for itself.
+        // Memory from the pool may be reused; if the sizes do not match, each allocation checks
+        // for itself.
         self.check_headroom(at_once.saturating_sub(self.reaper.pooled_bytes()))?;
         let mut shape = shape;
-        // Of the longest files, larger ones: these are still as small as a segment.
+        // For very long files, use larger batches, as long as they are no larger than a segment.
         while shape.pieces(spans.iter().map(length)) > MOST_PIECES && shape.batch_bytes < shape.segment_bytes {
             shape.batch_bytes = shape.batch_bytes.saturating_mul(2).min(shape.segment_bytes);
         }
@@ -168,12 +174,12 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let (settings, allocates_at_once) = (&engine.settings, engine.facts.allocates_at_once);
     let (share_bytes, memory_limit_bytes) = (settings.share_bytes(), settings.memory_limit_bytes);
     let options = &load.options;
-    // Where a memory's pages come all at once, the window has to count all of it. (Not for a whole file: it may be larger
-    // than the window, and nobody could load it.)
+    // If an allocation's pages come all at once, the window has to count all of it. (Not for a
+    // single allocation per file: it may be larger than the window, and then could not be loaded.)
     let at_once = allocates_at_once && options.layout != Layout::Single;
-    // So that several go on side by side.
+    // Lets several proceed at the same time.
     let part_of_window = at_once.then_some(settings.window_bytes / 8);
-    // A stream is to have several segments in what there is.
+    // A stream needs several segments in the available memory.
     let part_of_room = if load.keep { None } else { headroom().map(|seen| seen.available_bytes / 8) };
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
     let limits = limits.chain(part_of_room).min();
@@ -186,7 +192,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
     }
     let batch_bytes = if at_once { segment_bytes } else { settings.batch_bytes().min(segment_bytes) };
-    // What is aligned to more than blocks begins a memory.
+    // Files that need more than block alignment get allocations of their own.
     let packed = options.packed && options.importer.alignment_bytes <= dmabuf::page_bytes() as u64;
     let batch_files = descriptors::batch_files();
     let shape = Shape { layout: options.layout, segment_bytes, batch_bytes, packed, batch_files };
@@ -214,23 +220,24 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         selector.all_met()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
-    // Of small files the headers are read later, and of ranges of bytes never.
+    // The headers of small files are read later, and those of byte ranges never.
     let is_read = selector.as_ref().is_none_or(|selector| selector.needs_tensors() || selector.cuts_bytes());
     if is_read && !load.is_over() && !files.iter().any(|file| file.small) {
         let own = files.iter().map(|file| file.tensors.as_deref().map(|tensors| &*tensors.map));
         let maps = own.zip(&cuts).map(|(own, cut)| own.or(cut.as_ref()));
         load.check_whole(maps)?.into_iter().for_each(|note| load.note(Some(note)));
     }
-    // What was asked for first is read first, of whatever file it is.
+    // Read what was asked for first, first, whichever file it is in.
     spans.sort_by_key(|span| span.class);
     let reserve = |bytes| match usize::try_from(bytes).unwrap_or(usize::MAX) {
         0 => Ok(None),
         bytes => AddressRange::reserve(bytes).map(Some).map_err(|error| load.memory_error(error)),
     };
     let alignments: Vec<_> = files.iter().map(|file| file.alignment_bytes).collect();
-    // Before addresses are asked for: memory is the smaller limit, and its error has the numbers.
+    // Before reserving addresses: memory is the smaller limit, and its error has the numbers.
     let shape = engine.check_size(load, shape, &spans, &alignments)?;
-    // Files too large for addresses (sparse ones can be) are not worth a plan of their size.
+    // Files too large for the address space (sparse ones can be) are not worth a plan of their
+    // size.
     reserve(spans.iter().fold(0, |sum: u64, span| sum.saturating_add(span.range.end - span.range.start)))?;
     let plan = Plan::new(&alignments, &spans, shape);
     let range = reserve(plan.memory_bytes)?;
@@ -246,13 +253,14 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     Ok(Planned { plan, range, files, fallbacks })
 }
 
-/// The size of segments that leaves each memory a descriptor: larger than `segment_bytes` where these are few, with a note.
+/// A segment size that leaves a descriptor for each allocation: larger than `segment_bytes` if
+/// descriptors are few, with a note.
 fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<u64>, packed: bool) -> u64 {
-    // Anonymous memory has none.
+    // Anonymous memory needs none.
     if load.heap() == AnonHeap::NAME {
         return segment_bytes;
     }
-    // What can't be looked at is told by whoever opens it.
+    // Files that can't be inspected are reported when they are opened.
     let length = |source: &SourceFile| source.part.clone().map(|part| part.end.saturating_sub(part.start));
     let lengths: Vec<_> = load
         .sources()
@@ -273,21 +281,21 @@ fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<
     larger
 }
 
-/// How many memories files of these lengths are in, more or less.
+/// How many allocations files of these lengths take, approximately.
 fn memories(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes: segment_bytes, packed, batch_files: 1 };
     let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.packs(bytes));
     let shared = small.into_iter().fold(0, u64::saturating_add);
-    // The next file may be a quarter of a memory, which stays empty then.
+    // The next file may need a quarter of an allocation, which then stays empty.
     shared.div_ceil(segment_bytes / 4 * 3) + shape.pieces(large.into_iter())
 }
 
-/// How much memory the tensor is in that is in most.
+/// The most memory that a single tensor's allocations take.
 fn largest_tensor(plan: &Plan, files: &[FilePlan]) -> u64 {
     let mut largest = 0;
     for (number, file) in files.iter().enumerate() {
         let Some(tensors) = &file.tensors else { continue };
-        // Segments of a file, in its order: of those that overlap, any will do.
+        // The segments of a file, in its order. Of segments that overlap, any will do.
         let mut own: Vec<_> = plan.segments.iter().filter(|segment| segment.file == number).collect();
         own.sort_by_key(|segment| segment.file_range.start);
         for position in (0..tensors.len()).filter_map(|number| tensors.position_of(number)) {
@@ -310,7 +318,7 @@ fn largest_tensor(plan: &Plan, files: &[FilePlan]) -> u64 {
     largest
 }
 
-/// Refuses what the importer could not map.
+/// Refuses a plan that the importer could not map.
 fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
     let ImporterLimits { max_segment_bytes, max_segments, .. } = limits;
     let (segments, segment_bytes) = (plan.memories.len(), plan.memories.iter().map(|memory| memory.bytes).max().unwrap_or(0));
@@ -320,7 +328,7 @@ fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
     Ok(())
 }
 
-/// What the files are to be is asked when their lengths are known.
+/// Starts the verifier, now that the lengths of the files are known.
 fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     if load.observation.is_some() && load.sources().iter().any(|source| source.part.is_some()) {
         return Err(Error::Config("a model inside of another file can't be verified or observed".to_owned()));
@@ -329,7 +337,7 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     let lengths: Vec<_> =
         load.sources().iter().zip(files).map(|(source, file)| (source.path.as_path(), file.identity.bytes)).collect();
     let named = expand::named_among(&load.asked(), load.sources());
-    // Its code is the caller's.
+    // This is the caller's code.
     let begun = foreign::call(|| match named {
         Some(named) => {
             let observer = verify.0.begin_for(&lengths, named, load.options.format);
@@ -347,13 +355,14 @@ fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     Ok(())
 }
 
-/// A file whose header was read where that is needed to plan it.
+/// A planned file. Its header was read if planning needs it.
 #[derive(Debug)]
 struct PlannedFile {
     plan: FilePlan,
     spans: Vec<Span>,
     fallback: Option<Fallback>,
-    /// The tensors of a file whose bytes are cut: its plan has none, but the model must be whole.
+    /// The tensors of a file whose bytes are cut: its plan has none, but the model must still be
+    /// whole.
     cut: Option<TensorMap>,
 }
 
@@ -366,13 +375,13 @@ fn plan_file(
     route: Route,
 ) -> Result<PlannedFile> {
     let (options, path) = (&load.options, source.path.as_path());
-    // What can't be looked at can't be opened either, and that error is the better known.
+    // A file that can't be inspected can't be opened either, and the error of opening is clearer.
     if selector.is_none()
         && source.part.is_none()
         && shape.layout != Layout::Tensors
         && let Ok((identity, alignment_bytes)) = look_at(path)
         && shape.packs(identity.bytes)
-        // A file whose length is said to be 0 may have bytes: opening it finds out.
+        // A file whose length is reported as 0 may have bytes; opening it finds out.
         && identity.bytes > 0
     {
         let bytes = identity.bytes;
@@ -392,7 +401,7 @@ fn plan_file(
     let file = OpenFile::open(path)?;
     let (bytes, alignment_bytes) = (file.identity.bytes, file.alignment_bytes);
     let FileRoute { route, fallback } = route_for(&file, index, 0, load, route)?;
-    // Of a range of bytes nobody asked what they are.
+    // Nobody asked which tensors a range of bytes holds.
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
     let part = source.part.clone().unwrap_or(0..bytes);
     if part.start > part.end || part.end > bytes {
@@ -411,7 +420,7 @@ fn plan_file(
         None
     };
     let identity = file.identity;
-    // Of a cut by bytes, tensors serve to say which ones it splits.
+    // For a cut by bytes, the tensors only tell which of them it splits.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {
         Some(selector) => selector.of_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
@@ -443,7 +452,7 @@ fn plan_file(
     Ok(PlannedFile { plan: planned, spans, fallback, cut })
 }
 
-/// The route that reads of a load start at: what was asked for; bounce for what is observed in staging.
+/// The route that reads of a load start at: as requested, or bounce if it is observed in staging.
 fn starting_route(load: &LoadShared) -> Result<Route> {
     let options = &load.options;
     let route = load.starting_route();
@@ -458,7 +467,7 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
     Ok(route)
 }
 
-/// The best way for reads into staging, of loads that are bounced: by a ring, unless something lower was asked for.
+/// The best route for reads into staging: by a ring, unless a lower one was requested.
 pub(super) fn staged_by(options: &LoadOptions) -> Route {
     options.route.filter(|&route| route < Route::Bounce).unwrap_or(Route::UringFixedDirect)
 }
@@ -470,8 +479,8 @@ pub(super) struct FileRoute {
     pub(super) fallback: Option<Fallback>,
 }
 
-/// The route that reads of this file start at: the load's, buffered where `O_DIRECT` is refused, or by
-/// threads where a ring must not read.
+/// The route that reads of this file start at: the load's; buffered if `O_DIRECT` was refused; or
+/// by threads if a ring must not read it.
 pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadShared, from: Route) -> Result<FileRoute> {
     let strict = load.options.strict;
     let staged_by = staged_by(&load.options);
@@ -482,7 +491,7 @@ pub(super) fn route_for(file: &OpenFile, index: usize, offset: u64, load: &LoadS
         (_, Some((attempt, errno))) if from == Route::UringBuffered => step(from, Route::Buffered, attempt, errno),
         (Some(errno), _) if from.is_direct() => step(from, Route::Buffered, Attempt::OpenDirect, errno),
         (None, Some((attempt, errno))) if from < Route::PreadDirect => step(from, Route::PreadDirect, attempt, errno),
-        // What is bounced is still bounced, but read into staging by threads.
+        // Bounced reads stay bounced, but threads read into staging.
         (None, Some((attempt, errno))) if from == Route::Bounce && staged_by < Route::PreadDirect => {
             step(staged_by, Route::PreadDirect, attempt, errno)
         }

@@ -1,8 +1,8 @@
-//! What a load tells its consumers: events in order, and the wakers of those that wait for them.
+//! The events of a load for its consumers, in order, and the wakers of those that wait for them.
 //!
-//! Any number may wait. Each event wakes all of them, so one that is alive but not polled any
-//! more holds up no other. Wakers are the caller's code: they are cloned, called and dropped
-//! without the lock.
+//! Any number may wait. Each event wakes all of them, so a waiter that is alive but no longer
+//! polled does not hold up the others. Wakers are the caller's code: they are cloned, called and
+//! dropped without the lock.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::support::foreign::{self, Foreign};
 use crate::support::sync::{Mutex, MutexGuard, lock};
 
-/// The events that nobody took yet, and those that wait for more.
+/// The events that were not taken yet, and the waiters for more.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     state: Mutex<OutboxState>,
@@ -25,13 +25,13 @@ struct OutboxState {
     events: VecDeque<Event>,
     /// No more events come.
     closed: bool,
-    /// By the number of the waiter: who came first is woken first.
+    /// By the ID of the waiter: the first to come is woken first.
     waiting: BTreeMap<u64, Foreign<Waker>>,
 }
 
 impl Outbox {
-    /// The next event, without waiting for it. After the last one, should the load have ended
-    /// without saying why, [`Error::ShutDown`].
+    /// Takes the next event, if there is one. After the last one, [`Error::ShutDown`] if the load
+    /// ended without giving a reason.
     pub(crate) fn take(&self) -> Option<Event> {
         let mut state = self.state();
         let closed = state.closed;
@@ -46,7 +46,7 @@ impl Outbox {
         };
         let mut woken = Ok(());
         for waker in waiting.into_values() {
-            // The panic of one is no reason to leave the others waiting.
+            // A panic of one waker must not leave the others waiting.
             woken = woken.and(foreign::call(|| waker.wake_by_ref()));
         }
         woken
@@ -57,7 +57,7 @@ impl Outbox {
     }
 }
 
-/// The load's end of an [`Outbox`]. When it is dropped, no more events come.
+/// The load's end of an [`Outbox`]. Dropping it ends the events.
 #[derive(Debug)]
 pub(crate) struct Announcer(Arc<Outbox>);
 
@@ -66,10 +66,10 @@ impl Announcer {
         Announcer(Arc::clone(outbox))
     }
 
-    /// Leaves an event, and wakes all that wait.
+    /// Queues an event, and wakes all waiters.
     ///
     /// # Errors
-    /// The message of a waker that panicked; the others were called all the same.
+    /// The panic message of a waker; the others were called nevertheless.
     pub(crate) fn send(&self, event: Event) -> Result<(), String> {
         self.0.change(|state| state.events.push_back(event))
     }
@@ -82,7 +82,7 @@ impl Drop for Announcer {
     }
 }
 
-/// One that waits for events. It does not wait any more when it is dropped.
+/// A waiter for events. Stops waiting when dropped.
 #[derive(Debug)]
 pub(crate) struct Waiter {
     outbox: Arc<Outbox>,
@@ -95,10 +95,11 @@ impl Waiter {
         Waiter { outbox: Arc::clone(outbox), id: NEXT_ID.fetch_add(1, Ordering::Relaxed) }
     }
 
-    /// Has this waker called with the next event. Look at what is there after that, not before.
+    /// Registers a waker to be called with the next event. Check for events after this, not
+    /// before.
     pub(crate) fn wait(&self, waker: &Waker) {
         let own = Foreign::new(waker.clone());
-        // A statement of its own: the lock must be gone before the one that was there is dropped.
+        // A separate statement: the lock must be released before the previous waker is dropped.
         let before = self.outbox.state().waiting.insert(self.id, own);
         drop(before);
     }
@@ -174,7 +175,7 @@ mod tests {
         announce(&announcer).unwrap();
         announce(&announcer).unwrap();
         assert_eq!([first.get(), second.get()], [1, 1], "neither a dropped waiter is called, nor one that was woken");
-        // Nothing holds on to a waker that was called, or of one that has left.
+        // Nothing keeps a waker that was called, or one of a waiter that was dropped.
         assert_eq!([Arc::strong_count(&first), Arc::strong_count(&second)], [2, 2]);
     }
 

@@ -1,24 +1,26 @@
-//! Who is served next: the scheduler of opening, allocating and finishing, over all loads of a loader.
+//! The scheduler: decides which load is opened, allocated for or finished next, over all loads of
+//! a loader.
 //!
 //! Pure bookkeeping, driven by the worker threads under one lock. Loads take turns, one batch
-//! each, so a large one can't starve a small one. One that has its part of the window (see
-//! [`crate::memory::window`]) is passed over; when one that holds nothing of it finds no room,
-//! nobody overtakes it, so small ones can't starve a large one either. Where its file system has
-//! its part, no load of that file system overtakes it, and loads of others do. The number of loads
-//! that are open at once is bounded; the others wait in the order they came. Loads of a higher
+//! each, so a large one can't starve a small one. A load that has its share of the window (see
+//! [`crate::memory::window`]) is passed over. If a load that holds nothing of it finds no room, no
+//! other load overtakes it, so small ones can't starve a large one either. If its file system has
+//! its share, no load of that file system overtakes it, but loads of others may. The number of
+//! loads that are open at once is bounded; the others wait in order of arrival. Loads of a higher
 //! priority go first.
 //!
-//! Where memory is limited, a load begins when its reservation is free (see [`crate::memory::budget`]), in the order they came; one that has
-//! its share is passed over until its consumer drops something. A stream has a bounded amount of memory ahead of its consumer, also
-//! where memory is not limited: one that is far ahead is passed over until its consumer takes a segment.
+//! If memory is limited, a load starts when its reservation is free (see
+//! [`crate::memory::budget`]), in order of arrival; one that has its share is passed over until
+//! its consumer drops something. Even without a limit, a stream has a bounded amount of memory
+//! ahead of its consumer: one that is far ahead is passed over until its consumer takes a segment.
 //!
-//! A load is *stalled* while one of its jobs waits for a file whose server does not answer.
-//! Until it does, the load gets no further job that may wait for files, holds up no other, and does
-//! not count as open if it is the opening that waits.
+//! A load is *stalled* while one of its jobs waits for a file whose server does not answer. Until
+//! then it gets no further jobs that may wait for files, does not hold up others, and does not
+//! count as open if it is the opening that waits.
 //!
-//! A file system is *silent* while it holds permits of the window and none has come back for long
-//! ([`Scheduler::look_for_silence`]). Its loads don't count as open either, up to [`MOST_SILENT`]
-//! of them: they would keep all places from loads of other file systems.
+//! A file system is *silent* while it holds permits of the window and none has been returned for a
+//! long time ([`Scheduler::look_for_silence`]). Its loads don't count as open either, up to
+//! [`MOST_SILENT`] of them: otherwise they would keep all places from loads of other file systems.
 
 use std::collections::VecDeque;
 
@@ -27,37 +29,38 @@ use crate::memory::window::{Permitted, Window};
 use crate::options::choices::Priority;
 use crate::plan::{BATCH_BYTES, BATCH_FILES};
 
-/// Something for a worker thread to do. `L` names a load.
+/// A job for a worker thread. `L` identifies a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Job<L> {
-    /// Open the files, read their headers, plan.
+    /// Open the files, read their headers, and plan.
     Open(L),
     /// Allocate the batch of this number, for which the permit is taken.
     Allocate(L, usize, Need),
-    /// All reads of a file are done: see whether it is still the file that was opened.
+    /// Check that a file, all of whose reads are done, is still the one that was opened.
     Check(L, usize),
-    /// All bytes of a memory are there: move what is to be moved in it, make it a dma-buf.
+    /// Finish an allocation that is full: move tensors in it, export it as a dma-buf.
     Finish(L, usize),
-    /// The load waits for so much memory that the pool has.
+    /// Free this much memory of the pool, which the load waits for.
     MakeRoom(L, u64),
 }
 
-/// What a batch takes until it is full: what its permit is for.
+/// What a batch needs until it is full; the content of its permit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Need {
     /// Memory.
     pub(crate) bytes: u64,
     /// Files that are opened for it.
     pub(crate) files: u64,
-    /// What its load takes of the budget for it: all of a memory with its first batch, since memory of the pool comes as a whole.
+    /// What its load takes from the budget for it: the whole allocation with its first batch,
+    /// since memory from the pool comes as a whole.
     pub(crate) held_bytes: u64,
-    /// The file system that it is read from. Where small files of several share a memory, that of
-    /// the first.
+    /// The file system it is read from. If small files of several share an allocation, that of the
+    /// first.
     pub(crate) file_system: u64,
 }
 
 impl<L> Job<L> {
-    /// The load that it is for.
+    /// The load that the job is for.
     pub(crate) fn load(&self) -> &L {
         match self {
             Job::Open(load) | Job::Allocate(load, ..) | Job::Check(load, _) | Job::Finish(load, _) | Job::MakeRoom(load, _) => {
@@ -72,16 +75,17 @@ impl<L> Job<L> {
 pub(crate) struct LoadNeeds {
     /// What each batch takes, in order.
     pub(crate) batches: Vec<Need>,
-    /// What it must be able to hold to go on.
+    /// How much the load must be able to hold to make progress.
     pub(crate) reserved_bytes: u64,
-    /// The most memory that it may have ahead of its consumer: allocated, but not taken yet. A memory larger than that is
-    /// allocated when it is the only one. `None` where the consumer keeps all of it anyway.
+    /// The most memory that may be ahead of the consumer: allocated and not taken yet. A larger
+    /// allocation is made only when it is the only one. `None` if the consumer keeps all of it
+    /// anyway.
     pub(crate) ahead_bytes: Option<u64>,
     pub(crate) priority: Priority,
 }
 
 impl LoadNeeds {
-    /// The file system that a load is from whose consumer keeps all of it.
+    /// The file system of the load, if its consumer keeps all of it.
     fn kept_from(&self) -> Option<u64> {
         self.batches.first().filter(|_| self.ahead_bytes.is_none()).map(|need| need.file_system)
     }
@@ -92,24 +96,24 @@ struct LoadTurn<L> {
     load: L,
     demand: LoadNeeds,
     next: usize,
-    /// What it has ahead of its consumer.
+    /// Memory ahead of its consumer.
     ahead: u64,
-    /// It has its reservation.
+    /// Whether it has its reservation.
     admitted: bool,
-    /// Loads that came before it, and are not opened yet.
+    /// Loads that came before it and are not opened yet.
     waits_for: Vec<L>,
 }
 
 impl<L> LoadTurn<L> {
-    /// Whether its next batch begins a memory that has to wait for its consumer.
+    /// Whether its next batch starts an allocation that has to wait for its consumer.
     fn is_far_ahead(&self, need: Need) -> bool {
         let most = self.demand.ahead_bytes.unwrap_or(u64::MAX);
         need.held_bytes > 0 && self.ahead > 0 && self.ahead.saturating_add(need.held_bytes) > most
     }
 }
 
-/// The most loads that do not count as open because their file systems are silent: each has files
-/// open.
+/// The most loads that do not count as open because their file systems are silent: each has open
+/// files.
 const MOST_SILENT: usize = 64;
 
 /// See the module.
@@ -117,26 +121,26 @@ const MOST_SILENT: usize = 64;
 pub(crate) struct Scheduler<L> {
     window: Window<L>,
     budget: Budget<L>,
-    /// The pool was asked for room, and has not given any yet.
+    /// Whether the pool was asked to make room and has not yet done so.
     making_room: bool,
     /// How many files may be open for batches that are not full. Counted like the window's bytes.
     files: Window<L>,
     max_open: usize,
     open: usize,
     waiting: VecDeque<L>,
-    /// Loads that are being opened, in the order they came.
+    /// Loads that are being opened, in order of arrival.
     opening: Vec<L>,
-    /// What comes before anything else: a consumer waits for it.
+    /// Jobs that come before all others: a consumer waits for them.
     urgent: VecDeque<Job<L>>,
     turns: VecDeque<LoadTurn<L>>,
     stalled: Vec<L>,
-    /// Those of them whose opening is what waits, whether they are still wanted or not.
+    /// The stalled loads whose opening is what waits, even those that were forgotten.
     stalled_opening: Vec<L>,
     /// Checks of stalled loads.
     parked: VecDeque<Job<L>>,
-    /// File systems that have held permits since the last look, without any that came back.
+    /// File systems that have held permits since the last check and returned none.
     watched: Vec<u64>,
-    /// Those of them that did so at the look before.
+    /// The file systems that were already watched at the check before.
     silent: Vec<u64>,
 }
 
@@ -146,7 +150,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             window: Window::new(window_bytes, BATCH_BYTES),
             budget: Budget::new(memory_bytes),
             making_room: false,
-            // Not by file system: loads that hold few files each would keep one that needs many waiting.
+            // Per load: loads that hold few files each must not keep one of their file system that
+            // needs many waiting.
             files: Window::of_loads(files, BATCH_FILES as u64),
             max_open,
             open: 0,
@@ -162,17 +167,17 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// A new load. It is opened when its turn comes; from then on it counts as open until [`Self::end`].
+    /// Adds a new load. Once it is opened in its turn, it counts as open until [`Self::end`].
     pub(crate) fn submit(&mut self, load: L) {
         self.waiting.push_back(load);
     }
 
-    /// A load was opened and planned.
+    /// Records that a load was opened and planned.
     pub(crate) fn opened(&mut self, load: L, demand: LoadNeeds) {
         let came_before = self.opening.iter().position(|other| *other == load).unwrap_or(0);
         let waits_for = self.opening.get(..came_before).unwrap_or_default().to_vec();
         self.is_opened(&load);
-        // Those that came later and were opened sooner wait for this one.
+        // Loads that came later but were opened sooner wait for this one.
         let later = |turn: &LoadTurn<L>| !turn.admitted && turn.waits_for.contains(&load);
         let at = self.turns.iter().position(later).unwrap_or(self.turns.len());
         self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| *other != load));
@@ -188,12 +193,12 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.urgent.push_back(Job::Check(load, file));
     }
 
-    /// All pieces of this memory are full.
+    /// All pieces of this allocation are full.
     pub(crate) fn memory_read(&mut self, load: L, memory: usize) {
         self.urgent.push_back(Job::Finish(load, memory));
     }
 
-    /// The next thing to do, if there is one now.
+    /// The next job, if there is one now.
     pub(crate) fn next(&mut self) -> Option<Job<L>> {
         while let Some(job) = self.urgent.pop_front() {
             if matches!(&job, Job::Check(load, _) if self.stalled.contains(load)) {
@@ -215,12 +220,12 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.batch()
     }
 
-    /// Loads that count as open.
+    /// How many loads count as open.
     fn counted_open(&self) -> usize {
         self.open.saturating_sub(self.stalled_opening.len() + self.silent_loads())
     }
 
-    /// Loads of silent file systems: those that wait for permits, and those that hold some.
+    /// How many loads of silent file systems wait for permits or hold some.
     fn silent_loads(&self) -> usize {
         if self.silent.is_empty() {
             return 0;
@@ -241,9 +246,9 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         !self.waiting.is_empty() && self.counted_open() >= self.max_open
     }
 
-    /// Finds file systems that have held permits since the last call, of which none has come back.
-    /// To be called now and then while [`Self::lacks_places`]. Whether more of them are silent
-    /// now.
+    /// Finds file systems that have held permits since the last call and returned none. Must be
+    /// called from time to time while [`Self::lacks_places`]. Returns whether more of them are
+    /// silent than before.
     pub(crate) fn look_for_silence(&mut self) -> bool {
         let mut holding: Vec<_> = self.window.holders().map(|(_, file_system)| file_system).collect();
         holding.sort_unstable();
@@ -254,8 +259,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.silent.len() > before
     }
 
-    /// Loads whose last batch was given out take nothing any more. Before others are admitted,
-    /// which may wait for that.
+    /// Closes the accounts of loads whose last batch was handed out. Comes before others are
+    /// admitted, which may wait for that.
     fn close_done(&mut self) {
         let is_done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();
         for done in self.turns.iter().filter(|turn| is_done(turn)) {
@@ -264,10 +269,10 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.turns.retain(|turn| !is_done(turn));
     }
 
-    /// Lets loads begin, in order, as far as there is memory for what they reserve.
+    /// Admits loads, in order, as long as their reservations are free.
     fn admit(&mut self) {
-        // A load from each of these waits for what others from there have reserved: none of that
-        // file system overtakes it.
+        // A load of each of these waits for what others of the file system have reserved; no load
+        // of the same file system overtakes it.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             for turn in self.turns.iter_mut().filter(|turn| !turn.admitted && turn.demand.priority == priority) {
@@ -284,18 +289,18 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 match admitted {
                     Admitted::Yes => turn.admitted = true,
                     Admitted::FileSystemHasItsPart => waited_for.extend(kept_from),
-                    // Nobody overtakes it.
+                    // No load overtakes it.
                     Admitted::No => return,
                 }
             }
         }
     }
 
-    /// The next batch of whoever's turn it is.
+    /// The next batch of the load whose turn it is.
     fn batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
-        // A load from each of these waits for what its file system holds: none of that file system
-        // overtakes it.
+        // A load of each of these waits for what its file system holds; no load of the same file
+        // system overtakes it.
         let mut waited_for = Vec::new();
         for priority in Priority::DOWN {
             let mut at = 0;
@@ -305,7 +310,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                     at += 1;
                     continue;
                 }
-                // One that is far ahead is held up by its consumer, and holds up nobody else.
+                // A load that is far ahead is held up by its consumer, and does not hold up
+                // others.
                 if turn.is_far_ahead(need) || waited_for.contains(&need.file_system) {
                     at += 1;
                     continue;
@@ -347,8 +353,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         Some(Job::MakeRoom(load, bytes))
     }
 
-    /// A job of this load waits for a file whose server does not answer. `is_opening` tells
-    /// whether that job opens the load.
+    /// Records that a job of this load waits for a file whose server does not answer. `is_opening`
+    /// says whether that job opens the load.
     pub(crate) fn stall(&mut self, load: L, is_opening: bool) {
         if is_opening {
             self.stalled_opening.push(load.clone());
@@ -358,7 +364,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// None of this load's jobs waits any more.
+    /// Records that none of this load's jobs waits any more.
     pub(crate) fn resume(&mut self, load: &L) {
         self.stalled.retain(|other| other != load);
         self.stalled_opening.retain(|other| other != load);
@@ -367,7 +373,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.urgent.extend::<VecDeque<_>>(resumed);
     }
 
-    /// Nobody will do this job: what was taken for it comes back.
+    /// Undoes a job that will not be done: returns what was taken for it.
     pub(crate) fn decline(&mut self, job: &Job<L>) {
         match job {
             Job::Open(_) => self.end(),
@@ -380,7 +386,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// A permit, all of it or nothing.
+    /// Takes a permit, all or nothing.
     fn take(&mut self, load: &L, need: Need) -> Permitted {
         let bytes = self.window.take(load, need.file_system, need.bytes);
         if bytes != Permitted::Yes {
@@ -390,19 +396,20 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             return Permitted::Yes;
         }
         self.window.give_back(load, need.file_system, need.bytes);
-        // Who waits for files waits for other loads of many files, and need not keep those of large ones waiting.
+        // A load that waits for files waits for others with many files, and need not hold up loads
+        // of large files.
         Permitted::HasItsPart
     }
 
-    /// The consumer of a load has taken a segment with so much memory.
+    /// Records that the consumer of a load has taken a segment of this much memory.
     pub(crate) fn consumed(&mut self, load: &L, bytes: u64) {
-        // One whose last batch was given out has no turn any more.
+        // A load whose last batch was handed out has no turn any more.
         if let Some(turn) = self.turns.iter_mut().find(|turn| turn.load == *load) {
             turn.ahead = turn.ahead.checked_sub(bytes).expect("a consumer takes what was allocated");
         }
     }
 
-    /// A permit comes back.
+    /// Returns a permit.
     pub(crate) fn give_back(&mut self, load: &L, need: Need) {
         self.window.give_back(load, need.file_system, need.bytes);
         self.files.give_back(load, need.file_system, need.files);
@@ -412,8 +419,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
     }
 
-    /// A load failed or was dropped: nothing more is to be done for it. Whether it was opened is for the caller to
-    /// know; one that was must be ended too.
+    /// Removes a load that failed or was dropped. The caller knows whether it was opened; if so,
+    /// it must also call [`Self::end`].
     pub(crate) fn forget(&mut self, load: &L) {
         self.waiting.retain(|other| other != load);
         self.urgent.retain(|job| job.load() != load);
@@ -424,36 +431,36 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.budget.close(load);
     }
 
-    /// Memory of a load is freed, and memory of the pool.
+    /// Records that memory of a load and of the pool was freed.
     pub(crate) fn freed(&mut self, load: &L, held: u64, pooled: u64) {
         self.budget.give_back(load, held);
         self.budget.unpool(pooled);
         self.making_room = false;
     }
 
-    /// Memory that a load held is in the pool now.
+    /// Records that memory that a load held is now in the pool.
     pub(crate) fn pooled(&mut self, load: &L, bytes: u64) {
         self.budget.pool(load, bytes);
         self.making_room = false;
     }
 
-    /// Memory of the pool is used again, by a load that has taken as much.
+    /// Records that memory from the pool is reused, by a load that has taken as much.
     pub(crate) fn unpooled(&mut self, bytes: u64) {
         self.budget.unpool(bytes);
         self.making_room = false;
     }
 
-    /// How much memory is held by anybody, and in the pool.
+    /// How much memory is held by loads or in the pool.
     pub(crate) fn memory_bytes(&self) -> u64 {
         self.budget.there()
     }
 
-    /// An opened load holds no files any more.
+    /// Records that an opened load no longer holds files.
     pub(crate) fn end(&mut self) {
         self.open = self.open.saturating_sub(1);
     }
 
-    /// Whether there is nothing to be done, now or later.
+    /// Whether there is nothing to do, now or later.
     #[cfg(test)]
     pub(crate) fn is_idle(&self) -> bool {
         let done = |turn: &LoadTurn<L>| turn.next == turn.demand.batches.len();

@@ -1,4 +1,4 @@
-//! What holds for a whole loader, and whether the options of a load make sense with it.
+//! The settings of a loader, and whether the options of a load are valid with them.
 
 use std::time::Duration;
 
@@ -11,32 +11,33 @@ use crate::ring::pace::{self, FIRST, Pace, most_allocators, most_copiers};
 use crate::ring::{RingLimits, StagingBudget};
 use crate::support::convert::to_usize;
 
-/// Allocated and not yet filled, over all loads.
+/// Default for memory that is allocated and not yet filled, over all loads.
 pub(crate) const WINDOW_BYTES: u64 = 128 << 20;
-/// Reads in flight, over all loads.
+/// Default for reads in flight, over all loads.
 pub(crate) const QUEUE_DEPTH: usize = 44;
-/// Staging at the start.
+/// Default staging at the start.
 pub(crate) const STAGING_BYTES: u64 = 16 << 20;
-/// What fits into the caches of today's processors, is a huge page, and is a default chunk.
+/// Fits into the caches of today's processors, and is the size of a huge page and of a default
+/// chunk.
 const STAGING_SLOT_BYTES: u64 = 2 << 20;
 const CHUNK_STEP_BYTES: u64 = 64 << 10;
 
-/// What holds for a whole loader.
+/// The settings of a loader.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) window_bytes: u64,
     pub(crate) queue_depth: usize,
     pub(crate) staging_bytes: u64,
-    /// Somebody has chosen the staging, which does not grow then.
+    /// Whether the caller chose the staging size; if so, it does not grow.
     pub(crate) staging_is_chosen: bool,
     pub(crate) pool_bytes: u64,
     /// `u64::MAX` for no limit.
     pub(crate) memory_limit_bytes: u64,
-    /// At the start.
+    /// The number at the start.
     pub(crate) allocator_threads: usize,
-    /// Somebody has chosen them: there are never more.
+    /// Whether the caller chose the number of allocators; if so, it does not grow.
     pub(crate) allocators_are_chosen: bool,
-    /// Processors to count on.
+    /// How many processors to assume.
     pub(crate) cores: usize,
     pub(crate) max_open_loads: usize,
     pub(crate) shutdown_timeout: Duration,
@@ -50,7 +51,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The defaults on a machine of so many processors.
+    /// The defaults on a machine with this many processors.
     pub(crate) fn for_cores(cores: usize) -> Self {
         Settings {
             window_bytes: WINDOW_BYTES,
@@ -79,13 +80,14 @@ impl Settings {
         Pace::new(first, if self.allocators_are_chosen { first } else { most_allocators(self.cores) })
     }
 
-    /// Whether staging grows with the threads that copy.
+    /// Whether staging grows with the number of copiers.
     pub(crate) fn staging_grows(&self) -> bool {
         !self.staging_is_chosen
     }
 
-    /// How much memory one allocator brings into being at once. Less where more than [`FIRST`] may do that side by side:
-    /// what they are at is a part of the window, and has to leave room for reads.
+    /// How much memory an allocator populates at once. Less if more than [`FIRST`] allocators may
+    /// run at the same time: what they work on takes up the window, which must leave room for
+    /// reads.
     pub(crate) fn batch_bytes(&self) -> u64 {
         if self.allocators().most() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
     }
@@ -137,13 +139,14 @@ impl Settings {
         Ok(())
     }
 
-    /// The largest segment that leaves room for as many loads as may be open, where memory is limited.
+    /// The largest segment that leaves room for the maximum number of open loads, if memory is
+    /// limited.
     pub(crate) fn share_bytes(&self) -> Option<u64> {
         let share = self.memory_limit_bytes / self.max_open_loads as u64 / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
         (self.memory_limit_bytes < u64::MAX).then_some(share.max(SEGMENT_STEP_BYTES))
     }
 
-    /// What bounds the ring thread's work.
+    /// The limits of the ring thread's work.
     pub(crate) fn ring_limits(&self) -> RingLimits {
         RingLimits {
             depth: self.queue_depth,

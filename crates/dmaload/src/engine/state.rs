@@ -44,11 +44,12 @@ pub(crate) struct LoadShared {
     pub(crate) options: LoadOptions,
     /// Whether all of it will be in memory at once.
     pub(crate) keep: bool,
-    /// What was asked for: files, and folders of files; nothing any more when the load is over, since open files are among it.
+    /// The requested files and folders; emptied when the load is over, since it may hold open
+    /// files.
     asked: Mutex<Arc<[Input]>>,
     /// The files, once they are known.
     sources: OnceLock<Vec<SourceFile>>,
-    /// Nobody waits for this load any more, or it has failed.
+    /// The load was dropped or has failed.
     pub(crate) abandoned: Arc<AtomicBool>,
     heap: Arc<str>,
     notes: Arc<[String]>,
@@ -57,35 +58,39 @@ pub(crate) struct LoadShared {
     allocates_at_once: bool,
     heap_is_own: bool,
     pub(crate) observation: Option<Observation>,
-    /// What verifies it, in its own words: asked when the load is planned, since that is the caller's code.
+    /// The verifier's description of itself; set during planning, since it is the caller's code.
     pub(crate) verified: OnceLock<String>,
     started: Instant,
     planned_bytes: AtomicU64,
     allocated_bytes: AtomicU64,
     read_bytes: AtomicU64,
-    /// The largest tensor does not fit into the loader's limit of memory: its segments can be streamed, but not it.
+    /// Set if the largest tensor exceeds the loader's memory limit: segments can be streamed, but
+    /// not this tensor.
     pub(crate) tensor_over_limit: OnceLock<Error>,
-    /// Why a thread that was to fill memory had none.
+    /// Why a thread that fills memory could not get any.
     pub(crate) no_memory: OnceLock<Error>,
     /// Which way its batches are read.
     choosing: Mutex<Choosing>,
     counters: Arc<LoadCounters>,
-    /// Of the load, from its call to its end: `dmaload::load`, with `id`, `paths` and, in the end, `bytes` and `error`.
+    /// The span `dmaload::load`, from the call to the end of the load; has `id`, `paths` and, at
+    /// the end, `bytes` and `error`.
     span: Foreign<Span>,
-    /// No code of the caller's runs while this is locked: no waker, no subscriber, no drop of either.
+    /// The caller's code never runs while this is locked: no waker, no subscriber, no drop of
+    /// either.
     state: Mutex<LoadState>,
 }
 
 #[derive(Debug)]
 struct LoadState {
-    /// `None` when the load is over: finished, failed, or dropped. Dropping the last of it wakes the consumers.
+    /// `None` when the load is over: finished, failed, or dropped. Dropping the last reference
+    /// wakes the consumers.
     events: Option<Arc<Announcer>>,
-    /// Why it has failed, until the consumer is told.
+    /// Why the load has failed, until the consumer is told.
     failed: Option<Error>,
-    /// The consumer was not told of the files yet, and wants to know.
+    /// Whether the consumer has yet to receive the list of files.
     files_untold: bool,
     plan: Plan,
-    /// Where its memories are mapped; `None` for no bytes at all.
+    /// Where its allocations are mapped; `None` for a load of no bytes.
     range: Option<Arc<AddressRange>>,
     files: Vec<FileState>,
     memories: Vec<MemoryState>,
@@ -99,7 +104,7 @@ struct LoadState {
     pages_refused: Option<Errno>,
     reused_bytes: u64,
     measured: Option<Measured>,
-    /// What is to be told of this load, and how many reads were tried again.
+    /// Notes for the report, and how many reads were retried.
     notes: Vec<String>,
     retried: usize,
     fallbacks: Vec<Fallback>,
@@ -111,13 +116,14 @@ struct FileState {
     planned: FilePlan,
     open: Arc<OnceValue<Arc<OpenFile>>>,
     pieces_left: usize,
-    /// Where its reads start.
+    /// The route its reads start at.
     start: Route,
     /// The lowest route that any of its bytes took.
     route: Route,
 }
 
-/// What a load leaves that is over. To drop it closes files, which may take as long as their file system likes.
+/// What a load that is over leaves behind. Dropping it closes files, which may take as long as
+/// their server likes.
 #[derive(Debug)]
 #[must_use]
 pub(crate) struct DeferredDrop {
@@ -126,7 +132,7 @@ pub(crate) struct DeferredDrop {
 }
 
 impl DeferredDrop {
-    /// What waits for no server, and what may.
+    /// Splits it into memory, which waits for no server, and files, which may.
     pub(crate) fn parts(self) -> (RemainingMemory, RemainingFiles) {
         (self.memory, self.files)
     }
@@ -149,23 +155,23 @@ pub(crate) struct RemainingFiles {
 struct MemoryState {
     cell: Arc<OnceValue<Arc<Backing>>>,
     pieces_left: usize,
-    /// Files that end in it and wait for their check.
+    /// How many files that end in it wait for their check.
     unchecked: usize,
-    /// Its tensors are to be moved first, or it is to become a dma-buf.
+    /// Its tensors have to be moved, or it has to be exported as a dma-buf.
     unfinished: bool,
-    /// When its last bytes came, as far as they have.
+    /// When its most recent bytes were read.
     full_at: Option<Instant>,
     /// From its allocation until its last segment is handed over.
     span: Foreign<Span>,
 }
 
-/// In place of a span that has not begun, or has ended.
+/// Stands for a span that has not begun, or has ended.
 fn no_span() -> Foreign<Span> {
     Foreign::new(Span::none())
 }
 
 impl LoadState {
-    /// Whether nothing is to be done for the load any more.
+    /// Whether the load has nothing left to do.
     fn is_over(&self) -> bool {
         self.events.is_none() || self.failed.is_some()
     }
@@ -176,12 +182,12 @@ impl LoadState {
         Some((self.plan.segments.get(segment)?.file, segment))
     }
 
-    /// The batch that a piece is of.
+    /// The batch that a piece belongs to.
     fn batch_of(&self, piece: usize) -> usize {
         self.plan.batches.partition_point(|batch| batch.pieces.end <= piece)
     }
 
-    /// The memory that a file ends in; `None` for one without bytes.
+    /// The allocation that a file ends in; `None` for an empty file.
     fn last_memory_of(&self, file: usize) -> Option<usize> {
         self.plan.files.get(file)?.last_memory
     }
@@ -255,19 +261,20 @@ impl LoadShared {
         }
     }
 
-    /// Checks that the files are whole models, once the tensors of all are known; gives notes for the report.
+    /// Checks that the files are whole models, once the tensors of all are known; returns notes
+    /// for the report.
     pub(crate) fn check_whole<'a>(&self, maps: impl Iterator<Item = Option<&'a TensorMap>>) -> Result<Vec<String>> {
         let files: Vec<_> = self.sources().iter().zip(maps).collect();
         if self.options.as_one_file { Ok(Vec::new()) } else { check_whole(&files, self.options.allow_missing) }
     }
 
-    /// These are the files.
+    /// Sets the files.
     pub(crate) fn found(&self, sources: Vec<SourceFile>) {
         let set = self.sources.set(sources);
         debug_assert!(set.is_ok(), "a load is planned once");
     }
 
-    /// The files; none before they are known.
+    /// The files; empty before they are known.
     pub(crate) fn sources(&self) -> &[SourceFile] {
         self.sources.get().map_or(&[], |sources| sources)
     }
@@ -277,29 +284,29 @@ impl LoadShared {
         self.sources().get(file).map(|source| &source.path)
     }
 
-    /// The heap's name.
+    /// The name of the heap.
     pub(crate) fn heap(&self) -> &str {
         &self.heap
     }
 
-    /// Whether its bytes are looked at in staging, which each read goes into then.
+    /// Whether its bytes are observed in staging, so that every read must go there.
     pub(crate) fn is_observed_in_staging(&self) -> bool {
         self.observation.as_ref().is_some_and(|observation| observation.staged)
     }
 
-    /// The route that it starts at: what was asked for; bounce for what is observed in staging.
+    /// The route that it starts at: as requested, or bounce if it is observed in staging.
     pub(crate) fn starting_route(&self) -> Route {
         let asked = self.options.route.unwrap_or(Route::UringFixedDirect);
         if self.is_observed_in_staging() { asked.max(Route::Bounce) } else { asked }
     }
 
-    /// Whether anything is still to be done for it.
+    /// Whether the load is over.
     pub(crate) fn is_over(&self) -> bool {
         self.abandoned.load(Ordering::Acquire) || self.state().is_over()
     }
 
-    /// Takes the plan, and the addresses for it; gives how many pieces it has, and what each batch takes. Without any piece the
-    /// load has ended, and [`Self::deliver`] says so.
+    /// Takes the plan and its address range; returns how many pieces it has, and what each batch
+    /// needs. Without pieces the load is complete, and [`Self::deliver`] ends it.
     pub(crate) fn planned(
         &self,
         plan: Plan,
@@ -309,7 +316,7 @@ impl LoadShared {
     ) -> (usize, Vec<Need>) {
         let mut state = self.state();
         if state.is_over() {
-            // It failed meanwhile, and holds nothing any more.
+            // The load failed in the meantime, and holds nothing any more.
             return (0, Vec::new());
         }
         self.counters.fallbacks.fetch_add(fallbacks.len() as u64, Ordering::Relaxed);
@@ -362,12 +369,13 @@ impl LoadShared {
         (pieces, needs)
     }
 
-    /// Its batches are read so.
+    /// Sets how its batches are read.
     pub(crate) fn choose(&self, choosing: Choosing) {
         *self.choosing() = choosing;
     }
 
-    /// Some of it comes from the page cache: how long its batches take says nothing of storage.
+    /// Stops measuring: some of it comes from the page cache, so batch times say nothing about
+    /// storage.
     pub(crate) fn cannot_measure(&self) {
         self.choosing().give_up();
     }
@@ -377,13 +385,14 @@ impl LoadShared {
         self.choosing().way(batch)
     }
 
-    /// The pieces of a batch are about to be read.
+    /// Records that the pieces of a batch are about to be read.
     pub(crate) fn handed(&self, first_piece: usize) {
         let batch = self.state().batch_of(first_piece);
         self.choosing().handed(batch, self.started.elapsed());
     }
 
-    /// A piece is full. What was measured, when that has just become known, and where.
+    /// Records that a piece is full. Returns the mount and the measurement when that has just
+    /// become known.
     pub(crate) fn measure(&self, piece: usize) -> Option<(u64, Measured)> {
         let (batch, bytes, mount) = {
             let state = self.state();
@@ -399,7 +408,7 @@ impl LoadShared {
         self.choosing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What it takes to allocate this batch; `None` when the load is over.
+    /// What is needed to allocate this batch; `None` when the load is over.
     pub(crate) fn allocation(&self, number: usize) -> Option<Allocation> {
         if self.is_over() {
             return None;
@@ -438,7 +447,7 @@ impl LoadShared {
         })
     }
 
-    /// The span of a memory's segments begins with its first batch.
+    /// Begins the span of an allocation's segments with its first batch.
     fn begin_memory(&self, batch: usize) {
         let planned = {
             let state = self.state();
@@ -448,20 +457,20 @@ impl LoadShared {
                 (number, memory.segments.clone(), memory.bytes)
             })
         };
-        // It has begun already, or the load is over.
+        // The span has already begun, or the load is over.
         let Some((number, segments, bytes)) = planned else { return };
         let (segment, segments) = (segments.start, segments.len());
         let parent = &*self.span;
         let span = foreign::call(|| tracing::debug_span!(parent: parent, "segment", load = self.id.0, segment, segments, bytes));
-        // A subscriber that panics concerns no load.
+        // A subscriber that panics does not affect loads.
         let mut span = span.map_or_else(|_| no_span(), Foreign::new);
-        // Of two workers one is first; the other one's span is dropped without the lock.
+        // If two workers race, the second one's span is dropped, without the lock.
         if let Some(memory) = self.state().memories.get_mut(number).filter(|memory| memory.span.is_none()) {
             std::mem::swap(&mut memory.span, &mut span);
         }
     }
 
-    /// A file was opened when its turn came, and this route chosen for it.
+    /// Records that a file was opened for its first batch, with this route.
     pub(crate) fn file_opened(&self, file_index: usize, route: Route) {
         if let Some(file) = self.state().files.get_mut(file_index) {
             file.start = file.start.max(route);
@@ -469,8 +478,8 @@ impl LoadShared {
         }
     }
 
-    /// The route that reads of a file start at. (Where it has stepped down since, the driver knows; and that parts of it
-    /// took another way says nothing about the others.)
+    /// The route that reads of a file start at. (If it has stepped down since, the driver knows;
+    /// and that parts of it took another way says nothing about the others.)
     pub(crate) fn route_of(&self, file_index: usize) -> Route {
         self.state().files.get(file_index).map_or(self.starting_route(), |file| file.start)
     }
@@ -479,11 +488,11 @@ impl LoadShared {
         self.state().allocating.begin(self.started.elapsed());
     }
 
-    /// Memory was populated, or the attempt has failed.
+    /// Records that memory was populated, or that the attempt failed.
     pub(crate) fn end_allocating(&self, part: &Allocated, start: Instant, populated: Option<(&Populated, bool)>) {
         let mut state = self.state();
         state.allocating.end(self.started.elapsed());
-        // The attempt has failed: there is nothing to count.
+        // The attempt failed: there is nothing to count.
         let Some((populated, reused)) = populated else { return };
         self.allocated_bytes.fetch_add(part.bytes, Ordering::Relaxed);
         if self.options.trace {
@@ -510,7 +519,8 @@ impl LoadShared {
         }
     }
 
-    /// Ends the load with an error, which [`Self::deliver`] tells its consumer. Only the first one counts.
+    /// Fails the load with an error, which [`Self::deliver`] passes to its consumer. Only the
+    /// first error counts.
     pub(crate) fn fail(&self, error: Error) -> DeferredDrop {
         let mut state = self.state();
         self.abandoned.store(true, Ordering::Release);
@@ -518,11 +528,12 @@ impl LoadShared {
             count(&self.counters.failed);
             state.failed = Some(error);
         }
-        // What was full but not handed over goes now; what is being filled belongs to the driver.
+        // Full segments that were not handed over are dropped; those being filled belong to the
+        // driver.
         self.take_remains(&mut state)
     }
 
-    /// What a load has left that has given its end; nothing before that.
+    /// What a load that has delivered its end leaves behind; `None` before that.
     pub(crate) fn remains(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))
@@ -543,12 +554,13 @@ impl LoadShared {
         }
     }
 
-    /// What was asked for. While this is held, the files that were given open stay so: their paths are those of descriptors.
+    /// What was requested. While this is held, files that the caller passed open stay open: their
+    /// paths refer to descriptors.
     pub(crate) fn asked(&self) -> Arc<[Input]> {
         Arc::clone(&self.asked.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Nobody wants it any more: before its end, or after.
+    /// Records that the load was dropped, before or after its end.
     pub(crate) fn dropped(&self) {
         let (events, failed) = {
             let mut state = self.state();

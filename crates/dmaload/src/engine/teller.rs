@@ -1,5 +1,5 @@
-//! The thread that tells loads' consumers, and subscribers of `tracing`, what the others have found out; see
-//! [`super::mailbox`].
+//! The thread that delivers events to consumers, and to subscribers of `tracing`, on behalf of the
+//! other threads; see [`super::mailbox`].
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,19 +20,20 @@ use crate::support::id::LoadId;
 use crate::telemetry::report::Measured;
 
 impl Engine {
-    /// The teller thread; see [`teller`].
+    /// The body of the teller thread.
     pub(super) fn tell(self: Arc<Self>) {
         let mut broke = false;
         while let Some(messages) = self.mailbox.next() {
             for message in messages {
                 let ring_ended = matches!(message, Message::RingEnded { .. });
                 let Err(message) = foreign::call(|| self.handle(message)) else { continue };
-                // A broken invariant: no load may wait for a thread that no longer knows what it does. It goes on, to tell
-                // them their end. Once, since what has panicked may panic again at each load's end.
+                // A broken invariant: no load may wait for a thread whose state is unknown. This
+                // thread continues, to deliver the end of the loads. Only once, since what
+                // panicked may panic again at each load's end.
                 if !std::mem::replace(&mut broke, true) {
                     let error = defect("the teller thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
-                    // Not if the ring thread has panicked before: the first reason counts.
+                    // Keeps the first reason, if the ring thread has already panicked.
                     let _ = self.broken.set(error);
                     let _ = foreign::call(|| self.close());
                 }
@@ -41,7 +42,7 @@ impl Engine {
                 }
             }
         }
-        // Workers have ended, all or all that can.
+        // All workers have ended that can.
         self.jobs.drop_buried();
         self.mailbox.end();
     }
@@ -72,14 +73,15 @@ impl Engine {
                 if let Some(message) = panic {
                     let error = defect("the ring thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
-                    // Not if this thread has panicked before: the first reason counts.
+                    // Keeps the first reason, if this thread has already panicked.
                     let _ = self.broken.set(error);
                 }
-                // Reached with loads only after a panic or past a deadline: they must not wait for ever.
+                // Loads are left only after a panic or past a deadline; they must not wait
+                // forever.
                 self.close();
-                // What was left to workers until now, they drop before they end.
+                // Workers drop what was left to them before they end.
                 self.jobs.finish();
-                // Not the last share of it: this thread has one.
+                // This is not the last reference: this thread has one.
                 drop(engine);
             }
             #[cfg(test)]
@@ -90,7 +92,8 @@ impl Engine {
     fn handle_output(&self, output: Output<()>) {
         let id = output.load();
         let is_gone = matches!(output, Output::Event { event: LoadEvent::Gone { .. }, .. });
-        // A load that has failed or was dropped is forgotten while the driver drains its reads.
+        // A load that failed or was dropped is already forgotten while the driver drains its
+        // reads.
         if let Some(load) = self.jobs.load_of(id) {
             if let Err(message) = foreign::call(|| self.note(&load, output)) {
                 self.fail(&load, defect("the teller thread", message));
@@ -98,7 +101,7 @@ impl Engine {
             self.deliver(&load);
             self.let_go(load);
         } else {
-            // What observed it comes along, and its drop is the caller's code.
+            // The output may contain the load's observer, whose drop is the caller's code.
             foreign::discard(output);
         }
         if is_gone {
@@ -106,7 +109,7 @@ impl Engine {
         }
     }
 
-    /// Notes what the ring thread has done for a load.
+    /// Records what the ring thread did for a load.
     fn note(&self, load: &LoadShared, output: Output<()>) {
         match output {
             Output::PieceFull { load: id, piece, route, buffer: () } => {
@@ -145,7 +148,7 @@ impl Engine {
         }
     }
 
-    /// Hands over what a load has; by the teller alone, which keeps the order.
+    /// Hands over what a load has. Only the teller does this, which keeps the order.
     fn deliver(&self, load: &Arc<LoadShared>) {
         let mut remains = Vec::new();
         let delivered = foreign::call(|| load.deliver(&mut remains));
@@ -162,12 +165,12 @@ impl Engine {
         }
         if over {
             self.forget(load.id);
-            // What it does not need any more goes, however long its consumer keeps it.
+            // Drop what the load no longer needs, however long its consumer keeps it.
             self.bury(load.id, load.remains());
         }
     }
 
-    /// The last one to hold a load leaves it to a worker.
+    /// Leaves a load to a worker if this is its last reference.
     pub(super) fn let_go(&self, load: Arc<LoadShared>) {
         if let Some(load) = Arc::into_inner(load) {
             self.jobs.bury(Left::Files(load.id), load);
@@ -177,14 +180,14 @@ impl Engine {
 
 impl Events<PieceBuffer<WindowPermit>> for Engine {
     fn happened(&self, outputs: Vec<Output<PieceBuffer<WindowPermit>>>) {
-        // The permits go back first: the allocator may go on while the rest is done by the teller.
+        // Return the permits first: the allocators may proceed while the teller does the rest.
         let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
         self.mailbox.push(messages);
     }
 
     fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>) {
         for (load, file) in files {
-            // Whoever holds another reference closes the file.
+            // The holder of another reference closes the file.
             if let Some(file) = Arc::into_inner(file) {
                 self.jobs.bury(Left::Files(load), file);
             }

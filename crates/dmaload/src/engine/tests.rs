@@ -14,16 +14,15 @@ fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
     let gone = LoadId(u64::MAX);
     let window_bytes = guard.settings().window_bytes;
     for _ in 0..8 {
-        // What a load leaves in the scheduler when it is forgotten between two of its steps.
         guard.engine.jobs.leave_behind(gone, Need { bytes: window_bytes, files: 1, ..Need::default() });
     }
     let empty = tempfile::NamedTempFile::new().unwrap();
     let mut events = Segments::start(&guard, Ok(vec![Input::Path(empty.path().to_owned())]), LoadOptions::default(), true);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    // A good load without segments.
+    // A valid load without segments.
     let next = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), events.next()).await });
     assert!(next.expect("the workers are still there").is_none());
-    // The worker tells the consumer of the end before it tells the scheduler.
+    // The worker tells the consumer about the end before it tells the scheduler.
     let taken = || guard.engine.jobs.taken();
     let deadline = Instant::now() + Duration::from_secs(20);
     while taken() != (0, 0) {
@@ -37,17 +36,18 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), future).await.expect("it ends") })
 }
 
-/// What a broken invariant of the driver leads to: no load hangs, each says why, and what was in flight is counted.
+/// A broken invariant of the driver: no load hangs, each says why, and what was in flight is
+/// counted.
 #[test]
 fn a_panic_of_the_ring_thread_fails_all_loads_and_says_so() {
     fails_all_loads("the ring thread", |engine| engine.ring.panic());
 }
 
-/// The thread that would tell the loads their end is the one that panics.
+/// The thread that delivers the end of the loads is the one that panics.
 #[test]
 fn a_panic_of_the_teller_fails_all_loads_and_says_so() {
     fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
-    // Again and again.
+    // Repeatedly.
     fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]));
 }
 
@@ -60,7 +60,7 @@ fn the_first_of_two_panics_is_the_reason() {
 }
 
 fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
-    // Keeps the loads from being finished before the panic.
+    // Keeps the loads from finishing before the panic.
     #[derive(Debug, Default)]
     struct Gate(Mutex<bool>, Condvar);
     impl heap::HeapHooks for Gate {
@@ -88,12 +88,12 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
         assert!(text.starts_with(&format!("{thread} of dmaload")) && text.ends_with("panicked: a test wants it"), "{text}");
     };
     before.iter_mut().for_each(expect);
-    // Those that come later say the same.
+    // Later loads fail in the same way.
     expect(&mut load());
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
     assert_eq!(block_on(guard.shut_down()), Ok(()), "nothing was in flight");
-    // Others are not concerned.
+    // Other loaders are not affected.
     let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
     let mut segments = Segments::start(&other, Ok(vec![Input::Path(file.path().to_owned())]), LoadOptions::default(), true);
     assert!(block_on(segments.next()).unwrap().is_ok());

@@ -1,11 +1,11 @@
-//! Which threads have not ended, and what a shutdown leaves behind.
+//! Counts the threads that have not ended, and what a shutdown leaves behind.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::mailbox::Mailbox;
 
-/// The threads that have not ended, but for the teller, which ends after them.
+/// The number of threads that have not ended, except the teller, which ends after them.
 #[derive(Debug, Default)]
 pub(super) struct Threads {
     count: Mutex<usize>,
@@ -17,12 +17,13 @@ impl Threads {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One more.
+    /// Counts a thread that is started.
     pub(super) fn start(&self) {
         *self.count() += 1;
     }
 
-    /// One has ended, or was not started: with the last one the teller tells what is left to tell, and ends.
+    /// Counts a thread that has ended or was not started. After the last one, the teller delivers
+    /// what is left, and ends.
     pub(super) fn end<E>(&self, mailbox: &Mailbox<E>) {
         let left = {
             let mut count = self.count();
@@ -35,21 +36,21 @@ impl Threads {
         }
     }
 
-    /// Waits until all have ended, or the time is up; how many are left.
+    /// Waits until all have ended, or the time is up; returns how many are left.
     pub(super) fn wait(&self, timeout: Duration) -> usize {
         let waited = self.changed.wait_timeout_while(self.count(), timeout, |count| *count > 0);
         *waited.unwrap_or_else(PoisonError::into_inner).0
     }
 }
 
-/// What a shutdown had to leave behind, past its deadline.
+/// What a shutdown had to leave behind at its deadline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{bytes} bytes that reads in flight may still write to were leaked on purpose; {threads} threads have not ended")]
 #[non_exhaustive]
 pub struct Leaked {
-    /// How much memory that is.
+    /// How many bytes were leaked.
     pub bytes: u64,
-    /// Threads that hang, in the kernel or in the caller's code (a heap, a verifier, an observer), and
-    /// end when that lets go of them.
+    /// Threads that hang in the kernel or in the caller's code (a heap, a verifier, an observer),
+    /// and end once that returns.
     pub threads: usize,
 }

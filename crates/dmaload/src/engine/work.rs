@@ -1,5 +1,5 @@
-//! The worker threads: they do the jobs of the schedule, and another thread starts new ones in place of those that wait for
-//! a server.
+//! The worker threads, which do the scheduled jobs, and the thread that replaces workers that wait
+//! for a server.
 
 use std::io;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ impl Engine {
         started
     }
 
-    /// The thread that starts workers in place of those that wait for a server which does not
-    /// answer.
+    /// The body of the thread that starts workers in place of those that wait for a server that
+    /// does not answer.
     pub(super) fn watch(self: Arc<Self>, heap: HeapCode) {
         let mut refused = false;
         while let Some(Noticed { stalled, substitutes, is_exhausted }) = self.jobs.watch() {
@@ -43,7 +43,7 @@ impl Engine {
                 let loads = stalled.into_iter().map(|task| task.load).collect();
                 self.mailbox.push([Message::Stalled { loads, is_exhausted }]);
             }
-            // Tried again each time, and told once.
+            // Starting is retried each time, but reported once.
             if let Some(error) = error.filter(|_| !refused) {
                 refused = true;
                 self.mailbox.push([Message::NoSubstitute { error }]);
@@ -53,16 +53,17 @@ impl Engine {
         self.thread_has_ended();
     }
 
-    /// A worker thread.
+    /// The body of a worker thread.
     fn work(self: Arc<Self>, worker: WorkerId, heap: HeapCode) {
         while let Some((job, load)) = self.jobs.next(worker) {
             if let Some(another) = self.jobs.hire_more()
                 && let Err(error) = self.start_worker(another, &heap)
             {
-                // The watch tries again.
+                // The watching thread retries.
                 foreign::emit(|| tracing::debug!(%error, "no thread for one more worker"));
             }
-            // Files that the caller gave open stay so until the job is done, also where the load ends meanwhile.
+            // Keeps the files that the caller passed open until the job is done, even if the load
+            // ends meanwhile.
             let open = load.asked();
             let is_open = matches!(job, Job::Open(_));
             let done = foreign::call(|| match job {
@@ -80,11 +81,12 @@ impl Engine {
                 Job::Finish(_, memory) => self.finish(&load, &heap, memory),
             });
             if let Err(message) = done {
-                // Not a heap and not a verifier: these are caught where they are called. Whatever the job held was
-                // released by unwinding.
+                // Not from a heap or a verifier: their panics are caught where they are called.
+                // Unwinding has released what the job held.
                 self.fail(&load, defect("a worker thread", message));
                 if is_open {
-                    // Before it was announced to the ring, which would have ended it: its place is free.
+                    // The load was not yet announced to the ring, which would have ended it; free
+                    // its place.
                     self.jobs.end();
                 }
             }
@@ -97,11 +99,11 @@ impl Engine {
         self.thread_has_ended();
     }
 
-    /// The file was read: it must be what it was, or its last segment is withheld.
+    /// Checks a file that was read. If the file changed, its last segment is withheld.
     fn check(&self, load: &Arc<LoadShared>, file: usize) {
         // The load is over.
         let Some((open, identity)) = load.take_file(file) else { return };
-        // Of a large one the header was read when it was planned.
+        // The header of a large file was read during planning.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
             let source = load.sources().get(file).expect("a planned file is checked");
@@ -123,15 +125,16 @@ impl Engine {
         }
     }
 
-    /// Moves what is to be elsewhere in a full memory, and makes a dma-buf of it.
+    /// Finishes a full allocation: moves bytes to their places, and exports it as a dma-buf.
     #[allow(unsafe_code)]
     fn finish(&self, load: &Arc<LoadShared>, heap: &HeapCode, number: usize) {
         // The load is over.
         let Some((backing, moves)) = load.full_memory(number) else { return };
         let start = Instant::now();
         for slot in &moves {
-            // SAFETY: all pieces of the memory have come back from the driver, so it is filled and nobody writes to it; its segments
-            // are not made before `memory_finished`, so nobody reads it.
+            // SAFETY: all pieces of the allocation have come back from the driver, so it is filled
+            // and nothing writes to it; its segments are not created before `memory_finished`, so
+            // nothing reads it.
             unsafe { backing.move_down(slot) };
         }
         let export = |memory: &Memory| {
@@ -150,7 +153,7 @@ impl Engine {
     }
 }
 
-/// Why memory is not exported.
+/// Why memory was not exported.
 enum Refused {
     Kernel(dmabuf::Error),
     Load(Error),

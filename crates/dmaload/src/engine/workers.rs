@@ -1,11 +1,10 @@
-//! Which worker threads there are, and what keeps them: pure bookkeeping, under the lock of
-//! [`super::jobs`].
+//! The worker threads and what they wait for. Pure bookkeeping, under the lock of [`super::jobs`].
 //!
-//! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network
-//! file system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`]
-//! is *stalled*: it no longer counts, so another one takes its place, and its load gets no further
-//! jobs until the server has answered. A load whose server hangs therefore holds the workers that
-//! it has by then, and no others. When a stalled worker comes back, a surplus one ends.
+//! A worker that opens, checks or closes a file waits for that file's server (FUSE, a network file
+//! system), which may never answer. A worker that has waited longer than [`STALLED_AFTER`] is
+//! *stalled*: it no longer counts, so another one takes its place, and its load gets no further
+//! jobs until the server has answered. So a load whose server hangs holds the workers that it has
+//! by then, and no others. When a stalled worker resumes, a surplus one ends.
 //!
 //! Each file of a batch counts as progress: a batch of hundreds of files is not stalled.
 
@@ -14,43 +13,43 @@ use std::time::{Duration, Instant};
 
 use crate::support::id::LoadId;
 
-/// A local file system answers within milliseconds, also when its disk is busy. A worker that is
-/// wrongly taken for stalled costs a thread for a while, nothing else.
+/// A local file system answers within milliseconds, even if its disk is busy. A worker that is
+/// wrongly considered stalled only costs an extra thread for a while.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// The same while a worker is stalled already: where one load waits for a server, others may
-/// wait for it, too, and they are found one after the other.
+/// The same while another worker is already stalled: if one load waits for a server, others may
+/// wait for it, too, and are found one after the other.
 const NEXT_STALLED_AFTER: Duration = Duration::from_millis(100);
 
-/// When to try again to start a worker.
+/// When to retry starting a worker.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 
-/// The most workers that take the places of stalled ones, as each costs a stack. A loader has no
-/// more loads open by default.
+/// The most workers that replace stalled ones; each costs a stack. By default a loader has no more
+/// loads open than that.
 pub(super) const MOST_SUBSTITUTES: usize = 64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct WorkerId(u64);
 
 impl WorkerId {
-    /// Counts the workers of a loader from 0 on.
+    /// Counts the workers of a loader from 0.
     pub(super) fn number(self) -> u64 {
         self.0
     }
 }
 
-/// What a worker does.
+/// What a worker is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Task {
     pub(super) load: LoadId,
-    /// It opens the load.
+    /// Whether it opens the load.
     pub(super) is_open: bool,
 }
 
 #[derive(Debug, Default)]
 struct Worker {
     task: Option<Task>,
-    /// Since when it has been waiting for a file.
+    /// When it began to wait for a file.
     at_files_since: Option<Instant>,
     stalled: bool,
 }
@@ -58,7 +57,7 @@ struct Worker {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Workers {
-    /// How many are to be there, besides those that are stalled.
+    /// The target number of workers, besides those that are stalled.
     wanted: usize,
     hired: u64,
     workers: HashMap<WorkerId, Worker>,
@@ -69,7 +68,7 @@ impl Workers {
         Workers { wanted, hired: 0, workers: HashMap::new() }
     }
 
-    /// So many are to be there from now on, besides those that are stalled.
+    /// Sets the target number of workers, besides those that are stalled.
     pub(super) fn want(&mut self, wanted: usize) {
         self.wanted = wanted;
     }
@@ -82,7 +81,7 @@ impl Workers {
         self.workers.values().filter(|worker| worker.stalled).count()
     }
 
-    /// One more.
+    /// Adds a worker.
     pub(super) fn hire(&mut self) -> WorkerId {
         let id = WorkerId(self.hired);
         self.hired += 1;
@@ -90,37 +89,37 @@ impl Workers {
         id
     }
 
-    /// How many are missing in the places of stalled ones, and may be hired.
+    /// How many workers may be hired in place of stalled ones.
     pub(super) fn missing(&self) -> usize {
         let most = (self.wanted + MOST_SUBSTITUTES).saturating_sub(self.workers.len());
         (self.wanted + self.stalled()).saturating_sub(self.workers.len()).min(most)
     }
 
-    /// Whether stalled ones hold all places that there can be.
+    /// Whether stalled workers hold all places.
     pub(super) fn is_exhausted(&self) -> bool {
         self.stalled() >= self.wanted + MOST_SUBSTITUTES
     }
 
-    /// Whether one of those that are not stalled should end.
+    /// Whether a worker that is not stalled should end.
     pub(super) fn is_overstaffed(&self) -> bool {
         self.workers.len() > self.wanted + self.stalled()
     }
 
-    /// It ends, or could not be started.
+    /// Removes a worker that ends or could not be started.
     pub(super) fn leave(&mut self, id: WorkerId) {
         let worker = self.workers.remove(&id).expect("a worker leaves once");
         assert!(worker.task.is_none(), "a worker leaves when it has nothing to do");
     }
 
-    /// It begins something, which waits for files from `at_files_since` on.
+    /// Begins a task, which waits for files from `at_files_since` on.
     pub(super) fn begin(&mut self, id: WorkerId, task: Task, at_files_since: Option<Instant>) {
         let worker = self.worker(id);
         assert!(worker.task.is_none(), "a worker does one thing at a time");
         *worker = Worker { task: Some(task), at_files_since, stalled: false };
     }
 
-    /// It makes progress with its task, and may wait for the next file from now on. Returns the
-    /// load that is no longer stalled.
+    /// Records progress of a worker, which may now wait for the next file. Returns its load if
+    /// that is no longer stalled.
     #[must_use]
     pub(super) fn proceed(&mut self, id: WorkerId, now: Instant) -> Option<LoadId> {
         let worker = self.worker(id);
@@ -130,7 +129,7 @@ impl Workers {
         self.resumed(was_stalled.then_some(task))
     }
 
-    /// It has nothing to do any more. Returns the load that is no longer stalled.
+    /// Ends a worker's task. Returns its load if that is no longer stalled.
     #[must_use]
     pub(super) fn end(&mut self, id: WorkerId) -> Option<LoadId> {
         let ended = std::mem::take(self.worker(id));
@@ -148,7 +147,7 @@ impl Workers {
         if self.stalled() > 0 { NEXT_STALLED_AFTER } else { STALLED_AFTER }
     }
 
-    /// How long nobody need look; `None` if not before a worker waits for a file.
+    /// How long until the next check is due; `None` if none is before a worker waits for a file.
     pub(super) fn look_after(&self, now: Instant) -> Option<Duration> {
         let patience = self.patience();
         let waiting = self.workers.values().filter(|worker| !worker.stalled).filter_map(|worker| worker.at_files_since);
@@ -156,7 +155,7 @@ impl Workers {
         next.into_iter().chain((self.missing() > 0).then_some(RETRY_AFTER)).min()
     }
 
-    /// Finds those that have become stalled.
+    /// Finds workers that have become stalled.
     pub(super) fn look(&mut self, now: Instant) -> Vec<Task> {
         let (patience, mut found) = (self.patience(), Vec::new());
         for worker in self.workers.values_mut().filter(|worker| !worker.stalled) {

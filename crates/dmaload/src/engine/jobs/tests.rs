@@ -2,7 +2,7 @@ use super::*;
 use crate::support::sync::atomic::{AtomicUsize, Ordering};
 use crate::support::sync::model::{Arc, model, spawn};
 
-/// What one worker of its own would get.
+/// Gets the next job as a new worker.
 fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
     let worker = jobs.hire();
     let next = jobs.next(worker);
@@ -13,7 +13,8 @@ fn next(jobs: &Jobs<Arc<()>>) -> Option<(Job<LoadId>, Arc<()>)> {
     next
 }
 
-/// A load of so many batches, each as large as the window: each waits for the permit of the one before.
+/// A load of this many batches, each as large as the window, so that each waits for the permit of
+/// the one before.
 fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     let id = jobs.next_id();
     assert!(jobs.submit(id, Arc::new(())));
@@ -22,7 +23,8 @@ fn opened(jobs: &Jobs<Arc<()>>, batches: usize) -> LoadId {
     id
 }
 
-/// As an allocator thread with the ring thread behind it: takes permits, gives them back; ends when it is told to.
+/// An allocator thread with the ring thread behind it: takes permits and returns them, until there
+/// are no more jobs.
 fn worker(jobs: &Jobs<Arc<()>>) -> usize {
     let mut done = 0;
     let worker = jobs.hire();
@@ -45,7 +47,7 @@ fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let id = opened(&jobs, 2);
-        // A permit is out; nobody can go on before it comes back.
+        // A permit is out; nothing can proceed before it is returned.
         let Some((Job::Allocate(_, 0, need), _)) = next(&jobs) else { panic!("the first batch fits") };
         let waiting = {
             let jobs = Arc::clone(&jobs);
@@ -65,7 +67,7 @@ fn two_workers_leave_nothing_undone_and_both_end() {
             let jobs = Arc::clone(&jobs);
             spawn(move || worker(&jobs))
         });
-        // What the ring thread says when all is read; then nobody needs the workers any more.
+        // The ring thread does this when all is read; then the workers are no longer needed.
         jobs.follow(id, FollowUpJobs { check: Some(0), finish: None });
         loop {
             let left = {
@@ -111,7 +113,8 @@ fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
         let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, Pace::fixed(3)));
         opened(&jobs, 1);
         assert!(matches!(next(&jobs), Some((Job::Allocate(_, 0, _), _))));
-        // One byte is taken and stays so: the batch of the large load does not fit, and nobody overtakes it.
+        // One byte stays taken: the batch of the large load does not fit, and no load overtakes
+        // it.
         let large = opened(&jobs, 0);
         jobs.opened(large, LoadNeeds { batches: vec![Need { bytes: 2, ..Need::default() }], ..LoadNeeds::default() });
         let small = opened(&jobs, 1);
@@ -136,7 +139,7 @@ fn what_is_buried_while_closing_is_dropped_before_workers_end() {
         // Workers that don't wait have ended by then.
         #[cfg(not(dmaload_loom))]
         std::thread::sleep(std::time::Duration::from_millis(1));
-        // The ring's thread does this with the files of the last load.
+        // The ring thread does this with the files of the last load.
         let file = std::sync::Arc::new(());
         jobs.bury(Left::Files(LoadId(1)), std::sync::Arc::clone(&file));
         assert!(jobs.finish() && !jobs.finish());
@@ -169,7 +172,7 @@ fn files_of_a_load_are_dropped_by_one_worker_at_a_time_and_all_are() {
     });
 }
 
-/// Counts those that were closed while no other one was.
+/// Counts the values that were dropped while no other was being dropped.
 struct Closes(Arc<(AtomicUsize, AtomicUsize)>);
 
 impl Drop for Closes {
@@ -182,7 +185,7 @@ impl Drop for Closes {
     }
 }
 
-/// The server of a load's files answers, or does not, while the watch finds that it does not.
+/// The file server may or may not answer while the watch finds the worker stalled.
 #[test]
 fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
     model(|| {

@@ -41,7 +41,7 @@ fn drain(scheduler: &mut Scheduler<u32>) -> Vec<Job<u32>> {
     std::iter::from_fn(|| scheduler.next()).collect()
 }
 
-/// The loads of all jobs that there are now.
+/// The loads of all jobs that are available now.
 fn loads(scheduler: &mut Scheduler<u32>) -> Vec<u32> {
     drain(scheduler).iter().map(|job| *job.load()).collect()
 }
@@ -123,7 +123,7 @@ fn loads_of_a_silent_file_system_do_not_count_as_open() {
     assert!(scheduler.look_for_silence());
     assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
     assert!(!scheduler.look_for_silence(), "those are known");
-    // They count again when something comes: there are two more than may be.
+    // They count again once something arrives: now two more count than may be open.
     scheduler.submit(22);
     scheduler.give_back(&1, need_from(1, 10));
     assert!(scheduler.lacks_places());
@@ -187,7 +187,8 @@ fn stream_waits_for_its_consumer_and_holds_up_no_other() {
     for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
         scheduler.submit(load);
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
-        // Memories of two batches each, all of which the first one pays for; and one larger than the bound.
+        // Allocations of two batches each, which the first batch pays for; and one that is larger
+        // than the bound.
         let part = |held_bytes| Need { bytes: 5, held_bytes, ..Need::default() };
         let batches = vec![part(10), part(0), part(10), part(0), part(40), part(0)];
         scheduler.opened(load, LoadNeeds { batches, ahead_bytes, ..LoadNeeds::default() });
@@ -220,7 +221,7 @@ fn who_waits_for_files_keeps_nobody_else_waiting() {
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, many)]);
 }
 
-/// Loads of one file system, each with a few files at a time, keep none waiting that needs many.
+/// Loads of one file system with a few files each do not keep one waiting that needs many.
 #[test]
 fn load_that_needs_many_files_gets_them_beside_others_of_its_file_system() {
     let mut scheduler = Scheduler::new(u64::MAX, u64::MAX, 256, 64);
@@ -230,7 +231,7 @@ fn load_that_needs_many_files_gets_them_beside_others_of_its_file_system() {
         assert_eq!(scheduler.next(), Some(Job::Open(load)));
         scheduler.opened(load, LoadNeeds { batches, ..LoadNeeds::default() });
         if load == 2 {
-            // These two have all that they may have.
+            // These two have as many as they may have.
             assert!(drain(&mut scheduler).len() > 16);
         }
     }
@@ -310,7 +311,7 @@ fn a_stalled_load_gets_no_job_that_may_wait_for_files_until_it_is_resumed() {
     let checks = [0, 1, 2].map(|file| Job::Check(1, file));
     let batches = [0, 1].map(|batch| Job::Allocate(1, batch, need(10)));
     assert_eq!(drain(&mut scheduler), [&checks[..], &batches].concat());
-    // One that is forgotten leaves nothing behind.
+    // A forgotten load leaves nothing behind.
     scheduler.stall(1, false);
     scheduler.file_read(1, 3);
     assert_eq!(drain(&mut scheduler), []);
@@ -321,7 +322,7 @@ fn a_stalled_load_gets_no_job_that_may_wait_for_files_until_it_is_resumed() {
 
 #[test]
 fn opening_that_stalls_holds_up_no_load_that_came_later() {
-    // Memory is limited, so loads begin in the order they came; and one may be open.
+    // Memory is limited, so loads start in order of arrival; and only one may be open.
     let mut scheduler = Scheduler::new(1000, 40, 100, 1);
     (1..4).for_each(|load| scheduler.submit(load));
     assert_eq!(drain(&mut scheduler), [Job::Open(1)]);
@@ -329,11 +330,11 @@ fn opening_that_stalls_holds_up_no_load_that_came_later() {
     assert_eq!(drain(&mut scheduler), [Job::Open(2)]);
     scheduler.opened(2, demand(&[10], 10, Priority::Normal));
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 0, need(10))]);
-    // Wanted or not.
+    // Whether or not the load is still wanted.
     scheduler.forget(&1);
     scheduler.end();
     assert_eq!(drain(&mut scheduler), [Job::Open(3)]);
-    // It counts again when its server answers; that fails, and it ends.
+    // It counts again when its server answers; then it fails and ends.
     scheduler.end();
     scheduler.resume(&1);
     scheduler.submit(4);
@@ -407,7 +408,7 @@ fn loads_begin_in_the_order_they_came_though_opened_in_another() {
         assert_eq!(drain(&mut scheduler), [Job::Allocate(load, 0, need(30))]);
         scheduler.freed(&load, 30, 0);
     }
-    // One that can't be opened holds up nobody.
+    // A load that can't be opened does not hold up others.
     scheduler.submit(4);
     scheduler.submit(5);
     assert_eq!(drain(&mut scheduler), [Job::Open(4), Job::Open(5)]);

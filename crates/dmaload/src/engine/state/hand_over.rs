@@ -1,9 +1,11 @@
-//! What is full, and can be handed over.
+//! Hands over what is full.
 //!
-//! Workers and the teller note what has become complete; the teller alone hands it over ([`LoadShared::deliver`]).
+//! Workers and the teller record what has become complete; only the teller hands it over
+//! ([`LoadShared::deliver`]).
 //!
-//! Segments are handed over in order, and those that share a memory together: whoever gets the memory sees all of it. The last
-//! one of a file waits until the file was checked: a file that changed while it was read gives an error instead.
+//! Segments are handed over in order, and those that share an allocation together, since a holder
+//! of the allocation sees all of it. The last segment of a file waits until the file was checked:
+//! if the file changed while it was read, the load fails instead.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -33,7 +35,7 @@ use crate::support::foreign::{self, Foreign};
 use crate::telemetry::metrics::count;
 use crate::telemetry::trace::TraceKind;
 
-/// The bytes of a file that is in one segment, all of them.
+/// The bytes of a file that lies within one segment.
 #[derive(Debug)]
 pub(crate) struct WholeFile {
     backing: Arc<Backing>,
@@ -42,32 +44,34 @@ pub(crate) struct WholeFile {
 
 impl AsRef<[u8]> for WholeFile {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `LoadShared::whole_file` makes these of files whose pieces have all come back from the driver: their part of
-        // the memory is filled, and nobody writes to it before it is handed over, which its file's check comes before.
+        // SAFETY: `LoadShared::whole_file` creates this only for files whose pieces have all come
+        // back from the driver: their part of the memory is filled, and nothing writes to it
+        // before it is handed over, which happens after its file's check.
         unsafe { self.backing.filled(self.range.clone()) }
     }
 }
 
-/// What follows from a piece that is full.
+/// The jobs that follow from a full piece.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct FollowUpJobs {
-    /// All reads of this file are done; it is to be checked.
+    /// All reads of this file are done; it has to be checked.
     pub(crate) check: Option<usize>,
-    /// All bytes of this memory are there; its tensors are to be moved, or it is to be made a dma-buf.
+    /// All bytes of this allocation are read; its tensors have to be moved, or it has to be
+    /// exported as a dma-buf.
     pub(crate) finish: Option<usize>,
 }
 
-/// What handing over has led to.
+/// The result of handing over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HandOverStatus {
     /// There is more to come.
     Going,
-    /// The load has given its end, or was over already.
+    /// The load has delivered its end, or was already over.
     Over,
 }
 
 impl LoadShared {
-    /// A piece holds its bytes.
+    /// Records that a piece holds its bytes.
     pub(crate) fn piece_full(&self, number: usize, route: Option<Route>) -> FollowUpJobs {
         let mut state = self.state();
         if state.is_over() {
@@ -93,7 +97,8 @@ impl LoadShared {
         FollowUpJobs { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
     }
 
-    /// A full memory that is to be finished, and what is to be moved in it; `None` when the load is over.
+    /// A full allocation that has to be finished, and what to move in it; `None` when the load is
+    /// over.
     pub(crate) fn full_memory(&self, number: usize) -> Option<(Arc<Backing>, Vec<Move>)> {
         let state = self.state();
         if state.is_over() {
@@ -113,7 +118,7 @@ impl LoadShared {
         Some((cell.get().expect("a memory whose pieces are full was allocated"), moves))
     }
 
-    /// A memory is what it should be.
+    /// Records that an allocation was finished.
     pub(crate) fn memory_finished(&self, number: usize, start: Instant) {
         let mut state = self.state();
         if state.is_over() {
@@ -128,8 +133,8 @@ impl LoadShared {
         }
     }
 
-    /// The file to be checked, and what it was; `None` when the load is over. Taken out: it is closed when the
-    /// caller drops it.
+    /// Takes the file to check, and its identity at the start; `None` when the load is over. The
+    /// file is closed when the caller drops it.
     pub(crate) fn take_file(&self, index: usize) -> Option<(Arc<OpenFile>, Identity)> {
         let (cell, identity) = {
             let state = self.state();
@@ -142,8 +147,8 @@ impl LoadShared {
         Some((cell.take().expect("a file that was read is open, and checked once"), identity))
     }
 
-    /// All bytes of a small file, which its header is taken from; `None` for any other file, while it is being read, and when the
-    /// load is over.
+    /// All bytes of a small file, from which its header is parsed; `None` for any other file,
+    /// while it is being read, and when the load is over.
     pub(crate) fn whole_file(&self, index: usize) -> Option<WholeFile> {
         let (cell, start, bytes) = {
             let state = self.state();
@@ -164,10 +169,11 @@ impl LoadShared {
         Some(WholeFile { backing, range: to_usize(start)..to_usize(start + bytes) })
     }
 
-    /// A file has not changed; `tensors` are those that were found in its memory.
+    /// Records that a file has not changed; `tensors` are those found in its memory.
     ///
     /// # Errors
-    /// With the last of several small files: those of [`LoadShared::check_whole`], which was not asked before.
+    /// With the last of several small files: those of [`LoadShared::check_whole`], which could not
+    /// be called before.
     pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {
@@ -192,18 +198,20 @@ impl LoadShared {
         Ok(())
     }
 
-    /// The driver has forgotten the load, which took this long to read.
+    /// Records that the driver has forgotten the load, with the times it took to read.
     pub(crate) fn gone(&self, times: Times) {
         self.state().times = Some(times);
     }
 
-    /// Hands over what is complete and next in order; after the last segment, or a failure, the end.
+    /// Hands over what is complete and next in order; after the last segment, or a failure, the
+    /// end.
     ///
-    /// For one thread at a time, which is what keeps the order: it wakes the consumer, so no lock is held then.
-    /// What a load leaves that fails here is put into `remains`.
+    /// Only one thread at a time may call this, which keeps the order. It wakes the consumer, so
+    /// it holds no lock while doing so. If the load fails here, what it leaves is added to
+    /// `remains`.
     pub(crate) fn deliver(&self, remains: &mut Vec<DeferredDrop>) -> HandOverStatus {
         loop {
-            // A statement of its own: the lock must be gone before anything is sent, or dropped.
+            // A separate statement: the lock must be released before anything is sent or dropped.
             let step = self.next_step(&mut self.state());
             match step {
                 DeliveryStep::Nothing => return HandOverStatus::Going,
@@ -244,15 +252,15 @@ impl LoadShared {
         }
     }
 
-    /// Leaves something to the consumer and wakes it. That it listens no more is seen elsewhere. If the waker
-    /// panics, the load fails, and this is what it leaves.
+    /// Sends an event to the consumer and wakes it; ignores whether it still listens. If the waker
+    /// panics, the load fails, and what it leaves is returned.
     fn send(&self, events: &Announcer, event: Event) -> Option<DeferredDrop> {
         let message = events.send(event).err()?;
         let code = "the waker of the load's task".to_owned();
         Some(self.fail(Error::Panicked { code, message }))
     }
 
-    /// What is to be told next. Under the lock, so it tells nothing itself.
+    /// Determines what to deliver next. Runs under the lock, so it sends nothing itself.
     fn next_step(&self, state: &mut LoadState) -> DeliveryStep {
         if state.events.is_none() {
             return DeliveryStep::Over;
@@ -296,7 +304,7 @@ impl LoadShared {
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
-    /// What the consumer is told of a file.
+    /// Describes a file to the consumer.
     fn describe_file(&self, state: &LoadState, index: usize, file: &FileState) -> LoadFile {
         let source = self.sources().get(index).expect("a planned file has a source");
         LoadFile {
@@ -310,10 +318,11 @@ impl LoadShared {
         }
     }
 
-    /// The segment whose turn it is, once its memory is ready, and whether it is the last one of its memory.
+    /// The segment whose turn it is, if its allocation is ready, and whether it is the last one in
+    /// it.
     ///
     /// # Errors
-    /// Its memory file could not be sealed against writes: its bytes can't be lent.
+    /// Its memfd could not be sealed against writes, so its bytes can't be lent.
     fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
@@ -323,13 +332,14 @@ impl LoadShared {
         }
         let file = &state.files.get(planned.file).expect("a segment is of a planned file").planned;
         let sharing = &state.plan.memories.get(planned.memory).expect("each memory was planned").segments;
-        // After the last one it belongs to the consumer alone.
+        // After the last one, the allocation belongs to the consumer alone.
         let last = index + 1 == sharing.end;
         let backing = if last { memory.cell.take() } else { memory.cell.get() };
         let backing = backing.expect("a memory that is ready is there until its last segment is handed over");
         if index == sharing.start {
             self.seal(&backing)?;
-            // Once: whoever gets the first segment may hand it out before the second one is made.
+            // Only once: the consumer of the first segment may hand it out before the second one
+            // is made.
             backing.allow_reuse();
             backing.allow_fork();
         }
@@ -345,17 +355,19 @@ impl LoadShared {
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: `pieces_left` of its memory is 0, so the driver has given back every piece of it: all bytes were read, and
-        // no read is in flight. Pieces drop their share of the backing unread, and the cell's is for segments like this one.
-        // A memory file is sealed, or one of our own heaps made it; what else may refer to the memory is bound by the
-        // contract of `Heap`.
+        // SAFETY: `pieces_left` of its allocation is 0, so the driver has returned every piece of
+        // it: all bytes were read, and no read is in flight. Pieces drop their reference to the
+        // backing without reading it, and the cell's is only used for segments like this one. A
+        // memfd is sealed, or one of our own heaps created it; anything else that refers to the
+        // memory is bound by the contract of `Heap`.
         Ok(Some((unsafe { Segment::new(place, Arc::clone(&self.heap), backing) }, last)))
     }
 
-    /// Seals a memory file against writes, before any segment in it is shown.
+    /// Seals a memfd against writes, before any segment in it is shown.
     ///
     /// # Errors
-    /// It can't be sealed, so who else has its descriptor could write under the bytes that are lent.
+    /// It can't be sealed, so another holder of its descriptor could write to the bytes that are
+    /// lent.
     fn seal(&self, backing: &Backing) -> Result<(), dmabuf::Error> {
         let Some(memfd) = backing.memfd() else { return Ok(()) };
         match memfd.seal_against_writes() {
@@ -367,13 +379,14 @@ impl LoadShared {
     }
 }
 
-/// Whether a memory file that could not be sealed may be shown: one of our own heaps, which keep no second descriptor,
-/// on a kernel before 5.1, which has no such seal. EINVAL says that, too, of a file that takes no seals at all.
+/// Whether a memfd that could not be sealed may be shown: one from our own heaps, which keep no
+/// second descriptor, on a kernel before 5.1, which has no such seal. EINVAL also stands for a
+/// file that does not support seals at all.
 fn may_stay_unsealed(errno: Errno, heap_is_own: bool, kernel_seals_writes: impl FnOnce() -> bool) -> bool {
     heap_is_own && errno == Errno::EINVAL && !kernel_seals_writes()
 }
 
-/// What [`LoadShared::deliver`] is to do without the lock.
+/// What [`LoadShared::deliver`] has to do without the lock.
 enum DeliveryStep {
     Nothing,
     Over,

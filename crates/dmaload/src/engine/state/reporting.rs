@@ -1,4 +1,4 @@
-//! What is told of a load: events on the way, its error, and at its end the report with its notes.
+//! Reports on a load: events on the way, its error, and the final report with its notes.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -24,13 +24,13 @@ use crate::telemetry::metrics::count;
 use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
-/// Loads through the page cache from this size on say that they fill it.
+/// The smallest amount read through the page cache that is reported.
 const PAGE_CACHE_BYTES_TOLD: u64 = 1 << 30;
-/// A disk that is dying makes thousands: the first ones say enough.
+/// A dying disk causes thousands of retries; the first ones say enough.
 const RETRIES_TOLD: usize = 8;
 
 impl LoadShared {
-    /// A step down the ladder was taken.
+    /// Records a step down the ladder.
     pub(crate) fn stepped_down(&self, fallback: Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
         foreign::emit(|| {
@@ -41,12 +41,12 @@ impl LoadShared {
         self.state().fallbacks.push(fallback);
     }
 
-    /// Something that one might not expect of what was asked for.
+    /// Adds a note to the report.
     pub(crate) fn note(&self, note: Option<String>) {
         self.state().notes.extend(note);
     }
 
-    /// There is less staging than the load may use.
+    /// Notes that there is less staging than the load may use.
     pub(crate) fn less_staging(&self, bytes: u64, errno: Errno) {
         let errno = errno::describe(errno);
         foreign::emit(|| {
@@ -57,14 +57,15 @@ impl LoadShared {
         self.state().notes.push(note);
     }
 
-    /// No thread could be had for its copies.
+    /// Notes that no thread could be started for its copies.
     pub(crate) fn no_thread(&self) {
         let note = "no thread could be had beside the ring's: reads waited for copies";
         foreign::emit(|| tracing::warn!(load = self.id.0, "{note}"));
         self.state().notes.push(note.to_owned());
     }
 
-    /// A read failed, and is tried once more. When that helps, the report is all that tells of a medium that is going bad.
+    /// Records a read that failed and is retried. If the retry succeeds, only the report shows
+    /// that a medium is going bad.
     pub(crate) fn retried(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
@@ -81,7 +82,7 @@ impl LoadShared {
         }
     }
 
-    /// The ring thread did something for a piece; its clock began at `epoch`.
+    /// Records something the ring thread did for a piece; its clock started at `epoch`.
     pub(crate) fn traced(&self, number: usize, span: TimedSpan, epoch: Instant) {
         let mut state = self.state();
         if state.is_over() {
@@ -106,7 +107,7 @@ impl LoadShared {
         TraceEvent { kind, start: since(start), end: since(end), file_index, segment, bytes }
     }
 
-    /// The same, told by the driver.
+    /// Fails the load for a reason that the driver gave.
     pub(crate) fn fail_for(&self, failure: Failure) -> DeferredDrop {
         let path = |file: usize| self.path(file).map(|path| path.as_ref().clone()).unwrap_or_default();
         let error = match failure {
@@ -151,7 +152,7 @@ impl LoadShared {
         self.fail(error)
     }
 
-    /// The error for memory that could not be had.
+    /// The error for memory that could not be obtained.
     pub(crate) fn memory_error(&self, refusal: dmabuf::Error) -> Error {
         Error::Memory {
             heap: self.heap.to_string(),
@@ -239,14 +240,15 @@ impl LoadShared {
     }
 }
 
-/// How much of the load was read through the page cache, if that is enough to be told.
+/// How much of the load was read through the page cache, if that is enough to report.
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
     (cached_bytes >= PAGE_CACHE_BYTES_TOLD).then_some(cached_bytes)
 }
 
-/// Before Linux 6.7 looking is expensive: once a load, not once a piece. Segments that were dropped by then are not seen.
+/// Before Linux 6.7 this is expensive, so it runs once per load rather than once per piece.
+/// Segments that were dropped by then are not counted.
 fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     let mut pages = PageCount::default();
     if let Some(range) = range {
@@ -256,7 +258,7 @@ fn pages_by_smaps(range: Option<&AddressRange>) -> PageCount {
     pages
 }
 
-/// The same step of many files is one line, without a file.
+/// Merges the same step of many files into one, without a file.
 fn merged(fallbacks: &[Fallback]) -> Vec<Fallback> {
     let mut merged: Vec<Fallback> = Vec::new();
     let mut seen = HashMap::new();
