@@ -52,11 +52,11 @@ ci:
 fmt-check:
     cargo fmt --all --check
 
-# Checks line lengths, links between documents, and that imports run one way.
+# Checks line lengths, what documents refer to, and that imports run one way.
 [group('checks')]
 texts:
     .ci/line-lengths
-    .ci/links
+    .ci/references
     .ci/circles
 
 # Runs the lints.

@@ -34,7 +34,7 @@ fn output(command: &mut Command) -> String {
 }
 
 #[test]
-fn the_readme_shows_the_hello_example_as_it_is() {
+fn readme_shows_the_hello_example_verbatim() {
     let readme = include_str!("../../README.md");
     let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("code after the comment");
     let (_, block) = readme.split_once("```rust\nuse ").expect("a Rust block");

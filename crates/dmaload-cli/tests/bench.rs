@@ -77,7 +77,7 @@ fn every_mode_is_measured_and_the_numbers_of_one_round_agree() {
 }
 
 #[test]
-fn ratios_are_paired_within_rounds_and_several_files_are_one_load() {
+fn ratios_pair_within_rounds_and_files_form_one_load() {
     let folder = folder();
     let files = [random_file(folder.path(), "a.bin", 3 * MIB), random_file(folder.path(), "b.bin", 2 * MIB + 1)];
     if let Some(reason) = unmeasurable(&files[0]) {
@@ -99,7 +99,7 @@ fn ratios_are_paired_within_rounds_and_several_files_are_one_load() {
 }
 
 #[test]
-fn pages_are_what_was_asked_for() {
+fn pages_have_the_requested_size() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 8 * MIB);
     if let Some(reason) = unmeasurable(&file) {
@@ -127,7 +127,7 @@ fn pages_are_what_was_asked_for() {
 }
 
 #[test]
-fn wrong_usage_is_told_before_anything_is_done() {
+fn wrong_usage_is_reported_before_anything_is_done() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 5000);
     let wrong = |arguments: &[&str], words: &[&str]| {
@@ -148,7 +148,7 @@ fn wrong_usage_is_told_before_anything_is_done() {
 }
 
 #[test]
-fn another_user_is_measured_with_the_usual_limit_of_locked_memory() {
+fn another_user_gets_the_usual_limit_of_locked_memory() {
     if !is_root() {
         return skip("only root can run a process as another user");
     }
@@ -171,7 +171,7 @@ fn another_user_is_measured_with_the_usual_limit_of_locked_memory() {
 }
 
 #[test]
-fn a_file_of_its_own_is_removed_and_tables_and_a_picture_are_made() {
+fn own_file_is_removed_and_tables_and_picture_are_written() {
     let folder = folder();
     let picture = folder.path().join("out.svg");
     let scratch = common::folder();
@@ -210,7 +210,7 @@ fn groups_of(id: u32) -> Vec<PathBuf> {
 }
 
 #[test]
-fn a_cgroup_is_a_limit_and_what_it_kills_is_told() {
+fn cgroup_limits_memory_and_its_kills_are_reported() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 40 * MIB);
     let bench = |pressure: &str, modes: &str| {
@@ -236,7 +236,7 @@ fn a_cgroup_is_a_limit_and_what_it_kills_is_told() {
 }
 
 #[test]
-fn a_hog_takes_memory_while_it_runs() {
+fn hog_holds_memory_while_it_runs() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 4 * MIB);
     if let Some(reason) = unmeasurable(&file) {

@@ -27,7 +27,7 @@ fn cmp_finds_no_difference_between_the_file_and_what_cat_writes() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_is_no_error() {
+fn reader_that_closes_its_pipe_is_not_an_error() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 64 * MIB);
     let mut cat = dmaload(["cat"]).arg(&path).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -68,7 +68,7 @@ fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
 }
 
 #[test]
-fn slow_reader_makes_cat_hold_no_more_than_its_window_and_segments() {
+fn cat_with_a_slow_reader_holds_its_window_and_a_segment() {
     /// The program itself, its ring and its threads.
     const OWN: usize = 32 * MIB;
     let folder = folder();
@@ -125,7 +125,7 @@ fn parts(folder: &Path) -> [PathBuf; 3] {
 }
 
 #[test]
-fn a_part_is_written_alone_and_no_other_file_is_looked_at() {
+fn part_is_written_alone_without_reading_other_files() {
     let folder = folder();
     let all = parts(folder.path());
     let index = file(folder.path(), "m.safetensors.index.json", br#"{"weight_map":{"a":"missing.safetensors"}}"#);
@@ -195,7 +195,7 @@ fn one_tensor_is_written_as_the_index_decides() {
 }
 
 #[test]
-fn little_else_is_read_for_one_tensor() {
+fn one_tensor_is_read_with_little_else() {
     let folder = folder();
     model(folder.path(), "1.safetensors", &[("large", 40 * MIB, 1), ("w", 4096, 2)]);
     model(folder.path(), "2.safetensors", &[("other", 40 * MIB, 3)]);
@@ -223,7 +223,7 @@ fn little_else_is_read_for_one_tensor() {
 }
 
 #[test]
-fn a_folder_whose_files_are_not_one_model_is_not_written_in_silence() {
+fn folder_that_is_not_one_model_is_refused() {
     let folder = folder();
     let st = |name: &str| {
         let header = format!(r#"{{"{name}":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}}}"#);

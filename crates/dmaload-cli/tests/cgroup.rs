@@ -69,7 +69,7 @@ impl Drop for MemoryGroup {
 }
 
 #[test]
-fn a_load_larger_than_the_groups_limit_is_refused_and_a_smaller_one_is_not() {
+fn only_a_load_above_the_groups_limit_is_refused() {
     let folder = folder();
     let large = random_file(folder.path(), "large.bin", 200 * MIB);
     let small = random_file(folder.path(), "small.bin", 20 * MIB);
@@ -89,7 +89,7 @@ fn a_load_larger_than_the_groups_limit_is_refused_and_a_smaller_one_is_not() {
 
 /// Each finds enough room when it begins, all of them together do not.
 #[test]
-fn loads_at_once_in_one_group_fail_with_numbers_and_none_is_killed() {
+fn concurrent_loads_in_one_group_fail_and_survive() {
     let folder = folder();
     let path = folder.path().join("model.bin");
     fs::File::create(&path).unwrap().set_len(600 * MIB as u64).unwrap();
@@ -123,7 +123,7 @@ fn loads_at_once_in_one_group_fail_with_numbers_and_none_is_killed() {
 }
 
 #[test]
-fn slow_reader_of_cat_needs_no_more_than_a_small_group() {
+fn cat_with_a_slow_reader_fits_a_small_group() {
     use std::io::Read;
     let folder = folder();
     let path = common::large_file(folder.path(), "large.bin", 300 * MIB as u64);

@@ -43,7 +43,7 @@ fn an_interrupted_demo_removes_its_file() {
 }
 
 #[test]
-fn a_size_that_is_none_is_wrong_usage() {
+fn invalid_size_is_wrong_usage() {
     run(&mut dmaload(["demo", "--size", "much"])).fails(2, &["much"]);
     run(&mut dmaload(["demo", "--size", "10"])).fails(1, &["4096"]);
 }

@@ -25,7 +25,7 @@ fn doctor(path: Option<&Path>) -> Command {
 }
 
 #[test]
-fn a_trial_that_lacks_descriptors_says_nothing_of_loads() {
+fn trial_without_descriptors_leaves_loads_unknown() {
     let mut unknown = 0;
     for limit in 9..=14 {
         let done = run(&mut common::limited(&dmaload(["doctor"]), &format!("-n {limit}")));
@@ -103,7 +103,7 @@ fn has_direct(path: &Path) -> bool {
 }
 
 #[test]
-fn what_is_told_is_what_a_load_gets() {
+fn doctor_reports_what_a_load_gets() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 40 * MIB + 777);
     let told = run(&mut doctor(Some(&path))).succeeds().json();
@@ -132,7 +132,7 @@ fn what_is_told_is_what_a_load_gets() {
 }
 
 #[test]
-fn loads_that_measure_their_ways_are_foretold() {
+fn doctor_lists_the_ways_that_a_load_measures() {
     let folder = folder();
     let half_gib = 512 * MIB as u64;
     for (bytes, ways) in [(half_gib - 4096, json!([])), (half_gib - 1, json!(["direct", "staged"]))] {
@@ -149,7 +149,7 @@ fn loads_that_measure_their_ways_are_foretold() {
 }
 
 #[test]
-fn the_screen_is_one() {
+fn output_fits_one_screen() {
     let folder = folder();
     let screen = run(dmaload(["doctor"]).arg(folder.path())).exits(1).text();
     for word in
@@ -165,7 +165,7 @@ fn the_screen_is_one() {
 }
 
 #[test]
-fn missing_devices_are_told_and_how_to_get_them() {
+fn missing_devices_are_reported_with_a_remedy() {
     let json = run(&mut doctor(None)).succeeds().json();
     assert_eq!(json["path"], Value::Null);
     let mut missing = 0;
@@ -189,7 +189,7 @@ fn missing_devices_are_told_and_how_to_get_them() {
 }
 
 #[test]
-fn who_refuses_io_uring_is_told_and_the_load_works() {
+fn refusal_of_io_uring_is_explained_and_the_load_works() {
     let folder = folder();
     let small = random_file(folder.path(), "small.bin", 5000);
     for (call, errno, name, route) in [
@@ -218,7 +218,7 @@ fn who_refuses_io_uring_is_told_and_the_load_works() {
 }
 
 #[test]
-fn a_small_limit_of_locked_memory_is_told_and_what_it_allows() {
+fn small_memlock_limit_is_reported_with_what_it_allows() {
     let folder = folder();
     allow(folder.path(), 0o777);
     let path = random_file(folder.path(), "model.bin", 20 * MIB);
@@ -247,7 +247,7 @@ fn a_small_limit_of_locked_memory_is_told_and_what_it_allows() {
 }
 
 #[test]
-fn root_is_not_held_back_by_the_limit() {
+fn memlock_limit_does_not_affect_root() {
     if !is_root() {
         return skip("only root has CAP_IPC_LOCK");
     }
@@ -261,7 +261,7 @@ fn root_is_not_held_back_by_the_limit() {
 }
 
 #[test]
-fn small_pages_are_told_and_how_to_get_larger_ones() {
+fn small_pages_are_reported_with_a_remedy() {
     let folder = folder();
     let small = random_file(folder.path(), "small.bin", 5000);
     let json = run(&mut on_small_pages(doctor(Some(&small)))).succeeds().json();
@@ -272,7 +272,7 @@ fn small_pages_are_told_and_how_to_get_larger_ones() {
 }
 
 #[test]
-fn a_folder_in_memory_is_told_by_its_file_system() {
+fn folder_in_memory_is_recognised_by_its_file_system() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
     // The folder has no model in it: it is told where it is, and that loading it would fail.
@@ -289,7 +289,7 @@ fn a_folder_in_memory_is_told_by_its_file_system() {
 }
 
 #[test]
-fn a_file_system_without_direct_reads_is_told() {
+fn file_system_without_direct_reads_is_reported() {
     // sysfs has none, and there is nowhere to write.
     let path = Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
     if !path.exists() {
@@ -323,7 +323,7 @@ fn a_path_that_cannot_be_loaded_is_an_error() {
 }
 
 #[test]
-fn a_load_that_would_fail_is_told_with_exit_status_1() {
+fn load_that_would_fail_exits_with_status_1() {
     let folder = folder();
     // It does not fit into memory, but is no larger on the disk than its name.
     let path = folder.path().join("huge");
@@ -351,7 +351,7 @@ fn a_load_that_would_fail_is_told_with_exit_status_1() {
 
 /// A system whose every folder is read-only.
 #[test]
-fn without_any_folder_to_write_to_the_heaps_are_tried_all_the_same() {
+fn heaps_are_tried_without_a_writable_folder() {
     let folder = folder();
     let path = common::file(folder.path(), "model.bin", &[7; 5000]);
     let mut command = doctor(Some(&path));
@@ -372,7 +372,7 @@ fn without_any_folder_to_write_to_the_heaps_are_tried_all_the_same() {
 }
 
 #[test]
-fn a_folder_that_can_not_be_looked_into_is_an_error() {
+fn unreadable_folder_is_an_error() {
     let folder = folder();
     let closed = folder.path().join("closed");
     fs::create_dir(&closed).unwrap();
@@ -413,7 +413,7 @@ fn a_scratch_file_is_written_through_its_own_descriptor() {
 }
 
 #[test]
-fn an_ordinary_user_is_told_of_another_folder() {
+fn ordinary_user_is_pointed_to_another_folder() {
     let folder = folder();
     match as_nobody(doctor(Some(folder.path()))) {
         Ok(mut command) => {
@@ -529,7 +529,7 @@ fn doctor_and_load_agree_on_every_folder() {
 
 /// Files whose file system states a length that they do not have.
 #[test]
-fn doctor_inspect_and_load_agree_on_lengths_that_are_made_up() {
+fn doctor_inspect_and_load_agree_on_false_lengths() {
     let files = ["/sys/kernel/mm/transparent_hugepage/enabled", "/proc/self/status", "/proc/version"].map(Path::new);
     for path in files.into_iter().filter(|path| path.exists()) {
         let loaded = run(dmaload(["load", "--json"]).arg(path)).exits(1).json();
@@ -575,7 +575,7 @@ fn without_procfs_doctor_works_as_load_does() {
 }
 
 #[test]
-fn refused_memory_files_are_told_with_a_heap_that_needs_none() {
+fn refused_memfds_are_reported_with_a_heap_without_them() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();

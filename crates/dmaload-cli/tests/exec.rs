@@ -45,7 +45,7 @@ fn a_program_reads_the_segments_from_its_descriptors() {
 }
 
 #[test]
-fn small_files_share_a_descriptor_unless_they_are_not_to() {
+fn small_files_share_a_descriptor_unless_forbidden() {
     let folder = folder();
     let paths: Vec<_> = (0..3).map(|number| random_file(folder.path(), &number.to_string(), 5000 + number)).collect();
     let script = r#"printf '%s|%s|' "$DMALOAD_FDS" "$DMALOAD_SEGMENTS"; cat <&3"#;
@@ -94,7 +94,7 @@ fn the_exit_status_is_the_programs() {
 }
 
 #[test]
-fn what_can_not_be_handed_over_or_run_is_an_error() {
+fn exec_without_descriptors_or_program_is_an_error() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let name = path.to_str().unwrap();

@@ -51,7 +51,7 @@ fn the_table_has_a_line_for_each_tensor_and_one_for_all() {
 }
 
 #[test]
-fn what_a_file_says_of_itself_is_shown() {
+fn metadata_of_a_file_is_shown() {
     let folder = folder();
     let pairs =
         [("format", "pt"), ("ss_base_model", "x\ny"), ("", "empty")].map(|(key, value)| (key.to_owned(), value.to_owned()));
@@ -70,7 +70,7 @@ fn what_a_file_says_of_itself_is_shown() {
 }
 
 #[test]
-fn a_raw_file_is_told_to_be_one() {
+fn raw_file_is_shown_as_raw() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &[3; 5000]);
     let json = run(dmaload(["inspect", "--json"]).arg(&path)).succeeds().json();

@@ -82,12 +82,12 @@ fn every_size_and_shape_by_the_page_cache_equals_sha256sum() {
 }
 
 #[test]
-fn by_uring_buffered() {
+fn every_size_and_shape_by_uring_buffered_equals_sha256sum() {
     every_size_and_shape("uring-buffered");
 }
 
 #[test]
-fn with_the_default_settings_sizes_around_a_segment_equal_sha256sum() {
+fn sizes_around_a_segment_equal_sha256sum_by_default() {
     let folder = folder();
     for size in [0, 1, 4097, 64 * MIB - 1, 64 * MIB, 64 * MIB + 1, 3 * 64 * MIB + 1] {
         let path = large_file(folder.path(), "model.bin", size as u64);
@@ -159,7 +159,7 @@ fn every_digest_equals_that_of_the_files_bytes() {
 }
 
 #[test]
-fn several_files_in_one_call_are_told_in_the_order_given() {
+fn several_files_are_reported_in_the_order_given() {
     let folder = folder();
     let sizes = [3 * SEGMENT + 1, 0, 1, SEGMENT];
     let paths: Vec<PathBuf> = (0..).zip(sizes).map(|(i, size)| random_file(folder.path(), &format!("{i}.bin"), size)).collect();
@@ -268,7 +268,7 @@ fn assert_times_fit(json: &Value) {
 }
 
 #[test]
-fn an_empty_file_is_a_good_load_without_segments() {
+fn empty_file_loads_without_segments() {
     let folder = folder();
     let json = load_json(&random_file(folder.path(), "empty", 0), &[]);
     assert_contract(&json);
@@ -316,7 +316,7 @@ fn the_peak_beyond_the_payload_stays_under_48_mib() {
 
 /// The timeline accounts for every byte, by every route.
 #[test]
-fn a_trace_has_an_event_for_each_thing_that_was_done() {
+fn trace_has_an_event_for_each_action() {
     let folder = folder();
     let size = 9 * MIB + 777;
     let path = random_file(folder.path(), "model.bin", size);
@@ -367,7 +367,7 @@ fn a_trace_has_an_event_for_each_thing_that_was_done() {
 }
 
 #[test]
-fn a_large_buffered_load_tells_that_it_fills_the_page_cache() {
+fn large_buffered_load_warns_about_the_page_cache() {
     let folder = folder();
     if let Some(reason) = common::no_room(folder.path(), 0, 3 << 30) {
         return skip(reason);
@@ -392,7 +392,7 @@ fn quiet_prints_nothing() {
 }
 
 #[test]
-fn the_summary_tells_people_size_route_memory_and_digest() {
+fn summary_shows_size_route_memory_and_digest() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", SEGMENT + 1);
     let text = run(dmaload(["load"]).args(SHA256).arg(&path)).succeeds().text();
@@ -414,7 +414,7 @@ fn a_path_that_is_not_utf_8_is_loaded() {
 }
 
 #[test]
-fn a_symlink_is_followed_and_told_by_the_path_given() {
+fn symlink_is_followed_and_reported_by_the_given_path() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 4097);
     let link = folder.path().join("link");
@@ -440,7 +440,7 @@ fn a_terminal_shows_a_bar_before_the_first_segment() {
 }
 
 #[test]
-fn what_came_from_the_page_cache_is_told() {
+fn bytes_from_the_page_cache_are_reported() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 20 * MIB + 1);
     let number = |json: &serde_json::Value| json["cached_bytes"].as_u64().unwrap();

@@ -75,7 +75,7 @@ const COMMANDS: [&[&str]; 8] = [
 ];
 
 #[test]
-fn hostile_names_of_files_and_tensors_drive_no_terminal() {
+fn hostile_names_never_reach_the_terminal_unescaped() {
     let folder = folder();
     for hostile in hostile_folders(folder.path()) {
         let name = hostile_text();
@@ -106,7 +106,7 @@ fn hostile_names_of_files_and_tensors_drive_no_terminal() {
 }
 
 #[test]
-fn a_hostile_index_drives_no_terminal() {
+fn hostile_index_never_reaches_the_terminal_unescaped() {
     let folder = folder();
     let name = hostile_text();
     let maps: [Value; 4] = [
@@ -127,7 +127,7 @@ fn a_hostile_index_drives_no_terminal() {
 }
 
 #[test]
-fn a_hostile_text_in_place_of_a_model_drives_no_terminal() {
+fn hostile_text_never_reaches_the_terminal_unescaped() {
     let folder = folder();
     let text = hostile_text().replace('\n', " ");
     for (name, bytes) in [("t.safetensors", text.clone()), ("t.gguf", text.clone()), ("j.safetensors", format!("{{\"{text}"))] {
@@ -140,7 +140,7 @@ fn a_hostile_text_in_place_of_a_model_drives_no_terminal() {
 }
 
 #[test]
-fn keys_of_gguf_drive_no_terminal() {
+fn gguf_keys_never_reach_the_terminal_unescaped() {
     let folder = folder();
     let text = |text: &str| [(text.len() as u64).to_le_bytes().as_slice(), text.as_bytes()].concat();
     let mut gguf = [b"GGUF".as_slice(), &3_u32.to_le_bytes(), &0_u64.to_le_bytes(), &1_u64.to_le_bytes()].concat();

@@ -72,7 +72,7 @@ fn a_model_inside_a_file_is_named_by_the_path_given() {
 }
 
 #[test]
-fn a_rank_loads_its_part_also_when_a_launcher_says_which() {
+fn rank_from_a_launcher_loads_its_part() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let asked = run(load().args(["--rank", "1", "--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
@@ -104,7 +104,7 @@ fn a_rank_loads_its_part_also_when_a_launcher_says_which() {
 
 /// Training pods and data-parallel replicas have both variables, and need the whole model.
 #[test]
-fn a_launchers_variables_order_nothing_by_themselves() {
+fn variables_of_a_launcher_are_ignored_unless_asked_for() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let all = std::fs::metadata(&path).unwrap().len();

@@ -13,7 +13,7 @@ const ENTER: u32 = 426;
 const REGISTER: u32 = 427;
 
 #[test]
-fn a_refused_io_uring_is_a_step_that_is_told_and_the_bytes_are_right() {
+fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 9 * MIB + 777);
     let load = |arguments: &[&str]| {
@@ -52,7 +52,7 @@ fn a_refused_io_uring_is_a_step_that_is_told_and_the_bytes_are_right() {
 
 /// What the limits are is then read from procfs.
 #[test]
-fn loads_go_on_where_a_sandbox_does_not_tell_limits() {
+fn loads_work_where_a_sandbox_hides_limits() {
     let folder = folder();
     let call = u32::try_from(libc::SYS_prlimit64).unwrap();
     let large = random_file(folder.path(), "model.bin", 9 * MIB + 777);

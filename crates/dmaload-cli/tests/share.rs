@@ -27,7 +27,7 @@ fn end(mut server: Ended, socket: &Path) {
 }
 
 #[test]
-fn what_is_served_is_attached_to_with_the_right_digest() {
+fn attached_image_has_the_digest_of_the_file() {
     let folder = folder();
     let socket = folder.path().join("socket");
     let paths = [random_file(folder.path(), "a.bin", 5_000_001), random_file(folder.path(), "b.bin", 77)];
@@ -58,7 +58,7 @@ fn a_load_that_fails_leaves_no_socket_behind() {
 }
 
 #[test]
-fn the_pages_of_attached_memory_are_the_real_ones() {
+fn attached_memory_reports_its_real_page_size() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 20 << 20);
     for (number, arguments) in [&["--pages", "4k"][..], &[]].into_iter().enumerate() {
@@ -125,7 +125,7 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
 
 /// A client in a user namespace trusts no user that is not mapped there, unless that is named.
 #[test]
-fn users_that_are_not_mapped_must_be_named() {
+fn unmapped_users_must_be_named() {
     if !is_root() {
         return skip("only root can allow users that are not mapped");
     }

@@ -28,7 +28,7 @@ fn flip(path: &Path, at: u64) {
 }
 
 #[test]
-fn a_manifest_passes_the_files_it_is_of_and_names_what_has_changed_in_them() {
+fn manifest_passes_its_files_and_names_changes() {
     let folder = folder();
     let header = br#"{"layer.0":{"dtype":"U8","shape":[3000000],"data_offsets":[0,3000000]},"layer.1":{"dtype":"U8","shape":[3000000],"data_offsets":[3000000,6000000]}}"#;
     let model = safetensors(folder.path(), "model.safetensors", header, 6_000_000);
@@ -57,7 +57,7 @@ fn a_manifest_passes_the_files_it_is_of_and_names_what_has_changed_in_them() {
 }
 
 #[test]
-fn near_misses_of_a_checksum_are_taken_or_explained() {
+fn near_misses_of_a_checksum_are_accepted_or_explained() {
     let folder = folder();
     let path = random_file(folder.path(), "a.bin", MIB);
     let hex = sha256sum(&path);
@@ -105,7 +105,7 @@ fn a_published_checksum_verifies_a_file() {
 }
 
 #[test]
-fn what_can_not_verify_is_told() {
+fn unusable_checksums_are_explained() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", MIB);
     let others = random_file(folder.path(), "other.bin", MIB);

@@ -103,7 +103,7 @@ async fn a_model_larger_than_the_limit_is_streamed_within_it() {
 
 /// Without a limit of memory, too: what was not taken yet is bounded by the window and a segment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn slow_consumer_holds_up_its_own_stream_within_the_window() {
+async fn slow_consumer_delays_only_its_own_stream() {
     const WINDOW: u64 = 32 * MIB;
     const SEGMENT: u64 = 8 * MIB;
     let _alone = ALONE.lock().await;
@@ -155,7 +155,7 @@ async fn slow_consumer_holds_up_its_own_stream_within_the_window() {
 }
 
 #[tokio::test]
-async fn what_can_never_fit_fails_at_once_with_the_arithmetic() {
+async fn load_that_can_never_fit_fails_at_once_with_numbers() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(40 << 20, 1));
@@ -171,7 +171,7 @@ async fn what_can_never_fit_fails_at_once_with_the_arithmetic() {
 }
 
 #[tokio::test]
-async fn loads_that_are_kept_wait_for_each_other_and_never_hold_each_other_up() {
+async fn kept_loads_wait_for_each_other_without_deadlock() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let bytes = random_bytes(20 << 20, 1);
@@ -201,7 +201,7 @@ async fn loads_that_are_kept_wait_for_each_other_and_never_hold_each_other_up() 
 
 /// Memory of the pool counts, gives way to who needs other sizes, and is used again by who needs the same.
 #[tokio::test]
-async fn the_pool_is_within_the_limit_and_gives_way() {
+async fn pool_stays_within_the_limit_and_yields() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let paths = [24, 28].map(|mib: usize| file(folder.path(), &format!("{mib}"), &random_bytes(mib << 20, mib as u64)));
@@ -230,7 +230,7 @@ async fn the_pool_is_within_the_limit_and_gives_way() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sixty_four_streams_share_a_limit_and_ten_that_stop_delay_nobody() {
+async fn streams_share_a_limit_beside_ten_that_stopped() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let limit = 256 * MIB;
@@ -321,7 +321,7 @@ fn tensors(folder: &Path, count: usize) -> PathBuf {
 
 /// The library holds the segments of a tensor that is not complete: a reservation has to have room for that.
 #[tokio::test]
-async fn streams_of_tensors_never_wait_for_memory_that_they_hold_themselves() {
+async fn tensor_streams_never_wait_for_their_own_memory() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let path = tensors(folder.path(), 12);
@@ -381,7 +381,7 @@ impl CollectNames for dmaload::Tensors {
 
 /// Memory of the pool that is used again is paid for as a whole: what others take meanwhile can't be what it still needs.
 #[tokio::test]
-async fn a_reservation_holds_while_memory_of_the_pool_is_used_again() {
+async fn reservation_holds_while_the_pool_is_reused() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let large = file(folder.path(), "large", &random_bytes(64 << 20, 1));

@@ -116,7 +116,7 @@ impl Wake for CountWakes {
 
 /// What shows progress asks this, and then takes the image.
 #[tokio::test(flavor = "multi_thread")]
-async fn load_is_finished_once_its_last_segment_is_there() {
+async fn load_is_finished_once_its_last_segment_arrived() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 1);
     let gate = Gate::at(0, last_segment(&bytes));
@@ -177,7 +177,7 @@ impl HeapHooks for HeldAllocations {
 
 /// Blocks of tensors that come first may hold the first and the last row of one that does not.
 #[tokio::test(flavor = "multi_thread")]
-async fn part_in_rows_is_not_there_before_the_rows_in_its_middle() {
+async fn tensor_of_rows_waits_for_its_middle_rows() {
     let folder = folder();
     let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
         "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
@@ -205,7 +205,7 @@ async fn part_in_rows_is_not_there_before_the_rows_in_its_middle() {
 }
 
 #[tokio::test]
-async fn tensor_is_there_before_the_load_ends() {
+async fn tensor_arrives_before_the_load_ends() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 1);
     let last = TENSORS - 1;
@@ -261,7 +261,7 @@ async fn any_number_of_tasks_wait_at_once() {
 }
 
 #[tokio::test]
-async fn a_waiter_that_is_not_polled_holds_up_no_other() {
+async fn unpolled_waiter_delays_no_other() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 3);
     let last = TENSORS - 1;
@@ -286,7 +286,7 @@ async fn a_waiter_that_is_not_polled_holds_up_no_other() {
 }
 
 #[tokio::test]
-async fn a_dropped_waiter_loses_nothing_and_is_woken_no_more() {
+async fn dropped_waiter_loses_nothing_and_is_never_woken() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 4);
     let gate = Gate::at(0, last_segment(&bytes));
@@ -322,7 +322,7 @@ async fn a_dropped_waiter_loses_nothing_and_is_woken_no_more() {
 }
 
 #[tokio::test]
-async fn a_name_is_unknown_only_when_all_files_are_planned_and_known() {
+async fn name_is_unknown_only_after_all_headers_are_read() {
     let folder = folder();
     let loader = Loader::new().unwrap();
     let (large, bytes) = model(folder.path(), "large.safetensors", 5);
@@ -393,7 +393,7 @@ async fn tensor_that_was_not_selected_is_an_error_that_says_so() {
 }
 
 #[tokio::test]
-async fn a_load_that_fails_tells_every_waiter_why() {
+async fn every_waiter_gets_the_error_of_a_failed_load() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 10);
     let gate = Gate::at(0, last_segment(&bytes));

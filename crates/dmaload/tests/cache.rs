@@ -58,7 +58,7 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
 const TRIES: usize = 5;
 
 #[test]
-fn chunks_that_are_cached_are_copied_and_the_rest_is_read() {
+fn cached_chunks_are_copied_and_the_rest_is_read() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| runtime.block_on(mixtures(what, at)));
@@ -188,7 +188,7 @@ impl GatedHeap {
 
 /// The last segment is asked for before its memory is allocated, and has gone from the cache when that is there.
 #[tokio::test]
-async fn what_has_gone_from_the_cache_meanwhile_is_read_from_storage() {
+async fn evicted_chunks_are_read_from_storage() {
     let folder = folder();
     let expected = random_bytes(8 << 20, 5);
     let path = file(folder.path(), "model.bin", &expected);
@@ -216,7 +216,7 @@ async fn what_has_gone_from_the_cache_meanwhile_is_read_from_storage() {
 /// A writer whose page was dirty, and mapped, before the load began: the kernel hears of its next store only if that page was
 /// written back meanwhile.
 #[test]
-fn a_store_into_a_page_that_was_dirty_already_fails_the_load() {
+fn store_into_an_already_dirty_page_fails_the_load() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| runtime.block_on(stores(what, at)));
@@ -261,7 +261,7 @@ async fn stores(what: &str, at: &Path) {
 
 /// Neither its header nor asking what is cached starts readahead.
 #[tokio::test]
-async fn cold_load_leaves_next_to_nothing_of_its_file_cached() {
+async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
     const LEN: u64 = 256 << 20;
     let folder = folder();
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{0}],"data_offsets":[0,{0}]}}}}"#, LEN - 1000);
@@ -288,7 +288,7 @@ fn can_leave_nothing(file: &File) -> bool {
 
 /// Also where the kernel or the file system can't do that: the first reads are refused then, and done once more.
 #[test]
-fn buffered_reads_by_a_ring_are_right_and_leave_nothing_where_that_can_be() {
+fn ring_reads_through_the_cache_leave_nothing_there() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     let folder = folder();
     let tmpfs = mounted::tmpfs(&folder.path().join("tmpfs"), "96m");

@@ -94,7 +94,7 @@ fn model() -> Vec<u8> {
 
 /// Loads a file that ends within a page: its segment ends with zeros.
 #[tokio::test]
-async fn no_byte_beyond_the_end_of_a_file_shows() {
+async fn bytes_beyond_the_end_of_a_file_are_not_shown() {
     for route in ROUTES {
         let bytes = model();
         let image = load_and(route, &bytes, |_| ()).await.unwrap();
@@ -154,7 +154,7 @@ fn safetensors() -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_model_that_grows_was_rewritten_and_fails() {
+async fn model_that_grows_fails() {
     let bytes = safetensors();
     let longer = |path: &Path| rewrite(path, &random_bytes(bytes.len() + 1, 24));
     let error = load_and(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();
@@ -162,7 +162,7 @@ async fn a_model_that_grows_was_rewritten_and_fails() {
 }
 
 #[tokio::test]
-async fn a_file_that_shrinks_fails_and_tells_where_it_ended() {
+async fn file_that_shrinks_fails_and_says_where_it_ended() {
     for route in ROUTES {
         for left in [3 * SEGMENT + 4096, 3 * SEGMENT + 5000, 3 * SEGMENT, SEGMENT] {
             let shrink = |path: &Path| fs::OpenOptions::new().write(true).open(path).unwrap().set_len(left as u64).unwrap();
@@ -179,7 +179,7 @@ async fn a_file_that_shrinks_fails_and_tells_where_it_ended() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_replaced_or_written_to_fails_and_a_deleted_one_is_loaded() {
+async fn replaced_or_rewritten_file_fails_and_a_deleted_one_loads() {
     let replace = |path: &Path| {
         let other = path.with_extension("new");
         fs::write(&other, random_bytes(model().len(), 22)).unwrap();
@@ -201,7 +201,7 @@ async fn a_file_that_is_replaced_or_written_to_fails_and_a_deleted_one_is_loaded
 }
 
 #[tokio::test]
-async fn the_last_segment_is_withheld_from_a_stream_when_the_file_has_changed() {
+async fn last_segment_of_a_changed_file_is_withheld() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
@@ -263,7 +263,7 @@ impl HeapHooks for FailingHeap {
 }
 
 #[tokio::test]
-async fn a_heap_that_runs_out_half_way_fails_the_load_and_not_the_loader() {
+async fn heap_that_runs_out_fails_the_load_not_the_loader() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     for (allocations, populations, operation) in [(2, usize::MAX, "allocate memory"), (usize::MAX, 2, "populate memory")] {
@@ -295,7 +295,7 @@ async fn a_file_among_many_that_cannot_be_loaded_is_named() {
 }
 
 #[tokio::test]
-async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_heap_hangs() {
+async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();
@@ -324,7 +324,7 @@ async fn a_shutdown_fails_the_loads_that_are_not_finished_and_returns_even_if_a_
 }
 
 #[tokio::test]
-async fn a_shutdown_without_a_thread_to_wait_reports_what_has_not_ended() {
+async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();

@@ -112,7 +112,7 @@ impl HeapHooks for SlowExtents {
 
 /// That a part of a file was staged, to measure that, is no reason to stage the rest.
 #[tokio::test]
-async fn after_the_trial_the_rest_goes_the_way_that_was_chosen() {
+async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let folder = folder();
     let block = random_bytes(MIB, 1);
     let path = large(folder.path(), &block);
@@ -129,7 +129,7 @@ async fn after_the_trial_the_rest_goes_the_way_that_was_chosen() {
 }
 
 #[tokio::test]
-async fn what_is_fixed_or_too_small_is_not_measured() {
+async fn fixed_or_small_loads_are_not_measured() {
     let folder = folder();
     let block = random_bytes(MIB, 1);
     let path = large(folder.path(), &block);

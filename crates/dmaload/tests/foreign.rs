@@ -99,7 +99,7 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
 }
 
 #[test]
-fn a_waker_that_polls_deadlocks_nothing() {
+fn waker_that_polls_causes_no_deadlock() {
     let folder = folder();
     let path = safetensors(folder.path(), 12, 1_000_000);
     for route in ROUTES {
@@ -208,7 +208,7 @@ fn poll_next(load: &mut Load) -> Option<dmaload::Result<dmaload::Segment>> {
 }
 
 #[test]
-fn a_waker_that_panics_fails_its_load_by_name_and_no_other() {
+fn waker_that_panics_fails_only_its_load() {
     let folder = folder();
     let bytes = random_bytes(6_000_000, 1);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -336,7 +336,7 @@ impl Drop for PanicsToo {
 }
 
 #[test]
-fn what_verifies_and_observes_may_panic_and_is_named() {
+fn panicking_verifiers_and_observers_are_named() {
     let folder = folder();
     let bytes = random_bytes(6_000_000, 1);
     let (large, small) = (file(folder.path(), "large.bin", &bytes), file(folder.path(), "small.bin", &bytes[..5000]));
@@ -387,7 +387,7 @@ fn what_verifies_and_observes_may_panic_and_is_named() {
 
 /// Options of a loader are held by the loader alone, not by its threads.
 #[test]
-fn a_verifier_that_all_loads_have_may_panic_in_its_drop() {
+fn verifier_of_all_loads_may_panic_in_its_drop() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(3_000_000, 1));
     for place in [In::DropOfVerifier, In::DropOfObserver, In::Describe] {

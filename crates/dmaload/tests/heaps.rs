@@ -85,7 +85,7 @@ async fn a_kept_descriptor_cannot_write_to_a_segment() {
 }
 
 #[tokio::test]
-async fn memory_that_takes_no_seal_against_writes_fails_its_load() {
+async fn memory_that_cannot_be_sealed_fails_its_load() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     for seals in [SealFlags::SEAL, SealFlags::SEAL | SealFlags::GROW] {
@@ -182,7 +182,7 @@ impl HeapHooks for Counting {
 }
 
 #[tokio::test]
-async fn hooks_see_each_call_of_a_heap_of_ours() {
+async fn hooks_see_each_call_of_a_built_in_heap() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let hooks = Arc::new(Counting::default());
@@ -205,7 +205,7 @@ async fn hooks_see_each_call_of_a_heap_of_ours() {
 }
 
 #[tokio::test]
-async fn a_descriptor_that_is_no_dma_buf_fails_the_load_by_name() {
+async fn descriptor_that_is_not_a_dma_buf_fails_its_load() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     type Allocate = fn(usize) -> Result<OwnedFd, Errno>;
@@ -267,7 +267,7 @@ impl HeapHooks for PanicsIn {
 }
 
 #[tokio::test]
-async fn a_heap_that_panics_fails_its_loads_by_name_and_the_next_ones_go_on() {
+async fn heap_that_panics_fails_its_load_by_name() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     for call in ["before_allocate", "after_allocate", "before_populate", "after_populate", "size_limit"] {

@@ -237,12 +237,12 @@ fn read_safetensors(file: &[u8]) -> bool {
 }
 
 #[test]
-fn damaged_safetensors_headers_cost_little_and_mean_the_same_to_the_safetensors_crate() {
+fn damaged_safetensors_headers_cost_little_and_match_the_crate() {
     for_each_input("safetensors", read_safetensors);
 }
 
 #[test]
-fn damaged_manifests_cost_little_and_what_is_accepted_is_written_back_the_same() {
+fn damaged_manifests_cost_little_and_round_trip() {
     for_each_input("manifest", |json| {
         let (manifest, memory, time) = measured(|| Manifest::parse(json));
         assert_bounded(json.len(), memory, time);
@@ -259,7 +259,7 @@ fn damaged_manifests_cost_little_and_what_is_accepted_is_written_back_the_same()
 }
 
 #[test]
-fn damaged_gguf_headers_cost_little_and_never_leave_the_file() {
+fn damaged_gguf_headers_cost_little_and_stay_in_the_file() {
     for_each_input("gguf", |file| {
         let length = file.len() as u64;
         let (parsed, memory, time) = measured(|| gguf::parse(file, length));
@@ -288,7 +288,7 @@ fn damaged_gguf_headers_cost_little_and_never_leave_the_file() {
 }
 
 #[test]
-fn damaged_indices_cost_little_and_name_no_file_outside_of_their_folder() {
+fn damaged_indices_cost_little_and_stay_in_their_folder() {
     for_each_input("index", |json| {
         let (index, memory, time) = measured(|| Index::parse(json));
         assert_bounded(json.len(), memory, time);
@@ -304,7 +304,7 @@ fn damaged_indices_cost_little_and_name_no_file_outside_of_their_folder() {
 
 /// The whole way, from a file: an error, or the file's bytes.
 #[test]
-fn damaged_files_are_loaded_as_they_are_or_refused() {
+fn damaged_files_load_as_they_are_or_are_refused() {
     for (kind, names) in [("safetensors", ["model.safetensors", "model.bin"]), ("gguf", ["model.gguf", "model"])] {
         load_damaged(kind, names);
     }

@@ -59,7 +59,7 @@ fn wait_until(is_so: impl Fn() -> bool, what: &str) {
 }
 
 #[tokio::test]
-async fn only_thread_of_a_runtime_goes_on_while_a_file_is_inspected() {
+async fn inspecting_a_file_does_not_block_the_runtime() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let path = slow_to_inspect(folder.path());

@@ -227,7 +227,7 @@ async fn holds_when_dropped(what: &str, stream: dmaload::Segments, expected: &(u
 }
 
 #[test]
-fn nothing_is_left_behind() {
+fn finished_and_failed_loads_leak_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let files = files();
     let scratch = folder();

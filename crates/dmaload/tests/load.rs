@@ -44,7 +44,7 @@ async fn every_size_by_every_route_and_layout_equals_the_file() {
 }
 
 #[tokio::test]
-async fn the_bytes_after_the_end_of_the_file_are_zero_and_the_memfd_holds_the_same() {
+async fn bytes_behind_the_end_are_zero_in_memory_and_memfd() {
     let folder = folder();
     let bytes = random_bytes(SEGMENT + 5000, 7);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -63,7 +63,7 @@ async fn the_bytes_after_the_end_of_the_file_are_zero_and_the_memfd_holds_the_sa
 }
 
 #[tokio::test]
-async fn both_heaps_give_the_bytes_and_anon_has_no_descriptor() {
+async fn both_heaps_load_the_bytes_and_anon_has_no_descriptor() {
     let folder = folder();
     let bytes = random_bytes(9 << 20, 3);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -82,7 +82,7 @@ async fn both_heaps_give_the_bytes_and_anon_has_no_descriptor() {
 }
 
 #[tokio::test]
-async fn a_file_of_no_bytes_is_a_good_load_without_segments() {
+async fn file_of_no_bytes_loads_without_segments() {
     let folder = folder();
     let empty = file(folder.path(), "empty.bin", b"");
     let other = file(folder.path(), "other.bin", b"something");
@@ -118,7 +118,7 @@ async fn segments_come_in_order_and_the_image_has_the_same_ones() {
 }
 
 #[tokio::test]
-async fn a_stream_gives_each_segment_once_and_a_report_at_the_end() {
+async fn stream_yields_each_segment_once_and_then_a_report() {
     let folder = folder();
     let bytes = random_bytes(6 * SEGMENT + 9, 12);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -162,7 +162,7 @@ async fn many_files_in_one_load_keep_their_order_and_few_descriptors() {
 }
 
 #[tokio::test]
-async fn a_window_smaller_than_a_segment_is_refused_in_words() {
+async fn window_smaller_than_a_segment_is_refused() {
     let Err(error) = Loader::builder().load_options(LoadOptions::new().segment_bytes(64 << 20)).window_bytes(32 << 20).build()
     else {
         panic!("it was built")
@@ -174,7 +174,7 @@ async fn a_window_smaller_than_a_segment_is_refused_in_words() {
 }
 
 #[tokio::test]
-async fn a_load_after_the_shutdown_fails_and_says_why() {
+async fn load_after_the_shutdown_fails_and_says_why() {
     let loader = Loader::new().unwrap();
     let other = loader.clone();
     loader.shutdown().await.unwrap();
@@ -183,7 +183,7 @@ async fn a_load_after_the_shutdown_fails_and_says_why() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_loaded_is_told_with_its_path() {
+async fn unloadable_file_is_reported_with_its_path() {
     let folder = folder();
     let loader = Loader::new().unwrap();
     let missing = folder.path().join("missing.bin");
@@ -201,7 +201,7 @@ fn routes_are_all_tried_here() {
 }
 
 #[tokio::test]
-async fn a_file_larger_than_memory_is_refused_before_anything_is_allocated() {
+async fn file_larger_than_memory_is_refused_before_allocating() {
     let folder = folder();
     let path = folder.path().join("sparse.bin");
     std::fs::File::create(&path).unwrap().set_len(10 << 40).unwrap();
@@ -218,7 +218,7 @@ async fn a_file_larger_than_memory_is_refused_before_anything_is_allocated() {
 }
 
 #[test]
-fn everything_can_be_sent_to_another_thread() {
+fn public_types_can_be_sent_to_another_thread() {
     fn sent<T: Send + 'static>(_: &T) {}
     fn sent_and_shared<T: Send + Sync + 'static>() {}
     sent_and_shared::<(Loader, dmaload::Segment, dmaload::Image, dmaload::Tensor, dmaload::Report, Error)>();
@@ -235,7 +235,7 @@ fn everything_can_be_sent_to_another_thread() {
 
 /// What breaks while a load is being planned leaves its place to others.
 #[tokio::test]
-async fn a_load_whose_planning_panics_keeps_no_place() {
+async fn load_whose_planning_panics_frees_its_place() {
     #[derive(Debug)]
     struct Panics(AtomicUsize);
     impl HeapHooks for Panics {

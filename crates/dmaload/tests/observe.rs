@@ -86,7 +86,7 @@ fn loader(heap: &SpiedHeap) -> Loader {
 }
 
 #[tokio::test]
-async fn every_byte_is_seen_once_in_order_by_every_route_and_on_uncached_memory_in_staging_only() {
+async fn every_byte_is_observed_once_in_order_by_every_route() {
     let folder = folder();
     let contents = [random_bytes(7 * SEGMENT + 777, 1), Vec::new(), random_bytes(1, 2), random_bytes(SEGMENT, 3)];
     let paths: Vec<_> = contents.iter().enumerate().map(|(n, bytes)| file(folder.path(), &n.to_string(), bytes)).collect();
@@ -112,7 +112,7 @@ async fn every_byte_is_seen_once_in_order_by_every_route_and_on_uncached_memory_
 }
 
 #[tokio::test]
-async fn no_segment_is_shown_before_it_was_seen_and_a_slow_observer_does_not_let_memory_grow() {
+async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
     let folder = folder();
     let expected = random_bytes(12 * SEGMENT, 4);
     let path = file(folder.path(), "slow.bin", &expected);
@@ -151,7 +151,7 @@ impl Observer for Judge {
 }
 
 #[tokio::test]
-async fn what_is_rejected_fails_the_load_with_the_reason_and_its_place() {
+async fn rejected_bytes_fail_the_load_with_reason_and_place() {
     let folder = folder();
     let path = file(folder.path(), "rejected.bin", &random_bytes(5 * SEGMENT, 5));
     let at = 3 * SEGMENT as u64 + 5;

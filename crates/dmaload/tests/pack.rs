@@ -37,7 +37,7 @@ fn assert_files(image: &Image, contents: &[Vec<u8>], what: &str) {
 }
 
 #[tokio::test]
-async fn every_file_is_right_by_every_route_and_they_share_memories() {
+async fn small_files_share_memory_and_are_right_by_every_route() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let loader = loader();
@@ -79,7 +79,7 @@ async fn every_file_is_right_by_every_route_and_they_share_memories() {
 }
 
 #[tokio::test]
-async fn the_shared_memfd_holds_each_file_at_its_offset_with_a_zero_tail() {
+async fn shared_memfd_holds_each_file_with_a_zero_tail() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let image = loader().load(&paths).await.unwrap();
@@ -94,7 +94,7 @@ async fn the_shared_memfd_holds_each_file_at_its_offset_with_a_zero_tail() {
 }
 
 #[tokio::test]
-async fn a_stream_gives_them_in_order_and_a_memory_lives_as_long_as_any_of_its_segments() {
+async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let loader = loader();
@@ -119,7 +119,7 @@ async fn a_stream_gives_them_in_order_and_a_memory_lives_as_long_as_any_of_its_s
 
 /// Whoever gets a memory sees all that is in it, so nothing of it is shown when a file in it has changed.
 #[tokio::test]
-async fn a_small_file_that_changes_fails_the_load_before_any_that_shares_with_it_is_shown() {
+async fn changed_small_file_withholds_all_that_share_its_memory() {
     let folder = folder();
     let contents: Vec<_> = (0..20).map(|seed| random_bytes(100_000, seed)).collect();
     let paths = written(folder.path(), &contents);
@@ -150,7 +150,7 @@ impl Observer for Replacing {
 }
 
 #[tokio::test]
-async fn headers_of_small_models_are_read_from_their_memory_and_what_is_wrong_is_named() {
+async fn headers_of_small_models_are_read_from_their_memory() {
     let folder = folder();
     let model = |name: &str| {
         let header = r#"{"w":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
@@ -178,7 +178,7 @@ async fn headers_of_small_models_are_read_from_their_memory_and_what_is_wrong_is
 }
 
 #[tokio::test]
-async fn one_that_is_missing_among_many_is_named() {
+async fn missing_small_file_among_many_is_named() {
     let folder = folder();
     let contents: Vec<_> = (0..200).map(|seed| random_bytes(5000, seed)).collect();
     let mut paths = written(folder.path(), &contents);
@@ -189,7 +189,7 @@ async fn one_that_is_missing_among_many_is_named() {
 }
 
 #[tokio::test]
-async fn the_same_files_again_go_into_the_memory_of_the_first_load() {
+async fn second_load_reuses_the_memory_of_the_first_load() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).pool_bytes(1 << 30).build().unwrap();
@@ -226,7 +226,7 @@ impl Observer for Appending {
 }
 
 #[tokio::test]
-async fn a_small_file_that_grew_fails() {
+async fn small_file_that_grew_fails() {
     let header = r#"{"w":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
     let model = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"abc"].concat();
     let gguf = [&b"GGUF"[..], &3u32.to_le_bytes(), &[0; 16], &[0; 8]].concat();

@@ -36,7 +36,7 @@ impl HeapHooks for Gated {
 }
 
 #[tokio::test]
-async fn loads_on_a_ring_that_breaks_down_fail_with_the_reason_and_later_ones_go_on() {
+async fn broken_ring_fails_its_loads_and_later_loads_work() {
     let folder = folder();
     let bytes = random_bytes(6 * SEGMENT + 777, 1);
     let path = file(folder.path(), "model.bin", &bytes);

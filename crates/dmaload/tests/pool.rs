@@ -40,7 +40,7 @@ async fn assert_pooled(loader: &Loader, bytes: u64, what: &str) {
 }
 
 #[tokio::test]
-async fn a_load_of_the_same_size_is_given_the_same_memory_and_shows_only_its_own_bytes() {
+async fn pooled_memory_shows_only_the_bytes_of_its_new_load() {
     let folder = folder();
     let len = 5 * SEGMENT + 4097;
     let memory = (5 * SEGMENT + 8192) as u64;
@@ -71,7 +71,7 @@ async fn a_load_of_the_same_size_is_given_the_same_memory_and_shows_only_its_own
 
 /// The memory of a shorter file ends in the same page: what the longer one left there must not be seen.
 #[tokio::test]
-async fn the_tail_of_memory_that_is_used_again_is_zero() {
+async fn tail_of_reused_memory_is_zero() {
     let folder = folder();
     let long = file(folder.path(), "long.bin", &random_bytes(8192, 1));
     let short = file(folder.path(), "short.bin", &random_bytes(4097, 2));
@@ -92,7 +92,7 @@ async fn the_tail_of_memory_that_is_used_again_is_zero() {
 }
 
 #[tokio::test]
-async fn a_segment_whose_descriptor_was_handed_out_is_never_used_again() {
+async fn handed_out_segment_is_never_reused() {
     let folder = folder();
     let bytes = random_bytes(4 * SEGMENT, 1);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -110,7 +110,7 @@ async fn a_segment_whose_descriptor_was_handed_out_is_never_used_again() {
 }
 
 #[tokio::test]
-async fn views_keep_memory_out_of_the_pool_and_loads_that_were_dropped_bring_none() {
+async fn viewed_and_dropped_memory_stays_out_of_the_pool() {
     let folder = folder();
     let bytes = random_bytes(8 * SEGMENT, 1);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -138,7 +138,7 @@ async fn views_keep_memory_out_of_the_pool_and_loads_that_were_dropped_bring_non
 }
 
 #[tokio::test]
-async fn the_pool_keeps_no_more_than_it_was_given_and_nothing_after_the_shutdown() {
+async fn pool_keeps_its_limit_and_nothing_after_the_shutdown() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(8 * SEGMENT, 1));
     let loader = Loader::builder()

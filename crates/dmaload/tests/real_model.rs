@@ -8,7 +8,7 @@ use common::{ROUTES, assert_same};
 use dmaload::{Layout, LoadOptions, Loader};
 
 #[tokio::test]
-async fn every_tensor_of_a_real_model_is_what_the_safetensors_crate_reads() {
+async fn every_tensor_of_a_real_model_equals_the_crates() {
     let Some(path) = std::env::var_os("DMALOAD_REAL_MODEL") else {
         println!("skipped: DMALOAD_REAL_MODEL names no model; `just real-model` fetches one");
         return;

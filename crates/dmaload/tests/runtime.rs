@@ -25,7 +25,7 @@ fn large(folder: &Path, mib: u64) -> PathBuf {
 
 /// A ticker on the one thread of a runtime keeps ticking while a GiB is loaded, streamed, dropped in the middle, and shut down.
 #[test]
-fn a_ticker_on_the_only_thread_keeps_ticking_during_a_load_of_a_gibibyte() {
+fn only_runtime_thread_keeps_ticking_during_a_load() {
     let folder = folder();
     let path = large(folder.path(), 1024);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -68,7 +68,7 @@ fn a_ticker_on_the_only_thread_keeps_ticking_during_a_load_of_a_gibibyte() {
 }
 
 #[test]
-fn a_loader_outlives_the_runtime_that_its_load_was_begun_on() {
+fn loader_outlives_the_runtime_of_its_load() {
     let folder = folder();
     let bytes = random_bytes(40 << 20, 2);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -121,7 +121,7 @@ fn futures_lite_block_on<T>(future: impl Future<Output = T>) -> T {
 
 /// `next` of every kind may be dropped at any await, and nothing is lost.
 #[tokio::test]
-async fn what_is_said_to_be_cancel_safe_is() {
+async fn documented_cancel_safety_holds() {
     let folder = folder();
     let bytes = random_bytes(24 << 20, 3);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -145,7 +145,7 @@ async fn what_is_said_to_be_cancel_safe_is() {
 }
 
 #[tokio::test]
-async fn metrics_say_what_was_done() {
+async fn metrics_count_what_was_done() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(10 << 20, 4));
     let loader = Loader::builder()

@@ -289,7 +289,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_it_panic(header in vec(any::<u8>(), 0..200), file_bytes in any::<u64>()) {
+    fn no_input_makes_the_parser_panic(header in vec(any::<u8>(), 0..200), file_bytes in any::<u64>()) {
         let _ = parse(&header, file_bytes);
         let _ = sniff(&header, file_bytes, false);
         let braced = [b"{", &header[..]].concat();
@@ -532,7 +532,7 @@ fn damaged_files_are_never_read_more_loosely_or_differently() {
 }
 
 #[test]
-fn each_known_difference_is_one() {
+fn each_known_difference_still_differs() {
     const EMPTY: &str = r#"{"dtype":"U8","shape":[0],"data_offsets":[0,0]}"#;
     let ones = vec!["1"; 256].join(",");
     let headers = [
@@ -549,7 +549,7 @@ fn each_known_difference_is_one() {
 
 /// What the README forbids, or does not speak of, and the crate reads.
 #[test]
-fn what_the_crate_lets_through_without_harm_is_read_as_well() {
+fn harmless_deviations_that_the_crate_accepts_are_read() {
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
     let entry = |more: &str| format!(r#"{{"t":{{"dtype":"U8","shape":[0],"data_offsets":[0,0],"more":{more}}}}}"#);
     let headers = [" {}".to_owned(), "{}\n".to_owned(), "\r\n{}\t ".to_owned(), entry("[1]"), entry(&nested(100))];
@@ -564,7 +564,7 @@ fn what_the_crate_lets_through_without_harm_is_read_as_well() {
 // ---- size ----
 
 #[test]
-fn two_hundred_thousand_tensors() {
+fn header_of_200_000_tensors_is_read_the_same() {
     const COUNT: usize = 200_000;
     let mut header = "{".to_owned();
     // Last in the file first in the header, so that order has to be made.

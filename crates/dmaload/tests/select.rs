@@ -57,7 +57,7 @@ fn assert_tensors(image: &Image, path: &Path, what: &str) {
 }
 
 #[tokio::test]
-async fn chosen_tensors_are_there_and_nothing_else_is_read() {
+async fn only_chosen_tensors_are_read() {
     let folder = folder();
     let path = layers(folder.path());
     let file_bytes = fs::metadata(&path).unwrap().len();
@@ -82,7 +82,7 @@ async fn chosen_tensors_are_there_and_nothing_else_is_read() {
 }
 
 #[tokio::test]
-async fn a_pattern_that_means_nothing_is_an_error_and_so_is_verifying_a_part() {
+async fn unmatched_patterns_and_verified_parts_are_errors() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader().build().unwrap();
@@ -96,7 +96,7 @@ async fn a_pattern_that_means_nothing_is_an_error_and_so_is_verifying_a_part() {
 }
 
 #[tokio::test]
-async fn tensors_come_as_they_are_complete_in_file_order_or_the_order_asked_for() {
+async fn tensors_arrive_when_complete_in_the_order_asked_for() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader().build().unwrap();
@@ -129,7 +129,7 @@ async fn tensors_come_as_they_are_complete_in_file_order_or_the_order_asked_for(
 }
 
 #[tokio::test]
-async fn files_without_bytes_to_read_and_small_ones_have_their_tensors_in_the_stream() {
+async fn empty_and_small_files_have_their_tensors_in_the_stream() {
     let folder = folder();
     let small = model(&folder.path().join("small.safetensors"), &[("a", &[3]), ("empty", &[0, 4])]);
     let large = layers(folder.path());
@@ -151,7 +151,7 @@ async fn files_without_bytes_to_read_and_small_ones_have_their_tensors_in_the_st
 }
 
 #[tokio::test]
-async fn ranks_have_the_model_between_them() {
+async fn ranks_together_have_the_whole_model() {
     let folder = folder();
     let path = layers(folder.path());
     let bytes = fs::read(&path).unwrap();
@@ -198,7 +198,7 @@ async fn ranks_have_the_model_between_them() {
 }
 
 #[tokio::test]
-async fn ranges_and_even_parts_of_files_are_the_files_bytes() {
+async fn ranges_and_shards_of_files_equal_the_files_bytes() {
     let folder = folder();
     let bytes = random_bytes(3 * SEGMENT + 777, 9);
     let path = file(folder.path(), "raw", &bytes);
@@ -228,7 +228,7 @@ async fn ranges_and_even_parts_of_files_are_the_files_bytes() {
 }
 
 #[tokio::test]
-async fn cut_between_tensors_each_is_in_one_segment_unless_it_is_larger() {
+async fn layout_tensors_keeps_a_tensor_in_one_segment() {
     let folder = folder();
     let path = layers(folder.path());
     for route in ROUTES {
@@ -249,7 +249,7 @@ async fn cut_between_tensors_each_is_in_one_segment_unless_it_is_larger() {
 }
 
 #[tokio::test]
-async fn an_importer_gets_what_it_can_map_or_is_told_why_not() {
+async fn importer_gets_what_it_can_map_or_an_error() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = Loader::builder().build().unwrap();
@@ -305,7 +305,7 @@ async fn a_folder_of_a_model_hub_is_one_model() {
 }
 
 #[tokio::test]
-async fn an_index_that_says_something_else_than_the_files_is_an_error() {
+async fn index_that_contradicts_its_files_is_an_error() {
     let folder = folder();
     folder_of_two(folder.path());
     let snapshot = folder.path().join("snapshot");
@@ -395,7 +395,7 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
 
 /// As applications' packages hold weights: not compressed, anywhere in the file.
 #[tokio::test]
-async fn a_model_inside_of_an_open_file_is_loaded_from_there() {
+async fn model_inside_of_an_open_file_is_loaded() {
     let folder = folder();
     let path = layers(folder.path());
     let inner = fs::read(&path).unwrap();
@@ -459,7 +459,7 @@ async fn a_gguf_model_inside_of_an_open_file() {
 
 /// A safetensors file's tensors begin anywhere: what an importer wants aligned is copied there, counted, or refused.
 #[tokio::test]
-async fn tensors_are_where_an_importer_wants_them() {
+async fn tensors_are_aligned_for_an_importer() {
     let folder = folder();
     let path = layers(folder.path());
     let file_bytes = fs::metadata(&path).unwrap().len();

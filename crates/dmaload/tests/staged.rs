@@ -173,7 +173,7 @@ async fn each_extent_is_populated_once_just_before_it_is_written_to() {
 
 /// Reads through the page cache, and copies from it, bring memory into being in the same way.
 #[tokio::test]
-async fn bytes_from_the_page_cache_come_into_memory_of_the_same_making() {
+async fn bytes_from_the_page_cache_are_staged_in_the_same_way() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     for pages in [Pages::Auto, Pages::Small] {
@@ -266,7 +266,7 @@ impl HeapHooks for Counting {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn what_is_populated_and_not_full_stays_within_the_window() {
+async fn populated_memory_stays_within_the_window() {
     const WINDOW: usize = 16 * MIB;
     let folder = folder();
     let bytes = random_bytes(96 * MIB, 3);
@@ -327,7 +327,7 @@ impl HeapHooks for Failing {
 }
 
 #[tokio::test]
-async fn a_heap_that_fails_amid_copies_fails_one_load_with_its_error() {
+async fn heap_that_fails_amid_copies_fails_one_load() {
     let folder = folder();
     let contents = [random_bytes(40 * MIB, 1), random_bytes(40 * MIB, 2)];
     let paths = written(folder.path(), &contents);
@@ -384,7 +384,7 @@ impl HeapHooks for Gate {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_load_that_is_dropped_while_memory_is_populated_leaves_nothing() {
+async fn load_dropped_while_populating_leaves_nothing() {
     let folder = folder();
     let bytes = random_bytes(40 * MIB, 1);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -423,7 +423,7 @@ async fn a_load_that_is_dropped_while_memory_is_populated_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn errors_of_staged_loads_say_what_was_asked_of_which_heap() {
+async fn errors_of_staged_loads_name_the_heap_and_the_request() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(5 * MIB, 1));
     let failing = Arc::new(Failing::default());

@@ -323,7 +323,7 @@ async fn waits(load: &mut Load, what: &str) {
 }
 
 #[tokio::test]
-async fn hanging_load_stops_no_other_and_finishes_when_its_server_answers() {
+async fn hanging_load_stops_no_other_and_finishes_later() {
     let Some(_alone) = alone().await else { return };
     let (plain, bytes) = (Plain::new(), bytes());
     for (workers_wanted, (hangs, names)) in [1, 2].into_iter().flat_map(|workers| KINDS.map(|kind| (workers, kind))) {
@@ -415,7 +415,7 @@ async fn sixty_hanging_loads_stop_no_other() {
 }
 
 #[tokio::test]
-async fn shutdown_tells_each_worker_that_hangs() {
+async fn shutdown_counts_each_hanging_worker() {
     let Some(_alone) = alone().await else { return };
     let plain = Plain::new();
     for (number, (hangs, names)) in KINDS.into_iter().enumerate() {

@@ -44,7 +44,7 @@ fn model(letters: &str, bytes: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_manifest_has_the_checksums_of_the_files_chunks_and_the_right_files_pass() {
+async fn manifest_has_the_checksums_of_its_chunks() {
     let folder = folder();
     let contents = [random_bytes(3 * SEGMENT + 777, 1), Vec::new(), random_bytes(CHUNK, 2), random_bytes(1, 3)];
     let paths: Vec<_> = contents.iter().enumerate().map(|(n, bytes)| file(folder.path(), &n.to_string(), bytes)).collect();
@@ -85,7 +85,7 @@ async fn shown_until(loader: &Loader, path: &Path, options: LoadOptions) -> (u64
 }
 
 #[tokio::test]
-async fn a_flipped_bit_anywhere_is_found_before_it_is_shown_and_its_place_is_told() {
+async fn flipped_bit_is_found_and_located_before_it_is_shown() {
     let folder = folder();
     let bytes = model("abcdef", SEGMENT - 12_345);
     let path = file(folder.path(), "model.safetensors", &bytes);
@@ -119,7 +119,7 @@ async fn a_flipped_bit_anywhere_is_found_before_it_is_shown_and_its_place_is_tol
 }
 
 #[tokio::test]
-async fn a_checksum_of_the_whole_file_withholds_its_end() {
+async fn whole_file_checksum_withholds_the_last_segment() {
     let folder = folder();
     let bytes = random_bytes(2 * SEGMENT + 99, 4);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -143,7 +143,7 @@ async fn a_checksum_of_the_whole_file_withholds_its_end() {
 }
 
 #[tokio::test]
-async fn another_length_or_a_file_that_is_not_in_the_manifest_is_an_error_before_anything_is_read() {
+async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     let folder = folder();
     let [a, b] = ["a", "b"].map(|name| file(folder.path(), name, &random_bytes(SEGMENT + 1, 5)));
     let loader = loader();
@@ -158,7 +158,7 @@ async fn another_length_or_a_file_that_is_not_in_the_manifest_is_an_error_before
 }
 
 #[tokio::test]
-async fn small_files_that_share_memory_are_verified_each() {
+async fn each_small_file_in_shared_memory_is_verified() {
     let folder = folder();
     let contents: Vec<_> =
         (0..40).map(|n| if n % 2 == 0 { random_bytes(30_000 + n, n as u64) } else { model("xyz", 40_000) }).collect();

@@ -17,7 +17,7 @@ fn a_page_in_another_encoding_is_a_page() {
 }
 
 #[test]
-fn a_model_by_the_wrong_format_is_not_advised_the_name_it_has() {
+fn advice_on_a_wrong_format_names_another_format() {
     let folder = folder();
     let path = safetensors(folder.path(), "m.safetensors", br#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#, 4);
     let done = run(dmaload(["load", "--format", "gguf"]).arg(&path))
@@ -60,7 +60,7 @@ fn lies() -> Vec<(&'static str, Vec<u8>, &'static str)> {
 }
 
 #[test]
-fn a_header_that_lies_is_told_and_the_same_file_loads_as_raw_bytes() {
+fn false_header_is_an_error_and_loads_as_raw_bytes() {
     let folder = folder();
     for (what, header, word) in lies() {
         println!("{what}");
@@ -79,7 +79,7 @@ fn assert_loads_as_raw(path: &Path) {
 }
 
 #[test]
-fn a_header_length_that_lies_is_told_and_the_same_file_loads_as_raw_bytes() {
+fn false_header_length_is_an_error_and_loads_as_raw_bytes() {
     let folder = folder();
     for (length, word) in
         [(u64::MAX, "more than"), (200_000_000, "more than"), (1_000_000, "has only"), (1, "shortest"), (0, "shortest")]
@@ -137,7 +137,7 @@ fn in_place_of_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static st
 }
 
 #[test]
-fn what_is_in_place_of_a_model_is_told_with_its_own_advice() {
+fn files_that_are_not_models_get_their_own_advice() {
     let folder = folder();
     for (name, bytes, what, advice) in in_place_of_models() {
         let path = file(folder.path(), name, &bytes);
@@ -157,7 +157,7 @@ fn what_is_in_place_of_a_model_is_told_with_its_own_advice() {
 
 /// What was forgotten says how much: of all tensors, not only of the first that is not there.
 #[test]
-fn what_is_missing_of_a_file_is_counted() {
+fn missing_bytes_of_a_file_are_counted() {
     let folder = folder();
     let entry = |from: u64, to: u64| format!(r#"{{"dtype":"U8","shape":[{}],"data_offsets":[{from},{to}]}}"#, to - from);
     let header = format!(r#"{{"a":{},"b":{},"c":{}}}"#, entry(0, 100), entry(100, 900), entry(900, 1000));

@@ -24,7 +24,7 @@ fn sparse(folder: &Path, bytes: u64) -> std::path::PathBuf {
 
 /// At 4 the ring, at 6 the file, from 7 on the segments find no descriptor left.
 #[test]
-fn the_limit_of_open_files_is_told_wherever_it_is_met() {
+fn limit_of_open_files_is_named_wherever_it_is_hit() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 64 * MIB);
     let mut command = load(&path);
@@ -82,7 +82,7 @@ fn model_of_more_files_than_descriptors_loads() {
 
 /// Whatever is loaded, and however it is laid out: the advice is the limit itself, for no other option helps.
 #[test]
-fn few_descriptors_have_the_same_advice_for_every_way_to_load() {
+fn few_descriptors_get_the_same_advice_for_every_load() {
     let folder = folder();
     let tensors: Vec<_> = (0..32).map(|number| (format!("t{number}"), number << 21)).collect();
     let entry = |(name, at): &(String, usize)| {
@@ -130,7 +130,7 @@ fn a_single_segment_needs_few_descriptors() {
 
 /// From a limit that leaves room for the program to one that leaves room for all but the file.
 #[test]
-fn the_limit_of_addresses_is_told_and_nothing_panics() {
+fn limit_of_addresses_is_reported_without_a_panic() {
     const KIB: u64 = 1 << 10;
     let folder = folder();
     let path = sparse(folder.path(), 1 << 30);
@@ -145,7 +145,7 @@ fn the_limit_of_addresses_is_told_and_nothing_panics() {
 
 /// Where it begins: the threads' stacks are refused one after the other. Whatever happens, it is told.
 #[test]
-fn however_few_addresses_there_are_a_load_fails_in_words() {
+fn load_explains_its_failure_at_any_limit_of_addresses() {
     let folder = folder();
     let path = sparse(folder.path(), 1 << 30);
     let mut told = false;
@@ -186,7 +186,7 @@ fn a_file_larger_than_memory_is_refused_before_it_is_read() {
 
 /// 80 TiB have addresses, the others have none: the words are the same.
 #[test]
-fn lengths_beyond_all_addresses_have_the_words_of_those_beyond_memory() {
+fn length_beyond_all_addresses_reads_like_beyond_memory() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("there is no /dev/shm") };
     for bytes in [80 << 40, 200 << 40, 7 << 60] {
         let path = sparse(folder.path(), bytes);
@@ -206,7 +206,7 @@ fn lengths_beyond_all_addresses_have_the_words_of_those_beyond_memory() {
 
 /// An ordinary user's limit of locked memory (8 MiB by default, 64 KiB before Linux 5.16).
 #[test]
-fn a_small_memlock_limit_takes_the_next_route_and_says_which_limit() {
+fn small_memlock_limit_steps_down_and_is_named() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 100 * MIB + 1);
     if let Some(reason) = common::unavailable("uring-direct", folder.path()) {
@@ -241,7 +241,7 @@ fn memlock_is_told(mut lenient: Command, mut strict: Command, path: &Path) {
 
 /// The route bounce registers its staging buffers, which a limit may refuse: a step of its own.
 #[test]
-fn staging_beyond_the_memlock_limit_is_told_and_refused_to_a_strict_load() {
+fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 40 * MIB + 1);
     if let Some(reason) = common::unavailable("uring-direct", folder.path()) {
@@ -282,7 +282,7 @@ fn without_a_memlock_limit_root_takes_the_best_route() {
 
 /// The kernel's own answer is SIGXFSZ, which ends a process.
 #[test]
-fn the_limit_of_file_sizes_is_told_by_name() {
+fn limit_of_file_sizes_is_named() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
     run(&mut limited(&load(&path), "-f 1000")).fails(1, &[text(&path), "EFBIG", "ulimit -f"]);

@@ -40,7 +40,7 @@ fn a_missing_file_is_named_with_its_errno_and_a_hint() {
 }
 
 #[test]
-fn a_path_through_a_file_is_enotdir_and_a_loop_of_links_is_eloop() {
+fn path_through_a_file_is_enotdir_and_a_link_loop_is_eloop() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 1);
     every_command_fails(&path.join("below"), &["ENOTDIR"]);
@@ -50,7 +50,7 @@ fn a_path_through_a_file_is_enotdir_and_a_loop_of_links_is_eloop() {
 }
 
 #[test]
-fn a_folder_is_no_file() {
+fn folder_without_a_model_is_an_error() {
     let folder = folder();
     every_command_fails(folder.path(), &["a directory"]);
 }
@@ -65,13 +65,13 @@ fn a_fifo_is_refused_without_waiting_for_a_writer() {
 }
 
 #[test]
-fn a_device_is_no_file() {
+fn character_device_is_refused() {
     every_command_fails(Path::new("/dev/null"), &["a character device"]);
     every_command_fails(Path::new("/dev/zero"), &["a character device"]);
 }
 
 #[test]
-fn a_part_of_what_is_no_file_is_refused_without_waiting() {
+fn range_of_a_non_file_is_refused_without_waiting() {
     let folder = folder();
     let fifo = folder.path().join("fifo");
     run(Command::new("mkfifo").arg(&fifo)).succeeds();
@@ -103,7 +103,7 @@ fn a_link_to_nothing_says_so() {
 }
 
 #[test]
-fn a_folder_named_like_a_model_is_none() {
+fn folder_named_like_a_model_is_not_a_model() {
     let header = br#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
     for name in ["m.gguf", "a.safetensors", "model.safetensors", "m.safetensors.index.json"] {
         let folder = folder();
@@ -128,7 +128,7 @@ fn every_command_fails_but_cat(path: &Path, words: &[&str]) {
 }
 
 #[test]
-fn a_block_device_says_how_to_go_on() {
+fn block_device_is_refused_with_advice() {
     let names = fs::read_dir("/sys/class/block").map(|entries| entries.map(|entry| entry.unwrap().file_name()));
     let devices = names.into_iter().flatten().map(|name| Path::new("/dev").join(name));
     let Some(device) = devices.into_iter().find(|device| device.exists()) else { return skip("no block device") };
@@ -154,7 +154,7 @@ fn a_file_that_may_not_be_read_is_eacces() {
 }
 
 #[test]
-fn one_bad_file_among_good_ones_fails_the_load_and_is_the_one_named() {
+fn bad_file_among_good_ones_is_named() {
     let folder = folder();
     let good = random_file(folder.path(), "good.bin", 3 * MIB);
     let bad = folder.path().join("bad.bin");
@@ -163,7 +163,7 @@ fn one_bad_file_among_good_ones_fails_the_load_and_is_the_one_named() {
 }
 
 #[test]
-fn pipes_sockets_and_standard_input_say_to_save_them_first() {
+fn pipes_and_sockets_advise_saving_to_a_file_first() {
     let folder = folder();
     run(dmaload(["load", "-"]).current_dir(folder.path())).fails(1, &["ENOENT", "save it to a file first"]);
     run(dmaload(["load", "--json", "-"]).current_dir(folder.path())).fails(1, &["save it to a file first"]);
@@ -176,7 +176,7 @@ fn pipes_sockets_and_standard_input_say_to_save_them_first() {
 }
 
 #[test]
-fn a_socket_that_can_not_be_attached_to_has_its_own_advice() {
+fn socket_that_cannot_be_attached_to_has_its_own_advice() {
     let folder = folder();
     let socket = folder.path().join("s");
     run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "whether the server has loaded"]);
@@ -196,7 +196,7 @@ fn a_socket_that_can_not_be_attached_to_has_its_own_advice() {
 }
 
 #[test]
-fn a_checksum_without_its_name_is_taken_or_explained() {
+fn checksum_without_algorithm_is_accepted_or_explained() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let sum = sha256sum(&path);
@@ -213,7 +213,7 @@ fn a_checksum_without_its_name_is_taken_or_explained() {
 }
 
 #[test]
-fn a_dma_buf_that_can_not_be_had_is_never_replaced_by_something_else() {
+fn required_dma_buf_is_never_replaced_by_other_memory() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     run(load(&path).arg("--dma-buf")).fails(1, &[text(&path), "dma-buf"]);

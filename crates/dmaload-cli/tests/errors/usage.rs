@@ -43,7 +43,7 @@ fn wrong_usage_comes_before_a_missing_file() {
 }
 
 #[test]
-fn help_and_version_are_no_errors() {
+fn help_and_version_are_not_errors() {
     for arguments in [&["--help"][..], &["--version"], &["load", "--help"], &["demo", "--help"]] {
         let done = run(&mut dmaload(arguments)).succeeds();
         assert!(done.text().contains("dmaload"), "{done}");

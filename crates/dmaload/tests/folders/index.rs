@@ -84,7 +84,7 @@ async fn the_index_decides_which_of_two_tensors_counts() {
 }
 
 #[tokio::test]
-async fn what_is_shared_and_inspected_is_what_the_index_says() {
+async fn shared_and_inspected_tensors_follow_the_index() {
     for (files, value, all) in overlays() {
         let folder = folder();
         written(folder.path(), &files);
@@ -105,7 +105,7 @@ async fn what_is_shared_and_inspected_is_what_the_index_says() {
 }
 
 #[tokio::test]
-async fn an_index_is_one_by_any_of_its_names() {
+async fn index_is_recognised_by_any_of_its_names() {
     for name in [
         INDEX,
         "model.safetensors.index.fp16.json",
@@ -204,7 +204,7 @@ async fn names_with_characters_of_patterns_are_names() {
 }
 
 #[tokio::test]
-async fn a_stale_index_and_what_is_passed_over_are_told() {
+async fn stale_index_and_ignored_files_are_reported() {
     let folder = folder();
     written(folder.path(), &[("model.safetensors", st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
     for loader in loaders() {
@@ -229,7 +229,7 @@ async fn a_stale_index_and_what_is_passed_over_are_told() {
 }
 
 #[tokio::test]
-async fn an_index_whose_name_says_little_is_one_in_a_folder() {
+async fn index_with_a_vague_name_is_recognised_in_a_folder() {
     let name = "model.index.fp16.json";
     let folder = folder();
     written(folder.path(), &[(A, st(&[("a", 1)])), ("fp16.safetensors", st(&[("z", 1)]))]);
@@ -281,7 +281,7 @@ async fn an_index_whose_name_says_little_is_one_in_a_folder() {
 }
 
 #[tokio::test]
-async fn files_that_patterns_pass_over_by_the_index_are_noted() {
+async fn files_skipped_by_patterns_and_index_are_noted() {
     let folder = folder();
     written(folder.path(), &[(A, st(&[("w1", 1)])), (B, st(&[("b", 2), ("w2", 2)]))]);
     written(folder.path(), &[(INDEX, index(&[("w1", A), ("b", B)]))]);

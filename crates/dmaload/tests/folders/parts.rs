@@ -66,7 +66,7 @@ async fn missing_parts_are_named_unless_they_may_be_missing() {
 }
 
 #[tokio::test]
-async fn what_is_whole_loads_beside_unfinished_downloads() {
+async fn whole_models_load_beside_unfinished_downloads() {
     let gg = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
     let cases: [Vec<(&str, Vec<u8>)>; 8] = [
         vec![(A, st(&[("a", 1)])), (B, st(&[("b", 1)])), ("model-00002-of-00002.safetensors.incomplete", vec![1])],
@@ -168,7 +168,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
 
 /// The name of the file says nothing of what is inside.
 #[tokio::test]
-async fn a_model_inside_a_file_is_checked_as_a_whole_one() {
+async fn model_inside_a_file_must_be_whole() {
     let folder = folder();
     let inner = part(0, 2, 2, &[("a", 1)]);
     let whole = gguf(&[], &[("a", 1)]);
@@ -202,7 +202,7 @@ async fn a_model_inside_a_file_is_checked_as_a_whole_one() {
 
 /// llama.cpp finds the parts of a model by names with five digits only, and otherwise goes by what the files say.
 #[tokio::test]
-async fn parts_numbered_otherwise_are_never_taken_for_the_whole() {
+async fn unusually_numbered_parts_are_never_taken_for_the_whole() {
     for end in ["1-of-2", "0001-of-0002", "1_of_2", "00001-of-2"] {
         let second = end.replacen('1', "2", 1);
         let (first, second) = (format!("m-{end}.gguf"), format!("m-{second}.gguf"));
@@ -238,7 +238,7 @@ async fn parts_numbered_otherwise_are_never_taken_for_the_whole() {
 }
 
 #[tokio::test]
-async fn a_part_under_a_name_that_says_nothing_is_a_part() {
+async fn part_under_a_meaningless_name_is_a_part() {
     let folder = folder();
     let both = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])];
     written(folder.path(), &[("blobs/b0", both[0].clone()), ("blobs/b1", both[1].clone()), ("two.gguf", both.concat())]);
@@ -306,7 +306,7 @@ async fn a_rank_whose_bytes_are_cut_checks_the_whole_model() {
 }
 
 #[tokio::test]
-async fn names_of_a_series_are_seen_however_they_are_written() {
+async fn names_of_a_series_are_recognised_in_any_form() {
     for name in [
         "00001-of-00002.safetensors",
         "1-of-2.safetensors",

@@ -38,7 +38,7 @@ async fn no_thread_of_the_caller_closes_files() {
 }
 
 #[tokio::test]
-async fn after_a_shutdown_amid_reads_the_files_are_closed() {
+async fn files_are_closed_after_a_shutdown_amid_reads() {
     // Late answers: the ring's thread has the files when every worker has done its last job.
     let Some(mounted) = Mounted::new(Manners::AnswersLate) else { return };
     for route in ROUTES {

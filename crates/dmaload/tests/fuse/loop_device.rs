@@ -79,7 +79,7 @@ fn attach(file: &Path) -> Result<String, String> {
 /// ext4 is local, and its device is not: when the queue of the loop device is full, a read waits
 /// in `io_uring_enter`.
 #[tokio::test]
-async fn a_loop_device_over_a_silent_server_stops_no_load_of_another_file_system() {
+async fn silent_loop_device_does_not_stop_other_file_systems() {
     if !may_mount() {
         return;
     }

@@ -52,7 +52,7 @@ fn shared_loader(route: Route) -> Loader {
 }
 
 #[tokio::test]
-async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from_and_told() {
+async fn direct_reads_refused_at_the_first_read_step_down() {
     let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
     for route in ROUTES {
         let loader = loader().load_options(options().route(route)).build().unwrap();
@@ -76,7 +76,7 @@ async fn direct_reads_that_are_refused_only_when_they_come_are_stepped_down_from
 /// A ring would get the same bytes twice, as if they were different ones (Linux 6.18), so it never
 /// reads FUSE, nor what may be FUSE.
 #[tokio::test]
-async fn a_ring_never_reads_what_may_be_fuse() {
+async fn ring_never_reads_what_may_be_fuse() {
     for (manners, attempt, errno) in [
         (Manners::FailsAt(usize::MAX), Attempt::RingOnFuse, Errno::EOPNOTSUPP),
         (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::ENOSYS),
@@ -117,7 +117,7 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
 
 /// Four threads, which are enough for a disk, would wait for such a server most of the time.
 #[tokio::test]
-async fn more_threads_read_from_a_server_that_is_far_away() {
+async fn more_threads_read_from_a_distant_server() {
     const CHUNK: u64 = 128 << 10;
     let bytes = 64 * SEGMENT + 777;
     let Some(mounted) = Mounted::of(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
@@ -147,7 +147,7 @@ async fn more_threads_read_from_a_server_that_is_far_away() {
 /// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between
 /// two reads of ours: whatever it then gives is the file's bytes, or an end that is told.
 #[tokio::test]
-async fn short_answers_give_the_same_bytes_or_a_clear_end() {
+async fn short_answers_load_the_same_bytes_or_a_clear_error() {
     // Whole blocks, and what no block size divides.
     for most in [4096, 12_288, 100_001, 65_535] {
         let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
@@ -184,7 +184,7 @@ async fn a_file_that_ends_before_its_stated_length_is_an_error() {
 }
 
 #[tokio::test]
-async fn an_error_names_the_file_and_where() {
+async fn error_names_the_file_and_the_offset() {
     let at = 2 * SEGMENT + 4096;
     let Some(mounted) = Mounted::new(Manners::FailsAt(at)) else { return };
     for route in ROUTES {
@@ -225,7 +225,7 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
 
 /// Its pages may be older than what its server has, while attributes match.
 #[tokio::test]
-async fn nothing_is_taken_from_the_page_cache_of_fuse() {
+async fn page_cache_of_fuse_is_not_used() {
     let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
     // By one description: the next one that is opened drops what is cached.
     let open = std::fs::File::open(&mounted.path).unwrap();
@@ -247,7 +247,7 @@ async fn nothing_is_taken_from_the_page_cache_of_fuse() {
 
 /// The kernel believes attributes for a minute; a load asks the server.
 #[tokio::test]
-async fn cached_attributes_hide_no_rewrite_during_a_load() {
+async fn rewrite_is_noticed_despite_cached_attributes() {
     for route in ROUTES {
         for at in [0, SEGMENT + 1, 4 * SEGMENT] {
             let Some(mounted) = Mounted::new(Manners::IsRewrittenAt(at)) else { return };
@@ -260,7 +260,7 @@ async fn cached_attributes_hide_no_rewrite_during_a_load() {
 }
 
 #[tokio::test]
-async fn cached_attributes_make_no_change_of_an_earlier_rewrite() {
+async fn earlier_rewrite_is_not_a_change_by_cached_attributes() {
     for route in ROUTES {
         // A small file is looked at before it is opened, a large one after.
         for bytes in [BYTES, 70_000] {

@@ -55,7 +55,7 @@ fn the_silent_server() {
 /// A read that its server has been sent can't be called off, and keeps the process that waits for it: a server in the process
 /// of the reader would keep itself.
 #[tokio::test]
-async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to_it() {
+async fn shutdown_beside_a_silent_server_ends_and_reports_leaks() {
     if !may_mount() {
         return;
     }
@@ -92,7 +92,7 @@ async fn a_shutdown_ends_though_a_server_never_answers_and_tells_what_is_left_to
 
 /// What one file system holds up is its loads' part of the window, the queue, staging and threads; not the others'.
 #[tokio::test]
-async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
+async fn silent_file_system_does_not_stop_other_file_systems() {
     let Some(answering) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
     let folder = folder();
     let plain = folder.path().join("plain.bin");
@@ -118,7 +118,7 @@ async fn a_file_system_that_never_answers_stops_no_load_of_another_one() {
 /// However many loads wait for silent servers: together they hold the part of their file system,
 /// of which each server has one.
 #[tokio::test]
-async fn many_loads_of_two_silent_servers_stop_no_load_of_another_file_system() {
+async fn many_silent_loads_do_not_stop_other_file_systems() {
     if !may_mount() {
         return;
     }
@@ -166,7 +166,7 @@ async fn many_loads_of_two_silent_servers_stop_no_load_of_another_file_system() 
 /// All places are taken by loads of which nothing comes: they don't count as open any more after
 /// some seconds.
 #[tokio::test]
-async fn silent_loads_do_not_keep_all_places_among_the_open_ones() {
+async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
         return;
     }
@@ -189,7 +189,7 @@ async fn silent_loads_do_not_keep_all_places_among_the_open_ones() {
 /// A read that a server was sent can't be called off. What only waits for a thread can: it would
 /// wait for those reads.
 #[tokio::test]
-async fn dropping_a_silent_load_takes_back_the_reads_that_were_not_begun() {
+async fn dropped_silent_load_takes_back_reads_not_begun() {
     if !may_mount() {
         return;
     }
@@ -216,7 +216,7 @@ async fn dropping_a_silent_load_takes_back_the_reads_that_were_not_begun() {
 
 /// The last look at a file asks its server, which may keep a worker as long as it likes.
 #[tokio::test]
-async fn a_server_silent_about_attributes_holds_one_worker() {
+async fn server_silent_about_attributes_holds_one_worker() {
     if !may_mount() {
         return;
     }

@@ -151,7 +151,7 @@ fn hostile_clients_stall_no_other_user() {
 /// Clients of one user have a bounded number of descriptors on their way, to a bounded number of
 /// them.
 #[test]
-fn what_is_on_its_way_to_one_user_is_bounded() {
+fn descriptors_on_their_way_to_one_user_are_bounded() {
     if !is_root() {
         return;
     }
@@ -215,7 +215,7 @@ fn many_hostile_users_stall_no_other() {
 
 /// What waits for a client, or lets it wait, ends in time, and the client learns why.
 #[test]
-fn clients_that_stop_are_let_go_in_time() {
+fn clients_that_stop_are_disconnected_in_time() {
     if !is_root() {
         return;
     }

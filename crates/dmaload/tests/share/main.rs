@@ -74,7 +74,7 @@ fn assert_same_image(ours: &Image, theirs: &Image) {
 }
 
 #[tokio::test]
-async fn a_client_has_the_same_image_and_keeps_it_when_the_server_is_gone() {
+async fn client_keeps_its_image_when_the_server_has_ended() {
     let folder = folder();
     let path = model(folder.path());
     // Small files share a memory, and a raw one has no tensors.
@@ -99,7 +99,7 @@ async fn a_client_has_the_same_image_and_keeps_it_when_the_server_is_gone() {
 }
 
 #[tokio::test]
-async fn images_have_names_and_come_and_go() {
+async fn images_are_published_and_withdrawn_by_name() {
     let folder = folder();
     let path = model(folder.path());
     let image = loaded(&[&path]).await;
@@ -156,7 +156,7 @@ async fn images_have_names_and_come_and_go() {
 }
 
 #[tokio::test]
-async fn a_socket_that_was_left_behind_is_replaced_and_what_is_none_stays() {
+async fn stale_socket_is_replaced_and_other_files_stay() {
     let folder = folder();
     let socket = folder.path().join("socket");
     // As a process leaves it that was killed.
@@ -258,7 +258,7 @@ fn shared_memory_bytes() -> u64 {
 }
 
 #[tokio::test]
-async fn ten_processes_have_one_image_in_one_memory_and_one_that_is_killed_harms_nobody() {
+async fn ten_processes_share_one_memory_though_one_is_killed() {
     let folder = folder();
     // The GiB by DMALOAD_SHARE_MIB=1024.
     let mib: usize = std::env::var("DMALOAD_SHARE_MIB").map_or(256, |mib| mib.parse().unwrap());
@@ -302,7 +302,7 @@ async fn ten_processes_have_one_image_in_one_memory_and_one_that_is_killed_harms
 /// Descriptors on their way count against the server's user: a client that takes none of them
 /// holds up its own user alone, and no more than a few of them are on their way.
 #[tokio::test]
-async fn a_client_that_does_not_take_its_descriptors_is_waited_for_by_nobody() {
+async fn client_that_takes_no_descriptors_delays_no_other() {
     let folder = folder();
     let (image, socket, _server) = serving(folder.path()).await;
     let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();

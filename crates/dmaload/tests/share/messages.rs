@@ -12,7 +12,7 @@ use crate::common::{folder, random_bytes};
 use crate::{assert_same_image, connected, default, descriptors, serving};
 
 #[tokio::test]
-async fn ten_thousand_malformed_messages_and_clients_that_stop_harm_nobody() {
+async fn malformed_messages_and_silent_clients_do_no_harm() {
     let folder = folder();
     let (image, socket, _server) = serving(folder.path()).await;
     let before = descriptors();
@@ -54,7 +54,7 @@ async fn ten_thousand_malformed_messages_and_clients_that_stop_harm_nobody() {
 
 /// A server that lies: descriptors of other things, and descriptions that do not fit them.
 #[tokio::test]
-async fn a_server_that_lies_leads_nobody_out_of_memory() {
+async fn lying_server_cannot_cause_out_of_bounds_access() {
     let folder = folder();
     let page = |sealed: bool| {
         let memfd = dmaload::heap::Memfd::create("test", 8192).unwrap();
@@ -146,7 +146,7 @@ fn lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandl
 }
 
 #[test]
-fn messages_of_a_server_that_lies_are_refused() {
+fn messages_of_a_lying_server_are_refused() {
     let folder = folder();
     let some = |count: usize| (0..count).map(|_| fs::File::open("/dev/null").unwrap().into()).collect::<Vec<OwnedFd>>();
     let (other, lost, closed) =
@@ -201,7 +201,7 @@ fn answer_of_a_server_that_does_not_read_is_received() {
 }
 
 #[test]
-fn server_that_never_answers_is_left_in_time() {
+fn client_gives_up_on_a_silent_server_in_time() {
     let folder = folder();
     let socket = folder.path().join("socket");
     let listener = std::thread::spawn({

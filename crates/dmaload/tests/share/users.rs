@@ -180,7 +180,7 @@ fn servers_serve_their_own_user_and_those_they_allow() {
 }
 
 #[test]
-fn socket_has_its_mode_whatever_the_umask_which_stays() {
+fn socket_has_its_mode_despite_the_umask() {
     if !is_root() {
         return;
     }
