@@ -1,23 +1,24 @@
-//! The types of tensors' elements: those that a safetensors header can name, and the blocks of ggml that GGUF files have.
+//! The element types of tensors: those that a safetensors header can name, and ggml's block types
+//! that GGUF files use.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Declares [`DType`] and everything about it from one table, so that a type
-/// can't be known in one direction and unknown in the other.
+/// Declares [`DType`] and its properties from one table, so that parsing and formatting can't
+/// disagree.
 macro_rules! dtypes {
     (
         $($(#[$doc:meta])+ $variant:ident = $name:literal, $bits:literal bits;)+
         quantized:
         $($(#[$qdoc:meta])+ $quantized:ident = $qname:literal, $elements:literal in $bytes:literal bytes;)+
     ) => {
-        /// The type of a tensor's elements.
+        /// The element type of a tensor.
         ///
-        /// The set and the spelling are those of the `safetensors` crate 0.8,
-        /// and the quantized types of ggml, which come in blocks of several
-        /// elements with common scales. All are little-endian.
+        /// The set and the spelling are those of the `safetensors` crate 0.8, plus the quantized
+        /// types of ggml, which come in blocks of several elements with common scales. All are
+        /// little-endian.
         ///
-        /// Converts to and from its name, as `safetensors` or ggml spell it:
+        /// Converts to and from its name as spelled by `safetensors` or ggml:
         ///
         /// ```
         /// use dmaload::model::DType;
@@ -39,11 +40,11 @@ macro_rules! dtypes {
             /// Every type that a safetensors header can name.
             pub const SAFETENSORS: &[Self] = &[$(Self::$variant),+];
 
-            /// Every quantized type that a GGUF file can have.
+            /// Every quantized type that a GGUF file can contain.
             pub const QUANTIZED: &[Self] = &[$(Self::$quantized),+];
 
-            /// The size of one element in bits, which is not always a multiple
-            /// of 8. `None` for a quantized type, whose elements share scales.
+            /// The size of one element in bits, which is not always a multiple of 8. `None` for a
+            /// quantized type, whose elements share scales.
             #[must_use]
             pub const fn element_bits(self) -> Option<usize> {
                 match self {
@@ -52,9 +53,8 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The number of elements in a block, the least that can be stored:
-            /// 1 for [`BF16`](Self::BF16), 2 for [`F4`](Self::F4), 32 for
-            /// [`Q4_0`](Self::Q4_0).
+            /// The number of elements in a block, the smallest unit that can be stored: 1 for
+            /// [`BF16`](Self::BF16), 2 for [`F4`](Self::F4), 32 for [`Q4_0`](Self::Q4_0).
             #[must_use]
             pub const fn block_elements(self) -> usize {
                 match self {
@@ -77,7 +77,7 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The name that a safetensors header uses, or ggml.
+            /// The name as used in safetensors headers, or by ggml.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self {
@@ -86,8 +86,8 @@ macro_rules! dtypes {
                 }
             }
 
-            /// The type of this name in a safetensors header, which has no
-            /// names for quantized types.
+            /// The type with this name in a safetensors header, which has no names for quantized
+            /// types.
             pub(super) fn from_safetensors_name(name: &str) -> Option<Self> {
                 match name {
                     $($name => Some(Self::$variant),)+
@@ -99,8 +99,8 @@ macro_rules! dtypes {
 }
 
 impl DType {
-    /// The size of one element in bytes. `None` where an element is no whole number of bytes
-    /// ([`F4`](Self::F4)), or is quantized.
+    /// The size of one element in bytes. `None` if an element is not a whole number of bytes
+    /// ([`F4`](Self::F4)) or is quantized.
     #[must_use]
     pub const fn element_bytes(self) -> Option<usize> {
         match self.element_bits() {
@@ -109,24 +109,24 @@ impl DType {
         }
     }
 
-    /// The bytes that this many elements take. `None` where they end within a block, or are more
-    /// than 64 bits count.
+    /// The size of this many elements in bytes. `None` if they end within a block or the size
+    /// overflows 64 bits.
     pub(crate) fn bytes_of(self, elements: u64) -> Option<u64> {
         let (block_elements, block_bytes) = (self.block_elements() as u64, self.block_bytes() as u64);
         if elements.is_multiple_of(block_elements) { (elements / block_elements).checked_mul(block_bytes) } else { None }
     }
 }
 
-/// The name is that of no [`DType`].
+/// Returned for a name that is not that of a [`DType`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("unknown dtype {name:?} (names are exact: \"BF16\", \"F8_E4M3\")")]
 #[non_exhaustive]
 pub struct ParseDTypeError {
-    /// The name.
+    /// The unknown name.
     pub name: String,
 }
 
-/// Spelled exactly as in a safetensors header (`"BF16"`, not `"bf16"`), or as by ggml (`"Q4_0"`).
+/// Spelled exactly as in a safetensors header (`"BF16"`, not `"bf16"`) or by ggml (`"Q4_0"`).
 impl FromStr for DType {
     type Err = ParseDTypeError;
 
@@ -136,7 +136,7 @@ impl FromStr for DType {
     }
 }
 
-/// As [`DType::from_str`].
+/// Same as [`DType::from_str`].
 impl TryFrom<&str> for DType {
     type Error = ParseDTypeError;
 
@@ -146,7 +146,7 @@ impl TryFrom<&str> for DType {
 }
 
 dtypes! {
-    /// A truth value in a byte of its own.
+    /// A boolean stored in one byte.
     Bool = "BOOL", 8 bits;
     /// 4-bit float (OCP microscaling, E2M1).
     F4 = "F4", 4 bits;
@@ -216,31 +216,31 @@ dtypes! {
     Q6_K = "Q6_K", 256 in 210 bytes;
     /// 8-bit, in super-blocks.
     Q8_K = "Q8_K", 256 in 292 bytes;
-    /// 2.06 bits by a codebook.
+    /// 2.06 bits, with a codebook.
     IQ2_XXS = "IQ2_XXS", 256 in 66 bytes;
-    /// 2.31 bits by a codebook.
+    /// 2.31 bits, with a codebook.
     IQ2_XS = "IQ2_XS", 256 in 74 bytes;
-    /// 3.06 bits by a codebook.
+    /// 3.06 bits, with a codebook.
     IQ3_XXS = "IQ3_XXS", 256 in 98 bytes;
-    /// 1.56 bits by a codebook.
+    /// 1.56 bits, with a codebook.
     IQ1_S = "IQ1_S", 256 in 50 bytes;
-    /// 4-bit, not linear.
+    /// 4-bit, non-linear.
     IQ4_NL = "IQ4_NL", 32 in 18 bytes;
-    /// 3.44 bits by a codebook.
+    /// 3.44 bits, with a codebook.
     IQ3_S = "IQ3_S", 256 in 110 bytes;
-    /// 2.5 bits by a codebook.
+    /// 2.5 bits, with a codebook.
     IQ2_S = "IQ2_S", 256 in 82 bytes;
-    /// 4-bit, not linear, in super-blocks.
+    /// 4-bit, non-linear, in super-blocks.
     IQ4_XS = "IQ4_XS", 256 in 136 bytes;
-    /// 1.75 bits by a codebook.
+    /// 1.75 bits, with a codebook.
     IQ1_M = "IQ1_M", 256 in 56 bytes;
-    /// ternary, 1.69 bits.
+    /// Ternary, 1.69 bits.
     TQ1_0 = "TQ1_0", 256 in 54 bytes;
-    /// ternary, 2.06 bits.
+    /// Ternary, 2.06 bits.
     TQ2_0 = "TQ2_0", 256 in 66 bytes;
     /// 4-bit float with a common scale (OCP microscaling).
     MXFP4 = "MXFP4", 32 in 17 bytes;
-    /// 4-bit float with scales for 16 elements each (NVIDIA).
+    /// 4-bit float with a scale for every 16 elements (NVIDIA).
     NVFP4 = "NVFP4", 64 in 36 bytes;
     /// 1-bit, one scale.
     Q1_0 = "Q1_0", 128 in 18 bytes;
@@ -304,7 +304,7 @@ mod tests {
             assert_eq!(error.name, name);
             assert!(!error.to_string().contains('\u{1b}'), "control characters are escaped");
         }
-        // Of the quantized types a safetensors header knows none.
+        // A safetensors header has no quantized types.
         assert_eq!(DType::from_safetensors_name("Q4_0"), None);
     }
 }

@@ -10,21 +10,20 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 
 /// Why a model file was refused: what is wrong, where, and what was expected.
 ///
-/// Names that come from the file are kept whole in the fields; the messages
-/// quote them with control characters escaped and long ones shortened, because
-/// a hostile file chooses them and a terminal shows them.
+/// Names from the file are kept whole in the fields. Messages quote them with control characters
+/// escaped and shorten long ones, because a hostile file chooses them and a terminal displays
+/// them.
 ///
-/// Offsets named `offset` count bytes of the JSON header, which begins at byte
-/// 8 of the file; they tell how far the header had been read when the fault
-/// was seen. Tensor offsets are relative to the data, as the header has them;
-/// ranges are absolute in the file.
+/// An `offset` counts bytes of the JSON header, which begins at byte 8 of the file, and says how
+/// far the header had been read when the fault was found. Tensor offsets are relative to the data,
+/// as in the header; ranges are absolute in the file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// Something else lies in the place of the model.
+    /// The file is something else, in the place of a model.
     #[error("the file is {kind} ({file_bytes} bytes), not the model that it should be")]
     Foreign {
-        /// What it is.
+        /// What the file is.
         kind: ForeignFile,
         /// The length of the file.
         file_bytes: u64,
@@ -37,10 +36,10 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The caller showed too little of a file to tell what it is.
+    /// The caller provided too little of the file to determine its format.
     #[error("{given} bytes of the file's start are too few to tell its format; 9 are needed")]
     StartTooShort {
-        /// How many bytes the caller gave.
+        /// Number of bytes that the caller provided.
         given: usize,
     },
 
@@ -51,7 +50,7 @@ pub enum ModelError {
         header_bytes: u64,
     },
 
-    /// The length prefix is beyond what the format allows.
+    /// The length prefix exceeds the format's limit.
     #[error(
         "the header's declared length is {header_bytes} bytes, more than the {HEADER_LIMIT_BYTES} that the \
          format allows"
@@ -93,7 +92,7 @@ pub enum ModelError {
     NotJson {
         /// How far the header had been read.
         offset: usize,
-        /// What the JSON reader objected to.
+        /// The JSON parser's message.
         reason: String,
     },
 
@@ -103,7 +102,7 @@ pub enum ModelError {
          only whitespace may pad it"
     )]
     BytesAfterJson {
-        /// Where it is.
+        /// Offset of the byte in the header.
         offset: usize,
         /// The byte found.
         found: u8,
@@ -114,11 +113,11 @@ pub enum ModelError {
     WrongType {
         /// The tensor's name.
         tensor: String,
-        /// The key whose value is wrong, or `None` for the entry as a whole.
+        /// The key with the wrong value, or `None` for the entry as a whole.
         key: Option<&'static str>,
         /// How far the header had been read.
         offset: usize,
-        /// What was found, and what was expected.
+        /// What was found and what was expected.
         reason: String,
     },
 
@@ -131,7 +130,7 @@ pub enum ModelError {
         key: &'static str,
     },
 
-    /// A tensor's entry has a key twice.
+    /// A tensor's entry contains a key twice.
     #[error("tensor {} has \"{key}\" twice; which one holds cannot be told", quote(.tensor))]
     DuplicateKey {
         /// The tensor's name.
@@ -143,15 +142,15 @@ pub enum ModelError {
     /// Two tensors have the same name.
     #[error("tensor {} is in the header twice; which one holds cannot be told", quote(.tensor))]
     DuplicateTensor {
-        /// The name.
+        /// The tensor's name.
         tensor: String,
     },
 
-    /// The header has `__metadata__` twice.
+    /// The header contains `__metadata__` twice.
     #[error("\"__metadata__\" is in the header twice; which one holds cannot be told")]
     DuplicateMetadata,
 
-    /// `__metadata__` has a key twice.
+    /// `__metadata__` contains a key twice.
     #[error("\"__metadata__\" has the key {} twice; which one holds cannot be told", quote(.key))]
     DuplicateMetadataKey {
         /// The key.
@@ -163,7 +162,7 @@ pub enum ModelError {
     MetadataNotObject {
         /// How far the header had been read.
         offset: usize,
-        /// What was found, and what was expected.
+        /// What was found and what was expected.
         reason: String,
     },
 
@@ -174,7 +173,7 @@ pub enum ModelError {
         key: String,
         /// How far the header had been read.
         offset: usize,
-        /// What was found, and what was expected.
+        /// What was found and what was expected.
         reason: String,
     },
 
@@ -187,8 +186,8 @@ pub enum ModelError {
         found: String,
     },
 
-    /// A number in `shape` or `data_offsets` is negative, not whole, or beyond 64 bits (in a shape
-    /// beyond `usize`).
+    /// A number in `shape` or `data_offsets` is negative, not an integer, or beyond 64 bits (in a
+    /// shape, beyond `usize`).
     #[error(
         "tensor {}, \"{key}\": {} found, expected an integer from 0 to {max} without fraction or exponent",
         quote(.tensor), printable::text(.found), max = largest(.key)
@@ -198,7 +197,7 @@ pub enum ModelError {
         tensor: String,
         /// `shape` or `data_offsets`.
         key: &'static str,
-        /// The number, as it was understood.
+        /// The number, as it was parsed.
         found: String,
     },
 
@@ -209,28 +208,28 @@ pub enum ModelError {
         tensor: String,
     },
 
-    /// `data_offsets` does not have two numbers.
+    /// `data_offsets` does not contain exactly two numbers.
     #[error("tensor {}: \"data_offsets\" has {found} numbers{}, expected 2 (begin and end)",
         quote(.tensor), if *.found > 2 { " or more" } else { "" })]
     OffsetCount {
         /// The tensor's name.
         tensor: String,
-        /// How many there are; counting stops at 3.
+        /// How many numbers there are; counting stops at 3.
         found: usize,
     },
 
-    /// The bits of a tensor do not fit 64 bits.
+    /// A tensor's size in bits does not fit into 64 bits.
     #[error("tensor {}: shape {shape:?} of {dtype} has more bits than fit an unsigned 64-bit number", quote(.tensor))]
     ShapeOverflow {
         /// The tensor's name.
         tensor: String,
-        /// Its element type.
+        /// The tensor's element type.
         dtype: DType,
-        /// Its shape.
+        /// The tensor's shape.
         shape: Vec<usize>,
     },
 
-    /// A tensor of a type smaller than a byte ends within a byte.
+    /// A tensor of a sub-byte type ends within a byte.
     #[error(
         "tensor {}: shape {shape:?} of {dtype} has {bits} bits, which is no whole number of bytes",
         quote(.tensor)
@@ -238,11 +237,11 @@ pub enum ModelError {
     PartialByte {
         /// The tensor's name.
         tensor: String,
-        /// Its element type.
+        /// The tensor's element type.
         dtype: DType,
-        /// Its shape.
+        /// The tensor's shape.
         shape: Vec<usize>,
-        /// The bits that type and shape make.
+        /// The tensor's size in bits.
         bits: u64,
     },
 
@@ -268,13 +267,13 @@ pub enum ModelError {
         tensor: String,
         /// Where it ends, relative to the data.
         end: u64,
-        /// The bytes of the file that follow the header.
+        /// The number of bytes in the file after the header.
         data_bytes: u64,
-        /// How many more the tensor that ends last needs.
+        /// How many more bytes the last tensor needs.
         missing_bytes: u64,
     },
 
-    /// A tensor's range has not the length that its type and shape need.
+    /// A tensor's range does not have the length that its type and shape require.
     #[error(
         "tensor {}: \"data_offsets\" cover {found} bytes, but shape {shape:?} of {dtype} needs {expected}",
         quote(.tensor)
@@ -282,13 +281,13 @@ pub enum ModelError {
     WrongLength {
         /// The tensor's name.
         tensor: String,
-        /// Its element type.
+        /// The tensor's element type.
         dtype: DType,
-        /// Its shape.
+        /// The tensor's shape.
         shape: Vec<usize>,
-        /// The bytes that type and shape need.
+        /// The length that type and shape require.
         expected: u64,
-        /// The bytes that the offsets cover.
+        /// The length that the offsets cover.
         found: u64,
     },
 
@@ -304,16 +303,16 @@ pub enum ModelError {
         first_end: u64,
         /// The tensor that begins inside it.
         second: String,
-        /// Where that one begins in the file.
+        /// Where that tensor begins in the file.
         second_begin: u64,
     },
 
     /// Bytes before a tensor belong to no tensor.
     #[error("bytes {begin}..{end} of the file, before tensor {}, belong to no tensor", quote(.before))]
     Hole {
-        /// The first such byte in the file.
+        /// The first of these bytes in the file.
         begin: u64,
-        /// The end of them: where the next tensor begins.
+        /// Their end, which is where the next tensor begins.
         end: u64,
         /// The tensor that follows them.
         before: String,
@@ -332,7 +331,7 @@ pub enum ModelError {
         file_bytes: u64,
     },
 
-    /// The file was to be GGUF and does not begin like it.
+    /// The file should be GGUF but does not begin like it.
     #[error("the file does not begin with \"GGUF\"")]
     NotGguf,
 
@@ -341,17 +340,17 @@ pub enum ModelError {
         "GGUF header, byte {offset}: {part} would end past the file's {file_bytes} bytes; it is cut short, at least {missing} bytes are missing"
     )]
     GgufCutShort {
-        /// Where the part begins that is not all there.
+        /// Where the incomplete part begins.
         offset: u64,
         /// Which part it is.
         part: &'static str,
-        /// How many bytes are missing for it.
+        /// How many bytes of it are missing.
         missing: u64,
         /// The length of the file.
         file_bytes: u64,
     },
 
-    /// The type of a tensor in a GGUF file is not known.
+    /// A tensor in a GGUF file has an unknown type.
     #[error("GGUF header, byte {offset}: tensor {} has type {found}, which is {}", quote(.tensor),
         if is_removed_gguf_type(*.found) { "no longer part of GGUF" } else { "newer than this dmaload knows" })]
     GgufType {
@@ -359,62 +358,62 @@ pub enum ModelError {
         offset: u64,
         /// The tensor's name.
         tensor: String,
-        /// The number of its type.
+        /// The number of the type.
         found: u32,
     },
 
-    /// The header of a GGUF file is longer than any that is read.
+    /// The header of a GGUF file exceeds the limit.
     #[error("the GGUF header is longer than the {limit_bytes} bytes that are read of one")]
     GgufHeaderTooLarge {
-        /// The most that is read.
+        /// The limit in bytes.
         limit_bytes: u64,
     },
 
-    /// A GGUF file is of a version that is not read: 2 and 3 are.
+    /// A GGUF file has an unsupported version; 2 and 3 are supported.
     #[error("GGUF version {} can't be read, only 2 and 3{}", shown_version(*.found),
         if is_big_endian(*.found) { ": the file is big-endian" } else { "" })]
     GgufVersion {
-        /// The version that the file says it has.
+        /// The version that the file states.
         found: u32,
     },
 
-    /// A GGUF file breaks a rule of the format.
+    /// A GGUF file violates a rule of the format.
     #[error("GGUF header, byte {offset}: {}", printable::text(.reason))]
     Gguf {
-        /// Where in the file the part begins that is wrong.
+        /// Where in the file the faulty part begins.
         offset: u64,
         /// What is wrong with it.
         reason: String,
     },
 
-    /// A file in the name of a model has no bytes at all.
+    /// A file with the name of a model is empty.
     #[error("the file has 0 bytes: its download has not begun, or nothing could be written")]
     Empty,
 
-    /// The parts of a split GGUF model contradict each other, or their names.
+    /// The parts of a split GGUF model contradict each other or their names.
     #[error("{}", printable::text(.reason))]
     Split {
-        /// What does not agree.
+        /// The contradiction.
         reason: String,
     },
 
-    /// The index of a model of several files is no such JSON.
+    /// The index of a model of several files is invalid.
     #[error("the index is wrong near byte {offset}: {}", printable::text(.reason))]
     Index {
-        /// How far it had been read.
+        /// How far the index had been read.
         offset: usize,
-        /// What was found, and what was expected.
+        /// What was found and what was expected.
         reason: String,
     },
 
-    /// The index names a file that could be anywhere: outside of its folder, or none at all.
+    /// The index lists a file outside its folder, or an empty name.
     #[error("the index names the file {}, which is not within its folder", quote(.name))]
     IndexLeavesFolder {
-        /// The name.
+        /// The file's name.
         name: String,
     },
 
-    /// The index says that a file has a tensor which it has not.
+    /// The index lists a tensor for a file that does not contain it.
     #[error("the index says that tensor {} is in this file, which has none of that name", quote(.tensor))]
     IndexDisagrees {
         /// The tensor's name.
@@ -422,7 +421,6 @@ pub enum ModelError {
     },
 }
 
-/// What was not all there.
 const CUT_SHORT: &str = "the download or the copy is not finished: finish it, or fetch the file again";
 const NEWER: &str =
     "the file is newer than this version of dmaload knows: get a newer one, or load it as plain bytes (the format raw)";
@@ -430,7 +428,7 @@ const DAMAGED: &str = "the file is damaged, or what wrote it breaks the rules of
                        or load it as plain bytes (the format raw)";
 
 impl ModelError {
-    /// What a person can do about it.
+    /// What the user can do about it.
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
@@ -472,7 +470,8 @@ impl ModelError {
         }
     }
 
-    /// Whether the file may be something else altogether: it does not even begin like a model.
+    /// Whether the file may be something else entirely, because it does not even begin like a
+    /// model.
     pub(crate) fn may_be_foreign(&self) -> bool {
         match self {
             ModelError::FileTooShort { .. }
@@ -488,7 +487,7 @@ impl ModelError {
     }
 }
 
-/// Whether a GGUF version is one in the wrong byte order: versions are small.
+/// Whether a GGUF version is in the wrong byte order: versions are small numbers.
 fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }
@@ -497,15 +496,15 @@ fn shown_version(version: u32) -> u32 {
     if is_big_endian(version) { version.swap_bytes() } else { version }
 }
 
-/// Whether ggml has had a type of this number, and has it no more.
+/// Whether ggml once had a type with this number and has removed it.
 fn is_removed_gguf_type(number: u32) -> bool {
     matches!(number, 4 | 5 | 31..=33 | 36..=38)
 }
 
-/// How many characters of a text from the file a message shows.
+/// Maximum number of characters to quote from the file in a message.
 const SHOWN_CHARS: usize = 120;
 
-/// Text from the file, quoted so that it can go to a terminal.
+/// Quotes text from the file so that it is safe to print on a terminal.
 pub(super) fn quote(text: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| match text.char_indices().nth(SHOWN_CHARS) {
         None => write!(f, "{text:?}"),
@@ -513,17 +512,17 @@ pub(super) fn quote(text: &str) -> impl fmt::Display {
     })
 }
 
-/// The largest number that a list under this key can have.
+/// The largest number that a list under this key can contain.
 fn largest(key: &str) -> u64 {
     if key == "shape" { usize::MAX as u64 } else { u64::MAX }
 }
 
-/// The key of an entry that a message is about, if it is about one.
+/// Formats the key that a message is about, if any.
 fn under(key: Option<&'static str>) -> impl fmt::Display {
     fmt::from_fn(move |f| key.map_or(Ok(()), |key| write!(f, ", \"{key}\"")))
 }
 
-/// Cuts a reason that quotes the file at length.
+/// Shortens a reason that quotes a long part of the file.
 pub(super) fn shorten(mut reason: String) -> String {
     if let Some((cut, _)) = reason.char_indices().nth(2 * SHOWN_CHARS) {
         reason.truncate(cut);

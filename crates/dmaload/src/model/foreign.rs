@@ -1,6 +1,8 @@
-//! What lies in the place of a model: pointers, error pages, archives, files of other formats.
+//! Recognizes what is in the place of a model: pointers, error pages, archives, files of other
+//! formats.
 //!
-//! Looked at only where a file was refused that claims to be a model, so that the error can say what to do.
+//! Used only after a file that should be a model was refused, so that the error can say what to
+//! do.
 
 use std::fmt;
 
@@ -9,44 +11,44 @@ use dmabuf::printable;
 use super::gguf::is_gguf;
 use super::limits::HEADER_LIMIT_BYTES;
 
-/// How much of a file's beginning [`recognise`] looks at, in bytes.
+/// How many bytes at the beginning of a file [`recognise`] needs.
 pub(crate) const LOOKED_AT_BYTES: usize = 4096;
 
-/// How many characters of a text a message shows.
+/// Maximum number of characters to quote in a message.
 const SHOWN_CHARS: usize = 60;
 
-/// Something that is not a model, in the place of one.
+/// Something other than a model, in the place of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ForeignFile {
-    /// A Git LFS pointer, which stands in a repository until the file is fetched.
+    /// A Git LFS pointer, which stands in for a file until the file is downloaded.
     LfsPointer {
-        /// The length of the file that it stands for, if it says so.
+        /// The length of that file, if the pointer states it.
         bytes: Option<u64>,
     },
     /// An HTML page.
     Html,
-    /// XML, as object stores answer errors.
+    /// XML, the format of object stores' error messages.
     Xml,
     /// JSON text.
     Json {
-        /// How it begins.
+        /// Its beginning.
         start: String,
     },
     /// Text.
     Text {
-        /// How it begins.
+        /// Its beginning.
         start: String,
     },
-    /// A zip archive, which PyTorch's checkpoints are.
+    /// A zip archive, such as a PyTorch checkpoint.
     Zip,
-    /// A Python pickle, which older checkpoints of PyTorch are.
+    /// A Python pickle, such as an older PyTorch checkpoint.
     Pickle,
-    /// Zeros only, as far as was looked: space that was allocated for a download.
+    /// Zeros only, as far as checked: space preallocated for a download.
     Zeros,
-    /// A GGUF file where another format was asked for.
+    /// A GGUF file where another format was requested.
     Gguf,
-    /// A safetensors file where another format was asked for.
+    /// A safetensors file where another format was requested.
     Safetensors,
     /// A safetensors file whose header length was written in the wrong byte order.
     BigEndianSafetensors,
@@ -54,18 +56,18 @@ pub enum ForeignFile {
     LegacyGgml,
     /// A compressed file or an archive.
     Archive {
-        /// Of which kind.
+        /// Its format.
         format: &'static str,
     },
-    /// A file of another format for arrays.
+    /// An array file of another format.
     OtherFormat {
-        /// Which.
+        /// Its format.
         format: &'static str,
     },
 }
 
 impl ForeignFile {
-    /// What a person can do about it.
+    /// What the user can do about it.
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
@@ -120,8 +122,8 @@ impl fmt::Display for ForeignFile {
     }
 }
 
-/// Tells what a file is that is not the model that it should be. `start` is its beginning, up to
-/// [`LOOKED_AT_BYTES`] of it; `file_bytes` the length of the whole file.
+/// Recognizes a file that is not the model it should be. `start` is the beginning of the file, up
+/// to [`LOOKED_AT_BYTES`] of it, and `file_bytes` its length.
 #[must_use]
 pub(crate) fn recognise(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     if start.is_empty() {
@@ -129,7 +131,8 @@ pub(crate) fn recognise(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     }
     let prefix = start.split_first_chunk::<8>().filter(|_| start.get(8) == Some(&b'{')).map(|(prefix, _)| *prefix);
     if let Some(prefix) = prefix {
-        // First: a length can begin with the magic of another format (35615 is that of gzip).
+        // Checked first, because a header length can equal the magic of another format (35615 is
+        // gzip's).
         let header = u64::from_le_bytes(prefix);
         if (2..=HEADER_LIMIT_BYTES).contains(&header) {
             return (header <= file_bytes.saturating_sub(8)).then_some(ForeignFile::Safetensors);
@@ -147,14 +150,14 @@ pub(crate) fn recognise(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     by_text(start).or_else(|| by_markup(start))
 }
 
-/// Formats that are known by fixed bytes at fixed places.
+/// Formats with fixed bytes at fixed places.
 fn by_magic(start: &[u8]) -> Option<ForeignFile> {
     let archive = |format| Some(ForeignFile::Archive { format });
     let other = |format| Some(ForeignFile::OtherFormat { format });
     match start {
         _ if is_gguf(start) => Some(ForeignFile::Gguf),
         [b'P', b'K', 3, 4, ..] | [b'P', b'K', 5, 6, ..] => Some(ForeignFile::Zip),
-        // PROTO 2 to 5; what follows in a checkpoint is never a length that fits a header.
+        // PROTO 2 to 5. What follows in a checkpoint is never a length that fits a header.
         [0x80, 2..=5, ..] => Some(ForeignFile::Pickle),
         [b'l', b'm', b'g', b'g', ..] | [b't', b'j', b'g', b'g', ..] | [b'f', b'm', b'g', b'g', ..] => {
             Some(ForeignFile::LegacyGgml)
@@ -172,8 +175,8 @@ fn by_magic(start: &[u8]) -> Option<ForeignFile> {
     }
 }
 
-/// Pages and messages in other encodings than UTF-8 (Latin-1, UTF-16), or with control characters between: by how they
-/// begin, which is ASCII in all of them.
+/// Recognizes pages and messages in encodings other than UTF-8 (Latin-1, UTF-16), or with control
+/// characters in between, by their beginning, which is ASCII in all of them.
 fn by_markup(start: &[u8]) -> Option<ForeignFile> {
     let text: Vec<u8> = match start {
         [0xff, 0xfe, rest @ ..] | [0xfe, 0xff, 0, rest @ ..] | [0, rest @ ..] => rest.iter().step_by(2).copied().collect(),
@@ -200,7 +203,7 @@ fn by_markup(start: &[u8]) -> Option<ForeignFile> {
 fn by_text(start: &[u8]) -> Option<ForeignFile> {
     let text = match std::str::from_utf8(start) {
         Ok(text) => text,
-        // The last character may have been cut through.
+        // The last character may be incomplete.
         Err(error) if start.len() == LOOKED_AT_BYTES && error.valid_up_to() + 4 > start.len() => {
             std::str::from_utf8(start.get(..error.valid_up_to())?).ok()?
         }
@@ -281,7 +284,7 @@ mod tests {
             (b"{\0\"\0e\0r\0r\0o\0r\0\"\0", "JSON text, \"{\"error\"…\""),
             (b"<\0\0\0\0\0\0\0x", "nothing"),
             (b"\xff\xfe\x01\x02\x03", "nothing"),
-            // Cut short, whatever their lengths look like: 35615, 640.
+            // Too short, whatever their lengths would mean: 35615, 640.
             (b"\x1f\x8b\0\0\0\0\0\0{\"a\"", "nothing"),
             (b"\x80\x02\0\0\0\0\0\0{\"a\"", "nothing"),
             (b"\x01\0\0\0\0\0\0\0x", "nothing"),

@@ -1,13 +1,14 @@
-//! The GGUF format, versions 2 and 3: key-value pairs, the list of tensors, and the tensors' bytes, each at a multiple of the
-//! file's alignment.
+//! The GGUF format, versions 2 and 3: key-value pairs, the list of tensors, and the tensors'
+//! bytes, each at a multiple of the file's alignment.
 //!
-//! The facts come from `docs/gguf.md` of <https://github.com/ggml-org/ggml>; where it is silent, `gguf_init_from_file` of the same
-//! project decides, and the same files are refused: keys and names that come twice, tensors that do not follow one another, row
-//! lengths that are no whole number of blocks.
+//! Based on `docs/gguf.md` of <https://github.com/ggml-org/ggml>. Where that is silent,
+//! `gguf_init_from_file` of the same project decides, and the same files are refused: duplicate
+//! keys and names, tensors that are not consecutive, and row lengths that are not a whole number
+//! of blocks.
 //!
-//! The length of the header is not known before it is read, so [`parse`] takes a beginning of the file and may ask for more of it.
-//! Memory and time are bounded by the header's length, at most [`HEADER_LIMIT_BYTES`]: no count in the file is believed before
-//! the bytes for it were seen.
+//! The length of the header is not known in advance, so [`parse`] takes the beginning of the file
+//! and may ask for more of it. Memory and time are bounded by the header's length, at most
+//! [`HEADER_LIMIT_BYTES`]: no count in the file is trusted before the bytes for it have been seen.
 
 mod cursor;
 mod magic;
@@ -20,27 +21,28 @@ use super::dtype::DType;
 use super::error::{ModelError, quote};
 use super::map::{self, TensorInfo, TensorMap};
 
-/// The longest header that is read, in bytes: as for safetensors. The largest vocabularies take some 10 MB.
+/// The maximum header length in bytes, as for safetensors. The largest vocabularies take about 10
+/// MB.
 pub const HEADER_LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
-/// ggml has four (`GGML_MAX_DIMS`); its format leaves room for more.
+/// ggml supports four (`GGML_MAX_DIMS`); its format leaves room for more.
 const RANK_LIMIT: u32 = 8;
 const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// What a beginning of a file gave.
+/// The result of parsing the beginning of a file.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(clippy::large_enum_variant, reason = "one of them exists at a time")]
 pub enum Parsed {
-    /// The tensors, and all that the file says of itself.
+    /// The tensors and the metadata.
     Complete(TensorMap),
-    /// The header goes on: at least so many bytes of the file are needed.
+    /// The header continues: more bytes of the file are needed.
     More {
-        /// How many, from its first byte on.
+        /// How many, counted from the first byte of the file.
         bytes: u64,
     },
 }
 
-/// Reads and checks a header. `start` is the beginning of the file, which has `file_bytes`.
+/// Parses and checks a header. `start` is the beginning of a file of `file_bytes` bytes.
 ///
 /// # Errors
 /// What is wrong, and where.
@@ -78,7 +80,7 @@ fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
     Ok(map.with_gguf(metadata))
 }
 
-/// `general.alignment`, or what holds without it.
+/// `general.alignment`, or its default.
 fn alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> {
     match metadata.get("general.alignment") {
         None => Ok(DEFAULT_ALIGNMENT),
@@ -87,7 +89,7 @@ fn alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> 
     }
 }
 
-/// One entry of the list. Its range is relative to the data as yet.
+/// Reads one entry of the list. Its range is still relative to the data.
 fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let at = cursor.position();
     let name = cursor.text("a tensor's name")?.to_owned();
@@ -98,7 +100,7 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let mut shape = Vec::new();
     for _ in 0..rank {
         let dim = cursor.u64("a tensor's dimension")?;
-        // Cut off, as it would be on a 32-bit machine, it would be another shape.
+        // Truncating it on a 32-bit machine would give another shape.
         let dim = usize::try_from(dim).map_err(|_| {
             cursor.fault(at, format!("tensor {} has a dimension of {dim}, more than {}", quote(&name), usize::MAX))
         })?;
@@ -115,12 +117,12 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
         let why = format!("tensor {} has rows of {row} elements; {dtype} comes in blocks of {block_elements}", quote(&name));
         return Err(cursor.fault(at, why));
     }
-    // In any order: a zero among them hides no overflow of the others.
+    // Zeros are left out, so that they can't hide an overflow of the others.
     let others = shape.iter().filter(|&&dim| dim > 0).try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64));
     let elements = others.map(|others| if shape.contains(&0) { 0 } else { others });
     let bytes = elements.and_then(|elements| dtype.bytes_of(elements));
     let end = bytes.and_then(|bytes| offset.checked_add(bytes));
-    // The fastest dimension comes first in the file, last in everybody else's shapes.
+    // The file lists the fastest-varying dimension first; shapes elsewhere list it last.
     shape.reverse();
     let Some(end) = end else {
         return Err(cursor.fault(at, format!("tensor {} of shape {shape:?} is larger than any file", quote(&name))));
@@ -132,7 +134,7 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     Ok(TensorInfo { name, dtype, shape, file_range: offset..end })
 }
 
-/// Checks that the tensors follow one another, and makes their ranges absolute.
+/// Checks that the tensors are consecutive, and makes their ranges absolute.
 fn place(
     cursor: &Cursor<'_>,
     found: &mut [(u64, TensorInfo)],
@@ -142,7 +144,7 @@ fn place(
 ) -> Result<(), Stop> {
     let mut expected = 0;
     found.sort_by_key(|(_, tensor)| (tensor.file_range.start, tensor.file_range.end));
-    // Of a file that is cut short, all that is missing counts.
+    // For a truncated file, count everything that is missing.
     let last = found.iter().map(|(_, tensor)| tensor.file_range.end).max().unwrap_or(0);
     for (at, tensor) in found {
         let range = tensor.file_range.clone();
@@ -166,7 +168,7 @@ fn place(
     Ok(())
 }
 
-/// The numbers of `enum ggml_type`; those that are missing were removed from ggml.
+/// The numbers of `enum ggml_type`. Missing numbers were removed from ggml.
 fn dtype(number: u32) -> Option<DType> {
     Some(match number {
         0 => DType::F32,

@@ -1,4 +1,5 @@
-//! The index of a model of several safetensors files, as model hubs have it: `model.safetensors.index.json`.
+//! The index of a model of several safetensors files, as used by model hubs:
+//! `model.safetensors.index.json`.
 //!
 //! ```json
 //! { "metadata": { "total_size": 123 }, "weight_map": { "a.weight": "model-00001-of-00002.safetensors" } }
@@ -13,23 +14,23 @@ use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use super::error::{ModelError, shorten};
 use super::map::TensorMap;
 
-/// The end of an index's name, where the index is of no variant.
+/// The suffix of an index's name, unless the index is a variant.
 pub const SUFFIX: &str = ".safetensors.index.json";
 
 /// What the name of an index says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Named {
-    /// An index of safetensors files: `model.safetensors.index.json`, and of variants such as
-    /// `model.safetensors.index.fp16.json` and `model.safetensors.fp16.index.json`.
+    /// An index of safetensors files: `model.safetensors.index.json`, or a variant such as
+    /// `model.safetensors.index.fp16.json` or `model.safetensors.fp16.index.json`.
     Safetensors,
-    /// An index of files in another format, `pytorch_model.bin.index.json`.
+    /// An index of files in another format: `pytorch_model.bin.index.json`.
     Other,
-    /// An index that doesn't say what it is of, `model.index.fp16.json`: only its content tells.
+    /// An index with a generic name, `model.index.fp16.json`: only its content tells.
     Unsaid,
 }
 
-/// What a file's name says of it; `None` unless it is that of an index.
+/// What a file's name says about it; `None` unless it is the name of an index.
 #[must_use]
 pub fn named(name: &str) -> Option<Named> {
     let parts: Vec<String> = name.split('.').map(str::to_ascii_lowercase).collect();
@@ -46,15 +47,15 @@ pub fn named(name: &str) -> Option<Named> {
     }
 }
 
-/// The longest index that is read, in bytes: as for headers.
+/// The maximum length of an index in bytes, as for headers.
 pub const LIMIT_BYTES: u64 = super::limits::HEADER_LIMIT_BYTES;
 
-/// Which file has which tensor.
+/// Maps tensors to files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Index {
-    /// By name.
+    /// Sorted by name.
     shards: Vec<IndexShard>,
-    /// Every tensor, by name: the shard, and the tensor's position in it.
+    /// Every tensor, sorted by name: its shard, and its position in the shard.
     by_tensor: Vec<(u32, u32)>,
 }
 
@@ -65,17 +66,18 @@ struct IndexShard {
 }
 
 impl Index {
-    /// Reads an index. Names of files are normalised: `./a`, `b/../a` and `a` are the same file.
+    /// Parses an index. File names are normalized: `./a`, `b/../a` and `a` are the same file.
     ///
     /// # Errors
-    /// [`ModelError::Index`], also for a tensor that comes twice; [`ModelError::IndexLeavesFolder`] for the name of a file that is
-    /// not within the index's folder (by its letters: symbolic links within it may lead anywhere, which is how model caches are
-    /// made).
+    /// [`ModelError::Index`], including for duplicate tensors; [`ModelError::IndexLeavesFolder`]
+    /// for a file name that leaves the index's folder. (Only the name is checked: symbolic links
+    /// may lead anywhere, and model caches rely on that.)
     pub fn parse(json: &[u8]) -> Result<Self, ModelError> {
         let WeightMap(pairs) = serde_json::from_slice::<Document>(json)
             .map_err(|error| ModelError::Index { offset: offset_of(json, &error), reason: shorten(error.to_string()) })?
             .weight_map;
-        // By the name as it is in the index: most tensors share it with the one before.
+        // Keyed by the name as spelled in the index: most tensors have the same one as the tensor
+        // before.
         let mut places: HashMap<String, usize> = HashMap::new();
         let mut by_file: HashMap<String, usize> = HashMap::new();
         let mut shards: Vec<IndexShard> = Vec::new();
@@ -108,18 +110,19 @@ impl Index {
         Ok(Index { shards, by_tensor })
     }
 
-    /// Whether a text that can't be read as an index was meant as one: an object with a `weight_map`, or no JSON at all, such as
-    /// the beginning of one. JSON of another kind is none.
+    /// Whether a text that can't be parsed was meant to be an index: an object with a
+    /// `weight_map`, or invalid JSON such as a truncated index. Other valid JSON was not.
     #[must_use]
     pub fn is_meant(json: &[u8]) -> bool {
         match serde_json::from_slice::<HashMap<String, IgnoredAny>>(json) {
             Ok(keys) => keys.contains_key("weight_map"),
-            // Another value than an object.
+            // A value other than an object.
             Err(error) => !error.is_data(),
         }
     }
 
-    /// The name of the file that this tensor comes from; `None` where the index says nothing of it.
+    /// The name of the file that contains this tensor; `None` if the index does not list the
+    /// tensor.
     #[must_use]
     pub fn file_of(&self, tensor: &str) -> Option<&str> {
         let name = |&(shard, tensor): &(u32, u32)| self.shards[shard as usize].tensors[tensor as usize].as_str();
@@ -127,17 +130,18 @@ impl Index {
         Some(&self.shards[self.by_tensor[found].0 as usize].name)
     }
 
-    /// Every tensor, with the name of its file.
+    /// Every tensor with the name of its file.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &str)> {
         self.shards.iter().flat_map(|shard| shard.tensors.iter().map(|tensor| (tensor.as_str(), shard.name.as_str())))
     }
 
-    /// The names of the files, in their order, relative to the index's folder.
+    /// The names of the files, sorted, relative to the index's folder.
     pub fn files(&self) -> impl Iterator<Item = &str> {
         self.shards.iter().map(|shard| shard.name.as_str())
     }
 
-    /// Checks that a file has the tensors that it should have; one of raw bytes has none.
+    /// Checks that a file contains the tensors that the index lists for it. `found` is `None` for
+    /// a file of raw bytes.
     ///
     /// # Errors
     /// [`ModelError::IndexDisagrees`].
@@ -149,8 +153,8 @@ impl Index {
     }
 }
 
-/// The name of a file in the index's folder, without `.`, `..` and doubled slashes; `None` where it leaves the folder,
-/// or names none.
+/// Normalizes a file name: removes `.`, `..` and repeated slashes. `None` if it leaves the index's
+/// folder or is empty.
 fn within(name: &str) -> Option<String> {
     let mut parts = Vec::new();
     for part in Path::new(name).components() {
@@ -169,7 +173,7 @@ fn offset_of(json: &[u8], error: &serde_json::Error) -> usize {
     lines.map(<[u8]>::len).sum::<usize>() + error.column()
 }
 
-/// The one key that matters; whatever else there is, is passed over.
+/// The only key that matters; others are skipped.
 struct Document {
     weight_map: WeightMap,
 }

@@ -6,25 +6,24 @@ use super::dtype::DType;
 use super::gguf::GgufMetadata;
 use super::names::NameIndex;
 
-/// One tensor: its name, its type, its shape, and where its bytes are.
+/// One tensor: its name, type and shape, and where its bytes are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// The name, unique in its file. May be empty.
     pub name: String,
     /// The type of the elements.
     pub dtype: DType,
-    /// The lengths of the dimensions in row-major order: `[]` is a scalar, a
-    /// zero makes the tensor empty.
+    /// The dimensions in row-major order: `[]` is a scalar, and a zero makes the tensor empty.
     pub shape: Vec<usize>,
-    /// The bytes of the tensor, as an absolute range in the file. Its length
-    /// is exactly what `dtype` and `shape` need.
+    /// The absolute byte range of the tensor in the file. Its length is exactly what `dtype` and
+    /// `shape` require.
     pub file_range: Range<u64>,
 }
 
 /// The tensors of one file, with its metadata.
 ///
-/// Tensors are in file order: by begin, then by end, then (for empty ones) by
-/// name. Looking one up by name is a binary search.
+/// Tensors are in file order: by begin, then by end, then (for empty ones) by name. Lookup by name
+/// is a binary search.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorMap {
     tensors: Vec<TensorInfo>,
@@ -35,23 +34,23 @@ pub struct TensorMap {
 }
 
 impl TensorMap {
-    /// Takes tensors in any order, and puts them into file order. Two of the
-    /// same name are an error, which holds the name.
+    /// Sorts tensors into file order. If two have the same name, the error is that name.
     pub(super) fn new(mut tensors: Vec<TensorInfo>, metadata: SafetensorsMetadata, header_bytes: u64) -> Result<Self, String> {
-        // An unstable sort needs no second copy of a hostile list; the name
-        // makes the order total, so that it does not show.
+        // An unstable sort needs no second copy of a hostile list. The name makes the order total,
+        // so the result is deterministic.
         tensors.sort_unstable_by(|a, b| file_order(a).cmp(&file_order(b)));
         tensors.shrink_to_fit();
         let by_name = NameIndex::new(tensors.len(), |i| &tensors[i].name).map_err(|duplicate| tensors[duplicate].name.clone())?;
         Ok(Self { tensors, by_name, metadata, gguf: None, header_bytes })
     }
 
-    /// A map that came from another process: no file's header. Two tensors of the same name are an error, which holds the name.
+    /// A map received from another process rather than read from a file's header. If two tensors
+    /// have the same name, the error is that name.
     pub(crate) fn of(tensors: Vec<TensorInfo>) -> Result<Self, String> {
         Self::new(tensors, SafetensorsMetadata::default(), 0)
     }
 
-    /// The same map, of a model that begins so many bytes into its file. `None` where that is beyond what 64 bits count.
+    /// The map of the same model at offset `by` in its file. `None` if that overflows 64 bits.
     pub(crate) fn shifted(mut self, by: u64) -> Option<Self> {
         for TensorInfo { file_range, .. } in &mut self.tensors {
             *file_range = file_range.start.checked_add(by)?..file_range.end.checked_add(by)?;
@@ -59,7 +58,7 @@ impl TensorMap {
         Some(self)
     }
 
-    /// The same map with the tensors of these names only.
+    /// The map with only those tensors whose names are kept.
     pub(crate) fn only(mut self, keeps: impl Fn(&str) -> bool) -> Self {
         if !self.tensors.iter().all(|tensor| keeps(&tensor.name)) {
             self.tensors.retain(|tensor| keeps(&tensor.name));
@@ -69,13 +68,13 @@ impl TensorMap {
         self
     }
 
-    /// The same map, of a GGUF file.
+    /// Adds the metadata of a GGUF file.
     pub(super) fn with_gguf(mut self, gguf: GgufMetadata) -> Self {
         self.gguf = Some(Box::new(gguf));
         self
     }
 
-    /// The tensor of that name.
+    /// The tensor with this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorInfo> {
         self.get_index(self.get_index_of(name)?)
@@ -86,13 +85,13 @@ impl TensorMap {
         self.tensors.iter()
     }
 
-    /// How many tensors there are.
+    /// The number of tensors.
     #[must_use]
     pub fn len(&self) -> usize {
         self.tensors.len()
     }
 
-    /// Whether there are none, which is valid.
+    /// Whether there are no tensors, which is valid.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.tensors.is_empty()
@@ -104,13 +103,13 @@ impl TensorMap {
         self.tensors.get(index)
     }
 
-    /// The index in file order of the tensor of that name.
+    /// The index in file order of the tensor with this name.
     #[must_use]
     pub fn get_index_of(&self, name: &str) -> Option<usize> {
         self.by_name.find(name, |i| &self.tensors[i].name)
     }
 
-    /// What a GGUF file says about itself; `None` for a safetensors file.
+    /// The metadata of a GGUF file; `None` for a safetensors file.
     #[must_use]
     pub fn gguf(&self) -> Option<&GgufMetadata> {
         self.gguf.as_deref()
@@ -128,9 +127,9 @@ impl TensorMap {
         &self.metadata
     }
 
-    /// Of safetensors, the length of the JSON header in bytes, padding included.
-    /// The 8 bytes before it that declare it are not counted: data begin at
-    /// `8 + header_bytes`. Of GGUF, all that comes before the data.
+    /// For safetensors, the length of the JSON header in bytes, padding included. The 8 bytes
+    /// before it that declare it don't count: data begins at `8 + header_bytes`. For GGUF, the
+    /// length of everything before the data.
     #[must_use]
     pub fn header_bytes(&self) -> u64 {
         self.header_bytes
@@ -158,8 +157,7 @@ pub struct SafetensorsMetadata {
 }
 
 impl SafetensorsMetadata {
-    /// Takes the pairs as read. A key that comes twice is an error, which
-    /// holds the key.
+    /// Takes the pairs as read. If a key occurs twice, the error is that key.
     pub(super) fn new(mut pairs: StringPairs) -> Result<Self, String> {
         pairs.text.shrink_to_fit();
         pairs.ends.shrink_to_fit();
@@ -167,7 +165,7 @@ impl SafetensorsMetadata {
         Ok(Self { pairs, by_key })
     }
 
-    /// The value of that key.
+    /// The value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&str> {
         let position = self.by_key.find(key, |i| self.pairs.key(i))?;
@@ -180,13 +178,13 @@ impl SafetensorsMetadata {
         (0..self.len()).map(|i| (self.pairs.key(i), self.pairs.value(i)))
     }
 
-    /// How many pairs there are.
+    /// The number of pairs.
     #[must_use]
     pub fn len(&self) -> usize {
         self.pairs.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no pairs.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -199,12 +197,12 @@ impl fmt::Debug for SafetensorsMetadata {
     }
 }
 
-/// Strings by twos, all in one buffer: a hostile header can hold ten million
-/// pairs, and two allocations for each would be many times its length.
+/// Pairs of strings in one buffer: a hostile header can contain ten million pairs, and two
+/// allocations for each would take many times the header's length.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub(super) struct StringPairs {
     text: String,
-    /// Where each string ends in `text`; keys are even, values odd.
+    /// Where each string ends in `text`: keys have even indices, values odd ones.
     ends: Vec<u32>,
 }
 

@@ -1,11 +1,10 @@
-//! What a model file says about itself: which tensors it holds, and where.
+//! Headers of model files: which tensors a file contains, and where.
 //!
-//! Pure logic: nothing here opens, reads or maps a file. The caller hands in
-//! the bytes of a header and the length of the file, and gets a [`TensorMap`]
-//! or a [`ModelError`] that says what is wrong and where. A map that is handed
-//! out is complete and consistent: no byte of the data belongs to two tensors,
-//! none that is no padding belongs to none, and every tensor has exactly the
-//! bytes its type and shape need.
+//! Pure logic: nothing here opens, reads or maps a file. The caller passes in the bytes of a
+//! header and the length of the file, and gets a [`TensorMap`], or a [`ModelError`] that says what
+//! is wrong and where. A map is always complete and consistent: every byte of the data belongs to
+//! exactly one tensor or is padding, and every tensor has exactly the bytes that its type and
+//! shape require.
 //!
 //! Requires nothing of the machine. Memory and time are bounded by the length of the header,
 //! whatever the header claims.

@@ -1,25 +1,25 @@
-//! The names of the parts of a model: `model-00001-of-00003.safetensors`.
+//! The names of parts of a model: `model-00001-of-00003.safetensors`.
 
 /// The name of one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PartName<'a> {
-    /// All before the number, with what joins it to that: `model-`. It may be empty.
+    /// Everything before the number, including the separator: `model-`. May be empty.
     stem: &'a str,
     digits: &'a str,
     /// `-of-` or `_of_`, in either case.
     of: &'a str,
     count_digits: &'a str,
-    /// What follows the count: `.safetensors`, `.fp16.safetensors`.
+    /// Everything after the count: `.safetensors`, `.fp16.safetensors`.
     end: &'a str,
-    /// From 1 on, or, with some writers, from 0.
+    /// Counted from 1 or, by some writers, from 0.
     pub(crate) number: u32,
     pub(crate) count: u32,
 }
 
 impl<'a> PartName<'a> {
-    /// Takes a name apart; `None` where it isn't one of a part.
+    /// Parses a name; `None` if it is not that of a part.
     pub(crate) fn parse(name: &'a str) -> Option<Self> {
-        // The last that stands between numbers: what follows may have the same word in it.
+        // The last occurrence between numbers, because the stem may contain one too.
         let of = |of| name.rmatch_indices(of).find_map(|(at, of)| Self::parse_at(name, at, of));
         ["-of-", "_of_", "-OF-", "_OF_", "-Of-", "_Of_"].into_iter().find_map(of)
     }
@@ -30,13 +30,13 @@ impl<'a> PartName<'a> {
         let (count_digits, end) = after.split_at(after.find(|c| !is_digit(c)).unwrap_or(after.len()));
         let (stem, digits) = before.split_at(before.trim_end_matches(is_digit).len());
         let (number, count) = (digits.parse().ok()?, count_digits.parse().ok()?);
-        // Numbers of five digits are those of parts whatever stands before them.
+        // Numbers of five digits identify a part, whatever precedes them.
         let is_series = digits.len() == 5 && count_digits.len() == 5;
         let joined = stem.ends_with(['-', '_', '.']) || is_series || stem.is_empty();
         (joined && count > 0 && number <= count).then_some(PartName { stem, digits, of, count_digits, end, number, count })
     }
 
-    /// Whether two names are of parts of one model.
+    /// Whether two names belong to parts of the same model.
     pub(crate) fn is_with(&self, other: &PartName<'_>) -> bool {
         (self.stem, self.of, self.end, self.count) == (other.stem, other.of, other.end, other.count)
     }
@@ -48,7 +48,7 @@ impl<'a> PartName<'a> {
         format!("{stem}{number:0width$}{of}{count_digits}{end}")
     }
 
-    /// Whether it is as llama.cpp names the parts of a split GGUF file.
+    /// Whether the name follows llama.cpp's scheme for parts of a split GGUF file.
     pub(crate) fn is_gguf_split(&self) -> bool {
         let five = self.digits.len() == 5 && self.count_digits.len() == 5;
         five && self.stem.ends_with('-') && self.of == "-of-" && self.end == ".gguf" && self.number > 0

@@ -1,27 +1,25 @@
 //! The safetensors format: an 8-byte little-endian length, a JSON header of
 //! that length, and the tensors' bytes, which fill the rest of the file.
 //!
-//! The facts come from the *Format* section of the README of
-//! <https://github.com/huggingface/safetensors>. Where it is silent, the crate
-//! `safetensors` 0.8 decides. A file that this module accepts, the crate
-//! accepts too, and reads the same.
+//! Based on the *Format* section of the README of <https://github.com/huggingface/safetensors>.
+//! Where it is silent, the crate `safetensors` 0.8 decides. If this module accepts a file, the
+//! crate accepts it too, and reads the same tensors.
 //!
-//! This module is stricter where leniency would make two readers see different
-//! tensors, or hide damage. It refuses, and the crate lets through:
+//! This module is stricter where leniency would let two readers see different tensors, or hide
+//! damage. It refuses the following, which the crate accepts:
 //!
-//! - names that come twice, of tensors or in `__metadata__` (the README forbids them);
-//! - an entry written as an array, or a dtype written as an object, which are
-//!   accidents of the crate's deserialiser;
+//! - duplicate names of tensors or in `__metadata__` (the README forbids them);
+//! - an entry written as an array, or a dtype written as an object, which are accidents of the
+//!   crate's deserializer;
 //! - more than [`RANK_LIMIT`] dimensions.
 //!
-//! As the crate does, it accepts `"__metadata__": null`, which MLX writes, skips
-//! unknown keys of a tensor's entry, and takes any JSON whitespace around the
-//! header, although the README wants `{` first and only spaces last.
+//! Like the crate, it accepts `"__metadata__": null`, which MLX writes, skips unknown keys in a
+//! tensor's entry, and allows any JSON whitespace around the header, although the README wants `{`
+//! first and only spaces last.
 //!
-//! Memory and time are bounded by the header: parsing takes a small multiple
-//! of its length, and no more than `n log n` comparisons of names. A value of
-//! the wrong type is refused where it begins, not read through, and what an
-//! unknown key has is skipped, down to a depth of 127.
+//! Memory and time are bounded by the header: parsing takes a small multiple of its length, and no
+//! more than `n log n` comparisons of names. A value of the wrong type is refused where it begins,
+//! without reading it, and the values of unknown keys are skipped, down to a depth of 127.
 
 mod header;
 mod values;
@@ -35,38 +33,37 @@ use super::{
 /// The length prefix in front of the header, in bytes.
 const PREFIX_BYTES: u64 = 8;
 
-/// The shortest header there is: `{}`.
+/// The shortest possible header: `{}`.
 const HEADER_MIN_BYTES: u64 = 2;
 
 /// What the beginning of a file says about its format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sniff {
-    /// Take it for safetensors. If its header then fails to [`parse`], that is
-    /// an error, and no reason to load the file raw.
+    /// Treat the file as safetensors. If its header then fails to [`parse`], that is an error, and
+    /// no reason to load the file as raw bytes.
     Safetensors {
         /// The length of the JSON header, which begins at byte 8.
         header_bytes: u64,
     },
-    /// No safetensors file, and nothing claims that it is one.
+    /// Not a safetensors file, and nothing claims that it is one.
     Not {
-        /// The rule that it does not meet.
+        /// The rule that it violates.
         why: ModelError,
     },
-    /// It claims to be safetensors, by name or by look, and can't be.
+    /// Claims to be safetensors, by name or content, but can't be.
     Broken {
         /// What is wrong with it.
         error: ModelError,
     },
 }
 
-/// Tells from the first 9 bytes of a file whether it is a safetensors file.
+/// Determines from the first 9 bytes of a file whether it is a safetensors file.
 ///
-/// `first` is the beginning of the file, at least 9 bytes of it unless the
-/// whole file is shorter; `named_safetensors` is whether its name ends with
-/// `.safetensors`.
+/// `first` is the beginning of the file: at least 9 bytes of it, unless the file is shorter.
+/// `named_safetensors` says whether the file's name ends in `.safetensors`.
 ///
-/// A file *looks* like safetensors when its byte 8 is `{` and its first 8 are
-/// a length of 2 to [`HEADER_LIMIT_BYTES`]. Then:
+/// A file *looks* like safetensors if its byte 8 is `{` and its first 8 bytes are a length from 2
+/// to [`HEADER_LIMIT_BYTES`]. Then:
 ///
 /// | looks like it | header fits the file | named so | verdict |
 /// |---|---|---|---|
@@ -75,12 +72,11 @@ pub enum Sniff {
 /// | no  | –   | yes | [`Sniff::Broken`], unless byte 8 is whitespace, which JSON allows there |
 /// | no  | –   | no  | [`Sniff::Not`] |
 ///
-/// Fewer than 9 bytes of a longer file are [`Sniff::Broken`] too: they tell nothing.
+/// Fewer than 9 bytes of a longer file are also [`Sniff::Broken`], because they say nothing.
 ///
-/// So a damaged model is an error rather than a raw file, and the price is
-/// that a raw file with such a beginning is an error too, until it is loaded
-/// as raw explicitly. That is rare (five of the nine bytes have one value,
-/// a sixth has six) and loud; the reverse would be silent.
+/// So a damaged model is an error rather than a raw file. The price is that a raw file with such a
+/// beginning is also an error until it is explicitly loaded as raw. That is rare (five of the nine
+/// bytes have one value, a sixth has six) and loud; the opposite would be silent.
 #[must_use]
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     match look(first, file_bytes, named_safetensors) {
@@ -90,14 +86,13 @@ pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
     }
 }
 
-/// Whether a fault found by [`look`] must not end in a raw load, whatever the
-/// file's name.
+/// Whether a fault found by [`look`] must not lead to a raw load, whatever the file's name.
 fn speaks_for_safetensors(error: &ModelError) -> bool {
     // Too few bytes from the caller say nothing about the file, so "raw" would be a guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 
-/// The length of the header of a file that looks like safetensors.
+/// The header length of a file that looks like safetensors.
 fn look(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
     if file_bytes < PREFIX_BYTES + HEADER_MIN_BYTES {
         return Err(ModelError::FileTooShort { file_bytes });
@@ -105,8 +100,8 @@ fn look(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
     let Some((prefix, [brace, ..])) = first.split_first_chunk() else {
         return Err(ModelError::StartTooShort { given: first.len() });
     };
-    // The brace goes first: without it a length past the end is no sign of a
-    // file cut short, but of one in another format.
+    // The brace is checked first: without it, a length beyond the end of the file suggests another
+    // format rather than a truncated file.
     let is_blank = header::WHITESPACE.contains(&char::from(*brace));
     if *brace != b'{' && !(named && is_blank) {
         return Err(ModelError::NotAnObject { found: *brace });
@@ -114,11 +109,10 @@ fn look(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
     parse_prefix(*prefix, file_bytes)
 }
 
-/// The length of the JSON header in bytes, from the first 8 bytes of a file of
-/// `file_bytes`.
+/// The length of the JSON header in bytes, from the first 8 bytes of a file of `file_bytes` bytes.
 ///
-/// After this the header may be allocated: it is within the file, and no
-/// longer than [`HEADER_LIMIT_BYTES`].
+/// The result is safe to allocate: the header is within the file, and no longer than
+/// [`HEADER_LIMIT_BYTES`].
 ///
 /// # Errors
 ///
@@ -130,7 +124,7 @@ pub fn parse_prefix(first8: [u8; 8], file_bytes: u64) -> Result<u64, ModelError>
     Ok(header_bytes)
 }
 
-/// The bytes of a file that follow a header of that length, if it can have one.
+/// The number of bytes in a file after a header of this length, if the file can have one.
 fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
     if header_bytes < HEADER_MIN_BYTES {
         return Err(ModelError::HeaderTooSmall { header_bytes });
@@ -141,15 +135,15 @@ fn data_bytes(header_bytes: u64, file_bytes: u64) -> Result<u64, ModelError> {
     file_bytes.checked_sub(PREFIX_BYTES + header_bytes).ok_or(ModelError::HeaderPastEnd { header_bytes, file_bytes })
 }
 
-/// Reads and checks a header, and places its tensors in the file.
+/// Parses and checks a header, and computes its tensors' ranges in the file.
 ///
-/// `header` is the JSON with its padding, without the 8 bytes in front;
-/// `file_bytes` the length of the whole file.
+/// `header` is the JSON with its padding, without the 8 bytes before it; `file_bytes` is the
+/// length of the whole file.
 ///
 /// # Errors
 ///
-/// Any [`ModelError`] but those that only [`sniff`] makes. A file with several
-/// faults is refused for one of them.
+/// Any [`ModelError`] except those that only [`sniff`] returns. A file with several faults is
+/// refused for one of them.
 pub fn parse(header: &[u8], file_bytes: u64) -> Result<TensorMap, ModelError> {
     let header_bytes = header.len() as u64;
     let data_bytes = data_bytes(header_bytes, file_bytes)?;
@@ -173,8 +167,7 @@ fn text(header: &[u8]) -> Result<&str, ModelError> {
     str::from_utf8(header).map_err(|error| ModelError::InvalidUtf8 { offset: error.valid_up_to() })
 }
 
-/// Checks that tensors in file order cover the data from its first byte to its
-/// last, each byte once.
+/// Checks that the tensors, in file order, cover every byte of the data exactly once.
 fn check_cover(map: &TensorMap, data_begin: u64, file_bytes: u64) -> Result<(), ModelError> {
     let mut covered = data_begin;
     let mut before: Option<&TensorInfo> = None;

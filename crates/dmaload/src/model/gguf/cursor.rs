@@ -1,4 +1,4 @@
-//! Reading the beginning of a file that may have to be longer.
+//! A cursor over the beginning of a file, which may need to be longer.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::support::convert::to_usize;
 /// Why reading stopped.
 #[derive(Debug)]
 pub(super) enum Stop {
-    /// So many bytes of the file are needed, from its first one on.
+    /// This many bytes of the file are needed, counted from its first one.
     More(u64),
     Fault(ModelError),
 }
@@ -21,7 +21,7 @@ pub(super) struct Cursor<'a> {
     file_bytes: u64,
 }
 
-/// As in the format's own text: keys have up to 2^16 - 1 bytes.
+/// The limit of the GGUF specification: keys have up to 2^16 - 1 bytes.
 const TEXT_LIMIT_BYTES: u64 = (1 << 16) - 1;
 
 impl<'a> Cursor<'a> {
@@ -29,12 +29,12 @@ impl<'a> Cursor<'a> {
         Cursor { start, position: 0, file_bytes }
     }
 
-    /// How far it has been read.
+    /// How far the file has been read.
     pub(super) fn position(&self) -> u64 {
         self.position as u64
     }
 
-    /// What was read already.
+    /// Bytes that were already read.
     pub(super) fn seen(&self, range: Range<u64>) -> &'a [u8] {
         self.start.get(to_usize(range.start)..to_usize(range.end)).expect("it was read already")
     }
@@ -43,7 +43,7 @@ impl<'a> Cursor<'a> {
         Stop::Fault(ModelError::Gguf { offset, reason: reason.into() })
     }
 
-    /// The next bytes, of a part that is called `what`.
+    /// Reads the next bytes; errors call them `what`.
     pub(super) fn bytes(&mut self, bytes: u64, what: &'static str) -> Result<&'a [u8], Stop> {
         let at = self.position();
         let Some(end) = at.checked_add(bytes) else {
@@ -76,7 +76,7 @@ impl<'a> Cursor<'a> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A name: short, and UTF-8.
+    /// Reads a name: short, and UTF-8.
     pub(super) fn text(&mut self, what: &'static str) -> Result<&'a str, Stop> {
         let at = self.position();
         let bytes = self.u64(what)?;

@@ -1,9 +1,9 @@
-//! What tells a GGUF file.
+//! The magic bytes of GGUF.
 
-/// What a GGUF file begins with.
+/// The first bytes of a GGUF file.
 pub const MAGIC: [u8; 4] = *b"GGUF";
 
-/// Whether a file is GGUF, by its first bytes.
+/// Whether these are the first bytes of a GGUF file.
 #[must_use]
 pub fn is_gguf(first: &[u8]) -> bool {
     first.starts_with(&MAGIC)

@@ -1,5 +1,5 @@
-//! Keys and values. They are kept as they are in the file and read when they are asked for: a hostile array can't become larger
-//! than it is.
+//! Keys and values of a GGUF file. They are kept as they are in the file and decoded on access, so
+//! that a hostile array can't grow in memory.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,11 +9,11 @@ use super::cursor::{Cursor, Stop};
 use crate::model::error::quote;
 use crate::model::names::NameIndex;
 
-/// What a GGUF file says about itself.
+/// The metadata of a GGUF file.
 #[derive(Clone, PartialEq, Eq)]
 pub struct GgufMetadata {
     version: u32,
-    /// The part of the header that the ranges are of.
+    /// The part of the header that the ranges refer to.
     bytes: Box<[u8]>,
     entries: Vec<KeyValue>,
     by_key: NameIndex,
@@ -65,7 +65,7 @@ impl Kind {
         Kind::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
-    /// The length of each value; `None` where that is in the file.
+    /// The size of a value; `None` if the file states it for each value.
     fn bytes(self) -> Option<u64> {
         match self {
             Kind::U8 | Kind::I8 | Kind::Bool => Some(1),
@@ -77,7 +77,7 @@ impl Kind {
     }
 }
 
-/// A value.
+/// A metadata value.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the names say all")]
@@ -90,7 +90,7 @@ pub enum Value<'a> {
     I32(i32),
     F32(f32),
     Bool(bool),
-    /// Bytes that are no UTF-8 are replaced.
+    /// Invalid UTF-8 is replaced.
     String(Cow<'a, str>),
     Array(Array<'a>),
     U64(u64),
@@ -107,13 +107,13 @@ pub struct Array<'a> {
 }
 
 impl<'a> Array<'a> {
-    /// How many values there are.
+    /// The number of values.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether the array is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -133,7 +133,7 @@ impl fmt::Debug for Array<'_> {
     }
 }
 
-/// Short enough for a line; of a long array only the length.
+/// Fits on a line: long arrays show only their length.
 impl fmt::Display for Value<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: u64 = 8;
@@ -163,7 +163,8 @@ impl fmt::Display for Value<'_> {
 }
 
 impl Value<'_> {
-    /// The value as an unsigned number, where it is an integer and not negative: writers do not agree on the types of counts.
+    /// The value as an unsigned number, if it is a non-negative integer of any type: writers
+    /// disagree on the types of counts.
     #[must_use]
     pub fn as_u64(&self) -> Option<u64> {
         match *self {
@@ -187,7 +188,7 @@ impl GgufMetadata {
         self.version
     }
 
-    /// The value of that key.
+    /// The value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<Value<'_>> {
         let position = self.by_key.find(key, |i| self.key(i))?;
@@ -200,13 +201,13 @@ impl GgufMetadata {
         self.entries.iter().enumerate().filter_map(|(index, entry)| Some((self.key(index), self.value(entry)?)))
     }
 
-    /// How many keys there are.
+    /// The number of keys.
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no keys.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
@@ -260,7 +261,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
         Kind::Array => {
             let kind = Kind::of(u32::from_le_bytes(front(bytes)?))?;
             let len = u64::from_le_bytes(front(bytes)?);
-            // The header was checked, so walking it needs no more than that it ends.
+            // The header was checked, so the cursor only has to stop at its end.
             let mut cursor = Cursor::new(bytes, bytes.len() as u64);
             skip_array(&mut cursor, kind, len, 0).ok()?;
             let (own, rest) = bytes.split_at_checked(usize::try_from(cursor.position()).ok()?)?;
@@ -270,7 +271,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
     })
 }
 
-/// Arrays within arrays, at most; ggml has none at all.
+/// Maximum nesting of arrays; ggml supports none.
 const DEPTH_LIMIT: u32 = 4;
 
 /// Reads all pairs.
@@ -305,7 +306,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
     Ok(GgufMetadata { version, bytes: cursor.seen(begin..end).into(), entries, by_key })
 }
 
-/// Passes over a value.
+/// Skips a value.
 fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
     match (kind, kind.bytes()) {
         (_, Some(bytes)) => cursor.bytes(bytes, "a value").map(|_| ()),
@@ -332,6 +333,6 @@ fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Resu
     if depth >= DEPTH_LIMIT {
         return Err(cursor.fault(at, format!("arrays within more than {DEPTH_LIMIT} arrays")));
     }
-    // Each takes at least the 8 bytes of its length: a count that lies ends with the bytes.
+    // Each array takes at least the 8 bytes of its length, so a wrong count ends with the bytes.
     (0..len).try_for_each(|_| skip(cursor, kind, depth + 1))
 }

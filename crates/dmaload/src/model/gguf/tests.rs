@@ -4,7 +4,7 @@ fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
-/// A key with a value of this type, as it is in a file.
+/// A key-value pair, as encoded in a file.
 fn pair(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
     [&text(key), &kind.to_le_bytes()[..], value].concat()
 }

@@ -1,9 +1,8 @@
-//! Reads the JSON of a header.
+//! Parses the JSON of a header.
 //!
-//! `serde_json` does the tokens; the visitors here see every key as it comes,
-//! so that none can replace an earlier one. They check each tensor by itself
-//! as soon as its entry ends. Faults that JSON knows nothing of go through
-//! [`Reader::refuse`], because `serde`'s errors carry only text.
+//! `serde_json` does the tokenizing. The visitors here see each key as it is read, so that none
+//! can replace an earlier one, and check each tensor as soon as its entry ends. Faults other than
+//! JSON errors go through [`Reader::refuse`], because `serde`'s errors carry only text.
 
 use std::fmt;
 
@@ -18,13 +17,13 @@ use crate::model::{
     map::{SafetensorsMetadata, StringPairs, TensorInfo},
 };
 
-/// The one key of a header that names no tensor.
+/// The only key of a header that does not name a tensor.
 const METADATA_KEY: &str = "__metadata__";
 
-/// What JSON takes for whitespace.
+/// The whitespace characters of JSON.
 pub(super) const WHITESPACE: [char; 4] = [' ', '\t', '\n', '\r'];
 
-/// What a header holds, each tensor checked by itself but not against others.
+/// The contents of a header, where each tensor is checked by itself but not against the others.
 #[derive(Debug)]
 pub(super) struct Contents {
     /// In header order.
@@ -32,8 +31,8 @@ pub(super) struct Contents {
     pub(super) metadata: SafetensorsMetadata,
 }
 
-/// Reads a header whose tensors lie in the `data_bytes` that begin at
-/// `data_begin` of the file.
+/// Parses a header whose tensors are in the `data_bytes` bytes that begin at `data_begin` in the
+/// file.
 pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Contents, ModelError> {
     let unpadded = json.trim_end_matches(WHITESPACE);
     let mut reader = Reader::new(data_begin, data_bytes);
@@ -56,20 +55,20 @@ pub(super) fn read(json: &str, data_begin: u64, data_bytes: u64) -> Result<Conte
     Ok(Contents { tensors: reader.tensors, metadata })
 }
 
-/// The state of reading one header; the seed of its outermost object.
+/// The state of parsing one header, and the seed of its outermost object.
 struct Reader {
     data_begin: u64,
     data_bytes: u64,
     tensors: Vec<TensorInfo>,
-    /// `Some` once the key has come, also if its value was null.
+    /// `Some` once the key has been read, even if its value was null.
     metadata: Option<StringPairs>,
-    /// The numbers of the list being read, to be copied at their final size.
+    /// The numbers of the current list, which are then copied at their final size.
     numbers: Vec<u64>,
-    /// Where reading stopped, if it did.
+    /// Where parsing stopped, if it did.
     place: ValuePlace,
     fault: Option<ModelError>,
-    /// The first tensor that ends past the end of the file, its end, and the last end of all: reading goes on, so
-    /// that the error can say how much is missing.
+    /// The first tensor that ends past the end of the file, its end, and the largest end of all.
+    /// Parsing continues, so that the error can say how much is missing.
     past_end: Option<(String, u64, u64)>,
 }
 
@@ -99,13 +98,13 @@ impl Reader {
         json.deserialize_map(self)
     }
 
-    /// Stops reading for a fault that `serde` has no words for.
+    /// Stops parsing because of a fault that `serde` can't express.
     fn refuse<E: Error>(&mut self, fault: ModelError) -> E {
         self.fault = Some(fault);
         E::custom("refused")
     }
 
-    /// What stopped the reading, which ended in `error`.
+    /// Explains why parsing stopped with `error`.
     fn explain(self, error: &serde_json::Error, json: &str) -> ModelError {
         if let Some(fault) = self.fault {
             return fault;
@@ -171,15 +170,15 @@ impl<'de> Visitor<'de> for &mut Reader {
     }
 }
 
-/// How many bytes of `json` had been read when `error` came.
+/// How many bytes of `json` had been read when `error` occurred.
 fn offset(error: &serde_json::Error, json: &str) -> usize {
     let lines_before = json.split_inclusive('\n').take(error.line().saturating_sub(1));
     let read = lines_before.map(str::len).sum::<usize>() + error.column();
     read.min(json.len())
 }
 
-/// The text of `error` without its line and column, which are no help in a
-/// header that is one long line.
+/// The text of `error` without its line and column, which don't help in a header that is one long
+/// line.
 fn reason(error: &serde_json::Error) -> String {
     let mut text = error.to_string();
     if let Some(at) = text.rfind(" at line ") {
@@ -228,7 +227,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
     }
 }
 
-/// Reads a string to where it stays, without one of its own.
+/// Reads a string directly into its final place, without a temporary.
 struct PushString<'a>(&'a mut StringPairs);
 
 impl<'de> DeserializeSeed<'de> for PushString<'_> {
@@ -252,7 +251,7 @@ impl Visitor<'_> for PushString<'_> {
     }
 }
 
-/// A tensor's entry as the header has it.
+/// A tensor's entry in the header.
 struct TensorEntry {
     dtype: DType,
     shape: Vec<usize>,
@@ -261,8 +260,8 @@ struct TensorEntry {
 }
 
 impl TensorEntry {
-    /// The tensor of that name and entry in its file, if its bytes are within
-    /// the data and as many as its type and shape need.
+    /// Places the tensor in its file, if its bytes are within the data and match its type and
+    /// shape.
     fn place(self, name: String, data_begin: u64, data_bytes: u64) -> Result<TensorInfo, ModelError> {
         let Self { begin, end, .. } = self;
         if begin > end {
@@ -287,8 +286,8 @@ impl TensorEntry {
     }
 }
 
-/// The bits of a tensor, or `None` if they overflow. As in the crate, an
-/// overflow before a zero dimension counts.
+/// The size of a tensor in bits, or `None` if it overflows. As in the crate, an overflow before a
+/// zero dimension counts.
 fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
     let elements = shape.iter().try_fold(1_u64, |product, &dim| product.checked_mul(dim as u64))?;
     let element_bits = dtype.element_bits().expect("a safetensors header names no quantized type");
@@ -299,11 +298,11 @@ fn bits(dtype: DType, shape: &[usize]) -> Option<u64> {
 struct EntrySeed<'a> {
     reader: &'a mut Reader,
     tensor: &'a str,
-    /// The key whose value is being read, for the caller to blame.
+    /// The key whose value is being read, for the caller's error message.
     key: &'a mut Option<&'static str>,
 }
 
-/// The values of an entry that have come so far.
+/// The values of an entry that have been read so far.
 #[derive(Default)]
 struct Draft {
     dtype: Option<DType>,
@@ -342,8 +341,8 @@ impl EntrySeed<'_> {
         entry.next_value_seed(NumbersSeed { reader: self.reader, tensor: self.tensor, key })
     }
 
-    /// The numbers as lengths of dimensions. One beyond `usize` (on 32-bit machines)
-    /// is refused: cut off, it would be another shape.
+    /// Converts the numbers to dimensions. One beyond `usize` (on 32-bit machines) is refused,
+    /// because truncating it would give another shape.
     fn shape<E: Error>(&mut self) -> Result<Vec<usize>, E> {
         let mut shape = Vec::with_capacity(self.reader.numbers.len());
         for &dim in &self.reader.numbers {
@@ -380,7 +379,7 @@ impl Draft {
         }
     }
 
-    /// The whole entry, or the key that it lacks.
+    /// The complete entry, or the key that is missing.
     fn finish(self) -> Result<TensorEntry, EntryKey> {
         let dtype = self.dtype.ok_or(EntryKey::DType)?;
         let shape = self.shape.ok_or(EntryKey::Shape)?;
@@ -447,7 +446,7 @@ struct NumbersSeed<'a> {
 }
 
 impl NumbersSeed<'_> {
-    /// Takes one more number, if it is one and there is room for it.
+    /// Takes the next number, if it is valid and there is room for it.
     fn take<E: Error>(&mut self, number: Number) -> Result<(), E> {
         let tensor = || self.tensor.to_owned();
         let numbers = &mut self.reader.numbers;

@@ -1,31 +1,31 @@
-//! One test for each fault, next to the valid file it was made from.
+//! One test for each fault, next to the valid file it is derived from.
 
 use super::*;
 use crate::model::DType;
 
-/// Parses a header that is followed by `data_bytes` of data.
+/// Parses a header followed by `data_bytes` of data.
 fn parse_with(json: impl AsRef<[u8]>, data_bytes: u64) -> Result<TensorMap, ModelError> {
     let json = json.as_ref();
     parse(json, 8 + json.len() as u64 + data_bytes)
 }
 
-/// The error of a header that is followed by 16 bytes of data.
+/// The error of a header followed by 16 bytes of data.
 #[track_caller]
 fn refused(json: impl AsRef<[u8]>) -> ModelError {
     parse_with(json, 16).expect_err("a faulty header was accepted")
 }
 
-/// A header with the one tensor "t", which has that entry.
+/// A header with the single tensor "t" and this entry.
 fn one(entry: &str) -> String {
     format!(r#"{{"t":{{{entry}}}}}"#)
 }
 
-/// A header with the one tensor "t" of that type, shape and offsets.
+/// A header with the single tensor "t" of this type, shape and offsets.
 fn tensor(dtype: &str, shape: &str, offsets: &str) -> String {
     one(&format!(r#""dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}"#))
 }
 
-/// A header of byte tensors, with a name and offsets for each.
+/// A header of byte tensors with these names and offsets.
 fn bytes(tensors: &[(&str, u64, u64)]) -> String {
     let entries: Vec<_> = tensors
         .iter()
@@ -247,7 +247,7 @@ mod refuses_text {
             }
         }
         let objects = "{\"a\":".repeat(1_000_000);
-        // Of an unknown key, what it has is skipped, which ends with the header.
+        // The value of an unknown key is skipped, until the header ends.
         assert!(matches!(refused(format!("{{\"t\":{objects}")), ModelError::NotJson { .. }));
         let metadata = format!("{{\"__metadata__\":{{\"a\":{deep}");
         assert!(matches!(refused(metadata), ModelError::MetadataNotString { .. }));
@@ -447,7 +447,7 @@ mod refuses_layouts {
             ([("a", 0, 10), ("b", 6, 16)], 10, 6),
             ([("b", 1, 16), ("a", 0, 16)], 16, 1),
             ([("a", 0, 16), ("b", 0, 16)], 16, 0),
-            // An empty tensor takes no bytes, but has no place inside another.
+            // An empty tensor takes no bytes, but must not be inside another.
             ([("a", 0, 16), ("b", 8, 8)], 16, 8),
         ] {
             let json = bytes(&tensors);

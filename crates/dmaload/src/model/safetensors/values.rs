@@ -1,11 +1,10 @@
-//! JSON values of a header: strings, numbers, and those that are skipped.
+//! JSON values in a header: strings, numbers, and skipped values.
 
 use std::{borrow::Cow, fmt};
 
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-/// The value of an unknown key: read as the crate reads it, with its limits of numbers and of nesting,
-/// and dropped.
+/// The value of an unknown key: read with the crate's limits on numbers and nesting, and dropped.
 pub(super) struct Skipped;
 
 impl<'de> Deserialize<'de> for Skipped {
@@ -56,8 +55,8 @@ impl<'de> Visitor<'de> for Skipped {
     }
 }
 
-/// Reads a string, borrowed where the header has it without escapes. The field
-/// is what an error says was expected.
+/// Reads a string, borrowed if the header has it without escapes. The field says in errors what
+/// was expected.
 pub(super) struct Text(pub(super) &'static str);
 
 impl<'de> DeserializeSeed<'de> for Text {
@@ -84,7 +83,7 @@ impl<'de> Visitor<'de> for Text {
     }
 }
 
-/// A JSON number: one that counts something, or how another one reads.
+/// A JSON number: a non-negative integer, or the text of any other.
 pub(super) enum Number {
     Count(u64),
     Other(String),
@@ -113,7 +112,7 @@ impl Visitor<'_> for NumberVisitor {
         Ok(Number::Other(negative.to_string()))
     }
 
-    // Also what serde_json makes of integers beyond 64 bits.
+    // Also receives integers beyond 64 bits from serde_json.
     fn visit_f64<E: Error>(self, float: f64) -> Result<Number, E> {
         Ok(Number::Other(format!("{float:?}")))
     }
