@@ -1,26 +1,29 @@
 //! The state machine that owns everything in flight.
 //!
 //! ```text
-//!   piece ──► queue of its load ──► chunks, in turn over the loads, at most `depth` in flight ──► kernel
-//!                                      ▲                              (bounce: staging ──► copy)  │
-//!                                      └─ the rest of a short read; the same read by a lower ─────┤ completion
-//!                                         route after a refusal                                   ▼
-//!                                     last chunk: zero the tail, unregister ──► (observer) ──► PieceFull
+//!   piece ─► queue of its load ─► chunks, in turn over the loads, at most `depth` ─► kernel
+//!                                     ▲                  (bounce: staging ─► copy)   │
+//!                                     └─ the rest of a short read; the same read ────┤ completion
+//!                                        by a lower route after a refusal            ▼
+//!                          last chunk: zero the tail, unregister ─► (observer) ─► PieceFull
 //! ```
 //!
-//! Where a load is observed, its bytes are looked at in file order: each full piece, or, on uncached memory, each chunk while it
-//! is in staging. What has not been looked at holds its piece's permit, or its slot. That can't end in a standstill, since reads
-//! are issued in file order then, also what is read once more: of the chunks that hold slots, the first in that order waits for no
-//! other.
+//! The bytes of an observed load are observed in file order: each full piece or, on uncached
+//! memory, each chunk while it is in staging. Until then they hold their piece's permit or their
+//! slot. This can't deadlock, since reads of an observed load are issued in file order, including
+//! retries: of the chunks that hold slots, the first in that order waits for no other.
 //!
-//! What the page cache has is copied from there, by the threads that copy from staging: such a chunk takes its turn like any
-//! other, in file order. If it has gone from the cache by then, it is read from storage.
+//! Chunks in the page cache are copied from there, by the threads that copy from staging. Such a
+//! chunk takes its turn like any other, in file order. If it has been evicted by then, it is read
+//! from storage.
 //!
-//! Memory: a piece's buffer is moved in with [`Driver::piece`] and leaves with [`Output::PieceFull`], or is dropped
-//! here, and in both cases only when no read into it is in flight. A load that failed or was abandoned keeps its
-//! buffers here until its last read has come back. If the kernel itself fails, what is in flight is leaked.
+//! Memory: a piece's buffer is moved in with [`Driver::piece`], and leaves with
+//! [`Output::PieceFull`] or is dropped here; either only happens when no read into it is in
+//! flight. A load that failed or was abandoned keeps its buffers here until its last read has
+//! completed. If the kernel itself fails, what is in flight is leaked.
 //!
-//! It makes no syscall and knows no clock of its own: [`Kernel`] is the only door.
+//! The driver makes no system calls and reads no clock: it reaches the outside only through
+//! [`Kernel`].
 #![allow(unsafe_code)]
 
 mod cached;
@@ -55,12 +58,12 @@ use crate::telemetry::busy::BusyTime;
 use crate::telemetry::metrics::ReadCounters;
 use crate::telemetry::trace::TraceKind;
 
-// A broken invariant panics: the thread around the driver fails all loads then, and says so. To go on without the
-// entry would lose a read, and its load would hang.
+// A broken invariant panics; the thread around the driver then fails all loads with the message.
+// Continuing without the entry would lose a read, and its load would hang.
 
 /// A piece stays until nothing refers to it.
 const PIECE: &str = "a piece is here as long as it has chunks, in flight or queued, or is looked at";
-/// A load stays until its last piece has gone.
+/// A load stays until its last piece is gone.
 const LOAD: &str = "a load is here as long as it has pieces";
 
 /// See the module.
@@ -71,17 +74,17 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     loads: HashMap<LoadId, LoadEntry>,
     turns: VecDeque<LoadId>,
     pieces: Slots<PieceEntry<K::File, B>>,
-    /// Reads, and the copies and looks that follow them.
+    /// Reads, and the copies and observations that follow them.
     reads: Slots<InFlight>,
-    /// Whose these are, and from which file systems.
+    /// Which loads hold these, and for which file systems.
     in_flight: Holders<LoadId>,
     buffer_slots: Vec<u16>,
-    /// Whose pieces are registered.
+    /// Which loads' pieces are registered.
     registered: Holders<LoadId>,
     staging: Staging<K::Staging>,
-    /// Of the threads that copy.
+    /// The pace of the threads that copy.
     pace: Pace,
-    /// Slots at the start, where staging grows with the threads.
+    /// The number of slots at the start, if staging grows with the threads.
     growing_from: Option<usize>,
     known: Known,
     completions: Vec<Completion>,
@@ -115,13 +118,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Has reads counted here.
+    /// Counts reads in `counters`.
     pub(crate) fn counted_by(mut self, counters: Arc<ReadCounters>) -> Self {
         self.counters = counters;
         self
     }
 
-    /// Has copies done by as many threads as `pace` finds to help; `growing` tells whether staging grows with them.
+    /// Lets `pace` decide how many threads copy; `growing` says whether staging grows with them.
     pub(crate) fn paced(mut self, pace: Pace, growing: bool) -> Self {
         self.kernel.set_copiers(pace.threads());
         self.growing_from = growing.then(|| self.staging.slots());
@@ -134,30 +137,30 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         &mut self.kernel
     }
 
-    /// Reads that the kernel has.
+    /// Operations that the kernel has.
     #[cfg(test)]
     pub(crate) fn in_flight(&self) -> usize {
         self.reads.len()
     }
 
-    /// Staging slots that somebody holds.
+    /// Staging slots that are held.
     #[cfg(test)]
     pub(crate) fn staging_taken(&self) -> usize {
         self.staging.taken()
     }
 
-    /// Takes what has happened since the last call.
+    /// Takes the outputs since the last call.
     pub(crate) fn outputs(&mut self) -> Vec<Output<B>> {
         std::mem::take(&mut self.outputs)
     }
 
-    /// Files of pieces that have left. These may be their last references, and closing a file may
-    /// take as long as its file system likes, so the caller has another thread do it.
+    /// Takes the files of pieces that have left. These may be the last references, and closing a
+    /// file may wait for its server, so the caller must have another thread drop them.
     pub(crate) fn released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
 
-    /// A load whose pieces are about to come.
+    /// Begins a load, whose pieces are about to come.
     pub(crate) fn begin(&mut self, spec: LoadSpec) {
         let entry = LoadEntry {
             pieces_left: spec.pieces,
@@ -187,8 +190,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.turns.push_back(id);
     }
 
-    /// Takes a piece that is allocated and populated, to be filled. One of a load that has failed, or was
-    /// abandoned, is dropped at once.
+    /// Takes an allocated piece to fill. A piece of a load that has failed or was abandoned is
+    /// dropped immediately.
     pub(crate) fn piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
         assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
@@ -230,22 +233,23 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             load.chunks.extend(chunks_of(token, entry, chunk_bytes));
         }
         if let Some(errno) = refused {
-            // The ring was refused for all its routes at once: that is one step, to the first one without it.
+            // The ring was refused, and so all its routes: a single step, to the first route
+            // without a ring.
             self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
             // A strict load has failed, and is gone.
             if let Some(load) = self.loads.get_mut(&id) {
                 load.staging_told = true;
             }
         }
-        // A strict load finds out for itself, and fails for the real reason.
+        // A strict load tries for itself, so that it fails for the real reason.
         let known = if strict { None } else { self.known.refusal(mount, route, self.kernel.now()) };
         if let Some((to, attempt, errno)) = known {
             self.step_down(token, route, to, attempt, errno, piece.file_offset);
         }
     }
 
-    /// Nobody wants this load any more: nothing new is submitted, and what it holds goes when its last read has
-    /// come back.
+    /// Gives up a load: nothing new is submitted, and what it holds is released when its last read
+    /// has completed.
     pub(crate) fn abandon(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id) {
             if !std::mem::replace(&mut load.ended, true) {
@@ -262,8 +266,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Issues reads while there are any and the depth allows: in turns, and leaving some of it to
-    /// file systems and loads that have none in flight.
+    /// Issues reads while there are any and the depth allows it: in turns, and leaving part of the
+    /// depth to file systems and loads that have none in flight.
     pub(crate) fn issue(&mut self) {
         let mut passed = 0;
         while self.reads.len() < self.depth && passed < self.turns.len() {
@@ -284,15 +288,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Threads of the kernel's implementation that are at something now.
+    /// How many threads of the kernel's implementation are busy.
     pub(crate) fn busy_threads(&self) -> usize {
         self.kernel.busy_threads()
     }
 
-    /// Hands reads to the kernel, optionally waits, and works off what came back.
+    /// Submits reads to the kernel, optionally waits, and handles completions.
     ///
     /// # Errors
-    /// The kernel's, when it can't be used any more: [`Self::give_up`] is all that can be done then.
+    /// The kernel's error when it can't be used any more; only [`Self::give_up`] may be called
+    /// then.
     pub(crate) fn turn(&mut self, wait: bool) -> Result<(), Errno> {
         self.kernel.submit(wait)?;
         let mut completions = std::mem::take(&mut self.completions);
@@ -304,8 +309,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         Ok(())
     }
 
-    /// The kernel failed, or time is up: every load here fails with `failure`, and memory that a read may still
-    /// be writing to is leaked. Returns how many bytes that was.
+    /// Gives up when the kernel has failed or the time is up: fails every load with `failure`, and
+    /// leaks memory that reads may still write to. Returns how many bytes were leaked.
     pub(crate) fn give_up(&mut self, failure: Failure) -> u64 {
         self.counters.in_flight.store(0, Ordering::Relaxed);
         let mut leaked = 0;
@@ -316,7 +321,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         for token in self.pieces.tokens() {
             let mut entry = self.pieces.remove(token).expect(PIECE);
             if entry.in_flight == 0 {
-                // A ring that is never closed would keep its pages pinned.
+                // Without this, a ring that is never closed would keep its pages pinned.
                 self.unregister(&mut entry);
                 self.released.push((entry.load, entry.file.handle));
             } else {
@@ -345,8 +350,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         leaked
     }
 
-    /// Puts another kernel in the place of one that failed, after [`Self::give_up`]. The old one is leaked: the
-    /// reads that it holds are not ended by closing it.
+    /// Replaces a kernel that failed, after [`Self::give_up`]. The old one is leaked: closing it
+    /// would not end the reads that it holds.
     pub(crate) fn replace_kernel(&mut self, kernel: K) {
         assert_eq!(self.reads.len() + self.pieces.len(), 0, "give_up comes first");
         self.buffer_slots = (0..kernel.buffer_slots()).rev().collect();
@@ -440,14 +445,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// All bytes of a piece are there.
+    /// Handles a piece whose bytes have all been read.
     fn fill(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
-        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its buffer.
+        // SAFETY: `tail.start` is the length of the piece's bytes, which is at most that of its
+        // buffer.
         let after = unsafe { entry.buffer.address().add(tail.start) };
-        // SAFETY: from there to the buffer's end it is valid for writes, and no read into it is in flight.
+        // SAFETY: from there to its end the buffer is valid for writes, and no read into it is in
+        // flight.
         unsafe { after.write_bytes(0, tail.len()) };
         let (id, position, bytes) = (entry.load, entry.position, entry.piece.bytes);
         let registered = entry.buffer_slot.take();
@@ -468,12 +475,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// A piece has all its bytes, and they were looked at where that is wanted.
+    /// Outputs a piece that has all its bytes, after they were observed if requested.
     fn give(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
-        // The load may have failed a moment ago and released its own reference.
+        // The load may have just failed and released its own reference.
         self.released.push((id, entry.file.handle));
         self.outputs.push(Output::PieceFull { load: id, piece: entry.number, route: entry.route, buffer: entry.buffer });
         let load = self.loads.get_mut(&id).expect(LOAD);
@@ -492,7 +499,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// Drops the pieces of an ended load that no read is writing to; with the last one, the load itself.
+    /// Drops the pieces of an ended load that no read is writing to; after the last one, removes
+    /// the load.
     fn release_idle(&mut self, id: LoadId) {
         let tokens = std::mem::take(&mut self.loads.get_mut(&id).expect(LOAD).pieces);
         let mut busy = Vec::new();
@@ -513,7 +521,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// The number of threads that copy has changed.
+    /// Applies a change in the number of threads that copy.
     fn follow_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);
@@ -542,7 +550,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 }
 
 impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
-    /// Reached with reads in flight only by a panic: what they may write to is leaked.
+    /// Only a panic gets here with reads in flight; what they may write to is leaked.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
             let leaked_bytes = self.give_up(Failure::Kernel { errno: Errno::CANCELED });

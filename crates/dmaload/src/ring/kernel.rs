@@ -1,5 +1,5 @@
-//! The kernel as the driver sees it: a small trait with two implementations, the real one ([`super::linux`]) and
-//! the seeded simulator ([`super::sim`]).
+//! The kernel as the driver sees it: a small trait with two implementations, the real one
+//! ([`super::linux`]) and the seeded simulator ([`super::sim`]).
 
 use std::fmt::Debug;
 use std::ptr::NonNull;
@@ -18,7 +18,7 @@ use crate::support::id::LoadId;
 #[derive(Debug, Clone)]
 pub(crate) struct Read {
     pub(crate) token: Token,
-    /// Whose it is.
+    /// The load it belongs to.
     pub(crate) load: LoadId,
     pub(crate) route: Route,
     /// The registered buffer that `address` lies in; only for [`Route::UringFixedDirect`].
@@ -26,12 +26,12 @@ pub(crate) struct Read {
     pub(crate) address: NonNull<u8>,
     pub(crate) bytes: usize,
     pub(crate) offset: u64,
-    /// What `address` is, where its memory is to be brought into being first; only for
+    /// The place of `address`, if its memory has to be populated first; only for
     /// [`Route::Buffered`].
     pub(crate) place: Option<Place>,
 }
 
-/// A copy from a staging buffer to where its bytes belong.
+/// A copy from a staging buffer to its place.
 #[derive(Debug, Clone)]
 pub(crate) struct StagedCopy {
     pub(crate) token: Token,
@@ -40,7 +40,7 @@ pub(crate) struct StagedCopy {
     pub(crate) bytes: usize,
 }
 
-/// A copy of what the page cache has of a file.
+/// A copy of a file's bytes from the page cache.
 #[derive(Debug, Clone)]
 pub(crate) struct CachedRead {
     pub(crate) token: Token,
@@ -49,7 +49,7 @@ pub(crate) struct CachedRead {
     pub(crate) offset: u64,
 }
 
-/// Bytes that are there, to be looked at.
+/// Bytes to observe.
 #[derive(Debug, Clone)]
 pub(crate) struct Look {
     pub(crate) token: Token,
@@ -60,7 +60,7 @@ pub(crate) struct Look {
     pub(crate) bytes: usize,
 }
 
-/// What became of a read, a copy or a look: the bytes that came, or the error.
+/// The result of a read, a copy or an observation: the number of bytes, or the error.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Completion {
     pub(crate) token: Token,
@@ -68,15 +68,15 @@ pub(crate) struct Completion {
 }
 
 pub(crate) trait Kernel {
-    /// A file that can be read from, kept open by every clone.
+    /// A file to read from; every clone keeps it open.
     type File: Clone;
-    /// Memory that any read can go into, for [`Route::Bounce`].
+    /// Memory that any read can use, for [`Route::Bounce`].
     type Staging: Buffer;
 
-    /// Time since some fixed moment.
+    /// The time since some fixed moment.
     fn now(&self) -> Duration;
 
-    /// Why there is no io_uring; reads by its routes are not allowed then.
+    /// Why there is no io_uring; if so, reads must not use its routes.
     fn ring(&self) -> Result<(), Errno>;
 
     /// How many buffers can be registered at once.
@@ -85,73 +85,76 @@ pub(crate) trait Kernel {
     /// Pins memory for [`Route::UringFixedDirect`].
     fn register_buffer(&mut self, slot: u16, address: NonNull<u8>, bytes: usize) -> Result<(), Errno>;
 
-    /// Unpins it. No read into it is in flight.
+    /// Unpins memory. No read into it is in flight.
     fn unregister_buffer(&mut self, slot: u16);
 
-    /// Reads from this file are about to come.
+    /// Announces reads from this file.
     fn attach(&mut self, file: &Self::File);
 
-    /// No read from this file is in flight, and none comes before it is attached again.
+    /// No read from this file is in flight, and none comes until it is attached again.
     fn detach(&mut self, file: &Self::File);
 
     /// Queues a read.
     ///
     /// # Safety
-    /// The memory at `read.address` must stay valid for writes until the read's completion was reaped, or for
-    /// ever if that never comes.
+    /// The memory at `read.address` must stay valid for writes until the read's completion was
+    /// reaped, or forever if that never happens.
     #[allow(unsafe_code)]
     unsafe fn read(&mut self, file: &Self::File, read: Read);
 
-    /// Takes back those reads of this load that were not begun. Their completions come like those
-    /// of others, with an error.
+    /// Takes back those reads of this load that were not started. They complete like others, with
+    /// an error.
     fn cancel(&mut self, _: LoadId) {}
 
-    /// Memory of `bytes` bytes that can be pinned, with its pages there.
+    /// Allocates `bytes` bytes of populated memory that can be pinned.
     fn staging(&mut self, bytes: usize) -> Result<Self::Staging, Errno>;
 
-    /// Has some other thread copy. Its completion comes like that of a read; its only error is
+    /// Has another thread copy. Completes like a read; the only possible error is
     /// [`Fault::Memory`].
     ///
     /// # Safety
-    /// Until the completion was reaped, or for ever if that never comes: both places stay mapped for `bytes` bytes, they
-    /// don't overlap, nobody writes to the first one, and nobody looks at the second one.
+    /// Until the completion was reaped, or forever if that never happens: both places stay mapped
+    /// for `bytes` bytes and don't overlap, nothing writes to the first, and nothing accesses the
+    /// second.
     #[allow(unsafe_code)]
     unsafe fn copy(&mut self, copy: StagedCopy);
 
-    /// From now on at most so many threads copy at once.
+    /// Sets how many threads may copy at the same time.
     fn set_copiers(&mut self, threads: usize);
 
-    /// Has some other thread copy what the page cache has, without waiting for storage. Its completion
-    /// comes like that of a read. With fewer bytes than asked for, or [`Fault::Read`], the rest has gone
+    /// Has another thread copy from the page cache, without waiting for storage. Completes like a
+    /// read. If there are fewer bytes than requested, or [`Fault::Read`], the rest was evicted
     /// from the cache.
     ///
     /// # Safety
-    /// Until the completion was reaped, or for ever if that never comes: the place stays mapped for that
-    /// many bytes, and nobody looks at it, or writes to it.
+    /// Until the completion was reaped, or forever if that never happens: the place stays mapped
+    /// for that many bytes, and nothing else reads or writes it.
     #[allow(unsafe_code)]
     unsafe fn read_cached(&mut self, file: &Self::File, read: CachedRead);
 
-    /// Has some other thread look, and never this one. Its completion comes like that of a read; after an error the
-    /// watch has the verdict.
+    /// Has another thread, never this one, run the observer. Completes like a read; after an error
+    /// the watch has the verdict.
     ///
     /// # Safety
-    /// Until the completion was reaped, or for ever if that never comes, the bytes stay mapped, and nobody writes to them. All
-    /// of them are initialised.
+    /// Until the completion was reaped, or forever if that never happens, the bytes stay mapped
+    /// and nothing writes to them. All of them are initialised.
     #[allow(unsafe_code)]
     unsafe fn look(&mut self, look: Look);
 
-    /// Whether copies were done by this thread itself, because no other could be had: reads wait for them.
+    /// Whether this thread did copies itself because no other could be started, so that reads wait
+    /// for them.
     fn is_alone(&self) -> bool;
 
-    /// Threads of its own that are at something now.
+    /// How many of its own threads are busy.
     fn busy_threads(&self) -> usize {
         0
     }
 
-    /// Hands what is queued to the kernel. With `wait`, returns when there is a completion, or somebody wakes the
-    /// thread. An error means that this kernel can't be used any more; what was queued may be in flight.
+    /// Submits queued operations. With `wait`, returns when there is a completion or the thread is
+    /// woken. An error means that this kernel can't be used any more; what was queued may be in
+    /// flight.
     fn submit(&mut self, wait: bool) -> Result<(), Errno>;
 
-    /// Takes the completions that have come.
+    /// Takes the completions that are available.
     fn reap(&mut self, into: &mut Vec<Completion>);
 }

@@ -1,4 +1,5 @@
-//! What has shown of the heap's memory, and of file systems: later loads need not try again.
+//! What is known about the heap's memory and about file systems, so that later loads need not try
+//! again.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -7,15 +8,16 @@ use rustix::io::Errno;
 
 use crate::route::{Attempt, Route};
 
-/// How long a refusal is taken for granted. It costs little to try again, and the first file may have been an odd one.
+/// How long a refusal is remembered. Trying again costs little, and the first file may have been
+/// unusual.
 const KNOWN_FOR: Duration = Duration::from_secs(60);
 
-/// What was found out about the heap's memory.
+/// Whether the heap's memory can be pinned.
 #[derive(Debug, Default)]
 enum Pinnable {
     #[default]
     Unknown,
-    /// Direct reads have gone into it: what is refused with EFAULT is not the memory's.
+    /// Direct reads have worked, so an EFAULT is not caused by the memory.
     Yes,
     No {
         attempt: Attempt,
@@ -24,12 +26,12 @@ enum Pinnable {
     },
 }
 
-/// What the first reads from a file system have shown.
+/// What reads from a file system have shown.
 #[derive(Debug)]
 enum Mount {
-    /// Direct reads work: a file that refuses them is one of its own kind.
+    /// Direct reads work; a file that refuses them is an exception.
     Direct,
-    /// Reads by routes better than this one were refused; known until then.
+    /// Reads by routes better than `to` were refused; remembered until then.
     Refused { to: Route, errno: Errno, until: Duration },
 }
 
@@ -41,7 +43,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// A step down was taken.
+    /// Records a step down.
     pub(super) fn stepped_down(&mut self, mount: u64, (from, to): (Route, Route), attempt: Attempt, errno: Errno, now: Duration) {
         let until = now + KNOWN_FOR;
         if to == Route::Bounce {
@@ -57,7 +59,7 @@ impl Known {
         }
     }
 
-    /// A piece of a file was filled by this route.
+    /// Records that a piece of a file was filled by this route.
     pub(super) fn worked(&mut self, mount: u64, route: Route) {
         if route.is_direct() {
             self.mounts.insert(mount, Mount::Direct);
@@ -67,7 +69,8 @@ impl Known {
         }
     }
 
-    /// What is known to be refused to reads by this route, before trying: the lowest step that follows from it.
+    /// The refusal that is known for reads by this route, with the lowest route that follows from
+    /// it.
     pub(super) fn refusal(&self, mount: u64, route: Route, now: Duration) -> Option<(Route, Attempt, Errno)> {
         let memory = match self.memory {
             Pinnable::No { attempt, errno, until } if now < until => Some((Route::Bounce, attempt, errno)),

@@ -1,11 +1,12 @@
 //! The real kernel: io_uring where it is allowed, threads that `pread` where it is not.
 //!
-//! What it needs: `IORING_OP_READ` (Linux 5.6). What it uses where it can, found by trying: `SINGLE_ISSUER` with
-//! `DEFER_TASKRUN` (6.1; completions are worked off when this thread asks, not by interrupting it), sparse tables of
-//! registered buffers and files (5.19). What it leaves aside, measured without gain: `SQPOLL` (2.7 times the CPU),
-//! `IOPOLL` (most devices are not set up for it).
+//! Requires `IORING_OP_READ` (Linux 5.6). Uses if available, found by trying: `SINGLE_ISSUER` with
+//! `DEFER_TASKRUN` (6.1; completions are processed when this thread asks, instead of interrupting
+//! it), and sparse tables of registered buffers and files (5.19). Not used, since measurements
+//! showed no gain: `SQPOLL` (2.7 times the CPU), `IOPOLL` (most devices are not set up for it).
 //!
-//! Closing a ring does not end the reads in it, so it is only closed when none is in flight (see [`super::driver`]).
+//! Closing a ring does not end its reads, so it is closed only when none is in flight (see
+//! [`super::driver`]).
 #![allow(unsafe_code)]
 
 pub(crate) mod probe;
@@ -31,11 +32,11 @@ use crate::route::Route;
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// Registered buffers at once. A piece is registered from its first read to its last, and reads are issued piece after
-/// piece, so it is the queue depth that bounds how many are needed.
+/// Registered buffers at a time. A piece is registered from its first read to its last, and reads
+/// are issued piece after piece, so the queue depth bounds how many are needed.
 const BUFFER_SLOTS: u16 = 512;
 const FILE_SLOTS: u32 = 64;
-/// No read has this token: its slot would be the four billionth.
+/// No read has this token: its slot index would be 2^32 - 1.
 const WAKE_USER_DATA: u64 = u64::MAX;
 
 /// See the module.
@@ -49,8 +50,8 @@ pub(crate) struct LinuxKernel {
 }
 
 impl LinuxKernel {
-    /// Sets up a ring for `depth` reads in flight. Must be called by the thread that uses it: a ring with
-    /// `SINGLE_ISSUER` belongs to the thread that made it.
+    /// Sets up a ring for `depth` reads in flight. Must be called by the thread that uses it: a
+    /// ring with `SINGLE_ISSUER` belongs to the thread that created it.
     pub(crate) fn new(depth: usize, started: Instant, wake: Arc<Wake>) -> Self {
         let ring = Ring::new(depth, &wake);
         LinuxKernel {
@@ -88,8 +89,8 @@ impl Kernel for LinuxKernel {
 
     fn unregister_buffer(&mut self, slot: u16) {
         if let Ok(ring) = &mut self.ring {
-            // An empty entry can't be refused; and if it were, the pages would only stay pinned until the slot is used
-            // again or the ring is closed.
+            // An empty entry can't be refused; even if it were, the pages would only stay pinned
+            // until the slot is reused or the ring is closed.
             let _ = ring.update_buffer(slot, std::ptr::null_mut(), 0);
         }
     }
@@ -114,13 +115,13 @@ impl Kernel for LinuxKernel {
     unsafe fn read(&mut self, file: &Arc<OpenFile>, read: Read) {
         match &mut self.ring {
             Ok(ring) if read.route.uses_ring() && file.ring_refused_to(read.route).is_none() => ring.read(file, &read),
-            // SAFETY: the caller's promise is the same.
+            // SAFETY: the caller's guarantee is the same.
             _ => unsafe { self.readers.read(Arc::clone(file), read) },
         }
     }
 
     fn cancel(&mut self, load: LoadId) {
-        // Cancelling does nothing for reads that the kernel has: see docs/architecture.md.
+        // The kernel does not cancel reads that it has started: see docs/architecture.md.
         self.readers.cancel(load);
     }
 
@@ -129,7 +130,7 @@ impl Kernel for LinuxKernel {
     }
 
     unsafe fn copy(&mut self, copy: StagedCopy) {
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller's guarantee is the same.
         unsafe { self.copiers.copy(copy) };
     }
 
@@ -138,12 +139,12 @@ impl Kernel for LinuxKernel {
     }
 
     unsafe fn read_cached(&mut self, file: &Arc<OpenFile>, read: CachedRead) {
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller's guarantee is the same.
         unsafe { self.copiers.read_cached(Arc::clone(file), read) };
     }
 
     unsafe fn look(&mut self, look: Look) {
-        // SAFETY: the caller's promise is the same.
+        // SAFETY: the caller's guarantee is the same.
         unsafe { self.lookers.look(look) };
     }
 
@@ -178,7 +179,7 @@ impl Kernel for LinuxKernel {
     }
 }
 
-/// Private memory with its pages there.
+/// Private, populated memory.
 #[derive(Debug)]
 pub(crate) struct StagingMemory(Mapping);
 
@@ -190,7 +191,8 @@ impl StagingMemory {
     }
 }
 
-// SAFETY: the memory is mapped, writable, at the same place and shown to nobody until the mapping is dropped.
+// SAFETY: the memory is mapped, writable and at the same address until the mapping is dropped, and
+// not exposed.
 unsafe impl Buffer for StagingMemory {
     fn address(&self) -> NonNull<u8> {
         self.0.address()
@@ -215,26 +217,27 @@ unsafe impl Buffer for StagingMemory {
 
 struct Ring {
     ring: IoUring,
-    /// Entries that did not go into the submission queue yet.
+    /// Entries that are not in the submission queue yet.
     queue: Vec<squeue::Entry>,
-    /// Whether a poll of the eventfd is in the kernel.
+    /// Whether the kernel is polling the eventfd.
     armed: bool,
     buffers: Result<(), Errno>,
     files: FileTable,
     uncached: Uncached,
 }
 
-/// Reads through the page cache that are to leave nothing in it (`RWF_DONTCACHE`, Linux 6.14), where that can be.
+/// Reads through the page cache that should leave nothing in it (`RWF_DONTCACHE`, Linux 6.14),
+/// where supported.
 #[derive(Debug, Default)]
 struct Uncached {
-    /// Those in flight, by their user data, with the number of the file system.
+    /// Reads in flight with the flag: their user data, and the file system's number.
     in_flight: HashMap<u64, u64>,
-    /// File systems that can't do it; all of them on older kernels.
+    /// File systems that do not support it; all of them on older kernels.
     refused_by: HashSet<u64>,
 }
 
 impl Uncached {
-    /// The flags of a read from this file system.
+    /// The flags for a read from this file system.
     fn flags(&mut self, user_data: u64, mount: u64) -> i32 {
         if self.refused_by.contains(&mount) {
             return 0;
@@ -243,7 +246,8 @@ impl Uncached {
         libc::RWF_DONTCACHE
     }
 
-    /// What a completion means for the driver: without the flag the read is to be done once more.
+    /// What a completion means to the driver: a refused flag becomes EAGAIN, so that the read is
+    /// retried without it.
     fn answered(&mut self, user_data: u64, result: Result<usize, Errno>) -> Result<usize, Errno> {
         match (self.in_flight.remove(&user_data), result) {
             (Some(mount), Err(Errno::OPNOTSUPP)) => {
@@ -261,10 +265,11 @@ impl Ring {
         let ring = set_up(entries)?;
         let buffers = ring.submitter().register_buffers_sparse(u32::from(BUFFER_SLOTS)).map_err(|error| errno(&error));
         let files = FileTable::new(&ring);
-        // Without it (before Linux 5.15) there are fewer, and reads wait for each other.
+        // If this fails (before Linux 5.15) there are fewer threads, and reads may wait for each
+        // other.
         let _ = set_kernel_threads(&ring, depth);
         let mut ring = Ring { ring, queue: Vec::new(), armed: false, buffers, files, uncached: Uncached::default() };
-        // A kernel that sets up rings but refuses to enter them (a seccomp profile) is found out here.
+        // Detects kernels that set up rings but refuse to enter them (a seccomp profile).
         ring.submit(false, wake)?;
         Ok(ring)
     }
@@ -275,7 +280,7 @@ impl Ring {
             let fd = types::Fd(file.descriptor(read.route).as_raw_fd());
             let flags = self.uncached.flags(user_data, file.identity.mount());
             let entry = opcode::Read::new(fd, read.address.as_ptr(), length(read)).offset(read.offset).rw_flags(flags);
-            // At once to a kernel thread: this thread neither waits for a server nor copies.
+            // Straight to a kernel thread: this thread neither waits for a server nor copies.
             entry.build().flags(squeue::Flags::ASYNC).user_data(user_data)
         } else {
             self.files.entry(file, read)
@@ -285,8 +290,9 @@ impl Ring {
 
     fn update_buffer(&mut self, slot: u16, address: *mut u8, bytes: usize) -> Result<(), Errno> {
         let vector = libc_iovec(address, bytes);
-        // SAFETY: the memory stays mapped while it is registered: the driver unregisters before it lets go of a buffer,
-        // or leaks both. One slot a call: of several the kernel may take some and still say nothing.
+        // SAFETY: the memory stays mapped while it is registered: the driver unregisters a buffer
+        // before it releases it, or leaks both. One slot per call, since the kernel may accept
+        // only some of several without saying so.
         unsafe { self.ring.submitter().register_buffers_update(u32::from(slot), &[vector], None) }.map_err(|error| errno(&error))
     }
 
@@ -301,8 +307,9 @@ impl Ring {
                 let mut submission = self.ring.submission();
                 let room = (submission.capacity() - submission.len()).min(self.queue.len());
                 for entry in self.queue.drain(..room) {
-                    // SAFETY: what the entry points to stays valid until its completion: the eventfd for as long as the
-                    // ring, a read's memory by the caller's promise to `Kernel::read`.
+                    // SAFETY: what the entry points to stays valid until its completion: the
+                    // eventfd as long as the ring, a read's memory by the guarantee of the caller
+                    // of `Kernel::read`.
                     let pushed = unsafe { submission.push(&entry) };
                     assert!(pushed.is_ok(), "there was room");
                 }
@@ -310,15 +317,16 @@ impl Ring {
             };
             let wait = wait && self.queue.is_empty();
             if wait && cfg!(dmaload_valgrind) {
-                // Valgrind 3.19 does not know that io_uring_enter(2) blocks, and lets no other thread run meanwhile.
+                // Valgrind 3.19 does not know that io_uring_enter(2) blocks, and would let no
+                // other thread run.
                 std::thread::sleep(std::time::Duration::from_micros(200));
             }
             let want = usize::from(wait && cfg!(not(dmaload_valgrind)));
             match self.ring.submit_and_wait(want) {
                 Ok(_) if self.queue.is_empty() || room == 0 => return Ok(()),
                 Ok(_) => {}
-                // Interrupted, or the kernel is short of something until completions are taken: the caller does that
-                // next, and what is queued stays queued.
+                // Interrupted, or the kernel lacks something until completions are taken. The
+                // caller does that next, and queued entries stay queued.
                 Err(error) => match errno(&error) {
                     Errno::INTR | Errno::AGAIN | Errno::BUSY | Errno::TIME => return Ok(()),
                     errno => return Err(errno),
@@ -342,9 +350,9 @@ impl Ring {
     }
 }
 
-/// Registered files: a read by table index spares the kernel a look-up and a reference count.
+/// Registered files: reads by table index save the kernel a look-up and a reference count.
 struct FileTable {
-    /// File → its slot, if there was one, and the number of pieces that use it.
+    /// File → its slot, if it got one, and the number of pieces that use it.
     slots: HashMap<u64, (Option<u32>, usize)>,
     free: Vec<u32>,
     refused: Option<Errno>,
@@ -377,7 +385,7 @@ impl FileTable {
         if entry.1 == 0
             && let Some((Some(slot), _)) = self.slots.remove(&file.id)
         {
-            // A slot that could not be emptied is not used again.
+            // A slot that could not be emptied is not reused.
             if ring.submitter().register_files_update(slot, &[-1]).is_ok() {
                 self.free.push(slot);
             }
@@ -409,20 +417,20 @@ fn length(read: &Read) -> u32 {
     u32::try_from(read.bytes).expect("a read is of one piece at most, which has 16 MiB or a segment")
 }
 
-/// Lets as many kernel threads of this thread's rings wait for files as there are reads in flight, so that none waits for
-/// another one's server. By default there are four for each CPU.
+/// Allows as many kernel threads for this thread's rings as there are reads in flight, so that no
+/// read waits for another one's server. The default is four for each CPU.
 fn set_kernel_threads(ring: &IoUring, depth: usize) -> Result<(), Errno> {
     let threads = u32::try_from(depth).expect("settings allow 4096 reads at most");
-    // 0 leaves the others as they are: those for files that are no regular ones.
+    // 0 keeps the limit for other files, those that are not regular.
     ring.submitter().register_iowq_max_workers(&mut [threads, 0]).map_err(|error| errno(&error))
 }
 
-/// Whether reads through the page cache can go by a ring, and none of them waits for another one's server.
+/// Whether a ring can read through the page cache without reads waiting for each other's servers.
 pub(crate) fn can_read_buffered() -> bool {
     set_up(8).and_then(|ring| set_kernel_threads(&ring, 1)).is_ok()
 }
 
-/// Ways of running a ring, the better ones first.
+/// Ways to set up a ring, best first.
 const WAYS: [fn(&mut io_uring::Builder); 3] = [
     |builder| {
         builder.setup_clamp().setup_single_issuer().setup_defer_taskrun();
@@ -435,10 +443,10 @@ const WAYS: [fn(&mut io_uring::Builder); 3] = [
     },
 ];
 
-/// Tries the better ways of running a ring first; only EINVAL says that the kernel does not know one.
+/// Tries the ways to set up a ring in order; EINVAL means that the kernel does not know one.
 fn set_up(entries: u32) -> Result<IoUring, Errno> {
     let mut refused = Errno::INVAL;
-    // The first way does its work inside of waits, which there are none of under valgrind.
+    // The first way does its work while waiting, which does not happen under valgrind.
     for way in WAYS.into_iter().skip(usize::from(cfg!(dmaload_valgrind))) {
         match build(way, entries) {
             Ok(ring) => return Ok(ring),
@@ -475,10 +483,10 @@ mod tests {
         let (one, other) = (7, 8);
         assert_eq!([1, 2].map(|read| uncached.flags(read, one)), [libc::RWF_DONTCACHE; 2]);
         assert_eq!(uncached.flags(3, other), libc::RWF_DONTCACHE);
-        // Both are read once more, though the first one has told already.
+        // Both are retried, though the first one already showed it.
         assert_eq!([1, 2].map(|read| uncached.answered(read, Err(Errno::OPNOTSUPP))), [Err(Errno::AGAIN); 2]);
         assert_eq!(uncached.flags(1, one), 0);
-        // Of a read without the flag it is an answer like any other.
+        // For a read without the flag, it is an error like any other.
         assert_eq!(uncached.answered(1, Err(Errno::OPNOTSUPP)), Err(Errno::OPNOTSUPP));
         assert_eq!((uncached.answered(3, Ok(5)), uncached.flags(3, other)), (Ok(5), libc::RWF_DONTCACHE));
         assert_eq!(uncached.answered(3, Err(Errno::IO)), Err(Errno::IO));

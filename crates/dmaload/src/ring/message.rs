@@ -1,4 +1,4 @@
-//! What the driver and the thread around it tell each other.
+//! Messages between the driver and the thread around it.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::route::{Attempt, Fallback, Route};
 use crate::support::id::LoadId;
 use crate::telemetry::trace::TraceKind;
 
-/// What the driver has to know of a load before its first piece.
+/// What the driver needs to know about a load before its first piece.
 #[derive(Debug, Clone)]
 pub(crate) struct LoadSpec {
     pub(crate) id: LoadId,
@@ -22,54 +22,57 @@ pub(crate) struct LoadSpec {
     pub(crate) observation: Option<Observation>,
 }
 
-/// A file of a load, as each of its pieces brings it along.
+/// A file of a load; each piece brings a copy.
 #[derive(Debug, Clone)]
 pub(crate) struct FileSpec<F> {
     pub(crate) handle: F,
     pub(crate) index: usize,
     /// The best route that opening it allows.
     pub(crate) route: Route,
-    /// The best route for reads into staging, where it comes to that.
+    /// The best route for reads into staging, if there are any.
     pub(crate) staged_by: Route,
-    /// Names the file system that it is on.
+    /// Identifies its file system.
     pub(crate) mount: u64,
-    /// What direct reads must be aligned to, in the file and in memory.
+    /// The alignment of direct reads, in the file and in memory.
     pub(crate) alignment_bytes: u64,
-    /// Which chunks of the piece the page cache has.
+    /// Which chunks of the piece are in the page cache.
     pub(crate) cached: CachedChunks,
 }
 
-/// What happened, for the thread around the driver to act on.
+/// An event for the thread around the driver.
 #[derive(Debug)]
 pub(crate) enum Output<B> {
-    /// A piece holds its bytes. The route is the lowest that any of them took from storage, if any did.
+    /// A piece has all its bytes. `route` is the lowest by which any of them came from storage, if
+    /// any did.
     PieceFull { load: LoadId, piece: usize, route: Option<Route>, buffer: B },
-    /// Something else has happened to a load.
+    /// Something else happened to a load.
     Event { load: LoadId, event: LoadEvent },
 }
 
-/// What else happens to a load.
+/// Other events of a load.
 #[derive(Debug)]
 pub(crate) enum LoadEvent {
     /// A step down the ladder was taken.
     SteppedDown { fallback: Fallback },
-    /// There is less staging than the load may use: fewer of its reads are in flight at once. Told once.
+    /// There is less staging than the load may use, so fewer of its reads are in flight. Reported
+    /// once.
     LessStaging { bytes: u64, errno: Errno },
-    /// No thread could be had for the load's copies: reads wait for them. Told once.
+    /// No thread could be started for the load's copies, so reads wait for them. Reported once.
     NoThread,
-    /// A read failed, and is tried once more.
+    /// A read failed, and is retried once.
     Retried { retried: Retried },
-    /// Something was done for a piece; only where the load wants to know.
+    /// Something was done for a piece; only if the load is traced.
     Traced { piece: usize, span: TimedSpan },
-    /// The load can't be finished. Told once; its memory goes when its last read has come back.
+    /// The load can't be finished. Reported once; its memory is released when its last read has
+    /// completed.
     Failed { failure: Failure },
-    /// No buffer of this load is here any more, and none will be. What observed it comes along, since to drop that
-    /// may run the caller's code.
+    /// The driver has no buffer of this load any more, and never will. Includes its observer,
+    /// since dropping that may run the caller's code.
     Gone { times: Times, observation: Option<Observation> },
 }
 
 impl<B> Output<B> {
-    /// The same with another buffer.
+    /// Converts the buffer.
     pub(crate) fn map_buffer<C>(self, map: impl FnOnce(B) -> C) -> Output<C> {
         match self {
             Output::PieceFull { load, piece, route, buffer } => Output::PieceFull { load, piece, route, buffer: map(buffer) },
@@ -77,7 +80,7 @@ impl<B> Output<B> {
         }
     }
 
-    /// The load that it is about.
+    /// The load that this is about.
     pub(crate) fn load(&self) -> LoadId {
         match *self {
             Output::PieceFull { load, .. } | Output::Event { load, .. } => load,
@@ -85,7 +88,7 @@ impl<B> Output<B> {
     }
 }
 
-/// A read that failed, and is tried once more.
+/// A read that failed and is retried once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Retried {
     pub(crate) file: usize,
@@ -94,7 +97,7 @@ pub(crate) struct Retried {
     pub(crate) errno: Errno,
 }
 
-/// Something that was done, by the kernel's clock.
+/// Something that was done, in the kernel's time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TimedSpan {
     pub(crate) kind: TraceKind,
@@ -112,7 +115,7 @@ pub(crate) struct Times {
     pub(crate) copying: Duration,
     /// While at least one copy from the page cache was under way.
     pub(crate) from_cache: Duration,
-    /// How many bytes came by these.
+    /// How many bytes these copied.
     pub(crate) cached_bytes: u64,
 }
 
@@ -131,6 +134,6 @@ pub(crate) enum Failure {
     Staging { bytes: u64, errno: Errno },
     /// There is no memory for what was read.
     Memory { bytes: u64, errno: Errno },
-    /// The ring broke down.
+    /// The ring failed.
     Kernel { errno: Errno },
 }

@@ -5,16 +5,16 @@
 //!    └─ driver   the state machine (pure)                 │ one thread
 //!        └─ kernel   the trait: linux, or sim in tests    │
 //!            ├─ io_uring                                 ─┘
-//!            └─ pool    a few threads: pread where io_uring is refused, copies from staging, observers
+//!            └─ pool    a few threads: pread without io_uring, copies from staging, observers
 //! ```
 //!
-//! It reads open files into memory that others allocated. It opens no file, allocates nothing but
-//! staging, and runs none of the caller's code on its thread. Requires io_uring (Linux 5.6) for
-//! the routes by ring; where that is refused, threads `pread`.
+//! Reads open files into memory that others have allocated. Opens no files, allocates nothing but
+//! staging, and never runs the caller's code on its thread. Requires io_uring (Linux 5.6) for the
+//! routes by ring; where that is refused, threads `pread`.
 //!
-//! How it ends: the thread leaves once it was closed and no load is left in the driver, that is
-//! after the last completion. Past the deadline of a shutdown it leaks what is in flight and
-//! leaves at once.
+//! Shutdown: the thread ends once it was closed and the driver has no load left, that is, after
+//! the last completion. Past the deadline of a shutdown it leaks what is in flight and ends at
+//! once.
 
 mod driver;
 mod kernel;

@@ -1,13 +1,13 @@
-//! Puts what gets ready in any order into the order of its positions, one at a time.
+//! Orders items that become ready in any order by their positions, and releases one at a time.
 
 use std::collections::BTreeMap;
 
-/// Things that cover a range each, without gaps from 0 on. Pure bookkeeping.
+/// Items that each cover a range, without gaps, starting at 0. Pure bookkeeping.
 #[derive(Debug)]
 pub(super) struct InOrder<T> {
-    /// Where the next one begins.
+    /// Where the next item starts.
     next: u64,
-    /// One was taken and is not done.
+    /// Whether an item was taken and is not done.
     busy: bool,
     waiting: BTreeMap<u64, (u64, T)>,
 }
@@ -17,13 +17,13 @@ impl<T> InOrder<T> {
         InOrder { next: 0, busy: false, waiting: BTreeMap::new() }
     }
 
-    /// `thing`, from `start` on and `bytes` long, is ready.
+    /// Adds an item that is ready; it covers `bytes` bytes from `start`.
     pub(super) fn ready(&mut self, start: u64, bytes: u64, thing: T) {
         let before = self.waiting.insert(start, (start + bytes, thing));
         assert!(before.is_none() && start >= self.next, "position {start} is ready twice");
     }
 
-    /// Takes the next one, if it is ready and the one before is done.
+    /// Takes the next item, if it is ready and the previous one is done.
     pub(super) fn take(&mut self) -> Option<T> {
         if self.busy {
             return None;
@@ -34,13 +34,13 @@ impl<T> InOrder<T> {
         Some(thing)
     }
 
-    /// The one that was taken is done.
+    /// Records that the item that was taken is done.
     pub(super) fn done(&mut self) {
         assert!(self.busy, "nothing was taken");
         self.busy = false;
     }
 
-    /// Nothing is taken any more: all that was ready.
+    /// Removes all remaining items.
     pub(super) fn drain(&mut self) -> impl Iterator<Item = T> + use<T> {
         std::mem::take(&mut self.waiting).into_values().map(|(_, thing)| thing)
     }

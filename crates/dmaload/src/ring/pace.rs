@@ -1,57 +1,62 @@
-//! How many threads a kind of work gets: as many as are busy, while one more makes it faster.
+//! Decides how many threads a kind of work gets: more as long as they are busy and one more makes
+//! it faster.
 //!
-//! Copiers and allocators begin with [`FIRST`] threads. At the end of each *epoch* (some jobs) the pace
-//! looks at what waited for what. If the threads were busy for nine tenths of the time, the work waits for
-//! them: one more thread is tried for an epoch, and kept if the rate rose by a quarter of what it would
-//! rise by if nothing else were in the way. Else the device, the processor or the memory bus is the
-//! limit: the thread is withdrawn, and not tried again for a while. Threads that are not busy are
-//! withdrawn one by one.
+//! Copiers and allocators start with [`FIRST`] threads. At the end of each *epoch* (a number of
+//! jobs) the pace checks what waited for what. If the threads were busy for nine tenths of the
+//! time, the work waits for them: one more thread is tried for an epoch, and kept if the rate rose
+//! by a quarter of what it would rise by without any other limit. Otherwise the device, the
+//! processor or the memory bus is the limit: the thread is withdrawn, and not tried again for a
+//! while. Threads that are not busy are withdrawn one by one.
 //!
-//! Threads that read wait for storage, or for a server, rather than for the processor, and each file system
-//! has a pace for them. They begin with [`FIRST_READERS`], and double where copiers become one more: a server
-//! that takes 20 ms for an answer is worth 32 threads, and one by one would take gigabytes to find that out.
+//! Threads that read wait for storage or for a server rather than for the processor, and each file
+//! system has its own pace for them. They start with [`FIRST_READERS`], and double where copiers
+//! would grow by one: a server that takes 20 ms per answer needs 32 threads, and growing one by
+//! one would take gigabytes to get there.
 //!
-//! Pure bookkeeping: it starts no thread and knows no clock. The engine and the simulator both obey it.
+//! Pure bookkeeping: it starts no threads and reads no clock. The engine and the simulator both
+//! follow it.
 
 use std::time::Duration;
 
-/// Threads at the start. Two copiers keep a device of 9 GiB/s busy, two allocators one of 18 GiB/s.
+/// Threads at the start. Two copiers keep a device of 9 GiB/s busy, two allocators one of 18
+/// GiB/s.
 pub(crate) const FIRST: usize = 2;
 
-/// Upper bound of the threads that copy from staging and from the page cache: at 4.5 GiB/s each (populating
-/// and copying at 9 GiB/s), enough for 72 GiB/s.
+/// Maximum number of threads that copy from staging and from the page cache: at 4.5 GiB/s each
+/// (populating and copying at 9 GiB/s), enough for 72 GiB/s.
 const MOST_COPIERS: usize = 16;
 
-/// Upper bound of the threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
+/// Maximum number of threads that allocate: at 9 GiB/s each, enough for 72 GiB/s.
 const MOST_ALLOCATORS: usize = 8;
 
-/// Threads that read for one load at first: enough for a local device with large reads, where four threads
-/// reached its limit, and one an eighth of it.
+/// Threads that read for one load at the start: enough for a local device with large reads, where
+/// four threads reached the device's limit, and one an eighth of it.
 pub(crate) const FIRST_READERS: usize = 4;
 
-/// Upper bound of the threads that read for one load: as many reads as a load may have in flight by default.
+/// Maximum number of threads that read for one load: as many reads as a load may have in flight by
+/// default.
 pub(crate) const MOST_READERS: usize = 32;
 
-/// Epochs after a trial without gain in which there is no other one: one after the first, twice as many after each
-/// further one, up to this.
+/// Maximum number of epochs without a trial. After a trial without gain there are none for one
+/// epoch, after each further one for twice as many.
 const REST_EPOCHS_MAX: u32 = 16;
 
-/// Jobs after a pause that are not measured: an empty window fills as fast as threads can allocate, whatever the device
-/// does.
+/// Jobs after a pause that are not measured: an empty window fills as fast as threads can
+/// allocate, whatever the device does.
 const FILLING_JOBS: usize = 5;
 
-/// Threads that may copy on a machine of `cores` processors.
+/// Maximum number of threads that copy on a machine with `cores` processors.
 pub(crate) fn most_copiers(cores: usize) -> usize {
     cores.clamp(FIRST, MOST_COPIERS)
 }
 
-/// Threads that may allocate on a machine of `cores` processors.
+/// Maximum number of threads that allocate on a machine with `cores` processors.
 pub(crate) fn most_allocators(cores: usize) -> usize {
     cores.clamp(1, MOST_ALLOCATORS)
 }
 
-/// How many slots of staging to add to those at the start when `copiers` copy. One that is copied from
-/// and one that is read into, for each copier.
+/// How many staging slots to add to the initial ones for `copiers` copiers: for each additional
+/// copier, one that is copied from and one that is read into.
 pub(crate) fn more_staging_slots(copiers: usize) -> usize {
     copiers.saturating_sub(FIRST) * 2
 }
@@ -61,19 +66,19 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-/// A stretch of work, to be measured.
+/// A stretch of work that is measured.
 #[derive(Debug, Clone, Copy)]
 struct Epoch {
     began: Duration,
-    /// Jobs to be done before it begins: those that began under the last number of threads.
+    /// Jobs to skip before it begins: those that began with the previous number of threads.
     before: usize,
     jobs: usize,
     bytes: u64,
-    /// Time of threads that had a job, over all of them.
+    /// The total time that threads were busy.
     busy: Duration,
 }
 
-/// What is tried next where the threads are busy.
+/// How to grow when the threads are busy.
 #[derive(Debug, Clone, Copy)]
 enum Growth {
     OneMore,
@@ -83,7 +88,7 @@ enum Growth {
 /// A trial of more threads.
 #[derive(Debug, Clone, Copy)]
 struct PaceTrial {
-    /// The threads before it, and how many bytes per second they did.
+    /// The previous number of threads, and their rate in bytes per second.
     threads: usize,
     rate: u64,
 }
@@ -95,14 +100,14 @@ pub(crate) struct Pace {
     least: usize,
     most: usize,
     threads: usize,
-    /// Jobs that are under way, or wait for a thread.
+    /// Jobs that are running or waiting for a thread.
     jobs: usize,
-    /// Until when `busy` of the epoch is counted.
+    /// Until when the epoch's `busy` is counted.
     counted: Duration,
     epoch: Option<Epoch>,
     trial: Option<PaceTrial>,
     rest_epochs: u32,
-    /// How long the rest after the next trial without gain is.
+    /// How many epochs to rest after the next trial without gain.
     next_rest_epochs: u32,
 }
 
@@ -122,12 +127,12 @@ impl Pace {
         }
     }
 
-    /// Always as many threads.
+    /// A constant number of threads.
     pub(crate) fn fixed(threads: usize) -> Self {
         Pace::new(threads, threads)
     }
 
-    /// Of the threads that read a file system.
+    /// The pace of threads that read from a file system.
     pub(crate) fn of_readers() -> Self {
         Pace { growth: Growth::TwiceAsMany, ..Pace::new(FIRST_READERS, MOST_READERS) }
     }
@@ -137,23 +142,23 @@ impl Pace {
         self.threads
     }
 
-    /// How many there may ever be.
+    /// The maximum number of threads.
     pub(crate) fn most(&self) -> usize {
         self.most
     }
 
-    /// Whether no job is under way, or waits.
+    /// Whether no job is running or waiting.
     pub(crate) fn is_idle(&self) -> bool {
         self.jobs == 0
     }
 
-    /// A job is queued.
+    /// Records that a job is queued.
     pub(crate) fn begin(&mut self, now: Duration) {
         self.count(now);
         self.jobs += 1;
     }
 
-    /// A job is done. Whether the number of threads changes.
+    /// Records that a job is done. Returns whether the number of threads changes.
     #[must_use]
     pub(crate) fn end(&mut self, now: Duration, bytes: u64) -> bool {
         self.count(now);
@@ -179,29 +184,30 @@ impl Pace {
         std::mem::replace(&mut self.threads, threads) != threads
     }
 
-    /// A job that was queued is not done after all: it says nothing about how fast others are.
+    /// Records that a queued job will not be done; it says nothing about the speed of others.
     pub(crate) fn withdraw(&mut self, now: Duration) {
         self.count(now);
         self.jobs = self.jobs.checked_sub(1).expect("a job is withdrawn once");
     }
 
-    /// There is nothing to do for now: what was measured so far would be compared with a pause in it.
+    /// Discards the current epoch, since there is nothing to do for now: its rate would include
+    /// the pause.
     pub(crate) fn pause(&mut self) {
         self.epoch = None;
     }
 
-    /// Nothing is under way any more, whatever was.
+    /// Forgets all running jobs.
     pub(crate) fn stop(&mut self) {
         self.jobs = 0;
         self.trial = None;
         self.pause();
     }
 
-    /// How many threads the next epoch gets.
+    /// The number of threads for the next epoch.
     fn next(&mut self, epoch: Epoch, elapsed: Duration) -> usize {
         let rate = rate(epoch.bytes, elapsed);
         if let Some(before) = self.trial.take() {
-            // Without another limit, twice as many threads do twice as much.
+            // Without any other limit, twice as many threads do twice as much.
             let more = (self.threads - before.threads) as u64;
             let least = before.rate + before.rate / (4 * before.threads as u64) * more;
             if rate < least {
@@ -255,7 +261,8 @@ impl Epoch {
     }
 }
 
-/// Several for each thread, so that the jobs that cross an epoch's ends count for little.
+/// The number of jobs in an epoch: several per thread, so that jobs that cross its ends matter
+/// little.
 fn jobs_of_epoch(threads: usize) -> usize {
     3 * threads.max(4)
 }
@@ -272,15 +279,16 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// A world in which `useful` threads help, and in which each job takes a thread a millisecond. `load` of 100 of the
-    /// time of that many threads there is work. Gives the most threads that there ever were, and those at the end.
+    /// Simulates a machine on which up to `useful` threads help and each job takes a thread a
+    /// millisecond. There is work for `load` percent of the time. Returns the most threads there
+    /// ever were, and the final number.
     fn settles(pace: &mut Pace, useful: usize, load: u32, epochs: usize) -> (usize, usize) {
         let mut now = pace.counted;
         let mut most = pace.threads();
         for _ in 0..epochs * 12 {
             let threads = pace.threads();
             (0..threads).for_each(|_| pace.begin(now));
-            // Beyond those that help, all are slower.
+            // More threads than are useful slow all of them down.
             now += MS * u32::try_from(threads).unwrap() / u32::try_from(threads.min(useful)).unwrap();
             let changes = (0..threads).filter(|_| pace.end(now, 1 << 20)).count();
             assert_eq!(changes > 0, pace.threads() != threads);
@@ -305,7 +313,7 @@ mod tests {
         assert_eq!(settles(&mut pace, 16, 50, 50), (2, 2));
         let (most, last) = settles(&mut pace, 6, 100, 50);
         assert!(most == 7 && last >= 6, "{most} {last}");
-        // A slower device comes.
+        // Now the device is slower.
         let (_, last) = settles(&mut pace, 6, 1, 50);
         assert_eq!(last, 2);
     }
@@ -347,13 +355,13 @@ mod tests {
     fn readers_double_while_that_helps_and_return_to_what_helped() {
         for (useful, expected_most, expected_last) in [(1, 8, 4), (4, 8, 4), (6, 16, 8), (8, 16, 8), (20, 32, 32), (100, 32, 32)]
         {
-            // So long that no trial is under way at the end.
+            // Long enough that no trial is running at the end.
             let (most, last) = settles(&mut Pace::of_readers(), useful, 100, 400);
             assert_eq!((most, last), (expected_most, expected_last), "{useful} help");
         }
     }
 
-    /// A load is to be fast before it is over: the first 128 reads are enough to find out.
+    /// A load should be fast before it is over, so the first 128 reads must be enough.
     #[test]
     fn the_most_readers_are_found_within_a_few_reads() {
         let mut pace = Pace::of_readers();

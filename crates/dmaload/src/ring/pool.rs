@@ -1,7 +1,9 @@
-//! What is done beside the ring thread: reads without io_uring, by `pread(2)`, copies from staging, and looks.
+//! Work beside the ring thread: reads without io_uring, by `pread(2)`, copies from staging, and
+//! observations.
 //!
-//! Threads start when they are needed and end with the pool. They are not joined: one that hangs in a dead disk would
-//! take the caller with it. What they write to is owned by the driver, which keeps it until the completion is here.
+//! Threads start on demand and end with the pool. They are not joined, since one that hangs in a
+//! dead disk would make the caller hang, too. The driver owns what they write to and keeps it
+//! until the completion arrives.
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
@@ -22,12 +24,12 @@ use crate::route::Route;
 use crate::support::foreign;
 use crate::support::id::LoadId;
 
-/// Threads that read for all loads: [`MOST_READERS`] at most for one load, three quarters for all
-/// loads from one file system.
+/// Threads that read for all loads: at most [`MOST_READERS`] for one load, and three quarters for
+/// all loads of one file system.
 pub(crate) const READERS: usize = 2 * MOST_READERS;
-/// File systems whose number of readers is remembered.
+/// How many file systems have their number of readers remembered.
 const MOUNTS: usize = 64;
-/// Each load is looked at by one at a time.
+/// Threads that run observers; each load is observed by one at a time.
 pub(crate) const LOOKERS: usize = 2;
 
 #[derive(Debug)]
@@ -38,24 +40,25 @@ enum PoolJob {
     Look(Look),
 }
 
-// SAFETY: the pointers in it are to memory that the driver keeps until the job's completion is reaped.
+// SAFETY: it points to memory that the driver keeps until the job's completion is reaped.
 unsafe impl Send for PoolJob {}
 
 #[derive(Debug)]
 struct Queues {
     jobs: VecDeque<PoolJob>,
-    /// Whose reads threads are at, and from which file systems.
+    /// Which loads threads are reading for, and from which file systems.
     reading: Holders<LoadId>,
-    /// How many threads may read for one load from each file system, by its number; by the time since `since`.
+    /// How many threads may read for one load from each file system, by its number; their clock
+    /// starts at `since`.
     paces: HashMap<u64, Pace>,
     since: Instant,
     done: Vec<Completion>,
-    /// Threads that wait for a job.
+    /// How many threads wait for a job.
     idle: usize,
-    /// Threads that have one, and how many may.
+    /// How many threads have a job, and how many may.
     busy: usize,
     busy_max: usize,
-    /// A thread has panicked: its name and message.
+    /// The name and message of a thread that panicked.
     broken: Option<String>,
     closed: bool,
 }
@@ -76,8 +79,8 @@ impl Queues {
         }
     }
 
-    /// The next job for one of so many threads: the first that is not a read of a load, or from a
-    /// file system, that has its part of them.
+    /// Takes the next job for one of `threads` threads: the first that is not a read of a load or
+    /// file system that already has its share of them.
     fn take(&mut self, threads: usize) -> Option<PoolJob> {
         if self.busy >= self.busy_max {
             return None;
@@ -94,8 +97,8 @@ impl Queues {
         job
     }
 
-    /// Whether one more of so many threads may be at a read of this load, where `reading` are at
-    /// reads.
+    /// Whether one more of `threads` threads may read for this load, given those that are
+    /// `reading`.
     fn may_read(&self, reading: &Holders<LoadId>, file: &OpenFile, read: &Read, threads: usize) -> bool {
         let file_system = file.identity.mount();
         let held = reading.held_by(&read.load, file_system).by_load;
@@ -107,7 +110,8 @@ impl Queues {
         self.paces.get(&file.identity.mount()).map_or(FIRST_READERS, Pace::threads)
     }
 
-    /// Whether there are more reads, with this one, that may start than threads that wait for a job.
+    /// Whether there are more reads that may start, including this one, than threads that wait for
+    /// a job.
     fn lacks_a_thread(&self, file: &OpenFile, read: &Read) -> bool {
         let queued =
             self.jobs.iter().filter_map(|job| if let PoolJob::Read(file, read) = job { Some((&**file, read)) } else { None });
@@ -132,7 +136,7 @@ impl Queues {
         self.jobs.push_back(job);
     }
 
-    /// Completes the queued reads of this load with an error; whether there were any.
+    /// Completes the queued reads of this load with an error; returns whether there were any.
     fn cancel(&mut self, load: LoadId) -> bool {
         let is_own = |job: &PoolJob| matches!(job, PoolJob::Read(_, read) if read.load == load);
         let (own, others): (VecDeque<_>, _) = std::mem::take(&mut self.jobs).into_iter().partition(is_own);
@@ -149,19 +153,20 @@ impl Queues {
                 self.done.push(Completion { token: read.token, result: Err(Fault::Read(Errno::CANCELED)) });
             }
         }
-        // The driver holds these files, too, until it has seen the completions: none is closed
-        // here.
+        // The driver keeps references to these files until it has seen the completions, so none is
+        // closed here.
         !own.is_empty()
     }
 
-    /// A read of this load, from this file system, is done. Whether the number of threads that may read has changed.
+    /// Records that a read of this load is done. Returns whether the number of threads that may
+    /// read has changed.
     fn done(&mut self, load: LoadId, mount: u64, bytes: usize) -> bool {
         self.reading.give_back(&load, mount, 1);
         self.end_read(mount, bytes)
     }
 
-    /// Tells the pace of a file system that a read is done. Whether the number of threads that may
-    /// read from it has changed.
+    /// Updates the pace of a file system after a read. Returns whether the number of threads that
+    /// may read from it has changed.
     fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
         let pace = self.paces.get_mut(&mount).expect("the pace of a file system stays while it is read");
@@ -193,12 +198,13 @@ pub(crate) struct ThreadPool {
     name: &'static str,
     threads: usize,
     threads_max: usize,
-    /// A copy was done by the caller, without any thread.
+    /// Whether the caller did a copy, for lack of a thread.
     alone: bool,
 }
 
 impl ThreadPool {
-    /// A pool of its own for each kind of job: a read that hangs in a dead disk must not keep copies from being done.
+    /// Each kind of job has its own pool: a read that hangs in a dead disk must not hold up
+    /// copies.
     pub(crate) fn new(wake: Arc<Wake>, name: &'static str, threads_max: usize) -> Self {
         ThreadPool {
             shared: Arc::new(PoolShared { queues: Mutex::new(Queues::new(threads_max)), changed: Condvar::new(), wake }),
@@ -223,16 +229,16 @@ impl ThreadPool {
         }
     }
 
-    /// Takes back the reads of this load that no thread is at: they may have to wait for those
-    /// that are at reads which never come back.
+    /// Takes back the queued reads of this load: they might wait for threads whose reads never
+    /// complete.
     pub(crate) fn cancel(&self, load: LoadId) {
         if self.shared.queues().cancel(load) {
             self.shared.wake.wake();
         }
     }
 
-    /// Queues a copy; without any thread to be had it is done here and now, unless that would run a
-    /// heap's code, which the caller of this must not run: then it is refused.
+    /// Queues a copy. If no thread can be started, does it immediately, unless it would run a
+    /// heap's code, which the caller must not do; then it is refused.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::copy`].
@@ -251,7 +257,7 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a copy from the page cache; without any thread to be had nothing comes from there.
+    /// Queues a copy from the page cache. If no thread can be started, it copies nothing.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::read_cached`].
@@ -264,8 +270,8 @@ impl ThreadPool {
         }
     }
 
-    /// Queues a look; without any thread to be had it is refused, since it is the caller's code, which the caller
-    /// of this must not run.
+    /// Queues an observation. If no thread can be started, it is refused: the caller must not run
+    /// observers, which are the library user's code.
     ///
     /// # Safety
     /// As for [`super::kernel::Kernel::look`].
@@ -279,12 +285,12 @@ impl ThreadPool {
         }
     }
 
-    /// From now on at most so many threads have a job at once. More are started when there are jobs for them; those that
-    /// are too many wait.
+    /// Sets how many threads may have a job at the same time. More are started when there are jobs
+    /// for them; surplus ones wait.
     pub(crate) fn set_most(&mut self, threads: usize) {
         self.threads_max = threads;
         self.shared.queues().busy_max = threads;
-        // There may be jobs for those that had to wait.
+        // There may be jobs for threads that had to wait.
         self.shared.changed.notify_all();
     }
 
@@ -293,7 +299,8 @@ impl ThreadPool {
         self.shared.changed.notify_one();
     }
 
-    /// Starts a thread for one more job that any thread may take, unless there are enough. Whether there is any.
+    /// Starts a thread for one more job that any thread may take, unless there are enough. Returns
+    /// whether there is any thread.
     fn start_thread_for_any(&mut self) -> bool {
         let lacks_a_thread = {
             let queues = self.shared.queues();
@@ -302,7 +309,7 @@ impl ThreadPool {
         self.start_thread(lacks_a_thread)
     }
 
-    /// Starts a thread if one is lacking, and may be started. Whether there is any.
+    /// Starts a thread if one is needed and allowed. Returns whether there is any thread.
     fn start_thread(&mut self, lacks_one: bool) -> bool {
         let (shared, threads) = (Arc::clone(&self.shared), self.threads_max);
         let name = format!("dmaload-{}-{}", self.name, self.threads);
@@ -313,20 +320,21 @@ impl ThreadPool {
         self.threads > 0
     }
 
-    /// Whether a copy was done by the caller, because there was no thread.
+    /// Whether the caller did a copy, for lack of a thread.
     pub(crate) fn is_alone(&self) -> bool {
         self.alone
     }
 
-    /// How many threads are at a job.
+    /// How many threads have a job.
     pub(crate) fn busy(&self) -> usize {
         self.shared.queues().busy
     }
 
-    /// Takes the completions that have come.
+    /// Takes the completions that are available.
     ///
     /// # Panics
-    /// If a thread has panicked: the completion of its job will never come, so nobody may wait for it.
+    /// If a thread has panicked: the completion of its job will never come, so nothing may wait
+    /// for it.
     pub(crate) fn reap(&self, into: &mut Vec<Completion>) {
         let mut queues = self.shared.queues();
         if let Some(panic) = queues.broken.take() {
@@ -368,14 +376,14 @@ fn run(shared: &PoolShared, threads: usize) {
             if queues.done(load, mount, bytes) {
                 shared.changed.notify_all();
             } else {
-                // What had to wait for this one may be more than this thread takes next.
+                // More jobs may have waited for this read than this thread takes next.
                 shared.changed.notify_one();
             }
         }
         match completion {
             Ok(completion) => queues.done.push(completion),
-            // Code of the caller's is caught where it is called, so this is a defect of ours. The
-            // driver's thread panics in its turn, which fails all loads.
+            // Panics in the caller's code are caught at the call, so this is a bug of ours. The
+            // ring thread panics as well, which fails all loads.
             Err(message) => {
                 let thread = thread::current();
                 queues.broken = Some(format!("{}: {message}", thread.name().unwrap_or("a thread")));
@@ -387,7 +395,7 @@ fn run(shared: &PoolShared, threads: usize) {
 
 fn do_job(job: PoolJob) -> Completion {
     match job {
-        // The file is let go before the driver hears of it: it may be the last to hold it.
+        // Drops the file before the driver sees the completion: this may be the last reference.
         PoolJob::Read(file, read) => pread(&file, &read),
         PoolJob::Copy(copy) => perform(&copy),
         PoolJob::Cached(file, read) => read_cached(&file, &read),
@@ -397,7 +405,7 @@ fn do_job(job: PoolJob) -> Completion {
 
 fn pread(file: &OpenFile, read: &Read) -> Completion {
     if read.route == Route::Buffered {
-        // Where that fails these bytes are no worse than without.
+        // If this fails, these bytes are no worse off.
         let _ = file.settle(&(read.offset..read.offset + read.bytes as u64));
     }
     let pread = |buffer: &mut [MaybeUninit<u8>], offset| {
@@ -406,8 +414,8 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
     let result = match &read.place {
         None => {
             let start = read.address.cast::<MaybeUninit<u8>>().as_ptr();
-            // SAFETY: the driver keeps this memory until the completion is reaped, lets nobody else look at it or write
-            // to it meanwhile, and MaybeUninit<u8> has no invalid bytes.
+            // SAFETY: the driver keeps this memory until the completion is reaped and lets nothing
+            // else read or write it, and MaybeUninit<u8> has no invalid bytes.
             pread(unsafe { std::slice::from_raw_parts_mut(start, read.bytes) }, read.offset).map_err(Fault::Read)
         }
         Some(Place { sink, offset }) => {
@@ -417,7 +425,7 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
                 at += bytes as u64;
                 Ok(bytes)
             };
-            // SAFETY: this memory is the place's, of which the driver promises the same.
+            // SAFETY: the memory is that of the place, for which the driver guarantees the same.
             unsafe { sink.fill(*offset, read.bytes, &mut next) }
         }
     };
@@ -425,17 +433,17 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
 }
 
 fn perform(copy: &StagedCopy) -> Completion {
-    // SAFETY: the driver has promised that so many initialised bytes are mapped, and written to by nobody, until this
-    // copy's completion is reaped.
+    // SAFETY: the driver guarantees that this many initialised bytes stay mapped, and are not
+    // written to, until this copy's completion is reaped.
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
     let mut next = |part: &mut [MaybeUninit<u8>]| {
         let (now, later) = left.split_at(part.len());
-        // Ordinary stores: those that leave the cache out were no faster, on either page size.
+        // Ordinary stores: non-temporal ones were no faster, on either page size.
         part.write_copy_of_slice(now);
         left = later;
         Ok(part.len())
     };
-    // SAFETY: the driver has promised that nobody looks at the place, or writes to it, until then.
+    // SAFETY: the driver guarantees that nothing reads or writes the place until then.
     let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut next) };
     Completion { token: copy.token, result }
 }
@@ -447,14 +455,15 @@ fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
         at += bytes as u64;
         Ok(bytes)
     };
-    // SAFETY: the driver has promised that nobody looks at the place, or writes to it, until this completion is reaped.
+    // SAFETY: the driver guarantees that nothing reads or writes the place until this completion
+    // is reaped.
     let result = unsafe { read.to.sink.fill(read.to.offset, read.bytes, &mut next) };
     Completion { token: read.token, result }
 }
 
 fn show(look: &Look) -> Completion {
-    // SAFETY: the driver has promised that so many bytes are mapped, initialised and written to by nobody until this look's
-    // completion is reaped.
+    // SAFETY: the driver guarantees that this many bytes stay mapped and initialised, and are not
+    // written to, until this completion is reaped.
     let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
     Completion {
         token: look.token,

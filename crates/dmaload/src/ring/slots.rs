@@ -1,11 +1,12 @@
-//! Slots with generations: the numbers that travel through the kernel as `user_data` and come back.
+//! Slots with generations: the numbers that travel through the kernel as `user_data` and come
+//! back.
 //!
-//! A token packs index and generation. A slot that is used again has another generation, so a completion that
-//! comes late, or twice, finds nobody home instead of somebody else's read.
+//! A token packs an index and a generation. A reused slot has a new generation, so a completion
+//! that comes late, or twice, matches no entry instead of another read's.
 
 use crate::support::convert::to_usize;
 
-/// What a read is known by while the kernel has it.
+/// Identifies a read while the kernel has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Token(u64);
 
@@ -56,7 +57,7 @@ impl<T> Slots<T> {
         Token::new(index, 0)
     }
 
-    /// Takes an entry out; `None` for a token that is stale.
+    /// Removes an entry; `None` for a stale token.
     pub(crate) fn remove(&mut self, token: Token) -> Option<T> {
         self.get_mut(token)?;
         let (generation, place) = self.entries.get_mut(token.index())?;

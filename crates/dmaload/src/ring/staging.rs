@@ -1,7 +1,8 @@
-//! The staging buffers of [`Route::Bounce`]: a budget of equal slots, made when they are first needed and then reused.
+//! The staging buffers of [`Route::Bounce`]: a budget of equal slots, allocated on first use and
+//! then reused.
 //!
-//! Small slots, so that a copy finds its bytes in the processor's cache; several, so that reads, copies and the waiting
-//! for either go on side by side.
+//! The slots are small, so that copies find their bytes in the processor's cache, and there are
+//! several, so that reads and copies overlap.
 
 use rustix::io::Errno;
 
@@ -19,10 +20,10 @@ pub(crate) struct StagingBudget {
 }
 
 impl StagingBudget {
-    /// How many slots may be read into at once: not all of them, or copies would wait for reads and reads
-    /// for copies. A device works on all reads that it has, and finishes them at about the same time;
-    /// there must be slots for the next ones while these are copied. (With half of a load's slots,
-    /// 0.93 of a virtual disk's limit was reached, and 0.57 with all of them.)
+    /// How many slots may be read into at once. Not all of them, or copies would wait for reads
+    /// and reads for copies: a device works on all its reads and finishes them at about the same
+    /// time, so there must be slots for the next ones while these are copied. (With half of a
+    /// load's slots, loads reached 0.93 of a virtual disk's limit; with all of them, 0.57.)
     fn reads(self) -> u64 {
         (self.slots as u64 * 3 / 4).max(1)
     }
@@ -30,22 +31,22 @@ impl StagingBudget {
 
 const SLOT: &str = "slots stay until all of them are cleared";
 
-/// Names a slot.
+/// Identifies a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StagingSlot(usize);
 
 #[derive(Debug)]
 struct StagingBuffer<S> {
     buffer: S,
-    /// Where it is registered.
+    /// Its slot in the table of registered buffers.
     buffer_slot: Option<u16>,
-    /// Who has it, and for a file of which file system.
+    /// The load that holds it, and the file system of the file.
     taken_by: Option<(LoadId, u64)>,
-    /// A read into it is in flight.
+    /// Whether a read into it is in flight.
     reading: bool,
 }
 
-/// Why reads into staging do not take the best way.
+/// Why reads into staging do not use the best route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StagingStep {
     pub(crate) to: Route,
@@ -72,7 +73,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slots
     }
 
-    /// From now on there may be so many slots. Those that are there already stay, and are not taken beyond that number.
+    /// Changes the number of slots. Existing ones beyond it stay, but are not used at the same
+    /// time.
     pub(crate) fn set_slots(&mut self, slots: usize) {
         self.budget.slots = slots;
     }
@@ -81,8 +83,8 @@ impl<S: Buffer> Staging<S> {
         self.budget.slot_bytes
     }
 
-    /// How many of the slots that count are taken, and how many of these this load holds, and this
-    /// file system.
+    /// How many of the slots that match `counts` are taken, and how many of these this load and
+    /// this file system hold.
     fn held(&self, load: LoadId, file_system: u64, counts: impl Fn(&StagingBuffer<S>) -> bool) -> (u64, Held) {
         let (mut taken, mut held) = (0, Held::default());
         for slot in self.slots.iter().filter(|slot| counts(slot)) {
@@ -94,12 +96,12 @@ impl<S: Buffer> Staging<S> {
         (taken, held)
     }
 
-    /// Takes a slot for a file of this file system; `None` when all of the budget is busy, or the
-    /// load or the file system has its part of it. That is not asked of one that `waits` for this
-    /// slot with all that it holds.
+    /// Takes a slot for a file of this file system; `None` if the budget is used up, or the load
+    /// or the file system has its share. The share does not limit a load that `waits` for this
+    /// slot with everything it holds.
     ///
     /// # Errors
-    /// When there is no memory for even one.
+    /// When there is no memory for even one slot.
     pub(crate) fn take<K: Kernel<Staging = S>>(
         &mut self,
         load: LoadId,
@@ -109,8 +111,8 @@ impl<S: Buffer> Staging<S> {
     ) -> Result<Option<StagingSlot>, Errno> {
         let (taken, held) = self.held(load, file_system, |_| true);
         let (reading, read_into) = self.held(load, file_system, |slot| slot.reading);
-        // One that holds no slot waits for others to give theirs back, and must not take more than
-        // its file system's part.
+        // A load that holds no slot waits for others to return theirs, and must not exceed its
+        // file system's share.
         let counted = |part: Held| if waits && held.by_load > 0 { Held::default() } else { part };
         let may_take = may_have_one(self.budget.slots as u64, taken, counted(held));
         let may_read = may_have_one(self.budget.reads(), reading, counted(read_into));
@@ -125,7 +127,7 @@ impl<S: Buffer> Staging<S> {
                     self.slots.push(StagingBuffer { buffer, buffer_slot: None, taken_by: None, reading: false });
                 }
                 Err(errno) if self.slots.is_empty() => return Err(errno),
-                // The ones that exist have to do.
+                // The existing ones must do.
                 Err(errno) => self.short = Some(errno),
             }
         }
@@ -138,8 +140,9 @@ impl<S: Buffer> Staging<S> {
         Ok(slot)
     }
 
-    /// Registers a slot that was taken, unless it is already: why it can't be read into the best way, if it can't. Asked for each
-    /// load anew, since the limit of locked memory counts what others hold meanwhile.
+    /// Registers a slot that was taken, if necessary; returns the reason if it can't be read into
+    /// by the best route. Tried again for each load, since the limit of locked memory depends on
+    /// what others hold.
     pub(crate) fn register<K: Kernel<Staging = S>>(
         &mut self,
         slot: StagingSlot,
@@ -151,8 +154,8 @@ impl<S: Buffer> Staging<S> {
         }
         let registered = self.slots.iter().filter(|slot| slot.buffer_slot.is_some()).count();
         let slot = Some(self.slots.get_mut(slot.0).expect(SLOT)).filter(|slot| slot.buffer_slot.is_none())?;
-        // One place of the table stays for pieces. Without any for staging it goes by unregistered reads for now: nothing was
-        // refused.
+        // One entry of the table stays for pieces. If none is free for staging, unregistered reads
+        // are used for now; nothing was refused.
         let place = if registered + 1 < usize::from(kernel.buffer_slots()) { buffer_slots.pop() } else { None }?;
         match kernel.register_buffer(place, slot.buffer.address(), slot.buffer.bytes()) {
             Ok(()) => {
@@ -166,24 +169,25 @@ impl<S: Buffer> Staging<S> {
         }
     }
 
-    /// How much staging there is, and why it is not more, if more was wanted and could not be had.
+    /// How much staging there is, and why there is no more, if more was wanted and could not be
+    /// allocated.
     pub(crate) fn shortage(&self) -> Option<(u64, Errno)> {
         let bytes = self.slots.iter().map(|slot| slot.buffer.bytes() as u64).sum();
         self.short.map(|errno| (bytes, errno))
     }
 
-    /// The memory of a slot that was taken, and where it is registered.
+    /// The memory of a slot that was taken, and its slot in the table of registered buffers.
     pub(crate) fn get(&self, slot: StagingSlot) -> (&S, Option<u16>) {
         let slot = self.slots.get(slot.0).expect(SLOT);
         (&slot.buffer, slot.buffer_slot)
     }
 
-    /// A read into this slot has come back.
+    /// Records that a read into this slot has completed.
     pub(crate) fn is_read(&mut self, slot: StagingSlot) {
         self.slots.get_mut(slot.0).expect(SLOT).reading = false;
     }
 
-    /// Nothing reads into this slot, or copies from it, any more.
+    /// Returns a slot that nothing reads into or copies from any more.
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
         self.is_read(slot);
         let holder = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
@@ -196,7 +200,7 @@ impl<S: Buffer> Staging<S> {
         self.slots.len() - self.free.len()
     }
 
-    /// Frees all slots but those that are busy, which are leaked; how many bytes these have.
+    /// Frees all slots except busy ones, which are leaked; returns how many bytes were leaked.
     pub(crate) fn clear<K: Kernel<Staging = S>>(&mut self, kernel: &mut K, buffer_slots: &mut Vec<u16>) -> u64 {
         let mut leaked = 0;
         self.free.clear();

@@ -23,10 +23,10 @@ use crate::support::foreign;
 use crate::support::id::LoadId;
 use crate::telemetry::metrics::ReadCounters;
 
-/// What bounds the ring thread's work.
+/// The limits of the ring thread's work.
 #[derive(Debug)]
 pub(crate) struct RingLimits {
-    /// Reads, copies and looks in flight.
+    /// Reads, copies and observations in flight.
     pub(crate) depth: usize,
     /// Staging at the start.
     pub(crate) staging: StagingBudget,
@@ -34,24 +34,24 @@ pub(crate) struct RingLimits {
     pub(crate) staging_grows: bool,
 }
 
-/// What the ring thread tells the engine. All calls come from that thread; they must not block, and must not run
-/// code of the caller's.
+/// Callbacks of the ring thread to the engine. All calls come from that thread; they must not
+/// block, and must not run the caller's code.
 pub(crate) trait Events<B>: Send + Sync + 'static {
-    /// This has happened, in this order.
+    /// These outputs came, in this order.
     fn happened(&self, outputs: Vec<Output<B>>);
-    /// Files that these loads leave: to be closed by another thread.
+    /// These loads have released these files, which another thread must close.
     fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
-    /// The ring broke down, which leaked this much; another one takes its place.
+    /// The ring failed and leaked this much; a new one replaces it.
     fn broke_down(&self, errno: Errno, leaked_bytes: u64);
-    /// The thread ends, and leaves this behind: by itself, or with this panic. Takes the thread's
-    /// share of the engine, which must not be dropped here.
+    /// The thread ends, by itself or with this panic, and leaves `left` behind. Takes the thread's
+    /// reference to the engine, which must not be dropped here.
     fn ended(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
 /// What was given up.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct LeftBehind {
-    /// Memory that is leaked, since reads may still write to it.
+    /// Leaked memory, which reads may still write to.
     pub(crate) bytes: u64,
     /// Threads that had not ended.
     pub(crate) threads: usize,
@@ -67,14 +67,14 @@ enum Command<B> {
         file: FileSpec<Arc<OpenFile>>,
         buffer: B,
     },
-    /// As a broken invariant would.
+    /// Panics, as a broken invariant would.
     #[cfg(test)]
     Panic,
 }
 
 #[derive(Debug)]
 struct RingShared<B> {
-    /// `None` when the thread has ended: what is sent then is dropped at once.
+    /// `None` after the thread has ended; commands sent then are dropped immediately.
     commands: Mutex<Option<Vec<Command<B>>>>,
     closing: AtomicBool,
     giving_up: AtomicBool,
@@ -88,17 +88,17 @@ impl<B> RingShared<B> {
     }
 }
 
-/// The way to the ring thread.
+/// A handle to the ring thread.
 #[derive(Debug)]
 pub(crate) struct RingThread<B> {
     shared: Arc<RingShared<B>>,
 }
 
 impl<B: Buffer + Send + 'static> RingThread<B> {
-    /// Prepares the way to a thread that is yet to be started.
+    /// Creates a handle to a thread that is not started yet.
     ///
     /// # Errors
-    /// When no eventfd can be made (EMFILE).
+    /// When no eventfd can be created (EMFILE).
     pub(crate) fn new() -> Result<Self, Errno> {
         let wake = Arc::new(Wake::new()?);
         let (closing, giving_up) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -124,7 +124,8 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
                 Command::Panic => None,
             });
             events.released(files.collect());
-            // A panic is a broken invariant of the driver. What was in flight was leaked by the driver's drop.
+            // A panic is a broken invariant of the driver, whose drop has leaked what was in
+            // flight.
             let left = ran.as_ref().ok().copied();
             let leaked = || LeftBehind { bytes: shared.counters.leaked_bytes.load(Ordering::Relaxed), threads: 0 };
             events.ended(left.unwrap_or_else(leaked), ran.err());
@@ -132,39 +133,39 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
 
-    /// What was counted so far.
+    /// The counters so far.
     pub(crate) fn counters(&self) -> &ReadCounters {
         &self.shared.counters
     }
 
-    /// Announces a load. When `abandoned` is set, and the thread woken, the load is given up.
+    /// Announces a load. To give it up, set `abandoned` and wake the thread.
     pub(crate) fn begin(&self, spec: LoadSpec, abandoned: Arc<AtomicBool>) {
         self.send(Command::Begin(spec, abandoned));
     }
 
-    /// Hands over a piece to be filled.
+    /// Passes on a piece to fill.
     pub(crate) fn piece(&self, load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B) {
         self.send(Command::Piece { load, number, piece, file, buffer });
     }
 
-    /// Makes the thread look at its flags.
+    /// Makes the thread check its flags.
     pub(crate) fn wake(&self) {
         self.shared.wake.wake();
     }
 
-    /// The thread ends when its last load is gone.
+    /// Lets the thread end after its last load.
     pub(crate) fn close(&self) {
         self.shared.closing.store(true, Ordering::Release);
         self.wake();
     }
 
-    /// The thread panics.
+    /// Makes the thread panic.
     #[cfg(test)]
     pub(crate) fn panic(&self) {
         self.send(Command::Panic);
     }
 
-    /// The thread leaks what is in flight, and ends.
+    /// Makes the thread leak what is in flight, and end.
     pub(crate) fn give_up(&self) {
         self.shared.giving_up.store(true, Ordering::Release);
         self.wake();
@@ -180,7 +181,7 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
             None => Some(command),
         };
         drop(commands);
-        // What is refused is dropped without the lock: its permit goes back through other locks.
+        // Drop a refused command without the lock: returning its permit takes other locks.
         drop(refused);
         self.wake();
     }

@@ -1,11 +1,11 @@
-//! Waking a thread that waits in the kernel.
+//! Wakes a thread that waits in the kernel.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
-/// An eventfd: written by whoever has something for the ring thread, waited on by that thread.
+/// An eventfd: other threads write to it to wake the ring thread, which waits on it.
 #[derive(Debug)]
 pub(crate) struct Wake(OwnedFd);
 
@@ -15,7 +15,8 @@ impl Wake {
     }
 
     pub(crate) fn wake(&self) {
-        // The only error of a non-blocking eventfd is a counter that is full, and then the thread is awake anyway.
+        // A non-blocking eventfd only fails if the counter is full, and then the thread is awake
+        // anyway.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 

@@ -1,4 +1,4 @@
-//! What sees the bytes of a load as they land, and its verdict.
+//! Runs the observers of a load on its bytes as they land, and keeps their verdict.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -7,23 +7,23 @@ use rustix::io::Errno;
 use crate::options::observer::{OBSERVER, Observer, ObserverOption, Rejection, VERIFIER};
 use crate::support::foreign;
 
-/// Why bytes that were looked at may not be shown.
+/// Why observed bytes may not be shown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Rejected(Rejection),
-    /// The code that looked panicked.
+    /// The observer's code panicked.
     Panicked {
         code: &'static str,
         message: String,
     },
-    /// No thread could be started for it, and the ring thread runs none of the caller's code.
+    /// No thread could be started for it, and the ring thread never runs the caller's code.
     NoThread,
 }
 
-/// What looks at the bytes of one load: its verification, then its observer.
+/// The observers of one load: its verifier, then its observer.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    /// Made when the lengths of the files are known.
+    /// Set once the lengths of the files are known.
     verifier: OnceLock<ObserverOption>,
     observer: Option<ObserverOption>,
     verdict: Mutex<Option<Verdict>>,
@@ -34,13 +34,13 @@ impl Watch {
         Watch { verifier: OnceLock::new(), observer, verdict: Mutex::new(None) }
     }
 
-    /// Has bytes verified by this, before any were looked at.
+    /// Sets the verifier, before any bytes are observed.
     pub(crate) fn verify_by(&self, verifier: Arc<dyn Observer>) {
         let set = self.verifier.set(ObserverOption::new(verifier));
         assert!(set.is_ok(), "a load is planned once");
     }
 
-    /// Shows them some bytes.
+    /// Passes some bytes to the observers.
     ///
     /// # Errors
     /// EBADMSG when one rejects them; [`Self::verdict`] says why.
@@ -58,7 +58,8 @@ impl Watch {
         })
     }
 
-    /// Rejects bytes because no thread could be started to look at them; gives the error of [`Self::look`].
+    /// Rejects bytes because no thread could be started to observe them; returns the error of
+    /// [`Self::look`].
     pub(crate) fn no_thread(&self) -> Errno {
         self.refuse(Verdict::NoThread)
     }
@@ -75,10 +76,10 @@ impl Watch {
     }
 }
 
-/// How the driver has a load's bytes looked at.
+/// How the driver observes a load's bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct Observation {
     pub(crate) watch: Arc<Watch>,
-    /// In staging, which every read goes into then; else in the pieces' memory.
+    /// In staging, which every read then goes through; otherwise in the pieces' memory.
     pub(crate) staged: bool,
 }

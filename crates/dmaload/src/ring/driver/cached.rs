@@ -1,4 +1,4 @@
-//! Chunks that the page cache had when their piece was prepared.
+//! Chunks that were in the page cache when their piece was prepared.
 
 use super::super::kernel::{CachedRead, Kernel};
 use super::super::message::Failure;
@@ -10,7 +10,7 @@ use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
-    /// Has a chunk copied from the page cache to where it belongs.
+    /// Starts a copy of a chunk from the page cache to its place.
     pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let staged = load.spec.observation.as_ref().is_some_and(|observation| observation.staged);
@@ -26,13 +26,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         load.from_cache.begin(since);
         self.pace.begin(since);
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Cached, since });
-        // SAFETY: the place is in the piece's buffer, by the assertion above. As for reads, that is not let go of, nor looked at,
-        // before the completion, and no other chunk is there.
+        // SAFETY: the place is in the piece's buffer, by the assertion above. As for reads, the
+        // buffer is neither released nor accessed before the completion, and no other chunk covers
+        // the place.
         unsafe { self.kernel.read_cached(&entry.file.handle, CachedRead { token, to, bytes, offset }) };
     }
 
-    /// A copy from the page cache is done. What has gone from there meanwhile is read from storage: from a block on, as a direct
-    /// read must.
+    /// Completes a copy from the page cache. What was evicted in the meantime is read from
+    /// storage, starting at a block boundary, as direct reads must.
     pub(super) fn came_from_cache(&mut self, id: LoadId, chunk: Chunk, route: Route, result: Result<usize, Fault>) {
         let wanted = chunk.range.end - chunk.range.start;
         let came = match result {

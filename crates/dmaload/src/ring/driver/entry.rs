@@ -1,4 +1,4 @@
-//! What the driver knows of a load, of its pieces, and of what is in flight for them.
+//! The driver's records of loads, of their pieces, and of what is in flight for them.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
@@ -25,27 +25,27 @@ pub(super) struct PieceEntry<F, B> {
     /// Chunks that are not complete, in flight or not.
     pub(super) chunks_left: usize,
     pub(super) in_flight: usize,
-    /// The lowest route that any of its bytes took from storage, if any did.
+    /// The lowest route by which any of its bytes came from storage, if any did.
     pub(super) route: Option<Route>,
-    /// Where it begins in the bytes of all files, one after the other; known when all pieces before it are here.
+    /// Its offset in the concatenation of all files; known once all pieces before it have arrived.
     pub(super) position: u64,
-    /// When it came.
+    /// When the piece arrived.
     pub(super) since: Duration,
 }
 
-/// A read to be done: a range of a piece's memory.
+/// A range of a piece's memory that has to be read.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub(super) piece: Token,
-    /// Where its piece begins in the bytes of all files of an observed load; else 0.
+    /// The offset of its piece in the concatenation of all files of an observed load; otherwise 0.
     pub(super) position: u64,
     pub(super) range: Range<u64>,
-    /// The page cache had it when the piece was prepared.
+    /// Whether it was in the page cache when the piece was prepared.
     pub(super) cached: bool,
-    /// How often in a row it gave less than a block, or was interrupted.
+    /// How many times in a row a read returned less than a block, or was interrupted.
     pub(super) parts_of_a_block: u32,
     pub(super) interruptions: u32,
-    /// It failed, and is to be tried once more with no other read of its load in flight.
+    /// It failed, and is retried once with no other read of its load in flight.
     pub(super) alone: bool,
 }
 
@@ -54,7 +54,7 @@ impl Chunk {
         Chunk { piece, position, range, cached: false, parts_of_a_block: 0, interruptions: 0, alone: false }
     }
 
-    /// What of it is left to be read from storage, from so many bytes on.
+    /// The rest after `bytes` bytes, to be read from storage.
     pub(super) fn rest(&self, bytes: u64) -> Self {
         Chunk::new(self.piece, self.position, self.range.start + bytes..self.range.end)
     }
@@ -72,7 +72,7 @@ pub(super) struct InFlight {
     pub(super) since: Duration,
 }
 
-/// What is in flight.
+/// An operation in flight.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Step {
     /// A read into the piece's memory.
@@ -83,13 +83,13 @@ pub(super) enum Step {
     Copied(StagingSlot),
     /// A copy from the page cache into the piece's memory.
     Cached,
-    /// A look at what is in staging.
+    /// An observation of bytes in staging.
     SeenStaged(StagingSlot),
-    /// A look at all of the piece.
+    /// An observation of the whole piece.
     Seen,
 }
 
-/// What is to be looked at when its turn comes.
+/// Something to observe when its turn comes.
 #[derive(Debug)]
 pub(super) enum Unseen {
     Piece(Token),
@@ -110,26 +110,26 @@ pub(super) struct LoadEntry {
     pub(super) copying: BusyTime,
     pub(super) from_cache: BusyTime,
     pub(super) cached_bytes: u64,
-    /// Whether it knows why its reads into staging do not take the best way.
+    /// Whether the load was told why its reads into staging do not use the best route.
     pub(super) staging_told: bool,
-    /// Whether it knows that there is less staging than it may use.
+    /// Whether the load was told that there is less staging than it may use.
     pub(super) less_staging_told: bool,
     pub(super) no_thread_told: bool,
-    /// The best route that is left to all files.
+    /// The best route still allowed for all files.
     pub(super) floor: Route,
-    /// The best route that is left to a file which has stepped down by itself.
+    /// The best route still allowed for each file that has stepped down by itself.
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
     pub(super) unseen: InOrder<Unseen>,
-    /// Of an observed load: the next piece to be read, where it begins in the bytes of all files, and those that came before
-    /// it.
+    /// For an observed load: the number and position of the next piece to read, and pieces that
+    /// arrived before their turn.
     pub(super) next_piece: usize,
     pub(super) next_position: u64,
     pub(super) early: BTreeMap<usize, (Token, u64)>,
 }
 
 impl LoadEntry {
-    /// Whether what is to be read next is to be read alone.
+    /// Whether the next chunk has to be read alone.
     fn next_is_alone(&self) -> bool {
         match (self.alone.front(), self.chunks.front()) {
             // In file order, see the module.
@@ -138,13 +138,13 @@ impl LoadEntry {
         }
     }
 
-    /// The piece of what is to be read next, whether it can be now or not.
+    /// The piece of the next chunk, whether or not that can be read now.
     pub(super) fn next_piece(&self) -> Option<Token> {
         let queue = if self.next_is_alone() { &self.alone } else { &self.chunks };
         queue.front().map(|chunk| chunk.piece)
     }
 
-    /// What is to be read next, if anything can be now.
+    /// Takes the next chunk, if it can be read now.
     pub(super) fn next_chunk(&mut self) -> Option<Chunk> {
         let alone = self.next_is_alone();
         if self.in_flight > 0 && (self.alone_in_flight || alone) {
@@ -154,7 +154,8 @@ impl LoadEntry {
         if alone { self.alone.pop_front() } else { self.chunks.pop_front() }
     }
 
-    /// What could not be read, or not wholly, is to be read before anything else; of an observed load, in file order.
+    /// Queues a chunk that was not (completely) read before all others; for an observed load, in
+    /// file order.
     pub(super) fn requeue(&mut self, chunk: Chunk) {
         let ordered = self.is_observed();
         let queue = if chunk.alone { &mut self.alone } else { &mut self.chunks };
@@ -176,7 +177,7 @@ impl LoadEntry {
     }
 }
 
-/// The chunks of a piece.
+/// Splits a piece into chunks.
 pub(super) fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_bytes: u64) -> Vec<Chunk> {
     let chunk =
         |(number, range)| Chunk { cached: entry.file.cached.contains(number), ..Chunk::new(token, entry.position, range) };
@@ -185,8 +186,8 @@ pub(super) fn chunks_of<F, B>(token: Token, entry: &mut PieceEntry<F, B>, chunk_
     chunks
 }
 
-/// How far a chunk is when `bytes` bytes of it came. The rest of a direct read must start at a block again: the part of a block
-/// is read twice.
+/// How much of a chunk is done after `bytes` bytes of it were read. The rest of a direct read must
+/// start at a block boundary, so a partial block is read again.
 pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes: u64) -> u64 {
     let wanted = chunk.range.end - chunk.range.start;
     match bytes {
@@ -196,7 +197,7 @@ pub(super) fn progress(chunk: &Chunk, bytes: u64, route: Route, alignment_bytes:
     }
 }
 
-/// How much a read for this chunk asks for: a direct one takes whole blocks.
+/// How many bytes a read for this chunk requests: whole blocks if it is direct.
 pub(super) fn read_bytes<F>(chunk: &Chunk, file: &FileSpec<F>) -> usize {
     let bytes = chunk.range.end - chunk.range.start;
     to_usize(if file.route.is_direct() { bytes.next_multiple_of(file.alignment_bytes) } else { bytes })

@@ -1,4 +1,5 @@
-//! Handing a chunk to the kernel: as a read into the piece or into staging, or as a copy from the page cache.
+//! Issues chunks to the kernel: as a read into the piece or into staging, or as a copy from the
+//! page cache.
 
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
@@ -24,7 +25,7 @@ pub(super) struct Destination {
 }
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
-    /// Issues one read. `false` when it has to wait for a buffer slot, or for staging.
+    /// Issues one chunk. Returns `false` if it has to wait for a buffer slot or for staging.
     pub(super) fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         if chunk.cached {
             self.issue_cached(id, chunk);
@@ -35,9 +36,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let staged = load.spec.observation.as_ref().is_some_and(|observed| observed.staged);
         match entry.file.route {
             Route::Bounce => self.issue_staged(id, chunk),
-            // What is observed in staging goes there by every route.
+            // A load observed in staging uses it on every route.
             Route::UringBuffered | Route::Buffered if staged => self.issue_staged(id, chunk),
-            // A ring brings no memory into being.
+            // A ring can't populate memory.
             Route::UringBuffered if !entry.buffer.is_populated() => self.issue_staged(id, chunk),
             Route::UringFixedDirect if entry.buffer_slot.is_none() => {
                 let (all, free) = (self.kernel.buffer_slots(), self.buffer_slots.len());
@@ -77,9 +78,10 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// There is no buffer slot for a chunk. If it is one that has gone from the page cache, a piece behind
-    /// it may hold a slot already, and keeps that until its last chunk. Such chunks go first, or neither
-    /// would ever go on; those that are read alone, once nothing is in flight. `false` if there are none.
+    /// Issues another chunk in place of one for which there is no buffer slot. If that was evicted
+    /// from the page cache, a piece behind it may already hold a slot until its last chunk. Chunks
+    /// of such pieces go first, or neither would ever proceed; those that are read alone, once
+    /// nothing is in flight. Returns `false` if there are none.
     pub(super) fn issue_registered_instead(&mut self, id: LoadId, chunk: Chunk) -> bool {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let mut has_slot = |other: &Chunk| self.pieces.get_mut(other.piece).expect(PIECE).buffer_slot.is_some();
@@ -122,9 +124,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
         let token = self.reads.insert(in_flight);
         let read = Read { token, load: id, route: by, buffer_slot, address, bytes, offset, place };
-        // SAFETY: the address is in the piece's buffer, or in a slot of the staging. The piece entry owns the buffer and is
-        // not removed before its `in_flight` is back at 0, the slot stays taken until then; that happens only in
-        // `complete`. `give_up` leaks both instead.
+        // SAFETY: the address is in the piece's buffer or in a staging slot. The piece entry owns
+        // the buffer and is not removed before its `in_flight` is 0 again, and the slot stays
+        // taken until then; that happens only in `complete`. `give_up` leaks both instead.
         unsafe { self.kernel.read(&entry.file.handle, read) };
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;

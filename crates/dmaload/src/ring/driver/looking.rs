@@ -1,4 +1,4 @@
-//! Observed loads: each byte is looked at in file order, in its piece or in staging.
+//! Observed loads: each byte is observed in file order, in its piece or in staging.
 
 use std::sync::Arc;
 
@@ -13,12 +13,13 @@ use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
-    /// Has the observer look at what is next in file order, if that is there and nothing else is being looked at.
+    /// Lets the observer see what is next in file order, if that is ready and no other observation
+    /// is in flight.
     pub(super) fn look(&mut self, id: LoadId) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let observation = load.spec.observation.as_ref().expect("only what is observed is looked at");
         let watch = Arc::clone(&observation.watch);
-        // The next one in file order is not there yet, or one is being looked at.
+        // The next one in file order is not ready, or another is being observed.
         let Some(unseen) = load.unseen.take() else { return };
         let token = match &unseen {
             Unseen::Piece(token) => *token,
@@ -40,14 +41,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.in_flight.take(&id, entry.file.mount, 1);
         let (file, offset) = (entry.file.index, entry.piece.file_offset + chunk.range.start);
         let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
-        // SAFETY: these bytes came by reads that have completed. As for reads, neither the piece nor the slot is let go of, or
-        // written to, before the completion.
+        // SAFETY: these bytes were written by reads that have completed. As for reads, neither the
+        // piece nor the slot is released or written to before the completion.
         unsafe { self.kernel.look(Look { token, watch, file, offset, address, bytes }) };
         self.tell_if_alone(id);
     }
 
-    /// A copy from staging is done: what is there is to be looked at. A direct read may have brought more than whole blocks,
-    /// which is read again with the rest: that is not looked at yet.
+    /// Queues the observation of a finished copy from staging. Bytes beyond the last whole block
+    /// of a direct read are not included: they are read again with the rest.
     pub(super) fn copied(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
@@ -62,7 +63,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.look(id);
     }
 
-    /// The observer has looked at something.
+    /// Completes an observation.
     pub(super) fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Fault>) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         match result {

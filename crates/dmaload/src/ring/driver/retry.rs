@@ -1,4 +1,5 @@
-//! What follows a read: the rest of a short one, another try, a lower route, or the load's failure.
+//! What follows a read: reading the rest of a short one, a retry, a lower route, or the failure of
+//! the load.
 
 use rustix::io::Errno;
 
@@ -12,15 +13,15 @@ use crate::route::{Attempt, Fallback, Route, is_refusal};
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-/// A read that is interrupted (EINTR, EAGAIN) this often in a row is not asked for again.
+/// Consecutive interruptions (EINTR, EAGAIN) after which a read fails.
 const INTERRUPTIONS: u32 = 64;
 
-/// A direct read that gives less than a block this often in a row has met the end of the file, or a file system
-/// that can't do better.
+/// Consecutive direct reads of less than a block after which the file must have ended, or the file
+/// system can't do better.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
-    /// `bytes` bytes of a chunk came.
+    /// Records that `bytes` bytes of a chunk were read.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;
@@ -44,15 +45,16 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             chunk.parts_of_a_block += 1;
             self.requeue(id, chunk);
         } else {
-            // Only a buffered read can tell whether the file ends here. The kernel gave no error, so the step is
-            // told with the one that reading on from the middle of a block would give.
+            // Only a buffered read can tell whether the file ends here. The kernel returned no
+            // error, so the step is reported with the one that reading on from within a block
+            // would return.
             let piece = chunk.piece;
             self.requeue(id, chunk);
             self.step_down(piece, route, Route::Buffered, Attempt::ReadOn, Errno::INVAL, offset);
         }
     }
 
-    /// A read was interrupted, or is to be tried again.
+    /// Retries a read that was interrupted.
     pub(super) fn again(&mut self, mut chunk: Chunk, route: Route) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let id = entry.load;
@@ -71,10 +73,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
     }
 
-    /// A read failed: by a lower route, if the error says that this one is at fault; else once more, alone.
+    /// Handles a failed read: retries it by a lower route if the error blames this one; otherwise
+    /// once more, alone.
     ///
-    /// The kernel merges neighbouring reads into one request, and when the medium can't give a block of it, all of them fail:
-    /// alone, only the one fails that asks for the bad block.
+    /// The kernel merges neighbouring reads into one request, and if the medium can't read one
+    /// block of it, all of them fail. Alone, only the read that covers the bad block fails.
     pub(super) fn refused(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);
@@ -104,8 +107,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.loads.get_mut(&id).expect(LOAD).requeue(chunk);
     }
 
-    /// `from` was refused to the file of this piece: all of its reads from now on go by `to`, unless they have gone
-    /// lower already. What the ring refuses, it refuses to every file.
+    /// Steps down, since `from` was refused to the file of this piece: from now on all of its
+    /// reads use `to` or a lower route. What the ring refuses, it refuses to all files.
     pub(super) fn step_down(&mut self, piece: Token, from: Route, to: Route, attempt: Attempt, errno: Errno, offset: u64) {
         let entry = self.pieces.get_mut(piece).expect(PIECE);
         let (id, file) = (entry.load, entry.file.index);
@@ -116,7 +119,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         let mount = entry.file.mount;
         let file_index = match attempt {
-            // What memory refuses, it refuses to every file.
+            // What memory refuses, it refuses to all files.
             Attempt::Read if errno == Errno::FAULT => None,
             Attempt::SetUpRing | Attempt::RegisterBuffer | Attempt::RegisterStaging => None,
             Attempt::OpenDirect
@@ -133,7 +136,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             None => &mut load.floor,
             Some(file) => load.stepped.entry(file).or_insert(load.floor),
         };
-        // Several reads may be refused before the first refusal is seen; one step is told once.
+        // Several reads may be refused before the first refusal is seen; report one step once.
         let first = *left < to;
         *left = to.max(*left);
         for &token in &load.pieces {

@@ -13,9 +13,10 @@ use crate::support::errno;
 use crate::support::id::LoadId;
 
 impl<K: Kernel, B: Buffer> Driver<K, B> {
-    /// Issues a read into staging. `false` when all of it is busy.
+    /// Issues a read into staging. Returns `false` if no slot is available.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
-        // What an observed load holds otherwise waits for this chunk, which is the first of what is not looked at: it counts as nothing.
+        // Everything else that an observed load holds waits for this chunk, the first that was not
+        // observed, so it does not count against the load.
         let load = self.loads.get(&id).expect(LOAD);
         let waits = load.is_observed() && load.in_flight == 0;
         let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
@@ -44,7 +45,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let (buffer, registered) = self.staging.get(slot);
         let (address, slot_bytes) = (buffer.address(), buffer.bytes());
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
-        // A chunk that is larger than a slot goes in parts.
+        // A chunk that is larger than a slot is read in parts.
         let end = chunk.range.end.min(chunk.range.start + slot_bytes as u64);
         if end < chunk.range.end {
             entry.chunks_left += 1;
@@ -68,13 +69,14 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         true
     }
 
-    /// Has a slot registered for a load that wants that, and tells it, once, when that can't be. `false` when it is strict, and
-    /// fails.
+    /// Registers a slot for a load that wants that; reports, once, if it can't be done. Returns
+    /// `false` if the load is strict, and so fails.
     pub(super) fn register_staging(&mut self, id: LoadId, chunk: &Chunk, slot: StagingSlot) -> bool {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (file, offset, wanted) = (entry.file.index, entry.piece.file_offset + chunk.range.start, entry.file.staged_by);
         let load = self.loads.get_mut(&id).expect(LOAD);
-        // What was refused to a load once is not tried again for each of its reads, and what was not wanted is not missed.
+        // A refusal is not retried for each read of a load, and is not reported if registration
+        // was not wanted.
         if load.staging_told || !entry.file.route.is_direct() || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok() {
             return true;
         }
@@ -94,7 +96,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         true
     }
 
-    /// Has what a read brought into staging copied to where it belongs.
+    /// Starts the copy of what was read into staging to its place.
     pub(super) fn start_copy(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (staging, _) = self.staging.get(slot);
@@ -106,8 +108,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.in_flight.take(&id, entry.file.mount, 1);
         let since = self.kernel.now();
         let token = self.reads.insert(InFlight { chunk, route, step: Step::Copied(slot), since });
-        // SAFETY: both are that long (asserted above) and of different mappings; as for reads, neither is let go of, nor
-        // looked at, before the completion, and a taken slot is read into by nobody else.
+        // SAFETY: both are that long (asserted above) and belong to different mappings. As for
+        // reads, neither is released or accessed before the completion, and nothing else reads
+        // into a taken slot.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
         self.tell_if_alone(id);
         let load = self.loads.get_mut(&id).expect(LOAD);
@@ -116,7 +119,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         self.pace.begin(self.kernel.now());
     }
 
-    /// Tells, once, that there is no thread for what goes on beside reads.
+    /// Reports, once, that there is no thread for work beside reads.
     pub(super) fn tell_if_alone(&mut self, id: LoadId) {
         if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_told)
             && self.kernel.is_alone()

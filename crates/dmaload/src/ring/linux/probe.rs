@@ -1,4 +1,4 @@
-//! Tries what io_uring allows here, on a ring like the loader's.
+//! Probes what io_uring allows here, on a ring like the loader's.
 
 use dmabuf::{Errno, Pages};
 
@@ -7,7 +7,7 @@ use crate::memory::buffer::Buffer;
 use crate::ring::wake::Wake;
 use crate::support::errno;
 
-/// A piece: what a load registers at a time.
+/// The size of a piece: what a load registers at a time.
 pub(crate) const REGISTER_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
@@ -15,17 +15,18 @@ pub(crate) const REGISTER_BYTES_MIN: usize = 64 << 10;
 /// What io_uring allows here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IoUring {
-    /// Setting up a ring and entering it. Where it is refused, so is all the rest.
+    /// Setting up a ring and entering it. If this is refused, so is all the rest.
     pub setup: Result<(), Errno>,
-    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are worked off in batches.
+    /// `SINGLE_ISSUER` with `DEFER_TASKRUN`: completions are processed in batches.
     pub deferred_task_run: Result<(), Errno>,
-    /// A sparse table of registered buffers, which [`Route::UringFixedDirect`](crate::Route::UringFixedDirect) needs.
+    /// A sparse table of registered buffers, required for
+    /// [`Route::UringFixedDirect`](crate::Route::UringFixedDirect).
     pub buffer_table: Result<(), Errno>,
     /// A sparse table of registered files: no look-up per read.
     pub file_table: Result<(), Errno>,
-    /// Registering 16 MiB, which is a piece of a load. ENOMEM is the limit of locked memory.
+    /// Registering 16 MiB, a piece of a load. ENOMEM means the limit of locked memory.
     pub register: Result<(), Errno>,
-    /// The largest power of two from 64 KiB to 16 MiB that could be registered; 0 for none.
+    /// The largest multiple of 64 KiB, up to 16 MiB, that could be registered; 0 if none.
     pub registrable_bytes: u64,
 }
 
@@ -43,7 +44,7 @@ impl IoUring {
     }
 }
 
-/// Tries, on a ring as the engine's, what the engine would use.
+/// Tries what the engine would use, on a ring like the engine's.
 pub(crate) fn probe() -> rustix::io::Result<IoUring> {
     let wake = Wake::new()?;
     let mut ring = Ring::new(1, &wake)?;
@@ -58,19 +59,20 @@ pub(crate) fn probe() -> rustix::io::Result<IoUring> {
     })
 }
 
-/// How much can be registered at once, to within [`REGISTER_BYTES_MIN`], and whether that is a whole piece.
+/// How much can be registered at once, to within [`REGISTER_BYTES_MIN`], and whether a whole piece
+/// can be.
 fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if let Err(errno) = ring.buffers {
         return (0, Err(errno::from_rustix(errno)));
     }
-    // Small pages: of a huge one that is registered in part, all counts.
+    // Small pages, since a huge page that is registered in part counts in full.
     let memory = match StagingMemory::new(REGISTER_BYTES_MAX, Pages::Small) {
         Ok(memory) => memory,
         Err(error) => return (0, Err(error.errno)),
     };
     let mut register = |bytes: usize| {
         ring.update_buffer(0, memory.address().as_ptr(), bytes).map_err(errno::from_rustix)?;
-        // As in `unregister_buffer`; closing the ring would unregister it, too, but later.
+        // As in `unregister_buffer`; closing the ring would also unregister it, but later.
         let _ = ring.update_buffer(0, std::ptr::null_mut(), 0);
         Ok(())
     };
@@ -78,7 +80,7 @@ fn largest_registrable(ring: &mut Ring) -> (u64, Result<(), Errno>) {
     if whole.is_ok() {
         return (REGISTER_BYTES_MAX as u64, whole);
     }
-    // So many steps are possible, so many are not.
+    // In steps: this many are possible, and this many are not.
     let (mut possible, mut impossible) = (0, REGISTER_BYTES_MAX / REGISTER_BYTES_MIN);
     while possible + 1 < impossible {
         let middle = possible.midpoint(impossible);

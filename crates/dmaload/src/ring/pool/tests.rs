@@ -20,7 +20,7 @@ impl Sink for Sixty4 {
     }
 }
 
-/// Holds each copy until it is let go, and counts those that it holds.
+/// Blocks each copy until it is released, and counts those that are blocked.
 #[derive(Debug, Default)]
 struct Gate {
     held: Mutex<(usize, usize)>,
@@ -97,7 +97,7 @@ fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
         let sink = Arc::new(Sixty4(Mutex::new([0_u8; 64])));
         let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
         let copy = StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
-        // SAFETY: both places stay, and are left alone, until the completion below.
+        // SAFETY: both places stay, and are not accessed, until the completion below.
         unsafe { pool.copy(copy) };
         let mut done = Vec::new();
         while done.is_empty() {
@@ -109,7 +109,7 @@ fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
     }
 }
 
-/// A place whose memory a heap brings into being.
+/// A place whose memory is populated by a heap.
 #[derive(Debug)]
 struct OfAHeap;
 
@@ -137,7 +137,7 @@ fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
     assert_eq!(done[0].result, Err(Fault::Memory(Errno::AGAIN)));
 }
 
-/// A place that breaks a promise.
+/// A sink that panics.
 #[derive(Debug)]
 struct Broken;
 

@@ -1,5 +1,5 @@
-//! Loads whose reads never come back hold the part of their file system of everything, and no
-//! more: others go on beside them.
+//! Loads whose reads never complete hold their file system's share of each resource, and no more:
+//! other loads proceed beside them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -24,10 +24,10 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 
 const PIECES: usize = 24;
-/// More than a load has pieces.
+/// More than the pieces of a load.
 const ENOUGH: u16 = 1000;
 
-/// What loads share.
+/// The resources that loads share.
 #[derive(Debug, Clone, Copy)]
 struct Shared {
     window_pieces: u16,
@@ -36,7 +36,7 @@ struct Shared {
     buffer_slots: u16,
 }
 
-/// Looks at everything, and has nothing against it.
+/// An observer that accepts everything.
 #[derive(Debug)]
 struct Content;
 
@@ -62,7 +62,7 @@ struct Machine {
     scheduler: Scheduler<LoadId>,
     driver: Driver<SimKernel, SimBuffer>,
     loads: BTreeMap<LoadId, SimLoad>,
-    /// They are looked at in staging.
+    /// Loads that are observed in staging.
     observed: Vec<LoadId>,
     full: BTreeMap<LoadId, usize>,
 }
@@ -93,7 +93,7 @@ impl Machine {
         self.scheduler.submit(LoadId(number));
     }
 
-    /// Goes on until nothing moves any more; who is done then.
+    /// Runs until nothing changes any more; returns the loads that are complete.
     fn run(&mut self) -> Vec<LoadId> {
         let mut idle = 0;
         while idle < 100 {
@@ -162,7 +162,7 @@ impl Machine {
         }
     }
 
-    /// As a shutdown does past its deadline.
+    /// Does what a shutdown does past its deadline.
     fn give_up(mut self) {
         self.driver.give_up(Failure::Kernel { errno: rustix::io::Errno::TIMEDOUT });
         self.driver.kernel().complete_late();
@@ -171,7 +171,7 @@ impl Machine {
 
 const PLENTY: Shared = Shared { window_pieces: ENOUGH, depth: ENOUGH, staging_slots: ENOUGH, buffer_slots: ENOUGH };
 
-/// Each resource scarce in its turn.
+/// Makes each resource scarce in turn.
 fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots: u16) -> [Shared; 4] {
     [
         Shared { window_pieces, ..PLENTY },
@@ -181,15 +181,15 @@ fn each_scarce(window_pieces: u16, depth: u16, staging_slots: u16, buffer_slots:
     ]
 }
 
-/// Each pair of routes, beside each scarce resource.
+/// Each pair of routes, with each scarce resource.
 fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)> {
     let routes = || Route::ALL.into_iter();
     let pairs = move || routes().flat_map(move |hung_by| routes().map(move |others_by| (hung_by, others_by)));
     scarce.into_iter().flat_map(move |shared| pairs().map(move |(hung_by, others_by)| (shared, hung_by, others_by)))
 }
 
-/// However many loads there are from each of two file systems that never answer, whatever is
-/// scarce: those from a third go on.
+/// Loads of a third file system proceed, whichever resource is scarce, and however many loads two
+/// silent file systems have.
 #[test]
 fn two_silent_file_systems_stop_no_other() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
@@ -210,7 +210,7 @@ fn two_silent_file_systems_stop_no_other() {
     }
 }
 
-/// The same when all begin at once, the silent ones first, and as many from one file system as a
+/// The same when all start at once, the silent ones first, with as many from one file system as a
 /// loader has open.
 #[test]
 fn loads_that_begin_beside_many_silent_ones_go_on() {
@@ -228,7 +228,7 @@ fn loads_that_begin_beside_many_silent_ones_go_on() {
     }
 }
 
-/// Where there are many of something, a silent load leaves one to others of its own file system.
+/// If there are many of a resource, a silent load leaves one to others of its own file system.
 #[test]
 fn one_silent_load_leaves_something_to_others_of_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
@@ -245,8 +245,7 @@ fn one_silent_load_leaves_something_to_others_of_its_file_system() {
     }
 }
 
-/// Loads that are healthy never wait for each other for good, however little there is of anything,
-/// and whoever is observed.
+/// Healthy loads never deadlock, however scarce the resources, and whichever of them are observed.
 #[test]
 fn many_loads_of_one_file_system_all_finish() {
     for seed in 0..50 {
@@ -256,7 +255,7 @@ fn many_loads_of_one_file_system_all_finish() {
         let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
         let mut machine = Machine::new(seed, shared, &faults);
         let all: Vec<_> = (0..16).map(LoadId).collect();
-        // Those that are observed in staging go there by every route.
+        // Loads that are observed in staging use it on every route.
         machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
         for load in &all {
             let route = if machine.observed.contains(load) {
@@ -270,8 +269,8 @@ fn many_loads_of_one_file_system_all_finish() {
     }
 }
 
-/// What an observed load has in staging waits for the chunk before, which may have to be read once more: its slot must not go to others
-/// for good.
+/// What an observed load has in staging waits for an earlier chunk, which may have to be retried:
+/// its slot must not go to other loads permanently.
 #[test]
 fn an_observed_load_goes_on_beside_those_that_hang() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };

@@ -1,4 +1,5 @@
-//! The point of it all: allocating and reading take as long as the longer of the two, not as long as both.
+//! The main point of the design: allocating and reading take as long as the longer of the two, not
+//! as long as both.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -21,29 +22,30 @@ use crate::support::id::LoadId;
 const PIECES: u32 = 24;
 const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
 
-/// A machine that a load runs on. Durations are those of a piece.
+/// The machine that a load runs on. Durations are per piece.
 #[derive(Debug, Clone)]
 struct Machine {
     route: Route,
     pieces: u32,
     window_pieces: u64,
     staging: StagingBudget,
-    /// Memory comes into being when it is copied to, not ahead of reads.
+    /// Whether memory is populated when it is copied to, rather than ahead of reads.
     filled_by_copiers: bool,
     allocating: Duration,
     reading: Duration,
     copying: Duration,
-    /// How many copiers there are; 0: as many as copies.
+    /// The number of copiers; 0 means as many as there are copies.
     copiers: usize,
 }
 
-/// Loads a file of 24 pieces with one allocator that takes `allocating` a piece and a disk that takes `reading` a piece;
-/// returns how long it took, and how far the allocator ever was ahead, in pieces.
+/// Loads a file of 24 pieces with one allocator that takes `allocating` per piece and a disk that
+/// takes `reading` per piece. Returns how long it took, and how many pieces the allocator was
+/// ahead at most.
 fn simulate(window_pieces: u64, allocating: Duration, reading: Duration) -> (Duration, u64) {
     simulate_route(Route::UringFixedDirect, window_pieces, allocating, reading, Duration::ZERO)
 }
 
-/// The same by any route; a copy from staging takes `copying` a piece.
+/// The same by any route; a copy from staging takes `copying` per piece.
 fn simulate_route(
     route: Route,
     window_pieces: u64,
@@ -66,7 +68,8 @@ fn simulate_route(
     (total, most_out)
 }
 
-/// How long it took, how far the allocator ever was ahead, and how many reads ever were in flight.
+/// Returns how long the load took, how far the allocator was ahead at most, and how many reads
+/// were in flight at most.
 fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
     let &Machine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } = machine;
     let memory: Rc<RefCell<Memory>> = Rc::default();
@@ -109,7 +112,7 @@ fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
         }
         driver.kernel().complete_due();
         driver.turn(false).unwrap();
-        // What has completed makes room for what is issued at the same moment.
+        // Completions make room for what is issued at the same moment.
         driver.issue();
         driver.turn(false).unwrap();
         most_reads = most_reads.max(driver.kernel().reads_in_flight());
@@ -142,7 +145,7 @@ fn the_longer_part_hides_the_shorter_one() {
     for (allocating, reading) in [(10, 10), (10, 3), (3, 10), (10, 1), (1, 10)] {
         let (total, _) = simulate(2, allocating * MS, reading * MS);
         let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
-        // One piece must be allocated before the first read, and one read comes after the last allocation.
+        // One piece is allocated before the first read, and one is read after the last allocation.
         assert_eq!(total, (PIECES * longer + shorter) * MS, "allocating {allocating} ms, reading {reading} ms");
     }
 }
@@ -152,12 +155,13 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
     for (allocating, reading, copying) in [(10, 10, 10), (3, 10, 5), (10, 3, 5), (1, 10, 10)] {
         let (total, _) = simulate_route(Route::Bounce, 4, allocating * MS, reading * MS, copying * MS);
         let longest = allocating.max(reading).max(copying);
-        // Each piece passes through all three; only one of them is waited for.
+        // Each piece passes through all three, but only the longest one limits the rate.
         assert_eq!(total, ((PIECES - 1) * longest + allocating + reading + copying) * MS, "{allocating} {reading} {copying}");
     }
 }
 
-/// Staged reads, whose copiers also populate: `copying` has both costs. How long they took, and how many ever were in flight.
+/// Staged reads whose copiers also populate: `copying` covers both. Returns how long they took,
+/// and how many were in flight at most.
 fn staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
     let machine = Machine {
         route: Route::Bounce,
@@ -177,7 +181,8 @@ fn staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usiz
 #[test]
 fn reads_overlap_with_copies_that_populate() {
     for (reading, copying) in [(10, 5), (10, 10), (10, 18), (5, 20), (1, 20)] {
-        // Either the disk is waited for, and the last copy; or two copiers, and the first two reads.
+        // Either the disk is the limit, followed by the last copy; or two copiers are, preceded by
+        // the first two reads.
         let disk = PIECES * reading + copying;
         let copiers = PIECES / 2 * copying + 2 * reading;
         let (total, _) = staged(8, reading * MS, copying * MS);
@@ -185,7 +190,8 @@ fn reads_overlap_with_copies_that_populate() {
     }
 }
 
-/// Copies must not wait for reads, nor reads for copies, of a device that finishes all its reads at about the same time.
+/// Copies must not wait for reads, nor reads for copies, on a device that finishes all its reads
+/// at about the same time.
 #[test]
 fn some_staging_is_left_for_what_is_copied() {
     for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
@@ -202,10 +208,10 @@ fn with_a_window_of_one_piece_nothing_overlaps() {
 
 #[test]
 fn the_allocator_never_runs_more_than_the_window_ahead() {
-    // What has room for four or more keeps some of it for other file systems, for 16 or more one
-    // for other loads.
+    // With room for four or more, the window reserves some for other file systems; with room for
+    // 16 or more, one for other loads.
     for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 6), (16, 11)] {
-        // A disk so slow that only the window holds the allocator back.
+        // The disk is so slow that only the window limits the allocator.
         let (_, most_ahead) = simulate(window, MS, 1000 * MS);
         assert_eq!(most_ahead, most);
     }

@@ -1,4 +1,5 @@
-//! What memory or a file system refuses is tried once, and known to later loads; each of them tells it all the same.
+//! What memory or a file system refuses is tried once and remembered for later loads; each of them
+//! still reports it.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -25,15 +26,15 @@ struct Machine {
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
     loads: u64,
-    /// Where they start.
+    /// The route that loads start at.
     route: Route,
 }
 
-/// What came of a load.
+/// The result of a load.
 struct Done {
     fallbacks: Vec<Fallback>,
     failure: Option<Failure>,
-    /// Registrations and reads that were refused meanwhile.
+    /// Registrations and reads that were refused during the load.
     refusals: usize,
 }
 
@@ -46,7 +47,7 @@ impl Machine {
         Machine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0, route: Route::UringFixedDirect }
     }
 
-    /// Loads a file of three pieces on this mount, which refuses direct reads with this errno.
+    /// Loads a file of three pieces on this mount; direct reads fail with `no_direct`.
     fn load(&mut self, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         self.load_with(mount, FileFaults { no_direct, ..FileFaults::default() }, strict)
     }
@@ -55,7 +56,7 @@ impl Machine {
         self.load_file(0, mount, faults, strict)
     }
 
-    /// The same of a file that has lost so many bytes since it was planned.
+    /// The same for a file that has shrunk by `lost` bytes since it was planned.
     fn load_shrunk(&mut self, lost: u64, mount: u64, no_direct: Option<Errno>, strict: bool) -> Done {
         self.load_file(lost, mount, FileFaults { no_direct, ..FileFaults::default() }, strict)
     }
@@ -125,7 +126,7 @@ fn memory_that_can_not_be_pinned_is_tried_once() {
     let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
     let first = machine.load(0, None, false);
     assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
-    // On another mount, too: it is the memory's refusal.
+    // On another mount, too: it is the memory that refuses.
     let second = machine.load(1, None, false);
     assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "known, and told");
     let strict = machine.load(0, None, true);
@@ -150,11 +151,11 @@ fn a_mount_without_direct_reads_is_tried_once() {
 #[test]
 fn reads_through_the_cache_and_direct_ones_say_nothing_of_each_other() {
     let mut machine = Machine::new(Faults::none());
-    // Direct reads were refused there.
+    // Direct reads were refused on this mount.
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.route = Route::UringBuffered;
     assert_eq!(machine.load(7, Some(Errno::INVAL), false).steps(), []);
-    // Reads by a ring through the cache were refused here.
+    // Reads by a ring through the page cache were refused on this mount.
     let file = FileFaults { no_ring: Some(Errno::OPNOTSUPP), ..FileFaults::default() };
     let step = (Route::UringBuffered, Route::Buffered, Attempt::Read, Errno::OPNOTSUPP);
     assert_eq!(machine.load_with(8, file, false).steps(), [step]);

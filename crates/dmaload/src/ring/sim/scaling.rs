@@ -1,21 +1,22 @@
-//! Fast devices and many processors, in virtual time: how near the engine comes to the machine's limit, with
-//! how many threads.
+//! Fast devices and many processors, in virtual time: how close the engine comes to the limit of
+//! the machine, and with how many threads.
 //!
-//! The machine is a model of flows. Each processor does [`PASS`] of zeroing or of copying; threads that are
-//! more than processors share them. A device works on all the reads that it has at once, each after [`LATENCY`],
-//! and finishes them at about the same time. The memory bus moves [`BUS`]; when more is wanted of it, everything
-//! that uses it slows down alike. The driver, the scheduler, the window, staging and both paces are the engine's own, with
-//! its defaults; only the kernel is not.
+//! The machine is a model of flows. Each processor zeroes or copies at [`PASS`]; if there are more
+//! threads than processors, they share them. A device works on all of its reads at once, each
+//! after [`LATENCY`], and finishes them at about the same time. The memory bus moves [`BUS`]; if
+//! more is demanded, all its users slow down equally. The driver, scheduler, window, staging and
+//! both paces are the engine's, with its defaults; only the kernel is simulated.
 //!
 //! The costs are fixed; none is for tuning:
 //!
-//! | path | processor, passes a byte | bus, bytes a byte |
+//! | path | processor, passes per byte | bus, bytes per byte |
 //! |---|---|---|
 //! | direct | 1 (zeroing) | 2: zeroing writes it, the device writes it |
 //! | staged, in the cache | 2 (zeroing, copying) | 2: the device writes staging, the copy writes the memory that was zeroed in the cache |
 //! | staged, not in the cache | 2 | 4: the device writes staging; the copier reads it, zeroes, and writes |
 //!
-//! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and [`REGISTER`] to register a piece.
+//! The ring thread takes [`CALL`] for each read and copy that it issues or completes, and
+//! [`REGISTER`] to register a piece.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout as Allocation, alloc, dealloc};
@@ -43,7 +44,7 @@ use crate::route::Route;
 use crate::support::id::LoadId;
 
 const GIB: f64 = (1 << 30) as f64;
-/// Zeroing, or copying, by one processor: bytes a second.
+/// Speed of zeroing or copying on one processor, in bytes per second.
 const PASS: f64 = 9.0 * GIB;
 const BUS: f64 = 100.0 * GIB;
 const LATENCY: f64 = 100e-6;
@@ -54,7 +55,7 @@ const PREPARE: f64 = 20e-6;
 const DEVICES: [f64; 4] = [3.0, 14.0, 28.0, 50.0];
 const CORES: [usize; 5] = [2, 4, 8, 16, 32];
 const FILE_BYTES: u64 = 16 << 30;
-/// What must be reached of the machine's limit.
+/// The fraction of the machine's limit that must be reached.
 const SHARE: f64 = 0.95;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -70,7 +71,7 @@ impl Path {
         if self == Path::Direct { 1.0 } else { 2.0 }
     }
 
-    /// Of each byte's traffic, what the processor causes; the device causes 1.
+    /// Memory traffic per byte that the processor causes; the device causes 1.
     fn traffic(self) -> f64 {
         if self == Path::StagedOutOfCache { 3.0 } else { 1.0 }
     }
@@ -80,16 +81,16 @@ impl Path {
     }
 }
 
-/// Something that a processor does.
+/// Work for a processor.
 #[derive(Debug)]
 struct Task {
     of: Of,
-    /// When its thread can begin.
+    /// When its thread can start.
     from: f64,
     /// Bytes that are left.
     left: f64,
     bytes: u64,
-    /// Passes and traffic for each byte.
+    /// Passes and traffic per byte.
     passes: f64,
     traffic: f64,
 }
@@ -125,7 +126,7 @@ struct Machine {
 }
 
 impl Machine {
-    /// The ring thread takes so long for something.
+    /// Occupies the ring thread for `time`.
     fn ring(&mut self, time: f64) {
         self.ring_until = self.ring_until.max(self.now) + time;
     }
@@ -145,7 +146,7 @@ impl Machine {
         }
     }
 
-    /// Bytes a second of a thread that makes one pass, of each transfer, and what part of its speed all have.
+    /// The speed of a thread that makes one pass, and of each transfer, in bytes per second.
     fn rates(&self) -> (f64, f64) {
         let running = || self.tasks.iter().filter(|task| task.from <= self.now);
         let threads = running().count() + usize::from(self.ring_until > self.now);
@@ -157,7 +158,7 @@ impl Machine {
         (pass * slowed, device * slowed / moving.max(1) as f64)
     }
 
-    /// Lets time pass until something happens.
+    /// Advances time to the next event.
     fn advance(&mut self) {
         let (pass, device) = self.rates();
         let now = self.now;
@@ -172,7 +173,7 @@ impl Machine {
         for transfer in self.transfers.iter_mut().filter(|transfer| transfer.from <= now) {
             transfer.left -= (next - now) * device;
         }
-        // A hundredth of a byte: less than anything that is left, and more than what rounding leaves.
+        // A hundredth of a byte: less than any real remainder, and more than rounding errors.
         self.now = next + 1e-12;
         for task in self.tasks.extract_if(.., |task| task.left < 0.01) {
             match task.of {
@@ -190,7 +191,7 @@ impl Machine {
     }
 }
 
-/// Memory that has addresses, and is never touched.
+/// Memory that has addresses but is never accessed.
 #[derive(Debug)]
 struct Untouched {
     address: NonNull<u8>,
@@ -214,7 +215,7 @@ impl Drop for Untouched {
     }
 }
 
-// SAFETY: the memory is allocated until the drop, and this module never looks at it.
+// SAFETY: the memory stays allocated until the drop, and this module never accesses it.
 unsafe impl Buffer for Untouched {
     fn address(&self) -> NonNull<u8> {
         self.address
@@ -330,7 +331,7 @@ impl Kernel for FlowKernel {
 
 #[derive(Debug)]
 struct Outcome {
-    /// Bytes a second, over the whole load.
+    /// Bytes per second, over the whole load.
     rate: f64,
     copiers: usize,
     allocators: usize,
@@ -340,8 +341,8 @@ fn whole(threads: f64) -> usize {
     (1..).find(|&whole| whole as f64 >= threads).expect("there is a number above each other")
 }
 
-/// Loads one large file, or as many bytes in several loads at once of one file system, with the
-/// engine's defaults.
+/// Loads one large file, or as many bytes in several simultaneous loads from one file system, with
+/// the engine's defaults.
 fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
     let machine = Rc::new(RefCell::new(Machine {
         path,
@@ -397,7 +398,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             let bytes = usize::try_from(piece.memory_bytes).unwrap();
             driver.piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
         }
-        // What comes while the ring thread is busy, it finds when it is done.
+        // The ring thread handles what arrives while it is busy when it is done.
         if machine.borrow().ring_until <= now {
             driver.turn(false).unwrap();
             driver.issue();
@@ -440,8 +441,9 @@ fn threads_and_staging_follow_the_machine_to_its_limit() {
             for cores in CORES {
                 let Outcome { rate, copiers, allocators } = load(path, device, cores, 1);
                 let limit = path.limit(device, cores);
-                // Threads that do nothing but their passes, at the limit. Where that is the bus, which slows down threads as well as
-                // the device, it takes one more to have as large a part of it.
+                // The number of threads that the limit needs for their passes alone. If the bus is
+                // the limit, which slows down threads as well as the device, it takes one more to
+                // get the same share of it.
                 let of_bus = usize::from(limit >= BUS / (1.0 + path.traffic()));
                 let needed = (whole(limit * path.passes() / PASS) + of_bus).min(cores);
                 let used = if path == Path::Direct { allocators } else { copiers };
@@ -462,7 +464,8 @@ fn threads_and_staging_follow_the_machine_to_its_limit() {
     assert_eq!(wrong, Vec::<String>::new(), "of {table}");
 }
 
-/// Together they hold no more than one, of anything: that must be enough for all of them.
+/// Together they hold no more of any resource than one load would: that must be enough for all of
+/// them.
 #[test]
 fn many_loads_of_one_file_system_are_as_fast_as_one() {
     for path in [Path::Direct, Path::StagedInCache] {

@@ -30,8 +30,8 @@ use crate::ring::watch::{Observation, Watch};
 use crate::route::Route;
 use crate::support::id::LoadId;
 
-/// What memory of a load takes of the window. There are two file systems, from both of which a
-/// load may have files: its memory counts for one of them.
+/// What memory of a load takes from the window. There are two file systems, and a load may have
+/// files on both; its memory counts for one of them.
 fn need(load: LoadId, bytes: u64) -> Need {
     Need { bytes, file_system: load.0 % 2, ..Need::default() }
 }
