@@ -37,7 +37,7 @@ pub(crate) const MARGIN_BYTES: u64 = 32 << 20;
 ///         ErrorKind::NotFound | ErrorKind::Incomplete => println!("download it: {error}"),
 ///         ErrorKind::Corrupt | ErrorKind::InvalidModel => println!("download it again: {error}"),
 ///         ErrorKind::OutOfMemory => println!("try later: {error}"),
-///         _ => println!("{error}{}", error.hint().map(|hint| format!("; {hint}")).unwrap_or_default()),
+///         _ => println!("{error}; {}", error.hint().unwrap_or_default()),
 ///     },
 /// }
 /// # }

@@ -2,7 +2,8 @@
 //! `model.safetensors.index.json`.
 //!
 //! ```json
-//! { "metadata": { "total_size": 123 }, "weight_map": { "a.weight": "model-00001-of-00002.safetensors" } }
+//! { "metadata": { "total_size": 123 },
+//!   "weight_map": { "a.weight": "model-00001-of-00002.safetensors" } }
 //! ```
 
 use std::collections::HashMap;

@@ -1,5 +1,5 @@
-//! The side that is given an image. What the server says is checked before anything is mapped by
-//! it: a hostile one can give other bytes, which is its business, but lead nobody out of memory.
+//! The client side. Everything the server says is checked before memory is mapped: a hostile
+//! server can provide wrong bytes, but cannot cause out-of-bounds access.
 #![allow(unsafe_code)]
 
 use std::io::IoSliceMut;
@@ -33,33 +33,32 @@ use crate::route::Route;
 use crate::support::errno;
 use crate::telemetry::report::{FileReport, Report};
 
-/// An image of another process.
+/// An image shared by another process.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Attached {
-    /// Its files, segments and tensors, in memory that both have. Its report says how it got
-    /// here, and nothing of how it was loaded there but the route.
+    /// The files, segments and tensors, in memory shared by both processes. Its report describes
+    /// the attaching; of the original load it only names the route.
     pub image: Image,
-    /// The process that has loaded it.
+    /// The process that loaded the image.
     pub process: u32,
     /// Whether its memory is dma-bufs, which others can write to.
     pub dma_bufs: bool,
 }
 
-/// What a client asks for.
+/// Options for attaching to an image.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct AttachOptions {
-    /// The image's name; the server's only one without.
+    /// The image's name. Not needed if the server has only one.
     pub name: Option<String>,
-    /// Users besides one's own and root whose servers are trusted. A server could have kept a way
-    /// to write to what it shares, and change bytes that are being looked at: that it does not is
-    /// for its user to promise.
+    /// Users, besides one's own and root, whose servers are trusted. A server could have kept a
+    /// way to write to the memory that it shares, and change bytes while they are being read: its
+    /// user has to guarantee that it does not.
     ///
-    /// In a user namespace that does not map every user, all that it does not map appear as the
-    /// overflow id (usually 65534, `nobody`). A server that has it is not trusted even if this
-    /// process appears as it, too, unless the id is in this list: that trusts *every* user who is
-    /// not mapped.
+    /// In a user namespace that does not map every user, all unmapped users appear as the overflow
+    /// id (usually 65534, `nobody`). A server with that id is not trusted, even if this process
+    /// has it as well, unless the id is in this list: that trusts *every* unmapped user.
     pub trusted_users: Vec<u32>,
 }
 
@@ -81,8 +80,8 @@ impl AttachOptions {
 
 /// Attaches to an image of the server at this socket.
 ///
-/// The work is done by a thread, and takes no longer than the server's answer and mapping.
-/// Dropping the future leaves that thread to itself.
+/// A thread does the work, and takes no longer than the server's answer and the mapping. Dropping
+/// the future detaches that thread.
 ///
 /// # Errors
 /// [`Error::Share`].
@@ -98,7 +97,7 @@ pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<
     receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "attaching ended without a result")))
 }
 
-/// The same, done by the caller.
+/// Blocking version of [`attach`].
 ///
 /// # Errors
 /// [`Error::Share`].
@@ -114,7 +113,7 @@ fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
     Error::Share { socket: socket.to_owned(), reason: reason.into() }
 }
 
-/// Asks the server, and takes all descriptors, in `limit` or little more.
+/// Sends the request and receives all descriptors, within about `limit`.
 fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<OwnedFd>> {
     let failed = |what: &'static str| move |errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
     let name = options.name.as_deref().unwrap_or_default();
@@ -133,7 +132,8 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
         return Err(refuse(path, not_trusted(users, server)));
     }
-    // A server that refuses before it is asked has closed already, and its answer is there.
+    // A server that refuses before the request has already closed the connection, but its answer
+    // can be received.
     match send(&socket, &request, SendFlags::NOSIGNAL) {
         Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
         Err(errno) => return Err(failed("ask")(errno)),
@@ -164,7 +164,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
             ));
         }
         descriptors.append(&mut here);
-        // That they were received: before, they count against the server's user.
+        // Confirms receipt: until then the descriptors count against the server's user.
         match send(&socket, &[0], SendFlags::NOSIGNAL) {
             Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
             Err(errno) => return Err(failed("say what was received")(errno)),
@@ -175,7 +175,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     }
 }
 
-/// Why there is no connection, and what helps.
+/// Why there is no connection, and what to do about it.
 fn not_connected(errno: Errno) -> String {
     let hint = match errno {
         Errno::NOENT => "; check the path, and whether the server has loaded: its socket appears with the image",
@@ -198,7 +198,7 @@ fn not_trusted(users: Users, server: u32) -> String {
     format!("the server is of user {server}, {reason}: name it to trust it (AttachOptions::trust_user({server}))")
 }
 
-/// What a server's refusal means. The names are the server's, so they are escaped.
+/// Explains a server's refusal. The names come from the server, so they are escaped.
 fn refusal(reply: Reply, name: &str, names: &[String]) -> String {
     let list = || {
         let mut list = names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
@@ -237,7 +237,8 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     let received = loop {
         match recvmsg(socket, &mut [IoSliceMut::new(&mut message)], &mut control, RecvFlags::CMSG_CLOEXEC) {
             Err(Errno::INTR) => {}
-            // The server has closed without reading all; its last answer comes behind this error.
+            // The server closed the connection without reading everything; its last answer follows
+            // this error.
             Err(Errno::CONNRESET) if !was_reset => was_reset = true,
             received => break received?,
         }
@@ -252,9 +253,10 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
     Ok((message, descriptors))
 }
 
-/// Takes the descriptors for what they should be.
+/// Interprets the descriptors as a description and memories.
 fn read(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
-    /// A description takes some 200 bytes a tensor: of a million tensors it is shorter.
+    /// A description takes about 200 bytes per tensor, so even one of a million tensors is
+    /// shorter.
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
     let mut descriptors = descriptors.into_iter();
     let wrong = |what: String| refuse(path, what);
@@ -287,8 +289,8 @@ fn read(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memo
     Ok((description, memories))
 }
 
-/// Where each memory is to be mapped, and how much that is in all; `None` where a segment is not
-/// within its memory, or does not follow the one before it where it should.
+/// Where to map each memory, and their total length; `None` if a segment is not within its memory,
+/// or does not follow the one before it as it should.
 fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
     let (mut places, mut end) = (Vec::new(), 0_usize);
     for (number, &bytes) in lengths.iter().enumerate() {
@@ -300,7 +302,7 @@ fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, u
         let (before, here) = (first.checked_sub(1).and_then(|before| segments.get(before)), segments.get(first)?);
         let continues = before.filter(|before| before.span == here.span);
         if let Some(before) = continues {
-            // All of the memory before it is that segment's, down to the last byte: else there
+            // The segment must occupy all of the preceding memory, to the last byte, or there
             // would be a gap.
             let whole = before.memory_offset + (before.file_range.end - before.file_range.start);
             (*lengths.get(before.memory)? as u64 == whole).then_some(())?;
@@ -346,11 +348,11 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
             memory_offset: to_usize(planned.memory_offset),
             memory_bytes: to_usize(planned.memory_bytes),
         };
-        // SAFETY: the memory is mapped in full, and what is not the file's bytes is at worst
-        // zeros: a memory file is all initialised. Nobody writes to a memory file that is sealed
-        // against it (`Memfd::from_sealed` has looked), but who had it mapped before: a process
-        // of a user who is trusted not to (`receive` has asked whose it is). Views of a dma-buf
-        // are not given: it counts as handed out below.
+        // SAFETY: the memory is mapped in full, and bytes beyond the file's are at worst zeros,
+        // because a memfd is always initialized. The memfd is sealed against writing
+        // (`Memfd::from_sealed` has checked that), so only a process that had mapped it before
+        // could write to it, and `receive` has checked that its user is trusted not to. Views of a
+        // dma-buf are never handed out: it counts as handed out below.
         let segment = unsafe { Segment::new(place, Arc::clone(&heap), Arc::clone(backing)) };
         if description.dma_bufs {
             segment.hand_out_dma_buf()?;
@@ -373,7 +375,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
     Ok(Attached { image, process: description.process, dma_bufs: description.dma_bufs })
 }
 
-/// Nothing was read, copied or allocated here.
+/// Nothing was read, copied or allocated by this process.
 fn report(
     path: &Path,
     description: &Description,
@@ -421,7 +423,7 @@ mod tests {
     use std::io::IoSlice;
     use std::os::fd::AsFd;
 
-    /// One descriptor after the other, each in time.
+    /// Sends one descriptor after another, each in time.
     #[test]
     fn server_that_drips_descriptors_is_left_in_time() {
         let folder = tempfile::tempdir().unwrap();

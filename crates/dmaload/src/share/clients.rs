@@ -1,20 +1,20 @@
-//! The thread that serves the clients of a server, and never waits for one.
+//! The thread that serves a server's clients. It never waits for any of them.
 //!
-//! What a client can hold is bounded for its user, and nothing that a client says is believed:
+//! What a client can hold is bounded per user, and nothing that a client says is trusted:
 //!
-//! - Descriptors on their way over a Unix socket count against the *server's* user until they are
-//!   received, even if the connection is closed meanwhile, and the kernel stops the server when
-//!   there are more than it may open. Whether they were received is the kernel's word
-//!   (`SIOCOUTQ`): a client that says so too early, or closes its half of the connection, is sent
-//!   nothing more, and its connection is kept until the kernel says that nothing is on the way.
-//!   So they always count, against the client's user.
-//! - A user has no more than [`ClientLimits::descriptors`] on their way, to no more than
-//!   [`ClientLimits::receivers`] clients. Its other clients wait, for [`PATIENCE`] at most; clients of
-//!   other users do not.
-//! - Of connections that wait for their client, the oldest of the user who has most makes place
-//!   for a new one.
-//! - A transfer takes [`TRANSFER_LIMIT`] at most.
-//! - Descriptors that it sends are refused, or closed where nobody waits for that
+//! - Descriptors in flight over a Unix socket count against the *server's* user until they are
+//!   received, even if the connection is closed in the meantime, and the kernel stops the server
+//!   from sending when there are more than it may have open. Only the kernel is asked whether they
+//!   were received (`SIOCOUTQ`): a client that claims so too early, or closes its half of the
+//!   connection, is sent nothing more, and its connection is kept until the kernel says that
+//!   nothing is in flight. This way they always count, against the client's user.
+//! - A user has at most [`ClientLimits::descriptors`] in flight, to at most
+//!   [`ClientLimits::receivers`] clients. The user's other clients wait, for at most [`PATIENCE`];
+//!   clients of other users do not.
+//! - When there are too many idle connections, the oldest one of the user with the most of them is
+//!   closed to admit a new one.
+//! - A transfer takes at most [`TRANSFER_LIMIT`].
+//! - Descriptors sent by clients are refused, or closed on a thread that nothing waits for
 //!   ([`super::connection`]).
 
 use std::collections::HashMap;
@@ -42,36 +42,36 @@ use super::queue::is_unreceived;
 use super::{PATIENCE, REQUEST_LIMIT_BYTES, TRANSFER_LIMIT};
 use crate::error::Result;
 
-/// Connections that are accepted before others are served again.
+/// Maximum number of connections to accept before others are served again.
 const ADMITTED_AT_ONCE: usize = 32;
 
-/// How often a client is looked at again whose progress no event tells.
+/// How often to poll a client whose progress is not signaled by an event.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// A connection.
+/// A client's connection.
 struct Client {
     socket: Connection,
-    /// Whether it is of a user who may attach. Others are answered when they have asked: to close
-    /// before would lose the answer.
+    /// Whether the client's user may attach. Others get an answer to their request: closing the
+    /// connection earlier would lose the answer.
     allowed: bool,
     user: u32,
-    /// When it came, or made progress last.
+    /// When the client connected or last made progress.
     since: Instant,
     state: ClientState,
 }
 
 enum ClientState {
-    /// Its request has not come.
+    /// The request has not arrived.
     Silent,
-    /// It has asked before the first image was published.
+    /// The request arrived before the first image was published.
     Early { request: Vec<u8> },
-    /// It is being given an image, since `begun`.
+    /// The client has been receiving an image since `begun`.
     Receiving { published: Arc<Published>, next: usize, unreceived: usize, begun: Instant },
-    /// It is sent nothing more, but has not received so many descriptors.
+    /// The client is sent nothing more, but has not yet received this many descriptors.
     Draining { unreceived: usize },
 }
 
-/// What a step with a client has led to.
+/// The result of serving a client once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ClientStep {
     Wait,
@@ -79,7 +79,7 @@ enum ClientStep {
     LetGo,
 }
 
-/// What clients of a user hold.
+/// What the clients of a user hold.
 #[derive(Debug, Clone, Copy, Default)]
 struct Held {
     receivers: usize,
@@ -87,7 +87,7 @@ struct Held {
 }
 
 impl Client {
-    /// How many descriptors are on their way to it.
+    /// Number of descriptors in flight to the client.
     fn unreceived(&self) -> usize {
         match self.state {
             ClientState::Receiving { unreceived, .. } | ClientState::Draining { unreceived } => unreceived,
@@ -95,8 +95,8 @@ impl Client {
         }
     }
 
-    /// Whether no event tells when it can go on: it waits for others of its user, or for an
-    /// image, or only the kernel knows.
+    /// Whether no event signals that the client can continue: it waits for other clients of its
+    /// user, or only the kernel knows.
     fn is_polled_by_time(&self) -> bool {
         match self.state {
             ClientState::Receiving { unreceived, .. } => unreceived == 0,
@@ -105,19 +105,19 @@ impl Client {
         }
     }
 
-    /// When it is let go, or sent nothing more.
+    /// When the client is dropped, or sent nothing more.
     fn deadline(&self) -> Option<Instant> {
         match self.state {
             ClientState::Silent | ClientState::Early { .. } => Some(self.since + PATIENCE),
             ClientState::Receiving { begun, .. } => Some((self.since + PATIENCE).min(begun + TRANSFER_LIMIT)),
-            // Only it can take them, or end.
+            // Only the client can receive them or exit.
             ClientState::Draining { .. } => None,
         }
     }
 
-    /// Answers, and is done with it.
+    /// Sends a last message.
     fn answer(&self, message: &[u8]) -> ClientStep {
-        // It may have gone.
+        // The client may be gone.
         let _ = send_bytes(&self.socket, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
         ClientStep::LetGo
     }
@@ -126,11 +126,11 @@ impl Client {
         self.answer(&Reply { status, all, here: 0 }.to_bytes())
     }
 
-    /// Nothing more is sent; it is kept while descriptors are on their way.
+    /// Sends nothing more, and keeps the connection while descriptors are in flight.
     fn drain(&mut self) -> ClientStep {
         let unreceived = self.unreceived();
-        // An error would be of a filter of system calls: the kernel's word is missing, so it goes
-        // on counting.
+        // Only a system call filter can make this fail. Without the kernel's answer, the
+        // descriptors keep counting.
         if unreceived > 0 && is_unreceived(&self.socket).unwrap_or(true) {
             self.state = ClientState::Draining { unreceived };
             return ClientStep::Wait;
@@ -138,7 +138,7 @@ impl Client {
         ClientStep::LetGo
     }
 
-    /// Its time is up.
+    /// Handles a client that has reached its deadline.
     fn expire(&mut self) -> ClientStep {
         match self.state {
             ClientState::Early { .. } => self.refuse(Status::NotYet, 0),
@@ -147,12 +147,12 @@ impl Client {
         }
     }
 
-    /// `others` is what other clients of its user hold.
+    /// Serves a client once. `others` is what other clients of its user hold.
     fn step(&mut self, shared: &ServerShared, others: Held, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
         }
-        // A request; a byte for each message that was received; or its end.
+        // A request, a byte that confirms a message, or end of file.
         let mut message = [0; REQUEST_LIMIT_BYTES + 1];
         let message = match self.socket.receive(&mut message) {
             Ok(0) => return self.drain(),
@@ -178,7 +178,7 @@ impl Client {
             {
                 (*unreceived, self.since) = (0, Instant::now());
             }
-            // It has spoken before it was answered: what it says is worth nothing.
+            // The client sent something before it was answered, so it can't be trusted.
             (ClientState::Early { .. } | ClientState::Receiving { .. } | ClientState::Draining { .. }, _) => return self.drain(),
         }
         self.send_next(others, limits)
@@ -199,7 +199,7 @@ impl Client {
         }
     }
 
-    /// Sends as many descriptors as its user may have on their way.
+    /// Sends as many descriptors as the user may have in flight.
     fn send_next(&mut self, others: Held, limits: ClientLimits) -> ClientStep {
         let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
             unreachable!("descriptors are sent only to a client that receives");
@@ -220,7 +220,8 @@ impl Client {
                 self.since = Instant::now();
                 ClientStep::Wait
             }
-            // Full for now; or others have too many descriptors of the server's user on their way.
+            // The queue is full for now, or the server's user has too many descriptors in flight
+            // elsewhere.
             Err(Errno::AGAIN | Errno::INTR | Errno::TOOMANYREFS) => ClientStep::Wait,
             Err(_) => ClientStep::LetGo,
         }
@@ -238,14 +239,13 @@ fn send(socket: &Connection, reply: Reply, descriptors: &[OwnedFd]) -> Result<()
     sendmsg(socket, &[IoSlice::new(&reply.to_bytes())], &mut control, flags).map(|_| ())
 }
 
-/// The thread.
+/// The body of the thread.
 pub(super) fn serve(shared: &ServerShared) {
     let listener = &shared.listener.socket;
     let mut clients: Vec<Client> = Vec::new();
     loop {
         let mut watched = vec![PollFd::new(&shared.wake, PollFlags::IN), PollFd::new(listener, PollFlags::IN)];
-        // A connection of which one half is closed is always ready, so those that drain are
-        // looked at by time.
+        // A half-closed connection is always ready, so draining ones are polled by time instead.
         let polled = clients.iter().filter(|client| !matches!(client.state, ClientState::Draining { .. }));
         watched.extend(polled.map(|client| PollFd::new(&client.socket, PollFlags::IN)));
         let now = Instant::now();
@@ -264,14 +264,14 @@ pub(super) fn serve(shared: &ServerShared) {
             return;
         }
         if polled.is_err_and(|errno| errno != Errno::INTR) {
-            // No memory: a moment later there may be some.
+            // Out of memory; there may be some again in a moment.
             thread::sleep(Duration::from_millis(10));
             continue;
         }
         let mut ready = ready.into_iter();
         let (is_woken, has_connections) = (ready.next() == Some(true), ready.next() == Some(true));
         if is_woken {
-            // One read empties it; there is something to be read, or another wake-up comes.
+            // One read resets the counter. There is something to read, or another wake-up follows.
             let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
         }
         let limits = shared.limits();
@@ -313,28 +313,28 @@ pub(super) fn serve(shared: &ServerShared) {
     }
 }
 
-/// Accepts connections; not all at once, so that those that are there are served in between.
+/// Accepts connections, but not all at once, so that existing ones are served in between.
 fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>) {
     for _ in 0..ADMITTED_AT_ONCE {
         let socket = match accept_with(&shared.listener.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(socket) => socket,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
-            // Strangers first.
+            // Strangers are dropped first.
             Err(Errno::MFILE | Errno::NFILE) if make_room(clients, |client| !client.allowed) || make_room(clients, |_| true) => {
                 shared.refused.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
             Err(Errno::AGAIN) => return,
             Err(_) => {
-                // No descriptors or memory, or a filter: it stays in the queue, and without a
-                // pause the thread would spin.
+                // No descriptors, no memory, or a system call filter. The connection stays in the
+                // queue; without a pause, this thread would spin.
                 thread::sleep(Duration::from_millis(10));
                 return;
             }
         };
         let socket = Connection::new(socket, shared.undertaker.clone());
         let Ok(user) = user_of(&socket) else {
-            // Without a name there is no answer but the end.
+            // Without knowing the user, closing the connection is the only answer.
             shared.refused.fetch_add(1, Ordering::Relaxed);
             continue;
         };
@@ -348,19 +348,18 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
     }
 }
 
-/// Lets go of the connections that nobody has accepted, and of those to come.
+/// Closes the connections that have not been accepted, and any to come.
 fn turn_away(shared: &ServerShared) {
     let listener = &shared.listener.socket;
-    // An error would leave them to the listener's end.
+    // If this fails, they are closed with the listener.
     let _ = shutdown(listener, Shutdown::Both);
     while let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
         drop(Connection::new(socket, shared.undertaker.clone()));
     }
 }
 
-/// Lets the oldest of these connections go of the user who has most of them; `false` where there
-/// is none. Those that descriptors are on their way to are kept, since they are what shows that
-/// they are.
+/// Closes the oldest of these connections of the user who has the most of them; `false` if there
+/// is none. Connections with descriptors in flight are kept, because they keep count of those.
 fn make_room(clients: &mut Vec<Client>, of: impl Fn(&Client) -> bool) -> bool {
     let of = |client: &Client| of(client) && client.unreceived() == 0;
     let mut by_user: HashMap<u32, usize> = HashMap::new();
@@ -411,7 +410,7 @@ mod tests {
             let mut begun = now;
             client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now + PATIENCE));
-            // It makes progress, but for too long.
+            // The client makes progress, but has taken too long.
             begun = now - TRANSFER_LIMIT;
             client.state = ClientState::Receiving { published: Arc::clone(&published), next: 0, unreceived, begun };
             assert_eq!(client.deadline(), Some(now));

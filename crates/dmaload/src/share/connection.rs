@@ -1,13 +1,15 @@
-//! A server's end of a connection, which ends without waiting for what its client has sent along.
+//! A server's end of a connection, which closes without waiting for what its client has sent.
 //!
-//! A message can carry descriptors, of any kind, whoever sends it. A server wants none: they are
-//! closed when the message is received or its connection ends, by the thread that does so. The last
-//! close of a socket with `SO_LINGER` (`socket(7)`) takes as long as whoever made it likes, and
-//! that of a file can wait for its file system. So:
+//! A message from any sender can carry descriptors of any kind. A server wants none: they are
+//! closed by the thread that receives the message or closes the connection. The last close of a
+//! socket with `SO_LINGER` (`socket(7)`) takes as long as its creator chose, and that of a file
+//! can wait for its file system. Therefore:
 //!
-//! - Since Linux 6.16 a socket can refuse them (`SO_PASSRIGHTS`, `unix(7)`): sending fails.
-//! - Before, a message is looked at (`MSG_PEEK`) before it is received. A connection with one that
-//!   carries descriptors is left to a thread that does nothing else ([`Undertaker`]).
+//! - Since Linux 6.16, a socket can refuse descriptors (`SO_PASSRIGHTS`, `unix(7)`): sending them
+//!   fails.
+//! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received. A connection
+//!   with a message that carries descriptors is handed to a thread that does nothing else
+//!   ([`Undertaker`]).
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -18,29 +20,32 @@ use std::thread;
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, recvmsg, shutdown};
 
-/// `SO_PASSRIGHTS` of `include/uapi/asm-generic/socket.h`, which the libc crate does not have yet.
-/// Architectures with numbers of their own (Alpha, MIPS, PA-RISC, SPARC) are told that the option is unknown.
+/// `SO_PASSRIGHTS` of `include/uapi/asm-generic/socket.h`, which the libc crate does not define
+/// yet. On architectures with other numbers (Alpha, MIPS, PA-RISC, SPARC), the kernel reports an
+/// unknown option.
 const SO_PASSRIGHTS: libc::c_int = 83;
-/// Threads that may hang in closing what clients have sent. Beyond them connections wait.
+/// Maximum number of threads that may hang while closing what clients have sent. Further
+/// connections wait.
 const UNDERTAKERS: usize = 16;
 
-/// Has a listening socket, and all connections to it, refuse descriptors. Whether it does.
+/// Makes a listening socket, and all connections to it, refuse descriptors. Returns whether the
+/// kernel supports that.
 pub(super) fn refuse_descriptors(listener: BorrowedFd<'_>) -> bool {
     let no: libc::c_int = 0;
     let length = libc::socklen_t::try_from(size_of_val(&no)).expect("four bytes");
-    // SAFETY: the option's value is read, for so many bytes, while `no` is alive.
+    // SAFETY: the kernel reads the option's value, of the given length, while `no` is alive.
     let result = unsafe {
         libc::setsockopt(listener.as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, std::ptr::from_ref(&no).cast(), length)
     };
     result == 0
 }
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct Connection {
     /// Only `None` inside `drop`.
     socket: Option<OwnedFd>,
-    /// `None` where the kernel refuses descriptors.
+    /// `None` if the kernel refuses descriptors.
     undertaker: Option<Arc<Undertaker>>,
 }
 
@@ -49,11 +54,12 @@ impl Connection {
         Connection { socket: Some(socket), undertaker }
     }
 
-    /// Receives a message, without waiting for one, and says how long it is. Of one that is longer
-    /// than the buffer the rest is lost.
+    /// Receives a message without blocking and returns its length. If it is longer than the
+    /// buffer, the rest is lost.
     ///
     /// # Errors
-    /// `EBADMSG` when it carries descriptors; it stays where it is. Otherwise the kernel's.
+    /// `EBADMSG` if the message carries descriptors; it then stays in the queue. Otherwise the
+    /// kernel's error.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         if self.undertaker.is_some() && carries_descriptors(self.as_fd())? {
             return Err(Errno::BADMSG);
@@ -61,10 +67,10 @@ impl Connection {
         recv(self, buffer, RecvFlags::DONTWAIT).map(|(received, _)| received)
     }
 
-    /// Whether closing it would close descriptors of the client's.
+    /// Whether closing the connection would close descriptors sent by the client.
     fn is_encumbered(&self) -> bool {
-        // Nothing comes any more, so that what is looked at is all there is. What the client has not
-        // received yet it still receives.
+        // After the shutdown nothing more arrives, so this sees everything. The client still
+        // receives what it has not received yet.
         let _ = shutdown(self, Shutdown::Both);
         loop {
             match carries_descriptors(self.as_fd()) {
@@ -72,7 +78,7 @@ impl Connection {
                 Ok(false) => {}
                 Err(_) => return false,
             }
-            // At the end of what was sent there are no bytes.
+            // At end of file, no bytes are received.
             if !matches!(recv(self, &mut [0; 1][..], RecvFlags::DONTWAIT), Ok((1.., _))) {
                 return false;
             }
@@ -80,10 +86,10 @@ impl Connection {
     }
 }
 
-/// Whether the next message does; an error where there is none.
+/// Whether the next message carries descriptors; an error if there is no message.
 fn carries_descriptors(socket: BorrowedFd<'_>) -> Result<bool, Errno> {
-    // Without room for them, the kernel says that some were cut off. They are not closed: the
-    // message has them still.
+    // Without buffer space for them, the kernel reports that descriptors were truncated. Peeking
+    // does not close them: the message still holds them.
     let mut nowhere = RecvAncillaryBuffer::default();
     recvmsg(socket, &mut [], &mut nowhere, RecvFlags::PEEK | RecvFlags::DONTWAIT)
         .map(|message| message.flags.contains(ReturnFlags::CTRUNC))
@@ -105,7 +111,7 @@ impl Drop for Connection {
     }
 }
 
-/// Threads that close connections which may take long to close.
+/// Threads that close connections whose close may take long.
 #[derive(Debug, Default)]
 pub(super) struct Undertaker {
     queue: Mutex<Queue>,
@@ -116,7 +122,7 @@ pub(super) struct Undertaker {
 struct Queue {
     sockets: VecDeque<OwnedFd>,
     threads: usize,
-    /// Of them, those that wait for a socket.
+    /// Number of threads that wait for a socket.
     idle: usize,
     closed: bool,
 }
@@ -137,9 +143,10 @@ impl Undertaker {
         drop(queue);
         let undertaker = Arc::clone(&self);
         let body = move || undertaker.run();
-        // They are not joined: that would be to wait for the clients.
+        // Not joined, because that would mean waiting for clients.
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
-            // It waits for a thread that another connection starts, or for the end of the process.
+            // The socket waits for a thread started by another connection, or for the process to
+            // exit.
             self.queue().threads -= 1;
         }
     }
@@ -161,7 +168,7 @@ impl Undertaker {
         }
     }
 
-    /// No connection comes any more: threads end when they have closed what there is.
+    /// Marks the end: threads exit once they have closed all remaining connections.
     pub(super) fn close(&self) {
         self.queue().closed = true;
         self.changed.notify_all();

@@ -1,4 +1,5 @@
-//! What an image is, for another process: files, tensors, and where in which memory each segment is.
+//! Describes an image to another process: its files and tensors, and the place of each segment in
+//! which memory.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -12,17 +13,19 @@ use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{ChosenTensor, ChosenTensors, Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
 
-/// See the module. What was parsed is consistent in itself; the sizes of the memories are for whoever has them to compare.
+/// See the module documentation. A parsed description is consistent in itself; comparing it to the
+/// sizes of the memories is up to their holder.
 #[derive(Debug)]
 pub(super) struct Description {
     pub(super) process: u32,
     pub(super) route: String,
-    /// What pages its loader found under the memory: whoever maps it sees smaller ones until all is touched.
+    /// The page sizes that its loader found. A process that maps the memory sees smaller pages
+    /// until all of it is touched.
     pub(super) pages: PageCount,
     pub(super) dma_bufs: bool,
     pub(super) files: Vec<DescribedFile>,
     pub(super) segments: Vec<SegmentPlace>,
-    /// How many memories there are.
+    /// The number of memories.
     pub(super) memories: usize,
 }
 
@@ -44,7 +47,7 @@ pub(super) struct SegmentPlace {
     pub(super) file_range: Range<u64>,
 }
 
-/// Describes an image, as JSON.
+/// Describes an image as JSON.
 pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
     let files = image.files().iter().map(|file| {
         let tensors = file.tensor_map().map(|_| {
@@ -83,10 +86,10 @@ pub(super) fn describe(image: &Image, dma_bufs: bool) -> String {
 }
 
 impl Description {
-    /// Reads a description that came from somebody else.
+    /// Parses a description from another process.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// What is wrong with the description.
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
         let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is no JSON: {error}"))?;
         let wrong = |what: &str| format!("its description is wrong: {what}");
@@ -112,7 +115,7 @@ impl Description {
         Ok(Description {
             process: u32::try_from(number("process")?).map_err(|_| wrong("process"))?,
             pages: {
-                // They serve to be shown only.
+                // These are only displayed.
                 let told = |name: &str| value.get(name).and_then(Value::as_u64).unwrap_or(0);
                 let seen_bytes = told("seen_bytes");
                 PageCount { seen_bytes, huge_bytes: told("huge_bytes").min(seen_bytes) }
@@ -126,8 +129,8 @@ impl Description {
     }
 }
 
-/// Whether a segment can come after another one: of the same span only what follows in the file, and in the same memory what follows
-/// there.
+/// Whether a segment can come after another one: in the same span it must continue in the file,
+/// and in the same memory it must continue there.
 fn follows(before: &SegmentPlace, after: &SegmentPlace) -> bool {
     let end = before.memory_offset.checked_add(before.memory_bytes);
     let continues = before.span == after.span;
@@ -174,7 +177,7 @@ fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     let read = values.iter().map(|value| tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
     let infos = read.iter().map(|(info, _)| info.clone()).collect();
     let map = TensorMap::of(infos).ok()?;
-    // In the order in which they came, which is not that of the map.
+    // In the order in which they were received, which is not that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.get_index_of(&info.name)?;
         Some(ChosenTensor { position, class, part })
@@ -195,7 +198,7 @@ fn tensor(value: &Value, file_bytes: u64) -> Option<(TensorInfo, TensorSlice)> {
         dtype.bytes_of(elements)
     };
     let is_whole = start <= end && end <= file_bytes && bytes_of(&whole)? == end - start;
-    // The last row ends within the tensor, and no row begins before the last one ends.
+    // The last row ends within the tensor, and rows don't overlap.
     let row = first_end.checked_sub(first)?;
     let last_end = count.saturating_sub(1).checked_mul(stride_bytes)?.checked_add(first_end)?;
     let is_part = start <= first
@@ -242,17 +245,17 @@ mod tests {
             "[[0,0,0,18446744073709547520,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[1,0,0,0,8192,0,8192],[1,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,8191,0,8191],[0,0,1,0,4096,8191,12000]]",
-            // Memories that are skipped, or come back.
+            // Memories that are skipped or repeated.
             "[[0,0,1,0,8192,0,8192]]",
             "[[0,0,0,0,4096,0,99],[0,1,1,0,4096,0,99],[0,2,0,4096,4096,0,99],[0,3,1,4096,4096,0,99]]",
             // More bytes than memory, none, and fewer than none.
             "[[0,0,0,0,4096,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,8192]]",
             "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,8000]]",
-            // Spans that come back, and one that has two segments in a memory.
+            // A span that is repeated, and one with two segments in a memory.
             "[[0,1,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
             "[[0,0,0,0,4096,0,4096],[0,0,0,4096,4096,4096,8192],[0,1,1,0,4096,0,99]]",
-            // Not at a page.
+            // Not page-aligned.
             "[[0,0,0,100,8192,0,8192],[0,0,1,0,4096,8192,12000]]",
         ] {
             assert!(Description::parse(described(segments).as_bytes()).is_err(), "{segments}");
@@ -281,7 +284,7 @@ mod tests {
             let text = described(GOOD).replace(from, to);
             assert!(text != described(GOOD) && Description::parse(text.as_bytes()).is_err(), "{to}");
         }
-        // A span that goes on in another file.
+        // A span that continues in another file.
         let two_files = |segments: &str| {
             let other = r#""files":[{"path":"b","bytes":12000,"part":[0,12000],"tensors":null},"#;
             described(segments).replace("\"files\":[", other)

@@ -1,34 +1,35 @@
-//! How much clients may hold.
+//! Limits on what clients may hold.
 
 use super::protocol::DESCRIPTORS_IN_A_MESSAGE;
 
-/// Connections at once of users who may attach, or fewer where the process may have few
+/// Maximum simultaneous connections of users who may attach; fewer if the process may have few
 /// descriptors.
 const CONNECTIONS_LIMIT: usize = 256;
 
-/// The same of users who may not attach, and are only answered that.
+/// Maximum simultaneous connections of users who may not attach, and only get that answer.
 const STRANGERS_LIMIT: usize = 16;
 
-/// Clients of a user that descriptors are on their way to. More than one, so that one that is
-/// slow does not hold up the others.
+/// Maximum number of a user's clients with descriptors in flight. More than one, so that a slow
+/// client does not hold up the others.
 const RECEIVERS_LIMIT: usize = 4;
 
-/// What is held for clients at most.
+/// The limits of one server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ClientLimits {
     /// Connections of users who may attach.
     pub(super) connections: usize,
-    /// Connections of users who may not.
+    /// Connections of users who may not attach.
     pub(super) strangers: usize,
-    /// Clients of one user that descriptors are on their way to.
+    /// Clients of one user with descriptors in flight.
     pub(super) receivers: usize,
-    /// Descriptors on their way to clients of one user.
+    /// Descriptors in flight to clients of one user.
     pub(super) descriptors: usize,
 }
 
 impl ClientLimits {
-    /// For a process that may have so many descriptors, and so many users who may attach. The
-    /// kernel allows a user the same number on their way; half of it is left for other senders.
+    /// Computes the limits for a process that may have `descriptors` descriptors, with `users`
+    /// users who may attach. The kernel allows a user as many in flight; half of that is left for
+    /// other senders.
     pub(super) fn new(descriptors: usize, users: usize) -> Self {
         ClientLimits {
             connections: CONNECTIONS_LIMIT.min(descriptors / 2).max(1),

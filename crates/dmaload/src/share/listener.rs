@@ -1,22 +1,22 @@
-//! A socket that listens at a path, in folders that other users can change while it is made and
-//! removed.
+//! A listening socket at a path whose folders other users may change while the socket is created
+//! or removed.
 //!
-//! The owner of a folder can replace any name in it at any time, by a symbolic link to somebody
-//! else's file too. So a path is resolved once, to the folder, and everything after that goes by
-//! descriptor:
+//! The owner of a folder can replace any name in it at any time, even by a symbolic link to
+//! another user's file. So the path is resolved once, to its folder, and everything after that
+//! uses descriptors:
 //!
-//! 1. A private folder is made beside the socket: `.NAME.dmaload`, mode 0700, of this user.
-//!    Others cannot change what is in it, whatever they do to its name. It is locked (`flock`),
-//!    and serves as the lock of all servers at this path.
-//! 2. The socket is bound, given its mode and made to listen in there.
-//! 3. It is moved to its place, which fails if something is there. What is there is replaced only
+//! 1. A private folder is created next to the socket: `.NAME.dmaload`, mode 0700, owned by this
+//!    user. Others cannot change its contents, whatever they do to its name. It is locked
+//!    (`flock`), and serves as the lock for all servers at this path.
+//! 2. In there, the socket is bound, given its mode, and made to listen.
+//! 3. It is moved to its place, which fails if that is occupied. An existing file is replaced only
 //!    if it is a socket that refuses connections.
 //!
-//! At the end the socket is removed under the same lock, and only if it is this server's own by
-//! its inode: another server may have taken the path meanwhile.
+//! When the server ends, the socket is removed under the same lock, and only if its inode is this
+//! server's: another server may have taken the path in the meantime.
 //!
-//! Requires procfs, or the permission to `unshare(CLONE_FS)`: there is no `bindat`. The path can
-//! be longer than the 107 bytes that fit into an address.
+//! Requires procfs or permission to `unshare(CLONE_FS)`, because there is no `bindat`. The path
+//! can be longer than the 107 bytes that fit into a socket address.
 #![allow(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
@@ -37,20 +37,20 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::support::errno::describe;
 use crate::support::foreign;
 
-/// How long a server waits for another one that is made or removed at the same path, which takes
-/// a millisecond.
+/// How long a server waits while another one is created or removed at the same path, which takes a
+/// millisecond.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
-/// Connections that the kernel keeps for the server to accept.
+/// Maximum number of connections that wait to be accepted.
 const BACKLOG: i32 = 128;
-/// The socket's name in the private folder, before it is moved to its place.
+/// The socket's name in the private folder before it is moved to its place.
 const FRESH: &str = "socket";
-/// The name in the private folder of what was taken from the place.
+/// The name in the private folder of a file that was moved away from the socket's place.
 const TAKEN: &str = "taken";
 
-/// Which file it is. While a socket is open its inode is not used again.
+/// Identifies a file. While a socket is open, its inode is not reused.
 type SocketIdentity = (u64, u64);
 
-/// A listening socket, and where it is.
+/// A listening socket and its place.
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: OwnedFd,
@@ -59,7 +59,7 @@ pub(super) struct Listener {
     identity: SocketIdentity,
 }
 
-/// What [`Listener::bind`] has just done; tests change the folder then.
+/// What [`Listener::bind`] has just done; tests change the folder at that point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BindStep {
     MadeFolder,
@@ -70,7 +70,7 @@ pub(super) enum BindStep {
 }
 
 impl Listener {
-    /// Listens at a path; other users may connect if they are allowed to by `mode`.
+    /// Listens at a path. `mode` says which other users may connect.
     ///
     /// # Errors
     /// A reason to append to the path.
@@ -83,7 +83,7 @@ impl Listener {
         let private = PrivateFolder::enter(&folder, &name)?;
         after(BindStep::MadeFolder);
         let socket = new_socket().map_err(cannot("make a socket"))?;
-        // The mode that it is born with, less the umask, which belongs to the whole process.
+        // The mode at creation, minus the umask, which belongs to the whole process.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
         private.bind(&socket).map_err(cannot("bind a socket"))?;
         after(BindStep::Bound);
@@ -96,7 +96,7 @@ impl Listener {
         }
         after(BindStep::Found);
         if Mode::from_raw_mode(found.st_mode) & Mode::from_raw_mode(0o777) != mode {
-            // By the descriptor: this is the file that was looked at, and no link.
+            // By descriptor, so this affects the checked file and never a link.
             chmod(proc_path(&file), mode).map_err(cannot("set the socket's mode"))?;
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
@@ -108,7 +108,7 @@ impl Listener {
         Ok(Listener { socket, folder, name, identity })
     }
 
-    /// Whether a server could be bound at this path now.
+    /// Checks that a server could be bound at this path now.
     ///
     /// # Errors
     /// A reason to append to the path.
@@ -145,7 +145,7 @@ impl Drop for Listener {
     }
 }
 
-/// Connects to the socket at a path of any length.
+/// Connects to a socket at a path of any length.
 pub(super) fn connect_to(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
     match SocketAddrUnix::new(path) {
         Ok(address) => connect(socket, &address),
@@ -174,7 +174,7 @@ fn new_socket() -> Result<OwnedFd, Errno> {
     socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
 }
 
-/// Opens the folder that a path is in. From here on the path is not used.
+/// Opens the folder that contains the path. From here on, the path is not used.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     let name = path.file_name().ok_or("cannot make a socket there: the path has no file name")?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -182,22 +182,21 @@ fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
     Ok((folder.map_err(cannot("open the folder of the socket"))?, name.to_owned()))
 }
 
-/// The file of a descriptor, as a path that the kernel resolves to that file, whatever its name
-/// is now.
+/// A path that the kernel resolves to the descriptor's file, whatever its current name.
 fn proc_path(file: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
-/// Whether [`proc_path`] leads to the file: procfs is mounted, and is of this process.
+/// Whether [`proc_path`] works: procfs is mounted and belongs to this process.
 fn has_proc(file: &OwnedFd) -> bool {
     fstat(file).is_ok_and(|own| stat(proc_path(file)).is_ok_and(|seen| identity(&seen) == identity(&own)))
 }
 
-/// Runs `task` in a thread whose working directory is this folder, and whose umask is empty: its
-/// own, not the process's.
+/// Runs `task` on a thread with this folder as its working directory and an empty umask, without
+/// affecting the rest of the process.
 fn in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) -> Result<(), Errno> {
     let body = || {
-        // SAFETY: only the working directory, the root and the umask become the thread's own;
+        // SAFETY: only the working directory, the root and the umask become private to the thread;
         // descriptors stay shared.
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
         fchdir(folder)?;
@@ -211,8 +210,7 @@ fn in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) 
     })
 }
 
-/// A folder beside the socket that only this user can change, and that only one server has at a
-/// time.
+/// A folder next to the socket that only this user can change and only one server holds at a time.
 struct PrivateFolder<'a> {
     parent: &'a OwnedFd,
     /// The socket's name.
@@ -245,7 +243,7 @@ impl<'a> PrivateFolder<'a> {
                         return Ok(private);
                     }
                 }
-                // The server that had it has removed it.
+                // The server that held it has removed it.
                 Err(Errno::NOENT) => {}
                 Err(errno) => return Err(format!("cannot use {name:?} beside the socket: {}", describe(errno))),
             }
@@ -256,7 +254,7 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Removes the sockets that a server left which was killed in here.
+    /// Removes sockets left behind by a server that was killed at this point.
     fn clear(&self) -> Result<(), String> {
         for name in [FRESH, TAKEN] {
             match statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -279,9 +277,9 @@ impl<'a> PrivateFolder<'a> {
         in_folder(&self.fd, || bind(socket, &address))
     }
 
-    /// Moves the fresh socket to its place.
+    /// Moves the new socket to its place.
     fn place(&self) -> Result<(), String> {
-        // More than one server after another would have to be killed meanwhile.
+        // To fail, several servers would have to be killed one after another in the meantime.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
                 Ok(()) => return Ok(()),
@@ -295,10 +293,10 @@ impl<'a> PrivateFolder<'a> {
         Err("cannot move the socket to its place: something else is put there again and again".to_owned())
     }
 
-    /// Moves a file from here to the socket's place.
+    /// Moves a file from the private folder to the socket's place.
     fn move_to_place(&self, name: &str) -> Result<(), Errno> {
         match renameat_with(&self.fd, name, self.parent, self.socket, RenameFlags::NOREPLACE) {
-            // Not every file system can, but a link replaces nothing either.
+            // Not every file system supports this, but creating a link replaces nothing either.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
                 linkat(&self.fd, name, self.parent, self.socket, AtFlags::empty())?;
                 unlinkat(&self.fd, name, AtFlags::empty())
@@ -307,7 +305,7 @@ impl<'a> PrivateFolder<'a> {
         }
     }
 
-    /// Which dead socket is at the place; `None` where nothing is.
+    /// Identifies the dead socket in the socket's place; `None` if there is nothing.
     ///
     /// # Errors
     /// What else is there.
@@ -330,15 +328,15 @@ impl<'a> PrivateFolder<'a> {
         };
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
-            // Of another type, or with a full queue.
+            // The listener has another type, or its queue is full.
             Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process listens there".to_owned()),
             Err(errno) => Err(cannot("find out whether another process listens there")(errno)),
         }
     }
 
-    /// Removes what is at the place if it is this file. It is looked at after it was moved in
-    /// here, so that nothing else is removed even if programs that know nothing of the lock
-    /// change the place.
+    /// Removes the file in the socket's place if it is `expected`. The file is checked after it
+    /// has been moved into the private folder, so that nothing else can be removed, even if
+    /// programs that ignore the lock change the place.
     fn take(&self, expected: SocketIdentity) -> Result<(), String> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
@@ -357,16 +355,16 @@ impl<'a> PrivateFolder<'a> {
 
 impl Drop for PrivateFolder<'_> {
     fn drop(&mut self) {
-        // Left over only where something failed.
+        // Left over only after a failure.
         let _ = unlinkat(&self.fd, FRESH, AtFlags::empty());
-        // The lock ends with the descriptor, which outlives this.
+        // The lock is released with the descriptor, which is closed later.
         if let Err(errno) = unlinkat(self.parent, &self.name, AtFlags::REMOVEDIR) {
             foreign::emit(|| tracing::debug!(folder = ?self.name, errno = %describe(errno), "a private folder is left behind"));
         }
     }
 }
 
-/// Whether the lock was free.
+/// Takes the lock; returns whether it was free.
 fn lock(fd: &OwnedFd) -> Result<bool, String> {
     match flock(fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(true),
@@ -375,7 +373,7 @@ fn lock(fd: &OwnedFd) -> Result<bool, String> {
     }
 }
 
-/// Whether the name still is that of this file.
+/// Whether the name still belongs to this file.
 fn is_same(folder: &OwnedFd, name: &OsStr, file: &Stat) -> bool {
     statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|found| identity(&found) == identity(file))
 }

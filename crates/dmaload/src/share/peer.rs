@@ -1,4 +1,4 @@
-//! Who the other side of a socket is.
+//! Identifies the user at the other end of a socket.
 
 use std::fs;
 
@@ -8,52 +8,52 @@ use std::os::fd::AsFd;
 
 /// The kernel's default for `/proc/sys/kernel/overflowuid`.
 const DEFAULT_OVERFLOW_USER: u32 = 65534;
-/// How many users there are: the last number is no user.
+/// The number of user ids: the last number is not a user.
 const ALL_USERS: u64 = u32::MAX as u64;
 
-/// Which numbers stand for one user. In a user namespace that does not map every user, all the
-/// others have the same number: the overflow id, often called `nobody`. A peer that has it can be
-/// any of them, also where this process has it itself.
+/// Determines which ids stand for a single user. In a user namespace that does not map every user,
+/// all others share one id: the overflow id, often called `nobody`. A peer with that id can be any
+/// of them, even if this process has it too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Users {
-    /// The number that stands for every user without one.
+    /// The id that stands for every unmapped user.
     overflow: Option<u32>,
 }
 
 impl Users {
-    /// As this process sees them. Where procfs cannot be read, the overflow id is the kernel's
-    /// default and not every user is mapped.
+    /// The ids as this process sees them. If procfs can't be read, assumes the kernel's default
+    /// overflow id and that not every user is mapped.
     pub(super) fn of_this_process() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         Users::parse(&read("/proc/self/uid_map"), &read("/proc/sys/kernel/overflowuid"))
     }
 
     fn parse(uid_map: &str, overflow: &str) -> Self {
-        // Ranges do not overlap, so their lengths tell whether they are all. A nested namespace
-        // can map only what its parent does.
+        // Ranges do not overlap, so the sum of their lengths shows whether all users are mapped. A
+        // nested namespace can only map what its parent does.
         let length = |line: &str| line.split_ascii_whitespace().nth(2).and_then(|length| length.parse::<u64>().ok()).unwrap_or(0);
         let mapped = uid_map.lines().map(length).fold(0, u64::saturating_add);
         let overflow = overflow.trim().parse().unwrap_or(DEFAULT_OVERFLOW_USER);
         Users { overflow: (mapped < ALL_USERS).then_some(overflow) }
     }
 
-    /// Whether a peer of this number can be any user that has no other.
+    /// Whether a peer with this id can be any unmapped user.
     pub(super) fn is_ambiguous(self, user: u32) -> bool {
         self.overflow == Some(user)
     }
 
-    /// Whether a peer of this number is of this process's own user.
+    /// Whether a peer with this id belongs to this process's own user.
     pub(super) fn is_own(self, user: u32) -> bool {
         user == geteuid().as_raw() && !self.is_ambiguous(user)
     }
 
-    /// Whether a peer of this number is root of this process's user namespace.
+    /// Whether a peer with this id is root of this process's user namespace.
     pub(super) fn is_root(self, user: u32) -> bool {
         user == 0 && !self.is_ambiguous(user)
     }
 }
 
-/// The user at the other end of a connection.
+/// The user id of the other end of a connection.
 pub(super) fn user_of(socket: impl AsFd) -> Result<u32, rustix::io::Errno> {
     sockopt::socket_peercred(socket).map(|peer| peer.uid.as_raw())
 }

@@ -1,35 +1,36 @@
-//! The messages, as bytes.
+//! Encodes and decodes the protocol's messages.
 
 use super::REQUEST_LIMIT_BYTES;
 
 const MAGIC: [u8; 8] = *b"dmaload\0";
 pub(super) const VERSION: u32 = 1;
-/// A client wants an image.
+/// The operation that requests an image.
 const ATTACH: u32 = 1;
-/// So many descriptors fit into a message; the kernel takes 253 (`SCM_MAX_FD`).
+/// Descriptors per message; the kernel allows 253 (`SCM_MAX_FD`).
 pub(super) const DESCRIPTORS_IN_A_MESSAGE: usize = 64;
-/// More than any image has: as many segments of 2 MiB as make 128 GiB.
+/// More than any image has: segments of 2 MiB for 128 GiB.
 pub(super) const DESCRIPTORS_LIMIT: usize = 1 << 16;
 pub(super) const REPLY_BYTES: usize = 24;
-/// The longest list of names that follows a refusal, in bytes.
+/// Maximum length in bytes of the names that follow a refusal.
 pub(super) const NAMES_LIMIT_BYTES: usize = 1024;
 
-/// What a server answers.
+/// The status in a server's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Status {
     Ok,
-    /// The request is of another version, or none.
+    /// The request has another version, or is not a request.
     Malformed,
-    /// It has no image of that name, or none at all; `all` is how many it has, and their names
-    /// follow.
+    /// The server has no image of that name, or none at all; `all` is the number of its images,
+    /// and their names follow.
     NoSuchImage,
-    /// The client's user may not; `all` is its number as the server sees it.
+    /// The client's user may not attach; `all` is its id as the server sees it.
     NotAllowed,
-    /// It has several images and none was named; as with `NoSuchImage`, their names follow.
+    /// The server has several images and the client named none; their names follow, as with
+    /// `NoSuchImage`.
     Several,
-    /// No image has been published since the server began.
+    /// The server has not published an image yet.
     NotYet,
-    /// Other connections of the client's user take up what that user may have at once.
+    /// Other connections of the client's user use up what that user may have.
     Busy,
 }
 
@@ -43,7 +44,7 @@ pub(super) fn request(name: &str) -> Vec<u8> {
     [&MAGIC[..], &VERSION.to_le_bytes(), &ATTACH.to_le_bytes(), name.as_bytes()].concat()
 }
 
-/// The name that a request asks for; `None` for anything but a request.
+/// The requested name; `None` if the message is not a request.
 pub(super) fn parse_request(message: &[u8]) -> Option<&str> {
     let rest = message.strip_prefix(&MAGIC).filter(|_| message.len() <= REQUEST_LIMIT_BYTES)?;
     let (version, rest) = rest.split_first_chunk::<4>()?;
@@ -54,7 +55,7 @@ pub(super) fn parse_request(message: &[u8]) -> Option<&str> {
     str::from_utf8(name).ok()
 }
 
-/// Appends names to a refusal, as many as there is room for.
+/// Appends names to a refusal, as many as fit.
 pub(super) fn with_names<'a>(reply: Reply, names: impl IntoIterator<Item = &'a str>) -> Vec<u8> {
     let mut message = reply.to_bytes().to_vec();
     for name in names {
@@ -67,14 +68,14 @@ pub(super) fn with_names<'a>(reply: Reply, names: impl IntoIterator<Item = &'a s
     message
 }
 
-/// The names that follow a refusal. They are somebody else's: show them escaped.
+/// Parses the names that follow a refusal. They are untrusted: escape them for display.
 pub(super) fn parse_names(message: &[u8]) -> Vec<String> {
     let list = message.get(REPLY_BYTES..).unwrap_or_default();
     let names = list.split(|&byte| byte == 0).filter(|name| !name.is_empty());
     names.map(|name| String::from_utf8_lossy(name).into_owned()).collect()
 }
 
-/// A part of a server's answer: how many descriptors there are in all, and in this message.
+/// The fixed part of a server's answer: the number of descriptors in total and in this message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Reply {
     pub(super) status: Status,

@@ -1,4 +1,4 @@
-//! What a server has, and shares with the thread that serves its clients.
+//! A server's state, shared with the thread that serves its clients.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,20 +19,19 @@ use crate::load::image::Image;
 use crate::memory::segment::Segment;
 use crate::support::errno;
 
-/// What a server does otherwise than by default.
+/// Options of a server.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct ServerOptions {
-    /// Users besides the server's own that may attach, by their numbers. The socket then accepts
-    /// connections of all users, and the kernel is asked who each is.
+    /// Ids of users, besides the server's own, that may attach. The socket then accepts
+    /// connections from all users, and the kernel is asked who each one is.
     ///
-    /// In a user namespace that does not map every user, all that it does not map appear as the
-    /// overflow id (usually 65534, `nobody`). A client that has it is refused even if the server
-    /// appears as it, too, unless the id is in this list: that allows *every* user who is not
-    /// mapped.
+    /// In a user namespace that does not map every user, all unmapped users appear as the overflow
+    /// id (usually 65534, `nobody`). A client with that id is refused, even if the server has it
+    /// as well, unless the id is in this list: that allows *every* unmapped user.
     pub allowed_users: Vec<u32>,
-    /// Share dma-bufs, for clients with devices. **Whoever has a dma-buf can write to it.**
-    /// Default: memory files, which nobody can write to any more.
+    /// Whether to share dma-bufs, for clients with devices. **Whoever has a dma-buf can write to
+    /// it.** Default: only memfds, sealed against writing.
     pub dma_bufs: bool,
 }
 
@@ -56,7 +55,7 @@ impl ServerOptions {
 pub(super) struct ServerShared {
     pub(super) socket: PathBuf,
     pub(super) listener: Listener,
-    /// `None` where the kernel refuses descriptors.
+    /// `None` if the kernel refuses descriptors.
     pub(super) undertaker: Option<Arc<Undertaker>>,
     pub(super) options: ServerOptions,
     pub(super) users: Users,
@@ -69,15 +68,15 @@ pub(super) struct ServerShared {
 #[derive(Debug, Default)]
 pub(super) struct Images {
     pub(super) by_name: HashMap<String, (Image, Arc<Published>)>,
-    /// One was published, now or before.
+    /// Whether any image has been published so far.
     pub(super) any_yet: bool,
     pub(super) closed: bool,
 }
 
-/// What clients are given.
+/// What clients receive.
 #[derive(Debug)]
 pub(super) struct Published {
-    /// The description, then the memories.
+    /// The description, followed by the memories.
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
@@ -86,9 +85,9 @@ impl ServerShared {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets the thread look at what has changed.
+    /// Wakes the thread to handle a change.
     pub(super) fn wake(&self) {
-        // It fails only when the count is full, and then the thread is awake.
+        // It fails only if the counter is full, and then the thread is awake.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
@@ -109,7 +108,7 @@ impl ServerShared {
             return Err(refuse(&self.socket, format!("{} segments are too many to share", image.report().memories)));
         }
         if !self.options.dma_bufs {
-            // What clients look at nobody may write to by another way.
+            // Seals the memory that clients will read against writing by any other means.
             image.segments().iter().try_for_each(Segment::keep_unwritten)?;
         }
         let own = |fd: BorrowedFd<'_>| {
@@ -130,7 +129,7 @@ impl ServerShared {
         Ok(Published { descriptors })
     }
 
-    /// What a request asks for, or the answer to it.
+    /// The requested image, or the answer that refuses it.
     pub(super) fn find(&self, request: &[u8]) -> Result<Arc<Published>, (Status, Vec<u8>)> {
         let refuse = |status| (status, Reply { status, all: 0, here: 0 }.to_bytes().to_vec());
         let name = parse_request(request).ok_or_else(|| refuse(Status::Malformed))?;
@@ -158,7 +157,7 @@ impl ServerShared {
 
     pub(super) fn limits(&self) -> ClientLimits {
         let descriptors = dmabuf::Limit::OpenFiles.current().unwrap_or(1 << 20);
-        // Its own user, too.
+        // Plus one for the server's own user.
         ClientLimits::new(usize::try_from(descriptors).unwrap_or(1 << 20), self.options.allowed_users.len() + 1)
     }
 }

@@ -1,4 +1,4 @@
-//! The side that has images: what a service makes, and publishes them with. One thread serves its clients, see
+//! The server side, with which a service publishes images. One thread serves the clients, see
 //! [`super::clients`].
 
 use std::fmt;
@@ -22,26 +22,26 @@ use crate::error::Result;
 use crate::load::image::Image;
 use crate::support::errno;
 
-/// Hands images out to other processes; see [the module](super). Dropping it stops handing out;
-/// what clients have, they keep.
+/// Shares images with other processes; see [the module](super). Dropping it stops sharing; clients
+/// keep what they have received.
 pub struct Server {
     shared: Arc<ServerShared>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Server {
-    /// Listens at a path, which can be of any length. A socket that refuses connections is
-    /// replaced, anything else is not; only the server's user may connect, unless others are
+    /// Listens at a path, which can be of any length. Replaces an existing socket that refuses
+    /// connections, but nothing else. Only the server's user may connect, unless others are
     /// allowed.
     ///
-    /// It is safe in a folder that another user owns: see `share/listener.rs`. While a server is
-    /// made or removed, its folder also has one of the name `.NAME.dmaload`.
+    /// This is safe in a folder that another user owns: see `share/listener.rs`. While a server is
+    /// created or removed, its folder also contains an entry named `.NAME.dmaload`.
     ///
-    /// Clients that come before the first image is published wait for it, for [`super::PATIENCE`] at
-    /// most.
+    /// Clients that connect before the first image is published wait for it, for at most
+    /// [`super::PATIENCE`].
     ///
     /// # Errors
-    /// [`crate::Error::Share`] when another process listens there, or what the kernel answered.
+    /// [`crate::Error::Share`] if another process listens there, or with the kernel's error.
     pub fn bind(socket: impl AsRef<Path>, options: ServerOptions) -> Result<Self> {
         Server::bind_with(socket.as_ref(), options, refuse_descriptors)
     }
@@ -50,12 +50,13 @@ impl Server {
         let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("make an eventfd", errno))?;
-        // Each connection is asked who it is; the mode only keeps others from asking in vain.
+        // The kernel identifies each connection's user; the mode only keeps others from asking in
+        // vain.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
         let undertaker = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
-        // Asked once here, so that a filter of system calls is an error now, and not a client
-        // that is never served.
+        // Queried once here, so that a system call filter causes an error now rather than clients
+        // that are never served.
         is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
             socket: path.to_owned(),
@@ -75,8 +76,8 @@ impl Server {
         Ok(server)
     }
 
-    /// Whether [`Self::bind`] could have this path now, for those who load for minutes before
-    /// they bind.
+    /// Checks whether [`Self::bind`] would succeed at this path now, for callers that load for
+    /// minutes before they bind.
     ///
     /// # Errors
     /// Those of [`Self::bind`].
@@ -85,13 +86,13 @@ impl Server {
         Listener::check(path).map_err(|reason| refuse(path, reason))
     }
 
-    /// Hands this image out under a name, in the place of another one of that name. Its memory is
-    /// sealed, and never recycled by a pool.
+    /// Publishes an image under a name, replacing any other image of that name. Its memory is
+    /// sealed, and no pool ever recycles it.
     ///
     /// # Errors
-    /// [`crate::Error::NoDescriptor`] for memory of another kind than is shared; [`crate::Error::Viewed`] where
-    /// dma-bufs are shared and views of its bytes are alive; [`crate::Error::Share`] where descriptors
-    /// run out.
+    /// [`crate::Error::NoDescriptor`] if the memory is not of the kind that is shared;
+    /// [`crate::Error::Viewed`] if dma-bufs are shared and views of the bytes exist;
+    /// [`crate::Error::Share`] if descriptors run out.
     pub fn publish(&self, name: &str, image: Image) -> Result<()> {
         let published = Arc::new(self.shared.prepare(&image)?);
         let before = {
@@ -99,14 +100,14 @@ impl Server {
             images.any_yet = true;
             images.by_name.insert(name.to_owned(), (image, published))
         };
-        // Clients may wait for it.
+        // Clients may be waiting for it.
         self.shared.wake();
-        // Outside of the lock: it may be the last owner of gigabytes.
+        // Outside the lock, because it may be the last owner of gigabytes.
         drop(before);
         Ok(())
     }
 
-    /// Stops handing out the image of this name, and gives it back.
+    /// Stops sharing the image with this name and returns it.
     pub fn withdraw(&self, name: &str) -> Option<Image> {
         let removed = self.shared.images().by_name.remove(name);
         removed.map(|(image, _)| image)
@@ -119,7 +120,8 @@ impl Server {
         names
     }
 
-    /// How many clients were given an image, and how many connections were refused or let go.
+    /// How many clients have received an image, and how many connections were refused or closed
+    /// early.
     pub fn served(&self) -> (u64, u64) {
         (self.shared.served.load(Ordering::Relaxed), self.shared.refused.load(Ordering::Relaxed))
     }
@@ -130,13 +132,13 @@ impl Drop for Server {
         self.shared.images().closed = true;
         self.shared.wake();
         if let Some(thread) = self.thread.take() {
-            // It never waits for a client.
+            // The thread never waits for a client.
             let _ = thread.join();
         }
         if let Some(undertaker) = &self.shared.undertaker {
             undertaker.close();
         }
-        // The thread is gone, so this ends the listener, which removes its socket.
+        // The thread has exited, so this drops the listener, which removes its socket.
     }
 }
 
@@ -161,26 +163,26 @@ mod tests {
 
     use super::*;
 
-    /// A TCP socket whose last close waits for as long as its other end likes, and that end.
+    /// A TCP socket whose last close takes as long as its other end chooses, and that end.
     fn lingering() -> (OwnedFd, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (receiver, _) = listener.accept().unwrap();
         sockopt::set_socket_linger(&sender, Some(Duration::from_secs(600))).unwrap();
         sender.set_nonblocking(true).unwrap();
-        // Nobody reads it: sooner or later it is not even sent.
+        // Nothing reads this, so eventually it is not even sent.
         while sender.write(&[0; 1 << 16]).is_ok() {}
         (sender.into(), receiver)
     }
 
-    /// Sends a message that carries a descriptor, which the message alone has a moment later.
+    /// Sends a message with a descriptor that soon only the message holds.
     fn send_with(socket: &OwnedFd, message: &[u8], descriptor: OwnedFd) -> Result<(), Errno> {
         let descriptors = [descriptor.as_fd()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
         let sent = sendmsg(socket, &[IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL).map(|_| ());
-        // Where the message has gone already, this is the last close.
+        // If the message is already gone, this is the last close.
         thread::spawn(move || drop(descriptor));
         sent
     }
@@ -196,12 +198,12 @@ mod tests {
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_secs(20))).unwrap();
             socket
         };
-        // With what the kernel has, and as before Linux 6.16.
+        // With the kernel's own behavior, and as before Linux 6.16.
         for refuse in [refuse_descriptors, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
             let is_refused = server.shared.undertaker.is_none();
             let mut others = Vec::new();
-            // Several times, since the server's close has to come last.
+            // Repeated, because the server's close has to come last.
             for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(10) {
                 let (descriptor, other) = lingering();
                 others.push(other);
@@ -217,20 +219,20 @@ mod tests {
                         socket
                     })
                     .collect();
-                // After the first message it may have been let go already.
+                // The server may have closed the connection after the first message.
                 let sent = send_with(&socket, b"not a request", descriptor);
                 assert!(!is_refused || sent == Err(Errno::PERM) || before > 0, "{sent:?}");
                 assert!(is_refused || before > 0 || sent.is_ok(), "{sent:?}");
                 if !ends {
                     std::mem::forget(socket);
                 }
-                // Somebody else is answered, though not with an image.
+                // Other clients are still answered, though not with an image.
                 let socket = connect();
                 send_bytes(&socket, b"not a request", SendFlags::NOSIGNAL).unwrap();
                 let answer = rustix::net::recv(&socket, &mut [0; 64][..], rustix::net::RecvFlags::empty());
                 assert!(matches!(answer, Ok((1.., _))), "refused {is_refused}, {before} before, ends {ends}: {answer:?}");
             }
-            // Nor is its end held up, by those that it has never accepted either.
+            // Connections that were never accepted don't delay the end of the server either.
             let (descriptor, other) = lingering();
             others.push(other);
             let socket = connect();

@@ -1,14 +1,14 @@
-//! A file's checksums chunk by chunk, whichever way its bytes are cut when they come.
+//! Computes a file's checksums chunk by chunk, however its bytes are split when they arrive.
 
 use super::digest::{Algorithm, Digest, Hasher};
 use crate::support::convert::to_usize;
 
-/// See the module.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub(super) struct Chunks {
     hasher: Hasher,
     chunk_bytes: u64,
-    /// How much it has seen.
+    /// Number of bytes seen so far.
     seen_bytes: u64,
 }
 
@@ -21,7 +21,8 @@ impl Chunks {
         self.seen_bytes
     }
 
-    /// Takes the next bytes; calls `each` for every chunk that they complete, with its number.
+    /// Takes the next bytes, and calls `each` with the number and checksum of every chunk that
+    /// they complete.
     pub(super) fn update<E>(&mut self, mut bytes: &[u8], mut each: impl FnMut(u64, Digest) -> Result<(), E>) -> Result<(), E> {
         while !bytes.is_empty() {
             let number = self.seen_bytes / self.chunk_bytes;
@@ -37,7 +38,7 @@ impl Chunks {
         Ok(())
     }
 
-    /// The file is at its end: gives its last chunk, unless that was a whole one.
+    /// Returns the last chunk at the end of the file, unless it was complete.
     pub(super) fn finish(&mut self) -> Option<(u64, Digest)> {
         let number = self.seen_bytes / self.chunk_bytes;
         (!self.seen_bytes.is_multiple_of(self.chunk_bytes)).then(|| (number, self.take()))

@@ -1,7 +1,8 @@
-//! Checksums of what was loaded.
+//! Checksums of loaded bytes.
 //!
-//! Four, because people compare with what they have: `sha256` is what model hubs publish, `blake3` is the fast
-//! cryptographic one, `crc32c` is what storage keeps, `xxh3` is the cheapest that still catches a swapped page.
+//! Four algorithms, so that users can compare with what they have: `sha256` is what model hubs
+//! publish, `blake3` is the fast cryptographic one, `crc32c` is what storage systems keep, and
+//! `xxh3` is the cheapest that still detects a swapped page.
 
 use std::fmt;
 use std::hash::Hasher as _;
@@ -9,7 +10,7 @@ use std::str::FromStr;
 
 use sha2::Digest as _;
 
-/// Which checksum.
+/// A checksum algorithm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Algorithm {
@@ -19,12 +20,12 @@ pub enum Algorithm {
     Blake3,
     /// CRC-32C (Castagnoli), as used by iSCSI, ext4 and object stores.
     Crc32c,
-    /// XXH3 with 64 bits, as printed by `xxhsum -H3`.
+    /// 64-bit XXH3, as printed by `xxhsum -H3`.
     Xxh3,
 }
 
 impl Algorithm {
-    /// All of them.
+    /// All algorithms.
     pub const ALL: [Algorithm; 4] = [Algorithm::Sha256, Algorithm::Blake3, Algorithm::Crc32c, Algorithm::Xxh3];
 
     /// The name used on the command line and in manifests.
@@ -37,7 +38,7 @@ impl Algorithm {
         }
     }
 
-    /// How long its checksums are.
+    /// The length of its checksums in bytes.
     pub fn digest_bytes(self) -> usize {
         match self {
             Self::Sha256 | Self::Blake3 => LONGEST,
@@ -64,16 +65,18 @@ impl FromStr for Algorithm {
 
 const LONGEST: usize = 32;
 
-/// A finished checksum. Shown, and parsed, as `sha256:ba7816bf…`: the value in hexadecimal, most significant digit first.
+/// A finished checksum. Displayed and parsed as `sha256:ba7816bf…`: the value in hexadecimal, most
+/// significant digit first.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Digest {
     algorithm: Algorithm,
-    /// Beyond [`Algorithm::digest_bytes`] zero.
+    /// Zero beyond [`Algorithm::digest_bytes`].
     bytes: [u8; LONGEST],
 }
 
 impl Digest {
-    /// A value that was computed with this algorithm; `None` when it has not its length.
+    /// Creates a digest from a value computed with this algorithm; `None` if the value has the
+    /// wrong length.
     pub fn new(algorithm: Algorithm, value: &[u8]) -> Option<Self> {
         let mut bytes = [0; LONGEST];
         let there = bytes.get_mut(..algorithm.digest_bytes()).filter(|there| there.len() == value.len())?;
@@ -81,7 +84,7 @@ impl Digest {
         Some(Digest { algorithm, bytes })
     }
 
-    /// The same from hexadecimal digits, in either case.
+    /// Creates a digest from hexadecimal digits in either case.
     pub fn from_hex(algorithm: Algorithm, hex: &str) -> Option<Self> {
         let digit = |at: usize| hex.as_bytes().get(at).and_then(|&byte| char::from(byte).to_digit(16));
         let byte = |at: usize| u8::try_from(digit(2 * at)? << 4 | digit(2 * at + 1)?).ok();
@@ -89,7 +92,7 @@ impl Digest {
         value.filter(|value| hex.len() == 2 * value.len()).and_then(|value| Digest::new(algorithm, &value))
     }
 
-    /// What it was made with.
+    /// The algorithm that it was computed with.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
@@ -99,7 +102,7 @@ impl Digest {
         self.bytes.get(..self.algorithm.digest_bytes()).unwrap_or_default()
     }
 
-    /// The value in lower case hexadecimal digits.
+    /// The value in lower-case hexadecimal digits.
     pub fn hex(&self) -> String {
         self.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -128,7 +131,7 @@ impl FromStr for Digest {
     }
 }
 
-/// The checksum of bytes that are all there.
+/// Computes the checksum of these bytes.
 #[must_use]
 pub fn digest(algorithm: Algorithm, bytes: &[u8]) -> Digest {
     let mut hasher = Hasher::new(algorithm);
@@ -136,11 +139,11 @@ pub fn digest(algorithm: Algorithm, bytes: &[u8]) -> Digest {
     hasher.finish()
 }
 
-/// A checksum in the making, for bytes that arrive piece by piece.
+/// Computes a checksum incrementally.
 #[derive(Clone)]
 pub struct Hasher(HasherState);
 
-// Two of the states are large, and there is one hasher per file: the boxes cost nothing.
+// Two of the states are large, and there is only one hasher per file, so the boxes cost nothing.
 #[derive(Clone)]
 enum HasherState {
     Sha256(sha2::Sha256),
@@ -150,7 +153,7 @@ enum HasherState {
 }
 
 impl Hasher {
-    /// A hasher that has seen nothing yet.
+    /// Creates a hasher that has seen no bytes.
     #[must_use]
     pub fn new(algorithm: Algorithm) -> Self {
         Self(match algorithm {
@@ -161,7 +164,7 @@ impl Hasher {
         })
     }
 
-    /// What it computes.
+    /// Its algorithm.
     #[must_use]
     pub fn algorithm(&self) -> Algorithm {
         match self.0 {
@@ -172,7 +175,7 @@ impl Hasher {
         }
     }
 
-    /// Takes the next bytes; how they are cut makes no difference.
+    /// Takes the next bytes; how they are split makes no difference.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
             HasherState::Sha256(state) => state.update(bytes),
@@ -184,7 +187,7 @@ impl Hasher {
         }
     }
 
-    /// The checksum of everything taken.
+    /// The checksum of all bytes taken.
     #[must_use]
     pub fn finish(self) -> Digest {
         let algorithm = self.algorithm();

@@ -1,8 +1,9 @@
-//! Manifests: what files are to be, chunk by chunk, as JSON.
+//! Manifests: the expected contents of files, chunk by chunk, as JSON.
 //!
 //! ```json
 //! { "format": "dmaload-manifest", "version": 1, "algorithm": "crc32c", "chunk_bytes": 1048576,
-//!   "files": [ { "path": "model.safetensors", "bytes": 1500000, "sha256": "9f86d0…", "chunks": ["e3069283", "8a9136aa"] } ] }
+//!   "files": [ { "path": "model.safetensors", "bytes": 1500000, "sha256": "9f86d0…",
+//!                "chunks": ["e3069283", "8a9136aa"] } ] }
 //! ```
 
 use std::collections::BTreeSet;
@@ -18,7 +19,7 @@ use super::digest::{Algorithm, Digest};
 const FORMAT: &str = "dmaload-manifest";
 const VERSION: u64 = 1;
 
-/// What files are to be; see the [module](super).
+/// The expected contents of files; see the [module](super).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
     pub(super) algorithm: Algorithm,
@@ -26,47 +27,48 @@ pub struct Manifest {
     pub(super) files: Vec<ManifestFile>,
 }
 
-/// What one file is to be.
+/// The expected contents of one file.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ManifestFile {
-    /// For people; what names the file where `raw` does not.
+    /// The path for display. It also identifies the file unless `raw` does.
     pub(super) path: String,
-    /// The same where it is not UTF-8.
+    /// The path, if it is not UTF-8.
     pub(super) raw: Option<PathBuf>,
     pub(super) bytes: u64,
     pub(super) sha256: Option<Digest>,
-    /// The checksums of all chunks, one after the other.
+    /// The checksums of all chunks, concatenated.
     pub(super) sums: Vec<u8>,
 }
 
-/// Why something is no manifest: where, and what is wrong there.
+/// Why a manifest is invalid: where, and what is wrong there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("invalid manifest: {}", dmabuf::printable::text(.0))]
 pub struct ManifestError(String);
 
 impl ManifestFile {
-    /// A file by its name, of which nothing is known as yet.
+    /// An entry with a name and a length, but no checksums yet.
     pub(super) fn named(path: &Path, bytes: u64) -> Self {
         let raw = path.to_str().is_none().then(|| path.to_owned());
         ManifestFile { path: path.to_string_lossy().into_owned(), raw, bytes, sha256: None, sums: Vec::new() }
     }
 
-    /// The file's path, or as much of its end as it takes to name it. Bytes that are not UTF-8 are replaced.
+    /// The file's path, or enough of its end to identify it. Invalid UTF-8 is replaced.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// The same, as the file system has it.
+    /// Like [`Self::path`], but with the bytes as in the file system.
     pub fn raw_path(&self) -> &Path {
         self.raw.as_deref().unwrap_or(Path::new(&self.path))
     }
 
-    /// Its length.
+    /// The file's length.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The checksum of all of it, where there is one: for people, and for other tools. Loads verify the chunks.
+    /// The checksum of the whole file, if present: for people and other tools. Loads verify the
+    /// chunks.
     pub fn sha256(&self) -> Option<Digest> {
         self.sha256
     }
@@ -79,48 +81,48 @@ impl fmt::Debug for ManifestFile {
 }
 
 impl Manifest {
-    /// The largest chunk, and what each size must divide: segments begin at multiples of it, so that each of them is verified as
-    /// a whole before it is shown.
+    /// Maximum size of a chunk. Every chunk size divides it, and segments begin at its multiples,
+    /// so each segment is verified as a whole before it is handed over.
     pub const LARGEST_CHUNK_BYTES: u64 = 1 << 20;
-    /// The smallest chunk.
+    /// Minimum size of a chunk.
     pub const SMALLEST_CHUNK_BYTES: u64 = 4096;
 
-    /// Whether chunks may have this size: a power of two from 4 KiB to 1 MiB.
+    /// Whether this is a valid chunk size: a power of two from 4 KiB to 1 MiB.
     pub fn allows_chunk_bytes(bytes: u64) -> bool {
         bytes.is_power_of_two() && (Self::SMALLEST_CHUNK_BYTES..=Self::LARGEST_CHUNK_BYTES).contains(&bytes)
     }
 
-    /// The checksum of its chunks.
+    /// The checksum algorithm of the chunks.
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
 
-    /// The size of its chunks; the last one of a file may be shorter.
+    /// The size of the chunks; a file's last chunk may be shorter.
     pub fn chunk_bytes(&self) -> u64 {
         self.chunk_bytes
     }
 
-    /// Its files.
+    /// The files.
     pub fn files(&self) -> &[ManifestFile] {
         &self.files
     }
 
-    /// The checksum of a chunk.
+    /// The checksum of one chunk.
     pub(super) fn sum(&self, file: &ManifestFile, chunk: u64) -> Option<Digest> {
         let length = self.algorithm.digest_bytes();
         let start = usize::try_from(chunk).ok()?.checked_mul(length)?;
         Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
     }
 
-    /// The file that a path names: the one whose path is the longest end of it; or the only one there is, where it is the only
-    /// one asked for (a copy may have any name).
+    /// The entry for a path: the one whose path is the longest suffix of it, or the only entry if
+    /// only one file is loaded (a copy may have any name).
     pub(super) fn find(&self, path: &Path, alone: bool) -> Option<usize> {
         let named = self.files.iter().enumerate().filter(|(_, file)| path.ends_with(file.raw_path()));
         let longest = named.max_by_key(|(_, file)| file.raw_path().components().count());
         longest.map(|(index, _)| index).or((alone && self.files.len() == 1).then_some(0))
     }
 
-    /// Names files by as little of the end of each path as it takes to tell them apart.
+    /// The shortest suffixes of the paths that tell them apart.
     pub(super) fn names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {
@@ -134,10 +136,11 @@ impl Manifest {
         (1..=longest).map(ends).find(|names| distinct(names)).unwrap_or_else(|| ends(longest))
     }
 
-    /// Reads a manifest.
+    /// Parses a manifest.
     ///
     /// # Errors
-    /// Where it is none, and why. Whatever the bytes are, it takes a small multiple of their memory, and no panic comes of it.
+    /// Where it is invalid, and why. Parsing takes a small multiple of the input's memory and
+    /// never panics.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
         let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
         let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| wrong("", "is no object"))? };
@@ -163,7 +166,7 @@ impl Manifest {
         }
     }
 
-    /// The same as JSON.
+    /// The manifest as JSON.
     pub fn to_json(&self) -> String {
         let file = |file: &ManifestFile| {
             let chunks = file.sums.chunks(self.algorithm.digest_bytes());
@@ -223,7 +226,7 @@ fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -
     Ok(ManifestFile { path, raw, bytes, sha256, sums })
 }
 
-/// A path from its bytes in hex.
+/// Decodes a path from its bytes in hex.
 fn unhex(hex: &str) -> Option<PathBuf> {
     let pairs = hex.as_bytes().chunks(2);
     let bytes: Option<Vec<u8>> = pairs.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect();
@@ -232,7 +235,7 @@ fn unhex(hex: &str) -> Option<PathBuf> {
     Some(OsString::from_vec(bytes).into())
 }
 
-/// An object of the JSON, and where it is.
+/// A JSON object and its location.
 struct Object<'a> {
     at: String,
     fields: &'a Map<String, Value>,

@@ -1,11 +1,13 @@
-//! Checking that what is loaded is what it should be, while it is being loaded (feature `verify`).
+//! Verifies what is loaded while it is being loaded (feature `verify`).
 //!
-//! A [`Manifest`] has a checksum of each chunk of each file; a load that was given one ([`crate::LoadOptions::verify`]) looks at
-//! each chunk when it has landed, on threads of the loader's own, and shows no segment with a byte that was not verified. A
-//! single [`Digest`] of a whole file does, too: all segments but the last one are shown before it is known.
+//! A [`Manifest`] contains a checksum for each chunk of each file. A load with a manifest
+//! ([`crate::LoadOptions::verify`]) checks each chunk when it has arrived, on the loader's
+//! threads, and never hands over a segment with unverified bytes. A single [`Digest`] of a whole
+//! file also verifies it, but all segments except the last one are handed over before the result
+//! is known.
 //!
-//! It computes, and compares bytes that a load shows it. It reads no payload itself, only a file's
-//! header, to name the tensors of a corrupt chunk. It has no threads and nothing to end: a
+//! Computes checksums of the bytes that a load passes to it. Reads no payload itself, only a
+//! file's header to name the tensors in a corrupt chunk. Has no threads and needs no shutdown: a
 //! verifier lives as long as the load that uses it.
 //!
 //! ```no_run
@@ -13,7 +15,8 @@
 //! use dmaload::verify::Manifest;
 //! let manifest = Manifest::parse(&std::fs::read("model.safetensors.json")?)?;
 //! let loader = dmaload::Loader::new()?;
-//! let image = loader.load("model.safetensors").options(loader.load_options().verify(manifest)).await?;
+//! let options = loader.load_options().verify(manifest);
+//! let image = loader.load("model.safetensors").options(options).await?;
 //! # Ok(())
 //! # }
 //! ```

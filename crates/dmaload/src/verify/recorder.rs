@@ -1,4 +1,4 @@
-//! Making a manifest: an observer that takes checksums of what is loaded.
+//! Creates manifests: an observer that computes checksums of what is loaded.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use super::manifest::{Manifest, ManifestFile};
 use crate::options::observer::{Observer, Rejection};
 use crate::telemetry::report::Report;
 
-/// An [`Observer`] that makes a [`Manifest`] of a load's files. For one load.
+/// An [`Observer`] that creates a [`Manifest`] of a load's files. For one load.
 ///
 /// ```no_run
 /// # async fn example() -> dmaload::Result<()> {
@@ -17,7 +17,8 @@ use crate::telemetry::report::Report;
 /// use dmaload::verify::{Algorithm, Recorder};
 /// let loader = dmaload::Loader::new()?;
 /// let recorder = Arc::new(Recorder::new(Algorithm::Crc32c, 1 << 20));
-/// let mut segments = loader.load("model.safetensors").options(loader.load_options().observer(recorder.clone())).segments();
+/// let options = loader.load_options().observer(recorder.clone());
+/// let mut segments = loader.load("model.safetensors").options(options).segments();
 /// while let Some(segment) = segments.next().await {
 ///     drop(segment?);
 /// }
@@ -41,19 +42,20 @@ struct Sums {
 }
 
 impl Recorder {
-    /// One for chunks of this size.
+    /// Creates a recorder for chunks of this size.
     ///
     /// # Panics
-    /// When the size is none that chunks may have: [`Manifest::allows_chunk_bytes`].
+    /// If the size is not valid: [`Manifest::allows_chunk_bytes`].
     pub fn new(algorithm: Algorithm, chunk_bytes: u64) -> Self {
         assert!(Manifest::allows_chunk_bytes(chunk_bytes), "{chunk_bytes} is no chunk size");
         Recorder { algorithm, chunk_bytes, files: Mutex::default() }
     }
 
-    /// The manifest of a load that it has seen all of.
+    /// The manifest of a completely observed load.
     ///
     /// # Panics
-    /// When it has not seen all bytes of the report's files: this is the report of another load.
+    /// If it has not seen all bytes of the report's files, because the report is from another
+    /// load.
     pub fn manifest(&self, report: &Report) -> Manifest {
         let mut seen = self.files.lock().unwrap_or_else(PoisonError::into_inner).clone();
         seen.resize_with(report.files.len(), || self.nothing());

@@ -1,4 +1,4 @@
-//! Comparing what lands with what is expected.
+//! Compares loaded bytes with what is expected.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,7 +70,7 @@ impl Verify for Digest {
     }
 }
 
-/// Shows one file of a load, and none of the others.
+/// Passes on one file of a load, and none of the others.
 struct OnlyFile {
     file_index: usize,
     observer: Arc<dyn Observer>,
@@ -89,13 +89,13 @@ struct VerifiedFile {
     entry: usize,
 }
 
-/// Compares each chunk.
+/// Verifies each chunk.
 #[derive(Debug)]
 struct ByChunks {
     manifest: Arc<Manifest>,
     format: Format,
     files: Vec<VerifiedFile>,
-    /// The file that it is in, and how far.
+    /// The current file, and how far it has been read.
     at: Mutex<(usize, Chunks)>,
 }
 
@@ -129,7 +129,8 @@ impl ByChunks {
     }
 }
 
-/// The tensors that have a byte in this range, by the file's own header; none where that can't be read either.
+/// The tensors that overlap this range, according to the file's own header; empty if that can't be
+/// read.
 fn tensors_in(path: &Path, format: Format, start: u64, end: u64) -> Vec<String> {
     let header = OpenFile::open(path).and_then(|file| read_header(&file, 0..file.identity.bytes, format));
     let Ok(Some(map)) = header else { return Vec::new() };
@@ -137,7 +138,7 @@ fn tensors_in(path: &Path, format: Format, start: u64, end: u64) -> Vec<String> 
     there.map(|tensor| tensor.name.to_string()).collect()
 }
 
-/// Compares the checksum of a whole file, at its end.
+/// Verifies the checksum of a whole file, at its end.
 #[derive(Debug)]
 struct AsAWhole {
     expected: Digest,

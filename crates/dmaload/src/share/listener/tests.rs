@@ -32,7 +32,7 @@ fn dead_socket(path: &Path) {
     bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
 }
 
-/// What the owner of a folder can do to the names in it, whoever's they are.
+/// What the owner of a folder can do to any name in it.
 fn steal(folder: &Path, target: &Path) {
     for (number, name) in names(folder).into_iter().enumerate() {
         if !name.starts_with("stolen") {
@@ -90,7 +90,7 @@ fn another_file_in_the_place_of_the_bound_socket_is_left_alone() {
         |victim, fresh| fs::hard_link(victim, fresh).unwrap(),
         |_, fresh| {
             dead_socket(fresh);
-            // Of another user, where there can be one.
+            // Owned by another user, if possible.
             if geteuid().is_root() {
                 std::os::unix::fs::chown(fresh, Some(12345), None).unwrap();
             } else {
@@ -128,7 +128,7 @@ fn socket_has_its_mode_before_it_is_in_its_place() {
             if step == BindStep::Bound || step == BindStep::Ready {
                 seen.push((step, mode_of(&private.join(FRESH)) & !0o022));
             }
-            // Whoever sees it can connect.
+            // Anyone who sees it can connect.
             assert!(step != BindStep::Placed || (mode_of(&path) == mode.as_raw_mode() && is_served(&path)));
         });
         assert_eq!(seen.len(), 2);
@@ -207,8 +207,8 @@ fn server_that_ends_leaves_the_socket_of_the_next_one() {
     assert_eq!(fs::read_to_string(&path).unwrap(), "kept");
 }
 
-/// Each round two servers end while two others take the place: whatever the order, the last
-/// one bound is there.
+/// In each round two servers end while two others take the place. In any order, the last one bound
+/// remains.
 #[test]
 fn servers_that_end_and_begin_at_once_keep_the_last_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -223,7 +223,7 @@ fn servers_that_end_and_begin_at_once_keep_the_last_one() {
         });
         assert!(is_served(&path));
         drop(second.unwrap());
-        // A dead socket that two find at once: one has it.
+        // Two servers find a dead socket at once; one gets its place.
         dead_socket(&path);
         let both = thread::scope(|scope| {
             let other = scope.spawn(|| Listener::bind(&path, own()));
