@@ -1,10 +1,10 @@
-//! The command line: lists the verbs. Each verb owns its arguments, in a file of its own.
+//! The command line: lists the subcommands. Each of them defines its arguments in its own file.
 
 use clap::{Parser, Subcommand};
 
 use crate::{attach, bench, cat, demo, doctor, inspect, load, manifest, serve};
 
-/// Loads model files straight into shareable memory through io_uring, without the page cache.
+/// Loads model files straight into shareable memory through io_uring, bypassing the page cache.
 #[derive(Debug, Parser)]
 #[command(name = "dmaload", version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -14,37 +14,40 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Loads files into memory, and tells how it went.
+    /// Loads files into memory and reports how it went.
     ///
-    /// Exit status: 0 done, 1 a load failed, 2 wrong usage.
+    /// Exit status: 0 success, 1 a load failed, 2 wrong usage.
     Load(load::Arguments),
-    /// Loads a file, or one tensor, and writes it to standard output from the loaded memory.
+    /// Loads a file, or one tensor, and writes it from memory to standard output.
     Cat(cat::Arguments),
-    /// Writes a manifest of files to standard output: checksums of their chunks, for `load --verify`.
+    /// Writes a manifest to standard output: checksums of the files' chunks, for `load --verify`.
     Manifest(manifest::Arguments),
-    /// Shows what tensors a file holds; reads only its header.
+    /// Shows the tensors in a file; reads only its header.
     Inspect(inspect::Arguments),
-    /// Loads files, and hands their memory out to other processes at a Unix socket, until it is ended (SIGINT, SIGTERM).
+    /// Loads files and shares their memory with other processes through a Unix socket, until
+    /// SIGINT or SIGTERM.
     Serve(serve::Arguments),
-    /// Maps the memory that `serve` has loaded, without a copy, and tells what is in it.
+    /// Maps memory that `serve` has loaded, without a copy, and shows what is in it.
     Attach(attach::Arguments),
-    /// Tells what loads get from this machine, by trying, and what would help most.
+    /// Tries out what loads get on this machine, and shows what would help most.
     ///
-    /// Exit status: 0 when a load would work, 1 when not, 2 wrong usage.
+    /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
     Doctor(doctor::Arguments),
-    /// Makes a synthetic model, loads it cold, verifies it, and compares with allocate + mmap + memcpy.
+    /// Creates a synthetic model, loads it cold, verifies it, and compares with allocate + mmap +
+    /// memcpy.
     Demo(demo::Arguments),
-    /// Compares ways of loading a file cold, in turn, each run in a process of its own.
+    /// Compares ways of loading a file cold, in turn, each run in its own process.
     ///
-    /// Exit status: 0 done, 1 a mode failed (without --pressure) or loaded wrong bytes, 2 wrong usage.
+    /// Exit status: 0 success, 1 a mode failed (without --pressure) or loaded wrong bytes, 2 wrong
+    /// usage.
     Bench(bench::Arguments),
-    /// A process of `bench`.
+    /// A child process of `bench`.
     #[command(subcommand, hide = true)]
     BenchChild(bench::Child),
 }
 
 impl Command {
-    /// Whether standard output is to be one JSON object.
+    /// Whether standard output should be one JSON object.
     pub(crate) fn wants_json(&self) -> bool {
         match self {
             Command::Load(arguments) => arguments.json,
@@ -70,7 +73,7 @@ mod tests {
     use crate::manifests::Against;
     use crate::parse::{bytes, range};
 
-    /// What arguments are made of, and anything else.
+    /// Typical parts of arguments, and arbitrary characters.
     const TEXT: &str = "(sha256|crc32c|blake3|cgroup|hog|all-but|dma-heap|clean|dirty|auto|normal|:|=|,|-|\\.|/|e|[0-9a-fA-F]{1,64}|[KMGTPE]i?B|\\PC){0,8}";
 
     #[test]
@@ -79,7 +82,7 @@ mod tests {
         let Command::Load(load::Arguments { engine, .. }) = arguments.command else { panic!("that is load") };
         assert_eq!((engine.window, engine.staging, engine.segment_size, engine.chunk_size), (None, None, None, None));
         assert_eq!(engine.queue_depth, LoaderBuilder::QUEUE_DEPTH);
-        // What is left to the library, the help puts into words.
+        // The library chooses these defaults; the help text spells them out.
         let help = Arguments::command().find_subcommand_mut("load").unwrap().render_long_help().to_string();
         let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         for (option, bytes) in [

@@ -1,4 +1,4 @@
-//! `dmaload attach`: maps the memory that `serve` has loaded.
+//! `dmaload attach`: maps memory that `serve` has loaded.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -20,19 +20,20 @@ use crate::summary::{Used, summary, to_json};
 pub(crate) struct Arguments {
     /// The socket.
     pub(crate) socket: PathBuf,
-    /// The name of what is asked for; needed where the server has several.
+    /// The name of the image; required if the server has several.
     #[arg(long)]
     pub(crate) name: Option<String>,
-    /// Trust a server of this user, by its number, besides your own and root's; may be repeated.
+    /// Trust a server that runs as this user id, in addition to your own and root; may be
+    /// repeated.
     ///
-    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to trust that is to trust all of
-    /// them.
+    /// In a user namespace, all unmapped users appear as the overflow id, usually 65534: trusting
+    /// that id trusts all of them.
     #[arg(long = "trust-user", value_name = "UID")]
     pub(crate) trust_users: Vec<u32>,
-    /// Compute this digest of each file, from the mapped memory: sha256, blake3, crc32c, xxh3.
+    /// Compute this digest of each file from the mapped memory: sha256, blake3, crc32c, xxh3.
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) digest: Option<Algorithm>,
-    /// Print one JSON object, and nothing else, on standard output.
+    /// Print one JSON object to standard output, and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -48,7 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let used = Used::since(cpu_before);
     let image = &attached.image;
     let digests = image.files().iter().map(|file| match arguments.digest {
-        // Others may write to dma-bufs: they are looked at, not lent.
+        // Others may write to dma-bufs, so they can't be viewed as slices.
         Some(algorithm) if attached.dma_bufs => of_dma_bufs(algorithm, file.segments()).map(Some),
         Some(algorithm) => file.bytes().map(|bytes| Some(digest(algorithm, &bytes))),
         None => Ok(None),

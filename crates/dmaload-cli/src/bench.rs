@@ -1,4 +1,4 @@
-//! `dmaload bench`: its arguments and its output; [`dmaload_bench`] measures.
+//! `dmaload bench`: its arguments and output; [`dmaload_bench`] does the measuring.
 
 use std::env;
 use std::fs::{self, Permissions};
@@ -24,7 +24,7 @@ use crate::manifests::recorded;
 use crate::progress::write_model;
 use crate::{errors, output, parse};
 
-/// Any would do; this one makes the same file every time.
+/// Fixed, so that the file is the same every time.
 const SEED: u64 = 1;
 
 #[derive(Debug, Args)]
@@ -32,49 +32,50 @@ pub(crate) struct Arguments {
     /// The files; several are one load.
     #[arg(value_name = "PATH", required_unless_present = "size", conflicts_with = "size")]
     pub(crate) paths: Vec<PathBuf>,
-    /// Make a file of random weights of this size, and remove it afterwards.
+    /// Create a file of random weights of this size, and remove it afterwards.
     #[arg(long, value_parser = parse::bytes)]
     pub(crate) size: Option<u64>,
-    /// The folder for files that are made; by default one on a disk, not in memory.
+    /// The folder for created files; by default one on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
-    /// What is compared, by names with commas between; normal and limit always are [default: all].
+    /// The modes to compare, separated by commas; normal and limit are always included [default:
+    /// all].
     ///
     /// normal, normal_io, direct_io, direct_io_check, limit, mmap, tokio-fs, pread-direct,
-    /// no-overlap; reuse, swap, at-once and verify where they are asked for: see docs/cli.md.
+    /// no-overlap; and, only on request, reuse, swap, at-once and verify: see docs/cli.md.
     #[arg(long, value_name = "MODES", value_delimiter = ',')]
     pub(crate) modes: Vec<Mode>,
     /// Another program to compare with, run by the shell with the paths as arguments; may be
     /// repeated: see docs/cli.md.
     #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Mode::peer)]
     pub(crate) peers: Vec<Mode>,
-    /// How often each mode is measured; the medians count.
+    /// How often to measure each mode; medians are reported.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
-    /// Let memory be short: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE,
+    /// Make memory scarce: cgroup:SIZE, cgroup:SIZE,clean, cgroup:SIZE,dirty, hog:SIZE,
     /// hog:all-but:SIZE.
     #[arg(long)]
     pub(crate) pressure: Option<Pressure>,
-    /// Have the files in the page cache before each run, instead of making sure that they are not.
+    /// Put the files into the page cache before each run, instead of evicting them.
     #[arg(long, conflicts_with = "pressure")]
     pub(crate) warm: bool,
-    /// Measure all modes but limit as this user, who may lock 8 MiB of memory; takes root.
+    /// Measure all modes except limit as this user, who may lock 8 MiB of memory; requires root.
     #[arg(long, value_name = "UID")]
     pub(crate) user: Option<u32>,
-    /// Print one JSON object, and nothing else, on standard output.
+    /// Print one JSON object to standard output, and nothing else.
     #[arg(long, conflicts_with = "md")]
     pub(crate) json: bool,
     /// Print a Markdown table.
     #[arg(long)]
     pub(crate) md: bool,
-    /// Write a picture of it to this file, an SVG.
+    /// Write a chart of the results to this file, as SVG.
     #[arg(long, value_name = "FILE")]
     pub(crate) plot: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArguments,
 }
 
-/// What `bench` starts.
+/// What `bench` starts in child processes.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Child {
     /// Measures one run.
@@ -87,9 +88,9 @@ pub(crate) enum Child {
         #[command(flatten)]
         bench: Box<Arguments>,
     },
-    /// Takes memory.
+    /// Occupies memory.
     Hog { bytes: u64 },
-    /// Fills page cache.
+    /// Fills the page cache.
     Fill {
         bytes: u64,
         path: PathBuf,
@@ -111,7 +112,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         pressure: arguments.pressure,
         warm: arguments.warm,
         user: arguments.user,
-        // The same options, read by the same parser: everything behind the word `bench`.
+        // The same options, parsed by the same parser: everything after the word `bench`.
         arguments: env::args_os().skip(2).collect(),
     };
     let results = Bench::set_up(settings)?.measure(tell)?;
@@ -128,12 +129,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(if results.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// The processes that the bench starts.
+/// Runs a child process of the bench.
 pub(crate) fn run_child(arguments: Child) -> Result<()> {
     let mut stdout = output::stdout();
     match arguments {
         Child::Load { mode, scratch, mut bench } => {
-            // It is storage that is measured.
+            // Storage is what is being measured.
             bench.engine.cache.get_or_insert(dmaload::Cache::Bypass);
             let paths = scratch.map_or_else(|| bench.paths.clone(), |path| vec![path]);
             let load = child::Load { mode, paths, user: bench.user, curves: bench.plot.is_some() };
@@ -144,7 +145,7 @@ pub(crate) fn run_child(arguments: Child) -> Result<()> {
     }
 }
 
-/// Wrong usage is told before the first file is written.
+/// Reports wrong usage before the first file is written.
 fn check(arguments: &Arguments) -> Result<()> {
     if arguments.user.is_some() && !rustix::process::geteuid().is_root() {
         return Err(dmaload::Error::Config("--user: only root can run a process as another user".to_owned()).into());
@@ -153,16 +154,16 @@ fn check(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// After each run, where somebody watches.
+/// Prints a line after each run, if standard error is a terminal.
 fn tell(line: &str) {
     let mut stderr = std::io::stderr().lock();
     if stderr.is_terminal() {
-        // Nobody is left to be told when this fails.
+        // There is no other place to report a failure.
         let _ = writeln!(stderr, "{line}");
     }
 }
 
-/// A file of random weights, which whoever is to load it can read.
+/// Creates a file of random weights that the measuring user can read.
 fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
     let model = Model::new(size, SEED)?;
     let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;

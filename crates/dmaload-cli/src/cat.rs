@@ -1,4 +1,4 @@
-//! `dmaload cat`: what was loaded, written out.
+//! `dmaload cat`: writes what was loaded.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,13 +12,15 @@ use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The file, which is written as it is, also where it is a part of a model; of a folder, the files of its model.
+    /// The file, which is written as it is even if it is part of a larger model; for a folder, the
+    /// files of its model.
     #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
-    /// Write the bytes of this tensor only: of the file that the model's index maps it to. Little else is read.
+    /// Write only the bytes of this tensor, from the file that the model's index maps it to.
+    /// Little else is read.
     #[arg(long, value_name = "NAME", conflicts_with = "verify")]
     pub(crate) tensor: Option<String>,
-    /// Fail unless the file is what this says, as for `load`; only what was verified is written.
+    /// Fail unless the file matches, as for `load`; only verified bytes are written.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
     pub(crate) verify: Option<Against>,
     #[command(flatten)]
@@ -28,7 +30,8 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
     let loader = engine::loader(&arguments.engine).map_err(about)?;
-    // A file is written as it is, whatever its name says; a folder must be one whole model.
+    // A file is written as it is, whatever its name says; a folder must contain one complete
+    // model.
     let as_one_file = !arguments.path.is_dir();
     let options = match (&arguments.tensor, &arguments.verify) {
         (Some(name), _) => loader.load_options().tensor_names([name]),
@@ -38,11 +41,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut segments = loader.load(&arguments.path).options(options).segments();
     block_on(async {
         let mut stdout = crate::output::stdout();
-        // The stream goes ahead of a slow reader by the window and a segment, not more.
+        // The stream is at most the window and one segment ahead of a slow reader.
         while let Some(segment) = segments.next().await {
             let segment = segment.map_err(about)?;
             let wanted = match &arguments.tensor {
-                // A segment also has what lies beside the tensor in its first and last blocks.
+                // The segment also contains the neighbors of the tensor in its first and last
+                // blocks.
                 Some(name) => segment.tensor_range(name).unwrap_or_default(),
                 None => 0..segment.len(),
             };

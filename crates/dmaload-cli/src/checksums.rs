@@ -1,5 +1,6 @@
-//! Digests of what was loaded: of the memory that holds it; on a heap that the CPU reads without its caches, of the staging
-//! buffers that the bytes came through, since reading such memory takes a multiple of the time.
+//! Digests of what was loaded, computed from the memory that holds it. On a heap that the CPU
+//! reads uncached, they are computed from the staging buffers instead, because reading such memory
+//! takes several times as long.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -7,23 +8,23 @@ use dmaload::heap::Heap;
 use dmaload::verify::{Algorithm, Digest, Hasher, digest};
 use dmaload::{Image, LoadOptions, Observer, Rejection};
 
-/// Digests to be computed of a load's files.
+/// Computes digests of a load's files.
 #[derive(Debug)]
 pub(crate) struct Checksums {
     algorithm: Algorithm,
-    /// Where they are computed while it loads: a hasher for each file.
+    /// Set if digests are computed during the load, with a hasher for each file.
     landing: Option<Arc<Landing>>,
 }
 
 #[derive(Debug)]
 struct Landing {
     algorithm: Algorithm,
-    /// Of the files so far: how many there are to be, only the load finds out.
+    /// One for each file so far; only the load finds out how many there are.
     hashers: Mutex<Vec<Hasher>>,
 }
 
 impl Landing {
-    /// A hasher for each of so many files, those that have no bytes included.
+    /// Extends the list to `files` hashers, including those for files without bytes.
     fn up_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
         let mut hashers = self.hashers.lock().unwrap_or_else(PoisonError::into_inner);
         if hashers.len() < files {
@@ -42,13 +43,13 @@ impl Observer for Landing {
 }
 
 impl Checksums {
-    /// Prepares digests of files from this heap.
+    /// Prepares digests of files loaded into this heap.
     pub(crate) fn new(algorithm: Algorithm, heap: &dyn Heap) -> Self {
         let landing = || Arc::new(Landing { algorithm, hashers: Mutex::default() });
         Checksums { algorithm, landing: heap.is_uncached().then(landing) }
     }
 
-    /// The options of the load that is to be checked.
+    /// Adds what this needs to the load's options.
     pub(crate) fn applied_to(&self, options: LoadOptions) -> LoadOptions {
         match &self.landing {
             Some(landing) => options.observer(Arc::clone(landing) as Arc<dyn Observer>),
@@ -56,7 +57,7 @@ impl Checksums {
         }
     }
 
-    /// The digests of a load that is finished.
+    /// The digests of a finished load.
     pub(crate) fn finish(&self, image: &Image) -> dmaload::Result<Vec<Digest>> {
         match &self.landing {
             Some(landing) => {

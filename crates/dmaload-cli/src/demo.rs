@@ -1,8 +1,8 @@
-//! `dmaload demo`: the main job on a model of random values, beside what people do today.
+//! `dmaload demo`: loads a model of random values, and compares with the usual way.
 //!
-//! Each way is measured the same number of times, in turn, from a cold file, with as much warm memory free as it needs
-//! (a virtual machine that has given memory back to its host would measure the host). What was loaded is verified
-//! outside of the measured time.
+//! Both ways are measured equally often, in turn, from a cold file, with enough warm memory free
+//! (a virtual machine that has returned memory to its host would measure the host). The result is
+//! verified outside the measured time.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::parse;
 use crate::progress::{finish, write_model};
 use crate::summary::{Used, summary};
 
-/// Any would do; this one makes the same model every time.
+/// Fixed, so that the model is the same every time.
 const SEED: u64 = 1;
 
 #[derive(Debug, Args)]
@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
     /// The folder for it; by default one on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
-    /// How often each way is measured; the median counts.
+    /// How often to measure each way; the median is reported.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,
 }
@@ -72,17 +72,18 @@ fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {
 
 fn engine_round(path: &Path) -> Result<(Image, Used)> {
     cold::make_cold(path)?;
-    // Forgets the peak of what was measured before (proc_pid_clear_refs(5)); without that it is only less telling.
+    // Resets the peak of resident memory (proc_pid_clear_refs(5)). If that fails, the figure is
+    // less meaningful, but nothing breaks.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     let loader = Loader::new()?;
-    // It is storage that is measured.
+    // Storage is what is being measured.
     let options = loader.load_options().cache(Cache::Bypass);
     let cpu_before = usage::cpu_time();
     let image = block_on(finish(loader.load(path).options(options).start(), !std::io::stderr().is_terminal()))??;
     Ok((image, Used::since(cpu_before)))
 }
 
-/// Touches as much memory as a load takes, and gives it back to the kernel.
+/// Touches as much memory as a load takes, and returns it to the kernel.
 fn warm(len: u64) -> Result<()> {
     let len = usize::try_from(len)?;
     drop(MmapOptions::new().len(len).populate().map_anon()?);

@@ -1,4 +1,4 @@
-//! From the command line to a loader.
+//! Creates loaders from the command line's options.
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -10,73 +10,73 @@ use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, 
 
 use crate::parse;
 
-/// With a limit of memory, a segment is at most one of so many parts of it.
+/// Under a memory limit, a segment is at most the limit divided by this.
 const MEMORY_PARTS: usize = 4;
 
 /// How to load.
 #[derive(Debug, Args)]
 pub(crate) struct EngineArguments {
-    /// Where memory comes from: auto, memfd, anon, udmabuf, dma-heap:NAME.
+    /// The heap to allocate from: auto, memfd, anon, udmabuf, dma-heap:NAME.
     #[arg(long, default_value = "auto", value_parser = heap_choice)]
     pub(crate) heap: HeapChoice,
-    /// Require dma-bufs: with --heap auto, udmabuf, else the dma-heap system.
+    /// Require dma-bufs: with --heap auto, udmabuf or else the dma-heap system.
     #[arg(long)]
     pub(crate) dma_buf: bool,
-    /// The page size: auto takes 2 MiB pages wherever they can be had, 2m fails without them.
+    /// The page size: auto uses 2 MiB pages where available, 2m fails without them.
     #[arg(long, default_value = "auto")]
     pub(crate) pages: PageChoice,
     /// Allow 2 MiB pages in a udmabuf on Linux 6.11 to 6.15, where drivers that map it see WRONG
     /// BYTES.
     #[arg(long)]
     pub(crate) despite_udmabuf_bug: bool,
-    /// How files are spread over segments: segmented, single, tensors (cut between tensors).
+    /// How files are divided into segments: segmented, single, tensors (cut between tensors).
     #[arg(long, default_value = "segmented")]
     pub(crate) layout: Layout,
-    /// Give each small file a memory of its own, where several share one otherwise
+    /// Allocate memory for each small file separately, instead of sharing it among several.
     #[arg(long)]
     pub(crate) no_pack: bool,
-    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less where
-    /// the heap gives less].
+    /// The size of a segment: a multiple of 2 MiB, at most 1 GiB [default: 64MiB, or less if the
+    /// heap's maximum is smaller].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) segment_size: Option<u64>,
-    /// The most memory that is allocated and not yet filled: at least a segment [default: 128MiB].
+    /// Maximum memory that is allocated but not yet filled: at least a segment [default: 128MiB].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) window: Option<u64>,
-    /// The most memory that segments may have at once, those that are being filled and those that
-    /// are still in use: a load that needs more fails before it reads, and `cat` goes on within it
-    /// [default: no limit].
+    /// Maximum memory that segments may occupy at once, whether being filled or in use: a load
+    /// that needs more fails before it reads, and `cat` stays within the limit [default: no
+    /// limit].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) memory_limit: Option<u64>,
     /// The size of one read: a multiple of 64 KiB [default: 2MiB].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) chunk_size: Option<u64>,
-    /// Reads in flight at once.
+    /// Maximum number of reads in flight.
     #[arg(long, default_value_t = dmaload::LoaderBuilder::QUEUE_DEPTH, value_name = "READS")]
     pub(crate) queue_depth: usize,
-    /// The most memory that reads are staged in by the route bounce [default: 16MiB, and 4MiB for
-    /// each thread that copies besides the first two].
+    /// Maximum memory in which reads are staged by the route bounce [default: 16MiB, plus 4MiB for
+    /// each copier thread after the first two].
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) staging: Option<u64>,
     /// The route to start at: auto, uring-fixed-direct, uring-direct, pread-direct, bounce,
-    /// uring-buffered, buffered. auto is the faster one of direct and staged reads (bounce), which
-    /// large loads find out.
+    /// uring-buffered, buffered. auto is the faster of direct and staged reads (bounce), which
+    /// large loads determine by measuring.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
-    /// What matters where the route is left open: speed, or cpu, which reads directly and copies
+    /// What to optimize for if no route is set: speed, or cpu, which uses direct reads and copies
     /// nothing.
     #[arg(long, default_value = "speed", value_name = "speed|cpu")]
     pub(crate) prefer: Prefer,
-    /// Fail rather than take a lower route than the one to start at.
+    /// Fail rather than step down from the starting route.
     #[arg(long)]
     pub(crate) strict: bool,
-    /// What the page cache has: auto copies it from there, bypass reads all from storage [default:
-    /// auto; bypass with --strict and for bench].
+    /// Whether to use the page cache: auto copies from it what is cached, bypass reads everything
+    /// from storage [default: auto; bypass with --strict and for bench].
     #[arg(long)]
     pub(crate) cache: Option<Cache>,
-    /// What the files' bytes are taken for: auto, safetensors, gguf, raw.
+    /// How to interpret the files' bytes: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]
     pub(crate) format: Format,
-    /// Load what is there of models of which files are missing, rather than fail.
+    /// Load the existing files of models with missing files, rather than fail.
     #[arg(long)]
     pub(crate) allow_missing: bool,
 }
@@ -110,7 +110,7 @@ impl From<PageChoice> for Pages {
     }
 }
 
-/// A route, or the faster one.
+/// A route, or `None` for auto.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RouteChoice(pub(crate) Option<Route>);
 
@@ -125,17 +125,17 @@ impl FromStr for RouteChoice {
     }
 }
 
-/// The loader that the command line asks for.
+/// Creates the loader that the command line asks for.
 pub(crate) fn loader(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.build()
 }
 
-/// The same by another route.
+/// Like [`loader`], with another route.
 pub(crate) fn loader_by(arguments: &EngineArguments, route: Route, strict: bool) -> Result<Loader> {
     builder(arguments, Some(route), strict)?.build()
 }
 
-/// The same with a pool of any size.
+/// Like [`loader`], with an unlimited pool.
 pub(crate) fn loader_with_pool(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.pool_bytes(u64::MAX).build()
 }
@@ -168,7 +168,7 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
         builder = builder.staging_bytes(bytes);
     }
     if let Some(bytes) = arguments.memory_limit {
-        // The command loads one thing at a time: its segments need not leave room for sixty-four.
+        // The command loads one thing at a time, so its segments need not leave room for 64 loads.
         builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);
     }
     let (heap, reason) = heap(arguments)?;
@@ -178,7 +178,7 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
     Ok(builder.heap(heap))
 }
 
-/// The heap, and why it is this one where that was left to us.
+/// The heap, and why it was chosen if the user did not choose it.
 pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option<String>)> {
     let pages: Pages = arguments.pages.into();
     let choice = match &arguments.heap {
@@ -194,7 +194,7 @@ pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option
     Ok((Arc::new(UdmabufHeap::open_despite_bug(pages)?), None))
 }
 
-/// Runs a future to its end: one thread is enough, the loader has its own.
+/// Runs a future to completion. One thread is enough, because the loader has its own.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

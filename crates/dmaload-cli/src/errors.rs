@@ -1,4 +1,5 @@
-//! Errors in the words of this command line: with their causes, their hints, and the files that they are about.
+//! Errors in the terms of this command line: with causes, hints, and the files that they are
+//! about.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -8,8 +9,8 @@ use std::path::PathBuf;
 use dmabuf::printable;
 use dmaload::ErrorKind;
 
-/// An error with its causes, outermost first, in the words of this command line. Errors that have told their cause already don't
-/// tell it again.
+/// Formats an error with its causes, outermost first, in the terms of this command line. Skips
+/// causes that are already part of the text.
 pub(crate) fn told(error: &anyhow::Error) -> String {
     let told = error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
         told if told.is_empty() => next,
@@ -19,7 +20,7 @@ pub(crate) fn told(error: &anyhow::Error) -> String {
     in_flags(told)
 }
 
-/// What the library's errors call its functions, and what they are called here.
+/// Library functions that occur in its errors, and the corresponding flags.
 const FUNCTIONS: [(&str, &str); 4] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
@@ -27,7 +28,7 @@ const FUNCTIONS: [(&str, &str); 4] = [
     ("pages: a dma-heap", "--pages: a dma-heap"),
 ];
 
-/// The same text with flags in the place of functions: `f(7)` is `--f 7`, and `f` is `--f`.
+/// Replaces functions by flags: `f(7)` becomes `--f 7`, and `f` becomes `--f`.
 fn in_flags(text: String) -> String {
     FUNCTIONS.iter().fold(text, |text, (function, flag)| {
         let mut parts = text.split(function);
@@ -43,14 +44,15 @@ fn in_flags(text: String) -> String {
     })
 }
 
-/// What a person can do about an error of the engine, in the words of this command line.
+/// What the user can do about an error of the engine, in the terms of this command line.
 pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     let hint = error.hint()?;
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// What the library's hints call its options, and what they are called here. The long ones say
-/// what no command can do, because each of them holds or streams as it does.
+/// Options that occur in the library's hints, and the corresponding flags. The long entries
+/// replace advice that does not apply to any command, because each of them either keeps everything
+/// or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),
@@ -74,8 +76,8 @@ const IN_FLAGS: [(&str, &str); 14] = [
     ),
 ];
 
-/// A message whose lines are its own, and nothing else in it reaches the terminal as a command. Names were escaped
-/// where they were put into it; this holds for all that could be forgotten.
+/// A message that may contain line breaks of its own but no other control characters. Names were
+/// escaped when they were inserted; this catches any that were forgotten.
 pub(crate) fn lines(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
@@ -86,7 +88,7 @@ pub(crate) fn lines(message: &str) -> impl fmt::Display {
     })
 }
 
-/// Says which files were being loaded, where an error of the engine speaks of none: of memory, for example.
+/// Adds the files being loaded to an engine error that names none, such as one about memory.
 pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     let is_of_machine = matches!(
         error.kind(),
@@ -104,8 +106,8 @@ pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     }
 }
 
-/// Whether an error says that whoever read our output has closed it, as `head` does: then leave quietly, with
-/// success. Looks through the whole chain of causes.
+/// Whether an error means that the reader of our output has closed the pipe, as `head` does: the
+/// command then exits quietly and successfully. Checks the whole chain of causes.
 #[must_use]
 pub(crate) fn is_closed_pipe(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);

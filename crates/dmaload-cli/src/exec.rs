@@ -1,6 +1,7 @@
-//! `dmaload load --exec`: hands the loaded segments to another program.
+//! `dmaload load --exec`: passes the loaded segments to another program.
 //!
-//! Modelled on systemd's socket activation (sd_listen_fds(3)): descriptors from 3 on, told by environment variables.
+//! Modeled on systemd's socket activation (sd_listen_fds(3)): descriptors from 3 on, described by
+//! environment variables.
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -14,18 +15,19 @@ use dmaload::{Errno, Error, Image, Segment};
 use dmaload_text::At;
 use serde_json::{Value, json};
 
-/// The first descriptor, after standard input, output and error.
+/// The first descriptor after standard input, output and error.
 const FIRST_FD: i32 = 3;
-/// The kernel's MAX_ARG_STRLEN: one string of the environment, its name and its zero included.
+/// The kernel's MAX_ARG_STRLEN: the limit of one environment string, including its name and the
+/// terminating zero.
 const STRING_BYTES_MAX: usize = 128 << 10;
 
-/// Runs a program that inherits the descriptors of all segments, waits for it, and gives its exit status; 128 and the
-/// signal's number when a signal ended it.
+/// Runs a program that inherits the descriptors of all segments, waits for it, and returns its
+/// exit status, or 128 plus the signal number if a signal killed it.
 pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Result<ExitCode> {
     let mut command = Command::new(program);
     command.args(arguments);
     let segments = image.segments();
-    // Segments that share memory follow one another.
+    // Segments that share memory are adjacent.
     let memories: Vec<_> = segments.chunk_by(Segment::shares_memory_with).collect();
     let described =
         (FIRST_FD..).zip(&memories).flat_map(|(fd, sharing)| sharing.iter().map(move |segment| describe(fd, segment)));
@@ -51,7 +53,7 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     Ok(ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
 }
 
-/// The dma-buf, or on the heap memfd the memory file.
+/// The dma-buf or, on the heap memfd, the memfd.
 fn descriptor(segment: &Segment) -> Result<OwnedFd> {
     if segment.has_dma_buf() {
         return Ok(segment.hand_out_owned_dma_buf()?);

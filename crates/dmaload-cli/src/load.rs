@@ -1,4 +1,4 @@
-//! `dmaload load`: loads, and tells how it went.
+//! `dmaload load`: loads files and reports how it went.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -28,60 +28,67 @@ pub(crate) struct Arguments {
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArguments,
-    /// Load these tensors only: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated, and they come in this order.
+    /// Load only these tensors: a name, or a pattern with *, ?, {a,b}, {0..3}; may be repeated,
+    /// and they are loaded in this order.
     #[arg(long, value_name = "PATTERN")]
     pub(crate) tensors: Vec<String>,
-    /// Load this range of each file's bytes only.
+    /// Load only this byte range of each file.
     #[arg(long, value_name = "START..END", value_parser = parse::range, conflicts_with = "tensors")]
     pub(crate) range: Option<(u64, u64)>,
-    /// With --layout tensors: let each tensor begin at a multiple of this in its memory; what is elsewhere in its file is copied.
+    /// With --layout tensors: align each tensor in memory to this many bytes; tensors that are not
+    /// so aligned in their file are copied.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) align: Option<u64>,
-    /// Fail rather than copy for --align.
+    /// Fail rather than copy tensors for --align.
     #[arg(long, requires = "align")]
     pub(crate) no_copy: bool,
-    /// The model is this range of the one file's bytes: weights stored inside of a package.
+    /// The model is this byte range of the file: weights stored inside a package.
     #[arg(long, value_name = "START..END", value_parser = parse::range)]
     pub(crate) inside: Option<(u64, u64)>,
-    /// Load one rank's part only: the number of the part, from 0 on; or env, for that of the variables RANK and WORLD_SIZE.
+    /// Load only the part of this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
+    /// the environment.
     ///
-    /// A launcher of many processes (torchrun) sets both variables. They are read only when they are asked for.
+    /// Launchers of several processes (torchrun) set both variables. They are read only with env.
     #[arg(long, value_name = "NUMBER|env")]
     pub(crate) rank: Option<Rank>,
-    /// How many parts there are; 1 is all in one.
+    /// Number of parts; 1 means everything in one part.
     #[arg(long, value_name = "RANKS")]
     pub(crate) world_size: Option<u32>,
-    /// Cut each tensor along this dimension, the outermost is 0; without it the bytes of each file are cut.
+    /// Cut each tensor along this dimension, counted from the outermost, 0; by default the bytes
+    /// of each file are cut.
     #[arg(long, value_name = "DIMENSION")]
     pub(crate) shard_dim: Option<usize>,
-    /// Fail unless the files are what this says: a manifest (see `dmaload manifest`), or sha256:HEX (or blake3:, crc32c:, xxh3:)
-    /// of the one file that is named; parts of the model that come with it are not looked at.
+    /// Fail unless the files match: a manifest (see `dmaload manifest`), or sha256:HEX (or
+    /// blake3:, crc32c:, xxh3:) for the one given file; other parts of its model are not checked.
     #[arg(long, value_name = "MANIFEST|ALGORITHM:HEX")]
     pub(crate) verify: Option<Against>,
-    /// Compute this digest of each file, from the loaded memory: sha256, blake3, crc32c, xxh3.
+    /// Compute this digest of each file from the loaded memory: sha256, blake3, crc32c, xxh3.
     #[arg(long, value_name = "ALGORITHM")]
     pub(crate) digest: Option<Algorithm>,
-    /// Print one JSON object, and nothing else, on standard output.
+    /// Print one JSON object to standard output, and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
     /// Print nothing but errors.
     #[arg(long, conflicts_with = "json")]
     pub(crate) quiet: bool,
-    /// Write a timeline of the load to this file, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    /// Write a timeline of the load to this file, for Perfetto (ui.perfetto.dev) or
+    /// chrome://tracing.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
-    /// Then run this command, to the end of the line, with the segments' descriptors from 3 on; exit as it does.
+    /// Then run this command, which extends to the end of the line, with the segments' descriptors
+    /// from 3 on; exit with its status.
     ///
-    /// DMALOAD_FDS tells their number, DMALOAD_SEGMENTS and DMALOAD_FILES what each holds: see docs/cli.md.
+    /// DMALOAD_FDS is their number; DMALOAD_SEGMENTS and DMALOAD_FILES describe their contents:
+    /// see docs/cli.md.
     #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
     pub(crate) exec: Vec<OsString>,
 }
 
-/// The number of a rank, or where it is read.
+/// The number of a rank, or where to read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Rank {
     Number(u32),
-    /// The variables that a launcher sets.
+    /// The variables set by a launcher.
     Environment,
 }
 
@@ -158,9 +165,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
 }
 
-/// The part that is asked for; a note where the environment has one and it was not asked for.
+/// The requested part, and a note if the environment names one that was not requested.
 fn shard(arguments: &Arguments, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<(Option<Shard>, Option<String>)> {
-    // A launcher that has nothing to say leaves a variable empty.
+    // A launcher may leave an unused variable empty.
     let variable = |name: &str| variable(name).filter(|text| !text.is_empty());
     let number = |name: &str| match variable(name) {
         Some(text) => text.parse().map_err(|_| Error::Config(format!("--rank env: {name} is {text:?}, which is not a number"))),

@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),
     };
-    // Fallbacks are in every report; the events are for those who ask for them.
+    // Every report lists fallbacks; log events are opt-in.
     let filter = EnvFilter::try_from_env("DMALOAD_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -72,10 +72,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Tells an error on standard error; with `--json` as an object on standard output, too.
+/// Reports an error on standard error, and with `--json` also as an object on standard output.
 fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
     let mut stderr = std::io::stderr().lock();
-    // When this fails, there is no other place to say so.
+    // There is no other place to report a failure.
     let _ = writeln!(stderr, "dmaload: {}", errors::lines(message));
     if let Some(hint) = hint {
         let _ = writeln!(stderr, "  {}", errors::lines(hint));
@@ -88,7 +88,7 @@ fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
     }
 }
 
-/// Help and version, which are no errors; wrong usage.
+/// Prints help and version, which are not errors, or reports wrong usage.
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
@@ -99,18 +99,18 @@ fn usage(error: &clap::Error) -> ExitCode {
         };
     }
     let text = error.to_string();
-    // The shell may have put names of files there, line breaks in them included.
+    // The shell may have inserted file names, even with line breaks.
     let given = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
     let hostile = given.filter(|argument| argument.contains(printable::is_hidden));
     let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
     let shown = errors::lines(&shown).to_string();
     if shown == text {
-        // In colours, where that is a terminal.
+        // Uses colors on a terminal.
         let _ = error.print();
     } else {
         let _ = write!(std::io::stderr(), "{shown}");
     }
-    // What comes after these is for another program.
+    // Everything after these belongs to another program.
     let own = std::env::args_os().take_while(|argument| argument != "--exec" && argument != "--");
     if own.skip(1).any(|argument| argument == "--json") {
         let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": 2 });

@@ -16,7 +16,8 @@ pub(crate) struct Arguments {
     /// The files.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
-    /// The checksum of the chunks: crc32c, xxh3, or, against somebody who forges files, blake3, sha256.
+    /// The checksum of the chunks: crc32c, xxh3, or, to protect against deliberate changes,
+    /// blake3, sha256.
     #[arg(long, default_value = "crc32c")]
     pub(crate) algorithm: Algorithm,
     /// The size of a chunk: a power of two from 4KiB to 1MiB.

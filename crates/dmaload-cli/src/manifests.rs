@@ -1,4 +1,4 @@
-//! Manifests and checksums that files are compared with: recording them, and reading them back.
+//! Manifests and checksums that files are verified against: recording and reading them.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -10,7 +10,7 @@ use dmaload::LoadOptions;
 use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
 use dmaload_text::At;
 
-/// The manifest of what these files hold now.
+/// Records the manifest of the current contents of these files.
 pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], recorder: Recorder) -> dmaload::Result<Manifest> {
     let recorder = Arc::new(recorder);
     let mut segments = loader.load(paths).options(loader.load_options().observer(recorder.clone())).segments();
@@ -21,7 +21,7 @@ pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], record
     Ok(recorder.manifest(report))
 }
 
-/// What files are verified by.
+/// What files are verified against.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Against {
     Digest(Digest),
@@ -36,7 +36,7 @@ impl FromStr for Against {
         if named {
             return text.parse().map(Against::Digest);
         }
-        // What a manifest is called is up to people.
+        // A manifest can have any name.
         if Path::new(text).exists() {
             return Ok(Against::Manifest(text.into()));
         }
@@ -62,18 +62,19 @@ impl FromStr for Against {
     }
 }
 
-/// A checksum by a name that is written in another way (`SHA256:HEX`, `sha256-HEX`), or is not known: the name in lower
-/// case, and the digits.
+/// A checksum whose name is spelled differently (`SHA256:HEX`, `sha256-HEX`) or is unknown: the
+/// name in lower case, and the digits.
 fn loosely_named(text: &str) -> Option<(String, &str)> {
     let (name, hex) = text.split_once([':', '-', '='])?;
     let name = name.to_ascii_lowercase();
-    // What does not look like one is a path.
+    // Anything that does not look like a checksum is a path.
     let is_name = ["md5", "sha", "crc", "xxh", "blake", "b3", "adler"].iter().any(|start| name.starts_with(start));
     let is_hex = hex.len() >= 8 && hex.bytes().all(|byte| byte.is_ascii_hexdigit());
     (is_name && is_hex).then_some((name, hex))
 }
 
-/// A checksum without its name: alone, or in a line of SHA256SUMS, as coreutils and BSD write them.
+/// A checksum without its name: alone, or in a line of SHA256SUMS, in the format of coreutils or
+/// BSD.
 fn bare(text: &str) -> Option<&str> {
     let first = match text.strip_prefix("SHA256 (") {
         Some(line) => line.rsplit_once(") = ")?.1,
@@ -84,7 +85,7 @@ fn bare(text: &str) -> Option<&str> {
 }
 
 impl Against {
-    /// The options of the load that is to be verified.
+    /// Adds the verification to the load's options.
     pub(crate) fn applied_to(&self, options: LoadOptions) -> Result<LoadOptions> {
         match self {
             Against::Digest(digest) => Ok(options.verify(*digest)),

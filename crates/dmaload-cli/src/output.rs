@@ -1,7 +1,8 @@
-//! What the command writes to standard output: text, or one JSON object.
+//! The command's standard output: text, or one JSON object.
 //!
-//! All of it goes through [`stdout`], so that a full disk behind a redirection says "standard output", and all
-//! JSON through [`json`]. The lint `clippy::disallowed_methods` forbids the way around them.
+//! All output goes through [`stdout`], so that errors such as a full disk behind a redirection
+//! name "standard output", and all JSON goes through [`json`]. The lint
+//! `clippy::disallowed_methods` prevents bypassing them.
 
 use std::io::{self, StdoutLock, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,17 +16,17 @@ use serde_json::Value;
 #[error("cannot write to standard output: {}", Named(.0))]
 struct OutputError(io::Error);
 
-/// Standard output, whose errors say that it was it.
+/// Standard output, with errors that name it.
 #[derive(Debug)]
 pub(crate) struct Stdout(StdoutLock<'static>);
 
-/// Locks standard output. Where it was closed when the program was started, writing to it fails.
+/// Locks standard output. If it was closed when the program started, writing to it fails.
 #[allow(clippy::disallowed_methods, reason = "the one place")]
 pub(crate) fn stdout() -> Stdout {
     Stdout(io::stdout().lock())
 }
 
-/// Keeps the kind: a closed pipe is told by it.
+/// Adds the name to an error and keeps its kind, by which a closed pipe is recognized.
 fn named(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), OutputError(error))
 }
@@ -36,7 +37,7 @@ impl Write for Stdout {
             return Err(named(rustix::io::Errno::BADF.into()));
         }
         match self.0.write(bytes) {
-            // `write_all` tries these again, and knows them by their kind.
+            // `write_all` retries these, recognizing them by their kind.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
             written => written.map_err(named),
         }
@@ -47,13 +48,13 @@ impl Write for Stdout {
     }
 }
 
-/// Whether the one object has been written.
+/// Whether the object has been written.
 static OBJECT_WRITTEN: AtomicBool = AtomicBool::new(false);
 
-/// Writes the one object of a run with `--json`.
+/// Writes the only object of a run with `--json`.
 ///
 /// # Errors
-/// Standard output's.
+/// Those of standard output.
 pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     OBJECT_WRITTEN.store(true, Ordering::Relaxed);
     let mut stdout = stdout();
@@ -61,19 +62,21 @@ pub(crate) fn write_json(object: &Value) -> io::Result<()> {
     stdout.flush()
 }
 
-/// Writes the object of an error, unless an object has been written: there is only one.
+/// Writes the object of an error, unless an object has already been written: there is only one.
 pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
     if OBJECT_WRITTEN.load(Ordering::Relaxed) { Ok(()) } else { write_json(object) }
 }
 
-/// A value as JSON, for programs and for terminals: what a terminal would act on is escaped.
+/// Formats a value as JSON for programs and terminals: characters that a terminal would interpret
+/// are escaped.
 ///
-/// JSON itself asks for that below U+0020 only. All of it can stand in strings only, where an escape means the same.
+/// JSON itself requires that only below U+0020. These characters can occur only in strings, where
+/// an escape is equivalent.
 pub(crate) fn json(value: &Value) -> String {
     escaped(format!("{value:#}"))
 }
 
-/// The same for what is JSON already.
+/// The same for text that is already JSON.
 pub(crate) fn escaped(text: String) -> String {
     let is_shown = |c: char| c == '\n' || !printable::is_hidden(c);
     if text.chars().all(is_shown) {
@@ -91,11 +94,11 @@ pub(crate) fn escaped(text: String) -> String {
     escaped
 }
 
-/// The width of the terminal that standard output is, or `None` when it is a file or a pipe.
+/// The width of the terminal if standard output is one, otherwise `None`.
 #[must_use]
 pub(crate) fn terminal_width() -> Option<usize> {
     let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;
-    // Serial consoles and some CI runners have a terminal of no size.
+    // Serial consoles and some CI runners have a terminal without a size.
     (size.ws_col > 0).then_some(usize::from(size.ws_col))
 }
 

@@ -1,4 +1,4 @@
-//! Waiting for a load, and writing a model, with a bar on the terminal.
+//! Progress bars on the terminal, for loads and for writing a model.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use dmaload_bench::scratch::ScratchFile;
 use dmaload_bench::synth::Model;
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Whether standard error is no terminal, so that a bar would not be seen.
+/// Whether standard error is not a terminal, so a bar would not be seen.
 pub(crate) fn is_quiet() -> bool {
     !std::io::stderr().is_terminal()
 }
@@ -20,16 +20,17 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
         return load.await;
     }
     let bar = progress_bar("loading");
-    // From the beginning: until the first segment is there, files are opened and memory is allocated.
+    // Shown right away: before the first segment arrives, files are opened and memory is
+    // allocated.
     bar.tick();
     loop {
-        // `next` may be dropped at any time without losing a segment.
+        // `next` is cancel-safe.
         match tokio::time::timeout(Duration::from_millis(50), load.next()).await {
             Ok(Some(Ok(_))) | Err(_) => {}
-            // An error is told by `finish`, too.
+            // `finish` returns the same error.
             Ok(Some(Err(_)) | None) => break,
         }
-        // Also while segments come faster than that.
+        // Update even if segments arrive faster than the timeout.
         let progress = load.progress();
         bar.set_length(progress.planned_bytes);
         bar.set_position(progress.read_bytes);
@@ -38,7 +39,7 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
     load.finish().await
 }
 
-/// A bar with rate and time left.
+/// A bar with the rate and the remaining time.
 fn progress_bar(what: &'static str) -> ProgressBar {
     let style = ProgressStyle::with_template(
         "{msg:10} [{bar:32}] {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left",

@@ -1,4 +1,4 @@
-//! `dmaload serve`: loads files, and hands their memory out to other processes.
+//! `dmaload serve`: loads files and shares their memory with other processes.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -20,21 +20,23 @@ use crate::{errors, output};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The socket, which appears when the files are loaded; one that no process listens at any more is replaced.
+    /// The socket, which appears once the files are loaded; an old socket without a listening
+    /// process is replaced.
     pub(crate) socket: PathBuf,
     /// The files; a folder or an index stands for all files of a model.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
-    /// The name that the memory is asked for by.
+    /// The name under which clients request the memory.
     #[arg(long, default_value = "model")]
     pub(crate) name: String,
-    /// Let this user attach, too, by its number; may be repeated. Without, only your own may.
+    /// Allow this user id to attach; may be repeated. By default only your own user may.
     ///
-    /// In a user namespace, users that are not mapped all appear as the overflow id, usually 65534: to allow that is to allow all of
-    /// them.
+    /// In a user namespace, all unmapped users appear as the overflow id, usually 65534: allowing
+    /// that id allows all of them.
     #[arg(long = "allow-user", value_name = "UID")]
     pub(crate) allow_users: Vec<u32>,
-    /// Hand out dma-bufs, which whoever has them can WRITE to, instead of sealed memory files; takes --dma-buf.
+    /// Share dma-bufs, which every client can WRITE to, instead of sealed memfds; requires
+    /// --dma-buf.
     #[arg(long, requires = "dma_buf")]
     pub(crate) share_dma_bufs: bool,
     #[command(flatten)]
@@ -44,20 +46,20 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let about = |error| errors::about(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
-    // From the beginning, also while it loads: the socket must not be left behind, and what was
-    // loaded goes with the process.
+    // Handled from the beginning, even while loading: the socket must not be left behind, and the
+    // loaded memory goes away with the process.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let own = Arc::clone(&server);
     let ending = move || {
         let _ = signals.forever().next();
-        // Waits while a socket is being made.
+        // Waits while a socket is being created.
         let mut server = own.lock().unwrap_or_else(PoisonError::into_inner);
         drop(server.take());
         std::process::exit(0);
     };
     std::thread::Builder::new().name("signals".to_owned()).spawn(ending)?;
     {
-        // Before minutes of loading, not after.
+        // Checked before minutes of loading, not after.
         let _held = server.lock().unwrap_or_else(PoisonError::into_inner);
         Server::check(&arguments.socket)?;
     }
@@ -68,7 +70,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let text = summary(&image, &vec![None; image.files().len()], Used::since(cpu_before));
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
     {
-        // The socket appears with the image: who sees it can attach.
+        // The socket appears with the image, so that anyone who sees it can attach.
         let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = server.insert(Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?);
         if let Err(error) = bound.publish(&arguments.name, image) {

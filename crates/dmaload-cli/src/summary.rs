@@ -1,4 +1,4 @@
-//! What happened during a load: a summary for people, and JSON for programs.
+//! The report of a load: a summary for people, and JSON for programs.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub(crate) struct Used {
 }
 
 impl Used {
-    /// Now, with the CPU time when the load was started.
+    /// Current values, with the CPU time since `cpu_before`.
     pub(crate) fn since(cpu_before: Duration) -> Self {
         let cpu = usage::cpu_time().saturating_sub(cpu_before);
         Used { cpu, peak_resident_bytes: usage::peak_resident_bytes().unwrap_or(0) }
@@ -30,17 +30,17 @@ fn memory(report: &Report) -> String {
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
 }
 
-/// Whether the bytes were read here: those of an image that another process has loaded were not.
+/// Whether this process read the bytes; for an attached image, another one did.
 fn were_read(report: &Report) -> bool {
     report.bytes == 0 || !report.reading.is_zero() || !report.from_cache.is_zero()
 }
 
-/// What happened, for people.
+/// A summary for people.
 pub(crate) fn summary(image: &Image, digests: &[Option<Digest>], used: Used) -> String {
     summary_with(image, digests, used, &[])
 }
 
-/// The same, with notes that are the command's own.
+/// Like [`summary`], with the command's own notes.
 pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[String]) -> String {
     let report = image.report();
     let in_time = format!("{} in {}", bytes(report.bytes), duration(report.total));
@@ -118,7 +118,7 @@ fn times(report: &Report) -> String {
     format!("allocating {allocating}, reading {reading}{copying}, {:.0} % overlapped{first}", report.overlap() * 100.0)
 }
 
-/// What came from the page cache, and how fast that and the rest were.
+/// What came from the page cache, and the speeds of that and of the rest.
 fn cached(report: &Report) -> String {
     let stored_bytes = report.bytes.saturating_sub(report.cached_bytes);
     let rest = report
@@ -135,12 +135,12 @@ fn described(report: &Report, fallback: &Fallback) -> String {
     format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), fallback.errno.describe())
 }
 
-/// What happened, for programs.
+/// The report as JSON.
 pub(crate) fn to_json(image: &Image, digests: &[Option<Digest>], used: Used) -> Value {
     to_json_with(image, digests, used, &[])
 }
 
-/// The same, with notes that are the command's own.
+/// Like [`to_json`], with the command's own notes.
 pub(crate) fn to_json_with(image: &Image, digests: &[Option<Digest>], used: Used, notes: &[String]) -> Value {
     let report = image.report();
     let files = report.files.iter().zip(digests).map(|(file, digest)| {

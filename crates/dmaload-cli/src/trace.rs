@@ -1,7 +1,8 @@
-//! `load --trace`: a timeline that Perfetto (<https://ui.perfetto.dev>) and chrome://tracing open.
+//! `load --trace`: a timeline for Perfetto (<https://ui.perfetto.dev>) and chrome://tracing.
 //!
-//! The Trace Event Format: an object with `traceEvents`, complete events (`"ph": "X"`) with times in microseconds. What
-//! overlaps goes to rows of its own, so each kind of event has as many rows as there were of it at once.
+//! Uses the Trace Event Format: an object with `traceEvents`, which are complete events (`"ph":
+//! "X"`) with times in microseconds. Overlapping events go to different rows, so each kind of
+//! event has as many rows as there were simultaneous events.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -40,7 +41,7 @@ fn complete(report: &Report, event: &TraceEvent, row: usize) -> Value {
     })
 }
 
-/// Rows are threads to the viewer; those of a kind have neighbouring numbers.
+/// The viewer shows rows as threads. Rows of the same kind have adjacent numbers.
 fn thread(kind: TraceKind, row: usize) -> usize {
     let kind = [
         TraceKind::Allocate,
@@ -61,12 +62,13 @@ fn microseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-/// For each kind, when the last event in each of its rows ended.
+/// For each kind, the end of the last event in each of its rows.
 #[derive(Debug, Default)]
 struct Rows(BTreeMap<TraceKind, Vec<Duration>>);
 
 impl Rows {
-    /// The first row that is free when this event begins. Events of a kind come in the order of their beginnings.
+    /// The first row that is free when this event begins. Events of a kind must be passed in order
+    /// of their beginning.
     fn place(&mut self, event: &TraceEvent) -> usize {
         let ends = self.0.entry(event.kind).or_default();
         let free = ends.iter().position(|&end| end <= event.start);

@@ -1,7 +1,7 @@
-//! Test helpers that several crates use: seeded random bytes, files outside the page cache,
-//! mounted file systems, FUSE servers in processes of their own, and refused system calls.
+//! Test helpers shared by several crates: seeded random bytes, files outside the page cache,
+//! mounted file systems, FUSE servers in separate processes, and refused system calls.
 //!
-//! For development only. Every function panics when it can't do its work, which fails the calling
+//! For development only. Every function panics if it can't do its work, which fails the calling
 //! test.
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that can't make its file has failed")]
 
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 pub use random::{Random, random_bytes};
 
-/// Writes a file and evicts it from the page cache, so that a load takes its route. Every user may
+/// Writes a file and evicts it from the page cache, so that a load takes its route. All users may
 /// read it.
 pub fn file(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
     let path = folder.join(name);
@@ -47,7 +47,7 @@ pub fn safetensors_of(tensors: usize, tensor_bytes: usize, seed: u64) -> Vec<u8>
     safetensors(header.as_bytes(), &random_bytes(tensors * tensor_bytes, seed))
 }
 
-/// Asserts that two long byte strings are equal, and reports the first difference only:
+/// Asserts that two long byte strings are equal, and reports only the first difference:
 /// `assert_eq!` would print both.
 #[track_caller]
 pub fn assert_same(seen: &[u8], expected: &[u8], what: &str) {

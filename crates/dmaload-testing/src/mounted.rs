@@ -7,13 +7,13 @@ use std::process::Command;
 
 const IMAGE_BYTES: u64 = 400 << 20;
 
-/// A mounted file system, unmounted when this is dropped.
+/// A mounted file system, unmounted on drop.
 #[derive(Debug)]
 pub struct Mounted(pub PathBuf);
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // Lazily: a failed test may still map a file.
+        // Unmounts lazily, because a failed test may still map a file.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
@@ -27,8 +27,9 @@ const KINDS: [(&str, &[&str], &str); 5] = [
     ("btrfs", &["mkfs.btrfs", "-q"], "loop,compress-force=zstd"),
 ];
 
-/// Calls `check` with the description and the folder of each kind of file system; in a guest also
-/// with `folder` itself, which is on ext4 there. If this machine can't mount one, prints why.
+/// Calls `check` with the description and folder of each kind of file system, and in a guest also
+/// with `folder` itself, which is on ext4 there. Prints the reason for each file system that can't
+/// be mounted on this machine.
 #[allow(clippy::print_stdout, reason = "reports what a test skips")]
 pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     if std::env::var_os("DMALOAD_GUEST").is_some() {
@@ -43,7 +44,7 @@ pub fn on_each(folder: &Path, mut check: impl FnMut(&str, &Path)) {
     }
 }
 
-/// Makes a file system with `mkfs` on a loop device of 400 MiB, and mounts it at `at`.
+/// Creates a file system with `mkfs` on a loop device of 400 MiB, and mounts it at `at`.
 ///
 /// # Errors
 /// The reason, as the failed program printed it.

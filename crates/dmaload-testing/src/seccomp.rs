@@ -1,6 +1,8 @@
-//! System calls refused, or left unanswered, by seccomp filters, as containers and services do.
+//! Refuses system calls, or leaves them unanswered, with seccomp filters, as containers and
+//! services do.
 //!
-//! A filter holds until its threads end. One for a whole process needs a test binary of its own.
+//! A filter applies until its threads exit. A filter for a whole process needs its own test
+//! binary.
 #![allow(unsafe_code, reason = "installs filters")]
 
 use std::io::Error;
@@ -13,7 +15,7 @@ use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter
 /// What a filter applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// The calling thread, and threads that it starts.
+    /// The calling thread and threads that it starts.
     Thread,
     /// Every thread of the process.
     Process,
@@ -24,12 +26,12 @@ pub fn refuse(scope: Scope, calls: &[u32], errno: i32) {
     install(scope, refusal(calls, errno)).unwrap();
 }
 
-/// Makes calls with this number, of every thread, wait until the returned listener is dropped.
+/// Makes calls with this number block on every thread until the returned listener is dropped.
 #[must_use]
 pub fn hang(call: u32) -> OwnedFd {
     let flags = libc::SECCOMP_FILTER_FLAG_TSYNC | libc::SECCOMP_FILTER_FLAG_TSYNC_ESRCH | libc::SECCOMP_FILTER_FLAG_NEW_LISTENER;
     let listener = seccomp(flags, &mut filter(&[call], libc::SECCOMP_RET_USER_NOTIF)).unwrap();
-    // SAFETY: the call has just made this descriptor, and only this value has it.
+    // SAFETY: the call has just created this descriptor, and only this value owns it.
     unsafe { OwnedFd::from_raw_fd(listener) }
 }
 
@@ -45,7 +47,7 @@ pub fn refusing(mut command: Command, calls: &[u32], errno: i32) -> Command {
 /// Installs a filter.
 ///
 /// # Errors
-/// The kernel's refusal.
+/// The kernel's error.
 pub fn install(scope: Scope, mut filter: Vec<sock_filter>) -> Result<(), Error> {
     let flags = if scope == Scope::Process { libc::SECCOMP_FILTER_FLAG_TSYNC } else { 0 };
     match seccomp(flags, &mut filter)? {

@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// Set in the server's process to the folder that it serves.
+/// In the server's process, the folder to serve.
 const SERVED_FOLDER: &str = "DMALOAD_TEST_SERVED_FOLDER";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A FUSE mount whose server is another process: this test program again, running one ignored
 /// test.
 ///
-/// A call that waits for a server in its own process could keep that process alive for ever.
-/// Dropping this kills the server, which fails every call that waits for it, and unmounts.
+/// A call that waits for a server in its own process could keep that process alive forever.
+/// Dropping this kills the server, which fails every call that waits for it, and unmounts the file
+/// system.
 #[derive(Debug)]
 pub struct ServedFolder {
     server: Child,
@@ -53,7 +54,7 @@ impl ServedFolder {
 
 impl Drop for ServedFolder {
     fn drop(&mut self) {
-        // The connection ends with its server, and with it every call that waits.
+        // Killing the server ends the connection, and with it every call that waits.
         let ended = self.server.kill().and_then(|()| self.server.wait());
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
         assert!(ended.is_ok() && unmounted.is_ok_and(|status| status.success()) || std::thread::panicking());

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-/// A size in binary units with three digits: `512 B`, `1.50 MiB`, `23.4 GiB`.
+/// Formats a size in binary units with three digits: `512 B`, `1.50 MiB`, `23.4 GiB`.
 #[must_use]
 pub fn bytes(count: u64) -> String {
     scaled(count as f64, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
 }
 
-/// Bytes in a time, per second: `3.21 GiB/s`. Nothing in no time is `-`.
+/// Formats a rate in bytes per second: `3.21 GiB/s`. No bytes in no time is `-`.
 #[must_use]
 pub fn rate(count: u64, time: Duration) -> String {
     if time.is_zero() {
@@ -17,7 +17,7 @@ pub fn rate(count: u64, time: Duration) -> String {
     scaled(count as f64 / time.as_secs_f64(), &["B/s", "KiB/s", "MiB/s", "GiB/s", "TiB/s"])
 }
 
-/// A time with three digits: `812 µs`, `45.6 ms`, `1.23 s`, `2 min 05 s`.
+/// Formats a time with three digits: `812 µs`, `45.6 ms`, `1.23 s`, `2 min 05 s`.
 #[must_use]
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
@@ -33,7 +33,7 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
-/// A count with its thousands apart: `1_234_567` as `1 234 567`.
+/// Formats a count with its thousands separated: 1234567 as `1 234 567`.
 #[must_use]
 pub fn grouped(count: u64) -> String {
     let digits = count.to_string();
@@ -52,9 +52,9 @@ fn scaled(value: f64, units: &[&str]) -> String {
     let mut units = units.iter().peekable();
     let mut whole = true;
     while let Some(unit) = units.next() {
-        // 1023.9 KiB would be shown as "1024 KiB": it is 1.00 MiB.
+        // 1023.9 KiB would round to "1024 KiB", so it is shown as 1.00 MiB.
         if rounds_below(value, 1024.0) || units.peek().is_none() {
-            // There is no hundredth of a byte, unless it is one per second.
+            // There are no fractions of a byte, except in a rate.
             let number = if whole && value.fract() == 0.0 { format!("{value}") } else { three_digits(value) };
             return format!("{number} {unit}");
         }

@@ -1,7 +1,7 @@
-//! File errors that a person can act on: the action, the file, and the errno by its name.
+//! File errors that a person can act on: the action, the file, and the name of the errno.
 //!
-//! The name is what manuals, kernel sources and search engines know; the sentence beside it
-//! depends on the C library and its locale.
+//! The name is what manuals, kernel sources and search engines use; the text next to it depends on
+//! the C library and its locale.
 
 use std::fmt;
 use std::io;
@@ -15,16 +15,16 @@ use dmabuf::{Errno, printable};
 pub struct FileError {
     action: &'static str,
     path: PathBuf,
-    // Part of the message, so not also its `source()`: a printed chain would say it twice.
+    // Part of the message, so not also its `source()`: a printed chain would repeat it.
     cause: io::Error,
 }
 
-/// Says what was being done, and to which file, when a call fails.
+/// Adds the action and the file to the error of a failed call.
 pub trait At<T> {
     /// `action` completes the sentence "cannot … PATH": `"open"`, `"write to"`.
     ///
     /// # Errors
-    /// The failure it was called on, now with its place.
+    /// The original failure, with the action and the file.
     fn at(self, action: &'static str, path: &Path) -> Result<T, FileError>;
 }
 
@@ -34,7 +34,7 @@ impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
     }
 }
 
-/// Shows an I/O error with the name of its errno: `ENOSPC (No space left on device)`.
+/// Displays an I/O error with the name of its errno: `ENOSPC (No space left on device)`.
 #[derive(Debug)]
 pub struct Named<'a>(pub &'a io::Error);
 

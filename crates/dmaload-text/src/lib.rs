@@ -1,7 +1,7 @@
-//! Text for people, as the command and its bench write it: sizes, rates and times, aligned pairs
-//! and tables, and file errors that name the call, the path and the errno.
+//! Text for people, as written by the command and its bench: sizes, rates and times, aligned pairs
+//! and tables, and file errors with the call, the path and the errno.
 //!
-//! Everything here makes strings, which the caller writes; nothing makes a system call.
+//! Everything here returns strings for the caller to write; nothing makes a system call.
 
 mod amount;
 mod file_error;

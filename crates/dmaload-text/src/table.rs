@@ -1,4 +1,5 @@
-//! Aligned pairs, and tables. What a terminal would act on is escaped in every cell.
+//! Aligned pairs and tables. In every cell, characters that a terminal would interpret are
+//! escaped.
 
 use std::fmt;
 
@@ -15,7 +16,7 @@ use dmabuf::printable;
 pub struct Pairs(Vec<(String, String)>);
 
 impl Pairs {
-    /// No rows.
+    /// Creates an empty list.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -28,7 +29,7 @@ impl Pairs {
         self
     }
 
-    /// Adds a row if there is something to say.
+    /// Adds a row if there is a value.
     #[must_use]
     pub fn with_some(self, what: impl Into<String>, value: Option<impl fmt::Display>) -> Self {
         match value {
@@ -47,17 +48,17 @@ impl fmt::Display for Pairs {
     }
 }
 
-/// On which side the text of a column is aligned.
+/// The alignment of a column's text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Align {
-    /// Words.
+    /// Left: for words.
     Left,
-    /// Numbers.
+    /// Right: for numbers.
     Right,
 }
 
-/// A table with a header, and perhaps a line of totals. The first column gives way where there is
-/// too little room.
+/// A table with a header and an optional line of totals. If there is too little room, the first
+/// column is shortened.
 #[derive(Debug, Clone)]
 pub struct Table {
     header: Vec<(String, Align)>,
@@ -66,22 +67,22 @@ pub struct Table {
     width: Option<usize>,
 }
 
-/// Between columns.
+/// The gap between columns.
 const GAP: usize = 2;
-/// No first column is cut shorter than this, which keeps the number of a layer: better a wide line
-/// than a dozen that look the same.
+/// The first column is never shortened below this, so that the number of a layer stays visible: a
+/// wide line is better than a dozen identical ones.
 const SHORTEST: usize = 32;
 
 impl Table {
-    /// A table with these columns.
+    /// Creates a table with these columns.
     #[must_use]
     pub fn new<'a>(header: impl IntoIterator<Item = (&'a str, Align)>) -> Self {
         let header = header.into_iter().map(|(name, align)| (name.to_owned(), align)).collect();
         Self { header, rows: Vec::new(), total: None, width: None }
     }
 
-    /// Shortens the names in the first column, in the middle, so that lines fit. Without it
-    /// nothing is ever cut: a program on the other side of a pipe wants whole names.
+    /// Shortens the names in the first column, in the middle, so that lines fit into `width`.
+    /// Otherwise nothing is ever shortened: a program that reads from a pipe needs whole names.
     #[must_use]
     pub fn fit(mut self, width: Option<usize>) -> Self {
         self.width = width;
@@ -94,7 +95,7 @@ impl Table {
         self.rows.push(row);
     }
 
-    /// Sets the last line, which a rule sets apart.
+    /// Sets the last line, below a rule.
     pub fn total(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
         self.total = Some(self.cells(cells));
     }
@@ -151,8 +152,8 @@ fn printable(text: &str) -> String {
     printable::text(text).to_string()
 }
 
-/// Characters, which is what names of tensors and our own words take; wide scripts would be off by
-/// their width.
+/// The width in characters, which is right for tensor names and our own text; wide scripts would
+/// be off.
 fn columns(text: &str) -> usize {
     text.chars().count()
 }
@@ -161,8 +162,8 @@ fn spaces(count: usize) -> String {
     " ".repeat(count)
 }
 
-/// Cuts out the middle: the names of tensors begin with the model's part and end with the
-/// weight's, and both matter.
+/// Cuts out the middle: tensor names begin with a part of the model and end with a weight, and
+/// both matter.
 fn shortened(text: &str, width: usize) -> String {
     let length = columns(text);
     if length <= width {

@@ -1,8 +1,10 @@
-//! What would help most: a ranked list, concluded from the facts.
+//! What would help most: a ranked list, derived from the facts.
 //!
-//! The rank is what was measured (2 cores, 1.8 GB/s, 1 GiB): a load through the page cache costs up to twice the time and fills
-//! it, 4 KiB pages nearly twice; four threads that `pread` keep up with io_uring on such a disk, and fall behind on faster
-//! ones; registered memory gains nothing measurable on 2 MiB pages. Dma-bufs make no load faster: they come last.
+//! The ranks follow measurements (2 cores, 1.8 GB/s, 1 GiB): a load through the page cache takes
+//! up to twice as long and fills the cache; 4 KiB pages take nearly twice as long; four threads
+//! that `pread` keep up with io_uring on such a disk, and fall behind on faster ones; registered
+//! memory gains nothing measurable on 2 MiB pages. dma-bufs make no load faster, so they come
+//! last.
 
 use std::path::Path;
 
@@ -16,21 +18,21 @@ use super::system::SHMEM_ENABLED;
 use super::trial::{DMA_HEAP, HeapTrial, Loaded};
 use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
 
-/// So many are shown.
+/// Maximum number of entries to show.
 pub(crate) const SHOWN: usize = 3;
-/// The default window, and as much again for everything else.
+/// Twice the default window: as much again for everything else.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
-/// A model that is no toy.
+/// The size of a realistic model.
 const MODEL_BYTES: u64 = 1 << 30;
 
-/// One change of the machine.
+/// One change to the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Advice {
     /// What to change.
     pub(crate) change: String,
-    /// How.
+    /// The command that changes it.
     pub(crate) command: String,
-    /// What that gains.
+    /// What the change gains.
     pub(crate) gain: String,
 }
 
@@ -40,7 +42,7 @@ impl Advice {
     }
 }
 
-/// All that would help, most gain first.
+/// Everything that would help, largest gain first.
 pub(crate) fn ranked(facts: &Facts) -> Vec<Advice> {
     let rules = [memory, direct, pages, ring, registering, permission, device, size_limit, bug];
     rules.into_iter().filter_map(|rule| rule(facts)).collect()
@@ -92,7 +94,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     ))
 }
 
-/// The default heap's load.
+/// The load into the default heap.
 fn loaded(facts: &Facts) -> Option<&Loaded> {
     facts.trial.heap("memfd")?.outcome.as_ref().ok()
 }
@@ -129,7 +131,7 @@ fn ring(facts: &Facts) -> Option<Advice> {
     Some(Advice::new(change, command, gain))
 }
 
-/// How io_uring is allowed again.
+/// How to allow io_uring.
 fn allowing(cause: Option<&Cause>) -> (String, String) {
     match cause {
         Some(Cause::Sysctl(1)) => {
@@ -183,7 +185,7 @@ fn heap<'a>(facts: &'a Facts, name: &str) -> Option<&'a HeapTrial> {
     facts.trial.heap(name)
 }
 
-/// Devices that are there and can't be opened, where no other gives dma-bufs as well.
+/// Devices that exist but can't be opened, unless another one provides dma-bufs too.
 fn permission(facts: &Facts) -> Option<Advice> {
     if heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok()) {
         return None;
@@ -319,7 +321,7 @@ mod tests {
         let commands = |advice: Vec<Advice>| advice.into_iter().map(|advice| advice.command).collect::<Vec<_>>();
         let all = commands(after(&[BUFFERED, LITTLE, SMALL_PAGES, NO_RING, NO_DEVICE, SMALL_MEMLOCK]));
         let order = ["ps ", "findmnt", "echo advise", "sysctl", "sudo modprobe"];
-        // With no direct reads, registered memory gains nothing.
+        // Without direct reads, registered memory gains nothing.
         assert_eq!(all.len(), order.len(), "{all:#?}");
         assert!(all.iter().zip(order).all(|(command, start)| command.starts_with(start)), "{all:#?}");
         let others = commands(after(&[SMALL_UDMABUFS, BUG, SMALL_MEMLOCK]));
@@ -332,9 +334,9 @@ mod tests {
         assert!(after(&[SMALL_MEMLOCK])[0].gain.starts_with("little"));
         let both = after(&[SMALL_PAGES, SMALL_MEMLOCK]);
         assert!(!both[1].gain.contains("little"), "{both:#?}");
-        // A file that fits under the limit is not held back by it.
+        // A file that fits under the limit is not affected by it.
         assert_eq!(after(&[SMALL_MEMLOCK, |facts| path(facts, 4 << 20, Ok(()))]), []);
-        // Nor one that no ring reads.
+        // Nor is one that no ring reads.
         assert_eq!(after(&[SMALL_MEMLOCK, ON_FUSE]).len(), 1);
     }
 

@@ -1,40 +1,42 @@
-//! Who refuses io_uring: from the errno, and what could have answered so.
+//! What refuses io_uring, derived from the errno and the possible causes.
 
 use std::fmt;
 
 use dmaload::Errno;
 
-/// What bears on a refusal.
+/// The circumstances of a refusal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Circumstances {
-    /// `kernel.io_uring_disabled`: 0 allowed, 1 for the privileged and a group, 2 for nobody; `None` before Linux 6.6.
+    /// `kernel.io_uring_disabled`: 0 allows it, 1 allows it to privileged users and a group, 2
+    /// forbids it; `None` before Linux 6.6.
     pub(crate) sysctl: Option<u32>,
-    /// Whether 1 allows it to this process: by CAP_SYS_ADMIN, or as a member of `kernel.io_uring_group`.
+    /// Whether the value 1 allows it to this process: with CAP_SYS_ADMIN, or as a member of
+    /// `kernel.io_uring_group`.
     pub(crate) privileged: bool,
-    /// Whether a seccomp filter watches this process.
+    /// Whether a seccomp filter applies to this process.
     pub(crate) seccomp: bool,
-    /// The security modules, where they are told.
+    /// The active security modules, if known.
     pub(crate) lsms: Vec<String>,
 }
 
-/// Who refuses.
+/// What refuses io_uring.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// The sysctl, of this value.
+    /// The sysctl, with this value.
     Sysctl(u32),
     /// A seccomp filter.
     Seccomp,
-    /// A security module, by its name where that is known.
+    /// A security module, with its name if known.
     Lsm(Option<String>),
-    /// The kernel has none.
+    /// The kernel does not support it.
     Kernel,
     /// The limit of locked memory.
     Memlock,
-    /// Nobody that could be found.
+    /// Nothing that could be identified.
     Unknown,
 }
 
-/// Security modules that decide by a policy, and so can refuse io_uring.
+/// Security modules that decide by policy and can therefore refuse io_uring.
 const POLICIES: [&str; 5] = ["selinux", "apparmor", "smack", "tomoyo", "bpf"];
 
 pub(crate) fn of(errno: Errno, around: &Circumstances) -> Cause {
@@ -43,7 +45,8 @@ pub(crate) fn of(errno: Errno, around: &Circumstances) -> Cause {
         (Errno::EPERM, Some(value @ 2..)) => Cause::Sysctl(value),
         (Errno::EPERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
         (Errno::EPERM | Errno::ENOSYS, _) if around.seccomp => Cause::Seccomp,
-        // A filter may answer with any errno; a security module is the likelier one where there is one.
+        // A filter may return any errno; if there is a security module, that is the likelier
+        // cause.
         (Errno::EACCES, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
         (Errno::EACCES, _) => Cause::Lsm(policy),
         (Errno::ENOSYS, _) => Cause::Kernel,
@@ -53,7 +56,7 @@ pub(crate) fn of(errno: Errno, around: &Circumstances) -> Cause {
 }
 
 impl Cause {
-    /// For programs.
+    /// The name used in JSON.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Cause::Sysctl(_) => "sysctl",
@@ -99,7 +102,7 @@ mod tests {
             (Errno::EPERM, sysctl(2, true), Cause::Sysctl(2)),
             (Errno::EPERM, sysctl(2, false), Cause::Sysctl(2)),
             (Errno::EPERM, sysctl(1, false), Cause::Sysctl(1)),
-            // With the right to it, 1 refuses nothing.
+            // For a permitted process, the value 1 refuses nothing.
             (Errno::EPERM, sysctl(1, true), Cause::Unknown),
             (Errno::EPERM, Circumstances { seccomp: true, ..sysctl(1, true) }, Cause::Seccomp),
             (Errno::EPERM, filtered.clone(), Cause::Seccomp),

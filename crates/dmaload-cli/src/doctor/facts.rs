@@ -1,4 +1,4 @@
-//! What was found out, as plain data.
+//! The findings, as plain data.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -15,12 +15,12 @@ use super::system::{self, HugePages, Memlock, Status};
 use super::trial::Trial;
 use crate::errors;
 
-/// All that is told or concluded from.
+/// Everything that is shown, or that conclusions are drawn from.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     pub(crate) kernel: String,
     pub(crate) io_uring: probe::IoUring,
-    /// Who refuses it, where it is refused: setting it up, or else registering with it.
+    /// What refuses io_uring, if anything does: setting it up, or else registering memory.
     pub(crate) cause: Option<Cause>,
     pub(crate) memlock: Memlock,
     pub(crate) memory: Option<probe::MemoryAvailable>,
@@ -28,22 +28,23 @@ pub(crate) struct Facts {
     pub(crate) path: Option<PathFacts>,
     pub(crate) trial: Trial,
     pub(crate) dma_buf: DmaBuf,
-    /// The limit of file sizes, which counts for memory files too.
+    /// The file size limit, which also applies to memfds.
     pub(crate) file_size_limit: Option<u64>,
-    /// How much address space the process may still take, where that is limited.
+    /// How much address space the process may still use, if that is limited.
     pub(crate) address_room: Option<u64>,
-    /// Whether udmabufs have small pages only, by a bug of this kernel.
+    /// Whether udmabufs get only small pages because of a bug in this kernel.
     pub(crate) udmabuf_bug: bool,
 }
 
-/// The path that was asked about.
+/// The path in question.
 #[derive(Debug, Clone)]
 pub(crate) struct PathFacts {
     pub(crate) path: PathBuf,
     pub(crate) mount: Option<Mount>,
     /// The file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
-    /// What a load of it would read, of all files of the model that it names; or why that would fail, found by its headers.
+    /// How much a load of it would read, over all files of its model; or, judging by their
+    /// headers, why it would fail.
     pub(crate) load: Result<u64, String>,
 }
 
@@ -51,17 +52,18 @@ pub(crate) struct PathFacts {
 #[derive(Debug, Clone)]
 pub(crate) struct DmaBuf {
     pub(crate) heap: Option<String>,
-    /// Why that one, or what is missing.
+    /// Why that one was chosen, or what is missing.
     pub(crate) reason: String,
 }
 
 impl Facts {
     /// # Errors
-    /// Where there is a path, and it can't be opened.
+    /// If a path is given and can't be opened.
     pub(crate) fn gather(path: Option<&Path>) -> Result<Self> {
         let path = path.map(PathFacts::gather).transpose()?;
         let status = Status::read();
-        // Before the loads: the limit of locked memory counts what a ring that was just closed has not given back yet.
+        // Before the loads: the limit of locked memory still counts memory of a ring that was just
+        // closed.
         let io_uring = probe::io_uring();
         let refused = [io_uring.setup, io_uring.buffer_table].into_iter().find_map(Result::err);
         let file = path.as_ref().filter(|path| path.file.is_some()).map(|path| path.path.as_path());
@@ -94,7 +96,7 @@ impl PathFacts {
         };
         let metadata = fs::metadata(path).map_err(failed("open"))?;
         let file = if metadata.is_dir() {
-            // Its files can't be opened without the right to look into it.
+            // Files in it can't be opened without search permission.
             rustix::fs::access(path, rustix::fs::Access::EXEC_OK).map_err(|errno| failed("look into it")(errno.into()))?;
             None
         } else {
@@ -107,7 +109,7 @@ impl PathFacts {
                 None => error.to_string(),
             }),
         };
-        // Some C libraries need procfs for that.
+        // Some C libraries need procfs for this.
         let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
         let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
@@ -115,7 +117,7 @@ impl PathFacts {
         Ok(PathFacts { path: path.to_owned(), mount, file, load })
     }
 
-    /// Where a file beside it would be.
+    /// The folder for a file next to it.
     fn folder(&self) -> &Path {
         match (&self.file, self.path.parent()) {
             (None, _) => &self.path,

@@ -1,4 +1,4 @@
-//! The facts for programs: one object.
+//! The facts as JSON: one object.
 
 use dmaload::probe::IoUring;
 use dmaload::{Errno, Way};
@@ -98,7 +98,7 @@ fn heap(heap: &HeapTrial) -> Value {
     })
 }
 
-/// Of a folder, what its file that was tried says, if that could be written there.
+/// For a folder, the results of the trial file, if it could be written there.
 fn path(facts: &Facts, path: &PathFacts) -> Value {
     let beside = facts.trial.file.as_ref().filter(|_| facts.trial.elsewhere.is_none());
     let file = path.file.as_ref().or(beside);

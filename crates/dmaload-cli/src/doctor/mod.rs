@@ -1,4 +1,4 @@
-//! `dmaload doctor`: what loads get here, and what would help most.
+//! `dmaload doctor`: what loads get on this machine, and what would help most.
 //!
 //! ```text
 //!   system   files of /proc and /sys ─┐
@@ -7,7 +7,8 @@
 //!   cause    who refuses io_uring (pure)                 └───► screen, json
 //! ```
 //!
-//! What can be tried is tried, with the engine itself; files of the system are read only to tell why something was refused.
+//! Whatever can be tried is tried, with the engine itself; system files are read only to explain
+//! refusals.
 
 mod advice;
 mod cause;
@@ -31,9 +32,9 @@ use facts::Facts;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A file to be loaded, or the folder of such files.
+    /// A file to load, or a folder of such files.
     pub(crate) path: Option<PathBuf>,
-    /// Print one JSON object, and nothing else, on standard output.
+    /// Print one JSON object to standard output, and nothing else.
     #[arg(long)]
     pub(crate) json: bool,
 }

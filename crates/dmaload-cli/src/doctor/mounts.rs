@@ -1,4 +1,5 @@
-//! Which file system a path is on, by `/proc/self/mountinfo`: it names every kind, where `statfs(2)` has numbers.
+//! Finds the file system of a path in `/proc/self/mountinfo`, which has a name for every kind,
+//! whereas `statfs(2)` has numbers.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -11,10 +12,12 @@ pub(crate) struct Mount {
     pub(crate) file_system: String,
 }
 
-/// The mount that holds a path (absolute, without symbolic links) on the device of this number.
+/// The mount that contains a path (absolute, without symbolic links) on the device with this
+/// number.
 ///
-/// Of those above the path the longest counts, and of equal ones the last, which hides the others. The device decides
-/// first, since a mount can hide longer ones; but some file systems (btrfs) number each subvolume as they like.
+/// Among mounts above the path, the longest mount point wins, and among equal ones the last, which
+/// hides the others. The device number is decisive, because a mount can hide longer ones; but some
+/// file systems (btrfs) give each subvolume a number of its own.
 pub(crate) fn find(mountinfo: &str, path: &Path, device: (u32, u32)) -> Option<Mount> {
     let device = format!("{}:{}", device.0, device.1);
     let mounts = mountinfo.lines().filter_map(parse).filter(|(_, mount)| path.starts_with(&mount.point));
@@ -31,7 +34,7 @@ fn parse(line: &str) -> Option<(&str, Mount)> {
     Some((device, Mount { point, file_system: kind.split(' ').next()?.to_owned() }))
 }
 
-/// Blanks are written as `\040`.
+/// Blanks are encoded as `\040`.
 fn unescaped(field: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();
@@ -79,7 +82,7 @@ mod tests {
         for (path, device, point, kind) in [
             ("/home/x", (254, 0), "/", "ext4"),
             ("/mnt/x", (0, 27), "/mnt", "tmpfs"),
-            // Whole components: /mntx is not below /mnt.
+            // Compares whole components: /mntx is not below /mnt.
             ("/mntx", (254, 0), "/", "ext4"),
             ("/mnt/a b/c", (8, 2), "/mnt/a b", "btrfs"),
             ("/mnt/a b/c", (8, 1), "/mnt/a b", "xfs"),

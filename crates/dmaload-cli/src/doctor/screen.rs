@@ -14,7 +14,7 @@ use super::trial::{HeapTrial, Loaded};
 use super::verdict::{self, Expected};
 
 const WIDTH: usize = 80;
-/// The longest name of a row, and the gap.
+/// The longest row name, plus the gap.
 const INDENT: usize = 14;
 
 pub(crate) fn screen(facts: &Facts) -> String {
@@ -45,12 +45,12 @@ pub(crate) fn screen(facts: &Facts) -> String {
     format!("{}{}", rows.0, shown.map(|(index, advice)| Numbered(index + 1, advice).to_string()).collect::<String>())
 }
 
-/// Limits and pages are round numbers: `2 MiB`.
+/// Limits and page sizes are round numbers: `2 MiB`.
 fn size(count: u64) -> String {
     bytes(count).replace(".00 ", " ").replace(".0 ", " ")
 }
 
-/// Pairs whose values go on in lines of their own.
+/// Pairs whose values wrap onto further lines.
 struct Rows(Pairs);
 
 impl Rows {
@@ -62,7 +62,8 @@ impl Rows {
     }
 }
 
-/// Lines of at most so many characters, broken at blanks; a longer word has a line of its own.
+/// Breaks text at blanks into lines of at most `width` characters; a longer word gets its own
+/// line.
 fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
@@ -79,7 +80,7 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A change with its command, which is never broken: it is to be copied.
+/// A change with its command. The command is never broken, so that it can be copied.
 struct Numbered<'a>(usize, &'a Advice);
 
 impl fmt::Display for Numbered<'_> {
@@ -166,7 +167,7 @@ fn tried(facts: &Facts) -> String {
         Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
         Err(reason) => format!("no folder: {reason}"),
     };
-    // What the path itself says counts more than what the small file said.
+    // What the path itself says takes precedence over what the small file says.
     let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
     let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
     let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not beside the path: {reason}")).unwrap_or_default();
@@ -209,7 +210,7 @@ fn dma_buf_line(facts: &Facts) -> String {
         Ok(Expected { route, .. }) => format!("works, by {route}: {}", facts.dma_buf.reason),
         Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => {
-            // The reasons of each heap stand above.
+            // The reasons for each heap are listed above.
             let told = if facts.dma_buf.heap.is_none() { "no heap here gives dma-bufs".to_owned() } else { reason };
             format!("would fail: {told}")
         }

@@ -1,4 +1,5 @@
-//! What files of the system say: why something is refused, and which limits hold. Nothing of it is taken for a feature.
+//! What system files say: why something is refused, and which limits apply. Features are never
+//! inferred from them.
 
 use std::fs::read_to_string;
 
@@ -14,21 +15,21 @@ const CAP_SYS_ADMIN: u32 = 21;
 /// The limit of locked memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Memlock {
-    /// `None` is no limit.
+    /// `None` means no limit.
     pub(crate) soft_bytes: Option<u64>,
     pub(crate) hard_bytes: Option<u64>,
-    /// With it, no limit holds.
+    /// Whether the process has CAP_IPC_LOCK, which lifts the limit.
     pub(crate) cap_ipc_lock: bool,
 }
 
-/// Huge pages, as the system has them set.
+/// The system's huge page settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct HugePages {
-    /// Those of memfds; `None` on kernels without transparent huge pages.
+    /// For memfds; `None` on kernels without transparent huge pages.
     pub(crate) shmem_enabled: Option<String>,
-    /// Those of private memory.
+    /// For private memory.
     pub(crate) enabled: Option<String>,
-    /// Whether this process is denied them (`PR_SET_THP_DISABLE`).
+    /// Whether huge pages are disabled for this process (`PR_SET_THP_DISABLE`).
     pub(crate) denied_to_process: bool,
 }
 
@@ -43,7 +44,7 @@ pub(crate) fn kernel() -> String {
 /// `/proc/self/status`.
 pub(crate) struct Status {
     text: String,
-    /// The effective capabilities, asked of the kernel.
+    /// The effective capabilities, from the kernel.
     effective: Option<u64>,
 }
 
@@ -60,7 +61,7 @@ impl Status {
     fn has(&self, capability: u32) -> bool {
         match self.field("CapEff").and_then(|set| u64::from_str_radix(set, 16).ok()) {
             Some(set) => set >> capability & 1 == 1,
-            // Without procfs.
+            // Used without procfs.
             None => self.text.is_empty() && self.effective.is_some_and(|set| set >> capability & 1 == 1),
         }
     }
@@ -70,7 +71,8 @@ impl Status {
         Memlock { soft_bytes: limit.current, hard_bytes: limit.maximum, cap_ipc_lock: self.has(CAP_IPC_LOCK) }
     }
 
-    /// What the limit of the address space leaves; `None` without one, or where what is used is not known.
+    /// What the address space limit leaves; `None` without a limit, or if the current use is
+    /// unknown.
     pub(crate) fn address_room(&self) -> Option<u64> {
         let limit = Limit::AddressSpace.current()?;
         let used: u64 = self.field("VmSize")?.strip_suffix(" kB")?.trim().parse().ok()?;
@@ -88,7 +90,7 @@ impl Status {
 
     pub(crate) fn circumstances(&self) -> Circumstances {
         let sysctl = |name: &str| read_to_string(format!("/proc/sys/kernel/{name}")).ok();
-        // -1 is no group.
+        // -1 means no group.
         let group = sysctl("io_uring_group").and_then(|group| group.trim().parse::<u32>().ok());
         let is_member =
             |group| getegid().as_raw() == group || getgroups().is_ok_and(|own| own.iter().any(|own| own.as_raw() == group));
@@ -102,7 +104,7 @@ impl Status {
     }
 }
 
-/// The one in brackets of `always [madvise] never`.
+/// The choice in brackets, as in `always [madvise] never`.
 fn chosen(choices: &str) -> Option<String> {
     let (_, rest) = choices.split_once('[')?;
     Some(rest.split_once(']')?.0.to_owned())

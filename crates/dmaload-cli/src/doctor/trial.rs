@@ -1,4 +1,5 @@
-//! Real loads of a small file of random bytes, one on each heap: what a load gets is what these got.
+//! Real loads of a small file of random bytes, one on each heap, which show what other loads will
+//! get.
 
 use std::env;
 use std::fs::{self, File};
@@ -20,39 +21,39 @@ use crate::errors;
 use crate::progress::finish;
 
 const BYTES_MAX: u64 = 4 << 20;
-/// The name of the line that says that there is no dma-heap.
+/// The name of the row that reports the absence of dma-heaps.
 pub(crate) const DMA_HEAP: &str = "dma-heap";
 
-/// What came of the loads.
+/// The results of the loads.
 #[derive(Debug, Clone)]
 pub(crate) struct Trial {
-    /// The folder of the file; or why no folder would do.
+    /// The folder of the file, or why no folder could be used.
     pub(crate) folder: Result<PathBuf, String>,
-    /// Why it is not in the folder that was asked for.
+    /// Why it is not in the requested folder.
     pub(crate) elsewhere: Option<String>,
-    /// Its first read, where that could be tried.
+    /// The file's first read, if it could be tried.
     pub(crate) file: Option<probe::File>,
     pub(crate) heaps: Vec<HeapTrial>,
 }
 
-/// What came of one heap.
+/// The result for one heap.
 #[derive(Debug, Clone)]
 pub(crate) struct HeapTrial {
     pub(crate) name: String,
     pub(crate) outcome: Result<Loaded, String>,
-    /// The device that could not be opened.
+    /// The device, if it could not be opened.
     pub(crate) device: Option<(PathBuf, Errno)>,
-    /// The most bytes of one dma-buf.
+    /// Maximum size of a dma-buf in bytes.
     pub(crate) limit_bytes: Option<u64>,
-    /// The most memfds that are joined to one dma-buf.
+    /// Maximum number of memfds joined into one dma-buf.
     pub(crate) limit_parts: Option<u64>,
 }
 
-/// A load that worked, and whose bytes were right.
+/// A load that worked and returned the right bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct Loaded {
     pub(crate) route: Route,
-    /// `None` where the kernel offers no way to look.
+    /// `None` if the kernel offers no way to query it.
     pub(crate) page_bytes: Option<u64>,
     pub(crate) pages_refused: Option<Errno>,
     pub(crate) steps: Vec<Step>,
@@ -69,10 +70,11 @@ pub(crate) struct Step {
 }
 
 impl Trial {
-    /// Loads a file in this folder, or, where none can be written there, in another; where no folder will do, one in memory;
-    /// where that can't be (it takes procfs), the beginning of the file that was asked about.
+    /// Loads a file in the wanted folder or, if none can be written there, in another one; if no
+    /// folder works, a memfd; if that fails too (it requires procfs), the beginning of the file in
+    /// question.
     pub(crate) fn run(wanted: Option<&Path>, file: Option<&Path>) -> Self {
-        // Writing more would end the process (SIGXFSZ).
+        // Writing more would kill the process (SIGXFSZ).
         let limit = dmabuf::Limit::FileSize.current().unwrap_or(BYTES_MAX);
         let content = random_bytes(BYTES_MAX.min(limit));
         let mut elsewhere = None;
@@ -109,7 +111,7 @@ impl Trial {
     }
 }
 
-/// Never the same twice: no cache of any layer below has seen them.
+/// Different every time, so that no lower cache layer has seen them.
 fn random_bytes(len: u64) -> Vec<u8> {
     let seeds = RandomState::new();
     (0..len / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
@@ -126,7 +128,8 @@ fn fill(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
     Ok(scratch)
 }
 
-/// A file that needs no folder; it is there as long as its descriptor. What it can't tell is how direct reads work.
+/// A file that needs no folder and exists as long as its descriptor. It can't show whether direct
+/// reads work.
 fn in_memory(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;
@@ -142,7 +145,7 @@ fn beginning(path: &Path) -> Result<(&Path, Vec<u8>)> {
     Ok((path, content))
 }
 
-/// On a disk if that can be had.
+/// Writes a file to a disk, if possible.
 fn written_anywhere(content: &[u8]) -> Result<ScratchFile> {
     match ScratchFile::create(None, "doctor.bin", content.len() as u64) {
         Ok(scratch) => fill(scratch, content),
@@ -189,9 +192,9 @@ fn no_dma_heap() -> HeapTrial {
 fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
-    // Routes are tried, whatever is cached.
+    // The trial is about routes, regardless of what is cached.
     let mut options = loader.load_options().format(Format::Raw).cache(Cache::Bypass);
-    // Of the file that was asked about, its beginning.
+    // For the file in question, only its beginning.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);
     }

@@ -1,4 +1,4 @@
-//! What a load would do, concluded from the facts.
+//! What a load would do, derived from the facts.
 
 use dmaload::{Attempt, Errno, LoadOptions, LoaderBuilder, Route, Way, probe};
 use dmaload_text::bytes;
@@ -9,13 +9,13 @@ use super::trial::Loaded;
 /// The default window: no load registers more at once.
 const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 const PIECE_BYTES: u64 = 16 << 20;
-/// The default size of a segment, each of which is a memory file.
+/// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 
-/// How the reason begins where it was not found out whether a load would work.
+/// The beginning of the reason if it could not be determined whether a load would work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";
 
-/// For programs: whether a load would work; `None` where that was not found out.
+/// For JSON: whether a load would work; `None` if that could not be determined.
 pub(crate) fn works<T>(verdict: &Result<T, String>) -> Option<bool> {
     match verdict {
         Ok(_) => Some(true),
@@ -24,19 +24,20 @@ pub(crate) fn works<T>(verdict: &Result<T, String>) -> Option<bool> {
     }
 }
 
-/// A load that would work.
+/// The expected outcome of a load that works.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Expected {
     pub(crate) route: Route,
     pub(crate) page_bytes: Option<u64>,
-    /// Why the route is another than that of the small file that was loaded.
+    /// Why the route differs from that of the small file.
     pub(crate) because: Option<String>,
-    /// The ways that the load measures on parts of itself, before it takes the fastest; none if it
+    /// The ways that the load measures on parts of itself before choosing the fastest; empty if it
     /// does not measure.
     pub(crate) measured: Vec<Way>,
 }
 
-/// What `dmaload load` would do with the path, or else with a large file; or why it would fail.
+/// What `dmaload load` would do with the path, or with a large file if no path is given; or why it
+/// would fail.
 pub(crate) fn load(facts: &Facts) -> Result<Expected, String> {
     on_heap(facts, "memfd")
 }
@@ -51,13 +52,13 @@ pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
 }
 
 fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
-    // Before the trial, which may lack descriptors: that says nothing of the path.
+    // Checked before the trial, which may lack descriptors: that says nothing about the path.
     if let Some(Err(reason)) = facts.path.as_ref().map(|path| &path.load) {
         return Err(reason.clone());
     }
     let tried = facts.trial.heap(heap).ok_or_else(|| format!("{heap} was not tried"))?;
     let loaded = tried.outcome.as_ref().map_err(|reason| match reason.contains("EMFILE") {
-        // The file that was tried and what else was looked at have descriptors, too, and a load has not.
+        // The trial file and other open files use descriptors that a load does not need.
         true => format!("{UNKNOWN}: its own trial needs more open files than the limit (ulimit -n) allows: {heap}: {reason}"),
         false => format!("{heap}: {reason}"),
     })?;
@@ -77,7 +78,7 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
-    // The memory of a dma-heap comes at once, so nothing is gained by bringing it into being late.
+    // The memory of a dma-heap is allocated at once, so populating it late gains nothing.
     let comes_at_once = heap.starts_with("dma-heap");
     Ok(Expected { measured: if comes_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
 }
@@ -99,7 +100,7 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
 
 fn measured(facts: &Facts) -> Vec<Way> {
     let Some(file) = path_file(facts) else { return Vec::new() };
-    // Memory counts, in whole blocks.
+    // What counts is memory, in whole blocks.
     let measures = |bytes: u64| bytes.next_multiple_of(file.alignment_bytes) >= probe::MEASURED_BYTES_MIN;
     if !wanted_bytes(facts).is_some_and(measures) {
         return Vec::new();
@@ -107,34 +108,36 @@ fn measured(facts: &Facts) -> Vec<Way> {
     [Way::Direct, Way::Staged].into_iter().chain(file.buffered_by_ring.then_some(Way::Buffered)).collect()
 }
 
-/// The file that was asked about.
+/// The file in question.
 pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
     facts.path.as_ref()?.file.as_ref()
 }
 
-/// How much it needs and how much there is, if the model that was asked about does not fit into memory.
+/// How much memory is needed and available, if the model in question does not fit.
 pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)> {
     let (wanted, memory) = (wanted_bytes(facts)?, facts.memory.as_ref()?);
     (wanted > memory.bytes).then_some((wanted, memory))
 }
 
-/// How much a load of the path is of: of a model that can't be loaded, the length of the file that was named.
+/// How much a load of the path would read; for a model that can't be loaded, the length of the
+/// given file.
 fn wanted_bytes(facts: &Facts) -> Option<u64> {
     let path = facts.path.as_ref()?;
     let named = || path.file.as_ref().map(|file| file.bytes);
     path.load.as_ref().ok().copied().or_else(named)
 }
 
-/// Whether all that a load of the path, or of a large file, registers at once can be registered.
+/// Whether everything that a load of the path, or of a large file, registers at once can be
+/// registered.
 ///
-/// What was tried with a small file says nothing of that.
+/// The trial with a small file says nothing about that.
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
     allowed && facts.io_uring.registrable_bytes >= wanted.min(PIECE_BYTES)
 }
 
-/// Why direct reads are refused where the path is, or else where the small file was.
+/// Why direct reads are refused at the path or, without one, at the small file.
 pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
     if let Some(file) = path_file(facts) {
         return file.direct_refused();
@@ -209,7 +212,7 @@ mod tests {
         let mut facts = Facts::best();
         facts.trial.heaps[0].outcome = Err("refused".to_owned());
         assert_eq!(load(&facts), Err("memfd: refused".to_owned()));
-        // The other heap worked all the same.
+        // The other heap still worked.
         assert!(load_dma_buf(&facts).is_ok());
         let limited = Facts { file_size_limit: Some(1 << 20), ..Facts::best() };
         assert!(load(&limited).unwrap_err().contains("ulimit -f"));
