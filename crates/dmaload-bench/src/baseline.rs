@@ -1,8 +1,9 @@
-//! What people do today, to compare with: allocate, map the file, copy.
+//! The usual way of loading, to compare with: allocate, map the file, copy.
 //!
-//! This is the baseline of the kernel's own "allocate and read" series, with a memfd in the place of the dma-buf:
-//! shareable memory of the file's size, the file mapped through the page cache, and one `memcpy` between them, which
-//! faults in the pages of both sides. Nothing is tuned and nothing is hobbled: page sizes are what the machine gives.
+//! This is the baseline of the kernel's "allocate and read" patch series, with a memfd in place of
+//! the dma-buf: shareable memory of the file's size, the file mapped through the page cache, and
+//! one `memcpy` between them, which faults in the pages of both. Nothing is tuned and nothing is
+//! slowed down: page sizes are what the machine provides.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -16,42 +17,42 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::cold::{self, ColdError};
 use crate::mapping;
 
-/// A file loaded as it is done today.
+/// A file loaded in the usual way.
 #[derive(Debug)]
 pub struct Normal {
-    /// From before the memory was asked for until the last byte was copied.
+    /// From before the allocation until the last byte was copied.
     pub elapsed: Duration,
-    /// The copy, so that it can be verified outside of the measured time.
+    /// The copy, so that it can be verified outside the measured time.
     pub memory: MmapMut,
 }
 
-/// Why the comparison could not be made.
+/// Why the comparison failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BaselineError {
     /// A call failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The file is not cold, so the time would say nothing.
+    /// The file is not cold, so the time would be meaningless.
     #[error(transparent)]
     NotCold(#[from] ColdError),
-    /// There is nothing to map.
+    /// The file is empty, so there is nothing to map.
     #[error("{} is empty", printable::path(.0))]
     Empty(PathBuf),
 }
 
-/// Makes the file cold, then loads it as it is done today. The seconds are `elapsed` alone; evicting is not in them.
+/// Makes the file cold, then loads it in the usual way. `elapsed` does not include the eviction.
 ///
 /// # Errors
-/// When the file can't be made cold or can't be loaded.
+/// If the file can't be made cold or can't be loaded.
 pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
     cold::make_cold(path)?;
     load(path)
 }
 
-/// Loads the file as it is done today, from wherever its bytes are.
+/// Loads the file in the usual way, whether or not it is cached.
 ///
 /// # Errors
-/// When the file is empty or a call fails.
+/// If the file is empty or a call fails.
 pub fn load(path: &Path) -> Result<Normal, BaselineError> {
     let started = Instant::now();
     let file = File::open(path).at("open", path)?;

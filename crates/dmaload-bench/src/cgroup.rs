@@ -1,4 +1,4 @@
-//! A memory cgroup with a limit (v2 and v1), made for one run and removed after it.
+//! A memory cgroup (v2 or v1) with a limit, created for one run and removed after it.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -10,7 +10,7 @@ use dmaload_text::{At, FileError, Named};
 
 use crate::leftovers;
 
-/// The limit's file, in v2 and v1.
+/// The file that contains the limit, in v2 and v1.
 const LIMITS: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
 
 /// A group that exists until this is dropped.
@@ -20,10 +20,11 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// Makes a group with this limit: inside the group that this process is in, or as near to it as the kernel allows.
+    /// Creates a group with this limit inside the group of this process, or as near to it as the
+    /// kernel allows.
     ///
     /// # Errors
-    /// When no group can be made; every place that was tried is named.
+    /// If no group can be created; lists every place that was tried.
     pub(crate) fn new(limit_bytes: u64) -> Result<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let name = format!("dmaload-bench-{}", std::process::id());
@@ -40,7 +41,8 @@ impl Group {
     fn make(folder: &Path, limit_bytes: u64) -> io::Result<Self> {
         leftovers::make_group(folder)?;
         let group = Group { folder: folder.to_owned() };
-        // A cgroup file system makes these files. In another folder there is none, and making one would limit nothing.
+        // A cgroup file system provides these files. In any other folder they don't exist, and
+        // creating one would limit nothing.
         let mut refusal = io::Error::from_raw_os_error(libc::ENOENT);
         for name in LIMITS {
             match write(&folder.join(name), limit_bytes) {
@@ -52,10 +54,10 @@ impl Group {
         Err(refusal)
     }
 
-    /// Moves a process into it.
+    /// Moves a process into the group.
     ///
     /// # Errors
-    /// When the kernel refuses it.
+    /// The kernel's error.
     pub(crate) fn add(&self, process: u32) -> Result<(), FileError> {
         let members = self.folder.join("cgroup.procs");
         write(&members, u64::from(process)).at("add a process to", &members)
@@ -72,7 +74,8 @@ fn write(path: &Path, number: u64) -> io::Result<()> {
     OpenOptions::new().write(true).open(path)?.write_all(number.to_string().as_bytes())
 }
 
-/// Where a group may be made: v1's memory hierarchy, then v2's, from this process' own group up to the mount.
+/// Where a group may be created: in v1's memory hierarchy, then in v2's, from this process's own
+/// group up to the mount point.
 fn places(own: &str, root: &Path) -> Vec<PathBuf> {
     let mut places = Vec::new();
     for line in own.lines() {

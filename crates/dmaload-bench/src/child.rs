@@ -1,8 +1,8 @@
-//! A process of one measured run: it is told to get ready, then to go, and tells in a line of JSON
-//! how it went.
+//! The process of one measured run: on command it prepares, then runs, and reports the result as a
+//! line of JSON.
 //!
-//! It has just these lines of its own, so CPU time, peak memory and whatever a mode leaves behind
-//! are that mode's alone.
+//! Each run has its own process, so CPU time, peak memory and anything that a mode leaves behind
+//! belong to that mode alone.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -19,14 +19,14 @@ use crate::ways::{self, WrongBytes};
 
 pub use crate::pressure::{fill, hog};
 
-/// What an ordinary user may lock, on most machines.
+/// The usual limit of locked memory for ordinary users.
 const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
 
 /// A process that measures one run.
 ///
-/// It is started as `bench-child load --mode NAME [--scratch FILE]`, followed by
+/// Started as `bench-child load --mode NAME [--scratch FILE]`, followed by
 /// [`Settings::arguments`](crate::Settings::arguments).
 #[derive(Debug)]
 pub struct Load {
@@ -34,16 +34,16 @@ pub struct Load {
     pub mode: Mode,
     /// The files.
     pub paths: Vec<PathBuf>,
-    /// [`Settings::user`](crate::Settings::user): if set, all modes but `limit` may lock 8 MiB of
-    /// memory only.
+    /// [`Settings::user`](crate::Settings::user): if set, all modes except `limit` may lock only 8
+    /// MiB of memory.
     pub user: Option<u32>,
-    /// Whether to record progress over time, for a picture.
+    /// Whether to record progress over time, for a chart.
     pub curves: bool,
 }
 
 impl Load {
-    /// Reads commands from standard input, a line each, and writes the outcome to `output`, which
-    /// must be standard output. `told` puts the error of a run into words.
+    /// Reads commands from standard input, one per line, and writes the result to `output`, which
+    /// must be standard output. `told` formats the error of a run.
     ///
     /// # Errors
     /// If `output` can't be written to. The error of a run is written, not returned.
@@ -58,7 +58,7 @@ impl Load {
     }
 }
 
-/// Waits to be told, makes ready, waits again, runs. Whoever tells it has gone: then it goes, too.
+/// Waits for a command, prepares, waits again, runs. If the parent is gone, exits.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
     told: fn(&anyhow::Error) -> String,
@@ -115,7 +115,7 @@ fn to_json(run: &Run) -> Value {
     })
 }
 
-/// What a line of [`Load::run`] says; `None` of a line that is none of its own.
+/// Parses a line written by [`Load::run`]; `None` for any other line.
 pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
     let value: Value = serde_json::from_str(line).ok()?;
     if let Some(reason) = value.get("error").and_then(Value::as_str) {

@@ -1,8 +1,9 @@
-//! A file that must come from storage: out of the page cache, and proof that it is.
+//! Makes sure that a file is read from storage: evicts it from the page cache, and checks that it
+//! is gone.
 //!
-//! `POSIX_FADV_DONTNEED` is a wish: dirty pages, pages that somebody has mapped, and file systems that live in memory
-//! keep theirs, and the call still says 0. A measurement that believed it would measure the page cache. So
-//! [`make_cold`] looks afterwards.
+//! `POSIX_FADV_DONTNEED` is only a hint: dirty pages, mapped pages, and file systems in memory
+//! keep theirs, and the call still returns 0. A measurement that trusted it would measure the page
+//! cache, so [`make_cold`] checks afterwards.
 
 use std::fmt;
 use std::fs::File;
@@ -18,18 +19,18 @@ use rustix::fs::Advice;
 
 use crate::mapping;
 
-/// How often a file that stays warm is evicted before it counts as an error: pages under writeback or waiting in
-/// another core's batch leave a moment later.
+/// How often a file that stays warm is evicted before that is an error: pages under writeback, or
+/// in another CPU's batch, are dropped a moment later.
 const ATTEMPTS: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Who told how much of a file is cached.
+/// How the cached part of a file was determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
     /// `cachestat(2)`, Linux 6.5 and later.
     Cachestat,
-    /// `mincore(2)` on a mapping. For a file that the caller neither owns nor may write, the kernel answers "all
-    /// of it", whatever is true.
+    /// `mincore(2)` on a mapping. For a file that the caller neither owns nor may write, the
+    /// kernel always reports all pages as cached.
     Mincore,
 }
 
@@ -49,12 +50,12 @@ pub struct Residency {
     pub resident: u64,
     /// The length of the file.
     pub total: u64,
-    /// Who said so.
+    /// How this was determined.
     pub method: Method,
 }
 
 impl Residency {
-    /// Nothing of the file is cached: every byte must come from storage.
+    /// Whether nothing is cached, so every byte must come from storage.
     #[must_use]
     pub fn is_cold(&self) -> bool {
         self.resident == 0
@@ -67,7 +68,7 @@ pub enum ColdError {
     /// A call failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Every call succeeded, and the file is still cached.
+    /// Every call succeeded, but the file is still cached.
     #[error(
         "{} is still in the page cache: {} of {} according to {}; another process maps or reads it, or its file \
          system keeps files in memory",
@@ -81,14 +82,15 @@ pub enum ColdError {
     },
 }
 
-/// Writes back what is dirty, then asks the kernel to forget the file's pages. It may not: see [`make_cold`].
+/// Writes dirty pages back, then asks the kernel to drop the file's pages, which it may not do:
+/// see [`make_cold`].
 fn evict(file: &File, path: &Path) -> Result<(), FileError> {
     // Dirty pages can't be dropped.
     file.sync_all().at("write back", path)?;
     rustix::fs::fadvise(file, 0, None, Advice::DontNeed).at("drop the cached pages of", path)
 }
 
-/// How much of the file is in the page cache, and how that is known. Reads nothing.
+/// Determines how much of the file is in the page cache, without reading any of it.
 fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
     let total = file.metadata().at("look at", path)?.len();
     let (resident, method) = match dmaload::probe::cached_bytes(file).map_err(io::Error::from) {
@@ -99,13 +101,13 @@ fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
     Ok(Residency { resident, total, method })
 }
 
-/// Older kernels don't know the call, sandboxes forbid it, and some files have no page cache to ask about.
+/// Older kernels lack the call, sandboxes forbid it, and some files have no page cache.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EOPNOTSUPP))
 }
 
 fn by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
-    // An empty range can't be mapped, and has nothing to count.
+    // An empty range can't be mapped, and has no pages to count.
     if file.metadata().at("look at", path)?.len() == 0 {
         return Ok(0);
     }
@@ -113,10 +115,11 @@ fn by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
     mapping::mincore(&mapping).at("count the cached pages of", path)
 }
 
-/// Evicts the file and makes sure of it.
+/// Evicts the file and verifies that it is gone.
 ///
 /// # Errors
-/// [`ColdError::StillCached`] when pages are left after a few attempts, otherwise the call that failed.
+/// [`ColdError::StillCached`] if pages remain after several attempts, otherwise the error of the
+/// failed call.
 pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
     let file = File::open(path).at("open", path)?;
     let mut attempt = 1;
@@ -132,13 +135,13 @@ pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
     }
 }
 
-/// Reads the file into the page cache and makes sure that all of it is there.
+/// Reads the file into the page cache and verifies that all of it is there.
 ///
 /// # Errors
-/// The call that failed, or ENOMEM where the page cache does not keep it.
+/// The error of the failed call, or ENOMEM if the page cache does not keep the file.
 pub fn make_warm(path: &Path) -> Result<(), FileError> {
     let mut file = File::open(path).at("open", path)?;
-    // Nothing is dirty: a direct read would have to wait for it to be written.
+    // Written back first, because a direct read would have to wait for dirty pages.
     file.sync_all().at("write back", path)?;
     io::copy(&mut file, &mut io::sink()).at("read", path)?;
     let found = residency(&file, path)?;
@@ -162,7 +165,8 @@ mod tests {
         file
     }
 
-    /// Next to the build's output, which is on a disk, unlike perhaps the system's temporary folder.
+    /// In the build's output folder, which is on a disk, unlike perhaps the system's temporary
+    /// folder.
     fn on_disk() -> tempfile::NamedTempFile {
         warm_file(Path::new(env!("CARGO_MANIFEST_DIR")))
     }

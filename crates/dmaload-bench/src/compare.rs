@@ -1,29 +1,29 @@
-//! Whether memory holds what a file holds.
+//! Compares memory with a file.
 
 use std::io::{self, Read};
 
-/// What is read of the file at a time.
+/// How much of the file is read at a time.
 const BLOCK: usize = 1 << 20;
 
-/// Why memory is not what the file is.
+/// How memory differs from the file.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Difference {
-    /// A byte differs; the first.
+    /// The first byte that differs.
     #[error("byte {offset} is {found:#04x} instead of {expected:#04x}")]
     Byte {
-        /// Where in the file.
+        /// Offset in the file.
         offset: u64,
-        /// What the file says.
+        /// The byte in the file.
         expected: u8,
-        /// What is in memory.
+        /// The byte in memory.
         found: u8,
     },
     /// One of the two ends before the other.
     #[error("{found} bytes were loaded of a file that has {}", if *.more { "more" } else { "fewer" })]
     Length {
-        /// How many there are in memory.
+        /// Number of bytes in memory.
         found: u64,
-        /// Whether the file goes on.
+        /// Whether the file is longer.
         more: bool,
     },
     /// The file can't be read again.

@@ -1,4 +1,5 @@
-//! How far a load was, over time: bytes that had memory, and bytes that were there. What lies between the two is the window.
+//! The progress of a load over time: bytes allocated, and bytes filled. The difference is bounded
+//! by the window.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,41 +7,42 @@ use std::time::Duration;
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
-/// Points of a curve are no closer than the total by this number: a picture shows no more.
+/// Minimum distance between the points of a curve, as a fraction of the total: a chart shows no
+/// more.
 const POINTS: u64 = 256;
 
-/// A step of a curve: from this second on, so many bytes.
+/// A step of a curve: the time in seconds, and the number of bytes from then on.
 pub(crate) type Point = (f64, u64);
 
-/// Two curves of one load.
+/// The two curves of a load.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Curves {
-    /// Allocated and populated.
+    /// Bytes allocated and populated.
     pub(crate) allocated: Vec<Point>,
-    /// Read; what goes through staging, copied.
+    /// Bytes read; for staged reads, bytes copied.
     pub(crate) filled: Vec<Point>,
 }
 
 impl Curves {
-    /// Those of a load that was traced.
+    /// The curves of a traced load.
     pub(crate) fn of(report: &Report) -> Self {
         let events: Vec<_> = report.trace.iter().map(Event::from).collect();
         let allocated = events.iter().filter(|event| event.kind == TraceKind::Allocate);
         Curves { allocated: curve(allocated), filled: curve(filling(&events)) }
     }
 
-    /// The most bytes that had memory and were not there yet.
+    /// The maximum number of bytes that were allocated but not yet filled.
     pub(crate) fn most_ahead_bytes(&self) -> u64 {
         let filled_at = |second: f64| self.filled.iter().rev().find(|point| point.0 <= second).map_or(0, |point| point.1);
         self.allocated.iter().map(|&(second, bytes)| bytes.saturating_sub(filled_at(second))).max().unwrap_or(0)
     }
 
-    /// For the line that a run tells.
+    /// The curves as JSON, for the line that a run reports.
     pub(crate) fn to_json(&self) -> Value {
         json!({ "allocated": self.allocated, "filled": self.filled })
     }
 
-    /// What [`Self::to_json`] has made; `None` of anything else.
+    /// Parses the result of [`Self::to_json`]; `None` for anything else.
     pub(crate) fn from_json(value: &Value) -> Option<Self> {
         let curve = |name: &str| -> Option<Vec<Point>> {
             let points = value.get(name)?.as_array()?.iter();
@@ -50,7 +52,7 @@ impl Curves {
     }
 }
 
-/// What a curve is made of.
+/// A part of a curve.
 #[derive(Debug, Clone, Copy)]
 struct Event {
     kind: TraceKind,
@@ -66,8 +68,8 @@ impl From<&TraceEvent> for Event {
     }
 }
 
-/// The events that put bytes where they belong: copies, and the reads that none of them followed. A load
-/// may have read some of its bytes into staging and others not.
+/// The events that put bytes into their final place: copies, and reads without a subsequent copy.
+/// A load may have staged only some of its reads.
 fn filling(events: &[Event]) -> Vec<&Event> {
     let of = |kind| events.iter().filter(move |event| event.kind == kind);
     let mut filling: Vec<_> = of(TraceKind::Copy).chain(of(TraceKind::FromCache)).collect();
@@ -77,7 +79,7 @@ fn filling(events: &[Event]) -> Vec<&Event> {
     }
     reads.values_mut().for_each(|reads| reads.sort_by_key(|read| read.end));
     for copy in of(TraceKind::Copy) {
-        // The last read before it: a copy begins when its read has ended.
+        // The last read before it, because a copy begins when its read has completed.
         let same = reads.get_mut(&(copy.segment, copy.bytes));
         if let Some((reads, at)) = same.and_then(|reads| {
             let at = reads.partition_point(|read| read.end <= copy.start).checked_sub(1)?;
@@ -90,7 +92,7 @@ fn filling(events: &[Event]) -> Vec<&Event> {
     filling
 }
 
-/// The sum of the bytes of these events, at the end of each.
+/// The cumulative bytes at the end of each event.
 fn curve<'a>(events: impl IntoIterator<Item = &'a Event>) -> Vec<Point> {
     let mut ends: Vec<_> = events.into_iter().map(|event| (event.end, event.bytes)).collect();
     ends.sort_unstable();

@@ -1,7 +1,9 @@
-//! The machine: how much memory there is, that its host has really given it, and how far its disk reads ahead.
+//! The machine: how much memory is available, whether its host has really provided it, and the
+//! readahead of its disk.
 //!
-//! A virtual machine gives free memory back to its host, and getting it again costs seconds for each GiB: a first run
-//! after a pause would measure the host. So before each run as much memory as any mode takes is touched and freed.
+//! A virtual machine returns free memory to its host, and getting it back takes seconds per GiB,
+//! so the first run after a pause would measure the host. Therefore, before each run, as much
+//! memory as any mode needs is touched and freed.
 
 use std::fs;
 use std::io;
@@ -9,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// Twice the file (page cache and memory, as `normal` needs), and some for the processes.
+/// What is needed beyond twice the file (page cache and memory, for `normal`): some for the
+/// processes.
 const EXTRA_BYTES: u64 = 128 << 20;
 
 fn in_meminfo(key: &str) -> u64 {
@@ -19,16 +22,16 @@ fn in_meminfo(key: &str) -> u64 {
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-/// What can be taken, page cache included.
+/// How much memory can be allocated, page cache included.
 pub(crate) fn available_bytes() -> u64 {
     in_meminfo("MemAvailable")
 }
 
-/// Touches as much memory as loading so many bytes takes by any mode, and gives it back. Where memory is to be short, only
-/// what is free: page cache that was put there on purpose stays.
+/// Touches as much memory as loading `file_bytes` bytes takes in any mode, and frees it. If memory
+/// should be scarce, touches only free memory, so that page cache created on purpose stays.
 ///
 /// # Errors
-/// When there is no such memory.
+/// If there is not enough memory.
 pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
     let there = in_meminfo(if is_short { "MemFree" } else { "MemAvailable" });
     let bytes = (2 * file_bytes + EXTRA_BYTES).min(there / 10 * 8);
@@ -36,7 +39,7 @@ pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// How far the kernel reads ahead on the file's disk; `None` where no one disk is behind it.
+/// The readahead of the file's disk; `None` if the file is not on a single disk.
 pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     let device = rustix::fs::stat(path).ok()?.st_dev;
     let device = PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
@@ -45,16 +48,16 @@ pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     settings.filter_map(|setting| fs::read_to_string(setting).ok()).find_map(|text| text.trim().parse().ok())
 }
 
-/// Private memory with all its pages, large ones where they can be had: that is quicker.
+/// Private memory with all pages allocated, as huge pages if possible, which is faster.
 ///
 /// # Errors
-/// When there is no such memory.
+/// If there is not enough memory.
 pub(crate) fn touched(bytes: usize) -> io::Result<MmapMut> {
     let mut memory = MmapOptions::new().len(bytes).map_anon()?;
-    // Only quicker.
+    // Only an optimization.
     let _ = memory.advise(Advice::HugePage);
     if memory.advise(Advice::PopulateWrite).is_err() {
-        // Before Linux 5.14.
+        // For kernels before Linux 5.14.
         memory.iter_mut().step_by(rustix::param::page_size()).for_each(|byte| *byte = 1);
     }
     Ok(memory)

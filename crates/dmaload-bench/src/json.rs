@@ -1,4 +1,4 @@
-//! The results for programs.
+//! The results as JSON.
 
 use serde_json::{Map, Value, json};
 
@@ -62,7 +62,7 @@ fn spread(spread: Spread) -> Value {
     json!({ "median": spread.median, "min": spread.min, "max": spread.max })
 }
 
-/// As `--pages` has them: `4k`, `2m`, or `mixed` when runs got different ones.
+/// As in `--pages`: `4k`, `2m`, or `mixed` if runs got different ones.
 fn pages((smallest, largest): (u64, u64)) -> String {
     match smallest {
         _ if smallest != largest => "mixed".to_owned(),

@@ -1,7 +1,8 @@
-//! What must not stay behind when the bench is interrupted: its processes and its memory groups.
+//! Cleans up when the bench is interrupted: its processes and memory groups.
 //!
-//! Processes are known by descriptors (`pidfd_open(2)`), which never come to mean another process. A kernel without them
-//! (before 5.3) leaves the processes to find out by themselves: their standard input ends.
+//! Processes are identified by descriptors (`pidfd_open(2)`), which can't come to mean another
+//! process. On kernels without them (before 5.3), the processes notice by themselves that their
+//! standard input ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,7 +20,7 @@ use crate::scratch;
 
 /// What exists now.
 static ALIVE: Mutex<Alive> = Mutex::new(Alive { processes: BTreeMap::new(), groups: BTreeSet::new() });
-/// A group can be removed a moment after its last process has gone.
+/// A group can only be removed a moment after its last process has exited.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -28,15 +29,15 @@ struct Alive {
     groups: BTreeSet<PathBuf>,
 }
 
-/// Every change to it is one call, so a thread that panicked has left it whole.
+/// Every change is a single call, so a thread that panicked has left the state consistent.
 fn alive() -> MutexGuard<'static, Alive> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Sees to it that an interrupt leaves nothing behind.
+/// Makes sure that an interrupt leaves nothing behind.
 pub(crate) fn remove_on_interrupt() {
     scratch::before_an_interrupt_ends(|| {
-        // Held until the end: what is started from here on would be left behind.
+        // Held until the process ends, so that nothing new can be started and left behind.
         let alive = alive();
         for process in alive.processes.values() {
             let _ = pidfd_send_signal(process, Signal::KILL);
@@ -48,10 +49,10 @@ pub(crate) fn remove_on_interrupt() {
     });
 }
 
-/// Starts a process that an interrupt ends. [`ended`] must be told of its end.
+/// Starts a process that is killed on an interrupt. Call [`ended`] once it has exited.
 ///
 /// # Errors
-/// When it can't be started.
+/// If it can't be started.
 pub(crate) fn start(command: &mut Command) -> io::Result<Child> {
     let mut alive = alive();
     let child = command.spawn()?;
@@ -61,15 +62,15 @@ pub(crate) fn start(command: &mut Command) -> io::Result<Child> {
     Ok(child)
 }
 
-/// A process has been waited for.
+/// Records that a process has been waited for.
 pub(crate) fn ended(child: &Child) {
     alive().processes.remove(&child.id());
 }
 
-/// Makes a group's folder, to be removed by [`remove_group`] or an interrupt.
+/// Creates a group's folder, to be removed by [`remove_group`] or on an interrupt.
 ///
 /// # Errors
-/// When it can't be made.
+/// If it can't be created.
 pub(crate) fn make_group(folder: &Path) -> io::Result<()> {
     let mut alive = alive();
     fs::create_dir(folder)?;
@@ -87,7 +88,7 @@ fn remove(folder: &Path) {
     for _ in 0..TRIES {
         match fs::remove_dir(folder) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => thread::sleep(PAUSE),
-            // Nobody is left to be told.
+            // There is no way to report this.
             _ => return,
         }
     }

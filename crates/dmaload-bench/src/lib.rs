@@ -5,19 +5,19 @@
 //!   a new process ── prepares ──► file made cold ──► memory warmed ──► go ──► one line of JSON
 //! ```
 //!
-//! A mode must not profit from what another one leaves behind (page cache, fragments, a peak of
-//! memory): each run is a new process, and the file is checked to be cold. Rounds are interleaved,
-//! so that whatever else the machine does hits all modes alike. Ratios are taken within a round;
-//! their median counts.
+//! No mode may profit from what another one leaves behind (page cache, fragmentation, peak
+//! memory): each run is a new process, and the file is verified to be cold. Rounds are
+//! interleaved, so that other load on the machine affects all modes alike. Ratios are computed
+//! within a round; their median is reported.
 //!
-//! The program that runs a [`Bench`] is also its children: they are started by `/proc/self/exe`
-//! with `bench-child` as the first argument, and must call [`child`]. The program also implements
-//! [`Engine`], which makes the loaders that are measured.
+//! The program that runs a [`Bench`] also serves as its child processes: they are started through
+//! `/proc/self/exe` with `bench-child` as the first argument, and must call [`child`]. The program
+//! also implements [`Engine`], which creates the loaders to measure.
 //!
-//! The other public modules serve any measurement: [`synth`] generates models whose every byte is
-//! known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts them from
-//! the page cache, [`baseline`] loads them the usual way, and [`usage`] reads what this process
-//! has used.
+//! The other public modules are useful for any measurement: [`synth`] generates models whose every
+//! byte is known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts
+//! them from the page cache, [`baseline`] loads them in the usual way, and [`usage`] reads what
+//! this process has used.
 //!
 //! Requires `/proc`; memory groups require root.
 
@@ -74,45 +74,45 @@ use worker::Worker;
 pub struct Settings {
     /// The files; several are one load.
     pub paths: Vec<PathBuf>,
-    /// The file made for the bench, if it is one of `paths`; child processes get it by
+    /// The file created for the bench, if it is one of `paths`; child processes get it by
     /// `--scratch`.
     pub scratch: Option<PathBuf>,
     /// The folder for temporary files; by default one on a disk.
     pub folder: Option<PathBuf>,
     /// The modes, in the order of the output: see [`Mode::chosen`].
     pub modes: Vec<Mode>,
-    /// How often each mode runs; medians count.
+    /// How often each mode runs; medians are reported.
     pub rounds: u32,
-    /// How memory is made short.
+    /// How memory is made scarce.
     pub pressure: Option<Pressure>,
-    /// Whether the files are in the page cache before each run, rather than evicted.
+    /// Whether the files are put into the page cache before each run, rather than evicted.
     pub warm: bool,
-    /// The user that all modes but `limit` run as; takes root.
+    /// The user that all modes except `limit` run as; requires root.
     pub user: Option<u32>,
     /// Arguments for child processes: those that these settings were parsed from.
     pub arguments: Vec<OsString>,
 }
 
 impl Results {
-    /// A table for a terminal, and its summary.
+    /// The results as a table for a terminal, with a summary.
     #[must_use]
     pub fn to_text(&self) -> String {
         table::plain(self)
     }
 
-    /// The same as Markdown.
+    /// The results as Markdown.
     #[must_use]
     pub fn to_markdown(&self) -> String {
         table::markdown(self)
     }
 
-    /// The same as one JSON object: see docs/cli.md.
+    /// The results as one JSON object: see docs/cli.md.
     #[must_use]
     pub fn to_json(&self) -> Value {
         json::to_json(self)
     }
 
-    /// The same as an SVG picture.
+    /// The results as an SVG chart.
     #[must_use]
     pub fn to_svg(&self) -> String {
         plot::svg(self)
@@ -128,11 +128,11 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// Checks the files and puts the memory pressure on. From then on, an interrupt leaves nothing
+    /// Checks the files and applies the memory pressure. From then on, an interrupt leaves nothing
     /// behind.
     ///
     /// # Errors
-    /// If there is nothing to load, or the pressure can't be had.
+    /// If there is nothing to load, or the pressure can't be applied.
     pub fn set_up(settings: Settings) -> Result<Self> {
         leftovers::remove_on_interrupt();
         let paths = &settings.paths;
@@ -154,10 +154,10 @@ impl Bench {
         Ok(Bench { settings, file_bytes, arm })
     }
 
-    /// Runs every mode in every round. `tell` gets a line of text after each run.
+    /// Runs every mode in every round. `tell` receives a line of text after each run.
     ///
     /// # Errors
-    /// If the bench can't go on. A run that fails is part of the results.
+    /// If the bench can't continue. A failed run is part of the results.
     pub fn measure(&self, mut tell: impl FnMut(&str)) -> Result<Results> {
         let Settings { modes, rounds, .. } = &self.settings;
         let rounds = *rounds;
@@ -185,8 +185,8 @@ impl Bench {
         Ok(results)
     }
 
-    /// One run of one mode. What goes wrong in its process is a result; what goes wrong here ends
-    /// the bench.
+    /// Runs one mode once. A failure in the run's process is a result; a failure here ends the
+    /// bench.
     fn run_once(&self, mode: Mode) -> Result<Result<Run, Failure>> {
         let group = self.arm.group()?;
         let mut worker = self.start(mode)?;
@@ -220,7 +220,7 @@ impl Bench {
             Ok(line) => child::heard(&line).with_context(|| format!("a run said {line:?}"))?,
             Err(error) => Err(died(error)),
         };
-        // It must have left its group before that is removed.
+        // The process must have left the group before the group is removed.
         drop(worker);
         drop(group);
         self.arm.settle()?;
@@ -246,7 +246,7 @@ impl Bench {
     }
 }
 
-/// The outcome of a run, in a few words.
+/// A short description of a run's result.
 fn outcome(mode: Mode, run: &Result<Run, Failure>) -> String {
     match run {
         Ok(run) if mode == Mode::Limit => {

@@ -1,12 +1,12 @@
-//! The device limit: direct reads, many at once, by a loop that shares no code with the engine.
+//! The device limit: many direct reads at once, by a loop that shares no code with the engine.
 //!
-//! This is what `fio --ioengine=io_uring --direct=1 --fixedbufs` does. Each slot of the ring reads
-//! into its own buffer, over and over ([`Into::Slots`], the limit), or every read has its own place
-//! ([`Into::Places`], the second half of `no-overlap`).
+//! This is what `fio --ioengine=io_uring --direct=1 --fixedbufs` does. Each slot of the ring
+//! repeatedly reads into its own buffer ([`Into::Slots`], the limit), or every read has its own
+//! place ([`Into::Places`], the second half of `no-overlap`).
 //!
-//! How much memory the buffers take together decides the speed of a virtual disk, because its host
-//! copies into the guest's memory: buffers that stay in the processor's cache are filled faster. So
-//! the limit is measured for several [`DESTINATIONS`], and the best one counts.
+//! The total size of the buffers determines the speed of a virtual disk, because its host copies
+//! into the guest's memory: buffers that stay in the CPU cache are filled faster. So the limit is
+//! measured for several [`DESTINATIONS`], and the best one counts.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,7 +17,7 @@ use dmaload_text::{At, FileError};
 
 use crate::sys::{Read, Reader};
 
-/// Buffers that reads go to: one for each read in flight.
+/// The buffers that reads go to: one for each read in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Destination {
     /// The size of one read.
@@ -27,22 +27,23 @@ pub(crate) struct Destination {
 }
 
 impl Destination {
-    /// What all buffers take together.
+    /// The total size of the buffers.
     pub(crate) const fn bytes(self) -> usize {
         self.chunk_bytes * self.depth
     }
 }
 
-/// 4, 8, 16 and 64 MiB. At least 8 reads are in flight, enough to keep every disk seen so far busy.
+/// 4, 8, 16 and 64 MiB. With at least 8 reads in flight, enough to keep every disk tested so far
+/// busy.
 pub(crate) const DESTINATIONS: [Destination; 4] = [
     Destination { chunk_bytes: 512 << 10, depth: 8 },
     Destination { chunk_bytes: 1 << 20, depth: 8 },
     Destination { chunk_bytes: 2 << 20, depth: 8 },
     LARGEST,
 ];
-/// Also how `no-overlap` reads.
+/// Also used by `no-overlap`.
 pub(crate) const LARGEST: Destination = Destination { chunk_bytes: 4 << 20, depth: 16 };
-/// What `O_DIRECT` wants of offsets, lengths and addresses, at most.
+/// The largest alignment that `O_DIRECT` requires of offsets, lengths and addresses.
 const ALIGNMENT: usize = 4096;
 
 /// Where reads go.
@@ -50,12 +51,12 @@ const ALIGNMENT: usize = 4096;
 pub(crate) enum Into {
     /// The buffer of the read's slot.
     Slots(Destination),
-    /// Where the plan says.
+    /// The place given by the plan.
     Places,
 }
 
 impl Into {
-    /// Reads in flight.
+    /// Number of reads in flight.
     fn depth(self) -> usize {
         match self {
             Into::Slots(destination) => destination.depth,
@@ -71,20 +72,20 @@ impl Into {
     }
 }
 
-/// A piece of a file.
+/// A part of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) file: usize,
     pub(crate) offset: u64,
-    /// What the file has there.
+    /// The number of bytes that the file has there.
     pub(crate) bytes: usize,
-    /// Its place in memory that holds all files.
+    /// Its place in the memory that holds all files.
     pub(crate) at: usize,
 }
 
-/// Plans reads of `chunk_bytes` for files of these lengths; returns them, and how much memory it takes
-/// to hold all files. Each file begins at a multiple of the alignment; no chunk lies in two parts of
-/// the memory.
+/// Plans reads of `chunk_bytes` for files of these lengths; returns them and the size of the
+/// memory that holds all files. Each file begins at a multiple of the alignment, and no chunk
+/// crosses parts of the memory.
 pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (Vec<Chunk>, usize) {
     let mut chunks = Vec::new();
     let mut at = 0;
@@ -101,10 +102,10 @@ pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (V
     (chunks, at)
 }
 
-/// Opens files for reading past the page cache.
+/// Opens files for direct reads.
 ///
 /// # Errors
-/// When one can't be opened so.
+/// If a file can't be opened with `O_DIRECT`.
 pub(crate) fn open(paths: &[PathBuf]) -> Result<Vec<File>, FileError> {
     let open =
         |path: &PathBuf| OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).at("open with O_DIRECT", path);
@@ -121,7 +122,7 @@ struct Active {
 /// Reads all chunks.
 ///
 /// # Errors
-/// The first read that failed, or a file that has become shorter.
+/// The first read that failed, or a file that has been truncated.
 pub(crate) fn read_all(
     reader: &mut Reader,
     files: &[File],
@@ -157,7 +158,7 @@ pub(crate) fn read_all(
     Ok(())
 }
 
-/// What is left of a chunk after a result: `None` when it is complete.
+/// What remains of a chunk after a completion: `None` once it is complete.
 fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Active>> {
     let count = match result {
         Ok(count) => count,
@@ -168,7 +169,7 @@ fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Activ
     if done >= active.chunk.bytes {
         return Ok(None);
     }
-    // What follows must begin at an aligned offset again.
+    // The rest must begin at an aligned offset again.
     let done = done / ALIGNMENT * ALIGNMENT;
     if done <= active.done {
         return Err(io::ErrorKind::UnexpectedEof.into());
@@ -198,7 +199,7 @@ fn push(
     let Active { chunk, done } = active;
     let file = files.get(chunk.file).ok_or(io::ErrorKind::InvalidInput)?;
     let at = into.place(slot, &chunk);
-    // The end of a file is read with a whole sector, of which the file has only a part.
+    // The last sector of a file is read whole, even though the file has only a part of it.
     let bytes = (chunk.bytes - done).next_multiple_of(ALIGNMENT);
     reader.push(Read { file, offset: chunk.offset + done as u64, at: at + done, bytes, token: slot as u64 })?;
     if let Some(place) = slots.get_mut(slot) {
@@ -286,7 +287,7 @@ mod tests {
                 assert!(sys::bytes(&region)[chunk.at..][..chunk.bytes] == *expected, "{chunk:?}");
             }
         }
-        // A file that is shorter than planned is no success.
+        // A file that is shorter than planned is not a success.
         let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES, LARGEST.chunk_bytes);
         let mut reader = Reader::new(LARGEST.depth as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
         let error = read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap_err();

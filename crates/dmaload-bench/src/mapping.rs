@@ -1,4 +1,4 @@
-//! Unsafe code: two mappings, and a question to the page cache that no safe wrapper asks.
+//! Unsafe code: two mappings, and a page cache query that has no safe wrapper.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -6,23 +6,24 @@ use std::io;
 
 use memmap2::{Mmap, MmapMut};
 
-/// Maps a whole file for reading. A file cut short by someone else while it is mapped ends the
-/// process with SIGBUS.
+/// Maps a whole file for reading. If the file is truncated while it is mapped, the process gets
+/// SIGBUS.
 pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
-    // SAFETY: nobody may change the file while it is mapped, which no program can enforce for a
-    // file on a disk; the callers copy it once, touch each page once or never look at its bytes,
-    // and hold the mapping for just as long.
+    // SAFETY: the file must not change while it is mapped, which can't be enforced for a file on a
+    // disk. The callers copy it once, touch each page once or never read its bytes, and keep the
+    // mapping only that long.
     unsafe { Mmap::map(file) }
 }
 
 /// Maps a whole memfd for reading and writing.
 pub(crate) fn map_memory(memory: &File) -> io::Result<MmapMut> {
-    // SAFETY: callers make the memfd themselves and hand its descriptor to nobody, so this mapping
-    // is its only user.
+    // SAFETY: callers create the memfd themselves and share its descriptor with no one, so this
+    // mapping is its only user.
     unsafe { MmapMut::map_mut(memory) }
 }
 
-/// How many bytes of a mapped file are in the page cache, by `mincore(2)`. Counts whole pages.
+/// How many bytes of a mapped file are in the page cache, in whole pages, according to
+/// `mincore(2)`.
 pub(crate) fn mincore(mapping: &Mmap) -> io::Result<u64> {
     let page = rustix::param::page_size();
     let mut pages = vec![0_u8; mapping.len().div_ceil(page)];
@@ -32,7 +33,7 @@ pub(crate) fn mincore(mapping: &Mmap) -> io::Result<u64> {
     if status == -1 {
         return Err(io::Error::last_os_error());
     }
-    // Only the lowest bit says anything; the others are reserved.
+    // Only the lowest bit is defined; the others are reserved.
     let resident = pages.iter().filter(|&&page| page & 1 == 1).count();
     Ok(resident as u64 * page as u64)
 }

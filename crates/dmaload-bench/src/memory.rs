@@ -1,4 +1,4 @@
-//! Memory of a heap, side by side in one range of addresses, with or without pages under it.
+//! Memory from a heap in one contiguous address range, with or without pages allocated.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -7,32 +7,32 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, Error, HUGE_PAGE_BYTES, Mapping, Memory, huge_bytes_in, page_bytes};
 use dmaload::heap::Heap;
 
-/// A part of a region, as the engine's segments are by default.
+/// The size of a region's parts, as of the engine's default segments.
 pub(crate) const PART_BYTES: usize = 64 << 20;
 
-/// Some memory.
+/// A contiguous range of memory.
 #[derive(Debug)]
 pub(crate) struct Region {
-    /// The mappings hold the range.
+    /// The mappings keep the range reserved.
     parts: Vec<(Mapping, Memory)>,
     address: NonNull<u8>,
     bytes: usize,
 }
 
-/// A range of a region, for the ring.
+/// A range within a region, for the ring.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place {
     /// Its first byte.
     pub(crate) address: NonNull<u8>,
-    /// The number of the part that it lies in.
+    /// The number of the part that contains it.
     pub(crate) part: u16,
 }
 
 impl Region {
-    /// Memory without pages, where the heap gives such.
+    /// Allocates memory without populating it, if the heap can do that.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel's error.
     pub(crate) fn allocate(heap: &dyn Heap, bytes: usize) -> Result<Self, Error> {
         let bytes = bytes.max(1).next_multiple_of(page_bytes());
         let limit = heap.size_limit().and_then(|limit| usize::try_from(limit.bytes).ok()).unwrap_or(usize::MAX);
@@ -48,10 +48,10 @@ impl Region {
         Ok(Region { parts, address: range.base(), bytes })
     }
 
-    /// Puts pages under all of it, by as many threads as the engine has for that.
+    /// Populates all of it, with as many threads as the engine would use.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel's error.
     pub(crate) fn populate(&self, heap: &dyn Heap) -> Result<(), Error> {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(2));
         let share = self.parts.len().div_ceil(threads).max(1);
@@ -67,10 +67,10 @@ impl Region {
         })
     }
 
-    /// Memory with pages.
+    /// Allocates populated memory.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel's error.
     pub(crate) fn populated(heap: &Arc<dyn Heap>, bytes: usize) -> Result<Self, Error> {
         let region = Self::allocate(heap, bytes)?;
         region.populate(heap)?;
@@ -82,7 +82,7 @@ impl Region {
         self.parts.iter()
     }
 
-    /// How long a part is; the last may be shorter.
+    /// The size of a part; the last may be shorter.
     pub(crate) fn part_bytes(&self) -> usize {
         self.parts.first().map_or(PART_BYTES, |(mapping, _)| mapping.bytes())
     }
@@ -97,7 +97,7 @@ impl Region {
         self.bytes
     }
 
-    /// A range of it; `None` when it is not within one part.
+    /// A range within the region; `None` if it crosses parts.
     pub(crate) fn place(&self, at: usize, bytes: usize) -> Option<Place> {
         let number = at / self.part_bytes();
         let (mapping, _) = self.parts.get(number)?;
@@ -107,14 +107,14 @@ impl Region {
         Some(Place { address: start, part: u16::try_from(number).ok()? })
     }
 
-    /// The page size that most of it has.
+    /// The size of most of its pages.
     pub(crate) fn page_bytes(&self) -> u64 {
         let start = self.address.addr().get();
         page_bytes_of(start..start + self.bytes)
     }
 }
 
-/// The page size that most of these addresses have.
+/// The size of most of the pages at these addresses.
 pub(crate) fn page_bytes_of(addresses: Range<usize>) -> u64 {
     let seen = huge_bytes_in(addresses);
     (if seen.huge_bytes * 2 > seen.seen_bytes { HUGE_PAGE_BYTES } else { page_bytes() }) as u64

@@ -1,53 +1,56 @@
-//! The ways of loading that are compared.
+//! The ways of loading to compare.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// A way of loading. The first four have the names of the kernel series' own test program.
+/// A way of loading. The first four are named as in the kernel series' own test program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Mode {
-    /// Allocate, map the file, copy: what people do today, on 4 KiB pages.
+    /// Allocate, map the file, copy: the usual way, on 4 KiB pages.
     Normal,
     /// The same allocation, filled by `read(2)` through the page cache.
     NormalIo,
     /// This engine.
     DirectIo,
-    /// This engine; then every byte is compared with the file, outside of the measured time.
+    /// This engine, followed by a comparison of every byte with the file, outside the measured
+    /// time.
     DirectIoCheck,
-    /// What the device gives: direct reads into memory that is there already.
+    /// The device limit: direct reads into memory that is already allocated.
     Limit,
     /// Map the file, touch every page.
     Mmap,
     /// `tokio::fs::read`.
     TokioFs,
-    /// This engine by its route of that name.
+    /// This engine, with the route of that name.
     PreadDirect,
     /// Allocate everything, then read everything.
     NoOverlap,
-    /// This engine, into the memory of a load before that was dropped: its pool.
+    /// This engine, into the pooled memory of an earlier load that was dropped.
     Reuse,
-    /// This engine, while it holds another load of the same: a service that swaps models, with a pool.
+    /// This engine, with a pool, while it holds another load of the same files: a service that
+    /// swaps models.
     Swap,
-    /// This engine: each file a load of its own, all at once.
+    /// This engine, with each file as its own load, all at once.
     AtOnce,
-    /// This engine, each chunk verified by a manifest as it lands.
+    /// This engine, verifying each chunk against a manifest as it arrives.
     Verify,
     /// Another program.
     Peer(&'static Peer),
 }
 
-/// A program to be compared with. It speaks as the processes of this bench do: gets the paths as arguments, is told `prepare`,
-/// answers `{"ready": true}`, is told `go`, loads, and answers with `seconds`, `cpu_seconds` and `page_bytes`.
+/// A program to compare with. It follows the protocol of the bench's own processes: it gets the
+/// paths as arguments, reads `prepare`, answers `{"ready": true}`, reads `go`, loads, and answers
+/// with `seconds`, `cpu_seconds` and `page_bytes`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
-    /// What it is called.
+    /// Its name.
     pub name: String,
-    /// For the shell; the paths follow it.
+    /// A shell command; the paths follow it.
     pub command: String,
 }
 
 impl Mode {
-    /// Every mode, in the order in which they are shown.
+    /// Every mode, in display order.
     pub const ALL: [Mode; 13] = [
         Mode::Normal,
         Mode::NormalIo,
@@ -84,21 +87,21 @@ impl Mode {
         }
     }
 
-    /// Reads `NAME=COMMAND`.
+    /// Parses `NAME=COMMAND`.
     ///
     /// # Errors
-    /// When it has no name or no command, or the name of a mode.
+    /// If the name or the command is missing, or the name is that of a mode.
     pub fn peer(text: &str) -> Result<Self, String> {
         let (name, command) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=COMMAND"))?;
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
             return Err(format!("{text:?}: a name of its own and a command are needed"));
         }
-        // There are a few, for as long as the program runs.
+        // There are only a few, and they are needed until the program exits.
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 
-    /// What is measured: those asked for, or all that load a file as if for the first time and alone, and always the two that
-    /// everything is compared with.
+    /// The modes to measure: those requested, or all that load files as if for the first time and
+    /// alone, plus the two that everything is compared with.
     pub fn chosen(asked: &[Mode]) -> Vec<Mode> {
         let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
@@ -106,7 +109,8 @@ impl Mode {
         Mode::ALL.into_iter().filter(wanted).collect()
     }
 
-    /// The order of a round: one further each time, so that no mode always follows the same traces of another.
+    /// The order of a round: rotated by one each time, so that no mode always follows the same
+    /// other one.
     pub fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
         let mut modes = modes.to_vec();
         let by = round % modes.len().max(1);

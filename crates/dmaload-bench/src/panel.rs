@@ -1,4 +1,4 @@
-//! The upper half of the picture: one load over time.
+//! The upper half of the chart: one load over time.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ use dmaload_text::bytes;
 use crate::curves::{Curves, Point};
 use crate::svg::{Scale, line, text};
 
-/// How high it is, with its title and its axis.
+/// Its height, including the title and the axis.
 pub(crate) const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 90.0;
 const TOP: f64 = 66.0;
@@ -18,7 +18,7 @@ const FILLED: &str = "#2471a3";
 
 /// Draws the curves of a load of `file_bytes` bytes that took `seconds`.
 pub(crate) fn draw(svg: &mut String, curves: &Curves, seconds: f64, file_bytes: u64) {
-    // Memory is whole pages, so a little more than the file.
+    // Memory is allocated in whole pages, so it is slightly larger than the file.
     let most = curves.allocated.last().map_or(0, |point| point.1).max(file_bytes).max(1) as f64;
     let scale = Scale { left: LEFT, most: seconds };
     let place = |&(second, bytes): &Point| (scale.x(second.min(seconds)), FLOOR - (FLOOR - TOP) * bytes as f64 / most);

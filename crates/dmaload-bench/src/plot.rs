@@ -1,4 +1,5 @@
-//! The results as a picture: one load over time, then a bar for each mode, whiskers from its quickest to its slowest run, a line at the limit.
+//! The results as a chart: one load over time, then a bar for each mode, with whiskers from its
+//! fastest to its slowest run and a line at the limit.
 
 use std::fmt::Write as _;
 
@@ -16,7 +17,7 @@ const ROW: f64 = 34.0;
 const BAR: f64 = 20.0;
 const BOTTOM: f64 = 46.0;
 
-/// An SVG of its own.
+/// A complete SVG document.
 pub(crate) fn svg(results: &Results) -> String {
     let height = TOP + ROW * results.modes.len() as f64 + BOTTOM;
     let most = results.modes.iter().filter_map(ModeRuns::seconds).map(|seconds| seconds.max).fold(0.0, f64::max);
@@ -52,7 +53,7 @@ pub(crate) fn svg(results: &Results) -> String {
     if let Some(limit) = results.of(Mode::Limit).and_then(ModeRuns::seconds) {
         limit_line(&mut svg, scale.x(limit.median), height);
     }
-    // Above everything else.
+    // Drawn on top of everything else.
     for (middle, runs) in rows() {
         label(&mut svg, &scale, middle, results, runs);
     }
@@ -85,12 +86,13 @@ fn label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, runs: 
     };
     let ratio =
         results.ratio(Mode::Normal, runs.mode).map(|ratio| format!(" · {:.1} × normal", ratio.median)).unwrap_or_default();
-    // A white edge keeps it readable over the lines.
+    // A white outline keeps it readable over the lines.
     let style = "paint-order=\"stroke\" stroke=\"#fff\" stroke-width=\"4\"";
     text(svg, scale.x(max) + 9.0, middle + 4.5, style, &format!("{median:.2} s{ratio}"));
 }
 
-/// The engine stands out, the limit is what it is held against, everything else is background.
+/// Highlights the engine and the limit that it is compared with; everything else is in the
+/// background.
 fn color(mode: Mode) -> &'static str {
     match mode {
         Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify => {

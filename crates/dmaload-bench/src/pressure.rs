@@ -1,4 +1,4 @@
-//! Loading while memory is short.
+//! Loading while memory is scarce.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -23,20 +23,21 @@ const BLOCK: usize = 1 << 20;
 /// The kinds of pressure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pressure {
-    /// Each run in a memory cgroup of this limit, which is perhaps full of page cache from the start.
+    /// Each run is in a memory cgroup with this limit, optionally full of page cache from the
+    /// start.
     Cgroup(u64, Option<Cache>),
-    /// Another process has so much memory.
+    /// Another process occupies this much memory.
     Hog(u64),
-    /// Another process has all memory but so much.
+    /// Another process occupies all memory but this much.
     HogAllBut(u64),
 }
 
-/// What the page cache of a group is full of.
+/// What kind of page cache a group is full of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cache {
     /// Pages that were read.
     Clean,
-    /// Pages that were written, and not yet written back.
+    /// Pages that were written but not yet written back.
     Dirty,
 }
 
@@ -75,21 +76,21 @@ impl fmt::Display for Pressure {
     }
 }
 
-/// Pressure that is on.
+/// Applied pressure.
 #[derive(Debug)]
 pub(crate) struct Arm {
     pressure: Option<Pressure>,
-    /// What the page cache is filled from, or with.
+    /// The file that the page cache is filled from or with.
     cache: Option<ScratchFile>,
-    /// Ends when its standard input does.
+    /// Exits when its standard input ends.
     _hog: Option<Worker>,
 }
 
 impl Arm {
-    /// Puts the pressure on, as far as it lasts for the whole bench.
+    /// Applies the pressure, as far as it lasts for the whole bench.
     ///
     /// # Errors
-    /// When there is not so much memory, or no file for the page cache can be made.
+    /// If there is not enough memory, or no file for the page cache can be created.
     pub(crate) fn new(pressure: Option<Pressure>, folder: Option<&Path>) -> Result<Self> {
         let hog = match pressure {
             Some(Pressure::Hog(bytes)) => Some(start_hog(bytes)?),
@@ -107,15 +108,15 @@ impl Arm {
         Ok(Arm { pressure, cache, _hog: hog })
     }
 
-    /// Whether memory is to be short.
+    /// Whether memory should be scarce.
     pub(crate) fn is_on(&self) -> bool {
         self.pressure.is_some()
     }
 
-    /// The group for one run.
+    /// Creates the group for one run.
     ///
     /// # Errors
-    /// When none can be made.
+    /// If it can't be created.
     pub(crate) fn group(&self) -> Result<Option<Group>> {
         match self.pressure {
             Some(Pressure::Cgroup(bytes, _)) => Group::new(bytes).map(Some),
@@ -126,7 +127,7 @@ impl Arm {
     /// Fills the group's page cache.
     ///
     /// # Errors
-    /// When the process that does it fails.
+    /// If the process that fills it fails.
     pub(crate) fn fill(&self, group: &Group) -> Result<()> {
         let (Some(Pressure::Cgroup(bytes, Some(kind))), Some(cache)) = (self.pressure, &self.cache) else { return Ok(()) };
         cold::make_cold(cache.path())?;
@@ -142,10 +143,10 @@ impl Arm {
         Ok(())
     }
 
-    /// Takes away what a run has left: its dirty pages must not be written during the next one.
+    /// Flushes what a run has left: its dirty pages must not be written during the next run.
     ///
     /// # Errors
-    /// When they can't be written.
+    /// If they can't be written.
     pub(crate) fn settle(&self) -> Result<()> {
         if let Some(cache) = &self.cache {
             cold::make_cold(cache.path())?;
@@ -162,24 +163,24 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     Ok(hog)
 }
 
-/// A process that takes memory, until nobody holds the other end of its standard input: `bench-child hog BYTES`.
+/// A process that occupies memory until its standard input ends: `bench-child hog BYTES`.
 ///
 /// # Errors
-/// When it can't have so much.
+/// If there is not enough memory.
 pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
     let memory = host::touched(usize::try_from(bytes)?)?;
     tell_ready(output)?;
-    // Until the end of input, whatever comes.
+    // Reads until the end of input, ignoring the contents.
     io::copy(&mut io::stdin(), &mut io::sink())?;
     drop(memory);
     Ok(())
 }
 
-/// A process that fills page cache: `bench-child fill BYTES PATH [--dirty]`. Whoever reads or writes a page first is charged
-/// for it.
+/// A process that fills the page cache: `bench-child fill BYTES PATH [--dirty]`. The process that
+/// first reads or writes a page is charged for it.
 ///
 /// # Errors
-/// When the file can't be read or written.
+/// If the file can't be read or written.
 pub fn fill(path: &Path, bytes: u64, dirty: bool, output: &mut dyn Write) -> Result<()> {
     io::stdin().lock().read_line(&mut String::new())?;
     if dirty {
@@ -198,7 +199,8 @@ fn tell_ready(output: &mut dyn Write) -> Result<()> {
     Ok(output.flush()?)
 }
 
-/// Bytes that no layer below can make less of: random, with a number of its own in each sector.
+/// Bytes that no lower layer can compress or deduplicate: random, with a different number in each
+/// sector.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;

@@ -1,4 +1,4 @@
-//! What was measured, and the numbers people compare.
+//! Results of measurements, and the figures derived from them.
 
 use std::collections::BTreeSet;
 
@@ -11,29 +11,29 @@ use crate::stats::{Spread, median};
 pub(crate) struct Run {
     /// From just before the allocation to the last byte in memory.
     pub(crate) seconds: f64,
-    /// User and system, of the process, within that.
+    /// User and system CPU time of the process in that period.
     pub(crate) cpu_seconds: f64,
-    /// The page size that most of the loaded memory has.
+    /// The size of most of the loaded memory's pages.
     pub(crate) page_bytes: u64,
-    /// Until the first segment was usable.
+    /// Time until the first segment was usable.
     pub(crate) first_segment_seconds: Option<f64>,
-    /// The most resident memory, less the file's bytes.
+    /// Peak resident memory, minus the size of the files.
     pub(crate) peak_extra_bytes: Option<u64>,
-    /// Allocating alone and reading alone, where one followed the other.
+    /// Separate times for allocating and reading, if one followed the other.
     pub(crate) apart: Option<Apart>,
-    /// How far the engine was, over time; where a picture is wanted.
+    /// The engine's progress over time, if a chart was requested.
     pub(crate) curves: Option<Curves>,
-    /// The route of the engine, or what else is to be known.
+    /// The engine's route, and other remarks.
     pub(crate) notes: Vec<String>,
-    /// Of [`Mode::Limit`]: its reads into each destination. `seconds` and `cpu_seconds` are those of
-    /// one of them once [`Results::choose_limit`] has run.
+    /// For [`Mode::Limit`]: the results for each destination. `seconds` and `cpu_seconds` are
+    /// those of one of them after [`Results::choose_limit`].
     pub(crate) destinations: Vec<ReadInto>,
 }
 
-/// The whole of the files, read into buffers of this size over and over.
+/// The result of reading the files repeatedly into buffers of this size.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct ReadInto {
-    /// Of all buffers together.
+    /// The total size of the buffers.
     pub(crate) bytes: u64,
     pub(crate) seconds: f64,
     pub(crate) cpu_seconds: f64,
@@ -49,13 +49,13 @@ pub(crate) struct Apart {
 /// Why a run has no result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
-    /// In words.
+    /// The reason as text.
     pub(crate) reason: String,
-    /// Whether wrong bytes were loaded, which nothing excuses.
+    /// Whether wrong bytes were loaded, which is never acceptable.
     pub(crate) wrong_bytes: bool,
 }
 
-/// A mode with its runs, one for each round.
+/// A mode and its runs, one for each round.
 #[derive(Debug, Clone)]
 pub(crate) struct ModeRuns {
     pub(crate) mode: Mode,
@@ -76,14 +76,14 @@ impl ModeRuns {
         Spread::of(self.done().map(|run| run.seconds))
     }
 
-    /// The run in the middle of those that were done.
+    /// The median of the successful runs.
     pub(crate) fn median_run(&self) -> Option<&Run> {
         let mut runs: Vec<_> = self.done().collect();
         runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
         runs.get(runs.len() / 2).copied()
     }
 
-    /// The smallest and the largest page size that a run got.
+    /// The smallest and the largest page size of its runs.
     pub(crate) fn page_bytes(&self) -> Option<(u64, u64)> {
         let sizes = || self.done().map(|run| run.page_bytes);
         Some((sizes().min()?, sizes().max()?))
@@ -98,7 +98,7 @@ impl ModeRuns {
         median(self.done().filter_map(|run| Some(run.peak_extra_bytes? as f64))).map(|bytes| bytes.round() as u64)
     }
 
-    /// Everything the runs had to say, once.
+    /// All distinct notes of the runs.
     pub(crate) fn notes(&self) -> Vec<&str> {
         let mut notes: Vec<&str> = Vec::new();
         for note in self.done().flat_map(|run| &run.notes) {
@@ -110,28 +110,29 @@ impl ModeRuns {
     }
 }
 
-/// All that was measured.
+/// All results.
 #[derive(Debug, Clone)]
 pub struct Results {
     pub(crate) rounds: u32,
-    /// Of all files.
+    /// The total size of the files.
     pub(crate) file_bytes: u64,
-    /// The pressure, as it was asked for.
+    /// A description of the pressure.
     pub(crate) pressure: Option<String>,
-    /// Whom the modes ran as, if not as whoever started the command.
+    /// The user that the modes ran as, if not the one who started the command.
     pub(crate) user: Option<u32>,
     /// Whether the files were in the page cache before each run.
     pub(crate) warm: bool,
-    /// How far the files' disk reads ahead, on which all that goes through the page cache depends.
+    /// The readahead of the files' disk, which determines the speed of everything that uses the
+    /// page cache.
     pub(crate) read_ahead_kib: Option<u64>,
-    /// In the order in which they are shown.
+    /// In display order.
     pub(crate) modes: Vec<ModeRuns>,
-    /// Which destination is the limit, with the median of each: (bytes, seconds), the best first.
+    /// The destinations with the median of each, as (bytes, seconds), the best first.
     pub(crate) destinations: Vec<(u64, f64)>,
 }
 
 impl Results {
-    /// Makes the destination with the best median the limit: its times are those of every round.
+    /// Makes the destination with the best median the limit: its times are used in every round.
     ///
     /// Choosing per round would take the luckiest of four noisy runs each time, and so overstate
     /// the device.
@@ -155,7 +156,8 @@ impl Results {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
 
-    /// The seconds of `reference` divided by those of `mode`, round by round: above 1, `mode` is the faster.
+    /// The time of `reference` divided by that of `mode`, round by round: above 1, `mode` is
+    /// faster.
     pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
         let (reference, mode) = (self.of(reference)?, self.of(mode)?);
         let pairs = reference.runs.iter().zip(&mode.runs);
@@ -165,8 +167,8 @@ impl Results {
         }))
     }
 
-    /// How close a mode comes to hiding the shorter of allocating and reading behind the longer: the longer of the two
-    /// alone (of `no-overlap`, in the same round) divided by its time.
+    /// How well a mode hides the shorter of allocating and reading behind the longer: the longer
+    /// of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.of(Mode::NoOverlap)?, self.of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
@@ -185,13 +187,15 @@ impl Results {
         Some(self.file_bytes as f64 / self.of(Mode::Limit)?.seconds()?.median)
     }
 
-    /// The page size that the engine got, the smaller one if it changed; without a run of it, that of `normal`.
+    /// The page size of the engine's runs, the smaller one if it varied; without such runs, that
+    /// of `normal`.
     pub(crate) fn page_size_bytes(&self) -> Option<u64> {
         let engine = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
         engine.into_iter().find_map(|mode| self.of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
     }
 
-    /// Whether the command has failed: wrong bytes always, anything else unless pressure was asked for.
+    /// Whether the command has failed: always on wrong bytes; on anything else unless pressure was
+    /// requested.
     #[must_use]
     pub fn failed(&self) -> bool {
         let mut failures = self.modes.iter().flat_map(ModeRuns::failures);
@@ -228,7 +232,8 @@ pub(super) mod tests {
 
     #[test]
     fn ratios_are_paired_within_a_round() {
-        // The machine was twice as slow in the second round: the medians' ratio would not be that of any round.
+        // The machine was twice as slow in the second round, so the ratio of medians would not be
+        // the ratio of any round.
         let measured = results(vec![
             (Mode::Normal, vec![run(2.0), run(4.0), run(8.0)]),
             (Mode::DirectIo, vec![run(1.0), run(2.0), run(1.0)]),
@@ -267,7 +272,7 @@ pub(super) mod tests {
             let destinations = reads.map(|(bytes, seconds)| ReadInto { bytes, seconds, cpu_seconds: seconds / 4.0 });
             Ok(Run { destinations: destinations.to_vec(), ..Run::default() })
         };
-        // 4 bytes wins a round by luck; 8 bytes has the best median.
+        // 4 bytes wins one round by luck; 8 bytes has the best median.
         let limit = vec![
             round([(4, 0.1), (8, 0.3), (64, 0.5)]),
             round([(4, 0.4), (8, 0.3), (64, 0.5)]),

@@ -1,12 +1,14 @@
-//! A large file that is gone afterwards: on a real disk, with room for it, removed on drop and on Ctrl-C.
+//! A large temporary file: on a real disk with enough free space, removed on drop and on Ctrl-C.
 //!
-//! - **A disk.** `/tmp` is often a tmpfs: reading from there measures memory, `O_DIRECT` is refused or a pretence, and
-//!   a few GiB of it can end in the OOM killer. So folders are asked for their file system first.
-//! - **Room.** A file system that fills up under a demo is worse than no demo: free space is compared before the
+//! - **On a disk.** `/tmp` is often a tmpfs: reading from there measures memory, `O_DIRECT` is
+//!   refused or emulated, and a few GiB may trigger the OOM killer. So the file system of each
+//!   folder is checked first.
+//! - **Enough space.** A demo must not fill up a file system: free space is checked before the
 //!   first byte, and a tenth of it is left alone.
-//! - **A name.** A nameless file (`O_TMPFILE`) would need no cleaning up, but loaders choose the format by the file's
-//!   extension, and other programs are shown the same path. So it has a name, and a signal thread that removes it
-//!   when the process is interrupted. Only SIGKILL leaves it behind; it is called `dmaload-PID-…` to be found.
+//! - **With a name.** A nameless file (`O_TMPFILE`) would need no cleanup, but loaders choose the
+//!   format by the file's extension, and other programs get the same path. So it has a name, and a
+//!   signal thread removes it when the process is interrupted. Only SIGKILL leaves it behind; the
+//!   name `dmaload-PID-…` makes it easy to find.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -32,13 +34,14 @@ use signal_hook::low_level::emulate_default_handler;
 const IN_MEMORY: &[(FsWord, &str)] =
     &[(0x0102_1994, "tmpfs"), (0x8584_58F6_u32 as FsWord, "ramfs"), (0x9584_58F6_u32 as FsWord, "hugetlbfs")];
 
-/// The scratch files that exist now: what the signal thread removes.
+/// The existing scratch files, which the signal thread removes.
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// What else is done when the process is interrupted, before the files are removed.
+/// What else to do when the process is interrupted, before the files are removed.
 static FIRST: OnceLock<fn()> = OnceLock::new();
 
-/// Has something else done, too, when a signal ends the process. Only the first one to ask is heeded.
+/// Registers a function to call when a signal ends the process. Only the first registration
+/// counts.
 pub fn before_an_interrupt_ends(hook: fn()) {
     let _ = FIRST.set(hook);
     remove_on_signals();
@@ -48,28 +51,28 @@ pub fn before_an_interrupt_ends(hook: fn()) {
 #[derive(Debug)]
 pub struct ScratchFile {
     path: PathBuf,
-    /// The file that was created. It is written through this, never by its path: in a folder that others may write to, its
-    /// name may lead elsewhere by then.
+    /// The created file. It is written through this descriptor, never by path: in a folder that
+    /// others may write to, the name may lead elsewhere by then.
     file: File,
 }
 
-/// Why there is no scratch file.
+/// Why a scratch file could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
-    /// No folder will do; it lists each with its reason.
+    /// No folder is suitable; lists each one with its reason.
     #[error("no folder for a scratch file of {}{}\nname another one, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
     NoFolder {
-        /// How much room was wanted.
+        /// The required space.
         wanted: u64,
-        /// What was tried, and what was wrong with it.
+        /// The folders that were tried, and what was wrong with each.
         refused: Vec<(PathBuf, Refusal)>,
     },
-    /// The folder looked good, and the file could still not be made.
+    /// The folder seemed suitable, but the file could not be created.
     #[error(transparent)]
     File(#[from] FileError),
 }
 
-/// What is wrong with a folder.
+/// Why a folder is not suitable.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// Reading from it would measure memory.
@@ -78,7 +81,7 @@ pub enum Refusal {
     /// Not enough free space.
     #[error("has {} free for this user, of which a tenth stays free", bytes(*.0))]
     NoRoom(u64),
-    /// It can't be looked at.
+    /// It can't be inspected.
     #[error("{}", Named(.0))]
     Unusable(io::Error),
 }
@@ -92,23 +95,25 @@ impl fmt::Display for Reasons<'_> {
 }
 
 impl ScratchFile {
-    /// Creates an empty scratch file with room for `length` bytes, in `folder` or else in the first good one of
-    /// `$TMPDIR`, `/var/tmp` and the current folder. `suffix` ends its name: `"demo.safetensors"`.
+    /// Creates an empty scratch file with room for `length` bytes, in `folder` or else in the
+    /// first suitable one of `$TMPDIR`, `/var/tmp` and the current folder. `suffix` ends its name:
+    /// `"demo.safetensors"`.
     ///
-    /// A folder named by the caller must be good too: it is never silently replaced.
+    /// A folder given by the caller must be suitable too: it is never silently replaced.
     ///
     /// # Errors
-    /// When no folder will do, or the file can't be created.
+    /// If no folder is suitable, or the file can't be created.
     pub fn create(folder: Option<&Path>, suffix: &str, length: u64) -> Result<Self, ScratchError> {
         let candidates = folder.map_or_else(usual_folders, |folder| vec![folder.to_owned()]);
         let folder = choose(candidates, length)?;
         Ok(Self::create_in(&folder, suffix)?)
     }
 
-    /// Creates one in a folder that may be in memory and is not asked for room; `folder` is an absolute path.
+    /// Creates one in a folder that may be in memory and is not checked for space; `folder` is an
+    /// absolute path.
     ///
     /// # Errors
-    /// When the file can't be created.
+    /// If the file can't be created.
     pub fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
         remove_on_signals();
         let mut alive = alive();
@@ -118,13 +123,13 @@ impl ScratchFile {
         Ok(Self { path, file })
     }
 
-    /// The file, to be written.
+    /// The file, for writing.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Where it is: an absolute path, so a later change of folder does no harm.
+    /// The file's absolute path, so that changing the working directory does no harm.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -134,13 +139,13 @@ impl ScratchFile {
 impl Drop for ScratchFile {
     fn drop(&mut self) {
         if alive().remove(&self.path) {
-            // Nobody is left to tell, and a file that someone else has removed is what was wanted.
+            // There is no way to report a failure, and a file that is already gone is fine.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// `$TMPDIR` comes first even where it is unset: then it is the system's `/tmp`.
+/// `$TMPDIR` comes first even if unset: then it is the system's `/tmp`.
 fn usual_folders() -> Vec<PathBuf> {
     let mut folders = vec![env::temp_dir(), PathBuf::from("/var/tmp"), PathBuf::from(".")];
     folders.dedup();
@@ -158,7 +163,7 @@ fn choose(candidates: Vec<PathBuf>, wanted: u64) -> Result<PathBuf, ScratchError
     Err(ScratchError::NoFolder { wanted, refused })
 }
 
-/// The absolute path of a folder that is on a disk and has room.
+/// The absolute path of the folder if it is on a disk and has enough space.
 fn examine(folder: &Path, wanted: u64) -> Result<PathBuf, Refusal> {
     let folder = fs::canonicalize(folder).map_err(Refusal::Unusable)?;
     let about = statfs(&folder).map_err(|errno| Refusal::Unusable(errno.into()))?;
@@ -180,13 +185,14 @@ fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf 
         .expect("fewer than 2^32 scratch files in one process")
 }
 
-/// A thread that panicked while it held the lock has left the set whole: every change to it is one call.
+/// Every change is a single call, so a thread that panicked while holding the lock has left the
+/// set consistent.
 fn alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Starts, once, the thread that removes what exists when a signal ends the process. Where it can't be started the
-/// files are still removed on drop.
+/// Starts, once, the thread that removes the existing files when a signal ends the process. If it
+/// can't be started, the files are still removed on drop.
 fn remove_on_signals() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
@@ -196,12 +202,13 @@ fn remove_on_signals() {
                 if let Some(hook) = FIRST.get() {
                     hook();
                 }
-                // Held until the end: a file created from here on would be left behind.
+                // Held until the process ends, so that no file can be created and left behind.
                 let alive = alive();
                 for path in alive.iter() {
                     let _ = fs::remove_file(path);
                 }
-                // Ends the process by the signal itself, so that a shell sees it was interrupted.
+                // Ends the process by the signal itself, so that a shell sees that it was
+                // interrupted.
                 let _ = emulate_default_handler(signal);
             }
         };
@@ -209,8 +216,8 @@ fn remove_on_signals() {
     });
 }
 
-/// The signals that end a process politely, less those it was started to ignore: `nohup`, and shells for what they run
-/// in the background, say so by ignoring them, and a handler would undo that.
+/// The signals that end a process politely, except those that it was started to ignore: `nohup`,
+/// and shells for background jobs, ignore them on purpose, and a handler would undo that.
 fn heeded_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -218,7 +225,7 @@ fn heeded_signals() -> impl Iterator<Item = i32> {
     [SIGHUP, SIGINT, SIGTERM].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
 }
 
-/// The file system, if it is one that keeps its files in memory: then reading them measures nothing.
+/// The file system's name if it keeps its files in memory, where reading measures nothing.
 fn in_memory(about: &StatFs) -> Option<&'static str> {
     IN_MEMORY.iter().find(|&&(magic, _)| magic == about.f_type).map(|&(_, name)| name)
 }

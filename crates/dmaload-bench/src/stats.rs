@@ -1,6 +1,6 @@
-//! Medians with their range.
+//! Medians with their ranges.
 
-/// The middle of some measurements, and the least and most of them.
+/// The median of some measurements, with the minimum and maximum.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
@@ -9,7 +9,8 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` of nothing. Of an even number, the median is the mean of the two in the middle.
+    /// `None` without values. For an even number of values, the median is the mean of the two in
+    /// the middle.
     pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_unstable_by(f64::total_cmp);
@@ -20,7 +21,7 @@ impl Spread {
     }
 }
 
-/// Just the median.
+/// Only the median.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Spread::of(values).map(|spread| spread.median)
 }

@@ -1,13 +1,13 @@
-//! What both halves of the picture are drawn with: lines, text, and the scale of seconds.
+//! Drawing helpers for both halves of the chart: lines, text, and the scale of seconds.
 
 use std::fmt::Write as _;
 
 pub(crate) const WIDTH: f64 = 860.0;
 const RIGHT: f64 = 230.0;
-/// About as many ticks as that.
+/// The approximate number of ticks.
 const TICKS: f64 = 6.0;
 
-/// From seconds to places.
+/// Maps seconds to coordinates.
 pub(crate) struct Scale {
     pub(crate) left: f64,
     pub(crate) most: f64,
@@ -26,7 +26,7 @@ impl Scale {
         factor * power
     }
 
-    /// Lines from `top` to `floor`, and their seconds below.
+    /// Draws lines from `top` to `floor`, labeled with their seconds.
     pub(crate) fn ticks(&self, svg: &mut String, top: f64, floor: f64) {
         let step = self.step();
         let digits = if step < 0.01 {

@@ -1,20 +1,22 @@
-//! A model to try things on: a valid safetensors file of any size, laid out like a Llama, with random weights.
+//! A model for experiments: a valid safetensors file of any size, laid out like a Llama, with
+//! random weights.
 //!
-//! Its bytes are a function of its length, a seed, and the offset, and of nothing else:
+//! Its bytes depend only on its length, a seed, and the offset:
 //!
 //! ```text
-//! ┌────────┬─────────────────────────┬──────────────┬─────────┬─ ─ ─┬────────────┬─────────┬──────────┐
-//! │ length │ JSON, padded to 8 bytes │ embed_tokens │ layer 0 │     │ model.norm │ lm_head │ inv_freq │
-//! └────────┴─────────────────────────┴──────────────┴─────────┴─ ─ ─┴────────────┴─────────┴──────────┘
-//!  header: from the layout             data: word i = random(seed, i), made a finite number of its type
+//! ┌────────┬──────────────────┬──────────────┬─────────┬ ─ ─ ┬────────────┬─────────┬──────────┐
+//! │ length │ JSON, padded (8) │ embed_tokens │ layer 0 │     │ model.norm │ lm_head │ inv_freq │
+//! └────────┴──────────────────┴──────────────┴─────────┴ ─ ─ ┴────────────┴─────────┴──────────┘
+//!  header: from the layout      data: word i = random(seed, i), made finite for its type
 //! ```
 //!
-//! So what was loaded is verified against the generator, not against the file: a reader that mixes up two blocks, or
-//! serves the page cache's idea of them, can't pass by being wrong twice. And any piece can be verified without
-//! what comes before it.
+//! So a load is verified against the generator, not against the file: a reader that confuses two
+//! blocks, or returns stale page cache, can't pass by being wrong twice. Any part can be verified
+//! without what comes before it.
 //!
-//! No weight is zero, infinite or NaN: memory that nobody filled can't pass for a weight, and real code can compute
-//! with what it loads. Random bits also keep any layer below from compressing or deduplicating the file.
+//! No weight is zero, infinite or NaN: unfilled memory can't pass for a weight, and real code can
+//! compute with the weights. Random bits also prevent lower layers from compressing or
+//! deduplicating the file.
 
 use std::fmt;
 use std::fmt::Write as _;
@@ -24,21 +26,21 @@ use std::path::Path;
 
 use dmaload_text::{At, FileError};
 
-/// The smallest model: below, there is hardly room for the header.
+/// The minimum size of a model, which barely has room for the header.
 pub const BYTES_MIN: u64 = 4096;
-/// One unit of generated content. All tensors begin and end on one.
+/// The unit of generated content. All tensors begin and end at multiples of it.
 const WORD: usize = 8;
-/// What is generated at a time: large enough for the disk, small enough for the cache.
+/// How much is generated at a time: enough for the disk, and small enough for the CPU cache.
 const BLOCK: usize = 1 << 20;
 
-/// A synthetic model: where its tensors are, and all its bytes on demand.
+/// A synthetic model: the places of its tensors, and all its bytes on demand.
 #[derive(Debug, Clone)]
 pub struct Model {
     /// The length of the file.
     pub bytes: u64,
-    /// What makes its weights differ from another model's.
+    /// Determines the weights.
     pub seed: u64,
-    /// Its tensors, in the order of the file.
+    /// The tensors, in file order.
     pub tensors: Vec<Tensor>,
     /// Everything before the weights: the length and the padded JSON.
     header: Vec<u8>,
@@ -47,15 +49,15 @@ pub struct Model {
 /// A tensor of a [`Model`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
-    /// Named as in a Llama checkpoint.
+    /// The name, as in a Llama checkpoint.
     pub name: String,
-    /// What its elements are.
+    /// The element type.
     pub dtype: Dtype,
-    /// Its dimensions, outermost first.
+    /// The dimensions, outermost first.
     pub shape: Vec<u64>,
-    /// Where it begins in the file.
+    /// Offset in the file.
     pub offset: u64,
-    /// How long it is.
+    /// Length in bytes.
     pub bytes: u64,
 }
 
@@ -65,7 +67,7 @@ impl Tensor {
     }
 }
 
-/// The types of elements that a synthetic model has.
+/// The element types of a synthetic model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {
     /// Weights: between 2⁻¹⁵ and 2⁻⁷, of either sign.
@@ -82,7 +84,8 @@ impl Dtype {
         }
     }
 
-    /// Turns eight random bytes into finite numbers: keeps some bits, and sets the upper ones of each exponent.
+    /// Turns eight random bytes into finite numbers: keeps some bits, and sets the upper ones of
+    /// each exponent.
     fn finite(self, word: u64) -> u64 {
         match self {
             Self::Bf16 => word & 0x83FF_83FF_83FF_83FF | 0x3800_3800_3800_3800,
@@ -100,67 +103,69 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// Why there is no model.
+/// Why a model could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum SynthError {
-    /// Too small for a header and a tensor.
+    /// The size is too small for a header and a tensor.
     #[error("a synthetic model has at least {BYTES_MIN} bytes, not {0}")]
     TooSmall(u64),
-    /// It could not be written.
+    /// The file could not be written.
     #[error(transparent)]
     File(#[from] FileError),
 }
 
-/// What is wrong with bytes that should be those of a synthetic model.
+/// How bytes differ from those of a synthetic model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// Too few or too many.
+    /// The length is wrong.
     #[error("{found} bytes instead of {expected}")]
     Length {
-        /// How many the model has.
+        /// The model's length.
         expected: u64,
-        /// How many there were.
+        /// The length found.
         found: u64,
     },
-    /// One is wrong; the first.
+    /// The first byte that differs.
     #[error("byte {offset} ({place}) is {found:#04x} instead of {expected:#04x}")]
     Byte {
-        /// Where in the file.
+        /// Offset in the file.
         offset: u64,
-        /// The tensor that it belongs to, or the header.
+        /// The tensor that contains it, or the header.
         place: String,
-        /// What the generator says.
+        /// The generated byte.
         expected: u8,
-        /// What was there.
+        /// The byte found.
         found: u8,
     },
 }
 
 impl Model {
-    /// Lays a model out. Nothing is written.
+    /// Lays out a model, without writing anything.
     ///
     /// # Errors
-    /// When the size is below [`BYTES_MIN`].
+    /// If the size is below [`BYTES_MIN`].
     pub fn new(bytes: u64, seed: u64) -> Result<Self, SynthError> {
         if bytes < BYTES_MIN {
             return Err(SynthError::TooSmall(bytes));
         }
         let bytes = bytes - bytes % WORD as u64;
         let dimensions = Dimensions::for_size(bytes);
-        // The layers are estimated without the header, which costs about one part in a thousand of a small model.
+        // The number of layers is estimated without the header, which takes about a thousandth of
+        // a small model.
         (0..=dimensions.layers_at_most(bytes))
             .rev()
             .find_map(|layers| Self::with_layers(dimensions, layers, bytes, seed))
             .ok_or(SynthError::TooSmall(bytes))
     }
 
-    /// `None` if so many layers leave no room for their own header.
+    /// `None` if this many layers leave no room for their own header.
     fn with_layers(dimensions: Dimensions, layers: u64, bytes: u64, seed: u64) -> Option<Self> {
         let mut tensors = dimensions.tensors(layers);
         let data: u64 = tensors.iter().map(|tensor| tensor.bytes).sum();
         let room = bytes.checked_sub(data)?;
-        // How much is left depends on the length of the header, which depends on the digits of how much is left. So
-        // the header is measured with more than can be left, and the real one padded to the same length.
+        // How much is left depends on the length of the header, which depends on the digits of how
+        // much is left. So the header is measured with the maximum that can be left, and the real
+        // one is padded to the same length.
         let mut measured = tensors.clone();
         measured.extend(dimensions.tail(room / dimensions.row_bytes() + 1, dimensions.row_bytes()));
         let padded = json(&measured, seed).len().next_multiple_of(WORD);
@@ -173,10 +178,10 @@ impl Model {
         Some(Self { bytes, seed, tensors, header })
     }
 
-    /// Writes an empty file, and flushes it to storage. `path` is for errors only.
+    /// Writes the model to an empty file, and flushes it to storage. `path` is for errors only.
     ///
     /// # Errors
-    /// When the file can't be written or flushed.
+    /// If the file can't be written or flushed.
     pub fn write(&self, mut file: &File, path: &Path, mut progress: impl FnMut(u64)) -> Result<(), FileError> {
         let mut block = vec![0; BLOCK];
         let mut written = 0;
@@ -190,10 +195,10 @@ impl Model {
         file.sync_all().at("flush", path)
     }
 
-    /// Whether these are all the bytes of the model.
+    /// Verifies all bytes of the model.
     ///
     /// # Errors
-    /// The first difference; a length of its own is one, too.
+    /// The first difference, including a wrong length.
     pub fn verify_all(&self, content: &[u8]) -> Result<(), Mismatch> {
         if content.len() as u64 != self.bytes {
             return Err(Mismatch::Length { expected: self.bytes, found: content.len() as u64 });
@@ -201,17 +206,19 @@ impl Model {
         self.verify(0, content)
     }
 
-    /// Whether `content` is what the model has from `offset` on. Any piece will do, wherever it is cut.
+    /// Verifies that `content` is the model's part at `offset`. Any part will do, wherever it is
+    /// cut.
     ///
     /// # Errors
-    /// The first byte that differs; or that the piece reaches beyond the end.
+    /// The first byte that differs, or that the part extends beyond the end.
     fn verify(&self, offset: u64, content: &[u8]) -> Result<(), Mismatch> {
         let end = offset.saturating_add(content.len() as u64);
         if end > self.bytes {
             return Err(Mismatch::Length { expected: self.bytes, found: end });
         }
         let mut block = vec![0; BLOCK];
-        // Content is generated in whole words, so a piece that begins within one is compared from there on.
+        // Content is generated in whole words, so a part that begins within a word is compared
+        // from there on.
         let mut at = offset - offset % WORD as u64;
         let mut skip = usize::try_from(offset - at).expect("less than a word");
         let mut rest = content;
@@ -234,7 +241,7 @@ impl Model {
         Mismatch::Byte { offset, place, expected, found }
     }
 
-    /// Fills a block with what the file has at `offset`. Both are whole words.
+    /// Fills a block with the file's bytes at `offset`. Both are multiples of a word.
     fn generate(&self, offset: u64, block: &mut [u8]) {
         let mut at = offset;
         let mut rest = block;
@@ -258,17 +265,17 @@ impl Model {
     }
 }
 
-/// The next block to work on: a whole one, or what is left.
+/// The next block to process: a whole one, or what is left.
 fn block_of(block: &mut [u8], left: u64) -> &mut [u8] {
     let length = usize::try_from(left).unwrap_or(usize::MAX).min(block.len());
     &mut block[..length]
 }
 
 fn fill(words: &mut [u8], dtype: Dtype, seed: u64, offset: u64) {
-    // Seeds are small numbers, and neighbours: spread out, their sequences do not overlap.
+    // Seeds are small, consecutive numbers: mixing them keeps their sequences from overlapping.
     let seed = random(seed, 1);
     let first = offset / WORD as u64;
-    // One loop for each type, so that its constants are in registers.
+    // One loop per type, so that its constants stay in registers.
     match dtype {
         Dtype::Bf16 => fill_with(words, |i| Dtype::Bf16.finite(random(seed, first + i))),
         Dtype::F32 => fill_with(words, |i| Dtype::F32.finite(random(seed, first + i))),
@@ -284,10 +291,11 @@ fn fill_with(words: &mut [u8], word: impl Fn(u64) -> u64) {
     }
 }
 
-/// `WyRand` entered at any place: it counts, so the state of step `index` is one multiplication away.
+/// `WyRand` at an arbitrary position: its state is a counter, so the state of step `index` is one
+/// multiplication away.
 ///
-/// One widening multiplication a word is what a core does several GB/s of, and no more is asked of the randomness than
-/// that no two places look alike.
+/// One widening multiplication per word gives several GB/s on one core, and the only requirement
+/// on the randomness is that no two places look alike.
 #[inline]
 fn random(seed: u64, index: u64) -> u64 {
     let state = seed.wrapping_add(index.wrapping_mul(0xA076_1D64_78BD_642F));
@@ -296,7 +304,8 @@ fn random(seed: u64, index: u64) -> u64 {
     upper as u64 ^ state.wrapping_mul(other)
 }
 
-/// The index of the first difference. Equal blocks, which nearly all are, are compared at the speed of memory.
+/// The index of the first difference. Equal blocks, which nearly all are, are compared at memory
+/// speed.
 fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
     if expected == found {
         return Ok(());
@@ -307,7 +316,8 @@ fn compare(expected: &[u8], found: &[u8]) -> Result<(), usize> {
     }
 }
 
-/// The proportions of a Llama, scaled so that a model of any size has a good many layers.
+/// The proportions of a Llama, scaled so that models of any size have a reasonable number of
+/// layers.
 #[derive(Debug, Clone, Copy)]
 struct Dimensions {
     hidden: u64,
@@ -315,10 +325,10 @@ struct Dimensions {
 }
 
 impl Dimensions {
-    /// A model that can have it has at least so many layers.
+    /// The minimum number of layers of a model that is large enough.
     const LAYERS_MIN: u64 = 12;
 
-    /// The widest that has room for enough layers.
+    /// The widest dimensions with room for enough layers.
     fn for_size(bytes: u64) -> Self {
         let widths = [8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8];
         let [.., narrowest] = widths.map(Self::with_width);
@@ -333,7 +343,7 @@ impl Dimensions {
         Self { hidden, vocabulary: (16 * hidden).min(32_000) }
     }
 
-    /// One token's row in the embedding, and in the output head.
+    /// The size of one token's row in the embedding and in the output head.
     fn row_bytes(self) -> u64 {
         self.hidden * Dtype::Bf16.size()
     }
@@ -344,7 +354,7 @@ impl Dimensions {
         bytes.saturating_sub(around) / layer
     }
 
-    /// All tensors but those that fill up the rest, not placed yet.
+    /// All tensors except those that fill up the rest, without their places.
     fn tensors(self, layers: u64) -> Vec<Tensor> {
         let mut tensors = vec![tensor("model.embed_tokens.weight", Dtype::Bf16, &[self.vocabulary, self.hidden])];
         tensors.extend((0..layers).flat_map(|layer| self.layer(layer)));
@@ -352,7 +362,8 @@ impl Dimensions {
         tensors
     }
 
-    /// Grouped-query attention with a quarter of the heads for keys and values, and a gated feed-forward block.
+    /// Grouped-query attention with a quarter of the heads for keys and values, and a gated
+    /// feed-forward block.
     fn layer(self, layer: u64) -> [Tensor; 9] {
         let Self { hidden, .. } = self;
         let (values, inner) = (hidden / 4, hidden * 4);
@@ -371,7 +382,8 @@ impl Dimensions {
         ]
     }
 
-    /// Makes the size come out exactly: an output head with as many rows as there is room for, then less than a row.
+    /// Fills up the file to the exact size: an output head with as many rows as fit, then a tensor
+    /// smaller than a row.
     fn rest(self, bytes: u64) -> impl Iterator<Item = Tensor> {
         self.tail(bytes / self.row_bytes(), bytes % self.row_bytes())
     }
@@ -392,7 +404,7 @@ fn sum(tensors: &[Tensor]) -> u64 {
     tensors.iter().map(|tensor| tensor.bytes).sum()
 }
 
-/// Puts the tensors one behind the other.
+/// Places the tensors one after another.
 fn place(tensors: &mut [Tensor], start: u64) {
     let mut offset = start;
     for tensor in tensors {
@@ -401,7 +413,7 @@ fn place(tensors: &mut [Tensor], start: u64) {
     }
 }
 
-/// The header's JSON. Offsets count from the end of the header, so that its own length is not in it.
+/// The header's JSON. Offsets count from the end of the header, so its own length does not matter.
 fn json(tensors: &[Tensor], seed: u64) -> String {
     let mut json = format!(r#"{{"__metadata__":{{"format":"pt","generator":"dmaload","seed":"{seed}"}}"#);
     let mut begin = 0;
@@ -504,7 +516,7 @@ mod tests {
         }
     }
 
-    /// The content is a promise: a file written by one version is verified by the next.
+    /// The content is stable: a file written by one version is verified by the next.
     #[test]
     fn the_content_never_changes() {
         use dmaload::verify::{Algorithm, digest};

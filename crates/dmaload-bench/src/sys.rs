@@ -1,4 +1,4 @@
-//! The unsafe code of the bench: reads by io_uring into memory of its own, and looking at that memory.
+//! The bench's unsafe code: reads by io_uring into its own memory, and access to that memory.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -10,20 +10,21 @@ use io_uring::{IoUring, opcode, types};
 
 use crate::memory::Region;
 
-/// A read to be done.
+/// A read to submit.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Read<'a> {
     pub(crate) file: &'a File,
     pub(crate) offset: u64,
-    /// Where in the region.
+    /// The place in the region.
     pub(crate) at: usize,
-    /// At most a part of the region, and within one.
+    /// At most the size of a part of the region, and within one part.
     pub(crate) bytes: usize,
-    /// Comes back with the result.
+    /// Returned with the completion.
     pub(crate) token: u64,
 }
 
-/// A ring, and the memory that its reads go to. Nobody looks at the memory before the ring has given it back.
+/// A ring, and the memory that its reads go to. The memory can't be accessed until the ring has
+/// returned it.
 pub(crate) struct Reader {
     ring: ManuallyDrop<IoUring>,
     region: ManuallyDrop<Region>,
@@ -32,17 +33,19 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// A ring for `depth` reads into this memory, which is registered with it if the limit of locked memory allows.
+    /// Creates a ring for `depth` reads into this memory, which is registered with the ring if the
+    /// limit of locked memory allows.
     ///
     /// # Errors
-    /// When there is no io_uring.
+    /// If io_uring is not available.
     pub(crate) fn new(depth: u32, region: Region) -> io::Result<Self> {
         let ring = IoUring::new(depth)?;
         let vectors: Vec<libc::iovec> = region
             .parts()
             .map(|(mapping, _)| libc::iovec { iov_base: mapping.address().as_ptr().cast(), iov_len: mapping.bytes() })
             .collect();
-        // SAFETY: the memory stays mapped as long as the ring lives: `drop` and `into_region` close it first.
+        // SAFETY: the memory stays mapped as long as the ring exists: `drop` and `into_region`
+        // close the ring first.
         let registered = unsafe { ring.submitter().register_buffers(&vectors) }.is_ok();
         Ok(Reader { ring: ManuallyDrop::new(ring), region: ManuallyDrop::new(region), registered, in_flight: 0 })
     }
@@ -55,7 +58,7 @@ impl Reader {
     /// Queues a read; [`Reader::wait`] starts it.
     ///
     /// # Errors
-    /// When it does not fit into a part of the memory, or there are too many already.
+    /// If it does not fit into a part of the memory, or there are too many reads already.
     pub(crate) fn push(&mut self, read: Read<'_>) -> io::Result<()> {
         let place = self.region.place(read.at, read.bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let length = u32::try_from(read.bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -65,18 +68,20 @@ impl Reader {
         } else {
             opcode::Read::new(fd, address, length).offset(read.offset).build()
         };
-        // SAFETY: the range lies in a part of the region, which is mapped, writable, and neither looked at nor freed before
-        // every read has completed. Should the file be closed before the read starts, some other file is read into it.
+        // SAFETY: the range is within a part of the region, which is mapped, writable, and neither
+        // accessed nor freed before every read has completed. If the file is closed before the
+        // read starts, another file may be read into it.
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(read.token)) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
         self.in_flight += 1;
         Ok(())
     }
 
-    /// Starts what is queued, waits for at least one result, and gives all there are.
+    /// Starts the queued reads, waits for at least one completion, and returns all that are
+    /// available.
     ///
     /// # Errors
-    /// When the ring can't be entered.
+    /// If the ring can't be entered.
     pub(crate) fn wait(&mut self, results: &mut Vec<(u64, io::Result<usize>)>) -> io::Result<()> {
         match self.ring.submit_and_wait(usize::from(self.in_flight > 0)) {
             Ok(_) => {}
@@ -91,7 +96,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Closes the ring and gives the memory; `None`, and the memory is lost, if reads can't be waited for.
+    /// Closes the ring and returns the memory; `None`, leaking the memory, if waiting for the
+    /// reads fails.
     pub(crate) fn into_region(self) -> Option<Region> {
         let mut this = ManuallyDrop::new(self);
         this.finish()
@@ -100,11 +106,12 @@ impl Reader {
     fn finish(&mut self) -> Option<Region> {
         let mut ignored = Vec::new();
         while self.in_flight > 0 {
-            // Closing a ring does not end its reads: what they write to must stay.
+            // Closing a ring does not end its reads, so the memory that they write to must stay.
             self.wait(&mut ignored).ok()?;
             ignored.clear();
         }
-        // SAFETY: called once, by `drop` or by `into_region`, which prevents the drop; the ring is not used after.
+        // SAFETY: called once, by `drop` or by `into_region`, which prevents the drop; the ring is
+        // not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
         // SAFETY: as above.
         Some(unsafe { ManuallyDrop::take(&mut self.region) })
@@ -117,17 +124,17 @@ impl Drop for Reader {
     }
 }
 
-/// The bytes of memory that nobody writes to any more.
+/// The bytes of memory that nothing writes to any more.
 #[cfg(test)]
 pub(crate) fn bytes(region: &Region) -> &[u8] {
-    // SAFETY: the parts lie side by side, mapped and readable as long as the region lives. It has no writer: a `Reader` owns
-    // the region it writes to, and `bytes_mut` borrows it for itself.
+    // SAFETY: the parts are adjacent, mapped and readable as long as the region exists. It has no
+    // writer: a `Reader` owns the region it writes to, and `bytes_mut` borrows it exclusively.
     unsafe { std::slice::from_raw_parts(region.address().as_ptr(), region.bytes()) }
 }
 
-/// The bytes of memory, to be written.
+/// The bytes of memory, for writing.
 pub(crate) fn bytes_mut(region: &mut Region) -> &mut [u8] {
-    // SAFETY: the parts lie side by side, mapped and writable as long as the region lives; it is borrowed exclusively, no
-    // `Reader` has it, and its descriptors were given to nobody.
+    // SAFETY: the parts are adjacent, mapped and writable as long as the region exists; it is
+    // borrowed exclusively, no `Reader` owns it, and its descriptors were never shared.
     unsafe { std::slice::from_raw_parts_mut(region.address().as_ptr(), region.bytes()) }
 }

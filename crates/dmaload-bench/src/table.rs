@@ -1,4 +1,4 @@
-//! The results for people: a table, for the terminal or as Markdown, and what it comes to.
+//! The results for people: a table for the terminal or in Markdown, and conclusions.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -15,7 +15,7 @@ const HEADER: [&str; 8] =
 const DEFAULT_READ_AHEAD_KIB: u64 = 128;
 const NOTHING: &str = "–";
 
-/// For the terminal.
+/// The table for a terminal.
 pub(crate) fn plain(results: &Results) -> String {
     let align = |(column, name)| (name, if column < 2 { Align::Left } else { Align::Right });
     let mut table = Table::new(HEADER.into_iter().enumerate().map(align));
@@ -31,7 +31,7 @@ pub(crate) fn plain(results: &Results) -> String {
     text
 }
 
-/// The same for a document.
+/// The table in Markdown.
 pub(crate) fn markdown(results: &Results) -> String {
     let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
     let mut text = line(&HEADER.map(str::to_owned));
@@ -40,7 +40,7 @@ pub(crate) fn markdown(results: &Results) -> String {
         text.push_str(&line(&row));
     }
     for remark in verdicts(results).into_iter().chain(remarks(results)) {
-        // Each on a line of its own.
+        // Each on its own line.
         let _ = write!(text, "\n{}\n", remark.replace('|', "\\|"));
     }
     text
@@ -88,7 +88,7 @@ fn bytes_of_buffers(size: u64) -> String {
     format!("{} MiB", size >> 20)
 }
 
-/// What people want to know.
+/// The main conclusions.
 fn verdicts(results: &Results) -> Vec<String> {
     let mut lines = Vec::new();
     let engine = results.of(Mode::DirectIo);
@@ -109,7 +109,7 @@ fn verdicts(results: &Results) -> Vec<String> {
     lines
 }
 
-/// What else is to be known of the numbers.
+/// Remarks on the numbers.
 fn remarks(results: &Results) -> Vec<String> {
     let plural = if results.rounds == 1 { "" } else { "s" };
     let mut lines = vec![format!(

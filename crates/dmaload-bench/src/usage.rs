@@ -1,4 +1,4 @@
-//! What this process has used of the machine.
+//! Resources used by this process.
 
 use std::fs;
 use std::time::Duration;
@@ -11,8 +11,7 @@ pub fn cpu_time() -> Duration {
     clock_gettime(ClockId::ProcessCPUTime).try_into().unwrap_or_default()
 }
 
-/// The most memory that was ever resident, shared memory included (`VmHWM`); `None` without
-/// `/proc`.
+/// Peak resident memory, shared memory included (`VmHWM`); `None` without `/proc`.
 #[must_use]
 pub fn peak_resident_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;

@@ -1,7 +1,8 @@
-//! Each mode, made ready and then run once.
+//! Prepares and runs each mode once.
 //!
-//! What is made ready is what a process has once, whatever it loads: the engine's threads and ring, and for the limit its
-//! buffers. What is timed begins just before memory is allocated and ends with the last byte in it.
+//! Preparation covers what a process needs once, whatever it loads: the engine's threads and ring,
+//! and the limit's buffers. Timing begins just before memory is allocated and ends with the last
+//! byte in it.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -29,7 +30,7 @@ use crate::sys::{self, Reader};
 use crate::usage::{cpu_time, peak_resident_bytes};
 use crate::{baseline, mapping};
 
-/// Wrong bytes: what no circumstance excuses.
+/// Wrong bytes were loaded, which is never acceptable.
 #[derive(Debug, thiserror::Error)]
 #[error("{} is not in memory as it is on the disk: {what}", printable::path(&path))]
 pub(crate) struct WrongBytes {
@@ -37,13 +38,13 @@ pub(crate) struct WrongBytes {
     what: String,
 }
 
-/// Something that was made ready.
+/// A prepared run.
 pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
 
-/// Makes a mode ready. With `curves` the engine tells how far it was when.
+/// Prepares a mode. With `curves`, the engine records its progress over time.
 ///
 /// # Errors
-/// When this machine has no such thing, or the files can't be looked at.
+/// If this machine lacks something that the mode needs, or the files can't be inspected.
 pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curves: bool) -> Result<Ready> {
     let files = Files::look_at(paths)?;
     Ok(match mode {
@@ -97,7 +98,8 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let (mut reader, notes) = limit_reader()?;
             let open = limit::open(&files.paths)?;
             let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
-            // Memory that no device has written to yet would slow the first reads.
+            // Without this, memory that no device has written to yet would slow down the first
+            // reads.
             let first = chunks.get(..LARGEST.depth.min(chunks.len())).unwrap_or(&chunks);
             limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots(LARGEST))?;
             drop(open);
@@ -113,7 +115,7 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
     })
 }
 
-/// The files, with their lengths.
+/// The files and their lengths.
 #[derive(Debug)]
 struct Files {
     paths: Vec<PathBuf>,
@@ -125,7 +127,7 @@ impl Files {
         let mut files = Files { paths: Vec::new(), lengths: Vec::new() };
         for path in paths {
             let length = fs::metadata(&path).at("look at", &path)?.len();
-            // There is nothing to map, and nothing to measure.
+            // Nothing to map or measure.
             if length > 0 {
                 files.paths.push(path);
                 files.lengths.push(length);
@@ -143,7 +145,7 @@ impl Files {
     }
 }
 
-/// Time and CPU time since it was started.
+/// Measures time and CPU time since it was started.
 struct Stopwatch {
     start: Instant,
     cpu: Duration,
@@ -162,7 +164,7 @@ impl Stopwatch {
     }
 }
 
-/// This process gets no huge pages by faults, whatever the machine gives others.
+/// Disables huge pages on faults for this process, whatever the machine's settings.
 fn small_pages() -> Result<()> {
     disable_transparent_huge_pages(true).context("cannot do without huge pages")
 }
@@ -171,7 +173,7 @@ fn normal(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loaded: Vec<_> = files.paths.iter().map(|path| baseline::load(path)).collect::<Result<_, _>>()?;
     let run = watch.stop(files);
-    // Unmapping the file is no part of it.
+    // Unmapping the file is not included.
     let seconds = loaded.iter().map(|loaded| loaded.elapsed.as_secs_f64()).sum();
     let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(&loaded.memory));
     Ok(Run { seconds, page_bytes, ..run })
@@ -220,8 +222,8 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
     })
 }
 
-/// Compares every byte with the file, read anew through the page cache: not the way it was loaded.
-/// The first segment of any is the first one.
+/// Loads each file as its own load, all at once. The first segment of any of them counts as the
+/// first.
 fn all_at_once(loader: &Loader, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path).start()).collect();
@@ -272,7 +274,8 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
     Ok((reader, notes))
 }
 
-/// Reads the files once into each destination. Which one is the limit is decided over all rounds.
+/// Reads the files once into each destination. Which destination is the limit is decided over all
+/// rounds.
 fn device_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Run> {
     let mut destinations = Vec::new();
     for destination in DESTINATIONS {
@@ -284,7 +287,7 @@ fn device_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result
         destinations.push(ReadInto { bytes: destination.bytes() as u64, seconds, cpu_seconds });
     }
     let region = reader.into_region().context("cannot wait for the last reads")?;
-    // It keeps nothing, so it has no extra memory to speak of.
+    // It keeps nothing, so it has no extra memory.
     let run = Run { page_bytes: region.page_bytes(), notes, destinations, ..Run::default() };
     Ok(run)
 }

@@ -1,7 +1,7 @@
-//! A child process that is told things by lines and answers by lines.
+//! A child process that is controlled by lines of text and answers with lines.
 //!
-//! It is this same program, by `/proc/self/exe`: another user may not reach the folder it lies in, and a build may replace
-//! it meanwhile. It ends by itself when its standard input does.
+//! It is this same program, started through `/proc/self/exe`: another user may not have access to
+//! its folder, and a build may replace it in the meantime. It exits when its standard input ends.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -19,7 +19,7 @@ pub(crate) fn command() -> Command {
     command
 }
 
-/// Another program, run by the shell. It ends by itself when its standard input does.
+/// Another program, run by the shell. It exits when its standard input ends.
 pub(crate) fn peer(command: &str, paths: &[PathBuf]) -> Command {
     let mut shell = Command::new("sh");
     shell.arg("-c").arg(format!("{command} \"$@\"")).arg("sh").args(paths);
@@ -27,7 +27,7 @@ pub(crate) fn peer(command: &str, paths: &[PathBuf]) -> Command {
     shell
 }
 
-/// Such a process.
+/// A running child process.
 #[derive(Debug)]
 pub(crate) struct Worker {
     child: Child,
@@ -39,7 +39,7 @@ impl Worker {
     /// Starts it.
     ///
     /// # Errors
-    /// When it can't be started.
+    /// If it can't be started.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
         let mut child = leftovers::start(command).context("cannot start a process of this program")?;
         let stdin = child.stdin.take();
@@ -52,20 +52,20 @@ impl Worker {
         self.child.id()
     }
 
-    /// Sends it a line. That it is gone is told by [`Worker::hear`].
+    /// Sends a line. If the process is gone, [`Worker::hear`] reports it.
     pub(crate) fn tell(&mut self, line: &str) {
         if let Some(stdin) = &mut self.stdin {
             let _ = writeln!(stdin, "{line}").and_then(|()| stdin.flush());
         }
     }
 
-    /// Its next line.
+    /// Receives the next line.
     ///
     /// # Errors
-    /// How it ended, when there is none.
+    /// How the process ended, if there is no line.
     pub(crate) fn hear(&mut self) -> Result<String> {
         let mut line = String::new();
-        // An error is of the pipe, and as good as its end.
+        // A pipe error means the same as its end.
         if self.stdout.read_line(&mut line).is_ok_and(|count| count > 0) {
             return Ok(line);
         }
@@ -79,7 +79,8 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // It has nothing to say any more; one that is done is not hurt, one that hangs would be waited for.
+        // Nothing more is expected from it: killing a finished process does no harm, and a hanging
+        // one would block the wait.
         let _ = self.child.kill();
         let _ = self.child.wait();
         leftovers::ended(&self.child);

@@ -13,9 +13,8 @@ pub(crate) fn stdout_was_closed() -> bool {
 
 /// Runs before the runtime: the C library calls the functions in this section before it calls
 /// `main`.
-/// // SAFETY: the section holds pointers to functions that are called once each, with arguments
-/// that they may ignore; this one makes one system call and one store, and needs nothing of the
-/// runtime.
+// SAFETY: the section holds pointers to functions that are called once each, with arguments that
+// they may ignore; this one makes one system call and one store, and needs nothing of the runtime.
 #[unsafe(link_section = ".init_array")]
 #[used]
 static LOOK_AT_STDOUT: extern "C" fn() = {
