@@ -1,4 +1,4 @@
-//! A service that loads, lists, swaps and unloads models, and gives their tensors, over HTTP.
+//! An HTTP service that loads, lists, swaps and unloads models, and sends their tensors.
 //!
 //! ```sh
 //! cargo run -p dmaload-examples --example service -- 127.0.0.1:8080
@@ -9,8 +9,9 @@
 //! curl localhost:8080/metrics                                                      # for Prometheus
 //! ```
 //!
-//! One loader serves all requests: its limit of memory is the service's, and its pool makes reloads cheap. A request that goes away
-//! cancels its load. On SIGINT the requests that are under way are finished, and the loader is shut down.
+//! One loader serves all requests: its memory limit is the service's, and its pool makes reloads
+//! cheap. A request that is dropped cancels its load. On SIGINT running requests are finished, and
+//! the loader is shut down.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -54,7 +55,8 @@ fn about(name: &str, image: &Image) -> Value {
     })
 }
 
-/// Loads a model. The one of that name serves until the new one is there, and requests that use it keep it.
+/// Loads a model. The old model of that name serves until the new one is loaded; requests that use
+/// it keep it.
 async fn load(State(service): State<Service>, Path(name): Path<String>, Json(body): Json<Value>) -> Answer<Json<Value>> {
     let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the body needs a \"path\"\n".to_owned()))?;
     let image = service.loader.load(path).await.map_err(failed)?;
@@ -74,7 +76,7 @@ async fn unload(State(service): State<Service>, Path(name): Path<String>) -> Ans
     removed.map(|_| StatusCode::NO_CONTENT).ok_or_else(|| missing("such model"))
 }
 
-/// A tensor's bytes, sent from the memory that the device wrote into.
+/// A tensor's bytes, sent from the loaded memory.
 async fn tensor(State(service): State<Service>, Path((name, tensor)): Path<(String, String)>) -> Answer<Body> {
     let image = service.models.read().map_err(|_| missing("models"))?.get(&name).cloned();
     let tensor = image.ok_or_else(|| missing("such model"))?.tensor(&tensor).map_err(failed)?;

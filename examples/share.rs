@@ -1,4 +1,5 @@
-//! Two processes, one memory: this one loads and hands out, a child maps the same pages and sums them up.
+//! Two processes share one memory: this one loads and hands out; a child maps the same pages and
+//! sums them up.
 //!
 //! `cargo run -p dmaload-examples --example share -- MODEL`
 
@@ -7,7 +8,7 @@ use std::process::Command;
 use dmaload::Loader;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 
-/// Something that tells every byte and its place.
+/// A checksum that depends on every byte and its place.
 fn sum(image: &dmaload::Image) -> anyhow::Result<u64> {
     let mut sum = 0u64;
     for segment in image.segments() {

@@ -1,4 +1,5 @@
-//! Uses each segment while the rest is still being read, and keeps none: what a consumer that uploads to a device does.
+//! Uses each segment while the rest is still being read, and keeps none, as a consumer does that
+//! uploads to a device.
 
 use dmaload::{LoadOptions, Loader};
 

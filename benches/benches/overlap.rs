@@ -1,7 +1,8 @@
 //! Does allocating hide behind reading, and reading behind allocating?
 //!
-//! Reads a file as it is, takes the time that reading takes per piece, and slows allocating down by multiples of it. With
-//! real overlap the total is near the longer of the two; without, it is near their sum.
+//! Reads a file as it is, measures the time of a read for each piece, and slows allocation down by
+//! multiples of it. With real overlap the total is near the longer of the two; without, near their
+//! sum.
 
 use std::io::Write;
 use std::ops::Range;
@@ -16,7 +17,7 @@ const FILE_BYTES: usize = 512 << 20;
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// Memory that takes longer to get.
+/// Memory that takes longer to allocate.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 

@@ -1,6 +1,7 @@
-//! Hours of use in minutes: random loads, sizes, routes, heaps, cancellations and faults against real files, from several tasks
-//! at once; every byte that is shown is compared. Between periods all is dropped, and what the process holds is counted: it must
-//! be the same at the end as at the beginning. `just soak --minutes 30`.
+//! Hours of use in minutes: several tasks run random loads, sizes, routes, heaps, cancellations
+//! and faults against real files, and compare every byte that is shown. Between periods everything
+//! is dropped, and what the process holds is counted: it must be the same at the end as at the
+//! beginning. `just soak --minutes 30`.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 use std::borrow::Cow;
@@ -23,13 +24,13 @@ const MIB: u64 = 1 << 20;
 /// Tasks at once.
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// What may differ in memory between two counts: caches of the allocator, stacks that have grown.
+/// How much memory may differ between two counts: the allocator's caches, stacks that have grown.
 const SLACK_KIB: u64 = 2 << 10;
-/// The C library keeps a heap for each thread that it has seen at work, which rises for half an hour: one for all shows
+/// The C library keeps a heap for each thread, which grows for half an hour: a single heap shows
 /// what is ours.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
-/// The byte of a file at an offset, eight at a time: what a file holds follows from its number.
+/// The byte of a file at an offset, eight at a time: a file's content follows from its number.
 fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
@@ -57,7 +58,7 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// A heap whose memory runs out now and then.
+/// A heap that runs out of memory now and then.
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
@@ -74,7 +75,7 @@ impl HeapHooks for Failing {
 
 struct World {
     folder: PathBuf,
-    /// Path and length of each file; its number is its place.
+    /// Path and length of each file; its number is its index.
     files: Vec<(PathBuf, u64)>,
     manifest: Arc<Manifest>,
 }
@@ -169,7 +170,7 @@ fn check(image: &Image, numbers: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// One thing that somebody does.
+/// One action of a task.
 async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, counts: &mut Counts) -> Result<()> {
     let count = *random.pick(&[1, 1, 1, 3, 12]);
     let numbers: Vec<u64> = (0..count).map(|_| random.below(world.files.len() as u64)).collect();
@@ -210,7 +211,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             counts.loads += 1;
         }
         3 => {
-            // Somebody writes to the file meanwhile: an error, or what was there before.
+            // The file is written to meanwhile: an error, or the old bytes.
             let (path, bytes) = (world.folder.join(format!("scratch-{task}")), 1 + random.below(8 * MIB));
             write_file(&path, 99, bytes)?;
             let load = loader.load(&path).options(options.clone().route(*random.pick(&Route::ALL))).start();
@@ -231,7 +232,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             let _ = fs::remove_file(&path);
         }
         4 => {
-            // What differs from its manifest by a bit is an error.
+            // A file that differs from its manifest by a bit is an error.
             let other = numbers.first().map_or(0, |number| (number + 1) % world.files.len() as u64);
             let (path, bytes) = (world.folder.join(format!("{other}-{task}.wrong")), file(&other).1);
             let Some(at) = bytes.checked_sub(1).map(|last| random.below(last + 1)) else { return Ok(()) };
@@ -266,7 +267,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
     Ok(())
 }
 
-/// The manifest of one of its files.
+/// The manifest of one of the files.
 fn one_file(json: &str, number: u64) -> Result<String> {
     let mut value: serde_json::Value = serde_json::from_str(json)?;
     let name = format!("{number}.bin");
@@ -283,7 +284,7 @@ async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result
         for _ in 0..random.below(12) {
             act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
         }
-        // Sometimes with loads under way.
+        // Sometimes with loads running.
         let left = random.chance(300).then(|| own.load(&world.files[3].0).start());
         if let Err(leaked) = own.shutdown().await {
             bail!("{leaked}");
@@ -330,7 +331,7 @@ impl Holdings {
     }
 }
 
-/// Counts when what was dropped is gone.
+/// Counts once what was dropped has been freed.
 async fn settled(before: Option<&Holdings>) -> Result<Holdings> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -372,7 +373,7 @@ async fn soak() -> Result<()> {
             None => Ok(default),
         }
     };
-    // Without being asked for it takes no half hour of `cargo bench`.
+    // By default `cargo bench` does not take half an hour for it.
     let (minutes, seed) = (number("--minutes", 1)?, number("--seed", 1)?);
     let folder = tempfile::tempdir_in(std::env::var_os("BENCH_DIR").unwrap_or("/var/tmp".into()))?;
     let world = Arc::new(World::new(folder.path()).await?);
@@ -394,7 +395,7 @@ async fn soak() -> Result<()> {
             counts.add(&task.await??);
         }
         let held = settled(before.as_ref()).await?;
-        // A tenth of the time, and what is wrong.
+        // After a tenth of the time, and on errors.
         let told = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
         let grown = before.is_some_and(|before| held.has_grown_since(&before));
         if told || grown || Instant::now() >= end {

@@ -1,4 +1,4 @@
-//! The examples do what they say, on a small model, and the README shows the shortest one as it is.
+//! The examples work on a small model, and the README shows the shortest one verbatim.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-/// What cargo has built beside this test.
+/// An example that cargo has built beside this test.
 fn example(name: &str) -> Command {
     let tests = std::env::current_exe().unwrap();
     let path = tests.parent().and_then(Path::parent).unwrap().join("examples").join(name);
@@ -16,7 +16,7 @@ fn example(name: &str) -> Command {
     Command::new(path)
 }
 
-/// A model of one tensor of so many bytes, each of this value.
+/// A model of one tensor with this many bytes of one value.
 fn model(folder: &Path, name: &str, bytes: usize, value: u8) -> PathBuf {
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[0,{bytes}]}}}}"#);
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
@@ -107,15 +107,15 @@ impl Service {
     }
 }
 
-/// Has the page cache let go of a file, so that it is read from storage.
+/// Evicts a file from the page cache, so that it is read from storage.
 fn evict(path: &Path) {
     let of = format!("of={}", path.display());
     let dd = Command::new("dd").args([&of, "oflag=nocache", "conv=notrunc,fdatasync", "count=0", "status=none"]).status();
     assert!(dd.unwrap().success());
 }
 
-/// A hundred times one model in the place of another, with requests on the way: right bytes, and
-/// nothing grows. One comes from the page cache, the other from storage.
+/// Swaps one model for another a hundred times, with requests in between: right bytes, and nothing
+/// grows. One comes from the page cache, the other from storage.
 #[test]
 fn service_loads_swaps_serves_and_ends() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -145,7 +145,7 @@ fn service_loads_swaps_serves_and_ends() {
     assert_eq!(service.ask("PUT", "/models/x", "{}").0, 400);
     assert_eq!(service.ask("DELETE", "/models/m", "").0, 204);
     assert_eq!(service.ask("DELETE", "/models/m", "").0, 404);
-    // SIGINT: it ends well.
+    // SIGINT shuts it down gracefully.
     assert!(Command::new("kill").args(["-INT", &service.child.id().to_string()]).status().unwrap().success());
     let mut rest = String::new();
     service.rest.read_to_string(&mut rest).unwrap();

@@ -1,4 +1,5 @@
-//! `dmaload bench` measures every mode, tells failures, and leaves nothing behind. Nothing here asserts a speed.
+//! `dmaload bench` measures every mode, reports failures, and leaves nothing behind. No speed is
+//! asserted here.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -34,7 +35,7 @@ fn assert_close(left: f64, right: f64) {
     assert!((left - right).abs() <= 1e-9 * left.abs().max(right.abs()), "{left} is not {right}");
 }
 
-/// Why this machine, or this folder's file system, can't run all modes.
+/// Why this machine, or this folder's file system, cannot run all modes.
 fn unmeasurable(file: &Path) -> Option<String> {
     let done = run(dmaload(["bench", "--rounds", "1", "--modes", "limit,pread-direct", "--json"]).arg(file));
     (done.code != Some(0)).then(|| done.to_string())
@@ -119,7 +120,7 @@ fn pages_have_the_requested_size() {
         assert_ne!(mode(&huge, "normal")["pages"], "2m");
         assert_eq!(huge["page_size_bytes"], 2 * MIB);
     } else {
-        // They can't be had: then it is said, and nothing is measured with others.
+        // If they are unavailable, the bench says so and measures nothing else.
         let failure = &mode(&huge, "direct_io")["failures"][0]["reason"];
         assert!(failure.as_str().unwrap().contains("2 MiB"), "{done}");
         assert_eq!(mode(&huge, "direct_io")["seconds"], Value::Null);
@@ -161,9 +162,9 @@ fn another_user_gets_the_usual_limit_of_locked_memory() {
     assert_eq!(json["user"], NOBODY);
     let notes = mode(&json, "direct_io")["notes"].to_string();
     assert!(!notes.contains("uring-fixed-direct"), "64 MiB can't be registered within 8: {notes}");
-    // The device's limit is not a matter of users.
+    // The device's limit does not depend on the user.
     assert_eq!(mode(&json, "limit")["failures"], serde_json::json!([]));
-    // What that user can't read is told of the modes, not of the bench.
+    // What that user cannot read is reported for the modes, not for the bench.
     common::allow(&file, 0o600);
     let done = run(dmaload(["bench", "--json", "--rounds", "1", "--modes", "mmap", "--user", &NOBODY.to_string()]).arg(&file));
     let json = done.exits(1).json();
@@ -249,7 +250,7 @@ fn hog_holds_memory_while_it_runs() {
 #[test]
 fn an_interrupt_leaves_no_file_no_process_and_no_group() {
     let folder = folder();
-    // Without a group where none can be made: the rest must go all the same.
+    // Without a group where none can be made; the rest must work.
     let pressure = if is_root() { "cgroup:512MiB,clean" } else { "hog:64MiB" };
     let mut bench = dmaload(["bench", "--size", "128MiB", "--rounds", "1000", "--pressure", pressure, "--dir"]);
     let bench = bench.arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -1,4 +1,4 @@
-//! What `dmaload cat` writes is the file.
+//! `dmaload cat` writes the file.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -41,7 +41,8 @@ fn a_missing_file_writes_nothing() {
     run(dmaload(["cat"]).arg("/nonexistent/model.bin")).fails(1, &["/nonexistent/model.bin", "ENOENT"]);
 }
 
-/// Reads a little from `cat`, then nothing until it has nothing more to do; what it has resident then; then all the rest.
+/// Reads a little from `cat`, then nothing until it is idle; returns what it has resident then;
+/// then reads the rest.
 fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
     use std::io::Read;
     let mut stdout = cat.stdout.take().unwrap();
@@ -94,7 +95,7 @@ fn cat_with_a_slow_reader_holds_its_window_and_a_segment() {
     }
 }
 
-/// A safetensors file of tensors of so many bytes, each of one value.
+/// A safetensors file of tensors of this many bytes, each of one value.
 fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for (name, bytes, value) in tensors {
@@ -107,7 +108,7 @@ fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
     file(folder, name, &bytes);
 }
 
-/// A GGUF file of one tensor, and what it says about its parts.
+/// A GGUF file of one tensor, and its keys about parts.
 fn part(folder: &Path, name: &str, number: u16, count: u16, tensor: &str) -> PathBuf {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &2u64.to_le_bytes()].concat();
@@ -161,7 +162,7 @@ fn all_parts_are_loaded_and_the_named_one_is_verified() {
         assert_eq!(run(dmaload(["cat", "--verify", &own]).arg(path)).succeeds().stdout, fs::read(path).unwrap());
         run(dmaload(["cat", "--verify", &own]).arg(other)).fails(1, &["corrupt"]);
     }
-    // Nothing was named that the checksum could be of.
+    // No file was named that the checksum could belong to.
     let own = format!("sha256:{}", sha256sum(&all[0]));
     run(dmaload(["load", "--verify", &own]).arg(folder.path())).fails(2, &["one file, not 3"]);
     run(dmaload(["load", "--verify", &own]).args(&all)).fails(2, &["one file, not 3"]);

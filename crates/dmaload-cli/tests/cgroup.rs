@@ -1,6 +1,7 @@
-//! A memory cgroup's limit is refused before it is met: the kernel's own answer would be SIGKILL.
+//! A memory cgroup's limit is refused before it is reached: the kernel's own answer would be
+//! SIGKILL.
 //!
-//! Takes root and a cgroup file system, v2 or v1; else the reason is printed.
+//! Needs root and a cgroup file system, v2 or v1; otherwise the reason is printed.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -30,7 +31,8 @@ impl MemoryGroup {
         let mut reasons = Vec::new();
         for (parent, file) in places {
             let group = Path::new(parent).join(&name);
-            // A cgroup file system makes the files; in a folder that is none, writing one would limit nothing.
+            // A cgroup file system creates these files; in any other folder, writing one would
+            // limit nothing.
             let limit_file = group.join(file);
             let made = fs::create_dir(&group).map(|()| MemoryGroup(group));
             let written = |made: MemoryGroup| {
@@ -45,7 +47,7 @@ impl MemoryGroup {
         Err(reasons.join("; "))
     }
 
-    /// How many processes the kernel has killed for its limit, where it tells (Linux 4.13).
+    /// How many processes the kernel killed for this limit, where it says so (Linux 4.13).
     fn killed(&self) -> u64 {
         let counts =
             ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
@@ -87,7 +89,7 @@ fn only_a_load_above_the_groups_limit_is_refused() {
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
 }
 
-/// Each finds enough room when it begins, all of them together do not.
+/// Each finds enough room when it begins; all of them together do not fit.
 #[test]
 fn concurrent_loads_in_one_group_fail_and_survive() {
     let folder = folder();

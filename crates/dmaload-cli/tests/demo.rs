@@ -1,4 +1,4 @@
-//! `dmaload demo` does the whole job, and leaves nothing behind.
+//! `dmaload demo` does the whole job and leaves nothing behind.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;

@@ -1,4 +1,5 @@
-//! `dmaload doctor` says what is so: with and without rights, io_uring, huge pages, locked memory, and a path that works.
+//! `dmaload doctor` tells the truth: with and without rights, io_uring, huge pages, locked memory,
+//! and a usable path.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(unsafe_code, reason = "limits are set between fork and exec")]
 
@@ -34,7 +35,7 @@ fn trial_without_descriptors_leaves_loads_unknown() {
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
     assert!(unknown > 0, "no limit was too low for the trial");
-    // It does not deny what a load can do, and a damaged model is one under any limit.
+    // It does not deny what a load can do, and a damaged model is damaged under any limit.
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
@@ -158,7 +159,7 @@ fn output_fits_one_screen() {
         assert!(screen.lines().any(|line| line.trim_start().starts_with(word)), "{word}: {screen}");
     }
     assert!(screen.lines().count() <= 40, "{screen}");
-    // Commands and paths are never broken.
+    // Commands and paths are never broken across lines.
     let is_text = |line: &&str| !line.contains("/") && !line.starts_with("       ");
     assert!(screen.lines().filter(is_text).all(|line| line.chars().count() <= 80), "{screen}");
     assert!(fs::read_dir(folder.path()).unwrap().next().is_none());
@@ -233,12 +234,12 @@ fn small_memlock_limit_is_reported_with_what_it_allows() {
         }
         let memlock = &json["memlock"];
         assert_eq!((memlock["soft_bytes"].as_u64(), memlock["cap_ipc_lock"].as_bool()), (Some(bytes), Some(false)));
-        // Other tests of the same user may lock something meanwhile.
+        // Other tests of the same user may lock memory meanwhile.
         let registrable = memlock["registrable_bytes"].as_u64().unwrap();
         assert!(registrable <= bytes && registrable.is_multiple_of(64 << 10), "{json:#}");
         assert_eq!(json["io_uring"]["features"]["register_16_mib"]["errno"], "ENOMEM");
         assert!(advises(&json, "ulimit -l unlimited"), "{json:#}");
-        // 4 MiB were registered under 8 MiB, and the file's 20 still could not be.
+        // 4 MiB were registered under 8 MiB, but the file's 20 could not be.
         let load = with_memlock(as_nobody(dmaload(["load", "--json", "--cache", "bypass"])).unwrap(), bytes);
         let got = run({ load }.arg(&path)).succeeds().json();
         assert_eq!(json["load"]["route"], got["route"], "{json:#}");
@@ -275,7 +276,7 @@ fn small_pages_are_reported_with_a_remedy() {
 fn folder_in_memory_is_recognised_by_its_file_system() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
-    // The folder has no model in it: it is told where it is, and that loading it would fail.
+    // The folder has no model: doctor says where it is, and that loading it would fail.
     for (asked, status) in [(folder.path(), 1), (&path, 0)] {
         let json = run(&mut doctor(Some(asked))).exits(status).json();
         let about = &json["path"];
@@ -290,12 +291,12 @@ fn folder_in_memory_is_recognised_by_its_file_system() {
 
 #[test]
 fn file_system_without_direct_reads_is_reported() {
-    // sysfs has none, and there is nowhere to write.
+    // sysfs has no model, and there is nowhere to write.
     let path = Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
     if !path.exists() {
         return skip("no such file in sysfs");
     }
-    // Its length is made up.
+    // Its length is false.
     let json = run(&mut doctor(Some(path))).exits(1).json();
     let about = &json["path"];
     assert_eq!((about["file_system"].as_str(), about["o_direct"].as_bool()), (Some("sysfs"), Some(false)), "{json:#}");
@@ -325,14 +326,14 @@ fn a_path_that_cannot_be_loaded_is_an_error() {
 #[test]
 fn load_that_would_fail_exits_with_status_1() {
     let folder = folder();
-    // It does not fit into memory, but is no larger on the disk than its name.
+    // It does not fit into memory, but takes no room on the disk.
     let path = folder.path().join("huge");
     fs::File::create(&path).unwrap().set_len(8 << 40).unwrap();
     let json = run(&mut doctor(Some(&path))).exits(1).json();
     assert_eq!((&json["load"]["works"], &json["path"]["fits_memory"]), (&json!(false), &json!(false)), "{json:#}");
     assert!(json["load"]["reason"].as_str().unwrap().contains("8.00 TiB"), "{json:#}");
     assert!(json["advice"][0]["change"].as_str().unwrap().starts_with("free "), "{json:#}");
-    // Memory files alone are refused: all the rest is told as ever.
+    // Only memory files are refused: everything else is reported as usual.
     let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();
     let json = run(&mut refusing(doctor(None), &[memfd_create], libc::EPERM)).exits(1).json();
     assert_eq!((&json["load"]["works"], &heap(&json, "memfd")["usable"]), (&json!(false), &json!(false)), "{json:#}");
@@ -340,7 +341,7 @@ fn load_that_would_fail_exits_with_status_1() {
     assert_eq!(heap(&json, "anon")["usable"], true);
     let screen = run(&mut refusing(dmaload(["doctor"]), &[memfd_create], libc::EPERM)).exits(1).text();
     assert!(screen.contains("would fail: "), "{screen}");
-    // Memory files are files: a small one loads, no large one does.
+    // Memory files are files: a small one loads, a large one does not.
     let json = run(&mut common::limited(&doctor(None), "-f 8")).exits(1).json();
     assert_eq!(json["load"]["works"], false);
     assert!(json["load"]["reason"].as_str().unwrap().contains("ulimit -f"), "{json:#}");
@@ -349,7 +350,7 @@ fn load_that_would_fail_exits_with_status_1() {
     assert_eq!(json["load"]["works"], true, "{json:#}");
 }
 
-/// A system whose every folder is read-only.
+/// A system on which every folder is read-only.
 #[test]
 fn heaps_are_tried_without_a_writable_folder() {
     let folder = folder();
@@ -358,7 +359,7 @@ fn heaps_are_tried_without_a_writable_folder() {
     command.env("TMPDIR", "/sys").current_dir("/sys");
     match as_nobody(command) {
         Ok(command) => {
-            // /var/tmp is open to all: it must be full for this user.
+            // Every user may write to /var/tmp, so it must be full for this one.
             let done = run(common::limited(&command, "-f 0")
                 .uid(common::NOBODY)
                 .gid(common::NOBODY)
@@ -383,7 +384,8 @@ fn unreadable_folder_is_an_error() {
     }
 }
 
-/// Somebody who may write to the folder puts a link in the place of the scratch file: what it leads to is not written to.
+/// A user who may write to the folder replaces the scratch file by a link: its target is not
+/// written to.
 #[test]
 fn a_scratch_file_is_written_through_its_own_descriptor() {
     use std::os::unix::fs::symlink;
@@ -426,7 +428,7 @@ fn ordinary_user_is_pointed_to_another_folder() {
     }
 }
 
-/// What a model can be like, whole or not, and what only looks like one.
+/// Models, whole or not, and things that only look like one.
 fn files_of_all_kinds() -> Vec<(&'static str, Vec<u8>)> {
     let safetensors = |header: &str, data: usize| {
         [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &common::random_bytes(data, 1)].concat()
@@ -527,7 +529,7 @@ fn doctor_and_load_agree_on_every_folder() {
     assert_eq!(works, 1);
 }
 
-/// Files whose file system states a length that they do not have.
+/// Files whose file system states a false length.
 #[test]
 fn doctor_inspect_and_load_agree_on_false_lengths() {
     let files = ["/sys/kernel/mm/transparent_hugepage/enabled", "/proc/self/status", "/proc/version"].map(Path::new);
@@ -537,7 +539,7 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
         let inspected = run(dmaload(["inspect", "--json"]).arg(path)).exits(1).json();
         let doctor = run(&mut doctor(Some(path))).exits(1).json();
         let told = doctor["load"]["reason"].as_str().or(doctor["error"].as_str()).unwrap();
-        // Where it ends is found out in other steps.
+        // `load` finds the end in another step.
         let words = if error.contains("has no bytes at offset") { "has no bytes at offset" } else { error };
         assert!(told.contains(words) && inspected["error"].as_str().unwrap().contains(words), "{told}\n{inspected:#}\n{error}");
         assert_eq!(inspected["hint"], loaded["hint"]);
@@ -562,7 +564,8 @@ fn without_procfs_doctor_works_as_load_does() {
     let got = run(without_proc(&dmaload(["load", "--json", "--cache", "bypass"])).arg(&path)).succeeds().json();
     let told = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
     assert_eq!((&told["load"]["works"], &told["load"]["route"]), (&json!(true), &got["route"]), "{told:#}");
-    // Where nothing can be written, and no memory file opened by its descriptor, its own beginning is loaded.
+    // If nothing can be written and no memory file opened by its descriptor, doctor loads its own
+    // beginning.
     let mut closed = without_proc(&doctor(Some(&path)));
     closed.env("TMPDIR", "/nonexistent");
     let mut full = Command::new("sh");

@@ -1,4 +1,4 @@
-//! `dmaload load --exec`: a program gets the segments by descriptor, and is told what each holds.
+//! `dmaload load --exec`: a program gets the segments by descriptor, and a description of each.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 mod common;
@@ -11,7 +11,7 @@ fn a_program_reads_the_segments_from_its_descriptors() {
     let sizes = [5 * MIB + 7, 0, 3 * MIB];
     let paths = ["a", "b", "c"].iter().zip(sizes).map(|(name, len)| random_file(folder.path(), name, len));
     let paths: Vec<_> = paths.collect();
-    // In the order told, the segments are the files one after the other.
+    // In the given order, the segments are the files one after the other.
     let script = r#"
         printf '%s|%s|%s|' "$DMALOAD_FDS" "$DMALOAD_FILES" "$DMALOAD_SEGMENTS"
         for fd in 3 4 5 6 7; do cat <&$fd; done
@@ -35,7 +35,7 @@ fn a_program_reads_the_segments_from_its_descriptors() {
     assert_eq!(told("file_offset"), [0, 2 * mib, 4 * mib, 0, 2 * mib]);
     assert_eq!(told("bytes"), [2 * mib, 2 * mib, mib + 7, 2 * mib, mib]);
     assert!(described.iter().all(|segment| segment["dma_buf"] == false));
-    // A memfd is as long as its memory; the file's last bytes are followed by zeros to the page's end.
+    // A memfd is as long as its memory: zeros follow the file's last bytes up to the page's end.
     let memory = next();
     let padded = (5 * MIB + 7).next_multiple_of(4096);
     assert_eq!(memory.len(), padded + 3 * MIB);
@@ -83,7 +83,7 @@ fn the_exit_status_is_the_programs() {
     exec("exit 0").succeeds();
     exec("exit 37").exits(37);
     exec("kill -TERM $$").exits(128 + 15);
-    // A report comes before what the program says.
+    // The report comes before the program's output.
     let mut command = dmaload(["load", "--json"]);
     command.arg(&path).args(["--exec", "echo", "--flag-of-the-program"]);
     let done = run(&mut command).succeeds();
@@ -100,14 +100,14 @@ fn exec_without_descriptors_or_program_is_an_error() {
     let name = path.to_str().unwrap();
     run(&mut dmaload(["load", "--quiet", name, "--exec", "/nonexistent/program"])).fails(1, &["/nonexistent/program"]);
     run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(2, &["--exec", "anon"]);
-    // What the environment can't hold, and descriptors beyond the limit.
+    // More than the environment holds, and descriptors beyond the limit.
     let many: Vec<_> = (0..3000).map(|_| name).collect();
     run(dmaload(["load", "--quiet"]).args(&many).args(["--exec", "true"])).fails(1, &["--exec", "3000 segments", "fewer files"]);
     let mut some = dmaload(["load", "--quiet"]);
     some.arg("--no-pack").args(&many[..40]).args(["--exec", "true"]);
     run(&mut common::limited(&some, "-n 75")).fails(1, &[name, "EMFILE", "ulimit -n"]);
     run(&mut dmaload(["load", name, "--despite-udmabuf-bug"])).fails(2, &["udmabuf"]);
-    // A load that fails runs nothing.
+    // A failed load runs nothing.
     let missing = folder.path().join("missing.bin");
     run(&mut dmaload(["load", "--quiet", missing.to_str().unwrap(), "--exec", "echo", "ran"]))
         .fails(1, &["missing.bin", "ENOENT"]);

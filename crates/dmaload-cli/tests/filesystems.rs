@@ -1,7 +1,7 @@
 //! The bytes are right on every file system, by every route, whatever the file system refuses.
 //!
-//! Real file systems on loop devices, which take root, `mkfs.xfs` (package xfsprogs), `mkfs.btrfs` (btrfs-progs) and
-//! `mksquashfs` (squashfs-tools). Where the machine can't, the reason is printed.
+//! Uses real file systems on loop devices, which needs root, `mkfs.xfs` (package xfsprogs),
+//! `mkfs.btrfs` (btrfs-progs) and `mksquashfs` (squashfs-tools). Otherwise the reason is printed.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(
     clippy::unwrap_used,
@@ -21,7 +21,7 @@ use serde_json::Value;
 
 const SIZES: [usize; 7] = [0, 1, 4095, 4096, 4097, 2 * MIB + 1, 9 * MIB + 777];
 
-/// A file system on a loop device, which is mounted at a folder of its name.
+/// A file system on a loop device, mounted at a folder of its name.
 fn loop_mounted(folder: &Path, kind: &str, mkfs: &[&str]) -> Result<Mounted, String> {
     mounted::on_loop_device(&folder.join(kind), kind, mkfs, "loop")
 }
@@ -30,10 +30,10 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
 }
 
-/// What is said of a file that no ring reads.
+/// The fallback that is reported for a file that no ring reads.
 const BY_THREADS: &str = "by io_uring from a file system";
 
-/// Loads each file from the page cache, where that is a witness, by default.
+/// Loads each file from the page cache where that is used by default.
 fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
         let digest = sha256sum(path);
@@ -45,8 +45,8 @@ fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     }
 }
 
-/// Loads each file by each route: right bytes, and no step down that is not told. A ring reads what is local, and nothing else;
-/// `doctor` says the same.
+/// Loads each file by each route: right bytes, and no silent fallback. A ring reads only local
+/// files; `doctor` says the same.
 fn check(what: &str, files: &[PathBuf], is_local: bool) {
     for route in ["auto"].into_iter().chain(ROUTES) {
         let mut seen = Vec::new();
@@ -61,10 +61,10 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
         }
         let last = seen.last().unwrap();
         println!("{what}: {route} gave {} {}", last["route"], last["fallbacks"]);
-        // A strict load takes the route asked for, or fails; it never takes another.
+        // A strict load takes the requested route or fails.
         let path = files.last().unwrap();
         let steps = last["fallbacks"].to_string();
-        // Where there are no direct reads, a ring was not to read it anyway.
+        // Without direct reads, a ring would not read it anyway.
         let may_be_rings = !matches!(route, "pread-direct" | "buffered") && !steps.contains("opening with O_DIRECT");
         assert_eq!(steps.contains(BY_THREADS), !is_local && may_be_rings, "{what}, {route}: {steps}");
         if route == "auto" {
@@ -181,7 +181,7 @@ fn on_overlayfs_over_squashfs() {
         Ok(squashed) => squashed,
         Err(reason) => return skip(reason),
     };
-    // The upper layer of an overlay can't be on an overlay itself: tmpfs will do.
+    // An overlay's upper layer cannot be on an overlay itself; tmpfs works.
     let layers = tmpfs(&folder.path().join("layers"), "16m");
     // What is declared last is unmounted first.
     match layers.and_then(|layers| overlay(&layers.0, &squashed.0).map(|merged| (layers, merged))) {

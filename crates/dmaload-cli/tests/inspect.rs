@@ -1,4 +1,4 @@
-//! What `dmaload inspect` shows is what the `safetensors` crate wrote; and it reads only the header.
+//! `dmaload inspect` shows what the `safetensors` crate wrote, and reads only the header.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -78,8 +78,8 @@ fn raw_file_is_shown_as_raw() {
     run(dmaload(["inspect", "--format", "safetensors"]).arg(&path)).fails(1, &["model.bin", "header"]);
 }
 
-/// Sparse files read as fast as memory, so time tells nothing; a process that may not map or allocate the payload, and whose
-/// reads are counted, does.
+/// Sparse files are read as fast as memory, so time shows nothing. A process that cannot map or
+/// allocate the payload, and whose reads are counted, does.
 #[test]
 fn only_the_header_is_read() {
     let folder = folder();
@@ -91,7 +91,7 @@ fn only_the_header_is_read() {
     large.write_all(header.as_bytes()).unwrap();
     large.set_len(8 + header.len() as u64 + data).unwrap();
 
-    // The shell's own reads are a few KiB; `rchar` of its children is counted when they have been waited for.
+    // The shell's own reads are a few KiB; `rchar` includes children that were waited for.
     let script = "ulimit -v 1048576; before=$(awk '/rchar/{print $2}' /proc/$$/io); \"$0\" inspect \"$1\" >/dev/null || exit 1; \
                   after=$(awk '/rchar/{print $2}' /proc/$$/io); echo $((after - before))";
     let mut shell = std::process::Command::new("sh");

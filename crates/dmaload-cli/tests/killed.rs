@@ -1,4 +1,5 @@
-//! A loader that is killed in the middle leaves nothing behind: no process, no memory, no file; and the next load is right.
+//! A loader that is killed half-way leaves nothing behind: no process, no memory, no file; and the
+//! next load is right.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 mod common;

@@ -1,4 +1,4 @@
-//! `dmaload load`: what is in memory is what is in the file, and the report has all it promises.
+//! `dmaload load`: memory equals the file, and the report has everything it promises.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 mod common;
@@ -13,12 +13,12 @@ const SEGMENT: usize = 2 * MIB;
 const SIZES: [usize; 11] = [0, 1, 511, 512, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, 5 * SEGMENT + 1];
 const SHA256: [&str; 2] = ["--digest", "sha256"];
 
-/// All the ways to hold a file's bytes.
+/// All layouts of a file's bytes.
 fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
     ["memfd", "anon"].into_iter().flat_map(|heap| ["segmented", "single"].map(|layout| (heap, layout)))
 }
 
-/// The digest of every size, in every shape, by this route and no other, equals that of coreutils.
+/// The digest of every size, in every shape, by this route only, equals that of coreutils.
 fn every_size_and_shape(route: &str) {
     let folder = folder();
     if let Some(reason) = common::unavailable(route, folder.path()) {
@@ -36,7 +36,7 @@ fn every_size_and_shape(route: &str) {
     }
 }
 
-/// The report tells what was asked for, and its segments cover the file.
+/// The report has what was asked for, and its segments cover the file.
 fn assert_describes(json: &Value, size: usize, route: &str, heap: &str, layout: &str) {
     assert_eq!(json["bytes"], size, "{json:#}");
     for (key, expected) in [("route", route), ("heap", heap), ("layout", layout)] {
@@ -105,7 +105,7 @@ fn a_file_of_3_gib_equals_sha256sum() {
         return skip(reason);
     }
     let path = large_file(folder.path(), "model.bin", SIZE);
-    // At once: each takes many seconds.
+    // In parallel: each takes many seconds.
     let (json, expected) = std::thread::scope(|scope| {
         let expected = scope.spawn(|| sha256sum(&path));
         (load_json(&path, &SHA256), expected.join().unwrap())
@@ -114,7 +114,7 @@ fn a_file_of_3_gib_equals_sha256sum() {
     assert_eq!(json["bytes"], SIZE, "{json:#}");
 }
 
-/// Chunks that are no divisor of a segment, a queue of one and of many: none of it changes a byte.
+/// Chunks that do not divide a segment, a queue of one and of many: none of it changes a byte.
 #[test]
 fn chunk_size_and_queue_depth_change_no_byte() {
     let folder = folder();
@@ -196,7 +196,7 @@ fn the_same_file_twice_is_loaded_twice() {
     }
 }
 
-/// What a JSON value must be.
+/// The type of a JSON value.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Count,
@@ -289,7 +289,7 @@ fn a_route_asked_for_is_where_the_ladder_starts() {
     }
 }
 
-/// The process' peak, less the payload: the window, the rings, the program itself.
+/// The process's peak less the payload: the window, the rings, the program itself.
 #[test]
 fn the_peak_beyond_the_payload_stays_under_48_mib() {
     const SIZE: u64 = 512 << 20;
@@ -305,7 +305,7 @@ fn the_peak_beyond_the_payload_stays_under_48_mib() {
         println!("{heap}, {layout}: {beyond} bytes beyond the payload");
         assert!(beyond < 48 << 20, "{heap}, {layout}: {beyond} bytes beyond the payload: {json:#}");
     }
-    // Staging comes on top, and no more than its budget.
+    // Staging comes on top, within its budget.
     for (staging, most) in [("4MiB", 36 << 20), ("64MiB", 112 << 20)] {
         let json = load_json(&path, &["--route", "bounce", "--strict", "--staging", staging]);
         let beyond = json["peak_resident_bytes"].as_u64().unwrap() - SIZE;
@@ -353,7 +353,7 @@ fn trace_has_an_event_for_each_action() {
             assert!(!read.is_empty());
             assert!(read.iter().all(|read| read["ts"].as_f64().unwrap() + read["dur"].as_f64().unwrap() <= handed), "{route}");
         }
-        // What shares a row does not overlap.
+        // Events in one row do not overlap.
         for (number, event) in events.iter().enumerate() {
             let end = |event: &Value| event["ts"].as_f64().unwrap() + event["dur"].as_f64().unwrap();
             let clash = events[..number].iter().find(|other| {
@@ -402,7 +402,7 @@ fn summary_shows_size_route_memory_and_digest() {
     }
 }
 
-/// Names are bytes on Linux: a file must not be unloadable for its name.
+/// Names are bytes on Linux: a file's name must not keep it from being loaded.
 #[test]
 fn a_path_that_is_not_utf_8_is_loaded() {
     use std::os::unix::ffi::OsStrExt;
@@ -424,7 +424,7 @@ fn symlink_is_followed_and_reported_by_the_given_path() {
     assert_eq!(json["files"][0]["path"], link.to_str().unwrap(), "{json:#}");
 }
 
-/// A terminal, by script(1): the bar is there from the beginning, whatever comes how fast.
+/// In a terminal, by script(1): the bar appears at once, however fast the load is.
 #[test]
 fn a_terminal_shows_a_bar_before_the_first_segment() {
     let folder = folder();
@@ -446,7 +446,7 @@ fn bytes_from_the_page_cache_are_reported() {
     let number = |json: &serde_json::Value| json["cached_bytes"].as_u64().unwrap();
     let load = |arguments: &[&str]| run(dmaload(["load", "--json"]).args(arguments).arg(&path)).succeeds().json();
     assert_eq!(std::fs::read(&path).unwrap().len(), 20 * MIB + 1);
-    // The kernel may take any page away, or be at work on it, so not each load finds all of them.
+    // The kernel may evict or lock any page, so not each load finds all of them cached.
     let attempts: Vec<_> = (0..5).map(|_| load(&[])).collect();
     if attempts.iter().all(|json| number(json) == 0) {
         return common::skip("nothing is taken from the page cache here");

@@ -1,4 +1,5 @@
-//! Names that others have chosen reach no terminal as commands: of files and folders, tensors, keys, values of indices.
+//! Names that others chose (of files, folders, tensors, keys, values of indices) never reach a
+//! terminal as commands.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 mod common;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use common::{Done, dmaload, file, folder, run, safetensors};
 use serde_json::{Value, json};
 
-/// A title for the terminal's window, a new line, text from right to left, C1's control sequences, a byte order mark,
+/// A window title, a line break, text from right to left, C1 control sequences, a byte order mark,
 /// bytes that are not UTF-8.
 const HOSTILE: [&[u8]; 5] = [
     b"\x1b]0;owned\x07",
@@ -25,7 +26,7 @@ fn hostile_text() -> String {
     HOSTILE.iter().map(|name| String::from_utf8_lossy(name)).collect()
 }
 
-/// What may stand in text that is shown: a line break ends a line of our own.
+/// Characters that may appear in output: a line break ends a line of our own.
 fn is_hidden(c: char) -> bool {
     c != '\n' && (c.is_control() || "\u{202e}\u{2066}\u{feff}\u{2028}\u{200b}".contains(c))
 }
@@ -177,7 +178,7 @@ fn manifests_of_names_that_are_not_utf_8_verify() {
     for path in &paths {
         assert_eq!(verify(path).code, Some(0), "{path:?}");
     }
-    // Each is held against its own checksums.
+    // Each is compared with its own checksums.
     fs::copy(&paths[0], &paths[1]).unwrap();
     for (path, code) in paths.iter().zip([0, 1, 0, 0]) {
         assert_eq!(verify(path).code, Some(code), "{path:?}");

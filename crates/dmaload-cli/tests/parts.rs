@@ -1,4 +1,4 @@
-//! Parts of models from the command line: tensors, ranges, ranks (also as a launcher gives them), folders.
+//! Parts of models on the command line: tensors, ranges, ranks (also from a launcher), folders.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -17,7 +17,7 @@ fn model(folder: &Path, name: &str, names: [&str; 3]) -> PathBuf {
     file(folder, name, &serialize(names.map(view), None).unwrap())
 }
 
-/// Without what a launcher of this test may have set.
+/// Without variables that a launcher of this test may have set.
 fn load() -> Command {
     let mut command = dmaload(["load", "--json"]);
     command.env_remove("RANK").env_remove("WORLD_SIZE");
@@ -62,7 +62,7 @@ fn a_model_inside_a_file_is_named_by_the_path_given() {
     for path in [&path, &link] {
         let json = run(load().args(["--inside", "0..9"]).arg(path)).succeeds().json();
         assert_eq!(json["files"][0]["path"], path.to_str().unwrap());
-        // What the whole file is called says nothing of a part of it.
+        // The digest of the whole file says nothing about a part of it.
         assert_eq!(numbers(&json), (9, 4096, 0), "{json}");
         let done = run(load().args(["--inside", "0..9", "--format", "gguf"]).arg(path)).fails(1, &[path.to_str().unwrap()]);
         assert!(!done.stderr.contains("/proc/"), "{done}");
@@ -87,7 +87,7 @@ fn rank_from_a_launcher_loads_its_part() {
     assert!(asked["notes"].to_string().contains("part 1 of 4 of each tensor along dimension 0"), "{}", asked["notes"]);
     let even: u64 = (0..3).map(|rank| numbers(&run(launched(&rank.to_string(), "3").arg(&path)).succeeds().json()).1).sum();
     assert_eq!(even, std::fs::metadata(&path).unwrap().len());
-    // The number alone is the launcher's.
+    // A number alone overrides the launcher's.
     let json = run(launched("1", "9").args(["--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
     assert_eq!(numbers(&json), numbers(&asked));
     assert_eq!(numbers(&run(launched("0", "1").arg(&path)).succeeds().json()).1, even);
@@ -102,7 +102,7 @@ fn rank_from_a_launcher_loads_its_part() {
     run(load().env("WORLD_SIZE", "4").args(["--rank", "1"]).arg(&path)).fails(2, &["--world-size"]);
 }
 
-/// Training pods and data-parallel replicas have both variables, and need the whole model.
+/// Training pods and data-parallel replicas have both variables set, and need the whole model.
 #[test]
 fn variables_of_a_launcher_are_ignored_unless_asked_for() {
     let folder = folder();
@@ -137,7 +137,8 @@ fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let notes = |arguments: &[&str]| run(load().args(arguments).arg(&path)).succeeds().json()["notes"].to_string();
-    // Three million bytes in two: `b` is on both sides. In four: each part has the ends of one or two.
+    // Three million bytes in two: `b` is on both sides. In four: each share has the ends of one or
+    // two.
     for (rank, world_size, split) in
         [("0", "2", "tensor \\\"b\\\" is split"), ("1", "2", "tensor \\\"b\\\" is split"), ("1", "4", "2 tensors")]
     {
@@ -151,7 +152,7 @@ fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
         notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
-    // A cut by bytes for more ranks than a file has blocks: the first ones have all.
+    // A cut by bytes for more ranks than the file has blocks: the first ones have everything.
     for (name, header) in
         [("small.bin", None), ("small.safetensors", Some(br#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#))]
     {
@@ -166,7 +167,7 @@ fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
         }
     }
     assert!(!notes(&["--rank", "1", "--world-size", "4"]).contains("has nothing"));
-    // What is cut is a model: a damaged one is no less damaged in parts.
+    // A damaged model is no less damaged in parts.
     let damaged =
         common::safetensors(folder.path(), "d.safetensors", br#"{"w":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#, 16);
     run(load().args(["--rank", "0", "--world-size", "2"]).arg(&damaged)).fails(1, &["cut short"]);

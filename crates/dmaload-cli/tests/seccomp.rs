@@ -1,5 +1,5 @@
-//! Containers refuse io_uring by a seccomp filter. So does this test, call by call and errno by errno: each load takes the next
-//! route, says so, and gives the right bytes; a strict one fails.
+//! Containers refuse io_uring by a seccomp filter. So does this test, call by call and errno by
+//! errno: each load takes the next route, says so, and loads the right bytes; a strict one fails.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -36,21 +36,21 @@ fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
             assert_eq!(fallback["errno"], name);
             assert!(fallback["reason"].as_str().unwrap().contains(reason), "{fallback}");
             run(&mut refusing(load(&["--strict"]), calls, errno)).fails(1, &["model.bin", "uring-fixed-direct", name, "strict"]);
-            // Staging is read into by what is left.
+            // Staging is read into by the remaining routes.
             let bounced = run(&mut refusing(load(&["--route", "bounce"]), calls, errno)).succeeds().json();
             assert_eq!((digest_of(&bounced), &bounced["route"]), (sha256sum(&path).as_str(), &"bounce".into()));
             let step = &bounced["fallbacks"][0];
             assert_eq!((&step["to"], &step["errno"]), (&route.into(), &name.into()), "{bounced:#}");
             run(&mut refusing(load(&["--route", "bounce", "--strict"]), calls, errno))
                 .fails(1, &["model.bin", "bounce", name, "strict"]);
-            // Who asks for the lower route has asked for nothing that is refused.
+            // The lower route needs nothing that is refused.
             let asked = run(&mut refusing(load(&["--route", route, "--strict"]), calls, errno)).succeeds().json();
             assert_eq!((asked["route"].as_str(), asked["fallbacks"].as_array().map(Vec::len)), (Some(route), Some(0)));
         }
     }
 }
 
-/// What the limits are is then read from procfs.
+/// Limits are then read from procfs.
 #[test]
 fn loads_work_where_a_sandbox_hides_limits() {
     let folder = folder();

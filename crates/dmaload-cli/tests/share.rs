@@ -1,4 +1,4 @@
-//! `dmaload serve` and `dmaload attach`: one process loads, others have its memory.
+//! `dmaload serve` and `dmaload attach`: one process loads, others map its memory.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::{Ended, digest_of, dmaload, folder, is_root, random_file, run, sha256sum, skip};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A server that has said that it serves.
+/// A server that has reported that it serves.
 fn serving(arguments: &[&str], socket: &Path, paths: &[&Path]) -> Ended {
     let mut command = dmaload(["serve"]);
     let mut server = Ended::spawn(command.args(arguments).arg(socket).args(paths).stdout(Stdio::piped()));
@@ -40,7 +40,7 @@ fn attached_image_has_the_digest_of_the_file() {
     }
     let text = run(dmaload(["attach", "--name", "model"]).arg(&socket)).succeeds().text();
     assert!(text.contains("attached to") && text.contains("shared memfd"), "{text}");
-    // Nothing was read here, so there is no speed of it.
+    // Nothing was read here, so there is no throughput.
     assert!(!text.contains("B/s") && !text.contains("unknown size"), "{text}");
     run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["no image \"other\", but \"model\""]);
     run(dmaload(["serve"]).arg(&socket).arg(&paths[0])).fails(1, &["listens there"]);
@@ -73,8 +73,7 @@ fn attached_memory_reports_its_real_page_size() {
     }
 }
 
-/// Clients that come as soon as the socket is there attach, and see no server that has nothing
-/// yet.
+/// Clients that connect as soon as the socket exists attach, and never see an empty server.
 #[test]
 fn socket_appears_with_the_image() {
     let folder = folder();
@@ -92,7 +91,7 @@ fn socket_appears_with_the_image() {
     }
 }
 
-/// A second server is refused before it has loaded, and one that is ended while it loads leaves
+/// A second server is refused before it loads, and one that is ended during its load leaves
 /// nothing behind.
 #[test]
 fn servers_that_cannot_serve_end_early_and_cleanly() {
@@ -104,7 +103,7 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     run(dmaload(["serve"]).arg(&socket).arg(&missing)).fails(1, &["another process listens there"]);
     run(dmaload(["serve"]).arg(&path).arg(&missing)).fails(1, &["a file that is no socket has this name"]);
     run(dmaload(["serve"]).arg(missing.join("socket")).arg(&missing)).fails(1, &["ENOENT", "folder of the socket"]);
-    // The socket was removed by hand, and another server is there now.
+    // The socket was removed by hand, and another server took its place.
     std::fs::remove_file(&socket).unwrap();
     let second = serving(&[], &socket, &[&path]);
     kill_process(Pid::from_child(&server), Signal::TERM).unwrap();
@@ -123,7 +122,7 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     }
 }
 
-/// A client in a user namespace trusts no user that is not mapped there, unless that is named.
+/// A client in a user namespace trusts no unmapped user unless it is named.
 #[test]
 fn unmapped_users_must_be_named() {
     if !is_root() {

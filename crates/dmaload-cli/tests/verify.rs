@@ -1,4 +1,5 @@
-//! `manifest`, and `load --verify`: what is right passes, what is wrong is named, and nothing of it is written.
+//! `manifest` and `load --verify`: right files pass, wrong ones are named, and nothing of them is
+//! written.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 mod common;

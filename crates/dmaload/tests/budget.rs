@@ -1,4 +1,5 @@
-//! A loader with a limit of memory: it is never passed, whoever stops reading blocks itself alone, and nobody starves.
+//! A loader with a memory limit: it is never exceeded, a consumer that stops delays only itself,
+//! and no load starves.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
 
@@ -17,17 +18,17 @@ use dmaload::{Error, Layout, LoadOptions, Loader, Priority, Segment};
 use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
-/// What is measured is the memory of the process.
+/// The memory of the whole process is measured, so tests run one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// Shared memory of this process and of nobody else's mappings: what segments on memfds have.
+/// This process's shared memory: what segments on memfds have.
 fn resident_shared_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Looks at the memory every other millisecond; the most that was seen by the kernel, and by the loader.
+/// Samples memory every other millisecond; the peak by the kernel's count, and by the loader's.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<(u64, u64)>>,
@@ -55,7 +56,7 @@ impl Watch {
     }
 }
 
-/// A file of so many MiB, each of which differs from the others; and its digest.
+/// A file of this many MiB, each different; and its digest.
 fn large(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
@@ -73,7 +74,7 @@ fn large(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_larger_than_the_limit_is_streamed_within_it() {
     let _alone = ALONE.lock().await;
-    // As large as CI has time for; the 4 GiB under 512 MiB by DMALOAD_STREAM_MIB=4096.
+    // As large as CI has time for; DMALOAD_STREAM_MIB=4096 streams 4 GiB under 512 MiB.
     let mib = std::env::var("DMALOAD_STREAM_MIB").map_or(1024, |mib| mib.parse().unwrap());
     let limit = mib * MIB / 8;
     let folder = folder();
@@ -101,7 +102,7 @@ async fn a_model_larger_than_the_limit_is_streamed_within_it() {
     loader.shutdown().await.unwrap();
 }
 
-/// Without a limit of memory, too: what was not taken yet is bounded by the window and a segment.
+/// Without a memory limit, too, what was not taken yet is bounded by the window and a segment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_consumer_delays_only_its_own_stream() {
     const WINDOW: u64 = 32 * MIB;
@@ -109,7 +110,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let (path, expected) = large(folder.path(), "model.bin", 256);
-    // Small ones share memories.
+    // Small files share memory.
     let small: Vec<_> = (0..300).map(|n| file(folder.path(), &format!("{n}"), &random_bytes(900_000 + n, n as u64))).collect();
     for heap in ["memfd", "anon"] {
         let builder = Loader::builder().window_bytes(WINDOW).load_options(LoadOptions::new().segment_bytes(SEGMENT));
@@ -119,7 +120,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
         for paths in [vec![path.clone()], small.clone()] {
             let mut segments = loader.load(&paths).segments();
             let first = segments.next().await.unwrap().unwrap();
-            // Until it does not go on any more.
+            // Until it makes no progress any more.
             let (mut before, mut same) = (0, 0);
             while same < 20 {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -132,7 +133,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
             stopped.push((segments, first));
         }
         assert!(loader.memory_bytes() <= 2 * (WINDOW + 2 * SEGMENT), "{} bytes", loader.memory_bytes());
-        // Others go on: a stream with a fast consumer, and a load that is kept.
+        // Others make progress: a stream with a fast consumer, and a kept load.
         let mut segments = loader.load(&path).segments();
         let mut digest = Sha256::new();
         while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
@@ -142,7 +143,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
         let image = tokio::time::timeout(Duration::from_secs(20), loader.load(&path).into_future()).await.unwrap().unwrap();
         assert_eq!(image.report().bytes, 256 * MIB);
         drop(image);
-        // A consumer that keeps what it takes is not held up: that memory is its own affair.
+        // A consumer that keeps what it takes is not held up: that memory is its own.
         for ((mut segments, first), bytes) in stopped.into_iter().zip([256 * MIB, 300 * 900_000 + 299 * 150]) {
             let mut kept = vec![first];
             while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
@@ -178,7 +179,7 @@ async fn kept_loads_wait_for_each_other_without_deadlock() {
     let path = file(folder.path(), "model.bin", &bytes);
     let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
     let first = loader.load(&path).await.unwrap();
-    // Both begin at once, and only one has room; the other one waits until the first image is dropped.
+    // Both begin at once and only one fits; the other waits until the first image is dropped.
     let mut second = loader.load(&path).start();
     let waiting = tokio::time::timeout(Duration::from_millis(200), second.next()).await;
     assert!(waiting.is_err(), "{waiting:?}");
@@ -199,7 +200,8 @@ async fn kept_loads_wait_for_each_other_without_deadlock() {
     }
 }
 
-/// Memory of the pool counts, gives way to who needs other sizes, and is used again by who needs the same.
+/// Memory of the pool counts, yields to loads that need other sizes, and is reused for the same
+/// size.
 #[tokio::test]
 async fn pool_stays_within_the_limit_and_yields() {
     let _alone = ALONE.lock().await;
@@ -278,7 +280,7 @@ async fn streams_share_a_limit_beside_ten_that_stopped() {
         );
         assert!(slowest <= 3 * mean, "the slowest took {slowest} µs, the mean is {mean}");
         assert!(seen - before <= limit && counted <= limit, "{seen} bytes resident, {counted} counted");
-        // Those that stopped go on where they were.
+        // Those that stopped continue where they were.
         for (mut segments, first) in stopped {
             let mut digest = Sha256::new();
             digest.update(first.bytes().unwrap());
@@ -319,7 +321,8 @@ fn tensors(folder: &Path, count: usize) -> PathBuf {
     file(folder, "tensors.safetensors", &dmaload_testing::safetensors_of(count, 5 << 19, 9))
 }
 
-/// The library holds the segments of a tensor that is not complete: a reservation has to have room for that.
+/// The library holds the segments of an incomplete tensor, so a reservation must have room for
+/// them.
 #[tokio::test]
 async fn tensor_streams_never_wait_for_their_own_memory() {
     let _alone = ALONE.lock().await;
@@ -349,7 +352,7 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
         assert_eq!(names, expected);
     }
     assert!(loader.memory_bytes() <= 32 * MIB);
-    // What holds not even one tensor says so; its segments can be streamed all the same.
+    // A limit that holds not even one tensor is an error; segments can still be streamed.
     let small = Loader::builder()
         .memory_limit_bytes(2 * MIB)
         .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -379,7 +382,7 @@ impl CollectNames for dmaload::Tensors {
     }
 }
 
-/// Memory of the pool that is used again is paid for as a whole: what others take meanwhile can't be what it still needs.
+/// Reused memory of the pool is charged as a whole, so others cannot take what it still needs.
 #[tokio::test]
 async fn reservation_holds_while_the_pool_is_reused() {
     let _alone = ALONE.lock().await;

@@ -1,4 +1,4 @@
-//! One tensor by its name, as soon as its bytes are there, while the rest of the load is held
+//! One tensor by its name, as soon as its bytes are loaded, while the rest of the load is held
 //! back.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -20,15 +20,15 @@ const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 12;
 const TENSOR_BYTES: usize = 1_000_000;
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long nothing is to happen.
+/// How long nothing must happen.
 const WHILE: Duration = Duration::from_millis(200);
 
-/// Lets the bytes of a load pass up to a place, and those behind it once it is open.
+/// Lets the bytes of a load pass up to an offset, and the rest once it is opened.
 #[derive(Debug)]
 struct Gate {
     file: usize,
     offset: u64,
-    /// What becomes of bytes behind the place, once that is decided.
+    /// What happens to bytes behind the offset, once decided.
     verdict: Mutex<Option<Result<(), Rejection>>>,
     decided: Condvar,
 }
@@ -114,7 +114,7 @@ impl Wake for CountWakes {
     }
 }
 
-/// What shows progress asks this, and then takes the image.
+/// A progress display asks this, and then takes the image.
 #[tokio::test(flavor = "multi_thread")]
 async fn load_is_finished_once_its_last_segment_arrived() {
     let folder = folder();
@@ -145,7 +145,7 @@ async fn load_is_finished_once_its_last_segment_arrived() {
     assert!(load.finish().await.is_err());
 }
 
-/// An empty list of paths, of a pattern that matched nothing for example, is no empty model.
+/// An empty list of paths, such as of a pattern that matched nothing, is not an empty model.
 #[tokio::test]
 async fn load_of_no_file_is_an_error() {
     let loader = Loader::new().unwrap();
@@ -175,14 +175,14 @@ impl HeapHooks for HeldAllocations {
     }
 }
 
-/// Blocks of tensors that come first may hold the first and the last row of one that does not.
+/// The blocks of tensors that come first may contain the first and the last row of a later one.
 #[tokio::test(flavor = "multi_thread")]
 async fn tensor_of_rows_waits_for_its_middle_rows() {
     let folder = folder();
     let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
         "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
         "a2":{"dtype":"U8","shape":[1000],"data_offsets":[8193000,8194000]}}"#;
-    // Data begin at 1500 in a block, so "b" begins at 2500 in one, and ends there.
+    // Data begin at 1500 in a block, so "b" begins and ends at 2500 in one.
     let header = format!("{header:<1492}");
     let data = dmaload_testing::random_bytes(8_194_000, 1);
     let bytes = [&1492u64.to_le_bytes()[..], header.as_bytes(), &data].concat();
@@ -213,14 +213,14 @@ async fn tensor_arrives_before_the_load_ends() {
         let loader = Loader::new().unwrap();
         let gate = Gate::at(0, last_segment(&bytes));
         let load = loader.load(&path).options(options().route(route).observer(gate.clone())).start();
-        // Of those that are there, one in one segment and one in two.
+        // One that has arrived in one segment, and one in two.
         for number in [0, 1, 2, 7] {
             check(&in_time("a tensor", load.tensor(&format!("t{number}"))).await.unwrap(), number, &bytes);
         }
         let name = format!("t{last}");
         assert!(is_pending(load.tensor(&name)).await, "{route}: its bytes are held back");
         assert!(is_pending(load.tensor("t10")).await, "{route}: of two segments, its second one is held back");
-        // What the model does not have is known by now.
+        // Names that the model does not have are known by now.
         for unknown in ["t12", "", "T0"] {
             let error = in_time("an error", load.tensor(unknown)).await.unwrap_err();
             assert_eq!(error, Error::NoSuchTensor(unknown.to_owned()));
@@ -268,14 +268,14 @@ async fn unpolled_waiter_delays_no_other() {
     let gate = Gate::at(0, 0);
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     let last_name = format!("t{last}");
-    // Both were polled once, and are alive; their task has other things to do.
+    // Both were polled once and are alive; their task is busy with something else.
     let wakes = Arc::new(CountWakes::default());
     let waker = Waker::from(Arc::clone(&wakes));
     let mut idle = pin!(load.tensor("t0"));
     let mut other = pin!(load.tensor(&last_name));
     assert!(poll(idle.as_mut(), &waker).is_pending() && poll(other.as_mut(), &waker).is_pending());
     gate.open();
-    // Nothing else takes what comes than this one.
+    // Only this one takes what arrives.
     check(&in_time("the last tensor", load.tensor(&last_name)).await.unwrap(), last, &bytes);
     assert!(wakes.0.load(Ordering::SeqCst) >= 2, "both were woken");
     // They find what another one has taken.
@@ -296,12 +296,12 @@ async fn dropped_waiter_loses_nothing_and_is_never_woken() {
         let waker = Waker::from(Arc::clone(&wakes));
         let mut dropped = pin!(load.tensor("t11"));
         assert!(poll(dropped.as_mut(), &waker).is_pending());
-        // What is not held back has come, and was taken by one of the two.
+        // What is not held back has arrived, and one of the two has taken it.
         check(&in_time("a tensor", load.tensor("t8")).await.unwrap(), 8, &bytes);
         assert!(poll(dropped.as_mut(), &waker).is_pending());
     }
     in_time("the end of its waker", async {
-        // The thread that has woken the other one may still be at it.
+        // The thread that has woken the other one may not have finished.
         while Arc::strong_count(&wakes) > 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -311,7 +311,7 @@ async fn dropped_waiter_loses_nothing_and_is_never_woken() {
     gate.open();
     check(&in_time("a tensor", load.tensor("t11")).await.unwrap(), 11, &bytes);
     assert_eq!(wakes.0.load(Ordering::SeqCst), woken);
-    // All segments are still given, each once and in order.
+    // All segments still arrive, each once and in order.
     let mut indices = Vec::new();
     while let Some(segment) = in_time("a segment", load.next()).await {
         indices.push(segment.unwrap().index());
@@ -327,7 +327,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     let loader = Loader::new().unwrap();
     let (large, bytes) = model(folder.path(), "large.safetensors", 5);
     let small = file(folder.path(), "small.safetensors", &dmaload_testing::safetensors_of(1, 64, 6));
-    // Until it is planned, nothing is known.
+    // Nothing is known before it is planned.
     let gate = Gate::at(0, 0);
     let load = loader.load(&large).options(options().verify(Planned(gate.clone()))).start();
     assert!(is_pending(load.tensor("none")).await && is_pending(load.tensor("t0")).await);
@@ -357,7 +357,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
 async fn an_index_tells_early_which_file_has_a_tensor() {
     let folder = folder();
     let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-    // Both have the same names; the second one's are smaller, and its header is read late.
+    // Both have the same names; the second one's tensors are smaller, and its header is read late.
     let (_, first) = model(folder.path(), a, 7);
     file(folder.path(), b, &dmaload_testing::safetensors_of(TENSORS, 64, 8));
     let entry = |number: usize| format!(r#""t{number}":"{}""#, if number < 6 { a } else { b });
@@ -408,7 +408,7 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
     let error = one.unwrap_err();
     assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "a test wants it"), "{error}");
     assert_eq!(other.unwrap_err(), error);
-    // Also of those that were there, and of none.
+    // Also of tensors that had arrived, and of unknown ones.
     for name in ["t0", "t11", "none"] {
         assert_eq!(in_time("an error", load.tensor(name)).await.unwrap_err(), error, "{name}");
     }
@@ -428,14 +428,14 @@ fn threads_wait_without_a_runtime() {
     let (sender, receiver) = mpsc::channel();
     for number in 0..=TENSORS {
         let (load, sender) = (Arc::clone(&load), sender.clone());
-        // Not waited for: one that waits for ever is to fail the test, not to hang it.
+        // Not joined: a thread that waits for ever must fail the test, not hang it.
         thread::spawn(move || {
             let tensor = load.tensor_blocking(&format!("t{number}"));
-            // The receiver is gone where the test has failed.
+            // If the test has failed, the receiver is gone.
             let _ = sender.send((number, tensor));
         });
     }
-    // One is not there, and that is known already.
+    // One does not exist, which is known already.
     let (number, missing) = receiver.recv_timeout(PATIENCE).unwrap();
     assert_eq!((number, missing.unwrap_err()), (TENSORS, Error::NoSuchTensor(format!("t{TENSORS}"))));
     assert!(receiver.recv_timeout(WHILE).is_err(), "nothing is there");

@@ -1,4 +1,5 @@
-//! What is in the page cache is copied from there, chunk by chunk, and only where that is as good as storage.
+//! Cached chunks are copied from the page cache, and only where that is as good as reading
+//! storage.
 #![allow(unsafe_code, reason = "writers that store through mappings")]
 #![allow(clippy::print_stderr, reason = "what a test passes over is told")]
 #![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
@@ -23,11 +24,11 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const MIB: u64 = 1 << 20;
 
-/// Has these ranges of a file in the page cache, and nothing else; the reason if that can't be.
+/// Makes exactly these ranges of a file cached; returns the reason if that is impossible.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let file = File::open(path).unwrap();
     let cached = || probe::cached_bytes(&file).map_err(|errno| format!("cachestat: {errno}"));
-    // What is still being read is not dropped.
+    // Pages that are still being read are not dropped.
     for _ in 0..1000 {
         fadvise(&file, 0, None, Advice::DontNeed).unwrap();
         if cached()? == 0 {
@@ -43,7 +44,8 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     still_cached(path, ranges)
 }
 
-/// The reason if not exactly these ranges of a file are in the page cache: other processes may need the memory.
+/// Returns the reason if not exactly these ranges of a file are cached: other processes may need
+/// the memory.
 fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
     let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();
@@ -54,7 +56,7 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// Not on the machine's disk, whatever that is: the cache is no witness on each.
+/// Not on the machine's own disk, whatever that is: not every file system's cache is used.
 const TRIES: usize = 5;
 
 #[test]
@@ -87,7 +89,7 @@ async fn mixtures(what: &str, at: &Path) {
         let there: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
         let check = async |loader: &Loader, options: LoadOptions, expected_bytes: u64, how: &str| {
             let how = format!("{what}: {ranges:?}, {how}");
-            // A page that somebody else has locked for a moment makes a read that does not wait come short.
+            // A page that is locked for a moment makes a read that does not wait come short.
             let mut image = None;
             for attempt in 0..TRIES {
                 if let Err(reason) = cache_only(&path, &ranges) {
@@ -158,7 +160,7 @@ async fn small_files_are_taken_from_the_cache() {
     }
 }
 
-/// A heap that stops before its last segment until the test says go.
+/// A heap that blocks before its last segment until the test opens the gate.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<(AtomicUsize, Mutex<bool>, Condvar)>);
 
@@ -186,7 +188,8 @@ impl GatedHeap {
     }
 }
 
-/// The last segment is asked for before its memory is allocated, and has gone from the cache when that is there.
+/// The last segment is found in the cache before its memory is allocated, and has been evicted by
+/// the time that exists.
 #[tokio::test]
 async fn evicted_chunks_are_read_from_storage() {
     let folder = folder();
@@ -213,8 +216,8 @@ async fn evicted_chunks_are_read_from_storage() {
     }
 }
 
-/// A writer whose page was dirty, and mapped, before the load began: the kernel hears of its next store only if that page was
-/// written back meanwhile.
+/// A writer whose page was dirty and mapped before the load began: the kernel notices its next
+/// store only if that page was written back meanwhile.
 #[test]
 fn store_into_an_already_dirty_page_fails_the_load() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -234,7 +237,7 @@ async fn stores(what: &str, at: &Path) {
         let mapped = unsafe { mmap(std::ptr::null_mut(), 8 << 20, flags, MapFlags::SHARED, &open, 0) }.unwrap();
         // SAFETY: within the mapping.
         let place = unsafe { mapped.cast::<u8>().add(1 << 20) };
-        // SAFETY: mapped, and written to by nobody else.
+        // SAFETY: mapped, and only this thread writes to it.
         let store = |byte: u8| unsafe { place.write_volatile(byte) };
         store(1);
         let heap = GatedHeap::default();
@@ -259,7 +262,7 @@ async fn stores(what: &str, at: &Path) {
     }
 }
 
-/// Neither its header nor asking what is cached starts readahead.
+/// Neither reading the header nor asking what is cached starts readahead.
 #[tokio::test]
 async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
     const LEN: u64 = 256 << 20;
@@ -279,14 +282,15 @@ async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
     }
 }
 
-/// Whether reads from this file may leave nothing in the page cache: `RWF_DONTCACHE`.
+/// Whether reads from this file can leave nothing in the page cache: `RWF_DONTCACHE`.
 fn can_leave_nothing(file: &File) -> bool {
     let mut byte = [0];
     let flags = rustix::io::ReadWriteFlags::from_bits_retain(0x80);
     rustix::io::preadv2(file, &mut [std::io::IoSliceMut::new(&mut byte)], 0, flags).is_ok()
 }
 
-/// Also where the kernel or the file system can't do that: the first reads are refused then, and done once more.
+/// Where the kernel or the file system cannot do that, the first reads are refused and retried
+/// without it.
 #[test]
 fn ring_reads_through_the_cache_leave_nothing_there() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
@@ -303,7 +307,7 @@ fn ring_reads_through_the_cache_leave_nothing_there() {
             assert_same(&image.files()[0].bytes().unwrap(), &expected, what);
             let report = image.report();
             let refused: Vec<_> = report.fallbacks.iter().filter(|step| step.from == Route::UringBuffered).collect();
-            // A container may refuse io_uring, and nothing else is refused.
+            // A container may refuse io_uring; nothing else may be refused.
             if let Some(step) = refused.first() {
                 assert_eq!(step.attempt, Attempt::SetUpRing, "{what}: {step:?}");
                 return eprintln!("skipped: {what}: {}", step.reason());

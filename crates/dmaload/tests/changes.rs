@@ -1,4 +1,4 @@
-//! What happens to a file, or to memory, while it is being loaded: a correct load or a clear error, never wrong bytes.
+//! Files and memory that change during a load: a correct load or a clear error, never wrong bytes.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -18,8 +18,8 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const SEGMENTS: usize = 4;
 
-/// A heap that stops before its last segment until the test says go: the rest has been planned, and may be read. With one
-/// allocator thread the last call is that for the last segment.
+/// A heap that blocks before its last segment until the test opens the gate: the rest has been
+/// planned and may be read. With one allocator thread the last call is that for the last segment.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<Gate>);
 
@@ -55,7 +55,8 @@ impl GatedHeap {
     }
 }
 
-/// Loads a file, and does something to it after its first segment has come and before its last one can be read.
+/// Loads a file, and changes it after its first segment arrived and before its last one can be
+/// read.
 async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
     load_range_and(route, bytes, None, change).await
 }
@@ -68,7 +69,7 @@ async fn load_range_and(
 ) -> Result<Image, Error> {
     let folder = folder();
     let path = file(folder.path(), "model.bin", bytes);
-    // A change in the same tick of the clock as the writing would not show in the file's time.
+    // A change in the same clock tick as the writing would not show in the file's time.
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
     let loader = Loader::builder()
@@ -92,7 +93,7 @@ fn model() -> Vec<u8> {
     random_bytes((SEGMENTS - 1) * SEGMENT + 70_000, 21)
 }
 
-/// Loads a file that ends within a page: its segment ends with zeros.
+/// Loads a file that ends within a page, so its segment ends with zeros.
 #[tokio::test]
 async fn bytes_beyond_the_end_of_a_file_are_not_shown() {
     for route in ROUTES {
@@ -106,7 +107,7 @@ async fn bytes_beyond_the_end_of_a_file_are_not_shown() {
     }
 }
 
-/// A writer that appends can't be told from one that rewrites the file and makes it longer.
+/// A writer that appends cannot be told from one that rewrites and lengthens the file.
 #[tokio::test]
 async fn raw_bytes_that_grow_fail() {
     use std::io::Write;
@@ -124,13 +125,13 @@ async fn raw_bytes_that_grow_fail() {
     }
 }
 
-/// Without cutting it first, which a read could see.
+/// Rewrites without truncating first, which a read could notice.
 fn rewrite(path: &Path, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, 0).unwrap();
 }
 
-/// Of a range no header is read, so its length is not known from that.
+/// No header is read for a range, so the length is not known from one.
 #[tokio::test]
 async fn a_range_of_a_model_that_grows_fails() {
     let whole = 0..safetensors().len() as u64;
@@ -170,7 +171,7 @@ async fn file_that_shrinks_fails_and_says_where_it_ended() {
                 Err(Error::Ended { offset, planned_bytes, .. }) => {
                     assert!(offset >= left as u64 && planned_bytes == model().len() as u64, "{offset} {planned_bytes}");
                 }
-                // What was read before it shrank is complete; the check at the end finds out.
+                // Segments read before it shrank are complete; the check at the end notices.
                 Err(Error::Changed { change, .. }) => assert_eq!(change, "it shrank"),
                 other => panic!("{route}, {left} bytes left: {other:?}"),
             }
@@ -276,7 +277,7 @@ async fn heap_that_runs_out_fails_the_load_not_the_loader() {
         let error = loader.load(&path).await.unwrap_err();
         let told = error.to_string();
         assert!(told.contains("failing") && told.contains(operation) && told.contains("ENOMEM"), "{told}");
-        // The failing call was the only one: the same loader goes on.
+        // Only one call failed: the same loader still works.
         let image = loader.load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &model(), "the load after the failure");
     }
@@ -311,7 +312,7 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     }
     let left = loader.shutdown().await.unwrap_err();
     assert_eq!((left.bytes, left.threads), (0, 1), "nothing is in flight, so nothing is leaked; the worker is in the heap");
-    // What was handed over before is told before the error.
+    // Segments that were ready before the error come first.
     let error = loop {
         if let Err(error) = load.next().await.expect("an error comes before the end") {
             break error;
@@ -334,12 +335,12 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
         .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64));
     let loader = builder.build().unwrap();
     let load = loader.load(&path).start();
-    // All but the last segment are read: what is still being read would be leaked.
+    // All segments but the last are read: a read in flight would be leaked.
     let all_but_one = ((SEGMENTS - 1) * SEGMENT) as u64;
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS || loader.metrics().read_bytes < all_but_one {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
-    // For this thread, which the test harness started for this test.
+    // Applies to this thread, which the test harness started for this test.
     let [clone, clone3] = [libc::SYS_clone, libc::SYS_clone3].map(|call| u32::try_from(call).unwrap());
     seccomp::refuse(Scope::Thread, &[clone, clone3], libc::EAGAIN);
     assert!(std::thread::Builder::new().spawn(|| ()).is_err());
@@ -351,10 +352,10 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     heap.0.open();
 }
 
-/// Number of this process's descriptors for this file.
+/// The number of this process's descriptors of this file.
 fn descriptors_of(path: &Path) -> usize {
     let path = fs::canonicalize(path).unwrap();
-    // One that was closed meanwhile has no target.
+    // A descriptor that was closed meanwhile has no target.
     let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
     targets.filter(|target| *target == path).count()
 }
@@ -370,7 +371,7 @@ async fn after_a_shutdown_no_file_is_open() {
             Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route)).build().unwrap();
         let mut large = loader.load(&path).start();
         let others = [loader.load(&path).start(), loader.load(&small).start()];
-        // Shut down while files are opened, after a segment, and in the midst of reads.
+        // Shuts down while files are opened, after a segment, and amid reads.
         match round % 3 {
             0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
             1 => drop(large.next().await.unwrap().unwrap()),
@@ -414,7 +415,7 @@ async fn rewriting_a_small_model_is_a_change_not_damage() {
         let error = load.finish().await.unwrap_err();
         assert!(matches!(error, Error::Changed { .. } | Error::Ended { .. }), "{} bytes: {error}", torn.len());
         if !torn.is_empty() {
-            // At rest, the same bytes are damaged.
+            // Without a writer, the same bytes are damaged.
             let error = Loader::new().unwrap().load(&path).await.unwrap_err();
             assert!(matches!(error, Error::Model { .. }), "{error}");
         }

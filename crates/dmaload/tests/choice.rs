@@ -1,4 +1,4 @@
-//! The way that a loader reads, where that is left to it: both are tried, and the faster one is taken.
+//! The way that a loader reads if left to choose: both are tried, and the faster one is taken.
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -17,7 +17,7 @@ use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, TraceKind, Way};
 use rustix::fs::{Advice, fadvise};
 
 const MIB: usize = 1 << 20;
-/// The least that is measured.
+/// The smallest size that is measured.
 const LARGE: usize = 512 * MIB;
 
 /// Random bytes in blocks of a MiB, each of which begins with its number.
@@ -43,12 +43,13 @@ fn assert_large(image: &Image, block: &[u8], what: &str) {
     }
 }
 
-/// As the loader leaves it, but what the cache has would not be measured.
+/// Default options, except that the page cache would not be measured.
 fn options(loader: &Loader) -> LoadOptions {
     loader.load_options().cache(Cache::Bypass)
 }
 
-/// A load whose bytes are right; the way that it measured, and whether it read into staging at all.
+/// Loads and checks the bytes; returns the way that was measured, and whether it read into staging
+/// at all.
 async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], what: &str) -> (Option<Way>, Route) {
     let image = loader.load(path).options(options).await.unwrap();
     assert_large(&image, block, what);
@@ -59,15 +60,15 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     for rate in [direct, staged] {
         assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
     }
-    // What was not expected to be faster has to be, by three per cent.
+    // The way that was not expected to be faster must be faster by three per cent.
     if direct > 1.04 * staged {
         assert_eq!(measured.chosen, Way::Direct, "{what}");
     } else if staged > 1.04 * direct {
         assert_eq!(measured.chosen, Way::Staged, "{what}");
     }
-    // Some of it went through staging, to measure that.
+    // Some of it went through staging for the measurement.
     assert_eq!(report.route, Route::Bounce, "{what}");
-    // That this is no step down: nothing was refused.
+    // It is not a fallback: nothing was refused.
     assert!(report.fallbacks.iter().all(|fallback| fallback.to != Route::Bounce), "{what}: {:?}", report.fallbacks);
     (Some(measured.chosen), report.route)
 }
@@ -82,9 +83,9 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
         let builder = if heap == "memfd" { builder.heap(MemfdHeap { pages }) } else { builder.heap(AnonHeap { pages }) };
         let loader = builder.build().unwrap();
         let mut known = None;
-        // It looks again at the first and the second load after the one that began to measure.
+        // It measures again at the first and the second load after the one that began.
         for number in 0..4 {
-            // Staged reads are no step down, so a strict load has nothing against them.
+            // Staged reads are not a fallback, so a strict load may use them.
             let options = options(&loader).strict(number == 1);
             let what = format!("{heap}, {pages:?}, load {number}");
             let (chosen, route) = load(&loader, &path, options, &block, &what).await;
@@ -97,7 +98,7 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Populates what copiers ask for slowly, so that direct reads win.
+/// Populates slowly for copiers, so that direct reads win.
 #[derive(Debug)]
 struct SlowExtents;
 
@@ -110,7 +111,7 @@ impl HeapHooks for SlowExtents {
     }
 }
 
-/// That a part of a file was staged, to measure that, is no reason to stage the rest.
+/// Staging a part of a file for a trial is no reason to stage the rest.
 #[tokio::test]
 async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let folder = folder();
@@ -124,7 +125,7 @@ async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let measured = report.measured.expect("512 MiB are enough");
     assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
     let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
-    // The trial, and what was prepared while it went on: less than a window.
+    // The trial, and what was prepared meanwhile: less than a window.
     assert!((96 << 20..=(96 + 128) << 20).contains(&copied), "{copied} bytes were copied");
 }
 
@@ -143,7 +144,7 @@ async fn fixed_or_small_loads_are_not_measured() {
             let (measured, route) = load(&loader, &path, options(&loader).route(fixed), &block, "fixed").await;
             assert_eq!((measured, route), (None, fixed), "{pages:?}");
         }
-        // Nothing is known: what is expected to be faster is taken.
+        // Without a measurement, the expected way is taken.
         let image = loader.load(&small).options(options(&loader)).await.unwrap();
         assert_eq!(image.report().measured, None);
         assert_eq!(image.report().route == Route::Bounce, pages == Pages::Small, "{pages:?}: {}", image.report().route);

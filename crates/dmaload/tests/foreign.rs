@@ -1,5 +1,6 @@
-//! The caller's code on the loader's threads: wakers that poll, and anything that panics. It runs without a lock and never
-//! on the ring thread; the load that it belongs to fails by its name, and no other load notices.
+//! The caller's code on the loader's threads: wakers that poll, and anything that panics. It runs
+//! without a lock and never on the ring thread; the load it belongs to fails by name, and no other
+//! load notices.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -22,7 +23,7 @@ use futures_core::Stream;
 const SEGMENT: u64 = 2 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Threads that ran code of the caller's.
+/// Threads that ran the caller's code.
 static THREADS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 fn note_thread() {
@@ -41,7 +42,7 @@ const IDLE: u8 = 0;
 const RUNNING: u8 = 1;
 const WOKEN: u8 = 2;
 
-/// A task that is polled by whatever thread wakes it, inside of `wake`.
+/// A task that is polled by the thread that wakes it, inside `wake`.
 struct Inline {
     body: Mutex<Option<Body>>,
     state: AtomicU8,
@@ -54,7 +55,8 @@ impl Inline {
 
     fn run(self: &Arc<Self>) {
         if self.state.fetch_max(RUNNING, Ordering::AcqRel) != IDLE {
-            // Another thread polls it, or this one, further down the stack: it is polled once more.
+            // Another thread polls it, or this one does further down the stack: it is polled once
+            // more.
             self.state.fetch_max(WOKEN, Ordering::AcqRel);
             return;
         }
@@ -83,7 +85,7 @@ impl Wake for Inline {
     }
 }
 
-/// Runs a task inside of wakers, and waits for its end.
+/// Runs a task inside wakers, and waits for its end.
 #[track_caller]
 fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
@@ -92,7 +94,8 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
         let _ = sender.send(result);
     });
     receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| {
-        // What is locked for good can't be unwound: drops would wait for it. Not captured, as `eprintln` is.
+        // A lock that is never released cannot be unwound: drops would wait for it. Not captured,
+        // unlike `eprintln`.
         let _ = writeln!(std::io::stderr(), "panicked: {what}:\nno end of it: {error}");
         std::process::exit(101)
     })
@@ -195,7 +198,7 @@ impl Wake for PanicsWhenWoken {
     }
 }
 
-/// Polls now and then, without a waker, until there is something.
+/// Polls now and then, without a waker, until it is ready.
 fn poll_next(load: &mut Load) -> Option<dmaload::Result<dmaload::Segment>> {
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
@@ -356,7 +359,7 @@ fn panicking_verifiers_and_observers_are_named() {
                 let observer: Arc<dyn Observer> = Arc::new(PanicsToo(place, length));
                 let observed = load_all(&loader, path, loader.load_options().observer(observer));
                 let panicked = |code: &str, message: &str| Err(format!("{code} panicked: {message}"));
-                // The place of the bytes follows.
+                // The offset of the bytes follows.
                 let told = |result: dmaload::Result<u64>| {
                     result.map_err(|error| {
                         let text = error.to_string();
@@ -385,7 +388,7 @@ fn panicking_verifiers_and_observers_are_named() {
     assert!(threads.iter().any(|name| name.starts_with("dmaload-look")), "{threads:?}");
 }
 
-/// Options of a loader are held by the loader alone, not by its threads.
+/// A loader's options are held by the loader alone, not by its threads.
 #[test]
 fn verifier_of_all_loads_may_panic_in_its_drop() {
     let folder = folder();

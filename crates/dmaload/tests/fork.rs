@@ -1,5 +1,6 @@
-//! The process may fork while it loads. A fork makes private pages common to two processes, and what a device then writes can end
-//! up in the child's alone: so private memory is kept from forked processes until it is handed over (open(2), NOTES on `O_DIRECT`).
+//! A process may fork while it loads. After a fork two processes share private pages, and what a
+//! device then writes may end up in the child's copy alone. So private memory is kept from forked
+//! processes until it is handed over (open(2), NOTES on `O_DIRECT`).
 #![allow(clippy::unwrap_used, reason = "a test that can't make its files has failed")]
 #![allow(unsafe_code, reason = "fork is the test's subject")]
 
@@ -15,16 +16,17 @@ use dmaload::{LoadOptions, Loader, Observer, Rejection};
 
 const SEGMENT: usize = 2 << 20;
 
-/// How a child ended.
+/// How a child exited.
 #[derive(Debug, PartialEq, Eq)]
 enum Ended {
     Exited(i32),
     Signalled(i32),
 }
 
-/// Forks; the child does this, and nothing that takes a lock or allocates.
+/// Forks; the child calls `act`, and nothing that takes a lock or allocates.
 fn in_a_child(act: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the child calls nothing but `act`, which the callers below keep to loads of bytes and sleeping, and _exit.
+    // SAFETY: the child calls only `act`, which the callers below limit to loads of bytes and
+    // sleeping, and _exit.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let code = act();
@@ -37,18 +39,19 @@ fn in_a_child(act: impl FnOnce() -> i32) -> i32 {
 
 fn wait_for(pid: i32) -> Ended {
     let mut status = 0;
-    // SAFETY: `status` is a valid place for the answer.
+    // SAFETY: `status` is a valid place for the result.
     assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
     if libc::WIFSIGNALED(status) { Ended::Signalled(libc::WTERMSIG(status)) } else { Ended::Exited(libc::WEXITSTATUS(status)) }
 }
 
-/// A child that looks at a byte: 0 when it is this one.
+/// A child that compares a byte: exits with 0 if it is `expected`.
 fn looks_at(byte: &u8, expected: u8) -> Ended {
-    // SAFETY: the reference is valid in this process; in the child the page may be missing, which is what is asked.
+    // SAFETY: the reference is valid in this process; in the child the page may be missing, which
+    // is what is tested.
     wait_for(in_a_child(|| i32::from(unsafe { std::ptr::read_volatile(byte) } != expected)))
 }
 
-/// Has children look at what has landed and was not handed over yet.
+/// Has children look at bytes that have landed and were not handed over yet.
 #[derive(Default)]
 struct Curious {
     looked: AtomicUsize,
@@ -73,7 +76,7 @@ async fn a_child_has_private_memory_only_when_it_is_complete() {
     for (private, loader) in
         [(true, Loader::builder().heap(AnonHeap::default())), (false, Loader::builder().heap(MemfdHeap::default()))]
     {
-        // Once into new memory, once into that of the pool.
+        // Once into new memory, once into memory of the pool.
         let loader = loader.load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).pool_bytes(64 << 20).build().unwrap();
         for reused in [false, true] {
             let curious = Arc::new(Curious::default());
@@ -108,7 +111,7 @@ async fn loads_are_right_while_the_process_forks() {
                 std::thread::spawn(move || {
                     let mut children = 0;
                     while !done.load(Ordering::Relaxed) || children < 3 {
-                        // It lives for a while, so that its share of the pages does.
+                        // It lives for a while, and so does its share of the pages.
                         let nap = libc::timespec { tv_sec: 0, tv_nsec: 3_000_000 };
                         // SAFETY: the timespec is valid, and the second argument may be null.
                         let pid = in_a_child(|| unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) });

@@ -1,7 +1,7 @@
-//! The ring's thread should never wait for a file system. If the kernel keeps it all the same, a
+//! The ring thread should never wait for a file system. If the kernel keeps it nevertheless, a
 //! shutdown ends and reports how much memory that thread has.
 //!
-//! A seccomp filter keeps `io_uring_enter` waiting. It can't be removed, so this is one test in a
+//! A seccomp filter keeps `io_uring_enter` waiting. It cannot be removed, so this is one test in a
 //! process of its own.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -38,7 +38,7 @@ async fn a_shutdown_reports_the_memory_of_a_hanging_ring_thread() {
     let start = Instant::now();
     let leaked = loader.shutdown().await.unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
-    // One thread hangs, the ring's; no worker waits for it.
+    // The ring thread hangs; no worker waits for it.
     assert_eq!((leaked.bytes, leaked.threads), (BYTES.next_multiple_of(4096) as u64, 1), "{leaked}");
     assert!(matches!(load.finish().await, Err(Error::ShutDown)));
 }

@@ -1,4 +1,4 @@
-//! What a heap of the caller's may do, what it may not, and what becomes of the load then.
+//! What a caller's heap may do, what it must not, and what happens to the load then.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(unsafe_code, reason = "heaps that break their contract on purpose")]
 
@@ -36,7 +36,8 @@ impl Keeping {
     }
 }
 
-// SAFETY: it does not keep its promise, which is what the tests are about: what it breaks is found before bytes are lent.
+// SAFETY: it breaks its promise, which is what the tests are about; that is found before bytes are
+// lent.
 unsafe impl Heap for Keeping {
     fn name(&self) -> Cow<'_, str> {
         "keeping".into()
@@ -69,7 +70,7 @@ async fn a_kept_descriptor_cannot_write_to_a_segment() {
             let segment = segment.unwrap();
             let bytes = segment.bytes().unwrap();
             let before = bytes.to_vec();
-            // By now the memory of this segment is sealed; that of those to come is the loader's own affair.
+            // This segment's memory is sealed by now; later segments are up to the loader.
             for kept in heap.kept.lock().unwrap().iter() {
                 let is_same = |fd: &OwnedFd| {
                     rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino
@@ -104,14 +105,14 @@ async fn memory_that_cannot_be_sealed_fails_its_load() {
         assert_eq!(rustix::io::pwrite(&heap.kept.lock().unwrap()[0], b"other weights", 0), Ok(13));
         loader.shutdown().await.unwrap();
     }
-    // One that has the seal already is fine, whatever else is sealed.
+    // Memory that is already sealed against writes is fine, whatever else is sealed.
     let all = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
     let sealed = Hooked::new(MemfdHeap::default(), Nothing);
     for loader in [Loader::builder().heap(sealed), Loader::builder().heap(Presealed(all))] {
         let image = loader.build().unwrap().load(&path).await;
         match image {
             Ok(image) => assert_same(&image.files()[0].bytes().unwrap(), &model(), "a sealed heap"),
-            // It can't be mapped writable any more, which the load says.
+            // It cannot be mapped writable any more, and the load says so.
             Err(error) => assert!(error.to_string().contains("presealed: cannot map memory"), "{error}"),
         }
     }
@@ -143,7 +144,7 @@ unsafe impl Heap for Presealed {
     }
 }
 
-/// Counts calls, and what they answered.
+/// Counts calls and their results.
 #[derive(Debug, Default)]
 struct Counting {
     allocated: AtomicUsize,
@@ -216,7 +217,7 @@ async fn descriptor_that_is_not_a_dma_buf_fails_its_load() {
         (|_| panic!("in the driver"), "heap vendor panicked: in the driver"),
     ];
     for (allocate, expected) in allocators {
-        // SAFETY: no dma-buf comes of it.
+        // SAFETY: no dma-buf is made of it.
         let heap = unsafe { FromDescriptors::new("vendor", allocate) };
         let loader = Loader::builder().heap(heap).build().unwrap();
         for _ in 0..2 {

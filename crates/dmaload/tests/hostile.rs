@@ -1,8 +1,9 @@
-//! Whatever a file says of itself: no panic, no memory beyond a small multiple of its header, no endless loop, no byte out of
-//! bounds; and what is accepted, the safetensors crate reads in the same way.
+//! Damaged headers: no panic, no memory beyond a small multiple of the header, no endless loop, no
+//! read out of bounds. Whatever is accepted, the safetensors crate reads in the same way.
 //!
-//! Kept inputs (`tests/corpus`) are damaged at random, the same way for the same seed. `DMALOAD_INPUTS=1000000` tries more of
-//! each kind, `DMALOAD_SEED` other ones; an input that fails is printed by its number, and belongs into the corpus.
+//! Stored inputs (`tests/corpus`) are damaged at random, in the same way for the same seed.
+//! `DMALOAD_INPUTS=1000000` tries more of each kind, `DMALOAD_SEED` other ones. A failing input is
+//! printed by its number and belongs into the corpus.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -27,7 +28,7 @@ use dmaload::{LoadOptions, Loader};
 use dmaload_testing::Random;
 use safetensors::SafeTensors;
 
-/// The system's allocator; counts what each thread has, and the most that it ever had.
+/// The system's allocator; counts what each thread has allocated, and its peak.
 struct Counting;
 
 thread_local! {
@@ -36,30 +37,30 @@ thread_local! {
 }
 
 fn count(bytes: isize) {
-    // A thread that is ending has no counters any more, and is not what is measured.
+    // A thread that is ending has no counters any more, and is not measured.
     let _ = NOW.try_with(|now| {
         now.set(now.get() + bytes);
         let _ = MOST.try_with(|most| most.set(most.get().max(now.get())));
     });
 }
 
-// SAFETY: everything is left to the system's allocator.
+// SAFETY: everything is delegated to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size().cast_signed());
-        // SAFETY: what the caller promises.
+        // SAFETY: the caller's guarantees.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
         count(-layout.size().cast_signed());
-        // SAFETY: what the caller promises.
+        // SAFETY: the caller's guarantees.
         unsafe { System.dealloc(place, layout) }
     }
 
     unsafe fn realloc(&self, place: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
         count(bytes.cast_signed() - layout.size().cast_signed());
-        // SAFETY: what the caller promises.
+        // SAFETY: the caller's guarantees.
         unsafe { System.realloc(place, layout, bytes) }
     }
 }
@@ -67,7 +68,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Calls something; gives what it took at most, and how long.
+/// Calls `act`; returns its peak of memory and its duration.
 fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     let before = NOW.get();
     MOST.set(before);
@@ -76,7 +77,7 @@ fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     (result, (MOST.get() - before).try_into().unwrap_or(0), started.elapsed())
 }
 
-/// What parsers stumble over.
+/// Bytes that parsers stumble over.
 const TOKENS: [&str; 36] = [
     "{",
     "}",
@@ -116,7 +117,7 @@ const TOKENS: [&str; 36] = [
     "ÿ",
 ];
 
-/// Damages an input in a way that leaves much of it whole.
+/// Damages an input in a way that leaves most of it intact.
 fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
     let mut input = corpus[random.index(corpus.len())].clone();
     for _ in 0..1 + random.index(4) {
@@ -129,26 +130,27 @@ fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
             3 => input.truncate(at),
             4 => drop(input.splice(at..end, TOKENS[random.index(TOKENS.len())].bytes())),
             5 => {
-                // A piece of another one.
+                // A piece of another input.
                 let other = &corpus[random.index(corpus.len())];
                 let from = random.index(other.len() + 1);
                 let to = (from + random.index(60)).min(other.len());
                 drop(input.splice(at..at, other[from..to].iter().copied()));
             }
             6 => {
-                // Something that is there already, again.
+                // A copy of a part of the input.
                 let again = input[at..end].to_vec();
                 drop(input.splice(end..end, again));
             }
             7 => {
-                // Another number in the place of one.
+                // Another number in place of one.
                 if let Some(start) = (at..input.len()).find(|&at| input[at].is_ascii_digit()) {
                     let digits = input[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
                     let number = TOKENS[12 + random.index(12)];
                     drop(input.splice(start..start + digits, number.bytes()));
                 }
             }
-            // A length that fits, so that what follows is looked at: the first eight bytes of a safetensors file.
+            // A length that fits, so that the rest is parsed: the first eight bytes of a
+            // safetensors file.
             _ => {
                 if let Some(end) = input.iter().rposition(|&byte| byte == b'}')
                     && input.len() > 9
@@ -166,7 +168,7 @@ fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
-/// The kept inputs of a kind, in the order of their names.
+/// The stored inputs of a kind, sorted by name.
 fn corpus(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind);
     let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -175,7 +177,7 @@ fn corpus(kind: &str) -> Vec<Vec<u8>> {
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-/// Tries each kept input as it is, then so many damaged ones.
+/// Tries each stored input as it is, then `count` damaged ones.
 fn for_each_input(kind: &str, mut show: impl FnMut(&[u8]) -> bool) {
     let corpus = corpus(kind);
     let (count, seed) = (number("DMALOAD_INPUTS", 20_000), number("DMALOAD_SEED", 1));
@@ -196,11 +198,13 @@ fn for_each_input(kind: &str, mut show: impl FnMut(&[u8]) -> bool) {
         }
     }
     println!("{kind}: {count} damaged inputs (seed {seed}) and {} kept ones, {accepted} of them accepted", corpus.len());
-    // Where nearly all are refused by the first look, nothing behind it was tried; where none is, nothing was damaged.
+    // If the first check refuses nearly all, nothing behind it was tested; if it refuses none,
+    // nothing was damaged.
     assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
 }
 
-/// What a parser may take for so many bytes of input, errors and small inputs included.
+/// The most memory that a parser may take for an input of this length, errors and small inputs
+/// included.
 fn memory_limit(input: usize) -> usize {
     64 * input + 16_384
 }
@@ -211,7 +215,7 @@ fn assert_bounded(input: usize, memory: usize, time: Duration) {
     assert!(time < Duration::from_secs(1), "{time:?} for {input} bytes");
 }
 
-/// As a loader reads it; whether it was accepted.
+/// Parses as a loader does; returns whether the input was accepted.
 fn read_safetensors(file: &[u8]) -> bool {
     let length = file.len() as u64;
     let (map, memory, time) = measured(|| match sniff(&file[..file.len().min(9)], length, true) {
@@ -302,7 +306,7 @@ fn damaged_indices_cost_little_and_stay_in_their_folder() {
     });
 }
 
-/// The whole way, from a file: an error, or the file's bytes.
+/// End to end, from a file: an error, or the file's bytes.
 #[test]
 fn damaged_files_load_as_they_are_or_are_refused() {
     for (kind, names) in [("safetensors", ["model.safetensors", "model.bin"]), ("gguf", ["model.gguf", "model"])] {
@@ -320,7 +324,7 @@ fn load_damaged(kind: &str, names: [&str; 2]) {
     let mut accepted = 0;
     for index in 0..count {
         let mut bytes = damaged(&mut random, &corpus);
-        // Some too large to be packed, which are read in another way.
+        // Some are too large to be packed and take another path.
         if index % 10 == 0 {
             bytes.resize(bytes.len() + (1 << 20), 7);
         }

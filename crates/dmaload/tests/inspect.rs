@@ -1,5 +1,5 @@
-//! Inspecting: the async functions block no caller, need no runtime, and say what the blocking ones
-//! say.
+//! Inspecting: the async functions block no caller, need no runtime, and agree with the blocking
+//! ones.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -14,7 +14,7 @@ use common::{file, folder};
 use dmaload::{Format, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 use dmaload_testing::{safetensors, safetensors_of};
 
-/// Threads are counted, so there is one test at a time.
+/// Threads are counted, so tests run one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// A model whose header takes a good part of a second to read.
@@ -25,7 +25,7 @@ fn slow_to_inspect(folder: &Path) -> PathBuf {
     file(folder, "slow.safetensors", &safetensors(format!("{{{}}}", entries.join(",")).as_bytes(), b""))
 }
 
-/// The smallest executor there is: a thread that parks.
+/// The smallest possible executor: a thread that parks.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
     impl Wake for Unpark {
@@ -117,7 +117,7 @@ fn dropped_inspection_leaves_no_thread() {
         let mut inspecting = pin!(inspect(&path, Format::Auto));
         let mut context = Context::from_waker(Waker::noop());
         assert!(inspecting.as_mut().poll(&mut context).is_pending());
-        // It gets its name a moment after it was started.
+        // A thread gets its name a moment after it was started.
         wait_until(|| inspecting_threads() == 1, "a thread reads");
     }
     wait_until(|| inspecting_threads() == 0, "the thread goes on for nobody");

@@ -1,5 +1,6 @@
-//! After whatever loads did (finish, fail, be dropped at any moment, be shut down) nothing is left: no file descriptor, no
-//! mapping, no thread. One test, in a process of its own, since it counts what the process has.
+//! After any end of a load (finished, failed, dropped at any moment, shut down) nothing is left:
+//! no descriptor, no mapping, no thread. One test in a process of its own, since it counts what
+//! the process has.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -31,7 +32,7 @@ fn holdings() -> Holdings {
     let mut mappings = BTreeMap::new();
     for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
         let name = line.splitn(6, ' ').last().unwrap_or("").trim();
-        // Reserved addresses have no name. What the C library reserves for its arenas does not begin at a huge page.
+        // Reserved addresses have no name. The C library's arenas do not begin at a huge page.
         let (start, bytes) = place_of(line);
         let reserved = line.contains("---p") && name.is_empty() && start % SEGMENT == 0 && bytes >= SEGMENT;
         if name.contains("dmaload") || name.contains("io_uring") || reserved {
@@ -103,12 +104,12 @@ async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
                 }
             }
             drop(load);
-            // What is dropped does not disturb what is wanted.
+            // Dropping a load does not disturb others.
             let (path, bytes) = &files.files[round];
             let image = loader.load(path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), bytes, "a load among dropped ones");
         }
-        // A file that takes long on a busy machine is waited for by one more, for a while.
+        // On a busy machine, a slow file can cause one more worker for a while.
         let wanted = std::thread::available_parallelism().unwrap().get().min(2);
         let workers = |threads: &[String]| threads.iter().filter(|name| name.starts_with("dmaload-alloc")).count();
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -131,7 +132,8 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
     let mut load = loader.load(&shrinking).start();
     drop(load.next().await);
     fs::OpenOptions::new().write(true).open(&shrinking).unwrap().set_len(1000).unwrap();
-    // Whether all of it had been read and checked before it shrank is a matter of luck; tests/changes.rs leaves none.
+    // Whether it was completely read and checked before it shrank is a matter of luck;
+    // tests/changes.rs is exact.
     drop(load.finish().await);
     drop(loader);
 
@@ -139,7 +141,7 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
     let mut load = loader.load(&files.large).start();
     drop(load.next().await);
     loader.shutdown().await.unwrap();
-    // The same here.
+    // As above.
     match load.finish().await {
         Ok(_) | Err(Error::ShutDown) => {}
         Err(other) => panic!("{other}"),
@@ -154,7 +156,7 @@ async fn a_loader_that_is_dropped_with_a_load_under_way(files: &Files) {
     assert_eq!(image.report().bytes, 96 << 20, "the load keeps the threads alive");
 }
 
-/// What is open and mapped, once that is as it should be.
+/// What is open and mapped, once it has settled.
 async fn holds(what: &str, expected: &(usize, usize)) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
@@ -168,13 +170,13 @@ async fn holds(what: &str, expected: &(usize, usize)) {
     }
 }
 
-/// A load that is over holds nothing that it does not need, as long as its consumer may keep it.
+/// A load that has ended holds nothing it does not need, however long its consumer keeps it.
 async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
     let lying = file(folder, "lying_too.safetensors", b"\xff\xff\xff\xff\0\0\0\0{\"a\":");
     let paths: Vec<_> = files.files.iter().map(|(path, _)| path.clone()).collect();
     for builder in [small_window(), small_window().heap(AnonHeap::default())] {
         let loader = builder.build().unwrap();
-        // Its threads, and what they need, are there after a first load.
+        // The first load starts threads and their resources.
         drop(loader.load(&files.large).await.unwrap());
         tokio::time::sleep(Duration::from_millis(200)).await;
         let now = holdings();
@@ -219,7 +221,7 @@ async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
     }
 }
 
-/// All is given back while the stream is still there.
+/// Everything is released while the stream still exists.
 async fn holds_when_dropped(what: &str, stream: dmaload::Segments, expected: &(usize, usize)) {
     holds(what, expected).await;
     drop(stream);
@@ -231,7 +233,7 @@ fn finished_and_failed_loads_leak_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let files = files();
     let scratch = folder();
-    // Whatever a first load initialises for good is not a leak.
+    // What the first load initialises for good is not a leak.
     runtime.block_on(a_loader_that_is_dropped_with_a_load_under_way(&files));
     std::thread::sleep(Duration::from_millis(500));
     let before = holdings();

@@ -1,4 +1,4 @@
-//! Real files, real reads: what was loaded is what is in the file, by every route, heap, layout and size.
+//! Real files, real reads: memory equals the file, by every route, heap, layout and size.
 
 mod common;
 
@@ -212,7 +212,7 @@ async fn file_larger_than_memory_is_refused_before_allocating() {
         assert!(matches!(&error, Error::OutOfMemory { wanted_bytes, .. } if *wanted_bytes == 10 << 40), "{error}");
         assert_eq!(load.progress().allocated_bytes, 0);
     }
-    // A stream need not fit.
+    // A stream need not fit into memory.
     let mut segments = Loader::new().unwrap().load(&path).segments();
     assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
@@ -233,7 +233,7 @@ fn public_types_can_be_sent_to_another_thread() {
     sent(&loader.shutdown());
 }
 
-/// What breaks while a load is being planned leaves its place to others.
+/// A load that fails while it is planned frees its place.
 #[tokio::test]
 async fn load_whose_planning_panics_frees_its_place() {
     #[derive(Debug)]

@@ -1,4 +1,5 @@
-//! Observers see every byte before anybody is shown it; on uncached memory in staging, never in the segments.
+//! Observers see every byte before any consumer does; on uncached memory in staging, never in the
+//! segments.
 #![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
 
 mod common;
@@ -14,7 +15,7 @@ use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
-/// A memfd heap that says that it is uncached, and knows where its mappings are.
+/// A memfd heap that claims to be uncached and records its mappings.
 #[derive(Debug, Default, Clone)]
 struct SpiedHeap {
     uncached: bool,
@@ -44,13 +45,13 @@ impl SpiedHeap {
     }
 }
 
-/// Keeps what it sees, and where that was.
+/// Records what it sees, and where.
 struct Recorder {
     heap: SpiedHeap,
     files: Mutex<Vec<Vec<u8>>>,
     in_segments: AtomicBool,
     elsewhere: AtomicBool,
-    /// It waits so long for each call.
+    /// How long it waits in each call.
     slow: Duration,
 }
 
@@ -175,7 +176,7 @@ async fn rejected_bytes_fail_the_load_with_reason_and_place() {
                 assert!((*offset..offset + bytes).contains(&at), "{error}");
                 assert_eq!(*reason, format!("byte {at} is wrong"));
             }
-            // The loader goes on.
+            // The loader still works.
             loader.load(&path).await.unwrap();
         }
     }

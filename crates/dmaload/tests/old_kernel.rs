@@ -1,5 +1,5 @@
-//! As on Linux 5.0, which has no seal against later writes: a seccomp filter answers EINVAL to it. The filter can't be
-//! taken back, so this is a process of its own, with one test.
+//! As on Linux 5.0, which has no seal against future writes: a seccomp filter answers EINVAL to
+//! it. The filter cannot be removed, so this is one test in a process of its own.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(unsafe_code, reason = "has a heap of its own")]
 
@@ -13,11 +13,12 @@ use dmaload::heap::{Heap, HeapError, HeapHooks, Hooked, Mapping, Memfd, MemfdHea
 use dmaload::{Errno, Error, Loader};
 use dmaload_testing::seccomp::{Scope, install, instruction};
 
-/// From now on `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` is refused with EINVAL.
+/// Refuses `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` from now on, with EINVAL.
 fn forget_the_seal() {
     const F_ADD_SEALS: u32 = 1033;
     const F_SEAL_FUTURE_WRITE: u32 = 0x10;
-    // Offsets into `struct seccomp_data` of the number of the call, and the lower halves of its arguments.
+    // Offsets in `struct seccomp_data` of the system call's number and the lower halves of its
+    // arguments.
     const CALL: u32 = 0;
     const COMMAND: u32 = 24;
     const SEALS: u32 = 32;
@@ -74,7 +75,7 @@ async fn before_linux_5_1_own_heaps_load_and_others_fail() {
     ] {
         let image = builder.build().unwrap().load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "an own heap");
-        // Its descriptor can't be given to others: they could write to it.
+        // Its descriptor cannot be handed out: its holders could write to it.
         let refused = image.segments()[0].hand_out_memfd().unwrap_err();
         assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::EINVAL), "{refused}");
     }

@@ -1,4 +1,5 @@
-//! Small files of one load share memory: right bytes, each in its place, and nothing is shown before all that share are right.
+//! Small files of one load share memory: right bytes, each in its place, and nothing is shown
+//! before all that share it are right.
 #![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
 
 mod common;
@@ -19,7 +20,8 @@ fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// Lengths around pages, huge pages, batches and the limit of what is small; large ones and empty ones between them.
+/// Lengths around pages, huge pages, batches and the limit of small files, with large and empty
+/// files between them.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
     lengths.extend((0..40).map(|number| 65_536 + number * 9973));
@@ -117,7 +119,8 @@ async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     }
 }
 
-/// Whoever gets a memory sees all that is in it, so nothing of it is shown when a file in it has changed.
+/// A descriptor shows everything in its memory, so nothing of it is shown when one of its files
+/// has changed.
 #[tokio::test]
 async fn changed_small_file_withholds_all_that_share_its_memory() {
     let folder = folder();
@@ -131,7 +134,7 @@ async fn changed_small_file_withholds_all_that_share_its_memory() {
     assert!(matches!(&error, Error::Changed { path, .. } if *path == paths[19]), "{error}");
 }
 
-/// Replaces a file when it has been read.
+/// Replaces a file after it was read.
 #[derive(Debug)]
 struct Replacing {
     number: usize,
@@ -208,7 +211,7 @@ async fn second_load_reuses_the_memory_of_the_first_load() {
     assert_eq!(again.report().reused_bytes, bytes);
 }
 
-/// Adds a byte to a file when it has been read.
+/// Appends a byte to a file after it was read.
 #[derive(Debug)]
 struct Appending {
     number: usize,

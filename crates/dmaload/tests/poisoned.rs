@@ -1,6 +1,8 @@
-//! A ring that breaks down while loads are under way is replaced: those loads fail with the reason, the ones to come go on.
+//! A ring that breaks down while loads are running is replaced: those loads fail with the reason,
+//! later ones work.
 //!
-//! The kernel is made to refuse `io_uring_enter` by a seccomp filter, which can't be taken back: a process of its own, one test.
+//! A seccomp filter makes the kernel refuse `io_uring_enter`. It cannot be removed, so this is one
+//! test in a process of its own.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -16,7 +18,7 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const IO_URING_ENTER: u32 = 426;
 
-/// A heap that gives three segments, and the next ones when the test says so.
+/// A heap that allocates three segments, and further ones when the test opens the gate.
 #[derive(Debug, Clone, Default)]
 struct Gated(Arc<(Mutex<u32>, Condvar)>);
 
@@ -65,7 +67,7 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
         assert!(error.to_string().contains("EIO"), "{error}");
         assert_eq!(load.finish().await.unwrap_err(), error, "the first failure is the one that is told");
     }
-    // The ring in its place is refused, too, which is a step down like any other.
+    // The new ring is refused, too, which is an ordinary fallback.
     let image = loader.load(&path).await.unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after the break-down");
     let report = image.report();
@@ -74,7 +76,7 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
     assert_eq!(steps, [(Attempt::SetUpRing, Errno::EIO)]);
     let strict = loader.load(&path).options(loader.load_options().strict(true)).await.unwrap_err();
     assert!(matches!(strict, Error::Refused { errno: Errno::EIO, .. }), "{strict}");
-    // What was in flight at the time is leaked on purpose, and told.
+    // What was in flight at the time is leaked on purpose, and reported.
     match loader.shutdown().await {
         Ok(()) => {}
         Err(leaked) => assert!(leaked.threads == 0 && leaked.bytes <= 12 * SEGMENT as u64, "{leaked}"),

@@ -1,4 +1,4 @@
-//! The pool: memory of dropped segments serves again, and nothing of what it held before is ever seen.
+//! The pool reuses memory of dropped segments, and never shows what it held before.
 #![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
 
 mod common;
@@ -30,7 +30,7 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// The segments' memory is given to the pool when their last owner drops them, which may be a thread of the loader.
+/// The last owner of a segment returns its memory to the pool; that may be a thread of the loader.
 async fn assert_pooled(loader: &Loader, bytes: u64, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while loader.pooled_bytes() != bytes {
@@ -69,7 +69,7 @@ async fn pooled_memory_shows_only_the_bytes_of_its_new_load() {
     }
 }
 
-/// The memory of a shorter file ends in the same page: what the longer one left there must not be seen.
+/// A shorter file ends in the same page: the longer file's bytes there must not show.
 #[tokio::test]
 async fn tail_of_reused_memory_is_zero() {
     let folder = folder();
@@ -132,7 +132,7 @@ async fn viewed_and_dropped_memory_stays_out_of_the_pool() {
         let first = load.next().await.unwrap().unwrap();
         drop((load, first));
     }
-    // Complete segments that nobody took may be kept; each load then shows its own bytes.
+    // Complete segments that were not taken may be kept; each load then shows its own bytes.
     let image = load(&loader, &path, loader.load_options()).await;
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after dropped loads");
 }

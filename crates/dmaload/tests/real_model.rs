@@ -1,6 +1,8 @@
-//! A model that people use: every tensor, byte by byte, against what the `safetensors` crate reads from the same file.
+//! A model in real use: every tensor, byte by byte, against what the `safetensors` crate reads
+//! from the same file.
 //!
-//! `just real-model` fetches it and runs this. Without a file in `DMALOAD_REAL_MODEL` there is nothing to test.
+//! `just real-model` fetches it and runs this. Without a file in `DMALOAD_REAL_MODEL` there is
+//! nothing to test.
 
 mod common;
 

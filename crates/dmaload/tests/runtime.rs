@@ -1,4 +1,5 @@
-//! In services: no async thread is ever blocked, runtimes may go at any time, and what a loader does can be watched.
+//! Services: no async thread is ever blocked, runtimes may end at any time, and a loader can be
+//! observed.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
 
@@ -23,7 +24,8 @@ fn large(folder: &Path, mib: u64) -> PathBuf {
     path
 }
 
-/// A ticker on the one thread of a runtime keeps ticking while a GiB is loaded, streamed, dropped in the middle, and shut down.
+/// A ticker on the only thread of a runtime keeps ticking while 1 GiB is loaded, streamed, dropped
+/// half-way, and shut down.
 #[test]
 fn only_runtime_thread_keeps_ticking_during_a_load() {
     let folder = folder();
@@ -61,7 +63,7 @@ fn only_runtime_thread_keeps_ticking_during_a_load() {
             (Duration::from_micros(worst.load(Ordering::Relaxed)), ticks.load(Ordering::Relaxed), took)
         });
         println!("{route}: {ticks} ticks in {took:?}, the worst {worst:?} late");
-        // A thread that waited for any part of it would be late for a good part of the time.
+        // A thread that waited for any part of it would be late most of the time.
         assert!(worst < took / 4, "{route}: a tick was {worst:?} late in {took:?}");
         assert!(u128::from(ticks) > took.as_millis() / 8, "{route}: {ticks} ticks in {took:?}");
     }
@@ -83,7 +85,7 @@ fn loader_outlives_the_runtime_of_its_load() {
             let mut load = loader.load(&path).start();
             load.next().await.unwrap().unwrap();
             let other = loader.load(&path).start();
-            // One that is being awaited by a task of the runtime goes with it.
+            // A load that a task of the runtime awaits ends with the runtime.
             (load, tokio::spawn(async move { other.await.map(|image| image.report().bytes) }))
         });
         drop(first);
@@ -94,13 +96,13 @@ fn loader_outlives_the_runtime_of_its_load() {
         });
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "on another runtime");
     }
-    // And without any runtime, polled by whatever polls.
+    // Without any runtime.
     let image = futures_lite_block_on(loader.load(&path).into_future()).unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "without a runtime");
     futures_lite_block_on(loader.shutdown()).unwrap();
 }
 
-/// The smallest executor there is: a thread that parks.
+/// The smallest possible executor: a thread that parks.
 fn futures_lite_block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
     impl std::task::Wake for Unpark {
@@ -119,7 +121,7 @@ fn futures_lite_block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// `next` of every kind may be dropped at any await, and nothing is lost.
+/// Every kind of `next` may be dropped at any await without losing anything.
 #[tokio::test]
 async fn documented_cancel_safety_holds() {
     let folder = folder();
@@ -137,7 +139,7 @@ async fn documented_cancel_safety_holds() {
     }
     assert!(cancelled > 0, "nothing was cancelled");
     assert_same(&seen, &bytes, &format!("after {cancelled} cancellations"));
-    // A shutdown goes on without its future.
+    // A shutdown continues without its future.
     let other = loader.clone();
     drop(loader.shutdown());
     let ended = tokio::time::timeout(Duration::from_secs(10), other.load(&path).into_future()).await.unwrap();

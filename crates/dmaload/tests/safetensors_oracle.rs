@@ -1,9 +1,8 @@
-//! Holds the parser against the `safetensors` crate, the format's own reader.
+//! Compares the parser with the `safetensors` crate, the format's own reader.
 //!
-//! Two promises: what the crate writes, and every other layout that the format
-//! allows, is read the same; and whatever the parser accepts, the crate accepts
-//! and reads the same, however a file was damaged. Where the parser is the
-//! stricter of the two, [`stricter_on_purpose`] has the reason.
+//! Two promises: what the crate writes, and every other layout that the format allows, is read the
+//! same; and whatever the parser accepts, the crate accepts and reads the same, however a file was
+//! damaged. Where the parser is stricter, [`stricter_on_purpose`] has the reason.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -27,12 +26,12 @@ use proptest::{
 };
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 
-/// How many damaged files are tried.
+/// The number of damaged files.
 const MUTANTS: u32 = 20_000;
 
 // ---- reading with both ----
 
-/// Reads a whole file the way a loader would.
+/// Reads a whole file as a loader would.
 fn ours(file: &[u8]) -> Result<TensorMap, ModelError> {
     let file_bytes = file.len() as u64;
     let header_bytes = match sniff(&file[..file.len().min(9)], file_bytes, true) {
@@ -45,15 +44,14 @@ fn ours(file: &[u8]) -> Result<TensorMap, ModelError> {
     parse(&file[8..8 + usize::try_from(header_bytes).unwrap()], file_bytes)
 }
 
-/// Checks that both read the same tensors and metadata from a file that the
-/// parser accepted.
+/// Checks that both read the same tensors and metadata from an accepted file.
 fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     let oracle = SafeTensors::deserialize(file)
         .map_err(|error| TestCaseError::fail(format!("looser than the crate, which says: {error}")))?;
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
         let info = map.get(name).expect("the crate's tensor is in the map");
-        // A slice's address tells where the crate found it.
+        // A slice's address shows where the crate found it.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
         prop_assert_eq!(info.dtype.to_string(), format!("{:?}", view.dtype()));
@@ -69,13 +67,14 @@ fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Whether the parser may refuse for this a file that the crate accepts.
+/// Whether the parser may refuse, for this reason, a file that the crate accepts.
 #[expect(clippy::match_same_arms, reason = "each difference has its own reason")]
 fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
         // The README forbids duplicates; the crate lets the last one win.
         ModelError::DuplicateTensor { .. } | ModelError::DuplicateMetadataKey { .. } => true,
-        // The crate's derived deserialiser takes a struct also as an array, an enum also as an object.
+        // The crate's derived deserialiser also accepts an array for a struct and an object for an
+        // enum.
         ModelError::WrongType { key, .. } => matches!(key, None | Some("dtype")),
         // No tensor library can hold it; the crate has no limit.
         ModelError::RankTooLarge { .. } => true,
@@ -83,7 +82,7 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
     }
 }
 
-/// What became of a file that both were shown.
+/// The verdicts of both on a file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Verdict {
     BothAccept,
@@ -91,8 +90,7 @@ enum Verdict {
     OnlyWeRefuse,
 }
 
-/// Shows both a file, and checks that we are never looser, and stricter only
-/// where that is known.
+/// Has both read a file, and checks that we are never looser, and stricter only for known reasons.
 fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
     match ours(file) {
         Ok(map) => agree(&map, file).map(|()| Verdict::BothAccept),
@@ -122,8 +120,8 @@ impl Tensor {
     }
 }
 
-/// All dtypes of the crate, as its deserialiser lists them when it meets an
-/// unknown one: the enum itself can't be enumerated.
+/// All dtypes of the crate, as its deserialiser lists them on an unknown one: the enum itself
+/// cannot be enumerated.
 fn oracle_dtypes() -> Vec<Dtype> {
     let error = serde_json::from_str::<Dtype>("\"none\"").unwrap_err().to_string();
     let (_, expected) = error.split_once("expected one of").expect("a list of variants");
@@ -153,8 +151,8 @@ fn any_metadata() -> impl Strategy<Value = Option<BTreeMap<String, String>>> {
 
 /// A file as the crate writes it.
 fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<String, String>>) -> Vec<u8> {
-    // Crate 0.8 writes `{}"__metadata__":{}` for no tensors and empty metadata,
-    // and then refuses that itself.
+    // Crate 0.8 writes `{}"__metadata__":{}` for no tensors and empty metadata, and then refuses
+    // it itself.
     let metadata = metadata.filter(|pairs| !pairs.is_empty() || !tensors.is_empty());
     let data = vec![7; tensors.values().map(Tensor::bytes).max().unwrap_or(0)];
     let views = tensors.iter().map(|(name, tensor)| {
@@ -167,7 +165,7 @@ fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<Stri
 /// How a hand-built header differs from what the crate writes.
 #[derive(Debug, Clone)]
 struct Style {
-    /// Orders the tensors' data, and again their entries and their keys.
+    /// Orders the tensors' data, and separately their entries and their keys.
     data_order: Vec<u32>,
     entry_order: Vec<u32>,
     key_rotation: usize,
@@ -237,7 +235,7 @@ fn metadata_item(metadata: Option<&BTreeMap<String, String>>, style: &Style) -> 
     Some(format!("\"__metadata__\":{{{}}}", pairs.join(",")))
 }
 
-/// A file with that header and so many bytes of data.
+/// A file with that header and this many bytes of data.
 fn framed(header: &str, data_bytes: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(header.as_bytes());
@@ -299,8 +297,8 @@ proptest! {
 
 // ---- damaged files ----
 
-/// A damage to a valid file. The length prefix is made right again after those
-/// that change the header's length, so that they reach the JSON.
+/// Damage to a valid file. The length prefix is corrected after damage that changes the header's
+/// length, so that it reaches the JSON.
 #[derive(Debug, Clone)]
 enum Damage {
     FlipBit(Index, u8),
@@ -314,7 +312,7 @@ enum Damage {
     StepNumber(Index, i64),
     SwapNumbers(Index, Index),
     RepeatMember(Index, Index),
-    /// Gives a tensor's bytes to a second one as well.
+    /// Makes a second tensor share a tensor's bytes.
     Alias(Index),
     SwapWords(&'static str, &'static str),
 }
@@ -418,7 +416,7 @@ impl Damage {
         }
     }
 
-    /// Damages the header, as far as the file still has one.
+    /// Damages the header, if the file still has one.
     fn apply_to_header(&self, file: &mut Vec<u8>) {
         let Some((prefix, rest)) = file.split_first_chunk() else {
             return;
@@ -444,7 +442,7 @@ impl Damage {
                 let end = header[at..].char_indices().nth(*count).map_or(header.len(), |(i, _)| at + i);
                 header.replace_range(at..end, "");
             }
-            // Commas and braces are where an insertion most often leaves valid JSON.
+            // An insertion next to a comma or a brace most often leaves valid JSON.
             Self::InsertInHeader(at, text) => header.insert_str(joint(header, *at), text),
             Self::EditNumber(at, text) if !numbers.is_empty() => {
                 header.replace_range(at.get(&numbers).clone(), text);
@@ -495,12 +493,12 @@ fn digits(header: &str) -> Vec<std::ops::Range<usize>> {
     runs
 }
 
-/// Some place between two characters.
+/// A place between two characters.
 fn boundary(header: &str, at: Index) -> usize {
     (0..=at.index(header.len() + 1)).rev().find(|&i| header.is_char_boundary(i)).unwrap_or(0)
 }
 
-/// Some place after a comma or an opening brace, or any place if there is none.
+/// A place after a comma or an opening brace, or any place if there is none.
 fn joint(header: &str, at: Index) -> usize {
     let joints: Vec<_> = header.match_indices([',', '{', '[']).map(|(i, _)| i + 1).collect();
     if joints.is_empty() { boundary(header, at) } else { *at.get(&joints) }
@@ -509,7 +507,7 @@ fn joint(header: &str, at: Index) -> usize {
 #[test]
 fn damaged_files_are_never_read_more_loosely_or_differently() {
     let config = ProptestConfig { cases: MUTANTS, failure_persistence: None, ..ProptestConfig::default() };
-    // A fixed seed: the counts below must not depend on the day.
+    // A fixed seed, so that the counts below are reproducible.
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let counts = Cell::new([0_u32; 3]);
     TestRunner::new_with_rng(config, rng)
@@ -525,7 +523,7 @@ fn damaged_files_are_never_read_more_loosely_or_differently() {
         })
         .unwrap();
 
-    // The comparison says nothing unless each verdict comes often.
+    // The comparison is meaningful only if each verdict occurs often.
     let [accepted, refused, stricter] = counts.get();
     println!("both accept {accepted}, both refuse {refused}, only we refuse {stricter}");
     assert!(accepted > MUTANTS / 20 && refused > MUTANTS / 4 && stricter > 0);
@@ -547,7 +545,7 @@ fn each_known_difference_still_differs() {
     }
 }
 
-/// What the README forbids, or does not speak of, and the crate reads.
+/// What the README forbids or does not mention, and the crate accepts.
 #[test]
 fn harmless_deviations_that_the_crate_accepts_are_read() {
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
@@ -567,7 +565,7 @@ fn harmless_deviations_that_the_crate_accepts_are_read() {
 fn header_of_200_000_tensors_is_read_the_same() {
     const COUNT: usize = 200_000;
     let mut header = "{".to_owned();
-    // Last in the file first in the header, so that order has to be made.
+    // Last in the file, first in the header, so that tensors must be sorted.
     for i in (0..COUNT).rev() {
         let (begin, end, comma) = (2 * i, 2 * i + 2, if i == 0 { "" } else { "," });
         write!(

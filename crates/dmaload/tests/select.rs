@@ -1,5 +1,6 @@
-//! Parts of models: tensors, ranges, ranks, layouts by tensors, and models of many files. Everything is compared with what an
-//! independent reader (the `safetensors` crate) or the file itself says.
+//! Parts of models: tensors, ranges, ranks, layouts by tensors, and models of many files.
+//! Everything is compared with an independent reader (the `safetensors` crate) or with the file
+//! itself.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(unsafe_code, reason = "looks behind the bytes of a tensor")]
 
@@ -37,7 +38,7 @@ fn model(path: &Path, tensors: &[(&str, &[usize])]) -> PathBuf {
     file(path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap(), &all)
 }
 
-/// Layers of a large and two small tensors each, and one that is larger than a segment.
+/// Layers of one large and two small tensors each, and a tensor that is larger than a segment.
 fn layers(folder: &Path) -> PathBuf {
     let names: Vec<_> = (0..4).flat_map(|layer| ["q", "k", "norm"].map(|name| format!("layers.{layer}.{name}"))).collect();
     let shapes: [&[usize]; 3] = [&[512, 600], &[100, 30], &[77]];
@@ -121,7 +122,7 @@ async fn tensors_arrive_when_complete_in_the_order_asked_for() {
         }
         assert_eq!(all, by_file, "each once");
     }
-    // A load that is kept loses none to those who ask for single ones first.
+    // Asking a kept load for single segments first loses none.
     let mut load = loader.load(&path).start();
     assert_eq!(load.tensor(&by_file[0]).await.unwrap().name(), by_file[0]);
     assert_eq!(load.next().await.unwrap().unwrap().index(), 0);
@@ -297,7 +298,7 @@ async fn a_folder_of_a_model_hub_is_one_model() {
         }
         assert_eq!(image.tensor("c").unwrap().shape(), [700_001]);
     }
-    // What is asked for first comes first, of whatever file it is.
+    // The order asked for counts, across files.
     let mut tensors = loader.load(&snapshot).options(loader.load_options().tensors(["c", "b"])).tensors();
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), "c");
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), "b");
@@ -309,7 +310,8 @@ async fn index_that_contradicts_its_files_is_an_error() {
     let folder = folder();
     folder_of_two(folder.path());
     let snapshot = folder.path().join("snapshot");
-    // Large files are compared when they are planned, small ones, which share memory, when they are read.
+    // Large files are compared during planning; small ones, which share memory, when they are
+    // read.
     for loader in [loader().build().unwrap(), Loader::builder().build().unwrap()] {
         let index = |weights: &str| {
             fs::write(snapshot.join("model.safetensors.index.json"), format!(r#"{{"weight_map":{weights}}}"#)).unwrap();
@@ -330,7 +332,7 @@ async fn index_that_contradicts_its_files_is_an_error() {
         assert!(matches!(error, Error::Incomplete { .. }), "{error}");
         assert!(error.to_string().contains("1 is missing: \"missing.safetensors\""), "{error}");
     }
-    // An index that nobody would ever finish reading.
+    // An index too large to read.
     let fifo = folder.path().join("fifo");
     fs::create_dir(&fifo).unwrap();
     let made = std::process::Command::new("mkfifo").arg(fifo.join("model.safetensors.index.json")).status().unwrap();
@@ -393,7 +395,7 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
     assert!(error.to_string().contains("does not begin with \"GGUF\""), "{error}");
 }
 
-/// As applications' packages hold weights: not compressed, anywhere in the file.
+/// As in application packages: not compressed, anywhere in the file.
 #[tokio::test]
 async fn model_inside_of_an_open_file_is_loaded() {
     let folder = folder();
@@ -405,7 +407,7 @@ async fn model_inside_of_an_open_file_is_loaded() {
         bytes.extend(random_bytes(5000, 2));
         let container = file(folder.path(), "container.apk", &bytes);
         let open = fs::File::open(&container).unwrap();
-        // Nobody has a path to it any more.
+        // The file has no path any more.
         fs::remove_file(&container).unwrap();
         let part = lead as u64..(lead + inner.len()) as u64;
         for route in ROUTES {
@@ -457,7 +459,8 @@ async fn a_gguf_model_inside_of_an_open_file() {
     assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
 }
 
-/// A safetensors file's tensors begin anywhere: what an importer wants aligned is copied there, counted, or refused.
+/// A safetensors file's tensors begin anywhere. One that an importer wants aligned is copied,
+/// counted, or refused.
 #[tokio::test]
 async fn tensors_are_aligned_for_an_importer() {
     let folder = folder();
@@ -479,10 +482,10 @@ async fn tensors_are_aligned_for_an_importer() {
                 assert_eq!(parts.len(), 1, "{what}");
                 let place = parts[0].memory_offset() as u64;
                 assert!(place.is_multiple_of(alignment_bytes), "{what}: {} is at {place}", tensor.name());
-                // What lies behind it in its place is zero, where it was moved.
+                // Where a tensor was moved, the bytes behind it are zero.
                 if alignment_bytes >= 4096 {
                     let access = parts[0].segment.cpu_access().unwrap();
-                    // SAFETY: nobody writes to it.
+                    // SAFETY: nothing writes to it.
                     let after = unsafe { std::slice::from_raw_parts(access.address().as_ptr(), parts[0].segment.memory_bytes()) };
                     let end = parts[0].offset + parts[0].len;
                     let moved = tensor.file_range().start % 4096 != 0;
@@ -501,7 +504,7 @@ async fn tensors_are_aligned_for_an_importer() {
             loader.shutdown().await.unwrap();
         }
     }
-    // A tensor that is larger than a segment can't be copied within one.
+    // A tensor that is larger than a segment cannot be copied within one.
     let loader = loader().load_options(options().layout(Layout::Tensors)).build().unwrap();
     let importer = ImporterLimits { alignment_bytes: 4096, max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
     let error = loader.load(&path).options(loader.load_options().importer(importer)).await.unwrap_err();

@@ -1,5 +1,6 @@
-//! A length costs nothing: sparse files claim terabytes. What is planned and allocated for them is bounded, and what can't be held
-//! is refused before it is planned. A process of its own, since it measures what the process has.
+//! A length alone costs nothing: sparse files claim terabytes. What is planned and allocated for
+//! them is bounded, and what does not fit into memory is refused before it is planned. This is a
+//! process of its own, since it measures the process.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
 
@@ -15,7 +16,7 @@ use dmaload::{Error, Layout, LoadOptions, Loader};
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 
-/// The most that was resident since the last call.
+/// The peak of resident memory since the last call.
 fn peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -23,12 +24,12 @@ fn peak_bytes() -> u64 {
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// A sparse file; a safetensors file of one tensor of all of its bytes, or raw bytes.
+/// A sparse file: a safetensors file of one tensor, or raw bytes.
 fn sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     let path = folder.join(if header { "sparse.safetensors" } else { "sparse.bin" });
     let file = fs::File::create(&path).unwrap();
     if header {
-        // 56 bytes of header and its length.
+        // The length prefix and 56 bytes of header.
         let text = |data: u64| format!(r#"{{"t":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
         let data = bytes - 200;
         let text = format!("{:192}", text(data));
@@ -38,7 +39,8 @@ fn sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     path
 }
 
-/// Loads it, or takes the first segments of a stream of it; the error, where it is refused.
+/// Loads the file, or takes the first segments of a stream of it; returns the error if it is
+/// refused.
 async fn attempt(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
     if kept {
         return loader.load(path).options(options).await.err();
@@ -67,7 +69,7 @@ async fn sparse_files_of_terabytes_take_no_memory() {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     for kept in [true, false] {
                         let what = format!("{bytes} bytes, header {header}, {what}, {layout}, kept {kept}");
-                        // What the one before has left is on its way to be freed.
+                        // The previous load's memory is still being freed.
                         let deadline = Instant::now() + Duration::from_secs(20);
                         while loader.memory_bytes() > 0 {
                             assert!(Instant::now() < deadline, "{what}: {} bytes before it", loader.memory_bytes());
@@ -82,7 +84,7 @@ async fn sparse_files_of_terabytes_take_no_memory() {
                             Some(Error::OutOfMemory { .. } | Error::OverLimit { .. } | Error::TooManyPieces { .. }) => 64 * MIB,
                             Some(error) => panic!("{what}: {error}"),
                             None if kept => panic!("{what}: was loaded"),
-                            // Its plan, its window, and segments on their way to be freed.
+                            // Its plan, its window, and segments that are being freed.
                             None => 400 * MIB,
                         };
                         assert!(grown <= most, "{what}: {} MiB", grown / MIB);
@@ -97,11 +99,11 @@ async fn sparse_files_of_terabytes_take_no_memory() {
     assert!(streamed >= 8 && refused >= 40);
 }
 
-/// Lengths for which no process has addresses are refused by the same limit as lengths for which
-/// it has.
+/// Lengths that exceed a process's addresses are refused by the same limit as lengths that only
+/// exceed memory.
 #[tokio::test]
 async fn a_length_beyond_all_addresses_is_compared_with_memory_first() {
-    // Most file systems have no files of these lengths; tmpfs has.
+    // Most file systems have no files of these lengths; tmpfs does.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
     let loader =
         Loader::builder().window_bytes(64 << 20).load_options(LoadOptions::new().segment_bytes(64 << 20)).build().unwrap();

@@ -1,5 +1,4 @@
-//! Staged loads: the threads that copy from staging bring memory into being, each part of it once and just
-//! before it is written to.
+//! Staged loads: copiers populate memory, each part of it once and just before they write to it.
 #![allow(clippy::print_stderr, reason = "what a test passes over is told")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
@@ -29,16 +28,16 @@ const ANY: &str = "dmaload-";
 #[derive(Debug)]
 struct Recorder {
     extent_bytes: usize,
-    /// How the names of the threads begin that populate.
+    /// The beginnings of the names of the threads that populate.
     by: &'static str,
-    /// How long each call takes, for others to come in between.
+    /// How long each call takes, so that others come in between.
     takes: Duration,
     seen: Mutex<Seen>,
 }
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// By where a memory is mapped: its length, and which parts of it were populated.
+    /// By mapping address: the length of the memory, and which parts of it were populated.
     memories: BTreeMap<usize, (usize, Vec<Range<usize>>)>,
     under_way: usize,
 }
@@ -49,7 +48,7 @@ impl Recorder {
         Arc::new(Recorder { extent_bytes, by: "dmaload-copy-", takes: Duration::from_millis(1), seen: Mutex::default() })
     }
 
-    /// All that was populated is all that there is, and it forgets it.
+    /// Checks that the populated parts cover exactly all memory, and forgets them.
     fn assert_all_was_populated(&self, image: &Image, what: &str) {
         let seen = std::mem::take(&mut *self.seen.lock().unwrap());
         let (mut memory_bytes, mut bytes) = (0, 0);
@@ -67,13 +66,13 @@ impl Recorder {
         assert_eq!((memory_bytes, seen.under_way), (bytes, 0), "{what}");
         let of_segments: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
         assert!(of_segments <= memory_bytes, "{what}: {of_segments} bytes of segments lie on {memory_bytes}");
-        // The kernel was asked what lies on which pages part by part.
+        // Page sizes were looked up part by part.
         let counted = image.report().pages.seen_bytes;
         assert!(counted == 0 || counted == bytes as u64, "{what}: {counted} of {bytes} bytes were looked at");
     }
 }
 
-/// How many pages of these addresses there are.
+/// The number of pages at these addresses.
 fn present_pages(addresses: Range<usize>) -> usize {
     let mut entries = vec![0; (addresses.end - addresses.start) / PAGE * 8];
     File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, (addresses.start / PAGE * 8) as u64).unwrap();
@@ -105,7 +104,7 @@ impl HeapHooks for Recorder {
         };
         assert!(other.is_none(), "{part:?} is populated again, after {other:?}");
         std::thread::sleep(self.takes);
-        // Who wants to write there waits for this call.
+        // Whoever wants to write there waits for this call.
         let present = present_pages(mapped.start + part.start..mapped.start + part.end);
         assert_eq!(present, 0, "pages of {part:?} were written to before they were populated");
         Ok(())
@@ -117,7 +116,7 @@ impl HeapHooks for Recorder {
     }
 }
 
-/// Lengths around pages, extents, segments and the limit of what is small.
+/// Lengths around pages, extents, segments and the limit of small files.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![3, 0, 2 * MIB + 1, 4096, 21 * MIB + 4097, 2 * MIB, 512 << 10, (512 << 10) + 5, 17 * MIB];
     lengths.extend([700_000; 50]);
@@ -153,7 +152,7 @@ async fn each_extent_is_populated_once_just_before_it_is_written_to() {
             builder(Hooked::new(AnonHeap { pages }, Arc::clone(&recorder))).build().unwrap(),
         ];
         for (loader, heap) in loaders.iter().zip(["memfd", "anon"]) {
-            // Chunks that are less than an extent: several copies want it at once.
+            // Chunks smaller than an extent: several copies want it at once.
             for chunk_bytes in [64 << 10, 2 << 20] {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     let what = format!("{heap}, {pages:?}, {layout}, chunks of {chunk_bytes}");
@@ -171,7 +170,7 @@ async fn each_extent_is_populated_once_just_before_it_is_written_to() {
     }
 }
 
-/// Reads through the page cache, and copies from it, bring memory into being in the same way.
+/// Reads through the page cache, and copies from it, populate in the same way.
 #[tokio::test]
 async fn bytes_from_the_page_cache_are_staged_in_the_same_way() {
     let (folder, contents) = (folder(), contents());
@@ -184,7 +183,7 @@ async fn bytes_from_the_page_cache_are_staged_in_the_same_way() {
         assert_files(&image, &contents, "buffered");
         assert_eq!(image.report().route, Route::Buffered);
         reading.assert_all_was_populated(&image, "buffered");
-        // What is in the cache is copied from there, as far as it still is.
+        // What is cached is copied from there, as far as it still is.
         for path in &paths {
             std::fs::read(path).unwrap();
         }
@@ -255,7 +254,7 @@ async fn small_files_have_as_many_huge_pages_as_by_direct_reads() {
     }
 }
 
-/// Counts what is populated; the test sees how far that is ahead of what is full.
+/// Counts what is populated; the test compares that with what is full.
 #[derive(Debug, Default)]
 struct Counting(AtomicUsize);
 
@@ -278,7 +277,7 @@ async fn populated_memory_stays_within_the_window() {
     let (mut at, mut most) = (0, 0);
     loop {
         let next = tokio::time::timeout(Duration::from_millis(1), segments.next()).await;
-        // In this order: what is full meanwhile can only make the difference less.
+        // In this order: what becomes full meanwhile only reduces the difference.
         let populated = counting.0.load(Ordering::SeqCst);
         let full = usize::try_from(segments.progress().read_bytes).unwrap();
         most = most.max(populated.saturating_sub(full));
@@ -296,7 +295,7 @@ async fn populated_memory_stays_within_the_window() {
     assert!(most <= WINDOW, "{most} bytes were populated and not full");
 }
 
-/// Refuses, or panics in, one call of `populate` of those that the test lets through before.
+/// Refuses, or panics in, one call of `populate`, after a given number of calls.
 #[derive(Debug, Default)]
 struct Failing {
     left: AtomicUsize,
@@ -317,7 +316,7 @@ impl HeapHooks for Failing {
 
     fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-        // The last of those that are counted; none are counted otherwise.
+        // The last of the counted calls; otherwise none are counted.
         if left == Ok(1) {
             assert!(!self.panics.load(Ordering::SeqCst), "a mistake in populate");
             return Err(HeapError::new("find pages of a vendor's", part.len(), Errno::ENXIO));
@@ -361,12 +360,12 @@ async fn heap_that_fails_amid_copies_fails_one_load() {
                 assert_eq!(failed, 1, "{what}");
             }
         }
-        // Nothing is left of those that failed.
+        // The failed loads have left nothing.
         loader.shutdown().await.unwrap();
     }
 }
 
-/// Holds calls of `populate` up until the test says go.
+/// Blocks calls of `populate` until the test opens the gate.
 #[derive(Debug, Default)]
 struct Gate {
     state: Mutex<(bool, usize)>,
@@ -392,7 +391,7 @@ async fn load_dropped_while_populating_leaves_nothing() {
         let gate = Arc::new(Gate::default());
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&gate))).build().unwrap();
         let load = tokio::spawn(loader.load(&path).options(staged(&loader)).into_future());
-        // So many copiers are inside the heap.
+        // This many copiers are inside the heap.
         let inside = Arc::clone(&gate);
         tokio::task::spawn_blocking(move || {
             drop(inside.changed.wait_while(inside.state.lock().unwrap(), |(_, calls)| *calls < held).unwrap());
@@ -406,7 +405,7 @@ async fn load_dropped_while_populating_leaves_nothing() {
             state.0 = true;
             gate.changed.notify_all();
         }
-        // The loader goes on.
+        // The loader still works.
         let image = loader.load(&path).options(staged(&loader)).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the next load");
         drop(image);
@@ -432,6 +431,6 @@ async fn errors_of_staged_loads_name_the_heap_and_the_request() {
     let error = loader.load(&path).options(staged(&loader)).await.unwrap_err();
     let Error::Memory { heap, refusal, planned_bytes, .. } = &error else { panic!("{error:?}") };
     assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::ENXIO));
-    // What was to be loaded is told, and how much of it had memory.
+    // The error says what was to be loaded, and how much of it had memory.
     assert_eq!(*planned_bytes, 5 * MIB as u64);
 }

@@ -1,9 +1,8 @@
-//! Servers of file systems that hang where a worker waits for them: at a look for a name, an
-//! open, the attributes, a close.
-//! Loads of other file systems go on, with one worker as with several; when the server answers
-//! again, so do its own.
+//! File system servers that hang where a worker waits for them: at a lookup, an open, the
+//! attributes, a close. Loads of other file systems continue, with one worker as with several;
+//! when the server answers again, so do its own loads.
 //!
-//! Only root can mount; elsewhere these tests say that they are skipped.
+//! Only root can mount; otherwise these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stderr, reason = "what is skipped is told")]
@@ -32,31 +31,31 @@ use tracing::{Event, Metadata, Subscriber};
 
 const SEGMENT: usize = 2 << 20;
 const LARGE: usize = 2 * SEGMENT + 777;
-/// So small that several share a memory: they are opened when that is allocated.
+/// So small that several share memory: they are opened when that is allocated.
 const SMALL: usize = 9_000;
-/// What must not wait for a server takes 1 s, or a few of them on a busy machine; what waits for
-/// it never ends.
+/// What must not wait for a server takes 1 s, or a few on a busy machine; what waits for it never
+/// ends.
 const SOON: Duration = Duration::from_secs(20);
 
 /// What the server does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hangs {
-    /// Looks for the names of files.
+    /// Lookups of names.
     Lookup,
     Open,
-    /// For the attributes of a file that was read from.
+    /// Requests for the attributes of a file that was read from.
     Attributes,
     Close,
 }
 
 const ALL: [Hangs; 4] = [Hangs::Lookup, Hangs::Open, Hangs::Attributes, Hangs::Close];
 
-/// The file system: `large-N` and `small-N`, as many as anybody asks for.
+/// The file system: any number of files `large-N` and `small-N`.
 struct Server {
     bytes: Vec<u8>,
     hangs: Hangs,
     was_read: AtomicBool,
-    /// Answers that are held back; `None` when they are not any more.
+    /// Answers that are held back; `None` once they are released.
     held: Arc<Mutex<Option<Vec<Answer>>>>,
 }
 
@@ -73,7 +72,7 @@ impl Server {
 
 const ROOT: u64 = 1;
 
-/// Files of even numbers are small.
+/// Files with even numbers are small.
 fn length_of(inode: u64) -> usize {
     if inode.is_multiple_of(2) { SMALL } else { LARGE }
 }
@@ -126,10 +125,10 @@ fn bytes() -> Vec<u8> {
     random_bytes(LARGE, 5)
 }
 
-/// A server in a process of its own: what waits for it is ended by its end.
+/// A server in a process of its own: its end ends whatever waits for it.
 struct Hanging {
     served: ServedFolder,
-    /// The server answers once there is such a file.
+    /// The server answers once this file exists.
     answer: PathBuf,
     _folder: tempfile::TempDir,
 }
@@ -176,7 +175,7 @@ fn the_hanging_server() {
     fuser::mount(server, folder, &config).unwrap();
 }
 
-/// Events that say that a worker was replaced.
+/// The number of events that report a replaced worker.
 static REPLACED: AtomicUsize = AtomicUsize::new(0);
 
 /// Counts these events.
@@ -212,7 +211,7 @@ impl Visit for Counts {
     }
 }
 
-/// Threads are counted, so there is one test at a time; `None` where only root may mount.
+/// Threads are counted, so tests run one at a time; `None` where only root may mount.
 async fn alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
@@ -220,15 +219,15 @@ async fn alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
         return None;
     }
     let alone = ALONE.lock().await;
-    // The first test sets it.
+    // The first test installs it.
     let _ = tracing::subscriber::set_global_default(Counts);
     REPLACED.store(0, Ordering::SeqCst);
-    // What an earlier one has left has ended with its server.
+    // What an earlier test left ended with its server.
     wait_for_threads(0, "before a test");
     Some(alone)
 }
 
-/// The threads of loaders that end with them.
+/// The threads of loaders, which end with them.
 fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
@@ -278,7 +277,7 @@ impl Plain {
         Plain { _folder: folder, files: files.to_vec(), bytes }
     }
 
-    /// Several loads of these, which must not wait for any other.
+    /// Loads several of these, which must not wait for others.
     async fn load(&self, loader: &Loader, what: &str) {
         for round in 0..3 {
             let load = loader.load(&self.files).start();
@@ -301,8 +300,7 @@ fn assert_image(image: &Image, bytes: &[u8], what: &str) {
 const KINDS: [(Hangs, &[&str]); 8] = [
     (Hangs::Lookup, &["large-0", "large-1"]),
     (Hangs::Lookup, &["small-0", "small-1"]),
-    // The large ones are opened when the load is planned, the small ones when they get their
-    // memory.
+    // Large files are opened during planning, small ones when they get their memory.
     (Hangs::Open, &["large-0", "large-1"]),
     (Hangs::Open, &["small-0", "small-1", "small-2"]),
     (Hangs::Attributes, &["large-0", "large-1", "large-2"]),
@@ -315,7 +313,7 @@ fn load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
     loader.load(hanging.files(names)).start()
 }
 
-/// It neither ends nor fails.
+/// Checks that it neither ends nor fails.
 async fn waits(load: &mut Load, what: &str) {
     while let Ok(segment) = tokio::time::timeout(Duration::from_millis(50), load.next()).await {
         assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: it does not wait");
@@ -337,8 +335,8 @@ async fn hanging_load_stops_no_other_and_finishes_later() {
         let start = Instant::now();
         plain.load(&loader, &what).await;
         eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), workers());
-        // An event comes a moment later. On a busy machine, a file of the others may have taken
-        // long, too.
+        // An event comes a moment later. On a busy machine, a file of the other loads may have
+        // taken long, too.
         let replaced = || REPLACED.load(Ordering::SeqCst);
         wait_until(|| replaced() + workers_wanted >= workers(), &format!("{what}: {} events", replaced()));
         wait_until(|| workers() <= 2 * workers_wanted, &format!("{what}: one load holds those that it has, and no more"));
@@ -358,14 +356,14 @@ async fn many_hanging_loads_stop_no_other() {
     let (plain, bytes) = (Plain::new(), bytes());
     let servers = ALL.map(Hanging::at);
     for (workers_wanted, limited) in [(1, false), (2, false), (2, true)] {
-        // Also where loads begin in the order they came, and few may be open.
+        // Also where loads begin in the order of arrival and few may be open.
         let builder = loader(workers_wanted);
         let builder = if limited { builder.memory_limit_bytes(256 << 20).max_open_loads(6) } else { builder };
         let loader = builder.build().unwrap();
         let what = format!("{workers_wanted} workers, limited: {limited}");
         let server = |hangs| &servers[ALL.iter().position(|&kind| kind == hangs).unwrap()];
         let mut held_up: Vec<_> = KINDS.iter().map(|&(hangs, names)| load(&loader, server(hangs), names)).collect();
-        // Of some of them nobody wants anything any more.
+        // Some of them are dropped.
         held_up.extend(KINDS.iter().map(|&(hangs, names)| load(&loader, server(hangs), names)));
         let start = Instant::now();
         plain.load(&loader, &what).await;
@@ -373,7 +371,7 @@ async fn many_hanging_loads_stop_no_other() {
         plain.load(&loader, &what).await;
         eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), workers());
         if workers_wanted == 1 {
-            // They are told all of them.
+            // The shutdown reports all of them.
             let leaked = loader.shutdown().await.unwrap_err();
             wait_for_threads(leaked.threads, &what);
             assert!(leaked.threads >= ALL.len(), "{what}: {leaked}");
@@ -403,7 +401,7 @@ async fn sixty_hanging_loads_stop_no_other() {
     let start = Instant::now();
     plain.load(&loader, "sixty loads").await;
     eprintln!("sixty loads: others took {:?}, {} workers", start.elapsed(), workers());
-    // Of two workers one may be held without that anybody has noticed.
+    // One of two workers may be held without being noticed.
     wait_until(|| REPLACED.load(Ordering::SeqCst) >= 59, "an event for each worker that was replaced");
     hanging.answers_again();
     for load in held_up {
@@ -425,14 +423,14 @@ async fn shutdown_counts_each_hanging_worker() {
         let loader = loader(workers_wanted).build().unwrap();
         let mut held_up = load(&loader, &hanging, names);
         waits(&mut held_up, &what).await;
-        // On a busy machine it may wait for something else before.
+        // On a busy machine it may wait for something else first.
         wait_until(|| REPLACED.swap(0, Ordering::SeqCst) > 0, &what);
         plain.load(&loader, &what).await;
         let leaked = loader.shutdown().await.unwrap_err();
         // A thread is counted out just before it ends.
         wait_for_threads(leaked.threads, &what);
         assert_eq!((leaked.bytes, leaked.threads), (0, workers()), "{what}: {:?}", threads());
-        // Those that it had when it came to hang, and one that closes what it has left.
+        // Those that it had when it began to hang, and one that closes what it left.
         assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", threads());
         assert!(matches!(held_up.finish().await, Err(Error::ShutDown)), "{what}");
         // They end when the server answers.
@@ -447,7 +445,7 @@ async fn inspecting_a_file_of_a_silent_server_blocks_no_async_thread() {
     for hangs in [Hangs::Lookup, Hangs::Open] {
         let hanging = Hanging::at(hangs);
         let path = hanging.served.path().join("large-0");
-        // Where the inspection blocks this thread, it ends, and fails the test below.
+        // If the inspection blocks this thread, it ends and fails the test below.
         let (answer, is_over) = (hanging.answer.clone(), Arc::new(AtomicBool::new(false)));
         let watchdog = {
             let is_over = Arc::clone(&is_over);

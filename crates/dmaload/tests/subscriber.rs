@@ -1,5 +1,6 @@
-//! A subscriber of `tracing` that calls back into the loader, drops loads, or panics: no lock is held and the ring thread is
-//! not there when it is called. Subscribers are for a whole process, so this is one, with one test.
+//! A subscriber of `tracing` that calls back into the loader, drops loads, or panics: it is called
+//! without a lock and never on the ring thread. Subscribers are global to a process, so this is
+//! one test in a process of its own.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -16,13 +17,14 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 static LOADER: OnceLock<Loader> = OnceLock::new();
-/// Loads to be asked for their progress, and to be dropped.
+/// Loads to ask for their progress, and to drop.
 static SPARE: Mutex<Vec<Load>> = Mutex::new(Vec::new());
 static PANICS: AtomicBool = AtomicBool::new(false);
-/// How often each thread was here.
+/// How often each thread called it.
 static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 static CALLS: AtomicU64 = AtomicU64::new(0);
-/// Whether the loader's numbers contradict each other. Not an assertion where it is seen: the loader ignores its panic.
+/// Whether the loader's numbers contradict each other. Asserted later: the loader ignores a panic
+/// here.
 static CONTRADICTION: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
@@ -46,8 +48,8 @@ impl CallsBack {
             loader.memory_bytes();
             loader.pooled_bytes();
             loader.trim_pool(u64::MAX);
-            // Some live for a while, so that what is dropped may be the very load that this is an event of: under a lock of its
-            // own, it would wait for itself here.
+            // Some live for a while, so that the dropped load may be the one this event belongs
+            // to: under its lock, the drop would deadlock here.
             let mut spare = SPARE.lock().unwrap();
             spare.iter().for_each(|load| _ = load.progress());
             let dropped = CALLS.fetch_add(1, Ordering::Relaxed).is_multiple_of(8).then(|| spare.pop());

@@ -1,4 +1,4 @@
-//! A load that is verified shows no byte that is not what its manifest, or its checksum, says.
+//! A verified load shows no byte that its manifest or checksum contradicts.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its files has failed")]
 
 mod common;
@@ -31,7 +31,7 @@ fn flip(path: &Path, at: u64) {
     file.write_all_at(&[byte[0] ^ 0x10], at).unwrap();
 }
 
-/// A model with a tensor for each letter, each of so many bytes.
+/// A model with one tensor for each letter, all of the same length.
 fn model(letters: &str, bytes: usize) -> Vec<u8> {
     let tensor = |(index, name): (usize, char)| {
         format!(r#""{name}":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{},{}]}}"#, index * bytes, (index + 1) * bytes)
@@ -51,7 +51,7 @@ async fn manifest_has_the_checksums_of_its_chunks() {
     let loader = loader();
     for algorithm in Algorithm::ALL {
         let manifest = manifest_of(&loader, &paths, algorithm).await;
-        // By the JSON, which is what anybody else would read.
+        // By its JSON, which is what others would read.
         let json: serde_json::Value = serde_json::from_str(&manifest.to_json()).unwrap();
         for (entry, bytes) in json["files"].as_array().unwrap().iter().zip(&contents) {
             let expected: Vec<_> = bytes.chunks(CHUNK).map(|chunk| digest(algorithm, chunk).hex()).collect();
@@ -73,7 +73,7 @@ async fn manifest_has_the_checksums_of_its_chunks() {
     }
 }
 
-/// Loads; gives how far it was shown, and the error.
+/// Loads; returns how many bytes were shown, and the error.
 async fn shown_until(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
     let (mut shown, mut segments) = (0, loader.load(path).options(options).segments());
     loop {
@@ -148,7 +148,7 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     let [a, b] = ["a", "b"].map(|name| file(folder.path(), name, &random_bytes(SEGMENT + 1, 5)));
     let loader = loader();
     let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
-    // The same bytes by another name: the only one asked for, and the only one known.
+    // The same bytes under another name: the only file loaded, and the only one in the manifest.
     loader.load(&b).options(loader.load_options().verify(manifest.clone())).await.unwrap();
     let error = loader.load([&a, &b]).options(loader.load_options().verify(manifest.clone())).await.unwrap_err();
     assert_eq!(error, Error::NotInManifest { path: b.clone() });
@@ -171,7 +171,7 @@ async fn each_small_file_in_shared_memory_is_verified() {
     let error = loader.load(&paths).options(loader.load_options().verify(Arc::clone(&manifest))).await.unwrap_err();
     let Error::Corrupt { path, tensors, .. } = &error else { panic!("{error}") };
     assert_eq!((path, tensors.as_slice()), (&paths[17], &["y".to_owned(), "z".to_owned()][..]));
-    // The loader goes on.
+    // The loader still works.
     let digest: Digest = digest(Algorithm::Blake3, &contents[3]);
     loader.load(&paths[3]).options(loader.load_options().verify(digest)).await.unwrap();
 }

@@ -1,13 +1,14 @@
-//! A loaded image as the weights of a candle model: `VarBuilder::from_backend(Box::new(Weights(image)), …)`.
+//! An image as the weights of a candle model:
+//! `VarBuilder::from_backend(Box::new(Weights(image)), …)`.
 
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
 use dmaload::Image;
 
-/// The tensors of an image, by their names.
+/// The tensors of an image, by name.
 ///
-/// candle's own CPU tensors own their memory, so each is copied once, from the memory that the device wrote into.
+/// candle's CPU tensors own their memory, so each is copied once, from the loaded memory.
 pub struct Weights(pub Image);
 
 impl SimpleBackend for Weights {

@@ -1,5 +1,5 @@
-//! Runs MiniLM (a BERT of six layers) twice: on weights that dmaload has loaded, and on those of candle's own loader; the embeddings
-//! must be the same to the last bit.
+//! Runs MiniLM (a BERT of six layers) twice, on weights that dmaload loaded and on those of
+//! candle's own loader. The embeddings must be equal to the last bit.
 //!
 //! `just candle` fetches the model and runs it.
 
@@ -18,10 +18,11 @@ const CONFIG: &str = r#"{
     "position_embedding_type": "absolute", "use_cache": true, "classifier_dropout": null
 }"#;
 
-/// "the quick brown fox jumps over the lazy dog", as its tokenizer cuts it, between the marks of beginning and end.
+/// "the quick brown fox jumps over the lazy dog" by its tokenizer, between the start and end
+/// tokens.
 const TOKENS: [u32; 11] = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 102];
 
-/// The mean of the last layer, of length one, as the model's authors use it.
+/// The mean of the last layer, normalised, as the model's authors use it.
 fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
     let config: Config = serde_json::from_str(CONFIG)?;
     let device = Device::Cpu;

@@ -1,7 +1,8 @@
-//! A model's segments as buffers of a GPU, without a copy: dma-bufs imported by Vulkan (`VK_EXT_external_memory_dma_buf`), and compared
-//! with the file by what the GPU reads.
+//! Uses a model's segments as buffers of a GPU, without a copy: dma-bufs imported by Vulkan
+//! (`VK_EXT_external_memory_dma_buf`). Compares what the GPU reads with the file.
 //!
-//! `just gpu-import MODEL`. Where there is no dma-buf heap, no Vulkan, or no driver that imports dma-bufs, it says so and ends well.
+//! `just gpu-import MODEL`. Without a dma-buf heap, Vulkan, or a driver that imports dma-bufs, it
+//! says so and exits with 0.
 #![allow(unsafe_code, reason = "Vulkan")]
 
 use std::ffi::CStr;
@@ -79,7 +80,8 @@ impl Gpu {
         let bytes = (segment.memory_offset() + segment.memory_bytes()) as u64;
         let fd = segment.hand_out_owned_dma_buf()?;
         let mut told = vk::MemoryFdPropertiesKHR::default();
-        // SAFETY: the descriptor is open, and the structures outlive the calls below. Vulkan owns what it has imported.
+        // SAFETY: the descriptor is open, and the structures outlive the calls below. Vulkan owns
+        // what it imported.
         unsafe {
             self.imports
                 .get_memory_fd_properties(DMA_BUF, fd.as_raw_fd(), &mut told)
@@ -161,7 +163,7 @@ async fn main() -> Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
-    // SAFETY: the system's Vulkan loader is what it says it is.
+    // SAFETY: the system's Vulkan loader is trusted.
     let entry = match unsafe { Entry::load() } {
         Ok(entry) => entry,
         Err(error) => {

@@ -1,4 +1,4 @@
-//! What the command's tests share: real files on a disk, the real binary, and what came of running it.
+//! Shared by the command's tests: real files on a disk, the real binary, and its output.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file or start its program has failed")]
 
@@ -19,19 +19,19 @@ pub const MIB: usize = 1 << 20;
 pub const ROUTES: [&str; 6] = ["uring-fixed-direct", "uring-direct", "pread-direct", "bounce", "uring-buffered", "buffered"];
 /// Small segments, so that small files have several.
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-size", "2MiB", "--window", "4MiB"];
-/// Somebody without any rights.
+/// A user without any rights.
 pub const NOBODY: u32 = 65534;
 /// A program that runs longer hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The folder for files that must be on a disk, not in memory: `O_DIRECT` is to be the real thing.
+/// The folder for files that must be on a disk, not in memory, so that `O_DIRECT` is real.
 pub fn base() -> &'static Path {
     let base = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs::create_dir_all(base).unwrap();
     base
 }
 
-/// A folder of one test's own, which anyone may enter, removed at its end.
+/// A folder for one test, which any user may enter; removed on drop.
 pub fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir_in(base()).unwrap();
     allow(folder.path(), 0o755);
@@ -51,7 +51,7 @@ pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
     file(folder, name, &random_bytes(len, len as u64))
 }
 
-/// Many random bytes, quickly: one MiB over and over, with a number of its own in every sector.
+/// Many random bytes, quickly: one MiB repeated, with a different number in every sector.
 pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     const SECTOR: u64 = 512;
     let path = folder.join(name);
@@ -69,7 +69,7 @@ pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     path
 }
 
-/// A safetensors file: this header, then so many random bytes.
+/// A safetensors file: this header, then this many random bytes.
 pub fn safetensors(folder: &Path, name: &str, header: &[u8], data: usize) -> PathBuf {
     file(folder, name, &dmaload_testing::safetensors(header, &random_bytes(data, 1)))
 }
@@ -88,7 +88,7 @@ pub fn limited(command: &Command, ulimit: &str) -> Command {
     shell
 }
 
-/// Makes a command run without any rights; `Err` tells why it can't.
+/// Makes a command run without any rights; `Err` says why that is impossible.
 pub fn as_nobody(mut command: Command) -> Result<Command, &'static str> {
     if !is_root() {
         return Err("only root can run a program as somebody else");
@@ -105,7 +105,7 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// What came of running a program.
+/// The result of running a program.
 pub struct Done {
     pub command: String,
     pub code: Option<i32>,
@@ -114,14 +114,14 @@ pub struct Done {
     pub stderr: String,
 }
 
-/// Runs a program to its end, and kills it when it hangs.
+/// Runs a program to its end, and kills it if it hangs.
 pub fn run(command: &mut Command) -> Done {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     finish(format!("{command:?}"), child)
 }
 
-/// As [`run`], for a program that was started by hand.
+/// As [`run`], for a program that is already running.
 pub fn finish(command: String, child: Child) -> Done {
     let pid = Pid::from_child(&child);
     let (ended, wait) = mpsc::channel::<()>();
@@ -140,7 +140,7 @@ pub fn finish(command: String, child: Child) -> Done {
     done
 }
 
-/// A program that is ended with the test that has started it, also where that fails.
+/// A program that ends with the test that started it, even if that fails.
 pub struct Ended(Child);
 
 impl Ended {
@@ -165,7 +165,7 @@ impl std::ops::DerefMut for Ended {
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // One that was waited for is signalled no more.
+        // A process that was waited for is not signalled any more.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -185,8 +185,8 @@ impl Done {
         self.exits(0)
     }
 
-    /// This exit status, all these words on standard error, and nothing on standard output; with `--json` one object there
-    /// that says the same.
+    /// This exit status, all these words on standard error, and nothing on standard output; with
+    /// `--json`, one object there that says the same.
     #[track_caller]
     pub fn fails(self, code: i32, words: &[&str]) -> Self {
         for word in words {
@@ -197,7 +197,7 @@ impl Done {
             let json = self.json();
             assert_eq!(json["exit_status"], code, "{self}");
             for told in [&json["error"], &json["hint"]] {
-                // Usage is told on several lines.
+                // Usage errors take several lines.
                 let mut lines = told.as_str().unwrap_or_default().lines();
                 assert!(lines.all(|line| self.stderr.contains(line)), "{told} is not on standard error of {self}");
             }
@@ -207,7 +207,7 @@ impl Done {
         self.exits(code)
     }
 
-    /// The one JSON object on standard output.
+    /// The only JSON object on standard output.
     #[track_caller]
     pub fn json(&self) -> Value {
         let value: Value = serde_json::from_slice(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self}"));
@@ -232,13 +232,13 @@ impl fmt::Display for Done {
     }
 }
 
-/// Loads a file from storage, whatever of it is cached, and gives the JSON.
+/// Loads a file from storage, whatever of it is cached, and returns the JSON.
 #[track_caller]
 pub fn load_json(path: &Path, arguments: &[&str]) -> Value {
     run(dmaload(["load", "--json", "--cache", "bypass"]).args(arguments).arg(path)).succeeds().json()
 }
 
-/// What coreutils say: an implementation that has nothing to do with ours.
+/// The digest by coreutils, an implementation that shares nothing with ours.
 pub fn sha256sum(path: &Path) -> String {
     let done = run(Command::new("sha256sum").arg("--").arg(path)).succeeds();
     done.text().split_whitespace().next().unwrap().trim_start_matches('\\').to_owned()
@@ -250,7 +250,7 @@ pub fn digest_of(json: &Value) -> &str {
     json["files"][0]["digest"]["hex"].as_str().unwrap_or_else(|| panic!("no digest: {json:#}"))
 }
 
-/// Why this machine, in this folder, has no such route; told by the kernel's own refusal of it.
+/// Why this machine, in this folder, lacks such a route, by the kernel's own refusal.
 pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
     let probe = random_file(folder, "probe", 10_000);
     let json = load_json(&probe, &["--route", route]);
@@ -267,7 +267,7 @@ pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
     Some(format!("{errno}: {reason}"))
 }
 
-/// Tells why something is not tested here, past the test runner, which would swallow it.
+/// Reports why something is not tested here, past the test runner, which would swallow it.
 pub fn skip(reason: impl fmt::Display) {
     let name = thread::current().name().unwrap_or("?").to_owned();
     let _ = writeln!(io::stderr(), "skipped in {name}: {reason}");
@@ -285,7 +285,7 @@ pub fn free_disk(folder: &Path) -> u64 {
     about.f_bavail * about.f_frsize
 }
 
-/// Why there is no room for so much on the disk and in memory.
+/// Why there is not enough room on the disk and in memory.
 pub fn no_room(folder: &Path, disk: u64, memory: u64) -> Option<String> {
     let (free, available) = (free_disk(folder), available_memory());
     (free < disk || available < memory)

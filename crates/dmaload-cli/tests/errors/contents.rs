@@ -1,4 +1,4 @@
-//! Files whose bytes are not those of a model.
+//! Files that do not contain a model.
 
 use std::path::Path;
 
@@ -25,12 +25,12 @@ fn advice_on_a_wrong_format_names_another_format() {
     assert!(!done.stderr.contains("give it a name"), "{done}");
 }
 
-/// A header with one tensor, as it should be or not.
+/// A header with one tensor, valid or not.
 pub(crate) fn header(entry: &str) -> Vec<u8> {
     format!(r#"{{"w":{entry}}}"#).into_bytes()
 }
 
-/// Headers that lie about 16 bytes of data, and a word of what is said about each.
+/// Headers that lie about 16 bytes of data, and a word of each error.
 fn lies() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
     let two = |second: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}},"b":{second}}}"#).into_bytes();
@@ -96,7 +96,8 @@ fn false_header_length_is_an_error_and_loads_as_raw_bytes() {
     assert_loads_as_raw(&short);
 }
 
-/// What lies in the place of models, under the names of models; a word of what it is, and of what to do about it.
+/// What is found in place of models under their names; a word of the diagnosis, and a word of the
+/// advice.
 fn in_place_of_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
     let safetensors = |length: [u8; 8]| [&length[..], br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}  ab"#].concat();
     let gguf = |version: u32, to_bytes: fn(u32) -> [u8; 4]| [b"GGUF", &to_bytes(version)[..], &[0; 64]].concat();
@@ -141,7 +142,7 @@ fn files_that_are_not_models_get_their_own_advice() {
     let folder = folder();
     for (name, bytes, what, advice) in in_place_of_models() {
         let path = file(folder.path(), name, &bytes);
-        // `cat` writes an index as the file that it is.
+        // `cat` writes an index as the file it is.
         if name.ends_with(".index.json") {
             run(dmaload(["inspect", "--json"]).arg(&path)).fails(1, &[text(&path), what, advice]);
         } else {
@@ -155,7 +156,7 @@ fn files_that_are_not_models_get_their_own_advice() {
     }
 }
 
-/// What was forgotten says how much: of all tensors, not only of the first that is not there.
+/// An unfinished file's error counts the missing bytes of all tensors, not only of the first one.
 #[test]
 fn missing_bytes_of_a_file_are_counted() {
     let folder = folder();
@@ -165,7 +166,7 @@ fn missing_bytes_of_a_file_are_counted() {
     every_command_fails(&path, &["at least 960 bytes are missing", "fetch the file again"]);
 }
 
-/// A name from the file reaches the terminal only with its control characters disarmed.
+/// A name from the file reaches the terminal only with its control characters escaped.
 #[test]
 fn a_hostile_name_in_a_header_does_not_reach_the_terminal() {
     let folder = folder();

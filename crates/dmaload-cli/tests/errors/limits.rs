@@ -1,4 +1,4 @@
-//! What the limits of a process or of a machine refuse.
+//! Refusals by limits of a process or of the machine.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::common::{self, MIB, as_nobody, dmaload, file, folder, is_root, limited, random_file, run, sha256sum, skip};
 use crate::{load, text};
 
-/// Run by somebody without any rights, who this user perhaps is already.
+/// Run by a user without any rights, which this user may already be.
 pub(crate) fn unprivileged(command: Command) -> Result<Command, &'static str> {
     if is_root() { as_nobody(command) } else { Ok(command) }
 }
@@ -51,7 +51,8 @@ fn memory_limit_holds_for_each_command_that_loads() {
     run(load(&path).args(["--memory-limit", "1MiB"])).fails(2, &["1048576"]);
 }
 
-/// Files are opened when their turn comes and closed when they were checked, and memories are as few as descriptors.
+/// Files are opened when their turn comes and closed once checked, and allocations are as few as
+/// descriptors.
 #[test]
 fn model_of_more_files_than_descriptors_loads() {
     let folder = folder();
@@ -74,13 +75,14 @@ fn model_of_more_files_than_descriptors_loads() {
         let bytes: u64 = paths.iter().map(|path| path.metadata().unwrap().len()).sum();
         assert_eq!(report["bytes"].as_u64(), Some(bytes), "{descriptors} descriptors");
     }
-    // What was asked for by its size stays so, and the advice is the one that helps.
+    // A segment size that was asked for stays, and the advice helps.
     let mut command = load(&large[0]);
     command.args(&large[1..]).args(["--segment-size", "64MiB"]);
     run(&mut limited(&command, "-n 32")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
 }
 
-/// Whatever is loaded, and however it is laid out: the advice is the limit itself, for no other option helps.
+/// Whatever is loaded and in whichever layout, the advice is the limit itself, since no other
+/// option helps.
 #[test]
 fn few_descriptors_get_the_same_advice_for_every_load() {
     let folder = folder();
@@ -118,7 +120,7 @@ fn few_descriptors_get_the_same_advice_for_every_load() {
     run(&mut limited(&command, "-n 128")).succeeds();
 }
 
-/// All segments of one memfd need one descriptor: the hint's way out is one.
+/// All segments of one memfd need one descriptor: the hint's remedy works.
 #[test]
 fn a_single_segment_needs_few_descriptors() {
     let folder = folder();
@@ -143,7 +145,7 @@ fn limit_of_addresses_is_reported_without_a_panic() {
     }
 }
 
-/// Where it begins: the threads' stacks are refused one after the other. Whatever happens, it is told.
+/// The lower end: the threads' stacks are refused one after the other. Each failure is reported.
 #[test]
 fn load_explains_its_failure_at_any_limit_of_addresses() {
     let folder = folder();
@@ -184,7 +186,7 @@ fn a_file_larger_than_memory_is_refused_before_it_is_read() {
     }
 }
 
-/// 80 TiB have addresses, the others have none: the words are the same.
+/// 80 TiB have addresses, the others do not: the words are the same.
 #[test]
 fn length_beyond_all_addresses_reads_like_beyond_memory() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("there is no /dev/shm") };
@@ -265,7 +267,7 @@ fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
 }
 
-/// The same file, loaded without a limit: the test above would else prove nothing about the limit.
+/// The same file without a limit: otherwise the test above would prove nothing about the limit.
 #[test]
 fn without_a_memlock_limit_root_takes_the_best_route() {
     let folder = folder();

@@ -1,5 +1,6 @@
-//! What can't be loaded is told: what, where, why by the errno's name, and what to do. Status 1 for a load that failed,
-//! 2 for wrong usage; nothing on standard output, or with `--json` one object; never a panic or a hang.
+//! Errors say what cannot be loaded, where, why by the errno's name, and what to do. Status 1 for
+//! a failed load, 2 for wrong usage; nothing on standard output, or with `--json` one object;
+//! never a panic or a hang.
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
 #[path = "../common/mod.rs"]
@@ -25,7 +26,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Every command that opens a file says the same about it.
+/// Every command that opens a file reports the same error.
 #[track_caller]
 fn every_command_fails(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["load", "--quiet"], &["cat"], &["inspect"], &["inspect", "--json"]] {
@@ -119,7 +120,7 @@ fn folder_named_like_a_model_is_not_a_model() {
     }
 }
 
-/// `cat` is of one file.
+/// `cat` reads one file.
 #[track_caller]
 fn every_command_fails_but_cat(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["inspect"]] {

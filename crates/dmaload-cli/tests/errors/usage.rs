@@ -36,7 +36,7 @@ fn wrong_usage_is_status_2_and_says_what_is_wrong() {
     run(dmaload(["load", "--frobnicate"]).arg(&path)).fails(2, &["--frobnicate"]);
 }
 
-/// Settings are wrong whatever the file is like: they are looked at first.
+/// Settings are wrong whatever the file is, so they are checked first.
 #[test]
 fn wrong_usage_comes_before_a_missing_file() {
     run(&mut dmaload(["load", "--window", "2MiB", "/nonexistent"])).fails(2, &["smaller than a segment"]);
@@ -80,7 +80,7 @@ fn under_json_each_error_is_one_object_on_standard_output() {
         assert_eq!(json.as_object().unwrap().len(), 3, "{json:#}");
         assert!(json["error"].as_str().is_some_and(|error| !error.is_empty()), "{json:#}");
     }
-    // There is one object: the load's, and its command could not be run.
+    // There is one object: the load's; its command could not be run.
     let done = run(load(&path).args(["--exec", missing])).exits(1);
     assert_eq!(done.json()["bytes"], 5000, "{done}");
     assert!(done.stderr.contains("ENOENT"), "{done}");
@@ -99,7 +99,7 @@ fn a_full_standard_output_is_an_error() {
     }
 }
 
-/// The runtime opens /dev/null in the place of what was closed: what is written there would be lost without a word.
+/// The runtime opens /dev/null in place of what was closed: output there would be lost silently.
 #[test]
 fn a_closed_standard_output_is_an_error() {
     let folder = folder();
@@ -120,7 +120,7 @@ fn a_closed_standard_output_is_an_error() {
     run(&mut closing(&["--help"])).exits(1);
     // Nothing is written, so nothing is lost.
     run(closing(&["load", "--quiet"]).arg(&path)).exits(0);
-    // Who wants it nowhere says so.
+    // `>/dev/null` discards output explicitly.
     for nowhere in [">/dev/null", "1<>/dev/null"] {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("exec \"$@\" {nowhere}"), "sh", env!("CARGO_BIN_EXE_dmaload"), "cat"]);

@@ -1,4 +1,4 @@
-//! Attributes that FUSE servers of tests report.
+//! Attributes that the tests' FUSE servers report.
 
 use std::time::UNIX_EPOCH;
 

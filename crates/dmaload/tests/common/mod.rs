@@ -1,4 +1,4 @@
-//! What the integration tests share: files of known random bytes, on a real disk.
+//! Shared by the integration tests: files of known random bytes, on a real disk.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
 
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use dmaload::Route;
 
-/// A folder on a disk, not on tmpfs: `O_DIRECT` is to be the real thing.
+/// A folder on a disk, not on tmpfs, so that `O_DIRECT` is real.
 pub fn folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs::create_dir_all(target).unwrap();

@@ -1,4 +1,4 @@
-//! Models with an index, which says which file has which tensor.
+//! Models with an index, which maps each tensor to a file.
 
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 use dmaload::{Error, Format, Layout, Result};
@@ -6,7 +6,7 @@ use dmaload::{Error, Format, Layout, Result};
 use crate::common::{self, folder};
 use crate::{A, B, INDEX, index, loaders, names, st, value_of, written};
 
-/// Folders whose tensor `w` is in several files, its value, and all names.
+/// Folders with a tensor `w` in several files, the value that counts, and all names.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![
@@ -126,7 +126,7 @@ async fn index_is_recognised_by_any_of_its_names() {
             }
         }
     }
-    // One that is not named so would be loaded as its own text, and one of pickled files, too.
+    // Under another name it would be loaded as its own text, as would an index of pickled files.
     let folder = folder();
     let other = index(&[("a", "pytorch_model-00001-of-00001.bin")]);
     let files = [("blob", index(&[("a", A)])), ("pytorch_model.bin.index.json", other), ("free.index.json", b"{}".to_vec())];
@@ -160,7 +160,7 @@ async fn an_index_that_leaves_its_folder_is_refused() {
 async fn chosen_tensors_need_only_the_files_of_the_index() {
     let c = "model-00003-of-00003.safetensors";
     let map = index(&[("a.w", A), ("b.w", B), ("c.w", c)]);
-    // Without it, without bytes, or with others.
+    // Without it, with an empty one, or with another one.
     for (number, second) in [None, Some(Vec::new()), Some(b"<html>".to_vec())].into_iter().enumerate() {
         let folder = folder();
         written(folder.path(), &[(A, st(&[("a.w", 1), ("extra", 4)])), (c, st(&[("c.w", 3)])), (INDEX, map.clone())]);
@@ -178,7 +178,7 @@ async fn chosen_tensors_need_only_the_files_of_the_index() {
             assert_eq!((value_of(&by_name, "c.w"), by_name.files().len()), (3, 1));
             assert!(loader.load(folder.path()).options(loader.load_options().tensors(["*.w"])).await.is_err());
             assert!(loader.load(folder.path()).await.is_err());
-            // What the index does not know may be in any file that is there.
+            // A tensor that the index does not list may be in any file.
             if number < 2 {
                 let extra = loader.load(folder.path()).options(loader.load_options().tensors(["extra"])).await.unwrap();
                 assert_eq!(value_of(&extra, "extra"), 4);
@@ -249,7 +249,7 @@ async fn index_with_a_vague_name_is_recognised_in_a_folder() {
             assert_eq!(names(&image), ["a", "b"]);
         }
     }
-    // One that is broken is not passed over; JSON of another kind is.
+    // A broken one is an error; JSON of another kind is ignored.
     for (broken, is_other) in [
         (&b"{\"weight_map\":{\"a\":\"a.safeten"[..], false),
         (b"", false),
@@ -273,7 +273,7 @@ async fn index_with_a_vague_name_is_recognised_in_a_folder() {
             assert!(errors.iter().all(|error| error.contains(name)), "{errors:?}");
         }
     }
-    // The usual name, and an index of the usual name, still count before it.
+    // The usual file name, and an index of the usual name, still take precedence.
     written(folder.path(), &[("model.safetensors", st(&[("whole", 1)]))]);
     assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["whole"]);
     written(folder.path(), &[(INDEX, index(&[("b", "other.safetensors")]))]);

@@ -1,7 +1,7 @@
-//! Models of several files: which of them are loaded, which tensor counts of those of one name,
-//! and that no half of a model is taken for a whole one. Small files, which share memory and have
-//! their headers read late, and the same ones each with a memory of its own, whose headers are
-//! read when the load is planned.
+//! Models of several files: which files are loaded, which tensor counts among those of one name,
+//! and that half a model is never taken for a whole one. Tested with small files, which share
+//! memory and have their headers read late, and with large ones, whose headers are read during
+//! planning.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::type_complexity, reason = "tables of cases")]
 
@@ -17,7 +17,7 @@ use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result};
 
 use common::folder;
 
-/// A safetensors file whose tensors are of 64 bytes of one value each.
+/// A safetensors file whose tensors are 64 bytes of one value each.
 fn st(tensors: &[(&str, u8)]) -> Vec<u8> {
     let entry = |(at, (name, _)): (usize, &(&str, u8))| {
         format!(r#""{name}":{{"dtype":"U8","shape":[64],"data_offsets":[{},{}]}}"#, 64 * at, 64 * at + 64)
@@ -34,7 +34,7 @@ fn index(map: &[(&str, &str)]) -> Vec<u8> {
     format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{{{}}}}}"#, pairs.join(",")).into_bytes()
 }
 
-/// A GGUF file with these keys, of U16, and tensors of 64 bytes of one value.
+/// A GGUF file with these keys of type U16, and tensors of 64 bytes of one value.
 fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes()].concat();
@@ -51,7 +51,7 @@ fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     bytes
 }
 
-/// A part of a split model, from 0 on, of a model of so many tensors.
+/// Part `number`, from 0 on, of a split model with this many tensors.
 fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
     gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
 }
@@ -105,7 +105,7 @@ async fn a_name_in_two_files_without_an_index_is_an_error() {
             vec![("1.safetensors", st(&[("z", 1)])), ("2.safetensors", st(&[("b", 1)])), ("3.safetensors", st(&[("z", 1)]))],
             ["1.", "3."],
         ),
-        // The index says nothing of it.
+        // The index does not list it.
         (
             "x",
             vec![(A, st(&[("a", 1), ("x", 1)])), (B, st(&[("b", 2), ("x", 2)])), (INDEX, index(&[("a", A), ("b", B)]))],
@@ -129,7 +129,7 @@ async fn a_name_in_two_files_without_an_index_is_an_error() {
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
-        // Each alone is a model of its own, unless it is a part.
+        // Each is a model by itself, unless it is a part.
         if tensor == "a" {
             for (name, _) in &files {
                 assert_eq!(loaders()[0].load(folder.path().join(name)).await.unwrap().tensors().count(), 1);

@@ -1,4 +1,4 @@
-//! Models of several parts: which belong together, and which are missing.
+//! Models of several parts: which ones belong together, and which ones are missing.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,7 +15,7 @@ async fn missing_parts_are_named_unless_they_may_be_missing() {
     let (g1, g2, g3) = (g(1), g(2), g(3));
     let (a3, c3) = ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors");
     let two = index(&[("a", A), ("b", B)]);
-    // The files, dangling links, what the error says, and how many tensors are there.
+    // Files, dangling links, expected words of the error, and the number of tensors that exist.
     let cases: [(Vec<(&str, Vec<u8>)>, &[(&str, &str)], &[&str], usize); 14] = [
         (vec![(a3, st(&[("a", 1)])), (c3, st(&[("c", 1)]))], &[], &["1 is missing", "model-00002-of-00003.safetensors"], 2),
         (vec![(A, st(&[("a", 1)]))], &[], &["1 is missing", B], 1),
@@ -81,7 +81,7 @@ async fn whole_models_load_beside_unfinished_downloads() {
     for (number, files) in cases.iter().enumerate() {
         let folder = folder();
         written(folder.path(), files);
-        // Of the last one a part is missing; the parts before it are not.
+        // A part of the last one is missing; the models before it are whole.
         for loader in loaders() {
             let image = loader.load(folder.path()).await;
             if number == cases.len() - 1 {
@@ -100,10 +100,11 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         keys.push(("other", value));
         keys
     };
-    // Parts by their order, and what is said; nothing where they are whole.
+    // Parts in order, and expected words of the error; none where they are whole.
     let cases: Vec<(Vec<Vec<u8>>, &str)> = vec![
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
-        // A first part without tensors, also where the second counts otherwise; no tensors at all.
+        // A first part without tensors, also where the second one's count differs; no tensors at
+        // all.
         (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[("b", 1)])], ""),
         (
             vec![part(0, 2, 1, &[]), part(1, 2, 2, &[("b", 1)])],
@@ -154,7 +155,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
                             assert!(notes.contains(noted.unwrap_or_default()), "{says:?}: {notes}");
                             assert_eq!(notes.contains("split.tensors.count"), noted.is_some(), "{says:?}: {notes}");
                         }
-                        // A pattern that means no tensor of none.
+                        // A pattern that matches no tensor of any file.
                         Err(Error::NoSuchTensor(_)) if options != loader.load_options() => {}
                         Err(error) => assert!(!says.is_empty() && error.to_string().contains(says), "{says:?}: {error}"),
                     }
@@ -166,7 +167,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
     }
 }
 
-/// The name of the file says nothing of what is inside.
+/// The file's name says nothing about its contents.
 #[tokio::test]
 async fn model_inside_a_file_must_be_whole() {
     let folder = folder();
@@ -200,7 +201,8 @@ async fn model_inside_a_file_must_be_whole() {
     }
 }
 
-/// llama.cpp finds the parts of a model by names with five digits only, and otherwise goes by what the files say.
+/// llama.cpp recognises parts only by names with five digits, and otherwise goes by what the files
+/// say.
 #[tokio::test]
 async fn unusually_numbered_parts_are_never_taken_for_the_whole() {
     for end in ["1-of-2", "0001-of-0002", "1_of_2", "00001-of-2"] {
@@ -226,7 +228,7 @@ async fn unusually_numbered_parts_are_never_taken_for_the_whole() {
             let (error, _) = both_ways(&loader, folder.path()).await;
             assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
         }
-        // What says that it is whole is loaded, with a note on its name.
+        // A file that says that it is whole is loaded, with a note on its name.
         written(folder.path(), &[(first.as_str(), gguf(&[], &[("a", 1)]))]);
         for loader in loaders() {
             for path in [folder.path().to_owned(), at(&first)] {
@@ -266,7 +268,7 @@ async fn part_under_a_meaningless_name_is_a_part() {
             assert_eq!(allowed.tensors().count(), 1);
             assert!(allowed.report().notes.join("\n").contains(says), "{:?}", allowed.report().notes);
         }
-        // Named one by one, in any order, and with others beside them.
+        // Named one by one, in any order, and beside others.
         let paths = [at("blobs/b1"), at("m.safetensors"), at("blobs/b0")];
         assert_eq!(names(&loader.load(&paths).await.unwrap()), ["a", "b", "s"]);
         let twice = loader.load([at("blobs/b1"), at("blobs/b1")]).await.unwrap_err();
@@ -368,7 +370,7 @@ async fn one_part_beside_other_paths_stands_for_all_parts() {
     written(folder.path(), &[(other, gguf(&[], &[("o", 3)]))]);
     let dotted = |name: &str| folder.path().join(".").join(name);
     let plain = |name: &str| folder.path().join(name);
-    // A dot in front is kept in the parts of a path, unlike one in its middle.
+    // A leading dot is kept in the components of a path, unlike one in its middle.
     let up = "../".repeat(std::env::current_dir().unwrap().components().count() - 1);
     let relative = |dot: &str, name: &str| PathBuf::from(format!("{dot}{up}")).join(plain(name).strip_prefix("/").unwrap());
     for loader in loaders() {

@@ -1,4 +1,4 @@
-//! Who closes files.
+//! Which threads close files.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -10,11 +10,11 @@ use crate::common::ROUTES;
 use crate::file_system::{Manners, Mounted};
 use crate::{BYTES, SEGMENT, loader, options};
 
-/// To close a file may take as long as its server likes.
+/// Closing a file may take as long as its server likes.
 #[tokio::test]
 async fn no_thread_of_the_caller_closes_files() {
     let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
-    // What stops when its limit is reached keeps its files open, with no read in flight.
+    // A load that stops at its limit keeps its files open, with no read in flight.
     let limited = || loader().memory_limit_bytes(2 * SEGMENT as u64).build().unwrap();
     let stopped = async |loader: &Loader| {
         let mut segments = loader.load(&mounted.path).segments();
@@ -30,7 +30,7 @@ async fn no_thread_of_the_caller_closes_files() {
     let (segments, first) = stopped(&dropped).await;
     drop(segments);
     drop(first);
-    // The last to hold the loader is the load.
+    // The load holds the loader last.
     let (segments, _first) = stopped(&dropped).await;
     drop(dropped);
     drop(segments);
@@ -39,7 +39,7 @@ async fn no_thread_of_the_caller_closes_files() {
 
 #[tokio::test]
 async fn files_are_closed_after_a_shutdown_amid_reads() {
-    // Late answers: the ring's thread has the files when every worker has done its last job.
+    // Answers come late: the ring thread has the files when every worker has done its last job.
     let Some(mounted) = Mounted::new(Manners::AnswersLate) else { return };
     for route in ROUTES {
         let loader = loader().load_options(options().route(route)).build().unwrap();
@@ -56,7 +56,7 @@ async fn files_are_closed_after_a_shutdown_amid_reads() {
     closed_by_others(&mounted, ROUTES.len());
 }
 
-/// Waits until all files are closed, at least so many: by other threads than this one.
+/// Waits until at least this many files are closed, by other threads than this one.
 fn closed_by_others(mounted: &Mounted, files: usize) {
     while mounted.open_files.load(Ordering::SeqCst) > 0 {
         std::thread::sleep(Duration::from_millis(2));
@@ -66,10 +66,11 @@ fn closed_by_others(mounted: &Mounted, files: usize) {
     assert!(closers.len() >= files && !closers.contains(&own), "{own} closes: {closers:?}");
 }
 
-/// The thread that all loads need, least of all: also what a load leaves in it that was dropped with reads in flight.
+/// The ring thread, which all loads need, closes no files: not even those of a load that was
+/// dropped with reads in flight.
 #[tokio::test]
 async fn the_ring_thread_closes_no_files() {
-    // So short that it takes a while.
+    // Short answers make this take a while.
     let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
     let loader = loader().build().unwrap();
     for _ in 0..20 {

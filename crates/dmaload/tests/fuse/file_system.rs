@@ -1,4 +1,4 @@
-//! The file system, and overlays over it.
+//! The FUSE file system, and overlays over it.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -16,62 +16,63 @@ use crate::BYTES;
 use crate::attributes::attributes;
 use crate::common::{folder, random_bytes};
 
-/// Who looks up this name in the folder silences [`Manners::NeverAnswersAfterSilence`].
+/// Looking up this name silences [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
-/// The kernel asks for the length each time: a short answer makes it believe that the file ends there.
+/// The kernel asks for the length each time: a short answer makes it believe that the file ends
+/// there.
 const ASK_AGAIN: Duration = Duration::ZERO;
-/// As with sshfs and network file systems, the kernel does not ask for attributes for a minute.
+/// As with sshfs and network file systems, the kernel caches attributes for a minute.
 const CACHED: Duration = Duration::from_mins(1);
 
-/// What the file system does with a read.
+/// How the file system answers a read.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Manners {
-    /// EINVAL for a read through a descriptor with `O_DIRECT`, which opened well.
+    /// EINVAL for a read through a descriptor with `O_DIRECT`, though opening it worked.
     RefusesDirect,
-    /// At most so many bytes at once.
+    /// At most this many bytes at once.
     AnswersShort(usize),
-    /// Nothing from here on, though the file is said to be longer.
+    /// Nothing from here on, though the stated length is larger.
     EndsAt(usize),
     /// EIO for a read that reaches this offset.
     FailsAt(usize),
-    /// No answer at all to a direct read.
+    /// No answer to a direct read.
     NeverAnswers,
     /// No answer to any read once [`SILENCE`] was looked up in its folder.
     NeverAnswersAfterSilence,
     /// `statfs`, which would identify the file system, fails.
     RefusesStatfs,
-    /// At most so many bytes at once, always past the page cache: the file keeps its length.
+    /// At most this many bytes at once, always past the page cache: the file keeps its length.
     AnswersShortPastTheCache(usize),
     /// Attributes may be cached, and the file is rewritten when a read reaches this offset.
     IsRewrittenAt(usize),
-    /// Attributes are not answered for once the file was read from.
+    /// No answer to requests for attributes once the file was read from.
     NeverTells,
     /// Each read takes 20 ms, and all others wait for it.
     AnswersLate,
-    /// Each read takes so long, and others are answered meanwhile: a server that is far away.
+    /// Each read takes this long, and others are answered meanwhile: a distant server.
     AnswersFromAfar(Duration),
-    /// The length is given as 0, as of files that are made while they are read.
+    /// The stated length is 0, as for files that are generated while they are read.
     HasNoLength,
-    /// The length is given as this, and there are more bytes.
+    /// The stated length is this, and there are more bytes.
     StatesLength(usize),
 }
 
 pub(crate) struct Model {
     pub(crate) bytes: Arc<Vec<u8>>,
-    /// Its bytes after it was rewritten.
+    /// The bytes after the rewrite.
     pub(crate) other_bytes: Arc<Vec<u8>>,
     pub(crate) rewritten: Arc<AtomicBool>,
     pub(crate) was_read: AtomicBool,
     pub(crate) is_silent: AtomicBool,
     pub(crate) manners: Manners,
     pub(crate) open_files: Arc<AtomicUsize>,
-    /// The threads that have closed it.
+    /// The threads that closed the file.
     pub(crate) closers: Arc<Mutex<Vec<u32>>>,
     pub(crate) asked: Arc<Asked>,
 }
 
-/// Reads that are not answered yet: how many there are, and the most that there ever were.
+/// Unanswered reads: how many there are, and the most there ever were.
 #[derive(Debug, Default)]
 pub(crate) struct Asked {
     pub(crate) now: AtomicUsize,
@@ -110,7 +111,7 @@ impl Model {
         }
     }
 
-    /// How long the kernel need not ask for attributes.
+    /// How long the kernel may cache attributes.
     pub(crate) fn time_to_live(&self) -> &Duration {
         if matches!(self.manners, Manners::IsRewrittenAt(_) | Manners::NeverTells) { &CACHED } else { &ASK_AGAIN }
     }
@@ -137,7 +138,7 @@ impl Filesystem for Model {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         if matches!(self.manners, Manners::RefusesStatfs) {
-            // Servers without an implementation do this: the kernel then can't report FUSE.
+            // As servers without an implementation do: the kernel then cannot report FUSE.
             reply.error(fuser::Errno::ENOSYS);
         } else {
             reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
@@ -146,7 +147,7 @@ impl Filesystem for Model {
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
-        // Past the page cache as the reader wishes, so that short answers reach it as they are.
+        // Past the page cache if the reader wants that, so that it sees short answers as they are.
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;
@@ -183,7 +184,7 @@ impl Filesystem for Model {
             Manners::AnswersLate => std::thread::sleep(Duration::from_millis(20)),
             Manners::AnswersShort(most) | Manners::AnswersShortPastTheCache(most) => end = end.min(start + most),
             Manners::IsRewrittenAt(at) if end > at => self.rewritten.store(true, Ordering::SeqCst),
-            // To drop it would answer with EIO.
+            // Dropping it would answer with EIO.
             Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
             Manners::NeverAnswersAfterSilence if self.is_silent.load(Ordering::SeqCst) => return std::mem::forget(reply),
             Manners::EndsAt(at) => end = end.min(at.max(start)),
@@ -218,7 +219,7 @@ pub(crate) fn read_only() -> Config {
     config
 }
 
-/// The file system, mounted; unmounted at the end.
+/// The mounted file system; unmounted on drop.
 pub(crate) struct Mounted {
     pub(crate) path: PathBuf,
     pub(crate) bytes: Arc<Vec<u8>>,
@@ -232,7 +233,7 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// `None` where only root may mount.
+    /// `None` if only root may mount.
     pub(crate) fn new(manners: Manners) -> Option<Mounted> {
         Mounted::of(BYTES, manners)
     }
@@ -293,14 +294,15 @@ impl Drop for Overlay {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // A ring that is gone closes its files a little later.
+        // A ring that has been closed closes its files a little later.
         let start = Instant::now();
         while self.open_files.load(Ordering::SeqCst) > 0 && start.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(2));
         }
         let left = self.open_files.load(Ordering::SeqCst);
         if left > 0 {
-            // By force, which ends the connection: else a read could wait for ever for the end of its own process.
+            // A forced unmount ends the connection; otherwise a read could wait for ever for the
+            // end of its own process.
             let _ = Command::new("umount").args(["-f", "-l"]).arg(self.folder()).status();
         }
         let ended = self.session.take().unwrap().umount_and_join();

@@ -16,11 +16,11 @@ use crate::{BYTES, loader, options, shared_loader};
 
 const IMAGE_BYTES: u64 = 64 << 20;
 
-/// A read-only loop device over a file, with ext4 mounted from it.
+/// A read-only loop device over a file, and an ext4 mounted from it.
 struct LoopMounted {
     device: String,
     folder: TempDir,
-    /// Ends before the mount does: whatever waits for it fails then.
+    /// Dropped before the mount: whatever waits for it fails then.
     server: Option<SilentServer>,
 }
 
@@ -49,7 +49,7 @@ impl LoopMounted {
         self.folder.path().join(name)
     }
 
-    /// Reads are not answered from now on.
+    /// Stops answering reads.
     fn silence(&self) {
         assert!(!self.server.as_ref().unwrap().served.path().join(SILENCE).exists());
     }
@@ -57,7 +57,7 @@ impl LoopMounted {
 
 impl Drop for LoopMounted {
     fn drop(&mut self) {
-        // The device first, which goes when its last user does: the mount, and reads that hang.
+        // The device first; it goes away with its last user: the mount, and hanging reads.
         let detached = Command::new("losetup").args(["-d", &self.device]).status();
         self.server = None;
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
@@ -76,8 +76,8 @@ fn attach(file: &Path) -> Result<String, String> {
     Ok(String::from_utf8(output.stdout).unwrap().trim().to_owned())
 }
 
-/// ext4 is local, and its device is not: when the queue of the loop device is full, a read waits
-/// in `io_uring_enter`.
+/// ext4 is local but its device is not: when the loop device's queue is full, a read waits inside
+/// `io_uring_enter`.
 #[tokio::test]
 async fn silent_loop_device_does_not_stop_other_file_systems() {
     if !may_mount() {
@@ -88,7 +88,7 @@ async fn silent_loop_device_does_not_stop_other_file_systems() {
         Ok(mounted) => mounted,
         Err(reason) => return eprintln!("skipped: {reason}"),
     };
-    // As if the queue had few requests: 128 would take a larger file.
+    // As if the queue had few requests: 128 would need a larger file.
     let name = mounted.device.strip_prefix("/dev/").unwrap();
     fs::write(format!("/sys/block/{name}/queue/nr_requests"), "4").unwrap();
     let folder = folder();
@@ -103,7 +103,7 @@ async fn silent_loop_device_does_not_stop_other_file_systems() {
         assert_eq!(steps, [(by_threads, Attempt::RingOnDevice, Errno::EOPNOTSUPP)], "{route}");
         loader.shutdown().await.unwrap();
     }
-    // The second file's blocks are found without the server from now on.
+    // From now on the second file's blocks are found without the server.
     fs::File::open(mounted.path("second.bin"))
         .and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, &mut [0], 0))
         .unwrap();

@@ -1,8 +1,9 @@
-//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test itself,
-//! also below a real overlayfs. It opens files with `O_DIRECT` and refuses the first read, answers
-//! short, with nothing, or not at all, and fails; it lets attributes be cached and rewrites the file.
+//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test
+//! itself, also below a real overlayfs. It opens files with `O_DIRECT` and refuses the first read;
+//! answers short, with nothing, or not at all; fails; lets attributes be cached and rewrites the
+//! file.
 //!
-//! Only root can mount; elsewhere these tests say that they are skipped.
+//! Only root can mount; otherwise these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stderr, reason = "what is skipped is told")]
@@ -28,7 +29,7 @@ use file_system::{Manners, Model, Mounted, Overlay};
 
 const SEGMENT: usize = 2 << 20;
 const BYTES: usize = 4 * SEGMENT + 777;
-/// The page cache would take a short answer for the end of the file, and fill up with zeros.
+/// The page cache would take a short answer for the end of the file and pad it with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 
 fn options() -> LoadOptions {
@@ -39,8 +40,7 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A loader with few of everything, so that loads which never end would take all of it if they
-/// could.
+/// A loader with so few resources that loads which never end would use them up if they could.
 fn shared_loader(route: Route) -> Loader {
     loader()
         .load_options(options().route(route).chunk_bytes(256 << 10))
@@ -73,8 +73,8 @@ async fn direct_reads_refused_at_the_first_read_step_down() {
     }
 }
 
-/// A ring would get the same bytes twice, as if they were different ones (Linux 6.18), so it never
-/// reads FUSE, nor what may be FUSE.
+/// A ring would read the same bytes twice, as if they were different ones (Linux 6.18), so it
+/// never reads FUSE or what may be FUSE.
 #[tokio::test]
 async fn ring_never_reads_what_may_be_fuse() {
     for (manners, attempt, errno) in [
@@ -96,7 +96,7 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
     for (route, from, to) in [
         (Route::UringFixedDirect, Route::UringFixedDirect, Route::PreadDirect),
         (Route::UringDirect, Route::UringDirect, Route::PreadDirect),
-        // What is bounced stays bounced, and its reads into staging are no ring's.
+        // What is bounced stays bounced, but threads read into staging, not a ring.
         (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
         (Route::UringBuffered, Route::UringBuffered, Route::Buffered),
     ] {
@@ -115,7 +115,7 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
     }
 }
 
-/// Four threads, which are enough for a disk, would wait for such a server most of the time.
+/// Four threads, enough for a disk, would wait for such a server most of the time.
 #[tokio::test]
 async fn more_threads_read_from_a_distant_server() {
     const CHUNK: u64 = 128 << 10;
@@ -134,7 +134,7 @@ async fn more_threads_read_from_a_distant_server() {
         let most = most();
         assert!((16..=32).contains(&most), "{most} reads at once");
     }
-    // Of two loads each has a part.
+    // Each of two loads has a share.
     let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
     for image in [one, other] {
         assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "beside another one");
@@ -144,11 +144,12 @@ async fn more_threads_read_from_a_distant_server() {
     loader.shutdown().await.unwrap();
 }
 
-/// By FUSE's rules a short answer says that the file ends there, and the kernel shortens the file for everybody, in between
-/// two reads of ours: whatever it then gives is the file's bytes, or an end that is told.
+/// By FUSE's rules a short answer means that the file ends there, and the kernel shortens the file
+/// for everyone between two of our reads. Whatever it then returns is the file's bytes, or an end
+/// that is reported.
 #[tokio::test]
 async fn short_answers_load_the_same_bytes_or_a_clear_error() {
-    // Whole blocks, and what no block size divides.
+    // Whole blocks, and lengths that no block size divides.
     for most in [4096, 12_288, 100_001, 65_535] {
         let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
         for route in DIRECT_ROUTES {
@@ -197,7 +198,7 @@ async fn error_names_the_file_and_the_offset() {
     }
 }
 
-/// Lazily pulled container images look like this. A ring gets the same bytes twice here if its
+/// As with lazily pulled container images. A ring reads the same bytes twice here if its
 /// descriptor has `O_NONBLOCK`.
 #[tokio::test]
 async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
@@ -209,7 +210,7 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
             let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&overlay.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, &what);
-            // A part inside an open file.
+            // A range of an open file.
             let part = 5_000..(BYTES as u64 - 12_345);
             let file = std::fs::File::open(&overlay.path).unwrap();
             let image = loader.load(Source::file(file).range(part.clone())).await.unwrap();
@@ -223,11 +224,11 @@ async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
     }
 }
 
-/// Its pages may be older than what its server has, while attributes match.
+/// Cached pages may be older than the server's bytes while attributes match.
 #[tokio::test]
 async fn page_cache_of_fuse_is_not_used() {
     let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
-    // By one description: the next one that is opened drops what is cached.
+    // Through one file description: opening another one drops the cache.
     let open = std::fs::File::open(&mounted.path).unwrap();
     let mut read = vec![0; mounted.bytes.len()];
     std::os::unix::fs::FileExt::read_exact_at(&open, &mut read, 0).unwrap();
@@ -245,7 +246,7 @@ async fn page_cache_of_fuse_is_not_used() {
     }
 }
 
-/// The kernel believes attributes for a minute; a load asks the server.
+/// The kernel caches attributes for a minute; a load asks the server.
 #[tokio::test]
 async fn rewrite_is_noticed_despite_cached_attributes() {
     for route in ROUTES {
@@ -279,7 +280,8 @@ async fn earlier_rewrite_is_not_a_change_by_cached_attributes() {
 
 #[tokio::test]
 async fn a_torn_header_is_a_change_not_damage() {
-    // The header of a small file is taken from its memory, that of a large one read when planning.
+    // The header of a small file is taken from its memory; that of a large one is read during
+    // planning.
     for data in [70_000, BYTES] {
         let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
         let mut good = (header.len() as u64).to_le_bytes().to_vec();
@@ -294,7 +296,7 @@ async fn a_torn_header_is_a_change_not_damage() {
                 let loader = loader().load_options(options().route(route).format(Format::Safetensors)).build().unwrap();
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {data} bytes: {error}");
-                // At rest it is damaged.
+                // Without a writer it is damaged.
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Model { .. }), "{route}, {data} bytes: {error}");
                 loader.shutdown().await.unwrap();

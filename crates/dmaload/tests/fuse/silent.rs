@@ -11,15 +11,16 @@ use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, Model, Mounted, Overlay, may_mount, read_only};
 use crate::{BYTES, DIRECT_ROUTES, SEGMENT, loader, options, shared_loader};
 
-/// A file system of a server in a process of its own, which never answers direct reads, or requests for attributes.
+/// A file system whose server, in a process of its own, never answers direct reads or requests for
+/// attributes.
 pub(crate) struct SilentServer {
     pub(crate) path: PathBuf,
     pub(crate) served: ServedFolder,
 }
 
-/// How the server is silent.
+/// What the server does not answer.
 const MANNERS: &str = "DMALOAD_TEST_MANNERS";
-/// A file whose bytes the server has.
+/// The file that the server serves.
 const CONTENT: &str = "DMALOAD_TEST_CONTENT";
 
 impl SilentServer {
@@ -52,8 +53,8 @@ fn the_silent_server() {
     fuser::mount(model, folder, &read_only()).unwrap();
 }
 
-/// A read that its server has been sent can't be called off, and keeps the process that waits for it: a server in the process
-/// of the reader would keep itself.
+/// A read that was sent to a server cannot be cancelled and keeps the process that waits for it. A
+/// server in the reader's process would keep itself alive.
 #[tokio::test]
 async fn shutdown_beside_a_silent_server_ends_and_reports_leaks() {
     if !may_mount() {
@@ -68,7 +69,7 @@ async fn shutdown_beside_a_silent_server_ends_and_reports_leaks() {
             loader().staging_bytes(32 << 20).load_options(options().route(route)).shutdown_timeout(Duration::from_millis(300));
         let loader = loader.build().unwrap();
         let mut load = loader.load(path).start();
-        // All of the file is being read: five reads, each into a slot of its own where they are staged.
+        // The whole file is being read: five reads, each into its own slot if they are staged.
         while loader.metrics().reads_in_flight < 5 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -77,12 +78,12 @@ async fn shutdown_beside_a_silent_server_ends_and_reports_leaks() {
         let start = Instant::now();
         let leaked = loader.shutdown().await.unwrap_err();
         assert!(start.elapsed() < Duration::from_secs(5), "{route}: it took {:?}", start.elapsed());
-        // Four threads read from such a file. The fifth read waited for one of them, and was taken
+        // Four threads read from such a file. The fifth read waited for one of them and was taken
         // back.
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
-        // Pieces are read in the order in which they get their memory: the last one, of a block,
-        // may be among the four.
+        // Pieces are read in the order in which they get memory: the last one, of one block, may
+        // be among the four.
         let expected = [4 * SEGMENT, 3 * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
         let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends with its loader");
@@ -90,7 +91,8 @@ async fn shutdown_beside_a_silent_server_ends_and_reports_leaks() {
     }
 }
 
-/// What one file system holds up is its loads' part of the window, the queue, staging and threads; not the others'.
+/// A silent file system holds up its own loads' share of the window, the queue, staging and
+/// threads, not that of others.
 #[tokio::test]
 async fn silent_file_system_does_not_stop_other_file_systems() {
     let Some(answering) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
@@ -115,8 +117,8 @@ async fn silent_file_system_does_not_stop_other_file_systems() {
     }
 }
 
-/// However many loads wait for silent servers: together they hold the part of their file system,
-/// of which each server has one.
+/// However many loads wait for silent servers, together they hold their file systems' shares, of
+/// which each server has one.
 #[tokio::test]
 async fn many_silent_loads_do_not_stop_other_file_systems() {
     if !may_mount() {
@@ -152,7 +154,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
             let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for what is silent")).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
         }
-        // What is dropped meanwhile leaves as much to them.
+        // Loads that are dropped meanwhile leave as much to them.
         silent.truncate(1);
         for path in &plain {
             let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
@@ -163,8 +165,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
     }
 }
 
-/// All places are taken by loads of which nothing comes: they don't count as open any more after
-/// some seconds.
+/// Silent loads take all places; after some seconds they no longer count as open.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -179,15 +180,15 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
     let image = ended.expect("a load waits for a place").unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "beside silent loads");
-    // Dropped ones that reads still belong to don't either.
+    // Neither do dropped loads that still have reads in flight.
     drop(silent);
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
     assert_same(&ended.unwrap().unwrap().files()[0].bytes().unwrap(), &bytes, "beside dropped loads");
     loader.shutdown().await.unwrap_err();
 }
 
-/// A read that a server was sent can't be called off. What only waits for a thread can: it would
-/// wait for those reads.
+/// A read that was sent to a server cannot be cancelled. One that only waits for a thread can: it
+/// would wait for those reads.
 #[tokio::test]
 async fn dropped_silent_load_takes_back_reads_not_begun() {
     if !may_mount() {
@@ -207,14 +208,14 @@ async fn dropped_silent_load_takes_back_reads_not_begun() {
     // As many as one load may have.
     wait_for(30..=33).await;
     drop(load);
-    // Four threads are at reads of it.
+    // Four threads are reading from it.
     wait_for(1..=4).await;
     let leaked = loader.shutdown().await.unwrap_err();
     assert_eq!(leaked.threads, 4, "{leaked}");
     assert!(leaked.bytes <= SEGMENT as u64, "the memory that these four reads are into: {leaked}");
 }
 
-/// The last look at a file asks its server, which may keep a worker as long as it likes.
+/// The last check of a file asks its server, which may keep a worker for as long as it likes.
 #[tokio::test]
 async fn server_silent_about_attributes_holds_one_worker() {
     if !may_mount() {

@@ -1,4 +1,4 @@
-//! Clients that hold up what they can.
+//! Clients that hold up whatever they can.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -78,19 +78,20 @@ impl Hostility {
     }
 }
 
-/// A server with 128 descriptors, of a user who is not root, and so may have no more than these
-/// on their way to clients.
+/// A server with a limit of 128 descriptors and a user other than root, so that it may have no
+/// more than these on their way to clients.
 #[test]
 fn hostile_clients_stall_no_other_user() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // With the description, 11 descriptors: twelve who hoard them are more than the kernel allows.
+    // Eleven descriptors with the description: twelve clients that hoard them exceed the kernel's
+    // limit.
     let bytes = random_bytes(10 << 21, 3);
     let model = file(folder.path(), "model.bin", &bytes);
     let mut wrong = Vec::new();
-    // Of the server's own user, too.
+    // And one of the server's own user.
     for hostile in [MALLORY, STRANGER, alice] {
         for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
             let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
@@ -125,9 +126,9 @@ fn hostile_clients_stall_no_other_user() {
             if during > before + 64 + 16 + 4 {
                 wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
             }
-            // When they have let go, all is as before, and their user is served.
+            // After they let go, everything is as before, and their user is served.
             for client in kept {
-                // Those that read slowly have it, too.
+                // Slow readers have got the image as well.
                 let _ = shutdown(&client, Shutdown::Both);
             }
             let deadline = Instant::now() + Duration::from_secs(10);
@@ -149,16 +150,16 @@ fn hostile_clients_stall_no_other_user() {
 }
 
 /// Clients of one user have a bounded number of descriptors on their way, to a bounded number of
-/// them.
+/// clients.
 #[test]
 fn descriptors_on_their_way_to_one_user_are_bounded() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The descriptors of the image, the users who may attach, and what MALLORY's clients have on
-    // their way then: of 128 descriptors, half are shared by all users, and each has four
-    // receivers at most.
+    // The descriptors of the image, the users who may attach, and what MALLORY's clients then have
+    // on their way: all users share half of the 128 descriptors, and each has at most four
+    // receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
         let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
         let socket = folder.path().join(format!("socket{segments}{users}"));
@@ -195,7 +196,7 @@ fn many_hostile_users_stall_no_other() {
     let model = file(folder.path(), "model.bin", &bytes);
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // Ten who may attach, and ten who may not.
+    // Ten users who may attach, and ten who may not.
     let named: Vec<u32> = (5000..5010).chain([BOB]).collect();
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
@@ -213,7 +214,7 @@ fn many_hostile_users_stall_no_other() {
     }
 }
 
-/// What waits for a client, or lets it wait, ends in time, and the client learns why.
+/// Whatever waits for a client, or makes it wait, ends in time, and the client learns why.
 #[test]
 fn clients_that_stop_are_disconnected_in_time() {
     if !is_root() {
@@ -223,7 +224,7 @@ fn clients_that_stop_are_disconnected_in_time() {
     let model = file(folder.path(), "model.bin", &random_bytes(10 << 21, 3));
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // Eight descriptors at once for each user, of eleven.
+    // Eight of the eleven descriptors at once for each user.
     let named = [BOB, MALLORY, STRANGER, 5000, 5001, 5002, 5003];
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
@@ -237,7 +238,7 @@ fn clients_that_stop_are_disconnected_in_time() {
             assert!(in_time(started), "{:?}", started.elapsed());
         });
         scope.spawn(|| {
-            // It has all that its user may, and others of its user wait.
+            // It has everything that its user may have; others of its user wait.
             let hoard = as_user(MALLORY, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_millis(100));
             let started = Instant::now();
@@ -248,7 +249,7 @@ fn clients_that_stop_are_disconnected_in_time() {
             as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
         });
         scope.spawn(|| {
-            // It takes six seconds for the first part, and is given no second one.
+            // The first part takes six seconds; there is no second one.
             let slow = as_user(STRANGER, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_secs(6));
             assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 24);

@@ -1,4 +1,4 @@
-//! One process loads, others have the same memory. Clients here are in this process and, where it
+//! One process loads, others map the same memory. Clients run in this process and, where it
 //! matters, in others.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 #![allow(clippy::print_stdout, reason = "what was measured is told")]
@@ -45,7 +45,7 @@ async fn loaded(paths: &[&Path]) -> Image {
     loader.load(Source::paths(paths.iter().copied())).await.unwrap()
 }
 
-/// A model, and a server that has it.
+/// A model, and a server that shares it.
 async fn serving(folder: &Path) -> (Image, PathBuf, Server) {
     let image = loaded(&[&model(folder)]).await;
     let socket = folder.join("socket");
@@ -77,7 +77,7 @@ fn assert_same_image(ours: &Image, theirs: &Image) {
 async fn client_keeps_its_image_when_the_server_has_ended() {
     let folder = folder();
     let path = model(folder.path());
-    // Small files share a memory, and a raw one has no tensors.
+    // Small files share memory, and a raw one has no tensors.
     let raw = file(folder.path(), "raw.bin", &random_bytes(5 << 20, 2));
     let small = [1, 2, 3].map(|n| file(folder.path(), &format!("small{n}"), &random_bytes(1000 * n, 5)));
     let paths: Vec<&Path> = [&path, &raw].into_iter().chain(&small).map(PathBuf::as_path).collect();
@@ -93,7 +93,7 @@ async fn client_keeps_its_image_when_the_server_has_ended() {
     assert_same_image(&image, &attached.image);
     drop(image);
     assert_same(&attached.image.files()[1].bytes().unwrap(), &fs::read(&raw).unwrap(), "after the loader");
-    // What is shared can't be written to, by anybody.
+    // Nobody can write to what is shared.
     let memfd = attached.image.segments()[0].hand_out_memfd().unwrap();
     assert!(rustix::io::pwrite(memfd, b"x", 0).is_err());
 }
@@ -117,7 +117,7 @@ async fn images_are_published_and_withdrawn_by_name() {
     attach_blocking(&socket, &default().name("b")).unwrap();
     assert!(server.withdraw("a").is_some() && server.withdraw("a").is_none());
     attach_blocking(&socket, &default()).unwrap();
-    // The server counts when it has sent all, the client goes on when it has received it.
+    // The server counts once it has sent everything; the client continues once it has received it.
     let deadline = Instant::now() + Duration::from_secs(10);
     while server.served().0 < 2 {
         assert!(Instant::now() < deadline, "{:?} served", server.served());
@@ -137,7 +137,7 @@ async fn images_are_published_and_withdrawn_by_name() {
     for tensor in part.tensors() {
         assert_same(&tensor.to_vec().unwrap(), &theirs.tensor(tensor.name()).unwrap().to_vec().unwrap(), tensor.name());
     }
-    // Names are somebody else's.
+    // Names come from elsewhere.
     server.publish("\u{1b}]0;title\u{7}", image.clone()).unwrap();
     let reason = refused(default());
     assert!(!reason.contains(|char: char| char.is_control()) && reason.contains(r"\u{1b}]0;title\u{7}"), "{reason:?}");
@@ -159,7 +159,7 @@ async fn images_are_published_and_withdrawn_by_name() {
 async fn stale_socket_is_replaced_and_other_files_stay() {
     let folder = folder();
     let socket = folder.path().join("socket");
-    // As a process leaves it that was killed.
+    // As a killed process leaves it.
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "somebody listens there, though for something else");
     drop(listener);
@@ -181,12 +181,12 @@ fn connected(socket: &Path) -> OwnedFd {
     own
 }
 
-/// Descriptors of this process.
+/// The number of this process's descriptors.
 fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// A client in a process of its own, which prints the digest of what it has mapped.
+/// A client in a process of its own, which prints the digest of what it mapped.
 fn client(socket: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "the_client", "--nocapture", "--quiet"])
@@ -260,7 +260,7 @@ fn shared_memory_bytes() -> u64 {
 #[tokio::test]
 async fn ten_processes_share_one_memory_though_one_is_killed() {
     let folder = folder();
-    // The issue's GiB by DMALOAD_SHARE_MIB=1024.
+    // DMALOAD_SHARE_MIB=1024 tries a GiB.
     let mib: usize = std::env::var("DMALOAD_SHARE_MIB").map_or(256, |mib| mib.parse().unwrap());
     let bytes = random_bytes(mib << 20, 3);
     let expected = hex(&Sha256::digest(&bytes));
@@ -289,7 +289,7 @@ async fn ten_processes_share_one_memory_though_one_is_killed() {
         // The same memory, not a copy.
         assert!(text.contains(&memories), "{text} {memories}");
     }
-    // Of the whole machine, other tests included.
+    // Counts the whole machine, other tests included.
     let taken = most.saturating_sub(before) >> 20;
     println!("ten processes attached to {mib} MiB: {taken} MiB of shared memory in all");
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -299,8 +299,8 @@ async fn ten_processes_share_one_memory_though_one_is_killed() {
     }
 }
 
-/// Descriptors on their way count against the server's user: a client that takes none of them
-/// holds up its own user alone, and no more than a few of them are on their way.
+/// Descriptors on their way count against the server's user. A client that does not receive them
+/// delays only its own user, and few of them are on their way.
 #[tokio::test]
 async fn client_that_takes_no_descriptors_delays_no_other() {
     let folder = folder();
@@ -313,7 +313,7 @@ async fn client_that_takes_no_descriptors_delays_no_other() {
             client
         })
         .collect();
-    // Of the same user nobody gets through before they let go; of another one it would.
+    // No other client of that user gets through before they let go; one of another user would.
     let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default())).await;
     assert!(waiting.is_err(), "four are on their way already");
     drop(hoards);
@@ -354,7 +354,7 @@ async fn client_that_comes_before_the_first_image_waits_for_it() {
         assert_same_image(&image, &client.join().unwrap().unwrap().image);
     }
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
-    // Not for ever.
+    // It does not wait for ever.
     drop(server);
     let _server = Server::bind(&socket, ServerOptions::default()).unwrap();
     let started = Instant::now();

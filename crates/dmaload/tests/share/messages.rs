@@ -1,4 +1,4 @@
-//! Messages that mean nothing, or lie: of clients and of servers.
+//! Meaningless and lying messages, from clients and from servers.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -32,10 +32,10 @@ async fn malformed_messages_and_silent_clients_do_no_harm() {
             3 => [&good[..], &noise[..number % 5000]].concat(),
             _ => Vec::new(),
         };
-        // With descriptors that nobody asked for, too: they are not taken.
+        // With unexpected descriptors as well: they are not received.
         let _ = send(&client, &message, SendFlags::NOSIGNAL);
         if number % 40 == 0 {
-            // Connected, and then nothing.
+            // Connects and stays silent.
             stuck.push(connected(&socket));
         }
     }
@@ -52,7 +52,7 @@ async fn malformed_messages_and_silent_clients_do_no_harm() {
     }
 }
 
-/// A server that lies: descriptors of other things, and descriptions that do not fit them.
+/// A lying server: descriptors of other things, and descriptions that do not fit them.
 #[tokio::test]
 async fn lying_server_cannot_cause_out_of_bounds_access() {
     let folder = folder();
@@ -121,10 +121,10 @@ fn reply(version: u32, status: u32, all: u32, here: u32) -> Vec<u8> {
     [&b"dmaload\0"[..], &version.to_le_bytes(), &status.to_le_bytes(), &all.to_le_bytes(), &here.to_le_bytes()].concat()
 }
 
-/// A message, and the descriptors that go with it.
+/// A message and its descriptors.
 type Message = (Vec<u8>, Vec<OwnedFd>);
 
-/// A server that gives these messages to its only client, each when the one before was
+/// A server that sends these messages to its only client, each after the previous one was
 /// acknowledged.
 fn lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandle<()> {
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
@@ -181,7 +181,7 @@ fn messages_of_a_lying_server_are_refused() {
     }
 }
 
-/// It closes with the request unread, which resets the connection, but the answer counts.
+/// The server closes with the request unread, which resets the connection, but its answer counts.
 #[test]
 fn answer_of_a_server_that_does_not_read_is_received() {
     let folder = folder();
@@ -191,7 +191,7 @@ fn answer_of_a_server_that_does_not_read_is_received() {
     rustix::net::listen(&listener, 1).unwrap();
     let server = std::thread::spawn(move || {
         let client = rustix::net::accept(&listener).unwrap();
-        // The request has come.
+        // The request has arrived.
         recv(&client, &mut [0; 1][..], RecvFlags::PEEK).unwrap();
         send(&client, &reply(1, 6, 0, 0), SendFlags::empty()).unwrap();
     });

@@ -20,7 +20,7 @@ pub(crate) fn is_root() -> bool {
     root
 }
 
-/// Does this as another user: on Linux each thread has its own.
+/// Runs `act` as another user: on Linux each thread has its own user.
 pub(crate) fn as_user<T: Send>(user: u32, task: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let body = || {
@@ -43,9 +43,9 @@ pub(crate) fn open_folder() -> tempfile::TempDir {
 pub(crate) struct Role<'a> {
     pub(crate) name: &'a str,
     pub(crate) user: u32,
-    /// `Some` for a user namespace of its own, with this map; an empty one maps no user.
+    /// `Some` for a user namespace of its own with this map; an empty one maps no user.
     pub(crate) map: Option<&'a str>,
-    /// Users to be allowed, or trusted.
+    /// Users to allow, or to trust.
     pub(crate) named: &'a [u32],
     pub(crate) variables: Vec<(&'a str, String)>,
 }
@@ -82,7 +82,7 @@ impl Role<'_> {
         child
     }
 
-    /// What it has printed in the end: a digest or an error.
+    /// What it has printed at its end: a digest or an error.
     pub(crate) fn outcome(&self, socket: &Path) -> String {
         let output = self.start(socket).wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -91,7 +91,7 @@ impl Role<'_> {
     }
 }
 
-/// A server in a process of its own, which ends with this.
+/// A server in a process of its own, which ends when this is dropped.
 pub(crate) struct Serving {
     pub(crate) child: Child,
     pub(crate) lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
@@ -109,7 +109,7 @@ impl Serving {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    /// How many were served and refused.
+    /// The numbers of served and refused clients.
     pub(crate) fn end(mut self) -> String {
         drop(self.child.stdin.take());
         let last = self.lines.by_ref().map(|line| line.unwrap()).find(|line| line.starts_with("ended"));
@@ -125,7 +125,7 @@ impl Drop for Serving {
     }
 }
 
-/// A user that no other test has: what is on its way counts for all servers of a user.
+/// A user that no other test uses: descriptors on their way count for all servers of a user.
 pub(crate) fn fresh_user() -> u32 {
     static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     100_000 + 16 * std::process::id() + COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)

@@ -1,4 +1,4 @@
-//! Who may attach to whose server, and whose server is believed.
+//! Which users may attach to a server, and which servers a client trusts.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -25,7 +25,7 @@ async fn other_users_are_refused_unless_they_are_allowed() {
     let folder = folder();
     let path = model(folder.path());
     let image = loaded(&[&path]).await;
-    // Where others may go.
+    // In a folder that others may enter.
     let place = tempfile::tempdir().unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let run_as = |user: u32, socket: &Path| {
@@ -64,8 +64,7 @@ fn client_that_cannot_connect_learns_what_helps() {
     }
 }
 
-/// Who is whom is decided by the kernel's word, also in user namespaces, where all users that are
-/// not mapped have one number.
+/// The kernel decides who is who, also in user namespaces, where all unmapped users have one id.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {
     if !is_root() {
@@ -76,8 +75,8 @@ fn clients_trust_their_own_user_and_those_they_name() {
     let expected = format!("digest {}", hex(&Sha256::digest(fs::read(&model).unwrap())));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let image = runtime.block_on(loaded(&[&model]));
-    // The server's user, the client's, its map, whom it trusts; and whether it attaches, or which
-    // user it names in its error.
+    // The server's user, the client's user, its map, whom it trusts; and whether it attaches, or
+    // which user its error names.
     type Case<'a> = (u32, u32, Option<&'a str>, &'a [u32], Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, ALICE, None, &[], Ok(())),
@@ -88,23 +87,23 @@ fn clients_trust_their_own_user_and_those_they_name() {
         (BOB, 0, None, &[], Err(BOB)),
         (NOBODY, NOBODY, None, &[], Ok(())),
         (NOBODY, ALICE, None, &[], Err(NOBODY)),
-        // No user is mapped: it sees itself and all others as nobody.
+        // No user is mapped: it sees itself and all others as the overflow id.
         (BOB, ALICE, Some(""), &[], Err(NOBODY)),
         (ALICE, ALICE, Some(""), &[], Err(NOBODY)),
         (0, ALICE, Some(""), &[], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[BOB], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[NOBODY], Ok(())),
-        // It is nobody by its map, others are because they have none.
+        // Its own map gives it that id; others have it because they are unmapped.
         (BOB, ALICE, Some("65534 4001 1"), &[], Err(NOBODY)),
         (BOB, ALICE, Some("65534 4001 1"), &[NOBODY], Ok(())),
         (BOB, ALICE, Some("0 0 4001\n65534 4001 1"), &[], Err(NOBODY)),
-        // Some are mapped.
+        // Some users are mapped.
         (ALICE, ALICE, Some("1000 4001 1"), &[], Ok(())),
         (BOB, ALICE, Some("1000 4001 1"), &[], Err(NOBODY)),
         (BOB, ALICE, Some("1000 4001 2"), &[], Err(1001)),
         (BOB, ALICE, Some("1000 4001 2"), &[1001], Ok(())),
         (BOB, ALICE, Some("0 4002 1\n1000 4001 1"), &[], Ok(())),
-        // All are: nobody is a user like others, as in many pods.
+        // All users are mapped: the overflow id is a user like any other, as in many pods.
         (NOBODY, NOBODY, Some(ALL), &[], Ok(())),
         (BOB, NOBODY, Some(ALL), &[], Err(BOB)),
         (ALICE, ALICE, Some(ALL), &[], Ok(())),
@@ -137,8 +136,7 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     let folder = open_folder();
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
     // The server's user, its map, whom it allows, the client's user; and whether it attaches, or
-    // as which user it is refused. That somebody is allowed (here user 9) opens the socket for
-    // connections.
+    // as which user it is refused. Allowing anyone (here user 9) opens the socket for connections.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),
@@ -224,15 +222,15 @@ fn servers_and_clients_work_without_procfs() {
         assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o7777, 0o666);
         let client = run("the_client", &socket).wait_with_output().unwrap();
         assert!(String::from_utf8_lossy(&client.stdout).contains("digest"), "{client:?}");
-        // Leaves its socket behind, for the next round to replace.
+        // Leaves its socket behind for the next round to replace.
         server.kill().unwrap();
         server.wait().unwrap();
         assert!(socket.exists());
     }
 }
 
-/// The owner of the folder replaces whatever appears in it, as fast as it can, by a link to a
-/// file of root's.
+/// The folder's owner replaces whatever appears in it, as fast as it can, by a link to a file of
+/// root.
 #[test]
 fn owner_of_the_folder_cannot_redirect_a_server_of_root() {
     if !is_root() {
@@ -251,14 +249,14 @@ fn owner_of_the_folder_cannot_redirect_a_server_of_root() {
         let (link, name) = (folder.join(format!("link for {name}")), folder.join(name));
         while !done.load(std::sync::atomic::Ordering::Relaxed) {
             std::os::unix::fs::symlink(&victim, &link).unwrap();
-            // In one system call, as soon as there is something.
+            // In one system call, as soon as something appears.
             while renameat_with(CWD, &link, CWD, &name, RenameFlags::EXCHANGE).is_err() {
                 if done.load(std::sync::atomic::Ordering::Relaxed) {
                     return;
                 }
             }
             std::thread::sleep(Duration::from_micros(300));
-            // So that the next server can begin.
+            // Makes room for the next server.
             let _ = fs::remove_file(&name);
             let _ = fs::remove_file(&link);
             let _ = fs::rename(&link, folder.join("away"));
