@@ -32,7 +32,7 @@ check: fmt-check texts lint doc
 fmt:
     cargo fmt --all
 
-# Measures and writes docs/performance.md, or one part of it: `just bench reuse` (root, 45 minutes).
+# Measures docs/performance.md, or one part: `just bench reuse` (as root, 45 minutes).
 [group('everyday')]
 bench FILTER="":
     benches/performance.sh "{{FILTER}}"

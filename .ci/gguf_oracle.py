@@ -1,4 +1,4 @@
-"""Writes GGUF files with the package `gguf`, and compares what it reads with what dmaload says and loads."""
+"""Writes GGUF files with the package `gguf`, and compares what it and dmaload read from them."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
 dmaload, folder = sys.argv[1], Path(sys.argv[2])
 random = numpy.random.default_rng(1)
-# The package says that a block of Q8_1 has 40 bytes; ggml itself (block_q8_1 in ggml-common.h), 36. No model is stored in it.
+# The package has 40 bytes for a block of Q8_1, ggml itself 36 (block_q8_1 in ggml-common.h). No
+# model is stored in it.
 TYPES = {kind: sizes for kind, sizes in GGML_QUANT_SIZES.items() if kind != GGMLQuantizationType.Q8_1}
 
 

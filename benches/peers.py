@@ -1,9 +1,10 @@
-"""One way of loading a safetensors file into CPU memory, measured as `dmaload bench --peer` asks for it.
+"""Loads a safetensors file into CPU memory by another loader, as `dmaload bench --peer` asks.
 
     peers.py NAME PATH    NAME: safetensors, safetensors-clone, fastsafetensors, runai, fio
 
-Standard input says `prepare`, then `go`; each is answered by a line of JSON. What is measured begins just before the file is
-opened and ends when every byte is in memory that is the caller's own: a mapping is touched page by page.
+Standard input says `prepare`, then `go`; each is answered by a line of JSON. The measurement
+begins just before the file is opened and ends when every byte is in the caller's memory: a
+mapping is touched page by page.
 """
 
 import json
@@ -43,7 +44,7 @@ def by_runai(path):
 
 
 def by_fio(path):
-    """The device's limit as fio sees it: `limit` of the bench is checked by this. Its own clock counts."""
+    """Measures the device's limit by fio's own clock, as a check of the mode `limit`."""
     job = ["fio", "--name=limit", f"--filename={path}", "--rw=read", "--direct=1", "--ioengine=io_uring", "--fixedbufs=1"]
     job += ["--bs=4M", "--iodepth=16", "--mem=mmaphuge" if huge_pages() else "--mem=mmap", "--output-format=json", "--readonly"]
     run = subprocess.run(job, capture_output=True, check=True, text=True)

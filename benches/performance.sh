@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Measures everything in docs/performance.md and writes its tables and pictures from the results: `just bench`.
-# As root, since page cache, cgroups and other users are involved; on a machine with nothing else to do. FILTER runs a part;
-# other loaders (which have to be installed: gigabytes) are measured by `peers` alone.
+# Measures everything in docs/performance.md and writes its tables and pictures:
+# `just bench [FILTER]`. Needs root, since page cache, cgroups and other users are involved, and an
+# idle machine. FILTER runs a part; only `peers` installs other loaders (gigabytes) and measures
+# them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 page=docs/performance.md out=target/performance filter=${1:-}
@@ -116,7 +117,7 @@ if [[ $filter == peers ]]; then
     exit
 fi
 
-# What the engine's threads do during loads on 2 MiB and on 4 KiB pages, for the rows about CPU time.
+# What the engine's threads do during loads on 2 MiB and 4 KiB pages, for the rows about CPU time.
 profile() {
     [[ profile == *$filter* ]] || return 0
     local pages arguments
@@ -128,7 +129,8 @@ profile() {
         {
             printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
                 "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
-            # By thread and function, and summed here: perf filters threads after it has merged what it sorts by.
+            # By thread and function, and summed here: perf filters threads only after it has
+            # merged.
             perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
                 --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |
                 awk '/^ +[0-9.]+%/ { share[$4] += $1 } END { for (name in share) if (share[name] >= 2) printf "| %.1f %% | `%s` |\n", share[name], name }' |

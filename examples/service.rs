@@ -2,11 +2,11 @@
 //!
 //! ```sh
 //! cargo run -p dmaload-examples --example service -- 127.0.0.1:8080
-//! curl -X PUT localhost:8080/models/llama -d '{"path": "model.safetensors"}'      # loads, or swaps
+//! curl -X PUT localhost:8080/models/llama -d '{"path": "model.safetensors"}'   # loads or swaps
 //! curl localhost:8080/models
 //! curl localhost:8080/models/llama/tensors/lm_head.weight -o lm_head
 //! curl -X DELETE localhost:8080/models/llama
-//! curl localhost:8080/metrics                                                      # for Prometheus
+//! curl localhost:8080/metrics   # for Prometheus
 //! ```
 //!
 //! One loader serves all requests: its memory limit is the service's, and its pool makes reloads

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs the command, libdmaload.so, libdmaload.a, dmaload.h and dmaload.pc: `just PREFIX=/usr/local install`. DESTDIR is put before.
+# Installs the command, libdmaload.so, libdmaload.a, dmaload.h and dmaload.pc below $DESTDIR:
+# `just PREFIX=/usr/local install`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 prefix=${1:?usage: install.sh PREFIX}

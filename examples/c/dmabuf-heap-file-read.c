@@ -1,17 +1,17 @@
 /*
- * Reads a file into a dma-buf in the ways that the kernel series of 2024 (DMA_HEAP_IOCTL_ALLOC_AND_READ) compared, and prints what each
- * costs, allocation included:
+ * Reads a file into a dma-buf in the ways that the kernel series of 2024 compared
+ * (DMA_HEAP_IOCTL_ALLOC_AND_READ), and prints what each costs, allocation included:
  *
  *     dmabuf-heap-file-read HEAP MODE FILE
  *
- * HEAP   system, or any other in /dev/dma_heap; udmabuf; memfd (memory files: no device is needed, and no dma-buf is made)
+ * HEAP   system, or any other in /dev/dma_heap; udmabuf; memfd (needs no device, makes no dma-buf)
  * MODE   normal           allocate, map the file, copy
  *        normal_io        allocate, read(2) the file through the page cache
  *        direct_io        dmaload
  *        direct_io_check  the same, and every byte is compared with the file
- *        bench            dmaload, as one more way of `dmaload bench --peer`: it is told when on standard input
+ *        bench            dmaload, for `dmaload bench --peer`, which says when on standard input
  *
- * The page cache forgets the file first.
+ * First evicts the file from the page cache.
  *
  *     cc dmabuf-heap-file-read.c -o dmabuf-heap-file-read $(pkg-config --cflags --libs dmaload)
  */

@@ -68,7 +68,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Calls `act`; returns its peak of memory and its duration.
+/// Calls a function; returns its result, its peak of memory and its duration.
 fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     let before = NOW.get();
     MOST.set(before);
@@ -177,7 +177,7 @@ fn corpus(kind: &str) -> Vec<Vec<u8>> {
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-/// Tries each stored input as it is, then `count` damaged ones.
+/// Tries each stored input as it is, then a number of damaged ones.
 fn for_each_input(kind: &str, mut show: impl FnMut(&[u8]) -> bool) {
     let corpus = corpus(kind);
     let (count, seed) = (number("DMALOAD_INPUTS", 20_000), number("DMALOAD_SEED", 1));

@@ -1,7 +1,8 @@
 /*
- * What C can do with libdmaload, right and wrong: suite FOLDER, an existing folder on a file system that has O_DIRECT.
+ * Right and wrong uses of libdmaload from C: suite FOLDER, an existing folder on a file system
+ * with O_DIRECT.
  *
- * Ends with 0 when all holds. Also run under valgrind.
+ * Exits with 0 if everything holds. Also run under valgrind.
  */
 #define _GNU_SOURCE
 #include <dmaload.h>
@@ -256,7 +257,7 @@ static void versions_of_structs(void)
     expect(try_load(fd, &options), EINVAL, "set it to sizeof");
     options.size = UINT64_MAX;
     expect(try_load(fd, &options), EINVAL, "set it to sizeof");
-    /* An older caller's struct ends before what it did not know; what lies behind is not its own. */
+    /* An older caller's struct ends earlier; what lies behind it belongs to someone else. */
     options = defaults();
     options.size = offsetof(struct dmaload_options, file_offset);
     options.file_offset = UINT64_MAX;
@@ -386,7 +387,7 @@ static void progress_and_cancelling(void)
     expect(try_load(fd, &options), ECANCELED, "by its flag");
     close(fd);
 
-    /* In the middle of a long load, however fast its segments come: of zeros, which take no room on the disk. */
+    /* Amid a long load, however fast its segments arrive: of zeros, which take no disk space. */
     char other[4300];
     snprintf(other, sizeof other, "%s/long", folder);
     fd = open(other, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);

@@ -154,14 +154,17 @@ fn load_explains_its_failure_at_any_limit_of_addresses() {
     for mib in 8..=40 {
         let done = run(&mut limited(&load(&path), &format!("-v {}", mib << 10)));
         if done.code == Some(127) {
-            continue; // The dynamic linker found no room for the program itself.
+            // The dynamic linker found no room for the program itself.
+            continue;
         }
         let nothing_left = ["memory allocation of", "Fatal glibc error"].iter().any(|words| done.stderr.contains(words));
         if done.signal == Some(Signal::ABORT.as_raw()) && nothing_left {
-            continue; // The standard library or the C library found no room for a few bytes, and has no other answer.
+            // The standard library or the C library abort where a few bytes are missing.
+            continue;
         }
         if done.signal == Some(Signal::SEGV.as_raw()) && !told && done.stderr.is_empty() {
-            continue; // The stack can't grow by the few hundred KiB that reading the command line takes unoptimised.
+            // The stack cannot grow by what parsing the command line takes unoptimised.
+            continue;
         }
         let done = done.fails(1, &["dmaload: "]);
         assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");

@@ -51,7 +51,7 @@ fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     bytes
 }
 
-/// Part `number`, from 0 on, of a split model with this many tensors.
+/// Part `number`, from 0 on, of `count` parts of a split model with `all` tensors.
 fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
     gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
 }

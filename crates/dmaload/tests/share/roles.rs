@@ -20,7 +20,7 @@ pub(crate) fn is_root() -> bool {
     root
 }
 
-/// Runs `act` as another user: on Linux each thread has its own user.
+/// Runs `task` as another user: on Linux each thread has its own user.
 pub(crate) fn as_user<T: Send>(user: u32, task: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let body = || {
