@@ -16,6 +16,9 @@
 //! Requires Linux 3.17 (`memfd_create`). Each newer feature is tried, and done without if the
 //! kernel refuses it.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("dmabuf requires Linux: dma-heaps, udmabuf and memfds exist nowhere else");
+
 mod address;
 mod device;
 mod dma_buf;

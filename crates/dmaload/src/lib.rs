@@ -21,6 +21,9 @@
 //! Linux only. io_uring, `O_DIRECT` and huge pages are used where available. Where the kernel
 //! refuses one, the load continues without it and the report says so.
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("dmaload requires Linux: io_uring, memfds and dma-bufs exist nowhere else");
+
 mod engine;
 mod error;
 mod files;
