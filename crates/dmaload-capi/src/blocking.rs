@@ -1,4 +1,4 @@
-//! Calls that return when the load is done.
+//! Calls that return once the load is done.
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
@@ -17,7 +17,7 @@ use crate::outcome::{self, Finished, Given};
 use crate::request::Started;
 use crate::types::dmaload_options;
 
-/// How often progress is told, and the cancel flag looked at.
+/// How often progress is reported and the cancel flag checked.
 const TICK: Duration = Duration::from_millis(20);
 
 struct Unpark(Thread);
@@ -28,7 +28,7 @@ impl Wake for Unpark {
     }
 }
 
-/// Runs a future to its end on this thread.
+/// Runs a future to completion on this thread.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut future = pin!(future);
@@ -40,7 +40,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// What C asked to be told, and to be asked.
+/// The caller's progress function and cancel flag.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Control<'a>(&'a dmaload_options);
 
@@ -53,13 +53,13 @@ impl<'a> Control<'a> {
         self.0.progress.is_some() || !self.0.cancel.is_null()
     }
 
-    /// Tells and asks.
+    /// Reports progress and checks whether to cancel.
     ///
     /// # Safety
-    /// The pointers are as the header says.
+    /// The pointers are as the header requires.
     unsafe fn look(self, segments: &Segments) -> Result<()> {
         if !self.0.cancel.is_null() {
-            // SAFETY: the flag is there during the call; that others write to it at the same time is what it is for.
+            // SAFETY: the flag is valid during the call, and may be written concurrently.
             let flag = unsafe { AtomicI32::from_ptr(self.0.cancel.cast_mut()) };
             if flag.load(Ordering::Relaxed) != 0 {
                 return Err(Failure::cancelled("the load was cancelled by its flag"));
@@ -67,7 +67,7 @@ impl<'a> Control<'a> {
         }
         let Some(call) = self.0.progress else { return Ok(()) };
         let progress = outcome::progress(segments.progress());
-        // SAFETY: the caller's function, with what it wants to be called with.
+        // SAFETY: the caller's function, with the argument that the caller provided for it.
         match unsafe { call(self.0.user, &raw const progress) } {
             0 => Ok(()),
             other => Err(Failure::cancelled(&format!("the load was cancelled: its progress function returned {other}"))),
@@ -75,10 +75,11 @@ impl<'a> Control<'a> {
     }
 }
 
-/// All segments of a load, and its report. What fails or is cancelled leaves nothing.
+/// Collects all segments of a load, and its report. If the load fails or is cancelled, leaves
+/// nothing behind.
 ///
 /// # Safety
-/// The pointers in what `control` is of are as the header says.
+/// The pointers in the options of `control` are as the header requires.
 pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(Vec<Given>, Finished)> {
     let Started { mut segments, wanted, cpu_before } = started;
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
@@ -91,27 +92,27 @@ pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(V
             Poll::Pending if control.is_wanted() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
             Poll::Pending => thread::park(),
         }
-        // However fast segments come.
+        // Checked however fast segments arrive.
         if due <= Instant::now() {
-            // SAFETY: as the caller says.
+            // SAFETY: as the caller guarantees.
             unsafe { control.look(&segments)? };
             due = Instant::now() + TICK;
         }
     }
-    // SAFETY: as the caller says.
+    // SAFETY: as the caller guarantees.
     unsafe { control.look(&segments)? };
     let report = segments.report().cloned();
     let report = report.ok_or_else(|| Failure::cancelled("the load ended without a report"))?;
     Ok((all, Finished::new(report, cpu_before)))
 }
 
-/// Ends a loader that nobody else has, after its load, and waits for its threads.
+/// Shuts down a loader that is not shared, after its load, and waits for its threads.
 pub(crate) fn end(loader: Loader) {
-    // Nothing is in flight any more that could be leaked.
+    // Nothing is in flight that could be leaked.
     let _ = block_on(loader.shutdown());
 }
 
-/// The one descriptor of a load that has one segment.
+/// The descriptor of a load with exactly one segment.
 pub(crate) fn only(mut given: Vec<Given>) -> Result<c_int> {
     let one = given.pop().filter(|_| given.is_empty());
     let one = one.ok_or_else(|| Failure::invalid("the file did not become one segment"))?;

@@ -1,4 +1,4 @@
-//! What goes wrong, as C hears of it: a negative errno, and the words for it.
+//! Errors as C sees them: a negative errno, and a message.
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
@@ -21,7 +21,7 @@ impl Failure {
         Failure { errno, text: text.into() }
     }
 
-    /// Something in the arguments makes no sense.
+    /// An invalid argument.
     pub(crate) fn invalid(text: impl Into<String>) -> Self {
         Failure::new(Errno::INVAL, text)
     }
@@ -38,7 +38,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// What the kernel answered; else the errno that says as much as the kind of error does.
+/// The kernel's error, or else the errno closest to the kind of the error.
 fn errno_of(error: &Error) -> Errno {
     if let Some(errno) = error.errno() {
         return Errno::from_io_error(&errno.into()).unwrap_or(Errno::IO);
@@ -52,7 +52,7 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // Wrong bytes; the others are of models and views, which are not asked for here.
+        // Wrong bytes. Other kinds are about models and views, which the C interface does not use.
         _ => Errno::IO,
     }
 }
@@ -61,7 +61,7 @@ thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
 }
 
-/// What a call answers. Nothing unwinds into C.
+/// Converts a result to a return value. Nothing unwinds into C.
 pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(answer)) => return answer,
@@ -69,12 +69,12 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
         Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: a defect of it, or of a heap"),
     };
     let text = CString::new(failure.text.replace('\0', " ")).unwrap_or_default();
-    // A thread that ends, in its destructors, has no words any more.
+    // A thread that is running its destructors can't store a message.
     let _ = LAST.try_with(|last| last.replace(text));
     -failure.errno.raw_os_error()
 }
 
-/// The words of this thread's last failure, until its next one.
+/// The message of this thread's last failure, valid until the next one.
 pub(crate) fn last() -> *const c_char {
     LAST.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
@@ -94,8 +94,8 @@ mod tests {
         assert_eq!(text, c"a b");
     }
 
-    /// One of each variant of the library's error, and what C programs get for it: part of the C
-    /// interface.
+    /// One of each variant of the library's error, with the errno that C programs get: part of the
+    /// C interface.
     fn pinned() -> Vec<(Error, c_int)> {
         use dmaload::heap::{HeapError, SizeLimit};
         use dmaload::{Attempt, Errno, Route, model::ModelError};

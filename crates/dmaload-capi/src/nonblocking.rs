@@ -1,4 +1,4 @@
-//! Loads for event loops: an eventfd that is readable while there is something to fetch.
+//! Loads for event loops, with an eventfd that is readable while there is something to fetch.
 
 use std::fmt;
 use std::ops::Range;
@@ -23,12 +23,12 @@ struct Event(OwnedFd);
 
 impl Event {
     fn set(&self) {
-        // It fails only where it is readable already.
+        // Fails only if it is already readable.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
     fn clear(&self) {
-        // It fails only where nothing is to be cleared.
+        // Fails only if there is nothing to clear.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 }
@@ -39,7 +39,7 @@ impl Wake for Event {
     }
 }
 
-/// A load that is under way, or over and not freed.
+/// A running load, or one that is over but not freed.
 #[allow(non_camel_case_types, reason = "the name is that of the header")]
 pub struct dmaload_load {
     event: Arc<Event>,
@@ -51,7 +51,7 @@ pub struct dmaload_load {
 enum State {
     Going {
         segments: Box<Segments>,
-        /// What was fetched ahead, so that the eventfd can say that it is there.
+        /// What was fetched in advance, so that the eventfd can signal it.
         next: Option<Option<std::result::Result<Segment, Error>>>,
     },
     Finished {
@@ -66,7 +66,7 @@ impl fmt::Debug for dmaload_load {
     }
 }
 
-/// What there is to fetch.
+/// The result of fetching.
 pub(crate) enum Fetched {
     Nothing,
     Segment(Given),
@@ -74,7 +74,7 @@ pub(crate) enum Fetched {
 }
 
 impl dmaload_load {
-    /// From now on the eventfd tells.
+    /// Wraps a started load, and signals its eventfd from now on.
     pub(crate) fn new(started: Started) -> Result<Self> {
         let Started { segments, wanted, cpu_before } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
@@ -97,7 +97,8 @@ impl dmaload_load {
         self.event.0.as_raw_fd()
     }
 
-    /// Fetches what is there, and has the eventfd say so; what is not there wakes it when it comes.
+    /// Fetches what is available and signals it by the eventfd; otherwise arranges to be woken
+    /// when something arrives.
     fn fetch_ahead(&self, state: &mut State) {
         let State::Going { segments, next } = state else { return self.event.set() };
         if next.is_none() {
@@ -176,7 +177,7 @@ impl dmaload_load {
             None
         };
         drop(state);
-        // Without the lock: this may be the last owner of a loader.
+        // Dropped after the lock is released, because this may be the last owner of a loader.
         drop(cancelled);
     }
 }

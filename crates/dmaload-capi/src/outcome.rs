@@ -1,4 +1,4 @@
-//! What a load gives, as C gets it: segments, progress, a report.
+//! Results of a load in C structs: segments, progress, a report.
 #![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_int};
@@ -14,7 +14,7 @@ use crate::failure::{Failure, Result};
 use crate::sized;
 use crate::types::{DMALOAD_DMA_BUF, DMALOAD_MEMFD, dmaload_progress, dmaload_report, dmaload_segment};
 
-/// A segment whose descriptor nobody has taken yet.
+/// A segment whose descriptor has not been handed to C yet.
 #[derive(Debug)]
 pub(crate) struct Given {
     fd: OwnedFd,
@@ -22,8 +22,8 @@ pub(crate) struct Given {
 }
 
 impl Given {
-    /// What it has of the bytes that are wanted: reads take whole blocks. The segment itself can go: its memory lives by this
-    /// descriptor.
+    /// The part of a segment that was requested, because reads take whole blocks. The segment
+    /// itself is not needed any more: its memory lives as long as this descriptor.
     pub(crate) fn of(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
@@ -46,7 +46,7 @@ impl Given {
         Ok(Given { fd, plain })
     }
 
-    /// From here on the descriptor is C's to close.
+    /// Passes ownership of the descriptor to C.
     pub(crate) fn into_c(self) -> dmaload_segment {
         dmaload_segment { fd: self.fd.into_raw_fd(), ..self.plain }
     }
@@ -56,7 +56,7 @@ impl Given {
     }
 }
 
-/// The report of a load, with what C is told besides.
+/// The report of a load, with the additional figures for C.
 #[derive(Debug, Clone)]
 pub(crate) struct Finished {
     report: Report,
@@ -65,7 +65,7 @@ pub(crate) struct Finished {
 }
 
 impl Finished {
-    /// A load that has just finished, with the process' CPU time when it was started.
+    /// For a load that has just finished. `cpu_before` is the process's CPU time at its start.
     pub(crate) fn new(report: Report, cpu_before: Duration) -> Self {
         Finished { report, cpu: cpu_time().saturating_sub(cpu_before) }
     }
@@ -81,10 +81,10 @@ pub(crate) fn progress(progress: Progress) -> dmaload_progress {
     dmaload_progress { planned_bytes, allocated_bytes, read_bytes }
 }
 
-/// Writes a report, as far as its owner knows it.
+/// Writes as much of a report as its owner's version contains.
 ///
 /// # Safety
-/// As for [`sized::write`].
+/// Those of [`sized::write`].
 pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) -> Result<()> {
     let Finished { report, cpu } = finished;
     let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
@@ -100,12 +100,12 @@ pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) 
     all.segments = report.segments as u64;
     all.fallbacks = report.fallbacks.len() as u64;
     let text = told(report);
-    // The last one stays 0.
+    // The last byte stays 0.
     let room = all.text.len() - 1;
     for (to, byte) in all.text.iter_mut().take(room).zip(text.bytes().filter(|&byte| byte != 0)) {
         *to = c_char::from_ne_bytes([byte]);
     }
-    // SAFETY: as the caller says.
+    // SAFETY: as the caller guarantees.
     unsafe { sized::write(to, &all) }
 }
 
@@ -122,24 +122,24 @@ fn told(report: &Report) -> String {
 /// Hands an array of segments to C.
 ///
 /// # Safety
-/// Both places are valid for writes.
+/// Both pointers are valid for writes.
 pub(crate) unsafe fn into_array(given: Vec<Given>, segments: *mut *mut dmaload_segment, count: *mut usize) {
     let all: Box<[dmaload_segment]> = given.into_iter().map(Given::into_c).collect();
-    // SAFETY: as the caller says.
+    // SAFETY: as the caller guarantees.
     unsafe { count.write(all.len()) };
-    // SAFETY: as the caller says.
+    // SAFETY: as the caller guarantees.
     unsafe { segments.write(Box::into_raw(all).cast()) };
 }
 
-/// Closes what was not taken (`fd` is not -1), and frees the array.
+/// Closes the descriptors that were not taken (`fd` is not -1), and frees the array.
 ///
 /// # Safety
-/// It is null, or came from [`into_array`] with this count, once.
+/// It is null, or came from [`into_array`] with this count and has not been freed.
 pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
     if segments.is_null() {
         return;
     }
-    // SAFETY: as the caller says, it was made from a box of that many.
+    // SAFETY: the caller guarantees that it was made from a box of this length.
     let all = unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(segments, count)) };
     for segment in all.iter().filter(|segment| segment.fd >= 0) {
         close(segment.fd);
@@ -147,11 +147,11 @@ pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
 }
 
 fn close(fd: c_int) {
-    // SAFETY: whoever gives it to be closed owns it, and a descriptor that is closed already gives an error that nobody needs.
+    // SAFETY: the caller owns the descriptor. If it is already closed, the error does not matter.
     unsafe { libc::close(fd) };
 }
 
-/// NULL where there must be something.
+/// Fails if a required pointer is NULL.
 pub(crate) fn not_null<T>(pointer: *const T, what: &str) -> Result<()> {
     if pointer.is_null() { Err(Failure::new(Errno::FAULT, format!("{what} is NULL"))) } else { Ok(()) }
 }

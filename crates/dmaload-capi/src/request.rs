@@ -1,4 +1,4 @@
-//! From what C asks for to a loader, and to a load of it.
+//! Turns C options into a loader and a load.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int};
@@ -20,18 +20,18 @@ use crate::types::{DMALOAD_HEAP_FD, DMALOAD_SEGMENTED, DMALOAD_SINGLE, DMALOAD_S
 const MIB: u64 = 1 << 20;
 const SEGMENT_STEP_BYTES: u64 = 2 * MIB;
 
-/// A descriptor of our own of what the caller has open.
+/// Duplicates a descriptor of the caller's.
 pub(crate) fn duplicate(fd: c_int, what: &str) -> Result<OwnedFd> {
     let failed = |errno| Failure::new(errno, format!("{what} {fd} is no open descriptor"));
     if fd < 0 {
         return Err(failed(Errno::BADF));
     }
-    // SAFETY: it is not -1, and used for this call only, which fails for one that is closed.
+    // SAFETY: it is not -1, and is used only for this call, which fails if it is closed.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(failed)
 }
 
-/// The file to be read, and its length.
+/// The file to read, and its length.
 pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
     let file = duplicate(fd, "file_fd")?;
     let failed = |errno| Failure::new(errno, format!("file_fd {fd} can't be looked at"));
@@ -47,11 +47,12 @@ pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
     }
 }
 
-/// A network file system asks its server: a cached length may be an old one, and the end of the file would be missing.
+/// A network file system asks its server: a cached length may be outdated, and the end of the file
+/// would be missing.
 fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
     match statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS) {
         Ok(found) => Ok((RawMode::from(found.stx_mode), found.stx_size)),
-        // A sandbox may refuse it.
+        // A sandbox may refuse statx.
         Err(Errno::NOSYS | Errno::PERM) => {
             let found = fstat(file)?;
             let bytes = u64::try_from(found.st_size).expect("a length that the kernel tells is not negative");
@@ -61,7 +62,7 @@ fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
     }
 }
 
-/// The heap that this descriptor is of.
+/// The heap of this descriptor.
 pub(crate) fn heap_of(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     let device = duplicate(fd, "heap_fd")?;
     match Device::of(&device) {
@@ -73,15 +74,15 @@ pub(crate) fn heap_of(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
 }
 
 /// # Safety
-/// It is null, or a C string.
+/// `name` is null, or a C string.
 unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
     let choice = if name.is_null() {
         HeapChoice::Memfd
     } else {
-        // SAFETY: the caller says so.
+        // SAFETY: as the caller guarantees.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         match name.parse() {
-            // The header promises neither; an `anon` segment would have no descriptor to hand out.
+            // The header offers neither; an `anon` segment would have no descriptor to hand out.
             Err(_) | Ok(HeapChoice::Auto | HeapChoice::Anon) => {
                 return Err(Failure::invalid(format!("heap {name:?}: memfd, udmabuf, dma-heap:NAME or dma-buf")));
             }
@@ -92,23 +93,23 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
 }
 
 /// # Safety
-/// As [`heap_named`], for `options.heap`.
+/// That of [`heap_named`], for `options.heap`.
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
     match (options.flags & DMALOAD_HEAP_FD != 0, options.heap.is_null()) {
         (true, true) => heap_of(options.heap_fd, 0),
         (true, false) => Err(Failure::invalid("a heap by its descriptor, or by its name, not by both")),
-        // SAFETY: as the caller says.
+        // SAFETY: as the caller guarantees.
         (false, _) => unsafe { heap_named(options.heap) },
     }
 }
 
-/// A loader as it is asked for.
+/// Creates a loader with these options.
 ///
 /// # Safety
-/// As [`heap_named`], for `options.heap`.
+/// That of [`heap_named`], for `options.heap`.
 pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     check_flags(options)?;
-    // SAFETY: as the caller says.
+    // SAFETY: as the caller guarantees.
     let heap = unsafe { heap(options)? };
     let mut builder = Loader::builder().heap(heap).window_bytes(window_bytes(options.window_bytes)?);
     if options.queue_depth > 0 {
@@ -117,7 +118,8 @@ pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     Ok(builder.load_options(fitting(options.window_bytes)?).build()?)
 }
 
-/// A loader of one's own for each call of the ioctl's kind, whose contract is to read from storage.
+/// Creates a loader for one call of `dmaload_alloc_and_read`, whose contract is to read from
+/// storage.
 pub(crate) fn loader_with(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
     let options = fitting(batch_bytes)?.cache(Cache::Bypass);
     Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).load_options(options).build()?)
@@ -138,21 +140,22 @@ fn window_bytes(asked: u64) -> Result<u64> {
     }
 }
 
-/// Segments that such a window has room for: the library's own, unless it is smaller.
+/// The options for segments that fit into such a window: the library's defaults, unless the window
+/// is smaller.
 fn fitting(window: u64) -> Result<LoadOptions> {
     let (window, options) = (window_bytes(window)?, LoadOptions::default());
     let fits = window / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
     Ok(if window < LoadOptions::SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
 }
 
-/// The loader of a load, and whether nobody else has it.
+/// The loader for a load, and whether it belongs to this load alone.
 ///
 /// # Safety
-/// The pointers in `options` are as the header says.
+/// The pointers in `options` are as the header requires.
 pub(crate) unsafe fn loader_of(options: &dmaload_options) -> Result<(Loader, bool)> {
     // SAFETY: it is null, or a loader that was not freed.
     let Some(shared) = (unsafe { options.loader.as_ref() }) else {
-        // SAFETY: as the caller says.
+        // SAFETY: as the caller guarantees.
         return Ok((unsafe { new_loader(options)? }, true));
     };
     check_flags(options)?;
@@ -163,16 +166,16 @@ pub(crate) unsafe fn loader_of(options: &dmaload_options) -> Result<(Loader, boo
     Ok((shared.0.clone(), false))
 }
 
-/// A load that was started, and the bytes of the file that are wanted.
+/// A started load, and the requested bytes of the file.
 #[derive(Debug)]
 pub(crate) struct Started {
     pub(crate) segments: Segments,
     pub(crate) wanted: Range<u64>,
-    /// CPU time of the process when it was started.
+    /// CPU time of the process at the start.
     pub(crate) cpu_before: Duration,
 }
 
-/// Starts what is asked for.
+/// Starts a load with these options.
 pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &dmaload_options) -> Result<Started> {
     let layout = match options.layout {
         DMALOAD_SEGMENTED => Layout::Segmented,
@@ -186,10 +189,11 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         other => return Err(Failure::invalid(format!("priority {other}: -1, 0 or 1"))),
     };
     let part = part(file_bytes, options.file_offset, options.file_bytes)?;
-    // All of it is all that it has when it is opened, which may be more by then.
+    // For the whole file, no range is set, because the file may be longer by the time it is
+    // opened.
     let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
-    // Whatever the file is, its bytes are what is asked for.
+    // Whatever the file is, it is loaded as raw bytes.
     let mut load = loader.load_options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
     if options.segment_bytes > 0 {
         load = load.segment_bytes(options.segment_bytes);
@@ -199,7 +203,7 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     Ok(Started { segments: loader.load(source).options(load).segments(), wanted, cpu_before })
 }
 
-/// The part of the file that is wanted.
+/// The requested part of the file.
 fn part(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
         Failure::invalid(format!("the file has {file_bytes} bytes: there are no {} from {offset} on", bytes.max(1)))

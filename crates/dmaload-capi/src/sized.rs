@@ -1,6 +1,7 @@
-//! Structs that grow from version to version: each begins with its size in bytes, a `uint64_t`, as its writer knows it.
+//! Structs that grow from version to version. Each begins with its size in bytes, a `uint64_t`, in
+//! the version of the program that created it.
 //!
-//! As the kernel does with `copy_struct_from_user` (include/linux/uaccess.h).
+//! Works like the kernel's `copy_struct_from_user` (include/linux/uaccess.h).
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
@@ -18,12 +19,13 @@ pub(crate) unsafe trait Sized64: Copy {
     const NAME: &str;
 }
 
-// SAFETY: `repr(C)`, begins with `size: u64`; numbers, and pointers and functions that may be null.
+// SAFETY: `repr(C)`, begins with `size: u64`, and consists of numbers and nullable pointers and
+// functions.
 unsafe impl Sized64 for dmaload_options {
     const NAME: &str = "struct dmaload_options";
 }
 
-// SAFETY: `repr(C)`, begins with `size: u64`; numbers only.
+// SAFETY: `repr(C)`, begins with `size: u64`, and consists of numbers only.
 unsafe impl Sized64 for dmaload_report {
     const NAME: &str = "struct dmaload_report";
 }
@@ -37,11 +39,11 @@ fn stated<T: Sized64>(size: u64) -> Result<usize> {
 
 /// All fields zero.
 pub(crate) fn zeroed<T: Sized64>() -> T {
-    // SAFETY: the trait says that all of its fields may be zero.
+    // SAFETY: the trait guarantees that all fields may be zero.
     unsafe { MaybeUninit::zeroed().assume_init() }
 }
 
-/// Reads one of any version; NULL is all zero.
+/// Reads a struct of any version; NULL means all zero.
 ///
 /// # Safety
 /// It is null, or valid for reads of as many bytes as its first field says.
@@ -50,10 +52,10 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     if from.is_null() {
         return Ok(all);
     }
-    // SAFETY: the first field is there; the caller's struct may have any alignment.
+    // SAFETY: the first field is present; the caller's struct may have any alignment.
     let size = stated::<T>(unsafe { from.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
-    // SAFETY: `known` bytes of both are there, and they are different objects.
+    // SAFETY: both have `known` bytes, and they are different objects.
     unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), (&raw mut all).cast::<u8>(), known) };
     // SAFETY: it is one byte after `known`, or at the end.
     let rest = unsafe { from.cast::<u8>().add(known) };
@@ -66,7 +68,8 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     Ok(all)
 }
 
-/// Writes one of any version, as far as its owner knows it; its size stays, and what is not known here becomes 0. NULL is nothing.
+/// Writes a struct of any version, up to the size that its owner knows. Keeps its `size`, and sets
+/// fields unknown here to 0. Does nothing for NULL.
 ///
 /// # Safety
 /// It is null, or valid for reads and writes of as many bytes as its first field says.
@@ -74,7 +77,7 @@ pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     if to.is_null() {
         return Ok(());
     }
-    // SAFETY: the first field is there.
+    // SAFETY: the first field is present.
     let size = stated::<T>(unsafe { to.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
     let first = size_of::<u64>();
@@ -82,7 +85,7 @@ pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     let from = unsafe { (&raw const *all).cast::<u8>().add(first) };
     // SAFETY: the first field has that size.
     let to = unsafe { to.cast::<u8>().add(first) };
-    // SAFETY: `known` bytes of both are there, and they are different objects.
+    // SAFETY: both have `known` bytes, and they are different objects.
     unsafe { std::ptr::copy_nonoverlapping(from, to, known - first) };
     // SAFETY: it is one byte after `known`, or at the end.
     let rest = unsafe { to.add(known - first) };
