@@ -60,10 +60,10 @@ fn about(name: &str, image: &Image) -> Value {
 async fn load(State(service): State<Service>, Path(name): Path<String>, Json(body): Json<Value>) -> Answer<Json<Value>> {
     let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the body needs a \"path\"\n".to_owned()))?;
     let image = service.loader.load(path).await.map_err(failed)?;
-    let told = about(&name, &image);
+    let reported = about(&name, &image);
     let before = service.models.write().map_err(|_| missing("models"))?.insert(name, image);
     drop(before);
-    Ok(Json(told))
+    Ok(Json(reported))
 }
 
 async fn list(State(service): State<Service>) -> Answer<Json<Vec<Value>>> {

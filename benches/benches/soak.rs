@@ -396,9 +396,9 @@ async fn soak() -> Result<()> {
         }
         let held = settled(before.as_ref()).await?;
         // After a tenth of the time, and on errors.
-        let told = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
+        let reported = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
         let grown = before.is_some_and(|before| held.has_grown_since(&before));
-        if told || grown || Instant::now() >= end {
+        if reported || grown || Instant::now() >= end {
             row(started.elapsed().as_secs_f64() / 60.0, &counts, &held);
         }
         rows += 1;

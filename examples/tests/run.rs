@@ -127,8 +127,8 @@ fn service_loads_swaps_serves_and_ends() {
     for round in 0..100 {
         let which = round % 2;
         let body = json!({ "path": paths[which] }).to_string();
-        let told = service.ask_json("PUT", "/models/m", &body);
-        assert_eq!((told["tensors"].as_u64(), told["bytes"].as_u64() > Some(20_000_000)), (Some(1), true));
+        let reported = service.ask_json("PUT", "/models/m", &body);
+        assert_eq!((reported["tensors"].as_u64(), reported["bytes"].as_u64() > Some(20_000_000)), (Some(1), true));
         let (status, bytes) = service.ask("GET", "/models/m/tensors/w", "");
         assert_eq!((status, bytes.len()), (200, 20_000_000));
         assert!(bytes.iter().all(|&byte| usize::from(byte) == which + 1), "round {round}: bytes of the other model");

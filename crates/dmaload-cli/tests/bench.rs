@@ -93,9 +93,9 @@ fn ratios_pair_within_rounds_and_files_form_one_load() {
     let mut ratios: Vec<f64> =
         seconds("normal").iter().zip(seconds("direct_io_check")).map(|(normal, mode)| normal / mode).collect();
     ratios.sort_unstable_by(f64::total_cmp);
-    let told = &mode(&json, "direct_io_check")["ratio_to_normal"];
+    let reported = &mode(&json, "direct_io_check")["ratio_to_normal"];
     for (statistic, expected) in [("min", ratios[0]), ("median", ratios[1]), ("max", ratios[2])] {
-        assert_close(number(&told[statistic]), expected);
+        assert_close(number(&reported[statistic]), expected);
     }
 }
 

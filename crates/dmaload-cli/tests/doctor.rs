@@ -42,10 +42,10 @@ fn trial_without_descriptors_leaves_loads_unknown() {
     for limit in 8..=16 {
         let limited = |command: &Command| run(&mut common::limited(command, &format!("-n {limit}")));
         let load = limited(dmaload(["load"]).arg(&path));
-        let told = limited(&doctor(Some(&path)));
-        match &told.json()["load"]["works"] {
-            Value::Null => drop(told.exits(1)),
-            works => assert_eq!((works.as_bool(), told.code), (Some(load.code == Some(0)), load.code), "{limit}: {load}"),
+        let reported = limited(&doctor(Some(&path)));
+        match &reported.json()["load"]["works"] {
+            Value::Null => drop(reported.exits(1)),
+            works => assert_eq!((works.as_bool(), reported.code), (Some(load.code == Some(0)), load.code), "{limit}: {load}"),
         }
         assert_eq!(limited(&doctor(Some(&broken))).exits(1).json()["load"]["works"], false, "{limit}");
     }
@@ -107,16 +107,16 @@ fn has_direct(path: &Path) -> bool {
 fn doctor_reports_what_a_load_gets() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 40 * MIB + 777);
-    let told = run(&mut doctor(Some(&path))).succeeds().json();
+    let reported = run(&mut doctor(Some(&path))).succeeds().json();
     let got = load_json(&path, &[]);
-    assert_eq!(told["load"]["works"], true);
-    assert_eq!((&told["load"]["heap"], &told["load"]["route"]), (&got["heap"], &got["route"]), "{told:#}");
-    assert_eq!(told["huge_pages"]["obtained_bytes"], got["page_size_bytes"]);
-    assert_eq!(heap(&told, "memfd")["fallbacks"], load_json(&random_file(folder.path(), "small", 4 * MIB), &[])["fallbacks"]);
+    assert_eq!(reported["load"]["works"], true);
+    assert_eq!((&reported["load"]["heap"], &reported["load"]["route"]), (&got["heap"], &got["route"]), "{reported:#}");
+    assert_eq!(reported["huge_pages"]["obtained_bytes"], got["page_size_bytes"]);
+    assert_eq!(heap(&reported, "memfd")["fallbacks"], load_json(&random_file(folder.path(), "small", 4 * MIB), &[])["fallbacks"]);
     let anon = load_json(&path, &["--heap", "anon"]);
-    assert_eq!(heap(&told, "anon")["usable"], true);
-    assert_eq!(heap(&told, "anon")["page_size_bytes"], anon["page_size_bytes"]);
-    let about = &told["path"];
+    assert_eq!(heap(&reported, "anon")["usable"], true);
+    assert_eq!(heap(&reported, "anon")["page_size_bytes"], anon["page_size_bytes"]);
+    let about = &reported["path"];
     assert_eq!((about["kind"].as_str(), about["bytes"].as_u64()), (Some("file"), Some(40 * MIB as u64 + 777)));
     assert_eq!((&about["o_direct"], &about["first_read"]), (&json!(has_direct(&path)), &json!(true)));
     assert_eq!(about["fits_memory"], true);
@@ -124,8 +124,8 @@ fn doctor_reports_what_a_load_gets() {
     assert_eq!(about["mount_point"], stat.trim());
     let findmnt = run(Command::new("findmnt").args(["-no", "FSTYPE", "-T"]).arg(&path)).succeeds().text();
     assert_eq!(about["file_system"], findmnt.trim());
-    assert_eq!(told["kernel"], run(Command::new("uname").arg("-sr")).succeeds().text().trim());
-    assert_eq!(told["trial"]["folder"], fs::canonicalize(folder.path()).unwrap().to_str().unwrap());
+    assert_eq!(reported["kernel"], run(Command::new("uname").arg("-sr")).succeeds().text().trim());
+    assert_eq!(reported["trial"]["folder"], fs::canonicalize(folder.path()).unwrap().to_str().unwrap());
     // Nothing is left behind.
     let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.sort();
@@ -139,8 +139,8 @@ fn doctor_lists_the_ways_that_a_load_measures() {
     for (bytes, ways) in [(half_gib - 4096, json!([])), (half_gib - 1, json!(["direct", "staged"]))] {
         let path = folder.path().join("model.bin");
         fs::File::create(&path).unwrap().set_len(bytes).unwrap();
-        let told = run(&mut doctor(Some(&path))).succeeds().json();
-        assert_eq!(told["load"]["measures"], ways, "{told:#}");
+        let reported = run(&mut doctor(Some(&path))).succeeds().json();
+        assert_eq!(reported["load"]["measures"], ways, "{reported:#}");
         let got = load_json(&path, &[]);
         assert_eq!(got["measured"].is_null(), ways == json!([]), "{got:#}");
     }
@@ -481,14 +481,14 @@ fn doctor_and_load_agree_on_every_file() {
     for (name, _) in &files {
         let path = folder.path().join(name);
         let loaded = run(dmaload(["load", "--json"]).arg(&path));
-        let told = run(&mut doctor(Some(&path)));
-        assert_eq!(told.code, loaded.code, "{told}\n{loaded}");
-        assert_eq!(told.json()["load"]["works"], loaded.code == Some(0), "{told}");
+        let reported = run(&mut doctor(Some(&path)));
+        assert_eq!(reported.code, loaded.code, "{reported}\n{loaded}");
+        assert_eq!(reported.json()["load"]["works"], loaded.code == Some(0), "{reported}");
         if loaded.code != Some(0) {
             failed += 1;
             // In the same words, with the same advice.
-            let (told, loaded) = (told.json(), loaded.json());
-            let reason = told["load"]["reason"].as_str().unwrap();
+            let (reported, loaded) = (reported.json(), loaded.json());
+            let reason = reported["load"]["reason"].as_str().unwrap();
             for said in [&loaded["error"], &loaded["hint"]] {
                 assert!(reason.contains(said.as_str().unwrap_or_default()), "{reason}\n{loaded:#}");
             }
@@ -518,12 +518,12 @@ fn doctor_and_load_agree_on_every_folder() {
         let folder = folder();
         files.iter().for_each(|(name, bytes)| drop(common::file(folder.path(), name, bytes)));
         let loaded = run(dmaload(["load", "--json"]).arg(folder.path()));
-        let told = run(&mut doctor(Some(folder.path())));
-        assert_eq!(told.code, loaded.code, "{told}\n{loaded}");
-        let (told, loaded) = (told.json(), loaded.json());
-        assert_eq!(told["load"]["works"], loaded["error"].is_null(), "{told:#}");
+        let reported = run(&mut doctor(Some(folder.path())));
+        assert_eq!(reported.code, loaded.code, "{reported}\n{loaded}");
+        let (reported, loaded) = (reported.json(), loaded.json());
+        assert_eq!(reported["load"]["works"], loaded["error"].is_null(), "{reported:#}");
         works += usize::from(loaded["error"].is_null());
-        let reason = told["load"]["reason"].as_str().unwrap_or_default();
+        let reason = reported["load"]["reason"].as_str().unwrap_or_default();
         assert!(reason.contains(loaded["error"].as_str().unwrap_or_default()), "{reason}\n{loaded:#}");
     }
     assert_eq!(works, 1);
@@ -538,10 +538,13 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
         let error = loaded["error"].as_str().unwrap();
         let inspected = run(dmaload(["inspect", "--json"]).arg(path)).exits(1).json();
         let doctor = run(&mut doctor(Some(path))).exits(1).json();
-        let told = doctor["load"]["reason"].as_str().or(doctor["error"].as_str()).unwrap();
+        let reported = doctor["load"]["reason"].as_str().or(doctor["error"].as_str()).unwrap();
         // `load` finds the end in another step.
         let words = if error.contains("has no bytes at offset") { "has no bytes at offset" } else { error };
-        assert!(told.contains(words) && inspected["error"].as_str().unwrap().contains(words), "{told}\n{inspected:#}\n{error}");
+        assert!(
+            reported.contains(words) && inspected["error"].as_str().unwrap().contains(words),
+            "{reported}\n{inspected:#}\n{error}"
+        );
         assert_eq!(inspected["hint"], loaded["hint"]);
     }
 }
@@ -562,17 +565,17 @@ fn without_procfs_doctor_works_as_load_does() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 20 * MIB + 5);
     let got = run(without_proc(&dmaload(["load", "--json", "--cache", "bypass"])).arg(&path)).succeeds().json();
-    let told = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
-    assert_eq!((&told["load"]["works"], &told["load"]["route"]), (&json!(true), &got["route"]), "{told:#}");
+    let reported = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
+    assert_eq!((&reported["load"]["works"], &reported["load"]["route"]), (&json!(true), &got["route"]), "{reported:#}");
     // If nothing can be written and no memory file opened by its descriptor, doctor loads its own
     // beginning.
     let mut closed = without_proc(&doctor(Some(&path)));
     closed.env("TMPDIR", "/nonexistent");
     let mut full = Command::new("sh");
     full.args(["-c", "ulimit -f 0 && exec \"$@\"", "sh", "unshare"]).args(closed.get_args()).env("TMPDIR", "/nonexistent");
-    let told = run(&mut full);
-    assert!(!told.stderr.contains("panicked"), "{told}");
-    assert_eq!(heap(&told.json(), "anon")["usable"], true, "{told}");
+    let reported = run(&mut full);
+    assert!(!reported.stderr.contains("panicked"), "{reported}");
+    assert_eq!(heap(&reported.json(), "anon")["usable"], true, "{reported}");
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
     run(&mut without_proc(&doctor(Some(&broken)))).exits(1);
 }

@@ -28,12 +28,12 @@ fn a_program_reads_the_segments_from_its_descriptors() {
     assert_eq!(files, paths.iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>());
     let segments: serde_json::Value = serde_json::from_slice(next()).unwrap();
     let described: Vec<_> = segments.as_array().unwrap().iter().collect();
-    let told = |key: &str| described.iter().map(|segment| segment[key].as_u64().unwrap()).collect::<Vec<_>>();
+    let reported = |key: &str| described.iter().map(|segment| segment[key].as_u64().unwrap()).collect::<Vec<_>>();
     let mib = MIB as u64;
-    assert_eq!(told("fd"), [3, 4, 5, 6, 7]);
-    assert_eq!(told("file"), [0, 0, 0, 2, 2]);
-    assert_eq!(told("file_offset"), [0, 2 * mib, 4 * mib, 0, 2 * mib]);
-    assert_eq!(told("bytes"), [2 * mib, 2 * mib, mib + 7, 2 * mib, mib]);
+    assert_eq!(reported("fd"), [3, 4, 5, 6, 7]);
+    assert_eq!(reported("file"), [0, 0, 0, 2, 2]);
+    assert_eq!(reported("file_offset"), [0, 2 * mib, 4 * mib, 0, 2 * mib]);
+    assert_eq!(reported("bytes"), [2 * mib, 2 * mib, mib + 7, 2 * mib, mib]);
     assert!(described.iter().all(|segment| segment["dma_buf"] == false));
     // A memfd is as long as its memory: zeros follow the file's last bytes up to the page's end.
     let memory = next();
@@ -56,8 +56,8 @@ fn small_files_share_a_descriptor_unless_forbidden() {
         let parts: Vec<_> = stdout.splitn(3, |&byte| byte == b'|').map(<[u8]>::to_vec).collect();
         let segments: serde_json::Value = serde_json::from_slice(&parts[1]).unwrap();
         let segments = segments.as_array().unwrap().clone();
-        let told = |key: &str| segments.iter().map(|segment| segment[key].as_u64().unwrap()).collect::<Vec<_>>();
-        (parts[0].clone(), told("fd"), told("offset"), parts[2].clone())
+        let reported = |key: &str| segments.iter().map(|segment| segment[key].as_u64().unwrap()).collect::<Vec<_>>();
+        (parts[0].clone(), reported("fd"), reported("offset"), parts[2].clone())
     };
     let (fds, fd, offset, memory) = loaded(&[]);
     assert_eq!((&*fds, &*fd, &*offset), (&b"1"[..], &[3, 3, 3][..], &[0, 8192, 16384][..]));

@@ -54,7 +54,7 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
             let json = load_json(path, &[&SMALL_SEGMENTS[..], &["--digest", "sha256", "--route", route]].concat());
             assert_eq!(digest_of(&json), sha256sum(path), "{what}, {size} bytes, {route}");
             let asked = if route == "auto" { ROUTES[0] } else { route };
-            assert_every_step_is_told(asked, &json, &format!("{what}, {size} bytes"));
+            assert_every_step_is_reported(asked, &json, &format!("{what}, {size} bytes"));
             if size > 0 {
                 seen.push(json);
             }
@@ -81,7 +81,7 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
     }
 }
 
-fn assert_every_step_is_told(asked: &str, json: &Value, what: &str) {
+fn assert_every_step_is_reported(asked: &str, json: &Value, what: &str) {
     let place = |name: &str| ROUTES.iter().position(|&route| route == name).unwrap();
     let mut at = place(asked);
     for fallback in json["fallbacks"].as_array().unwrap() {

@@ -376,10 +376,10 @@ fn large_buffered_load_warns_about_the_page_cache() {
     let file = fs::File::create(&path).unwrap();
     for (len, expected) in [((1 << 30) - 1, false), (1 << 30, true)] {
         file.set_len(len).unwrap();
-        let told = |route| load_json(&path, &["--route", route])["notes"].to_string().contains("read through the page cache");
-        assert_eq!(told("buffered"), expected, "{len} bytes");
-        assert_eq!(told("uring-buffered"), expected, "{len} bytes");
-        assert!(!told("pread-direct"));
+        let reported = |route| load_json(&path, &["--route", route])["notes"].to_string().contains("read through the page cache");
+        assert_eq!(reported("buffered"), expected, "{len} bytes");
+        assert_eq!(reported("uring-buffered"), expected, "{len} bytes");
+        assert!(!reported("pread-direct"));
     }
 }
 

@@ -1,7 +1,7 @@
 //! A loader with a memory limit: it is never exceeded, a consumer that stops delays only itself,
 //! and no load starves.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(clippy::print_stdout, reason = "what was measured is told")]
+#![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 mod common;
 

@@ -34,7 +34,7 @@ struct Gate {
 }
 
 impl Gate {
-    fn at(file: usize, offset: u64) -> Arc<Self> {
+    fn before(file: usize, offset: u64) -> Arc<Self> {
         Arc::new(Gate { file, offset, verdict: Mutex::default(), decided: Condvar::new() })
     }
 
@@ -119,7 +119,7 @@ impl Wake for CountWakes {
 async fn load_is_finished_once_its_last_segment_arrived() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 1);
-    let gate = Gate::at(0, last_segment(&bytes));
+    let gate = Gate::before(0, last_segment(&bytes));
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     in_time("the first tensor", load.tensor("t0")).await.unwrap();
     tokio::time::sleep(WHILE).await;
@@ -187,7 +187,7 @@ async fn tensor_of_rows_waits_for_its_middle_rows() {
     let data = dmaload_testing::random_bytes(8_194_000, 1);
     let bytes = [&1492u64.to_le_bytes()[..], header.as_bytes(), &data].concat();
     let path = file(folder.path(), "model.safetensors", &bytes);
-    let gate = Gate::at(0, 0);
+    let gate = Gate::before(0, 0);
     let hooks = HeldAllocations { left: AtomicUsize::new(2), gate: gate.clone() };
     let loader = Loader::builder().heap(Hooked::new(MemfdHeap::default(), hooks)).build().unwrap();
     let options = LoadOptions::new().packed(false).tensors(["a*", "b"]);
@@ -211,7 +211,7 @@ async fn tensor_arrives_before_the_load_ends() {
     let last = TENSORS - 1;
     for route in ROUTES {
         let loader = Loader::new().unwrap();
-        let gate = Gate::at(0, last_segment(&bytes));
+        let gate = Gate::before(0, last_segment(&bytes));
         let load = loader.load(&path).options(options().route(route).observer(gate.clone())).start();
         // One that has arrived in one segment, and one in two.
         for number in [0, 1, 2, 7] {
@@ -238,7 +238,7 @@ async fn any_number_of_tasks_wait_at_once() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 2);
     let bytes = Arc::new(bytes);
-    let gate = Gate::at(0, 0);
+    let gate = Gate::before(0, 0);
     let load = Arc::new(Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start());
     let tasks: Vec<_> = (0..200)
         .map(|task| {
@@ -265,7 +265,7 @@ async fn unpolled_waiter_delays_no_other() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 3);
     let last = TENSORS - 1;
-    let gate = Gate::at(0, 0);
+    let gate = Gate::before(0, 0);
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     let last_name = format!("t{last}");
     // Both were polled once and are alive; their task is busy with something else.
@@ -289,7 +289,7 @@ async fn unpolled_waiter_delays_no_other() {
 async fn dropped_waiter_loses_nothing_and_is_never_woken() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 4);
-    let gate = Gate::at(0, last_segment(&bytes));
+    let gate = Gate::before(0, last_segment(&bytes));
     let mut load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     let wakes = Arc::new(CountWakes::default());
     {
@@ -328,7 +328,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     let (large, bytes) = model(folder.path(), "large.safetensors", 5);
     let small = file(folder.path(), "small.safetensors", &dmaload_testing::safetensors_of(1, 64, 6));
     // Nothing is known before it is planned.
-    let gate = Gate::at(0, 0);
+    let gate = Gate::before(0, 0);
     let load = loader.load(&large).options(options().verify(Planned(gate.clone()))).start();
     assert!(is_pending(load.tensor("none")).await && is_pending(load.tensor("t0")).await);
     gate.open();
@@ -338,7 +338,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
 
     // The header of a small file is read with its bytes, which are held back: it may have a `t3`,
     // too, and has a `t0`.
-    let gate = Gate::at(1, 0);
+    let gate = Gate::before(1, 0);
     let load = loader.load([&large, &small]).options(options().observer(gate.clone())).start();
     for name in ["none", "t3", "t0"] {
         assert!(is_pending(load.tensor(name)).await, "{name}");
@@ -363,7 +363,7 @@ async fn an_index_tells_early_which_file_has_a_tensor() {
     let entry = |number: usize| format!(r#""t{number}":"{}""#, if number < 6 { a } else { b });
     let entries = (0..TENSORS).map(entry).collect::<Vec<_>>().join(",");
     file(folder.path(), "model.safetensors.index.json", format!(r#"{{"weight_map":{{{entries}}}}}"#).as_bytes());
-    let gate = Gate::at(1, 0);
+    let gate = Gate::before(1, 0);
     let load = Loader::new().unwrap().load(folder.path()).options(options().observer(gate.clone())).start();
     check(&in_time("a tensor of the first file", load.tensor("t5")).await.unwrap(), 5, &first);
     assert!(is_pending(load.tensor("t6")).await && is_pending(load.tensor("none")).await);
@@ -396,7 +396,7 @@ async fn tensor_that_was_not_selected_is_an_error_that_says_so() {
 async fn every_waiter_gets_the_error_of_a_failed_load() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 10);
-    let gate = Gate::at(0, last_segment(&bytes));
+    let gate = Gate::before(0, last_segment(&bytes));
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     let fail = async {
@@ -422,7 +422,7 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
 fn threads_wait_without_a_runtime() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 11);
-    let gate = Gate::at(0, 0);
+    let gate = Gate::before(0, 0);
     let loader = Loader::new().unwrap();
     let load: Arc<Load> = Arc::new(loader.load(&path).options(options().observer(gate.clone())).start());
     let (sender, receiver) = mpsc::channel();

@@ -1,7 +1,7 @@
 //! Cached chunks are copied from the page cache, and only where that is as good as reading
 //! storage.
 #![allow(unsafe_code, reason = "writers that store through mappings")]
-#![allow(clippy::print_stderr, reason = "what a test passes over is told")]
+#![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
 #![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
 

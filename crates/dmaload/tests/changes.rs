@@ -275,8 +275,8 @@ async fn heap_that_runs_out_fails_the_load_not_the_loader() {
             .build()
             .unwrap();
         let error = loader.load(&path).await.unwrap_err();
-        let told = error.to_string();
-        assert!(told.contains("failing") && told.contains(operation) && told.contains("ENOMEM"), "{told}");
+        let reported = error.to_string();
+        assert!(reported.contains("failing") && reported.contains(operation) && reported.contains("ENOMEM"), "{reported}");
         // Only one call failed: the same loader still works.
         let image = loader.load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &model(), "the load after the failure");

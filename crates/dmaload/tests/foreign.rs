@@ -360,14 +360,14 @@ fn panicking_verifiers_and_observers_are_named() {
                 let observed = load_all(&loader, path, loader.load_options().observer(observer));
                 let panicked = |code: &str, message: &str| Err(format!("{code} panicked: {message}"));
                 // The offset of the bytes follows.
-                let told = |result: dmaload::Result<u64>| {
+                let reported = |result: dmaload::Result<u64>| {
                     result.map_err(|error| {
                         let text = error.to_string();
                         assert!(!text.contains("in bytes (") || text.contains(".bin: "), "{text}");
                         text.split(" (").next().unwrap().to_owned()
                     })
                 };
-                let [verified, observed] = [verified, observed].map(told);
+                let [verified, observed] = [verified, observed].map(reported);
                 let expected = match place {
                     In::Begin => [panicked("the verifier", "in begin"), Ok(length)],
                     In::Describe => [panicked("the verifier", "in describe"), Ok(length)],

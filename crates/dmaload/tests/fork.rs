@@ -45,7 +45,7 @@ fn wait_for(pid: i32) -> Ended {
 }
 
 /// A child that compares a byte: exits with 0 if it is `expected`.
-fn looks_at(byte: &u8, expected: u8) -> Ended {
+fn child_sees(byte: &u8, expected: u8) -> Ended {
     // SAFETY: the reference is valid in this process; in the child the page may be missing, which
     // is what is tested.
     wait_for(in_a_child(|| i32::from(unsafe { std::ptr::read_volatile(byte) } != expected)))
@@ -61,7 +61,7 @@ struct Curious {
 impl Observer for Curious {
     fn bytes(&self, _file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         self.looked.fetch_add(1, Ordering::Relaxed);
-        if looks_at(&bytes[0], bytes[0]) == Ended::Exited(0) {
+        if child_sees(&bytes[0], bytes[0]) == Ended::Exited(0) {
             self.seen.store(true, Ordering::Relaxed);
         }
         Ok(())
@@ -85,7 +85,7 @@ async fn a_child_has_private_memory_only_when_it_is_complete() {
             assert!(curious.looked.load(Ordering::Relaxed) >= 3);
             assert_eq!(curious.seen.load(Ordering::Relaxed), !private, "while it was being loaded");
             let view = image.files()[0].bytes().unwrap();
-            assert_eq!(looks_at(&view[SEGMENT + 1], bytes[SEGMENT + 1]), Ended::Exited(0), "when it was handed over");
+            assert_eq!(child_sees(&view[SEGMENT + 1], bytes[SEGMENT + 1]), Ended::Exited(0), "when it was handed over");
             drop(view);
             drop(image);
             while loader.pooled_bytes() == 0 {

@@ -284,9 +284,9 @@ fn damaged_gguf_headers_cost_little_and_stay_in_the_file() {
             assert!(tensor.file_range.start >= end && tensor.file_range.end <= length, "{tensor:?}");
             end = tensor.file_range.end;
         }
-        let (told, memory, time) =
+        let (reported, memory, time) =
             measured(|| map.gguf().unwrap().iter().map(|(key, value)| format!("{key}{value}").len()).sum::<usize>());
-        assert_bounded(file.len() + told, memory, time);
+        assert_bounded(file.len() + reported, memory, time);
         true
     });
 }

@@ -65,7 +65,7 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
         };
         assert_eq!(error, Error::Ring { errno: Errno::EIO });
         assert!(error.to_string().contains("EIO"), "{error}");
-        assert_eq!(load.finish().await.unwrap_err(), error, "the first failure is the one that is told");
+        assert_eq!(load.finish().await.unwrap_err(), error, "the first failure is the one that is reported");
     }
     // The new ring is refused, too, which is an ordinary fallback.
     let image = loader.load(&path).await.unwrap();

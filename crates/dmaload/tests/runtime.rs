@@ -1,7 +1,7 @@
 //! Services: no async thread is ever blocked, runtimes may end at any time, and a loader can be
 //! observed.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(clippy::print_stdout, reason = "what was measured is told")]
+#![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 mod common;
 

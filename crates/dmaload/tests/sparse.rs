@@ -2,7 +2,7 @@
 //! them is bounded, and what does not fit into memory is refused before it is planned. This is a
 //! process of its own, since it measures the process.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(clippy::print_stdout, reason = "what was measured is told")]
+#![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Staged loads: copiers populate memory, each part of it once and just before they write to it.
-#![allow(clippy::print_stderr, reason = "what a test passes over is told")]
+#![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;

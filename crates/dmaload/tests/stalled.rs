@@ -5,7 +5,7 @@
 //! Only root can mount; otherwise these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(clippy::print_stderr, reason = "what is skipped is told")]
+#![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 
 #[path = "common/fuse_attributes.rs"]
 mod attributes;
@@ -137,7 +137,7 @@ const HANGS: &str = "DMALOAD_TEST_HANGS";
 const ANSWER: &str = "DMALOAD_TEST_ANSWER";
 
 impl Hanging {
-    fn at(hangs: Hangs) -> Hanging {
+    fn start(hangs: Hangs) -> Hanging {
         let other = folder();
         let answer = other.path().join("answer");
         let variables = [(HANGS, OsString::from(format!("{hangs:?}"))), (ANSWER, answer.clone().into())];
@@ -326,7 +326,7 @@ async fn hanging_load_stops_no_other_and_finishes_later() {
     let (plain, bytes) = (Plain::new(), bytes());
     for (workers_wanted, (hangs, names)) in [1, 2].into_iter().flat_map(|workers| KINDS.map(|kind| (workers, kind))) {
         let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
-        let hanging = Hanging::at(hangs);
+        let hanging = Hanging::start(hangs);
         let loader = loader(workers_wanted).build().unwrap();
         plain.load(&loader, &what).await;
         assert_eq!(workers(), workers_wanted, "{what}");
@@ -395,7 +395,7 @@ async fn many_hanging_loads_stop_no_other() {
 #[tokio::test]
 async fn sixty_hanging_loads_stop_no_other() {
     let Some(_alone) = alone().await else { return };
-    let (plain, hanging) = (Plain::new(), Hanging::at(Hangs::Lookup));
+    let (plain, hanging) = (Plain::new(), Hanging::start(Hangs::Lookup));
     let loader = loader(2).max_open_loads(1).build().unwrap();
     let held_up: Vec<_> = (0..60).map(|number| load(&loader, &hanging, &[format!("large-{number}").as_str()])).collect();
     let start = Instant::now();
@@ -419,7 +419,7 @@ async fn shutdown_counts_each_hanging_worker() {
     for (number, (hangs, names)) in KINDS.into_iter().enumerate() {
         let workers_wanted = 1 + number % 2;
         let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
-        let hanging = Hanging::at(hangs);
+        let hanging = Hanging::start(hangs);
         let loader = loader(workers_wanted).build().unwrap();
         let mut held_up = load(&loader, &hanging, names);
         waits(&mut held_up, &what).await;
@@ -443,7 +443,7 @@ async fn shutdown_counts_each_hanging_worker() {
 async fn inspecting_a_file_of_a_silent_server_blocks_no_async_thread() {
     let Some(_alone) = alone().await else { return };
     for hangs in [Hangs::Lookup, Hangs::Open] {
-        let hanging = Hanging::at(hangs);
+        let hanging = Hanging::start(hangs);
         let path = hanging.served.path().join("large-0");
         // If the inspection blocks this thread, it ends and fails the test below.
         let (answer, is_over) = (hanging.answer.clone(), Arc::new(AtomicBool::new(false)));

@@ -132,8 +132,8 @@ async fn whole_file_checksum_withholds_the_last_segment() {
         let other = digest(algorithm, b"another file");
         let (shown, error) = shown_until(&loader, &path, loader.load_options().verify(other)).await;
         assert!(shown <= 2 * SEGMENT as u64, "the last segment was shown");
-        let Error::Corrupt { expected: told, found, .. } = &error else { panic!("{error}") };
-        assert_eq!((told, found), (&other.to_string(), &expected.to_string()));
+        let Error::Corrupt { expected: reported, found, .. } = &error else { panic!("{error}") };
+        assert_eq!((reported, found), (&other.to_string(), &expected.to_string()));
         loader.load(&empty).options(loader.load_options().verify(digest(algorithm, b""))).await.unwrap();
         let error = loader.load(&empty).options(loader.load_options().verify(other)).await.unwrap_err();
         assert!(matches!(error, Error::Corrupt { .. }), "{error}");

@@ -79,19 +79,19 @@ impl Gpu {
     fn read(&self, segment: &Segment) -> Result<Vec<u8>> {
         let bytes = (segment.memory_offset() + segment.memory_bytes()) as u64;
         let fd = segment.hand_out_owned_dma_buf()?;
-        let mut told = vk::MemoryFdPropertiesKHR::default();
+        let mut reported = vk::MemoryFdPropertiesKHR::default();
         // SAFETY: the descriptor is open, and the structures outlive the calls below. Vulkan owns
         // what it imported.
         unsafe {
             self.imports
-                .get_memory_fd_properties(DMA_BUF, fd.as_raw_fd(), &mut told)
+                .get_memory_fd_properties(DMA_BUF, fd.as_raw_fd(), &mut reported)
                 .context("the driver does not know the dma-buf")?;
             let mut external = vk::ExternalMemoryBufferCreateInfo::default().handle_types(DMA_BUF);
             let info =
                 vk::BufferCreateInfo::default().size(bytes).usage(vk::BufferUsageFlags::TRANSFER_SRC).push_next(&mut external);
             let imported = self.device.create_buffer(&info, None)?;
             let needs = self.device.get_buffer_memory_requirements(imported);
-            let index = self.memory_type(needs.memory_type_bits & told.memory_type_bits, vk::MemoryPropertyFlags::empty());
+            let index = self.memory_type(needs.memory_type_bits & reported.memory_type_bits, vk::MemoryPropertyFlags::empty());
             let index = index.context("no memory type fits the dma-buf")?;
             let mut import = vk::ImportMemoryFdInfoKHR::default().handle_type(DMA_BUF).fd(fd.into_raw_fd());
             let allocate = vk::MemoryAllocateInfo::default().allocation_size(needs.size.max(bytes)).memory_type_index(index);

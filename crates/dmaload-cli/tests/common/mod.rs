@@ -196,10 +196,10 @@ impl Done {
         if self.command.contains("\"--json\"") && !self.command.contains("/dev/full") {
             let json = self.json();
             assert_eq!(json["exit_status"], code, "{self}");
-            for told in [&json["error"], &json["hint"]] {
+            for reported in [&json["error"], &json["hint"]] {
                 // Usage errors take several lines.
-                let mut lines = told.as_str().unwrap_or_default().lines();
-                assert!(lines.all(|line| self.stderr.contains(line)), "{told} is not on standard error of {self}");
+                let mut lines = reported.as_str().unwrap_or_default().lines();
+                assert!(lines.all(|line| self.stderr.contains(line)), "{reported} is not on standard error of {self}");
             }
         } else {
             assert!(self.stdout.is_empty(), "standard output of {self}");

@@ -150,7 +150,7 @@ fn limit_of_addresses_is_reported_without_a_panic() {
 fn load_explains_its_failure_at_any_limit_of_addresses() {
     let folder = folder();
     let path = sparse(folder.path(), 1 << 30);
-    let mut told = false;
+    let mut reported = false;
     for mib in 8..=40 {
         let done = run(&mut limited(&load(&path), &format!("-v {}", mib << 10)));
         if done.code == Some(127) {
@@ -162,15 +162,15 @@ fn load_explains_its_failure_at_any_limit_of_addresses() {
             // The standard library or the C library abort where a few bytes are missing.
             continue;
         }
-        if done.signal == Some(Signal::SEGV.as_raw()) && !told && done.stderr.is_empty() {
+        if done.signal == Some(Signal::SEGV.as_raw()) && !reported && done.stderr.is_empty() {
             // The stack cannot grow by what parsing the command line takes unoptimised.
             continue;
         }
         let done = done.fails(1, &["dmaload: "]);
         assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
-        told = true;
+        reported = true;
     }
-    assert!(told, "no limit was told");
+    assert!(reported, "no limit was reported");
 }
 
 /// More memory than any machine has.
@@ -227,11 +227,11 @@ fn small_memlock_limit_steps_down_and_is_named() {
             (Ok(lenient), Ok(strict)) => (lenient, strict),
             (Err(reason), _) | (_, Err(reason)) => return skip(reason),
         };
-        memlock_is_told(lenient, strict, &path);
+        assert_memlock_is_reported(lenient, strict, &path);
     }
 }
 
-fn memlock_is_told(mut lenient: Command, mut strict: Command, path: &Path) {
+fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &Path) {
     let json = run(&mut lenient).succeeds().json();
     assert_eq!(common::digest_of(&json), sha256sum(path), "{json:#}");
     assert_eq!(json["route"], "uring-direct", "{json:#}");

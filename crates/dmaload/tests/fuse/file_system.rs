@@ -235,10 +235,10 @@ pub(crate) struct Mounted {
 impl Mounted {
     /// `None` if only root may mount.
     pub(crate) fn new(manners: Manners) -> Option<Mounted> {
-        Mounted::of(BYTES, manners)
+        Mounted::with_bytes(BYTES, manners)
     }
 
-    pub(crate) fn of(bytes: usize, manners: Manners) -> Option<Mounted> {
+    pub(crate) fn with_bytes(bytes: usize, manners: Manners) -> Option<Mounted> {
         Mounted::serving(Model::new(bytes, manners))
     }
 

@@ -36,7 +36,7 @@ impl LoopMounted {
         let image = source.path().join("image");
         fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
         tool(Command::new("mkfs.ext4").args(["-q", "-d"]).args([&content, &image]))?;
-        let server = SilentServer::of(&image, Manners::NeverAnswersAfterSilence);
+        let server = SilentServer::serving(&image, Manners::NeverAnswersAfterSilence);
         let device = attach(&server.path)?;
         let mounted = LoopMounted { device, folder: folder(), server: Some(server) };
         let mount =

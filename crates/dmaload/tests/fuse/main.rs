@@ -6,7 +6,7 @@
 //! Only root can mount; otherwise these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(clippy::print_stderr, reason = "what is skipped is told")]
+#![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 
 #[path = "../common/fuse_attributes.rs"]
 mod attributes;
@@ -109,8 +109,8 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
         assert_eq!((report.route, steps), (to, vec![(from, by_threads, attempt, errno)]), "{route}");
         assert!(report.fallbacks[0].reason().contains("wrong bytes"), "{}", report.fallbacks[0].reason());
         let strict = loader.load(path).options(loader.load_options().strict(true)).await.unwrap_err();
-        let Error::Refused { attempt: refused, errno: told, .. } = strict else { panic!("{route}: {strict}") };
-        assert_eq!((refused, told), (attempt, errno), "{route}");
+        let Error::Refused { attempt: refused, errno: reported, .. } = strict else { panic!("{route}: {strict}") };
+        assert_eq!((refused, reported), (attempt, errno), "{route}");
         loader.shutdown().await.unwrap();
     }
 }
@@ -120,10 +120,10 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
 async fn more_threads_read_from_a_distant_server() {
     const CHUNK: u64 = 128 << 10;
     let bytes = 64 * SEGMENT + 777;
-    let Some(mounted) = Mounted::of(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
+    let Some(mounted) = Mounted::with_bytes(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
     let loader = loader().load_options(options().route(Route::PreadDirect).chunk_bytes(CHUNK)).build().unwrap();
     let most = || mounted.asked.most.swap(0, Ordering::SeqCst);
-    let small = Mounted::of(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
+    let small = Mounted::with_bytes(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
     let image = loader.load(&small.path).await.unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &small.bytes, "small");
     assert_eq!(small.asked.most.load(Ordering::SeqCst), 4, "nothing is known of the server yet");
@@ -265,7 +265,7 @@ async fn earlier_rewrite_is_not_a_change_by_cached_attributes() {
     for route in ROUTES {
         // A small file is looked at before it is opened, a large one after.
         for bytes in [BYTES, 70_000] {
-            let Some(mounted) = Mounted::of(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
+            let Some(mounted) = Mounted::with_bytes(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
             let cached = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
             mounted.rewritten.store(true, Ordering::SeqCst);
             let modified = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();

@@ -29,7 +29,7 @@ impl SilentServer {
     }
 
     /// Serves the bytes of a file.
-    pub(crate) fn of(content: &Path, manners: Manners) -> Self {
+    pub(crate) fn serving(content: &Path, manners: Manners) -> Self {
         SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref()), (CONTENT, content.as_os_str())])
     }
 

@@ -1,7 +1,7 @@
 //! One process loads, others map the same memory. Clients run in this process and, where it
 //! matters, in others.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
-#![allow(clippy::print_stdout, reason = "what was measured is told")]
+#![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 #[path = "../common/mod.rs"]
 mod common;
