@@ -14,9 +14,42 @@
 //! allocate memory ahead of it, and a window between them bounds the bytes that are allocated but
 //! not yet filled. Segments can be used while the rest is being read.
 //!
-//! Start with [`Loader`]. A load can be consumed as a whole, with single tensors by name while the
-//! rest is read ([`Load`]), segment by segment ([`Segments`]), or tensor by tensor ([`Tensors`]).
-//! What a load did, and every step it took down from the best [`Route`], is in its [`Report`].
+//! ```no_run
+//! # async fn example() -> dmaload::Result<()> {
+//! let loader = dmaload::Loader::new()?;
+//! let image = loader.load("model.safetensors").await?;
+//! let head = image.tensor("lm_head.weight")?;
+//! println!("{:?}: {} bytes", head.shape(), head.bytes()?.len());
+//! println!("by {}, in {:?}", image.report().route, image.report().total);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Which type do I need?
+//!
+//! | to | use |
+//! |---|---|
+//! | set a service's memory limit, heap and pool | [`Loader::builder`] |
+//! | name files, folders, open files, or a part of one | [`Source`] |
+//! | choose tensors, a shard, a layout or a route | [`LoadOptions`] |
+//! | get the whole model | [`Image`], by awaiting what [`Loader::load`] returns |
+//! | get single tensors by name while the rest is read | [`Load`] |
+//! | stream a model, even one larger than memory | [`Segments`] or [`Tensors`] |
+//! | read only the headers | [`inspect()`], [`inspect_model`] |
+//! | get dma-bufs | [`LoaderBuilder::dma_buf`], [`Segment::hand_out_dma_buf`] |
+//! | use memory of your own | [`heap`] |
+//! | share loaded memory with other processes | [`share`] |
+//! | compare with checksums as bytes land | the module `verify` (feature `verify`) |
+//! | decide what to do about an error | [`Error::kind`] |
+//! | see how a load went, and every step down from the best [`Route`] | [`Report`] |
+//! | export metrics | [`Loader::metrics`] |
+//! | find out what this machine offers | [`probe`] |
+//!
+//! # Features
+//!
+//! - `verify` (off by default): manifests and checksums for [`LoadOptions::verify`].
+//!
+//! # Requirements
 //!
 //! Linux only. io_uring, `O_DIRECT` and huge pages are used where available. Where the kernel
 //! refuses one, the load continues without it and the report says so.

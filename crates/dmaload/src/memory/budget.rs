@@ -13,7 +13,7 @@
 //! order, so one must not wait for another.)
 //!
 //! ```text
-//!   limit   |- reserved, or held where that is more -|- held by finished loads -|----- free -----|
+//!   limit   |- reserved, or held where that is more -|- held by finished loads -|---- free -----|
 //!   present |------------------- held by any load ------------------|-- pool --|
 //! ```
 //!
