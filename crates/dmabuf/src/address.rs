@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn private_memory_is_kept_from_forked_processes_until_that_is_allowed() {
+    fn private_memory_is_kept_from_forks_until_allowed() {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, PAGE).unwrap();
         assert!(flags(&mapping).contains(" dc"), "{}", flags(&mapping));
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn two_mappings_never_overlap_and_a_dropped_one_gives_its_place_back() {
+    fn mappings_never_overlap_and_drops_free_their_place() {
         let range = AddressRange::reserve(8 * PAGE).unwrap();
         let first = range.map(&Memory::Anonymous, PAGE, 2 * PAGE).unwrap();
         for (at, bytes) in [(0, 2 * PAGE), (PAGE, PAGE), (2 * PAGE, PAGE), (0, 8 * PAGE)] {

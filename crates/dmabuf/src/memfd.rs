@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_sealed_is_not_taken_and_what_is_can_only_be_looked_at() {
+    fn only_sealed_memory_is_mapped_and_only_for_reading() {
         let memfd = Memfd::create("test", 8192).unwrap();
         let again = || memfd.fd.try_clone().unwrap();
         assert_eq!(Memfd::from_sealed(again()).unwrap_err().errno, crate::Errno::EPERM);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sealed_memfd_refuses_writes_holes_and_growth_and_may_be_sealed_twice() {
+    fn sealed_memfd_refuses_writes_holes_and_growth() {
         let memfd = Memfd::create("test", 8192).unwrap();
         assert_eq!(rustix::io::pwrite(&memfd, b"before", 0), Ok(6));
         memfd.seal_against_writes().unwrap();

@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_curve_of_many_events_has_no_more_points_than_a_picture_shows() {
+    fn curve_of_many_events_has_at_most_a_pictures_points() {
         let curves = Curves { allocated: vec![(0.1, 10), (0.2, 20)], filled: vec![(0.15, 4), (0.3, 20)] };
         assert_eq!(curves.most_ahead_bytes(), 16);
         assert_eq!(Curves::default().most_ahead_bytes(), 0);

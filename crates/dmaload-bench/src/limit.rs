@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_read_goes_on_at_the_last_sector_and_the_end_of_the_file_is_an_error() {
+    fn short_read_resumes_at_the_last_sector_unless_at_the_end() {
         let active = Active { chunk: Chunk { file: 0, offset: 0, bytes: 10_000, at: 0 }, done: 0 };
         assert!(advance(active, Ok(10_000)).unwrap().is_none());
         assert_eq!(advance(active, Ok(9_999)).unwrap().unwrap().done, 8192);

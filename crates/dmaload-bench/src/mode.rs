@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_everything_is_compared_with_is_always_measured_and_nothing_twice() {
+    fn baselines_are_always_measured_and_nothing_twice() {
         use Mode::{DirectIo, Limit, Normal};
         assert_eq!(Mode::chosen(&[]), Mode::ALL[..9]);
         assert_eq!(Mode::chosen(&[DirectIo, DirectIo, Limit]), [Normal, DirectIo, Limit]);

@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_is_as_long_as_asked_for_and_no_two_sectors_are_the_same() {
+    fn noise_has_its_length_and_no_two_equal_sectors() {
         let file = tempfile::NamedTempFile::new().unwrap();
         write_noise(file.as_file(), 2 * BLOCK as u64 + 700).unwrap();
         let bytes = std::fs::read(file.path()).unwrap();

@@ -100,7 +100,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(2048))]
 
         #[test]
-        fn no_argument_panics_and_what_is_refused_is_said_with_what_was_given(text in TEXT) {
+        fn no_argument_panics_and_refusals_quote_the_argument(text in TEXT) {
             fn told<T>(text: &str, read: Result<T, String>) {
                 if let Err(error) = read {
                     let told = error.contains(&format!("{text:?}")) || error.contains("digits") || error.contains("checksum");

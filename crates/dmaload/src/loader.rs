@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn on_nfs_reads_through_the_page_cache_are_measured_beside_the_others() {
+    async fn reads_through_the_page_cache_are_measured_on_nfs() {
         if !can_read_buffered() {
             return;
         }

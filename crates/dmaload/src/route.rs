@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_ring_direct_reads_stay_direct_and_buffered_ones_buffered() {
+    fn routes_without_a_ring_stay_direct_or_buffered() {
         for route in Route::ALL {
             let threads = route.without_ring();
             assert!(!threads.uses_ring() && threads >= route, "{route}");

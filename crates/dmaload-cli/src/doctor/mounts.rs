@@ -78,7 +78,7 @@ mod tests {
 ";
 
     #[test]
-    fn the_last_of_the_longest_counts_unless_the_device_says_otherwise() {
+    fn last_longest_mount_counts_unless_its_device_differs() {
         for (path, device, point, kind) in [
             ("/home/x", (254, 0), "/", "ext4"),
             ("/mnt/x", (0, 27), "/mnt", "tmpfs"),

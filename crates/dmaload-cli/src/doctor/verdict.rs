@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn large_loads_measure_and_network_ones_through_the_page_cache_too() {
+    fn large_loads_measure_and_network_ones_also_buffered() {
         let measured = |file| load(&asked(file)).unwrap().measured;
         assert_eq!(measured(FILE), [Way::Direct, Way::Staged]);
         assert_eq!(measured(probe::File { bytes: probe::MEASURED_BYTES_MIN - 4096, ..FILE }), []);

@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_may_not_be_buffered_is_not_and_what_is_known_stays() {
+    fn load_that_must_not_be_buffered_keeps_what_is_known() {
         let mut choices = Choices::new(Pages::Auto);
         let (may, strict) = (choices.ways(true, true), choices.ways(true, false));
         assert_eq!(load_by(&mut choices, 1, may, [100, 200, 900], 4).0.unwrap().chosen, Way::Buffered);
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_learned_is_remembered_and_looked_at_again_now_and_then() {
+    fn measurements_are_remembered_and_repeated_now_and_then() {
         let mut choices = Choices::new(Pages::Auto);
         assert_eq!(load(&mut choices, 0, 1900, 2600, 6).0.unwrap().chosen, Way::Staged);
         let looked: Vec<_> = (1..=100).filter(|&number| load(&mut choices, number, 1900, 2600, 6).0.is_some()).collect();
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn small_loads_and_those_beside_a_trial_take_what_is_known_or_expected() {
+    fn loads_that_do_not_measure_take_the_known_or_expected_way() {
         let mut choices = Choices::new(Pages::Small);
         let small = begin(&mut choices, LoadId(1), MOUNT, &[BATCH; 8], |_| true);
         assert_eq!((small.way(0), small.trial.is_none()), (Way::Staged, true));

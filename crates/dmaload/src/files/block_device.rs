@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_of_networks_and_processes_are_not_trusted_at_any_depth() {
+    fn devices_of_networks_and_processes_are_never_trusted() {
         for name in ["nbd0", "rbd1", "rnbd0", "drbd0", "ublkb0", "etherd!e0.0", "loop9"] {
             let sysfs = Sysfs::new();
             sysfs.add("8:0", "pci/sda", &[]);

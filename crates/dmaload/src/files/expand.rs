@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_split_model_is_all_of_it_unless_several_were_named() {
+    fn part_of_a_split_model_stands_for_all_of_it() {
         let folder = folder(&["a-00001-of-00003.gguf", "a-00002-of-00003.gguf", "a-00003-of-00003.gguf"]);
         let names = |asked: &[&str], choice| {
             let asked: Vec<_> = asked.iter().map(|name| Input::Path(folder.path().join(name))).collect();

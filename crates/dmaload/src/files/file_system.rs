@@ -235,7 +235,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_ring_reads_through_the_cache_what_it_reads_directly_and_network_file_systems() {
+    fn ring_also_reads_network_file_systems_through_the_cache() {
         for f_type in [NFS, CIFS, SMB2] {
             assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
             assert!(is_network(f_type), "{f_type:x}");
@@ -251,7 +251,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_server_that_claims_to_be_a_local_file_system_is_not_believed() {
+    fn server_claiming_to_be_local_is_not_trusted() {
         // QEMU's 9p server passes on the `f_type` of the folder that it shares.
         for f_type in ON_BLOCK_DEVICES.into_iter().chain([BTRFS, TMPFS]) {
             assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");

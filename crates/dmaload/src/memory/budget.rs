@@ -229,7 +229,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_limit_is_never_passed_and_an_empty_load_can_always_take_what_it_reserved(
+        fn limit_holds_and_reserved_memory_is_always_available(
             limit in 1u64..200,
             steps in proptest::collection::vec((0u8..6, 0usize..8, 1u64..60), 0..200),
         ) {

@@ -41,7 +41,7 @@ mod tests {
     use crate::support::sync::model::{Arc, model, spawn};
 
     #[test]
-    fn nobody_views_what_was_handed_out_and_nobody_hands_out_what_is_viewed() {
+    fn views_and_handing_out_exclude_each_other() {
         model(|| {
             // The counter, and a value that views read and the holder of the descriptor writes.
             let shared = Arc::new((ViewCount::new(), AtomicUsize::new(0)));

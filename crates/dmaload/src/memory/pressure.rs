@@ -57,7 +57,7 @@ mod tests {
 
     /// Urgent data on a socket raises `POLLPRI`, as PSI does.
     #[test]
-    fn pressure_is_seen_each_time_and_the_watch_ends_when_it_is_told_to() {
+    fn pressure_is_seen_each_time_and_the_watch_ends() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (receiver, _) = listener.accept().unwrap();
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_takes_the_trigger_where_it_has_pressure_stall_information() {
+    fn kernel_with_pressure_information_accepts_the_trigger() {
         let has = Path::new("/proc/pressure/memory").exists() && rustix::process::geteuid().is_root();
         assert!(!has || open().is_some());
     }

@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_buried_is_unmapped_by_the_thread_even_after_the_last_handle_is_gone() {
+    fn reaper_unmaps_even_after_the_last_handle_is_dropped() {
         let reaper = Reaper::start().unwrap();
         let range = AddressRange::reserve(40 * 4096).unwrap();
         for at in 0..40 {

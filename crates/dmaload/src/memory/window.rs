@@ -291,7 +291,7 @@ mod tests {
     /// A load's share of the default window, in batches of 16 MiB: as much as before loads were
     /// counted by file system.
     #[test]
-    fn one_load_has_six_of_eight_batches_and_two_silent_file_systems_leave_one() {
+    fn one_load_has_six_batches_and_two_silent_ones_leave_one() {
         let mut window = Window::new(8 << 4, 1 << 4);
         let mut take = |load, file_system| window.take(&load, file_system, 1 << 4);
         assert_eq!([(); 6].map(|()| take(1, 1)), [Permitted::Yes; 6]);

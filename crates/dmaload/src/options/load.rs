@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_that_was_left_open_fits_the_heap_and_one_that_was_chosen_stays() {
+    fn open_segment_size_fits_the_heap_and_a_chosen_one_stays() {
         let open = LoadOptions::default();
         assert_eq!(open.segment_bytes_within(None), 64 << 20);
         assert_eq!(open.segment_bytes_within(Some(100 << 20)), 64 << 20);

@@ -478,7 +478,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_file_system_can_not_leave_uncached_is_read_once_more_and_then_without_asking() {
+    fn refused_uncached_reads_are_retried_without_asking_again() {
         let mut uncached = Uncached::default();
         let (one, other) = (7, 8);
         assert_eq!([1, 2].map(|read| uncached.flags(read, one)), [libc::RWF_DONTCACHE; 2]);

@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_are_added_while_they_help_and_one_that_does_not_is_withdrawn() {
+    fn threads_are_added_while_they_help_else_withdrawn() {
         for useful in [2, 3, 5, 8] {
             let (most, _) = settles(&mut Pace::new(2, 16), useful, 100, 200);
             assert_eq!(most, useful + 1, "one is tried");

@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_sends_what_takes_long_to_close_holds_up_nobody() {
+    fn client_that_sends_slow_descriptors_delays_no_other() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let connect = || {

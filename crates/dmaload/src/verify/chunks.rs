@@ -58,7 +58,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn however_they_are_cut_chunks_have_the_checksums_of_their_bytes(
+        fn chunks_have_their_checksums_however_bytes_arrive(
             bytes in proptest::collection::vec(any::<u8>(), 0..2000),
             chunk in 1_usize..300,
             cuts in proptest::collection::vec(0_usize..2000, 0..8),

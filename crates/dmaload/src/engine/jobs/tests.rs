@@ -87,7 +87,7 @@ fn two_workers_leave_nothing_undone_and_both_end() {
 }
 
 #[test]
-fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
+fn load_forgotten_while_its_batch_is_taken_delays_no_other() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 2, Pace::fixed(3)));
         let first = opened(&jobs, 2);
@@ -108,7 +108,7 @@ fn a_load_that_is_forgotten_while_its_batch_is_taken_holds_up_nobody() {
 }
 
 #[test]
-fn forgetting_a_load_whose_batch_did_not_fit_lets_a_smaller_one_go_on() {
+fn forgetting_a_load_that_did_not_fit_frees_a_smaller_one() {
     model(|| {
         let jobs = Arc::new(Jobs::new(2, u64::MAX, 1, 3, Pace::fixed(3)));
         opened(&jobs, 1);
@@ -151,7 +151,7 @@ fn what_is_buried_while_closing_is_dropped_before_workers_end() {
 }
 
 #[test]
-fn files_of_a_load_are_dropped_by_one_worker_at_a_time_and_all_are() {
+fn files_of_a_load_are_dropped_by_one_worker_at_a_time() {
     model(|| {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let seen = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
@@ -187,7 +187,7 @@ impl Drop for Closes {
 
 /// The file server may or may not answer while the watch finds the worker stalled.
 #[test]
-fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
+fn stalled_workers_are_replaced_without_losing_jobs() {
     model(|| {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, Pace::fixed(1)));
         let id = opened(&jobs, 0);
@@ -234,7 +234,7 @@ fn stalled_workers_are_replaced_and_no_job_is_lost_when_they_come_back() {
 
 #[cfg(not(dmaload_loom))]
 #[test]
-fn allocators_that_are_always_busy_get_another_one_up_to_the_bound() {
+fn busy_allocators_get_another_one_up_to_the_bound() {
     let jobs = Jobs::new(u64::MAX, u64::MAX, 1, 1, Pace::new(1, 2));
     let first = jobs.hire();
     assert_eq!(jobs.hire_more(), None);

@@ -74,7 +74,7 @@ fn nothing_is_allocated_beyond_the_window_and_nobody_overtakes() {
 }
 
 #[test]
-fn loads_of_one_file_system_wait_for_it_in_turn_and_hold_up_no_other() {
+fn loads_of_one_file_system_take_turns_and_delay_no_other() {
     let mut scheduler = opened_from(160, &[(1, 1, &[40]), (2, 1, &[40]), (3, 1, &[2]), (4, 2, &[40])]);
     assert_eq!(loads(&mut scheduler), [1, 2, 3, 4]);
     for (load, file_system, bytes) in [(5, 1, 40), (6, 1, 1), (7, 2, 1)] {
@@ -89,7 +89,7 @@ fn loads_of_one_file_system_wait_for_it_in_turn_and_hold_up_no_other() {
 }
 
 #[test]
-fn loads_of_a_silent_file_system_leave_room_however_many_there_are() {
+fn loads_of_a_silent_file_system_always_leave_room() {
     let batches = [10; 100];
     let silent: Vec<_> = (0..20).map(|load| (load, 1, &batches[..])).collect();
     let mut scheduler = opened_from(80, &silent);
@@ -157,7 +157,7 @@ fn loads_that_do_not_count_as_open_are_bounded() {
 }
 
 #[test]
-fn kept_loads_of_a_silent_file_system_leave_memory_however_many_there_are() {
+fn kept_loads_of_a_silent_file_system_leave_memory() {
     let mut scheduler = Scheduler::new(80, 160, 100, 64);
     for load in 0..22 {
         scheduler.submit(load);
@@ -223,7 +223,7 @@ fn who_waits_for_files_keeps_nobody_else_waiting() {
 
 /// Loads of one file system with a few files each do not keep one waiting that needs many.
 #[test]
-fn load_that_needs_many_files_gets_them_beside_others_of_its_file_system() {
+fn load_of_many_files_gets_them_beside_its_file_system() {
     let mut scheduler = Scheduler::new(u64::MAX, u64::MAX, 256, 64);
     let need = |files| Need { bytes: 1, files, held_bytes: 1, file_system: 7 };
     for (load, batches) in [(1, vec![need(8); 1000]), (2, vec![need(8); 1000]), (3, vec![need(64)])] {
@@ -295,7 +295,7 @@ fn a_forgotten_load_gets_no_more_jobs() {
 }
 
 #[test]
-fn a_stalled_load_gets_no_job_that_may_wait_for_files_until_it_is_resumed() {
+fn a_stalled_load_gets_no_job_that_may_wait_for_files() {
     let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
     scheduler.file_read(1, 0);
     scheduler.file_read(2, 0);
@@ -363,7 +363,7 @@ fn a_load_with_its_share_is_passed_over_and_blocks_nobody() {
 }
 
 #[test]
-fn loads_wait_for_their_reservation_in_order_and_the_pool_makes_room() {
+fn loads_wait_for_reservations_in_order_and_the_pool_yields() {
     let mut scheduler = Scheduler::new(1000, 40, 100, 8);
     for (load, reserved) in [(1, 30), (2, 20), (3, 5)] {
         scheduler.submit(load);

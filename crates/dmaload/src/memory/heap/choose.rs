@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_heap_for_dma_bufs_exports_or_says_what_each_candidate_lacks() {
+    fn heap_for_dma_bufs_exports_or_explains_each_candidate() {
         match HeapChoice::DmaBuf.open(Pages::Auto) {
             Ok((heap, reason)) => {
                 assert!(heap.exports());

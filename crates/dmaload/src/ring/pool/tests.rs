@@ -88,7 +88,7 @@ fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
 }
 
 #[test]
-fn a_copy_without_any_thread_is_done_at_once_and_known_to_have_been() {
+fn copy_without_threads_is_done_inline_and_reported() {
     let token = Slots::new().insert(());
     for threads_max in [0, 1] {
         let wake = Arc::new(Wake::new().unwrap());

@@ -230,7 +230,7 @@ fn loads_that_begin_beside_many_silent_ones_go_on() {
 
 /// If there are many of a resource, a silent load leaves one to others of its own file system.
 #[test]
-fn one_silent_load_leaves_something_to_others_of_its_file_system() {
+fn silent_load_leaves_a_share_to_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
     for (shared, hung_by, others_by) in each_case(each_scarce(16, 16, 22, 16)) {
         let mut machine = Machine::new(3, shared, &Faults::none());

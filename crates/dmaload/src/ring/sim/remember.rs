@@ -149,7 +149,7 @@ fn a_mount_without_direct_reads_is_tried_once() {
 }
 
 #[test]
-fn reads_through_the_cache_and_direct_ones_say_nothing_of_each_other() {
+fn buffered_and_direct_reads_imply_nothing_of_each_other() {
     let mut machine = Machine::new(Faults::none());
     // Direct reads were refused on this mount.
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
@@ -195,7 +195,7 @@ fn what_is_known_is_tried_again_after_a_while() {
 }
 
 #[test]
-fn a_staging_buffer_that_was_refused_is_tried_again_for_the_next_load() {
+fn refused_staging_buffer_is_tried_again_by_the_next_load() {
     let mut machine =
         Machine::new(Faults { unpinnable: true, register: Some(Errno::NOMEM), register_per_mille: 1000, ..Faults::none() });
     let refused = |done: &Done| done.fallbacks.iter().any(|step| step.attempt == Attempt::RegisterStaging);

@@ -91,7 +91,7 @@ fn number_from(variable: &str) -> Option<u64> {
 }
 
 #[test]
-fn in_every_world_what_is_full_is_right_and_what_is_wrong_is_told() {
+fn every_world_fills_right_bytes_and_reports_failures() {
     if let Some(seed) = number_from("DMALOAD_SIM_SEED") {
         println!("the world of seed {seed}: {:?}", run_world(seed));
         return;

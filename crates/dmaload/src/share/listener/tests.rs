@@ -265,7 +265,7 @@ fn what_is_not_the_expected_file_is_put_back() {
 }
 
 #[test]
-fn private_folder_is_taken_over_from_the_killed_and_from_no_stranger() {
+fn private_folder_is_taken_over_only_from_killed_servers() {
     let folder = tempfile::tempdir().unwrap();
     let (path, private) = (folder.path().join("socket"), folder.path().join(".socket.dmaload"));
     let make = |mode: u32| {

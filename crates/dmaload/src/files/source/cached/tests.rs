@@ -246,7 +246,7 @@ fn stores_into_pages_that_were_dirty_already_are_noticed() {
 /// `write(2)` sets the modification time before its first byte, and a file may be opened before
 /// its last one.
 #[test]
-fn a_write_that_is_under_way_is_waited_for_or_noticed() {
+fn a_running_write_is_waited_for_or_noticed() {
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| {
         let bytes = 64 * MIB;
