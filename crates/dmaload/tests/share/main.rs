@@ -321,7 +321,7 @@ async fn client_that_takes_no_descriptors_delays_no_other() {
 }
 
 #[tokio::test]
-async fn server_that_ends_leaves_the_socket_of_the_one_that_replaced_it() {
+async fn server_leaves_the_socket_of_the_one_that_replaced_it() {
     let folder = folder();
     let (image, socket, first) = serving(folder.path()).await;
     fs::remove_file(&socket).unwrap();
