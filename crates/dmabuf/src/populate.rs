@@ -12,8 +12,6 @@ use std::ffi::c_void;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::Relaxed;
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
@@ -47,47 +45,6 @@ pub struct Populated {
 
 /// Collapsing can fail temporarily (a page under migration, a contended lock).
 const COLLAPSE_TRIES: usize = 3;
-
-/// Backs off from asking for 2 MiB pages when the kernel has none.
-///
-/// Before it refuses one with ENOMEM, the kernel compacts and reclaims memory, which takes longer
-/// than the page could save the load. So each consecutive refusal doubles the number of requests
-/// to skip.
-#[derive(Debug)]
-struct Shortage {
-    /// Refusals since a huge page was last obtained.
-    refusals: AtomicU32,
-    /// Requests still to skip.
-    skips: AtomicU32,
-}
-
-/// Memory is a resource of the whole machine, so all mappings of the process share this.
-static SHORTAGE: Shortage = Shortage::new();
-
-impl Shortage {
-    const SKIPS_MAX: u32 = 64;
-
-    const fn new() -> Self {
-        Shortage { refusals: AtomicU32::new(0), skips: AtomicU32::new(0) }
-    }
-
-    /// Whether to make the next request. Threads that race may skip one more or one less.
-    fn allows_request(&self) -> bool {
-        self.skips.fetch_update(Relaxed, Relaxed, |skips| skips.checked_sub(1)).is_err()
-    }
-
-    fn note(&self, refused: Option<Errno>) {
-        match refused {
-            None => self.refusals.store(0, Relaxed),
-            Some(Errno::NOMEM) => {
-                let refusals = self.refusals.fetch_add(1, Relaxed).min(Self::SKIPS_MAX.ilog2());
-                self.skips.store(1 << refusals, Relaxed);
-            }
-            // Concerns only this mapping, or is temporary.
-            Some(_) => {}
-        }
-    }
-}
 
 impl Mapping {
     /// Puts pages under `part` of this mapping (byte offsets, multiples of the page size), so that
@@ -132,15 +89,7 @@ impl Mapping {
                 None
             }
             Pages::Auto | Pages::Huge if extents.is_empty() => None,
-            Pages::Auto if !SHORTAGE.allows_request() => {
-                area.allocate_small();
-                Some(Errno::NOMEM)
-            }
-            Pages::Auto | Pages::Huge => {
-                let refused = area.make_huge(extents.clone());
-                SHORTAGE.note(refused);
-                refused
-            }
+            Pages::Auto | Pages::Huge => area.make_huge(extents.clone()),
         };
         area.fault_in(Advice::LinuxPopulateWrite).map_err(failed)?;
 
@@ -312,25 +261,6 @@ mod tests {
 
     fn resident_bytes(memory: &Memory) -> u64 {
         rustix::fs::fstat(memory.memfd().unwrap()).unwrap().st_blocks.cast_unsigned() * 512
-    }
-
-    #[test]
-    fn refused_huge_pages_are_asked_for_less_and_less() {
-        let shortage = Shortage::new();
-        let mut skipped = Vec::new();
-        for _ in 0..9 {
-            shortage.note(Some(Errno::NOMEM));
-            skipped.push((0..).take_while(|_| !shortage.allows_request()).count());
-        }
-        assert_eq!(skipped, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
-        // Other refusals are not about memory.
-        shortage.note(Some(Errno::AGAIN));
-        shortage.note(Some(Errno::INVAL));
-        assert!(shortage.allows_request());
-        // A success ends the shortage.
-        shortage.note(None);
-        shortage.note(Some(Errno::NOMEM));
-        assert_eq!((0..).take_while(|_| !shortage.allows_request()).count(), 1);
     }
 
     #[test]
