@@ -79,7 +79,7 @@ mod tests {
     use std::io::Write as _;
 
     #[test]
-    fn copies_the_whole_file() {
+    fn whole_file_is_copied() {
         let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let content: Vec<u8> = (0..1_000_003_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         file.write_all(&content).unwrap();
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_is_an_error_that_says_so() {
+    fn empty_file_is_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(load(file.path()).unwrap_err().to_string().ends_with("is empty"));
     }

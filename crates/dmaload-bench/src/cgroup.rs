@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_own_group_comes_first_and_what_is_no_group_is_left_out() {
+    fn own_group_comes_first_and_other_folders_are_skipped() {
         let root = tempfile::tempdir().unwrap();
         for group in ["memory", "memory/a", "memory/a/b", "unified"] {
             fs::create_dir(root.path().join(group)).unwrap();
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_no_cgroup_is_refused_and_left_as_it_was() {
+    fn folder_outside_cgroupfs_is_refused_and_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         let group = folder.path().join("group");
         assert_eq!(Group::make(&group, 1 << 20).unwrap_err().kind(), io::ErrorKind::NotFound);

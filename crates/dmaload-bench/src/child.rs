@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_is_heard() {
+    fn written_lines_are_parsed() {
         let run = Run {
             seconds: 0.25,
             cpu_seconds: 0.125,

@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_written_file_is_warm_until_it_is_made_cold() {
+    fn written_file_is_warm_until_made_cold() {
         let file = on_disk();
         let before = resident_bytes(file.path());
         assert_eq!((before.resident, before.total), (LENGTH, LENGTH));
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn mincore_tells_the_same() {
+    fn mincore_agrees_with_cachestat() {
         let file = on_disk();
         let open = file.as_file();
         assert_eq!(by_mincore(open, file.path()).unwrap(), LENGTH);
@@ -197,14 +197,14 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_is_cold() {
+    fn empty_file_is_cold() {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         assert_eq!(make_cold(file.path()).unwrap().resident, 0);
         assert_eq!(by_mincore(file.as_file(), file.path()).unwrap(), 0);
     }
 
     #[test]
-    fn a_file_in_memory_cannot_be_made_cold() {
+    fn file_in_memory_cannot_be_made_cold() {
         let shm = Path::new("/dev/shm");
         if !shm.is_dir() {
             return;
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_there_is_named() {
+    fn error_names_the_missing_file() {
         let error = make_cold(Path::new("/nonexistent/x")).unwrap_err();
         assert_eq!(error.to_string(), "cannot open /nonexistent/x: ENOENT (No such file or directory)");
     }

@@ -70,13 +70,13 @@ mod tests {
     }
 
     #[test]
-    fn the_same_bytes_are_the_same() {
+    fn equal_bytes_compare_equal() {
         compare(&*content(), &content()).unwrap();
         compare(&[][..], &[]).unwrap();
     }
 
     #[test]
-    fn one_wrong_byte_is_found_wherever_it_is() {
+    fn wrong_byte_is_found_at_any_offset() {
         for at in [0, BLOCK - 1, BLOCK, 2 * BLOCK + 76] {
             let mut memory = content();
             memory[at] ^= 0x10;
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_or_surplus_end_is_found() {
+    fn missing_or_surplus_end_is_found() {
         let content = content();
         let error = compare(&*content, &content[..content.len() - 1]).unwrap_err();
         assert_eq!(error.to_string(), format!("{} bytes were loaded of a file that has more", content.len() - 1));

@@ -115,7 +115,7 @@ mod tests {
     use dmaload::{LoadOptions, Loader};
 
     #[test]
-    fn a_load_has_two_curves_that_end_with_all_its_bytes() {
+    fn both_curves_of_a_load_end_at_its_length() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("file");
         let bytes = 40 << 20;
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_of_a_load_that_goes_both_ways_count_once() {
+    fn bytes_of_mixed_direct_and_staged_reads_count_once() {
         let at = |kind, start, end, segment| Event {
             kind,
             start: Duration::from_millis(start),

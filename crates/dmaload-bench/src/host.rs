@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_is_memory_and_it_can_be_touched() {
+    fn available_memory_can_be_touched() {
         assert!(available_bytes() > 0);
         assert_eq!(in_meminfo("NoSuchThing"), 0);
         assert_eq!(touched(1 << 20).unwrap().len(), 1 << 20);

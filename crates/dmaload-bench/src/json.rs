@@ -77,7 +77,7 @@ mod tests {
     use crate::results::tests::{killed, results, run};
 
     #[test]
-    fn the_numbers_agree_with_each_other() {
+    fn json_numbers_are_consistent() {
         let mut measured = results(vec![
             (Mode::Normal, vec![run(2.0), run(3.0)]),
             (Mode::DirectIo, vec![run(0.5), killed()]),
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mode_that_always_failed_has_no_numbers() {
+    fn mode_that_always_failed_has_no_numbers() {
         let measured = results(vec![(Mode::Normal, vec![killed()]), (Mode::Limit, vec![run(1.0)])]);
         let value = to_json(&measured);
         for key in ["seconds", "ratio_to_normal", "share_of_limit", "cpu_seconds_per_gib", "pages", "peak_extra_bytes"] {
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_called_as_on_the_command_line() {
+    fn pages_are_named_as_on_the_command_line() {
         assert_eq!([(4096, 4096), (2 << 20, 2 << 20), (4096, 2 << 20), (65536, 65536)].map(pages), ["4k", "2m", "mixed", "64k"]);
     }
 }

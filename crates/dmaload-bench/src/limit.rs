@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_what_the_files_hold() {
+    fn reads_return_the_contents_of_the_files() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
         let contents: Vec<Vec<u8>> = [9 << 20, 5_000_u32]
             .into_iter()

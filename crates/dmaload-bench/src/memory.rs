@@ -128,7 +128,7 @@ mod tests {
     use dmaload::heap::{AnonHeap, MemfdHeap};
 
     #[test]
-    fn parts_are_one_piece_of_memory() {
+    fn parts_are_contiguous_in_memory() {
         let heap: Arc<dyn Heap> = Arc::new(MemfdHeap { pages: Pages::Auto });
         let mut region = Region::populated(&heap, PART_BYTES + 5000).unwrap();
         assert_eq!((region.bytes(), region.parts().count()), (PART_BYTES + 8192, 2));
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_within_one_part() {
+    fn place_is_within_one_part() {
         let heap = AnonHeap { pages: Pages::Small };
         let region = Region::allocate(&heap, PART_BYTES + 4096).unwrap();
         assert_eq!(region.place(0, PART_BYTES).unwrap().part, 0);
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn small_pages_are_seen_as_such() {
+    fn small_pages_are_detected() {
         let heap: Arc<dyn Heap> = Arc::new(AnonHeap { pages: Pages::Small });
         assert_eq!(Region::populated(&heap, 4 << 20).unwrap().page_bytes(), 4096);
     }

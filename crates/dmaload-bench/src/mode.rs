@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_read_back_and_a_wrong_one_lists_them() {
+    fn names_parse_back_and_unknown_ones_list_all() {
         for mode in Mode::ALL {
             assert_eq!(mode.name().parse(), Ok(mode));
         }
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_has_a_name_of_its_own_and_a_command() {
+    fn peer_needs_a_unique_name_and_a_command() {
         let Ok(Mode::Peer(peer)) = Mode::peer("fio=fio --x=1 \"$@\"") else { panic!("it is one") };
         assert_eq!((&*peer.name, &*peer.command), ("fio", "fio --x=1 \"$@\""));
         for wrong in ["fio", "=fio", "fio=", "limit=fio"] {
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn each_round_begins_with_another_mode() {
+    fn each_round_begins_with_a_different_mode() {
         let modes = Mode::chosen(&[Mode::DirectIo]);
         let first: Vec<Mode> = (0..4).map(|round| Mode::rotated(&modes, round)[0]).collect();
         assert_eq!(first, [Mode::Normal, Mode::DirectIo, Mode::Limit, Mode::Normal]);

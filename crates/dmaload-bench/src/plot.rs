@@ -112,7 +112,7 @@ mod tests {
     use crate::results::tests::{killed, results, run};
 
     #[test]
-    fn every_mode_has_a_bar_or_is_said_to_have_failed() {
+    fn every_mode_has_a_bar_or_is_reported_as_failed() {
         let measured = results(vec![
             (Mode::Normal, vec![run(2.0), run(3.0), run(2.5)]),
             (Mode::DirectIo, vec![run(0.5), run(0.5), run(0.5)]),
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_was_traced_is_drawn_over_time() {
+    fn traced_load_is_drawn_over_time() {
         let curves = Curves { allocated: vec![(0.1, 1 << 30), (0.2, 2 << 30)], filled: vec![(0.3, 1 << 30), (0.5, 2 << 30)] };
         let traced = run(0.5).map(|run| Run { curves: Some(curves), ..run });
         let svg = svg(&results(vec![(Mode::DirectIo, vec![traced])]));
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_measured_makes_a_picture_too() {
+    fn empty_results_still_make_a_chart() {
         let svg = svg(&results(vec![(Mode::Normal, vec![killed()])]));
         assert!(svg.contains("failed") && !svg.contains("NaN"), "{svg}");
     }

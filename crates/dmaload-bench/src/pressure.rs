@@ -229,7 +229,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_are_read() {
+    fn kinds_of_pressure_parse() {
         let parse = |text: &str| text.parse::<Pressure>();
         assert_eq!(parse("cgroup:1GiB"), Ok(Pressure::Cgroup(1 << 30, None)));
         assert_eq!(parse("cgroup:64MiB,clean"), Ok(Pressure::Cgroup(64 << 20, Some(Cache::Clean))));

@@ -244,7 +244,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_round_in_which_one_of_the_two_failed_makes_no_pair() {
+    fn round_with_a_failed_mode_makes_no_pair() {
         let mut measured = results(vec![(Mode::Normal, vec![killed(), run(4.0)]), (Mode::DirectIo, vec![run(1.0), run(2.0)])]);
         assert_eq!(measured.ratio(Mode::Normal, Mode::DirectIo), Some(Spread { median: 2.0, min: 2.0, max: 2.0 }));
         assert!(measured.failed());
@@ -257,7 +257,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn overlap_is_the_longer_part_alone_divided_by_the_whole() {
+    fn overlap_is_the_longer_part_divided_by_the_whole() {
         let apart = |allocate_seconds, read_seconds| {
             run(allocate_seconds + read_seconds).map(|run| Run { apart: Some(Apart { allocate_seconds, read_seconds }), ..run })
         };
@@ -289,7 +289,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn pages_that_differ_from_run_to_run_are_seen() {
+    fn page_sizes_that_vary_between_runs_are_reported() {
         let huge = run(1.0).map(|run| Run { page_bytes: 2 << 20, ..run });
         let measured = results(vec![(Mode::Normal, vec![run(1.0)]), (Mode::DirectIo, vec![huge, run(1.0)])]);
         assert_eq!(measured.page_size_bytes(), Some(4096));

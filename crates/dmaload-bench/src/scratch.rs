@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn exists_until_dropped() {
+    fn scratch_file_exists_until_dropped() {
         let file = ScratchFile::create(Some(here()), "a.safetensors", 4096).unwrap();
         let path = file.path().to_owned();
         assert!(path.is_absolute() && path.exists());
@@ -249,14 +249,14 @@ mod tests {
     }
 
     #[test]
-    fn two_have_different_names() {
+    fn two_scratch_files_have_different_names() {
         let one = ScratchFile::create(Some(here()), "b", 0).unwrap();
         let two = ScratchFile::create(Some(here()), "b", 0).unwrap();
         assert_ne!(one.path(), two.path());
     }
 
     #[test]
-    fn memory_is_refused_by_name() {
+    fn folder_in_memory_is_refused_by_its_file_system() {
         if !Path::new("/dev/shm").is_dir() {
             return;
         }
@@ -265,14 +265,14 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_found_before_the_first_byte() {
+    fn full_disk_is_detected_before_the_first_byte() {
         let error = ScratchFile::create(Some(here()), "e", u64::MAX / 2).unwrap_err().to_string();
         assert!(error.starts_with("no folder for a scratch file of 8.00 EiB\n"), "{error}");
         assert!(error.contains(" free for this user"), "{error}");
     }
 
     #[test]
-    fn every_folder_tried_is_listed() {
+    fn error_lists_every_folder_tried() {
         let folders = vec![PathBuf::from("/nonexistent/one"), PathBuf::from("/nonexistent/two")];
         let error = choose(folders, 1).unwrap_err().to_string();
         assert!(error.contains("/nonexistent/one: ENOENT (No such file or directory)\n"), "{error}");
@@ -281,7 +281,7 @@ mod tests {
 
     /// Runs this test binary again as a process that can be interrupted.
     #[test]
-    fn an_interrupt_removes_it_and_ends_the_process_by_the_signal() {
+    fn interrupt_removes_the_file_and_ends_by_the_signal() {
         use std::io::BufRead as _;
         use std::os::unix::process::ExitStatusExt as _;
 

@@ -462,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn any_size_is_met_exactly_and_read_by_the_reference_library() {
+    fn any_size_is_exact_and_read_by_the_reference_library() {
         let sizes = (0..400).map(|i| BYTES_MIN + i * 8).chain([65_536, 1_000_000, 1 << 20, 5_000_000, (8 << 20) + 4]);
         for bytes in sizes {
             let content = content(bytes, 7);
@@ -480,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_model_looks_like_a_llama() {
+    fn large_model_looks_like_a_llama() {
         let model = Model::new(1 << 30, 0).unwrap();
         assert_eq!(model.bytes, 1 << 30);
         let q = model.tensors.iter().find(|t| t.name == "model.layers.11.self_attn.q_proj.weight").unwrap();
@@ -518,7 +518,7 @@ mod tests {
 
     /// The content is stable: a file written by one version is verified by the next.
     #[test]
-    fn the_content_never_changes() {
+    fn generated_content_is_stable() {
         use dmaload::verify::{Algorithm, digest};
         assert_eq!(digest(Algorithm::Crc32c, &content(1 << 20, 42)).hex(), "f010b478");
     }
@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_verified() {
+    fn written_model_is_verified() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let bytes = 3 * BLOCK as u64 + 4096;
         let mut seen = Vec::new();
@@ -548,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_wrong_byte_is_named_with_its_tensor() {
+    fn first_wrong_byte_is_reported_with_its_tensor() {
         let mut wrong = content(1 << 20, 5);
         let model = Model::new(1 << 20, 5).unwrap();
         let norm = model.tensors.iter().find(|tensor| tensor.name == "model.norm.weight").unwrap();
@@ -564,7 +564,7 @@ mod tests {
     }
 
     #[test]
-    fn a_swapped_page_and_a_missing_end_are_found() {
+    fn swapped_page_and_missing_end_are_found() {
         let mut wrong = content(1 << 20, 5);
         let (one, two) = wrong.split_at_mut(1 << 19);
         one[4096 * 9..][..4096].swap_with_slice(&mut two[4096 * 3..][..4096]);
@@ -574,13 +574,13 @@ mod tests {
     }
 
     #[test]
-    fn too_small_is_said() {
+    fn too_small_a_size_is_an_error() {
         let error = Model::new(4095, 0).unwrap_err();
         assert_eq!(error.to_string(), "a synthetic model has at least 4096 bytes, not 4095");
     }
 
     #[test]
-    fn a_write_error_names_the_file() {
+    fn write_error_names_the_file() {
         let error = write_model(Path::new("/dev/full"), BYTES_MIN, 0, |_| ()).unwrap_err();
         assert_eq!(error.to_string(), "cannot write to /dev/full: ENOSPC (No space left on device)");
     }

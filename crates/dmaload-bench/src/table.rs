@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn people_get_a_table_verdicts_and_failures() {
+    fn text_has_a_table_conclusions_and_failures() {
         let text = plain(&some());
         for words in [
             "normal     4 KiB  2.500 (2.000–3.000)",
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn table_says_which_destination_is_the_limit() {
+    fn table_names_the_destination_of_the_limit() {
         let mut measured = some();
         measured.destinations = vec![(8 << 20, 0.25), (4 << 20, 0.3), (64 << 20, 0.5)];
         let expected = "limit: reads into 8 MiB of buffers, used over and over, are the fastest \

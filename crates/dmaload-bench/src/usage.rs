@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_has_used_some_cpu_and_some_memory() {
+    fn process_has_used_cpu_and_memory() {
         assert!(cpu_time() > Duration::ZERO);
         assert!(peak_resident_bytes().unwrap() > 1 << 20);
     }

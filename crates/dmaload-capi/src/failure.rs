@@ -85,7 +85,7 @@ mod tests {
     use std::ffi::CStr;
 
     #[test]
-    fn nothing_unwinds_into_c_and_words_have_no_end_in_them() {
+    fn panics_become_errors_and_messages_have_no_nul() {
         assert_eq!(answer(|| panic!("inside")), -Errno::NOTRECOVERABLE.raw_os_error());
         assert_eq!(answer(|| Err(Failure::invalid("a\0b"))), -Errno::INVAL.raw_os_error());
         // SAFETY: it is a C string until this thread's next failure.
@@ -159,7 +159,7 @@ mod tests {
 
     /// The compiler accepts new variants of the library's error here, so this reads its source.
     #[test]
-    fn the_errno_of_every_variant_is_pinned() {
+    fn errno_of_every_variant_is_pinned() {
         let source = include_str!("../../dmaload/src/error.rs");
         let body = source.split_once("pub enum Error {\n").expect("it is defined there").1;
         let body = body.split_once("\n}\n").expect("it ends").0;
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_words_say_what_can_be_done() {
+    fn message_says_what_to_do() {
         let missing = Failure::from(Error::File { path: "x".into(), operation: "open", errno: dmaload::Errno::ENOENT });
         assert_eq!(missing.text, "x: cannot open: ENOENT (No such file or directory); check the path");
     }

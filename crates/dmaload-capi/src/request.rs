@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_is_within_the_file() {
+    fn part_is_within_the_file() {
         assert_eq!(part(10, 0, 0).unwrap(), 0..10);
         assert_eq!(part(10, 0, 10).unwrap(), 0..10);
         assert_eq!(part(10, 3, 0).unwrap(), 3..10);

@@ -77,7 +77,7 @@ mod tests {
     const TEXT: &str = "(sha256|crc32c|blake3|cgroup|hog|all-but|dma-heap|clean|dirty|auto|normal|:|=|,|-|\\.|/|e|[0-9a-fA-F]{1,64}|[KMGTPE]i?B|\\PC){0,8}";
 
     #[test]
-    fn the_command_loads_as_the_library_does() {
+    fn command_has_the_defaults_of_the_library() {
         let arguments = Arguments::parse_from(["dmaload", "load", "model"]);
         let Command::Load(load::Arguments { engine, .. }) = arguments.command else { panic!("that is load") };
         assert_eq!((engine.window, engine.staging, engine.segment_size, engine.chunk_size), (None, None, None, None));

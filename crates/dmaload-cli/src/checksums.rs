@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_are_the_same_wherever_they_are_taken() {
+    fn digests_agree_wherever_they_are_computed() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let paths = [0_usize, 1, 5_000_001].map(|bytes| {
             let path = folder.path().join(bytes.to_string());

@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cause_is_told_once() {
+    fn cause_is_reported_once() {
         #[derive(Debug, thiserror::Error)]
         #[error("reading failed: {0}")]
         struct Outer(#[source] io::Error);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_memory_names_the_files_and_is_still_found() {
+    fn memory_error_names_the_files_and_is_still_found() {
         let error = dmaload::Error::NoDescriptor { heap: "memfd".to_owned(), wanted: "dma-buf" };
         let error = about(error, &["a".into(), "b".into(), "c".into()]);
         assert_eq!(told(&error), "a and 2 more: heap memfd gives no dma-buf");
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn hints_speak_of_this_command_line() {
+    fn hints_name_the_flags_of_the_command() {
         use dmaload::Error;
         let heap = || "memfd".to_owned();
         for (error, expected) in [
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_pipe_is_found_below_other_errors() {
+    fn closed_pipe_is_found_below_other_errors() {
         #[derive(Debug, thiserror::Error)]
         #[error("outer")]
         struct Outer(#[source] io::Error);

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_checksum_is_told_from_a_path() {
+    fn checksum_is_distinguished_from_a_path() {
         let hex = "e3069283";
         assert_eq!(format!("crc32c:{hex}").parse(), Ok(Against::Digest(format!("crc32c:{hex}").parse().unwrap())));
         assert_eq!("m.json".parse(), Ok(Against::Manifest("m.json".into())));
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bare_checksum_is_taken_or_explained() {
+    fn bare_checksum_is_accepted_or_explained() {
         let hex = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393";
         let sha256 = Against::Digest(format!("sha256:{hex}").parse().unwrap());
         for text in [

@@ -108,7 +108,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn hidden_characters_are_escaped_and_mean_the_same() {
+    fn hidden_characters_are_escaped_equivalently() {
         let all: String = (0..0x3000).chain(0xe0000..0xe0080).filter_map(char::from_u32).collect();
         let value = json!({ "name": all, all.clone(): [all] });
         let text = json(&value);
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_says_that_it_was_standard_output_and_keeps_its_kind() {
+    fn error_names_standard_output_and_keeps_its_kind() {
         for (errno, kind) in [(28, io::ErrorKind::StorageFull), (32, io::ErrorKind::BrokenPipe)] {
             let error = named(io::Error::from_raw_os_error(errno));
             assert_eq!(error.kind(), kind);

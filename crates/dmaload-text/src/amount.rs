@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn thousands_are_apart() {
+    fn thousands_are_separated() {
         let shown: Vec<_> = [0, 999, 1000, 1_234_567].map(grouped).into();
         assert_eq!(shown, ["0", "999", "1 000", "1 234 567"]);
     }

@@ -52,19 +52,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_open_names_file_and_errno() {
+    fn failed_open_names_file_and_errno() {
         let path = Path::new("/nonexistent/model.safetensors");
         let error = std::fs::File::open(path).at("open", path).unwrap_err();
         assert_eq!(error.to_string(), "cannot open /nonexistent/model.safetensors: ENOENT (No such file or directory)");
     }
 
     #[test]
-    fn an_error_without_an_errno_keeps_its_text() {
+    fn error_without_an_errno_keeps_its_text() {
         assert_eq!(Named(&io::Error::other("torn")).to_string(), "torn");
     }
 
     #[test]
-    fn an_unknown_errno_is_shown_by_its_number() {
+    fn unknown_errno_is_shown_by_its_number() {
         assert!(Named(&io::Error::from_raw_os_error(4095)).to_string().starts_with("errno 4095 ("));
     }
 }

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_stand_on_the_right() {
+    fn numbers_are_right_aligned() {
         let expected = "\
 tensor                                  dtype  bytes
 ────────────────────────────────────────────────────
@@ -209,7 +209,7 @@ model.norm.weight                       F32       16
     }
 
     #[test]
-    fn names_give_way_to_a_narrow_terminal() {
+    fn names_are_shortened_for_a_narrow_terminal() {
         let table = tensors().fit(Some(40)).to_string();
         assert!(table.lines().all(|line| columns(line) <= 46), "{table}");
         assert_eq!(table.lines().nth(2), Some("model.layers.0.s…n.q_proj.weight  BF16    8192"));
@@ -217,13 +217,13 @@ model.norm.weight                       F32       16
     }
 
     #[test]
-    fn a_table_without_rows_is_its_header() {
+    fn table_without_rows_is_its_header() {
         let table = Table::new([("tensor", Align::Left)]);
         assert_eq!(table.to_string(), "tensor\n──────\n");
     }
 
     #[test]
-    fn a_hostile_name_reaches_no_terminal() {
+    fn hostile_name_is_escaped_in_a_table() {
         let mut table = Table::new([("tensor", Align::Left)]);
         table.row(["\x1b]0;gone\x07\nnext\u{202E}"]);
         assert!(table.to_string().ends_with("\\u{1b}]0;gone\\u{7}\\nnext\\u{202e}\n"), "{table}");

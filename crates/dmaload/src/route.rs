@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_ladder_goes_down_one_step_at_a_time_and_ends() {
+    fn ladder_goes_down_one_step_at_a_time_and_ends() {
         let ladder = |errno| {
             let mut seen = vec![Route::UringFixedDirect];
             while let Some(lower) = seen.last().and_then(|route| route.lower(errno)) {
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_read_back_as_the_same_route() {
+    fn route_names_parse_back() {
         for route in Route::ALL {
             assert_eq!(route.to_string().parse(), Ok(route));
         }
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_medium_is_no_refusal() {
+    fn medium_error_is_not_a_refusal() {
         for errno in [Errno::EIO, Errno::ENODATA, Errno::ESTALE, Errno::ETIMEDOUT, Errno::EREMOTEIO, Errno::ENODEV] {
             assert!(!is_refusal(errno));
         }

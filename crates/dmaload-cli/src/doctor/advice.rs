@@ -296,7 +296,7 @@ mod tests {
     const BUG: Change = |facts| facts.udmabuf_bug = true;
 
     #[test]
-    fn each_lack_has_its_own_advice_and_the_best_machine_none() {
+    fn each_lack_has_its_advice_and_the_best_machine_none() {
         assert_eq!(after(&[]), []);
         for (change, command) in [
             (LITTLE, "ps -eo rss"),
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_gain_comes_first() {
+    fn largest_gain_comes_first() {
         let commands = |advice: Vec<Advice>| advice.into_iter().map(|advice| advice.command).collect::<Vec<_>>();
         let all = commands(after(&[BUFFERED, LITTLE, SMALL_PAGES, NO_RING, NO_DEVICE, SMALL_MEMLOCK]));
         let order = ["ps ", "findmnt", "echo advise", "sysctl", "sudo modprobe"];
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_limit_of_locked_memory_matters_little_on_huge_pages() {
+    fn small_memlock_limit_matters_little_on_huge_pages() {
         assert!(after(&[SMALL_MEMLOCK])[0].gain.starts_with("little"));
         let both = after(&[SMALL_PAGES, SMALL_MEMLOCK]);
         assert!(!both[1].gain.contains("little"), "{both:#?}");
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_registration_is_none_of_the_limit() {
+    fn refused_registration_is_not_blamed_on_the_limit() {
         let advice = after(&[|facts| {
             facts.io_uring.register = Err(Errno::EPERM);
             facts.io_uring.registrable_bytes = 0;
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_that_are_on_already_need_room() {
+    fn enabled_huge_pages_need_room() {
         let advice = after(&[SMALL_PAGES, |facts| facts.huge_pages.shmem_enabled = Some("advise".to_owned())]);
         assert!(advice[0].command.contains("compact_memory"), "{advice:#?}");
         let advice = after(&[SMALL_PAGES, |facts| facts.huge_pages.denied_to_process = true]);
@@ -359,13 +359,13 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_does_not_fit_comes_before_everything() {
+    fn file_that_does_not_fit_comes_first() {
         let advice = after(&[SMALL_PAGES, |facts| path(facts, 1 << 50, Ok(()))]);
         assert!(advice[0].change.starts_with("free "), "{advice:#?}");
     }
 
     #[test]
-    fn without_a_path_the_small_files_refusal_counts() {
+    fn without_a_path_the_trial_files_refusal_counts() {
         let advice = after(&[|facts| {
             let (from, to, reason) = (Route::UringFixedDirect, Route::Buffered, String::new());
             memfd(facts).steps = vec![Step { from, to, attempt: Attempt::OpenDirect, reason, errno: Errno::EINVAL }];

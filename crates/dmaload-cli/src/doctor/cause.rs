@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_refuses_is_told_by_errno_and_circumstances() {
+    fn cause_follows_from_errno_and_circumstances() {
         let free = Circumstances::default();
         let sysctl = |value, privileged| Circumstances { sysctl: Some(value), privileged, ..Circumstances::default() };
         let filtered = Circumstances { seccomp: true, ..sysctl(0, true) };

@@ -222,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_broken_at_blanks_and_long_words_are_whole() {
+    fn lines_break_at_blanks_and_long_words_stay_whole() {
         assert_eq!(wrapped("ab cd ef", 5), ["ab cd", "ef"]);
         assert_eq!(wrapped("a /very/long/path b", 4), ["a", "/very/long/path", "b"]);
         assert_eq!(wrapped("", 4), [""]);

@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_is_the_one_in_brackets() {
+    fn choice_is_the_one_in_brackets() {
         assert_eq!(chosen("always [madvise] never\n").as_deref(), Some("madvise"));
         assert_eq!(chosen("always within_size advise [never] deny force").as_deref(), Some("never"));
         assert_eq!(chosen("none"), None);

@@ -170,7 +170,7 @@ mod tests {
     };
 
     #[test]
-    fn what_was_tried_holds_unless_the_path_says_otherwise() {
+    fn trial_results_hold_unless_the_path_differs() {
         let route = |file| load(&asked(file)).map(|expected| expected.route);
         assert_eq!(route(FILE), Ok(Route::UringFixedDirect));
         assert_eq!(route(probe::File { open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_limit_of_locked_memory_holds_back_large_files_only() {
+    fn small_memlock_limit_affects_only_large_files() {
         let route = |bytes| {
             let mut facts = asked(probe::File { bytes, ..FILE });
             facts.memlock.cap_ipc_lock = false;
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_load_that_worked_none_would() {
+    fn without_a_successful_trial_no_load_works() {
         let mut facts = Facts::best();
         facts.trial.heaps[0].outcome = Err("refused".to_owned());
         assert_eq!(load(&facts), Err("memfd: refused".to_owned()));

@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_limit_says_where_it_is_set_and_how_to_raise_it() {
+    fn limit_says_where_it_is_set_and_how_to_raise_it() {
         let limit = SizeLimit::new(64 << 20, "/sys/x", 1 << 20);
         assert_eq!(limit.to_string(), "/sys/x is 64 (67108864 bytes)");
         assert_eq!(limit.raise((200 << 20) + 777), "echo 201 > /sys/x");

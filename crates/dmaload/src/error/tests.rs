@@ -124,7 +124,7 @@ fn errors() -> Vec<Error> {
 }
 
 #[test]
-fn no_text_of_others_reaches_a_terminal_unescaped() {
+fn untrusted_text_is_always_escaped() {
     for error in errors() {
         for text in std::iter::once(error.to_string()).chain(error.hint()) {
             assert!(!text.contains(printable::is_hidden), "{error:?}: {text:?}");
@@ -133,7 +133,7 @@ fn no_text_of_others_reaches_a_terminal_unescaped() {
 }
 
 #[test]
-fn hints_speak_of_the_librarys_options() {
+fn hints_name_the_librarys_options() {
     let flag = |text: &str| text.split([' ', '(', '`']).any(|word| word.starts_with("--"));
     for error in errors() {
         let hint = error.hint().unwrap_or_default();
@@ -142,7 +142,7 @@ fn hints_speak_of_the_librarys_options() {
 }
 
 #[test]
-fn refused_memory_says_which_limit_it_is() {
+fn refused_memory_names_the_limit() {
     let told_of = |heap: &str, step, bytes, errno| {
         let refusal = HeapError::new(step, bytes, errno);
         let error = Error::Memory { heap: heap.to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 };
@@ -229,7 +229,7 @@ fn expected(error: &Error) -> (usize, Answers) {
 const VARIANTS: usize = 41;
 
 #[test]
-fn every_variant_answers_what_programs_ask() {
+fn every_variant_has_kind_errno_path_and_offset() {
     let mut seen = [false; VARIANTS];
     for error in errors() {
         let (number, expected) = expected(&error);
@@ -248,7 +248,7 @@ fn every_variant_answers_what_programs_ask() {
 }
 
 #[test]
-fn the_path_is_that_of_the_text() {
+fn path_is_the_one_in_the_text() {
     let (hostile, _) = hostile();
     for error in errors() {
         match (&error, error.path()) {
@@ -263,7 +263,7 @@ fn the_path_is_that_of_the_text() {
 }
 
 #[test]
-fn a_source_is_the_error_inside_and_part_of_the_text() {
+fn source_is_the_inner_error_and_part_of_the_text() {
     use std::error::Error as _;
     let mut sources = 0;
     for error in errors() {
@@ -282,7 +282,7 @@ fn a_source_is_the_error_inside_and_part_of_the_text() {
 }
 
 #[test]
-fn an_errno_decides_the_kind_where_it_says_what_to_do() {
+fn errno_decides_the_kind_where_it_matters() {
     let file = |errno| Error::File { path: "m".into(), operation: "open", errno }.kind();
     let memory = |errno| {
         let refusal = HeapError::new("map memory", 1, errno);

@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_found_out_is_not_trusted() {
+    fn unresolvable_device_is_not_trusted() {
         let sysfs = Sysfs::new();
         sysfs.add_loop("7:0", "virtual/loop0", "/in/another/namespace");
         sysfs.add("7:1", "virtual/loop1", &[]);
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn resolving_ends_where_devices_form_a_circle_or_are_too_many() {
+    fn resolving_stops_at_cycles_and_too_many_devices() {
         let sysfs = Sysfs::new();
         sysfs.add_loop("7:0", "virtual/loop0", "/on/7:0");
         sysfs.add("254:0", "virtual/dm-0", &["virtual/dm-1", "virtual/dm-2"]);

@@ -349,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_is_the_model_in_it() {
+    fn folder_stands_for_its_model() {
         let of = |names: &[&str]| found(names, CHOICE).unwrap();
         let index = "model.safetensors.index.json";
         assert_eq!(of(&[index, "a.safetensors", "b.safetensors", "x.gguf"]), ["b.safetensors"]);
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_a_model_or_with_several_says_so() {
+    fn folder_without_a_model_or_with_several_is_an_error() {
         let says = |names: &[&str]| found(names, CHOICE).unwrap_err().to_string();
         assert!(says(&["a.bin"]).contains("without a model"));
         assert!(
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_parts_are_named_unless_they_are_allowed() {
+    fn missing_parts_are_listed_unless_allowed() {
         for (names, expected, kept) in [
             (&["m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"][..], "\"m-00002-of-00003.safetensors\"", 2),
             (&["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors.part"], "is an unfinished download", 1),

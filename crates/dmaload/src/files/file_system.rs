@@ -222,7 +222,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_file_systems_that_were_tried_are_taken_from_the_cache() {
+    fn cache_is_used_only_on_tested_file_systems() {
         let disk = Device { major: 259, minor: 0, reports_compression: true, reports_verity: true, is_dax: false };
         for f_type in [EXT4, XFS, BTRFS, EROFS, SQUASHFS, ISO9660] {
             assert!(is_cache_witness(f_type, disk), "{f_type:x}");

@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_names_files_is_a_source() {
+    fn paths_files_and_lists_convert_to_a_source() {
         let paths = |source: Source| -> Vec<PathBuf> {
             let path = |input| match input {
                 Input::Path(path) => path,
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_of_one_file() {
+    fn range_needs_exactly_one_file() {
         let inside = Source::from("a").range(1..3).into_inputs().unwrap();
         assert!(matches!(&*inside, [Input::Inside { path, part }] if path == Path::new("a") && *part == (1..3)), "{inside:?}");
         let open = Source::from(File::open("/dev/null").unwrap()).range(1..3).into_inputs().unwrap();

@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_leads_back_to_its_type() {
+    fn every_name_parses_to_its_type() {
         let mut names = Vec::new();
         for dtype in all() {
             assert_eq!(dtype.to_string(), dtype.name());
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_whole_bytes_and_agrees_with_the_bits() {
+    fn block_is_whole_bytes_and_agrees_with_the_bits() {
         for &dtype in DType::SAFETENSORS {
             let (elements, bits) = (dtype.block_elements(), dtype.element_bits().unwrap());
             assert_eq!(elements * bits, dtype.block_bytes() * 8, "{dtype}");

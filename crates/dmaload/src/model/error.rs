@@ -536,7 +536,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_disarm_and_shorten_names_from_the_file() {
+    fn messages_escape_and_shorten_names_from_the_file() {
         let name = format!("\u{1b}[2J{}", "ä".repeat(10_000));
         let error = ModelError::DuplicateTensor { tensor: name.clone() };
         let message = error.to_string();
@@ -547,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_says_what_was_found_and_what_was_expected() {
+    fn message_says_what_was_found_and_expected() {
         let error =
             ModelError::WrongLength { tensor: "w".into(), dtype: DType::BF16, shape: vec![2, 3], expected: 12, found: 10 };
         assert_eq!(error.to_string(), r#"tensor "w": "data_offsets" cover 10 bytes, but shape [2, 3] of BF16 needs 12"#);

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_in_a_models_place_is_recognised() {
+    fn foreign_files_in_the_place_of_a_model_are_recognized() {
         let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345678901\n";
         let mut big_endian = 2_u64.to_be_bytes().to_vec();
         big_endian.extend(b"{}");
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_that_is_cut_through_a_character_is_text() {
+    fn text_cut_inside_a_character_is_text() {
         let text = "ä".repeat(LOOKED_AT_BYTES);
         let shifted = format!("x{text}");
         assert!(told(&shifted.as_bytes()[..LOOKED_AT_BYTES]).starts_with("text, \"xää"));
@@ -303,7 +303,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_bytes_panic_and_nothing_hidden_is_shown(start in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), bytes in 0_u64..1000) {
+        fn no_bytes_panic_or_show_hidden_characters(start in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), bytes in 0_u64..1000) {
             if let Some(found) = recognise(&start, bytes) {
                 assert!(!found.to_string().contains(printable::is_hidden));
             }

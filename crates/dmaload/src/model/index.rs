@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_files_are_normalised() {
+    fn file_names_are_normalized() {
         for name in ["./s", "s", "a/../s", ".//s", "s/", "./a/b/../../s", "./././s"] {
             let index = index(&format!(r#"{{"a":"{name}","b":"s"}}"#)).unwrap();
             assert_eq!(index.files().collect::<Vec<_>>(), ["s"], "{name}");
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn an_index_is_known_by_its_name_with_and_without_a_variant() {
+    fn index_is_recognized_by_its_name_and_variants() {
         for (name, expected) in [
             ("model.safetensors.index.json", Some(Named::Safetensors)),
             ("model.safetensors.index.fp16.json", Some(Named::Safetensors)),
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_leaves_the_folder_is_refused() {
+    fn file_outside_the_folder_is_refused() {
         for name in ["/etc/shadow", "../up", "a/../../up", "./../up", "..", "", ".", "./a/..", "a\\u0000b", "a/../../a/x"] {
             let error = index(&format!(r#"{{"a":"{name}"}}"#)).unwrap_err();
             assert!(matches!(error, ModelError::IndexLeavesFolder { .. }), "{name:?}: {error}");
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_index_is_told_with_its_place() {
+    fn invalid_index_is_reported_with_its_offset() {
         for (json, expected) in [
             ("", "EOF"),
             ("[]", "an object with"),
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_index_may_have_been_meant_as_one() {
+    fn intended_indices_are_distinguished_from_other_json() {
         for (json, expected) in [
             ("", true),
             ("{", true),

@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_duplicate_is_named() {
+    fn error_names_the_duplicate() {
         let tensors = vec![tensor("b", 4..5), tensor("a", 0..4), tensor("b", 5..6)];
         assert_eq!(TensorMap::new(tensors, SafetensorsMetadata::default(), 2), Err("b".into()));
     }

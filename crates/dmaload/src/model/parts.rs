@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_parts_are_taken_apart_and_made() {
+    fn part_names_are_parsed_and_formatted() {
         for (name, number, count, second) in [
             ("model-00001-of-00003.safetensors", 1, 3, "model-00002-of-00003.safetensors"),
             ("model-00001-of-000163.safetensors", 1, 163, "model-00002-of-000163.safetensors"),

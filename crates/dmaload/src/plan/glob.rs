@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_pattern_is_told() {
+    fn invalid_patterns_are_reported() {
         for (pattern, expected) in [
             ("a{b", "without its }"),
             ("{3..1}", "counts down"),
@@ -172,7 +172,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_star_is_any_text_and_nothing_panics(text in r"(\*|\?|\{|\}|,|\.\.|[0-9]{1,3}|[a-c]|ä){0,12}", name in "[a-cä]{0,8}") {
+        fn star_matches_any_text_and_nothing_panics(text in r"(\*|\?|\{|\}|,|\.\.|[0-9]{1,3}|[a-c]|ä){0,12}", name in "[a-cä]{0,8}") {
             if let Ok(pattern) = Pattern::new(&text) {
                 assert!(pattern.matches(&text));
                 let _ = pattern.matches(&name);

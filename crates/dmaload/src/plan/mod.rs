@@ -318,13 +318,13 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_file_has_no_segments() {
+    fn empty_file_has_no_segments() {
         let plan = planned(&[0], shape(Layout::Segmented, 4, 2));
         assert_eq!((plan.segments.len(), plan.pieces.len(), plan.files.len()), (0, 0, 1));
     }
 
     #[test]
-    fn a_file_of_one_segment_and_a_byte_has_two() {
+    fn file_one_byte_longer_than_a_segment_has_two() {
         let plan = planned(&[4 * ALIGNMENT + 1], shape(Layout::Segmented, 4, 2));
         assert_eq!(plan.segments[1].file_range, 4 * ALIGNMENT..4 * ALIGNMENT + 1);
         assert_eq!(plan.segments[1].memory_bytes, ALIGNMENT);
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_has_no_more_files_than_may_be_open() {
+    fn batch_has_no_more_files_than_may_be_open() {
         for batch_bytes in [16 * MIB, 64 * MIB] {
             for batch_files in [1, 7, BATCH_FILES] {
                 let plan = planned(&vec![5; 1000], Shape { batch_files, ..large_shape(batch_bytes) });
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_file_ends_the_sharing_so_that_order_and_places_agree() {
+    fn large_file_ends_sharing_so_that_order_is_kept() {
         let shape = large_shape(16 * MIB);
         let plan = planned(&[5, 6, 100 * MIB, 7, 8], shape);
         let memories: Vec<_> = plan.segments.iter().map(|segment| (segment.file, segment.memory)).collect();

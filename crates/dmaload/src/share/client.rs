@@ -425,7 +425,7 @@ mod tests {
 
     /// Sends one descriptor after another, each in time.
     #[test]
-    fn server_that_drips_descriptors_is_left_in_time() {
+    fn slow_server_is_abandoned_in_time() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();

@@ -376,7 +376,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_users_together_have_room_for_others_left() {
+    fn limits_of_all_users_leave_room_for_others() {
         for descriptors in [16, 64, 128, 1024, 1 << 20] {
             for users in [1, 2, 3, 10, 100] {
                 let limits = ClientLimits::new(descriptors, users);
@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_a_client_has_a_deadline() {
+    fn every_wait_for_a_client_has_a_deadline() {
         let (socket, _other) = rustix::net::socketpair(
             rustix::net::AddressFamily::UNIX,
             rustix::net::SocketType::SEQPACKET,

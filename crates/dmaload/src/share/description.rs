@@ -224,7 +224,7 @@ mod tests {
     const GOOD: &str = "[[0,0,0,0,8192,0,8192],[0,0,1,0,4096,8192,12000]]";
 
     #[test]
-    fn a_good_description_is_read() {
+    fn valid_description_parses() {
         let description = Description::parse(described(GOOD).as_bytes()).unwrap();
         assert_eq!((description.memories, description.segments.len(), description.process), (2, 2, 1));
         let tensors = description.files[0].tensors.as_ref().unwrap();
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_lead_out_of_memory_is_refused() {
+    fn description_with_out_of_bounds_access_is_refused() {
         for segments in [
             "[]",
             "[[0,0,0,0,8192,0,8193],[0,0,1,0,4096,8192,12000]]",

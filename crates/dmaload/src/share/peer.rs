@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn overflow_id_is_one_user_only_where_all_are_mapped() {
+    fn overflow_id_is_one_user_only_if_all_are_mapped() {
         for (map, overflow, ambiguous) in [
             ("         0          0 4294967295\n", "65534\n", None),
             ("0 0 65534\n65534 65534 4294901761\n", "65534\n", None),

@@ -117,7 +117,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_and_nothing_else(name in "\\PC{0,40}", all in 0u32..1000, here in 0u32..1000, noise: Vec<u8>) {
+        fn messages_round_trip_and_nothing_else_parses(name in "\\PC{0,40}", all in 0u32..1000, here in 0u32..1000, noise: Vec<u8>) {
             let asked = request(&name);
             prop_assert_eq!(parse_request(&asked), Some(name.as_str()));
             for status in Status::ALL {
@@ -133,7 +133,7 @@ mod tests {
         }
 
         #[test]
-        fn a_damaged_message_is_refused_or_another_one(at in 0usize..64, byte: u8, cut in 0usize..64) {
+        fn damaged_message_is_refused_or_a_different_one(at in 0usize..64, byte: u8, cut in 0usize..64) {
             let mut message = request("name");
             let len = message.len();
             message[at % len] = byte;
@@ -146,7 +146,7 @@ mod tests {
         }
 
         #[test]
-        fn names_that_follow_a_refusal_are_read(names in proptest::collection::vec("[^\0]{1,40}", 0..50)) {
+        fn names_after_a_refusal_are_parsed(names in proptest::collection::vec("[^\0]{1,40}", 0..50)) {
             let reply = Reply { status: Status::Several, all: 50, here: 0 };
             let message = with_names(reply, names.iter().map(String::as_str));
             prop_assert_eq!(Reply::parse(&message), Some(reply));
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_request_is_none() {
+    fn overlong_request_is_refused() {
         assert_eq!(parse_request(&request(&"n".repeat(REQUEST_LIMIT_BYTES))), None);
     }
 }

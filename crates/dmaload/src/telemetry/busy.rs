@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn overlapping_intervals_count_once_and_gaps_not_at_all() {
+    fn overlapping_intervals_count_once_and_gaps_never() {
         let at = Duration::from_secs;
         let mut busy = BusyTime::default();
         busy.begin(at(1));

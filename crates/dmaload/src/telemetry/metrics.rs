@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_latency_is_in_the_bucket_of_its_bound() {
+    fn each_latency_is_in_the_right_bucket() {
         let histogram = Histogram::default();
         let times = [0, 1, 1000, 1001, 4000, 1_000_000, 999_999_999, 3_600_000_000_000];
         for nanos in times {

@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn overlap_is_what_was_hidden_of_the_shorter_part() {
+    fn overlap_is_the_hidden_share_of_the_shorter_part() {
         for (total, allocating, reading, expected) in
             [(300, 100, 200, 0.0), (200, 100, 200, 1.0), (250, 100, 200, 0.5), (5, 0, 5, 0.0)]
         {
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn storage_and_cache_have_rates_of_their_own() {
+    fn storage_and_cache_have_separate_rates() {
         let neither = report(10, 0, 0);
         assert_eq!((neither.storage_bytes_per_second(), neither.cache_bytes_per_second()), (None, None));
         let half = Report { cached_bytes: 1 << 19, from_cache: Duration::from_secs(1), ..report(3000, 0, 2000) };

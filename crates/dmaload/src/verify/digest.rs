@@ -214,7 +214,7 @@ mod tests {
 
     /// FIPS 180-2, the BLAKE3 reference vectors, RFC 3720 B.4 and the xxHash sanity checks.
     #[test]
-    fn the_published_vectors() {
+    fn published_test_vectors_match() {
         let cases: &[(Algorithm, &[u8], &str)] = &[
             (Algorithm::Sha256, b"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
             (Algorithm::Sha256, b"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn cuts_make_no_difference() {
+    fn call_boundaries_do_not_change_a_digest() {
         let bytes: Vec<u8> = (0..10_000_u32).map(|i| ((i * i) >> 3) as u8).collect();
         for &algorithm in &Algorithm::ALL {
             let mut hasher = Hasher::new(algorithm);
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn shown_and_parsed_alike() {
+    fn digest_round_trips_as_text() {
         for algorithm in Algorithm::ALL {
             assert_eq!(algorithm.to_string().parse(), Ok(algorithm));
             let value = digest(algorithm, b"123456789");

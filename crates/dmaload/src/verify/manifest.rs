@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn written_and_read_it_is_the_same() {
+    fn manifest_round_trips() {
         let manifest = manifest();
         assert_eq!(Manifest::parse(manifest.to_json().as_bytes()), Ok(manifest.clone()));
         assert_eq!(manifest.sum(&manifest.files[0], 2).unwrap().hex(), "00000002");
@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_found_by_its_longest_end() {
+    fn path_is_found_by_its_longest_suffix() {
         let manifest = manifest();
         let found = |path: &str| manifest.find(Path::new(path), true);
         assert_eq!(found("/models/a/model.safetensors"), Some(0));
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_not_utf_8_are_told_apart() {
+    fn names_that_are_not_utf_8_are_distinguished() {
         let paths = [&b"m/\xff.bin"[..], b"m/\xfe.bin", "m/\u{fffd}.bin".as_bytes()];
         let paths = paths.map(|path| PathBuf::from(OsString::from_vec(path.to_vec())));
         let files =
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_as_short_as_can_be() {
+    fn names_are_as_short_as_possible() {
         let names = |paths: &[&str]| -> Vec<String> {
             let names = Manifest::names(&paths.iter().map(Path::new).collect::<Vec<_>>());
             names.into_iter().map(|name| name.into_os_string().into_string().unwrap()).collect()
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_with_its_place() {
+    fn faults_are_reported_with_their_location() {
         let says = |json: &str| Manifest::parse(json.as_bytes()).unwrap_err().to_string();
         let good = manifest().to_json();
         let with = |from: &str, to: &str| {

@@ -2,7 +2,7 @@ use super::*;
 use std::fs;
 
 #[test]
-fn what_is_no_regular_file_is_told_by_its_kind() {
+fn file_that_is_not_regular_is_reported_by_its_kind() {
     let folder = tempfile::tempdir().unwrap();
     let fifo = folder.path().join("fifo");
     rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
@@ -37,7 +37,7 @@ fn no_descriptor_is_nonblocking() {
 }
 
 #[test]
-fn without_procfs_another_file_at_the_path_is_noticed() {
+fn without_procfs_another_file_at_the_path_is_detected() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
     fs::write(&path, b"one").unwrap();
@@ -69,7 +69,7 @@ fn stat_is_used_where_statx_is_refused() {
 }
 
 #[test]
-fn a_file_is_the_same_when_looked_at_and_when_opened() {
+fn file_has_the_same_identity_before_and_after_opening() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(&file, [7; 4097]).unwrap();
     let (looked_at, alignment_bytes) = look_at(file.path()).unwrap();

@@ -52,7 +52,7 @@ fn fault(file: &[u8]) -> String {
 }
 
 #[test]
-fn tensors_have_their_places_and_row_major_shapes() {
+fn tensors_have_ranges_and_row_major_shapes() {
     let file = good();
     let map = map(&file);
     let begin = file.len() as u64 - 129;
@@ -69,7 +69,7 @@ fn tensors_have_their_places_and_row_major_shapes() {
 }
 
 #[test]
-fn values_are_read_when_asked_for() {
+fn values_are_decoded_on_access() {
     let map = map(&good());
     let metadata = map.gguf().unwrap();
     assert_eq!((metadata.version(), metadata.len()), (3, 6));
@@ -87,7 +87,7 @@ fn values_are_read_when_asked_for() {
 }
 
 #[test]
-fn a_beginning_asks_for_more_until_the_header_is_whole() {
+fn partial_header_asks_for_more_bytes() {
     let file = good();
     let header_end = file.len() - 129 - 20;
     let mut have = 0;
@@ -103,7 +103,7 @@ fn a_beginning_asks_for_more_until_the_header_is_whole() {
 }
 
 #[test]
-fn what_breaks_a_rule_is_told() {
+fn violations_of_the_format_are_reported() {
     let one = |tensor: Vec<u8>| fault(&file(3, &[], &[tensor], 1024));
     assert!(fault(b"GGUF\x01\0\0\0").contains("version 1"));
     assert!(fault(b"GGUF\0\0\0\x03").contains("big-endian"));
@@ -130,7 +130,7 @@ fn what_breaks_a_rule_is_told() {
 }
 
 #[test]
-fn counts_that_lie_end_with_the_file() {
+fn wrong_counts_end_with_the_file() {
     let mut file = [&MAGIC[..], &3u32.to_le_bytes()].concat();
     file.extend(u64::MAX.to_le_bytes());
     file.extend(u64::MAX.to_le_bytes());
@@ -146,7 +146,7 @@ fn counts_that_lie_end_with_the_file() {
 
 proptest::proptest! {
     #[test]
-    fn a_damaged_file_is_refused_or_consistent(at in 0usize..600, byte: u8, cut in 0usize..700, padding in 0usize..200) {
+    fn damaged_file_is_refused_or_consistent(at in 0usize..600, byte: u8, cut in 0usize..700, padding in 0usize..200) {
         let mut file = good();
         let len = file.len();
         file[at % len] = byte;
@@ -167,7 +167,7 @@ proptest::proptest! {
 }
 
 #[test]
-fn the_newest_block_types_have_their_sizes() {
+fn newest_block_types_have_their_sizes() {
     for (kind, dtype, elements, bytes) in [(40, DType::NVFP4, 64, 36), (41, DType::Q1_0, 128, 18), (42, DType::Q2_0, 64, 18)] {
         let whole = file(3, &[], &[entry("t", &[elements * 3, 2], kind, 0)], 6 * bytes);
         let map = map(&whole);

@@ -44,7 +44,7 @@ mod accepts {
     use super::*;
 
     #[test]
-    fn a_tensor_with_its_place_in_the_file() {
+    fn tensor_with_its_range_in_the_file() {
         let json = tensor("BF16", "[2,4]", "[0,16]");
         let map = parse_with(&json, 16).unwrap();
         let begin = 8 + json.len() as u64;
@@ -84,7 +84,7 @@ mod accepts {
     }
 
     #[test]
-    fn the_keys_of_an_entry_in_any_order_and_escaped() {
+    fn keys_of_an_entry_in_any_order_and_escaped() {
         let json = one(r#""data_offsets":[0,4],"sh\u0061pe":[1],"dtype":"F\u00332""#);
         assert_eq!(parse_with(json, 4).unwrap().get("t").unwrap().dtype, DType::F32);
     }
@@ -140,7 +140,7 @@ mod prefix {
     }
 
     #[test]
-    fn parse_holds_to_them_too() {
+    fn parse_enforces_them_too() {
         assert_eq!(parse(b"", 100), Err(ModelError::HeaderTooSmall { header_bytes: 0 }));
         let error = ModelError::HeaderPastEnd { header_bytes: 2, file_bytes: 9 };
         assert_eq!(parse(b"{}", 9), Err(error));
@@ -155,7 +155,7 @@ mod sniffing {
     }
 
     #[test]
-    fn what_looks_like_it_is_taken_for_it() {
+    fn file_that_looks_like_safetensors_is_one() {
         for named in [false, true] {
             assert_eq!(sniff(&first(2, b'{'), 10, named), Sniff::Safetensors { header_bytes: 2 });
             assert_eq!(sniff(&first(2, b'{')[..9], 10, named), Sniff::Safetensors { header_bytes: 2 });
@@ -163,7 +163,7 @@ mod sniffing {
     }
 
     #[test]
-    fn a_header_cut_short_is_never_a_raw_file() {
+    fn truncated_header_is_never_a_raw_file() {
         let error = ModelError::HeaderPastEnd { header_bytes: 100, file_bytes: 107 };
         for named in [false, true] {
             assert_eq!(sniff(&first(100, b'{'), 107, named), Sniff::Broken { error: error.clone() });
@@ -171,7 +171,7 @@ mod sniffing {
     }
 
     #[test]
-    fn other_files_are_raw_unless_their_name_claims_otherwise() {
+    fn other_files_are_raw_unless_named_otherwise() {
         let cases = [
             (first(2, b'['), 10, ModelError::NotAnObject { found: b'[' }),
             (first(1, b'{'), 10, ModelError::HeaderTooSmall { header_bytes: 1 }),
@@ -186,7 +186,7 @@ mod sniffing {
     }
 
     #[test]
-    fn too_few_bytes_of_a_longer_file_do_not_make_it_raw() {
+    fn too_few_bytes_do_not_make_a_file_raw() {
         let error = ModelError::StartTooShort { given: 8 };
         assert_eq!(sniff(&[0; 8], 10, false), Sniff::Broken { error });
     }
@@ -236,7 +236,7 @@ mod refuses_text {
     }
 
     #[test]
-    fn nested_without_end_and_without_reading_it() {
+    fn nested_too_deeply_without_reading_it() {
         let deep = "[".repeat(1_000_000);
         for json in [format!("{{\"t\":{deep}"), one(&format!("\"shape\":[{deep}")), one(&format!("\"dtype\":{deep}"))] {
             match refused(json) {
@@ -359,7 +359,7 @@ mod refuses_values {
     }
 
     #[test]
-    fn that_are_no_counts() {
+    fn that_are_not_counts() {
         for (number, found) in [
             ("-1", "-1"),
             ("-0", "-0.0"),
@@ -432,7 +432,7 @@ mod refuses_layouts {
     }
 
     #[test]
-    fn whose_length_is_not_that_of_shape_and_dtype() {
+    fn whose_length_differs_from_shape_and_dtype() {
         for (shape, expected) in [(vec![3], 12), (vec![5], 20), (vec![0], 0), (vec![], 4)] {
             let json = tensor("F32", &format!("{shape:?}"), "[0,16]");
             let dtype = DType::F32;

@@ -33,7 +33,7 @@ fn ranges(selected: &Selected) -> Vec<(Range<u64>, usize)> {
 }
 
 #[test]
-fn what_is_wanted_is_read_with_its_blocks_and_what_is_between() {
+fn wanted_tensors_are_read_with_blocks_and_small_gaps() {
     let (map, bytes) = model(&[&[100], &[1 << 20], &[100], &[100]]);
     let at = |name: &str| map.get(name).unwrap().file_range.clone();
     let mut selector = Selector::new(&tensors(&["a", "d"])).unwrap();
@@ -52,7 +52,7 @@ fn what_is_wanted_is_read_with_its_blocks_and_what_is_between() {
 }
 
 #[test]
-fn what_is_asked_for_first_comes_first() {
+fn tensors_requested_first_come_first() {
     let (map, bytes) = model(&[&[1 << 20], &[1 << 20], &[1 << 20]]);
     let selected = Selector::new(&tensors(&["c", "*"])).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
     let order: Vec<_> = selected.tensors.as_ref().unwrap().list().iter().map(|chosen| (chosen.position, chosen.class)).collect();
@@ -62,7 +62,7 @@ fn what_is_asked_for_first_comes_first() {
 }
 
 #[test]
-fn ranks_have_all_of_a_tensor_between_them() {
+fn ranks_together_cover_a_tensor() {
     let (map, bytes) = model(&[&[7, 6], &[5]]);
     for dim in [0, 1, 2] {
         let mut seen = Vec::new();
@@ -90,7 +90,7 @@ fn ranks_have_all_of_a_tensor_between_them() {
 }
 
 #[test]
-fn a_part_never_cuts_through_a_block_of_a_quantized_type() {
+fn part_never_splits_a_quantized_block() {
     let tensor = |shape: &[usize]| TensorInfo { name: "q".into(), dtype: DType::Q4_0, shape: shape.to_vec(), file_range: 0..72 };
     let part = |shape: &[usize], dim| part_of(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
     assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::one(36..72));
@@ -105,7 +105,7 @@ fn a_part_never_cuts_through_a_block_of_a_quantized_type() {
 }
 
 #[test]
-fn files_are_cut_at_blocks() {
+fn files_are_cut_at_block_boundaries() {
     let mut at = 0;
     for rank in 0..3 {
         let select = Select { shard: Some(Shard { rank, world_size: 3, dim: None }), ..Select::default() };
@@ -119,7 +119,7 @@ fn files_are_cut_at_blocks() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_selections_are_refused() {
     let shard = |rank, world_size, dim| Some(Shard { rank, world_size, dim });
     let says = |select: Select| Selector::new(&select).unwrap_err().to_string();
     assert!(says(Select { shard: shard(2, 2, None), ..Select::default() }).contains("no rank 2 of 2"));
@@ -136,7 +136,7 @@ fn what_makes_no_sense_is_refused() {
 
 proptest! {
     #[test]
-    fn spans_hold_every_wanted_byte_once_per_class_in_blocks(
+    fn spans_hold_every_wanted_byte_once_per_class(
         lens in proptest::collection::vec(0usize..300_000, 1..20),
         picks in proptest::collection::vec(0usize..20, 1..6),
         rank in 0u32..3,

@@ -46,7 +46,7 @@ fn steal(folder: &Path, target: &Path) {
 }
 
 #[test]
-fn owner_of_the_folder_redirects_nothing_at_any_step() {
+fn folder_owner_cannot_redirect_anything_at_any_step() {
     for mode in [own(), all()] {
         for thief_at in [BindStep::MadeFolder, BindStep::Bound, BindStep::Found, BindStep::Ready, BindStep::Placed] {
             for target_is_folder in [false, true] {
@@ -80,7 +80,7 @@ fn owner_of_the_folder_redirects_nothing_at_any_step() {
 
 /// A file system that lies shows other files in the private folder.
 #[test]
-fn another_file_in_the_place_of_the_bound_socket_is_left_alone() {
+fn file_in_place_of_the_bound_socket_is_left_alone() {
     let place = tempfile::tempdir().unwrap();
     let victim = place.path().join("secret");
     fs::write(&victim, "kept").unwrap();
@@ -243,7 +243,7 @@ fn servers_that_end_and_begin_at_once_keep_the_last_one() {
 }
 
 #[test]
-fn what_is_not_the_expected_file_is_put_back() {
+fn unexpected_file_is_put_back() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("socket");
     let (folder, name) = open_folder(&path).unwrap();
@@ -305,7 +305,7 @@ fn private_folder_is_taken_over_only_from_killed_servers() {
 }
 
 #[test]
-fn one_server_at_a_time_has_the_private_folder() {
+fn one_server_at_a_time_holds_the_private_folder() {
     let place = tempfile::tempdir().unwrap();
     let (folder, name) = open_folder(&place.path().join("socket")).unwrap();
     let inside = std::sync::atomic::AtomicUsize::new(0);
@@ -348,7 +348,7 @@ fn long_paths_and_their_limits() {
 
 /// As [`Listener::bind`] does without procfs.
 #[test]
-fn thread_of_its_own_binds_where_the_process_is_not() {
+fn separate_thread_binds_in_another_folder() {
     let folder = tempfile::tempdir().unwrap();
     let opened = open(folder.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
     let before = std::env::current_dir().unwrap();

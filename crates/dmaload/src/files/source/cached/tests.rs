@@ -112,7 +112,7 @@ fn chunks_are_counted_across_words() {
 }
 
 #[test]
-fn only_chunks_that_are_wholly_cached_are_taken() {
+fn only_fully_cached_chunks_are_used() {
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| {
         let end = 8 * MIB + 777;
@@ -180,7 +180,7 @@ fn asking_starts_no_readahead() {
 
 /// After a read through the page cache, what readahead brings in would count as cached.
 #[test]
-fn a_file_that_is_read_ahead_is_not_taken_from_the_cache() {
+fn file_with_readahead_is_not_copied_from_the_cache() {
     let folder = folder();
     let (path, _) = file(folder.path(), 4 * MIB);
     let opened = OpenFile::open(&path).unwrap();
@@ -190,7 +190,7 @@ fn a_file_that_is_read_ahead_is_not_taken_from_the_cache() {
 }
 
 #[test]
-fn nothing_is_taken_from_tmpfs() {
+fn nothing_is_copied_from_the_cache_on_tmpfs() {
     let folder = folder();
     match mounted::tmpfs(&folder.path().join("tmpfs"), "96m") {
         Ok(tmpfs) => {
@@ -211,7 +211,7 @@ fn has_changed(file: &OpenFile) -> bool {
 
 /// The kernel does not notice further stores into dirty mapped pages until they are written back.
 #[test]
-fn stores_into_pages_that_were_dirty_already_are_noticed() {
+fn stores_into_dirty_pages_are_detected() {
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| {
         let bytes = 16 * MIB;
@@ -246,7 +246,7 @@ fn stores_into_pages_that_were_dirty_already_are_noticed() {
 /// `write(2)` sets the modification time before its first byte, and a file may be opened before
 /// its last one.
 #[test]
-fn a_running_write_is_waited_for_or_noticed() {
+fn running_write_is_waited_for_or_detected() {
     let folder = folder();
     mounted::on_each(folder.path(), |what, at| {
         let bytes = 64 * MIB;
