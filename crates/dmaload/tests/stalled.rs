@@ -354,7 +354,7 @@ async fn hanging_load_stops_no_other_and_finishes_later() {
 async fn many_hanging_loads_stop_no_other() {
     let Some(_alone) = alone().await else { return };
     let (plain, bytes) = (Plain::new(), bytes());
-    let servers = ALL.map(Hanging::at);
+    let servers = ALL.map(Hanging::start);
     for (workers_wanted, limited) in [(1, false), (2, false), (2, true)] {
         // Also where loads begin in the order of arrival and few may be open.
         let builder = loader(workers_wanted);
