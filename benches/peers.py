@@ -1,6 +1,7 @@
 """Loads a safetensors file into CPU memory by another loader, as `dmaload bench --peer` asks.
 
-    peers.py NAME PATH    NAME: safetensors, safetensors-clone, fastsafetensors, runai, fio
+    peers.py NAME PATH    NAME: safetensors, safetensors-clone, fastsafetensors, runai, fio,
+                          copies
 
 Standard input says `prepare`, then `go`; each is answered by a line of JSON. The measurement
 begins just before the file is opened and ends when every byte is in the caller's memory: a
@@ -8,10 +9,20 @@ mapping is touched page by page.
 """
 
 import json
+import mmap
 import os
 import subprocess
 import sys
+import threading
 import time
+
+
+def page_bytes(path):
+    """The size of most pages under what was loaded."""
+    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
+        huge_kib = sum(int(line.split()[1]) for line in file if line.startswith("AnonHugePages"))
+    huge = huge_kib << 10 > os.path.getsize(path) // 2
+    return 2 << 20 if huge else os.sysconf("SC_PAGE_SIZE")
 
 
 def touch(tensor):
@@ -43,6 +54,33 @@ def by_runai(path):
         return [tensor for _name, tensor in streamer.get_tensors()]
 
 
+def by_copies(path):
+    """A plain loop of `preadv` in as many threads as there are cores, into new memory."""
+    file, extent = os.open(path, os.O_RDONLY), 2 << 20
+    size = os.fstat(file).st_size
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    offsets = iter(range(0, size, extent))
+    lock = threading.Lock()
+
+    def copy():
+        while True:
+            with lock:
+                start = next(offsets, None)
+            if start is None:
+                return
+            with memoryview(memory)[start:start + extent] as view:
+                if os.preadv(file, [view], start) != len(view):
+                    raise OSError(f"short read at {start}")
+
+    threads = [threading.Thread(target=copy) for _ in range(os.cpu_count())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return memory
+
+
 def by_fio(path):
     """Measures the device's limit by fio's own clock, as a check of the mode `limit`."""
     job = ["fio", "--name=limit", f"--filename={path}", "--rw=read", "--direct=1", "--ioengine=io_uring", "--fixedbufs=1"]
@@ -63,6 +101,7 @@ WAYS = {
     "fastsafetensors": by_fastsafetensors,
     "runai": by_runai,
     "fio": by_fio,
+    "copies": by_copies,
 }
 
 
@@ -77,7 +116,7 @@ def heard(word):
 name, path = sys.argv[1:]
 if not heard("prepare"):
     sys.exit()
-if name != "fio":
+if name not in ("fio", "copies"):
     import torch
 
     torch.empty(1 << 20, dtype=torch.uint8).clone()
@@ -92,4 +131,4 @@ if heard("go"):
     start, cpu = time.perf_counter(), time.process_time()
     loaded = WAYS[name](path)
     seconds = loaded if name == "fio" else time.perf_counter() - start
-    tell(seconds=seconds, cpu_seconds=time.process_time() - cpu, page_bytes=os.sysconf("SC_PAGE_SIZE"))
+    tell(seconds=seconds, cpu_seconds=time.process_time() - cpu, page_bytes=page_bytes(path))

@@ -158,6 +158,18 @@ measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --p
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
+# A file on tmpfs, whose O_DIRECT is a copy at the speed of memory, beside a plain loop of copies.
+if [[ tmpfs == *$filter* ]]; then
+    memory=$(mktemp -d)
+    mount -t tmpfs -o size=1100m tmpfs "$memory"
+    trap 'umount "$memory" && rmdir "$memory"' EXIT
+    head -c 1G /dev/urandom >"$memory/model.bin"
+    for pages in 2m 4k; do
+        measure tmpfs-$pages "$memory/model.bin" --warm --cache bypass --pages $pages --modes limit,direct_io \
+            --peer "copies=python3 benches/peers.py copies"
+        sed -i "s#$memory/model.bin#TMPFS/model.bin#" "$page"
+    done
+fi
 measure large-8gib --size 8GiB --user 1000 --modes normal,limit,direct_io --rounds 3
 measure large-16gib --size 16GiB --user 1000 --modes normal,limit,direct_io --rounds 3
 measure verify --size 1GiB --user 1000 --modes normal,limit,direct_io,verify
