@@ -42,7 +42,8 @@ impl AddressRange {
         let bytes = bytes.checked_next_multiple_of(page_bytes()).filter(|&b| b > 0).ok_or(failed(Errno::INVAL))?;
         let padded = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(failed(Errno::NOMEM))?;
         // SAFETY: no address is requested, so no existing mapping is replaced.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), padded, ProtFlags::empty(), reserved()) }.map_err(failed)?;
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), padded, ProtFlags::empty(), reserved_flags()) }.map_err(failed)?;
         let lead = start.addr().next_multiple_of(HUGE_PAGE_BYTES) - start.addr();
         let base = start.wrapping_byte_add(lead);
         trim(start, lead);
@@ -126,7 +127,7 @@ impl Drop for AddressRange {
     }
 }
 
-fn reserved() -> MapFlags {
+fn reserved_flags() -> MapFlags {
     MapFlags::PRIVATE | MapFlags::NORESERVE
 }
 
@@ -217,7 +218,7 @@ impl Mapping {
     /// # Errors
     /// ENOMEM.
     pub fn allow_fork(&self) -> Result<(), Error> {
-        self.advise(Advice::LinuxDoFork, "let forked processes have memory")
+        self.advise(Advice::LinuxDoFork, "let forked processes inherit memory")
     }
 
     fn advise(&self, advice: Advice, operation: &'static str) -> Result<(), Error> {
@@ -274,7 +275,7 @@ impl Drop for Mapping {
         let address = self.address().as_ptr().cast::<c_void>();
         // SAFETY: this mapping is the only owner of these addresses. Reserving them again unmaps
         // the pages and keeps other mappings out of the place.
-        let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved() | MapFlags::FIXED) };
+        let reserved = unsafe { mmap_anonymous(address, self.bytes, ProtFlags::empty(), reserved_flags() | MapFlags::FIXED) };
         // If that fails (too many mappings), the pages stay until the whole range is dropped.
         if reserved.is_ok() {
             taken.remove(&self.at);
@@ -322,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_starts_at_a_huge_page() {
+    fn range_starts_at_a_huge_page() {
         for bytes in [1, PAGE, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 1] {
             let range = AddressRange::reserve(bytes).unwrap();
             assert_eq!(range.base().addr().get() % HUGE_PAGE_BYTES, 0);
@@ -345,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_moves_with_its_pages_and_leaves_its_place_reserved() {
+    fn mapping_moves_with_its_pages_and_keeps_its_old_place() {
         for memory in [Memory::Memfd(Memfd::create("test", 4 * PAGE).unwrap()), Memory::Anonymous] {
             let (old, new) = (AddressRange::reserve(8 * PAGE).unwrap(), AddressRange::reserve(8 * PAGE).unwrap());
             let mapping = old.map(&memory, PAGE, 4 * PAGE).unwrap();
@@ -372,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_unaligned_or_out_of_range_is_refused() {
+    fn unaligned_or_out_of_range_mappings_are_refused() {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
         for (at, bytes) in [(1, PAGE), (0, 100), (0, 0), (3 * PAGE, 2 * PAGE), (0, 2 * PAGE), (usize::MAX - PAGE + 1, PAGE)] {
@@ -381,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_mapping_leaves_no_pages_behind() {
+    fn dropped_mapping_leaves_no_pages() {
         let range = AddressRange::reserve(4 * PAGE).unwrap();
         let memory = Memory::Memfd(Memfd::create("test", 4 * PAGE).unwrap());
         let mapping = range.map(&memory, 0, 4 * PAGE).unwrap();
@@ -391,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memfd_shows_the_bytes_that_are_written_through_its_mapping() {
+    fn writes_through_a_mapping_are_visible_in_the_memfd() {
         let memory = Memory::Memfd(Memfd::create("test", PAGE).unwrap());
         let range = AddressRange::reserve(PAGE).unwrap();
         let mapping = range.map(&memory, 0, PAGE).unwrap();

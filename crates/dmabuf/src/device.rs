@@ -36,7 +36,7 @@ pub enum Device {
 impl Device {
     /// Identifies the device behind a descriptor by its device number, whatever path it was opened
     /// at. `None` for anything else.
-    pub fn of(fd: impl AsFd) -> Option<Self> {
+    pub fn identify(fd: impl AsFd) -> Option<Self> {
         let found = fstat(fd).ok().filter(|found| FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice)?;
         let number = found.st_rdev;
         let entry = Path::new("/sys/dev/char").join(format!("{}:{}", major(number), minor(number)));
@@ -66,9 +66,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_files_and_devices_are_none_of_them() {
+    fn other_files_and_devices_are_not_identified() {
         for path in ["/dev/null", "/dev/zero", "/", "/proc/self/exe"] {
-            assert_eq!(Device::of(std::fs::File::open(path).unwrap()), None, "{path}");
+            assert_eq!(Device::identify(std::fs::File::open(path).unwrap()), None, "{path}");
         }
     }
 }

@@ -165,7 +165,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_dma_buf_is_refused() {
+    fn descriptor_that_is_not_a_dma_buf_is_refused() {
         let memfd = crate::Memfd::create("test", 4096).unwrap();
         let refused = DmaBuf::from_fd(memfd.as_fd().try_clone_to_owned().unwrap()).unwrap_err();
         assert!(matches!(refused.errno, crate::Errno::ENOTTY | crate::Errno::EINVAL), "{refused}");

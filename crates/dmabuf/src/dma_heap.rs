@@ -76,11 +76,11 @@ impl DmaHeap {
     pub fn open(name: &str) -> Result<Self, DeviceError> {
         let path = Self::path(name);
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
-            let about = Some("a heap's name is a name, not a path".to_owned());
+            let about = Some("a heap is given by name, not by path".to_owned());
             return Err(DeviceError { path, errno: Errno::EINVAL, about });
         }
         let fd = open_device(&path).map_err(|error| match error.errno {
-            Errno::ENOENT => DeviceError { about: Some(others()), ..error },
+            Errno::ENOENT => DeviceError { about: Some(list_heaps()), ..error },
             _ => error,
         })?;
         Ok(DmaHeap { fd, name: name.to_owned() })
@@ -91,9 +91,9 @@ impl DmaHeap {
     /// # Errors
     /// ENODEV when the descriptor is not a dma-heap.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
-        match Device::of(&fd) {
+        match Device::identify(&fd) {
             Some(Device::DmaHeap(name)) => Ok(DmaHeap { fd, name }),
-            _ => Err(DeviceError { path: path_of(&fd), errno: Errno::ENODEV, about: Some("it is no dma-heap".to_owned()) }),
+            _ => Err(DeviceError { path: path_of(&fd), errno: Errno::ENODEV, about: Some("it is not a dma-heap".to_owned()) }),
         }
     }
 
@@ -134,7 +134,7 @@ impl DmaHeap {
     }
 }
 
-fn others() -> String {
+fn list_heaps() -> String {
     match DmaHeap::names() {
         names if names.is_empty() => "this machine has no dma-heaps (CONFIG_DMABUF_HEAPS)".to_owned(),
         names => format!("the heaps here are {}", names.join(", ")),
@@ -146,14 +146,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_is_no_path() {
+    fn heap_name_that_is_a_path_is_refused() {
         for name in ["", ".", "..", "../null", "a/b", "/dev/null"] {
             assert_eq!(DmaHeap::open(name).unwrap_err().errno, Errno::EINVAL, "{name:?}");
         }
     }
 
     #[test]
-    fn an_unknown_name_is_told_with_the_known_ones() {
+    fn unknown_heap_error_lists_the_known_ones() {
         let error = DmaHeap::open("no-such-heap").unwrap_err();
         assert_eq!(error.errno, Errno::ENOENT);
         assert!(error.to_string().contains("heaps"), "{error}");

@@ -114,14 +114,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_errno_is_told_by_name_and_in_words() {
+    fn errno_is_described_by_name_and_text() {
         assert_eq!(Errno::EINVAL.describe(), "EINVAL (Invalid argument)");
         assert_eq!(Errno::ENODATA.describe(), "ENODATA (No data available)");
         assert_eq!(format!("{:?}", Errno::EIO), "EIO");
     }
 
     #[test]
-    fn an_unknown_errno_keeps_its_number() {
+    fn unknown_errno_keeps_its_number() {
         let unknown = Errno::from_raw_os_error(4000);
         assert!(unknown.describe().starts_with("errno 4000 "));
         assert_eq!((unknown.name(), unknown.raw_os_error()), (None, 4000));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn constants_are_the_kernels_numbers() {
+    fn constants_have_the_numbers_of_libc() {
         for (errno, number) in [
             (Errno::EPERM, libc::EPERM),
             (Errno::ENOENT, libc::ENOENT),
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn io_errors_are_taken_and_given() {
+    fn io_errors_convert_both_ways() {
         for errno in [Errno::ENOENT, Errno::EIO, Errno::from_raw_os_error(4000)] {
             let error = io::Error::from(errno);
             assert_eq!(Errno::from_io_error(&error), Some(errno));

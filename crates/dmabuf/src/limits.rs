@@ -31,11 +31,11 @@ impl Limit {
         if status == 0 {
             return (limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur);
         }
-        self.in_list(&fs::read_to_string("/proc/self/limits").ok()?)
+        self.parse_list(&fs::read_to_string("/proc/self/limits").ok()?)
     }
 
     /// Parses the soft limit from the text of `/proc/self/limits`.
-    fn in_list(self, list: &str) -> Option<u64> {
+    fn parse_list(self, list: &str) -> Option<u64> {
         let name = match self {
             Limit::FileSize => "Max file size",
             Limit::OpenFiles => "Max open files",
@@ -50,10 +50,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn procfs_tells_the_same_limits_as_the_kernel() {
+    fn procfs_and_the_kernel_report_the_same_limits() {
         let list = fs::read_to_string("/proc/self/limits").unwrap();
         for limit in [Limit::FileSize, Limit::OpenFiles, Limit::AddressSpace] {
-            assert_eq!(limit.in_list(&list), limit.current(), "{limit:?}: {list}");
+            assert_eq!(limit.parse_list(&list), limit.current(), "{limit:?}: {list}");
         }
         assert!(Limit::OpenFiles.current().is_some(), "{list}");
     }

@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memfd_cannot_shrink() {
+    fn memfd_cannot_shrink() {
         let memfd = Memfd::create("test", 8192).unwrap();
         assert_eq!(ftruncate(&memfd, 4096), Err(Errno::PERM));
     }

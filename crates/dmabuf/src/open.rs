@@ -29,7 +29,7 @@ pub(crate) fn path_of(fd: &OwnedFd) -> PathBuf {
 }
 
 pub(crate) fn open_device(path: &Path) -> Result<OwnedFd, DeviceError> {
-    let failed = |errno| DeviceError { path: path.to_owned(), errno, about: about(path, errno) };
+    let failed = |errno| DeviceError { path: path.to_owned(), errno, about: explain(path, errno) };
     let fd = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
     let fd = fd.map_err(|errno| failed(Errno::from_rustix(errno)))?;
     let status = fstat(&fd).map_err(|errno| failed(Errno::from_rustix(errno)))?;
@@ -37,13 +37,13 @@ pub(crate) fn open_device(path: &Path) -> Result<OwnedFd, DeviceError> {
     if kind == FileType::CharacterDevice { Ok(fd) } else { Err(failed(Errno::ENODEV)) }
 }
 
-fn about(path: &Path, errno: Errno) -> Option<String> {
+fn explain(path: &Path, errno: Errno) -> Option<String> {
     match errno {
         Errno::EACCES | Errno::EPERM => {
             let found = std::fs::metadata(path).ok()?;
             Some(format!("its mode is {:04o}, its owner {}, its group {}", found.mode() & 0o7777, found.uid(), found.gid()))
         }
-        Errno::ENODEV => Some("it is no character device".to_owned()),
+        Errno::ENODEV => Some("it is not a character device".to_owned()),
         _ => None,
     }
 }
@@ -53,13 +53,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_device_and_a_plain_file_are_told_apart() {
+    fn missing_device_and_plain_file_have_different_errors() {
         let missing = open_device(Path::new("/dev/no-such-device")).unwrap_err();
         assert_eq!(missing.to_string(), "cannot open /dev/no-such-device: ENOENT (No such file or directory)");
         let file = std::env::temp_dir().join(format!("dmabuf-device-{}", std::process::id()));
         std::fs::write(&file, "").unwrap();
         let refused = open_device(&file);
         std::fs::remove_file(&file).unwrap();
-        assert!(refused.unwrap_err().to_string().ends_with("it is no character device"));
+        assert!(refused.unwrap_err().to_string().ends_with("it is not a character device"));
     }
 }

@@ -142,7 +142,7 @@ fn from_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     let mut inside = 0;
     for line in smaps.lines() {
         let Some((key, rest)) = line.split_once(' ') else { continue };
-        if let Some((start, end)) = key.split_once('-').and_then(|(start, end)| Some((hex(start)?, hex(end)?))) {
+        if let Some((start, end)) = key.split_once('-').and_then(|(start, end)| Some((parse_hex(start)?, parse_hex(end)?))) {
             inside = addresses.end.min(end).saturating_sub(addresses.start.max(start)) as u64;
         } else if inside > 0 {
             let bytes =
@@ -158,7 +158,7 @@ fn from_smaps(smaps: &str, addresses: &Range<usize>) -> PageCount {
     count
 }
 
-fn hex(digits: &str) -> Option<usize> {
+fn parse_hex(digits: &str) -> Option<usize> {
     usize::from_str_radix(digits, 16).ok()
 }
 
@@ -199,7 +199,7 @@ AnonHugePages:      2048 kB
     }
 
     #[test]
-    fn small_pages_are_seen_as_small_by_both_ways() {
+    fn small_pages_are_counted_as_small_by_both_methods() {
         let range = AddressRange::reserve(HUGE_PAGE_BYTES).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, 16 * page_bytes()).unwrap();
         // SAFETY: the mapping is that long and writable, and only this test uses it.

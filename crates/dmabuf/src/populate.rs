@@ -79,12 +79,12 @@ impl Mapping {
         let extents = area.whole_extents();
         let refused = match pages {
             Pages::Small => {
-                match area.advise(area.all(), Advice::LinuxNoHugepage) {
+                match area.advise(area.whole_mapping(), Advice::LinuxNoHugepage) {
                     // A kernel without huge pages does not know the advice, and doesn't need it.
                     Ok(()) | Err(Errno::INVAL) => {}
                     // After any other refusal (ENOMEM: too many mappings), huge pages could
                     // appear.
-                    Err(errno) => return Err(Error::from_call("keep to small pages", part.len(), errno)),
+                    Err(errno) => return Err(Error::from_call("turn off huge pages for memory", part.len(), errno)),
                 }
                 None
             }
@@ -132,7 +132,7 @@ struct Area<'a> {
 impl Area<'_> {
     /// The whole mapping. Advising only a part would split the mapping into several, and merge
     /// them again later, both under the lock that populating threads need.
-    fn all(&self) -> Range<usize> {
+    fn whole_mapping(&self) -> Range<usize> {
         0..self.mapping.bytes()
     }
 
@@ -151,7 +151,7 @@ impl Area<'_> {
     fn make_huge(&self, extents: Range<usize>) -> Option<Errno> {
         // Lets page faults use huge pages where the administrator allows it; fails if THP is not
         // built in.
-        let _ = self.advise(self.all(), Advice::LinuxHugepage);
+        let _ = self.advise(self.whole_mapping(), Advice::LinuxHugepage);
         match self.memory {
             Memory::Memfd(memfd) => {
                 for extent in extents.clone().step_by(HUGE_PAGE_BYTES) {
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn populating_allocates_every_page_of_the_part_and_no_other() {
+    fn populating_allocates_exactly_the_pages_of_the_part() {
         let bytes = 4 * HUGE_PAGE_BYTES;
         for pages in [Pages::Small, Pages::Auto] {
             let memory = Memory::Memfd(Memfd::create("test", bytes).unwrap());
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn small_pages_are_small_and_the_count_agrees_with_smaps() {
+    fn small_pages_are_small_according_to_smaps() {
         let bytes = 2 * HUGE_PAGE_BYTES;
         for memory in [Memory::Memfd(Memfd::create("test", bytes).unwrap()), Memory::Anonymous] {
             let mapping = mapped(&memory, bytes);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_are_either_there_or_their_absence_is_told() {
+    fn missing_huge_pages_are_reported() {
         let bytes = 3 * HUGE_PAGE_BYTES + 5 * page_bytes();
         for memory in [Memory::Memfd(Memfd::create("test", bytes).unwrap()), Memory::Anonymous] {
             let mapping = mapped(&memory, bytes);
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_that_is_unaligned_or_too_long_is_refused() {
+    fn populating_an_unaligned_or_too_long_part_is_refused() {
         let memory = Memory::Anonymous;
         let mapping = mapped(&memory, 4 * page_bytes());
         for part in [0..1, 1..page_bytes(), 0..5 * page_bytes(), 0..0] {
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_mapping_is_populated_without_a_write() {
+    fn read_only_mapping_is_populated_without_writing() {
         use std::os::fd::AsFd;
         let bytes = 2 * HUGE_PAGE_BYTES;
         for pages in [Pages::Auto, Pages::Small, Pages::Huge] {

@@ -108,7 +108,7 @@ mod tests {
     use std::ffi::OsStr;
 
     #[test]
-    fn what_a_terminal_would_act_on_is_escaped() {
+    fn control_and_invisible_characters_are_escaped() {
         for (given, expected) in [
             ("model-00001.safetensors", "model-00001.safetensors"),
             ("größe 模型 🦀", "größe 模型 🦀"),
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_one_word_of_a_shell() {
+    fn path_is_quoted_as_one_shell_word() {
         for (given, expected) in [
             ("/dev/sda1", "/dev/sda1"),
             ("a b", "'a b'"),
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_is_escaped_is_left_over() {
+    fn no_hidden_character_remains_after_escaping() {
         let all: String = ('\0'..=char::MAX).collect();
         assert!(!text(&all).to_string().contains(is_hidden));
         assert!(!shown(&all).to_string().contains(is_hidden));

@@ -93,7 +93,7 @@ impl Udmabuf {
     /// # Errors
     /// ENODEV when the descriptor is not that device.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, DeviceError> {
-        if Device::of(&fd) == Some(Device::Udmabuf) {
+        if Device::identify(&fd) == Some(Device::Udmabuf) {
             return Ok(Udmabuf { fd });
         }
         Err(DeviceError { path: path_of(&fd), errno: crate::Errno::ENODEV, about: Some(format!("it is not {}", Self::PATH)) })
@@ -103,8 +103,8 @@ impl Udmabuf {
     pub fn limits() -> UdmabufLimits {
         let read = |name: &str| std::fs::read_to_string(Path::new(Self::PARAMETERS).join(name)).ok();
         UdmabufLimits {
-            size_bytes: read("size_limit_mb").as_deref().and_then(limit).map(|mib| mib << 20),
-            list_entries: read("list_limit").as_deref().and_then(limit),
+            size_bytes: read("size_limit_mb").as_deref().and_then(parse_limit).map(|mib| mib << 20),
+            list_entries: read("list_limit").as_deref().and_then(parse_limit),
         }
     }
 
@@ -152,7 +152,7 @@ fn refuse_sealed(part: &Part<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-fn limit(parameter: &str) -> Option<u64> {
+fn parse_limit(parameter: &str) -> Option<u64> {
     // The parameter is signed; zero and negative values mean no limit.
     parameter.trim().parse::<i64>().ok().and_then(|value| u64::try_from(value).ok()).filter(|&value| value > 0)
 }
@@ -170,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sealed_memory_is_refused_whatever_the_kernel_thinks_of_it() {
+    fn sealed_memory_is_refused_on_every_kernel() {
         let memfd = Memfd::create("test", 4096).unwrap();
         let part = Part { memfd: &memfd, offset: 0, bytes: 4096 };
         assert_eq!(refuse_sealed(&part), Ok(()));
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_kernels_in_between_are_affected() {
+    fn only_kernels_6_11_to_6_15_are_affected() {
         for (release, expected) in [
             ("5.15.0-1", false),
             ("6.1.0-56-cloud-amd64", false),
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_is_not_positive_is_none() {
-        assert_eq!(["64\n", "0", "-1\n", "x"].map(limit), [Some(64), None, None, None]);
+    fn limit_that_is_not_positive_means_no_limit() {
+        assert_eq!(["64\n", "0", "-1\n", "x"].map(parse_limit), [Some(64), None, None, None]);
     }
 }

@@ -106,7 +106,7 @@ mod tests {
         let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a name has no slash");
         vec![
             (Error::Config(text()), libc::EINVAL),
-            (Error::Start { operation: "no thread could be had", errno }, libc::EXDEV),
+            (Error::Start { operation: "no thread could be started", errno }, libc::EXDEV),
             (Error::File { path: path(), operation: "open", errno }, libc::EXDEV),
             (Error::NotAFile { path: path(), kind: "a FIFO" }, libc::EINVAL),
             (Error::NoLength { path: path() }, libc::EINVAL),

@@ -78,7 +78,7 @@ impl dmaload_load {
     pub(crate) fn new(started: Started) -> Result<Self> {
         let Started { segments, wanted, cpu_before } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be had"))?;
+        let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be created"))?;
         let load = dmaload_load {
             event: Arc::new(Event(event)),
             wanted,

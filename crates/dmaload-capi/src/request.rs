@@ -65,7 +65,7 @@ fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
 /// The heap of this descriptor.
 pub(crate) fn heap_of(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     let device = duplicate(fd, "heap_fd")?;
-    match Device::of(&device) {
+    match Device::identify(&device) {
         Some(Device::DmaHeap(_)) => Ok(Arc::new(DmaHeap::from_fd(device)?.flags(flags))),
         Some(Device::Udmabuf) if flags != 0 => Err(Failure::invalid("udmabuf knows no heap_flags")),
         Some(Device::Udmabuf) => Ok(Arc::new(UdmabufHeap::from_fd(device, Pages::Auto)?)),

@@ -170,7 +170,7 @@ mod tests {
         }
         for error in [
             Error::Config("--x".to_owned()),
-            Error::Start { operation: "no thread could be had", errno: Errno::EAGAIN },
+            Error::Start { operation: "no thread could be started", errno: Errno::EAGAIN },
             Error::File { path: "b".into(), operation: "open", errno: Errno::EIO },
             Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
             Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },

@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use dmabuf::Errno;
 use rustix::io::pread;
 
-use crate::engine::choice::LEAST_BYTES;
+use crate::engine::choice;
 use crate::error::Result;
 use crate::files::source::OpenFile;
 use crate::memory::headroom::headroom;
@@ -50,7 +50,7 @@ pub struct File {
 
 /// Bytes of the smallest load that measures which way of reading is fastest, if
 /// [`crate::LoadOptions::route`] leaves it open.
-pub const MEASURED_BYTES_MIN: u64 = LEAST_BYTES;
+pub const MEASURED_BYTES_MIN: u64 = choice::MEASURED_BYTES_MIN;
 
 impl File {
     /// Why a load would read it through the page cache ([`Route::Buffered`]).
@@ -126,7 +126,7 @@ mod tests {
     use crate::error::Error;
 
     #[test]
-    fn a_ring_that_works_can_register_something_or_says_why_not() {
+    fn working_ring_registers_something_or_says_why_not() {
         let found = io_uring();
         if let Err(errno) = found.setup {
             assert_eq!(found, IoUring::refused(errno));
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_block_is_read_and_counted() {
+    fn first_block_is_read_and_counted() {
         let folder = tempfile::tempdir().unwrap();
         for (bytes, expected) in [(0, 0), (777, 777), (4096, 4096), (100_000, 4096)] {
             let path = folder.path().join("file");
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_none_of_the_medium() {
+    fn refusals_and_medium_errors_are_told_apart() {
         let file = |open_direct, first_read| File {
             bytes: 1,
             alignment_bytes: 4096,

@@ -401,12 +401,12 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     let fail = async {
         tokio::time::sleep(WHILE).await;
-        gate.decide(Err("a test wants it".into()));
+        gate.decide(Err("requested by a test".into()));
     };
     let waiters = async { tokio::join!(load.tensor("t11"), load.tensor("t11"), fail) };
     let (one, other, ()) = in_time("errors", waiters).await;
     let error = one.unwrap_err();
-    assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "a test wants it"), "{error}");
+    assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "requested by a test"), "{error}");
     assert_eq!(other.unwrap_err(), error);
     // Also of tensors that had arrived, and of unknown ones.
     for name in ["t0", "t11", "none"] {

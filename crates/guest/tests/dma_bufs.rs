@@ -434,7 +434,7 @@ fn a_vendors_dma_bufs_by_descriptor_equal_the_file() {
 fn what_a_vendor_must_not_give_fails_the_load_by_its_name() {
     type Allocate = fn(usize) -> Result<OwnedFd, Errno>;
     let allocators: [(Allocate, &str); 5] = [
-        (|bytes| by_descriptor("system", bytes - dmabuf::page_bytes()), "cannot take a shorter dma-buf in place"),
+        (|bytes| by_descriptor("system", bytes - dmabuf::page_bytes()), "cannot use a dma-buf that is too short"),
         (|bytes| Ok(dmabuf::Memfd::create("vendor", bytes).unwrap().as_fd().try_clone_to_owned().unwrap()), "ENOTTY"),
         (
             // Its descriptor allows no writing.

@@ -43,12 +43,12 @@ impl Engine {
         advance: BudgetPermit,
     ) {
         let Some(allocation) = load.allocation(number) else { return };
-        if let Err(error) = self.fill_in(load, heap, worker, &allocation, permit, advance) {
+        if let Err(error) = self.prepare_batch(load, heap, worker, &allocation, permit, advance) {
             self.fail(load, error);
         }
     }
 
-    fn fill_in(
+    fn prepare_batch(
         self: &Arc<Self>,
         load: &Arc<LoadShared>,
         heap: &HeapCode,
@@ -64,13 +64,13 @@ impl Engine {
                 return Ok(());
             }
             self.jobs.proceed(worker);
-            sources.push(opened(load, part)?);
+            sources.push(open_part(load, part)?);
         }
-        let way = way(load, allocation, &sources);
+        let way = choose_way(load, allocation, &sources);
         let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
         advance.charge(&backing);
         let staged_by = staged_by(&load.options);
-        load.handed(allocation.batch.pieces.start);
+        load.record_queued(allocation.batch.pieces.start);
         for (part, OpenPart { file, route, cached }) in allocation.parts.iter().zip(sources) {
             let piece = part.piece;
             let files = u64::from(part.small);
@@ -103,7 +103,7 @@ impl Engine {
                 cached,
             };
             let buffer = PieceBuffer::new(Arc::clone(&backing), filling.clone(), offset, bytes, permit);
-            self.ring.piece(load.id, part.number, piece, spec, buffer);
+            self.ring.enqueue_piece(load.id, part.number, piece, spec, buffer);
         }
         Ok(())
     }
@@ -118,7 +118,7 @@ impl Engine {
     ) -> Result<Prepared> {
         let about = allocation.allocated();
         if way == Way::Staged && !self.facts.allocates_at_once {
-            let (backing, grant) = self.backing(load, heap, allocation)?;
+            let (backing, grant) = self.get_backing(load, heap, allocation)?;
             // Each extent asks for its own grant when it is populated.
             drop(grant);
             if !backing.is_reused() {
@@ -131,8 +131,8 @@ impl Engine {
         let start = Instant::now();
         load.begin_allocating();
         let populated = self.populate(load, heap, allocation);
-        let told = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
-        load.end_allocating(&about, start, told);
+        let result = populated.as_ref().ok().map(|(backing, populated)| (populated, backing.is_reused()));
+        load.end_allocating(&about, start, result);
         Ok((populated?.0, None))
     }
 
@@ -140,7 +140,7 @@ impl Engine {
         let batch = &allocation.batch;
         let part = to_usize(batch.memory_offset)..to_usize(batch.memory_offset + batch.bytes);
         // Held until the pages are present.
-        let (backing, _grant) = self.backing(load, heap, allocation)?;
+        let (backing, _grant) = self.get_backing(load, heap, allocation)?;
         let (mapping, memory) = backing.parts();
         let populated = if backing.is_reused() {
             let start = mapping.address().addr().get();
@@ -154,7 +154,7 @@ impl Engine {
 
     /// Gets the batch's allocation: an existing one, one from the pool, or a new one; with the
     /// grant for the memory that this batch is about to take.
-    fn backing(
+    fn get_backing(
         &self,
         load: &LoadShared,
         heap: &HeapCode,
@@ -184,7 +184,7 @@ impl Engine {
         let refused = |error| self.refused(load, error);
         let (at, bytes) = (to_usize(allocation.range_offset), to_usize(allocation.memory_bytes));
         let kept = self.reaper.reuse(bytes);
-        if let Some(backing) = kept.and_then(|kept| Backing::reused(*kept, &allocation.range, at, &self.reaper)) {
+        if let Some(backing) = kept.and_then(|kept| Backing::from_pool(*kept, &allocation.range, at, &self.reaper)) {
             return Ok((backing, None));
         }
         let taken = if self.facts.allocates_at_once { allocation.memory_bytes } else { allocation.batch.bytes };
@@ -192,7 +192,10 @@ impl Engine {
         let memory = heap.call(load.heap(), |heap| heap.allocate(bytes))?.map_err(refused)?;
         if let Some(dma_buf) = memory.dma_buf() {
             if !self.facts.exports {
-                return Err(Error::Config(format!("the heap {} gives dma-bufs, and its `exports` denies it", load.heap())));
+                return Err(Error::Config(format!(
+                    "the heap {} allocated a dma-buf, although its `exports` returns false",
+                    load.heap()
+                )));
             }
             // Ends when the segment is exported. A dma-buf that never is gets closed with the
             // access open, which is allowed.
@@ -261,7 +264,7 @@ struct OpenPart {
 }
 
 /// The way that a batch is read. One that is wholly in the page cache needs no memory ahead of it.
-fn way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
+fn choose_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();
     }
@@ -272,7 +275,7 @@ fn way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way 
 }
 
 /// Opens the part's file if necessary, and checks that it is the file that was planned.
-fn opened(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
+fn open_part(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
     // No lock is held: a server may never answer, and this emits events.
     let file = part.file.get_or_make(|| {
         let file = OpenFile::open(&part.path)?;
@@ -280,9 +283,9 @@ fn opened(load: &LoadShared, part: &BatchPart) -> Result<OpenPart> {
         let (index, offset) = (part.file_index, part.piece.file_offset);
         let FileRoute { route, fallback } = route_for(&file, index, offset, load, part.route)?;
         if let Some(fallback) = fallback {
-            load.stepped_down(fallback);
+            load.record_fallback(fallback);
         }
-        load.file_opened(index, route);
+        load.record_opened_file(index, route);
         Ok::<_, Error>(file)
     })?;
     let start = load.route_of(part.file_index);
@@ -303,7 +306,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusal_names_the_group_only_where_it_is_at_its_limit() {
+    fn refusal_names_the_cgroup_only_at_its_limit() {
         let have = |available_bytes| {
             move || Some(Headroom { available_bytes, limit: "memory.max is 9".to_owned(), place: PathBuf::new() })
         };

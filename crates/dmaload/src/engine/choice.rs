@@ -18,7 +18,7 @@ use crate::support::id::LoadId;
 use crate::telemetry::report::{Measured, Way};
 
 /// Smaller loads are not measured: the gain must be worth the cost.
-pub(crate) const LEAST_BYTES: u64 = 512 << 20;
+pub(crate) const MEASURED_BYTES_MIN: u64 = 512 << 20;
 /// How much is read in each way. On small pages, direct reads wait for memory and are rarely
 /// faster, so less of the load is risked for them.
 const PHASE_BYTES: u64 = 96 << 20;
@@ -27,7 +27,7 @@ const SMALL_PAGES_PHASE_BYTES: u64 = 48 << 20;
 const MARGIN: f64 = 1.03;
 /// A file system's first, second, fourth … load is measured, and from then on every one of this
 /// many.
-const LOOK_AGAIN: u64 = 32;
+const MEASURE_EVERY: u64 = 32;
 
 /// The ways that a load may be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub(crate) struct Ways {
 }
 
 impl Ways {
-    fn may(self, way: Way) -> bool {
+    fn allows(self, way: Way) -> bool {
         self.buffered || way != Way::Buffered
     }
 }
@@ -60,7 +60,7 @@ struct Phase {
     bytes: u64,
     full_bytes: u64,
     /// When its first batch was queued for reading.
-    handed: Option<Duration>,
+    queued_at: Option<Duration>,
     /// When all earlier phases had ended, and how much was full by then.
     alone: Option<(Duration, u64)>,
     ended: Option<Duration>,
@@ -68,7 +68,7 @@ struct Phase {
 
 impl Phase {
     /// Records that `bytes` more are full.
-    fn full(&mut self, bytes: u64, now: Duration) {
+    fn record_full(&mut self, bytes: u64, now: Duration) {
         self.full_bytes += bytes;
         if self.full_bytes == self.bytes {
             self.ended = Some(now);
@@ -80,7 +80,7 @@ impl Phase {
         // If most of it was full before it was alone, the time it shared with the other way
         // counts, too: it was at least that fast.
         let alone = self.alone.filter(|&(_, before)| before <= self.bytes / 2);
-        let (begun, before) = alone.or(self.handed.map(|handed| (handed, 0)))?;
+        let (begun, before) = alone.or(self.queued_at.map(|queued_at| (queued_at, 0)))?;
         let took = self.ended?.saturating_sub(begun).as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "a rate")]
         let rate = (self.bytes - before) as f64 / took.max(1e-6);
@@ -93,7 +93,7 @@ impl Trial {
         let phase_bytes = if pages == Pages::Small { SMALL_PAGES_PHASE_BYTES } else { PHASE_BYTES };
         // Direct comes first: at the start of a load, no memory is prepared ahead, which would
         // make it seem faster.
-        let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.may(way));
+        let tried = [Way::Direct, Way::Staged, Way::Buffered].into_iter().filter(|&way| ways.allows(way));
         Trial { phase_bytes, expected: ways.expected, phases: tried.map(|way| (way, Phase::default())).collect() }
     }
 
@@ -123,8 +123,8 @@ impl Trial {
     /// The first phase is timed from its first read, each later one from the end of those before
     /// it: many reads are in flight, and storage finishes them at about the same time, so the time
     /// between the first full batch and the last says little.
-    fn full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
-        self.phase_of(start)?.full(bytes, now);
+    fn record_full(&mut self, start: u64, bytes: u64, now: Duration) -> Option<Measured> {
+        self.phase_of(start)?.record_full(bytes, now);
         let mut ended = true;
         for (number, (_, phase)) in self.phases.iter_mut().enumerate() {
             if ended && number > 0 {
@@ -145,13 +145,13 @@ impl Trial {
             direct_bytes_per_second: direct,
             staged_bytes_per_second: staged,
             buffered_bytes_per_second: buffered,
-            chosen: chosen(self.expected, rates),
+            chosen: choose_way(self.expected, rates),
         })
     }
 }
 
 /// The fastest way, unless the expected one is about as fast.
-fn chosen(expected: Way, rates: impl Iterator<Item = (Way, f64)> + Clone) -> Way {
+fn choose_way(expected: Way, rates: impl Iterator<Item = (Way, f64)> + Clone) -> Way {
     let expected_rate = rates.clone().find(|&(way, _)| way == expected).map_or(0.0, |(_, rate)| rate);
     let fastest = rates.max_by(|(_, one), (_, other)| one.total_cmp(other));
     fastest.filter(|&(_, rate)| rate > expected_rate * MARGIN).map_or(expected, |(way, _)| way)
@@ -201,11 +201,11 @@ impl Choosing {
     }
 
     /// Records that the pieces of a batch are about to be read.
-    pub(crate) fn handed(&mut self, batch: usize, now: Duration) {
+    pub(crate) fn record_queued(&mut self, batch: usize, now: Duration) {
         if let (Some(trial), Some(&start)) = (&mut self.trial, self.starts.get(batch))
             && let Some(phase) = trial.phase_of(start)
         {
-            phase.handed.get_or_insert(now);
+            phase.queued_at.get_or_insert(now);
         }
     }
 
@@ -219,12 +219,12 @@ impl Choosing {
 
     /// Records that bytes of a batch are full. Returns the measurement when it has just become
     /// known.
-    pub(crate) fn full(&mut self, batch: usize, bytes: u64, now: Duration) -> Option<Measured> {
+    pub(crate) fn record_full(&mut self, batch: usize, bytes: u64, now: Duration) -> Option<Measured> {
         if self.known.is_some() {
             return None;
         }
         let trial = self.trial.as_mut()?;
-        let measured = trial.full(*self.starts.get(batch)?, bytes, now)?;
+        let measured = trial.record_full(*self.starts.get(batch)?, bytes, now)?;
         self.known = Some(measured.chosen);
         Some(measured)
     }
@@ -248,7 +248,7 @@ struct KnownWay {
 
 impl KnownWay {
     fn is_due(&self) -> bool {
-        self.loads.is_power_of_two() && self.loads < LOOK_AGAIN || self.loads.is_multiple_of(LOOK_AGAIN)
+        self.loads.is_power_of_two() && self.loads < MEASURE_EVERY || self.loads.is_multiple_of(MEASURE_EVERY)
     }
 }
 
@@ -276,11 +276,11 @@ impl Choices {
         is_over: impl Fn(LoadId) -> bool,
     ) -> Choosing {
         let way = self.mounts.get(&mount).map_or(ways.expected, |known| known.way);
-        if !ways.may(way) {
+        if !ways.allows(way) {
             // It could only measure less than what is already known.
             return Choosing::fixed(ways.expected);
         }
-        if batches.iter().sum::<u64>() < LEAST_BYTES || self.trying.is_some_and(|other| !is_over(other)) {
+        if batches.iter().sum::<u64>() < MEASURED_BYTES_MIN || self.trying.is_some_and(|other| !is_over(other)) {
             return Choosing::fixed(way);
         }
         if let Some(known) = self.mounts.get_mut(&mount) {
@@ -294,7 +294,7 @@ impl Choices {
     }
 
     /// Records what a load has measured.
-    pub(crate) fn learned(&mut self, load: LoadId, mount: u64, measured: &Measured) {
+    pub(crate) fn record(&mut self, load: LoadId, mount: u64, measured: &Measured) {
         if self.trying == Some(load) {
             self.trying = None;
         }
@@ -344,7 +344,7 @@ mod tests {
         for full in 0..64 {
             while ways.len() < 64.min(full + ahead) {
                 ways.push(choosing.way(ways.len()));
-                choosing.handed(ways.len() - 1, now);
+                choosing.record_queued(ways.len() - 1, now);
             }
             let speed = match ways[full] {
                 Way::Direct => direct,
@@ -352,9 +352,9 @@ mod tests {
                 Way::Buffered => buffered,
             };
             now += Duration::from_secs(1) * 16 / u32::try_from(speed).unwrap();
-            if let Some(seen) = choosing.full(full, BATCH, now) {
-                assert_eq!(measured, None, "told once");
-                choices.learned(LoadId(number), MOUNT, &seen);
+            if let Some(seen) = choosing.record_full(full, BATCH, now) {
+                assert_eq!(measured, None, "reported once");
+                choices.record(LoadId(number), MOUNT, &seen);
                 measured = Some(seen);
             }
         }
@@ -363,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn of_three_ways_the_fastest_is_found_wherever_it_stands() {
+    fn fastest_of_three_ways_is_found() {
         for pages in [Pages::Auto, Pages::Small] {
             for (speeds, fastest) in [([300, 200, 100], 0), ([200, 300, 100], 1), ([100, 200, 900], 2), ([100, 30, 900], 2)] {
                 let mut choices = Choices::new(pages);
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn the_faster_way_is_found_told_and_taken_for_the_rest() {
+    fn faster_way_is_found_and_used_for_the_rest() {
         for pages in [Pages::Auto, Pages::Small] {
             for ahead in [1, 6, 20] {
                 let (measured, [direct, staged]) = load(&mut Choices::new(pages), 1, 1900, 2600, ahead);
@@ -416,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_about_as_fast_is_not_preferred_to_what_was_expected() {
+    fn way_that_is_about_as_fast_is_not_preferred() {
         assert_eq!(load(&mut Choices::new(Pages::Auto), 1, 2000, 2040, 6).0.unwrap().chosen, Way::Direct);
         assert_eq!(load(&mut Choices::new(Pages::Small), 1, 2040, 2000, 6).0.unwrap().chosen, Way::Staged);
     }
@@ -447,25 +447,25 @@ mod tests {
 
     /// A load goes on long after it was measured; others must not wait for its end.
     #[test]
-    fn a_trial_is_over_when_both_ways_are_measured() {
+    fn trial_is_over_when_both_ways_are_measured() {
         let mut choices = Choices::new(Pages::Auto);
         let measured = load(&mut choices, 1, 1900, 2600, 6).0.expect("1 GiB is enough");
         let large = vec![BATCH; 64];
         let other_mount = begin(&mut choices, LoadId(2), MOUNT + 1, &large, |_| false);
         assert!(other_mount.trial.is_some(), "load 1 goes on, and its trial is over");
         // What another load learns does not end this load's trial.
-        choices.learned(LoadId(1), MOUNT, &measured);
+        choices.record(LoadId(1), MOUNT, &measured);
         assert!(begin(&mut choices, LoadId(3), MOUNT, &large, |_| false).trial.is_none());
     }
 
     #[test]
-    fn what_comes_from_the_page_cache_is_not_measured() {
+    fn bytes_from_the_page_cache_are_not_measured() {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
         let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &batches, |_| true);
         choosing.give_up();
         for batch in 0..64 {
-            assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(batch as u64)), None);
+            assert_eq!(choosing.record_full(batch, BATCH, Duration::from_millis(batch as u64)), None);
             assert_eq!(choosing.way(batch), Way::Direct);
         }
         // Nothing was learned, so the next load is measured.
@@ -478,17 +478,17 @@ mod tests {
 
     /// Pieces of a batch may become full in any order, and some of a phase may never do so.
     #[test]
-    fn a_phase_that_never_ends_decides_nothing() {
+    fn phase_that_never_ends_decides_nothing() {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
         let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &batches, |_| true);
-        (0..64).for_each(|batch| choosing.handed(batch, Duration::ZERO));
+        (0..64).for_each(|batch| choosing.record_queued(batch, Duration::ZERO));
         for batch in (1..64).rev() {
-            assert_eq!(choosing.full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
+            assert_eq!(choosing.record_full(batch, BATCH, Duration::from_millis(64 - batch as u64)), None);
         }
         assert_eq!(choosing.way(63), Way::Staged);
         // The staged batches were full first, although storage was reading both.
-        let measured = choosing.full(0, BATCH, Duration::from_millis(100)).unwrap();
+        let measured = choosing.record_full(0, BATCH, Duration::from_millis(100)).unwrap();
         assert_eq!(measured.chosen, Way::Staged);
         assert!(measured.staged_bytes_per_second > 1.5 * measured.direct_bytes_per_second, "{measured:?}");
     }

@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_and_memories_fit_into_the_limit_together() {
+    fn files_and_allocations_fit_into_the_descriptor_limit() {
         for limit in [0, 1, 8, 16, 64, 128, 256, 1023, 1024, 4096, 1 << 20, u64::MAX] {
             for open in [0, 10, 500] {
                 let (files, memories) = (files_within(limit), memories_within(limit, open));

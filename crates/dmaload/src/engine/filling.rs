@@ -75,7 +75,7 @@ impl Filling {
     }
 
     /// The index of the extent that contains `at`, and its part that belongs to the batch.
-    fn extent_of(&self, at: usize) -> (usize, Range<usize>) {
+    fn extent_at(&self, at: usize) -> (usize, Range<usize>) {
         let number = at / self.extent_bytes;
         let start = number * self.extent_bytes;
         let first = self.batch.start / self.extent_bytes;
@@ -83,17 +83,17 @@ impl Filling {
     }
 
     /// Populates an extent. On failure, leaves the error with the load.
-    fn bring(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
+    fn populate_extent(&self, extent: Range<usize>) -> std::result::Result<(), Errno> {
         // The load, or the engine, is over.
         let (Some(load), Some(heap)) = (self.load.upgrade(), self.heap.upgrade()) else { return Err(Errno::CANCELED) };
-        let brought = self.populate(&load, &heap, extent);
-        if let Err(error) = brought {
+        let populated = self.populate(&load, &heap, extent);
+        if let Err(error) = populated {
             // Only the first error counts.
             let _ = load.no_memory.set(error);
-            self.engine.let_go(load);
+            self.engine.release_load(load);
             return Err(Errno::NOMEM);
         }
-        self.engine.let_go(load);
+        self.engine.release_load(load);
         Ok(())
     }
 
@@ -110,7 +110,7 @@ impl Filling {
         let before = self
             .uncounted_bytes
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(memory_bytes)));
-        let bytes = before.expect("the update always gives a value").min(memory_bytes);
+        let bytes = before.expect("the update always returns a value").min(memory_bytes);
         let about = Allocated { bytes, memory_bytes, ..self.about };
         load.end_allocating(&about, start, populated.as_ref().ok().map(|populated| (populated, false)));
         populated.map(drop)
@@ -119,14 +119,14 @@ impl Filling {
 
 #[allow(unsafe_code)]
 impl Sink for Filling {
-    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> std::result::Result<usize, Fault> {
+    unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> std::result::Result<usize, Fault> {
         assert!(self.batch.start <= offset && offset + bytes <= self.batch.end, "a piece lies within its batch");
         let mut done = 0;
         while done < bytes {
-            let (number, extent) = self.extent_of(offset + done);
+            let (number, extent) = self.extent_at(offset + done);
             let here = extent.end.min(offset + bytes) - (offset + done);
             let slot = self.extents.get(number).expect("each place of the batch is in one of its extents");
-            slot.get_or_make(|| self.bring(extent)).map_err(Fault::Memory)?;
+            slot.get_or_make(|| self.populate_extent(extent)).map_err(Fault::Memory)?;
             // SAFETY: within the place, to which the caller guarantees exclusive access.
             let part = unsafe { self.backing.unfilled(offset + done, here) };
             match write(part) {

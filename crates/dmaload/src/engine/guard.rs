@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::allocation::HeapFacts;
 use super::choice::Choices;
 use super::heap_code::HeapCode;
-use super::jobs::{Jobs, Left};
+use super::jobs::{DropKey, Jobs};
 use super::outbox::{Announcer, Outbox};
 use super::settings::Settings;
 use super::state::{HandOverStatus, LoadShared};
@@ -54,7 +54,7 @@ impl Guard {
         settings.check(&settings.load)?;
         let no_thread = |error: io::Error| {
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN);
-            Error::Start { operation: "no thread could be had", errno }
+            Error::Start { operation: "no thread could be started", errno }
         };
         let heap = HeapCode::new(heap);
         let name: Arc<str> = heap.call("of the loader", |heap| heap.name().into())?;
@@ -77,7 +77,7 @@ impl Guard {
             epoch: Instant::now(),
             reaper: Reaper::start().map_err(no_thread)?,
             ring: RingThread::new()
-                .map_err(|errno| Error::Start { operation: "no eventfd could be had", errno: errno::from_rustix(errno) })?,
+                .map_err(|errno| Error::Start { operation: "no eventfd could be created", errno: errno::from_rustix(errno) })?,
             choices,
             jobs: Jobs::new(
                 settings.window_bytes,
@@ -91,18 +91,20 @@ impl Guard {
             left_threads: AtomicUsize::new(0),
             counters: Arc::default(),
             // Optional: the pool works without it.
-            unwatch: (settings.pool_bytes > 0).then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()).flatten(),
+            stop_watch: (settings.pool_bytes > 0)
+                .then(|| eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok())
+                .flatten(),
             settings,
         });
         engine.reaper.set_pool_bytes(engine.settings.pool_bytes);
         // From here on, dropping the guard ends the threads that were started.
         let guard = Arc::new(Guard { engine: Arc::clone(&engine), heap: heap.clone(), settings: all_settings });
         let own = Arc::clone(&engine);
-        thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.tell()).map_err(no_thread)?;
+        thread::Builder::new().name("dmaload-tell".to_owned()).spawn(move || own.run_teller()).map_err(no_thread)?;
         engine
-            .counted(|| engine.ring.start(engine.settings.ring_limits(), engine.epoch, Arc::clone(&engine)))
+            .start_counted(|| engine.ring.start(engine.settings.ring_limits(), engine.epoch, Arc::clone(&engine)))
             .map_err(no_thread)?;
-        if engine.unwatch.is_some() {
+        if engine.stop_watch.is_some() {
             engine.watch_pressure();
         }
         for _ in 0..engine.settings.allocators().threads() {
@@ -110,7 +112,7 @@ impl Guard {
         }
         let own = Arc::clone(&engine);
         let builder = thread::Builder::new().name("dmaload-watch".to_owned());
-        engine.counted(|| builder.spawn(move || own.watch(heap)).map(|_| ())).map_err(no_thread)?;
+        engine.start_counted(|| builder.spawn(move || own.watch(heap)).map(|_| ())).map_err(no_thread)?;
         Ok(guard)
     }
 
@@ -160,7 +162,7 @@ impl Guard {
         let id = engine.jobs.next_id();
         let shared = Arc::new(LoadShared::new(id, options, keep, asked, &engine.facts, Arc::clone(&engine.counters), events));
         let submit = || engine.jobs.submit(id, Arc::clone(&shared));
-        if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end())) {
+        if let Err(error) = checked.and_then(|()| submit().then_some(()).ok_or_else(|| engine.end_reason())) {
             // The load holds nothing yet and is not registered anywhere, so its consumer gets the
             // error here.
             let mut remains = vec![shared.fail(error)];
@@ -172,16 +174,16 @@ impl Guard {
     /// Records that the consumer of a stream has taken a segment, so that its load may allocate as
     /// much again.
     pub(crate) fn consumed(&self, load: LoadId, bytes: u64) {
-        self.engine.jobs.account(|scheduler| scheduler.consumed(&load, bytes));
+        self.engine.jobs.update_accounts(|scheduler| scheduler.consumed(&load, bytes));
     }
 
     /// Cancels a load that is no longer wanted.
     pub(crate) fn abandon(&self, load: Arc<LoadShared>) {
-        load.dropped();
+        load.record_drop();
         self.engine.abandon(&load);
         // A worker closes its files and unmaps its addresses: the caller may be an async task.
-        self.engine.bury(load.id, load.remains());
-        self.engine.jobs.bury(Left::Files(load.id), load);
+        self.engine.defer_drop(load.id, load.take_remains_if_over());
+        self.engine.jobs.defer_drop(DropKey::Files(load.id), load);
     }
 
     /// Ends all loads and threads, and leaks what is still in flight at the deadline. Starts with

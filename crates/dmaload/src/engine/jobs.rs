@@ -24,7 +24,7 @@ use crate::support::sync::{Condvar, Mutex, MutexGuard};
 /// How often to check for silent file systems while loads wait for others to end. One is
 /// recognised at the second check; by then a batch of 16 MiB arrives even from a server of 3
 /// MiB/s.
-const SILENCE_LOOKS: Duration = Duration::from_secs(5);
+const SILENCE_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// See the module. `T` is a load.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub(super) struct Jobs<T> {
 
 /// What the watch has found.
 #[derive(Debug)]
-pub(super) struct Noticed {
+pub(super) struct WatchReport {
     /// The tasks of workers that have become stalled.
     pub(super) stalled: Vec<Task>,
     /// Workers to start in place of stalled ones.
@@ -57,7 +57,7 @@ struct Schedule<T> {
     closing: bool,
     /// The ring thread has ended, or is no longer waited for: workers may end.
     finished: bool,
-    buried: Buried,
+    drop_queue: DropQueue,
     workers: Workers,
     /// The pace of the workers that allocate; its clock starts at `since`.
     pace: Pace,
@@ -68,37 +68,37 @@ struct Schedule<T> {
     growing: bool,
     /// The watching thread sleeps until a worker waits for a file or loads lack places.
     watch_sleeps: bool,
-    looked_for_silence: Instant,
+    silence_checked_at: Instant,
 }
 
 /// A part of what a load leaves behind; each part is dropped by one worker at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Left {
+pub(super) enum DropKey {
     /// Its files, whose closing may wait for a server.
     Files(LoadId),
     /// Its memory, which must not wait for its files.
     Memory(LoadId),
 }
 
-impl Left {
+impl DropKey {
     fn load(self) -> LoadId {
         match self {
-            Left::Files(load) | Left::Memory(load) => load,
+            DropKey::Files(load) | DropKey::Memory(load) => load,
         }
     }
 }
 
 /// What workers have to drop.
 #[derive(Debug, Default)]
-struct Buried {
+struct DropQueue {
     /// Includes parts that a worker is busy with, which may be empty at the moment.
-    parts: HashMap<Left, Vec<Box<dyn Any + Send>>>,
+    parts: HashMap<DropKey, Vec<Box<dyn Any + Send>>>,
     /// The parts that no worker is busy with.
-    order: VecDeque<Left>,
+    order: VecDeque<DropKey>,
 }
 
-impl Buried {
-    fn push(&mut self, left: Left, what: Box<dyn Any + Send>) {
+impl DropQueue {
+    fn push(&mut self, left: DropKey, what: Box<dyn Any + Send>) {
         let part = self.parts.entry(left).or_insert_with(|| {
             self.order.push_back(left);
             Vec::new()
@@ -108,14 +108,14 @@ impl Buried {
 
     /// Takes everything from a part that no worker is busy with, if there is one. Must be followed
     /// by [`Self::dropped`].
-    fn take(&mut self) -> Option<(Left, Vec<Box<dyn Any + Send>>)> {
+    fn take(&mut self) -> Option<(DropKey, Vec<Box<dyn Any + Send>>)> {
         let left = self.order.pop_front()?;
         let part = self.parts.get_mut(&left).expect("a part is kept until it is dropped");
         Some((left, std::mem::take(part)))
     }
 
     /// Records that what was taken is dropped, so that another worker may take the rest.
-    fn dropped(&mut self, left: Left) {
+    fn dropped(&mut self, left: DropKey) {
         if self.parts.get(&left).expect("a part is kept until it is dropped").is_empty() {
             self.parts.remove(&left);
         } else {
@@ -134,14 +134,14 @@ impl<T: Clone> Jobs<T> {
             refusing: false,
             closing: false,
             finished: false,
-            buried: Buried::default(),
+            drop_queue: DropQueue::default(),
             workers: Workers::new(pace.threads()),
             pace,
             since: Instant::now(),
             allocating: HashMap::new(),
             growing: false,
             watch_sleeps: false,
-            looked_for_silence: Instant::now(),
+            silence_checked_at: Instant::now(),
         };
         Jobs { schedule: Mutex::new(schedule), changed: Condvar::new(), watch: Condvar::new() }
     }
@@ -182,16 +182,16 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Schedules follow-up jobs of a load, unless it was forgotten in the meantime.
-    pub(super) fn follow(&self, id: LoadId, follows: FollowUpJobs) {
-        if follows == FollowUpJobs::default() {
+    pub(super) fn schedule_follow_ups(&self, id: LoadId, follow_ups: FollowUpJobs) {
+        if follow_ups == FollowUpJobs::default() {
             return;
         }
         let mut schedule = self.schedule();
         if schedule.loads.contains_key(&id) {
-            if let Some(memory) = follows.finish {
+            if let Some(memory) = follow_ups.finish {
                 schedule.scheduler.memory_read(id, memory);
             }
-            if let Some(file) = follows.check {
+            if let Some(file) = follow_ups.check {
                 schedule.scheduler.file_read(id, file);
             }
         }
@@ -210,7 +210,7 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Updates the memory accounts.
-    pub(super) fn account(&self, change: impl FnOnce(&mut Scheduler<LoadId>)) {
+    pub(super) fn update_accounts(&self, change: impl FnOnce(&mut Scheduler<LoadId>)) {
         change(&mut self.schedule().scheduler);
         self.changed.notify_one();
     }
@@ -227,7 +227,7 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Stops scheduling a load, and returns it.
-    #[must_use = "dropping it may close files and run the caller's code: see `bury`"]
+    #[must_use = "dropping it may close files and run the caller's code: see `defer_drop`"]
     pub(super) fn forget(&self, id: LoadId) -> Option<T> {
         let mut schedule = self.schedule();
         schedule.scheduler.forget(&id);
@@ -239,8 +239,8 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Has a worker drop this: the caller must not close a load's files or unmap its addresses.
-    pub(super) fn bury(&self, left: Left, what: impl Send + 'static) {
-        self.schedule().buried.push(left, Box::new(what));
+    pub(super) fn defer_drop(&self, left: DropKey, what: impl Send + 'static) {
+        self.schedule().drop_queue.push(left, Box::new(what));
         self.changed.notify_one();
     }
 
@@ -254,7 +254,7 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Accepts no new loads; returns those there are.
-    pub(super) fn refuse(&self) -> Vec<T> {
+    pub(super) fn refuse_loads(&self) -> Vec<T> {
         let mut schedule = self.schedule();
         schedule.refusing = true;
         schedule.loads.values().cloned().collect()
@@ -262,12 +262,12 @@ impl<T: Clone> Jobs<T> {
 
     /// Drops what was left for workers that have ended. What a worker is still busy with is left
     /// to it.
-    pub(super) fn drop_buried(&self) {
+    pub(super) fn drop_deferred(&self) {
         loop {
-            let taken = self.schedule().buried.take();
+            let taken = self.schedule().drop_queue.take();
             let Some((left, part)) = taken else { return };
             part.into_iter().for_each(foreign::discard);
-            self.schedule().buried.dropped(left);
+            self.schedule().drop_queue.dropped(left);
         }
     }
 
@@ -330,10 +330,10 @@ impl<T: Clone> Jobs<T> {
     }
 
     /// Waits until workers are stalled or substitutes are missing; `None` when workers may end.
-    pub(super) fn watch(&self) -> Option<Noticed> {
+    pub(super) fn watch(&self) -> Option<WatchReport> {
         let mut schedule = self.schedule();
         while !schedule.finished {
-            let mut pause = schedule.look_after(Instant::now());
+            let mut pause = schedule.next_check(Instant::now());
             if pause.is_none() {
                 schedule.watch_sleeps = true;
                 schedule = crate::support::sync::wait(&self.watch, schedule);
@@ -343,24 +343,24 @@ impl<T: Clone> Jobs<T> {
             }
             let Some(pause) = pause else { break };
             schedule = crate::support::sync::wait_timeout(&self.watch, schedule, pause);
-            let noticed = self.look(&mut schedule, Instant::now());
-            if !(noticed.stalled.is_empty() && noticed.substitutes.is_empty()) {
-                return Some(noticed);
+            let report = self.find_stalled(&mut schedule, Instant::now());
+            if !(report.stalled.is_empty() && report.substitutes.is_empty()) {
+                return Some(report);
             }
         }
         None
     }
 
     /// Finds stalled workers, and suspends their loads.
-    fn look(&self, schedule: &mut Schedule<T>, now: Instant) -> Noticed {
-        if schedule.silence_look_after(now) == Some(Duration::ZERO) {
-            schedule.looked_for_silence = now;
-            if schedule.scheduler.look_for_silence() {
+    fn find_stalled(&self, schedule: &mut Schedule<T>, now: Instant) -> WatchReport {
+        if schedule.next_silence_check(now) == Some(Duration::ZERO) {
+            schedule.silence_checked_at = now;
+            if schedule.scheduler.find_silent_file_systems() {
                 // Other loads may be opened in their places.
                 self.changed.notify_one();
             }
         }
-        let stalled = schedule.workers.look(now);
+        let stalled = schedule.workers.find_stalled(now);
         for task in &stalled {
             schedule.scheduler.stall(task.load, task.is_open);
         }
@@ -370,7 +370,7 @@ impl<T: Clone> Jobs<T> {
         }
         let missing = if schedule.finished { 0 } else { schedule.workers.missing() };
         let substitutes = (0..missing).map(|_| schedule.workers.hire()).collect();
-        Noticed { stalled, substitutes, is_exhausted: schedule.workers.is_exhausted() }
+        WatchReport { stalled, substitutes, is_exhausted: schedule.workers.is_exhausted() }
     }
 
     /// Bytes of the window in use: pieces being populated, and those that the ring thread has.
@@ -414,7 +414,7 @@ impl<T: Clone> Jobs<T> {
             if schedule.workers.is_overstaffed() {
                 break;
             }
-            if let Some((left, part)) = schedule.buried.take() {
+            if let Some((left, part)) = schedule.drop_queue.take() {
                 schedule.workers.begin(worker, Task { load: left.load(), is_open: false }, Some(Instant::now()));
                 self.wake_watch(&mut schedule);
                 drop(schedule);
@@ -422,7 +422,7 @@ impl<T: Clone> Jobs<T> {
                 self.changed.notify_one();
                 part.into_iter().for_each(foreign::discard);
                 schedule = self.schedule();
-                schedule.buried.dropped(left);
+                schedule.drop_queue.dropped(left);
                 schedule.end_task(worker);
                 continue;
             }
@@ -468,12 +468,12 @@ impl<T: Clone> Jobs<T> {
 impl<T> Schedule<T> {
     /// How long until the next check is due; `None` if nothing has to be checked until something
     /// changes.
-    fn look_after(&self, now: Instant) -> Option<Duration> {
-        self.workers.look_after(now).into_iter().chain(self.silence_look_after(now)).min()
+    fn next_check(&self, now: Instant) -> Option<Duration> {
+        self.workers.next_check(now).into_iter().chain(self.next_silence_check(now)).min()
     }
 
-    fn silence_look_after(&self, now: Instant) -> Option<Duration> {
-        let left = || SILENCE_LOOKS.saturating_sub(now.saturating_duration_since(self.looked_for_silence));
+    fn next_silence_check(&self, now: Instant) -> Option<Duration> {
+        let left = || SILENCE_CHECK_INTERVAL.saturating_sub(now.saturating_duration_since(self.silence_checked_at));
         self.scheduler.lacks_places().then(left)
     }
 

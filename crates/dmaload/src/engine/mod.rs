@@ -57,7 +57,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::allocation::HeapFacts;
 use choice::Choices;
-use jobs::{Jobs, Left};
+use jobs::{DropKey, Jobs};
 use mailbox::{Mailbox, Message};
 use schedule::Need;
 use settings::Settings;
@@ -96,7 +96,7 @@ pub(crate) struct Engine {
     left_threads: AtomicUsize,
     counters: Arc<LoadCounters>,
     /// Ends the watch on memory pressure, if there is one.
-    unwatch: Option<OwnedFd>,
+    stop_watch: Option<OwnedFd>,
 }
 
 /// A permit of the window, returned when it is dropped.
@@ -159,20 +159,20 @@ impl Drop for BudgetPermit {
 
 impl Ledger for Engine {
     fn freed(&self, load: LoadId, held: u64, pooled: u64) {
-        self.jobs.account(|scheduler| scheduler.freed(&load, held, pooled));
+        self.jobs.update_accounts(|scheduler| scheduler.freed(&load, held, pooled));
     }
 
     fn pooled(&self, load: LoadId, bytes: u64) {
-        self.jobs.account(|scheduler| scheduler.pooled(&load, bytes));
+        self.jobs.update_accounts(|scheduler| scheduler.pooled(&load, bytes));
     }
 
     fn unpooled(&self, bytes: u64) {
-        self.jobs.account(|scheduler| scheduler.unpooled(bytes));
+        self.jobs.update_accounts(|scheduler| scheduler.unpooled(bytes));
     }
 }
 
 impl Engine {
-    fn counted(&self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    fn start_counted(&self, start: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         self.threads.start();
         let started = start();
         if started.is_err() {
@@ -186,7 +186,7 @@ impl Engine {
         let Some(pressure) = pressure::open() else { return };
         let own = Arc::clone(self);
         let body = move || {
-            if let Some(stop) = &own.unwatch {
+            if let Some(stop) = &own.stop_watch {
                 pressure::watch(&pressure, stop, || {
                     let freed = own.reaper.trim_pool(0);
                     foreign::emit(|| tracing::info!(freed, "memory is short: the pool is freed"));
@@ -194,9 +194,9 @@ impl Engine {
             }
             own.thread_has_ended();
         };
-        let started = self.counted(|| thread::Builder::new().name("dmaload-psi".to_owned()).spawn(body).map(|_| ()));
+        let started = self.start_counted(|| thread::Builder::new().name("dmaload-psi".to_owned()).spawn(body).map(|_| ()));
         if let Err(error) = started {
-            foreign::emit(|| tracing::debug!(%error, "memory pressure is not watched for the pool: no thread"));
+            foreign::emit(|| tracing::debug!(%error, "cannot start a thread that watches memory pressure for the pool"));
         }
     }
 
@@ -209,28 +209,28 @@ impl Engine {
     }
 
     /// Why there are no more loads.
-    fn end(&self) -> Error {
+    fn end_reason(&self) -> Error {
         self.broken.get().cloned().unwrap_or(Error::ShutDown)
     }
 
     /// Refuses new loads and fails the running ones; the threads end when the last read has
     /// completed.
     fn close(&self) {
-        let loads = self.jobs.refuse();
+        let loads = self.jobs.refuse_loads();
         for load in &loads {
-            self.bury(load.id, [load.fail(self.end())]);
+            self.defer_drop(load.id, [load.fail(self.end_reason())]);
         }
         // If it was the scheduler that panicked, it may panic again. The loads have failed; the
         // rest must still be done.
         let _ = foreign::call(|| loads.iter().for_each(|load| self.abandon(load)));
         self.mailbox.push(loads.iter().cloned().map(Message::Deliver));
         for load in loads {
-            self.jobs.bury(Left::Files(load.id), load);
+            self.jobs.defer_drop(DropKey::Files(load.id), load);
         }
         self.jobs.close();
         self.ring.close();
-        if let Some(unwatch) = &self.unwatch {
-            let _ = rustix::io::write(unwatch, &1_u64.to_ne_bytes());
+        if let Some(stop_watch) = &self.stop_watch {
+            let _ = rustix::io::write(stop_watch, &1_u64.to_ne_bytes());
         }
         // No later load could use the pool.
         self.reaper.set_pool_bytes(0);
@@ -253,7 +253,7 @@ impl Engine {
         self.mailbox.close();
         // The teller may be in a waker, which is the caller's code.
         threads += usize::from(!self.mailbox.wait_until_ended(Duration::from_secs(1)));
-        self.left(held_bytes, threads)
+        self.report_left(held_bytes, threads)
     }
 
     /// What has not ended yet, for a shutdown without a thread that could wait.
@@ -261,10 +261,10 @@ impl Engine {
         let threads = self.threads.wait(Duration::ZERO);
         // The ring thread may still have pieces.
         let held_bytes = if self.jobs.is_finished() { 0 } else { self.jobs.window_taken_bytes() };
-        self.left(held_bytes, threads + usize::from(!self.mailbox.wait_until_ended(Duration::ZERO)))
+        self.report_left(held_bytes, threads + usize::from(!self.mailbox.wait_until_ended(Duration::ZERO)))
     }
 
-    fn left(&self, held_bytes: u64, threads: usize) -> Result<(), Leaked> {
+    fn report_left(&self, held_bytes: u64, threads: usize) -> Result<(), Leaked> {
         let threads = threads + self.left_threads.load(Ordering::Acquire);
         match self.leaked_bytes.load(Ordering::Acquire) + held_bytes {
             0 if threads == 0 => Ok(()),
@@ -273,10 +273,10 @@ impl Engine {
     }
 
     /// Has a worker drop what a load has left.
-    fn bury(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
+    fn defer_drop(&self, load: LoadId, remains: impl IntoIterator<Item = DeferredDrop>) {
         for (memory, files) in remains.into_iter().map(DeferredDrop::parts) {
-            self.jobs.bury(Left::Memory(load), memory);
-            self.jobs.bury(Left::Files(load), files);
+            self.jobs.defer_drop(DropKey::Memory(load), memory);
+            self.jobs.defer_drop(DropKey::Files(load), files);
         }
     }
 
@@ -289,26 +289,26 @@ impl Engine {
     /// Stops scheduling this load. A worker drops it, with its files, addresses and observer.
     fn forget(&self, id: LoadId) {
         if let Some(load) = self.jobs.forget(id) {
-            self.jobs.bury(Left::Files(id), load);
+            self.jobs.defer_drop(DropKey::Files(id), load);
         }
     }
 
     /// Fails a load; the ring thread drains its reads in flight.
     fn fail(&self, load: &Arc<LoadShared>, error: Error) {
-        self.bury(load.id, [load.fail(error)]);
+        self.defer_drop(load.id, [load.fail(error)]);
         self.abandon(load);
-        self.tell_of(load);
+        self.queue_delivery(load);
     }
 
     /// Has the teller deliver what has become complete, or the failure.
-    fn tell_of(&self, load: &Arc<LoadShared>) {
+    fn queue_delivery(&self, load: &Arc<LoadShared>) {
         self.mailbox.push([Message::Deliver(Arc::clone(load))]);
     }
 }
 
 /// The error for a panic of one of our threads, in code that is not known to be the caller's.
-fn defect(thread: &str, message: String) -> Error {
-    Error::Panicked { code: format!("{thread} of dmaload (a defect of dmaload, or of a subscriber of tracing)"), message }
+fn bug_error(thread: &str, message: String) -> Error {
+    Error::Panicked { code: format!("{thread} of dmaload (a bug in dmaload, or in a subscriber of tracing)"), message }
 }
 
 #[cfg(test)]

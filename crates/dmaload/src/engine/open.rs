@@ -69,10 +69,10 @@ impl Engine {
             });
         }
         load.choose(self.choosing(load, &plan, &files));
-        let (pieces, batches) = load.planned(plan, range, files, fallbacks);
+        let (pieces, batches) = load.set_plan(plan, range, files, fallbacks);
         if pieces == 0 {
             // The load is already complete, or has failed in the meantime.
-            self.tell_of(load);
+            self.queue_delivery(load);
             return self.jobs.end();
         }
         let LoadOptions { chunk_bytes, strict, trace, priority, .. } = load.options;
@@ -82,7 +82,7 @@ impl Engine {
         self.jobs.opened(load.id, LoadNeeds { batches, reserved_bytes, ahead_bytes, priority });
         if load.keep {
             // Deliver the files: a consumer may be waiting for their tensors.
-            self.tell_of(load);
+            self.queue_delivery(load);
         }
     }
 
@@ -186,7 +186,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let mut selector = if options.select.is_partial() { Some(Selector::new(&options.select)?) } else { None };
     let Found { sources, notes } = expand::files(&load.asked(), Choice::of(options, selector.as_ref()))?;
     notes.into_iter().for_each(|note| load.note(Some(note)));
-    load.found(sources);
+    load.set_sources(sources);
     let mut segment_bytes = options.segment_bytes_within(limits);
     if load.keep && !at_once && options.segment_bytes.is_none() && options.layout != Layout::Single {
         segment_bytes = segments_for_descriptors(load, segment_bytes, limits, options.packed);
@@ -275,7 +275,7 @@ fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<
     }
     if larger > segment_bytes {
         load.note(Some(format!(
-            "segments of up to {larger} bytes instead of {segment_bytes}: there are descriptors for {there} memories (ulimit -n)"
+            "segments of up to {larger} bytes instead of {segment_bytes}: descriptors suffice for only {there} allocations (ulimit -n)"
         )));
     }
     larger
@@ -331,7 +331,7 @@ fn check_importer(plan: &Plan, limits: ImporterLimits) -> Result<()> {
 /// Starts the verifier, now that the lengths of the files are known.
 fn begin_verifying(load: &LoadShared, files: &[FilePlan]) -> Result<()> {
     if load.observation.is_some() && load.sources().iter().any(|source| source.part.is_some()) {
-        return Err(Error::Config("a model inside of another file can't be verified or observed".to_owned()));
+        return Err(Error::Config("a model inside another file can't be verified or observed".to_owned()));
     }
     let (Some(verify), Some(observation)) = (&load.options.verify, &load.observation) else { return Ok(()) };
     let lengths: Vec<_> =
@@ -405,7 +405,7 @@ fn plan_file(
     let wants_tensors = selector.as_ref().is_none_or(|selector| selector.needs_tensors());
     let part = source.part.clone().unwrap_or(0..bytes);
     if part.start > part.end || part.end > bytes {
-        let reason = format!("the model is said to be at bytes {part:?} of the file, which has {bytes}");
+        let reason = format!("the range {part:?} of the model is not within the file, which has {bytes} bytes");
         return Err(Error::Selection { path: path.to_owned(), reason });
     }
     let cuts_bytes = selector.as_ref().is_some_and(|selector| selector.cuts_bytes());
@@ -460,8 +460,8 @@ fn starting_route(load: &LoadShared) -> Result<Route> {
         return Ok(route);
     }
     if options.strict {
-        let why = "is not cached by the CPU, so what is observed goes through staging";
-        return Err(Error::Config(format!("the heap {} {why}: a strict load must ask for the route bounce", load.heap())));
+        let why = "is uncached, so observed bytes go through staging";
+        return Err(Error::Config(format!("the heap {} {why}: a strict load must request the route bounce", load.heap())));
     }
     foreign::emit(|| tracing::info!(load = load.id.0, heap = load.heap(), "observed in staging: every read is bounced"));
     Ok(route)

@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_there_or_wakes_whoever_looked_too_early() {
+    fn event_is_seen_or_wakes_the_waiter() {
         model(|| {
             let outbox = Arc::default();
             let announcer = Announcer::new(&outbox);
@@ -155,13 +155,13 @@ mod tests {
             waiter.wait(&waker);
             let saw = outbox.take().is_some();
             sender.join().unwrap();
-            assert!(saw || count.get() > 0, "it would sleep for ever");
+            assert!(saw || count.get() > 0, "it would sleep forever");
         });
     }
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn an_event_wakes_every_waiter_once() {
+    fn event_wakes_every_waiter_once() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
         let ((first, first_waker), (second, second_waker)) = (counting(), counting());
@@ -174,14 +174,14 @@ mod tests {
         drop(dropped);
         announce(&announcer).unwrap();
         announce(&announcer).unwrap();
-        assert_eq!([first.get(), second.get()], [1, 1], "neither a dropped waiter is called, nor one that was woken");
+        assert_eq!([first.get(), second.get()], [1, 1], "a dropped waiter and one that was woken are not called");
         // Nothing keeps a waker that was called, or one of a waiter that was dropped.
         assert_eq!([Arc::strong_count(&first), Arc::strong_count(&second)], [2, 2]);
     }
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn a_waker_that_panics_keeps_no_other_from_being_woken() {
+    fn panicking_waker_does_not_keep_others_from_being_woken() {
         struct Panics;
         impl Wake for Panics {
             fn wake(self: Arc<Self>) {
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn an_announcer_that_is_dropped_ends_the_wait() {
+    fn dropped_announcer_ends_the_wait() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
         let (count, waker) = counting();

@@ -19,7 +19,7 @@
 //! count as open if it is the opening that waits.
 //!
 //! A file system is *silent* while it holds permits of the window and none has been returned for a
-//! long time ([`Scheduler::look_for_silence`]). Its loads don't count as open either, up to
+//! long time ([`Scheduler::find_silent_file_systems`]). Its loads don't count as open either, up to
 //! [`MOST_SILENT`] of them: otherwise they would keep all places from loads of other file systems.
 
 use std::collections::VecDeque;
@@ -152,7 +152,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
             making_room: false,
             // Per load: loads that hold few files each must not keep one of their file system that
             // needs many waiting.
-            files: Window::of_loads(files, BATCH_FILES as u64),
+            files: Window::per_load(files, BATCH_FILES as u64),
             max_open,
             open: 0,
             waiting: VecDeque::new(),
@@ -176,7 +176,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     pub(crate) fn opened(&mut self, load: L, demand: LoadNeeds) {
         let came_before = self.opening.iter().position(|other| *other == load).unwrap_or(0);
         let waits_for = self.opening.get(..came_before).unwrap_or_default().to_vec();
-        self.is_opened(&load);
+        self.remove_opening(&load);
         // Loads that came later but were opened sooner wait for this one.
         let later = |turn: &LoadTurn<L>| !turn.admitted && turn.waits_for.contains(&load);
         let at = self.turns.iter().position(later).unwrap_or(self.turns.len());
@@ -184,7 +184,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.turns.insert(at, LoadTurn { load, demand, next: 0, ahead: 0, admitted: false, waits_for });
     }
 
-    fn is_opened(&mut self, load: &L) {
+    fn remove_opening(&mut self, load: &L) {
         self.opening.retain(|other| other != load);
     }
 
@@ -217,7 +217,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         }
         self.close_done();
         self.admit();
-        self.batch()
+        self.next_batch()
     }
 
     /// How many loads count as open.
@@ -249,7 +249,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     /// Finds file systems that have held permits since the last call and returned none. Must be
     /// called from time to time while [`Self::lacks_places`]. Returns whether more of them are
     /// silent than before.
-    pub(crate) fn look_for_silence(&mut self) -> bool {
+    pub(crate) fn find_silent_file_systems(&mut self) -> bool {
         let mut holding: Vec<_> = self.window.holders().map(|(_, file_system)| file_system).collect();
         holding.sort_unstable();
         holding.dedup();
@@ -288,7 +288,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                 };
                 match admitted {
                     Admitted::Yes => turn.admitted = true,
-                    Admitted::FileSystemHasItsPart => waited_for.extend(kept_from),
+                    Admitted::FileSystemAtShare => waited_for.extend(kept_from),
                     // No load overtakes it.
                     Admitted::No => return,
                 }
@@ -297,7 +297,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
     }
 
     /// The next batch of the load whose turn it is.
-    fn batch(&mut self) -> Option<Job<L>> {
+    fn next_batch(&mut self) -> Option<Job<L>> {
         let mut short = None;
         // A load of each of these waits for what its file system holds; no load of the same file
         // system overtakes it.
@@ -305,7 +305,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         for priority in Priority::DOWN {
             let mut at = 0;
             while let Some(turn) = self.turns.get(at) {
-                let need = *turn.demand.batches.get(turn.next).expect("a load whose last batch was given out has no turn");
+                let need = *turn.demand.batches.get(turn.next).expect("a load whose last batch was handed out has no turn");
                 if turn.demand.priority != priority || !turn.admitted || self.stalled.contains(&turn.load) {
                     at += 1;
                     continue;
@@ -333,8 +333,8 @@ impl<L: Clone + PartialEq> Scheduler<L> {
                         self.budget.give_back(&load, need.held_bytes);
                         match permitted {
                             Permitted::Full => return None,
-                            Permitted::FileSystemHasItsPart => waited_for.push(need.file_system),
-                            Permitted::Yes | Permitted::HasItsPart => {}
+                            Permitted::FileSystemAtShare => waited_for.push(need.file_system),
+                            Permitted::Yes | Permitted::LoadAtShare => {}
                         }
                         at += 1;
                         continue;
@@ -398,7 +398,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.window.give_back(load, need.file_system, need.bytes);
         // A load that waits for files waits for others with many files, and need not hold up loads
         // of large files.
-        Permitted::HasItsPart
+        Permitted::LoadAtShare
     }
 
     /// Records that the consumer of a load has taken a segment of this much memory.
@@ -427,7 +427,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
         self.parked.retain(|job| job.load() != load);
         self.turns.retain(|turn| turn.load != *load);
         self.turns.iter_mut().for_each(|turn| turn.waits_for.retain(|other| other != load));
-        self.is_opened(load);
+        self.remove_opening(load);
         self.budget.close(load);
     }
 
@@ -452,7 +452,7 @@ impl<L: Clone + PartialEq> Scheduler<L> {
 
     /// How much memory is held by loads or in the pool.
     pub(crate) fn memory_bytes(&self) -> u64 {
-        self.budget.there()
+        self.budget.present()
     }
 
     /// Records that an opened load no longer holds files.

@@ -89,7 +89,7 @@ impl Settings {
     /// run at the same time: what they work on takes up the window, which must leave room for
     /// reads.
     pub(crate) fn batch_bytes(&self) -> u64 {
-        if self.allocators().most() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
+        if self.allocators().max_threads() > FIRST { BATCH_BYTES * 3 / 8 } else { BATCH_BYTES }
     }
 
     pub(crate) fn check(&self, load: &LoadOptions) -> Result<()> {
@@ -107,22 +107,25 @@ impl Settings {
         let most = load.importer.max_segment_bytes;
         if load.segment_bytes.is_some_and(|bytes| bytes > most) || most < MIB {
             return wrong(format!(
-                "segments of {segment_bytes} bytes for an importer that takes {most}: it must take a MiB, and all"
+                "max_segment_bytes must be at least 1 MiB and at least the segment size ({segment_bytes} bytes), not {most}"
             ));
         }
         let alignment = load.importer.alignment_bytes;
         if !alignment.is_power_of_two() || alignment > LARGEST_SEGMENT_BYTES || alignment > 1 && load.layout != Layout::Tensors {
             return wrong(format!(
-                "an alignment of {alignment} bytes: a power of two up to 1 GiB, and the layout tensors, are needed"
+                "an alignment of {alignment} bytes is invalid: it must be a power of two up to 1 GiB, and needs the layout tensors"
             ));
         }
         let partial = load.select.is_partial() || load.layout == Layout::Tensors;
         if partial && (load.verify.is_some() || load.observer.is_some()) {
-            return wrong("a load of parts of files can't be verified or observed: checksums are of whole files".to_owned());
+            return wrong("parts of files can't be verified or observed: checksums cover whole files".to_owned());
         }
         Selector::new(&load.select)?;
         if self.memory_limit_bytes < SEGMENT_STEP_BYTES {
-            return wrong(format!("a memory limit of {} bytes holds not even a segment of 2 MiB", self.memory_limit_bytes));
+            return wrong(format!(
+                "the memory limit must hold at least a segment of 2 MiB, not {} bytes",
+                self.memory_limit_bytes
+            ));
         }
         if self.window_bytes < segment_bytes {
             return wrong(format!(
@@ -134,7 +137,7 @@ impl Settings {
             return wrong(format!("the queue depth must be from 1 to 4096, not {}", self.queue_depth));
         }
         if self.staging_bytes < STAGING_SLOT_BYTES || self.staging_bytes > LARGEST_SEGMENT_BYTES {
-            return wrong(format!("staging must have from 2 MiB to 1 GiB, not {} bytes", self.staging_bytes));
+            return wrong(format!("staging must be from 2 MiB to 1 GiB, not {} bytes", self.staging_bytes));
         }
         Ok(())
     }
@@ -167,13 +170,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_defaults_are_allowed() {
+    fn default_settings_are_valid() {
         let settings = Settings::default();
         settings.check(&settings.load).unwrap();
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_in_words() {
+    fn invalid_settings_are_refused_with_an_explanation() {
         let settings = Settings::default();
         let says = |settings: &Settings, load: LoadOptions| settings.check(&load).unwrap_err().to_string();
         let load = LoadOptions::default;

@@ -88,7 +88,7 @@ struct LoadState {
     /// Why the load has failed, until the consumer is told.
     failed: Option<Error>,
     /// Whether the consumer has yet to receive the list of files.
-    files_untold: bool,
+    files_unsent: bool,
     plan: Plan,
     /// Where its allocations are mapped; `None` for a load of no bytes.
     range: Option<Arc<AddressRange>>,
@@ -239,7 +239,7 @@ impl LoadShared {
             state: Mutex::new(LoadState {
                 events: Some(Arc::new(events)),
                 failed: None,
-                files_untold: false,
+                files_unsent: false,
                 plan: Plan::default(),
                 range: None,
                 files: Vec::new(),
@@ -269,7 +269,7 @@ impl LoadShared {
     }
 
     /// Sets the files.
-    pub(crate) fn found(&self, sources: Vec<SourceFile>) {
+    pub(crate) fn set_sources(&self, sources: Vec<SourceFile>) {
         let set = self.sources.set(sources);
         debug_assert!(set.is_ok(), "a load is planned once");
     }
@@ -307,7 +307,7 @@ impl LoadShared {
 
     /// Takes the plan and its address range; returns how many pieces it has, and what each batch
     /// needs. Without pieces the load is complete, and [`Self::deliver`] ends it.
-    pub(crate) fn planned(
+    pub(crate) fn set_plan(
         &self,
         plan: Plan,
         range: Option<Arc<AddressRange>>,
@@ -326,7 +326,7 @@ impl LoadShared {
         let state = &mut *state;
         for memory in &state.plan.memories {
             let (cell, pieces_left) = (Arc::default(), memory.pieces.len());
-            let own = state.plan.segments.get(memory.segments.clone()).expect("a memory is of planned segments");
+            let own = state.plan.segments.get(memory.segments.clone()).expect("an allocation has planned segments");
             let unfinished = self.exports || own.iter().any(|segment| segment.moved.is_some());
             state.memories.push(MemoryState { cell, pieces_left, unchecked: 0, unfinished, full_at: None, span: no_span() });
         }
@@ -343,11 +343,11 @@ impl LoadShared {
             state.files.push(FileState { planned, open, pieces_left, start: route, route });
         }
         let file_of = |piece: &Piece| {
-            let segment = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
-            &state.files.get(segment.file).expect("a segment is of a planned file").planned
+            let segment = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment");
+            &state.files.get(segment.file).expect("a segment belongs to a planned file").planned
         };
         let need = |batch: &Batch| {
-            let pieces = state.plan.pieces.get(batch.pieces.clone()).expect("a batch is of planned pieces");
+            let pieces = state.plan.pieces.get(batch.pieces.clone()).expect("a batch has planned pieces");
             Need {
                 bytes: batch.bytes,
                 files: pieces.iter().filter(|piece| file_of(piece).small).count() as u64,
@@ -361,7 +361,7 @@ impl LoadShared {
             }
         };
         let needs = state.plan.batches.iter().map(need).collect();
-        state.files_untold = self.keep;
+        state.files_unsent = self.keep;
         let pieces = state.plan.pieces.len();
         if pieces == 0 {
             state.times = Some(Times::default());
@@ -386,9 +386,9 @@ impl LoadShared {
     }
 
     /// Records that the pieces of a batch are about to be read.
-    pub(crate) fn handed(&self, first_piece: usize) {
+    pub(crate) fn record_queued(&self, first_piece: usize) {
         let batch = self.state().batch_of(first_piece);
-        self.choosing().handed(batch, self.started.elapsed());
+        self.choosing().record_queued(batch, self.started.elapsed());
     }
 
     /// Records that a piece is full. Returns the mount and the measurement when that has just
@@ -399,7 +399,7 @@ impl LoadShared {
             let planned = state.plan.pieces.get(piece)?;
             (state.batch_of(piece), planned.memory_bytes, state.files.first()?.planned.identity.mount())
         };
-        let measured = self.choosing().full(batch, bytes, self.started.elapsed())?;
+        let measured = self.choosing().record_full(batch, bytes, self.started.elapsed())?;
         self.state().measured = Some(measured);
         Some((mount, measured))
     }
@@ -418,12 +418,12 @@ impl LoadShared {
         if state.is_over() {
             return None;
         }
-        let batch = state.plan.batches.get(number).expect("the scheduler gives planned batches").clone();
-        let memory = state.plan.memories.get(batch.memory).expect("a batch is of a planned memory");
+        let batch = state.plan.batches.get(number).expect("the scheduler hands out planned batches").clone();
+        let memory = state.plan.memories.get(batch.memory).expect("a batch belongs to a planned allocation");
         let part = |number: usize| {
-            let piece = *state.plan.pieces.get(number).expect("a batch is of planned pieces");
-            let file_index = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment").file;
-            let file = state.files.get(file_index).expect("a segment is of a planned file");
+            let piece = *state.plan.pieces.get(number).expect("a batch has planned pieces");
+            let file_index = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment").file;
+            let file = state.files.get(file_index).expect("a segment belongs to a planned file");
             BatchPart {
                 number,
                 piece,
@@ -437,7 +437,7 @@ impl LoadShared {
             }
         };
         Some(Allocation {
-            memory: Arc::clone(&state.memories.get(batch.memory).expect("each memory was planned").cell),
+            memory: Arc::clone(&state.memories.get(batch.memory).expect("every allocation was planned").cell),
             memory_bytes: memory.bytes,
             range: Arc::clone(state.range.as_ref().expect("a load with bytes has addresses")),
             range_offset: memory.range_offset,
@@ -453,7 +453,7 @@ impl LoadShared {
             let state = self.state();
             let number = state.plan.batches.get(batch).map(|batch| batch.memory);
             number.filter(|&number| state.memories.get(number).is_some_and(|memory| memory.span.is_none())).map(|number| {
-                let memory = state.plan.memories.get(number).expect("a batch is of a planned memory");
+                let memory = state.plan.memories.get(number).expect("a batch belongs to a planned allocation");
                 (number, memory.segments.clone(), memory.bytes)
             })
         };
@@ -471,7 +471,7 @@ impl LoadShared {
     }
 
     /// Records that a file was opened for its first batch, with this route.
-    pub(crate) fn file_opened(&self, file_index: usize, route: Route) {
+    pub(crate) fn record_opened_file(&self, file_index: usize, route: Route) {
         if let Some(file) = self.state().files.get_mut(file_index) {
             file.start = file.start.max(route);
             file.route = file.route.max(route);
@@ -510,11 +510,7 @@ impl LoadShared {
         drop(state);
         if let Some(errno) = refused.map(Errno::describe) {
             foreign::emit(|| {
-                tracing::warn!(
-                    load = self.id.0,
-                    errno,
-                    "2 MiB pages could not be had for all of the memory: small pages are slower"
-                );
+                tracing::warn!(load = self.id.0, errno, "not all of the memory is on 2 MiB pages: small pages are slower");
             });
         }
     }
@@ -534,7 +530,7 @@ impl LoadShared {
     }
 
     /// What a load that has delivered its end leaves behind; `None` before that.
-    pub(crate) fn remains(&self) -> Option<DeferredDrop> {
+    pub(crate) fn take_remains_if_over(&self) -> Option<DeferredDrop> {
         let mut state = self.state();
         state.events.is_none().then(|| self.take_remains(&mut state))
     }
@@ -561,7 +557,7 @@ impl LoadShared {
     }
 
     /// Records that the load was dropped, before or after its end.
-    pub(crate) fn dropped(&self) {
+    pub(crate) fn record_drop(&self) {
         let (events, failed) = {
             let mut state = self.state();
             (state.events.take(), state.failed.take())

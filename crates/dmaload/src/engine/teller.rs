@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use super::jobs::Left;
+use super::jobs::DropKey;
 use super::mailbox::Message;
 use super::state::{HandOverStatus, LoadShared};
 use super::workers::MOST_SUBSTITUTES;
-use super::{Engine, WindowPermit, defect};
+use super::{Engine, WindowPermit, bug_error};
 use crate::files::source::OpenFile;
 use crate::memory::backing::PieceBuffer;
 use crate::ring::{Events, LeftBehind, LoadEvent, Output};
@@ -21,7 +21,7 @@ use crate::telemetry::report::Measured;
 
 impl Engine {
     /// The body of the teller thread.
-    pub(super) fn tell(self: Arc<Self>) {
+    pub(super) fn run_teller(self: Arc<Self>) {
         let mut broke = false;
         while let Some(messages) = self.mailbox.next() {
             for message in messages {
@@ -31,7 +31,7 @@ impl Engine {
                 // thread continues, to deliver the end of the loads. Only once, since what
                 // panicked may panic again at each load's end.
                 if !std::mem::replace(&mut broke, true) {
-                    let error = defect("the teller thread", message);
+                    let error = bug_error("the teller thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
                     // Keeps the first reason, if the ring thread has already panicked.
                     let _ = self.broken.set(error);
@@ -43,7 +43,7 @@ impl Engine {
             }
         }
         // All workers have ended that can.
-        self.jobs.drop_buried();
+        self.jobs.drop_deferred();
         self.mailbox.end();
     }
 
@@ -52,26 +52,26 @@ impl Engine {
             Message::Ring(output) => self.handle_output(output),
             Message::Deliver(load) => {
                 self.deliver(&load);
-                self.let_go(load);
+                self.release_load(load);
             }
             Message::RingBroke { errno, leaked_bytes } => foreign::emit(|| {
                 let errno = errno::describe(errno);
-                tracing::error!(errno, leaked_bytes, "io_uring broke down: memory that reads may still write to is leaked");
+                tracing::error!(errno, leaked_bytes, "io_uring failed: memory that reads may still write to is leaked");
             }),
             Message::Stalled { loads, is_exhausted } => foreign::emit(|| {
                 for load in loads {
                     tracing::warn!(load = load.0, "a file keeps a worker waiting: its load waits, and another worker takes over");
                 }
                 if is_exhausted {
-                    tracing::error!("{MOST_SUBSTITUTES} workers have been replaced, and wait for files: no load goes on");
+                    tracing::error!("all workers wait for files, and {MOST_SUBSTITUTES} have been replaced: no load proceeds");
                 }
             }),
             Message::NoSubstitute { error } => {
-                foreign::emit(|| tracing::warn!(%error, "no thread in place of a worker that waits for a file: fewer work"));
+                foreign::emit(|| tracing::warn!(%error, "cannot start a thread in place of a worker that waits for a file"));
             }
             Message::RingEnded { engine, panic } => {
                 if let Some(message) = panic {
-                    let error = defect("the ring thread", message);
+                    let error = bug_error("the ring thread", message);
                     foreign::emit(|| tracing::error!(%error, "all loads fail"));
                     // Keeps the first reason, if this thread has already panicked.
                     let _ = self.broken.set(error);
@@ -85,7 +85,7 @@ impl Engine {
                 drop(engine);
             }
             #[cfg(test)]
-            Message::Panic => panic!("a test wants it"),
+            Message::Panic => panic!("requested by a test"),
         }
     }
 
@@ -95,11 +95,11 @@ impl Engine {
         // A load that failed or was dropped is already forgotten while the driver drains its
         // reads.
         if let Some(load) = self.jobs.load_of(id) {
-            if let Err(message) = foreign::call(|| self.note(&load, output)) {
-                self.fail(&load, defect("the teller thread", message));
+            if let Err(message) = foreign::call(|| self.record_output(&load, output)) {
+                self.fail(&load, bug_error("the teller thread", message));
             }
             self.deliver(&load);
-            self.let_go(load);
+            self.release_load(load);
         } else {
             // The output may contain the load's observer, whose drop is the caller's code.
             foreign::discard(output);
@@ -110,11 +110,11 @@ impl Engine {
     }
 
     /// Records what the ring thread did for a load.
-    fn note(&self, load: &LoadShared, output: Output<()>) {
+    fn record_output(&self, load: &LoadShared, output: Output<()>) {
         match output {
             Output::PieceFull { load: id, piece, route, buffer: () } => {
                 if let Some((mount, measured)) = load.measure(piece) {
-                    self.choices().learned(id, mount, &measured);
+                    self.choices().record(id, mount, &measured);
                     foreign::emit(|| {
                         let Measured { direct_bytes_per_second, staged_bytes_per_second, buffered_bytes_per_second, chosen } =
                             measured;
@@ -128,20 +128,20 @@ impl Engine {
                         );
                     });
                 }
-                self.jobs.follow(id, load.piece_full(piece, route));
+                self.jobs.schedule_follow_ups(id, load.record_full_piece(piece, route));
             }
             Output::Event { load: id, event } => match event {
-                LoadEvent::SteppedDown { fallback } => load.stepped_down(fallback),
-                LoadEvent::LessStaging { bytes, errno } => load.less_staging(bytes, errno),
-                LoadEvent::NoThread => load.no_thread(),
-                LoadEvent::Retried { retried } => load.retried(&retried),
-                LoadEvent::Traced { piece, span } => load.traced(piece, span, self.epoch),
+                LoadEvent::SteppedDown { fallback } => load.record_fallback(fallback),
+                LoadEvent::LessStaging { bytes, errno } => load.note_less_staging(bytes, errno),
+                LoadEvent::NoThread => load.note_missing_thread(),
+                LoadEvent::Retried { retried } => load.record_retry(&retried),
+                LoadEvent::Traced { piece, span } => load.record_trace(piece, span, self.epoch),
                 LoadEvent::Failed { failure } => {
-                    self.bury(id, [load.fail_for(failure)]);
+                    self.defer_drop(id, [load.fail_for(failure)]);
                     self.forget(id);
                 }
                 LoadEvent::Gone { times, observation } => {
-                    load.gone(times);
+                    load.record_times(times);
                     drop(observation);
                 }
             },
@@ -155,50 +155,50 @@ impl Engine {
         let over = match delivered {
             Ok(handover) => handover == HandOverStatus::Over,
             Err(message) => {
-                self.fail(load, defect("the teller thread", message));
+                self.fail(load, bug_error("the teller thread", message));
                 false
             }
         };
         if !remains.is_empty() {
-            self.bury(load.id, remains);
+            self.defer_drop(load.id, remains);
             self.abandon(load);
         }
         if over {
             self.forget(load.id);
             // Drop what the load no longer needs, however long its consumer keeps it.
-            self.bury(load.id, load.remains());
+            self.defer_drop(load.id, load.take_remains_if_over());
         }
     }
 
     /// Leaves a load to a worker if this is its last reference.
-    pub(super) fn let_go(&self, load: Arc<LoadShared>) {
+    pub(super) fn release_load(&self, load: Arc<LoadShared>) {
         if let Some(load) = Arc::into_inner(load) {
-            self.jobs.bury(Left::Files(load.id), load);
+            self.jobs.defer_drop(DropKey::Files(load.id), load);
         }
     }
 }
 
 impl Events<PieceBuffer<WindowPermit>> for Engine {
-    fn happened(&self, outputs: Vec<Output<PieceBuffer<WindowPermit>>>) {
+    fn on_outputs(&self, outputs: Vec<Output<PieceBuffer<WindowPermit>>>) {
         // Return the permits first: the allocators may proceed while the teller does the rest.
         let messages: Vec<_> = outputs.into_iter().map(|output| Message::Ring(output.map_buffer(drop))).collect();
         self.mailbox.push(messages);
     }
 
-    fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>) {
+    fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>) {
         for (load, file) in files {
             // The holder of another reference closes the file.
             if let Some(file) = Arc::into_inner(file) {
-                self.jobs.bury(Left::Files(load), file);
+                self.jobs.defer_drop(DropKey::Files(load), file);
             }
         }
     }
 
-    fn broke_down(&self, errno: Errno, leaked_bytes: u64) {
+    fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64) {
         self.mailbox.push([Message::RingBroke { errno, leaked_bytes }]);
     }
 
-    fn ended(self: Arc<Self>, left: LeftBehind, panic: Option<String>) {
+    fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>) {
         self.leaked_bytes.fetch_add(left.bytes, Ordering::AcqRel);
         self.left_threads.fetch_add(left.threads, Ordering::AcqRel);
         let (threads, mailbox) = (Arc::clone(&self.threads), Arc::clone(&self.mailbox));

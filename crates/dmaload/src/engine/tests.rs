@@ -9,7 +9,7 @@ use crate::memory::heap;
 use crate::options::load::LoadOptions;
 
 #[test]
-fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
+fn job_of_a_forgotten_load_loses_no_worker_and_no_permit() {
     let guard = Guard::start(Settings::default(), Arc::new(crate::memory::heap::AnonHeap::default()), Vec::new()).unwrap();
     let gone = LoadId(u64::MAX);
     let window_bytes = guard.settings().window_bytes;
@@ -26,7 +26,7 @@ fn a_job_of_a_forgotten_load_costs_no_worker_and_no_permit() {
     let taken = || guard.engine.jobs.taken();
     let deadline = Instant::now() + Duration::from_secs(20);
     while taken() != (0, 0) {
-        assert!(Instant::now() < deadline, "permits and places that never come back: {:?}", taken());
+        assert!(Instant::now() < deadline, "permits and places that were never returned: {:?}", taken());
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -39,20 +39,20 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 /// A broken invariant of the driver: no load hangs, each says why, and what was in flight is
 /// counted.
 #[test]
-fn a_panic_of_the_ring_thread_fails_all_loads_and_says_so() {
+fn ring_thread_panic_fails_all_loads_with_its_message() {
     fails_all_loads("the ring thread", |engine| engine.ring.panic());
 }
 
 /// The thread that delivers the end of the loads is the one that panics.
 #[test]
-fn a_panic_of_the_teller_fails_all_loads_and_says_so() {
+fn teller_panic_fails_all_loads_with_its_message() {
     fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic]));
     // Repeatedly.
     fails_all_loads("the teller thread", |engine| engine.mailbox.push([Message::Panic, Message::Panic, Message::Panic]));
 }
 
 #[test]
-fn the_first_of_two_panics_is_the_reason() {
+fn first_of_two_panics_is_the_reason() {
     fails_all_loads("the teller thread", |engine| {
         engine.mailbox.push([Message::Panic]);
         engine.ring.panic();
@@ -85,7 +85,7 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
             }
         };
         let text = error.to_string();
-        assert!(text.starts_with(&format!("{thread} of dmaload")) && text.ends_with("panicked: a test wants it"), "{text}");
+        assert!(text.starts_with(&format!("{thread} of dmaload")) && text.ends_with("panicked: requested by a test"), "{text}");
     };
     before.iter_mut().for_each(expect);
     // Later loads fail in the same way.

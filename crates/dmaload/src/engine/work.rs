@@ -9,12 +9,12 @@ use std::time::Instant;
 use dmabuf::Memory;
 
 use super::heap_code::HeapCode;
-use super::jobs::Noticed;
+use super::jobs::WatchReport;
 use super::mailbox::Message;
 use super::schedule::{Job, Need};
 use super::state::LoadShared;
 use super::workers::WorkerId;
-use super::{BudgetPermit, Engine, WindowPermit, defect};
+use super::{BudgetPermit, Engine, WindowPermit, bug_error};
 use crate::error::Error;
 use crate::files::header::find_header;
 use crate::support::foreign;
@@ -23,7 +23,7 @@ impl Engine {
     pub(super) fn start_worker(self: &Arc<Self>, worker: WorkerId, heap: &HeapCode) -> io::Result<()> {
         let (own, heap) = (Arc::clone(self), heap.clone());
         let builder = thread::Builder::new().name(format!("dmaload-alloc-{}", worker.number()));
-        let started = self.counted(|| builder.spawn(move || own.work(worker, heap)).map(|_| ()));
+        let started = self.start_counted(|| builder.spawn(move || own.work(worker, heap)).map(|_| ()));
         if started.is_err() {
             self.jobs.dismiss(worker);
         }
@@ -34,7 +34,7 @@ impl Engine {
     /// does not answer.
     pub(super) fn watch(self: Arc<Self>, heap: HeapCode) {
         let mut refused = false;
-        while let Some(Noticed { stalled, substitutes, is_exhausted }) = self.jobs.watch() {
+        while let Some(WatchReport { stalled, substitutes, is_exhausted }) = self.jobs.watch() {
             let mut error = None;
             for worker in substitutes {
                 error = self.start_worker(worker, &heap).err().or(error);
@@ -60,7 +60,7 @@ impl Engine {
                 && let Err(error) = self.start_worker(another, &heap)
             {
                 // The watching thread retries.
-                foreign::emit(|| tracing::debug!(%error, "no thread for one more worker"));
+                foreign::emit(|| tracing::debug!(%error, "cannot start another worker"));
             }
             // Keeps the files that the caller passed open until the job is done, even if the load
             // ends meanwhile.
@@ -83,7 +83,7 @@ impl Engine {
             if let Err(message) = done {
                 // Not from a heap or a verifier: their panics are caught where they are called.
                 // Unwinding has released what the job held.
-                self.fail(&load, defect("a worker thread", message));
+                self.fail(&load, bug_error("a worker thread", message));
                 if is_open {
                     // The load was not yet announced to the ring, which would have ended it; free
                     // its place.
@@ -106,7 +106,7 @@ impl Engine {
         // The header of a large file was read during planning.
         let checked = load.whole_file(file).map_or(Ok(None), |bytes| {
             let tensors = find_header(&open, bytes.as_ref(), load.options.format)?;
-            let source = load.sources().get(file).expect("a planned file is checked");
+            let source = load.sources().get(file).expect("only planned files are checked");
             source.check(tensors.as_ref())?;
             Ok(tensors)
         });
@@ -116,8 +116,8 @@ impl Engine {
         match checked {
             Ok(tensors) => {
                 drop(open);
-                match load.file_checked(file, tensors.map(Arc::new)) {
-                    Ok(()) => self.tell_of(load),
+                match load.record_checked_file(file, tensors.map(Arc::new)) {
+                    Ok(()) => self.queue_delivery(load),
                     Err(error) => self.fail(load, error),
                 }
             }
@@ -133,7 +133,7 @@ impl Engine {
         let start = Instant::now();
         for slot in &moves {
             // SAFETY: all pieces of the allocation have come back from the driver, so it is filled
-            // and nothing writes to it; its segments are not created before `memory_finished`, so
+            // and nothing writes to it; its segments are not created before `record_finished_memory`, so
             // nothing reads it.
             unsafe { backing.move_down(slot) };
         }
@@ -144,8 +144,8 @@ impl Engine {
         match if self.facts.exports { backing.export(export) } else { Ok(()) } {
             Ok(()) => {
                 drop(backing);
-                load.memory_finished(number, start);
-                self.tell_of(load);
+                load.record_finished_memory(number, start);
+                self.queue_delivery(load);
             }
             Err(Refused::Kernel(refusal)) => self.fail(load, load.memory_error(refusal)),
             Err(Refused::Load(error)) => self.fail(load, error),

@@ -74,7 +74,7 @@ impl Workers {
     }
 
     fn worker(&mut self, id: WorkerId) -> &mut Worker {
-        self.workers.get_mut(&id).expect("a worker is there until it leaves")
+        self.workers.get_mut(&id).expect("a worker exists until it leaves")
     }
 
     fn stalled(&self) -> usize {
@@ -148,7 +148,7 @@ impl Workers {
     }
 
     /// How long until the next check is due; `None` if none is before a worker waits for a file.
-    pub(super) fn look_after(&self, now: Instant) -> Option<Duration> {
+    pub(super) fn next_check(&self, now: Instant) -> Option<Duration> {
         let patience = self.patience();
         let waiting = self.workers.values().filter(|worker| !worker.stalled).filter_map(|worker| worker.at_files_since);
         let next = waiting.map(|since| patience.saturating_sub(now.saturating_duration_since(since))).min();
@@ -156,7 +156,7 @@ impl Workers {
     }
 
     /// Finds workers that have become stalled.
-    pub(super) fn look(&mut self, now: Instant) -> Vec<Task> {
+    pub(super) fn find_stalled(&mut self, now: Instant) -> Vec<Task> {
         let (patience, mut found) = (self.patience(), Vec::new());
         for worker in self.workers.values_mut().filter(|worker| !worker.stalled) {
             let since = worker.at_files_since.filter(|&since| now.saturating_duration_since(since) >= patience);
@@ -185,18 +185,18 @@ mod tests {
         let (first, second) = (workers.hire(), workers.hire());
         workers.begin(first, task(7), Some(now));
         workers.begin(second, task(7), Some(now));
-        assert_eq!(workers.look(late - Duration::from_millis(1)), []);
-        assert_eq!(workers.look_after(late - Duration::from_millis(1)), Some(Duration::from_millis(1)));
+        assert_eq!(workers.find_stalled(late - Duration::from_millis(1)), []);
+        assert_eq!(workers.next_check(late - Duration::from_millis(1)), Some(Duration::from_millis(1)));
         assert_eq!((workers.missing(), workers.is_overstaffed()), (0, false));
-        assert_eq!(workers.look(late), [task(7), task(7)]);
-        assert_eq!(workers.look(late), [], "once");
-        assert_eq!((workers.missing(), workers.look_after(late)), (2, Some(RETRY_AFTER)));
+        assert_eq!(workers.find_stalled(late), [task(7), task(7)]);
+        assert_eq!(workers.find_stalled(late), [], "once");
+        assert_eq!((workers.missing(), workers.next_check(late)), (2, Some(RETRY_AFTER)));
         let third = workers.hire();
         assert_eq!((workers.missing(), workers.is_overstaffed()), (1, false));
         workers.hire();
-        assert_eq!(workers.look_after(late), None, "those that are stalled are known");
+        assert_eq!(workers.next_check(late), None, "those that are stalled are known");
         workers.begin(third, task(8), Some(late));
-        assert_eq!(workers.look_after(late), Some(NEXT_STALLED_AFTER), "there are servers that do not answer");
+        assert_eq!(workers.next_check(late), Some(NEXT_STALLED_AFTER), "there are servers that do not answer");
         assert_eq!(workers.end(third), None);
         assert_eq!(workers.end(first), None, "the other one is still stalled with this load");
         assert!(workers.is_overstaffed());
@@ -207,20 +207,20 @@ mod tests {
         workers.leave(third);
         assert!(!workers.is_overstaffed());
         assert_eq!(workers.end(second), None, "it was not stalled any more");
-        assert_eq!(workers.look_after(late), None);
+        assert_eq!(workers.next_check(late), None);
     }
 
     #[test]
-    fn only_what_waits_for_files_is_stalled() {
+    fn only_workers_that_wait_for_files_stall() {
         let mut workers = Workers::new(1);
         let worker = workers.hire();
         let now = Instant::now();
         workers.begin(worker, task(1), None);
-        assert_eq!(workers.look_after(now), None);
-        assert_eq!(workers.look(now + 100 * STALLED_AFTER), [], "it allocates memory");
+        assert_eq!(workers.next_check(now), None);
+        assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), [], "it allocates memory");
         assert_eq!(workers.proceed(worker, now + 100 * STALLED_AFTER), None);
-        assert_eq!(workers.look(now + 100 * STALLED_AFTER), []);
-        assert_eq!(workers.look(now + 101 * STALLED_AFTER), [task(1)]);
+        assert_eq!(workers.find_stalled(now + 100 * STALLED_AFTER), []);
+        assert_eq!(workers.find_stalled(now + 101 * STALLED_AFTER), [task(1)]);
     }
 
     #[test]
@@ -236,7 +236,7 @@ mod tests {
                 load += 1;
                 workers.begin(id, task(load), Some(now));
             }
-            assert!(!workers.look(now + STALLED_AFTER).is_empty());
+            assert!(!workers.find_stalled(now + STALLED_AFTER).is_empty());
             for _ in 0..workers.missing() {
                 workers.hire();
             }

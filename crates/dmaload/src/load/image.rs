@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::names::{FolderIndex, Names, indices};
 use crate::engine::event::LoadFile;
 use crate::error::{Error, Result};
-use crate::memory::segment::{Contiguous, Segment, holding};
+use crate::memory::segment::{Contiguous, Segment, segments_of_range};
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{Rows, TensorSlice};
 use crate::plan::tensors::FileTensors;
@@ -212,7 +212,7 @@ pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: u
 
 /// Whether these segments of a file hold all of these rows.
 fn has_rows(segments: &[Segment], rows: &Rows) -> bool {
-    let is_there = |row: &Range<u64>| row.is_empty() || holding(segments, row).is_some();
+    let is_there = |row: &Range<u64>| row.is_empty() || segments_of_range(segments, row).is_some();
     let ends = [rows.iter().next(), rows.iter().last()];
     // Having both ends says nothing about the rows between them unless one span covers all: both
     // may lie in blocks of other tensors that were read earlier.
@@ -343,7 +343,7 @@ impl Tensor {
         if wanted.is_empty() {
             return Vec::new();
         }
-        let touched = holding(&self.file.segments, &wanted).expect("a tensor is given with all its rows");
+        let touched = segments_of_range(&self.file.segments, &wanted).expect("a tensor is given with all its rows");
         let segments = touched.iter().filter_map(|segment| {
             let held = segment.file_range();
             let range = wanted.start.max(held.start)..wanted.end.min(held.end);

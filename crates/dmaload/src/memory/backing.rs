@@ -49,12 +49,12 @@ impl Backing {
 
     /// Takes an allocation from the pool and moves it to its new place; frees it and returns
     /// `None` if it can't be moved.
-    pub(crate) fn reused(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
+    pub(crate) fn from_pool(holding: Holding, range: &Arc<AddressRange>, at: usize, reaper: &Reaper) -> Option<Self> {
         holding.reusable.store(false, Ordering::Release);
-        match holding.moved_to(range, at) {
+        match holding.move_to(range, at) {
             // Without protection from forks, private memory can't be reused.
             Ok(holding) if holding.memory.is_private() && holding.mapping.forbid_fork().is_err() => {
-                reaper.bury(holding);
+                reaper.release(holding);
                 None
             }
             Ok(holding) => {
@@ -63,7 +63,7 @@ impl Backing {
                 Some(Backing { holding: Some(holding), address, bytes, reused: true, lent, reaper })
             }
             Err(holding) => {
-                reaper.bury(holding);
+                reaper.release(holding);
                 None
             }
         }
@@ -158,7 +158,7 @@ impl Backing {
             // After the export, since newer kernels refuse to export a memfd with this seal.
             memfd.seal_against_writes()?;
         }
-        holding.exported.set(dma_buf).expect("a memory is exported once, by the worker that finishes it");
+        holding.exported.set(dma_buf).expect("an allocation is exported once, by the worker that finishes it");
         Ok(())
     }
 
@@ -185,7 +185,7 @@ impl Backing {
     /// # Panics
     /// When `range` is not within the allocation.
     pub(crate) unsafe fn filled(&self, range: Range<usize>) -> &[u8] {
-        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} is within {} bytes", self.bytes);
+        assert!(range.start <= range.end && range.end <= self.bytes, "{range:?} is not within {} bytes", self.bytes);
         // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(range.start) };
         // SAFETY: as above, and the caller's guarantee.
@@ -204,14 +204,14 @@ impl Backing {
     }
 
     fn holding(&self) -> &Holding {
-        self.holding.as_ref().expect("the memory is taken out by the drop alone")
+        self.holding.as_ref().expect("only the drop takes the holding")
     }
 }
 
 impl Drop for Backing {
     fn drop(&mut self) {
         if let Some(holding) = self.holding.take() {
-            self.reaper.bury(holding);
+            self.reaper.release(holding);
         }
     }
 }
@@ -224,10 +224,10 @@ impl Backing {
     ///
     /// # Panics
     /// When they are not within the allocation.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that nobody else has these bytes")]
+    #[expect(clippy::mut_from_ref, reason = "the caller guarantees exclusive access to these bytes")]
     pub(crate) unsafe fn unfilled(&self, start: usize, bytes: usize) -> &mut [MaybeUninit<u8>] {
         let end = start.checked_add(bytes);
-        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes from {start} on are within {}", self.bytes);
+        assert!(end.is_some_and(|end| end <= self.bytes), "{bytes} bytes from {start} on are not within {}", self.bytes);
         // SAFETY: the memory stays mapped while this value lives, and the range is within it.
         let start = unsafe { self.address.add(start) };
         // SAFETY: as above, and the caller's guarantee.
@@ -237,7 +237,7 @@ impl Backing {
 
 /// Memory whose pages are all present.
 impl Sink for Backing {
-    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
+    unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         // SAFETY: the caller guarantees exclusive access to this part.
         write(unsafe { self.unfilled(offset, bytes) }).map_err(Fault::Read)
     }
@@ -303,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dropping_a_backing_unmaps_nothing_by_itself() {
+    fn dropping_a_backing_does_not_unmap() {
         let range = AddressRange::reserve(4096).unwrap();
         let mapping = range.map(&Memory::Anonymous, 0, 4096).unwrap();
         // The thread of this reaper does nothing.

@@ -53,13 +53,13 @@ impl<L> Account<L> {
 pub(crate) enum Admitted {
     Yes,
     /// Its file system has its share; loads of other file systems may be admitted first.
-    FileSystemHasItsPart,
+    FileSystemAtShare,
     /// There is not enough free memory.
     No,
 }
 
 /// Maximum ratio of reserved to free memory for the kept loads of one file system.
-const TIMES_THE_REST: u64 = 3;
+const HELD_TO_FREE_MAX: u64 = 3;
 
 /// The result of trying to take memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +92,7 @@ impl<L: PartialEq> Budget<L> {
     }
 
     /// Memory that is allocated: held, or in the pool.
-    pub(crate) fn there(&self) -> u64 {
+    pub(crate) fn present(&self) -> u64 {
         self.held().saturating_add(self.pooled)
     }
 
@@ -102,9 +102,10 @@ impl<L: PartialEq> Budget<L> {
         let same = self.accounts.iter().filter(|account| kept_from.is_some() && account.kept_from == kept_from);
         let by_file_system = same.map(Account::taken).fold(0, u64::saturating_add);
         let left = self.free().checked_sub(reserved);
-        let within_part = left.is_some_and(|left| by_file_system.saturating_add(reserved) <= left.saturating_mul(TIMES_THE_REST));
-        if by_file_system > 0 && !within_part {
-            return Admitted::FileSystemHasItsPart;
+        let within_share =
+            left.is_some_and(|left| by_file_system.saturating_add(reserved) <= left.saturating_mul(HELD_TO_FREE_MAX));
+        if by_file_system > 0 && !within_share {
+            return Admitted::FileSystemAtShare;
         }
         if left.is_none() {
             return Admitted::No;
@@ -119,10 +120,10 @@ impl<L: PartialEq> Budget<L> {
         if bytes == 0 {
             return Taken::Yes;
         }
-        let (free, there, accounts) = (self.free(), self.there(), self.accounts.len() as u64);
+        let (free, present, accounts) = (self.free(), self.present(), self.accounts.len() as u64);
         let half = self.limit / 2;
         let account = self.accounts.iter_mut().find(|account| account.load == *load);
-        let account = account.expect("only a load that was let in takes memory");
+        let account = account.expect("only an admitted load takes memory");
         let wanted = account.held.saturating_add(bytes);
         let extra = wanted.saturating_sub(account.held.max(account.reserved));
         let shared =
@@ -130,7 +131,7 @@ impl<L: PartialEq> Budget<L> {
         if extra > 0 && !shared {
             return Taken::No;
         }
-        match there.saturating_add(bytes).checked_sub(self.limit) {
+        match present.saturating_add(bytes).checked_sub(self.limit) {
             None | Some(0) => {
                 account.held = wanted;
                 Taken::Yes
@@ -149,7 +150,7 @@ impl<L: PartialEq> Budget<L> {
             Some(account) => &mut account.held,
             None => &mut self.loose,
         };
-        assert!(bytes <= *held, "{bytes} bytes come back of {held} that are held");
+        assert!(bytes <= *held, "{bytes} bytes are returned, but only {held} are held");
         *held -= bytes;
     }
 
@@ -172,7 +173,7 @@ impl<L: PartialEq> Budget<L> {
     /// # Panics
     /// As [`Self::give_back`].
     pub(crate) fn unpool(&mut self, bytes: u64) {
-        assert!(bytes <= self.pooled, "{bytes} bytes come out of a pool that has {}", self.pooled);
+        assert!(bytes <= self.pooled, "{bytes} bytes are taken from a pool that has {}", self.pooled);
         self.pooled -= bytes;
     }
 }
@@ -183,7 +184,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_reservation_is_there_whatever_others_do() {
+    fn reservation_is_available_whatever_others_do() {
         let mut budget = Budget::new(100);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         // A load that is alone may take half of the limit.
@@ -197,12 +198,12 @@ mod tests {
         assert_eq!(budget.admit(7, 1, None), Admitted::No);
         assert_eq!(budget.held(), 100);
         budget.give_back(&3, 10);
-        assert_eq!(budget.take(&2, 1), Taken::No, "what load 3 has reserved");
+        assert_eq!(budget.take(&2, 1), Taken::No, "load 3 has reserved it");
         assert_eq!(budget.take(&3, 10), Taken::Yes);
     }
 
     #[test]
-    fn what_a_load_leaves_behind_counts_until_it_is_dropped() {
+    fn memory_of_a_finished_load_counts_until_it_is_dropped() {
         let mut budget = Budget::new(10);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         assert_eq!(budget.take(&1, 8), Taken::Yes);
@@ -213,18 +214,18 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_gives_way_and_is_no_reason_to_wait() {
+    fn pool_yields_and_does_not_delay_admission() {
         let mut budget = Budget::new(10);
         assert_eq!(budget.admit(1, 10, None), Admitted::Yes);
         assert_eq!(budget.take(&1, 8), Taken::Yes);
         budget.close(&1);
         budget.pool(&1, 8);
-        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "nobody holds it");
+        assert_eq!(budget.admit(2, 9, None), Admitted::Yes, "no load holds it");
         assert_eq!(budget.take(&2, 2), Taken::Yes);
         assert_eq!(budget.take(&2, 3), Taken::Pooled(3));
         budget.unpool(4);
         assert_eq!(budget.take(&2, 3), Taken::Yes);
-        assert_eq!((budget.held(), budget.there()), (5, 9));
+        assert_eq!((budget.held(), budget.present()), (5, 9));
     }
 
     proptest! {
@@ -256,8 +257,8 @@ mod tests {
                     _ => {}
                 }
                 let sum: u64 = held.iter().map(|(_, bytes)| bytes).sum();
-                prop_assert_eq!((budget.held(), budget.there()), (sum, sum + pooled));
-                prop_assert!(budget.there() <= limit);
+                prop_assert_eq!((budget.held(), budget.present()), (sum, sum + pooled));
+                prop_assert!(budget.present() <= limit);
                 for &(load, reserved) in &open {
                     if !held.iter().any(|(holder, _)| *holder == load) {
                         let before = budget.held();

@@ -47,7 +47,7 @@ pub(crate) trait Sink: Debug + Send + Sync {
     /// The place must come from [`Buffer::place`] and have room for `bytes` bytes. Nothing else
     /// may read or write that part of the buffer during the call.
     #[allow(unsafe_code)]
-    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
+    unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 
     /// Whether writing runs the caller's code, such as a heap.
     fn runs_foreign_code(&self) -> bool;

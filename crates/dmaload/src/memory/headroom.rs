@@ -107,7 +107,7 @@ mod tests {
     use std::fs::{create_dir_all, write};
 
     #[test]
-    fn the_machine_has_some_memory_left() {
+    fn machine_has_some_memory_left() {
         assert!(headroom().unwrap().available_bytes > 0);
     }
 
@@ -131,7 +131,7 @@ mod tests {
         }
 
         #[test]
-        fn no_number_of_a_group_panics(limit in "[0-9]{1,25}|max|-1|", used in "[0-9]{1,25}|", stat in "((total_)?(in)?active_file [0-9]{1,22}\n|\\PC){0,6}") {
+        fn no_number_in_a_cgroup_file_panics(limit in "[0-9]{1,25}|max|-1|", used in "[0-9]{1,25}|", stat in "((total_)?(in)?active_file [0-9]{1,22}\n|\\PC){0,6}") {
             let folder = tempfile::tempdir().unwrap();
             for (name, text) in [("memory.max", &limit), ("memory.current", &used), ("memory.stat", &stat)] {
                 write(folder.path().join(name), text).unwrap();
@@ -142,14 +142,14 @@ mod tests {
     }
 
     #[test]
-    fn every_group_above_counts_in_v2_and_v1() {
+    fn all_ancestor_cgroups_count_in_v2_and_v1() {
         let folders = cgroup_folders("5:cpu,memory:/a/b\n3:cpu:/x\n0::/u\n", Path::new("/r"));
         let expected = ["/r", "/r/memory", "/r/memory/a", "/r/memory/a/b", "/r/u", "/r/unified", "/r/unified/u"];
         assert_eq!(folders, expected.map(PathBuf::from));
     }
 
     #[test]
-    fn page_cache_counts_as_free_and_no_limit_as_none() {
+    fn page_cache_counts_as_free_and_max_as_no_limit() {
         let folder = tempfile::tempdir().unwrap();
         let v2 = folder.path().join("v2");
         create_dir_all(&v2).unwrap();

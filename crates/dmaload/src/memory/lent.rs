@@ -50,7 +50,7 @@ mod tests {
                 spawn(move || {
                     let (lent, written) = &*shared;
                     if lent.lend() {
-                        assert_eq!(written.load(Ordering::Relaxed), 0, "somebody writes under a view");
+                        assert_eq!(written.load(Ordering::Relaxed), 0, "a write under a view");
                         lent.take_back();
                     }
                 })
@@ -60,7 +60,7 @@ mod tests {
             if handed.is_ok() {
                 written.store(1, Ordering::Relaxed);
                 assert!(!lent.lend(), "lent after it was handed out");
-                assert_eq!(lent.hand_out(), Ok(()), "handed out as often as one likes");
+                assert_eq!(lent.hand_out(), Ok(()), "can be handed out again");
             }
             for viewer in viewers {
                 viewer.join().unwrap();

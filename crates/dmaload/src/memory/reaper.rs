@@ -22,7 +22,7 @@ use dmabuf::{AddressRange, DmaBuf, Mapping, Memory, NotMoved};
 use crate::memory::charge::Charge;
 
 /// Holdings that leave the pool per lock acquisition: takes some 20 µs.
-const TRIMMED_AT_ONCE: usize = 64;
+const TRIM_BATCH: usize = 64;
 
 /// A mapped allocation on its way to the pool or to be freed.
 #[derive(Debug)]
@@ -55,12 +55,12 @@ impl Holding {
     }
 
     /// Moves the mapping; returns the holding unchanged if the kernel refuses.
-    pub(crate) fn moved_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
+    pub(crate) fn move_to(self, range: &Arc<AddressRange>, at: usize) -> Result<Box<Self>, Box<Self>> {
         let Holding { mapping, memory, exported, reusable, next, charge } = self;
         match mapping.move_to(range, at) {
             Ok(mapping) => Ok(Box::new(Holding { mapping, memory, exported, reusable, next, charge })),
             Err(NotMoved { mapping, error }) => {
-                crate::support::foreign::emit(|| tracing::debug!(%error, "memory of the pool can't be used again"));
+                crate::support::foreign::emit(|| tracing::debug!(%error, "memory from the pool can't be reused"));
                 Err(Box::new(Holding { mapping, memory, exported, reusable, next, charge }))
             }
         }
@@ -210,7 +210,7 @@ impl Reaper {
 
     /// Takes memory that is no longer used. It goes to the pool if it may be reused and fits,
     /// possibly in place of older memory; otherwise the thread unmaps and frees it.
-    pub(crate) fn bury(&self, holding: Box<Holding>) {
+    pub(crate) fn release(&self, holding: Box<Holding>) {
         let bytes = holding.bytes();
         let mut ledger = None;
         // Before another load can take it; if there is no room after all, it counts as the pool's
@@ -254,7 +254,7 @@ impl Reaper {
         // Memory that enters the pool during this call is not counted, so that the call ends.
         let excess = self.pooled_bytes().saturating_sub(keep_bytes);
         while freed < excess {
-            let part = self.shared.0.list().shrink_pool(keep_bytes, TRIMMED_AT_ONCE);
+            let part = self.shared.0.list().shrink_pool(keep_bytes, TRIM_BATCH);
             if part == 0 {
                 break;
             }
@@ -317,7 +317,7 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn memory_on_its_way_to_be_freed_is_waited_for() {
+    fn wait_covers_memory_that_is_still_being_freed() {
         let reaper = Reaper::start().unwrap();
         assert!(!reaper.wait_until_idle(Duration::from_secs(10)), "there is nothing to wait for");
         let bytes = 64 << 20;
@@ -325,7 +325,7 @@ mod tests {
         for _ in 0..4 {
             let mapping = range.map(&Memory::Anonymous, 0, bytes).unwrap();
             mapping.populate(&Memory::Anonymous, 0..bytes, dmabuf::Pages::Small).unwrap();
-            reaper.bury(Holding::new(mapping, Memory::Anonymous));
+            reaper.release(Holding::new(mapping, Memory::Anonymous));
             reaper.wait_until_idle(Duration::from_secs(60));
             assert_eq!(Arc::strong_count(&range), 1, "it was freed before the wait ended");
         }
@@ -339,16 +339,16 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_keeps_the_newest_within_its_size_and_gives_by_size() {
+    fn pool_keeps_the_newest_and_returns_by_size() {
         let reaper = Reaper::without_thread();
         let range = AddressRange::reserve(16 * 4096).unwrap();
-        reaper.bury(holding(&range, 0, true));
+        reaper.release(holding(&range, 0, true));
         assert_eq!(reaper.pooled_bytes(), 0, "a pool of no size keeps nothing");
         reaper.set_pool_bytes(2 * 4096);
-        reaper.bury(holding(&range, 1, false));
-        assert_eq!(reaper.pooled_bytes(), 0, "what may not be used again is not kept");
+        reaper.release(holding(&range, 1, false));
+        assert_eq!(reaper.pooled_bytes(), 0, "memory that may not be reused is not kept");
         for page in 2..5 {
-            reaper.bury(holding(&range, page, true));
+            reaper.release(holding(&range, page, true));
         }
         assert_eq!(reaper.pooled_bytes(), 2 * 4096);
         assert!(reaper.reuse(8192).is_none(), "another size");
@@ -356,8 +356,8 @@ mod tests {
         let newest = reaper.reuse(4096).unwrap();
         assert_eq!(at(&newest), 4 * 4096);
         assert_eq!(at(&reaper.reuse(4096).unwrap()), 3 * 4096);
-        assert!(reaper.reuse(4096).is_none(), "the oldest went");
-        reaper.bury(newest);
+        assert!(reaper.reuse(4096).is_none(), "the oldest was evicted");
+        reaper.release(newest);
         assert_eq!(reaper.trim_pool(0), 4096);
         reaper.run_once();
         assert_eq!(Arc::strong_count(&range), 1, "all of it is freed");
@@ -369,7 +369,7 @@ mod tests {
         let times = [(); 5].map(|()| {
             let reaper = Reaper::without_thread();
             reaper.set_pool_bytes(count as u64 * 4096);
-            (0..count).for_each(|page| reaper.bury(holding(&range, page, true)));
+            (0..count).for_each(|page| reaper.release(holding(&range, page, true)));
             assert_eq!(reaper.pooled_bytes(), count as u64 * 4096);
             let start = thread_time();
             work(&reaper, &range);
@@ -388,11 +388,11 @@ mod tests {
     fn assert_linear(what: &str, work: impl Fn(&Reaper, &Arc<AddressRange>, usize)) {
         let [few, many] = [2_500, 20_000].map(|count| best_time(count, |reaper, range| work(reaper, range, count)));
         let ratio = many.as_secs_f64() / few.as_secs_f64().max(20e-6);
-        assert!(ratio < 32.0, "{what}: {few:?} for 2,500 memories, {many:?} for 20,000");
+        assert!(ratio < 32.0, "{what}: {few:?} for 2,500 allocations, {many:?} for 20,000");
     }
 
     #[test]
-    fn trimming_a_pool_of_many_memories_takes_linear_time() {
+    fn trimming_a_large_pool_takes_linear_time() {
         assert_linear("all at once", |reaper, _, count| {
             assert_eq!(reaper.trim_pool(0), count as u64 * 4096);
         });
@@ -404,47 +404,47 @@ mod tests {
     }
 
     #[test]
-    fn finding_a_size_in_a_pool_of_many_memories_takes_linear_time() {
+    fn finding_sizes_in_a_large_pool_takes_linear_time() {
         assert_linear("no memory of this size", |reaper, _, count| {
             (0..count).for_each(|_| assert!(reaper.reuse(8192).is_none()));
         });
     }
 
     #[test]
-    fn a_full_pool_takes_a_memory_for_the_oldest_in_constant_time() {
-        assert_linear("the oldest gives way", |reaper, range, count| {
+    fn full_pool_replaces_its_oldest_in_constant_time() {
+        assert_linear("the oldest is evicted", |reaper, range, count| {
             let newest = holding(range, count, true);
             let mut next = Some(newest);
             for _ in 0..count {
-                reaper.bury(next.take().unwrap());
+                reaper.release(next.take().unwrap());
                 assert_eq!(reaper.pooled_bytes(), count as u64 * 4096);
                 next = reaper.reuse(4096);
                 // Put another one in its place, so that the next call finds the pool full.
                 let mut list = reaper.shared.0.list();
-                let oldest = list.dead.pop().expect("one gave way");
+                let oldest = list.dead.pop().expect("one was evicted");
                 list.pool.push(oldest);
             }
         });
     }
 
     #[test]
-    fn a_lock_of_the_pool_is_held_for_few_memories_at_a_time() {
+    fn pool_lock_is_held_for_few_allocations_at_a_time() {
         let reaper = Reaper::without_thread();
         let range = AddressRange::reserve(1000 * 4096).unwrap();
         reaper.set_pool_bytes(u64::MAX);
-        (0..1000).for_each(|page| reaper.bury(holding(&range, page, true)));
-        let part = reaper.shared.0.list().shrink_pool(0, TRIMMED_AT_ONCE);
-        assert_eq!(part, TRIMMED_AT_ONCE as u64 * 4096);
+        (0..1000).for_each(|page| reaper.release(holding(&range, page, true)));
+        let part = reaper.shared.0.list().shrink_pool(0, TRIM_BATCH);
+        assert_eq!(part, TRIM_BATCH as u64 * 4096);
         assert_eq!(reaper.trim_pool(0), 1000 * 4096 - part);
     }
 
     #[test]
-    fn a_long_list_is_freed_without_a_deep_stack() {
+    fn long_list_is_freed_without_a_deep_stack() {
         let reaper = Reaper::without_thread();
         let range = AddressRange::reserve(20_000 * 4096).unwrap();
         let whole = thread::Builder::new().stack_size(64 << 10).spawn(move || {
             for page in 0..20_000 {
-                reaper.bury(holding(&range, page, false));
+                reaper.release(holding(&range, page, false));
             }
             drop(reaper);
         });
@@ -457,7 +457,7 @@ mod tests {
         let range = AddressRange::reserve(40 * 4096).unwrap();
         for at in 0..40 {
             let mapping = range.map(&Memory::Anonymous, at * 4096, 4096).unwrap();
-            reaper.bury(Holding::new(mapping, Memory::Anonymous));
+            reaper.release(Holding::new(mapping, Memory::Anonymous));
         }
         drop(reaper);
         let deadline = Instant::now() + Duration::from_secs(10);

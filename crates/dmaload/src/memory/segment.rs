@@ -254,7 +254,7 @@ impl Segment {
     ///
     /// # Errors
     /// [`Error::HandedOut`] if it was already handed out.
-    pub(crate) fn keep_unwritten(&self) -> Result<()> {
+    pub(crate) fn prevent_hand_out(&self) -> Result<()> {
         if self.has_dma_buf() {
             // A view that never ends.
             std::mem::forget(View::new(self)?);
@@ -371,7 +371,7 @@ impl fmt::Debug for Segment {
 }
 
 /// The segments of a file that together hold a range: of one span, in order.
-pub(crate) fn holding<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option<&'a [Segment]> {
+pub(crate) fn segments_of_range<'a>(segments: &'a [Segment], range: &Range<u64>) -> Option<&'a [Segment]> {
     segments.chunk_by(|a, b| a.0.place.span == b.0.place.span).find_map(|span| {
         let held = span.first()?.file_range().start..span.last()?.file_range().end;
         if range.start < held.start || held.end < range.end {
@@ -405,7 +405,7 @@ impl Contiguous {
             return Ok(Bytes::new());
         }
         let not_loaded = || Error::NotLoaded { path: path.to_owned(), range: range.clone() };
-        let touched = holding(segments, &range).ok_or_else(not_loaded)?;
+        let touched = segments_of_range(segments, &range).ok_or_else(not_loaded)?;
         let views = touched.iter().map(View::new).collect::<Result<Vec<_>>>()?;
         let mut expected = views.first().map(|View(first)| (first.file_range().start, first.address()));
         for View(segment) in &views {

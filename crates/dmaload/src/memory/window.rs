@@ -36,17 +36,17 @@ pub(crate) struct Window<L> {
 pub(crate) enum Permitted {
     Yes,
     /// The load has its share; no other load has to wait for it.
-    HasItsPart,
+    LoadAtShare,
     /// The load holds nothing, but its file system has its share. No load of that file system may
     /// overtake it, or it could wait forever; loads of others may.
-    FileSystemHasItsPart,
+    FileSystemAtShare,
     /// The load's file system holds nothing, and there is no room. No load may overtake it, or it
     /// could wait forever.
     Full,
 }
 
 /// Maximum ratio of held to free space for one file system.
-const TIMES_THE_REST: u64 = 3;
+const HELD_TO_FREE_MAX: u64 = 3;
 
 /// If fewer permits than this fit, nothing is reserved for other file systems: one of two would be
 /// half the speed.
@@ -74,16 +74,16 @@ pub(crate) fn may_have_one(all: u64, taken: u64, held: Held) -> bool {
 /// Whether a load that holds `held` of `all`, of which `taken` is taken, may take `more`, given
 /// that others may want `usual`.
 fn may_have(all: u64, taken: u64, held: Held, more: u64, usual: u64) -> bool {
-    let file_system_may_have = |taken, held| within_part(all, taken, held, more, usual);
+    let file_system_may_have = |taken, held| within_share(all, taken, held, more, usual);
     let leaves_one = || file_system_may_have(taken.saturating_add(more), held.by_file_system.saturating_add(more));
     let keeps_none = held.by_load == 0 || all / MANY < more;
     file_system_may_have(taken, held.by_file_system) && (keeps_none || leaves_one())
 }
 
 /// The first level: whether a file system whose loads hold `held` may take `more`.
-fn within_part(all: u64, taken: u64, held: u64, more: u64, usual: u64) -> bool {
+fn within_share(all: u64, taken: u64, held: u64, more: u64, usual: u64) -> bool {
     let Some(rest) = taken.checked_add(more).and_then(|sum| all.checked_sub(sum)) else { return false };
-    held == 0 || all / FEW < more || usual <= rest && held.saturating_add(more) <= rest.saturating_mul(TIMES_THE_REST)
+    held == 0 || all / FEW < more || usual <= rest && held.saturating_add(more) <= rest.saturating_mul(HELD_TO_FREE_MAX)
 }
 
 /// How much of a shared resource each load holds.
@@ -133,7 +133,7 @@ impl<L: Clone + PartialEq> Holders<L> {
     pub(crate) fn give_back(&mut self, load: &L, file_system: u64, amount: u64) {
         let own = |(other, from, _): &(L, u64, u64)| other == load && *from == file_system;
         let held = self.held.iter().find(|entry| own(entry)).map_or(0, |&(.., held)| held);
-        assert!(amount <= held, "{amount} of {held} that are held come back");
+        assert!(amount <= held, "{amount} are returned, but only {held} are held");
         self.taken -= amount;
         self.held.retain_mut(|entry| {
             entry.2 -= if own(entry) { amount } else { 0 };
@@ -149,7 +149,7 @@ impl<L: Clone + PartialEq> Window<L> {
     }
 
     /// A window that is shared per load, whichever file system it reads.
-    pub(crate) fn of_loads(bytes: u64, usual: u64) -> Self {
+    pub(crate) fn per_load(bytes: u64, usual: u64) -> Self {
         Window { by_file_system: false, ..Window::new(bytes, usual) }
     }
 
@@ -172,8 +172,8 @@ impl<L: Clone + PartialEq> Window<L> {
         if !may_have(self.bytes, self.held.taken(), held, bytes, self.usual) {
             return match held {
                 Held { by_load: 0, by_file_system: 0 } => Permitted::Full,
-                Held { by_load: 0, .. } => Permitted::FileSystemHasItsPart,
-                Held { .. } => Permitted::HasItsPart,
+                Held { by_load: 0, .. } => Permitted::FileSystemAtShare,
+                Held { .. } => Permitted::LoadAtShare,
             };
         }
         self.held.take(load, file_system, bytes);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_gives_out_no_more_than_its_size() {
+    fn window_never_exceeds_its_size() {
         let mut window = Window::new(10, 1);
         assert_eq!(window.take(&1, 1, 10), Permitted::Yes);
         assert_eq!(window.take(&2, 2, 1), Permitted::Full);
@@ -231,11 +231,11 @@ mod tests {
     }
 
     #[test]
-    fn something_is_left_for_those_to_come() {
+    fn window_leaves_something_for_later_loads() {
         for (size, alone, [first, second]) in [(8, 6, [3, 3]), (32, 23, [13, 13]), (128, 95, [54, 54])] {
             let mut window = Window::new(size, 1);
             assert_eq!(parts(&mut window, [1], [1]), [alone], "of {size}");
-            assert_eq!(window.take(&1, 1, 1), Permitted::HasItsPart);
+            assert_eq!(window.take(&1, 1, 1), Permitted::LoadAtShare);
             // The first load never returns its permits. Others get something one after another,
             // and can return it.
             assert_eq!(window.take(&2, 2, 1), Permitted::Yes);
@@ -246,13 +246,13 @@ mod tests {
     }
 
     #[test]
-    fn loads_of_one_file_system_have_the_part_of_one_together() {
+    fn loads_of_one_file_system_share_one_part() {
         for (size, [first, second, third]) in [(8, [3, 3, 0]), (32, [12, 11, 1]), (128, [48, 47, 1])] {
             let mut window = Window::new(size, 1);
             assert_eq!(parts(&mut window, [1, 2], [7, 7]), [first, second], "of {size}");
             // If many fit, one is left to one new load, but not to two.
             assert_eq!(parts(&mut window, [3], [7]), [third], "of {size}");
-            assert_eq!(window.take(&4, 7, 1), Permitted::FileSystemHasItsPart);
+            assert_eq!(window.take(&4, 7, 1), Permitted::FileSystemAtShare);
             assert_eq!(window.taken_bytes(), size * 3 / 4);
             // Another file system gets three quarters of the rest, as if it were alone with that.
             assert!(parts(&mut window, [5], [8])[0] >= size / 8, "of {size}");
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_with_room_for_few_is_all_for_one() {
+    fn window_with_room_for_few_reserves_nothing() {
         for size in 1..4 {
             assert_eq!(parts(&mut Window::new(size, 1), [1], [1]), [size]);
         }
@@ -270,19 +270,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_has_room_for_a_usual_permit() {
+    fn remaining_window_has_room_for_a_usual_permit() {
         let mut window = Window::new(16, 4);
         assert_eq!(window.take(&1, 1, 8), Permitted::Yes);
         assert_eq!([1; 3].map(|bytes| window.take(&2, 2, bytes)), [Permitted::Yes; 3]);
-        assert_eq!(window.take(&2, 2, 1), Permitted::HasItsPart, "one is left to the next load of its file system");
+        assert_eq!(window.take(&2, 2, 1), Permitted::LoadAtShare, "one is left to the next load of its file system");
         assert_eq!(window.take(&3, 2, 1), Permitted::Yes);
-        assert_eq!(window.take(&4, 2, 1), Permitted::FileSystemHasItsPart);
+        assert_eq!(window.take(&4, 2, 1), Permitted::FileSystemAtShare);
         assert_eq!(window.take(&3, 3, 4), Permitted::Yes);
     }
 
     #[test]
-    #[should_panic(expected = "come back")]
-    fn a_permit_that_was_never_taken_cannot_come_back() {
+    #[should_panic(expected = "are returned")]
+    fn returning_a_permit_that_was_never_taken_panics() {
         let mut window = Window::new(10, 1);
         assert_eq!(window.take(&1, 1, 5), Permitted::Yes);
         window.give_back(&1, 2, 1);
@@ -295,13 +295,13 @@ mod tests {
         let mut window = Window::new(8 << 4, 1 << 4);
         let mut take = |load, file_system| window.take(&load, file_system, 1 << 4);
         assert_eq!([(); 6].map(|()| take(1, 1)), [Permitted::Yes; 6]);
-        assert_eq!(take(1, 1), Permitted::HasItsPart);
+        assert_eq!(take(1, 1), Permitted::LoadAtShare);
         for load in 2..20 {
-            assert_eq!(take(load, 1), Permitted::FileSystemHasItsPart);
+            assert_eq!(take(load, 1), Permitted::FileSystemAtShare);
         }
         assert_eq!(take(20, 2), Permitted::Yes);
         for load in 21..40 {
-            assert_eq!(take(load, 2), Permitted::FileSystemHasItsPart);
+            assert_eq!(take(load, 2), Permitted::FileSystemAtShare);
         }
         assert_eq!(take(40, 3), Permitted::Yes);
         assert_eq!(take(41, 4), Permitted::Full);
@@ -309,7 +309,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_more_is_out_than_the_window_holds(
+        fn permits_never_exceed_the_window(
             size in 0u64..1000,
             file_systems in 1u8..4,
             steps in proptest::collection::vec((any::<bool>(), 0u8..6, 1u64..1200), 0..200),
@@ -328,15 +328,15 @@ mod tests {
                     let permitted = window.take(&load, of(load), bytes);
                     let expected_refusal = match (own, by_file_system) {
                         (0, 0) => Permitted::Full,
-                        (0, _) => Permitted::FileSystemHasItsPart,
-                        _ => Permitted::HasItsPart,
+                        (0, _) => Permitted::FileSystemAtShare,
+                        _ => Permitted::LoadAtShare,
                     };
                     prop_assert!(permitted == Permitted::Yes || permitted == expected_refusal);
                     let yes = permitted == Permitted::Yes;
                     prop_assert!(!yes || bytes <= room);
                     prop_assert!(by_file_system > 0 || yes == (bytes <= room), "a file system that holds nothing gets what fits");
                     if yes && by_file_system > 0 && bytes <= size / FEW {
-                        prop_assert!(by_file_system + bytes <= TIMES_THE_REST * (room - bytes), "and no more than its part");
+                        prop_assert!(by_file_system + bytes <= HELD_TO_FREE_MAX * (room - bytes), "and no more than its part");
                         prop_assert!(room > bytes, "something is left");
                     }
                     if yes {
@@ -351,7 +351,7 @@ mod tests {
 
         /// However many loads wait for two silent file systems, in whatever order they come.
         #[test]
-        fn two_silent_file_systems_leave_something_to_a_third(
+        fn two_silent_file_systems_leave_something_for_a_third(
             size in 5u64..200,
             takes in proptest::collection::vec((0u64..2, 0usize..30), 0..1000),
         ) {
@@ -370,7 +370,7 @@ mod tests {
         /// One load and its file system, alone: its share hardly depends on there being two
         /// levels.
         #[test]
-        fn one_load_has_what_its_file_system_has_less_one_at_most(size in 1u64..2000) {
+        fn one_load_gets_its_file_systems_share_minus_at_most_one(size in 1u64..2000) {
             let (mut one, mut many) = (Holders::new(), Holders::new());
             while one.may_have_one(size, &0, 0) {
                 one.take(&0, 0, 1);

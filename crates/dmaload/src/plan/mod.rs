@@ -246,7 +246,7 @@ impl Plan {
     fn cut(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
         let memory = memories.get_mut(number).expect("memories are cut one by one");
-        let own = segments.get(memory.segments.clone()).expect("a memory is of planned segments");
+        let own = segments.get(memory.segments.clone()).expect("an allocation has planned segments");
         memory.pieces = pieces.len()..pieces.len();
         let (mut start, mut segment) = (0, 0);
         while start < memory.bytes {
@@ -263,7 +263,7 @@ impl Plan {
                 let part = start.max(planned.memory_offset)..end.min(segment_end);
                 let file_offset = planned.file_range.start + (part.start - planned.memory_offset);
                 let memory_bytes = part.end - part.start;
-                files.get_mut(planned.file).expect("a segment is of a planned file").pieces += 1;
+                files.get_mut(planned.file).expect("a segment belongs to a planned file").pieces += 1;
                 pieces.push(Piece {
                     segment: memory.segments.start + segment,
                     memory_offset: part.start,

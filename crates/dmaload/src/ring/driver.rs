@@ -17,7 +17,7 @@
 //! chunk takes its turn like any other, in file order. If it has been evicted by then, it is read
 //! from storage.
 //!
-//! Memory: a piece's buffer is moved in with [`Driver::piece`], and leaves with
+//! Memory: a piece's buffer is moved in with [`Driver::enqueue_piece`], and leaves with
 //! [`Output::PieceFull`] or is dropped here; either only happens when no read into it is in
 //! flight. A load that failed or was abandoned keeps its buffers here until its last read has
 //! completed. If the kernel itself fails, what is in flight is leaked.
@@ -29,7 +29,7 @@
 mod cached;
 mod entry;
 mod issue;
-mod looking;
+mod observe;
 mod retry;
 mod staged;
 
@@ -39,7 +39,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use entry::{InFlight, LoadEntry, PieceEntry, Step, Unseen, chunks_of};
+use entry::{InFlight, LoadEntry, PieceEntry, Step, Unobserved, chunks_of};
 
 use super::kernel::{Completion, Kernel};
 use super::known::Known;
@@ -62,9 +62,9 @@ use crate::telemetry::trace::TraceKind;
 // Continuing without the entry would lose a read, and its load would hang.
 
 /// A piece stays until nothing refers to it.
-const PIECE: &str = "a piece is here as long as it has chunks, in flight or queued, or is looked at";
+const PIECE: &str = "a piece stays while it has chunks in flight or queued, or is being observed";
 /// A load stays until its last piece is gone.
-const LOAD: &str = "a load is here as long as it has pieces";
+const LOAD: &str = "a load stays while it has pieces";
 
 /// See the module.
 #[derive(Debug)]
@@ -119,13 +119,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Counts reads in `counters`.
-    pub(crate) fn counted_by(mut self, counters: Arc<ReadCounters>) -> Self {
+    pub(crate) fn with_counters(mut self, counters: Arc<ReadCounters>) -> Self {
         self.counters = counters;
         self
     }
 
     /// Lets `pace` decide how many threads copy; `growing` says whether staging grows with them.
-    pub(crate) fn paced(mut self, pace: Pace, growing: bool) -> Self {
+    pub(crate) fn with_pace(mut self, pace: Pace, growing: bool) -> Self {
         self.kernel.set_copiers(pace.threads());
         self.growing_from = growing.then(|| self.staging.slots());
         self.pace = pace;
@@ -150,13 +150,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Takes the outputs since the last call.
-    pub(crate) fn outputs(&mut self) -> Vec<Output<B>> {
+    pub(crate) fn take_outputs(&mut self) -> Vec<Output<B>> {
         std::mem::take(&mut self.outputs)
     }
 
     /// Takes the files of pieces that have left. These may be the last references, and closing a
     /// file may wait for its server, so the caller must have another thread drop them.
-    pub(crate) fn released(&mut self) -> Vec<(LoadId, K::File)> {
+    pub(crate) fn take_released(&mut self) -> Vec<(LoadId, K::File)> {
         std::mem::take(&mut self.released)
     }
 
@@ -174,13 +174,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             copying: BusyTime::default(),
             from_cache: BusyTime::default(),
             cached_bytes: 0,
-            staging_told: false,
-            less_staging_told: false,
-            no_thread_told: false,
+            staging_reported: false,
+            less_staging_reported: false,
+            no_thread_reported: false,
             floor: Route::UringFixedDirect,
             stepped: HashMap::new(),
             ended: false,
-            unseen: InOrder::new(),
+            unobserved: InOrder::new(),
             next_piece: 0,
             next_position: 0,
             early: BTreeMap::new(),
@@ -192,12 +192,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Takes an allocated piece to fill. A piece of a load that has failed or was abandoned is
     /// dropped immediately.
-    pub(crate) fn piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
+    pub(crate) fn enqueue_piece(&mut self, id: LoadId, number: usize, piece: Piece, mut file: FileSpec<K::File>, buffer: B) {
         assert_eq!(buffer.bytes() as u64, piece.memory_bytes, "a piece comes with the memory that was planned for it");
         let Some(load) = self.loads.get_mut(&id).filter(|load| !load.ended) else { return self.released.push((id, file.handle)) };
         let stepped = load.stepped.get(&file.index).copied().unwrap_or(load.floor);
         file.route = file.route.max(load.floor).max(stepped);
-        assert!(buffer.is_populated() || file.route >= Route::Bounce, "a device writes to pages that are there");
+        assert!(buffer.is_populated() || file.route >= Route::Bounce, "a device writes only to populated memory");
         let refused = if file.route.uses_ring() { self.kernel.ring().err() } else { None };
         self.kernel.attach(&file.handle);
         let chunk_bytes = load.spec.chunk_bytes;
@@ -238,7 +238,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.step_down(token, route, route.without_ring(), Attempt::SetUpRing, errno, piece.file_offset);
             // A strict load has failed, and is gone.
             if let Some(load) = self.loads.get_mut(&id) {
-                load.staging_told = true;
+                load.staging_reported = true;
             }
         }
         // A strict load tries for itself, so that it fails for the real reason.
@@ -257,8 +257,8 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             }
             load.chunks.clear();
             load.alone.clear();
-            for unseen in load.unseen.drain() {
-                if let Unseen::Staged { slot, .. } = unseen {
+            for unobserved in load.unobserved.drain() {
+                if let Unobserved::Staged { slot, .. } = unobserved {
                     self.staging.give_back(slot);
                 }
             }
@@ -379,7 +379,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             Step::Read | Step::Staged(_) => load.reading.end(now),
             Step::Copied(_) => load.copying.end(now),
             Step::Cached => load.from_cache.end(now),
-            Step::SeenStaged(_) | Step::Seen => load.unseen.done(),
+            Step::ObservedStaged(_) | Step::Observed => load.unobserved.finish(),
         }
         let ended = load.ended;
         if load.spec.trace {
@@ -387,7 +387,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 Step::Read | Step::Staged(_) => TraceKind::Read,
                 Step::Copied(_) => TraceKind::Copy,
                 Step::Cached => TraceKind::FromCache,
-                Step::SeenStaged(_) | Step::Seen => TraceKind::Observe,
+                Step::ObservedStaged(_) | Step::Observed => TraceKind::Observe,
             };
             let bytes = (completion.result.unwrap_or(0) as u64).min(chunk.range.end - chunk.range.start);
             self.outputs.push(Output::Event {
@@ -396,12 +396,12 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             });
         }
         if is_copy && self.pace.end(now, completion.result.unwrap_or(0) as u64) {
-            self.follow_pace();
+            self.apply_pace();
         }
         match step {
             Step::Read | Step::Cached => {}
             Step::Staged(slot) => {
-                self.staging.is_read(slot);
+                self.staging.finish_read(slot);
                 let came = completion.result.unwrap_or(0);
                 if came > 0 && !ended {
                     let wanted = to_usize(chunk.range.end - chunk.range.start);
@@ -414,30 +414,30 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
                 if let (Ok(bytes), false) = (completion.result, ended)
                     && self.loads.get(&id).is_some_and(|load| load.spec.observation.as_ref().is_some_and(|seen| seen.staged))
                 {
-                    self.copied(id, chunk, route, slot, bytes);
+                    self.queue_observation(id, chunk, route, slot, bytes);
                     return;
                 }
                 self.staging.give_back(slot);
             }
-            Step::SeenStaged(slot) => self.staging.give_back(slot),
-            Step::Seen => {}
+            Step::ObservedStaged(slot) => self.staging.give_back(slot),
+            Step::Observed => {}
         }
         if ended {
             self.release_idle(id);
             return;
         }
-        if matches!(step, Step::SeenStaged(_) | Step::Seen) {
-            self.seen(id, chunk, route, step, completion.result);
+        if matches!(step, Step::ObservedStaged(_) | Step::Observed) {
+            self.complete_observation(id, chunk, route, step, completion.result);
             return;
         }
         if matches!(step, Step::Cached) {
-            self.came_from_cache(id, chunk, route, completion.result);
+            self.complete_cached(id, chunk, route, completion.result);
             return;
         }
         match completion.result {
             Ok(bytes) => self.advance(chunk, route, bytes as u64),
-            Err(Fault::Read(Errno::INTR | Errno::AGAIN)) => self.again(chunk, route),
-            Err(Fault::Read(errno)) => self.refused(chunk, route, errno),
+            Err(Fault::Read(Errno::INTR | Errno::AGAIN)) => self.retry_interrupted(chunk, route),
+            Err(Fault::Read(errno)) => self.handle_read_error(chunk, route, errno),
             Err(Fault::Memory(errno)) => {
                 let bytes = chunk.range.end - chunk.range.start;
                 self.fail(id, Failure::Memory { bytes, errno });
@@ -446,7 +446,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Handles a piece whose bytes have all been read.
-    fn fill(&mut self, token: Token) {
+    fn finish_piece(&mut self, token: Token) {
         let entry = self.pieces.get_mut(token).expect(PIECE);
         assert_eq!(entry.in_flight, 0, "a piece with all its bytes has no read in flight");
         let tail = to_usize(entry.piece.bytes)..entry.buffer.bytes();
@@ -468,15 +468,15 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
             self.registered.give_back(&id, entry.file.mount, 1);
         }
         if load.spec.observation.as_ref().is_some_and(|observation| !observation.staged) {
-            load.unseen.ready(position, bytes, Unseen::Piece(token));
-            self.look(id);
+            load.unobserved.insert(position, bytes, Unobserved::Piece(token));
+            self.observe_next(id);
         } else {
-            self.give(token);
+            self.output_piece(token);
         }
     }
 
     /// Outputs a piece that has all its bytes, after they were observed if requested.
-    fn give(&mut self, token: Token) {
+    fn output_piece(&mut self, token: Token) {
         let entry = self.pieces.remove(token).expect(PIECE);
         self.kernel.detach(&entry.file.handle);
         let id = entry.load;
@@ -522,7 +522,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Applies a change in the number of threads that copy.
-    fn follow_pace(&mut self) {
+    fn apply_pace(&mut self) {
         let copiers = self.pace.threads();
         self.kernel.set_copiers(copiers);
         if let Some(slots) = self.growing_from {

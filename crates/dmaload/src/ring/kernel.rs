@@ -51,7 +51,7 @@ pub(crate) struct CachedRead {
 
 /// Bytes to observe.
 #[derive(Debug, Clone)]
-pub(crate) struct Look {
+pub(crate) struct ObserveRequest {
     pub(crate) token: Token,
     pub(crate) watch: Arc<Watch>,
     pub(crate) file: usize,
@@ -139,11 +139,11 @@ pub(crate) trait Kernel {
     /// Until the completion was reaped, or forever if that never happens, the bytes stay mapped
     /// and nothing writes to them. All of them are initialised.
     #[allow(unsafe_code)]
-    unsafe fn look(&mut self, look: Look);
+    unsafe fn observe(&mut self, request: ObserveRequest);
 
     /// Whether this thread did copies itself because no other could be started, so that reads wait
     /// for them.
-    fn is_alone(&self) -> bool;
+    fn lacks_threads(&self) -> bool;
 
     /// How many of its own threads are busy.
     fn busy_threads(&self) -> usize {

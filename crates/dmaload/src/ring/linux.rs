@@ -21,8 +21,8 @@ use dmabuf::{AddressRange, Mapping, Memory, Pages};
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
-use super::pool::{LOOKERS, READERS, ThreadPool};
+use super::kernel::{CachedRead, Completion, Kernel, ObserveRequest, Read, StagedCopy};
+use super::pool::{OBSERVERS, READERS, ThreadPool};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
@@ -46,7 +46,7 @@ pub(crate) struct LinuxKernel {
     ring: Result<Ring, Errno>,
     readers: ThreadPool,
     copiers: ThreadPool,
-    lookers: ThreadPool,
+    observers: ThreadPool,
 }
 
 impl LinuxKernel {
@@ -58,7 +58,7 @@ impl LinuxKernel {
             started,
             readers: ThreadPool::new(Arc::clone(&wake), "read", READERS),
             copiers: ThreadPool::new(Arc::clone(&wake), "copy", FIRST),
-            lookers: ThreadPool::new(Arc::clone(&wake), "look", LOOKERS),
+            observers: ThreadPool::new(Arc::clone(&wake), "observe", OBSERVERS),
             ring,
             wake,
         }
@@ -135,7 +135,7 @@ impl Kernel for LinuxKernel {
     }
 
     fn set_copiers(&mut self, threads: usize) {
-        self.copiers.set_most(threads);
+        self.copiers.set_max_threads(threads);
     }
 
     unsafe fn read_cached(&mut self, file: &Arc<OpenFile>, read: CachedRead) {
@@ -143,21 +143,21 @@ impl Kernel for LinuxKernel {
         unsafe { self.copiers.read_cached(Arc::clone(file), read) };
     }
 
-    unsafe fn look(&mut self, look: Look) {
+    unsafe fn observe(&mut self, request: ObserveRequest) {
         // SAFETY: the caller's guarantee is the same.
-        unsafe { self.lookers.look(look) };
+        unsafe { self.observers.observe(request) };
     }
 
-    fn is_alone(&self) -> bool {
-        self.copiers.is_alone()
+    fn lacks_threads(&self) -> bool {
+        self.copiers.lacks_threads()
     }
 
     fn busy_threads(&self) -> usize {
-        [&self.readers, &self.copiers, &self.lookers].into_iter().map(ThreadPool::busy).sum()
+        [&self.readers, &self.copiers, &self.observers].into_iter().map(ThreadPool::busy).sum()
     }
 
     fn submit(&mut self, wait: bool) -> Result<(), Errno> {
-        let wait = wait && ![&self.readers, &self.copiers, &self.lookers].into_iter().any(ThreadPool::has_completions);
+        let wait = wait && ![&self.readers, &self.copiers, &self.observers].into_iter().any(ThreadPool::has_completions);
         match &mut self.ring {
             Ok(ring) => ring.submit(wait, &self.wake),
             Err(_) => {
@@ -172,7 +172,7 @@ impl Kernel for LinuxKernel {
     fn reap(&mut self, into: &mut Vec<Completion>) {
         self.readers.reap(into);
         self.copiers.reap(into);
-        self.lookers.reap(into);
+        self.observers.reap(into);
         if let Ok(ring) = &mut self.ring {
             ring.reap(into, &self.wake);
         }
@@ -207,7 +207,7 @@ unsafe impl Buffer for StagingMemory {
     }
 
     fn place(&self, _: usize) -> Place {
-        unreachable!("threads copy from staging, and put nothing into it")
+        unreachable!("threads only copy from staging")
     }
 
     fn leak(self) {
@@ -248,7 +248,7 @@ impl Uncached {
 
     /// What a completion means to the driver: a refused flag becomes EAGAIN, so that the read is
     /// retried without it.
-    fn answered(&mut self, user_data: u64, result: Result<usize, Errno>) -> Result<usize, Errno> {
+    fn interpret(&mut self, user_data: u64, result: Result<usize, Errno>) -> Result<usize, Errno> {
         match (self.in_flight.remove(&user_data), result) {
             (Some(mount), Err(Errno::OPNOTSUPP)) => {
                 self.refused_by.insert(mount);
@@ -344,7 +344,7 @@ impl Ring {
             }
             let token = Token::from_user_data(entry.user_data());
             let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()));
-            let result = self.uncached.answered(entry.user_data(), result).map_err(Fault::Read);
+            let result = self.uncached.interpret(entry.user_data(), result).map_err(Fault::Read);
             into.push(Completion { token, result });
         }
     }
@@ -414,7 +414,7 @@ impl FileTable {
 }
 
 fn length(read: &Read) -> u32 {
-    u32::try_from(read.bytes).expect("a read is of one piece at most, which has 16 MiB or a segment")
+    u32::try_from(read.bytes).expect("a read covers at most one piece: 16 MiB, or a segment")
 }
 
 /// Allows as many kernel threads for this thread's rings as there are reads in flight, so that no
@@ -484,12 +484,12 @@ mod tests {
         assert_eq!([1, 2].map(|read| uncached.flags(read, one)), [libc::RWF_DONTCACHE; 2]);
         assert_eq!(uncached.flags(3, other), libc::RWF_DONTCACHE);
         // Both are retried, though the first one already showed it.
-        assert_eq!([1, 2].map(|read| uncached.answered(read, Err(Errno::OPNOTSUPP))), [Err(Errno::AGAIN); 2]);
+        assert_eq!([1, 2].map(|read| uncached.interpret(read, Err(Errno::OPNOTSUPP))), [Err(Errno::AGAIN); 2]);
         assert_eq!(uncached.flags(1, one), 0);
         // For a read without the flag, it is an error like any other.
-        assert_eq!(uncached.answered(1, Err(Errno::OPNOTSUPP)), Err(Errno::OPNOTSUPP));
-        assert_eq!((uncached.answered(3, Ok(5)), uncached.flags(3, other)), (Ok(5), libc::RWF_DONTCACHE));
-        assert_eq!(uncached.answered(3, Err(Errno::IO)), Err(Errno::IO));
+        assert_eq!(uncached.interpret(1, Err(Errno::OPNOTSUPP)), Err(Errno::OPNOTSUPP));
+        assert_eq!((uncached.interpret(3, Ok(5)), uncached.flags(3, other)), (Ok(5), libc::RWF_DONTCACHE));
+        assert_eq!(uncached.interpret(3, Err(Errno::IO)), Err(Errno::IO));
         assert!(uncached.in_flight.is_empty());
     }
 }

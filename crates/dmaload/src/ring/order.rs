@@ -18,7 +18,7 @@ impl<T> InOrder<T> {
     }
 
     /// Adds an item that is ready; it covers `bytes` bytes from `start`.
-    pub(super) fn ready(&mut self, start: u64, bytes: u64, thing: T) {
+    pub(super) fn insert(&mut self, start: u64, bytes: u64, thing: T) {
         let before = self.waiting.insert(start, (start + bytes, thing));
         assert!(before.is_none() && start >= self.next, "position {start} is ready twice");
     }
@@ -35,7 +35,7 @@ impl<T> InOrder<T> {
     }
 
     /// Records that the item that was taken is done.
-    pub(super) fn done(&mut self) {
+    pub(super) fn finish(&mut self) {
         assert!(self.busy, "nothing was taken");
         self.busy = false;
     }
@@ -51,28 +51,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time_and_none_before_its_turn() {
+    fn items_are_released_one_at_a_time_in_order() {
         let mut order = InOrder::new();
-        order.ready(5, 2, "c");
+        order.insert(5, 2, "c");
         assert_eq!(order.take(), None);
-        order.ready(0, 3, "a");
+        order.insert(0, 3, "a");
         assert_eq!(order.take(), Some("a"));
-        order.ready(3, 2, "b");
+        order.insert(3, 2, "b");
         assert_eq!(order.take(), None, "a is not done");
-        order.done();
+        order.finish();
         assert_eq!(order.take(), Some("b"));
-        order.done();
+        order.finish();
         assert_eq!(order.take(), Some("c"));
-        order.ready(7, 1, "d");
+        order.insert(7, 1, "d");
         assert_eq!(order.drain().collect::<Vec<_>>(), ["d"]);
     }
 
     #[test]
     #[should_panic(expected = "ready twice")]
-    fn a_position_comes_once() {
+    fn position_that_is_ready_twice_panics() {
         let mut order = InOrder::new();
-        order.ready(0, 3, ());
+        order.insert(0, 3, ());
         order.take();
-        order.ready(0, 3, ());
+        order.insert(0, 3, ());
     }
 }

@@ -133,7 +133,7 @@ impl Pace {
     }
 
     /// The pace of threads that read from a file system.
-    pub(crate) fn of_readers() -> Self {
+    pub(crate) fn for_readers() -> Self {
         Pace { growth: Growth::TwiceAsMany, ..Pace::new(FIRST_READERS, MOST_READERS) }
     }
 
@@ -143,7 +143,7 @@ impl Pace {
     }
 
     /// The maximum number of threads.
-    pub(crate) fn most(&self) -> usize {
+    pub(crate) fn max_threads(&self) -> usize {
         self.most
     }
 
@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_that_wait_for_work_are_not_added_but_withdrawn() {
+    fn idle_threads_are_withdrawn() {
         let mut pace = Pace::new(2, 16);
         assert_eq!(settles(&mut pace, 16, 50, 50), (2, 2));
         let (most, last) = settles(&mut pace, 6, 100, 50);
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pause_is_no_slowness() {
+    fn pauses_do_not_count_as_slowness() {
         let mut pace = Pace::new(2, 16);
         for _ in 0..100 {
             settles(&mut pace, 16, 100, 1);
@@ -329,8 +329,8 @@ mod tests {
     }
 
     #[test]
-    fn jobs_that_are_withdrawn_say_nothing() {
-        let mut pace = Pace::of_readers();
+    fn withdrawn_jobs_do_not_affect_the_pace() {
+        let mut pace = Pace::for_readers();
         let threads = settles(&mut pace, 100, 100, 3).1;
         let now = pace.counted;
         (0..100).for_each(|_| pace.begin(now));
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pace_that_is_fixed_stays_and_what_stopped_can_begin_anew() {
+    fn fixed_pace_stays_and_can_restart() {
         let mut pace = Pace::fixed(2);
         assert_eq!(settles(&mut pace, 16, 100, 50), (2, 2));
         pace.begin(MS);
@@ -352,19 +352,19 @@ mod tests {
     }
 
     #[test]
-    fn readers_double_while_that_helps_and_return_to_what_helped() {
+    fn readers_double_while_that_helps_and_then_return() {
         for (useful, expected_most, expected_last) in [(1, 8, 4), (4, 8, 4), (6, 16, 8), (8, 16, 8), (20, 32, 32), (100, 32, 32)]
         {
             // Long enough that no trial is running at the end.
-            let (most, last) = settles(&mut Pace::of_readers(), useful, 100, 400);
+            let (most, last) = settles(&mut Pace::for_readers(), useful, 100, 400);
             assert_eq!((most, last), (expected_most, expected_last), "{useful} help");
         }
     }
 
     /// A load should be fast before it is over, so the first 128 reads must be enough.
     #[test]
-    fn the_most_readers_are_found_within_a_few_reads() {
-        let mut pace = Pace::of_readers();
+    fn maximum_readers_are_reached_within_a_few_reads() {
+        let mut pace = Pace::for_readers();
         let (mut now, mut reads) = (Duration::ZERO, 0);
         while pace.threads() < MOST_READERS {
             let threads = pace.threads();
@@ -377,15 +377,15 @@ mod tests {
     }
 
     #[test]
-    fn readers_without_work_are_halved() {
-        let mut pace = Pace::of_readers();
+    fn idle_readers_are_halved() {
+        let mut pace = Pace::for_readers();
         assert_eq!(settles(&mut pace, 100, 100, 50), (32, 32));
         assert_eq!(settles(&mut pace, 100, 1, 50), (32, FIRST_READERS));
         assert!(pace.is_idle());
     }
 
     #[test]
-    fn bounds_follow_the_processors() {
+    fn thread_bounds_follow_the_processors() {
         assert_eq!([1, 2, 8, 64].map(most_copiers), [2, 2, 8, 16]);
         assert_eq!([1, 2, 8, 64].map(most_allocators), [1, 2, 8, 8]);
         assert_eq!([1, 2, 3, 16].map(more_staging_slots), [0, 0, 2, 28]);

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::kernel::{CachedRead, Completion, Look, Read, StagedCopy};
+use super::kernel::{CachedRead, Completion, ObserveRequest, Read, StagedCopy};
 use super::wake::Wake;
 use crate::files::source::OpenFile;
 use crate::memory::buffer::{Fault, Place};
@@ -30,14 +30,14 @@ pub(crate) const READERS: usize = 2 * MOST_READERS;
 /// How many file systems have their number of readers remembered.
 const MOUNTS: usize = 64;
 /// Threads that run observers; each load is observed by one at a time.
-pub(crate) const LOOKERS: usize = 2;
+pub(crate) const OBSERVERS: usize = 2;
 
 #[derive(Debug)]
 enum PoolJob {
     Read(Arc<OpenFile>, Read),
     Copy(StagedCopy),
     Cached(Arc<OpenFile>, CachedRead),
-    Look(Look),
+    Observe(ObserveRequest),
 }
 
 // SAFETY: it points to memory that the driver keeps until the job's completion is reaped.
@@ -87,7 +87,7 @@ impl Queues {
         }
         let may_start = |job: &PoolJob| match job {
             PoolJob::Read(file, read) => self.may_read(&self.reading, file, read, threads),
-            PoolJob::Copy(_) | PoolJob::Cached(..) | PoolJob::Look(_) => true,
+            PoolJob::Copy(_) | PoolJob::Cached(..) | PoolJob::Observe(_) => true,
         };
         let job = self.jobs.iter().position(may_start).and_then(|at| self.jobs.remove(at));
         if let Some(PoolJob::Read(file, read)) = &job {
@@ -131,7 +131,7 @@ impl Queues {
                 self.paces.retain(|_, pace| !pace.is_idle());
             }
             let now = self.since.elapsed();
-            self.paces.entry(mount).or_insert_with(Pace::of_readers).begin(now);
+            self.paces.entry(mount).or_insert_with(Pace::for_readers).begin(now);
         }
         self.jobs.push_back(job);
     }
@@ -145,7 +145,7 @@ impl Queues {
             if let PoolJob::Read(file, read) = job {
                 let now = self.since.elapsed();
                 let pace = self.paces.get_mut(&file.identity.mount());
-                let pace = pace.expect("the pace of a file system stays while it is read");
+                let pace = pace.expect("a file system has a pace while it is read");
                 pace.withdraw(now);
                 if pace.is_idle() {
                     pace.pause();
@@ -160,7 +160,7 @@ impl Queues {
 
     /// Records that a read of this load is done. Returns whether the number of threads that may
     /// read has changed.
-    fn done(&mut self, load: LoadId, mount: u64, bytes: usize) -> bool {
+    fn finish_read(&mut self, load: LoadId, mount: u64, bytes: usize) -> bool {
         self.reading.give_back(&load, mount, 1);
         self.end_read(mount, bytes)
     }
@@ -169,7 +169,7 @@ impl Queues {
     /// may read from it has changed.
     fn end_read(&mut self, mount: u64, bytes: usize) -> bool {
         let now = self.since.elapsed();
-        let pace = self.paces.get_mut(&mount).expect("the pace of a file system stays while it is read");
+        let pace = self.paces.get_mut(&mount).expect("a file system has a pace while it is read");
         let changed = pace.end(now, bytes as u64);
         if pace.is_idle() {
             pace.pause();
@@ -199,7 +199,7 @@ pub(crate) struct ThreadPool {
     threads: usize,
     threads_max: usize,
     /// Whether the caller did a copy, for lack of a thread.
-    alone: bool,
+    copied_inline: bool,
 }
 
 impl ThreadPool {
@@ -211,7 +211,7 @@ impl ThreadPool {
             name,
             threads: 0,
             threads_max,
-            alone: false,
+            copied_inline: false,
         }
     }
 
@@ -246,11 +246,11 @@ impl ThreadPool {
         if self.start_thread_for_any() {
             self.queue(PoolJob::Copy(copy));
         } else {
-            self.alone = true;
+            self.copied_inline = true;
             let completion = if copy.to.sink.runs_foreign_code() {
                 Completion { token: copy.token, result: Err(Fault::Memory(Errno::AGAIN)) }
             } else {
-                perform(&copy)
+                copy_staged(&copy)
             };
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
@@ -274,12 +274,12 @@ impl ThreadPool {
     /// observers, which are the library user's code.
     ///
     /// # Safety
-    /// As for [`super::kernel::Kernel::look`].
-    pub(crate) unsafe fn look(&mut self, look: Look) {
+    /// As for [`super::kernel::Kernel::observe`].
+    pub(crate) unsafe fn observe(&mut self, request: ObserveRequest) {
         if self.start_thread_for_any() {
-            self.queue(PoolJob::Look(look));
+            self.queue(PoolJob::Observe(request));
         } else {
-            let completion = Completion { token: look.token, result: Err(look.watch.no_thread().into()) };
+            let completion = Completion { token: request.token, result: Err(request.watch.no_thread().into()) };
             self.shared.queues().done.push(completion);
             self.shared.wake.wake();
         }
@@ -287,7 +287,7 @@ impl ThreadPool {
 
     /// Sets how many threads may have a job at the same time. More are started when there are jobs
     /// for them; surplus ones wait.
-    pub(crate) fn set_most(&mut self, threads: usize) {
+    pub(crate) fn set_max_threads(&mut self, threads: usize) {
         self.threads_max = threads;
         self.shared.queues().busy_max = threads;
         // There may be jobs for threads that had to wait.
@@ -321,8 +321,8 @@ impl ThreadPool {
     }
 
     /// Whether the caller did a copy, for lack of a thread.
-    pub(crate) fn is_alone(&self) -> bool {
-        self.alone
+    pub(crate) fn lacks_threads(&self) -> bool {
+        self.copied_inline
     }
 
     /// How many threads have a job.
@@ -373,7 +373,7 @@ fn run(shared: &PoolShared, threads: usize) {
         queues.busy -= 1;
         if let Some((load, mount)) = read_for {
             let bytes = completion.as_ref().map_or(0, |completion| completion.result.unwrap_or(0));
-            if queues.done(load, mount, bytes) {
+            if queues.finish_read(load, mount, bytes) {
                 shared.changed.notify_all();
             } else {
                 // More jobs may have waited for this read than this thread takes next.
@@ -397,9 +397,9 @@ fn do_job(job: PoolJob) -> Completion {
     match job {
         // Drops the file before the driver sees the completion: this may be the last reference.
         PoolJob::Read(file, read) => pread(&file, &read),
-        PoolJob::Copy(copy) => perform(&copy),
+        PoolJob::Copy(copy) => copy_staged(&copy),
         PoolJob::Cached(file, read) => read_cached(&file, &read),
-        PoolJob::Look(look) => show(&look),
+        PoolJob::Observe(request) => run_observers(&request),
     }
 }
 
@@ -426,13 +426,13 @@ fn pread(file: &OpenFile, read: &Read) -> Completion {
                 Ok(bytes)
             };
             // SAFETY: the memory is that of the place, for which the driver guarantees the same.
-            unsafe { sink.fill(*offset, read.bytes, &mut next) }
+            unsafe { sink.fill_with(*offset, read.bytes, &mut next) }
         }
     };
     Completion { token: read.token, result }
 }
 
-fn perform(copy: &StagedCopy) -> Completion {
+fn copy_staged(copy: &StagedCopy) -> Completion {
     // SAFETY: the driver guarantees that this many initialised bytes stay mapped, and are not
     // written to, until this copy's completion is reaped.
     let mut left = unsafe { std::slice::from_raw_parts(copy.from.as_ptr(), copy.bytes) };
@@ -444,7 +444,7 @@ fn perform(copy: &StagedCopy) -> Completion {
         Ok(part.len())
     };
     // SAFETY: the driver guarantees that nothing reads or writes the place until then.
-    let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut next) };
+    let result = unsafe { copy.to.sink.fill_with(copy.to.offset, copy.bytes, &mut next) };
     Completion { token: copy.token, result }
 }
 
@@ -457,17 +457,17 @@ fn read_cached(file: &OpenFile, read: &CachedRead) -> Completion {
     };
     // SAFETY: the driver guarantees that nothing reads or writes the place until this completion
     // is reaped.
-    let result = unsafe { read.to.sink.fill(read.to.offset, read.bytes, &mut next) };
+    let result = unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut next) };
     Completion { token: read.token, result }
 }
 
-fn show(look: &Look) -> Completion {
+fn run_observers(request: &ObserveRequest) -> Completion {
     // SAFETY: the driver guarantees that this many bytes stay mapped and initialised, and are not
     // written to, until this completion is reaped.
-    let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
+    let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
     Completion {
-        token: look.token,
-        result: look.watch.look(look.file, look.offset, bytes).map(|()| look.bytes).map_err(Fault::Read),
+        token: request.token,
+        result: request.watch.observe(request.file, request.offset, bytes).map(|()| request.bytes).map_err(Fault::Read),
     }
 }
 

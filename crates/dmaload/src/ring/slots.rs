@@ -90,20 +90,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_that_is_used_again_has_another_token() {
+    fn reused_slot_has_a_new_token() {
         let mut slots = Slots::new();
         let first = slots.insert('a');
         assert_eq!(slots.remove(first), Some('a'));
         let second = slots.insert('b');
         assert_eq!(first.index(), second.index());
         assert_ne!(first, second);
-        assert_eq!(slots.remove(first), None, "a stale token finds nobody");
+        assert_eq!(slots.remove(first), None, "a stale token matches no entry");
         assert_eq!(slots.get_mut(second), Some(&mut 'b'));
         assert_eq!(slots.len(), 1);
     }
 
     #[test]
-    fn a_token_survives_the_way_through_user_data() {
+    fn token_survives_the_trip_through_user_data() {
         let mut slots = Slots::new();
         for _ in 0..3 {
             let token = slots.insert(());

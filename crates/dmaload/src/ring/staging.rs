@@ -183,13 +183,13 @@ impl<S: Buffer> Staging<S> {
     }
 
     /// Records that a read into this slot has completed.
-    pub(crate) fn is_read(&mut self, slot: StagingSlot) {
+    pub(crate) fn finish_read(&mut self, slot: StagingSlot) {
         self.slots.get_mut(slot.0).expect(SLOT).reading = false;
     }
 
     /// Returns a slot that nothing reads into or copies from any more.
     pub(crate) fn give_back(&mut self, slot: StagingSlot) {
-        self.is_read(slot);
+        self.finish_read(slot);
         let holder = self.slots.get_mut(slot.0).expect(SLOT).taken_by.take();
         assert!(holder.is_some(), "a slot is given back once");
         self.free.push(slot);

@@ -38,14 +38,14 @@ pub(crate) struct RingLimits {
 /// block, and must not run the caller's code.
 pub(crate) trait Events<B>: Send + Sync + 'static {
     /// These outputs came, in this order.
-    fn happened(&self, outputs: Vec<Output<B>>);
+    fn on_outputs(&self, outputs: Vec<Output<B>>);
     /// These loads have released these files, which another thread must close.
-    fn released(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
+    fn on_released_files(&self, files: Vec<(LoadId, Arc<OpenFile>)>);
     /// The ring failed and leaked this much; a new one replaces it.
-    fn broke_down(&self, errno: Errno, leaked_bytes: u64);
+    fn on_ring_failure(&self, errno: Errno, leaked_bytes: u64);
     /// The thread ends, by itself or with this panic, and leaves `left` behind. Takes the thread's
     /// reference to the engine, which must not be dropped here.
-    fn ended(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
+    fn on_end(self: Arc<Self>, left: LeftBehind, panic: Option<String>);
 }
 
 /// What was given up.
@@ -123,12 +123,12 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
                 #[cfg(test)]
                 Command::Panic => None,
             });
-            events.released(files.collect());
+            events.on_released_files(files.collect());
             // A panic is a broken invariant of the driver, whose drop has leaked what was in
             // flight.
             let left = ran.as_ref().ok().copied();
             let leaked = || LeftBehind { bytes: shared.counters.leaked_bytes.load(Ordering::Relaxed), threads: 0 };
-            events.ended(left.unwrap_or_else(leaked), ran.err());
+            events.on_end(left.unwrap_or_else(leaked), ran.err());
         };
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
@@ -144,7 +144,7 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     }
 
     /// Passes on a piece to fill.
-    pub(crate) fn piece(&self, load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B) {
+    pub(crate) fn enqueue_piece(&self, load: LoadId, number: usize, piece: Piece, file: FileSpec<Arc<OpenFile>>, buffer: B) {
         self.send(Command::Piece { load, number, piece, file, buffer });
     }
 
@@ -191,8 +191,8 @@ fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant,
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
     let mut driver = Driver::new(new_kernel(), depth, limits.staging)
-        .counted_by(Arc::clone(&shared.counters))
-        .paced(limits.copiers.clone(), limits.staging_grows);
+        .with_counters(Arc::clone(&shared.counters))
+        .with_pace(limits.copiers.clone(), limits.staging_grows);
     let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
     let mut left = LeftBehind::default();
     loop {
@@ -203,9 +203,9 @@ fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant,
                     watched.insert(spec.id, abandoned);
                     driver.begin(spec);
                 }
-                Command::Piece { load, number, piece, file, buffer } => driver.piece(load, number, piece, file, buffer),
+                Command::Piece { load, number, piece, file, buffer } => driver.enqueue_piece(load, number, piece, file, buffer),
                 #[cfg(test)]
-                Command::Panic => panic!("a test wants it"),
+                Command::Panic => panic!("requested by a test"),
             }
         }
         for (&load, _) in watched.iter().filter(|(_, abandoned)| abandoned.load(Ordering::Acquire)) {
@@ -213,18 +213,18 @@ fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant,
         }
         driver.issue();
         // Before the outputs: a load that has ended holds no files.
-        let released = driver.released();
+        let released = driver.take_released();
         if !released.is_empty() {
-            events.released(released);
+            events.on_released_files(released);
         }
-        let outputs = driver.outputs();
+        let outputs = driver.take_outputs();
         for output in &outputs {
             if let Output::Event { load, event: LoadEvent::Gone { .. } } = output {
                 watched.remove(load);
             }
         }
         if !outputs.is_empty() {
-            events.happened(outputs);
+            events.on_outputs(outputs);
         }
         if shared.giving_up.load(Ordering::Acquire) {
             give_up(&mut driver, Errno::TIMEDOUT, events, &mut left);
@@ -248,9 +248,9 @@ fn give_up<K: Kernel<File = Arc<OpenFile>>, B: Buffer>(
     left: &mut LeftBehind,
 ) {
     let leaked_bytes = driver.give_up(Failure::Kernel { errno });
-    events.broke_down(errno, leaked_bytes);
-    events.released(driver.released());
-    events.happened(driver.outputs());
+    events.on_ring_failure(errno, leaked_bytes);
+    events.on_released_files(driver.take_released());
+    events.on_outputs(driver.take_outputs());
     left.bytes += leaked_bytes;
     left.threads += driver.busy_threads();
 }

@@ -44,7 +44,7 @@ impl Watch {
     ///
     /// # Errors
     /// EBADMSG when one rejects them; [`Self::verdict`] says why.
-    pub(crate) fn look(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+    pub(crate) fn observe(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
         let verifier = self.verifier.get().map(|verifier| (VERIFIER, verifier));
         let observer = self.observer.as_ref().map(|observer| (OBSERVER, observer));
         verifier.into_iter().chain(observer).try_for_each(|(code, observer)| {
@@ -59,7 +59,7 @@ impl Watch {
     }
 
     /// Rejects bytes because no thread could be started to observe them; returns the error of
-    /// [`Self::look`].
+    /// [`Self::observe`].
     pub(crate) fn no_thread(&self) -> Errno {
         self.refuse(Verdict::NoThread)
     }
@@ -72,7 +72,7 @@ impl Watch {
     /// Why bytes were rejected.
     pub(crate) fn verdict(&self) -> Verdict {
         let verdict = self.verdict.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        verdict.expect("a look that fails leaves its verdict first")
+        verdict.expect("a failed observation has left its verdict")
     }
 }
 

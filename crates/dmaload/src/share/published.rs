@@ -109,7 +109,7 @@ impl ServerShared {
         }
         if !self.options.dma_bufs {
             // Seals the memory that clients will read against writing by any other means.
-            image.segments().iter().try_for_each(Segment::keep_unwritten)?;
+            image.segments().iter().try_for_each(Segment::prevent_hand_out)?;
         }
         let own = |fd: BorrowedFd<'_>| {
             fd.try_clone_to_owned().map_err(|error| no_room(Errno::from_io_error(&error).unwrap_or(Errno::EMFILE)))

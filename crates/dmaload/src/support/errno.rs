@@ -25,7 +25,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_stay_what_they_are() {
+    fn conversions_keep_the_number() {
         for errno in [io::Errno::NOENT, io::Errno::IO, io::Errno::from_raw_os_error(4000)] {
             assert_eq!(from_rustix(errno).raw_os_error(), errno.raw_os_error());
             assert_eq!(to_rustix(from_rustix(errno)), errno);
@@ -33,7 +33,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_no_kernel_become_eio() {
+    fn numbers_the_kernel_does_not_use_become_eio() {
         for number in [i32::MIN, -5, 0, 4096, i32::MAX] {
             assert_eq!(to_rustix(Errno::from_raw_os_error(number)), io::Errno::IO, "{number}");
         }

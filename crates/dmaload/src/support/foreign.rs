@@ -39,7 +39,7 @@ pub(crate) fn message(payload: Box<dyn Any + Send>) -> String {
         Err(payload) => {
             // Its drop is the caller's code, too, and may panic again.
             std::mem::forget(payload);
-            "with a value that is no text".to_owned()
+            "with a payload that is not text".to_owned()
         }
     }
 }
@@ -60,7 +60,7 @@ impl<T> Deref for Foreign<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.0.as_ref().expect("the value is taken out by the drop alone")
+        self.0.as_ref().expect("only the drop takes the value")
     }
 }
 
@@ -101,11 +101,11 @@ mod tests {
         assert_eq!(call(|| panic!("plain")), Err::<(), _>("plain".to_owned()));
         assert_eq!(call(|| panic!("with {}", 7)), Err::<(), _>("with 7".to_owned()));
         let other = call(|| panic_any(PanicsInDrop)).unwrap_err();
-        assert_eq!(other, "with a value that is no text");
+        assert_eq!(other, "with a payload that is not text");
     }
 
     #[test]
-    fn values_that_panic_in_their_drop_are_dropped_side_by_side() {
+    fn two_values_that_panic_on_drop_can_be_dropped_together() {
         // Two panics at once would abort, even while a third one unwinds.
         let unwound = call(|| {
             let _held = [Foreign::new(PanicsInDrop), Foreign::new(PanicsInDrop)];

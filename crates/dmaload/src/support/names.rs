@@ -16,7 +16,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unknown_name_is_answered_with_those_there_are() {
+    fn unknown_name_error_lists_the_valid_names() {
         let parse = |name| parse(name, "colour", &["red", "green"], |colour| colour);
         assert_eq!(parse("green"), Ok("green"));
         assert_eq!(parse("gre\u{1b}en").unwrap_err(), "no such colour: \"gre\\u{1b}en\"; the colours are red, green");

@@ -8,7 +8,7 @@ enum ValueState<T> {
     Empty,
     /// A thread is making it.
     Making,
-    There(T),
+    Ready(T),
 }
 
 /// See the module.
@@ -26,7 +26,7 @@ impl<T> Default for OnceValue<T> {
 
 impl<T> OnceValue<T> {
     pub(crate) fn new(value: Option<T>) -> Self {
-        OnceValue { state: Mutex::new(value.map_or(ValueState::Empty, ValueState::There)), changed: Condvar::new() }
+        OnceValue { state: Mutex::new(value.map_or(ValueState::Empty, ValueState::Ready)), changed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, ValueState<T>> {
@@ -37,7 +37,7 @@ impl<T> OnceValue<T> {
     pub(crate) fn take(&self) -> Option<T> {
         let mut state = self.state();
         match std::mem::replace(&mut *state, ValueState::Empty) {
-            ValueState::There(value) => Some(value),
+            ValueState::Ready(value) => Some(value),
             other => {
                 *state = other;
                 None
@@ -50,7 +50,7 @@ impl<T: Clone> OnceValue<T> {
     /// Clones the value, if there is one.
     pub(crate) fn get(&self) -> Option<T> {
         match &*self.state() {
-            ValueState::There(value) => Some(value.clone()),
+            ValueState::Ready(value) => Some(value.clone()),
             ValueState::Empty | ValueState::Making => None,
         }
     }
@@ -64,7 +64,7 @@ impl<T: Clone> OnceValue<T> {
         let mut state = self.state();
         loop {
             match &*state {
-                ValueState::There(value) => return Ok(value.clone()),
+                ValueState::Ready(value) => return Ok(value.clone()),
                 ValueState::Making => state = wait(&self.changed, state),
                 ValueState::Empty => break,
             }
@@ -86,7 +86,7 @@ struct Making<'a, T> {
 
 impl<T> Drop for Making<'_, T> {
     fn drop(&mut self) {
-        let made = self.value.take().map_or(ValueState::Empty, ValueState::There);
+        let made = self.value.take().map_or(ValueState::Empty, ValueState::Ready);
         *self.owner.state() = made;
         self.owner.changed.notify_all();
     }
@@ -99,7 +99,7 @@ mod tests {
     use crate::support::sync::model::{Arc, model, spawn};
 
     #[test]
-    fn it_is_made_once_and_again_only_after_a_failure() {
+    fn value_is_made_once_and_again_only_after_a_failure() {
         for first_fails in [false, true] {
             model(move || {
                 let shared = Arc::new((OnceValue::<usize>::default(), AtomicUsize::new(0)));
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn a_panic_while_it_is_made_leaves_it_to_others() {
+    fn panic_while_making_lets_another_thread_try() {
         let shared = OnceValue::<usize>::default();
         let panicked = crate::support::foreign::call(|| shared.get_or_make(|| -> Result<usize, ()> { panic!("here") }));
         assert!(panicked.is_err());

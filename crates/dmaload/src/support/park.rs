@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_polls_once_for_each_wake() {
+    fn block_on_polls_once_per_wake() {
         let mut polls = 0;
         let future = std::future::poll_fn(|context| {
             polls += 1;

@@ -43,7 +43,7 @@ fn worker(jobs: &Jobs<Arc<()>>) -> usize {
 }
 
 #[test]
-fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
+fn waiting_worker_gets_a_returned_permit() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let id = opened(&jobs, 2);
@@ -59,7 +59,7 @@ fn whoever_waits_for_a_permit_gets_it_when_it_comes_back() {
 }
 
 #[test]
-fn two_workers_leave_nothing_undone_and_both_end() {
+fn two_workers_finish_all_jobs_and_end() {
     model(|| {
         let jobs = Arc::new(Jobs::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let id = opened(&jobs, 1);
@@ -68,7 +68,7 @@ fn two_workers_leave_nothing_undone_and_both_end() {
             spawn(move || worker(&jobs))
         });
         // The ring thread does this when all is read; then the workers are no longer needed.
-        jobs.follow(id, FollowUpJobs { check: Some(0), finish: None });
+        jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(0), finish: None });
         loop {
             let left = {
                 let schedule = jobs.schedule();
@@ -128,7 +128,7 @@ fn forgetting_a_load_that_did_not_fit_frees_a_smaller_one() {
 }
 
 #[test]
-fn what_is_buried_while_closing_is_dropped_before_workers_end() {
+fn deferred_drops_while_closing_precede_the_end_of_workers() {
     model(|| {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let workers = [(); 2].map(|()| {
@@ -141,7 +141,7 @@ fn what_is_buried_while_closing_is_dropped_before_workers_end() {
         std::thread::sleep(std::time::Duration::from_millis(1));
         // The ring thread does this with the files of the last load.
         let file = std::sync::Arc::new(());
-        jobs.bury(Left::Files(LoadId(1)), std::sync::Arc::clone(&file));
+        jobs.defer_drop(DropKey::Files(LoadId(1)), std::sync::Arc::clone(&file));
         assert!(jobs.finish() && !jobs.finish());
         for worker in workers {
             worker.join().unwrap();
@@ -160,7 +160,7 @@ fn files_of_a_load_are_dropped_by_one_worker_at_a_time() {
             spawn(move || assert!(next(&jobs).is_none()))
         });
         for _ in 0..2 {
-            jobs.bury(Left::Files(LoadId(1)), Closes(Arc::clone(&seen)));
+            jobs.defer_drop(DropKey::Files(LoadId(1)), Closes(Arc::clone(&seen)));
         }
         jobs.close();
         jobs.finish();
@@ -168,7 +168,7 @@ fn files_of_a_load_are_dropped_by_one_worker_at_a_time() {
             worker.join().unwrap();
         }
         assert_eq!(seen.1.load(Ordering::SeqCst), 2, "each once, and alone");
-        assert!(jobs.schedule().buried.parts.is_empty());
+        assert!(jobs.schedule().drop_queue.parts.is_empty());
     });
 }
 
@@ -192,9 +192,9 @@ fn stalled_workers_are_replaced_without_losing_jobs() {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 2, Pace::fixed(1)));
         let id = opened(&jobs, 0);
         let stalls = jobs.hire();
-        jobs.follow(id, FollowUpJobs { check: Some(0), finish: None });
+        jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(0), finish: None });
         assert!(matches!(jobs.next(stalls), Some((Job::Check(_, 0), _))));
-        jobs.follow(id, FollowUpJobs { check: Some(1), finish: None });
+        jobs.schedule_follow_ups(id, FollowUpJobs { check: Some(1), finish: None });
         let comes_back = {
             let jobs = Arc::clone(&jobs);
             spawn(move || {
@@ -206,9 +206,9 @@ fn stalled_workers_are_replaced_without_losing_jobs() {
             })
         };
         let late = Instant::now() + 2 * crate::engine::workers::STALLED_AFTER;
-        let noticed = jobs.look(&mut jobs.schedule(), late);
-        assert!(noticed.substitutes.len() <= 1 && noticed.stalled.len() >= noticed.substitutes.len());
-        let substitutes: Vec<_> = noticed
+        let report = jobs.find_stalled(&mut jobs.schedule(), late);
+        assert!(report.substitutes.len() <= 1 && report.stalled.len() >= report.substitutes.len());
+        let substitutes: Vec<_> = report
             .substitutes
             .into_iter()
             .map(|worker| {
@@ -252,13 +252,13 @@ fn busy_allocators_get_another_one_up_to_the_bound() {
         done += 1;
         assert!(done < 80, "it is always busy");
     };
-    assert!(done >= 12, "not before something was measured: {done}");
+    assert!(done >= 12, "nothing was measured yet: {done}");
     assert_eq!((jobs.hire_more(), jobs.schedule().workers.missing()), (None, 0));
     assert!(matches!(jobs.next(second), Some((Job::Allocate(..), _))));
 }
 
 #[test]
-fn whoever_waits_ends_when_no_more_jobs_come() {
+fn waiting_workers_end_when_jobs_are_closed() {
     model(|| {
         let jobs = Arc::new(Jobs::<Arc<()>>::new(1, u64::MAX, 1, 1, Pace::fixed(3)));
         let waiting = {
@@ -266,7 +266,7 @@ fn whoever_waits_ends_when_no_more_jobs_come() {
             spawn(move || next(&jobs).is_none())
         };
         let load = Arc::new(());
-        jobs.bury(Left::Files(LoadId(1)), load);
+        jobs.defer_drop(DropKey::Files(LoadId(1)), load);
         jobs.close();
         jobs.finish();
         assert!(!jobs.submit(jobs.next_id(), Arc::new(())));

@@ -62,7 +62,7 @@ fn loads_take_turns() {
 }
 
 #[test]
-fn nothing_is_allocated_beyond_the_window_and_nobody_overtakes() {
+fn window_is_never_exceeded_and_no_load_overtakes() {
     let mut scheduler = opened_from(25, &[(1, 1, &[10, 20]), (2, 2, &[10])]);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need_from(1, 10)), Job::Allocate(2, 0, need_from(2, 10))]);
     scheduler.opened(3, demand_from(3, &[1]));
@@ -109,20 +109,20 @@ fn loads_of_a_silent_file_system_always_leave_room() {
 }
 
 #[test]
-fn loads_of_a_silent_file_system_do_not_count_as_open() {
+fn silent_loads_do_not_count_as_open() {
     let mut scheduler = Scheduler::new(80, u64::MAX, 100, 20);
     (0..22).for_each(|load| scheduler.submit(load));
     assert_eq!(loads(&mut scheduler).len(), 20, "all places");
     (0..20).for_each(|load| scheduler.opened(load, demand_from(1, &[10, 10])));
     assert_eq!(loads(&mut scheduler).len(), 6);
     assert!(scheduler.lacks_places());
-    assert!(!scheduler.look_for_silence(), "they have only begun");
+    assert!(!scheduler.find_silent_file_systems(), "they have only begun");
     scheduler.give_back(&0, need_from(1, 10));
-    assert!(!scheduler.look_for_silence(), "something came");
+    assert!(!scheduler.find_silent_file_systems(), "something came");
     assert_eq!(loads(&mut scheduler), [6]);
-    assert!(scheduler.look_for_silence());
+    assert!(scheduler.find_silent_file_systems());
     assert_eq!(drain(&mut scheduler), [20, 21].map(Job::Open));
-    assert!(!scheduler.look_for_silence(), "those are known");
+    assert!(!scheduler.find_silent_file_systems(), "those are known");
     // They count again once something arrives: now two more count than may be open.
     scheduler.submit(22);
     scheduler.give_back(&1, need_from(1, 10));
@@ -134,7 +134,7 @@ fn loads_of_a_silent_file_system_do_not_count_as_open() {
 }
 
 #[test]
-fn loads_that_do_not_count_as_open_are_bounded() {
+fn number_of_loads_not_counted_as_open_is_bounded() {
     let mut scheduler = Scheduler::new(80, u64::MAX, 100, 1);
     (0..200).for_each(|load| scheduler.submit(load));
     let mut open = 0;
@@ -146,8 +146,8 @@ fn loads_that_do_not_count_as_open_are_bounded() {
             }
             Some(job) => assert!(matches!(job, Job::Allocate(..))),
             None => {
-                scheduler.look_for_silence();
-                if !scheduler.look_for_silence() {
+                scheduler.find_silent_file_systems();
+                if !scheduler.find_silent_file_systems() {
                     break;
                 }
             }
@@ -174,7 +174,7 @@ fn kept_loads_of_a_silent_file_system_leave_memory() {
 }
 
 #[test]
-fn a_load_that_holds_something_and_does_not_fit_is_passed_over() {
+fn load_that_holds_permits_and_does_not_fit_is_passed_over() {
     let mut scheduler = opened(25, &[(1, &[10, 20]), (2, &[1, 1])]);
     let jobs = drain(&mut scheduler);
     let one = [Job::Allocate(1, 0, need(10)), Job::Allocate(2, 0, need(1)), Job::Allocate(2, 1, need(1))];
@@ -182,7 +182,7 @@ fn a_load_that_holds_something_and_does_not_fit_is_passed_over() {
 }
 
 #[test]
-fn stream_waits_for_its_consumer_and_holds_up_no_other() {
+fn stream_waits_for_its_consumer_without_blocking_others() {
     let mut scheduler = Scheduler::new(1000, u64::MAX, 100, 8);
     for (load, ahead_bytes) in [(1, Some(25)), (2, None)] {
         scheduler.submit(load);
@@ -197,18 +197,18 @@ fn stream_waits_for_its_consumer_and_holds_up_no_other() {
     let jobs = drain(&mut scheduler);
     assert_eq!((of(&jobs, 1), of(&jobs, 2)), (4, 6));
     scheduler.give_back(&1, need(20));
-    assert_eq!(drain(&mut scheduler), [], "read is not taken");
+    assert_eq!(drain(&mut scheduler), [], "a segment that is read is not yet taken");
     scheduler.consumed(&1, 10);
-    assert_eq!(drain(&mut scheduler), [], "there is still a memory ahead");
+    assert_eq!(drain(&mut scheduler), [], "an allocation is still ahead");
     scheduler.consumed(&1, 10);
     let jobs = drain(&mut scheduler);
-    assert_eq!(of(&jobs, 1), 2, "alone, a memory larger than the bound is allocated");
+    assert_eq!(of(&jobs, 1), 2, "an allocation above the bound is made alone");
     scheduler.consumed(&1, 40);
     scheduler.consumed(&3, 10);
 }
 
 #[test]
-fn who_waits_for_files_keeps_nobody_else_waiting() {
+fn load_that_waits_for_files_does_not_block_others() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
     let many = Need { bytes: 1, files: 3, ..Need::default() };
     for (load, need) in [(1, many), (2, many), (3, need(1))] {
@@ -238,13 +238,13 @@ fn load_of_many_files_gets_them_beside_its_file_system() {
     let mut rounds = 0;
     while !drain(&mut scheduler).iter().any(|job| *job.load() == 3) {
         rounds += 1;
-        assert!(rounds < 64, "load 3 waits for ever");
+        assert!(rounds < 64, "load 3 waits forever");
         scheduler.give_back(&(1 + rounds % 2), need(8));
     }
 }
 
 #[test]
-fn a_load_whose_reads_do_not_come_back_leaves_room_for_others() {
+fn load_with_hanging_reads_leaves_room_for_others() {
     let mut scheduler = opened_from(80, &[(1, 1, &[10; 100]), (2, 2, &[10; 5]), (3, 3, &[10; 5])]);
     let mut others = Vec::new();
     while let Some(job) = scheduler.next() {
@@ -255,24 +255,24 @@ fn a_load_whose_reads_do_not_come_back_leaves_room_for_others() {
     }
     assert_eq!(others.iter().filter(|&&load| load == 2).count(), 5);
     assert_eq!(others.len(), 10);
-    assert_eq!(scheduler.window_taken_bytes(), 60, "of which load 1 has three quarters at last");
+    assert_eq!(scheduler.window_taken_bytes(), 60, "load 1 finally has three quarters of it");
 }
 
 #[test]
-fn no_more_files_are_open_than_may_be() {
+fn open_files_stay_within_their_limit() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 3, 8);
     scheduler.submit(1);
     assert_eq!(scheduler.next(), Some(Job::Open(1)));
     let need = Need { bytes: 1, files: 2, ..Need::default() };
     scheduler.opened(1, LoadNeeds { batches: vec![need; 2], ..LoadNeeds::default() });
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 0, need)]);
-    assert_eq!(scheduler.window_taken_bytes(), 1, "what did not fit holds nothing");
+    assert_eq!(scheduler.window_taken_bytes(), 1, "a batch that did not fit holds nothing");
     scheduler.give_back(&1, need);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(1, 1, need)]);
 }
 
 #[test]
-fn only_so_many_loads_are_open_at_once() {
+fn number_of_open_loads_is_bounded() {
     let mut scheduler = Scheduler::new(100, u64::MAX, 100, 2);
     for load in 0..4 {
         scheduler.submit(load);
@@ -283,7 +283,7 @@ fn only_so_many_loads_are_open_at_once() {
 }
 
 #[test]
-fn a_forgotten_load_gets_no_more_jobs() {
+fn forgotten_load_gets_no_more_jobs() {
     let mut scheduler = opened(100, &[(1, &[10, 10]), (2, &[10])]);
     scheduler.submit(3);
     scheduler.file_read(1, 0);
@@ -303,7 +303,7 @@ fn a_stalled_load_gets_no_job_that_may_wait_for_files() {
     scheduler.memory_read(1, 0);
     scheduler.stall(1, false);
     let of_others = [Job::Check(2, 0), Job::Finish(1, 0), Job::Allocate(2, 0, need(10))];
-    assert_eq!(drain(&mut scheduler), of_others, "what waits for no file goes on");
+    assert_eq!(drain(&mut scheduler), of_others, "jobs that need no files proceed");
     scheduler.file_read(1, 2);
     assert_eq!(drain(&mut scheduler), []);
     assert!(!scheduler.is_idle());
@@ -321,7 +321,7 @@ fn a_stalled_load_gets_no_job_that_may_wait_for_files() {
 }
 
 #[test]
-fn opening_that_stalls_holds_up_no_load_that_came_later() {
+fn stalled_opening_does_not_block_later_loads() {
     // Memory is limited, so loads start in order of arrival; and only one may be open.
     let mut scheduler = Scheduler::new(1000, 40, 100, 1);
     (1..4).for_each(|load| scheduler.submit(load));
@@ -344,7 +344,7 @@ fn opening_that_stalls_holds_up_no_load_that_came_later() {
 }
 
 #[test]
-fn a_load_with_its_share_is_passed_over_and_blocks_nobody() {
+fn load_at_its_share_is_passed_over_without_blocking() {
     let mut scheduler = Scheduler::new(1000, 40, 100, 8);
     for load in 1..4 {
         scheduler.submit(load);
@@ -352,11 +352,11 @@ fn a_load_with_its_share_is_passed_over_and_blocks_nobody() {
         scheduler.opened(load, demand(&[10, 10, 10], 10, Priority::Normal));
     }
     let taken: Vec<_> = drain(&mut scheduler).iter().map(|job| (*job.load(), matches!(job, Job::Allocate(..)))).collect();
-    assert_eq!(taken, [(1, true), (2, true), (3, true)], "half of the limit is for those to come");
+    assert_eq!(taken, [(1, true), (2, true), (3, true)], "half of the limit is for later loads");
     scheduler.freed(&2, 10, 0);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(2, 1, need(10))], "its own consumer has dropped something");
     scheduler.forget(&1);
-    assert_eq!(drain(&mut scheduler), [], "what load 1 has is still held");
+    assert_eq!(drain(&mut scheduler), [], "load 1's memory is still held");
     scheduler.freed(&1, 10, 0);
     scheduler.freed(&3, 10, 0);
     assert_eq!(drain(&mut scheduler), [Job::Allocate(3, 1, need(10))]);
@@ -379,7 +379,7 @@ fn loads_wait_for_reservations_in_order_and_the_pool_yields() {
 }
 
 #[test]
-fn a_higher_priority_goes_first() {
+fn higher_priority_goes_first() {
     let mut scheduler = Scheduler::new(20, u64::MAX, 100, 8);
     for (load, priority) in [(1, Priority::Low), (2, Priority::Normal), (3, Priority::High)] {
         scheduler.submit(load);
@@ -396,7 +396,7 @@ fn a_higher_priority_goes_first() {
 }
 
 #[test]
-fn loads_begin_in_the_order_they_came_though_opened_in_another() {
+fn loads_start_in_order_of_arrival_though_opened_out_of_order() {
     let mut scheduler = Scheduler::new(1000, 40, 100, 8);
     (1..4).for_each(|load| scheduler.submit(load));
     assert_eq!(drain(&mut scheduler), [Job::Open(1), Job::Open(2), Job::Open(3)]);

@@ -72,7 +72,7 @@ pub(crate) enum HandOverStatus {
 
 impl LoadShared {
     /// Records that a piece holds its bytes.
-    pub(crate) fn piece_full(&self, number: usize, route: Option<Route>) -> FollowUpJobs {
+    pub(crate) fn record_full_piece(&self, number: usize, route: Option<Route>) -> FollowUpJobs {
         let mut state = self.state();
         if state.is_over() {
             return FollowUpJobs::default();
@@ -82,16 +82,16 @@ impl LoadShared {
 
     fn count_piece(&self, state: &mut LoadState, number: usize, route: Option<Route>) -> FollowUpJobs {
         let piece = *state.plan.pieces.get(number).expect("the driver fills planned pieces");
-        let planned = state.plan.segments.get(piece.segment).expect("a piece is of a planned segment");
+        let planned = state.plan.segments.get(piece.segment).expect("a piece belongs to a planned segment");
         let SegmentPlan { file: file_index, memory: memory_index, .. } = *planned;
-        let file = state.files.get_mut(file_index).expect("a segment is of a planned file");
+        let file = state.files.get_mut(file_index).expect("a segment belongs to a planned file");
         self.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         self.counters.read_bytes.fetch_add(piece.bytes, Ordering::Relaxed);
         file.route = route.map_or(file.route, |route| file.route.max(route));
         file.pieces_left = file.pieces_left.checked_sub(1).expect("a piece of a file is filled once");
         let read = file.pieces_left == 0;
-        let memory = state.memories.get_mut(memory_index).expect("a segment is of a planned memory");
-        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("a piece of a memory is filled once");
+        let memory = state.memories.get_mut(memory_index).expect("a segment belongs to a planned allocation");
+        memory.pieces_left = memory.pieces_left.checked_sub(1).expect("a piece of an allocation is filled once");
         memory.full_at = Some(Instant::now());
         let finish = memory.pieces_left == 0 && memory.unfinished;
         FollowUpJobs { check: read.then_some(file_index), finish: finish.then_some(memory_index) }
@@ -104,9 +104,9 @@ impl LoadShared {
         if state.is_over() {
             return None;
         }
-        let cell = Arc::clone(&state.memories.get(number).expect("a planned memory is finished").cell);
-        let planned = state.plan.memories.get(number).expect("each memory was planned");
-        let own = state.plan.segments.get(planned.segments.clone()).expect("a memory is of planned segments");
+        let cell = Arc::clone(&state.memories.get(number).expect("only planned allocations are finished").cell);
+        let planned = state.plan.memories.get(number).expect("every allocation was planned");
+        let own = state.plan.segments.get(planned.segments.clone()).expect("an allocation has planned segments");
         let moves = own.iter().filter_map(|segment| {
             let moved = segment.moved.as_ref()?;
             let from = segment.memory_offset + (moved.start - segment.file_range.start);
@@ -115,19 +115,19 @@ impl LoadShared {
         });
         let moves = moves.collect();
         drop(state);
-        Some((cell.get().expect("a memory whose pieces are full was allocated"), moves))
+        Some((cell.get().expect("an allocation whose pieces are full exists"), moves))
     }
 
     /// Records that an allocation was finished.
-    pub(crate) fn memory_finished(&self, number: usize, start: Instant) {
+    pub(crate) fn record_finished_memory(&self, number: usize, start: Instant) {
         let mut state = self.state();
         if state.is_over() {
             return;
         }
-        state.memories.get_mut(number).expect("a planned memory was finished").unfinished = false;
+        state.memories.get_mut(number).expect("only planned allocations are finished").unfinished = false;
         if self.options.trace {
-            let segment = state.plan.memories.get(number).expect("each memory was planned").segments.start;
-            let file_index = state.plan.segments.get(segment).expect("a memory begins with a planned segment").file;
+            let segment = state.plan.memories.get(number).expect("every allocation was planned").segments.start;
+            let file_index = state.plan.segments.get(segment).expect("an allocation begins with a planned segment").file;
             let event = self.event(TraceKind::Export, start, Instant::now(), file_index, segment, 0);
             state.trace.push(event);
         }
@@ -141,7 +141,7 @@ impl LoadShared {
             if state.is_over() {
                 return None;
             }
-            let file = state.files.get(index).expect("a planned file is checked");
+            let file = state.files.get(index).expect("only planned files are checked");
             (Arc::clone(&file.open), file.planned.identity)
         };
         Some((cell.take().expect("a file that was read is open, and checked once"), identity))
@@ -155,14 +155,14 @@ impl LoadShared {
             if state.is_over() {
                 return None;
             }
-            let file = state.files.get(index).expect("a planned file is looked at");
+            let file = state.files.get(index).expect("only planned files are inspected");
             if !file.planned.small || file.pieces_left > 0 {
                 return None;
             }
             let planned = state.plan.files.get(index).expect("each file was planned");
             let segment = planned.first_segment.expect("a small file with bytes has a segment");
             let segment = state.plan.segments.get(segment).expect("the first segment of a file was planned");
-            let memory = state.memories.get(segment.memory).expect("a segment is of a planned memory");
+            let memory = state.memories.get(segment.memory).expect("a segment belongs to a planned allocation");
             (Arc::clone(&memory.cell), segment.memory_offset, segment.file_range.end)
         };
         let backing = cell.get().expect("memory of a file that was read is allocated, and not handed over");
@@ -174,15 +174,15 @@ impl LoadShared {
     /// # Errors
     /// With the last of several small files: those of [`LoadShared::check_whole`], which could not
     /// be called before.
-    pub(crate) fn file_checked(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
+    pub(crate) fn record_checked_file(&self, index: usize, tensors: Option<Arc<TensorMap>>) -> Result<()> {
         let mut state = self.state();
         if state.is_over() {
             return Ok(());
         }
         state.files_left = state.files_left.checked_sub(1).expect("a file is checked once");
         if let Some(map) = tensors {
-            let source = self.sources().get(index).expect("a planned file was checked");
-            let file = state.files.get_mut(index).expect("a planned file was checked");
+            let source = self.sources().get(index).expect("only planned files are checked");
+            let file = state.files.get_mut(index).expect("only planned files are checked");
             let chosen = ChosenTensors::owned(&map, |name| source.owns(name)).map(Arc::new);
             file.planned.tensors = Some(Arc::new(FileTensors { map, chosen }));
         }
@@ -192,14 +192,14 @@ impl LoadShared {
             let notes = self.check_whole(maps)?;
             state.notes.extend(notes);
         }
-        let memory = state.last_memory_of(index).expect("a file that was read ends in a memory");
-        let memory = state.memories.get_mut(memory).expect("a file ends in a planned memory");
+        let memory = state.last_memory_of(index).expect("a file that was read ends in an allocation");
+        let memory = state.memories.get_mut(memory).expect("a file ends in a planned allocation");
         memory.unchecked = memory.unchecked.checked_sub(1).expect("a file is checked once");
         Ok(())
     }
 
     /// Records that the driver has forgotten the load, with the times it took to read.
-    pub(crate) fn gone(&self, times: Times) {
+    pub(crate) fn record_times(&self, times: Times) {
         self.state().times = Some(times);
     }
 
@@ -240,7 +240,7 @@ impl LoadShared {
                     let report = &finished.report;
                     foreign::emit(|| {
                         if let Some(cached_bytes) = cached_bytes {
-                            tracing::warn!(load = self.id.0, cached_bytes, "the page cache was filled with what was loaded");
+                            tracing::warn!(load = self.id.0, cached_bytes, "the loaded bytes have filled the page cache");
                         }
                         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
                         self.span.record("bytes", report.bytes);
@@ -266,12 +266,12 @@ impl LoadShared {
             return DeliveryStep::Over;
         }
         if let Some(error) = state.failed.take() {
-            let events = state.events.take().expect("looked at above");
+            let events = state.events.take().expect("checked above");
             return DeliveryStep::Failed { error, events };
         }
-        if std::mem::take(&mut state.files_untold) {
+        if std::mem::take(&mut state.files_unsent) {
             let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
-            let (files, events) = (files.collect(), state.events.clone().expect("looked at above"));
+            let (files, events) = (files.collect(), state.events.clone().expect("checked above"));
             return DeliveryStep::Planned { files, events };
         }
         if let Some((segment, last)) = match self.next_segment(state) {
@@ -287,10 +287,10 @@ impl LoadShared {
                 state.trace.push(event);
             }
             let planned = state.plan.segments.get(segment.index()).expect("a segment was planned");
-            let memory = state.memories.get_mut(planned.memory).expect("a segment is of a planned memory");
+            let memory = state.memories.get_mut(planned.memory).expect("a segment belongs to a planned allocation");
             let waited = memory.full_at.expect("memory that is handed over is full").elapsed();
             let span = if last { std::mem::replace(&mut memory.span, no_span()) } else { no_span() };
-            let events = state.events.clone().expect("looked at above");
+            let events = state.events.clone().expect("checked above");
             return DeliveryStep::Segment { segment, waited, events, span };
         }
         let all = state.handed == state.plan.segments.len() && state.files_left == 0;
@@ -300,7 +300,7 @@ impl LoadShared {
         let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
         let files = files.map(|file| LoadFile { is_known: true, ..file }).collect();
         count(&self.counters.finished);
-        let events = state.events.take().expect("looked at above");
+        let events = state.events.take().expect("checked above");
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }
 
@@ -326,16 +326,16 @@ impl LoadShared {
     fn next_segment(&self, state: &LoadState) -> Result<Option<(Segment, bool)>, dmabuf::Error> {
         let index = state.handed;
         let Some(planned) = state.plan.segments.get(index) else { return Ok(None) };
-        let memory = state.memories.get(planned.memory).expect("a segment is of a planned memory");
+        let memory = state.memories.get(planned.memory).expect("a segment belongs to a planned allocation");
         if !memory.is_ready() {
             return Ok(None);
         }
-        let file = &state.files.get(planned.file).expect("a segment is of a planned file").planned;
-        let sharing = &state.plan.memories.get(planned.memory).expect("each memory was planned").segments;
+        let file = &state.files.get(planned.file).expect("a segment belongs to a planned file").planned;
+        let sharing = &state.plan.memories.get(planned.memory).expect("every allocation was planned").segments;
         // After the last one, the allocation belongs to the consumer alone.
         let last = index + 1 == sharing.end;
         let backing = if last { memory.cell.take() } else { memory.cell.get() };
-        let backing = backing.expect("a memory that is ready is there until its last segment is handed over");
+        let backing = backing.expect("an allocation that is ready exists until its last segment is handed over");
         if index == sharing.start {
             self.seal(&backing)?;
             // Only once: the consumer of the first segment may hand it out before the second one

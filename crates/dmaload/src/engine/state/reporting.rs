@@ -25,13 +25,13 @@ use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
 /// The smallest amount read through the page cache that is reported.
-const PAGE_CACHE_BYTES_TOLD: u64 = 1 << 30;
+const PAGE_CACHE_NOTE_BYTES: u64 = 1 << 30;
 /// A dying disk causes thousands of retries; the first ones say enough.
-const RETRIES_TOLD: usize = 8;
+const RETRIES_NOTED_MAX: usize = 8;
 
 impl LoadShared {
     /// Records a step down the ladder.
-    pub(crate) fn stepped_down(&self, fallback: Fallback) {
+    pub(crate) fn record_fallback(&self, fallback: Fallback) {
         let path = fallback.file_index.and_then(|index| self.path(index)).map(|path| printable::path(path.as_path()).to_string());
         foreign::emit(|| {
             let errno = fallback.errno.describe();
@@ -47,7 +47,7 @@ impl LoadShared {
     }
 
     /// Notes that there is less staging than the load may use.
-    pub(crate) fn less_staging(&self, bytes: u64, errno: Errno) {
+    pub(crate) fn note_less_staging(&self, bytes: u64, errno: Errno) {
         let errno = errno::describe(errno);
         foreign::emit(|| {
             let errno = errno.as_str();
@@ -58,32 +58,32 @@ impl LoadShared {
     }
 
     /// Notes that no thread could be started for its copies.
-    pub(crate) fn no_thread(&self) {
-        let note = "no thread could be had beside the ring's: reads waited for copies";
+    pub(crate) fn note_missing_thread(&self) {
+        let note = "no thread could be started beside the ring thread: reads waited for copies";
         foreign::emit(|| tracing::warn!(load = self.id.0, "{note}"));
         self.state().notes.push(note.to_owned());
     }
 
     /// Records a read that failed and is retried. If the retry succeeds, only the report shows
     /// that a medium is going bad.
-    pub(crate) fn retried(&self, retried: &Retried) {
+    pub(crate) fn record_retry(&self, retried: &Retried) {
         let Retried { file, offset, bytes, errno } = *retried;
         let path = self.path(file).map(|path| printable::path(path.as_path()).to_string()).unwrap_or_default();
         let errno = errno::describe(errno);
         foreign::emit(|| {
             let (path, errno) = (path.as_str(), errno.as_str());
-            tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed, and is tried once more");
+            tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed and is retried once");
         });
         count(&self.counters.retried_reads);
         let mut state = self.state();
         state.retried += 1;
-        if state.retried <= RETRIES_TOLD {
+        if state.retried <= RETRIES_NOTED_MAX {
             state.notes.push(format!("{path}: reading {bytes} bytes at offset {offset} failed once: {errno}"));
         }
     }
 
     /// Records something the ring thread did for a piece; its clock started at `epoch`.
-    pub(crate) fn traced(&self, number: usize, span: TimedSpan, epoch: Instant) {
+    pub(crate) fn record_trace(&self, number: usize, span: TimedSpan, epoch: Instant) {
         let mut state = self.state();
         if state.is_over() {
             return;
@@ -118,7 +118,7 @@ impl LoadShared {
                 Error::Refused { path: path(file), offset, route, attempt, errno: errno::from_rustix(errno) }
             }
             Failure::Rejected { file, offset, bytes } => {
-                let observation = self.observation.as_ref().expect("bytes are rejected by what observes them");
+                let observation = self.observation.as_ref().expect("only observers reject bytes");
                 match observation.watch.verdict() {
                     Verdict::Rejected(Rejection::Reason(reason)) => Error::Rejected { path: path(file), offset, bytes, reason },
                     Verdict::Rejected(Rejection::Corrupt { offset, bytes, expected, found, tensors }) => {
@@ -130,7 +130,7 @@ impl LoadShared {
                         Error::Panicked { code: code.to_owned(), message }
                     }
                     Verdict::NoThread => {
-                        let reason = "no thread could be had to look at them".to_owned();
+                        let reason = "no thread could be started to observe them".to_owned();
                         Error::Rejected { path: path(file), offset, bytes, reason }
                     }
                 }
@@ -173,13 +173,11 @@ impl LoadShared {
     fn notes(&self, state: &LoadState) -> Vec<String> {
         let mut notes = self.notes.to_vec();
         notes.extend(state.notes.iter().cloned());
-        if state.retried > RETRIES_TOLD {
-            notes.push(format!("{} more reads failed once", state.retried - RETRIES_TOLD));
+        if state.retried > RETRIES_NOTED_MAX {
+            notes.push(format!("{} more reads failed once", state.retried - RETRIES_NOTED_MAX));
         }
         if self.is_observed_in_staging() {
-            notes.push(
-                "this heap is not cached by the CPU: bytes were observed in staging, so all of them were bounced".to_owned(),
-            );
+            notes.push("this heap is uncached: bytes were observed in staging, so all reads were bounced".to_owned());
         }
         if let Some(shard) = self.options.select.shard {
             let Shard { rank, world_size, dim } = shard;
@@ -244,7 +242,7 @@ impl LoadShared {
 pub(super) fn filled_cache_bytes(state: &LoadState) -> Option<u64> {
     let cached = state.files.iter().filter(|file| !file.route.is_direct());
     let cached_bytes: u64 = cached.map(|file| file.planned.read_bytes).sum();
-    (cached_bytes >= PAGE_CACHE_BYTES_TOLD).then_some(cached_bytes)
+    (cached_bytes >= PAGE_CACHE_NOTE_BYTES).then_some(cached_bytes)
 }
 
 /// Before Linux 6.7 this is expensive, so it runs once per load rather than once per piece.

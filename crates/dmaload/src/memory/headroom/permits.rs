@@ -38,8 +38,8 @@ const TURN_PATIENCE: Duration = Duration::from_secs(1);
 /// seconds.
 const TURN_PATIENCE_MAX: Duration = Duration::from_secs(10);
 /// How often to check whether memory is being allocated, and the change that counts.
-const TURN_LOOK: Duration = Duration::from_millis(100);
-const TURN_LOOK_BYTES: u64 = 1 << 20;
+const TURN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+const TURN_CHECK_BYTES: u64 = 1 << 20;
 /// How long not to wait for turns after one could not be obtained.
 const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 /// When processes of one group run out of memory at the same time, the first one to give up makes
@@ -47,7 +47,7 @@ const WITHOUT_TURNS: Duration = Duration::from_secs(10);
 const GIVE_UP_STEP: Duration = Duration::from_millis(150);
 const GIVE_UP_STEPS: u32 = 8;
 /// The interval between checks while waiting.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 /// How long to wait for other allocations when there is no room beside them. They take
 /// milliseconds, but a caller's heap may hang.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -73,9 +73,9 @@ static PROCESS: Permits = Permits::new();
 
 /// The right to take some memory; hold it until the memory is taken.
 #[derive(Debug)]
-#[must_use = "what is not held is not counted"]
+#[must_use = "a permit that is dropped is not counted"]
 pub(crate) struct HeadroomPermit {
-    of: &'static Permits,
+    permits: &'static Permits,
     bytes: u64,
     _turn: Option<ProcessTurn>,
 }
@@ -89,21 +89,21 @@ impl ProcessTurn {
     fn wait(place: &Path, look: impl Fn() -> Option<Headroom>) -> Option<Self> {
         let descriptor = open(place, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
         let start = Instant::now();
-        let (mut deadline, mut next_look, mut free) = (start + TURN_PATIENCE, start, u64::MAX);
+        let (mut deadline, mut next_check, mut free) = (start + TURN_PATIENCE, start, u64::MAX);
         loop {
             match flock(&descriptor, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Some(ProcessTurn(descriptor)),
                 Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
                     thread::sleep(Duration::from_millis(1));
                     let now = Instant::now();
-                    if next_look <= now {
+                    if next_check <= now {
                         let seen = look().map_or(free, |seen| seen.available_bytes);
-                        if seen.abs_diff(free) >= TURN_LOOK_BYTES {
+                        if seen.abs_diff(free) >= TURN_CHECK_BYTES {
                             // Processes that have turns are allocating or freeing.
                             deadline = (now + TURN_PATIENCE).min(start + TURN_PATIENCE_MAX);
                             free = seen;
                         }
-                        next_look = now + TURN_LOOK;
+                        next_check = now + TURN_CHECK_INTERVAL;
                     }
                 }
                 Err(errno) => {
@@ -121,8 +121,8 @@ impl ProcessTurn {
 
 impl Drop for HeadroomPermit {
     fn drop(&mut self) {
-        self.of.state().granted_bytes -= self.bytes;
-        self.of.changed.notify_all();
+        self.permits.state().granted_bytes -= self.bytes;
+        self.permits.changed.notify_all();
     }
 }
 
@@ -196,14 +196,14 @@ impl Permits {
             } else if give_up.is_some_and(|give_up| now < give_up) {
                 // Give up the turn first, so that others can check, too.
                 drop((state, turn.take()));
-                thread::sleep(LOOK_AGAIN);
+                thread::sleep(CHECK_INTERVAL);
                 state = self.state();
             } else {
                 return Err(seen);
             }
         }
         state.granted_bytes += bytes;
-        Ok(HeadroomPermit { of: self, bytes, _turn: turn })
+        Ok(HeadroomPermit { permits: self, bytes, _turn: turn })
     }
 }
 
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_granted_counts_until_it_is_taken() {
+    fn granted_memory_counts_until_it_is_taken() {
         const GIB: u64 = 1 << 30;
         let permits: &'static Permits = Box::leak(Box::new(Permits::new()));
         let machine = 1000 * GIB;
@@ -260,7 +260,7 @@ mod tests {
     /// Each set of permits stands for a process. They share the free memory, and each allocation
     /// takes a while to show.
     #[test]
-    fn processes_that_share_a_limit_never_take_more_than_there_is() {
+    fn processes_sharing_a_limit_never_exceed_it() {
         const MIB: u64 = 1 << 20;
         let folder = tempfile::tempdir().unwrap();
         for (processes, batch) in [(4, 16 * MIB), (8, 16 * MIB), (4, 100 * MIB), (3, 500 * MIB)] {
@@ -291,7 +291,7 @@ mod tests {
     /// Slow processes: each holds its turn for longer than the others would wait if nothing were
     /// allocated.
     #[test]
-    fn turns_that_take_long_are_waited_for_while_others_allocate() {
+    fn long_turns_are_waited_for_while_others_allocate() {
         const MIB: u64 = 1 << 20;
         let folder = tempfile::tempdir().unwrap();
         let taken = AtomicU64::new(0);
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn turn_that_somebody_keeps_is_not_waited_for_again() {
+    fn turn_that_is_never_released_is_not_waited_for_again() {
         let folder = tempfile::tempdir().unwrap();
         let kept = ProcessTurn::wait(folder.path(), || None).unwrap();
         let permits: &'static Permits = Box::leak(Box::new(Permits::new()));

@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_choice_is_parsed_from_the_name_that_it_displays() {
+    fn heap_choice_round_trips_through_its_name() {
         for name in ["auto", "dma-buf", "memfd", "anon", "udmabuf", "dma-heap:system"] {
             assert_eq!(name.parse::<HeapChoice>().unwrap().to_string(), name);
         }
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_heap_has_the_name_and_the_pages_of_its_choice() {
+    fn heap_has_the_name_and_pages_of_its_choice() {
         for (choice, name) in [(HeapChoice::Auto, "memfd"), (HeapChoice::Memfd, "memfd"), (HeapChoice::Anon, "anon")] {
             let (heap, reason) = choice.open(Pages::Small).unwrap();
             assert_eq!((&*heap.name(), heap.pages(), reason), (name, Pages::Small, None));

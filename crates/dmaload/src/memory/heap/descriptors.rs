@@ -73,7 +73,7 @@ unsafe impl Heap for FromDescriptors {
         let dma_buf = DmaBuf::from_fd(fd).map_err(|error| HeapError::new(error.operation, bytes, error.errno))?;
         if dma_buf.bytes() < bytes {
             // The errno that the kernel returns when a dma-buf is too small.
-            return Err(HeapError::new("take a shorter dma-buf in place", bytes, Errno::EINVAL));
+            return Err(HeapError::new("use a dma-buf that is too short", bytes, Errno::EINVAL));
         }
         Ok(Memory::DmaBuf(dma_buf))
     }

@@ -58,18 +58,18 @@ pub trait HeapHooks: fmt::Debug + Send + Sync + 'static {
     }
 
     /// Replaces the result of [`Heap::is_uncached`].
-    fn is_uncached(&self, of_the_heap: bool) -> bool {
-        of_the_heap
+    fn is_uncached(&self, inherited: bool) -> bool {
+        inherited
     }
 
     /// Replaces the result of [`Heap::size_limit`].
-    fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
-        of_the_heap
+    fn size_limit(&self, inherited: Option<SizeLimit>) -> Option<SizeLimit> {
+        inherited
     }
 
     /// Replaces the result of [`Heap::notes`].
-    fn notes(&self, of_the_heap: Vec<String>) -> Vec<String> {
-        of_the_heap
+    fn notes(&self, inherited: Vec<String>) -> Vec<String> {
+        inherited
     }
 }
 
@@ -197,15 +197,15 @@ impl<K: HeapHooks + ?Sized> HeapHooks for Arc<K> {
         (**self).before_export(bytes)
     }
 
-    fn is_uncached(&self, of_the_heap: bool) -> bool {
-        (**self).is_uncached(of_the_heap)
+    fn is_uncached(&self, inherited: bool) -> bool {
+        (**self).is_uncached(inherited)
     }
 
-    fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
-        (**self).size_limit(of_the_heap)
+    fn size_limit(&self, inherited: Option<SizeLimit>) -> Option<SizeLimit> {
+        (**self).size_limit(inherited)
     }
 
-    fn notes(&self, of_the_heap: Vec<String>) -> Vec<String> {
-        (**self).notes(of_the_heap)
+    fn notes(&self, inherited: Vec<String>) -> Vec<String> {
+        (**self).notes(inherited)
     }
 }

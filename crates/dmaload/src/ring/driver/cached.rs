@@ -14,7 +14,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
         let load = self.loads.get_mut(&id).expect(LOAD);
         let staged = load.spec.observation.as_ref().is_some_and(|observation| observation.staged);
-        assert!(!staged, "what is observed in staging has to go there");
+        assert!(!staged, "a load observed in staging reads everything into it");
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (start, bytes) = (to_usize(chunk.range.start), to_usize(chunk.range.end - chunk.range.start));
         assert!(start + bytes <= entry.buffer.bytes(), "a copy stays within its piece");
@@ -34,7 +34,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
 
     /// Completes a copy from the page cache. What was evicted in the meantime is read from
     /// storage, starting at a block boundary, as direct reads must.
-    pub(super) fn came_from_cache(&mut self, id: LoadId, chunk: Chunk, route: Route, result: Result<usize, Fault>) {
+    pub(super) fn complete_cached(&mut self, id: LoadId, chunk: Chunk, route: Route, result: Result<usize, Fault>) {
         let wanted = chunk.range.end - chunk.range.start;
         let came = match result {
             Ok(bytes) => bytes as u64,

@@ -84,14 +84,14 @@ pub(super) enum Step {
     /// A copy from the page cache into the piece's memory.
     Cached,
     /// An observation of bytes in staging.
-    SeenStaged(StagingSlot),
+    ObservedStaged(StagingSlot),
     /// An observation of the whole piece.
-    Seen,
+    Observed,
 }
 
 /// Something to observe when its turn comes.
 #[derive(Debug)]
-pub(super) enum Unseen {
+pub(super) enum Unobserved {
     Piece(Token),
     Staged { chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize },
 }
@@ -111,16 +111,16 @@ pub(super) struct LoadEntry {
     pub(super) from_cache: BusyTime,
     pub(super) cached_bytes: u64,
     /// Whether the load was told why its reads into staging do not use the best route.
-    pub(super) staging_told: bool,
+    pub(super) staging_reported: bool,
     /// Whether the load was told that there is less staging than it may use.
-    pub(super) less_staging_told: bool,
-    pub(super) no_thread_told: bool,
+    pub(super) less_staging_reported: bool,
+    pub(super) no_thread_reported: bool,
     /// The best route still allowed for all files.
     pub(super) floor: Route,
     /// The best route still allowed for each file that has stepped down by itself.
     pub(super) stepped: HashMap<usize, Route>,
     pub(super) ended: bool,
-    pub(super) unseen: InOrder<Unseen>,
+    pub(super) unobserved: InOrder<Unobserved>,
     /// For an observed load: the number and position of the next piece to read, and pieces that
     /// arrived before their turn.
     pub(super) next_piece: usize,

@@ -28,7 +28,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         if bytes >= wanted {
             entry.chunks_left -= 1;
             if entry.chunks_left == 0 {
-                self.fill(chunk.piece);
+                self.finish_piece(chunk.piece);
             }
             return;
         }
@@ -55,7 +55,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Retries a read that was interrupted.
-    pub(super) fn again(&mut self, mut chunk: Chunk, route: Route) {
+    pub(super) fn retry_interrupted(&mut self, mut chunk: Chunk, route: Route) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let id = entry.load;
         chunk.interruptions += 1;
@@ -78,7 +78,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     ///
     /// The kernel merges neighbouring reads into one request, and if the medium can't read one
     /// block of it, all of them fail. Alone, only the read that covers the bad block fails.
-    pub(super) fn refused(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
+    pub(super) fn handle_read_error(&mut self, mut chunk: Chunk, route: Route, errno: Errno) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let (id, piece) = (entry.load, chunk.piece);
         let offset = entry.piece.file_offset + chunk.range.start;

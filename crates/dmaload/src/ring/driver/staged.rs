@@ -22,9 +22,9 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let file_system = self.pieces.get_mut(chunk.piece).expect(PIECE).file.mount;
         let taken = self.staging.take(id, file_system, waits, &mut self.kernel);
         if let Some((bytes, errno)) = self.staging.shortage().filter(|_| taken.is_ok())
-            && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_told)
+            && let Some(load) = self.loads.get_mut(&id).filter(|load| !load.less_staging_reported)
         {
-            load.less_staging_told = true;
+            load.less_staging_reported = true;
             self.outputs.push(Output::Event { load: id, event: LoadEvent::LessStaging { bytes, errno } });
         }
         let slot = match taken {
@@ -77,14 +77,17 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let load = self.loads.get_mut(&id).expect(LOAD);
         // A refusal is not retried for each read of a load, and is not reported if registration
         // was not wanted.
-        if load.staging_told || !entry.file.route.is_direct() || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok() {
+        if load.staging_reported
+            || !entry.file.route.is_direct()
+            || wanted > Route::UringFixedDirect && self.kernel.ring().is_ok()
+        {
             return true;
         }
         let Some(step) = self.staging.register(slot, &mut self.kernel, &mut self.buffer_slots) else { return true };
         if wanted >= step.to {
             return true;
         }
-        load.staging_told = true;
+        load.staging_reported = true;
         let (attempt, errno) = (step.attempt, step.errno);
         if load.spec.strict {
             self.fail(id, Failure::Refused { file, offset, route: Route::Bounce, attempt, errno });
@@ -112,7 +115,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         // reads, neither is released or accessed before the completion, and nothing else reads
         // into a taken slot.
         unsafe { self.kernel.copy(StagedCopy { token, from, to, bytes }) };
-        self.tell_if_alone(id);
+        self.report_missing_thread(id);
         let load = self.loads.get_mut(&id).expect(LOAD);
         load.in_flight += 1;
         load.copying.begin(self.kernel.now());
@@ -120,11 +123,11 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 
     /// Reports, once, that there is no thread for work beside reads.
-    pub(super) fn tell_if_alone(&mut self, id: LoadId) {
-        if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_told)
-            && self.kernel.is_alone()
+    pub(super) fn report_missing_thread(&mut self, id: LoadId) {
+        if let Some(load) = self.loads.get_mut(&id).filter(|load| !load.no_thread_reported)
+            && self.kernel.lacks_threads()
         {
-            load.no_thread_told = true;
+            load.no_thread_reported = true;
             self.outputs.push(Output::Event { load: id, event: LoadEvent::NoThread });
         }
     }

@@ -4,10 +4,10 @@ use crate::ring::slots::Slots;
 use std::ptr::NonNull;
 
 #[derive(Debug)]
-struct Sixty4(Mutex<[u8; 64]>);
+struct ArraySink(Mutex<[u8; 64]>);
 
-impl Sink for Sixty4 {
-    unsafe fn fill(&self, _: usize, _: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
+impl Sink for ArraySink {
+    unsafe fn fill_with(&self, _: usize, _: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         let mut bytes = [MaybeUninit::new(0); 64];
         let written = write(&mut bytes).map_err(Fault::Read)?;
         // SAFETY: all of them were initialised above.
@@ -32,14 +32,14 @@ impl Gate {
         drop(self.changed.wait_while(self.held.lock().unwrap(), |(held, _)| *held < copies).unwrap());
     }
 
-    fn let_go(&self, copies: usize) {
+    fn release(&self, copies: usize) {
         self.held.lock().unwrap().1 += copies;
         self.changed.notify_all();
     }
 }
 
 impl Sink for Gate {
-    unsafe fn fill(&self, _: usize, bytes: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+    unsafe fn fill_with(&self, _: usize, bytes: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
         let mut held = self.held.lock().unwrap();
         held.0 += 1;
         self.changed.notify_all();
@@ -57,7 +57,7 @@ impl Sink for Gate {
 }
 
 #[test]
-fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
+fn concurrent_copies_are_bounded_and_all_are_done() {
     let wake = Arc::new(Wake::new().unwrap());
     let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 2);
     let gate = Arc::new(Gate::default());
@@ -71,15 +71,15 @@ fn no_more_copies_go_on_at_once_than_may_and_all_are_done() {
     };
     (0..4).for_each(|_| copy(&mut pool));
     gate.wait_until_held(2);
-    pool.set_most(4);
+    pool.set_max_threads(4);
     (0..4).for_each(|_| copy(&mut pool));
     gate.wait_until_held(4);
-    pool.set_most(1);
-    gate.let_go(4);
+    pool.set_max_threads(1);
+    gate.release(4);
     gate.wait_until_held(1);
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert_eq!((gate.held.lock().unwrap().0, pool.threads), (1, 4), "the others wait");
-    gate.let_go(4);
+    gate.release(4);
     let mut done = Vec::new();
     while done.len() < 8 {
         wake.wait();
@@ -94,7 +94,7 @@ fn copy_without_threads_is_done_inline_and_reported() {
         let wake = Arc::new(Wake::new().unwrap());
         let mut pool = ThreadPool::new(Arc::clone(&wake), "test", threads_max);
         let from = [7_u8; 64];
-        let sink = Arc::new(Sixty4(Mutex::new([0_u8; 64])));
+        let sink = Arc::new(ArraySink(Mutex::new([0_u8; 64])));
         let to = Place { sink: Arc::clone(&sink) as Arc<dyn Sink>, offset: 0 };
         let copy = StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 };
         // SAFETY: both places stay, and are not accessed, until the completion below.
@@ -105,16 +105,16 @@ fn copy_without_threads_is_done_inline_and_reported() {
             pool.reap(&mut done);
         }
         assert_eq!((done.len(), *sink.0.lock().unwrap()), (1, [7; 64]));
-        assert_eq!(pool.is_alone(), threads_max == 0);
+        assert_eq!(pool.lacks_threads(), threads_max == 0);
     }
 }
 
 /// A place whose memory is populated by a heap.
 #[derive(Debug)]
-struct OfAHeap;
+struct HeapSink;
 
-impl Sink for OfAHeap {
-    unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+impl Sink for HeapSink {
+    unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
         panic!("a heap's code runs on the ring thread");
     }
 
@@ -124,11 +124,11 @@ impl Sink for OfAHeap {
 }
 
 #[test]
-fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
+fn copy_that_would_call_a_heap_is_refused_without_a_thread() {
     let token = Slots::new().insert(());
     let mut pool = ThreadPool::new(Arc::new(Wake::new().unwrap()), "test", 0);
     let from = [7_u8; 64];
-    let to = Place { sink: Arc::new(OfAHeap), offset: 0 };
+    let to = Place { sink: Arc::new(HeapSink), offset: 0 };
     // SAFETY: nothing is copied.
     unsafe { pool.copy(StagedCopy { token, from: NonNull::from(&from).cast(), to, bytes: 64 }) };
     let mut done = Vec::new();
@@ -139,10 +139,10 @@ fn without_any_thread_a_copy_that_would_call_a_heap_is_refused() {
 
 /// A sink that panics.
 #[derive(Debug)]
-struct Broken;
+struct PanickingSink;
 
-impl Sink for Broken {
-    unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+impl Sink for PanickingSink {
+    unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
         panic!("here");
     }
 
@@ -152,11 +152,11 @@ impl Sink for Broken {
 }
 
 #[test]
-fn a_thread_that_panics_is_known_to_have_done_so() {
+fn panic_of_a_pool_thread_is_reported() {
     let wake = Arc::new(Wake::new().unwrap());
     let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 1);
     let from = [7_u8; 64];
-    let to = Place { sink: Arc::new(Broken), offset: 0 };
+    let to = Place { sink: Arc::new(PanickingSink), offset: 0 };
     // SAFETY: nothing is copied.
     unsafe { pool.copy(StagedCopy { token: Slots::new().insert(()), from: NonNull::from(&from).cast(), to, bytes: 64 }) };
     while !pool.has_completions() {

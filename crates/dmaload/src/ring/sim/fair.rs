@@ -38,9 +38,9 @@ struct Shared {
 
 /// An observer that accepts everything.
 #[derive(Debug)]
-struct Content;
+struct AcceptAll;
 
-impl Observer for Content {
+impl Observer for AcceptAll {
     fn bytes(&self, _: usize, _: u64, _: &[u8]) -> Result<(), Rejection> {
         Ok(())
     }
@@ -105,7 +105,7 @@ impl Machine {
             self.driver.issue();
             self.driver.turn(false).unwrap();
             self.driver.kernel().complete_due();
-            for output in self.driver.outputs() {
+            for output in self.driver.take_outputs() {
                 idle = 0;
                 match output {
                     Output::PieceFull { load, piece, buffer, .. } => {
@@ -139,7 +139,7 @@ impl Machine {
                     strict: true,
                     trace: false,
                     observation: self.observed.contains(&id).then(|| Observation {
-                        watch: Arc::new(Watch::new(Some(ObserverOption::new(Arc::new(Content))))),
+                        watch: Arc::new(Watch::new(Some(ObserverOption::new(Arc::new(AcceptAll))))),
                         staged: true,
                     }),
                 });
@@ -156,7 +156,7 @@ impl Machine {
                     alignment_bytes: BLOCK,
                     cached: CachedChunks::default(),
                 };
-                self.driver.piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &self.memory));
+                self.driver.enqueue_piece(id, number, plan.pieces[number], spec, SimBuffer::new(id, BLOCK, &self.memory));
             }
             other => unreachable!("{other:?}"),
         }
@@ -191,7 +191,7 @@ fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)
 /// Loads of a third file system proceed, whichever resource is scarce, and however many loads two
 /// silent file systems have.
 #[test]
-fn two_silent_file_systems_stop_no_other() {
+fn two_silent_file_systems_do_not_stop_a_third() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
         for loads in [1, 10] {
             let mut machine = Machine::new(1, shared, &Faults::none());
@@ -213,7 +213,7 @@ fn two_silent_file_systems_stop_no_other() {
 /// The same when all start at once, the silent ones first, with as many from one file system as a
 /// loader has open.
 #[test]
-fn loads_that_begin_beside_many_silent_ones_go_on() {
+fn loads_that_start_beside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
         let mut machine = Machine::new(2, shared, &Faults::none());
         for number in 0..20 {
@@ -272,7 +272,7 @@ fn many_loads_of_one_file_system_all_finish() {
 /// What an observed load has in staging waits for an earlier chunk, which may have to be retried:
 /// its slot must not go to other loads permanently.
 #[test]
-fn an_observed_load_goes_on_beside_those_that_hang() {
+fn observed_load_proceeds_beside_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
     let shared = Shared { staging_slots: 8, ..PLENTY };
     for seed in 0..300 {

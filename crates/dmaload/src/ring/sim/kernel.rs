@@ -16,7 +16,7 @@ use super::disk::{BEYOND_END, BLOCK, SimFile};
 use super::faults::Faults;
 use super::memory::{Memory, SimBuffer, SimStaging};
 use crate::memory::buffer::Fault;
-use crate::ring::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
+use crate::ring::kernel::{CachedRead, Completion, Kernel, ObserveRequest, Read, StagedCopy};
 use crate::ring::slots::Token;
 use crate::route::Route;
 
@@ -31,7 +31,7 @@ enum Job {
     Read(SimFile, Read),
     Copy(StagedCopy),
     Cached(SimFile, CachedRead),
-    Look(Look),
+    Observe(ObserveRequest),
 }
 
 #[derive(Debug)]
@@ -149,12 +149,12 @@ impl SimKernel {
             Job::Read(file, read) => (read.token, self.complete_read(&file, &read)),
             Job::Copy(copy) => (copy.token, self.complete_copy(&copy)),
             Job::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
-            Job::Look(look) => {
+            Job::Observe(request) => {
                 // SAFETY: the driver guarantees that these bytes are initialised, and that nothing
                 // writes to them until this look completes.
-                let bytes = unsafe { std::slice::from_raw_parts(look.address.as_ptr(), look.bytes) };
-                let verdict = look.watch.look(look.file, look.offset, bytes);
-                (look.token, verdict.map(|()| look.bytes).map_err(Fault::Read))
+                let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
+                let verdict = request.watch.observe(request.file, request.offset, bytes);
+                (request.token, verdict.map(|()| request.bytes).map_err(Fault::Read))
             }
         };
         self.memory.borrow_mut().end_use(token.user_data());
@@ -166,7 +166,7 @@ impl SimKernel {
         if let Some(place) = &read.place {
             // SAFETY: the driver guarantees that this place is valid, and nothing is written
             // there.
-            unsafe { place.sink.fill(place.offset, read.bytes, &mut |_| Ok(0)) }?;
+            unsafe { place.sink.fill_with(place.offset, read.bytes, &mut |_| Ok(0)) }?;
         }
         self.perform(file, read).map_err(Fault::Read)
     }
@@ -183,7 +183,7 @@ impl SimKernel {
             Ok(part.len())
         };
         // SAFETY: the driver guarantees that the target is valid until this copy completes.
-        let result = unsafe { copy.to.sink.fill(copy.to.offset, copy.bytes, &mut write) };
+        let result = unsafe { copy.to.sink.fill_with(copy.to.offset, copy.bytes, &mut write) };
         self.memory.borrow_mut().end_use(source_token(copy));
         result
     }
@@ -209,7 +209,7 @@ impl SimKernel {
             Ok(here)
         };
         // SAFETY: the driver guarantees that this place is valid until this read completes.
-        unsafe { read.to.sink.fill(read.to.offset, read.bytes, &mut write) }
+        unsafe { read.to.sink.fill_with(read.to.offset, read.bytes, &mut write) }
     }
 
     /// Does a read: writes the bytes that come, or says why none do.
@@ -346,7 +346,7 @@ impl Kernel for SimKernel {
         assert_eq!(
             memory.is_unpopulated(start),
             read.place.is_some(),
-            "memory without pages is read into by threads that bring them"
+            "only threads that populate it read into memory without pages"
         );
         assert!(read.place.as_ref().is_none_or(|place| memory.address_of(place) == start && read.route == Route::Buffered));
         assert_eq!(read.buffer_slot.is_some(), read.route == Route::UringFixedDirect);
@@ -373,7 +373,7 @@ impl Kernel for SimKernel {
         let (from, to) = (range(copy.from.addr().get()), range(memory.address_of(&copy.to)));
         assert!(memory.is_staging(from.start) && !memory.is_staging(to.start));
         assert!(!memory.is_written_to(&from), "staging is copied while a read writes to it");
-        assert!(!memory.is_written_to(&to), "a copy goes where somebody else writes");
+        assert!(!memory.is_written_to(&to), "a copy goes to memory that is being written");
         memory.begin_use(copy.token.user_data(), to);
         memory.begin_use(source_token(&copy), from);
         drop(memory);
@@ -396,28 +396,28 @@ impl Kernel for SimKernel {
         let start = memory.address_of(&read.to);
         let range = start..start + read.bytes;
         assert!(read.bytes > 0 && !memory.is_staging(start));
-        assert!(!memory.is_written_to(&range), "a copy goes where somebody else writes");
+        assert!(!memory.is_written_to(&range), "a copy goes to memory that is being written");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
         self.in_flight.push(InFlight { job: Job::Cached(file.clone(), read), due: self.clock.get() + self.copying });
     }
 
-    unsafe fn look(&mut self, look: Look) {
-        let start = look.address.addr().get();
-        let range = start..start + look.bytes;
+    unsafe fn observe(&mut self, request: ObserveRequest) {
+        let start = request.address.addr().get();
+        let range = start..start + request.bytes;
         let mut memory = self.memory.borrow_mut();
-        assert!(look.bytes > 0 && !memory.is_written_to(&range), "bytes are looked at while somebody writes to them");
+        assert!(request.bytes > 0 && !memory.is_written_to(&range), "bytes are observed while they are being written");
         if memory.is_staging(start) {
-            memory.looks_at_staging += 1;
+            memory.observed_in_staging += 1;
         } else {
-            memory.looks_at_pieces += 1;
+            memory.observed_in_pieces += 1;
         }
-        memory.begin_use(look.token.user_data(), range);
+        memory.begin_use(request.token.user_data(), range);
         drop(memory);
-        self.in_flight.push(InFlight { job: Job::Look(look), due: self.clock.get() });
+        self.in_flight.push(InFlight { job: Job::Observe(request), due: self.clock.get() });
     }
 
-    fn is_alone(&self) -> bool {
+    fn lacks_threads(&self) -> bool {
         self.faults.no_threads
     }
 

@@ -30,8 +30,8 @@ pub(super) struct Memory {
     pub(super) unfilled: BTreeMap<LoadId, u64>,
     pub(super) leaked_bytes: u64,
     pub(super) live_buffers: usize,
-    pub(super) looks_at_staging: usize,
-    pub(super) looks_at_pieces: usize,
+    pub(super) observed_in_staging: usize,
+    pub(super) observed_in_pieces: usize,
     /// Staging buffers, which do not count towards the window.
     pub(super) staging: Vec<Range<usize>>,
     /// The memory that each sink fills, by the sink's address.
@@ -110,7 +110,7 @@ unsafe impl Send for SimSink {}
 unsafe impl Sync for SimSink {}
 
 impl Sink for SimSink {
-    unsafe fn fill(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
+    unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault> {
         assert!(offset + bytes <= self.bytes, "a place is within its buffer");
         let mut done = 0;
         while done < bytes {
@@ -181,7 +181,7 @@ impl SimBuffer {
     }
 
     pub(super) fn contents(&self) -> &[u8] {
-        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are looked at while a read may write to them");
+        assert!(!self.memory.borrow().is_written_to(&self.range()), "bytes are accessed while a read may write to them");
         // SAFETY: the memory has that many bytes, initialised with poison, and nothing writes to
         // it.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
@@ -270,7 +270,7 @@ unsafe impl Buffer for SimStaging {
     }
 
     fn place(&self, _: usize) -> Place {
-        unreachable!("threads copy from staging, and put nothing into it")
+        unreachable!("threads only copy from staging")
     }
 
     fn leak(self) {

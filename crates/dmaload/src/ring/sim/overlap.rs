@@ -108,7 +108,7 @@ fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
             } else {
                 SimBuffer::new(id, BLOCK, &memory)
             };
-            driver.piece(id, number, plan.pieces[number], spec, buffer);
+            driver.enqueue_piece(id, number, plan.pieces[number], spec, buffer);
         }
         driver.kernel().complete_due();
         driver.turn(false).unwrap();
@@ -116,7 +116,7 @@ fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
         driver.issue();
         driver.turn(false).unwrap();
         most_reads = most_reads.max(driver.kernel().reads_in_flight());
-        for output in driver.outputs() {
+        for output in driver.take_outputs() {
             match output {
                 Output::PieceFull { .. } => {
                     out -= 1;
@@ -134,14 +134,14 @@ fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
             allocation = Some((number, clock.get() + allocating));
         }
         let next = allocation.map(|(_, due)| due).into_iter().chain(driver.kernel().next_due()).min();
-        clock.set(next.expect("something is under way until the load is gone"));
+        clock.set(next.expect("something is in progress until the load is gone"));
     }
 }
 
 const MS: Duration = Duration::from_millis(1);
 
 #[test]
-fn the_longer_part_hides_the_shorter_one() {
+fn longer_phase_hides_the_shorter_one() {
     for (allocating, reading) in [(10, 10), (10, 3), (3, 10), (10, 1), (1, 10)] {
         let (total, _) = simulate(2, allocating * MS, reading * MS);
         let (longer, shorter) = (allocating.max(reading), allocating.min(reading));
@@ -193,7 +193,7 @@ fn reads_overlap_with_copies_that_populate() {
 /// Copies must not wait for reads, nor reads for copies, on a device that finishes all its reads
 /// at about the same time.
 #[test]
-fn some_staging_is_left_for_what_is_copied() {
+fn some_staging_is_left_for_copies() {
     for (slots, most) in [(1, 1), (2, 1), (4, 3), (8, 4), (16, 9)] {
         let (_, most_reads) = staged(slots, 10 * MS, MS);
         assert_eq!(most_reads, most, "of {slots} slots one load reads into {most} at once");
@@ -201,13 +201,13 @@ fn some_staging_is_left_for_what_is_copied() {
 }
 
 #[test]
-fn with_a_window_of_one_piece_nothing_overlaps() {
+fn window_of_one_piece_prevents_overlap() {
     let (total, _) = simulate(1, 10 * MS, 10 * MS);
     assert_eq!(total, PIECES * 20 * MS);
 }
 
 #[test]
-fn the_allocator_never_runs_more_than_the_window_ahead() {
+fn allocator_stays_within_the_window() {
     // With room for four or more, the window reserves some for other file systems; with room for
     // 16 or more, one for other loads.
     for (window, most) in [(1, 1), (2, 2), (3, 3), (4, 3), (8, 6), (16, 11)] {

@@ -87,14 +87,14 @@ impl Machine {
                 alignment_bytes: BLOCK,
                 cached: CachedChunks::default(),
             };
-            self.driver.piece(id, number, piece, spec, SimBuffer::new(id, BLOCK, &self.memory));
+            self.driver.enqueue_piece(id, number, piece, spec, SimBuffer::new(id, BLOCK, &self.memory));
         }
         let mut done = Done { fallbacks: Vec::new(), failure: None, refusals: 0 };
         loop {
             self.driver.issue();
             self.driver.turn(false).unwrap();
             self.driver.kernel().complete_any();
-            for output in self.driver.outputs() {
+            for output in self.driver.take_outputs() {
                 match output {
                     Output::Event { event: LoadEvent::SteppedDown { fallback, .. }, .. } => done.fallbacks.push(fallback),
                     Output::Event { event: LoadEvent::Failed { failure, .. }, .. } => done.failure = Some(failure),
@@ -121,27 +121,27 @@ impl Done {
 }
 
 #[test]
-fn memory_that_can_not_be_pinned_is_tried_once() {
+fn unpinnable_memory_is_tried_once() {
     let mut machine = Machine::new(Faults { unpinnable: true, ..Faults::none() });
     let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
     let first = machine.load(0, None, false);
     assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
     // On another mount, too: it is the memory that refuses.
     let second = machine.load(1, None, false);
-    assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "known, and told");
+    assert_eq!((second.steps(), second.refusals), (expected.to_vec(), 0), "known, and reported");
     let strict = machine.load(0, None, true);
     assert_eq!(strict.refusals, 1, "a strict load tries for itself");
     assert!(matches!(strict.failure, Some(Failure::Refused { attempt: Attempt::RegisterBuffer, errno: Errno::FAULT, .. })));
 }
 
 #[test]
-fn a_mount_without_direct_reads_is_tried_once() {
+fn mount_without_direct_reads_is_tried_once() {
     let mut machine = Machine::new(Faults::none());
     let first = machine.load(7, Some(Errno::INVAL), false);
     assert!(first.refusals > 0 && first.steps().last().unwrap().1 == Route::Buffered);
     let second = machine.load(7, Some(Errno::INVAL), false);
     let known = [(Route::UringFixedDirect, Route::Buffered, Attempt::Read, Errno::INVAL)];
-    assert_eq!((second.steps(), second.refusals), (known.to_vec(), 0), "known, and told");
+    assert_eq!((second.steps(), second.refusals), (known.to_vec(), 0), "known, and reported");
     let other = machine.load(8, None, false);
     assert_eq!(other.steps(), [], "another mount is not concerned");
     let strict = machine.load(7, Some(Errno::INVAL), true);
@@ -164,7 +164,7 @@ fn buffered_and_direct_reads_imply_nothing_of_each_other() {
 }
 
 #[test]
-fn a_file_of_its_own_kind_is_no_judgement_on_its_mount() {
+fn unusual_file_does_not_affect_its_mount() {
     let mut machine = Machine::new(Faults::none());
     assert_eq!(machine.load(7, None, false).steps(), []);
     assert!(!machine.load(7, Some(Errno::INVAL), false).steps().is_empty());
@@ -172,7 +172,7 @@ fn a_file_of_its_own_kind_is_no_judgement_on_its_mount() {
 }
 
 #[test]
-fn a_file_that_was_cut_off_is_no_judgement_on_its_mount() {
+fn truncated_file_does_not_affect_its_mount() {
     let mut machine = Machine::new(Faults::none());
     let cut = machine.load_shrunk(100, 7, None, false);
     assert_eq!(cut.fallbacks.last().unwrap().attempt, Attempt::ReadOn);
@@ -181,7 +181,7 @@ fn a_file_that_was_cut_off_is_no_judgement_on_its_mount() {
 }
 
 #[test]
-fn what_is_known_is_tried_again_after_a_while() {
+fn known_refusals_expire() {
     let mut machine = Machine::new(Faults { unpinnable: true, ..Faults::none() });
     let minute = Duration::from_secs(61);
     assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
@@ -191,7 +191,7 @@ fn what_is_known_is_tried_again_after_a_while() {
     let mut machine = Machine::new(Faults::none());
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.clock.set(machine.clock.get() + minute);
-    assert_eq!(machine.load(7, None, false).steps(), [], "its first file was an odd one");
+    assert_eq!(machine.load(7, None, false).steps(), [], "the first file was unusual");
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn refused_staging_buffer_is_tried_again_by_the_next_load() {
 }
 
 #[test]
-fn a_completion_that_fits_no_read_panics() {
+fn completion_without_a_read_panics() {
     let mut machine = Machine::new(Faults::none());
     machine.driver.kernel().complete_stray();
     let message = crate::support::foreign::call(|| machine.driver.turn(false)).unwrap_err();

@@ -36,7 +36,7 @@ use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
-use crate::ring::kernel::{CachedRead, Completion, Kernel, Look, Read, StagedCopy};
+use crate::ring::kernel::{CachedRead, Completion, Kernel, ObserveRequest, Read, StagedCopy};
 use crate::ring::message::{FileSpec, LoadEvent, LoadSpec, Output};
 use crate::ring::pace::{FIRST, most_allocators, most_copiers};
 use crate::ring::slots::Token;
@@ -84,7 +84,7 @@ impl Path {
 /// Work for a processor.
 #[derive(Debug)]
 struct Task {
-    of: Of,
+    work: Work,
     /// When its thread can start.
     from: f64,
     /// Bytes that are left.
@@ -96,7 +96,7 @@ struct Task {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Of {
+enum Work {
     Batch(LoadId, usize),
     Copy(Token),
 }
@@ -132,7 +132,7 @@ impl Machine {
     }
 
     fn copying(&self) -> usize {
-        self.tasks.iter().filter(|task| matches!(task.of, Of::Copy(_))).count()
+        self.tasks.iter().filter(|task| matches!(task.work, Work::Copy(_))).count()
     }
 
     fn start_copies(&mut self) {
@@ -141,7 +141,7 @@ impl Machine {
         {
             let (passes, traffic) = (self.path.passes(), self.path.traffic());
             let from = self.ring_until.max(self.now);
-            self.tasks.push(Task { of: Of::Copy(token), from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
+            self.tasks.push(Task { work: Work::Copy(token), from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
             self.most_copying = self.most_copying.max(self.copying());
         }
     }
@@ -166,7 +166,7 @@ impl Machine {
         let transfer = |transfer: &Transfer| if transfer.from > now { transfer.from } else { now + transfer.left / device };
         let ring = Some(self.ring_until).filter(|&until| until > now);
         let events = self.tasks.iter().map(task).chain(self.transfers.iter().map(transfer)).chain(ring);
-        let next = events.min_by(f64::total_cmp).expect("something is under way until the load is gone");
+        let next = events.min_by(f64::total_cmp).expect("something is in progress until the load is gone");
         for task in self.tasks.iter_mut().filter(|task| task.from <= now) {
             task.left -= (next - now) * pass / task.passes;
         }
@@ -176,9 +176,9 @@ impl Machine {
         // A hundredth of a byte: less than any real remainder, and more than rounding errors.
         self.now = next + 1e-12;
         for task in self.tasks.extract_if(.., |task| task.left < 0.01) {
-            match task.of {
-                Of::Batch(load, number) => self.batches.push((load, number)),
-                Of::Copy(token) => {
+            match task.work {
+                Work::Batch(load, number) => self.batches.push((load, number)),
+                Work::Copy(token) => {
                     let result = Ok(usize::try_from(task.bytes).unwrap());
                     self.completions.push(Completion { token, result });
                 }
@@ -242,7 +242,7 @@ unsafe impl Buffer for Untouched {
 struct Nowhere;
 
 impl Sink for Nowhere {
-    unsafe fn fill(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
+    unsafe fn fill_with(&self, _: usize, _: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
         unreachable!("copies take time here, and move nothing")
     }
 
@@ -309,11 +309,11 @@ impl Kernel for FlowKernel {
         unreachable!("nothing is cached here")
     }
 
-    unsafe fn look(&mut self, _: Look) {
+    unsafe fn observe(&mut self, _: ObserveRequest) {
         unreachable!("nothing is observed here")
     }
 
-    fn is_alone(&self) -> bool {
+    fn lacks_threads(&self) -> bool {
         false
     }
 
@@ -338,7 +338,7 @@ struct Outcome {
 }
 
 fn whole(threads: f64) -> usize {
-    (1..).find(|&whole| whole as f64 >= threads).expect("there is a number above each other")
+    (1..).find(|&whole| whole as f64 >= threads).expect("there is always a larger number")
 }
 
 /// Loads one large file, or as many bytes in several simultaneous loads from one file system, with
@@ -366,7 +366,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
     let chunk_bytes = settings.load.chunk_bytes;
     let mut scheduler = Scheduler::new(settings.window_bytes, u64::MAX, 1, loads);
     let mut driver: Driver<_, Untouched> = Driver::new(FlowKernel(Rc::clone(&machine)), settings.queue_depth, settings.staging())
-        .paced(settings.copiers(), settings.staging_grows());
+        .with_pace(settings.copiers(), settings.staging_grows());
     let need = |bytes| Need { bytes, ..Need::default() };
     for id in (0..loads as u64).map(LoadId) {
         driver.begin(LoadSpec { id, pieces: plan.pieces.len(), chunk_bytes, strict: true, trace: false, observation: None });
@@ -396,14 +396,14 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
                 cached: CachedChunks::default(),
             };
             let bytes = usize::try_from(piece.memory_bytes).unwrap();
-            driver.piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
+            driver.enqueue_piece(id, number, piece, spec, Untouched::new(bytes, path == Path::Direct));
         }
         // The ring thread handles what arrives while it is busy when it is done.
         if machine.borrow().ring_until <= now {
             driver.turn(false).unwrap();
             driver.issue();
         }
-        for output in driver.outputs() {
+        for output in driver.take_outputs() {
             match output {
                 Output::PieceFull { load, piece, .. } => scheduler.give_back(&load, need(plan.pieces[piece].memory_bytes)),
                 Output::Event { event: LoadEvent::Gone { .. }, .. } if loads_left > 1 => loads_left -= 1,
@@ -423,7 +423,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             most_allocating = most_allocating.max(allocating);
             let (left, passes, traffic) =
                 if path == Path::Direct { (need.bytes as f64, 1.0, 1.0) } else { (PREPARE * PASS, 1.0, 0.0) };
-            let task = Task { of: Of::Batch(id, number), from: now, left, bytes: need.bytes, passes, traffic };
+            let task = Task { work: Work::Batch(id, number), from: now, left, bytes: need.bytes, passes, traffic };
             machine.borrow_mut().tasks.push(task);
         }
         machine.borrow_mut().advance();
@@ -431,7 +431,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
 }
 
 #[test]
-fn threads_and_staging_follow_the_machine_to_its_limit() {
+fn threads_and_staging_grow_to_the_machines_limit() {
     use std::fmt::Write as _;
 
     let mut table = String::from("path | device | cores | limit | reached | share | copiers | allocators\n");
@@ -479,7 +479,7 @@ fn many_loads_of_one_file_system_are_as_fast_as_one() {
 }
 
 #[test]
-fn bounds_of_threads_are_for_the_fastest_device() {
+fn thread_bounds_suffice_for_the_fastest_device() {
     assert!(most_copiers(32) as f64 * PASS / 2.0 >= 50.0 * GIB && most_allocators(32) as f64 * PASS >= 50.0 * GIB);
     assert_eq!([1, 2].map(most_copiers), [2, 2], "as before");
     assert_eq!([1, 2].map(most_allocators), [1, 2], "as before");

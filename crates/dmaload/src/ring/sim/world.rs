@@ -154,7 +154,7 @@ impl World {
             depth,
             scheduler: Scheduler::new(window_bytes, u64::MAX, 1, 1 + usize::try_from(random.below(3)).unwrap()),
             // With even seeds staging grows with the threads that copy, while slots are taken.
-            driver: Driver::new(kernel, depth, staging).paced(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
+            driver: Driver::new(kernel, depth, staging).with_pace(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
             alloc_fails_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
@@ -343,7 +343,7 @@ impl World {
             .collect();
         for (number, piece, spec, buffer) in parts {
             let before = self.memory.borrow().live_buffers;
-            self.driver.piece(id, number, piece, spec, buffer);
+            self.driver.enqueue_piece(id, number, piece, spec, buffer);
             // The driver drops the buffer of a load that is over; its permit comes back at once.
             if self.memory.borrow().live_buffers < before {
                 self.sync_window();
@@ -364,7 +364,7 @@ impl World {
             let allocating = self.allocating.iter().filter(|allocating| allocating.load == id);
             let out = unfilled + allocating.map(|allocating| allocating.bytes).sum::<u64>();
             let taken = self.scheduler.window_held_bytes(&id);
-            assert!(taken >= out, "a permit came back before its memory was freed");
+            assert!(taken >= out, "a permit was returned before its memory was freed");
             self.give_back(id, taken - out);
         }
     }
@@ -420,8 +420,8 @@ impl World {
     }
 
     fn act_on_outputs(&mut self) {
-        drop(self.driver.released());
-        for output in self.driver.outputs() {
+        drop(self.driver.take_released());
+        for output in self.driver.take_outputs() {
             match output {
                 Output::PieceFull { load: id, piece: number, route, buffer } => {
                     let load = self.loads.get_mut(&id).unwrap();

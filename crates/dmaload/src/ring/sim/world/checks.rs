@@ -43,11 +43,11 @@ impl World {
         }
         let memory = self.memory.borrow();
         let observed = |staged: bool| self.loads.values().any(|load| load.observed.is_some() && load.is_staged() == staged);
-        assert!(memory.looks_at_staging == 0 || observed(true), "staging is looked at only if that was asked for");
-        assert!(memory.looks_at_pieces == 0 || observed(false), "pieces are looked at only if that was asked for");
-        assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed but what was leaked on purpose");
+        assert!(memory.observed_in_staging == 0 || observed(true), "staging is observed only if requested");
+        assert!(memory.observed_in_pieces == 0 || observed(false), "pieces are observed only if requested");
+        assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed except what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
-        assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits came back");
+        assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits were returned");
         drop(memory);
         assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");
     }

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::super::kernel::{Kernel, Look};
+use super::super::kernel::{Kernel, ObserveRequest};
 use super::super::message::Failure;
 use super::super::staging::StagingSlot;
-use super::entry::{Chunk, InFlight, Step, Unseen, progress};
+use super::entry::{Chunk, InFlight, Step, Unobserved, progress};
 use super::{Driver, LOAD, PIECE};
 use crate::memory::buffer::{Buffer, Fault};
 use crate::route::Route;
@@ -15,25 +15,25 @@ use crate::support::id::LoadId;
 impl<K: Kernel, B: Buffer> Driver<K, B> {
     /// Lets the observer see what is next in file order, if that is ready and no other observation
     /// is in flight.
-    pub(super) fn look(&mut self, id: LoadId) {
+    pub(super) fn observe_next(&mut self, id: LoadId) {
         let load = self.loads.get_mut(&id).expect(LOAD);
-        let observation = load.spec.observation.as_ref().expect("only what is observed is looked at");
+        let observation = load.spec.observation.as_ref().expect("only observed loads have observations");
         let watch = Arc::clone(&observation.watch);
         // The next one in file order is not ready, or another is being observed.
-        let Some(unseen) = load.unseen.take() else { return };
-        let token = match &unseen {
-            Unseen::Piece(token) => *token,
-            Unseen::Staged { chunk, .. } => chunk.piece,
+        let Some(unobserved) = load.unobserved.take() else { return };
+        let token = match &unobserved {
+            Unobserved::Piece(token) => *token,
+            Unobserved::Staged { chunk, .. } => chunk.piece,
         };
         let entry = self.pieces.get_mut(token).expect(PIECE);
-        let (address, bytes, chunk, route, step) = match unseen {
-            Unseen::Piece(token) => {
+        let (address, bytes, chunk, route, step) = match unobserved {
+            Unobserved::Piece(token) => {
                 let all = Chunk::new(token, entry.position, 0..entry.piece.bytes);
-                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.file.route, Step::Seen)
+                (entry.buffer.address(), to_usize(entry.piece.bytes), all, entry.file.route, Step::Observed)
             }
-            Unseen::Staged { chunk, route, slot, bytes } => {
+            Unobserved::Staged { chunk, route, slot, bytes } => {
                 let (staging, _) = self.staging.get(slot);
-                (staging.address(), bytes, chunk, route, Step::SeenStaged(slot))
+                (staging.address(), bytes, chunk, route, Step::ObservedStaged(slot))
             }
         };
         entry.in_flight += 1;
@@ -43,13 +43,13 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         let token = self.reads.insert(InFlight { chunk, route, step, since: self.kernel.now() });
         // SAFETY: these bytes were written by reads that have completed. As for reads, neither the
         // piece nor the slot is released or written to before the completion.
-        unsafe { self.kernel.look(Look { token, watch, file, offset, address, bytes }) };
-        self.tell_if_alone(id);
+        unsafe { self.kernel.observe(ObserveRequest { token, watch, file, offset, address, bytes }) };
+        self.report_missing_thread(id);
     }
 
     /// Queues the observation of a finished copy from staging. Bytes beyond the last whole block
     /// of a direct read are not included: they are read again with the rest.
-    pub(super) fn copied(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
+    pub(super) fn queue_observation(&mut self, id: LoadId, chunk: Chunk, route: Route, slot: StagingSlot, bytes: usize) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let counted = progress(&chunk, bytes as u64, route, entry.file.alignment_bytes);
         if counted == 0 {
@@ -59,18 +59,25 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
         }
         let position = chunk.at();
         let load = self.loads.get_mut(&id).expect(LOAD);
-        load.unseen.ready(position, counted, Unseen::Staged { chunk, route, slot, bytes: to_usize(counted) });
-        self.look(id);
+        load.unobserved.insert(position, counted, Unobserved::Staged { chunk, route, slot, bytes: to_usize(counted) });
+        self.observe_next(id);
     }
 
     /// Completes an observation.
-    pub(super) fn seen(&mut self, id: LoadId, chunk: Chunk, route: Route, step: Step, result: Result<usize, Fault>) {
+    pub(super) fn complete_observation(
+        &mut self,
+        id: LoadId,
+        chunk: Chunk,
+        route: Route,
+        step: Step,
+        result: Result<usize, Fault>,
+    ) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         match result {
             Ok(bytes) => {
-                self.look(id);
+                self.observe_next(id);
                 match step {
-                    Step::Seen => self.give(chunk.piece),
+                    Step::Observed => self.output_piece(chunk.piece),
                     _ => self.advance(chunk, route, bytes as u64),
                 }
             }
