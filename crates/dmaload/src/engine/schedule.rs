@@ -19,8 +19,9 @@
 //! count as open if it is the opening that waits.
 //!
 //! A file system is *silent* while it holds permits of the window and none has been returned for a
-//! long time ([`Scheduler::find_silent_file_systems`]). Its loads don't count as open either, up to
-//! [`MOST_SILENT`] of them: otherwise they would keep all places from loads of other file systems.
+//! long time ([`Scheduler::find_silent_file_systems`]). Its loads don't count as open either, up
+//! to [`MOST_SILENT`] of them: otherwise they would keep all places from loads of other file
+//! systems.
 
 use std::collections::VecDeque;
 

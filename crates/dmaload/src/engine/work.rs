@@ -133,8 +133,8 @@ impl Engine {
         let start = Instant::now();
         for slot in &moves {
             // SAFETY: all pieces of the allocation have come back from the driver, so it is filled
-            // and nothing writes to it; its segments are not created before `record_finished_memory`, so
-            // nothing reads it.
+            // and nothing writes to it; its segments are not created before
+            // `record_finished_memory`, so nothing reads it.
             unsafe { backing.move_down(slot) };
         }
         let export = |memory: &Memory| {

@@ -110,9 +110,9 @@ pub(super) struct LoadEntry {
     pub(super) copying: BusyTime,
     pub(super) from_cache: BusyTime,
     pub(super) cached_bytes: u64,
-    /// Whether the load was told why its reads into staging do not use the best route.
+    /// Whether it was reported why its reads into staging do not use the best route.
     pub(super) staging_reported: bool,
-    /// Whether the load was told that there is less staging than it may use.
+    /// Whether it was reported that there is less staging than it may use.
     pub(super) less_staging_reported: bool,
     pub(super) no_thread_reported: bool,
     /// The best route still allowed for all files.

@@ -28,7 +28,7 @@ pub(super) struct Faults {
     pub(super) buffer_slots: u16,
     /// Whether the heap's memory can be pinned neither by registration nor by a direct read.
     pub(super) unpinnable: bool,
-    /// Whether no thread can be started for copies and looks.
+    /// Whether no thread can be started for copies and observations.
     pub(super) no_threads: bool,
     /// Staging buffers that can be allocated.
     pub(super) staging: usize,
