@@ -145,7 +145,7 @@ real-model:
 gguf:
     .ci/gguf
 
-# Computes one embedding in candle, on an image and with candle's own loader (builds for minutes).
+# Tests the adapter for candle beside candle's own loaders (builds for a minute).
 [group('other programs')]
 candle:
     .ci/candle
@@ -160,6 +160,11 @@ gpu-import *MODEL:
 bench-small:
     cargo bench -p dmaload-benches --bench overlap
     cargo test --release -p dmaload --lib instructions::bench -- --ignored --exact --nocapture
+
+# Measures the first layer in candle beside candle's own loader, into docs/adopt.md.
+[group('measuring')]
+candle-first-layer:
+    .ci/candle --first-layer
 
 # Measures other loaders beside dmaload, into docs/performance.md (installs gigabytes).
 [group('measuring')]

@@ -1,5 +1,5 @@
-//! Runs MiniLM (a BERT of six layers) twice, on weights that dmaload loaded and on those of
-//! candle's own loader. The embeddings must be equal to the last bit.
+//! Runs MiniLM (a BERT of six layers) twice: built while dmaload reads the file, and by candle's
+//! own loader. The embeddings must be the same to the last bit.
 //!
 //! `just candle` fetches the model and runs it.
 
@@ -18,11 +18,11 @@ const CONFIG: &str = r#"{
     "position_embedding_type": "absolute", "use_cache": true, "classifier_dropout": null
 }"#;
 
-/// "the quick brown fox jumps over the lazy dog" by its tokenizer, between the start and end
-/// tokens.
+/// "the quick brown fox jumps over the lazy dog", as its tokenizer cuts it, between the marks of
+/// beginning and end.
 const TOKENS: [u32; 11] = [101, 1996, 4248, 2829, 4419, 14523, 2058, 1996, 13971, 3899, 102];
 
-/// The mean of the last layer, normalised, as the model's authors use it.
+/// The mean of the last layer, of length one, as the model's authors use it.
 fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
     let config: Config = serde_json::from_str(CONFIG)?;
     let device = Device::Cpu;
@@ -35,12 +35,12 @@ fn embedding(weights: VarBuilder<'_>) -> Result<Vec<f32>> {
     Ok(unit.squeeze(0)?.to_vec1()?)
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
     let path = std::env::args().nth(1).context("the path of the model is missing: just candle fetches one")?;
-    let image = Loader::new()?.load(&path).await?;
-    println!("{} tensors, {} bytes by {}", image.tensors().count(), image.report().bytes, image.report().route);
-    let ours = embedding(VarBuilder::from_backend(Box::new(Weights(image)), DType::F32, Device::Cpu))?;
+    let weights = Weights::load(&Loader::new()?, &path, DType::F32, &Device::Cpu)?;
+    let ours = embedding(weights.var_builder())?;
+    let report = weights.finish()?;
+    println!("{} bytes by {}", report.bytes, report.route);
     let bytes = std::fs::read(&path)?;
     let theirs = embedding(VarBuilder::from_buffered_safetensors(bytes, DType::F32, &Device::Cpu)?)?;
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();

@@ -1,0 +1,183 @@
+//! How long it takes until the first layer of a model has run, and until the whole model has: on
+//! dmaload, and on candle's own loader, which maps the file.
+//!
+//! ```text
+//! just candle-first-layer [FOLDER [PAIRS]]
+//! ```
+//!
+//! The model is a llama of candle's own (`candle_transformers::models::llama`) with synthetic
+//! weights, tied embeddings and 24 layers in F32: 1.4 GB. Each run is a process of its own, cold
+//! (the file is evicted from the page cache before it), and the clock starts before anything is
+//! opened and ends after a forward pass of eight tokens. *First layer* is the same model with one
+//! layer: its embedding, its norm and layer 0 are built and run. Runs of the two loaders
+//! alternate, and so does which of them is first; what is printed are medians of each, and the
+//! median of the ratios of a pair's two runs.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::llama::{Cache, Config, Llama};
+use dmaload::Loader;
+use dmaload_candle::Weights;
+use rustix::fs::{Advice, fadvise};
+
+const HIDDEN: usize = 1024;
+const INTERMEDIATE: usize = 2816;
+const VOCABULARY: usize = 32_000;
+const LAYERS: usize = 24;
+const PAIRS: usize = 7;
+
+fn config(layers: usize) -> Config {
+    Config {
+        hidden_size: HIDDEN,
+        intermediate_size: INTERMEDIATE,
+        vocab_size: VOCABULARY,
+        num_hidden_layers: layers,
+        num_attention_heads: 16,
+        num_key_value_heads: 16,
+        use_flash_attn: false,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        bos_token_id: None,
+        eos_token_id: None,
+        rope_scaling: None,
+        max_position_embeddings: 64,
+        tie_word_embeddings: true,
+    }
+}
+
+/// Names and shapes, in the order in which model hubs' files have them: by name.
+fn tensors() -> Vec<(String, Vec<usize>)> {
+    let mut tensors =
+        vec![("model.embed_tokens.weight".to_owned(), vec![VOCABULARY, HIDDEN]), ("model.norm.weight".to_owned(), vec![HIDDEN])];
+    for layer in 0..LAYERS {
+        let mut add = |part: &str, shape: &[usize]| tensors.push((format!("model.layers.{layer}.{part}.weight"), shape.to_vec()));
+        for part in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            add(&format!("self_attn.{part}"), &[HIDDEN, HIDDEN]);
+        }
+        add("mlp.gate_proj", &[INTERMEDIATE, HIDDEN]);
+        add("mlp.up_proj", &[INTERMEDIATE, HIDDEN]);
+        add("mlp.down_proj", &[HIDDEN, INTERMEDIATE]);
+        add("input_layernorm", &[HIDDEN]);
+        add("post_attention_layernorm", &[HIDDEN]);
+    }
+    tensors.sort();
+    tensors
+}
+
+/// Writes the model, of small numbers that are the same on every machine.
+fn write_model(path: &Path) -> Result<()> {
+    let (mut entries, mut begin) = (Vec::new(), 0);
+    for (name, shape) in tensors() {
+        let end = begin + shape.iter().product::<usize>() * 4;
+        entries.push(format!(r#""{name}":{{"dtype":"F32","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#));
+        begin = end;
+    }
+    let mut header = format!("{{{}}}", entries.join(","));
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    let mut state = 1_u32;
+    for _ in 0..begin / 4 {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let value = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
+        file.write_all(&(value / 16.0).to_le_bytes())?;
+    }
+    file.into_inner()?.sync_all()?;
+    Ok(())
+}
+
+/// One measured run, in a process of its own: prints its seconds and the sum of the logits.
+fn run(who: &str, layers: usize, path: &Path) -> Result<()> {
+    let begin = Instant::now();
+    let (dtype, device) = (DType::F32, Device::Cpu);
+    let (vb, weights) = match who {
+        "dmaload" => {
+            let loader = Loader::new()?;
+            // As the model asks for them.
+            let options = loader.load_options().tensors(["model.embed_tokens.*", "model.norm.*", "*"]);
+            let weights = Weights::load_with(&loader, [path], options, dtype, &device)?;
+            (weights.var_builder(), Some(weights))
+        }
+        "candle" => (map(path, dtype, &device)?, None),
+        other => bail!("no loader {other:?}"),
+    };
+    let config = config(layers);
+    let model = Llama::load(vb, &config)?;
+    let tokens = Tensor::new(&[[1_u32, 2, 3, 4, 5, 6, 7, 8]], &device)?;
+    let mut cache = Cache::new(false, dtype, &config, &device)?;
+    let logits = model.forward(&tokens, 0, &mut cache)?;
+    let sum = logits.sum_all()?.to_scalar::<f32>()?;
+    println!("{} {:08x}", begin.elapsed().as_secs_f64(), sum.to_bits());
+    // Of the first layer the rest is not waited for.
+    if let Some(weights) = weights.filter(|_| layers == LAYERS) {
+        weights.finish()?;
+    }
+    Ok(())
+}
+
+/// candle's own loader.
+#[allow(unsafe_code)]
+fn map(path: &Path, dtype: DType, device: &Device) -> Result<VarBuilder<'static>> {
+    // SAFETY: nothing writes to the file while this process runs: the parent has written it, and
+    // waits.
+    Ok(unsafe { VarBuilder::from_mmaped_safetensors(&[path], dtype, device)? })
+}
+
+/// The seconds of a run, and the bits of what it computed.
+fn measure(who: &str, layers: usize, path: &Path) -> Result<(f64, String)> {
+    fadvise(File::open(path)?, 0, None, Advice::DontNeed)?;
+    let arguments: [OsString; 4] = ["--run".into(), who.into(), layers.to_string().into(), path.into()];
+    let output = Command::new(std::env::current_exe()?).args(arguments).stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "the run of {who} failed: {}", output.status);
+    let printed = String::from_utf8(output.stdout)?;
+    let (seconds, sum) = printed.trim().split_once(' ').context("two words")?;
+    Ok((seconds.parse()?, sum.to_owned()))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let [flag, who, layers, path] = &*arguments
+        && flag == "--run"
+    {
+        return run(&who.to_string_lossy(), layers.to_string_lossy().parse()?, Path::new(path));
+    }
+    let folder = arguments.first().map_or_else(std::env::temp_dir, PathBuf::from);
+    let pairs = arguments.get(1).map_or(Ok(PAIRS), |pairs| pairs.to_string_lossy().parse())?;
+    let file = tempfile::Builder::new().prefix("first-layer.").suffix(".safetensors").tempfile_in(folder)?;
+    write_model(file.path())?;
+    println!("| until | dmaload | candle's own loader | ratio (median of {pairs} pairs) |");
+    println!("|---|---|---|---|");
+    for (what, layers) in [("the first layer has run", 1), ("the whole model has run", LAYERS)] {
+        let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for pair in 0..pairs {
+            let order = if pair % 2 == 0 { ["dmaload", "candle"] } else { ["candle", "dmaload"] };
+            let mut seconds = [0.0, 0.0];
+            let mut sums = Vec::new();
+            for who in order {
+                let (taken, sum) = measure(who, layers, file.path())?;
+                seconds[usize::from(who == "candle")] = taken;
+                sums.push(sum);
+            }
+            ensure!(sums[0] == sums[1], "the two computed different logits: {sums:?}");
+            ours.push(seconds[0]);
+            theirs.push(seconds[1]);
+            ratios.push(seconds[1] / seconds[0]);
+        }
+        println!("| {what} | {:.2} s | {:.2} s | {:.2} |", median(ours), median(theirs), median(ratios));
+    }
+    Ok(())
+}

@@ -1,0 +1,192 @@
+//! The tensors of a load, converted as they arrive and given by name.
+//!
+//! ```text
+//!   dmaload::Tensors ──► a thread: convert, drop the original ──► a map by name ──► callers
+//! ```
+//!
+//! The thread ends with the load, or when the [`Arrivals`] are dropped, which cancels the load.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use dmaload::{Errno, Error, LoadRequest, Report, Result, Tensor, Tensors};
+
+/// At most 15 bytes are kept of a thread's name.
+const THREAD: &str = "dmaload-candle";
+
+/// What has arrived of a load, by name.
+pub(crate) struct Arrivals<T> {
+    shared: Arc<Shared<T>>,
+    thread: Thread,
+}
+
+struct Shared<T> {
+    state: Mutex<State<T>>,
+    changed: Condvar,
+    is_cancelled: AtomicBool,
+}
+
+struct State<T> {
+    /// Each tensor that has arrived, or why it is of no use.
+    tensors: HashMap<String, std::result::Result<T, String>>,
+    end: Option<Result<Report>>,
+}
+
+/// Why a tensor was not given.
+#[derive(Debug)]
+pub(crate) enum Missing {
+    /// It has arrived and could not be converted.
+    Unusable(String),
+    /// The load failed before it arrived.
+    Failed(Error),
+    /// The load has ended without it.
+    NotLoaded,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Missing::Unusable(reason) => f.write_str(reason),
+            Missing::Failed(error) => error.fmt(f),
+            Missing::NotLoaded => f.write_str("the load's options left it out"),
+        }
+    }
+}
+
+impl<T: Clone + Send + 'static> Arrivals<T> {
+    /// Starts the load.
+    ///
+    /// # Errors
+    /// [`Error::Start`] when no thread can be started.
+    pub(crate) fn start(
+        load: LoadRequest,
+        convert: impl Fn(&Tensor) -> std::result::Result<T, String> + Send + 'static,
+    ) -> Result<Self> {
+        let state = Mutex::new(State { tensors: HashMap::new(), end: None });
+        let shared = Arc::new(Shared { state, changed: Condvar::new(), is_cancelled: AtomicBool::new(false) });
+        let own = Arc::clone(&shared);
+        let started = thread::Builder::new().name(THREAD.to_owned()).spawn(move || {
+            // Conversions run outside of the lock, and no state of theirs is used after a panic.
+            let taken = catch_unwind(AssertUnwindSafe(|| take_all(load.tensors(), &own, convert)));
+            own.end(taken.unwrap_or_else(|panic| Err(Error::Panicked { code: THREAD.to_owned(), message: message(&*panic) })));
+        });
+        let thread = started.map_err(|error| Error::Start {
+            operation: "start the thread that takes the tensors of a load",
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN),
+        })?;
+        Ok(Arrivals { shared, thread: thread.thread().clone() })
+    }
+
+    /// The tensor of this name, as soon as it has arrived. The caller's thread sleeps until then.
+    ///
+    /// # Errors
+    /// [`Missing`] says why there is none, at the end of the load at the latest.
+    pub(crate) fn wait(&self, name: &str) -> std::result::Result<T, Missing> {
+        let mut state = self.shared.lock();
+        loop {
+            match (state.tensors.get(name), &state.end) {
+                (Some(Ok(tensor)), _) => return Ok(tensor.clone()),
+                (Some(Err(reason)), _) => return Err(Missing::Unusable(reason.clone())),
+                (None, Some(Ok(_))) => return Err(Missing::NotLoaded),
+                (None, Some(Err(error))) => return Err(Missing::Failed(error.clone())),
+                (None, None) => {}
+            }
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets go of a tensor that has arrived.
+    pub(crate) fn remove(&self, name: &str) {
+        let removed = self.shared.lock().tensors.remove(name);
+        // Freed outside of the lock.
+        drop(removed);
+    }
+
+    /// The report, once the load has ended. The caller's thread sleeps until then.
+    ///
+    /// # Errors
+    /// Whatever made the load fail.
+    pub(crate) fn finish(&self) -> Result<Report> {
+        let mut state = self.shared.lock();
+        loop {
+            if let Some(end) = &state.end {
+                return end.clone();
+            }
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl<T> Drop for Arrivals<T> {
+    fn drop(&mut self) {
+        self.shared.is_cancelled.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+}
+
+impl<T> fmt::Debug for Arrivals<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = self.shared.lock();
+        f.debug_struct("Arrivals").field("arrived", &state.tensors.len()).field("end", &state.end).finish()
+    }
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, name: &str, tensor: std::result::Result<T, String>) {
+        let before = self.lock().tensors.insert(name.to_owned(), tensor);
+        assert!(before.is_none(), "a load gives each name once: {name}");
+        self.changed.notify_all();
+    }
+
+    fn end(&self, end: Result<Report>) {
+        self.lock().end = Some(end);
+        self.changed.notify_all();
+    }
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Takes the tensors of a load until it ends, or nobody wants them any more.
+fn take_all<T>(
+    mut tensors: Tensors,
+    shared: &Shared<T>,
+    convert: impl Fn(&Tensor) -> std::result::Result<T, String>,
+) -> Result<Report> {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut context = Context::from_waker(&waker);
+    loop {
+        if shared.is_cancelled.load(Ordering::Acquire) {
+            return Err(Error::ShutDown);
+        }
+        // Dropping the future loses no tensor, and keeps the waker.
+        let next = pin!(tensors.next()).poll(&mut context);
+        match next {
+            Poll::Pending => thread::park(),
+            Poll::Ready(Some(Ok(tensor))) => shared.add(tensor.name(), convert(&tensor)),
+            Poll::Ready(Some(Err(error))) => return Err(error),
+            Poll::Ready(None) => return Ok(tensors.report().expect("a stream that has ended has its report").clone()),
+        }
+    }
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let literal = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    literal.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
+}

@@ -1,0 +1,291 @@
+//! GGUF: quantized tensors by name, and a reader for candle's quantized models.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{Device, Error, Result};
+use dmaload::{Format, LoadOptions, Loader, Report, Tensor, inspect_blocking};
+
+use crate::arrivals::Arrivals;
+use crate::headers::{self, Named};
+use crate::weights::not_given;
+
+/// The tensors of a GGUF model as candle's `QTensor`s by name, while they are read. Cheap to
+/// clone.
+///
+/// Each is given as soon as its last byte is there, after one copy; a thread that asks for it
+/// sleeps until then. Split files are one model. Dropping the last clone cancels the load.
+///
+/// ```no_run
+/// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
+/// use candle_core::Device;
+/// use candle_core::quantized::QMatMul;
+/// use dmaload_candle::QTensors;
+///
+/// let tensors = QTensors::load(loader, "model.gguf", &Device::Cpu)?;
+/// let query = QMatMul::from_arc(tensors.get("blk.0.attn_q.weight")?)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct QTensors(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    named: Named,
+    arrivals: Arrivals<Arc<QTensor>>,
+}
+
+impl QTensors {
+    /// Starts to load a GGUF model. Its headers are read before this returns.
+    ///
+    /// # Errors
+    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said by the tensors, and
+    /// by [`Self::finish`].
+    pub fn load(loader: &Loader, path: impl Into<PathBuf>, device: &Device) -> dmaload::Result<Self> {
+        Self::load_with(loader, path, loader.load_options(), device)
+    }
+
+    /// The same by options: in the order of [`LoadOptions::tensors`], for example.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions, device: &Device) -> dmaload::Result<Self> {
+        let paths = [path.into()];
+        let named = headers::read(&paths)?;
+        let target = device.clone();
+        let arrivals = Arrivals::start(loader.load(paths).options(options), move |tensor| {
+            convert(tensor, &target).map(Arc::new).map_err(|error| error.to_string())
+        })?;
+        Ok(QTensors(Arc::new(Inner { named, arrivals })))
+    }
+
+    /// The tensor of this name, as soon as its bytes are there.
+    ///
+    /// # Errors
+    /// `CannotFindTensor`, at once, where the model has none of this name; a message where its
+    /// type is unknown to candle, the load's options left it out, or the load failed.
+    pub fn get(&self, name: &str) -> Result<Arc<QTensor>> {
+        if !self.contains(name) {
+            return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
+        }
+        self.0.arrivals.wait(name).map_err(|missing| not_given(name, &missing))
+    }
+
+    /// Whether the model has it, by its headers: known before it has arrived.
+    pub fn contains(&self, name: &str) -> bool {
+        self.0.named.contains_key(name)
+    }
+
+    /// The names of all tensors of the model, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.named.keys().map(String::as_str)
+    }
+
+    /// Waits for the rest of the load, and lets go of the tensors: see
+    /// [`Weights::finish`](crate::Weights::finish).
+    ///
+    /// # Errors
+    /// Whatever made the load fail.
+    pub fn finish(self) -> dmaload::Result<Report> {
+        self.0.arrivals.finish()
+    }
+}
+
+/// Copies a tensor's blocks to where candle wants them: the one copy.
+fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
+    let dtype = block_type(tensor.dtype())?;
+    let bytes = tensor.bytes().map_err(Error::wrap)?;
+    // candle asserts it. Files are mapped at multiples of a page, and GGUF aligns to 32 bytes by
+    // default, and to 8 at least.
+    if !bytes.is_empty() && !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
+        candle_core::bail!("its bytes begin at {}, which is not a multiple of 4", tensor.file_range().start)
+    }
+    QTensor::new(QStorage::from_data(Cow::Borrowed(&bytes), device, dtype)?, tensor.shape())
+}
+
+fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
+    Ok(match dtype {
+        dmaload::model::DType::F32 => GgmlDType::F32,
+        dmaload::model::DType::F16 => GgmlDType::F16,
+        dmaload::model::DType::BF16 => GgmlDType::BF16,
+        dmaload::model::DType::Q4_0 => GgmlDType::Q4_0,
+        dmaload::model::DType::Q4_1 => GgmlDType::Q4_1,
+        dmaload::model::DType::Q5_0 => GgmlDType::Q5_0,
+        dmaload::model::DType::Q5_1 => GgmlDType::Q5_1,
+        dmaload::model::DType::Q8_0 => GgmlDType::Q8_0,
+        dmaload::model::DType::Q8_1 => GgmlDType::Q8_1,
+        dmaload::model::DType::Q2_K => GgmlDType::Q2K,
+        dmaload::model::DType::Q3_K => GgmlDType::Q3K,
+        dmaload::model::DType::Q4_K => GgmlDType::Q4K,
+        dmaload::model::DType::Q5_K => GgmlDType::Q5K,
+        dmaload::model::DType::Q6_K => GgmlDType::Q6K,
+        dmaload::model::DType::Q8_K => GgmlDType::Q8K,
+        other => candle_core::bail!("candle has no block type {other}"),
+    })
+}
+
+/// A GGUF file as candle's quantized models take it: a reader, whose tensors come from a load.
+///
+/// ```no_run
+/// # fn load(loader: &dmaload::Loader) -> anyhow::Result<()> {
+/// use candle_core::Device;
+/// use candle_core::quantized::gguf_file::Content;
+/// use candle_transformers::models::quantized_llama::ModelWeights;
+/// use dmaload_candle::GgufReader;
+///
+/// // As candle's models ask for them.
+/// let wanted = ["token_embd.*", "output*", "*"];
+/// let options = loader.load_options().tensors(wanted);
+/// let mut reader = GgufReader::open(loader, "model.gguf", options)?;
+/// let model = ModelWeights::from_gguf(Content::read(&mut reader)?, &mut reader, &Device::Cpu)?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// A read of a tensor sleeps until its last byte is there. dmaload's memory of a tensor is
+/// dropped when it was read to its end. candle makes two copies of each, of which one stays; of
+/// tensors that the load is ahead of the model, dmaload's memory stays until the model asks for
+/// them.
+///
+/// The header is read when this is opened. What lies outside of tensors, and what is read a second
+/// time, comes from the file itself, through the page cache, unless that has changed.
+#[derive(Debug)]
+pub struct GgufReader {
+    file: File,
+    path: PathBuf,
+    identity: Identity,
+    header: Vec<u8>,
+    /// By where they begin.
+    tensors: BTreeMap<u64, Unread>,
+    arrivals: Arrivals<Tensor>,
+    position: u64,
+}
+
+/// A tensor of which dmaload's memory is there, or will be.
+#[derive(Debug)]
+struct Unread {
+    name: String,
+    end: u64,
+}
+
+/// Which file it is, and in which state.
+#[derive(Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn new(metadata: &Metadata) -> Self {
+        Identity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            bytes: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+}
+
+impl GgufReader {
+    /// Opens a file and starts to load it. candle reads no split files.
+    ///
+    /// # Errors
+    /// What opening or reading it gives, [`dmaload::Error`] included, as
+    /// [`io::Error`].
+    pub fn open(loader: &Loader, path: impl AsRef<Path>, options: LoadOptions) -> io::Result<Self> {
+        let path = path.as_ref().to_owned();
+        let file = File::open(&path)?;
+        let identity = Identity::new(&file.metadata()?);
+        let inspected = inspect_blocking(&path, Format::Gguf).map_err(io::Error::other)?;
+        let map = inspected.tensors.expect("a GGUF file has a map of its tensors");
+        let header_bytes = usize::try_from(map.header_bytes()).map_err(io::Error::other)?;
+        let mut header = vec![0; header_bytes];
+        file.read_exact_at(&mut header, 0)?;
+        let held = map.iter().filter(|tensor| !tensor.file_range.is_empty());
+        let tensors =
+            held.map(|tensor| (tensor.file_range.start, Unread { name: tensor.name.clone(), end: tensor.file_range.end }));
+        let load = loader.load(&path).options(options.format(Format::Gguf).as_one_file(true));
+        let arrivals = Arrivals::start(load, |tensor| Ok(tensor.clone())).map_err(io::Error::other)?;
+        Ok(GgufReader { file, path, identity, header, tensors: tensors.collect(), arrivals, position: 0 })
+    }
+
+    /// Waits for the rest of the load, and lets go of the file: see
+    /// [`Weights::finish`](crate::Weights::finish).
+    ///
+    /// # Errors
+    /// Whatever made the load fail.
+    pub fn finish(self) -> dmaload::Result<Report> {
+        self.arrivals.finish()
+    }
+
+    /// Reads from the file itself, and no further than `end`.
+    fn read_file(&self, buffer: &mut [u8], end: u64) -> io::Result<usize> {
+        let bytes = room(buffer, end - self.position);
+        let read = self.file.read_at(&mut buffer[..bytes], self.position)?;
+        let states = [self.file.metadata()?, std::fs::metadata(&self.path)?];
+        if states.iter().any(|state| Identity::new(state) != self.identity) {
+            let message = format!("cannot read {:?} again: it has changed since it was opened", self.path);
+            return Err(io::Error::new(ErrorKind::InvalidData, message));
+        }
+        Ok(read)
+    }
+}
+
+/// How many of `bytes` fit into a buffer.
+fn room(buffer: &[u8], bytes: u64) -> usize {
+    usize::try_from(bytes).map_or(buffer.len(), |bytes| bytes.min(buffer.len()))
+}
+
+impl Read for GgufReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let position = self.position;
+        let read =
+            if let Some(rest) = usize::try_from(position).ok().and_then(|at| self.header.get(at..)).filter(|r| !r.is_empty()) {
+                let bytes = room(buffer, rest.len() as u64);
+                buffer[..bytes].copy_from_slice(&rest[..bytes]);
+                bytes
+            } else if let Some((&start, unread)) =
+                self.tensors.range(..=position).next_back().filter(|(_, unread)| position < unread.end)
+            {
+                let tensor =
+                    self.arrivals.wait(&unread.name).map_err(|missing| io::Error::other(not_given(&unread.name, &missing)))?;
+                let held = tensor.bytes().map_err(io::Error::other)?;
+                let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
+                let bytes = room(buffer, rest.len() as u64);
+                buffer[..bytes].copy_from_slice(&rest[..bytes]);
+                if bytes == rest.len() {
+                    let unread = self.tensors.remove(&start).expect("it was found there");
+                    self.arrivals.remove(&unread.name);
+                }
+                bytes
+            } else {
+                let next = self.tensors.range(position..).next().map_or(self.identity.bytes, |(&start, _)| start);
+                self.read_file(buffer, next.max(position))?
+            };
+        self.position += read as u64;
+        Ok(read)
+    }
+}
+
+impl Seek for GgufReader {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let (base, by) = match to {
+            SeekFrom::Start(position) => (position, 0),
+            SeekFrom::End(by) => (self.identity.bytes, by),
+            SeekFrom::Current(by) => (self.position, by),
+        };
+        let position = base.checked_add_signed(by);
+        self.position =
+            position.ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "cannot seek to before the file's begin"))?;
+        Ok(self.position)
+    }
+}

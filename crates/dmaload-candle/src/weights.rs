@@ -1,0 +1,166 @@
+//! Safetensors behind candle's `VarBuilder`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use dmaload::{LoadOptions, Loader, Report};
+
+use crate::arrivals::{Arrivals, Missing};
+use crate::headers::{self, Named};
+
+/// The weights of a model, as candle's tensors, while they are read. Cheap to clone.
+///
+/// Each tensor is given as soon as its last byte is there; a thread that asks for it sleeps until
+/// then. It is kept until the last clone and the last `VarBuilder` of it are dropped, so a tensor
+/// that is asked for twice is the same memory. Dropping them cancels the load.
+///
+/// Not to be asked on a worker of an async runtime: build the model in `spawn_blocking`.
+#[derive(Debug, Clone)]
+pub struct Weights(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    named: Named,
+    arrivals: Arrivals<Tensor>,
+    dtype: DType,
+    device: Device,
+}
+
+impl Weights {
+    /// Starts to load a model: a file, a folder, or the index of one.
+    ///
+    /// Its headers are read before this returns, on the caller's thread. `dtype` and `device` are
+    /// those of [`Self::var_builder`].
+    ///
+    /// # Errors
+    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said by the tensors, and
+    /// by [`Self::finish`].
+    pub fn load(loader: &Loader, path: impl Into<PathBuf>, dtype: DType, device: &Device) -> dmaload::Result<Self> {
+        Self::load_with(loader, [path], loader.load_options(), dtype, device)
+    }
+
+    /// The same by options, and of several files, such as the shards of a model.
+    ///
+    /// A tensor that the options leave out ([`LoadOptions::tensors`]) is an error when it is asked
+    /// for, at the end of the load.
+    ///
+    /// # Errors
+    /// As [`Self::load`]; [`dmaload::Error::AmbiguousTensor`] where two of the files have a tensor
+    /// of one name.
+    pub fn load_with<P: Into<PathBuf>>(
+        loader: &Loader,
+        paths: impl IntoIterator<Item = P>,
+        options: LoadOptions,
+        dtype: DType,
+        device: &Device,
+    ) -> dmaload::Result<Self> {
+        let paths: Vec<PathBuf> = paths.into_iter().map(Into::into).collect();
+        let named = headers::read(&paths)?;
+        let target = device.clone();
+        let load = loader.load(paths).options(options);
+        let arrivals = Arrivals::start(load, move |tensor| convert(tensor, dtype, &target).map_err(|error| error.to_string()))?;
+        Ok(Weights(Arc::new(Inner { named, arrivals, dtype, device: device.clone() })))
+    }
+
+    /// candle's view of these weights.
+    pub fn var_builder(&self) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.clone()), self.0.dtype, self.0.device.clone())
+    }
+
+    /// The names of all tensors of the model, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.named.keys().map(String::as_str)
+    }
+
+    /// Waits for the rest of the load, and lets go of the weights.
+    ///
+    /// A file that changes while it is read is found out at its end. Whoever has all tensors of it
+    /// has passed that check; a model that needs only some has passed it with this.
+    ///
+    /// # Errors
+    /// Whatever made the load fail.
+    pub fn finish(self) -> dmaload::Result<Report> {
+        self.0.arrivals.finish()
+    }
+}
+
+impl SimpleBackend for Weights {
+    fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if tensor.shape() == &shape {
+            return Ok(tensor);
+        }
+        let got = tensor.shape().clone();
+        Err(Error::UnexpectedShape { msg: format!("shape mismatch for {name}"), expected: shape, got }.bt())
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        if !self.0.named.contains_key(name) {
+            return Err(Error::CannotFindTensor { path: name.to_owned() }.bt());
+        }
+        let tensor = self.0.arrivals.wait(name).map_err(|missing| not_given(name, &missing))?;
+        tensor.to_device(device)?.to_dtype(dtype)
+    }
+
+    /// Whether the model has it, by its headers: known before it has arrived.
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.named.contains_key(name)
+    }
+}
+
+pub(crate) fn not_given(name: &str, missing: &Missing) -> Error {
+    Error::Msg(format!("cannot give tensor {name:?}: {missing}")).bt()
+}
+
+/// Copies a tensor to where candle wants it: the one copy.
+///
+/// What the model asks for as `dtype` is made of it at once where no bit is lost by that, so that
+/// it is not kept in two types. Where bits are lost, the original is kept, because it may be
+/// asked for in a third type.
+fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Tensor> {
+    // A rank's part along another dimension than the first is not contiguous.
+    let bytes =
+        if tensor.is_contiguous() { tensor.bytes().map_err(Error::wrap)? } else { tensor.to_vec().map_err(Error::wrap)?.into() };
+    let own = match tensor.dtype() {
+        // As candle's own loader does: it has no 16-bit unsigned integers.
+        dmaload::model::DType::U16 => {
+            let wide: Vec<u32> = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_le_bytes([pair[0], pair[1]]))).collect();
+            return Tensor::from_vec(wide, tensor.shape(), device);
+        }
+        dmaload::model::DType::U8 => DType::U8,
+        dmaload::model::DType::U32 => DType::U32,
+        dmaload::model::DType::I16 => DType::I16,
+        dmaload::model::DType::I32 => DType::I32,
+        dmaload::model::DType::I64 => DType::I64,
+        dmaload::model::DType::BF16 => DType::BF16,
+        dmaload::model::DType::F16 => DType::F16,
+        dmaload::model::DType::F32 => DType::F32,
+        dmaload::model::DType::F64 => DType::F64,
+        dmaload::model::DType::F8E4M3 => DType::F8E4M3,
+        dmaload::model::DType::F6E2M3 => DType::F6E2M3,
+        dmaload::model::DType::F6E3M2 => DType::F6E3M2,
+        dmaload::model::DType::F4 => DType::F4,
+        dmaload::model::DType::F8E8M0 => DType::F8E8M0,
+        other if other.element_bits().is_none() => {
+            return Err(Error::Msg(format!("it has the quantized type {other}: load it as QTensors")));
+        }
+        other => return Err(Error::Msg(format!("candle has no type {other}"))),
+    };
+    let copy = Tensor::from_raw_buffer(&bytes, own, tensor.shape(), device)?;
+    if is_widened(own, dtype) { copy.to_dtype(dtype) } else { Ok(copy) }
+}
+
+/// Whether every value of a type is one of the other, which is larger.
+fn is_widened(from: DType, to: DType) -> bool {
+    match from {
+        // candle 0.11 recurses without end when it makes F64 of it: only a model that asks for that
+        // should see it.
+        DType::F8E4M3 => matches!(to, DType::F16 | DType::BF16 | DType::F32),
+        DType::F16 | DType::BF16 => matches!(to, DType::F32 | DType::F64),
+        DType::F32 => to == DType::F64,
+        _ => false,
+    }
+}

@@ -1,0 +1,52 @@
+//! How much memory a model takes while it is built: itself, and what the load is ahead of it. The
+//! only test of its process, since that is measured.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+use candle_core::{DType, Device};
+use dmaload::{LoadOptions, Loader};
+use dmaload_candle::Weights;
+use dmaload_testing::{file, random_bytes, safetensors};
+
+const MIB: u64 = 1 << 20;
+const TENSORS: usize = 32;
+const ROWS: usize = 1024;
+
+/// A line of `/proc/self/status`, in bytes.
+fn status(key: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':')).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn peak_memory_is_the_model_and_the_window() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let tensor_bytes = ROWS * ROWS * 4;
+    let entry = |number: usize| {
+        let (start, end) = (number * tensor_bytes, (number + 1) * tensor_bytes);
+        format!(r#""t{number}":{{"dtype":"F32","shape":[{ROWS},{ROWS}],"data_offsets":[{start},{end}]}}"#)
+    };
+    let header = format!("{{{}}}", (0..TENSORS).map(entry).collect::<Vec<_>>().join(","));
+    let path =
+        file(folder.path(), "model.safetensors", &safetensors(header.as_bytes(), &random_bytes(TENSORS * tensor_bytes, 1)));
+    let (window, segment) = (16 * MIB, 8 * MIB);
+    let options = LoadOptions::new().segment_bytes(segment);
+    let loader = Loader::builder().window_bytes(window).load_options(options).build().unwrap();
+    // The peak begins anew.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = status("VmRSS");
+    let weights = Weights::load(&loader, &path, DType::F32, &Device::Cpu).unwrap();
+    let vb = weights.var_builder();
+    // In the order that suits least: the last one first.
+    let tensors: Vec<_> = (0..TENSORS).rev().map(|number| vb.get((ROWS, ROWS), &format!("t{number}")).unwrap()).collect();
+    drop(vb);
+    weights.finish().unwrap();
+    let peak = status("VmHWM") - before;
+    let model = (TENSORS * tensor_bytes) as u64;
+    // The window, the segments that a tensor is in, staging (16 MiB), and what candle and the
+    // loader take themselves.
+    let allowed = model + window + 2 * segment + 16 * MIB + 16 * MIB;
+    eprintln!("peak {} MiB for a model of {} MiB", peak / MIB, model / MIB);
+    assert!(peak >= model && peak <= allowed, "{} MiB at the peak, at most {} MiB allowed", peak / MIB, allowed / MIB);
+    assert_eq!(tensors.len(), TENSORS);
+}
