@@ -350,8 +350,7 @@ int dmaload_load_file(int file_fd,
  # Safety
  It is null, or came from `dmaload_load_file` with this count, and was not freed.
  */
-void dmaload_segments_free(struct dmaload_segment *segments,
-                           size_t count);
+void dmaload_segments_free(struct dmaload_segment *segments, size_t count);
 
 /*
  Creates a loader, for loads that share memory, threads and limits. Of `options`, which may be
@@ -360,8 +359,7 @@ void dmaload_segments_free(struct dmaload_segment *segments,
  # Safety
  The pointers, and those in `options`, are null or valid as the header requires.
  */
-int dmaload_loader_new(const struct dmaload_options *options,
-                       struct dmaload_loader **loader);
+int dmaload_loader_new(const struct dmaload_options *options, struct dmaload_loader **loader);
 
 /*
  Frees a loader. Running loads continue; its threads exit after the last of them. Does nothing
@@ -380,9 +378,7 @@ void dmaload_loader_free(struct dmaload_loader *loader);
  # Safety
  The pointers, and those in `options`, are null or valid as the header requires.
  */
-int dmaload_start(int file_fd,
-                  const struct dmaload_options *options,
-                  struct dmaload_load **load);
+int dmaload_start(int file_fd, const struct dmaload_options *options, struct dmaload_load **load);
 
 /*
  The eventfd of a load, for poll(2) or epoll(7): readable while `dmaload_poll` has a segment,
@@ -407,8 +403,7 @@ int dmaload_event_fd(const struct dmaload_load *load);
  # Safety
  `load` came from `dmaload_start`, and was not freed; `segment` is valid for a write.
  */
-int dmaload_poll(struct dmaload_load *load,
-                 struct dmaload_segment *segment);
+int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 
 /*
  The progress of a load; all 0 once it is over. Returns 0 or -EFAULT.
