@@ -156,8 +156,8 @@ fn convert(tensor: &dmaload::Tensor, dtype: DType, device: &Device) -> Result<Te
 /// Whether every value of a type is one of the other, which is larger.
 fn is_widened(from: DType, to: DType) -> bool {
     match from {
-        // candle 0.11 recurses without end when it makes F64 of it: only a model that asks for that
-        // should see it.
+        // candle 0.11 recurses without end when it converts this to F64, so only a model that asks
+        // for F64 should see that.
         DType::F8E4M3 => matches!(to, DType::F16 | DType::BF16 | DType::F32),
         DType::F16 | DType::BF16 => matches!(to, DType::F32 | DType::F64),
         DType::F32 => to == DType::F64,
