@@ -4,6 +4,7 @@
 //!   AddressRange   one reserved (PROT_NONE) range of addresses, aligned to 2 MiB
 //!    └─ Mapping    a part of it, backed by a Memory: a memfd, a dma-buf or private pages
 //!        └─ populate()   puts pages under it, of 2 MiB where possible
+//!   PrivateMapping  parts of memory files, writable and copied on write
 //!
 //!   Udmabuf ── create(memfd) ──┐
 //!   DmaHeap ── allocate ───────┴─► DmaBuf   what drivers and other processes import
@@ -31,6 +32,7 @@ mod open;
 mod pages;
 mod populate;
 pub mod printable;
+mod private;
 mod udmabuf;
 
 pub use address::{AddressRange, Mapping, NotMoved};
@@ -44,6 +46,7 @@ pub use memfd::Memfd;
 pub use open::DeviceError;
 pub use pages::{HUGE_PAGE_BYTES, PageCount, count_pages, huge_bytes_in, page_bytes};
 pub use populate::{Pages, Populated};
+pub use private::PrivateMapping;
 pub use udmabuf::{Part, Udmabuf, UdmabufLimits};
 
 /// What backs a [`Mapping`].

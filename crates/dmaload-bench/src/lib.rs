@@ -64,6 +64,7 @@ pub use engine::Engine;
 pub use mode::{Mode, Peer};
 pub use pressure::{Cache, Pressure};
 pub use results::Results;
+pub use worker::run_children_by;
 
 use pressure::Arm;
 use results::{Failure, ModeRuns, Run};

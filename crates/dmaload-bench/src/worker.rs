@@ -3,19 +3,41 @@
 //! It is this same program, started through `/proc/self/exe`: another user may not have access to
 //! its folder, and a build may replace it in the meantime. It exits when its standard input ends.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow};
 
 use crate::leftovers;
 
+/// See [`run_children_by`].
+static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
+
+/// Starts child processes by this command instead of by this process' executable, for programs
+/// that are run by an interpreter. The first call counts.
+pub fn run_children_by(program: Vec<OsString>) {
+    let _ = PROGRAM.set(program);
+}
+
 /// The command `dmaload bench-child`, to be completed.
 pub(crate) fn command() -> Command {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("dmaload").arg("bench-child").stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut command = match PROGRAM.get().and_then(|program| program.split_first()) {
+        Some((executable, arguments)) => {
+            let mut command = Command::new(executable);
+            command.args(arguments);
+            command
+        }
+        None => {
+            let mut command = Command::new("/proc/self/exe");
+            command.arg0("dmaload");
+            command
+        }
+    };
+    command.arg("bench-child").stdin(Stdio::piped()).stdout(Stdio::piped());
     command
 }
 

@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
@@ -38,7 +37,7 @@ pub(crate) struct Arguments {
     pub(crate) json: bool,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let options = arguments.trust_users.iter().fold(AttachOptions::default(), |options, &user| options.trust_user(user));
     let options = match &arguments.name {
         Some(name) => options.name(name),
@@ -66,7 +65,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         write!(stdout, "{}", summary(image, &digests, used))?;
         stdout.flush()?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(crate::status::SUCCESS)
 }
 
 fn of_dma_bufs(algorithm: Algorithm, segments: &[Segment]) -> dmaload::Result<Digest> {

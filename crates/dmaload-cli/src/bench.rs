@@ -1,11 +1,10 @@
 //! `dmaload bench`: its arguments and output; [`dmaload_bench`] does the measuring.
 
-use std::env;
+use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io::{IsTerminal, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -99,7 +98,7 @@ pub(crate) enum Child {
     },
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments, given: &[OsString]) -> Result<u8> {
     check(arguments)?;
     let scratch = arguments.size.map(|size| make_file(arguments, size)).transpose()?;
     let scratch_path = scratch.as_ref().map(|file| file.path().to_owned());
@@ -113,7 +112,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         warm: arguments.warm,
         user: arguments.user,
         // The same options, parsed by the same parser: everything after the word `bench`.
-        arguments: env::args_os().skip(2).collect(),
+        arguments: given.iter().skip(2).cloned().collect(),
     };
     let results = Bench::set_up(settings)?.measure(tell)?;
     let mut stdout = output::stdout();
@@ -126,7 +125,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     if let Some(path) = &arguments.plot {
         fs::write(path, results.to_svg()).at("write the picture to", path)?;
     }
-    Ok(if results.failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if results.failed() { crate::status::FAILURE } else { crate::status::SUCCESS })
 }
 
 /// Runs a child process of the bench.

@@ -7,7 +7,7 @@ use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
 use anyhow::{Result, ensure};
 use command_fds::{CommandFdExt, FdMapping};
@@ -23,7 +23,7 @@ const STRING_BYTES_MAX: usize = 128 << 10;
 
 /// Runs a program that inherits the descriptors of all segments, waits for it, and returns its
 /// exit status, or 128 plus the signal number if a signal killed it.
-pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Result<ExitCode> {
+pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Result<u8> {
     let mut command = Command::new(program);
     command.args(arguments);
     let segments = image.segments();
@@ -50,7 +50,7 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     command.fd_mappings(mappings.collect::<Result<_>>()?)?;
     let status = command.status().at("run", Path::new(program))?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    Ok(ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)))
+    Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::status::FAILURE))
 }
 
 /// The dma-buf or, on the heap memfd, the memfd.

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::str::FromStr;
 
 use anyhow::Result;
@@ -103,7 +102,7 @@ impl FromStr for Rank {
     }
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let about = |error| errors::about(error, &arguments.paths);
     if !arguments.exec.is_empty() && arguments.engine.heap == HeapChoice::Anon {
         return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
@@ -160,7 +159,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         stdout.flush()?;
     }
     match arguments.exec.as_slice() {
-        [] => Ok(ExitCode::SUCCESS),
+        [] => Ok(crate::status::SUCCESS),
         [program, rest @ ..] => exec::run(&image, program, rest),
     }
 }

@@ -23,8 +23,10 @@ pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], record
 
 /// What files are verified against.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Against {
+pub enum Against {
+    /// A checksum of the one file.
     Digest(Digest),
+    /// The path of a manifest.
     Manifest(PathBuf),
 }
 
@@ -86,7 +88,10 @@ fn bare(text: &str) -> Option<&str> {
 
 impl Against {
     /// Adds the verification to the load's options.
-    pub(crate) fn applied_to(&self, options: LoadOptions) -> Result<LoadOptions> {
+    ///
+    /// # Errors
+    /// If the manifest cannot be read or is invalid.
+    pub fn applied_to(&self, options: LoadOptions) -> Result<LoadOptions> {
         match self {
             Against::Digest(digest) => Ok(options.verify(*digest)),
             Against::Manifest(path) => Ok(options.verify(read(path)?)),

@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
@@ -43,7 +42,7 @@ pub(crate) struct Arguments {
     pub(crate) engine: EngineArguments,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let about = |error| errors::about(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
     // Handled from the beginning, even while loading: the socket must not be left behind, and the

@@ -285,18 +285,15 @@ pub enum Error {
         /// The heaps that were tried, each with its error.
         tried: Vec<String>,
     },
-    /// The segment's dma-buf was handed out. Others may write to it, so its bytes can't be viewed
-    /// any more.
-    #[error(
-        "the dma-buf of segment {segment} was handed out, and others may write to it: look at its bytes through `cpu_access`"
-    )]
+    /// The segment's dma-buf, or its memory ([`crate::PrivateMemory`]), was handed out. Others may
+    /// write to it, so its bytes can't be viewed any more.
+    #[error("segment {segment} was handed out, and others may write to it: look at its bytes through `cpu_access`")]
     HandedOut {
         /// The segment.
         segment: usize,
     },
-    /// The segment's bytes are being viewed. Handing out its dma-buf would let others write to
-    /// them.
-    #[error("{views} views of segment {segment} are alive: its dma-buf can be handed out when they are dropped")]
+    /// The segment's bytes are being viewed. Handing it out would let others write to them.
+    #[error("{views} views of segment {segment} are alive: it can be handed out when they are dropped")]
     Viewed {
         /// The segment.
         segment: usize,
@@ -413,7 +410,8 @@ pub enum Error {
     /// No file of the image has a tensor of this name.
     #[error("no tensor named {0:?}")]
     NoSuchTensor(String),
-    /// The memory has no file descriptor of the requested kind.
+    /// The memory has no file descriptor of the requested kind, or is a dma-buf, which cannot be
+    /// private ([`crate::PrivateMemory`]).
     #[error("heap {} gives no {wanted}", printable::text(.heap))]
     NoDescriptor {
         /// The heap.

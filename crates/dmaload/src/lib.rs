@@ -91,6 +91,7 @@ pub use load::image::{Image, ImageFile, Tensor, TensorPart};
 pub use load::{Load, LoadRequest, Segments, Source, Tensors};
 pub use loader::{Loader, LoaderBuilder};
 pub use memory::heap;
+pub use memory::private::PrivateMemory;
 pub use memory::segment::{Segment, SegmentAccess};
 pub use options::choices::{Cache, Format, ImporterLimits, Layout, Prefer, Priority, Shard};
 pub use options::load::LoadOptions;

@@ -22,7 +22,6 @@ mod verdict;
 
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
@@ -39,7 +38,7 @@ pub(crate) struct Arguments {
     pub(crate) json: bool,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let facts = Facts::gather(arguments.path.as_deref())?;
     if arguments.json {
         output::write_json(&json::object(&facts))?;
@@ -48,5 +47,5 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         write!(stdout, "{}", screen::screen(&facts))?;
         stdout.flush()?;
     }
-    Ok(if verdict::load(&facts).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if verdict::load(&facts).is_ok() { crate::status::SUCCESS } else { crate::status::FAILURE })
 }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use super::names::{FolderIndex, Names, indices};
 use crate::engine::event::LoadFile;
 use crate::error::{Error, Result};
+use crate::memory::private::PrivateMemory;
 use crate::memory::segment::{Contiguous, Segment, segments_of_range};
 use crate::model::{DType, TensorInfo, TensorMap};
 use crate::plan::select::{Rows, TensorSlice};
@@ -158,6 +159,18 @@ impl ImageFile {
         self.slice(self.part.clone())
     }
 
+    /// Returns these bytes of the file, contiguous, in memory that only this process has and may
+    /// write to: see [`PrivateMemory`], also for what this revokes. `range` counts from the
+    /// beginning of the file, as [`Self::file_range`] does.
+    ///
+    /// # Errors
+    /// [`Error::NotLoaded`] as [`Self::bytes`]; [`Error::Viewed`] while views of anonymous memory
+    /// are alive; [`Error::NoDescriptor`] for a dma-buf; [`Error::Memory`] when a memory file
+    /// cannot be mapped once more.
+    pub fn private_memory(&self, range: Range<u64>) -> Result<PrivateMemory> {
+        PrivateMemory::of(&self.path, &self.segments, range)
+    }
+
     /// Returns the tensor with this name if it was loaded and the model's index, if any, does not
     /// map the name to another file. The file of a tensor that was returned before the load ended
     /// ([`Tensor::file`]) has only the tensors that lie in that tensor's segments.
@@ -291,6 +304,19 @@ impl Tensor {
             return Err(Error::NotContiguous { tensor: self.name().to_owned(), rows: self.part.rows.count });
         }
         self.file.slice(self.file_range())
+    }
+
+    /// Returns the tensor's bytes, contiguous, in memory that only this process has and may write
+    /// to: see [`PrivateMemory`], also for what this revokes.
+    ///
+    /// # Errors
+    /// Those of [`ImageFile::private_memory`]; [`Error::NotContiguous`] if the bytes are not
+    /// contiguous.
+    pub fn private_memory(&self) -> Result<PrivateMemory> {
+        if !self.is_contiguous() {
+            return Err(Error::NotContiguous { tensor: self.name().to_owned(), rows: self.part.rows.count });
+        }
+        self.file.private_memory(self.file_range())
     }
 
     /// Copies the tensor's bytes, including those of tensors that are not contiguous.

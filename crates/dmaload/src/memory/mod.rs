@@ -11,6 +11,7 @@
 //!   afterwards. [`buffer`] is the contract between memory and its writers.
 //! - [`segment`]: filled memory, as a caller holds it. [`lent`] makes views of its bytes and
 //!   handing out its descriptor exclude each other.
+//! - [`private`]: filled memory for code that writes to it, of which no views are lent any more.
 //! - [`reaper`]: releases or pools dropped memory.
 //! - Limits: [`window`] (allocated and not yet filled), [`budget`] (held by all loads of a loader;
 //!   with [`charge`], which accounts for one allocation), and [`headroom`] (what the machine and
@@ -31,6 +32,7 @@ pub(crate) mod headroom;
 pub mod heap;
 pub(crate) mod lent;
 pub(crate) mod pressure;
+pub(crate) mod private;
 pub(crate) mod reaper;
 pub(crate) mod segment;
 pub(crate) mod window;

@@ -13,7 +13,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use dmabuf::{Access, DmaBuf, Errno};
+use dmabuf::{Access, DmaBuf, Errno, Memfd};
 
 use crate::error::{Error, Result};
 use crate::memory::backing::Backing;
@@ -128,7 +128,8 @@ impl Segment {
     ///
     /// # Errors
     /// [`Error::HandedOut`] after [`Segment::hand_out_dma_buf`] of this segment, or of one that
-    /// shares its memory: others may write to it.
+    /// shares its memory, and after it became [`PrivateMemory`](crate::PrivateMemory): others may
+    /// write to it.
     pub fn bytes(&self) -> Result<Bytes> {
         Ok(Bytes::from_owner(View::new(self)?))
     }
@@ -230,6 +231,30 @@ impl Segment {
         (part.rows.count == 1 && start < end).then(|| at(start)..at(end))
     }
 
+    /// The name of the heap that its memory comes from.
+    pub(crate) fn heap(&self) -> &str {
+        &self.0.heap
+    }
+
+    /// Its memory file, without handing it out.
+    pub(crate) fn memfd(&self) -> Option<&Memfd> {
+        self.0.backing.memfd()
+    }
+
+    /// Whether its memory is anonymous, so that only this process has it.
+    pub(crate) fn is_anonymous(&self) -> bool {
+        let (_, memory) = self.0.backing.parts();
+        memory.is_private()
+    }
+
+    /// Permanently revokes views, so that code that has the memory's address may write to it.
+    ///
+    /// # Errors
+    /// [`Error::Viewed`]; then nothing is revoked.
+    pub(crate) fn hand_out_memory(&self) -> Result<()> {
+        self.0.backing.hand_out().map_err(|views| Error::Viewed { segment: self.index(), views })
+    }
+
     /// The shared path of the file.
     pub(crate) fn shared_path(&self) -> Arc<PathBuf> {
         Arc::clone(&self.0.place.path)
@@ -268,7 +293,8 @@ impl Segment {
         self.start().addr().get()
     }
 
-    fn start(&self) -> NonNull<u8> {
+    /// The same as a pointer.
+    pub(crate) fn start(&self) -> NonNull<u8> {
         // SAFETY: the segment's part is within the mapping, checked in `new`.
         unsafe { self.0.backing.address().add(self.0.place.memory_offset) }
     }

@@ -2,7 +2,8 @@
 //! killer.
 //!
 //! Memory that was granted but is still being allocated does not show in the kernel's figures yet,
-//! so it is counted here, for the whole process: all of its loaders take from the same memory.
+//! so it is counted here, for the whole process: all of its loaders take from the same memory. A
+//! forked child counts anew, because the threads that hold permits, or the lock, are its parent's.
 //!
 //! Other processes take from it, too. Processes that use this library each take a small fraction
 //! of the free memory before they check again; where even one allocation is more than that, they
@@ -12,7 +13,8 @@
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -65,8 +67,12 @@ struct PermitsState {
 
 #[derive(Debug)]
 struct Permits {
+    /// The process that they are granted in; 0 before the first use.
+    process: AtomicU32,
     state: Mutex<PermitsState>,
     changed: Condvar,
+    /// Those of a process that was forked from it.
+    forked: OnceLock<Box<Permits>>,
 }
 
 static PROCESS: Permits = Permits::new();
@@ -131,8 +137,9 @@ impl Drop for HeadroomPermit {
 /// # Errors
 /// The headroom at that time.
 pub(crate) fn grant(bytes: u64, make_room: impl FnOnce()) -> Result<HeadroomPermit, Headroom> {
-    let patience = GIVE_UP_STEP * (std::process::id() % GIVE_UP_STEPS);
-    PROCESS.grant(bytes, make_room, headroom, patience)
+    let process = std::process::id();
+    let patience = GIVE_UP_STEP * (process % GIVE_UP_STEPS);
+    PROCESS.of_process(process).grant(bytes, make_room, headroom, patience)
 }
 
 impl Permits {
@@ -140,6 +147,19 @@ impl Permits {
         Permits {
             state: Mutex::new(PermitsState { granted_bytes: 0, budget_bytes: 0, until: None, no_turn_until: None }),
             changed: Condvar::new(),
+            process: AtomicU32::new(0),
+            forked: OnceLock::new(),
+        }
+    }
+
+    /// The permits of this process, which may have been forked from one that has some.
+    fn of_process(&'static self, process: u32) -> &'static Permits {
+        let mut permits = self;
+        loop {
+            match permits.process.compare_exchange(0, process, Ordering::Relaxed, Ordering::Relaxed) {
+                Err(other) if other != process => permits = permits.forked.get_or_init(|| Box::new(Permits::new())),
+                Ok(_) | Err(_) => return permits,
+            }
         }
     }
 
@@ -210,7 +230,7 @@ impl Permits {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::atomic::AtomicU64;
 
     const NOW: Duration = Duration::ZERO;
 
@@ -255,6 +275,21 @@ mod tests {
         let _granted = permits.grant(500 * GIB, || free.store(machine, Ordering::Relaxed), look, NOW).unwrap();
         // If nothing can be read, nothing is refused.
         let _granted = permits.grant(u64::MAX / 4, || (), || None, NOW).unwrap();
+    }
+
+    #[test]
+    fn forked_child_counts_permits_anew() {
+        let first: &'static Permits = Box::leak(Box::new(Permits::new()));
+        let permit = first.of_process(1).grant(1 << 30, || (), have(1 << 40), NOW).unwrap();
+        assert_eq!(first.of_process(1).state().granted_bytes, 1 << 30);
+        // The child forks another one while a thread of the parent has the lock.
+        let held = first.of_process(1).state();
+        for process in [2, 3, 2] {
+            assert_eq!(first.of_process(process).state().granted_bytes, 0, "process {process}");
+        }
+        drop(held);
+        drop(permit);
+        assert_eq!(first.of_process(1).state().granted_bytes, 0);
     }
 
     /// Each set of permits stands for a process. They share the free memory, and each allocation

@@ -1,0 +1,138 @@
+//! The command `dmaload`, which loads model files from the command line, as a function.
+//!
+//! The program `dmaload` calls it, and so does `python -m dmaload`. It is no library: what it
+//! takes are arguments, what it gives is an exit status, and both are documented in docs/cli.md.
+
+mod args;
+mod attach;
+mod bench;
+mod cat;
+mod checksums;
+mod demo;
+mod doctor;
+mod engine;
+mod errors;
+mod exec;
+mod inspect;
+mod load;
+mod manifest;
+mod manifests;
+mod output;
+mod parse;
+mod progress;
+mod serve;
+mod status;
+mod summary;
+mod sys;
+mod trace;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write};
+
+use clap::Parser;
+use dmabuf::printable;
+use dmaload::ErrorKind;
+use serde_json::json;
+use tracing_subscriber::EnvFilter;
+
+use args::{Arguments, Command};
+pub use manifests::Against;
+use status::{FAILURE, SUCCESS};
+
+/// Runs the command with these arguments, the first of which is the program's name, and returns
+/// its exit status. `serve` ends the process itself.
+///
+/// `program` is the command that runs this program once more, for the processes that `bench`
+/// starts; `None` where that is the executable of this process.
+pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<OsString>>) -> u8 {
+    let given: Vec<OsString> = arguments.into_iter().collect();
+    if let Some(program) = program {
+        dmaload_bench::run_children_by(program);
+    }
+    let arguments = match Arguments::try_parse_from(&given) {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error, &given),
+    };
+    // Every report lists fallbacks; log events are opt-in.
+    let filter = EnvFilter::try_from_env("DMALOAD_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
+    // A process that runs the command twice has a subscriber already.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
+    let wants_json = arguments.command.wants_json();
+    let result = match arguments.command {
+        Command::Load(arguments) => load::run(&arguments),
+        Command::Cat(arguments) => cat::run(&arguments).map(|()| SUCCESS),
+        Command::Manifest(arguments) => manifest::run(&arguments).map(|()| SUCCESS),
+        Command::Inspect(arguments) => inspect::run(&arguments).map(|()| SUCCESS),
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Attach(arguments) => attach::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Demo(arguments) => demo::run(&arguments).map(|()| SUCCESS),
+        Command::Bench(arguments) => bench::run(&arguments, &given),
+        Command::BenchChild(arguments) => bench::run_child(arguments).map(|()| SUCCESS),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) if errors::is_closed_pipe(error.as_ref()) => SUCCESS,
+        Err(error) => {
+            let of_library = error.downcast_ref::<dmaload::Error>();
+            let is_usage = of_library.is_some_and(|error| error.kind() == ErrorKind::Config);
+            let status = if is_usage { 2 } else { 1 };
+            let hint = of_library.and_then(errors::hint);
+            report(&errors::told(&error), hint.as_deref(), status, wants_json);
+            status
+        }
+    }
+}
+
+/// Reports an error on standard error, and with `--json` also as an object on standard output.
+fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
+    let mut stderr = std::io::stderr().lock();
+    // There is no other place to report a failure.
+    let _ = writeln!(stderr, "dmaload: {}", errors::lines(message));
+    if let Some(hint) = hint {
+        let _ = writeln!(stderr, "  {}", errors::lines(hint));
+    }
+    if wants_json {
+        let object = json!({ "error": message, "hint": hint, "exit_status": status });
+        if let Err(error) = output::write_json_error(&object) {
+            let _ = writeln!(stderr, "dmaload: {error}");
+        }
+    }
+}
+
+/// Prints help and version, which are not errors, or reports wrong usage.
+fn usage(error: &clap::Error, given: &[OsString]) -> u8 {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) if sys::stdout_was_closed() => FAILURE,
+            Ok(()) => SUCCESS,
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => SUCCESS,
+            Err(_) => FAILURE,
+        };
+    }
+    let text = error.to_string();
+    // The shell may have inserted file names, even with line breaks.
+    let texts = given.iter().map(|argument| argument.to_string_lossy().into_owned());
+    let hostile = texts.filter(|argument| argument.contains(printable::is_hidden));
+    let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
+    let shown = errors::lines(&shown).to_string();
+    if shown == text {
+        // Uses colors on a terminal.
+        let _ = error.print();
+    } else {
+        let _ = write!(std::io::stderr(), "{shown}");
+    }
+    // Everything after these belongs to another program.
+    let own = given.iter().take_while(|argument| *argument != "--exec" && *argument != "--");
+    if own.skip(1).any(|argument| argument == "--json") {
+        let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": 2 });
+        if let Err(error) = output::write_json_error(&object) {
+            let _ = writeln!(std::io::stderr(), "dmaload: {error}");
+        }
+    }
+    2
+}

@@ -1,0 +1,155 @@
+"""Tensors as arrays of NumPy and of torch, which are imported when they are first needed."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from ._errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+    from ._native import Tensor
+
+_NUMPY = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+
+_ML_DTYPES = {
+    "BF16": "bfloat16",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
+}
+
+# Less than a byte each: how many bits.
+_SUB_BYTE = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+
+_TORCH = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2",
+}
+
+
+@cache
+def _numpy_dtype(name: str) -> Any:
+    import numpy
+
+    if name in _NUMPY:
+        return numpy.dtype(_NUMPY[name])
+    if name not in _ML_DTYPES:
+        return None
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"NumPy has no {name}: install ml_dtypes, which has, or take the bytes by the buffer protocol"
+        ) from error
+    return numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+
+
+def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor's blocks as bytes: rows are whole blocks, and the last length counts bytes."""
+    shape, block = tensor.shape, tensor.block_elements
+    if not shape or shape[-1] % block:
+        return (tensor.nbytes,)
+    return (*shape[:-1], shape[-1] // block * tensor.block_bytes)
+
+
+def to_numpy(tensor: Tensor) -> numpy.ndarray[Any, Any]:
+    """See ``Tensor.numpy``."""
+    import numpy
+
+    dtype = _numpy_dtype(tensor.dtype)
+    if tensor.nbytes == 0:
+        # The buffer is asked for, so that memory that can't be exported is refused here, too.
+        memoryview(tensor).release()
+        shape = tensor.shape if dtype is not None else _byte_shape(tensor)
+        return numpy.empty(shape, numpy.uint8 if dtype is None else dtype)
+    if dtype is None:
+        return numpy.frombuffer(tensor, numpy.uint8).reshape(_byte_shape(tensor))
+    if tensor.dtype in _SUB_BYTE:
+        return _unpacked(tensor, _SUB_BYTE[tensor.dtype]).view(dtype).reshape(tensor.shape)
+    return numpy.frombuffer(tensor, dtype).reshape(tensor.shape)
+
+
+def _unpacked(tensor: Tensor, bits: int) -> numpy.ndarray[Any, Any]:
+    """Elements of less than a byte in a byte each. The first has the lowest bits."""
+    import numpy
+
+    packed = numpy.frombuffer(tensor, numpy.uint8)
+    if bits == 4:
+        both = numpy.empty((packed.size, 2), numpy.uint8)
+        numpy.bitwise_and(packed, 15, out=both[:, 0])
+        numpy.right_shift(packed, 4, out=both[:, 1])
+        return both.reshape(-1)
+    first, second, third = (packed[n::3].astype(numpy.uint32) for n in range(3))
+    word = first | second << 8 | third << 16
+    return numpy.stack([(word >> 6 * n & 63).astype(numpy.uint8) for n in range(4)], axis=1).reshape(-1)
+
+
+@cache
+def _torch_dtype(name: str) -> Any:
+    """The type; ``None`` for blocks and for what this torch lacks."""
+    import torch
+
+    return getattr(torch, _TORCH.get(name, ""), None)
+
+
+def to_torch(tensor: Tensor) -> torch.Tensor:
+    """See ``Tensor.torch``."""
+    import torch
+
+    dtype, shape = _torch_dtype(tensor.dtype), tensor.shape
+    if dtype is None:
+        dtype, shape = torch.uint8, _byte_shape(tensor)
+    elif tensor.dtype == "F4":
+        if not shape or shape[-1] % 2:
+            dtype, shape = torch.uint8, _byte_shape(tensor)
+        else:
+            shape = (*shape[:-1], shape[-1] // 2)
+    if tensor.nbytes == 0:
+        memoryview(tensor).release()
+        return torch.empty(shape, dtype=dtype)
+    made = torch.frombuffer(tensor, dtype=torch.uint8)
+    if dtype.itemsize > 1 and made.data_ptr() % min(dtype.itemsize, 8):
+        # Its file has it at an odd place, which other code of torch's does not expect.
+        made = made.clone()
+    return made.view(dtype).reshape(shape)

@@ -1,0 +1,35 @@
+"""Models that another process has loaded, without a copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from . import _load, _native
+from ._native import Image
+
+__all__ = ["attach", "attach_async"]
+
+
+def _start(socket: _load.Path, name: str | None, trusted_users: Iterable[int]) -> _native.Loading:
+    return _native.start_attach(os.fsdecode(os.fspath(socket)), name, list(trusted_users))
+
+
+def attach(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
+    """Attaches to an image of the server at this socket (``dmaload serve SOCKET MODEL``).
+
+    - ``name``: that of the image; the server's only one without.
+    - ``trusted_users``: numbers of users besides one's own and root whose servers are trusted not
+      to change the bytes.
+
+    The memory is the server's, and is copied page by page where it is written to: what is written
+    here, no other process sees. Dma-bufs are not exported as arrays; see :func:`dmaload.dma_buf`.
+
+    Raises :class:`dmaload.ShareError`.
+    """
+    return _load.wait(_start(socket, name, trusted_users))
+
+
+async def attach_async(socket: _load.Path, name: str | None = None, *, trusted_users: Iterable[int] = ()) -> Image:
+    """Does the same as :func:`attach`, in an event loop of asyncio, which it does not block."""
+    return await _load._wait_async(_start(socket, name, trusted_users))

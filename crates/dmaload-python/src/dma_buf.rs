@@ -1,0 +1,78 @@
+//! Descriptors of dma-bufs, for importers.
+
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::Mutex;
+
+use pyo3::prelude::*;
+
+use crate::errors::{Failure, Raised, guarded};
+use crate::process::lock;
+use crate::tensor::Tensor;
+
+/// A descriptor of a dma-buf, and where in it bytes of a tensor are.
+///
+/// It owns the descriptor, and closes it when it goes, or by `close()`, or at the end of a `with`.
+/// The dma-buf lives as long as anybody has a descriptor, an import or a mapping of it.
+#[pyclass(frozen, module = "dmaload")]
+#[derive(Debug)]
+pub(crate) struct DmaBuf {
+    fd: Mutex<Option<OwnedFd>>,
+    /// Where the bytes begin in the dma-buf.
+    #[pyo3(get)]
+    offset: usize,
+    /// How many bytes they are.
+    #[pyo3(get)]
+    length: usize,
+}
+
+fn closed() -> Failure {
+    Failure::new("ClosedError", "the descriptor was closed or detached")
+}
+
+#[pymethods]
+impl DmaBuf {
+    /// The descriptor, which stays this object's.
+    fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
+        guarded(py, || Ok(lock(&self.fd).as_ref().ok_or_else(closed)?.as_raw_fd()))
+    }
+
+    /// The descriptor, which is the caller's to close from now on.
+    fn detach(&self, py: Python<'_>) -> PyResult<i32> {
+        guarded(py, || Ok(lock(&self.fd).take().ok_or_else(closed)?.into_raw_fd()))
+    }
+
+    /// Closes the descriptor, unless that was done or it was detached.
+    fn close(&self) {
+        drop(lock(&self.fd).take());
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(&self, _type: Py<PyAny>, _value: Py<PyAny>, _traceback: Py<PyAny>) {
+        self.close();
+    }
+
+    fn __repr__(&self) -> String {
+        match &*lock(&self.fd) {
+            Some(fd) => format!("<dmaload.DmaBuf {}: {} bytes at {}>", fd.as_raw_fd(), self.length, self.offset),
+            None => "<dmaload.DmaBuf: closed>".to_owned(),
+        }
+    }
+}
+
+/// The dma-bufs that a tensor lies in, in order.
+#[pyfunction]
+pub(crate) fn dma_bufs(py: Python<'_>, tensor: &Bound<'_, Tensor>) -> PyResult<Vec<DmaBuf>> {
+    guarded(py, || {
+        let tensor = tensor.get();
+        let none = || Failure::new("UnsupportedError", "this tensor was read into memory that has no descriptor");
+        let parts = tensor.loaded().ok_or_else(none)?.parts();
+        let dma_bufs = parts.iter().map(|part| {
+            let fd = Mutex::new(Some(part.segment.hand_out_owned_dma_buf()?));
+            Ok::<_, Raised>(DmaBuf { fd, offset: part.memory_offset(), length: part.len })
+        });
+        dma_bufs.collect()
+    })
+}

@@ -1,0 +1,53 @@
+//! How arrays see the bytes of a tensor: pure.
+
+use dmaload::model::DType;
+
+/// Elements that array libraries know, or bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Elements {
+    pub(crate) shape: Vec<usize>,
+    /// The size of one.
+    pub(crate) bytes: usize,
+}
+
+impl Elements {
+    /// Those of a tensor's own type.
+    pub(crate) fn of(dtype: DType, shape: &[usize]) -> Self {
+        Elements { shape: shape.to_vec(), bytes: dtype.element_bytes().unwrap_or(1) }
+    }
+
+    /// Bytes. The last dimension counts them, or all of it is one where rows are no whole blocks.
+    pub(crate) fn as_bytes(dtype: DType, shape: &[usize]) -> Self {
+        let (block, block_bytes) = (dtype.block_elements(), dtype.block_bytes());
+        let shape = match shape.split_last() {
+            Some((last, others)) if last.is_multiple_of(block) => {
+                others.iter().copied().chain([last / block * block_bytes]).collect()
+            }
+            _ => vec![bytes_of(dtype, shape)],
+        };
+        Elements { shape, bytes: 1 }
+    }
+
+    /// The distances in elements between neighbours in each dimension.
+    pub(crate) fn strides(&self) -> Vec<usize> {
+        let mut stride = 1_usize;
+        let of_dimension = |&length: &usize| {
+            let own = stride;
+            // Of an empty tensor they mean nothing; of any other they are within its memory.
+            stride = stride.saturating_mul(length.max(1));
+            own
+        };
+        let mut strides: Vec<usize> = self.shape.iter().rev().map(of_dimension).collect();
+        strides.reverse();
+        strides
+    }
+}
+
+/// The bytes of a tensor whose header was checked.
+pub(crate) fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
+    if shape.contains(&0) {
+        return 0;
+    }
+    let elements: usize = shape.iter().product();
+    elements / dtype.block_elements() * dtype.block_bytes()
+}

@@ -1,0 +1,250 @@
+//! What is under way: loads, streams of tensors, and whatever else of the library is waited for.
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use dmaload::share::{AttachOptions, attach};
+use dmaload::{Image, Inspected, Load, Progress, Source, Tensors};
+use futures_core::Stream;
+use pyo3::prelude::*;
+
+use crate::describe;
+use crate::errors::{Failure, Raised, guarded};
+use crate::image;
+use crate::options::Keywords;
+use crate::process::{Owned, detached, lock};
+use crate::tensor::{self, Part};
+use crate::waiting::{Hub, Parked};
+
+/// What comes of it.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Image(Image),
+    Tensor(dmaload::Tensor),
+    /// A tensor whose place in its file was known before.
+    Part(Part),
+    Headers(Vec<Inspected>),
+    /// A stream has ended.
+    End,
+}
+
+/// What came, or why not.
+pub(crate) type Answer = Result<Outcome, Failure>;
+
+/// A future of the library.
+pub(crate) type Work = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+enum Origin {
+    Load(Load),
+    Stream(Tensors),
+    Future(Work),
+    /// It was closed, or has ended.
+    Nothing,
+}
+
+struct State {
+    source: Origin,
+    /// What has come and was not taken.
+    ready: Option<Answer>,
+    progress: Progress,
+}
+
+/// Something that is under way. Dropping or closing it cancels it.
+#[pyclass(frozen, module = "dmaload._native")]
+pub(crate) struct Loading(Owned<Mutex<State>>);
+
+impl Loading {
+    fn new(source: Origin) -> Self {
+        Loading(Owned::new(Mutex::new(State { source, ready: None, progress: Progress::default() })))
+    }
+
+    pub(crate) fn of(work: Work) -> Self {
+        Loading::new(Origin::Future(work))
+    }
+
+    fn state(&self) -> Result<&Mutex<State>, Failure> {
+        self.0.in_its_process("this load")
+    }
+}
+
+impl State {
+    /// Whether something can be taken; else the waker is woken when that may be.
+    fn poll(&mut self, waker: &Waker) -> bool {
+        if self.ready.is_some() {
+            return true;
+        }
+        let mut context = Context::from_waker(waker);
+        let answer = match &mut self.source {
+            Origin::Nothing => Poll::Ready(Err(Failure::new("ClosedError", "this load was closed"))),
+            Origin::Future(work) => work.as_mut().poll(&mut context),
+            Origin::Stream(tensors) => {
+                let next = Pin::new(&mut *tensors).poll_next(&mut context);
+                self.progress = tensors.progress();
+                next.map(|next| match next {
+                    Some(Ok(tensor)) => Ok(Outcome::Tensor(tensor)),
+                    Some(Err(error)) => Err(error.into()),
+                    None => Ok(Outcome::End),
+                })
+            }
+            Origin::Load(load) => {
+                let ended = Self::poll_load(load, &mut context);
+                self.progress = load.progress();
+                ended.map_ok(|()| Outcome::End)
+            }
+        };
+        let Poll::Ready(answer) = answer else { return false };
+        // A stream goes on; everything else gives one answer.
+        let goes_on = matches!((&self.source, &answer), (Origin::Stream(_), Ok(Outcome::Tensor(_))));
+        let source = if goes_on { None } else { Some(std::mem::replace(&mut self.source, Origin::Nothing)) };
+        self.ready = Some(match (source, answer) {
+            (Some(Origin::Load(load)), Ok(_)) => Self::image(load, &mut context),
+            (Some(Origin::Stream(_)), Ok(Outcome::End)) => {
+                // Asked again, it has ended again.
+                self.source = Origin::Future(Box::pin(async { Ok(Outcome::End) }));
+                Ok(Outcome::End)
+            }
+            (_, answer) => answer,
+        });
+        true
+    }
+
+    /// Ready when all segments are there. The load keeps them.
+    fn poll_load(load: &mut Load, context: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        loop {
+            match std::task::ready!(Pin::new(&mut *load).poll_next(context)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(error.into())),
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+
+    fn image(load: Load, context: &mut Context<'_>) -> Answer {
+        match load.into_future().as_mut().poll(context) {
+            Poll::Ready(image) => Ok(Outcome::Image(image?)),
+            Poll::Pending => unreachable!("a load that has given its last segment has ended"),
+        }
+    }
+}
+
+#[pymethods]
+impl Loading {
+    /// Waits until something can be taken, for at most so many seconds; whether it can.
+    fn wait(&self, py: Python<'_>, seconds: f64) -> PyResult<bool> {
+        guarded(py, || {
+            let state = self.state()?;
+            let patience = Duration::try_from_secs_f64(seconds).map_err(|error| Failure::config(error.to_string()))?;
+            Ok(detached(py, || {
+                let deadline = Instant::now() + patience;
+                let parked = Parked::new();
+                let waker = Waker::from(parked.clone());
+                let mut state = lock(state);
+                loop {
+                    if state.poll(&waker) {
+                        return true;
+                    }
+                    if !parked.sleep_until(deadline) {
+                        return false;
+                    }
+                }
+            }))
+        })
+    }
+
+    /// Whether something can be taken; else the hub gets this number when that may be.
+    fn poll(&self, py: Python<'_>, hub: &Hub, key: u64) -> PyResult<bool> {
+        guarded(py, || {
+            let state = self.state()?;
+            let waker = hub.waker(key);
+            Ok(detached(py, || lock(state).poll(&waker)))
+        })
+    }
+
+    /// What has come: an image, a tensor, headers; `None` at the end of a stream.
+    fn take(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        guarded(py, || {
+            let state = self.state()?;
+            let answer = detached(py, || lock(state).ready.take());
+            let answer = answer.ok_or_else(|| Failure::new("Error", "nothing has come of this load yet"))?;
+            Ok(match answer? {
+                Outcome::Image(loaded) => Some(Py::new(py, image::Image::new(py, loaded))?.into_any()),
+                Outcome::Tensor(loaded) => Some(Py::new(py, tensor::Tensor::of(loaded))?.into_any()),
+                Outcome::Part(part) => Some(Py::new(py, tensor::Tensor::of_part(part))?.into_any()),
+                Outcome::Headers(headers) => Some(describe::headers(py, headers)?),
+                Outcome::End => None,
+            })
+        })
+    }
+
+    /// How many bytes were read, and how many there are to read: 0 until the files were opened.
+    fn progress(&self, py: Python<'_>) -> PyResult<(u64, u64)> {
+        guarded(py, || {
+            let state = self.state()?;
+            Ok(detached(py, || {
+                let mut state = lock(state);
+                match &state.source {
+                    Origin::Load(load) => state.progress = load.progress(),
+                    Origin::Stream(tensors) => state.progress = tensors.progress(),
+                    Origin::Future(_) | Origin::Nothing => {}
+                }
+                (state.progress.read_bytes, state.progress.planned_bytes)
+            }))
+        })
+    }
+
+    /// Cancels it, if it has not ended. In a forked child it does nothing.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        guarded(py, || {
+            if let Ok(state) = self.state() {
+                detached(py, || {
+                    let mut state = lock(state);
+                    state.source = Origin::Nothing;
+                    state.ready = None;
+                });
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Starts a load that gives an image.
+#[pyfunction]
+pub(crate) fn start_load(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
+    guarded(py, || {
+        let load = detached(py, || {
+            let (loader, options) = keywords.resolve()?;
+            Ok::<_, Failure>(loader.load(Source::paths(paths)).options(options).start())
+        });
+        Ok(Loading::new(Origin::Load(load?)))
+    })
+}
+
+/// Starts a load that gives tensors as they come, and keeps none.
+#[pyfunction]
+pub(crate) fn start_stream(py: Python<'_>, paths: Vec<PathBuf>, keywords: Keywords) -> PyResult<Loading> {
+    guarded(py, || {
+        let tensors = detached(py, || {
+            let (loader, options) = keywords.resolve()?;
+            Ok::<_, Failure>(loader.load(Source::paths(paths)).options(options).tensors())
+        });
+        Ok(Loading::new(Origin::Stream(tensors?)))
+    })
+}
+
+/// Starts to attach to an image of another process.
+#[pyfunction]
+pub(crate) fn start_attach(py: Python<'_>, socket: PathBuf, name: Option<String>, trusted_users: Vec<u32>) -> PyResult<Loading> {
+    guarded(py, || {
+        let options = AttachOptions::default();
+        let options = name.into_iter().fold(options, AttachOptions::name);
+        let options = trusted_users.into_iter().fold(options, AttachOptions::trust_user);
+        Ok::<_, Raised>(Loading::of(Box::pin(attached(socket, options))))
+    })
+}
+
+async fn attached(socket: PathBuf, options: AttachOptions) -> Answer {
+    Ok(Outcome::Image(attach(socket, options).await?.image))
+}

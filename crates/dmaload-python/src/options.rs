@@ -1,0 +1,85 @@
+//! The keywords of `dmaload.load` as options of the library.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use dmaload::heap::HeapChoice;
+use dmaload::{LoadOptions, Loader, Shard};
+use dmaload_cli::Against;
+use pyo3::prelude::*;
+
+use crate::errors::Failure;
+use crate::process::{Process, build};
+
+/// With a limit of memory, a segment is at most one of so many parts of it.
+const MEMORY_PARTS: usize = 4;
+
+/// What `dmaload.load` takes, already of the right types.
+#[derive(Debug, FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Keywords {
+    tensors: Option<Vec<String>>,
+    shard: Option<(u32, u32, Option<usize>)>,
+    memory_limit: Option<u64>,
+    verify: Option<String>,
+    format: Option<String>,
+    heap: String,
+    route: String,
+    cache: Option<String>,
+    allow_missing: bool,
+}
+
+impl Keywords {
+    /// The loader that is to load, and how.
+    ///
+    /// # Errors
+    /// For options that make no sense; when a manifest cannot be read; when no loader can be
+    /// started.
+    pub(crate) fn resolve(self) -> Result<(Loader, LoadOptions), Failure> {
+        let mut options = LoadOptions::new().allow_missing(self.allow_missing);
+        if let Some(tensors) = self.tensors {
+            options = options.tensors(tensors);
+        }
+        if let Some((rank, world_size, dim)) = self.shard {
+            options = options.shard(Shard { rank, world_size, dim });
+        }
+        if let Some(format) = self.format {
+            options = options.format(format.parse().map_err(Failure::config)?);
+        }
+        if self.route != "auto" {
+            options = options.route(self.route.parse().map_err(Failure::config)?);
+        }
+        if let Some(cache) = self.cache {
+            options = options.cache(cache.parse().map_err(Failure::config)?);
+        }
+        if let Some(against) = self.verify {
+            options = verified(options, &against)?;
+        }
+        let heap: HeapChoice = self.heap.parse().map_err(Failure::config)?;
+        let loader = match self.memory_limit {
+            None => Process::current().loader(&heap)?,
+            // The limit is this load's, so no other may count against it.
+            Some(bytes) => build(Loader::builder().memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS), &heap)?,
+        };
+        Ok((loader, options))
+    }
+}
+
+/// As the command's `--verify` takes it.
+fn verified(options: LoadOptions, text: &str) -> Result<LoadOptions, Failure> {
+    let against: Against = text.parse().map_err(Failure::config)?;
+    against.applied_to(options).map_err(|error| {
+        // The command's error tells the errno by name alone.
+        let errno = match &against {
+            Against::Manifest(path) => File::open(path).err().and_then(|error| error.raw_os_error()),
+            Against::Digest(_) => None,
+        };
+        match errno {
+            Some(errno) if errno == rustix::io::Errno::NOENT.raw_os_error() => {
+                Failure::new("NotFoundError", format!("{error:#}")).about(errno, PathBuf::from(text))
+            }
+            Some(errno) => Failure::new("IoError", format!("{error:#}")).about(errno, PathBuf::from(text)),
+            None => Failure::config(format!("{error:#}")),
+        }
+    })
+}

@@ -1,0 +1,145 @@
+//! Memory for code that writes to it: writes reach nothing that others have, and no view of bytes
+//! is given of what may be written to.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(unsafe_code, reason = "writing to such memory is the test's subject")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{assert_same, file, folder};
+use dmaload::heap::{AnonHeap, Heap, MemfdHeap, UdmabufHeap};
+use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
+use dmaload::{Error, Image, LoadOptions, Loader, PrivateMemory, Shard};
+
+const SEGMENT: u64 = 2 << 20;
+const TENSORS: usize = 5;
+/// Some tensors cross segments, and none begins at a page.
+const TENSOR_BYTES: usize = 1_500_000;
+
+fn model(folder: &Path) -> (PathBuf, Vec<u8>) {
+    let bytes = dmaload_testing::safetensors_of(TENSORS, TENSOR_BYTES, 7);
+    (file(folder, "model.safetensors", &bytes), bytes)
+}
+
+async fn load(path: &Path, heap: impl Heap) -> Image {
+    let options = LoadOptions::new().segment_bytes(SEGMENT);
+    let loader = Loader::builder().heap(heap).load_options(options).build().unwrap();
+    loader.load(path).await.unwrap()
+}
+
+fn read(memory: &PrivateMemory) -> Vec<u8> {
+    // SAFETY: it has that many bytes, and only this test writes to them.
+    unsafe { std::slice::from_raw_parts(memory.address().as_ptr(), memory.len()) }.to_vec()
+}
+
+fn fill(memory: &PrivateMemory, byte: u8) {
+    // SAFETY: as above; no slice of it is alive.
+    unsafe { memory.address().as_ptr().write_bytes(byte, memory.len()) };
+}
+
+#[tokio::test]
+async fn anonymous_memory_is_given_itself_and_lends_no_view_any_more() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path());
+    let image = load(&path, AnonHeap::default()).await;
+    let mut kept = Vec::new();
+    for tensor in image.tensors() {
+        let range = tensor.file_range();
+        let expected = &bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+        let memory = tensor.private_memory().unwrap();
+        assert_same(&read(&memory), expected, tensor.name());
+        let address = tensor.parts().first().map(|part| part.segment.cpu_access().unwrap().address().addr().get() + part.offset);
+        assert_eq!(Some(memory.address().addr().get()), address, "it is no copy");
+        let refused = tensor.bytes().unwrap_err();
+        assert!(matches!(refused, Error::HandedOut { .. }), "{refused}");
+        fill(&memory, 0xAB);
+        let again = tensor.private_memory().unwrap();
+        assert_eq!(again.address(), memory.address(), "all private memory of a tensor is the same");
+        kept.push(memory);
+    }
+    assert_eq!(kept.len(), TENSORS);
+    // The memory outlives image and loader.
+    drop(image);
+    for memory in kept {
+        assert!(read(&memory).iter().all(|&byte| byte == 0xAB));
+    }
+}
+
+#[tokio::test]
+async fn views_and_private_memory_exclude_each_other() {
+    let folder = folder();
+    let (path, _) = model(folder.path());
+    let image = load(&path, AnonHeap::default()).await;
+    let tensor = image.tensors().next().unwrap();
+    let view = tensor.bytes().unwrap();
+    let refused = tensor.private_memory().unwrap_err();
+    assert!(matches!(refused, Error::Viewed { .. }), "{refused}");
+    drop(view);
+    tensor.private_memory().unwrap();
+}
+
+#[tokio::test]
+async fn memory_files_are_copied_on_write_and_stay_what_they_are() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path());
+    let image = load(&path, MemfdHeap::default()).await;
+    for tensor in image.tensors() {
+        let range = tensor.file_range();
+        let expected = &bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+        let view = tensor.bytes().unwrap();
+        let (ours, theirs) = (tensor.private_memory().unwrap(), tensor.private_memory().unwrap());
+        assert_same(&read(&ours), expected, tensor.name());
+        fill(&ours, 0xCD);
+        assert_same(&read(&theirs), expected, "what another one has");
+        assert_same(&view, expected, "a view");
+        assert!(read(&ours).iter().all(|&byte| byte == 0xCD));
+    }
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the file");
+    let whole = image.files()[0].private_memory(0..bytes.len() as u64).unwrap();
+    assert_same(&read(&whole), &bytes, "all of it");
+}
+
+#[tokio::test]
+async fn writes_to_attached_memory_reach_no_other_process() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path());
+    let image = load(&path, MemfdHeap::default()).await;
+    let socket = folder.path().join("socket");
+    let server = Server::bind(&socket, ServerOptions::default()).unwrap();
+    server.publish("model", image.clone()).unwrap();
+    let attached = attach(&socket, AttachOptions::default()).await.unwrap();
+    let tensor = attached.image.tensors().nth(1).unwrap();
+    let memory = tensor.private_memory().unwrap();
+    fill(&memory, 0xEF);
+    for side in [&image, &attached.image] {
+        assert_same(&side.files()[0].bytes().unwrap(), &bytes, "the file");
+    }
+    // It needs neither the server nor the image.
+    drop((server, image, attached, tensor));
+    assert!(read(&memory).iter().all(|&byte| byte == 0xEF));
+}
+
+#[tokio::test]
+async fn what_has_no_such_memory_is_refused() {
+    let folder = folder();
+    let (path, _) = model(folder.path());
+    let image = load(&path, AnonHeap::default()).await;
+    let end = image.files()[0].len();
+    let refused = image.files()[0].private_memory(end - 1..end + 1).unwrap_err();
+    assert!(matches!(refused, Error::NotLoaded { .. }), "{refused}");
+    assert!(image.files()[0].private_memory(5..5).unwrap().is_empty());
+    let two = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![2, 4], &[1; 8]).unwrap();
+    let path = file(folder.path(), "two.safetensors", &safetensors::serialize([("t", two)], None).unwrap());
+    let options = LoadOptions::new().shard(Shard { rank: 0, world_size: 2, dim: Some(1) });
+    let image = Loader::new().unwrap().load(&path).options(options).await.unwrap();
+    let refused = image.tensor("t").unwrap().private_memory().unwrap_err();
+    assert!(matches!(refused, Error::NotContiguous { .. }), "{refused}");
+    // Where this machine makes dma-bufs.
+    if let Ok(heap) = UdmabufHeap::open(dmaload::heap::Pages::Auto) {
+        let image = load(&path, heap).await;
+        let refused = image.tensor("t").unwrap().private_memory().unwrap_err();
+        assert!(matches!(refused, Error::NoDescriptor { .. }), "{refused}");
+        image.tensor("t").unwrap().bytes().unwrap();
+    }
+}
