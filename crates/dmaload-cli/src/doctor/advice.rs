@@ -210,8 +210,17 @@ fn device(facts: &Facts) -> Option<Advice> {
     let others = facts.trial.heaps.iter().any(|heap| heap.name.starts_with(DMA_HEAP) && heap.outcome.is_ok());
     let gain =
         if others { "load --dma-buf without a copy" } else { "load --dma-buf, whose memory drivers import, without a copy" };
-    let change = "load the module udmabuf (a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS)";
-    Some(Advice::new(change, "sudo modprobe udmabuf", gain))
+    let lacks_udmabuf = facts.modules.known && !facts.modules.udmabuf;
+    if lacks_udmabuf && facts.modules.system_heap && !others {
+        let gain = "load --dma-buf, whose memory drivers import, with a copy";
+        return Some(Advice::new("load the module of the dma-heap system", "sudo modprobe system_heap", gain));
+    }
+    let (change, command) = if lacks_udmabuf {
+        ("boot a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS_SYSTEM", "uname -r")
+    } else {
+        ("load the module udmabuf (a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS)", "sudo modprobe udmabuf")
+    };
+    Some(Advice::new(change, command, gain))
 }
 
 fn size_limit(facts: &Facts) -> Option<Advice> {
@@ -244,6 +253,7 @@ mod tests {
 
     use super::*;
     use crate::doctor::facts::PathFacts;
+    use crate::doctor::system::Modules;
     use crate::doctor::trial::Step;
 
     type Change = fn(&mut Facts);
@@ -292,6 +302,14 @@ mod tests {
     };
     const NO_RIGHT: Change = |facts| udmabuf(facts, Errno::EACCES);
     const NO_DEVICE: Change = |facts| udmabuf(facts, Errno::ENOENT);
+    const ONLY_HEAP_IS_A_MODULE: Change = |facts| {
+        udmabuf(facts, Errno::ENOENT);
+        facts.modules = Modules { udmabuf: false, system_heap: true, known: true };
+    };
+    const NO_MODULE: Change = |facts| {
+        udmabuf(facts, Errno::ENOENT);
+        facts.modules = Modules { udmabuf: false, system_heap: false, known: true };
+    };
     const SMALL_UDMABUFS: Change = |facts| facts.trial.heaps[1].limit_bytes = Some(64 << 20);
     const BUG: Change = |facts| facts.udmabuf_bug = true;
 
@@ -307,6 +325,8 @@ mod tests {
             (SMALL_MEMLOCK, "ulimit -l unlimited"),
             (NO_RIGHT, "sudo setfacl -m u:$USER:rw /dev/udmabuf"),
             (NO_DEVICE, "sudo modprobe udmabuf"),
+            (ONLY_HEAP_IS_A_MODULE, "sudo modprobe system_heap"),
+            (NO_MODULE, "uname -r"),
             (SMALL_UDMABUFS, "echo 1024 > /sys/module/udmabuf/parameters/size_limit_mb"),
             (BUG, "uname -r"),
         ] {

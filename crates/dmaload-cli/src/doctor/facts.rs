@@ -11,7 +11,7 @@ use dmaload::{Errno, Error, Format, probe};
 
 use super::cause::{self, Cause};
 use super::mounts::{self, Mount};
-use super::system::{self, HugePages, Memlock, Status};
+use super::system::{self, HugePages, Memlock, Modules, Status};
 use super::trial::Trial;
 use crate::errors;
 
@@ -34,6 +34,7 @@ pub(crate) struct Facts {
     pub(crate) address_room: Option<u64>,
     /// Whether udmabufs get only small pages because of a bug in this kernel.
     pub(crate) udmabuf_bug: bool,
+    pub(crate) modules: Modules,
 }
 
 /// The path in question.
@@ -79,6 +80,7 @@ impl Facts {
             file_size_limit: Limit::FileSize.current(),
             address_room: status.address_room(),
             udmabuf_bug: Udmabuf::huge_pages_show_wrong_bytes(),
+            modules: Modules::read(),
             path,
             trial,
         })
@@ -173,6 +175,7 @@ impl Facts {
             file_size_limit: None,
             address_room: None,
             udmabuf_bug: false,
+            modules: Modules::default(),
         }
     }
 }

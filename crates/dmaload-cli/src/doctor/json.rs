@@ -56,6 +56,7 @@ pub(crate) fn object(facts: &Facts) -> Value {
             "works": verdict::works(&dma_buf),
             "heap": facts.dma_buf.heap,
             "route": dma_buf.as_ref().ok().map(|expected| expected.route.name()),
+            "page_size_bytes": dma_buf.as_ref().ok().and_then(|expected| expected.page_bytes),
             "reason": dma_buf.as_ref().err().unwrap_or(&facts.dma_buf.reason),
         },
         "advice": advice::ranked(facts).iter().take(advice::SHOWN).map(|advice| json!({

@@ -207,7 +207,10 @@ fn verdict_line(verdict: Result<Expected, String>) -> String {
 
 fn dma_buf_line(facts: &Facts) -> String {
     match verdict::load_dma_buf(facts) {
-        Ok(Expected { route, .. }) => format!("works, by {route}: {}", facts.dma_buf.reason),
+        Ok(Expected { route, page_bytes, .. }) => {
+            let pages = page_bytes.map(|bytes_each| format!(", {} pages", size(bytes_each))).unwrap_or_default();
+            format!("works, by {route}{pages}: {}", facts.dma_buf.reason)
+        }
         Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => {
             // The reasons for each heap are listed above.

@@ -41,6 +41,33 @@ pub(crate) fn kernel() -> String {
     format!("{} {}", about.sysname().to_string_lossy(), about.release().to_string_lossy())
 }
 
+/// Drivers that this kernel has as modules, loaded or not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Modules {
+    pub(crate) udmabuf: bool,
+    pub(crate) system_heap: bool,
+    /// Whether the list of modules could be read: containers have none of the host's.
+    pub(crate) known: bool,
+}
+
+impl Modules {
+    /// Reads the index of modules that belongs to the running kernel.
+    pub(crate) fn read() -> Self {
+        let release = uname().release().to_string_lossy().into_owned();
+        read_to_string(format!("/lib/modules/{release}/modules.dep"))
+            .map_or_else(|_| Modules::default(), |index| Self::of(&index))
+    }
+
+    /// Parses lines of `PATH.ko[.xz]: PATHS`.
+    fn of(index: &str) -> Self {
+        let has = |module: &str| {
+            let mut files = index.lines().filter_map(|line| line.split(':').next()?.rsplit('/').next());
+            files.any(|file| file.split('.').next().is_some_and(|name| name.replace('-', "_") == module))
+        };
+        Modules { udmabuf: has("udmabuf"), system_heap: has("system_heap"), known: true }
+    }
+}
+
 /// `/proc/self/status`.
 pub(crate) struct Status {
     text: String,
@@ -121,6 +148,17 @@ mod tests {
             let status = Status { text, effective: None };
             let _ = (status.has(CAP_IPC_LOCK), status.has(63), status.field("Seccomp"));
         }
+    }
+
+    #[test]
+    fn modules_are_found_by_the_names_of_their_files() {
+        let found = |index: &str| {
+            let modules = Modules::of(index);
+            (modules.udmabuf, modules.system_heap)
+        };
+        assert_eq!(found("kernel/drivers/dma-buf/heaps/system_heap.ko.xz: kernel/udmabuf.ko\n"), (false, true));
+        assert_eq!(found("kernel/drivers/dma-buf/udmabuf.ko:\n"), (true, false));
+        assert_eq!(found("kernel/not_system_heap.ko:\n"), (false, false));
     }
 
     #[test]
