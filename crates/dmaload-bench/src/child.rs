@@ -116,7 +116,7 @@ fn to_json(run: &Run) -> Value {
 }
 
 /// Parses a line written by [`Load::run`]; `None` for any other line.
-pub(crate) fn heard(line: &str) -> Option<Result<Run, Failure>> {
+pub(crate) fn parse_line(line: &str) -> Option<Result<Run, Failure>> {
     let value: Value = serde_json::from_str(line).ok()?;
     if let Some(reason) = value.get("error").and_then(Value::as_str) {
         let wrong_bytes = value.get("wrong_bytes").and_then(Value::as_bool).unwrap_or(false);
@@ -164,12 +164,12 @@ mod tests {
             notes: vec!["by uring-direct".to_owned()],
             destinations: vec![ReadInto { bytes: 8 << 20, seconds: 0.5, cpu_seconds: 0.25 }],
         };
-        assert_eq!(heard(&to_json(&run).to_string()), Some(Ok(run)));
+        assert_eq!(parse_line(&to_json(&run).to_string()), Some(Ok(run)));
         let bare = Run { seconds: 1.0, page_bytes: 4096, ..Run::default() };
-        assert_eq!(heard(&to_json(&bare).to_string()), Some(Ok(bare)));
-        let failure = heard(&failed("no memory", &anyhow::anyhow!("no memory")).to_string());
+        assert_eq!(parse_line(&to_json(&bare).to_string()), Some(Ok(bare)));
+        let failure = parse_line(&failed("no memory", &anyhow::anyhow!("no memory")).to_string());
         assert_eq!(failure, Some(Err(Failure { reason: "no memory".to_owned(), wrong_bytes: false })));
-        assert_eq!(heard("{\"ready\":true}"), None);
-        assert_eq!(heard("Killed"), None);
+        assert_eq!(parse_line("{\"ready\":true}"), None);
+        assert_eq!(parse_line("Killed"), None);
     }
 }

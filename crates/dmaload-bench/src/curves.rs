@@ -25,7 +25,7 @@ pub(crate) struct Curves {
 
 impl Curves {
     /// The curves of a traced load.
-    pub(crate) fn of(report: &Report) -> Self {
+    pub(crate) fn from_report(report: &Report) -> Self {
         let events: Vec<_> = report.trace.iter().map(Event::from).collect();
         let allocated = events.iter().filter(|event| event.kind == TraceKind::Allocate);
         Curves { allocated: curve(allocated), filled: curve(filling(&events)) }
@@ -125,7 +125,7 @@ mod tests {
                 Loader::builder().load_options(LoadOptions::new().segment_bytes(8 << 20)).window_bytes(16 << 20).build().unwrap();
             let options = loader.load_options().route(route).cache(dmaload::Cache::Bypass).trace(true);
             let image = crate::engine::block_on(async { loader.load(&path).options(options).await }).unwrap().unwrap();
-            let curves = Curves::of(image.report());
+            let curves = Curves::from_report(image.report());
             for curve in [&curves.allocated, &curves.filled] {
                 assert_eq!(curve.last().unwrap().1, bytes as u64, "{route}");
                 assert!(curve.windows(2).all(|pair| pair[0].0 <= pair[1].0 && pair[0].1 < pair[1].1), "{curve:?}");

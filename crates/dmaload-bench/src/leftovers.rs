@@ -30,7 +30,7 @@ struct Alive {
 }
 
 /// Every change is a single call, so a thread that panicked has left the state consistent.
-fn alive() -> MutexGuard<'static, Alive> {
+fn lock_alive() -> MutexGuard<'static, Alive> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -38,7 +38,7 @@ fn alive() -> MutexGuard<'static, Alive> {
 pub(crate) fn remove_on_interrupt() {
     scratch::before_an_interrupt_ends(|| {
         // Held until the process ends, so that nothing new can be started and left behind.
-        let alive = alive();
+        let alive = lock_alive();
         for process in alive.processes.values() {
             let _ = pidfd_send_signal(process, Signal::KILL);
         }
@@ -54,7 +54,7 @@ pub(crate) fn remove_on_interrupt() {
 /// # Errors
 /// If it can't be started.
 pub(crate) fn start(command: &mut Command) -> io::Result<Child> {
-    let mut alive = alive();
+    let mut alive = lock_alive();
     let child = command.spawn()?;
     if let Ok(process) = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()) {
         alive.processes.insert(child.id(), process);
@@ -64,7 +64,7 @@ pub(crate) fn start(command: &mut Command) -> io::Result<Child> {
 
 /// Records that a process has been waited for.
 pub(crate) fn ended(child: &Child) {
-    alive().processes.remove(&child.id());
+    lock_alive().processes.remove(&child.id());
 }
 
 /// Creates a group's folder, to be removed by [`remove_group`] or on an interrupt.
@@ -72,7 +72,7 @@ pub(crate) fn ended(child: &Child) {
 /// # Errors
 /// If it can't be created.
 pub(crate) fn make_group(folder: &Path) -> io::Result<()> {
-    let mut alive = alive();
+    let mut alive = lock_alive();
     fs::create_dir(folder)?;
     alive.groups.insert(folder.to_owned());
     Ok(())
@@ -81,7 +81,7 @@ pub(crate) fn make_group(folder: &Path) -> io::Result<()> {
 /// Removes a group's folder.
 pub(crate) fn remove_group(folder: &Path) {
     remove(folder);
-    alive().groups.remove(folder);
+    lock_alive().groups.remove(folder);
 }
 
 fn remove(folder: &Path) {

@@ -195,9 +195,9 @@ impl Bench {
             group.add(worker.id())?;
         }
         let died = |error: anyhow::Error| Failure { reason: error.to_string(), wrong_bytes: false };
-        worker.tell(child::PREPARE);
-        match worker.hear() {
-            Ok(line) => match child::heard(&line) {
+        worker.send_line(child::PREPARE);
+        match worker.receive_line() {
+            Ok(line) => match child::parse_line(&line) {
                 Some(Err(failure)) => return Ok(Err(failure)),
                 Some(Ok(_)) => bail!("a run was measured before it began"),
                 // It is ready.
@@ -216,9 +216,9 @@ impl Bench {
             }
         }
         host::warm(self.file_bytes, self.arm.is_on()).context("cannot warm the machine's memory")?;
-        worker.tell(child::GO);
-        let run = match worker.hear() {
-            Ok(line) => child::heard(&line).with_context(|| format!("a run said {line:?}"))?,
+        worker.send_line(child::GO);
+        let run = match worker.receive_line() {
+            Ok(line) => child::parse_line(&line).with_context(|| format!("a run said {line:?}"))?,
             Err(error) => Err(died(error)),
         };
         // The process must have left the group before the group is removed.

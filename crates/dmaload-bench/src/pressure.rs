@@ -138,8 +138,8 @@ impl Arm {
         }
         let mut filler = Worker::start(&mut command)?;
         group.add(filler.id())?;
-        filler.tell("go");
-        filler.hear().context("the group's page cache could not be filled")?;
+        filler.send_line("go");
+        filler.receive_line().context("the group's page cache could not be filled")?;
         Ok(())
     }
 
@@ -159,7 +159,7 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     let mut command = worker::command();
     command.arg("hog").arg(bytes.to_string());
     let mut hog = Worker::start(&mut command)?;
-    hog.hear().with_context(|| format!("a process that takes {} could not do so", dmaload_text::bytes(bytes)))?;
+    hog.receive_line().with_context(|| format!("a process that takes {} could not do so", dmaload_text::bytes(bytes)))?;
     Ok(hog)
 }
 

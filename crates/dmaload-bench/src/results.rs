@@ -73,7 +73,7 @@ impl ModeRuns {
     }
 
     pub(crate) fn seconds(&self) -> Option<Spread> {
-        Spread::of(self.done().map(|run| run.seconds))
+        Spread::from_values(self.done().map(|run| run.seconds))
     }
 
     /// The median of the successful runs.
@@ -161,7 +161,7 @@ impl Results {
     pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
         let (reference, mode) = (self.of(reference)?, self.of(mode)?);
         let pairs = reference.runs.iter().zip(&mode.runs);
-        Spread::of(pairs.filter_map(|pair| match pair {
+        Spread::from_values(pairs.filter_map(|pair| match pair {
             (Ok(reference), Ok(mode)) => Some(reference.seconds / mode.seconds),
             _ => None,
         }))
@@ -172,7 +172,7 @@ impl Results {
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
         let (apart, mode) = (self.of(Mode::NoOverlap)?, self.of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
-        Spread::of(pairs.filter_map(|pair| match pair {
+        Spread::from_values(pairs.filter_map(|pair| match pair {
             (Ok(Run { apart: Some(apart), .. }), Ok(mode)) => Some(apart.allocate_seconds.max(apart.read_seconds) / mode.seconds),
             _ => None,
         }))

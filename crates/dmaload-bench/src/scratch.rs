@@ -38,12 +38,12 @@ const IN_MEMORY: &[(FsWord, &str)] =
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 /// What else to do when the process is interrupted, before the files are removed.
-static FIRST: OnceLock<fn()> = OnceLock::new();
+static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
 
 /// Registers a function to call when a signal ends the process. Only the first registration
 /// counts.
 pub fn before_an_interrupt_ends(hook: fn()) {
-    let _ = FIRST.set(hook);
+    let _ = BEFORE_EXIT.set(hook);
     remove_on_signals();
 }
 
@@ -116,7 +116,7 @@ impl ScratchFile {
     /// If the file can't be created.
     pub fn create_in(folder: &Path, suffix: &str) -> Result<Self, FileError> {
         remove_on_signals();
-        let mut alive = alive();
+        let mut alive = lock_alive();
         let path = free_name(folder, suffix, &alive);
         let file = OpenOptions::new().write(true).create_new(true).open(&path).at("create", &path)?;
         alive.insert(path.clone());
@@ -138,7 +138,7 @@ impl ScratchFile {
 
 impl Drop for ScratchFile {
     fn drop(&mut self) {
-        if alive().remove(&self.path) {
+        if lock_alive().remove(&self.path) {
             // There is no way to report a failure, and a file that is already gone is fine.
             let _ = fs::remove_file(&self.path);
         }
@@ -187,7 +187,7 @@ fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf 
 
 /// Every change is a single call, so a thread that panicked while holding the lock has left the
 /// set consistent.
-fn alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+fn lock_alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -199,11 +199,11 @@ fn remove_on_signals() {
         let Ok(mut signals) = Signals::new(heeded_signals()) else { return };
         let watch = move || {
             if let Some(signal) = signals.forever().next() {
-                if let Some(hook) = FIRST.get() {
+                if let Some(hook) = BEFORE_EXIT.get() {
                     hook();
                 }
                 // Held until the process ends, so that no file can be created and left behind.
-                let alive = alive();
+                let alive = lock_alive();
                 for path in alive.iter() {
                     let _ = fs::remove_file(path);
                 }

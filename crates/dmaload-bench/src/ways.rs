@@ -46,7 +46,7 @@ pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
 /// # Errors
 /// If this machine lacks something that the mode needs, or the files can't be inspected.
 pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curves: bool) -> Result<Ready> {
-    let files = Files::look_at(paths)?;
+    let files = Files::open(paths)?;
     Ok(match mode {
         Mode::Normal => {
             small_pages()?;
@@ -123,7 +123,7 @@ struct Files {
 }
 
 impl Files {
-    fn look_at(paths: Vec<PathBuf>) -> Result<Self> {
+    fn open(paths: Vec<PathBuf>) -> Result<Self> {
         let mut files = Files { paths: Vec::new(), lengths: Vec::new() };
         for path in paths {
             let length = fs::metadata(&path).at("look at", &path)?.len();
@@ -216,7 +216,7 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
     Ok(Run {
         page_bytes: report.page_size_bytes() as u64,
         first_segment_seconds: report.first_segment.map(|first| first.as_secs_f64()),
-        curves: (!report.trace.is_empty()).then(|| Curves::of(report)),
+        curves: (!report.trace.is_empty()).then(|| Curves::from_report(report)),
         notes,
         ..run
     })

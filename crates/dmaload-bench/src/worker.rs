@@ -74,8 +74,8 @@ impl Worker {
         self.child.id()
     }
 
-    /// Sends a line. If the process is gone, [`Worker::hear`] reports it.
-    pub(crate) fn tell(&mut self, line: &str) {
+    /// Sends a line. If the process is gone, [`Worker::receive_line`] reports it.
+    pub(crate) fn send_line(&mut self, line: &str) {
         if let Some(stdin) = &mut self.stdin {
             let _ = writeln!(stdin, "{line}").and_then(|()| stdin.flush());
         }
@@ -85,7 +85,7 @@ impl Worker {
     ///
     /// # Errors
     /// How the process ended, if there is no line.
-    pub(crate) fn hear(&mut self) -> Result<String> {
+    pub(crate) fn receive_line(&mut self) -> Result<String> {
         let mut line = String::new();
         // A pipe error means the same as its end.
         if self.stdout.read_line(&mut line).is_ok_and(|count| count > 0) {

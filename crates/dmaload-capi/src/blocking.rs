@@ -13,7 +13,7 @@ use dmaload::{Loader, Segments};
 use futures_core::Stream;
 
 use crate::failure::{Failure, Result};
-use crate::outcome::{self, Finished, Given};
+use crate::outcome::{self, Finished, OwnedSegment};
 use crate::request::Started;
 use crate::types::dmaload_options;
 
@@ -45,7 +45,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 pub(crate) struct Control<'a>(&'a dmaload_options);
 
 impl<'a> Control<'a> {
-    pub(crate) fn of(options: &'a dmaload_options) -> Self {
+    pub(crate) fn new(options: &'a dmaload_options) -> Self {
         Control(options)
     }
 
@@ -57,7 +57,7 @@ impl<'a> Control<'a> {
     ///
     /// # Safety
     /// The pointers are as the header requires.
-    unsafe fn look(self, segments: &Segments) -> Result<()> {
+    unsafe fn check(self, segments: &Segments) -> Result<()> {
         if !self.0.cancel.is_null() {
             // SAFETY: the flag is valid during the call, and may be written concurrently.
             let flag = unsafe { AtomicI32::from_ptr(self.0.cancel.cast_mut()) };
@@ -80,14 +80,14 @@ impl<'a> Control<'a> {
 ///
 /// # Safety
 /// The pointers in the options of `control` are as the header requires.
-pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(Vec<Given>, Finished)> {
+pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) -> Result<(Vec<OwnedSegment>, Finished)> {
     let Started { mut segments, wanted, cpu_before } = started;
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let (mut all, mut due) = (Vec::new(), Instant::now() + TICK);
     loop {
         let polled = Pin::new(&mut segments).poll_next(&mut Context::from_waker(&waker));
         match polled {
-            Poll::Ready(Some(segment)) => all.push(Given::of(&segment?, &wanted)?),
+            Poll::Ready(Some(segment)) => all.push(OwnedSegment::new(&segment?, &wanted)?),
             Poll::Ready(None) => break,
             Poll::Pending if control.is_wanted() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
             Poll::Pending => thread::park(),
@@ -95,25 +95,25 @@ pub(crate) unsafe fn all_of(started: Started, control: Control<'_>) -> Result<(V
         // Checked however fast segments arrive.
         if due <= Instant::now() {
             // SAFETY: as the caller guarantees.
-            unsafe { control.look(&segments)? };
+            unsafe { control.check(&segments)? };
             due = Instant::now() + TICK;
         }
     }
     // SAFETY: as the caller guarantees.
-    unsafe { control.look(&segments)? };
+    unsafe { control.check(&segments)? };
     let report = segments.report().cloned();
     let report = report.ok_or_else(|| Failure::cancelled("the load ended without a report"))?;
     Ok((all, Finished::new(report, cpu_before)))
 }
 
 /// Shuts down a loader that is not shared, after its load, and waits for its threads.
-pub(crate) fn end(loader: Loader) {
+pub(crate) fn shut_down(loader: Loader) {
     // Nothing is in flight that could be leaked.
     let _ = block_on(loader.shutdown());
 }
 
 /// The descriptor of a load with exactly one segment.
-pub(crate) fn only(mut given: Vec<Given>) -> Result<c_int> {
+pub(crate) fn single_descriptor(mut given: Vec<OwnedSegment>) -> Result<c_int> {
     let one = given.pop().filter(|_| given.is_empty());
     let one = one.ok_or_else(|| Failure::invalid("the file did not become one segment"))?;
     Ok(std::os::fd::IntoRawFd::into_raw_fd(one.into_fd()))

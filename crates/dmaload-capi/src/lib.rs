@@ -99,14 +99,14 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
         if fd_flags & !known.bits() != 0 || fd_flags & OFlags::RWMODE.bits() == OFlags::RWMODE.bits() {
             return Err(Failure::invalid(format!("fd_flags {fd_flags:#x}: O_CLOEXEC and an access mode are known")));
         }
-        let heap = request::heap_of(heap_fd, heap_flags)?;
+        let heap = request::heap_from_fd(heap_fd, heap_flags)?;
         let (file, bytes) = request::file(file_fd)?;
-        let loader = request::loader_with(heap, batch_bytes)?;
+        let loader = request::one_shot_loader(heap, batch_bytes)?;
         let options = dmaload_options { layout: DMALOAD_SINGLE, ..sized::zeroed() };
         let started = request::start(&loader, file, bytes, &options)?;
         // SAFETY: the options contain no pointers.
-        let (given, _) = unsafe { blocking::all_of(started, Control::of(&options))? };
-        let one = blocking::only(given)?;
+        let (given, _) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
+        let one = blocking::single_descriptor(given)?;
         if fd_flags & OFlags::CLOEXEC.bits() == 0 {
             // SAFETY: it is open, and nothing else owns it.
             let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(one) };
@@ -115,7 +115,7 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
         }
         // SAFETY: it is not null, and valid as the header requires.
         unsafe { dmabuf_fd.write(one) };
-        blocking::end(loader);
+        blocking::shut_down(loader);
         Ok(0)
     })
 }
@@ -145,14 +145,14 @@ pub unsafe extern "C" fn dmaload_load_file(
         let options = unsafe { sized::read(options)? };
         let (file, bytes) = request::file(file_fd)?;
         // SAFETY: as the header requires.
-        let (loader, is_own) = unsafe { request::loader_of(&options)? };
+        let (loader, is_own) = unsafe { request::loader_for(&options)? };
         let started = request::start(&loader, file, bytes, &options)?;
         // SAFETY: as the header requires.
-        let (given, report) = unsafe { blocking::all_of(started, Control::of(&options))? };
+        let (given, report) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
         // SAFETY: as the header requires.
         unsafe { outcome::write_report(&report, options.report)? };
         if is_own {
-            blocking::end(loader);
+            blocking::shut_down(loader);
         }
         // SAFETY: neither is null; both are valid as the header requires.
         unsafe { outcome::into_array(given, segments, count) };
@@ -226,7 +226,7 @@ pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_o
         }
         let (file, bytes) = request::file(file_fd)?;
         // SAFETY: as the header requires.
-        let (loader, _) = unsafe { request::loader_of(&options)? };
+        let (loader, _) = unsafe { request::loader_for(&options)? };
         let new = dmaload_load::new(request::start(&loader, file, bytes, &options)?)?;
         // SAFETY: it is not null, and valid as the header requires.
         unsafe { load.write(Box::into_raw(Box::new(new))) };
@@ -243,7 +243,7 @@ pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_o
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_event_fd(load: *const dmaload_load) -> c_int {
     // SAFETY: as the header requires.
-    with(load, |load| Ok(load.event_fd()))
+    with_load(load, |load| Ok(load.event_fd()))
 }
 
 /// Returns the next event of a load without blocking: `DMALOAD_PENDING`; `DMALOAD_SEGMENT` with
@@ -259,7 +259,7 @@ pub unsafe extern "C" fn dmaload_event_fd(load: *const dmaload_load) -> c_int {
 /// `load` came from `dmaload_start`, and was not freed; `segment` is valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dmaload_segment) -> c_int {
-    with(load, |load| {
+    with_load(load, |load| {
         not_null(segment, "segment")?;
         Ok(match load.poll()? {
             Fetched::Nothing => DMALOAD_PENDING,
@@ -279,7 +279,7 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
 /// `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progress: *mut dmaload_progress) -> c_int {
-    with(load, |load| {
+    with_load(load, |load| {
         not_null(progress, "progress")?;
         // SAFETY: it is not null, and valid as the header requires.
         unsafe { progress.write(outcome::progress(load.progress())) };
@@ -294,7 +294,7 @@ pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progre
 /// `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: *mut dmaload_report) -> c_int {
-    with(load, |load| {
+    with_load(load, |load| {
         not_null(report, "report")?;
         // SAFETY: as the header requires.
         unsafe { outcome::write_report(&load.report()?, report)? };
@@ -310,7 +310,7 @@ pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: 
 /// It is null, or came from `dmaload_start`, and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_cancel(load: *mut dmaload_load) {
-    with(load, |load| {
+    with_load(load, |load| {
         load.cancel();
         Ok(0)
     });
@@ -332,7 +332,7 @@ pub unsafe extern "C" fn dmaload_free(load: *mut dmaload_load) {
 }
 
 /// Runs `body` with a load from C.
-fn with(load: *const dmaload_load, body: impl FnOnce(&dmaload_load) -> failure::Result<c_int>) -> c_int {
+fn with_load(load: *const dmaload_load, body: impl FnOnce(&dmaload_load) -> failure::Result<c_int>) -> c_int {
     answer(|| {
         // SAFETY: it is null, or a load that was not freed, as the header requires.
         let load = unsafe { load.as_ref() }.ok_or_else(|| Failure::new(Errno::FAULT, "load is NULL"))?;

@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
 use crate::failure::{Failure, Result};
-use crate::outcome::{Finished, Given};
+use crate::outcome::{Finished, OwnedSegment};
 use crate::request::Started;
 
 /// The eventfd.
@@ -69,7 +69,7 @@ impl fmt::Debug for dmaload_load {
 /// The result of fetching.
 pub(crate) enum Fetched {
     Nothing,
-    Segment(Given),
+    Segment(OwnedSegment),
     Finished,
 }
 
@@ -121,7 +121,7 @@ impl dmaload_load {
             State::Failed(failure) => return Err(failure.clone()),
             State::Going { segments, next } => match next.take() {
                 None => return Ok(Fetched::Nothing),
-                Some(Some(Ok(segment))) => Given::of(&segment, &self.wanted),
+                Some(Some(Ok(segment))) => OwnedSegment::new(&segment, &self.wanted),
                 Some(Some(Err(error))) => Err(error.into()),
                 Some(None) => match segments.report().cloned() {
                     Some(report) => {

@@ -16,15 +16,15 @@ use crate::types::{DMALOAD_DMA_BUF, DMALOAD_MEMFD, dmaload_progress, dmaload_rep
 
 /// A segment whose descriptor has not been handed to C yet.
 #[derive(Debug)]
-pub(crate) struct Given {
+pub(crate) struct OwnedSegment {
     fd: OwnedFd,
     plain: dmaload_segment,
 }
 
-impl Given {
+impl OwnedSegment {
     /// The part of a segment that was requested, because reads take whole blocks. The segment
     /// itself is not needed any more: its memory lives as long as this descriptor.
-    pub(crate) fn of(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
+    pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
         } else {
@@ -43,7 +43,7 @@ impl Given {
             memory_offset: segment.memory_offset() as u64 + before,
             memory_bytes: segment.memory_bytes() as u64 - before,
         };
-        Ok(Given { fd, plain })
+        Ok(OwnedSegment { fd, plain })
     }
 
     /// Passes ownership of the descriptor to C.
@@ -99,7 +99,7 @@ pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) 
     all.huge_page_bytes = report.pages.huge_bytes;
     all.segments = report.segments as u64;
     all.fallbacks = report.fallbacks.len() as u64;
-    let text = told(report);
+    let text = describe_step(report);
     // The last byte stays 0.
     let room = all.text.len() - 1;
     for (to, byte) in all.text.iter_mut().take(room).zip(text.bytes().filter(|&byte| byte != 0)) {
@@ -109,7 +109,7 @@ pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) 
     unsafe { sized::write(to, &all) }
 }
 
-fn told(report: &Report) -> String {
+fn describe_step(report: &Report) -> String {
     let mut lines = vec![format!("{} by {}", report.heap, report.route)];
     lines.extend(report.fallbacks.iter().map(|step| {
         let errno = step.errno.describe();
@@ -123,8 +123,8 @@ fn told(report: &Report) -> String {
 ///
 /// # Safety
 /// Both pointers are valid for writes.
-pub(crate) unsafe fn into_array(given: Vec<Given>, segments: *mut *mut dmaload_segment, count: *mut usize) {
-    let all: Box<[dmaload_segment]> = given.into_iter().map(Given::into_c).collect();
+pub(crate) unsafe fn into_array(given: Vec<OwnedSegment>, segments: *mut *mut dmaload_segment, count: *mut usize) {
+    let all: Box<[dmaload_segment]> = given.into_iter().map(OwnedSegment::into_c).collect();
     // SAFETY: as the caller guarantees.
     unsafe { count.write(all.len()) };
     // SAFETY: as the caller guarantees.

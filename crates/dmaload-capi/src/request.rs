@@ -63,7 +63,7 @@ fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
 }
 
 /// The heap of this descriptor.
-pub(crate) fn heap_of(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
+pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     let device = duplicate(fd, "heap_fd")?;
     match Device::identify(&device) {
         Some(Device::DmaHeap(_)) => Ok(Arc::new(DmaHeap::from_fd(device)?.flags(flags))),
@@ -96,7 +96,7 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
 /// That of [`heap_named`], for `options.heap`.
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
     match (options.flags & DMALOAD_HEAP_FD != 0, options.heap.is_null()) {
-        (true, true) => heap_of(options.heap_fd, 0),
+        (true, true) => heap_from_fd(options.heap_fd, 0),
         (true, false) => Err(Failure::invalid("a heap by its descriptor, or by its name, not by both")),
         // SAFETY: as the caller guarantees.
         (false, _) => unsafe { heap_named(options.heap) },
@@ -120,7 +120,7 @@ pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
 
 /// Creates a loader for one call of `dmaload_alloc_and_read`, whose contract is to read from
 /// storage.
-pub(crate) fn loader_with(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
+pub(crate) fn one_shot_loader(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
     let options = fitting(batch_bytes)?.cache(Cache::Bypass);
     Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).load_options(options).build()?)
 }
@@ -152,7 +152,7 @@ fn fitting(window: u64) -> Result<LoadOptions> {
 ///
 /// # Safety
 /// The pointers in `options` are as the header requires.
-pub(crate) unsafe fn loader_of(options: &dmaload_options) -> Result<(Loader, bool)> {
+pub(crate) unsafe fn loader_for(options: &dmaload_options) -> Result<(Loader, bool)> {
     // SAFETY: it is null, or a loader that was not freed.
     let Some(shared) = (unsafe { options.loader.as_ref() }) else {
         // SAFETY: as the caller guarantees.

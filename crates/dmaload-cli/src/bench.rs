@@ -114,7 +114,7 @@ pub(crate) fn run(arguments: &Arguments, given: &[OsString]) -> Result<u8> {
         // The same options, parsed by the same parser: everything after the word `bench`.
         arguments: given.iter().skip(2).cloned().collect(),
     };
-    let results = Bench::set_up(settings)?.measure(tell)?;
+    let results = Bench::set_up(settings)?.measure(print_progress)?;
     let mut stdout = output::stdout();
     match (arguments.json, arguments.md) {
         (true, _) => writeln!(stdout, "{}", output::json(&results.to_json()))?,
@@ -137,7 +137,7 @@ pub(crate) fn run_child(arguments: Child) -> Result<()> {
             bench.engine.cache.get_or_insert(dmaload::Cache::Bypass);
             let paths = scratch.map_or_else(|| bench.paths.clone(), |path| vec![path]);
             let load = child::Load { mode, paths, user: bench.user, curves: bench.plot.is_some() };
-            load.run(&bench.engine, errors::told, &mut stdout)
+            load.run(&bench.engine, errors::describe, &mut stdout)
         }
         Child::Hog { bytes } => child::hog(bytes, &mut stdout),
         Child::Fill { bytes, path, dirty } => child::fill(&path, bytes, dirty, &mut stdout),
@@ -154,7 +154,7 @@ fn check(arguments: &Arguments) -> Result<()> {
 }
 
 /// Prints a line after each run, if standard error is a terminal.
-fn tell(line: &str) {
+fn print_progress(line: &str) {
     let mut stderr = std::io::stderr().lock();
     if stderr.is_terminal() {
         // There is no other place to report a failure.

@@ -28,14 +28,14 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let about = |error| errors::about(error, std::slice::from_ref(&arguments.path));
+    let about = |error| errors::with_files(error, std::slice::from_ref(&arguments.path));
     let loader = engine::loader(&arguments.engine).map_err(about)?;
     // A file is written as it is, whatever its name says; a folder must contain one complete
     // model.
     let as_one_file = !arguments.path.is_dir();
     let options = match (&arguments.tensor, &arguments.verify) {
         (Some(name), _) => loader.load_options().tensor_names([name]),
-        (None, Some(against)) => against.applied_to(loader.load_options().as_one_file(as_one_file))?,
+        (None, Some(against)) => against.apply_to(loader.load_options().as_one_file(as_one_file))?,
         (None, None) => loader.load_options().as_one_file(as_one_file),
     };
     let mut segments = loader.load(&arguments.path).options(options).segments();

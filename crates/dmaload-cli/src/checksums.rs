@@ -25,7 +25,7 @@ struct Landing {
 
 impl Landing {
     /// Extends the list to `files` hashers, including those for files without bytes.
-    fn up_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
+    fn extend_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
         let mut hashers = self.hashers.lock().unwrap_or_else(PoisonError::into_inner);
         if hashers.len() < files {
             hashers.resize(files, Hasher::new(self.algorithm));
@@ -36,7 +36,7 @@ impl Landing {
 
 impl Observer for Landing {
     fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
-        let mut hashers = self.up_to(file_index + 1);
+        let mut hashers = self.extend_to(file_index + 1);
         hashers.get_mut(file_index).ok_or("a file that was not asked for")?.update(bytes);
         Ok(())
     }
@@ -50,7 +50,7 @@ impl Checksums {
     }
 
     /// Adds what this needs to the load's options.
-    pub(crate) fn applied_to(&self, options: LoadOptions) -> LoadOptions {
+    pub(crate) fn apply_to(&self, options: LoadOptions) -> LoadOptions {
         match &self.landing {
             Some(landing) => options.observer(Arc::clone(landing) as Arc<dyn Observer>),
             None => options,
@@ -61,7 +61,7 @@ impl Checksums {
     pub(crate) fn finish(&self, image: &Image) -> dmaload::Result<Vec<Digest>> {
         match &self.landing {
             Some(landing) => {
-                let hashers = landing.up_to(image.files().len());
+                let hashers = landing.extend_to(image.files().len());
                 Ok(hashers.iter().cloned().map(Hasher::finish).collect())
             }
             None => image.files().iter().map(|file| Ok(digest(self.algorithm, &file.bytes()?))).collect(),
@@ -101,7 +101,7 @@ mod tests {
             for (loader, landing) in loaders.iter().zip([false, true]) {
                 let checksums = Checksums::new(algorithm, loader.heap());
                 assert_eq!(checksums.landing.is_some(), landing);
-                let load = loader.load(&paths).options(checksums.applied_to(loader.load_options())).start();
+                let load = loader.load(&paths).options(checksums.apply_to(loader.load_options())).start();
                 let image = crate::engine::block_on(async { load.await }).unwrap().unwrap();
                 assert_eq!(checksums.finish(&image).unwrap(), expected);
             }

@@ -11,7 +11,7 @@ use dmaload::ErrorKind;
 
 /// Formats an error with its causes, outermost first, in the terms of this command line. Skips
 /// causes that are already part of the text.
-pub(crate) fn told(error: &anyhow::Error) -> String {
+pub(crate) fn describe(error: &anyhow::Error) -> String {
     let told = error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
         told if told.is_empty() => next,
         told if told.contains(&next) || told.contains(&printable::text(&next).to_string()) => told,
@@ -78,7 +78,7 @@ const IN_FLAGS: [(&str, &str); 14] = [
 
 /// A message that may contain line breaks of its own but no other control characters. Names were
 /// escaped when they were inserted; this catches any that were forgotten.
-pub(crate) fn lines(message: &str) -> impl fmt::Display {
+pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
             let before = if number == 0 { "" } else { "\n" };
@@ -89,7 +89,7 @@ pub(crate) fn lines(message: &str) -> impl fmt::Display {
 }
 
 /// Adds the files being loaded to an engine error that names none, such as one about memory.
-pub(crate) fn about(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
+pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
     let is_of_machine = matches!(
         error.kind(),
         ErrorKind::OutOfMemory | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Device | ErrorKind::Io
@@ -130,7 +130,7 @@ mod tests {
         #[error("reading failed: {0}")]
         struct Outer(#[source] io::Error);
         let error = anyhow::Error::new(Outer(io::Error::other("torn"))).context("a.bin");
-        assert_eq!(told(&error), "a.bin: reading failed: torn");
+        assert_eq!(describe(&error), "a.bin: reading failed: torn");
     }
 
     #[test]
@@ -148,15 +148,15 @@ mod tests {
     #[test]
     fn memory_error_names_the_files_and_is_still_found() {
         let error = dmaload::Error::NoDescriptor { heap: "memfd".to_owned(), wanted: "dma-buf" };
-        let error = about(error, &["a".into(), "b".into(), "c".into()]);
-        assert_eq!(told(&error), "a and 2 more: heap memfd gives no dma-buf");
+        let error = with_files(error, &["a".into(), "b".into(), "c".into()]);
+        assert_eq!(describe(&error), "a and 2 more: heap memfd gives no dma-buf");
         assert!(error.downcast_ref::<dmaload::Error>().is_some());
     }
 
     #[test]
     fn only_errors_that_name_no_file_get_one() {
         use dmaload::{Errno, Error};
-        let told_of = |error| told(&about(error, &["a".into()]));
+        let told_of = |error| describe(&with_files(error, &["a".into()]));
         let refusal = dmaload::heap::HeapError::new("map memory", 1, Errno::ENOMEM);
         let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a name has no slash");
         for error in [

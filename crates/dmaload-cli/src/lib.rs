@@ -82,7 +82,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<Os
             let is_usage = of_library.is_some_and(|error| error.kind() == ErrorKind::Config);
             let status = if is_usage { 2 } else { 1 };
             let hint = of_library.and_then(errors::hint);
-            report(&errors::told(&error), hint.as_deref(), status, wants_json);
+            report(&errors::describe(&error), hint.as_deref(), status, wants_json);
             status
         }
     }
@@ -92,9 +92,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<Os
 fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
     let mut stderr = std::io::stderr().lock();
     // There is no other place to report a failure.
-    let _ = writeln!(stderr, "dmaload: {}", errors::lines(message));
+    let _ = writeln!(stderr, "dmaload: {}", errors::escape(message));
     if let Some(hint) = hint {
-        let _ = writeln!(stderr, "  {}", errors::lines(hint));
+        let _ = writeln!(stderr, "  {}", errors::escape(hint));
     }
     if wants_json {
         let object = json!({ "error": message, "hint": hint, "exit_status": status });
@@ -119,7 +119,7 @@ fn usage(error: &clap::Error, given: &[OsString]) -> u8 {
     let texts = given.iter().map(|argument| argument.to_string_lossy().into_owned());
     let hostile = texts.filter(|argument| argument.contains(printable::is_hidden));
     let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
-    let shown = errors::lines(&shown).to_string();
+    let shown = errors::escape(&shown).to_string();
     if shown == text {
         // Uses colors on a terminal.
         let _ = error.print();

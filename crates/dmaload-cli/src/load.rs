@@ -103,7 +103,7 @@ impl FromStr for Rank {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let about = |error| errors::about(error, &arguments.paths);
+    let about = |error| errors::with_files(error, &arguments.paths);
     if !arguments.exec.is_empty() && arguments.engine.heap == HeapChoice::Anon {
         return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
@@ -129,10 +129,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         return Err(Error::Config("--digest is of whole files, and parts of files are loaded".to_owned()).into());
     }
     if let Some(against) = &arguments.verify {
-        options = against.applied_to(options)?;
+        options = against.apply_to(options)?;
     }
     if let Some(checksums) = &checksums {
-        options = checksums.applied_to(options);
+        options = checksums.apply_to(options);
     }
     let cpu_before = usage::cpu_time();
     let load = match (arguments.inside, arguments.paths.as_slice()) {

@@ -91,7 +91,7 @@ impl Against {
     ///
     /// # Errors
     /// If the manifest cannot be read or is invalid.
-    pub fn applied_to(&self, options: LoadOptions) -> Result<LoadOptions> {
+    pub fn apply_to(&self, options: LoadOptions) -> Result<LoadOptions> {
         match self {
             Against::Digest(digest) => Ok(options.verify(*digest)),
             Against::Manifest(path) => Ok(options.verify(read(path)?)),

@@ -43,7 +43,7 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    let about = |error| errors::about(error, &arguments.paths);
+    let about = |error| errors::with_files(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
     // Handled from the beginning, even while loading: the socket must not be left behind, and the
     // loaded memory goes away with the process.

@@ -70,13 +70,13 @@ pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used
     if tensors > 0 {
         pairs = pairs.with("tensors", tensors);
     }
-    pairs = pairs.with_some("measured", report.measured.map(|measured| told_measured(&measured)));
+    pairs = pairs.with_some("measured", report.measured.map(|measured| format_measured(&measured)));
     pairs = pairs.with_some("verified", report.verified.as_ref());
     for note in report.notes.iter().chain(notes) {
         pairs = pairs.with("note", note);
     }
     for fallback in &report.fallbacks {
-        pairs = pairs.with("fallback", described(report, fallback));
+        pairs = pairs.with("fallback", describe_fallback(report, fallback));
     }
     for (file, digest) in report.files.iter().zip(digests) {
         let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex(), printable::path(&file.path)));
@@ -85,7 +85,7 @@ pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used
     pairs.to_string()
 }
 
-fn told_measured(measured: &Measured) -> String {
+fn format_measured(measured: &Measured) -> String {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "shown with three digits")]
     let rate = |bytes: f64| rate(bytes as u64, Duration::from_secs(1));
     let (staged, direct) = (rate(measured.staged_bytes_per_second), rate(measured.direct_bytes_per_second));
@@ -129,7 +129,7 @@ fn cached(report: &Report) -> String {
     format!("{} copied from the page cache at {from}{rest}", bytes(report.cached_bytes))
 }
 
-fn described(report: &Report, fallback: &Fallback) -> String {
+fn describe_fallback(report: &Report, fallback: &Fallback) -> String {
     let file = fallback.file_index.and_then(|index| report.files.get(index));
     let file = file.map(|file| format!("{}: ", printable::path(&file.path))).unwrap_or_default();
     format!("{file}{} -> {}: {} ({})", fallback.from, fallback.to, fallback.reason(), fallback.errno.describe())

@@ -68,7 +68,7 @@ impl Keywords {
 /// As the command's `--verify` takes it.
 fn verified(options: LoadOptions, text: &str) -> Result<LoadOptions, Failure> {
     let against: Against = text.parse().map_err(Failure::config)?;
-    against.applied_to(options).map_err(|error| {
+    against.apply_to(options).map_err(|error| {
         // The command's error tells the errno by name alone.
         let errno = match &against {
             Against::Manifest(path) => File::open(path).err().and_then(|error| error.raw_os_error()),

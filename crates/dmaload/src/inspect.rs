@@ -94,7 +94,7 @@ pub async fn inspect_model(path: impl AsRef<Path>, format: Format) -> Result<Vec
 /// Those of [`inspect_model`].
 pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<Vec<Inspected>> {
     let choice = Choice { format, allow_missing: false, as_one_file: false, selector: None };
-    let Found { sources, .. } = expand::files(&[Input::Path(path.as_ref().to_owned())], choice)?;
+    let Found { sources, .. } = expand::find_files(&[Input::Path(path.as_ref().to_owned())], choice)?;
     let mut files = Vec::new();
     for source in &sources {
         let inspected = inspect_blocking(&*source.path, format)?;
@@ -104,7 +104,7 @@ pub fn inspect_model_blocking(path: impl AsRef<Path>, format: Format) -> Result<
     let known: Vec<_> = sources.iter().zip(files.iter().map(|inspected| inspected.tensors.as_ref())).collect();
     check_whole(&known, false)?;
     for (source, inspected) in sources.iter().zip(&mut files) {
-        inspected.tensors = inspected.tensors.take().map(|map| map.only(|name| source.owns(name)));
+        inspected.tensors = inspected.tensors.take().map(|map| map.retain(|name| source.owns(name)));
     }
     Ok(files)
 }

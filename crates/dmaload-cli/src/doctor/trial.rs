@@ -81,7 +81,7 @@ impl Trial {
         let scratch = wanted.and_then(|folder| match written(folder, &content) {
             Ok(scratch) => Some(Ok(scratch)),
             Err(error) => {
-                elsewhere = Some(errors::told(&error));
+                elsewhere = Some(errors::describe(&error));
                 None
             }
         });
@@ -93,7 +93,7 @@ impl Trial {
                 heaps: try_heaps(|heap| load_and_compare(heap, scratch.path(), &content)),
             },
             Err(error) => {
-                let folder = Err(errors::told(&error).replace('\n', " "));
+                let folder = Err(errors::describe(&error).replace('\n', " "));
                 let heaps = match in_memory(&content) {
                     Ok((_file, path)) => try_heaps(|heap| load_and_compare(heap, &path, &content)),
                     Err(error) => match file.map(beginning) {
@@ -159,7 +159,7 @@ fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapT
         let device = heap.as_ref().err().filter(|error| error.kind() == ErrorKind::Device);
         let device = device.and_then(|error| Some((error.path()?.to_owned(), error.errno()?)));
         let loaded = heap.map_err(anyhow::Error::new).and_then(|(heap, _)| load(heap));
-        let outcome = loaded.map_err(|error| errors::told(&error));
+        let outcome = loaded.map_err(|error| errors::describe(&error));
         HeapTrial { name: choice.to_string(), outcome, device, limit_bytes: None, limit_parts: None }
     };
     let mut heaps = vec![tried(HeapChoice::Memfd), tried(HeapChoice::Anon)];

@@ -126,7 +126,7 @@ impl Guard {
             queue_depth: engine.settings.queue_depth as u64,
             memory_bytes: self.memory_bytes(),
             pooled_bytes: self.pooled_bytes(),
-            ..engine.counters.seen(engine.ring.counters())
+            ..engine.counters.snapshot(engine.ring.counters())
         }
     }
 

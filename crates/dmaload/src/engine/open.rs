@@ -15,7 +15,7 @@ use crate::engine::schedule::LoadNeeds;
 use crate::error::{Error, Result};
 use crate::files::expand::{self, Choice, Found};
 use crate::files::header::read_header;
-use crate::files::source::{OpenFile, SourceFile, look_at};
+use crate::files::source::{OpenFile, SourceFile, identify};
 use crate::memory::headroom::headroom;
 use crate::memory::heap::{AnonHeap, SizeLimit};
 use crate::model::TensorMap;
@@ -23,7 +23,7 @@ use crate::options::choices::Layout;
 use crate::options::choices::{ImporterLimits, Prefer};
 use crate::options::load::{LARGEST_SEGMENT_BYTES, LoadOptions};
 use crate::options::observer::VERIFIER;
-use crate::plan::select::{ChosenTensors, Selected, Selector, by_tensors};
+use crate::plan::select::{ChosenTensors, Selected, Selector, tensor_spans};
 use crate::plan::tensors::FileTensors;
 use crate::plan::{MOST_PIECES, Plan, Shape, Span};
 use crate::ring::{LoadSpec, can_read_buffered};
@@ -150,10 +150,10 @@ impl Engine {
         self.check_headroom(at_once.saturating_sub(self.reaper.pooled_bytes()))?;
         let mut shape = shape;
         // For very long files, use larger batches, as long as they are no larger than a segment.
-        while shape.pieces(spans.iter().map(length)) > MOST_PIECES && shape.batch_bytes < shape.segment_bytes {
+        while shape.count_pieces(spans.iter().map(length)) > MOST_PIECES && shape.batch_bytes < shape.segment_bytes {
             shape.batch_bytes = shape.batch_bytes.saturating_mul(2).min(shape.segment_bytes);
         }
-        let pieces = shape.pieces(spans.iter().map(length));
+        let pieces = shape.count_pieces(spans.iter().map(length));
         if pieces > MOST_PIECES {
             let (bytes, segment_bytes) = (spans.iter().map(length).fold(0, u64::saturating_add), shape.segment_bytes);
             return Err(Error::TooManyPieces { bytes, segment_bytes, pieces, most_pieces: MOST_PIECES });
@@ -184,7 +184,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
     let limits = limit.as_ref().map(|limit| limit.bytes).into_iter().chain(share_bytes).chain(part_of_window);
     let limits = limits.chain(part_of_room).min();
     let mut selector = if options.select.is_partial() { Some(Selector::new(&options.select)?) } else { None };
-    let Found { sources, notes } = expand::files(&load.asked(), Choice::of(options, selector.as_ref()))?;
+    let Found { sources, notes } = expand::find_files(&load.asked(), Choice::new(options, selector.as_ref()))?;
     notes.into_iter().for_each(|note| load.note(Some(note)));
     load.set_sources(sources);
     let mut segment_bytes = options.segment_bytes_within(limits);
@@ -217,7 +217,7 @@ fn plan_all(engine: &Engine, load: &LoadShared, limit: Option<SizeLimit>) -> Res
         fallbacks.extend(fallback);
     }
     if let Some(selector) = &selector {
-        selector.all_met()?;
+        selector.check_all_matched()?;
         selector.notes().into_iter().for_each(|note| load.note(Some(note)));
     }
     // The headers of small files are read later, and those of byte ranges never.
@@ -284,10 +284,10 @@ fn segments_for_descriptors(load: &LoadShared, segment_bytes: u64, most: Option<
 /// How many allocations files of these lengths take, approximately.
 fn memories(lengths: &[u64], segment_bytes: u64, packed: bool) -> u64 {
     let shape = Shape { layout: Layout::Segmented, segment_bytes, batch_bytes: segment_bytes, packed, batch_files: 1 };
-    let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.packs(bytes));
+    let (small, large): (Vec<u64>, Vec<u64>) = lengths.iter().partition(|&&bytes| shape.shares_memory(bytes));
     let shared = small.into_iter().fold(0, u64::saturating_add);
     // The next file may need a quarter of an allocation, which then stays empty.
-    shared.div_ceil(segment_bytes / 4 * 3) + shape.pieces(large.into_iter())
+    shared.div_ceil(segment_bytes / 4 * 3) + shape.count_pieces(large.into_iter())
 }
 
 /// The most memory that a single tensor's allocations take.
@@ -379,8 +379,8 @@ fn plan_file(
     if selector.is_none()
         && source.part.is_none()
         && shape.layout != Layout::Tensors
-        && let Ok((identity, alignment_bytes)) = look_at(path)
-        && shape.packs(identity.bytes)
+        && let Ok((identity, alignment_bytes)) = identify(path)
+        && shape.shares_memory(identity.bytes)
         // A file whose length is reported as 0 may have bytes; opening it finds out.
         && identity.bytes > 0
     {
@@ -423,7 +423,7 @@ fn plan_file(
     // For a cut by bytes, the tensors only tell which of them it splits.
     let (map, cut) = if wants_tensors { (header.map(Arc::new), None) } else { (None, header) };
     let selected = match &mut selector {
-        Some(selector) => selector.of_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
+        Some(selector) => selector.select_file(map.as_deref(), |name| source.owns(name), &part, bytes, alignment_bytes),
         None if source.part.is_some() => Ok(Selected::of_range(part.clone(), bytes, alignment_bytes)),
         None => {
             let tensors = map.as_deref().and_then(|map| ChosenTensors::owned(map, |name| source.owns(name)));
@@ -432,11 +432,11 @@ fn plan_file(
     };
     let selected = selected.map_err(|reason| Error::Selection { path: path.to_owned(), reason })?;
     if let Some(selector) = selector.filter(|_| cuts_bytes) {
-        selector.look_at_cut(cut.as_ref(), &selected, &part);
+        selector.note_cut(cut.as_ref(), &selected, &part);
     }
     let mut spans = selected.spans.clone();
     if let Some(map) = map.as_ref().filter(|_| shape.layout == Layout::Tensors) {
-        spans = by_tensors(&selected, map, bytes, alignment_bytes, shape.segment_bytes, single_bytes, options.importer)?;
+        spans = tensor_spans(&selected, map, bytes, alignment_bytes, shape.segment_bytes, single_bytes, options.importer)?;
     }
     let planned = FilePlan {
         identity,

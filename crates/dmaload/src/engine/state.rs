@@ -33,7 +33,7 @@ use crate::support::foreign::{self, Foreign};
 use crate::support::id::LoadId;
 use crate::support::once_value::OnceValue;
 use crate::telemetry::busy::BusyTime;
-use crate::telemetry::metrics::{LoadCounters, count};
+use crate::telemetry::metrics::{LoadCounters, increment};
 use crate::telemetry::report::{Measured, Way};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
@@ -211,7 +211,7 @@ impl LoadShared {
     ) -> Self {
         let observed = options.observer.is_some() || options.verify.is_some();
         let watch = observed.then(|| Arc::new(Watch::new(options.observer.clone())));
-        count(&counters.started);
+        increment(&counters.started);
         let span = tracing::info_span!("load", load = id.0, paths = asked.len(), bytes = Empty, error = Empty);
         LoadShared {
             id,
@@ -521,7 +521,7 @@ impl LoadShared {
         let mut state = self.state();
         self.abandoned.store(true, Ordering::Release);
         if !state.is_over() {
-            count(&self.counters.failed);
+            increment(&self.counters.failed);
             state.failed = Some(error);
         }
         // Full segments that were not handed over are dropped; those being filled belong to the
@@ -563,7 +563,7 @@ impl LoadShared {
             (state.events.take(), state.failed.take())
         };
         if events.is_some() && failed.is_none() {
-            count(&self.counters.dropped);
+            increment(&self.counters.dropped);
         }
     }
 

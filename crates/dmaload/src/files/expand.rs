@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::folder::Folder;
-use super::index::{is_of_safetensors, read_index, read_unsaid_index};
+use super::index::{is_of_safetensors, read_generic_index, read_index};
 use super::missing::{self, Missing};
 use super::names::quoted;
 use super::source::{Input, OpenFile, SourceFile};
@@ -38,7 +38,7 @@ pub(crate) struct Choice<'a> {
 }
 
 impl<'a> Choice<'a> {
-    pub(crate) fn of(options: &LoadOptions, selector: Option<&'a Selector>) -> Self {
+    pub(crate) fn new(options: &LoadOptions, selector: Option<&'a Selector>) -> Self {
         let LoadOptions { format, allow_missing, as_one_file, .. } = *options;
         Choice { format, allow_missing, as_one_file, selector }
     }
@@ -49,9 +49,9 @@ impl<'a> Choice<'a> {
 /// # Errors
 /// [`Error::File`] and [`Error::Model`] for an index that can't be read; [`Error::NoModel`];
 /// [`Error::Incomplete`].
-pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
+pub(crate) fn find_files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
     let mut found = Found::default();
-    let splits: Vec<_> = asked.iter().map(|input| split_of(input, choice)).collect();
+    let splits: Vec<_> = asked.iter().map(|input| split_key(input, choice)).collect();
     let mut named: HashMap<&SplitKey, usize> = HashMap::new();
     splits.iter().flatten().for_each(|split| *named.entry(split).or_default() += 1);
     for ((model, input), split) in asked.iter().enumerate().zip(&splits) {
@@ -60,8 +60,8 @@ pub(crate) fn files(asked: &[Input], choice: Choice<'_>) -> Result<Found> {
         let is_only_part = split.as_ref().is_some_and(|split| named.get(split) == Some(&1));
         match input {
             Input::Open { file, part } => found.sources.push(SourceFile::open(file, part.clone())),
-            Input::Inside { path, part } => found.sources.push(SourceFile::inside(path.clone(), part.clone())),
-            Input::Path(path) => of_path(path, asked.len() == 1, is_only_part, choice, &mut found)?,
+            Input::Inside { path, part } => found.sources.push(SourceFile::part(path.clone(), part.clone())),
+            Input::Path(path) => expand_path(path, asked.len() == 1, is_only_part, choice, &mut found)?,
         }
         found.sources.iter_mut().skip(before).for_each(|source| source.model = model);
     }
@@ -73,17 +73,17 @@ type SplitKey = (PathBuf, String);
 
 /// The split GGUF model that a path is part of, judging by its name. Different spellings of the
 /// same folder give the same key.
-fn split_of(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
+fn split_key(input: &Input, choice: Choice<'_>) -> Option<SplitKey> {
     let Input::Path(path) = input else { return None };
     if choice.format == Format::Raw || choice.as_one_file {
         return None;
     }
     let part = path.file_name()?.to_str().and_then(PartName::parse).filter(PartName::is_gguf_split)?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    Some((fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), part.of_number(1)))
+    Some((fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned()), part.with_number(1)))
 }
 
-fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+fn expand_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let Choice { format, as_one_file, .. } = choice;
     let own = SourceFile::file(path.to_owned());
     if format == Format::Raw {
@@ -93,15 +93,15 @@ fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, fou
     // Opening the path later reports why it is not accessible.
     let about = fs::metadata(path).ok();
     if about.as_ref().is_some_and(fs::Metadata::is_dir) {
-        return of_folder(path, choice, found);
+        return expand_folder(path, choice, found);
     }
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if as_one_file {
         found.sources.push(own);
     } else if let Some(named) = index::named(name).filter(|_| format != Format::Gguf) {
-        return of_named_index(path, named, choice, found);
+        return expand_named_index(path, named, choice, found);
     } else if let Some(part) = PartName::parse(name).filter(|part| is_only_part && part.is_gguf_split()) {
-        return of_split(path, part, choice, found);
+        return expand_split(path, part, choice, found);
     } else {
         if alone && format == Format::Auto && about.is_some_and(|about| about.is_file()) {
             refuse_hidden_index(path)?;
@@ -112,15 +112,15 @@ fn of_path(path: &Path, alone: bool, is_only_part: bool, choice: Choice<'_>, fou
 }
 
 /// A file that is named like an index.
-fn of_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     match named {
-        Named::Safetensors => of_index(path, &read_index(path)?, choice, found),
+        Named::Safetensors => expand_index(path, &read_index(path)?, choice, found),
         Named::Other if choice.format == Format::Auto => {
             let reason = "is the index of a model in pickled files, which are not read: convert it to safetensors";
             Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() })
         }
-        Named::Unsaid => match read_unsaid_index(path)? {
-            Some(index) => of_index(path, &index, choice, found),
+        Named::Unsaid => match read_generic_index(path)? {
+            Some(index) => expand_index(path, &index, choice, found),
             // Some other JSON, which loads as raw bytes.
             None => {
                 found.sources.push(SourceFile::file(path.to_owned()));
@@ -154,24 +154,24 @@ fn refuse_hidden_index(path: &Path) -> Result<()> {
 }
 
 /// The model in a folder: by its index, by the usual name, or all files of one format.
-fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = Folder::read(path)?;
     if choice.format != Format::Gguf {
         if let Some(name) = folder.index(&mut found.notes)? {
-            found.notes.extend(folder.gguf_beside(choice.format));
+            found.notes.extend(folder.note_gguf(choice.format));
             let path = path.join(name);
-            return of_index(&path, &read_index(&path)?, choice, found);
+            return expand_index(&path, &read_index(&path)?, choice, found);
         }
         let names = folder.safetensors();
         if !names.is_empty() {
             let (kept, missing) = folder.check(&names, &mut found.notes);
             // Files found without an index are the only evidence of what the model consists of.
-            allowed(&missing, kept.len(), choice, found, |why| {
+            check_missing(&missing, kept.len(), choice, found, |why| {
                 let reason = format!("{} of {} safetensors files can be loaded, {why}", kept.len(), kept.len() + missing.len());
                 Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
             })?;
             found.sources.extend(kept.into_iter().map(|name| SourceFile::file(folder.path_of(name))));
-            found.notes.extend(folder.gguf_beside(choice.format));
+            found.notes.extend(folder.note_gguf(choice.format));
             return Ok(());
         }
     }
@@ -180,13 +180,14 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
         if let Some(first) = names.first() {
             let part = PartName::parse(first).filter(PartName::is_gguf_split);
             let is_of_it =
-                |name: &&str| part.zip(PartName::parse(name)).map_or(*name == *first, |(part, own)| part.is_with(&own));
+                |name: &&str| part.zip(PartName::parse(name)).map_or(*name == *first, |(part, own)| part.is_same_model(&own));
             if !names.iter().all(is_of_it) {
                 let all = names.len();
                 let listed = quoted(names.iter().copied());
                 let series = PartName::parse(first);
-                let is_series = series
-                    .is_some_and(|part| names.iter().all(|name| PartName::parse(name).is_some_and(|own| part.is_with(&own))));
+                let is_series = series.is_some_and(|part| {
+                    names.iter().all(|name| PartName::parse(name).is_some_and(|own| part.is_same_model(&own)))
+                });
                 let reason = if is_series {
                     format!(
                         "has {all} GGUF files that are numbered otherwise than parts of one model are \
@@ -198,7 +199,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
                 return Err(Error::NoModel { path: path.to_owned(), reason });
             }
             return match part {
-                Some(part) => of_split(&path.join(first), part, choice, found),
+                Some(part) => expand_split(&path.join(first), part, choice, found),
                 None => {
                     found.sources.push(SourceFile::file(folder.path_of(first)));
                     Ok(())
@@ -210,7 +211,7 @@ fn of_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<()> {
 }
 
 /// The files that an index names, or only those that contain what is selected.
-fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let all = index.files().count();
     if all == 0 {
@@ -228,7 +229,7 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
         if !is_needed && matches!(needed, Needed::Some(_)) {
             continue;
         }
-        match Missing::look(&folder.join(name), name) {
+        match Missing::check(&folder.join(name), name) {
             None => kept.push(name),
             Some(lacking) if is_needed => missing.push(lacking),
             // The missing file may have contained a tensor that the index does not list; then no
@@ -236,8 +237,8 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
             Some(_) => {}
         }
     }
-    allowed(&missing, kept.len(), choice, found, |why| {
-        let stale = missing::left_over(folder, &index, missing.len() == all);
+    check_missing(&missing, kept.len(), choice, found, |why| {
+        let stale = missing::explain_missing(folder, &index, missing.len() == all);
         let reason = format!("the index names {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
         Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
     })?;
@@ -250,7 +251,7 @@ fn of_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Found) -
             "by the index, {looked_at} of its {all} files have tensors of these patterns; the others were not looked at"
         ));
     }
-    found.notes.extend(missing::others(folder, &index));
+    found.notes.extend(missing::note_unlisted(folder, &index));
     let of_shard = |name: &str| SourceFile::of_index(folder.join(name), Arc::clone(&index), name.to_owned());
     found.sources.extend(kept.into_iter().map(of_shard));
     Ok(())
@@ -270,17 +271,17 @@ enum Needed<'a> {
 fn needed_files<'a>(index: &'a Index, selector: Option<&Selector>) -> Needed<'a> {
     let Some(selector) = selector.filter(|selector| selector.has_patterns()) else { return Needed::All };
     let mut files = HashSet::new();
-    let all_met = selector.meets(index.tensors(), |file| _ = files.insert(file));
+    let all_met = selector.select_names(index.tensors(), |file| _ = files.insert(file));
     if all_met { Needed::Some(files) } else { Needed::First(files) }
 }
 
 /// All parts of a split GGUF model: `NAME-00001-of-00003.gguf`.
-fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Found) -> Result<()> {
+fn expand_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Found) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new(""));
     let (mut kept, mut missing) = (Vec::new(), Vec::new());
     for number in 1..=part.count {
-        let name = part.of_number(number);
-        match Missing::look(&folder.join(&name), &name) {
+        let name = part.with_number(number);
+        match Missing::check(&folder.join(&name), &name) {
             None => kept.push(name),
             Some(lacking) => missing.push(lacking),
         }
@@ -290,7 +291,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
         found.sources.push(SourceFile::file(path.to_owned()));
         return Ok(());
     }
-    allowed(&missing, kept.len(), choice, found, |why| Error::Incomplete {
+    check_missing(&missing, kept.len(), choice, found, |why| Error::Incomplete {
         path: path.to_owned(),
         reason: format!("{} of {} parts of the model can be loaded, {why}", kept.len(), part.count),
         loadable: kept.len(),
@@ -300,7 +301,7 @@ fn of_split(path: &Path, part: PartName<'_>, choice: Choice<'_>, found: &mut Fou
 }
 
 /// Checks whether these files may be missing, and notes that they are.
-fn allowed(
+fn check_missing(
     missing: &[Missing],
     kept: usize,
     choice: Choice<'_>,
@@ -310,7 +311,7 @@ fn allowed(
     if missing.is_empty() {
         return Ok(());
     }
-    let why = missing::described(missing);
+    let why = missing::describe(missing);
     if !choice.allow_missing || kept == 0 {
         return Err(error(why));
     }
@@ -343,7 +344,7 @@ mod tests {
 
     fn found(names: &[&str], choice: Choice<'_>) -> Result<Vec<String>> {
         let folder = folder(names);
-        let files = files(&[Input::Path(folder.path().to_owned())], choice)?.sources;
+        let files = find_files(&[Input::Path(folder.path().to_owned())], choice)?.sources;
         let name = |source: &SourceFile| source.path.strip_prefix(folder.path()).unwrap().to_str().unwrap().to_owned();
         Ok(files.iter().map(name).collect())
     }
@@ -404,7 +405,7 @@ mod tests {
         let folder = folder(&["a-00001-of-00003.gguf", "a-00002-of-00003.gguf", "a-00003-of-00003.gguf"]);
         let names = |asked: &[&str], choice| {
             let asked: Vec<_> = asked.iter().map(|name| Input::Path(folder.path().join(name))).collect();
-            files(&asked, choice).unwrap().sources.len()
+            find_files(&asked, choice).unwrap().sources.len()
         };
         assert_eq!(names(&["a-00002-of-00003.gguf"], CHOICE), 3);
         assert_eq!(names(&["a-00002-of-00003.gguf"], Choice { as_one_file: true, ..CHOICE }), 1);

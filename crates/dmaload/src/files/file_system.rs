@@ -96,8 +96,8 @@ pub(crate) fn trust(file: &OwnedFd, device: Device) -> Trust {
         }
     };
     #[cfg(test)]
-    let (f_type, device) = tests::taken_for(file, f_type, device);
-    let refused = refused(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok());
+    let (f_type, device) = tests::pretend(file, f_type, device);
+    let refused = ring_refusal(f_type, device, || fcntl_get_seals(file.as_fd()).is_ok());
     let ring_refused = match refused {
         Some(attempt) => Some((attempt, Errno::OPNOTSUPP)),
         None => device_refused(f_type, device).map(|errno| (Attempt::RingOnDevice, errno)),
@@ -143,7 +143,7 @@ fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
     };
     // Seals can't be queried through a descriptor opened with `O_PATH`.
     let reopen = || open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty());
-    match refused(f_type, device, || reopen().is_ok_and(|file| fcntl_get_seals(&file).is_ok())) {
+    match ring_refusal(f_type, device, || reopen().is_ok_and(|file| fcntl_get_seals(&file).is_ok())) {
         Some(_) => Err(Errno::OPNOTSUPP),
         None => Ok((device.major != 0).then_some(DeviceNumber { major: device.major, minor: device.minor })),
     }
@@ -178,7 +178,7 @@ fn is_network(f_type: u32) -> bool {
     matches!(f_type, NFS | CIFS | SMB2)
 }
 
-fn refused(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
+fn ring_refusal(f_type: u32, device: Device, has_seals: impl FnOnce() -> bool) -> Option<Attempt> {
     match f_type {
         FUSE => Some(Attempt::RingOnFuse),
         // Neither reports its lower layers. The paths of the layers in the mount options prove
@@ -204,7 +204,7 @@ pub(crate) mod tests {
     /// Inodes of files that pretend to be on an NFS server.
     pub(crate) static ON_NFS: Mutex<Vec<u64>> = Mutex::new(Vec::new());
 
-    pub(super) fn taken_for(file: &OwnedFd, f_type: u32, device: Device) -> (u32, Device) {
+    pub(super) fn pretend(file: &OwnedFd, f_type: u32, device: Device) -> (u32, Device) {
         let inode = rustix::fs::fstat(file).unwrap().st_ino;
         if ON_NFS.lock().unwrap().contains(&inode) { (NFS, ANONYMOUS) } else { (f_type, device) }
     }
@@ -215,10 +215,10 @@ pub(crate) mod tests {
     fn only_local_file_systems_are_read_by_a_ring() {
         let disk = Device { major: 259, ..ANONYMOUS };
         for f_type in ON_BLOCK_DEVICES {
-            assert_eq!(refused(f_type, disk, || false), None, "{f_type:x}");
+            assert_eq!(ring_refusal(f_type, disk, || false), None, "{f_type:x}");
         }
-        assert_eq!(refused(BTRFS, Device { reports_compression: true, ..ANONYMOUS }, || false), None);
-        assert_eq!(refused(TMPFS, ANONYMOUS, || true), None);
+        assert_eq!(ring_refusal(BTRFS, Device { reports_compression: true, ..ANONYMOUS }, || false), None);
+        assert_eq!(ring_refusal(TMPFS, ANONYMOUS, || true), None);
     }
 
     #[test]
@@ -237,7 +237,7 @@ pub(crate) mod tests {
     #[test]
     fn ring_also_reads_network_file_systems_through_the_cache() {
         for f_type in [NFS, CIFS, SMB2] {
-            assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
+            assert_eq!(ring_refusal(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
             assert!(is_network(f_type), "{f_type:x}");
         }
         // Ceph, 9p, AFS, ZFS.
@@ -254,16 +254,16 @@ pub(crate) mod tests {
     fn server_claiming_to_be_local_is_not_trusted() {
         // QEMU's 9p server passes on the `f_type` of the folder that it shares.
         for f_type in ON_BLOCK_DEVICES.into_iter().chain([BTRFS, TMPFS]) {
-            assert_eq!(refused(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
+            assert_eq!(ring_refusal(f_type, ANONYMOUS, || false), Some(Attempt::RingOnOther), "{f_type:x}");
         }
     }
 
     #[test]
     fn stacked_and_unknown_file_systems_are_read_by_threads() {
         let any = Device { major: 8, minor: 0, reports_compression: true, reports_verity: true, is_dax: false };
-        assert_eq!(refused(FUSE, any, || true), Some(Attempt::RingOnFuse));
+        assert_eq!(ring_refusal(FUSE, any, || true), Some(Attempt::RingOnFuse));
         for f_type in [OVERLAYFS, ECRYPTFS] {
-            assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnStacked), "{f_type:x}");
+            assert_eq!(ring_refusal(f_type, any, || true), Some(Attempt::RingOnStacked), "{f_type:x}");
         }
         // NFS, 9p, Ceph, SMB2, AFS, GFS2, OCFS2, aufs, incfs, procfs, sysfs, ramfs, ZFS, unknown.
         for f_type in [
@@ -282,7 +282,7 @@ pub(crate) mod tests {
             0x2FC1_2FC1,
             0,
         ] {
-            assert_eq!(refused(f_type, any, || true), Some(Attempt::RingOnOther), "{f_type:x}");
+            assert_eq!(ring_refusal(f_type, any, || true), Some(Attempt::RingOnOther), "{f_type:x}");
         }
     }
 }

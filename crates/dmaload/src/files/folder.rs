@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::index::read_unsaid_index;
+use super::index::read_generic_index;
 use super::missing::{Missing, is_unfinished};
 use super::names::{has_extension, is_pickle_name, is_safetensors_name, quoted};
 use super::source::{OpenFile, file_error};
@@ -70,16 +70,16 @@ impl Folder {
         self.replaced.get(name).map_or_else(|| self.path.join(name), |own| self.path.join(own))
     }
 
-    fn matching(&self, matches: impl Fn(&str) -> bool) -> Vec<&str> {
+    fn names_matching(&self, matches: impl Fn(&str) -> bool) -> Vec<&str> {
         self.names.iter().map(String::as_str).filter(|name| matches(name)).collect()
     }
 
     pub(super) fn gguf(&self) -> Vec<&str> {
-        self.matching(|name| has_extension(name, "gguf"))
+        self.names_matching(|name| has_extension(name, "gguf"))
     }
 
     /// A note about GGUF files that are ignored; `None` if the caller chose the format.
-    pub(super) fn gguf_beside(&self, format: Format) -> Option<String> {
+    pub(super) fn note_gguf(&self, format: Format) -> Option<String> {
         let names = self.gguf();
         let is_noted = format == Format::Auto && !names.is_empty();
         is_noted.then(|| format!("not loaded, beside safetensors files: {}", quoted(names.into_iter())))
@@ -87,7 +87,7 @@ impl Folder {
 
     /// The model's safetensors files: the one with the usual name, or all.
     pub(super) fn safetensors(&self) -> Vec<&str> {
-        let all = self.matching(is_safetensors_name);
+        let all = self.names_matching(is_safetensors_name);
         if all.contains(&MODEL) { vec![MODEL] } else { all }
     }
 
@@ -96,12 +96,12 @@ impl Folder {
     /// # Errors
     /// [`Error::NoModel`] if several remain.
     pub(super) fn index(&self, notes: &mut Vec<String>) -> Result<Option<&str>> {
-        let mut all = self.matching(|name| index::named(name) == Some(Named::Safetensors));
+        let mut all = self.names_matching(|name| index::named(name) == Some(Named::Safetensors));
         // An index with a generic name counts only if the folder has no single-file model.
         if all.is_empty() && !self.names.iter().any(|name| name == MODEL) {
-            for name in self.matching(|name| index::named(name) == Some(Named::Unsaid)) {
+            for name in self.names_matching(|name| index::named(name) == Some(Named::Unsaid)) {
                 let path = self.path_of(name);
-                if fs::metadata(&path).is_ok_and(|about| about.is_file()) && read_unsaid_index(&path)?.is_some() {
+                if fs::metadata(&path).is_ok_and(|about| about.is_file()) && read_generic_index(&path)?.is_some() {
                     all.push(name);
                 }
             }
@@ -127,25 +127,25 @@ impl Folder {
     pub(super) fn check<'a>(&'a self, names: &[&'a str], notes: &mut Vec<String>) -> (Vec<&'a str>, Vec<Missing>) {
         let (mut kept, mut missing) = (Vec::new(), Vec::new());
         for name in names {
-            match Missing::look(&self.path_of(name), name) {
+            match Missing::check(&self.path_of(name), name) {
                 None => kept.push(*name),
                 Some(lacking) => missing.push(lacking),
             }
         }
         let parts: Vec<PartName<'_>> = names.iter().filter_map(|name| PartName::parse(name)).collect();
         for (at, part) in parts.iter().enumerate() {
-            if parts.iter().take(at).any(|other| other.is_with(part)) {
+            if parts.iter().take(at).any(|other| other.is_same_model(part)) {
                 continue;
             }
-            let there: HashSet<u32> = parts.iter().filter(|other| other.is_with(part)).map(|other| other.number).collect();
+            let there: HashSet<u32> = parts.iter().filter(|other| other.is_same_model(part)).map(|other| other.number).collect();
             // Some writers count from 0.
             let numbers = if there.contains(&0) { 0..=part.count - 1 } else { 1..=part.count };
             let absent = numbers.filter(|number| !there.contains(number));
             // Bounded, because the count may be wrong.
-            let absent = absent.take(MISSING_LISTED).map(|number| part.of_number(number));
-            missing.extend(absent.filter_map(|name| Missing::look(&self.path.join(&name), &name)));
+            let absent = absent.take(MISSING_LISTED).map(|number| part.with_number(number));
+            missing.extend(absent.filter_map(|name| Missing::check(&self.path.join(&name), &name)));
         }
-        let others: Vec<_> = self.matching(is_safetensors_name).into_iter().filter(|name| !names.contains(name)).collect();
+        let others: Vec<_> = self.names_matching(is_safetensors_name).into_iter().filter(|name| !names.contains(name)).collect();
         if !others.is_empty() {
             notes.push(format!("not loaded, beside {MODEL:?}: {}", quoted(others.into_iter())));
         }
@@ -159,20 +159,20 @@ impl Folder {
             Format::Gguf => "no *.gguf",
             _ => "no *.safetensors, *.safetensors.index.json or *.gguf",
         };
-        let elsewhere = self.elsewhere().map(|elsewhere| format!("; {elsewhere}")).unwrap_or_default();
+        let elsewhere = self.suggest().map(|elsewhere| format!("; {elsewhere}")).unwrap_or_default();
         let reason = format!("is a directory without a model: {looked_for} in it{elsewhere}");
         Error::NoModel { path: self.path.clone(), reason }
     }
 
-    fn elsewhere(&self) -> Option<String> {
-        if let Some(snapshot) = self.snapshot() {
+    fn suggest(&self) -> Option<String> {
+        if let Some(snapshot) = self.newest_snapshot() {
             return Some(format!("it is a model cache: load {snapshot:?} in it"));
         }
         let folders = folders_with_models(&self.path);
         if !folders.is_empty() {
             return Some(format!("there are models in {}", quoted(folders.iter().map(String::as_str))));
         }
-        let unfinished = self.matching(is_unfinished);
+        let unfinished = self.names_matching(is_unfinished);
         if !unfinished.is_empty() {
             return Some(format!("not finished downloading: {}", quoted(unfinished.into_iter())));
         }
@@ -180,17 +180,18 @@ impl Folder {
         if !like_models.is_empty() {
             return Some(format!("name one of {}, which look like models", quoted(like_models.into_iter().map(String::as_str))));
         }
-        let pickles = self.matching(is_pickle_name);
+        let pickles = self.names_matching(is_pickle_name);
         if !pickles.is_empty() {
             let names = quoted(pickles.into_iter());
             return Some(format!("only pickled weights, which are not read: {names}; convert them to safetensors"));
         }
-        let others = self.matching(|name| has_extension(name, "onnx") || name.contains(".gguf") || name.contains("-split-"));
+        let others =
+            self.names_matching(|name| has_extension(name, "onnx") || name.contains(".gguf") || name.contains("-split-"));
         (!others.is_empty()).then(|| format!("not read: {}", quoted(others.into_iter())))
     }
 
     /// The folder of the newest revision in a model hub's cache.
-    fn snapshot(&self) -> Option<String> {
+    fn newest_snapshot(&self) -> Option<String> {
         let revision = fs::read_to_string(self.path.join("refs/main")).ok().map(|text| text.trim().to_owned());
         let revisions = fs::read_dir(self.path.join("snapshots")).ok()?;
         let mut names: Vec<_> = revisions.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();

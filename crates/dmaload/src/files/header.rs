@@ -11,7 +11,7 @@ use super::source::OpenFile;
 use crate::error::{Error, Result};
 use crate::model::gguf::{self, Parsed};
 use crate::model::safetensors::{Sniff, parse, sniff};
-use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognise};
+use crate::model::{ForeignFile, LOOKED_AT_BYTES, ModelError, TensorMap, recognize};
 use crate::options::choices::Format;
 use crate::support::convert::to_usize;
 
@@ -74,7 +74,7 @@ fn parse_header(file: &OpenFile, part: Range<u64>, format: Format) -> Result<Opt
         Err(fault) if fault.may_be_foreign() => {
             let mut start = vec![0; to_usize(bytes.min(LOOKED_AT_BYTES as u64))];
             file.read_exact(&mut start, base)?;
-            Err(Error::Model { path: file.path.clone(), fault: or_foreign(fault, &start, bytes) })
+            Err(Error::Model { path: file.path.clone(), fault: identify_foreign(fault, &start, bytes) })
         }
         Err(fault) => Err(Error::Model { path: file.path.clone(), fault }),
     }
@@ -89,7 +89,7 @@ pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
     let found = if is_gguf(&file.path, start, format) {
         gguf::parse(bytes, file_bytes).and_then(|parsed| match parsed {
             Parsed::Complete(map) => Ok(Some(map)),
-            Parsed::More { bytes } => Err(ends_within(bytes, file_bytes)),
+            Parsed::More { bytes } => Err(cut_short(bytes, file_bytes)),
         })
     } else {
         header_bytes(&file.path, start, file_bytes, format).and_then(|header_bytes| {
@@ -99,16 +99,16 @@ pub(crate) fn find_header(file: &OpenFile, bytes: &[u8], format: Format) -> Resu
         })
     };
     let start = bytes.get(..LOOKED_AT_BYTES).unwrap_or(bytes);
-    found.map_err(|fault| Error::Model { path: file.path.clone(), fault: or_foreign(fault, start, file_bytes) })
+    found.map_err(|fault| Error::Model { path: file.path.clone(), fault: identify_foreign(fault, start, file_bytes) })
 }
 
 /// Replaces the fault of a file by what the file is instead, if its beginning is that of something
 /// else.
-pub(super) fn or_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
+pub(super) fn identify_foreign(fault: ModelError, start: &[u8], file_bytes: u64) -> ModelError {
     if !fault.may_be_foreign() {
         return fault;
     }
-    match (recognise(start, file_bytes), &fault) {
+    match (recognize(start, file_bytes), &fault) {
         // The fault of JSON that is not an index is more specific.
         (Some(ForeignFile::Json { .. }), ModelError::Index { .. }) | (None, _) => fault,
         (Some(kind), _) => ModelError::Foreign { kind, file_bytes },
@@ -140,13 +140,13 @@ fn read_gguf(file: &OpenFile, part: Range<u64>) -> Result<std::result::Result<Te
             // Doubles each time, so the bytes parsed again are at most as many as the bytes
             // parsed.
             Ok(Parsed::More { bytes }) if bytes <= file_bytes && bytes > start.len() as u64 => wanted = bytes.max(2 * wanted),
-            Ok(Parsed::More { bytes }) => return Ok(Err(ends_within(bytes, file_bytes))),
+            Ok(Parsed::More { bytes }) => return Ok(Err(cut_short(bytes, file_bytes))),
             Err(fault) => return Ok(Err(fault)),
         }
     }
 }
 
-fn ends_within(bytes: u64, file_bytes: u64) -> ModelError {
+fn cut_short(bytes: u64, file_bytes: u64) -> ModelError {
     let missing = bytes.saturating_sub(file_bytes);
     ModelError::GgufCutShort { offset: file_bytes, part: "the header", missing, file_bytes }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::header::or_foreign;
+use super::header::identify_foreign;
 use super::names;
 use super::source::OpenFile;
 use crate::error::{Error, Result};
@@ -21,7 +21,7 @@ pub(super) fn read_index(path: &Path) -> Result<Index> {
 /// # Errors
 /// [`Error::Model`] for invalid JSON or an invalid index: skipping it would load a model without
 /// its index.
-pub(super) fn read_unsaid_index(path: &Path) -> Result<Option<Index>> {
+pub(super) fn read_generic_index(path: &Path) -> Result<Option<Index>> {
     let (file, json) = read_json(path)?;
     match parse_index(&file, &json) {
         Ok(index) => Ok(Some(index).filter(is_of_safetensors)),
@@ -45,7 +45,7 @@ fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
 
 fn parse_index(file: &OpenFile, json: &[u8]) -> Result<Index> {
     Index::parse(json).map_err(|fault| {
-        let fault = or_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(json), json.len() as u64);
+        let fault = identify_foreign(fault, json.get(..LOOKED_AT_BYTES).unwrap_or(json), json.len() as u64);
         file.blame_change(&file.identity, Error::Model { path: file.path.to_path_buf(), fault })
     })
 }

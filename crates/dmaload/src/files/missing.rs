@@ -25,12 +25,12 @@ pub(super) fn is_unfinished(name: &str) -> bool {
 
 impl Missing {
     /// Checks a file; `None` if it exists and is not empty. Other faults show when it is opened.
-    pub(super) fn look(path: &Path, name: &str) -> Option<Missing> {
+    pub(super) fn check(path: &Path, name: &str) -> Option<Missing> {
         let why = match fs::metadata(path) {
             Ok(about) if about.is_file() && about.len() == 0 => Some("it has 0 bytes".to_owned()),
             Ok(_) => return None,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                dangling(path).or_else(|| unfinished(path))
+                describe_dangling_link(path).or_else(|| find_unfinished(path))
             }
             Err(_) => return None,
         };
@@ -39,15 +39,15 @@ impl Missing {
 }
 
 /// For a dangling symbolic link, a description of its target.
-fn dangling(path: &Path) -> Option<String> {
+fn describe_dangling_link(path: &Path) -> Option<String> {
     let target = fs::read_link(path).ok()?;
     let at = path.parent().unwrap_or(Path::new("")).join(&target);
-    let why = unfinished(&at).map(|why| format!(", where {why}")).unwrap_or_default();
+    let why = find_unfinished(&at).map(|why| format!(", where {why}")).unwrap_or_default();
     Some(format!("a link to {:?}, which does not exist{why}", target.to_string_lossy()))
 }
 
 /// An unfinished download of this file.
-fn unfinished(path: &Path) -> Option<String> {
+fn find_unfinished(path: &Path) -> Option<String> {
     let name = path.file_name()?.to_str()?;
     let found = UNFINISHED.iter().map(|end| format!("{name}{end}")).find(|other| path.with_file_name(other).exists());
     let found = found.or_else(|| in_download_cache(path, name))?;
@@ -62,7 +62,7 @@ fn in_download_cache(path: &Path, name: &str) -> Option<String> {
 }
 
 /// `1 is missing: "a" (it has 0 bytes)`.
-pub(super) fn described(missing: &[Missing]) -> String {
+pub(super) fn describe(missing: &[Missing]) -> String {
     let one = |Missing { name, why }: &Missing| match why {
         Some(why) => format!("{name:?} ({why})"),
         None => format!("{name:?}"),
@@ -74,7 +74,7 @@ pub(super) fn described(missing: &[Missing]) -> String {
 }
 
 /// The names of a folder's safetensors files that are not in an index.
-fn not_in(folder: &Path, index: &Index) -> Vec<String> {
+fn unlisted_files(folder: &Path, index: &Index) -> Vec<String> {
     let named: HashSet<&str> = index.files().collect();
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let entries = fs::read_dir(folder).into_iter().flatten();
@@ -87,8 +87,8 @@ fn not_in(folder: &Path, index: &Index) -> Vec<String> {
 
 /// Why files of an index may be missing: it may be left over from another version of the model, or
 /// a download may be running.
-pub(super) fn left_over(folder: &Path, index: &Index, all: bool) -> String {
-    let others = not_in(folder, index);
+pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String {
+    let others = unlisted_files(folder, index);
     if !others.is_empty() {
         let names = quoted(others.iter().map(String::as_str));
         return format!(
@@ -105,7 +105,7 @@ pub(super) fn left_over(folder: &Path, index: &Index, all: bool) -> String {
 }
 
 /// A note about files that are not in an index.
-pub(super) fn others(folder: &Path, index: &Index) -> Option<String> {
-    let others = not_in(folder, index);
+pub(super) fn note_unlisted(folder: &Path, index: &Index) -> Option<String> {
+    let others = unlisted_files(folder, index);
     (!others.is_empty()).then(|| format!("not in the index, and not loaded: {}", quoted(others.iter().map(String::as_str))))
 }

@@ -67,7 +67,7 @@ impl SourceFile {
     }
 
     /// A model in a part of a file, regardless of the file's name.
-    pub(crate) fn inside(path: PathBuf, part: Range<u64>) -> Self {
+    pub(crate) fn part(path: PathBuf, part: Range<u64>) -> Self {
         SourceFile { part: Some(part), ..SourceFile::file(path) }
     }
 
@@ -126,7 +126,7 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    fn of(stat: &Stat) -> Self {
+    fn from_stat(stat: &Stat) -> Self {
         Identity {
             device: stat.st_dev,
             inode: stat.st_ino,
@@ -135,7 +135,7 @@ impl Identity {
         }
     }
 
-    fn of_statx(status: &Statx) -> Self {
+    fn from_statx(status: &Statx) -> Self {
         Identity {
             device: makedev(status.stx_dev_major, status.stx_dev_minor),
             inode: status.stx_ino,
@@ -155,7 +155,7 @@ impl Identity {
 
     /// How the file has changed, if that can have mixed its bytes. A file that grew may have kept
     /// the planned bytes or been rewritten: the two can't be told apart.
-    fn change_to(&self, now: &Identity) -> Option<&'static str> {
+    fn describe_change(&self, now: &Identity) -> Option<&'static str> {
         if now.bytes < self.bytes {
             Some("it shrank")
         } else if now.bytes > self.bytes {
@@ -190,17 +190,20 @@ impl Attributes {
     const WANTED: StatxFlags = StatxFlags::BASIC_STATS.union(StatxFlags::DIOALIGN);
 
     fn at_path(path: &Path) -> rustix::io::Result<Self> {
-        Attributes::of(statx(CWD, path, ASK, Self::WANTED), || stat(path))
+        Attributes::from_statx_or(statx(CWD, path, ASK, Self::WANTED), || stat(path))
     }
 
     fn at_file(file: &OwnedFd) -> rustix::io::Result<Self> {
-        Attributes::of(statx(file, c"", ASK | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
+        Attributes::from_statx_or(statx(file, c"", ASK | AtFlags::EMPTY_PATH, Self::WANTED), || fstat(file))
     }
 
-    fn of(seen: rustix::io::Result<Statx>, stat: impl FnOnce() -> rustix::io::Result<Stat>) -> rustix::io::Result<Self> {
+    fn from_statx_or(
+        seen: rustix::io::Result<Statx>,
+        stat: impl FnOnce() -> rustix::io::Result<Stat>,
+    ) -> rustix::io::Result<Self> {
         match seen {
             Ok(seen) => Ok(Attributes {
-                identity: Identity::of_statx(&seen),
+                identity: Identity::from_statx(&seen),
                 file_type: FileType::from_raw_mode(RawMode::from(seen.stx_mode)),
                 alignment_bytes: alignment(Some(&seen)),
                 device: Device {
@@ -216,7 +219,7 @@ impl Attributes {
             Err(Errno::NOSYS | Errno::PERM) => {
                 let seen = stat()?;
                 Ok(Attributes {
-                    identity: Identity::of(&seen),
+                    identity: Identity::from_stat(&seen),
                     file_type: FileType::from_raw_mode(seen.st_mode),
                     alignment_bytes: alignment(None),
                     device: Device {
@@ -407,11 +410,11 @@ impl OpenFile {
         if !planned.is_same_file(&now) {
             return changed("it was replaced");
         }
-        if let Some(change) = planned.change_to(&now) {
+        if let Some(change) = planned.describe_change(&now) {
             return changed(change);
         }
         match stat(&self.path) {
-            Ok(status) if !planned.is_same_file(&Identity::of(&status)) => changed("it was replaced"),
+            Ok(status) if !planned.is_same_file(&Identity::from_stat(&status)) => changed("it was replaced"),
             _ => Ok(()),
         }
     }
@@ -507,7 +510,7 @@ fn reopen(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<Ow
 fn reopen_by_path(found: &OwnedFd, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
     // The path may now name a FIFO without a writer.
     let file = open(path, flags | OFlags::NONBLOCK, Mode::empty())?;
-    if !Identity::of(&fstat(found)?).is_same_file(&Identity::of(&fstat(&file)?)) {
+    if !Identity::from_stat(&fstat(found)?).is_same_file(&Identity::from_stat(&fstat(&file)?)) {
         return Err(Errno::STALE);
     }
     set_nonblocking(&file, false)?;
@@ -524,7 +527,7 @@ fn set_nonblocking(file: &OwnedFd, nonblocking: bool) -> rustix::io::Result<()> 
 ///
 /// # Errors
 /// The error of `statx(2)`; [`Error::NotAFile`].
-pub(crate) fn look_at(path: &Path) -> Result<(Identity, u64)> {
+pub(crate) fn identify(path: &Path) -> Result<(Identity, u64)> {
     let look = Attributes::at_path(path);
     let look = look.map_err(|errno| stat_error(path, errno))?;
     match kind_of(look.file_type) {

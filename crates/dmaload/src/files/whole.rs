@@ -66,7 +66,7 @@ struct Split {
 
 impl Split {
     /// `None` for a model that is not split.
-    fn of(map: &TensorMap) -> std::result::Result<Option<Split>, String> {
+    fn from_map(map: &TensorMap) -> std::result::Result<Option<Split>, String> {
         let Some(gguf) = map.gguf() else { return Ok(None) };
         let number = |key: &str| match gguf.get(key) {
             None => Ok(None),
@@ -127,19 +127,19 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
     for &(source, map) in files {
         let Some(map) = map.filter(|map| map.gguf().is_some()) else { continue };
         let path = source.path.as_path();
-        let split = Split::of(map).map_err(|reason| contradiction(path, reason))?;
+        let split = Split::from_map(map).map_err(|reason| contradiction(path, reason))?;
         let name = path.file_name().and_then(|name| name.to_str()).and_then(PartName::parse);
         // The name of a file says nothing about a part of it.
         let name = name.filter(|_| source.part.is_none());
         if let Some(name) = name.filter(|name| split.is_none() && name.count > 1 && !name.is_gguf_split()) {
             let (number, count) = (name.number, name.count);
-            notes.push(format!("{} is named as part {number} of {count}, and says that it is a whole model", shown(path)));
+            notes.push(format!("{} is named as part {number} of {count}, and says that it is a whole model", file_name(path)));
         }
         let name = name.filter(PartName::is_gguf_split);
         let part = ModelPart { path, name, split };
         let set = match (has_several(source), name, split) {
             (true, ..) => Set::Model(source.model),
-            (false, Some(name), _) => Set::Named(folder_of(path), name.of_number(1)),
+            (false, Some(name), _) => Set::Named(folder_of(path), name.with_number(1)),
             (false, None, Some(split)) => Set::Unnamed(split.count),
             (false, None, None) => continue,
         };
@@ -162,7 +162,7 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     let mut there: BTreeMap<u64, &ModelPart<'_>> = BTreeMap::new();
     for part in parts {
         let Some(own) = part.split else {
-            let other = shown(first.path);
+            let other = file_name(first.path);
             return Err(contradiction(
                 part.path,
                 format!("it has no split.count, but {other} says that there are {}", split.count),
@@ -170,11 +170,11 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
         };
         check_against_name(part, own)?;
         if own.count != split.count {
-            let reason = format!("split.count is {}, but {} in {}", own.count, split.count, shown(first.path));
+            let reason = format!("split.count is {}, but {} in {}", own.count, split.count, file_name(first.path));
             return Err(contradiction(part.path, reason));
         }
         if let Some(other) = there.insert(own.number, part) {
-            let reason = format!("it is part {} of {}, and so is {}", own.number + 1, own.count, shown(other.path));
+            let reason = format!("it is part {} of {}, and so is {}", own.number + 1, own.count, file_name(other.path));
             return Err(contradiction(part.path, reason));
         }
     }
@@ -195,12 +195,12 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<S
     let said = |said: Option<u64>| said.map_or("missing".to_owned(), |said| said.to_string());
     let other = splits.iter().find(|(_, own)| own.all_tensors != split.all_tensors).filter(|_| split.tensors > 0);
     if let Some((part, own)) = other {
-        let (own, all, first) = (said(own.all_tensors), said(split.all_tensors), shown(first.path));
+        let (own, all, first) = (said(own.all_tensors), said(split.all_tensors), file_name(first.path));
         return Err(contradiction(part.path, format!("split.tensors.count is {own}, but {all} in {first}")));
     }
     let mut stated = splits.iter().filter_map(|(part, own)| Some((*part, own.all_tensors?)));
     let Some((stating, all)) = stated.next() else {
-        let first = shown(first.path);
+        let first = file_name(first.path);
         return Ok(Some(format!("nothing says how many tensors the parts have: {first} has no split.tensors.count")));
     };
     let tensors: u64 = splits.iter().map(|(_, split)| split.tensors).sum();
@@ -210,7 +210,7 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<S
     }
     let other = stated.find(|&(_, own)| own != all);
     Ok(other.map(|(part, own)| {
-        let (part, stating) = (shown(part.path), shown(stating.path));
+        let (part, stating) = (file_name(part.path), file_name(stating.path));
         format!("split.tensors.count is {own} in {part}, but {all} in {stating}, and so many there are")
     }))
 }
@@ -256,6 +256,6 @@ fn contradiction(path: &Path, reason: String) -> Error {
 }
 
 /// Formats a path for a message.
-fn shown(path: &Path) -> String {
+fn file_name(path: &Path) -> String {
     format!("{:?}", path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
 }

@@ -60,7 +60,7 @@ impl Load {
 
     /// Whether the load has ended, successfully or not. Awaiting it then returns at once.
     pub fn is_finished(&self) -> bool {
-        self.look(|arrived| arrived.end().map(|_| ())).is_some()
+        self.check_arrived(|arrived| arrived.end().map(|_| ())).is_some()
     }
 
     /// Returns the tensor with this name as soon as the segments up to its last byte have arrived
@@ -101,7 +101,8 @@ impl Load {
     /// ```
     pub async fn tensor(&self, name: &str) -> Result<Tensor> {
         let waiter = self.feed.waiter();
-        std::future::poll_fn(|context| self.poll(&waiter, context, |arrived| arrived.tensor(name, self.feed.sources()))).await
+        std::future::poll_fn(|context| self.poll_arrived(&waiter, context, |arrived| arrived.tensor(name, self.feed.sources())))
+            .await
     }
 
     /// Blocking version of [`Self::tensor`], for model builders without `async`. The thread sleeps
@@ -150,7 +151,7 @@ impl Load {
     /// The error that made the load fail, even if [`Load::next`] or [`Load::tensor`] has already
     /// returned it.
     pub async fn finish(self) -> Result<Image> {
-        std::future::poll_fn(|context| self.poll(&self.waiter, context, |arrived| arrived.end().map(|_| ()))).await;
+        std::future::poll_fn(|context| self.poll_arrived(&self.waiter, context, |arrived| arrived.end().map(|_| ()))).await;
         let arrived = self.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
         match end.expect("waited for above") {
@@ -162,26 +163,31 @@ impl Load {
         }
     }
 
-    /// Waits until `look` finds something in what has arrived.
-    fn poll<T>(&self, waiter: &Waiter, context: &mut Context<'_>, mut look: impl FnMut(&mut Arrived) -> Option<T>) -> Poll<T> {
-        let found = self.look(&mut look).or_else(|| {
+    /// Waits until `check` finds something in what has arrived.
+    fn poll_arrived<T>(
+        &self,
+        waiter: &Waiter,
+        context: &mut Context<'_>,
+        mut check: impl FnMut(&mut Arrived) -> Option<T>,
+    ) -> Poll<T> {
+        let found = self.check_arrived(&mut check).or_else(|| {
             // Registered first, so that nothing that arrives during the check is missed.
             waiter.wait(context.waker());
-            self.look(&mut look)
+            self.check_arrived(&mut check)
         });
         found.map_or(Poll::Pending, Poll::Ready)
     }
 
     /// Checks what has arrived so far. The caller takes the pending events on behalf of all
     /// waiters.
-    fn look<T>(&self, look: impl FnOnce(&mut Arrived) -> Option<T>) -> Option<T> {
+    fn check_arrived<T>(&self, check: impl FnOnce(&mut Arrived) -> Option<T>) -> Option<T> {
         let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
         while arrived.end().is_none()
             && let Some(event) = self.feed.take()
         {
             arrived.add(event);
         }
-        look(&mut arrived)
+        check(&mut arrived)
     }
 
     fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
@@ -192,7 +198,7 @@ impl Load {
             (None, Some(_)) => Some(None),
             (None, None) => None,
         };
-        let next = self.poll(&self.waiter, context, next);
+        let next = self.poll_arrived(&self.waiter, context, next);
         match &next {
             Poll::Ready(Some(Ok(_))) => self.given += 1,
             Poll::Ready(Some(Err(_))) => self.failure_given = true,

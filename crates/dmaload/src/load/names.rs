@@ -42,7 +42,7 @@ impl Names {
             let positions = (0..tensors.len()).filter_map(|number| tensors.position_of(number));
             sorted.extend(positions.map(|position| (number, u32::try_from(position).expect("a map numbers tensors by u32"))));
         }
-        sorted.sort_by(|a, b| name(&files, *a).cmp(&name(&files, *b)));
+        sorted.sort_by(|a, b| tensor_name(&files, *a).cmp(&tensor_name(&files, *b)));
         Names { files, indices, sorted }
     }
 
@@ -52,7 +52,7 @@ impl Names {
     /// # Errors
     /// Those of [`crate::Image::tensor`].
     pub(super) fn find(&self, name: &str) -> Result<(usize, usize)> {
-        match self.all(name) {
+        match self.with_name(name) {
             &[(file, position)] => Ok((file as usize, position as usize)),
             [] => Err(self.not_loaded(name)),
             several => {
@@ -63,10 +63,10 @@ impl Names {
     }
 
     /// All tensors with this name, in the order of their files.
-    fn all(&self, wanted: &str) -> &[(u32, u32)] {
-        let before = self.sorted.partition_point(|&at| name(&self.files, at) < Some(wanted));
+    fn with_name(&self, wanted: &str) -> &[(u32, u32)] {
+        let before = self.sorted.partition_point(|&at| tensor_name(&self.files, at) < Some(wanted));
         let rest = &self.sorted[before..];
-        &rest[..rest.partition_point(|&at| name(&self.files, at) == Some(wanted))]
+        &rest[..rest.partition_point(|&at| tensor_name(&self.files, at) == Some(wanted))]
     }
 
     /// The error that says why there is no tensor with this name.
@@ -84,7 +84,7 @@ impl Names {
     }
 }
 
-fn name(files: &[NamedFile], (file, position): (u32, u32)) -> Option<&str> {
+fn tensor_name(files: &[NamedFile], (file, position): (u32, u32)) -> Option<&str> {
     let (_, tensors) = files.get(file as usize)?;
     Some(&tensors.as_ref()?.map.get_index(position as usize)?.name)
 }

@@ -83,7 +83,7 @@ impl Tensors {
             match std::task::ready!(self.segments.poll_segment(context)) {
                 Some(Ok(segment)) => self.add(segment),
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
-                None => self.end(),
+                None => self.finish(),
             }
         }
     }
@@ -111,7 +111,7 @@ impl Tensors {
         });
         let file = self.files.get_mut(at).expect("found or pushed above");
         file.segments.push(segment);
-        file.give(&mut self.ready);
+        file.queue_complete(&mut self.ready);
         if file.is_done() {
             self.done.push(index);
             self.files.swap_remove(at);
@@ -119,10 +119,10 @@ impl Tensors {
     }
 
     /// Handles the end of the load: only tensors without bytes are left.
-    fn end(&mut self) {
+    fn finish(&mut self) {
         self.ended = true;
         for file in &mut self.files {
-            file.give(&mut self.ready);
+            file.queue_complete(&mut self.ready);
         }
         // Files that were not read at all because their tensors have no bytes.
         for file in self.segments.finished_files().iter().filter(|file| !file.has_segments) {
@@ -141,7 +141,7 @@ impl Pending {
     }
 
     /// Queues the complete tensors, in order.
-    fn give(&mut self, ready: &mut VecDeque<Tensor>) {
+    fn queue_complete(&mut self, ready: &mut VecDeque<Tensor>) {
         let before = self.next;
         while let Some(position) = self.tensors.position_of(self.next) {
             let Some(tensor) = complete_tensor(&self.about, &self.segments, position) else { break };

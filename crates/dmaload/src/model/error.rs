@@ -109,7 +109,7 @@ pub enum ModelError {
     },
 
     /// A part of a tensor's entry has the wrong JSON type.
-    #[error("tensor {}{}, near byte {offset} of the header: {}", quote(.tensor), under(*.key), printable::text(.reason))]
+    #[error("tensor {}{}, near byte {offset} of the header: {}", quote(.tensor), format_key(*.key), printable::text(.reason))]
     WrongType {
         /// The tensor's name.
         tensor: String,
@@ -190,7 +190,7 @@ pub enum ModelError {
     /// shape, beyond `usize`).
     #[error(
         "tensor {}, \"{key}\": {} found, expected an integer from 0 to {max} without fraction or exponent",
-        quote(.tensor), printable::text(.found), max = largest(.key)
+        quote(.tensor), printable::text(.found), max = max_number(.key)
     )]
     BadNumber {
         /// The tensor's name.
@@ -370,7 +370,7 @@ pub enum ModelError {
     },
 
     /// A GGUF file has an unsupported version; 2 and 3 are supported.
-    #[error("GGUF version {} can't be read, only 2 and 3{}", shown_version(*.found),
+    #[error("GGUF version {} can't be read, only 2 and 3{}", display_version(*.found),
         if is_big_endian(*.found) { ": the file is big-endian" } else { "" })]
     GgufVersion {
         /// The version that the file states.
@@ -492,7 +492,7 @@ fn is_big_endian(version: u32) -> bool {
     version > 0xffff && version.swap_bytes() <= 0xffff
 }
 
-fn shown_version(version: u32) -> u32 {
+fn display_version(version: u32) -> u32 {
     if is_big_endian(version) { version.swap_bytes() } else { version }
 }
 
@@ -513,12 +513,12 @@ pub(super) fn quote(text: &str) -> impl fmt::Display {
 }
 
 /// The largest number that a list under this key can contain.
-fn largest(key: &str) -> u64 {
+fn max_number(key: &str) -> u64 {
     if key == "shape" { usize::MAX as u64 } else { u64::MAX }
 }
 
 /// Formats the key that a message is about, if any.
-fn under(key: Option<&'static str>) -> impl fmt::Display {
+fn format_key(key: Option<&'static str>) -> impl fmt::Display {
     fmt::from_fn(move |f| key.map_or(Ok(()), |key| write!(f, ", \"{key}\"")))
 }
 

@@ -11,7 +11,7 @@ use dmabuf::printable;
 use super::gguf::is_gguf;
 use super::limits::HEADER_LIMIT_BYTES;
 
-/// How many bytes at the beginning of a file [`recognise`] needs.
+/// How many bytes at the beginning of a file [`recognize`] needs.
 pub(crate) const LOOKED_AT_BYTES: usize = 4096;
 
 /// Maximum number of characters to quote in a message.
@@ -125,7 +125,7 @@ impl fmt::Display for ForeignFile {
 /// Recognizes a file that is not the model it should be. `start` is the beginning of the file, up
 /// to [`LOOKED_AT_BYTES`] of it, and `file_bytes` its length.
 #[must_use]
-pub(crate) fn recognise(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
+pub(crate) fn recognize(start: &[u8], file_bytes: u64) -> Option<ForeignFile> {
     if start.is_empty() {
         return None;
     }
@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     fn told(start: &[u8]) -> String {
-        recognise(start, start.len() as u64).map_or("nothing".to_owned(), |found| found.to_string())
+        recognize(start, start.len() as u64).map_or("nothing".to_owned(), |found| found.to_string())
     }
 
     #[test]
@@ -304,7 +304,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn no_bytes_panic_or_show_hidden_characters(start in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..300), bytes in 0_u64..1000) {
-            if let Some(found) = recognise(&start, bytes) {
+            if let Some(found) = recognize(&start, bytes) {
                 assert!(!found.to_string().contains(printable::is_hidden));
             }
         }

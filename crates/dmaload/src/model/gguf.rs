@@ -65,15 +65,15 @@ fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
     }
     let (tensors, pairs) = (cursor.u64("the number of tensors")?, cursor.u64("the number of keys")?);
     let metadata = metadata::read(cursor, version, pairs)?;
-    let alignment = alignment(cursor, &metadata)?;
+    let alignment = read_alignment(cursor, &metadata)?;
     let mut found: Vec<(u64, TensorInfo)> = Vec::new();
     for _ in 0..tensors {
         let at = cursor.position();
-        found.push((at, tensor(cursor, alignment)?));
+        found.push((at, read_tensor(cursor, alignment)?));
     }
     let header_bytes = cursor.position();
     let data_begin = header_bytes.next_multiple_of(alignment);
-    place(cursor, &mut found, data_begin, alignment, file_bytes)?;
+    place_tensors(cursor, &mut found, data_begin, alignment, file_bytes)?;
     let infos = found.into_iter().map(|(_, info)| info).collect();
     let map = TensorMap::new(infos, map::SafetensorsMetadata::default(), data_begin.min(file_bytes))
         .map_err(|tensor| Stop::Fault(ModelError::DuplicateTensor { tensor }))?;
@@ -81,7 +81,7 @@ fn read(cursor: &mut Cursor<'_>, file_bytes: u64) -> Result<TensorMap, Stop> {
 }
 
 /// `general.alignment`, or its default.
-fn alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> {
+fn read_alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> {
     match metadata.get("general.alignment") {
         None => Ok(DEFAULT_ALIGNMENT),
         Some(Value::U32(alignment)) if alignment.is_power_of_two() && alignment >= 8 => Ok(u64::from(alignment)),
@@ -90,7 +90,7 @@ fn alignment(cursor: &Cursor<'_>, metadata: &GgufMetadata) -> Result<u64, Stop> 
 }
 
 /// Reads one entry of the list. Its range is still relative to the data.
-fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
+fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     let at = cursor.position();
     let name = cursor.text("a tensor's name")?.to_owned();
     let rank = cursor.u32("a tensor's number of dimensions")?;
@@ -108,7 +108,7 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
     }
     let number = cursor.u32("a tensor's type")?;
     let offset = cursor.u64("a tensor's offset")?;
-    let Some(dtype) = dtype(number) else {
+    let Some(dtype) = dtype_from_number(number) else {
         return Err(Stop::Fault(ModelError::GgufType { offset: at, tensor: name, found: number }));
     };
     let block_elements = dtype.block_elements();
@@ -135,7 +135,7 @@ fn tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, Stop> {
 }
 
 /// Checks that the tensors are consecutive, and makes their ranges absolute.
-fn place(
+fn place_tensors(
     cursor: &Cursor<'_>,
     found: &mut [(u64, TensorInfo)],
     data_begin: u64,
@@ -169,7 +169,7 @@ fn place(
 }
 
 /// The numbers of `enum ggml_type`. Missing numbers were removed from ggml.
-fn dtype(number: u32) -> Option<DType> {
+fn dtype_from_number(number: u32) -> Option<DType> {
     Some(match number {
         0 => DType::F32,
         1 => DType::F16,

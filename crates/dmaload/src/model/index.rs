@@ -86,7 +86,7 @@ impl Index {
             let place = match places.get(&name) {
                 Some(&place) => place,
                 None => {
-                    let Some(file) = within(&name) else { return Err(ModelError::IndexLeavesFolder { name }) };
+                    let Some(file) = normalize_name(&name) else { return Err(ModelError::IndexLeavesFolder { name }) };
                     let place = *by_file.entry(file).or_insert_with_key(|file| {
                         shards.push(IndexShard { name: file.clone(), tensors: Vec::new() });
                         shards.len() - 1
@@ -156,7 +156,7 @@ impl Index {
 
 /// Normalizes a file name: removes `.`, `..` and repeated slashes. `None` if it leaves the index's
 /// folder or is empty.
-fn within(name: &str) -> Option<String> {
+fn normalize_name(name: &str) -> Option<String> {
     let mut parts = Vec::new();
     for part in Path::new(name).components() {
         match part {

@@ -46,7 +46,7 @@ impl TensorMap {
 
     /// A map received from another process rather than read from a file's header. If two tensors
     /// have the same name, the error is that name.
-    pub(crate) fn of(tensors: Vec<TensorInfo>) -> Result<Self, String> {
+    pub(crate) fn from_tensors(tensors: Vec<TensorInfo>) -> Result<Self, String> {
         Self::new(tensors, SafetensorsMetadata::default(), 0)
     }
 
@@ -59,7 +59,7 @@ impl TensorMap {
     }
 
     /// The map with only those tensors whose names are kept.
-    pub(crate) fn only(mut self, keeps: impl Fn(&str) -> bool) -> Self {
+    pub(crate) fn retain(mut self, keeps: impl Fn(&str) -> bool) -> Self {
         if !self.tensors.iter().all(|tensor| keeps(&tensor.name)) {
             self.tensors.retain(|tensor| keeps(&tensor.name));
             let by_name = NameIndex::new(self.tensors.len(), |i| &self.tensors[i].name);

@@ -29,5 +29,5 @@ pub mod safetensors;
 pub use dtype::{DType, ParseDTypeError};
 pub use error::ModelError;
 pub use foreign::ForeignFile;
-pub(crate) use foreign::{LOOKED_AT_BYTES, recognise};
+pub(crate) use foreign::{LOOKED_AT_BYTES, recognize};
 pub use map::{SafetensorsMetadata, TensorInfo, TensorMap};

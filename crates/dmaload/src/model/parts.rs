@@ -37,12 +37,12 @@ impl<'a> PartName<'a> {
     }
 
     /// Whether two names belong to parts of the same model.
-    pub(crate) fn is_with(&self, other: &PartName<'_>) -> bool {
+    pub(crate) fn is_same_model(&self, other: &PartName<'_>) -> bool {
         (self.stem, self.of, self.end, self.count) == (other.stem, other.of, other.end, other.count)
     }
 
     /// The name of another part.
-    pub(crate) fn of_number(&self, number: u32) -> String {
+    pub(crate) fn with_number(&self, number: u32) -> String {
         let width = self.digits.len();
         let PartName { stem, of, count_digits, end, .. } = self;
         format!("{stem}{number:0width$}{of}{count_digits}{end}")
@@ -76,9 +76,9 @@ mod tests {
             ("m-00001-of-4294967295.safetensors", 1, u32::MAX, "m-00002-of-4294967295.safetensors"),
         ] {
             let part = PartName::parse(name).unwrap();
-            assert_eq!((part.number, part.count, part.of_number(2).as_str()), (number, count, second));
-            assert_eq!(part.of_number(number), name);
-            assert!(part.is_with(&PartName::parse(second).unwrap()));
+            assert_eq!((part.number, part.count, part.with_number(2).as_str()), (number, count, second));
+            assert_eq!(part.with_number(number), name);
+            assert!(part.is_same_model(&PartName::parse(second).unwrap()));
         }
         for name in ["model.safetensors", "a-of-b", "-of-", "x-00004-of-00003.gguf", "x-1-of-0.gguf", "of-1-of-", "x1-of-3", ""] {
             assert_eq!(PartName::parse(name), None, "{name}");
@@ -86,7 +86,7 @@ mod tests {
         let other = |name| PartName::parse(name).unwrap();
         let part = other("model-00001-of-00003.safetensors");
         for name in ["model-00001-of-00004.safetensors", "other-00001-of-00003.safetensors", "model-00001-of-00003.gguf"] {
-            assert!(!part.is_with(&other(name)), "{name}");
+            assert!(!part.is_same_model(&other(name)), "{name}");
         }
     }
 
@@ -94,7 +94,7 @@ mod tests {
         #[test]
         fn no_name_panics(name in r"(-of-|_of_|[-_.a]|[0-9]{1,12}|\.gguf|\PC){0,8}") {
             if let Some(part) = PartName::parse(&name) {
-                proptest::prop_assert_eq!(part.of_number(part.number), name.clone());
+                proptest::prop_assert_eq!(part.with_number(part.number), name.clone());
             }
         }
     }

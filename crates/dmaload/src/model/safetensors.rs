@@ -79,21 +79,21 @@ pub enum Sniff {
 /// bytes have one value, a sixth has six) and loud; the opposite would be silent.
 #[must_use]
 pub fn sniff(first: &[u8], file_bytes: u64, named_safetensors: bool) -> Sniff {
-    match look(first, file_bytes, named_safetensors) {
+    match check_start(first, file_bytes, named_safetensors) {
         Ok(header_bytes) => Sniff::Safetensors { header_bytes },
-        Err(error) if named_safetensors || speaks_for_safetensors(&error) => Sniff::Broken { error },
+        Err(error) if named_safetensors || indicates_safetensors(&error) => Sniff::Broken { error },
         Err(why) => Sniff::Not { why },
     }
 }
 
-/// Whether a fault found by [`look`] must not lead to a raw load, whatever the file's name.
-fn speaks_for_safetensors(error: &ModelError) -> bool {
+/// Whether a fault found by [`check_start`] must not lead to a raw load, whatever the file's name.
+fn indicates_safetensors(error: &ModelError) -> bool {
     // Too few bytes from the caller say nothing about the file, so "raw" would be a guess.
     matches!(error, ModelError::HeaderPastEnd { .. } | ModelError::StartTooShort { .. })
 }
 
 /// The header length of a file that looks like safetensors.
-fn look(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
+fn check_start(first: &[u8], file_bytes: u64, named: bool) -> Result<u64, ModelError> {
     if file_bytes < PREFIX_BYTES + HEADER_MIN_BYTES {
         return Err(ModelError::FileTooShort { file_bytes });
     }

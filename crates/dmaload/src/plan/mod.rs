@@ -162,13 +162,13 @@ const PACKED_PART: u64 = 4;
 
 impl Shape {
     /// About how many pieces spans of these lengths are cut into, without making a plan.
-    pub(crate) fn pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
+    pub(crate) fn count_pieces(&self, lengths: impl Iterator<Item = u64>) -> u64 {
         let batch_bytes = self.batch_bytes.min(self.segment_bytes).max(1);
         lengths.map(|bytes| bytes.div_ceil(batch_bytes)).fold(0, u64::saturating_add)
     }
 
     /// Whether a span of this size shares its memory with others.
-    pub(crate) fn packs(&self, bytes: u64) -> bool {
+    pub(crate) fn shares_memory(&self, bytes: u64) -> bool {
         self.packed && self.layout != Layout::Single && bytes > 0 && bytes <= self.segment_bytes / PACKED_PART
     }
 }
@@ -189,7 +189,7 @@ impl Plan {
             let &alignment = alignments.get(span.file).expect("each file has an alignment");
             debug_assert!(alignment.is_power_of_two() && (span.range.is_empty() || span.range.start.is_multiple_of(alignment)));
             debug_assert!(shape.segment_bytes.is_multiple_of(alignment) && shape.batch_bytes.is_multiple_of(alignment));
-            let packed = shape.packs(span.range.end - span.range.start);
+            let packed = shape.shares_memory(span.range.end - span.range.start);
             for file_range in split(span.range.clone(), if span.single { u64::MAX } else { segment_bytes }) {
                 let memory_bytes = (file_range.end - file_range.start).next_multiple_of(alignment);
                 // A memory that is allocated at once is one batch.
@@ -209,7 +209,7 @@ impl Plan {
             }
         }
         for memory in 0..plan.memories.len() {
-            plan.cut(memory, shape);
+            plan.cut_into_batches(memory, shape);
         }
         plan.memory_bytes = plan.end_of_range();
         plan
@@ -243,7 +243,7 @@ impl Plan {
     }
 
     /// Cuts a memory into batches, and those into pieces.
-    fn cut(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
+    fn cut_into_batches(&mut self, number: usize, Shape { batch_bytes, batch_files, .. }: Shape) {
         let Plan { files, memories, segments, batches, pieces, .. } = self;
         let memory = memories.get_mut(number).expect("memories are cut one by one");
         let own = segments.get(memory.segments.clone()).expect("an allocation has planned segments");
@@ -399,7 +399,7 @@ mod tests {
             let plan = Plan::new(&alignments, &spans, shape);
             let lengths = spans.iter().map(|span| span.range.end - span.range.start);
             prop_assert!(plan.batches.len() <= plan.pieces.len());
-            prop_assert!(plan.pieces.len() as u64 <= shape.pieces(lengths) + 2 * plan.segments.len() as u64);
+            prop_assert!(plan.pieces.len() as u64 <= shape.count_pieces(lengths) + 2 * plan.segments.len() as u64);
             // Spans, segments and pieces cover all bytes, in order and without overlap.
             prop_assert_eq!(plan.files.len(), bytes.len());
             let (mut segment_at, mut piece_at) = (0, 0);

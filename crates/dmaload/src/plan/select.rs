@@ -30,21 +30,21 @@ pub(crate) struct Selector {
     range: Option<Range<u64>>,
     shard: Option<Shard>,
     /// Which patterns have matched a tensor.
-    met: Vec<bool>,
+    matched: Vec<bool>,
     /// Tensors that are affected by the cut between ranks in a way that may surprise.
-    odd: Odd,
+    affected: AffectedTensors,
     /// Number of files of which this rank gets no tensors, or no bytes.
     files_without: usize,
 }
 
 /// Tensors of which a rank has only a part, or nothing.
 #[derive(Debug, Default)]
-struct Odd {
+struct AffectedTensors {
     count: usize,
     first: Option<String>,
 }
 
-impl Odd {
+impl AffectedTensors {
     fn add(&mut self, name: &str) {
         self.count += 1;
         self.first.get_or_insert_with(|| name.to_owned());
@@ -94,7 +94,7 @@ impl ChosenTensors {
     /// All whole tensors of a file whose names it owns; `None` if it owns all of them.
     pub(crate) fn owned(map: &TensorMap, owns: impl Fn(&str) -> bool) -> Option<Self> {
         let whole = |(position, info): (usize, &TensorInfo)| {
-            let part = TensorSlice { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) };
+            let part = TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) };
             owns(&info.name).then_some(ChosenTensor { position, class: 0, part })
         };
         if map.iter().all(|info| owns(&info.name)) {
@@ -105,7 +105,7 @@ impl ChosenTensors {
     }
 
     /// The tensor at this position of the tensor map, if it is read.
-    pub(crate) fn at(&self, position: usize) -> Option<&ChosenTensor> {
+    pub(crate) fn get(&self, position: usize) -> Option<&ChosenTensor> {
         let of = |number: &u32| self.list.get(*number as usize).map(|chosen| chosen.position);
         let found = self.by_position.binary_search_by(|number| of(number).cmp(&Some(position))).ok()?;
         self.list.get(*self.by_position.get(found)? as usize)
@@ -129,7 +129,7 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    pub(crate) fn one(range: Range<u64>) -> Self {
+    pub(crate) fn single(range: Range<u64>) -> Self {
         Rows { first: range, stride_bytes: 0, count: 1 }
     }
 
@@ -196,8 +196,15 @@ impl Selector {
         if select.range.as_ref().is_some_and(Range::is_empty) {
             return wrong("an empty range of bytes was asked for".to_owned());
         }
-        let met = vec![false; patterns.as_ref().map_or(0, Vec::len)];
-        Ok(Selector { patterns, range: select.range.clone(), shard: select.shard, met, odd: Odd::default(), files_without: 0 })
+        let matched = vec![false; patterns.as_ref().map_or(0, Vec::len)];
+        Ok(Selector {
+            patterns,
+            range: select.range.clone(),
+            shard: select.shard,
+            matched,
+            affected: AffectedTensors::default(),
+            files_without: 0,
+        })
     }
 
     /// Whether the selection depends on the tensors of a file.
@@ -212,7 +219,7 @@ impl Selector {
 
     /// Notes the effects of a cut by bytes on a file: tensors of which this rank has only a part,
     /// and whether it has nothing of the file.
-    pub(crate) fn look_at_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
+    pub(crate) fn note_cut(&mut self, map: Option<&TensorMap>, selected: &Selected, part: &Range<u64>) {
         let own: Vec<&Range<u64>> = selected.spans.iter().map(|span| &span.range).collect();
         let (mut has_any, mut is_touched) = (false, false);
         for tensor in map.into_iter().flatten() {
@@ -220,7 +227,7 @@ impl Selector {
             let touched = own.iter().any(|own| own.start < end && start < own.end);
             (has_any, is_touched) = (has_any || start < end, is_touched || touched);
             if touched && !own.iter().any(|own| own.start <= start && end <= own.end) {
-                self.odd.add(&tensor.name);
+                self.affected.add(&tensor.name);
             }
         }
         let has_nothing = if has_any { !is_touched } else { selected.wanted_bytes == 0 && !part.is_empty() };
@@ -231,8 +238,8 @@ impl Selector {
     pub(crate) fn notes(&self) -> Vec<String> {
         let Some(shard) = self.shard else { return Vec::new() };
         let Shard { rank, world_size, dim } = shard;
-        let odd = self.odd.first.as_ref().map(|first| {
-            let count = self.odd.count;
+        let affected = self.affected.first.as_ref().map(|first| {
+            let count = self.affected.count;
             let tensors = if count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors, {first:?} first,") };
             match dim {
                 None => format!(
@@ -252,7 +259,7 @@ impl Selector {
                  them for all ranks"
             )
         });
-        odd.into_iter().chain(without).collect()
+        affected.into_iter().chain(without).collect()
     }
 
     /// Whether tensors are selected by name.
@@ -265,9 +272,13 @@ impl Selector {
         self.patterns.iter().flatten().any(Pattern::is_wild)
     }
 
-    /// Passes the value that comes with each matching name to `met`. Returns whether every pattern
-    /// has matched a name.
-    pub(crate) fn meets<'a>(&self, names: impl Iterator<Item = (&'a str, &'a str)>, mut met: impl FnMut(&'a str)) -> bool {
+    /// Passes the value that comes with each matching name to `matched`. Returns whether every
+    /// pattern has matched a name.
+    pub(crate) fn select_names<'a>(
+        &self,
+        names: impl Iterator<Item = (&'a str, &'a str)>,
+        mut matched: impl FnMut(&'a str),
+    ) -> bool {
         let patterns = self.patterns.as_deref().unwrap_or_default();
         let mut seen = vec![false; patterns.len()];
         for (name, with) in names {
@@ -278,7 +289,7 @@ impl Selector {
                 }
             }
             if is_meant {
-                met(with);
+                matched(with);
             }
         }
         seen.into_iter().all(|seen| seen)
@@ -289,7 +300,7 @@ impl Selector {
     ///
     /// # Errors
     /// A reason to append to the path.
-    pub(crate) fn of_file(
+    pub(crate) fn select_file(
         &mut self,
         map: Option<&TensorMap>,
         owns: impl Fn(&str) -> bool,
@@ -306,7 +317,7 @@ impl Selector {
         }
         if let Some(Shard { rank, world_size, dim: None }) = self.shard {
             // Cut at block boundaries, so that no rank reads another rank's bytes.
-            let cut = |rank: u32| match portion(bytes, rank, world_size) {
+            let cut = |rank: u32| match share_start(bytes, rank, world_size) {
                 0 => part.start,
                 at => (part.start + at).next_multiple_of(alignment).min(part.end),
             };
@@ -316,11 +327,11 @@ impl Selector {
         let mut chosen = Vec::new();
         for (position, tensor) in map.iter().enumerate() {
             if owns(&tensor.name)
-                && let Some(class) = self.class_of(&tensor.name)
+                && let Some(class) = self.match_tensor(&tensor.name)
             {
-                let part = part_of(tensor, self.shard)?;
+                let part = rank_slice(tensor, self.shard)?;
                 if part.rows.bytes() == 0 && !tensor.file_range.is_empty() {
-                    self.odd.add(&tensor.name);
+                    self.affected.add(&tensor.name);
                 }
                 chosen.push(ChosenTensor { position, class, part });
             }
@@ -336,12 +347,12 @@ impl Selector {
     }
 
     /// The first pattern that matches this tensor. Marks all matching patterns as matched.
-    fn class_of(&mut self, name: &str) -> Option<usize> {
+    fn match_tensor(&mut self, name: &str) -> Option<usize> {
         let Some(patterns) = &self.patterns else { return Some(0) };
         let mut first = None;
-        for (index, (pattern, met)) in patterns.iter().zip(&mut self.met).enumerate() {
+        for (index, (pattern, matched)) in patterns.iter().zip(&mut self.matched).enumerate() {
             if pattern.matches(name) {
-                *met = true;
+                *matched = true;
                 first = first.or(Some(index));
             }
         }
@@ -352,32 +363,32 @@ impl Selector {
     ///
     /// # Errors
     /// [`Error::NoSuchTensor`] for a pattern that has not.
-    pub(crate) fn all_met(&self) -> Result<()> {
-        let patterns = self.patterns.iter().flatten().zip(&self.met);
-        let missed = patterns.filter(|(_, met)| !**met).map(|(pattern, _)| pattern.to_string()).next();
-        missed.map_or(Ok(()), |missed| Err(Error::NoSuchTensor(missed)))
+    pub(crate) fn check_all_matched(&self) -> Result<()> {
+        let patterns = self.patterns.iter().flatten().zip(&self.matched);
+        let unmatched = patterns.filter(|(_, matched)| !**matched).map(|(pattern, _)| pattern.to_string()).next();
+        unmatched.map_or(Ok(()), |unmatched| Err(Error::NoSuchTensor(unmatched)))
     }
 }
 
 /// Start of `rank`'s share of `all` items.
-fn portion(all: u64, rank: u32, world_size: u32) -> u64 {
-    let portion = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
-    u64::try_from(portion).expect("a part is no larger than the whole")
+fn share_start(all: u64, rank: u32, world_size: u32) -> u64 {
+    let start = u128::from(all) * u128::from(rank) / u128::from(world_size.max(1));
+    u64::try_from(start).expect("a part is no larger than the whole")
 }
 
 /// A rank's part of a tensor. A tensor without the dimension to cut belongs to every rank.
-fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, String> {
+fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, String> {
     let TensorInfo { name, dtype, shape, file_range } = tensor;
-    let whole = || TensorSlice { shape: shape.clone(), rows: Rows::one(file_range.clone()) };
+    let whole = || TensorSlice { shape: shape.clone(), rows: Rows::single(file_range.clone()) };
     let Some(Shard { rank, world_size, dim: Some(dim) }) = shard else { return Ok(whole()) };
     let Some(&len) = shape.get(dim) else { return Ok(whole()) };
     let len = len as u64;
-    let (start, end) = (portion(len, rank, world_size), portion(len, rank + 1, world_size));
+    let (start, end) = (share_start(len, rank, world_size), share_start(len, rank + 1, world_size));
     let mut own = shape.clone();
     own[dim] = to_usize(end - start);
     if file_range.is_empty() {
         // The product of its other dimensions may overflow, so don't compute it.
-        return Ok(TensorSlice { shape: own, rows: Rows::one(file_range.clone()) });
+        return Ok(TensorSlice { shape: own, rows: Rows::single(file_range.clone()) });
     }
     let product = |dims: &[usize]| dims.iter().map(|&dim| dim as u64).product::<u64>();
     let (outer, inner) = (product(&shape[..dim]), product(&shape[dim + 1..]));
@@ -388,9 +399,9 @@ fn part_of(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, Str
     };
     let first = file_range.start + from..file_range.start + to;
     let rows = if outer == 1 || from == to {
-        Rows::one(first)
+        Rows::single(first)
     } else if to - from == stride_bytes {
-        Rows::one(file_range.clone())
+        Rows::single(file_range.clone())
     } else {
         Rows { first, stride_bytes, count: outer }
     };
@@ -420,7 +431,7 @@ fn coalesce(ranges: impl Iterator<Item = Range<u64>>, file_bytes: u64, alignment
 ///
 /// # Errors
 /// [`Error::Unaligned`].
-pub(crate) fn by_tensors(
+pub(crate) fn tensor_spans(
     selected: &Selected,
     map: &TensorMap,
     file_bytes: u64,

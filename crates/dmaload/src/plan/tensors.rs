@@ -37,11 +37,11 @@ impl FileTensors {
     /// What to read of the tensor at this position of the map.
     pub(crate) fn part_at(&self, position: usize) -> Option<TensorSlice> {
         match &self.chosen {
-            Some(chosen) => chosen.at(position).map(|chosen| chosen.part.clone()),
+            Some(chosen) => chosen.get(position).map(|chosen| chosen.part.clone()),
             None => self
                 .map
                 .get_index(position)
-                .map(|info| TensorSlice { shape: info.shape.clone(), rows: Rows::one(info.file_range.clone()) }),
+                .map(|info| TensorSlice { shape: info.shape.clone(), rows: Rows::single(info.file_range.clone()) }),
         }
     }
 }

@@ -105,8 +105,8 @@ pub fn attach_blocking(socket: impl AsRef<Path>, options: &AttachOptions) -> Res
     let path = socket.as_ref();
     let started = Instant::now();
     let descriptors = receive(path, options, PATIENCE + TRANSFER_LIMIT)?;
-    let (description, memories) = read(path, descriptors)?;
-    build(path, &description, memories, started)
+    let (description, memories) = parse_descriptors(path, descriptors)?;
+    build_image(path, &description, memories, started)
 }
 
 fn refuse(socket: &Path, reason: impl Into<String>) -> Error {
@@ -126,11 +126,11 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     for timeout in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
         sockopt::set_socket_timeout(&socket, timeout, Some(2 * PATIENCE)).map_err(failed("set a timeout"))?;
     }
-    connect_to(&socket, path).map_err(|errno| refuse(path, not_connected(errno)))?;
+    connect_to(&socket, path).map_err(|errno| refuse(path, explain_connect_error(errno)))?;
     let server = user_of(&socket).map_err(failed("ask who the server is"))?;
     let users = Users::of_this_process();
     if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
-        return Err(refuse(path, not_trusted(users, server)));
+        return Err(refuse(path, explain_distrust(users, server)));
     }
     // A server that refuses before the request has already closed the connection, but its answer
     // can be received.
@@ -152,7 +152,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
             return Err(refuse(path, "the server gives an answer of another version, or is none of dmaload"));
         };
         if reply.status != Status::Ok {
-            return Err(refuse(path, refusal(reply, name, &parse_names(&message))));
+            return Err(refuse(path, explain_refusal(reply, name, &parse_names(&message))));
         }
         if Instant::now() > deadline {
             return Err(refuse(path, format!("the server has not given all of the image in {limit:?}")));
@@ -176,7 +176,7 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
 }
 
 /// Why there is no connection, and what to do about it.
-fn not_connected(errno: Errno) -> String {
+fn explain_connect_error(errno: Errno) -> String {
     let hint = match errno {
         Errno::NOENT => "; check the path, and whether the server has loaded: its socket appears with the image",
         Errno::CONNREFUSED => "; the server that made this socket has ended",
@@ -189,7 +189,7 @@ fn not_connected(errno: Errno) -> String {
 }
 
 /// Why a server is not trusted.
-fn not_trusted(users: Users, server: u32) -> String {
+fn explain_distrust(users: Users, server: u32) -> String {
     let reason = if users.is_ambiguous(server) {
         "which stands for every user that is not mapped in this user namespace"
     } else {
@@ -199,7 +199,7 @@ fn not_trusted(users: Users, server: u32) -> String {
 }
 
 /// Explains a server's refusal. The names come from the server, so they are escaped.
-fn refusal(reply: Reply, name: &str, names: &[String]) -> String {
+fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
     let list = || {
         let mut list = names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ");
         let more = (reply.all as usize).saturating_sub(names.len());
@@ -254,7 +254,7 @@ fn receive_message(socket: &OwnedFd) -> Result<(Vec<u8>, Vec<OwnedFd>), Errno> {
 }
 
 /// Interprets the descriptors as a description and memories.
-fn read(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
+fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memory>)> {
     /// A description takes about 200 bytes per tensor, so even one of a million tensors is
     /// shorter.
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
@@ -291,7 +291,7 @@ fn read(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Description, Vec<Memo
 
 /// Where to map each memory, and their total length; `None` if a segment is not within its memory,
 /// or does not follow the one before it as it should.
-fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
+fn plan_mapping(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, usize)> {
     let (mut places, mut end) = (Vec::new(), 0_usize);
     for (number, &bytes) in lengths.iter().enumerate() {
         let first = segments.partition_point(|segment| segment.memory < number);
@@ -315,12 +315,12 @@ fn places(segments: &[SegmentPlace], lengths: &[usize]) -> Option<(Vec<usize>, u
     Some((places, end))
 }
 
-fn build(path: &Path, description: &Description, memories: Vec<Memory>, started: Instant) -> Result<Attached> {
+fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, started: Instant) -> Result<Attached> {
     let wrong = |what: String| refuse(path, what);
     let length = |memory: &Memory| memory.bytes().expect("memory that came as a descriptor has a length");
     let lengths: Vec<usize> = memories.iter().map(length).collect();
     let (places, all) =
-        places(&description.segments, &lengths).ok_or_else(|| wrong("its segments do not fit their memory".to_owned()))?;
+        plan_mapping(&description.segments, &lengths).ok_or_else(|| wrong("its segments do not fit their memory".to_owned()))?;
     let mut backings = Vec::new();
     if !memories.is_empty() {
         let reaper = Reaper::start().map_err(|error| wrong(format!("no thread could be had: {error}")))?;
@@ -361,7 +361,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
     }
     let route =
         description.route.parse().map_err(|_| wrong(format!("its description has an unknown route, {:?}", description.route)))?;
-    let report = report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
+    let report = make_report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
     let files = description.files.iter().enumerate().map(|(number, file)| LoadFile {
         path: Arc::clone(&file.path),
         bytes: file.bytes,
@@ -376,7 +376,7 @@ fn build(path: &Path, description: &Description, memories: Vec<Memory>, started:
 }
 
 /// Nothing was read, copied or allocated by this process.
-fn report(
+fn make_report(
     path: &Path,
     description: &Description,
     route: Route,

@@ -148,7 +148,7 @@ impl Client {
     }
 
     /// Serves a client once. `others` is what other clients of its user hold.
-    fn step(&mut self, shared: &ServerShared, others: Held, limits: ClientLimits) -> ClientStep {
+    fn advance(&mut self, shared: &ServerShared, others: Held, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
         }
@@ -165,11 +165,11 @@ impl Client {
             (ClientState::Silent, Some(_)) if !self.allowed => return self.refuse(Status::NotAllowed, self.user),
             (ClientState::Silent, Some(request)) => {
                 let request = request.to_vec();
-                return self.ask(shared, request, others, limits);
+                return self.handle_request(shared, request, others, limits);
             }
             (ClientState::Early { request }, None) => {
                 let request = std::mem::take(request);
-                return self.ask(shared, request, others, limits);
+                return self.handle_request(shared, request, others, limits);
             }
             (ClientState::Receiving { unreceived: 0, .. }, None) => {}
             (ClientState::Receiving { .. }, None) => return ClientStep::Wait,
@@ -184,8 +184,8 @@ impl Client {
         self.send_next(others, limits)
     }
 
-    fn ask(&mut self, shared: &ServerShared, request: Vec<u8>, others: Held, limits: ClientLimits) -> ClientStep {
-        match shared.find(&request) {
+    fn handle_request(&mut self, shared: &ServerShared, request: Vec<u8>, others: Held, limits: ClientLimits) -> ClientStep {
+        match shared.find_image(&request) {
             Ok(published) => {
                 self.since = Instant::now();
                 self.state = ClientState::Receiving { published, next: 0, unreceived: 0, begun: self.since };
@@ -260,7 +260,7 @@ pub(super) fn serve(shared: &ServerShared) {
         let ready: Vec<bool> = watched.iter().map(|watched| polled.is_ok() && !watched.revents().is_empty()).collect();
         drop(watched);
         if shared.images().closed {
-            turn_away(shared);
+            close_pending(shared);
             return;
         }
         if polled.is_err_and(|errno| errno != Errno::INTR) {
@@ -291,7 +291,7 @@ pub(super) fn serve(shared: &ServerShared) {
             let is_expired = client.deadline().is_some_and(|deadline| deadline <= Instant::now());
             let mut step = ClientStep::Wait;
             if is_ready || is_early || client.is_polled_by_time() {
-                step = client.step(shared, *own, limits);
+                step = client.advance(shared, *own, limits);
             }
             if step == ClientStep::Wait && is_expired && client.deadline().is_some_and(|deadline| deadline <= Instant::now()) {
                 step = client.expire();
@@ -332,13 +332,13 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
                 return;
             }
         };
-        let socket = Connection::new(socket, shared.undertaker.clone());
+        let socket = Connection::new(socket, shared.closer.clone());
         let Ok(user) = user_of(&socket) else {
             // Without knowing the user, closing the connection is the only answer.
             shared.refused.fetch_add(1, Ordering::Relaxed);
             continue;
         };
-        let allowed = shared.may(user);
+        let allowed = shared.is_allowed(user);
         let strangers = clients.iter().filter(|client| !client.allowed).count();
         let full = if allowed { clients.len() - strangers >= limits.connections } else { strangers >= limits.strangers };
         if full && make_room(clients, |client| client.allowed == allowed) {
@@ -349,12 +349,12 @@ fn admit(shared: &ServerShared, limits: ClientLimits, clients: &mut Vec<Client>)
 }
 
 /// Closes the connections that have not been accepted, and any to come.
-fn turn_away(shared: &ServerShared) {
+fn close_pending(shared: &ServerShared) {
     let listener = &shared.listener.socket;
     // If this fails, they are closed with the listener.
     let _ = shutdown(listener, Shutdown::Both);
     while let Ok(socket) = accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-        drop(Connection::new(socket, shared.undertaker.clone()));
+        drop(Connection::new(socket, shared.closer.clone()));
     }
 }
 

@@ -9,7 +9,7 @@
 //!   fails.
 //! - On older kernels, a message is peeked at (`MSG_PEEK`) before it is received. A connection
 //!   with a message that carries descriptors is handed to a thread that does nothing else
-//!   ([`Undertaker`]).
+//!   ([`SlowCloser`]).
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -26,7 +26,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, Shutdown, recv, r
 const SO_PASSRIGHTS: libc::c_int = 83;
 /// Maximum number of threads that may hang while closing what clients have sent. Further
 /// connections wait.
-const UNDERTAKERS: usize = 16;
+const CLOSERS_MAX: usize = 16;
 
 /// Makes a listening socket, and all connections to it, refuse descriptors. Returns whether the
 /// kernel supports that.
@@ -46,12 +46,12 @@ pub(super) struct Connection {
     /// Only `None` inside `drop`.
     socket: Option<OwnedFd>,
     /// `None` if the kernel refuses descriptors.
-    undertaker: Option<Arc<Undertaker>>,
+    closer: Option<Arc<SlowCloser>>,
 }
 
 impl Connection {
-    pub(super) fn new(socket: OwnedFd, undertaker: Option<Arc<Undertaker>>) -> Self {
-        Connection { socket: Some(socket), undertaker }
+    pub(super) fn new(socket: OwnedFd, closer: Option<Arc<SlowCloser>>) -> Self {
+        Connection { socket: Some(socket), closer }
     }
 
     /// Receives a message without blocking and returns its length. If it is longer than the
@@ -61,14 +61,14 @@ impl Connection {
     /// `EBADMSG` if the message carries descriptors; it then stays in the queue. Otherwise the
     /// kernel's error.
     pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        if self.undertaker.is_some() && carries_descriptors(self.as_fd())? {
+        if self.closer.is_some() && carries_descriptors(self.as_fd())? {
             return Err(Errno::BADMSG);
         }
         recv(self, buffer, RecvFlags::DONTWAIT).map(|(received, _)| received)
     }
 
     /// Whether closing the connection would close descriptors sent by the client.
-    fn is_encumbered(&self) -> bool {
+    fn holds_descriptors(&self) -> bool {
         // After the shutdown nothing more arrives, so this sees everything. The client still
         // receives what it has not received yet.
         let _ = shutdown(self, Shutdown::Both);
@@ -103,17 +103,17 @@ impl AsFd for Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let Some(undertaker) = self.undertaker.take() else { return };
-        if self.is_encumbered() {
+        let Some(closer) = self.closer.take() else { return };
+        if self.holds_descriptors() {
             let socket = self.socket.take().expect("the socket is taken out by the drop alone");
-            undertaker.bury(socket);
+            closer.close_later(socket);
         }
     }
 }
 
 /// Threads that close connections whose close may take long.
 #[derive(Debug, Default)]
-pub(super) struct Undertaker {
+pub(super) struct SlowCloser {
     queue: Mutex<Queue>,
     changed: Condvar,
 }
@@ -127,22 +127,22 @@ struct Queue {
     closed: bool,
 }
 
-impl Undertaker {
+impl SlowCloser {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn bury(self: Arc<Self>, socket: OwnedFd) {
+    fn close_later(self: Arc<Self>, socket: OwnedFd) {
         let mut queue = self.queue();
         queue.sockets.push_back(socket);
         self.changed.notify_one();
-        if queue.idle >= queue.sockets.len() || queue.threads == UNDERTAKERS {
+        if queue.idle >= queue.sockets.len() || queue.threads == CLOSERS_MAX {
             return;
         }
         queue.threads += 1;
         drop(queue);
-        let undertaker = Arc::clone(&self);
-        let body = move || undertaker.run();
+        let closer = Arc::clone(&self);
+        let body = move || closer.run();
         // Not joined, because that would mean waiting for clients.
         if thread::Builder::new().name("dmaload-close".to_owned()).spawn(body).is_err() {
             // The socket waits for a thread started by another connection, or for the process to

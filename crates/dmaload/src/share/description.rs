@@ -104,7 +104,7 @@ impl Description {
             let in_order = place.memory == before || segments.last().is_some_and(|before| before.memory == place.memory);
             let bytes = files.get(place.file).map_or(0, |file: &DescribedFile| file.bytes);
             let fits = place.file_range.end <= bytes && place.file_range.end - place.file_range.start <= place.memory_bytes;
-            if !in_order || !fits || segments.last().is_some_and(|before| !follows(before, &place)) {
+            if !in_order || !fits || segments.last().is_some_and(|before| !can_follow(before, &place)) {
                 return Err(wrong("a segment is out of place"));
             }
             segments.push(place);
@@ -131,7 +131,7 @@ impl Description {
 
 /// Whether a segment can come after another one: in the same span it must continue in the file,
 /// and in the same memory it must continue there.
-fn follows(before: &SegmentPlace, after: &SegmentPlace) -> bool {
+fn can_follow(before: &SegmentPlace, after: &SegmentPlace) -> bool {
     let end = before.memory_offset.checked_add(before.memory_bytes);
     let continues = before.span == after.span;
     let in_file = before.file == after.file && before.file_range.end == after.file_range.start;
@@ -176,7 +176,7 @@ fn file(value: &Value) -> Option<DescribedFile> {
 fn file_tensors(values: &[Value], file_bytes: u64) -> Option<FileTensors> {
     let read = values.iter().map(|value| tensor(value, file_bytes)).collect::<Option<Vec<_>>>()?;
     let infos = read.iter().map(|(info, _)| info.clone()).collect();
-    let map = TensorMap::of(infos).ok()?;
+    let map = TensorMap::from_tensors(infos).ok()?;
     // In the order in which they were received, which is not that of the map.
     let list = read.into_iter().enumerate().map(|(class, (info, part))| {
         let position = map.get_index_of(&info.name)?;

@@ -101,7 +101,7 @@ impl Listener {
         }
         listen(&socket, BACKLOG).map_err(cannot("listen"))?;
         after(BindStep::Ready);
-        private.place()?;
+        private.move_socket_to_place()?;
         after(BindStep::Placed);
         let identity = identity(&found);
         drop(private);
@@ -114,7 +114,7 @@ impl Listener {
     /// A reason to append to the path.
     pub(super) fn check(path: &Path) -> Result<(), String> {
         let (folder, name) = open_folder(path)?;
-        PrivateFolder::enter(&folder, &name)?.look_at_place().map(|_| ())
+        PrivateFolder::enter(&folder, &name)?.find_dead_socket().map(|_| ())
     }
 
     /// Removes the socket, unless another one has taken its place.
@@ -124,7 +124,7 @@ impl Listener {
         }
         let private = PrivateFolder::enter(&self.folder, &self.name)?;
         if self.is_in_place() {
-            private.take(self.identity)?;
+            private.remove_if(self.identity)?;
         }
         Ok(())
     }
@@ -194,7 +194,7 @@ fn has_proc(file: &OwnedFd) -> bool {
 
 /// Runs `task` on a thread with this folder as its working directory and an empty umask, without
 /// affecting the rest of the process.
-fn in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) -> Result<(), Errno> {
+fn run_in_folder(folder: &OwnedFd, task: impl FnOnce() -> Result<(), Errno> + Send) -> Result<(), Errno> {
     let body = || {
         // SAFETY: only the working directory, the root and the umask become private to the thread;
         // descriptors stay shared.
@@ -274,11 +274,11 @@ impl<'a> PrivateFolder<'a> {
             return bind(socket, &SocketAddrUnix::new(format!("{}/{FRESH}", proc_path(&self.fd)))?);
         }
         let address = SocketAddrUnix::new(FRESH)?;
-        in_folder(&self.fd, || bind(socket, &address))
+        run_in_folder(&self.fd, || bind(socket, &address))
     }
 
     /// Moves the new socket to its place.
-    fn place(&self) -> Result<(), String> {
+    fn move_socket_to_place(&self) -> Result<(), String> {
         // To fail, several servers would have to be killed one after another in the meantime.
         for _ in 0..8 {
             match self.move_to_place(FRESH) {
@@ -286,8 +286,8 @@ impl<'a> PrivateFolder<'a> {
                 Err(Errno::EXIST) => {}
                 Err(errno) => return Err(cannot("move the socket to its place")(errno)),
             }
-            if let Some(dead) = self.look_at_place()? {
-                self.take(dead)?;
+            if let Some(dead) = self.find_dead_socket()? {
+                self.remove_if(dead)?;
             }
         }
         Err("cannot move the socket to its place: something else is put there again and again".to_owned())
@@ -309,7 +309,7 @@ impl<'a> PrivateFolder<'a> {
     ///
     /// # Errors
     /// What else is there.
-    fn look_at_place(&self) -> Result<Option<SocketIdentity>, String> {
+    fn find_dead_socket(&self) -> Result<Option<SocketIdentity>, String> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
             Ok(file) => file,
@@ -324,7 +324,8 @@ impl<'a> PrivateFolder<'a> {
         let connected = if has_proc(&file) {
             SocketAddrUnix::new(proc_path(&file)).and_then(|address| connect(&socket, &address))
         } else {
-            SocketAddrUnix::new(Path::new(self.socket)).and_then(|address| in_folder(self.parent, || connect(&socket, &address)))
+            SocketAddrUnix::new(Path::new(self.socket))
+                .and_then(|address| run_in_folder(self.parent, || connect(&socket, &address)))
         };
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
@@ -337,7 +338,7 @@ impl<'a> PrivateFolder<'a> {
     /// Removes the file in the socket's place if it is `expected`. The file is checked after it
     /// has been moved into the private folder, so that nothing else can be removed, even if
     /// programs that ignore the lock change the place.
-    fn take(&self, expected: SocketIdentity) -> Result<(), String> {
+    fn remove_if(&self, expected: SocketIdentity) -> Result<(), String> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(()),

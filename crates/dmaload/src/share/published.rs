@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dmabuf::{Errno, Memfd};
 
-use super::connection::Undertaker;
+use super::connection::SlowCloser;
 use super::description::describe;
 use super::limits::ClientLimits;
 use super::listener::Listener;
@@ -56,7 +56,7 @@ pub(super) struct ServerShared {
     pub(super) socket: PathBuf,
     pub(super) listener: Listener,
     /// `None` if the kernel refuses descriptors.
-    pub(super) undertaker: Option<Arc<Undertaker>>,
+    pub(super) closer: Option<Arc<SlowCloser>>,
     pub(super) options: ServerOptions,
     pub(super) users: Users,
     pub(super) wake: OwnedFd,
@@ -130,7 +130,7 @@ impl ServerShared {
     }
 
     /// The requested image, or the answer that refuses it.
-    pub(super) fn find(&self, request: &[u8]) -> Result<Arc<Published>, (Status, Vec<u8>)> {
+    pub(super) fn find_image(&self, request: &[u8]) -> Result<Arc<Published>, (Status, Vec<u8>)> {
         let refuse = |status| (status, Reply { status, all: 0, here: 0 }.to_bytes().to_vec());
         let name = parse_request(request).ok_or_else(|| refuse(Status::Malformed))?;
         let images = self.images();
@@ -151,7 +151,7 @@ impl ServerShared {
         Err((status, with_names(Reply { status, all: count(names.len()), here: 0 }, names)))
     }
 
-    pub(super) fn may(&self, user: u32) -> bool {
+    pub(super) fn is_allowed(&self, user: u32) -> bool {
         self.users.is_own(user) || self.options.allowed_users.contains(&user)
     }
 

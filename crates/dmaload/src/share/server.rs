@@ -54,14 +54,14 @@ impl Server {
         // vain.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
         let listener = Listener::bind(path, mode).map_err(|reason| refuse(path, reason))?;
-        let undertaker = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
+        let closer = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
         // Queried once here, so that a system call filter causes an error now rather than clients
         // that are never served.
         is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
             socket: path.to_owned(),
             listener,
-            undertaker,
+            closer,
             options,
             users: Users::of_this_process(),
             wake,
@@ -135,8 +135,8 @@ impl Drop for Server {
             // The thread never waits for a client.
             let _ = thread.join();
         }
-        if let Some(undertaker) = &self.shared.undertaker {
-            undertaker.close();
+        if let Some(closer) = &self.shared.closer {
+            closer.close();
         }
         // The thread has exited, so this drops the listener, which removes its socket.
     }
@@ -201,7 +201,7 @@ mod tests {
         // With the kernel's own behavior, and as before Linux 6.16.
         for refuse in [refuse_descriptors, |_: BorrowedFd<'_>| false] {
             let server = Server::bind_with(&path, ServerOptions::default(), refuse).unwrap();
-            let is_refused = server.shared.undertaker.is_none();
+            let is_refused = server.shared.closer.is_none();
             let mut others = Vec::new();
             // Repeated, because the server's close has to come last.
             for (before, ends) in [(0, true), (0, false), (1, true), (1, false)].repeat(10) {

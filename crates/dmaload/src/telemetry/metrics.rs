@@ -92,7 +92,7 @@ impl Histogram {
         self.sum_nanos.fetch_add(nanos, Ordering::Relaxed);
     }
 
-    pub(crate) fn seen(&self) -> Latency {
+    pub(crate) fn snapshot(&self) -> Latency {
         let buckets = self.buckets.each_ref().map(|bucket| bucket.load(Ordering::Relaxed));
         Latency { count: buckets.iter().sum(), sum: Duration::from_nanos(self.sum_nanos.load(Ordering::Relaxed)), buckets }
     }
@@ -124,7 +124,7 @@ pub(crate) struct LoadCounters {
 
 impl LoadCounters {
     /// Takes a snapshot. Figures that are not counted here stay zero.
-    pub(crate) fn seen(&self, reads: &ReadCounters) -> Metrics {
+    pub(crate) fn snapshot(&self, reads: &ReadCounters) -> Metrics {
         let seen = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Metrics {
             loads_started: seen(&self.started),
@@ -139,14 +139,14 @@ impl LoadCounters {
             queue_depth: 0,
             memory_bytes: 0,
             pooled_bytes: 0,
-            before_kernel: reads.before_kernel.seen(),
-            in_kernel: reads.in_kernel.seen(),
-            after_kernel: self.after_kernel.seen(),
+            before_kernel: reads.before_kernel.snapshot(),
+            in_kernel: reads.in_kernel.snapshot(),
+            after_kernel: self.after_kernel.snapshot(),
         }
     }
 }
 
-pub(crate) fn count(counter: &AtomicU64) {
+pub(crate) fn increment(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
@@ -161,7 +161,7 @@ mod tests {
         for nanos in times {
             histogram.add(Duration::from_nanos(nanos));
         }
-        let seen = histogram.seen();
+        let seen = histogram.snapshot();
         assert_eq!((seen.count, seen.sum), (8, Duration::from_nanos(times.iter().sum())));
         let within = |took: u64| {
             let bucket = (0..Latency::BUCKETS)

@@ -47,7 +47,7 @@ pub struct ManifestError(String);
 
 impl ManifestFile {
     /// An entry with a name and a length, but no checksums yet.
-    pub(super) fn named(path: &Path, bytes: u64) -> Self {
+    pub(super) fn new(path: &Path, bytes: u64) -> Self {
         let raw = path.to_str().is_none().then(|| path.to_owned());
         ManifestFile { path: path.to_string_lossy().into_owned(), raw, bytes, sha256: None, sums: Vec::new() }
     }
@@ -108,7 +108,7 @@ impl Manifest {
     }
 
     /// The checksum of one chunk.
-    pub(super) fn sum(&self, file: &ManifestFile, chunk: u64) -> Option<Digest> {
+    pub(super) fn chunk_digest(&self, file: &ManifestFile, chunk: u64) -> Option<Digest> {
         let length = self.algorithm.digest_bytes();
         let start = usize::try_from(chunk).ok()?.checked_mul(length)?;
         Digest::new(self.algorithm, file.sums.get(start..start.checked_add(length)?)?)
@@ -123,7 +123,7 @@ impl Manifest {
     }
 
     /// The shortest suffixes of the paths that tell them apart.
-    pub(super) fn names(paths: &[&Path]) -> Vec<PathBuf> {
+    pub(super) fn shortest_names(paths: &[&Path]) -> Vec<PathBuf> {
         let ends = |depth: usize| -> Vec<PathBuf> {
             let end = |path: &&Path| {
                 let named: Vec<_> = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
@@ -285,9 +285,9 @@ mod tests {
     fn manifest_round_trips() {
         let manifest = manifest();
         assert_eq!(Manifest::parse(manifest.to_json().as_bytes()), Ok(manifest.clone()));
-        assert_eq!(manifest.sum(&manifest.files[0], 2).unwrap().hex(), "00000002");
-        assert_eq!(manifest.sum(&manifest.files[0], 3), None);
-        assert_eq!(manifest.sum(&manifest.files[0], u64::MAX), None);
+        assert_eq!(manifest.chunk_digest(&manifest.files[0], 2).unwrap().hex(), "00000002");
+        assert_eq!(manifest.chunk_digest(&manifest.files[0], 3), None);
+        assert_eq!(manifest.chunk_digest(&manifest.files[0], u64::MAX), None);
     }
 
     #[test]
@@ -308,7 +308,7 @@ mod tests {
         let paths = [&b"m/\xff.bin"[..], b"m/\xfe.bin", "m/\u{fffd}.bin".as_bytes()];
         let paths = paths.map(|path| PathBuf::from(OsString::from_vec(path.to_vec())));
         let files =
-            Manifest::names(&paths.each_ref().map(PathBuf::as_path)).into_iter().map(|name| ManifestFile::named(&name, 0));
+            Manifest::shortest_names(&paths.each_ref().map(PathBuf::as_path)).into_iter().map(|name| ManifestFile::new(&name, 0));
         let manifest = Manifest { files: files.map(|file| ManifestFile { sums: Vec::new(), ..file }).collect(), ..manifest() };
         let read = Manifest::parse(manifest.to_json().as_bytes()).unwrap();
         assert_eq!(read, manifest);
@@ -324,7 +324,7 @@ mod tests {
     #[test]
     fn names_are_as_short_as_possible() {
         let names = |paths: &[&str]| -> Vec<String> {
-            let names = Manifest::names(&paths.iter().map(Path::new).collect::<Vec<_>>());
+            let names = Manifest::shortest_names(&paths.iter().map(Path::new).collect::<Vec<_>>());
             names.into_iter().map(|name| name.into_os_string().into_string().unwrap()).collect()
         };
         assert_eq!(names(&["/m/a.bin", "../b.bin"]), ["a.bin", "b.bin"]);

@@ -60,11 +60,11 @@ impl Recorder {
         let mut seen = self.files.lock().unwrap_or_else(PoisonError::into_inner).clone();
         seen.resize_with(report.files.len(), || self.nothing());
         let paths: Vec<&Path> = report.files.iter().map(|file| file.path.as_path()).collect();
-        let files = report.files.iter().zip(seen).zip(Manifest::names(&paths)).map(|((file, mut seen), path)| {
+        let files = report.files.iter().zip(seen).zip(Manifest::shortest_names(&paths)).map(|((file, mut seen), path)| {
             assert_eq!(seen.chunks.seen_bytes(), file.bytes, "all of {path:?} was seen");
             let last = seen.chunks.finish();
             seen.sums.extend_from_slice(last.as_ref().map_or(&[], |(_, digest)| digest.as_bytes()));
-            ManifestFile { sha256: Some(seen.whole.finish()), sums: seen.sums, ..ManifestFile::named(&path, file.bytes) }
+            ManifestFile { sha256: Some(seen.whole.finish()), sums: seen.sums, ..ManifestFile::new(&path, file.bytes) }
         });
         Manifest { algorithm: self.algorithm, chunk_bytes: self.chunk_bytes, files: files.collect() }
     }

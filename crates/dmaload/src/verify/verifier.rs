@@ -117,7 +117,7 @@ impl Observer for ByChunks {
 
 impl ByChunks {
     fn compare(&self, file: &VerifiedFile, number: u64, found: Digest) -> Result<(), Rejection> {
-        let expected = self.manifest.files.get(file.entry).and_then(|entry| self.manifest.sum(entry, number));
+        let expected = self.manifest.files.get(file.entry).and_then(|entry| self.manifest.chunk_digest(entry, number));
         let expected = expected.ok_or("the manifest has no such chunk")?;
         if found == expected {
             return Ok(());

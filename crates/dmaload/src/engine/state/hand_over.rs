@@ -32,7 +32,7 @@ use crate::ring::Times;
 use crate::route::Route;
 use crate::support::convert::to_usize;
 use crate::support::foreign::{self, Foreign};
-use crate::telemetry::metrics::count;
+use crate::telemetry::metrics::increment;
 use crate::telemetry::trace::TraceKind;
 
 /// The bytes of a file that lies within one segment.
@@ -280,7 +280,7 @@ impl LoadShared {
         } {
             state.first_segment.get_or_insert_with(|| self.started.elapsed());
             state.handed += 1;
-            count(&self.counters.segments);
+            increment(&self.counters.segments);
             if self.options.trace {
                 let (now, bytes) = (Instant::now(), segment.len() as u64);
                 let event = self.event(TraceKind::HandOver, now, now, segment.file_index(), segment.index(), bytes);
@@ -299,7 +299,7 @@ impl LoadShared {
         let cached_bytes = filled_cache_bytes(state);
         let files = state.files.iter().enumerate().map(|(index, file)| self.describe_file(state, index, file));
         let files = files.map(|file| LoadFile { is_known: true, ..file }).collect();
-        count(&self.counters.finished);
+        increment(&self.counters.finished);
         let events = state.events.take().expect("checked above");
         DeliveryStep::Done { finished: Box::new(Finished { report, files }), cached_bytes, events }
     }

@@ -20,7 +20,7 @@ use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
 use crate::support::errno;
 use crate::support::foreign;
-use crate::telemetry::metrics::count;
+use crate::telemetry::metrics::increment;
 use crate::telemetry::report::{FileReport, Report};
 use crate::telemetry::trace::{TraceEvent, TraceKind};
 
@@ -37,7 +37,7 @@ impl LoadShared {
             let errno = fallback.errno.describe();
             tracing::warn!(load = self.id.0, path, from = %fallback.from, to = %fallback.to, errno, "{}", fallback.reason());
         });
-        count(&self.counters.fallbacks);
+        increment(&self.counters.fallbacks);
         self.state().fallbacks.push(fallback);
     }
 
@@ -74,7 +74,7 @@ impl LoadShared {
             let (path, errno) = (path.as_str(), errno.as_str());
             tracing::warn!(load = self.id.0, path, offset, bytes, errno, "a read failed and is retried once");
         });
-        count(&self.counters.retried_reads);
+        increment(&self.counters.retried_reads);
         let mut state = self.state();
         state.retried += 1;
         if state.retried <= RETRIES_NOTED_MAX {

@@ -25,7 +25,7 @@ pub(crate) struct CachedChunks(Box<[u64]>);
 
 impl CachedChunks {
     /// The chunks, of `count`, for which `is_cached` returns true.
-    pub(crate) fn of(count: usize, mut is_cached: impl FnMut(usize) -> bool) -> Self {
+    pub(crate) fn collect(count: usize, mut is_cached: impl FnMut(usize) -> bool) -> Self {
         let mut words = vec![0; count.div_ceil(WORD_BITS)];
         let mut any = false;
         for chunk in (0..count).filter(|&chunk| is_cached(chunk)) {
@@ -79,25 +79,25 @@ impl OpenFile {
         }
         let found = match cached_bytes_in(&self.buffered, &range) {
             Ok(0) => CachedChunks::default(),
-            Ok(_) => chunks_of(&range, chunk_bytes, |chunk| {
-                cached_bytes_in(&self.buffered, chunk).is_ok_and(|bytes| bytes >= page_bytes_of(chunk))
+            Ok(_) => chunks_where(&range, chunk_bytes, |chunk| {
+                cached_bytes_in(&self.buffered, chunk).is_ok_and(|bytes| bytes >= touched_page_bytes(chunk))
             }),
-            Err(_) => self.probed(&range, chunk_bytes),
+            Err(_) => self.probe(&range, chunk_bytes),
         };
         let Some(first) = found.first() else { return found };
         let can_read = self.can_read_cached(range.start + first as u64 * chunk_bytes);
         if can_read && self.settle(&range).is_ok() { found } else { CachedChunks::default() }
     }
 
-    fn probed(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
+    fn probe(&self, range: &Range<u64>, chunk_bytes: u64) -> CachedChunks {
         let middle = range.start + (range.end - range.start) / 2;
         if ![range.start, middle, range.end - 1].into_iter().any(|offset| self.has_cached(offset)) {
             return CachedChunks::default();
         }
         let probed_bytes = chunk_bytes.max(LEAST_PROBED_BYTES / chunk_bytes * chunk_bytes);
-        let probed = chunks_of(range, probed_bytes, |part| self.has_cached(part.start) && self.has_cached(part.end - 1));
+        let probed = chunks_where(range, probed_bytes, |part| self.has_cached(part.start) && self.has_cached(part.end - 1));
         let chunks_in_probed = to_usize(probed_bytes / chunk_bytes);
-        CachedChunks::of(count_of(range, chunk_bytes), |chunk| probed.contains(chunk / chunks_in_probed))
+        CachedChunks::collect(count_chunks(range, chunk_bytes), |chunk| probed.contains(chunk / chunks_in_probed))
     }
 
     /// Whether the page at that offset is cached. If not, exactly that page is read.
@@ -156,19 +156,19 @@ impl OpenFile {
     }
 }
 
-fn count_of(range: &Range<u64>, chunk_bytes: u64) -> usize {
+fn count_chunks(range: &Range<u64>, chunk_bytes: u64) -> usize {
     to_usize((range.end - range.start).div_ceil(chunk_bytes))
 }
 
-fn chunks_of(range: &Range<u64>, chunk_bytes: u64, is_cached: impl Fn(&Range<u64>) -> bool) -> CachedChunks {
-    CachedChunks::of(count_of(range, chunk_bytes), |chunk| {
+fn chunks_where(range: &Range<u64>, chunk_bytes: u64, is_cached: impl Fn(&Range<u64>) -> bool) -> CachedChunks {
+    CachedChunks::collect(count_chunks(range, chunk_bytes), |chunk| {
         let start = range.start + chunk as u64 * chunk_bytes;
         is_cached(&(start..(start + chunk_bytes).min(range.end)))
     })
 }
 
 /// Total size of the pages that a range touches.
-fn page_bytes_of(range: &Range<u64>) -> u64 {
+fn touched_page_bytes(range: &Range<u64>) -> u64 {
     let page = dmabuf::page_bytes() as u64;
     range.end.next_multiple_of(page) - range.start / page * page
 }

@@ -61,18 +61,18 @@ fn stat_is_used_where_statx_is_refused() {
     fs::write(&file, [7; 4097]).unwrap();
     let seen = Attributes::at_path(file.path()).unwrap();
     for errno in [Errno::NOSYS, Errno::PERM] {
-        let refused = Attributes::of(Err(errno), || stat(file.path())).unwrap();
+        let refused = Attributes::from_statx_or(Err(errno), || stat(file.path())).unwrap();
         assert_eq!((refused.identity, refused.device.major), (seen.identity, seen.device.major));
         assert!(refused.from_cache && !seen.from_cache);
     }
-    assert_eq!(Attributes::of(Err(Errno::IO), || stat(file.path())).unwrap_err(), Errno::IO);
+    assert_eq!(Attributes::from_statx_or(Err(Errno::IO), || stat(file.path())).unwrap_err(), Errno::IO);
 }
 
 #[test]
 fn file_has_the_same_identity_before_and_after_opening() {
     let file = tempfile::NamedTempFile::new().unwrap();
     fs::write(&file, [7; 4097]).unwrap();
-    let (looked_at, alignment_bytes) = look_at(file.path()).unwrap();
+    let (looked_at, alignment_bytes) = identify(file.path()).unwrap();
     let opened = OpenFile::open(file.path()).unwrap();
     assert_eq!((looked_at, alignment_bytes), (opened.identity, opened.alignment_bytes));
 }

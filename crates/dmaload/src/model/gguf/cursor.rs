@@ -35,7 +35,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// Bytes that were already read.
-    pub(super) fn seen(&self, range: Range<u64>) -> &'a [u8] {
+    pub(super) fn already_read(&self, range: Range<u64>) -> &'a [u8] {
         self.start.get(to_usize(range.start)..to_usize(range.end)).expect("it was read already")
     }
 

@@ -61,7 +61,7 @@ impl Kind {
         Kind::F64,
     ];
 
-    fn of(number: u32) -> Option<Kind> {
+    fn from_number(number: u32) -> Option<Kind> {
         Kind::ALL.get(usize::try_from(number).ok()?).copied()
     }
 
@@ -259,7 +259,7 @@ fn next_value<'a>(kind: Kind, bytes: &mut &'a [u8]) -> Option<Value<'a>> {
             Value::String(String::from_utf8_lossy(text))
         }
         Kind::Array => {
-            let kind = Kind::of(u32::from_le_bytes(front(bytes)?))?;
+            let kind = Kind::from_number(u32::from_le_bytes(front(bytes)?))?;
             let len = u64::from_le_bytes(front(bytes)?);
             // The header was checked, so the cursor only has to stop at its end.
             let mut cursor = Cursor::new(bytes, bytes.len() as u64);
@@ -284,7 +284,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         let key = cursor.text("a key")?;
         let key_end = cursor.position() - begin;
         let number = cursor.u32("the type of a value")?;
-        let Some(kind) = Kind::of(number) else {
+        let Some(kind) = Kind::from_number(number) else {
             return Err(cursor.fault(at, format!("key {} has a value of the unknown type {number}", quote(key))));
         };
         let value = cursor.position() - begin;
@@ -303,7 +303,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         let key = text.get(twice).copied().unwrap_or_default();
         cursor.fault(begin, format!("key {} comes twice", quote(key)))
     })?;
-    Ok(GgufMetadata { version, bytes: cursor.seen(begin..end).into(), entries, by_key })
+    Ok(GgufMetadata { version, bytes: cursor.already_read(begin..end).into(), entries, by_key })
 }
 
 /// Skips a value.
@@ -318,7 +318,8 @@ fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
             let at = cursor.position();
             let number = cursor.u32("the type of an array")?;
             let len = cursor.u64("the length of an array")?;
-            let of = Kind::of(number).ok_or_else(|| cursor.fault(at, format!("an array of the unknown type {number}")))?;
+            let of =
+                Kind::from_number(number).ok_or_else(|| cursor.fault(at, format!("an array of the unknown type {number}")))?;
             skip_array(cursor, of, len, depth)
         }
     }

@@ -447,7 +447,7 @@ struct NumbersSeed<'a> {
 
 impl NumbersSeed<'_> {
     /// Takes the next number, if it is valid and there is room for it.
-    fn take<E: Error>(&mut self, number: Number) -> Result<(), E> {
+    fn push_number<E: Error>(&mut self, number: Number) -> Result<(), E> {
         let tensor = || self.tensor.to_owned();
         let numbers = &mut self.reader.numbers;
         let fault = match (number, self.key) {
@@ -481,7 +481,7 @@ impl<'de> Visitor<'de> for NumbersSeed<'_> {
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> Result<(), A::Error> {
         self.reader.numbers.clear();
         while let Some(number) = list.next_element()? {
-            self.take(number)?;
+            self.push_number(number)?;
         }
         Ok(())
     }

@@ -37,24 +37,24 @@ fn wanted_tensors_are_read_with_blocks_and_small_gaps() {
     let (map, bytes) = model(&[&[100], &[1 << 20], &[100], &[100]]);
     let at = |name: &str| map.get(name).unwrap().file_range.clone();
     let mut selector = Selector::new(&tensors(&["a", "d"])).unwrap();
-    let selected = selector.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+    let selected = selector.select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
     let d = at("d").start / BLOCK * BLOCK..bytes;
     assert_eq!(ranges(&selected), [(0..BLOCK, 0), (d, 1)]);
     assert_eq!(selected.wanted_bytes, 400);
-    selector.all_met().unwrap();
+    selector.check_all_matched().unwrap();
     let mut together = Selector::new(&tensors(&["[ac]", "{a,c}"])).unwrap();
-    let selected = together.of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+    let selected = together.select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
     // Two reads, because a MiB lies between them.
     assert_eq!(ranges(&selected).len(), 2);
-    assert!(matches!(together.all_met(), Err(Error::NoSuchTensor(missed)) if missed == "[ac]"));
-    let close = Selector::new(&tensors(&["{c,d}"])).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+    assert!(matches!(together.check_all_matched(), Err(Error::NoSuchTensor(unmatched)) if unmatched == "[ac]"));
+    let close = Selector::new(&tensors(&["{c,d}"])).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
     assert_eq!(ranges(&close), [(at("c").start / BLOCK * BLOCK..bytes, 0)]);
 }
 
 #[test]
 fn tensors_requested_first_come_first() {
     let (map, bytes) = model(&[&[1 << 20], &[1 << 20], &[1 << 20]]);
-    let selected = Selector::new(&tensors(&["c", "*"])).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+    let selected = Selector::new(&tensors(&["c", "*"])).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
     let order: Vec<_> = selected.tensors.as_ref().unwrap().list().iter().map(|chosen| (chosen.position, chosen.class)).collect();
     assert_eq!(order, [(2, 0), (0, 1), (1, 1)]);
     let starts: Vec<_> = ranges(&selected).iter().map(|(range, class)| (range.start > 0, *class)).collect();
@@ -68,7 +68,7 @@ fn ranks_together_cover_a_tensor() {
         let mut seen = Vec::new();
         for rank in 0..4 {
             let select = Select { shard: Some(Shard { rank, world_size: 4, dim: Some(dim) }), ..Select::default() };
-            let selected = Selector::new(&select).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+            let selected = Selector::new(&select).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
             let a = &selected.tensors.as_ref().unwrap().list()[0];
             assert_eq!(a.part.rows.bytes(), 2 * a.part.shape.iter().product::<usize>() as u64);
             seen.extend(a.part.rows.iter().flatten());
@@ -85,22 +85,22 @@ fn ranks_together_cover_a_tensor() {
         }
     }
     let whole = Select { shard: Some(Shard { rank: 0, world_size: 1, dim: Some(1) }), ..Select::default() };
-    let selected = Selector::new(&whole).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+    let selected = Selector::new(&whole).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
     assert_eq!(selected.tensors.unwrap().list()[0].part.rows.count, 1, "all of it is in one place");
 }
 
 #[test]
 fn part_never_splits_a_quantized_block() {
     let tensor = |shape: &[usize]| TensorInfo { name: "q".into(), dtype: DType::Q4_0, shape: shape.to_vec(), file_range: 0..72 };
-    let part = |shape: &[usize], dim| part_of(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
-    assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::one(36..72));
+    let part = |shape: &[usize], dim| rank_slice(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
+    assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::single(36..72));
     assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
     assert!(part(&[4, 32], 1).unwrap_err().contains("blocks of Q4_0"));
     // Nothing is multiplied for a tensor without bytes: dimensions next to the zero may have any
     // size.
     let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, usize::MAX, usize::MAX], file_range: 7..7 };
     for dim in 0..3 {
-        assert_eq!(part_of(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::one(7..7));
+        assert_eq!(rank_slice(&empty, Some(Shard { rank: 1, world_size: 2, dim: Some(dim) })).unwrap().rows, Rows::single(7..7));
     }
 }
 
@@ -109,7 +109,7 @@ fn files_are_cut_at_block_boundaries() {
     let mut at = 0;
     for rank in 0..3 {
         let select = Select { shard: Some(Shard { rank, world_size: 3, dim: None }), ..Select::default() };
-        let selected = Selector::new(&select).unwrap().of_file(None, all, &(0..100_001), 100_001, BLOCK).unwrap();
+        let selected = Selector::new(&select).unwrap().select_file(None, all, &(0..100_001), 100_001, BLOCK).unwrap();
         let span = &selected.spans[0].range;
         assert_eq!((span.start, span.start % BLOCK), (at, 0));
         assert_eq!(selected.wanted_bytes, span.end - span.start);
@@ -130,8 +130,10 @@ fn invalid_selections_are_refused() {
     assert!(says(tensors(&[])).contains("empty list"));
     assert!(says(tensors(&["{"])).contains("no pattern"));
     let mut range = Selector::new(&Select { range: Some(5..9), ..Select::default() }).unwrap();
-    assert!(range.of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
-    assert!(Selector::new(&tensors(&["a"])).unwrap().of_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors"));
+    assert!(range.select_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
+    assert!(
+        Selector::new(&tensors(&["a"])).unwrap().select_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("no tensors")
+    );
 }
 
 proptest! {
@@ -148,7 +150,7 @@ proptest! {
         let names: Vec<String> = picks.iter().map(|pick| char::from(b'a' + u8::try_from(pick % lens.len()).unwrap()).to_string()).collect();
         let shard = dim.map(|dim| Shard { rank, world_size: 3, dim: Some(dim) });
         let select = Select { tensors: Some(names), shard, range: None, by_name: false };
-        let selected = Selector::new(&select).unwrap().of_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
+        let selected = Selector::new(&select).unwrap().select_file(Some(&map), all, &(0..bytes), bytes, BLOCK).unwrap();
         for pair in selected.spans.windows(2) {
             prop_assert!(pair[0].class < pair[1].class || pair[0].range.end < pair[1].range.start);
         }
@@ -157,15 +159,15 @@ proptest! {
             prop_assert!(span.range.end <= bytes && !span.range.is_empty());
         }
         for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
-            prop_assert_eq!(selected.tensors.as_ref().unwrap().at(chosen.position), Some(chosen));
+            prop_assert_eq!(selected.tensors.as_ref().unwrap().get(chosen.position), Some(chosen));
             let held = |row: &Range<u64>| selected.spans.iter().any(|span| span.class == chosen.class && span.range.start <= row.start && row.end <= span.range.end);
             prop_assert!(chosen.part.rows.iter().all(|row| row.is_empty() || held(&row)));
         }
         let most = 1 << 17;
-        let apart = by_tensors(&selected, &map, bytes, BLOCK, most, most, ImporterLimits::default()).unwrap();
+        let apart = tensor_spans(&selected, &map, bytes, BLOCK, most, most, ImporterLimits::default()).unwrap();
         for alignment in [1u64, 64, 4096, 1 << 16] {
             let importer = ImporterLimits { alignment_bytes: alignment, ..ImporterLimits::default() };
-            let Ok(spans) = by_tensors(&selected, &map, bytes, BLOCK, most, most, importer) else { continue };
+            let Ok(spans) = tensor_spans(&selected, &map, bytes, BLOCK, most, most, importer) else { continue };
             for chosen in selected.tensors.iter().flat_map(|tensors| tensors.list()) {
                 let hull = chosen.part.rows.hull();
                 // The tensor's offset in its memory, which begins where its span does, or with the
@@ -174,7 +176,7 @@ proptest! {
                 let holds = |span: &&Span| span.class == chosen.class && span.moved.as_ref().map_or(span.range.start <= hull.start && hull.end <= span.range.end, |moved| *moved == hull);
                 prop_assert!(hull.is_empty() || spans.iter().filter(holds).any(|span| place(span).is_multiple_of(alignment)));
             }
-            let refused = by_tensors(&selected, &map, bytes, BLOCK, most, most, ImporterLimits { may_copy: false, ..importer });
+            let refused = tensor_spans(&selected, &map, bytes, BLOCK, most, most, ImporterLimits { may_copy: false, ..importer });
             prop_assert_eq!(refused.is_err(), spans.iter().any(|span| span.moved.is_some()));
         }
         let hulls = || selected.tensors.iter().flat_map(|tensors| tensors.list()).map(|chosen| chosen.part.rows.hull()).filter(|hull| !hull.is_empty());

@@ -313,7 +313,7 @@ impl World {
             // A chunk that reaches past the end of a file cannot be wholly cached.
             let end = |number: usize| (chunk(number) + load.chunk_bytes).min(piece.bytes);
             let count = usize::try_from(piece.bytes.div_ceil(load.chunk_bytes)).unwrap();
-            let chosen = CachedChunks::of(count, |number| end(number) <= bytes && self.random.chance(load.cached_per_mille));
+            let chosen = CachedChunks::collect(count, |number| end(number) <= bytes && self.random.chance(load.cached_per_mille));
             let asked = (0..count).filter(|&number| chosen.contains(number)).map(|number| end(number) - chunk(number));
             load.asked_cached_bytes += asked.sum::<u64>();
             cached.insert(number, chosen);

@@ -252,16 +252,16 @@ fn unexpected_file_is_put_back() {
     for make in makers {
         make(&path);
         let before = identity(&stat(&path).unwrap());
-        private.take((before.0, before.1 + 1)).unwrap();
+        private.remove_if((before.0, before.1 + 1)).unwrap();
         assert_eq!(identity(&stat(&path).unwrap()), before);
         if path.is_dir() {
             fs::remove_dir(&path).unwrap();
         } else {
-            private.take(before).unwrap();
+            private.remove_if(before).unwrap();
         }
         assert!(!path.exists());
     }
-    private.take((0, 0)).unwrap();
+    private.remove_if((0, 0)).unwrap();
 }
 
 #[test]
@@ -355,7 +355,7 @@ fn separate_thread_binds_in_another_folder() {
     let socket = new_socket().unwrap();
     fchmod(&socket, all()).unwrap();
     let address = SocketAddrUnix::new("here").unwrap();
-    in_folder(&opened, || bind(&socket, &address)).unwrap();
+    run_in_folder(&opened, || bind(&socket, &address)).unwrap();
     assert_eq!(mode_of(&folder.path().join("here")), 0o666, "the umask of that thread is empty");
     assert_eq!(std::env::current_dir().unwrap(), before);
     let file = folder.path().join("file");

@@ -104,11 +104,11 @@ impl Drop for Mapping {
 
 #[test]
 fn chunks_are_counted_across_words() {
-    let odd = CachedChunks::of(200, |chunk| chunk % 2 == 1);
+    let odd = CachedChunks::collect(200, |chunk| chunk % 2 == 1);
     assert!((0..300).all(|chunk| odd.contains(chunk) == (chunk % 2 == 1 && chunk < 200)));
     assert_eq!(odd.first(), Some(1));
-    assert_eq!(CachedChunks::of(200, |_| false), CachedChunks::default());
-    assert_eq!(CachedChunks::of(65, |chunk| chunk == 64).first(), Some(64));
+    assert_eq!(CachedChunks::collect(200, |_| false), CachedChunks::default());
+    assert_eq!(CachedChunks::collect(65, |chunk| chunk == 64).first(), Some(64));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn only_fully_cached_chunks_are_used() {
                 assert!(content[to_usize(range.start)..].starts_with(&read), "{what}: {ranges:?}, chunk {chunk}");
             }
             cache_only(&path, &ranges);
-            let found = chunks(&opened.probed(&(0..end), MIB), 9);
+            let found = chunks(&opened.probe(&(0..end), MIB), 9);
             assert!(matches(&found, &probed), "{what}: {ranges:?}, probed: {found:?}");
         }
     });
@@ -162,7 +162,7 @@ fn asking_starts_no_readahead() {
             opened.read_exact(&mut vec![0; 100_000], 8).unwrap();
             for start in (0..64 * MIB).step_by(to_usize(16 * MIB)) {
                 let range = start..start + 16 * MIB;
-                let found = if probes { opened.probed(&range, 2 * MIB) } else { opened.cached(&range, 2 * MIB) };
+                let found = if probes { opened.probe(&range, 2 * MIB) } else { opened.cached(&range, 2 * MIB) };
                 let may_seem_cached = (probes || cached_bytes(&opened.buffered).is_err()) && may_outrun_probes();
                 assert!(found == CachedChunks::default() || may_seem_cached, "{what}, by probes: {probes}: {found:?}");
                 std::thread::sleep(Duration::from_millis(3));
