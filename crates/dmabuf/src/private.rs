@@ -54,8 +54,8 @@ impl PrivateMapping {
         for (memfd, range) in parts {
             let place = start.wrapping_byte_add(at);
             let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, reserved | MapFlags::FIXED);
-            // SAFETY: the ranges' lengths add up to that of the reservation, so this replaces addresses that were
-            // reserved above and that only this function knows.
+            // SAFETY: the ranges' lengths add up to that of the reservation, so this replaces
+            // addresses that were reserved above and that only this function knows.
             unsafe { mmap(place, range.len(), access, flags, memfd, range.start as u64) }.map_err(failed)?;
             at += range.len();
         }

@@ -121,7 +121,8 @@ pub(crate) fn export(
     max_version: Option<(u32, u32)>,
     copy: Option<bool>,
 ) -> Result<Py<PyAny>, Raised> {
-    // Whoever names a version of 1 or later takes the structure that has one, and ignores what it does not know.
+    // Whoever names a version of 1 or later takes the structure that has one, and ignores what it
+    // does not know.
     let is_versioned = max_version.is_some_and(|(major, _)| major >= 1);
     let (data_type, elements) = match data_type(dtype) {
         Some((known, since)) => {

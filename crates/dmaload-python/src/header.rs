@@ -49,8 +49,8 @@ fn duplicate(fd: i32) -> Result<OwnedFd, Failure> {
 
 #[allow(unsafe_code)]
 fn borrowed<'a>(fd: i32) -> BorrowedFd<'a> {
-    // SAFETY: it is not -1, and the package keeps the file open during the call. A number that is no open file is an
-    // error of the call that it is used in.
+    // SAFETY: it is not -1, and the package keeps the file open during the call. A number that is
+    // no open file is an error of the call that it is used in.
     unsafe { BorrowedFd::borrow_raw(fd) }
 }
 

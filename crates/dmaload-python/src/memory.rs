@@ -39,8 +39,8 @@ impl Memory {
     /// A copy of it. If Python writes to it meanwhile, bytes may be partly old and new.
     pub(crate) fn copy(&self) -> Result<Memory, Failure> {
         let copy = Copied::new(self.len())?;
-        // SAFETY: both are mapped and have that many bytes, the copy is nobody else's, and no reference to the bytes of
-        // either exists.
+        // SAFETY: both are mapped and have that many bytes, the copy is nobody else's, and no
+        // reference to the bytes of either exists.
         unsafe { copy.address.as_ptr().copy_from_nonoverlapping(self.address().as_ptr(), self.len()) };
         Ok(Memory::Copied(copy))
     }

@@ -122,7 +122,8 @@ pub(crate) fn build(builder: LoaderBuilder, heap: &HeapChoice) -> Result<Loader,
     Ok(builder.heap(heap).build()?)
 }
 
-/// Does work that may wait, detached from the interpreter: other threads of Python's run meanwhile.
+/// Does work that may wait, detached from the interpreter: other threads of Python's run
+/// meanwhile.
 pub(crate) fn detached<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> T {
     let process = Process::current();
     let result = py.detach(|| {

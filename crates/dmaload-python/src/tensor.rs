@@ -243,7 +243,8 @@ impl Tensor {
     /// The interpreter calls it with a buffer to be filled.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut Py_buffer, flags: c_int) -> PyResult<()> {
         let py = slf.py();
-        // SAFETY: the interpreter's view is there to be filled. Without an owner it holds nothing, should this fail.
+        // SAFETY: the interpreter's view is there to be filled. Without an owner it holds nothing,
+        // should this fail.
         unsafe { (*view).obj = ptr::null_mut() };
         guarded(py, || {
             let this = slf.get();
@@ -274,7 +275,8 @@ impl Tensor {
                 internal: Box::into_raw(shown).cast::<c_void>(),
                 obj: slf.clone().into_ptr(),
             };
-            // SAFETY: the interpreter's view is there to be filled, with whatever it has in it before.
+            // SAFETY: the interpreter's view is there to be filled, with whatever it has in it
+            // before.
             unsafe { view.write(filled) };
             Ok::<_, Raised>(())
         })

@@ -101,8 +101,8 @@ impl PrivateMemory {
         let bytes = to_usize(range.end - range.start);
         if touched.iter().all(Segment::is_anonymous) {
             touched.iter().try_for_each(Segment::hand_out_memory)?;
-            // SAFETY: `segments_of_range` gave segments that hold the range, and these lie side by side, as asserted: the offset
-            // is within the first one's mapping.
+            // SAFETY: `segments_of_range` gave segments that hold the range, and these lie side by
+            // side, as asserted: the offset is within the first one's mapping.
             let address = unsafe { first.start().add(offset) };
             return Ok(PrivateMemory { address, bytes, keeps: Keeps::Segments(touched.to_vec()) });
         }
