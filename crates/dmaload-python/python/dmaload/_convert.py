@@ -86,7 +86,7 @@ def _numpy_dtype(name: str) -> Any:
 
 
 def _byte_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor's blocks as bytes: rows are whole blocks, and the last length counts bytes."""
+    """The shape of a tensor's blocks as bytes: rows are whole blocks, the last length in bytes."""
     shape, block = tensor.shape, tensor.block_elements
     if not shape or shape[-1] % block:
         return (tensor.nbytes,)

@@ -61,7 +61,7 @@ class ConfigError(Error, ValueError):
 
 
 class InvalidInputError(Error, ValueError):
-    """What was named can't be loaded in this way: no regular file, or nothing that was asked for."""
+    """Not loadable in this way: not a regular file, or it has nothing that was asked for."""
 
 
 class NotFoundError(Error, FileNotFoundError):
