@@ -297,7 +297,8 @@ class SafeSlice:
         for dimension, (item, length) in enumerate(zip(given, shape, strict=True)):
             if isinstance(item, slice):
                 if item.step is not None and item.step < 1:
-                    raise InvalidInputError(f'tensor "{name}": the step of a slice must be positive, and is {item.step}')
+                    message = f'tensor "{name}": the step of a slice must be positive, and is {item.step}'
+                    raise InvalidInputError(message)
                 items.append(item)
                 continue
             try:
@@ -306,6 +307,7 @@ class SafeSlice:
                 message = f'tensor "{name}": an index has integers, slices and an ellipsis, and not {item!r}'
                 raise InvalidInputError(message) from None
             if not -length <= position < length:
-                raise IndexError(f'tensor "{name}": index {position} is out of dimension {dimension}, which has {length}')
+                message = f'tensor "{name}": index {position} is out of dimension {dimension}, which has {length}'
+                raise IndexError(message)
             items.append(position % length)
         return items
