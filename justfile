@@ -123,6 +123,24 @@ guest-test *ARGS:
 kernels-md:
     cargo run -p dmaload-guest -- test --jobs 2 --write docs/kernels.md
 
+# Builds the Python wheel into target/wheels.
+[group('python')]
+wheel:
+    python3 -m venv target/wheel-venv
+    target/wheel-venv/bin/python -m pip install --quiet "maturin>=1.9.4,<2"
+    target/wheel-venv/bin/maturin build --release --locked --out target/wheels \
+        --manifest-path crates/dmaload-python/Cargo.toml
+
+# Tests the Python wheel against safetensors, gguf, NumPy and ml_dtypes: `just python -k errors`.
+[group('python')]
+python *ARGS:
+    .ci/python {{ARGS}}
+
+# Tests it with torch and transformers, into docs/python.md (installs gigabytes).
+[group('python')]
+python-torch *ARGS:
+    .ci/python-torch {{ARGS}}
+
 # Installs the C library into a folder, links it, and runs its suite, also under valgrind.
 [group('other programs')]
 capi:

@@ -1,7 +1,7 @@
 """Loads a safetensors file into CPU memory by another loader, as `dmaload bench --peer` asks.
 
-    peers.py NAME PATH    NAME: safetensors, safetensors-clone, fastsafetensors, runai, fio,
-                          copies
+    peers.py NAME PATH    NAME: wheel, safetensors, safetensors-clone, fastsafetensors, runai,
+                          fio, copies
 
 Standard input says `prepare`, then `go`; each is answered by a line of JSON. The measurement
 begins just before the file is opened and ends when every byte is in the caller's memory: a
@@ -13,6 +13,7 @@ import mmap
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -29,6 +30,12 @@ def touch(tensor):
     """Reads a byte of each page."""
     array = tensor.view(-1).view(torch.uint8)
     return int(array[::4096].sum()) if array.numel() else 0
+
+
+def by_wheel(path):
+    """The engine through Python, as it is by default."""
+    image = dmaload.load(path)
+    return image, [image[name] for name in image]
 
 
 def by_safetensors(path):
@@ -96,6 +103,7 @@ def huge_pages():
 
 
 WAYS = {
+    "wheel": by_wheel,
     "safetensors": by_safetensors,
     "safetensors-clone": by_safetensors_clone,
     "fastsafetensors": by_fastsafetensors,
@@ -116,7 +124,15 @@ def heard(word):
 name, path = sys.argv[1:]
 if not heard("prepare"):
     sys.exit()
-if name not in ("fio", "copies"):
+if name == "wheel":
+    import dmaload
+
+    # A service makes its loader once, so the first load is not what is measured.
+    with tempfile.NamedTemporaryFile() as first:
+        first.write(bytes(1 << 20))
+        first.flush()
+        dmaload.load(first.name, format="raw")
+elif name not in ("fio", "copies"):
     import torch
 
     torch.empty(1 << 20, dtype=torch.uint8).clone()

@@ -83,6 +83,16 @@ measure_files() {
     insert "$name" "$out/$name"
 }
 
+# What the way through Python costs, from the medians of a table.
+through_python() {
+    awk -F'|' '
+        { gsub(/ /, "", $2); split($4, seconds, " ") }
+        $2 == "direct_io" { command = seconds[1] }
+        $2 == "wheel" { wheel = seconds[1] }
+        END { printf "the wheel takes %.2f times as long as direct_io (medians)\n", wheel / command }
+    ' "$1"
+}
+
 # The loaders that people use, in an environment of their own, in one run with the engine.
 peers() {
     local python=$PWD/$out/peers/bin/python way command=()
@@ -90,7 +100,9 @@ peers() {
         python3 -m venv "$out/peers"
         "$python" -m pip install --quiet safetensors fastsafetensors runai-model-streamer torch numpy
     fi
-    for way in safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
+    # The wheel of these sources, beside the command: `direct_io` is the same load without Python.
+    "$python" -m pip install --quiet --no-deps --force-reinstall ./crates/dmaload-python
+    for way in wheel safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
         command+=(--peer "${way##*/}=$python benches/peers.py ${way##*/}")
     done
     local versions name arguments
@@ -108,6 +120,8 @@ peers() {
             echo "$versions"
             echo
             cat "$out/$name.md"
+            echo
+            through_python "$out/$name.md"
         } >"$out/$name.table"
         insert "$name" "$out/$name.table"
     done

@@ -47,8 +47,8 @@ def _keywords(
             raise ConfigError(f"shard must be (rank, world_size) or (rank, world_size, dim), and is {shard!r}")
         # Tensors are cut, not the bytes of files, which have no tensors then.
         shard = (numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else 0)
-    if memory_limit is not None and memory_limit < 0:
-        raise ConfigError(f"memory_limit is a number of bytes, and not {memory_limit}")
+    if memory_limit is not None and not 0 <= memory_limit < 1 << 64:
+        raise ConfigError(f"memory_limit is a number of bytes, below 2**64, and not {memory_limit}")
     return {
         "tensors": None if tensors is None else list(tensors),
         "shard": shard,

@@ -1,0 +1,142 @@
+"""A file system of one file, `model.safetensors`, whose bytes from an offset on come when the test
+lets them: `slow_files.py MOUNT_POINT SOURCE HELD_FROM`, as root.
+
+Says `mounted` on standard output when it is; `held` at the first read that it does not answer. A
+line on standard input answers all that is held, and from then on everything; the end of standard
+input unmounts. The kernel's side of the protocol: include/uapi/linux/fuse.h.
+"""
+
+import ctypes
+import errno
+import os
+import select
+import stat
+import struct
+import sys
+
+LOOKUP, FORGET, GETATTR, OPEN, READ, STATFS, RELEASE = 1, 2, 3, 14, 15, 17, 18
+FLUSH, INIT, INTERRUPT, BATCH_FORGET = 25, 26, 36, 42
+ROOT, FILE = 1, 2
+MOST = 1 << 17
+# Ask the kernel for attributes each time, so that it never answers from what it knows.
+VALID = struct.pack("<QQII", 0, 0, 0, 0)
+
+
+def attributes(node, size):
+    mode = stat.S_IFDIR | 0o755 if node == ROOT else stat.S_IFREG | 0o644
+    times = (1, 1, 1, 0, 0, 0)
+    return struct.pack(
+        "<QQQQQQIIIIIIIIII",
+        node,
+        size,
+        (size + 511) // 512,
+        *times[:3],
+        *times[3:],
+        mode,
+        1,
+        0,
+        0,
+        0,
+        4096,
+        0,
+    )
+
+
+class Server:
+    def __init__(self, mount_point, source, held_from):
+        self.source = os.open(source, os.O_RDONLY)
+        self.size = os.fstat(self.source).st_size
+        self.held_from, self.held, self.released = held_from, [], False
+        self.device = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={self.device},rootmode=40000,user_id=0,group_id=0,allow_other"
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mount(b"slow", mount_point.encode(), b"fuse", 0, options.encode()):
+            raise OSError(ctypes.get_errno(), "mount")
+
+    def answer(self, unique, data=b"", error=0):
+        reply = struct.pack("<IiQ", 16 + len(data), -error, unique) + data
+        try:
+            os.write(self.device, reply)
+        except OSError as refused:
+            # The request was interrupted meanwhile.
+            if refused.errno != errno.ENOENT:
+                raise
+
+    def read(self, unique, offset, size):
+        self.answer(unique, os.pread(self.source, size, offset))
+
+    def handle(self, request):
+        _, opcode, unique, node = struct.unpack_from("<IIQQ", request)
+        body = request[40:]
+        if opcode == INIT:
+            major, minor, readahead = struct.unpack_from("<III", body)
+            reply = struct.pack(
+                "<IIIIHHIIHH",
+                major,
+                min(minor, 31),
+                readahead,
+                0,
+                16,
+                12,
+                MOST,
+                1,
+                MOST // 4096,
+                0,
+            )
+            self.answer(unique, reply + bytes(32))
+        elif opcode == LOOKUP:
+            if node == ROOT and body == b"model.safetensors\0":
+                entry = struct.pack("<QQ", FILE, 0) + VALID + attributes(FILE, self.size)
+                self.answer(unique, entry)
+            else:
+                self.answer(unique, error=errno.ENOENT)
+        elif opcode == GETATTR:
+            reply = struct.pack("<QII", 0, 0, 0) + attributes(node, self.size)
+            self.answer(unique, reply)
+        elif opcode == OPEN:
+            self.answer(unique, struct.pack("<QII", 0, 0, 0))
+        elif opcode == READ:
+            _, offset, size = struct.unpack_from("<QQI", body)
+            if self.released or offset + size <= self.held_from:
+                self.read(unique, offset, size)
+            else:
+                if not self.held:
+                    print("held", flush=True)
+                self.held.append((unique, offset, size))
+        elif opcode == STATFS:
+            self.answer(
+                unique, struct.pack("<QQQQQIIII", 0, 0, 0, 0, 0, 4096, 255, 4096, 0) + bytes(24)
+            )
+        elif opcode == INTERRUPT:
+            (interrupted,) = struct.unpack_from("<Q", body)
+            if interrupted in [each[0] for each in self.held]:
+                self.held = [each for each in self.held if each[0] != interrupted]
+                self.answer(interrupted, error=errno.EINTR)
+        elif opcode in (RELEASE, FLUSH):
+            self.answer(unique)
+        elif opcode not in (FORGET, BATCH_FORGET):
+            self.answer(unique, error=errno.ENOSYS)
+
+    def run(self):
+        print("mounted", flush=True)
+        while True:
+            ready, _, _ = select.select([self.device, 0], [], [])
+            if 0 in ready:
+                if not os.read(0, 100):
+                    return
+                self.released = True
+                for each in self.held:
+                    self.read(*each)
+                self.held = []
+            if self.device in ready:
+                try:
+                    self.handle(os.read(self.device, MOST + 65536))
+                except OSError as gone:
+                    if gone.errno == errno.ENODEV:
+                        return
+                    if gone.errno not in (errno.ENOENT, errno.EINTR, errno.EAGAIN):
+                        raise
+
+
+if __name__ == "__main__":
+    Server(sys.argv[1], sys.argv[2], int(sys.argv[3])).run()

@@ -1,0 +1,348 @@
+"""Each error has its exception, with the words of the command."""
+
+import asyncio
+import errno
+import inspect
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+import dmaload
+from files import Expected, header, large, sharded, tensor, write
+
+
+def every_exception():
+    """The exceptions of the package."""
+    everything = vars(dmaload).values()
+    return {
+        each for each in everything if inspect.isclass(each) and issubclass(each, dmaload.Error)
+    }
+
+
+def check(error):
+    """What holds of every exception of the package."""
+    assert isinstance(error, dmaload.Error), repr(error)
+    assert type(error) in every_exception(), "it has a name that programs can catch"
+    assert isinstance(error, Exception), "a panic is no Exception"
+    assert error.errno is None or error.errno in errno.errorcode
+    assert error.filename is None or isinstance(error.filename, str)
+    assert error.hint is None or isinstance(error.hint, str)
+    assert str(error) and not re.search(r"panic|unwrap|\.rs:", str(error))
+    if error.errno is not None:
+        assert errno.errorcode[error.errno] in str(error)
+
+
+def raised(use):
+    with pytest.raises(dmaload.Error) as caught:
+        use()
+    check(caught.value)
+    return caught.value
+
+
+def bad_files(folder):
+    """What lies in the place of models, by what is wrong with it."""
+    good = header({"w": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}})
+    entry = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    return {
+        "empty.safetensors": b"",
+        "seven-bytes.safetensors": b"\x10\0\0\0\0\0\0",
+        "lfs-pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\n"
+        b"oid sha256:" + b"4d" * 32 + b"\nsize 12345678901\n",
+        "html.safetensors": b"<!DOCTYPE html>\n<html><body>401</body></html>\n",
+        "json.safetensors": b'{"error": "Repository not found"}\n',
+        "zip.safetensors": b"PK\x03\x04" + bytes(500),
+        "zeros.safetensors": bytes(5000),
+        "cut-header.safetensors": good[:20],
+        "cut-data.safetensors": good + bytes(10),
+        "too-long.safetensors": good + bytes(100),
+        "header-length-lies.safetensors": (1 << 60).to_bytes(8, "little") + good[8:],
+        "big-endian.safetensors": good[:8][::-1] + good[8:] + bytes(64),
+        "not-json.safetensors": b"\x08\0\0\0\0\0\0\0{broken}",
+        "unknown-dtype.safetensors": header({"w": {**entry, "dtype": "F128"}}) + bytes(4),
+        "shape-lies.safetensors": header({"w": {**entry, "shape": [5]}}) + bytes(4),
+        "negative.safetensors": header({"w": {**entry, "shape": [-4]}}) + bytes(4),
+        "overflow.safetensors": header({"w": {**entry, "shape": [1 << 62, 8]}}) + bytes(4),
+        "hole.safetensors": header({"w": {**entry, "data_offsets": [4, 8]}}) + bytes(8),
+        "name-escapes.safetensors": header({"\x1b[31m\n": {**entry, "shape": [5]}}) + bytes(4),
+        "empty.gguf": b"",
+        "gguf-v1.gguf": b"GGUF" + (1).to_bytes(4, "little") + bytes(64),
+        "gguf-v9.gguf": b"GGUF" + (9).to_bytes(4, "little") + bytes(64),
+        "gguf-cut.gguf": b"GGUF" + (3).to_bytes(4, "little") + (1).to_bytes(8, "little"),
+        "gguf-counts-lie.gguf": b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 15 + b"\0",
+    }
+
+
+BAD = sorted(bad_files(None))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_have_the_words_of_the_command(tmp_path, command_error, name):
+    path = tmp_path / name
+    path.write_bytes(bad_files(tmp_path)[name])
+    error = raised(lambda: dmaload.load(path))
+    assert str(error) == command_error("load", path)
+    assert error.filename == str(path)
+    # By every door.
+    assert str(raised(lambda: asyncio.run(dmaload.load_async(path)))) == str(error)
+    assert str(raised(lambda: list(dmaload.stream(path)))) == str(error)
+    assert str(raised(lambda: dmaload.safe_open(path, framework="numpy"))) == str(error)
+    assert str(raised(lambda: dmaload.numpy.load_file(path))) == str(error)
+
+
+def test_the_kept_inputs_of_the_rust_tests(tmp_path, corpus, command):
+    """Each is refused with the command's words, or loaded by both."""
+    refused = 0
+    for kind, suffix in [("safetensors", "safetensors"), ("gguf", "gguf")]:
+        for source in corpus[kind]:
+            path = tmp_path / f"{source.name}.{suffix}"
+            path.write_bytes(source.read_bytes())
+            done = subprocess.run(
+                [command, "load", path, "--json"], capture_output=True, check=False
+            )
+            try:
+                dmaload.load(path)
+            except dmaload.Error as error:
+                check(error)
+                assert f'"error": {json_text(str(error))}' in done.stdout.decode(), source
+                refused += 1
+            else:
+                assert done.returncode == 0, source
+    assert refused >= 10
+
+
+def json_text(text):
+    import json
+
+    # As the command writes it: letters as they are.
+    return json.dumps(text, ensure_ascii=False)
+
+
+def test_bad_places_have_the_words_of_the_command(tmp_path, command_error):
+    fifo = tmp_path / "fifo.safetensors"
+    os.mkfifo(fifo)
+    (tmp_path / "empty-folder").mkdir()
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    folder, _ = sharded(tmp_path / "incomplete")
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    twice = tmp_path / "twice"
+    for name in "ab":
+        write(twice / f"{name}.safetensors", {"w": tensor("U8", (8,))})
+    file = write(tmp_path / "file.safetensors", {"w": tensor("U8", (8,))})
+    for path, number in {
+        tmp_path / "missing.safetensors": errno.ENOENT,
+        file / "below": errno.ENOTDIR,
+        loop: errno.ELOOP,
+        fifo: None,
+        "/dev/null": None,
+        tmp_path / "empty-folder": None,
+        folder: None,
+        twice: None,
+    }.items():
+        error = raised(lambda path=path: dmaload.load(path))
+        assert str(error) == command_error("load", path)
+        assert error.errno == number
+        assert error.filename and str(path) in error.filename
+    assert "model-00002-of-00003" in str(raised(lambda: dmaload.load(folder)))
+    assert len(dmaload.load(folder, allow_missing=True)) == 6
+
+
+def test_bad_options_have_the_words_of_the_command(tmp_path, command_error):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,)), "v": tensor("F4", (8,))})
+    zeros = "sha256:" + "0" * 64
+    for arguments, keywords in [
+        (["--tensors", "no-such-*"], {"tensors": ["no-such-*"]}),
+        (["--verify", zeros], {"verify": zeros}),
+        (["--memory-limit", "1"], {"memory_limit": 1}),
+        (["--rank", "4", "--world-size", "4"], {"shard": (4, 4)}),
+        (["--heap", "udmabuf"], {"heap": "udmabuf"}),
+        (["--heap", "dma-heap:no-such"], {"heap": "dma-heap:no-such"}),
+        (["--format", "gguf"], {"format": "gguf"}),
+    ]:
+        if arguments == ["--heap", "udmabuf"] and os.path.exists("/dev/udmabuf"):
+            continue
+        error = raised(lambda keywords=keywords: dmaload.load(path, **keywords))
+        said = command_error("load", path, *arguments)
+        # The command names the file where the machine is what fails.
+        assert said in (str(error), f"{path}: {error}"), keywords
+
+
+def test_exceptions_are_a_small_tree(tmp_path):
+    tree = every_exception()
+    assert 5 < len(tree) < 40
+    assert all(each.__module__.split(".")[0] == "dmaload" for each in tree)
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,)), "v": tensor("U8", (4,))})
+    two = [write(tmp_path / f"{n}.safetensors", {"same": tensor("U8", (8,))}) for n in "ab"]
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-10])
+    kinds = {
+        "not found": lambda: dmaload.load(tmp_path / "missing"),
+        "invalid model": lambda: dmaload.load(cut),
+        "invalid input": lambda: dmaload.load(path, tensors=["no-such"]),
+        "corrupt": lambda: dmaload.load(path, verify="sha256:" + "0" * 64),
+        "over limit": lambda: dmaload.load(path, memory_limit=4096),
+        "ambiguous": lambda: dmaload.load(two)["same"],
+        "not loaded": lambda: dmaload.load(path, tensors=["v"])["w"],
+        "share": lambda: dmaload.share.attach(tmp_path / "no-socket"),
+    }
+    found = {kind: type(raised(use)) for kind, use in kinds.items()}
+    assert len(set(found.values())) == len(kinds), found
+
+
+def test_a_missing_tensor_is_a_key_error(tmp_path):
+    image = dmaload.load(write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))}))
+    with pytest.raises(KeyError) as caught:
+        image["no-such"]
+    check(caught.value)
+    assert "no-such" in str(caught.value)
+    assert image.get("no-such") is None
+    assert "no-such" not in image
+
+
+def test_a_file_that_grows_meanwhile(disk):
+    path, _ = large(disk / "model.safetensors", 64)
+    stream = dmaload.stream(path, memory_limit=16 << 20)
+    next(stream)
+    with path.open("ab") as file:
+        file.write(b"more")
+
+    def rest():
+        # Keeping a tensor would keep its memory from those that follow.
+        for _ in stream:
+            pass
+
+    error = raised(rest)
+    assert error.filename == str(path)
+    assert "during the load" in str(error)
+
+
+def test_a_file_of_somebody_else_s(tmp_path, programs):
+    if os.geteuid() != 0:
+        pytest.skip("only root is able to be another user")
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    path.chmod(0o600)
+    for folder in [tmp_path, *tmp_path.parents][:-2]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    out = programs.succeed(
+        """
+    import os, sys
+    import dmaload
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+    try:
+        dmaload.load(sys.argv[1])
+    except dmaload.Error as error:
+        print(error.errno, error.filename == sys.argv[1], "EACCES" in str(error))
+    """,
+        path,
+    )
+    assert out == f"{errno.EACCES} True True\n"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda path: dmaload.load(),
+        lambda path: dmaload.load(5),
+        lambda path: dmaload.load(None),
+        lambda path: dmaload.load(path, tensors=5),
+        lambda path: dmaload.load(path, tensors=[5]),
+        lambda path: dmaload.load(path, shard=5),
+        lambda path: dmaload.load(path, memory_limit="much"),
+        lambda path: dmaload.load(path, progress=5),
+        lambda path: dmaload.load(path, heap=5),
+        lambda path: dmaload.load(path, no_such_option=True),
+        lambda path: dmaload.safe_open(path),
+        lambda path: dmaload.load(path)[5],
+    ],
+)
+def test_arguments_of_a_wrong_type(tmp_path, use):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    with pytest.raises((TypeError, KeyError)):
+        use(path)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"memory_limit": -1},
+        {"memory_limit": 1 << 70},
+        {"shard": (-1, 4)},
+        {"shard": (0, 0)},
+        {"shard": (0, 1, 2, 3)},
+        {"shard": ("a", "b")},
+        {"heap": "no-such-heap"},
+        {"route": "no-such-route"},
+        {"cache": "no-such-cache"},
+        {"format": "no-such-format"},
+        {"verify": "no-such-checksum"},
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense(tmp_path, keywords):
+    path = write(tmp_path / "m.safetensors", {"w": tensor("U8", (64,))})
+    with pytest.raises((dmaload.Error, ValueError, OverflowError)) as caught:
+        dmaload.load(path, **keywords)
+    if isinstance(caught.value, dmaload.Error):
+        check(caught.value)
+
+
+def test_damage_is_found_or_harmless(tmp_path):
+    """Damaged headers: an exception of the package, or a model."""
+    good = write(
+        tmp_path / "good.safetensors",
+        {"w": tensor("F32", (4, 4)), "v": Expected("U8", (16,), bytes(16))},
+        {"format": "pt"},
+    ).read_bytes()
+    path, refused = tmp_path / "m.safetensors", 0
+    for seed in range(400):
+        source = random.Random(seed)
+        data = bytearray(good)
+        for _ in range(source.randrange(1, 4)):
+            at = source.randrange(len(data) - 80)
+            act = source.randrange(3)
+            if act == 0:
+                data[at] = source.randrange(256)
+            elif act == 1:
+                data[at : at + 1] = source.choice([b"9", b"-", b'"', b"{", b"[1e999]", b"null"])
+            else:
+                del data[at : at + source.randrange(1, 9)]
+        path.write_bytes(data)
+        for use in (dmaload.load, lambda path: dmaload.safe_open(path, framework="numpy")):
+            try:
+                use(path)
+            except dmaload.Error as error:
+                check(error)
+                refused += 1
+    assert refused > 100
+
+
+def test_errors_survive_pickling_and_copying(tmp_path):
+    import copy
+    import pickle
+
+    error = raised(lambda: dmaload.load(tmp_path / "missing.safetensors"))
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is type(error)
+        assert (str(again), again.errno, again.filename, again.hint) == (
+            str(error),
+            error.errno,
+            error.filename,
+            error.hint,
+        )
+
+
+def test_an_error_in_a_worker_reaches_its_parent(tmp_path):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        future = pool.submit(dmaload.load, str(tmp_path / "missing.safetensors"))
+        error = raised(future.result)
+    assert error.errno == errno.ENOENT
+    assert sys.exc_info() == (None, None, None)

@@ -1,0 +1,185 @@
+"""What lives how long, in processes of their own under `-X dev`: they end well and say nothing."""
+
+import time
+
+import pytest
+
+from files import large, tensor, write
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write(tmp_path / "model.safetensors", {"w": tensor("I32", (1000, 300))})
+
+
+CHECK = """
+    import gc, hashlib, sys
+    import dmaload, numpy
+    path, expected = sys.argv[1:]
+
+    def check(buffer):
+        assert hashlib.sha256(bytes(memoryview(buffer).cast("B"))).hexdigest() == expected
+"""
+
+
+def digest():
+    import hashlib
+
+    return hashlib.sha256(tensor("I32", (1000, 300)).data).hexdigest()
+
+
+@pytest.mark.parametrize("heap", ["anon", "memfd"])
+def test_each_thing_outlives_what_it_came_from(model, programs, heap):
+    programs.succeed(
+        CHECK
+        + f"""
+    image = dmaload.load(path, heap="{heap}", memory_limit=1 << 30)
+    # The image outlives its loader, which no one but the load knows.
+    gc.collect()
+    found = image["w"]
+    del image
+    gc.collect()
+    for _ in range(20):
+        # What is loaded meanwhile must not lie where the tensor does.
+        dmaload.load(path)["w"].numpy()[...] = 5
+    check(found)
+    view, array, exported = memoryview(found), found.numpy(), numpy.from_dlpack(found)
+    row = array[7]
+    del found
+    gc.collect()
+    for _ in range(20):
+        dmaload.load(path)["w"].numpy()[...] = 5
+    check(view), check(array), check(exported)
+    first = row.tobytes()
+    del view, array, exported
+    gc.collect()
+    assert row.tobytes() == first
+    print("ok")
+    """,
+        model,
+        digest(),
+    )
+
+
+def test_things_that_are_left_to_the_interpreter_s_end(model, programs):
+    programs.succeed(
+        CHECK
+        + """
+    image = dmaload.load(path)
+    found, array, view = image["w"], image["w"].numpy(), memoryview(image["w"])
+    capsule = found.__dlpack__(max_version=(1, 0))
+    stream = dmaload.stream(path)
+    next(stream)
+    other = dmaload.stream(path)
+    file = dmaload.safe_open(path, framework="numpy")
+    part = file.get_slice("w")
+
+    class Last:
+        # Destroyed while the interpreter ends.
+        def __del__(self):
+            check(array)
+
+    last = Last()
+    cycle = [last, image, array]
+    cycle.append(cycle)
+    """,
+        model,
+        digest(),
+    )
+
+
+def test_a_stream_outlives_nothing_it_does_not_need(model, programs):
+    programs.succeed(
+        CHECK
+        + """
+    stream = dmaload.stream(path)
+    _, found = next(stream)
+    stream.close()
+    del stream
+    gc.collect()
+    check(found)
+    stream = dmaload.stream(path)
+    stream.close()
+    try:
+        next(stream)
+    except dmaload.ClosedError as error:
+        assert "closed" in str(error)
+    else:
+        raise AssertionError("a closed stream gives nothing")
+    """,
+        model,
+        digest(),
+    )
+
+
+WAYS = {
+    "thread": """
+        import threading
+        threading.Thread(target=lambda: dmaload.load(path), daemon=True).start()
+    """,
+    "stream": "stream = dmaload.stream(path)",
+    "stream in a thread": """
+        import threading
+        threading.Thread(target=lambda: list(dmaload.stream(path)), daemon=True).start()
+    """,
+    "coroutine": """
+        import asyncio
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(dmaload.load_async(path))
+        try:
+            loop.run_until_complete(asyncio.wait_for(asyncio.shield(task), 0.3))
+        except TimeoutError:
+            pass
+        task.cancel()
+        try:
+            loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            pass
+        loop.close()
+    """,
+    "coroutine, abandoned": """
+        import asyncio
+        async def main():
+            loads = [asyncio.ensure_future(dmaload.load_async(path)) for _ in range(5)]
+            await asyncio.sleep(0.3)
+        asyncio.run(main())
+    """,
+    "progress in a thread": """
+        import threading
+        calls = []
+        load = lambda: dmaload.load(path, progress=lambda *seen: calls.append(seen))
+        threading.Thread(target=load, daemon=True).start()
+    """,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_interpreter_ends_with_loads_in_flight(tmp_path, programs, slow_file, way):
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, 1 << 20)
+    text = f"""
+    import sys, time
+    import dmaload
+    path = sys.argv[1]
+
+    class Slow:
+        # Destroyed when the interpreter lets no other thread in: those that wait for a load have
+        # the time to try.
+        def __del__(self, sleep=time.sleep):
+            sleep(0.3)
+
+    sys.slow = Slow()
+    if True:
+        {WAYS[way].strip()}
+    print("in flight", flush=True)
+    sys.stdin.readline()
+    """
+    with programs.start(text, slow.path) as process:
+        assert process.stdout.readline() == "in flight\n"
+        slow.wait_until_held()
+        started = time.monotonic()
+        process.stdin.write("end\n")
+        process.stdin.flush()
+        _, complaints = process.communicate(timeout=20)
+        assert (process.returncode, complaints) == (0, "")
+        assert time.monotonic() - started < 10

@@ -1,0 +1,296 @@
+"""Whose memory it is: writing to a tensor kills nothing and changes nothing of others'."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dmaload
+from files import large, tensor, write
+
+# Writes past every flag, as torch does, which knows of no read-only tensors.
+OVERWRITE = """
+    import ctypes, hashlib
+    import dmaload, numpy
+
+    def overwrite(found):
+        array = numpy.asarray(memoryview(found))
+        assert array.nbytes == found.nbytes
+        ctypes.memset(array.ctypes.data, 0x55, array.nbytes)
+        assert (array.view(numpy.uint8) == 0x55).all()
+        exported = numpy.from_dlpack(found)
+        ctypes.memset(exported.ctypes.data, 0xAA, exported.nbytes)
+        assert (exported.view(numpy.uint8) == 0xAA).all()
+
+    def digest(found):
+        return hashlib.sha256(memoryview(found).tobytes()).hexdigest()
+"""
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("heap", ["anon", "memfd"])
+def test_writing_changes_neither_the_file_nor_another_load(tmp_path, programs, heap):
+    expected = tensor("F32", (300, 1000))
+    path = write(tmp_path / "model.safetensors", {"w": expected, "next": tensor("U8", (5000,))})
+    before = sha256(path.read_bytes())
+    out = programs.succeed(
+        OVERWRITE
+        + """
+    import sys
+    path, heap = sys.argv[1:]
+    first, second = dmaload.load(path, heap=heap), dmaload.load(path, heap=heap)
+    overwrite(first["w"])
+    print(digest(second["w"]), digest(first["next"]), digest(dmaload.load(path, heap=heap)["w"]))
+    """,
+        path,
+        heap,
+    )
+    beside = sha256(tensor("U8", (5000,)).data)
+    assert out.split() == [sha256(expected.data), beside, sha256(expected.data)]
+    assert sha256(path.read_bytes()) == before
+
+
+def test_numpy_writes_like_into_any_array(tmp_path):
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (300, 100))})
+    for heap in ("anon", "memfd"):
+        array = dmaload.load(path, heap=heap)["w"].numpy()
+        assert array.flags.writeable
+        array[...] = 7
+        array += 1
+        assert (array == 8).all()
+
+
+@pytest.fixture
+def served(tmp_path, command):
+    """A process that shares a model; gives its socket and the tensors."""
+    path, tensors = large(tmp_path / "served.safetensors", 4)
+    socket = tmp_path / "m.sock"
+    server = subprocess.Popen([command, "serve", socket, path], stdout=subprocess.PIPE, text=True)
+    while not socket.exists():
+        assert server.poll() is None
+        time.sleep(0.01)
+    yield socket, tensors
+    server.terminate()
+    assert server.wait(10) == 0
+    server.stdout.close()
+
+
+def test_attached_tensors_are_what_was_served(served):
+    socket, tensors = served
+    image = dmaload.share.attach(socket)
+    assert sorted(image) == sorted(tensors)
+    for name, expected in tensors.items():
+        assert memoryview(image[name]).tobytes() == expected.data
+
+
+def test_writing_to_attached_memory_is_seen_by_no_other_process(served, programs):
+    socket, tensors = served
+    out = programs.succeed(
+        OVERWRITE
+        + """
+    import sys
+    image = dmaload.share.attach(sys.argv[1])
+    for found in image.values():
+        overwrite(found)
+    image["t0"].numpy()[...] = 1
+    """,
+        socket,
+    )
+    assert out == ""
+    image = dmaload.share.attach(socket)
+    for name, expected in tensors.items():
+        assert memoryview(image[name]).tobytes() == expected.data, name
+
+
+def test_attached_memory_is_shared_until_it_is_written(served, programs):
+    """Reading takes no memory of its own: it is the server's pages that are there."""
+    socket, tensors = served
+    out = programs.succeed(
+        """
+    import re, sys
+    import dmaload
+
+    def own_kib():
+        with open("/proc/self/smaps_rollup") as file:
+            text = file.read()
+        return sum(int(re.search(rf"^{key}: *(\\d+)", text, re.M)[1])
+                   for key in ("Private_Dirty", "Anonymous"))
+
+    image = dmaload.share.attach(sys.argv[1])
+    before = own_kib()
+    total = sum(sum(memoryview(each).cast("B")[::4096]) for each in image.values())
+    assert total > 0
+    read = own_kib() - before
+    image["t0"].numpy()[...] = 1
+    print(read, own_kib() - before)
+    """,
+        socket,
+    )
+    read, written = map(int, out.split())
+    assert read < 1024, "4 MiB were read"
+    assert written >= 1024, "1 MiB was written"
+    assert len(tensors) == 4
+
+
+def test_attaching_under_a_wrong_name_says_which_there_are(served):
+    socket, _ = served
+    with pytest.raises(dmaload.Error, match="no-such-model"):
+        dmaload.share.attach(socket, "no-such-model")
+
+
+def test_a_forked_child_writes_to_its_own_copy(tmp_path):
+    expected = tensor("F32", (300, 100))
+    path = write(tmp_path / "model.safetensors", {"w": expected})
+    for heap in ("anon", "memfd"):
+        found = dmaload.load(path, heap=heap)["w"]
+        array = found.numpy()
+        child = os.fork()
+        if child == 0:
+            # No exception may leave the child: it would run the rest of the tests.
+            try:
+                same = memoryview(found).tobytes() == expected.data
+                array[...] = 7
+                os._exit(0 if same and (array == 7).all() else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert memoryview(found).tobytes() == expected.data
+
+
+def test_dma_bufs_come_by_descriptor_or_say_what_is_missing(tmp_path):
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (300, 100))})
+    found = dmaload.load(path)["w"]
+    with pytest.raises(dmaload.UnsupportedError, match="descriptor|dma-buf"):
+        dmaload.dma_buf(found)
+    if not os.path.exists("/dev/udmabuf"):
+        with pytest.raises(dmaload.Error, match="/dev/udmabuf") as caught:
+            dmaload.load(path, heap="udmabuf")
+        assert caught.value.filename == "/dev/udmabuf"
+
+
+def test_memory_goes_with_the_last_tensor(disk, programs):
+    path, _ = large(disk / "model.safetensors", 96)
+    out = programs.succeed(
+        """
+    import gc, sys, time
+    import dmaload
+    import numpy  # Its own memory is there before anything is measured.
+
+    def resident_mib():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) // 1024
+
+    def settles_below(limit):
+        deadline = time.monotonic() + 10
+        while resident_mib() >= limit and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return resident_mib() < limit
+
+    before = resident_mib()
+    image = dmaload.load(sys.argv[1])
+    assert resident_mib() - before >= 90, resident_mib() - before
+    last = image["t95"]
+    del image
+    array = last.numpy()
+    del last
+    capsule = array.base
+    assert array[0, 0] == array[0, 0]
+    held = resident_mib() - before
+    assert 1 <= held, held
+    del array, capsule
+    gc.collect()
+    assert settles_below(before + 16), resident_mib() - before
+    # A capsule that no one takes gives its memory back, too.
+    capsules = [each.__dlpack__(max_version=(1, 0)) for each in dmaload.load(sys.argv[1]).values()]
+    capsules += [each.__dlpack__() for each in dmaload.load(sys.argv[1]).values()]
+    assert resident_mib() - before >= 180
+    del capsules
+    gc.collect()
+    assert settles_below(before + 16), resident_mib() - before
+    print("gone")
+    """,
+        path,
+    )
+    assert out == "gone\n"
+
+
+def test_five_hundred_loads_leave_nothing_behind(disk, programs):
+    path, _ = large(disk / "model.safetensors", 2)
+    out = programs.succeed(
+        """
+    import asyncio, gc, os, sys, threading, tracemalloc
+    import dmaload, numpy
+
+    path = sys.argv[1]
+
+    def once(number):
+        image = dmaload.load(path, heap="memfd" if number % 2 else "anon")
+        image["t0"].numpy()[0, 0] = number
+        numpy.from_dlpack(image["t1"])
+        memoryview(image["t1"]).release()
+        image.report(), image.metadata()
+        if number % 5:
+            return
+        with dmaload.stream(path) as stream:
+            next(stream)
+        with dmaload.safe_open(path, framework="numpy") as file:
+            file.get_slice("t0")[:2]
+        try:
+            dmaload.load(path + ".missing")
+        except dmaload.Error:
+            pass
+        asyncio.run(dmaload.load_async(path))
+
+    def state():
+        gc.collect()
+        with open("/proc/self/status") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+        with open("/proc/self/maps") as file:
+            maps = sum(1 for _ in file)
+        traced = tracemalloc.get_traced_memory()[0]
+        descriptors, threads = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
+        return kib, len(descriptors), len(threads), maps, traced
+
+    tracemalloc.start()
+    for number in range(100):
+        once(number)
+    before = state()
+    for number in range(500):
+        once(number)
+    print(*[after - then for after, then in zip(state(), before)])
+    """,
+        path,
+        timeout=110,
+    )
+    kib, descriptors, threads, maps, traced = map(int, out.split())
+    # A load that is being freed in the background may still be there: 2 MiB, a few descriptors.
+    assert kib < 8192, f"{kib} KiB more are resident"
+    assert descriptors <= 8 and threads <= 8 and maps <= 40, (descriptors, threads, maps)
+    assert traced < 64 << 10, f"{traced} bytes more are Python's"
+
+
+def test_unwritten_bytes_are_never_shown(tmp_path):
+    """Memory that is used again does not show what another load left there."""
+    first = write(tmp_path / "a.safetensors", {"w": tensor("U8", (3 << 20,), 1)})
+    for number in range(20):
+        assert dmaload.load(first)["w"].numpy()[-1] == tensor("U8", (3 << 20,), 1).data[-1]
+        expected = tensor("U8", ((1 << 20) + number,), number)
+        second = write(tmp_path / "b.safetensors", {"w": expected})
+        assert memoryview(dmaload.load(second)["w"]).tobytes() == expected.data
+
+
+def test_python_counts_no_reference_too_many(tmp_path):
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (300, 100))})
+    found = dmaload.load(path)["w"]
+    before = sys.getrefcount(found)
+    for _ in range(1000):
+        memoryview(found).release()
+        found.numpy()
+        found.__dlpack__()
+    assert sys.getrefcount(found) == before

@@ -1,0 +1,223 @@
+"""Whole models: folders with an index, GGUF, a real one, and random files."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+
+import gguf
+import numpy
+import pytest
+from safetensors import safe_open
+
+import dmaload
+from files import BITS, Expected, random_file, sharded, tensor, write
+
+
+def assert_same(image, tensors):
+    assert sorted(image) == sorted(tensors)
+    assert len(image) == len(tensors)
+    for name, expected in tensors.items():
+        found = image[name]
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+        assert memoryview(found).tobytes() == expected.data, name
+
+
+@pytest.mark.parametrize("named", ["folder", "index"])
+def test_three_shards_with_an_index(tmp_path, named):
+    folder, tensors = sharded(tmp_path / "model")
+    path = folder if named == "folder" else folder / "model.safetensors.index.json"
+    assert_same(dmaload.load(path), tensors)
+    arrays = dmaload.numpy.load_file(path)
+    assert {name: array.tobytes() for name, array in arrays.items()} == {
+        name: expected.data for name, expected in tensors.items()
+    }
+    with dmaload.safe_open(path, framework="numpy") as file:
+        assert sorted(file.keys()) == sorted(tensors)
+        for name, expected in tensors.items():
+            assert file.get_tensor(name).tobytes() == expected.data
+
+
+def test_several_paths_are_one_load(tmp_path):
+    folder, tensors = sharded(tmp_path / "model")
+    paths = sorted(folder.glob("*.safetensors"))
+    assert len(paths) == 3
+    assert_same(dmaload.load(paths), tensors)
+
+
+def test_the_index_decides_between_two_of_one_name(tmp_path):
+    first, second = tensor("U8", (64,), 1), tensor("U8", (64,), 2)
+    write(tmp_path / "a.safetensors", {"w": first})
+    write(tmp_path / "b.safetensors", {"w": second})
+    index = tmp_path / "model.safetensors.index.json"
+    for name, expected in [("a.safetensors", first), ("b.safetensors", second)]:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"w": name}}))
+        assert_same(dmaload.load(tmp_path), {"w": expected})
+
+
+def test_selected_tensors_and_no_others(tmp_path):
+    folder, tensors = sharded(tmp_path / "model")
+    chosen = {name: each for name, each in tensors.items() if name.startswith("layers.1.")}
+    image = dmaload.load(folder, tensors=["layers.1.*"])
+    assert_same(image, chosen)
+    assert "layers.0.weight" not in image
+    assert len(dmaload.load(folder, tensors=["layers.{0..1}.bias"])) == 2
+
+
+def test_the_parts_of_ranks_are_the_whole(tmp_path):
+    expected = tensor("F32", (13, 6))
+    path = write(tmp_path / "model.safetensors", {"w": expected})
+    whole = numpy.frombuffer(expected.data, numpy.float32).reshape(13, 6)
+    parts = [dmaload.load(path, shard=(rank, 4, 0))["w"].numpy() for rank in range(4)]
+    assert [len(part) for part in parts] == [3, 3, 3, 4]
+    assert numpy.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_metadata_is_what_the_header_says(tmp_path):
+    metadata = {"format": "pt", "née": "日本"}
+    path = write(tmp_path / "model.safetensors", {"w": tensor("U8", (4,))}, metadata)
+    assert dmaload.load(path).metadata() == metadata
+    with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
+        assert file.metadata() == oracle.metadata() == metadata
+    path = write(tmp_path / "none.safetensors", {"w": tensor("U8", (4,))})
+    assert dmaload.load(path).metadata() == {}
+    with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
+        assert file.metadata() == oracle.metadata()
+
+
+def test_two_hundred_random_files(tmp_path):
+    total = 0
+    for seed in range(200):
+        path = tmp_path / "model.safetensors"
+        tensors, metadata = random_file(path, seed)
+        image = dmaload.load(path)
+        assert_same(image, tensors)
+        assert image.metadata() == (metadata or {}), seed
+        with safe_open(path, "np") as oracle, dmaload.safe_open(path, "numpy") as file:
+            assert sorted(file.keys()) == sorted(oracle.keys())
+            # Tensors without bytes have no place of their own.
+            own, other = (
+                [name for name in each.offset_keys() if tensors[name].data]
+                for each in (file, oracle)
+            )
+            assert own == other, seed
+            for name in tensors:
+                own, other = file.get_slice(name), oracle.get_slice(name)
+                assert own.get_shape() == other.get_shape()
+                assert own.get_dtype() == other.get_dtype()
+                assert own.get_shape() == list(tensors[name].shape)
+                if BITS[tensors[name].dtype] >= 8:
+                    assert file.get_tensor(name).tobytes() == tensors[name].data
+        total += len(tensors)
+    assert total > 1000
+
+
+def test_a_real_model_equals_what_safetensors_reads(real_model):
+    image = dmaload.load(real_model)
+    with safe_open(real_model, "np") as oracle:
+        names = oracle.keys()
+        assert sorted(image) == sorted(names)
+        assert len(names) > 50
+        for name in names:
+            expected, found = oracle.get_tensor(name), image[name].numpy()
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+            assert found.tobytes() == expected.tobytes(), name
+    assert image.report()["bytes"] == real_model.stat().st_size
+
+
+@pytest.mark.parametrize("heap", ["anon", "memfd"])
+def test_any_heap_has_the_same_bytes(tmp_path, heap):
+    tensors = {"a": tensor("BF16", (3, 5)), "b": tensor("F8_E5M2", (7,)), "c": tensor("F64", ())}
+    path = write(tmp_path / "model.safetensors", tensors)
+    image = dmaload.load(path, heap=heap)
+    assert_same(image, tensors)
+    assert image.report()["heap"] == heap
+
+
+def write_gguf(path):
+    """A file by the format's own package: keys of all kinds, and some blocks of each kind."""
+    source = numpy.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.name", "a näme")
+    writer.add_uint64("u64", 2**63 + 1)
+    writer.add_int64("i64", -(2**62))
+    writer.add_float32("f32", 0.15625)
+    writer.add_float64("f64", 1e300)
+    writer.add_bool("bool", True)
+    writer.add_array("tokens", ["<s>", "▁the", ""])
+    writer.add_array("ints", [1, 2, 3, 2**20])
+    kinds = gguf.GGML_QUANT_SIZES.items()
+    for kind, (_, size) in kinds:
+        # The package's size of Q8_1 is not ggml's; no model is stored in it.
+        if kind != gguf.GGMLQuantizationType.Q8_1:
+            raw = source.integers(0, 255, (5, 3 * size), dtype=numpy.uint8)
+            writer.add_tensor(f"t.{kind.name}", raw, raw_shape=raw.shape, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_equals_what_its_own_package_reads(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path)
+    image = dmaload.load(path)
+    oracle = gguf.GGUFReader(path)
+    assert sorted(image) == sorted(tensor.name for tensor in oracle.tensors)
+    arrays = dmaload.numpy.load_file(path)
+    for expected in oracle.tensors:
+        found = image[expected.name]
+        assert found.dtype == expected.tensor_type.name
+        assert found.shape == tuple(int(dim) for dim in reversed(expected.shape))
+        assert memoryview(found).tobytes() == expected.data.tobytes(), expected.name
+        assert arrays[expected.name].tobytes() == expected.data.tobytes(), expected.name
+    keys = image.metadata()
+    for name, field in oracle.fields.items():
+        if not name.startswith("GGUF."):
+            expected = field.contents()
+            assert keys[name] == (expected.tolist() if hasattr(expected, "tolist") else expected)
+
+
+def test_an_image_is_a_mapping(tmp_path):
+    image = dmaload.load(write(tmp_path / "m.safetensors", {"w": tensor("U8", (4,))}))
+    assert isinstance(image, Mapping)
+    assert {**image} == dict(image.items()) == {"w": image["w"]}
+    assert image["w"] is image.get("w") is next(iter(image.values()))
+
+
+def test_names_formats_and_reports_are_the_command_s(tmp_path, command):
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (64, 64))})
+    output = subprocess.check_output([command, "load", path, "--heap", "anon", "--json"])
+    expected, found = json.loads(output), dmaload.load(path).report()
+    for key in ("bytes", "wanted_bytes", "heap", "layout"):
+        assert found[key] == expected[key], key
+    raw = dmaload.load(path, format="raw")
+    assert list(raw) == [], "raw bytes have no tensors"
+    assert raw.report()["bytes"] == path.stat().st_size
+    with pytest.raises(dmaload.Error):
+        dmaload.load(path, format="gguf")
+
+
+def test_streams_give_each_tensor_once_and_in_order(tmp_path):
+    folder, tensors = sharded(tmp_path / "model")
+    with dmaload.stream(folder) as stream:
+        found = [(name, memoryview(each).tobytes()) for name, each in stream]
+    assert dict(found) == {name: each.data for name, each in tensors.items()}
+    assert len(found) == len(tensors)
+    order = ["layers.2.bias", "layers.0.weight", "layers.1.scale"]
+    with dmaload.stream(folder, tensors=order) as stream:
+        assert [name for name, _ in stream] == order
+
+
+def test_a_stream_larger_than_its_memory(disk):
+    """64 MiB through 16 MiB: tensors that are dropped make room for those that follow."""
+    block = tensor("U8", (1 << 20,))
+    tensors = {f"t{number}": Expected("U8", (1 << 20,), block.data) for number in range(64)}
+    path = write(disk / "model.safetensors", tensors)
+    count = 0
+    with dmaload.stream(path, memory_limit=16 << 20) as stream:
+        for _, each in stream:
+            assert memoryview(each)[:64].tobytes() == block.data[:64]
+            count += 1
+    assert count == 64
+    with pytest.raises(dmaload.Error, match="16777216"):
+        dmaload.load(path, memory_limit=16 << 20)

@@ -1,0 +1,215 @@
+"""`safe_open` as programs know it from safetensors, reading no more than it has to."""
+
+import os
+
+import numpy
+import pytest
+from safetensors import safe_open
+
+import dmaload
+from files import BITS, large, make_cold, numpy_dtype, sharded, sparse, tensor, write
+
+SLICES = [
+    numpy.s_[:],
+    numpy.s_[...],
+    numpy.s_[2:5],
+    numpy.s_[:3],
+    numpy.s_[4:],
+    numpy.s_[-3:],
+    numpy.s_[:-2],
+    numpy.s_[3],
+    numpy.s_[-1],
+    numpy.s_[:, 1],
+    numpy.s_[:, 1:3],
+    numpy.s_[1:3, 2:],
+    numpy.s_[2, 1],
+    numpy.s_[2, 1, 3],
+    numpy.s_[:, :, 2:4],
+    numpy.s_[1:2, :, 1],
+    numpy.s_[..., 1],
+    numpy.s_[1, ..., 2:4],
+    numpy.s_[3:3],
+    numpy.s_[5:2],
+    numpy.s_[0:100],
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    tensors = {
+        "w": tensor("F32", (8, 5, 6)),
+        "line": tensor("I64", (40,)),
+        "half": tensor("F16", (8, 5, 6)),
+        "scalar": tensor("F64", ()),
+        "empty": tensor("U8", (0, 3)),
+    }
+    return write(tmp_path / "model.safetensors", tensors, {"format": "np"}), tensors
+
+
+def array_of(expected):
+    return numpy.frombuffer(expected.data, numpy_dtype(expected.dtype)).reshape(expected.shape)
+
+
+@pytest.mark.parametrize("index", SLICES, ids=str)
+def test_slices_are_numpy_s(model, index):
+    path, tensors = model
+    with dmaload.safe_open(path, framework="numpy") as file:
+        for name in ("w", "half"):
+            expected, found = array_of(tensors[name])[index], file.get_slice(name)[index]
+            assert found.dtype == expected.dtype
+            assert found.shape == expected.shape
+            assert found.tobytes() == expected.tobytes()
+
+
+def test_slices_equal_those_of_safetensors(model):
+    path, _ = model
+    compared = 0
+    with safe_open(path, "np") as oracle, dmaload.safe_open(path, framework="np") as file:
+        for name in ("w", "half", "line"):
+            for index in SLICES:
+                try:
+                    expected = oracle.get_slice(name)[index]
+                except Exception:
+                    # What it has no answer to is compared with NumPy above.
+                    continue
+                found = file.get_slice(name)[index]
+                assert found.shape == expected.shape, (name, index)
+                assert found.tobytes() == expected.tobytes(), (name, index)
+                compared += 1
+    assert compared > 2 * len(SLICES)
+
+
+@pytest.mark.parametrize(
+    "index", [numpy.s_[8], numpy.s_[-9], numpy.s_[:, 5], numpy.s_[0, 0, 0, 0]]
+)
+def test_an_index_that_is_not_there(model, index):
+    path, _ = model
+    with dmaload.safe_open(path, framework="numpy") as file:
+        with pytest.raises((IndexError, dmaload.InvalidInputError)):
+            file.get_slice("w")[index]
+
+
+def test_the_methods_of_safetensors(model):
+    path, tensors = model
+    own = {name for name in dir(safe_open) if not name.startswith("_")}
+    assert own <= set(dir(dmaload.safe_open))
+    with safe_open(path, "np") as oracle, dmaload.safe_open(path, framework="np") as file:
+        # In the order of the header or not, `keys` are the same names; by offset, the same order.
+        assert sorted(file.keys()) == sorted(oracle.keys()) == sorted(tensors)
+        assert file.offset_keys() == oracle.offset_keys()
+        assert file.metadata() == oracle.metadata() == {"format": "np"}
+        everything = file.get_tensors()
+        for name, expected in oracle.get_tensors().items():
+            assert everything[name].tobytes() == expected.tobytes()
+            found = file.get_tensor(name)
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert found.tobytes() == expected.tobytes()
+            own, other = file.get_slice(name), oracle.get_slice(name)
+            assert own.get_shape() == other.get_shape()
+            assert own.get_dtype() == other.get_dtype()
+    # Without `with`, too, and by position.
+    file = dmaload.safe_open(str(path), "numpy", "cpu")
+    assert file.get_tensor("line").tolist() == array_of(tensors["line"]).tolist()
+
+
+def test_a_closed_file_is_closed(model):
+    path, _ = model
+    file = dmaload.safe_open(path, framework="numpy")
+    with file:
+        part = file.get_slice("w")
+        kept = file.get_tensor("w")
+    for use in (lambda: file.get_tensor("w"), file.keys, lambda: file.get_slice("w")):
+        with pytest.raises((dmaload.Error, ValueError)):
+            use()
+    del part
+    assert kept.shape == (8, 5, 6), "what was read stays"
+
+
+def test_names_that_are_not_there(model):
+    path, _ = model
+    with dmaload.safe_open(path, framework="numpy") as file:
+        for use in (file.get_tensor, file.get_slice):
+            with pytest.raises(dmaload.Error, match="no-such"):
+                use("no-such")
+
+
+def test_frameworks_and_devices_that_are_not_there(model):
+    path, _ = model
+    with pytest.raises((dmaload.Error, ValueError), match="jax-like"):
+        dmaload.safe_open(path, framework="jax-like")
+    with pytest.raises((dmaload.Error, ValueError), match="tpu"):
+        dmaload.safe_open(path, framework="numpy", device="tpu:0")
+
+
+def read_from_storage():
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
+
+
+def test_only_the_bytes_of_a_slice_are_read(disk):
+    path, tensors = large(disk / "model.safetensors", 64)
+    whole = {"big": tensor("F32", (4096, 4096), 3), "after": tensor("F32", (512, 512), 4)}
+    big = write(disk / "big.safetensors", whole)
+
+    def cost(use, path=big):
+        make_cold(path)
+        before = read_from_storage()
+        result = use()
+        return read_from_storage() - before, result
+
+    opened, file = cost(lambda: dmaload.safe_open(big, framework="numpy"))
+    rows, found = cost(lambda: file.get_slice("big")[1000:1010])
+    assert found.tobytes() == array_of(whole["big"])[1000:1010].tobytes()
+    one, found = cost(lambda: file.get_tensor("after"))
+    assert found.tobytes() == whole["after"].data
+    everything, found = cost(lambda: file.get_tensor("big"))
+    assert found.tobytes() == whole["big"].data
+    if everything < 64 << 20:
+        pytest.skip(f"reads do not count on {disk}: {everything} bytes of 64 MiB")
+    assert opened < 1 << 20, f"opening read {opened} bytes"
+    assert rows < 1 << 20, f"160 KiB of rows read {rows} bytes"
+    assert 1 << 20 <= one < 3 << 20, f"a tensor of 1 MiB read {one} bytes"
+    many, _ = cost(lambda: dmaload.safe_open(path, framework="numpy").get_tensor("t32"), path)
+    assert many < 4 << 20, f"1 MiB of 64 read {many} bytes"
+    assert len(tensors) == 64
+
+
+def test_a_file_larger_than_all_memory_opens(disk):
+    sizes = {"small": ("F32", (4,)), "huge": ("F32", (1 << 21, 1 << 18)), "last": ("U8", (100,))}
+    path = sparse(disk / "model.safetensors", sizes)
+    assert path.stat().st_size > 2 << 40
+    with dmaload.safe_open(path, framework="numpy") as file:
+        assert file.get_slice("huge").get_shape() == [1 << 21, 1 << 18]
+        assert file.get_tensor("small").tolist() == [0, 0, 0, 0]
+        assert file.get_slice("huge")[1 << 20, :10].tolist() == [0] * 10
+        assert file.get_tensor("last").shape == (100,)
+        with pytest.raises(dmaload.Error):
+            file.get_tensor("huge")
+    os.unlink(path)
+
+
+def test_slices_of_all_types(tmp_path):
+    whole = [name for name in BITS if BITS[name] >= 8]
+    path = write(tmp_path / "m.safetensors", {name: tensor(name, (9, 4)) for name in whole})
+    with dmaload.safe_open(path, framework="numpy") as file:
+        for name in whole:
+            size = BITS[name] // 8 * 4
+            expected = tensor(name, (9, 4)).data
+            assert file.get_slice(name)[2:5].tobytes() == expected[2 * size : 5 * size], name
+
+
+def test_a_folder_reads_like_a_file(tmp_path):
+    folder, tensors = sharded(tmp_path / "model")
+    with dmaload.safe_open(folder, framework="numpy") as file:
+        for name, expected in tensors.items():
+            assert file.get_slice(name).get_shape() == list(expected.shape)
+            assert file.get_slice(name)[1:].tobytes() == file.get_tensor(name)[1:].tobytes()
+
+
+def test_load_file_is_a_dict_of_writable_arrays(model):
+    path, tensors = model
+    arrays = dmaload.numpy.load_file(str(path))
+    assert type(arrays) is dict
+    for name, expected in tensors.items():
+        assert arrays[name].tobytes() == expected.data
+        assert arrays[name].flags.writeable

@@ -1,0 +1,393 @@
+"""What happens while something waits: other threads run, Ctrl-C stops it, tasks are cancelled,
+processes fork."""
+
+import signal
+import threading
+import time
+
+import pytest
+
+import dmaload
+from files import large, sharded, tensor, write
+
+# Each of these waits for a file whose bytes do not come.
+WAITS = {
+    "load": "dmaload.load(path)",
+    "load with progress": "dmaload.load(path, progress=lambda done, total: None)",
+    "stream": "list(dmaload.stream(path))",
+    "numpy.load_file": "dmaload.numpy.load_file(path)",
+    "get_tensor": "dmaload.safe_open(path, framework='numpy').get_tensor('t3')",
+    "get_slice": "dmaload.safe_open(path, framework='numpy').get_slice('t3')[:]",
+}
+HEADER_WAITS = {
+    "safe_open": "dmaload.safe_open(path, framework='numpy')",
+    "load's header": "dmaload.load(path)",
+}
+ALL_WAITS = [(way, 1 << 20) for way in WAITS] + [(way, 0) for way in HEADER_WAITS]
+
+
+@pytest.mark.parametrize(("way", "held_from"), ALL_WAITS)
+def test_other_threads_run_while_it_waits(tmp_path, programs, slow_file, way, held_from):
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, held_from)
+    # The counter counts only where the waiting thread has let go of the interpreter's lock.
+    text = f"""
+    import sys, threading, time
+    import dmaload
+    path = sys.argv[1]
+    counted = 0
+
+    def count():
+        global counted
+        started = time.monotonic()
+        while not done:
+            counted += 1
+            time.sleep(0.001)
+            if counted == 100:
+                print("counted in", time.monotonic() - started, flush=True)
+
+    done = False
+    thread = threading.Thread(target=count)
+    print("begins", flush=True)
+    thread.start()
+    result = {(WAITS | HEADER_WAITS)[way]}
+    done = True
+    thread.join()
+    print("done", counted, flush=True)
+    """
+    with programs.start(text, slow.path) as process:
+        assert process.stdout.readline() == "begins\n"
+        slow.wait_until_held()
+        # The thread that waits comes back to Python 20 times a second to look for signals. If it
+        # let others run only then, this would take 5 s.
+        said, seconds = process.stdout.readline().rsplit(maxsplit=1)
+        assert said == "counted in" and float(seconds) < 2.5
+        assert process.poll() is None
+        slow.release()
+        out, complaints = process.communicate(timeout=30)
+        assert (process.returncode, complaints) == (0, "")
+        done, counted = out.split()
+        assert done == "done" and int(counted) >= 100
+
+
+@pytest.mark.parametrize(("way", "held_from"), ALL_WAITS)
+def test_ctrl_c_stops_it(tmp_path, programs, slow_file, way, held_from):
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, held_from)
+    text = f"""
+    import sys
+    import dmaload
+    path = sys.argv[1]
+    try:
+        {(WAITS | HEADER_WAITS)[way]}
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    """
+    with programs.start(text, slow.path) as process:
+        slow.wait_until_held()
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+        assert time.monotonic() - started < 2
+        out, complaints = process.communicate(timeout=20)
+        assert (process.returncode, out, complaints) == (0, "", "")
+
+
+def test_ctrl_c_runs_the_handler_that_is_there(tmp_path, programs, slow_file):
+    """A signal whose handler raises nothing is handled at once, and the load goes on."""
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, 1 << 20)
+    text = """
+    import signal, sys
+    import dmaload
+    signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+    print(len(dmaload.load(sys.argv[1])), flush=True)
+    """
+    with programs.start(text, slow.path) as process:
+        slow.wait_until_held()
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "handled\n"
+        slow.release()
+        out, complaints = process.communicate(timeout=30)
+        assert (process.returncode, out, complaints) == (0, "4\n", "")
+
+
+def test_progress_counts_to_the_end(disk):
+    path, _ = large(disk / "model.safetensors", 64)
+    seen, threads = [], set()
+
+    def progress(done, total):
+        seen.append((done, total))
+        threads.add(threading.get_ident())
+
+    dmaload.load(path, progress=progress, memory_limit=1 << 30)
+    assert seen[-1][0] == seen[-1][1] >= 64 << 20
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert threads == {threading.get_ident()}, "it is called by the thread that waits"
+
+
+def test_what_progress_raises_ends_the_load(disk):
+    path, tensors = large(disk / "model.safetensors", 8)
+
+    class Enough(Exception):
+        pass
+
+    def progress(_done, _total):
+        raise Enough
+
+    with pytest.raises(Enough):
+        dmaload.load(path, progress=progress)
+    assert len(dmaload.load(path)) == len(tensors)
+
+
+def test_a_thousand_cancelled_loads(disk, programs):
+    path, _ = large(disk / "model.safetensors", 8)
+    out = programs.succeed(
+        """
+    import asyncio, gc, hashlib, os, random, sys, time
+    import dmaload
+    path = sys.argv[1]
+    problems, ended = [], {"cancelled": 0, "loaded": 0}
+
+    def state():
+        gc.collect()
+        with open("/proc/self/status") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+        return kib >> 10, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    async def one(source):
+        task = asyncio.ensure_future(dmaload.load_async(path))
+        # From before it has begun until it may have finished.
+        for _ in range(source.choice([0, 0, 1, 2, 5])):
+            await asyncio.sleep(source.random() * 0.004)
+        task.cancel()
+        try:
+            assert len(await task) == 8
+            ended["loaded"] += 1
+        except asyncio.CancelledError:
+            ended["cancelled"] += 1
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: problems.append(what))
+        source = random.Random(1)
+        states = []
+        for number in range(5000):
+            if ended["cancelled"] >= 1000:
+                break
+            await asyncio.gather(*[one(source) for _ in range(2 if number % 10 == 0 else 1)])
+            if number == 100:
+                states.append(state())
+        # And many at once.
+        tasks = [asyncio.ensure_future(dmaload.load_async(path)) for _ in range(50)]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        image = await dmaload.load_async(path)
+        assert len(image) == 8
+        del image
+        deadline = time.monotonic() + 10
+        while state()[0] > states[0][0] + 16 and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        states.append(state())
+        return states
+
+    before, after = asyncio.run(main())
+    assert not problems, problems
+    assert ended["cancelled"] >= 1000, ended
+    print(*[b - a for a, b in zip(before, after)])
+    """,
+        path,
+        timeout=110,
+    )
+    mib, descriptors, threads = map(int, out.split())
+    assert mib <= 16 and descriptors <= 8 and threads <= 8, out
+
+
+def test_a_cancelled_load_reads_no_further(tmp_path, programs, slow_file):
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, 1 << 20)
+    text = """
+    import asyncio, sys, time
+    import dmaload
+
+    async def main():
+        tasks = [asyncio.ensure_future(dmaload.load_async(sys.argv[1])) for _ in range(20)]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in tasks)
+        started = time.monotonic()
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in results), results
+        print(time.monotonic() - started < 1)
+
+    asyncio.run(main())
+    """
+    with programs.start(text, slow.path) as process:
+        slow.wait_until_held()
+        out, complaints = process.communicate(timeout=30)
+        assert (process.returncode, out, complaints) == (0, "True\n", "")
+
+
+def test_async_twins_give_what_the_others_give(tmp_path):
+    import asyncio
+
+    folder, tensors = sharded(tmp_path / "model")
+
+    async def main():
+        beats = 0
+
+        async def beat():
+            nonlocal beats
+            while True:
+                beats += 1
+                await asyncio.sleep(0)
+
+        heart = asyncio.ensure_future(beat())
+        image = await dmaload.load_async(folder, tensors=["layers.0.*"])
+        assert sorted(image) == sorted(name for name in tensors if name.startswith("layers.0."))
+        found = {}
+        async for name, each in dmaload.stream_async(folder):
+            found[name] = memoryview(each).tobytes()
+        assert found == {name: each.data for name, each in tensors.items()}
+        with pytest.raises(dmaload.Error, match="ENOENT"):
+            await dmaload.load_async(folder / "missing.safetensors")
+        heart.cancel()
+        assert beats > 1, "the event loop went on meanwhile"
+
+    asyncio.run(main())
+
+
+FORKED = """
+    import gc, os, sys, threading
+    import dmaload
+    slow, ready = sys.argv[1:]
+    expected = bytes(memoryview(dmaload.load(ready)["w"]).cast("B"))
+    before = dmaload.load(ready)
+    result = []
+    thread = threading.Thread(target=lambda: result.append(dmaload.load(slow)))
+    thread.start()
+    streams = [dmaload.stream(slow), dmaload.stream(slow)]
+    print("begun", flush=True)
+    sys.stdin.readline()
+    # Python 3.12 and later warn of forks beside threads, rightly; here it is the subject.
+    import warnings
+    warnings.simplefilter("ignore")
+    child = os.fork()
+    if child == 0:
+        assert bytes(memoryview(before["w"]).cast("B")) == expected
+        before["w"].numpy()[...] = 0
+        try:
+            next(streams[0])
+        except dmaload.ForkedError as error:
+            assert str(os.getppid()) in str(error)
+        # What is the parent's goes here without a word to threads that are not here.
+        streams[0].close()
+        del streams, before
+        gc.collect()
+        for heap in ("anon", "memfd"):
+            assert bytes(memoryview(dmaload.load(ready, heap=heap)["w"]).cast("B")) == expected
+        with dmaload.safe_open(ready, framework="numpy") as file:
+            assert file.get_tensor("w").tobytes() == expected
+        # An end with all that an interpreter does then, not os._exit.
+        sys.exit(7)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 7, status
+    print("child ended", flush=True)
+    thread.join()
+    (image,) = result
+    assert bytes(memoryview(before["w"]).cast("B")) == expected
+    for name, each in image.items():
+        assert memoryview(each).cast("B")[:8] == int(name[1:]).to_bytes(8, "little"), name
+    print(len(image), flush=True)
+"""
+
+
+def test_a_fork_in_mid_load(tmp_path, programs, slow_file):
+    path, tensors = large(tmp_path / "large.safetensors", 4)
+    ready = write(tmp_path / "ready.safetensors", {"w": tensor("F32", (100, 100))})
+    slow = slow_file(path, 1 << 20)
+    with programs.start(FORKED, slow.path, ready) as process:
+        assert process.stdout.readline() == "begun\n"
+        slow.wait_until_held()
+        process.stdin.write("fork\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        if answer != "child ended\n":
+            process.kill()
+            raise AssertionError(answer + process.communicate()[1])
+        slow.release()
+        out, complaints = process.communicate(timeout=30)
+        assert (process.returncode, out, complaints) == (0, f"{len(tensors)}\n", "")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_of_multiprocessing_load(tmp_path, programs, method):
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (100, 100))})
+    out = programs.succeed(
+        """
+    import hashlib, multiprocessing, sys, warnings
+    import dmaload
+
+    def digest(path):
+        return hashlib.sha256(bytes(memoryview(dmaload.load(path)["w"]).cast("B"))).hexdigest()
+
+    if __name__ == "__main__":
+        warnings.simplefilter("ignore")
+        method, path = sys.argv[1:]
+        expected = digest(path)
+        context = multiprocessing.get_context(method)
+        with context.Pool(2) as pool:
+            found = pool.map(digest, [path] * 8)
+            pool.close()
+            pool.join()
+        print(found == [expected] * 8)
+    """,
+        method,
+        path,
+    )
+    assert out == "True\n"
+
+
+def test_what_cannot_be_sent_to_a_worker_says_so(tmp_path):
+    import pickle
+
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (10, 10))})
+    image = dmaload.load(path)
+    for each in (image, image["w"], dmaload.stream(path)):
+        with pytest.raises(TypeError, match="pickle"):
+            pickle.dumps(each)
+
+
+def test_loads_of_many_threads_at_once(tmp_path):
+    path = write(tmp_path / "model.safetensors", {"w": tensor("F32", (1000, 300))})
+    expected, wrong = tensor("F32", (1000, 300)).data, []
+
+    def work():
+        for _ in range(20):
+            if memoryview(dmaload.load(path)["w"]).tobytes() != expected:
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_waiting_takes_no_processor_time(tmp_path, slow_file):
+    path, _ = large(tmp_path / "large.safetensors", 4)
+    slow = slow_file(path, 1 << 20)
+    result = []
+    thread = threading.Thread(target=lambda: result.append(dmaload.load(slow.path)))
+    thread.start()
+    slow.wait_until_held()
+    before = time.process_time()
+    time.sleep(1)
+    spent = time.process_time() - before
+    slow.release()
+    thread.join()
+    assert len(result[0]) == 4
+    assert spent < 0.2, f"{spent} s of the processor in a second of waiting"

