@@ -198,7 +198,7 @@ fn report<'py>(py: Python<'py>, report: &Report) -> PyResult<Bound<'py, PyDict>>
     dict.set_item("first_segment_seconds", report.first_segment.map(|first| first.as_secs_f64()))?;
     dict.set_item("page_size_bytes", report.page_size_bytes())?;
     dict.set_item("huge_page_bytes", report.pages.huge_bytes)?;
-    dict.set_item("pages_refused", report.pages_refused.map(|errno| errno.describe().to_string()))?;
+    dict.set_item("pages_refused", report.pages_refused.map(|errno| errno.describe()))?;
     dict.set_item("heap", &report.heap)?;
     dict.set_item("notes", &report.notes)?;
     dict.set_item("layout", report.layout.name())?;

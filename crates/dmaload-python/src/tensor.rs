@@ -230,7 +230,7 @@ impl Tensor {
             if let Some(device) = dl_device.filter(|&device| device != dlpack::CPU) {
                 return Err(Failure::export(format!("the memory is the CPU's (1, 0), and not of device {device:?}")).into());
             }
-            Ok::<_, Raised>(dlpack::export(py, self.dtype, &self.shape, self.memory(py)?, max_version, copy)?)
+            dlpack::export(py, self.dtype, &self.shape, self.memory(py)?, max_version, copy)
         })
     }
 
