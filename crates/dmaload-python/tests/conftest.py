@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,19 +61,22 @@ class Programs:
 
     @contextmanager
     def start(self, text, *arguments, **keywords):
-        """Starts a program, and kills it if it is still there in the end."""
+        """Starts a program, and kills it with its children if it is still there in the end."""
         process = subprocess.Popen(
             self.command(text, *arguments),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
             **keywords,
         )
         try:
             yield process
         finally:
-            process.kill()
+            # Children that hang would hold the pipes open.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
 

@@ -61,6 +61,34 @@ def test_each_thing_outlives_what_it_came_from(model, programs, heap):
     )
 
 
+@pytest.mark.parametrize("heap", ["anon", "memfd"])
+@pytest.mark.parametrize(
+    "way", ["memoryview(found)", "found.numpy()", "numpy.from_dlpack(found)", "Unversioned(found)"]
+)
+def test_each_way_out_keeps_the_memory(model, programs, heap, way):
+    programs.succeed(
+        CHECK
+        + f"""
+    def Unversioned(found):
+        class Old:
+            # As importers from before DLPack 1 ask.
+            __dlpack_device__ = lambda self: (1, 0)
+            __dlpack__ = lambda self, **_: found.__dlpack__()
+        return numpy.from_dlpack(Old())
+
+    found = dmaload.load(path, heap="{heap}")["w"]
+    kept = {way}
+    del found
+    gc.collect()
+    for _ in range(20):
+        dmaload.load(path, heap="{heap}")["w"].numpy()[...] = 5
+    check(kept)
+    """,
+        model,
+        digest(),
+    )
+
+
 def test_things_that_are_left_to_the_interpreter_s_end(model, programs):
     programs.succeed(
         CHECK

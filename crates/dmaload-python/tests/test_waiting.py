@@ -1,6 +1,7 @@
 """What happens while something waits: other threads run, Ctrl-C stops it, tasks are cancelled,
 processes fork."""
 
+import os
 import signal
 import threading
 import time
@@ -315,7 +316,7 @@ def test_a_fork_in_mid_load(tmp_path, programs, slow_file):
         process.stdin.flush()
         answer = process.stdout.readline()
         if answer != "child ended\n":
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             raise AssertionError(answer + process.communicate()[1])
         slow.release()
         out, complaints = process.communicate(timeout=30)
