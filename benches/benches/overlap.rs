@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
 use dmaload::{LoadOptions, Loader, Report};
+use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
 /// Segments of one piece each.
@@ -40,16 +41,8 @@ fn load(path: &Path, delay: Duration, window_pieces: u64) -> anyhow::Result<Repo
 
 fn main() -> anyhow::Result<()> {
     let mut file = tempfile::NamedTempFile::new_in(std::env::var_os("BENCH_DIR").unwrap_or("/var/tmp".into()))?;
-    let mut state = 0x9E37_79B9_7F4A_7C15u64;
-    for _ in 0..FILE_BYTES / (1 << 20) {
-        let mut block = Vec::with_capacity(1 << 20);
-        while block.len() < 1 << 20 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            block.extend_from_slice(&state.to_le_bytes());
-        }
-        file.write_all(&block)?;
+    for number in (0..).take(FILE_BYTES / (1 << 20)) {
+        file.write_all(&random_bytes(1 << 20, number))?;
     }
     file.as_file().sync_all()?;
 

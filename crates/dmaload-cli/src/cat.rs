@@ -28,8 +28,9 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    let about = |error| errors::with_files(error, std::slice::from_ref(&arguments.path));
-    let loader = engine::loader(&arguments.engine).map_err(about)?;
+    let paths = std::slice::from_ref(&arguments.path);
+    let about = |error| errors::with_files(error, paths);
+    let loader = engine::loader_of(&arguments.engine, paths)?;
     // A file is written as it is, whatever its name says; a folder must contain one complete
     // model.
     let as_one_file = !arguments.path.is_dir();

@@ -52,7 +52,7 @@ impl Checksums {
     /// Adds what this needs to the load's options.
     pub(crate) fn apply_to(&self, options: LoadOptions) -> LoadOptions {
         match &self.landing {
-            Some(landing) => options.observer(Arc::clone(landing) as Arc<dyn Observer>),
+            Some(landing) => options.observer(Arc::clone(landing)),
             None => options,
         }
     }

@@ -1,5 +1,6 @@
 //! Creates loaders from the command line's options.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use dmabuf::Pages;
 use dmaload::heap::{Heap, HeapChoice, UdmabufHeap};
 use dmaload::{Cache, Error, Format, Layout, LoadOptions, Loader, LoaderBuilder, Prefer, Result, Route};
 
-use crate::parse;
+use crate::{errors, parse};
 
 /// Under a memory limit, a segment is at most the limit divided by this.
 const MEMORY_PARTS: usize = 4;
@@ -128,6 +129,13 @@ impl FromStr for RouteChoice {
 /// Creates the loader that the command line asks for.
 pub(crate) fn loader(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.build()
+}
+
+/// Like [`loader`], for loading these files. An error of its heap names them; an error of starting
+/// it does not, because it has nothing to do with them.
+pub(crate) fn loader_of(arguments: &EngineArguments, paths: &[PathBuf]) -> anyhow::Result<Loader> {
+    let builder = builder(arguments, arguments.route.0, arguments.strict);
+    Ok(builder.map_err(|error| errors::with_files(error, paths))?.build()?)
 }
 
 /// Like [`loader`], with another route.

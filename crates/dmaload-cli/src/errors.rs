@@ -94,11 +94,10 @@ pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Er
         error.kind(),
         ErrorKind::OutOfMemory | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Device | ErrorKind::Io
     );
-    // A device's path is not that of a file, and a loader that can't start has no files yet.
+    // A device's path is not that of a file.
     let names_no_file = error.path().is_none() || error.kind() == ErrorKind::Device;
-    let has_started = !matches!(error, dmaload::Error::Start { .. });
     match paths {
-        [first, others @ ..] if is_of_machine && names_no_file && has_started => {
+        [first, others @ ..] if is_of_machine && names_no_file => {
             let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
             anyhow::Error::new(error).context(format!("{}{others}", printable::path(&first)))
         }
@@ -170,7 +169,6 @@ mod tests {
         }
         for error in [
             Error::Config("--x".to_owned()),
-            Error::Start { operation: "no thread could be started", errno: Errno::EAGAIN },
             Error::File { path: "b".into(), operation: "open", errno: Errno::EIO },
             Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
             Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },

@@ -107,7 +107,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if !arguments.exec.is_empty() && arguments.engine.heap == HeapChoice::Anon {
         return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
     }
-    let loader = engine::loader(&arguments.engine).map_err(about)?;
+    let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
     let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, loader.heap()));
     let mut options = loader.load_options().trace(arguments.trace.is_some());
     if !arguments.tensors.is_empty() {

@@ -33,7 +33,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let text = format!("--chunk: {} is no power of two from 4KiB to 1MiB", arguments.chunk);
         return Err(dmaload::Error::Config(text).into());
     }
-    let loader = engine::loader(&arguments.engine).map_err(about)?;
+    let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
     let manifest = block_on(recorded(&loader, &arguments.paths, Recorder::new(arguments.algorithm, arguments.chunk)))?;
     let mut stdout = output::stdout();
     writeln!(stdout, "{}", output::escaped(manifest.map_err(about)?.to_json()))?;

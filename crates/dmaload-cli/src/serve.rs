@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         let _held = server.lock().unwrap_or_else(PoisonError::into_inner);
         Server::check(&arguments.socket)?;
     }
-    let loader = engine::loader(&arguments.engine).map_err(about)?;
+    let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
     let cpu_before = usage::cpu_time();
     let load = loader.load(&arguments.paths).start();
     let image = block_on(finish(load, is_quiet()))?.map_err(about)?;

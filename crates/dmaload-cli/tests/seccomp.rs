@@ -50,6 +50,19 @@ fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
     }
 }
 
+/// Unlike a heap that refuses memory for a file, see `errors/limits.rs`.
+#[test]
+fn loader_that_cannot_start_names_no_file() {
+    let folder = folder();
+    let path = random_file(folder.path(), "model.bin", MIB);
+    let eventfd = u32::try_from(libc::SYS_eventfd2).unwrap();
+    for verb in ["load", "cat", "manifest"] {
+        let command = &mut refusing(dmaload([verb, path.to_str().unwrap()]), &[eventfd], libc::EMFILE);
+        let done = run(command).fails(1, &["cannot start a loader", "EMFILE", "ulimit -n"]);
+        assert!(!done.stderr.contains("model.bin"), "{done}");
+    }
+}
+
 /// Limits are then read from procfs.
 #[test]
 fn loads_work_where_a_sandbox_hides_limits() {

@@ -204,12 +204,14 @@ pub enum Error {
         /// Bytes that the load needs in total; 0 if not known yet.
         planned_bytes: u64,
     },
-    /// The caller's code panicked: a heap, a verifier, an observer, or the waker of the load's
-    /// task. Only the load that it belongs to fails. (If `code` names a thread of dmaload, this is
-    /// a bug in dmaload.)
+    /// The caller's code panicked. If it is a heap, a verifier or an observer, only the load that
+    /// it belongs to fails. If it is a waker, only the future or stream that was polled with it
+    /// returns this error; the load continues. (If `code` names a thread of dmaload, this is a
+    /// bug in dmaload.)
     #[error("{} panicked: {}", printable::text(.code), printable::text(.message))]
     Panicked {
-        /// Which code panicked: `heap NAME`, `the verifier`, `the observer`.
+        /// Which code panicked: `heap NAME`, `the verifier`, `the observer`,
+        /// `the waker of a task`.
         code: String,
         /// The message of the panic.
         message: String,

@@ -16,6 +16,7 @@ use crate::engine::choice;
 use crate::error::Result;
 use crate::files::source::OpenFile;
 use crate::memory::headroom::headroom;
+use crate::plan::BATCH_BYTES;
 use crate::ring::can_read_buffered;
 pub use crate::ring::probe::IoUring;
 #[cfg(test)]
@@ -51,6 +52,10 @@ pub struct File {
 /// Bytes of the smallest load that measures which way of reading is fastest, if
 /// [`crate::LoadOptions::route`] leaves it open.
 pub const MEASURED_BYTES_MIN: u64 = choice::MEASURED_BYTES_MIN;
+
+/// Bytes of the largest piece, the unit in which a load allocates, registers and fills memory,
+/// unless its heap allocates whole segments at once.
+pub const PIECE_BYTES_MAX: u64 = BATCH_BYTES;
 
 impl File {
     /// Why a load would read it through the page cache ([`Route::Buffered`]).

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{ROUTES, assert_same, file, folder};
 use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
@@ -59,13 +59,47 @@ impl Observer for Gate {
     }
 }
 
+/// Lets the bytes of a load pass up to a place that can be advanced.
+#[derive(Debug, Default)]
+struct Steps {
+    place: Mutex<(usize, u64)>,
+    changed: Condvar,
+}
+
+impl Steps {
+    fn let_through(&self, end: usize) {
+        self.set((0, end as u64));
+    }
+
+    fn let_through_file(&self, file_index: usize) {
+        self.set((file_index, u64::MAX));
+    }
+
+    fn set(&self, place: (usize, u64)) {
+        *self.place.lock().unwrap() = place;
+        self.changed.notify_all();
+    }
+}
+
+impl Observer for Steps {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+        let end = (file_index, offset + bytes.len() as u64);
+        drop(self.changed.wait_while(self.place.lock().unwrap(), |place| end > *place).unwrap());
+        Ok(())
+    }
+}
+
 /// Holds back the plan of a load.
-struct Planned(Arc<Gate>);
+struct Planned {
+    gate: Arc<Gate>,
+    /// Looks at the load's bytes.
+    observer: Arc<dyn Observer>,
+}
 
 impl Verify for Planned {
     fn begin(&self, _files: &[(&Path, u64)], _format: Format) -> dmaload::Result<Arc<dyn Observer>> {
-        self.0.pass().unwrap();
-        Ok(self.0.clone())
+        self.gate.pass().unwrap();
+        Ok(Arc::clone(&self.observer))
     }
 
     fn describe(&self) -> String {
@@ -101,7 +135,7 @@ async fn is_pending(future: impl Future) -> bool {
     tokio::time::timeout(WHILE, future).await.is_err()
 }
 
-fn poll<F: Future>(future: Pin<&mut F>, waker: &Waker) -> Poll<F::Output> {
+fn poll<F: Future + ?Sized>(future: Pin<&mut F>, waker: &Waker) -> Poll<F::Output> {
     future.poll(&mut Context::from_waker(waker))
 }
 
@@ -285,6 +319,119 @@ async fn unpolled_waiter_delays_no_other() {
     }
 }
 
+/// A task that waits for a tensor and is polled only after a wake.
+struct Task<'a> {
+    future: Pin<Box<dyn Future<Output = dmaload::Result<Tensor>> + 'a>>,
+    wakes: Arc<CountWakes>,
+    /// The number of wakes at its last poll.
+    seen: usize,
+    tensor: Option<Tensor>,
+}
+
+impl<'a> Task<'a> {
+    fn start(load: &'a Load, name: String) -> Self {
+        let future = Box::pin(async move { load.tensor(&name).await });
+        let mut task = Task { future, wakes: Arc::default(), seen: 0, tensor: None };
+        task.poll();
+        task
+    }
+
+    fn poll(&mut self) {
+        if let Poll::Ready(tensor) = poll(self.future.as_mut(), &Waker::from(Arc::clone(&self.wakes))) {
+            self.tensor = Some(tensor.unwrap());
+        }
+    }
+
+    fn poll_if_woken(&mut self) {
+        let wakes = self.wakes.0.load(Ordering::SeqCst);
+        if self.tensor.is_none() && std::mem::replace(&mut self.seen, wakes) < wakes {
+            self.poll();
+        }
+    }
+}
+
+/// Polls woken tasks until all of them have their tensors.
+#[track_caller]
+fn run(tasks: &mut [Task<'_>]) {
+    let deadline = Instant::now() + PATIENCE;
+    while tasks.iter().any(|task| task.tensor.is_none()) {
+        assert!(Instant::now() < deadline, "a task was not woken");
+        tasks.iter_mut().for_each(Task::poll_if_woken);
+    }
+}
+
+/// Thousands of tasks may wait for a model of many segments, so a segment must not wake them all.
+#[test]
+fn segment_wakes_only_tasks_whose_tensor_it_completes() {
+    const COUNT: usize = 400;
+    const BYTES: usize = 50_000;
+    let folder = folder();
+    let bytes = dmaload_testing::safetensors_of(COUNT, BYTES, 13);
+    let path = file(folder.path(), "model.safetensors", &bytes);
+    let gate = Gate::before(0, 0);
+    let passed = Arc::new(Steps::default());
+    let verify = Planned { gate: gate.clone(), observer: passed.clone() };
+    let load = Loader::new().unwrap().load(&path).options(options().verify(verify)).start();
+    let mut tasks: Vec<_> = (0..COUNT).map(|number| Task::start(&load, format!("t{number}"))).collect();
+    gate.open();
+    let data_start = bytes.len() - COUNT * BYTES;
+    let mut complete = 0;
+    for end in (1..).map(|segments| segments * usize::try_from(SEGMENT).unwrap()) {
+        passed.let_through(end.min(bytes.len()));
+        // Tensors whose last byte is in the segments up to here.
+        let until = (end.saturating_sub(data_start) / BYTES).min(COUNT);
+        let deadline = Instant::now() + PATIENCE;
+        while tasks[complete..until].iter().any(|task| task.tensor.is_none()) {
+            assert!(Instant::now() < deadline, "a task was not woken");
+            tasks.iter_mut().for_each(Task::poll_if_woken);
+        }
+        assert!(tasks[until..].iter().all(|task| task.tensor.is_none()), "{until}: too early");
+        complete = until;
+        if complete == COUNT {
+            break;
+        }
+    }
+    assert!(bytes.len() as u64 > 9 * SEGMENT, "many segments");
+    for (number, task) in tasks.iter().enumerate() {
+        let tensor = task.tensor.as_ref().unwrap();
+        assert_same(&tensor.bytes().unwrap(), &bytes[data_start + number * BYTES..][..BYTES], tensor.name());
+        // One wake when the load is planned, and one for the segment with its last byte.
+        assert!(task.wakes.0.load(Ordering::SeqCst) <= 2, "t{number} was woken {} times", task.seen);
+    }
+}
+
+/// Without an index a name may be in any file, so a task has to wait for all headers; it must not
+/// be woken by each of them.
+#[test]
+fn small_files_wake_each_task_at_most_twice() {
+    const FILES: usize = 48;
+    let folder = folder();
+    let model = |number: usize| {
+        let header = format!(r#"{{"t{number}":{{"dtype":"U8","shape":[400000],"data_offsets":[0,400000]}}}}"#);
+        let bytes = dmaload_testing::safetensors(header.as_bytes(), &dmaload_testing::random_bytes(400_000, number as u64));
+        file(folder.path(), &format!("{number:02}.safetensors"), &bytes)
+    };
+    let paths: Vec<_> = (0..FILES).map(model).collect();
+    let gate = Gate::before(0, 0);
+    let passed = Arc::new(Steps::default());
+    let verify = Planned { gate: gate.clone(), observer: passed.clone() };
+    let load = Loader::new().unwrap().load(&paths).options(options().verify(verify)).start();
+    let mut tasks: Vec<_> = (0..FILES).map(|number| Task::start(&load, format!("t{number}"))).collect();
+    gate.open();
+    for file_index in 0..FILES {
+        passed.let_through_file(file_index);
+        // Time for unnecessary wakes.
+        thread::sleep(Duration::from_millis(5));
+        tasks.iter_mut().for_each(Task::poll_if_woken);
+    }
+    run(&mut tasks);
+    for (number, task) in tasks.iter().enumerate() {
+        assert_eq!(task.tensor.as_ref().unwrap().name(), format!("t{number}"));
+        // One wake when the load is planned, and one for the last header.
+        assert!(task.wakes.0.load(Ordering::SeqCst) <= 2, "t{number} was woken {} times", task.seen);
+    }
+}
+
 #[tokio::test]
 async fn dropped_waiter_loses_nothing_and_is_never_woken() {
     let folder = folder();
@@ -329,7 +476,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     let small = file(folder.path(), "small.safetensors", &dmaload_testing::safetensors_of(1, 64, 6));
     // Nothing is known before it is planned.
     let gate = Gate::before(0, 0);
-    let load = loader.load(&large).options(options().verify(Planned(gate.clone()))).start();
+    let load = loader.load(&large).options(options().verify(Planned { gate: gate.clone(), observer: gate.clone() })).start();
     assert!(is_pending(load.tensor("none")).await && is_pending(load.tensor("t0")).await);
     gate.open();
     assert_eq!(in_time("an error", load.tensor("none")).await.unwrap_err(), Error::NoSuchTensor("none".to_owned()));

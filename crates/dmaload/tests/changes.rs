@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, HeapError, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Image, LoadOptions, Loader, Route};
+use dmaload::{Error, Image, LoadOptions, Loader, LoaderBuilder, Route};
 use dmaload_testing::seccomp::{self, Scope};
 
 const SEGMENT: usize = 2 << 20;
@@ -53,6 +53,12 @@ impl GatedHeap {
     fn around_memfds(&self) -> Hooked<MemfdHeap, Self> {
         Hooked::new(MemfdHeap::default(), self.clone())
     }
+
+    /// A loader of this heap alone, which one worker calls.
+    fn builder(&self) -> LoaderBuilder {
+        let options = LoadOptions::new().segment_bytes(SEGMENT as u64);
+        Loader::builder().heap(self.around_memfds()).allocator_threads(1).load_options(options)
+    }
 }
 
 /// Loads a file, and changes it after its first segment arrived and before its last one can be
@@ -72,16 +78,11 @@ async fn load_range_and(
     // A change in the same clock tick as the writing would not show in the file's time.
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader = Loader::builder()
-        .heap(heap.around_memfds())
-        .allocator_threads(1)
-        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route))
-        .build()
-        .unwrap();
-    let options = match range {
-        Some(range) => loader.load_options().range(range),
-        None => loader.load_options(),
-    };
+    let loader = heap.builder().build().unwrap();
+    let mut options = loader.load_options().route(route);
+    if let Some(range) = range {
+        options = options.range(range);
+    }
     let mut load = loader.load(&path).options(options).start();
     load.next().await.expect("the first segment needs no last one").unwrap();
     change(&path);
@@ -207,12 +208,7 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     let path = file(folder.path(), "model.bin", &model());
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
-    let loader = Loader::builder()
-        .heap(heap.around_memfds())
-        .allocator_threads(1)
-        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64))
-        .build()
-        .unwrap();
+    let loader = heap.builder().build().unwrap();
     let mut segments = loader.load(&path).segments();
     segments.next().await.unwrap().unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
@@ -300,11 +296,7 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();
-    let builder = Loader::builder()
-        .heap(heap.around_memfds())
-        .allocator_threads(1)
-        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64));
-    let loader = builder.shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
+    let loader = heap.builder().shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
     let mut load = loader.load(&path).start();
     let segment = load.next().await.expect("the first segment needs no last one").unwrap();
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
@@ -329,11 +321,7 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let heap = GatedHeap::default();
-    let builder = Loader::builder()
-        .heap(heap.around_memfds())
-        .allocator_threads(1)
-        .load_options(LoadOptions::new().segment_bytes(SEGMENT as u64));
-    let loader = builder.build().unwrap();
+    let loader = heap.builder().build().unwrap();
     let load = loader.load(&path).start();
     // All segments but the last are read: a read in flight would be leaked.
     let all_but_one = ((SEGMENTS - 1) * SEGMENT) as u64;

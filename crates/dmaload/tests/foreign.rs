@@ -1,6 +1,6 @@
 //! The caller's code on the loader's threads: wakers that poll, and anything that panics. It runs
-//! without a lock and never on the ring thread; the load it belongs to fails by name, and no other
-//! load notices.
+//! without a lock and never on the ring thread; the load it belongs to (for a waker, the waiting
+//! future) fails by name, and no other load notices.
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 mod common;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{HeapError, HeapHooks, Hooked, MemfdHeap};
-use dmaload::{Error, Format, Load, LoadOptions, Loader, Observer, Rejection, Verify};
+use dmaload::{Error, Format, LoadOptions, Loader, Observer, Rejection, Verify};
 use futures_core::Stream;
 
 const SEGMENT: u64 = 2 << 20;
@@ -188,6 +188,7 @@ fn the_last_loader_may_be_dropped_inside_of_a_waker() {
     }
 }
 
+#[derive(Default)]
 struct PanicsWhenWoken(AtomicUsize);
 
 impl Wake for PanicsWhenWoken {
@@ -198,59 +199,90 @@ impl Wake for PanicsWhenWoken {
     }
 }
 
-/// Polls now and then, without a waker, until it is ready.
-fn poll_next(load: &mut Load) -> Option<dmaload::Result<dmaload::Segment>> {
+#[derive(Default)]
+struct CountWakes(AtomicUsize);
+
+impl Wake for CountWakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Waits until a waker was called. Polling before would replace it.
+#[track_caller]
+fn wait_until_woken(wakes: &AtomicUsize) {
     let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        if let Poll::Ready(next) = Pin::new(&mut *load).poll_next(&mut Context::from_waker(Waker::noop())) {
-            return next;
-        }
-        assert!(std::time::Instant::now() < deadline, "neither a segment nor an error");
+    while wakes.load(Ordering::SeqCst) == 0 {
+        assert!(std::time::Instant::now() < deadline, "nothing wakes it");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn waker_that_panics_fails_only_its_load() {
+fn waker_that_panics_fails_only_its_own_wait() {
     let folder = folder();
-    let bytes = random_bytes(6_000_000, 1);
-    let path = file(folder.path(), "model.bin", &bytes);
+    let path = safetensors(folder.path(), 12, 1_000_000);
+    let expected = std::fs::read(&path).unwrap();
+    let panicked = || {
+        let code = "the waker of a task".to_owned();
+        Error::Panicked { code, message: "in a waker".to_owned() }
+    };
     for route in ROUTES {
         let gate = Gate::default();
-        let heap = Hooked::new(MemfdHeap::default(), gate.clone());
         let loader = Loader::builder()
-            .heap(heap)
+            .heap(Hooked::new(MemfdHeap::default(), gate.clone()))
             .load_options(LoadOptions::new().route(route).segment_bytes(SEGMENT))
             .allocator_threads(1)
             .build()
             .unwrap();
-        let (mut load, mut other) = (loader.load(&path).start(), loader.load(&path).start());
-        let panics = Arc::new(PanicsWhenWoken(AtomicUsize::new(0)));
-        let polled = Pin::new(&mut load).poll_next(&mut Context::from_waker(&Waker::from(Arc::clone(&panics))));
-        assert!(polled.is_pending(), "the heap waits");
-        gate.open();
-        // Polling before would replace the waker.
-        let deadline = std::time::Instant::now() + PATIENCE;
-        while panics.0.load(Ordering::SeqCst) == 0 {
-            assert!(std::time::Instant::now() < deadline, "nothing wakes it");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let error = loop {
-            match poll_next(&mut load).expect("an error comes before the end") {
-                Ok(_) => {}
-                Err(error) => break error,
-            }
+        let wakers: [Arc<PanicsWhenWoken>; 4] = Default::default();
+        let [of_next, of_segments, of_tensor, of_finish] = wakers.clone().map(Waker::from);
+        let mut load = loader.load(&path).start();
+        let mut segments = loader.load(&path).segments();
+        let kept = loader.load(&path).start();
+        let mut finish = loader.load(&path).into_future();
+        assert!(Pin::new(&mut load).poll_next(&mut Context::from_waker(&of_next)).is_pending(), "the heap waits");
+        assert!(Pin::new(&mut segments).poll_next(&mut Context::from_waker(&of_segments)).is_pending());
+        assert!(finish.as_mut().poll(&mut Context::from_waker(&of_finish)).is_pending());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
+        let in_time = |what, future: Pin<&mut dyn Future<Output = dmaload::Result<()>>>| {
+            runtime.block_on(async { tokio::time::timeout(PATIENCE, future).await }).expect(what)
         };
-        let code = "the waker of the load's task".to_owned();
-        assert_eq!(error, Error::Panicked { code, message: "in a waker".to_owned() });
-        assert_eq!(panics.0.load(Ordering::SeqCst), 1);
-        while let Some(segment) = poll_next(&mut other) {
-            let segment = segment.unwrap();
-            let range = segment.file_range();
-            let range = usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap();
-            assert_same(&segment.bytes().unwrap(), &bytes[range], "beside it");
+        {
+            // Three wait for the same tensor, the middle one with a waker that panics.
+            let mut panicking = std::pin::pin!(kept.tensor("t9"));
+            let before = std::pin::pin!(async { kept.tensor("t9").await.map(drop) });
+            let after = std::pin::pin!(async { kept.tensor("t9").await.map(drop) });
+            let mut others: [Pin<&mut dyn Future<Output = dmaload::Result<()>>>; 2] = [before, after];
+            let [wakes_before, wakes_after] = [Arc::new(CountWakes::default()), Arc::new(CountWakes::default())];
+            assert!(others[0].as_mut().poll(&mut Context::from_waker(&wakes_before.clone().into())).is_pending());
+            assert!(panicking.as_mut().poll(&mut Context::from_waker(&of_tensor)).is_pending());
+            assert!(others[1].as_mut().poll(&mut Context::from_waker(&wakes_after.clone().into())).is_pending());
+            gate.open();
+            wakers.iter().for_each(|waker| wait_until_woken(&waker.0));
+            // Others are woken although one has panicked.
+            [wakes_before, wakes_after].iter().for_each(|wakes| wait_until_woken(&wakes.0));
+            let polled = panicking.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            assert!(matches!(&polled, Poll::Ready(Err(error)) if *error == panicked()), "{route}: {polled:?}");
+            for other in others {
+                in_time("the tensor of another one", other).unwrap();
+            }
         }
-        assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), bytes.len() as u64, "after it");
+        // The load goes on.
+        let image = runtime.block_on(async { tokio::time::timeout(PATIENCE, kept).await }).unwrap().unwrap();
+        assert_same(&image.files()[0].bytes().unwrap(), &expected, route.name());
+        let noop = &mut Context::from_waker(Waker::noop());
+        assert_eq!(Pin::new(&mut load).poll_next(noop).map_ok(drop), Poll::Ready(Some(Err(panicked()))), "{route}");
+        assert_eq!(Pin::new(&mut load).poll_next(noop).map_ok(drop), Poll::Ready(None), "{route}");
+        let tensor = load.tensor_blocking("t0").unwrap();
+        assert_eq!(tensor.bytes().unwrap().len(), 1_000_000);
+        assert_eq!(Pin::new(&mut segments).poll_next(noop).map_ok(drop), Poll::Ready(Some(Err(panicked()))), "{route}");
+        assert_eq!(Pin::new(&mut segments).poll_next(noop).map_ok(drop), Poll::Ready(None), "{route}");
+        assert_eq!(finish.as_mut().poll(noop).map_ok(drop), Poll::Ready(Err(panicked())), "{route}");
+        for waker in wakers {
+            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: a waker is called once for a poll");
+        }
+        assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), expected.len() as u64, "after it");
     }
 }
 
@@ -385,7 +417,7 @@ fn panicking_verifiers_and_observers_are_named() {
         runtime.block_on(loader.shutdown()).unwrap();
     }
     let threads = THREADS.lock().unwrap();
-    assert!(threads.iter().any(|name| name.starts_with("dmaload-look")), "{threads:?}");
+    assert!(threads.iter().any(|name| name.starts_with("dmaload-observe")), "{threads:?}");
 }
 
 /// A loader's options are held by the loader alone, not by its threads.

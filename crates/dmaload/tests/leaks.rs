@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::AnonHeap;
 use dmaload::{Error, Layout, LoadOptions, Loader, LoaderBuilder, Source};
+use dmaload_testing::Random;
 
 const SEGMENT: u64 = 2 << 20;
 
@@ -89,18 +90,15 @@ async fn a_hundred_loads_at_once(files: &Files) {
 async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
     for route in ROUTES {
         let loader = small_window().load_options(LoadOptions::new().segment_bytes(SEGMENT).route(route)).build().unwrap();
-        let mut state = 88_172_645_463_325_252u64;
+        let mut random = Random::new(1);
         for round in 0..50 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
             let mut load = loader.load(&files.large).start();
-            match state % 4 {
+            match random.below(4) {
                 0 => {}
-                1 => tokio::time::sleep(Duration::from_micros(state % 20_000)).await,
+                1 => tokio::time::sleep(Duration::from_micros(random.below(20_000))).await,
                 2 => drop(load.next().await),
                 _ => {
-                    let _ = tokio::time::timeout(Duration::from_micros(state % 30_000), load.next()).await;
+                    let _ = tokio::time::timeout(Duration::from_micros(random.below(30_000)), load.next()).await;
                 }
             }
             drop(load);

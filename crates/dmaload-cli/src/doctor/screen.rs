@@ -18,7 +18,7 @@ const WIDTH: usize = 80;
 const INDENT: usize = 14;
 
 pub(crate) fn screen(facts: &Facts) -> String {
-    let mut rows = Rows(Pairs::new());
+    let mut rows = WrappedPairs(Pairs::new());
     rows.add("kernel", &facts.kernel);
     rows.add("io_uring", &io_uring(facts));
     rows.add("memlock", &memlock(&facts.memlock, &facts.io_uring));
@@ -51,9 +51,9 @@ fn size(count: u64) -> String {
 }
 
 /// Pairs whose values wrap onto further lines.
-struct Rows(Pairs);
+struct WrappedPairs(Pairs);
 
-impl Rows {
+impl WrappedPairs {
     fn add(&mut self, what: &str, value: &str) {
         let mut what = format!("{what:INDENT$}", INDENT = INDENT - 2);
         for line in wrapped(value, WIDTH - INDENT) {

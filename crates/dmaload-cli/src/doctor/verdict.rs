@@ -8,7 +8,6 @@ use super::trial::Loaded;
 
 /// The default window: no load registers more at once.
 const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
-const PIECE_BYTES: u64 = 16 << 20;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 
@@ -134,7 +133,7 @@ fn wanted_bytes(facts: &Facts) -> Option<u64> {
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
-    allowed && facts.io_uring.registrable_bytes >= wanted.min(PIECE_BYTES)
+    allowed && facts.io_uring.registrable_bytes >= wanted.min(probe::PIECE_BYTES_MAX)
 }
 
 /// Why direct reads are refused at the path or, without one, at the small file.

@@ -38,7 +38,7 @@ pub(super) enum Message<E> {
 }
 
 #[derive(Debug)]
-struct Queue<E> {
+struct MailboxState<E> {
     messages: VecDeque<Message<E>>,
     /// The thread ends after the messages that are queued.
     closed: bool,
@@ -48,19 +48,19 @@ struct Queue<E> {
 /// Messages that the teller has not handled yet. `E` is the engine.
 #[derive(Debug)]
 pub(super) struct Mailbox<E> {
-    queue: Mutex<Queue<E>>,
+    queue: Mutex<MailboxState<E>>,
     changed: Condvar,
 }
 
 impl<E> Default for Mailbox<E> {
     fn default() -> Self {
-        let queue = Queue { messages: VecDeque::new(), closed: false, ended: false };
+        let queue = MailboxState { messages: VecDeque::new(), closed: false, ended: false };
         Mailbox { queue: Mutex::new(queue), changed: Condvar::new() }
     }
 }
 
 impl<E> Mailbox<E> {
-    fn queue(&self) -> MutexGuard<'_, Queue<E>> {
+    fn queue(&self) -> MutexGuard<'_, MailboxState<E>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

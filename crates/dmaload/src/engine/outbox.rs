@@ -1,18 +1,56 @@
 //! The events of a load for its consumers, in order, and the wakers of those that wait for them.
 //!
-//! Any number may wait. Each event wakes all of them, so a waiter that is alive but no longer
-//! polled does not hold up the others. Wakers are the caller's code: they are cloned, called and
-//! dropped without the lock.
+//! Any number may wait, each for one thing ([`Interest`]). An event wakes only the waiters that it
+//! can satisfy. Whichever waiter is polled takes the events for all, so a waiter that is alive but
+//! no longer polled does not hold up the others.
+//!
+//! Wakers are the caller's code: they are cloned, called and dropped without the lock. If one
+//! panics, only its own waiter gets an error.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::Waker;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 
 use super::event::Event;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::support::foreign::{self, Foreign};
 use crate::support::sync::{Mutex, MutexGuard, lock};
+
+/// What a waiter needs to continue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Interest {
+    /// The next event of any kind.
+    AnyEvent,
+    /// The segment with this byte of a file.
+    Byte { file_index: usize, offset: u64 },
+    /// The end of the load.
+    End,
+}
+
+/// The waiters that an event wakes.
+#[derive(Debug)]
+enum Audience {
+    /// Those that accept any event.
+    AnyEvent,
+    /// Those that accept any event or need a byte in this range.
+    Bytes {
+        file_index: usize,
+        range: Range<u64>,
+    },
+    Everyone,
+}
+
+impl Audience {
+    fn of(event: &Event) -> Self {
+        match event {
+            Event::Planned(_) => Audience::AnyEvent,
+            Event::Segment(segment) => Audience::Bytes { file_index: segment.file_index(), range: segment.file_range() },
+            Event::Done(_) | Event::Failed(_) => Audience::Everyone,
+        }
+    }
+}
 
 /// The events that were not taken yet, and the waiters for more.
 #[derive(Debug, Default)]
@@ -25,8 +63,34 @@ struct OutboxState {
     events: VecDeque<Event>,
     /// No more events come.
     closed: bool,
-    /// By the ID of the waiter: the first to come is woken first.
-    waiting: BTreeMap<u64, Foreign<Waker>>,
+    /// Sorted by interest, so that the waiters for a range of bytes are adjacent, then by waiter
+    /// number.
+    waiting: BTreeMap<(Interest, u64), Registration>,
+}
+
+/// The registration of a pending waiter.
+#[derive(Debug)]
+struct Registration {
+    waker: Foreign<Waker>,
+    /// Shared with the waiter, which may be dropped while its waker is called.
+    panic: Arc<OnceLock<String>>,
+}
+
+impl OutboxState {
+    /// Removes the waiters that an event wakes.
+    fn take_waiting(&mut self, audience: &Audience) -> Vec<Registration> {
+        let mut woken: Vec<_> = match audience {
+            Audience::Everyone => return std::mem::take(&mut self.waiting).into_values().collect(),
+            Audience::AnyEvent => Vec::new(),
+            &Audience::Bytes { file_index, range: Range { start, end } } => {
+                let key = |offset| (Interest::Byte { file_index, offset }, 0);
+                self.waiting.extract_if(key(start)..key(end), |_, _| true).collect()
+            }
+        };
+        let any_event = (Interest::AnyEvent, 0)..=(Interest::AnyEvent, u64::MAX);
+        woken.extend(self.waiting.extract_if(any_event, |_, _| true));
+        woken.into_iter().map(|(_, registration)| registration).collect()
+    }
 }
 
 impl Outbox {
@@ -38,18 +102,19 @@ impl Outbox {
         state.events.pop_front().or_else(|| closed.then_some(Event::Failed(Error::ShutDown)))
     }
 
-    fn change(&self, change: impl FnOnce(&mut OutboxState)) -> Result<(), String> {
-        let waiting = {
+    /// Changes the state and wakes the audience of the change.
+    fn change(&self, audience: &Audience, change: impl FnOnce(&mut OutboxState)) {
+        let woken = {
             let mut state = self.state();
             change(&mut state);
-            std::mem::take(&mut state.waiting)
+            state.take_waiting(audience)
         };
-        let mut woken = Ok(());
-        for waker in waiting.into_values() {
-            // A panic of one waker must not leave the others waiting.
-            woken = woken.and(foreign::call(|| waker.wake_by_ref()));
+        for Registration { waker, panic } in woken {
+            if let Err(message) = foreign::call(|| waker.wake_by_ref()) {
+                // The first panic counts; the others are woken nevertheless.
+                let _ = panic.set(message);
+            }
         }
-        woken
     }
 
     fn state(&self) -> MutexGuard<'_, OutboxState> {
@@ -66,19 +131,15 @@ impl Announcer {
         Announcer(Arc::clone(outbox))
     }
 
-    /// Queues an event, and wakes all waiters.
-    ///
-    /// # Errors
-    /// The panic message of a waker; the others were called nevertheless.
-    pub(crate) fn send(&self, event: Event) -> Result<(), String> {
-        self.0.change(|state| state.events.push_back(event))
+    /// Queues an event, and wakes the waiters that it can satisfy.
+    pub(crate) fn send(&self, event: Event) {
+        self.0.change(&Audience::of(&event), |state| state.events.push_back(event));
     }
 }
 
 impl Drop for Announcer {
     fn drop(&mut self) {
-        // The panic hook has reported the panic of a waker, and its load is over.
-        let _ = self.0.change(|state| state.closed = true);
+        self.0.change(&Audience::Everyone, |state| state.closed = true);
     }
 }
 
@@ -86,29 +147,71 @@ impl Drop for Announcer {
 #[derive(Debug)]
 pub(crate) struct Waiter {
     outbox: Arc<Outbox>,
-    id: u64,
+    number: u64,
+    /// The interest it was last registered with.
+    interest: Option<Interest>,
+    /// The panic message of its waker.
+    panic: Arc<OnceLock<String>>,
 }
 
 impl Waiter {
     pub(crate) fn new(outbox: &Arc<Outbox>) -> Self {
-        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
-        Waiter { outbox: Arc::clone(outbox), id: NEXT_ID.fetch_add(1, Ordering::Relaxed) }
+        static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
+        Waiter { outbox: Arc::clone(outbox), number, interest: None, panic: Arc::default() }
     }
 
-    /// Registers a waker to be called with the next event. Check for events after this, not
-    /// before.
-    pub(crate) fn wait(&self, waker: &Waker) {
-        let own = Foreign::new(waker.clone());
-        // A separate statement: the lock must be released before the previous waker is dropped.
-        let before = self.outbox.state().waiting.insert(self.id, own);
-        drop(before);
+    /// Polls `look`, which takes the events that have arrived and either finds what it wants or
+    /// returns what it needs. In that case the task is woken when this arrives.
+    ///
+    /// # Errors
+    /// [`Error::Panicked`] if the waker of an earlier poll has panicked.
+    pub(crate) fn poll<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        mut look: impl FnMut() -> Result<T, Interest>,
+    ) -> Poll<Result<T>> {
+        if let Some(message) = self.panic.get() {
+            let (code, message) = ("the waker of a task".to_owned(), message.clone());
+            return Poll::Ready(Err(Error::Panicked { code, message }));
+        }
+        let mut registered = None;
+        loop {
+            match look() {
+                Ok(found) => {
+                    self.unregister();
+                    return Poll::Ready(Ok(found));
+                }
+                // Checked once more after registering, so no event is missed in between.
+                Err(interest) if registered == Some(interest) => return Poll::Pending,
+                Err(interest) => {
+                    self.register(interest, context.waker());
+                    registered = Some(interest);
+                }
+            }
+        }
+    }
+
+    /// Replaces the registration.
+    fn register(&mut self, interest: Interest, waker: &Waker) {
+        self.unregister();
+        let registration = Registration { waker: Foreign::new(waker.clone()), panic: Arc::clone(&self.panic) };
+        self.interest = Some(interest);
+        let before = self.outbox.state().waiting.insert((interest, self.number), registration);
+        debug_assert!(before.is_none(), "a waiter is registered once");
+    }
+
+    fn unregister(&mut self) {
+        let Some(interest) = self.interest.take() else { return };
+        // A separate statement: the lock must be released before the waker is dropped.
+        let registration = self.outbox.state().waiting.remove(&(interest, self.number));
+        drop(registration);
     }
 }
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        let own = self.outbox.state().waiting.remove(&self.id);
-        drop(own);
+        self.unregister();
     }
 }
 
@@ -140,48 +243,130 @@ mod tests {
         (Arc::clone(&count), Waker::from(count))
     }
 
-    fn announce(announcer: &Announcer) -> Result<(), String> {
-        announcer.send(Event::Failed(Error::ShutDown))
+    fn byte(file_index: usize, offset: u64) -> Interest {
+        Interest::Byte { file_index, offset }
+    }
+
+    /// Queues an event that stands for a segment.
+    fn announce(announcer: &Announcer, file_index: usize, range: Range<u64>) {
+        let audience = Audience::Bytes { file_index, range };
+        announcer.0.change(&audience, |state| state.events.push_back(Event::Planned(Vec::new())));
+    }
+
+    fn sleep(waiter: &mut Waiter, interest: Interest, waker: &Waker) {
+        let polled = waiter.poll(&mut Context::from_waker(waker), || Err::<(), _>(interest));
+        assert!(polled.is_pending());
     }
 
     #[test]
-    fn event_is_seen_or_wakes_the_waiter() {
+    fn event_is_seen_or_wakes_a_waiter_that_checked_too_early() {
         model(|| {
             let outbox = Arc::default();
             let announcer = Announcer::new(&outbox);
-            let sender = spawn(move || announce(&announcer).unwrap());
+            // Kept alive, because dropping it wakes everyone.
+            let sender = spawn(move || {
+                announce(&announcer, 0, 0..1);
+                announcer
+            });
             let (count, waker) = counting();
-            let waiter = Waiter::new(&outbox);
-            waiter.wait(&waker);
-            let saw = outbox.take().is_some();
-            sender.join().unwrap();
-            assert!(saw || count.get() > 0, "it would sleep forever");
+            let mut waiter = Waiter::new(&outbox);
+            let look = || outbox.take().map(drop).ok_or(byte(0, 0));
+            let polled = waiter.poll(&mut Context::from_waker(&waker), look);
+            let _announcer = sender.join().unwrap();
+            assert!(polled.is_ready() || count.get() > 0, "it would sleep for ever");
+        });
+    }
+
+    /// The first event decides which second one is needed.
+    #[test]
+    fn waiter_that_changes_its_interest_misses_no_event() {
+        model(|| {
+            let outbox = Arc::default();
+            let announcer = Announcer::new(&outbox);
+            let sender = spawn(move || {
+                announcer.0.change(&Audience::AnyEvent, |state| state.events.push_back(Event::Planned(Vec::new())));
+                announce(&announcer, 1, 5..9);
+                announcer
+            });
+            let mut sender = Some(sender);
+            let mut announcer = None;
+            let (count, waker) = counting();
+            let mut waiter = Waiter::new(&outbox);
+            let mut taken = 0;
+            let mut look = || {
+                while outbox.take().is_some() {
+                    taken += 1;
+                }
+                match taken {
+                    0 => Err(Interest::AnyEvent),
+                    1 => Err(byte(1, 7)),
+                    _ => Ok(()),
+                }
+            };
+            loop {
+                let before = count.get();
+                if waiter.poll(&mut Context::from_waker(&waker), &mut look).is_ready() {
+                    break;
+                }
+                // A task that was woken during its poll is polled again; any other one sleeps.
+                if count.get() == before {
+                    announcer = Some(sender.take().expect("a second sleep has no end").join().unwrap());
+                    assert_ne!(count.get(), before, "it would sleep for ever");
+                }
+            }
+            if let Some(sender) = sender {
+                announcer = Some(sender.join().unwrap());
+            }
+            drop(announcer);
         });
     }
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn event_wakes_every_waiter_once() {
+    fn event_wakes_only_waiters_that_it_can_satisfy() {
+        let outbox = Arc::default();
+        let announcer = Announcer::new(&outbox);
+        let interests = [byte(1, 9), byte(1, 10), byte(1, 19), byte(1, 20), byte(0, 15), Interest::AnyEvent, Interest::End];
+        let mut waiters = interests.map(|interest| (interest, Waiter::new(&outbox), counting()));
+        for (interest, waiter, (_, waker)) in &mut waiters {
+            sleep(waiter, *interest, waker);
+        }
+        let counts = |waiters: &[(_, _, (Arc<Count>, _)); 7]| waiters.each_ref().map(|(_, _, (count, _))| count.get());
+        announce(&announcer, 1, 10..20);
+        assert_eq!(counts(&waiters), [0, 1, 1, 0, 0, 1, 0]);
+        // A woken waiter is no longer registered.
+        announce(&announcer, 1, 10..20);
+        assert_eq!(counts(&waiters), [0, 1, 1, 0, 0, 1, 0]);
+        announcer.send(Event::Planned(Vec::new()));
+        assert_eq!(counts(&waiters), [0, 1, 1, 0, 0, 1, 0]);
+        announcer.send(Event::Failed(Error::ShutDown));
+        assert_eq!(counts(&waiters), [1; 7], "the end is for all that wait");
+    }
+
+    #[test]
+    #[cfg(not(dmaload_loom))]
+    fn waiter_has_at_most_one_registration() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
         let ((first, first_waker), (second, second_waker)) = (counting(), counting());
-        let (one, two, dropped) = (Waiter::new(&outbox), Waiter::new(&outbox), Waiter::new(&outbox));
-        one.wait(&second_waker);
-        // A waiter has one waker: its last.
-        one.wait(&first_waker);
-        two.wait(&second_waker);
-        dropped.wait(&second_waker);
+        let (mut moved, mut found, mut dropped) = (Waiter::new(&outbox), Waiter::new(&outbox), Waiter::new(&outbox));
+        sleep(&mut moved, byte(0, 0), &second_waker);
+        sleep(&mut moved, byte(0, 1), &first_waker);
+        sleep(&mut found, byte(0, 0), &second_waker);
+        assert!(found.poll(&mut Context::from_waker(&second_waker), || Ok(())).is_ready());
+        sleep(&mut dropped, byte(0, 0), &second_waker);
         drop(dropped);
-        announce(&announcer).unwrap();
-        announce(&announcer).unwrap();
-        assert_eq!([first.get(), second.get()], [1, 1], "a dropped waiter and one that was woken are not called");
-        // Nothing keeps a waker that was called, or one of a waiter that was dropped.
+        announce(&announcer, 0, 0..1);
+        assert_eq!([first.get(), second.get()], [0, 0]);
+        announce(&announcer, 0, 1..2);
+        assert_eq!([first.get(), second.get()], [1, 0]);
+        // Wakers that were called or replaced are dropped.
         assert_eq!([Arc::strong_count(&first), Arc::strong_count(&second)], [2, 2]);
     }
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn panicking_waker_does_not_keep_others_from_being_woken() {
+    fn waker_that_panics_fails_only_its_own_waiter() {
         struct Panics;
         impl Wake for Panics {
             fn wake(self: Arc<Self>) {
@@ -191,25 +376,30 @@ mod tests {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
         let (count, waker) = counting();
-        let waiters = [Waiter::new(&outbox), Waiter::new(&outbox), Waiter::new(&outbox)];
-        waiters[0].wait(&waker);
-        waiters[1].wait(&Waker::from(Arc::new(Panics)));
-        waiters[2].wait(&waker);
-        assert_eq!(announce(&announcer), Err("in a waker".to_owned()));
+        let mut waiters = [Waiter::new(&outbox), Waiter::new(&outbox), Waiter::new(&outbox)];
+        sleep(&mut waiters[0], byte(0, 0), &waker);
+        sleep(&mut waiters[1], byte(0, 0), &Waker::from(Arc::new(Panics)));
+        sleep(&mut waiters[2], byte(0, 0), &waker);
+        announce(&announcer, 0, 0..1);
         assert_eq!(count.get(), 2);
+        let polled = waiters.map(|mut waiter| waiter.poll(&mut Context::from_waker(&waker), || Ok(())));
+        let code = "the waker of a task".to_owned();
+        let panicked = Err(Error::Panicked { code, message: "in a waker".to_owned() });
+        assert_eq!(polled, [Poll::Ready(Ok(())), Poll::Ready(panicked), Poll::Ready(Ok(()))]);
     }
 
     #[test]
     #[cfg(not(dmaload_loom))]
-    fn dropped_announcer_ends_the_wait() {
+    fn dropping_the_announcer_ends_every_wait() {
         let outbox = Arc::default();
         let announcer = Announcer::new(&outbox);
         let (count, waker) = counting();
-        let waiter = Waiter::new(&outbox);
+        let mut waiters = [Waiter::new(&outbox), Waiter::new(&outbox)];
         assert!(outbox.take().is_none());
-        waiter.wait(&waker);
+        sleep(&mut waiters[0], byte(0, 0), &waker);
+        sleep(&mut waiters[1], Interest::End, &waker);
         drop(announcer);
-        assert_eq!(count.get(), 1);
+        assert_eq!(count.get(), 2);
         assert!(matches!(outbox.take(), Some(Event::Failed(Error::ShutDown))));
     }
 }

@@ -62,8 +62,8 @@ fn first_of_two_panics_is_the_reason() {
 fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     // Keeps the loads from finishing before the panic.
     #[derive(Debug, Default)]
-    struct Gate(Mutex<bool>, Condvar);
-    impl heap::HeapHooks for Gate {
+    struct HeldHeap(Mutex<bool>, Condvar);
+    impl heap::HeapHooks for HeldHeap {
         fn before_allocate(&self, _: usize) -> Result<(), dmabuf::Error> {
             drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open).unwrap());
             Ok(())
@@ -71,7 +71,7 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     }
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(64 << 20).unwrap();
-    let gate = Arc::new(Gate::default());
+    let gate = Arc::new(HeldHeap::default());
     let heap = heap::Hooked::new(heap::AnonHeap::default(), Arc::clone(&gate));
     let guard = Guard::start(Settings::default(), Arc::new(heap), Vec::new()).unwrap();
     let load = || Segments::start(&guard, Ok(vec![Input::Path(file.path().to_owned())]), LoadOptions::default(), true);

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use super::image::{Tensor, complete_tensor};
+use super::image::{Tensor, complete_tensor, missing_byte};
 use super::names::{Names, indices};
 use crate::engine::event::{Event, Finished, LoadFile};
+use crate::engine::outbox::Interest;
 use crate::error::{Error, Result};
 use crate::files::source::SourceFile;
 use crate::memory::segment::Segment;
@@ -69,19 +70,25 @@ impl Arrived {
         (self.segments, self.end)
     }
 
-    /// The tensor with this name if it has arrived, or the error if it never will; `None` while
-    /// that is undecided. `sources` are the files of the load.
-    pub(super) fn tensor(&mut self, name: &str, sources: &[SourceFile]) -> Option<Result<Tensor>> {
+    /// The tensor with this name if it has arrived, or the error if it never will. `sources` are
+    /// the files of the load.
+    ///
+    /// # Errors
+    /// What must arrive before it is worth asking again.
+    pub(super) fn tensor(&mut self, name: &str, sources: &[SourceFile]) -> Result<Result<Tensor>, Interest> {
         if let Some(End::Failed(error)) = &self.end {
-            return Some(Err(error.clone()));
+            return Ok(Err(error.clone()));
         }
-        let files = self.files.as_mut()?;
-        match files.find(name, sources)? {
-            Ok((file, position)) => {
-                let ArrivingFile { about, segments } = files.list.get(file)?;
-                complete_tensor(about, segments, position).map(Ok)
-            }
-            Err(error) => Some(Err(error)),
+        // The first event carries the files.
+        let files = self.files.as_mut().ok_or(Interest::AnyEvent)?;
+        let (file_index, position) = match files.find(name, sources)? {
+            Ok(place) => place,
+            Err(error) => return Ok(Err(error)),
+        };
+        let ArrivingFile { about, segments } = files.list.get(file_index).expect("a tensor is of a file of its load");
+        match missing_byte(about, segments, position) {
+            Some(offset) => Err(Interest::Byte { file_index, offset }),
+            None => Ok(Ok(complete_tensor(about, segments, position).expect("none of its bytes is missing"))),
         }
     }
 }
@@ -105,37 +112,52 @@ impl Files {
     }
 
     /// The number of the file that contains this tensor and the tensor's position in that file's
-    /// map, or the error if there is none; `None` while that is undecided.
-    fn find(&mut self, name: &str, sources: &[SourceFile]) -> Option<Result<(usize, usize)>> {
+    /// map, or the error if there is none.
+    ///
+    /// # Errors
+    /// What must arrive before that is decided.
+    fn find(&mut self, name: &str, sources: &[SourceFile]) -> Result<Result<(usize, usize)>, Interest> {
         if self.unknown == 0 {
             let list = &self.list;
             let names = self.names.get_or_insert_with(|| {
                 let files = list.iter().map(|file| (Arc::clone(&file.about.path), file.about.tensors.clone()));
                 Names::new(files.collect(), indices(list.iter().map(|file| &file.about)))
             });
-            return Some(names.find(name));
+            return Ok(names.find(name));
         }
+        // Last file first: segments arrive in file order unless tensors were selected in another
+        // order, so the last unknown file is likely to be the last one to become known.
+        let files = || self.list.iter().zip(sources).enumerate().rev();
         // A model's index rules out most of its files for a given tensor. A file that it does not
-        // rule out, or that has no index, must be known first. A name that is in none of these may
-        // not exist or may not be selected; only the names of all files can tell.
-        let mut found = None;
-        for (number, (file, _)) in self.list.iter().zip(sources).enumerate().filter(|(_, (_, source))| source.owns(name)) {
+        // rule out, or that has no index, must be known first.
+        let mut found = Vec::new();
+        for (file_index, (file, _)) in files().filter(|(_, (_, source))| source.owns(name)) {
             if !file.about.is_known {
-                return None;
+                return Err(file.header(file_index));
             }
-            if let Some(position) = file.position_of(name) {
-                // Two tensors with this name are an error, unless the load fails before that is
-                // certain.
-                if found.replace((number, position)).is_some() {
-                    return None;
-                }
+            found.extend(file.position_of(name).map(|position| (file_index, position)));
+        }
+        match *found {
+            [place] => Ok(Ok(place)),
+            // A name that is in none of these may not exist or may not be selected; only the names
+            // of all files can tell. Two tensors with this name are an error, unless the load
+            // fails before that is certain.
+            _ => {
+                let unknown = files().find(|(_, (file, _))| !file.about.is_known);
+                let (file_index, (file, _)) = unknown.expect("counted above");
+                Err(file.header(file_index))
             }
         }
-        found.map(Ok)
     }
 }
 
 impl ArrivingFile {
+    /// What must arrive for its tensors to be known. Only small files are unknown, and each is one
+    /// segment.
+    fn header(&self, file_index: usize) -> Interest {
+        Interest::Byte { file_index, offset: self.about.part.start }
+    }
+
     /// The position in the file's map of a tensor that is loaded.
     fn position_of(&self, name: &str) -> Option<usize> {
         let tensors = self.about.tensors.as_ref()?;

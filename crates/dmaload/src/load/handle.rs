@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
 
@@ -11,7 +11,7 @@ use super::feed::Feed;
 use super::image::{Image, Tensor};
 use crate::engine::Guard;
 use crate::engine::event::Progress;
-use crate::engine::outbox::Waiter;
+use crate::engine::outbox::{Interest, Waiter};
 use crate::error::Result;
 use crate::files::source::Input;
 use crate::memory::segment::Segment;
@@ -34,33 +34,53 @@ use crate::support::park;
 #[derive(Debug)]
 #[must_use = "a load that is dropped is cancelled"]
 pub struct Load {
-    /// Used by [`Load::next`] and [`Load::finish`]. Declared before the feed so that cancelling
+    /// Used by [`Load::next`] and [`Load::finish`]. Declared before the inbox so that cancelling
     /// the load does not wake the task that drops it.
     waiter: Waiter,
-    feed: Feed,
-    /// The caller's code never runs while this is locked.
-    arrived: Mutex<Arrived>,
+    inbox: Inbox,
     /// How many segments [`Load::next`] has returned.
     given: usize,
     /// Whether [`Load::next`] has returned the error.
     failure_given: bool,
 }
 
+/// What has arrived of a load, shared by all its waiters.
+#[derive(Debug)]
+struct Inbox {
+    feed: Feed,
+    /// The caller's code never runs while this is locked.
+    arrived: Mutex<Arrived>,
+}
+
+impl Inbox {
+    /// Checks what has arrived so far. The caller takes the pending events on behalf of all
+    /// waiters.
+    fn look<T>(&self, look: impl FnOnce(&mut Arrived) -> T) -> T {
+        let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+        while arrived.end().is_none()
+            && let Some(event) = self.feed.take()
+        {
+            arrived.add(event);
+        }
+        look(&mut arrived)
+    }
+}
+
 impl Load {
     pub(super) fn start(guard: &Arc<Guard>, asked: Result<Vec<Input>>, options: LoadOptions) -> Self {
         let feed = Feed::start(guard, asked, options, true);
-        let arrived = Mutex::new(Arrived::default());
-        Load { waiter: feed.waiter(), feed, arrived, given: 0, failure_given: false }
+        let waiter = feed.waiter();
+        Load { waiter, inbox: Inbox { feed, arrived: Mutex::default() }, given: 0, failure_given: false }
     }
 
     /// How far the load has progressed.
     pub fn progress(&self) -> Progress {
-        self.feed.progress()
+        self.inbox.feed.progress()
     }
 
     /// Whether the load has ended, successfully or not. Awaiting it then returns at once.
     pub fn is_finished(&self) -> bool {
-        self.check_arrived(|arrived| arrived.end().map(|_| ())).is_some()
+        self.inbox.look(|arrived| arrived.end().is_some())
     }
 
     /// Returns the tensor with this name as soon as the segments up to its last byte have arrived
@@ -100,9 +120,10 @@ impl Load {
     /// # }
     /// ```
     pub async fn tensor(&self, name: &str) -> Result<Tensor> {
-        let waiter = self.feed.waiter();
-        std::future::poll_fn(|context| self.poll_arrived(&waiter, context, |arrived| arrived.tensor(name, self.feed.sources())))
-            .await
+        let Inbox { feed, .. } = &self.inbox;
+        let mut waiter = feed.waiter();
+        let look = || self.inbox.look(|arrived| arrived.tensor(name, feed.sources()));
+        std::future::poll_fn(|context| waiter.poll(context, look)).await.flatten()
     }
 
     /// Blocking version of [`Self::tensor`], for model builders without `async`. The thread sleeps
@@ -150,9 +171,13 @@ impl Load {
     /// # Errors
     /// The error that made the load fail, even if [`Load::next`] or [`Load::tensor`] has already
     /// returned it.
-    pub async fn finish(self) -> Result<Image> {
-        std::future::poll_fn(|context| self.poll_arrived(&self.waiter, context, |arrived| arrived.end().map(|_| ()))).await;
-        let arrived = self.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
+    pub async fn finish(mut self) -> Result<Image> {
+        std::future::poll_fn(|context| {
+            let look = || self.inbox.look(|arrived| arrived.end().map(drop).ok_or(Interest::End));
+            self.waiter.poll(context, look)
+        })
+        .await?;
+        let arrived = self.inbox.arrived.into_inner().unwrap_or_else(PoisonError::into_inner);
         let (segments, end) = arrived.into_parts();
         match end.expect("waited for above") {
             End::Finished(finished) => {
@@ -163,48 +188,24 @@ impl Load {
         }
     }
 
-    /// Waits until `check` finds something in what has arrived.
-    fn poll_arrived<T>(
-        &self,
-        waiter: &Waiter,
-        context: &mut Context<'_>,
-        mut check: impl FnMut(&mut Arrived) -> Option<T>,
-    ) -> Poll<T> {
-        let found = self.check_arrived(&mut check).or_else(|| {
-            // Registered first, so that nothing that arrives during the check is missed.
-            waiter.wait(context.waker());
-            self.check_arrived(&mut check)
-        });
-        found.map_or(Poll::Pending, Poll::Ready)
-    }
-
-    /// Checks what has arrived so far. The caller takes the pending events on behalf of all
-    /// waiters.
-    fn check_arrived<T>(&self, check: impl FnOnce(&mut Arrived) -> Option<T>) -> Option<T> {
-        let mut arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-        while arrived.end().is_none()
-            && let Some(event) = self.feed.take()
-        {
-            arrived.add(event);
-        }
-        check(&mut arrived)
-    }
-
     fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
-        let (given, failure_given) = (self.given, self.failure_given);
-        let next = |arrived: &mut Arrived| match (arrived.segments().get(given), arrived.end()) {
-            (Some(segment), _) => Some(Some(Ok(segment.clone()))),
-            (None, Some(End::Failed(error))) if !failure_given => Some(Some(Err(error.clone()))),
-            (None, Some(_)) => Some(None),
-            (None, None) => None,
-        };
-        let next = self.poll_arrived(&self.waiter, context, next);
-        match &next {
-            Poll::Ready(Some(Ok(_))) => self.given += 1,
-            Poll::Ready(Some(Err(_))) => self.failure_given = true,
-            Poll::Ready(None) | Poll::Pending => {}
+        if self.failure_given {
+            return Poll::Ready(None);
         }
-        next
+        let given = self.given;
+        let look = |arrived: &mut Arrived| match (arrived.segments().get(given), arrived.end()) {
+            (Some(segment), _) => Ok(Ok(Some(segment.clone()))),
+            (None, Some(End::Failed(error))) => Ok(Err(error.clone())),
+            (None, Some(End::Finished(_))) => Ok(Ok(None)),
+            (None, None) => Err(Interest::AnyEvent),
+        };
+        let next = ready!(self.waiter.poll(context, || self.inbox.look(look))).flatten();
+        match &next {
+            Ok(Some(_)) => self.given += 1,
+            Err(_) => self.failure_given = true,
+            Ok(None) => {}
+        }
+        Poll::Ready(next.transpose())
     }
 }
 

@@ -192,7 +192,7 @@ impl ImageFile {
     pub(crate) fn tensor_at(&self, position: usize) -> Option<Tensor> {
         let tensors = self.tensors.as_ref()?;
         let part = tensors.part_at(position)?;
-        if self.is_partial && !has_rows(&self.segments, &part.rows) {
+        if self.is_partial && last_missing_row(&self.segments, &part.rows).is_some() {
             return None;
         }
         // A tensor's name and type are looked up in the map on each access, so the entry must
@@ -210,7 +210,7 @@ impl ImageFile {
 pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: usize) -> Option<Tensor> {
     let tensors = file.tensors.as_ref()?;
     let part = tensors.part_at(position)?;
-    if !has_rows(segments, &part.rows) {
+    if last_missing_row(segments, &part.rows).is_some() {
         return None;
     }
     let hull = part.rows.hull();
@@ -223,13 +223,20 @@ pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: u
     ImageFile { is_partial: true, ..file }.tensor_at(position)
 }
 
-/// Whether these segments of a file hold all of these rows.
-fn has_rows(segments: &[Segment], rows: &Rows) -> bool {
-    let is_there = |row: &Range<u64>| row.is_empty() || segments_of_range(segments, row).is_some();
-    let ends = [rows.iter().next(), rows.iter().last()];
-    // Having both ends says nothing about the rows between them unless one span covers all: both
-    // may lie in blocks of other tensors that were read earlier.
-    ends.into_iter().flatten().all(|row| is_there(&row)) && (is_there(&rows.hull()) || rows.iter().all(|row| is_there(&row)))
+/// A byte of this tensor that is missing in these segments of its file: the one expected last.
+/// `None` if all its bytes have arrived, or if it was not selected.
+pub(super) fn missing_byte(file: &LoadFile, segments: &[Segment], position: usize) -> Option<u64> {
+    let part = file.tensors.as_ref()?.part_at(position)?;
+    // The segments of a row arrive in order, so the one with its last byte completes it.
+    last_missing_row(segments, &part.rows).map(|row| row.end - 1)
+}
+
+/// The last of these rows that these segments of a file do not hold.
+fn last_missing_row(segments: &[Segment], rows: &Rows) -> Option<Range<u64>> {
+    let is_missing = |row: &Range<u64>| !row.is_empty() && segments_of_range(segments, row).is_none();
+    // Every row is checked unless one span covers all: single rows may lie in blocks of other
+    // tensors that were read earlier.
+    if is_missing(&rows.hull()) { rows.iter().rev().find(is_missing) } else { None }
 }
 
 /// A tensor of an image, or one rank's part of it: what it is and where its bytes are.

@@ -2,14 +2,14 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use futures_core::Stream;
 
 use super::feed::Feed;
 use crate::engine::Guard;
 use crate::engine::event::{Event, Finished, LoadFile, Progress};
-use crate::engine::outbox::Waiter;
+use crate::engine::outbox::{Interest, Waiter};
 use crate::error::{Error, Result};
 use crate::files::source::Input;
 use crate::memory::segment::Segment;
@@ -77,20 +77,16 @@ impl Segments {
 
     pub(super) fn poll_segment(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Segment>>> {
         while self.finished.is_none() && !self.failed {
-            let event = self.feed.take().or_else(|| {
-                self.waiter.wait(context.waker());
-                self.feed.take()
-            });
-            match event {
-                None => return Poll::Pending,
+            let next = ready!(self.waiter.poll(context, || self.feed.take().ok_or(Interest::AnyEvent)));
+            match next.unwrap_or_else(Event::Failed) {
                 // A consumer of segments learns about the files from the segments.
-                Some(Event::Planned(_)) => {}
-                Some(Event::Segment(segment)) => {
+                Event::Planned(_) => {}
+                Event::Segment(segment) => {
                     self.feed.consumed(&segment);
                     return Poll::Ready(Some(Ok(segment)));
                 }
-                Some(Event::Done(finished)) => self.finished = Some(finished),
-                Some(Event::Failed(error)) => {
+                Event::Done(finished) => self.finished = Some(finished),
+                Event::Failed(error) => {
                     self.failed = true;
                     return Poll::Ready(Some(Err(error)));
                 }

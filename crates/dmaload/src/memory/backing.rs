@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use dmabuf::{Access, AddressRange, DmaBuf, Mapping, Memfd, Memory};
 
-use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
+use crate::memory::buffer::{Buffer, Fault, PieceMemory, Place, Sink, Write};
 use crate::memory::charge::Ledger;
 use crate::memory::lent::ViewCount;
 use crate::memory::reaper::{Holding, Reaper};
@@ -283,6 +283,13 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
         self.bytes
     }
 
+    fn leak(self) {
+        // The permit is returned, so that the window stays as large for later loads.
+        std::mem::forget(self.backing);
+    }
+}
+
+impl<P> PieceMemory for PieceBuffer<P> {
     fn is_populated(&self) -> bool {
         self.filling.is_none()
     }
@@ -290,11 +297,6 @@ unsafe impl<P> Buffer for PieceBuffer<P> {
     fn place(&self, offset: usize) -> Place {
         let mapped = || Arc::clone(&self.backing) as Arc<dyn Sink>;
         Place { sink: self.filling.clone().unwrap_or_else(mapped), offset: self.offset + offset }
-    }
-
-    fn leak(self) {
-        // The permit is returned, so that the window stays as large for later loads.
-        std::mem::forget(self.backing);
     }
 }
 

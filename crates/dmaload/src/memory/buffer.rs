@@ -18,15 +18,18 @@ pub(crate) unsafe trait Buffer {
     fn address(&self) -> NonNull<u8>;
     fn bytes(&self) -> usize;
 
+    /// Never frees the memory, since reads may still write to it; drops everything else.
+    fn leak(self);
+}
+
+/// Memory of a piece, where bytes of a file stay, unlike in staging.
+pub(crate) trait PieceMemory: Buffer {
     /// Whether all its pages are present, so that a device can write to it. Otherwise bytes are
     /// written through [`Self::place`].
     fn is_populated(&self) -> bool;
 
     /// Where threads write bytes, starting at `offset`.
     fn place(&self, offset: usize) -> Place;
-
-    /// Never frees the memory, since reads may still write to it; drops everything else.
-    fn leak(self);
 }
 
 /// Where threads write bytes: those read into staging, those found in the page cache, and those
@@ -44,8 +47,8 @@ pub(crate) trait Sink: Debug + Send + Sync {
     /// the error of `write`, if nothing was written before.
     ///
     /// # Safety
-    /// The place must come from [`Buffer::place`] and have room for `bytes` bytes. Nothing else
-    /// may read or write that part of the buffer during the call.
+    /// The place must come from [`PieceMemory::place`] and have room for `bytes` bytes. Nothing
+    /// else may read or write that part of the buffer during the call.
     #[allow(unsafe_code)]
     unsafe fn fill_with(&self, offset: usize, bytes: usize, write: &mut Write<'_>) -> Result<usize, Fault>;
 

@@ -76,7 +76,7 @@ pub use udmabuf::UdmabufHeap;
 ///
 /// ```compile_fail,E0200
 /// use dmabuf::{Part, Udmabuf};
-/// use dmaload::heap::{DmaBuf, Heap, HeapError, Mapping, MemfdHeap, Memory, Populated};
+/// use dmaload::heap::{DmaBuf, Heap, HeapError, MemfdHeap, Memory};
 ///
 /// /// Keeps a dma-buf of each allocation, and could write to a finished segment through it.
 /// #[derive(Debug)]
@@ -92,14 +92,6 @@ pub use udmabuf::UdmabufHeap;
 ///         self.1.lock().unwrap().push(self.0.create(part)?);
 ///         Ok(memory)
 ///     }
-///     fn populate(
-///         &self,
-///         mapping: &Mapping,
-///         memory: &Memory,
-///         part: std::ops::Range<usize>,
-///     ) -> Result<Populated, HeapError> {
-///         MemfdHeap::default().populate(mapping, memory, part)
-///     }
 /// }
 /// ```
 #[allow(unsafe_code, reason = "the contract above")]
@@ -114,11 +106,14 @@ pub unsafe trait Heap: fmt::Debug + Send + Sync + 'static {
     /// The kernel's refusal, unchanged.
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError>;
 
-    /// Puts pages under a part of the mapped memory.
+    /// Puts pages under a part of the mapped memory. Default: of the size that [`Heap::pages`]
+    /// returns.
     ///
     /// # Errors
     /// The kernel's refusal, unchanged.
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError>;
+    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
+        mapping.populate(memory, part, self.pages())
+    }
 
     /// Whether its segments have dma-bufs.
     fn exports(&self) -> bool {

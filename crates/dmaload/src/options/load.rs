@@ -282,8 +282,8 @@ impl LoadOptions {
     /// bytes is cheap: the load takes the route [`Route::Bounce`], and a strict load must have
     /// requested it.
     #[must_use]
-    pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
-        self.observer = Some(ObserverOption::new(observer));
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.observer = Some(ObserverOption::new(Arc::new(observer)));
         self
     }
 

@@ -34,6 +34,12 @@ pub trait Observer: Send + Sync + 'static {
     fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection>;
 }
 
+impl<O: Observer + ?Sized> Observer for Arc<O> {
+    fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
+        (**self).bytes(file_index, offset, bytes)
+    }
+}
+
 /// Why an [`Observer`] rejects bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]

@@ -133,7 +133,7 @@ impl Rows {
         Rows { first: range, stride_bytes: 0, count: 1 }
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = Range<u64>> + use<> {
         let Rows { first, stride_bytes, count } = self.clone();
         (0..count).map(move |row| first.start + row * stride_bytes..first.end + row * stride_bytes)
     }

@@ -47,7 +47,7 @@ use super::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output, TimedSpan};
 use super::order::InOrder;
 use super::slots::{Slots, Token};
 use super::staging::{Staging, StagingBudget};
-use crate::memory::buffer::{Buffer, Fault};
+use crate::memory::buffer::{Fault, PieceMemory};
 use crate::memory::window::Holders;
 use crate::plan::Piece;
 use crate::ring::pace::{FIRST, Pace, more_staging_slots};
@@ -68,7 +68,7 @@ const LOAD: &str = "a load stays while it has pieces";
 
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Driver<K: Kernel, B: Buffer> {
+pub(crate) struct Driver<K: Kernel, B: PieceMemory> {
     kernel: K,
     depth: usize,
     loads: HashMap<LoadId, LoadEntry>,
@@ -94,7 +94,7 @@ pub(crate) struct Driver<K: Kernel, B: Buffer> {
     counters: Arc<ReadCounters>,
 }
 
-impl<K: Kernel, B: Buffer> Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     pub(crate) fn new(kernel: K, depth: usize, staging: StagingBudget) -> Self {
         let buffer_slots = (0..kernel.buffer_slots()).rev().collect();
         Driver {
@@ -549,7 +549,7 @@ impl<K: Kernel, B: Buffer> Driver<K, B> {
     }
 }
 
-impl<K: Kernel, B: Buffer> Drop for Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
     /// Only a panic gets here with reads in flight; what they may write to is leaked.
     fn drop(&mut self) {
         if !self.reads.is_empty() {

@@ -26,7 +26,7 @@ use super::pool::{OBSERVERS, READERS, ThreadPool};
 use super::slots::Token;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
-use crate::memory::buffer::{Buffer, Fault, Place};
+use crate::memory::buffer::{Buffer, Fault};
 use crate::ring::pace::FIRST;
 use crate::route::Route;
 use crate::support::errno;
@@ -200,14 +200,6 @@ unsafe impl Buffer for StagingMemory {
 
     fn bytes(&self) -> usize {
         self.0.bytes()
-    }
-
-    fn is_populated(&self) -> bool {
-        true
-    }
-
-    fn place(&self, _: usize) -> Place {
-        unreachable!("threads only copy from staging")
     }
 
     fn leak(self) {

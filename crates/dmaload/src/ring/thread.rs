@@ -16,7 +16,7 @@ use super::message::{Failure, FileSpec, LoadEvent, LoadSpec, Output};
 use super::staging::StagingBudget;
 use super::wake::Wake;
 use crate::files::source::OpenFile;
-use crate::memory::buffer::Buffer;
+use crate::memory::buffer::PieceMemory;
 use crate::plan::Piece;
 use crate::ring::pace::Pace;
 use crate::support::foreign;
@@ -94,7 +94,7 @@ pub(crate) struct RingThread<B> {
     shared: Arc<RingShared<B>>,
 }
 
-impl<B: Buffer + Send + 'static> RingThread<B> {
+impl<B: PieceMemory + Send + 'static> RingThread<B> {
     /// Creates a handle to a thread that is not started yet.
     ///
     /// # Errors
@@ -187,7 +187,7 @@ impl<B: Buffer + Send + 'static> RingThread<B> {
     }
 }
 
-fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> LeftBehind {
+fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> LeftBehind {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
     let mut driver = Driver::new(new_kernel(), depth, limits.staging)
@@ -241,7 +241,7 @@ fn run<B: Buffer>(shared: &RingShared<B>, limits: &RingLimits, started: Instant,
     }
 }
 
-fn give_up<K: Kernel<File = Arc<OpenFile>>, B: Buffer>(
+fn give_up<K: Kernel<File = Arc<OpenFile>>, B: PieceMemory>(
     driver: &mut Driver<K, B>,
     errno: Errno,
     events: &impl Events<B>,

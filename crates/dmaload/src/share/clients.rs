@@ -81,7 +81,7 @@ enum ClientStep {
 
 /// What the clients of a user hold.
 #[derive(Debug, Clone, Copy, Default)]
-struct Held {
+struct HeldByUser {
     receivers: usize,
     descriptors: usize,
 }
@@ -148,7 +148,7 @@ impl Client {
     }
 
     /// Serves a client once. `others` is what other clients of its user hold.
-    fn advance(&mut self, shared: &ServerShared, others: Held, limits: ClientLimits) -> ClientStep {
+    fn advance(&mut self, shared: &ServerShared, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         if matches!(self.state, ClientState::Draining { .. }) {
             return self.drain();
         }
@@ -184,7 +184,13 @@ impl Client {
         self.send_next(others, limits)
     }
 
-    fn handle_request(&mut self, shared: &ServerShared, request: Vec<u8>, others: Held, limits: ClientLimits) -> ClientStep {
+    fn handle_request(
+        &mut self,
+        shared: &ServerShared,
+        request: Vec<u8>,
+        others: HeldByUser,
+        limits: ClientLimits,
+    ) -> ClientStep {
         match shared.find_image(&request) {
             Ok(published) => {
                 self.since = Instant::now();
@@ -200,7 +206,7 @@ impl Client {
     }
 
     /// Sends as many descriptors as the user may have in flight.
-    fn send_next(&mut self, others: Held, limits: ClientLimits) -> ClientStep {
+    fn send_next(&mut self, others: HeldByUser, limits: ClientLimits) -> ClientStep {
         let ClientState::Receiving { published, next, unreceived, .. } = &mut self.state else {
             unreachable!("descriptors are sent only to a client that receives");
         };
@@ -275,7 +281,7 @@ pub(super) fn serve(shared: &ServerShared) {
             let _ = rustix::io::read(&shared.wake, &mut [0; 8]);
         }
         let limits = shared.limits();
-        let mut held: HashMap<u32, Held> = HashMap::new();
+        let mut held: HashMap<u32, HeldByUser> = HashMap::new();
         for client in &clients {
             let own = held.entry(client.user).or_default();
             own.receivers += usize::from(client.unreceived() > 0);

@@ -2,8 +2,8 @@
 //! their drops.
 //!
 //! It never runs while one of our locks is held, and never on the ring thread. A panic is caught
-//! at the call, so that the load it belongs to can fail with a message that names the code, and no
-//! other load is affected.
+//! at the call, so that the load it belongs to (for a waker, only the waiting future) can fail
+//! with a message that names the code, and no other load is affected.
 
 use std::any::Any;
 use std::fmt;

@@ -216,7 +216,7 @@ impl LoadShared {
             match step {
                 DeliveryStep::Nothing => return HandOverStatus::Going,
                 DeliveryStep::Over => return HandOverStatus::Over,
-                DeliveryStep::Planned { files, events } => remains.extend(self.send(&events, Event::Planned(files))),
+                DeliveryStep::Planned { files, events } => events.send(Event::Planned(files)),
                 DeliveryStep::Segment { segment, waited, events, span } => {
                     self.counters.after_kernel.add(waited);
                     let (index, file, bytes) = (segment.index(), segment.file_index(), segment.len());
@@ -225,7 +225,7 @@ impl LoadShared {
                         tracing::debug!(parent: &*self.span, load = self.id.0, segment = index, file, bytes, waited_us, "segment handed over");
                     });
                     drop(span);
-                    remains.extend(self.send(&events, Event::Segment(segment)));
+                    events.send(Event::Segment(segment));
                 }
                 DeliveryStep::Unsealed(refusal) => remains.push(self.fail(self.memory_error(refusal))),
                 DeliveryStep::Failed { error, events } => {
@@ -233,7 +233,7 @@ impl LoadShared {
                         tracing::debug!(load = self.id.0, %error, "load failed");
                         self.span.record("error", tracing::field::display(&error));
                     });
-                    remains.extend(self.send(&events, Event::Failed(error)));
+                    events.send(Event::Failed(error));
                     return HandOverStatus::Over;
                 }
                 DeliveryStep::Done { finished, cached_bytes, events } => {
@@ -245,19 +245,11 @@ impl LoadShared {
                         tracing::debug!(load = self.id.0, bytes = report.bytes, route = %report.route, "load finished");
                         self.span.record("bytes", report.bytes);
                     });
-                    remains.extend(self.send(&events, Event::Done(finished)));
+                    events.send(Event::Done(finished));
                     return HandOverStatus::Over;
                 }
             }
         }
-    }
-
-    /// Sends an event to the consumer and wakes it; ignores whether it still listens. If the waker
-    /// panics, the load fails, and what it leaves is returned.
-    fn send(&self, events: &Announcer, event: Event) -> Option<DeferredDrop> {
-        let message = events.send(event).err()?;
-        let code = "the waker of the load's task".to_owned();
-        Some(self.fail(Error::Panicked { code, message }))
     }
 
     /// Determines what to deliver next. Runs under the lock, so it sends nothing itself.

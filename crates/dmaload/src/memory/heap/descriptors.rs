@@ -2,12 +2,11 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 use dmabuf::Errno;
 
-use super::{DmaBuf, Heap, HeapError, Mapping, Memory, Pages, Populated};
+use super::{DmaBuf, Heap, HeapError, Memory};
 use crate::error::Result;
 
 type AllocateFn = Box<dyn Fn(usize) -> Result<OwnedFd, Errno> + Send + Sync>;
@@ -76,10 +75,6 @@ unsafe impl Heap for FromDescriptors {
             return Err(HeapError::new("use a dma-buf that is too short", bytes, Errno::EINVAL));
         }
         Ok(Memory::DmaBuf(dma_buf))
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
-        mapping.populate(memory, part, Pages::Auto)
     }
 
     fn exports(&self) -> bool {

@@ -1,12 +1,11 @@
 //! dma-heaps: memory from the devices in `/dev/dma_heap`.
 
 use std::borrow::Cow;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::OFlags;
 
-use super::{Heap, HeapError, Mapping, Memory, Pages, Populated, private};
+use super::{Heap, HeapError, Memory, private};
 use crate::error::Result;
 
 /// A dma-heap of this machine: `system`, a CMA region, or one that the vendor provides.
@@ -64,10 +63,6 @@ unsafe impl Heap for DmaHeap {
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         let fd_flags = OFlags::RDWR | OFlags::CLOEXEC;
         self.device.allocate_with(bytes, fd_flags.bits(), self.flags).map(Memory::DmaBuf)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
-        mapping.populate(memory, part, Pages::Auto)
     }
 
     fn exports(&self) -> bool {

@@ -1,9 +1,8 @@
 //! Heaps of ordinary memory: memfds and private pages.
 
 use std::borrow::Cow;
-use std::ops::Range;
 
-use super::{Heap, HeapError, Mapping, Memfd, Memory, Pages, Populated, private};
+use super::{Heap, HeapError, Memfd, Memory, Pages, private};
 use crate::error::Result;
 
 /// Memfds: each segment has a file descriptor that other processes can map. Needs no device and no
@@ -29,10 +28,6 @@ unsafe impl Heap for MemfdHeap {
 
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
         Memfd::create("dmaload", bytes).map(Memory::Memfd)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
-        mapping.populate(memory, part, self.pages)
     }
 
     fn pages(&self) -> Pages {
@@ -65,10 +60,6 @@ unsafe impl Heap for AnonHeap {
 
     fn allocate(&self, _bytes: usize) -> Result<Memory, HeapError> {
         Ok(Memory::Anonymous)
-    }
-
-    fn populate(&self, mapping: &Mapping, memory: &Memory, part: Range<usize>) -> Result<Populated, HeapError> {
-        mapping.populate(memory, part, self.pages)
     }
 
     fn pages(&self) -> Pages {

@@ -4,12 +4,12 @@ use super::super::kernel::{CachedRead, Kernel};
 use super::super::message::Failure;
 use super::entry::{Chunk, InFlight, Step, progress};
 use super::{Driver, LOAD, PIECE};
-use crate::memory::buffer::{Buffer, Fault};
+use crate::memory::buffer::{Fault, PieceMemory};
 use crate::route::Route;
 use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
-impl<K: Kernel, B: Buffer> Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Starts a copy of a chunk from the page cache to its place.
     pub(super) fn issue_cached(&mut self, id: LoadId, chunk: Chunk) {
         let load = self.loads.get_mut(&id).expect(LOAD);

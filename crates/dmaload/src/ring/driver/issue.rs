@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use super::entry::{Chunk, InFlight, Step, read_bytes};
 use super::{Driver, LOAD, PIECE};
-use crate::memory::buffer::{Buffer, Place};
+use crate::memory::buffer::{PieceMemory, Place};
 use crate::memory::window::may_have_one;
 use crate::ring::kernel::{Kernel, Read};
 use crate::ring::message::{LoadEvent, Output, TimedSpan};
@@ -24,7 +24,7 @@ pub(super) struct Destination {
     pub(super) place: Option<Place>,
 }
 
-impl<K: Kernel, B: Buffer> Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Issues one chunk. Returns `false` if it has to wait for a buffer slot or for staging.
     pub(super) fn issue_chunk(&mut self, id: LoadId, chunk: Chunk) -> bool {
         if chunk.cached {

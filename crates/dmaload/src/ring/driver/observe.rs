@@ -7,12 +7,12 @@ use super::super::message::Failure;
 use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, Unobserved, progress};
 use super::{Driver, LOAD, PIECE};
-use crate::memory::buffer::{Buffer, Fault};
+use crate::memory::buffer::{Buffer, Fault, PieceMemory};
 use crate::route::Route;
 use crate::support::convert::to_usize;
 use crate::support::id::LoadId;
 
-impl<K: Kernel, B: Buffer> Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Lets the observer see what is next in file order, if that is ready and no other observation
     /// is in flight.
     pub(super) fn observe_next(&mut self, id: LoadId) {

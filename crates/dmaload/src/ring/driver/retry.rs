@@ -5,7 +5,7 @@ use rustix::io::Errno;
 
 use super::entry::{Chunk, progress};
 use super::{Driver, LOAD, PIECE};
-use crate::memory::buffer::Buffer;
+use crate::memory::buffer::PieceMemory;
 use crate::ring::kernel::Kernel;
 use crate::ring::message::{Failure, FileSpec, LoadEvent, Output, Retried};
 use crate::ring::slots::Token;
@@ -20,7 +20,7 @@ const INTERRUPTIONS: u32 = 64;
 /// system can't do better.
 const PARTS_OF_A_BLOCK: u32 = 16;
 
-impl<K: Kernel, B: Buffer> Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Records that `bytes` bytes of a chunk were read.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);

@@ -6,13 +6,13 @@ use super::super::staging::StagingSlot;
 use super::entry::{Chunk, InFlight, Step, read_bytes};
 use super::issue::Destination;
 use super::{Driver, LOAD, PIECE};
-use crate::memory::buffer::Buffer;
+use crate::memory::buffer::{Buffer, PieceMemory};
 use crate::route::{Fallback, Route};
 use crate::support::convert::to_usize;
 use crate::support::errno;
 use crate::support::id::LoadId;
 
-impl<K: Kernel, B: Buffer> Driver<K, B> {
+impl<K: Kernel, B: PieceMemory> Driver<K, B> {
     /// Issues a read into staging. Returns `false` if no slot is available.
     pub(super) fn issue_staged(&mut self, id: LoadId, mut chunk: Chunk) -> bool {
         // Everything else that an observed load holds waits for this chunk, the first that was not

@@ -22,12 +22,12 @@ impl Sink for ArraySink {
 
 /// Blocks each copy until it is released, and counts those that are blocked.
 #[derive(Debug, Default)]
-struct Gate {
+struct CopyGate {
     held: Mutex<(usize, usize)>,
     changed: Condvar,
 }
 
-impl Gate {
+impl CopyGate {
     fn wait_until_held(&self, copies: usize) {
         drop(self.changed.wait_while(self.held.lock().unwrap(), |(held, _)| *held < copies).unwrap());
     }
@@ -38,7 +38,7 @@ impl Gate {
     }
 }
 
-impl Sink for Gate {
+impl Sink for CopyGate {
     unsafe fn fill_with(&self, _: usize, bytes: usize, _: &mut Write<'_>) -> Result<usize, Fault> {
         let mut held = self.held.lock().unwrap();
         held.0 += 1;
@@ -60,7 +60,7 @@ impl Sink for Gate {
 fn concurrent_copies_are_bounded_and_all_are_done() {
     let wake = Arc::new(Wake::new().unwrap());
     let mut pool = ThreadPool::new(Arc::clone(&wake), "test", 2);
-    let gate = Arc::new(Gate::default());
+    let gate = Arc::new(CopyGate::default());
     let from = [7_u8; 64];
     let mut slots = Slots::new();
     let mut copy = |pool: &mut ThreadPool| {

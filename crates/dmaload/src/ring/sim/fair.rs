@@ -46,35 +46,35 @@ impl Observer for AcceptAll {
     }
 }
 
-struct SimLoad {
+struct FairLoad {
     file: SimFile,
     file_system: u64,
     route: Route,
     plan: Plan,
 }
 
-fn need(load: &SimLoad) -> Need {
+fn need(load: &FairLoad) -> Need {
     Need { bytes: BLOCK, file_system: load.file_system, ..Need::default() }
 }
 
-struct Machine {
+struct FairMachine {
     memory: Rc<RefCell<Memory>>,
     scheduler: Scheduler<LoadId>,
     driver: Driver<SimKernel, SimBuffer>,
-    loads: BTreeMap<LoadId, SimLoad>,
+    loads: BTreeMap<LoadId, FairLoad>,
     /// Loads that are observed in staging.
     observed: Vec<LoadId>,
     full: BTreeMap<LoadId, usize>,
 }
 
-impl Machine {
+impl FairMachine {
     fn new(seed: u64, shared: Shared, faults: &Faults) -> Self {
         let memory: Rc<RefCell<Memory>> = Rc::default();
         let clock: Rc<Cell<Duration>> = Rc::default();
         let faults = Faults { buffer_slots: shared.buffer_slots, ..faults.clone() };
         let staging = StagingBudget { slot_bytes: 4096, slots: shared.staging_slots.into() };
         let kernel = SimKernel::new(seed, faults, &memory, &clock, Duration::ZERO);
-        Machine {
+        FairMachine {
             memory,
             scheduler: Scheduler::new(u64::from(shared.window_pieces) * BLOCK, u64::MAX, 1, 64),
             driver: Driver::new(kernel, shared.depth.into(), staging),
@@ -89,7 +89,7 @@ impl Machine {
         let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
         let plan = Plan::new(&[BLOCK], &[Span::whole(0, bytes)], shape);
         let file = SimFile { number, bytes, faults: Rc::new(FileFaults { hangs, ..FileFaults::default() }) };
-        self.loads.insert(LoadId(number), SimLoad { file, file_system, route, plan });
+        self.loads.insert(LoadId(number), FairLoad { file, file_system, route, plan });
         self.scheduler.submit(LoadId(number));
     }
 
@@ -129,7 +129,7 @@ impl Machine {
 
     fn act(&mut self, job: Job<LoadId>) {
         let load = &self.loads[job.load()];
-        let SimLoad { file, file_system, route, plan } = load;
+        let FairLoad { file, file_system, route, plan } = load;
         match job {
             Job::Open(id) => {
                 self.driver.begin(LoadSpec {
@@ -194,7 +194,7 @@ fn each_case(scarce: [Shared; 4]) -> impl Iterator<Item = (Shared, Route, Route)
 fn two_silent_file_systems_do_not_stop_a_third() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
         for loads in [1, 10] {
-            let mut machine = Machine::new(1, shared, &Faults::none());
+            let mut machine = FairMachine::new(1, shared, &Faults::none());
             for number in 0..2 * loads {
                 machine.submit(number, number / loads, hung_by, true);
             }
@@ -215,7 +215,7 @@ fn two_silent_file_systems_do_not_stop_a_third() {
 #[test]
 fn loads_that_start_beside_many_silent_ones_proceed() {
     for (shared, hung_by, others_by) in each_case(each_scarce(8, 8, 8, 8)) {
-        let mut machine = Machine::new(2, shared, &Faults::none());
+        let mut machine = FairMachine::new(2, shared, &Faults::none());
         for number in 0..20 {
             machine.submit(number, 0, hung_by, true);
         }
@@ -233,7 +233,7 @@ fn loads_that_start_beside_many_silent_ones_proceed() {
 fn silent_load_leaves_a_share_to_its_file_system() {
     // Of 22 slots, 16 may be read into at once.
     for (shared, hung_by, others_by) in each_case(each_scarce(16, 16, 22, 16)) {
-        let mut machine = Machine::new(3, shared, &Faults::none());
+        let mut machine = FairMachine::new(3, shared, &Faults::none());
         machine.submit(0, 0, hung_by, true);
         assert_eq!(machine.run(), [], "{hung_by}: it hangs");
         let others = [1, 2, 3].map(LoadId);
@@ -253,7 +253,7 @@ fn many_loads_of_one_file_system_all_finish() {
         let pick = |at: u64| little[usize::try_from((seed / 7_u64.pow(u32::try_from(at).unwrap()) + seed) % 7).unwrap()];
         let shared = Shared { window_pieces: pick(0), depth: pick(1), staging_slots: pick(2), buffer_slots: pick(3) };
         let faults = Faults { short_per_mille: 200, interrupted_per_mille: 200, ..Faults::none() };
-        let mut machine = Machine::new(seed, shared, &faults);
+        let mut machine = FairMachine::new(seed, shared, &faults);
         let all: Vec<_> = (0..16).map(LoadId).collect();
         // Loads that are observed in staging use it on every route.
         machine.observed = all.iter().copied().filter(|load| (load.0 + seed).is_multiple_of(3)).collect();
@@ -276,7 +276,7 @@ fn observed_load_proceeds_beside_hanging_ones() {
     let faults = Faults { short_per_mille: 300, interrupted_per_mille: 300, ..Faults::none() };
     let shared = Shared { staging_slots: 8, ..PLENTY };
     for seed in 0..300 {
-        let mut machine = Machine::new(seed, shared, &faults);
+        let mut machine = FairMachine::new(seed, shared, &faults);
         machine.observed = vec![LoadId(0)];
         for number in 0..2 + seed % 20 {
             machine.submit(number, if number == 0 { 0 } else { 1 + number % 2 }, Route::Bounce, number > 0);

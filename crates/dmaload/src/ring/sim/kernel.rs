@@ -21,13 +21,13 @@ use crate::ring::slots::Token;
 use crate::route::Route;
 
 #[derive(Debug)]
-struct InFlight {
-    job: Job,
+struct SimInFlight {
+    job: SimJob,
     due: Duration,
 }
 
 #[derive(Debug)]
-enum Job {
+enum SimJob {
     Read(SimFile, Read),
     Copy(StagedCopy),
     Cached(SimFile, CachedRead),
@@ -41,10 +41,10 @@ pub(super) struct SimKernel {
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
     /// Queued by the driver and not yet submitted.
-    queued: Vec<InFlight>,
-    in_flight: Vec<InFlight>,
+    queued: Vec<SimInFlight>,
+    in_flight: Vec<SimInFlight>,
     /// In flight, and completed only by [`SimKernel::complete_late`].
-    hung: Vec<InFlight>,
+    hung: Vec<SimInFlight>,
     done: Vec<Completion>,
     /// Time that the disk takes for one read. It does one at a time.
     service: Duration,
@@ -92,7 +92,7 @@ impl SimKernel {
     }
 
     pub(super) fn reads_in_flight(&self) -> usize {
-        self.in_flight.iter().chain(&self.hung).filter(|job| matches!(job.job, Job::Read(..))).count()
+        self.in_flight.iter().chain(&self.hung).filter(|job| matches!(job.job, SimJob::Read(..))).count()
     }
 
     pub(super) fn is_clean(&self) -> bool {
@@ -146,10 +146,10 @@ impl SimKernel {
 
     fn complete(&mut self, index: usize) {
         let (token, result) = match self.in_flight.swap_remove(index).job {
-            Job::Read(file, read) => (read.token, self.complete_read(&file, &read)),
-            Job::Copy(copy) => (copy.token, self.complete_copy(&copy)),
-            Job::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
-            Job::Observe(request) => {
+            SimJob::Read(file, read) => (read.token, self.complete_read(&file, &read)),
+            SimJob::Copy(copy) => (copy.token, self.complete_copy(&copy)),
+            SimJob::Cached(file, read) => (read.token, self.complete_cached_read(&file, &read)),
+            SimJob::Observe(request) => {
                 // SAFETY: the driver guarantees that these bytes are initialised, and that nothing
                 // writes to them until this observation completes.
                 let bytes = unsafe { std::slice::from_raw_parts(request.address.as_ptr(), request.bytes) };
@@ -240,7 +240,7 @@ impl SimKernel {
         if self.random.chance(self.faults.nothing_per_mille) {
             return Ok(0);
         }
-        let neighbour = |job: &InFlight| matches!(&job.job, Job::Read(other, _) if other.number == file.number);
+        let neighbour = |job: &SimInFlight| matches!(&job.job, SimJob::Read(other, _) if other.number == file.number);
         if self.in_flight.iter().any(neighbour) && self.random.chance(self.faults.collateral_per_mille) {
             return Err(Errno::IO);
         }
@@ -357,7 +357,7 @@ impl Kernel for SimKernel {
         assert!(!memory.is_written_to(&range), "two reads in flight write to the same memory");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
-        self.queued.push(InFlight { job: Job::Read(file.clone(), read), due: Duration::ZERO });
+        self.queued.push(SimInFlight { job: SimJob::Read(file.clone(), read), due: Duration::ZERO });
     }
 
     fn staging(&mut self, bytes: usize) -> Result<SimStaging, Errno> {
@@ -383,7 +383,7 @@ impl Kernel for SimKernel {
             due = due.max(*free_at + self.copying);
             *free_at = due;
         }
-        self.in_flight.push(InFlight { job: Job::Copy(copy), due });
+        self.in_flight.push(SimInFlight { job: SimJob::Copy(copy), due });
     }
 
     fn set_copiers(&mut self, _: usize) {
@@ -399,7 +399,7 @@ impl Kernel for SimKernel {
         assert!(!memory.is_written_to(&range), "a copy goes to memory that is being written");
         memory.begin_use(read.token.user_data(), range);
         drop(memory);
-        self.in_flight.push(InFlight { job: Job::Cached(file.clone(), read), due: self.clock.get() + self.copying });
+        self.in_flight.push(SimInFlight { job: SimJob::Cached(file.clone(), read), due: self.clock.get() + self.copying });
     }
 
     unsafe fn observe(&mut self, request: ObserveRequest) {
@@ -414,7 +414,7 @@ impl Kernel for SimKernel {
         }
         memory.begin_use(request.token.user_data(), range);
         drop(memory);
-        self.in_flight.push(InFlight { job: Job::Observe(request), due: self.clock.get() });
+        self.in_flight.push(SimInFlight { job: SimJob::Observe(request), due: self.clock.get() });
     }
 
     fn lacks_threads(&self) -> bool {
@@ -430,7 +430,7 @@ impl Kernel for SimKernel {
             job.due = self.disk_free_at.max(self.clock.get()) + self.service;
             self.disk_free_at = job.due;
             let hangs =
-                matches!(&job.job, Job::Read(file, _) if file.faults.hangs) || self.random.chance(self.faults.hangs_per_mille);
+                matches!(&job.job, SimJob::Read(file, _) if file.faults.hangs) || self.random.chance(self.faults.hangs_per_mille);
             if hangs { &mut self.hung } else { &mut self.in_flight }.push(job);
         }
         if breaks { Err(*self.random.pick(&[Errno::IO, Errno::BADF, Errno::NOMEM])) } else { Ok(()) }

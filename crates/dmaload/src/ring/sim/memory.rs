@@ -13,7 +13,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::disk::POISON;
-use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
+use crate::memory::buffer::{Buffer, Fault, PieceMemory, Place, Sink, Write};
 use crate::support::id::LoadId;
 
 const BLOCK_BYTES: usize = 4096;
@@ -208,18 +208,20 @@ unsafe impl Buffer for SimBuffer {
         self.bytes
     }
 
+    fn leak(self) {
+        *self.memory.borrow_mut().unfilled_by(self.load) -= self.bytes as u64;
+        self.memory.borrow_mut().leaked_bytes += self.bytes as u64;
+        std::mem::forget(self);
+    }
+}
+
+impl PieceMemory for SimBuffer {
     fn is_populated(&self) -> bool {
         self.populated
     }
 
     fn place(&self, offset: usize) -> Place {
         Place { sink: Arc::clone(&self.sink) as Arc<dyn Sink>, offset }
-    }
-
-    fn leak(self) {
-        *self.memory.borrow_mut().unfilled_by(self.load) -= self.bytes as u64;
-        self.memory.borrow_mut().leaked_bytes += self.bytes as u64;
-        std::mem::forget(self);
     }
 }
 
@@ -263,14 +265,6 @@ unsafe impl Buffer for SimStaging {
 
     fn bytes(&self) -> usize {
         self.0.bytes()
-    }
-
-    fn is_populated(&self) -> bool {
-        true
-    }
-
-    fn place(&self, _: usize) -> Place {
-        unreachable!("threads only copy from staging")
     }
 
     fn leak(self) {

@@ -24,7 +24,7 @@ const STAGING: StagingBudget = StagingBudget { slot_bytes: 4096, slots: 4 };
 
 /// The machine that a load runs on. Durations are per piece.
 #[derive(Debug, Clone)]
-struct Machine {
+struct TimedMachine {
     route: Route,
     pieces: u32,
     window_pieces: u64,
@@ -53,7 +53,7 @@ fn simulate_route(
     reading: Duration,
     copying: Duration,
 ) -> (Duration, u64) {
-    let machine = Machine {
+    let machine = TimedMachine {
         route,
         pieces: PIECES,
         window_pieces,
@@ -70,8 +70,9 @@ fn simulate_route(
 
 /// Returns how long the load took, how far the allocator was ahead at most, and how many reads
 /// were in flight at most.
-fn simulate_machine(machine: &Machine) -> (Duration, u64, usize) {
-    let &Machine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } = machine;
+fn simulate_machine(machine: &TimedMachine) -> (Duration, u64, usize) {
+    let &TimedMachine { route, pieces, window_pieces, staging, filled_by_copiers, allocating, reading, copying, copiers } =
+        machine;
     let memory: Rc<RefCell<Memory>> = Rc::default();
     let clock: Rc<Cell<Duration>> = Rc::default();
     let shape = Shape { layout: Layout::Segmented, segment_bytes: BLOCK, batch_bytes: BLOCK, packed: false, batch_files: 64 };
@@ -163,7 +164,7 @@ fn bounced_reads_copies_and_allocation_all_overlap() {
 /// Staged reads whose copiers also populate: `copying` covers both. Returns how long they took,
 /// and how many were in flight at most.
 fn staged(slots: usize, reading: Duration, copying: Duration) -> (Duration, usize) {
-    let machine = Machine {
+    let machine = TimedMachine {
         route: Route::Bounce,
         pieces: PIECES,
         window_pieces: 64,

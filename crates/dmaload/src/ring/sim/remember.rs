@@ -21,7 +21,7 @@ use crate::route::{Attempt, Fallback, Route};
 use crate::support::errno::to_rustix;
 use crate::support::id::LoadId;
 
-struct Machine {
+struct RefusingMachine {
     driver: Driver<SimKernel, SimBuffer>,
     memory: Rc<RefCell<Memory>>,
     clock: Rc<Cell<Duration>>,
@@ -38,13 +38,13 @@ struct Done {
     refusals: usize,
 }
 
-impl Machine {
+impl RefusingMachine {
     fn new(faults: Faults) -> Self {
         let memory: Rc<RefCell<Memory>> = Rc::default();
         let clock: Rc<Cell<Duration>> = Rc::default();
         let kernel = SimKernel::new(1, faults, &memory, &clock, Duration::ZERO);
         let staging = StagingBudget { slot_bytes: 4096, slots: 2 };
-        Machine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0, route: Route::UringFixedDirect }
+        RefusingMachine { driver: Driver::new(kernel, 4, staging), memory, clock, loads: 0, route: Route::UringFixedDirect }
     }
 
     /// Loads a file of three pieces on this mount; direct reads fail with `no_direct`.
@@ -122,7 +122,7 @@ impl Done {
 
 #[test]
 fn unpinnable_memory_is_tried_once() {
-    let mut machine = Machine::new(Faults { unpinnable: true, ..Faults::none() });
+    let mut machine = RefusingMachine::new(Faults { unpinnable: true, ..Faults::none() });
     let expected = [(Route::UringFixedDirect, Route::Bounce, Attempt::RegisterBuffer, Errno::FAULT)];
     let first = machine.load(0, None, false);
     assert_eq!((first.steps(), first.refusals), (expected.to_vec(), 1));
@@ -136,7 +136,7 @@ fn unpinnable_memory_is_tried_once() {
 
 #[test]
 fn mount_without_direct_reads_is_tried_once() {
-    let mut machine = Machine::new(Faults::none());
+    let mut machine = RefusingMachine::new(Faults::none());
     let first = machine.load(7, Some(Errno::INVAL), false);
     assert!(first.refusals > 0 && first.steps().last().unwrap().1 == Route::Buffered);
     let second = machine.load(7, Some(Errno::INVAL), false);
@@ -150,7 +150,7 @@ fn mount_without_direct_reads_is_tried_once() {
 
 #[test]
 fn buffered_and_direct_reads_imply_nothing_of_each_other() {
-    let mut machine = Machine::new(Faults::none());
+    let mut machine = RefusingMachine::new(Faults::none());
     // Direct reads were refused on this mount.
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.route = Route::UringBuffered;
@@ -165,7 +165,7 @@ fn buffered_and_direct_reads_imply_nothing_of_each_other() {
 
 #[test]
 fn unusual_file_does_not_affect_its_mount() {
-    let mut machine = Machine::new(Faults::none());
+    let mut machine = RefusingMachine::new(Faults::none());
     assert_eq!(machine.load(7, None, false).steps(), []);
     assert!(!machine.load(7, Some(Errno::INVAL), false).steps().is_empty());
     assert_eq!(machine.load(7, None, false).steps(), [], "direct reads have worked there");
@@ -173,7 +173,7 @@ fn unusual_file_does_not_affect_its_mount() {
 
 #[test]
 fn truncated_file_does_not_affect_its_mount() {
-    let mut machine = Machine::new(Faults::none());
+    let mut machine = RefusingMachine::new(Faults::none());
     let cut = machine.load_shrunk(100, 7, None, false);
     assert_eq!(cut.fallbacks.last().unwrap().attempt, Attempt::ReadOn);
     assert!(matches!(cut.failure, Some(Failure::Ended { .. })));
@@ -182,13 +182,13 @@ fn truncated_file_does_not_affect_its_mount() {
 
 #[test]
 fn known_refusals_expire() {
-    let mut machine = Machine::new(Faults { unpinnable: true, ..Faults::none() });
+    let mut machine = RefusingMachine::new(Faults { unpinnable: true, ..Faults::none() });
     let minute = Duration::from_secs(61);
     assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
     machine.clock.set(machine.clock.get() + minute);
     assert_eq!([0, 1].map(|_| machine.load(0, None, false).refusals), [1, 0]);
 
-    let mut machine = Machine::new(Faults::none());
+    let mut machine = RefusingMachine::new(Faults::none());
     assert!(machine.load(7, Some(Errno::INVAL), false).refusals > 0);
     machine.clock.set(machine.clock.get() + minute);
     assert_eq!(machine.load(7, None, false).steps(), [], "the first file was unusual");
@@ -196,8 +196,12 @@ fn known_refusals_expire() {
 
 #[test]
 fn refused_staging_buffer_is_tried_again_by_the_next_load() {
-    let mut machine =
-        Machine::new(Faults { unpinnable: true, register: Some(Errno::NOMEM), register_per_mille: 1000, ..Faults::none() });
+    let mut machine = RefusingMachine::new(Faults {
+        unpinnable: true,
+        register: Some(Errno::NOMEM),
+        register_per_mille: 1000,
+        ..Faults::none()
+    });
     let refused = |done: &Done| done.fallbacks.iter().any(|step| step.attempt == Attempt::RegisterStaging);
     assert!(refused(&machine.load(0, None, false)));
     machine.driver.kernel().allow_registration();
@@ -206,7 +210,7 @@ fn refused_staging_buffer_is_tried_again_by_the_next_load() {
 
 #[test]
 fn completion_without_a_read_panics() {
-    let mut machine = Machine::new(Faults::none());
+    let mut machine = RefusingMachine::new(Faults::none());
     machine.driver.kernel().complete_stray();
     let message = crate::support::foreign::call(|| machine.driver.turn(false)).unwrap_err();
     assert!(message.starts_with("a completion for a read that is not in flight"), "{message}");

@@ -32,7 +32,7 @@ use rustix::io::Errno;
 use crate::engine::schedule::{Job, LoadNeeds, Need, Scheduler};
 use crate::engine::settings::Settings;
 use crate::files::source::CachedChunks;
-use crate::memory::buffer::{Buffer, Fault, Place, Sink, Write};
+use crate::memory::buffer::{Buffer, Fault, PieceMemory, Place, Sink, Write};
 use crate::options::choices::Layout;
 use crate::plan::{Plan, Shape, Span};
 use crate::ring::driver::Driver;
@@ -83,7 +83,7 @@ impl Path {
 
 /// Work for a processor.
 #[derive(Debug)]
-struct Task {
+struct CpuTask {
     work: Work,
     /// When its thread can start.
     from: f64,
@@ -110,12 +110,12 @@ struct Transfer {
 }
 
 #[derive(Debug)]
-struct Machine {
+struct FlowMachine {
     path: Path,
     device: f64,
     cores: usize,
     now: f64,
-    tasks: Vec<Task>,
+    tasks: Vec<CpuTask>,
     transfers: Vec<Transfer>,
     copies: VecDeque<(Token, usize)>,
     copiers: usize,
@@ -125,7 +125,7 @@ struct Machine {
     batches: Vec<(LoadId, usize)>,
 }
 
-impl Machine {
+impl FlowMachine {
     /// Occupies the ring thread for `time`.
     fn ring(&mut self, time: f64) {
         self.ring_until = self.ring_until.max(self.now) + time;
@@ -141,7 +141,7 @@ impl Machine {
         {
             let (passes, traffic) = (self.path.passes(), self.path.traffic());
             let from = self.ring_until.max(self.now);
-            self.tasks.push(Task { work: Work::Copy(token), from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
+            self.tasks.push(CpuTask { work: Work::Copy(token), from, left: bytes as f64, bytes: bytes as u64, passes, traffic });
             self.most_copying = self.most_copying.max(self.copying());
         }
     }
@@ -162,7 +162,7 @@ impl Machine {
     fn advance(&mut self) {
         let (pass, device) = self.rates();
         let now = self.now;
-        let task = |task: &Task| if task.from > now { task.from } else { now + task.left * task.passes / pass };
+        let task = |task: &CpuTask| if task.from > now { task.from } else { now + task.left * task.passes / pass };
         let transfer = |transfer: &Transfer| if transfer.from > now { transfer.from } else { now + transfer.left / device };
         let ring = Some(self.ring_until).filter(|&until| until > now);
         let events = self.tasks.iter().map(task).chain(self.transfers.iter().map(transfer)).chain(ring);
@@ -225,16 +225,18 @@ unsafe impl Buffer for Untouched {
         self.bytes
     }
 
+    fn leak(self) {
+        unreachable!("nothing fails here")
+    }
+}
+
+impl PieceMemory for Untouched {
     fn is_populated(&self) -> bool {
         self.populated
     }
 
     fn place(&self, offset: usize) -> Place {
         Place { sink: Arc::new(Nowhere), offset }
-    }
-
-    fn leak(self) {
-        unreachable!("nothing fails here")
     }
 }
 
@@ -252,7 +254,7 @@ impl Sink for Nowhere {
 }
 
 #[derive(Debug)]
-struct FlowKernel(Rc<RefCell<Machine>>);
+struct FlowKernel(Rc<RefCell<FlowMachine>>);
 
 impl Kernel for FlowKernel {
     type File = ();
@@ -344,7 +346,7 @@ fn whole(threads: f64) -> usize {
 /// Loads one large file, or as many bytes in several simultaneous loads from one file system, with
 /// the engine's defaults.
 fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
-    let machine = Rc::new(RefCell::new(Machine {
+    let machine = Rc::new(RefCell::new(FlowMachine {
         path,
         device,
         cores,
@@ -423,7 +425,7 @@ fn load(path: Path, device: f64, cores: usize, loads: usize) -> Outcome {
             most_allocating = most_allocating.max(allocating);
             let (left, passes, traffic) =
                 if path == Path::Direct { (need.bytes as f64, 1.0, 1.0) } else { (PREPARE * PASS, 1.0, 0.0) };
-            let task = Task { work: Work::Batch(id, number), from: now, left, bytes: need.bytes, passes, traffic };
+            let task = CpuTask { work: Work::Batch(id, number), from: now, left, bytes: need.bytes, passes, traffic };
             machine.borrow_mut().tasks.push(task);
         }
         machine.borrow_mut().advance();
