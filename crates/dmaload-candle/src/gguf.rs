@@ -34,10 +34,10 @@ use crate::weights::not_given;
 /// # }
 /// ```
 #[derive(Debug, Clone)]
-pub struct QTensors(Arc<Inner>);
+pub struct QTensors(Arc<GgufState>);
 
 #[derive(Debug)]
-struct Inner {
+struct GgufState {
     named: Named,
     arrivals: Arrivals<Arc<QTensor>>,
 }
@@ -63,7 +63,7 @@ impl QTensors {
         let arrivals = Arrivals::start(loader.load(paths).options(options), move |tensor| {
             convert(tensor, &target).map(Arc::new).map_err(|error| error.to_string())
         })?;
-        Ok(QTensors(Arc::new(Inner { named, arrivals })))
+        Ok(QTensors(Arc::new(GgufState { named, arrivals })))
     }
 
     /// The tensor of this name, as soon as its bytes are there.

@@ -45,7 +45,7 @@ struct DataType {
 }
 
 #[repr(C)]
-struct Described {
+struct RawTensor {
     data: *mut c_void,
     device: Device,
     ndim: i32,
@@ -58,7 +58,7 @@ struct Described {
 /// `DLManagedTensor`.
 #[repr(C)]
 struct Unversioned {
-    tensor: Described,
+    tensor: RawTensor,
     context: *mut c_void,
     deleter: Option<unsafe extern "C" fn(*mut Unversioned)>,
 }
@@ -71,7 +71,7 @@ struct Versioned {
     context: *mut c_void,
     deleter: Option<unsafe extern "C" fn(*mut Versioned)>,
     flags: u64,
-    tensor: Described,
+    tensor: RawTensor,
 }
 
 /// What the structure points to.
@@ -154,7 +154,7 @@ pub(crate) fn export(
         shape: elements.shape.into_iter().map(signed).collect(),
         _memory: memory,
     });
-    let described = Described {
+    let described = RawTensor {
         data,
         device: Device { kind: CPU.0, id: CPU.1 },
         ndim: dimensions,
