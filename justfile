@@ -168,6 +168,11 @@ gguf:
 candle:
     .ci/candle
 
+# Tests the adapter for burn beside burn's own store (builds for minutes).
+[group('other programs')]
+burn:
+    .ci/burn
+
 # Imports a model's dma-bufs into Vulkan: `just gpu-import model.safetensors`.
 [group('other programs')]
 gpu-import *MODEL:

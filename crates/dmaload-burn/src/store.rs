@@ -1,0 +1,229 @@
+//! [`LoadStore`]: the snapshots of a load that is under way.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use burn_core::module::ParamId;
+use burn_store::{ApplyResult, IdentityAdapter, ModuleAdapter, ModuleSnapshot, ModuleStore, TensorSnapshot, TensorSnapshotError};
+use burn_tensor::backend::Backend;
+use burn_tensor::{AllocationProperty, BoolStore, Bytes, DType, TensorData};
+use dmaload::model::TensorInfo;
+use dmaload::{Format, Load, LoadOptions, Loader, Report, inspect_model_blocking};
+
+/// A model that is being read, as burn's `ModuleStore`. Dropping it cancels the load; tensors that
+/// were given stay.
+///
+/// Not to be used on a worker of an async runtime: filling a module waits for its bytes.
+pub struct LoadStore {
+    load: Arc<Load>,
+    snapshots: BTreeMap<String, TensorSnapshot>,
+    adapter: Box<dyn ModuleAdapter>,
+    allows_partial: bool,
+}
+
+impl LoadStore {
+    /// Starts to load a model: a file, a folder, or the index of one. Its headers are read before
+    /// this returns.
+    ///
+    /// # Errors
+    /// Those of [`dmaload::inspect_model_blocking`]; what fails later is said when a module is
+    /// filled, and by [`Self::finish`].
+    pub fn load(loader: &Loader, path: impl Into<PathBuf>) -> dmaload::Result<Self> {
+        Self::load_with(loader, path, loader.load_options())
+    }
+
+    /// The same by options: in the order of [`LoadOptions::tensors`], for example.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_with(loader: &Loader, path: impl Into<PathBuf>, options: LoadOptions) -> dmaload::Result<Self> {
+        let path = path.into();
+        let files = inspect_model_blocking(&path, Format::Auto)?;
+        let load = Arc::new(loader.load(path).options(options).start());
+        let tensors = files.iter().flat_map(|file| file.tensors.iter().flatten());
+        let snapshots = tensors.map(|tensor| (tensor.name.clone(), snapshot(&load, tensor))).collect();
+        Ok(LoadStore { load, snapshots, adapter: Box::new(IdentityAdapter), allows_partial: false })
+    }
+
+    /// Converts what the file has to what burn's modules have: `PyTorchToBurnAdapter`, for
+    /// example. That copies what it changes.
+    #[must_use]
+    pub fn with_adapter(mut self, adapter: impl ModuleAdapter + 'static) -> Self {
+        self.adapter = Box::new(adapter);
+        self
+    }
+
+    /// Leaves tensors of the module as they are that the model does not have, rather than failing
+    /// with [`Error::Missing`]. Default: false.
+    #[must_use]
+    pub fn allow_partial(mut self, allow: bool) -> Self {
+        self.allows_partial = allow;
+        self
+    }
+
+    /// Waits for the rest of the load, and lets go of it; tensors that were given stay.
+    ///
+    /// A file that changes while it is read is found out at its end. Whoever has all tensors of it
+    /// has passed that check; a module that needs only some has passed it with this.
+    ///
+    /// # Errors
+    /// Whatever made the load fail; [`Error::InUse`] while a snapshot of it is kept elsewhere.
+    pub fn finish(self) -> Result<Report, Error> {
+        drop(self.snapshots);
+        let load = Arc::into_inner(self.load).ok_or(Error::InUse)?;
+        let image = block_on(load.finish())?;
+        Ok(image.report().clone())
+    }
+}
+
+impl ModuleStore for LoadStore {
+    type Error = Error;
+
+    /// Always fails: a load can't be written to.
+    fn collect_from<B: Backend, M: ModuleSnapshot<B>>(&mut self, _module: &M) -> Result<(), Error> {
+        Err(Error::ReadOnly)
+    }
+
+    fn apply_to<B: Backend, M: ModuleSnapshot<B>>(&mut self, module: &mut M) -> Result<ApplyResult, Error> {
+        let snapshots = self.snapshots.values().cloned().collect();
+        let result = module.apply(snapshots, None, Some(self.adapter.clone()), false);
+        if !result.errors.is_empty() {
+            return Err(Error::Refused(result.to_string()));
+        }
+        if !result.missing.is_empty() && !self.allows_partial {
+            return Err(Error::Missing(result.to_string()));
+        }
+        Ok(result)
+    }
+
+    fn get_snapshot(&mut self, name: &str) -> Result<Option<&TensorSnapshot>, Error> {
+        Ok(self.snapshots.get(name))
+    }
+
+    fn get_all_snapshots(&mut self) -> Result<&BTreeMap<String, TensorSnapshot>, Error> {
+        Ok(&self.snapshots)
+    }
+
+    fn keys(&mut self) -> Result<Vec<String>, Error> {
+        Ok(self.snapshots.keys().cloned().collect())
+    }
+}
+
+impl fmt::Debug for LoadStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoadStore").field("load", &self.load).field("tensors", &self.snapshots.len()).finish_non_exhaustive()
+    }
+}
+
+/// Why a store could not do what it was asked for.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// The load failed.
+    Load(dmaload::Error),
+    /// burn refused tensors: its own words.
+    Refused(String),
+    /// The module has tensors that the model has not: burn's own words.
+    Missing(String),
+    /// A snapshot of the load is kept elsewhere.
+    InUse,
+    /// A load can't be written to.
+    ReadOnly,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Load(error) => error.fmt(f),
+            Error::Refused(text) => write!(f, "cannot fill the module: {text}"),
+            Error::Missing(text) => write!(f, "cannot fill all of the module: {text}"),
+            Error::InUse => f.write_str("cannot finish the load: a snapshot of it is kept elsewhere"),
+            Error::ReadOnly => f.write_str("cannot save into a load: use burn's SafetensorsStore"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Load(error) => std::error::Error::source(error),
+            _ => None,
+        }
+    }
+}
+
+impl From<dmaload::Error> for Error {
+    fn from(error: dmaload::Error) -> Self {
+        Error::Load(error)
+    }
+}
+
+/// A tensor of the load, which waits for its bytes when burn asks for its data.
+fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
+    let (load, name, shape) = (Arc::clone(load), tensor.name.clone(), tensor.shape.clone());
+    let dtype = burn_type(tensor.dtype);
+    let unknown = format!("cannot give tensor {name:?}: burn has no type {}", tensor.dtype);
+    let data = {
+        let shape = shape.clone();
+        move || {
+            let dtype = dtype.ok_or_else(|| TensorSnapshotError::DataError(unknown.clone()))?;
+            let bytes = load.tensor_blocking(&name).and_then(|tensor| tensor.bytes());
+            let bytes = bytes.map_err(|error| TensorSnapshotError::IoError(error.to_string()))?;
+            // A `bool` of another value is undefined behaviour.
+            if matches!(dtype, DType::Bool(_)) && bytes.iter().any(|&byte| byte > 1) {
+                let message = format!("cannot give tensor {name:?}: it has values other than 0 and 1");
+                return Err(TensorSnapshotError::DataError(message));
+            }
+            let shared = Bytes::from_shared(bytes, AllocationProperty::Other);
+            Ok(TensorData::from_bytes(shared, shape.clone(), dtype))
+        }
+    };
+    let path = tensor.name.split('.').map(str::to_owned).collect();
+    // burn wants a type before the data are asked for; the closure refuses unknown ones.
+    TensorSnapshot::from_closure(Rc::new(data), dtype.unwrap_or(DType::U8), shape.into(), path, Vec::new(), ParamId::new())
+}
+
+fn burn_type(dtype: dmaload::model::DType) -> Option<DType> {
+    Some(match dtype {
+        dmaload::model::DType::F64 => DType::F64,
+        dmaload::model::DType::F32 => DType::F32,
+        dmaload::model::DType::F16 => DType::F16,
+        dmaload::model::DType::BF16 => DType::BF16,
+        dmaload::model::DType::I64 => DType::I64,
+        dmaload::model::DType::I32 => DType::I32,
+        dmaload::model::DType::I16 => DType::I16,
+        dmaload::model::DType::I8 => DType::I8,
+        dmaload::model::DType::U64 => DType::U64,
+        dmaload::model::DType::U32 => DType::U32,
+        dmaload::model::DType::U16 => DType::U16,
+        dmaload::model::DType::U8 => DType::U8,
+        dmaload::model::DType::Bool => DType::Bool(BoolStore::Native),
+        _ => return None,
+    })
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Polls a future on this thread, which sleeps in between.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(value) => return value,
+            Poll::Pending => thread::park(),
+        }
+    }
+}
