@@ -191,7 +191,7 @@ fn one_tensor_is_written_as_the_index_decides() {
     assert_eq!(cat(&name.join("1.safetensors"), "w").succeeds().stdout, vec![1; 70_000]);
     let split = parts(name);
     assert_eq!(cat(&split[0], "w2").succeeds().stdout, vec![3; 64]);
-    cat(&file(name, "raw.bin", &[1; 100]), "w").fails(1, &["no tensors"]);
+    cat(&file(name, "raw.bin", &[1; 100]), "w").fails(1, &["no tensors to select"]);
     run(dmaload(["cat", "--tensor", "w", "--verify", "crc32c:00000000"]).arg(name)).fails(2, &["--verify"]);
 }
 
