@@ -56,7 +56,7 @@ pub enum Error {
     #[error("{}", printable::text(.0))]
     Config(String),
     /// The loader's threads could not be started.
-    #[error("cannot start a loader: cannot {operation}: {}", .errno.describe())]
+    #[error("cannot start a loader: {operation}: {}", .errno.describe())]
     Start {
         /// What could not be created.
         operation: &'static str,
