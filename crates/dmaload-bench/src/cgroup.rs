@@ -35,7 +35,7 @@ impl Group {
                 Err(error) => reasons.push_str(&format!("\n  {}: {}", printable::path(&parent), Named(&error))),
             }
         }
-        bail!("no memory cgroup can be made; that takes root, and the memory controller in the group above:{reasons}")
+        bail!("cannot create a memory cgroup, which requires root and the memory controller in the parent group:{reasons}")
     }
 
     fn make(folder: &Path, limit_bytes: u64) -> io::Result<Self> {

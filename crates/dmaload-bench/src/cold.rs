@@ -146,7 +146,7 @@ pub fn make_warm(path: &Path) -> Result<(), FileError> {
     io::copy(&mut file, &mut io::sink()).at("read", path)?;
     let found = residency(&file, path)?;
     if found.resident < found.total {
-        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).at("keep in the page cache all of", path);
+        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).at("keep all in the page cache of", path);
     }
     Ok(())
 }

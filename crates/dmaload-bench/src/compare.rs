@@ -9,7 +9,7 @@ const BLOCK: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Difference {
     /// The first byte that differs.
-    #[error("byte {offset} is {found:#04x} instead of {expected:#04x}")]
+    #[error("byte {offset} is {found:#04x}, expected {expected:#04x}")]
     Byte {
         /// Offset in the file.
         offset: u64,
@@ -19,7 +19,7 @@ pub(crate) enum Difference {
         found: u8,
     },
     /// One of the two ends before the other.
-    #[error("{found} bytes were loaded of a file that has {}", if *.more { "more" } else { "fewer" })]
+    #[error("{found} bytes were loaded from a file that has {}", if *.more { "more" } else { "fewer" })]
     Length {
         /// Number of bytes in memory.
         found: u64,
@@ -91,7 +91,7 @@ mod tests {
     fn missing_or_surplus_end_is_found() {
         let content = content();
         let error = compare(&*content, &content[..content.len() - 1]).unwrap_err();
-        assert_eq!(error.to_string(), format!("{} bytes were loaded of a file that has more", content.len() - 1));
+        assert_eq!(error.to_string(), format!("{} bytes were loaded from a file that has more", content.len() - 1));
         let error = compare(&content[..BLOCK], &content).unwrap_err();
         assert!(matches!(error, Difference::Length { more: false, .. }));
     }

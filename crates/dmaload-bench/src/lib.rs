@@ -146,10 +146,7 @@ impl Bench {
             file_bytes += about.len();
         }
         if file_bytes == 0 {
-            bail!(
-                "{}: there is nothing to load",
-                paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default()
-            );
+            bail!("{}: nothing to load", paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default());
         }
         let arm = Arm::new(settings.pressure, settings.folder.as_deref())?;
         Ok(Bench { settings, file_bytes, arm })
@@ -199,7 +196,7 @@ impl Bench {
         match worker.receive_line() {
             Ok(line) => match child::parse_line(&line) {
                 Some(Err(failure)) => return Ok(Err(failure)),
-                Some(Ok(_)) => bail!("a run was measured before it began"),
+                Some(Ok(_)) => bail!("a run reported a result before it began"),
                 // It is ready.
                 None => {}
             },
@@ -218,7 +215,7 @@ impl Bench {
         host::warm(self.file_bytes, self.arm.is_on()).context("cannot warm the machine's memory")?;
         worker.send_line(child::GO);
         let run = match worker.receive_line() {
-            Ok(line) => child::parse_line(&line).with_context(|| format!("a run said {line:?}"))?,
+            Ok(line) => child::parse_line(&line).with_context(|| format!("unexpected output of a run: {line:?}"))?,
             Err(error) => Err(died(error)),
         };
         // The process must have left the group before the group is removed.

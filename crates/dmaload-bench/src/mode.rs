@@ -94,7 +94,7 @@ impl Mode {
     pub fn peer(text: &str) -> Result<Self, String> {
         let (name, command) = text.split_once('=').ok_or_else(|| format!("{text:?} is not NAME=COMMAND"))?;
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
-            return Err(format!("{text:?}: a name of its own and a command are needed"));
+            return Err(format!("{text:?}: a unique name and a command are required"));
         }
         // There are only a few, and they are needed until the program exits.
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
@@ -131,7 +131,7 @@ impl FromStr for Mode {
     fn from_str(name: &str) -> Result<Self, String> {
         Mode::ALL.into_iter().find(|mode| mode.name() == name).ok_or_else(|| {
             let all = Mode::ALL.map(Mode::name).join(", ");
-            format!("no such mode: {name:?}; the modes are {all}")
+            format!("unknown mode {name:?}: the modes are {all}")
         })
     }
 }

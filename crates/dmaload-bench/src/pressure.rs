@@ -60,7 +60,7 @@ impl FromStr for Pressure {
             },
             _ => None,
         };
-        parsed.ok_or_else(|| format!("no such pressure: {text:?}; {forms}"))
+        parsed.ok_or_else(|| format!("unknown pressure {text:?}: {forms}"))
     }
 }
 
@@ -139,7 +139,7 @@ impl Arm {
         let mut filler = Worker::start(&mut command)?;
         group.add(filler.id())?;
         filler.send_line("go");
-        filler.receive_line().context("the group's page cache could not be filled")?;
+        filler.receive_line().context("cannot fill the group's page cache")?;
         Ok(())
     }
 
@@ -159,7 +159,7 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     let mut command = worker::command();
     command.arg("hog").arg(bytes.to_string());
     let mut hog = Worker::start(&mut command)?;
-    hog.receive_line().with_context(|| format!("a process that takes {} could not do so", dmaload_text::bytes(bytes)))?;
+    hog.receive_line().with_context(|| format!("cannot occupy {} of memory in another process", dmaload_text::bytes(bytes)))?;
     Ok(hog)
 }
 

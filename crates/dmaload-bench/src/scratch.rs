@@ -60,7 +60,7 @@ pub struct ScratchFile {
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
     /// No folder is suitable; lists each one with its reason.
-    #[error("no folder for a scratch file of {}{}\nname another one, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
+    #[error("no folder for a scratch file of {}{}\nuse another one, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
     NoFolder {
         /// The required space.
         wanted: u64,
@@ -79,7 +79,7 @@ pub enum Refusal {
     #[error("is in memory ({0})")]
     InMemory(&'static str),
     /// Not enough free space.
-    #[error("has {} free for this user, of which a tenth stays free", bytes(*.0))]
+    #[error("has {} free for this user, a tenth of which must stay free", bytes(*.0))]
     NoRoom(u64),
     /// It can't be inspected.
     #[error("{}", Named(.0))]

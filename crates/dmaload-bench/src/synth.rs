@@ -118,7 +118,7 @@ pub enum SynthError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
     /// The length is wrong.
-    #[error("{found} bytes instead of {expected}")]
+    #[error("{found} bytes, expected {expected}")]
     Length {
         /// The model's length.
         expected: u64,
@@ -126,7 +126,7 @@ pub enum Mismatch {
         found: u64,
     },
     /// The first byte that differs.
-    #[error("byte {offset} ({place}) is {found:#04x} instead of {expected:#04x}")]
+    #[error("byte {offset} ({place}) is {found:#04x}, expected {expected:#04x}")]
     Byte {
         /// Offset in the file.
         offset: u64,

@@ -101,7 +101,7 @@ fn verdicts(results: &Results) -> Vec<String> {
     }
     if let (Some(overlap), Some(engine)) = (results.overlap(Mode::DirectIo), engine.and_then(ModeRuns::seconds)) {
         lines.push(format!(
-            "overlap: {}, that is max(allocate, read) of no-overlap ÷ the {} of direct_io",
+            "overlap: {}, which is max(allocate, read) of no-overlap ÷ the {} of direct_io",
             range(overlap, 2),
             duration(Duration::from_secs_f64(engine.median)),
         ));
@@ -122,14 +122,14 @@ fn remarks(results: &Results) -> Vec<String> {
     )];
     if let Some(kib) = results.read_ahead_kib.filter(|&kib| kib != DEFAULT_READ_AHEAD_KIB) {
         lines.push(format!(
-            "this disk reads {kib} KiB ahead, not the usual {DEFAULT_READ_AHEAD_KIB} (queue/read_ahead_kb in sysfs), which changes \
+            "this disk reads {kib} KiB ahead, not the usual {DEFAULT_READ_AHEAD_KIB} (queue/read_ahead_kb in sysfs), which affects \
              normal, normal_io, mmap and tokio-fs"
         ));
     }
     if let Some(((best, _), others)) = results.destinations.split_first() {
         let others = others.iter().map(|(size, seconds)| format!("{} {seconds:.3} s", bytes_of_buffers(*size)));
         lines.push(format!(
-            "limit: reads into {} of buffers, used over and over, are the fastest ({})",
+            "limit: reads into {} of reused buffers are the fastest ({})",
             bytes_of_buffers(*best),
             others.collect::<Vec<_>>().join(", "),
         ));
@@ -178,7 +178,7 @@ mod tests {
     fn table_names_the_destination_of_the_limit() {
         let mut measured = some();
         measured.destinations = vec![(8 << 20, 0.25), (4 << 20, 0.3), (64 << 20, 0.5)];
-        let expected = "limit: reads into 8 MiB of buffers, used over and over, are the fastest \
+        let expected = "limit: reads into 8 MiB of reused buffers are the fastest \
                         (4 MiB 0.300 s, 64 MiB 0.500 s)";
         assert!(plain(&measured).contains(expected), "{}", plain(&measured));
     }

@@ -32,7 +32,7 @@ use crate::{baseline, mapping};
 
 /// Wrong bytes were loaded, which is never acceptable.
 #[derive(Debug, thiserror::Error)]
-#[error("{} is not in memory as it is on the disk: {what}", printable::path(&path))]
+#[error("{} differs between memory and disk: {what}", printable::path(&path))]
 pub(crate) struct WrongBytes {
     path: PathBuf,
     what: String,
@@ -166,7 +166,7 @@ impl Stopwatch {
 
 /// Disables huge pages on faults for this process, whatever the machine's settings.
 fn small_pages() -> Result<()> {
-    disable_transparent_huge_pages(true).context("cannot do without huge pages")
+    disable_transparent_huge_pages(true).context("cannot disable huge pages")
 }
 
 fn normal(files: &Files) -> Result<Run> {
@@ -211,7 +211,7 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
     let mut notes = vec![format!("by {}", report.route)];
     notes.extend(report.pages_refused.map(|errno| format!("2 MiB pages: {}", errno.describe())));
     if report.reused_bytes > 0 {
-        notes.push(format!("{} in memory of the pool", dmaload_text::bytes(report.reused_bytes)));
+        notes.push(format!("{} in pooled memory", dmaload_text::bytes(report.reused_bytes)));
     }
     Ok(Run {
         page_bytes: report.page_size_bytes() as u64,
@@ -267,9 +267,9 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
         }
     };
     let reader = Reader::new(u32::try_from(LARGEST.depth)?, region)
-        .context("io_uring can't be had, so the device's limit is not known")?;
+        .context("io_uring is not available, so the device's limit is unknown")?;
     if !reader.is_registered() {
-        notes.push("its buffers are not registered: the limit of locked memory (ulimit -l) is below 64 MiB".to_owned());
+        notes.push("its buffers are not registered: the locked memory limit (ulimit -l) is below 64 MiB".to_owned());
     }
     Ok((reader, notes))
 }
@@ -327,11 +327,11 @@ fn no_overlap(heap: &Arc<dyn Heap>, files: &Files) -> Result<Run> {
     let region = Region::populated(heap, bytes)?;
     let allocate_seconds = watch.start.elapsed().as_secs_f64();
     let (chunks, _) = limit::plan(&files.lengths, region.part_bytes(), LARGEST.chunk_bytes);
-    let mut reader = Reader::new(u32::try_from(LARGEST.depth)?, region).context("io_uring can't be had")?;
+    let mut reader = Reader::new(u32::try_from(LARGEST.depth)?, region).context("io_uring is not available")?;
     let open = limit::open(&files.paths)?;
     limit::read_all(&mut reader, &open, &files.paths, &chunks, Into::Places)?;
     let run = watch.stop(files);
-    let region = reader.into_region().context("reads can't be waited for")?;
+    let region = reader.into_region().context("cannot wait for reads")?;
     let apart = Apart { allocate_seconds, read_seconds: run.seconds - allocate_seconds };
     Ok(Run { page_bytes: region.page_bytes(), apart: Some(apart), ..run })
 }

@@ -63,7 +63,7 @@ impl Worker {
     /// # Errors
     /// If it can't be started.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
-        let mut child = leftovers::start(command).context("cannot start a process of this program")?;
+        let mut child = leftovers::start(command).context("cannot start this program as another process")?;
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().context("its standard output is a pipe")?);
         Ok(Worker { child, stdin, stdout })
@@ -111,7 +111,7 @@ impl Drop for Worker {
 
 fn end(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
-        (Some(libc::SIGKILL), _) => "killed, most likely because memory ran out".to_owned(),
+        (Some(libc::SIGKILL), _) => "killed, most likely for lack of memory".to_owned(),
         (Some(signal), _) => format!("ended by signal {signal}"),
         (None, code) => format!("ended early, with status {}", code.unwrap_or(-1)),
     }

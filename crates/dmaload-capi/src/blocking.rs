@@ -115,6 +115,6 @@ pub(crate) fn shut_down(loader: Loader) {
 /// The descriptor of a load with exactly one segment.
 pub(crate) fn single_descriptor(mut given: Vec<OwnedSegment>) -> Result<c_int> {
     let one = given.pop().filter(|_| given.is_empty());
-    let one = one.ok_or_else(|| Failure::invalid("the file did not become one segment"))?;
+    let one = one.ok_or_else(|| Failure::invalid("the file was not loaded into a single segment"))?;
     Ok(std::os::fd::IntoRawFd::into_raw_fd(one.into_fd()))
 }

@@ -66,7 +66,7 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(answer)) => return answer,
         Ok(Err(failure)) => failure,
-        Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: a defect of it, or of a heap"),
+        Err(_) => Failure::new(Errno::NOTRECOVERABLE, "dmaload panicked: a bug in dmaload or in a heap"),
     };
     let text = CString::new(failure.text.replace('\0', " ")).unwrap_or_default();
     // A thread that is running its destructors can't store a message.

@@ -97,7 +97,9 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
         not_null(dmabuf_fd, "dmabuf_fd")?;
         let known = OFlags::CLOEXEC | OFlags::RWMODE;
         if fd_flags & !known.bits() != 0 || fd_flags & OFlags::RWMODE.bits() == OFlags::RWMODE.bits() {
-            return Err(Failure::invalid(format!("fd_flags {fd_flags:#x}: O_CLOEXEC and an access mode are known")));
+            return Err(Failure::invalid(format!(
+                "invalid fd_flags {fd_flags:#x}: only O_CLOEXEC and an access mode are allowed"
+            )));
         }
         let heap = request::heap_from_fd(heap_fd, heap_flags)?;
         let (file, bytes) = request::file(file_fd)?;
@@ -222,7 +224,9 @@ pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_o
         // SAFETY: as the header requires.
         let options = unsafe { sized::read(options)? };
         if options.progress.is_some() || !options.cancel.is_null() || !options.report.is_null() {
-            return Err(Failure::invalid("progress, cancel and report are of loads that block: see dmaload_load_progress"));
+            return Err(Failure::invalid(
+                "progress, cancel and report must be NULL: see dmaload_load_progress, dmaload_cancel and dmaload_load_report",
+            ));
         }
         let (file, bytes) = request::file(file_fd)?;
         // SAFETY: as the header requires.

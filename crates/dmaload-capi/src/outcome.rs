@@ -28,7 +28,7 @@ impl OwnedSegment {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
         } else {
-            let failed = |errno| Failure::new(errno, "a segment's descriptor can't be duplicated");
+            let failed = |errno| Failure::new(errno, "cannot duplicate a segment's descriptor");
             (rustix::io::fcntl_dupfd_cloexec(segment.hand_out_memfd()?, 0).map_err(failed)?, DMALOAD_MEMFD)
         };
         let has = segment.file_range();

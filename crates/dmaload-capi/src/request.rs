@@ -22,7 +22,7 @@ const SEGMENT_STEP_BYTES: u64 = 2 * MIB;
 
 /// Duplicates a descriptor of the caller's.
 pub(crate) fn duplicate(fd: c_int, what: &str) -> Result<OwnedFd> {
-    let failed = |errno| Failure::new(errno, format!("{what} {fd} is no open descriptor"));
+    let failed = |errno| Failure::new(errno, format!("{what} {fd} is not an open descriptor"));
     if fd < 0 {
         return Err(failed(Errno::BADF));
     }
@@ -34,7 +34,7 @@ pub(crate) fn duplicate(fd: c_int, what: &str) -> Result<OwnedFd> {
 /// The file to read, and its length.
 pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
     let file = duplicate(fd, "file_fd")?;
-    let failed = |errno| Failure::new(errno, format!("file_fd {fd} can't be looked at"));
+    let failed = |errno| Failure::new(errno, format!("cannot stat file_fd {fd}"));
     let flags = rustix::fs::fcntl_getfl(&file).map_err(failed)?;
     if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE == OFlags::WRONLY {
         return Err(Failure::new(Errno::BADF, format!("file_fd {fd} is not open for reading")));
@@ -43,7 +43,7 @@ pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
     match FileType::from_raw_mode(mode) {
         FileType::RegularFile => Ok((file, bytes)),
         FileType::Directory => Err(Failure::new(Errno::ISDIR, format!("file_fd {fd} is a directory"))),
-        kind => Err(Failure::invalid(format!("file_fd {fd} is no regular file, but {kind:?}"))),
+        kind => Err(Failure::invalid(format!("file_fd {fd} is not a regular file, but {kind:?}"))),
     }
 }
 
@@ -67,7 +67,7 @@ pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     let device = duplicate(fd, "heap_fd")?;
     match Device::identify(&device) {
         Some(Device::DmaHeap(_)) => Ok(Arc::new(DmaHeap::from_fd(device)?.flags(flags))),
-        Some(Device::Udmabuf) if flags != 0 => Err(Failure::invalid("udmabuf knows no heap_flags")),
+        Some(Device::Udmabuf) if flags != 0 => Err(Failure::invalid("udmabuf has no heap_flags")),
         Some(Device::Udmabuf) => Ok(Arc::new(UdmabufHeap::from_fd(device, Pages::Auto)?)),
         None => Err(Failure::new(Errno::NOTTY, format!("heap_fd {fd} is neither a dma-heap nor /dev/udmabuf"))),
     }
@@ -84,7 +84,7 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
         match name.parse() {
             // The header offers neither; an `anon` segment would have no descriptor to hand out.
             Err(_) | Ok(HeapChoice::Auto | HeapChoice::Anon) => {
-                return Err(Failure::invalid(format!("heap {name:?}: memfd, udmabuf, dma-heap:NAME or dma-buf")));
+                return Err(Failure::invalid(format!("unknown heap {name:?}: use memfd, udmabuf, dma-heap:NAME or dma-buf")));
             }
             Ok(choice) => choice,
         }
@@ -97,7 +97,7 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
     match (options.flags & DMALOAD_HEAP_FD != 0, options.heap.is_null()) {
         (true, true) => heap_from_fd(options.heap_fd, 0),
-        (true, false) => Err(Failure::invalid("a heap by its descriptor, or by its name, not by both")),
+        (true, false) => Err(Failure::invalid("heap and heap_fd can't both be set")),
         // SAFETY: as the caller guarantees.
         (false, _) => unsafe { heap_named(options.heap) },
     }
@@ -127,14 +127,14 @@ pub(crate) fn one_shot_loader(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<L
 
 fn check_flags(options: &dmaload_options) -> Result<()> {
     let unknown = options.flags & !(DMALOAD_HEAP_FD | DMALOAD_STRICT);
-    if unknown == 0 { Ok(()) } else { Err(Failure::invalid(format!("flags {unknown:#x} are unknown"))) }
+    if unknown == 0 { Ok(()) } else { Err(Failure::invalid(format!("unknown flags {unknown:#x}"))) }
 }
 
 fn window_bytes(asked: u64) -> Result<u64> {
     match asked {
         0 => Ok(LoaderBuilder::WINDOW_BYTES),
         bytes if bytes < SEGMENT_STEP_BYTES => {
-            Err(Failure::invalid(format!("{bytes} bytes at once are too few: 2 MiB at least")))
+            Err(Failure::invalid(format!("{bytes} bytes at once are too few: use at least 2 MiB")))
         }
         bytes => Ok(bytes),
     }
@@ -161,7 +161,7 @@ pub(crate) unsafe fn loader_for(options: &dmaload_options) -> Result<(Loader, bo
     check_flags(options)?;
     let own = options.flags & DMALOAD_HEAP_FD != 0 || !options.heap.is_null();
     if own || options.window_bytes != 0 || options.queue_depth != 0 {
-        return Err(Failure::invalid("heap, heap_fd, window_bytes and queue_depth are the loader's"));
+        return Err(Failure::invalid("heap, heap_fd, window_bytes and queue_depth must be 0 if a loader is set"));
     }
     Ok((shared.0.clone(), false))
 }
@@ -180,13 +180,13 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     let layout = match options.layout {
         DMALOAD_SEGMENTED => Layout::Segmented,
         DMALOAD_SINGLE => Layout::Single,
-        other => return Err(Failure::invalid(format!("layout {other} is unknown"))),
+        other => return Err(Failure::invalid(format!("unknown layout {other}"))),
     };
     let priority = match options.priority {
         0 => Priority::Normal,
         1 => Priority::High,
         -1 => Priority::Low,
-        other => return Err(Failure::invalid(format!("priority {other}: -1, 0 or 1"))),
+        other => return Err(Failure::invalid(format!("invalid priority {other}: use -1, 0 or 1"))),
     };
     let part = part(file_bytes, options.file_offset, options.file_bytes)?;
     // For the whole file, no range is set, because the file may be longer by the time it is
@@ -206,7 +206,7 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
 /// The requested part of the file.
 fn part(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
-        Failure::invalid(format!("the file has {file_bytes} bytes: there are no {} from {offset} on", bytes.max(1)))
+        Failure::invalid(format!("the file has {file_bytes} bytes, too few for {} bytes at offset {offset}", bytes.max(1)))
     })?;
     Ok(offset..offset + if bytes == 0 { left } else { bytes })
 }

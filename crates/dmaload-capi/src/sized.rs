@@ -32,9 +32,10 @@ unsafe impl Sized64 for dmaload_report {
 
 fn stated<T: Sized64>(size: u64) -> Result<usize> {
     let least = size_of::<u64>();
-    usize::try_from(size).ok().filter(|&size| (least..=1 << 16).contains(&size)).ok_or_else(|| {
-        Failure::invalid(format!("{}: its size is said to be {size} bytes: set it to sizeof({})", T::NAME, T::NAME))
-    })
+    usize::try_from(size)
+        .ok()
+        .filter(|&size| (least..=1 << 16).contains(&size))
+        .ok_or_else(|| Failure::invalid(format!("{}: size is {size}: set it to sizeof({})", T::NAME, T::NAME)))
 }
 
 /// All fields zero.
@@ -62,7 +63,7 @@ pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     // SAFETY: the caller's struct has `size` bytes.
     let rest = unsafe { std::slice::from_raw_parts(rest, size - known) };
     if rest.iter().any(|&byte| byte != 0) {
-        let text = format!("{}: of a newer version, with something in it that this one does not know", T::NAME);
+        let text = format!("{}: from a newer version, with fields set that this version does not know", T::NAME);
         return Err(Failure::new(Errno::TOOBIG, text));
     }
     Ok(all)

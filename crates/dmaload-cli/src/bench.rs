@@ -123,7 +123,7 @@ pub(crate) fn run(arguments: &Arguments, given: &[OsString]) -> Result<u8> {
     }
     stdout.flush()?;
     if let Some(path) = &arguments.plot {
-        fs::write(path, results.to_svg()).at("write the picture to", path)?;
+        fs::write(path, results.to_svg()).at("write the chart to", path)?;
     }
     Ok(if results.failed() { crate::status::FAILURE } else { crate::status::SUCCESS })
 }
@@ -166,7 +166,7 @@ fn print_progress(line: &str) {
 fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
     let model = Model::new(size, SEED)?;
     let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;
-    file.file().set_permissions(Permissions::from_mode(0o644)).at("open to other users", file.path())?;
+    file.file().set_permissions(Permissions::from_mode(0o644)).at("make readable for other users", file.path())?;
     write_model(&model, &file)?;
     Ok(file)
 }

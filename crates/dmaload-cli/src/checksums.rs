@@ -37,7 +37,7 @@ impl Landing {
 impl Observer for Landing {
     fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         let mut hashers = self.extend_to(file_index + 1);
-        hashers.get_mut(file_index).ok_or("a file that was not asked for")?.update(bytes);
+        hashers.get_mut(file_index).ok_or("unexpected file")?.update(bytes);
         Ok(())
     }
 }

@@ -58,14 +58,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let (image, used) = last.context("at least one round")?;
     let loaded = image.files().first().context("one file")?;
-    model.verify_all(&loaded.bytes()?).context("the loaded model is not what was written")?;
+    model.verify_all(&loaded.bytes()?).context("the loaded model differs from the one written")?;
     print(arguments, &model, &summary(&image, &[None], used), &mut engine, &mut normal)
 }
 
 fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {
     let loaded = baseline::load_cold(path)?;
     if verify {
-        model.verify_all(&loaded.memory).context("the copied model is not what was written")?;
+        model.verify_all(&loaded.memory).context("the copied model differs from the one written")?;
     }
     Ok(loaded.elapsed)
 }

@@ -86,7 +86,7 @@ pub(crate) struct EngineArguments {
 pub(crate) fn heap_choice(name: &str) -> std::result::Result<HeapChoice, String> {
     match name.parse() {
         Err(_) | Ok(HeapChoice::DmaBuf) => {
-            Err(format!("no such heap: {name:?}; the heaps are auto, memfd, anon, udmabuf, dma-heap:NAME"))
+            Err(format!("unknown heap {name:?}: the heaps are auto, memfd, anon, udmabuf, dma-heap:NAME"))
         }
         choice => choice,
     }
@@ -197,7 +197,7 @@ pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option
         return choice.open(pages);
     }
     if !matches!(choice, HeapChoice::DmaBuf | HeapChoice::Udmabuf) {
-        return Err(Error::Config("--despite-udmabuf-bug is about the heap udmabuf".to_owned()));
+        return Err(Error::Config("--despite-udmabuf-bug requires the heap udmabuf".to_owned()));
     }
     Ok((Arc::new(UdmabufHeap::open_despite_bug(pages)?), None))
 }

@@ -60,19 +60,19 @@ const IN_FLAGS: [(&str, &str); 14] = [
     ("(the format gguf)", "(--format gguf)"),
     ("the format auto does so", "--format auto does so"),
     ("the heap anon", "--heap anon"),
-    ("let pages have any size", "load with --pages auto"),
+    ("allow pages of any size", "load with --pages auto"),
     ("load in smaller segments", "load with a smaller --segment-size"),
-    ("make a new one", "make a new one (dmaload manifest)"),
+    ("create a new one", "create a new one (dmaload manifest)"),
     ("attach to it", "attach to it (dmaload attach)"),
-    ("raise the limit, or stream the file and drop its segments as they come", "or raise the limit"),
+    ("raise the limit, or stream the file and drop its segments as they arrive", "or raise the limit"),
     (
-        "raise the limit, or stream the load and drop its segments as they come",
-        "raise --memory-limit; `dmaload cat` needs room for some segments only",
+        "raise the limit, or stream the load and drop its segments as they arrive",
+        "raise --memory-limit; `dmaload cat` needs room only for a few segments",
     ),
-    ("use larger segments, or load a part of it", "use a larger --segment-size, or load a part of it (--range, --tensors)"),
+    ("use larger segments, or load only a part", "use a larger --segment-size, or load a part of it (--range, --tensors)"),
     (
-        "see what each heap needs; without a dma-buf, the heap memfd gives",
-        "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives",
+        "see what each heap needs; if a dma-buf is not required, the heap memfd allocates",
+        "`dmaload doctor` shows what each heap needs; if a dma-buf is not required, --heap memfd allocates",
     ),
 ];
 
@@ -148,7 +148,7 @@ mod tests {
     fn memory_error_names_the_files_and_is_still_found() {
         let error = dmaload::Error::NoDescriptor { heap: "memfd".to_owned(), wanted: "dma-buf" };
         let error = with_files(error, &["a".into(), "b".into(), "c".into()]);
-        assert_eq!(describe(&error), "a and 2 more: heap memfd gives no dma-buf");
+        assert_eq!(describe(&error), "a and 2 more: heap memfd does not provide a dma-buf");
         assert!(error.downcast_ref::<dmaload::Error>().is_some());
     }
 
@@ -190,7 +190,7 @@ mod tests {
             ),
             (
                 Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
-                "raise --memory-limit; `dmaload cat` needs room for some segments only",
+                "raise --memory-limit; `dmaload cat` needs room only for a few segments",
             ),
             (
                 Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
@@ -198,7 +198,7 @@ mod tests {
             ),
             (
                 Error::NoDmaBuf { tried: Vec::new() },
-                "`dmaload doctor` tells what each heap needs; without a dma-buf, --heap memfd gives memory that other \
+                "`dmaload doctor` shows what each heap needs; if a dma-buf is not required, --heap memfd allocates memory that other \
                  processes can map",
             ),
         ] {

@@ -37,7 +37,7 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     for (name, value) in [("DMALOAD_SEGMENTS", &described), ("DMALOAD_FILES", &files)] {
         ensure!(
             name.len() + value.len() + 2 <= STRING_BYTES_MAX,
-            "--exec: {} segments of {} files are more than an environment variable can tell ({STRING_BYTES_MAX} bytes): load with \
+            "--exec: {} segments of {} files exceed an environment variable ({STRING_BYTES_MAX} bytes): load with \
              larger segments, --layout single, or fewer files",
             segments.len(),
             image.files().len(),

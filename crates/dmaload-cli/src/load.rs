@@ -97,7 +97,7 @@ impl FromStr for Rank {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "env" => Ok(Rank::Environment),
-            text => text.parse().map(Rank::Number).map_err(|_| format!("{text:?} is not the number of a rank, and not env")),
+            text => text.parse().map(Rank::Number).map_err(|_| format!("invalid rank {text:?}: use a number, or env")),
         }
     }
 }
@@ -105,7 +105,7 @@ impl FromStr for Rank {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let about = |error| errors::with_files(error, &arguments.paths);
     if !arguments.exec.is_empty() && arguments.engine.heap == HeapChoice::Anon {
-        return Err(Error::Config("--exec: anon memory has no descriptor to hand over".to_owned()).into());
+        return Err(Error::Config("--exec: anon memory has no descriptor to pass on".to_owned()).into());
     }
     let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
     let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, loader.heap()));
@@ -126,7 +126,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     }
     let whole = arguments.tensors.is_empty() && arguments.range.is_none() && shard.is_none() && arguments.inside.is_none();
     if arguments.digest.is_some() && !(whole && arguments.engine.layout != Layout::Tensors) {
-        return Err(Error::Config("--digest is of whole files, and parts of files are loaded".to_owned()).into());
+        return Err(Error::Config("--digest needs whole files, but only parts are loaded".to_owned()).into());
     }
     if let Some(against) = &arguments.verify {
         options = against.apply_to(options)?;
@@ -138,7 +138,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let load = match (arguments.inside, arguments.paths.as_slice()) {
         (None, paths) => loader.load(paths).options(options).start(),
         (Some((start, end)), [path]) => loader.load(Source::from(path).range(start..end)).options(options).start(),
-        (Some(_), _) => return Err(Error::Config("--inside is about one file".to_owned()).into()),
+        (Some(_), _) => return Err(Error::Config("--inside needs exactly one file".to_owned()).into()),
     };
     let quiet = arguments.quiet || arguments.json || is_quiet();
     let image = block_on(finish(load, quiet))?.map_err(about)?;
@@ -190,6 +190,6 @@ fn shard(arguments: &Arguments, variable: impl Fn(&str) -> Option<String>) -> dm
         (None, None | Some(1)) if dim.is_none() => Ok((None, note)),
         (Some(0), Some(1)) => Ok((None, note)),
         (Some(rank), Some(world_size)) => Ok((Some(Shard { rank, world_size, dim }), note)),
-        _ => Err(Error::Config("a part needs --rank and --world-size, or --rank env".to_owned())),
+        _ => Err(Error::Config("a rank's part needs --rank and --world-size, or --rank env".to_owned())),
     }
 }

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let about = |error| errors::with_files(error, &arguments.paths);
     if !Manifest::allows_chunk_bytes(arguments.chunk) {
-        let text = format!("--chunk: {} is no power of two from 4KiB to 1MiB", arguments.chunk);
+        let text = format!("--chunk: {} is not a power of two from 4KiB to 1MiB", arguments.chunk);
         return Err(dmaload::Error::Config(text).into());
     }
     let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;

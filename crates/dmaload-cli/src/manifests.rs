@@ -45,16 +45,16 @@ impl FromStr for Against {
         if let Some((name, hex)) = loosely_named(text) {
             return match name.parse::<Algorithm>() {
                 Ok(algorithm) => format!("{algorithm}:{hex}").parse().map(Against::Digest),
-                Err(unknown) => Err(format!("{text:?} is no manifest that is there, and {unknown}")),
+                Err(unknown) => Err(format!("{text:?} is not an existing manifest, and {unknown}")),
             };
         }
         match bare(text) {
             None => Ok(Against::Manifest(text.into())),
             Some(hex) => match hex.len() {
                 64 => format!("sha256:{hex}").parse().map(Against::Digest),
-                32 | 40 | 96 | 128 => Err(format!(
-                    "{text:?} is a checksum by MD5, SHA-1, SHA-384 or SHA-512; sha256, blake3, crc32c and xxh3 are known"
-                )),
+                32 | 40 | 96 | 128 => {
+                    Err(format!("{text:?} looks like MD5, SHA-1, SHA-384 or SHA-512: use sha256, blake3, crc32c or xxh3"))
+                }
                 digits => Err(format!(
                     "{text:?} is {digits} hexadecimal digits without the name of a checksum (a sha256 has 64): write \
                      sha256:HEX, blake3:HEX, crc32c:HEX or xxh3:HEX"
@@ -106,7 +106,7 @@ fn read(path: &Path) -> Result<Manifest> {
         let lines = String::from_utf8_lossy(&json);
         let sums = lines.lines().next().is_some_and(|line| bare(line).is_some());
         let why = if sums {
-            " is a list of checksums, not a manifest: take the line of the one file (--verify sha256:HEX), or write a manifest \
+            " is a list of checksums, not a manifest: use the checksum of the one file (--verify sha256:HEX), or write a manifest \
              (dmaload manifest)"
         } else {
             ""
@@ -153,8 +153,8 @@ mod tests {
             ("0123456789abcdef", "xxh3:HEX"),
             (&hex[1..], "63 hexadecimal digits"),
             (&format!("SHA256:{}", &hex[1..]), "sha256 has 64"),
-            (&format!("sha512:{hex}"), "\"sha512\"; there are sha256, blake3, crc32c, xxh3"),
-            (&format!("MD5-{}", &hex[32..]), "\"md5\"; there are sha256"),
+            (&format!("sha512:{hex}"), "\"sha512\": use sha256, blake3, crc32c or xxh3"),
+            (&format!("MD5-{}", &hex[32..]), "\"md5\": use sha256"),
         ] {
             let error = text.parse::<Against>().unwrap_err();
             assert!(error.contains(word), "{error}");

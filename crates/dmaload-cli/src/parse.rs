@@ -5,10 +5,10 @@ use bytesize::ByteSize;
 /// Parses `START..END`, in bytes.
 pub(crate) fn range(text: &str) -> Result<(u64, u64), String> {
     let parsed = text.split_once("..").and_then(|(start, end)| Some((bytes(start).ok()?, bytes(end).ok()?)));
-    parsed.filter(|(start, end)| start < end).ok_or_else(|| format!("{text:?} is no range of bytes; write it like 1MiB..2MiB"))
+    parsed.filter(|(start, end)| start < end).ok_or_else(|| format!("invalid byte range {text:?}: write it like 1MiB..2MiB"))
 }
 
 /// Parses a size with a unit.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
-    text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("{text:?} is no size; write it like 64MiB or 1GiB"))
+    text.parse::<ByteSize>().map(|size| size.as_u64()).map_err(|_| format!("invalid size {text:?}: write it like 64MiB or 1GiB"))
 }

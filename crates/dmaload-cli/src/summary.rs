@@ -53,18 +53,18 @@ pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used
     pairs = pairs.with("route", report.route).with("memory", memory(report)).with("pages", pages(report));
     if were_read(report) {
         let (cpu, resident) = (duration(used.cpu), bytes(used.peak_resident_bytes));
-        pairs =
-            pairs.with("time", times(report)).with("CPU", format!("{cpu} for the whole process, {resident} resident at most"));
+        pairs = pairs.with("time", times(report)).with("CPU", format!("{cpu} for the whole process, {resident} peak memory"));
     }
     if report.wanted_bytes != report.bytes {
         let along = report.bytes.saturating_sub(report.wanted_bytes);
-        pairs = pairs.with("wanted", format!("{} of these; {} were read along", bytes(report.wanted_bytes), bytes(along)));
+        pairs = pairs
+            .with("wanted", format!("{} of these; the other {} were read with them", bytes(report.wanted_bytes), bytes(along)));
     }
     if report.cached_bytes > 0 {
         pairs = pairs.with("cached", cached(report));
     }
     if report.copied_bytes > 0 {
-        pairs = pairs.with("copied", format!("{}, to where tensors are to be", bytes(report.copied_bytes)));
+        pairs = pairs.with("copied", format!("{}, to align tensors", bytes(report.copied_bytes)));
     }
     let tensors = image.tensors().count();
     if tensors > 0 {
@@ -100,13 +100,13 @@ fn counted(count: usize, what: &str) -> String {
 fn pages(report: &Report) -> String {
     let (seen, huge) = (report.pages.seen_bytes, report.pages.huge_bytes);
     let told = match (seen, huge) {
-        (0, _) => return "of unknown size (this kernel offers no way to look)".to_owned(),
+        (0, _) => return "of unknown size (this kernel offers no way to tell)".to_owned(),
         (_, 0) => format!("{}, all of them", bytes(report.page_size_bytes() as u64)),
         (seen, huge) if seen - huge < HUGE_PAGE_BYTES as u64 => "2 MiB".to_owned(),
         (seen, huge) => format!("2 MiB for {} of {}", bytes(huge), bytes(seen)),
     };
     match report.pages_refused {
-        Some(errno) => format!("{told}; more 2 MiB pages were refused: {}", errno.describe()),
+        Some(errno) => format!("{told}; further 2 MiB pages were refused: {}", errno.describe()),
         None => told,
     }
 }

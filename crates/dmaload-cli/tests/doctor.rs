@@ -146,7 +146,7 @@ fn doctor_lists_the_ways_that_a_load_measures() {
     }
     let screen = run(dmaload(["doctor"]).arg(folder.path().join("model.bin"))).succeeds().text();
     let screen = screen.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(screen.contains("; measures staged reads, too, and takes the faster ones"), "{screen}");
+    assert!(screen.contains("; also measures staged reads, and takes the faster ones"), "{screen}");
 }
 
 #[test]
@@ -301,7 +301,7 @@ fn file_system_without_direct_reads_is_reported() {
     let about = &json["path"];
     assert_eq!((about["file_system"].as_str(), about["o_direct"].as_bool()), (Some("sysfs"), Some(false)), "{json:#}");
     assert_eq!((about["o_direct_errno"].as_str(), about["first_read"].as_bool()), (Some("EINVAL"), Some(true)));
-    assert!(json["load"]["reason"].as_str().unwrap().contains("has no bytes at offset"), "{json:#}");
+    assert!(json["load"]["reason"].as_str().unwrap().contains("ends before offset"), "{json:#}");
     assert!(json["trial"]["not_beside_path"].is_string(), "{json:#}");
     assert!(json["advice"][0]["change"].as_str().unwrap().contains("O_DIRECT"), "{json:#}");
 }
@@ -540,7 +540,7 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
         let doctor = run(&mut doctor(Some(path))).exits(1).json();
         let reported = doctor["load"]["reason"].as_str().or(doctor["error"].as_str()).unwrap();
         // `load` finds the end in another step.
-        let words = if error.contains("has no bytes at offset") { "has no bytes at offset" } else { error };
+        let words = if error.contains("ends before offset") { "ends before offset" } else { error };
         assert!(
             reported.contains(words) && inspected["error"].as_str().unwrap().contains(words),
             "{reported}\n{inspected:#}\n{error}"

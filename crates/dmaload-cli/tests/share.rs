@@ -42,8 +42,8 @@ fn attached_image_has_the_digest_of_the_file() {
     assert!(text.contains("attached to") && text.contains("shared memfd"), "{text}");
     // Nothing was read here, so there is no throughput.
     assert!(!text.contains("B/s") && !text.contains("unknown size"), "{text}");
-    run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["no image \"other\", but \"model\""]);
-    run(dmaload(["serve"]).arg(&socket).arg(&paths[0])).fails(1, &["listens there"]);
+    run(dmaload(["attach", "--name", "other"]).arg(&socket)).fails(1, &["not share an image \"other\", but \"model\""]);
+    run(dmaload(["serve"]).arg(&socket).arg(&paths[0])).fails(1, &["is listening there"]);
     end(server, &socket);
     run(dmaload(["attach"]).arg(&socket)).fails(1, &["ENOENT"]);
 }
@@ -100,8 +100,8 @@ fn servers_that_cannot_serve_end_early_and_cleanly() {
     let socket = folder.path().join("socket");
     let server = serving(&[], &socket, &[&path]);
     let missing = folder.path().join("missing");
-    run(dmaload(["serve"]).arg(&socket).arg(&missing)).fails(1, &["another process listens there"]);
-    run(dmaload(["serve"]).arg(&path).arg(&missing)).fails(1, &["a file that is no socket has this name"]);
+    run(dmaload(["serve"]).arg(&socket).arg(&missing)).fails(1, &["another process is listening there"]);
+    run(dmaload(["serve"]).arg(&path).arg(&missing)).fails(1, &["a file that is not a socket has this name"]);
     run(dmaload(["serve"]).arg(missing.join("socket")).arg(&missing)).fails(1, &["ENOENT", "folder of the socket"]);
     // The socket was removed by hand, and another server took its place.
     std::fs::remove_file(&socket).unwrap();
@@ -137,7 +137,7 @@ fn unmapped_users_must_be_named() {
         command.arg("--user").arg("--").arg(env!("CARGO_BIN_EXE_dmaload")).arg("attach").args(named).arg(&socket);
         run(&mut command)
     };
-    attach(&[]).fails(1, &["user 65534", "not mapped in this user namespace", "--trust-user 65534"]);
+    attach(&[]).fails(1, &["user 65534", "unmapped user in this user namespace", "--trust-user 65534"]);
     attach(&["--trust-user", "65534"]).succeeds();
     end(server, &socket);
 }

@@ -67,8 +67,8 @@ fn near_misses_of_a_checksum_are_accepted_or_explained() {
         verify(&against).succeeds();
     }
     for (against, words) in [
-        (format!("sha512:{hex}{hex}"), ["sha512", "there are sha256, blake3"]),
-        (format!("md5:{}", &hex[32..]), ["md5", "there are sha256, blake3"]),
+        (format!("sha512:{hex}{hex}"), ["sha512", "use sha256, blake3"]),
+        (format!("md5:{}", &hex[32..]), ["md5", "use sha256, blake3"]),
         (hex[1..].to_owned(), ["63 hexadecimal digits", "a sha256 has 64"]),
         (format!("SHA256:{}", &hex[1..]), ["sha256 has 64", "hexadecimal digits"]),
     ] {
@@ -114,12 +114,12 @@ fn unusable_checksums_are_explained() {
     load("sha256:12", &[&path]).fails(2, &["64 hexadecimal digits"]);
     load("nothing.json", &[&path]).fails(1, &["nothing.json", "ENOENT"]);
     load(text(&path), &[&path]).fails(1, &["model.bin", "invalid manifest"]);
-    load(&format!("sha256:{}", "0".repeat(64)), &[&path, &others]).fails(2, &["one checksum", "not 2"]);
+    load(&format!("sha256:{}", "0".repeat(64)), &[&path, &others]).fails(2, &["a single checksum", "not 2"]);
     let manifest = manifest(folder.path(), &[&path], &[]);
     load(text(&manifest), &[&path, &others]).fails(1, &["other.bin", "not in the manifest"]);
     fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1000).unwrap();
-    load(text(&manifest), &[&path]).fails(1, &["model.bin", "has 1000 bytes, but should have 1048576"]);
+    load(text(&manifest), &[&path]).fails(1, &["model.bin", "1000 bytes long, expected 1048576"]);
     run(dmaload(["manifest", "--chunk", "3MiB"]).arg(&path)).fails(2, &["power of two"]);
-    run(dmaload(["manifest", "--algorithm", "md5"]).arg(&path)).fails(2, &["sha256, blake3, crc32c, xxh3"]);
+    run(dmaload(["manifest", "--algorithm", "md5"]).arg(&path)).fails(2, &["sha256, blake3, crc32c or xxh3"]);
     run(&mut dmaload(["manifest", "/nonexistent"])).fails(1, &["/nonexistent", "ENOENT"]);
 }

@@ -74,7 +74,7 @@ pub enum Error {
         errno: Errno,
     },
     /// The path does not name a regular file.
-    #[error("{}: is {kind}, not a regular file", printable::path(.path))]
+    #[error("{}: {kind}, not a regular file", printable::path(.path))]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -82,14 +82,14 @@ pub enum Error {
         kind: &'static str,
     },
     /// The file has contents although its file system states a length of 0.
-    #[error("{}: has bytes, but its length is said to be 0", printable::path(.path))]
+    #[error("{}: not empty, although its length is stated as 0", printable::path(.path))]
     NoLength {
         /// The file.
         path: PathBuf,
     },
     /// The file has contents beyond the length that its file system states, so the load would have
     /// been incomplete.
-    #[error("{}: has bytes beyond its length, which is said to be {stated_bytes}", printable::path(.path))]
+    #[error("{}: longer than its stated length of {stated_bytes} bytes", printable::path(.path))]
     Longer {
         /// The file.
         path: PathBuf,
@@ -97,7 +97,7 @@ pub enum Error {
         stated_bytes: u64,
     },
     /// A read failed, and retrying did not help.
-    #[error("{}: reading {bytes} bytes at offset {offset} by {route} failed: {}", printable::path(.path), .errno.describe())]
+    #[error("{}: cannot read {bytes} bytes at offset {offset} by {route}: {}", printable::path(.path), .errno.describe())]
     Read {
         /// The file.
         path: PathBuf,
@@ -123,7 +123,7 @@ pub enum Error {
         reason: String,
     },
     /// Bytes of the file differ from what was expected ([`crate::LoadOptions::verify`]).
-    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {} instead of {}{}", printable::path(.path), printable::text(.found), printable::text(.expected), named(.tensors))]
+    #[error("{}: {bytes} bytes at offset {offset} are corrupt: {}, expected {}{}", printable::path(.path), printable::text(.found), printable::text(.expected), named(.tensors))]
     Corrupt {
         /// The file.
         path: PathBuf,
@@ -141,7 +141,7 @@ pub enum Error {
     },
     /// The file's length differs from what was expected ([`crate::LoadOptions::verify`]). Nothing
     /// was read.
-    #[error("{}: has {bytes} bytes, but should have {expected_bytes}", printable::path(.path))]
+    #[error("{}: {bytes} bytes long, expected {expected_bytes}", printable::path(.path))]
     WrongLength {
         /// The file.
         path: PathBuf,
@@ -152,13 +152,13 @@ pub enum Error {
     },
     /// The manifest that the load was to be verified against does not list this file. Nothing was
     /// read.
-    #[error("{}: is not in the manifest", printable::path(.path))]
+    #[error("{}: not in the manifest", printable::path(.path))]
     NotInManifest {
         /// The file.
         path: PathBuf,
     },
     /// The file ended earlier than it did when the load began.
-    #[error("{}: has no bytes at offset {offset} (read by {route}), but had {planned_bytes} when the load began", printable::path(.path))]
+    #[error("{}: ends before offset {offset} (read by {route}), but was {planned_bytes} bytes long when the load began", printable::path(.path))]
     Ended {
         /// The file.
         path: PathBuf,
@@ -178,7 +178,7 @@ pub enum Error {
         change: &'static str,
     },
     /// A route was refused, and the load is strict.
-    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}, and a strict load takes no other", printable::path(.path), .errno.describe())]
+    #[error("{}: route {route} was refused while {attempt} (offset {offset}): {}; a strict load takes no other", printable::path(.path), .errno.describe())]
     Refused {
         /// The file.
         path: PathBuf,
@@ -218,7 +218,7 @@ pub enum Error {
     },
     /// The allocation would have taken the machine or this process's memory cgroup to its limit.
     #[error(
-        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}; {MARGIN_BYTES} of it are kept free)",
+        "{}: {wanted_bytes} more bytes are needed, but only {available_bytes} are available ({}, minus a reserve of {MARGIN_BYTES})",
         printable::text(.heap), printable::text(.limit)
     )]
     OutOfMemory {
@@ -233,7 +233,7 @@ pub enum Error {
     },
     /// The load needs more memory at once than its loader may use
     /// ([`crate::LoaderBuilder::memory_limit_bytes`]).
-    #[error("{wanted_bytes} bytes have to be in memory at once ({why}), but the loader's limit is {limit_bytes}: {} too many", .wanted_bytes - .limit_bytes)]
+    #[error("{wanted_bytes} bytes must be in memory at once ({why}), {} more than the loader's limit of {limit_bytes}", .wanted_bytes - .limit_bytes)]
     OverLimit {
         /// Bytes that the load needs at once.
         wanted_bytes: u64,
@@ -244,9 +244,7 @@ pub enum Error {
     },
     /// The load's plan would take too much memory: its files are very long (sparse files can be),
     /// or its segments are small.
-    #[error(
-        "{bytes} bytes in segments of {segment_bytes} bytes are {pieces} pieces, but a load has at most {most_pieces} of them"
-    )]
+    #[error("{bytes} bytes in segments of {segment_bytes} bytes make {pieces} pieces, more than the limit of {most_pieces}")]
     TooManyPieces {
         /// The total number of bytes to read.
         bytes: u64,
@@ -270,7 +268,7 @@ pub enum Error {
     #[error("{0}")]
     Device(#[from] DeviceError),
     /// A dma-buf would be larger than its heap allows.
-    #[error("{}: a dma-buf of {wanted_bytes} bytes is more than {} allows: {}", printable::path(.path), printable::text(.heap), printable::shown(.limit))]
+    #[error("{}: a dma-buf of {wanted_bytes} bytes exceeds the limit of {}: {}", printable::path(.path), printable::text(.heap), printable::shown(.limit))]
     TooLarge {
         /// The file.
         path: PathBuf,
@@ -282,7 +280,7 @@ pub enum Error {
         limit: SizeLimit,
     },
     /// dma-bufs were required, but no heap on this machine provides them.
-    #[error("no heap here gives dma-bufs: {}", printable::text(&.tried.join("; ")))]
+    #[error("no heap on this machine provides dma-bufs: {}", printable::text(&.tried.join("; ")))]
     NoDmaBuf {
         /// The heaps that were tried, each with its error.
         tried: Vec<String>,
@@ -303,7 +301,7 @@ pub enum Error {
         views: usize,
     },
     /// The tensor spans several segments, so no single dma-buf holds it.
-    #[error("tensor {tensor:?} lies in {segments} segments: use its parts, or load with larger segments or Layout::Single")]
+    #[error("tensor {tensor:?} spans {segments} segments: use its parts, or load with larger segments or Layout::Single")]
     Straddles {
         /// The tensor.
         tensor: String,
@@ -338,7 +336,7 @@ pub enum Error {
     },
     /// Two files of one model contain a tensor of this name, and no index says which one counts.
     #[error(
-        "tensor {tensor:?} is in two files of one model, and no index says which one counts: {} and {}",
+        "tensor {tensor:?} is in two files of one model, and no index says which one to use: {} and {}",
         printable::path(.first), printable::path(.second)
     )]
     DuplicateTensor {
@@ -360,7 +358,7 @@ pub enum Error {
     },
     /// The tensor is in a file of the model that was not read: none of the requested tensors are
     /// in that file, or it is missing and that was allowed.
-    #[error("tensor {tensor:?} was not loaded: it is in {}, which was not read", printable::path(.path))]
+    #[error("tensor {tensor:?} was not loaded: its file {} was not read", printable::path(.path))]
     NotSelected {
         /// The tensor's name.
         tensor: String,
@@ -368,7 +366,7 @@ pub enum Error {
         path: PathBuf,
     },
     /// These bytes of the file were not loaded, because only other parts were requested.
-    #[error("{}: bytes {}..{} were not loaded, only other parts of the file", printable::path(.path), .range.start, .range.end)]
+    #[error("{}: bytes {}..{} were not loaded", printable::path(.path), .range.start, .range.end)]
     NotLoaded {
         /// The file.
         path: PathBuf,
@@ -376,7 +374,7 @@ pub enum Error {
         range: std::ops::Range<u64>,
     },
     /// The bytes of this part of a tensor are in separate rows, so there is no single view of it.
-    #[error("the part of tensor {tensor:?} lies in {rows} rows that are apart: use its parts, or copy it (to_vec)")]
+    #[error("this part of tensor {tensor:?} is not contiguous but in {rows} separate rows: use its parts, or copy it (to_vec)")]
     NotContiguous {
         /// The tensor.
         tensor: String,
@@ -384,7 +382,7 @@ pub enum Error {
         rows: u64,
     },
     /// A tensor does not have the importer's alignment, and can't be copied to get it.
-    #[error("tensor {tensor:?} is at byte {offset} of its file, no multiple of {alignment_bytes}: {why}")]
+    #[error("tensor {tensor:?} is at byte {offset} of its file, which is not a multiple of {alignment_bytes}: {why}")]
     Unaligned {
         /// The tensor.
         tensor: String,
@@ -397,7 +395,7 @@ pub enum Error {
     },
     /// The load's segments exceed the importer's limits.
     #[error(
-        "{segments} segments of up to {segment_bytes} bytes would be needed; the importer takes {max_segments} of {max_segment_bytes}"
+        "the load needs {segments} segments of up to {segment_bytes} bytes, but the importer accepts {max_segments} of up to {max_segment_bytes}"
     )]
     Importer {
         /// Number of segments that the load needs.
@@ -410,11 +408,11 @@ pub enum Error {
         max_segment_bytes: u64,
     },
     /// No file of the image has a tensor of this name.
-    #[error("no tensor named {0:?}")]
+    #[error("there is no tensor named {0:?}")]
     NoSuchTensor(String),
     /// The memory has no file descriptor of the requested kind, or is a dma-buf, which cannot be
     /// private ([`crate::PrivateMemory`]).
-    #[error("heap {} gives no {wanted}", printable::text(.heap))]
+    #[error("heap {} does not provide a {wanted}", printable::text(.heap))]
     NoDescriptor {
         /// The heap.
         heap: String,
@@ -433,7 +431,7 @@ pub enum Error {
     #[error("the loader was shut down")]
     ShutDown,
     /// The ring thread failed. Other loaders are not affected.
-    #[error("the ring broke down: {}; what it was reading into is leaked on purpose", .errno.describe())]
+    #[error("the ring failed: {}; the memory it was reading into is leaked on purpose", .errno.describe())]
     Ring {
         /// The kernel's error.
         errno: Errno,
@@ -448,42 +446,44 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Error::Start { errno: Errno::EAGAIN | Errno::ENOMEM, .. } => {
-                "the limit of processes or of the address space is reached: see ulimit -u and ulimit -v"
+                "the limit of processes or of address space is reached: see ulimit -u and ulimit -v"
             }
             Error::Start { errno: Errno::EMFILE, .. } => OPEN_FILES,
             Error::Start { errno: Errno::ENFILE, .. } => ALL_OPEN_FILES,
             Error::File { errno: Errno::ENOENT, path, .. } if path.as_os_str() == "-" => {
-                "standard input can't be loaded, since reads are by offset: save it to a file first"
+                "standard input can't be loaded, because reads need offsets: save it to a file first"
             }
             Error::NotAFile { kind: "a block device", path } => {
                 return Some(format!(
-                    "copy it to a file first, since its changes could not be noticed: dd if={} of=COPY bs=1M",
+                    "copy it to a file first, because changes to it could not be detected: dd if={} of=COPY bs=1M",
                     printable::shell(path)
                 ));
             }
             Error::NoLength { path } | Error::Longer { path, .. } => {
                 return Some(format!(
-                    "its file system learns the length by reading (procfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
+                    "its file system knows the length only after reading (procfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
                     printable::shell(path)
                 ));
             }
             Error::File { errno: Errno::ENOENT | Errno::ENOTDIR, path, .. } => {
                 if let Ok(target) = std::fs::read_link(path) {
                     let target = printable::path(&target);
-                    return Some(format!("it is a symbolic link to {target}, which is not there: fetch that, or mend the link"));
+                    return Some(format!(
+                        "it is a symbolic link to {target}, which does not exist: download that file, or fix the link"
+                    ));
                 }
                 "check the path"
             }
-            Error::File { errno: Errno::ELOOP, .. } => "a symbolic link leads to itself: mend the link",
-            Error::File { errno: Errno::EACCES | Errno::EPERM, .. } => "check the file's permissions, and those of its folders",
+            Error::File { errno: Errno::ELOOP, .. } => "a symbolic link points to itself: fix the link",
+            Error::File { errno: Errno::EACCES | Errno::EPERM, .. } => "check the permissions of the file and its folders",
             // Opening a socket by its path fails with ENXIO.
             Error::File { errno: Errno::ENXIO, .. } | Error::NotAFile { kind: "a socket", .. } => {
-                "a socket is no file; if a server shares a model there, attach to it"
+                "a socket is not a file; if a server shares a model there, attach to it"
             }
             Error::NotAFile { kind: "a FIFO", .. } => {
-                "a pipe can't be loaded, since reads are by offset: save it to a file first"
+                "a pipe can't be loaded, because reads need offsets: save it to a file first"
             }
-            Error::NotAFile { kind: "a character device", .. } => "copy what it gives to a file first",
+            Error::NotAFile { kind: "a character device", .. } => "copy its output to a file first",
             Error::File { errno: Errno::EMFILE, .. } | Error::Memory { refusal: HeapError { errno: Errno::EMFILE, .. }, .. } => {
                 OPEN_FILES
             }
@@ -491,47 +491,47 @@ impl Error {
                 ALL_OPEN_FILES
             }
             Error::Read { errno: Errno::EIO | Errno::ENODATA | Errno::EREMOTEIO, .. } => {
-                "the storage can't give these bytes: see the kernel's log (dmesg), and restore the file from a good copy"
+                "the storage can't read these bytes: see the kernel log (dmesg), and restore the file from a good copy"
             }
             Error::Corrupt { .. } | Error::WrongLength { .. } => {
-                "fetch the file again from where the manifest or the checksum came from; if it is the right one elsewhere, \
+                "download the file again from where the manifest or checksum came from; if it verifies on another machine, \
                  suspect this machine's storage or memory"
             }
             Error::NotInManifest { .. } => {
-                "a manifest names files by the ends of their paths: compare its \"path\"s, or make a new one"
+                "a manifest identifies files by the ends of their paths: compare its \"path\"s, or create a new one"
             }
             Error::Ended { path, .. } => {
                 return Some(format!(
-                    "if it was cut meanwhile, load it again when that is over; if not, the length that its file system states is \
+                    "if something truncated the file, load it again afterwards; otherwise the length that its file system states is \
                      wrong (sysfs, some FUSE servers): copy it to a disk first: cat {} > COPY",
                     printable::shell(path)
                 ));
             }
-            Error::Changed { .. } => "load it again when nobody writes to it",
+            Error::Changed { .. } => "load it again when nothing writes to it",
             Error::Refused { attempt, errno, .. } => return attempt.hint(*errno).map(str::to_owned),
             Error::Memory { heap, refusal, .. } => return memory_hint(heap, refusal).map(str::to_owned),
             Error::Device(DeviceError { errno: Errno::EACCES | Errno::EPERM, path, .. }) => {
                 return Some(format!(
-                    "give yourself the right to it: sudo setfacl -m u:$USER:rw {0}, or a udev rule; or have a process that has it hand you the dma-bufs",
+                    "get access to it: sudo setfacl -m u:$USER:rw {0}, or a udev rule; or have a process with access pass you the dma-bufs",
                     printable::path(path)
                 ));
             }
             Error::Device(DeviceError { errno: Errno::ENOENT, path, .. }) if path.ends_with("udmabuf") => {
-                "load the module (sudo modprobe udmabuf); it needs a kernel with CONFIG_UDMABUF"
+                "load the module (sudo modprobe udmabuf), which needs a kernel with CONFIG_UDMABUF"
             }
             Error::TooLarge { wanted_bytes, limit, .. } => {
                 let raise = limit.raise(*wanted_bytes);
                 return Some(format!("raise it as root: {}; or load in smaller segments", printable::text(&raise)));
             }
             Error::NoDmaBuf { .. } => {
-                "see what each heap needs; without a dma-buf, the heap memfd gives memory that other processes can map"
+                "see what each heap needs; if a dma-buf is not required, the heap memfd allocates memory that other processes can map"
             }
-            Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they come",
-            Error::TooManyPieces { .. } => "use larger segments, or load a part of it",
-            Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they come",
-            Error::Incomplete { loadable: 0, .. } => "finish the download, or fetch the model again",
-            Error::Incomplete { .. } => "finish the download, or load what is there (allow_missing)",
-            Error::DuplicateTensor { .. } => "name the file to be loaded, or add an index that says which one counts",
+            Error::OutOfMemory { .. } => "free memory, raise the limit, or stream the file and drop its segments as they arrive",
+            Error::TooManyPieces { .. } => "use larger segments, or load only a part",
+            Error::OverLimit { .. } => "raise the limit, or stream the load and drop its segments as they arrive",
+            Error::Incomplete { loadable: 0, .. } => "finish the download, or download the model again",
+            Error::Incomplete { .. } => "finish the download, or load the files that exist (allow_missing)",
+            Error::DuplicateTensor { .. } => "load only the right file, or add an index that says which one counts",
             Error::AmbiguousTensor { .. } => "look it up in one of these files",
             Error::Model { fault, .. } => fault.hint(),
             _ => return None,
@@ -541,7 +541,7 @@ impl Error {
 }
 
 const OPEN_FILES: &str = "the limit of open files is reached: raise it (ulimit -n)";
-const ALL_OPEN_FILES: &str = "the whole machine's limit of open files is reached: raise it (sysctl fs.file-max)";
+const ALL_OPEN_FILES: &str = "the machine's limit of open files is reached: raise it (sysctl fs.file-max)";
 
 /// More than the address space of a process on common machines: 2^47 bytes on x86-64, 2^48 on
 /// AArch64.
@@ -552,20 +552,20 @@ const ALL_ADDRESSES: usize = 1 << 47;
 fn memory_hint(heap: &str, refusal: &HeapError) -> Option<&'static str> {
     let maps = ["reserve", "map", "move", "allocate a staging"].iter().any(|step| refusal.operation.starts_with(step));
     Some(match refusal.errno {
-        Errno::EINVAL if heap == "udmabuf" => "see the limit of its size: /sys/module/udmabuf/parameters/size_limit_mb",
+        Errno::EINVAL if heap == "udmabuf" => "check its size limit: /sys/module/udmabuf/parameters/size_limit_mb",
         Errno::ENOMEM if refusal.operation.starts_with("reserve") && refusal.bytes >= ALL_ADDRESSES => {
-            "no process has as many addresses: load a part of it"
+            "no process has that much address space: load a part of the file"
         }
-        Errno::ENOMEM if maps => "the address space or the number of mappings is used up: see ulimit -v and vm.max_map_count",
+        Errno::ENOMEM if maps => "the address space or the number of mappings is exhausted: see ulimit -v and vm.max_map_count",
         Errno::ENOMEM => {
-            "no memory could be had for its pages: see the limit of this process' memory cgroup (memory.max), and what is free"
+            "there is no free memory for its pages: see the limit of this process's memory cgroup (memory.max), and what is free"
         }
         Errno::EPERM | Errno::EACCES | Errno::ENOSYS if refusal.operation.contains("memfd") => {
-            "memory files are refused here, by a container's seccomp profile for example: the heap anon needs none"
+            "memfds are refused here, for example by a container's seccomp profile: the heap anon needs none"
         }
-        Errno::EFBIG => "the limit of file sizes counts for memory files, too: raise it (ulimit -f), or use the heap anon",
+        Errno::EFBIG => "the file size limit also applies to memfds: raise it (ulimit -f), or use the heap anon",
         Errno::EOPNOTSUPP => {
-            "2 MiB pages can't be had here: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or let pages have any size"
+            "2 MiB pages are not available: see /sys/kernel/mm/transparent_hugepage/shmem_enabled, or allow pages of any size"
         }
         _ => return None,
     })
@@ -598,7 +598,7 @@ fn named(tensors: &[String]) -> String {
 fn before(loaded_bytes: u64, planned_bytes: u64) -> String {
     match planned_bytes {
         0 => String::new(),
-        planned => format!(" ({loaded_bytes} of {planned} bytes of the load were allocated before)"),
+        planned => format!(" (after {loaded_bytes} of the load's {planned} bytes)"),
     }
 }
 

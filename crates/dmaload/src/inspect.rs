@@ -124,7 +124,7 @@ async fn on_thread<T: Send + 'static>(path: &Path, read: impl FnOnce(&Path) -> R
     };
     let no_thread = |error: io::Error| Error::File {
         path: path.to_owned(),
-        operation: "start a thread that reads its header",
+        operation: "start a thread to read its header",
         errno: Errno::from_io_error(&error).unwrap_or(Errno::EAGAIN),
     };
     thread::Builder::new().name(THREAD.to_owned()).spawn(body).map_err(no_thread)?;

@@ -268,7 +268,7 @@ impl LoaderBuilder {
     pub fn build(self) -> Result<Loader> {
         let (heap, reason) = match self.heap {
             Some(heap) if self.dma_buf && !heap.exports() => {
-                return Err(Error::Config(format!("dma-bufs are required, and the heap {} gives none", heap.name())));
+                return Err(Error::Config(format!("dma-bufs are required, but the heap {} does not provide any", heap.name())));
             }
             Some(heap) => (heap, None),
             None if self.dma_buf => HeapChoice::DmaBuf.open(Pages::Auto)?,

@@ -175,23 +175,21 @@ impl Attempt {
             (Attempt::SetUpRing, Errno::ENOSYS) => Some(
                 "this kernel has no io_uring, or a seccomp profile hides it: Linux 5.11 or a profile that allows it is needed",
             ),
-            (Attempt::SetUpRing, Errno::ENOMEM) => {
-                Some("the limit of locked memory is too small for a ring: raise it (ulimit -l)")
-            }
+            (Attempt::SetUpRing, Errno::ENOMEM) => Some("the locked memory limit is too small for a ring: raise it (ulimit -l)"),
             (Attempt::OpenDirect | Attempt::Read, Errno::EINVAL | Errno::EOPNOTSUPP) => {
-                Some("this file system has no O_DIRECT for this file: keep models on one that has it (ext4, xfs, btrfs)")
+                Some("this file system does not support O_DIRECT for this file: keep models on one that does (ext4, xfs, btrfs)")
             }
             (Attempt::RegisterBuffer | Attempt::RegisterStaging, Errno::ENOMEM) => {
-                Some("the limit of locked memory is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
+                Some("the locked memory limit is too small: raise it (ulimit -l, LimitMEMLOCK=), or grant CAP_IPC_LOCK")
             }
             (Attempt::RegisterBuffer | Attempt::Read, Errno::EFAULT) => Some(
                 "the kernel can't pin this heap's mappings, so reads go through staging buffers: memfd and udmabuf need none",
             ),
             (Attempt::RingOnFuse, _) => Some(
-                "the kernel gives wrong bytes when a FUSE server answers such a read short: keep models on a local file system (ext4, xfs, btrfs)",
+                "the kernel returns wrong bytes when a FUSE server answers such a read with less: keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RingOnStacked, _) => Some(
-                "its layers can't be identified and may be on FUSE, where the kernel gives wrong bytes: \
+                "its layers can't be identified and may be on FUSE, where the kernel returns wrong bytes: \
                  keep models on a volume of their own, outside of the overlay",
             ),
             (Attempt::RingOnOther, _) => Some(
@@ -203,11 +201,11 @@ impl Attempt {
                  keep models on a local disk",
             ),
             (Attempt::RingOnDevice, _) => Some(
-                "what is behind it can't be found out, and may stop answering: \
+                "its backing can't be determined and may stop answering: \
                  mount sysfs at /sys, and keep the file of a loop device where its path can be reached",
             ),
             (Attempt::RingOnUnknown, _) => Some(
-                "fstatfs failed, so it may be FUSE, where the kernel gives wrong bytes: \
+                "fstatfs failed, so it may be FUSE, where the kernel returns wrong bytes: \
                  keep models on a local file system (ext4, xfs, btrfs)",
             ),
             (Attempt::RegisterBuffer, Errno::EOPNOTSUPP) => Some("this memory can't be registered"),
@@ -230,7 +228,7 @@ impl fmt::Display for Attempt {
             Attempt::RingOnDevice => "reading by io_uring from a block device that may stop answering",
             Attempt::RingOnUnknown => "reading by io_uring from a file system that can't be identified",
             Attempt::Read => "a read by this route",
-            Attempt::ReadOn => "reading on within a block",
+            Attempt::ReadOn => "continuing a read within a block",
         })
     }
 }

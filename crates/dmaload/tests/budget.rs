@@ -163,7 +163,7 @@ async fn load_that_can_never_fit_fails_at_once_with_numbers() {
     let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
     let error = loader.load(&path).await.unwrap_err();
     assert_eq!(error, Error::OverLimit { wanted_bytes: 40 * MIB, limit_bytes: 32 * MIB, why: "all of the load" });
-    assert!(error.to_string().contains("8388608 too many"), "{error}");
+    assert!(error.to_string().contains("8388608 more than the loader's limit"), "{error}");
     let single = loader.load_options().layout(Layout::Single);
     let mut stream = loader.load(&path).options(single).segments();
     assert!(matches!(stream.next().await, Some(Err(Error::OverLimit { why: "a segment", .. }))));

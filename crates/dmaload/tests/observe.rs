@@ -107,7 +107,7 @@ async fn every_byte_is_observed_once_in_order_by_every_route() {
             assert_eq!(seen, [!uncached, uncached], "{what}: where it was seen");
             let report = image.report();
             assert_eq!(report.route, if uncached { route.max(Route::Bounce) } else { route }, "{what}");
-            assert_eq!(report.notes.iter().any(|note| note.contains("not cached")), uncached, "{what}: {:?}", report.notes);
+            assert_eq!(report.notes.iter().any(|note| note.contains("uncached")), uncached, "{what}: {:?}", report.notes);
         }
     }
 }

@@ -40,7 +40,10 @@ fn devices_without_permission_are_told_with_their_mode_and_what_to_do() {
     fails(&as_nobody(&["--heap", "udmabuf"]), &["/dev/udmabuf", "EACCES", "mode is 0600", "owner 0", "setfacl"]);
     fails(&as_nobody(&["--heap", "dma-heap:system"]), &["/dev/dma_heap/system", "EACCES", "mode is 0600"]);
     // Never quietly a memfd instead.
-    fails(&as_nobody(&["--dma-buf"]), &["no heap here gives dma-bufs", "udmabuf: ", "dma-heap:system: ", "EACCES", "doctor"]);
+    fails(
+        &as_nobody(&["--dma-buf"]),
+        &["no heap on this machine provides dma-bufs", "udmabuf: ", "dma-heap:system: ", "EACCES", "doctor"],
+    );
     assert!(as_nobody(&[]).status.success(), "a memfd needs no permission");
 }
 

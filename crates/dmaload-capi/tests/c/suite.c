@@ -185,8 +185,8 @@ static void descriptors(void)
     int closed = open_file(), dmabuf = -7;
     close(closed);
     expect(try_load(-1, NULL), EBADF, "file_fd -1");
-    expect(try_load(INT32_MIN, NULL), EBADF, "no open descriptor");
-    expect(try_load(closed, NULL), EBADF, "no open descriptor");
+    expect(try_load(INT32_MIN, NULL), EBADF, "not an open descriptor");
+    expect(try_load(closed, NULL), EBADF, "not an open descriptor");
     int fd = open(path, O_WRONLY | O_CLOEXEC);
     expect(try_load(fd, NULL), EBADF, "not open for reading");
     close(fd);
@@ -197,11 +197,11 @@ static void descriptors(void)
     expect(try_load(fd, NULL), EISDIR, "is a directory");
     close(fd);
     fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    expect(try_load(fd, NULL), EINVAL, "no regular file");
+    expect(try_load(fd, NULL), EINVAL, "not a regular file");
     close(fd);
     int pipes[2];
     CHECK(pipe2(pipes, O_CLOEXEC) == 0);
-    expect(try_load(pipes[0], NULL), EINVAL, "no regular file");
+    expect(try_load(pipes[0], NULL), EINVAL, "not a regular file");
     close(pipes[0]);
     close(pipes[1]);
     snprintf(other, sizeof other, "%s/empty", folder);
@@ -309,7 +309,7 @@ static void options_that_make_no_sense(void)
     expect(try_load(fd, &options), EINVAL, "priority 2");
     options = defaults();
     options.window_bytes = MIB;
-    expect(try_load(fd, &options), EINVAL, "2 MiB at least");
+    expect(try_load(fd, &options), EINVAL, "at least 2 MiB");
     options = defaults();
     options.segment_bytes = MIB;
     expect(try_load(fd, &options), EINVAL, "multiple of 2 MiB");
@@ -320,7 +320,7 @@ static void options_that_make_no_sense(void)
     expect(try_load(fd, &options), ENOENT, "no-such-heap");
     options.heap = "memfd";
     options.flags = DMALOAD_HEAP_FD;
-    expect(try_load(fd, &options), EINVAL, "not by both");
+    expect(try_load(fd, &options), EINVAL, "can't both be set");
     options.heap = NULL;
     options.heap_fd = fd;
     expect(try_load(fd, &options), ENOTTY, "neither a dma-heap");
@@ -525,7 +525,7 @@ static void threads(void)
     }
     int fd = open_file();
     options.loader = loader;
-    expect(try_load(fd, &options), EINVAL, "are the loader's");
+    expect(try_load(fd, &options), EINVAL, "if a loader is set");
     options.window_bytes = 0;
     struct dmaload_load *load;
     CHECK(dmaload_start(fd, &options, &load) == 0);

@@ -61,7 +61,7 @@ fn memory(facts: &Facts) -> Option<Advice> {
         Some((file, _)) if file.starts_with('/') => format!("echo {} > {file}", MODEL_BYTES.max(2 * needed(facts))),
         _ => "ps -eo rss,comm --sort=-rss | head".to_owned(),
     };
-    Some(Advice::new(change, command, "a load that works: what does not fit is refused before it wakes the OOM killer"))
+    Some(Advice::new(change, command, "a load that works: loads that don't fit are refused before they wake the OOM killer"))
 }
 
 fn needed(facts: &Facts) -> u64 {
@@ -82,7 +82,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
         return Some(Advice::new(
             format!("keep models on a local file system (ext4, xfs, btrfs): io_uring can't be trusted with {why}"),
             LOCAL_FILE_SYSTEMS,
-            "reads by io_uring instead of by threads, and no way through what is between",
+            "reads by io_uring instead of by threads, without a detour",
         ));
     };
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
@@ -90,7 +90,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     Some(Advice::new(
         format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} answers {}", errno.describe()),
         LOCAL_FILE_SYSTEMS,
-        "up to half the time: no page cache, no copy, and nothing else is pushed out of memory",
+        "up to half the time: no page cache, no copy, and nothing else is evicted from memory",
     ))
 }
 
@@ -113,13 +113,12 @@ fn pages(facts: &Facts) -> Option<Advice> {
             "grep THP_enabled /proc/$PPID/status".to_owned(),
         ),
         None => ("boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE".to_owned(), "uname -r".to_owned()),
-        Some("never" | "deny") => ("switch on 2 MiB pages for memory files".to_owned(), format!("echo advise > {SHMEM_ENABLED}")),
-        Some(_) => (
-            "make room for 2 MiB pages: free memory is in small pieces".to_owned(),
-            "echo 1 > /proc/sys/vm/compact_memory".to_owned(),
-        ),
+        Some("never" | "deny") => ("enable 2 MiB pages for memfds".to_owned(), format!("echo advise > {SHMEM_ENABLED}")),
+        Some(_) => {
+            ("make room for 2 MiB pages: free memory is fragmented".to_owned(), "echo 1 > /proc/sys/vm/compact_memory".to_owned())
+        }
     };
-    Some(Advice::new(change, command, "about half the time: 512 times fewer pages to allocate, to clear and to pin"))
+    Some(Advice::new(change, command, "about half the time: 512 times fewer pages to allocate, clear and pin"))
 }
 
 const CALLS: &str = "io_uring_setup, io_uring_enter and io_uring_register";
@@ -152,9 +151,9 @@ fn allowing(cause: Option<&Cause>) -> (String, String) {
             (format!("allow io_uring in the policy of {name}"), command.to_owned())
         }
         Some(Cause::Kernel) => ("boot a kernel with CONFIG_IO_URING (Linux 5.6)".to_owned(), "uname -r".to_owned()),
-        Some(Cause::Memlock) => ("raise the limit of locked memory".to_owned(), "ulimit -l unlimited".to_owned()),
+        Some(Cause::Memlock) => ("raise the locked memory limit".to_owned(), "ulimit -l unlimited".to_owned()),
         Some(Cause::Unknown) | None => (
-            format!("find out who refuses {CALLS}"),
+            format!("find out what refuses {CALLS}"),
             "strace -fe io_uring_setup,io_uring_enter,io_uring_register dmaload doctor".to_owned(),
         ),
     }
@@ -166,13 +165,13 @@ fn registering(facts: &Facts) -> Option<Advice> {
         return None;
     }
     let gain = if has_small_pages(facts) {
-        "the route uring-fixed-direct: pages are pinned once a piece, not once a read"
+        "the route uring-fixed-direct: pages are pinned once per piece, not once per read"
     } else {
         "little on 2 MiB pages: the route uring-fixed-direct instead of uring-direct"
     };
     let (change, command) = match facts.io_uring.register {
         Ok(()) | Err(Errno::ENOMEM) => (
-            "raise the limit of locked memory (services: LimitMEMLOCK=infinity; or setcap cap_ipc_lock+ep)".to_owned(),
+            "raise the locked memory limit (services: LimitMEMLOCK=infinity; or setcap cap_ipc_lock+ep)".to_owned(),
             "ulimit -l unlimited".to_owned(),
         ),
         Err(Errno::EINVAL) => ("boot a kernel with sparse buffer tables (Linux 5.19)".to_owned(), "uname -r".to_owned()),
@@ -196,9 +195,9 @@ fn permission(facts: &Facts) -> Option<Advice> {
         .min_by_key(|(path, _)| (path.as_path() != Path::new(Udmabuf::PATH), !path.ends_with("system")))?;
     let path = printable::path(&path);
     Some(Advice::new(
-        format!("give this user the right to {path} ({}; for good: a udev rule)", errno.describe()),
+        format!("give this user access to {path} ({}; permanently: a udev rule)", errno.describe()),
         format!("sudo setfacl -m u:$USER:rw {path}"),
-        "load --dma-buf, whose memory drivers import",
+        "load --dma-buf, with memory that drivers can import",
     ))
 }
 
@@ -208,11 +207,14 @@ fn device(facts: &Facts) -> Option<Advice> {
         return None;
     }
     let others = facts.trial.heaps.iter().any(|heap| heap.name.starts_with(DMA_HEAP) && heap.outcome.is_ok());
-    let gain =
-        if others { "load --dma-buf without a copy" } else { "load --dma-buf, whose memory drivers import, without a copy" };
+    let gain = if others {
+        "load --dma-buf without a copy"
+    } else {
+        "load --dma-buf, with memory that drivers can import, without a copy"
+    };
     let lacks_udmabuf = facts.modules.known && !facts.modules.udmabuf;
     if lacks_udmabuf && facts.modules.system_heap && !others {
-        let gain = "load --dma-buf, whose memory drivers import, with a copy";
+        let gain = "load --dma-buf, with memory that drivers can import, with a copy";
         return Some(Advice::new("load the module of the dma-heap system", "sudo modprobe system_heap", gain));
     }
     let (change, command) = if lacks_udmabuf {
@@ -228,7 +230,7 @@ fn size_limit(facts: &Facts) -> Option<Advice> {
     let wanted = path_file(facts).map_or(MODEL_BYTES, |file| file.bytes);
     (limit < wanted).then(|| {
         Advice::new(
-            format!("let a udmabuf be larger than {}", bytes(limit)),
+            format!("allow a udmabuf larger than {}", bytes(limit)),
             format!("echo {} > {}/size_limit_mb", wanted.div_ceil(1 << 20), Udmabuf::PARAMETERS),
             "load --dma-buf --layout single, the whole file in one dma-buf",
         )

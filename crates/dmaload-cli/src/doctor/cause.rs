@@ -76,9 +76,9 @@ impl fmt::Display for Cause {
             Cause::Seccomp => f.write_str("a seccomp filter (a container's profile)"),
             Cause::Lsm(Some(name)) => write!(f, "the security module {name}"),
             Cause::Lsm(None) => f.write_str("a security module"),
-            Cause::Kernel => f.write_str("the kernel, which has none (CONFIG_IO_URING)"),
+            Cause::Kernel => f.write_str("the kernel, which lacks it (CONFIG_IO_URING)"),
             Cause::Memlock => f.write_str("the limit of locked memory"),
-            Cause::Unknown => f.write_str("something that left no trace"),
+            Cause::Unknown => f.write_str("an unknown cause"),
         }
     }
 }

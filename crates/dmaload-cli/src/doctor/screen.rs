@@ -133,7 +133,7 @@ fn huge_pages(facts: &Facts) -> String {
             let refused = pages_refused.map(|errno| format!(" (larger ones: {})", errno.describe())).unwrap_or_default();
             format!("memfd got {}{refused}", size(*bytes_each))
         }
-        Some(_) => "unknown: this kernel offers no way to look".to_owned(),
+        Some(_) => "unknown: this kernel offers no way to tell".to_owned(),
         None => "not tried".to_owned(),
     };
     let HugePages { shmem_enabled, enabled, denied_to_process } = &facts.huge_pages;
@@ -170,12 +170,12 @@ fn tried(facts: &Facts) -> String {
     // What the path itself says takes precedence over what the small file says.
     let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
     let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
-    let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not beside the path: {reason}")).unwrap_or_default();
+    let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not next to the path: {reason}")).unwrap_or_default();
     format!("{folder}{first_read}{elsewhere}")
 }
 
 fn heap_line(heap: &HeapTrial) -> String {
-    let mut limits = heap.limit_bytes.map(|most| format!(", {} a dma-buf at most", size(most))).unwrap_or_default();
+    let mut limits = heap.limit_bytes.map(|most| format!(", at most {} per dma-buf", size(most))).unwrap_or_default();
     limits.push_str(&heap.limit_parts.map(|most| format!(", {most} parts")).unwrap_or_default());
     match &heap.outcome {
         Err(reason) => format!("no: {reason}"),
@@ -196,7 +196,7 @@ fn verdict_line(verdict: Result<Expected, String>) -> String {
             let others: Vec<_> = measured.iter().filter(|&&way| way != Way::Direct).map(Way::to_string).collect();
             let measured = match &*others {
                 [] => String::new(),
-                others => format!("; measures {} reads, too, and takes the faster ones", others.join(" and ")),
+                others => format!("; also measures {} reads, and takes the faster ones", others.join(" and ")),
             };
             format!("works: memfd by {route}{pages}{because}{measured}")
         }
@@ -214,7 +214,7 @@ fn dma_buf_line(facts: &Facts) -> String {
         Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => {
             // The reasons for each heap are listed above.
-            let told = if facts.dma_buf.heap.is_none() { "no heap here gives dma-bufs".to_owned() } else { reason };
+            let told = if facts.dma_buf.heap.is_none() { "no heap on this machine provides dma-bufs".to_owned() } else { reason };
             format!("would fail: {told}")
         }
     }

@@ -123,7 +123,7 @@ fn written(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
 }
 
 fn fill(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
-    ensure!(!content.is_empty(), "the limit of file sizes (ulimit -f) allows none");
+    ensure!(!content.is_empty(), "the file size limit (ulimit -f) allows none");
     scratch.file().write_all(content).at("write to", scratch.path())?;
     Ok(scratch)
 }
@@ -202,14 +202,14 @@ fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<
     let mut compared = 0;
     for segment in image.segments() {
         let bytes = segment.bytes()?;
-        let expected = content.get(compared..compared + bytes.len()).context("more was loaded than was written")?;
+        let expected = content.get(compared..compared + bytes.len()).context("more bytes were loaded than written")?;
         if let Some(wrong) = bytes.iter().zip(expected).position(|(loaded, written)| loaded != written) {
             anyhow::bail!("WRONG BYTES were loaded: the first at offset {}", compared + wrong);
         }
         ensure!(segment.has_dma_buf() == exports, "a segment has no dma-buf");
         compared += bytes.len();
     }
-    ensure!(compared == content.len(), "{compared} bytes were loaded of {}", content.len());
+    ensure!(compared == content.len(), "{compared} of {} bytes were loaded", content.len());
     let report = image.report();
     let steps = report.fallbacks.iter().map(|fallback| Step {
         from: fallback.from,

@@ -63,16 +63,16 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     })?;
     let segment_bytes = path_file(facts).map_or(SEGMENT_BYTES, |file| file.bytes.min(SEGMENT_BYTES));
     if let Some(limit) = facts.file_size_limit.filter(|&limit| limit < segment_bytes && matches!(heap, "memfd" | "udmabuf")) {
-        return Err(format!("the limit of file sizes (ulimit -f) is {}, and counts for memory files, too", bytes(limit)));
+        return Err(format!("the file size limit (ulimit -f) is {}, and also applies to memfds", bytes(limit)));
     }
     if let Some(errno) = path_file(facts).and_then(probe::File::unreadable) {
-        return Err(format!("its first block can't be read: {}", errno.describe()));
+        return Err(format!("cannot read its first block: {}", errno.describe()));
     }
     if let (Some(room), Some(wanted)) = (facts.address_room, wanted_bytes(facts))
         && wanted > room
     {
         let (wanted, room) = (bytes(wanted), bytes(room));
-        return Err(format!("{wanted} do not fit into the {room} that the limit of the address space (ulimit -v) leaves"));
+        return Err(format!("{wanted} do not fit into the {room} that the address space limit (ulimit -v) leaves"));
     }
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
@@ -92,7 +92,7 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
         because = Some(format!("{attempt} is never tried: {}", attempt.hint(Errno::EOPNOTSUPP).unwrap_or_default()));
     } else if route == Route::UringFixedDirect && !memlock_suffices(facts) {
         route = Route::UringDirect;
-        because = Some("the limit of locked memory is too small for uring-fixed-direct".to_owned());
+        because = Some("the locked memory limit is too small for uring-fixed-direct".to_owned());
     }
     Expected { route, page_bytes: loaded.page_bytes, because, measured: Vec::new() }
 }

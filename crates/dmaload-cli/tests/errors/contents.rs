@@ -21,7 +21,7 @@ fn advice_on_a_wrong_format_names_another_format() {
     let folder = folder();
     let path = safetensors(folder.path(), "m.safetensors", br#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#, 4);
     let done = run(dmaload(["load", "--format", "gguf"]).arg(&path))
-        .fails(1, &["a safetensors file", "(--format safetensors)", "--format auto does so where"]);
+        .fails(1, &["a safetensors file", "(--format safetensors)", "--format auto does so if"]);
     assert!(!done.stderr.contains("give it a name"), "{done}");
 }
 
@@ -47,7 +47,7 @@ fn lies() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         (
             "a shape beyond 64 bits",
             header(r#"{"dtype":"U8","shape":[4294967296,4294967296,16],"data_offsets":[0,16]}"#),
-            "64-bit",
+            "64 bits",
         ),
         ("overlapping tensors", two(r#"{"dtype":"U8","shape":[12],"data_offsets":[4,16]}"#), "before tensor"),
         ("a hole in the middle", two(r#"{"dtype":"U8","shape":[4],"data_offsets":[12,16]}"#), "belong to no tensor"),
@@ -65,7 +65,7 @@ fn false_header_is_an_error_and_loads_as_raw_bytes() {
     for (what, header, word) in lies() {
         println!("{what}");
         let path = safetensors(folder.path(), "lie.safetensors", &header, 16);
-        let advice = if word == "cut short" { "fetch the file again" } else { "--format raw" };
+        let advice = if word == "cut short" { "download the file again" } else { "--format raw" };
         every_command_fails(&path, &[word, advice]);
         assert_loads_as_raw(&path);
     }
@@ -119,19 +119,19 @@ fn in_place_of_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static st
         ("zip.safetensors", [b"PK\x03\x04".as_slice(), &[7; 500]].concat(), "zip", "convert it to safetensors"),
         ("pickle.safetensors", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "pickle", "convert it to safetensors"),
         ("gzip.gguf", b"\x1f\x8b\x08\0\0\0\0\0\0\x03ab".to_vec(), "gzip", "unpack"),
-        ("zeros.safetensors", vec![0; 100_000], "zeros", "download is not finished"),
-        ("zeros.gguf", vec![0; 5000], "zeros", "download is not finished"),
+        ("zeros.safetensors", vec![0; 100_000], "zeros", "download is incomplete"),
+        ("zeros.gguf", vec![0; 5000], "zeros", "download is incomplete"),
         ("other.gguf", safetensors(53_u64.to_le_bytes()), "a safetensors file", "--format safetensors"),
         ("order.safetensors", safetensors(53_u64.to_be_bytes()), "big-endian", "big-endian machine"),
         ("order.gguf", gguf(3, u32::to_be_bytes), "big-endian", "convert it to little-endian"),
-        ("new.gguf", gguf(4, u32::to_le_bytes), "version 4", "newer than this"),
-        ("old.gguf", gguf(1, u32::to_le_bytes), "version 1", "older than"),
-        ("cut.gguf", cut_gguf, "at least 4 bytes are missing", "fetch the file again"),
+        ("new.gguf", gguf(4, u32::to_le_bytes), "version 4", "too new for this"),
+        ("old.gguf", gguf(1, u32::to_le_bytes), "version 1", "too old"),
+        ("cut.gguf", cut_gguf, "at least 4 bytes are missing", "download the file again"),
         (
             "cut.safetensors",
             safetensors(1_000_000_u64.to_le_bytes()),
             "at least 999943 bytes are missing",
-            "fetch the file again",
+            "download the file again",
         ),
         ("long.safetensors", safetensors(200_000_000_u64.to_le_bytes()), "100000000", "--format raw"),
     ]
@@ -150,7 +150,7 @@ fn files_that_are_not_models_get_their_own_advice() {
         }
         let done = run(dmaload(["load", "--json", "--no-pack"]).arg(&path)).fails(1, &[what, advice]);
         let has_raw = done.stderr.contains("--format raw");
-        assert!(!has_raw || ["newer", "older", "raw"].iter().any(|word| advice.contains(word)), "{done}");
+        assert!(!has_raw || ["too new", "too old", "raw"].iter().any(|word| advice.contains(word)), "{done}");
         assert!(!done.stderr.contains("--layout"), "{done}");
         assert_loads_as_raw(&path);
     }
@@ -163,7 +163,7 @@ fn missing_bytes_of_a_file_are_counted() {
     let entry = |from: u64, to: u64| format!(r#"{{"dtype":"U8","shape":[{}],"data_offsets":[{from},{to}]}}"#, to - from);
     let header = format!(r#"{{"a":{},"b":{},"c":{}}}"#, entry(0, 100), entry(100, 900), entry(900, 1000));
     let path = safetensors(folder.path(), "m.safetensors", header.as_bytes(), 40);
-    every_command_fails(&path, &["at least 960 bytes are missing", "fetch the file again"]);
+    every_command_fails(&path, &["at least 960 bytes are missing", "download the file again"]);
 }
 
 /// A name from the file reaches the terminal only with its control characters escaped.

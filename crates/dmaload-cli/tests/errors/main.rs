@@ -133,13 +133,13 @@ fn block_device_is_refused_with_advice() {
     let names = fs::read_dir("/sys/class/block").map(|entries| entries.map(|entry| entry.unwrap().file_name()));
     let devices = names.into_iter().flatten().map(|name| Path::new("/dev").join(name));
     let Some(device) = devices.into_iter().find(|device| device.exists()) else { return skip("no block device") };
-    every_command_fails(&device, &["a block device", "could not be noticed", &format!("dd if={} of=", text(&device))]);
+    every_command_fails(&device, &["a block device", "could not be detected", &format!("dd if={} of=", text(&device))]);
 }
 
 #[test]
 fn a_file_that_has_bytes_and_no_length_is_not_empty() {
     for path in ["/proc/self/status", "/proc/version"] {
-        every_command_fails(Path::new(path), &["its length is said to be 0", &format!("cat {path} > COPY")]);
+        every_command_fails(Path::new(path), &["its length is stated as 0", &format!("cat {path} > COPY")]);
     }
 }
 
@@ -180,9 +180,9 @@ fn pipes_and_sockets_advise_saving_to_a_file_first() {
 fn socket_that_cannot_be_attached_to_has_its_own_advice() {
     let folder = folder();
     let socket = folder.path().join("s");
-    run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "whether the server has loaded"]);
+    run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "whether the server has finished loading"]);
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    run(dmaload(["attach"]).arg(&socket)).fails(1, &["ECONNREFUSED", "has ended"]);
+    run(dmaload(["attach"]).arg(&socket)).fails(1, &["ECONNREFUSED", "has exited"]);
     fs::remove_file(&socket).unwrap();
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     allow(folder.path(), 0o755);
@@ -206,7 +206,7 @@ fn checksum_without_algorithm_is_accepted_or_explained() {
         assert_eq!(json["verified"], "sha256 of the file", "{json:#}");
     }
     let wrong = sum.replace(|c: char| c.is_ascii_digit(), "e");
-    run(load(&path).args(["--verify", &wrong])).fails(1, &["corrupt", "fetch the file again"]);
+    run(load(&path).args(["--verify", &wrong])).fails(1, &["corrupt", "download the file again"]);
     run(load(&path).args(["--verify", &sum[..32]])).fails(2, &["MD5"]);
     run(load(&path).args(["--verify", &sum[..8]])).fails(2, &["crc32c:HEX"]);
     let sums = file(folder.path(), "SHA256SUMS", format!("{sum}  model.bin\n").as_bytes());

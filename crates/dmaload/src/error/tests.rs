@@ -94,7 +94,7 @@ fn errors() -> Vec<Error> {
         Error::NotSelected { tensor: t(), path: p() },
         Error::NotLoaded { path: p(), range: 7..9 },
         Error::NotContiguous { tensor: t(), rows: 2 },
-        Error::Unaligned { tensor: t(), offset: 1, alignment_bytes: 2, why: "copying is refused" },
+        Error::Unaligned { tensor: t(), offset: 1, alignment_bytes: 2, why: "copying is not allowed" },
         Error::Importer { segments: 2, segment_bytes: 2, max_segments: 1, max_segment_bytes: 1 },
         Error::NoSuchTensor(t()),
         Error::NoDescriptor { heap: t(), wanted: "dma-buf" },

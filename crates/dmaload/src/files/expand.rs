@@ -116,7 +116,7 @@ fn expand_named_index(path: &Path, named: Named, choice: Choice<'_>, found: &mut
     match named {
         Named::Safetensors => expand_index(path, &read_index(path)?, choice, found),
         Named::Other if choice.format == Format::Auto => {
-            let reason = "is the index of a model in pickled files, which are not read: convert it to safetensors";
+            let reason = "the index of a model in pickled files, which are not supported: convert it to safetensors";
             Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() })
         }
         Named::Unsaid => match read_generic_index(path)? {
@@ -146,8 +146,8 @@ fn refuse_hidden_index(path: &Path) -> Result<()> {
     let is_json =
         (1..=index::LIMIT_BYTES).contains(&file.identity.bytes) && file.read_exact(&mut first, 0).is_ok() && first == *b"{";
     if is_json && read_index(path).is_ok_and(|index| is_of_safetensors(&index)) {
-        let reason = "is the index of a model, under a name that doesn't say so: load the folder of its files, or \
-                      this index by a name that ends in .safetensors.index.json";
+        let reason = "the index of a model, but not named like one: load the folder of its files, or \
+                      give it a name that ends in .safetensors.index.json";
         return Err(Error::NoModel { path: path.to_owned(), reason: reason.to_owned() });
     }
     Ok(())
@@ -190,11 +190,11 @@ fn expand_folder(path: &Path, choice: Choice<'_>, found: &mut Found) -> Result<(
                 });
                 let reason = if is_series {
                     format!(
-                        "has {all} GGUF files that are numbered otherwise than parts of one model are \
-                         (NAME-00001-of-{all:05}.gguf): rename them, or name all that belong together of {listed}"
+                        "contains {all} GGUF files that are not numbered like parts of one model \
+                         (NAME-00001-of-{all:05}.gguf): rename them, or load those that belong together of {listed}"
                     )
                 } else {
-                    format!("has {all} GGUF files that are not parts of one model: name one of {listed}")
+                    format!("contains {all} GGUF files that are not parts of one model: choose one of {listed}")
                 };
                 return Err(Error::NoModel { path: path.to_owned(), reason });
             }
@@ -215,7 +215,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     let folder = path.parent().unwrap_or(Path::new(""));
     let all = index.files().count();
     if all == 0 {
-        let reason = "names no files: its \"weight_map\" is empty".to_owned();
+        let reason = "lists no files: its \"weight_map\" is empty".to_owned();
         return Err(Error::NoModel { path: path.to_owned(), reason });
     }
     let needed = needed_files(index, choice.selector);
@@ -239,7 +239,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     }
     check_missing(&missing, kept.len(), choice, found, |why| {
         let stale = missing::explain_missing(folder, &index, missing.len() == all);
-        let reason = format!("the index names {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
+        let reason = format!("the index lists {all} {}, {why}{stale}", if all == 1 { "file" } else { "files" });
         Error::Incomplete { path: path.to_owned(), reason, loadable: kept.len() }
     })?;
     if let Needed::Some(names) = &needed
@@ -248,7 +248,7 @@ fn expand_index(path: &Path, index: &Index, choice: Choice<'_>, found: &mut Foun
     {
         let looked_at = names.len();
         found.notes.push(format!(
-            "by the index, {looked_at} of its {all} files have tensors of these patterns; the others were not looked at"
+            "according to the index, {looked_at} of its {all} files contain tensors that match; the others were not read"
         ));
     }
     found.notes.extend(missing::note_unlisted(folder, &index));
@@ -315,7 +315,7 @@ fn check_missing(
     if !choice.allow_missing || kept == 0 {
         return Err(error(why));
     }
-    found.notes.push(format!("the model is not complete, which was allowed: {why}"));
+    found.notes.push(format!("the model is incomplete, as allowed: {why}"));
     Ok(())
 }
 
@@ -371,10 +371,10 @@ mod tests {
         assert!(says(&["a.bin"]).contains("without a model"));
         assert!(
             says(&["a.gguf", "b.gguf"])
-                .contains(r#"2 GGUF files that are not parts of one model: name one of "a.gguf", "b.gguf""#)
+                .contains(r#"2 GGUF files that are not parts of one model: choose one of "a.gguf", "b.gguf""#)
         );
         let two = says(&["a.safetensors.index.json", "b.safetensors.index.json"]);
-        assert!(two.contains(r#"name one of "a.safetensors.index.json", "b.safetensors.index.json""#), "{two}");
+        assert!(two.contains(r#"choose one of "a.safetensors.index.json", "b.safetensors.index.json""#), "{two}");
         // As raw bytes, a folder is refused when it is opened.
         assert_eq!(found(&["a.bin"], Choice { format: Format::Raw, ..CHOICE }).unwrap(), [""]);
     }
@@ -390,7 +390,7 @@ mod tests {
             (&["m-00002-of-00002.gguf"], "\"m-00001-of-00002.gguf\"", 1),
             (&["empty-00001-of-00002.gguf", "empty-00002-of-00002.gguf"], "2 are missing", 0),
             (&["empty.safetensors"], "1 is missing", 0),
-            (&["model.safetensors.index.json"], "the index names 1 file, 1 is missing: \"b.safetensors\"", 0),
+            (&["model.safetensors.index.json"], "the index lists 1 file, 1 is missing: \"b.safetensors\"", 0),
         ] {
             let error = found(names, CHOICE).unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }), "{names:?}: {error}");

@@ -56,7 +56,7 @@ impl Folder {
                 continue;
             }
             if own.to_str().is_none() && replaced.insert(name.clone(), own).is_some() {
-                let reason = "has several names that are not UTF-8 and look alike: name the files to be loaded".to_owned();
+                let reason = "contains several names that are not UTF-8 and look alike: load the files by their paths".to_owned();
                 return Err(Error::NoModel { path: path.to_owned(), reason });
             }
             names.push(name);
@@ -82,7 +82,7 @@ impl Folder {
     pub(super) fn note_gguf(&self, format: Format) -> Option<String> {
         let names = self.gguf();
         let is_noted = format == Format::Auto && !names.is_empty();
-        is_noted.then(|| format!("not loaded, beside safetensors files: {}", quoted(names.into_iter())))
+        is_noted.then(|| format!("not loaded, next to safetensors files: {}", quoted(names.into_iter())))
     }
 
     /// The model's safetensors files: the one with the usual name, or all.
@@ -112,12 +112,12 @@ impl Folder {
             ([only], _) => Ok(Some(only)),
             (_, [plain]) => {
                 let others = all.iter().copied().filter(|name| name != plain);
-                notes.push(format!("loaded by {plain:?}; the folder has a variant, too: {}", quoted(others)));
+                notes.push(format!("loaded by {plain:?}; the folder also has variants: {}", quoted(others)));
                 Ok(Some(plain))
             }
             _ => {
                 let names = quoted(all.iter().copied());
-                let reason = format!("has {} models, each with an index: name one of {names}", all.len());
+                let reason = format!("contains {} models, each with an index: choose one of {names}", all.len());
                 Err(Error::NoModel { path: self.path.clone(), reason })
             }
         }
@@ -147,7 +147,7 @@ impl Folder {
         }
         let others: Vec<_> = self.names_matching(is_safetensors_name).into_iter().filter(|name| !names.contains(name)).collect();
         if !others.is_empty() {
-            notes.push(format!("not loaded, beside {MODEL:?}: {}", quoted(others.into_iter())));
+            notes.push(format!("not loaded, next to {MODEL:?}: {}", quoted(others.into_iter())));
         }
         (kept, missing)
     }
@@ -160,13 +160,13 @@ impl Folder {
             _ => "no *.safetensors, *.safetensors.index.json or *.gguf",
         };
         let elsewhere = self.suggest().map(|elsewhere| format!("; {elsewhere}")).unwrap_or_default();
-        let reason = format!("is a directory without a model: {looked_for} in it{elsewhere}");
+        let reason = format!("a directory without a model: {looked_for} in it{elsewhere}");
         Error::NoModel { path: self.path.clone(), reason }
     }
 
     fn suggest(&self) -> Option<String> {
         if let Some(snapshot) = self.newest_snapshot() {
-            return Some(format!("it is a model cache: load {snapshot:?} in it"));
+            return Some(format!("it is a model cache: load {snapshot:?} inside it"));
         }
         let folders = folders_with_models(&self.path);
         if !folders.is_empty() {
@@ -174,20 +174,23 @@ impl Folder {
         }
         let unfinished = self.names_matching(is_unfinished);
         if !unfinished.is_empty() {
-            return Some(format!("not finished downloading: {}", quoted(unfinished.into_iter())));
+            return Some(format!("unfinished downloads: {}", quoted(unfinished.into_iter())));
         }
         let like_models: Vec<_> = self.names.iter().take(SNIFFED).filter(|name| self.is_like_a_model(name)).collect();
         if !like_models.is_empty() {
-            return Some(format!("name one of {}, which look like models", quoted(like_models.into_iter().map(String::as_str))));
+            return Some(format!(
+                "choose one of {}, which look like models",
+                quoted(like_models.into_iter().map(String::as_str))
+            ));
         }
         let pickles = self.names_matching(is_pickle_name);
         if !pickles.is_empty() {
             let names = quoted(pickles.into_iter());
-            return Some(format!("only pickled weights, which are not read: {names}; convert them to safetensors"));
+            return Some(format!("only pickled weights, which are not supported: {names}; convert them to safetensors"));
         }
         let others =
             self.names_matching(|name| has_extension(name, "onnx") || name.contains(".gguf") || name.contains("-split-"));
-        (!others.is_empty()).then(|| format!("not read: {}", quoted(others.into_iter())))
+        (!others.is_empty()).then(|| format!("not supported: {}", quoted(others.into_iter())))
     }
 
     /// The folder of the newest revision in a model hub's cache.

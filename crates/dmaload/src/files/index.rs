@@ -35,7 +35,7 @@ fn read_json(path: &Path) -> Result<(Arc<OpenFile>, Vec<u8>)> {
     let file = OpenFile::open(path)?;
     let bytes = file.identity.bytes;
     if bytes > index::LIMIT_BYTES {
-        let reason = format!("it has {bytes} bytes, more than the {} allowed", index::LIMIT_BYTES);
+        let reason = format!("it is {bytes} bytes long, more than the limit of {}", index::LIMIT_BYTES);
         return Err(Error::Model { path: path.to_owned(), fault: ModelError::Index { offset: 0, reason } });
     }
     let mut json = vec![0; usize::try_from(bytes).expect("an index is shorter than its limit")];

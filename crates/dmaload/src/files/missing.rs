@@ -91,9 +91,7 @@ pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String
     let others = unlisted_files(folder, index);
     if !others.is_empty() {
         let names = quoted(others.iter().map(String::as_str));
-        return format!(
-            "; the index may be left over from another version: {names} beside it is not in it, and loads by its name"
-        );
+        return format!("; the index may be left over from another version: {names} is not in it, but can be loaded by name");
     }
     let blobs: PathBuf = folder.join("../../blobs");
     let names = fs::read_dir(blobs).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -107,5 +105,5 @@ pub(super) fn explain_missing(folder: &Path, index: &Index, all: bool) -> String
 /// A note about files that are not in an index.
 pub(super) fn note_unlisted(folder: &Path, index: &Index) -> Option<String> {
     let others = unlisted_files(folder, index);
-    (!others.is_empty()).then(|| format!("not in the index, and not loaded: {}", quoted(others.iter().map(String::as_str))))
+    (!others.is_empty()).then(|| format!("not in the index, so not loaded: {}", quoted(others.iter().map(String::as_str))))
 }

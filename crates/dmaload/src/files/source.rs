@@ -99,7 +99,8 @@ impl SourceFile {
     pub(crate) fn check(&self, tensors: Option<&TensorMap>) -> Result<()> {
         let Some((index, name)) = &self.index else { return Ok(()) };
         if tensors.is_none() && is_pickle_name(name) {
-            let reason = "the index names this file of pickled weights, which are not read: convert the model to safetensors";
+            let reason =
+                "the index lists this file of pickled weights, which are not supported: convert the model to safetensors";
             return Err(Error::NoModel { path: self.path.as_ref().clone(), reason: reason.to_owned() });
         }
         index.check(name, tensors).map_err(|fault| Error::Model { path: self.path.as_ref().clone(), fault })
@@ -301,7 +302,7 @@ impl OpenFile {
         if look.from_cache && ring_refused.is_some() {
             let path = printable::path(path);
             foreign::emit(|| {
-                tracing::warn!(%path, "statx was refused: a change of the file may be missed while its attributes are cached");
+                tracing::warn!(%path, "statx was refused: a change to the file may go unnoticed while its attributes are cached");
             });
         }
         let file = OpenFile {

@@ -70,12 +70,12 @@ impl Split {
         let Some(gguf) = map.gguf() else { return Ok(None) };
         let number = |key: &str| match gguf.get(key) {
             None => Ok(None),
-            Some(value) => whole_number(&value).map(Some).ok_or_else(|| format!("{key} is {value}, which is not a count")),
+            Some(value) => whole_number(&value).map(Some).ok_or_else(|| format!("{key} is {value}, not a count")),
         };
         let Some(count) = number("split.count")?.filter(|&count| count > 0) else { return Ok(None) };
-        let Some(own) = number("split.no")? else { return Err("it has split.count, but no split.no".to_owned()) };
+        let Some(own) = number("split.no")? else { return Err("split.count is present, but split.no is not".to_owned()) };
         if own >= count {
-            return Err(format!("it says that it is part {} of {count} (split.no {own}, split.count {count})", own + 1));
+            return Err(format!("it claims to be part {} of {count} (split.no {own}, split.count {count})", own + 1));
         }
         Ok(Some(Split { number: own, count, all_tensors: number("split.tensors.count")?, tensors: map.len() as u64 }))
     }
@@ -133,7 +133,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
         let name = name.filter(|_| source.part.is_none());
         if let Some(name) = name.filter(|name| split.is_none() && name.count > 1 && !name.is_gguf_split()) {
             let (number, count) = (name.number, name.count);
-            notes.push(format!("{} is named as part {number} of {count}, and says that it is a whole model", file_name(path)));
+            notes.push(format!("{} is named like part {number} of {count}, but claims to be a whole model", file_name(path)));
         }
         let name = name.filter(PartName::is_gguf_split);
         let part = ModelPart { path, name, split };
@@ -148,7 +148,7 @@ fn check_splits(files: &[KnownFile<'_>], has_several: impl Fn(&SourceFile) -> bo
     for parts in sets.values() {
         match check_split(parts) {
             Err(Error::Incomplete { path, reason, .. }) if allow_missing => {
-                notes.push(format!("the model is not complete, which was allowed: {}: {reason}", printable::path(&path)));
+                notes.push(format!("the model is incomplete, as allowed: {}: {reason}", printable::path(&path)));
             }
             checked => notes.extend(checked?),
         }
@@ -163,10 +163,7 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
     for part in parts {
         let Some(own) = part.split else {
             let other = file_name(first.path);
-            return Err(contradiction(
-                part.path,
-                format!("it has no split.count, but {other} says that there are {}", split.count),
-            ));
+            return Err(contradiction(part.path, format!("split.count is missing, but is {} in {other}", split.count)));
         };
         check_against_name(part, own)?;
         if own.count != split.count {
@@ -174,7 +171,8 @@ fn check_split(parts: &[ModelPart<'_>]) -> Result<Option<String>> {
             return Err(contradiction(part.path, reason));
         }
         if let Some(other) = there.insert(own.number, part) {
-            let reason = format!("it is part {} of {}, and so is {}", own.number + 1, own.count, file_name(other.path));
+            let reason =
+                format!("it claims to be part {} of {}, and so does {}", own.number + 1, own.count, file_name(other.path));
             return Err(contradiction(part.path, reason));
         }
     }
@@ -201,17 +199,17 @@ fn check_tensor_counts(parts: &BTreeMap<u64, &ModelPart<'_>>) -> Result<Option<S
     let mut stated = splits.iter().filter_map(|(part, own)| Some((*part, own.all_tensors?)));
     let Some((stating, all)) = stated.next() else {
         let first = file_name(first.path);
-        return Ok(Some(format!("nothing says how many tensors the parts have: {first} has no split.tensors.count")));
+        return Ok(Some(format!("the number of tensors in all parts is unknown: {first} has no split.tensors.count")));
     };
     let tensors: u64 = splits.iter().map(|(_, split)| split.tensors).sum();
     if all != tensors {
-        let reason = format!("the {} parts have {tensors} tensors, but split.tensors.count is {all}", split.count);
+        let reason = format!("the {} parts contain {tensors} tensors, but split.tensors.count is {all}", split.count);
         return Err(contradiction(stating.path, reason));
     }
     let other = stated.find(|&(_, own)| own != all);
     Ok(other.map(|(part, own)| {
         let (part, stating) = (file_name(part.path), file_name(stating.path));
-        format!("split.tensors.count is {own} in {part}, but {all} in {stating}, and so many there are")
+        format!("split.tensors.count is {own} in {part}, but {all} in {stating}, which is the actual number")
     }))
 }
 
@@ -226,7 +224,7 @@ fn check_against_name(part: &ModelPart<'_>, split: Split) -> Result<()> {
     }
     let Split { number, count, .. } = split;
     let reason = format!(
-        "its name says that it is part {} of {}, but the file says that it is part {} of {count} (split.no {number})",
+        "its name says part {} of {}, but its metadata says part {} of {count} (split.no {number})",
         named.0,
         named.1,
         number + 1
@@ -240,13 +238,13 @@ fn incomplete(part: &ModelPart<'_>, split: Split, have: u64, missing: &[u64]) ->
     let Split { number, count, .. } = split;
     let reason = if have == 1 {
         format!(
-            "is part {} of {count} of a split model (split.no {number}), without part {numbers}{more}: load it by a name \
-             that ends in {:05}-of-{count:05}.gguf, with the other parts beside it",
+            "part {} of {count} of a split model (split.no {number}), without part {numbers}{more}: give it a name \
+             that ends in {:05}-of-{count:05}.gguf, and put the other parts next to it",
             number + 1,
             number + 1
         )
     } else {
-        format!("{have} of {count} parts of a split model are there, without part {numbers}{more}")
+        format!("{have} of {count} parts of a split model exist; part {numbers}{more} is missing")
     };
     Error::Incomplete { path: part.path.to_owned(), reason, loadable: usize::try_from(have).unwrap_or(usize::MAX) }
 }

@@ -32,7 +32,7 @@ use crate::support::park;
 /// Until it is dropped, the load holds all its segments; its files are closed once the last
 /// segment has arrived.
 #[derive(Debug)]
-#[must_use = "a load that is dropped is cancelled"]
+#[must_use = "dropping a load cancels it"]
 pub struct Load {
     /// Used by [`Load::next`] and [`Load::finish`]. Declared before the inbox so that cancelling
     /// the load does not wake the task that drops it.

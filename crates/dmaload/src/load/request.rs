@@ -40,7 +40,7 @@ use crate::options::load::LoadOptions;
 /// from the load. A load runs whether or not it is polled. It works on any runtime, or with none:
 /// all it needs is something that polls it.
 #[derive(Debug)]
-#[must_use = "nothing is loaded before it is awaited, started or consumed"]
+#[must_use = "nothing is loaded until it is awaited, started or consumed"]
 pub struct LoadRequest {
     guard: Arc<Guard>,
     source: Source,

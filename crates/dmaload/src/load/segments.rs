@@ -26,7 +26,7 @@ use crate::telemetry::report::Report;
 ///
 /// Dropping it cancels the load. Segments already handed over stay valid.
 #[derive(Debug)]
-#[must_use = "a load that is dropped is cancelled"]
+#[must_use = "dropping a load cancels it"]
 pub struct Segments {
     // Declared before the feed so that cancelling the load does not wake the task that drops it.
     waiter: Waiter,

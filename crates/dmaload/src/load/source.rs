@@ -72,12 +72,12 @@ impl Source {
     pub(crate) fn into_inputs(self) -> Result<Vec<Input>> {
         let Source { mut inputs, range } = self;
         if inputs.is_empty() {
-            return Err(Error::Config("no file was named, so there is nothing to load".to_owned()));
+            return Err(Error::Config("no file was given, so there is nothing to load".to_owned()));
         }
         let Some(range) = range else { return Ok(inputs) };
         let files = inputs.len();
         let input = inputs.pop().filter(|_| files == 1);
-        let input = input.ok_or_else(|| Error::Config(format!("a range is of one file, and {files} were asked for")))?;
+        let input = input.ok_or_else(|| Error::Config(format!("a range needs exactly one file, but {files} were given")))?;
         Ok(vec![match input {
             Input::Path(path) | Input::Inside { path, .. } => Input::Inside { path, part: range },
             Input::Open { file, .. } => Input::Open { file, part: Some(range) },
@@ -176,10 +176,10 @@ mod tests {
         let open = Source::from(File::open("/dev/null").unwrap()).range(1..3).into_inputs().unwrap();
         assert!(matches!(&*open, [Input::Open { part: Some(part), .. }] if *part == (1..3)), "{open:?}");
         let refused = Source::from(["a", "b"]).range(1..3).into_inputs().unwrap_err();
-        assert_eq!(refused.to_string(), "a range is of one file, and 2 were asked for");
+        assert_eq!(refused.to_string(), "a range needs exactly one file, but 2 were given");
         for none in [Source::paths::<PathBuf>([]), Source::paths::<PathBuf>([]).range(1..3)] {
             let refused = none.into_inputs().unwrap_err();
-            assert_eq!(refused.to_string(), "no file was named, so there is nothing to load");
+            assert_eq!(refused.to_string(), "no file was given, so there is nothing to load");
         }
     }
 }

@@ -23,7 +23,7 @@ use crate::telemetry::report::Report;
 ///
 /// Dropping it cancels the load. Tensors already returned stay valid and keep their segments.
 #[derive(Debug)]
-#[must_use = "a load that is dropped is cancelled"]
+#[must_use = "dropping a load cancels it"]
 pub struct Tensors {
     segments: Segments,
     ready: VecDeque<Tensor>,

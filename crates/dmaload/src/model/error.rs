@@ -21,7 +21,7 @@ use super::limits::{HEADER_LIMIT_BYTES, RANK_LIMIT};
 #[non_exhaustive]
 pub enum ModelError {
     /// The file is something else, in the place of a model.
-    #[error("the file is {kind} ({file_bytes} bytes), not the model that it should be")]
+    #[error("the file is {kind} ({file_bytes} bytes), not a model")]
     Foreign {
         /// What the file is.
         kind: ForeignFile,
@@ -37,7 +37,7 @@ pub enum ModelError {
     },
 
     /// The caller provided too little of the file to determine its format.
-    #[error("{given} bytes of the file's start are too few to tell its format; 9 are needed")]
+    #[error("{given} bytes of the file's beginning are too few to determine its format; 9 are needed")]
     StartTooShort {
         /// Number of bytes that the caller provided.
         given: usize,
@@ -81,14 +81,14 @@ pub enum ModelError {
     },
 
     /// The header is not UTF-8.
-    #[error("the header is not UTF-8: byte {offset} of it is in no valid sequence")]
+    #[error("the header is not UTF-8: invalid sequence at byte {offset}")]
     InvalidUtf8 {
         /// Where the first invalid sequence begins.
         offset: usize,
     },
 
     /// The header is not JSON.
-    #[error("the header is not valid JSON near byte {offset} of it: {}", printable::text(.reason))]
+    #[error("the header is not valid JSON near byte {offset}: {}", printable::text(.reason))]
     NotJson {
         /// How far the header had been read.
         offset: usize,
@@ -131,7 +131,7 @@ pub enum ModelError {
     },
 
     /// A tensor's entry contains a key twice.
-    #[error("tensor {} has \"{key}\" twice; which one holds cannot be told", quote(.tensor))]
+    #[error("tensor {} has \"{key}\" twice, which is ambiguous", quote(.tensor))]
     DuplicateKey {
         /// The tensor's name.
         tensor: String,
@@ -140,18 +140,18 @@ pub enum ModelError {
     },
 
     /// Two tensors have the same name.
-    #[error("tensor {} is in the header twice; which one holds cannot be told", quote(.tensor))]
+    #[error("tensor {} is in the header twice, which is ambiguous", quote(.tensor))]
     DuplicateTensor {
         /// The tensor's name.
         tensor: String,
     },
 
     /// The header contains `__metadata__` twice.
-    #[error("\"__metadata__\" is in the header twice; which one holds cannot be told")]
+    #[error("\"__metadata__\" is in the header twice, which is ambiguous")]
     DuplicateMetadata,
 
     /// `__metadata__` contains a key twice.
-    #[error("\"__metadata__\" has the key {} twice; which one holds cannot be told", quote(.key))]
+    #[error("\"__metadata__\" has the key {} twice, which is ambiguous", quote(.key))]
     DuplicateMetadataKey {
         /// The key.
         key: String,
@@ -219,7 +219,7 @@ pub enum ModelError {
     },
 
     /// A tensor's size in bits does not fit into 64 bits.
-    #[error("tensor {}: shape {shape:?} of {dtype} has more bits than fit an unsigned 64-bit number", quote(.tensor))]
+    #[error("tensor {}: the size in bits of shape {shape:?} of {dtype} overflows 64 bits", quote(.tensor))]
     ShapeOverflow {
         /// The tensor's name.
         tensor: String,
@@ -231,7 +231,7 @@ pub enum ModelError {
 
     /// A tensor of a sub-byte type ends within a byte.
     #[error(
-        "tensor {}: shape {shape:?} of {dtype} has {bits} bits, which is no whole number of bytes",
+        "tensor {}: shape {shape:?} of {dtype} has {bits} bits, which is not a whole number of bytes",
         quote(.tensor)
     )]
     PartialByte {
@@ -352,7 +352,7 @@ pub enum ModelError {
 
     /// A tensor in a GGUF file has an unknown type.
     #[error("GGUF header, byte {offset}: tensor {} has type {found}, which is {}", quote(.tensor),
-        if is_removed_gguf_type(*.found) { "no longer part of GGUF" } else { "newer than this dmaload knows" })]
+        if is_removed_gguf_type(*.found) { "no longer part of GGUF" } else { "newer than this version of dmaload" })]
     GgufType {
         /// Where the tensor's entry begins.
         offset: u64,
@@ -363,14 +363,14 @@ pub enum ModelError {
     },
 
     /// The header of a GGUF file exceeds the limit.
-    #[error("the GGUF header is longer than the {limit_bytes} bytes that are read of one")]
+    #[error("the GGUF header is longer than the limit of {limit_bytes} bytes")]
     GgufHeaderTooLarge {
         /// The limit in bytes.
         limit_bytes: u64,
     },
 
     /// A GGUF file has an unsupported version; 2 and 3 are supported.
-    #[error("GGUF version {} can't be read, only 2 and 3{}", display_version(*.found),
+    #[error("GGUF version {} is not supported, only 2 and 3 are{}", display_version(*.found),
         if is_big_endian(*.found) { ": the file is big-endian" } else { "" })]
     GgufVersion {
         /// The version that the file states.
@@ -387,7 +387,7 @@ pub enum ModelError {
     },
 
     /// A file with the name of a model is empty.
-    #[error("the file has 0 bytes: its download has not begun, or nothing could be written")]
+    #[error("the file is empty: its download has not begun, or nothing could be written")]
     Empty,
 
     /// The parts of a split GGUF model contradict each other or their names.
@@ -398,7 +398,7 @@ pub enum ModelError {
     },
 
     /// The index of a model of several files is invalid.
-    #[error("the index is wrong near byte {offset}: {}", printable::text(.reason))]
+    #[error("invalid index near byte {offset}: {}", printable::text(.reason))]
     Index {
         /// How far the index had been read.
         offset: usize,
@@ -407,25 +407,24 @@ pub enum ModelError {
     },
 
     /// The index lists a file outside its folder, or an empty name.
-    #[error("the index names the file {}, which is not within its folder", quote(.name))]
+    #[error("the index lists the file {}, which is not within its folder", quote(.name))]
     IndexLeavesFolder {
         /// The file's name.
         name: String,
     },
 
     /// The index lists a tensor for a file that does not contain it.
-    #[error("the index says that tensor {} is in this file, which has none of that name", quote(.tensor))]
+    #[error("the index lists tensor {} for this file, which does not contain it", quote(.tensor))]
     IndexDisagrees {
         /// The tensor's name.
         tensor: String,
     },
 }
 
-const CUT_SHORT: &str = "the download or the copy is not finished: finish it, or fetch the file again";
-const NEWER: &str =
-    "the file is newer than this version of dmaload knows: get a newer one, or load it as plain bytes (the format raw)";
-const DAMAGED: &str = "the file is damaged, or what wrote it breaks the rules of the format: fetch or write it again, \
-                       or load it as plain bytes (the format raw)";
+const CUT_SHORT: &str = "the download or copy is incomplete: finish it, or download the file again";
+const NEWER: &str = "the file is too new for this version of dmaload: update dmaload, or load it as raw bytes (the format raw)";
+const DAMAGED: &str = "the file is damaged, or its writer violates the format: download or write it again, \
+                       or load it as raw bytes (the format raw)";
 
 impl ModelError {
     /// What the user can do about it.
@@ -437,34 +436,34 @@ impl ModelError {
             | ModelError::HeaderPastEnd { .. }
             | ModelError::PastEnd { .. }
             | ModelError::GgufCutShort { .. } => CUT_SHORT,
-            ModelError::Empty => "fetch it again, or load it as plain bytes (the format raw)",
+            ModelError::Empty => "download it again, or load it as raw bytes (the format raw)",
             ModelError::Split { .. } => {
-                "the parts are not of one model, or were renamed: fetch them again, or load each as plain bytes (the format raw)"
+                "the parts are from different models, or were renamed: download them again, or load each as raw bytes (the format raw)"
             }
             ModelError::GgufType { found, .. } if is_removed_gguf_type(*found) => {
-                "this type was removed from ggml: convert the model again from its source, or load it as plain bytes (the format raw)"
+                "this type was removed from ggml: convert the model again from its source, or load it as raw bytes (the format raw)"
             }
             ModelError::UnknownDType { .. } | ModelError::GgufType { .. } => NEWER,
             ModelError::GgufVersion { found } if is_big_endian(*found) => {
-                "convert it to little-endian: gguf-convert-endian of the Python package gguf does that"
+                "convert it to little-endian with gguf-convert-endian of the Python package gguf"
             }
             ModelError::GgufVersion { found: 0 | 1 } => {
-                "the file is older than what is read: convert it with the tools of llama.cpp, or load it as plain bytes (the format raw)"
+                "the file is too old: convert it with the tools of llama.cpp, or load it as raw bytes (the format raw)"
             }
             ModelError::GgufVersion { .. } => NEWER,
             ModelError::HeaderTooLarge { .. } | ModelError::GgufHeaderTooLarge { .. } => {
-                "the file is damaged, or not a model: fetch it again, or load it as plain bytes (the format raw)"
+                "the file is damaged, or not a model: download it again, or load it as raw bytes (the format raw)"
             }
             ModelError::TrailingBytes { .. } => {
-                "something was appended to the file, or two files were joined: fetch it again, \
-                 or load it as plain bytes (the format raw)"
+                "something was appended to the file, or two files were joined: download it again, \
+                 or load it as raw bytes (the format raw)"
             }
-            ModelError::Index { .. } => "the index is damaged: fetch it again, or name the model's files one by one",
+            ModelError::Index { .. } => "the index is damaged: download it again, or list the model's files one by one",
             ModelError::IndexLeavesFolder { .. } => {
-                "mend the index so that it names files beside it, or name the files one by one"
+                "fix the index so that it lists files in its folder, or list the files one by one"
             }
             ModelError::IndexDisagrees { .. } => {
-                "the index and the file are of different versions of the model: fetch both again"
+                "the index and the file are from different versions of the model: download both again"
             }
             _ => DAMAGED,
         }

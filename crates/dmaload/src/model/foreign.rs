@@ -71,25 +71,25 @@ impl ForeignFile {
     #[must_use]
     pub fn hint(&self) -> &'static str {
         match self {
-            ForeignFile::LfsPointer { .. } => "fetch the file that it stands for: run `git lfs pull` in its repository",
+            ForeignFile::LfsPointer { .. } => "download the file that it stands for: run `git lfs pull` in its repository",
             ForeignFile::Html | ForeignFile::Xml => {
-                "an error page was saved in place of the model: download it again (the page says what was wrong)"
+                "an error page was saved in place of the model: download it again (the page says what went wrong)"
             }
             ForeignFile::Json { .. } | ForeignFile::Text { .. } => {
-                "a message was saved in place of the model: download it again (the text says what was wrong)"
+                "a message was saved in place of the model: download it again (the text says what went wrong)"
             }
             ForeignFile::Zip | ForeignFile::Pickle => {
-                "this is a PyTorch checkpoint (.bin, .pt) under another name: convert it to safetensors, or get the model as safetensors"
+                "this is a PyTorch checkpoint (.bin, .pt) with another name: convert it to safetensors, or download the model as safetensors"
             }
             ForeignFile::Zeros => {
-                "the download is not finished (its space was allocated in advance): finish it, or download the file again"
+                "the download is incomplete (its space was preallocated): finish it, or download the file again"
             }
-            ForeignFile::Gguf => "load it as GGUF (the format gguf); the format auto does so where its name ends in .gguf",
+            ForeignFile::Gguf => "load it as GGUF (the format gguf); the format auto does so if its name ends in .gguf",
             ForeignFile::Safetensors => {
-                "load it as safetensors (the format safetensors); the format auto does so where its name ends in .safetensors"
+                "load it as safetensors (the format safetensors); the format auto does so if its name ends in .safetensors"
             }
             ForeignFile::BigEndianSafetensors => {
-                "it was written by a big-endian machine against the format's rules: write it again on a little-endian one"
+                "a big-endian machine wrote it, in violation of the format: write it again on a little-endian one"
             }
             ForeignFile::LegacyGgml => "convert it to GGUF with the tools of llama.cpp",
             ForeignFile::Archive { .. } => "unpack it first",

@@ -95,14 +95,16 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
     let name = cursor.text("a tensor's name")?.to_owned();
     let rank = cursor.u32("a tensor's number of dimensions")?;
     if rank > RANK_LIMIT {
-        return Err(cursor.fault(at, format!("tensor {} has {rank} dimensions, more than {RANK_LIMIT}", quote(&name))));
+        return Err(
+            cursor.fault(at, format!("tensor {} has {rank} dimensions, more than the limit of {RANK_LIMIT}", quote(&name)))
+        );
     }
     let mut shape = Vec::new();
     for _ in 0..rank {
         let dim = cursor.u64("a tensor's dimension")?;
         // Truncating it on a 32-bit machine would give another shape.
         let dim = usize::try_from(dim).map_err(|_| {
-            cursor.fault(at, format!("tensor {} has a dimension of {dim}, more than {}", quote(&name), usize::MAX))
+            cursor.fault(at, format!("tensor {} has a dimension of {dim}, more than the limit of {}", quote(&name), usize::MAX))
         })?;
         shape.push(dim);
     }
@@ -128,7 +130,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<TensorInfo, St
         return Err(cursor.fault(at, format!("tensor {} of shape {shape:?} is larger than any file", quote(&name))));
     };
     if !offset.is_multiple_of(alignment) {
-        let why = format!("tensor {} begins at byte {offset} of the data, no multiple of {alignment}", quote(&name));
+        let why = format!("tensor {} begins at byte {offset} of the data, which is not a multiple of {alignment}", quote(&name));
         return Err(cursor.fault(at, why));
     }
     Ok(TensorInfo { name, dtype, shape, file_range: offset..end })

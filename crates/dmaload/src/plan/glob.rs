@@ -20,10 +20,10 @@ impl Pattern {
     /// Why the pattern is invalid.
     pub(crate) fn new(source: &str) -> Result<Self, String> {
         if source.len() > LENGTH_LIMIT_BYTES {
-            return Err(format!("a pattern of {} bytes: at most {LENGTH_LIMIT_BYTES} are allowed", source.len()));
+            return Err(format!("invalid pattern: {} bytes, more than the limit of {LENGTH_LIMIT_BYTES}", source.len()));
         }
         let mut alternatives = Vec::new();
-        expand(String::new(), source, &mut alternatives).map_err(|why| format!("{source:?} is no pattern: {why}"))?;
+        expand(String::new(), source, &mut alternatives).map_err(|why| format!("invalid pattern {source:?}: {why}"))?;
         Ok(Pattern { source: source.to_owned(), alternatives })
     }
 
@@ -52,7 +52,7 @@ impl fmt::Display for Pattern {
 fn expand(before: String, rest: &str, into: &mut Vec<String>) -> Result<(), String> {
     let Some((literal, braces)) = rest.split_once('{') else {
         if into.len() == ALTERNATIVES_LIMIT {
-            return Err(format!("it stands for more than {ALTERNATIVES_LIMIT} patterns"));
+            return Err(format!("it expands to more than {ALTERNATIVES_LIMIT} patterns"));
         }
         into.push(before + rest);
         return Ok(());
@@ -90,7 +90,7 @@ fn choices(text: &str) -> Result<(Vec<String>, &str), String> {
             _ => {}
         }
     }
-    Err("a { without its }".to_owned())
+    Err("unclosed {".to_owned())
 }
 
 /// Expands `0..3` into its numbers; `None` for anything else.
@@ -98,10 +98,10 @@ fn numbers(text: &str) -> Option<Result<Vec<String>, String>> {
     let (first, last) = text.split_once("..")?;
     let (from, to) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
     if from > to {
-        return Some(Err(format!("{{{text}}} counts down")));
+        return Some(Err(format!("the range {{{text}}} is reversed")));
     }
     if to - from >= ALTERNATIVES_LIMIT as u64 {
-        return Some(Err(format!("it stands for more than {ALTERNATIVES_LIMIT} patterns")));
+        return Some(Err(format!("it expands to more than {ALTERNATIVES_LIMIT} patterns")));
     }
     let width = if first.starts_with('0') { first.len() } else { 0 };
     Some(Ok((from..=to).map(|number| format!("{number:0width$}")).collect()))
@@ -160,8 +160,8 @@ mod tests {
     #[test]
     fn invalid_patterns_are_reported() {
         for (pattern, expected) in [
-            ("a{b", "without its }"),
-            ("{3..1}", "counts down"),
+            ("a{b", "unclosed {"),
+            ("{3..1}", "is reversed"),
             ("{0..9999}", "more than 4096"),
             ("{1..99}{1..99}", "more than 4096"),
         ] {

@@ -179,22 +179,22 @@ impl Selector {
         });
         let patterns: Option<Vec<_>> = patterns.transpose().map_err(Error::Config)?;
         if patterns.as_ref().is_some_and(Vec::is_empty) {
-            return wrong("no tensors were asked for: an empty list".to_owned());
+            return wrong("the list of tensors is empty".to_owned());
         }
         if let Some(shard) = select.shard
             && shard.rank >= shard.world_size
         {
-            return wrong(format!("there is no rank {} of {}: they count from 0", shard.rank, shard.world_size));
+            return wrong(format!("invalid rank {} of {}: ranks count from 0", shard.rank, shard.world_size));
         }
         let cuts_tensors = select.shard.is_some_and(|shard| shard.dim.is_some());
         if select.range.is_some() && (patterns.is_some() || select.shard.is_some()) {
-            return wrong("a range of bytes can't be asked for together with tensors or a rank's part".to_owned());
+            return wrong("a byte range can't be combined with tensors or a rank's part".to_owned());
         }
         if patterns.is_some() && select.shard.is_some() && !cuts_tensors {
-            return wrong("a rank's part of named tensors needs the dimension that they are cut along".to_owned());
+            return wrong("a rank's part of selected tensors needs the dimension to cut along".to_owned());
         }
         if select.range.as_ref().is_some_and(Range::is_empty) {
-            return wrong("an empty range of bytes was asked for".to_owned());
+            return wrong("the byte range is empty".to_owned());
         }
         let matched = vec![false; patterns.as_ref().map_or(0, Vec::len)];
         Ok(Selector {
@@ -243,20 +243,20 @@ impl Selector {
             let tensors = if count == 1 { format!("tensor {first:?}") } else { format!("{count} tensors, {first:?} first,") };
             match dim {
                 None => format!(
-                    "{tensors} {} split between ranks: only a part of each is in part {rank} of {world_size} (cut along a \
+                    "{tensors} {} split between ranks: part {rank} of {world_size} contains only a part of each (cut along a \
                      dimension to avoid that)",
                     if count == 1 { "is" } else { "are" }
                 ),
                 Some(dim) => {
-                    format!("nothing of {tensors} is in part {rank} of {world_size}: dimension {dim} is shorter than that")
+                    format!("part {rank} of {world_size} contains nothing of {tensors}: dimension {dim} is too short")
                 }
             }
         });
         let without = (self.files_without > 0).then(|| {
             let files = if self.files_without == 1 { "one file".to_owned() } else { format!("{} files", self.files_without) };
             format!(
-                "part {rank} of {world_size} has nothing of the weights of {files}: each file is cut at blocks, and has too few of \
-                 them for all ranks"
+                "part {rank} of {world_size} contains no weights from {files}: files are cut at block boundaries, and there are too few blocks \
+                 for all ranks"
             )
         });
         affected.into_iter().chain(without).collect()
@@ -311,7 +311,7 @@ impl Selector {
         let bytes = part.end - part.start;
         if let Some(range) = &self.range {
             if range.end > bytes {
-                return Err(format!("bytes {range:?} were asked for, but it has {bytes}"));
+                return Err(format!("bytes {range:?} were requested, but it has {bytes}"));
             }
             return Ok(Selected::of_range(part.start + range.start..part.start + range.end, file_bytes, alignment));
         }
@@ -323,7 +323,7 @@ impl Selector {
             };
             return Ok(Selected::of_range(cut(rank)..cut(rank + 1), file_bytes, alignment));
         }
-        let Some(map) = map else { return Err("it has no tensors to choose from".to_owned()) };
+        let Some(map) = map else { return Err("it has no tensors to select".to_owned()) };
         let mut chosen = Vec::new();
         for (position, tensor) in map.iter().enumerate() {
             if owns(&tensor.name)
@@ -395,7 +395,7 @@ fn rank_slice(tensor: &TensorInfo, shard: Option<Shard>) -> Result<TensorSlice, 
     // The size of the whole tensor fits into 64 bits, so sizes of its parts do too.
     let place = (dtype.bytes_of(start * inner), dtype.bytes_of(end * inner), dtype.bytes_of(len * inner));
     let (Some(from), Some(to), Some(stride_bytes)) = place else {
-        return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} cuts through blocks of {dtype}"));
+        return Err(format!("the part {start}..{end} of dimension {dim} of tensor {name:?} splits a block of {dtype}"));
     };
     let first = file_range.start + from..file_range.start + to;
     let rows = if outer == 1 || from == to {
@@ -452,9 +452,9 @@ pub(crate) fn tensor_spans(
         let is_moved = !range.start.is_multiple_of(if wanted > alignment { alignment } else { kept });
         if is_moved && (!importer.may_copy || end - start > single_bytes) {
             let why = if importer.may_copy {
-                "it is larger than a segment can be, and so can't be copied"
+                "it is larger than a segment can be, so it can't be copied"
             } else {
-                "copying is refused"
+                "copying is not allowed"
             };
             let (tensor, offset) = (info.name.clone(), range.start);
             return Err(Error::Unaligned { tensor, offset, alignment_bytes: wanted, why });

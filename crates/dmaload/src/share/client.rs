@@ -92,7 +92,7 @@ pub async fn attach(socket: impl AsRef<Path>, options: AttachOptions) -> Result<
     let body = move || {
         let _ = sender.send(attach_blocking(&path, &options));
     };
-    let no_thread = |_| refuse(&socket, "no thread could be had to attach");
+    let no_thread = |_| refuse(&socket, "could not start a thread");
     std::thread::Builder::new().name("dmaload-attach".to_owned()).spawn(body).map_err(no_thread)?;
     receiver.await.unwrap_or_else(|_| Err(refuse(&socket, "attaching ended without a result")))
 }
@@ -122,12 +122,12 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
         return Err(refuse(path, "the image's name is too long"));
     }
     let socket =
-        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("make a socket"))?;
+        socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("create a socket"))?;
     for timeout in [sockopt::Timeout::Recv, sockopt::Timeout::Send] {
         sockopt::set_socket_timeout(&socket, timeout, Some(2 * PATIENCE)).map_err(failed("set a timeout"))?;
     }
     connect_to(&socket, path).map_err(|errno| refuse(path, explain_connect_error(errno)))?;
-    let server = user_of(&socket).map_err(failed("ask who the server is"))?;
+    let server = user_of(&socket).map_err(failed("identify the server"))?;
     let users = Users::of_this_process();
     if !(users.is_root(server) || users.is_own(server) || options.trusted_users.contains(&server)) {
         return Err(refuse(path, explain_distrust(users, server)));
@@ -142,32 +142,32 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
     let mut descriptors: Vec<OwnedFd> = Vec::new();
     loop {
         let (message, mut here) = match receive_message(&socket) {
-            Err(Errno::AGAIN) => return Err(refuse(path, format!("the server has not answered in {:?}", 2 * PATIENCE))),
+            Err(Errno::AGAIN) => return Err(refuse(path, format!("the server did not answer within {:?}", 2 * PATIENCE))),
             received => received.map_err(failed("receive"))?,
         };
         if message.is_empty() {
-            return Err(refuse(path, "the server has closed the connection"));
+            return Err(refuse(path, "the server closed the connection"));
         }
         let Some(reply) = Reply::parse(&message) else {
-            return Err(refuse(path, "the server gives an answer of another version, or is none of dmaload"));
+            return Err(refuse(path, "the server's answer is of another version, or not from dmaload"));
         };
         if reply.status != Status::Ok {
             return Err(refuse(path, explain_refusal(reply, name, &parse_names(&message))));
         }
         if Instant::now() > deadline {
-            return Err(refuse(path, format!("the server has not given all of the image in {limit:?}")));
+            return Err(refuse(path, format!("the server did not send the whole image within {limit:?}")));
         }
         if here.len() != reply.here as usize || here.is_empty() || descriptors.len() + here.len() > reply.all as usize {
             return Err(refuse(
                 path,
-                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server lies",
+                "descriptors were lost: the limit of open files (ulimit -n) is reached, or the server is lying",
             ));
         }
         descriptors.append(&mut here);
         // Confirms receipt: until then the descriptors count against the server's user.
         match send(&socket, &[0], SendFlags::NOSIGNAL) {
             Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {}
-            Err(errno) => return Err(failed("say what was received")(errno)),
+            Err(errno) => return Err(failed("confirm receipt")(errno)),
         }
         if descriptors.len() == reply.all as usize {
             return Ok(descriptors);
@@ -178,10 +178,10 @@ fn receive(path: &Path, options: &AttachOptions, limit: Duration) -> Result<Vec<
 /// Why there is no connection, and what to do about it.
 fn explain_connect_error(errno: Errno) -> String {
     let hint = match errno {
-        Errno::NOENT => "; check the path, and whether the server has loaded: its socket appears with the image",
-        Errno::CONNREFUSED => "; the server that made this socket has ended",
+        Errno::NOENT => "; check the path, and whether the server has finished loading: its socket appears with the image",
+        Errno::CONNREFUSED => "; the server that created this socket has exited",
         Errno::ACCESS => "; the server must allow this user (ServerOptions::allow_user)",
-        Errno::PROTOTYPE => "; it is the socket of another program",
+        Errno::PROTOTYPE => "; the socket belongs to another program",
         Errno::AGAIN => "; the server does not accept connections",
         _ => "",
     };
@@ -191,11 +191,11 @@ fn explain_connect_error(errno: Errno) -> String {
 /// Why a server is not trusted.
 fn explain_distrust(users: Users, server: u32) -> String {
     let reason = if users.is_ambiguous(server) {
-        "which stands for every user that is not mapped in this user namespace"
+        "which stands for every unmapped user in this user namespace"
     } else {
-        "who could change what is shared"
+        "who could modify the shared memory"
     };
-    format!("the server is of user {server}, {reason}: name it to trust it (AttachOptions::trust_user({server}))")
+    format!("the server runs as user {server}, {reason}: trust it explicitly (AttachOptions::trust_user({server}))")
 }
 
 /// Explains a server's refusal. The names come from the server, so they are escaped.
@@ -209,21 +209,19 @@ fn explain_refusal(reply: Reply, name: &str, names: &[String]) -> String {
         list
     };
     match reply.status {
-        Status::Ok => unreachable!("it is no refusal"),
-        Status::Malformed => "the server does not understand the request: it is of another version".to_owned(),
-        Status::NoSuchImage if reply.all == 0 => "the server shares no image any more".to_owned(),
-        Status::NoSuchImage => format!("the server has no image {name:?}, but {}", list()),
-        Status::Several => format!("the server shares several images: name one of {}", list()),
+        Status::Ok => unreachable!("not a refusal"),
+        Status::Malformed => "the server does not understand the request: it is another version of dmaload".to_owned(),
+        Status::NoSuchImage if reply.all == 0 => "the server no longer shares any image".to_owned(),
+        Status::NoSuchImage => format!("the server does not share an image {name:?}, but {}", list()),
+        Status::Several => format!("the server shares several images: choose one of {}", list()),
         Status::NotAllowed => {
             let user = reply.all;
-            format!(
-                "this user may not attach: the server sees user {user}, and must allow it (ServerOptions::allow_user({user}))"
-            )
+            format!("this user may not attach: the server must allow user {user} (ServerOptions::allow_user({user}))")
         }
-        Status::NotYet => format!("the server has no image yet, after {PATIENCE:?}: try again when it has loaded"),
+        Status::NotYet => format!("the server still has no image after {PATIENCE:?}: try again when it has finished loading"),
         Status::Busy => {
             format!(
-                "the server is busy: in {PATIENCE:?}, other clients of this user have not received what was sent to them, or the server has reached its limit of descriptors (ulimit -n)"
+                "the server is busy: for {PATIENCE:?}, other clients of this user have not received what was sent to them, or the server has reached its limit of open files (ulimit -n)"
             )
         }
     }
@@ -260,16 +258,16 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
     const DESCRIPTION_LIMIT_BYTES: usize = 256 << 20;
     let mut descriptors = descriptors.into_iter();
     let wrong = |what: String| refuse(path, what);
-    let description = descriptors.next().ok_or_else(|| wrong("the server gave nothing".to_owned()))?;
+    let description = descriptors.next().ok_or_else(|| wrong("the server sent nothing".to_owned()))?;
     let description = Memfd::from_sealed(description).map_err(|error| wrong(format!("its description: {error}")))?;
     if description.bytes() > DESCRIPTION_LIMIT_BYTES {
-        return Err(wrong(format!("its description has {} bytes", description.bytes())));
+        return Err(wrong(format!("its description is {} bytes long", description.bytes())));
     }
     let mut json = vec![0; description.bytes()];
     let mut at = 0;
     while at < json.len() {
         match rustix::io::pread(&description, json.get_mut(at..).unwrap_or_default(), at as u64) {
-            Ok(0) | Err(_) => return Err(wrong("its description can't be read".to_owned())),
+            Ok(0) | Err(_) => return Err(wrong("cannot read its description".to_owned())),
             Ok(bytes) => at += bytes,
         }
     }
@@ -280,11 +278,11 @@ fn parse_descriptors(path: &Path, descriptors: Vec<OwnedFd>) -> Result<(Descript
         } else {
             Memfd::from_sealed(fd).map(Memory::Memfd)
         };
-        taken.map_err(|error| wrong(format!("a memory is not what it should be: {error}")))
+        taken.map_err(|error| wrong(format!("unexpected kind of memory: {error}")))
     });
     let memories = memories.collect::<Result<Vec<_>>>()?;
     if memories.len() != description.memories {
-        return Err(wrong(format!("{} memories came, and {} are described", memories.len(), description.memories)));
+        return Err(wrong(format!("received {} memories, but {} are described", memories.len(), description.memories)));
     }
     Ok((description, memories))
 }
@@ -320,10 +318,10 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
     let length = |memory: &Memory| memory.bytes().expect("memory that came as a descriptor has a length");
     let lengths: Vec<usize> = memories.iter().map(length).collect();
     let (places, all) =
-        plan_mapping(&description.segments, &lengths).ok_or_else(|| wrong("its segments do not fit their memory".to_owned()))?;
+        plan_mapping(&description.segments, &lengths).ok_or_else(|| wrong("its segments don't fit their memory".to_owned()))?;
     let mut backings = Vec::new();
     if !memories.is_empty() {
-        let reaper = Reaper::start().map_err(|error| wrong(format!("no thread could be had: {error}")))?;
+        let reaper = Reaper::start().map_err(|error| wrong(format!("cannot start a thread: {error}")))?;
         let range = AddressRange::reserve(all).map_err(|error| wrong(error.to_string()))?;
         for ((memory, &at), &bytes) in memories.into_iter().zip(&places).zip(&lengths) {
             let mapping = range.map(&memory, at, bytes).map_err(|error| wrong(error.to_string()))?;
@@ -359,8 +357,10 @@ fn build_image(path: &Path, description: &Description, memories: Vec<Memory>, st
         }
         segments.push(segment);
     }
-    let route =
-        description.route.parse().map_err(|_| wrong(format!("its description has an unknown route, {:?}", description.route)))?;
+    let route = description
+        .route
+        .parse()
+        .map_err(|_| wrong(format!("its description contains an unknown route, {:?}", description.route)))?;
     let report = make_report(path, description, route, &segments, backings.len(), &heap, started.elapsed());
     let files = description.files.iter().enumerate().map(|(number, file)| LoadFile {
         path: Arc::clone(&file.path),
@@ -449,7 +449,7 @@ mod tests {
             sent
         });
         let error = receive(&path, &AttachOptions::default(), Duration::from_millis(200)).unwrap_err();
-        assert!(error.to_string().ends_with("the server has not given all of the image in 200ms"), "{error}");
+        assert!(error.to_string().ends_with("the server did not send the whole image within 200ms"), "{error}");
         assert!(server.join().unwrap() < 100);
     }
 }

@@ -91,8 +91,8 @@ impl Description {
     /// # Errors
     /// What is wrong with the description.
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
-        let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is no JSON: {error}"))?;
-        let wrong = |what: &str| format!("its description is wrong: {what}");
+        let value: Value = serde_json::from_slice(json).map_err(|error| format!("its description is not JSON: {error}"))?;
+        let wrong = |what: &str| format!("invalid description: {what}");
         let number = |key: &str| value.get(key).and_then(Value::as_u64).ok_or_else(|| wrong(key));
         let array = |key: &str| value.get(key).and_then(Value::as_array).ok_or_else(|| wrong(key));
         let files = array("files")?.iter().map(file).collect::<Option<Vec<_>>>().ok_or_else(|| wrong("files"))?;
@@ -105,12 +105,12 @@ impl Description {
             let bytes = files.get(place.file).map_or(0, |file: &DescribedFile| file.bytes);
             let fits = place.file_range.end <= bytes && place.file_range.end - place.file_range.start <= place.memory_bytes;
             if !in_order || !fits || segments.last().is_some_and(|before| !can_follow(before, &place)) {
-                return Err(wrong("a segment is out of place"));
+                return Err(wrong("a segment is misplaced"));
             }
             segments.push(place);
         }
         if segments.last().map_or(0, |last| last.memory + 1) != memories {
-            return Err(wrong("the number of memories"));
+            return Err(wrong("wrong number of memories"));
         }
         Ok(Description {
             process: u32::try_from(number("process")?).map_err(|_| wrong("process"))?,

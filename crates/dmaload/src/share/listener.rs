@@ -82,7 +82,7 @@ impl Listener {
         let (folder, name) = open_folder(path)?;
         let private = PrivateFolder::enter(&folder, &name)?;
         after(BindStep::MadeFolder);
-        let socket = new_socket().map_err(cannot("make a socket"))?;
+        let socket = new_socket().map_err(cannot("create a socket"))?;
         // The mode at creation, minus the umask, which belongs to the whole process.
         fchmod(&socket, mode).map_err(cannot("set the mode of a socket"))?;
         private.bind(&socket).map_err(cannot("bind a socket"))?;
@@ -139,7 +139,7 @@ impl Drop for Listener {
         if let Err(reason) = self.remove() {
             foreign::emit(|| {
                 let reason = reason.as_str();
-                tracing::warn!(socket = ?self.name, reason, "a server leaves its socket behind");
+                tracing::warn!(socket = ?self.name, reason, "a server left its socket behind");
             });
         }
     }
@@ -176,7 +176,7 @@ fn new_socket() -> Result<OwnedFd, Errno> {
 
 /// Opens the folder that contains the path. From here on, the path is not used.
 fn open_folder(path: &Path) -> Result<(OwnedFd, OsString), String> {
-    let name = path.file_name().ok_or("cannot make a socket there: the path has no file name")?;
+    let name = path.file_name().ok_or("cannot create a socket there: the path has no file name")?;
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     Ok((folder.map_err(cannot("open the folder of the socket"))?, name.to_owned()))
@@ -228,14 +228,14 @@ impl<'a> PrivateFolder<'a> {
         loop {
             match mkdirat(parent, &name, Mode::RWXU) {
                 Ok(()) | Err(Errno::EXIST) => {}
-                Err(errno) => return Err(cannot("make a private folder beside the socket")(errno)),
+                Err(errno) => return Err(cannot("create a private folder next to the socket")(errno)),
             }
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             match openat(parent, &name, flags, Mode::empty()) {
                 Ok(fd) => {
-                    let found = fstat(&fd).map_err(cannot("look at the private folder"))?;
+                    let found = fstat(&fd).map_err(cannot("inspect the private folder"))?;
                     if found.st_uid != geteuid().as_raw() || found.st_mode & 0o077 != 0 {
-                        return Err(format!("cannot use {name:?} beside the socket: it is not a folder of this user alone"));
+                        return Err(format!("cannot use {name:?} next to the socket: it is not a private folder of this user"));
                     }
                     if lock(&fd)? && is_same(parent, &name, &found) {
                         let private = PrivateFolder { parent, socket, name, fd };
@@ -245,10 +245,10 @@ impl<'a> PrivateFolder<'a> {
                 }
                 // The server that held it has removed it.
                 Err(Errno::NOENT) => {}
-                Err(errno) => return Err(format!("cannot use {name:?} beside the socket: {}", describe(errno))),
+                Err(errno) => return Err(format!("cannot use {name:?} next to the socket: {}", describe(errno))),
             }
             if Instant::now() >= deadline {
-                return Err(format!("cannot lock {name:?} beside the socket: another server has held it for {LOCK_PATIENCE:?}"));
+                return Err(format!("cannot lock {name:?} next to the socket: another server has held it for {LOCK_PATIENCE:?}"));
             }
             thread::sleep(Duration::from_millis(2));
         }
@@ -261,9 +261,9 @@ impl<'a> PrivateFolder<'a> {
                 Ok(found) if is_socket(&found) => {
                     unlinkat(&self.fd, name, AtFlags::empty()).map_err(cannot("clear the private folder"))?;
                 }
-                Ok(_) => return Err(format!("cannot use {:?} beside the socket: it holds a file, {name:?}", self.name)),
+                Ok(_) => return Err(format!("cannot use {:?} next to the socket: it contains a file, {name:?}", self.name)),
                 Err(Errno::NOENT) => {}
-                Err(errno) => return Err(cannot("look into the private folder")(errno)),
+                Err(errno) => return Err(cannot("list the private folder")(errno)),
             }
         }
         Ok(())
@@ -290,7 +290,7 @@ impl<'a> PrivateFolder<'a> {
                 self.remove_if(dead)?;
             }
         }
-        Err("cannot move the socket to its place: something else is put there again and again".to_owned())
+        Err("cannot move the socket to its place: something else keeps appearing there".to_owned())
     }
 
     /// Moves a file from the private folder to the socket's place.
@@ -314,13 +314,13 @@ impl<'a> PrivateFolder<'a> {
         let file = match openat(self.parent, self.socket, flags, Mode::empty()) {
             Ok(file) => file,
             Err(Errno::NOENT) => return Ok(None),
-            Err(errno) => return Err(cannot("look at what is there")(errno)),
+            Err(errno) => return Err(cannot("inspect the existing file")(errno)),
         };
-        let found = fstat(&file).map_err(cannot("look at what is there"))?;
+        let found = fstat(&file).map_err(cannot("inspect the existing file"))?;
         if !is_socket(&found) {
-            return Err("cannot make a socket there: a file that is no socket has this name".to_owned());
+            return Err("cannot create a socket there: a file that is not a socket has this name".to_owned());
         }
-        let socket = new_socket().map_err(cannot("make a socket"))?;
+        let socket = new_socket().map_err(cannot("create a socket"))?;
         let connected = if has_proc(&file) {
             SocketAddrUnix::new(proc_path(&file)).and_then(|address| connect(&socket, &address))
         } else {
@@ -330,8 +330,8 @@ impl<'a> PrivateFolder<'a> {
         match connected {
             Err(Errno::CONNREFUSED) => Ok(Some(identity(&found))),
             // The listener has another type, or its queue is full.
-            Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process listens there".to_owned()),
-            Err(errno) => Err(cannot("find out whether another process listens there")(errno)),
+            Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err("another process is listening there".to_owned()),
+            Err(errno) => Err(cannot("check whether another process is listening there")(errno)),
         }
     }
 
@@ -342,14 +342,14 @@ impl<'a> PrivateFolder<'a> {
         match renameat(self.parent, self.socket, &self.fd, TAKEN) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(()),
-            Err(errno) => return Err(cannot("move away what is there")(errno)),
+            Err(errno) => return Err(cannot("move the existing file away")(errno)),
         }
-        let found = statat(&self.fd, TAKEN, AtFlags::SYMLINK_NOFOLLOW).map_err(cannot("look at what was there"))?;
+        let found = statat(&self.fd, TAKEN, AtFlags::SYMLINK_NOFOLLOW).map_err(cannot("inspect the file that was there"))?;
         if identity(&found) == expected {
             return unlinkat(&self.fd, TAKEN, AtFlags::empty()).map_err(cannot("remove a socket"));
         }
         self.move_to_place(TAKEN).map_err(|errno| {
-            format!("cannot move back what another process had put there, it is in {:?} now: {}", self.name, describe(errno))
+            format!("cannot move back what another process put there, so it is now in {:?}: {}", self.name, describe(errno))
         })
     }
 }
@@ -360,7 +360,7 @@ impl Drop for PrivateFolder<'_> {
         let _ = unlinkat(&self.fd, FRESH, AtFlags::empty());
         // The lock is released with the descriptor, which is closed later.
         if let Err(errno) = unlinkat(self.parent, &self.name, AtFlags::REMOVEDIR) {
-            foreign::emit(|| tracing::debug!(folder = ?self.name, errno = %describe(errno), "a private folder is left behind"));
+            foreign::emit(|| tracing::debug!(folder = ?self.name, errno = %describe(errno), "a private folder was left behind"));
         }
     }
 }

@@ -93,7 +93,7 @@ impl ServerShared {
 
     /// Collects an image's descriptors.
     pub(super) fn prepare(&self, image: &Image) -> Result<Published> {
-        let no_room = |errno: Errno| refuse(&self.socket, format!("no descriptor to share: {}", errno.describe()));
+        let no_room = |errno: Errno| refuse(&self.socket, format!("cannot duplicate a descriptor: {}", errno.describe()));
         let json = describe(image, self.options.dma_bufs);
         let description = Memfd::create("dmaload-description", json.len()).map_err(|error| no_room(error.errno))?;
         let mut rest = json.as_bytes();

@@ -41,7 +41,7 @@ impl Server {
     /// [`super::PATIENCE`].
     ///
     /// # Errors
-    /// [`crate::Error::Share`] if another process listens there, or with the kernel's error.
+    /// [`crate::Error::Share`] if another process is listening there, or with the kernel's error.
     pub fn bind(socket: impl AsRef<Path>, options: ServerOptions) -> Result<Self> {
         Server::bind_with(socket.as_ref(), options, refuse_descriptors)
     }
@@ -49,7 +49,7 @@ impl Server {
     fn bind_with(path: &Path, options: ServerOptions, refuse_descriptors: fn(BorrowedFd<'_>) -> bool) -> Result<Self> {
         let failed = |what: &str, errno: Errno| refuse(path, format!("cannot {what}: {}", errno::describe(errno)));
         let wake =
-            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("make an eventfd", errno))?;
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|errno| failed("create an eventfd", errno))?;
         // The kernel identifies each connection's user; the mode only keeps others from asking in
         // vain.
         let mode = Mode::from_raw_mode(if options.allowed_users.is_empty() { 0o600 } else { 0o666 });
@@ -57,7 +57,7 @@ impl Server {
         let closer = (!refuse_descriptors(listener.socket.as_fd())).then(Arc::default);
         // Queried once here, so that a system call filter causes an error now rather than clients
         // that are never served.
-        is_unreceived(&listener.socket).map_err(|errno| failed("ask what clients have received", errno))?;
+        is_unreceived(&listener.socket).map_err(|errno| failed("check what clients have received", errno))?;
         let shared = Arc::new(ServerShared {
             socket: path.to_owned(),
             listener,

@@ -59,7 +59,7 @@ impl FromStr for Algorithm {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let known = Self::ALL.into_iter().find(|algorithm| algorithm.name() == name);
-        known.ok_or_else(|| format!("no such checksum: {name:?}; there are sha256, blake3, crc32c, xxh3"))
+        known.ok_or_else(|| format!("unknown checksum {name:?}: use sha256, blake3, crc32c or xxh3"))
     }
 }
 
@@ -124,10 +124,10 @@ impl FromStr for Digest {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, hex) = text.split_once(':').ok_or_else(|| format!("{text:?} is no checksum: write it like sha256:HEX"))?;
+        let (name, hex) = text.split_once(':').ok_or_else(|| format!("invalid checksum {text:?}: write it like sha256:HEX"))?;
         let algorithm: Algorithm = name.parse()?;
         let digits = 2 * algorithm.digest_bytes();
-        Digest::from_hex(algorithm, hex).ok_or_else(|| format!("{algorithm} has {digits} hexadecimal digits, unlike {hex:?}"))
+        Digest::from_hex(algorithm, hex).ok_or_else(|| format!("a {algorithm} has {digits} hexadecimal digits, unlike {hex:?}"))
     }
 }
 

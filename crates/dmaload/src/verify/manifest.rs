@@ -143,18 +143,18 @@ impl Manifest {
     /// never panics.
     pub fn parse(json: &[u8]) -> Result<Self, ManifestError> {
         let value: Value = serde_json::from_slice(json).map_err(|error| ManifestError(error.to_string()))?;
-        let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| wrong("", "is no object"))? };
+        let top = Object { at: String::new(), fields: value.as_object().ok_or_else(|| wrong("", "is not an object"))? };
         if top.text("format")? != FORMAT {
             return Err(wrong("format", &format!("is not {FORMAT:?}")));
         }
         let version = top.number("version")?;
         if version != VERSION {
-            return Err(wrong("version", &format!("is {version}, and only {VERSION} is understood")));
+            return Err(wrong("version", &format!("is {version}, but only {VERSION} is supported")));
         }
         let algorithm: Algorithm = top.text("algorithm")?.parse().map_err(|error: String| wrong("algorithm", &error))?;
         let chunk_bytes = top.number("chunk_bytes")?;
         if !Self::allows_chunk_bytes(chunk_bytes) {
-            return Err(wrong("chunk_bytes", &format!("is {chunk_bytes}, not a power of two from 4096 to 1048576")));
+            return Err(wrong("chunk_bytes", &format!("is {chunk_bytes}, but must be a power of two from 4096 to 1048576")));
         }
         let files = top.list("files")?.iter().enumerate();
         let files = files.map(|(index, file)| parse_file(file, &format!("files[{index}]"), algorithm, chunk_bytes));
@@ -195,26 +195,29 @@ impl Manifest {
 }
 
 fn parse_file(value: &Value, at: &str, algorithm: Algorithm, chunk_bytes: u64) -> Result<ManifestFile, ManifestError> {
-    let fields = value.as_object().ok_or_else(|| wrong(at, "is no object"))?;
+    let fields = value.as_object().ok_or_else(|| wrong(at, "is not an object"))?;
     let file = Object { at: format!("{at}."), fields };
     let (path, bytes) = (file.text("path")?.to_owned(), file.number("bytes")?);
     let sha256 = match file.fields.get("sha256") {
         None | Some(Value::Null) => None,
         Some(value) => {
             let digest = value.as_str().and_then(|hex| Digest::from_hex(Algorithm::Sha256, hex));
-            Some(digest.ok_or_else(|| wrong(&format!("{at}.sha256"), "is no sha256"))?)
+            Some(digest.ok_or_else(|| wrong(&format!("{at}.sha256"), "is not a sha256"))?)
         }
     };
     let chunks = file.list("chunks")?;
     let expected = bytes.div_ceil(chunk_bytes);
     if chunks.len() as u64 != expected {
-        return Err(wrong(&format!("{at}.chunks"), &format!("has {} checksums, {bytes} bytes have {expected}", chunks.len())));
+        return Err(wrong(
+            &format!("{at}.chunks"),
+            &format!("has {} checksums, but {bytes} bytes need {expected}", chunks.len()),
+        ));
     }
     let mut sums = Vec::with_capacity(chunks.len() * algorithm.digest_bytes());
     for (index, chunk) in chunks.iter().enumerate() {
         let digest = chunk.as_str().and_then(|hex| Digest::from_hex(algorithm, hex));
         sums.extend_from_slice(
-            digest.ok_or_else(|| wrong(&format!("{at}.chunks[{index}]"), &format!("is no {algorithm}")))?.as_bytes(),
+            digest.ok_or_else(|| wrong(&format!("{at}.chunks[{index}]"), &format!("is not a {algorithm}")))?.as_bytes(),
         );
     }
     let raw = match file.fields.get("path_hex") {
@@ -244,11 +247,11 @@ struct Object<'a> {
 impl<'a> Object<'a> {
     fn field<T>(&self, name: &str, kind: &str, take: impl Fn(&'a Value) -> Option<T>) -> Result<T, ManifestError> {
         let value = self.fields.get(name).and_then(take);
-        value.ok_or_else(|| wrong(&format!("{}{name}", self.at), &format!("is missing, or no {kind}")))
+        value.ok_or_else(|| wrong(&format!("{}{name}", self.at), &format!("is missing or not a {kind}")))
     }
 
     fn text(&self, name: &str) -> Result<&'a str, ManifestError> {
-        self.field(name, "text", Value::as_str)
+        self.field(name, "string", Value::as_str)
     }
 
     fn number(&self, name: &str) -> Result<u64, ManifestError> {
@@ -341,17 +344,17 @@ mod tests {
             says(&good.replacen(from, to, 1))
         };
         assert!(says("{").contains("EOF"), "{}", says("{"));
-        assert_eq!(says("[]"), "invalid manifest: it is no object");
+        assert_eq!(says("[]"), "invalid manifest: it is not an object");
         assert!(with("dmaload-manifest", "other").contains("format is not"));
         assert!(with(r#""version":1"#, r#""version":2"#).contains("version is 2"));
-        assert!(with("crc32c", "md5").contains("algorithm no such checksum"));
+        assert!(with("crc32c", "md5").contains("algorithm unknown checksum"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":5000"#).contains("power of two"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":0"#).contains("power of two"));
         assert!(with(r#""chunk_bytes":4096"#, r#""chunk_bytes":8192"#).contains("files[0].chunks has 3 checksums"));
-        assert!(with(r#""bytes":10000"#, r#""bytes":-1"#).contains("files[0].bytes is missing, or no whole number"));
-        assert!(with(r#""bytes":10000"#, r#""bytes":18446744073709551615"#).contains("have 4503599627370496"));
-        assert!(with("00000001", "0000001").contains("files[0].chunks[1] is no crc32c"));
+        assert!(with(r#""bytes":10000"#, r#""bytes":-1"#).contains("files[0].bytes is missing or not a whole number"));
+        assert!(with(r#""bytes":10000"#, r#""bytes":18446744073709551615"#).contains("need 4503599627370496"));
+        assert!(with("00000001", "0000001").contains("files[0].chunks[1] is not a crc32c"));
         assert!(with("a/model", "model").contains("twice") || with("a/model.safetensors", "model.safetensors").contains("twice"));
-        assert!(with(r#""sha256":""#, r#""sha256":"0"#).contains(".sha256 is no sha256"));
+        assert!(with(r#""sha256":""#, r#""sha256":"0"#).contains(".sha256 is not a sha256"));
     }
 }

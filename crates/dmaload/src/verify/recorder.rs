@@ -47,7 +47,7 @@ impl Recorder {
     /// # Panics
     /// If the size is not valid: [`Manifest::allows_chunk_bytes`].
     pub fn new(algorithm: Algorithm, chunk_bytes: u64) -> Self {
-        assert!(Manifest::allows_chunk_bytes(chunk_bytes), "{chunk_bytes} is no chunk size");
+        assert!(Manifest::allows_chunk_bytes(chunk_bytes), "invalid chunk size {chunk_bytes}");
         Recorder { algorithm, chunk_bytes, files: Mutex::default() }
     }
 

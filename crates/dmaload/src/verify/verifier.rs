@@ -46,7 +46,7 @@ impl Verify for Arc<Manifest> {
 impl Verify for Digest {
     fn begin(&self, files: &[(&Path, u64)], _format: Format) -> Result<Arc<dyn Observer>> {
         let [(path, bytes)] = *files else {
-            return Err(Error::Config(format!("one checksum ({self}) can verify one file, not {}", files.len())));
+            return Err(Error::Config(format!("a single checksum ({self}) can verify one file, not {}", files.len())));
         };
         let found = Hasher::new(self.algorithm()).finish();
         if bytes == 0 && found != *self {
@@ -106,7 +106,7 @@ impl Observer for ByChunks {
         if *current != file_index {
             (*current, *chunks) = (file_index, Chunks::new(self.manifest.algorithm, self.manifest.chunk_bytes));
         }
-        let file = self.files.get(file_index).ok_or("a file that was not planned")?;
+        let file = self.files.get(file_index).ok_or("unexpected file")?;
         chunks.update(bytes, |number, found| self.compare(file, number, found))?;
         if chunks.seen_bytes() < file.bytes {
             return Ok(());
@@ -118,7 +118,7 @@ impl Observer for ByChunks {
 impl ByChunks {
     fn compare(&self, file: &VerifiedFile, number: u64, found: Digest) -> Result<(), Rejection> {
         let expected = self.manifest.files.get(file.entry).and_then(|entry| self.manifest.chunk_digest(entry, number));
-        let expected = expected.ok_or("the manifest has no such chunk")?;
+        let expected = expected.ok_or("the manifest does not contain this chunk")?;
         if found == expected {
             return Ok(());
         }

@@ -220,7 +220,7 @@ async fn stale_index_and_ignored_files_are_reported() {
         let image = loader.load(folder.path()).await.unwrap();
         let notes = image.report().notes.join("\n");
         assert_eq!(names(&image), ["a", "b"]);
-        assert!(notes.contains("not in the index, and not loaded: \"model.safetensors\""), "{notes}");
+        assert!(notes.contains("not in the index, so not loaded: \"model.safetensors\""), "{notes}");
         assert!(notes.contains("model.safetensors.index.fp16.json"), "{notes}");
     }
     written(folder.path(), &[("x.safetensors.index.json", index(&[("a", A)]))]);

@@ -232,7 +232,7 @@ async fn a_folder_without_a_model_says_where_one_is() {
         ),
         (vec![("org/model/model.safetensors", st(&[("a", 1)]))], &["\"org/model/\""]),
         (vec![("pytorch_model.bin", b"PK\x03\x04".to_vec()), ("config.json", b"{}".to_vec())], &["pytorch_model.bin", "pickled"]),
-        (vec![("model.safetensors.part", vec![1])], &["not finished", "model.safetensors.part"]),
+        (vec![("model.safetensors.part", vec![1])], &["unfinished downloads", "model.safetensors.part"]),
         (vec![("flux.sft", st(&[("a", 1)]))], &["flux.sft", "look like models"]),
         (vec![("sha256-aaaa", gguf(&[], &[("a", 1)]))], &["sha256-aaaa"]),
         (vec![("README.md", vec![1])], &["no *.safetensors, *.safetensors.index.json or *.gguf"]),
@@ -272,7 +272,7 @@ async fn gguf_files_beside_safetensors_files_are_noted() {
         assert_eq!(load(Format::Auto).await, "");
         written(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
         let notes = load(Format::Auto).await;
-        assert!(notes.contains("not loaded, beside safetensors files: \"m.gguf\""), "{notes}");
+        assert!(notes.contains("not loaded, next to safetensors files: \"m.gguf\""), "{notes}");
         assert_eq!(load(Format::Safetensors).await, "", "the caller chose");
     }
 }

@@ -24,8 +24,8 @@ async fn missing_parts_are_named_unless_they_may_be_missing() {
         (vec![(A, st(&[("a", 1)])), (B, Vec::new())], &[], &[B, "0 bytes"], 1),
         (vec![("a.safetensors", st(&[("a", 1)])), ("b.safetensors", Vec::new())], &[], &["b.safetensors", "0 bytes"], 1),
         (vec![("a.safetensors", st(&[("a", 1)]))], &[("b.safetensors", "nowhere")], &["b.safetensors", "nowhere"], 1),
-        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)]))], &[], &["the index names 2 files, 1 is missing", B], 1),
-        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)])), (B, Vec::new())], &[], &["names 2 files, 1 is missing", B], 1),
+        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)]))], &[], &["the index lists 2 files, 1 is missing", B], 1),
+        (vec![(INDEX, two.clone()), (A, st(&[("a", 1)])), (B, Vec::new())], &[], &["lists 2 files, 1 is missing", B], 1),
         (
             vec![(INDEX, two.clone()), (A, st(&[("a", 1)])), ("blobs/b.incomplete", vec![1])],
             &[(B, "blobs/b")],
@@ -58,7 +58,7 @@ async fn missing_parts_are_named_unless_they_may_be_missing() {
             let allowed = allowed.unwrap();
             assert_eq!(allowed.tensors().count(), there, "{says:?}");
             let notes = allowed.report().notes.join("\n");
-            assert!(notes.contains("not complete") && notes.contains("missing"), "{notes}");
+            assert!(notes.contains("incomplete, as allowed") && notes.contains("missing"), "{notes}");
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::Incomplete { .. }), "{inspected}");
@@ -120,21 +120,21 @@ async fn parts_of_a_split_gguf_model_are_checked() {
             ],
             "note: \"m-00001-of-00002.gguf\" has no split.tensors.count",
         ),
-        (vec![part(1, 2, 2, &[("b", 1)]), part(0, 2, 2, &[("a", 1)])], "its name says that it is part 1 of 2"),
-        (vec![part(0, 2, 2, &[("a", 1)]), part(0, 2, 2, &[("a", 1)])], "its name says that it is part 2 of 2"),
+        (vec![part(1, 2, 2, &[("b", 1)]), part(0, 2, 2, &[("a", 1)])], "its name says part 1 of 2"),
+        (vec![part(0, 2, 2, &[("a", 1)]), part(0, 2, 2, &[("a", 1)])], "its name says part 2 of 2"),
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 3, 2, &[("b", 1)])], "part 2 of 3"),
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 3, &[("b", 1)])], "split.tensors.count is 3"),
         (
             vec![part(0, 2, 3, &[("a", 1)]), part(1, 2, 3, &[("b", 1)])],
-            "the 2 parts have 2 tensors, but split.tensors.count is 3",
+            "the 2 parts contain 2 tensors, but split.tensors.count is 3",
         ),
-        (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[])], "the 2 parts have 0 tensors"),
-        (vec![part(0, 2, 2, &[("a", 1)]), gguf(&[], &[("b", 1)])], "no split.count"),
+        (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[])], "the 2 parts contain 0 tensors"),
+        (vec![part(0, 2, 2, &[("a", 1)]), gguf(&[], &[("b", 1)])], "split.count is missing"),
         (vec![part(0, 2, 2, &[("a", 1)]), part(2, 2, 2, &[("b", 1)])], "part 3 of 2"),
-        (vec![part(0, 2, 2, &[("a", 1)]), gguf(&[("split.count", 2)], &[("b", 1)])], "no split.no"),
+        (vec![part(0, 2, 2, &[("a", 1)]), gguf(&[("split.count", 2)], &[("b", 1)])], "but split.no is not"),
         (
             vec![part(0, 3, 3, &[("a", 1)]), part(1, 3, 3, &[("b", 1)]), gguf(&other(vec![("split.no", 2)], 0), &[("c", 1)])],
-            "no split.count",
+            "split.count is missing",
         ),
     ];
     for (parts, says) in cases {
@@ -233,7 +233,7 @@ async fn unusually_numbered_parts_are_never_taken_for_the_whole() {
         for loader in loaders() {
             for path in [folder.path().to_owned(), at(&first)] {
                 let notes = loader.load(path).await.unwrap().report().notes.join("\n");
-                assert!(notes.contains("is named as part 1 of 2, and says that it is a whole model"), "{notes}");
+                assert!(notes.contains("is named like part 1 of 2, but claims to be a whole model"), "{notes}");
             }
         }
     }
@@ -272,7 +272,7 @@ async fn part_under_a_meaningless_name_is_a_part() {
         let paths = [at("blobs/b1"), at("m.safetensors"), at("blobs/b0")];
         assert_eq!(names(&loader.load(&paths).await.unwrap()), ["a", "b", "s"]);
         let twice = loader.load([at("blobs/b1"), at("blobs/b1")]).await.unwrap_err();
-        assert!(twice.to_string().contains("and so is"), "{twice}");
+        assert!(twice.to_string().contains("and so does"), "{twice}");
         assert_eq!(names(&loader.load(at("snapshot")).await.unwrap()), ["a", "b"]);
         assert_eq!(names(&loader.load(at("snapshot/m-00002-of-00002.gguf")).await.unwrap()), ["a", "b"]);
         for (name, _) in &whole {
@@ -335,7 +335,7 @@ async fn names_of_a_series_are_recognised_in_any_form() {
 #[tokio::test]
 async fn hints_on_models_that_are_not_whole_can_be_followed() {
     for (files, says, hints) in [
-        (vec![(INDEX, index(&[("a", A)]))], "1 is missing", "fetch the model again"),
+        (vec![(INDEX, index(&[("a", A)]))], "1 is missing", "download the model again"),
         (vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))], "1 is missing", "allow_missing"),
         (
             vec![(INDEX, br#"{"weight_map":{"a":"a.safetensors","a":"b.safetensors"}}"#.to_vec())],

@@ -110,9 +110,9 @@ async fn images_are_published_and_withdrawn_by_name() {
     server.publish("b", image.clone()).unwrap();
     assert_eq!(server.names(), ["a", "b"]);
     let reason = refused(default());
-    assert!(reason.ends_with(r#"the server shares several images: name one of "a", "b""#), "{reason}");
+    assert!(reason.ends_with(r#"the server shares several images: choose one of "a", "b""#), "{reason}");
     let reason = refused(default().name("c"));
-    assert!(reason.ends_with(r#"the server has no image "c", but "a", "b""#), "{reason}");
+    assert!(reason.ends_with(r#"the server does not share an image "c", but "a", "b""#), "{reason}");
     assert!(refused(default().name("n".repeat(1000))).contains("too long"));
     attach_blocking(&socket, &default().name("b")).unwrap();
     assert!(server.withdraw("a").is_some() && server.withdraw("a").is_none());
@@ -125,7 +125,7 @@ async fn images_are_published_and_withdrawn_by_name() {
     }
     assert_eq!(server.served().0, 2);
     assert!(
-        matches!(Server::bind(&socket, ServerOptions::default()), Err(Error::Share { reason, .. }) if reason.contains("listens"))
+        matches!(Server::bind(&socket, ServerOptions::default()), Err(Error::Share { reason, .. }) if reason.contains("is listening there"))
     );
     // A part of a model is shared as it is.
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
@@ -149,8 +149,8 @@ async fn images_are_published_and_withdrawn_by_name() {
     for name in server.names() {
         server.withdraw(&name);
     }
-    assert!(refused(default()).contains("shares no image any more"));
-    assert!(refused(default().name("a")).contains("shares no image any more"));
+    assert!(refused(default()).contains("no longer shares any image"));
+    assert!(refused(default().name("a")).contains("no longer shares any image"));
     let anon = Loader::builder().heap(AnonHeap::default()).build().unwrap().load(&path).await.unwrap();
     assert!(matches!(server.publish("anon", anon), Err(Error::NoDescriptor { .. })));
 }
@@ -359,6 +359,6 @@ async fn client_that_comes_before_the_first_image_waits_for_it() {
     let _server = Server::bind(&socket, ServerOptions::default()).unwrap();
     let started = Instant::now();
     let error = attach(&socket, default()).await.unwrap_err();
-    assert!(error.to_string().contains("the server has no image yet, after 5s"), "{error}");
+    assert!(error.to_string().contains("the server still has no image after 5s"), "{error}");
     assert!((4..9).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
 }

@@ -56,8 +56,8 @@ fn client_that_cannot_connect_learns_what_helps() {
     drop(std::os::unix::net::UnixListener::bind(folder.path().join("dead")).unwrap());
     let _other = std::os::unix::net::UnixListener::bind(folder.path().join("other")).unwrap();
     assert!(refused("missing").contains("ENOENT") && refused("missing").contains("appears with the image"));
-    assert!(refused("dead").contains("the server that made this socket has ended"), "{}", refused("dead"));
-    assert!(refused("other").contains("the socket of another program"), "{}", refused("other"));
+    assert!(refused("dead").contains("the server that created this socket has exited"), "{}", refused("dead"));
+    assert!(refused("other").contains("the socket belongs to another program"), "{}", refused("other"));
     if is_root() {
         let error = as_user(BOB, || refused("own"));
         assert!(error.contains("EACCES") && error.contains("(ServerOptions::allow_user)"), "{error}");

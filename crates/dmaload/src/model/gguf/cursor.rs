@@ -47,7 +47,7 @@ impl<'a> Cursor<'a> {
     pub(super) fn bytes(&mut self, bytes: u64, what: &'static str) -> Result<&'a [u8], Stop> {
         let at = self.position();
         let Some(end) = at.checked_add(bytes) else {
-            return Err(self.fault(at, format!("{what} is said to have {bytes} bytes")));
+            return Err(self.fault(at, format!("{what} has a stated length of {bytes} bytes")));
         };
         if let Some(missing) = end.checked_sub(self.file_bytes).filter(|&missing| missing > 0) {
             let file_bytes = self.file_bytes;
@@ -81,7 +81,7 @@ impl<'a> Cursor<'a> {
         let at = self.position();
         let bytes = self.u64(what)?;
         if bytes > TEXT_LIMIT_BYTES {
-            return Err(self.fault(at, format!("{what} has {bytes} bytes, more than the {TEXT_LIMIT_BYTES} allowed")));
+            return Err(self.fault(at, format!("{what} has {bytes} bytes, more than the limit of {TEXT_LIMIT_BYTES}")));
         }
         let found = self.bytes(bytes, what)?;
         str::from_utf8(found).map_err(|_| self.fault(at, format!("{what} is not UTF-8")))

@@ -285,7 +285,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
         let key_end = cursor.position() - begin;
         let number = cursor.u32("the type of a value")?;
         let Some(kind) = Kind::from_number(number) else {
-            return Err(cursor.fault(at, format!("key {} has a value of the unknown type {number}", quote(key))));
+            return Err(cursor.fault(at, format!("key {} has a value of unknown type {number}", quote(key))));
         };
         let value = cursor.position() - begin;
         skip(cursor, kind, 0)?;
@@ -301,7 +301,7 @@ pub(super) fn read(cursor: &mut Cursor<'_>, version: u32, pairs: u64) -> Result<
     let by_key = NameIndex::new(text.len(), |i| text.get(i).copied().unwrap_or_default());
     let by_key = by_key.map_err(|twice| {
         let key = text.get(twice).copied().unwrap_or_default();
-        cursor.fault(begin, format!("key {} comes twice", quote(key)))
+        cursor.fault(begin, format!("duplicate key {}", quote(key)))
     })?;
     Ok(GgufMetadata { version, bytes: cursor.already_read(begin..end).into(), entries, by_key })
 }
@@ -318,8 +318,7 @@ fn skip(cursor: &mut Cursor<'_>, kind: Kind, depth: u32) -> Result<(), Stop> {
             let at = cursor.position();
             let number = cursor.u32("the type of an array")?;
             let len = cursor.u64("the length of an array")?;
-            let of =
-                Kind::from_number(number).ok_or_else(|| cursor.fault(at, format!("an array of the unknown type {number}")))?;
+            let of = Kind::from_number(number).ok_or_else(|| cursor.fault(at, format!("an array of unknown type {number}")))?;
             skip_array(cursor, of, len, depth)
         }
     }
@@ -332,7 +331,7 @@ fn skip_array(cursor: &mut Cursor<'_>, kind: Kind, len: u64, depth: u32) -> Resu
         return cursor.bytes(all, "an array").map(|_| ());
     }
     if depth >= DEPTH_LIMIT {
-        return Err(cursor.fault(at, format!("arrays within more than {DEPTH_LIMIT} arrays")));
+        return Err(cursor.fault(at, format!("arrays are nested more than {DEPTH_LIMIT} deep")));
     }
     // Each array takes at least the 8 bytes of its length, so a wrong count ends with the bytes.
     (0..len).try_for_each(|_| skip(cursor, kind, depth + 1))

@@ -95,7 +95,7 @@ fn part_never_splits_a_quantized_block() {
     let part = |shape: &[usize], dim| rank_slice(&tensor(shape), Some(Shard { rank: 1, world_size: 2, dim: Some(dim) }));
     assert_eq!(part(&[2, 64], 0).unwrap().rows, Rows::single(36..72));
     assert_eq!(part(&[2, 64], 1).unwrap().rows, Rows { first: 18..36, stride_bytes: 36, count: 2 });
-    assert!(part(&[4, 32], 1).unwrap_err().contains("blocks of Q4_0"));
+    assert!(part(&[4, 32], 1).unwrap_err().contains("a block of Q4_0"));
     // Nothing is multiplied for a tensor without bytes: dimensions next to the zero may have any
     // size.
     let empty = TensorInfo { name: "e".into(), dtype: DType::U8, shape: vec![0, usize::MAX, usize::MAX], file_range: 7..7 };
@@ -122,13 +122,13 @@ fn files_are_cut_at_block_boundaries() {
 fn invalid_selections_are_refused() {
     let shard = |rank, world_size, dim| Some(Shard { rank, world_size, dim });
     let says = |select: Select| Selector::new(&select).unwrap_err().to_string();
-    assert!(says(Select { shard: shard(2, 2, None), ..Select::default() }).contains("no rank 2 of 2"));
-    assert!(says(Select { shard: shard(0, 0, None), ..Select::default() }).contains("no rank 0 of 0"));
+    assert!(says(Select { shard: shard(2, 2, None), ..Select::default() }).contains("invalid rank 2 of 2"));
+    assert!(says(Select { shard: shard(0, 0, None), ..Select::default() }).contains("invalid rank 0 of 0"));
     assert!(says(Select { shard: shard(0, 2, None), ..tensors(&["a"]) }).contains("needs the dimension"));
-    assert!(says(Select { range: Some(0..1), ..tensors(&["a"]) }).contains("together"));
-    assert!(says(Select { range: Some(1..1), ..Select::default() }).contains("empty range"));
-    assert!(says(tensors(&[])).contains("empty list"));
-    assert!(says(tensors(&["{"])).contains("no pattern"));
+    assert!(says(Select { range: Some(0..1), ..tensors(&["a"]) }).contains("combined"));
+    assert!(says(Select { range: Some(1..1), ..Select::default() }).contains("range is empty"));
+    assert!(says(tensors(&[])).contains("list of tensors is empty"));
+    assert!(says(tensors(&["{"])).contains("invalid pattern"));
     let mut range = Selector::new(&Select { range: Some(5..9), ..Select::default() }).unwrap();
     assert!(range.select_file(None, all, &(0..8), 8, BLOCK).unwrap_err().contains("it has 8"));
     assert!(

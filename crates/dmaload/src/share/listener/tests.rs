@@ -166,7 +166,7 @@ fn only_dead_sockets_are_replaced() {
     symlink(at("alive"), at("link to alive")).unwrap();
     let before = names(folder.path());
     for name in &before {
-        let expected = if name.starts_with("alive") { "another process listens there" } else { "no socket" };
+        let expected = if name.starts_with("alive") { "another process is listening there" } else { "not a socket" };
         for refused in [Listener::bind(&at(name), own()).map(|_| ()), Listener::check(&at(name))] {
             let reason = refused.unwrap_err();
             assert!(reason.contains(expected), "{name}: {reason}");
@@ -232,7 +232,7 @@ fn servers_that_end_and_begin_at_once_keep_the_last_one() {
         assert!(is_served(&path));
         let one = match both {
             (Ok(one), Err(reason)) | (Err(reason), Ok(one)) => {
-                assert!(reason.contains("another process listens there"), "{reason}");
+                assert!(reason.contains("another process is listening there"), "{reason}");
                 one
             }
             both => panic!("{both:?}"),
@@ -284,18 +284,18 @@ fn private_folder_is_taken_over_only_from_killed_servers() {
     };
     make(0o700);
     fs::write(private.join(TAKEN), "kept").unwrap();
-    refused("it holds a file");
+    refused("it contains a file");
     assert_eq!(fs::read_to_string(private.join(TAKEN)).unwrap(), "kept");
     fs::remove_dir_all(&private).unwrap();
     for mode in [0o701, 0o710, 0o770, 0o777] {
         make(mode);
-        refused("not a folder of this user alone");
+        refused("not a private folder of this user");
         fs::remove_dir(&private).unwrap();
     }
     if geteuid().is_root() {
         make(0o700);
         std::os::unix::fs::chown(&private, Some(12345), None).unwrap();
-        refused("not a folder of this user alone");
+        refused("not a private folder of this user");
         fs::remove_dir(&private).unwrap();
     }
     let target = tempfile::tempdir().unwrap();
@@ -332,7 +332,7 @@ fn long_paths_and_their_limits() {
     let path = deep.join("n".repeat(240));
     let listener = Listener::bind(&path, all()).unwrap();
     assert!(is_served(&path) && mode_of(&path) == 0o666);
-    assert!(Listener::bind(&path, own()).unwrap_err().contains("another process listens there"));
+    assert!(Listener::bind(&path, own()).unwrap_err().contains("another process is listening there"));
     drop(listener);
     assert!(!path.exists());
     let refused = |path: PathBuf, expected: &str| {
