@@ -261,7 +261,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
             gate.open();
             for waker in &wakers {
                 wait_until_woken(&waker.0);
-                // The panic is noted before the load lets go of the waker. Two are this test's own.
+                // The panic is noted before the load drops the waker. Two are this test's.
                 while Arc::strong_count(waker) > 2 {
                     std::thread::sleep(Duration::from_millis(1));
                 }
