@@ -43,6 +43,7 @@ const _: () = {
     shared::<dmaload::Metrics>();
     shared::<dmaload::Prefer>();
     shared::<dmaload::Priority>();
+    shared::<dmaload::PrivateMemory>();
     shared::<dmaload::Progress>();
     shared::<dmaload::Rejection>();
     shared::<dmaload::Report>();
