@@ -20,17 +20,20 @@
 //!
 //! # What burn allows
 //!
-//! - **No copy on the CPU** with burn-ndarray: `Bytes::from_shared` takes the loaded memory, and
-//!   its tensors read it where it is. It is freed with the last tensor in its segment. burn
-//!   copies a tensor when it first changes it, so loaded memory is never written to.
+//! - **No copy while a module is filled** with burn-ndarray: `Bytes::from_shared` takes the loaded
+//!   memory, which is freed with the last tensor in its segment. Nothing writes to it: most
+//!   operations of burn-ndarray 0.21 copy such a tensor first, each time. A model that runs many
+//!   times may be faster as burn's own `SafetensorsStore` fills it.
 //! - Any backend: other backends copy from the loaded memory to their own.
 //!
 //! # What burn does not allow
 //!
 //! - Without a copy where data must change: a file of PyTorch's layout needs
 //!   `PyTorchToBurnAdapter` ([`LoadStore::with_adapter`]), which transposes the weights of linear
-//!   layers; a file of another type than the module's is converted; a tensor that does not begin
+//!   layers; a tensor that does not begin
 //!   at a multiple of its element's size in memory is copied.
+//! - Files of another type than the module's: burn 0.21 keeps the file's, and panics when its
+//!   backend lacks it (F16 with burn-ndarray) or meets another. `HalfPrecisionAdapter` converts.
 //! - Memory of about one model where another backend copies: burn asks for tensors by closures
 //!   that may be called twice, so the load holds the file until [`LoadStore::finish`].
 //! - Types that burn does not have: F8, F6 and F4, complex numbers, and GGUF's blocks, which burn

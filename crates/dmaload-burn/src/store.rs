@@ -38,7 +38,9 @@ impl LoadStore {
         Self::load_with(loader, path, loader.load_options())
     }
 
-    /// The same by options: in the order of [`LoadOptions::tensors`], for example.
+    /// The same by options: in the order of [`LoadOptions::tensors`], for example. Headers are
+    /// inspected without them. Tensors of a rank's part ([`LoadOptions::shard`]) are refused when
+    /// a module asks for them.
     ///
     /// # Errors
     /// As [`Self::load`].
@@ -173,8 +175,19 @@ fn snapshot(load: &Arc<Load>, tensor: &TensorInfo) -> TensorSnapshot {
         let shape = shape.clone();
         move || {
             let dtype = dtype.ok_or_else(|| TensorSnapshotError::DataError(unknown.clone()))?;
-            let bytes = load.tensor_blocking(&name).and_then(|tensor| tensor.bytes());
-            let bytes = bytes.map_err(|error| TensorSnapshotError::IoError(error.to_string()))?;
+            let io_error = |error: dmaload::Error| TensorSnapshotError::IoError(error.to_string());
+            let tensor = load.tensor_blocking(&name).map_err(io_error)?;
+            // burn trusts shape and type: a rank's part, or another file in the place of the one
+            // that was inspected, would let it read past the end.
+            if tensor.shape() != &shape[..] || burn_type(tensor.dtype()) != Some(dtype) {
+                let message = format!(
+                    "cannot give tensor {name:?}: {:?} of {} was loaded, and the file's header said {shape:?} of {dtype:?}",
+                    tensor.shape(),
+                    tensor.dtype()
+                );
+                return Err(TensorSnapshotError::DataError(message));
+            }
+            let bytes = tensor.bytes().map_err(io_error)?;
             // A `bool` of another value is undefined behaviour.
             if matches!(dtype, DType::Bool(_)) && bytes.iter().any(|&byte| byte > 1) {
                 let message = format!("cannot give tensor {name:?}: it has values other than 0 and 1");

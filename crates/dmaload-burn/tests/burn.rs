@@ -13,7 +13,7 @@ use burn_nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, Li
 use burn_store::{ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore};
 use burn_tensor::Tensor;
 use burn_tensor::backend::Backend;
-use dmaload::{ErrorKind, LoadOptions, Loader, Observer, Rejection};
+use dmaload::{ErrorKind, LoadOptions, Loader, Observer, Rejection, Shard};
 use dmaload_burn::{Error, LoadStore};
 use dmaload_testing::{file, random_bytes, safetensors};
 
@@ -221,6 +221,16 @@ fn errors_say_what_burn_or_the_load_said() {
     assert!(matches!(model.save_into(&mut store), Err(Error::ReadOnly)));
     let missing = LoadStore::load(&loader, folder.path().join("none")).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
+}
+
+/// burn reads as much as the header's shape says, whatever there is.
+#[test]
+fn part_of_a_rank_is_refused() {
+    let folder = folder();
+    let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
+    let mut store = LoadStore::load_with(&loader(), two(folder.path()), options).unwrap();
+    let refused = store.get_snapshot("a").unwrap().unwrap().to_data().unwrap_err().to_string();
+    assert!(refused.contains("was loaded, and the file's header said"), "{refused}");
 }
 
 /// The page's program is the one that the crate's documentation compiles.

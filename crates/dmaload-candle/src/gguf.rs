@@ -102,9 +102,13 @@ impl QTensors {
 fn convert(tensor: &Tensor, device: &Device) -> Result<QTensor> {
     let dtype = block_type(tensor.dtype())?;
     let bytes = tensor.bytes().map_err(Error::wrap)?;
+    // candle asserts the alignment of these, too.
+    if bytes.is_empty() {
+        candle_core::bail!("it has no elements")
+    }
     // candle asserts it. Files are mapped at multiples of a page, and GGUF aligns to 32 bytes by
     // default, and to 8 at least.
-    if !bytes.is_empty() && !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
+    if !bytes.as_ptr().addr().is_multiple_of(align_of::<f32>()) {
         candle_core::bail!("its bytes begin at {}, which is not a multiple of 4", tensor.file_range().start)
     }
     QTensor::new(QStorage::from_data(Cow::Borrowed(&bytes), device, dtype)?, tensor.shape())
@@ -152,7 +156,9 @@ fn block_type(dtype: dmaload::model::DType) -> Result<GgmlDType> {
 /// A read of a tensor sleeps until its last byte is there. dmaload's memory of a tensor is
 /// dropped when it was read to its end. candle makes two copies of each, of which one stays; of
 /// tensors that the load is ahead of the model, dmaload's memory stays until the model asks for
-/// them.
+/// them. **A loader whose memory limit these tensors reach waits for ever**: set no limit, or load
+/// in the model's order ([`LoadOptions::tensors`]). A rank's part ([`LoadOptions::shard`]) is an
+/// error when a tensor is read.
 ///
 /// The header is read when this is opened. What lies outside of tensors, and what is read a second
 /// time, comes from the file itself, through the page cache, unless that has changed.
@@ -258,6 +264,15 @@ impl Read for GgufReader {
             {
                 let tensor =
                     self.arrivals.wait(&unread.name).map_err(|missing| io::Error::other(not_given(&unread.name, &missing)))?;
+                // A rank's part, or another file in its place, would shift all that follows.
+                if tensor.file_range() != (start..unread.end) {
+                    let (name, range) = (&unread.name, tensor.file_range());
+                    let message = format!(
+                        "cannot give tensor {name:?}: bytes {range:?} of the file were loaded, not all of {start}..{}",
+                        unread.end
+                    );
+                    return Err(io::Error::new(ErrorKind::InvalidData, message));
+                }
                 let held = tensor.bytes().map_err(io::Error::other)?;
                 let rest = &held[usize::try_from(position - start).map_err(io::Error::other)?..];
                 let bytes = room(buffer, rest.len() as u64);

@@ -505,3 +505,16 @@ fn quantized_llama_through_the_reader_gives_the_same_logits() {
     assert_eq!(ours, theirs);
     assert!(ours.2.iter().any(|&byte| byte != 0), "logits of nothing");
 }
+
+/// The reader's offsets are the whole file's, so a part would shift what follows it.
+#[test]
+fn reader_refuses_the_part_of_a_rank() {
+    let folder = folder();
+    let path = quantized(folder.path(), &[GgmlDType::F32]);
+    let options = LoadOptions::new().shard(Shard { rank: 1, world_size: 2, dim: Some(0) });
+    let mut reader = GgufReader::open(&loader(), &path, options).unwrap();
+    let content = Content::read(&mut reader).unwrap();
+    let name = content.tensor_infos.keys().next().unwrap().clone();
+    let error = content.tensor(&mut reader, &name, &CPU).unwrap_err().to_string();
+    assert!(error.contains("were loaded, not all of"), "{error}");
+}

@@ -69,7 +69,7 @@ impl Image {
     fn get(&self, py: Python<'_>, name: &str, default: Option<Py<PyAny>>) -> PyResult<Option<Py<PyAny>>> {
         guarded(py, || match self.find(py, name) {
             Ok(tensor) => Ok(Some(tensor)),
-            Err(_) if !self.has(name) => Ok(default),
+            Err(_) if self.image().is_ok() && !self.has(name) => Ok(default),
             Err(raised) => Err(raised),
         })
     }

@@ -101,7 +101,7 @@ impl State {
         let source = if goes_on { None } else { Some(std::mem::replace(&mut self.source, Origin::Nothing)) };
         self.ready = Some(match (source, answer) {
             (Some(Origin::Load(load)), Ok(_)) => Self::image(load, &mut context),
-            (Some(Origin::Stream(_)), Ok(Outcome::End)) => {
+            (Some(Origin::Stream(_) | Origin::Future(_)), Ok(Outcome::End)) => {
                 // Asked again, it has ended again.
                 self.source = Origin::Future(Box::pin(async { Ok(Outcome::End) }));
                 Ok(Outcome::End)

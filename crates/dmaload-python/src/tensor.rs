@@ -58,6 +58,7 @@ impl Tensor {
     pub(crate) fn of(tensor: dmaload::Tensor) -> Self {
         let (name, dtype, shape) = (tensor.name().to_owned(), tensor.dtype(), tensor.shape().to_vec());
         let bytes = bytes_of(dtype, &shape);
+        let tensor = tensor.without_other_segments();
         Tensor { name, dtype, shape, bytes, source: Owned::new(Source::Tensor(tensor)), memory: Mutex::default() }
     }
 
@@ -252,7 +253,10 @@ impl Tensor {
             let format = this.format();
             let of = if format.is_some() { Elements::of } else { Elements::as_bytes };
             let elements = of(this.dtype, &this.shape);
-            let strides = elements.strides().into_iter().map(|stride| signed(stride.saturating_mul(elements.bytes)));
+            let strides = elements.strides().into_iter().map(|stride| {
+                // Without elements, strides mean nothing, and may be any number.
+                signed(stride.saturating_mul(elements.bytes).min(isize::MAX.unsigned_abs()))
+            });
             let (strides, item_bytes, shape) = (strides.collect(), elements.bytes, elements.shape);
             let dimensions = c_int::try_from(shape.len()).map_err(|_| Failure::export("it has too many dimensions"))?;
             let mut shown =
@@ -261,7 +265,11 @@ impl Tensor {
             if asked(ffi::PyBUF_F_CONTIGUOUS) && !asked(ffi::PyBUF_ANY_CONTIGUOUS) && shown.shape.len() > 1 {
                 return Err(Failure::export("its rows are contiguous, and columns were asked for").into());
             }
-            let (shape, strides) = (shown.shape.as_mut_ptr(), shown.strides.as_mut_ptr());
+            // The C API wants null where there are no dimensions.
+            let (shape, strides) = match dimensions {
+                0 => (ptr::null_mut(), ptr::null_mut()),
+                _ => (shown.shape.as_mut_ptr(), shown.strides.as_mut_ptr()),
+            };
             let filled = Py_buffer {
                 buf: memory.address().as_ptr().cast::<c_void>(),
                 len: signed(this.bytes),

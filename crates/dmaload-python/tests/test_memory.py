@@ -202,7 +202,8 @@ def test_memory_goes_with_the_last_tensor(disk, programs):
     capsule = array.base
     assert array[0, 0] == array[0, 0]
     held = resident_mib() - before
-    assert 1 <= held, held
+    # Its segment, which is the second of two: 32 MiB.
+    assert 1 <= held < 64, held
     del array, capsule
     gc.collect()
     assert settles_below(before + 16), resident_mib() - before

@@ -201,6 +201,8 @@ def test_streams_give_each_tensor_once_and_in_order(tmp_path):
     folder, tensors = sharded(tmp_path / "model")
     with dmaload.stream(folder) as stream:
         found = [(name, memoryview(each).tobytes()) for name, each in stream]
+        for _ in range(3):
+            assert list(stream) == []
     assert dict(found) == {name: each.data for name, each in tensors.items()}
     assert len(found) == len(tensors)
     order = ["layers.2.bias", "layers.0.weight", "layers.1.scale"]

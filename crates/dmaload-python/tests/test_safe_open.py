@@ -2,6 +2,7 @@
 
 import os
 
+import gguf
 import numpy
 import pytest
 from safetensors import safe_open
@@ -196,6 +197,26 @@ def test_slices_of_all_types(tmp_path):
             size = BITS[name] // 8 * 4
             expected = tensor(name, (9, 4)).data
             assert file.get_slice(name)[2:5].tobytes() == expected[2 * size : 5 * size], name
+
+
+def test_nothing_is_cut_within_what_is_given_as_bytes(tmp_path):
+    """Of blocks that NumPy has no type for, only whole rows can be cut."""
+    values = gguf.quants.quantize(numpy.ones((4, 64), numpy.float32), gguf.GGMLQuantizationType.Q4_0)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("rows", values, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.add_tensor("flat", values[0], raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with dmaload.safe_open(tmp_path / "m.gguf", framework="numpy") as file:
+        rows, flat = file.get_slice("rows"), file.get_slice("flat")
+        assert rows[1:3].tobytes() == values[1:3].tobytes()
+        assert rows[2, 0:64].tobytes() == values[2].tobytes()
+        assert flat[:].tobytes() == flat[0:64].tobytes() == values[0].tobytes()
+        for cut, index in [(rows, (0, slice(0, 32))), (rows, (slice(None), 0)), (flat, slice(0, 32)), (flat, 5)]:
+            with pytest.raises(dmaload.Error, match="cannot be cut within its rows"):
+                cut[index]
 
 
 def test_a_folder_reads_like_a_file(tmp_path):

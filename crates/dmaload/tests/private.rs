@@ -143,3 +143,45 @@ async fn what_has_no_such_memory_is_refused() {
         image.tensor("t").unwrap().bytes().unwrap();
     }
 }
+
+/// The pool's next load writes through a mapping that it had before the memory was sealed.
+#[tokio::test]
+async fn pool_does_not_reuse_memory_that_is_mapped_privately() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path());
+    let other = file(folder.path(), "other.safetensors", &dmaload_testing::safetensors_of(TENSORS, TENSOR_BYTES, 8));
+    let options = LoadOptions::new().segment_bytes(SEGMENT);
+    let loader = Loader::builder().heap(MemfdHeap::default()).load_options(options).pool_bytes(64 << 20).build().unwrap();
+    let image = loader.load(&path).await.unwrap();
+    let tensor = image.tensor("t1").unwrap();
+    let range = tensor.file_range();
+    let memory = tensor.private_memory().unwrap();
+    drop((image, tensor));
+    for _ in 0..3 {
+        drop(loader.load(&other).await.unwrap());
+    }
+    let expected = &bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+    assert_same(&read(&memory), expected, "after loads into the pool's memory");
+    drop(memory);
+    loader.shutdown().await.unwrap();
+}
+
+/// An array of one small tensor must not keep a model in memory.
+#[tokio::test]
+async fn tensor_without_other_segments_keeps_only_its_own() {
+    let folder = folder();
+    let (path, bytes) = model(folder.path());
+    let image = load(&path, AnonHeap::default()).await;
+    for tensor in image.tensors() {
+        let all = tensor.file().segments().len();
+        let alone = tensor.clone().without_other_segments();
+        let own: Vec<_> = alone.parts().iter().map(|part| part.segment.file_range()).collect();
+        let kept: Vec<_> = alone.file().segments().iter().map(dmaload::Segment::file_range).collect();
+        assert_eq!(kept, own, "{}", tensor.name());
+        assert!(kept.len() < all);
+        let range = tensor.file_range();
+        let expected = &bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
+        assert_same(&alone.bytes().unwrap(), expected, tensor.name());
+        assert_eq!((alone.name(), alone.shape(), alone.dtype()), (tensor.name(), tensor.shape(), tensor.dtype()));
+    }
+}

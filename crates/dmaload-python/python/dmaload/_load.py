@@ -81,8 +81,10 @@ class _EventLoop:
 
     _all: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _EventLoop] = weakref.WeakKeyDictionary()
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.hub = _native.Hub()
+        # A coroutine that was abandoned may end while another loop runs, or none.
+        self._loop = weakref.ref(loop)
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._next = 0
         self._tasks = 0
@@ -92,7 +94,7 @@ class _EventLoop:
         loop = asyncio.get_running_loop()
         found = cls._all.get(loop)
         if found is None:
-            found = cls._all[loop] = cls()
+            found = cls._all[loop] = cls(loop)
             loop.add_reader(found.hub.fileno(), found._wake)
         found._tasks += 1
         return found
@@ -100,9 +102,11 @@ class _EventLoop:
     def leave(self) -> None:
         self._tasks -= 1
         if self._tasks == 0:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self.hub.fileno())
-            del self._all[loop]
+            loop = self._loop()
+            if loop is not None:
+                self._all.pop(loop, None)
+                if not loop.is_closed():
+                    loop.remove_reader(self.hub.fileno())
 
     def _wake(self) -> None:
         for key in self.hub.drain():

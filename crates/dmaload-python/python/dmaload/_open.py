@@ -269,11 +269,13 @@ class SafeSlice:
             start, end = start + low * row_bytes, start + high * row_bytes
             shape = (high - low, *shape[1:])
         whole = self._model._convert(self._model._read(entry, start, end, shape))
-        if len(whole.shape) != len(shape) or tuple(whole.shape) != shape:
-            # Bytes in the place of blocks: their rows can be cut, and nothing within them.
-            if any(item != slice(None) for item in items[max(len(whole.shape) - 1, 1) :]):
-                raise InvalidInputError(f'tensor "{entry.name}" of {entry.dtype} cannot be cut within its rows')
-            items = items[: len(whole.shape)]
+        if tuple(whole.shape) != shape:
+            # Bytes in the place of elements: rows of whole bytes can be cut, and nothing else.
+            rows = len(shape) - 1 if len(whole.shape) == len(shape) else 0
+            for item, length in zip(items[rows:], shape[rows:], strict=True):
+                if not isinstance(item, slice) or item.indices(length) != (0, length, 1):
+                    raise InvalidInputError(f'tensor "{entry.name}" of {entry.dtype} cannot be cut within its rows')
+            items = items[:rows]
         cut = whole[tuple(items)]
         if self._model._framework == "np":
             import numpy

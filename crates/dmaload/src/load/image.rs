@@ -213,14 +213,19 @@ pub(super) fn complete_tensor(file: &LoadFile, segments: &[Segment], position: u
     if last_missing_row(segments, &part.rows).is_some() {
         return None;
     }
-    let hull = part.rows.hull();
-    let own = segments.iter().filter(|segment| {
-        let held = segment.file_range();
-        held.start < hull.end && hull.start < held.end
-    });
     let tensors = Some(Arc::clone(tensors));
-    let file = ImageFile::new(Arc::clone(&file.path), file.bytes, file.part.clone(), own.cloned().collect(), tensors);
+    let own = overlapping(segments, &part.rows.hull());
+    let file = ImageFile::new(Arc::clone(&file.path), file.bytes, file.part.clone(), own, tensors);
     ImageFile { is_partial: true, ..file }.tensor_at(position)
+}
+
+/// The segments that hold bytes of this range.
+fn overlapping(segments: &[Segment], range: &Range<u64>) -> Vec<Segment> {
+    let holds = |segment: &&Segment| {
+        let held = segment.file_range();
+        held.start < range.end && range.start < held.end
+    };
+    segments.iter().filter(holds).cloned().collect()
 }
 
 /// A byte of this tensor that is missing in these segments of its file: the one expected last.
@@ -270,6 +275,14 @@ impl TensorPart {
 }
 
 impl Tensor {
+    /// Releases the file's segments that hold none of this tensor's bytes. A tensor of an image
+    /// keeps all of its file in memory otherwise.
+    #[must_use]
+    pub fn without_other_segments(self) -> Tensor {
+        let segments = overlapping(&self.file.segments, &self.part.rows.hull()).into();
+        Tensor { file: ImageFile { segments, is_partial: true, ..self.file }, ..self }
+    }
+
     /// The tensor's name.
     pub fn name(&self) -> &str {
         &self.info().name

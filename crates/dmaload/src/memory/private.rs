@@ -63,7 +63,9 @@ enum Keeps {
     /// It is empty.
     Nothing,
     Segments(Vec<Segment>),
-    Mapping(PrivateMapping),
+    /// The segments too: otherwise their memory would go back to the pool, whose next load writes
+    /// into the pages that are mapped here, and would no longer count against the loader's limit.
+    Mapping(PrivateMapping, Vec<Segment>),
 }
 
 // SAFETY: the address is of memory that `keeps` owns, which belongs to no thread.
@@ -136,7 +138,7 @@ impl PrivateMemory {
         assert!(lead + bytes <= mapping.bytes(), "the mapping has all pages of the range");
         // SAFETY: within the mapping, by the assertion.
         let address = unsafe { mapping.address().add(lead) };
-        Ok(PrivateMemory { address, bytes, keeps: Keeps::Mapping(mapping) })
+        Ok(PrivateMemory { address, bytes, keeps: Keeps::Mapping(mapping, touched.to_vec()) })
     }
 
     /// Where the bytes begin: [`Self::len`] of them are mapped, readable and writable as long as
@@ -165,7 +167,7 @@ impl fmt::Debug for PrivateMemory {
         let kind = match &self.keeps {
             Keeps::Nothing => "empty",
             Keeps::Segments(_) => "anonymous",
-            Keeps::Mapping(_) => "copied on write",
+            Keeps::Mapping(..) => "copied on write",
         };
         f.debug_struct("PrivateMemory").field("bytes", &self.bytes).field("kind", &kind).finish_non_exhaustive()
     }
