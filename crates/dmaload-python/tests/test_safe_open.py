@@ -201,7 +201,9 @@ def test_slices_of_all_types(tmp_path):
 
 def test_nothing_is_cut_within_what_is_given_as_bytes(tmp_path):
     """Of blocks that NumPy has no type for, only whole rows can be cut."""
-    values = gguf.quants.quantize(numpy.ones((4, 64), numpy.float32), gguf.GGMLQuantizationType.Q4_0)
+    values = gguf.quants.quantize(
+        numpy.ones((4, 64), numpy.float32), gguf.GGMLQuantizationType.Q4_0
+    )
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("rows", values, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
     writer.add_tensor("flat", values[0], raw_dtype=gguf.GGMLQuantizationType.Q4_0)
@@ -214,7 +216,12 @@ def test_nothing_is_cut_within_what_is_given_as_bytes(tmp_path):
         assert rows[1:3].tobytes() == values[1:3].tobytes()
         assert rows[2, 0:64].tobytes() == values[2].tobytes()
         assert flat[:].tobytes() == flat[0:64].tobytes() == values[0].tobytes()
-        for cut, index in [(rows, (0, slice(0, 32))), (rows, (slice(None), 0)), (flat, slice(0, 32)), (flat, 5)]:
+        for cut, index in [
+            (rows, (0, slice(0, 32))),
+            (rows, (slice(None), 0)),
+            (flat, slice(0, 32)),
+            (flat, 5),
+        ]:
             with pytest.raises(dmaload.Error, match="cannot be cut within its rows"):
                 cut[index]
 

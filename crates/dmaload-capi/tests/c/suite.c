@@ -206,7 +206,7 @@ static void descriptors(void)
     close(pipes[1]);
     snprintf(other, sizeof other, "%s/empty", folder);
     fd = open(other, O_RDONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    expect(try_load(fd, NULL), EINVAL, "the file is empty");
+    expect(try_load(fd, NULL), EINVAL, "the file has 0 bytes");
     close(fd);
     unlink(other);
 
