@@ -326,10 +326,10 @@ static void options_that_make_no_sense(void)
     expect(try_load(fd, &options), ENOTTY, "neither a dma-heap");
     options = defaults();
     options.file_offset = BYTES;
-    expect(try_load(fd, &options), EINVAL, "there are no 1 from");
+    expect(try_load(fd, &options), EINVAL, "too few for 1 bytes at offset");
     options.file_offset = 1;
     options.file_bytes = BYTES;
-    expect(try_load(fd, &options), EINVAL, "from 1 on");
+    expect(try_load(fd, &options), EINVAL, "bytes at offset 1");
     options = defaults();
     options.queue_depth = 1000000;
     expect(try_load(fd, &options), EINVAL, "queue depth");
