@@ -94,7 +94,15 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
         route = Route::UringDirect;
         because = Some("the locked memory limit is too small for uring-fixed-direct".to_owned());
     }
-    Expected { route, page_bytes: loaded.page_bytes, because, measured: Vec::new() }
+    Expected { route, page_bytes: loaded.page_bytes.map(|bytes| pages_of(facts, bytes)), because, measured: Vec::new() }
+}
+
+/// The page size of the path's memory, given that of the file that was loaded: memory that is
+/// smaller than a huge page has none.
+fn pages_of(facts: &Facts, page_bytes: u64) -> u64 {
+    let small = dmabuf::page_bytes() as u64;
+    let is_smaller = path_file(facts).is_some_and(|file| file.bytes.next_multiple_of(small) < page_bytes);
+    if is_smaller { small } else { page_bytes }
 }
 
 fn measured(facts: &Facts) -> Vec<Way> {
@@ -181,6 +189,12 @@ mod tests {
         );
         assert!(route(probe::File { first_read: Err(Errno::EIO), ..FILE }).unwrap_err().contains("EIO"));
         assert!(route(probe::File { bytes: 1 << 50, ..FILE }).unwrap_err().contains("do not fit"));
+    }
+
+    #[test]
+    fn files_smaller_than_a_huge_page_get_small_ones() {
+        let pages = |bytes| load(&asked(probe::File { bytes, ..FILE })).unwrap().page_bytes;
+        assert_eq!([1, (2 << 20) - 4096, (2 << 20) - 1, 1 << 30].map(pages), [4096, 4096, 2 << 20, 2 << 20].map(Some));
     }
 
     #[test]
