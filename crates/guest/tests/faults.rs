@@ -53,7 +53,7 @@ fn an_unknown_heap_is_told_with_the_known_ones() {
     let output = command(&["load", "--heap", "dma-heap:nope", path.to_str().unwrap()]);
     fails(&output, &["/dev/dma_heap/nope", "ENOENT", "the heaps here are", "system"]);
     let output = command(&["load", "--heap", "dma-heap:../udmabuf", path.to_str().unwrap()]);
-    fails(&output, &["EINVAL", "not a path"]);
+    fails(&output, &["EINVAL", "by name, not by path"]);
 }
 
 /// The system heap would wake the OOM killer: it must not even be asked.
