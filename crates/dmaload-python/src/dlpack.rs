@@ -234,7 +234,7 @@ unsafe extern "C" fn destroy_versioned(capsule: *mut PyObject) {
     // SAFETY: the interpreter calls it for the capsule that it was given for.
     let managed = unsafe { unconsumed(capsule, VERSIONED) };
     if !managed.is_null() {
-        // SAFETY: nobody has consumed it, so it is the capsule's.
+        // SAFETY: no consumer has taken it, so the capsule still owns it.
         unsafe { delete_versioned(managed.cast()) };
     }
 }

@@ -1,4 +1,4 @@
-//! Memory with bytes of a file that this process may write to, and that it shares with nobody.
+//! Bytes of a file in memory that only this process can see, and may write to.
 //!
 //! ```text
 //!   anonymous segment ── handed out: no views any more ──► its own memory
@@ -6,7 +6,7 @@
 //!   dma-buf ──────────── refused: others can write to it
 //! ```
 //!
-//! Touches mappings alone. It gives addresses and never references, because whoever has the
+//! Touches only mappings. It exposes addresses and never references, because any holder of an
 //! address may write. The memory goes with the last [`PrivateMemory`] and the last segment.
 #![allow(unsafe_code)]
 
@@ -34,8 +34,8 @@ use crate::support::convert::to_usize;
 ///   more, copied on write. Views, other mappings and other processes keep the bytes of the file.
 ///   Each private memory has its own writes, and costs a page for each page that is written to;
 ///   these pages count against no limit of a loader.
-/// - **Dma-bufs** are refused with [`Error::NoDescriptor`], because whoever has the descriptor can
-///   write.
+/// - **Dma-bufs** are refused with [`Error::NoDescriptor`], because any holder of the descriptor
+///   can write.
 ///
 /// It gives an address and no slice. Rust code that dereferences it must make sure that nothing
 /// writes to the bytes meanwhile, as with any memory that foreign code has.
