@@ -201,9 +201,9 @@ def test_memory_goes_with_the_last_tensor(disk, programs):
     del last
     capsule = array.base
     assert array[0, 0] == array[0, 0]
-    held = resident_mib() - before
-    # Its segment, which is the second of two: 32 MiB.
-    assert 1 <= held < 64, held
+    # Its segment, the second of two, has 32 MiB. What the first had is given back by a thread.
+    assert settles_below(before + 64), resident_mib() - before
+    assert resident_mib() - before >= 1, resident_mib() - before
     del array, capsule
     gc.collect()
     assert settles_below(before + 16), resident_mib() - before
