@@ -207,6 +207,46 @@ mod tests {
     }
 
     #[test]
+    fn every_replaced_phrase_is_in_a_hint_of_the_library() {
+        use dmaload::heap::{HeapError, SizeLimit};
+        use dmaload::model::{ForeignFile, ModelError};
+        use dmaload::{Errno, Error};
+        let model = |fault| Error::Model { path: "a".into(), fault };
+        let foreign = |kind| model(ModelError::Foreign { kind, file_bytes: 1 });
+        let refused = |operation, errno| {
+            let refusal = HeapError::new(operation, 1, errno);
+            Error::Memory { heap: "memfd".to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 }
+        };
+        let hints: Vec<_> = [
+            Error::Incomplete { path: "a".into(), reason: String::new(), loadable: 1 },
+            model(ModelError::Empty),
+            foreign(ForeignFile::Gguf),
+            foreign(ForeignFile::Safetensors),
+            refused("create a memfd", Errno::EPERM),
+            refused("populate", Errno::EOPNOTSUPP),
+            Error::TooLarge {
+                path: "a".into(),
+                heap: "udmabuf".to_owned(),
+                wanted_bytes: 2,
+                limit: SizeLimit::new(1, "limit", 1),
+            },
+            Error::NotInManifest { path: "a".into() },
+            Error::NotAFile { path: "a".into(), kind: "a socket" },
+            Error::OutOfMemory { heap: "memfd".to_owned(), wanted_bytes: 2, available_bytes: 1, limit: String::new() },
+            Error::OverLimit { wanted_bytes: 2, limit_bytes: 1, why: "a segment" },
+            Error::TooManyPieces { bytes: 9, segment_bytes: 1, pieces: 9, most_pieces: 8 },
+            Error::NoDmaBuf { tried: Vec::new() },
+        ]
+        .into_iter()
+        .map(|error| (error.hint().unwrap_or_default(), hint(&error).unwrap_or_default()))
+        .collect();
+        for (library, command) in IN_FLAGS {
+            let replaced = hints.iter().any(|(of_library, here)| of_library.contains(library) && here.contains(command));
+            assert!(replaced, "no hint of the library has {library:?} any more, or it is not replaced: {hints:#?}");
+        }
+    }
+
+    #[test]
     fn closed_pipe_is_found_below_other_errors() {
         #[derive(Debug, thiserror::Error)]
         #[error("outer")]

@@ -37,7 +37,7 @@ use tracing_subscriber::EnvFilter;
 
 use args::{Arguments, Command};
 pub use manifests::Against;
-use status::{FAILURE, SUCCESS};
+use status::{FAILURE, SUCCESS, USAGE};
 
 /// Runs the command with these arguments, the first of which is the program's name, and returns
 /// its exit status. `serve` ends the process itself.
@@ -80,7 +80,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<Os
         Err(error) => {
             let of_library = error.downcast_ref::<dmaload::Error>();
             let is_usage = of_library.is_some_and(|error| error.kind() == ErrorKind::Config);
-            let status = if is_usage { 2 } else { 1 };
+            let status = if is_usage { USAGE } else { FAILURE };
             let hint = of_library.and_then(errors::hint);
             report(&errors::describe(&error), hint.as_deref(), status, wants_json);
             status
@@ -129,10 +129,10 @@ fn usage(error: &clap::Error, given: &[OsString]) -> u8 {
     // Everything after these belongs to another program.
     let own = given.iter().take_while(|argument| *argument != "--exec" && *argument != "--");
     if own.skip(1).any(|argument| argument == "--json") {
-        let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": 2 });
+        let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": USAGE });
         if let Err(error) = output::write_json_error(&object) {
             let _ = writeln!(std::io::stderr(), "dmaload: {error}");
         }
     }
-    2
+    USAGE
 }

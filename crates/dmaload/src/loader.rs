@@ -105,7 +105,7 @@ impl Loader {
     /// freed, or if another thread has not exited by then. If no thread can be started to wait,
     /// the deadline is the first poll of the future.
     pub fn shutdown(self) -> impl Future<Output = Result<(), Leaked>> + Send + 'static {
-        self.guard.shut_down()
+        self.guard.shutdown()
     }
 }
 

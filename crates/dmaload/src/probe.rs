@@ -12,7 +12,7 @@ use std::os::fd::AsFd;
 use dmabuf::Errno;
 use rustix::io::pread;
 
-use crate::engine::choice;
+use crate::engine::ways;
 use crate::error::Result;
 use crate::files::source::OpenFile;
 use crate::memory::headroom::headroom;
@@ -51,7 +51,7 @@ pub struct File {
 
 /// Bytes of the smallest load that measures which way of reading is fastest, if
 /// [`crate::LoadOptions::route`] leaves it open.
-pub const MEASURED_BYTES_MIN: u64 = choice::MEASURED_BYTES_MIN;
+pub const MEASURED_BYTES_MIN: u64 = ways::MEASURED_BYTES_MIN;
 
 /// Bytes of the largest piece, the unit in which a load allocates, registers and fills memory,
 /// unless its heap allocates whole segments at once.

@@ -66,7 +66,7 @@ impl Engine {
             self.jobs.proceed(worker);
             sources.push(open_part(load, part)?);
         }
-        let way = choose_way(load, allocation, &sources);
+        let way = batch_way(load, allocation, &sources);
         let (backing, filling) = self.memory_for(load, heap, allocation, way)?;
         advance.charge(&backing);
         let staged_by = staged_by(&load.options);
@@ -264,7 +264,7 @@ struct OpenPart {
 }
 
 /// The way that a batch is read. One that is wholly in the page cache needs no memory ahead of it.
-fn choose_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
+fn batch_way(load: &LoadShared, allocation: &Allocation, sources: &[OpenPart]) -> Way {
     if sources.iter().any(|source| !source.cached.is_empty()) {
         load.cannot_measure();
     }

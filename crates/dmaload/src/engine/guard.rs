@@ -11,13 +11,13 @@ use rustix::event::{EventfdFlags, eventfd};
 use tokio::sync::oneshot;
 
 use super::allocation::HeapFacts;
-use super::choice::Choices;
 use super::heap_code::HeapCode;
 use super::jobs::{DropKey, Jobs};
 use super::outbox::{Announcer, Outbox};
 use super::settings::Settings;
 use super::state::{HandOverStatus, LoadShared};
 use super::threads::Leaked;
+use super::ways::Choices;
 use super::{Engine, descriptors};
 use crate::error::{Error, Result};
 use crate::files::source::Input;
@@ -188,7 +188,7 @@ impl Guard {
 
     /// Ends all loads and threads, and leaks what is still in flight at the deadline. Starts with
     /// the call, not with the first poll.
-    pub(crate) fn shut_down(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
+    pub(crate) fn shutdown(&self) -> impl Future<Output = Result<(), Leaked>> + Send + use<> {
         let engine = Arc::clone(&self.engine);
         engine.close();
         let (done, answer) = oneshot::channel();

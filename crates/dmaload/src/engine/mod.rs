@@ -27,7 +27,6 @@
 
 mod allocate;
 mod allocation;
-pub(crate) mod choice;
 mod descriptors;
 pub(crate) mod event;
 mod filling;
@@ -42,6 +41,7 @@ pub(crate) mod settings;
 pub(crate) mod state;
 mod teller;
 mod threads;
+pub(crate) mod ways;
 mod work;
 mod workers;
 
@@ -56,13 +56,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::engine::allocation::HeapFacts;
-use choice::Choices;
 use jobs::{DropKey, Jobs};
 use mailbox::{Mailbox, Message};
 use schedule::Need;
 use settings::Settings;
 use state::{DeferredDrop, LoadShared};
 use threads::Threads;
+use ways::Choices;
 
 use crate::error::Error;
 use crate::memory::backing::{Backing, PieceBuffer};

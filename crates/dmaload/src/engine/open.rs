@@ -7,9 +7,9 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, printable};
 
 use super::allocation::FilePlan;
-use super::choice::Choosing;
 use super::heap_code::HeapCode;
 use super::state::LoadShared;
+use super::ways::Choosing;
 use super::{Engine, descriptors};
 use crate::engine::schedule::LoadNeeds;
 use crate::error::{Error, Result};
@@ -68,7 +68,7 @@ impl Engine {
                 tracing::warn!(load = load.id.0, from = %fallback.from, to = %fallback.to, "{}", fallback.reason());
             });
         }
-        load.choose(self.choosing(load, &plan, &files));
+        load.set_choosing(self.begin_choosing(load, &plan, &files));
         let (pieces, batches) = load.set_plan(plan, range, files, fallbacks);
         if pieces == 0 {
             // The load is already complete, or has failed in the meantime.
@@ -86,8 +86,8 @@ impl Engine {
         }
     }
 
-    /// Decides which way the batches of a load are read.
-    fn choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
+    /// Decides which way the batches of a load are read, or that the load measures the ways.
+    fn begin_choosing(&self, load: &LoadShared, plan: &Plan, files: &[FilePlan]) -> Choosing {
         let LoadOptions { route, prefer, .. } = load.options;
         if route.is_some() || load.is_observed_in_staging() || prefer == Prefer::Cpu {
             let start = load.starting_route();

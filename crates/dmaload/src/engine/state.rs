@@ -16,8 +16,8 @@ use tracing::Span;
 use tracing::field::Empty;
 
 use super::allocation::{Allocated, Allocation, BatchPart, FilePlan, HeapFacts};
-use super::choice::Choosing;
 use super::outbox::Announcer;
+use super::ways::Choosing;
 use crate::engine::schedule::Need;
 use crate::error::{Error, Result};
 use crate::files::source::{Input, OpenFile, SourceFile};
@@ -370,14 +370,14 @@ impl LoadShared {
     }
 
     /// Sets how its batches are read.
-    pub(crate) fn choose(&self, choosing: Choosing) {
+    pub(crate) fn set_choosing(&self, choosing: Choosing) {
         *self.choosing() = choosing;
     }
 
     /// Stops measuring: some of it comes from the page cache, so batch times say nothing about
     /// storage.
     pub(crate) fn cannot_measure(&self) {
-        self.choosing().give_up();
+        self.choosing().stop_measuring();
     }
 
     /// Which way a batch is read.

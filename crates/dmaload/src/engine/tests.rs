@@ -92,7 +92,7 @@ fn fails_all_loads(thread: &str, panic: impl FnOnce(&Engine)) {
     expect(&mut load());
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
-    assert_eq!(block_on(guard.shut_down()), Ok(()), "nothing was in flight");
+    assert_eq!(block_on(guard.shutdown()), Ok(()), "nothing was in flight");
     // Other loaders are not affected.
     let other = Guard::start(Settings::default(), Arc::new(heap::AnonHeap::default()), Vec::new()).unwrap();
     let mut segments = Segments::start(&other, Ok(vec![Input::Path(file.path().to_owned())]), LoadOptions::default(), true);

@@ -156,7 +156,8 @@ fn device_of_file(path: &Path) -> Result<Option<DeviceNumber>, Errno> {
 /// notified of the first store after each writeback. The other is inside a long `write(2)`, which
 /// sets the time once, before its first byte: reads, or some other call that readers may make,
 /// must wait for its end. Only file systems on which both were tested are listed, plus those that
-/// can't be written to. On tmpfs, only the first store through a mapping is noticed.
+/// can't be written to. On tmpfs, only the first store through a mapping is noticed. FUSE and
+/// stacked file systems never get here ([`ring_refusal`]).
 fn is_cache_witness(f_type: u32, device: Device) -> bool {
     match f_type {
         _ if device.is_dax => false,

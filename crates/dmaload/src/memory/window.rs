@@ -2,7 +2,9 @@
 //! resource one load may have.
 //!
 //! It keeps the allocator and the reader in step: a permit is taken before memory is allocated,
-//! and returned when that memory is full (or given up).
+//! and returned when that memory is full (or given up). The engine's permits are
+//! `engine::WindowPermit`; what waits for one is the next batch of a load, in
+//! `engine::schedule`.
 //!
 //! Loads whose reads never complete must not end up holding all of it. So there are two levels:
 //!

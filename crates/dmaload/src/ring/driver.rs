@@ -347,6 +347,7 @@ impl<K: Kernel, B: PieceMemory> Driver<K, B> {
             let times = load.times();
             self.outputs.push(Output::Event { load: id, event: LoadEvent::Gone { times, observation: load.spec.observation } });
         }
+        self.counters.leaked_bytes.fetch_add(leaked, Ordering::Relaxed);
         leaked
     }
 
@@ -553,8 +554,7 @@ impl<K: Kernel, B: PieceMemory> Drop for Driver<K, B> {
     /// Only a panic gets here with reads in flight; what they may write to is leaked.
     fn drop(&mut self) {
         if !self.reads.is_empty() {
-            let leaked_bytes = self.give_up(Failure::Kernel { errno: Errno::CANCELED });
-            self.counters.leaked_bytes.fetch_add(leaked_bytes, Ordering::Relaxed);
+            self.give_up(Failure::Kernel { errno: Errno::CANCELED });
         }
         self.staging.clear(&mut self.kernel, &mut self.buffer_slots);
     }

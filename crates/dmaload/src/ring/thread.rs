@@ -126,9 +126,9 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
             events.on_released_files(files.collect());
             // A panic is a broken invariant of the driver, whose drop has leaked what was in
             // flight.
-            let left = ran.as_ref().ok().copied();
-            let leaked = || LeftBehind { bytes: shared.counters.leaked_bytes.load(Ordering::Relaxed), threads: 0 };
-            events.on_end(left.unwrap_or_else(leaked), ran.err());
+            let bytes = shared.counters.leaked_bytes.load(Ordering::Relaxed);
+            let threads = ran.as_ref().copied().unwrap_or(0);
+            events.on_end(LeftBehind { bytes, threads }, ran.err());
         };
         thread::Builder::new().name("dmaload-ring".to_owned()).spawn(body).map(|_| ())
     }
@@ -187,14 +187,16 @@ impl<B: PieceMemory + Send + 'static> RingThread<B> {
     }
 }
 
-fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> LeftBehind {
+/// Runs until the last load has ended or the thread is told to give up. Returns how many threads
+/// are still in reads that never came back.
+fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Instant, events: &impl Events<B>) -> usize {
     let depth = limits.depth;
     let new_kernel = || LinuxKernel::new(depth, started, Arc::clone(&shared.wake));
     let mut driver = Driver::new(new_kernel(), depth, limits.staging)
         .with_counters(Arc::clone(&shared.counters))
         .with_pace(limits.copiers.clone(), limits.staging_grows);
     let mut watched: HashMap<LoadId, Arc<AtomicBool>> = HashMap::new();
-    let mut left = LeftBehind::default();
+    let mut stuck_threads = 0;
     loop {
         let commands = shared.commands().as_mut().map(std::mem::take).unwrap_or_default();
         for command in commands {
@@ -227,30 +229,24 @@ fn run<B: PieceMemory>(shared: &RingShared<B>, limits: &RingLimits, started: Ins
             events.on_outputs(outputs);
         }
         if shared.giving_up.load(Ordering::Acquire) {
-            give_up(&mut driver, Errno::TIMEDOUT, events, &mut left);
-            return left;
+            give_up(&mut driver, Errno::TIMEDOUT, events);
+            return stuck_threads + driver.busy_threads();
         }
         if shared.closing.load(Ordering::Acquire) && watched.is_empty() && shared.commands().as_ref().is_none_or(Vec::is_empty) {
-            return left;
+            return stuck_threads;
         }
         if let Err(errno) = driver.turn(true) {
-            give_up(&mut driver, errno, events, &mut left);
+            give_up(&mut driver, errno, events);
+            stuck_threads += driver.busy_threads();
             driver.replace_kernel(new_kernel());
             watched.clear();
         }
     }
 }
 
-fn give_up<K: Kernel<File = Arc<OpenFile>>, B: PieceMemory>(
-    driver: &mut Driver<K, B>,
-    errno: Errno,
-    events: &impl Events<B>,
-    left: &mut LeftBehind,
-) {
+fn give_up<K: Kernel<File = Arc<OpenFile>>, B: PieceMemory>(driver: &mut Driver<K, B>, errno: Errno, events: &impl Events<B>) {
     let leaked_bytes = driver.give_up(Failure::Kernel { errno });
     events.on_ring_failure(errno, leaked_bytes);
     events.on_released_files(driver.take_released());
     events.on_outputs(driver.take_outputs());
-    left.bytes += leaked_bytes;
-    left.threads += driver.busy_threads();
 }

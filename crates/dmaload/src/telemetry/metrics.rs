@@ -102,7 +102,7 @@ impl Histogram {
 #[derive(Debug, Default)]
 pub(crate) struct ReadCounters {
     pub(crate) in_flight: AtomicU64,
-    /// Bytes leaked by a panic of the ring thread.
+    /// Bytes leaked because reads may still write to them.
     pub(crate) leaked_bytes: AtomicU64,
     pub(crate) before_kernel: Histogram,
     pub(crate) in_kernel: Histogram,

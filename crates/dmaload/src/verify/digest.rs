@@ -59,7 +59,10 @@ impl FromStr for Algorithm {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let known = Self::ALL.into_iter().find(|algorithm| algorithm.name() == name);
-        known.ok_or_else(|| format!("unknown checksum {name:?}: use sha256, blake3, crc32c or xxh3"))
+        known.ok_or_else(|| {
+            let [others @ .., last] = Self::ALL.map(Algorithm::name);
+            format!("unknown checksum {name:?}: use {} or {last}", others.join(", "))
+        })
     }
 }
 

@@ -21,7 +21,7 @@ const INTERRUPTIONS: u32 = 64;
 const PARTS_OF_A_BLOCK: u32 = 16;
 
 impl<K: Kernel, B: PieceMemory> Driver<K, B> {
-    /// Records that `bytes` bytes of a chunk were read.
+    /// Records that `bytes` bytes of a chunk were read, and queues the rest of a short read again.
     pub(super) fn advance(&mut self, mut chunk: Chunk, route: Route, bytes: u64) {
         let entry = self.pieces.get_mut(chunk.piece).expect(PIECE);
         let wanted = chunk.range.end - chunk.range.start;

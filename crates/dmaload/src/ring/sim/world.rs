@@ -29,6 +29,7 @@ use crate::ring::staging::StagingBudget;
 use crate::ring::watch::{Observation, Watch};
 use crate::route::Route;
 use crate::support::id::LoadId;
+use crate::telemetry::metrics::ReadCounters;
 
 /// What memory of a load takes from the window. There are two file systems, and a load may have
 /// files on both; its memory counts for one of them.
@@ -60,6 +61,7 @@ pub(super) struct World {
     alloc_fails_per_mille: u64,
     abandon_per_mille: u64,
     pub(super) leaked_bytes: u64,
+    counters: Arc<ReadCounters>,
     /// Whether the ring broke or a shutdown passed its deadline.
     broken: bool,
     staging: StagingBudget,
@@ -146,6 +148,7 @@ impl World {
         let window_bytes = (4 + random.below(12)) * BLOCK;
         let staging = staging(&mut random);
         let kernel = SimKernel::new(random.next(), faults.clone(), &memory, &clock, Duration::ZERO);
+        let counters = Arc::default();
         let mut world = World {
             faults,
             memory,
@@ -154,12 +157,15 @@ impl World {
             depth,
             scheduler: Scheduler::new(window_bytes, u64::MAX, 1, 1 + usize::try_from(random.below(3)).unwrap()),
             // With even seeds staging grows with the threads that copy, while slots are taken.
-            driver: Driver::new(kernel, depth, staging).with_pace(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
+            driver: Driver::new(kernel, depth, staging)
+                .with_counters(Arc::clone(&counters))
+                .with_pace(Pace::new(1, MOST_COPIERS), seed.is_multiple_of(2)),
             loads: BTreeMap::new(),
             allocating: Vec::new(),
             alloc_fails_per_mille: if !calm && random.chance(100) { 50 } else { 0 },
             abandon_per_mille: if !calm && random.chance(300) { 10 } else { 0 },
             leaked_bytes: 0,
+            counters,
             broken: false,
             staging,
             random,

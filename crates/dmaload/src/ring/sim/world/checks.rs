@@ -1,5 +1,7 @@
 //! What must hold at the end of every world, whatever went wrong in it.
 
+use std::sync::atomic::Ordering;
+
 use rustix::io::Errno;
 
 use super::World;
@@ -47,6 +49,8 @@ impl World {
         assert!(memory.observed_in_pieces == 0 || observed(false), "pieces are observed only if requested");
         assert_eq!(memory.unfilled_bytes(), 0, "all memory is freed except what was leaked on purpose");
         assert_eq!(memory.leaked_bytes, self.leaked_bytes, "every leaked byte was reported");
+        let counted = self.counters.leaked_bytes.load(Ordering::Relaxed);
+        assert_eq!(counted, self.leaked_bytes, "a shutdown after a panic reports these, too");
         assert_eq!(self.scheduler.window_taken_bytes(), 0, "all permits were returned");
         drop(memory);
         assert!(self.broken || self.driver.kernel().is_clean(), "everything is unregistered and detached");

@@ -211,7 +211,7 @@ impl Choosing {
 
     /// Stops measuring, since the bytes do not come from storage; the load continues in the
     /// expected way.
-    pub(crate) fn give_up(&mut self) {
+    pub(crate) fn stop_measuring(&mut self) {
         if self.known.is_none() {
             (self.known, self.trial) = (Some(self.expected), None);
         }
@@ -463,7 +463,7 @@ mod tests {
         let mut choices = Choices::new(Pages::Auto);
         let batches = vec![BATCH; 64];
         let mut choosing = begin(&mut choices, LoadId(1), MOUNT, &batches, |_| true);
-        choosing.give_up();
+        choosing.stop_measuring();
         for batch in 0..64 {
             assert_eq!(choosing.record_full(batch, BATCH, Duration::from_millis(batch as u64)), None);
             assert_eq!(choosing.way(batch), Way::Direct);
@@ -472,7 +472,7 @@ mod tests {
         assert!(load(&mut choices, 2, 1900, 2600, 6).0.is_some());
         // What was already learned stays.
         choosing = begin(&mut choices, LoadId(3), MOUNT, &batches, |_| true);
-        choosing.give_up();
+        choosing.stop_measuring();
         assert_eq!(choosing.way(0), Way::Staged);
     }
 
