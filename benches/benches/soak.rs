@@ -2,7 +2,7 @@
 //! and faults against real files, and compare every byte that is shown. Between periods everything
 //! is dropped, and what the process holds is counted: it must be the same at the end as at the
 //! beginning. `just soak --minutes 30`.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
 //! The examples work on a small model, and the README shows the shortest one verbatim.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

@@ -1,5 +1,5 @@
 //! Weights and quantized tensors of a load, beside those of candle's own loaders.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::collections::HashMap;
 use std::fs::File;

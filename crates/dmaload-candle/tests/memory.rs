@@ -1,6 +1,6 @@
 //! How much memory a model takes while it is built: itself, and what the load is ahead of it. The
 //! only test of its process, since that is measured.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use candle_core::{DType, Device};
 use dmaload::{LoadOptions, Loader};

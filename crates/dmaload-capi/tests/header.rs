@@ -1,5 +1,5 @@
 //! The header is what the sources say.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::path::Path;
 

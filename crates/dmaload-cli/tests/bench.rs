@@ -1,6 +1,6 @@
 //! `dmaload bench` measures every mode, reports failures, and leaves nothing behind. No speed is
 //! asserted here.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! `dmaload cat` writes the file.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -2,8 +2,8 @@
 //! SIGKILL.
 //!
 //! Needs root and a cgroup file system, v2 or v1; otherwise the reason is printed.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! `dmaload demo` does the whole job and leaves nothing behind.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! `dmaload doctor` tells the truth: with and without rights, io_uring, huge pages, locked memory,
 //! and a usable path.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "limits are set between fork and exec")]
 
 mod common;

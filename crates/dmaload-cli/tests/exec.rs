@@ -1,5 +1,5 @@
 //! `dmaload load --exec`: a program gets the segments by descriptor, and a description of each.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -2,7 +2,7 @@
 //!
 //! Uses real file systems on loop devices, which needs root, `mkfs.xfs` (package xfsprogs),
 //! `mkfs.btrfs` (btrfs-progs) and `mksquashfs` (squashfs-tools). Otherwise the reason is printed.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,

@@ -1,5 +1,5 @@
 //! `dmaload inspect` shows what the `safetensors` crate wrote, and reads only the header.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

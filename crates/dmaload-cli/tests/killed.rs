@@ -1,6 +1,6 @@
 //! A loader that is killed half-way leaves nothing behind: no process, no memory, no file; and the
 //! next load is right.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

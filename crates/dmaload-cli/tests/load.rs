@@ -1,5 +1,5 @@
 //! `dmaload load`: memory equals the file, and the report has everything it promises.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Names that others chose (of files, folders, tensors, keys, values of indices) never reach a
 //! terminal as commands.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Parts of models on the command line: tensors, ranges, ranks (also from a launcher), folders.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Containers refuse io_uring by a seccomp filter. So does this test, call by call and errno by
 //! errno: each load takes the next route, says so, and loads the right bytes; a strict one fails.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

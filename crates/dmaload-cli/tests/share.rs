@@ -1,5 +1,5 @@
 //! `dmaload serve` and `dmaload attach`: one process loads, others map its memory.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

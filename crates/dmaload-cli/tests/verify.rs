@@ -1,6 +1,6 @@
 //! `manifest` and `load --verify`: right files pass, wrong ones are named, and nothing of them is
 //! written.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

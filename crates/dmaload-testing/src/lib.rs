@@ -3,7 +3,7 @@
 //!
 //! For development only. Every function panics if it can't do its work, which fails the calling
 //! test.
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "a setup error should fail the test")]
 
 mod random;
 

@@ -1,6 +1,6 @@
 //! A loader with a memory limit: it is never exceeded, a consumer that stops delays only itself,
 //! and no load starves.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 mod common;

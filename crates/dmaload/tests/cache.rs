@@ -2,7 +2,7 @@
 //! storage.
 #![allow(unsafe_code, reason = "writers that store through mappings")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
-#![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
 
 mod common;

@@ -1,5 +1,5 @@
 //! Files and memory that change during a load: a correct load or a clear error, never wrong bytes.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

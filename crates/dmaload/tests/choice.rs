@@ -1,6 +1,6 @@
 //! The way that a loader reads if left to choose: both are tried, and the faster one is taken.
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! The caller's code on the loader's threads: wakers that poll, and anything that panics. It runs
 //! without a lock and never on the ring thread; the load it belongs to (for a waker, the waiting
 //! future) fails by name, and no other load notices.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! A process may fork while it loads. After a fork two processes share private pages, and what a
 //! device then writes may end up in the child's copy alone. So private memory is kept from forked
 //! processes until it is handed over (open(2), NOTES on `O_DIRECT`).
-#![allow(clippy::unwrap_used, reason = "a test that can't make its files has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "fork is the test's subject")]
 
 mod common;

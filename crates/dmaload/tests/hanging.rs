@@ -3,7 +3,7 @@
 //!
 //! A seccomp filter keeps `io_uring_enter` waiting. It cannot be removed, so this is one test in a
 //! process of its own.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! What a caller's heap may do, what it must not, and what happens to the load then.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "heaps that break their contract on purpose")]
 
 mod common;

@@ -1,6 +1,6 @@
 //! Inspecting: the async functions block no caller, need no runtime, and agree with the blocking
 //! ones.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

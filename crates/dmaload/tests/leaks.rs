@@ -1,8 +1,8 @@
 //! After any end of a load (finished, failed, dropped at any moment, shut down) nothing is left:
 //! no descriptor, no mapping, no thread. One test in a process of its own, since it counts what
 //! the process has.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

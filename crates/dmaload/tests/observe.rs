@@ -1,6 +1,6 @@
 //! Observers see every byte before any consumer does; on uncached memory in staging, never in the
 //! segments.
-#![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

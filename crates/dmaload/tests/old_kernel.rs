@@ -1,6 +1,6 @@
 //! As on Linux 5.0, which has no seal against future writes: a seccomp filter answers EINVAL to
 //! it. The filter cannot be removed, so this is one test in a process of its own.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "has a heap of its own")]
 
 mod common;

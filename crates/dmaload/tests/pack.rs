@@ -1,6 +1,6 @@
 //! Small files of one load share memory: right bytes, each in its place, and nothing is shown
 //! before all that share it are right.
-#![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! The pool reuses memory of dropped segments, and never shows what it held before.
-#![allow(clippy::unwrap_used, reason = "a test that can't build its loaders has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,6 +1,6 @@
 //! Memory for code that writes to it: writes reach nothing that others have, and no view of bytes
 //! is given of what may be written to.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "writing to such memory is the test's subject")]
 
 mod common;

@@ -1,6 +1,6 @@
 //! Services: no async thread is ever blocked, runtimes may end at any time, and a loader can be
 //! observed.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 mod common;

@@ -4,7 +4,7 @@
 //! same; and whatever the parser accepts, the crate accepts and reads the same, however a file was
 //! damaged. Where the parser is stricter, [`stricter_on_purpose`] has the reason.
 
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::{
     cell::Cell,

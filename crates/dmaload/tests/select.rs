@@ -1,7 +1,7 @@
 //! Parts of models: tensors, ranges, ranks, layouts by tensors, and models of many files.
 //! Everything is compared with an independent reader (the `safetensors` crate) or with the file
 //! itself.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "looks behind the bytes of a tensor")]
 
 mod common;

@@ -1,7 +1,7 @@
 //! A length alone costs nothing: sparse files claim terabytes. What is planned and allocated for
 //! them is bounded, and what does not fit into memory is refused before it is planned. This is a
 //! process of its own, since it measures the process.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 mod common;

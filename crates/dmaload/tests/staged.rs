@@ -1,6 +1,6 @@
 //! Staged loads: copiers populate memory, each part of it once and just before they write to it.
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! A subscriber of `tracing` that calls back into the loader, drops loads, or panics: it is called
 //! without a lock and never on the ring thread. Subscribers are global to a process, so this is
 //! one test in a process of its own.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

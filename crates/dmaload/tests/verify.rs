@@ -1,5 +1,5 @@
 //! A verified load shows no byte that its manifest or checksum contradicts.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its files has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
 

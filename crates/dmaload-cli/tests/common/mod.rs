@@ -1,6 +1,6 @@
 //! Shared by the command's tests: real files on a disk, the real binary, and its output.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file or start its program has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::fmt;
 use std::fs::{self, File};

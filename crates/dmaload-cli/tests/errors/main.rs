@@ -1,7 +1,7 @@
 //! Errors say what cannot be loaded, where, why by the errno's name, and what to do. Status 1 for
 //! a failed load, 2 for wrong usage; nothing on standard output, or with `--json` one object;
 //! never a panic or a hang.
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,6 +1,6 @@
 //! One tensor by its name, as soon as its bytes are loaded, while the rest of the load is held
 //! back.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
 mod common;

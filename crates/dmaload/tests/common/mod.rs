@@ -1,6 +1,6 @@
 //! Shared by the integration tests: files of known random bytes, on a real disk.
 #![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
-#![allow(clippy::unwrap_used, reason = "a test that can't make its file has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::fs;
 use std::path::Path;

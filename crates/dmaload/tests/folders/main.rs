@@ -2,7 +2,7 @@
 //! and that half a model is never taken for a whole one. Tested with small files, which share
 //! memory and have their headers read late, and with large ones, whose headers are read during
 //! planning.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::type_complexity, reason = "tables of cases")]
 
 #[path = "../common/mod.rs"]

@@ -4,8 +4,8 @@
 //! file.
 //!
 //! Only root can mount; otherwise these tests report that they are skipped.
-#![allow(clippy::disallowed_methods, reason = "what is shown here has names of its own making only")]
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 
 #[path = "../common/fuse_attributes.rs"]

@@ -1,6 +1,6 @@
 //! One process loads, others map the same memory. Clients run in this process and, where it
 //! matters, in others.
-#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+#![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
 #[path = "../common/mod.rs"]
