@@ -1,9 +1,9 @@
-//! The usual way of loading, to compare with: allocate, map the file, copy.
+//! The baseline: loads a file in the usual way (allocate, map the file, copy).
 //!
 //! This is the baseline of the kernel's "allocate and read" patch series, with a memfd in place of
 //! the dma-buf: shareable memory of the file's size, the file mapped through the page cache, and
-//! one `memcpy` between them, which faults in the pages of both. Nothing is tuned and nothing is
-//! slowed down: page sizes are what the machine provides.
+//! one `memcpy` between them, which faults in the pages of both. It is neither tuned nor
+//! slowed down: page sizes are the machine's defaults.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -20,13 +20,13 @@ use crate::mapping;
 /// A file loaded in the usual way.
 #[derive(Debug)]
 pub struct Normal {
-    /// From before the allocation until the last byte was copied.
+    /// Time from just before the file was opened until its last byte was copied.
     pub elapsed: Duration,
     /// The copy, so that it can be verified outside the measured time.
     pub memory: MmapMut,
 }
 
-/// Why the comparison failed.
+/// Why the baseline could not be measured.
 #[derive(Debug, thiserror::Error)]
 pub enum BaselineError {
     /// A call failed.
@@ -40,10 +40,10 @@ pub enum BaselineError {
     Empty(PathBuf),
 }
 
-/// Makes the file cold, then loads it in the usual way. `elapsed` does not include the eviction.
+/// Makes the file cold, then loads it in the usual way. `elapsed` excludes the eviction.
 ///
 /// # Errors
-/// If the file can't be made cold or can't be loaded.
+/// If the file can't be made cold or loaded.
 pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
     cold::make_cold(path)?;
     load(path)
@@ -56,7 +56,7 @@ pub fn load_cold(path: &Path) -> Result<Normal, BaselineError> {
 pub fn load(path: &Path) -> Result<Normal, BaselineError> {
     let started = Instant::now();
     let file = File::open(path).at("open", path)?;
-    let length = file.metadata().at("look at", path)?.len();
+    let length = file.metadata().at("stat", path)?.len();
     if length == 0 {
         return Err(BaselineError::Empty(path.to_owned()));
     }
@@ -73,7 +73,7 @@ fn allocate(length: u64) -> std::io::Result<MmapMut> {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+#[allow(clippy::cast_possible_truncation, reason = "test values are small")]
 mod tests {
     use super::*;
     use std::io::Write as _;

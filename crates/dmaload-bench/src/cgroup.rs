@@ -1,4 +1,4 @@
-//! A memory cgroup (v2 or v1) with a limit, created for one run and removed after it.
+//! A memory cgroup (v2 or v1) with a limit, created for one run and removed afterwards.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -10,26 +10,26 @@ use dmaload_text::{At, FileError, Named};
 
 use crate::leftovers;
 
-/// The file that contains the limit, in v2 and v1.
+/// The files that set the limit, in cgroup v2 and v1.
 const LIMITS: [&str; 2] = ["memory.max", "memory.limit_in_bytes"];
 
-/// A group that exists until this is dropped.
+/// A cgroup, which is removed on drop.
 #[derive(Debug)]
 pub(crate) struct Group {
     folder: PathBuf,
 }
 
 impl Group {
-    /// Creates a group with this limit inside the group of this process, or as near to it as the
-    /// kernel allows.
+    /// Creates a group with this limit below this process's own group, or below the nearest
+    /// ancestor where the kernel allows it.
     ///
     /// # Errors
-    /// If no group can be created; lists every place that was tried.
+    /// If no group can be created. The error lists every folder that was tried.
     pub(crate) fn new(limit_bytes: u64) -> Result<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let name = format!("dmaload-bench-{}", std::process::id());
         let mut reasons = String::new();
-        for parent in places(&own, Path::new("/sys/fs/cgroup")) {
+        for parent in candidate_parents(&own, Path::new("/sys/fs/cgroup")) {
             match Self::make(&parent.join(&name), limit_bytes) {
                 Ok(group) => return Ok(group),
                 Err(error) => reasons.push_str(&format!("\n  {}: {}", printable::path(&parent), Named(&error))),
@@ -42,10 +42,10 @@ impl Group {
         leftovers::make_group(folder)?;
         let group = Group { folder: folder.to_owned() };
         // A cgroup file system provides these files. In any other folder they don't exist, and
-        // creating one would limit nothing.
+        // creating them would limit nothing.
         let mut refusal = io::Error::from_raw_os_error(libc::ENOENT);
         for name in LIMITS {
-            match write(&folder.join(name), limit_bytes) {
+            match write_number(&folder.join(name), limit_bytes) {
                 Ok(()) => return Ok(group),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => refusal = error,
@@ -60,7 +60,7 @@ impl Group {
     /// The kernel's error.
     pub(crate) fn add(&self, process: u32) -> Result<(), FileError> {
         let members = self.folder.join("cgroup.procs");
-        write(&members, u64::from(process)).at("add a process to", &members)
+        write_number(&members, u64::from(process)).at("add a process to", &members)
     }
 }
 
@@ -70,14 +70,14 @@ impl Drop for Group {
     }
 }
 
-fn write(path: &Path, number: u64) -> io::Result<()> {
+fn write_number(path: &Path, number: u64) -> io::Result<()> {
     OpenOptions::new().write(true).open(path)?.write_all(number.to_string().as_bytes())
 }
 
-/// Where a group may be created: in v1's memory hierarchy, then in v2's, from this process's own
-/// group up to the mount point.
-fn places(own: &str, root: &Path) -> Vec<PathBuf> {
-    let mut places = Vec::new();
+/// The folders below which a group can be created: first in v1's memory hierarchy, then in v2's,
+/// each from this process's own group up to the mount point.
+fn candidate_parents(own: &str, root: &Path) -> Vec<PathBuf> {
+    let mut parents = Vec::new();
     for line in own.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(group)) = (fields.next(), fields.next()) else { continue };
@@ -90,10 +90,10 @@ fn places(own: &str, root: &Path) -> Vec<PathBuf> {
             let own = mount.join(group.trim_start_matches('/'));
             let above: Vec<PathBuf> =
                 own.ancestors().take_while(|folder| folder.starts_with(&mount)).map(Path::to_owned).collect();
-            places.extend(above.into_iter().filter(|folder| folder.join("cgroup.procs").exists()));
+            parents.extend(above.into_iter().filter(|folder| folder.join("cgroup.procs").exists()));
         }
     }
-    places
+    parents
 }
 
 #[cfg(test)]
@@ -107,7 +107,7 @@ mod tests {
             fs::create_dir(root.path().join(group)).unwrap();
             fs::write(root.path().join(group).join("cgroup.procs"), "").unwrap();
         }
-        let found = places("5:cpu,memory:/a/b\n3:cpu:/x\n0::/\n", root.path());
+        let found = candidate_parents("5:cpu,memory:/a/b\n3:cpu:/x\n0::/\n", root.path());
         assert_eq!(found, ["memory/a/b", "memory/a", "memory", "unified"].map(|group| root.path().join(group)));
     }
 

@@ -1,8 +1,8 @@
-//! The process of one measured run: on command it prepares, then runs, and reports the result as a
-//! line of JSON.
+//! The child process that measures one run: on command it prepares, then runs, and reports the
+//! result as a line of JSON.
 //!
-//! Each run has its own process, so CPU time, peak memory and anything that a mode leaves behind
-//! belong to that mode alone.
+//! Each run has its own process, so the CPU time, peak memory and leftovers of one mode do not
+//! count against another.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use crate::ways::{self, WrongBytes};
 
 pub use crate::pressure::{fill, hog};
 
-/// The usual limit of locked memory for ordinary users.
+/// The usual locked memory limit of ordinary users.
 const ORDINARY_MEMLOCK_BYTES: u64 = 8 << 20;
 pub(crate) const PREPARE: &str = "prepare";
 pub(crate) const GO: &str = "go";
@@ -30,9 +30,9 @@ pub(crate) const GO: &str = "go";
 /// [`Settings::arguments`](crate::Settings::arguments).
 #[derive(Debug)]
 pub struct Load {
-    /// The mode.
+    /// The mode to measure.
     pub mode: Mode,
-    /// The files.
+    /// The files to load.
     pub paths: Vec<PathBuf>,
     /// [`Settings::user`](crate::Settings::user): if set, all modes except `limit` may lock only 8
     /// MiB of memory.
@@ -43,25 +43,26 @@ pub struct Load {
 
 impl Load {
     /// Reads commands from standard input, one per line, and writes the result to `output`, which
-    /// must be standard output. `told` formats the error of a run.
+    /// must be standard output. `describe` formats the error of a run.
     ///
     /// # Errors
-    /// If `output` can't be written to. The error of a run is written, not returned.
-    pub fn run(self, engine: &dyn Engine, told: fn(&anyhow::Error) -> String, output: &mut dyn Write) -> Result<()> {
+    /// If `output` can't be written to. The error of a run is written to it, not returned.
+    pub fn run(self, engine: &dyn Engine, describe: fn(&anyhow::Error) -> String, output: &mut dyn Write) -> Result<()> {
         let prepare = || {
             if self.user.is_some() && self.mode != Mode::Limit {
-                ordinary_memlock()?;
+                lower_memlock()?;
             }
             ways::prepare(self.mode, engine, self.paths, self.curves)
         };
-        measure(prepare, told, output)
+        measure(prepare, describe, output)
     }
 }
 
-/// Waits for a command, prepares, waits again, runs. If the parent is gone, exits.
+/// Waits for `prepare`, prepares, waits for `go`, runs. Returns early if standard input ends,
+/// because then the parent has exited.
 fn measure(
     prepare: impl FnOnce() -> Result<ways::Ready>,
-    told: fn(&anyhow::Error) -> String,
+    describe: fn(&anyhow::Error) -> String,
     output: &mut dyn Write,
 ) -> Result<()> {
     let mut lines = io::stdin().lines();
@@ -69,31 +70,31 @@ fn measure(
     if !is_next(PREPARE)? {
         return Ok(());
     }
-    let failed = |error: &anyhow::Error| failed(&told(error), error);
+    let failed = |error: &anyhow::Error| failure_to_json(&describe(error), error);
     let ready = prepare();
-    say(output, &ready.as_ref().map_or_else(failed, |_| json!({ "ready": true })))?;
+    write_line(output, &ready.as_ref().map_or_else(failed, |_| json!({ "ready": true })))?;
     let Ok(ready) = ready else { return Ok(()) };
     if is_next(GO)? {
-        say(output, &ready().as_ref().map_or_else(failed, to_json))?;
+        write_line(output, &ready().as_ref().map_or_else(failed, to_json))?;
     }
     Ok(())
 }
 
-/// Lowers the limit of locked memory to the usual one.
-fn ordinary_memlock() -> Result<()> {
+/// Lowers the locked memory limit to that of ordinary users.
+fn lower_memlock() -> Result<()> {
     let now = getrlimit(Resource::Memlock);
     let lower = |limit: Option<u64>| Some(limit.map_or(ORDINARY_MEMLOCK_BYTES, |limit| limit.min(ORDINARY_MEMLOCK_BYTES)));
     let limit = Rlimit { current: lower(now.current), maximum: lower(now.maximum) };
-    setrlimit(Resource::Memlock, limit).context("cannot lower the limit of locked memory")
+    setrlimit(Resource::Memlock, limit).context("cannot lower the locked memory limit")
 }
 
-fn say(output: &mut dyn Write, value: &Value) -> Result<()> {
+fn write_line(output: &mut dyn Write, value: &Value) -> Result<()> {
     writeln!(output, "{value}")?;
     Ok(output.flush()?)
 }
 
-fn failed(told: &str, error: &anyhow::Error) -> Value {
-    json!({ "error": told, "wrong_bytes": error.is::<WrongBytes>() })
+fn failure_to_json(text: &str, error: &anyhow::Error) -> Value {
+    json!({ "error": text, "wrong_bytes": error.is::<WrongBytes>() })
 }
 
 fn to_json(run: &Run) -> Value {
@@ -126,7 +127,7 @@ pub(crate) fn parse_line(line: &str) -> Option<Result<Run, Failure>> {
     let apart = number("allocate_seconds").zip(number("read_seconds"));
     let notes = value.get("notes").and_then(Value::as_array);
     let notes = notes.into_iter().flatten().filter_map(|note| note.as_str().map(str::to_owned));
-    // Peers do not report any.
+    // Peers report no destinations.
     let destinations = value.get("destinations").and_then(Value::as_array).into_iter().flatten();
     let destination = |value: &Value| {
         let number = |key: &str| value.get(key).and_then(Value::as_f64);
@@ -167,7 +168,7 @@ mod tests {
         assert_eq!(parse_line(&to_json(&run).to_string()), Some(Ok(run)));
         let bare = Run { seconds: 1.0, page_bytes: 4096, ..Run::default() };
         assert_eq!(parse_line(&to_json(&bare).to_string()), Some(Ok(bare)));
-        let failure = parse_line(&failed("no memory", &anyhow::anyhow!("no memory")).to_string());
+        let failure = parse_line(&failure_to_json("no memory", &anyhow::anyhow!("no memory")).to_string());
         assert_eq!(failure, Some(Err(Failure { reason: "no memory".to_owned(), wrong_bytes: false })));
         assert_eq!(parse_line("{\"ready\":true}"), None);
         assert_eq!(parse_line("Killed"), None);

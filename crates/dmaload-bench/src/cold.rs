@@ -1,9 +1,9 @@
-//! Makes sure that a file is read from storage: evicts it from the page cache, and checks that it
-//! is gone.
+//! Makes sure that a file is read from storage: evicts it from the page cache, and checks that
+//! none of it is cached any more.
 //!
-//! `POSIX_FADV_DONTNEED` is only a hint: dirty pages, mapped pages, and file systems in memory
-//! keep theirs, and the call still returns 0. A measurement that trusted it would measure the page
-//! cache, so [`make_cold`] checks afterwards.
+//! `POSIX_FADV_DONTNEED` is only a hint: dirty pages, mapped pages and the pages of in-memory file
+//! systems stay cached, and the call still returns 0. A measurement that relied on it could
+//! measure the page cache, so [`make_cold`] checks afterwards.
 
 use std::fmt;
 use std::fs::File;
@@ -19,17 +19,17 @@ use rustix::fs::Advice;
 
 use crate::mapping;
 
-/// How often a file that stays warm is evicted before that is an error: pages under writeback, or
-/// in another CPU's batch, are dropped a moment later.
+/// Maximum number of evictions. Pages under writeback, or in another CPU's batch, can only be
+/// dropped a moment later.
 const ATTEMPTS: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// How the cached part of a file was determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Method {
-    /// `cachestat(2)`, Linux 6.5 and later.
+    /// `cachestat(2)`, on Linux 6.5 or later.
     Cachestat,
-    /// `mincore(2)` on a mapping. For a file that the caller neither owns nor may write, the
+    /// `mincore(2)` on a mapping. For a file that the caller neither owns nor can write to, the
     /// kernel always reports all pages as cached.
     Mincore,
 }
@@ -50,7 +50,7 @@ pub struct Residency {
     pub resident: u64,
     /// The length of the file.
     pub total: u64,
-    /// How this was determined.
+    /// How `resident` was determined.
     pub method: Method,
 }
 
@@ -77,45 +77,46 @@ pub enum ColdError {
     StillCached {
         /// The file.
         path: PathBuf,
-        /// What was found after the last attempt.
+        /// How much was still cached after the last eviction.
         found: Residency,
     },
 }
 
-/// Writes dirty pages back, then asks the kernel to drop the file's pages, which it may not do:
-/// see [`make_cold`].
+/// Writes dirty pages back, then advises the kernel to drop the file's pages. The kernel need not
+/// comply: see [`make_cold`].
 fn evict(file: &File, path: &Path) -> Result<(), FileError> {
-    // Dirty pages can't be dropped.
+    // The kernel does not drop dirty pages.
     file.sync_all().at("write back", path)?;
     rustix::fs::fadvise(file, 0, None, Advice::DontNeed).at("drop the cached pages of", path)
 }
 
-/// Determines how much of the file is in the page cache, without reading any of it.
+/// Determines how much of the file is in the page cache, without reading the file.
 fn residency(file: &File, path: &Path) -> Result<Residency, FileError> {
-    let total = file.metadata().at("look at", path)?.len();
+    let total = file.metadata().at("stat", path)?.len();
     let (resident, method) = match dmaload::probe::cached_bytes(file).map_err(io::Error::from) {
         Ok(resident) => (resident, Method::Cachestat),
-        Err(error) if is_refusal(&error) => (by_mincore(file, path)?, Method::Mincore),
+        Err(error) if is_refusal(&error) => (count_by_mincore(file, path)?, Method::Mincore),
         Err(error) => return Err(error).at("count the cached pages of", path),
     };
     Ok(Residency { resident, total, method })
 }
 
-/// Older kernels lack the call, sandboxes forbid it, and some files have no page cache.
+/// Whether `cachestat(2)` is unavailable: older kernels lack it, sandboxes forbid it, and some
+/// file systems do not support it.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES | libc::EOPNOTSUPP))
 }
 
-fn by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
-    // An empty range can't be mapped, and has no pages to count.
-    if file.metadata().at("look at", path)?.len() == 0 {
+fn count_by_mincore(file: &File, path: &Path) -> Result<u64, FileError> {
+    // An empty file can't be mapped, and has no pages to count.
+    if file.metadata().at("stat", path)?.len() == 0 {
         return Ok(0);
     }
     let mapping = mapping::map_file(file).at("map", path)?;
     mapping::mincore(&mapping).at("count the cached pages of", path)
 }
 
-/// Evicts the file and verifies that it is gone.
+/// Evicts the file from the page cache and verifies that none of it is cached any more.
 ///
 /// # Errors
 /// [`ColdError::StillCached`] if pages remain after several attempts, otherwise the error of the
@@ -135,24 +136,24 @@ pub fn make_cold(path: &Path) -> Result<Residency, ColdError> {
     }
 }
 
-/// Reads the file into the page cache and verifies that all of it is there.
+/// Reads the file into the page cache and verifies that all of it is cached.
 ///
 /// # Errors
 /// The error of the failed call, or ENOMEM if the page cache does not keep the file.
 pub fn make_warm(path: &Path) -> Result<(), FileError> {
     let mut file = File::open(path).at("open", path)?;
-    // Written back first, because a direct read would have to wait for dirty pages.
+    // Dirty pages are written back first; otherwise direct reads would have to wait for them.
     file.sync_all().at("write back", path)?;
     io::copy(&mut file, &mut io::sink()).at("read", path)?;
     let found = residency(&file, path)?;
     if found.resident < found.total {
-        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).at("keep all in the page cache of", path);
+        return Err(io::Error::from_raw_os_error(libc::ENOMEM)).at("fully cache", path);
     }
     Ok(())
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+#[allow(clippy::cast_possible_truncation, reason = "test values are small")]
 mod tests {
     use super::*;
     use std::io::Write as _;
@@ -165,42 +166,41 @@ mod tests {
         file
     }
 
-    /// In the build's output folder, which is on a disk, unlike perhaps the system's temporary
-    /// folder.
-    fn on_disk() -> tempfile::NamedTempFile {
+    /// A cached file in the source folder: the system's temporary folder may be in memory.
+    fn warm_file_on_disk() -> tempfile::NamedTempFile {
         warm_file(Path::new(env!("CARGO_MANIFEST_DIR")))
     }
 
-    fn resident_bytes(path: &Path) -> Residency {
+    fn residency_of(path: &Path) -> Residency {
         residency(&File::open(path).unwrap(), path).unwrap()
     }
 
     #[test]
     fn written_file_is_warm_until_made_cold() {
-        let file = on_disk();
-        let before = resident_bytes(file.path());
+        let file = warm_file_on_disk();
+        let before = residency_of(file.path());
         assert_eq!((before.resident, before.total), (LENGTH, LENGTH));
         let after = make_cold(file.path()).unwrap();
         assert!(after.is_cold());
         make_warm(file.path()).unwrap();
-        assert_eq!(resident_bytes(file.path()), before);
-        assert!(!resident_bytes(file.path()).is_cold());
+        assert_eq!(residency_of(file.path()), before);
+        assert!(!residency_of(file.path()).is_cold());
     }
 
     #[test]
     fn mincore_agrees_with_cachestat() {
-        let file = on_disk();
+        let file = warm_file_on_disk();
         let open = file.as_file();
-        assert_eq!(by_mincore(open, file.path()).unwrap(), LENGTH);
+        assert_eq!(count_by_mincore(open, file.path()).unwrap(), LENGTH);
         make_cold(file.path()).unwrap();
-        assert_eq!(by_mincore(open, file.path()).unwrap(), 0);
+        assert_eq!(count_by_mincore(open, file.path()).unwrap(), 0);
     }
 
     #[test]
     fn empty_file_is_cold() {
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         assert_eq!(make_cold(file.path()).unwrap().resident, 0);
-        assert_eq!(by_mincore(file.as_file(), file.path()).unwrap(), 0);
+        assert_eq!(count_by_mincore(file.as_file(), file.path()).unwrap(), 0);
     }
 
     #[test]

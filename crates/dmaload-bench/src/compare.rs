@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-/// How much of the file is read at a time.
+/// Bytes of the file to read at a time.
 const BLOCK: usize = 1 << 20;
 
 /// How memory differs from the file.
@@ -18,16 +18,16 @@ pub(crate) enum Difference {
         /// The byte in memory.
         found: u8,
     },
-    /// One of the two ends before the other.
+    /// The lengths differ.
     #[error("{found} bytes were loaded from a file that has {}", if *.more { "more" } else { "fewer" })]
     Length {
         /// Number of bytes in memory.
         found: u64,
-        /// Whether the file is longer.
+        /// Whether the file is longer than the memory.
         more: bool,
     },
     /// The file can't be read again.
-    #[error("cannot read it again: {0}")]
+    #[error("cannot read the file again: {0}")]
     Unreadable(#[from] io::Error),
 }
 
@@ -61,7 +61,7 @@ pub(crate) fn compare(mut file: impl Read, memory: &[u8]) -> Result<(), Differen
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+#[allow(clippy::cast_possible_truncation, reason = "test values are small")]
 mod tests {
     use super::*;
 
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_or_surplus_end_is_found() {
+    fn difference_in_length_is_found() {
         let content = content();
         let error = compare(&*content, &content[..content.len() - 1]).unwrap_err();
         assert_eq!(error.to_string(), format!("{} bytes were loaded from a file that has more", content.len() - 1));

@@ -7,11 +7,11 @@ use std::time::Duration;
 use dmaload::{Report, TraceEvent, TraceKind};
 use serde_json::{Value, json};
 
-/// Minimum distance between the points of a curve, as a fraction of the total: a chart shows no
-/// more.
+/// Points of a curve are at least this fraction of its total apart (1/256): a chart can't show
+/// more detail.
 const POINTS: u64 = 256;
 
-/// A step of a curve: the time in seconds, and the number of bytes from then on.
+/// A step of a curve: a time in seconds, and the cumulative bytes from then on.
 pub(crate) type Point = (f64, u64);
 
 /// The two curves of a load.
@@ -19,7 +19,7 @@ pub(crate) type Point = (f64, u64);
 pub(crate) struct Curves {
     /// Bytes allocated and populated.
     pub(crate) allocated: Vec<Point>,
-    /// Bytes read; for staged reads, bytes copied.
+    /// Bytes in their final place: read directly, or copied from staging or from the page cache.
     pub(crate) filled: Vec<Point>,
 }
 
@@ -28,7 +28,7 @@ impl Curves {
     pub(crate) fn from_report(report: &Report) -> Self {
         let events: Vec<_> = report.trace.iter().map(Event::from).collect();
         let allocated = events.iter().filter(|event| event.kind == TraceKind::Allocate);
-        Curves { allocated: curve(allocated), filled: curve(filling(&events)) }
+        Curves { allocated: curve(allocated), filled: curve(filling_events(&events)) }
     }
 
     /// The maximum number of bytes that were allocated but not yet filled.
@@ -52,7 +52,7 @@ impl Curves {
     }
 }
 
-/// A part of a curve.
+/// The fields of a [`TraceEvent`] that the curves need.
 #[derive(Debug, Clone, Copy)]
 struct Event {
     kind: TraceKind,
@@ -68,18 +68,18 @@ impl From<&TraceEvent> for Event {
     }
 }
 
-/// The events that put bytes into their final place: copies, and reads without a subsequent copy.
-/// A load may have staged only some of its reads.
-fn filling(events: &[Event]) -> Vec<&Event> {
-    let of = |kind| events.iter().filter(move |event| event.kind == kind);
-    let mut filling: Vec<_> = of(TraceKind::Copy).chain(of(TraceKind::FromCache)).collect();
+/// The events that put bytes into their final place: copies from staging or from the page cache,
+/// and reads that are not followed by a copy. A load may stage only some of its reads.
+fn filling_events(events: &[Event]) -> Vec<&Event> {
+    let of_kind = |kind| events.iter().filter(move |event| event.kind == kind);
+    let mut filling: Vec<_> = of_kind(TraceKind::Copy).chain(of_kind(TraceKind::FromCache)).collect();
     let mut reads: HashMap<_, Vec<&Event>> = HashMap::new();
-    for read in of(TraceKind::Read) {
+    for read in of_kind(TraceKind::Read) {
         reads.entry((read.segment, read.bytes)).or_default().push(read);
     }
     reads.values_mut().for_each(|reads| reads.sort_by_key(|read| read.end));
-    for copy in of(TraceKind::Copy) {
-        // The last read before it, because a copy begins when its read has completed.
+    for copy in of_kind(TraceKind::Copy) {
+        // A copy belongs to the last read of its size that completed before the copy began.
         let same = reads.get_mut(&(copy.segment, copy.bytes));
         if let Some((reads, at)) = same.and_then(|reads| {
             let at = reads.partition_point(|read| read.end <= copy.start).checked_sub(1)?;
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn bytes_of_mixed_direct_and_staged_reads_count_once() {
-        let at = |kind, start, end, segment| Event {
+        let event = |kind, start, end, segment| Event {
             kind,
             start: Duration::from_millis(start),
             end: Duration::from_millis(end),
@@ -146,20 +146,20 @@ mod tests {
             bytes: 10,
         };
         let (read, copy) = (TraceKind::Read, TraceKind::Copy);
-        // Direct, staged, and staged in a segment that also has direct reads.
+        // In segment 0 a direct and a staged read; in segment 1 a staged read and a cached chunk.
         let trace = [
-            at(read, 0, 1000, 0),
-            at(read, 0, 2000, 0),
-            at(copy, 2000, 3000, 0),
-            at(read, 0, 4000, 1),
-            at(copy, 4500, 5000, 1),
-            at(TraceKind::FromCache, 5000, 6000, 1),
+            event(read, 0, 1000, 0),
+            event(read, 0, 2000, 0),
+            event(copy, 2000, 3000, 0),
+            event(read, 0, 4000, 1),
+            event(copy, 4500, 5000, 1),
+            event(TraceKind::FromCache, 5000, 6000, 1),
         ];
-        assert_eq!(curve(filling(&trace)), [(1.0, 10), (3.0, 20), (5.0, 30), (6.0, 40)]);
+        assert_eq!(curve(filling_events(&trace)), [(1.0, 10), (3.0, 20), (5.0, 30), (6.0, 40)]);
     }
 
     #[test]
-    fn curve_of_many_events_has_at_most_a_pictures_points() {
+    fn most_ahead_is_the_largest_gap_between_the_curves() {
         let curves = Curves { allocated: vec![(0.1, 10), (0.2, 20)], filled: vec![(0.15, 4), (0.3, 20)] };
         assert_eq!(curves.most_ahead_bytes(), 16);
         assert_eq!(Curves::default().most_ahead_bytes(), 0);

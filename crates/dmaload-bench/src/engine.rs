@@ -19,7 +19,7 @@ pub trait Engine {
     /// If this machine lacks what the options require, or they contradict each other.
     fn loader(&self) -> dmaload::Result<Loader>;
 
-    /// Creates a strict loader with this route, which fails rather than step down.
+    /// Creates a strict loader that starts at this route and fails rather than step down.
     ///
     /// # Errors
     /// Those of [`Engine::loader`].
@@ -47,7 +47,7 @@ pub trait Engine {
     fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> anyhow::Result<Manifest>;
 }
 
-/// Runs a future to completion. One thread is enough, because the loader has its own.
+/// Runs a future to completion. One thread is enough: the loader has its own threads.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

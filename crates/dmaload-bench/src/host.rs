@@ -1,9 +1,8 @@
-//! The machine: how much memory is available, whether its host has really provided it, and the
-//! readahead of its disk.
+//! The machine: its available memory, which is warmed before each run, and its disk's readahead.
 //!
 //! A virtual machine returns free memory to its host, and getting it back takes seconds per GiB,
-//! so the first run after a pause would measure the host. Therefore, before each run, as much
-//! memory as any mode needs is touched and freed.
+//! so the first run after a pause would measure the host. So before each run, as much memory as
+//! any mode needs is touched and freed.
 
 use std::fs;
 use std::io;
@@ -11,31 +10,32 @@ use std::path::{Path, PathBuf};
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 
-/// What is needed beyond twice the file (page cache and memory, for `normal`): some for the
-/// processes.
+/// Memory for the processes themselves, in addition to twice the size of the file (`normal` needs
+/// page cache and memory).
 const EXTRA_BYTES: u64 = 128 << 20;
 
-fn in_meminfo(key: &str) -> u64 {
+fn meminfo_bytes(key: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = meminfo.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     kib.unwrap_or(0).saturating_mul(1024)
 }
 
-/// How much memory can be allocated, page cache included.
+/// Memory that can be allocated, including reclaimable page cache.
 pub(crate) fn available_bytes() -> u64 {
-    in_meminfo("MemAvailable")
+    meminfo_bytes("MemAvailable")
 }
 
-/// Touches as much memory as loading `file_bytes` bytes takes in any mode, and frees it. If memory
-/// should be scarce, touches only free memory, so that page cache created on purpose stays.
+/// Touches as much memory as loading `file_bytes` bytes takes in any mode, but at most 80 % of
+/// what is available, and frees it. Under memory pressure (`is_short`), touches only free memory,
+/// to keep page cache that was created on purpose.
 ///
 /// # Errors
 /// If there is not enough memory.
 pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
-    let there = in_meminfo(if is_short { "MemFree" } else { "MemAvailable" });
-    let bytes = (2 * file_bytes + EXTRA_BYTES).min(there / 10 * 8);
-    drop(touched(usize::try_from(bytes).unwrap_or(0))?);
+    let available = meminfo_bytes(if is_short { "MemFree" } else { "MemAvailable" });
+    let bytes = (2 * file_bytes + EXTRA_BYTES).min(available / 10 * 8);
+    drop(allocate_touched(usize::try_from(bytes).unwrap_or(0))?);
     Ok(())
 }
 
@@ -43,21 +43,21 @@ pub(crate) fn warm(file_bytes: u64, is_short: bool) -> io::Result<()> {
 pub(crate) fn read_ahead_kib(path: &Path) -> Option<u64> {
     let device = rustix::fs::stat(path).ok()?.st_dev;
     let device = PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
-    // The disk itself, or a partition of it.
+    // The device is either a disk or a partition of one.
     let settings = ["queue/read_ahead_kb", "../queue/read_ahead_kb"].into_iter().map(|setting| device.join(setting));
     settings.filter_map(|setting| fs::read_to_string(setting).ok()).find_map(|text| text.trim().parse().ok())
 }
 
-/// Private memory with all pages allocated, as huge pages if possible, which is faster.
+/// Allocates private memory and populates all of it, with huge pages if possible, which is faster.
 ///
 /// # Errors
 /// If there is not enough memory.
-pub(crate) fn touched(bytes: usize) -> io::Result<MmapMut> {
+pub(crate) fn allocate_touched(bytes: usize) -> io::Result<MmapMut> {
     let mut memory = MmapOptions::new().len(bytes).map_anon()?;
     // Only an optimization.
     let _ = memory.advise(Advice::HugePage);
     if memory.advise(Advice::PopulateWrite).is_err() {
-        // For kernels before Linux 5.14.
+        // Kernels before Linux 5.14 lack MADV_POPULATE_WRITE.
         memory.iter_mut().step_by(rustix::param::page_size()).for_each(|byte| *byte = 1);
     }
     Ok(memory)
@@ -68,9 +68,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn available_memory_can_be_touched() {
+    fn available_memory_can_be_allocate_touched() {
         assert!(available_bytes() > 0);
-        assert_eq!(in_meminfo("NoSuchThing"), 0);
-        assert_eq!(touched(1 << 20).unwrap().len(), 1 << 20);
+        assert_eq!(meminfo_bytes("NoSuchThing"), 0);
+        assert_eq!(allocate_touched(1 << 20).unwrap().len(), 1 << 20);
     }
 }

@@ -6,7 +6,7 @@ use crate::mode::Mode;
 use crate::results::{ModeRuns, Results, Run};
 use crate::stats::Spread;
 
-/// One object; see docs/cli.md.
+/// All results as one object: see docs/cli.md.
 pub(crate) fn to_json(results: &Results) -> Value {
     json!({
         "rounds": results.rounds,
@@ -29,11 +29,11 @@ fn mode_to_json(results: &Results, runs: &ModeRuns) -> Value {
     let mode = runs.mode;
     json!({
         "name": mode.name(),
-        "pages": runs.page_bytes().map(pages),
-        "seconds": runs.seconds().map(spread),
-        "ratio_to_normal": results.ratio(Mode::Normal, mode).map(spread),
-        "share_of_limit": results.ratio(Mode::Limit, mode).map(spread),
-        "overlap": if mode == Mode::DirectIo { results.overlap(mode).map(spread) } else { None },
+        "pages": runs.page_bytes().map(page_size_name),
+        "seconds": runs.seconds().map(spread_to_json),
+        "ratio_to_normal": results.ratio(Mode::Normal, mode).map(spread_to_json),
+        "share_of_limit": results.ratio(Mode::Limit, mode).map(spread_to_json),
+        "overlap": if mode == Mode::DirectIo { results.overlap(mode).map(spread_to_json) } else { None },
         "cpu_seconds_per_gib": results.cpu_seconds_per_gib(mode),
         "first_segment_share": runs.first_segment_share(),
         "peak_extra_bytes": runs.peak_extra_bytes(),
@@ -58,12 +58,12 @@ fn run_to_json(run: &Run) -> Value {
     object.into()
 }
 
-fn spread(spread: Spread) -> Value {
+fn spread_to_json(spread: Spread) -> Value {
     json!({ "median": spread.median, "min": spread.min, "max": spread.max })
 }
 
-/// As in `--pages`: `4k`, `2m`, or `mixed` if runs got different ones.
-fn pages((smallest, largest): (u64, u64)) -> String {
+/// A page size as in `--pages` (`4k`, `2m`), or `mixed` if the runs got different ones.
+fn page_size_name((smallest, largest): (u64, u64)) -> String {
     match smallest {
         _ if smallest != largest => "mixed".to_owned(),
         size if size < 1 << 20 => format!("{}k", size >> 10),
@@ -87,7 +87,7 @@ mod tests {
         let value = to_json(&measured);
         assert_eq!(value["limit_bytes_per_second"], f64::from(1_u32 << 31));
         assert_eq!(value["page_size_bytes"], 4096);
-        let [normal, direct, limit] = value["modes"].as_array().unwrap().as_slice() else { panic!("three modes") };
+        let [normal, direct, limit] = value["modes"].as_array().unwrap().as_slice() else { panic!("expected three modes") };
         assert_eq!(normal["ratio_to_normal"], json!({ "median": 1.0, "min": 1.0, "max": 1.0 }));
         assert_eq!(direct["ratio_to_normal"]["median"], 4.0);
         assert_eq!(direct["share_of_limit"]["median"], 0.5);
@@ -110,6 +110,9 @@ mod tests {
 
     #[test]
     fn pages_are_named_as_on_the_command_line() {
-        assert_eq!([(4096, 4096), (2 << 20, 2 << 20), (4096, 2 << 20), (65536, 65536)].map(pages), ["4k", "2m", "mixed", "64k"]);
+        assert_eq!(
+            [(4096, 4096), (2 << 20, 2 << 20), (4096, 2 << 20), (65536, 65536)].map(page_size_name),
+            ["4k", "2m", "mixed", "64k"]
+        );
     }
 }

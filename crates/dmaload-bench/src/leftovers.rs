@@ -1,8 +1,8 @@
-//! Cleans up when the bench is interrupted: its processes and memory groups.
+//! Kills the bench's processes and removes its cgroups when the bench is interrupted.
 //!
-//! Processes are identified by descriptors (`pidfd_open(2)`), which can't come to mean another
-//! process. On kernels without them (before 5.3), the processes notice by themselves that their
-//! standard input ends.
+//! Processes are identified by pidfds (`pidfd_open(2)`), which never refer to another process
+//! with a reused ID. On kernels before 5.3, which lack pidfds, the processes exit on their own
+//! when their standard input ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,9 +18,10 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::scratch;
 
-/// What exists now.
+/// The processes and groups that currently exist.
 static ALIVE: Mutex<Alive> = Mutex::new(Alive { processes: BTreeMap::new(), groups: BTreeSet::new() });
-/// A group can only be removed a moment after its last process has exited.
+/// Number of attempts to remove a group: the kernel allows it only a moment after the group's
+/// last process has exited.
 const TRIES: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -29,15 +30,15 @@ struct Alive {
     groups: BTreeSet<PathBuf>,
 }
 
-/// Every change is a single call, so a thread that panicked has left the state consistent.
+/// Every change is a single call, so a panicking thread leaves the state consistent.
 fn lock_alive() -> MutexGuard<'static, Alive> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes sure that an interrupt leaves nothing behind.
+/// Registers a hook that kills the processes and removes the groups on an interrupt.
 pub(crate) fn remove_on_interrupt() {
     scratch::before_an_interrupt_ends(|| {
-        // Held until the process ends, so that nothing new can be started and left behind.
+        // Stays locked until the process ends, so nothing new can be started and left behind.
         let alive = lock_alive();
         for process in alive.processes.values() {
             let _ = pidfd_send_signal(process, Signal::KILL);
@@ -49,7 +50,7 @@ pub(crate) fn remove_on_interrupt() {
     });
 }
 
-/// Starts a process that is killed on an interrupt. Call [`ended`] once it has exited.
+/// Starts a process that is killed on an interrupt. Call [`forget_process`] once it has exited.
 ///
 /// # Errors
 /// If it can't be started.
@@ -62,8 +63,8 @@ pub(crate) fn start(command: &mut Command) -> io::Result<Child> {
     Ok(child)
 }
 
-/// Records that a process has been waited for.
-pub(crate) fn ended(child: &Child) {
+/// Stops tracking a process that has been waited for.
+pub(crate) fn forget_process(child: &Child) {
     lock_alive().processes.remove(&child.id());
 }
 
@@ -88,7 +89,7 @@ fn remove(folder: &Path) {
     for _ in 0..TRIES {
         match fs::remove_dir(folder) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) => thread::sleep(PAUSE),
-            // There is no way to report this.
+            // There is nowhere to report a failure.
             _ => return,
         }
     }

@@ -1,25 +1,25 @@
 //! Compares ways of loading files: the machinery behind `dmaload bench`.
 //!
 //! ```text
-//! for each round, for each mode, starting with another one each time:
+//! for each round, for each mode, starting with a different mode each time:
 //!   a new process ── prepares ──► file made cold ──► memory warmed ──► go ──► one line of JSON
 //! ```
 //!
-//! No mode may profit from what another one leaves behind (page cache, fragmentation, peak
-//! memory): each run is a new process, and the file is verified to be cold. Rounds are
-//! interleaved, so that other load on the machine affects all modes alike. Ratios are computed
-//! within a round; their median is reported.
+//! A mode must not profit from the leftovers of another (page cache, fragmentation, peak memory):
+//! each run is a new process, and the file is verified to be cold. The modes take turns in each
+//! round, so other load on the machine affects all of them alike. Ratios are computed within a
+//! round; their median is reported.
 //!
-//! The program that runs a [`Bench`] also serves as its child processes: they are started through
-//! `/proc/self/exe` with `bench-child` as the first argument, and must call [`child`]. The program
-//! also implements [`Engine`], which creates the loaders to measure.
+//! The program that runs a [`Bench`] also serves as its child processes: it is started through
+//! `/proc/self/exe` with `bench-child` as the first argument, and must then call [`child`]. The
+//! program also implements [`Engine`], which creates the loaders to measure.
 //!
 //! The other public modules are useful for any measurement: [`synth`] generates models whose every
 //! byte is known, [`scratch`] keeps them on a disk and removes them on a signal, [`cold`] evicts
-//! them from the page cache, [`baseline`] loads them in the usual way, and [`usage`] reads what
-//! this process has used.
+//! them from the page cache, [`baseline`] loads them in the usual way, and [`usage`] reports the
+//! resources that this process has used.
 //!
-//! Requires `/proc`; memory groups require root.
+//! Requires `/proc`; cgroups require root.
 
 mod cgroup;
 mod compare;
@@ -66,31 +66,31 @@ pub use pressure::{Cache, Pressure};
 pub use results::Results;
 pub use worker::run_children_by;
 
-use pressure::Arm;
+use pressure::Applied;
 use results::{Failure, ModeRuns, Run};
 use worker::Worker;
 
 /// What to measure, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The files; several are one load.
+    /// The files to load; several files form one load.
     pub paths: Vec<PathBuf>,
-    /// The file created for the bench, if it is one of `paths`; child processes get it by
-    /// `--scratch`.
+    /// The file created for the bench, if any, which is one of `paths`. Child processes receive it
+    /// as `--scratch`.
     pub scratch: Option<PathBuf>,
     /// The folder for temporary files; by default one on a disk.
     pub folder: Option<PathBuf>,
     /// The modes, in the order of the output: see [`Mode::chosen`].
     pub modes: Vec<Mode>,
-    /// How often each mode runs; medians are reported.
+    /// Number of runs of each mode; medians are reported.
     pub rounds: u32,
-    /// How memory is made scarce.
+    /// The memory pressure to apply, if any.
     pub pressure: Option<Pressure>,
     /// Whether the files are put into the page cache before each run, rather than evicted.
     pub warm: bool,
     /// The user that all modes except `limit` run as; requires root.
     pub user: Option<u32>,
-    /// Arguments for child processes: those that these settings were parsed from.
+    /// The arguments that these settings were parsed from, which are passed to child processes.
     pub arguments: Vec<OsString>,
 }
 
@@ -125,7 +125,7 @@ impl Results {
 pub struct Bench {
     settings: Settings,
     file_bytes: u64,
-    arm: Arm,
+    pressure: Applied,
 }
 
 impl Bench {
@@ -133,13 +133,13 @@ impl Bench {
     /// behind.
     ///
     /// # Errors
-    /// If there is nothing to load, or the pressure can't be applied.
+    /// If a path is not a file, all files are empty, or the pressure can't be applied.
     pub fn set_up(settings: Settings) -> Result<Self> {
         leftovers::remove_on_interrupt();
         let paths = &settings.paths;
         let mut file_bytes = 0;
         for path in paths {
-            let about = fs::metadata(path).at("look at", path)?;
+            let about = fs::metadata(path).at("stat", path)?;
             if !about.is_file() {
                 bail!("{} is not a file", printable::path(&path));
             }
@@ -148,22 +148,22 @@ impl Bench {
         if file_bytes == 0 {
             bail!("{}: nothing to load", paths.first().map(|path| printable::path(&path).to_string()).unwrap_or_default());
         }
-        let arm = Arm::new(settings.pressure, settings.folder.as_deref())?;
-        Ok(Bench { settings, file_bytes, arm })
+        let pressure = Applied::new(settings.pressure, settings.folder.as_deref())?;
+        Ok(Bench { settings, file_bytes, pressure })
     }
 
-    /// Runs every mode in every round. `tell` receives a line of text after each run.
+    /// Runs every mode in every round. `report` receives a line of text after each run.
     ///
     /// # Errors
     /// If the bench can't continue. A failed run is part of the results.
-    pub fn measure(&self, mut tell: impl FnMut(&str)) -> Result<Results> {
+    pub fn measure(&self, mut report: impl FnMut(&str)) -> Result<Results> {
         let Settings { modes, rounds, .. } = &self.settings;
         let rounds = *rounds;
         let mut measured: Vec<ModeRuns> = modes.iter().map(|&mode| ModeRuns { mode, runs: Vec::new() }).collect();
         for round in 0..rounds {
             for mode in Mode::rotated(modes, round as usize) {
                 let run = self.run_once(mode)?;
-                tell(&format!("round {}/{rounds}  {mode:15}  {}", round + 1, outcome(mode, &run)));
+                report(&format!("round {}/{rounds}  {mode:15}  {}", round + 1, describe_outcome(mode, &run)));
                 if let Some(runs) = measured.iter_mut().find(|runs| runs.mode == mode) {
                     runs.runs.push(run);
                 }
@@ -183,10 +183,10 @@ impl Bench {
         Ok(results)
     }
 
-    /// Runs one mode once. A failure in the run's process is a result; a failure here ends the
+    /// Runs one mode once. A failure of the child process is a result; any other failure ends the
     /// bench.
     fn run_once(&self, mode: Mode) -> Result<Result<Run, Failure>> {
-        let group = self.arm.group()?;
+        let group = self.pressure.create_group()?;
         let mut worker = self.start(mode)?;
         if let Some(group) = &group {
             group.add(worker.id())?;
@@ -197,13 +197,13 @@ impl Bench {
             Ok(line) => match child::parse_line(&line) {
                 Some(Err(failure)) => return Ok(Err(failure)),
                 Some(Ok(_)) => bail!("a run reported a result before it began"),
-                // It is ready.
+                // The child is ready.
                 None => {}
             },
             Err(error) => return Ok(Err(died(error))),
         }
         if let Some(group) = &group {
-            self.arm.fill(group)?;
+            self.pressure.fill_page_cache(group)?;
         }
         for path in &self.settings.paths {
             if self.settings.warm {
@@ -212,7 +212,7 @@ impl Bench {
                 cold::make_cold(path)?;
             }
         }
-        host::warm(self.file_bytes, self.arm.is_on()).context("cannot warm the machine's memory")?;
+        host::warm(self.file_bytes, self.pressure.is_on()).context("cannot warm the machine's memory")?;
         worker.send_line(child::GO);
         let run = match worker.receive_line() {
             Ok(line) => child::parse_line(&line).with_context(|| format!("unexpected output of a run: {line:?}"))?,
@@ -221,13 +221,13 @@ impl Bench {
         // The process must have left the group before the group is removed.
         drop(worker);
         drop(group);
-        self.arm.settle()?;
+        self.pressure.settle()?;
         Ok(run)
     }
 
     fn start(&self, mode: Mode) -> Result<Worker> {
         let mut command = if let Mode::Peer(peer) = mode {
-            worker::peer(&peer.command, &self.settings.paths)
+            worker::peer_command(&peer.command, &self.settings.paths)
         } else {
             let mut command = worker::command();
             command.args(["load", "--mode", mode.name()]);
@@ -245,7 +245,7 @@ impl Bench {
 }
 
 /// A short description of a run's result.
-fn outcome(mode: Mode, run: &Result<Run, Failure>) -> String {
+fn describe_outcome(mode: Mode, run: &Result<Run, Failure>) -> String {
     match run {
         Ok(run) if mode == Mode::Limit => {
             let all = run.destinations.iter().map(|read| format!("{:.3} s", read.seconds));

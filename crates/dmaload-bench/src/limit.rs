@@ -1,12 +1,12 @@
 //! The device limit: many direct reads at once, by a loop that shares no code with the engine.
 //!
-//! This is what `fio --ioengine=io_uring --direct=1 --fixedbufs` does. Each slot of the ring
+//! `fio --ioengine=io_uring --direct=1 --fixedbufs` does the same. Either each slot of the ring
 //! repeatedly reads into its own buffer ([`Into::Slots`], the limit), or every read has its own
 //! place ([`Into::Places`], the second half of `no-overlap`).
 //!
 //! The total size of the buffers determines the speed of a virtual disk, because its host copies
 //! into the guest's memory: buffers that stay in the CPU cache are filled faster. So the limit is
-//! measured for several [`DESTINATIONS`], and the best one counts.
+//! measured for several [`DESTINATIONS`], and the fastest one counts.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -17,12 +17,12 @@ use dmaload_text::{At, FileError};
 
 use crate::sys::{Read, Reader};
 
-/// The buffers that reads go to: one for each read in flight.
+/// The buffers to read into, one for each read in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Destination {
     /// The size of one read.
     pub(crate) chunk_bytes: usize,
-    /// Reads in flight.
+    /// The number of reads in flight.
     pub(crate) depth: usize,
 }
 
@@ -33,7 +33,7 @@ impl Destination {
     }
 }
 
-/// 4, 8, 16 and 64 MiB. With at least 8 reads in flight, enough to keep every disk tested so far
+/// Buffers of 4, 8, 16 and 64 MiB in total. Eight reads in flight keep every disk tested so far
 /// busy.
 pub(crate) const DESTINATIONS: [Destination; 4] = [
     Destination { chunk_bytes: 512 << 10, depth: 8 },
@@ -51,12 +51,12 @@ const ALIGNMENT: usize = 4096;
 pub(crate) enum Into {
     /// The buffer of the read's slot.
     Slots(Destination),
-    /// The place given by the plan.
+    /// The chunk's planned place.
     Places,
 }
 
 impl Into {
-    /// Number of reads in flight.
+    /// The number of reads in flight.
     fn depth(self) -> usize {
         match self {
             Into::Slots(destination) => destination.depth,
@@ -72,12 +72,12 @@ impl Into {
     }
 }
 
-/// A part of a file.
+/// A part of a file, read by one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) file: usize,
     pub(crate) offset: u64,
-    /// The number of bytes that the file has there.
+    /// The number of bytes in the file, not rounded up to whole sectors.
     pub(crate) bytes: usize,
     /// Its place in the memory that holds all files.
     pub(crate) at: usize,
@@ -85,7 +85,7 @@ pub(crate) struct Chunk {
 
 /// Plans reads of `chunk_bytes` for files of these lengths; returns them and the size of the
 /// memory that holds all files. Each file begins at a multiple of the alignment, and no chunk
-/// crosses parts of the memory.
+/// crosses a boundary between parts of the memory.
 pub(crate) fn plan(lengths: &[u64], part_bytes: usize, chunk_bytes: usize) -> (Vec<Chunk>, usize) {
     let mut chunks = Vec::new();
     let mut at = 0;
@@ -122,7 +122,7 @@ struct Active {
 /// Reads all chunks.
 ///
 /// # Errors
-/// The first read that failed, or a file that has been truncated.
+/// If a read fails, or a file was truncated.
 pub(crate) fn read_all(
     reader: &mut Reader,
     files: &[File],
@@ -158,7 +158,7 @@ pub(crate) fn read_all(
     Ok(())
 }
 
-/// What remains of a chunk after a completion: `None` once it is complete.
+/// The state of a chunk after a completion; `None` once it is complete.
 fn advance(active: Active, result: io::Result<usize>) -> io::Result<Option<Active>> {
     let count = match result {
         Ok(count) => count,
@@ -199,7 +199,7 @@ fn push(
     let Active { chunk, done } = active;
     let file = files.get(chunk.file).ok_or(io::ErrorKind::InvalidInput)?;
     let at = into.place(slot, &chunk);
-    // The last sector of a file is read whole, even though the file has only a part of it.
+    // The last sector is read whole, even if the file ends within it.
     let bytes = (chunk.bytes - done).next_multiple_of(ALIGNMENT);
     reader.push(Read { file, offset: chunk.offset + done as u64, at: at + done, bytes, token: slot as u64 })?;
     if let Some(place) = slots.get_mut(slot) {
@@ -209,7 +209,7 @@ fn push(
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "the numbers of a test are small")]
+#[allow(clippy::cast_possible_truncation, reason = "test values are small")]
 mod tests {
     use super::*;
     use crate::memory::{PART_BYTES, Region};
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn short_read_resumes_at_the_last_sector_unless_at_the_end() {
+    fn short_read_resumes_at_a_sector_or_is_an_early_end() {
         let active = Active { chunk: Chunk { file: 0, offset: 0, bytes: 10_000, at: 0 }, done: 0 };
         assert!(advance(active, Ok(10_000)).unwrap().is_none());
         assert_eq!(advance(active, Ok(9_999)).unwrap().unwrap().done, 8192);
@@ -287,7 +287,7 @@ mod tests {
                 assert!(sys::bytes(&region)[chunk.at..][..chunk.bytes] == *expected, "{chunk:?}");
             }
         }
-        // A file that is shorter than planned is not a success.
+        // A file that is shorter than planned is an error.
         let (chunks, bytes) = plan(&[lengths[0], 50_000], PART_BYTES, LARGEST.chunk_bytes);
         let mut reader = Reader::new(LARGEST.depth as u32, Region::populated(&heap, bytes).unwrap()).unwrap();
         let error = read_all(&mut reader, &open, &paths, &chunks, Into::Places).unwrap_err();

@@ -6,23 +6,23 @@ use std::io;
 
 use memmap2::{Mmap, MmapMut};
 
-/// Maps a whole file for reading. If the file is truncated while it is mapped, the process gets
-/// SIGBUS.
+/// Maps a whole file for reading. If the file is truncated while it is mapped, reading the mapping
+/// raises SIGBUS.
 pub(crate) fn map_file(file: &File) -> io::Result<Mmap> {
     // SAFETY: the file must not change while it is mapped, which can't be enforced for a file on a
-    // disk. The callers copy it once, touch each page once or never read its bytes, and keep the
-    // mapping only that long.
+    // disk. The callers copy the bytes once, touch each page once or read nothing, and drop the
+    // mapping before they return.
     unsafe { Mmap::map(file) }
 }
 
 /// Maps a whole memfd for reading and writing.
 pub(crate) fn map_memory(memory: &File) -> io::Result<MmapMut> {
-    // SAFETY: callers create the memfd themselves and share its descriptor with no one, so this
-    // mapping is its only user.
+    // SAFETY: callers create the memfd themselves and never share its descriptor, so this mapping
+    // is its only user.
     unsafe { MmapMut::map_mut(memory) }
 }
 
-/// How many bytes of a mapped file are in the page cache, in whole pages, according to
+/// The number of bytes of a mapped file that are in the page cache, in whole pages, according to
 /// `mincore(2)`.
 pub(crate) fn mincore(mapping: &Mmap) -> io::Result<u64> {
     let page = rustix::param::page_size();
@@ -33,7 +33,7 @@ pub(crate) fn mincore(mapping: &Mmap) -> io::Result<u64> {
     if status == -1 {
         return Err(io::Error::last_os_error());
     }
-    // Only the lowest bit is defined; the others are reserved.
+    // Only the lowest bit of each byte is defined.
     let resident = pages.iter().filter(|&&page| page & 1 == 1).count();
     Ok(resident as u64 * page as u64)
 }

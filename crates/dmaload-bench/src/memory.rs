@@ -1,4 +1,4 @@
-//! Memory from a heap in one contiguous address range, with or without pages allocated.
+//! Memory from a heap in one contiguous address range, populated or not.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -7,29 +7,29 @@ use std::sync::Arc;
 use dmabuf::{AddressRange, Error, HUGE_PAGE_BYTES, Mapping, Memory, huge_bytes_in, page_bytes};
 use dmaload::heap::Heap;
 
-/// The size of a region's parts, as of the engine's default segments.
+/// The size of a region's parts, equal to the engine's default segment size.
 pub(crate) const PART_BYTES: usize = 64 << 20;
 
 /// A contiguous range of memory.
 #[derive(Debug)]
 pub(crate) struct Region {
-    /// The mappings keep the range reserved.
+    /// In address order. The mappings keep the address range reserved.
     parts: Vec<(Mapping, Memory)>,
     address: NonNull<u8>,
     bytes: usize,
 }
 
-/// A range within a region, for the ring.
+/// A range within a region that the ring can read into.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Place {
-    /// Its first byte.
+    /// The address of its first byte.
     pub(crate) address: NonNull<u8>,
     /// The number of the part that contains it.
     pub(crate) part: u16,
 }
 
 impl Region {
-    /// Allocates memory without populating it, if the heap can do that.
+    /// Allocates memory, unpopulated if the heap allows that.
     ///
     /// # Errors
     /// The kernel's error.
@@ -48,7 +48,7 @@ impl Region {
         Ok(Region { parts, address: range.base(), bytes })
     }
 
-    /// Populates all of it, with as many threads as the engine would use.
+    /// Populates the whole region with up to two threads.
     ///
     /// # Errors
     /// The kernel's error.
@@ -82,12 +82,12 @@ impl Region {
         self.parts.iter()
     }
 
-    /// The size of a part; the last may be shorter.
+    /// The size of each part; the last one may be shorter.
     pub(crate) fn part_bytes(&self) -> usize {
         self.parts.first().map_or(PART_BYTES, |(mapping, _)| mapping.bytes())
     }
 
-    /// The first byte.
+    /// The address of the first byte.
     pub(crate) fn address(&self) -> NonNull<u8> {
         self.address
     }
@@ -97,7 +97,7 @@ impl Region {
         self.bytes
     }
 
-    /// A range within the region; `None` if it crosses parts.
+    /// A range within the region; `None` if it crosses a boundary between parts, or the end.
     pub(crate) fn place(&self, at: usize, bytes: usize) -> Option<Place> {
         let number = at / self.part_bytes();
         let (mapping, _) = self.parts.get(number)?;
@@ -107,7 +107,7 @@ impl Region {
         Some(Place { address: start, part: u16::try_from(number).ok()? })
     }
 
-    /// The size of most of its pages.
+    /// The size of most of the region's pages.
     pub(crate) fn page_bytes(&self) -> u64 {
         let start = self.address.addr().get();
         page_bytes_of(start..start + self.bytes)

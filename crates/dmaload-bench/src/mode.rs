@@ -1,4 +1,4 @@
-//! The ways of loading to compare.
+//! The modes: ways of loading that the bench compares.
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,7 +21,7 @@ pub enum Mode {
     Mmap,
     /// `tokio::fs::read`.
     TokioFs,
-    /// This engine, with the route of that name.
+    /// This engine, by the route of that name.
     PreadDirect,
     /// Allocate everything, then read everything.
     NoOverlap,
@@ -38,14 +38,14 @@ pub enum Mode {
     Peer(&'static Peer),
 }
 
-/// A program to compare with. It follows the protocol of the bench's own processes: it gets the
-/// paths as arguments, reads `prepare`, answers `{"ready": true}`, reads `go`, loads, and answers
-/// with `seconds`, `cpu_seconds` and `page_bytes`.
+/// A program to compare with. It follows the protocol of the bench's own processes: it receives
+/// the paths as arguments, reads `prepare`, answers `{"ready": true}`, reads `go`, loads, and
+/// answers with `seconds`, `cpu_seconds` and `page_bytes`.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
-    /// Its name.
+    /// The name of its mode.
     pub name: String,
-    /// A shell command; the paths follow it.
+    /// A shell command, to which the paths are appended.
     pub command: String,
 }
 
@@ -96,21 +96,22 @@ impl Mode {
         if name.is_empty() || command.trim().is_empty() || name.parse::<Mode>().is_ok() {
             return Err(format!("{text:?}: a unique name and a command are required"));
         }
-        // There are only a few, and they are needed until the program exits.
+        // Leaked: there are only a few, and they are needed until the program exits.
         Ok(Mode::Peer(Box::leak(Box::new(Peer { name: name.to_owned(), command: command.to_owned() }))))
     }
 
-    /// The modes to measure: those requested, or all that load files as if for the first time and
-    /// alone, plus the two that everything is compared with.
-    pub fn chosen(asked: &[Mode]) -> Vec<Mode> {
+    /// The modes to measure: the requested ones or, if there are none, all that load the files
+    /// alone and for the first time; plus `normal` and `limit`, which the others are compared
+    /// with.
+    pub fn chosen(requested: &[Mode]) -> Vec<Mode> {
         let special = |mode: &Mode| matches!(mode, Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify);
         let compared_with = |mode: &Mode| matches!(mode, Mode::Normal | Mode::Limit);
-        let wanted = |mode: &Mode| (asked.is_empty() && !special(mode)) || asked.contains(mode) || compared_with(mode);
+        let wanted = |mode: &Mode| (requested.is_empty() && !special(mode)) || requested.contains(mode) || compared_with(mode);
         Mode::ALL.into_iter().filter(wanted).collect()
     }
 
-    /// The order of a round: rotated by one each time, so that no mode always follows the same
-    /// other one.
+    /// The order of the modes in a round, rotated by one in each round so that each begins with a
+    /// different mode.
     pub fn rotated(modes: &[Mode], round: usize) -> Vec<Mode> {
         let mut modes = modes.to_vec();
         let by = round % modes.len().max(1);
@@ -141,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_parse_back_and_unknown_ones_list_all() {
+    fn names_parse_and_error_for_an_unknown_name_lists_all() {
         for mode in Mode::ALL {
             assert_eq!(mode.name().parse(), Ok(mode));
         }
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn baselines_are_always_measured_and_nothing_twice() {
+    fn baselines_are_always_chosen_and_no_mode_twice() {
         use Mode::{DirectIo, Limit, Normal};
         assert_eq!(Mode::chosen(&[]), Mode::ALL[..9]);
         assert_eq!(Mode::chosen(&[DirectIo, DirectIo, Limit]), [Normal, DirectIo, Limit]);
@@ -158,7 +159,7 @@ mod tests {
 
     #[test]
     fn peer_needs_a_unique_name_and_a_command() {
-        let Ok(Mode::Peer(peer)) = Mode::peer("fio=fio --x=1 \"$@\"") else { panic!("it is one") };
+        let Ok(Mode::Peer(peer)) = Mode::peer("fio=fio --x=1 \"$@\"") else { panic!("a valid peer must parse") };
         assert_eq!((&*peer.name, &*peer.command), ("fio", "fio --x=1 \"$@\""));
         for wrong in ["fio", "=fio", "fio=", "limit=fio"] {
             assert!(Mode::peer(wrong).unwrap_err().contains(wrong));

@@ -7,7 +7,7 @@ use dmaload_text::bytes;
 use crate::curves::{Curves, Point};
 use crate::svg::{Scale, line, text};
 
-/// Its height, including the title and the axis.
+/// The height of the panel, including the title and the axis.
 pub(crate) const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 90.0;
 const TOP: f64 = 66.0;
@@ -25,17 +25,17 @@ pub(crate) fn draw(svg: &mut String, curves: &Curves, seconds: f64, file_bytes: 
     let title = format!("One load of {} (direct_io, the median run)", bytes(file_bytes));
     text(svg, 16.0, 26.0, "font-size=\"16\" font-weight=\"bold\"", &title);
     let ahead = bytes(curves.most_ahead_bytes());
-    let told = format!("bytes over seconds; between the curves is what is allocated but not yet filled, at most {ahead}");
-    text(svg, 16.0, 46.0, "fill=\"#666\"", &told);
+    let caption = format!("bytes over seconds; the band between the curves is allocated but not yet filled, at most {ahead}");
+    text(svg, 16.0, 46.0, "fill=\"#666\"", &caption);
     for part in 0..=4_u32 {
         let share = f64::from(part) / 4.0;
         let y = FLOOR - (FLOOR - TOP) * share;
         line(svg, (LEFT, y), (scale.x(seconds), y), "stroke=\"#ddd\"");
-        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a label of whole bytes")]
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "labels show whole bytes")]
         let label = bytes((most * share) as u64);
         text(svg, LEFT - 8.0, y + 4.0, "text-anchor=\"end\" fill=\"#666\" font-size=\"12\"", &label);
     }
-    scale.ticks(svg, TOP, FLOOR);
+    scale.draw_ticks(svg, TOP, FLOOR);
     let steps = |points: &[Point]| -> Vec<(f64, f64)> {
         let mut path = vec![place(&(0.0, 0))];
         for point in points {
@@ -49,9 +49,9 @@ pub(crate) fn draw(svg: &mut String, curves: &Curves, seconds: f64, file_bytes: 
     };
     let (allocated, filled) = (steps(&curves.allocated), steps(&curves.filled));
     let band = allocated.iter().chain(filled.iter().rev());
-    shape(svg, "polygon", band, &format!("fill=\"{ALLOCATED}\" fill-opacity=\"0.18\" stroke=\"none\""));
+    draw_shape(svg, "polygon", band, &format!("fill=\"{ALLOCATED}\" fill-opacity=\"0.18\" stroke=\"none\""));
     for (path, color) in [(&allocated, ALLOCATED), (&filled, FILLED)] {
-        shape(svg, "polyline", path.iter(), &format!("fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\""));
+        draw_shape(svg, "polyline", path.iter(), &format!("fill=\"none\" stroke=\"{color}\" stroke-width=\"1.8\""));
     }
     for (row, (color, what)) in [(ALLOCATED, "allocated"), (FILLED, "read")].into_iter().enumerate() {
         let y = TOP + 14.0 + 20.0 * row as f64;
@@ -60,7 +60,7 @@ pub(crate) fn draw(svg: &mut String, curves: &Curves, seconds: f64, file_bytes: 
     }
 }
 
-fn shape<'a>(svg: &mut String, kind: &str, points: impl Iterator<Item = &'a (f64, f64)>, style: &str) {
+fn draw_shape<'a>(svg: &mut String, kind: &str, points: impl Iterator<Item = &'a (f64, f64)>, style: &str) {
     let _ = write!(svg, "<{kind} points=\"");
     for (x, y) in points {
         let _ = write!(svg, "{x:.1},{y:.1} ");

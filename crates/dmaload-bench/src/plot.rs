@@ -17,12 +17,12 @@ const ROW: f64 = 34.0;
 const BAR: f64 = 20.0;
 const BOTTOM: f64 = 46.0;
 
-/// A complete SVG document.
+/// Draws the results as a complete SVG document.
 pub(crate) fn svg(results: &Results) -> String {
     let height = TOP + ROW * results.modes.len() as f64 + BOTTOM;
     let most = results.modes.iter().filter_map(ModeRuns::seconds).map(|seconds| seconds.max).fold(0.0, f64::max);
     let scale = Scale { left: LEFT, most: if most > 0.0 { most } else { 1.0 } };
-    let curves = results.of(Mode::DirectIo).and_then(ModeRuns::median_run).and_then(|run| Some((run, run.curves.as_ref()?)));
+    let curves = results.runs_of(Mode::DirectIo).and_then(ModeRuns::median_run).and_then(|run| Some((run, run.curves.as_ref()?)));
     let above = if curves.is_some() { panel::HEIGHT } else { 0.0 };
     let whole = height + above;
     let mut svg = format!(
@@ -45,23 +45,23 @@ pub(crate) fn svg(results: &Results) -> String {
     );
     let rounds = format!("seconds, median of {} rounds with the fastest and the slowest; less is better", results.rounds);
     text(&mut svg, 16.0, 46.0, "fill=\"#666\"", &rounds);
-    scale.ticks(&mut svg, TOP, height - BOTTOM);
+    scale.draw_ticks(&mut svg, TOP, height - BOTTOM);
     let rows = || results.modes.iter().enumerate().map(|(row, runs)| (TOP + ROW * (row as f64 + 0.5), runs));
     for (middle, runs) in rows() {
-        bar(&mut svg, &scale, middle, runs);
+        draw_bar(&mut svg, &scale, middle, runs);
     }
-    if let Some(limit) = results.of(Mode::Limit).and_then(ModeRuns::seconds) {
-        limit_line(&mut svg, scale.x(limit.median), height);
+    if let Some(limit) = results.runs_of(Mode::Limit).and_then(ModeRuns::seconds) {
+        draw_limit_line(&mut svg, scale.x(limit.median), height);
     }
-    // Drawn on top of everything else.
+    // Labels come last, so they are drawn on top of everything else.
     for (middle, runs) in rows() {
-        label(&mut svg, &scale, middle, results, runs);
+        draw_label(&mut svg, &scale, middle, results, runs);
     }
     svg.push_str("</g>\n</svg>\n");
     svg
 }
 
-fn bar(svg: &mut String, scale: &Scale, middle: f64, runs: &ModeRuns) {
+fn draw_bar(svg: &mut String, scale: &Scale, middle: f64, runs: &ModeRuns) {
     text(svg, LEFT - 10.0, middle + 4.5, "text-anchor=\"end\"", runs.mode.name());
     let Some(Spread { median, min, max }) = runs.seconds() else { return };
     let (top, width, color) = (middle - BAR / 2.0, scale.x(median) - LEFT, color(runs.mode));
@@ -73,26 +73,25 @@ fn bar(svg: &mut String, scale: &Scale, middle: f64, runs: &ModeRuns) {
     }
 }
 
-fn limit_line(svg: &mut String, x: f64, height: f64) {
+fn draw_limit_line(svg: &mut String, x: f64, height: f64) {
     let style = "stroke=\"#c0392b\" stroke-width=\"1.5\" stroke-dasharray=\"5 3\"";
     line(svg, (x, TOP - 4.0), (x, height - BOTTOM + 4.0), style);
     text(svg, x + 5.0, height - BOTTOM + 34.0, "fill=\"#c0392b\" font-size=\"12\"", "the device's limit");
 }
 
-fn label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, runs: &ModeRuns) {
+fn draw_label(svg: &mut String, scale: &Scale, middle: f64, results: &Results, runs: &ModeRuns) {
     let Some(Spread { median, max, .. }) = runs.seconds() else {
         text(svg, LEFT + 6.0, middle + 4.5, "fill=\"#c0392b\"", "failed");
         return;
     };
     let ratio =
         results.ratio(Mode::Normal, runs.mode).map(|ratio| format!(" · {:.1} × normal", ratio.median)).unwrap_or_default();
-    // A white outline keeps it readable over the lines.
+    // A white outline keeps the text readable where it crosses lines.
     let style = "paint-order=\"stroke\" stroke=\"#fff\" stroke-width=\"4\"";
     text(svg, scale.x(max) + 9.0, middle + 4.5, style, &format!("{median:.2} s{ratio}"));
 }
 
-/// Highlights the engine and the limit that it is compared with; everything else is in the
-/// background.
+/// Highlights the engine and the limit that it is compared with; everything else is gray.
 fn color(mode: Mode) -> &'static str {
     match mode {
         Mode::DirectIo | Mode::DirectIoCheck | Mode::PreadDirect | Mode::Reuse | Mode::Swap | Mode::AtOnce | Mode::Verify => {
@@ -136,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_results_still_make_a_chart() {
+    fn results_without_a_successful_run_make_a_chart() {
         let svg = svg(&results(vec![(Mode::Normal, vec![killed()])]));
         assert!(svg.contains("failed") && !svg.contains("NaN"), "{svg}");
     }

@@ -1,4 +1,4 @@
-//! Loading while memory is scarce.
+//! Memory pressure: makes memory scarce while modes run.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -20,19 +20,19 @@ use crate::worker::{self, Worker};
 
 const BLOCK: usize = 1 << 20;
 
-/// The kinds of pressure.
+/// A kind of memory pressure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pressure {
-    /// Each run is in a memory cgroup with this limit, optionally full of page cache from the
-    /// start.
+    /// Each run is in a memory cgroup with this limit in bytes, optionally filled with page cache
+    /// before the run.
     Cgroup(u64, Option<Cache>),
-    /// Another process occupies this much memory.
+    /// Another process occupies this many bytes of memory.
     Hog(u64),
-    /// Another process occupies all memory but this much.
+    /// Another process occupies all available memory except this many bytes.
     HogAllBut(u64),
 }
 
-/// What kind of page cache a group is full of.
+/// The kind of page cache that fills a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cache {
     /// Pages that were read.
@@ -76,21 +76,21 @@ impl fmt::Display for Pressure {
     }
 }
 
-/// Applied pressure.
+/// The pressure applied to a bench; dropping this ends it.
 #[derive(Debug)]
-pub(crate) struct Arm {
+pub(crate) struct Applied {
     pressure: Option<Pressure>,
-    /// The file that the page cache is filled from or with.
+    /// The file whose pages fill the page cache.
     cache: Option<ScratchFile>,
-    /// Exits when its standard input ends.
+    /// The process that occupies memory. It exits when its standard input ends.
     _hog: Option<Worker>,
 }
 
-impl Arm {
-    /// Applies the pressure, as far as it lasts for the whole bench.
+impl Applied {
+    /// Applies the part of the pressure that lasts for the whole bench.
     ///
     /// # Errors
-    /// If there is not enough memory, or no file for the page cache can be created.
+    /// If there is not enough memory, or the file for the page cache can't be created.
     pub(crate) fn new(pressure: Option<Pressure>, folder: Option<&Path>) -> Result<Self> {
         let hog = match pressure {
             Some(Pressure::Hog(bytes)) => Some(start_hog(bytes)?),
@@ -105,30 +105,30 @@ impl Arm {
             }
             _ => None,
         };
-        Ok(Arm { pressure, cache, _hog: hog })
+        Ok(Applied { pressure, cache, _hog: hog })
     }
 
-    /// Whether memory should be scarce.
+    /// Whether any pressure is applied.
     pub(crate) fn is_on(&self) -> bool {
         self.pressure.is_some()
     }
 
-    /// Creates the group for one run.
+    /// Creates the cgroup for one run, if the pressure needs one.
     ///
     /// # Errors
     /// If it can't be created.
-    pub(crate) fn group(&self) -> Result<Option<Group>> {
+    pub(crate) fn create_group(&self) -> Result<Option<Group>> {
         match self.pressure {
             Some(Pressure::Cgroup(bytes, _)) => Group::new(bytes).map(Some),
             _ => Ok(None),
         }
     }
 
-    /// Fills the group's page cache.
+    /// Fills the group with page cache, if the pressure requires it.
     ///
     /// # Errors
     /// If the process that fills it fails.
-    pub(crate) fn fill(&self, group: &Group) -> Result<()> {
+    pub(crate) fn fill_page_cache(&self, group: &Group) -> Result<()> {
         let (Some(Pressure::Cgroup(bytes, Some(kind))), Some(cache)) = (self.pressure, &self.cache) else { return Ok(()) };
         cold::make_cold(cache.path())?;
         let mut command = worker::command();
@@ -143,10 +143,11 @@ impl Arm {
         Ok(())
     }
 
-    /// Flushes what a run has left: its dirty pages must not be written during the next run.
+    /// Writes back and evicts what a run has left of the cache file, whose dirty pages would
+    /// otherwise be written during the next run.
     ///
     /// # Errors
-    /// If they can't be written.
+    /// If the pages can't be written back or evicted.
     pub(crate) fn settle(&self) -> Result<()> {
         if let Some(cache) = &self.cache {
             cold::make_cold(cache.path())?;
@@ -163,21 +164,21 @@ fn start_hog(bytes: u64) -> Result<Worker> {
     Ok(hog)
 }
 
-/// A process that occupies memory until its standard input ends: `bench-child hog BYTES`.
+/// Occupies memory until standard input ends: the child process `bench-child hog BYTES`.
 ///
 /// # Errors
 /// If there is not enough memory.
 pub fn hog(bytes: u64, output: &mut dyn Write) -> Result<()> {
-    let memory = host::touched(usize::try_from(bytes)?)?;
-    tell_ready(output)?;
-    // Reads until the end of input, ignoring the contents.
+    let memory = host::allocate_touched(usize::try_from(bytes)?)?;
+    report_ready(output)?;
+    // Waits for the end of standard input.
     io::copy(&mut io::stdin(), &mut io::sink())?;
     drop(memory);
     Ok(())
 }
 
-/// A process that fills the page cache: `bench-child fill BYTES PATH [--dirty]`. The process that
-/// first reads or writes a page is charged for it.
+/// Fills the page cache: the child process `bench-child fill BYTES PATH [--dirty]`. The kernel
+/// charges a cached page to the cgroup of the process that first reads or writes it.
 ///
 /// # Errors
 /// If the file can't be read or written.
@@ -191,16 +192,16 @@ pub fn fill(path: &Path, bytes: u64, dirty: bool, output: &mut dyn Write) -> Res
         let mut block = vec![0; BLOCK];
         while file.read(&mut block).at("read", path)? > 0 {}
     }
-    tell_ready(output)
+    report_ready(output)
 }
 
-fn tell_ready(output: &mut dyn Write) -> Result<()> {
+fn report_ready(output: &mut dyn Write) -> Result<()> {
     writeln!(output, "{}", json!({ "ready": true }))?;
     Ok(output.flush()?)
 }
 
-/// Bytes that no lower layer can compress or deduplicate: random, with a different number in each
-/// sector.
+/// Writes bytes that lower layers can neither compress nor deduplicate: random, with a different
+/// number in each sector.
 fn write_noise(mut file: &File, bytes: u64) -> io::Result<()> {
     let mut block = MmapOptions::new().len(BLOCK).map_anon()?;
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
@@ -242,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn noise_has_its_length_and_no_two_equal_sectors() {
+    fn noise_has_the_requested_length_and_no_equal_sectors() {
         let file = tempfile::NamedTempFile::new().unwrap();
         write_noise(file.as_file(), 2 * BLOCK as u64 + 700).unwrap();
         let bytes = std::fs::read(file.path()).unwrap();

@@ -9,7 +9,7 @@ use crate::stats::{Spread, median};
 /// One measured run of one mode.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Run {
-    /// From just before the allocation to the last byte in memory.
+    /// Time from just before the allocation until the last byte is in memory.
     pub(crate) seconds: f64,
     /// User and system CPU time of the process in that period.
     pub(crate) cpu_seconds: f64,
@@ -17,20 +17,20 @@ pub(crate) struct Run {
     pub(crate) page_bytes: u64,
     /// Time until the first segment was usable.
     pub(crate) first_segment_seconds: Option<f64>,
-    /// Peak resident memory, minus the size of the files.
+    /// Peak resident memory minus the size of the files.
     pub(crate) peak_extra_bytes: Option<u64>,
     /// Separate times for allocating and reading, if one followed the other.
     pub(crate) apart: Option<Apart>,
     /// The engine's progress over time, if a chart was requested.
     pub(crate) curves: Option<Curves>,
-    /// The engine's route, and other remarks.
+    /// Remarks, such as the engine's route.
     pub(crate) notes: Vec<String>,
-    /// For [`Mode::Limit`]: the results for each destination. `seconds` and `cpu_seconds` are
-    /// those of one of them after [`Results::choose_limit`].
+    /// For [`Mode::Limit`]: the results for each destination. [`Results::choose_limit`] copies
+    /// `seconds` and `cpu_seconds` from the fastest one.
     pub(crate) destinations: Vec<ReadInto>,
 }
 
-/// The result of reading the files repeatedly into buffers of this size.
+/// The result of reading the files once into reused buffers.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct ReadInto {
     /// The total size of the buffers.
@@ -39,7 +39,7 @@ pub(crate) struct ReadInto {
     pub(crate) cpu_seconds: f64,
 }
 
-/// The two halves of a load that does one after the other.
+/// The times of the two halves of a load that allocates everything, then reads everything.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Apart {
     pub(crate) allocate_seconds: f64,
@@ -49,7 +49,7 @@ pub(crate) struct Apart {
 /// Why a run has no result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Failure {
-    /// The reason as text.
+    /// The reason, as a message.
     pub(crate) reason: String,
     /// Whether wrong bytes were loaded, which is never acceptable.
     pub(crate) wrong_bytes: bool,
@@ -63,7 +63,7 @@ pub(crate) struct ModeRuns {
 }
 
 impl ModeRuns {
-    pub(crate) fn done(&self) -> impl Iterator<Item = &Run> {
+    pub(crate) fn successes(&self) -> impl Iterator<Item = &Run> {
         self.runs.iter().filter_map(|run| run.as_ref().ok())
     }
 
@@ -73,35 +73,35 @@ impl ModeRuns {
     }
 
     pub(crate) fn seconds(&self) -> Option<Spread> {
-        Spread::from_values(self.done().map(|run| run.seconds))
+        Spread::from_values(self.successes().map(|run| run.seconds))
     }
 
-    /// The median of the successful runs.
+    /// The successful run with the median time.
     pub(crate) fn median_run(&self) -> Option<&Run> {
-        let mut runs: Vec<_> = self.done().collect();
+        let mut runs: Vec<_> = self.successes().collect();
         runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
         runs.get(runs.len() / 2).copied()
     }
 
     /// The smallest and the largest page size of its runs.
     pub(crate) fn page_bytes(&self) -> Option<(u64, u64)> {
-        let sizes = || self.done().map(|run| run.page_bytes);
+        let sizes = || self.successes().map(|run| run.page_bytes);
         Some((sizes().min()?, sizes().max()?))
     }
 
     pub(crate) fn first_segment_share(&self) -> Option<f64> {
-        median(self.done().filter_map(|run| Some(run.first_segment_seconds? / run.seconds)))
+        median(self.successes().filter_map(|run| Some(run.first_segment_seconds? / run.seconds)))
     }
 
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "it came from whole bytes")]
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the values are whole bytes")]
     pub(crate) fn peak_extra_bytes(&self) -> Option<u64> {
-        median(self.done().filter_map(|run| Some(run.peak_extra_bytes? as f64))).map(|bytes| bytes.round() as u64)
+        median(self.successes().filter_map(|run| Some(run.peak_extra_bytes? as f64))).map(|bytes| bytes.round() as u64)
     }
 
     /// All distinct notes of the runs.
     pub(crate) fn notes(&self) -> Vec<&str> {
         let mut notes: Vec<&str> = Vec::new();
-        for note in self.done().flat_map(|run| &run.notes) {
+        for note in self.successes().flat_map(|run| &run.notes) {
             if !notes.contains(&note.as_str()) {
                 notes.push(note);
             }
@@ -118,48 +118,49 @@ pub struct Results {
     pub(crate) file_bytes: u64,
     /// A description of the pressure.
     pub(crate) pressure: Option<String>,
-    /// The user that the modes ran as, if not the one who started the command.
+    /// The user that the modes ran as, if not the user who started the command.
     pub(crate) user: Option<u32>,
     /// Whether the files were in the page cache before each run.
     pub(crate) warm: bool,
-    /// The readahead of the files' disk, which determines the speed of everything that uses the
-    /// page cache.
+    /// The readahead of the first file's disk, which determines the speed of every mode that uses
+    /// the page cache.
     pub(crate) read_ahead_kib: Option<u64>,
     /// In display order.
     pub(crate) modes: Vec<ModeRuns>,
-    /// The destinations with the median of each, as (bytes, seconds), the best first.
+    /// The destinations with their median times, as (bytes, seconds), fastest first.
     pub(crate) destinations: Vec<(u64, f64)>,
 }
 
 impl Results {
     /// Makes the destination with the best median the limit: its times are used in every round.
     ///
-    /// Choosing per round would take the luckiest of four noisy runs each time, and so overstate
-    /// the device.
+    /// Choosing per round would take the luckiest of four noisy runs each time, which overstates
+    /// the device's speed.
     pub(crate) fn choose_limit(&mut self) {
         let Some(limit) = self.modes.iter_mut().find(|runs| runs.mode == Mode::Limit) else { return };
-        let done = || limit.done().flat_map(|run| &run.destinations);
-        let sizes: BTreeSet<u64> = done().map(|read| read.bytes).collect();
-        let seconds = |bytes| median(done().filter(|read| read.bytes == bytes).map(|read| read.seconds));
+        let reads = || limit.successes().flat_map(|run| &run.destinations);
+        let sizes: BTreeSet<u64> = reads().map(|read| read.bytes).collect();
+        let seconds = |bytes| median(reads().filter(|read| read.bytes == bytes).map(|read| read.seconds));
         let mut medians: Vec<_> = sizes.into_iter().filter_map(|bytes| Some((bytes, seconds(bytes)?))).collect();
         medians.sort_by(|(_, a), (_, b)| a.total_cmp(b));
         let Some(&(best, _)) = medians.first() else { return };
         for run in limit.runs.iter_mut().flatten() {
             let read = run.destinations.iter().find(|read| read.bytes == best);
-            let read = read.expect("a run of the limit that ended well read into every destination");
+            let read = read.expect("a successful run of the limit has read into every destination");
             (run.seconds, run.cpu_seconds) = (read.seconds, read.cpu_seconds);
         }
         self.destinations = medians;
     }
 
-    pub(crate) fn of(&self, mode: Mode) -> Option<&ModeRuns> {
+    /// The runs of this mode, if it was measured.
+    pub(crate) fn runs_of(&self, mode: Mode) -> Option<&ModeRuns> {
         self.modes.iter().find(|runs| runs.mode == mode)
     }
 
     /// The time of `reference` divided by that of `mode`, round by round: above 1, `mode` is
     /// faster.
     pub(crate) fn ratio(&self, reference: Mode, mode: Mode) -> Option<Spread> {
-        let (reference, mode) = (self.of(reference)?, self.of(mode)?);
+        let (reference, mode) = (self.runs_of(reference)?, self.runs_of(mode)?);
         let pairs = reference.runs.iter().zip(&mode.runs);
         Spread::from_values(pairs.filter_map(|pair| match pair {
             (Ok(reference), Ok(mode)) => Some(reference.seconds / mode.seconds),
@@ -170,7 +171,7 @@ impl Results {
     /// How well a mode hides the shorter of allocating and reading behind the longer: the longer
     /// of the two alone (from `no-overlap`, in the same round) divided by the mode's time.
     pub(crate) fn overlap(&self, mode: Mode) -> Option<Spread> {
-        let (apart, mode) = (self.of(Mode::NoOverlap)?, self.of(mode)?);
+        let (apart, mode) = (self.runs_of(Mode::NoOverlap)?, self.runs_of(mode)?);
         let pairs = apart.runs.iter().zip(&mode.runs);
         Spread::from_values(pairs.filter_map(|pair| match pair {
             (Ok(Run { apart: Some(apart), .. }), Ok(mode)) => Some(apart.allocate_seconds.max(apart.read_seconds) / mode.seconds),
@@ -180,22 +181,22 @@ impl Results {
 
     pub(crate) fn cpu_seconds_per_gib(&self, mode: Mode) -> Option<f64> {
         let gib = self.file_bytes as f64 / f64::from(1 << 30);
-        median(self.of(mode)?.done().map(|run| run.cpu_seconds / gib))
+        median(self.runs_of(mode)?.successes().map(|run| run.cpu_seconds / gib))
     }
 
     pub(crate) fn limit_bytes_per_second(&self) -> Option<f64> {
-        Some(self.file_bytes as f64 / self.of(Mode::Limit)?.seconds()?.median)
+        Some(self.file_bytes as f64 / self.runs_of(Mode::Limit)?.seconds()?.median)
     }
 
-    /// The page size of the engine's runs, the smaller one if it varied; without such runs, that
-    /// of `normal`.
+    /// The page size of the engine's runs (the smallest if it varied); without such runs, that of
+    /// `no-overlap`, or else of `normal`.
     pub(crate) fn page_size_bytes(&self) -> Option<u64> {
-        let engine = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
-        engine.into_iter().find_map(|mode| self.of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
+        let modes = [Mode::DirectIo, Mode::DirectIoCheck, Mode::PreadDirect, Mode::NoOverlap, Mode::Normal];
+        modes.into_iter().find_map(|mode| self.runs_of(mode)?.page_bytes()).map(|(smallest, _)| smallest)
     }
 
-    /// Whether the command has failed: always on wrong bytes; on anything else unless pressure was
-    /// requested.
+    /// Whether the bench has failed: if wrong bytes were loaded, or if any run failed without
+    /// pressure.
     #[must_use]
     pub fn failed(&self) -> bool {
         let mut failures = self.modes.iter().flat_map(ModeRuns::failures);
@@ -244,12 +245,12 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn round_with_a_failed_mode_makes_no_pair() {
+    fn round_in_which_a_mode_failed_forms_no_pair() {
         let mut measured = results(vec![(Mode::Normal, vec![killed(), run(4.0)]), (Mode::DirectIo, vec![run(1.0), run(2.0)])]);
         assert_eq!(measured.ratio(Mode::Normal, Mode::DirectIo), Some(Spread { median: 2.0, min: 2.0, max: 2.0 }));
         assert!(measured.failed());
         measured.pressure = Some("hog:1GiB".to_owned());
-        assert!(!measured.failed(), "being killed is a result there");
+        assert!(!measured.failed(), "a failure under pressure is a result");
         let wrong = Failure { reason: "byte 3".to_owned(), wrong_bytes: true };
         measured.modes[1].runs[0] = Err(wrong);
         assert!(measured.failed());
@@ -272,7 +273,7 @@ pub(super) mod tests {
             let destinations = reads.map(|(bytes, seconds)| ReadInto { bytes, seconds, cpu_seconds: seconds / 4.0 });
             Ok(Run { destinations: destinations.to_vec(), ..Run::default() })
         };
-        // 4 bytes wins one round by luck; 8 bytes has the best median.
+        // The 4-byte destination wins one round by luck; the 8-byte one has the best median.
         let limit = vec![
             round([(4, 0.1), (8, 0.3), (64, 0.5)]),
             round([(4, 0.4), (8, 0.3), (64, 0.5)]),
@@ -293,6 +294,6 @@ pub(super) mod tests {
         let huge = run(1.0).map(|run| Run { page_bytes: 2 << 20, ..run });
         let measured = results(vec![(Mode::Normal, vec![run(1.0)]), (Mode::DirectIo, vec![huge, run(1.0)])]);
         assert_eq!(measured.page_size_bytes(), Some(4096));
-        assert_eq!(measured.of(Mode::DirectIo).unwrap().page_bytes(), Some((4096, 2 << 20)));
+        assert_eq!(measured.runs_of(Mode::DirectIo).unwrap().page_bytes(), Some((4096, 2 << 20)));
     }
 }

@@ -4,11 +4,11 @@
 //!   refused or emulated, and a few GiB may trigger the OOM killer. So the file system of each
 //!   folder is checked first.
 //! - **Enough space.** A demo must not fill up a file system: free space is checked before the
-//!   first byte, and a tenth of it is left alone.
+//!   first byte is written, and a tenth of it stays free.
 //! - **With a name.** A nameless file (`O_TMPFILE`) would need no cleanup, but loaders choose the
-//!   format by the file's extension, and other programs get the same path. So it has a name, and a
-//!   signal thread removes it when the process is interrupted. Only SIGKILL leaves it behind; the
-//!   name `dmaload-PID-…` makes it easy to find.
+//!   format by the file's extension, and other programs are given the same path. So the file has a
+//!   name, and a signal thread removes it when the process is interrupted. Only SIGKILL leaves it
+//!   behind; the name `dmaload-PID-…` makes it easy to find.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -37,7 +37,7 @@ const IN_MEMORY: &[(FsWord, &str)] =
 /// The existing scratch files, which the signal thread removes.
 static ALIVE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
-/// What else to do when the process is interrupted, before the files are removed.
+/// A hook that runs when the process is interrupted, before the files are removed.
 static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
 
 /// Registers a function to call when a signal ends the process. Only the first registration
@@ -47,12 +47,12 @@ pub fn before_an_interrupt_ends(hook: fn()) {
     remove_on_signals();
 }
 
-/// A file that is removed when this is dropped, or when the process is interrupted.
+/// A file that is removed on drop, or when the process is interrupted.
 #[derive(Debug)]
 pub struct ScratchFile {
     path: PathBuf,
     /// The created file. It is written through this descriptor, never by path: in a folder that
-    /// others may write to, the name may lead elsewhere by then.
+    /// others can write to, the path may refer to another file by then.
     file: File,
 }
 
@@ -60,11 +60,11 @@ pub struct ScratchFile {
 #[derive(Debug, thiserror::Error)]
 pub enum ScratchError {
     /// No folder is suitable; lists each one with its reason.
-    #[error("no folder for a scratch file of {}{}\nuse another one, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
+    #[error("cannot create a scratch file of {}{}\nuse another folder, or set TMPDIR", bytes(*.wanted), Reasons(.refused))]
     NoFolder {
         /// The required space.
         wanted: u64,
-        /// The folders that were tried, and what was wrong with each.
+        /// The folders that were tried, and why each was refused.
         refused: Vec<(PathBuf, Refusal)>,
     },
     /// The folder seemed suitable, but the file could not be created.
@@ -81,7 +81,7 @@ pub enum Refusal {
     /// Not enough free space.
     #[error("has {} free for this user, a tenth of which must stay free", bytes(*.0))]
     NoRoom(u64),
-    /// It can't be inspected.
+    /// It can't be inspected, or not written to.
     #[error("{}", Named(.0))]
     Unusable(io::Error),
 }
@@ -95,11 +95,11 @@ impl fmt::Display for Reasons<'_> {
 }
 
 impl ScratchFile {
-    /// Creates an empty scratch file with room for `length` bytes, in `folder` or else in the
-    /// first suitable one of `$TMPDIR`, `/var/tmp` and the current folder. `suffix` ends its name:
-    /// `"demo.safetensors"`.
+    /// Creates an empty scratch file that has room for `length` bytes. It is created in `folder`
+    /// or, without one, in the first suitable folder of `$TMPDIR`, `/var/tmp` and the current
+    /// folder. Its name ends with `suffix`, such as `"demo.safetensors"`.
     ///
-    /// A folder given by the caller must be suitable too: it is never silently replaced.
+    /// An unsuitable `folder` is an error: it is never silently replaced.
     ///
     /// # Errors
     /// If no folder is suitable, or the file can't be created.
@@ -109,8 +109,8 @@ impl ScratchFile {
         Ok(Self::create_in(&folder, suffix)?)
     }
 
-    /// Creates one in a folder that may be in memory and is not checked for space; `folder` is an
-    /// absolute path.
+    /// Creates an empty scratch file in `folder`, an absolute path. The folder is not checked: it
+    /// may be in memory or full.
     ///
     /// # Errors
     /// If the file can't be created.
@@ -123,13 +123,13 @@ impl ScratchFile {
         Ok(Self { path, file })
     }
 
-    /// The file, for writing.
+    /// The open file, for writing.
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// The file's absolute path, so that changing the working directory does no harm.
+    /// The file's absolute path, which stays valid if the working directory changes.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -139,13 +139,13 @@ impl ScratchFile {
 impl Drop for ScratchFile {
     fn drop(&mut self) {
         if lock_alive().remove(&self.path) {
-            // There is no way to report a failure, and a file that is already gone is fine.
+            // There is nowhere to report a failure, and the file may already be gone.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// `$TMPDIR` comes first even if unset: then it is the system's `/tmp`.
+/// The folders to try. The first is `/tmp` if `$TMPDIR` is not set.
 fn usual_folders() -> Vec<PathBuf> {
     let mut folders = vec![env::temp_dir(), PathBuf::from("/var/tmp"), PathBuf::from(".")];
     folders.dedup();
@@ -163,11 +163,11 @@ fn choose(candidates: Vec<PathBuf>, wanted: u64) -> Result<PathBuf, ScratchError
     Err(ScratchError::NoFolder { wanted, refused })
 }
 
-/// The absolute path of the folder if it is on a disk and has enough space.
+/// Returns the folder's absolute path if it is on a disk, has enough space and can be written to.
 fn examine(folder: &Path, wanted: u64) -> Result<PathBuf, Refusal> {
     let folder = fs::canonicalize(folder).map_err(Refusal::Unusable)?;
     let about = statfs(&folder).map_err(|errno| Refusal::Unusable(errno.into()))?;
-    if let Some(name) = in_memory(&about) {
+    if let Some(name) = in_memory_name(&about) {
         return Err(Refusal::InMemory(name));
     }
     let free = about.f_bavail.saturating_mul(u64::try_from(about.f_bsize).unwrap_or(0));
@@ -185,8 +185,8 @@ fn free_name(folder: &Path, suffix: &str, alive: &BTreeSet<PathBuf>) -> PathBuf 
         .expect("fewer than 2^32 scratch files in one process")
 }
 
-/// Every change is a single call, so a thread that panicked while holding the lock has left the
-/// set consistent.
+/// Every change is a single call, so a thread that panics while holding the lock leaves the set
+/// consistent.
 fn lock_alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
     ALIVE.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -196,19 +196,18 @@ fn lock_alive() -> MutexGuard<'static, BTreeSet<PathBuf>> {
 fn remove_on_signals() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
-        let Ok(mut signals) = Signals::new(heeded_signals()) else { return };
+        let Ok(mut signals) = Signals::new(handled_signals()) else { return };
         let watch = move || {
             if let Some(signal) = signals.forever().next() {
                 if let Some(hook) = BEFORE_EXIT.get() {
                     hook();
                 }
-                // Held until the process ends, so that no file can be created and left behind.
+                // Stays locked until the process ends, so no file can be created and left behind.
                 let alive = lock_alive();
                 for path in alive.iter() {
                     let _ = fs::remove_file(path);
                 }
-                // Ends the process by the signal itself, so that a shell sees that it was
-                // interrupted.
+                // Ends the process by the signal itself, so a shell sees that it was interrupted.
                 let _ = emulate_default_handler(signal);
             }
         };
@@ -216,17 +215,17 @@ fn remove_on_signals() {
     });
 }
 
-/// The signals that end a process politely, except those that it was started to ignore: `nohup`,
+/// The signals that ask a process to end, except those that were ignored when it started: `nohup`,
 /// and shells for background jobs, ignore them on purpose, and a handler would undo that.
-fn heeded_signals() -> impl Iterator<Item = i32> {
+fn handled_signals() -> impl Iterator<Item = i32> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     [SIGHUP, SIGINT, SIGTERM].into_iter().filter(move |signal| ignored >> (signal - 1) & 1 == 0)
 }
 
-/// The file system's name if it keeps its files in memory, where reading measures nothing.
-fn in_memory(about: &StatFs) -> Option<&'static str> {
+/// The file system's name if it keeps its files in memory.
+fn in_memory_name(about: &StatFs) -> Option<&'static str> {
     IN_MEMORY.iter().find(|&&(magic, _)| magic == about.f_type).map(|&(_, name)| name)
 }
 
@@ -234,13 +233,13 @@ fn in_memory(about: &StatFs) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    fn here() -> &'static Path {
+    fn source_folder() -> &'static Path {
         Path::new(env!("CARGO_MANIFEST_DIR"))
     }
 
     #[test]
     fn scratch_file_exists_until_dropped() {
-        let file = ScratchFile::create(Some(here()), "a.safetensors", 4096).unwrap();
+        let file = ScratchFile::create(Some(source_folder()), "a.safetensors", 4096).unwrap();
         let path = file.path().to_owned();
         assert!(path.is_absolute() && path.exists());
         assert_eq!(path.extension().unwrap(), "safetensors");
@@ -250,13 +249,13 @@ mod tests {
 
     #[test]
     fn two_scratch_files_have_different_names() {
-        let one = ScratchFile::create(Some(here()), "b", 0).unwrap();
-        let two = ScratchFile::create(Some(here()), "b", 0).unwrap();
+        let one = ScratchFile::create(Some(source_folder()), "b", 0).unwrap();
+        let two = ScratchFile::create(Some(source_folder()), "b", 0).unwrap();
         assert_ne!(one.path(), two.path());
     }
 
     #[test]
-    fn folder_in_memory_is_refused_by_its_file_system() {
+    fn folder_on_an_in_memory_file_system_is_refused() {
         if !Path::new("/dev/shm").is_dir() {
             return;
         }
@@ -266,8 +265,8 @@ mod tests {
 
     #[test]
     fn full_disk_is_detected_before_the_first_byte() {
-        let error = ScratchFile::create(Some(here()), "e", u64::MAX / 2).unwrap_err().to_string();
-        assert!(error.starts_with("no folder for a scratch file of 8.00 EiB\n"), "{error}");
+        let error = ScratchFile::create(Some(source_folder()), "e", u64::MAX / 2).unwrap_err().to_string();
+        assert!(error.starts_with("cannot create a scratch file of 8.00 EiB\n"), "{error}");
         assert!(error.contains(" free for this user"), "{error}");
     }
 
@@ -279,7 +278,7 @@ mod tests {
         assert!(error.contains("/nonexistent/two: "), "{error}");
     }
 
-    /// Runs this test binary again as a process that can be interrupted.
+    /// Starts this test binary again, as a process that can be interrupted.
     #[test]
     fn interrupt_removes_the_file_and_ends_by_the_signal() {
         use std::io::BufRead as _;
@@ -302,9 +301,9 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "only the test above runs it, in a process of its own"]
+    #[ignore = "run by the test above, in its own process"]
     fn waits_to_be_interrupted() {
-        let file = ScratchFile::create(Some(here()), "interrupted", 0).unwrap();
+        let file = ScratchFile::create(Some(source_folder()), "interrupted", 0).unwrap();
         println!("SCRATCH={}", printable::path(&file.path()));
         thread::sleep(std::time::Duration::from_secs(60));
     }

@@ -9,8 +9,8 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    /// `None` without values. For an even number of values, the median is the mean of the two in
-    /// the middle.
+    /// Returns `None` if there are no values. For an even number of values, the median is the mean
+    /// of the two in the middle.
     pub(crate) fn from_values(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_unstable_by(f64::total_cmp);
@@ -21,7 +21,7 @@ impl Spread {
     }
 }
 
-/// Only the median.
+/// The median alone; `None` if there are no values.
 pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     Spread::from_values(values).map(|spread| spread.median)
 }
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn median_minimum_and_maximum() {
+    fn median_of_an_even_number_is_the_mean_of_the_middle() {
         assert_eq!(Spread::from_values([]), None);
         assert_eq!(Spread::from_values([3.0]), Some(Spread { median: 3.0, min: 3.0, max: 3.0 }));
         assert_eq!(Spread::from_values([9.0, 1.0, 2.0]), Some(Spread { median: 2.0, min: 1.0, max: 9.0 }));

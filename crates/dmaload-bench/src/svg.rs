@@ -1,4 +1,4 @@
-//! Drawing helpers for both halves of the chart: lines, text, and the scale of seconds.
+//! Drawing helpers for both halves of the chart: lines, text, and the time scale.
 
 use std::fmt::Write as _;
 
@@ -7,7 +7,7 @@ const RIGHT: f64 = 230.0;
 /// The approximate number of ticks.
 const TICKS: f64 = 6.0;
 
-/// Maps seconds to coordinates.
+/// Maps seconds to x coordinates.
 pub(crate) struct Scale {
     pub(crate) left: f64,
     pub(crate) most: f64,
@@ -26,8 +26,8 @@ impl Scale {
         factor * power
     }
 
-    /// Draws lines from `top` to `floor`, labeled with their seconds.
-    pub(crate) fn ticks(&self, svg: &mut String, top: f64, floor: f64) {
+    /// Draws vertical lines from `top` to `floor`, labeled in seconds.
+    pub(crate) fn draw_ticks(&self, svg: &mut String, top: f64, floor: f64) {
         let step = self.step();
         let digits = if step < 0.01 {
             3

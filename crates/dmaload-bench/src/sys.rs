@@ -15,16 +15,16 @@ use crate::memory::Region;
 pub(crate) struct Read<'a> {
     pub(crate) file: &'a File,
     pub(crate) offset: u64,
-    /// The place in the region.
+    /// Offset in the region.
     pub(crate) at: usize,
-    /// At most the size of a part of the region, and within one part.
+    /// Length of the read, which must not cross a boundary between parts of the region.
     pub(crate) bytes: usize,
     /// Returned with the completion.
     pub(crate) token: u64,
 }
 
-/// A ring, and the memory that its reads go to. The memory can't be accessed until the ring has
-/// returned it.
+/// A ring and the memory that it reads into, which can't be accessed until
+/// [`Reader::into_region`] returns it.
 pub(crate) struct Reader {
     ring: ManuallyDrop<IoUring>,
     region: ManuallyDrop<Region>,
@@ -34,7 +34,7 @@ pub(crate) struct Reader {
 
 impl Reader {
     /// Creates a ring for `depth` reads into this memory, which is registered with the ring if the
-    /// limit of locked memory allows.
+    /// locked memory limit allows that.
     ///
     /// # Errors
     /// If io_uring is not available.
@@ -58,7 +58,7 @@ impl Reader {
     /// Queues a read; [`Reader::wait`] starts it.
     ///
     /// # Errors
-    /// If it does not fit into a part of the memory, or there are too many reads already.
+    /// If the read is not within one part of the memory, or the queue is full.
     pub(crate) fn push(&mut self, read: Read<'_>) -> io::Result<()> {
         let place = self.region.place(read.at, read.bytes).ok_or(io::ErrorKind::InvalidInput)?;
         let length = u32::try_from(read.bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -70,15 +70,15 @@ impl Reader {
         };
         // SAFETY: the range is within a part of the region, which is mapped, writable, and neither
         // accessed nor freed before every read has completed. If the file is closed before the
-        // read starts, another file may be read into it.
+        // read starts, another file's bytes may end up in the region, which is safe.
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(read.token)) };
         pushed.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))?;
         self.in_flight += 1;
         Ok(())
     }
 
-    /// Starts the queued reads, waits for at least one completion, and returns all that are
-    /// available.
+    /// Submits the queued reads, waits for at least one completion, and appends all available
+    /// completions to `results`.
     ///
     /// # Errors
     /// If the ring can't be entered.
@@ -96,8 +96,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Closes the ring and returns the memory; `None`, leaking the memory, if waiting for the
-    /// reads fails.
+    /// Waits for all reads, closes the ring and returns the memory. If waiting fails, leaks both
+    /// and returns `None`.
     pub(crate) fn into_region(self) -> Option<Region> {
         let mut this = ManuallyDrop::new(self);
         this.finish()
@@ -106,14 +106,15 @@ impl Reader {
     fn finish(&mut self) -> Option<Region> {
         let mut ignored = Vec::new();
         while self.in_flight > 0 {
-            // Closing a ring does not end its reads, so the memory that they write to must stay.
+            // Closing a ring does not end its reads, so the memory must stay mapped until they
+            // have completed.
             self.wait(&mut ignored).ok()?;
             ignored.clear();
         }
-        // SAFETY: called once, by `drop` or by `into_region`, which prevents the drop; the ring is
-        // not used afterwards.
+        // SAFETY: `finish` is called once, by `drop` or by `into_region`, which prevents the drop.
+        // The ring is not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
-        // SAFETY: as above.
+        // SAFETY: `finish` is called once, and the region is not used afterwards.
         Some(unsafe { ManuallyDrop::take(&mut self.region) })
     }
 }
@@ -124,17 +125,17 @@ impl Drop for Reader {
     }
 }
 
-/// The bytes of memory that nothing writes to any more.
+/// The region's bytes.
 #[cfg(test)]
 pub(crate) fn bytes(region: &Region) -> &[u8] {
-    // SAFETY: the parts are adjacent, mapped and readable as long as the region exists. It has no
-    // writer: a `Reader` owns the region it writes to, and `bytes_mut` borrows it exclusively.
+    // SAFETY: the parts are adjacent, mapped and readable as long as the region exists. Nothing
+    // writes to it: a `Reader` owns the region it reads into, and `bytes_mut` borrows exclusively.
     unsafe { std::slice::from_raw_parts(region.address().as_ptr(), region.bytes()) }
 }
 
-/// The bytes of memory, for writing.
+/// The region's bytes, mutably.
 pub(crate) fn bytes_mut(region: &mut Region) -> &mut [u8] {
-    // SAFETY: the parts are adjacent, mapped and writable as long as the region exists; it is
-    // borrowed exclusively, no `Reader` owns it, and its descriptors were never shared.
+    // SAFETY: the parts are adjacent, mapped and writable as long as the region exists. The region
+    // is borrowed exclusively, no `Reader` owns it, and its descriptors are never shared.
     unsafe { std::slice::from_raw_parts_mut(region.address().as_ptr(), region.bytes()) }
 }

@@ -1,9 +1,8 @@
-//! The results for people: a table for the terminal or in Markdown, and conclusions.
+//! Formats the results for people: a table for the terminal or in Markdown, and conclusions.
 
 use std::fmt::Write as _;
-use std::time::Duration;
 
-use dmaload_text::{Align, Table, bytes, duration};
+use dmaload_text::{Align, Table, bytes};
 
 use crate::mode::Mode;
 use crate::results::{ModeRuns, Results};
@@ -11,7 +10,7 @@ use crate::stats::Spread;
 
 const HEADER: [&str; 8] =
     ["mode", "pages", "seconds (min–max)", "× normal", "share of limit", "CPU s/GiB", "first segment", "extra memory"];
-/// `VM_READAHEAD_PAGES` of the kernel.
+/// The kernel's default readahead (`VM_READAHEAD_PAGES`).
 const DEFAULT_READ_AHEAD_KIB: u64 = 128;
 const NOTHING: &str = "–";
 
@@ -40,7 +39,7 @@ pub(crate) fn markdown(results: &Results) -> String {
         text.push_str(&line(&row));
     }
     for remark in verdicts(results).into_iter().chain(remarks(results)) {
-        // Each on its own line.
+        // An empty line makes each remark a paragraph of its own.
         let _ = write!(text, "\n{}\n", remark.replace('|', "\\|"));
     }
     text
@@ -72,39 +71,34 @@ fn range(Spread { median, min, max }: Spread, digits: usize) -> String {
 
 fn pages((smallest, largest): (u64, u64)) -> String {
     if smallest == largest {
-        bytes_of_page(smallest)
+        format_page_size(smallest)
     } else {
-        format!("{} to {}", bytes_of_page(smallest), bytes_of_page(largest))
+        format!("{} to {}", format_page_size(smallest), format_page_size(largest))
     }
 }
 
-/// `4 KiB`, not `4.00 KiB`: a page size is exact.
-fn bytes_of_page(size: u64) -> String {
+/// Formats a page size without decimals, because it is exact: `4 KiB`, not `4.00 KiB`.
+fn format_page_size(size: u64) -> String {
     if size < 1 << 20 { format!("{} KiB", size >> 10) } else { format!("{} MiB", size >> 20) }
 }
 
-/// `8 MiB`, not `8.00 MiB`.
-fn bytes_of_buffers(size: u64) -> String {
+/// Formats the total size of buffers without decimals: `8 MiB`, not `8.00 MiB`.
+fn format_buffer_size(size: u64) -> String {
     format!("{} MiB", size >> 20)
 }
 
 /// The main conclusions.
 fn verdicts(results: &Results) -> Vec<String> {
     let mut lines = Vec::new();
-    let engine = results.of(Mode::DirectIo);
     if let Some(ratio) = results.ratio(Mode::Normal, Mode::DirectIo) {
         lines.push(format!("direct_io is {} × normal", range(ratio, 1)));
     }
     if let (Some(share), Some(limit)) = (results.ratio(Mode::Limit, Mode::DirectIo), results.limit_bytes_per_second()) {
-        let whose = format!("{:.2} GiB/s", limit / f64::from(1 << 30));
-        lines.push(format!("direct_io reaches {} of the device's limit, which is {whose}", range(share, 2)));
+        let speed = format!("{:.2} GiB/s", limit / f64::from(1 << 30));
+        lines.push(format!("direct_io reaches {} of the device's limit, which is {speed}", range(share, 2)));
     }
-    if let (Some(overlap), Some(engine)) = (results.overlap(Mode::DirectIo), engine.and_then(ModeRuns::seconds)) {
-        lines.push(format!(
-            "overlap: {}, which is max(allocate, read) of no-overlap ÷ the {} of direct_io",
-            range(overlap, 2),
-            duration(Duration::from_secs_f64(engine.median)),
-        ));
+    if let Some(overlap) = results.overlap(Mode::DirectIo) {
+        lines.push(format!("overlap: {}: max(allocate, read) of no-overlap ÷ direct_io, per round", range(overlap, 2)));
     }
     lines
 }
@@ -127,10 +121,10 @@ fn remarks(results: &Results) -> Vec<String> {
         ));
     }
     if let Some(((best, _), others)) = results.destinations.split_first() {
-        let others = others.iter().map(|(size, seconds)| format!("{} {seconds:.3} s", bytes_of_buffers(*size)));
+        let others = others.iter().map(|(size, seconds)| format!("{} {seconds:.3} s", format_buffer_size(*size)));
         lines.push(format!(
             "limit: reads into {} of reused buffers are the fastest ({})",
-            bytes_of_buffers(*best),
+            format_buffer_size(*best),
             others.collect::<Vec<_>>().join(", "),
         ));
     }
@@ -148,8 +142,9 @@ fn remarks(results: &Results) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::results::tests::{killed, results, run};
+    use crate::results::{Apart, Run};
 
-    fn some() -> Results {
+    fn sample_results() -> Results {
         results(vec![
             (Mode::Normal, vec![run(2.0), run(3.0), run(2.5)]),
             (Mode::DirectIo, vec![run(0.5), run(0.5), run(0.5)]),
@@ -160,7 +155,7 @@ mod tests {
 
     #[test]
     fn text_has_a_table_conclusions_and_failures() {
-        let text = plain(&some());
+        let text = plain(&sample_results());
         for words in [
             "normal     4 KiB  2.500 (2.000–3.000)",
             "direct_io is 5.0 (4.0–6.0) × normal",
@@ -171,12 +166,19 @@ mod tests {
         ] {
             assert!(text.contains(words), "{words:?} is missing in\n{text}");
         }
-        assert!(!text.contains("overlap"), "not without no-overlap");
+        assert!(!text.contains("overlap"), "no-overlap was not measured");
+    }
+
+    #[test]
+    fn overlap_is_reported_as_a_ratio_per_round() {
+        let apart = run(4.0).map(|run| Run { apart: Some(Apart { allocate_seconds: 1.0, read_seconds: 3.0 }), ..run });
+        let text = plain(&results(vec![(Mode::DirectIo, vec![run(4.0)]), (Mode::NoOverlap, vec![apart])]));
+        assert!(text.contains("\noverlap: 0.75: max(allocate, read) of no-overlap ÷ direct_io, per round\n"), "{text}");
     }
 
     #[test]
     fn table_names_the_destination_of_the_limit() {
-        let mut measured = some();
+        let mut measured = sample_results();
         measured.destinations = vec![(8 << 20, 0.25), (4 << 20, 0.3), (64 << 20, 0.5)];
         let expected = "limit: reads into 8 MiB of reused buffers are the fastest \
                         (4 MiB 0.300 s, 64 MiB 0.500 s)";
@@ -184,8 +186,8 @@ mod tests {
     }
 
     #[test]
-    fn markdown_has_as_many_cells_in_every_row() {
-        let text = markdown(&some());
+    fn every_markdown_row_has_the_same_number_of_cells() {
+        let text = markdown(&sample_results());
         let rows: Vec<&str> = text.lines().filter(|line| line.starts_with('|')).collect();
         assert_eq!(rows.len(), 2 + 4);
         assert!(rows.iter().all(|row| row.matches('|').count() == 9), "{text}");

@@ -1,8 +1,8 @@
 //! Prepares and runs each mode once.
 //!
-//! Preparation covers what a process needs once, whatever it loads: the engine's threads and ring,
-//! and the limit's buffers. Timing begins just before memory is allocated and ends with the last
-//! byte in it.
+//! Preparation covers what a process needs only once, no matter how much it loads: the engine's
+//! threads and ring, and the limit's buffers. Timing begins just before memory is allocated and
+//! ends when the last byte is in it.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -30,7 +30,7 @@ use crate::sys::{self, Reader};
 use crate::usage::{cpu_time, peak_resident_bytes};
 use crate::{baseline, mapping};
 
-/// Wrong bytes were loaded, which is never acceptable.
+/// The error if loaded bytes differ from the file, which is never acceptable.
 #[derive(Debug, thiserror::Error)]
 #[error("{} differs between memory and disk: {what}", printable::path(&path))]
 pub(crate) struct WrongBytes {
@@ -44,30 +44,30 @@ pub(crate) type Ready = Box<dyn FnOnce() -> Result<Run>>;
 /// Prepares a mode. With `curves`, the engine records its progress over time.
 ///
 /// # Errors
-/// If this machine lacks something that the mode needs, or the files can't be inspected.
+/// If this machine lacks something that the mode needs, or a file can't be inspected.
 pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curves: bool) -> Result<Ready> {
     let files = Files::open(paths)?;
     Ok(match mode {
         Mode::Normal => {
-            small_pages()?;
-            Box::new(move || normal(&files))
+            disable_huge_pages()?;
+            Box::new(move || run_normal(&files))
         }
         Mode::NormalIo => {
             if matches!(engine.pages(), Pages::Small) {
-                small_pages()?;
+                disable_huge_pages()?;
             }
             let populate = matches!(engine.pages(), Pages::Huge);
-            Box::new(move || normal_io(&files, populate))
+            Box::new(move || run_normal_io(&files, populate))
         }
         Mode::DirectIo | Mode::DirectIoCheck => {
             let loader = engine.loader()?;
             let check = mode == Mode::DirectIoCheck;
-            Box::new(move || by_engine(&loader, &files, loader.load_options().trace(curves), check))
+            Box::new(move || run_engine(&loader, &files, loader.load_options().trace(curves), check))
         }
         Mode::Reuse => {
             let loader = engine.loader_with_pool()?;
             drop(block_on(loader.load(&files.paths).into_future())??);
-            Box::new(move || by_engine(&loader, &files, loader.load_options(), false))
+            Box::new(move || run_engine(&loader, &files, loader.load_options(), false))
         }
         Mode::Swap => {
             let loader = engine.loader_with_pool()?;
@@ -75,7 +75,7 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let (before, served) = (load()??, load()??);
             drop(before);
             Box::new(move || {
-                let run = by_engine(&loader, &files, loader.load_options(), false);
+                let run = run_engine(&loader, &files, loader.load_options(), false);
                 drop(served);
                 run
             })
@@ -84,33 +84,33 @@ pub(crate) fn prepare(mode: Mode, engine: &dyn Engine, paths: Vec<PathBuf>, curv
             let recorder = Recorder::new(Algorithm::Crc32c, Manifest::LARGEST_CHUNK_BYTES);
             let manifest = Arc::new(engine.manifest(&files.paths, recorder)?);
             let loader = engine.loader()?;
-            Box::new(move || by_engine(&loader, &files, loader.load_options().verify(manifest), false))
+            Box::new(move || run_engine(&loader, &files, loader.load_options().verify(manifest), false))
         }
         Mode::AtOnce => {
             let loader = engine.loader()?;
-            Box::new(move || all_at_once(&loader, &files))
+            Box::new(move || run_at_once(&loader, &files))
         }
         Mode::PreadDirect => {
             let loader = engine.loader_by(Route::PreadDirect)?;
-            Box::new(move || by_engine(&loader, &files, loader.load_options(), false))
+            Box::new(move || run_engine(&loader, &files, loader.load_options(), false))
         }
         Mode::Limit => {
             let (mut reader, notes) = limit_reader()?;
             let open = limit::open(&files.paths)?;
             let (chunks, _) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
-            // Without this, memory that no device has written to yet would slow down the first
-            // reads.
+            // Reads each buffer full once: the first reads into memory that no device has written
+            // to yet are slow.
             let first = chunks.get(..LARGEST.depth.min(chunks.len())).unwrap_or(&chunks);
             limit::read_all(&mut reader, &open, &files.paths, first, Into::Slots(LARGEST))?;
             drop(open);
-            Box::new(move || device_limit(reader, &files, notes))
+            Box::new(move || run_limit(reader, &files, notes))
         }
         Mode::Peer(peer) => bail!("{} is another program", peer.name),
-        Mode::Mmap => Box::new(move || mapped(&files)),
-        Mode::TokioFs => Box::new(move || by_tokio(&files)),
+        Mode::Mmap => Box::new(move || run_mmap(&files)),
+        Mode::TokioFs => Box::new(move || run_tokio(&files)),
         Mode::NoOverlap => {
             let heap = engine.heap()?;
-            Box::new(move || no_overlap(&heap, &files))
+            Box::new(move || run_no_overlap(&heap, &files))
         }
     })
 }
@@ -126,8 +126,8 @@ impl Files {
     fn open(paths: Vec<PathBuf>) -> Result<Self> {
         let mut files = Files { paths: Vec::new(), lengths: Vec::new() };
         for path in paths {
-            let length = fs::metadata(&path).at("look at", &path)?.len();
-            // Nothing to map or measure.
+            let length = fs::metadata(&path).at("stat", &path)?.len();
+            // An empty file can't be mapped, and takes no time.
             if length > 0 {
                 files.paths.push(path);
                 files.lengths.push(length);
@@ -140,12 +140,12 @@ impl Files {
         self.lengths.iter().sum()
     }
 
-    fn each(&self) -> impl Iterator<Item = (&Path, u64)> {
+    fn iter(&self) -> impl Iterator<Item = (&Path, u64)> {
         self.paths.iter().map(PathBuf::as_path).zip(self.lengths.iter().copied())
     }
 }
 
-/// Measures time and CPU time since it was started.
+/// Measures elapsed time and CPU time since it was started.
 struct Stopwatch {
     start: Instant,
     cpu: Duration,
@@ -164,33 +164,33 @@ impl Stopwatch {
     }
 }
 
-/// Disables huge pages on faults for this process, whatever the machine's settings.
-fn small_pages() -> Result<()> {
+/// Disables huge pages for this process, regardless of the machine's settings.
+fn disable_huge_pages() -> Result<()> {
     disable_transparent_huge_pages(true).context("cannot disable huge pages")
 }
 
-fn normal(files: &Files) -> Result<Run> {
+fn run_normal(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loaded: Vec<_> = files.paths.iter().map(|path| baseline::load(path)).collect::<Result<_, _>>()?;
     let run = watch.stop(files);
-    // Unmapping the file is not included.
+    // Excludes unmapping the files.
     let seconds = loaded.iter().map(|loaded| loaded.elapsed.as_secs_f64()).sum();
     let page_bytes = loaded.first().map_or(run.page_bytes, |loaded| page_bytes_of_slice(&loaded.memory));
     Ok(Run { seconds, page_bytes, ..run })
 }
 
-fn normal_io(files: &Files, populate: bool) -> Result<Run> {
+fn run_normal_io(files: &Files, populate: bool) -> Result<Run> {
     let heap = MemfdHeap { pages: Pages::Huge };
     let watch = Stopwatch::start();
     let mut loaded = Vec::new();
-    for (path, length) in files.each() {
+    for (path, length) in files.iter() {
         let mut file = File::open(path).at("open", path)?;
         let length = usize::try_from(length)?;
         let mut region = Region::allocate(&heap, length)?;
         if populate {
             region.populate(&heap)?;
         }
-        let memory = sys::bytes_mut(&mut region).get_mut(..length).context("memory is as long as the file")?;
+        let memory = sys::bytes_mut(&mut region).get_mut(..length).context("the memory is shorter than the file")?;
         file.read_exact(memory).at("read", path)?;
         loaded.push(region);
     }
@@ -199,7 +199,7 @@ fn normal_io(files: &Files, populate: bool) -> Result<Run> {
     Ok(Run { page_bytes, ..run })
 }
 
-fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) -> Result<Run> {
+fn run_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) -> Result<Run> {
     let watch = Stopwatch::start();
     let load = loader.load(&files.paths).options(options).start();
     let image = block_on(load.finish())??;
@@ -222,9 +222,9 @@ fn by_engine(loader: &Loader, files: &Files, options: LoadOptions, check: bool) 
     })
 }
 
-/// Loads each file as its own load, all at once. The first segment of any of them counts as the
-/// first.
-fn all_at_once(loader: &Loader, files: &Files) -> Result<Run> {
+/// Loads each file by its own load, all at the same time. The earliest first segment of all loads
+/// counts.
+fn run_at_once(loader: &Loader, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loads: Vec<_> = files.paths.iter().map(|path| loader.load(path).start()).collect();
     let images = block_on(async {
@@ -274,9 +274,9 @@ fn limit_reader() -> Result<(Reader, Vec<String>)> {
     Ok((reader, notes))
 }
 
-/// Reads the files once into each destination. Which destination is the limit is decided over all
-/// rounds.
-fn device_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Run> {
+/// Reads the files once into each destination. The limit is chosen among the destinations after
+/// all rounds.
+fn run_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result<Run> {
     let mut destinations = Vec::new();
     for destination in DESTINATIONS {
         let watch = Stopwatch::start();
@@ -287,12 +287,12 @@ fn device_limit(mut reader: Reader, files: &Files, notes: Vec<String>) -> Result
         destinations.push(ReadInto { bytes: destination.bytes() as u64, seconds, cpu_seconds });
     }
     let region = reader.into_region().context("cannot wait for the last reads")?;
-    // It keeps nothing, so it has no extra memory.
+    // This mode does not keep the files, so it has no peak beyond their size.
     let run = Run { page_bytes: region.page_bytes(), notes, destinations, ..Run::default() };
     Ok(run)
 }
 
-fn mapped(files: &Files) -> Result<Run> {
+fn run_mmap(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let mut loaded = Vec::new();
     for path in &files.paths {
@@ -307,7 +307,7 @@ fn mapped(files: &Files) -> Result<Run> {
     Ok(Run { page_bytes, ..run })
 }
 
-fn by_tokio(files: &Files) -> Result<Run> {
+fn run_tokio(files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let loaded: Vec<Vec<u8>> = block_on(async {
         let mut loaded = Vec::new();
@@ -321,7 +321,7 @@ fn by_tokio(files: &Files) -> Result<Run> {
     Ok(Run { page_bytes, ..run })
 }
 
-fn no_overlap(heap: &Arc<dyn Heap>, files: &Files) -> Result<Run> {
+fn run_no_overlap(heap: &Arc<dyn Heap>, files: &Files) -> Result<Run> {
     let watch = Stopwatch::start();
     let (_, bytes) = limit::plan(&files.lengths, PART_BYTES, LARGEST.chunk_bytes);
     let region = Region::populated(heap, bytes)?;

@@ -1,7 +1,8 @@
-//! A child process that is controlled by lines of text and answers with lines.
+//! A child process that reads commands and writes answers, each a line of text.
 //!
 //! It is this same program, started through `/proc/self/exe`: another user may not have access to
-//! its folder, and a build may replace it in the meantime. It exits when its standard input ends.
+//! the program's folder, and a build may replace the program in the meantime. It exits when its
+//! standard input ends.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -17,13 +18,13 @@ use crate::leftovers;
 /// See [`run_children_by`].
 static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
 
-/// Starts child processes by this command instead of by this process' executable, for programs
-/// that are run by an interpreter. The first call counts.
+/// Sets the command that starts child processes, in place of this process's executable: for
+/// programs that are run by an interpreter. Only the first call has an effect.
 pub fn run_children_by(program: Vec<OsString>) {
     let _ = PROGRAM.set(program);
 }
 
-/// The command `dmaload bench-child`, to be completed.
+/// The command `dmaload bench-child`, to which the caller adds arguments.
 pub(crate) fn command() -> Command {
     let mut command = match PROGRAM.get().and_then(|program| program.split_first()) {
         Some((executable, arguments)) => {
@@ -41,8 +42,9 @@ pub(crate) fn command() -> Command {
     command
 }
 
-/// Another program, run by the shell. It exits when its standard input ends.
-pub(crate) fn peer(command: &str, paths: &[PathBuf]) -> Command {
+/// The command that runs another program in a shell. The program must exit when its standard
+/// input ends.
+pub(crate) fn peer_command(command: &str, paths: &[PathBuf]) -> Command {
     let mut shell = Command::new("sh");
     shell.arg("-c").arg(format!("{command} \"$@\"")).arg("sh").args(paths);
     shell.stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -58,18 +60,18 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts it.
+    /// Starts the process.
     ///
     /// # Errors
     /// If it can't be started.
     pub(crate) fn start(command: &mut Command) -> Result<Self> {
-        let mut child = leftovers::start(command).context("cannot start this program as another process")?;
+        let mut child = leftovers::start(command).context("cannot start a child process")?;
         let stdin = child.stdin.take();
-        let stdout = BufReader::new(child.stdout.take().context("its standard output is a pipe")?);
+        let stdout = BufReader::new(child.stdout.take().context("the child's standard output is not a pipe")?);
         Ok(Worker { child, stdin, stdout })
     }
 
-    /// Its process id.
+    /// The process ID.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -84,32 +86,32 @@ impl Worker {
     /// Receives the next line.
     ///
     /// # Errors
-    /// How the process ended, if there is no line.
+    /// If the process has ended without writing a line. The error says how it ended.
     pub(crate) fn receive_line(&mut self) -> Result<String> {
         let mut line = String::new();
-        // A pipe error means the same as its end.
+        // An error of the pipe means the same as the end of its data.
         if self.stdout.read_line(&mut line).is_ok_and(|count| count > 0) {
             return Ok(line);
         }
         drop(self.stdin.take());
         let status = self.child.wait()?;
-        leftovers::ended(&self.child);
-        Err(anyhow!(end(status)))
+        leftovers::forget_process(&self.child);
+        Err(anyhow!(describe_end(status)))
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         drop(self.stdin.take());
-        // Nothing more is expected from it: killing a finished process does no harm, and a hanging
-        // one would block the wait.
+        // The process is no longer needed. Killing one that has exited does no harm, and one that
+        // hangs would block the wait.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        leftovers::ended(&self.child);
+        leftovers::forget_process(&self.child);
     }
 }
 
-fn end(status: ExitStatus) -> String {
+fn describe_end(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(libc::SIGKILL), _) => "killed, most likely for lack of memory".to_owned(),
         (Some(signal), _) => format!("ended by signal {signal}"),
