@@ -1,5 +1,5 @@
 /*
- * dmaload: files straight into dma-bufs and memfds, on stock Linux kernels.
+ * dmaload: loads files straight into dma-bufs and memfds, on stock Linux kernels.
  *
  * Link with -ldmaload (pkg-config dmaload). All functions are thread-safe, never throw or unwind,
  * and never keep the descriptors passed to them: a load duplicates what it needs. A negative
@@ -21,7 +21,7 @@
 
 /*
  `dmaload_options.flags`: fail if the best route is refused, instead of taking the next one and
- reporting it.
+ reporting that.
  */
 #define DMALOAD_STRICT 2
 
@@ -42,7 +42,7 @@
 #define DMALOAD_MEMFD 0
 
 /*
- `dmaload_segment.kind`: a dma-buf. Anyone who has it can write to it.
+ `dmaload_segment.kind`: a dma-buf. Every process that has its descriptor can write to it.
  */
 #define DMALOAD_DMA_BUF 1
 
@@ -52,7 +52,7 @@
 #define DMALOAD_PENDING 0
 
 /*
- `dmaload_poll`: a segment.
+ `dmaload_poll`: a segment has been returned.
  */
 #define DMALOAD_SEGMENT 1
 
@@ -67,7 +67,7 @@
 struct dmaload_load;
 
 /*
- Threads, memory and limits shared by loads.
+ A loader: threads, memory and limits that loads share.
  */
 struct dmaload_loader;
 
@@ -76,28 +76,29 @@ struct dmaload_loader;
  */
 struct dmaload_progress {
     /*
-     What is to be loaded; 0 until the file has been inspected.
+     Bytes to load; 0 until the file has been inspected.
      */
     uint64_t planned_bytes;
     /*
-     What has been allocated.
+     Bytes allocated so far.
      */
     uint64_t allocated_bytes;
     /*
-     What has been read.
+     Bytes read so far.
      */
     uint64_t read_bytes;
 };
 
 /*
- A function that reports the progress of a load. Called on the calling thread, about every 20 ms
- and at the end. Any return value other than 0 cancels the load. It must not throw.
+ A function that receives the progress of a load. It is called on the thread that called
+ `dmaload_load_file`, about every 20 ms and at the end. Any return value other than 0 cancels
+ the load. It must not throw.
  */
 typedef int (*dmaload_progress_fn)(void *user, const struct dmaload_progress *progress);
 
 /*
- The report of a load. Set `size` before the call; no more than that is written, and fields of a
- newer version become 0.
+ The report of a load. Set `size` before the call: at most that many bytes are written, and
+ fields that the library does not know are set to 0.
  */
 struct dmaload_report {
     /*
@@ -109,11 +110,11 @@ struct dmaload_report {
      */
     uint64_t bytes;
     /*
-     From the call to the last segment.
+     Time from the call to the last segment.
      */
     uint64_t total_ns;
     /*
-     From the call to the first segment.
+     Time from the call to the first segment.
      */
     uint64_t first_segment_ns;
     /*
@@ -133,7 +134,7 @@ struct dmaload_report {
      */
     uint64_t cpu_ns;
     /*
-     How much of the memory is on 2 MiB pages.
+     Bytes of the memory that are on 2 MiB pages.
      */
     uint64_t huge_page_bytes;
     /*
@@ -152,14 +153,14 @@ struct dmaload_report {
 };
 
 /*
- How to load. The default is all zero except `size`, and the same applies to fields of a newer
- version that the caller does not know.
+ How to load. Zero is the default of every field except `size`, including fields of newer
+ versions that the caller does not know.
  */
 struct dmaload_options {
     /*
      `sizeof(struct dmaload_options)`. A smaller struct is from an older version: its missing
-     fields have their defaults. A larger one is from a newer version: -E2BIG, unless the fields
-     that are unknown here are all zero.
+     fields have their defaults. A larger one is from a newer version, and fails with -E2BIG
+     unless all fields that the library does not know are zero.
      */
     uint64_t size;
     /*
@@ -167,13 +168,13 @@ struct dmaload_options {
      */
     uint64_t flags;
     /*
-     Where memory comes from: "memfd" (also NULL), "udmabuf", "dma-heap:NAME", or "dma-buf" for
-     the best available heap that provides dma-bufs.
+     The heap to allocate from: "memfd" (the default, also for NULL), "udmabuf",
+     "dma-heap:NAME", or "dma-buf" for the best available heap that provides dma-bufs.
      */
     const char *heap;
     /*
-     With `DMALOAD_HEAP_FD`: an open dma-heap or /dev/udmabuf, instead of a name. It remains the
-     caller's.
+     With `DMALOAD_HEAP_FD`: an open dma-heap or /dev/udmabuf, instead of a name. The caller
+     remains its owner.
      */
     int32_t heap_fd;
     /*
@@ -190,7 +191,7 @@ struct dmaload_options {
      */
     uint64_t window_bytes;
     /*
-     Where to begin in the file.
+     Offset in the file to load from.
      */
     uint64_t file_offset;
     /*
@@ -202,7 +203,7 @@ struct dmaload_options {
      */
     uint32_t queue_depth;
     /*
-     0 for normal, 1 to go before other loads of the loader, -1 to go after them.
+     0 for normal, 1 to be served before other loads of the loader, -1 to be served after them.
      */
     int32_t priority;
     /*
@@ -226,7 +227,7 @@ struct dmaload_options {
      */
     const int *cancel;
     /*
-     Filled if the load succeeds; may be NULL. Not used by `dmaload_start`, see
+     Written if the load succeeds; may be NULL. Not used by `dmaload_start`, see
      `dmaload_load_report`.
      */
     struct dmaload_report *report;
@@ -234,8 +235,8 @@ struct dmaload_options {
 
 /*
  A part of the file in memory. The file's bytes begin at `memory_offset` in the memory of `fd`.
- What follows them, up to `memory_bytes`, is zero; if only a part of the file was requested, its
- first and last blocks contain the neighboring bytes of the file instead.
+ The rest of the memory, up to `memory_bytes`, is zero. If only a part of the file was
+ requested, the first and last blocks also contain neighboring bytes of the file.
  */
 struct dmaload_segment {
     /*
@@ -252,20 +253,20 @@ struct dmaload_segment {
      */
     uint64_t index;
     /*
-     Where its bytes begin in the file.
+     Offset of the segment's bytes in the file.
      */
     uint64_t file_offset;
     /*
-     Number of bytes of the file in the segment.
+     Number of the file's bytes in the segment.
      */
     uint64_t bytes;
     /*
-     Where its bytes begin in the memory: at 0, unless only a part of the file was requested.
+     Offset of the segment's bytes in the memory: 0, unless only a part of the file was requested.
      */
     uint64_t memory_offset;
     /*
-     Length of the memory from there on, rounded up to a block of the file system and at least a
-     page.
+     Length of the memory from `memory_offset` on. The memory is rounded up to a block of the
+     file system, and to at least a page.
      */
     uint64_t memory_bytes;
 };
@@ -281,39 +282,41 @@ extern "C" {
 uint32_t dmaload_version(void);
 
 /*
- Why the last failed call of this thread failed: what was tried, where, the name of the errno,
- and what to do. Valid until the next failure. Never NULL.
+ The message of this thread's last failed call: what was tried, on what, the name of the
+ kernel's errno if there is one, and what to do. Valid until this thread's next failure. Never
+ NULL.
  */
 const char *dmaload_last_error(void);
 
 /*
- Allocates a dma-buf as large as a file, rounded up to a block of its file system and at least a
- page, and reads the file into it: what `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have done. Returns
- 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a negative
- errno and leaves `dmabuf_fd` unchanged.
+ Allocates a dma-buf as large as a file, rounded up to a block of its file system and to at
+ least a page, and reads the file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have done.
+ Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a
+ negative errno and leaves `dmabuf_fd` unchanged.
 
  `heap_fd` is an open dma-heap or /dev/udmabuf, identified by its device number. `file_fd` is a
  file opened for reading, with or without O_DIRECT; it is read from its beginning, and its file
  position is neither used nor changed. It is opened again through /proc/self/fd, which requires
  procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, combined
- with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none. At
- most `batch_bytes` are allocated but not yet read; 0 means 128 MiB, and the minimum is 2 MiB.
+ with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none,
+ and must be 0 for udmabuf. At most `batch_bytes` are allocated but not yet read; 0 means 128
+ MiB, and the minimum is 2 MiB.
 
- Errors: -EINVAL for an empty file, a file that is not regular, unknown flags, or too small a
- batch; -EISDIR; -EBADF for a descriptor that is closed, or not open for reading; -ENOTTY for a
- `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if udmabuf's size_limit_mb is too small
- (raise it in /sys/module/udmabuf/parameters); -ENOMEM rather than waking the OOM killer;
- -ESTALE for a file that changed during the load; -EIO, and any other error of the kernel.
- `dmaload_last_error` returns the message.
+ Errors: -EINVAL for an empty file, a file that is not regular, unknown flags, or a batch that
+ is too small; -EISDIR; -EBADF for a descriptor that is closed, or not open for reading; -ENOTTY
+ for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if udmabuf's size_limit_mb is too
+ small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if the memory would not fit (the
+ OOM killer is not woken); -ESTALE for a file that changed during the load; -EIO, and any other
+ error of the kernel. `dmaload_last_error` returns the message.
 
- Differences from the ioctl of the 2024 kernel series: its batch size triggers reads, here it
- limits how much is allocated ahead. The memory of a dma-heap is a single allocation, which
- can't overlap with reading, and can't be pinned: reads go through staging, in parallel with
- copies. A udmabuf is read into directly while it is being allocated. The dma-buf is always
- opened for reading and writing.
+ Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
+ it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
+ allocation, which can't overlap with reading, and can't be pinned: reads go through staging, in
+ parallel with copies. A udmabuf is read into directly while it is being allocated. The dma-buf
+ is always opened for reading and writing.
 
- Thread-safe. Blocks. Starts threads, which exit on their own soon after it returns; until then
- they may hold duplicates of the descriptors.
+ Thread-safe. Blocks. Starts threads, which exit on their own soon after the call returns; until
+ then they may hold duplicates of the descriptors.
 
  # Safety
  `dmabuf_fd` is null, or valid for a write.
@@ -327,8 +330,8 @@ int dmaload_alloc_and_read(int heap_fd,
 
 /*
  Loads a file, or a part of it, and stores its segments as an array of `count` elements in
- `segments`, which must be freed with `dmaload_segments_free`. `options` may be NULL. Returns 0,
- or a negative errno and stores nothing.
+ `segments`, which must be freed with `dmaload_segments_free`. `options` may be NULL. Returns 0;
+ on failure, returns a negative errno and stores nothing.
 
  Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
  cancelled the load; -E2BIG for options of a newer version; -EINVAL for invalid options.
@@ -348,13 +351,14 @@ int dmaload_load_file(int file_fd,
  to -1, and frees the array. Does nothing for NULL.
 
  # Safety
- It is null, or came from `dmaload_load_file` with this count, and was not freed.
+ `segments` is null, or came from `dmaload_load_file` with this count, and was not freed.
  */
 void dmaload_segments_free(struct dmaload_segment *segments, size_t count);
 
 /*
- Creates a loader, for loads that share memory, threads and limits. Of `options`, which may be
- NULL, only the heap, `window_bytes` and `queue_depth` are used. Returns 0, or a negative errno.
+ Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
+ `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0, or a negative
+ errno.
 
  # Safety
  The pointers, and those in `options`, are null or valid as the header requires.
@@ -366,7 +370,8 @@ int dmaload_loader_new(const struct dmaload_options *options, struct dmaload_loa
  for NULL.
 
  # Safety
- It is null, or came from `dmaload_loader_new`, and was not freed. No other call is using it.
+ `loader` is null, or came from `dmaload_loader_new`, and was not freed. No other call is using
+ it.
  */
 void dmaload_loader_free(struct dmaload_loader *loader);
 
@@ -381,12 +386,12 @@ void dmaload_loader_free(struct dmaload_loader *loader);
 int dmaload_start(int file_fd, const struct dmaload_options *options, struct dmaload_load **load);
 
 /*
- The eventfd of a load, for poll(2) or epoll(7): readable while `dmaload_poll` has a segment,
- the end or a failure to return. It belongs to the load: do not close, read or write it. Returns
- -EFAULT for NULL.
+ The eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has a
+ segment, the end of the load or a failure to return. The load owns it: do not close it, read
+ from it or write to it. Returns -EFAULT for NULL.
 
  # Safety
- It is null, or came from `dmaload_start`, and was not freed.
+ `load` is null, or came from `dmaload_start`, and was not freed.
  */
 int dmaload_event_fd(const struct dmaload_load *load);
 
@@ -395,8 +400,8 @@ int dmaload_event_fd(const struct dmaload_load *load);
  the next segment in order, whose descriptor the caller must close; `DMALOAD_FINISHED` after the
  last one; or a negative errno, as from `dmaload_load_file`, on this and all later calls.
 
- Segments returned before a failure contain the file's bytes at the time they were read: a
- change to the file is detected at its end.
+ Segments returned before a failure contain the file's bytes as they were when they were read: a
+ change of the file may be detected only at the end of the load.
 
  Thread-safe: each segment is returned once.
 
@@ -406,7 +411,7 @@ int dmaload_event_fd(const struct dmaload_load *load);
 int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 
 /*
- The progress of a load; all 0 once it is over. Returns 0 or -EFAULT.
+ Stores the progress of a load, which is all 0 once the load is over. Returns 0 or -EFAULT.
 
  # Safety
  `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
@@ -414,8 +419,8 @@ int dmaload_poll(struct dmaload_load *load, struct dmaload_segment *segment);
 int dmaload_load_progress(const struct dmaload_load *load, struct dmaload_progress *progress);
 
 /*
- The report of a finished load. Returns 0; -EINPROGRESS before it has finished; or the error of
- a failed load.
+ Stores the report of a finished load. Returns 0; -EINPROGRESS until `dmaload_poll` has returned
+ `DMALOAD_FINISHED`; or the error of a failed load.
 
  # Safety
  `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.
@@ -428,7 +433,7 @@ int dmaload_load_report(const struct dmaload_load *load, struct dmaload_report *
  already returned stay valid. Does nothing for a load that is over, or NULL.
 
  # Safety
- It is null, or came from `dmaload_start`, and was not freed.
+ `load` is null, or came from `dmaload_start`, and was not freed.
  */
 void dmaload_cancel(struct dmaload_load *load);
 
@@ -436,7 +441,7 @@ void dmaload_cancel(struct dmaload_load *load);
  Frees a load, and cancels it if it is still running. Does nothing for NULL.
 
  # Safety
- It is null, or came from `dmaload_start`, and was not freed. No other call is using it.
+ `load` is null, or came from `dmaload_start`, and was not freed. No other call is using it.
  */
 void dmaload_free(struct dmaload_load *load);
 

@@ -1,4 +1,4 @@
-//! Calls that return once the load is done.
+//! Calls that return once the load is complete.
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
@@ -49,17 +49,17 @@ impl<'a> Control<'a> {
         Control(options)
     }
 
-    fn is_wanted(self) -> bool {
+    fn is_set(self) -> bool {
         self.0.progress.is_some() || !self.0.cancel.is_null()
     }
 
     /// Reports progress and checks whether to cancel.
     ///
     /// # Safety
-    /// The pointers are as the header requires.
+    /// The pointers in the options are valid as the header requires.
     unsafe fn check(self, segments: &Segments) -> Result<()> {
         if !self.0.cancel.is_null() {
-            // SAFETY: the flag is valid during the call, and may be written concurrently.
+            // SAFETY: the flag is valid during the call. Others may write it concurrently.
             let flag = unsafe { AtomicI32::from_ptr(self.0.cancel.cast_mut()) };
             if flag.load(Ordering::Relaxed) != 0 {
                 return Err(Failure::cancelled("the load was cancelled by its flag"));
@@ -67,7 +67,7 @@ impl<'a> Control<'a> {
         }
         let Some(call) = self.0.progress else { return Ok(()) };
         let progress = outcome::progress(segments.progress());
-        // SAFETY: the caller's function, with the argument that the caller provided for it.
+        // SAFETY: `call` is the caller's function, and `user` is the argument provided for it.
         match unsafe { call(self.0.user, &raw const progress) } {
             0 => Ok(()),
             other => Err(Failure::cancelled(&format!("the load was cancelled: its progress function returned {other}"))),
@@ -75,11 +75,11 @@ impl<'a> Control<'a> {
     }
 }
 
-/// Collects all segments of a load, and its report. If the load fails or is cancelled, leaves
-/// nothing behind.
+/// Collects all segments of a load, and its report. If the load fails or is cancelled, closes the
+/// segments collected so far.
 ///
 /// # Safety
-/// The pointers in the options of `control` are as the header requires.
+/// The pointers in the options of `control` are valid as the header requires.
 pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) -> Result<(Vec<OwnedSegment>, Finished)> {
     let Started { mut segments, wanted, cpu_before } = started;
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
@@ -89,17 +89,17 @@ pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) ->
         match polled {
             Poll::Ready(Some(segment)) => all.push(OwnedSegment::new(&segment?, &wanted)?),
             Poll::Ready(None) => break,
-            Poll::Pending if control.is_wanted() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
+            Poll::Pending if control.is_set() => thread::park_timeout(due.saturating_duration_since(Instant::now())),
             Poll::Pending => thread::park(),
         }
-        // Checked however fast segments arrive.
+        // Also checked while segments arrive without a pause.
         if due <= Instant::now() {
-            // SAFETY: as the caller guarantees.
+            // SAFETY: the pointers in the options are valid, as the caller guarantees.
             unsafe { control.check(&segments)? };
             due = Instant::now() + TICK;
         }
     }
-    // SAFETY: as the caller guarantees.
+    // SAFETY: the pointers in the options are valid, as the caller guarantees.
     unsafe { control.check(&segments)? };
     let report = segments.report().cloned();
     let report = report.ok_or_else(|| Failure::cancelled("the load ended without a report"))?;
@@ -108,13 +108,13 @@ pub(crate) unsafe fn collect_segments(started: Started, control: Control<'_>) ->
 
 /// Shuts down a loader that is not shared, after its load, and waits for its threads.
 pub(crate) fn shut_down(loader: Loader) {
-    // Nothing is in flight that could be leaked.
+    // The load is over, so no memory can leak: the result does not matter.
     let _ = block_on(loader.shutdown());
 }
 
 /// The descriptor of a load with exactly one segment.
-pub(crate) fn single_descriptor(mut given: Vec<OwnedSegment>) -> Result<c_int> {
-    let one = given.pop().filter(|_| given.is_empty());
+pub(crate) fn single_descriptor(mut segments: Vec<OwnedSegment>) -> Result<c_int> {
+    let one = segments.pop().filter(|_| segments.is_empty());
     let one = one.ok_or_else(|| Failure::invalid("the file was not loaded into a single segment"))?;
     Ok(std::os::fd::IntoRawFd::into_raw_fd(one.into_fd()))
 }

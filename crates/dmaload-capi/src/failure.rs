@@ -11,7 +11,7 @@ use rustix::io::Errno;
 #[derive(Debug, Clone)]
 pub(crate) struct Failure {
     pub(crate) errno: Errno,
-    text: String,
+    pub(crate) text: String,
 }
 
 pub(crate) type Result<T> = std::result::Result<T, Failure>;
@@ -19,6 +19,12 @@ pub(crate) type Result<T> = std::result::Result<T, Failure>;
 impl Failure {
     pub(crate) fn new(errno: Errno, text: impl Into<String>) -> Self {
         Failure { errno, text: text.into() }
+    }
+
+    /// A failed system call; `text` says what was tried, and on what.
+    pub(crate) fn system(errno: Errno, text: &str) -> Self {
+        let reason = dmaload::Errno::from_raw_os_error(errno.raw_os_error()).describe();
+        Failure { errno, text: format!("{text}: {reason}") }
     }
 
     /// An invalid argument.
@@ -38,7 +44,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// The kernel's error, or else the errno closest to the kind of the error.
+/// The kernel's errno, or else the one that is closest to the kind of the error.
 fn errno_of(error: &Error) -> Errno {
     if let Some(errno) = error.errno() {
         return Errno::from_io_error(&errno.into()).unwrap_or(Errno::IO);
@@ -52,7 +58,7 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // Wrong bytes. Other kinds are about models and views, which the C interface does not use.
+        // Wrong bytes, and kinds that concern models and views, which the C interface does not use.
         _ => Errno::IO,
     }
 }
@@ -61,7 +67,8 @@ thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
 }
 
-/// Converts a result to a return value. Nothing unwinds into C.
+/// Converts a result to a return value and stores the message of a failure. Catches panics, which
+/// must not unwind into C.
 pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     let failure = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(answer)) => return answer,
@@ -74,8 +81,8 @@ pub(crate) fn answer(body: impl FnOnce() -> Result<c_int>) -> c_int {
     -failure.errno.raw_os_error()
 }
 
-/// The message of this thread's last failure, valid until the next one.
-pub(crate) fn last() -> *const c_char {
+/// The message of this thread's last failure, valid until the thread's next failure.
+pub(crate) fn last_message() -> *const c_char {
     LAST.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
@@ -88,14 +95,14 @@ mod tests {
     fn panics_become_errors_and_messages_have_no_nul() {
         assert_eq!(answer(|| panic!("inside")), -Errno::NOTRECOVERABLE.raw_os_error());
         assert_eq!(answer(|| Err(Failure::invalid("a\0b"))), -Errno::INVAL.raw_os_error());
-        // SAFETY: it is a C string until this thread's next failure.
+        // SAFETY: `last_message` returns a C string that is valid until this thread's next failure.
         #[allow(unsafe_code)]
-        let text = unsafe { CStr::from_ptr(last()) };
+        let text = unsafe { CStr::from_ptr(last_message()) };
         assert_eq!(text, c"a b");
     }
 
-    /// One of each variant of the library's error, with the errno that C programs get: part of the
-    /// C interface.
+    /// One error of each variant, with the errno that C programs receive for it, which is part of
+    /// the C interface.
     fn pinned() -> Vec<(Error, c_int)> {
         use dmaload::heap::{HeapError, SizeLimit};
         use dmaload::{Attempt, Errno, Route, model::ModelError};
@@ -103,7 +110,7 @@ mod tests {
         let text = || "text".to_owned();
         let (route, errno) = (Route::Buffered, Errno::EXDEV);
         let refusal = HeapError::new("map memory", 1, Errno::ENFILE);
-        let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a name has no slash");
+        let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a heap's name can't contain a slash");
         vec![
             (Error::Config(text()), libc::EINVAL),
             (Error::Start { operation: "no thread could be started", errno }, libc::EXDEV),
@@ -157,12 +164,13 @@ mod tests {
         }
     }
 
-    /// The compiler accepts new variants of the library's error here, so this reads its source.
+    /// The compiler does not notice a variant that is missing in `pinned`, so this test reads the
+    /// source of the library's error.
     #[test]
     fn errno_of_every_variant_is_pinned() {
         let source = include_str!("../../dmaload/src/error.rs");
-        let body = source.split_once("pub enum Error {\n").expect("it is defined there").1;
-        let body = body.split_once("\n}\n").expect("it ends").0;
+        let body = source.split_once("pub enum Error {\n").expect("the source defines the enum").1;
+        let body = body.split_once("\n}\n").expect("the enum ends").0;
         let variant_on = |line: &'static str| {
             let name = line.strip_prefix("    ")?.split(|c: char| !c.is_alphanumeric()).next()?;
             name.starts_with(|c: char| c.is_uppercase()).then_some(name)
@@ -174,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn message_says_what_to_do() {
+    fn message_ends_with_the_hint() {
         let missing = Failure::from(Error::File { path: "x".into(), operation: "open", errno: dmaload::Errno::ENOENT });
         assert_eq!(missing.text, "x: cannot open: ENOENT (No such file or directory); check the path");
     }

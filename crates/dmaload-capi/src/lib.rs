@@ -5,7 +5,7 @@
 //! results in plain structs ([`outcome`]). Every function catches panics and returns a negative
 //! errno ([`failure`]).
 #![allow(unsafe_code)]
-#![allow(unreachable_pub, reason = "what C sees is public in the header, not here")]
+#![allow(unreachable_pub, reason = "the header decides what is public")]
 
 mod blocking;
 mod failure;
@@ -47,40 +47,42 @@ pub extern "C" fn dmaload_version() -> u32 {
     MAJOR << 16 | MINOR << 8 | PATCH
 }
 
-/// Why the last failed call of this thread failed: what was tried, where, the name of the errno,
-/// and what to do. Valid until the next failure. Never NULL.
+/// The message of this thread's last failed call: what was tried, on what, the name of the
+/// kernel's errno if there is one, and what to do. Valid until this thread's next failure. Never
+/// NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn dmaload_last_error() -> *const c_char {
-    failure::last()
+    failure::last_message()
 }
 
-/// Allocates a dma-buf as large as a file, rounded up to a block of its file system and at least a
-/// page, and reads the file into it: what `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have done. Returns
-/// 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a negative
-/// errno and leaves `dmabuf_fd` unchanged.
+/// Allocates a dma-buf as large as a file, rounded up to a block of its file system and to at
+/// least a page, and reads the file into it, as `DMA_HEAP_IOCTL_ALLOC_AND_READ` would have done.
+/// Returns 0 and stores the dma-buf, which the caller must close, in `dmabuf_fd`; or returns a
+/// negative errno and leaves `dmabuf_fd` unchanged.
 ///
 /// `heap_fd` is an open dma-heap or /dev/udmabuf, identified by its device number. `file_fd` is a
 /// file opened for reading, with or without O_DIRECT; it is read from its beginning, and its file
 /// position is neither used nor changed. It is opened again through /proc/self/fd, which requires
 /// procfs and permission to open it (-ENOENT, -EACCES). `fd_flags` is O_CLOEXEC or 0, combined
-/// with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none. At
-/// most `batch_bytes` are allocated but not yet read; 0 means 128 MiB, and the minimum is 2 MiB.
+/// with any access mode. `heap_flags` are passed to the dma-heap, which currently defines none,
+/// and must be 0 for udmabuf. At most `batch_bytes` are allocated but not yet read; 0 means 128
+/// MiB, and the minimum is 2 MiB.
 ///
-/// Errors: -EINVAL for an empty file, a file that is not regular, unknown flags, or too small a
-/// batch; -EISDIR; -EBADF for a descriptor that is closed, or not open for reading; -ENOTTY for a
-/// `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if udmabuf's size_limit_mb is too small
-/// (raise it in /sys/module/udmabuf/parameters); -ENOMEM rather than waking the OOM killer;
-/// -ESTALE for a file that changed during the load; -EIO, and any other error of the kernel.
-/// `dmaload_last_error` returns the message.
+/// Errors: -EINVAL for an empty file, a file that is not regular, unknown flags, or a batch that
+/// is too small; -EISDIR; -EBADF for a descriptor that is closed, or not open for reading; -ENOTTY
+/// for a `heap_fd` that is not a heap; -EFAULT for NULL; -EFBIG if udmabuf's size_limit_mb is too
+/// small (raise it in /sys/module/udmabuf/parameters); -ENOMEM if the memory would not fit (the
+/// OOM killer is not woken); -ESTALE for a file that changed during the load; -EIO, and any other
+/// error of the kernel. `dmaload_last_error` returns the message.
 ///
-/// Differences from the ioctl of the 2024 kernel series: its batch size triggers reads, here it
-/// limits how much is allocated ahead. The memory of a dma-heap is a single allocation, which
-/// can't overlap with reading, and can't be pinned: reads go through staging, in parallel with
-/// copies. A udmabuf is read into directly while it is being allocated. The dma-buf is always
-/// opened for reading and writing.
+/// Differences from the ioctl of the 2024 kernel series: there the batch size triggers reads; here
+/// it limits how much is allocated ahead of the reads. The memory of a dma-heap is a single
+/// allocation, which can't overlap with reading, and can't be pinned: reads go through staging, in
+/// parallel with copies. A udmabuf is read into directly while it is being allocated. The dma-buf
+/// is always opened for reading and writing.
 ///
-/// Thread-safe. Blocks. Starts threads, which exit on their own soon after it returns; until then
-/// they may hold duplicates of the descriptors.
+/// Thread-safe. Blocks. Starts threads, which exit on their own soon after the call returns; until
+/// then they may hold duplicates of the descriptors.
 ///
 /// # Safety
 /// `dmabuf_fd` is null, or valid for a write.
@@ -102,20 +104,20 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
             )));
         }
         let heap = request::heap_from_fd(heap_fd, heap_flags)?;
-        let (file, bytes) = request::file(file_fd)?;
+        let (file, bytes) = request::duplicate_file(file_fd)?;
         let loader = request::one_shot_loader(heap, batch_bytes)?;
         let options = dmaload_options { layout: DMALOAD_SINGLE, ..sized::zeroed() };
         let started = request::start(&loader, file, bytes, &options)?;
         // SAFETY: the options contain no pointers.
-        let (given, _) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
-        let one = blocking::single_descriptor(given)?;
+        let (loaded, _) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
+        let one = blocking::single_descriptor(loaded)?;
         if fd_flags & OFlags::CLOEXEC.bits() == 0 {
-            // SAFETY: it is open, and nothing else owns it.
+            // SAFETY: `one` is an open descriptor that nothing else owns.
             let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(one) };
             // This can't fail on an open descriptor.
             let _ = rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::empty());
         }
-        // SAFETY: it is not null, and valid as the header requires.
+        // SAFETY: `dmabuf_fd` is not null, and valid as the header requires.
         unsafe { dmabuf_fd.write(one) };
         blocking::shut_down(loader);
         Ok(0)
@@ -123,8 +125,8 @@ pub unsafe extern "C" fn dmaload_alloc_and_read(
 }
 
 /// Loads a file, or a part of it, and stores its segments as an array of `count` elements in
-/// `segments`, which must be freed with `dmaload_segments_free`. `options` may be NULL. Returns 0,
-/// or a negative errno and stores nothing.
+/// `segments`, which must be freed with `dmaload_segments_free`. `options` may be NULL. Returns 0;
+/// on failure, returns a negative errno and stores nothing.
 ///
 /// Errors: those of `dmaload_alloc_and_read`; -ECANCELED if the progress function or the flag
 /// cancelled the load; -E2BIG for options of a newer version; -EINVAL for invalid options.
@@ -143,21 +145,21 @@ pub unsafe extern "C" fn dmaload_load_file(
     answer(|| {
         not_null(segments, "segments")?;
         not_null(count, "count")?;
-        // SAFETY: as the header requires.
+        // SAFETY: `options` is null or valid, as the header requires.
         let options = unsafe { sized::read(options)? };
-        let (file, bytes) = request::file(file_fd)?;
-        // SAFETY: as the header requires.
+        let (file, bytes) = request::duplicate_file(file_fd)?;
+        // SAFETY: the pointers in `options` are null or valid, as the header requires.
         let (loader, is_own) = unsafe { request::loader_for(&options)? };
         let started = request::start(&loader, file, bytes, &options)?;
-        // SAFETY: as the header requires.
-        let (given, report) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
-        // SAFETY: as the header requires.
+        // SAFETY: the pointers in `options` are null or valid, as the header requires.
+        let (loaded, report) = unsafe { blocking::collect_segments(started, Control::new(&options))? };
+        // SAFETY: `options.report` is null or valid, as the header requires.
         unsafe { outcome::write_report(&report, options.report)? };
         if is_own {
             blocking::shut_down(loader);
         }
-        // SAFETY: neither is null; both are valid as the header requires.
-        unsafe { outcome::into_array(given, segments, count) };
+        // SAFETY: neither pointer is null, and both are valid, as the header requires.
+        unsafe { outcome::into_array(loaded, segments, count) };
         Ok(0)
     })
 }
@@ -166,18 +168,20 @@ pub unsafe extern "C" fn dmaload_load_file(
 /// to -1, and frees the array. Does nothing for NULL.
 ///
 /// # Safety
-/// It is null, or came from `dmaload_load_file` with this count, and was not freed.
+/// `segments` is null, or came from `dmaload_load_file` with this count, and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_segments_free(segments: *mut dmaload_segment, count: usize) {
     answer(|| {
-        // SAFETY: as the header requires.
+        // SAFETY: `segments` is null or an array of this length that was not freed, as the header
+        // requires.
         unsafe { outcome::free_array(segments, count) };
         Ok(0)
     });
 }
 
-/// Creates a loader, for loads that share memory, threads and limits. Of `options`, which may be
-/// NULL, only the heap, `window_bytes` and `queue_depth` are used. Returns 0, or a negative errno.
+/// Creates a loader, whose loads share memory, threads and limits. Uses only the heap,
+/// `window_bytes` and `queue_depth` of `options`, which may be NULL. Returns 0, or a negative
+/// errno.
 ///
 /// # Safety
 /// The pointers, and those in `options`, are null or valid as the header requires.
@@ -185,11 +189,11 @@ pub unsafe extern "C" fn dmaload_segments_free(segments: *mut dmaload_segment, c
 pub unsafe extern "C" fn dmaload_loader_new(options: *const dmaload_options, loader: *mut *mut dmaload_loader) -> c_int {
     answer(|| {
         not_null(loader, "loader")?;
-        // SAFETY: as the header requires.
+        // SAFETY: `options` is null or valid, as the header requires.
         let options = unsafe { sized::read(options)? };
-        // SAFETY: as the header requires.
+        // SAFETY: the pointers in `options` are null or valid, as the header requires.
         let new = dmaload_loader(unsafe { request::new_loader(&options)? });
-        // SAFETY: it is not null, and valid as the header requires.
+        // SAFETY: `loader` is not null, and valid as the header requires.
         unsafe { loader.write(Box::into_raw(Box::new(new))) };
         Ok(0)
     })
@@ -199,12 +203,13 @@ pub unsafe extern "C" fn dmaload_loader_new(options: *const dmaload_options, loa
 /// for NULL.
 ///
 /// # Safety
-/// It is null, or came from `dmaload_loader_new`, and was not freed. No other call is using it.
+/// `loader` is null, or came from `dmaload_loader_new`, and was not freed. No other call is using
+/// it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
     answer(|| {
         if !loader.is_null() {
-            // SAFETY: as the header requires.
+            // SAFETY: `loader` came from `dmaload_loader_new` and was not freed, as the header requires.
             drop(unsafe { Box::from_raw(loader) });
         }
         Ok(0)
@@ -221,32 +226,31 @@ pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
 pub unsafe extern "C" fn dmaload_start(file_fd: c_int, options: *const dmaload_options, load: *mut *mut dmaload_load) -> c_int {
     answer(|| {
         not_null(load, "load")?;
-        // SAFETY: as the header requires.
+        // SAFETY: `options` is null or valid, as the header requires.
         let options = unsafe { sized::read(options)? };
         if options.progress.is_some() || !options.cancel.is_null() || !options.report.is_null() {
             return Err(Failure::invalid(
                 "progress, cancel and report must be NULL: see dmaload_load_progress, dmaload_cancel and dmaload_load_report",
             ));
         }
-        let (file, bytes) = request::file(file_fd)?;
-        // SAFETY: as the header requires.
+        let (file, bytes) = request::duplicate_file(file_fd)?;
+        // SAFETY: the pointers in `options` are null or valid, as the header requires.
         let (loader, _) = unsafe { request::loader_for(&options)? };
         let new = dmaload_load::new(request::start(&loader, file, bytes, &options)?)?;
-        // SAFETY: it is not null, and valid as the header requires.
+        // SAFETY: `load` is not null, and valid as the header requires.
         unsafe { load.write(Box::into_raw(Box::new(new))) };
         Ok(0)
     })
 }
 
-/// The eventfd of a load, for poll(2) or epoll(7): readable while `dmaload_poll` has a segment,
-/// the end or a failure to return. It belongs to the load: do not close, read or write it. Returns
-/// -EFAULT for NULL.
+/// The eventfd of a load, for poll(2) or epoll(7). It is readable while `dmaload_poll` has a
+/// segment, the end of the load or a failure to return. The load owns it: do not close it, read
+/// from it or write to it. Returns -EFAULT for NULL.
 ///
 /// # Safety
-/// It is null, or came from `dmaload_start`, and was not freed.
+/// `load` is null, or came from `dmaload_start`, and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_event_fd(load: *const dmaload_load) -> c_int {
-    // SAFETY: as the header requires.
     with_load(load, |load| Ok(load.event_fd()))
 }
 
@@ -254,8 +258,8 @@ pub unsafe extern "C" fn dmaload_event_fd(load: *const dmaload_load) -> c_int {
 /// the next segment in order, whose descriptor the caller must close; `DMALOAD_FINISHED` after the
 /// last one; or a negative errno, as from `dmaload_load_file`, on this and all later calls.
 ///
-/// Segments returned before a failure contain the file's bytes at the time they were read: a
-/// change to the file is detected at its end.
+/// Segments returned before a failure contain the file's bytes as they were when they were read: a
+/// change of the file may be detected only at the end of the load.
 ///
 /// Thread-safe: each segment is returned once.
 ///
@@ -268,16 +272,16 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
         Ok(match load.poll()? {
             Fetched::Nothing => DMALOAD_PENDING,
             Fetched::Finished => DMALOAD_FINISHED,
-            Fetched::Segment(given) => {
-                // SAFETY: it is not null, and valid as the header requires.
-                unsafe { segment.write(given.into_c()) };
+            Fetched::Segment(fetched) => {
+                // SAFETY: `segment` is not null, and valid as the header requires.
+                unsafe { segment.write(fetched.into_c()) };
                 DMALOAD_SEGMENT
             }
         })
     })
 }
 
-/// The progress of a load; all 0 once it is over. Returns 0 or -EFAULT.
+/// Stores the progress of a load, which is all 0 once the load is over. Returns 0 or -EFAULT.
 ///
 /// # Safety
 /// `load` came from `dmaload_start`, and was not freed; `progress` is valid for a write.
@@ -285,14 +289,14 @@ pub unsafe extern "C" fn dmaload_poll(load: *mut dmaload_load, segment: *mut dma
 pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progress: *mut dmaload_progress) -> c_int {
     with_load(load, |load| {
         not_null(progress, "progress")?;
-        // SAFETY: it is not null, and valid as the header requires.
+        // SAFETY: `progress` is not null, and valid as the header requires.
         unsafe { progress.write(outcome::progress(load.progress())) };
         Ok(0)
     })
 }
 
-/// The report of a finished load. Returns 0; -EINPROGRESS before it has finished; or the error of
-/// a failed load.
+/// Stores the report of a finished load. Returns 0; -EINPROGRESS until `dmaload_poll` has returned
+/// `DMALOAD_FINISHED`; or the error of a failed load.
 ///
 /// # Safety
 /// `load` came from `dmaload_start`, and was not freed; `report` is valid, with its size set.
@@ -300,7 +304,7 @@ pub unsafe extern "C" fn dmaload_load_progress(load: *const dmaload_load, progre
 pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: *mut dmaload_report) -> c_int {
     with_load(load, |load| {
         not_null(report, "report")?;
-        // SAFETY: as the header requires.
+        // SAFETY: `report` is not null, and valid with its size set, as the header requires.
         unsafe { outcome::write_report(&load.report()?, report)? };
         Ok(0)
     })
@@ -311,7 +315,7 @@ pub unsafe extern "C" fn dmaload_load_report(load: *const dmaload_load, report: 
 /// already returned stay valid. Does nothing for a load that is over, or NULL.
 ///
 /// # Safety
-/// It is null, or came from `dmaload_start`, and was not freed.
+/// `load` is null, or came from `dmaload_start`, and was not freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_cancel(load: *mut dmaload_load) {
     with_load(load, |load| {
@@ -323,12 +327,12 @@ pub unsafe extern "C" fn dmaload_cancel(load: *mut dmaload_load) {
 /// Frees a load, and cancels it if it is still running. Does nothing for NULL.
 ///
 /// # Safety
-/// It is null, or came from `dmaload_start`, and was not freed. No other call is using it.
+/// `load` is null, or came from `dmaload_start`, and was not freed. No other call is using it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dmaload_free(load: *mut dmaload_load) {
     answer(|| {
         if !load.is_null() {
-            // SAFETY: as the header requires.
+            // SAFETY: `load` came from `dmaload_start` and was not freed, as the header requires.
             drop(unsafe { Box::from_raw(load) });
         }
         Ok(0)
@@ -338,7 +342,7 @@ pub unsafe extern "C" fn dmaload_free(load: *mut dmaload_load) {
 /// Runs `body` with a load from C.
 fn with_load(load: *const dmaload_load, body: impl FnOnce(&dmaload_load) -> failure::Result<c_int>) -> c_int {
     answer(|| {
-        // SAFETY: it is null, or a load that was not freed, as the header requires.
+        // SAFETY: `load` is null, or a load that was not freed, as the header requires.
         let load = unsafe { load.as_ref() }.ok_or_else(|| Failure::new(Errno::FAULT, "load is NULL"))?;
         body(load)
     })

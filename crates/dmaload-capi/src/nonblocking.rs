@@ -1,4 +1,4 @@
-//! Loads for event loops, with an eventfd that is readable while there is something to fetch.
+//! Loads for event loops, with an eventfd that is readable while a result can be fetched.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,18 +17,18 @@ use crate::failure::{Failure, Result};
 use crate::outcome::{Finished, OwnedSegment};
 use crate::request::Started;
 
-/// The eventfd.
+/// An eventfd: readable once it is set, until it is cleared.
 #[derive(Debug)]
 struct Event(OwnedFd);
 
 impl Event {
     fn set(&self) {
-        // Fails only if it is already readable.
+        // Fails only if the counter is at its maximum; then it is readable anyway.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
     fn clear(&self) {
-        // Fails only if there is nothing to clear.
+        // Fails only if the eventfd is not set.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 }
@@ -40,7 +40,7 @@ impl Wake for Event {
 }
 
 /// A running load, or one that is over but not freed.
-#[allow(non_camel_case_types, reason = "the name is that of the header")]
+#[allow(non_camel_case_types, reason = "the header uses this name")]
 pub struct dmaload_load {
     event: Arc<Event>,
     wanted: Range<u64>,
@@ -51,7 +51,7 @@ pub struct dmaload_load {
 enum State {
     Going {
         segments: Box<Segments>,
-        /// What was fetched in advance, so that the eventfd can signal it.
+        /// The result that was fetched in advance, so the eventfd can signal it.
         next: Option<Option<std::result::Result<Segment, Error>>>,
     },
     Finished {
@@ -66,7 +66,7 @@ impl fmt::Debug for dmaload_load {
     }
 }
 
-/// The result of fetching.
+/// The result of [`dmaload_load::poll`].
 pub(crate) enum Fetched {
     Nothing,
     Segment(OwnedSegment),
@@ -78,7 +78,7 @@ impl dmaload_load {
     pub(crate) fn new(started: Started) -> Result<Self> {
         let Started { segments, wanted, cpu_before } = started;
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let event = event.map_err(|errno| Failure::new(errno, "no eventfd could be created"))?;
+        let event = event.map_err(|errno| Failure::system(errno, "cannot create an eventfd"))?;
         let load = dmaload_load {
             event: Arc::new(Event(event)),
             wanted,
@@ -97,14 +97,14 @@ impl dmaload_load {
         self.event.0.as_raw_fd()
     }
 
-    /// Fetches what is available and signals it by the eventfd; otherwise arranges to be woken
-    /// when something arrives.
+    /// Fetches the next result if it is available, and sets the eventfd; otherwise the eventfd is
+    /// set when a result arrives.
     fn fetch_ahead(&self, state: &mut State) {
         let State::Going { segments, next } = state else { return self.event.set() };
         if next.is_none() {
             let waker = Waker::from(Arc::clone(&self.event));
-            if let Poll::Ready(came) = Pin::new(&mut **segments).poll_next(&mut Context::from_waker(&waker)) {
-                *next = Some(came);
+            if let Poll::Ready(result) = Pin::new(&mut **segments).poll_next(&mut Context::from_waker(&waker)) {
+                *next = Some(result);
             }
         }
         if next.is_some() {
@@ -137,10 +137,10 @@ impl dmaload_load {
             },
         };
         match fetched {
-            Ok(given) => {
+            Ok(segment) => {
                 self.event.clear();
                 self.fetch_ahead(&mut state);
-                Ok(Fetched::Segment(given))
+                Ok(Fetched::Segment(segment))
             }
             Err(failure) => {
                 let going = std::mem::replace(&mut *state, State::Failed(failure.clone()));
@@ -177,7 +177,7 @@ impl dmaload_load {
             None
         };
         drop(state);
-        // Dropped after the lock is released, because this may be the last owner of a loader.
+        // Dropped after the lock is released, because the load may be the last owner of a loader.
         drop(cancelled);
     }
 }

@@ -22,13 +22,13 @@ pub(crate) struct OwnedSegment {
 }
 
 impl OwnedSegment {
-    /// The part of a segment that was requested, because reads take whole blocks. The segment
-    /// itself is not needed any more: its memory lives as long as this descriptor.
+    /// Takes the requested part of a segment, which can be larger because reads take whole blocks.
+    /// The segment can then be dropped: the descriptor keeps its memory alive.
     pub(crate) fn new(segment: &Segment, wanted: &Range<u64>) -> Result<Self> {
         let (fd, kind) = if segment.has_dma_buf() {
             (segment.hand_out_owned_dma_buf()?, DMALOAD_DMA_BUF)
         } else {
-            let failed = |errno| Failure::new(errno, "cannot duplicate a segment's descriptor");
+            let failed = |errno| Failure::system(errno, "cannot duplicate a segment's descriptor");
             (rustix::io::fcntl_dupfd_cloexec(segment.hand_out_memfd()?, 0).map_err(failed)?, DMALOAD_MEMFD)
         };
         let has = segment.file_range();
@@ -56,7 +56,7 @@ impl OwnedSegment {
     }
 }
 
-/// The report of a load, with the additional figures for C.
+/// The report of a load, with figures that only C programs receive.
 #[derive(Debug, Clone)]
 pub(crate) struct Finished {
     report: Report,
@@ -65,7 +65,7 @@ pub(crate) struct Finished {
 }
 
 impl Finished {
-    /// For a load that has just finished. `cpu_before` is the process's CPU time at its start.
+    /// Completes the report of a load that has just finished. `cpu_before` is the process's CPU time at its start.
     pub(crate) fn new(report: Report, cpu_before: Duration) -> Self {
         Finished { report, cpu: cpu_time().saturating_sub(cpu_before) }
     }
@@ -81,10 +81,10 @@ pub(crate) fn progress(progress: Progress) -> dmaload_progress {
     dmaload_progress { planned_bytes, allocated_bytes, read_bytes }
 }
 
-/// Writes as much of a report as its owner's version contains.
+/// Writes as much of a report as the caller's version of the struct contains.
 ///
 /// # Safety
-/// Those of [`sized::write`].
+/// As for [`sized::write`].
 pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) -> Result<()> {
     let Finished { report, cpu } = finished;
     let ns = |duration: Duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
@@ -99,17 +99,17 @@ pub(crate) unsafe fn write_report(finished: &Finished, to: *mut dmaload_report) 
     all.huge_page_bytes = report.pages.huge_bytes;
     all.segments = report.segments as u64;
     all.fallbacks = report.fallbacks.len() as u64;
-    let text = describe_step(report);
-    // The last byte stays 0.
+    let text = describe_report(report);
+    // The last byte stays 0, to terminate the string.
     let room = all.text.len() - 1;
     for (to, byte) in all.text.iter_mut().take(room).zip(text.bytes().filter(|&byte| byte != 0)) {
         *to = c_char::from_ne_bytes([byte]);
     }
-    // SAFETY: as the caller guarantees.
+    // SAFETY: `to` is null or valid with its size set, as the caller guarantees.
     unsafe { sized::write(to, &all) }
 }
 
-fn describe_step(report: &Report) -> String {
+fn describe_report(report: &Report) -> String {
     let mut lines = vec![format!("{} by {}", report.heap, report.route)];
     lines.extend(report.fallbacks.iter().map(|step| {
         let errno = step.errno.describe();
@@ -123,23 +123,23 @@ fn describe_step(report: &Report) -> String {
 ///
 /// # Safety
 /// Both pointers are valid for writes.
-pub(crate) unsafe fn into_array(given: Vec<OwnedSegment>, segments: *mut *mut dmaload_segment, count: *mut usize) {
-    let all: Box<[dmaload_segment]> = given.into_iter().map(OwnedSegment::into_c).collect();
-    // SAFETY: as the caller guarantees.
+pub(crate) unsafe fn into_array(loaded: Vec<OwnedSegment>, segments: *mut *mut dmaload_segment, count: *mut usize) {
+    let all: Box<[dmaload_segment]> = loaded.into_iter().map(OwnedSegment::into_c).collect();
+    // SAFETY: `count` is valid for a write, as the caller guarantees.
     unsafe { count.write(all.len()) };
-    // SAFETY: as the caller guarantees.
+    // SAFETY: `segments` is valid for a write, as the caller guarantees.
     unsafe { segments.write(Box::into_raw(all).cast()) };
 }
 
 /// Closes the descriptors that were not taken (`fd` is not -1), and frees the array.
 ///
 /// # Safety
-/// It is null, or came from [`into_array`] with this count and has not been freed.
+/// `segments` is null, or came from [`into_array`] with this count and has not been freed.
 pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
     if segments.is_null() {
         return;
     }
-    // SAFETY: the caller guarantees that it was made from a box of this length.
+    // SAFETY: the caller guarantees that the array came from `into_array`, from a box of this length.
     let all = unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(segments, count)) };
     for segment in all.iter().filter(|segment| segment.fd >= 0) {
         close(segment.fd);

@@ -20,21 +20,27 @@ use crate::types::{DMALOAD_HEAP_FD, DMALOAD_SEGMENTED, DMALOAD_SINGLE, DMALOAD_S
 const MIB: u64 = 1 << 20;
 const SEGMENT_STEP_BYTES: u64 = 2 * MIB;
 
-/// Duplicates a descriptor of the caller's.
+/// Duplicates the caller's descriptor.
 pub(crate) fn duplicate(fd: c_int, what: &str) -> Result<OwnedFd> {
-    let failed = |errno| Failure::new(errno, format!("{what} {fd} is not an open descriptor"));
     if fd < 0 {
-        return Err(failed(Errno::BADF));
+        return Err(duplicate_failure(Errno::BADF, fd, what));
     }
-    // SAFETY: it is not -1, and is used only for this call, which fails if it is closed.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(failed)
+    // SAFETY: `fd` is not -1, and is used only for this call, which fails if it is not open.
+    let open = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_dupfd_cloexec(open, 0).map_err(|errno| duplicate_failure(errno, fd, what))
 }
 
-/// The file to read, and its length.
-pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
+fn duplicate_failure(errno: Errno, fd: c_int, what: &str) -> Failure {
+    match errno {
+        Errno::BADF => Failure::new(errno, format!("{what} {fd} is not an open descriptor")),
+        errno => Failure::system(errno, &format!("cannot duplicate {what} {fd}")),
+    }
+}
+
+/// Duplicates the descriptor of the file to read, and determines the file's length.
+pub(crate) fn duplicate_file(fd: c_int) -> Result<(OwnedFd, u64)> {
     let file = duplicate(fd, "file_fd")?;
-    let failed = |errno| Failure::new(errno, format!("cannot stat file_fd {fd}"));
+    let failed = |errno| Failure::system(errno, &format!("cannot stat file_fd {fd}"));
     let flags = rustix::fs::fcntl_getfl(&file).map_err(failed)?;
     if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE == OFlags::WRONLY {
         return Err(Failure::new(Errno::BADF, format!("file_fd {fd} is not open for reading")));
@@ -47,39 +53,39 @@ pub(crate) fn file(fd: c_int) -> Result<(OwnedFd, u64)> {
     }
 }
 
-/// A network file system asks its server: a cached length may be outdated, and the end of the file
-/// would be missing.
+/// The file's mode and length. A network file system must ask its server: with an outdated length
+/// from its cache, the end of the file would be missing.
 fn mode_and_length(file: &OwnedFd) -> rustix::io::Result<(RawMode, u64)> {
     match statx(file, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS) {
         Ok(found) => Ok((RawMode::from(found.stx_mode), found.stx_size)),
         // A sandbox may refuse statx.
         Err(Errno::NOSYS | Errno::PERM) => {
             let found = fstat(file)?;
-            let bytes = u64::try_from(found.st_size).expect("a length that the kernel tells is not negative");
+            let bytes = u64::try_from(found.st_size).expect("the length of a file is not negative");
             Ok((found.st_mode, bytes))
         }
         Err(errno) => Err(errno),
     }
 }
 
-/// The heap of this descriptor.
+/// The heap that this descriptor refers to.
 pub(crate) fn heap_from_fd(fd: c_int, flags: u64) -> Result<Arc<dyn Heap>> {
     let device = duplicate(fd, "heap_fd")?;
     match Device::identify(&device) {
         Some(Device::DmaHeap(_)) => Ok(Arc::new(DmaHeap::from_fd(device)?.flags(flags))),
-        Some(Device::Udmabuf) if flags != 0 => Err(Failure::invalid("udmabuf has no heap_flags")),
+        Some(Device::Udmabuf) if flags != 0 => Err(Failure::invalid("heap_flags must be 0 for udmabuf")),
         Some(Device::Udmabuf) => Ok(Arc::new(UdmabufHeap::from_fd(device, Pages::Auto)?)),
         None => Err(Failure::new(Errno::NOTTY, format!("heap_fd {fd} is neither a dma-heap nor /dev/udmabuf"))),
     }
 }
 
 /// # Safety
-/// `name` is null, or a C string.
+/// `name` is null, or a valid C string.
 unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
     let choice = if name.is_null() {
         HeapChoice::Memfd
     } else {
-        // SAFETY: as the caller guarantees.
+        // SAFETY: `name` is a valid C string, as the caller guarantees.
         let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
         match name.parse() {
             // The header offers neither; an `anon` segment would have no descriptor to hand out.
@@ -93,12 +99,12 @@ unsafe fn heap_named(name: *const c_char) -> Result<Arc<dyn Heap>> {
 }
 
 /// # Safety
-/// That of [`heap_named`], for `options.heap`.
+/// As for [`heap_named`], with `options.heap`.
 unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
     match (options.flags & DMALOAD_HEAP_FD != 0, options.heap.is_null()) {
         (true, true) => heap_from_fd(options.heap_fd, 0),
         (true, false) => Err(Failure::invalid("heap and heap_fd can't both be set")),
-        // SAFETY: as the caller guarantees.
+        // SAFETY: `options.heap` is null or a valid C string, as the caller guarantees.
         (false, _) => unsafe { heap_named(options.heap) },
     }
 }
@@ -106,22 +112,22 @@ unsafe fn heap(options: &dmaload_options) -> Result<Arc<dyn Heap>> {
 /// Creates a loader with these options.
 ///
 /// # Safety
-/// That of [`heap_named`], for `options.heap`.
+/// As for [`heap_named`], with `options.heap`.
 pub(crate) unsafe fn new_loader(options: &dmaload_options) -> Result<Loader> {
     check_flags(options)?;
-    // SAFETY: as the caller guarantees.
+    // SAFETY: `options.heap` is null or a valid C string, as the caller guarantees.
     let heap = unsafe { heap(options)? };
     let mut builder = Loader::builder().heap(heap).window_bytes(window_bytes(options.window_bytes)?);
     if options.queue_depth > 0 {
         builder = builder.queue_depth(options.queue_depth as usize);
     }
-    Ok(builder.load_options(fitting(options.window_bytes)?).build()?)
+    Ok(builder.load_options(options_for_window(options.window_bytes)?).build()?)
 }
 
 /// Creates a loader for one call of `dmaload_alloc_and_read`, whose contract is to read from
 /// storage.
 pub(crate) fn one_shot_loader(heap: Arc<dyn Heap>, batch_bytes: u64) -> Result<Loader> {
-    let options = fitting(batch_bytes)?.cache(Cache::Bypass);
+    let options = options_for_window(batch_bytes)?.cache(Cache::Bypass);
     Ok(Loader::builder().heap(heap).window_bytes(window_bytes(batch_bytes)?).load_options(options).build()?)
 }
 
@@ -130,19 +136,19 @@ fn check_flags(options: &dmaload_options) -> Result<()> {
     if unknown == 0 { Ok(()) } else { Err(Failure::invalid(format!("unknown flags {unknown:#x}"))) }
 }
 
-fn window_bytes(asked: u64) -> Result<u64> {
-    match asked {
+fn window_bytes(requested: u64) -> Result<u64> {
+    match requested {
         0 => Ok(LoaderBuilder::WINDOW_BYTES),
         bytes if bytes < SEGMENT_STEP_BYTES => {
-            Err(Failure::invalid(format!("{bytes} bytes at once are too few: use at least 2 MiB")))
+            Err(Failure::invalid(format!("{bytes} bytes to allocate ahead are too few: use at least 2 MiB")))
         }
         bytes => Ok(bytes),
     }
 }
 
-/// The options for segments that fit into such a window: the library's defaults, unless the window
-/// is smaller.
-fn fitting(window: u64) -> Result<LoadOptions> {
+/// The library's default options, with smaller segments if the default ones do not fit into the
+/// window.
+fn options_for_window(window: u64) -> Result<LoadOptions> {
     let (window, options) = (window_bytes(window)?, LoadOptions::default());
     let fits = window / SEGMENT_STEP_BYTES * SEGMENT_STEP_BYTES;
     Ok(if window < LoadOptions::SEGMENT_BYTES { options.segment_bytes(fits) } else { options })
@@ -153,9 +159,9 @@ fn fitting(window: u64) -> Result<LoadOptions> {
 /// # Safety
 /// The pointers in `options` are as the header requires.
 pub(crate) unsafe fn loader_for(options: &dmaload_options) -> Result<(Loader, bool)> {
-    // SAFETY: it is null, or a loader that was not freed.
+    // SAFETY: `options.loader` is null, or a loader that was not freed, as the caller guarantees.
     let Some(shared) = (unsafe { options.loader.as_ref() }) else {
-        // SAFETY: as the caller guarantees.
+        // SAFETY: `options.heap` is null or a valid C string, as the caller guarantees.
         return Ok((unsafe { new_loader(options)? }, true));
     };
     check_flags(options)?;
@@ -188,12 +194,12 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
         -1 => Priority::Low,
         other => return Err(Failure::invalid(format!("invalid priority {other}: use -1, 0 or 1"))),
     };
-    let part = part(file_bytes, options.file_offset, options.file_bytes)?;
-    // For the whole file, no range is set, because the file may be longer by the time it is
+    let part = requested_range(file_bytes, options.file_offset, options.file_bytes)?;
+    // No range is set for the whole file, because the file may have grown by the time it is
     // opened.
     let (part, wanted) = if part == (0..file_bytes) { (None, 0..u64::MAX) } else { (Some(part.clone()), part) };
     let strict = options.flags & DMALOAD_STRICT != 0;
-    // Whatever the file is, it is loaded as raw bytes.
+    // Every file is loaded as raw bytes, regardless of its format.
     let mut load = loader.load_options().layout(layout).priority(priority).strict(strict).format(Format::Raw);
     if options.segment_bytes > 0 {
         load = load.segment_bytes(options.segment_bytes);
@@ -203,8 +209,8 @@ pub(crate) fn start(loader: &Loader, file: OwnedFd, file_bytes: u64, options: &d
     Ok(Started { segments: loader.load(source).options(load).segments(), wanted, cpu_before })
 }
 
-/// The requested part of the file.
-fn part(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
+/// The requested range of the file's bytes.
+fn requested_range(file_bytes: u64, offset: u64, bytes: u64) -> Result<Range<u64>> {
     let left = file_bytes.checked_sub(offset).filter(|&left| left > 0 && bytes <= left).ok_or_else(|| {
         Failure::invalid(format!("the file has {file_bytes} bytes, too few for {} bytes at offset {offset}", bytes.max(1)))
     })?;
@@ -216,22 +222,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn part_is_within_the_file() {
-        assert_eq!(part(10, 0, 0).unwrap(), 0..10);
-        assert_eq!(part(10, 0, 10).unwrap(), 0..10);
-        assert_eq!(part(10, 3, 0).unwrap(), 3..10);
-        assert_eq!(part(10, 3, 4).unwrap(), 3..7);
+    fn only_a_closed_descriptor_is_reported_as_not_open() {
+        let closed = duplicate_failure(Errno::BADF, 7, "file_fd");
+        assert_eq!((closed.errno, closed.text.as_str()), (Errno::BADF, "file_fd 7 is not an open descriptor"));
+        let refused = duplicate_failure(Errno::MFILE, 7, "heap_fd");
+        assert_eq!(
+            (refused.errno, refused.text.as_str()),
+            (Errno::MFILE, "cannot duplicate heap_fd 7: EMFILE (Too many open files)")
+        );
+    }
+
+    #[test]
+    fn requested_range_is_within_the_file() {
+        assert_eq!(requested_range(10, 0, 0).unwrap(), 0..10);
+        assert_eq!(requested_range(10, 0, 10).unwrap(), 0..10);
+        assert_eq!(requested_range(10, 3, 0).unwrap(), 3..10);
+        assert_eq!(requested_range(10, 3, 4).unwrap(), 3..7);
         for (bytes, offset, wanted) in [(0, 0, 0), (10, 10, 0), (10, 11, 0), (10, 3, 8), (10, 0, 11), (10, u64::MAX, 1)] {
-            assert_eq!(part(bytes, offset, wanted).unwrap_err().errno, Errno::INVAL, "{bytes} {offset} {wanted}");
+            assert_eq!(requested_range(bytes, offset, wanted).unwrap_err().errno, Errno::INVAL, "{bytes} {offset} {wanted}");
         }
     }
 
     #[test]
     fn segments_fit_into_their_window() {
-        let of = |bytes| fitting(bytes).unwrap();
-        assert_eq!(of(0), LoadOptions::default());
-        assert_eq!(of(64 * MIB), LoadOptions::default());
-        assert_eq!(of(MIB * 5), LoadOptions::default().segment_bytes(4 * MIB));
-        assert_eq!(fitting(MIB).unwrap_err().errno, Errno::INVAL);
+        let options_of = |bytes| options_for_window(bytes).unwrap();
+        assert_eq!(options_of(0), LoadOptions::default());
+        assert_eq!(options_of(64 * MIB), LoadOptions::default());
+        assert_eq!(options_of(MIB * 5), LoadOptions::default().segment_bytes(4 * MIB));
+        assert_eq!(options_for_window(MIB).unwrap_err().errno, Errno::INVAL);
     }
 }

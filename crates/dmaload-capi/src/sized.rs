@@ -14,7 +14,7 @@ use crate::types::{dmaload_options, dmaload_report};
 /// A struct whose first field is its size.
 ///
 /// # Safety
-/// It is `repr(C)`, its first field is a `u64`, and any of its fields may be zero.
+/// The struct is `repr(C)`, its first field is a `u64`, and zero is a valid value of each field.
 pub(crate) unsafe trait Sized64: Copy {
     const NAME: &str;
 }
@@ -30,7 +30,7 @@ unsafe impl Sized64 for dmaload_report {
     const NAME: &str = "struct dmaload_report";
 }
 
-fn stated<T: Sized64>(size: u64) -> Result<usize> {
+fn stated_size<T: Sized64>(size: u64) -> Result<usize> {
     let least = size_of::<u64>();
     usize::try_from(size)
         .ok()
@@ -38,59 +38,59 @@ fn stated<T: Sized64>(size: u64) -> Result<usize> {
         .ok_or_else(|| Failure::invalid(format!("{}: size is {size}: set it to sizeof({})", T::NAME, T::NAME)))
 }
 
-/// All fields zero.
+/// A struct whose fields are all zero.
 pub(crate) fn zeroed<T: Sized64>() -> T {
-    // SAFETY: the trait guarantees that all fields may be zero.
+    // SAFETY: the trait guarantees that zero is a valid value of each field.
     unsafe { MaybeUninit::zeroed().assume_init() }
 }
 
 /// Reads a struct of any version; NULL means all zero.
 ///
 /// # Safety
-/// It is null, or valid for reads of as many bytes as its first field says.
+/// `from` is null, or valid for reads of as many bytes as its first field says.
 pub(crate) unsafe fn read<T: Sized64>(from: *const T) -> Result<T> {
     let mut all = zeroed::<T>();
     if from.is_null() {
         return Ok(all);
     }
     // SAFETY: the first field is present; the caller's struct may have any alignment.
-    let size = stated::<T>(unsafe { from.cast::<u64>().read_unaligned() })?;
+    let size = stated_size::<T>(unsafe { from.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
-    // SAFETY: both have `known` bytes, and they are different objects.
+    // SAFETY: both structs have at least `known` bytes, and they do not overlap.
     unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), (&raw mut all).cast::<u8>(), known) };
-    // SAFETY: it is one byte after `known`, or at the end.
+    // SAFETY: the caller's struct has `size` bytes, and `known` is at most that.
     let rest = unsafe { from.cast::<u8>().add(known) };
-    // SAFETY: the caller's struct has `size` bytes.
+    // SAFETY: the caller's struct has `size - known` bytes after the first `known`.
     let rest = unsafe { std::slice::from_raw_parts(rest, size - known) };
     if rest.iter().any(|&byte| byte != 0) {
-        let text = format!("{}: from a newer version, with fields set that this version does not know", T::NAME);
+        let text = format!("{}: from a newer version, and sets fields that this version does not know", T::NAME);
         return Err(Failure::new(Errno::TOOBIG, text));
     }
     Ok(all)
 }
 
-/// Writes a struct of any version, up to the size that its owner knows. Keeps its `size`, and sets
-/// fields unknown here to 0. Does nothing for NULL.
+/// Writes a struct of any version, up to the size that the caller states. Keeps its `size`, and
+/// sets fields that this version does not know to 0. Does nothing for NULL.
 ///
 /// # Safety
-/// It is null, or valid for reads and writes of as many bytes as its first field says.
+/// `to` is null, or valid for reads and writes of as many bytes as its first field says.
 pub(crate) unsafe fn write<T: Sized64>(to: *mut T, all: &T) -> Result<()> {
     if to.is_null() {
         return Ok(());
     }
     // SAFETY: the first field is present.
-    let size = stated::<T>(unsafe { to.cast::<u64>().read_unaligned() })?;
+    let size = stated_size::<T>(unsafe { to.cast::<u64>().read_unaligned() })?;
     let known = size.min(size_of::<T>());
     let first = size_of::<u64>();
-    // SAFETY: the first field has that size.
+    // SAFETY: the struct begins with a field of `first` bytes.
     let from = unsafe { (&raw const *all).cast::<u8>().add(first) };
-    // SAFETY: the first field has that size.
+    // SAFETY: the struct begins with a field of `first` bytes.
     let to = unsafe { to.cast::<u8>().add(first) };
-    // SAFETY: both have `known` bytes, and they are different objects.
+    // SAFETY: both structs have at least `known` bytes, and they do not overlap.
     unsafe { std::ptr::copy_nonoverlapping(from, to, known - first) };
-    // SAFETY: it is one byte after `known`, or at the end.
+    // SAFETY: the caller's struct has `size` bytes, and `known` is at most that.
     let rest = unsafe { to.add(known - first) };
-    // SAFETY: the caller's struct has `size` bytes.
+    // SAFETY: the caller's struct has `size - known` bytes after the first `known`.
     unsafe { rest.write_bytes(0, size - known) };
     Ok(())
 }

@@ -1,13 +1,13 @@
 //! Types shared by C and Rust. The header is generated from them: these comments are its
 //! documentation.
-#![allow(non_camel_case_types, reason = "the names are those of the header")]
+#![allow(non_camel_case_types, reason = "the header uses these names")]
 
 use std::ffi::{c_char, c_int, c_void};
 
 /// `dmaload_options.flags`: `heap_fd` identifies the heap.
 pub const DMALOAD_HEAP_FD: u64 = 1;
 /// `dmaload_options.flags`: fail if the best route is refused, instead of taking the next one and
-/// reporting it.
+/// reporting that.
 pub const DMALOAD_STRICT: u64 = 2;
 
 /// `dmaload_options.layout`: segments of `segment_bytes`, each of which can be used as soon as it
@@ -18,12 +18,12 @@ pub const DMALOAD_SINGLE: u32 = 1;
 
 /// `dmaload_segment.kind`: a memfd, sealed against writing; it can be mapped for reading.
 pub const DMALOAD_MEMFD: u32 = 0;
-/// `dmaload_segment.kind`: a dma-buf. Anyone who has it can write to it.
+/// `dmaload_segment.kind`: a dma-buf. Every process that has its descriptor can write to it.
 pub const DMALOAD_DMA_BUF: u32 = 1;
 
 /// `dmaload_poll`: the load is still running. Wait until its eventfd is readable.
 pub const DMALOAD_PENDING: c_int = 0;
-/// `dmaload_poll`: a segment.
+/// `dmaload_poll`: a segment has been returned.
 pub const DMALOAD_SEGMENT: c_int = 1;
 /// `dmaload_poll`: all segments have been returned.
 pub const DMALOAD_FINISHED: c_int = 2;
@@ -32,21 +32,22 @@ pub const DMALOAD_FINISHED: c_int = 2;
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct dmaload_progress {
-    /// What is to be loaded; 0 until the file has been inspected.
+    /// Bytes to load; 0 until the file has been inspected.
     pub planned_bytes: u64,
-    /// What has been allocated.
+    /// Bytes allocated so far.
     pub allocated_bytes: u64,
-    /// What has been read.
+    /// Bytes read so far.
     pub read_bytes: u64,
 }
 
-/// A function that reports the progress of a load. Called on the calling thread, about every 20 ms
-/// and at the end. Any return value other than 0 cancels the load. It must not throw.
+/// A function that receives the progress of a load. It is called on the thread that called
+/// `dmaload_load_file`, about every 20 ms and at the end. Any return value other than 0 cancels
+/// the load. It must not throw.
 pub type dmaload_progress_fn = Option<unsafe extern "C" fn(user: *mut c_void, progress: *const dmaload_progress) -> c_int>;
 
 /// A part of the file in memory. The file's bytes begin at `memory_offset` in the memory of `fd`.
-/// What follows them, up to `memory_bytes`, is zero; if only a part of the file was requested, its
-/// first and last blocks contain the neighboring bytes of the file instead.
+/// The rest of the memory, up to `memory_bytes`, is zero. If only a part of the file was
+/// requested, the first and last blocks also contain neighboring bytes of the file.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_segment {
@@ -57,19 +58,19 @@ pub struct dmaload_segment {
     pub kind: u32,
     /// The segment's number, counted from 0.
     pub index: u64,
-    /// Where its bytes begin in the file.
+    /// Offset of the segment's bytes in the file.
     pub file_offset: u64,
-    /// Number of bytes of the file in the segment.
+    /// Number of the file's bytes in the segment.
     pub bytes: u64,
-    /// Where its bytes begin in the memory: at 0, unless only a part of the file was requested.
+    /// Offset of the segment's bytes in the memory: 0, unless only a part of the file was requested.
     pub memory_offset: u64,
-    /// Length of the memory from there on, rounded up to a block of the file system and at least a
-    /// page.
+    /// Length of the memory from `memory_offset` on. The memory is rounded up to a block of the
+    /// file system, and to at least a page.
     pub memory_bytes: u64,
 }
 
-/// The report of a load. Set `size` before the call; no more than that is written, and fields of a
-/// newer version become 0.
+/// The report of a load. Set `size` before the call: at most that many bytes are written, and
+/// fields that the library does not know are set to 0.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_report {
@@ -77,9 +78,9 @@ pub struct dmaload_report {
     pub size: u64,
     /// Bytes of the file that were loaded.
     pub bytes: u64,
-    /// From the call to the last segment.
+    /// Time from the call to the last segment.
     pub total_ns: u64,
-    /// From the call to the first segment.
+    /// Time from the call to the first segment.
     pub first_segment_ns: u64,
     /// Time during which memory was being allocated, by any thread; overlaps with reading.
     pub allocating_ns: u64,
@@ -89,7 +90,7 @@ pub struct dmaload_report {
     pub copying_ns: u64,
     /// CPU time of the process during the load.
     pub cpu_ns: u64,
-    /// How much of the memory is on 2 MiB pages.
+    /// Bytes of the memory that are on 2 MiB pages.
     pub huge_page_bytes: u64,
     /// Number of segments.
     pub segments: u64,
@@ -100,22 +101,22 @@ pub struct dmaload_report {
     pub text: [c_char; 1024],
 }
 
-/// How to load. The default is all zero except `size`, and the same applies to fields of a newer
-/// version that the caller does not know.
+/// How to load. Zero is the default of every field except `size`, including fields of newer
+/// versions that the caller does not know.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct dmaload_options {
     /// `sizeof(struct dmaload_options)`. A smaller struct is from an older version: its missing
-    /// fields have their defaults. A larger one is from a newer version: -E2BIG, unless the fields
-    /// that are unknown here are all zero.
+    /// fields have their defaults. A larger one is from a newer version, and fails with -E2BIG
+    /// unless all fields that the library does not know are zero.
     pub size: u64,
     /// `DMALOAD_HEAP_FD`, `DMALOAD_STRICT`, or both.
     pub flags: u64,
-    /// Where memory comes from: "memfd" (also NULL), "udmabuf", "dma-heap:NAME", or "dma-buf" for
-    /// the best available heap that provides dma-bufs.
+    /// The heap to allocate from: "memfd" (the default, also for NULL), "udmabuf",
+    /// "dma-heap:NAME", or "dma-buf" for the best available heap that provides dma-bufs.
     pub heap: *const c_char,
-    /// With `DMALOAD_HEAP_FD`: an open dma-heap or /dev/udmabuf, instead of a name. It remains the
-    /// caller's.
+    /// With `DMALOAD_HEAP_FD`: an open dma-heap or /dev/udmabuf, instead of a name. The caller
+    /// remains its owner.
     pub heap_fd: i32,
     /// `DMALOAD_SEGMENTED` or `DMALOAD_SINGLE`.
     pub layout: u32,
@@ -124,13 +125,13 @@ pub struct dmaload_options {
     pub segment_bytes: u64,
     /// Maximum memory that is allocated but not yet filled; 0 means 128 MiB. At least 2 MiB.
     pub window_bytes: u64,
-    /// Where to begin in the file.
+    /// Offset in the file to load from.
     pub file_offset: u64,
     /// Number of bytes to load; 0 means everything from `file_offset` on.
     pub file_bytes: u64,
     /// Maximum number of reads in flight; 0 means 44.
     pub queue_depth: u32,
-    /// 0 for normal, 1 to go before other loads of the loader, -1 to go after them.
+    /// 0 for normal, 1 to be served before other loads of the loader, -1 to be served after them.
     pub priority: i32,
     /// A loader that shares memory, threads and limits among loads; NULL creates one for this load
     /// alone. If set, `heap`, `heap_fd`, `window_bytes` and `queue_depth` are those of the loader
@@ -144,11 +145,11 @@ pub struct dmaload_options {
     /// A flag that another thread or a signal handler sets to nonzero to cancel the load; may be
     /// NULL. Checked about every 20 ms. Not used by `dmaload_start`, see `dmaload_cancel`.
     pub cancel: *const c_int,
-    /// Filled if the load succeeds; may be NULL. Not used by `dmaload_start`, see
+    /// Written if the load succeeds; may be NULL. Not used by `dmaload_start`, see
     /// `dmaload_load_report`.
     pub report: *mut dmaload_report,
 }
 
-/// Threads, memory and limits shared by loads.
+/// A loader: threads, memory and limits that loads share.
 #[derive(Debug)]
 pub struct dmaload_loader(pub(crate) dmaload::Loader);

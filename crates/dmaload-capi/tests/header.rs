@@ -1,10 +1,10 @@
-//! The header is what the sources say.
+//! The header matches the sources that it is generated from.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::path::Path;
 
 #[test]
-fn the_header_is_made_of_the_sources() {
+fn header_matches_the_sources() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(folder.join("cbindgen.toml")).unwrap();
     let made = cbindgen::Builder::new().with_crate(folder).with_config(config).generate().unwrap();
@@ -15,5 +15,5 @@ fn the_header_is_made_of_the_sources() {
         std::fs::write(&path, &made).unwrap();
     }
     let kept = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(kept == made, "include/dmaload.h is old: `just capi-header` makes it anew");
+    assert!(kept == made, "include/dmaload.h is outdated: run `just capi-header`");
 }
