@@ -261,7 +261,7 @@ struct dmaload_segment {
      */
     uint64_t bytes;
     /*
-     Offset of the segment's bytes in the memory: 0, unless only a part of the file was requested.
+     Offset of the segment's bytes in the memory: 0 unless only a part of the file was loaded.
      */
     uint64_t memory_offset;
     /*

@@ -58,7 +58,7 @@ fn errno_of(error: &Error) -> Errno {
         ErrorKind::Unsupported => Errno::OPNOTSUPP,
         ErrorKind::ShutDown => Errno::CANCELED,
         ErrorKind::Panicked => Errno::NOTRECOVERABLE,
-        // Wrong bytes, and kinds that concern models and views, which the C interface does not use.
+        // Wrong bytes, and kinds about models and views, which the C interface does not use.
         _ => Errno::IO,
     }
 }
@@ -95,7 +95,7 @@ mod tests {
     fn panics_become_errors_and_messages_have_no_nul() {
         assert_eq!(answer(|| panic!("inside")), -Errno::NOTRECOVERABLE.raw_os_error());
         assert_eq!(answer(|| Err(Failure::invalid("a\0b"))), -Errno::INVAL.raw_os_error());
-        // SAFETY: `last_message` returns a C string that is valid until this thread's next failure.
+        // SAFETY: `last_message` returns a C string, valid until this thread's next failure.
         #[allow(unsafe_code)]
         let text = unsafe { CStr::from_ptr(last_message()) };
         assert_eq!(text, c"a b");

@@ -209,7 +209,8 @@ pub unsafe extern "C" fn dmaload_loader_new(options: *const dmaload_options, loa
 pub unsafe extern "C" fn dmaload_loader_free(loader: *mut dmaload_loader) {
     answer(|| {
         if !loader.is_null() {
-            // SAFETY: `loader` came from `dmaload_loader_new` and was not freed, as the header requires.
+            // SAFETY: `loader` came from `dmaload_loader_new` and was not freed, as the header
+            // requires.
             drop(unsafe { Box::from_raw(loader) });
         }
         Ok(0)

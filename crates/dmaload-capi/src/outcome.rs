@@ -65,7 +65,8 @@ pub(crate) struct Finished {
 }
 
 impl Finished {
-    /// Completes the report of a load that has just finished. `cpu_before` is the process's CPU time at its start.
+    /// Completes the report of a load that has just finished. `cpu_before` is the process's CPU
+    /// time at the start of the load.
     pub(crate) fn new(report: Report, cpu_before: Duration) -> Self {
         Finished { report, cpu: cpu_time().saturating_sub(cpu_before) }
     }
@@ -139,7 +140,7 @@ pub(crate) unsafe fn free_array(segments: *mut dmaload_segment, count: usize) {
     if segments.is_null() {
         return;
     }
-    // SAFETY: the caller guarantees that the array came from `into_array`, from a box of this length.
+    // SAFETY: the caller guarantees that `into_array` made the array from a box of this length.
     let all = unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(segments, count)) };
     for segment in all.iter().filter(|segment| segment.fd >= 0) {
         close(segment.fd);

@@ -62,7 +62,7 @@ pub struct dmaload_segment {
     pub file_offset: u64,
     /// Number of the file's bytes in the segment.
     pub bytes: u64,
-    /// Offset of the segment's bytes in the memory: 0, unless only a part of the file was requested.
+    /// Offset of the segment's bytes in the memory: 0 unless only a part of the file was loaded.
     pub memory_offset: u64,
     /// Length of the memory from `memory_offset` on. The memory is rounded up to a block of the
     /// file system, and to at least a page.

@@ -80,7 +80,7 @@ static void check_segment(const struct dmaload_segment *segment)
     CHECK(memory != MAP_FAILED);
     CHECK(segment->file_offset + segment->bytes <= BYTES && segment->bytes <= segment->memory_bytes);
     CHECK(memcmp(memory + segment->memory_offset, original + segment->file_offset, segment->bytes) == 0);
-    /* If only a part of the file was requested, its last block also contains the bytes after it. */
+    /* If only a part of the file was loaded, its last block also contains the bytes after it. */
     uint64_t end = segment->file_offset + segment->bytes, rest = BYTES - end < 4096 ? BYTES - end : 4096;
     for (uint64_t at = segment->bytes + rest; at < segment->memory_bytes; at++)
         CHECK(memory[segment->memory_offset + at] == 0);
@@ -387,7 +387,7 @@ static void progress_is_reported_and_loads_are_cancelled(void)
     expect(try_load(fd, &options), ECANCELED, "by its flag");
     close(fd);
 
-    /* A long load is cancelled halfway, even if its segments arrive without a pause. The file is sparse. */
+    /* A long load is cancelled halfway, even while its segments arrive without a pause. */
     char other[4300];
     snprintf(other, sizeof other, "%s/long", folder);
     fd = open(other, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
