@@ -1,4 +1,4 @@
-//! The command line: lists the subcommands. Each of them defines its arguments in its own file.
+//! The command line and its subcommands, each of which defines its arguments in its own module.
 
 use clap::{Parser, Subcommand};
 
@@ -14,7 +14,7 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Loads files into memory and reports how it went.
+    /// Loads files into memory and prints a report.
     ///
     /// Exit status: 0 success, 1 a load failed, 2 wrong usage.
     Load(load::Arguments),
@@ -27,16 +27,16 @@ pub(crate) enum Command {
     /// Loads files and shares their memory with other processes through a Unix socket, until
     /// SIGINT or SIGTERM.
     Serve(serve::Arguments),
-    /// Maps memory that `serve` has loaded, without a copy, and shows what is in it.
+    /// Maps memory that `serve` has loaded, without a copy, and prints a report.
     Attach(attach::Arguments),
-    /// Tries out what loads get on this machine, and shows what would help most.
+    /// Tries loads on this machine, shows how they would work, and what would help most.
     ///
     /// Exit status: 0 if a load would work, 1 if not, 2 wrong usage.
     Doctor(doctor::Arguments),
     /// Creates a synthetic model, loads it cold, verifies it, and compares with allocate + mmap +
     /// memcpy.
     Demo(demo::Arguments),
-    /// Compares ways of loading a file cold, in turn, each run in its own process.
+    /// Compares ways of loading a file cold, with each run in its own process.
     ///
     /// Exit status: 0 success, 1 a mode failed (without --pressure) or loaded wrong bytes, 2 wrong
     /// usage.
@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn command_has_the_defaults_of_the_library() {
         let arguments = Arguments::parse_from(["dmaload", "load", "model"]);
-        let Command::Load(load::Arguments { engine, .. }) = arguments.command else { panic!("that is load") };
+        let Command::Load(load::Arguments { engine, .. }) = arguments.command else { panic!("expected the command load") };
         assert_eq!((engine.window, engine.staging, engine.segment_size, engine.chunk_size), (None, None, None, None));
         assert_eq!(engine.queue_depth, LoaderBuilder::QUEUE_DEPTH);
         // The library chooses these defaults; the help text spells them out.
@@ -101,21 +101,21 @@ mod tests {
 
         #[test]
         fn no_argument_panics_and_refusals_quote_the_argument(text in TEXT) {
-            fn told<T>(text: &str, read: Result<T, String>) {
-                if let Err(error) = read {
-                    let told = error.contains(&format!("{text:?}")) || error.contains("digits") || error.contains("checksum");
-                    assert!(told, "{text:?}: {error}");
+            fn check<T>(text: &str, parsed: Result<T, String>) {
+                if let Err(error) = parsed {
+                    let is_quoted = error.contains(&format!("{text:?}")) || error.contains("digits") || error.contains("checksum");
+                    assert!(is_quoted, "{text:?}: {error}");
                 }
             }
-            told(&text, bytes(&text));
-            told(&text, range(&text));
-            told(&text, heap_choice(&text));
-            told(&text, text.parse::<RouteChoice>());
-            told(&text, text.parse::<Rank>());
-            told(&text, text.parse::<Against>());
-            told(&text, text.parse::<Mode>());
-            told(&text, text.parse::<Pressure>());
-            told(&text, Mode::peer(&text));
+            check(&text, bytes(&text));
+            check(&text, range(&text));
+            check(&text, heap_choice(&text));
+            check(&text, text.parse::<RouteChoice>());
+            check(&text, text.parse::<Rank>());
+            check(&text, text.parse::<Against>());
+            check(&text, text.parse::<Mode>());
+            check(&text, text.parse::<Pressure>());
+            check(&text, Mode::peer(&text));
         }
     }
 }

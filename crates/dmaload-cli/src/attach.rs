@@ -17,9 +17,9 @@ use crate::summary::{Used, summary, to_json};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The socket.
+    /// The server's socket.
     pub(crate) socket: PathBuf,
-    /// The name of the image; required if the server has several.
+    /// The name of the image; required if the server shares several.
     #[arg(long)]
     pub(crate) name: Option<String>,
     /// Trust a server that runs as this user id, in addition to your own and root; may be
@@ -48,8 +48,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let used = Used::since(cpu_before);
     let image = &attached.image;
     let digests = image.files().iter().map(|file| match arguments.digest {
-        // Others may write to dma-bufs, so they can't be viewed as slices.
-        Some(algorithm) if attached.dma_bufs => of_dma_bufs(algorithm, file.segments()).map(Some),
+        // Other processes can write to dma-bufs, so dma-bufs can't be viewed as slices.
+        Some(algorithm) if attached.dma_bufs => digest_dma_bufs(algorithm, file.segments()).map(Some),
         Some(algorithm) => file.bytes().map(|bytes| Some(digest(algorithm, &bytes))),
         None => Ok(None),
     });
@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(crate::status::SUCCESS)
 }
 
-fn of_dma_bufs(algorithm: Algorithm, segments: &[Segment]) -> dmaload::Result<Digest> {
+fn digest_dma_bufs(algorithm: Algorithm, segments: &[Segment]) -> dmaload::Result<Digest> {
     let (mut hasher, mut buffer) = (Hasher::new(algorithm), vec![0; 1 << 20]);
     for segment in segments {
         let access = segment.cpu_access()?;

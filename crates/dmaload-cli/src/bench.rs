@@ -19,7 +19,7 @@ use dmaload_bench::{Bench, Engine, Mode, Pressure, Settings, child};
 use dmaload_text::At;
 
 use crate::engine::{self, EngineArguments, block_on};
-use crate::manifests::recorded;
+use crate::manifests::record_manifest;
 use crate::progress::write_model;
 use crate::{errors, output, parse};
 
@@ -28,7 +28,7 @@ const SEED: u64 = 1;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The files; several are one load.
+    /// The files to load; several files form one load.
     #[arg(value_name = "PATH", required_unless_present = "size", conflicts_with = "size")]
     pub(crate) paths: Vec<PathBuf>,
     /// Create a file of random weights of this size, and remove it afterwards.
@@ -74,14 +74,14 @@ pub(crate) struct Arguments {
     pub(crate) engine: EngineArguments,
 }
 
-/// What `bench` starts in child processes.
+/// The commands that `bench` runs in child processes.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Child {
     /// Measures one run.
     Load {
         #[arg(long)]
         mode: Mode,
-        /// The file that `bench` made.
+        /// The file that `bench` created, if any.
         #[arg(long)]
         scratch: Option<PathBuf>,
         #[command(flatten)]
@@ -98,7 +98,7 @@ pub(crate) enum Child {
     },
 }
 
-pub(crate) fn run(arguments: &Arguments, given: &[OsString]) -> Result<u8> {
+pub(crate) fn run(arguments: &Arguments, command_line: &[OsString]) -> Result<u8> {
     check(arguments)?;
     let scratch = arguments.size.map(|size| make_file(arguments, size)).transpose()?;
     let scratch_path = scratch.as_ref().map(|file| file.path().to_owned());
@@ -111,8 +111,8 @@ pub(crate) fn run(arguments: &Arguments, given: &[OsString]) -> Result<u8> {
         pressure: arguments.pressure,
         warm: arguments.warm,
         user: arguments.user,
-        // The same options, parsed by the same parser: everything after the word `bench`.
-        arguments: given.iter().skip(2).cloned().collect(),
+        // Child processes parse the same options: everything after the word `bench`.
+        arguments: command_line.iter().skip(2).cloned().collect(),
     };
     let results = Bench::set_up(settings)?.measure(print_progress)?;
     let mut stdout = output::stdout();
@@ -133,7 +133,7 @@ pub(crate) fn run_child(arguments: Child) -> Result<()> {
     let mut stdout = output::stdout();
     match arguments {
         Child::Load { mode, scratch, mut bench } => {
-            // Storage is what is being measured.
+            // The bench measures storage, not the page cache.
             bench.engine.cache.get_or_insert(dmaload::Cache::Bypass);
             let paths = scratch.map_or_else(|| bench.paths.clone(), |path| vec![path]);
             let load = child::Load { mode, paths, user: bench.user, curves: bench.plot.is_some() };
@@ -157,12 +157,12 @@ fn check(arguments: &Arguments) -> Result<()> {
 fn print_progress(line: &str) {
     let mut stderr = std::io::stderr().lock();
     if stderr.is_terminal() {
-        // There is no other place to report a failure.
+        // There is nowhere else to report a failure.
         let _ = writeln!(stderr, "{line}");
     }
 }
 
-/// Creates a file of random weights that the measuring user can read.
+/// Creates a file of random weights that the user of `--user` can read, too.
 fn make_file(arguments: &Arguments, size: u64) -> Result<ScratchFile> {
     let model = Model::new(size, SEED)?;
     let file = ScratchFile::create(arguments.dir.as_deref(), "bench.safetensors", size)?;
@@ -193,6 +193,6 @@ impl Engine for EngineArguments {
     }
 
     fn manifest(&self, paths: &[PathBuf], recorder: Recorder) -> Result<Manifest> {
-        Ok(block_on(recorded(&engine::loader(self)?, paths, recorder))??)
+        Ok(block_on(record_manifest(&engine::loader(self)?, paths, recorder))??)
     }
 }

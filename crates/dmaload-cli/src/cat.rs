@@ -1,4 +1,4 @@
-//! `dmaload cat`: writes what was loaded.
+//! `dmaload cat`: writes a loaded file or tensor to standard output.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,8 +12,8 @@ use crate::manifests::Against;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The file, which is written as it is even if it is part of a larger model; for a folder, the
-    /// files of its model.
+    /// The file, which is written as it is even if it is a part of a larger model; or a folder,
+    /// for all files of its model.
     #[arg(value_name = "MODEL")]
     pub(crate) path: PathBuf,
     /// Write only the bytes of this tensor, from the file that the model's index maps it to.
@@ -30,8 +30,8 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let paths = std::slice::from_ref(&arguments.path);
     let about = |error| errors::with_files(error, paths);
-    let loader = engine::loader_of(&arguments.engine, paths)?;
-    // A file is written as it is, whatever its name says; a folder must contain one complete
+    let loader = engine::loader_for(&arguments.engine, paths)?;
+    // A file is written as it is, regardless of its name; a folder must contain one complete
     // model.
     let as_one_file = !arguments.path.is_dir();
     let options = match (&arguments.tensor, &arguments.verify) {
@@ -42,12 +42,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut segments = loader.load(&arguments.path).options(options).segments();
     block_on(async {
         let mut stdout = crate::output::stdout();
-        // The stream is at most the window and one segment ahead of a slow reader.
+        // The load is at most the window and one segment ahead of a slow reader.
         while let Some(segment) = segments.next().await {
             let segment = segment.map_err(about)?;
             let wanted = match &arguments.tensor {
-                // The segment also contains the neighbors of the tensor in its first and last
-                // blocks.
+                // The segment's first and last blocks also contain neighboring bytes.
                 Some(name) => segment.tensor_range(name).unwrap_or_default(),
                 None => 0..segment.len(),
             };

@@ -1,6 +1,6 @@
-//! Digests of what was loaded, computed from the memory that holds it. On a heap that the CPU
-//! reads uncached, they are computed from the staging buffers instead, because reading such memory
-//! takes several times as long.
+//! Digests of loaded files, computed from the loaded memory. On a heap that the CPU reads
+//! uncached, they are computed from the staging buffers instead, because reading such memory takes
+//! several times as long.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,19 +12,19 @@ use dmaload::{Image, LoadOptions, Observer, Rejection};
 #[derive(Debug)]
 pub(crate) struct Checksums {
     algorithm: Algorithm,
-    /// Set if digests are computed during the load, with a hasher for each file.
-    landing: Option<Arc<Landing>>,
+    /// Hashes the files during the load, on a heap that the CPU reads uncached.
+    observer: Option<Arc<HashingObserver>>,
 }
 
 #[derive(Debug)]
-struct Landing {
+struct HashingObserver {
     algorithm: Algorithm,
-    /// One for each file so far; only the load finds out how many there are.
+    /// One for each file seen so far: the number of files is only known during the load.
     hashers: Mutex<Vec<Hasher>>,
 }
 
-impl Landing {
-    /// Extends the list to `files` hashers, including those for files without bytes.
+impl HashingObserver {
+    /// Extends the list to `files` hashers, which includes those of empty files.
     fn extend_to(&self, files: usize) -> MutexGuard<'_, Vec<Hasher>> {
         let mut hashers = self.hashers.lock().unwrap_or_else(PoisonError::into_inner);
         if hashers.len() < files {
@@ -34,7 +34,7 @@ impl Landing {
     }
 }
 
-impl Observer for Landing {
+impl Observer for HashingObserver {
     fn bytes(&self, file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
         let mut hashers = self.extend_to(file_index + 1);
         hashers.get_mut(file_index).ok_or("unexpected file")?.update(bytes);
@@ -45,23 +45,23 @@ impl Observer for Landing {
 impl Checksums {
     /// Prepares digests of files loaded into this heap.
     pub(crate) fn new(algorithm: Algorithm, heap: &dyn Heap) -> Self {
-        let landing = || Arc::new(Landing { algorithm, hashers: Mutex::default() });
-        Checksums { algorithm, landing: heap.is_uncached().then(landing) }
+        let observer = || Arc::new(HashingObserver { algorithm, hashers: Mutex::default() });
+        Checksums { algorithm, observer: heap.is_uncached().then(observer) }
     }
 
-    /// Adds what this needs to the load's options.
+    /// Adds the observer to the load's options, if there is one.
     pub(crate) fn apply_to(&self, options: LoadOptions) -> LoadOptions {
-        match &self.landing {
-            Some(landing) => options.observer(Arc::clone(landing)),
+        match &self.observer {
+            Some(observer) => options.observer(Arc::clone(observer)),
             None => options,
         }
     }
 
     /// The digests of a finished load.
     pub(crate) fn finish(&self, image: &Image) -> dmaload::Result<Vec<Digest>> {
-        match &self.landing {
-            Some(landing) => {
-                let hashers = landing.extend_to(image.files().len());
+        match &self.observer {
+            Some(observer) => {
+                let hashers = observer.extend_to(image.files().len());
                 Ok(hashers.iter().cloned().map(Hasher::finish).collect())
             }
             None => image.files().iter().map(|file| Ok(digest(self.algorithm, &file.bytes()?))).collect(),
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_agree_wherever_they_are_computed() {
+    fn digests_during_and_after_a_load_are_equal() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let paths = [0_usize, 1, 5_000_001].map(|bytes| {
             let path = folder.path().join(bytes.to_string());
@@ -98,9 +98,9 @@ mod tests {
         ];
         for algorithm in Algorithm::ALL {
             let expected = paths.each_ref().map(|path| digest(algorithm, &std::fs::read(path).unwrap()));
-            for (loader, landing) in loaders.iter().zip([false, true]) {
+            for (loader, observes) in loaders.iter().zip([false, true]) {
                 let checksums = Checksums::new(algorithm, loader.heap());
-                assert_eq!(checksums.landing.is_some(), landing);
+                assert_eq!(checksums.observer.is_some(), observes);
                 let load = loader.load(&paths).options(checksums.apply_to(loader.load_options())).start();
                 let image = crate::engine::block_on(async { load.await }).unwrap().unwrap();
                 assert_eq!(checksums.finish(&image).unwrap(), expected);

@@ -1,8 +1,8 @@
-//! `dmaload demo`: loads a model of random values, and compares with the usual way.
+//! `dmaload demo`: loads a model of random values, and compares with the usual way of loading.
 //!
-//! Both ways are measured equally often, in turn, from a cold file, with enough warm memory free
-//! (a virtual machine that has returned memory to its host would measure the host). The result is
-//! verified outside the measured time.
+//! Both ways are measured equally often, in turn, from a cold file. Before each round, memory is
+//! touched: otherwise, on a virtual machine that has returned memory to its host, the host would
+//! be measured. The result is verified outside the measured time.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     /// The size of the model.
     #[arg(long, default_value = "1GiB", value_parser = parse::bytes)]
     pub(crate) size: u64,
-    /// The folder for it; by default one on a disk, not in memory.
+    /// The folder for the model; by default one on a disk, not in memory.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
     /// How often to measure each way; the median is reported.
@@ -47,17 +47,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let mut normal = Vec::new();
     let mut last = None;
     for _ in 0..arguments.rounds {
-        // Its memory is needed for the next one.
+        // The next round needs the memory of the last image.
         drop(last.take());
-        warm(model.bytes)?;
+        warm_memory(model.bytes)?;
         normal.push(normal_round(&model, file.path(), normal.is_empty())?);
-        warm(model.bytes)?;
+        warm_memory(model.bytes)?;
         let (image, used) = engine_round(file.path())?;
         engine.push(image.report().total);
         last = Some((image, used));
     }
-    let (image, used) = last.context("at least one round")?;
-    let loaded = image.files().first().context("one file")?;
+    let (image, used) = last.context("no round was measured")?;
+    let loaded = image.files().first().context("the load has no file")?;
     model.verify_all(&loaded.bytes()?).context("the loaded model differs from the one written")?;
     print(arguments, &model, &summary(&image, &[None], used), &mut engine, &mut normal)
 }
@@ -72,11 +72,11 @@ fn normal_round(model: &Model, path: &Path, verify: bool) -> Result<Duration> {
 
 fn engine_round(path: &Path) -> Result<(Image, Used)> {
     cold::make_cold(path)?;
-    // Resets the peak of resident memory (proc_pid_clear_refs(5)). If that fails, the figure is
-    // less meaningful, but nothing breaks.
+    // Resets the peak of resident memory (proc_pid_clear_refs(5)). If that fails, the reported
+    // peak can be that of an earlier round.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
     let loader = Loader::new()?;
-    // Storage is what is being measured.
+    // The demo measures storage, not the page cache.
     let options = loader.load_options().cache(Cache::Bypass);
     let cpu_before = usage::cpu_time();
     let image = block_on(finish(loader.load(path).options(options).start(), !std::io::stderr().is_terminal()))??;
@@ -84,7 +84,7 @@ fn engine_round(path: &Path) -> Result<(Image, Used)> {
 }
 
 /// Touches as much memory as a load takes, and returns it to the kernel.
-fn warm(len: u64) -> Result<()> {
+fn warm_memory(len: u64) -> Result<()> {
     let len = usize::try_from(len)?;
     drop(MmapOptions::new().len(len).populate().map_anon()?);
     Ok(())
@@ -94,7 +94,7 @@ fn print(arguments: &Arguments, model: &Model, summary: &str, engine: &mut [Dura
     let ratios: Vec<f64> =
         normal.iter().zip(&*engine).map(|(normal, engine)| normal.as_secs_f64() / engine.as_secs_f64()).collect();
     let (engine, normal, ratio) = (median(engine), median(normal), median_of(ratios));
-    let told = |time| format!("{}, {}", duration(time), rate(model.bytes, time));
+    let describe = |time| format!("{}, {}", duration(time), rate(model.bytes, time));
     let tensors = model.tensors.len();
     let mut stdout = crate::output::stdout();
     writeln!(stdout, "a synthetic model of {} with {tensors} tensors of random values, loaded cold\n", bytes(model.bytes))?;
@@ -102,8 +102,8 @@ fn print(arguments: &Arguments, model: &Model, summary: &str, engine: &mut [Dura
     let rounds = arguments.rounds;
     let pairs = Pairs::new()
         .with("verified", "every byte, against the generator")
-        .with("dmaload", format!("{} (median of {rounds}, allocation included)", told(engine)))
-        .with("normal", format!("{} (allocate + mmap + memcpy, in the same run)", told(normal)))
+        .with("dmaload", format!("{} (median of {rounds}, allocation included)", describe(engine)))
+        .with("normal", format!("{} (allocate + mmap + memcpy, in the same run)", describe(normal)))
         .with("ratio", format!("{ratio:.1} times as fast as normal (median of the rounds' ratios)"));
     write!(stdout, "\n{pairs}")?;
     Ok(stdout.flush()?)

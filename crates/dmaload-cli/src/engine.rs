@@ -63,14 +63,14 @@ pub(crate) struct EngineArguments {
     /// large loads determine by measuring.
     #[arg(long, default_value = "auto")]
     pub(crate) route: RouteChoice,
-    /// What to optimize for if no route is set: speed, or cpu, which uses direct reads and copies
+    /// What to optimize if no route is set: speed, or cpu, which uses direct reads and copies
     /// nothing.
     #[arg(long, default_value = "speed", value_name = "speed|cpu")]
     pub(crate) prefer: Prefer,
     /// Fail rather than step down from the starting route.
     #[arg(long)]
     pub(crate) strict: bool,
-    /// Whether to use the page cache: auto copies from it what is cached, bypass reads everything
+    /// Whether to use the page cache: auto copies cached chunks from it, bypass reads everything
     /// from storage [default: auto; bypass with --strict and for bench].
     #[arg(long)]
     pub(crate) cache: Option<Cache>,
@@ -126,14 +126,14 @@ impl FromStr for RouteChoice {
     }
 }
 
-/// Creates the loader that the command line asks for.
+/// Creates the loader that the command line describes.
 pub(crate) fn loader(arguments: &EngineArguments) -> Result<Loader> {
     builder(arguments, arguments.route.0, arguments.strict)?.build()
 }
 
-/// Like [`loader`], for loading these files. An error of its heap names them; an error of starting
-/// it does not, because it has nothing to do with them.
-pub(crate) fn loader_of(arguments: &EngineArguments, paths: &[PathBuf]) -> anyhow::Result<Loader> {
+/// Like [`loader`], for loading these files. An error of the heap names the files; an error in
+/// starting the loader does not, because it is unrelated to them.
+pub(crate) fn loader_for(arguments: &EngineArguments, paths: &[PathBuf]) -> anyhow::Result<Loader> {
     let builder = builder(arguments, arguments.route.0, arguments.strict);
     Ok(builder.map_err(|error| errors::with_files(error, paths))?.build()?)
 }
@@ -176,7 +176,7 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
         builder = builder.staging_bytes(bytes);
     }
     if let Some(bytes) = arguments.memory_limit {
-        // The command loads one thing at a time, so its segments need not leave room for 64 loads.
+        // The command runs one load at a time, so its segments need not leave room for 64 loads.
         builder = builder.memory_limit_bytes(bytes).max_open_loads(MEMORY_PARTS);
     }
     let (heap, reason) = heap(arguments)?;
@@ -186,7 +186,7 @@ fn builder(arguments: &EngineArguments, route: Option<Route>, strict: bool) -> R
     Ok(builder.heap(heap))
 }
 
-/// The heap, and why it was chosen if the user did not choose it.
+/// Opens the heap. Also returns why it was chosen, if the user did not choose it.
 pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option<String>)> {
     let pages: Pages = arguments.pages.into();
     let choice = match &arguments.heap {
@@ -202,7 +202,7 @@ pub(crate) fn heap(arguments: &EngineArguments) -> Result<(Arc<dyn Heap>, Option
     Ok((Arc::new(UdmabufHeap::open_despite_bug(pages)?), None))
 }
 
-/// Runs a future to completion. One thread is enough, because the loader has its own.
+/// Runs a future to completion. One thread is enough: the loader has its own threads.
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_time().build()?.block_on(future))
 }

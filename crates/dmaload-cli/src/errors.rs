@@ -1,5 +1,5 @@
-//! Errors in the terms of this command line: with causes, hints, and the files that they are
-//! about.
+//! Formats errors in the terms of this command line: with their causes, hints, and the files that
+//! they concern.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -12,15 +12,15 @@ use dmaload::ErrorKind;
 /// Formats an error with its causes, outermost first, in the terms of this command line. Skips
 /// causes that are already part of the text.
 pub(crate) fn describe(error: &anyhow::Error) -> String {
-    let told = error.chain().map(ToString::to_string).fold(String::new(), |told, next| match told {
-        told if told.is_empty() => next,
-        told if told.contains(&next) || told.contains(&printable::text(&next).to_string()) => told,
-        told => format!("{told}: {next}"),
+    let text = error.chain().map(ToString::to_string).fold(String::new(), |text, next| match text {
+        text if text.is_empty() => next,
+        text if text.contains(&next) || text.contains(&printable::text(&next).to_string()) => text,
+        text => format!("{text}: {next}"),
     });
-    in_flags(told)
+    functions_to_flags(text)
 }
 
-/// Library functions that occur in its errors, and the corresponding flags.
+/// Library functions that the library's errors mention, and the corresponding flags.
 const FUNCTIONS: [(&str, &str); 4] = [
     ("ServerOptions::allow_user", "--allow-user"),
     ("AttachOptions::trust_user", "--trust-user"),
@@ -29,18 +29,18 @@ const FUNCTIONS: [(&str, &str); 4] = [
 ];
 
 /// Replaces functions by flags: `f(7)` becomes `--f 7`, and `f` becomes `--f`.
-fn in_flags(text: String) -> String {
+fn functions_to_flags(text: String) -> String {
     FUNCTIONS.iter().fold(text, |text, (function, flag)| {
         let mut parts = text.split(function);
-        let mut told = parts.next().unwrap_or_default().to_owned();
+        let mut replaced = parts.next().unwrap_or_default().to_owned();
         for part in parts {
             let argument = part.strip_prefix('(').and_then(|part| part.split_once(')'));
             match argument.filter(|(argument, _)| argument.bytes().all(|byte| byte.is_ascii_digit())) {
-                Some((argument, rest)) => told.push_str(&format!("{flag} {argument}{rest}")),
-                None => told.push_str(&format!("{flag}{part}")),
+                Some((argument, rest)) => replaced.push_str(&format!("{flag} {argument}{rest}")),
+                None => replaced.push_str(&format!("{flag}{part}")),
             }
         }
-        told
+        replaced
     })
 }
 
@@ -50,9 +50,8 @@ pub(crate) fn hint(error: &dmaload::Error) -> Option<String> {
     Some(IN_FLAGS.iter().fold(hint, |hint, (library, command)| hint.replace(library, command)))
 }
 
-/// Options that occur in the library's hints, and the corresponding flags. The long entries
-/// replace advice that does not apply to any command, because each of them either keeps everything
-/// or already streams.
+/// Options that the library's hints mention, and the corresponding flags. The long entries replace
+/// advice to stream, which applies to no command: each either keeps everything or already streams.
 const IN_FLAGS: [(&str, &str); 14] = [
     ("(allow_missing)", "(--allow-missing)"),
     ("(the format raw)", "(--format raw)"),
@@ -76,8 +75,8 @@ const IN_FLAGS: [(&str, &str); 14] = [
     ),
 ];
 
-/// A message that may contain line breaks of its own but no other control characters. Names were
-/// escaped when they were inserted; this catches any that were forgotten.
+/// Escapes the control characters of a message except its line breaks. Names were escaped when
+/// they were inserted; this catches any that were missed.
 pub(crate) fn escape(message: &str) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         for (number, line) in message.split('\n').enumerate() {
@@ -90,14 +89,14 @@ pub(crate) fn escape(message: &str) -> impl fmt::Display {
 
 /// Adds the files being loaded to an engine error that names none, such as one about memory.
 pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Error {
-    let is_of_machine = matches!(
+    let concerns_machine = matches!(
         error.kind(),
         ErrorKind::OutOfMemory | ErrorKind::PermissionDenied | ErrorKind::Unsupported | ErrorKind::Device | ErrorKind::Io
     );
-    // A device's path is not that of a file.
+    // The path of a device is not that of a loaded file.
     let names_no_file = error.path().is_none() || error.kind() == ErrorKind::Device;
     match paths {
-        [first, others @ ..] if is_of_machine && names_no_file => {
+        [first, others @ ..] if concerns_machine && names_no_file => {
             let others = if others.is_empty() { String::new() } else { format!(" and {} more", others.len()) };
             anyhow::Error::new(error).context(format!("{}{others}", printable::path(&first)))
         }
@@ -105,8 +104,8 @@ pub(crate) fn with_files(error: dmaload::Error, paths: &[PathBuf]) -> anyhow::Er
     }
 }
 
-/// Whether an error means that the reader of our output has closed the pipe, as `head` does: the
-/// command then exits quietly and successfully. Checks the whole chain of causes.
+/// Whether an error means that the reader of the command's output has closed the pipe, as `head`
+/// does: the command then exits quietly and successfully. Checks the whole chain of causes.
 #[must_use]
 pub(crate) fn is_closed_pipe(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);
@@ -133,19 +132,19 @@ mod tests {
     }
 
     #[test]
-    fn functions_of_the_library_are_told_as_flags() {
+    fn library_functions_are_shown_as_flags() {
         for (text, expected) in [
             ("allow it (ServerOptions::allow_user(1234)), or", "allow it (--allow-user 1234), or"),
             ("allow it (ServerOptions::allow_user)", "allow it (--allow-user)"),
             ("AttachOptions::trust_user(7) or AttachOptions::trust_user(8", "--trust-user 7 or --trust-user(8"),
             ("use UdmabufHeap::open_despite_bug only if", "use --despite-udmabuf-bug only if"),
         ] {
-            assert_eq!(in_flags(text.to_owned()), expected);
+            assert_eq!(functions_to_flags(text.to_owned()), expected);
         }
     }
 
     #[test]
-    fn memory_error_names_the_files_and_is_still_found() {
+    fn memory_error_names_the_files_and_can_be_downcast() {
         let error = dmaload::Error::NoDescriptor { heap: "memfd".to_owned(), wanted: "dma-buf" };
         let error = with_files(error, &["a".into(), "b".into(), "c".into()]);
         assert_eq!(describe(&error), "a and 2 more: heap memfd does not provide a dma-buf");
@@ -155,9 +154,9 @@ mod tests {
     #[test]
     fn only_errors_that_name_no_file_get_one() {
         use dmaload::{Errno, Error};
-        let told_of = |error| describe(&with_files(error, &["a".into()]));
+        let describe_with_file = |error| describe(&with_files(error, &["a".into()]));
         let refusal = dmaload::heap::HeapError::new("map memory", 1, Errno::ENOMEM);
-        let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a name has no slash");
+        let device = dmaload::heap::DmaHeap::open("no/name").expect_err("a heap's name can't contain a slash");
         for error in [
             Error::Memory { heap: "memfd".to_owned(), refusal, loaded_bytes: 0, planned_bytes: 0 },
             Error::OutOfMemory { heap: "memfd".to_owned(), wanted_bytes: 2, available_bytes: 1, limit: "x".to_owned() },
@@ -165,7 +164,7 @@ mod tests {
             Error::Ring { errno: Errno::EIO },
             device,
         ] {
-            assert_eq!(told_of(error.clone()), format!("a: {error}"));
+            assert_eq!(describe_with_file(error.clone()), format!("a: {error}"));
         }
         for error in [
             Error::Config("--x".to_owned()),
@@ -175,7 +174,7 @@ mod tests {
             Error::NoSuchTensor("t".to_owned()),
             Error::ShutDown,
         ] {
-            assert_eq!(told_of(error.clone()), error.to_string());
+            assert_eq!(describe_with_file(error.clone()), error.to_string());
         }
     }
 
@@ -241,8 +240,8 @@ mod tests {
         .map(|error| (error.hint().unwrap_or_default(), hint(&error).unwrap_or_default()))
         .collect();
         for (library, command) in IN_FLAGS {
-            let replaced = hints.iter().any(|(of_library, here)| of_library.contains(library) && here.contains(command));
-            assert!(replaced, "no hint of the library has {library:?} any more, or it is not replaced: {hints:#?}");
+            let replaced = hints.iter().any(|(original, shown)| original.contains(library) && shown.contains(command));
+            assert!(replaced, "no hint of the library contains {library:?}, or it is not replaced: {hints:#?}");
         }
     }
 

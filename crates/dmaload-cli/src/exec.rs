@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 /// The first descriptor after standard input, output and error.
 const FIRST_FD: i32 = 3;
-/// The kernel's MAX_ARG_STRLEN: the limit of one environment string, including its name and the
-/// terminating zero.
+/// The kernel's MAX_ARG_STRLEN: the maximum length of an environment string, including its name
+/// and the terminating zero.
 const STRING_BYTES_MAX: usize = 128 << 10;
 
 /// Runs a program that inherits the descriptors of all segments, waits for it, and returns its
@@ -37,7 +37,7 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     for (name, value) in [("DMALOAD_SEGMENTS", &described), ("DMALOAD_FILES", &files)] {
         ensure!(
             name.len() + value.len() + 2 <= STRING_BYTES_MAX,
-            "--exec: {} segments of {} files exceed an environment variable ({STRING_BYTES_MAX} bytes): load with \
+            "--exec: {} segments of {} files do not fit into an environment variable ({STRING_BYTES_MAX} bytes): load with \
              larger segments, --layout single, or fewer files",
             segments.len(),
             image.files().len(),
@@ -46,15 +46,15 @@ pub(crate) fn run(image: &Image, program: &OsStr, arguments: &[impl AsRef<OsStr>
     command.env("DMALOAD_FDS", memories.len().to_string()).env("DMALOAD_SEGMENTS", described).env("DMALOAD_FILES", files);
     let firsts = memories.iter().filter_map(|sharing| sharing.first());
     let mappings =
-        (FIRST_FD..).zip(firsts).map(|(child_fd, segment)| Ok(FdMapping { parent_fd: descriptor(segment)?, child_fd }));
+        (FIRST_FD..).zip(firsts).map(|(child_fd, segment)| Ok(FdMapping { parent_fd: duplicate_descriptor(segment)?, child_fd }));
     command.fd_mappings(mappings.collect::<Result<_>>()?)?;
     let status = command.status().at("run", Path::new(program))?;
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     Ok(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(crate::status::FAILURE))
 }
 
-/// The dma-buf or, on the heap memfd, the memfd.
-fn descriptor(segment: &Segment) -> Result<OwnedFd> {
+/// Duplicates the segment's dma-buf or, on the heap memfd, its memfd.
+fn duplicate_descriptor(segment: &Segment) -> Result<OwnedFd> {
     if segment.has_dma_buf() {
         return Ok(segment.hand_out_owned_dma_buf()?);
     }

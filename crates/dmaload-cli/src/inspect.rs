@@ -15,7 +15,7 @@ use crate::output::{self, terminal_width};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The file; a folder or an index stands for all files of a model.
+    /// The file to inspect; a folder or an index stands for all files of a model.
     pub(crate) path: PathBuf,
     /// How to interpret its bytes: auto, safetensors, gguf, raw.
     #[arg(long, default_value = "auto")]

@@ -1,7 +1,7 @@
 //! The command `dmaload`, which loads model files from the command line, as a function.
 //!
-//! The program `dmaload` calls it, and so does `python -m dmaload`. It is no library: what it
-//! takes are arguments, what it gives is an exit status, and both are documented in docs/cli.md.
+//! Both the program `dmaload` and `python -m dmaload` call this function. It is not meant as a
+//! library: it takes arguments and returns an exit status, which docs/cli.md documents.
 
 mod args;
 mod attach;
@@ -42,20 +42,20 @@ use status::{FAILURE, SUCCESS, USAGE};
 /// Runs the command with these arguments, the first of which is the program's name, and returns
 /// its exit status. `serve` ends the process itself.
 ///
-/// `program` is the command that runs this program once more, for the processes that `bench`
-/// starts; `None` where that is the executable of this process.
+/// `program` is the command that starts this program again, for the child processes of `bench`;
+/// `None` means the executable of this process.
 pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<OsString>>) -> u8 {
-    let given: Vec<OsString> = arguments.into_iter().collect();
+    let command_line: Vec<OsString> = arguments.into_iter().collect();
     if let Some(program) = program {
         dmaload_bench::run_children_by(program);
     }
-    let arguments = match Arguments::try_parse_from(&given) {
+    let arguments = match Arguments::try_parse_from(&command_line) {
         Ok(arguments) => arguments,
-        Err(error) => return usage(&error, &given),
+        Err(error) => return report_usage(&error, &command_line),
     };
     // Every report lists fallbacks; log events are opt-in.
     let filter = EnvFilter::try_from_env("DMALOAD_LOG").unwrap_or_else(|_| EnvFilter::new("off"));
-    // A process that runs the command twice has a subscriber already.
+    // A process that runs the command twice already has a subscriber.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -71,17 +71,17 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<Os
         Command::Attach(arguments) => attach::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
         Command::Demo(arguments) => demo::run(&arguments).map(|()| SUCCESS),
-        Command::Bench(arguments) => bench::run(&arguments, &given),
+        Command::Bench(arguments) => bench::run(&arguments, &command_line),
         Command::BenchChild(arguments) => bench::run_child(arguments).map(|()| SUCCESS),
     };
     match result {
         Ok(code) => code,
         Err(error) if errors::is_closed_pipe(error.as_ref()) => SUCCESS,
         Err(error) => {
-            let of_library = error.downcast_ref::<dmaload::Error>();
-            let is_usage = of_library.is_some_and(|error| error.kind() == ErrorKind::Config);
+            let library_error = error.downcast_ref::<dmaload::Error>();
+            let is_usage = library_error.is_some_and(|error| error.kind() == ErrorKind::Config);
             let status = if is_usage { USAGE } else { FAILURE };
-            let hint = of_library.and_then(errors::hint);
+            let hint = library_error.and_then(errors::hint);
             report(&errors::describe(&error), hint.as_deref(), status, wants_json);
             status
         }
@@ -91,7 +91,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, program: Option<Vec<Os
 /// Reports an error on standard error, and with `--json` also as an object on standard output.
 fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
     let mut stderr = std::io::stderr().lock();
-    // There is no other place to report a failure.
+    // There is nowhere else to report a failure.
     let _ = writeln!(stderr, "dmaload: {}", errors::escape(message));
     if let Some(hint) = hint {
         let _ = writeln!(stderr, "  {}", errors::escape(hint));
@@ -105,7 +105,7 @@ fn report(message: &str, hint: Option<&str>, status: u8, wants_json: bool) {
 }
 
 /// Prints help and version, which are not errors, or reports wrong usage.
-fn usage(error: &clap::Error, given: &[OsString]) -> u8 {
+fn report_usage(error: &clap::Error, command_line: &[OsString]) -> u8 {
     if !error.use_stderr() {
         return match error.print() {
             Ok(()) if sys::stdout_was_closed() => FAILURE,
@@ -115,8 +115,8 @@ fn usage(error: &clap::Error, given: &[OsString]) -> u8 {
         };
     }
     let text = error.to_string();
-    // The shell may have inserted file names, even with line breaks.
-    let texts = given.iter().map(|argument| argument.to_string_lossy().into_owned());
+    // The shell may have inserted file names that contain control characters, even line breaks.
+    let texts = command_line.iter().map(|argument| argument.to_string_lossy().into_owned());
     let hostile = texts.filter(|argument| argument.contains(printable::is_hidden));
     let shown = hostile.fold(text.clone(), |text, argument| text.replace(&argument, &printable::text(&argument).to_string()));
     let shown = errors::escape(&shown).to_string();
@@ -126,8 +126,8 @@ fn usage(error: &clap::Error, given: &[OsString]) -> u8 {
     } else {
         let _ = write!(std::io::stderr(), "{shown}");
     }
-    // Everything after these belongs to another program.
-    let own = given.iter().take_while(|argument| *argument != "--exec" && *argument != "--");
+    // Everything after these arguments belongs to another program.
+    let own = command_line.iter().take_while(|argument| *argument != "--exec" && *argument != "--");
     if own.skip(1).any(|argument| argument == "--json") {
         let object = json!({ "error": shown.trim_end(), "hint": null, "exit_status": USAGE });
         if let Err(error) = output::write_json_error(&object) {

@@ -1,4 +1,4 @@
-//! `dmaload load`: loads files and reports how it went.
+//! `dmaload load`: loads files and prints a report.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -22,7 +22,7 @@ use crate::{errors, exec, output, parse, trace};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The files; a folder or an index stands for all files of a model.
+    /// The files to load; a folder or an index stands for all files of a model.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     #[command(flatten)]
@@ -34,20 +34,20 @@ pub(crate) struct Arguments {
     /// Load only this byte range of each file.
     #[arg(long, value_name = "START..END", value_parser = parse::range, conflicts_with = "tensors")]
     pub(crate) range: Option<(u64, u64)>,
-    /// With --layout tensors: align each tensor in memory to this many bytes; tensors that are not
-    /// so aligned in their file are copied.
+    /// With --layout tensors: align each tensor in memory to this many bytes; tensors with a
+    /// smaller alignment in their file are copied.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
     pub(crate) align: Option<u64>,
     /// Fail rather than copy tensors for --align.
     #[arg(long, requires = "align")]
     pub(crate) no_copy: bool,
-    /// The model is this byte range of the file: weights stored inside a package.
+    /// Load the model in this byte range of the file, such as weights stored inside a package.
     #[arg(long, value_name = "START..END", value_parser = parse::range)]
     pub(crate) inside: Option<(u64, u64)>,
-    /// Load only the part of this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
+    /// Load only the part for this rank, counted from 0; or env, to read RANK and WORLD_SIZE from
     /// the environment.
     ///
-    /// Launchers of several processes (torchrun) set both variables. They are read only with env.
+    /// Launchers of several processes (torchrun) set both variables. They are only read with env.
     #[arg(long, value_name = "NUMBER|env")]
     pub(crate) rank: Option<Rank>,
     /// Number of parts; 1 means everything in one part.
@@ -74,11 +74,11 @@ pub(crate) struct Arguments {
     /// chrome://tracing.
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
-    /// Then run this command, which extends to the end of the line, with the segments' descriptors
-    /// from 3 on; exit with its status.
+    /// After the load, run this command, which extends to the end of the line, with the segments'
+    /// descriptors from 3 on; exit with its status.
     ///
-    /// DMALOAD_FDS is their number; DMALOAD_SEGMENTS and DMALOAD_FILES describe their contents:
-    /// see docs/cli.md.
+    /// DMALOAD_FDS is the number of descriptors; DMALOAD_SEGMENTS and DMALOAD_FILES describe their
+    /// contents: see docs/cli.md.
     #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
     pub(crate) exec: Vec<OsString>,
 }
@@ -107,7 +107,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if !arguments.exec.is_empty() && arguments.engine.heap == HeapChoice::Anon {
         return Err(Error::Config("--exec: anon memory has no descriptor to pass on".to_owned()).into());
     }
-    let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
+    let loader = engine::loader_for(&arguments.engine, &arguments.paths)?;
     let checksums = arguments.digest.map(|algorithm| Checksums::new(algorithm, loader.heap()));
     let mut options = loader.load_options().trace(arguments.trace.is_some());
     if !arguments.tensors.is_empty() {
@@ -120,7 +120,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         options = options.importer(ImporterLimits { alignment_bytes, may_copy: !arguments.no_copy, ..ImporterLimits::default() });
     }
     let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-    let (shard, ignored) = shard(arguments, variable)?;
+    let (shard, ignored) = requested_shard(arguments, variable)?;
     if let Some(shard) = shard {
         options = options.shard(shard);
     }
@@ -164,8 +164,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     }
 }
 
-/// The requested part, and a note if the environment names one that was not requested.
-fn shard(arguments: &Arguments, variable: impl Fn(&str) -> Option<String>) -> dmaload::Result<(Option<Shard>, Option<String>)> {
+/// The requested part, and a note if the environment names a part that was not requested.
+fn requested_shard(
+    arguments: &Arguments,
+    variable: impl Fn(&str) -> Option<String>,
+) -> dmaload::Result<(Option<Shard>, Option<String>)> {
     // A launcher may leave an unused variable empty.
     let variable = |name: &str| variable(name).filter(|text| !text.is_empty());
     let number = |name: &str| match variable(name) {

@@ -8,16 +8,15 @@ use clap::Args;
 use dmaload::verify::{Algorithm, Manifest, Recorder};
 
 use crate::engine::{self, EngineArguments, block_on};
-use crate::manifests::recorded;
+use crate::manifests::record_manifest;
 use crate::{errors, output, parse};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The files.
+    /// The files to compute checksums of.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
-    /// The checksum of the chunks: crc32c, xxh3, or, to protect against deliberate changes,
-    /// blake3, sha256.
+    /// The checksum of the chunks: crc32c or xxh3; to detect deliberate changes, blake3 or sha256.
     #[arg(long, default_value = "crc32c")]
     pub(crate) algorithm: Algorithm,
     /// The size of a chunk: a power of two from 4KiB to 1MiB.
@@ -33,9 +32,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         let text = format!("--chunk: {} is not a power of two from 4KiB to 1MiB", arguments.chunk);
         return Err(dmaload::Error::Config(text).into());
     }
-    let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
-    let manifest = block_on(recorded(&loader, &arguments.paths, Recorder::new(arguments.algorithm, arguments.chunk)))?;
+    let loader = engine::loader_for(&arguments.engine, &arguments.paths)?;
+    let manifest = block_on(record_manifest(&loader, &arguments.paths, Recorder::new(arguments.algorithm, arguments.chunk)))?;
     let mut stdout = output::stdout();
-    writeln!(stdout, "{}", output::escaped(manifest.map_err(about)?.to_json()))?;
+    writeln!(stdout, "{}", output::escape(manifest.map_err(about)?.to_json()))?;
     Ok(stdout.flush()?)
 }

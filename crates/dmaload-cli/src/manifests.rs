@@ -11,7 +11,11 @@ use dmaload::verify::{Algorithm, Digest, Manifest, Recorder};
 use dmaload_text::At;
 
 /// Records the manifest of the current contents of these files.
-pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], recorder: Recorder) -> dmaload::Result<Manifest> {
+pub(crate) async fn record_manifest(
+    loader: &dmaload::Loader,
+    paths: &[PathBuf],
+    recorder: Recorder,
+) -> dmaload::Result<Manifest> {
     let recorder = Arc::new(recorder);
     let mut segments = loader.load(paths).options(loader.load_options().observer(recorder.clone())).segments();
     while let Some(segment) = segments.next().await {
@@ -21,10 +25,10 @@ pub(crate) async fn recorded(loader: &dmaload::Loader, paths: &[PathBuf], record
     Ok(recorder.manifest(report))
 }
 
-/// What files are verified against.
+/// The reference that files are verified against.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Against {
-    /// A checksum of the one file.
+    /// A checksum of a single file.
     Digest(Digest),
     /// The path of a manifest.
     Manifest(PathBuf),
@@ -42,13 +46,13 @@ impl FromStr for Against {
         if Path::new(text).exists() {
             return Ok(Against::Manifest(text.into()));
         }
-        if let Some((name, hex)) = loosely_named(text) {
+        if let Some((name, hex)) = split_loosely(text) {
             return match name.parse::<Algorithm>() {
                 Ok(algorithm) => format!("{algorithm}:{hex}").parse().map(Against::Digest),
                 Err(unknown) => Err(format!("{text:?} is not an existing manifest, and {unknown}")),
             };
         }
-        match bare(text) {
+        match bare_digits(text) {
             None => Ok(Against::Manifest(text.into())),
             Some(hex) => match hex.len() {
                 64 => format!("sha256:{hex}").parse().map(Against::Digest),
@@ -64,9 +68,9 @@ impl FromStr for Against {
     }
 }
 
-/// A checksum whose name is spelled differently (`SHA256:HEX`, `sha256-HEX`) or is unknown: the
-/// name in lower case, and the digits.
-fn loosely_named(text: &str) -> Option<(String, &str)> {
+/// Splits a checksum whose name is spelled differently (`SHA256:HEX`, `sha256-HEX`) or is unknown
+/// into the name in lower case and the digits.
+fn split_loosely(text: &str) -> Option<(String, &str)> {
     let (name, hex) = text.split_once([':', '-', '='])?;
     let name = name.to_ascii_lowercase();
     // Anything that does not look like a checksum is a path.
@@ -75,9 +79,9 @@ fn loosely_named(text: &str) -> Option<(String, &str)> {
     (is_name && is_hex).then_some((name, hex))
 }
 
-/// A checksum without its name: alone, or in a line of SHA256SUMS, in the format of coreutils or
-/// BSD.
-fn bare(text: &str) -> Option<&str> {
+/// The digits of a checksum without a name: either alone, or in a line of SHA256SUMS, in the
+/// format of coreutils or BSD.
+fn bare_digits(text: &str) -> Option<&str> {
     let first = match text.strip_prefix("SHA256 (") {
         Some(line) => line.rsplit_once(") = ")?.1,
         None => text.trim_start_matches('\\').split_whitespace().next()?,
@@ -104,7 +108,7 @@ fn read(path: &Path) -> Result<Manifest> {
     let about = || {
         let path = printable::path(path);
         let lines = String::from_utf8_lossy(&json);
-        let sums = lines.lines().next().is_some_and(|line| bare(line).is_some());
+        let sums = lines.lines().next().is_some_and(|line| bare_digits(line).is_some());
         let why = if sums {
             " is a list of checksums, not a manifest: use the checksum of the one file (--verify sha256:HEX), or write a manifest \
              (dmaload manifest)"

@@ -21,34 +21,34 @@ struct OutputError(io::Error);
 pub(crate) struct Stdout(StdoutLock<'static>);
 
 /// Locks standard output. If it was closed when the program started, writing to it fails.
-#[allow(clippy::disallowed_methods, reason = "the one place")]
+#[allow(clippy::disallowed_methods, reason = "the only use: all other code calls this function")]
 pub(crate) fn stdout() -> Stdout {
     Stdout(io::stdout().lock())
 }
 
-/// Adds the name to an error and keeps its kind, by which a closed pipe is recognized.
-fn named(error: io::Error) -> io::Error {
+/// Adds "standard output" to an error and keeps its kind, by which a closed pipe is recognized.
+fn name_error(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), OutputError(error))
 }
 
 impl Write for Stdout {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if crate::sys::stdout_was_closed() {
-            return Err(named(rustix::io::Errno::BADF.into()));
+            return Err(name_error(rustix::io::Errno::BADF.into()));
         }
         match self.0.write(bytes) {
-            // `write_all` retries these, recognizing them by their kind.
+            // `write_all` retries interrupted writes, which it recognizes by their kind.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
-            written => written.map_err(named),
+            written => written.map_err(name_error),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.0.flush().map_err(named)
+        self.0.flush().map_err(name_error)
     }
 }
 
-/// Whether the object has been written.
+/// Whether the object of a run with `--json` was written.
 static OBJECT_WRITTEN: AtomicBool = AtomicBool::new(false);
 
 /// Writes the only object of a run with `--json`.
@@ -70,14 +70,14 @@ pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
 /// Formats a value as JSON for programs and terminals: characters that a terminal would interpret
 /// are escaped.
 ///
-/// JSON itself requires that only below U+0020. These characters can occur only in strings, where
+/// JSON itself requires escapes only below U+0020. The characters can only occur in strings, where
 /// an escape is equivalent.
 pub(crate) fn json(value: &Value) -> String {
-    escaped(format!("{value:#}"))
+    escape(format!("{value:#}"))
 }
 
-/// The same for text that is already JSON.
-pub(crate) fn escaped(text: String) -> String {
+/// Escapes the same characters in text that is already JSON.
+pub(crate) fn escape(text: String) -> String {
     let is_shown = |c: char| c == '\n' || !printable::is_hidden(c);
     if text.chars().all(is_shown) {
         return text;
@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn error_names_standard_output_and_keeps_its_kind() {
         for (errno, kind) in [(28, io::ErrorKind::StorageFull), (32, io::ErrorKind::BrokenPipe)] {
-            let error = named(io::Error::from_raw_os_error(errno));
+            let error = name_error(io::Error::from_raw_os_error(errno));
             assert_eq!(error.kind(), kind);
             assert!(error.to_string().starts_with("cannot write to standard output: E"), "{error}");
         }

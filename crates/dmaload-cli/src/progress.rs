@@ -20,8 +20,7 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
         return load.await;
     }
     let bar = progress_bar("loading");
-    // Shown right away: before the first segment arrives, files are opened and memory is
-    // allocated.
+    // Shown right away, because opening files and allocating memory come before the first segment.
     bar.tick();
     loop {
         // `next` is cancel-safe.
@@ -30,7 +29,7 @@ pub(crate) async fn finish(mut load: Load, quiet: bool) -> dmaload::Result<Image
             // `finish` returns the same error.
             Ok(Some(Err(_)) | None) => break,
         }
-        // Update even if segments arrive faster than the timeout.
+        // Updates the bar even if segments arrive faster than the timeout.
         let progress = load.progress();
         bar.set_length(progress.planned_bytes);
         bar.set_position(progress.read_bytes);

@@ -19,16 +19,16 @@ use crate::{errors, output};
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// The socket, which appears once the files are loaded; an old socket without a listening
-    /// process is replaced.
+    /// The path of the socket, which is created once the files are loaded; an old socket on which
+    /// no process listens is replaced.
     pub(crate) socket: PathBuf,
-    /// The files; a folder or an index stands for all files of a model.
+    /// The files to load; a folder or an index stands for all files of a model.
     #[arg(required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
     /// The name under which clients request the memory.
     #[arg(long, default_value = "model")]
     pub(crate) name: String,
-    /// Allow this user id to attach; may be repeated. By default only your own user may.
+    /// Allow this user id to attach; may be repeated. By default, only your own user can attach.
     ///
     /// In a user namespace, all unmapped users appear as the overflow id, usually 65534: allowing
     /// that id allows all of them.
@@ -45,31 +45,31 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let about = |error| errors::with_files(error, &arguments.paths);
     let server: Arc<Mutex<Option<Server>>> = Arc::default();
-    // Handled from the beginning, even while loading: the socket must not be left behind, and the
-    // loaded memory goes away with the process.
+    // Signals are handled from the beginning, even during the load: the socket must not be left
+    // behind. The loaded memory is freed with the process.
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     let own = Arc::clone(&server);
     let ending = move || {
         let _ = signals.forever().next();
-        // Waits while a socket is being created.
+        // Waits for a socket that is being created.
         let mut server = own.lock().unwrap_or_else(PoisonError::into_inner);
         drop(server.take());
         std::process::exit(0);
     };
     std::thread::Builder::new().name("signals".to_owned()).spawn(ending)?;
     {
-        // Checked before minutes of loading, not after.
+        // Checked before the load, which can take minutes.
         let _held = server.lock().unwrap_or_else(PoisonError::into_inner);
         Server::check(&arguments.socket)?;
     }
-    let loader = engine::loader_of(&arguments.engine, &arguments.paths)?;
+    let loader = engine::loader_for(&arguments.engine, &arguments.paths)?;
     let cpu_before = usage::cpu_time();
     let load = loader.load(&arguments.paths).start();
     let image = block_on(finish(load, is_quiet()))?.map_err(about)?;
     let text = summary(&image, &vec![None; image.files().len()], Used::since(cpu_before));
     let options = arguments.allow_users.iter().fold(ServerOptions::default(), |options, &user| options.allow_user(user));
     {
-        // The socket appears with the image, so that anyone who sees it can attach.
+        // The socket is created together with the image, so every client that sees it can attach.
         let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
         let bound = server.insert(Server::bind(&arguments.socket, options.dma_bufs(arguments.share_dma_bufs))?);
         if let Err(error) = bound.publish(&arguments.name, image) {

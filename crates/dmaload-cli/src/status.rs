@@ -1,9 +1,9 @@
-//! Exit statuses. `lib.rs` decides which one an error has; `load --exec` passes on that of its
-//! program.
+//! Exit statuses. `lib.rs` decides which one an error results in; `load --exec` returns that of
+//! its program.
 
-/// It worked.
+/// The command succeeded.
 pub(crate) const SUCCESS: u8 = 0;
-/// It failed.
+/// The command failed.
 pub(crate) const FAILURE: u8 = 1;
 /// Wrong usage, or options that contradict each other.
 pub(crate) const USAGE: u8 = 2;

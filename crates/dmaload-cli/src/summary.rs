@@ -9,7 +9,7 @@ use dmaload_bench::usage;
 use dmaload_text::{Pairs, bytes, duration, rate};
 use serde_json::{Value, json};
 
-/// What the process has used by the end of a load.
+/// Resources that the process has used by the end of a load.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Used {
     /// CPU time during the load.
@@ -26,11 +26,12 @@ impl Used {
 }
 
 fn memory(report: &Report) -> String {
-    let shared = if report.memories < report.segments { format!(" in {} memories", report.memories) } else { String::new() };
+    let allocations = counted(report.memories, "allocation");
+    let shared = if report.memories < report.segments { format!(" in {allocations}") } else { String::new() };
     format!("{}, {} ({}{shared})", report.heap, report.layout, counted(report.segments, "segment"))
 }
 
-/// Whether this process read the bytes; for an attached image, another one did.
+/// Whether this process read the bytes; those of an attached image were read by another process.
 fn were_read(report: &Report) -> bool {
     report.bytes == 0 || !report.reading.is_zero() || !report.from_cache.is_zero()
 }
@@ -79,14 +80,14 @@ pub(crate) fn summary_with(image: &Image, digests: &[Option<Digest>], used: Used
         pairs = pairs.with("fallback", describe_fallback(report, fallback));
     }
     for (file, digest) in report.files.iter().zip(digests) {
-        let told = digest.as_ref().map(|digest| format!("{}  {}", digest.hex(), printable::path(&file.path)));
-        pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm().to_string()).unwrap_or_default(), told);
+        let line = digest.as_ref().map(|digest| format!("{}  {}", digest.hex(), printable::path(&file.path)));
+        pairs = pairs.with_some(digest.as_ref().map(|digest| digest.algorithm().to_string()).unwrap_or_default(), line);
     }
     pairs.to_string()
 }
 
 fn format_measured(measured: &Measured) -> String {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "shown with three digits")]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "only three digits are shown")]
     let rate = |bytes: f64| rate(bytes as u64, Duration::from_secs(1));
     let (staged, direct) = (rate(measured.staged_bytes_per_second), rate(measured.direct_bytes_per_second));
     let buffered = measured.buffered_bytes_per_second.map(|bytes| format!(", buffered {}", rate(bytes)));
@@ -99,15 +100,15 @@ fn counted(count: usize, what: &str) -> String {
 
 fn pages(report: &Report) -> String {
     let (seen, huge) = (report.pages.seen_bytes, report.pages.huge_bytes);
-    let told = match (seen, huge) {
-        (0, _) => return "of unknown size (this kernel offers no way to tell)".to_owned(),
+    let sizes = match (seen, huge) {
+        (0, _) => return "of unknown size (this kernel does not report it)".to_owned(),
         (_, 0) => format!("{}, all of them", bytes(report.page_size_bytes() as u64)),
         (seen, huge) if seen - huge < HUGE_PAGE_BYTES as u64 => "2 MiB".to_owned(),
         (seen, huge) => format!("2 MiB for {} of {}", bytes(huge), bytes(seen)),
     };
     match report.pages_refused {
-        Some(errno) => format!("{told}; further 2 MiB pages were refused: {}", errno.describe()),
-        None => told,
+        Some(errno) => format!("{sizes}; further 2 MiB pages were refused: {}", errno.describe()),
+        None => sizes,
     }
 }
 
@@ -118,7 +119,7 @@ fn times(report: &Report) -> String {
     format!("allocating {allocating}, reading {reading}{copying}, {:.0} % overlapped{first}", report.overlap() * 100.0)
 }
 
-/// What came from the page cache, and the speeds of that and of the rest.
+/// How much came from the page cache, and the rates of the copies and of the remaining reads.
 fn cached(report: &Report) -> String {
     let stored_bytes = report.bytes.saturating_sub(report.cached_bytes);
     let rest = report

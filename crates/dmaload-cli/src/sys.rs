@@ -14,15 +14,15 @@ pub(crate) fn stdout_was_closed() -> bool {
 /// Runs before the runtime: the C library calls the functions in this section before it calls
 /// `main`.
 // SAFETY: the section holds pointers to functions that are called once each, with arguments that
-// they may ignore; this one makes one system call and one store, and needs nothing of the runtime.
+// they may ignore; this one makes a system call and a store, and does not need the runtime.
 #[unsafe(link_section = ".init_array")]
 #[used]
-static LOOK_AT_STDOUT: extern "C" fn() = {
-    extern "C" fn look() {
+static CHECK_STDOUT: extern "C" fn() = {
+    extern "C" fn check() {
         // SAFETY: `fcntl` takes a number, which need not be an open descriptor, and touches no
         // memory.
         let closed = unsafe { libc::fcntl(libc::STDOUT_FILENO, libc::F_GETFD) } == -1;
         STDOUT_WAS_CLOSED.store(closed, Ordering::Relaxed);
     }
-    look
+    check
 };

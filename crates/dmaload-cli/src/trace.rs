@@ -1,8 +1,8 @@
 //! `load --trace`: a timeline for Perfetto (<https://ui.perfetto.dev>) and chrome://tracing.
 //!
 //! Uses the Trace Event Format: an object with `traceEvents`, which are complete events (`"ph":
-//! "X"`) with times in microseconds. Overlapping events go to different rows, so each kind of
-//! event has as many rows as there were simultaneous events.
+//! "X"`) with times in microseconds. Overlapping events are shown in different rows, so each kind
+//! of event has as many rows as it had simultaneous events.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,32 +17,32 @@ pub(crate) fn to_json(report: &Report) -> Value {
     let mut rows = Rows::default();
     let mut out = Vec::new();
     for event in &events {
-        out.push(complete(report, event, rows.place(event)));
+        out.push(complete_event(report, event, rows.assign(event)));
     }
     let names = rows.0.iter().flat_map(|(&kind, ends)| (0..ends.len()).map(move |row| (kind, row)));
     out.extend(names.map(|(kind, row)| {
-        json!({ "ph": "M", "name": "thread_name", "pid": 1, "tid": thread(kind, row), "args": { "name": format!("{} {row}", kind.name()) } })
+        json!({ "ph": "M", "name": "thread_name", "pid": 1, "tid": thread_id(kind, row), "args": { "name": format!("{} {row}", kind.name()) } })
     }));
     out.push(json!({ "ph": "M", "name": "process_name", "pid": 1, "args": { "name": "dmaload" } }));
     json!({ "displayTimeUnit": "ms", "traceEvents": out })
 }
 
-fn complete(report: &Report, event: &TraceEvent, row: usize) -> Value {
+fn complete_event(report: &Report, event: &TraceEvent, row: usize) -> Value {
     let file = report.files.get(event.file_index).map(|file| file.path.to_string_lossy());
     json!({
         "ph": "X",
         "name": format!("{} {}", event.kind.name(), event.segment),
         "cat": event.kind.name(),
         "pid": 1,
-        "tid": thread(event.kind, row),
+        "tid": thread_id(event.kind, row),
         "ts": microseconds(event.start),
         "dur": microseconds(event.end.saturating_sub(event.start)),
         "args": { "file": file, "segment": event.segment, "bytes": event.bytes },
     })
 }
 
-/// The viewer shows rows as threads. Rows of the same kind have adjacent numbers.
-fn thread(kind: TraceKind, row: usize) -> usize {
+/// The thread ID of a row, which the viewer shows as a thread. Rows of a kind have adjacent IDs.
+fn thread_id(kind: TraceKind, row: usize) -> usize {
     let kind = [
         TraceKind::Allocate,
         TraceKind::Register,
@@ -67,9 +67,9 @@ fn microseconds(time: Duration) -> f64 {
 struct Rows(BTreeMap<TraceKind, Vec<Duration>>);
 
 impl Rows {
-    /// The first row that is free when this event begins. Events of a kind must be passed in order
-    /// of their beginning.
-    fn place(&mut self, event: &TraceEvent) -> usize {
+    /// Assigns the event to the first row of its kind that is free when it begins. The events of a
+    /// kind must be passed in the order of their start.
+    fn assign(&mut self, event: &TraceEvent) -> usize {
         let ends = self.0.entry(event.kind).or_default();
         let free = ends.iter().position(|&end| end <= event.start);
         match free.and_then(|row| ends.get_mut(row).map(|end| (row, end))) {

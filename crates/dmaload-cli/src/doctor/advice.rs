@@ -3,7 +3,7 @@
 //! The ranks follow measurements (2 cores, 1.8 GB/s, 1 GiB): a load through the page cache takes
 //! up to twice as long and fills the cache; 4 KiB pages take nearly twice as long; four threads
 //! that `pread` keep up with io_uring on such a disk, and fall behind on faster ones; registered
-//! memory gains nothing measurable on 2 MiB pages. dma-bufs make no load faster, so they come
+//! memory gains nothing measurable on 2 MiB pages. dma-bufs do not make loads faster, so they come
 //! last.
 
 use std::path::Path;
@@ -20,7 +20,7 @@ use super::verdict::{direct_refused, memlock_suffices, path_file, too_large};
 
 /// Maximum number of entries to show.
 pub(crate) const SHOWN: usize = 3;
-/// Twice the default window: as much again for everything else.
+/// Twice the default window, which leaves as much memory again for everything else.
 const LITTLE_MEMORY_BYTES: u64 = 256 << 20;
 /// The size of a realistic model.
 const MODEL_BYTES: u64 = 1 << 30;
@@ -61,7 +61,7 @@ fn memory(facts: &Facts) -> Option<Advice> {
         Some((file, _)) if file.starts_with('/') => format!("echo {} > {file}", MODEL_BYTES.max(2 * needed(facts))),
         _ => "ps -eo rss,comm --sort=-rss | head".to_owned(),
     };
-    Some(Advice::new(change, command, "a load that works: loads that don't fit are refused before they wake the OOM killer"))
+    Some(Advice::new(change, command, "a load that works: one that does not fit is refused, before it could wake the OOM killer"))
 }
 
 fn needed(facts: &Facts) -> u64 {
@@ -88,7 +88,7 @@ fn direct(facts: &Facts) -> Option<Advice> {
     let mount = facts.path.as_ref().and_then(|path| path.mount.as_ref());
     let kind = mount.map_or("this file system", |mount| mount.file_system.as_str());
     Some(Advice::new(
-        format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} answers {}", errno.describe()),
+        format!("keep models where O_DIRECT works (ext4, xfs, btrfs): {kind} refuses it: {}", errno.describe()),
         LOCAL_FILE_SYSTEMS,
         "up to half the time: no page cache, no copy, and nothing else is evicted from memory",
     ))
@@ -109,7 +109,7 @@ fn pages(facts: &Facts) -> Option<Advice> {
     }
     let (change, command) = match facts.huge_pages.shmem_enabled.as_deref() {
         _ if facts.huge_pages.denied_to_process => (
-            "start dmaload from a process that has huge pages (PR_SET_THP_DISABLE is set)".to_owned(),
+            "start dmaload from a process that is allowed huge pages (PR_SET_THP_DISABLE is set)".to_owned(),
             "grep THP_enabled /proc/$PPID/status".to_owned(),
         ),
         None => ("boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE".to_owned(), "uname -r".to_owned()),
@@ -126,15 +126,15 @@ const CALLS: &str = "io_uring_setup, io_uring_enter and io_uring_register";
 fn ring(facts: &Facts) -> Option<Advice> {
     facts.io_uring.setup.err()?;
     let gain = "33 reads in flight from one thread instead of 4 threads: more on fast disks, less CPU";
-    let (change, command) = allowing(facts.cause.as_ref());
+    let (change, command) = allow_ring(facts.cause.as_ref());
     Some(Advice::new(change, command, gain))
 }
 
-/// How to allow io_uring.
-fn allowing(cause: Option<&Cause>) -> (String, String) {
+/// How to lift the refusal of io_uring.
+fn allow_ring(cause: Option<&Cause>) -> (String, String) {
     match cause {
         Some(Cause::Sysctl(1)) => {
-            ("allow io_uring to this user's group".to_owned(), "sysctl -w kernel.io_uring_group=$(id -g)".to_owned())
+            ("allow io_uring for this user's group".to_owned(), "sysctl -w kernel.io_uring_group=$(id -g)".to_owned())
         }
         Some(Cause::Sysctl(_)) => ("allow io_uring".to_owned(), "sysctl -w kernel.io_uring_disabled=0".to_owned()),
         Some(Cause::Seccomp) => (
@@ -147,10 +147,10 @@ fn allowing(cause: Option<&Cause>) -> (String, String) {
                 Some("apparmor") => "journalctl -k -g apparmor=.DENIED",
                 _ => "journalctl -k -g denied",
             };
-            let name = name.as_deref().unwrap_or("the security module");
-            (format!("allow io_uring in the policy of {name}"), command.to_owned())
+            let name = name.as_deref().unwrap_or("security module's");
+            (format!("allow io_uring in the {name} policy"), command.to_owned())
         }
-        Some(Cause::Kernel) => ("boot a kernel with CONFIG_IO_URING (Linux 5.6)".to_owned(), "uname -r".to_owned()),
+        Some(Cause::Kernel) => ("boot Linux 5.6 or later, built with CONFIG_IO_URING".to_owned(), "uname -r".to_owned()),
         Some(Cause::Memlock) => ("raise the locked memory limit".to_owned(), "ulimit -l unlimited".to_owned()),
         Some(Cause::Unknown) | None => (
             format!("find out what refuses {CALLS}"),
@@ -174,8 +174,8 @@ fn registering(facts: &Facts) -> Option<Advice> {
             "raise the locked memory limit (services: LimitMEMLOCK=infinity; or setcap cap_ipc_lock+ep)".to_owned(),
             "ulimit -l unlimited".to_owned(),
         ),
-        Err(Errno::EINVAL) => ("boot a kernel with sparse buffer tables (Linux 5.19)".to_owned(), "uname -r".to_owned()),
-        Err(_) => allowing(facts.cause.as_ref()),
+        Err(Errno::EINVAL) => ("boot Linux 5.19 or later (sparse buffer tables)".to_owned(), "uname -r".to_owned()),
+        Err(_) => allow_ring(facts.cause.as_ref()),
     };
     Some(Advice::new(change, command, gain))
 }
@@ -184,7 +184,7 @@ fn heap<'a>(facts: &'a Facts, name: &str) -> Option<&'a HeapTrial> {
     facts.trial.heap(name)
 }
 
-/// Devices that exist but can't be opened, unless another one provides dma-bufs too.
+/// Advises on a device that exists but can't be opened, unless the heap udmabuf works.
 fn permission(facts: &Facts) -> Option<Advice> {
     if heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok()) {
         return None;
@@ -220,7 +220,7 @@ fn device(facts: &Facts) -> Option<Advice> {
     let (change, command) = if lacks_udmabuf {
         ("boot a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS_SYSTEM", "uname -r")
     } else {
-        ("load the module udmabuf (a kernel with CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS)", "sudo modprobe udmabuf")
+        ("load the module udmabuf (the kernel needs CONFIG_UDMABUF, or CONFIG_DMABUF_HEAPS)", "sudo modprobe udmabuf")
     };
     Some(Advice::new(change, command, gain))
 }
@@ -241,7 +241,7 @@ fn bug(facts: &Facts) -> Option<Advice> {
     let usable = heap(facts, "udmabuf").is_some_and(|heap| heap.outcome.is_ok());
     (usable && facts.udmabuf_bug).then(|| {
         Advice::new(
-            "boot Linux 6.16 or newer: 6.11 to 6.15 show drivers wrong bytes in a udmabuf on 2 MiB pages",
+            "boot Linux 6.16 or later: 6.11 to 6.15 show drivers wrong bytes in a udmabuf on 2 MiB pages",
             "uname -r",
             "load --dma-buf on 2 MiB pages, about half the time of allocating and reading",
         )
@@ -260,7 +260,7 @@ mod tests {
 
     type Change = fn(&mut Facts);
 
-    fn after(changes: &[Change]) -> Vec<Advice> {
+    fn advice_after(changes: &[Change]) -> Vec<Advice> {
         let mut facts = Facts::best();
         changes.iter().for_each(|change| change(&mut facts));
         ranked(&facts)
@@ -316,8 +316,8 @@ mod tests {
     const BUG: Change = |facts| facts.udmabuf_bug = true;
 
     #[test]
-    fn each_lack_has_its_advice_and_the_best_machine_none() {
-        assert_eq!(after(&[]), []);
+    fn each_problem_has_advice_and_the_best_machine_has_none() {
+        assert_eq!(advice_after(&[]), []);
         for (change, command) in [
             (LITTLE, "ps -eo rss"),
             (BUFFERED, "findmnt"),
@@ -332,7 +332,7 @@ mod tests {
             (SMALL_UDMABUFS, "echo 1024 > /sys/module/udmabuf/parameters/size_limit_mb"),
             (BUG, "uname -r"),
         ] {
-            let advice = after(&[change]);
+            let advice = advice_after(&[change]);
             assert_eq!(advice.len(), 1, "{command}: {advice:#?}");
             assert!(advice[0].command.contains(command), "{command}: {advice:#?}");
         }
@@ -341,30 +341,30 @@ mod tests {
     #[test]
     fn largest_gain_comes_first() {
         let commands = |advice: Vec<Advice>| advice.into_iter().map(|advice| advice.command).collect::<Vec<_>>();
-        let all = commands(after(&[BUFFERED, LITTLE, SMALL_PAGES, NO_RING, NO_DEVICE, SMALL_MEMLOCK]));
+        let all = commands(advice_after(&[BUFFERED, LITTLE, SMALL_PAGES, NO_RING, NO_DEVICE, SMALL_MEMLOCK]));
         let order = ["ps ", "findmnt", "echo advise", "sysctl", "sudo modprobe"];
         // Without direct reads, registered memory gains nothing.
         assert_eq!(all.len(), order.len(), "{all:#?}");
         assert!(all.iter().zip(order).all(|(command, start)| command.starts_with(start)), "{all:#?}");
-        let others = commands(after(&[SMALL_UDMABUFS, BUG, SMALL_MEMLOCK]));
+        let others = commands(advice_after(&[SMALL_UDMABUFS, BUG, SMALL_MEMLOCK]));
         assert_eq!(others[0], "ulimit -l unlimited");
         assert_eq!(others.len(), 3, "{others:#?}");
     }
 
     #[test]
     fn small_memlock_limit_matters_little_on_huge_pages() {
-        assert!(after(&[SMALL_MEMLOCK])[0].gain.starts_with("little"));
-        let both = after(&[SMALL_PAGES, SMALL_MEMLOCK]);
+        assert!(advice_after(&[SMALL_MEMLOCK])[0].gain.starts_with("little"));
+        let both = advice_after(&[SMALL_PAGES, SMALL_MEMLOCK]);
         assert!(!both[1].gain.contains("little"), "{both:#?}");
         // A file that fits under the limit is not affected by it.
-        assert_eq!(after(&[SMALL_MEMLOCK, |facts| path(facts, 4 << 20, Ok(()))]), []);
-        // Nor is one that no ring reads.
-        assert_eq!(after(&[SMALL_MEMLOCK, ON_FUSE]).len(), 1);
+        assert_eq!(advice_after(&[SMALL_MEMLOCK, |facts| path(facts, 4 << 20, Ok(()))]), []);
+        // Neither is a file that no ring reads.
+        assert_eq!(advice_after(&[SMALL_MEMLOCK, ON_FUSE]).len(), 1);
     }
 
     #[test]
     fn refused_registration_is_not_blamed_on_the_limit() {
-        let advice = after(&[|facts| {
+        let advice = advice_after(&[|facts| {
             facts.io_uring.register = Err(Errno::EPERM);
             facts.io_uring.registrable_bytes = 0;
             facts.cause = Some(Cause::Seccomp);
@@ -373,22 +373,22 @@ mod tests {
     }
 
     #[test]
-    fn enabled_huge_pages_need_room() {
-        let advice = after(&[SMALL_PAGES, |facts| facts.huge_pages.shmem_enabled = Some("advise".to_owned())]);
+    fn enabled_huge_pages_need_unfragmented_memory() {
+        let advice = advice_after(&[SMALL_PAGES, |facts| facts.huge_pages.shmem_enabled = Some("advise".to_owned())]);
         assert!(advice[0].command.contains("compact_memory"), "{advice:#?}");
-        let advice = after(&[SMALL_PAGES, |facts| facts.huge_pages.denied_to_process = true]);
+        let advice = advice_after(&[SMALL_PAGES, |facts| facts.huge_pages.denied_to_process = true]);
         assert!(advice[0].change.contains("PR_SET_THP_DISABLE"), "{advice:#?}");
     }
 
     #[test]
     fn file_that_does_not_fit_comes_first() {
-        let advice = after(&[SMALL_PAGES, |facts| path(facts, 1 << 50, Ok(()))]);
+        let advice = advice_after(&[SMALL_PAGES, |facts| path(facts, 1 << 50, Ok(()))]);
         assert!(advice[0].change.starts_with("free "), "{advice:#?}");
     }
 
     #[test]
-    fn without_a_path_the_trial_files_refusal_counts() {
-        let advice = after(&[|facts| {
+    fn without_a_path_the_refusal_of_the_trial_file_counts() {
+        let advice = advice_after(&[|facts| {
             let (from, to, reason) = (Route::UringFixedDirect, Route::Buffered, String::new());
             memfd(facts).steps = vec![Step { from, to, attempt: Attempt::OpenDirect, reason, errno: Errno::EINVAL }];
         }]);

@@ -7,11 +7,11 @@ use dmaload::Errno;
 /// The circumstances of a refusal.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Circumstances {
-    /// `kernel.io_uring_disabled`: 0 allows it, 1 allows it to privileged users and a group, 2
-    /// forbids it; `None` before Linux 6.6.
+    /// `kernel.io_uring_disabled`: 0 allows io_uring, 1 allows it for privileged users and a
+    /// group, 2 forbids it; `None` before Linux 6.6.
     pub(crate) sysctl: Option<u32>,
-    /// Whether the value 1 allows it to this process: with CAP_SYS_ADMIN, or as a member of
-    /// `kernel.io_uring_group`.
+    /// Whether the value 1 allows io_uring for this process: it has CAP_SYS_ADMIN, or is a member
+    /// of `kernel.io_uring_group`.
     pub(crate) privileged: bool,
     /// Whether a seccomp filter applies to this process.
     pub(crate) seccomp: bool,
@@ -39,14 +39,13 @@ pub(crate) enum Cause {
 /// Security modules that decide by policy and can therefore refuse io_uring.
 const POLICIES: [&str; 5] = ["selinux", "apparmor", "smack", "tomoyo", "bpf"];
 
-pub(crate) fn of(errno: Errno, around: &Circumstances) -> Cause {
+pub(crate) fn find(errno: Errno, around: &Circumstances) -> Cause {
     let policy = around.lsms.iter().find(|lsm| POLICIES.contains(&lsm.as_str())).cloned();
     match (errno, around.sysctl) {
         (Errno::EPERM, Some(value @ 2..)) => Cause::Sysctl(value),
         (Errno::EPERM, Some(1)) if !around.privileged => Cause::Sysctl(1),
         (Errno::EPERM | Errno::ENOSYS, _) if around.seccomp => Cause::Seccomp,
-        // A filter may return any errno; if there is a security module, that is the likelier
-        // cause.
+        // A filter can return any errno; if a security module is active, it is the likelier cause.
         (Errno::EACCES, _) if policy.is_none() && around.seccomp => Cause::Seccomp,
         (Errno::EACCES, _) => Cause::Lsm(policy),
         (Errno::ENOSYS, _) => Cause::Kernel,
@@ -76,8 +75,8 @@ impl fmt::Display for Cause {
             Cause::Seccomp => f.write_str("a seccomp filter (a container's profile)"),
             Cause::Lsm(Some(name)) => write!(f, "the security module {name}"),
             Cause::Lsm(None) => f.write_str("a security module"),
-            Cause::Kernel => f.write_str("the kernel, which lacks it (CONFIG_IO_URING)"),
-            Cause::Memlock => f.write_str("the limit of locked memory"),
+            Cause::Kernel => f.write_str("the kernel, which does not support it (CONFIG_IO_URING)"),
+            Cause::Memlock => f.write_str("the locked memory limit"),
             Cause::Unknown => f.write_str("an unknown cause"),
         }
     }
@@ -102,7 +101,7 @@ mod tests {
             (Errno::EPERM, sysctl(2, true), Cause::Sysctl(2)),
             (Errno::EPERM, sysctl(2, false), Cause::Sysctl(2)),
             (Errno::EPERM, sysctl(1, false), Cause::Sysctl(1)),
-            // For a permitted process, the value 1 refuses nothing.
+            // The value 1 does not refuse a privileged process.
             (Errno::EPERM, sysctl(1, true), Cause::Unknown),
             (Errno::EPERM, Circumstances { seccomp: true, ..sysctl(1, true) }, Cause::Seccomp),
             (Errno::EPERM, filtered.clone(), Cause::Seccomp),
@@ -117,7 +116,7 @@ mod tests {
             (Errno::ENOMEM, filtered, Cause::Memlock),
             (Errno::EMFILE, free, Cause::Unknown),
         ] {
-            assert_eq!(of(errno, &around), expected, "{errno:?} {around:?}");
+            assert_eq!(find(errno, &around), expected, "{errno:?} {around:?}");
         }
     }
 }

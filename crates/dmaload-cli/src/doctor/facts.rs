@@ -15,7 +15,7 @@ use super::system::{self, HugePages, Memlock, Modules, Status};
 use super::trial::Trial;
 use crate::errors;
 
-/// Everything that is shown, or that conclusions are drawn from.
+/// Everything that is shown, or that the verdict and the advice are derived from.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     pub(crate) kernel: String,
@@ -30,7 +30,7 @@ pub(crate) struct Facts {
     pub(crate) dma_buf: DmaBuf,
     /// The file size limit, which also applies to memfds.
     pub(crate) file_size_limit: Option<u64>,
-    /// How much address space the process may still use, if that is limited.
+    /// How much address space the process can still use, if that is limited.
     pub(crate) address_room: Option<u64>,
     /// Whether udmabufs get only small pages because of a bug in this kernel.
     pub(crate) udmabuf_bug: bool,
@@ -44,8 +44,8 @@ pub(crate) struct PathFacts {
     pub(crate) mount: Option<Mount>,
     /// The file; `None` for a folder.
     pub(crate) file: Option<probe::File>,
-    /// How much a load of it would read, over all files of its model; or, judging by their
-    /// headers, why it would fail.
+    /// How many bytes a load would read, over all files of the model; or, judging by their
+    /// headers, why the load would fail.
     pub(crate) load: Result<u64, String>,
 }
 
@@ -63,8 +63,8 @@ impl Facts {
     pub(crate) fn gather(path: Option<&Path>) -> Result<Self> {
         let path = path.map(PathFacts::gather).transpose()?;
         let status = Status::read();
-        // Before the loads: the limit of locked memory still counts memory of a ring that was just
-        // closed.
+        // Probed before the trial loads: the memory of a ring that was just closed still counts
+        // towards the locked memory limit.
         let io_uring = probe::io_uring();
         let refused = [io_uring.setup, io_uring.buffer_table].into_iter().find_map(Result::err);
         let file = path.as_ref().filter(|path| path.file.is_some()).map(|path| path.path.as_path());
@@ -72,7 +72,7 @@ impl Facts {
         Ok(Facts {
             kernel: system::kernel(),
             io_uring,
-            cause: refused.map(|errno| cause::of(errno, &status.circumstances())),
+            cause: refused.map(|errno| cause::find(errno, &status.circumstances())),
             memlock: status.memlock(),
             memory: probe::memory_available(),
             huge_pages: status.huge_pages(),
@@ -99,7 +99,7 @@ impl PathFacts {
         let metadata = fs::metadata(path).map_err(failed("open"))?;
         let file = if metadata.is_dir() {
             // Files in it can't be opened without search permission.
-            rustix::fs::access(path, rustix::fs::Access::EXEC_OK).map_err(|errno| failed("look into it")(errno.into()))?;
+            rustix::fs::access(path, rustix::fs::Access::EXEC_OK).map_err(|errno| failed("enter")(errno.into()))?;
             None
         } else {
             Some(probe::file(path)?)
@@ -119,7 +119,7 @@ impl PathFacts {
         Ok(PathFacts { path: path.to_owned(), mount, file, load })
     }
 
-    /// The folder for a file next to it.
+    /// The folder itself, or the folder that contains the file.
     fn folder(&self) -> &Path {
         match (&self.file, self.path.parent()) {
             (None, _) => &self.path,
@@ -140,7 +140,7 @@ impl DmaBuf {
 
 #[cfg(test)]
 impl Facts {
-    /// A machine that lacks nothing.
+    /// The facts of a machine on which nothing can be improved.
     pub(crate) fn best() -> Self {
         use super::trial::{HeapTrial, Loaded};
         let heap = |name: &str| HeapTrial {

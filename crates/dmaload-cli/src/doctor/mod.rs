@@ -1,14 +1,14 @@
-//! `dmaload doctor`: what loads get on this machine, and what would help most.
+//! `dmaload doctor`: shows how loads work on this machine, and what would help most.
 //!
 //! ```text
 //!   system   files of /proc and /sys ─┐
-//!   mounts   which file system        ├─► facts ─┬─► verdict   what a load would do (pure)
+//!   mounts   the path's file system   ├─► facts ─┬─► verdict   what a load would do (pure)
 //!   trial    real loads of a file    ─┘          └─► advice    what would help most (pure)
 //!   cause    who refuses io_uring (pure)                 └───► screen, json
 //! ```
 //!
-//! Whatever can be tried is tried, with the engine itself; system files are read only to explain
-//! refusals.
+//! Everything that can be tried is tried, with the engine itself; system files are only read to
+//! explain refusals.
 
 mod advice;
 mod cause;
@@ -31,7 +31,7 @@ use facts::Facts;
 
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
-    /// A file to load, or a folder of such files.
+    /// A file, or the folder of a model.
     pub(crate) path: Option<PathBuf>,
     /// Print one JSON object to standard output, and nothing else.
     #[arg(long)]

@@ -1,5 +1,5 @@
-//! Finds the file system of a path in `/proc/self/mountinfo`, which has a name for every kind,
-//! whereas `statfs(2)` has numbers.
+//! Finds the file system of a path in `/proc/self/mountinfo`, which names every kind, whereas
+//! `statfs(2)` reports numbers.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -16,8 +16,9 @@ pub(crate) struct Mount {
 /// number.
 ///
 /// Among mounts above the path, the longest mount point wins, and among equal ones the last, which
-/// hides the others. The device number is decisive, because a mount can hide longer ones; but some
-/// file systems (btrfs) give each subvolume a number of its own.
+/// hides the others. A mount on the given device is preferred over any other, because a mount can
+/// hide mounts with longer paths; but on some file systems (btrfs) each subvolume has its own
+/// number, which no mount has.
 pub(crate) fn find(mountinfo: &str, path: &Path, device: (u32, u32)) -> Option<Mount> {
     let device = format!("{}:{}", device.0, device.1);
     let mounts = mountinfo.lines().filter_map(parse).filter(|(_, mount)| path.starts_with(&mount.point));
@@ -25,17 +26,17 @@ pub(crate) fn find(mountinfo: &str, path: &Path, device: (u32, u32)) -> Option<M
     Some(best.1)
 }
 
-/// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
+/// Parses `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`.
 fn parse(line: &str) -> Option<(&str, Mount)> {
     let (mount, kind) = line.split_once(" - ")?;
     let mut fields = mount.split(' ');
     let device = fields.nth(2)?;
-    let point = unescaped(fields.nth(1)?);
+    let point = unescape(fields.nth(1)?);
     Some((device, Mount { point, file_system: kind.split(' ').next()?.to_owned() }))
 }
 
-/// Blanks are encoded as `\040`.
-fn unescaped(field: &str) -> PathBuf {
+/// Decodes octal escapes: a blank is encoded as `\040`.
+fn unescape(field: &str) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field.as_bytes();
     while let [first, others @ ..] = rest {
@@ -60,7 +61,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_text_of_mountinfo_panics(
+        fn parsing_mountinfo_never_panics(
             text in "(1 2 254:0 / /[a-z\\\\0-9]{0,6} rw - [a-z0-9]{0,4} x\n|[0-9]{1,9} |[0-9]{1,4}:[0-9]{1,4} |/|\\\\[0-9]{0,4}| - |ext4 |\n|\\PC){0,60}",
             path in "(/[a-z \\\\]{0,4}){0,4}",
         ) {

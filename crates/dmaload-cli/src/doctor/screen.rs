@@ -1,4 +1,4 @@
-//! The facts for people: one screen.
+//! Formats the facts for people, on one screen.
 
 use std::fmt;
 
@@ -45,7 +45,8 @@ pub(crate) fn screen(facts: &Facts) -> String {
     format!("{}{}", rows.0, shown.map(|(index, advice)| Numbered(index + 1, advice).to_string()).collect::<String>())
 }
 
-/// Limits and page sizes are round numbers: `2 MiB`.
+/// Formats a number of bytes without decimals if they are zeros, because limits and page sizes are
+/// round: `2 MiB`.
 fn size(count: u64) -> String {
     bytes(count).replace(".00 ", " ").replace(".0 ", " ")
 }
@@ -80,7 +81,7 @@ fn wrapped(text: &str, width: usize) -> Vec<String> {
     lines
 }
 
-/// A change with its command. The command is never broken, so that it can be copied.
+/// A numbered change with its command, which is not wrapped so that it can be copied.
 struct Numbered<'a>(usize, &'a Advice);
 
 impl fmt::Display for Numbered<'_> {
@@ -116,7 +117,7 @@ fn io_uring(facts: &Facts) -> String {
 }
 
 fn memlock(limit: &Memlock, ring: &IoUring) -> String {
-    let told = |limit: Option<u64>| limit.map_or("unlimited".to_owned(), size);
+    let describe = |limit: Option<u64>| limit.map_or("unlimited".to_owned(), size);
     let capability = if limit.cap_ipc_lock { "but CAP_IPC_LOCK lifts it" } else { "no CAP_IPC_LOCK" };
     let registrable = match (ring.setup, ring.register, ring.registrable_bytes) {
         (Err(_), ..) => String::new(),
@@ -124,7 +125,7 @@ fn memlock(limit: &Memlock, ring: &IoUring) -> String {
         (_, Err(errno), 0) => format!("; nothing could be registered: {}", errno.describe()),
         (_, Err(errno), most) => format!("; {} at once could be registered, more: {}", size(most), errno.describe()),
     };
-    format!("{} (hard limit {}), {capability}{registrable}", told(limit.soft_bytes), told(limit.hard_bytes))
+    format!("{} (hard limit {}), {capability}{registrable}", describe(limit.soft_bytes), describe(limit.hard_bytes))
 }
 
 fn huge_pages(facts: &Facts) -> String {
@@ -133,7 +134,7 @@ fn huge_pages(facts: &Facts) -> String {
             let refused = pages_refused.map(|errno| format!(" (larger ones: {})", errno.describe())).unwrap_or_default();
             format!("memfd got {}{refused}", size(*bytes_each))
         }
-        Some(_) => "unknown: this kernel offers no way to tell".to_owned(),
+        Some(_) => "unknown: this kernel does not report it".to_owned(),
         None => "not tried".to_owned(),
     };
     let HugePages { shmem_enabled, enabled, denied_to_process } = &facts.huge_pages;
@@ -157,7 +158,7 @@ fn first_read(file: &dmaload::probe::File) -> String {
         (Ok(()), Err(errno)) => format!("the first O_DIRECT read fails: {}", errno.describe()),
         (Err(refused), Ok(_)) => format!("O_DIRECT refused: {}; a cached read works", refused.describe()),
         (Err(refused), Err(errno)) => {
-            format!("O_DIRECT refused: {}; a cached read, too: {}", refused.describe(), errno.describe())
+            format!("O_DIRECT refused: {}; a cached read fails, too: {}", refused.describe(), errno.describe())
         }
     }
 }
@@ -167,7 +168,7 @@ fn tried(facts: &Facts) -> String {
         Ok(folder) => format!("{}: 4 MiB written and loaded", printable::path(&folder)),
         Err(reason) => format!("no folder: {reason}"),
     };
-    // What the path itself says takes precedence over what the small file says.
+    // The result for the path takes precedence over that for the trial file.
     let file = verdict::path_file(facts).or(facts.trial.file.as_ref());
     let first_read = file.map(|file| format!("; {}", first_read(file))).unwrap_or_default();
     let elsewhere = facts.trial.elsewhere.as_ref().map(|reason| format!("; not next to the path: {reason}")).unwrap_or_default();
@@ -213,9 +214,10 @@ fn dma_buf_line(facts: &Facts) -> String {
         }
         Err(reason) if reason.starts_with(verdict::UNKNOWN) => reason,
         Err(reason) => {
-            // The reasons for each heap are listed above.
-            let told = if facts.dma_buf.heap.is_none() { "no heap on this machine provides dma-bufs".to_owned() } else { reason };
-            format!("would fail: {told}")
+            // The rows above show why each heap failed.
+            let reason =
+                if facts.dma_buf.heap.is_none() { "no heap on this machine provides dma-bufs".to_owned() } else { reason };
+            format!("would fail: {reason}")
         }
     }
 }

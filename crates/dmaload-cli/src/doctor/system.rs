@@ -1,5 +1,5 @@
-//! What system files say: why something is refused, and which limits apply. Features are never
-//! inferred from them.
+//! Reads system files, which explain refusals and state limits. Features are never inferred from
+//! them.
 
 use std::fs::read_to_string;
 
@@ -12,7 +12,7 @@ use super::cause::Circumstances;
 const CAP_IPC_LOCK: u32 = 14;
 const CAP_SYS_ADMIN: u32 = 21;
 
-/// The limit of locked memory.
+/// The locked memory limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Memlock {
     /// `None` means no limit.
@@ -41,25 +41,25 @@ pub(crate) fn kernel() -> String {
     format!("{} {}", about.sysname().to_string_lossy(), about.release().to_string_lossy())
 }
 
-/// Drivers that this kernel has as modules, loaded or not.
+/// Drivers that this kernel provides as modules, loaded or not.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Modules {
     pub(crate) udmabuf: bool,
     pub(crate) system_heap: bool,
-    /// Whether the list of modules could be read: containers have none of the host's.
+    /// Whether the list of modules could be read: containers lack that of the host.
     pub(crate) known: bool,
 }
 
 impl Modules {
-    /// Reads the index of modules that belongs to the running kernel.
+    /// Reads the index of the running kernel's modules.
     pub(crate) fn read() -> Self {
         let release = uname().release().to_string_lossy().into_owned();
         read_to_string(format!("/lib/modules/{release}/modules.dep"))
-            .map_or_else(|_| Modules::default(), |index| Self::of(&index))
+            .map_or_else(|_| Modules::default(), |index| Self::parse(&index))
     }
 
     /// Parses lines of `PATH.ko[.xz]: PATHS`.
-    fn of(index: &str) -> Self {
+    fn parse(index: &str) -> Self {
         let has = |module: &str| {
             let mut files = index.lines().filter_map(|line| line.split(':').next()?.rsplit('/').next());
             files.any(|file| file.split('.').next().is_some_and(|name| name.replace('-', "_") == module))
@@ -88,7 +88,7 @@ impl Status {
     fn has(&self, capability: u32) -> bool {
         match self.field("CapEff").and_then(|set| u64::from_str_radix(set, 16).ok()) {
             Some(set) => set >> capability & 1 == 1,
-            // Used without procfs.
+            // Without procfs, the capabilities come from the kernel.
             None => self.text.is_empty() && self.effective.is_some_and(|set| set >> capability & 1 == 1),
         }
     }
@@ -98,7 +98,7 @@ impl Status {
         Memlock { soft_bytes: limit.current, hard_bytes: limit.maximum, cap_ipc_lock: self.has(CAP_IPC_LOCK) }
     }
 
-    /// What the address space limit leaves; `None` without a limit, or if the current use is
+    /// How much the address space limit leaves; `None` without a limit, or if the current use is
     /// unknown.
     pub(crate) fn address_room(&self) -> Option<u64> {
         let limit = Limit::AddressSpace.current()?;
@@ -143,7 +143,7 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn no_text_of_status_or_sysfs_panics(text in "(CapEff:|THP_enabled:|Seccomp:|\t|\n|\\[|\\]|[0-9a-f]{0,20}|\\PC){0,30}") {
+        fn parsing_status_and_sysfs_never_panics(text in "(CapEff:|THP_enabled:|Seccomp:|\t|\n|\\[|\\]|[0-9a-f]{0,20}|\\PC){0,30}") {
             let _ = chosen(&text);
             let status = Status { text, effective: None };
             let _ = (status.has(CAP_IPC_LOCK), status.has(63), status.field("Seccomp"));
@@ -151,9 +151,9 @@ mod tests {
     }
 
     #[test]
-    fn modules_are_found_by_the_names_of_their_files() {
+    fn modules_are_found_by_their_file_names() {
         let found = |index: &str| {
-            let modules = Modules::of(index);
+            let modules = Modules::parse(index);
             (modules.udmabuf, modules.system_heap)
         };
         assert_eq!(found("kernel/drivers/dma-buf/heaps/system_heap.ko.xz: kernel/udmabuf.ko\n"), (false, true));
@@ -169,11 +169,11 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_and_filters_are_read_from_the_status() {
+    fn status_reports_capabilities_and_filters() {
         let status = |text: &str| Status { text: text.to_owned(), effective: None };
         let nothing = status("");
-        let asked = Status { text: String::new(), effective: Some(1 << CAP_IPC_LOCK) };
-        assert!(asked.has(CAP_IPC_LOCK) && !asked.has(CAP_SYS_ADMIN), "without procfs the kernel is asked");
+        let without_procfs = Status { text: String::new(), effective: Some(1 << CAP_IPC_LOCK) };
+        assert!(without_procfs.has(CAP_IPC_LOCK) && !without_procfs.has(CAP_SYS_ADMIN), "the kernel reports them");
         let status = status("Name:\tx\nCapPrm:\t0000000000000000\nCapEff:\t0000000000004000\nSeccomp:\t2\nTHP_enabled:\t0\n");
         assert!(status.has(CAP_IPC_LOCK) && !status.has(CAP_SYS_ADMIN));
         assert!(status.circumstances().seccomp);

@@ -1,5 +1,4 @@
-//! Real loads of a small file of random bytes, one on each heap, which show what other loads will
-//! get.
+//! Loads a small file of random bytes into each heap, to show how other loads would work.
 
 use std::env;
 use std::fs::{self, File};
@@ -27,11 +26,11 @@ pub(crate) const DMA_HEAP: &str = "dma-heap";
 /// The results of the loads.
 #[derive(Debug, Clone)]
 pub(crate) struct Trial {
-    /// The folder of the file, or why no folder could be used.
+    /// The folder of the trial file, or why no folder could be used.
     pub(crate) folder: Result<PathBuf, String>,
-    /// Why it is not in the requested folder.
+    /// Why the file is not in the requested folder.
     pub(crate) elsewhere: Option<String>,
-    /// The file's first read, if it could be tried.
+    /// The results of probing the file, if it could be probed.
     pub(crate) file: Option<probe::File>,
     pub(crate) heaps: Vec<HeapTrial>,
 }
@@ -41,7 +40,7 @@ pub(crate) struct Trial {
 pub(crate) struct HeapTrial {
     pub(crate) name: String,
     pub(crate) outcome: Result<Loaded, String>,
-    /// The device, if it could not be opened.
+    /// The device and its errno, if it could not be opened.
     pub(crate) device: Option<(PathBuf, Errno)>,
     /// Maximum size of a dma-buf in bytes.
     pub(crate) limit_bytes: Option<u64>,
@@ -53,7 +52,7 @@ pub(crate) struct HeapTrial {
 #[derive(Debug, Clone)]
 pub(crate) struct Loaded {
     pub(crate) route: Route,
-    /// `None` if the kernel offers no way to query it.
+    /// `None` if the kernel does not report it.
     pub(crate) page_bytes: Option<u64>,
     pub(crate) pages_refused: Option<Errno>,
     pub(crate) steps: Vec<Step>,
@@ -70,22 +69,22 @@ pub(crate) struct Step {
 }
 
 impl Trial {
-    /// Loads a file in the wanted folder or, if none can be written there, in another one; if no
-    /// folder works, a memfd; if that fails too (it requires procfs), the beginning of the file in
-    /// question.
+    /// Loads a trial file in the wanted folder or, if none can be written there, in another one.
+    /// If no folder works, loads a memfd; if that fails, too (it requires procfs), the beginning
+    /// of the file in question.
     pub(crate) fn run(wanted: Option<&Path>, file: Option<&Path>) -> Self {
-        // Writing more would kill the process (SIGXFSZ).
+        // Writing more than the limit would kill the process (SIGXFSZ).
         let limit = dmabuf::Limit::FileSize.current().unwrap_or(BYTES_MAX);
         let content = random_bytes(BYTES_MAX.min(limit));
         let mut elsewhere = None;
-        let scratch = wanted.and_then(|folder| match written(folder, &content) {
+        let scratch = wanted.and_then(|folder| match write_in(folder, &content) {
             Ok(scratch) => Some(Ok(scratch)),
             Err(error) => {
                 elsewhere = Some(errors::describe(&error));
                 None
             }
         });
-        match scratch.unwrap_or_else(|| written_anywhere(&content)) {
+        match scratch.unwrap_or_else(|| write_anywhere(&content)) {
             Ok(scratch) => Trial {
                 folder: Ok(scratch.path().parent().unwrap_or(Path::new("/")).to_owned()),
                 elsewhere,
@@ -94,9 +93,9 @@ impl Trial {
             },
             Err(error) => {
                 let folder = Err(errors::describe(&error).replace('\n', " "));
-                let heaps = match in_memory(&content) {
+                let heaps = match write_memfd(&content) {
                     Ok((_file, path)) => try_heaps(|heap| load_and_compare(heap, &path, &content)),
-                    Err(error) => match file.map(beginning) {
+                    Err(error) => match file.map(read_beginning) {
                         Some(Ok((path, content))) => try_heaps(|heap| load_and_compare(heap, path, &content)),
                         _ => try_heaps(|_| Err(anyhow::anyhow!("not tried: no file could be written: {error}"))),
                     },
@@ -111,50 +110,50 @@ impl Trial {
     }
 }
 
-/// Different every time, so that no lower cache layer has seen them.
+/// Random bytes that differ every time, so that no lower cache layer has seen them.
 fn random_bytes(len: u64) -> Vec<u8> {
     let seeds = RandomState::new();
     (0..len / 8).flat_map(|word| seeds.hash_one(word).to_ne_bytes()).collect()
 }
 
-fn written(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
-    let folder = fs::canonicalize(folder).at("look at", folder)?;
-    fill(ScratchFile::create_in(&folder, "doctor.bin")?, content)
+fn write_in(folder: &Path, content: &[u8]) -> Result<ScratchFile> {
+    let folder = fs::canonicalize(folder).at("resolve", folder)?;
+    write_content(ScratchFile::create_in(&folder, "doctor.bin")?, content)
 }
 
-fn fill(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
-    ensure!(!content.is_empty(), "the file size limit (ulimit -f) allows none");
+fn write_content(scratch: ScratchFile, content: &[u8]) -> Result<ScratchFile> {
+    ensure!(!content.is_empty(), "the file size limit (ulimit -f) is too small for a file");
     scratch.file().write_all(content).at("write to", scratch.path())?;
     Ok(scratch)
 }
 
-/// A file that needs no folder and exists as long as its descriptor. It can't show whether direct
-/// reads work.
-fn in_memory(content: &[u8]) -> Result<(File, PathBuf)> {
+/// Writes a file that needs no folder and exists as long as its descriptor. It can't show whether
+/// direct reads work.
+fn write_memfd(content: &[u8]) -> Result<(File, PathBuf)> {
     let mut file = File::from(rustix::fs::memfd_create("dmaload-doctor", rustix::fs::MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    fs::metadata(&path).at("look at", &path)?;
+    fs::metadata(&path).at("stat", &path)?;
     Ok((file, path))
 }
 
-/// The first bytes of a file, read through the page cache.
-fn beginning(path: &Path) -> Result<(&Path, Vec<u8>)> {
+/// Reads the first bytes of a file through the page cache.
+fn read_beginning(path: &Path) -> Result<(&Path, Vec<u8>)> {
     let mut content = Vec::new();
     File::open(path).at("open", path)?.take(BYTES_MAX).read_to_end(&mut content).at("read", path)?;
     Ok((path, content))
 }
 
-/// Writes a file to a disk, if possible.
-fn written_anywhere(content: &[u8]) -> Result<ScratchFile> {
+/// Writes a file to a disk if possible, otherwise to the folder for temporary files.
+fn write_anywhere(content: &[u8]) -> Result<ScratchFile> {
     match ScratchFile::create(None, "doctor.bin", content.len() as u64) {
-        Ok(scratch) => fill(scratch, content),
-        Err(refused) => written(&env::temp_dir(), content).map_err(|_| refused.into()),
+        Ok(scratch) => write_content(scratch, content),
+        Err(refused) => write_in(&env::temp_dir(), content).map_err(|_| refused.into()),
     }
 }
 
 fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapTrial> {
-    let mut tried = |choice: HeapChoice| {
+    let mut try_heap = |choice: HeapChoice| {
         let heap = choice.open(Pages::Auto);
         let device = heap.as_ref().err().filter(|error| error.kind() == ErrorKind::Device);
         let device = device.and_then(|error| Some((error.path()?.to_owned(), error.errno()?)));
@@ -162,15 +161,15 @@ fn try_heaps(mut load: impl FnMut(Arc<dyn Heap>) -> Result<Loaded>) -> Vec<HeapT
         let outcome = loaded.map_err(|error| errors::describe(&error));
         HeapTrial { name: choice.to_string(), outcome, device, limit_bytes: None, limit_parts: None }
     };
-    let mut heaps = vec![tried(HeapChoice::Memfd), tried(HeapChoice::Anon)];
+    let mut heaps = vec![try_heap(HeapChoice::Memfd), try_heap(HeapChoice::Anon)];
     let limits = Udmabuf::limits();
-    let udmabuf = tried(HeapChoice::Udmabuf);
+    let udmabuf = try_heap(HeapChoice::Udmabuf);
     heaps.push(HeapTrial { limit_bytes: limits.size_bytes, limit_parts: limits.list_entries, ..udmabuf });
     let names = dmabuf::DmaHeap::names();
     if names.is_empty() {
         heaps.push(no_dma_heap());
     }
-    heaps.extend(names.into_iter().map(|name| tried(HeapChoice::DmaHeap(name))));
+    heaps.extend(names.into_iter().map(|name| try_heap(HeapChoice::DmaHeap(name))));
     heaps
 }
 
@@ -182,7 +181,7 @@ fn no_dma_heap() -> HeapTrial {
     };
     HeapTrial {
         name: DMA_HEAP.to_owned(),
-        outcome: Err(format!("{}: {reason}; a kernel with CONFIG_DMABUF_HEAPS has some", printable::path(&folder))),
+        outcome: Err(format!("{}: {reason}; a kernel with CONFIG_DMABUF_HEAPS provides dma-heaps", printable::path(&folder))),
         device: Some((folder, errno)),
         limit_bytes: None,
         limit_parts: None,
@@ -192,9 +191,9 @@ fn no_dma_heap() -> HeapTrial {
 fn load_and_compare(heap: Arc<dyn Heap>, path: &Path, content: &[u8]) -> Result<Loaded> {
     let exports = heap.exports();
     let loader = Loader::builder().heap(heap).build()?;
-    // The trial is about routes, regardless of what is cached.
+    // The trial tests routes, no matter what is cached.
     let mut options = loader.load_options().format(Format::Raw).cache(Cache::Bypass);
-    // For the file in question, only its beginning.
+    // Of the file in question, only the beginning is loaded.
     if fs::metadata(path).is_ok_and(|about| about.len() > content.len() as u64) {
         options = options.range(0..content.len() as u64);
     }

@@ -11,7 +11,7 @@ const REGISTERED_BYTES_MAX: u64 = LoaderBuilder::WINDOW_BYTES;
 /// The default segment size; each segment is a memfd.
 const SEGMENT_BYTES: u64 = LoadOptions::SEGMENT_BYTES;
 
-/// The beginning of the reason if it could not be determined whether a load would work.
+/// How a reason begins if doctor could not determine whether a load would work.
 pub(crate) const UNKNOWN: &str = "doctor can't tell";
 
 /// For JSON: whether a load would work; `None` if that could not be determined.
@@ -28,9 +28,9 @@ pub(crate) fn works<T>(verdict: &Result<T, String>) -> Option<bool> {
 pub(crate) struct Expected {
     pub(crate) route: Route,
     pub(crate) page_bytes: Option<u64>,
-    /// Why the route differs from that of the small file.
+    /// Why the route differs from that of the trial file.
     pub(crate) because: Option<String>,
-    /// The ways that the load measures on parts of itself before choosing the fastest; empty if it
+    /// The ways that the load measures on parts of the file, to choose the fastest; empty if it
     /// does not measure.
     pub(crate) measured: Vec<Way>,
 }
@@ -51,7 +51,8 @@ pub(crate) fn load_dma_buf(facts: &Facts) -> Result<Expected, String> {
 }
 
 fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
-    // Checked before the trial, which may lack descriptors: that says nothing about the path.
+    // Checked before the trial's result: the trial may run out of descriptors, which says nothing
+    // about the path.
     if let Some(Err(reason)) = facts.path.as_ref().map(|path| &path.load) {
         return Err(reason.clone());
     }
@@ -77,9 +78,10 @@ fn on_heap(facts: &Facts, heap: &str) -> Result<Expected, String> {
     if let Some((wanted, memory)) = too_large(facts) {
         return Err(format!("{} do not fit into the {} available ({})", bytes(wanted), bytes(memory.bytes), memory.limit));
     }
-    // The memory of a dma-heap is allocated at once, so populating it late gains nothing.
-    let comes_at_once = heap.starts_with("dma-heap");
-    Ok(Expected { measured: if comes_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
+    // The memory of a dma-heap is allocated at once. Populating it late would gain nothing, so
+    // such a load does not measure.
+    let is_allocated_at_once = heap.starts_with("dma-heap");
+    Ok(Expected { measured: if is_allocated_at_once { Vec::new() } else { measured(facts) }, ..expected(facts, loaded) })
 }
 
 fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
@@ -97,8 +99,8 @@ fn expected(facts: &Facts, loaded: &Loaded) -> Expected {
     Expected { route, page_bytes: loaded.page_bytes.map(|bytes| pages_of(facts, bytes)), because, measured: Vec::new() }
 }
 
-/// The page size of the path's memory, given that of the file that was loaded: memory that is
-/// smaller than a huge page has none.
+/// The page size of the path's memory. It is that of the trial (`page_bytes`), except that memory
+/// smaller than a huge page is on small pages.
 fn pages_of(facts: &Facts, page_bytes: u64) -> u64 {
     let small = dmabuf::page_bytes() as u64;
     let is_smaller = path_file(facts).is_some_and(|file| file.bytes.next_multiple_of(small) < page_bytes);
@@ -107,7 +109,7 @@ fn pages_of(facts: &Facts, page_bytes: u64) -> u64 {
 
 fn measured(facts: &Facts) -> Vec<Way> {
     let Some(file) = path_file(facts) else { return Vec::new() };
-    // What counts is memory, in whole blocks.
+    // The threshold applies to the memory, which consists of whole blocks.
     let measures = |bytes: u64| bytes.next_multiple_of(file.alignment_bytes) >= probe::MEASURED_BYTES_MIN;
     if !wanted_bytes(facts).is_some_and(measures) {
         return Vec::new();
@@ -120,31 +122,29 @@ pub(crate) fn path_file(facts: &Facts) -> Option<&probe::File> {
     facts.path.as_ref()?.file.as_ref()
 }
 
-/// How much memory is needed and available, if the model in question does not fit.
+/// How much memory is needed and how much is available, if the model in question does not fit.
 pub(crate) fn too_large(facts: &Facts) -> Option<(u64, &probe::MemoryAvailable)> {
     let (wanted, memory) = (wanted_bytes(facts)?, facts.memory.as_ref()?);
     (wanted > memory.bytes).then_some((wanted, memory))
 }
 
-/// How much a load of the path would read; for a model that can't be loaded, the length of the
-/// given file.
+/// The number of bytes that a load of the path would read; for a model that can't be loaded, the
+/// length of the given file.
 fn wanted_bytes(facts: &Facts) -> Option<u64> {
     let path = facts.path.as_ref()?;
     let named = || path.file.as_ref().map(|file| file.bytes);
     path.load.as_ref().ok().copied().or_else(named)
 }
 
-/// Whether everything that a load of the path, or of a large file, registers at once can be
-/// registered.
-///
-/// The trial with a small file says nothing about that.
+/// Whether all the memory that a load of the path, or of a large file without a path, registers at
+/// once can be registered. The trial's file is too small to show that.
 pub(crate) fn memlock_suffices(facts: &Facts) -> bool {
     let wanted = path_file(facts).map_or(REGISTERED_BYTES_MAX, |file| file.bytes.min(REGISTERED_BYTES_MAX));
     let allowed = facts.memlock.cap_ipc_lock || facts.memlock.soft_bytes.is_none_or(|limit| wanted <= limit);
     allowed && facts.io_uring.registrable_bytes >= wanted.min(probe::PIECE_BYTES_MAX)
 }
 
-/// Why direct reads are refused at the path or, without one, at the small file.
+/// Why direct reads of the path are refused; without a path, those of the trial file.
 pub(crate) fn direct_refused(facts: &Facts) -> Option<Errno> {
     if let Some(file) = path_file(facts) {
         return file.direct_refused();
@@ -162,7 +162,7 @@ mod tests {
     use super::*;
     use crate::doctor::facts::PathFacts;
 
-    fn asked(file: probe::File) -> Facts {
+    fn facts_about(file: probe::File) -> Facts {
         let path = PathFacts { path: "m".into(), mount: None, file: Some(file), load: Ok(file.bytes) };
         Facts { path: Some(path), ..Facts::best() }
     }
@@ -177,8 +177,8 @@ mod tests {
     };
 
     #[test]
-    fn trial_results_hold_unless_the_path_differs() {
-        let route = |file| load(&asked(file)).map(|expected| expected.route);
+    fn route_is_the_trials_unless_the_path_refuses_it() {
+        let route = |file| load(&facts_about(file)).map(|expected| expected.route);
         assert_eq!(route(FILE), Ok(Route::UringFixedDirect));
         assert_eq!(route(probe::File { open_direct: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
         assert_eq!(route(probe::File { first_read: Err(Errno::EINVAL), ..FILE }), Ok(Route::Buffered));
@@ -192,14 +192,14 @@ mod tests {
     }
 
     #[test]
-    fn files_smaller_than_a_huge_page_get_small_ones() {
-        let pages = |bytes| load(&asked(probe::File { bytes, ..FILE })).unwrap().page_bytes;
+    fn files_smaller_than_a_huge_page_get_small_pages() {
+        let pages = |bytes| load(&facts_about(probe::File { bytes, ..FILE })).unwrap().page_bytes;
         assert_eq!([1, (2 << 20) - 4096, (2 << 20) - 1, 1 << 30].map(pages), [4096, 4096, 2 << 20, 2 << 20].map(Some));
     }
 
     #[test]
-    fn large_loads_measure_and_network_ones_also_buffered() {
-        let measured = |file| load(&asked(file)).unwrap().measured;
+    fn large_network_files_also_measure_buffered_reads() {
+        let measured = |file| load(&facts_about(file)).unwrap().measured;
         assert_eq!(measured(FILE), [Way::Direct, Way::Staged]);
         assert_eq!(measured(probe::File { bytes: probe::MEASURED_BYTES_MIN - 4096, ..FILE }), []);
         let on_nfs = probe::File { ring_refused: Some(Attempt::RingOnOther), buffered_by_ring: true, ..FILE };
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn small_memlock_limit_affects_only_large_files() {
         let route = |bytes| {
-            let mut facts = asked(probe::File { bytes, ..FILE });
+            let mut facts = facts_about(probe::File { bytes, ..FILE });
             facts.memlock.cap_ipc_lock = false;
             facts.io_uring.registrable_bytes = 8 << 20;
             load(&facts).unwrap().route
@@ -225,7 +225,7 @@ mod tests {
         let mut facts = Facts::best();
         facts.trial.heaps[0].outcome = Err("refused".to_owned());
         assert_eq!(load(&facts), Err("memfd: refused".to_owned()));
-        // The other heap still worked.
+        // The trial of the other heap succeeded.
         assert!(load_dma_buf(&facts).is_ok());
         let limited = Facts { file_size_limit: Some(1 << 20), ..Facts::best() };
         assert!(load(&limited).unwrap_err().contains("ulimit -f"));
