@@ -70,8 +70,8 @@ pub(crate) fn write_json_error(object: &Value) -> io::Result<()> {
 /// Formats a value as JSON for programs and terminals: characters that a terminal would interpret
 /// are escaped.
 ///
-/// JSON itself requires escapes only below U+0020. The characters can only occur in strings, where
-/// an escape is equivalent.
+/// JSON itself requires escapes only below U+0020. All of these characters occur only in strings,
+/// where an escape is equivalent.
 pub(crate) fn json(value: &Value) -> String {
     escape(format!("{value:#}"))
 }

@@ -1,5 +1,5 @@
-//! `dmaload bench` measures every mode, reports failures, and leaves nothing behind. No speed is
-//! asserted here.
+//! `dmaload bench` measures every mode, reports failures, and leaves nothing behind. These tests
+//! assert no speeds.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -27,16 +27,16 @@ fn mode<'a>(json: &'a Value, name: &str) -> &'a Value {
 
 #[track_caller]
 fn number(value: &Value) -> f64 {
-    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+    value.as_f64().unwrap_or_else(|| panic!("{value} is not a number"))
 }
 
 #[track_caller]
 fn assert_close(left: f64, right: f64) {
-    assert!((left - right).abs() <= 1e-9 * left.abs().max(right.abs()), "{left} is not {right}");
+    assert!((left - right).abs() <= 1e-9 * left.abs().max(right.abs()), "{left} is not close to {right}");
 }
 
-/// Why this machine, or this folder's file system, cannot run all modes.
-fn unmeasurable(file: &Path) -> Option<String> {
+/// Why this machine, or the file system of this file, can't run all modes; `None` if it can.
+fn why_unmeasurable(file: &Path) -> Option<String> {
     let done = run(dmaload(["bench", "--rounds", "1", "--modes", "limit,pread-direct", "--json"]).arg(file));
     (done.code != Some(0)).then(|| done.to_string())
 }
@@ -49,7 +49,7 @@ fn bench_json(file: &Path, arguments: &[&str]) -> Value {
 fn every_mode_is_measured_and_the_numbers_of_one_round_agree() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 9 * MIB + 777);
-    if let Some(reason) = unmeasurable(&file) {
+    if let Some(reason) = why_unmeasurable(&file) {
         return skip(reason);
     }
     let json = bench_json(&file, &["--rounds", "1"]);
@@ -74,14 +74,14 @@ fn every_mode_is_measured_and_the_numbers_of_one_round_agree() {
         assert_eq!(mode["failures"], serde_json::json!([]));
     }
     assert!(number(&mode(&json, "direct_io")["overlap"]["median"]) > 0.0);
-    assert_ne!(mode(&json, "normal")["pages"], "2m", "people have small pages");
+    assert_ne!(mode(&json, "normal")["pages"], "2m", "the baseline is on small pages");
 }
 
 #[test]
 fn ratios_pair_within_rounds_and_files_form_one_load() {
     let folder = folder();
     let files = [random_file(folder.path(), "a.bin", 3 * MIB), random_file(folder.path(), "b.bin", 2 * MIB + 1)];
-    if let Some(reason) = unmeasurable(&files[0]) {
+    if let Some(reason) = why_unmeasurable(&files[0]) {
         return skip(reason);
     }
     let json = run(dmaload(["bench", "--rounds", "3", "--modes", "direct_io_check", "--json"]).args(&files)).succeeds().json();
@@ -103,7 +103,7 @@ fn ratios_pair_within_rounds_and_files_form_one_load() {
 fn pages_have_the_requested_size() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 8 * MIB);
-    if let Some(reason) = unmeasurable(&file) {
+    if let Some(reason) = why_unmeasurable(&file) {
         return skip(reason);
     }
     let modes = ["--rounds", "1", "--modes", "normal_io,direct_io,no-overlap"];
@@ -120,7 +120,7 @@ fn pages_have_the_requested_size() {
         assert_ne!(mode(&huge, "normal")["pages"], "2m");
         assert_eq!(huge["page_size_bytes"], 2 * MIB);
     } else {
-        // If they are unavailable, the bench says so and measures nothing else.
+        // If 2 MiB pages are unavailable, the bench reports that and measures nothing instead.
         let failure = &mode(&huge, "direct_io")["failures"][0]["reason"];
         assert!(failure.as_str().unwrap().contains("2 MiB"), "{done}");
         assert_eq!(mode(&huge, "direct_io")["seconds"], Value::Null);
@@ -128,7 +128,7 @@ fn pages_have_the_requested_size() {
 }
 
 #[test]
-fn wrong_usage_is_reported_before_anything_is_done() {
+fn wrong_usage_is_reported_before_anything_is_measured() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 5000);
     let wrong = |arguments: &[&str], words: &[&str]| {
@@ -155,7 +155,7 @@ fn another_user_gets_the_usual_limit_of_locked_memory() {
     }
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 80 * MIB);
-    if let Some(reason) = unmeasurable(&file) {
+    if let Some(reason) = why_unmeasurable(&file) {
         return skip(reason);
     }
     let json = bench_json(&file, &["--rounds", "1", "--modes", "direct_io", "--user", &NOBODY.to_string()]);
@@ -164,7 +164,7 @@ fn another_user_gets_the_usual_limit_of_locked_memory() {
     assert!(!notes.contains("uring-fixed-direct"), "64 MiB can't be registered within 8: {notes}");
     // The device's limit does not depend on the user.
     assert_eq!(mode(&json, "limit")["failures"], serde_json::json!([]));
-    // What that user cannot read is reported for the modes, not for the bench.
+    // A file that the user can't read is a failure of the modes, not of the bench.
     common::allow(&file, 0o600);
     let done = run(dmaload(["bench", "--json", "--rounds", "1", "--modes", "mmap", "--user", &NOBODY.to_string()]).arg(&file));
     let json = done.exits(1).json();
@@ -172,12 +172,12 @@ fn another_user_gets_the_usual_limit_of_locked_memory() {
 }
 
 #[test]
-fn own_file_is_removed_and_tables_and_picture_are_written() {
+fn created_file_is_removed_and_table_and_chart_are_written() {
     let folder = folder();
-    let picture = folder.path().join("out.svg");
+    let chart = folder.path().join("out.svg");
     let scratch = common::folder();
     let arguments = ["bench", "--size", "6MiB", "--rounds", "2", "--modes", "direct_io,mmap", "--md", "--dir"];
-    let done = run(dmaload(arguments).arg(scratch.path()).arg("--plot").arg(&picture));
+    let done = run(dmaload(arguments).arg(scratch.path()).arg("--plot").arg(&chart));
     if done.code != Some(0) {
         return skip(done);
     }
@@ -186,7 +186,7 @@ fn own_file_is_removed_and_tables_and_picture_are_written() {
     for words in ["| mode | pages |", "| direct_io | ", "| mmap | ", "direct_io is ", "of the device's limit", "2 rounds"] {
         assert!(done.text().contains(words), "{words:?} is missing: {done}");
     }
-    let svg = fs::read_to_string(picture).unwrap();
+    let svg = fs::read_to_string(chart).unwrap();
     assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && svg.contains(">direct_io<"), "{svg}");
     let done =
         run(dmaload(["bench", "--size", "6MiB", "--rounds", "1", "--modes", "mmap", "--dir"]).arg(scratch.path())).succeeds();
@@ -227,7 +227,7 @@ fn cgroup_limits_memory_and_its_kills_are_reported() {
         assert!(json["pressure"].as_str().unwrap().contains("page cache"));
         assert_eq!(mode(&json, "direct_io_check")["failures"], serde_json::json!([]));
     }
-    // Too little for the file itself: no mode that keeps it can succeed.
+    // The limit is below the size of the file: no mode that keeps the file can succeed.
     let json = bench("cgroup:24MiB", "direct_io,tokio-fs").succeeds().json();
     for (name, reason) in [("normal", "killed"), ("tokio-fs", "killed"), ("direct_io", "more bytes are needed")] {
         let mode = mode(&json, name);
@@ -237,10 +237,10 @@ fn cgroup_limits_memory_and_its_kills_are_reported() {
 }
 
 #[test]
-fn hog_holds_memory_while_it_runs() {
+fn modes_run_while_a_hog_occupies_memory() {
     let folder = folder();
     let file = random_file(folder.path(), "model.bin", 4 * MIB);
-    if let Some(reason) = unmeasurable(&file) {
+    if let Some(reason) = why_unmeasurable(&file) {
         return skip(reason);
     }
     let json = bench_json(&file, &["--rounds", "1", "--modes", "direct_io", "--pressure", "hog:64MiB"]);
@@ -248,9 +248,9 @@ fn hog_holds_memory_while_it_runs() {
 }
 
 #[test]
-fn an_interrupt_leaves_no_file_no_process_and_no_group() {
+fn interrupted_bench_leaves_no_file_process_or_group() {
     let folder = folder();
-    // Without a group where none can be made; the rest must work.
+    // Groups can only be created by root; the rest is also tested without one.
     let pressure = if is_root() { "cgroup:512MiB,clean" } else { "hog:64MiB" };
     let mut bench = dmaload(["bench", "--size", "128MiB", "--rounds", "1000", "--pressure", pressure, "--dir"]);
     let bench = bench.arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -272,6 +272,6 @@ fn an_interrupt_leaves_no_file_no_process_and_no_group() {
     assert_eq!(groups_of(id), Vec::<PathBuf>::new());
     for child in seen.split_whitespace() {
         let name = fs::read_to_string(format!("/proc/{child}/cmdline")).unwrap_or_default();
-        assert!(!name.contains("bench-child"), "{child} goes on: {name:?}");
+        assert!(!name.contains("bench-child"), "process {child} is still running: {name:?}");
     }
 }

@@ -1,4 +1,4 @@
-//! `dmaload cat` writes the file.
+//! `dmaload cat` writes exactly the file's bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use common::{MIB, ROUTES, SMALL_SEGMENTS, dmaload, file, finish, folder, random_file, run, sha256sum};
 
 #[test]
-fn cmp_finds_no_difference_between_the_file_and_what_cat_writes() {
+fn cat_writes_the_bytes_of_the_file_by_every_route() {
     let folder = folder();
     for size in [0, 1, 4095, 4097, 2 * MIB, 9 * MIB + 777] {
         let path = random_file(folder.path(), "model.bin", size);
@@ -37,12 +37,12 @@ fn reader_that_closes_its_pipe_is_not_an_error() {
 }
 
 #[test]
-fn a_missing_file_writes_nothing() {
+fn missing_file_is_an_error_and_nothing_is_written() {
     run(dmaload(["cat"]).arg("/nonexistent/model.bin")).fails(1, &["/nonexistent/model.bin", "ENOENT"]);
 }
 
-/// Reads a little from `cat`, then nothing until it is idle; returns what it has resident then;
-/// then reads the rest.
+/// Reads a little from `cat`, waits until its memory stops growing, then reads the rest. Returns
+/// its peak of resident memory before that, everything that it wrote, and how it ended.
 fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
     use std::io::Read;
     let mut stdout = cat.stdout.take().unwrap();
@@ -69,8 +69,8 @@ fn read_slowly(mut cat: std::process::Child) -> (usize, Vec<u8>, common::Done) {
 }
 
 #[test]
-fn cat_with_a_slow_reader_holds_its_window_and_a_segment() {
-    /// The program itself, its ring and its threads.
+fn cat_with_a_slow_reader_uses_a_bounded_amount_of_memory() {
+    /// For the program itself, its ring and its threads.
     const OWN: usize = 32 * MIB;
     let folder = folder();
     let path = common::large_file(folder.path(), "model.bin", (480 * MIB) as u64);
@@ -89,13 +89,14 @@ fn cat_with_a_slow_reader_holds_its_window_and_a_segment() {
         let cat = dmaload(["cat"]).args(options).arg(&path).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (resident, written, done) = read_slowly(cat);
         done.succeeds();
-        assert!(written == expected, "{options:?}: {} bytes, or others than the file's", written.len());
-        println!("{options:?}: {} MiB resident, {most_mib} and the program's own allowed", resident / MIB);
+        assert!(written == expected, "{options:?}: wrong bytes, or a wrong number of them: {}", written.len());
+        println!("{options:?}: {} MiB resident, at most {} allowed", resident / MIB, most_mib + OWN / MIB);
         assert!(resident <= most_mib * MIB + OWN, "{options:?}: {} MiB were resident", resident / MIB);
     }
 }
 
-/// A safetensors file of tensors of this many bytes, each of one value.
+/// Writes a safetensors file. Each tensor has a name, a number of bytes, and the value of all of
+/// its bytes.
 fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
     let (mut entries, mut data) = (Vec::new(), Vec::new());
     for (name, bytes, value) in tensors {
@@ -108,7 +109,7 @@ fn model(folder: &Path, name: &str, tensors: &[(&str, usize, u8)]) {
     file(folder, name, &bytes);
 }
 
-/// A GGUF file of one tensor, and its keys about parts.
+/// Writes a part of a split GGUF model, which contains one tensor.
 fn part(folder: &Path, name: &str, number: u16, count: u16, tensor: &str) -> PathBuf {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &2u64.to_le_bytes()].concat();
@@ -126,7 +127,7 @@ fn parts(folder: &Path) -> [PathBuf; 3] {
 }
 
 #[test]
-fn part_is_written_alone_without_reading_other_files() {
+fn cat_of_a_part_reads_no_other_file() {
     let folder = folder();
     let all = parts(folder.path());
     let index = file(folder.path(), "m.safetensors.index.json", br#"{"weight_map":{"a":"missing.safetensors"}}"#);
@@ -142,13 +143,13 @@ fn part_is_written_alone_without_reading_other_files() {
     run(dmaload(["cat", "--format", "raw"]).arg(&all[2])).succeeds();
     run(dmaload(["load"]).arg(&all[1]))
         .fails(1, &["2 are missing", "m-00001-of-00003.gguf", "m-00003-of-00003.gguf", "--allow-missing"]);
-    let there = run(dmaload(["load", "--json", "--allow-missing"]).arg(&all[1])).succeeds().json();
-    assert_eq!((there["tensors"].as_u64(), there["files"].as_array().map(Vec::len)), (Some(1), Some(1)));
-    assert!(there["notes"].to_string().contains("m-00003-of-00003.gguf"), "{there}");
+    let loaded = run(dmaload(["load", "--json", "--allow-missing"]).arg(&all[1])).succeeds().json();
+    assert_eq!((loaded["tensors"].as_u64(), loaded["files"].as_array().map(Vec::len)), (Some(1), Some(1)));
+    assert!(loaded["notes"].to_string().contains("m-00003-of-00003.gguf"), "{loaded}");
 }
 
 #[test]
-fn all_parts_are_loaded_and_the_named_one_is_verified() {
+fn checksum_verifies_the_named_part_while_all_are_loaded() {
     let folder = folder();
     let all = parts(folder.path());
     for (number, path) in all.iter().enumerate() {
@@ -162,14 +163,14 @@ fn all_parts_are_loaded_and_the_named_one_is_verified() {
         assert_eq!(run(dmaload(["cat", "--verify", &own]).arg(path)).succeeds().stdout, fs::read(path).unwrap());
         run(dmaload(["cat", "--verify", &own]).arg(other)).fails(1, &["corrupt"]);
     }
-    // No file was named that the checksum could belong to.
+    // For a folder or several files, the checksum could belong to any file.
     let own = format!("sha256:{}", sha256sum(&all[0]));
     run(dmaload(["load", "--verify", &own]).arg(folder.path())).fails(2, &["one file, not 3"]);
     run(dmaload(["load", "--verify", &own]).args(&all)).fails(2, &["one file, not 3"]);
 }
 
 #[test]
-fn one_tensor_is_written_as_the_index_decides() {
+fn one_tensor_is_written_from_the_file_in_the_index() {
     let folder = folder();
     let name = folder.path();
     model(name, "1.safetensors", &[("a", 3 * MIB + 5, 1), ("w", 70_000, 1), ("a*b", 9, 5), ("empty", 0, 0)]);
@@ -196,7 +197,7 @@ fn one_tensor_is_written_as_the_index_decides() {
 }
 
 #[test]
-fn one_tensor_is_read_with_little_else() {
+fn cat_of_one_tensor_reads_little_else() {
     let folder = folder();
     model(folder.path(), "1.safetensors", &[("large", 40 * MIB, 1), ("w", 4096, 2)]);
     model(folder.path(), "2.safetensors", &[("other", 40 * MIB, 3)]);
@@ -214,7 +215,7 @@ fn one_tensor_is_read_with_little_else() {
         "--route",
         "buffered",
     ]);
-    let Ok(traced) = cat.arg(folder.path()).output() else { return eprintln!("no strace here: what is read is not looked at") };
+    let Ok(traced) = cat.arg(folder.path()).output() else { return common::skip("strace is not installed") };
     let trace = String::from_utf8_lossy(&traced.stderr);
     assert_eq!(traced.stdout, vec![2; 4096], "{trace}");
     assert!(trace.contains("1.safetensors") && !trace.contains("2.safetensors"), "{trace}");

@@ -1,7 +1,7 @@
-//! A memory cgroup's limit is refused before it is reached: the kernel's own answer would be
-//! SIGKILL.
+//! A load that would exceed the limit of its memory cgroup fails with an error before the kernel
+//! kills it.
 //!
-//! Needs root and a cgroup file system, v2 or v1; otherwise the reason is printed.
+//! Requires root and a cgroup file system, v2 or v1; otherwise the tests are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -31,8 +31,8 @@ impl MemoryGroup {
         let mut reasons = Vec::new();
         for (parent, file) in places {
             let group = Path::new(parent).join(&name);
-            // A cgroup file system creates these files; in any other folder, writing one would
-            // limit nothing.
+            // A cgroup file system creates the limit file. It is not created here, because in any
+            // other folder it would limit nothing.
             let limit_file = group.join(file);
             let made = fs::create_dir(&group).map(|()| MemoryGroup(group));
             let written = |made: MemoryGroup| {
@@ -47,7 +47,8 @@ impl MemoryGroup {
         Err(reasons.join("; "))
     }
 
-    /// How many processes the kernel killed for this limit, where it says so (Linux 4.13).
+    /// How many processes the kernel has killed for this limit; always 0 before Linux 4.13, which
+    /// does not report it.
     fn killed(&self) -> u64 {
         let counts =
             ["memory.events", "memory.oom_control"].into_iter().find_map(|name| fs::read_to_string(self.0.join(name)).ok());
@@ -55,7 +56,7 @@ impl MemoryGroup {
         counts.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
     }
 
-    /// The same command, inside the group.
+    /// A command that runs the given one inside the group.
     fn inside(&self, command: &Command) -> Command {
         let script = format!("echo $$ > '{}/cgroup.procs' && exec \"$@\"", self.0.display());
         let mut shell = Command::new("sh");
@@ -71,7 +72,7 @@ impl Drop for MemoryGroup {
 }
 
 #[test]
-fn only_a_load_above_the_groups_limit_is_refused() {
+fn only_loads_above_the_limit_of_the_group_are_refused() {
     let folder = folder();
     let large = random_file(folder.path(), "large.bin", 200 * MIB);
     let small = random_file(folder.path(), "small.bin", 20 * MIB);
@@ -84,14 +85,14 @@ fn only_a_load_above_the_groups_limit_is_refused() {
         run(&mut load(&large)).fails(1, &["large.bin", "more bytes are needed", "/memory."]);
         run(&mut load(&small)).succeeds();
     }
-    // A stream is refused at the piece that does not fit.
+    // A stream fails only if a piece does not fit, and these do.
     let cat = group.inside(dmaload(["cat"]).arg(&small));
     assert_eq!(run(&mut { cat }).succeeds().stdout.len(), 20 * MIB);
 }
 
-/// Each finds enough room when it begins; all of them together do not fit.
+/// Each load finds enough memory when it begins; all of them together do not fit.
 #[test]
-fn concurrent_loads_in_one_group_fail_and_survive() {
+fn concurrent_loads_above_the_limit_fail_and_are_not_killed() {
     let folder = folder();
     let path = folder.path().join("model.bin");
     fs::File::create(&path).unwrap().set_len(600 * MIB as u64).unwrap();
@@ -109,7 +110,7 @@ fn concurrent_loads_in_one_group_fail_and_survive() {
         };
         let running: Vec<_> = (0..loads).map(|_| load()).collect();
         let done: Vec<_> = running.into_iter().map(|load| finish(format!("{options:?}"), load)).collect();
-        assert_eq!(group.killed(), 0, "{options:?}: the kernel has killed some");
+        assert_eq!(group.killed(), 0, "{options:?}: the kernel killed a load");
         for load in done {
             assert_eq!(load.signal, None, "{options:?}");
             if load.code == Some(0) {
@@ -121,7 +122,7 @@ fn concurrent_loads_in_one_group_fail_and_survive() {
         }
     }
     println!("{succeeded} loads succeeded, {failed} failed");
-    assert!(succeeded > 0, "one that fails makes room for the others");
+    assert!(succeeded > 0, "loads that fail make room for the others");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! `dmaload demo` does the whole job and leaves nothing behind.
+//! `dmaload demo` loads, verifies, compares, and leaves nothing behind.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,34 +12,34 @@ use std::time::{Duration, Instant};
 use common::{dmaload, finish, folder, run};
 use rustix::process::{Pid, Signal, kill_process};
 
-fn files(folder: &Path) -> usize {
+fn count_files(folder: &Path) -> usize {
     fs::read_dir(folder).unwrap().count()
 }
 
 #[test]
-fn a_demo_verifies_compares_and_removes_its_file() {
+fn demo_verifies_compares_and_removes_its_file() {
     let folder = folder();
     let done = run(dmaload(["demo", "--size", "64MiB", "--rounds", "1", "--dir"]).arg(folder.path())).succeeds();
     for word in ["64.0 MiB", "route", "every byte", "normal", "times as fast"] {
         assert!(done.text().contains(word), "{word:?} is missing: {done}");
     }
-    assert_eq!(files(folder.path()), 0, "{done}");
+    assert_eq!(count_files(folder.path()), 0, "{done}");
 }
 
 #[test]
-fn an_interrupted_demo_removes_its_file() {
+fn interrupted_demo_removes_its_file() {
     let folder = folder();
     let mut demo = dmaload(["demo", "--size", "512MiB", "--dir"]);
     let demo = demo.arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(30);
-    while files(folder.path()) == 0 {
-        assert!(Instant::now() < deadline, "the demo makes no file");
+    while count_files(folder.path()) == 0 {
+        assert!(Instant::now() < deadline, "the demo creates no file");
         thread::sleep(Duration::from_millis(5));
     }
     kill_process(Pid::from_child(&demo), Signal::INT).unwrap();
     let done = finish("dmaload demo, interrupted".to_owned(), demo);
-    assert_eq!(done.signal, Some(Signal::INT.as_raw()), "it ends as if nothing had caught the signal: {done}");
-    assert_eq!(files(folder.path()), 0, "{done}");
+    assert_eq!(done.signal, Some(Signal::INT.as_raw()), "the signal ends the process: {done}");
+    assert_eq!(count_files(folder.path()), 0, "{done}");
 }
 
 #[test]

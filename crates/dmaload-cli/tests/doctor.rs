@@ -1,5 +1,5 @@
-//! `dmaload doctor` tells the truth: with and without rights, io_uring, huge pages, locked memory,
-//! and a usable path.
+//! `dmaload doctor` reports what loads do: with and without privileges, io_uring, huge pages,
+//! locked memory, and a usable path.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "limits are set between fork and exec")]
 
@@ -35,7 +35,7 @@ fn trial_without_descriptors_leaves_loads_unknown() {
         unknown += usize::from(text.contains("load doctor can't tell"));
     }
     assert!(unknown > 0, "no limit was too low for the trial");
-    // It does not deny what a load can do, and a damaged model is damaged under any limit.
+    // It never reports that a working load would fail, and a damaged model fails under any limit.
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
@@ -52,7 +52,7 @@ fn trial_without_descriptors_leaves_loads_unknown() {
 }
 
 #[test]
-fn a_file_larger_than_the_address_space_would_fail() {
+fn file_larger_than_the_address_space_would_fail() {
     let folder = folder();
     let path = folder.path().join("sparse.bin");
     fs::File::create(&path).unwrap().set_len(3 << 30).unwrap();
@@ -64,7 +64,7 @@ fn a_file_larger_than_the_address_space_would_fail() {
     limited(doctor(Some(&small))).succeeds();
 }
 
-/// Denies the command huge pages.
+/// Makes a command run without huge pages.
 fn on_small_pages(mut command: Command) -> Command {
     let deny = || {
         // SAFETY: PR_SET_THP_DISABLE takes numbers only.
@@ -98,13 +98,13 @@ fn advises(json: &Value, command: &str) -> bool {
     json["advice"].as_array().unwrap().iter().any(|advice| advice["command"].as_str().unwrap().contains(command))
 }
 
-/// Whether the kernel, asked by this test, opens and reads a file with `O_DIRECT`.
+/// Whether this test can open the file with `O_DIRECT`.
 fn has_direct(path: &Path) -> bool {
     fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
 }
 
 #[test]
-fn doctor_reports_what_a_load_gets() {
+fn doctor_reports_what_a_load_does() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 40 * MIB + 777);
     let reported = run(&mut doctor(Some(&path))).succeeds().json();
@@ -150,7 +150,7 @@ fn doctor_lists_the_ways_that_a_load_measures() {
 }
 
 #[test]
-fn output_fits_one_screen() {
+fn output_fits_on_one_screen() {
     let folder = folder();
     let screen = run(dmaload(["doctor"]).arg(folder.path())).exits(1).text();
     for word in
@@ -212,14 +212,14 @@ fn refusal_of_io_uring_is_explained_and_the_load_works() {
         let screen = run(&mut refusing(dmaload(["doctor"]), &[call], errno)).succeeds().text();
         assert!(screen.contains(name) && screen.contains("seccomp"), "{screen}");
     }
-    let free = run(&mut doctor(None)).succeeds().json();
-    if free["io_uring"]["available"] == true {
-        assert_eq!((&free["io_uring"]["errno"], &free["io_uring"]["cause"]), (&Value::Null, &Value::Null));
+    let unfiltered = run(&mut doctor(None)).succeeds().json();
+    if unfiltered["io_uring"]["available"] == true {
+        assert_eq!((&unfiltered["io_uring"]["errno"], &unfiltered["io_uring"]["cause"]), (&Value::Null, &Value::Null));
     }
 }
 
 #[test]
-fn small_memlock_limit_is_reported_with_what_it_allows() {
+fn small_memlock_limit_is_reported_with_its_consequences() {
     let folder = folder();
     allow(folder.path(), 0o777);
     let path = random_file(folder.path(), "model.bin", 20 * MIB);
@@ -234,12 +234,12 @@ fn small_memlock_limit_is_reported_with_what_it_allows() {
         }
         let memlock = &json["memlock"];
         assert_eq!((memlock["soft_bytes"].as_u64(), memlock["cap_ipc_lock"].as_bool()), (Some(bytes), Some(false)));
-        // Other tests of the same user may lock memory meanwhile.
+        // Other tests of the same user can lock memory at the same time.
         let registrable = memlock["registrable_bytes"].as_u64().unwrap();
         assert!(registrable <= bytes && registrable.is_multiple_of(64 << 10), "{json:#}");
         assert_eq!(json["io_uring"]["features"]["register_16_mib"]["errno"], "ENOMEM");
         assert!(advises(&json, "ulimit -l unlimited"), "{json:#}");
-        // 4 MiB were registered under 8 MiB, but the file's 20 could not be.
+        // The trial's 4 MiB fit under a limit of 8 MiB, but the file's 20 MiB do not.
         let load = with_memlock(as_nobody(dmaload(["load", "--json", "--cache", "bypass"])).unwrap(), bytes);
         let got = run({ load }.arg(&path)).succeeds().json();
         assert_eq!(json["load"]["route"], got["route"], "{json:#}");
@@ -273,12 +273,12 @@ fn small_pages_are_reported_with_a_remedy() {
 }
 
 #[test]
-fn folder_in_memory_is_recognised_by_its_file_system() {
+fn folder_in_memory_is_recognized_by_its_file_system() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("no /dev/shm") };
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
-    // The folder has no model: doctor says where it is, and that loading it would fail.
-    for (asked, status) in [(folder.path(), 1), (&path, 0)] {
-        let json = run(&mut doctor(Some(asked))).exits(status).json();
+    // The folder contains no model: doctor reports its file system, and that a load would fail.
+    for (path_to_try, status) in [(folder.path(), 1), (&path, 0)] {
+        let json = run(&mut doctor(Some(path_to_try))).exits(status).json();
         let about = &json["path"];
         assert_eq!((about["file_system"].as_str(), about["mount_point"].as_str()), (Some("tmpfs"), Some("/dev/shm")), "{json:#}");
         assert_eq!(json["trial"]["folder"], folder.path().to_str().unwrap());
@@ -291,12 +291,12 @@ fn folder_in_memory_is_recognised_by_its_file_system() {
 
 #[test]
 fn file_system_without_direct_reads_is_reported() {
-    // sysfs has no model, and there is nowhere to write.
+    // sysfs contains no model, and no file can be created there.
     let path = Path::new("/sys/kernel/mm/transparent_hugepage/enabled");
     if !path.exists() {
         return skip("no such file in sysfs");
     }
-    // Its length is false.
+    // The file is shorter than the length that sysfs states.
     let json = run(&mut doctor(Some(path))).exits(1).json();
     let about = &json["path"];
     assert_eq!((about["file_system"].as_str(), about["o_direct"].as_bool()), (Some("sysfs"), Some(false)), "{json:#}");
@@ -307,7 +307,7 @@ fn file_system_without_direct_reads_is_reported() {
 }
 
 #[test]
-fn a_path_that_cannot_be_loaded_is_an_error() {
+fn missing_special_or_unreadable_path_is_an_error() {
     let folder = folder();
     for arguments in [&["doctor"][..], &["doctor", "--json"]] {
         let missing = folder.path().join("missing");
@@ -326,14 +326,14 @@ fn a_path_that_cannot_be_loaded_is_an_error() {
 #[test]
 fn load_that_would_fail_exits_with_status_1() {
     let folder = folder();
-    // It does not fit into memory, but takes no room on the disk.
+    // A sparse file that does not fit into memory.
     let path = folder.path().join("huge");
     fs::File::create(&path).unwrap().set_len(8 << 40).unwrap();
     let json = run(&mut doctor(Some(&path))).exits(1).json();
     assert_eq!((&json["load"]["works"], &json["path"]["fits_memory"]), (&json!(false), &json!(false)), "{json:#}");
     assert!(json["load"]["reason"].as_str().unwrap().contains("8.00 TiB"), "{json:#}");
     assert!(json["advice"][0]["change"].as_str().unwrap().starts_with("free "), "{json:#}");
-    // Only memory files are refused: everything else is reported as usual.
+    // Only memfds are refused: everything else is reported as usual.
     let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();
     let json = run(&mut refusing(doctor(None), &[memfd_create], libc::EPERM)).exits(1).json();
     assert_eq!((&json["load"]["works"], &heap(&json, "memfd")["usable"]), (&json!(false), &json!(false)), "{json:#}");
@@ -341,7 +341,7 @@ fn load_that_would_fail_exits_with_status_1() {
     assert_eq!(heap(&json, "anon")["usable"], true);
     let screen = run(&mut refusing(dmaload(["doctor"]), &[memfd_create], libc::EPERM)).exits(1).text();
     assert!(screen.contains("would fail: "), "{screen}");
-    // Memory files are files: a small one loads, a large one does not.
+    // The file size limit also applies to memfds: a small file loads, a large one does not.
     let json = run(&mut common::limited(&doctor(None), "-f 8")).exits(1).json();
     assert_eq!(json["load"]["works"], false);
     assert!(json["load"]["reason"].as_str().unwrap().contains("ulimit -f"), "{json:#}");
@@ -350,16 +350,15 @@ fn load_that_would_fail_exits_with_status_1() {
     assert_eq!(json["load"]["works"], true, "{json:#}");
 }
 
-/// A system on which every folder is read-only.
 #[test]
-fn heaps_are_tried_without_a_writable_folder() {
+fn doctor_does_not_panic_without_a_writable_folder() {
     let folder = folder();
     let path = common::file(folder.path(), "model.bin", &[7; 5000]);
     let mut command = doctor(Some(&path));
     command.env("TMPDIR", "/sys").current_dir("/sys");
     match as_nobody(command) {
         Ok(command) => {
-            // Every user may write to /var/tmp, so it must be full for this one.
+            // Every user can write to /var/tmp, so a limit prevents writing there.
             let done = run(common::limited(&command, "-f 0")
                 .uid(common::NOBODY)
                 .gid(common::NOBODY)
@@ -384,10 +383,10 @@ fn unreadable_folder_is_an_error() {
     }
 }
 
-/// A user who may write to the folder replaces the scratch file by a link: its target is not
-/// written to.
+/// A user who can write to the folder replaces the scratch file by a link, whose target must not
+/// be written to.
 #[test]
-fn a_scratch_file_is_written_through_its_own_descriptor() {
+fn scratch_file_is_written_through_its_own_descriptor() {
     use std::os::unix::fs::symlink;
     use std::sync::atomic::{AtomicBool, Ordering};
     let folder = folder();
@@ -415,7 +414,7 @@ fn a_scratch_file_is_written_through_its_own_descriptor() {
 }
 
 #[test]
-fn ordinary_user_is_pointed_to_another_folder() {
+fn trial_in_an_unwritable_folder_moves_to_another() {
     let folder = folder();
     match as_nobody(doctor(Some(folder.path()))) {
         Ok(mut command) => {
@@ -428,7 +427,7 @@ fn ordinary_user_is_pointed_to_another_folder() {
     }
 }
 
-/// Models, whole or not, and things that only look like one.
+/// Models, both complete and damaged, and files that only have the name of one.
 fn files_of_all_kinds() -> Vec<(&'static str, Vec<u8>)> {
     let safetensors = |header: &str, data: usize| {
         [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &common::random_bytes(data, 1)].concat()
@@ -486,11 +485,11 @@ fn doctor_and_load_agree_on_every_file() {
         assert_eq!(reported.json()["load"]["works"], loaded.code == Some(0), "{reported}");
         if loaded.code != Some(0) {
             failed += 1;
-            // In the same words, with the same advice.
+            // Doctor reports the same error and the same hint.
             let (reported, loaded) = (reported.json(), loaded.json());
             let reason = reported["load"]["reason"].as_str().unwrap();
-            for said in [&loaded["error"], &loaded["hint"]] {
-                assert!(reason.contains(said.as_str().unwrap_or_default()), "{reason}\n{loaded:#}");
+            for expected in [&loaded["error"], &loaded["hint"]] {
+                assert!(reason.contains(expected.as_str().unwrap_or_default()), "{reason}\n{loaded:#}");
             }
         }
     }
@@ -529,7 +528,7 @@ fn doctor_and_load_agree_on_every_folder() {
     assert_eq!(works, 1);
 }
 
-/// Files whose file system states a false length.
+/// Tests files whose file system states a wrong length.
 #[test]
 fn doctor_inspect_and_load_agree_on_false_lengths() {
     let files = ["/sys/kernel/mm/transparent_hugepage/enabled", "/proc/self/status", "/proc/version"].map(Path::new);
@@ -539,7 +538,7 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
         let inspected = run(dmaload(["inspect", "--json"]).arg(path)).exits(1).json();
         let doctor = run(&mut doctor(Some(path))).exits(1).json();
         let reported = doctor["load"]["reason"].as_str().or(doctor["error"].as_str()).unwrap();
-        // `load` finds the end in another step.
+        // `load` may find the end at another offset.
         let words = if error.contains("ends before offset") { "ends before offset" } else { error };
         assert!(
             reported.contains(words) && inspected["error"].as_str().unwrap().contains(words),
@@ -549,7 +548,7 @@ fn doctor_inspect_and_load_agree_on_false_lengths() {
     }
 }
 
-/// The same command where another file system hides procfs.
+/// A command that runs the given one where another file system hides procfs.
 fn without_proc(command: &Command) -> Command {
     let mut hidden = Command::new("unshare");
     hidden.args(["-m", "sh", "-c", "mount -t tmpfs none /proc && exec \"$@\"", "sh"]).arg(command.get_program());
@@ -567,13 +566,16 @@ fn without_procfs_doctor_works_as_load_does() {
     let got = run(without_proc(&dmaload(["load", "--json", "--cache", "bypass"])).arg(&path)).succeeds().json();
     let reported = run(&mut without_proc(&doctor(Some(&path)))).succeeds().json();
     assert_eq!((&reported["load"]["works"], &reported["load"]["route"]), (&json!(true), &got["route"]), "{reported:#}");
-    // If nothing can be written and no memory file opened by its descriptor, doctor loads its own
-    // beginning.
+    // If no file can be written and no memfd opened by its descriptor, doctor loads the beginning
+    // of the file in question.
     let mut closed = without_proc(&doctor(Some(&path)));
     closed.env("TMPDIR", "/nonexistent");
-    let mut full = Command::new("sh");
-    full.args(["-c", "ulimit -f 0 && exec \"$@\"", "sh", "unshare"]).args(closed.get_args()).env("TMPDIR", "/nonexistent");
-    let reported = run(&mut full);
+    let mut without_space = Command::new("sh");
+    without_space
+        .args(["-c", "ulimit -f 0 && exec \"$@\"", "sh", "unshare"])
+        .args(closed.get_args())
+        .env("TMPDIR", "/nonexistent");
+    let reported = run(&mut without_space);
     assert!(!reported.stderr.contains("panicked"), "{reported}");
     assert_eq!(heap(&reported.json(), "anon")["usable"], true, "{reported}");
     let broken = common::file(folder.path(), "lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\nsize 5\n");
@@ -581,7 +583,7 @@ fn without_procfs_doctor_works_as_load_does() {
 }
 
 #[test]
-fn refused_memfds_are_reported_with_a_heap_without_them() {
+fn refused_memfd_is_reported_with_the_heap_anon_as_remedy() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let memfd_create = u32::try_from(libc::SYS_memfd_create).unwrap();

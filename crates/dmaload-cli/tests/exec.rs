@@ -1,4 +1,4 @@
-//! `dmaload load --exec`: a program gets the segments by descriptor, and a description of each.
+//! `dmaload load --exec`: a program inherits the segments' descriptors, and a description of each.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -6,12 +6,12 @@ mod common;
 use common::{MIB, SMALL_SEGMENTS, dmaload, folder, random_bytes, random_file, run};
 
 #[test]
-fn a_program_reads_the_segments_from_its_descriptors() {
+fn program_reads_the_segments_from_its_descriptors() {
     let folder = folder();
     let sizes = [5 * MIB + 7, 0, 3 * MIB];
     let paths = ["a", "b", "c"].iter().zip(sizes).map(|(name, len)| random_file(folder.path(), name, len));
     let paths: Vec<_> = paths.collect();
-    // In the given order, the segments are the files one after the other.
+    // Read in the order of the descriptors, the segments are the files one after another.
     let script = r#"
         printf '%s|%s|%s|' "$DMALOAD_FDS" "$DMALOAD_FILES" "$DMALOAD_SEGMENTS"
         for fd in 3 4 5 6 7; do cat <&$fd; done
@@ -45,7 +45,7 @@ fn a_program_reads_the_segments_from_its_descriptors() {
 }
 
 #[test]
-fn small_files_share_a_descriptor_unless_forbidden() {
+fn small_files_share_a_descriptor_unless_not_packed() {
     let folder = folder();
     let paths: Vec<_> = (0..3).map(|number| random_file(folder.path(), &number.to_string(), 5000 + number)).collect();
     let script = r#"printf '%s|%s|' "$DMALOAD_FDS" "$DMALOAD_SEGMENTS"; cat <&3"#;
@@ -72,7 +72,7 @@ fn small_files_share_a_descriptor_unless_forbidden() {
 }
 
 #[test]
-fn the_exit_status_is_the_programs() {
+fn exit_status_is_that_of_the_program() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let exec = |script: &str| {
@@ -88,9 +88,9 @@ fn the_exit_status_is_the_programs() {
     command.arg(&path).args(["--exec", "echo", "--flag-of-the-program"]);
     let done = run(&mut command).succeeds();
     let text = done.text();
-    let (json, said) = text.rsplit_once("}\n").unwrap();
+    let (json, printed) = text.rsplit_once("}\n").unwrap();
     assert!(serde_json::from_str::<serde_json::Value>(&format!("{json}}}")).is_ok(), "{text}");
-    assert_eq!(said, "--flag-of-the-program\n");
+    assert_eq!(printed, "--flag-of-the-program\n");
 }
 
 #[test]
@@ -100,14 +100,14 @@ fn exec_without_descriptors_or_program_is_an_error() {
     let name = path.to_str().unwrap();
     run(&mut dmaload(["load", "--quiet", name, "--exec", "/nonexistent/program"])).fails(1, &["/nonexistent/program"]);
     run(&mut dmaload(["load", "--quiet", "--heap", "anon", name, "--exec", "true"])).fails(2, &["--exec", "anon"]);
-    // More than the environment holds, and descriptors beyond the limit.
+    // The descriptions exceed an environment variable, or the descriptors exceed the limit.
     let many: Vec<_> = (0..3000).map(|_| name).collect();
     run(dmaload(["load", "--quiet"]).args(&many).args(["--exec", "true"])).fails(1, &["--exec", "3000 segments", "fewer files"]);
     let mut some = dmaload(["load", "--quiet"]);
     some.arg("--no-pack").args(&many[..40]).args(["--exec", "true"]);
     run(&mut common::limited(&some, "-n 75")).fails(1, &[name, "EMFILE", "ulimit -n"]);
     run(&mut dmaload(["load", name, "--despite-udmabuf-bug"])).fails(2, &["udmabuf"]);
-    // A failed load runs nothing.
+    // The program does not run if the load fails.
     let missing = folder.path().join("missing.bin");
     run(&mut dmaload(["load", "--quiet", missing.to_str().unwrap(), "--exec", "echo", "ran"]))
         .fails(1, &["missing.bin", "ENOENT"]);

@@ -1,12 +1,13 @@
-//! The bytes are right on every file system, by every route, whatever the file system refuses.
+//! Loads return the right bytes from every file system, by every route, even if the file system
+//! refuses some operations.
 //!
-//! Uses real file systems on loop devices, which needs root, `mkfs.xfs` (package xfsprogs),
-//! `mkfs.btrfs` (btrfs-progs) and `mksquashfs` (squashfs-tools). Otherwise the reason is printed.
+//! Uses real file systems on loop devices, which requires root, `mkfs.xfs` (package xfsprogs),
+//! `mkfs.btrfs` (btrfs-progs) and `mksquashfs` (squashfs-tools). Otherwise the tests are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test that can't go on has failed, and one that goes on may say so"
+    reason = "a setup error should fail the test, and the routes taken are printed"
 )]
 
 mod common;
@@ -21,19 +22,20 @@ use serde_json::Value;
 
 const SIZES: [usize; 7] = [0, 1, 4095, 4096, 4097, 2 * MIB + 1, 9 * MIB + 777];
 
-/// A file system on a loop device, mounted at a folder of its name.
+/// Mounts a new file system on a loop device at a folder with the name of its kind.
 fn loop_mounted(folder: &Path, kind: &str, mkfs: &[&str]) -> Result<Mounted, String> {
     mounted::on_loop_device(&folder.join(kind), kind, mkfs, "loop")
 }
 
-fn files(folder: &Path) -> Vec<PathBuf> {
+fn create_files(folder: &Path) -> Vec<PathBuf> {
     SIZES.iter().map(|&size| random_file(folder, &format!("{size}.bin"), size)).collect()
 }
 
-/// The fallback that is reported for a file that no ring reads.
+/// A part of the fallback that is reported for a file that io_uring does not read.
 const BY_THREADS: &str = "by io_uring from a file system";
 
-/// Loads each file from the page cache where that is used by default.
+/// Loads each cached file with the default options, which take it from the page cache only if that
+/// is a witness.
 fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     for (path, size) in files.iter().zip(SIZES).filter(|&(_, size)| size > 0) {
         let digest = sha256sum(path);
@@ -45,16 +47,16 @@ fn check_cached(what: &str, files: &[PathBuf], is_witness: bool) {
     }
 }
 
-/// Loads each file by each route: right bytes, and no silent fallback. A ring reads only local
-/// files; `doctor` says the same.
+/// Loads each file by each route, and checks the bytes and the reported fallbacks. io_uring reads
+/// only local files, and `doctor` must report the same route.
 fn check(what: &str, files: &[PathBuf], is_local: bool) {
     for route in ["auto"].into_iter().chain(ROUTES) {
         let mut seen = Vec::new();
         for (path, size) in files.iter().zip(SIZES) {
             let json = load_json(path, &[&SMALL_SEGMENTS[..], &["--digest", "sha256", "--route", route]].concat());
             assert_eq!(digest_of(&json), sha256sum(path), "{what}, {size} bytes, {route}");
-            let asked = if route == "auto" { ROUTES[0] } else { route };
-            assert_every_step_is_reported(asked, &json, &format!("{what}, {size} bytes"));
+            let first = if route == "auto" { ROUTES[0] } else { route };
+            assert_every_step_is_reported(first, &json, &format!("{what}, {size} bytes"));
             if size > 0 {
                 seen.push(json);
             }
@@ -64,9 +66,9 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
         // A strict load takes the requested route or fails.
         let path = files.last().unwrap();
         let steps = last["fallbacks"].to_string();
-        // Without direct reads, a ring would not read it anyway.
-        let may_be_rings = !matches!(route, "pread-direct" | "buffered") && !steps.contains("opening with O_DIRECT");
-        assert_eq!(steps.contains(BY_THREADS), !is_local && may_be_rings, "{what}, {route}: {steps}");
+        // Without direct reads, io_uring would not be tried anyway.
+        let uses_ring = !matches!(route, "pread-direct" | "buffered") && !steps.contains("opening with O_DIRECT");
+        assert_eq!(steps.contains(BY_THREADS), !is_local && uses_ring, "{what}, {route}: {steps}");
         if route == "auto" {
             let doctor = run(common::dmaload(["doctor", "--json"]).arg(path)).succeeds().json();
             assert_eq!(doctor["load"]["route"], last["route"], "{what}: {}", doctor["load"]);
@@ -81,25 +83,25 @@ fn check(what: &str, files: &[PathBuf], is_local: bool) {
     }
 }
 
-fn assert_every_step_is_reported(asked: &str, json: &Value, what: &str) {
+fn assert_every_step_is_reported(first: &str, json: &Value, what: &str) {
     let place = |name: &str| ROUTES.iter().position(|&route| route == name).unwrap();
-    let mut at = place(asked);
+    let mut at = place(first);
     for fallback in json["fallbacks"].as_array().unwrap() {
         let (from, to) = (place(fallback["from"].as_str().unwrap()), place(fallback["to"].as_str().unwrap()));
-        // How reads into staging are done is a step of its own.
-        if asked == "bounce" && to < place("bounce") {
+        // A fallback of the reads into staging is a separate step.
+        if first == "bounce" && to < place("bounce") {
             continue;
         }
-        assert!(from == at && to > from, "{what}: steps follow each other: {}", json["fallbacks"]);
+        assert!(from == at && to > from, "{what}: the steps are not consecutive: {}", json["fallbacks"]);
         at = to;
     }
-    assert_eq!(json["route"], ROUTES[at], "{what}: the route is where the steps lead: {}", json["fallbacks"]);
+    assert_eq!(json["route"], ROUTES[at], "{what}: the route is not that of the last step: {}", json["fallbacks"]);
 }
 
 fn check_mounted(what: &str, mounted: Result<Mounted, String>) {
     match mounted {
         Ok(mounted) => {
-            let files = files(&mounted.0);
+            let files = create_files(&mounted.0);
             check(what, &files, true);
             check_cached(what, &files, what != "tmpfs");
         }
@@ -108,31 +110,31 @@ fn check_mounted(what: &str, mounted: Result<Mounted, String>) {
 }
 
 #[test]
-fn on_ext4() {
+fn every_route_loads_from_ext4() {
     let folder = folder();
     check_mounted("ext4", loop_mounted(folder.path(), "ext4", &["mkfs.ext4", "-q"]));
 }
 
 #[test]
-fn on_ext4_with_blocks_of_1_kib() {
+fn every_route_loads_from_ext4_with_1_kib_blocks() {
     let folder = folder();
     check_mounted("ext4 with 1 KiB blocks", loop_mounted(folder.path(), "ext4", &["mkfs.ext4", "-q", "-b", "1024"]));
 }
 
 #[test]
-fn on_xfs() {
+fn every_route_loads_from_xfs() {
     let folder = folder();
     check_mounted("xfs", loop_mounted(folder.path(), "xfs", &["mkfs.xfs", "-q"]));
 }
 
 #[test]
-fn on_btrfs() {
+fn every_route_loads_from_btrfs() {
     let folder = folder();
     check_mounted("btrfs", loop_mounted(folder.path(), "btrfs", &["mkfs.btrfs", "-q"]));
 }
 
 #[test]
-fn on_tmpfs() {
+fn every_route_loads_from_tmpfs() {
     let folder = folder();
     check_mounted("tmpfs", tmpfs(&folder.path().join("tmpfs"), "64m"));
 }
@@ -147,7 +149,7 @@ fn overlay(folder: &Path, lower: &Path) -> Result<Mounted, String> {
 }
 
 #[test]
-fn on_overlayfs_over_ext4_in_both_layers() {
+fn every_route_loads_from_both_layers_of_overlayfs() {
     let folder = folder();
     let ext4 = match loop_mounted(folder.path(), "ext4", &["mkfs.ext4", "-q"]) {
         Ok(ext4) => ext4,
@@ -155,25 +157,25 @@ fn on_overlayfs_over_ext4_in_both_layers() {
     };
     let lower = ext4.0.join("lower");
     fs::create_dir(&lower).unwrap();
-    let names = files(&lower);
+    let names = create_files(&lower);
     match overlay(&ext4.0, &lower) {
         Ok(merged) => {
             let below: Vec<_> = names.iter().map(|path| merged.0.join(path.file_name().unwrap())).collect();
             check("overlayfs, lower layer", &below, false);
             check_cached("overlayfs, lower layer", &below, false);
             fs::create_dir(merged.0.join("new")).unwrap();
-            check("overlayfs, upper layer", &files(&merged.0.join("new")), false);
+            check("overlayfs, upper layer", &create_files(&merged.0.join("new")), false);
         }
         Err(reason) => skip(reason),
     }
 }
 
 #[test]
-fn on_overlayfs_over_squashfs() {
+fn every_route_loads_from_overlayfs_over_squashfs() {
     let folder = folder();
     let sources = folder.path().join("sources");
     fs::create_dir(&sources).unwrap();
-    let names = files(&sources);
+    let names = create_files(&sources);
     let image = folder.path().join("squashfs.img");
     let squashed = tool(Command::new("mksquashfs").args([&sources, &image]).args(["-quiet", "-no-progress"]));
     let squashed = squashed.and_then(|()| mount("squashfs", "loop", &image, &folder.path().join("squashfs")));
@@ -181,9 +183,9 @@ fn on_overlayfs_over_squashfs() {
         Ok(squashed) => squashed,
         Err(reason) => return skip(reason),
     };
-    // An overlay's upper layer cannot be on an overlay itself; tmpfs works.
+    // The upper layer of an overlay can't be on an overlay, so it is on a tmpfs.
     let layers = tmpfs(&folder.path().join("layers"), "16m");
-    // What is declared last is unmounted first.
+    // Declared in this order, because the overlay must be unmounted before its layers.
     match layers.and_then(|layers| overlay(&layers.0, &squashed.0).map(|merged| (layers, merged))) {
         Ok((_layers, merged)) => {
             let paths: Vec<_> = names.iter().map(|path| merged.0.join(path.file_name().unwrap())).collect();

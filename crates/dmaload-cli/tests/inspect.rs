@@ -1,4 +1,5 @@
-//! `dmaload inspect` shows what the `safetensors` crate wrote, and reads only the header.
+//! `dmaload inspect` shows the tensors that the `safetensors` crate wrote, and reads only the
+//! header.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -18,7 +19,7 @@ fn model() -> Vec<u8> {
 }
 
 #[test]
-fn the_json_has_every_tensor_with_its_place_in_the_file() {
+fn json_has_every_tensor_with_its_range_in_the_file() {
     let folder = folder();
     let bytes = model();
     let path = file(folder.path(), "model.safetensors", &bytes);
@@ -41,7 +42,7 @@ fn the_json_has_every_tensor_with_its_place_in_the_file() {
 }
 
 #[test]
-fn the_table_has_a_line_for_each_tensor_and_one_for_all() {
+fn table_has_a_line_for_each_tensor_and_a_total() {
     let folder = folder();
     let path = file(folder.path(), "model.safetensors", &model());
     let text = run(dmaload(["inspect"]).arg(&path)).succeeds().text();
@@ -51,7 +52,7 @@ fn the_table_has_a_line_for_each_tensor_and_one_for_all() {
 }
 
 #[test]
-fn metadata_of_a_file_is_shown() {
+fn metadata_of_a_safetensors_file_is_shown() {
     let folder = folder();
     let pairs =
         [("format", "pt"), ("ss_base_model", "x\ny"), ("", "empty")].map(|(key, value)| (key.to_owned(), value.to_owned()));
@@ -78,10 +79,10 @@ fn raw_file_is_shown_as_raw() {
     run(dmaload(["inspect", "--format", "safetensors"]).arg(&path)).fails(1, &["model.bin", "header"]);
 }
 
-/// Sparse files are read as fast as memory, so time shows nothing. A process that cannot map or
-/// allocate the payload, and whose reads are counted, does.
+/// Time would show nothing, because sparse files are read as fast as memory. So the process can
+/// neither map nor allocate the payload, and its reads are counted.
 #[test]
-fn only_the_header_is_read() {
+fn inspect_reads_only_the_header() {
     let folder = folder();
     let path = folder.path().join("large.safetensors");
     let data: u64 = 8 << 30;
@@ -97,7 +98,7 @@ fn only_the_header_is_read() {
     let mut shell = std::process::Command::new("sh");
     let done = run(shell.args(["-c", script, env!("CARGO_BIN_EXE_dmaload")]).arg(&path)).succeeds();
     let read: u64 = done.text().trim().parse().unwrap();
-    println!("{read} bytes were read in all");
-    assert!(read > header.len() as u64, "reads are counted");
+    println!("{read} bytes were read in total");
+    assert!(read > header.len() as u64, "the reads were not counted");
     assert!(read < 1 << 20, "{read} bytes were read");
 }

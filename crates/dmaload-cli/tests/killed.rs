@@ -1,5 +1,5 @@
-//! A loader that is killed half-way leaves nothing behind: no process, no memory, no file; and the
-//! next load is right.
+//! A load that is killed halfway leaves no memory and no file behind, and the next load returns
+//! the right bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use common::{MIB, digest_of, dmaload, folder, large_file, load_json, sha256sum};
 
-/// Memory files and other shared memory of the whole machine.
+/// Memfds and other shared memory of the whole machine.
 fn shared_memory_bytes() -> u64 {
     dmaload_testing::meminfo_bytes("Shmem")
 }
 
-/// How much of a file a process has in memory files so far.
+/// How much of its memfds a process has populated so far.
 fn allocated_bytes(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap_or("0 kB");
@@ -25,7 +25,7 @@ fn allocated_bytes(pid: u32) -> u64 {
 }
 
 #[test]
-fn a_load_that_is_killed_leaves_nothing_behind() {
+fn killed_load_leaves_nothing_behind() {
     let folder = folder();
     let path = large_file(folder.path(), "model.bin", 768 * MIB as u64);
     let expected = sha256sum(&path);
@@ -35,8 +35,8 @@ fn a_load_that_is_killed_leaves_nothing_behind() {
         let mut child = command.args(arguments).arg(&path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let deadline = Instant::now() + Duration::from_secs(60);
         while allocated_bytes(child.id()) < 100 * MIB as u64 {
-            assert!(child.try_wait().unwrap().is_none(), "{arguments:?}: it ended before it was killed");
-            assert!(Instant::now() < deadline, "{arguments:?}: it loads nothing");
+            assert!(child.try_wait().unwrap().is_none(), "{arguments:?}: the load ended before it was killed");
+            assert!(Instant::now() < deadline, "{arguments:?}: the load makes no progress");
             sleep(Duration::from_millis(1));
         }
         child.kill().unwrap();

@@ -1,4 +1,4 @@
-//! `dmaload load`: memory equals the file, and the report has everything it promises.
+//! `dmaload load`: memory equals the file, and the report has everything that docs/cli.md states.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -13,13 +13,14 @@ const SEGMENT: usize = 2 * MIB;
 const SIZES: [usize; 11] = [0, 1, 511, 512, 4095, 4096, 4097, SEGMENT - 1, SEGMENT, SEGMENT + 1, 5 * SEGMENT + 1];
 const SHA256: [&str; 2] = ["--digest", "sha256"];
 
-/// All layouts of a file's bytes.
+/// All combinations of a heap and a layout.
 fn shapes() -> impl Iterator<Item = (&'static str, &'static str)> {
     ["memfd", "anon"].into_iter().flat_map(|heap| ["segmented", "single"].map(|layout| (heap, layout)))
 }
 
-/// The digest of every size, in every shape, by this route only, equals that of coreutils.
-fn every_size_and_shape(route: &str) {
+/// Asserts that files of all sizes, loaded into all shapes by this route only, have the digest
+/// that coreutils computes.
+fn check_every_size_and_shape(route: &str) {
     let folder = folder();
     if let Some(reason) = common::unavailable(route, folder.path()) {
         return skip(reason);
@@ -31,13 +32,13 @@ fn every_size_and_shape(route: &str) {
             let wanted = ["--strict", "--route", route, "--heap", heap, "--layout", layout];
             let json = load_json(&path, &[&wanted[..], &SMALL_SEGMENTS, &SHA256].concat());
             assert_eq!(digest_of(&json), expected, "{size} bytes by {route} into {heap}, {layout}: {json:#}");
-            assert_describes(&json, size, route, heap, layout);
+            assert_report(&json, size, route, heap, layout);
         }
     }
 }
 
-/// The report has what was asked for, and its segments cover the file.
-fn assert_describes(json: &Value, size: usize, route: &str, heap: &str, layout: &str) {
+/// Asserts that the report states the requested options, and that its segments cover the file.
+fn assert_report(json: &Value, size: usize, route: &str, heap: &str, layout: &str) {
     assert_eq!(json["bytes"], size, "{json:#}");
     for (key, expected) in [("route", route), ("heap", heap), ("layout", layout)] {
         assert_eq!(json[key], expected, "{key}: {json:#}");
@@ -58,32 +59,32 @@ fn assert_describes(json: &Value, size: usize, route: &str, heap: &str, layout: 
 
 #[test]
 fn every_size_and_shape_by_uring_fixed_direct_equals_sha256sum() {
-    every_size_and_shape("uring-fixed-direct");
+    check_every_size_and_shape("uring-fixed-direct");
 }
 
 #[test]
 fn every_size_and_shape_by_uring_direct_equals_sha256sum() {
-    every_size_and_shape("uring-direct");
+    check_every_size_and_shape("uring-direct");
 }
 
 #[test]
 fn every_size_and_shape_by_pread_direct_equals_sha256sum() {
-    every_size_and_shape("pread-direct");
+    check_every_size_and_shape("pread-direct");
 }
 
 #[test]
 fn every_size_and_shape_by_bounce_equals_sha256sum() {
-    every_size_and_shape("bounce");
+    check_every_size_and_shape("bounce");
 }
 
 #[test]
 fn every_size_and_shape_by_the_page_cache_equals_sha256sum() {
-    every_size_and_shape("buffered");
+    check_every_size_and_shape("buffered");
 }
 
 #[test]
 fn every_size_and_shape_by_uring_buffered_equals_sha256sum() {
-    every_size_and_shape("uring-buffered");
+    check_every_size_and_shape("uring-buffered");
 }
 
 #[test]
@@ -98,14 +99,14 @@ fn sizes_around_a_segment_equal_sha256sum_by_default() {
 }
 
 #[test]
-fn a_file_of_3_gib_equals_sha256sum() {
+fn digest_of_a_3_gib_file_equals_sha256sum() {
     const SIZE: u64 = 3 << 30;
     let folder = folder();
     if let Some(reason) = common::no_room(folder.path(), SIZE + (1 << 30), SIZE + (1 << 30)) {
         return skip(reason);
     }
     let path = large_file(folder.path(), "model.bin", SIZE);
-    // In parallel: each takes many seconds.
+    // In parallel, because both take many seconds.
     let (json, expected) = std::thread::scope(|scope| {
         let expected = scope.spawn(|| sha256sum(&path));
         (load_json(&path, &SHA256), expected.join().unwrap())
@@ -114,9 +115,9 @@ fn a_file_of_3_gib_equals_sha256sum() {
     assert_eq!(json["bytes"], SIZE, "{json:#}");
 }
 
-/// Chunks that do not divide a segment, a queue of one and of many: none of it changes a byte.
+/// Includes chunks that do not divide a segment, and a queue of a single read.
 #[test]
-fn chunk_size_and_queue_depth_change_no_byte() {
+fn chunk_size_and_queue_depth_do_not_affect_the_bytes() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 9 * MIB + 777);
     let expected = sha256sum(&path);
@@ -139,7 +140,7 @@ fn both_page_sizes_hold_the_same_bytes() {
 }
 
 #[test]
-fn every_digest_equals_that_of_the_files_bytes() {
+fn every_digest_equals_that_of_another_implementation() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 3 * SEGMENT + 5);
     let bytes = fs::read(&path).unwrap();
@@ -186,7 +187,7 @@ fn bytes_of_file(json: &Value, index: usize) -> u64 {
 }
 
 #[test]
-fn the_same_file_twice_is_loaded_twice() {
+fn file_that_is_named_twice_is_loaded_twice() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", SEGMENT + 1);
     let json = run(dmaload(["load", "--json"]).args(SHA256).args([&path, &path])).succeeds().json();
@@ -209,13 +210,13 @@ enum Kind {
 fn assert_kinds(object: &Value, kinds: &[(&str, Kind)]) {
     for &(key, kind) in kinds {
         let value = object.get(key).unwrap_or_else(|| panic!("{key} is missing in {object:#}"));
-        let right = match kind {
+        let has_type = match kind {
             Kind::Count => value.is_u64(),
             Kind::Seconds => value.as_f64().is_some_and(|seconds| seconds.is_finite() && seconds >= 0.0),
             Kind::Text => value.as_str().is_some_and(|text| !text.is_empty()),
             Kind::Bool => value.is_boolean(),
         };
-        assert!(right, "{key} is {value}, not a {kind:?}");
+        assert!(has_type, "{key} is {value}, not a {kind:?}");
     }
 }
 
@@ -239,7 +240,7 @@ fn assert_contract(json: &Value) {
 }
 
 #[test]
-fn the_json_has_every_key_of_the_contract_with_its_type() {
+fn json_has_every_documented_key_with_its_type() {
     let folder = folder();
     let header = br#"{"w":{"dtype":"U8","shape":[2000,1000],"data_offsets":[0,2000000]}}"#;
     let path = common::safetensors(folder.path(), "model.safetensors", header, 2_000_000);
@@ -248,14 +249,14 @@ fn the_json_has_every_key_of_the_contract_with_its_type() {
     assert_kinds(&json, &[("first_segment_seconds", Kind::Seconds)]);
     assert_kinds(&json["files"][0]["digest"], &[("algorithm", Kind::Text), ("hex", Kind::Text)]);
     assert_eq!(json["tensors"], 1, "{json:#}");
-    assert_times_fit(&json);
+    assert_times_are_consistent(&json);
 
     let without = load_json(&path, &["--format", "raw"]);
     assert_contract(&without);
     assert_eq!((&without["tensors"], &without["files"][0]["digest"]), (&0.into(), &Value::Null), "{without:#}");
 }
 
-fn assert_times_fit(json: &Value) {
+fn assert_times_are_consistent(json: &Value) {
     let number = |key: &str| json[key].as_f64().unwrap();
     let total = number("seconds");
     for key in ["allocate_seconds", "read_seconds", "first_segment_seconds"] {
@@ -277,7 +278,7 @@ fn empty_file_loads_without_segments() {
 }
 
 #[test]
-fn a_route_asked_for_is_where_the_ladder_starts() {
+fn load_takes_the_requested_route() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", SEGMENT + 1);
     for route in ROUTES {
@@ -289,7 +290,7 @@ fn a_route_asked_for_is_where_the_ladder_starts() {
     }
 }
 
-/// The process's peak less the payload: the window, the rings, the program itself.
+/// The rest of the peak is the window, the rings and the program itself.
 #[test]
 fn the_peak_beyond_the_payload_stays_under_48_mib() {
     const SIZE: u64 = 512 << 20;
@@ -305,7 +306,7 @@ fn the_peak_beyond_the_payload_stays_under_48_mib() {
         println!("{heap}, {layout}: {beyond} bytes beyond the payload");
         assert!(beyond < 48 << 20, "{heap}, {layout}: {beyond} bytes beyond the payload: {json:#}");
     }
-    // Staging comes on top, within its budget.
+    // Staging adds at most its budget.
     for (staging, most) in [("4MiB", 36 << 20), ("64MiB", 112 << 20)] {
         let json = load_json(&path, &["--route", "bounce", "--strict", "--staging", staging]);
         let beyond = json["peak_resident_bytes"].as_u64().unwrap() - SIZE;
@@ -314,9 +315,8 @@ fn the_peak_beyond_the_payload_stays_under_48_mib() {
     }
 }
 
-/// The timeline accounts for every byte, by every route.
 #[test]
-fn trace_has_an_event_for_each_action() {
+fn trace_accounts_for_every_byte_of_each_route() {
     let folder = folder();
     let size = 9 * MIB + 777;
     let path = random_file(folder.path(), "model.bin", size);
@@ -330,28 +330,31 @@ fn trace_has_an_event_for_each_action() {
         let json = load_json(&path, &[&arguments[..], &SMALL_SEGMENTS].concat());
         let trace: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
         let events: Vec<_> = trace["traceEvents"].as_array().unwrap().iter().filter(|event| event["ph"] == "X").collect();
-        let of = |kind: &str| events.iter().filter(|event| event["cat"] == kind).copied().collect::<Vec<_>>();
-        let bytes = |kind: &str| of(kind).iter().map(|event| event["args"]["bytes"].as_u64().unwrap()).sum::<u64>();
+        let of_kind = |kind: &str| events.iter().filter(|event| event["cat"] == kind).copied().collect::<Vec<_>>();
+        let bytes = |kind: &str| of_kind(kind).iter().map(|event| event["args"]["bytes"].as_u64().unwrap()).sum::<u64>();
         assert_eq!(bytes("read"), size as u64, "{route}");
         assert_eq!(bytes("hand over"), size as u64, "{route}");
         assert_eq!(bytes("allocate"), size.next_multiple_of(4096) as u64, "{route}");
         assert_eq!(bytes("copy"), if route == "bounce" { size as u64 } else { 0 }, "{route}");
-        assert_eq!(of("register").len(), if route == "uring-fixed-direct" { 5 } else { 0 }, "{route}");
-        let segments: Vec<_> = of("hand over").iter().map(|event| event["args"]["segment"].as_u64().unwrap()).collect();
-        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: in order");
+        assert_eq!(of_kind("register").len(), if route == "uring-fixed-direct" { 5 } else { 0 }, "{route}");
+        let segments: Vec<_> = of_kind("hand over").iter().map(|event| event["args"]["segment"].as_u64().unwrap()).collect();
+        assert_eq!(segments, [0, 1, 2, 3, 4], "{route}: not in order");
         let total = json["seconds"].as_f64().unwrap() * 1e6;
         for event in &events {
             let (start, length) = (event["ts"].as_f64().unwrap(), event["dur"].as_f64().unwrap());
             assert!(start >= 0.0 && length >= 0.0 && start + length <= total, "{route}: {event} ends after {total}");
         }
-        // Nothing is handed over before it was read.
+        // No segment is handed over before all of it was read.
         for segment in 0..5 {
             let of_segment =
-                |kind: &str| of(kind).into_iter().filter(|event| event["args"]["segment"] == segment).collect::<Vec<_>>();
-            let handed = of_segment("hand over")[0]["ts"].as_f64().unwrap();
+                |kind: &str| of_kind(kind).into_iter().filter(|event| event["args"]["segment"] == segment).collect::<Vec<_>>();
+            let handed_over = of_segment("hand over")[0]["ts"].as_f64().unwrap();
             let read = of_segment("read");
             assert!(!read.is_empty());
-            assert!(read.iter().all(|read| read["ts"].as_f64().unwrap() + read["dur"].as_f64().unwrap() <= handed), "{route}");
+            assert!(
+                read.iter().all(|read| read["ts"].as_f64().unwrap() + read["dur"].as_f64().unwrap() <= handed_over),
+                "{route}"
+            );
         }
         // Events in one row do not overlap.
         for (number, event) in events.iter().enumerate() {
@@ -402,9 +405,9 @@ fn summary_shows_size_route_memory_and_digest() {
     }
 }
 
-/// Names are bytes on Linux: a file's name must not keep it from being loaded.
+/// File names are arbitrary bytes on Linux.
 #[test]
-fn a_path_that_is_not_utf_8_is_loaded() {
+fn file_whose_path_is_not_utf_8_is_loaded() {
     use std::os::unix::ffi::OsStrExt;
     let folder = folder();
     let plain = random_file(folder.path(), "plain", 4097);
@@ -424,16 +427,16 @@ fn symlink_is_followed_and_reported_by_the_given_path() {
     assert_eq!(json["files"][0]["path"], link.to_str().unwrap(), "{json:#}");
 }
 
-/// In a terminal, by script(1): the bar appears at once, however fast the load is.
+/// In a terminal, which script(1) provides, the bar appears even if the load is fast.
 #[test]
-fn a_terminal_shows_a_bar_before_the_first_segment() {
+fn terminal_shows_a_bar_before_the_first_segment() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let mut script = std::process::Command::new("script");
     let command = format!("'{}' load '{}'", env!("CARGO_BIN_EXE_dmaload"), path.to_str().unwrap());
     script.args(["-qec", &command, "/dev/null"]).env("TERM", "xterm");
     if !std::process::Command::new("script").arg("--version").output().is_ok_and(|output| output.status.success()) {
-        return common::skip("there is no script(1)");
+        return common::skip("script(1) is not installed");
     }
     let shown = run(&mut script).exits(0).text();
     assert!(shown.contains("loading") && shown.contains("B/s"), "{shown:?}");
@@ -446,18 +449,18 @@ fn bytes_from_the_page_cache_are_reported() {
     let number = |json: &serde_json::Value| json["cached_bytes"].as_u64().unwrap();
     let load = |arguments: &[&str]| run(dmaload(["load", "--json"]).args(arguments).arg(&path)).succeeds().json();
     assert_eq!(std::fs::read(&path).unwrap().len(), 20 * MIB + 1);
-    // The kernel may evict or lock any page, so not each load finds all of them cached.
+    // The kernel can evict or lock any page, so not every load finds the whole file cached.
     let attempts: Vec<_> = (0..5).map(|_| load(&[])).collect();
     if attempts.iter().all(|json| number(json) == 0) {
-        return common::skip("nothing is taken from the page cache here");
+        return common::skip("loads do not use the page cache here");
     }
-    let warm = attempts.iter().find(|json| json["cached_bytes"] == json["bytes"]).expect("one finds all of it cached");
+    let warm = attempts.iter().find(|json| json["cached_bytes"] == json["bytes"]).expect("no load found the whole file cached");
     assert_eq!(number(warm), 20 << 20 | 1);
     assert!(warm["cache_bytes_per_second"].as_f64().unwrap() > 0.0 && warm["storage_bytes_per_second"].is_null(), "{warm}");
     assert_eq!(digest_of(&load(&["--digest", "sha256"])), sha256sum(&path));
     let shown: Vec<_> = (0..5).map(|_| run(dmaload(["load"]).arg(&path)).succeeds().text()).collect();
-    let says_so = |shown: &String| shown.contains("cached") && shown.contains("20.0 MiB copied from the page cache");
-    assert!(shown.iter().any(says_so), "{shown:?}");
+    let shows_cached = |shown: &String| shown.contains("cached") && shown.contains("20.0 MiB copied from the page cache");
+    assert!(shown.iter().any(shows_cached), "{shown:?}");
     for arguments in [&["--cache", "bypass"][..], &["--strict", "--route", "pread-direct"], &["--route", "buffered"]] {
         assert_eq!(number(&load(arguments)), 0, "{arguments:?}");
     }

@@ -1,5 +1,5 @@
-//! Names that others chose (of files, folders, tensors, keys, values of indices) never reach a
-//! terminal as commands.
+//! Control characters in untrusted names (of files, folders, tensors, keys, and in indices) never
+//! reach a terminal unescaped.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use common::{Done, dmaload, file, folder, run, safetensors};
 use serde_json::{Value, json};
 
-/// A window title, a line break, text from right to left, C1 control sequences, a byte order mark,
-/// bytes that are not UTF-8.
+/// A sequence that sets the window title, line breaks, right-to-left text, C1 control sequences
+/// with a byte order mark, and bytes that are not UTF-8.
 const HOSTILE: [&[u8]; 5] = [
     b"\x1b]0;owned\x07",
     b"a\nb\rc\td",
@@ -26,28 +26,28 @@ fn hostile_text() -> String {
     HOSTILE.iter().map(|name| String::from_utf8_lossy(name)).collect()
 }
 
-/// Characters that may appear in output: a line break ends a line of our own.
+/// Whether a character must not appear in output. A line break may: the output has several lines.
 fn is_hidden(c: char) -> bool {
     c != '\n' && (c.is_control() || "\u{202e}\u{2066}\u{feff}\u{2028}\u{200b}".contains(c))
 }
 
 #[track_caller]
-fn is_harmless(done: &Done) {
+fn assert_harmless(done: &Done) {
     for (what, text) in [("error", done.stderr.as_bytes()), ("output", &done.stdout)] {
         let text = std::str::from_utf8(text).unwrap_or_else(|error| panic!("standard {what}: {error}: {done}"));
         assert!(!text.contains(is_hidden), "standard {what} of {done:}\n{text:?}");
-        // A name with a line break would begin a line.
+        // An unescaped line break in a name would begin a line.
         assert!(!text.lines().any(|line| line.starts_with('b') && line.contains("\\r")), "{text:?}");
     }
     assert!(!done.stderr.contains("panicked"), "{done}");
 }
 
 #[track_caller]
-fn runs_harmlessly<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Done {
+fn run_harmlessly<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Done {
     let mut command = dmaload(arguments);
     command.env("DMALOAD_LOG", "debug").env("NO_COLOR", "1");
     let done = run(&mut command);
-    is_harmless(&done);
+    assert_harmless(&done);
     if done.command.contains("\"--json\"") {
         done.json();
     }
@@ -85,22 +85,22 @@ fn hostile_names_never_reach_the_terminal_unescaped() {
         let good = hostile.join(&file_name);
         fs::copy(safetensors(folder.path(), "good", &header(&name, 16), 16), &good).unwrap();
         for arguments in COMMANDS {
-            let done = runs_harmlessly(arguments.iter().map(OsStr::new).chain([good.as_os_str()]));
+            let done = run_harmlessly(arguments.iter().map(OsStr::new).chain([good.as_os_str()]));
             assert_eq!(done.code, Some(0), "{done}");
         }
-        let listed = runs_harmlessly([OsStr::new("inspect"), good.as_os_str()]).text();
-        assert!(listed.contains("\\u{1b}]0;owned"), "the names are shown, escaped: {listed}");
+        let listed = run_harmlessly([OsStr::new("inspect"), good.as_os_str()]).text();
+        assert!(listed.contains("\\u{1b}]0;owned"), "the escaped names are missing: {listed}");
         let bad = hostile.join([OsStr::new("bad"), file_name.as_os_str()].into_iter().collect::<OsString>());
         fs::copy(safetensors(folder.path(), "bad", &header(&name, 17), 16), &bad).unwrap();
         let missing = hostile.join("missing");
         for path in [&bad, &missing, &hostile.join(&file_name).join("below")] {
             for arguments in COMMANDS.iter().chain(&[&["cat"][..]]) {
-                let done = runs_harmlessly(arguments.iter().map(OsStr::new).chain([path.as_os_str()]));
+                let done = run_harmlessly(arguments.iter().map(OsStr::new).chain([path.as_os_str()]));
                 assert_eq!(done.code, Some(1), "{done}");
             }
         }
         for wrong in [&["load", "--tensors"][..], &["load", "--rank"], &["load", "--heap"], &["load", "--verify"], &["attach"]] {
-            let done = runs_harmlessly(wrong.iter().map(OsStr::new).chain([good.as_os_str(), good.as_os_str()]));
+            let done = run_harmlessly(wrong.iter().map(OsStr::new).chain([good.as_os_str(), good.as_os_str()]));
             assert_ne!(done.code, Some(0), "{done}");
         }
     }
@@ -121,7 +121,7 @@ fn hostile_index_never_reaches_the_terminal_unescaped() {
         fs::create_dir(&model).unwrap();
         file(&model, "model.safetensors.index.json", map.to_string().as_bytes());
         for arguments in COMMANDS {
-            let done = runs_harmlessly(arguments.iter().map(OsStr::new).chain([model.as_os_str()]));
+            let done = run_harmlessly(arguments.iter().map(OsStr::new).chain([model.as_os_str()]));
             assert_eq!(done.code, Some(1), "{done}");
         }
     }
@@ -134,7 +134,7 @@ fn hostile_text_never_reaches_the_terminal_unescaped() {
     for (name, bytes) in [("t.safetensors", text.clone()), ("t.gguf", text.clone()), ("j.safetensors", format!("{{\"{text}"))] {
         let path = file(folder.path(), name, bytes.as_bytes());
         for arguments in [&["load"][..], &["load", "--json"], &["doctor"]] {
-            let done = runs_harmlessly(arguments.iter().map(OsStr::new).chain([path.as_os_str()]));
+            let done = run_harmlessly(arguments.iter().map(OsStr::new).chain([path.as_os_str()]));
             assert_eq!(done.code, Some(1), "{done}");
         }
     }
@@ -151,34 +151,28 @@ fn gguf_keys_never_reach_the_terminal_unescaped() {
     gguf.resize(gguf.len().next_multiple_of(32), 0);
     let path = file(folder.path(), "m.gguf", &gguf);
     for arguments in [&["inspect"][..], &["inspect", "--json"], &["load"]] {
-        let done = runs_harmlessly(arguments.iter().map(OsStr::new).chain([path.as_os_str()]));
+        let done = run_harmlessly(arguments.iter().map(OsStr::new).chain([path.as_os_str()]));
         assert_eq!(done.code, Some(0), "{done}");
     }
 }
 
 #[test]
-fn manifests_of_names_that_are_not_utf_8_verify() {
+fn manifest_verifies_files_whose_names_are_not_utf_8() {
     let folder = folder();
     let names = [&b"\xff.bin"[..], b"\xfe.bin", "\u{fffd}.bin".as_bytes(), b"\x1b]0;x\x07.bin"];
     let paths = names.map(|name| folder.path().join(OsString::from_vec(name.to_vec())));
     for (number, path) in paths.iter().enumerate() {
         fs::write(path, vec![u8::try_from(number).unwrap(); 5000]).unwrap();
     }
-    let done = runs_harmlessly([OsStr::new("manifest")].into_iter().chain(paths.iter().map(|path| path.as_os_str())));
+    let done = run_harmlessly([OsStr::new("manifest")].into_iter().chain(paths.iter().map(|path| path.as_os_str())));
     let manifest = file(folder.path(), "m.json", &done.stdout);
     let verify = |path: &Path| {
-        runs_harmlessly([
-            OsStr::new("load"),
-            OsStr::new("--json"),
-            OsStr::new("--verify"),
-            manifest.as_os_str(),
-            path.as_os_str(),
-        ])
+        run_harmlessly([OsStr::new("load"), OsStr::new("--json"), OsStr::new("--verify"), manifest.as_os_str(), path.as_os_str()])
     };
     for path in &paths {
         assert_eq!(verify(path).code, Some(0), "{path:?}");
     }
-    // Each is compared with its own checksums.
+    // Each file is compared with its own checksums.
     fs::copy(&paths[0], &paths[1]).unwrap();
     for (path, code) in paths.iter().zip([0, 1, 0, 0]) {
         assert_eq!(verify(path).code, Some(code), "{path:?}");

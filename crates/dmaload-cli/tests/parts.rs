@@ -1,4 +1,4 @@
-//! Parts of models on the command line: tensors, ranges, ranks (also from a launcher), folders.
+//! Loading parts of models: tensors, ranges, ranks (including those from a launcher), folders.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -10,27 +10,28 @@ use common::{dmaload, file, folder, random_bytes, random_file, run};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::Value;
 
-/// `a`, `b`, `c` of a million bytes each.
+/// Writes a model of three tensors of a million bytes each.
 fn model(folder: &Path, name: &str, names: [&str; 3]) -> PathBuf {
     let data = random_bytes(1_000_000, 3);
     let view = |name: &str| (name.to_owned(), TensorView::new(Dtype::U8, vec![1000, 1000], &data).unwrap());
     file(folder, name, &serialize(names.map(view), None).unwrap())
 }
 
-/// Without variables that a launcher of this test may have set.
+/// The command `load`, without variables that a launcher of this test may have set.
 fn load() -> Command {
     let mut command = dmaload(["load", "--json"]);
     command.env_remove("RANK").env_remove("WORLD_SIZE");
     command
 }
 
+/// The numbers of wanted bytes, of read bytes, and of tensors.
 fn numbers(json: &Value) -> (u64, u64, u64) {
     let number = |key: &str| json[key].as_u64().unwrap();
     (number("wanted_bytes"), number("bytes"), number("tensors"))
 }
 
 #[test]
-fn tensors_by_pattern_and_ranges_of_bytes() {
+fn tensors_and_byte_ranges_are_selected_by_options() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let (wanted, read, tensors) = numbers(&run(load().args(["--tensors", "{a,c}"]).arg(&path)).succeeds().json());
@@ -54,7 +55,7 @@ fn tensors_by_pattern_and_ranges_of_bytes() {
 }
 
 #[test]
-fn a_model_inside_a_file_is_named_by_the_path_given() {
+fn model_inside_a_file_is_reported_by_the_path_of_the_file() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let link = folder.path().join("link.bin");
@@ -62,7 +63,6 @@ fn a_model_inside_a_file_is_named_by_the_path_given() {
     for path in [&path, &link] {
         let json = run(load().args(["--inside", "0..9"]).arg(path)).succeeds().json();
         assert_eq!(json["files"][0]["path"], path.to_str().unwrap());
-        // The digest of the whole file says nothing about a part of it.
         assert_eq!(numbers(&json), (9, 4096, 0), "{json}");
         let done = run(load().args(["--inside", "0..9", "--format", "gguf"]).arg(path)).fails(1, &[path.to_str().unwrap()]);
         assert!(!done.stderr.contains("/proc/"), "{done}");
@@ -75,21 +75,21 @@ fn a_model_inside_a_file_is_named_by_the_path_given() {
 fn rank_from_a_launcher_loads_its_part() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
-    let asked = run(load().args(["--rank", "1", "--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
-    assert_eq!(numbers(&asked).0, 750_000);
+    let explicit = run(load().args(["--rank", "1", "--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
+    assert_eq!(numbers(&explicit).0, 750_000);
     let launched = |rank: &str, world_size: &str| {
         let mut command = load();
         command.env("RANK", rank).env("WORLD_SIZE", world_size).args(["--rank", "env"]);
         command
     };
     let json = run(launched("1", "4").args(["--shard-dim", "0"]).arg(&path)).succeeds().json();
-    assert_eq!((numbers(&json), &json["notes"]), (numbers(&asked), &asked["notes"]));
-    assert!(asked["notes"].to_string().contains("part 1 of 4 of each tensor along dimension 0"), "{}", asked["notes"]);
+    assert_eq!((numbers(&json), &json["notes"]), (numbers(&explicit), &explicit["notes"]));
+    assert!(explicit["notes"].to_string().contains("part 1 of 4 of each tensor along dimension 0"), "{}", explicit["notes"]);
     let even: u64 = (0..3).map(|rank| numbers(&run(launched(&rank.to_string(), "3").arg(&path)).succeeds().json()).1).sum();
     assert_eq!(even, std::fs::metadata(&path).unwrap().len());
-    // A number alone overrides the launcher's.
+    // --world-size overrides the launcher's variable.
     let json = run(launched("1", "9").args(["--world-size", "4", "--shard-dim", "0"]).arg(&path)).succeeds().json();
-    assert_eq!(numbers(&json), numbers(&asked));
+    assert_eq!(numbers(&json), numbers(&explicit));
     assert_eq!(numbers(&run(launched("0", "1").arg(&path)).succeeds().json()).1, even);
     run(launched("4", "4").arg(&path)).fails(2, &["invalid rank 4 of 4"]);
     run(launched("x", "4").arg(&path)).fails(2, &["RANK", "not a number"]);
@@ -102,9 +102,9 @@ fn rank_from_a_launcher_loads_its_part() {
     run(load().env("WORLD_SIZE", "4").args(["--rank", "1"]).arg(&path)).fails(2, &["--world-size"]);
 }
 
-/// Training pods and data-parallel replicas have both variables set, and need the whole model.
+/// Training pods and data-parallel replicas have both variables set, but need the whole model.
 #[test]
-fn variables_of_a_launcher_are_ignored_unless_asked_for() {
+fn variables_of_a_launcher_are_ignored_unless_requested() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let all = std::fs::metadata(&path).unwrap().len();
@@ -126,19 +126,19 @@ fn variables_of_a_launcher_are_ignored_unless_asked_for() {
             assert_eq!(is_ignored(&loading(plain).text()), both, "{rank:?} {world_size:?}");
         }
     }
-    let mut asked = load();
-    asked.env("RANK", "1").env("WORLD_SIZE", "4").args(["--rank", "0", "--world-size", "2"]);
-    let json = run(asked.arg(&path)).succeeds().json();
+    let mut explicit = load();
+    explicit.env("RANK", "1").env("WORLD_SIZE", "4").args(["--rank", "0", "--world-size", "2"]);
+    let json = run(explicit.arg(&path)).succeeds().json();
     assert!(!json["notes"].to_string().contains("ignored"), "{json:#}");
 }
 
 #[test]
-fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
+fn report_notes_split_tensors_and_empty_parts() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let notes = |arguments: &[&str]| run(load().args(arguments).arg(&path)).succeeds().json()["notes"].to_string();
-    // Three million bytes in two: `b` is on both sides. In four: each share has the ends of one or
-    // two.
+    // Cut in two, `b` is on both sides. Cut in four, the second part has the end of one tensor and
+    // the beginning of another.
     for (rank, world_size, split) in
         [("0", "2", "tensor \\\"b\\\" is split"), ("1", "2", "tensor \\\"b\\\" is split"), ("1", "4", "2 tensors")]
     {
@@ -147,12 +147,12 @@ fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
     }
     assert!(!notes(&["--rank", "1", "--world-size", "2", "--format", "raw"]).contains("split"));
     assert!(!notes(&["--rank", "1", "--world-size", "2", "--shard-dim", "0"]).contains("split between"));
-    // 1000 rows for 3000 ranks: two of three have none.
+    // There are 1000 rows for 3000 ranks, so two of three ranks have none.
     let nothing = (0..6).filter(|rank| {
         notes(&["--rank", &rank.to_string(), "--world-size", "3000", "--shard-dim", "0"]).contains("nothing of 3 tensors")
     });
     assert_eq!(nothing.count(), 4);
-    // A cut by bytes for more ranks than the file has blocks: the first ones have everything.
+    // A file with fewer blocks than ranks: the first ranks have all of its bytes.
     for (name, header) in
         [("small.bin", None), ("small.safetensors", Some(br#"{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}"#))]
     {
@@ -167,14 +167,14 @@ fn a_cut_that_splits_a_tensor_or_leaves_nothing_is_noted() {
         }
     }
     assert!(!notes(&["--rank", "1", "--world-size", "4"]).contains("contains no"));
-    // A damaged model is no less damaged in parts.
+    // A damaged model is an error for every part.
     let damaged =
         common::safetensors(folder.path(), "d.safetensors", br#"{"w":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#, 16);
     run(load().args(["--rank", "0", "--world-size", "2"]).arg(&damaged)).fails(1, &["cut short"]);
 }
 
 #[test]
-fn a_folder_is_a_model_for_load_and_inspect() {
+fn load_and_inspect_accept_the_folder_of_a_model() {
     let folder = folder();
     model(folder.path(), "m-00001-of-00002.safetensors", ["a", "b", "c"]);
     model(folder.path(), "m-00002-of-00002.safetensors", ["d", "e", "f"]);
@@ -187,7 +187,7 @@ fn a_folder_is_a_model_for_load_and_inspect() {
 }
 
 #[test]
-fn layout_tensors_cuts_between_them() {
+fn layout_tensors_cuts_between_tensors() {
     let folder = folder();
     let path = model(folder.path(), "m.safetensors", ["a", "b", "c"]);
     let arguments = ["--layout", "tensors", "--segment-size", "2MiB", "--window", "4MiB", "--no-pack"];
@@ -195,7 +195,7 @@ fn layout_tensors_cuts_between_them() {
     let segments = json["segments"].as_array().unwrap();
     assert_eq!(segments.len(), 2);
     let end = segments[0]["file_offset"].as_u64().unwrap() + segments[0]["bytes"].as_u64().unwrap();
-    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "both have the block between them");
+    assert!(segments[1]["file_offset"].as_u64().unwrap() < end, "both segments contain the block at the cut");
     let json = run(load().args(["--layout", "tensors", "--align", "4KiB"]).arg(&path)).succeeds().json();
     assert_eq!(json["copied_bytes"], 3_000_000);
     assert!(json["segments"].as_array().unwrap().iter().all(|segment| segment["memory_offset"].as_u64().unwrap() % 4096 == 0));

@@ -1,5 +1,5 @@
-//! Containers refuse io_uring by a seccomp filter. So does this test, call by call and errno by
-//! errno: each load takes the next route, says so, and loads the right bytes; a strict one fails.
+//! Containers refuse io_uring by a seccomp filter. These tests refuse each call with each errno: a
+//! load takes the next route, reports that, and loads the right bytes; a strict load fails.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -7,7 +7,7 @@ mod common;
 use common::{MIB, digest_of, dmaload, folder, random_file, run, sha256sum};
 use dmaload_testing::seccomp::refusing;
 
-/// The same numbers on every architecture.
+/// System call numbers of io_uring, which are the same on every architecture.
 const SETUP: u32 = 425;
 const ENTER: u32 = 426;
 const REGISTER: u32 = 427;
@@ -36,21 +36,21 @@ fn refused_io_uring_steps_down_and_loads_the_same_bytes() {
             assert_eq!(fallback["errno"], name);
             assert!(fallback["reason"].as_str().unwrap().contains(reason), "{fallback}");
             run(&mut refusing(load(&["--strict"]), calls, errno)).fails(1, &["model.bin", "uring-fixed-direct", name, "strict"]);
-            // Staging is read into by the remaining routes.
+            // The remaining routes read into staging.
             let bounced = run(&mut refusing(load(&["--route", "bounce"]), calls, errno)).succeeds().json();
             assert_eq!((digest_of(&bounced), &bounced["route"]), (sha256sum(&path).as_str(), &"bounce".into()));
             let step = &bounced["fallbacks"][0];
             assert_eq!((&step["to"], &step["errno"]), (&route.into(), &name.into()), "{bounced:#}");
             run(&mut refusing(load(&["--route", "bounce", "--strict"]), calls, errno))
                 .fails(1, &["model.bin", "bounce", name, "strict"]);
-            // The lower route needs nothing that is refused.
-            let asked = run(&mut refusing(load(&["--route", route, "--strict"]), calls, errno)).succeeds().json();
-            assert_eq!((asked["route"].as_str(), asked["fallbacks"].as_array().map(Vec::len)), (Some(route), Some(0)));
+            // The next route needs none of the refused calls.
+            let lower = run(&mut refusing(load(&["--route", route, "--strict"]), calls, errno)).succeeds().json();
+            assert_eq!((lower["route"].as_str(), lower["fallbacks"].as_array().map(Vec::len)), (Some(route), Some(0)));
         }
     }
 }
 
-/// Unlike a heap that refuses memory for a file, see `errors/limits.rs`.
+/// The error of a heap that refuses memory does name the file: see `errors/limits.rs`.
 #[test]
 fn loader_that_cannot_start_names_no_file() {
     let folder = folder();
@@ -63,9 +63,9 @@ fn loader_that_cannot_start_names_no_file() {
     }
 }
 
-/// Limits are then read from procfs.
+/// If prlimit(2) is refused, limits are read from procfs.
 #[test]
-fn loads_work_where_a_sandbox_hides_limits() {
+fn loads_work_in_a_sandbox_that_refuses_prlimit() {
     let folder = folder();
     let call = u32::try_from(libc::SYS_prlimit64).unwrap();
     let large = random_file(folder.path(), "model.bin", 9 * MIB + 777);

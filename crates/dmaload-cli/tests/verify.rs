@@ -1,5 +1,5 @@
-//! `manifest` and `load --verify`: right files pass, wrong ones are named, and nothing of them is
-//! written.
+//! `manifest` and `load --verify`: correct files pass, wrong ones are named, and none of their
+//! wrong bytes are written.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -21,7 +21,7 @@ fn manifest(folder: &Path, paths: &[&Path], arguments: &[&str]) -> PathBuf {
     file(folder, "manifest.json", &done.stdout)
 }
 
-fn flip(path: &Path, at: u64) {
+fn flip_bit(path: &Path, at: u64) {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
@@ -29,7 +29,7 @@ fn flip(path: &Path, at: u64) {
 }
 
 #[test]
-fn manifest_passes_its_files_and_names_changes() {
+fn manifest_accepts_its_files_and_reports_changes() {
     let folder = folder();
     let header = br#"{"layer.0":{"dtype":"U8","shape":[3000000],"data_offsets":[0,3000000]},"layer.1":{"dtype":"U8","shape":[3000000],"data_offsets":[3000000,6000000]}}"#;
     let model = safetensors(folder.path(), "model.safetensors", header, 6_000_000);
@@ -46,10 +46,10 @@ fn manifest_passes_its_files_and_names_changes() {
         };
         let verified = run(&mut load()).succeeds().json();
         assert_eq!(verified["verified"], format!("{algorithm} of each 65536 bytes"));
-        flip(&model, 4_500_000);
+        flip_bit(&model, 4_500_000);
         run(&mut load())
             .fails(1, &["model.safetensors", "65536 bytes at offset 4456448", algorithm, "in tensor \"layer.1\"", "again"]);
-        flip(&model, 4_500_000);
+        flip_bit(&model, 4_500_000);
         run(&mut load()).succeeds();
     }
     let summary = run(dmaload(["load", "--verify", text(&manifest(folder.path(), &[&model], &[]))]).arg(&model)).succeeds();
@@ -58,7 +58,7 @@ fn manifest_passes_its_files_and_names_changes() {
 }
 
 #[test]
-fn near_misses_of_a_checksum_are_accepted_or_explained() {
+fn misspelled_checksums_are_accepted_or_explained() {
     let folder = folder();
     let path = random_file(folder.path(), "a.bin", MIB);
     let hex = sha256sum(&path);
@@ -78,7 +78,7 @@ fn near_misses_of_a_checksum_are_accepted_or_explained() {
 }
 
 #[test]
-fn cat_writes_only_what_was_verified() {
+fn cat_writes_only_verified_bytes() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 9 * MIB);
     let manifest = manifest(folder.path(), &[&path], &[]);
@@ -88,14 +88,14 @@ fn cat_writes_only_what_was_verified() {
         cat
     };
     assert_eq!(run(&mut cat()).succeeds().stdout, fs::read(&path).unwrap());
-    flip(&path, 5 * MIB as u64);
+    flip_bit(&path, 5 * MIB as u64);
     let done = run(&mut cat()).exits(1);
     assert!(done.stdout.len() <= 4 * MIB && done.stdout == fs::read(&path).unwrap()[..done.stdout.len()], "{done}");
     assert!(done.stderr.contains("model.bin: 1048576 bytes at offset 5242880 are corrupt"), "{done}");
 }
 
 #[test]
-fn a_published_checksum_verifies_a_file() {
+fn published_checksum_verifies_a_file() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 3 * MIB + 5);
     let right = format!("sha256:{}", sha256sum(&path));

@@ -1,5 +1,5 @@
-//! Shared by the command's tests: real files on a disk, the real binary, and its output.
-#![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
+//! Helpers of the command's tests: real files on a disk, the real binary, and its output.
+#![allow(dead_code, unreachable_pub, reason = "each test uses only some of the helpers")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::fmt;
@@ -19,9 +19,9 @@ pub const MIB: usize = 1 << 20;
 pub const ROUTES: [&str; 6] = ["uring-fixed-direct", "uring-direct", "pread-direct", "bounce", "uring-buffered", "buffered"];
 /// Small segments, so that small files have several.
 pub const SMALL_SEGMENTS: [&str; 4] = ["--segment-size", "2MiB", "--window", "4MiB"];
-/// A user without any rights.
+/// A user without privileges.
 pub const NOBODY: u32 = 65534;
-/// A program that runs longer hangs.
+/// A program that runs longer is considered hung.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The folder for files that must be on a disk, not in memory, so that `O_DIRECT` is real.
@@ -31,7 +31,7 @@ pub fn base() -> &'static Path {
     base
 }
 
-/// A folder for one test, which any user may enter; removed on drop.
+/// A folder for one test, which every user can enter; removed on drop.
 pub fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir_in(base()).unwrap();
     allow(folder.path(), 0o755);
@@ -43,15 +43,16 @@ pub fn allow(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-#[allow(unused_imports, reason = "each test uses a part of it")]
+#[allow(unused_imports, reason = "each test uses only some of the helpers")]
 pub use dmaload_testing::{file, random_bytes};
 
-/// A file of random bytes.
+/// Writes a file of random bytes.
 pub fn random_file(folder: &Path, name: &str, len: usize) -> PathBuf {
     file(folder, name, &random_bytes(len, len as u64))
 }
 
-/// Many random bytes, quickly: one MiB repeated, with a different number in every sector.
+/// Writes a large file quickly: a MiB of random bytes, repeated with a different number in every
+/// sector.
 pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     const SECTOR: u64 = 512;
     let path = folder.join(name);
@@ -69,7 +70,7 @@ pub fn large_file(folder: &Path, name: &str, len: u64) -> PathBuf {
     path
 }
 
-/// A safetensors file: this header, then this many random bytes.
+/// Writes a safetensors file with this header and this many random bytes.
 pub fn safetensors(folder: &Path, name: &str, header: &[u8], data: usize) -> PathBuf {
     file(folder, name, &dmaload_testing::safetensors(header, &random_bytes(data, 1)))
 }
@@ -80,7 +81,7 @@ pub fn dmaload<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>
     command
 }
 
-/// The same command below limits of the shell's `ulimit`: `-n 12`.
+/// A command that runs the given one with a limit that the shell's `ulimit` sets, such as `-n 12`.
 pub fn limited(command: &Command, ulimit: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("ulimit {ulimit} && exec \"$@\""), "sh"]).arg(command.get_program()).args(command.get_args());
@@ -88,14 +89,14 @@ pub fn limited(command: &Command, ulimit: &str) -> Command {
     shell
 }
 
-/// Makes a command run without any rights; `Err` says why that is impossible.
+/// Makes a command run as a user without privileges; the error says why that is impossible.
 pub fn as_nobody(mut command: Command) -> Result<Command, &'static str> {
     if !is_root() {
-        return Err("only root can run a program as somebody else");
+        return Err("only root can run a program as another user");
     }
     let reachable = dmaload(["--version"]).uid(NOBODY).gid(NOBODY).stdout(Stdio::null()).stderr(Stdio::null()).status();
     if !reachable.is_ok_and(|status| status.success()) {
-        return Err("the build's folder is closed to other users");
+        return Err("other users have no access to the build folder");
     }
     command.uid(NOBODY).gid(NOBODY);
     Ok(command)
@@ -114,14 +115,14 @@ pub struct Done {
     pub stderr: String,
 }
 
-/// Runs a program to its end, and kills it if it hangs.
+/// Runs a program until it exits, and kills it if it hangs.
 pub fn run(command: &mut Command) -> Done {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     finish(format!("{command:?}"), child)
 }
 
-/// As [`run`], for a program that is already running.
+/// Like [`run`], for a program that is already running.
 pub fn finish(command: String, child: Child) -> Done {
     let pid = Pid::from_child(&child);
     let (ended, wait) = mpsc::channel::<()>();
@@ -140,16 +141,16 @@ pub fn finish(command: String, child: Child) -> Done {
     done
 }
 
-/// A program that ends with the test that started it, even if that fails.
-pub struct Ended(Child);
+/// A running program that is killed on drop, so it ends with its test even if that fails.
+pub struct KilledOnDrop(Child);
 
-impl Ended {
+impl KilledOnDrop {
     pub fn spawn(command: &mut Command) -> Self {
-        Ended(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
+        KilledOnDrop(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
     }
 }
 
-impl std::ops::Deref for Ended {
+impl std::ops::Deref for KilledOnDrop {
     type Target = Child;
 
     fn deref(&self) -> &Child {
@@ -157,15 +158,15 @@ impl std::ops::Deref for Ended {
     }
 }
 
-impl std::ops::DerefMut for Ended {
+impl std::ops::DerefMut for KilledOnDrop {
     fn deref_mut(&mut self) -> &mut Child {
         &mut self.0
     }
 }
 
-impl Drop for Ended {
+impl Drop for KilledOnDrop {
     fn drop(&mut self) {
-        // A process that was waited for is not signalled any more.
+        // `kill` does nothing if the process was already waited for.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -178,15 +179,15 @@ impl Done {
         self
     }
 
-    /// Exit status 0, and nothing on standard error.
+    /// Asserts exit status 0, and nothing on standard error.
     #[track_caller]
     pub fn succeeds(self) -> Self {
         assert_eq!(self.stderr, "", "standard error of {self}");
         self.exits(0)
     }
 
-    /// This exit status, all these words on standard error, and nothing on standard output; with
-    /// `--json`, one object there that says the same.
+    /// Asserts this exit status, all these words on standard error, and nothing on standard output
+    /// or, with `--json`, one object there with the same error.
     #[track_caller]
     pub fn fails(self, code: i32, words: &[&str]) -> Self {
         for word in words {
@@ -197,7 +198,7 @@ impl Done {
             let json = self.json();
             assert_eq!(json["exit_status"], code, "{self}");
             for reported in [&json["error"], &json["hint"]] {
-                // Usage errors take several lines.
+                // Usage errors have several lines.
                 let mut lines = reported.as_str().unwrap_or_default().lines();
                 assert!(lines.all(|line| self.stderr.contains(line)), "{reported} is not on standard error of {self}");
             }
@@ -232,25 +233,25 @@ impl fmt::Display for Done {
     }
 }
 
-/// Loads a file from storage, whatever of it is cached, and returns the JSON.
+/// Loads a file from storage, even if it is cached, and returns the JSON.
 #[track_caller]
 pub fn load_json(path: &Path, arguments: &[&str]) -> Value {
     run(dmaload(["load", "--json", "--cache", "bypass"]).args(arguments).arg(path)).succeeds().json()
 }
 
-/// The digest by coreutils, an implementation that shares nothing with ours.
+/// The digest by coreutils, an implementation that shares no code with dmaload.
 pub fn sha256sum(path: &Path) -> String {
     let done = run(Command::new("sha256sum").arg("--").arg(path)).succeeds();
     done.text().split_whitespace().next().unwrap().trim_start_matches('\\').to_owned()
 }
 
-/// The digest of the only file.
+/// The digest of the first file in the JSON.
 #[track_caller]
 pub fn digest_of(json: &Value) -> &str {
     json["files"][0]["digest"]["hex"].as_str().unwrap_or_else(|| panic!("no digest: {json:#}"))
 }
 
-/// Why this machine, in this folder, lacks such a route, by the kernel's own refusal.
+/// Why loads in this folder can't use this route, as the kernel refused it; `None` if they can.
 pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
     let probe = random_file(folder, "probe", 10_000);
     let json = load_json(&probe, &["--route", route]);
@@ -263,17 +264,18 @@ pub fn unavailable(route: &str, folder: &Path) -> Option<String> {
         "EINVAL" | "EOPNOTSUPP" => reason.contains("O_DIRECT") || reason.contains("5.19"),
         _ => false,
     };
-    assert!(excused, "a fallback that no machine needs: {fallback}");
+    assert!(excused, "a fallback for a reason that no machine excuses: {fallback}");
     Some(format!("{errno}: {reason}"))
 }
 
-/// Reports why something is not tested here, past the test runner, which would swallow it.
+/// Reports why something is not tested here. Writes to standard error directly, because the test
+/// runner captures `println!`.
 pub fn skip(reason: impl fmt::Display) {
     let name = thread::current().name().unwrap_or("?").to_owned();
     let _ = writeln!(io::stderr(), "skipped in {name}: {reason}");
 }
 
-/// Bytes that may still be allocated, by the kernel's estimate.
+/// Bytes that can still be allocated, by the kernel's estimate.
 pub fn available_memory() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:")).unwrap_or("0 kB");
@@ -285,9 +287,9 @@ pub fn free_disk(folder: &Path) -> u64 {
     about.f_bavail * about.f_frsize
 }
 
-/// Why there is not enough room on the disk and in memory.
+/// Why there is not enough room on the disk or in memory; `None` if there is.
 pub fn no_room(folder: &Path, disk: u64, memory: u64) -> Option<String> {
     let (free, available) = (free_disk(folder), available_memory());
     (free < disk || available < memory)
-        .then(|| format!("{disk} bytes of disk and {memory} of memory are needed; there are {free} and {available}"))
+        .then(|| format!("needs {disk} bytes of disk and {memory} of memory, but {free} and {available} are available"))
 }

@@ -1,4 +1,4 @@
-//! Files that do not contain a model.
+//! Errors of files that do not contain a valid model.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use crate::common::{self, dmaload, file, folder, run, safetensors, sha256sum};
 use crate::{every_command_fails, load, text};
 
 #[test]
-fn a_page_in_another_encoding_is_a_page() {
+fn html_page_is_recognized_in_any_encoding() {
     let folder = folder();
     let utf16: Vec<u8> = "<html><body>gelöscht".encode_utf16().flat_map(u16::to_le_bytes).collect();
     for page in [&b"<!DOCTYPE html><title>gel\xf6scht</title>"[..], b"<html>\0<body>", &utf16] {
@@ -25,13 +25,13 @@ fn advice_on_a_wrong_format_names_another_format() {
     assert!(!done.stderr.contains("give it a name"), "{done}");
 }
 
-/// A header with one tensor, valid or not.
+/// A header whose only tensor has this entry, valid or not.
 pub(crate) fn header(entry: &str) -> Vec<u8> {
     format!(r#"{{"w":{entry}}}"#).into_bytes()
 }
 
-/// Headers that lie about 16 bytes of data, and a word of each error.
-fn lies() -> Vec<(&'static str, Vec<u8>, &'static str)> {
+/// Invalid headers for 16 bytes of data: a description, the header, and a part of the error.
+fn invalid_headers() -> Vec<(&'static str, Vec<u8>, &'static str)> {
     let good = r#"{"dtype":"U8","shape":[16],"data_offsets":[0,16]}"#;
     let two = |second: &str| format!(r#"{{"a":{{"dtype":"U8","shape":[8],"data_offsets":[0,8]}},"b":{second}}}"#).into_bytes();
     let mut not_utf8 = header(good);
@@ -52,19 +52,19 @@ fn lies() -> Vec<(&'static str, Vec<u8>, &'static str)> {
         ("overlapping tensors", two(r#"{"dtype":"U8","shape":[12],"data_offsets":[4,16]}"#), "before tensor"),
         ("a hole in the middle", two(r#"{"dtype":"U8","shape":[4],"data_offsets":[12,16]}"#), "belong to no tensor"),
         ("a tensor twice", format!(r#"{{"w":{good},"w":{good}}}"#).into_bytes(), "twice"),
-        ("no UTF-8", not_utf8, "not UTF-8"),
-        ("no JSON", b"{\"w\":}".to_vec(), "not valid JSON"),
-        ("no object", b"[1,2,3]".to_vec(), "expected '{'"),
+        ("not UTF-8", not_utf8, "not UTF-8"),
+        ("not JSON", b"{\"w\":}".to_vec(), "not valid JSON"),
+        ("not an object", b"[1,2,3]".to_vec(), "expected '{'"),
         ("a missing key", header(r#"{"dtype":"U8","shape":[16]}"#), "data_offsets"),
     ]
 }
 
 #[test]
-fn false_header_is_an_error_and_loads_as_raw_bytes() {
+fn file_with_an_invalid_header_loads_only_as_raw_bytes() {
     let folder = folder();
-    for (what, header, word) in lies() {
+    for (what, header, word) in invalid_headers() {
         println!("{what}");
-        let path = safetensors(folder.path(), "lie.safetensors", &header, 16);
+        let path = safetensors(folder.path(), "invalid.safetensors", &header, 16);
         let advice = if word == "cut short" { "download the file again" } else { "--format raw" };
         every_command_fails(&path, &[word, advice]);
         assert_loads_as_raw(&path);
@@ -79,7 +79,7 @@ fn assert_loads_as_raw(path: &Path) {
 }
 
 #[test]
-fn false_header_length_is_an_error_and_loads_as_raw_bytes() {
+fn file_with_an_invalid_header_length_loads_only_as_raw() {
     let folder = folder();
     for (length, word) in
         [(u64::MAX, "more than"), (200_000_000, "more than"), (1_000_000, "has only"), (1, "shortest"), (0, "shortest")]
@@ -96,9 +96,9 @@ fn false_header_length_is_an_error_and_loads_as_raw_bytes() {
     assert_loads_as_raw(&short);
 }
 
-/// What is found in place of models under their names; a word of the diagnosis, and a word of the
-/// advice.
-fn in_place_of_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
+/// Files that have the name of a model but are not one: the name, the bytes, a part of the
+/// diagnosis, and a part of the advice.
+fn files_named_like_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static str)> {
     let safetensors = |length: [u8; 8]| [&length[..], br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}  ab"#].concat();
     let gguf = |version: u32, to_bytes: fn(u32) -> [u8; 4]| [b"GGUF", &to_bytes(version)[..], &[0; 64]].concat();
     let mut cut_gguf = gguf(3, u32::to_le_bytes);
@@ -138,11 +138,11 @@ fn in_place_of_models() -> Vec<(&'static str, Vec<u8>, &'static str, &'static st
 }
 
 #[test]
-fn files_that_are_not_models_get_their_own_advice() {
+fn files_that_are_not_models_get_specific_advice() {
     let folder = folder();
-    for (name, bytes, what, advice) in in_place_of_models() {
+    for (name, bytes, what, advice) in files_named_like_models() {
         let path = file(folder.path(), name, &bytes);
-        // `cat` writes an index as the file it is.
+        // `cat` writes an index as it is, so it does not fail.
         if name.ends_with(".index.json") {
             run(dmaload(["inspect", "--json"]).arg(&path)).fails(1, &[text(&path), what, advice]);
         } else {
@@ -156,9 +156,9 @@ fn files_that_are_not_models_get_their_own_advice() {
     }
 }
 
-/// An unfinished file's error counts the missing bytes of all tensors, not only of the first one.
+/// The missing bytes of all tensors are counted, not only those of the first one.
 #[test]
-fn missing_bytes_of_a_file_are_counted() {
+fn error_of_a_truncated_file_counts_the_missing_bytes() {
     let folder = folder();
     let entry = |from: u64, to: u64| format!(r#"{{"dtype":"U8","shape":[{}],"data_offsets":[{from},{to}]}}"#, to - from);
     let header = format!(r#"{{"a":{},"b":{},"c":{}}}"#, entry(0, 100), entry(100, 900), entry(900, 1000));
@@ -166,12 +166,11 @@ fn missing_bytes_of_a_file_are_counted() {
     every_command_fails(&path, &["at least 960 bytes are missing", "download the file again"]);
 }
 
-/// A name from the file reaches the terminal only with its control characters escaped.
 #[test]
-fn a_hostile_name_in_a_header_does_not_reach_the_terminal() {
+fn control_characters_of_a_tensor_name_are_escaped() {
     let folder = folder();
-    let lie = br#"{"\u001b[2Jgone":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#;
-    let path = safetensors(folder.path(), "hostile.safetensors", lie, 16);
+    let header = br#"{"\u001b[2Jgone":{"dtype":"U8","shape":[17],"data_offsets":[0,17]}}"#;
+    let path = safetensors(folder.path(), "hostile.safetensors", header, 16);
     let done = run(&mut load(&path)).fails(1, &[text(&path), "gone"]);
     assert!(!done.stderr.contains('\u{1b}'), "{done}");
 }

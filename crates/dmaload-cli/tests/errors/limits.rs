@@ -1,4 +1,4 @@
-//! Refusals by limits of a process or of the machine.
+//! Errors caused by limits of a process or of the machine.
 
 use std::fs;
 use std::path::Path;
@@ -10,21 +10,22 @@ use serde_json::Value;
 use crate::common::{self, MIB, as_nobody, dmaload, file, folder, is_root, limited, random_file, run, sha256sum, skip};
 use crate::{load, text};
 
-/// Run by a user without any rights, which this user may already be.
+/// Makes a command run as a user without privileges, which the current user may already be.
 pub(crate) fn unprivileged(command: Command) -> Result<Command, &'static str> {
     if is_root() { as_nobody(command) } else { Ok(command) }
 }
 
-/// A file of this length that takes no room.
-fn sparse(folder: &Path, bytes: u64) -> std::path::PathBuf {
+/// Creates a sparse file of this length.
+fn sparse_file(folder: &Path, bytes: u64) -> std::path::PathBuf {
     let path = file(folder, "sparse.bin", &[]);
     fs::File::options().write(true).open(&path).unwrap().set_len(bytes).unwrap();
     path
 }
 
-/// At 4 the ring, at 6 the file, from 7 on the segments find no descriptor left.
+/// With 4 descriptors the ring can't be created, with 6 the file can't be opened, and with 7 or
+/// more there are none left for the segments.
 #[test]
-fn limit_of_open_files_is_named_wherever_it_is_hit() {
+fn open_file_limit_is_named_wherever_it_is_hit() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 64 * MIB);
     let mut command = load(&path);
@@ -38,7 +39,7 @@ fn limit_of_open_files_is_named_wherever_it_is_hit() {
 }
 
 #[test]
-fn memory_limit_holds_for_each_command_that_loads() {
+fn memory_limit_applies_to_each_command_that_loads() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 40 * MIB);
     let words = ["41943040 bytes", "33554432", "--memory-limit"];
@@ -51,15 +52,15 @@ fn memory_limit_holds_for_each_command_that_loads() {
     run(load(&path).args(["--memory-limit", "1MiB"])).fails(2, &["1048576"]);
 }
 
-/// Files are opened when their turn comes and closed once checked, and allocations are as few as
-/// descriptors.
+/// Files are opened only when they are read and closed once they are checked, and small files
+/// share allocations.
 #[test]
 fn model_of_more_files_than_descriptors_loads() {
     let folder = folder();
     let parts = |name: &str, count: usize, bytes: u64| -> Vec<_> {
-        let of = folder.path().join(name);
-        std::fs::create_dir(&of).unwrap();
-        let path = |number| of.join(format!("{number:05}.bin"));
+        let inner = folder.path().join(name);
+        std::fs::create_dir(&inner).unwrap();
+        let path = |number| inner.join(format!("{number:05}.bin"));
         let make = |number| std::fs::File::create(path(number)).unwrap().set_len(bytes + number as u64).unwrap();
         (0..count).for_each(make);
         (0..count).map(path).collect()
@@ -75,16 +76,15 @@ fn model_of_more_files_than_descriptors_loads() {
         let bytes: u64 = paths.iter().map(|path| path.metadata().unwrap().len()).sum();
         assert_eq!(report["bytes"].as_u64(), Some(bytes), "{descriptors} descriptors");
     }
-    // A segment size that was asked for stays, and the advice helps.
+    // A requested segment size is not enlarged; the advice is to raise the limit.
     let mut command = load(&large[0]);
     command.args(&large[1..]).args(["--segment-size", "64MiB"]);
     run(&mut limited(&command, "-n 32")).fails(1, &["EMFILE", "raise it (ulimit -n)"]);
 }
 
-/// Whatever is loaded and in whichever layout, the advice is the limit itself, since no other
-/// option helps.
+/// The advice is to raise the limit for every selection and layout, because no option helps.
 #[test]
-fn few_descriptors_get_the_same_advice_for_every_load() {
+fn advice_on_few_descriptors_is_the_same_for_every_load() {
     let folder = folder();
     let tensors: Vec<_> = (0..32).map(|number| (format!("t{number}"), number << 21)).collect();
     let entry = |(name, at): &(String, usize)| {
@@ -111,7 +111,7 @@ fn few_descriptors_get_the_same_advice_for_every_load() {
         }
         run(&mut limited(&command, "-n 128")).succeeds();
     }
-    // Each small file has a descriptor of its own.
+    // With --no-pack, each small file has its own descriptor.
     let small: Vec<_> = (0..40).map(|number| random_file(folder.path(), &format!("{number}.bin"), 5000)).collect();
     let mut command = load(&small[0]);
     command.args(&small[1..]).arg("--no-pack");
@@ -120,9 +120,8 @@ fn few_descriptors_get_the_same_advice_for_every_load() {
     run(&mut limited(&command, "-n 128")).succeeds();
 }
 
-/// All segments of one memfd need one descriptor: the hint's remedy works.
 #[test]
-fn a_single_segment_needs_few_descriptors() {
+fn single_segment_needs_few_descriptors() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 64 * MIB);
     let mut command = load(&path);
@@ -130,12 +129,13 @@ fn a_single_segment_needs_few_descriptors() {
     run(&mut limited(&command, "-n 16")).succeeds();
 }
 
-/// From a limit that leaves room for the program to one that leaves room for all but the file.
+/// Tests limits from one that has room for the program only to one that has room for everything
+/// except the file.
 #[test]
-fn limit_of_addresses_is_reported_without_a_panic() {
+fn address_space_limit_is_reported_without_a_panic() {
     const KIB: u64 = 1 << 10;
     let folder = folder();
-    let path = sparse(folder.path(), 1 << 30);
+    let path = sparse_file(folder.path(), 1 << 30);
     for mib in [64, 128, 256, 512, 1000, 1024] {
         for heap in ["memfd", "anon"] {
             let mut command = load(&path);
@@ -145,41 +145,41 @@ fn limit_of_addresses_is_reported_without_a_panic() {
     }
 }
 
-/// The lower end: the threads' stacks are refused one after the other. Each failure is reported.
+/// Tests limits that have no room for the stacks of some or all threads.
 #[test]
-fn load_explains_its_failure_at_any_limit_of_addresses() {
+fn load_explains_its_failure_at_any_address_space_limit() {
     let folder = folder();
-    let path = sparse(folder.path(), 1 << 30);
+    let path = sparse_file(folder.path(), 1 << 30);
     let mut reported = false;
     for mib in 8..=40 {
         let done = run(&mut limited(&load(&path), &format!("-v {}", mib << 10)));
         if done.code == Some(127) {
-            // The dynamic linker found no room for the program itself.
+            // The dynamic linker had no room for the program itself.
             continue;
         }
         let nothing_left = ["memory allocation of", "Fatal glibc error"].iter().any(|words| done.stderr.contains(words));
         if done.signal == Some(Signal::ABORT.as_raw()) && nothing_left {
-            // The standard library or the C library abort where a few bytes are missing.
+            // The standard library and the C library abort if small allocations fail.
             continue;
         }
         if done.signal == Some(Signal::SEGV.as_raw()) && !reported && done.stderr.is_empty() {
-            // The stack cannot grow by what parsing the command line takes unoptimised.
+            // The stack can't grow enough for an unoptimized build to parse the command line.
             continue;
         }
         let done = done.fails(1, &["dmaload: "]);
         assert!(["ENOMEM", "EAGAIN"].iter().any(|errno| done.stderr.contains(errno)), "{done}");
         reported = true;
     }
-    assert!(reported, "no limit was reported");
+    assert!(reported, "no load reported the limit");
 }
 
-/// More memory than any machine has.
+/// The file is larger than the memory of any machine.
 #[test]
-fn a_file_larger_than_memory_is_refused_before_it_is_read() {
+fn file_larger_than_memory_is_refused_before_it_is_read() {
     let folder = folder();
-    let path = sparse(folder.path(), 1 << 42);
+    let path = sparse_file(folder.path(), 1 << 42);
     if fs::metadata(&path).unwrap().len() != 1 << 42 {
-        return skip("this file system has no file of 4 TiB");
+        return skip("this file system does not support files of 4 TiB");
     }
     for heap in ["memfd", "anon"] {
         for layout in ["segmented", "single"] {
@@ -189,12 +189,12 @@ fn a_file_larger_than_memory_is_refused_before_it_is_read() {
     }
 }
 
-/// 80 TiB have addresses, the others do not: the words are the same.
+/// A file of 80 TiB fits into the address space, larger ones do not; the error is the same.
 #[test]
-fn length_beyond_all_addresses_reads_like_beyond_memory() {
+fn file_larger_than_the_address_space_exceeds_memory() {
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return skip("there is no /dev/shm") };
     for bytes in [80 << 40, 200 << 40, 7 << 60] {
-        let path = sparse(folder.path(), bytes);
+        let path = sparse_file(folder.path(), bytes);
         let socket = folder.path().join("socket");
         let commands = [
             (load(&path), "available"),
@@ -203,13 +203,13 @@ fn length_beyond_all_addresses_reads_like_beyond_memory() {
         ];
         for (mut command, words) in commands {
             let done = run(&mut command).fails(1, &[words]);
-            let is_of_addresses = ["ENOMEM", "ulimit -v", "max_map_count"].iter().any(|words| done.stderr.contains(words));
-            assert!(!is_of_addresses, "{bytes} bytes: {done}");
+            let names_address_space = ["ENOMEM", "ulimit -v", "max_map_count"].iter().any(|words| done.stderr.contains(words));
+            assert!(!names_address_space, "{bytes} bytes: {done}");
         }
     }
 }
 
-/// An ordinary user's limit of locked memory (8 MiB by default, 64 KiB before Linux 5.16).
+/// Tests the locked memory limits of ordinary users: 8 MiB by default, 64 KiB before Linux 5.16.
 #[test]
 fn small_memlock_limit_steps_down_and_is_named() {
     let folder = folder();
@@ -236,7 +236,7 @@ fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &
     assert_eq!(common::digest_of(&json), sha256sum(path), "{json:#}");
     assert_eq!(json["route"], "uring-direct", "{json:#}");
     let fallbacks = json["fallbacks"].as_array().unwrap();
-    let [step] = fallbacks.as_slice() else { panic!("one step: {json:#}") };
+    let [step] = fallbacks.as_slice() else { panic!("expected one step: {json:#}") };
     let expected = [("from", "uring-fixed-direct"), ("to", "uring-direct"), ("errno", "ENOMEM")];
     assert!(expected.iter().all(|&(key, value)| step[key] == value), "{step:#}");
     let reason = step["reason"].as_str().unwrap();
@@ -244,7 +244,7 @@ fn assert_memlock_is_reported(mut lenient: Command, mut strict: Command, path: &
     run(&mut strict).fails(1, &[text(path), "uring-fixed-direct", "ENOMEM", "strict", "ulimit -l"]);
 }
 
-/// The route bounce registers its staging buffers, which a limit may refuse: a step of its own.
+/// The route bounce registers its staging buffers. If the limit refuses that, it is a step down.
 #[test]
 fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let folder = folder();
@@ -264,19 +264,20 @@ fn staging_beyond_the_memlock_limit_fails_a_strict_load() {
     let json = run(&mut lenient).succeeds().json();
     assert_eq!((&json["route"], common::digest_of(&json)), (&"bounce".into(), sha256sum(&path).as_str()), "{json:#}");
     let fallbacks = json["fallbacks"].as_array().unwrap();
-    let [step] = fallbacks.as_slice() else { panic!("one step: {json:#}") };
+    let [step] = fallbacks.as_slice() else { panic!("expected one step: {json:#}") };
     assert_eq!((&step["to"], &step["errno"]), (&"uring-direct".into(), &"ENOMEM".into()), "{json:#}");
     assert!(step["reason"].as_str().unwrap().contains("staging"), "{json:#}");
     run(&mut strict).fails(1, &[text(&path), "bounce", "staging", "ENOMEM", "ulimit -l"]);
 }
 
-/// The same file without a limit: otherwise the test above would prove nothing about the limit.
+/// Without the limit, the same load must take the best route; otherwise the tests above would
+/// prove nothing about the limit.
 #[test]
-fn without_a_memlock_limit_root_takes_the_best_route() {
+fn memlock_limit_does_not_affect_the_route_of_root() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 20 * MIB);
     if !is_root() {
-        return skip("only root is without the limit");
+        return skip("the limit applies to every user except root");
     }
     if let Some(reason) = common::unavailable("uring-fixed-direct", folder.path()) {
         return skip(reason);
@@ -285,9 +286,9 @@ fn without_a_memlock_limit_root_takes_the_best_route() {
     assert_eq!((&json["route"], &json["fallbacks"]), (&"uring-fixed-direct".into(), &Value::Array(vec![])), "{json:#}");
 }
 
-/// The kernel's own answer is SIGXFSZ, which ends a process.
+/// Exceeding the limit would kill the process (SIGXFSZ).
 #[test]
-fn limit_of_file_sizes_is_named() {
+fn file_size_limit_is_named() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5 * MIB);
     run(&mut limited(&load(&path), "-f 1000")).fails(1, &[text(&path), "EFBIG", "ulimit -f"]);
@@ -296,7 +297,7 @@ fn limit_of_file_sizes_is_named() {
     run(&mut limited(&anon, "-f 1000")).succeeds();
 }
 
-/// Small files are opened when their turn comes, a bounded number at a time.
+/// Only a bounded number of small files is open at a time.
 #[test]
 fn thousands_of_files_need_few_descriptors() {
     let folder = folder();

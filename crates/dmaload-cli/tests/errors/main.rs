@@ -1,6 +1,6 @@
-//! Errors say what cannot be loaded, where, why by the errno's name, and what to do. Status 1 for
-//! a failed load, 2 for wrong usage; nothing on standard output, or with `--json` one object;
-//! never a panic or a hang.
+//! Errors name what can't be loaded, the errno, and what to do. The exit status is 1 for a failed
+//! load and 2 for wrong usage; nothing is written to standard output or, with `--json`, one
+//! object; the command never panics or hangs.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
@@ -26,7 +26,7 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Every command that opens a file reports the same error.
+/// Asserts that every command that opens a file fails with these words.
 #[track_caller]
 fn every_command_fails(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["load", "--quiet"], &["cat"], &["inspect"], &["inspect", "--json"]] {
@@ -35,13 +35,13 @@ fn every_command_fails(path: &Path, words: &[&str]) {
 }
 
 #[test]
-fn a_missing_file_is_named_with_its_errno_and_a_hint() {
+fn missing_file_is_named_with_its_errno_and_a_hint() {
     let folder = folder();
     every_command_fails(&folder.path().join("none.safetensors"), &["ENOENT", "check the path"]);
 }
 
 #[test]
-fn path_through_a_file_is_enotdir_and_a_link_loop_is_eloop() {
+fn path_below_a_file_is_enotdir_and_a_link_loop_is_eloop() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 1);
     every_command_fails(&path.join("below"), &["ENOTDIR"]);
@@ -56,9 +56,9 @@ fn folder_without_a_model_is_an_error() {
     every_command_fails(folder.path(), &["a directory"]);
 }
 
-/// Opening a FIFO for reading waits for its writer, and none comes.
+/// Opening a FIFO for reading would block until a writer opens it.
 #[test]
-fn a_fifo_is_refused_without_waiting_for_a_writer() {
+fn fifo_is_refused_without_waiting_for_a_writer() {
     let folder = folder();
     let path = folder.path().join("fifo");
     run(Command::new("mkfifo").arg(&path)).succeeds();
@@ -72,7 +72,7 @@ fn character_device_is_refused() {
 }
 
 #[test]
-fn range_of_a_non_file_is_refused_without_waiting() {
+fn range_of_a_fifo_device_or_folder_is_refused() {
     let folder = folder();
     let fifo = folder.path().join("fifo");
     run(Command::new("mkfifo").arg(&fifo)).succeeds();
@@ -88,7 +88,7 @@ fn range_of_a_non_file_is_refused_without_waiting() {
 }
 
 #[test]
-fn a_link_to_nothing_says_so() {
+fn error_of_a_dangling_link_names_its_target() {
     let folder = folder();
     for (name, target) in [("m.safetensors", "blobs/gone"), ("m.gguf", "/nonexistent/x"), ("raw", "gone")] {
         let link = folder.path().join(name);
@@ -120,7 +120,7 @@ fn folder_named_like_a_model_is_not_a_model() {
     }
 }
 
-/// `cat` reads one file.
+/// Like [`every_command_fails`], without `cat`, which writes a single file as it is.
 #[track_caller]
 fn every_command_fails_but_cat(path: &Path, words: &[&str]) {
     for arguments in [&["load", "--json"][..], &["load"], &["inspect"]] {
@@ -137,14 +137,14 @@ fn block_device_is_refused_with_advice() {
 }
 
 #[test]
-fn a_file_that_has_bytes_and_no_length_is_not_empty() {
+fn file_with_contents_but_a_length_of_0_is_an_error() {
     for path in ["/proc/self/status", "/proc/version"] {
         every_command_fails(Path::new(path), &["its length is stated as 0", &format!("cat {path} > COPY")]);
     }
 }
 
 #[test]
-fn a_file_that_may_not_be_read_is_eacces() {
+fn unreadable_file_is_eacces() {
     let folder = folder();
     let path = random_file(folder.path(), "secret.bin", 5000);
     allow(&path, 0o000);
@@ -177,7 +177,7 @@ fn pipes_and_sockets_advise_saving_to_a_file_first() {
 }
 
 #[test]
-fn socket_that_cannot_be_attached_to_has_its_own_advice() {
+fn socket_that_cannot_be_attached_to_gets_specific_advice() {
     let folder = folder();
     let socket = folder.path().join("s");
     run(dmaload(["attach", "--json"]).arg(&socket)).fails(1, &["ENOENT", "whether the server has finished loading"]);

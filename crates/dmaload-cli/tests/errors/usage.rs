@@ -1,4 +1,4 @@
-//! The command line and standard output.
+//! Errors of the command line and of standard output.
 
 use std::fs;
 use std::process::Command;
@@ -36,9 +36,9 @@ fn wrong_usage_is_status_2_and_says_what_is_wrong() {
     run(dmaload(["load", "--frobnicate"]).arg(&path)).fails(2, &["--frobnicate"]);
 }
 
-/// Settings are wrong whatever the file is, so they are checked first.
+/// Settings do not depend on the file, so they are checked first.
 #[test]
-fn wrong_usage_comes_before_a_missing_file() {
+fn wrong_usage_is_reported_before_a_missing_file() {
     run(&mut dmaload(["load", "--window", "2MiB", "/nonexistent"])).fails(2, &["smaller than a segment"]);
 }
 
@@ -51,7 +51,7 @@ fn help_and_version_are_not_errors() {
 }
 
 #[test]
-fn the_largest_legal_settings_load() {
+fn file_loads_with_the_largest_allowed_settings() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 3 * MIB + 1);
     let most =
@@ -61,7 +61,7 @@ fn the_largest_legal_settings_load() {
 }
 
 #[test]
-fn under_json_each_error_is_one_object_on_standard_output() {
+fn with_json_each_error_is_one_object_on_standard_output() {
     let folder = folder();
     let path = random_file(folder.path(), "model.bin", 5000);
     let missing = folder.path().join("missing");
@@ -80,7 +80,7 @@ fn under_json_each_error_is_one_object_on_standard_output() {
         assert_eq!(json.as_object().unwrap().len(), 3, "{json:#}");
         assert!(json["error"].as_str().is_some_and(|error| !error.is_empty()), "{json:#}");
     }
-    // There is one object: the load's; its command could not be run.
+    // The load has written its object, so the error of its command is not written as another one.
     let done = run(load(&path).args(["--exec", missing])).exits(1);
     assert_eq!(done.json()["bytes"], 5000, "{done}");
     assert!(done.stderr.contains("ENOENT"), "{done}");
@@ -99,7 +99,8 @@ fn a_full_standard_output_is_an_error() {
     }
 }
 
-/// The runtime opens /dev/null in place of what was closed: output there would be lost silently.
+/// The Rust runtime opens /dev/null in place of a closed standard output, where output would be
+/// lost silently.
 #[test]
 fn a_closed_standard_output_is_an_error() {
     let folder = folder();
@@ -118,12 +119,12 @@ fn a_closed_standard_output_is_an_error() {
         run(dmaload(command).arg(&path)).succeeds();
     }
     run(&mut closing(&["--help"])).exits(1);
-    // Nothing is written, so nothing is lost.
+    // With --quiet, nothing is written, so nothing is lost.
     run(closing(&["load", "--quiet"]).arg(&path)).exits(0);
-    // `>/dev/null` discards output explicitly.
-    for nowhere in [">/dev/null", "1<>/dev/null"] {
+    // Redirecting to /dev/null discards output explicitly, which is not an error.
+    for redirection in [">/dev/null", "1<>/dev/null"] {
         let mut shell = Command::new("sh");
-        shell.args(["-c", &format!("exec \"$@\" {nowhere}"), "sh", env!("CARGO_BIN_EXE_dmaload"), "cat"]);
+        shell.args(["-c", &format!("exec \"$@\" {redirection}"), "sh", env!("CARGO_BIN_EXE_dmaload"), "cat"]);
         run(shell.arg(&path)).succeeds();
     }
 }
