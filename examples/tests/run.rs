@@ -43,7 +43,7 @@ fn readme_shows_the_hello_example_verbatim() {
 }
 
 #[test]
-fn hello_stream_and_share() {
+fn hello_stream_and_share_run() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = model(folder.path(), "model.safetensors", 30_000_000, 7);
     let hello = output(example("hello").arg(&path));

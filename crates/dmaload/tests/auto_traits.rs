@@ -142,7 +142,7 @@ fn futures(loader: Loader, request: LoadRequest, load: &mut Load, segments: &mut
 }
 
 #[test]
-fn loaded_bytes_are_read_by_several_threads() {
+fn several_threads_read_loaded_bytes_at_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("model.safetensors");
     let bytes = dmaload_testing::safetensors_of(2, 5000, 1);

@@ -72,7 +72,7 @@ fn large(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_model_larger_than_the_limit_is_streamed_within_it() {
+async fn stream_of_a_larger_model_stays_within_the_limit() {
     let _alone = ALONE.lock().await;
     // As large as CI has time for; DMALOAD_STREAM_MIB=4096 streams 4 GiB under 512 MiB.
     let mib = std::env::var("DMALOAD_STREAM_MIB").map_or(1024, |mib| mib.parse().unwrap());
@@ -156,7 +156,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
 }
 
 #[tokio::test]
-async fn load_that_can_never_fit_fails_at_once_with_numbers() {
+async fn load_that_cannot_fit_fails_at_once_with_sizes() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(40 << 20, 1));
@@ -232,7 +232,7 @@ async fn pool_stays_within_the_limit_and_yields() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_share_a_limit_beside_ten_that_stopped() {
+async fn streams_share_a_limit_with_ten_stopped_streams() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let limit = 256 * MIB;
@@ -295,7 +295,7 @@ async fn streams_share_a_limit_beside_ten_that_stopped() {
 }
 
 #[tokio::test]
-async fn a_load_of_high_priority_overtakes() {
+async fn high_priority_load_overtakes_low_priority_loads() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let (path, _) = large(folder.path(), "model.bin", 96);

@@ -96,7 +96,7 @@ fn model() -> Vec<u8> {
 
 /// Loads a file that ends within a page, so its segment ends with zeros.
 #[tokio::test]
-async fn bytes_beyond_the_end_of_a_file_are_not_shown() {
+async fn memory_past_the_end_of_the_file_is_zero() {
     for route in ROUTES {
         let bytes = model();
         let image = load_and(route, &bytes, |_| ()).await.unwrap();
@@ -110,7 +110,7 @@ async fn bytes_beyond_the_end_of_a_file_are_not_shown() {
 
 /// A writer that appends cannot be told from one that rewrites and lengthens the file.
 #[tokio::test]
-async fn raw_bytes_that_grow_fail() {
+async fn raw_file_that_grows_fails() {
     use std::io::Write;
     let append = |path: &Path, bytes: usize| {
         fs::OpenOptions::new().append(true).open(path).unwrap().write_all(&vec![0xAB; bytes]).unwrap();
@@ -134,7 +134,7 @@ fn rewrite(path: &Path, bytes: &[u8]) {
 
 /// No header is read for a range, so the length is not known from one.
 #[tokio::test]
-async fn a_range_of_a_model_that_grows_fails() {
+async fn range_of_a_model_that_grows_fails() {
     let whole = 0..safetensors().len() as u64;
     for range in [whole.clone(), 0..whole.end - 1, 4096..whole.end - 100_000] {
         let mut longer = safetensors();
@@ -164,7 +164,7 @@ async fn model_that_grows_fails() {
 }
 
 #[tokio::test]
-async fn file_that_shrinks_fails_and_says_where_it_ended() {
+async fn shrinking_file_fails_and_reports_where_it_ended() {
     for route in ROUTES {
         for left in [3 * SEGMENT + 4096, 3 * SEGMENT + 5000, 3 * SEGMENT, SEGMENT] {
             let shrink = |path: &Path| fs::OpenOptions::new().write(true).open(path).unwrap().set_len(left as u64).unwrap();
@@ -280,7 +280,7 @@ async fn heap_that_runs_out_fails_the_load_not_the_loader() {
 }
 
 #[tokio::test]
-async fn a_file_among_many_that_cannot_be_loaded_is_named() {
+async fn unloadable_file_among_many_is_named() {
     let folder = folder();
     let good: Vec<PathBuf> =
         (0..20).map(|index| file(folder.path(), &format!("{index}.bin"), &random_bytes(10_000, index))).collect();
@@ -349,7 +349,7 @@ fn descriptors_of(path: &Path) -> usize {
 }
 
 #[tokio::test]
-async fn after_a_shutdown_no_file_is_open() {
+async fn shutdown_closes_every_file() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let small: Vec<_> =
@@ -377,7 +377,7 @@ async fn after_a_shutdown_no_file_is_open() {
 }
 
 #[tokio::test]
-async fn rewriting_a_small_model_is_a_change_not_damage() {
+async fn rewritten_small_model_is_reported_as_changed_not_damaged() {
     let data = 60_000;
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
     let mut good = (header.len() as u64).to_le_bytes().to_vec();

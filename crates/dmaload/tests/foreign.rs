@@ -102,7 +102,7 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
 }
 
 #[test]
-fn waker_that_polls_causes_no_deadlock() {
+fn waker_that_polls_does_not_deadlock() {
     let folder = folder();
     let path = safetensors(folder.path(), 12, 1_000_000);
     for route in ROUTES {
@@ -178,7 +178,7 @@ fn waker_that_polls_causes_no_deadlock() {
 }
 
 #[test]
-fn the_last_loader_may_be_dropped_inside_of_a_waker() {
+fn last_loader_can_be_dropped_inside_a_waker() {
     let folder = folder();
     let path = safetensors(folder.path(), 12, 1_000_000);
     for _ in 0..20 {
@@ -428,7 +428,7 @@ fn panicking_verifiers_and_observers_are_named() {
 
 /// A loader's options are held by the loader alone, not by its threads.
 #[test]
-fn verifier_of_all_loads_may_panic_in_its_drop() {
+fn verifier_in_default_options_may_panic_on_drop() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(3_000_000, 1));
     for place in [In::DropOfVerifier, In::DropOfObserver, In::Describe] {

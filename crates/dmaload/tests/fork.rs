@@ -69,7 +69,7 @@ impl Observer for Curious {
 }
 
 #[tokio::test]
-async fn a_child_has_private_memory_only_when_it_is_complete() {
+async fn child_sees_private_memory_only_once_it_is_complete() {
     let folder = folder();
     let bytes = random_bytes(3 * SEGMENT + 5, 1);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -96,7 +96,7 @@ async fn a_child_has_private_memory_only_when_it_is_complete() {
 }
 
 #[tokio::test]
-async fn loads_are_right_while_the_process_forks() {
+async fn loads_are_correct_while_the_process_forks() {
     let folder = folder();
     let bytes = random_bytes(24 * SEGMENT + 777, 2);
     let path = file(folder.path(), "model.bin", &bytes);

@@ -18,7 +18,7 @@ const BYTES: usize = 4 * SEGMENT + 777;
 const IO_URING_ENTER: u32 = 426;
 
 #[tokio::test]
-async fn a_shutdown_reports_the_memory_of_a_hanging_ring_thread() {
+async fn shutdown_reports_the_memory_of_a_hanging_ring_thread() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(BYTES, 1));
     let loader = Loader::builder()

@@ -57,7 +57,7 @@ unsafe impl Heap for Keeping {
 }
 
 #[tokio::test]
-async fn a_kept_descriptor_cannot_write_to_a_segment() {
+async fn kept_descriptor_cannot_write_to_a_segment() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &model());
     let small: Vec<_> = (0..3).map(|n| file(folder.path(), &format!("{n}.bin"), &random_bytes(5000, n))).collect();

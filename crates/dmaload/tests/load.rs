@@ -44,7 +44,7 @@ async fn every_size_by_every_route_and_layout_equals_the_file() {
 }
 
 #[tokio::test]
-async fn bytes_behind_the_end_are_zero_in_memory_and_memfd() {
+async fn memfd_is_zero_past_the_end_of_the_file() {
     let folder = folder();
     let bytes = random_bytes(SEGMENT + 5000, 7);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -82,7 +82,7 @@ async fn both_heaps_load_the_bytes_and_anon_has_no_descriptor() {
 }
 
 #[tokio::test]
-async fn file_of_no_bytes_loads_without_segments() {
+async fn empty_file_loads_without_segments() {
     let folder = folder();
     let empty = file(folder.path(), "empty.bin", b"");
     let other = file(folder.path(), "other.bin", b"something");
@@ -98,7 +98,7 @@ async fn file_of_no_bytes_loads_without_segments() {
 }
 
 #[tokio::test]
-async fn segments_come_in_order_and_the_image_has_the_same_ones() {
+async fn segments_arrive_in_order_and_make_up_the_image() {
     let folder = folder();
     let bytes = random_bytes(20 * SEGMENT + 1, 11);
     let path = file(folder.path(), "model.bin", &bytes);
@@ -149,7 +149,7 @@ async fn segments_and_views_outlive_the_loader() {
 }
 
 #[tokio::test]
-async fn many_files_in_one_load_keep_their_order_and_few_descriptors() {
+async fn many_files_in_one_load_keep_their_order() {
     let folder = folder();
     let contents: Vec<_> = (0..300).map(|seed| random_bytes(1 + seed * 97, seed as u64)).collect();
     let paths: Vec<_> =
@@ -196,7 +196,7 @@ async fn unloadable_file_is_reported_with_its_path() {
 }
 
 #[test]
-fn routes_are_all_tried_here() {
+fn tests_cover_every_route() {
     assert_eq!(ROUTES, Route::ALL);
 }
 

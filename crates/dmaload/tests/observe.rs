@@ -183,7 +183,7 @@ async fn rejected_bytes_fail_the_load_with_reason_and_place() {
 }
 
 #[tokio::test]
-async fn a_strict_load_on_uncached_memory_must_ask_for_bounce() {
+async fn strict_observed_load_on_uncached_memory_needs_bounce() {
     let folder = folder();
     let path = file(folder.path(), "strict.bin", &random_bytes(SEGMENT, 6));
     let heap = SpiedHeap { uncached: true, ..SpiedHeap::default() };

@@ -62,7 +62,7 @@ struct Nothing;
 impl HeapHooks for Nothing {}
 
 #[tokio::test]
-async fn before_linux_5_1_own_heaps_load_and_others_fail() {
+async fn before_linux_5_1_only_built_in_heaps_load() {
     forget_the_seal();
     assert!(!Memfd::kernel_seals_writes());
     let folder = folder();

@@ -39,7 +39,7 @@ fn assert_files(image: &Image, contents: &[Vec<u8>], what: &str) {
 }
 
 #[tokio::test]
-async fn small_files_share_memory_and_are_right_by_every_route() {
+async fn small_files_share_memory_and_load_by_every_route() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     let loader = loader();
@@ -229,7 +229,7 @@ impl Observer for Appending {
 }
 
 #[tokio::test]
-async fn small_file_that_grew_fails() {
+async fn small_file_that_grows_fails() {
     let header = r#"{"w":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}"#;
     let model = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"abc"].concat();
     let gguf = [&b"GGUF"[..], &3u32.to_le_bytes(), &[0; 16], &[0; 8]].concat();

@@ -138,7 +138,7 @@ async fn viewed_and_dropped_memory_stays_out_of_the_pool() {
 }
 
 #[tokio::test]
-async fn pool_keeps_its_limit_and_nothing_after_the_shutdown() {
+async fn pool_stays_within_its_limit_and_is_empty_after_shutdown() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(8 * SEGMENT, 1));
     let loader = Loader::builder()

@@ -39,7 +39,7 @@ fn fill(memory: &PrivateMemory, byte: u8) {
 }
 
 #[tokio::test]
-async fn anonymous_memory_is_given_itself_and_lends_no_view_any_more() {
+async fn private_memory_of_an_anonymous_tensor_is_not_a_copy() {
     let folder = folder();
     let (path, bytes) = model(folder.path());
     let image = load(&path, AnonHeap::default()).await;
@@ -80,7 +80,7 @@ async fn views_and_private_memory_exclude_each_other() {
 }
 
 #[tokio::test]
-async fn memory_files_are_copied_on_write_and_stay_what_they_are() {
+async fn private_memory_of_a_memfd_is_copied_on_write() {
     let folder = folder();
     let (path, bytes) = model(folder.path());
     let image = load(&path, MemfdHeap::default()).await;
@@ -101,7 +101,7 @@ async fn memory_files_are_copied_on_write_and_stay_what_they_are() {
 }
 
 #[tokio::test]
-async fn writes_to_attached_memory_reach_no_other_process() {
+async fn writes_to_attached_memory_stay_private() {
     let folder = folder();
     let (path, bytes) = model(folder.path());
     let image = load(&path, MemfdHeap::default()).await;
@@ -121,7 +121,7 @@ async fn writes_to_attached_memory_reach_no_other_process() {
 }
 
 #[tokio::test]
-async fn what_has_no_such_memory_is_refused() {
+async fn memory_that_cannot_be_private_is_refused() {
     let folder = folder();
     let (path, _) = model(folder.path());
     let image = load(&path, AnonHeap::default()).await;

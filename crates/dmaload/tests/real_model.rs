@@ -10,7 +10,7 @@ use common::{ROUTES, assert_same};
 use dmaload::{Layout, LoadOptions, Loader};
 
 #[tokio::test]
-async fn every_tensor_of_a_real_model_equals_the_crates() {
+async fn real_model_tensors_match_the_safetensors_crate() {
     let Some(path) = std::env::var_os("DMALOAD_REAL_MODEL") else {
         println!("skipped: DMALOAD_REAL_MODEL names no model; `just real-model` fetches one");
         return;

@@ -27,7 +27,7 @@ fn large(folder: &Path, mib: u64) -> PathBuf {
 /// A ticker on the only thread of a runtime keeps ticking while 1 GiB is loaded, streamed, dropped
 /// half-way, and shut down.
 #[test]
-fn only_runtime_thread_keeps_ticking_during_a_load() {
+fn single_threaded_runtime_keeps_ticking_during_loads() {
     let folder = folder();
     let path = large(folder.path(), 1024);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
@@ -147,7 +147,7 @@ async fn documented_cancel_safety_holds() {
 }
 
 #[tokio::test]
-async fn metrics_count_what_was_done() {
+async fn metrics_count_loads_reads_and_memory() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(10 << 20, 4));
     let loader = Loader::builder()

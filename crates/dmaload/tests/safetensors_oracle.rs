@@ -251,7 +251,7 @@ fn any_file() -> impl Strategy<Value = Vec<u8>> {
 }
 
 #[test]
-fn dtypes_are_those_of_the_crate() {
+fn dtypes_match_those_of_the_crate() {
     let theirs = oracle_dtypes();
     assert_eq!(theirs.len(), DType::SAFETENSORS.len());
     for dtype in theirs {

@@ -58,7 +58,7 @@ fn assert_tensors(image: &Image, path: &Path, what: &str) {
 }
 
 #[tokio::test]
-async fn only_chosen_tensors_are_read() {
+async fn only_selected_tensors_are_read() {
     let folder = folder();
     let path = layers(folder.path());
     let file_bytes = fs::metadata(&path).unwrap().len();
@@ -83,7 +83,7 @@ async fn only_chosen_tensors_are_read() {
 }
 
 #[tokio::test]
-async fn unmatched_patterns_and_verified_parts_are_errors() {
+async fn unmatched_patterns_and_impossible_ranges_are_errors() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader().build().unwrap();
@@ -97,7 +97,7 @@ async fn unmatched_patterns_and_verified_parts_are_errors() {
 }
 
 #[tokio::test]
-async fn tensors_arrive_when_complete_in_the_order_asked_for() {
+async fn tensors_arrive_complete_in_the_requested_order() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = loader().build().unwrap();
@@ -130,7 +130,7 @@ async fn tensors_arrive_when_complete_in_the_order_asked_for() {
 }
 
 #[tokio::test]
-async fn empty_and_small_files_have_their_tensors_in_the_stream() {
+async fn stream_includes_empty_tensors_and_small_files() {
     let folder = folder();
     let small = model(&folder.path().join("small.safetensors"), &[("a", &[3]), ("empty", &[0, 4])]);
     let large = layers(folder.path());
@@ -152,7 +152,7 @@ async fn empty_and_small_files_have_their_tensors_in_the_stream() {
 }
 
 #[tokio::test]
-async fn ranks_together_have_the_whole_model() {
+async fn ranks_together_load_the_whole_model() {
     let folder = folder();
     let path = layers(folder.path());
     let bytes = fs::read(&path).unwrap();
@@ -199,7 +199,7 @@ async fn ranks_together_have_the_whole_model() {
 }
 
 #[tokio::test]
-async fn ranges_and_shards_of_files_equal_the_files_bytes() {
+async fn ranges_and_shards_match_the_bytes_of_the_file() {
     let folder = folder();
     let bytes = random_bytes(3 * SEGMENT + 777, 9);
     let path = file(folder.path(), "raw", &bytes);
@@ -250,7 +250,7 @@ async fn layout_tensors_keeps_a_tensor_in_one_segment() {
 }
 
 #[tokio::test]
-async fn importer_gets_what_it_can_map_or_an_error() {
+async fn importer_limits_are_met_or_the_load_fails() {
     let folder = folder();
     let path = layers(folder.path());
     let loader = Loader::builder().build().unwrap();
@@ -284,7 +284,7 @@ fn folder_of_two(folder: &Path) -> Vec<PathBuf> {
 }
 
 #[tokio::test]
-async fn a_folder_of_a_model_hub_is_one_model() {
+async fn hub_snapshot_folder_is_one_model() {
     let folder = folder();
     let files = folder_of_two(folder.path());
     let snapshot = folder.path().join("snapshot");

@@ -55,7 +55,7 @@ async fn attempt(loader: &Loader, path: &Path, options: LoadOptions, kept: bool)
 }
 
 #[tokio::test]
-async fn sparse_files_of_terabytes_take_no_memory() {
+async fn sparse_files_of_terabytes_take_bounded_memory() {
     let folder = folder();
     let small = Loader::builder().window_bytes(16 << 20).load_options(LoadOptions::new().segment_bytes(2 << 20)).build().unwrap();
     let large =
@@ -102,7 +102,7 @@ async fn sparse_files_of_terabytes_take_no_memory() {
 /// Lengths that exceed a process's addresses are refused by the same limit as lengths that only
 /// exceed memory.
 #[tokio::test]
-async fn a_length_beyond_all_addresses_is_compared_with_memory_first() {
+async fn length_beyond_address_space_is_refused_by_a_memory_limit() {
     // Most file systems have no files of these lengths; tmpfs does.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
     let loader =

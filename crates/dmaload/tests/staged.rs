@@ -142,7 +142,7 @@ fn staged(loader: &Loader) -> LoadOptions {
 }
 
 #[tokio::test]
-async fn each_extent_is_populated_once_just_before_it_is_written_to() {
+async fn each_extent_is_populated_once_before_it_is_written() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     for pages in [Pages::Auto, Pages::Small] {
@@ -172,7 +172,7 @@ async fn each_extent_is_populated_once_just_before_it_is_written_to() {
 
 /// Reads through the page cache, and copies from it, populate in the same way.
 #[tokio::test]
-async fn bytes_from_the_page_cache_are_staged_in_the_same_way() {
+async fn buffered_and_cached_reads_populate_each_extent_once() {
     let (folder, contents) = (folder(), contents());
     let paths = written(folder.path(), &contents);
     for pages in [Pages::Auto, Pages::Small] {
@@ -199,7 +199,7 @@ async fn bytes_from_the_page_cache_are_staged_in_the_same_way() {
 }
 
 #[tokio::test]
-async fn tensors_of_a_model_come_whole_and_in_parts() {
+async fn staged_tensors_are_populated_and_read_by_any_selection() {
     const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
     let folder = folder();
     let lengths = [3 * MIB + 2, 40, 9 * MIB, 700_000, 6 * MIB + 4098];
@@ -234,7 +234,7 @@ async fn tensors_of_a_model_come_whole_and_in_parts() {
 }
 
 #[tokio::test]
-async fn small_files_have_as_many_huge_pages_as_by_direct_reads() {
+async fn staged_small_files_get_as_many_huge_pages_as_direct_ones() {
     let folder = folder();
     let contents: Vec<_> = (0..50).map(|seed| random_bytes(700_000, seed)).collect();
     let paths = written(folder.path(), &contents);
@@ -383,7 +383,7 @@ impl HeapHooks for Gate {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn load_dropped_while_populating_leaves_nothing() {
+async fn load_dropped_while_populating_leaks_nothing() {
     let folder = folder();
     let bytes = random_bytes(40 * MIB, 1);
     let path = file(folder.path(), "model.bin", &bytes);

@@ -321,7 +321,7 @@ async fn waits(load: &mut Load, what: &str) {
 }
 
 #[tokio::test]
-async fn hanging_load_stops_no_other_and_finishes_later() {
+async fn hanging_load_does_not_stop_others_and_finishes_later() {
     let Some(_alone) = alone().await else { return };
     let (plain, bytes) = (Plain::new(), bytes());
     for (workers_wanted, (hangs, names)) in [1, 2].into_iter().flat_map(|workers| KINDS.map(|kind| (workers, kind))) {
@@ -351,7 +351,7 @@ async fn hanging_load_stops_no_other_and_finishes_later() {
 }
 
 #[tokio::test]
-async fn many_hanging_loads_stop_no_other() {
+async fn many_hanging_loads_do_not_stop_others() {
     let Some(_alone) = alone().await else { return };
     let (plain, bytes) = (Plain::new(), bytes());
     let servers = ALL.map(Hanging::start);
@@ -393,7 +393,7 @@ async fn many_hanging_loads_stop_no_other() {
 }
 
 #[tokio::test]
-async fn sixty_hanging_loads_stop_no_other() {
+async fn sixty_hanging_loads_do_not_stop_others() {
     let Some(_alone) = alone().await else { return };
     let (plain, hanging) = (Plain::new(), Hanging::start(Hangs::Lookup));
     let loader = loader(2).max_open_loads(1).build().unwrap();
@@ -440,7 +440,7 @@ async fn shutdown_counts_each_hanging_worker() {
 }
 
 #[tokio::test]
-async fn inspecting_a_file_of_a_silent_server_blocks_no_async_thread() {
+async fn inspecting_a_silent_servers_file_does_not_block_the_runtime() {
     let Some(_alone) = alone().await else { return };
     for hangs in [Hangs::Lookup, Hangs::Open] {
         let hanging = Hanging::start(hangs);

@@ -96,7 +96,7 @@ impl Subscriber for CallsBack {
 }
 
 #[test]
-fn a_subscriber_may_call_back_drop_loads_and_panic() {
+fn subscriber_may_call_back_drop_loads_and_panic() {
     let folder = folder();
     let bytes = random_bytes(6_000_000, 1);
     let large = file(folder.path(), "large.bin", &bytes);

@@ -113,7 +113,7 @@ fn poll<F: Future + ?Sized>(future: Pin<&mut F>, waker: &Waker) -> Poll<F::Outpu
 
 /// A progress display asks this, and then takes the image.
 #[tokio::test(flavor = "multi_thread")]
-async fn load_is_finished_once_its_last_segment_arrived() {
+async fn load_is_finished_once_its_last_segment_arrives() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 1);
     let gate = Gate::before(0, last_segment(&bytes));
@@ -144,7 +144,7 @@ async fn load_is_finished_once_its_last_segment_arrived() {
 
 /// An empty list of paths, such as of a pattern that matched nothing, is not an empty model.
 #[tokio::test]
-async fn load_of_no_file_is_an_error() {
+async fn load_without_files_is_an_error() {
     let loader = Loader::new().unwrap();
     for source in [Source::paths([""; 0]), Source::from(Vec::<String>::new()), Source::paths([""; 0]).range(0..1)] {
         let error = loader.load(source.clone()).await.unwrap_err();
@@ -174,7 +174,7 @@ impl HeapHooks for HeldAllocations {
 
 /// The blocks of tensors that come first may contain the first and the last row of a later one.
 #[tokio::test(flavor = "multi_thread")]
-async fn tensor_of_rows_waits_for_its_middle_rows() {
+async fn tensor_shard_waits_for_its_middle_rows() {
     let folder = folder();
     let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
         "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
@@ -231,7 +231,7 @@ async fn tensor_arrives_before_the_load_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn any_number_of_tasks_wait_at_once() {
+async fn two_hundred_tasks_can_wait_at_once() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 2);
     let bytes = Arc::new(bytes);
@@ -290,7 +290,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
 }
 
 #[tokio::test]
-async fn an_index_tells_early_which_file_has_a_tensor() {
+async fn index_resolves_a_tensor_before_all_headers_are_read() {
     let folder = folder();
     let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
     // Both have the same names; the second one's tensors are smaller, and its header is read late.
@@ -315,7 +315,7 @@ async fn an_index_tells_early_which_file_has_a_tensor() {
 }
 
 #[tokio::test]
-async fn tensor_that_was_not_selected_is_an_error_that_says_so() {
+async fn unselected_tensor_is_reported_as_not_loaded() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 9);
     let loader = Loader::new().unwrap();
@@ -355,7 +355,7 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
 }
 
 #[test]
-fn threads_wait_without_a_runtime() {
+fn threads_wait_for_tensors_without_a_runtime() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 11);
     let gate = Gate::before(0, 0);
@@ -384,7 +384,7 @@ fn threads_wait_without_a_runtime() {
 }
 
 #[tokio::test]
-async fn nothing_is_loaded_before_the_request_is_consumed() {
+async fn load_starts_only_when_its_request_is_consumed() {
     let folder = folder();
     let (path, _) = model(folder.path(), "model.safetensors", 12);
     let loader = Loader::new().unwrap();

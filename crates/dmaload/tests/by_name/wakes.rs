@@ -52,7 +52,7 @@ impl Wake for CountWakes {
 }
 
 #[tokio::test]
-async fn unpolled_waiter_delays_no_other() {
+async fn unpolled_waiter_does_not_delay_others() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 3);
     let last = TENSORS - 1;

@@ -40,7 +40,7 @@ fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])
 }
 
 #[tokio::test]
-async fn the_index_decides_which_of_two_tensors_counts() {
+async fn index_decides_between_two_tensors_of_one_name() {
     for (files, value, all) in overlays() {
         let folder = folder();
         written(folder.path(), &files);
@@ -143,7 +143,7 @@ async fn index_is_recognised_by_any_of_its_names() {
 }
 
 #[tokio::test]
-async fn an_index_that_leaves_its_folder_is_refused() {
+async fn index_that_points_outside_its_folder_is_refused() {
     let folder = folder();
     written(folder.path(), &[("s.safetensors", st(&[("a", 1)])), ("m/x", Vec::new())]);
     let outside = folder.path().join("s.safetensors").to_str().unwrap().to_owned();
@@ -157,7 +157,7 @@ async fn an_index_that_leaves_its_folder_is_refused() {
 }
 
 #[tokio::test]
-async fn chosen_tensors_need_only_the_files_of_the_index() {
+async fn selection_needs_only_the_files_its_index_names() {
     let c = "model-00003-of-00003.safetensors";
     let map = index(&[("a.w", A), ("b.w", B), ("c.w", c)]);
     // Without it, with an empty one, or with another one.
@@ -190,7 +190,7 @@ async fn chosen_tensors_need_only_the_files_of_the_index() {
 }
 
 #[tokio::test]
-async fn names_with_characters_of_patterns_are_names() {
+async fn tensor_names_with_glob_characters_match_literally() {
     let folder = folder();
     let all = ["layers[0].w", "layers.{0}.w", "a*b", "a,b", "a?b", "axb", ""];
     written(folder.path(), &[("m.safetensors", st(&all.map(|name| (name, 7))))]);
@@ -229,7 +229,7 @@ async fn stale_index_and_ignored_files_are_reported() {
 }
 
 #[tokio::test]
-async fn index_with_a_vague_name_is_recognised_in_a_folder() {
+async fn index_with_an_unusual_name_is_recognised_in_a_folder() {
     let name = "model.index.fp16.json";
     let folder = folder();
     written(folder.path(), &[(A, st(&[("a", 1)])), ("fp16.safetensors", st(&[("z", 1)]))]);

@@ -89,7 +89,7 @@ const B: &str = "model-00002-of-00002.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 #[tokio::test]
-async fn a_name_in_two_files_without_an_index_is_an_error() {
+async fn unindexed_tensor_in_two_files_is_an_error() {
     let (one, two) = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors");
     let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
     let cases: [(&str, Vec<(&str, Vec<u8>)>, [&str; 2]); 6] = [
@@ -139,7 +139,7 @@ async fn a_name_in_two_files_without_an_index_is_an_error() {
 }
 
 #[tokio::test]
-async fn named_files_may_share_names_and_only_lookups_fail() {
+async fn files_listed_by_path_may_share_tensor_names() {
     let folder = folder();
     let files = [
         ("base.safetensors", st(&[("w", 1), ("b", 3)])),
@@ -181,7 +181,7 @@ async fn both_ways(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image
 }
 
 #[tokio::test]
-async fn a_shard_loads_alone_by_its_own_path() {
+async fn safetensors_file_loads_alone_but_gguf_part_does_not() {
     let folder = folder();
     written(folder.path(), &[(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
     let part_alone = folder.path().join("m-00002-of-00003.gguf");
@@ -198,7 +198,7 @@ async fn a_shard_loads_alone_by_its_own_path() {
 }
 
 #[tokio::test]
-async fn an_empty_file_named_as_a_model_is_an_error_unless_raw() {
+async fn empty_file_with_a_model_name_is_an_error_unless_raw() {
     let folder = folder();
     let names = ["m.safetensors", "m.gguf", "M.SAFETENSORS", "m.GGUF", "m.bin", "m"];
     names.iter().for_each(|name| written(folder.path(), &[(name, Vec::new())]));
@@ -216,7 +216,7 @@ async fn an_empty_file_named_as_a_model_is_an_error_unless_raw() {
 }
 
 #[tokio::test]
-async fn a_folder_without_a_model_says_where_one_is() {
+async fn error_for_a_folder_without_a_model_says_what_is_near() {
     let cases: [(Vec<(&str, Vec<u8>)>, &[&str]); 8] = [
         (
             vec![
@@ -247,7 +247,7 @@ async fn a_folder_without_a_model_says_where_one_is() {
 }
 
 #[tokio::test]
-async fn names_that_are_not_text_are_loaded() {
+async fn files_with_non_utf8_names_are_loaded() {
     use std::os::unix::ffi::OsStrExt;
     let folder = folder();
     let name = |bytes: &'static [u8]| folder.path().join(std::ffi::OsStr::from_bytes(bytes));
@@ -260,7 +260,7 @@ async fn names_that_are_not_text_are_loaded() {
 }
 
 #[tokio::test]
-async fn gguf_files_beside_safetensors_files_are_noted() {
+async fn gguf_files_ignored_beside_safetensors_are_noted() {
     for files in [vec![("model.safetensors", st(&[("a", 1)]))], vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A)]))]] {
         let folder = folder();
         written(folder.path(), &files);

@@ -10,7 +10,7 @@ use crate::common::folder;
 use crate::{A, B, INDEX, both_ways, gguf, index, loaders, names, part, st, written};
 
 #[tokio::test]
-async fn missing_parts_are_named_unless_they_may_be_missing() {
+async fn missing_parts_are_an_error_unless_allowed() {
     let g = |number| format!("m-0000{number}-of-00003.gguf");
     let (g1, g2, g3) = (g(1), g(2), g(3));
     let (a3, c3) = ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors");
@@ -169,7 +169,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
 
 /// The file's name says nothing about its contents.
 #[tokio::test]
-async fn model_inside_a_file_must_be_whole() {
+async fn model_embedded_in_a_file_must_be_whole() {
     let folder = folder();
     let inner = part(0, 2, 2, &[("a", 1)]);
     let whole = gguf(&[], &[("a", 1)]);
@@ -204,7 +204,7 @@ async fn model_inside_a_file_must_be_whole() {
 /// llama.cpp recognises parts only by names with five digits, and otherwise goes by what the files
 /// say.
 #[tokio::test]
-async fn unusually_numbered_parts_are_never_taken_for_the_whole() {
+async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
     for end in ["1-of-2", "0001-of-0002", "1_of_2", "00001-of-2"] {
         let second = end.replacen('1', "2", 1);
         let (first, second) = (format!("m-{end}.gguf"), format!("m-{second}.gguf"));
@@ -240,7 +240,7 @@ async fn unusually_numbered_parts_are_never_taken_for_the_whole() {
 }
 
 #[tokio::test]
-async fn part_under_a_meaningless_name_is_a_part() {
+async fn part_is_recognised_whatever_its_name() {
     let folder = folder();
     let both = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])];
     written(folder.path(), &[("blobs/b0", both[0].clone()), ("blobs/b1", both[1].clone()), ("two.gguf", both.concat())]);
@@ -282,7 +282,7 @@ async fn part_under_a_meaningless_name_is_a_part() {
 }
 
 #[tokio::test]
-async fn a_rank_whose_bytes_are_cut_checks_the_whole_model() {
+async fn rank_that_loads_a_byte_range_checks_the_whole_model() {
     let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
     let [first, second] = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 2)])];
     let cases: [(&str, Vec<(&str, Vec<u8>)>); 4] = [
@@ -333,7 +333,7 @@ async fn names_of_a_series_are_recognised_in_any_form() {
 }
 
 #[tokio::test]
-async fn hints_on_models_that_are_not_whole_can_be_followed() {
+async fn hints_for_incomplete_models_can_be_followed() {
     for (files, says, hints) in [
         (vec![(INDEX, index(&[("a", A)]))], "1 is missing", "download the model again"),
         (vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))], "1 is missing", "allow_missing"),
@@ -362,7 +362,7 @@ async fn hints_on_models_that_are_not_whole_can_be_followed() {
 }
 
 #[tokio::test]
-async fn one_part_beside_other_paths_stands_for_all_parts() {
+async fn one_part_among_other_paths_stands_for_all_parts() {
     let folder = folder();
     let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
     let other = "other.gguf";

@@ -12,7 +12,7 @@ use crate::{BYTES, SEGMENT, loader, options};
 
 /// Closing a file may take as long as its server likes.
 #[tokio::test]
-async fn no_thread_of_the_caller_closes_files() {
+async fn caller_threads_never_close_files() {
     let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
     // A load that stops at its limit keeps its files open, with no read in flight.
     let limited = || loader().memory_limit_bytes(2 * SEGMENT as u64).build().unwrap();
@@ -69,7 +69,7 @@ fn closed_by_others(mounted: &Mounted, files: usize) {
 /// The ring thread, which all loads need, closes no files: not even those of a load that was
 /// dropped with reads in flight.
 #[tokio::test]
-async fn the_ring_thread_closes_no_files() {
+async fn ring_thread_closes_no_files() {
     // Short answers make this take a while.
     let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
     let loader = loader().build().unwrap();

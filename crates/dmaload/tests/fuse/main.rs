@@ -52,7 +52,7 @@ fn shared_loader(route: Route) -> Loader {
 }
 
 #[tokio::test]
-async fn direct_reads_refused_at_the_first_read_step_down() {
+async fn refused_first_direct_read_steps_down() {
     let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
     for route in ROUTES {
         let loader = loader().load_options(options().route(route)).build().unwrap();
@@ -167,7 +167,7 @@ async fn short_answers_load_the_same_bytes_or_a_clear_error() {
 }
 
 #[tokio::test]
-async fn a_file_that_ends_before_its_stated_length_is_an_error() {
+async fn file_shorter_than_its_stated_length_is_an_error() {
     for at in [0, 4096, SEGMENT + 333, 4 * SEGMENT] {
         let Some(mounted) = Mounted::new(Manners::EndsAt(at)) else { return };
         for route in DIRECT_ROUTES {
@@ -185,7 +185,7 @@ async fn a_file_that_ends_before_its_stated_length_is_an_error() {
 }
 
 #[tokio::test]
-async fn error_names_the_file_and_the_offset() {
+async fn read_error_names_the_file_and_the_offset() {
     let at = 2 * SEGMENT + 4096;
     let Some(mounted) = Mounted::new(Manners::FailsAt(at)) else { return };
     for route in ROUTES {
@@ -201,7 +201,7 @@ async fn error_names_the_file_and_the_offset() {
 /// As with lazily pulled container images. A ring reads the same bytes twice here if its
 /// descriptor has `O_NONBLOCK`.
 #[tokio::test]
-async fn an_overlay_over_fuse_gives_the_same_bytes_by_every_route() {
+async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
         let Some(mounted) = Mounted::new(Manners::AnswersShortPastTheCache(most)) else { return };
         let overlay = Overlay::over(mounted.folder());
@@ -261,7 +261,7 @@ async fn rewrite_is_noticed_despite_cached_attributes() {
 }
 
 #[tokio::test]
-async fn earlier_rewrite_is_not_a_change_by_cached_attributes() {
+async fn earlier_rewrite_is_not_a_change_despite_cached_attributes() {
     for route in ROUTES {
         // A small file is looked at before it is opened, a large one after.
         for bytes in [BYTES, 70_000] {
@@ -279,7 +279,7 @@ async fn earlier_rewrite_is_not_a_change_by_cached_attributes() {
 }
 
 #[tokio::test]
-async fn a_torn_header_is_a_change_not_damage() {
+async fn torn_header_is_reported_as_changed_not_damaged() {
     // The header of a small file is taken from its memory; that of a large one is read during
     // planning.
     for data in [70_000, BYTES] {
@@ -306,7 +306,7 @@ async fn a_torn_header_is_a_change_not_damage() {
 }
 
 #[tokio::test]
-async fn bytes_without_a_length_are_an_error_not_an_empty_file() {
+async fn file_without_a_length_is_an_error_not_an_empty_file() {
     let Some(mounted) = Mounted::new(Manners::HasNoLength) else { return };
     let overlay = Overlay::over(mounted.folder());
     let loader = loader().build().unwrap();

@@ -56,7 +56,7 @@ fn the_silent_server() {
 /// A read that was sent to a server cannot be cancelled and keeps the process that waits for it. A
 /// server in the reader's process would keep itself alive.
 #[tokio::test]
-async fn shutdown_beside_a_silent_server_ends_and_reports_leaks() {
+async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
     if !may_mount() {
         return;
     }
@@ -190,7 +190,7 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
 /// A read that was sent to a server cannot be cancelled. One that only waits for a thread can: it
 /// would wait for those reads.
 #[tokio::test]
-async fn dropped_silent_load_takes_back_reads_not_begun() {
+async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     if !may_mount() {
         return;
     }

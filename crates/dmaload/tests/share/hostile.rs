@@ -81,7 +81,7 @@ impl Hostility {
 /// A server with a limit of 128 descriptors and a user other than root, so that it may have no
 /// more than these on their way to clients.
 #[test]
-fn hostile_clients_stall_no_other_user() {
+fn hostile_clients_do_not_stall_other_users() {
     if !is_root() {
         return;
     }
@@ -152,7 +152,7 @@ fn hostile_clients_stall_no_other_user() {
 /// Clients of one user have a bounded number of descriptors on their way, to a bounded number of
 /// clients.
 #[test]
-fn descriptors_on_their_way_to_one_user_are_bounded() {
+fn descriptors_in_flight_to_one_user_are_bounded() {
     if !is_root() {
         return;
     }
@@ -187,7 +187,7 @@ fn descriptors_on_their_way_to_one_user_are_bounded() {
 }
 
 #[test]
-fn many_hostile_users_stall_no_other() {
+fn many_hostile_users_do_not_stall_others() {
     if !is_root() {
         return;
     }

@@ -74,7 +74,7 @@ fn assert_same_image(ours: &Image, theirs: &Image) {
 }
 
 #[tokio::test]
-async fn client_keeps_its_image_when_the_server_has_ended() {
+async fn client_keeps_its_image_after_the_server_ends() {
     let folder = folder();
     let path = model(folder.path());
     // Small files share memory, and a raw one has no tensors.
@@ -258,7 +258,7 @@ fn shared_memory_bytes() -> u64 {
 }
 
 #[tokio::test]
-async fn ten_processes_share_one_memory_though_one_is_killed() {
+async fn processes_share_one_memory_though_others_are_killed() {
     let folder = folder();
     // DMALOAD_SHARE_MIB=1024 tries a GiB.
     let mib: usize = std::env::var("DMALOAD_SHARE_MIB").map_or(256, |mib| mib.parse().unwrap());
@@ -302,7 +302,7 @@ async fn ten_processes_share_one_memory_though_one_is_killed() {
 /// Descriptors on their way count against the server's user. A client that does not receive them
 /// delays only its own user, and few of them are on their way.
 #[tokio::test]
-async fn client_that_takes_no_descriptors_delays_no_other() {
+async fn clients_hoarding_descriptors_delay_only_until_they_leave() {
     let folder = folder();
     let (image, socket, _server) = serving(folder.path()).await;
     let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
@@ -321,7 +321,7 @@ async fn client_that_takes_no_descriptors_delays_no_other() {
 }
 
 #[tokio::test]
-async fn server_leaves_the_socket_of_the_one_that_replaced_it() {
+async fn server_leaves_the_socket_of_its_replacement() {
     let folder = folder();
     let (image, socket, first) = serving(folder.path()).await;
     fs::remove_file(&socket).unwrap();
@@ -335,7 +335,7 @@ async fn server_leaves_the_socket_of_the_one_that_replaced_it() {
 }
 
 #[tokio::test]
-async fn client_that_comes_before_the_first_image_waits_for_it() {
+async fn client_waits_for_the_first_image() {
     let folder = folder();
     let image = loaded(&[&model(folder.path())]).await;
     let socket = folder.path().join("socket");

@@ -49,7 +49,7 @@ async fn other_users_are_refused_unless_they_are_allowed() {
 }
 
 #[test]
-fn client_that_cannot_connect_learns_what_helps() {
+fn failed_connection_error_says_what_helps() {
     let folder = open_folder();
     let refused = |name: &str| attach_blocking(folder.path().join(name), &default()).unwrap_err().to_string();
     let _server = Server::bind(folder.path().join("own"), ServerOptions::default()).unwrap();
@@ -232,7 +232,7 @@ fn servers_and_clients_work_without_procfs() {
 /// The folder's owner replaces whatever appears in it, as fast as it can, by a link to a file of
 /// root.
 #[test]
-fn owner_of_the_folder_cannot_redirect_a_server_of_root() {
+fn folder_owner_cannot_redirect_a_server_run_by_root() {
     if !is_root() {
         return;
     }
