@@ -1,6 +1,5 @@
-//! Which public types are `Send`, `Sync` and, if they are polled, `Unpin`. The compiler checks it:
-//! a type that loses one of these no longer compiles here. `.ci/public-types` finds public types
-//! that are missing from this file.
+//! Asserts at compile time that every public type is `Send` and `Sync`, and that every public
+//! stream is `Unpin`. `.ci/public-types` finds public types that are missing from this file.
 
 use std::path::PathBuf;
 
@@ -10,7 +9,7 @@ use futures_core::Stream;
 
 const fn shared<T: Send + Sync + 'static>() {}
 
-/// For streams that are polled by `Pin::new(&mut stream)`.
+/// Callers poll streams through `Pin::new(&mut stream)`, which requires `Unpin`.
 const fn polled<T: Stream + Unpin>() {}
 
 #[derive(Debug)]
@@ -68,7 +67,7 @@ const _: () = {
     shared::<dmaload::heap::MemfdHeap>();
     shared::<dmaload::heap::SizeLimit>();
     shared::<dmaload::heap::UdmabufHeap>();
-    // Those of the crate `dmabuf`.
+    // Re-exported from the `dmabuf` crate.
     shared::<dmaload::heap::Access>();
     shared::<dmaload::heap::AddressRange>();
     shared::<dmaload::heap::CpuAccess<'static>>();
@@ -123,7 +122,7 @@ const _: () = {
     shared::<dmaload::verify::Recorder>();
 };
 
-/// A future that an executor with several threads accepts.
+/// Accepts the futures that a multi-threaded executor accepts.
 fn spawned<F: Future<Output: Send> + Send>(_future: F) {}
 
 /// Compiled but never called.
@@ -143,19 +142,19 @@ fn futures(loader: Loader, request: LoadRequest, load: &mut Load, segments: &mut
 
 #[test]
 fn several_threads_read_loaded_bytes_at_once() {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("create a folder");
     let path = folder.path().join("model.safetensors");
     let bytes = dmaload_testing::safetensors_of(2, 5000, 1);
-    std::fs::write(&path, &bytes).expect("a file");
-    let load = Loader::new().expect("a loader").load(path).start();
-    let tensor: Tensor = load.tensor_blocking("t1").expect("a tensor");
+    std::fs::write(&path, &bytes).expect("write the model");
+    let load = Loader::new().expect("build a loader").load(path).start();
+    let tensor: Tensor = load.tensor_blocking("t1").expect("load the tensor");
     let segment: &Segment = &tensor.parts()[0].segment;
     let views = std::thread::scope(|scope| {
         let views = [(); 3].map(|()| scope.spawn(|| (tensor.bytes(), segment.bytes())));
-        views.map(|view| view.join().expect("a thread"))
+        views.map(|view| view.join().expect("a reader panicked"))
     });
-    for (of_tensor, of_segment) in views {
-        assert_eq!(of_tensor.expect("a view"), bytes[bytes.len() - 5000..]);
-        assert_eq!(of_segment.expect("a view"), bytes);
+    for (tensor_view, segment_view) in views {
+        assert_eq!(tensor_view.expect("view the tensor"), bytes[bytes.len() - 5000..]);
+        assert_eq!(segment_view.expect("view the segment"), bytes);
     }
 }

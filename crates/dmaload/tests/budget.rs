@@ -1,4 +1,4 @@
-//! A loader with a memory limit: it is never exceeded, a consumer that stops delays only itself,
+//! Loaders with a memory limit never exceed it, a consumer that stops delays only its own load,
 //! and no load starves.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
@@ -18,17 +18,17 @@ use dmaload::{Error, Layout, LoadOptions, Loader, Priority, Segment};
 use sha2::{Digest, Sha256};
 
 const MIB: u64 = 1 << 20;
-/// The memory of the whole process is measured, so tests run one at a time.
+/// Tests measure the memory of the whole process, so they run one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// This process's shared memory: what segments on memfds have.
+/// Resident shared memory of this process, which includes segments on memfds.
 fn resident_shared_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// Samples memory every other millisecond; the peak by the kernel's count, and by the loader's.
+/// Samples memory every 2 ms and records the peaks that the kernel and the loader report.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<(u64, u64)>>,
@@ -50,14 +50,15 @@ impl Watch {
         Watch { stop, thread: Some(thread) }
     }
 
-    fn most(mut self) -> (u64, u64) {
+    /// Stops sampling; returns the peaks in bytes: the kernel's and the loader's.
+    fn peaks(mut self) -> (u64, u64) {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap()
     }
 }
 
-/// A file of this many MiB, each different; and its digest.
-fn large(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
+/// Writes a file of `mib` MiB, no two of which are equal, and returns its digest.
+fn write_large_file(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
     let path = folder.join(name);
     let mut file = fs::File::create(&path).unwrap();
     let (block, mut digest) = (random_bytes(1 << 20, mib), Sha256::new());
@@ -74,11 +75,12 @@ fn large(folder: &Path, name: &str, mib: u64) -> (PathBuf, Vec<u8>) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn stream_of_a_larger_model_stays_within_the_limit() {
     let _alone = ALONE.lock().await;
-    // As large as CI has time for; DMALOAD_STREAM_MIB=4096 streams 4 GiB under 512 MiB.
+    // The default is as large as CI has time for. DMALOAD_STREAM_MIB=4096 streams 4 GiB within a
+    // limit of 512 MiB.
     let mib = std::env::var("DMALOAD_STREAM_MIB").map_or(1024, |mib| mib.parse().unwrap());
     let limit = mib * MIB / 8;
     let folder = folder();
-    let (path, expected) = large(folder.path(), "model.bin", mib);
+    let (path, expected) = write_large_file(folder.path(), "model.bin", mib);
     let loader = Loader::builder().memory_limit_bytes(limit).build().unwrap();
     let before = resident_shared_bytes();
     let watch = Watch::start(&loader);
@@ -88,7 +90,7 @@ async fn stream_of_a_larger_model_stays_within_the_limit() {
         digest.update(segment.unwrap().bytes().unwrap());
     }
     assert_eq!(digest.finalize().to_vec(), expected);
-    let (seen, counted) = watch.most();
+    let (seen, counted) = watch.peaks();
     println!(
         "{mib} MiB streamed within {} MiB: {} MiB resident at most, {} counted",
         limit / MIB,
@@ -102,15 +104,16 @@ async fn stream_of_a_larger_model_stays_within_the_limit() {
     loader.shutdown().await.unwrap();
 }
 
-/// Without a memory limit, too, what was not taken yet is bounded by the window and a segment.
+/// Without a memory limit, the window and the segment size bound the bytes that are loaded ahead
+/// of the consumer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_consumer_delays_only_its_own_stream() {
     const WINDOW: u64 = 32 * MIB;
     const SEGMENT: u64 = 8 * MIB;
     let _alone = ALONE.lock().await;
     let folder = folder();
-    let (path, expected) = large(folder.path(), "model.bin", 256);
-    // Small files share memory.
+    let (path, expected) = write_large_file(folder.path(), "model.bin", 256);
+    // Small files, which share memory.
     let small: Vec<_> = (0..300).map(|n| file(folder.path(), &format!("{n}"), &random_bytes(900_000 + n, n as u64))).collect();
     for heap in ["memfd", "anon"] {
         let builder = Loader::builder().window_bytes(WINDOW).load_options(LoadOptions::new().segment_bytes(SEGMENT));
@@ -120,7 +123,7 @@ async fn slow_consumer_delays_only_its_own_stream() {
         for paths in [vec![path.clone()], small.clone()] {
             let mut segments = loader.load(&paths).segments();
             let first = segments.next().await.unwrap().unwrap();
-            // Until it makes no progress any more.
+            // Wait until the load makes no progress for 200 ms.
             let (mut before, mut same) = (0, 0);
             while same < 20 {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -129,11 +132,11 @@ async fn slow_consumer_delays_only_its_own_stream() {
             }
             let most = WINDOW + 2 * SEGMENT;
             assert!(before <= most, "{heap}: {before} bytes were read for a consumer that took {}", first.len());
-            assert!(before >= WINDOW / 2, "{heap}: {before} bytes are not far enough ahead of a fast consumer");
+            assert!(before >= WINDOW / 2, "{heap}: only {before} bytes were read ahead of the consumer");
             stopped.push((segments, first));
         }
         assert!(loader.memory_bytes() <= 2 * (WINDOW + 2 * SEGMENT), "{} bytes", loader.memory_bytes());
-        // Others make progress: a stream with a fast consumer, and a kept load.
+        // Other loads make progress: a stream with a fast consumer, and one that keeps its image.
         let mut segments = loader.load(&path).segments();
         let mut digest = Sha256::new();
         while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
@@ -143,7 +146,8 @@ async fn slow_consumer_delays_only_its_own_stream() {
         let image = tokio::time::timeout(Duration::from_secs(20), loader.load(&path).into_future()).await.unwrap().unwrap();
         assert_eq!(image.report().bytes, 256 * MIB);
         drop(image);
-        // A consumer that keeps what it takes is not held up: that memory is its own.
+        // Kept segments do not count against the window, so a consumer that keeps them is not held
+        // up.
         for ((mut segments, first), bytes) in stopped.into_iter().zip([256 * MIB, 300 * 900_000 + 299 * 150]) {
             let mut kept = vec![first];
             while let Some(segment) = tokio::time::timeout(Duration::from_secs(20), segments.next()).await.unwrap() {
@@ -179,14 +183,14 @@ async fn kept_loads_wait_for_each_other_without_deadlock() {
     let path = file(folder.path(), "model.bin", &bytes);
     let loader = Loader::builder().memory_limit_bytes(32 * MIB).build().unwrap();
     let first = loader.load(&path).await.unwrap();
-    // Both begin at once and only one fits; the other waits until the first image is dropped.
+    // Only one of the two fits into the limit: the second waits until the first image is dropped.
     let mut second = loader.load(&path).start();
     let waiting = tokio::time::timeout(Duration::from_millis(200), second.next()).await;
     assert!(waiting.is_err(), "{waiting:?}");
     assert!(loader.memory_bytes() <= 32 * MIB);
     drop(first);
     let image = tokio::time::timeout(Duration::from_secs(20), second.finish()).await.unwrap().unwrap();
-    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the second");
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the second load");
     drop(image);
     let loads = [(); 8].map(|()| tokio::spawn(loader.load(&path).into_future()));
     for load in loads {
@@ -195,13 +199,13 @@ async fn kept_loads_wait_for_each_other_without_deadlock() {
     }
     let deadline = Instant::now() + Duration::from_secs(20);
     while loader.memory_bytes() > 0 {
-        assert!(Instant::now() < deadline, "{} bytes never came back", loader.memory_bytes());
+        assert!(Instant::now() < deadline, "{} bytes were never freed", loader.memory_bytes());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
-/// Memory of the pool counts, yields to loads that need other sizes, and is reused for the same
-/// size.
+/// Pooled memory counts against the limit, is freed for loads that need other sizes, and is reused
+/// by loads of the same size.
 #[tokio::test]
 async fn pool_stays_within_the_limit_and_yields() {
     let _alone = ALONE.lock().await;
@@ -217,16 +221,16 @@ async fn pool_stays_within_the_limit_and_yields() {
     for round in 0..6 {
         let path = &paths[(round / 2) % 2];
         let image = tokio::time::timeout(Duration::from_secs(20), loader.load(path).into_future()).await.unwrap().unwrap();
-        assert_same(&image.files()[0].bytes().unwrap(), &fs::read(path).unwrap(), "loaded");
+        assert_same(&image.files()[0].bytes().unwrap(), &fs::read(path).unwrap(), "the image");
         reused += image.report().reused_bytes;
         assert!(loader.memory_bytes() <= 40 * MIB, "{}", loader.memory_bytes());
     }
-    assert!(reused >= 3 * 24 * MIB, "{reused} bytes were used again");
+    assert!(reused >= 3 * 24 * MIB, "only {reused} bytes were reused");
     assert!(loader.pooled_bytes() > 0 && loader.memory_bytes() == loader.pooled_bytes());
     loader.trim_pool(0);
     let deadline = Instant::now() + Duration::from_secs(20);
     while loader.memory_bytes() > 0 {
-        assert!(Instant::now() < deadline, "{} bytes never came back", loader.memory_bytes());
+        assert!(Instant::now() < deadline, "{} bytes were never freed", loader.memory_bytes());
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
@@ -236,7 +240,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
     let _alone = ALONE.lock().await;
     let folder = folder();
     let limit = 256 * MIB;
-    let (path, expected) = large(folder.path(), "model.bin", 24);
+    let (path, expected) = write_large_file(folder.path(), "model.bin", 24);
     for stalled in [0, 10] {
         let loader = Loader::builder().memory_limit_bytes(limit).build().unwrap();
         let before = resident_shared_bytes();
@@ -268,10 +272,10 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
         let mut sum = 0;
         let count = loads.len() as u64;
         for load in loads {
-            sum += tokio::time::timeout(Duration::from_secs(120), load).await.expect("nothing deadlocks").unwrap();
+            sum += tokio::time::timeout(Duration::from_secs(120), load).await.expect("a stream deadlocked").unwrap();
         }
         let (mean, slowest) = (sum / count, slowest.load(Ordering::Relaxed));
-        let (seen, counted) = watch.most();
+        let (seen, counted) = watch.peaks();
         println!(
             "{count} streams beside {stalled} that stopped: slowest {:.2} × mean, {} MiB resident at most of {}",
             slowest as f64 / mean as f64,
@@ -280,7 +284,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
         );
         assert!(slowest <= 3 * mean, "the slowest took {slowest} µs, the mean is {mean}");
         assert!(seen - before <= limit && counted <= limit, "{seen} bytes resident, {counted} counted");
-        // Those that stopped continue where they were.
+        // The stopped streams resume after the segment that they took.
         for (mut segments, first) in stopped {
             let mut digest = Sha256::new();
             digest.update(first.bytes().unwrap());
@@ -298,7 +302,7 @@ async fn streams_share_a_limit_with_ten_stopped_streams() {
 async fn high_priority_load_overtakes_low_priority_loads() {
     let _alone = ALONE.lock().await;
     let folder = folder();
-    let (path, _) = large(folder.path(), "model.bin", 96);
+    let (path, _) = write_large_file(folder.path(), "model.bin", 96);
     let loader = Loader::builder()
         .heap(AnonHeap::default())
         .allocator_threads(1)
@@ -310,24 +314,24 @@ async fn high_priority_load_overtakes_low_priority_loads() {
     let high = loader.load(&path).options(loader.load_options().priority(Priority::High)).await.unwrap();
     assert_eq!(high.report().bytes, 96 * MIB);
     let read: u64 = low.iter().map(|load| load.progress().read_bytes).sum();
-    assert!(read < 2 * 96 * MIB, "{read} bytes of low priority were read before the end of one of high priority");
+    assert!(read < 2 * 96 * MIB, "{read} bytes of low priority were read before the high-priority load ended");
     for load in low {
         load.await.unwrap();
     }
 }
 
-/// A model of tensors of two and a half MiB, each across two segments.
-fn tensors(folder: &Path, count: usize) -> PathBuf {
+/// Writes a model of tensors of 2.5 MiB, each of which spans at least two 2 MiB segments.
+fn write_tensors(folder: &Path, count: usize) -> PathBuf {
     file(folder, "tensors.safetensors", &dmaload_testing::safetensors_of(count, 5 << 19, 9))
 }
 
-/// The library holds the segments of an incomplete tensor, so a reservation must have room for
+/// The library holds the segments of an incomplete tensor, so a stream's reservation must include
 /// them.
 #[tokio::test]
 async fn tensor_streams_never_wait_for_their_own_memory() {
     let _alone = ALONE.lock().await;
     let folder = folder();
-    let path = tensors(folder.path(), 12);
+    let path = write_tensors(folder.path(), 12);
     let loader = Loader::builder()
         .memory_limit_bytes(32 * MIB)
         .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -339,20 +343,21 @@ async fn tensor_streams_never_wait_for_their_own_memory() {
     let streams: Vec<_> = (0..40)
         .map(|number| {
             let options = loader.load_options();
-            // Some in another order, which keeps nothing of the order before.
+            // Half of the streams request another order than the file's.
             let options = if number % 2 == 0 { options } else { options.tensors(["t11", "t3", "*"]) };
             tokio::spawn(loader.load(&path).options(options).tensors().collect_names())
         })
         .collect();
     for stream in streams {
-        let mut names = tokio::time::timeout(Duration::from_secs(60), stream).await.expect("nothing deadlocks").unwrap();
+        let mut names = tokio::time::timeout(Duration::from_secs(60), stream).await.expect("a stream deadlocked").unwrap();
         names.sort();
         let mut expected = expected.clone();
         expected.sort();
         assert_eq!(names, expected);
     }
     assert!(loader.memory_bytes() <= 32 * MIB);
-    // A limit that holds not even one tensor is an error; segments can still be streamed.
+    // A limit below the size of a tensor is an error for tensor streams; segments can still be
+    // streamed.
     let small = Loader::builder()
         .memory_limit_bytes(2 * MIB)
         .load_options(LoadOptions::new().segment_bytes(2 << 20))
@@ -382,7 +387,7 @@ impl CollectNames for dmaload::Tensors {
     }
 }
 
-/// Reused memory of the pool is charged as a whole, so others cannot take what it still needs.
+/// A reused allocation is charged in full, so other loads cannot take the rest of its reservation.
 #[tokio::test]
 async fn reservation_holds_while_the_pool_is_reused() {
     let _alone = ALONE.lock().await;
@@ -398,8 +403,8 @@ async fn reservation_holds_while_the_pool_is_reused() {
         drop(loader.load(&large).await.unwrap());
         let both = async { (loader.load(&large).into_future(), loader.load(&small).into_future()) }.await;
         let (large, small) = (tokio::spawn(both.0), tokio::spawn(both.1));
-        let small = tokio::time::timeout(Duration::from_secs(20), small).await.expect("it has its reservation").unwrap().unwrap();
-        let large = tokio::time::timeout(Duration::from_secs(20), large).await.expect("it has its reservation").unwrap().unwrap();
+        let small = tokio::time::timeout(Duration::from_secs(20), small).await.expect("the small load starved").unwrap().unwrap();
+        let large = tokio::time::timeout(Duration::from_secs(20), large).await.expect("the large load starved").unwrap().unwrap();
         assert_eq!((small.report().bytes, large.report().bytes), (16 * MIB, 64 * MIB));
         assert!(loader.memory_bytes() <= 80 * MIB);
     }

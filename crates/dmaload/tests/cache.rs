@@ -1,9 +1,9 @@
-//! Cached chunks are copied from the page cache, and only where that is as good as reading
-//! storage.
-#![allow(unsafe_code, reason = "writers that store through mappings")]
+//! Cached chunks are copied from the page cache where that is as reliable as reading storage, and
+//! only there.
+#![allow(unsafe_code, reason = "tests store through writable mappings")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(clippy::single_range_in_vec_init, reason = "they are ranges")]
+#![allow(clippy::single_range_in_vec_init, reason = "the vectors are lists of ranges")]
 
 mod common;
 
@@ -24,11 +24,11 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 const MIB: u64 = 1 << 20;
 
-/// Makes exactly these ranges of a file cached; returns the reason if that is impossible.
+/// Caches exactly these ranges of a file, or returns the reason why that is impossible.
 fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let file = File::open(path).unwrap();
     let cached = || probe::cached_bytes(&file).map_err(|errno| format!("cachestat: {errno}"));
-    // Pages that are still being read are not dropped.
+    // The kernel does not drop pages that are still being read, so try again.
     for _ in 0..1000 {
         fadvise(&file, 0, None, Advice::DontNeed).unwrap();
         if cached()? == 0 {
@@ -44,8 +44,8 @@ fn cache_only(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     still_cached(path, ranges)
 }
 
-/// Returns the reason if not exactly these ranges of a file are cached: other processes may need
-/// the memory.
+/// Returns an error unless exactly these ranges of a file are cached. Memory pressure from other
+/// processes can evict them.
 fn still_cached(path: &Path, ranges: &[Range<u64>]) -> Result<(), String> {
     let cached = probe::cached_bytes(File::open(path).unwrap()).map_err(|errno| format!("cachestat: {errno}"))?;
     let expected: u64 = ranges.iter().map(|range| range.end.next_multiple_of(4096) - range.start / 4096 * 4096).sum();
@@ -56,9 +56,10 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// Not on the machine's own disk, whatever that is: not every file system's cache is used.
+/// How often a load is repeated until all cached bytes are copied.
 const TRIES: usize = 5;
 
+/// Runs on mounted file systems of known types: not every file system's cache is used.
 #[test]
 fn cached_chunks_are_copied_and_the_rest_is_read() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
@@ -86,10 +87,10 @@ async fn mixtures(what: &str, at: &Path) {
     for ranges in [vec![0..end], vec![0..24 * MIB], alternate, ragged, vec![]] {
         let has = |chunk: &Range<u64>| ranges.iter().any(|range| range.start <= chunk.start && chunk.end <= range.end);
         let chunks = (0..end).step_by(2 << 20).map(|start| start..(start + 2 * MIB).min(end));
-        let there: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
+        let expected_cached: u64 = chunks.filter(has).map(|chunk| chunk.end - chunk.start).sum();
         let check = async |loader: &Loader, options: LoadOptions, expected_bytes: u64, how: &str| {
             let how = format!("{what}: {ranges:?}, {how}");
-            // A page that is locked for a moment makes a read that does not wait come short.
+            // A page that is locked for a moment ends a non-blocking read early.
             let mut image = None;
             for attempt in 0..TRIES {
                 if let Err(reason) = cache_only(&path, &ranges) {
@@ -116,22 +117,22 @@ async fn mixtures(what: &str, at: &Path) {
         };
         for (number, loader) in loaders.iter().enumerate() {
             for round in 0..2 {
-                check(loader, loader.load_options(), there, &format!("loader {number}, round {round}")).await;
+                check(loader, loader.load_options(), expected_cached, &format!("loader {number}, round {round}")).await;
             }
         }
         let loader = &loaders[0];
         for route in ROUTES.into_iter().filter(|route| route.is_direct()) {
-            check(loader, loader.load_options().route(route), there, route.name()).await;
+            check(loader, loader.load_options().route(route), expected_cached, route.name()).await;
         }
-        check(loader, loader.load_options().layout(Layout::Single), there, "single").await;
+        check(loader, loader.load_options().layout(Layout::Single), expected_cached, "single").await;
         check(loader, loader.load_options().route(Route::PreadDirect).strict(true), 0, "strict").await;
         let strict = loader.load_options().route(Route::PreadDirect).strict(true).cache(Cache::Auto);
-        check(loader, strict, there, "strict, auto").await;
+        check(loader, strict, expected_cached, "strict, auto").await;
         check(loader, loader.load_options().cache(Cache::Bypass), 0, "bypass").await;
     }
 }
 
-/// Small files are opened when their turn comes, and their headers are taken from their memory.
+/// Small files are opened only when their memory is allocated.
 #[tokio::test]
 async fn small_files_are_taken_from_the_cache() {
     let folder = folder();
@@ -152,7 +153,7 @@ async fn small_files_are_taken_from_the_cache() {
             assert_same(&image.files()[number].bytes().unwrap(), bytes, "a small file");
         }
         if paths.iter().zip(&contents).any(|(path, bytes)| still_cached(path, &[0..bytes.len() as u64]).is_err() && !half) {
-            return eprintln!("skipped: something has gone from the cache");
+            return eprintln!("skipped: some files were evicted from the page cache");
         }
         let cached = contents.iter().enumerate().filter(|(number, _)| !half || number % 2 == 1);
         let cached: usize = cached.map(|(_, bytes)| bytes.len()).sum();
@@ -160,7 +161,7 @@ async fn small_files_are_taken_from_the_cache() {
     }
 }
 
-/// A heap that blocks before its last segment until the test opens the gate.
+/// A heap that blocks the allocation of the last segment until the test opens it.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<(AtomicUsize, Mutex<bool>, Condvar)>);
 
@@ -188,8 +189,8 @@ impl GatedHeap {
     }
 }
 
-/// The last segment is found in the cache before its memory is allocated, and has been evicted by
-/// the time that exists.
+/// The last segment is cached when the load is planned, and evicted before its memory is
+/// allocated.
 #[tokio::test]
 async fn evicted_chunks_are_read_from_storage() {
     let folder = folder();
@@ -208,7 +209,7 @@ async fn evicted_chunks_are_read_from_storage() {
     fadvise(File::open(&path).unwrap(), 6 * MIB, NonZeroU64::new(2 * MIB), Advice::DontNeed).unwrap();
     heap.open();
     let image = load.finish().await.unwrap();
-    assert_same(&image.files()[0].bytes().unwrap(), &expected, "from both");
+    assert_same(&image.files()[0].bytes().unwrap(), &expected, "from the cache and from storage");
     let cached = image.report().cached_bytes;
     assert!(cached <= 6 * MIB, "{cached}");
     if still_cached(&path, &[0..6 * MIB]).is_ok() {
@@ -216,8 +217,8 @@ async fn evicted_chunks_are_read_from_storage() {
     }
 }
 
-/// A writer whose page was dirty and mapped before the load began: the kernel notices its next
-/// store only if that page was written back meanwhile.
+/// A page that was dirty and mapped writable before the load: the next store into it updates the
+/// modification time only if the page was written back in between.
 #[test]
 fn store_into_an_already_dirty_page_fails_the_load() {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -233,11 +234,11 @@ async fn stores(what: &str, at: &Path) {
         }
         let open = File::options().read(true).write(true).open(&path).unwrap();
         let flags = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping, at an address that the kernel chooses.
+        // SAFETY: this creates a new mapping at an address that the kernel chooses.
         let mapped = unsafe { mmap(std::ptr::null_mut(), 8 << 20, flags, MapFlags::SHARED, &open, 0) }.unwrap();
-        // SAFETY: within the mapping.
+        // SAFETY: 1 MiB is within the mapping of 8 MiB.
         let place = unsafe { mapped.cast::<u8>().add(1 << 20) };
-        // SAFETY: mapped, and only this thread writes to it.
+        // SAFETY: `place` is mapped writable, and only this thread accesses it.
         let store = |byte: u8| unsafe { place.write_volatile(byte) };
         store(1);
         let heap = GatedHeap::default();
@@ -254,15 +255,15 @@ async fn stores(what: &str, at: &Path) {
         store(2);
         heap.open();
         let error = load.finish().await.err().map(|error| error.to_string());
-        let error = error.unwrap_or_else(|| panic!("{what}, {how}: bytes of before the store"));
+        let error = error.unwrap_or_else(|| panic!("{what}, {how}: the load missed the store"));
         assert!(error.contains("it was modified"), "{what}, {how}: {error}");
-        // SAFETY: nothing refers to it any more.
+        // SAFETY: `store`, the only user of the mapping, is not called again.
         unsafe { munmap(mapped, 8 << 20) }.unwrap();
         open.sync_all().unwrap();
     }
 }
 
-/// Neither reading the header nor asking what is cached starts readahead.
+/// Neither reading the header nor querying the page cache starts readahead.
 #[tokio::test]
 async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
     const LEN: u64 = 256 << 20;
@@ -282,17 +283,17 @@ async fn cold_load_leaves_almost_nothing_in_the_page_cache() {
     }
 }
 
-/// Whether reads from this file can leave nothing in the page cache: `RWF_DONTCACHE`.
+/// Whether buffered reads of this file can drop their pages afterwards (`RWF_DONTCACHE`).
 fn can_leave_nothing(file: &File) -> bool {
     let mut byte = [0];
     let flags = rustix::io::ReadWriteFlags::from_bits_retain(0x80);
     rustix::io::preadv2(file, &mut [std::io::IoSliceMut::new(&mut byte)], 0, flags).is_ok()
 }
 
-/// Where the kernel or the file system cannot do that, the first reads are refused and retried
-/// without it.
+/// If the kernel or the file system does not support `RWF_DONTCACHE`, the first reads are refused
+/// and retried without it.
 #[test]
-fn ring_reads_through_the_cache_leave_nothing_there() {
+fn ring_reads_through_the_cache_leave_no_pages_in_it() {
     let runtime = tokio::runtime::Builder::new_multi_thread().build().unwrap();
     let folder = folder();
     let tmpfs = mounted::tmpfs(&folder.path().join("tmpfs"), "96m");
@@ -307,7 +308,7 @@ fn ring_reads_through_the_cache_leave_nothing_there() {
             assert_same(&image.files()[0].bytes().unwrap(), &expected, what);
             let report = image.report();
             let refused: Vec<_> = report.fallbacks.iter().filter(|step| step.from == Route::UringBuffered).collect();
-            // A container may refuse io_uring; nothing else may be refused.
+            // A container can forbid io_uring; no other refusal is expected.
             if let Some(step) = refused.first() {
                 assert_eq!(step.attempt, Attempt::SetUpRing, "{what}: {step:?}");
                 return eprintln!("skipped: {what}: {}", step.reason());
@@ -318,9 +319,9 @@ fn ring_reads_through_the_cache_leave_nothing_there() {
                 Ok(()) if can_leave_nothing(&open) => {
                     let cached = probe::cached_bytes(&open).unwrap();
                     assert!(cached <= expected.len() as u64 / 100, "{what}: {cached} bytes are cached");
-                    eprintln!("{what}: nothing stays");
+                    eprintln!("{what}: the page cache stays empty");
                 }
-                cold => eprintln!("{what}: it may stay ({cold:?})"),
+                cold => eprintln!("{what}: page cache not checked ({cold:?})"),
             }
         }
     };

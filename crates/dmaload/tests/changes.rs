@@ -1,4 +1,5 @@
-//! Files and memory that change during a load: a correct load or a clear error, never wrong bytes.
+//! Files that change and heaps that fail during a load: the load is correct or fails with a clear
+//! error, and never returns wrong bytes. Shutdowns amid loads leave no file open.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -18,8 +19,9 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const SEGMENTS: usize = 4;
 
-/// A heap that blocks before its last segment until the test opens the gate: the rest has been
-/// planned and may be read. With one allocator thread the last call is that for the last segment.
+/// A heap that blocks the allocation of the last segment until the test opens the gate. By then
+/// the load has been planned and its other segments can be read. With one allocator thread, the
+/// last call is the one for the last segment.
 #[derive(Debug, Clone, Default)]
 struct GatedHeap(Arc<Gate>);
 
@@ -54,20 +56,19 @@ impl GatedHeap {
         Hooked::new(MemfdHeap::default(), self.clone())
     }
 
-    /// A loader of this heap alone, which one worker calls.
+    /// Configures a loader that allocates from this heap, with one allocator thread.
     fn builder(&self) -> LoaderBuilder {
         let options = LoadOptions::new().segment_bytes(SEGMENT as u64);
         Loader::builder().heap(self.around_memfds()).allocator_threads(1).load_options(options)
     }
 }
 
-/// Loads a file, and changes it after its first segment arrived and before its last one can be
-/// read.
-async fn load_and(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
-    load_range_and(route, bytes, None, change).await
+/// Loads a file and changes it after its first segment arrives, before its last one can be read.
+async fn change_during_load(route: Route, bytes: &[u8], change: impl FnOnce(&Path)) -> Result<Image, Error> {
+    change_during_range_load(route, bytes, None, change).await
 }
 
-async fn load_range_and(
+async fn change_during_range_load(
     route: Route,
     bytes: &[u8],
     range: Option<Range<u64>>,
@@ -75,7 +76,7 @@ async fn load_range_and(
 ) -> Result<Image, Error> {
     let folder = folder();
     let path = file(folder.path(), "model.bin", bytes);
-    // A change in the same clock tick as the writing would not show in the file's time.
+    // A change in the same clock tick as the initial write would not change the modification time.
     fs::File::open(&path).unwrap().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     let heap = GatedHeap::default();
     let loader = heap.builder().build().unwrap();
@@ -84,7 +85,7 @@ async fn load_range_and(
         options = options.range(range);
     }
     let mut load = loader.load(&path).options(options).start();
-    load.next().await.expect("the first segment needs no last one").unwrap();
+    load.next().await.expect("the first segment arrives before the last one").unwrap();
     change(&path);
     heap.0.open();
     load.finish().await
@@ -94,12 +95,12 @@ fn model() -> Vec<u8> {
     random_bytes((SEGMENTS - 1) * SEGMENT + 70_000, 21)
 }
 
-/// Loads a file that ends within a page, so its segment ends with zeros.
+/// The file ends within a page, so the memory of its last segment ends with zeros.
 #[tokio::test]
 async fn memory_past_the_end_of_the_file_is_zero() {
     for route in ROUTES {
         let bytes = model();
-        let image = load_and(route, &bytes, |_| ()).await.unwrap();
+        let image = change_during_load(route, &bytes, |_| ()).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, route.name());
         let last = image.segments().last().unwrap();
         let mut memory = vec![1; last.memory_bytes()];
@@ -117,22 +118,22 @@ async fn raw_file_that_grows_fails() {
     };
     for route in ROUTES {
         for bytes in [1, 9000] {
-            let error = load_and(route, &model(), |path| append(path, bytes)).await.unwrap_err();
+            let error = change_during_load(route, &model(), |path| append(path, bytes)).await.unwrap_err();
             assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{route}, {bytes} more: {error}");
             let longer = random_bytes(model().len() + bytes, 24);
-            let error = load_and(route, &model(), |path| rewrite(path, &longer)).await.unwrap_err();
+            let error = change_during_load(route, &model(), |path| rewrite(path, &longer)).await.unwrap_err();
             assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{route}, {bytes} longer: {error}");
         }
     }
 }
 
-/// Rewrites without truncating first, which a read could notice.
+/// Overwrites the file without truncating it first: a read could notice the truncation.
 fn rewrite(path: &Path, bytes: &[u8]) {
     use std::os::unix::fs::FileExt;
     fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, 0).unwrap();
 }
 
-/// No header is read for a range, so the length is not known from one.
+/// A range is loaded without reading a header, so no header states the length.
 #[tokio::test]
 async fn range_of_a_model_that_grows_fails() {
     let whole = 0..safetensors().len() as u64;
@@ -141,7 +142,8 @@ async fn range_of_a_model_that_grows_fails() {
         longer.push(1);
         longer[100_000..].fill(7);
         let change = |path: &Path| rewrite(path, &longer);
-        let error = load_range_and(Route::UringFixedDirect, &safetensors(), Some(range.clone()), change).await.unwrap_err();
+        let error =
+            change_during_range_load(Route::UringFixedDirect, &safetensors(), Some(range.clone()), change).await.unwrap_err();
         assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{range:?}: {error}");
     }
 }
@@ -159,7 +161,7 @@ fn safetensors() -> Vec<u8> {
 async fn model_that_grows_fails() {
     let bytes = safetensors();
     let longer = |path: &Path| rewrite(path, &random_bytes(bytes.len() + 1, 24));
-    let error = load_and(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();
+    let error = change_during_load(Route::UringFixedDirect, &bytes, longer).await.unwrap_err();
     assert!(matches!(error, Error::Changed { change: "it grew", .. }), "{error}");
 }
 
@@ -168,11 +170,12 @@ async fn shrinking_file_fails_and_reports_where_it_ended() {
     for route in ROUTES {
         for left in [3 * SEGMENT + 4096, 3 * SEGMENT + 5000, 3 * SEGMENT, SEGMENT] {
             let shrink = |path: &Path| fs::OpenOptions::new().write(true).open(path).unwrap().set_len(left as u64).unwrap();
-            match load_and(route, &model(), shrink).await {
+            match change_during_load(route, &model(), shrink).await {
                 Err(Error::Ended { offset, planned_bytes, .. }) => {
                     assert!(offset >= left as u64 && planned_bytes == model().len() as u64, "{offset} {planned_bytes}");
                 }
-                // Segments read before it shrank are complete; the check at the end notices.
+                // If all segments were read before the file shrank, the check at the end reports
+                // it.
                 Err(Error::Changed { change, .. }) => assert_eq!(change, "it shrank"),
                 other => panic!("{route}, {left} bytes left: {other:?}"),
             }
@@ -187,18 +190,18 @@ async fn replaced_or_rewritten_file_fails_and_a_deleted_one_loads() {
         fs::write(&other, random_bytes(model().len(), 22)).unwrap();
         fs::rename(other, path).unwrap();
     };
-    let error = load_and(Route::UringFixedDirect, &model(), replace).await.unwrap_err();
+    let error = change_during_load(Route::UringFixedDirect, &model(), replace).await.unwrap_err();
     assert!(matches!(error, Error::Changed { change: "it was replaced", .. }), "{error}");
 
     let write = |path: &Path| {
         use std::os::unix::fs::FileExt;
         fs::OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"other weights", 100).unwrap();
     };
-    let error = load_and(Route::UringFixedDirect, &model(), write).await.unwrap_err();
+    let error = change_during_load(Route::UringFixedDirect, &model(), write).await.unwrap_err();
     assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{error}");
     assert!(error.to_string().contains("model.bin"), "{error}");
 
-    let image = load_and(Route::UringFixedDirect, &model(), |path| fs::remove_file(path).unwrap()).await.unwrap();
+    let image = change_during_load(Route::UringFixedDirect, &model(), |path| fs::remove_file(path).unwrap()).await.unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &model(), "a deleted file");
 }
 
@@ -213,19 +216,19 @@ async fn last_segment_of_a_changed_file_is_withheld() {
     segments.next().await.unwrap().unwrap();
     fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
     heap.0.open();
-    let mut given = 1;
+    let mut received = 1;
     let error = loop {
-        match segments.next().await.expect("an error comes before the end") {
-            Ok(_) => given += 1,
+        match segments.next().await.expect("the load must fail before it ends") {
+            Ok(_) => received += 1,
             Err(error) => break error,
         }
     };
     assert!(matches!(error, Error::Changed { .. }), "{error}");
-    assert_eq!(given, SEGMENTS - 1);
-    assert!(segments.next().await.is_none(), "nothing comes after an error");
+    assert_eq!(received, SEGMENTS - 1);
+    assert!(segments.next().await.is_none(), "an error ends the stream");
 }
 
-/// A heap that fails its n-th call of either kind.
+/// A heap that fails one allocation and one populating call, each after a number of successes.
 #[derive(Debug)]
 struct FailingHeap {
     allocations: AtomicUsize,
@@ -237,7 +240,7 @@ impl FailingHeap {
         FailingHeap { allocations: AtomicUsize::new(allocations), populations: AtomicUsize::new(populations) }
     }
 
-    fn count(left: &AtomicUsize, operation: &'static str, bytes: usize) -> Result<(), HeapError> {
+    fn fail_at_zero(left: &AtomicUsize, operation: &'static str, bytes: usize) -> Result<(), HeapError> {
         match left.fetch_sub(1, Ordering::Relaxed) {
             0 => Err(HeapError::new(operation, bytes, dmaload::Errno::ENOMEM)),
             _ => Ok(()),
@@ -251,11 +254,11 @@ impl HeapHooks for FailingHeap {
     }
 
     fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
-        Self::count(&self.allocations, "allocate memory", bytes)
+        Self::fail_at_zero(&self.allocations, "allocate memory", bytes)
     }
 
     fn before_populate(&self, _mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
-        Self::count(&self.populations, "populate memory", part.len())
+        Self::fail_at_zero(&self.populations, "populate memory", part.len())
     }
 }
 
@@ -273,7 +276,7 @@ async fn heap_that_runs_out_fails_the_load_not_the_loader() {
         let error = loader.load(&path).await.unwrap_err();
         let reported = error.to_string();
         assert!(reported.contains("failing") && reported.contains(operation) && reported.contains("ENOMEM"), "{reported}");
-        // Only one call failed: the same loader still works.
+        // Only one call fails, so the same loader can load the file now.
         let image = loader.load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &model(), "the load after the failure");
     }
@@ -298,21 +301,21 @@ async fn shutdown_fails_running_loads_even_if_a_heap_hangs() {
     let heap = GatedHeap::default();
     let loader = heap.builder().shutdown_timeout(std::time::Duration::from_millis(200)).build().unwrap();
     let mut load = loader.load(&path).start();
-    let segment = load.next().await.expect("the first segment needs no last one").unwrap();
+    let segment = load.next().await.expect("the first segment arrives before the last one").unwrap();
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
     let left = loader.shutdown().await.unwrap_err();
-    assert_eq!((left.bytes, left.threads), (0, 1), "nothing is in flight, so nothing is leaked; the worker is in the heap");
+    assert_eq!((left.bytes, left.threads), (0, 1), "no read is in flight, so no memory is leaked; the worker hangs in the heap");
     // Segments that were ready before the error come first.
     let error = loop {
-        if let Err(error) = load.next().await.expect("an error comes before the end") {
+        if let Err(error) = load.next().await.expect("the load must fail before it ends") {
             break error;
         }
     };
     assert_eq!(error, Error::ShutDown);
     assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
-    assert_same(&segment.bytes().unwrap(), &model()[..SEGMENT], "a segment after the shutdown");
+    assert_same(&segment.bytes().unwrap(), &model()[..SEGMENT], "a segment, after the shutdown");
     heap.0.open();
 }
 
@@ -323,27 +326,27 @@ async fn shutdown_without_a_waiting_thread_reports_leaks() {
     let heap = GatedHeap::default();
     let loader = heap.builder().build().unwrap();
     let load = loader.load(&path).start();
-    // All segments but the last are read: a read in flight would be leaked.
+    // Wait until all segments but the last are read: a read in flight would leak its memory.
     let all_but_one = ((SEGMENTS - 1) * SEGMENT) as u64;
     while heap.0.calls.load(Ordering::Relaxed) < SEGMENTS || loader.metrics().read_bytes < all_but_one {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
-    // Applies to this thread, which the test harness started for this test.
+    // The filter applies to this thread only, which the test harness started for this test.
     let [clone, clone3] = [libc::SYS_clone, libc::SYS_clone3].map(|call| u32::try_from(call).unwrap());
     seccomp::refuse(Scope::Thread, &[clone, clone3], libc::EAGAIN);
     assert!(std::thread::Builder::new().spawn(|| ()).is_err());
     let left = loader.shutdown();
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
     let left = left.await.unwrap_err();
-    assert_eq!((left.bytes, left.threads), (0, 2), "the worker is in the heap, and the teller waits for it");
+    assert_eq!((left.bytes, left.threads), (0, 2), "the worker hangs in the heap, and the teller waits for it");
     assert_eq!(load.finish().await.unwrap_err(), Error::ShutDown);
     heap.0.open();
 }
 
-/// The number of this process's descriptors of this file.
-fn descriptors_of(path: &Path) -> usize {
+/// Counts this process's descriptors of this file.
+fn count_descriptors(path: &Path) -> usize {
     let path = fs::canonicalize(path).unwrap();
-    // A descriptor that was closed meanwhile has no target.
+    // A descriptor that is closed during the scan has no target.
     let targets = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
     targets.filter(|target| *target == path).count()
 }
@@ -359,7 +362,7 @@ async fn shutdown_closes_every_file() {
             Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT as u64).route(route)).build().unwrap();
         let mut large = loader.load(&path).start();
         let others = [loader.load(&path).start(), loader.load(&small).start()];
-        // Shuts down while files are opened, after a segment, and amid reads.
+        // Shut down while files are being opened, after a segment, or while reads are in flight.
         match round % 3 {
             0 => tokio::time::sleep(std::time::Duration::from_micros(300 * round)).await,
             1 => drop(large.next().await.unwrap().unwrap()),
@@ -370,7 +373,7 @@ async fn shutdown_closes_every_file() {
             }
         }
         loader.shutdown().await.unwrap();
-        let open: usize = small.iter().chain([&path]).map(|path| descriptors_of(path)).sum();
+        let open: usize = small.iter().chain([&path]).map(|path| count_descriptors(path)).sum();
         assert_eq!(open, 0, "{route}, round {round}");
         drop((large, others));
     }
@@ -386,7 +389,8 @@ async fn rewritten_small_model_is_reported_as_changed_not_damaged() {
     let (zeros, cut) = (vec![0; good.len()], good[..good.len() / 2].to_vec());
     let mut longer = good.clone();
     longer.extend([7; 100]);
-    // Rewritten while the load waits for memory: the length is planned, the header not yet read.
+    // The file is rewritten while the load waits for memory: the plan has the file's length, and
+    // the header is not read yet.
     for torn in [&zeros, &cut, &longer, &Vec::new()] {
         let folder = folder();
         let path = file(folder.path(), "model.safetensors", &good);
@@ -403,7 +407,7 @@ async fn rewritten_small_model_is_reported_as_changed_not_damaged() {
         let error = load.finish().await.unwrap_err();
         assert!(matches!(error, Error::Changed { .. } | Error::Ended { .. }), "{} bytes: {error}", torn.len());
         if !torn.is_empty() {
-            // Without a writer, the same bytes are damaged.
+            // Loaded without a concurrent writer, the same bytes are a damaged model.
             let error = Loader::new().unwrap().load(&path).await.unwrap_err();
             assert!(matches!(error, Error::Model { .. }), "{error}");
         }

@@ -1,4 +1,4 @@
-//! The way that a loader reads if left to choose: both are tried, and the faster one is taken.
+//! A loader that is free to choose measures direct and staged reads, and takes the faster way.
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -17,11 +17,11 @@ use dmaload::{Cache, Image, LoadOptions, Loader, Prefer, Route, TraceKind, Way};
 use rustix::fs::{Advice, fadvise};
 
 const MIB: usize = 1 << 20;
-/// The smallest size that is measured.
+/// The smallest load that is measured.
 const LARGE: usize = 512 * MIB;
 
-/// Random bytes in blocks of a MiB, each of which begins with its number.
-fn large(folder: &Path, block: &[u8]) -> PathBuf {
+/// Writes a file of 1 MiB blocks that are equal except for the block number at their start.
+fn write_large_file(folder: &Path, block: &[u8]) -> PathBuf {
     let path = folder.join("large.bin");
     let mut file = File::create(&path).unwrap();
     for number in 0..LARGE / MIB {
@@ -38,18 +38,18 @@ fn assert_large(image: &Image, block: &[u8], what: &str) {
     assert_eq!(bytes.len(), LARGE, "{what}");
     for (number, found) in bytes.chunks(MIB).enumerate() {
         let found_number = usize::from_le_bytes(found[..8].try_into().unwrap());
-        assert_eq!(found_number, number, "{what}: one block is in the place of another");
+        assert_eq!(found_number, number, "{what}: block {found_number} is in the place of block {number}");
         assert_same(&found[8..], &block[8..], &format!("{what}, block {number}"));
     }
 }
 
-/// Default options, except that the page cache would not be measured.
+/// Default options, except that the page cache is bypassed: loads from it are not measured.
 fn options(loader: &Loader) -> LoadOptions {
     loader.load_options().cache(Cache::Bypass)
 }
 
-/// Loads and checks the bytes; returns the way that was measured, and whether it read into staging
-/// at all.
+/// Loads the file and checks its bytes and its report. Returns the way that the load chose, if it
+/// measured, and its route.
 async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], what: &str) -> (Option<Way>, Route) {
     let image = loader.load(path).options(options).await.unwrap();
     assert_large(&image, block, what);
@@ -60,15 +60,16 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
     for rate in [direct, staged] {
         assert!(rate > 1e6 && rate < 1e12, "{what}: {rate} bytes per second");
     }
-    // The way that was not expected to be faster must be faster by three per cent.
+    // The less expected way wins only if it is faster by 3 %, so smaller differences decide
+    // nothing.
     if direct > 1.04 * staged {
         assert_eq!(measured.chosen, Way::Direct, "{what}");
     } else if staged > 1.04 * direct {
         assert_eq!(measured.chosen, Way::Staged, "{what}");
     }
-    // Some of it went through staging for the measurement.
+    // The measurement stages a part of the file.
     assert_eq!(report.route, Route::Bounce, "{what}");
-    // It is not a fallback: nothing was refused.
+    // Staging for a measurement is not a fallback: no request was refused.
     assert!(report.fallbacks.iter().all(|fallback| fallback.to != Route::Bounce), "{what}: {:?}", report.fallbacks);
     (Some(measured.chosen), report.route)
 }
@@ -77,13 +78,13 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions, block: &[u8], 
 async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     let folder = folder();
     let block = random_bytes(MIB, 1);
-    let path = large(folder.path(), &block);
+    let path = write_large_file(folder.path(), &block);
     for (heap, pages) in [("memfd", Pages::Auto), ("anon", Pages::Small)] {
         let builder = Loader::builder();
         let builder = if heap == "memfd" { builder.heap(MemfdHeap { pages }) } else { builder.heap(AnonHeap { pages }) };
         let loader = builder.build().unwrap();
         let mut known = None;
-        // It measures again at the first and the second load after the one that began.
+        // The first three loads measure; after them the choice is settled.
         for number in 0..4 {
             // Staged reads are not a fallback, so a strict load may use them.
             let options = options(&loader).strict(number == 1);
@@ -98,7 +99,7 @@ async fn both_ways_are_measured_and_the_faster_one_is_taken() {
     }
 }
 
-/// Populates slowly for copiers, so that direct reads win.
+/// Slows down populating for copiers, which populate up to 2 MiB at a time, so direct reads win.
 #[derive(Debug)]
 struct SlowExtents;
 
@@ -111,21 +112,21 @@ impl HeapHooks for SlowExtents {
     }
 }
 
-/// Staging a part of a file for a trial is no reason to stage the rest.
+/// After a part of a file was staged for a trial, the rest takes the way that won.
 #[tokio::test]
 async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
     let folder = folder();
     let block = random_bytes(MIB, 1);
-    let path = large(folder.path(), &block);
+    let path = write_large_file(folder.path(), &block);
     let heap = Hooked::new(MemfdHeap { pages: Pages::Auto }, Arc::new(SlowExtents));
     let loader = Loader::builder().heap(heap).build().unwrap();
     let image = loader.load(&path).options(options(&loader).trace(true)).await.unwrap();
     assert_large(&image, &block, "direct reads are faster");
     let report = image.report();
-    let measured = report.measured.expect("512 MiB are enough");
+    let measured = report.measured.expect("a load of 512 MiB is measured");
     assert_eq!((measured.chosen, measured.buffered_bytes_per_second), (Way::Direct, None), "{measured:?}");
     let copied: u64 = report.trace.iter().filter(|event| event.kind == TraceKind::Copy).map(|event| event.bytes).sum();
-    // The trial, and what was prepared meanwhile: less than a window.
+    // The trial of 96 MiB, and at most the 128 MiB that were prepared in the meantime.
     assert!((96 << 20..=(96 + 128) << 20).contains(&copied), "{copied} bytes were copied");
 }
 
@@ -133,7 +134,7 @@ async fn rest_of_a_load_takes_the_chosen_way_after_a_trial() {
 async fn fixed_or_small_loads_are_not_measured() {
     let folder = folder();
     let block = random_bytes(MIB, 1);
-    let path = large(folder.path(), &block);
+    let path = write_large_file(folder.path(), &block);
     let small = file(folder.path(), "small.bin", &random_bytes(20 * MIB, 2));
     for pages in [Pages::Auto, Pages::Small] {
         let loader = Loader::builder().heap(MemfdHeap { pages }).build().unwrap();
@@ -144,7 +145,7 @@ async fn fixed_or_small_loads_are_not_measured() {
             let (measured, route) = load(&loader, &path, options(&loader).route(fixed), &block, "fixed").await;
             assert_eq!((measured, route), (None, fixed), "{pages:?}");
         }
-        // Without a measurement, the expected way is taken.
+        // Without a measurement, the load takes the way that is expected to be faster.
         let image = loader.load(&small).options(options(&loader)).await.unwrap();
         assert_eq!(image.report().measured, None);
         assert_eq!(image.report().route == Route::Bounce, pages == Pages::Small, "{pages:?}: {}", image.report().route);

@@ -1,6 +1,6 @@
-//! The caller's code on the loader's threads: wakers that poll, and anything that panics. It runs
-//! without a lock and never on the ring thread; the load it belongs to (for a waker, the waiting
-//! future) fails by name, and no other load notices.
+//! The caller's code on the loader's threads: wakers that poll, and code that panics. It runs
+//! without a lock and never on the ring thread. A panic fails only the load it belongs to (for a
+//! waker, the waiting future), with an error that names the code; other loads are not affected.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -42,7 +42,7 @@ const IDLE: u8 = 0;
 const RUNNING: u8 = 1;
 const WOKEN: u8 = 2;
 
-/// A task that is polled by the thread that wakes it, inside `wake`.
+/// A task that polls its body inside `wake`, on the thread that wakes it.
 struct Inline {
     body: Mutex<Option<Body>>,
     state: AtomicU8,
@@ -55,8 +55,8 @@ impl Inline {
 
     fn run(self: &Arc<Self>) {
         if self.state.fetch_max(RUNNING, Ordering::AcqRel) != IDLE {
-            // Another thread polls it, or this one does further down the stack: it is polled once
-            // more.
+            // Another thread is polling the task, or this one is, further up the stack. The task
+            // is polled once more afterwards.
             self.state.fetch_max(WOKEN, Ordering::AcqRel);
             return;
         }
@@ -66,7 +66,7 @@ impl Inline {
             if let Some(polled) = &mut *body
                 && polled.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()
             {
-                // Drops what the body holds: loads and loaders.
+                // Drops the loads and loaders that the body holds.
                 *body = None;
             }
             drop(body);
@@ -85,7 +85,7 @@ impl Wake for Inline {
     }
 }
 
-/// Runs a task inside wakers, and waits for its end.
+/// Runs a task inside wakers and returns its result.
 #[track_caller]
 fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
@@ -94,9 +94,9 @@ fn run_inline<T: Send + 'static>(what: &str, body: impl Future<Output = T> + Sen
         let _ = sender.send(result);
     });
     receiver.recv_timeout(PATIENCE).unwrap_or_else(|error| {
-        // A lock that is never released cannot be unwound: drops would wait for it. Not captured,
-        // unlike `eprintln`.
-        let _ = writeln!(std::io::stderr(), "panicked: {what}:\nno end of it: {error}");
+        // Exits instead of unwinding: after a deadlock, drops would wait for the lock forever. The
+        // test harness does not capture this output, unlike that of `eprintln`.
+        let _ = writeln!(std::io::stderr(), "panicked: {what}:\nthe task did not end: {error}");
         std::process::exit(101)
     })
 }
@@ -116,7 +116,7 @@ fn waker_that_polls_does_not_deadlock() {
             .unwrap();
 
         let (own, own_path) = (loader.clone(), path.clone());
-        run_inline("a load, dropped half-way, and another one begun", async move {
+        run_inline("a load, dropped half-way, and another load", async move {
             let mut load = own.load(&own_path).start();
             load.next().await.unwrap().unwrap();
             drop(load);
@@ -153,7 +153,7 @@ fn waker_that_polls_does_not_deadlock() {
         assert_eq!(names.len(), 12);
 
         let (own, own_path) = (loader.clone(), path.clone());
-        run_inline("tensors by name, from the last one on", async move {
+        run_inline("tensors by name, in reverse order", async move {
             let load = own.load(&own_path).start();
             for name in names.iter().rev() {
                 load.tensor(name).await.unwrap();
@@ -165,7 +165,7 @@ fn waker_that_polls_does_not_deadlock() {
         assert!(matches!(missing, Err(Error::File { .. })), "{missing:?}");
 
         let (own, own_path) = (loader.clone(), path.clone());
-        let ended = run_inline("a shutdown under a load", async move {
+        let ended = run_inline("a shutdown during a load", async move {
             let mut load = own.load(&own_path).start();
             let _ = load.next().await;
             let shutdown = own.shutdown().await;
@@ -184,7 +184,7 @@ fn last_loader_can_be_dropped_inside_a_waker() {
     for _ in 0..20 {
         let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
         let path = path.clone();
-        run_inline("a load that has the last loader", async move { loader.load(path).await.map(drop) }).unwrap();
+        run_inline("a load that owns the last loader", async move { loader.load(path).await.map(drop) }).unwrap();
     }
 }
 
@@ -208,12 +208,12 @@ impl Wake for CountWakes {
     }
 }
 
-/// Waits until a waker was called. Polling before would replace it.
+/// Waits until a waker was called. Polling earlier would replace the waker.
 #[track_caller]
 fn wait_until_woken(wakes: &AtomicUsize) {
     let deadline = std::time::Instant::now() + PATIENCE;
     while wakes.load(Ordering::SeqCst) == 0 {
-        assert!(std::time::Instant::now() < deadline, "nothing wakes it");
+        assert!(std::time::Instant::now() < deadline, "the waker is never called");
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -241,7 +241,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
         let mut segments = loader.load(&path).segments();
         let kept = loader.load(&path).start();
         let mut finish = loader.load(&path).into_future();
-        assert!(Pin::new(&mut load).poll_next(&mut Context::from_waker(&of_next)).is_pending(), "the heap waits");
+        assert!(Pin::new(&mut load).poll_next(&mut Context::from_waker(&of_next)).is_pending(), "the heap blocks the load");
         assert!(Pin::new(&mut segments).poll_next(&mut Context::from_waker(&of_segments)).is_pending());
         assert!(finish.as_mut().poll(&mut Context::from_waker(&of_finish)).is_pending());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
@@ -249,7 +249,7 @@ fn waker_that_panics_fails_only_its_own_wait() {
             runtime.block_on(async { tokio::time::timeout(PATIENCE, future).await }).expect(what)
         };
         {
-            // Three wait for the same tensor, the middle one with a waker that panics.
+            // Three futures wait for the same tensor; the waker of the middle one panics.
             let mut panicking = std::pin::pin!(kept.tensor("t9"));
             let before = std::pin::pin!(async { kept.tensor("t9").await.map(drop) });
             let after = std::pin::pin!(async { kept.tensor("t9").await.map(drop) });
@@ -261,20 +261,21 @@ fn waker_that_panics_fails_only_its_own_wait() {
             gate.open();
             for waker in &wakers {
                 wait_until_woken(&waker.0);
-                // The panic is noted before the load drops the waker. Two are this test's.
+                // The panic is recorded before the load drops the waker; this test owns two
+                // clones.
                 while Arc::strong_count(waker) > 2 {
                     std::thread::sleep(Duration::from_millis(1));
                 }
             }
-            // Others are woken although one has panicked.
+            // The other wakers are called although one panicked.
             [wakes_before, wakes_after].iter().for_each(|wakes| wait_until_woken(&wakes.0));
             let polled = panicking.as_mut().poll(&mut Context::from_waker(Waker::noop()));
             assert!(matches!(&polled, Poll::Ready(Err(error)) if *error == panicked()), "{route}: {polled:?}");
             for other in others {
-                in_time("the tensor of another one", other).unwrap();
+                in_time("the tensor of another waiter", other).unwrap();
             }
         }
-        // The load goes on.
+        // The load continues.
         let image = runtime.block_on(async { tokio::time::timeout(PATIENCE, kept).await }).unwrap().unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &expected, route.name());
         let noop = &mut Context::from_waker(Waker::noop());
@@ -286,13 +287,13 @@ fn waker_that_panics_fails_only_its_own_wait() {
         assert_eq!(Pin::new(&mut segments).poll_next(noop).map_ok(drop), Poll::Ready(None), "{route}");
         assert_eq!(finish.as_mut().poll(noop).map_ok(drop), Poll::Ready(Err(panicked())), "{route}");
         for waker in wakers {
-            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: a waker is called once for a poll");
+            assert_eq!(waker.0.load(Ordering::SeqCst), 1, "{route}: each poll wakes at most once");
         }
-        assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), expected.len() as u64, "after it");
+        assert_eq!(load_all(&loader, &path, loader.load_options()).unwrap(), expected.len() as u64, "the next load");
     }
 }
 
-/// A heap that waits.
+/// A heap that blocks allocations until the gate opens.
 #[derive(Debug, Clone, Default)]
 struct Gate(Arc<(Mutex<bool>, std::sync::Condvar)>);
 
@@ -319,7 +320,8 @@ impl HeapHooks for Gate {
 fn load_all(loader: &Loader, path: &Path, options: LoadOptions) -> dmaload::Result<u64> {
     let load = loader.load(path).options(options).start();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let image = runtime.block_on(async { tokio::time::timeout(PATIENCE, load.into_future()).await.expect("it ends") })?;
+    let image = runtime
+        .block_on(async { tokio::time::timeout(PATIENCE, load.into_future()).await.expect("the load did not end in time") })?;
     Ok(image.report().bytes)
 }
 
@@ -397,7 +399,7 @@ fn panicking_verifiers_and_observers_are_named() {
                 let observer: Arc<dyn Observer> = Arc::new(PanicsToo(place, length));
                 let observed = load_all(&loader, path, loader.load_options().observer(observer));
                 let panicked = |code: &str, message: &str| Err(format!("{code} panicked: {message}"));
-                // The offset of the bytes follows.
+                // Cut off the file and offset that follow the panic's message.
                 let reported = |result: dmaload::Result<u64>| {
                     result.map_err(|error| {
                         let text = error.to_string();
@@ -426,7 +428,7 @@ fn panicking_verifiers_and_observers_are_named() {
     assert!(threads.iter().any(|name| name.starts_with("dmaload-observe")), "{threads:?}");
 }
 
-/// A loader's options are held by the loader alone, not by its threads.
+/// A loader owns its default options, and with them the verifier; its threads do not.
 #[test]
 fn verifier_in_default_options_may_panic_on_drop() {
     let folder = folder();

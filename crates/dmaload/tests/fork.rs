@@ -1,6 +1,7 @@
-//! A process may fork while it loads. After a fork two processes share private pages, and what a
-//! device then writes may end up in the child's copy alone. So private memory is kept from forked
-//! processes until it is handed over (open(2), NOTES on `O_DIRECT`).
+//! A process can fork while it loads. After a fork, parent and child share private pages
+//! copy-on-write, and a device's write can then reach the child's copy only (see the notes on
+//! `O_DIRECT` in open(2)). Private memory is therefore excluded from forks until it is handed
+//! over.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(unsafe_code, reason = "fork is the test's subject")]
 
@@ -23,14 +24,14 @@ enum Ended {
     Signalled(i32),
 }
 
-/// Forks; the child calls `act`, and nothing that takes a lock or allocates.
-fn in_a_child(act: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the child calls only `act`, which the callers below limit to loads of bytes and
-    // sleeping, and _exit.
+/// Forks. The child runs only `act`, which must not take a lock or allocate.
+fn spawn_child(act: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child calls only `act` and `_exit`. The callers below only read memory or sleep
+    // in `act`, which is async-signal-safe.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let code = act();
-        // SAFETY: ends the child without running anything of the parent's.
+        // SAFETY: `_exit` ends the child without running exit handlers or destructors.
         unsafe { libc::_exit(code) };
     }
     assert!(pid > 0, "fork failed");
@@ -39,28 +40,30 @@ fn in_a_child(act: impl FnOnce() -> i32) -> i32 {
 
 fn wait_for(pid: i32) -> Ended {
     let mut status = 0;
-    // SAFETY: `status` is a valid place for the result.
+    // SAFETY: `status` is valid for writes.
     assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
     if libc::WIFSIGNALED(status) { Ended::Signalled(libc::WTERMSIG(status)) } else { Ended::Exited(libc::WEXITSTATUS(status)) }
 }
 
-/// A child that compares a byte: exits with 0 if it is `expected`.
+/// Lets a child compare a byte. The child exits with 0 if the byte is `expected`, and is killed by
+/// a signal if the page is not mapped in it.
 fn child_sees(byte: &u8, expected: u8) -> Ended {
-    // SAFETY: the reference is valid in this process; in the child the page may be missing, which
-    // is what is tested.
-    wait_for(in_a_child(|| i32::from(unsafe { std::ptr::read_volatile(byte) } != expected)))
+    // SAFETY: `byte` is a valid reference in this process. In the child its page may be unmapped;
+    // the read then ends the child by a signal, which the caller tests for.
+    wait_for(spawn_child(|| i32::from(unsafe { std::ptr::read_volatile(byte) } != expected)))
 }
 
-/// Has children look at bytes that have landed and were not handed over yet.
+/// An observer that forks a child for each call, to test whether a child can see bytes that were
+/// not handed over yet.
 #[derive(Default)]
-struct Curious {
-    looked: AtomicUsize,
+struct ForkingObserver {
+    calls: AtomicUsize,
     seen: AtomicBool,
 }
 
-impl Observer for Curious {
+impl Observer for ForkingObserver {
     fn bytes(&self, _file_index: usize, _offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
-        self.looked.fetch_add(1, Ordering::Relaxed);
+        self.calls.fetch_add(1, Ordering::Relaxed);
         if child_sees(&bytes[0], bytes[0]) == Ended::Exited(0) {
             self.seen.store(true, Ordering::Relaxed);
         }
@@ -76,16 +79,20 @@ async fn child_sees_private_memory_only_once_it_is_complete() {
     for (private, loader) in
         [(true, Loader::builder().heap(AnonHeap::default())), (false, Loader::builder().heap(MemfdHeap::default()))]
     {
-        // Once into new memory, once into memory of the pool.
+        // First into new memory, then into pooled memory.
         let loader = loader.load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).pool_bytes(64 << 20).build().unwrap();
         for reused in [false, true] {
-            let curious = Arc::new(Curious::default());
-            let image = loader.load(&path).options(loader.load_options().observer(curious.clone())).await.unwrap();
+            let observer = Arc::new(ForkingObserver::default());
+            let image = loader.load(&path).options(loader.load_options().observer(observer.clone())).await.unwrap();
             assert_eq!(image.report().reused_bytes > 0, reused);
-            assert!(curious.looked.load(Ordering::Relaxed) >= 3);
-            assert_eq!(curious.seen.load(Ordering::Relaxed), !private, "while it was being loaded");
+            assert!(observer.calls.load(Ordering::Relaxed) >= 3);
+            assert_eq!(observer.seen.load(Ordering::Relaxed), !private, "seen by a child during the load");
             let view = image.files()[0].bytes().unwrap();
-            assert_eq!(child_sees(&view[SEGMENT + 1], bytes[SEGMENT + 1]), Ended::Exited(0), "when it was handed over");
+            assert_eq!(
+                child_sees(&view[SEGMENT + 1], bytes[SEGMENT + 1]),
+                Ended::Exited(0),
+                "seen by a child after the hand-over"
+            );
             drop(view);
             drop(image);
             while loader.pooled_bytes() == 0 {
@@ -111,10 +118,10 @@ async fn loads_are_correct_while_the_process_forks() {
                 std::thread::spawn(move || {
                     let mut children = 0;
                     while !done.load(Ordering::Relaxed) || children < 3 {
-                        // It lives for a while, and so does its share of the pages.
+                        // The child shares the pages for as long as it lives: 3 ms.
                         let nap = libc::timespec { tv_sec: 0, tv_nsec: 3_000_000 };
-                        // SAFETY: the timespec is valid, and the second argument may be null.
-                        let pid = in_a_child(|| unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) });
+                        // SAFETY: `nap` is a valid timespec, and the second argument may be null.
+                        let pid = spawn_child(|| unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) });
                         assert_eq!(wait_for(pid), Ended::Exited(0));
                         children += 1;
                     }

@@ -1,8 +1,8 @@
-//! The ring thread should never wait for a file system. If the kernel keeps it nevertheless, a
-//! shutdown ends and reports how much memory that thread has.
+//! The ring thread should never block on a file system. If the kernel blocks it nevertheless, a
+//! shutdown still ends, and reports how much memory that thread holds.
 //!
-//! A seccomp filter keeps `io_uring_enter` waiting. It cannot be removed, so this is one test in a
-//! process of its own.
+//! A seccomp filter blocks `io_uring_enter`. It cannot be removed, so this file has one test,
+//! which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -26,7 +26,7 @@ async fn shutdown_reports_the_memory_of_a_hanging_ring_thread() {
         .shutdown_timeout(Duration::from_millis(300))
         .build()
         .unwrap();
-    // The ring has been set up, and the thread waits in it.
+    // The first load sets up the ring.
     loader.load(&path).await.unwrap();
     let _listener = seccomp::hang(IO_URING_ENTER);
     let mut load = loader.load(&path).start();
@@ -34,11 +34,11 @@ async fn shutdown_reports_the_memory_of_a_hanging_ring_thread() {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let seen = tokio::time::timeout(Duration::from_millis(100), load.next()).await;
-    assert!(seen.is_err(), "nothing is shown of what was never read: {seen:?}");
+    assert!(seen.is_err(), "a segment arrived although no read completed: {seen:?}");
     let start = Instant::now();
     let leaked = loader.shutdown().await.unwrap_err();
-    assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
-    // The ring thread hangs; no worker waits for it.
+    assert!(start.elapsed() < Duration::from_secs(10), "the shutdown took {:?}", start.elapsed());
+    // Only the ring thread hangs; the workers have ended.
     assert_eq!((leaked.bytes, leaked.threads), (BYTES.next_multiple_of(4096) as u64, 1), "{leaked}");
     assert!(matches!(load.finish().await, Err(Error::ShutDown)));
 }

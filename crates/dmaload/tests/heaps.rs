@@ -1,6 +1,6 @@
-//! What a caller's heap may do, what it must not, and what happens to the load then.
+//! Heaps of the caller: what they can do, and how a load fails if they break their contract.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(unsafe_code, reason = "heaps that break their contract on purpose")]
+#![allow(unsafe_code, reason = "implements heaps, some of which break their contract on purpose")]
 
 mod common;
 
@@ -23,7 +23,7 @@ fn model() -> Vec<u8> {
     random_bytes(3 * SEGMENT + 70_000, 21)
 }
 
-/// A heap that keeps a second descriptor of each memory, and may seal its seals.
+/// A heap that keeps a second descriptor of each memfd, and can seal the memfd beforehand.
 #[derive(Debug, Clone)]
 struct Keeping {
     seals: Option<SealFlags>,
@@ -36,8 +36,8 @@ impl Keeping {
     }
 }
 
-// SAFETY: it breaks its promise, which is what the tests are about; that is found before bytes are
-// lent.
+// SAFETY: the heap violates the contract by keeping descriptors that can write. The tests check
+// that the loader seals the memory, or fails, before it hands out bytes.
 unsafe impl Heap for Keeping {
     fn name(&self) -> Cow<'_, str> {
         "keeping".into()
@@ -70,7 +70,7 @@ async fn kept_descriptor_cannot_write_to_a_segment() {
             let segment = segment.unwrap();
             let bytes = segment.bytes().unwrap();
             let before = bytes.to_vec();
-            // This segment's memory is sealed by now; later segments are up to the loader.
+            // This segment's memory is sealed by now; the memory of later segments may not be.
             for kept in heap.kept.lock().unwrap().iter() {
                 let is_same = |fd: &OwnedFd| {
                     rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino
@@ -79,7 +79,7 @@ async fn kept_descriptor_cannot_write_to_a_segment() {
                     assert_eq!(rustix::io::pwrite(kept, b"other weights", 0), Err(rustix::io::Errno::PERM));
                 }
             }
-            assert_same(&bytes, &before, "what is lent");
+            assert_same(&bytes, &before, "the view of the segment");
         }
         assert!(!heap.kept.lock().unwrap().is_empty());
     }
@@ -95,24 +95,27 @@ async fn memory_that_cannot_be_sealed_fails_its_load() {
             Loader::builder().heap(heap.clone()).load_options(LoadOptions::new().segment_bytes(SEGMENT as u64)).build().unwrap();
         for round in 0..2 {
             let mut segments = loader.load(&path).segments();
-            let error =
-                segments.next().await.expect("an error comes before the end").expect_err("bytes that others can write to");
+            let error = segments
+                .next()
+                .await
+                .expect("the load must fail before it ends")
+                .expect_err("handed out memory that others can write to");
             let text = error.to_string();
             assert!(text.contains("keeping: cannot seal a memfd against writes") && text.contains("EPERM"), "{round}: {text}");
             assert!(segments.next().await.is_none());
         }
-        // The descriptor that makes it unsound.
+        // The kept descriptor can still write, so handing out this memory would be unsound.
         assert_eq!(rustix::io::pwrite(&heap.kept.lock().unwrap()[0], b"other weights", 0), Ok(13));
         loader.shutdown().await.unwrap();
     }
-    // Memory that is already sealed against writes is fine, whatever else is sealed.
+    // Memory that is already sealed against writes is accepted, whatever its other seals.
     let all = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SEAL;
     let sealed = Hooked::new(MemfdHeap::default(), Nothing);
     for loader in [Loader::builder().heap(sealed), Loader::builder().heap(Presealed(all))] {
         let image = loader.build().unwrap().load(&path).await;
         match image {
             Ok(image) => assert_same(&image.files()[0].bytes().unwrap(), &model(), "a sealed heap"),
-            // It cannot be mapped writable any more, and the load says so.
+            // Sealed memory can no longer be mapped writable, and the error says so.
             Err(error) => assert!(error.to_string().contains("presealed: cannot map memory"), "{error}"),
         }
     }
@@ -123,11 +126,11 @@ struct Nothing;
 
 impl HeapHooks for Nothing {}
 
-/// Seals its memory against writes before it is mapped.
+/// A heap that seals its memory against writes before the loader maps it.
 #[derive(Debug)]
 struct Presealed(SealFlags);
 
-// SAFETY: memory files as those of `MemfdHeap`, of which nothing is kept.
+// SAFETY: the memory comes from `MemfdHeap`, and this heap keeps no descriptor of it.
 unsafe impl Heap for Presealed {
     fn name(&self) -> Cow<'_, str> {
         "presealed".into()
@@ -144,7 +147,7 @@ unsafe impl Heap for Presealed {
     }
 }
 
-/// Counts calls and their results.
+/// Counts the bytes of each kind of call.
 #[derive(Debug, Default)]
 struct Counting {
     allocated: AtomicUsize,
@@ -178,7 +181,7 @@ impl HeapHooks for Counting {
     }
 
     fn notes(&self, of_the_heap: Vec<String>) -> Vec<String> {
-        of_the_heap.into_iter().chain(["it is counted".to_owned()]).collect()
+        of_the_heap.into_iter().chain(["calls are counted".to_owned()]).collect()
     }
 }
 
@@ -196,7 +199,7 @@ async fn hooks_see_each_call_of_a_built_in_heap() {
         let image = loader.load(&path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &model(), "through hooks");
         assert_eq!(image.report().heap, "counted");
-        assert!(image.report().notes.iter().any(|note| note == "it is counted"), "{:?}", image.report().notes);
+        assert!(image.report().notes.iter().any(|note| note == "calls are counted"), "{:?}", image.report().notes);
         let memory: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
         assert_eq!(hooks.populated.load(Ordering::Relaxed) - before, memory);
     }
@@ -217,7 +220,7 @@ async fn descriptor_that_is_not_a_dma_buf_fails_its_load() {
         (|_| panic!("in the driver"), "heap vendor panicked: in the driver"),
     ];
     for (allocate, expected) in allocators {
-        // SAFETY: no dma-buf is made of it.
+        // SAFETY: none of the allocators returns a dma-buf, so no memory is ever mapped.
         let heap = unsafe { FromDescriptors::new("vendor", allocate) };
         let loader = Loader::builder().heap(heap).build().unwrap();
         for _ in 0..2 {
@@ -228,7 +231,7 @@ async fn descriptor_that_is_not_a_dma_buf_fails_its_load() {
     }
 }
 
-/// Panics in the call of this name.
+/// Panics in the first two calls of the method with this name.
 #[derive(Debug, Clone)]
 struct PanicsIn(&'static str, Arc<AtomicUsize>);
 

@@ -1,5 +1,5 @@
-//! Inspecting: the async functions block no caller, need no runtime, and agree with the blocking
-//! ones.
+//! The async inspection functions do not block their caller, need no runtime, and return the same
+//! as the blocking ones.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -14,18 +14,18 @@ use common::{file, folder};
 use dmaload::{Format, inspect, inspect_blocking, inspect_model, inspect_model_blocking};
 use dmaload_testing::{safetensors, safetensors_of};
 
-/// Threads are counted, so tests run one at a time.
+/// Tests count the threads of the process, so they run one at a time.
 static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// A model whose header takes a good part of a second to read.
-fn slow_to_inspect(folder: &Path) -> PathBuf {
+/// Writes a model whose header takes a good part of a second to parse.
+fn write_slow_model(folder: &Path) -> PathBuf {
     const TENSORS: usize = 250_000;
     let entry = |number| format!(r#""t{number:06}":{{"dtype":"U8","shape":[0,1,2],"data_offsets":[0,0]}}"#);
     let entries: Vec<String> = (0..TENSORS).map(entry).collect();
     file(folder, "slow.safetensors", &safetensors(format!("{{{}}}", entries.join(",")).as_bytes(), b""))
 }
 
-/// The smallest possible executor: a thread that parks.
+/// A minimal executor, which parks the thread between polls.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
     impl Wake for Unpark {
@@ -44,15 +44,15 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-fn inspecting_threads() -> usize {
+fn count_inspecting_threads() -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
     names.filter(|name| name.trim_end() == "dmaload-inspect").count()
 }
 
-fn wait_until(is_so: impl Fn() -> bool, what: &str) {
+fn wait_until(condition: impl Fn() -> bool, what: &str) {
     let start = Instant::now();
-    while !is_so() {
+    while !condition() {
         assert!(start.elapsed() < Duration::from_secs(60), "{what}");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -62,7 +62,7 @@ fn wait_until(is_so: impl Fn() -> bool, what: &str) {
 async fn inspecting_a_file_does_not_block_the_runtime() {
     let _alone = ALONE.lock().await;
     let folder = folder();
-    let path = slow_to_inspect(folder.path());
+    let path = write_slow_model(folder.path());
     let (start, mut ticks) = (Instant::now(), 0_u32);
     let mut inspecting = pin!(inspect(&path, Format::Auto));
     let inspected = loop {
@@ -111,14 +111,14 @@ fn async_and_blocking_inspection_agree_without_a_runtime() {
 fn dropped_inspection_leaves_no_thread() {
     let _alone = ALONE.blocking_lock();
     let folder = folder();
-    let path = slow_to_inspect(folder.path());
-    wait_until(|| inspecting_threads() == 0, "those of an earlier test");
+    let path = write_slow_model(folder.path());
+    wait_until(|| count_inspecting_threads() == 0, "a thread of an earlier test is still running");
     {
         let mut inspecting = pin!(inspect(&path, Format::Auto));
         let mut context = Context::from_waker(Waker::noop());
         assert!(inspecting.as_mut().poll(&mut context).is_pending());
-        // A thread gets its name a moment after it was started.
-        wait_until(|| inspecting_threads() == 1, "a thread reads");
+        // A thread sets its own name, a moment after it starts.
+        wait_until(|| count_inspecting_threads() == 1, "no thread reads the file");
     }
-    wait_until(|| inspecting_threads() == 0, "the thread goes on for nobody");
+    wait_until(|| count_inspecting_threads() == 0, "the thread is still running after the drop");
 }

@@ -1,6 +1,6 @@
-//! After any end of a load (finished, failed, dropped at any moment, shut down) nothing is left:
-//! no descriptor, no mapping, no thread. One test in a process of its own, since it counts what
-//! the process has.
+//! However a load ends (finished, failed, dropped at any moment, shut down), it leaves no
+//! descriptor, mapping or thread behind. This is the only test in its process, because it counts
+//! what the process holds.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -33,8 +33,9 @@ fn holdings() -> Holdings {
     let mut mappings = BTreeMap::new();
     for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
         let name = line.splitn(6, ' ').last().unwrap_or("").trim();
-        // Reserved addresses have no name. The C library's arenas do not begin at a huge page.
-        let (start, bytes) = place_of(line);
+        // Reserved address ranges have no name. Unlike arenas of the C library, they start at a
+        // multiple of 2 MiB.
+        let (start, bytes) = parse_range(line);
         let reserved = line.contains("---p") && name.is_empty() && start % SEGMENT == 0 && bytes >= SEGMENT;
         if name.contains("dmaload") || name.contains("io_uring") || reserved {
             *mappings.entry(if reserved { "reserved".to_owned() } else { name.to_owned() }).or_insert(0) += 1;
@@ -43,7 +44,8 @@ fn holdings() -> Holdings {
     Holdings { descriptors: fs::read_dir("/proc/self/fd").unwrap().count(), threads: names.collect(), mappings }
 }
 
-fn place_of(line: &str) -> (u64, u64) {
+/// The start and length in bytes of the mapping that a line of `/proc/self/maps` describes.
+fn parse_range(line: &str) -> (u64, u64) {
     let (start, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
     let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
     (start, end - start)
@@ -71,7 +73,7 @@ fn small_window() -> LoaderBuilder {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).window_bytes(4 * SEGMENT)
 }
 
-async fn a_hundred_loads_at_once(files: &Files) {
+async fn run_a_hundred_loads_at_once(files: &Files) {
     for builder in [
         small_window(),
         small_window().heap(AnonHeap::default()),
@@ -87,7 +89,7 @@ async fn a_hundred_loads_at_once(files: &Files) {
     }
 }
 
-async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
+async fn drop_loads_at_random_moments(files: &Files) {
     for route in ROUTES {
         let loader = small_window().load_options(LoadOptions::new().segment_bytes(SEGMENT).route(route)).build().unwrap();
         let mut random = Random::new(1);
@@ -107,7 +109,7 @@ async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
             let image = loader.load(path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), bytes, "a load among dropped ones");
         }
-        // On a busy machine, a slow file can cause one more worker for a while.
+        // On a busy machine, a slow file can cause an extra worker for a while.
         let wanted = std::thread::available_parallelism().unwrap().get().min(2);
         let workers = |threads: &[String]| threads.iter().filter(|name| name.starts_with("dmaload-alloc")).count();
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -115,12 +117,12 @@ async fn two_hundred_loads_dropped_at_random_moments(files: &Files) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let threads = holdings().threads;
-        assert_eq!(workers(&threads), wanted, "a dropped load costs no worker: {threads:?}");
+        assert_eq!(workers(&threads), wanted, "dropped loads must not cost workers: {threads:?}");
         loader.shutdown().await.unwrap();
     }
 }
 
-async fn loads_that_fail(files: &Files, folder: &Path) {
+async fn run_failing_loads(files: &Files, folder: &Path) {
     let lying = file(folder, "lying.safetensors", b"\xff\xff\xff\xff\0\0\0\0{\"a\":");
     let loader = small_window().build().unwrap();
     for path in [Path::new("/nonexistent"), Path::new("/dev/null"), folder, &lying] {
@@ -130,8 +132,8 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
     let mut load = loader.load(&shrinking).start();
     drop(load.next().await);
     fs::OpenOptions::new().write(true).open(&shrinking).unwrap().set_len(1000).unwrap();
-    // Whether it was completely read and checked before it shrank is a matter of luck;
-    // tests/changes.rs is exact.
+    // The load may have been read and checked before the file shrank, so it may succeed;
+    // tests/changes.rs tests this case deterministically.
     drop(load.finish().await);
     drop(loader);
 
@@ -139,14 +141,14 @@ async fn loads_that_fail(files: &Files, folder: &Path) {
     let mut load = loader.load(&files.large).start();
     drop(load.next().await);
     loader.shutdown().await.unwrap();
-    // As above.
+    // The load may have ended before the shutdown.
     match load.finish().await {
         Ok(_) | Err(Error::ShutDown) => {}
         Err(other) => panic!("{other}"),
     }
 }
 
-async fn a_loader_that_is_dropped_with_a_load_under_way(files: &Files) {
+async fn drop_a_loader_during_a_load(files: &Files) {
     let loader = small_window().build().unwrap();
     let load = loader.load(&files.large).start();
     drop(loader);
@@ -154,8 +156,8 @@ async fn a_loader_that_is_dropped_with_a_load_under_way(files: &Files) {
     assert_eq!(image.report().bytes, 96 << 20, "the load keeps the threads alive");
 }
 
-/// What is open and mapped, once it has settled.
-async fn holds(what: &str, expected: &(usize, usize)) {
+/// Waits until the process holds the expected numbers of descriptors and mappings.
+async fn assert_holds(what: &str, expected: &(usize, usize)) {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         let now = holdings();
@@ -168,8 +170,8 @@ async fn holds(what: &str, expected: &(usize, usize)) {
     }
 }
 
-/// A load that has ended holds nothing it does not need, however long its consumer keeps it.
-async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
+/// A load that has ended releases what it no longer needs, however long its consumer keeps it.
+async fn keep_ended_loads(files: &Files, folder: &Path) {
     let lying = file(folder, "lying_too.safetensors", b"\xff\xff\xff\xff\0\0\0\0{\"a\":");
     let paths: Vec<_> = files.files.iter().map(|(path, _)| path.clone()).collect();
     for builder in [small_window(), small_window().heap(AnonHeap::default())] {
@@ -190,19 +192,19 @@ async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
             while let Some(segment) = stream.next().await {
                 drop(segment.unwrap());
             }
-            holds_when_dropped(what, stream, &before).await;
+            assert_holds_before_and_after_drop(what, stream, &before).await;
         }
         let mut failed = loader.load(&lying).start();
         assert!(failed.next().await.unwrap().is_err());
-        holds("a load that failed", &before).await;
+        assert_holds("a load that failed", &before).await;
         let mut refused = loader.load(open(&lying)).options(loader.load_options().format(dmaload::Format::Safetensors)).start();
         assert!(refused.next().await.unwrap().is_err());
-        holds("a load of an open file that failed", &before).await;
+        assert_holds("a load of an open file that failed", &before).await;
         drop((failed, refused));
         let mut failed = loader.load(Path::new("/nonexistent")).segments();
         assert!(failed.next().await.unwrap().is_err());
-        holds_when_dropped("a stream that failed", failed, &before).await;
-        // A load keeps its segments for the image, and no file.
+        assert_holds_before_and_after_drop("a stream that failed", failed, &before).await;
+        // A load keeps its segments for the image, but no file.
         let mut load = loader.load(open(&files.large)).start();
         let mut descriptors = 0;
         while let Some(segment) = load.next().await {
@@ -210,20 +212,20 @@ async fn loads_that_are_over_and_kept(files: &Files, folder: &Path) {
         }
         let deadline = Instant::now() + Duration::from_secs(10);
         while holdings().descriptors > before.0 + descriptors {
-            assert!(Instant::now() < deadline, "{:?} with {descriptors} memories; before: {before:?}", holdings());
+            assert!(Instant::now() < deadline, "{:?} with {descriptors} memfds; before: {before:?}", holdings());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         drop(load);
-        holds("a load that was dropped", &before).await;
+        assert_holds("a load that was dropped", &before).await;
         loader.shutdown().await.unwrap();
     }
 }
 
-/// Everything is released while the stream still exists.
-async fn holds_when_dropped(what: &str, stream: dmaload::Segments, expected: &(usize, usize)) {
-    holds(what, expected).await;
+/// Checks that everything is released while the stream still exists, and after its drop.
+async fn assert_holds_before_and_after_drop(what: &str, stream: dmaload::Segments, expected: &(usize, usize)) {
+    assert_holds(what, expected).await;
     drop(stream);
-    holds(what, expected).await;
+    assert_holds(what, expected).await;
 }
 
 #[test]
@@ -231,8 +233,8 @@ fn finished_and_failed_loads_leak_nothing() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let files = files();
     let scratch = folder();
-    // What the first load initialises for good is not a leak.
-    runtime.block_on(a_loader_that_is_dropped_with_a_load_under_way(&files));
+    // The first load initialises some things once per process, which are not leaks.
+    runtime.block_on(drop_a_loader_during_a_load(&files));
     std::thread::sleep(Duration::from_millis(500));
     let before = holdings();
     assert!(before.threads.is_empty(), "{before:?}");
@@ -240,11 +242,11 @@ fn finished_and_failed_loads_leak_nothing() {
 
     let started = Instant::now();
     runtime.block_on(async {
-        a_hundred_loads_at_once(&files).await;
-        two_hundred_loads_dropped_at_random_moments(&files).await;
-        loads_that_fail(&files, scratch.path()).await;
-        loads_that_are_over_and_kept(&files, scratch.path()).await;
-        a_loader_that_is_dropped_with_a_load_under_way(&files).await;
+        run_a_hundred_loads_at_once(&files).await;
+        drop_loads_at_random_moments(&files).await;
+        run_failing_loads(&files, scratch.path()).await;
+        keep_ended_loads(&files, scratch.path()).await;
+        drop_a_loader_during_a_load(&files).await;
     });
     println!("loads took {:?}", started.elapsed());
 

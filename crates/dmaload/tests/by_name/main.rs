@@ -1,5 +1,5 @@
-//! One tensor by its name, as soon as its bytes are loaded, while the rest of the load is held
-//! back.
+//! A tensor is available by name as soon as its bytes are loaded, while the rest of the load is
+//! held back.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 #[path = "../common/mod.rs"]
@@ -22,15 +22,15 @@ const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 12;
 const TENSOR_BYTES: usize = 1_000_000;
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long nothing must happen.
-const WHILE: Duration = Duration::from_millis(200);
+/// How long a future must stay pending to count as blocked.
+const QUIET_TIME: Duration = Duration::from_millis(200);
 
-/// Lets the bytes of a load pass up to an offset, and the rest once it is opened.
+/// An observer that blocks at the first bytes past an offset of a file, until the test decides.
 #[derive(Debug)]
 struct Gate {
     file: usize,
     offset: u64,
-    /// What happens to bytes behind the offset, once decided.
+    /// The verdict on bytes past the offset, once decided.
     verdict: Mutex<Option<Result<(), Rejection>>>,
     decided: Condvar,
 }
@@ -61,10 +61,10 @@ impl Observer for Gate {
     }
 }
 
-/// Holds back the plan of a load.
+/// A verifier that blocks the planning of a load until `gate` opens.
 struct Planned {
     gate: Arc<Gate>,
-    /// Looks at the load's bytes.
+    /// Observes the load's bytes.
     observer: Arc<dyn Observer>,
 }
 
@@ -94,44 +94,44 @@ fn check(tensor: &Tensor, number: usize, file: &[u8]) {
     assert_same(&tensor.bytes().unwrap(), &file[start..start + TENSOR_BYTES], tensor.name());
 }
 
-/// Where the last segment of such a file begins.
-fn last_segment(file: &[u8]) -> u64 {
+/// The offset at which the last segment of `file` starts.
+fn last_segment_start(file: &[u8]) -> u64 {
     (file.len() as u64 - 1) / SEGMENT * SEGMENT
 }
 
 async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what} did not come"))
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("timed out waiting for {what}"))
 }
 
 async fn is_pending(future: impl Future) -> bool {
-    tokio::time::timeout(WHILE, future).await.is_err()
+    tokio::time::timeout(QUIET_TIME, future).await.is_err()
 }
 
 fn poll<F: Future + ?Sized>(future: Pin<&mut F>, waker: &Waker) -> Poll<F::Output> {
     future.poll(&mut Context::from_waker(waker))
 }
 
-/// A progress display asks this, and then takes the image.
+/// A progress display polls `is_finished` before it takes the image.
 #[tokio::test(flavor = "multi_thread")]
 async fn load_is_finished_once_its_last_segment_arrives() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 1);
-    let gate = Gate::before(0, last_segment(&bytes));
+    let gate = Gate::before(0, last_segment_start(&bytes));
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     in_time("the first tensor", load.tensor("t0")).await.unwrap();
-    tokio::time::sleep(WHILE).await;
-    assert!(!load.is_finished(), "its last segment is held back");
+    tokio::time::sleep(QUIET_TIME).await;
+    assert!(!load.is_finished(), "the last segment is held back");
     gate.open();
     let finished = async {
         while !load.is_finished() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    in_time("the end", finished).await;
+    in_time("the end of the load", finished).await;
     let mut load = Box::pin(load.finish());
     let image = poll(load.as_mut(), Waker::noop());
-    assert!(matches!(image, Poll::Ready(Ok(_))), "the image is there at once");
-    // A load that failed has ended, too.
+    assert!(matches!(image, Poll::Ready(Ok(_))), "a finished load returns its image at the first poll");
+    // A failed load is finished, too.
     let load = Loader::new().unwrap().load(folder.path().join("missing")).start();
     let finished = async {
         while !load.is_finished() {
@@ -142,7 +142,7 @@ async fn load_is_finished_once_its_last_segment_arrives() {
     assert!(load.finish().await.is_err());
 }
 
-/// An empty list of paths, such as of a pattern that matched nothing, is not an empty model.
+/// An empty list of paths, for instance from a glob without matches, is not an empty model.
 #[tokio::test]
 async fn load_without_files_is_an_error() {
     let loader = Loader::new().unwrap();
@@ -155,7 +155,7 @@ async fn load_without_files_is_an_error() {
     }
 }
 
-/// Holds back a load's memory after the first allocations.
+/// Blocks allocations once `left` of them have succeeded, until `gate` opens.
 #[derive(Debug)]
 struct HeldAllocations {
     left: AtomicUsize,
@@ -172,14 +172,15 @@ impl HeapHooks for HeldAllocations {
     }
 }
 
-/// The blocks of tensors that come first may contain the first and the last row of a later one.
+/// A sharded tensor is read row by row. Its first and last rows can share disk blocks with its
+/// neighbours and arrive with them; the rows between them are still missing.
 #[tokio::test(flavor = "multi_thread")]
 async fn tensor_shard_waits_for_its_middle_rows() {
     let folder = folder();
     let header = r#"{"a1":{"dtype":"U8","shape":[1000],"data_offsets":[0,1000]},
         "b":{"dtype":"U8","shape":[4000,2048],"data_offsets":[1000,8193000]},
         "a2":{"dtype":"U8","shape":[1000],"data_offsets":[8193000,8194000]}}"#;
-    // Data begin at 1500 in a block, so "b" begins and ends at 2500 in one.
+    // The data start 1500 bytes into a block, so "b" starts and ends 2500 bytes into one.
     let header = format!("{header:<1492}");
     let data = dmaload_testing::random_bytes(8_194_000, 1);
     let bytes = [&1492u64.to_le_bytes()[..], header.as_bytes(), &data].concat();
@@ -191,9 +192,9 @@ async fn tensor_shard_waits_for_its_middle_rows() {
     let options = options.shard(Shard { rank: 0, world_size: 2, dim: Some(1) });
     let load = loader.load(&path).options(options).start();
     let a1 = in_time("a tensor of one dimension", load.tensor("a1")).await.unwrap();
-    in_time("the other one", load.tensor("a2")).await.unwrap();
+    in_time("the other tensor of one dimension", load.tensor("a2")).await.unwrap();
     assert!(a1.file().tensor("b").is_none() && a1.file().tensors().all(|tensor| tensor.name() == "a1"));
-    assert!(is_pending(load.tensor("b")).await, "the middle of its rows has no memory yet");
+    assert!(is_pending(load.tensor("b")).await, "memory for the middle rows is not allocated yet");
     gate.open();
     let b = in_time("all rows", load.tensor("b")).await.unwrap();
     let expected: Vec<u8> = data[1000..8_193_000].chunks(2048).flat_map(|row| row[..1024].to_vec()).collect();
@@ -208,16 +209,16 @@ async fn tensor_arrives_before_the_load_ends() {
     let last = TENSORS - 1;
     for route in ROUTES {
         let loader = Loader::new().unwrap();
-        let gate = Gate::before(0, last_segment(&bytes));
+        let gate = Gate::before(0, last_segment_start(&bytes));
         let load = loader.load(&path).options(options().route(route).observer(gate.clone())).start();
-        // One that has arrived in one segment, and one in two.
+        // Tensors within one segment, and across two.
         for number in [0, 1, 2, 7] {
             check(&in_time("a tensor", load.tensor(&format!("t{number}"))).await.unwrap(), number, &bytes);
         }
         let name = format!("t{last}");
-        assert!(is_pending(load.tensor(&name)).await, "{route}: its bytes are held back");
-        assert!(is_pending(load.tensor("t10")).await, "{route}: of two segments, its second one is held back");
-        // Names that the model does not have are known by now.
+        assert!(is_pending(load.tensor(&name)).await, "{route}: the last segment is held back");
+        assert!(is_pending(load.tensor("t10")).await, "{route}: t10 also needs the last segment");
+        // The header has been read, so unknown names are an error at once.
         for unknown in ["t12", "", "T0"] {
             let error = in_time("an error", load.tensor(unknown)).await.unwrap_err();
             assert_eq!(error, Error::NoSuchTensor(unknown.to_owned()));
@@ -248,7 +249,7 @@ async fn two_hundred_tasks_can_wait_at_once() {
             })
         })
         .collect();
-    tokio::time::sleep(WHILE).await;
+    tokio::time::sleep(QUIET_TIME).await;
     gate.open();
     for task in tasks {
         in_time("a waiter", task).await.unwrap();
@@ -263,7 +264,7 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     let loader = Loader::new().unwrap();
     let (large, bytes) = model(folder.path(), "large.safetensors", 5);
     let small = file(folder.path(), "small.safetensors", &dmaload_testing::safetensors_of(1, 64, 6));
-    // Nothing is known before it is planned.
+    // No name is known before the load is planned.
     let gate = Gate::before(0, 0);
     let load = loader.load(&large).options(options().verify(Planned { gate: gate.clone(), observer: gate.clone() })).start();
     assert!(is_pending(load.tensor("none")).await && is_pending(load.tensor("t0")).await);
@@ -272,8 +273,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     drop(load);
 
-    // The header of a small file is read with its bytes, which are held back: it may have a `t3`,
-    // too, and has a `t0`.
+    // The header of a small file is read with its data, which the gate holds back. Until then the
+    // file could contain `t3` as well; it does contain `t0`.
     let gate = Gate::before(1, 0);
     let load = loader.load([&large, &small]).options(options().observer(gate.clone())).start();
     for name in ["none", "t3", "t0"] {
@@ -293,7 +294,8 @@ async fn name_is_unknown_only_after_all_headers_are_read() {
 async fn index_resolves_a_tensor_before_all_headers_are_read() {
     let folder = folder();
     let [a, b] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
-    // Both have the same names; the second one's tensors are smaller, and its header is read late.
+    // Both files have the same tensor names. The second one's tensors are smaller, and its header
+    // is read late.
     let (_, first) = model(folder.path(), a, 7);
     file(folder.path(), b, &dmaload_testing::safetensors_of(TENSORS, 64, 8));
     let entry = |number: usize| format!(r#""t{number}":"{}""#, if number < 6 { a } else { b });
@@ -332,11 +334,11 @@ async fn unselected_tensor_is_reported_as_not_loaded() {
 async fn every_waiter_gets_the_error_of_a_failed_load() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 10);
-    let gate = Gate::before(0, last_segment(&bytes));
+    let gate = Gate::before(0, last_segment_start(&bytes));
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     check(&in_time("a tensor", load.tensor("t0")).await.unwrap(), 0, &bytes);
     let fail = async {
-        tokio::time::sleep(WHILE).await;
+        tokio::time::sleep(QUIET_TIME).await;
         gate.decide(Err("requested by a test".into()));
     };
     let waiters = async { tokio::join!(load.tensor("t11"), load.tensor("t11"), fail) };
@@ -344,7 +346,7 @@ async fn every_waiter_gets_the_error_of_a_failed_load() {
     let error = one.unwrap_err();
     assert!(matches!(&error, Error::Rejected { reason, .. } if reason == "requested by a test"), "{error}");
     assert_eq!(other.unwrap_err(), error);
-    // Also of tensors that had arrived, and of unknown ones.
+    // So do requests for tensors that had arrived, and for unknown names.
     for name in ["t0", "t11", "none"] {
         assert_eq!(in_time("an error", load.tensor(name)).await.unwrap_err(), error, "{name}");
     }
@@ -364,17 +366,17 @@ fn threads_wait_for_tensors_without_a_runtime() {
     let (sender, receiver) = mpsc::channel();
     for number in 0..=TENSORS {
         let (load, sender) = (Arc::clone(&load), sender.clone());
-        // Not joined: a thread that waits for ever must fail the test, not hang it.
+        // Not joined: a thread that waits forever must fail the test, not hang it.
         thread::spawn(move || {
             let tensor = load.tensor_blocking(&format!("t{number}"));
             // If the test has failed, the receiver is gone.
             let _ = sender.send((number, tensor));
         });
     }
-    // One does not exist, which is known already.
+    // The header has been read, so the unknown name fails at once.
     let (number, missing) = receiver.recv_timeout(PATIENCE).unwrap();
     assert_eq!((number, missing.unwrap_err()), (TENSORS, Error::NoSuchTensor(format!("t{TENSORS}"))));
-    assert!(receiver.recv_timeout(WHILE).is_err(), "nothing is there");
+    assert!(receiver.recv_timeout(QUIET_TIME).is_err(), "no tensor is complete yet");
     gate.open();
     for _ in 0..TENSORS {
         let (number, tensor) = receiver.recv_timeout(PATIENCE).unwrap();
@@ -393,7 +395,7 @@ async fn load_starts_only_when_its_request_is_consumed() {
     drop(request.start());
     assert_eq!(loader.metrics().loads_started, 1);
     let future = loader.load(&path).into_future();
-    assert_eq!(loader.metrics().loads_started, 2, "not when it is first polled");
+    assert_eq!(loader.metrics().loads_started, 2, "the load starts before the first poll");
     in_time("the image", future).await.unwrap();
     let refused = loader.load(dmaload::Source::from([&path, &path]).range(0..8)).await.unwrap_err();
     assert!(matches!(refused, Error::Config(_)), "{refused}");

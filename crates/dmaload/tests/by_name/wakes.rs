@@ -1,4 +1,4 @@
-//! Which tasks are woken, and how often.
+//! Tests which tasks a load wakes, and how often.
 
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use dmaload::{Load, Loader, Observer, Rejection, Tensor};
 
 use crate::common::{assert_same, file, folder};
-use crate::{Gate, PATIENCE, Planned, SEGMENT, TENSORS, check, in_time, last_segment, model, options, poll};
+use crate::{Gate, PATIENCE, Planned, SEGMENT, TENSORS, check, in_time, last_segment_start, model, options, poll};
 
-/// Lets the bytes of a load pass up to a place that can be advanced.
+/// An observer that blocks at the first bytes past a file and offset that the test can advance.
 #[derive(Debug, Default)]
 struct Steps {
     place: Mutex<(usize, u64)>,
@@ -59,19 +59,19 @@ async fn unpolled_waiter_does_not_delay_others() {
     let gate = Gate::before(0, 0);
     let load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     let last_name = format!("t{last}");
-    // Both were polled once and are alive; their task is busy with something else.
+    // Both futures were polled once and are not polled again until the last tensor has arrived.
     let wakes = Arc::new(CountWakes::default());
     let waker = Waker::from(Arc::clone(&wakes));
     let mut idle = pin!(load.tensor("t0"));
     let mut other = pin!(load.tensor(&last_name));
     assert!(poll(idle.as_mut(), &waker).is_pending() && poll(other.as_mut(), &waker).is_pending());
     gate.open();
-    // Only this one takes what arrives.
+    // Only this future processes the load's events.
     check(&in_time("the last tensor", load.tensor(&last_name)).await.unwrap(), last, &bytes);
     assert!(wakes.0.load(Ordering::SeqCst) >= 2, "both were woken");
-    // They find what another one has taken.
+    // The idle futures find the tensors that this future received.
     for (waiter, number) in [(idle, 0), (other, last)] {
-        let Poll::Ready(tensor) = poll(waiter, Waker::noop()) else { panic!("t{number} is there") };
+        let Poll::Ready(tensor) = poll(waiter, Waker::noop()) else { panic!("t{number} is complete but its waiter is pending") };
         check(&tensor.unwrap(), number, &bytes);
     }
 }
@@ -117,7 +117,7 @@ fn run(tasks: &mut [Task<'_>]) {
     }
 }
 
-/// Thousands of tasks may wait for a model of many segments, so a segment must not wake them all.
+/// Thousands of tasks can wait for a model of many segments, so a segment must not wake them all.
 #[test]
 fn segment_wakes_only_tasks_whose_tensor_it_completes() {
     const COUNT: usize = 400;
@@ -135,20 +135,20 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
     let mut complete = 0;
     for end in (1..).map(|segments| segments * usize::try_from(SEGMENT).unwrap()) {
         passed.let_through(end.min(bytes.len()));
-        // Tensors whose last byte is in the segments up to here.
+        // The number of tensors that end within the segments let through so far.
         let until = (end.saturating_sub(data_start) / BYTES).min(COUNT);
         let deadline = Instant::now() + PATIENCE;
         while tasks[complete..until].iter().any(|task| task.tensor.is_none()) {
             assert!(Instant::now() < deadline, "a task was not woken");
             tasks.iter_mut().for_each(Task::poll_if_woken);
         }
-        assert!(tasks[until..].iter().all(|task| task.tensor.is_none()), "{until}: too early");
+        assert!(tasks[until..].iter().all(|task| task.tensor.is_none()), "a tensor after t{until} was complete too early");
         complete = until;
         if complete == COUNT {
             break;
         }
     }
-    assert!(bytes.len() as u64 > 9 * SEGMENT, "many segments");
+    assert!(bytes.len() as u64 > 9 * SEGMENT, "the test needs many segments");
     for (number, task) in tasks.iter().enumerate() {
         let tensor = task.tensor.as_ref().unwrap();
         assert_same(&tensor.bytes().unwrap(), &bytes[data_start + number * BYTES..][..BYTES], tensor.name());
@@ -157,8 +157,8 @@ fn segment_wakes_only_tasks_whose_tensor_it_completes() {
     }
 }
 
-/// Without an index a name may be in any file, so a task has to wait for all headers; it must not
-/// be woken by each of them.
+/// Without an index any file can contain a name, so a task has to wait for all headers. They must
+/// not each wake it.
 #[test]
 fn small_files_wake_each_task_at_most_twice() {
     const FILES: usize = 48;
@@ -193,19 +193,19 @@ fn small_files_wake_each_task_at_most_twice() {
 async fn dropped_waiter_loses_nothing_and_is_never_woken() {
     let folder = folder();
     let (path, bytes) = model(folder.path(), "model.safetensors", 4);
-    let gate = Gate::before(0, last_segment(&bytes));
+    let gate = Gate::before(0, last_segment_start(&bytes));
     let mut load = Loader::new().unwrap().load(&path).options(options().observer(gate.clone())).start();
     let wakes = Arc::new(CountWakes::default());
     {
         let waker = Waker::from(Arc::clone(&wakes));
         let mut dropped = pin!(load.tensor("t11"));
         assert!(poll(dropped.as_mut(), &waker).is_pending());
-        // What is not held back has arrived, and one of the two has taken it.
+        // Every segment but the last has arrived, and one of the two futures has received it.
         check(&in_time("a tensor", load.tensor("t8")).await.unwrap(), 8, &bytes);
         assert!(poll(dropped.as_mut(), &waker).is_pending());
     }
-    in_time("the end of its waker", async {
-        // The thread that has woken the other one may not have finished.
+    in_time("the waker to be dropped", async {
+        // The thread that wakes tasks can still hold a clone.
         while Arc::strong_count(&wakes) > 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -1,10 +1,10 @@
-//! Attributes that the tests' FUSE servers report.
+//! File attributes that the FUSE servers of the tests report.
 
 use std::time::UNIX_EPOCH;
 
 use fuser::{FileAttr, FileType, INodeNo};
 
-/// Attributes of a file with this length, or of a folder. Times are the epoch.
+/// Attributes of a file of `file_bytes` bytes, or of a folder if `None`. All times are the epoch.
 pub(crate) fn attributes(inode: INodeNo, file_bytes: Option<u64>) -> FileAttr {
     FileAttr {
         ino: inode,

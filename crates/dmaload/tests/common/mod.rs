@@ -1,5 +1,5 @@
-//! Shared by the integration tests: files of known random bytes, on a real disk.
-#![allow(dead_code, unreachable_pub, reason = "each test uses a part of it")]
+//! Helpers of the integration tests: files of known random bytes, on a real disk.
+#![allow(dead_code, unreachable_pub, reason = "no test uses every helper")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 use std::fs;
@@ -7,14 +7,14 @@ use std::path::Path;
 
 use dmaload::Route;
 
-/// A folder on a disk, not on tmpfs, so that `O_DIRECT` is real.
+/// Creates a folder on disk, not on tmpfs, so `O_DIRECT` reads reach a device.
 pub fn folder() -> tempfile::TempDir {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
     fs::create_dir_all(target).unwrap();
     tempfile::tempdir_in(target).unwrap()
 }
 
-#[allow(unused_imports, reason = "each test uses a part of it")]
+#[allow(unused_imports, reason = "no test uses every helper")]
 pub use dmaload_testing::{assert_same, file, random_bytes};
 
 pub const ROUTES: [Route; 6] =

@@ -4,9 +4,9 @@ use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 use dmaload::{Error, Format, Layout, Result};
 
 use crate::common::{self, folder};
-use crate::{A, B, INDEX, index, loaders, names, st, value_of, written};
+use crate::{A, B, INDEX, index, loaders, names, st, value_of, write_files};
 
-/// Folders with a tensor `w` in several files, the value that counts, and all names.
+/// Folders with a tensor `w` in several files, the value of `w` that counts, and all tensor names.
 fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])> {
     let (over, sub) = ("model-overlay-00001.safetensors", "sub/a.safetensors");
     vec![
@@ -43,7 +43,7 @@ fn overlays() -> Vec<(Vec<(&'static str, Vec<u8>)>, u8, &'static [&'static str])
 async fn index_decides_between_two_tensors_of_one_name() {
     for (files, value, all) in overlays() {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         for loader in loaders() {
             let whole = loader.load(folder.path()).await.unwrap();
             let by_tensors = loader.load(folder.path()).options(loader.load_options().layout(Layout::Tensors)).await.unwrap();
@@ -54,7 +54,7 @@ async fn index_decides_between_two_tensors_of_one_name() {
                     assert_eq!(value_of(image, other), 9, "{other}");
                 }
                 let own = image.files().iter().filter_map(|file| file.tensor("w")).count();
-                assert_eq!(own, 1, "files have theirs only where the index says so");
+                assert_eq!(own, 1, "only the file that the index names has a tensor `w`");
             }
             let load = loader.load(folder.path()).start();
             for name in all.iter().rev() {
@@ -77,7 +77,7 @@ async fn index_decides_between_two_tensors_of_one_name() {
                     seen.push(tensor.name().to_owned());
                 }
                 seen.sort();
-                assert!(seen == *all || seen == ["w"], "each once: {seen:?}");
+                assert!(seen == *all || seen == ["w"], "each tensor arrives once: {seen:?}");
             }
         }
     }
@@ -87,7 +87,7 @@ async fn index_decides_between_two_tensors_of_one_name() {
 async fn shared_and_inspected_tensors_follow_the_index() {
     for (files, value, all) in overlays() {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         for loader in loaders() {
             let socket = folder.path().join("socket");
             let server = Server::bind(&socket, ServerOptions::default()).unwrap();
@@ -117,7 +117,7 @@ async fn index_is_recognised_by_any_of_its_names() {
         for values in [[A, B], ["./model-00001-of-00002.safetensors", ".//x/../model-00002-of-00002.safetensors"]] {
             let folder = folder();
             let files = [(A, st(&[("a", 1)])), (B, st(&[("b", 2)])), (name, index(&[("a", values[0]), ("b", values[1])]))];
-            written(folder.path(), &files);
+            write_files(folder.path(), &files);
             for loader in loaders() {
                 for path in [folder.path().to_owned(), folder.path().join(name)] {
                     let image = loader.load(&path).await.unwrap();
@@ -126,11 +126,12 @@ async fn index_is_recognised_by_any_of_its_names() {
             }
         }
     }
-    // Under another name it would be loaded as its own text, as would an index of pickled files.
+    // An index under another name, or of pickled files, is an error: it would load as its own
+    // text.
     let folder = folder();
     let other = index(&[("a", "pytorch_model-00001-of-00001.bin")]);
     let files = [("blob", index(&[("a", A)])), ("pytorch_model.bin.index.json", other), ("free.index.json", b"{}".to_vec())];
-    written(folder.path(), &files);
+    write_files(folder.path(), &files);
     for loader in loaders() {
         for name in ["blob", "pytorch_model.bin.index.json"] {
             let error = loader.load(folder.path().join(name)).await.unwrap_err();
@@ -145,10 +146,10 @@ async fn index_is_recognised_by_any_of_its_names() {
 #[tokio::test]
 async fn index_that_points_outside_its_folder_is_refused() {
     let folder = folder();
-    written(folder.path(), &[("s.safetensors", st(&[("a", 1)])), ("m/x", Vec::new())]);
+    write_files(folder.path(), &[("s.safetensors", st(&[("a", 1)])), ("m/x", Vec::new())]);
     let outside = folder.path().join("s.safetensors").to_str().unwrap().to_owned();
     for value in ["../s.safetensors", "./../s.safetensors", "x/../../s.safetensors", outside.as_str()] {
-        written(folder.path(), &[("m/model.safetensors.index.json", index(&[("a", value)]))]);
+        write_files(folder.path(), &[("m/model.safetensors.index.json", index(&[("a", value)]))]);
         for loader in loaders() {
             let error = loader.load(folder.path().join("m")).await.unwrap_err();
             assert!(error.to_string().contains("not within its folder"), "{value}: {error}");
@@ -160,11 +161,11 @@ async fn index_that_points_outside_its_folder_is_refused() {
 async fn selection_needs_only_the_files_its_index_names() {
     let c = "model-00003-of-00003.safetensors";
     let map = index(&[("a.w", A), ("b.w", B), ("c.w", c)]);
-    // Without it, with an empty one, or with another one.
+    // The second file is missing, empty, or not a model.
     for (number, second) in [None, Some(Vec::new()), Some(b"<html>".to_vec())].into_iter().enumerate() {
         let folder = folder();
-        written(folder.path(), &[(A, st(&[("a.w", 1), ("extra", 4)])), (c, st(&[("c.w", 3)])), (INDEX, map.clone())]);
-        second.iter().for_each(|bytes| written(folder.path(), &[(B, bytes.clone())]));
+        write_files(folder.path(), &[(A, st(&[("a.w", 1), ("extra", 4)])), (c, st(&[("c.w", 3)])), (INDEX, map.clone())]);
+        second.iter().for_each(|bytes| write_files(folder.path(), &[(B, bytes.clone())]));
         for loader in loaders() {
             for patterns in [&["a.w"][..], &["c.w", "a.w"], &["{a,c}.*"], &["a.?"]] {
                 let options = loader.load_options().tensors(patterns.iter().copied());
@@ -193,7 +194,7 @@ async fn selection_needs_only_the_files_its_index_names() {
 async fn tensor_names_with_glob_characters_match_literally() {
     let folder = folder();
     let all = ["layers[0].w", "layers.{0}.w", "a*b", "a,b", "a?b", "axb", ""];
-    written(folder.path(), &[("m.safetensors", st(&all.map(|name| (name, 7))))]);
+    write_files(folder.path(), &[("m.safetensors", st(&all.map(|name| (name, 7))))]);
     for loader in loaders() {
         for name in all {
             let options = loader.load_options().tensor_names([name]);
@@ -206,7 +207,7 @@ async fn tensor_names_with_glob_characters_match_literally() {
 #[tokio::test]
 async fn stale_index_and_ignored_files_are_reported() {
     let folder = folder();
-    written(folder.path(), &[("model.safetensors", st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
+    write_files(folder.path(), &[("model.safetensors", st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
     for loader in loaders() {
         let error = loader.load(folder.path()).await.unwrap_err().to_string();
         assert!(
@@ -214,8 +215,8 @@ async fn stale_index_and_ignored_files_are_reported() {
             "{error}"
         );
     }
-    written(folder.path(), &[(A, st(&[("a", 1)])), (B, st(&[("b", 1)]))]);
-    written(folder.path(), &[("model.safetensors.index.fp16.json", index(&[("a", A)]))]);
+    write_files(folder.path(), &[(A, st(&[("a", 1)])), (B, st(&[("b", 1)]))]);
+    write_files(folder.path(), &[("model.safetensors.index.fp16.json", index(&[("a", A)]))]);
     for loader in loaders() {
         let image = loader.load(folder.path()).await.unwrap();
         let notes = image.report().notes.join("\n");
@@ -223,7 +224,7 @@ async fn stale_index_and_ignored_files_are_reported() {
         assert!(notes.contains("not in the index, so not loaded: \"model.safetensors\""), "{notes}");
         assert!(notes.contains("model.safetensors.index.fp16.json"), "{notes}");
     }
-    written(folder.path(), &[("x.safetensors.index.json", index(&[("a", A)]))]);
+    write_files(folder.path(), &[("x.safetensors.index.json", index(&[("a", A)]))]);
     let error = loaders()[0].load(folder.path()).await.unwrap_err().to_string();
     assert!(error.contains("\"model.safetensors.index.json\"") && error.contains("\"x.safetensors.index.json\""), "{error}");
 }
@@ -232,8 +233,8 @@ async fn stale_index_and_ignored_files_are_reported() {
 async fn index_with_an_unusual_name_is_recognised_in_a_folder() {
     let name = "model.index.fp16.json";
     let folder = folder();
-    written(folder.path(), &[(A, st(&[("a", 1)])), ("fp16.safetensors", st(&[("z", 1)]))]);
-    written(folder.path(), &[(name, index(&[("a", A), ("b", "other.safetensors")])), ("z.index.json", b"{}".to_vec())]);
+    write_files(folder.path(), &[(A, st(&[("a", 1)])), ("fp16.safetensors", st(&[("z", 1)]))]);
+    write_files(folder.path(), &[(name, index(&[("a", A), ("b", "other.safetensors")])), ("z.index.json", b"{}".to_vec())]);
     for loader in loaders() {
         for path in [folder.path().to_owned(), folder.path().join(name)] {
             for format in [Format::Auto, Format::Safetensors] {
@@ -242,14 +243,14 @@ async fn index_with_an_unusual_name_is_recognised_in_a_folder() {
             }
         }
     }
-    written(folder.path(), &[("other.safetensors", st(&[("b", 2)]))]);
+    write_files(folder.path(), &[("other.safetensors", st(&[("b", 2)]))]);
     for loader in loaders() {
         for path in [folder.path().to_owned(), folder.path().join(name)] {
             let image = loader.load(&path).options(loader.load_options().format(Format::Safetensors)).await.unwrap();
             assert_eq!(names(&image), ["a", "b"]);
         }
     }
-    // A broken one is an error; JSON of another kind is ignored.
+    // A damaged index is an error; other JSON files are ignored.
     for (broken, is_other) in [
         (&b"{\"weight_map\":{\"a\":\"a.safeten"[..], false),
         (b"", false),
@@ -260,7 +261,7 @@ async fn index_with_an_unusual_name_is_recognised_in_a_folder() {
         (b"[1, 2]", true),
     ] {
         let folder = common::folder();
-        written(
+        write_files(
             folder.path(),
             &[("a.safetensors", st(&[("a", 1)])), ("z.safetensors", st(&[("z", 1)])), (name, broken.to_vec())],
         );
@@ -273,18 +274,18 @@ async fn index_with_an_unusual_name_is_recognised_in_a_folder() {
             assert!(errors.iter().all(|error| error.contains(name)), "{errors:?}");
         }
     }
-    // The usual file name, and an index of the usual name, still take precedence.
-    written(folder.path(), &[("model.safetensors", st(&[("whole", 1)]))]);
+    // `model.safetensors`, and an index with the usual name, still take precedence.
+    write_files(folder.path(), &[("model.safetensors", st(&[("whole", 1)]))]);
     assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["whole"]);
-    written(folder.path(), &[(INDEX, index(&[("b", "other.safetensors")]))]);
+    write_files(folder.path(), &[(INDEX, index(&[("b", "other.safetensors")]))]);
     assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["b"]);
 }
 
 #[tokio::test]
 async fn files_skipped_by_patterns_and_index_are_noted() {
     let folder = folder();
-    written(folder.path(), &[(A, st(&[("w1", 1)])), (B, st(&[("b", 2), ("w2", 2)]))]);
-    written(folder.path(), &[(INDEX, index(&[("w1", A), ("b", B)]))]);
+    write_files(folder.path(), &[(A, st(&[("w1", 1)])), (B, st(&[("b", 2), ("w2", 2)]))]);
+    write_files(folder.path(), &[(INDEX, index(&[("w1", A), ("b", B)]))]);
     for loader in loaders() {
         for (pattern, is_noted) in [("w*", true), ("w?", true), ("{w*,b}", false), ("w1", false), ("*", false)] {
             let image = loader.load(folder.path()).options(loader.load_options().tensors([pattern])).await.unwrap();

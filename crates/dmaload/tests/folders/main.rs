@@ -1,9 +1,9 @@
-//! Models of several files: which files are loaded, which tensor counts among those of one name,
-//! and that half a model is never taken for a whole one. Tested with small files, which share
-//! memory and have their headers read late, and with large ones, whose headers are read during
-//! planning.
+//! Models of several files: which files are loaded, which of several tensors with the same name
+//! counts, and that an incomplete model is never loaded as a complete one. Each test runs with
+//! packed files, which share memory and whose headers are read late, and with unpacked ones, whose
+//! headers are read during planning.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(clippy::type_complexity, reason = "tables of cases")]
+#![allow(clippy::type_complexity, reason = "the types are those of tables of test cases")]
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -17,7 +17,7 @@ use dmaload::{Error, Format, Image, Layout, LoadOptions, Loader, Result};
 
 use common::folder;
 
-/// A safetensors file whose tensors are 64 bytes of one value each.
+/// A safetensors file whose tensors each consist of 64 bytes of one value.
 fn st(tensors: &[(&str, u8)]) -> Vec<u8> {
     let entry = |(at, (name, _)): (usize, &(&str, u8))| {
         format!(r#""{name}":{{"dtype":"U8","shape":[64],"data_offsets":[{},{}]}}"#, 64 * at, 64 * at + 64)
@@ -34,7 +34,7 @@ fn index(map: &[(&str, &str)]) -> Vec<u8> {
     format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{{{}}}}}"#, pairs.join(",")).into_bytes()
 }
 
-/// A GGUF file with these keys of type U16, and tensors of 64 bytes of one value.
+/// A GGUF file with these U16 metadata keys, whose tensors each consist of 64 bytes of one value.
 fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes()].concat();
@@ -51,14 +51,14 @@ fn gguf(keys: &[(&str, u16)], tensors: &[(&str, u8)]) -> Vec<u8> {
     bytes
 }
 
-/// Part `number`, from 0 on, of `count` parts of a split model with `all` tensors.
+/// Part `number`, counted from 0, of a split model of `count` parts and `all` tensors.
 fn part(number: u16, count: u16, all: u16, tensors: &[(&str, u8)]) -> Vec<u8> {
     gguf(&[("split.no", number), ("split.count", count), ("split.tensors.count", all)], tensors)
 }
 
 type Files<'a> = &'a [(&'a str, Vec<u8>)];
 
-fn written(folder: &Path, files: Files<'_>) {
+fn write_files(folder: &Path, files: Files<'_>) {
     for (name, bytes) in files {
         let path = folder.join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -66,7 +66,7 @@ fn written(folder: &Path, files: Files<'_>) {
     }
 }
 
-/// Loaders that read headers late and early.
+/// A loader that packs small files and reads their headers late, and one that does neither.
 fn loaders() -> [Loader; 2] {
     let loader = |packed| Loader::builder().load_options(LoadOptions::default().packed(packed)).build().unwrap();
     [loader(true), loader(false)]
@@ -105,7 +105,7 @@ async fn unindexed_tensor_in_two_files_is_an_error() {
             vec![("1.safetensors", st(&[("z", 1)])), ("2.safetensors", st(&[("b", 1)])), ("3.safetensors", st(&[("z", 1)]))],
             ["1.", "3."],
         ),
-        // The index does not list it.
+        // The index does not list `x`.
         (
             "x",
             vec![(A, st(&[("a", 1), ("x", 1)])), (B, st(&[("b", 2), ("x", 2)])), (INDEX, index(&[("a", A), ("b", B)]))],
@@ -115,7 +115,7 @@ async fn unindexed_tensor_in_two_files_is_an_error() {
     ];
     for (tensor, files, both) in cases {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         for loader in loaders() {
             for options in
                 [loader.load_options(), loader.load_options().tensors(["*"]), loader.load_options().layout(Layout::Tensors)]
@@ -123,13 +123,13 @@ async fn unindexed_tensor_in_two_files_is_an_error() {
                 let error = loader.load(folder.path()).options(options.clone()).await.unwrap_err();
                 assert!(matches!(&error, Error::DuplicateTensor { tensor: found, .. } if found == tensor), "{error}");
                 let load = loader.load(folder.path()).options(options).start();
-                assert_eq!(load.tensor(tensor).await.unwrap_err(), error, "neither of the two");
+                assert_eq!(load.tensor(tensor).await.unwrap_err(), error, "neither tensor is returned");
                 assert!(both.iter().all(|name| error.to_string().contains(name)), "{error}");
             }
         }
         let inspected = dmaload::inspect_model(folder.path(), Format::Auto).await.unwrap_err();
         assert!(matches!(inspected, Error::DuplicateTensor { .. }), "{inspected}");
-        // Each is a model by itself, unless it is a part.
+        // Each of these files loads as a model by itself.
         if tensor == "a" {
             for (name, _) in &files {
                 assert_eq!(loaders()[0].load(folder.path().join(name)).await.unwrap().tensors().count(), 1);
@@ -146,8 +146,8 @@ async fn files_listed_by_path_may_share_tensor_names() {
         ("lora.safetensors", st(&[("w", 2)])),
         ("l.gguf", gguf(&[], &[("w", 4)])),
     ];
-    written(folder.path(), &files);
-    written(folder.path(), &[("m/model.safetensors", st(&[("w", 5)]))]);
+    write_files(folder.path(), &files);
+    write_files(folder.path(), &[("m/model.safetensors", st(&[("w", 5)]))]);
     for asked in [
         &["base.safetensors", "lora.safetensors"][..],
         &["lora.safetensors", "base.safetensors", "l.gguf"],
@@ -160,7 +160,7 @@ async fn files_listed_by_path_may_share_tensor_names() {
                 let (by_name, both) = (load.tensor("b").await.unwrap(), load.tensor("w").await);
                 assert_eq!(by_name.bytes().unwrap(), vec![3; 64]);
                 let image = load.await.unwrap();
-                assert_eq!(value_of(&image, "b"), 3, "a name that one file has");
+                assert_eq!(value_of(&image, "b"), 3, "only one file has this name");
                 let error = image.tensor("w").unwrap_err();
                 assert_eq!(both.unwrap_err(), error);
                 assert!(matches!(&error, Error::AmbiguousTensor { paths: found, .. } if found.len() == asked.len()), "{error}");
@@ -175,7 +175,8 @@ async fn files_listed_by_path_may_share_tensor_names() {
     }
 }
 
-async fn both_ways(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
+/// Loads a model with and without `allow_missing`; returns the result without first.
+async fn load_strict_and_lenient(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image>) {
     let allowed = loader.load(path).options(loader.load_options().allow_missing(true)).await;
     (loader.load(path).await, allowed)
 }
@@ -183,7 +184,7 @@ async fn both_ways(loader: &Loader, path: &Path) -> (Result<Image>, Result<Image
 #[tokio::test]
 async fn safetensors_file_loads_alone_but_gguf_part_does_not() {
     let folder = folder();
-    written(folder.path(), &[(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
+    write_files(folder.path(), &[(A, st(&[("a", 1)])), (INDEX, index(&[("a", A), ("b", B)]))]);
     let part_alone = folder.path().join("m-00002-of-00003.gguf");
     fs::write(&part_alone, part(1, 3, 3, &[("c", 1)])).unwrap();
     for loader in loaders() {
@@ -193,7 +194,7 @@ async fn safetensors_file_loads_alone_but_gguf_part_does_not() {
         let alone = loader.load(&part_alone).options(loader.load_options().as_one_file(true)).await.unwrap();
         assert_eq!(names(&alone), ["c"]);
         let error = loader.load(folder.path().join("x-00001-of-00002.gguf")).await.unwrap_err();
-        assert!(matches!(error, Error::File { .. }), "a wrong path is not a missing part: {error}");
+        assert!(matches!(error, Error::File { .. }), "a wrong path is not reported as a missing part: {error}");
     }
 }
 
@@ -201,7 +202,7 @@ async fn safetensors_file_loads_alone_but_gguf_part_does_not() {
 async fn empty_file_with_a_model_name_is_an_error_unless_raw() {
     let folder = folder();
     let names = ["m.safetensors", "m.gguf", "M.SAFETENSORS", "m.GGUF", "m.bin", "m"];
-    names.iter().for_each(|name| written(folder.path(), &[(name, Vec::new())]));
+    names.iter().for_each(|name| write_files(folder.path(), &[(name, Vec::new())]));
     for loader in loaders() {
         for (number, name) in names.into_iter().enumerate() {
             let path = [folder.path().join(name)];
@@ -239,7 +240,7 @@ async fn error_for_a_folder_without_a_model_says_what_is_near() {
     ];
     for (files, says) in cases {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         let error = loaders()[0].load(folder.path()).await.unwrap_err();
         assert!(matches!(error, Error::NoModel { .. }), "{error}");
         assert!(says.iter().all(|text| error.to_string().contains(text)), "{says:?}: {error}");
@@ -263,16 +264,16 @@ async fn files_with_non_utf8_names_are_loaded() {
 async fn gguf_files_ignored_beside_safetensors_are_noted() {
     for files in [vec![("model.safetensors", st(&[("a", 1)]))], vec![(A, st(&[("a", 1)])), (INDEX, index(&[("a", A)]))]] {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         let load = async |format| {
             let loader = &loaders()[0];
             let image = loader.load(folder.path()).options(loader.load_options().format(format)).await.unwrap();
             image.report().notes.join("\n")
         };
         assert_eq!(load(Format::Auto).await, "");
-        written(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
+        write_files(folder.path(), &[("m.gguf", gguf(&[], &[("a", 1)]))]);
         let notes = load(Format::Auto).await;
         assert!(notes.contains("not loaded, next to safetensors files: \"m.gguf\""), "{notes}");
-        assert_eq!(load(Format::Safetensors).await, "", "the caller chose");
+        assert_eq!(load(Format::Safetensors).await, "", "the caller chose the format");
     }
 }

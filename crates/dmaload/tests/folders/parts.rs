@@ -1,4 +1,4 @@
-//! Models of several parts: which ones belong together, and which ones are missing.
+//! Models of several parts: which parts belong together, and which are missing.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use dmaload::{Error, Format, Shard, Source};
 
 use crate::common::folder;
-use crate::{A, B, INDEX, both_ways, gguf, index, loaders, names, part, st, written};
+use crate::{A, B, INDEX, gguf, index, load_strict_and_lenient, loaders, names, part, st, write_files};
 
 #[tokio::test]
 async fn missing_parts_are_an_error_unless_allowed() {
@@ -15,7 +15,7 @@ async fn missing_parts_are_an_error_unless_allowed() {
     let (g1, g2, g3) = (g(1), g(2), g(3));
     let (a3, c3) = ("model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors");
     let two = index(&[("a", A), ("b", B)]);
-    // Files, dangling links, expected words of the error, and the number of tensors that exist.
+    // Files, dangling links, expected words of the error, and the number of tensors in the files.
     let cases: [(Vec<(&str, Vec<u8>)>, &[(&str, &str)], &[&str], usize); 14] = [
         (vec![(a3, st(&[("a", 1)])), (c3, st(&[("c", 1)]))], &[], &["1 is missing", "model-00002-of-00003.safetensors"], 2),
         (vec![(A, st(&[("a", 1)]))], &[], &["1 is missing", B], 1),
@@ -46,17 +46,17 @@ async fn missing_parts_are_an_error_unless_allowed() {
         (vec![(&g2, part(1, 3, 3, &[("a", 1)])), (&g1, Vec::new())], &[(&g3, "gone")], &["2 are missing", &g1, &g3, "gone"], 1),
         (vec![("m_1_of_2.safetensors", st(&[("a", 1)]))], &[], &["m_2_of_2.safetensors"], 1),
     ];
-    for (files, links, says, there) in cases {
+    for (files, links, says, loadable) in cases {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         links.iter().for_each(|(name, target)| symlink(target, folder.path().join(name)).unwrap());
         for loader in loaders() {
-            let (error, allowed) = both_ways(&loader, folder.path()).await;
+            let (error, allowed) = load_strict_and_lenient(&loader, folder.path()).await;
             let error = error.unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }), "{error}");
             assert!(says.iter().all(|text| error.to_string().contains(text)), "{says:?}: {error}");
             let allowed = allowed.unwrap();
-            assert_eq!(allowed.tensors().count(), there, "{says:?}");
+            assert_eq!(allowed.tensors().count(), loadable, "{says:?}");
             let notes = allowed.report().notes.join("\n");
             assert!(notes.contains("incomplete, as allowed") && notes.contains("missing"), "{notes}");
         }
@@ -80,8 +80,8 @@ async fn whole_models_load_beside_unfinished_downloads() {
     ];
     for (number, files) in cases.iter().enumerate() {
         let folder = folder();
-        written(folder.path(), files);
-        // A part of the last one is missing; the models before it are whole.
+        write_files(folder.path(), files);
+        // The last model lacks a part; the others are complete.
         for loader in loaders() {
             let image = loader.load(folder.path()).await;
             if number == cases.len() - 1 {
@@ -100,11 +100,11 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         keys.push(("other", value));
         keys
     };
-    // Parts in order, and expected words of the error; none where they are whole.
+    // Parts in order, and expected words of the error, or an empty text if the model is complete.
     let cases: Vec<(Vec<Vec<u8>>, &str)> = vec![
         (vec![part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])], ""),
-        // A first part without tensors, also where the second one's count differs; no tensors at
-        // all.
+        // A first part without tensors, alone and with a different count in the second part; then
+        // no tensors at all.
         (vec![part(0, 2, 1, &[]), part(1, 2, 1, &[("b", 1)])], ""),
         (
             vec![part(0, 2, 1, &[]), part(1, 2, 2, &[("b", 1)])],
@@ -141,7 +141,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
         let folder = folder();
         let files: Vec<_> = parts.iter().enumerate().map(|(at, bytes)| (name(at + 1, parts.len()), bytes.clone())).collect();
         let paths: Vec<_> = files.iter().map(|(name, _)| folder.path().join(name)).collect();
-        files.iter().for_each(|(name, bytes)| written(folder.path(), &[(name.as_str(), bytes.clone())]));
+        files.iter().for_each(|(name, bytes)| write_files(folder.path(), &[(name.as_str(), bytes.clone())]));
         for loader in loaders() {
             let last = paths.last().unwrap();
             for asked in [vec![folder.path()], vec![last.as_path()], paths.iter().map(PathBuf::as_path).collect()] {
@@ -155,7 +155,7 @@ async fn parts_of_a_split_gguf_model_are_checked() {
                             assert!(notes.contains(noted.unwrap_or_default()), "{says:?}: {notes}");
                             assert_eq!(notes.contains("split.tensors.count"), noted.is_some(), "{says:?}: {notes}");
                         }
-                        // A pattern that matches no tensor of any file.
+                        // The model has no tensors, so the pattern matches none.
                         Err(Error::NoSuchTensor(_)) if options != loader.load_options() => {}
                         Err(error) => assert!(!says.is_empty() && error.to_string().contains(says), "{says:?}: {error}"),
                     }
@@ -167,14 +167,14 @@ async fn parts_of_a_split_gguf_model_are_checked() {
     }
 }
 
-/// The file's name says nothing about its contents.
+/// The name of the containing file says nothing about the model in it.
 #[tokio::test]
 async fn model_embedded_in_a_file_must_be_whole() {
     let folder = folder();
     let inner = part(0, 2, 2, &[("a", 1)]);
     let whole = gguf(&[], &[("a", 1)]);
     let container = |bytes: &[u8]| [&[9; 5000][..], bytes, &[7; 3000]].concat();
-    written(folder.path(), &[("app.apk", container(&inner)), ("m-00001-of-00002.gguf", container(&whole))]);
+    write_files(folder.path(), &[("app.apk", container(&inner)), ("m-00001-of-00002.gguf", container(&whole))]);
     for loader in loaders() {
         for shard in
             [None, Some(Shard { rank: 0, world_size: 2, dim: None }), Some(Shard { rank: 0, world_size: 2, dim: Some(0) })]
@@ -201,8 +201,8 @@ async fn model_embedded_in_a_file_must_be_whole() {
     }
 }
 
-/// llama.cpp recognises parts only by names with five digits, and otherwise goes by what the files
-/// say.
+/// llama.cpp recognises parts by names with five digits; otherwise it relies on the files'
+/// metadata.
 #[tokio::test]
 async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
     for end in ["1-of-2", "0001-of-0002", "1_of_2", "00001-of-2"] {
@@ -210,13 +210,16 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
         let (first, second) = (format!("m-{end}.gguf"), format!("m-{second}.gguf"));
         let folder = folder();
         let at = |name: &str| folder.path().join(name);
-        written(folder.path(), &[(first.as_str(), part(0, 2, 2, &[("a", 1)])), (second.as_str(), part(1, 2, 2, &[("b", 1)]))]);
+        write_files(
+            folder.path(),
+            &[(first.as_str(), part(0, 2, 2, &[("a", 1)])), (second.as_str(), part(1, 2, 2, &[("b", 1)]))],
+        );
         for loader in loaders() {
             let error = loader.load(folder.path()).await.unwrap_err();
             assert!(matches!(error, Error::NoModel { .. }), "{error}");
             assert!(error.to_string().contains("NAME-00001-of-00002.gguf"), "{error}");
             for name in [&first, &second] {
-                let (error, allowed) = both_ways(&loader, &at(name)).await;
+                let (error, allowed) = load_strict_and_lenient(&loader, &at(name)).await;
                 assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
                 assert_eq!(allowed.unwrap().tensors().count(), 1);
             }
@@ -225,11 +228,11 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
         }
         fs::remove_file(at(&second)).unwrap();
         for loader in loaders() {
-            let (error, _) = both_ways(&loader, folder.path()).await;
+            let (error, _) = load_strict_and_lenient(&loader, folder.path()).await;
             assert!(matches!(error.unwrap_err(), Error::Incomplete { .. }));
         }
-        // A file that says that it is whole is loaded, with a note on its name.
-        written(folder.path(), &[(first.as_str(), gguf(&[], &[("a", 1)]))]);
+        // A file whose metadata says that it is complete is loaded, with a note about its name.
+        write_files(folder.path(), &[(first.as_str(), gguf(&[], &[("a", 1)]))]);
         for loader in loaders() {
             for path in [folder.path().to_owned(), at(&first)] {
                 let notes = loader.load(path).await.unwrap().report().notes.join("\n");
@@ -243,14 +246,14 @@ async fn unusually_numbered_part_is_never_loaded_as_a_whole_model() {
 async fn part_is_recognised_whatever_its_name() {
     let folder = folder();
     let both = [part(0, 2, 2, &[("a", 1)]), part(1, 2, 2, &[("b", 1)])];
-    written(folder.path(), &[("blobs/b0", both[0].clone()), ("blobs/b1", both[1].clone()), ("two.gguf", both.concat())]);
-    written(folder.path(), &[("three.gguf", part(0, 3, 3, &[("a", 1)])), ("m.safetensors", st(&[("s", 1)]))]);
+    write_files(folder.path(), &[("blobs/b0", both[0].clone()), ("blobs/b1", both[1].clone()), ("two.gguf", both.concat())]);
+    write_files(folder.path(), &[("three.gguf", part(0, 3, 3, &[("a", 1)])), ("m.safetensors", st(&[("s", 1)]))]);
     let whole = [
         ("zero.gguf", gguf(&[("split.count", 0)], &[("a", 1)])),
         ("one.gguf", part(0, 1, 1, &[("a", 1)])),
         ("vocabulary.gguf", gguf(&[("k", 1)], &[])),
     ];
-    written(folder.path(), &whole);
+    write_files(folder.path(), &whole);
     fs::create_dir(folder.path().join("snapshot")).unwrap();
     for number in 0..2 {
         let link = folder.path().join(format!("snapshot/m-{:05}-of-00002.gguf", number + 1));
@@ -261,14 +264,14 @@ async fn part_is_recognised_whatever_its_name() {
         for (name, says) in
             [("blobs/b1", "part 2 of 2"), ("blobs/b0", "part 1 of 2"), ("two.gguf", "part 1 of 2"), ("three.gguf", "part 1 of 3")]
         {
-            let (error, allowed) = both_ways(&loader, &at(name)).await;
+            let (error, allowed) = load_strict_and_lenient(&loader, &at(name)).await;
             let error = error.unwrap_err();
             assert!(matches!(error, Error::Incomplete { .. }) && error.to_string().contains(says), "{error}");
             let allowed = allowed.unwrap();
             assert_eq!(allowed.tensors().count(), 1);
             assert!(allowed.report().notes.join("\n").contains(says), "{:?}", allowed.report().notes);
         }
-        // Named one by one, in any order, and beside others.
+        // The parts can be listed one by one, in any order, with other files between them.
         let paths = [at("blobs/b1"), at("m.safetensors"), at("blobs/b0")];
         assert_eq!(names(&loader.load(&paths).await.unwrap()), ["a", "b", "s"]);
         let twice = loader.load([at("blobs/b1"), at("blobs/b1")]).await.unwrap_err();
@@ -293,7 +296,7 @@ async fn rank_that_loads_a_byte_range_checks_the_whole_model() {
     ];
     for (says, files) in cases {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         for loader in loaders() {
             for rank in [0, 1] {
                 let options = loader.load_options().shard(Shard { rank, world_size: 2, dim: None });
@@ -318,16 +321,16 @@ async fn names_of_a_series_are_recognised_in_any_form() {
         "model-00001-of-4294967295.safetensors",
     ] {
         let folder = folder();
-        written(folder.path(), &[(name, st(&[("a", 1)]))]);
+        write_files(folder.path(), &[(name, st(&[("a", 1)]))]);
         for loader in loaders() {
             let error = loader.load(folder.path()).await.unwrap_err();
             assert!(matches!(error, Error::Incomplete { loadable: 1, .. }), "{name}: {error}");
         }
     }
-    // Names that only look alike.
+    // Names that only resemble those of parts.
     for name in ["v2-of-3.safetensors", "one-of-2.safetensors", "model-3-of-2.safetensors", "lora1-of-many.safetensors"] {
         let folder = folder();
-        written(folder.path(), &[(name, st(&[("a", 1)]))]);
+        write_files(folder.path(), &[(name, st(&[("a", 1)]))]);
         assert_eq!(names(&loaders()[0].load(folder.path()).await.unwrap()), ["a"], "{name}");
     }
 }
@@ -344,7 +347,7 @@ async fn hints_for_incomplete_models_can_be_followed() {
         ),
     ] {
         let folder = folder();
-        written(folder.path(), &files);
+        write_files(folder.path(), &files);
         for loader in loaders() {
             let error = loader.load(folder.path()).await.unwrap_err();
             assert!(error.to_string().contains(says), "{error}");
@@ -354,7 +357,7 @@ async fn hints_for_incomplete_models_can_be_followed() {
     }
     let folder = folder();
     let pickle = [&b"PK\x03\x04"[..], &[0; 200]].concat();
-    written(folder.path(), &[("pytorch_model.bin", pickle), (INDEX, index(&[("a", "pytorch_model.bin")]))]);
+    write_files(folder.path(), &[("pytorch_model.bin", pickle), (INDEX, index(&[("a", "pytorch_model.bin")]))]);
     for loader in loaders() {
         let error = loader.load(folder.path()).await.unwrap_err().to_string();
         assert!(error.contains("pytorch_model.bin") && error.contains("pickled weights"), "{error}");
@@ -366,11 +369,11 @@ async fn one_part_among_other_paths_stands_for_all_parts() {
     let folder = folder();
     let (g1, g2) = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf");
     let other = "other.gguf";
-    written(folder.path(), &[(g1, part(0, 2, 2, &[("a", 1)])), (g2, part(1, 2, 2, &[("b", 2)]))]);
-    written(folder.path(), &[(other, gguf(&[], &[("o", 3)]))]);
+    write_files(folder.path(), &[(g1, part(0, 2, 2, &[("a", 1)])), (g2, part(1, 2, 2, &[("b", 2)]))]);
+    write_files(folder.path(), &[(other, gguf(&[], &[("o", 3)]))]);
     let dotted = |name: &str| folder.path().join(".").join(name);
     let plain = |name: &str| folder.path().join(name);
-    // A leading dot is kept in the components of a path, unlike one in its middle.
+    // `Path::components` keeps a leading `.` and drops one in the middle.
     let up = "../".repeat(std::env::current_dir().unwrap().components().count() - 1);
     let relative = |dot: &str, name: &str| PathBuf::from(format!("{dot}{up}")).join(plain(name).strip_prefix("/").unwrap());
     for loader in loaders() {

@@ -1,4 +1,4 @@
-//! Which threads close files.
+//! Tests which threads close files.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -10,7 +10,7 @@ use crate::common::ROUTES;
 use crate::file_system::{Manners, Mounted};
 use crate::{BYTES, SEGMENT, loader, options};
 
-/// Closing a file may take as long as its server likes.
+/// Closing a file can block for as long as its server does not answer.
 #[tokio::test]
 async fn caller_threads_never_close_files() {
     let Some(mounted) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
@@ -30,16 +30,17 @@ async fn caller_threads_never_close_files() {
     let (segments, first) = stopped(&dropped).await;
     drop(segments);
     drop(first);
-    // The load holds the loader last.
+    // The load holds the last reference to the loader.
     let (segments, _first) = stopped(&dropped).await;
     drop(dropped);
     drop(segments);
-    closed_by_others(&mounted, 3);
+    assert_closed_by_others(&mounted, 3);
 }
 
 #[tokio::test]
 async fn files_are_closed_after_a_shutdown_amid_reads() {
-    // Answers come late: the ring thread has the files when every worker has done its last job.
+    // The server is slow, so the ring thread still holds the files when the workers are out of
+    // jobs.
     let Some(mounted) = Mounted::new(Manners::AnswersLate) else { return };
     for route in ROUTES {
         let loader = loader().load_options(options().route(route)).build().unwrap();
@@ -48,16 +49,17 @@ async fn files_are_closed_after_a_shutdown_amid_reads() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         loader.shutdown().await.unwrap();
-        // A descriptor that was closed meanwhile has no target.
+        // A descriptor that is closed during the scan has no target.
         let targets = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| entry.unwrap().path().read_link().ok());
         assert_eq!(targets.filter(|target| *target == mounted.path).count(), 0, "{route}");
         drop(load);
     }
-    closed_by_others(&mounted, ROUTES.len());
+    assert_closed_by_others(&mounted, ROUTES.len());
 }
 
-/// Waits until at least this many files are closed, by other threads than this one.
-fn closed_by_others(mounted: &Mounted, files: usize) {
+/// Waits until no file is open, and checks that other threads than this one closed at least
+/// `files` files.
+fn assert_closed_by_others(mounted: &Mounted, files: usize) {
     while mounted.open_files.load(Ordering::SeqCst) > 0 {
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -66,11 +68,11 @@ fn closed_by_others(mounted: &Mounted, files: usize) {
     assert!(closers.len() >= files && !closers.contains(&own), "{own} closes: {closers:?}");
 }
 
-/// The ring thread, which all loads need, closes no files: not even those of a load that was
-/// dropped with reads in flight.
+/// A slow close on the ring thread would delay all loads, so it closes no files, not even those of
+/// a load that was dropped with reads in flight.
 #[tokio::test]
 async fn ring_thread_closes_no_files() {
-    // Short answers make this take a while.
+    // Short answers make the load slow enough to be dropped amid reads.
     let Some(mounted) = Mounted::new(Manners::AnswersShort(8 << 10)) else { return };
     let loader = loader().build().unwrap();
     for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! The FUSE file system, and overlays over it.
+//! The FUSE file system of these tests, and overlays over it.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -19,42 +19,44 @@ use crate::common::{folder, random_bytes};
 /// Looking up this name silences [`Manners::NeverAnswersAfterSilence`].
 pub(crate) const SILENCE: &str = "silence";
 const MODEL: INodeNo = INodeNo(2);
-/// The kernel asks for the length each time: a short answer makes it believe that the file ends
-/// there.
-const ASK_AGAIN: Duration = Duration::ZERO;
-/// As with sshfs and network file systems, the kernel caches attributes for a minute.
+/// The kernel does not cache attributes: after a short answer it would otherwise keep a shortened
+/// length.
+const UNCACHED: Duration = Duration::ZERO;
+/// The kernel caches attributes for a minute, as sshfs and network file systems let it.
 const CACHED: Duration = Duration::from_mins(1);
 
-/// How the file system answers a read.
+/// How the server misbehaves.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Manners {
-    /// EINVAL for a read through a descriptor with `O_DIRECT`, though opening it worked.
+    /// Opens files with `O_DIRECT`, then fails direct reads with EINVAL.
     RefusesDirect,
-    /// At most this many bytes at once.
+    /// Returns at most this many bytes per read.
     AnswersShort(usize),
-    /// Nothing from here on, though the stated length is larger.
+    /// Returns no bytes from this offset on, although the stated length is larger.
     EndsAt(usize),
-    /// EIO for a read that reaches this offset.
+    /// Fails reads that extend past this offset with EIO.
     FailsAt(usize),
-    /// No answer to a direct read.
+    /// Does not answer direct reads.
     NeverAnswers,
-    /// No answer to any read once [`SILENCE`] was looked up in its folder.
+    /// Does not answer reads once [`SILENCE`] has been looked up in its folder.
     NeverAnswersAfterSilence,
-    /// `statfs`, which would identify the file system, fails.
+    /// Fails `statfs`, which would identify the file system.
     RefusesStatfs,
-    /// At most this many bytes at once, always past the page cache: the file keeps its length.
+    /// Returns at most this many bytes per read, always past the page cache, so the kernel does
+    /// not shorten the file.
     AnswersShortPastTheCache(usize),
-    /// Attributes may be cached, and the file is rewritten when a read reaches this offset.
+    /// Lets the kernel cache attributes, and rewrites the file when a read extends past this
+    /// offset.
     IsRewrittenAt(usize),
-    /// No answer to requests for attributes once the file was read from.
-    NeverTells,
-    /// Each read takes 20 ms, and all others wait for it.
+    /// Does not answer requests for attributes once the file has been read from.
+    NeverSendsAttributes,
+    /// Takes 20 ms per read, one read at a time.
     AnswersLate,
-    /// Each read takes this long, and others are answered meanwhile: a distant server.
+    /// Takes this long per read and answers others meanwhile, as a distant server does.
     AnswersFromAfar(Duration),
-    /// The stated length is 0, as for files that are generated while they are read.
+    /// States a length of 0, as for files that are generated while they are read.
     HasNoLength,
-    /// The stated length is this, and there are more bytes.
+    /// States this length, although the file has more bytes.
     StatesLength(usize),
 }
 
@@ -67,14 +69,14 @@ pub(crate) struct Model {
     pub(crate) is_silent: AtomicBool,
     pub(crate) manners: Manners,
     pub(crate) open_files: Arc<AtomicUsize>,
-    /// The threads that closed the file.
+    /// The ids of the threads that closed the file.
     pub(crate) closers: Arc<Mutex<Vec<u32>>>,
-    pub(crate) asked: Arc<Asked>,
+    pub(crate) reads: Arc<PendingReads>,
 }
 
-/// Unanswered reads: how many there are, and the most there ever were.
+/// The number of unanswered reads, and its maximum so far.
 #[derive(Debug, Default)]
-pub(crate) struct Asked {
+pub(crate) struct PendingReads {
     pub(crate) now: AtomicUsize,
     pub(crate) most: AtomicUsize,
 }
@@ -107,13 +109,13 @@ impl Model {
             manners,
             open_files: Arc::default(),
             closers: Arc::default(),
-            asked: Arc::default(),
+            reads: Arc::default(),
         }
     }
 
     /// How long the kernel may cache attributes.
     pub(crate) fn time_to_live(&self) -> &Duration {
-        if matches!(self.manners, Manners::IsRewrittenAt(_) | Manners::NeverTells) { &CACHED } else { &ASK_AGAIN }
+        if matches!(self.manners, Manners::IsRewrittenAt(_) | Manners::NeverSendsAttributes) { &CACHED } else { &UNCACHED }
     }
 }
 
@@ -130,7 +132,7 @@ impl Filesystem for Model {
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        if matches!(self.manners, Manners::NeverTells) && self.was_read.load(Ordering::SeqCst) {
+        if matches!(self.manners, Manners::NeverSendsAttributes) && self.was_read.load(Ordering::SeqCst) {
             return std::mem::forget(reply);
         }
         reply.attr(self.time_to_live(), &self.attributes(inode));
@@ -138,7 +140,7 @@ impl Filesystem for Model {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         if matches!(self.manners, Manners::RefusesStatfs) {
-            // As servers without an implementation do: the kernel then cannot report FUSE.
+            // As servers that do not implement it do. The kernel then cannot report FUSE.
             reply.error(fuser::Errno::ENOSYS);
         } else {
             reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
@@ -147,7 +149,7 @@ impl Filesystem for Model {
 
     fn open(&self, _: &Request, _: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         self.open_files.fetch_add(1, Ordering::SeqCst);
-        // Past the page cache if the reader wants that, so that it sees short answers as they are.
+        // Bypass the page cache if the reader requests it, so it sees short answers unchanged.
         let always =
             matches!(self.manners, Manners::AnswersShortPastTheCache(_) | Manners::HasNoLength | Manners::StatesLength(_));
         let is_direct = always || flags.0 & libc::O_DIRECT != 0;
@@ -184,16 +186,16 @@ impl Filesystem for Model {
             Manners::AnswersLate => std::thread::sleep(Duration::from_millis(20)),
             Manners::AnswersShort(most) | Manners::AnswersShortPastTheCache(most) => end = end.min(start + most),
             Manners::IsRewrittenAt(at) if end > at => self.rewritten.store(true, Ordering::SeqCst),
-            // Dropping it would answer with EIO.
+            // Dropping the reply would answer with EIO.
             Manners::NeverAnswers if flags.0 & libc::O_DIRECT != 0 => return std::mem::forget(reply),
             Manners::NeverAnswersAfterSilence if self.is_silent.load(Ordering::SeqCst) => return std::mem::forget(reply),
             Manners::EndsAt(at) => end = end.min(at.max(start)),
             Manners::AnswersFromAfar(after) => {
-                let (bytes, asked) = (Arc::clone(&self.bytes), Arc::clone(&self.asked));
-                asked.most.fetch_max(1 + asked.now.fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
+                let (bytes, reads) = (Arc::clone(&self.bytes), Arc::clone(&self.reads));
+                reads.most.fetch_max(1 + reads.now.fetch_add(1, Ordering::SeqCst), Ordering::SeqCst);
                 std::thread::spawn(move || {
                     std::thread::sleep(after);
-                    asked.now.fetch_sub(1, Ordering::SeqCst);
+                    reads.now.fetch_sub(1, Ordering::SeqCst);
                     reply.data(&bytes[start..end]);
                 });
                 return;
@@ -219,7 +221,7 @@ pub(crate) fn read_only() -> Config {
     config
 }
 
-/// The mounted file system; unmounted on drop.
+/// The mounted file system, which is unmounted on drop.
 pub(crate) struct Mounted {
     pub(crate) path: PathBuf,
     pub(crate) bytes: Arc<Vec<u8>>,
@@ -227,13 +229,13 @@ pub(crate) struct Mounted {
     pub(crate) rewritten: Arc<AtomicBool>,
     pub(crate) open_files: Arc<AtomicUsize>,
     pub(crate) closers: Arc<Mutex<Vec<u32>>>,
-    pub(crate) asked: Arc<Asked>,
+    pub(crate) reads: Arc<PendingReads>,
     pub(crate) session: Option<BackgroundSession>,
     pub(crate) _folder: tempfile::TempDir,
 }
 
 impl Mounted {
-    /// `None` if only root may mount.
+    /// Returns `None` if this process cannot mount.
     pub(crate) fn new(manners: Manners) -> Option<Mounted> {
         Mounted::with_bytes(BYTES, manners)
     }
@@ -254,7 +256,7 @@ impl Mounted {
             rewritten: Arc::clone(&model.rewritten),
             open_files: Arc::clone(&model.open_files),
             closers: Arc::clone(&model.closers),
-            asked: Arc::clone(&model.asked),
+            reads: Arc::clone(&model.reads),
             session: Some(fuser::spawn_mount(model, folder.path(), &read_only()).unwrap()),
             _folder: folder,
         })
@@ -280,7 +282,7 @@ impl Overlay {
         }
         let options = format!("ro,lowerdir={}:{}", lower.display(), at("empty").display());
         let mounted = Command::new("mount").args(["-t", "overlay", "-o", &options, "overlay"]).arg(at("merged")).status();
-        assert!(mounted.is_ok_and(|status| status.success()), "an overlay over {}", lower.display());
+        assert!(mounted.is_ok_and(|status| status.success()), "cannot mount an overlay over {}", lower.display());
         Overlay { path: at("merged").join("model.bin"), folder }
     }
 }
@@ -294,15 +296,15 @@ impl Drop for Overlay {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // A ring that has been closed closes its files a little later.
+        // The kernel closes the files of a closed ring asynchronously.
         let start = Instant::now();
         while self.open_files.load(Ordering::SeqCst) > 0 && start.elapsed() < Duration::from_secs(10) {
             std::thread::sleep(Duration::from_millis(2));
         }
         let left = self.open_files.load(Ordering::SeqCst);
         if left > 0 {
-            // A forced unmount ends the connection; otherwise a read could wait for ever for the
-            // end of its own process.
+            // A forced unmount aborts the connection. Otherwise a hanging read could keep this
+            // process, which is its own server, alive forever.
             let _ = Command::new("umount").args(["-f", "-l"]).arg(self.folder()).status();
         }
         let ended = self.session.take().unwrap().umount_and_join();

@@ -1,4 +1,4 @@
-//! A local file system on a loop device whose file is on FUSE.
+//! A local file system on a loop device whose backing file is on FUSE.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,20 +12,20 @@ use tempfile::TempDir;
 use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, SILENCE, may_mount};
 use crate::silent::SilentServer;
-use crate::{BYTES, loader, options, shared_loader};
+use crate::{BYTES, loader, options, small_loader};
 
 const IMAGE_BYTES: u64 = 64 << 20;
 
-/// A read-only loop device over a file, and an ext4 mounted from it.
+/// A read-only loop device over a file on FUSE, with its ext4 file system mounted.
 struct LoopMounted {
     device: String,
     folder: TempDir,
-    /// Dropped before the mount: whatever waits for it fails then.
+    /// Ended before unmounting, so requests that wait for the server fail.
     server: Option<SilentServer>,
 }
 
 impl LoopMounted {
-    /// Serves an ext4 image of these files, and mounts it.
+    /// Serves an ext4 image that contains these files, and mounts it.
     fn serving(files: &[(&str, &[u8])]) -> Result<Self, String> {
         let source = folder();
         let content = source.path().join("content");
@@ -49,7 +49,7 @@ impl LoopMounted {
         self.folder.path().join(name)
     }
 
-    /// Stops answering reads.
+    /// Makes the server stop answering reads.
     fn silence(&self) {
         assert!(!self.server.as_ref().unwrap().served.path().join(SILENCE).exists());
     }
@@ -57,7 +57,7 @@ impl LoopMounted {
 
 impl Drop for LoopMounted {
     fn drop(&mut self) {
-        // The device first; it goes away with its last user: the mount, and hanging reads.
+        // Detach first: the device disappears with its last user, the mount or a hanging read.
         let detached = Command::new("losetup").args(["-d", &self.device]).status();
         self.server = None;
         let unmounted = Command::new("umount").arg("-l").arg(self.folder.path()).status();
@@ -66,7 +66,7 @@ impl Drop for LoopMounted {
     }
 }
 
-/// Makes a loop device of a file.
+/// Attaches a loop device to a file; returns the device's path.
 fn attach(file: &Path) -> Result<String, String> {
     let output = Command::new("losetup").args(["--find", "--show", "--read-only"]).arg(file).output();
     let output = output.map_err(|error| format!("losetup: {error}"))?;
@@ -76,8 +76,8 @@ fn attach(file: &Path) -> Result<String, String> {
     Ok(String::from_utf8(output.stdout).unwrap().trim().to_owned())
 }
 
-/// ext4 is local but its device is not: when the loop device's queue is full, a read waits inside
-/// `io_uring_enter`.
+/// The file system is local but its device is not: if the loop device's queue is full, a read
+/// blocks inside `io_uring_enter`.
 #[tokio::test]
 async fn silent_loop_device_does_not_stop_other_file_systems() {
     if !may_mount() {
@@ -88,7 +88,7 @@ async fn silent_loop_device_does_not_stop_other_file_systems() {
         Ok(mounted) => mounted,
         Err(reason) => return eprintln!("skipped: {reason}"),
     };
-    // As if the queue had few requests: 128 would need a larger file.
+    // Shorten the queue: filling the usual 128 requests would need a larger file.
     let name = mounted.device.strip_prefix("/dev/").unwrap();
     fs::write(format!("/sys/block/{name}/queue/nr_requests"), "4").unwrap();
     let folder = folder();
@@ -103,20 +103,20 @@ async fn silent_loop_device_does_not_stop_other_file_systems() {
         assert_eq!(steps, [(by_threads, Attempt::RingOnDevice, Errno::EOPNOTSUPP)], "{route}");
         loader.shutdown().await.unwrap();
     }
-    // From now on the second file's blocks are found without the server.
+    // Cache the second file's block map, so finding its blocks does not need the server.
     fs::File::open(mounted.path("second.bin"))
         .and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, &mut [0], 0))
         .unwrap();
     mounted.silence();
     for route in [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce] {
-        let loader = shared_loader(route);
+        let loader = small_loader(route);
         let mut silent = [loader.load(mounted.path("second.bin")).start(), loader.load(mounted.path("second.bin")).start()];
         for load in &mut silent {
             let ended = tokio::time::timeout(Duration::from_millis(500), async { while load.next().await.is_some() {} }).await;
-            assert!(ended.is_err(), "{route}: the server has answered");
+            assert!(ended.is_err(), "{route}: the server answered");
         }
         let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(&plain)).await;
-        let image = ended.unwrap_or_else(|_| panic!("{route}: another load waits for what is silent")).unwrap();
+        let image = ended.unwrap_or_else(|_| panic!("{route}: another load waits for the silent device")).unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &first, &route.to_string());
         loader.shutdown().await.unwrap_err();
     }

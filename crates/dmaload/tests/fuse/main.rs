@@ -1,9 +1,8 @@
-//! A file system that misbehaves on request, under the real kernel: FUSE, served by the test
-//! itself, also below a real overlayfs. It opens files with `O_DIRECT` and refuses the first read;
-//! answers short, with nothing, or not at all; fails; lets attributes be cached and rewrites the
-//! file.
+//! FUSE file systems that misbehave in known ways, under the real kernel and some of them below a
+//! real overlayfs. They refuse the first direct read, return short or empty reads, fail, do not
+//! answer, or rewrite the file while its attributes are cached.
 //!
-//! Only root can mount; otherwise these tests report that they are skipped.
+//! Mounting needs root; without it, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
@@ -29,7 +28,8 @@ use file_system::{Manners, Model, Mounted, Overlay};
 
 const SEGMENT: usize = 2 << 20;
 const BYTES: usize = 4 * SEGMENT + 777;
-/// The page cache would take a short answer for the end of the file and pad it with zeros.
+/// Routes past the page cache, which would take a short answer for the end of the file and pad it
+/// with zeros.
 const DIRECT_ROUTES: [Route; 4] = [Route::UringFixedDirect, Route::UringDirect, Route::PreadDirect, Route::Bounce];
 
 fn options() -> LoadOptions {
@@ -40,8 +40,9 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A loader with so few resources that loads which never end would use them up if they could.
-fn shared_loader(route: Route) -> Loader {
+/// A loader whose window and staging are so small that two hanging loads would use them up if they
+/// were not limited to a share.
+fn small_loader(route: Route) -> Loader {
     loader()
         .load_options(options().route(route).chunk_bytes(256 << 10))
         .window_bytes(8 * SEGMENT as u64)
@@ -64,7 +65,7 @@ async fn refused_first_direct_read_steps_down() {
         assert_eq!(read_refused, route.is_direct(), "{route}: {:?}", report.fallbacks);
         let strict = loader.load(&mounted.path).options(loader.load_options().route(route).strict(true)).await;
         match strict {
-            Ok(_) => assert_eq!(route, Route::Buffered, "nothing is refused to it"),
+            Ok(_) => assert_eq!(route, Route::Buffered, "the server refuses every other route"),
             Err(error) => {
                 assert!(matches!(error, Error::Refused { errno: Errno::EINVAL | Errno::EOPNOTSUPP, .. }), "{route}: {error}");
             }
@@ -73,8 +74,8 @@ async fn refused_first_direct_read_steps_down() {
     }
 }
 
-/// A ring would read the same bytes twice, as if they were different ones (Linux 6.18), so it
-/// never reads FUSE or what may be FUSE.
+/// After a short answer, io_uring can return the same bytes twice (seen on Linux 6.18), so a ring
+/// never reads files that are or may be on FUSE.
 #[tokio::test]
 async fn ring_never_reads_what_may_be_fuse() {
     for (manners, attempt, errno) in [
@@ -82,21 +83,21 @@ async fn ring_never_reads_what_may_be_fuse() {
         (Manners::RefusesStatfs, Attempt::RingOnUnknown, Errno::ENOSYS),
     ] {
         let Some(mounted) = Mounted::new(manners) else { return };
-        read_by_threads(&mounted.path, &mounted.bytes, attempt, errno).await;
+        assert_read_by_threads(&mounted.path, &mounted.bytes, attempt, errno).await;
         if errno == Errno::EOPNOTSUPP {
             let overlay = Overlay::over(mounted.folder());
-            read_by_threads(&overlay.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
+            assert_read_by_threads(&overlay.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
             let nested = Overlay::over(overlay.path.parent().unwrap());
-            read_by_threads(&nested.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
+            assert_read_by_threads(&nested.path, &mounted.bytes, Attempt::RingOnStacked, errno).await;
         }
     }
 }
 
-async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Errno) {
+async fn assert_read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Errno) {
     for (route, from, to) in [
         (Route::UringFixedDirect, Route::UringFixedDirect, Route::PreadDirect),
         (Route::UringDirect, Route::UringDirect, Route::PreadDirect),
-        // What is bounced stays bounced, but threads read into staging, not a ring.
+        // The route stays `bounce`, but threads read into staging instead of a ring.
         (Route::Bounce, Route::UringFixedDirect, Route::Bounce),
         (Route::UringBuffered, Route::UringBuffered, Route::Buffered),
     ] {
@@ -115,18 +116,18 @@ async fn read_by_threads(path: &Path, bytes: &[u8], attempt: Attempt, errno: Err
     }
 }
 
-/// Four threads, enough for a disk, would wait for such a server most of the time.
+/// Four threads are enough for a disk, but they would mostly wait for a distant server.
 #[tokio::test]
 async fn more_threads_read_from_a_distant_server() {
     const CHUNK: u64 = 128 << 10;
     let bytes = 64 * SEGMENT + 777;
     let Some(mounted) = Mounted::with_bytes(bytes, Manners::AnswersFromAfar(Duration::from_millis(10))) else { return };
     let loader = loader().load_options(options().route(Route::PreadDirect).chunk_bytes(CHUNK)).build().unwrap();
-    let most = || mounted.asked.most.swap(0, Ordering::SeqCst);
+    let most = || mounted.reads.most.swap(0, Ordering::SeqCst);
     let small = Mounted::with_bytes(SEGMENT, Manners::AnswersFromAfar(Duration::from_millis(10))).unwrap();
     let image = loader.load(&small.path).await.unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &small.bytes, "small");
-    assert_eq!(small.asked.most.load(Ordering::SeqCst), 4, "nothing is known of the server yet");
+    assert_eq!(small.reads.most.load(Ordering::SeqCst), 4, "the server has not been measured yet");
     for _ in 0..2 {
         let image = loader.load(&mounted.path).await.unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "large");
@@ -134,22 +135,22 @@ async fn more_threads_read_from_a_distant_server() {
         let most = most();
         assert!((16..=32).contains(&most), "{most} reads at once");
     }
-    // Each of two loads has a share.
+    // Two loads share the threads.
     let (one, other) = tokio::join!(loader.load(&mounted.path), loader.load(&mounted.path));
     for image in [one, other] {
-        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "beside another one");
+        assert_same(&image.unwrap().files()[0].bytes().unwrap(), &mounted.bytes, "beside another load");
     }
     let most = most();
     assert!(most <= 48, "{most} reads at once");
     loader.shutdown().await.unwrap();
 }
 
-/// By FUSE's rules a short answer means that the file ends there, and the kernel shortens the file
-/// for everyone between two of our reads. Whatever it then returns is the file's bytes, or an end
-/// that is reported.
+/// In FUSE a short answer means that the file ends there, and the kernel then shortens the file
+/// for all readers, possibly between two of our reads. The load returns the file's bytes, or
+/// reports that the file ended or changed.
 #[tokio::test]
 async fn short_answers_load_the_same_bytes_or_a_clear_error() {
-    // Whole blocks, and lengths that no block size divides.
+    // Multiples of the block size, and other lengths.
     for most in [4096, 12_288, 100_001, 65_535] {
         let Some(mounted) = Mounted::new(Manners::AnswersShort(most)) else { return };
         for route in DIRECT_ROUTES {
@@ -198,8 +199,8 @@ async fn read_error_names_the_file_and_the_offset() {
     }
 }
 
-/// As with lazily pulled container images. A ring reads the same bytes twice here if its
-/// descriptor has `O_NONBLOCK`.
+/// Lazily pulled container images are mounted this way. A ring returns the same bytes twice here
+/// if its descriptor has `O_NONBLOCK`.
 #[tokio::test]
 async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     for most in [100_001, 65_535, 12_288] {
@@ -224,15 +225,15 @@ async fn overlay_over_fuse_loads_the_same_bytes_by_every_route() {
     }
 }
 
-/// Cached pages may be older than the server's bytes while attributes match.
+/// Cached pages can be older than the server's bytes even if the attributes match.
 #[tokio::test]
 async fn page_cache_of_fuse_is_not_used() {
     let Some(mounted) = Mounted::new(Manners::RefusesDirect) else { return };
-    // Through one file description: opening another one drops the cache.
+    // Keep the file open: opening it again would drop its cached pages.
     let open = std::fs::File::open(&mounted.path).unwrap();
     let mut read = vec![0; mounted.bytes.len()];
     std::os::unix::fs::FileExt::read_exact_at(&open, &mut read, 0).unwrap();
-    assert_same(&read, &mounted.bytes, "the file is cached");
+    assert_same(&read, &mounted.bytes, "the cached file");
     let cached = dmaload::probe::cached_bytes(&open);
     assert!(cached.is_err() || cached.is_ok_and(|bytes| bytes > 0), "{cached:?}");
     for options in
@@ -241,7 +242,7 @@ async fn page_cache_of_fuse_is_not_used() {
         let loader = loader().build().unwrap();
         let image = loader.load(&mounted.path).options(options).await.unwrap();
         assert_eq!(image.report().cached_bytes, 0);
-        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "from its server");
+        assert_same(&image.files()[0].bytes().unwrap(), &mounted.bytes, "from the server");
         loader.shutdown().await.unwrap();
     }
 }
@@ -263,13 +264,13 @@ async fn rewrite_is_noticed_despite_cached_attributes() {
 #[tokio::test]
 async fn earlier_rewrite_is_not_a_change_despite_cached_attributes() {
     for route in ROUTES {
-        // A small file is looked at before it is opened, a large one after.
+        // The attributes of a small file are read before it is opened, those of a large one after.
         for bytes in [BYTES, 70_000] {
             let Some(mounted) = Mounted::with_bytes(bytes, Manners::IsRewrittenAt(usize::MAX)) else { return };
             let cached = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
             mounted.rewritten.store(true, Ordering::SeqCst);
             let modified = std::fs::metadata(&mounted.path).unwrap().modified().unwrap();
-            assert_eq!(modified, cached, "the kernel does not know yet");
+            assert_eq!(modified, cached, "the kernel still reports cached attributes");
             let loader = loader().load_options(options().route(route)).build().unwrap();
             let image = loader.load(&mounted.path).await.unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &mounted.other_bytes, &format!("{route}, {bytes} bytes"));
@@ -280,8 +281,8 @@ async fn earlier_rewrite_is_not_a_change_despite_cached_attributes() {
 
 #[tokio::test]
 async fn torn_header_is_reported_as_changed_not_damaged() {
-    // The header of a small file is taken from its memory; that of a large one is read during
-    // planning.
+    // The header of a small file is parsed from the loaded memory; that of a large one is read
+    // during planning.
     for data in [70_000, BYTES] {
         let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
         let mut good = (header.len() as u64).to_le_bytes().to_vec();
@@ -296,7 +297,7 @@ async fn torn_header_is_reported_as_changed_not_damaged() {
                 let loader = loader().load_options(options().route(route).format(Format::Safetensors)).build().unwrap();
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Changed { change: "it was modified", .. }), "{route}, {data} bytes: {error}");
-                // Without a writer it is damaged.
+                // Loaded without a concurrent rewrite, the same bytes are a damaged model.
                 let error = loader.load(&mounted.path).await.unwrap_err();
                 assert!(matches!(error, Error::Model { .. }), "{route}, {data} bytes: {error}");
                 loader.shutdown().await.unwrap();

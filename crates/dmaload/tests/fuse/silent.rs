@@ -1,4 +1,4 @@
-//! Servers that do not answer, each in a process of its own.
+//! Servers that do not answer, each in its own process.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -9,18 +9,17 @@ use dmaload_testing::served::{ServedFolder, folder_to_serve};
 
 use crate::common::{assert_same, folder, random_bytes};
 use crate::file_system::{Manners, Model, Mounted, Overlay, may_mount, read_only};
-use crate::{BYTES, DIRECT_ROUTES, SEGMENT, loader, options, shared_loader};
+use crate::{BYTES, DIRECT_ROUTES, SEGMENT, loader, options, small_loader};
 
-/// A file system whose server, in a process of its own, never answers direct reads or requests for
-/// attributes.
+/// A file system whose server runs in another process and does not answer some requests.
 pub(crate) struct SilentServer {
     pub(crate) path: PathBuf,
     pub(crate) served: ServedFolder,
 }
 
-/// What the server does not answer.
+/// The variable that says how the server misbehaves.
 const MANNERS: &str = "DMALOAD_TEST_MANNERS";
-/// The file that the server serves.
+/// The variable with the path of the file whose bytes are served.
 const CONTENT: &str = "DMALOAD_TEST_CONTENT";
 
 impl SilentServer {
@@ -28,7 +27,7 @@ impl SilentServer {
         SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref())])
     }
 
-    /// Serves the bytes of a file.
+    /// Serves the bytes of the file `content`.
     pub(crate) fn serving(content: &Path, manners: Manners) -> Self {
         SilentServer::start_with(&[(MANNERS, format!("{manners:?}").as_ref()), (CONTENT, content.as_os_str())])
     }
@@ -40,12 +39,12 @@ impl SilentServer {
 }
 
 #[test]
-#[ignore = "no test: the server of another one, in its own process"]
+#[ignore = "not a test: the server process of other tests"]
 fn the_silent_server() {
     let Some(folder) = folder_to_serve() else { return };
-    let asked = std::env::var(MANNERS).unwrap();
-    let all = [Manners::NeverAnswers, Manners::NeverTells, Manners::NeverAnswersAfterSilence];
-    let manners = all.into_iter().find(|manners| format!("{manners:?}") == asked).unwrap();
+    let wanted = std::env::var(MANNERS).unwrap();
+    let all = [Manners::NeverAnswers, Manners::NeverSendsAttributes, Manners::NeverAnswersAfterSilence];
+    let manners = all.into_iter().find(|manners| format!("{manners:?}") == wanted).unwrap();
     let model = match std::env::var_os(CONTENT) {
         Some(content) => Model::holding([std::fs::read(content).unwrap(), Vec::new()], manners),
         None => Model::new(BYTES, manners),
@@ -53,8 +52,8 @@ fn the_silent_server() {
     fuser::mount(model, folder, &read_only()).unwrap();
 }
 
-/// A read that was sent to a server cannot be cancelled and keeps the process that waits for it. A
-/// server in the reader's process would keep itself alive.
+/// A read that was sent to a server cannot be cancelled, and keeps the reading process from
+/// exiting. The server runs in another process because it would otherwise keep itself alive.
 #[tokio::test]
 async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
     if !may_mount() {
@@ -64,35 +63,35 @@ async fn shutdown_with_a_silent_server_ends_and_reports_leaks() {
         let server = SilentServer::start(Manners::NeverAnswers);
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
-        // Enough staging for as many reads at once.
+        // Enough staging for all reads of the file at once.
         let loader =
             loader().staging_bytes(32 << 20).load_options(options().route(route)).shutdown_timeout(Duration::from_millis(300));
         let loader = loader.build().unwrap();
         let mut load = loader.load(path).start();
-        // The whole file is being read: five reads, each into its own slot if they are staged.
+        // Wait until the whole file is being read: five reads, each into its own slot if staged.
         while loader.metrics().reads_in_flight < 5 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let seen = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
-        assert!(seen.is_err(), "{route}: nothing is shown of what was never read: {seen:?}");
+        assert!(seen.is_err(), "{route}: a segment arrived although no read completed: {seen:?}");
         let start = Instant::now();
         let leaked = loader.shutdown().await.unwrap_err();
-        assert!(start.elapsed() < Duration::from_secs(5), "{route}: it took {:?}", start.elapsed());
-        // Four threads read from such a file. The fifth read waited for one of them and was taken
-        // back.
+        assert!(start.elapsed() < Duration::from_secs(5), "{route}: the shutdown took {:?}", start.elapsed());
+        // Four threads read from such a file. The fifth read was still waiting for a thread and
+        // was cancelled.
         assert_eq!(leaked.threads, 4, "{route}: {leaked}");
         let staged = if route == Route::Bounce { 4 * (2 << 20) } else { 0 };
-        // Pieces are read in the order in which they get memory: the last one, of one block, may
-        // be among the four.
+        // Pieces are read in the order of their allocation, so the last one, of one block, can be
+        // among the four.
         let expected = [4 * SEGMENT, 3 * SEGMENT + 4096].map(|bytes| (bytes + staged) as u64);
         assert!(expected.contains(&leaked.bytes), "{route}: {leaked}");
-        let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("a load ends with its loader");
+        let ended = tokio::time::timeout(Duration::from_secs(5), load.finish()).await.expect("the load must end with its loader");
         assert!(matches!(ended, Err(Error::ShutDown)), "{route}: {ended:?}");
     }
 }
 
-/// A silent file system holds up its own loads' share of the window, the queue, staging and
-/// threads, not that of others.
+/// Loads of a silent file system hold only their file system's share of the window, the queue,
+/// staging and threads.
 #[tokio::test]
 async fn silent_file_system_does_not_stop_other_file_systems() {
     let Some(answering) = Mounted::new(Manners::AnswersShort(BYTES)) else { return };
@@ -103,22 +102,21 @@ async fn silent_file_system_does_not_stop_other_file_systems() {
         let server = SilentServer::start(Manners::NeverAnswers);
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let silent = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
-        let loader = shared_loader(route);
+        let loader = small_loader(route);
         let mut silent = [loader.load(silent).start(), loader.load(silent).start()];
         for load in &mut silent {
             assert!(tokio::time::timeout(Duration::from_millis(200), load.next()).await.is_err(), "{route}");
         }
         for path in [&plain, &answering.path] {
             let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
-            let image = ended.unwrap_or_else(|_| panic!("{route}: {} waits for what is silent", path.display())).unwrap();
+            let image = ended.unwrap_or_else(|_| panic!("{route}: {} waits for the silent server", path.display())).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &answering.bytes, &route.to_string());
         }
         loader.shutdown().await.unwrap_err();
     }
 }
 
-/// However many loads wait for silent servers, together they hold their file systems' shares, of
-/// which each server has one.
+/// Each file system has one share, however many of its loads wait for a silent server.
 #[tokio::test]
 async fn many_silent_loads_do_not_stop_other_file_systems() {
     if !may_mount() {
@@ -137,7 +135,7 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
         let overlay = Overlay::over(servers[1].served.path());
         let builder = loader().window_bytes(8 * SEGMENT as u64).shutdown_timeout(Duration::from_millis(300));
         let builder = route.into_iter().fold(builder, |builder, route| builder.load_options(options().route(route)));
-        // Twenty of these files would take all of it.
+        // Twenty of these files would take up the whole limit.
         let builder = if limited { builder.memory_limit_bytes(20 * BYTES as u64) } else { builder };
         let loader = builder.build().unwrap();
         let paths = [&servers[0].path, &overlay.path].into_iter().flat_map(|path| [path; 20]);
@@ -151,21 +149,21 @@ async fn many_silent_loads_do_not_stop_other_file_systems() {
         let others = plain.each_ref().map(|path| loader.load(path).start());
         for load in others {
             let ended = tokio::time::timeout(Duration::from_secs(20), load).await;
-            let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for what is silent")).unwrap();
+            let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for the silent servers")).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
         }
-        // Loads that are dropped meanwhile leave as much to them.
+        // Dropped loads with reads in flight do not stop others either.
         silent.truncate(1);
         for path in &plain {
             let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(path)).await;
-            let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for what was dropped")).unwrap();
+            let image = ended.unwrap_or_else(|_| panic!("{what}: a load waits for dropped loads")).unwrap();
             assert_same(&image.files()[0].bytes().unwrap(), &bytes, &what);
         }
         loader.shutdown().await.unwrap_err();
     }
 }
 
-/// Silent loads take all places; after some seconds they no longer count as open.
+/// Silent loads take all places of open loads; after some seconds they no longer count as open.
 #[tokio::test]
 async fn silent_loads_do_not_keep_all_open_load_places() {
     if !may_mount() {
@@ -178,17 +176,17 @@ async fn silent_loads_do_not_keep_all_open_load_places() {
     let loader = loader().max_open_loads(20).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
     let silent: Vec<_> = (0..20).map(|_| loader.load(&server.path).start()).collect();
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
-    let image = ended.expect("a load waits for a place").unwrap();
+    let image = ended.expect("the load waits for a place").unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "beside silent loads");
-    // Neither do dropped loads that still have reads in flight.
+    // Dropped loads with reads in flight do not keep places either.
     drop(silent);
     let ended = tokio::time::timeout(Duration::from_secs(40), loader.load(&plain)).await;
     assert_same(&ended.unwrap().unwrap().files()[0].bytes().unwrap(), &bytes, "beside dropped loads");
     loader.shutdown().await.unwrap_err();
 }
 
-/// A read that was sent to a server cannot be cancelled. One that only waits for a thread can: it
-/// would wait for those reads.
+/// A read that was sent to a server cannot be cancelled. A read that still waits for a thread can,
+/// and must be: the threads it waits for hang.
 #[tokio::test]
 async fn dropped_silent_load_cancels_reads_that_have_not_started() {
     if !may_mount() {
@@ -205,17 +203,18 @@ async fn dropped_silent_load_cancels_reads_that_have_not_started() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    // As many as one load may have.
+    // Wait for as many reads as one load may have in flight.
     wait_for(30..=33).await;
     drop(load);
-    // Four threads are reading from it.
+    // Only the reads of the four reading threads remain.
     wait_for(1..=4).await;
     let leaked = loader.shutdown().await.unwrap_err();
     assert_eq!(leaked.threads, 4, "{leaked}");
-    assert!(leaked.bytes <= SEGMENT as u64, "the memory that these four reads are into: {leaked}");
+    assert!(leaked.bytes <= SEGMENT as u64, "more is leaked than the memory of four reads: {leaked}");
 }
 
-/// The last check of a file asks its server, which may keep a worker for as long as it likes.
+/// The last check of a file requests its attributes from the server, which can block a worker
+/// indefinitely.
 #[tokio::test]
 async fn server_silent_about_attributes_holds_one_worker() {
     if !may_mount() {
@@ -225,7 +224,7 @@ async fn server_silent_about_attributes_holds_one_worker() {
     let (plain, bytes) = (folder.path().join("plain.bin"), random_bytes(BYTES, 5));
     std::fs::write(&plain, &bytes).unwrap();
     for overlaid in [false, true] {
-        let server = SilentServer::start(Manners::NeverTells);
+        let server = SilentServer::start(Manners::NeverSendsAttributes);
         let overlay = overlaid.then(|| Overlay::over(server.served.path()));
         let path = overlay.as_ref().map_or(&server.path, |overlay| &overlay.path);
         let loader = loader().allocator_threads(2).shutdown_timeout(Duration::from_millis(300)).build().unwrap();
@@ -234,9 +233,9 @@ async fn server_silent_about_attributes_holds_one_worker() {
             load.next().await.unwrap().unwrap();
         }
         let last = tokio::time::timeout(Duration::from_millis(300), load.next()).await;
-        assert!(last.is_err(), "the last segment waits for the file's check: {last:?}");
+        assert!(last.is_err(), "the last segment arrived before the file was checked: {last:?}");
         let ended = tokio::time::timeout(Duration::from_secs(20), loader.load(&plain)).await;
-        let image = ended.expect("another load waits for what is silent").unwrap();
+        let image = ended.expect("another load waits for the silent server").unwrap();
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "another load");
         let leaked = loader.shutdown().await.unwrap_err();
         assert_eq!((leaked.bytes, leaked.threads), (0, 1), "no read is in flight, and one worker hangs");
