@@ -1,11 +1,11 @@
-"""Loads a safetensors file into CPU memory by another loader, as `dmaload bench --peer` asks.
+"""Loads a safetensors file into CPU memory with another loader, for `dmaload bench --peer`.
 
     peers.py NAME PATH    NAME: wheel, safetensors, safetensors-clone, fastsafetensors, runai,
                           fio, copies
 
-Standard input says `prepare`, then `go`; each is answered by a line of JSON. The measurement
-begins just before the file is opened and ends when every byte is in the caller's memory: a
-mapping is touched page by page.
+Reads `prepare`, then `go` from standard input, and answers each with a line of JSON. The
+measurement starts just before the file is opened and ends when every byte is in the caller's
+memory. A loader that returns a mapping is made to read a byte of each page.
 """
 
 import json
@@ -19,7 +19,7 @@ import time
 
 
 def page_bytes(path):
-    """The size of most pages under what was loaded."""
+    """The size of most pages of the loaded memory."""
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         huge_kib = sum(int(line.split()[1]) for line in file if line.startswith("AnonHugePages"))
     huge = huge_kib << 10 > os.path.getsize(path) // 2
@@ -27,13 +27,13 @@ def page_bytes(path):
 
 
 def touch(tensor):
-    """Reads a byte of each page."""
+    """Faults in a tensor by reading a byte of each page."""
     array = tensor.view(-1).view(torch.uint8)
     return int(array[::4096].sum()) if array.numel() else 0
 
 
 def by_wheel(path):
-    """The engine through Python, as it is by default."""
+    """Loads with dmaload's Python package and its default options."""
     image = dmaload.load(path)
     return image, [image[name] for name in image]
 
@@ -62,7 +62,7 @@ def by_runai(path):
 
 
 def by_copies(path):
-    """A plain loop of `preadv` in as many threads as there are cores, into new memory."""
+    """Reads into new memory with plain `preadv` loops, one thread per CPU."""
     file, extent = os.open(path, os.O_RDONLY), 2 << 20
     size = os.fstat(file).st_size
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -89,7 +89,7 @@ def by_copies(path):
 
 
 def by_fio(path):
-    """Measures the device's limit by fio's own clock, as a check of the mode `limit`."""
+    """Measures the device's limit with fio's own clock, to check the mode `limit`."""
     job = ["fio", "--name=limit", f"--filename={path}", "--rw=read", "--direct=1", "--ioengine=io_uring", "--fixedbufs=1"]
     job += ["--bs=4M", "--iodepth=16", "--mem=mmaphuge" if huge_pages() else "--mem=mmap", "--output-format=json", "--readonly"]
     run = subprocess.run(job, capture_output=True, check=True, text=True)
@@ -113,21 +113,21 @@ WAYS = {
 }
 
 
-def tell(**values):
+def answer(**values):
     print(json.dumps(values), flush=True)
 
 
-def heard(word):
+def receive(word):
     return sys.stdin.readline().strip() == word
 
 
 name, path = sys.argv[1:]
-if not heard("prepare"):
+if not receive("prepare"):
     sys.exit()
 if name == "wheel":
     import dmaload
 
-    # A service makes its loader once, so the first load is not what is measured.
+    # A service creates its loader once, so a first load creates it before the measurement.
     with tempfile.NamedTemporaryFile() as first:
         first.write(bytes(1 << 20))
         first.flush()
@@ -142,9 +142,9 @@ elif name == "fastsafetensors":
     from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 elif name == "runai":
     from runai_model_streamer import SafetensorsStreamer
-tell(ready=True)
-if heard("go"):
+answer(ready=True)
+if receive("go"):
     start, cpu = time.perf_counter(), time.process_time()
     loaded = WAYS[name](path)
     seconds = loaded if name == "fio" else time.perf_counter() - start
-    tell(seconds=seconds, cpu_seconds=time.process_time() - cpu, page_bytes=page_bytes(path))
+    answer(seconds=seconds, cpu_seconds=time.process_time() - cpu, page_bytes=page_bytes(path))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measures everything in docs/performance.md and writes its tables and pictures:
-# `just bench [FILTER]`. Needs root, since page cache, cgroups and other users are involved, and an
-# idle machine. FILTER runs a part; only `peers` installs other loaders (gigabytes) and measures
-# them.
+# Runs the measurements of docs/performance.md and writes its tables and pictures:
+# `just bench [FILTER]`. Needs an idle machine, and root to evict files from the page cache, create
+# cgroups and run as other users. FILTER selects measurements. `peers`, which installs other
+# loaders (gigabytes) and measures them, runs only if selected.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 page=docs/performance.md out=target/performance filter=${1:-}
@@ -10,7 +10,7 @@ mkdir -p "$out"
 cargo build --release --locked --quiet -p dmaload-cli
 dmaload=$PWD/target/release/dmaload
 
-# Puts a file's lines between the marks of this name.
+# NAME FILE: replaces the text between the marks of NAME in the page with FILE.
 insert() {
     awk -v name="$1" -v file="$2" '
         $0 == "<!-- begin:" name " -->" { print; while ((getline line < file) > 0) print line; inside = 1 }
@@ -20,14 +20,14 @@ insert() {
     cp "$out/page" "$page"
 }
 
-# NAME ARGUMENTS…: a bench, with its command above its table.
+# NAME ARGUMENTS…: runs a bench and inserts its table below its command.
 measure() {
     local name=$1
     shift
     [[ $name == *$filter* ]] || return 0
     grep -qx "<!-- begin:$name -->" "$page"
     echo "$name: dmaload bench $*"
-    # Under pressure modes may fail, which is a result.
+    # Under memory pressure, a failing mode is a result.
     "$dmaload" bench "$@" --md >"$out/$name.md" || [[ "$*" == *--pressure* ]]
     { echo "\`dmaload bench ${*/#docs\//docs/}\`"; echo; cat "$out/$name.md"; } >"$out/$name"
     insert "$name" "$out/$name"
@@ -42,19 +42,20 @@ if [[ -z $filter ]]; then
     machine >"$out/machine"
     insert machine "$out/machine"
 fi
-# NAME BENCH: what one of the small benches prints.
+# NAME ARGUMENTS…: runs `cargo ARGUMENTS…` and inserts its output.
 small() {
     [[ $1 == *$filter* ]] || return 0
     {
         printf '`cargo %s`\n\n```text\n' "${*:2}"
-        # Without what the test harness says.
+        # Drop the lines of the test harness.
         cargo --quiet --locked "${@:2}" | grep -vE '^(running |test |\.?$)'
         echo '```'
     } >"$out/$1"
     insert "$1" "$out/$1"
 }
 
-# A folder of files of random bytes: COUNT LEAST-KIB MOST-KIB, always the same lengths.
+# COUNT MIN-KIB MAX-KIB: creates a folder of files of random bytes, whose lengths are the same in
+# each run.
 files() {
     local folder=$out/files-$1
     mkdir -p "$folder"
@@ -70,7 +71,7 @@ PYTHON
     echo "$folder"
 }
 
-# NAME "COUNT LEAST MOST" ARGUMENTS…: a bench of many files.
+# NAME "COUNT MIN MAX" ARGUMENTS…: runs a bench of many files and inserts its table.
 measure_files() {
     local name=$1 folder
     [[ $name == *$filter* ]] || return 0
@@ -83,8 +84,8 @@ measure_files() {
     insert "$name" "$out/$name"
 }
 
-# What the way through Python costs, from the medians of a table.
-through_python() {
+# TABLE: prints the overhead of the Python package, from the medians of a table.
+python_overhead() {
     awk -F'|' '
         { gsub(/ /, "", $2); split($4, seconds, " ") }
         $2 == "direct_io" { command = seconds[1] }
@@ -93,21 +94,21 @@ through_python() {
     ' "$1"
 }
 
-# The loaders that people use, in an environment of their own, in one run with the engine.
+# Measures other loaders, installed in a virtual environment, in the same run as dmaload.
 peers() {
     local python=$PWD/$out/peers/bin/python way command=()
     if [[ ! -x $python ]]; then
         python3 -m venv "$out/peers"
         "$python" -m pip install --quiet safetensors fastsafetensors runai-model-streamer torch numpy
     fi
-    # The wheel of these sources, beside the command: `direct_io` is the same load without Python.
+    # The wheel is built from these sources, so it differs from `direct_io` only by Python.
     "$python" -m pip install --quiet --no-deps --force-reinstall ./crates/dmaload-python
     for way in wheel safetensors safetensors-clone fastsafetensors runai $(command -v fio); do
         command+=(--peer "${way##*/}=$python benches/peers.py ${way##*/}")
     done
     local versions name arguments
     versions=$("$python" -m pip list 2>/dev/null | awk '/^(safetensors|fastsafetensors|runai-model-streamer|torch) / {print $1, $2}' | paste -sd,)
-    # Cold on both page sizes, and from the page cache.
+    # Cold with both page sizes, and from the page cache.
     for name in peers peers-4k peers-warm; do
         arguments=(--size 1GiB --modes normal,limit,direct_io)
         case $name in
@@ -121,7 +122,7 @@ peers() {
             echo
             cat "$out/$name.md"
             echo
-            through_python "$out/$name.md"
+            python_overhead "$out/$name.md"
         } >"$out/$name.table"
         insert "$name" "$out/$name.table"
     done
@@ -131,7 +132,7 @@ if [[ $filter == peers ]]; then
     exit
 fi
 
-# What the engine's threads do during loads on 2 MiB and 4 KiB pages, for the rows about CPU time.
+# Profiles the engine's threads during loads on 2 MiB and 4 KiB pages, for the rows on CPU time.
 profile() {
     [[ profile == *$filter* ]] || return 0
     local pages arguments
@@ -143,8 +144,8 @@ profile() {
         {
             printf '`perf record dmaload bench %s`: %.2f s of CPU time per GiB, of which\n\n| share | function |\n|--:|---|\n' \
                 "${arguments[*]}" "$(python3 -c 'import json, sys; print([mode["cpu_seconds_per_gib"] for mode in json.load(sys.stdin)["modes"] if mode["name"] == "direct_io"][0])' <"$out/profile.json")"
-            # By thread and function, and summed here: perf filters threads only after it has
-            # merged.
+            # Sort by thread and function and sum up here: perf filters threads only after merging
+            # them.
             perf report --input "$out/perf.data" --no-children --stdio --percentage relative --sort comm,symbol \
                 --comms dmaload-alloc-0,dmaload-alloc-1,dmaload-ring,dmaload-reap 2>/dev/null |
                 awk '/^ +[0-9.]+%/ { share[$4] += $1 } END { for (name in share) if (share[name] >= 2) printf "| %.1f %% | `%s` |\n", share[name], name }' |
@@ -172,7 +173,7 @@ measure c-program --size 1GiB --layout single --modes normal,limit,direct_io --p
 measure_files small-files "2000 64 1536" --user 1000 --modes normal,limit,direct_io
 measure_files at-once "16 65536 65536" --user 1000 --modes normal,limit,direct_io,at-once
 measure cached --size 1GiB --warm --cache auto --pages 2m --modes normal,normal_io,limit,direct_io,tokio-fs
-# A file on tmpfs, whose O_DIRECT is a copy at the speed of memory, beside a plain loop of copies.
+# A file on tmpfs, where O_DIRECT reads are memory copies, compared with a plain loop of copies.
 if [[ tmpfs == *$filter* ]]; then
     memory=$(mktemp -d)
     mount -t tmpfs -o size=1100m tmpfs "$memory"

@@ -9,9 +9,9 @@
 //! curl localhost:8080/metrics   # for Prometheus
 //! ```
 //!
-//! One loader serves all requests: its memory limit is the service's, and its pool makes reloads
-//! cheap. A request that is dropped cancels its load. On SIGINT running requests are finished, and
-//! the loader is shut down.
+//! One loader serves all requests: its memory limit covers the whole service, and its pool makes
+//! reloads cheap. Dropping a request cancels its load. On SIGINT the service finishes running
+//! requests and shuts down the loader.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -33,7 +33,7 @@ struct Service {
 
 type Answer<T> = Result<T, (StatusCode, String)>;
 
-fn failed(error: dmaload::Error) -> (StatusCode, String) {
+fn to_response(error: dmaload::Error) -> (StatusCode, String) {
     let status = match error.kind() {
         ErrorKind::NotFound => StatusCode::NOT_FOUND,
         ErrorKind::OverLimit | ErrorKind::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
@@ -43,11 +43,11 @@ fn failed(error: dmaload::Error) -> (StatusCode, String) {
     (status, format!("{error}{hint}\n"))
 }
 
-fn missing(what: &str) -> (StatusCode, String) {
+fn not_found(what: &str) -> (StatusCode, String) {
     (StatusCode::NOT_FOUND, format!("no {what}\n"))
 }
 
-fn about(name: &str, image: &Image) -> Value {
+fn describe(name: &str, image: &Image) -> Value {
     let report = image.report();
     json!({
         "name": name, "bytes": report.bytes, "seconds": report.total.as_secs_f64(), "route": report.route.name(),
@@ -55,35 +55,36 @@ fn about(name: &str, image: &Image) -> Value {
     })
 }
 
-/// Loads a model. The old model of that name serves until the new one is loaded; requests that use
-/// it keep it.
+/// Loads a model. An older model of that name stays available until the new one is loaded, and
+/// requests that use it keep it alive.
 async fn load(State(service): State<Service>, Path(name): Path<String>, Json(body): Json<Value>) -> Answer<Json<Value>> {
-    let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the body needs a \"path\"\n".to_owned()))?;
-    let image = service.loader.load(path).await.map_err(failed)?;
-    let reported = about(&name, &image);
-    let before = service.models.write().map_err(|_| missing("models"))?.insert(name, image);
+    let path = body["path"].as_str().ok_or((StatusCode::BAD_REQUEST, "the request body must contain \"path\"\n".to_owned()))?;
+    let image = service.loader.load(path).await.map_err(to_response)?;
+    let reported = describe(&name, &image);
+    let before = service.models.write().map_err(|_| not_found("models"))?.insert(name, image);
     drop(before);
     Ok(Json(reported))
 }
 
 async fn list(State(service): State<Service>) -> Answer<Json<Vec<Value>>> {
-    let models = service.models.read().map_err(|_| missing("models"))?;
-    Ok(Json(models.iter().map(|(name, image)| about(name, image)).collect()))
+    let models = service.models.read().map_err(|_| not_found("models"))?;
+    Ok(Json(models.iter().map(|(name, image)| describe(name, image)).collect()))
 }
 
 async fn unload(State(service): State<Service>, Path(name): Path<String>) -> Answer<StatusCode> {
-    let removed = service.models.write().map_err(|_| missing("models"))?.remove(&name);
-    removed.map(|_| StatusCode::NO_CONTENT).ok_or_else(|| missing("such model"))
+    let removed = service.models.write().map_err(|_| not_found("models"))?.remove(&name);
+    removed.map(|_| StatusCode::NO_CONTENT).ok_or_else(|| not_found("such model"))
 }
 
-/// A tensor's bytes, sent from the loaded memory.
+/// Sends a tensor's bytes from the loaded memory, without a copy.
 async fn tensor(State(service): State<Service>, Path((name, tensor)): Path<(String, String)>) -> Answer<Body> {
-    let image = service.models.read().map_err(|_| missing("models"))?.get(&name).cloned();
-    let tensor = image.ok_or_else(|| missing("such model"))?.tensor(&tensor).map_err(failed)?;
-    Ok(Body::from(tensor.bytes().map_err(failed)?))
+    let image = service.models.read().map_err(|_| not_found("models"))?.get(&name).cloned();
+    let tensor = image.ok_or_else(|| not_found("such model"))?.tensor(&tensor).map_err(to_response)?;
+    Ok(Body::from(tensor.bytes().map_err(to_response)?))
 }
 
-/// The text format of Prometheus: <https://prometheus.io/docs/instrumenting/exposition_formats/>.
+/// Reports metrics in the text format of Prometheus:
+/// <https://prometheus.io/docs/instrumenting/exposition_formats/>.
 async fn metrics(State(service): State<Service>) -> String {
     let seen = service.loader.metrics();
     let mut text = String::new();

@@ -1,5 +1,5 @@
-//! Two processes share one memory: this one loads and hands out; a child maps the same pages and
-//! sums them up.
+//! Shares loaded memory between two processes: this one loads a model and serves it; a child maps
+//! the same pages and computes a checksum of them.
 //!
 //! `cargo run -p dmaload-examples --example share -- MODEL`
 
@@ -8,8 +8,8 @@ use std::process::Command;
 use dmaload::Loader;
 use dmaload::share::{AttachOptions, Server, ServerOptions, attach};
 
-/// A checksum that depends on every byte and its place.
-fn sum(image: &dmaload::Image) -> anyhow::Result<u64> {
+/// A checksum that depends on every byte and its position.
+fn checksum(image: &dmaload::Image) -> anyhow::Result<u64> {
     let mut sum = 0u64;
     for segment in image.segments() {
         sum = segment.bytes()?.iter().fold(sum, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));
@@ -23,15 +23,15 @@ async fn main() -> anyhow::Result<()> {
     let first = arguments.next().unwrap_or("model.safetensors".to_owned());
     if first == "attach" {
         let attached = attach(arguments.next().unwrap_or_default(), AttachOptions::default()).await?;
-        println!("process {} of {}: {:016x}", std::process::id(), attached.process, sum(&attached.image)?);
+        println!("process {} of {}: {:016x}", std::process::id(), attached.process, checksum(&attached.image)?);
         return Ok(());
     }
     let image = Loader::new()?.load(&first).await?;
     let socket = std::env::temp_dir().join(format!("dmaload-share-{}", std::process::id()));
     let server = Server::bind(&socket, ServerOptions::default())?;
     server.publish("model", image.clone())?;
-    println!("process {}: {:016x}", std::process::id(), sum(&image)?);
+    println!("process {}: {:016x}", std::process::id(), checksum(&image)?);
     let child = Command::new(std::env::current_exe()?).arg("attach").arg(&socket).status()?;
-    anyhow::ensure!(child.success(), "the other process failed");
+    anyhow::ensure!(child.success(), "the child process failed");
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Uses each segment while the rest is still being read, and keeps none, as a consumer does that
-//! uploads to a device.
+//! Processes each segment while the rest is still being read, and keeps none, as a consumer that
+//! uploads to a device would.
 
 use dmaload::{LoadOptions, Loader};
 

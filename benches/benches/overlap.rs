@@ -1,8 +1,7 @@
-//! Does allocating hide behind reading, and reading behind allocating?
+//! Measures how far allocation and reading overlap.
 //!
-//! Reads a file as it is, measures the time of a read for each piece, and slows allocation down by
-//! multiples of it. With real overlap the total is near the longer of the two; without, near their
-//! sum.
+//! Measures the read time per piece, then slows allocation down by multiples of it. With full
+//! overlap the total is close to the longer of the two times; without overlap, to their sum.
 
 use std::io::Write;
 use std::ops::Range;
@@ -14,11 +13,11 @@ use dmaload::{LoadOptions, Loader, Report};
 use dmaload_testing::random_bytes;
 
 const FILE_BYTES: usize = 512 << 20;
-/// Segments of one piece each.
+/// One segment is one piece.
 const SEGMENT_BYTES: usize = 16 << 20;
 const ROUNDS: usize = 5;
 
-/// Memory that takes longer to allocate.
+/// A heap whose allocations take longer.
 #[derive(Debug)]
 struct SlowHeap(Duration);
 
@@ -62,7 +61,7 @@ fn main() -> anyhow::Result<()> {
         let median = &rounds[ROUNDS / 2];
         let (longer, sum) = (median.allocating.max(median.reading), median.allocating + median.reading);
         let what = format!("{factor} x read, window {window}");
-        let ratio = |of: Duration| median.total.as_secs_f64() / of.as_secs_f64();
+        let ratio = |to: Duration| median.total.as_secs_f64() / to.as_secs_f64();
         println!(
             "{what:>22} {:>9.0?} {:>9.0?} {:>9.0?} {:>12.2} {:>12.2}",
             median.allocating,

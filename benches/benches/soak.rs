@@ -1,7 +1,8 @@
-//! Hours of use in minutes: several tasks run random loads, sizes, routes, heaps, cancellations
-//! and faults against real files, and compare every byte that is shown. Between periods everything
-//! is dropped, and what the process holds is counted: it must be the same at the end as at the
-//! beginning. `just soak --minutes 30`.
+//! Hours of use in minutes: several tasks load real files with random sizes, routes, heaps,
+//! cancellations and faults, and compare every byte that they receive. After each period
+//! everything is dropped, and the process must hold no more resources than after the first period.
+//!
+//! `just soak --minutes 30`
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::borrow::Cow;
@@ -21,20 +22,21 @@ use dmaload::{Cache, Error, Image, Layout, LoadOptions, Loader, Route};
 use dmaload_testing::Random;
 
 const MIB: u64 = 1 << 20;
-/// Tasks at once.
+/// The number of concurrent tasks.
 const TASKS: u64 = 4;
 const PERIOD: Duration = Duration::from_secs(20);
-/// How much memory may differ between two counts: the allocator's caches, stacks that have grown.
+/// How much resident memory may grow between two periods: allocator caches and stacks can grow.
 const SLACK_KIB: u64 = 2 << 10;
-/// The C library keeps a heap for each thread, which grows for half an hour: a single heap shows
-/// what is ours.
+/// The C library keeps an arena for each thread, whose growth over half an hour would hide leaks.
+/// A single arena does not.
 const ONE_HEAP: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
 
-/// The byte of a file at an offset, eight at a time: a file's content follows from its number.
+/// Eight bytes of a file. Its number and the index of the word determine them.
 fn word(number: u64, index: u64) -> [u8; 8] {
     ((number << 48 | index) ^ 0x5DEE_CE66_D1CE_4E5B).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes()
 }
 
+/// Compares bytes of the file `number`, from the offset `start` on.
 fn compare(number: u64, start: u64, seen: &[u8]) -> Result<()> {
     let mut at = start;
     let mut seen = seen;
@@ -58,7 +60,7 @@ fn write_file(path: &Path, number: u64, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// A heap that runs out of memory now and then.
+/// A heap that fails allocations at random.
 #[derive(Debug)]
 struct Failing(std::sync::Mutex<Random>);
 
@@ -68,7 +70,7 @@ impl HeapHooks for Failing {
     }
 
     fn before_allocate(&self, bytes: usize) -> Result<(), HeapError> {
-        let fails = self.0.lock().expect("no panic before").chance(50);
+        let fails = self.0.lock().expect("the lock is poisoned").chance(50);
         if fails { Err(HeapError::new("allocate", bytes, dmaload::Errno::ENOMEM)) } else { Ok(()) }
     }
 }
@@ -103,14 +105,14 @@ impl World {
             let segment = segment?;
             compare(segment.file_index() as u64, segment.file_range().start, &segment.bytes()?)?;
         }
-        let manifest = Arc::new(recorder.manifest(segments.report().context("a stream has a report")?));
+        let manifest = Arc::new(recorder.manifest(segments.report().context("the stream has no report")?));
         drop(segments);
         let _ = loader.shutdown().await;
         Ok(World { folder: folder.to_owned(), files, manifest })
     }
 }
 
-/// How often things happened.
+/// Counts of the tasks' actions.
 #[derive(Debug, Default, Clone)]
 struct Counts {
     loads: u64,
@@ -170,11 +172,11 @@ fn check(image: &Image, numbers: &[u64]) -> Result<()> {
     Ok(())
 }
 
-/// One action of a task.
+/// Runs one random action of a task.
 async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, counts: &mut Counts) -> Result<()> {
     let count = *random.pick(&[1, 1, 1, 3, 12]);
     let numbers: Vec<u64> = (0..count).map(|_| random.below(world.files.len() as u64)).collect();
-    let file = |&number: &u64| world.files[usize::try_from(number).expect("an index")].clone();
+    let file = |&number: &u64| world.files[usize::try_from(number).expect("a file number fits into usize")].clone();
     let (paths, lengths): (Vec<_>, Vec<_>) = numbers.iter().map(file).unzip();
     let options = options(random, loader, world);
     let failed = |error: Error, counts: &mut Counts| match error {
@@ -194,13 +196,13 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
         2 => {
             let mut segments = loader.load(&paths).options(options).segments();
             let stops = random.chance(300).then(|| random.below(4));
-            let mut given = 0;
+            let mut received = 0;
             while let Some(segment) = segments.next().await {
-                if stops == Some(given) {
+                if stops == Some(received) {
                     counts.count("stopped reading");
                     return Ok(());
                 }
-                given += 1;
+                received += 1;
                 let segment = match segment {
                     Ok(segment) => segment,
                     Err(error) => return Ok(failed(error, counts)?),
@@ -211,7 +213,8 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             counts.loads += 1;
         }
         3 => {
-            // The file is written to meanwhile: an error, or the old bytes.
+            // The file may be truncated or removed during the load, which then fails or returns
+            // the original bytes.
             let (path, bytes) = (world.folder.join(format!("scratch-{task}")), 1 + random.below(8 * MIB));
             write_file(&path, 99, bytes)?;
             let load = loader.load(&path).options(options.clone().route(*random.pick(&Route::ALL))).start();
@@ -232,7 +235,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             let _ = fs::remove_file(&path);
         }
         4 => {
-            // A file that differs from its manifest by a bit is an error.
+            // A copy that differs from its manifest in one bit must be refused.
             let other = numbers.first().map_or(0, |number| (number + 1) % world.files.len() as u64);
             let (path, bytes) = (world.folder.join(format!("{other}-{task}.wrong")), file(&other).1);
             let Some(at) = bytes.checked_sub(1).map(|last| random.below(last + 1)) else { return Ok(()) };
@@ -240,11 +243,11 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
             let mut byte = word(other, at / 8)[usize::try_from(at % 8)?];
             byte ^= 1;
             std::os::unix::fs::FileExt::write_all_at(&fs::OpenOptions::new().write(true).open(&path)?, &[byte], at)?;
-            let alone = Manifest::parse(one_file(&world.manifest.to_json(), other)?.as_bytes())?;
+            let alone = Manifest::parse(reduce_manifest(&world.manifest.to_json(), other)?.as_bytes())?;
             match loader.load(&path).options(options.verify(alone)).await {
                 Err(Error::Corrupt { offset, bytes, .. }) if (offset..offset + bytes).contains(&at) => counts.count("corrupt"),
                 Err(error) => failed(error, counts)?,
-                Ok(_) => bail!("WRONG BYTES: byte {at} of {} passed", path.display()),
+                Ok(_) => bail!("WRONG BYTES: the wrong byte {at} of {} was not detected", path.display()),
             }
             fs::remove_file(&path)?;
         }
@@ -259,7 +262,7 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
                 counts.loads += 1;
                 counts.bytes += lengths.iter().sum::<u64>();
                 let fallbacks = &image.report().fallbacks;
-                ensure!(fallbacks.is_empty(), "nothing refuses anything here: {fallbacks:?}");
+                ensure!(fallbacks.is_empty(), "unexpected fallbacks: {fallbacks:?}");
             }
             Err(error) => failed(error, counts)?,
         },
@@ -267,11 +270,11 @@ async fn act(random: &mut Random, loader: &Loader, world: &World, task: u64, cou
     Ok(())
 }
 
-/// The manifest of one of the files.
-fn one_file(json: &str, number: u64) -> Result<String> {
+/// Reduces a manifest to the entry of one file.
+fn reduce_manifest(json: &str, number: u64) -> Result<String> {
     let mut value: serde_json::Value = serde_json::from_str(json)?;
     let name = format!("{number}.bin");
-    let files = value["files"].as_array_mut().context("a manifest has files")?;
+    let files = value["files"].as_array_mut().context("the manifest has no list of files")?;
     files.retain(|file| file["path"] == name.as_str());
     Ok(value.to_string())
 }
@@ -284,18 +287,18 @@ async fn task(world: Arc<World>, task: u64, seed: u64, until: Instant) -> Result
         for _ in 0..random.below(12) {
             act(&mut random, &own, &world, task, &mut counts).await.with_context(|| format!("seed {seed}"))?;
         }
-        // Sometimes with loads running.
-        let left = random.chance(300).then(|| own.load(&world.files[3].0).start());
+        // Sometimes shut down while a load is running.
+        let running = random.chance(300).then(|| own.load(&world.files[3].0).start());
         if let Err(leaked) = own.shutdown().await {
             bail!("{leaked}");
         }
-        drop(left);
+        drop(running);
         counts.count("loaders");
     }
     Ok(counts)
 }
 
-/// What the process holds.
+/// The resources that the process holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Holdings {
     descriptors: u64,
@@ -321,7 +324,8 @@ impl Holdings {
         })
     }
 
-    /// Whether more is held than before; mappings and resident memory within what allocators keep.
+    /// Whether the process holds more than before, apart from the mappings and the memory that an
+    /// allocator may keep.
     fn has_grown_since(&self, before: &Holdings) -> bool {
         self.descriptors > before.descriptors
             || self.threads > before.threads
@@ -331,8 +335,8 @@ impl Holdings {
     }
 }
 
-/// Counts once what was dropped has been freed.
-async fn settled(before: Option<&Holdings>) -> Result<Holdings> {
+/// Waits until the holdings are back to `before`, or for at most 10 s, and returns them.
+async fn wait_until_settled(before: Option<&Holdings>) -> Result<Holdings> {
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -355,11 +359,11 @@ fn row(minutes: f64, counts: &Counts, held: &Holdings) {
 
 fn main() -> Result<()> {
     if std::env::var_os(ONE_HEAP.0).is_none() {
-        let again = std::process::Command::new(std::env::current_exe()?)
+        let failed = std::process::Command::new(std::env::current_exe()?)
             .args(std::env::args_os().skip(1))
             .env(ONE_HEAP.0, ONE_HEAP.1)
             .exec();
-        return Err(again).context("can't start anew with one heap");
+        return Err(failed).context("cannot restart with a single arena");
     }
     soak()
 }
@@ -369,11 +373,11 @@ async fn soak() -> Result<()> {
     let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let number = |name: &str, default: u64| -> Result<u64> {
         match arguments.iter().position(|argument| argument == name) {
-            Some(at) => Ok(arguments.get(at + 1).context("a number is missing")?.parse()?),
+            Some(at) => Ok(arguments.get(at + 1).with_context(|| format!("{name} needs a number"))?.parse()?),
             None => Ok(default),
         }
     };
-    // By default `cargo bench` does not take half an hour for it.
+    // Short by default, because `cargo bench` runs this too.
     let (minutes, seed) = (number("--minutes", 1)?, number("--seed", 1)?);
     let folder = tempfile::tempdir_in(std::env::var_os("BENCH_DIR").unwrap_or("/var/tmp".into()))?;
     let world = Arc::new(World::new(folder.path()).await?);
@@ -394,15 +398,15 @@ async fn soak() -> Result<()> {
         for task in tasks {
             counts.add(&task.await??);
         }
-        let held = settled(before.as_ref()).await?;
-        // After a tenth of the time, and on errors.
-        let reported = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
+        let held = wait_until_settled(before.as_ref()).await?;
+        // Print about ten rows, and a last one at the end or when the holdings have grown.
+        let is_due = rows.is_multiple_of((minutes * 60 / PERIOD.as_secs() / 10).max(1));
         let grown = before.is_some_and(|before| held.has_grown_since(&before));
-        if reported || grown || Instant::now() >= end {
+        if is_due || grown || Instant::now() >= end {
             row(started.elapsed().as_secs_f64() / 60.0, &counts, &held);
         }
         rows += 1;
-        ensure!(!grown, "it holds more than at first: {held:?}, {before:?}");
+        ensure!(!grown, "the process holds more than after the first period: {held:?}, before {before:?}");
         before.get_or_insert(held);
     }
     println!();

@@ -1,17 +1,17 @@
 /*
- * Reads a file into a dma-buf in the ways that the kernel series of 2024 compared
- * (DMA_HEAP_IOCTL_ALLOC_AND_READ), and prints what each costs, allocation included:
+ * Reads a file into a dma-buf in one of the ways that a kernel patch series of 2024
+ * (DMA_HEAP_IOCTL_ALLOC_AND_READ) compared, and prints how long it takes, including allocation:
  *
  *     dmabuf-heap-file-read HEAP MODE FILE
  *
- * HEAP   system, or any other in /dev/dma_heap; udmabuf; memfd (needs no device, makes no dma-buf)
+ * HEAP   system or another heap in /dev/dma_heap; udmabuf; memfd (no device, and no dma-buf)
  * MODE   normal           allocate, map the file, copy
- *        normal_io        allocate, read(2) the file through the page cache
+ *        normal_io        allocate, read the file through the page cache
  *        direct_io        dmaload
- *        direct_io_check  the same, and every byte is compared with the file
- *        bench            dmaload, for `dmaload bench --peer`, which says when on standard input
+ *        direct_io_check  dmaload, then compare every byte with the file
+ *        bench            dmaload, started through standard input by `dmaload bench --peer`
  *
- * First evicts the file from the page cache.
+ * All modes but bench first evict the file from the page cache.
  *
  *     cc dmabuf-heap-file-read.c -o dmabuf-heap-file-read $(pkg-config --cflags --libs dmaload)
  */
@@ -39,10 +39,10 @@ static void fail(const char *what)
     exit(1);
 }
 
-/* dmaload's answers are negative errnos, and it has the words. */
-static void fail_by(int answer)
+/* Reports an error of dmaload, whose functions return negative errnos. */
+static void fail_with(int error)
 {
-    fprintf(stderr, "%s: %s (%s)\n", program, dmaload_last_error(), strerror(-answer));
+    fprintf(stderr, "%s: %s (%s)\n", program, dmaload_last_error(), strerror(-error));
     exit(1);
 }
 
@@ -76,13 +76,13 @@ static int open_heap(const char *heap)
     return fd;
 }
 
-static size_t whole_pages(size_t bytes)
+static size_t round_up_to_pages(size_t bytes)
 {
     size_t page = (size_t)sysconf(_SC_PAGESIZE);
     return (bytes + page - 1) / page * page;
 }
 
-/* Memory of a heap, without dmaload. */
+/* Allocates from a heap without dmaload. */
 static int allocate(const char *heap, size_t bytes)
 {
     if (!is_memfd(heap) && !is_udmabuf(heap)) {
@@ -118,7 +118,7 @@ static void *map(int fd, size_t bytes, int protection)
     return address;
 }
 
-/* Access of the CPU to a dma-buf; a memory file needs none of it. */
+/* Begins or ends CPU access to a dma-buf. A memfd does not need it and refuses the ioctl. */
 static void sync_cpu(int fd, uint64_t flags)
 {
     struct dma_buf_sync sync = { .flags = flags };
@@ -131,7 +131,7 @@ static void sync_cpu(int fd, uint64_t flags)
 
 static int normal(const char *heap, int file, size_t bytes)
 {
-    int fd = allocate(heap, whole_pages(bytes));
+    int fd = allocate(heap, round_up_to_pages(bytes));
     char *to = map(fd, bytes, PROT_READ | PROT_WRITE);
     char *from = map(file, bytes, PROT_READ);
     sync_cpu(fd, DMA_BUF_SYNC_START | DMA_BUF_SYNC_WRITE);
@@ -144,7 +144,7 @@ static int normal(const char *heap, int file, size_t bytes)
 
 static int normal_io(const char *heap, int file, size_t bytes)
 {
-    int fd = allocate(heap, whole_pages(bytes));
+    int fd = allocate(heap, round_up_to_pages(bytes));
     char *to = map(fd, bytes, PROT_READ | PROT_WRITE);
     sync_cpu(fd, DMA_BUF_SYNC_START | DMA_BUF_SYNC_WRITE);
     for (size_t at = 0; at < bytes;) {
@@ -152,7 +152,7 @@ static int normal_io(const char *heap, int file, size_t bytes)
         if (got < 0 && errno != EINTR)
             fail("pread");
         if (got == 0) {
-            fprintf(stderr, "%s: the file became shorter\n", program);
+            fprintf(stderr, "%s: the file shrank while it was read\n", program);
             exit(1);
         }
         at += got > 0 ? (size_t)got : 0;
@@ -162,7 +162,7 @@ static int normal_io(const char *heap, int file, size_t bytes)
     return fd;
 }
 
-/* `huge_bytes` is how much of it is in 2 MiB pages, where that is known. */
+/* Stores in `huge_bytes` how many bytes are in 2 MiB pages, or 0 if that is unknown. */
 static int direct_io(const char *heap, int file, uint64_t *huge_bytes)
 {
     int fd = -1;
@@ -174,27 +174,27 @@ static int direct_io(const char *heap, int file, uint64_t *huge_bytes)
         size_t count;
         int answer = dmaload_load_file(file, &options, &segments, &count);
         if (answer < 0)
-            fail_by(answer);
+            fail_with(answer);
         *huge_bytes = report.huge_page_bytes;
         fd = segments[0].fd;
-        /* Taken: it is not closed with the others. */
+        /* Keeps dmaload_segments_free from closing this descriptor. */
         segments[0].fd = -1;
         dmaload_segments_free(segments, count);
     } else {
         int heap_fd = open_heap(heap);
         int answer = dmaload_alloc_and_read(heap_fd, file, O_RDWR | O_CLOEXEC, 0, 0, &fd);
         if (answer < 0)
-            fail_by(answer);
+            fail_with(answer);
         close(heap_fd);
     }
     return fd;
 }
 
-/* Every byte, and the zeros behind the last one. */
+/* Compares every byte with the file, and checks that the rest of the last page is zero. */
 static void check(int fd, int file, size_t bytes)
 {
     static char buffer[1 << 20];
-    size_t all = whole_pages(bytes);
+    size_t all = round_up_to_pages(bytes);
     const char *seen = map(fd, all, PROT_READ);
     sync_cpu(fd, DMA_BUF_SYNC_START | DMA_BUF_SYNC_READ);
     for (size_t at = 0; at < all;) {
@@ -217,7 +217,7 @@ static void check(int fd, int file, size_t bytes)
     munmap((void *)seen, all);
 }
 
-/* As docs/cli.md says of --peer. */
+/* The protocol of --peer, described in docs/cli.md. */
 static void bench(const char *heap, int file)
 {
     char line[64];
@@ -254,7 +254,7 @@ int main(int argc, char **argv)
         bench(heap, file);
         return 0;
     }
-    /* What is not written yet would stay. */
+    /* Dirty pages cannot be evicted, so write them back first. */
     fsync(file);
     posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
 
@@ -275,7 +275,7 @@ int main(int argc, char **argv)
            (double)bytes / (1 << 20) / ((double)cost / 1e9));
     if (strcmp(mode, "direct_io_check") == 0) {
         check(fd, file, bytes);
-        printf("every byte is that of the file\n");
+        printf("every byte matches the file\n");
     }
     close(fd);
     return 0;

@@ -1,4 +1,4 @@
-//! The examples work on a small model, and the README shows the shortest one verbatim.
+//! Runs the examples on small models, and checks that the README shows the shortest one verbatim.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,16 +8,16 @@ use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 
-/// An example that cargo has built beside this test.
+/// The command for an example that cargo built along with this test.
 fn example(name: &str) -> Command {
     let tests = std::env::current_exe().unwrap();
     let path = tests.parent().and_then(Path::parent).unwrap().join("examples").join(name);
-    assert!(path.exists(), "{} is not built: cargo test builds examples, unless one test is asked for alone", path.display());
+    assert!(path.exists(), "{} is not built: run cargo test without --test, which builds the examples", path.display());
     Command::new(path)
 }
 
-/// A model of one tensor with this many bytes of one value.
-fn model(folder: &Path, name: &str, bytes: usize, value: u8) -> PathBuf {
+/// Writes a model of one tensor, with `bytes` bytes of one value.
+fn write_model(folder: &Path, name: &str, bytes: usize, value: u8) -> PathBuf {
     let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[0,{bytes}]}}}}"#);
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.as_bytes());
@@ -27,7 +27,7 @@ fn model(folder: &Path, name: &str, bytes: usize, value: u8) -> PathBuf {
     path
 }
 
-fn output(command: &mut Command) -> String {
+fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
@@ -36,21 +36,21 @@ fn output(command: &mut Command) -> String {
 #[test]
 fn readme_shows_the_hello_example_verbatim() {
     let readme = include_str!("../../README.md");
-    let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("code after the comment");
-    let (_, block) = readme.split_once("```rust\nuse ").expect("a Rust block");
-    let (block, _) = block.split_once("```").expect("the block's end");
+    let (_, hello) = include_str!("../hello.rs").split_once("use ").expect("hello.rs has code after its comment");
+    let (_, block) = readme.split_once("```rust\nuse ").expect("the README has a Rust block");
+    let (block, _) = block.split_once("```").expect("the Rust block ends");
     assert_eq!(block, hello);
 }
 
 #[test]
 fn hello_stream_and_share_run() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let path = model(folder.path(), "model.safetensors", 30_000_000, 7);
-    let hello = output(example("hello").arg(&path));
+    let path = write_model(folder.path(), "model.safetensors", 30_000_000, 7);
+    let hello = run(example("hello").arg(&path));
     assert!(hello.contains("w U8 [30000000]: 30000000 bytes") && hello.contains("bytes by "), "{hello}");
-    let stream = output(example("stream").arg(&path));
+    let stream = run(example("stream").arg(&path));
     assert_eq!(stream.lines().count(), 3, "{stream}");
-    let share = output(example("share").arg(&path));
+    let share = run(example("share").arg(&path));
     let sums: Vec<_> = share.lines().map(|line| line.rsplit(' ').next().unwrap().to_owned()).collect();
     assert!(sums.len() == 2 && sums[0] == sums[1], "{share}");
 }
@@ -71,8 +71,8 @@ impl Service {
         Service { child, address, rest }
     }
 
-    /// Status and body.
-    fn ask(&self, method: &str, path: &str, body: &str) -> (u16, Vec<u8>) {
+    /// Sends a request; returns the status and the body of the response.
+    fn request(&self, method: &str, path: &str, body: &str) -> (u16, Vec<u8>) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let length = body.len();
         let kind = "content-type: application/json";
@@ -81,28 +81,28 @@ impl Service {
             "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{kind}\r\ncontent-length: {length}\r\n\r\n{body}"
         )
         .unwrap();
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).unwrap();
-        let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
-        let status = String::from_utf8_lossy(&answer[9..12]).parse().unwrap();
-        (status, answer.split_off(end + 4))
+        let mut response = Vec::new();
+        stream.read_to_end(&mut response).unwrap();
+        let end = response.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
+        let status = String::from_utf8_lossy(&response[9..12]).parse().unwrap();
+        (status, response.split_off(end + 4))
     }
 
-    fn ask_json(&self, method: &str, path: &str, body: &str) -> Value {
-        let (status, body) = self.ask(method, path, body);
+    fn request_json(&self, method: &str, path: &str, body: &str) -> Value {
+        let (status, body) = self.request(method, path, body);
         assert_eq!(status, 200, "{}", String::from_utf8_lossy(&body));
         serde_json::from_slice(&body).unwrap()
     }
 
-    /// A line of the metrics.
+    /// The value of a metric.
     fn metric(&self, name: &str) -> u64 {
-        let (_, text) = self.ask("GET", "/metrics", "");
+        let (_, text) = self.request("GET", "/metrics", "");
         let text = String::from_utf8(text).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(&format!("dmaload_{name} ")));
         line.unwrap_or_else(|| panic!("{name} is not in {text}")).parse().unwrap()
     }
 
-    fn descriptors(&self) -> usize {
+    fn count_descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 }
@@ -114,37 +114,37 @@ fn evict(path: &Path) {
     assert!(dd.unwrap().success());
 }
 
-/// Swaps one model for another a hundred times, with requests in between: right bytes, and nothing
-/// grows. One comes from the page cache, the other from storage.
+/// Swaps two models a hundred times, with requests in between. The bytes are right, and neither
+/// descriptors nor memory grow. At first one model is cached, and the other is read from storage.
 #[test]
 fn service_loads_swaps_serves_and_ends() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let paths = [1, 2].map(|value| model(folder.path(), &format!("{value}.safetensors"), 20_000_000, value));
+    let paths = [1, 2].map(|value| write_model(folder.path(), &format!("{value}.safetensors"), 20_000_000, value));
     evict(&paths[1]);
     let mut service = Service::start();
-    assert_eq!(service.ask_json("GET", "/models", ""), json!([]));
+    assert_eq!(service.request_json("GET", "/models", ""), json!([]));
     let (mut descriptors, mut memory) = (0, 0);
     for round in 0..100 {
         let which = round % 2;
         let body = json!({ "path": paths[which] }).to_string();
-        let reported = service.ask_json("PUT", "/models/m", &body);
+        let reported = service.request_json("PUT", "/models/m", &body);
         assert_eq!((reported["tensors"].as_u64(), reported["bytes"].as_u64() > Some(20_000_000)), (Some(1), true));
-        let (status, bytes) = service.ask("GET", "/models/m/tensors/w", "");
+        let (status, bytes) = service.request("GET", "/models/m/tensors/w", "");
         assert_eq!((status, bytes.len()), (200, 20_000_000));
-        assert!(bytes.iter().all(|&byte| usize::from(byte) == which + 1), "round {round}: bytes of the other model");
+        assert!(bytes.iter().all(|&byte| usize::from(byte) == which + 1), "round {round}: wrong bytes");
         if round == 9 {
-            (descriptors, memory) = (service.descriptors(), service.metric("memory_bytes"));
+            (descriptors, memory) = (service.count_descriptors(), service.metric("memory_bytes"));
         }
     }
-    let after = (service.descriptors(), service.metric("memory_bytes"));
+    let after = (service.count_descriptors(), service.metric("memory_bytes"));
     assert!(after.0 <= descriptors + 4 && after.1 <= memory + (32 << 20), "{after:?} after {:?}", (descriptors, memory));
     assert_eq!(service.metric("loads_finished_total"), 100);
     assert!(service.metric("in_kernel_seconds_count") > 0);
-    assert_eq!(service.ask("GET", "/models/m/tensors/z", "").0, 404);
-    assert_eq!(service.ask("PUT", "/models/x", r#"{"path":"/missing"}"#).0, 404);
-    assert_eq!(service.ask("PUT", "/models/x", "{}").0, 400);
-    assert_eq!(service.ask("DELETE", "/models/m", "").0, 204);
-    assert_eq!(service.ask("DELETE", "/models/m", "").0, 404);
+    assert_eq!(service.request("GET", "/models/m/tensors/z", "").0, 404);
+    assert_eq!(service.request("PUT", "/models/x", r#"{"path":"/missing"}"#).0, 404);
+    assert_eq!(service.request("PUT", "/models/x", "{}").0, 400);
+    assert_eq!(service.request("DELETE", "/models/m", "").0, 204);
+    assert_eq!(service.request("DELETE", "/models/m", "").0, 404);
     // SIGINT shuts it down gracefully.
     assert!(Command::new("kill").args(["-INT", &service.child.id().to_string()]).status().unwrap().success());
     let mut rest = String::new();

@@ -1,16 +1,17 @@
-//! Damaged headers: no panic, no memory beyond a small multiple of the header, no endless loop, no
-//! read out of bounds. Whatever is accepted, the safetensors crate reads in the same way.
+//! Damaged headers cause no panic, no endless loop and no out-of-bounds read, and take no more
+//! memory than a small multiple of the header. The safetensors crate reads every accepted file in
+//! the same way.
 //!
-//! Stored inputs (`tests/corpus`) are damaged at random, in the same way for the same seed.
-//! `DMALOAD_INPUTS=1000000` tries more of each kind, `DMALOAD_SEED` other ones. A failing input is
-//! printed by its number and belongs into the corpus.
+//! The tests damage stored inputs (`tests/corpus`) at random, reproducibly for each seed.
+//! `DMALOAD_INPUTS=1000000` tries more inputs of each kind, `DMALOAD_SEED` others. A failing input
+//! is printed with its number; add it to the corpus.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "a test that can't go on has failed, and tells how much it has tried"
+    reason = "a setup error should fail the test; tests report what they tried"
 )]
-#![allow(unsafe_code, reason = "an allocator that counts")]
+#![allow(unsafe_code, reason = "implements a global allocator")]
 
 mod common;
 
@@ -28,7 +29,7 @@ use dmaload::{LoadOptions, Loader};
 use dmaload_testing::Random;
 use safetensors::SafeTensors;
 
-/// The system's allocator; counts what each thread has allocated, and its peak.
+/// The system allocator, which also counts the bytes each thread has allocated, and their peak.
 struct Counting;
 
 thread_local! {
@@ -37,14 +38,14 @@ thread_local! {
 }
 
 fn count(bytes: isize) {
-    // A thread that is ending has no counters any more, and is not measured.
+    // A thread that is ending no longer has counters and is not measured.
     let _ = NOW.try_with(|now| {
         now.set(now.get() + bytes);
         let _ = MOST.try_with(|most| most.set(most.get().max(now.get())));
     });
 }
 
-// SAFETY: everything is delegated to the system's allocator.
+// SAFETY: all calls are forwarded to the system allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size().cast_signed());
@@ -68,8 +69,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Calls a function; returns its result, its peak of memory and its duration.
-fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
+/// Calls a function; returns its result, its peak memory and its duration.
+fn measure<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     let before = NOW.get();
     MOST.set(before);
     let started = Instant::now();
@@ -77,7 +78,7 @@ fn measured<T>(call: impl FnOnce() -> T) -> (T, usize, Duration) {
     (result, (MOST.get() - before).try_into().unwrap_or(0), started.elapsed())
 }
 
-/// Bytes that parsers stumble over.
+/// Texts that often break parsers.
 const TOKENS: [&str; 36] = [
     "{",
     "}",
@@ -130,27 +131,27 @@ fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
             3 => input.truncate(at),
             4 => drop(input.splice(at..end, TOKENS[random.index(TOKENS.len())].bytes())),
             5 => {
-                // A piece of another input.
+                // Insert a part of another input.
                 let other = &corpus[random.index(corpus.len())];
                 let from = random.index(other.len() + 1);
                 let to = (from + random.index(60)).min(other.len());
                 drop(input.splice(at..at, other[from..to].iter().copied()));
             }
             6 => {
-                // A copy of a part of the input.
-                let again = input[at..end].to_vec();
-                drop(input.splice(end..end, again));
+                // Repeat a part of the input.
+                let copy = input[at..end].to_vec();
+                drop(input.splice(end..end, copy));
             }
             7 => {
-                // Another number in place of one.
+                // Replace a number.
                 if let Some(start) = (at..input.len()).find(|&at| input[at].is_ascii_digit()) {
                     let digits = input[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
                     let number = TOKENS[12 + random.index(12)];
                     drop(input.splice(start..start + digits, number.bytes()));
                 }
             }
-            // A length that fits, so that the rest is parsed: the first eight bytes of a
-            // safetensors file.
+            // Correct the length prefix of a safetensors file (its first eight bytes), so the JSON
+            // is parsed.
             _ => {
                 if let Some(end) = input.iter().rposition(|&byte| byte == b'}')
                     && input.len() > 9
@@ -164,7 +165,7 @@ fn damaged(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
     input
 }
 
-fn number(variable: &str, default: u64) -> u64 {
+fn read_variable(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
 }
 
@@ -173,62 +174,63 @@ fn corpus(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(kind);
     let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.sort();
-    assert!(paths.len() >= 8, "{kind}: a corpus of {}", paths.len());
+    assert!(paths.len() >= 8, "{kind}: only {} inputs in the corpus", paths.len());
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-/// Tries each stored input as it is, then a number of damaged ones.
-fn for_each_input(kind: &str, mut show: impl FnMut(&[u8]) -> bool) {
+/// Calls `parse` with each stored input, then with damaged ones. `parse` returns whether it
+/// accepted the input.
+fn for_each_input(kind: &str, mut parse: impl FnMut(&[u8]) -> bool) {
     let corpus = corpus(kind);
-    let (count, seed) = (number("DMALOAD_INPUTS", 20_000), number("DMALOAD_SEED", 1));
+    let (count, seed) = (read_variable("DMALOAD_INPUTS", 20_000), read_variable("DMALOAD_SEED", 1));
     let mut random = Random::new(seed);
     let mut accepted = 0;
     for index in 0..corpus.len() as u64 + count {
         let input = match corpus.get(usize::try_from(index).unwrap()) {
-            Some(kept) => kept.clone(),
+            Some(stored) => stored.clone(),
             None => damaged(&mut random, &corpus),
         };
-        let shown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| show(&input)));
-        match shown {
-            Ok(taken) => accepted += u64::from(taken),
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| parse(&input)));
+        match result {
+            Ok(is_accepted) => accepted += u64::from(is_accepted),
             Err(panic) => {
                 eprintln!("{kind}: input {index} of seed {seed}: {:?}", String::from_utf8_lossy(&input));
                 std::panic::resume_unwind(panic);
             }
         }
     }
-    println!("{kind}: {count} damaged inputs (seed {seed}) and {} kept ones, {accepted} of them accepted", corpus.len());
-    // If the first check refuses nearly all, nothing behind it was tested; if it refuses none,
-    // nothing was damaged.
+    println!("{kind}: {count} damaged inputs (seed {seed}) and {} stored ones, {accepted} accepted", corpus.len());
+    // If nearly all inputs are refused, only the first check was tested; if none is, the inputs
+    // were not damaged.
     assert!(accepted > count / 200 && accepted < count, "{accepted} of {count} accepted");
 }
 
-/// The most memory that a parser may take for an input of this length, errors and small inputs
-/// included.
+/// The most memory in bytes that a parser may take for an input of this length. The constant
+/// covers errors and small inputs.
 fn memory_limit(input: usize) -> usize {
     64 * input + 16_384
 }
 
 #[track_caller]
 fn assert_bounded(input: usize, memory: usize, time: Duration) {
-    assert!(memory <= memory_limit(input), "{memory} bytes of memory for an input of {input}");
-    assert!(time < Duration::from_secs(1), "{time:?} for {input} bytes");
+    assert!(memory <= memory_limit(input), "{memory} bytes of memory for an input of {input} bytes");
+    assert!(time < Duration::from_secs(1), "{time:?} for an input of {input} bytes");
 }
 
-/// Parses as a loader does; returns whether the input was accepted.
-fn read_safetensors(file: &[u8]) -> bool {
+/// Parses as a loader does; returns whether it accepted the input.
+fn parse_safetensors(file: &[u8]) -> bool {
     let length = file.len() as u64;
-    let (map, memory, time) = measured(|| match sniff(&file[..file.len().min(9)], length, true) {
+    let (map, memory, time) = measure(|| match sniff(&file[..file.len().min(9)], length, true) {
         Sniff::Safetensors { header_bytes } => parse(&file[8..8 + usize::try_from(header_bytes).unwrap()], length).ok(),
         Sniff::Broken { error } => {
             assert!(!error.to_string().is_empty());
             None
         }
-        Sniff::Not { .. } => unreachable!("its name says what it is"),
+        Sniff::Not { .. } => unreachable!("the file is named as a safetensors file"),
     });
     assert_bounded(file.len(), memory, time);
     let Some(map) = map else { return false };
-    let theirs = SafeTensors::deserialize(file).expect("what we accept, the safetensors crate accepts");
+    let theirs = SafeTensors::deserialize(file).expect("the safetensors crate must accept whatever we accept");
     assert_eq!(map.len(), theirs.len());
     for tensor in map.iter() {
         let range = &tensor.file_range;
@@ -242,13 +244,13 @@ fn read_safetensors(file: &[u8]) -> bool {
 
 #[test]
 fn damaged_safetensors_headers_cost_little_and_match_the_crate() {
-    for_each_input("safetensors", read_safetensors);
+    for_each_input("safetensors", parse_safetensors);
 }
 
 #[test]
 fn damaged_manifests_cost_little_and_round_trip() {
     for_each_input("manifest", |json| {
-        let (manifest, memory, time) = measured(|| Manifest::parse(json));
+        let (manifest, memory, time) = measure(|| Manifest::parse(json));
         assert_bounded(json.len(), memory, time);
         let manifest = match manifest {
             Ok(manifest) => manifest,
@@ -266,11 +268,11 @@ fn damaged_manifests_cost_little_and_round_trip() {
 fn damaged_gguf_headers_cost_little_and_stay_in_the_file() {
     for_each_input("gguf", |file| {
         let length = file.len() as u64;
-        let (parsed, memory, time) = measured(|| gguf::parse(file, length));
+        let (parsed, memory, time) = measure(|| gguf::parse(file, length));
         assert_bounded(file.len(), memory, time);
         let map = match parsed {
             Ok(Parsed::Complete(map)) => map,
-            Ok(Parsed::More { bytes }) => panic!("all of it was shown, and {bytes} of {length} are needed"),
+            Ok(Parsed::More { bytes }) => panic!("the parser has all {length} bytes, but requests {bytes}"),
             Err(error) => {
                 assert!(!error.to_string().is_empty());
                 return false;
@@ -285,7 +287,7 @@ fn damaged_gguf_headers_cost_little_and_stay_in_the_file() {
             end = tensor.file_range.end;
         }
         let (reported, memory, time) =
-            measured(|| map.gguf().unwrap().iter().map(|(key, value)| format!("{key}{value}").len()).sum::<usize>());
+            measure(|| map.gguf().unwrap().iter().map(|(key, value)| format!("{key}{value}").len()).sum::<usize>());
         assert_bounded(file.len() + reported, memory, time);
         true
     });
@@ -294,7 +296,7 @@ fn damaged_gguf_headers_cost_little_and_stay_in_the_file() {
 #[test]
 fn damaged_indices_cost_little_and_stay_in_their_folder() {
     for_each_input("index", |json| {
-        let (index, memory, time) = measured(|| Index::parse(json));
+        let (index, memory, time) = measure(|| Index::parse(json));
         assert_bounded(json.len(), memory, time);
         let Ok(index) = index else { return false };
         for name in index.files() {
@@ -306,7 +308,7 @@ fn damaged_indices_cost_little_and_stay_in_their_folder() {
     });
 }
 
-/// End to end, from a file: an error, or the file's bytes.
+/// Loading a damaged file returns an error or the file's bytes.
 #[test]
 fn damaged_files_load_as_they_are_or_are_refused() {
     for (kind, names) in [("safetensors", ["model.safetensors", "model.bin"]), ("gguf", ["model.gguf", "model"])] {
@@ -319,12 +321,12 @@ fn load_damaged(kind: &str, names: [&str; 2]) {
     let folder = common::folder();
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(2 << 20)).window_bytes(4 << 20).build().unwrap();
     let corpus = corpus(kind);
-    let mut random = Random::new(number("DMALOAD_SEED", 1));
-    let count = number("DMALOAD_INPUTS", 20_000) / 100;
+    let mut random = Random::new(read_variable("DMALOAD_SEED", 1));
+    let count = read_variable("DMALOAD_INPUTS", 20_000) / 100;
     let mut accepted = 0;
     for index in 0..count {
         let mut bytes = damaged(&mut random, &corpus);
-        // Some are too large to be packed and take another path.
+        // Some files are too large to be packed, so their headers are read from the file.
         if index % 10 == 0 {
             bytes.resize(bytes.len() + (1 << 20), 7);
         }

@@ -1,4 +1,4 @@
-//! Real files, real reads: memory equals the file, by every route, heap, layout and size.
+//! Loads of real files: the memory equals the file, for every route, heap, layout and size.
 
 mod common;
 
@@ -58,7 +58,7 @@ async fn memfd_is_zero_past_the_end_of_the_file() {
         let mut memory = vec![0xEE; last.memory_bytes()];
         rustix::io::pread(last.hand_out_memfd().unwrap(), &mut memory, 0).unwrap();
         assert_same(&memory[..5000], &bytes[SEGMENT..], "the memfd");
-        assert!(memory.len() > 5000 && memory[5000..].iter().all(|&byte| byte == 0), "{route}: the tail is zero");
+        assert!(memory.len() > 5000 && memory[5000..].iter().all(|&byte| byte == 0), "{route}: the tail is not zero");
     }
 }
 
@@ -165,7 +165,7 @@ async fn many_files_in_one_load_keep_their_order() {
 async fn window_smaller_than_a_segment_is_refused() {
     let Err(error) = Loader::builder().load_options(LoadOptions::new().segment_bytes(64 << 20)).window_bytes(32 << 20).build()
     else {
-        panic!("it was built")
+        panic!("the loader was built")
     };
     assert!(matches!(&error, Error::Config(text) if text.contains("smaller than a segment")), "{error}");
     let loader = Loader::new().unwrap();
@@ -212,28 +212,28 @@ async fn file_larger_than_memory_is_refused_before_allocating() {
         assert!(matches!(&error, Error::OutOfMemory { wanted_bytes, .. } if *wanted_bytes == 10 << 40), "{error}");
         assert_eq!(load.progress().allocated_bytes, 0);
     }
-    // A stream need not fit into memory.
+    // A stream does not need memory for the whole file.
     let mut segments = Loader::new().unwrap().load(&path).segments();
     assert!(segments.next().await.unwrap().unwrap().bytes().unwrap().iter().all(|&byte| byte == 0));
 }
 
 #[test]
 fn public_types_can_be_sent_to_another_thread() {
-    fn sent<T: Send + 'static>(_: &T) {}
-    fn sent_and_shared<T: Send + Sync + 'static>() {}
-    sent_and_shared::<(Loader, dmaload::Segment, dmaload::Image, dmaload::Tensor, dmaload::Report, Error)>();
+    fn assert_send<T: Send + 'static>(_: &T) {}
+    fn assert_send_sync<T: Send + Sync + 'static>() {}
+    assert_send_sync::<(Loader, dmaload::Segment, dmaload::Image, dmaload::Tensor, dmaload::Report, Error)>();
     let loader = Loader::new().unwrap();
     let mut load = loader.load("/nonexistent").start();
-    sent(&async move {
+    assert_send(&async move {
         let _ = load.next().await;
         load.finish().await
     });
-    sent(&loader.load("/nonexistent").into_future());
-    sent(&loader.load("/nonexistent").segments());
-    sent(&loader.shutdown());
+    assert_send(&loader.load("/nonexistent").into_future());
+    assert_send(&loader.load("/nonexistent").segments());
+    assert_send(&loader.shutdown());
 }
 
-/// A load that fails while it is planned frees its place.
+/// With one place for an open load, later loads would hang if a failed one kept it.
 #[tokio::test]
 async fn load_whose_planning_panics_frees_its_place() {
     #[derive(Debug)]
@@ -244,7 +244,7 @@ async fn load_whose_planning_panics_frees_its_place() {
         }
 
         fn size_limit(&self, of_the_heap: Option<SizeLimit>) -> Option<SizeLimit> {
-            assert!(self.0.fetch_add(1, Ordering::Relaxed) >= 3, "as a caller's own code may");
+            assert!(self.0.fetch_add(1, Ordering::Relaxed) >= 3, "a mistake in size_limit");
             of_the_heap
         }
     }
@@ -254,12 +254,12 @@ async fn load_whose_planning_panics_frees_its_place() {
     let loader = Loader::builder().max_open_loads(1).heap(heap).build().unwrap();
     let load = async || {
         let load = loader.load(&path).into_future();
-        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("there is room for it")
+        tokio::time::timeout(std::time::Duration::from_secs(20), load).await.expect("the failed load keeps its place")
     };
     for _ in 0..3 {
         let failed = load().await;
         let text = failed.unwrap_err().to_string();
-        assert_eq!(text, "heap panicking panicked: as a caller's own code may");
+        assert_eq!(text, "heap panicking panicked: a mistake in size_limit");
     }
     assert_eq!(load().await.unwrap().report().bytes, 5_000_000);
 }

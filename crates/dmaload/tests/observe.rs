@@ -1,5 +1,5 @@
-//! Observers see every byte before any consumer does; on uncached memory in staging, never in the
-//! segments.
+//! Observers see every byte before any consumer does. If a heap's memory is uncached, they see the
+//! bytes in staging, never in the segments.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -15,7 +15,7 @@ use dmaload::{Error, LoadOptions, Loader, Observer, Rejection, Route};
 
 const SEGMENT: usize = 2 << 20;
 
-/// A memfd heap that claims to be uncached and records its mappings.
+/// A memfd heap that records its mappings, and can claim to be uncached.
 #[derive(Debug, Default, Clone)]
 struct SpiedHeap {
     uncached: bool,
@@ -23,7 +23,7 @@ struct SpiedHeap {
 }
 
 impl SpiedHeap {
-    fn holds(&self, bytes: &[u8]) -> bool {
+    fn contains(&self, bytes: &[u8]) -> bool {
         self.mapped.lock().unwrap().iter().any(|mapped| mapped.contains(&bytes.as_ptr().addr()))
     }
 }
@@ -45,34 +45,34 @@ impl SpiedHeap {
     }
 }
 
-/// Records what it sees, and where.
+/// Records the bytes it observes, and whether they were in the heap's memory.
 struct Recorder {
     heap: SpiedHeap,
     files: Mutex<Vec<Vec<u8>>>,
     in_segments: AtomicBool,
     elsewhere: AtomicBool,
-    /// How long it waits in each call.
-    slow: Duration,
+    /// How long each call takes.
+    delay: Duration,
 }
 
 impl Recorder {
     fn new(heap: &SpiedHeap, files: usize) -> Arc<Self> {
         let files = Mutex::new(vec![Vec::new(); files]);
         let (in_segments, elsewhere) = (AtomicBool::new(false), AtomicBool::new(false));
-        Arc::new(Recorder { heap: heap.clone(), files, in_segments, elsewhere, slow: Duration::ZERO })
+        Arc::new(Recorder { heap: heap.clone(), files, in_segments, elsewhere, delay: Duration::ZERO })
     }
 }
 
 impl Observer for Recorder {
     fn bytes(&self, file_index: usize, offset: u64, bytes: &[u8]) -> Result<(), Rejection> {
-        if self.heap.holds(bytes) { &self.in_segments } else { &self.elsewhere }.store(true, Ordering::Relaxed);
+        if self.heap.contains(bytes) { &self.in_segments } else { &self.elsewhere }.store(true, Ordering::Relaxed);
         let mut files = self.files.lock().unwrap();
         if files[file_index].len() as u64 != offset {
-            return Err(format!("{} was to come, not {offset}", files[file_index].len()).into());
+            return Err(format!("expected offset {}, not {offset}", files[file_index].len()).into());
         }
         files[file_index].extend_from_slice(bytes);
         drop(files);
-        std::thread::sleep(self.slow);
+        std::thread::sleep(self.delay);
         Ok(())
     }
 }
@@ -104,7 +104,7 @@ async fn every_byte_is_observed_once_in_order_by_every_route() {
                 assert_same(&image.files()[index].bytes().unwrap(), expected, &what);
             }
             let seen = [&recorder.in_segments, &recorder.elsewhere].map(|seen| seen.load(Ordering::Relaxed));
-            assert_eq!(seen, [!uncached, uncached], "{what}: where it was seen");
+            assert_eq!(seen, [!uncached, uncached], "{what}: bytes were observed in the wrong place");
             let report = image.report();
             assert_eq!(report.route, if uncached { route.max(Route::Bounce) } else { route }, "{what}");
             assert_eq!(report.notes.iter().any(|note| note.contains("uncached")), uncached, "{what}: {:?}", report.notes);
@@ -121,21 +121,21 @@ async fn segments_wait_for_a_slow_observer_in_bounded_memory() {
         let heap = SpiedHeap { uncached, ..SpiedHeap::default() };
         let loader = loader(&heap);
         let mut recorder = Arc::into_inner(Recorder::new(&heap, 1)).unwrap();
-        recorder.slow = Duration::from_millis(10);
+        recorder.delay = Duration::from_millis(10);
         let recorder = Arc::new(recorder);
         let mut load = loader.load(&path).options(loader.load_options().observer(recorder.clone())).start();
         while let Some(segment) = load.next().await {
             let (segment, seen) = (segment.unwrap(), recorder.files.lock().unwrap()[0].len() as u64);
-            assert!(seen >= segment.file_range().end, "{seen} bytes were seen, {:?} is shown", segment.file_range());
+            assert!(seen >= segment.file_range().end, "{:?} was handed out with {seen} bytes observed", segment.file_range());
             let progress = load.progress();
             let ahead = progress.allocated_bytes.saturating_sub(seen);
-            assert!(ahead <= 8 << 20, "{ahead} bytes were allocated and not seen");
+            assert!(ahead <= 8 << 20, "{ahead} bytes are allocated and not observed");
         }
-        assert_same(&load.finish().await.unwrap().files()[0].bytes().unwrap(), &expected, "slowly");
+        assert_same(&load.finish().await.unwrap().files()[0].bytes().unwrap(), &expected, "observed slowly");
     }
 }
 
-/// Rejects the bytes from an offset on, or panics there.
+/// Rejects the chunk that contains the byte `at`, or panics on it.
 struct Judge {
     at: u64,
     panics: bool,
@@ -146,7 +146,7 @@ impl Observer for Judge {
         if !(offset..offset + bytes.len() as u64).contains(&self.at) {
             return Ok(());
         }
-        assert!(!self.panics, "a defect of the observer's");
+        assert!(!self.panics, "a mistake in the observer");
         Err(format!("byte {} is wrong", self.at).into())
     }
 }
@@ -163,13 +163,13 @@ async fn rejected_bytes_fail_the_load_with_reason_and_place() {
             let mut load = loader.load(&path).options(loader.load_options().observer(Arc::new(Judge { at, panics }))).start();
             let error = loop {
                 match load.next().await.unwrap() {
-                    Ok(segment) => assert!(segment.file_range().end <= at, "a rejected segment is shown"),
+                    Ok(segment) => assert!(segment.file_range().end <= at, "a rejected segment was handed out"),
                     Err(error) => break error,
                 }
             };
             if panics {
                 let text = error.to_string();
-                assert!(text.starts_with("the observer panicked: a defect of the observer's ("), "{text}");
+                assert!(text.starts_with("the observer panicked: a mistake in the observer ("), "{text}");
                 assert!(text.contains("rejected.bin") && text.contains("at offset"), "{text}");
             } else {
                 let Error::Rejected { offset, bytes, reason, .. } = &error else { panic!("{error}") };

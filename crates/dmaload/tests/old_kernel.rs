@@ -1,7 +1,8 @@
-//! As on Linux 5.0, which has no seal against future writes: a seccomp filter answers EINVAL to
-//! it. The filter cannot be removed, so this is one test in a process of its own.
+//! Loads without the seal against future writes, which came with Linux 5.1: a seccomp filter
+//! refuses it with EINVAL. The filter cannot be removed, so this file has one test, which runs in
+//! its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(unsafe_code, reason = "has a heap of its own")]
+#![allow(unsafe_code, reason = "implements a heap")]
 
 mod common;
 
@@ -13,18 +14,18 @@ use dmaload::heap::{Heap, HeapError, HeapHooks, Hooked, Mapping, Memfd, MemfdHea
 use dmaload::{Errno, Error, Loader};
 use dmaload_testing::seccomp::{Scope, install, instruction};
 
-/// Refuses `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` from now on, with EINVAL.
-fn forget_the_seal() {
+/// Makes `fcntl(F_ADD_SEALS)` with `F_SEAL_FUTURE_WRITE` fail with EINVAL from now on.
+fn refuse_the_seal() {
     const F_ADD_SEALS: u32 = 1033;
     const F_SEAL_FUTURE_WRITE: u32 = 0x10;
-    // Offsets in `struct seccomp_data` of the system call's number and the lower halves of its
-    // arguments.
+    // Offsets in `struct seccomp_data` of the system call number and of the low halves of the
+    // second and third argument.
     const CALL: u32 = 0;
     const COMMAND: u32 = 24;
     const SEALS: u32 = 32;
     let call = u32::try_from(libc::SYS_fcntl).unwrap();
     let load = |offset| instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
-    let answer = |answer| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, answer);
+    let verdict = |verdict| instruction(libc::BPF_RET | libc::BPF_K, 0, 0, verdict);
     let filter = vec![
         load(CALL),
         instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 5, call),
@@ -32,19 +33,19 @@ fn forget_the_seal() {
         instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 3, F_ADD_SEALS),
         load(SEALS),
         instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, F_SEAL_FUTURE_WRITE),
-        answer(libc::SECCOMP_RET_ERRNO | libc::EINVAL.cast_unsigned()),
-        answer(libc::SECCOMP_RET_ALLOW),
+        verdict(libc::SECCOMP_RET_ERRNO | libc::EINVAL.cast_unsigned()),
+        verdict(libc::SECCOMP_RET_ALLOW),
     ];
     install(Scope::Process, filter).unwrap();
 }
 
 #[derive(Debug)]
-struct OfTheCaller;
+struct CallersHeap;
 
-// SAFETY: memory files of `MemfdHeap`, of which nothing is kept.
-unsafe impl Heap for OfTheCaller {
+// SAFETY: the memory comes from `MemfdHeap`, and this heap keeps no descriptor of it.
+unsafe impl Heap for CallersHeap {
     fn name(&self) -> Cow<'_, str> {
-        "of-the-caller".into()
+        "callers-heap".into()
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory, HeapError> {
@@ -63,7 +64,7 @@ impl HeapHooks for Nothing {}
 
 #[tokio::test]
 async fn before_linux_5_1_only_built_in_heaps_load() {
-    forget_the_seal();
+    refuse_the_seal();
     assert!(!Memfd::kernel_seals_writes());
     let folder = folder();
     let bytes = random_bytes(5_000_000, 1);
@@ -74,12 +75,12 @@ async fn before_linux_5_1_only_built_in_heaps_load() {
         Loader::builder().heap(Hooked::new(MemfdHeap::default(), Nothing)),
     ] {
         let image = builder.build().unwrap().load(&path).await.unwrap();
-        assert_same(&image.files()[0].bytes().unwrap(), &bytes, "an own heap");
-        // Its descriptor cannot be handed out: its holders could write to it.
+        assert_same(&image.files()[0].bytes().unwrap(), &bytes, "a built-in heap");
+        // Without the seal, whoever gets the descriptor could write to the memory.
         let refused = image.segments()[0].hand_out_memfd().unwrap_err();
         assert!(matches!(&refused, Error::Memory { refusal, .. } if refusal.errno == Errno::EINVAL), "{refused}");
     }
-    let error = Loader::builder().heap(OfTheCaller).build().unwrap().load(&path).await.unwrap_err();
+    let error = Loader::builder().heap(CallersHeap).build().unwrap().load(&path).await.unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("of-the-caller: cannot seal a memfd against writes") && text.contains("EINVAL"), "{text}");
+    assert!(text.contains("callers-heap: cannot seal a memfd against writes") && text.contains("EINVAL"), "{text}");
 }

@@ -1,5 +1,5 @@
-//! Small files of one load share memory: right bytes, each in its place, and nothing is shown
-//! before all that share it are right.
+//! Small files of one load share memory. Each has the right bytes in the right place, and none is
+//! handed out before all files in the same memory have been checked.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -13,22 +13,22 @@ use common::{ROUTES, assert_same, file, folder, random_bytes};
 use dmaload::heap::{AnonHeap, Pages};
 use dmaload::{Error, Image, Layout, LoadOptions, Loader, Observer, Rejection, Segment};
 
-/// Segments of 8 MiB: files of up to 2 MiB are small.
+/// With segments of 8 MiB, files of up to 2 MiB count as small.
 const SEGMENT: u64 = 8 << 20;
 
 fn loader() -> Loader {
     Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap()
 }
 
-/// Lengths around pages, huge pages, batches and the limit of small files, with large and empty
-/// files between them.
+/// Files with lengths around the limits for pages, huge pages, batches and small files, and large
+/// and empty files between them.
 fn contents() -> Vec<Vec<u8>> {
     let mut lengths = vec![1, 4095, 4096, 4097, 0, 2 << 20, (2 << 20) + 1, 700_001, 0, 1_999_999, 9 << 20, 3, 5];
     lengths.extend((0..40).map(|number| 65_536 + number * 9973));
     lengths.iter().zip(0..).map(|(&len, seed)| random_bytes(len, seed)).collect()
 }
 
-fn written(folder: &Path, contents: &[Vec<u8>]) -> Vec<PathBuf> {
+fn write_files(folder: &Path, contents: &[Vec<u8>]) -> Vec<PathBuf> {
     contents.iter().enumerate().map(|(index, bytes)| file(folder, &format!("{index}.bin"), bytes)).collect()
 }
 
@@ -41,7 +41,7 @@ fn assert_files(image: &Image, contents: &[Vec<u8>], what: &str) {
 #[tokio::test]
 async fn small_files_share_memory_and_load_by_every_route() {
     let (folder, contents) = (folder(), contents());
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     let loader = loader();
     let anon = Loader::builder()
         .load_options(LoadOptions::new().segment_bytes(SEGMENT))
@@ -77,13 +77,13 @@ async fn small_files_share_memory_and_load_by_every_route() {
     assert_eq!(apart.report().memories, apart.report().segments);
     let single = loader.load(&paths).options(loader.load_options().layout(Layout::Single)).await.unwrap();
     assert_files(&single, &contents, "single");
-    assert_eq!(single.report().memories, 51, "a memory for each file that has bytes");
+    assert_eq!(single.report().memories, 51, "one allocation for each non-empty file");
 }
 
 #[tokio::test]
 async fn shared_memfd_holds_each_file_with_a_zero_tail() {
     let (folder, contents) = (folder(), contents());
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     let image = loader().load(&paths).await.unwrap();
     for segment in image.segments() {
         let mut memory = vec![0xEE; segment.memory_bytes()];
@@ -98,7 +98,7 @@ async fn shared_memfd_holds_each_file_with_a_zero_tail() {
 #[tokio::test]
 async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     let (folder, contents) = (folder(), contents());
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     let loader = loader();
     let mut segments = loader.load(&paths).segments();
     let (mut index, mut kept) = (0, Vec::new());
@@ -119,22 +119,21 @@ async fn shared_memory_lives_as_long_as_any_of_its_segments() {
     }
 }
 
-/// A descriptor shows everything in its memory, so nothing of it is shown when one of its files
-/// has changed.
+/// A descriptor exposes all files in its memory, so a change of one of them withholds them all.
 #[tokio::test]
 async fn changed_small_file_withholds_all_that_share_its_memory() {
     let folder = folder();
     let contents: Vec<_> = (0..20).map(|seed| random_bytes(100_000, seed)).collect();
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     let loader = loader();
     let options = loader.load_options().observer(Arc::new(Replacing { number: 19, path: paths[19].clone() }));
     let mut segments = loader.load(&paths).options(options).segments();
     let first = segments.next().await.unwrap();
-    let error = first.expect_err("a segment was shown");
+    let error = first.expect_err("a segment was handed out");
     assert!(matches!(&error, Error::Changed { path, .. } if *path == paths[19]), "{error}");
 }
 
-/// Replaces a file after it was read.
+/// An observer that replaces a file once it has been read.
 #[derive(Debug)]
 struct Replacing {
     number: usize,
@@ -167,10 +166,10 @@ async fn headers_of_small_models_are_read_from_their_memory() {
     let image = loader.load(&paths).await.unwrap();
     for (file, data) in image.files().iter().zip(["abc", "def"]) {
         assert_eq!(file.tensor("w").unwrap().bytes().unwrap(), data.as_bytes());
-        let [part] = &*file.tensor("w").unwrap().parts() else { panic!("a tensor in one segment") };
+        let [part] = &*file.tensor("w").unwrap().parts() else { panic!("the tensor is not in one segment") };
         let mut memory = [0; 3];
         rustix::io::pread(part.segment.hand_out_memfd().unwrap(), &mut memory, part.memory_offset() as u64).unwrap();
-        assert_eq!(memory, data.as_bytes(), "where it is in the memory that they share");
+        assert_eq!(memory, data.as_bytes(), "the bytes at the tensor's offset in the shared memory");
     }
     let short = file(folder.path(), "short.safetensors", &model("xy"));
     let error = loader.load([&paths[0], &short, &paths[1]]).await.unwrap_err();
@@ -184,7 +183,7 @@ async fn headers_of_small_models_are_read_from_their_memory() {
 async fn missing_small_file_among_many_is_named() {
     let folder = folder();
     let contents: Vec<_> = (0..200).map(|seed| random_bytes(5000, seed)).collect();
-    let mut paths = written(folder.path(), &contents);
+    let mut paths = write_files(folder.path(), &contents);
     paths.insert(150, folder.path().join("missing.bin"));
     let loader = loader();
     let error = loader.load(&paths).await.unwrap_err();
@@ -194,7 +193,7 @@ async fn missing_small_file_among_many_is_named() {
 #[tokio::test]
 async fn second_load_reuses_the_memory_of_the_first_load() {
     let (folder, contents) = (folder(), contents());
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).pool_bytes(1 << 30).build().unwrap();
     let memory = |image: &Image| image.segments().iter().map(|segment| segment.memory_bytes() as u64).sum::<u64>();
     let first = loader.load(&paths).await.unwrap();
@@ -206,12 +205,12 @@ async fn second_load_reuses_the_memory_of_the_first_load() {
     let mut shuffled: Vec<_> = paths.iter().cloned().zip(contents).collect();
     shuffled[0..4].rotate_left(1);
     let (paths, contents): (Vec<_>, Vec<_>) = shuffled.into_iter().unzip();
-    let again = loader.load(&paths).await.unwrap();
-    assert_files(&again, &contents, "again");
-    assert_eq!(again.report().reused_bytes, bytes);
+    let second = loader.load(&paths).await.unwrap();
+    assert_files(&second, &contents, "the second load");
+    assert_eq!(second.report().reused_bytes, bytes);
 }
 
-/// Appends a byte to a file after it was read.
+/// An observer that appends a byte to a file once it has been read.
 #[derive(Debug)]
 struct Appending {
     number: usize,
@@ -234,11 +233,11 @@ async fn small_file_that_grows_fails() {
     let model = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), b"abc"].concat();
     let gguf = [&b"GGUF"[..], &3u32.to_le_bytes(), &[0; 16], &[0; 8]].concat();
     for (name, bytes) in [("m.safetensors", &model), ("unnamed", &model), ("m.gguf", &gguf), ("m.bin", &vec![7; 5000])] {
-        for (number, beside) in [(0, 0), (0, 3), (2, 3)] {
+        for (number, others) in [(0, 0), (0, 3), (2, 3)] {
             let folder = folder();
-            let mut contents: Vec<_> = (0..beside).map(|seed| random_bytes(5000, seed)).collect();
+            let mut contents: Vec<_> = (0..others).map(|seed| random_bytes(5000, seed)).collect();
             contents.insert(number, bytes.clone());
-            let mut paths = written(folder.path(), &contents);
+            let mut paths = write_files(folder.path(), &contents);
             let grown = folder.path().join(name);
             fs::rename(&paths[number], &grown).unwrap();
             paths[number].clone_from(&grown);
@@ -246,7 +245,7 @@ async fn small_file_that_grows_fails() {
             let options = loader.load_options().observer(Arc::new(Appending { number, path: grown.clone() }));
             let error = loader.load(&paths).options(options).await.unwrap_err();
             let grew = matches!(&error, Error::Changed { path, change: "it grew" } if *path == grown);
-            assert!(grew, "{name} {number} of {beside}: {error}");
+            assert!(grew, "{name} number {number} beside {others}: {error}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! A ring that breaks down while loads are running is replaced: those loads fail with the reason,
-//! later ones work.
+//! A ring that fails during loads is replaced: the running loads fail with the error, later loads
+//! work.
 //!
-//! A seccomp filter makes the kernel refuse `io_uring_enter`. It cannot be removed, so this is one
-//! test in a process of its own.
+//! A seccomp filter makes `io_uring_enter` fail. It cannot be removed, so this file has one test,
+//! which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -18,7 +18,7 @@ use dmaload_testing::seccomp::{self, Scope};
 const SEGMENT: usize = 2 << 20;
 const IO_URING_ENTER: u32 = 426;
 
-/// A heap that allocates three segments, and further ones when the test opens the gate.
+/// A heap that allocates three segments, and blocks further allocations until the test opens it.
 #[derive(Debug, Clone, Default)]
 struct Gated(Arc<(Mutex<u32>, Condvar)>);
 
@@ -31,8 +31,8 @@ impl Gated {
 
 impl HeapHooks for Gated {
     fn before_allocate(&self, _bytes: usize) -> Result<(), HeapError> {
-        let mut given = self.0.1.wait_while(self.0.0.lock().unwrap(), |given| *given == 3).unwrap();
-        *given += 1;
+        let mut allocated = self.0.1.wait_while(self.0.0.lock().unwrap(), |allocated| *allocated == 3).unwrap();
+        *allocated += 1;
         Ok(())
     }
 }
@@ -50,7 +50,7 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
         .build()
         .unwrap();
     let mut loads = [loader.load(&path).start(), loader.load(&path).start()];
-    // Both have begun: each has a segment before the gate.
+    // Both loads have started once each has returned a segment.
     for load in &mut loads {
         load.next().await.unwrap().unwrap();
     }
@@ -58,25 +58,25 @@ async fn broken_ring_fails_its_loads_and_later_loads_work() {
     heap.open();
     for mut load in loads {
         let error = loop {
-            match load.next().await.expect("an error comes before the end") {
+            match load.next().await.expect("the load must fail before it ends") {
                 Ok(segment) => assert_same(&segment.bytes().unwrap(), &bytes[..][to_usize(segment.file_range())], "a segment"),
                 Err(error) => break error,
             }
         };
         assert_eq!(error, Error::Ring { errno: Errno::EIO });
         assert!(error.to_string().contains("EIO"), "{error}");
-        assert_eq!(load.finish().await.unwrap_err(), error, "the first failure is the one that is reported");
+        assert_eq!(load.finish().await.unwrap_err(), error, "a load keeps reporting its first error");
     }
-    // The new ring is refused, too, which is an ordinary fallback.
+    // The new ring is refused as well, which is an ordinary fallback.
     let image = loader.load(&path).await.unwrap();
-    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after the break-down");
+    assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after the ring failed");
     let report = image.report();
     assert_eq!(report.route, Route::PreadDirect);
     let steps: Vec<_> = report.fallbacks.iter().map(|step| (step.attempt, step.errno)).collect();
     assert_eq!(steps, [(Attempt::SetUpRing, Errno::EIO)]);
     let strict = loader.load(&path).options(loader.load_options().strict(true)).await.unwrap_err();
     assert!(matches!(strict, Error::Refused { errno: Errno::EIO, .. }), "{strict}");
-    // What was in flight at the time is leaked on purpose, and reported.
+    // Memory of reads in flight when the ring failed is leaked on purpose, and reported.
     match loader.shutdown().await {
         Ok(()) => {}
         Err(leaked) => assert!(leaked.threads == 0 && leaked.bytes <= 12 * SEGMENT as u64, "{leaked}"),

@@ -1,4 +1,4 @@
-//! The pool reuses memory of dropped segments, and never shows what it held before.
+//! The pool reuses memory of dropped segments, and never exposes its earlier bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -30,7 +30,8 @@ async fn load(loader: &Loader, path: &Path, options: LoadOptions) -> Image {
     loader.load(path).options(options).await.unwrap()
 }
 
-/// The last owner of a segment returns its memory to the pool; that may be a thread of the loader.
+/// Waits until the pool holds `bytes`: a thread of the loader can be the last owner of a segment,
+/// and returns its memory only when it drops it.
 async fn assert_pooled(loader: &Loader, bytes: u64, what: &str) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while loader.pooled_bytes() != bytes {
@@ -57,7 +58,7 @@ async fn pooled_memory_shows_only_the_bytes_of_its_new_load() {
                 assert_pooled(&loader, memory, &what).await;
                 let image = load(&loader, &paths[1], options).await;
                 assert_eq!(image.report().reused_bytes, memory, "{what}");
-                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: its pages came with it");
+                assert_eq!(image.report().pages.huge_bytes, huge, "{what}: reused memory has other pages");
                 assert_eq!(loader.pooled_bytes(), 0, "{what}");
                 assert_same(&image.files()[0].bytes().unwrap(), &second, &what);
                 drop(image);
@@ -69,7 +70,7 @@ async fn pooled_memory_shows_only_the_bytes_of_its_new_load() {
     }
 }
 
-/// A shorter file ends in the same page: the longer file's bytes there must not show.
+/// The shorter file ends in a page that holds bytes of the longer one, which must be zeroed.
 #[tokio::test]
 async fn tail_of_reused_memory_is_zero() {
     let folder = folder();
@@ -79,14 +80,14 @@ async fn tail_of_reused_memory_is_zero() {
     for route in ROUTES {
         let options = loader.load_options().route(route);
         drop(load(&loader, &long, options.clone()).await);
-        assert_pooled(&loader, 8192, "the longer one").await;
+        assert_pooled(&loader, 8192, "the longer file").await;
         let image = load(&loader, &short, options).await;
         assert_eq!(image.report().reused_bytes, 8192);
         let segment = &image.segments()[0];
         let mut memory = vec![0xEE; 8192];
         rustix::io::pread(segment.hand_out_memfd().unwrap(), &mut memory, 0).unwrap();
         assert!(memory[4097..].iter().all(|&byte| byte == 0), "{route}");
-        assert_same(&memory[..4097], &random_bytes(4097, 2), "the shorter one");
+        assert_same(&memory[..4097], &random_bytes(4097, 2), "the shorter file");
         drop(image);
     }
 }
@@ -101,12 +102,12 @@ async fn handed_out_segment_is_never_reused() {
     let image = load(&loader, &path, loader.load_options()).await;
     let kept = image.segments()[1].hand_out_memfd().unwrap().try_clone_to_owned().unwrap();
     drop(image);
-    assert_pooled(&loader, 3 * SEGMENT as u64, "all but one").await;
+    assert_pooled(&loader, 3 * SEGMENT as u64, "all but the handed-out segment").await;
     let other = file(folder.path(), "other.bin", &random_bytes(4 * SEGMENT, 2));
     drop(load(&loader, &other, loader.load_options()).await);
     let mut seen = vec![0; SEGMENT];
     rustix::io::pread(&kept, &mut seen, 0).unwrap();
-    assert_same(&seen, &bytes[SEGMENT..2 * SEGMENT], "what was handed out");
+    assert_same(&seen, &bytes[SEGMENT..2 * SEGMENT], "the handed-out memfd");
 }
 
 #[tokio::test]
@@ -119,11 +120,11 @@ async fn viewed_and_dropped_memory_stays_out_of_the_pool() {
     let image = load(&loader, &path, loader.load_options()).await;
     let view = image.segments()[0].bytes().unwrap();
     drop(image);
-    assert_pooled(&loader, 7 * SEGMENT as u64, "all but the viewed one").await;
+    assert_pooled(&loader, 7 * SEGMENT as u64, "all but the viewed segment").await;
     drop(load(&loader, &path, loader.load_options()).await);
     assert_same(&view, &bytes[..SEGMENT], "a view");
     drop(view);
-    assert_pooled(&loader, 9 * SEGMENT as u64, "its memory too, and one that was new").await;
+    assert_pooled(&loader, 9 * SEGMENT as u64, "the viewed segment, and the one allocated in its place").await;
     assert_eq!(loader.trim_pool(SEGMENT as u64), 8 * SEGMENT as u64);
     assert_eq!(loader.pooled_bytes(), SEGMENT as u64);
     loader.trim_pool(0);
@@ -132,7 +133,7 @@ async fn viewed_and_dropped_memory_stays_out_of_the_pool() {
         let first = load.next().await.unwrap().unwrap();
         drop((load, first));
     }
-    // Complete segments that were not taken may be kept; each load then shows its own bytes.
+    // The pool can keep complete segments that no consumer took; a new load shows its own bytes.
     let image = load(&loader, &path, loader.load_options()).await;
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "after dropped loads");
 }
@@ -147,11 +148,11 @@ async fn pool_stays_within_its_limit_and_is_empty_after_shutdown() {
         .build()
         .unwrap();
     drop(load(&loader, &path, loader.load_options()).await);
-    assert_pooled(&loader, 3 * SEGMENT as u64, "its size").await;
+    assert_pooled(&loader, 3 * SEGMENT as u64, "the pool's limit").await;
     let other = loader.clone();
     loader.shutdown().await.unwrap();
     assert_eq!(other.pooled_bytes(), 0);
     let without = Loader::new().unwrap();
     drop(load(&without, &path, without.load_options()).await);
-    assert_eq!(without.pooled_bytes(), 0, "no pool unless it is asked for");
+    assert_eq!(without.pooled_bytes(), 0, "there is no pool by default");
 }

@@ -1,7 +1,7 @@
-//! Memory for code that writes to it: writes reach nothing that others have, and no view of bytes
-//! is given of what may be written to.
+//! Private memory, for code that writes to it: writes do not reach memory that others use, and
+//! writable memory cannot be viewed as bytes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(unsafe_code, reason = "writing to such memory is the test's subject")]
+#![allow(unsafe_code, reason = "tests write to private memory")]
 
 mod common;
 
@@ -14,7 +14,7 @@ use dmaload::{Error, Image, LoadOptions, Loader, PrivateMemory, Shard};
 
 const SEGMENT: u64 = 2 << 20;
 const TENSORS: usize = 5;
-/// Some tensors cross segments, and none begins at a page.
+/// At this size, some tensors cross segments, and none starts at a page boundary.
 const TENSOR_BYTES: usize = 1_500_000;
 
 fn model(folder: &Path) -> (PathBuf, Vec<u8>) {
@@ -29,12 +29,12 @@ async fn load(path: &Path, heap: impl Heap) -> Image {
 }
 
 fn read(memory: &PrivateMemory) -> Vec<u8> {
-    // SAFETY: it has that many bytes, and only this test writes to them.
+    // SAFETY: the memory is `len` bytes long, and only the running test writes to it.
     unsafe { std::slice::from_raw_parts(memory.address().as_ptr(), memory.len()) }.to_vec()
 }
 
-fn fill(memory: &PrivateMemory, byte: u8) {
-    // SAFETY: as above; no slice of it is alive.
+fn overwrite(memory: &PrivateMemory, byte: u8) {
+    // SAFETY: the memory is `len` bytes long, and no reference to it is alive.
     unsafe { memory.address().as_ptr().write_bytes(byte, memory.len()) };
 }
 
@@ -50,16 +50,16 @@ async fn private_memory_of_an_anonymous_tensor_is_not_a_copy() {
         let memory = tensor.private_memory().unwrap();
         assert_same(&read(&memory), expected, tensor.name());
         let address = tensor.parts().first().map(|part| part.segment.cpu_access().unwrap().address().addr().get() + part.offset);
-        assert_eq!(Some(memory.address().addr().get()), address, "it is no copy");
+        assert_eq!(Some(memory.address().addr().get()), address, "the memory was copied");
         let refused = tensor.bytes().unwrap_err();
         assert!(matches!(refused, Error::HandedOut { .. }), "{refused}");
-        fill(&memory, 0xAB);
-        let again = tensor.private_memory().unwrap();
-        assert_eq!(again.address(), memory.address(), "all private memory of a tensor is the same");
+        overwrite(&memory, 0xAB);
+        let second = tensor.private_memory().unwrap();
+        assert_eq!(second.address(), memory.address(), "a tensor has one private memory");
         kept.push(memory);
     }
     assert_eq!(kept.len(), TENSORS);
-    // The memory outlives image and loader.
+    // The memory outlives the image and the loader.
     drop(image);
     for memory in kept {
         assert!(read(&memory).iter().all(|&byte| byte == 0xAB));
@@ -90,14 +90,14 @@ async fn private_memory_of_a_memfd_is_copied_on_write() {
         let view = tensor.bytes().unwrap();
         let (ours, theirs) = (tensor.private_memory().unwrap(), tensor.private_memory().unwrap());
         assert_same(&read(&ours), expected, tensor.name());
-        fill(&ours, 0xCD);
-        assert_same(&read(&theirs), expected, "what another one has");
+        overwrite(&ours, 0xCD);
+        assert_same(&read(&theirs), expected, "the other private memory");
         assert_same(&view, expected, "a view");
         assert!(read(&ours).iter().all(|&byte| byte == 0xCD));
     }
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "the file");
     let whole = image.files()[0].private_memory(0..bytes.len() as u64).unwrap();
-    assert_same(&read(&whole), &bytes, "all of it");
+    assert_same(&read(&whole), &bytes, "the whole file");
 }
 
 #[tokio::test]
@@ -111,11 +111,11 @@ async fn writes_to_attached_memory_stay_private() {
     let attached = attach(&socket, AttachOptions::default()).await.unwrap();
     let tensor = attached.image.tensors().nth(1).unwrap();
     let memory = tensor.private_memory().unwrap();
-    fill(&memory, 0xEF);
+    overwrite(&memory, 0xEF);
     for side in [&image, &attached.image] {
         assert_same(&side.files()[0].bytes().unwrap(), &bytes, "the file");
     }
-    // It needs neither the server nor the image.
+    // Private memory outlives the server and the image.
     drop((server, image, attached, tensor));
     assert!(read(&memory).iter().all(|&byte| byte == 0xEF));
 }
@@ -135,7 +135,7 @@ async fn memory_that_cannot_be_private_is_refused() {
     let image = Loader::new().unwrap().load(&path).options(options).await.unwrap();
     let refused = image.tensor("t").unwrap().private_memory().unwrap_err();
     assert!(matches!(refused, Error::NotContiguous { .. }), "{refused}");
-    // Where this machine makes dma-bufs.
+    // Only if this machine has udmabuf.
     if let Ok(heap) = UdmabufHeap::open(dmaload::heap::Pages::Auto) {
         let image = load(&path, heap).await;
         let refused = image.tensor("t").unwrap().private_memory().unwrap_err();
@@ -144,7 +144,8 @@ async fn memory_that_cannot_be_private_is_refused() {
     }
 }
 
-/// The pool's next load writes through a mapping that it had before the memory was sealed.
+/// A seal does not revoke the pool's own writable mapping, so a load into reused memory would
+/// write to it.
 #[tokio::test]
 async fn pool_does_not_reuse_memory_that_is_mapped_privately() {
     let folder = folder();
@@ -161,12 +162,12 @@ async fn pool_does_not_reuse_memory_that_is_mapped_privately() {
         drop(loader.load(&other).await.unwrap());
     }
     let expected = &bytes[usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap()];
-    assert_same(&read(&memory), expected, "after loads into the pool's memory");
+    assert_same(&read(&memory), expected, "after loads with a pool");
     drop(memory);
     loader.shutdown().await.unwrap();
 }
 
-/// An array of one small tensor must not keep a model in memory.
+/// A consumer that keeps one small tensor must not keep the whole model in memory.
 #[tokio::test]
 async fn tensor_without_other_segments_keeps_only_its_own() {
     let folder = folder();

@@ -1,8 +1,8 @@
-//! A model in real use: every tensor, byte by byte, against what the `safetensors` crate reads
-//! from the same file.
+//! Compares every tensor of a published model, byte by byte, with what the `safetensors` crate
+//! reads from the same file.
 //!
-//! `just real-model` fetches it and runs this. Without a file in `DMALOAD_REAL_MODEL` there is
-//! nothing to test.
+//! `just real-model` fetches the model and runs this test, which is skipped unless
+//! `DMALOAD_REAL_MODEL` names a file.
 
 mod common;
 
@@ -12,7 +12,7 @@ use dmaload::{Layout, LoadOptions, Loader};
 #[tokio::test]
 async fn real_model_tensors_match_the_safetensors_crate() {
     let Some(path) = std::env::var_os("DMALOAD_REAL_MODEL") else {
-        println!("skipped: DMALOAD_REAL_MODEL names no model; `just real-model` fetches one");
+        println!("skipped: DMALOAD_REAL_MODEL is not set; `just real-model` fetches a model");
         return;
     };
     let bytes = std::fs::read(&path).unwrap();

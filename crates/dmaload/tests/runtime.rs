@@ -1,5 +1,5 @@
-//! Services: no async thread is ever blocked, runtimes may end at any time, and a loader can be
-//! observed.
+//! What services rely on: a load never blocks an async thread, a runtime can end at any time, and
+//! a loader reports metrics.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use common::{assert_same, file, folder, random_bytes};
 use dmaload::{Latency, LoadOptions, Loader, Route};
 
-fn large(folder: &Path, mib: u64) -> PathBuf {
+fn write_large_file(folder: &Path, mib: u64) -> PathBuf {
     let path = folder.join("large.bin");
     let mut file = fs::File::create(&path).unwrap();
     let block = random_bytes(1 << 20, 1);
@@ -24,12 +24,12 @@ fn large(folder: &Path, mib: u64) -> PathBuf {
     path
 }
 
-/// A ticker on the only thread of a runtime keeps ticking while 1 GiB is loaded, streamed, dropped
-/// half-way, and shut down.
+/// A ticker on a runtime's only thread keeps ticking while a 1 GiB file is loaded, a stream is
+/// dropped half-way and the loader shuts down.
 #[test]
 fn single_threaded_runtime_keeps_ticking_during_loads() {
     let folder = folder();
-    let path = large(folder.path(), 1024);
+    let path = write_large_file(folder.path(), 1024);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     for route in [Route::UringFixedDirect, Route::PreadDirect, Route::Bounce, Route::Buffered] {
         let (worst, ticks, took) = runtime.block_on(async {
@@ -63,7 +63,7 @@ fn single_threaded_runtime_keeps_ticking_during_loads() {
             (Duration::from_micros(worst.load(Ordering::Relaxed)), ticks.load(Ordering::Relaxed), took)
         });
         println!("{route}: {ticks} ticks in {took:?}, the worst {worst:?} late");
-        // A thread that waited for any part of it would be late most of the time.
+        // If the load blocked the thread, the ticker would be late most of the time.
         assert!(worst < took / 4, "{route}: a tick was {worst:?} late in {took:?}");
         assert!(u128::from(ticks) > took.as_millis() / 8, "{route}: {ticks} ticks in {took:?}");
     }
@@ -85,11 +85,14 @@ fn loader_outlives_the_runtime_of_its_load() {
             let mut load = loader.load(&path).start();
             load.next().await.unwrap().unwrap();
             let other = loader.load(&path).start();
-            // A load that a task of the runtime awaits ends with the runtime.
+            // A load that a task awaits is dropped with the runtime.
             (load, tokio::spawn(async move { other.await.map(|image| image.report().bytes) }))
         });
         drop(first);
-        assert!(runtime().block_on(task).is_err() || threads.is_some(), "the task was cancelled, or done");
+        assert!(
+            runtime().block_on(task).is_err() || threads.is_some(),
+            "a single-threaded runtime cannot have finished the task"
+        );
         let image = runtime().block_on(async {
             load.next().await.unwrap().unwrap();
             load.finish().await.unwrap()
@@ -97,13 +100,13 @@ fn loader_outlives_the_runtime_of_its_load() {
         assert_same(&image.files()[0].bytes().unwrap(), &bytes, "on another runtime");
     }
     // Without any runtime.
-    let image = futures_lite_block_on(loader.load(&path).into_future()).unwrap();
+    let image = block_on(loader.load(&path).into_future()).unwrap();
     assert_same(&image.files()[0].bytes().unwrap(), &bytes, "without a runtime");
-    futures_lite_block_on(loader.shutdown()).unwrap();
+    block_on(loader.shutdown()).unwrap();
 }
 
-/// The smallest possible executor: a thread that parks.
-fn futures_lite_block_on<T>(future: impl Future<Output = T>) -> T {
+/// A minimal executor, which parks the thread between polls.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
     impl std::task::Wake for Unpark {
         fn wake(self: Arc<Self>) {
@@ -121,7 +124,8 @@ fn futures_lite_block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Every kind of `next` may be dropped at any await without losing anything.
+/// Dropping a `next` future never loses a segment, and dropping a shutdown's future does not stop
+/// the shutdown.
 #[tokio::test]
 async fn documented_cancel_safety_holds() {
     let folder = folder();

@@ -1,8 +1,8 @@
 //! Compares the parser with the `safetensors` crate, the format's own reader.
 //!
-//! Two promises: what the crate writes, and every other layout that the format allows, is read the
-//! same; and whatever the parser accepts, the crate accepts and reads the same, however a file was
-//! damaged. Where the parser is stricter, [`stricter_on_purpose`] has the reason.
+//! The parser reads every valid file as the crate does, whether the crate wrote it or not. It
+//! accepts no file that the crate refuses, however damaged, and reads accepted files as the crate
+//! does. [`stricter_on_purpose`] lists where the parser is stricter, with reasons.
 
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -31,26 +31,26 @@ const MUTANTS: u32 = 20_000;
 
 // ---- reading with both ----
 
-/// Reads a whole file as a loader would.
-fn ours(file: &[u8]) -> Result<TensorMap, ModelError> {
+/// Parses a whole file as a loader would.
+fn parse_file(file: &[u8]) -> Result<TensorMap, ModelError> {
     let file_bytes = file.len() as u64;
     let header_bytes = match sniff(&file[..file.len().min(9)], file_bytes, true) {
         Sniff::Safetensors { header_bytes } => header_bytes,
         Sniff::Broken { error } => return Err(error),
-        Sniff::Not { why } => panic!("a file named .safetensors was taken for raw: {why}"),
+        Sniff::Not { why } => panic!("a file named .safetensors was read as raw bytes: {why}"),
     };
-    let first8 = file[..8].try_into().expect("sniffed, so at least 10 bytes");
+    let first8 = file[..8].try_into().expect("a sniffed header has a length prefix");
     assert_eq!(parse_prefix(first8, file_bytes), Ok(header_bytes));
     parse(&file[8..8 + usize::try_from(header_bytes).unwrap()], file_bytes)
 }
 
-/// Checks that both read the same tensors and metadata from an accepted file.
-fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
-    let oracle = SafeTensors::deserialize(file)
-        .map_err(|error| TestCaseError::fail(format!("looser than the crate, which says: {error}")))?;
+/// Checks that the crate reads the same tensors and metadata from a file that the parser accepts.
+fn check_agreement(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
+    let oracle =
+        SafeTensors::deserialize(file).map_err(|error| TestCaseError::fail(format!("the crate refuses this file: {error}")))?;
     prop_assert_eq!(map.len(), oracle.len());
     for (name, view) in oracle.iter() {
-        let info = map.get(name).expect("the crate's tensor is in the map");
+        let info = map.get(name).expect("the parser must find every tensor of the crate");
         // A slice's address shows where the crate found it.
         let begin = (view.data().as_ptr() as usize - file.as_ptr() as usize) as u64;
         prop_assert_eq!(&info.name, name);
@@ -67,7 +67,7 @@ fn agree(map: &TensorMap, file: &[u8]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Whether the parser may refuse, for this reason, a file that the crate accepts.
+/// Whether the parser may refuse a file with this error although the crate accepts it.
 #[expect(clippy::match_same_arms, reason = "each difference has its own reason")]
 fn stricter_on_purpose(error: &ModelError) -> bool {
     match error {
@@ -76,13 +76,13 @@ fn stricter_on_purpose(error: &ModelError) -> bool {
         // The crate's derived deserialiser also accepts an array for a struct and an object for an
         // enum.
         ModelError::WrongType { key, .. } => matches!(key, None | Some("dtype")),
-        // No tensor library can hold it; the crate has no limit.
+        // No tensor library supports such ranks; the crate has no limit.
         ModelError::RankTooLarge { .. } => true,
         _ => false,
     }
 }
 
-/// The verdicts of both on a file.
+/// Whether the parser and the crate accept a file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum Verdict {
     BothAccept,
@@ -90,16 +90,17 @@ enum Verdict {
     OnlyWeRefuse,
 }
 
-/// Has both read a file, and checks that we are never looser, and stricter only for known reasons.
+/// Reads a file with both. Fails if the parser is looser than the crate, or stricter without a
+/// known reason.
 fn compare(file: &[u8]) -> Result<Verdict, TestCaseError> {
-    match ours(file) {
-        Ok(map) => agree(&map, file).map(|()| Verdict::BothAccept),
+    match parse_file(file) {
+        Ok(map) => check_agreement(&map, file).map(|()| Verdict::BothAccept),
         Err(error) => {
             prop_assert!(!error.to_string().is_empty());
             if SafeTensors::deserialize(file).is_err() {
                 return Ok(Verdict::BothRefuse);
             }
-            prop_assert!(stricter_on_purpose(&error), "stricter than the crate, by {error:?}");
+            prop_assert!(stricter_on_purpose(&error), "only the parser refuses this file: {error:?}");
             Ok(Verdict::OnlyWeRefuse)
         }
     }
@@ -120,11 +121,11 @@ impl Tensor {
     }
 }
 
-/// All dtypes of the crate, as its deserialiser lists them on an unknown one: the enum itself
-/// cannot be enumerated.
+/// All dtypes of the crate, taken from its error on an unknown dtype, since the enum cannot be
+/// enumerated.
 fn oracle_dtypes() -> Vec<Dtype> {
     let error = serde_json::from_str::<Dtype>("\"none\"").unwrap_err().to_string();
-    let (_, expected) = error.split_once("expected one of").expect("a list of variants");
+    let (_, expected) = error.split_once("expected one of").expect("the error lists the variants");
     let names = expected.split('`').skip(1).step_by(2);
     names.map(|name| serde_json::from_str(&format!("\"{name}\"")).unwrap()).collect()
 }
@@ -151,8 +152,8 @@ fn any_metadata() -> impl Strategy<Value = Option<BTreeMap<String, String>>> {
 
 /// A file as the crate writes it.
 fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<String, String>>) -> Vec<u8> {
-    // Crate 0.8 writes `{}"__metadata__":{}` for no tensors and empty metadata, and then refuses
-    // it itself.
+    // For no tensors and empty metadata, crate 0.8 writes `{}"__metadata__":{}`, which it then
+    // refuses to read.
     let metadata = metadata.filter(|pairs| !pairs.is_empty() || !tensors.is_empty());
     let data = vec![7; tensors.values().map(Tensor::bytes).max().unwrap_or(0)];
     let views = tensors.iter().map(|(name, tensor)| {
@@ -165,7 +166,7 @@ fn serialized(tensors: &BTreeMap<String, Tensor>, metadata: Option<BTreeMap<Stri
 /// How a hand-built header differs from what the crate writes.
 #[derive(Debug, Clone)]
 struct Style {
-    /// Orders the tensors' data, and separately their entries and their keys.
+    /// Sort keys for the tensors' data and, separately, for their entries.
     data_order: Vec<u32>,
     entry_order: Vec<u32>,
     key_rotation: usize,
@@ -190,7 +191,7 @@ fn quoted(text: &str) -> String {
     serde_json::to_string(text).unwrap()
 }
 
-/// A file built by hand: entries and keys in any order, odd whitespace, any padding.
+/// A file built by hand, with entries and keys in any order, unusual whitespace, and padding.
 fn hand_built(tensors: &BTreeMap<String, Tensor>, metadata: Option<&BTreeMap<String, String>>, style: &Style) -> Vec<u8> {
     let mut placed: Vec<_> = tensors.iter().zip(&style.data_order).collect();
     placed.sort_by_key(|&(_, order)| order);
@@ -235,7 +236,7 @@ fn metadata_item(metadata: Option<&BTreeMap<String, String>>, style: &Style) -> 
     Some(format!("\"__metadata__\":{{{}}}", pairs.join(",")))
 }
 
-/// A file with that header and this many bytes of data.
+/// A file with this header and `data_bytes` bytes of data.
 fn framed(header: &str, data_bytes: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend_from_slice(header.as_bytes());
@@ -255,9 +256,9 @@ fn dtypes_match_those_of_the_crate() {
     let theirs = oracle_dtypes();
     assert_eq!(theirs.len(), DType::SAFETENSORS.len());
     for dtype in theirs {
-        // What the crate writes into a header, and reads from one.
+        // The name that the crate writes into headers and reads from them.
         let name: String = serde_json::from_value(serde_json::to_value(dtype).unwrap()).unwrap();
-        let ours: DType = name.parse().expect("a dtype of the crate");
+        let ours: DType = name.parse().expect("the parser must know every dtype of the crate");
         assert_eq!(DType::try_from(name.as_str()), Ok(ours));
         assert_eq!((ours.name(), ours.to_string()), (name.as_str(), dtype.to_string()));
         assert_eq!(serde_json::from_str::<Dtype>(&format!("\"{ours}\"")).unwrap(), dtype);
@@ -297,8 +298,8 @@ proptest! {
 
 // ---- damaged files ----
 
-/// Damage to a valid file. The length prefix is corrected after damage that changes the header's
-/// length, so that it reaches the JSON.
+/// Damage to a valid file. If it changes the header's length, the length prefix is corrected, so
+/// the JSON parser sees the damage.
 #[derive(Debug, Clone)]
 enum Damage {
     FlipBit(Index, u8),
@@ -435,15 +436,15 @@ impl Damage {
     }
 
     fn edit(&self, header: &mut String) {
-        let numbers = digits(header);
+        let numbers = find_numbers(header);
         match self {
             Self::CutFromHeader(at, count) => {
-                let at = boundary(header, *at);
+                let at = pick_boundary(header, *at);
                 let end = header[at..].char_indices().nth(*count).map_or(header.len(), |(i, _)| at + i);
                 header.replace_range(at..end, "");
             }
-            // An insertion next to a comma or a brace most often leaves valid JSON.
-            Self::InsertInHeader(at, text) => header.insert_str(joint(header, *at), text),
+            // Insertions after a comma or a brace are the most likely to leave valid JSON.
+            Self::InsertInHeader(at, text) => header.insert_str(pick_joint(header, *at), text),
             Self::EditNumber(at, text) if !numbers.is_empty() => {
                 header.replace_range(at.get(&numbers).clone(), text);
             }
@@ -461,10 +462,10 @@ impl Damage {
                 header.replace_range(first, &other);
             }
             Self::RepeatMember(from, to) => {
-                let from = joint(header, *from);
+                let from = pick_joint(header, *from);
                 let end = header[from..].find(['}', ']']).map_or(header.len(), |i| from + i + 1);
                 let member = format!("{},", header[from..end].trim_end_matches(','));
-                header.insert_str(joint(header, *to), &member);
+                header.insert_str(pick_joint(header, *to), &member);
             }
             Self::Alias(at) => {
                 let entries: Vec<_> = header.match_indices("{\"").map(|(i, _)| i).collect();
@@ -481,8 +482,8 @@ impl Damage {
     }
 }
 
-/// The runs of digits in a header.
-fn digits(header: &str) -> Vec<std::ops::Range<usize>> {
+/// Finds the runs of digits in a header.
+fn find_numbers(header: &str) -> Vec<std::ops::Range<usize>> {
     let mut runs: Vec<std::ops::Range<usize>> = Vec::new();
     for (at, _) in header.bytes().enumerate().filter(|(_, byte)| byte.is_ascii_digit()) {
         match runs.last_mut() {
@@ -493,21 +494,21 @@ fn digits(header: &str) -> Vec<std::ops::Range<usize>> {
     runs
 }
 
-/// A place between two characters.
-fn boundary(header: &str, at: Index) -> usize {
+/// Picks a character boundary.
+fn pick_boundary(header: &str, at: Index) -> usize {
     (0..=at.index(header.len() + 1)).rev().find(|&i| header.is_char_boundary(i)).unwrap_or(0)
 }
 
-/// A place after a comma or an opening brace, or any place if there is none.
-fn joint(header: &str, at: Index) -> usize {
+/// Picks a place after a comma, an opening brace or a bracket, or any boundary if there is none.
+fn pick_joint(header: &str, at: Index) -> usize {
     let joints: Vec<_> = header.match_indices([',', '{', '[']).map(|(i, _)| i + 1).collect();
-    if joints.is_empty() { boundary(header, at) } else { *at.get(&joints) }
+    if joints.is_empty() { pick_boundary(header, at) } else { *at.get(&joints) }
 }
 
 #[test]
 fn damaged_files_are_never_read_more_loosely_or_differently() {
     let config = ProptestConfig { cases: MUTANTS, failure_persistence: None, ..ProptestConfig::default() };
-    // A fixed seed, so that the counts below are reproducible.
+    // A fixed seed makes the counts below reproducible.
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let counts = Cell::new([0_u32; 3]);
     TestRunner::new_with_rng(config, rng)
@@ -523,7 +524,7 @@ fn damaged_files_are_never_read_more_loosely_or_differently() {
         })
         .unwrap();
 
-    // The comparison is meaningful only if each verdict occurs often.
+    // The comparison is meaningful only if every verdict occurs.
     let [accepted, refused, stricter] = counts.get();
     println!("both accept {accepted}, both refuse {refused}, only we refuse {stricter}");
     assert!(accepted > MUTANTS / 20 && refused > MUTANTS / 4 && stricter > 0);
@@ -545,7 +546,7 @@ fn each_known_difference_still_differs() {
     }
 }
 
-/// What the README forbids or does not mention, and the crate accepts.
+/// Deviations that the crate accepts although its README forbids them or does not mention them.
 #[test]
 fn harmless_deviations_that_the_crate_accepts_are_read() {
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
@@ -565,7 +566,7 @@ fn harmless_deviations_that_the_crate_accepts_are_read() {
 fn header_of_200_000_tensors_is_read_the_same() {
     const COUNT: usize = 200_000;
     let mut header = "{".to_owned();
-    // Last in the file, first in the header, so that tensors must be sorted.
+    // The header lists the tensors in reverse order of their data, so the parser must sort them.
     for i in (0..COUNT).rev() {
         let (begin, end, comma) = (2 * i, 2 * i + 2, if i == 0 { "" } else { "," });
         write!(
@@ -579,14 +580,14 @@ fn header_of_200_000_tensors_is_read_the_same() {
     let file = framed(&header, 2 * COUNT);
 
     let start = Instant::now();
-    let map = ours(&file).unwrap();
+    let map = parse_file(&file).unwrap();
     let parsed = start.elapsed();
     assert!(map.iter().all(|tensor| map.get(&tensor.name) == Some(tensor)));
     println!("{} header bytes: parsed in {parsed:?}, with all look-ups {:?}", header.len(), start.elapsed());
 
     assert_eq!(map.len(), COUNT);
     assert!(map.iter().zip(map.iter().skip(1)).all(|(a, b)| a.file_range.end == b.file_range.start));
-    agree(&map, &file).unwrap();
-    // Far above what a slow machine needs unoptimised, far below anything quadratic.
+    check_agreement(&map, &file).unwrap();
+    // Far above what a slow machine needs without optimisations, far below quadratic time.
     assert!(parsed < Duration::from_mins(1), "{parsed:?}");
 }

@@ -1,8 +1,8 @@
-//! Parts of models: tensors, ranges, ranks, layouts by tensors, and models of many files.
-//! Everything is compared with an independent reader (the `safetensors` crate) or with the file
-//! itself.
+//! Loads of parts of models: selected tensors, ranges, shards, layouts by tensors, and models of
+//! several files. Results are compared with an independent reader (the `safetensors` crate) or
+//! with the file itself.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
-#![allow(unsafe_code, reason = "looks behind the bytes of a tensor")]
+#![allow(unsafe_code, reason = "reads the memory past the end of a tensor")]
 
 mod common;
 
@@ -26,8 +26,8 @@ fn loader() -> LoaderBuilder {
     Loader::builder().load_options(options())
 }
 
-/// A model of these BF16 tensors, with random bytes.
-fn model(path: &Path, tensors: &[(&str, &[usize])]) -> PathBuf {
+/// Writes a model of these BF16 tensors, with random bytes.
+fn write_model(path: &Path, tensors: &[(&str, &[usize])]) -> PathBuf {
     let bytes: Vec<_> =
         tensors.iter().zip(1..).map(|((_, shape), seed)| random_bytes(2 * shape.iter().product::<usize>(), seed)).collect();
     let views = tensors
@@ -38,13 +38,14 @@ fn model(path: &Path, tensors: &[(&str, &[usize])]) -> PathBuf {
     file(path.parent().unwrap(), path.file_name().unwrap().to_str().unwrap(), &all)
 }
 
-/// Layers of one large and two small tensors each, and a tensor that is larger than a segment.
-fn layers(folder: &Path) -> PathBuf {
+/// Writes a model with four layers of one large and two small tensors, and a tensor that is larger
+/// than a segment.
+fn write_layers(folder: &Path) -> PathBuf {
     let names: Vec<_> = (0..4).flat_map(|layer| ["q", "k", "norm"].map(|name| format!("layers.{layer}.{name}"))).collect();
     let shapes: [&[usize]; 3] = [&[512, 600], &[100, 30], &[77]];
     let mut tensors: Vec<(&str, &[usize])> = names.iter().map(String::as_str).zip(shapes.iter().copied().cycle()).collect();
     tensors.push(("embed", &[2000, 800]));
-    model(&folder.join("model.safetensors"), &tensors)
+    write_model(&folder.join("model.safetensors"), &tensors)
 }
 
 fn assert_tensors(image: &Image, path: &Path, what: &str) {
@@ -60,7 +61,7 @@ fn assert_tensors(image: &Image, path: &Path, what: &str) {
 #[tokio::test]
 async fn only_selected_tensors_are_read() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let file_bytes = fs::metadata(&path).unwrap().len();
     for route in ROUTES {
         let loader = loader().load_options(options().route(route)).build().unwrap();
@@ -73,8 +74,8 @@ async fn only_selected_tensors_are_read() {
         assert_eq!(report.wanted_bytes, wanted);
         assert!(report.bytes >= wanted && report.bytes < file_bytes - 1_000_000, "{} of {file_bytes}", report.bytes);
         let read: u64 = image.segments().iter().map(|segment| segment.len() as u64).sum();
-        assert_eq!(read, report.bytes, "the report counts what was read");
-        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else { panic!("it was not asked for") };
+        assert_eq!(read, report.bytes, "the report counts the bytes of the segments");
+        let Err(Error::NotLoaded { range, .. }) = image.tensor("layers.0.q") else { panic!("an unselected tensor was loaded") };
         assert_eq!(range.end - range.start, 2 * 512 * 600);
         assert!(matches!(image.tensor("missing"), Err(Error::NoSuchTensor(_))));
         assert!(matches!(image.files()[0].bytes(), Err(Error::NotLoaded { .. })));
@@ -85,7 +86,7 @@ async fn only_selected_tensors_are_read() {
 #[tokio::test]
 async fn unmatched_patterns_and_impossible_ranges_are_errors() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = loader().build().unwrap();
     let missed = loader.load(&path).options(loader.load_options().tensors(["embed", "layers.9.*"])).await.unwrap_err();
     assert!(matches!(&missed, Error::NoSuchTensor(pattern) if pattern == "layers.9.*"), "{missed}");
@@ -99,7 +100,7 @@ async fn unmatched_patterns_and_impossible_ranges_are_errors() {
 #[tokio::test]
 async fn tensors_arrive_complete_in_the_requested_order() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = loader().build().unwrap();
     let by_file: Vec<String> = loader.load(&path).await.unwrap().tensors().map(|tensor| tensor.name().to_owned()).collect();
     let bytes = fs::read(&path).unwrap();
@@ -120,9 +121,9 @@ async fn tensors_arrive_complete_in_the_requested_order() {
             assert_eq!(names.iter().position(|name| name == "embed"), Some(3), "{names:?}");
             all.sort_by_key(|name| by_file.iter().position(|other| other == name));
         }
-        assert_eq!(all, by_file, "each once");
+        assert_eq!(all, by_file, "each tensor arrives once");
     }
-    // Asking a kept load for single segments first loses none.
+    // Taking a tensor by name does not remove segments from a load.
     let mut load = loader.load(&path).start();
     assert_eq!(load.tensor(&by_file[0]).await.unwrap().name(), by_file[0]);
     assert_eq!(load.next().await.unwrap().unwrap().index(), 0);
@@ -132,8 +133,8 @@ async fn tensors_arrive_complete_in_the_requested_order() {
 #[tokio::test]
 async fn stream_includes_empty_tensors_and_small_files() {
     let folder = folder();
-    let small = model(&folder.path().join("small.safetensors"), &[("a", &[3]), ("empty", &[0, 4])]);
-    let large = layers(folder.path());
+    let small = write_model(&folder.path().join("small.safetensors"), &[("a", &[3]), ("empty", &[0, 4])]);
+    let large = write_layers(folder.path());
     let loader = loader().build().unwrap();
     for (options, expected) in [
         (loader.load_options(), 15),
@@ -154,7 +155,7 @@ async fn stream_includes_empty_tensors_and_small_files() {
 #[tokio::test]
 async fn ranks_together_load_the_whole_model() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let bytes = fs::read(&path).unwrap();
     let theirs = SafeTensors::deserialize(&bytes).unwrap();
     let loader = loader().build().unwrap();
@@ -231,17 +232,17 @@ async fn ranges_and_shards_match_the_bytes_of_the_file() {
 #[tokio::test]
 async fn layout_tensors_keeps_a_tensor_in_one_segment() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     for route in ROUTES {
         let loader = loader().load_options(options().route(route).layout(Layout::Tensors)).build().unwrap();
         let image = loader.load(&path).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
-        assert!(image.tensors().all(|tensor| tensor.parts().len() == 1), "{route}: a tensor alone may be larger than a segment");
+        assert!(image.tensors().all(|tensor| tensor.parts().len() == 1), "{route}: a tensor was split");
         let small = ImporterLimits { max_segment_bytes: SEGMENT as u64, ..ImporterLimits::default() };
         let image = loader.load(&path).options(loader.load_options().importer(small)).await.unwrap();
         assert_tensors(&image, &path, &route.to_string());
         let straddlers: Vec<_> = image.tensors().filter(|tensor| tensor.parts().len() > 1).map(|t| t.name().to_owned()).collect();
-        assert_eq!(straddlers, ["embed"], "3.2 MB can't be in 2 MiB");
+        assert_eq!(straddlers, ["embed"], "only the tensor of 3.2 MB exceeds a segment of 2 MiB");
         loader.shutdown().await.unwrap();
     }
     let loader = Loader::builder().load_options(LoadOptions::new().layout(Layout::Tensors)).build().unwrap();
@@ -252,7 +253,7 @@ async fn layout_tensors_keeps_a_tensor_in_one_segment() {
 #[tokio::test]
 async fn importer_limits_are_met_or_the_load_fails() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let loader = Loader::builder().build().unwrap();
     let limits =
         |max_segment_bytes, max_segments| ImporterLimits { max_segment_bytes, max_segments, ..ImporterLimits::default() };
@@ -268,14 +269,14 @@ async fn importer_limits_are_met_or_the_load_fails() {
     assert!(matches!(error, Error::Importer { segments: 1, .. }), "{error}");
 }
 
-/// A model of two files, the second behind a symbolic link, and its index.
-fn folder_of_two(folder: &Path) -> Vec<PathBuf> {
+/// Writes a model of two files, the second behind a symbolic link, and its index.
+fn write_snapshot(folder: &Path) -> Vec<PathBuf> {
     let blobs = folder.join("blobs");
     let snapshot = folder.join("snapshot");
     fs::create_dir_all(&blobs).unwrap();
     fs::create_dir_all(&snapshot).unwrap();
-    let first = model(&snapshot.join("model-00001-of-00002.safetensors"), &[("a", &[900_000]), ("b", &[10])]);
-    model(&blobs.join("0123"), &[("c", &[700_001])]);
+    let first = write_model(&snapshot.join("model-00001-of-00002.safetensors"), &[("a", &[900_000]), ("b", &[10])]);
+    write_model(&blobs.join("0123"), &[("c", &[700_001])]);
     let second = snapshot.join("model-00002-of-00002.safetensors");
     std::os::unix::fs::symlink("../blobs/0123", &second).unwrap();
     let index = r#"{"metadata":{"total_size":1},"weight_map":{"a":"model-00001-of-00002.safetensors","c":"model-00002-of-00002.safetensors","b":"model-00001-of-00002.safetensors"}}"#;
@@ -286,7 +287,7 @@ fn folder_of_two(folder: &Path) -> Vec<PathBuf> {
 #[tokio::test]
 async fn hub_snapshot_folder_is_one_model() {
     let folder = folder();
-    let files = folder_of_two(folder.path());
+    let files = write_snapshot(folder.path());
     let snapshot = folder.path().join("snapshot");
     let loader = loader().build().unwrap();
     for asked in [snapshot.clone(), snapshot.join("model.safetensors.index.json")] {
@@ -298,7 +299,7 @@ async fn hub_snapshot_folder_is_one_model() {
         }
         assert_eq!(image.tensor("c").unwrap().shape(), [700_001]);
     }
-    // The order asked for counts, across files.
+    // The requested order applies across files.
     let mut tensors = loader.load(&snapshot).options(loader.load_options().tensors(["c", "b"])).tensors();
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), "c");
     assert_eq!(tensors.next().await.unwrap().unwrap().name(), "b");
@@ -308,10 +309,10 @@ async fn hub_snapshot_folder_is_one_model() {
 #[tokio::test]
 async fn index_that_contradicts_its_files_is_an_error() {
     let folder = folder();
-    folder_of_two(folder.path());
+    write_snapshot(folder.path());
     let snapshot = folder.path().join("snapshot");
-    // Large files are compared during planning; small ones, which share memory, when they are
-    // read.
+    // Large files are compared with the index during planning; small ones, which share memory,
+    // once they are read.
     for loader in [loader().build().unwrap(), Loader::builder().build().unwrap()] {
         let index = |weights: &str| {
             fs::write(snapshot.join("model.safetensors.index.json"), format!(r#"{{"weight_map":{weights}}}"#)).unwrap();
@@ -332,7 +333,7 @@ async fn index_that_contradicts_its_files_is_an_error() {
         assert!(matches!(error, Error::Incomplete { .. }), "{error}");
         assert!(error.to_string().contains("1 is missing: \"missing.safetensors\""), "{error}");
     }
-    // An index too large to read.
+    // An index that is a FIFO, which must not block the load.
     let fifo = folder.path().join("fifo");
     fs::create_dir(&fifo).unwrap();
     let made = std::process::Command::new("mkfifo").arg(fifo.join("model.safetensors.index.json")).status().unwrap();
@@ -346,8 +347,8 @@ async fn index_that_contradicts_its_files_is_an_error() {
     assert!(matches!(error, Error::NoModel { .. }), "{error}");
 }
 
-/// A GGUF file of a Q8_0 and an F32 tensor; and the bytes of each.
-fn gguf(path: &Path, [first, second]: [&str; 2], blocks: usize) -> [Vec<u8>; 2] {
+/// Writes a GGUF file with a Q8_0 and an F32 tensor; returns the bytes of each.
+fn write_gguf(path: &Path, [first, second]: [&str; 2], blocks: usize) -> [Vec<u8>; 2] {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let data = [random_bytes(34 * blocks, 1), random_bytes(400, 2)];
     let mut bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &2u64.to_le_bytes(), &1u64.to_le_bytes()].concat();
@@ -366,16 +367,16 @@ fn gguf(path: &Path, [first, second]: [&str; 2], blocks: usize) -> [Vec<u8>; 2] 
 }
 
 #[tokio::test]
-async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
+async fn gguf_tensors_load_whole_selected_or_sharded() {
     let folder = folder();
     let loader = loader().build().unwrap();
-    // Large, and small enough to share memory with others.
+    // Files that are large, and files small enough to share memory.
     for blocks in [200_000, 100] {
         let parts = [1, 2].map(|part| folder.path().join(format!("m{blocks}-0000{part}-of-00002.gguf")));
-        let data = gguf(&parts[0], ["q", "n"], blocks);
-        gguf(&parts[1], ["q2", "n2"], blocks);
+        let data = write_gguf(&parts[0], ["q", "n"], blocks);
+        write_gguf(&parts[1], ["q2", "n2"], blocks);
         let image = loader.load(&parts[0]).await.unwrap();
-        assert_eq!(image.files().len(), 2, "the other part comes along");
+        assert_eq!(image.files().len(), 2, "the other part is loaded as well");
         let q = image.tensor("q").unwrap();
         assert_eq!((q.dtype(), q.shape()), (DType::Q8_0, &[32 * blocks][..]));
         assert_same(&q.bytes().unwrap(), &data[0], "q");
@@ -395,11 +396,11 @@ async fn gguf_files_have_their_tensors_whole_chosen_and_split() {
     assert!(error.to_string().contains("does not begin with \"GGUF\""), "{error}");
 }
 
-/// As in application packages: not compressed, anywhere in the file.
+/// Application packages contain models uncompressed, at any offset.
 #[tokio::test]
-async fn model_inside_of_an_open_file_is_loaded() {
+async fn model_inside_an_open_file_is_loaded() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let inner = fs::read(&path).unwrap();
     for lead in [0, 777, 4096, 8193] {
         let mut bytes = random_bytes(lead, 1);
@@ -407,7 +408,7 @@ async fn model_inside_of_an_open_file_is_loaded() {
         bytes.extend(random_bytes(5000, 2));
         let container = file(folder.path(), "container.apk", &bytes);
         let open = fs::File::open(&container).unwrap();
-        // The file has no path any more.
+        // From here on, the file has no path.
         fs::remove_file(&container).unwrap();
         let part = lead as u64..(lead + inner.len()) as u64;
         for route in ROUTES {
@@ -439,7 +440,7 @@ async fn model_inside_of_an_open_file_is_loaded() {
         }
         let loader = loader().build().unwrap();
         let whole = loader.load(open.try_clone().unwrap()).options(loader.load_options().format(Format::Raw)).await.unwrap();
-        assert_same(&whole.files()[0].bytes().unwrap(), &bytes, "all of it");
+        assert_same(&whole.files()[0].bytes().unwrap(), &bytes, "the whole container");
         let beyond = Source::file(open.try_clone().unwrap()).range(0..bytes.len() as u64 + 1);
         let error = loader.load(beyond).await.unwrap_err();
         assert!(matches!(&error, Error::Selection { reason, .. } if reason.contains("which has")), "{error}");
@@ -447,9 +448,9 @@ async fn model_inside_of_an_open_file_is_loaded() {
 }
 
 #[tokio::test]
-async fn a_gguf_model_inside_of_an_open_file() {
+async fn gguf_model_inside_an_open_file_is_loaded() {
     let folder = folder();
-    let data = gguf(&folder.path().join("m.gguf"), ["q", "n"], 1000);
+    let data = write_gguf(&folder.path().join("m.gguf"), ["q", "n"], 1000);
     let inner = fs::read(folder.path().join("m.gguf")).unwrap();
     let bytes = [random_bytes(100, 1), inner.clone()].concat();
     let open = fs::File::open(file(folder.path(), "container", &bytes)).unwrap();
@@ -459,12 +460,12 @@ async fn a_gguf_model_inside_of_an_open_file() {
     assert_same(&image.tensor("n").unwrap().bytes().unwrap(), &data[1], "n");
 }
 
-/// A safetensors file's tensors begin anywhere. One that an importer wants aligned is copied,
-/// counted, or refused.
+/// Tensors of a safetensors file can start at any offset. If an importer needs a tensor aligned,
+/// it is copied and counted in the report, or the load fails if copying is not allowed.
 #[tokio::test]
 async fn tensors_are_aligned_for_an_importer() {
     let folder = folder();
-    let path = layers(folder.path());
+    let path = write_layers(folder.path());
     let file_bytes = fs::metadata(&path).unwrap().len();
     for route in ROUTES {
         for alignment_bytes in [1, 64, 4096, 1 << 16, 2 << 20] {
@@ -482,14 +483,19 @@ async fn tensors_are_aligned_for_an_importer() {
                 assert_eq!(parts.len(), 1, "{what}");
                 let place = parts[0].memory_offset() as u64;
                 assert!(place.is_multiple_of(alignment_bytes), "{what}: {} is at {place}", tensor.name());
-                // Where a tensor was moved, the bytes behind it are zero.
+                // If a tensor was moved, the bytes after it are zero.
                 if alignment_bytes >= 4096 {
                     let access = parts[0].segment.cpu_access().unwrap();
-                    // SAFETY: nothing writes to it.
+                    // SAFETY: the mapping has `memory_bytes` bytes, and a loaded segment is not
+                    // written to.
                     let after = unsafe { std::slice::from_raw_parts(access.address().as_ptr(), parts[0].segment.memory_bytes()) };
                     let end = parts[0].offset + parts[0].len;
                     let moved = tensor.file_range().start % 4096 != 0;
-                    assert!(!moved || after[end..].iter().all(|&byte| byte == 0), "{what}: behind {}", tensor.name());
+                    assert!(
+                        !moved || after[end..].iter().all(|&byte| byte == 0),
+                        "{what}: bytes after {} are not zero",
+                        tensor.name()
+                    );
                 }
             }
             let moved: u64 = image.report().copied_bytes;

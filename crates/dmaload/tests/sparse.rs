@@ -1,6 +1,6 @@
-//! A length alone costs nothing: sparse files claim terabytes. What is planned and allocated for
-//! them is bounded, and what does not fit into memory is refused before it is planned. This is a
-//! process of its own, since it measures the process.
+//! A stated length must not cost memory: sparse files can claim terabytes. The memory for plans
+//! and allocations is bounded, and loads that do not fit into memory are refused before they are
+//! planned. The tests measure the memory of their whole process, so they have their own file.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -16,20 +16,20 @@ use dmaload::{Error, Layout, LoadOptions, Loader};
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 
-/// The peak of resident memory since the last call.
-fn peak_bytes() -> u64 {
+/// Returns the peak of resident memory since the last call, and resets it.
+fn take_peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     fs::write("/proc/self/clear_refs", "5").unwrap();
     line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
 }
 
-/// A sparse file: a safetensors file of one tensor, or raw bytes.
-fn sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
+/// Creates a sparse file: a safetensors file of one tensor, or raw bytes.
+fn create_sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     let path = folder.join(if header { "sparse.safetensors" } else { "sparse.bin" });
     let file = fs::File::create(&path).unwrap();
     if header {
-        // The length prefix and 56 bytes of header.
+        // 200 bytes precede the data: the length prefix of 8 bytes and a header padded to 192.
         let text = |data: u64| format!(r#"{{"t":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
         let data = bytes - 200;
         let text = format!("{:192}", text(data));
@@ -39,9 +39,9 @@ fn sparse(folder: &Path, bytes: u64, header: bool) -> PathBuf {
     path
 }
 
-/// Loads the file, or takes the first segments of a stream of it; returns the error if it is
-/// refused.
-async fn attempt(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
+/// Loads the file if `kept`, otherwise takes the first segments of a stream; returns the error, if
+/// any.
+async fn try_load(loader: &Loader, path: &Path, options: LoadOptions, kept: bool) -> Option<Error> {
     if kept {
         return loader.load(path).options(options).await.err();
     }
@@ -64,7 +64,7 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
     let (mut streamed, mut refused) = (0, 0);
     for bytes in [TIB / 2, 3 * TIB, 7 * TIB, 15 * TIB] {
         for header in [false, true] {
-            let path = sparse(folder.path(), bytes, header);
+            let path = create_sparse(folder.path(), bytes, header);
             for (loader, what) in [(&small, "2 MiB"), (&large, "64 MiB"), (&limited, "limited")] {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     for kept in [true, false] {
@@ -72,19 +72,23 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
                         // The previous load's memory is still being freed.
                         let deadline = Instant::now() + Duration::from_secs(20);
                         while loader.memory_bytes() > 0 {
-                            assert!(Instant::now() < deadline, "{what}: {} bytes before it", loader.memory_bytes());
+                            assert!(
+                                Instant::now() < deadline,
+                                "{what}: {} bytes of the previous load are not freed",
+                                loader.memory_bytes()
+                            );
                             tokio::time::sleep(Duration::from_millis(2)).await;
                         }
-                        peak_bytes();
-                        let (before, start) = (peak_bytes(), Instant::now());
-                        let error = attempt(loader, &path, loader.load_options().layout(layout), kept).await;
-                        let grown = peak_bytes().saturating_sub(before);
+                        take_peak_bytes();
+                        let (before, start) = (take_peak_bytes(), Instant::now());
+                        let error = try_load(loader, &path, loader.load_options().layout(layout), kept).await;
+                        let grown = take_peak_bytes().saturating_sub(before);
                         println!("{what}: {} MiB, {:?}: {error:?}", grown / MIB, start.elapsed());
                         let most = match &error {
                             Some(Error::OutOfMemory { .. } | Error::OverLimit { .. } | Error::TooManyPieces { .. }) => 64 * MIB,
                             Some(error) => panic!("{what}: {error}"),
-                            None if kept => panic!("{what}: was loaded"),
-                            // Its plan, its window, and segments that are being freed.
+                            None if kept => panic!("{what}: the file was loaded"),
+                            // The plan, the window, and segments that are being freed.
                             None => 400 * MIB,
                         };
                         assert!(grown <= most, "{what}: {} MiB", grown / MIB);
@@ -99,25 +103,25 @@ async fn sparse_files_of_terabytes_take_bounded_memory() {
     assert!(streamed >= 8 && refused >= 40);
 }
 
-/// Lengths that exceed a process's addresses are refused by the same limit as lengths that only
-/// exceed memory.
+/// A length beyond a process's address space is refused with the same error as one that only
+/// exceeds memory.
 #[tokio::test]
 async fn length_beyond_address_space_is_refused_by_a_memory_limit() {
-    // Most file systems have no files of these lengths; tmpfs does.
+    // Most file systems do not allow files of these lengths; tmpfs does.
     let Ok(folder) = tempfile::tempdir_in("/dev/shm") else { return println!("skipped: no /dev/shm") };
     let loader =
         Loader::builder().window_bytes(64 << 20).load_options(LoadOptions::new().segment_bytes(64 << 20)).build().unwrap();
     let limited = Loader::builder().memory_limit_bytes(256 << 20).build().unwrap();
     for bytes in [80 * TIB, 200 * TIB, 7 << 60] {
-        let path = sparse(folder.path(), bytes, false);
+        let path = create_sparse(folder.path(), bytes, false);
         for layout in [Layout::Segmented, Layout::Single] {
-            let error = attempt(&loader, &path, loader.load_options().layout(layout), true).await;
+            let error = try_load(&loader, &path, loader.load_options().layout(layout), true).await;
             let Some(Error::OutOfMemory { wanted_bytes, .. }) = error else { panic!("{bytes}, {layout}: {error:?}") };
             assert_eq!(wanted_bytes, bytes, "{layout}");
-            let error = attempt(&limited, &path, limited.load_options().layout(layout), true).await;
+            let error = try_load(&limited, &path, limited.load_options().layout(layout), true).await;
             assert!(matches!(error, Some(Error::OverLimit { .. })), "{bytes}, {layout}: {error:?}");
         }
-        let error = attempt(&loader, &path, loader.load_options(), false).await;
+        let error = try_load(&loader, &path, loader.load_options(), false).await;
         assert!(matches!(error, Some(Error::TooManyPieces { .. })), "{bytes}: {error:?}");
     }
 }

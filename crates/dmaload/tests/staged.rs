@@ -1,4 +1,4 @@
-//! Staged loads: copiers populate memory, each part of it once and just before they write to it.
+//! Staged loads: copiers populate each part of memory once, just before they write to it.
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
@@ -24,56 +24,61 @@ const SEGMENT: usize = 8 * MIB;
 const PAGE: usize = 4096;
 const ANY: &str = "dmaload-";
 
-/// Watches every call of `populate`.
+/// Checks and records every call of `populate`.
 #[derive(Debug)]
 struct Recorder {
     extent_bytes: usize,
-    /// The beginnings of the names of the threads that populate.
-    by: &'static str,
-    /// How long each call takes, so that others come in between.
-    takes: Duration,
+    /// The prefix of the names of the threads that may populate.
+    thread_prefix: &'static str,
+    /// How long each call takes, so calls of other threads overlap with it.
+    delay: Duration,
     seen: Mutex<Seen>,
 }
 
 #[derive(Debug, Default)]
 struct Seen {
-    /// By mapping address: the length of the memory, and which parts of it were populated.
-    memories: BTreeMap<usize, (usize, Vec<Range<usize>>)>,
-    under_way: usize,
+    /// By mapping address, the length of the allocation and its populated parts.
+    allocations: BTreeMap<usize, (usize, Vec<Range<usize>>)>,
+    running_calls: usize,
 }
 
 impl Recorder {
     fn new(pages: Pages) -> Arc<Self> {
         let extent_bytes = if pages == Pages::Small { 512 << 10 } else { 2 * MIB };
-        Arc::new(Recorder { extent_bytes, by: "dmaload-copy-", takes: Duration::from_millis(1), seen: Mutex::default() })
+        Arc::new(Recorder {
+            extent_bytes,
+            thread_prefix: "dmaload-copy-",
+            delay: Duration::from_millis(1),
+            seen: Mutex::default(),
+        })
     }
 
-    /// Checks that the populated parts cover exactly all memory, and forgets them.
+    /// Checks that the populated parts cover all allocations exactly once, and clears the record.
     fn assert_all_was_populated(&self, image: &Image, what: &str) {
         let seen = std::mem::take(&mut *self.seen.lock().unwrap());
         let (mut memory_bytes, mut bytes) = (0, 0);
-        for (mapped_bytes, mut parts) in seen.memories.into_values() {
+        for (mapped_bytes, mut parts) in seen.allocations.into_values() {
             parts.sort_by_key(|part| part.start);
             let mut end = 0;
             for part in parts {
-                assert_eq!(part.start, end, "{what}: a part of a memory of {mapped_bytes} bytes is missing");
+                assert_eq!(part.start, end, "{what}: a part of {mapped_bytes} bytes was not populated");
                 end = part.end;
             }
-            assert_eq!(end, mapped_bytes, "{what}: the end of a memory is missing");
+            assert_eq!(end, mapped_bytes, "{what}: the end of an allocation was not populated");
             memory_bytes += mapped_bytes;
             bytes += end;
         }
-        assert_eq!((memory_bytes, seen.under_way), (bytes, 0), "{what}");
-        let of_segments: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
-        assert!(of_segments <= memory_bytes, "{what}: {of_segments} bytes of segments lie on {memory_bytes}");
-        // Page sizes were looked up part by part.
+        assert_eq!((memory_bytes, seen.running_calls), (bytes, 0), "{what}");
+        let segment_bytes: usize = image.segments().iter().map(dmaload::Segment::memory_bytes).sum();
+        assert!(segment_bytes <= memory_bytes, "{what}: segments of {segment_bytes} bytes, memory of {memory_bytes}");
+        // Page sizes are looked up part by part, for all memory or none.
         let counted = image.report().pages.seen_bytes;
-        assert!(counted == 0 || counted == bytes as u64, "{what}: {counted} of {bytes} bytes were looked at");
+        assert!(counted == 0 || counted == bytes as u64, "{what}: the page sizes of {counted} of {bytes} bytes were looked up");
     }
 }
 
-/// The number of pages at these addresses.
-fn present_pages(addresses: Range<usize>) -> usize {
+/// Counts the present pages in an address range.
+fn count_present_pages(addresses: Range<usize>) -> usize {
     let mut entries = vec![0; (addresses.end - addresses.start) / PAGE * 8];
     File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, (addresses.start / PAGE * 8) as u64).unwrap();
     entries.chunks_exact(8).filter(|entry| entry[7] & 0x80 != 0).count()
@@ -81,38 +86,38 @@ fn present_pages(addresses: Range<usize>) -> usize {
 
 impl HeapHooks for Recorder {
     fn name(&self) -> Option<Cow<'_, str>> {
-        Some("watched".into())
+        Some("recording".into())
     }
 
     fn before_populate(&self, mapped: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let thread = std::thread::current().name().unwrap_or_default().to_owned();
-        assert!(thread.starts_with(self.by), "{part:?} is populated by the thread {thread}");
+        assert!(thread.starts_with(self.thread_prefix), "thread {thread} populated {part:?}");
         assert!(!part.is_empty() && part.end <= mapped.len(), "{part:?} of {} bytes", mapped.len());
-        // Workers ahead of reads take more at once.
-        if self.by != ANY {
-            assert!(part.len() <= self.extent_bytes, "{part:?} is more than an extent");
+        // Workers populate more at once, ahead of direct reads.
+        if self.thread_prefix != ANY {
+            assert!(part.len() <= self.extent_bytes, "{part:?} is larger than an extent");
             let (first, last) = (part.start / self.extent_bytes, (part.end - 1) / self.extent_bytes);
-            assert_eq!(first, last, "{part:?} lies in two extents");
+            assert_eq!(first, last, "{part:?} is in two extents");
         }
         let other = {
             let mut seen = self.seen.lock().unwrap();
-            seen.under_way += 1;
-            let (_, parts) = seen.memories.entry(mapped.start).or_insert_with(|| (mapped.len(), Vec::new()));
+            seen.running_calls += 1;
+            let (_, parts) = seen.allocations.entry(mapped.start).or_insert_with(|| (mapped.len(), Vec::new()));
             let other = parts.iter().find(|other| other.start < part.end && part.start < other.end).cloned();
             parts.push(part.clone());
             other
         };
-        assert!(other.is_none(), "{part:?} is populated again, after {other:?}");
-        std::thread::sleep(self.takes);
-        // Whoever wants to write there waits for this call.
-        let present = present_pages(mapped.start + part.start..mapped.start + part.end);
+        assert!(other.is_none(), "{part:?} was populated before, as {other:?}");
+        std::thread::sleep(self.delay);
+        // Threads that want to write to this part wait until this call returns.
+        let present = count_present_pages(mapped.start + part.start..mapped.start + part.end);
         assert_eq!(present, 0, "pages of {part:?} were written to before they were populated");
         Ok(())
     }
 
     fn after_populate(&self, part: Range<usize>, result: Result<&Populated, &HeapError>) {
         assert!(result.is_ok(), "{part:?}: {result:?}");
-        self.seen.lock().unwrap().under_way -= 1;
+        self.seen.lock().unwrap().running_calls -= 1;
     }
 }
 
@@ -123,7 +128,7 @@ fn contents() -> Vec<Vec<u8>> {
     lengths.iter().zip(1..).map(|(&bytes, seed)| random_bytes(bytes, seed)).collect()
 }
 
-fn written(folder: &Path, contents: &[Vec<u8>]) -> Vec<PathBuf> {
+fn write_files(folder: &Path, contents: &[Vec<u8>]) -> Vec<PathBuf> {
     contents.iter().enumerate().map(|(number, bytes)| file(folder, &format!("{number:03}.bin"), bytes)).collect()
 }
 
@@ -144,7 +149,7 @@ fn staged(loader: &Loader) -> LoadOptions {
 #[tokio::test]
 async fn each_extent_is_populated_once_before_it_is_written() {
     let (folder, contents) = (folder(), contents());
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     for pages in [Pages::Auto, Pages::Small] {
         let recorder = Recorder::new(pages);
         let loaders = [
@@ -152,7 +157,7 @@ async fn each_extent_is_populated_once_before_it_is_written() {
             builder(Hooked::new(AnonHeap { pages }, Arc::clone(&recorder))).build().unwrap(),
         ];
         for (loader, heap) in loaders.iter().zip(["memfd", "anon"]) {
-            // Chunks smaller than an extent: several copies want it at once.
+            // With chunks smaller than an extent, several copies need the same extent at once.
             for chunk_bytes in [64 << 10, 2 << 20] {
                 for layout in [Layout::Segmented, Layout::Single, Layout::Tensors] {
                     let what = format!("{heap}, {pages:?}, {layout}, chunks of {chunk_bytes}");
@@ -170,24 +175,24 @@ async fn each_extent_is_populated_once_before_it_is_written() {
     }
 }
 
-/// Reads through the page cache, and copies from it, populate in the same way.
+/// Reads through the page cache and copies from it populate memory in the same way.
 #[tokio::test]
 async fn buffered_and_cached_reads_populate_each_extent_once() {
     let (folder, contents) = (folder(), contents());
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     for pages in [Pages::Auto, Pages::Small] {
-        let reading = Arc::new(Recorder { by: "dmaload-read-", ..Arc::into_inner(Recorder::new(pages)).unwrap() });
+        let reading = Arc::new(Recorder { thread_prefix: "dmaload-read-", ..Arc::into_inner(Recorder::new(pages)).unwrap() });
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&reading))).build().unwrap();
         let options = loader.load_options().route(Route::Buffered).cache(Cache::Bypass);
         let image = loader.load(&paths).options(options).await.unwrap();
         assert_files(&image, &contents, "buffered");
         assert_eq!(image.report().route, Route::Buffered);
         reading.assert_all_was_populated(&image, "buffered");
-        // What is cached is copied from there, as far as it still is.
+        // Fill the page cache. Pages that are evicted before the load are read instead.
         for path in &paths {
             std::fs::read(path).unwrap();
         }
-        let any = Arc::new(Recorder { by: ANY, ..Arc::into_inner(Recorder::new(pages)).unwrap() });
+        let any = Arc::new(Recorder { thread_prefix: ANY, ..Arc::into_inner(Recorder::new(pages)).unwrap() });
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&any))).build().unwrap();
         let image = loader.load(&paths).options(loader.load_options().cache(Cache::Auto)).await.unwrap();
         assert_files(&image, &contents, "cached");
@@ -237,14 +242,14 @@ async fn staged_tensors_are_populated_and_read_by_any_selection() {
 async fn staged_small_files_get_as_many_huge_pages_as_direct_ones() {
     let folder = folder();
     let contents: Vec<_> = (0..50).map(|seed| random_bytes(700_000, seed)).collect();
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     for (heap, loader) in
         [("memfd", builder(MemfdHeap::default()).build().unwrap()), ("anon", builder(AnonHeap::default()).build().unwrap())]
     {
         let direct = loader.load(&paths).options(staged(&loader).route(Route::UringFixedDirect)).await.unwrap();
         let direct = direct.report().pages;
         if direct.huge_bytes == 0 {
-            eprintln!("skipped: {heap}: the kernel gives no huge pages ({direct:?})");
+            eprintln!("skipped: {heap}: the kernel provides no huge pages ({direct:?})");
             continue;
         }
         let image = loader.load(&paths).options(staged(&loader)).await.unwrap();
@@ -254,7 +259,7 @@ async fn staged_small_files_get_as_many_huge_pages_as_direct_ones() {
     }
 }
 
-/// Counts what is populated; the test compares that with what is full.
+/// Counts populated bytes, which the test compares with the bytes read.
 #[derive(Debug, Default)]
 struct Counting(AtomicUsize);
 
@@ -277,7 +282,8 @@ async fn populated_memory_stays_within_the_window() {
     let (mut at, mut most) = (0, 0);
     loop {
         let next = tokio::time::timeout(Duration::from_millis(1), segments.next()).await;
-        // In this order: what becomes full meanwhile only reduces the difference.
+        // Read the counters in this order: reads that complete in between only reduce the
+        // difference.
         let populated = counting.0.load(Ordering::SeqCst);
         let full = usize::try_from(segments.progress().read_bytes).unwrap();
         most = most.max(populated.saturating_sub(full));
@@ -292,10 +298,10 @@ async fn populated_memory_stays_within_the_window() {
         }
     }
     assert_eq!((at, counting.0.load(Ordering::SeqCst)), (bytes.len(), bytes.len()));
-    assert!(most <= WINDOW, "{most} bytes were populated and not full");
+    assert!(most <= WINDOW, "{most} bytes were populated and not yet read");
 }
 
-/// Refuses, or panics in, one call of `populate`, after a given number of calls.
+/// A heap that refuses the n-th call of `populate`, or panics in it.
 #[derive(Debug, Default)]
 struct Failing {
     left: AtomicUsize,
@@ -303,9 +309,9 @@ struct Failing {
 }
 
 impl Failing {
-    fn after(&self, calls: usize, panics: bool) {
+    fn fail_at(&self, call: usize, panics: bool) {
         self.panics.store(panics, Ordering::SeqCst);
-        self.left.store(calls, Ordering::SeqCst);
+        self.left.store(call, Ordering::SeqCst);
     }
 }
 
@@ -316,10 +322,10 @@ impl HeapHooks for Failing {
 
     fn before_populate(&self, _: Range<usize>, part: Range<usize>) -> Result<(), HeapError> {
         let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
-        // The last of the counted calls; otherwise none are counted.
+        // `left` was 1 only at the chosen call; at 0, no failure is pending.
         if left == Ok(1) {
             assert!(!self.panics.load(Ordering::SeqCst), "a mistake in populate");
-            return Err(HeapError::new("find pages of a vendor's", part.len(), Errno::ENXIO));
+            return Err(HeapError::new("find pages of a vendor heap", part.len(), Errno::ENXIO));
         }
         Ok(())
     }
@@ -329,14 +335,14 @@ impl HeapHooks for Failing {
 async fn heap_that_fails_amid_copies_fails_one_load() {
     let folder = folder();
     let contents = [random_bytes(40 * MIB, 1), random_bytes(40 * MIB, 2)];
-    let paths = written(folder.path(), &contents);
+    let paths = write_files(folder.path(), &contents);
     let failing = Arc::new(Failing::default());
     for pages in [Pages::Auto, Pages::Small] {
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&failing))).build().unwrap();
         for panics in [false, true] {
             for calls in [1, 2, 7, 20] {
                 let what = format!("{pages:?}, call {calls}, panics: {panics}");
-                failing.after(calls, panics);
+                failing.fail_at(calls, panics);
                 let loads = [0, 1].map(|number| loader.load(&paths[number]).options(staged(&loader)).start());
                 let [first, second] = loads.map(|load| tokio::spawn(load.into_future()));
                 let results = [first.await.unwrap(), second.await.unwrap()];
@@ -350,7 +356,7 @@ async fn heap_that_fails_amid_copies_fails_one_load() {
                             let expected = if panics {
                                 "heap failing panicked: a mistake in populate"
                             } else {
-                                "failing: cannot find pages of a vendor's"
+                                "failing: cannot find pages of a vendor heap"
                             };
                             assert!(text.starts_with(expected), "{what}: {text}");
                             assert!(panics || text.contains("ENXIO"), "{what}: {text}");
@@ -360,12 +366,12 @@ async fn heap_that_fails_amid_copies_fails_one_load() {
                 assert_eq!(failed, 1, "{what}");
             }
         }
-        // The failed loads have left nothing.
+        // The failed loads leak nothing.
         loader.shutdown().await.unwrap();
     }
 }
 
-/// Blocks calls of `populate` until the test opens the gate.
+/// Blocks all calls of `populate` until the test opens the gate.
 #[derive(Debug, Default)]
 struct Gate {
     state: Mutex<(bool, usize)>,
@@ -391,7 +397,7 @@ async fn load_dropped_while_populating_leaks_nothing() {
         let gate = Arc::new(Gate::default());
         let loader = builder(Hooked::new(MemfdHeap { pages }, Arc::clone(&gate))).build().unwrap();
         let load = tokio::spawn(loader.load(&path).options(staged(&loader)).into_future());
-        // This many copiers are inside the heap.
+        // Wait until `held` copiers are inside the heap.
         let inside = Arc::clone(&gate);
         tokio::task::spawn_blocking(move || {
             drop(inside.changed.wait_while(inside.state.lock().unwrap(), |(_, calls)| *calls < held).unwrap());
@@ -411,7 +417,7 @@ async fn load_dropped_while_populating_leaks_nothing() {
         drop(image);
         let memory = loader.clone();
         loader.shutdown().await.expect("nothing is leaked");
-        // Freeing takes a moment.
+        // Memory is freed by another thread.
         for _ in 0..500 {
             if memory.memory_bytes() > 0 {
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -426,11 +432,11 @@ async fn errors_of_staged_loads_name_the_heap_and_the_request() {
     let folder = folder();
     let path = file(folder.path(), "model.bin", &random_bytes(5 * MIB, 1));
     let failing = Arc::new(Failing::default());
-    failing.after(2, false);
+    failing.fail_at(2, false);
     let loader = builder(Hooked::new(MemfdHeap::default(), Arc::clone(&failing))).build().unwrap();
     let error = loader.load(&path).options(staged(&loader)).await.unwrap_err();
     let Error::Memory { heap, refusal, planned_bytes, .. } = &error else { panic!("{error:?}") };
     assert_eq!((heap.as_str(), refusal.errno), ("failing", Errno::ENXIO));
-    // The error says what was to be loaded, and how much of it had memory.
+    // The error reports the planned size.
     assert_eq!(*planned_bytes, 5 * MIB as u64);
 }

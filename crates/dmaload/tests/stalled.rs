@@ -1,8 +1,8 @@
-//! File system servers that hang where a worker waits for them: at a lookup, an open, the
-//! attributes, a close. Loads of other file systems continue, with one worker as with several;
-//! when the server answers again, so do its own loads.
+//! File system servers that hang while a worker waits for them: in a lookup, an open, a request
+//! for attributes, or a close. Loads of other file systems continue, even with one worker. Once
+//! the server answers again, its own loads continue too.
 //!
-//! Only root can mount; otherwise these tests report that they are skipped.
+//! Mounting needs root; without it, these tests report that they are skipped.
 #![allow(clippy::disallowed_methods, reason = "prints only names that this code created")]
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stderr, reason = "skipped tests are reported")]
@@ -31,37 +31,38 @@ use tracing::{Event, Metadata, Subscriber};
 
 const SEGMENT: usize = 2 << 20;
 const LARGE: usize = 2 * SEGMENT + 777;
-/// So small that several share memory: they are opened when that is allocated.
+/// Files this small share memory, and are opened when it is allocated.
 const SMALL: usize = 9_000;
-/// What must not wait for a server takes 1 s, or a few on a busy machine; what waits for it never
-/// ends.
+/// A deadline for work that must not wait for a server. Such work takes about 1 s, or a few
+/// seconds on a busy machine; work that waits for the server never ends.
 const SOON: Duration = Duration::from_secs(20);
 
-/// What the server does not answer.
+/// The requests that the server does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hangs {
-    /// Lookups of names.
+    /// Lookups of file names.
     Lookup,
     Open,
-    /// Requests for the attributes of a file that was read from.
+    /// Requests for the attributes of a file that has been read from.
     Attributes,
     Close,
 }
 
 const ALL: [Hangs; 4] = [Hangs::Lookup, Hangs::Open, Hangs::Attributes, Hangs::Close];
 
-/// The file system: any number of files `large-N` and `small-N`.
+/// A file system that contains every file named `large-N` or `small-N`.
 struct Server {
     bytes: Vec<u8>,
     hangs: Hangs,
     was_read: AtomicBool,
-    /// Answers that are held back; `None` once they are released.
+    /// Answers held back so far; `None` once they are released.
     held: Arc<Mutex<Option<Vec<Answer>>>>,
 }
 
 type Answer = Box<dyn FnOnce() + Send>;
 
 impl Server {
+    /// Calls `answer`, later if `hangs` and the answers are still held back.
     fn answer(&self, hangs: bool, answer: impl FnOnce() + Send + 'static) {
         match &mut *self.held.lock().unwrap() {
             Some(held) if hangs => held.push(Box::new(answer)),
@@ -72,13 +73,13 @@ impl Server {
 
 const ROOT: u64 = 1;
 
-/// Files with even numbers are small.
-fn length_of(inode: u64) -> usize {
+/// Files with even inode numbers are small.
+fn file_length(inode: u64) -> usize {
     if inode.is_multiple_of(2) { SMALL } else { LARGE }
 }
 
-fn attributes_of(inode: u64) -> FileAttr {
-    attributes(INodeNo(inode), (inode != ROOT).then(|| length_of(inode) as u64))
+fn file_attributes(inode: u64) -> FileAttr {
+    attributes(INodeNo(inode), (inode != ROOT).then(|| file_length(inode) as u64))
 }
 
 impl Filesystem for Server {
@@ -87,12 +88,12 @@ impl Filesystem for Server {
             return reply.error(fuser::Errno::ENOENT);
         };
         let inode = 2 * number.parse::<u64>().unwrap() + if kind == "small" { 100 } else { 101 };
-        self.answer(self.hangs == Hangs::Lookup, move || reply.entry(&Duration::ZERO, &attributes_of(inode), Generation(0)));
+        self.answer(self.hangs == Hangs::Lookup, move || reply.entry(&Duration::ZERO, &file_attributes(inode), Generation(0)));
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
         let hangs = self.hangs == Hangs::Attributes && inode.0 != ROOT && self.was_read.load(Ordering::SeqCst);
-        self.answer(hangs, move || reply.attr(&Duration::ZERO, &attributes_of(inode.0)));
+        self.answer(hangs, move || reply.attr(&Duration::ZERO, &file_attributes(inode.0)));
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -115,17 +116,17 @@ impl Filesystem for Server {
         reply: ReplyData,
     ) {
         self.was_read.store(true, Ordering::SeqCst);
-        let file = &self.bytes[..length_of(inode.0)];
+        let file = &self.bytes[..file_length(inode.0)];
         let start = usize::try_from(offset).unwrap().min(file.len());
         reply.data(&file[start..file.len().min(start + size as usize)]);
     }
 }
 
-fn bytes() -> Vec<u8> {
+fn random_file_bytes() -> Vec<u8> {
     random_bytes(LARGE, 5)
 }
 
-/// A server in a process of its own: its end ends whatever waits for it.
+/// A server in its own process. When the process ends, requests that wait for it fail.
 struct Hanging {
     served: ServedFolder,
     /// The server answers once this file exists.
@@ -149,20 +150,20 @@ impl Hanging {
         names.iter().map(|name| self.served.path().join(name)).collect()
     }
 
-    fn answers_again(&self) {
+    fn resume(&self) {
         std::fs::write(&self.answer, "").unwrap();
     }
 }
 
 #[test]
-#[ignore = "no test: the server of another one, in its own process"]
+#[ignore = "not a test: the server process of other tests"]
 fn the_hanging_server() {
     let Some(folder) = folder_to_serve() else { return };
     let hangs = std::env::var(HANGS).unwrap();
     let hangs = ALL.into_iter().find(|kind| format!("{kind:?}") == hangs).unwrap();
     let answer = PathBuf::from(std::env::var_os(ANSWER).unwrap());
     let held = Arc::new(Mutex::new(Some(Vec::new())));
-    let server = Server { bytes: bytes(), hangs, was_read: AtomicBool::new(false), held: Arc::clone(&held) };
+    let server = Server { bytes: random_file_bytes(), hangs, was_read: AtomicBool::new(false), held: Arc::clone(&held) };
     std::thread::spawn(move || {
         while !answer.exists() {
             std::thread::sleep(Duration::from_millis(10));
@@ -175,10 +176,10 @@ fn the_hanging_server() {
     fuser::mount(server, folder, &config).unwrap();
 }
 
-/// The number of events that report a replaced worker.
+/// The number of events that reported a replaced worker.
 static REPLACED: AtomicUsize = AtomicUsize::new(0);
 
-/// Counts these events.
+/// A subscriber that counts the events that report a replaced worker.
 struct Counts;
 
 impl Subscriber for Counts {
@@ -211,44 +212,45 @@ impl Visit for Counts {
     }
 }
 
-/// Threads are counted, so tests run one at a time; `None` where only root may mount.
-async fn alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
+/// Waits until no other test runs, because tests count threads. Returns `None` if this process
+/// cannot mount.
+async fn run_alone() -> Option<tokio::sync::MutexGuard<'static, ()>> {
     static ALONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/fuse").exists() {
         eprintln!("skipped: mounting needs root and /dev/fuse");
         return None;
     }
     let alone = ALONE.lock().await;
-    // The first test installs it.
+    // Only the first test installs the subscriber.
     let _ = tracing::subscriber::set_global_default(Counts);
     REPLACED.store(0, Ordering::SeqCst);
-    // What an earlier test left ended with its server.
+    // Hanging threads of an earlier test end with its server.
     wait_for_threads(0, "before a test");
     Some(alone)
 }
 
-/// The threads of loaders, which end with them.
-fn threads() -> Vec<String> {
+/// The names of the loaders' threads, which end with their loader.
+fn loader_threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
     let of_loaders = ["dmaload-alloc", "dmaload-watch", "dmaload-ring", "dmaload-tell"];
     names.filter(|name| of_loaders.iter().any(|own| name.starts_with(own))).collect()
 }
 
-fn workers() -> usize {
-    threads().iter().filter(|name| name.starts_with("dmaload-alloc")).count()
+fn count_workers() -> usize {
+    loader_threads().iter().filter(|name| name.starts_with("dmaload-alloc")).count()
 }
 
-fn wait_until(is_so: impl Fn() -> bool, what: &str) {
+fn wait_until(condition: impl Fn() -> bool, what: &str) {
     let start = Instant::now();
-    while !is_so() {
-        assert!(start.elapsed() < SOON, "{what}: {:?}", threads());
+    while !condition() {
+        assert!(start.elapsed() < SOON, "{what}: {:?}", loader_threads());
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
 fn wait_for_threads(expected: usize, what: &str) {
-    wait_until(|| threads().len() == expected, &format!("{what}: {expected} threads expected"));
+    wait_until(|| loader_threads().len() == expected, &format!("{what}: {expected} threads expected"));
 }
 
 fn loader(workers: usize) -> LoaderBuilder {
@@ -258,7 +260,7 @@ fn loader(workers: usize) -> LoaderBuilder {
         .shutdown_timeout(Duration::from_millis(300))
 }
 
-/// Files of a real file system, and their bytes.
+/// Files on a local file system, and their bytes.
 struct Plain {
     _folder: tempfile::TempDir,
     files: Vec<PathBuf>,
@@ -277,12 +279,13 @@ impl Plain {
         Plain { _folder: folder, files: files.to_vec(), bytes }
     }
 
-    /// Loads several of these, which must not wait for others.
+    /// Loads the files several times; none of these loads may wait for a server.
     async fn load(&self, loader: &Loader, what: &str) {
         for round in 0..3 {
             let load = loader.load(&self.files).start();
             let image = tokio::time::timeout(SOON, load).await;
-            let image = image.unwrap_or_else(|_| panic!("{what}: load {round} waits for a server: {:?}", threads())).unwrap();
+            let image =
+                image.unwrap_or_else(|_| panic!("{what}: load {round} waits for a server: {:?}", loader_threads())).unwrap();
             assert_image(&image, &self.bytes, what);
         }
     }
@@ -296,7 +299,7 @@ fn assert_image(image: &Image, bytes: &[u8], what: &str) {
     }
 }
 
-/// Each kind of load that hangs: where, and of which files.
+/// The kinds of hanging loads: which request hangs, and which files are loaded.
 const KINDS: [(Hangs, &[&str]); 8] = [
     (Hangs::Lookup, &["large-0", "large-1"]),
     (Hangs::Lookup, &["small-0", "small-1"]),
@@ -309,39 +312,43 @@ const KINDS: [(Hangs, &[&str]); 8] = [
     (Hangs::Close, &["small-0", "small-1", "small-2"]),
 ];
 
-fn load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
+fn start_load(loader: &Loader, hanging: &Hanging, names: &[&str]) -> Load {
     loader.load(hanging.files(names)).start()
 }
 
-/// Checks that it neither ends nor fails.
-async fn waits(load: &mut Load, what: &str) {
+/// Takes segments until the load blocks; fails if it ends.
+async fn assert_waits(load: &mut Load, what: &str) {
     while let Ok(segment) = tokio::time::timeout(Duration::from_millis(50), load.next()).await {
-        assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: it does not wait");
+        assert!(segment.is_some_and(|segment| segment.is_ok()), "{what}: the load does not wait for the server");
     }
 }
 
 #[tokio::test]
 async fn hanging_load_does_not_stop_others_and_finishes_later() {
-    let Some(_alone) = alone().await else { return };
-    let (plain, bytes) = (Plain::new(), bytes());
+    let Some(_alone) = run_alone().await else { return };
+    let (plain, bytes) = (Plain::new(), random_file_bytes());
     for (workers_wanted, (hangs, names)) in [1, 2].into_iter().flat_map(|workers| KINDS.map(|kind| (workers, kind))) {
         let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
         let hanging = Hanging::start(hangs);
         let loader = loader(workers_wanted).build().unwrap();
         plain.load(&loader, &what).await;
-        assert_eq!(workers(), workers_wanted, "{what}");
-        let mut held_up = load(&loader, &hanging, names);
-        waits(&mut held_up, &what).await;
+        assert_eq!(count_workers(), workers_wanted, "{what}");
+        let mut held_up = start_load(&loader, &hanging, names);
+        assert_waits(&mut held_up, &what).await;
         let start = Instant::now();
         plain.load(&loader, &what).await;
-        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), workers());
-        // An event comes a moment later. On a busy machine, a file of the other loads may have
-        // taken long, too.
+        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), count_workers());
+        // Events arrive with a delay. On a busy machine, files of the other loads can be slow
+        // enough to replace workers, too.
         let replaced = || REPLACED.load(Ordering::SeqCst);
-        wait_until(|| replaced() + workers_wanted >= workers(), &format!("{what}: {} events", replaced()));
-        wait_until(|| workers() <= 2 * workers_wanted, &format!("{what}: one load holds those that it has, and no more"));
-        hanging.answers_again();
-        let image = tokio::time::timeout(SOON, held_up).await.unwrap_or_else(|_| panic!("{what}: it goes on")).unwrap();
+        wait_until(|| replaced() + workers_wanted >= count_workers(), &format!("{what}: {} events", replaced()));
+        wait_until(
+            || count_workers() <= 2 * workers_wanted,
+            &format!("{what}: a hanging load must not hold more workers than it started with"),
+        );
+        hanging.resume();
+        let image =
+            tokio::time::timeout(SOON, held_up).await.unwrap_or_else(|_| panic!("{what}: the load did not continue")).unwrap();
         assert_image(&image, &bytes, &what);
         wait_for_threads(workers_wanted + 3, &what);
         plain.load(&loader, &what).await;
@@ -352,26 +359,26 @@ async fn hanging_load_does_not_stop_others_and_finishes_later() {
 
 #[tokio::test]
 async fn many_hanging_loads_do_not_stop_others() {
-    let Some(_alone) = alone().await else { return };
-    let (plain, bytes) = (Plain::new(), bytes());
+    let Some(_alone) = run_alone().await else { return };
+    let (plain, bytes) = (Plain::new(), random_file_bytes());
     let servers = ALL.map(Hanging::start);
     for (workers_wanted, limited) in [(1, false), (2, false), (2, true)] {
-        // Also where loads begin in the order of arrival and few may be open.
+        // With a limit, loads start in the order of their arrival, and few can be open.
         let builder = loader(workers_wanted);
         let builder = if limited { builder.memory_limit_bytes(256 << 20).max_open_loads(6) } else { builder };
         let loader = builder.build().unwrap();
         let what = format!("{workers_wanted} workers, limited: {limited}");
         let server = |hangs| &servers[ALL.iter().position(|&kind| kind == hangs).unwrap()];
-        let mut held_up: Vec<_> = KINDS.iter().map(|&(hangs, names)| load(&loader, server(hangs), names)).collect();
-        // Some of them are dropped.
-        held_up.extend(KINDS.iter().map(|&(hangs, names)| load(&loader, server(hangs), names)));
+        let mut held_up: Vec<_> = KINDS.iter().map(|&(hangs, names)| start_load(&loader, server(hangs), names)).collect();
+        // The second half of these loads is dropped below.
+        held_up.extend(KINDS.iter().map(|&(hangs, names)| start_load(&loader, server(hangs), names)));
         let start = Instant::now();
         plain.load(&loader, &what).await;
         held_up.truncate(KINDS.len());
         plain.load(&loader, &what).await;
-        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), workers());
+        eprintln!("{what}: others took {:?}, {} workers", start.elapsed(), count_workers());
         if workers_wanted == 1 {
-            // The shutdown reports all of them.
+            // The shutdown reports every hanging worker.
             let leaked = loader.shutdown().await.unwrap_err();
             wait_for_threads(leaked.threads, &what);
             assert!(leaked.threads >= ALL.len(), "{what}: {leaked}");
@@ -379,9 +386,9 @@ async fn many_hanging_loads_do_not_stop_others() {
                 assert!(matches!(load.finish().await, Err(Error::ShutDown)), "{what}");
             }
         } else if limited {
-            servers.iter().for_each(Hanging::answers_again);
+            servers.iter().for_each(Hanging::resume);
             for load in held_up {
-                let image = tokio::time::timeout(SOON, load).await.expect("it goes on").unwrap();
+                let image = tokio::time::timeout(SOON, load).await.expect("the load did not continue").unwrap();
                 assert_image(&image, &bytes, &what);
             }
             loader.shutdown().await.unwrap();
@@ -394,19 +401,19 @@ async fn many_hanging_loads_do_not_stop_others() {
 
 #[tokio::test]
 async fn sixty_hanging_loads_do_not_stop_others() {
-    let Some(_alone) = alone().await else { return };
+    let Some(_alone) = run_alone().await else { return };
     let (plain, hanging) = (Plain::new(), Hanging::start(Hangs::Lookup));
     let loader = loader(2).max_open_loads(1).build().unwrap();
-    let held_up: Vec<_> = (0..60).map(|number| load(&loader, &hanging, &[format!("large-{number}").as_str()])).collect();
+    let held_up: Vec<_> = (0..60).map(|number| start_load(&loader, &hanging, &[format!("large-{number}").as_str()])).collect();
     let start = Instant::now();
     plain.load(&loader, "sixty loads").await;
-    eprintln!("sixty loads: others took {:?}, {} workers", start.elapsed(), workers());
-    // One of two workers may be held without being noticed.
-    wait_until(|| REPLACED.load(Ordering::SeqCst) >= 59, "an event for each worker that was replaced");
-    hanging.answers_again();
+    eprintln!("sixty loads: others took {:?}, {} workers", start.elapsed(), count_workers());
+    // One of the two workers can hang without an event.
+    wait_until(|| REPLACED.load(Ordering::SeqCst) >= 59, "too few events report a replaced worker");
+    hanging.resume();
     for load in held_up {
-        let image = tokio::time::timeout(SOON, load).await.expect("it goes on").unwrap();
-        assert_image(&image, &bytes(), "one of sixty");
+        let image = tokio::time::timeout(SOON, load).await.expect("the load did not continue").unwrap();
+        assert_image(&image, &random_file_bytes(), "one of sixty");
     }
     wait_for_threads(2 + 3, "sixty loads");
     loader.shutdown().await.unwrap();
@@ -414,38 +421,39 @@ async fn sixty_hanging_loads_do_not_stop_others() {
 
 #[tokio::test]
 async fn shutdown_counts_each_hanging_worker() {
-    let Some(_alone) = alone().await else { return };
+    let Some(_alone) = run_alone().await else { return };
     let plain = Plain::new();
     for (number, (hangs, names)) in KINDS.into_iter().enumerate() {
         let workers_wanted = 1 + number % 2;
         let what = format!("{hangs:?} of {names:?}, {workers_wanted} workers");
         let hanging = Hanging::start(hangs);
         let loader = loader(workers_wanted).build().unwrap();
-        let mut held_up = load(&loader, &hanging, names);
-        waits(&mut held_up, &what).await;
-        // On a busy machine it may wait for something else first.
+        let mut held_up = start_load(&loader, &hanging, names);
+        assert_waits(&mut held_up, &what).await;
+        // On a busy machine the load can block earlier, so wait until a worker is stalled.
         wait_until(|| REPLACED.swap(0, Ordering::SeqCst) > 0, &what);
         plain.load(&loader, &what).await;
         let leaked = loader.shutdown().await.unwrap_err();
-        // A thread is counted out just before it ends.
+        // A thread is subtracted from the count just before it ends.
         wait_for_threads(leaked.threads, &what);
-        assert_eq!((leaked.bytes, leaked.threads), (0, workers()), "{what}: {:?}", threads());
-        // Those that it had when it began to hang, and one that closes what it left.
-        assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", threads());
+        assert_eq!((leaked.bytes, leaked.threads), (0, count_workers()), "{what}: {:?}", loader_threads());
+        // The workers that the load held when it began to hang, and one that closes its files.
+        assert!((1..=workers_wanted + 1).contains(&leaked.threads), "{what}: {:?}", loader_threads());
         assert!(matches!(held_up.finish().await, Err(Error::ShutDown)), "{what}");
-        // They end when the server answers.
-        hanging.answers_again();
+        // The workers end once the server answers.
+        hanging.resume();
         wait_for_threads(0, &what);
     }
 }
 
 #[tokio::test]
 async fn inspecting_a_silent_servers_file_does_not_block_the_runtime() {
-    let Some(_alone) = alone().await else { return };
+    let Some(_alone) = run_alone().await else { return };
     for hangs in [Hangs::Lookup, Hangs::Open] {
         let hanging = Hanging::start(hangs);
         let path = hanging.served.path().join("large-0");
-        // If the inspection blocks this thread, it ends and fails the test below.
+        // If the inspection blocks this thread, the watchdog makes the server answer, and the
+        // assertions below fail.
         let (answer, is_over) = (hanging.answer.clone(), Arc::new(AtomicBool::new(false)));
         let watchdog = {
             let is_over = Arc::clone(&is_over);

@@ -1,6 +1,6 @@
-//! A subscriber of `tracing` that calls back into the loader, drops loads, or panics: it is called
-//! without a lock and never on the ring thread. Subscribers are global to a process, so this is
-//! one test in a process of its own.
+//! A `tracing` subscriber that calls back into the loader, drops loads, or panics. It is called
+//! without a lock and never on the ring thread. Subscribers are global to a process, so this file
+//! has one test, which runs in its own process.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -17,14 +17,14 @@ use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 static LOADER: OnceLock<Loader> = OnceLock::new();
-/// Loads to ask for their progress, and to drop.
+/// Loads whose progress the subscriber queries, and which it drops.
 static SPARE: Mutex<Vec<Load>> = Mutex::new(Vec::new());
 static PANICS: AtomicBool = AtomicBool::new(false);
-/// How often each thread called it.
+/// The number of calls of the subscriber by each thread.
 static THREADS: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
 static CALLS: AtomicU64 = AtomicU64::new(0);
-/// Whether the loader's numbers contradict each other. Asserted later: the loader ignores a panic
-/// here.
+/// Whether the loader's metrics contradicted each other. Asserted at the end, because the loader
+/// catches panics of the subscriber.
 static CONTRADICTION: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
@@ -48,8 +48,8 @@ impl CallsBack {
             loader.memory_bytes();
             loader.pooled_bytes();
             loader.trim_pool(u64::MAX);
-            // Some live for a while, so that the dropped load may be the one this event belongs
-            // to: under its lock, the drop would deadlock here.
+            // Drop a load only in every eighth call: some loads then live long enough to be the
+            // one that this event is about. If its lock were held, the drop would deadlock.
             let mut spare = SPARE.lock().unwrap();
             spare.iter().for_each(|load| _ = load.progress());
             let dropped = CALLS.fetch_add(1, Ordering::Relaxed).is_multiple_of(8).then(|| spare.pop());
@@ -57,7 +57,7 @@ impl CallsBack {
             drop(dropped);
         }
         INSIDE.set(false);
-        assert!(!(is_ours && PANICS.load(Ordering::Relaxed)), "in a subscriber");
+        assert!(!(is_ours && PANICS.load(Ordering::Relaxed)), "a mistake in the subscriber");
     }
 }
 
@@ -131,7 +131,7 @@ fn subscriber_may_call_back_drop_loads_and_panic() {
         runtime.block_on(loader.clone().shutdown()).unwrap();
         done.send(()).unwrap();
     });
-    finished.recv_timeout(Duration::from_secs(120)).expect("neither a deadlock nor a failure");
+    finished.recv_timeout(Duration::from_secs(120)).expect("a load deadlocked or failed");
     let threads = THREADS.lock().unwrap();
     assert!(!threads.contains_key("dmaload-ring"), "a subscriber was called on the ring thread: {threads:?}");
     assert!(!CONTRADICTION.load(Ordering::Relaxed), "more loads have finished than were started");

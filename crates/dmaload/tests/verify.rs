@@ -1,4 +1,4 @@
-//! A verified load shows no byte that its manifest or checksum contradicts.
+//! A verified load hands out no byte that contradicts its manifest or checksum.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 
 mod common;
@@ -24,7 +24,7 @@ async fn manifest_of(loader: &Loader, paths: &[PathBuf], algorithm: Algorithm) -
     recorder.manifest(image.report())
 }
 
-fn flip(path: &Path, at: u64) {
+fn flip_bit(path: &Path, at: u64) {
     let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, at).unwrap();
@@ -51,7 +51,7 @@ async fn manifest_has_the_checksums_of_its_chunks() {
     let loader = loader();
     for algorithm in Algorithm::ALL {
         let manifest = manifest_of(&loader, &paths, algorithm).await;
-        // By its JSON, which is what others would read.
+        // Compare the JSON, which other programs read.
         let json: serde_json::Value = serde_json::from_str(&manifest.to_json()).unwrap();
         for (entry, bytes) in json["files"].as_array().unwrap().iter().zip(&contents) {
             let expected: Vec<_> = bytes.chunks(CHUNK).map(|chunk| digest(algorithm, chunk).hex()).collect();
@@ -73,13 +73,13 @@ async fn manifest_has_the_checksums_of_its_chunks() {
     }
 }
 
-/// Loads; returns how many bytes were shown, and the error.
-async fn shown_until(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
-    let (mut shown, mut segments) = (0, loader.load(path).options(options).segments());
+/// Streams a file until the load fails; returns how many bytes were handed out, and the error.
+async fn load_until_error(loader: &Loader, path: &Path, options: LoadOptions) -> (u64, Error) {
+    let (mut handed_out, mut segments) = (0, loader.load(path).options(options).segments());
     loop {
-        match segments.next().await.expect("an error comes before the end") {
-            Ok(segment) => shown = segment.file_range().end,
-            Err(error) => return (shown, error),
+        match segments.next().await.expect("the load must fail before it ends") {
+            Ok(segment) => handed_out = segment.file_range().end,
+            Err(error) => return (handed_out, error),
         }
     }
 }
@@ -95,10 +95,10 @@ async fn flipped_bit_is_found_and_located_before_it_is_shown() {
         for route in ROUTES {
             let length = bytes.len() as u64;
             for at in [600, SEGMENT as u64 - 1, SEGMENT as u64, 2 * SEGMENT as u64 + 4096, length - 1] {
-                flip(&path, at);
+                flip_bit(&path, at);
                 let options = loader.load_options().route(route).verify(manifest.clone());
-                let (shown, error) = shown_until(&loader, &path, options).await;
-                assert!(shown <= at, "{algorithm} {route}: byte {at} is wrong, and was shown");
+                let (handed_out, error) = load_until_error(&loader, &path, options).await;
+                assert!(handed_out <= at, "{algorithm} {route}: the wrong byte {at} was handed out");
                 let Error::Corrupt { offset, bytes: long, expected, found, tensors, path: named } = &error else {
                     panic!("{error}")
                 };
@@ -106,12 +106,13 @@ async fn flipped_bit_is_found_and_located_before_it_is_shown() {
                 assert_eq!((*offset, *long, named), (start, (CHUNK as u64).min(length - start), &path), "{error}");
                 assert!(expected != found && expected.starts_with(algorithm.name()), "{error}");
                 let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap());
-                let of = |at: u64| "abcdef".chars().nth(usize::try_from(at.saturating_sub(data)).unwrap() / (SEGMENT - 12_345));
-                let (first, last) = (of(start).unwrap(), of(offset + long - 1).unwrap());
+                let tensor_at =
+                    |at: u64| "abcdef".chars().nth(usize::try_from(at.saturating_sub(data)).unwrap() / (SEGMENT - 12_345));
+                let (first, last) = (tensor_at(start).unwrap(), tensor_at(offset + long - 1).unwrap());
                 let names: Vec<_> = (first..=last).map(String::from).collect();
                 assert_eq!(*tensors, names, "{error}");
                 assert!(error.to_string().contains(&format!("{:?}", names[0])), "{error}");
-                flip(&path, at);
+                flip_bit(&path, at);
             }
             loader.load(&path).options(loader.load_options().route(route).verify(manifest.clone())).await.unwrap();
         }
@@ -130,8 +131,8 @@ async fn whole_file_checksum_withholds_the_last_segment() {
         let image = loader.load(&path).options(loader.load_options().verify(expected)).await.unwrap();
         assert_eq!(image.report().verified, Some(format!("{algorithm} of the file")));
         let other = digest(algorithm, b"another file");
-        let (shown, error) = shown_until(&loader, &path, loader.load_options().verify(other)).await;
-        assert!(shown <= 2 * SEGMENT as u64, "the last segment was shown");
+        let (handed_out, error) = load_until_error(&loader, &path, loader.load_options().verify(other)).await;
+        assert!(handed_out <= 2 * SEGMENT as u64, "the last segment was handed out");
         let Error::Corrupt { expected: reported, found, .. } = &error else { panic!("{error}") };
         assert_eq!((reported, found), (&other.to_string(), &expected.to_string()));
         loader.load(&empty).options(loader.load_options().verify(digest(algorithm, b""))).await.unwrap();
@@ -148,7 +149,7 @@ async fn wrong_length_or_unlisted_file_fails_before_any_read() {
     let [a, b] = ["a", "b"].map(|name| file(folder.path(), name, &random_bytes(SEGMENT + 1, 5)));
     let loader = loader();
     let manifest = manifest_of(&loader, std::slice::from_ref(&a), Algorithm::Xxh3).await;
-    // The same bytes under another name: the only file loaded, and the only one in the manifest.
+    // If one file is loaded and the manifest has one entry, their names may differ.
     loader.load(&b).options(loader.load_options().verify(manifest.clone())).await.unwrap();
     let error = loader.load([&a, &b]).options(loader.load_options().verify(manifest.clone())).await.unwrap_err();
     assert_eq!(error, Error::NotInManifest { path: b.clone() });
@@ -167,7 +168,7 @@ async fn each_small_file_in_shared_memory_is_verified() {
     let loader = loader();
     let manifest = Arc::new(manifest_of(&loader, &paths, Algorithm::Crc32c).await);
     loader.load(&paths).options(loader.load_options().verify(Arc::clone(&manifest))).await.unwrap();
-    flip(&paths[17], 100_000);
+    flip_bit(&paths[17], 100_000);
     let error = loader.load(&paths).options(loader.load_options().verify(Arc::clone(&manifest))).await.unwrap_err();
     let Error::Corrupt { path, tensors, .. } = &error else { panic!("{error}") };
     assert_eq!((path, tensors.as_slice()), (&paths[17], &["y".to_owned(), "z".to_owned()][..]));

@@ -23,7 +23,7 @@ fn every_mode(heap: &str) {
         let (said, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{heap} {mode}: {error}");
         assert!(said.contains("total cost") && said.contains(&format!("for {LARGE} bytes")), "{heap} {mode}: {said}");
-        let checked = said.contains("every byte is that of the file");
+        let checked = said.contains("every byte matches the file");
         assert_eq!(checked, mode == "direct_io_check", "{heap} {mode}: {said}");
         row("capi", &[heap, mode, &told(&[LARGE]), "one", if checked { "equal" } else { "done" }]);
     }

@@ -1,4 +1,4 @@
-//! Clients that hold up whatever they can.
+//! Hostile clients, which try to make the server and other clients wait.
 
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -12,13 +12,13 @@ use rustix::net::{
 
 use crate::common::{assert_same, file, random_bytes};
 use crate::roles::{BOB, MALLORY, Role, STRANGER, Serving, as_user, fresh_user, is_root, open_folder};
-use crate::{connected, default};
+use crate::{connect_to, default_options};
 
 fn good_request() -> Vec<u8> {
     [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat()
 }
 
-/// What hostile clients do with a connection, which they keep.
+/// What a hostile client does with its connection, which it keeps open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hostility {
     Silent,
@@ -27,7 +27,7 @@ enum Hostility {
     NeverReceives,
     AcknowledgesAtOnce,
     AcknowledgesTooMuch,
-    AsksTwice,
+    RequestsTwice,
     SlowReader,
     AllOfThem,
 }
@@ -39,7 +39,7 @@ const HOSTILITIES: [Hostility; 8] = [
     Hostility::NeverReceives,
     Hostility::AcknowledgesAtOnce,
     Hostility::AcknowledgesTooMuch,
-    Hostility::AsksTwice,
+    Hostility::RequestsTwice,
     Hostility::SlowReader,
 ];
 
@@ -60,7 +60,7 @@ impl Hostility {
             Hostility::Closed => shutdown(&client, Shutdown::Both).unwrap(),
             Hostility::AcknowledgesAtOnce => say(&[0]),
             Hostility::AcknowledgesTooMuch => (0..20).for_each(|_| say(&[0])),
-            Hostility::AsksTwice => say(&good_request()),
+            Hostility::RequestsTwice => say(&good_request()),
             Hostility::SlowReader => {
                 let reader = client.try_clone().unwrap();
                 std::thread::spawn(move || {
@@ -78,20 +78,20 @@ impl Hostility {
     }
 }
 
-/// A server with a limit of 128 descriptors and a user other than root, so that it may have no
-/// more than these on their way to clients.
+/// The server is limited to 128 descriptors and does not run as root, so it cannot have more than
+/// 128 in flight to clients.
 #[test]
 fn hostile_clients_do_not_stall_other_users() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // Eleven descriptors with the description: twelve clients that hoard them exceed the kernel's
-    // limit.
+    // The image has eleven descriptors with its description, so twelve clients that hoard them
+    // would exceed the kernel's limit.
     let bytes = random_bytes(10 << 21, 3);
     let model = file(folder.path(), "model.bin", &bytes);
     let mut wrong = Vec::new();
-    // And one of the server's own user.
+    // The last hostile client is of the server's own user.
     for hostile in [MALLORY, STRANGER, alice] {
         for hostility in HOSTILITIES.into_iter().chain([Hostility::AllOfThem]) {
             let socket = folder.path().join(format!("socket{hostile}{hostility:?}"));
@@ -110,7 +110,7 @@ fn hostile_clients_do_not_stall_other_users() {
                 kept.extend(more);
                 for honest in [BOB, alice].into_iter().filter(|&honest| honest != hostile) {
                     let started = Instant::now();
-                    let attached = as_user(honest, || attach_blocking(&socket, &default().trust_user(alice)));
+                    let attached = as_user(honest, || attach_blocking(&socket, &default_options().trust_user(alice)));
                     slowest = slowest.max(started.elapsed());
                     match attached {
                         Ok(attached) => assert_eq!(attached.image.files()[0].len(), bytes.len() as u64),
@@ -126,9 +126,10 @@ fn hostile_clients_do_not_stall_other_users() {
             if during > before + 64 + 16 + 4 {
                 wrong.push(format!("{hostility:?} of {hostile}: {during} descriptors, {before} before"));
             }
-            // After they let go, everything is as before, and their user is served.
+            // Once they close, all descriptors are released, and their user is served.
             for client in kept {
-                // Slow readers have got the image as well.
+                // The threads of slow readers hold clones of their connections, so shut those
+                // down.
                 let _ = shutdown(&client, Shutdown::Both);
             }
             let deadline = Instant::now() + Duration::from_secs(10);
@@ -137,7 +138,7 @@ fn hostile_clients_do_not_stall_other_users() {
                 std::thread::sleep(Duration::from_millis(5));
             }
             if hostile == MALLORY {
-                as_user(hostile, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
+                as_user(hostile, || attach_blocking(&socket, &default_options().trust_user(alice))).unwrap();
             }
             let ended = serving.end();
             let served: u64 = ended.split(' ').nth(1).unwrap().parse().unwrap();
@@ -149,17 +150,16 @@ fn hostile_clients_do_not_stall_other_users() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Clients of one user have a bounded number of descriptors on their way, to a bounded number of
-/// clients.
+/// For each user, the descriptors in flight and the clients that they are sent to are bounded.
 #[test]
 fn descriptors_in_flight_to_one_user_are_bounded() {
     if !is_root() {
         return;
     }
     let (folder, alice) = (open_folder(), fresh_user());
-    // The descriptors of the image, the users who may attach, and what MALLORY's clients then have
-    // on their way: all users share half of the 128 descriptors, and each has at most four
-    // receivers.
+    // The segments of the image, the users who may attach, and the most receivers and descriptors
+    // in flight that MALLORY then has: all users share half of the 128 descriptors, and each has
+    // at most four receivers.
     for (segments, users, receivers, descriptors) in [(1, 2, 4, 8), (10, 2, 2, 21), (10, 7, 1, 8), (10, 63, 1, 1)] {
         let model = file(folder.path(), "model.bin", &random_bytes(segments << 21, 3));
         let socket = folder.path().join(format!("socket{segments}{users}"));
@@ -172,13 +172,13 @@ fn descriptors_in_flight_to_one_user_are_bounded() {
         let kept: Vec<_> =
             as_user(MALLORY, || (0..30).filter_map(|number| Hostility::HalfClosed.connect(&socket, number)).collect());
         std::thread::sleep(Duration::from_millis(100));
-        as_user(BOB, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
-        let here = |client: &OwnedFd| {
+        as_user(BOB, || attach_blocking(&socket, &default_options().trust_user(alice))).unwrap();
+        let descriptors_sent = |client: &OwnedFd| {
             let mut message = [0; 64];
             let received = recv(client, &mut message[..], RecvFlags::DONTWAIT | RecvFlags::PEEK).map_or(0, |(bytes, _)| bytes);
             (received == 24 && message[12] == 0).then(|| usize::from(message[20]))
         };
-        let seen: Vec<usize> = kept.iter().filter_map(here).collect();
+        let seen: Vec<usize> = kept.iter().filter_map(descriptors_sent).collect();
         let all: usize = seen.iter().sum();
         assert!(seen.len() <= receivers && all <= descriptors, "{segments} segments, {users} users: {seen:?}");
         assert!(!seen.is_empty());
@@ -196,7 +196,7 @@ fn many_hostile_users_do_not_stall_others() {
     let model = file(folder.path(), "model.bin", &bytes);
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // Ten users who may attach, and ten who may not.
+    // Users 5000 to 5009 may attach, users 5010 to 5019 may not.
     let named: Vec<u32> = (5000..5010).chain([BOB]).collect();
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
@@ -207,14 +207,15 @@ fn many_hostile_users_do_not_stall_others() {
             (0..20).filter_map(|number| Hostility::AllOfThem.connect(&socket, number)).collect::<Vec<_>>()
         }));
         let started = Instant::now();
-        let attached = as_user(BOB, || attach_blocking(&socket, &default().trust_user(alice)));
+        let attached = as_user(BOB, || attach_blocking(&socket, &default_options().trust_user(alice)));
         let attached = attached.unwrap_or_else(|error| panic!("after user {user}: {error}"));
         assert!(started.elapsed() < Duration::from_secs(1), "after user {user}: {:?}", started.elapsed());
         assert_same(&attached.image.files()[0].bytes().unwrap(), &bytes, "attached");
     }
 }
 
-/// Whatever waits for a client, or makes it wait, ends in time, and the client learns why.
+/// The server disconnects clients that stop responding, and a client that has to wait gets an
+/// error in time.
 #[test]
 fn clients_that_stop_are_disconnected_in_time() {
     if !is_root() {
@@ -224,7 +225,7 @@ fn clients_that_stop_are_disconnected_in_time() {
     let model = file(folder.path(), "model.bin", &random_bytes(10 << 21, 3));
     let socket = folder.path().join("socket");
     let variables = vec![("DMALOAD_TEST_MODEL", model.to_string_lossy().into_owned()), ("DMALOAD_TEST_NOFILE", "128".to_owned())];
-    // Eight of the eleven descriptors at once for each user.
+    // With seven users, each can have eight of the eleven descriptors in flight.
     let named = [BOB, MALLORY, STRANGER, 5000, 5001, 5002, 5003];
     let (_serving, first) =
         Serving::start(&Role { name: "the_server", user: alice, map: None, named: &named, variables }, &socket);
@@ -233,23 +234,24 @@ fn clients_that_stop_are_disconnected_in_time() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let started = Instant::now();
-            let client = as_user(BOB, || connected(&socket));
-            assert_eq!(recv(&client, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 0, "a silent client");
+            let client = as_user(BOB, || connect_to(&socket));
+            assert_eq!(recv(&client, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 0, "a silent client is disconnected");
             assert!(in_time(started), "{:?}", started.elapsed());
         });
         scope.spawn(|| {
-            // It has everything that its user may have; others of its user wait.
+            // This client has all descriptors that its user may have in flight, so others wait.
             let hoard = as_user(MALLORY, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_millis(100));
             let started = Instant::now();
-            let error = as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(alice))).unwrap_err();
+            let error = as_user(MALLORY, || attach_blocking(&socket, &default_options().trust_user(alice))).unwrap_err();
             assert!(error.to_string().contains("the server is busy"), "{error}");
             assert!(in_time(started), "{:?}", started.elapsed());
             drop(hoard);
-            as_user(MALLORY, || attach_blocking(&socket, &default().trust_user(alice))).unwrap();
+            as_user(MALLORY, || attach_blocking(&socket, &default_options().trust_user(alice))).unwrap();
         });
         scope.spawn(|| {
-            // The first part takes six seconds; there is no second one.
+            // The client receives the first message after six seconds, and never gets a second
+            // one.
             let slow = as_user(STRANGER, || Hostility::NeverReceives.connect(&socket, 0)).unwrap();
             std::thread::sleep(Duration::from_secs(6));
             assert_eq!(recv(&slow, &mut [0; 64][..], RecvFlags::empty()).unwrap().0, 24);

@@ -1,5 +1,5 @@
-//! One process loads, others map the same memory. Clients run in this process and, where it
-//! matters, in others.
+//! One process loads, and others map the same memory. Clients run in this process or, where it
+//! matters, in other processes.
 #![allow(clippy::unwrap_used, reason = "a setup error should fail the test")]
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
@@ -30,7 +30,7 @@ use common::{assert_same, file, folder, random_bytes};
 
 const SEGMENT: u64 = 2 << 20;
 
-fn model(folder: &Path) -> PathBuf {
+fn write_model(folder: &Path) -> PathBuf {
     let data = random_bytes(3_000_000, 1);
     let view = |name: &str, shape: &[usize]| {
         let bytes = 2 * shape.iter().product::<usize>();
@@ -40,21 +40,21 @@ fn model(folder: &Path) -> PathBuf {
     file(folder, "model.safetensors", &all)
 }
 
-async fn loaded(paths: &[&Path]) -> Image {
+async fn load(paths: &[&Path]) -> Image {
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
     loader.load(Source::paths(paths.iter().copied())).await.unwrap()
 }
 
-/// A model, and a server that shares it.
-async fn serving(folder: &Path) -> (Image, PathBuf, Server) {
-    let image = loaded(&[&model(folder)]).await;
+/// Loads a model and starts a server that shares it; returns the image, the socket and the server.
+async fn serve_model(folder: &Path) -> (Image, PathBuf, Server) {
+    let image = load(&[&write_model(folder)]).await;
     let socket = folder.join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
     (image, socket, server)
 }
 
-fn default() -> AttachOptions {
+fn default_options() -> AttachOptions {
     AttachOptions::default()
 }
 
@@ -76,24 +76,24 @@ fn assert_same_image(ours: &Image, theirs: &Image) {
 #[tokio::test]
 async fn client_keeps_its_image_after_the_server_ends() {
     let folder = folder();
-    let path = model(folder.path());
+    let path = write_model(folder.path());
     // Small files share memory, and a raw one has no tensors.
     let raw = file(folder.path(), "raw.bin", &random_bytes(5 << 20, 2));
     let small = [1, 2, 3].map(|n| file(folder.path(), &format!("small{n}"), &random_bytes(1000 * n, 5)));
     let paths: Vec<&Path> = [&path, &raw].into_iter().chain(&small).map(PathBuf::as_path).collect();
-    let image = loaded(&paths).await;
+    let image = load(&paths).await;
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
-    let attached = attach(&socket, default()).await.unwrap();
+    let attached = attach(&socket, default_options()).await.unwrap();
     assert_eq!((attached.process, attached.dma_bufs), (std::process::id(), false));
     assert!(attached.image.report().notes[0].contains("attached to"));
     drop(server);
     assert!(!socket.exists());
     assert_same_image(&image, &attached.image);
     drop(image);
-    assert_same(&attached.image.files()[1].bytes().unwrap(), &fs::read(&raw).unwrap(), "after the loader");
-    // Nobody can write to what is shared.
+    assert_same(&attached.image.files()[1].bytes().unwrap(), &fs::read(&raw).unwrap(), "after the server's image was dropped");
+    // Clients cannot write to shared memory.
     let memfd = attached.image.segments()[0].hand_out_memfd().unwrap();
     assert!(rustix::io::pwrite(memfd, b"x", 0).is_err());
 }
@@ -101,23 +101,23 @@ async fn client_keeps_its_image_after_the_server_ends() {
 #[tokio::test]
 async fn images_are_published_and_withdrawn_by_name() {
     let folder = folder();
-    let path = model(folder.path());
-    let image = loaded(&[&path]).await;
+    let path = write_model(folder.path());
+    let image = load(&[&path]).await;
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     let refused = |options: AttachOptions| attach_blocking(&socket, &options).unwrap_err().to_string();
     server.publish("a", image.clone()).unwrap();
     server.publish("b", image.clone()).unwrap();
     assert_eq!(server.names(), ["a", "b"]);
-    let reason = refused(default());
+    let reason = refused(default_options());
     assert!(reason.ends_with(r#"the server shares several images: choose one of "a", "b""#), "{reason}");
-    let reason = refused(default().name("c"));
+    let reason = refused(default_options().name("c"));
     assert!(reason.ends_with(r#"the server does not share an image "c", but "a", "b""#), "{reason}");
-    assert!(refused(default().name("n".repeat(1000))).contains("too long"));
-    attach_blocking(&socket, &default().name("b")).unwrap();
+    assert!(refused(default_options().name("n".repeat(1000))).contains("too long"));
+    attach_blocking(&socket, &default_options().name("b")).unwrap();
     assert!(server.withdraw("a").is_some() && server.withdraw("a").is_none());
-    attach_blocking(&socket, &default()).unwrap();
-    // The server counts once it has sent everything; the client continues once it has received it.
+    attach_blocking(&socket, &default_options()).unwrap();
+    // The client can continue before the server has counted it.
     let deadline = Instant::now() + Duration::from_secs(10);
     while server.served().0 < 2 {
         assert!(Instant::now() < deadline, "{:?} served", server.served());
@@ -127,30 +127,30 @@ async fn images_are_published_and_withdrawn_by_name() {
     assert!(
         matches!(Server::bind(&socket, ServerOptions::default()), Err(Error::Share { reason, .. }) if reason.contains("is listening there"))
     );
-    // A part of a model is shared as it is.
+    // A part of a model can be shared as well.
     let loader = Loader::builder().load_options(LoadOptions::new().segment_bytes(SEGMENT)).build().unwrap();
     let options = loader.load_options().tensors(["b", "a"]).shard(Shard { rank: 1, world_size: 4, dim: Some(1) });
     let part = loader.load(&path).options(options).await.unwrap();
     server.publish("part", part.clone()).unwrap();
-    let theirs = attach_blocking(&socket, &default().name("part")).unwrap().image;
+    let theirs = attach_blocking(&socket, &default_options().name("part")).unwrap().image;
     assert_eq!(theirs.tensors().map(|tensor| tensor.name().to_owned()).collect::<Vec<_>>(), ["b", "a"]);
     for tensor in part.tensors() {
         assert_same(&tensor.to_vec().unwrap(), &theirs.tensor(tensor.name()).unwrap().to_vec().unwrap(), tensor.name());
     }
-    // Names come from elsewhere.
+    // Names are untrusted, so errors escape control characters.
     server.publish("\u{1b}]0;title\u{7}", image.clone()).unwrap();
-    let reason = refused(default());
+    let reason = refused(default_options());
     assert!(!reason.contains(|char: char| char.is_control()) && reason.contains(r"\u{1b}]0;title\u{7}"), "{reason:?}");
     for number in 0..200 {
         server.publish(&format!("image number {number}"), image.clone()).unwrap();
     }
-    let reason = refused(default().name("c"));
+    let reason = refused(default_options().name("c"));
     assert!(reason.contains(" more") && reason.len() < 2000, "{reason}");
     for name in server.names() {
         server.withdraw(&name);
     }
-    assert!(refused(default()).contains("no longer shares any image"));
-    assert!(refused(default().name("a")).contains("no longer shares any image"));
+    assert!(refused(default_options()).contains("no longer shares any image"));
+    assert!(refused(default_options().name("a")).contains("no longer shares any image"));
     let anon = Loader::builder().heap(AnonHeap::default()).build().unwrap().load(&path).await.unwrap();
     assert!(matches!(server.publish("anon", anon), Err(Error::NoDescriptor { .. })));
 }
@@ -159,9 +159,9 @@ async fn images_are_published_and_withdrawn_by_name() {
 async fn stale_socket_is_replaced_and_other_files_stay() {
     let folder = folder();
     let socket = folder.path().join("socket");
-    // As a killed process leaves it.
+    // The socket of another program is kept while the program listens, and replaced afterwards.
     let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "somebody listens there, though for something else");
+    assert!(Server::bind(&socket, ServerOptions::default()).is_err(), "another program listens on the socket");
     drop(listener);
     drop(Server::bind(&socket, ServerOptions::default()).unwrap());
     let raw = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
@@ -171,23 +171,23 @@ async fn stale_socket_is_replaced_and_other_files_stay() {
     let other = file(folder.path(), "file", b"kept");
     assert!(Server::bind(&other, ServerOptions::default()).is_err());
     assert_eq!(fs::read(&other).unwrap(), b"kept");
-    let error = attach(folder.path().join("missing"), default()).await.unwrap_err();
+    let error = attach(folder.path().join("missing"), default_options()).await.unwrap_err();
     assert!(error.to_string().contains("ENOENT"), "{error}");
 }
 
-fn connected(socket: &Path) -> OwnedFd {
+fn connect_to(socket: &Path) -> OwnedFd {
     let own = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     connect(&own, &SocketAddrUnix::new(socket).unwrap()).unwrap();
     own
 }
 
-/// The number of this process's descriptors.
-fn descriptors() -> usize {
+/// Counts this process's descriptors.
+fn count_descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// A client in a process of its own, which prints the digest of what it mapped.
-fn client(socket: &Path) -> Child {
+/// Starts a client process, which prints the digest of the memory that it maps.
+fn spawn_client(socket: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "the_client", "--nocapture", "--quiet"])
         .env("DMALOAD_TEST_SOCKET", socket)
@@ -198,10 +198,10 @@ fn client(socket: &Path) -> Child {
 }
 
 #[test]
-#[ignore = "no test: the client of another one, in its own process"]
+#[ignore = "not a test: the client process of other tests"]
 fn the_client() {
     let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
-    let options = users_of("DMALOAD_TEST_TRUST").fold(AttachOptions::default(), AttachOptions::trust_user);
+    let options = parse_users("DMALOAD_TEST_TRUST").fold(AttachOptions::default(), AttachOptions::trust_user);
     let image = match attach_blocking(socket, &options) {
         Ok(attached) => attached.image,
         Err(error) => {
@@ -212,17 +212,17 @@ fn the_client() {
     let mut digest = Sha256::new();
     image.segments().iter().for_each(|segment| digest.update(segment.bytes().unwrap()));
     let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino);
-    println!("memories {:?}", inodes.collect::<Vec<_>>());
+    println!("memfds {:?}", inodes.collect::<Vec<_>>());
     println!("digest {}", hex(&digest.finalize()));
 }
 
-fn users_of(variable: &str) -> impl Iterator<Item = u32> {
+fn parse_users(variable: &str) -> impl Iterator<Item = u32> {
     let text = std::env::var(variable).unwrap_or_default();
     text.split(',').filter(|user| !user.is_empty()).map(|user| user.parse().unwrap()).collect::<Vec<_>>().into_iter()
 }
 
 #[test]
-#[ignore = "no test: the server of another one, in its own process"]
+#[ignore = "not a test: the server process of other tests"]
 fn the_server() {
     let Some(socket) = std::env::var_os("DMALOAD_TEST_SOCKET") else { return };
     if let Ok(limit) = std::env::var("DMALOAD_TEST_NOFILE") {
@@ -233,8 +233,8 @@ fn the_server() {
         umask(Mode::from_raw_mode(u32::from_str_radix(&mask, 8).unwrap()));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let image = runtime.block_on(loaded(&[Path::new(&std::env::var_os("DMALOAD_TEST_MODEL").unwrap())]));
-    let options = users_of("DMALOAD_TEST_ALLOW").fold(ServerOptions::default(), ServerOptions::allow_user);
+    let image = runtime.block_on(load(&[Path::new(&std::env::var_os("DMALOAD_TEST_MODEL").unwrap())]));
+    let options = parse_users("DMALOAD_TEST_ALLOW").fold(ServerOptions::default(), ServerOptions::allow_user);
     let server = match Server::bind(socket, options) {
         Ok(server) => server,
         Err(error) => {
@@ -260,7 +260,7 @@ fn shared_memory_bytes() -> u64 {
 #[tokio::test]
 async fn processes_share_one_memory_though_others_are_killed() {
     let folder = folder();
-    // DMALOAD_SHARE_MIB=1024 tries a GiB.
+    // DMALOAD_SHARE_MIB=1024 shares 1 GiB.
     let mib: usize = std::env::var("DMALOAD_SHARE_MIB").map_or(256, |mib| mib.parse().unwrap());
     let bytes = random_bytes(mib << 20, 3);
     let expected = hex(&Sha256::digest(&bytes));
@@ -272,24 +272,24 @@ async fn processes_share_one_memory_though_others_are_killed() {
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
     let inodes = image.segments().iter().map(|segment| rustix::fs::fstat(segment.hand_out_memfd().unwrap()).unwrap().st_ino);
-    let memories = format!("memories {:?}", inodes.collect::<Vec<_>>());
+    let memfds = format!("memfds {:?}", inodes.collect::<Vec<_>>());
     for delay in 0..8 {
-        let mut killed = client(&socket);
+        let mut killed = spawn_client(&socket);
         std::thread::sleep(Duration::from_millis(3 * delay));
         killed.kill().unwrap();
         killed.wait().unwrap();
     }
-    let clients: Vec<_> = (0..10).map(|_| client(&socket)).collect();
+    let clients: Vec<_> = (0..10).map(|_| spawn_client(&socket)).collect();
     let mut most = 0;
     for client in clients {
         most = most.max(shared_memory_bytes());
         let output = client.wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && text.contains(&format!("digest {expected}")), "{text}");
-        // The same memory, not a copy.
-        assert!(text.contains(&memories), "{text} {memories}");
+        // The client mapped the same memory, not a copy.
+        assert!(text.contains(&memfds), "{text} {memfds}");
     }
-    // Counts the whole machine, other tests included.
+    // Printed, not asserted: the number covers the whole machine, other tests included.
     let taken = most.saturating_sub(before) >> 20;
     println!("ten processes attached to {mib} MiB: {taken} MiB of shared memory in all");
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -299,36 +299,37 @@ async fn processes_share_one_memory_though_others_are_killed() {
     }
 }
 
-/// Descriptors on their way count against the server's user. A client that does not receive them
-/// delays only its own user, and few of them are on their way.
+/// Descriptors in flight count against a limit of the server's user. The server therefore sends
+/// descriptors to few clients of one user at a time; if these clients do not receive them, others
+/// of that user wait.
 #[tokio::test]
 async fn clients_hoarding_descriptors_delay_only_until_they_leave() {
     let folder = folder();
-    let (image, socket, _server) = serving(folder.path()).await;
+    let (image, socket, _server) = serve_model(folder.path()).await;
     let request = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
     let hoards: Vec<_> = (0..20)
         .map(|_| {
-            let client = connected(&socket);
+            let client = connect_to(&socket);
             send(&client, &request, SendFlags::NOSIGNAL).unwrap();
             client
         })
         .collect();
-    // No other client of that user gets through before they let go; one of another user would.
-    let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default())).await;
-    assert!(waiting.is_err(), "four are on their way already");
+    // Other clients of that user wait until these close; clients of other users would not.
+    let waiting = tokio::time::timeout(Duration::from_millis(300), attach(&socket, default_options())).await;
+    assert!(waiting.is_err(), "the user already has as many clients as it may");
     drop(hoards);
-    assert_same_image(&image, &attach(&socket, default()).await.unwrap().image);
+    assert_same_image(&image, &attach(&socket, default_options()).await.unwrap().image);
 }
 
 #[tokio::test]
 async fn server_leaves_the_socket_of_its_replacement() {
     let folder = folder();
-    let (image, socket, first) = serving(folder.path()).await;
+    let (image, socket, first) = serve_model(folder.path()).await;
     fs::remove_file(&socket).unwrap();
     let second = Server::bind(&socket, ServerOptions::default()).unwrap();
     second.publish("model", image).unwrap();
     drop(first);
-    attach(&socket, default()).await.unwrap();
+    attach(&socket, default_options()).await.unwrap();
     drop(second);
     assert!(!socket.exists());
     assert!(fs::read_dir(folder.path()).unwrap().all(|entry| entry.unwrap().file_name() == "model.safetensors"));
@@ -337,10 +338,10 @@ async fn server_leaves_the_socket_of_its_replacement() {
 #[tokio::test]
 async fn client_waits_for_the_first_image() {
     let folder = folder();
-    let image = loaded(&[&model(folder.path())]).await;
+    let image = load(&[&write_model(folder.path())]).await;
     let socket = folder.path().join("socket");
     let server = Server::bind(&socket, ServerOptions::default()).unwrap();
-    let clients: Vec<_> = [default(), default().name("model")]
+    let clients: Vec<_> = [default_options(), default_options().name("model")]
         .into_iter()
         .map(|options| {
             let socket = socket.clone();
@@ -354,11 +355,11 @@ async fn client_waits_for_the_first_image() {
         assert_same_image(&image, &client.join().unwrap().unwrap().image);
     }
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
-    // It does not wait for ever.
+    // A client gives up if no image is published.
     drop(server);
     let _server = Server::bind(&socket, ServerOptions::default()).unwrap();
     let started = Instant::now();
-    let error = attach(&socket, default()).await.unwrap_err();
+    let error = attach(&socket, default_options()).await.unwrap_err();
     assert!(error.to_string().contains("the server still has no image after 5s"), "{error}");
     assert!((4..9).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
 }

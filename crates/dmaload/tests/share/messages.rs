@@ -1,4 +1,4 @@
-//! Meaningless and lying messages, from clients and from servers.
+//! Malformed messages of clients, and lying messages of servers.
 
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,18 +9,18 @@ use dmaload::share::{attach, attach_blocking};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, recv, send, socket_with};
 
 use crate::common::{folder, random_bytes};
-use crate::{assert_same_image, connected, default, descriptors, serving};
+use crate::{assert_same_image, connect_to, count_descriptors, default_options, serve_model};
 
 #[tokio::test]
 async fn malformed_messages_and_silent_clients_do_no_harm() {
     let folder = folder();
-    let (image, socket, _server) = serving(folder.path()).await;
-    let before = descriptors();
+    let (image, socket, _server) = serve_model(folder.path()).await;
+    let before = count_descriptors();
     let noise = random_bytes(1 << 16, 7);
     let good = [&b"dmaload\0"[..], &1u32.to_le_bytes(), &1u32.to_le_bytes(), b"model"].concat();
     let mut stuck = Vec::new();
     for number in 0..10_000_usize {
-        let client = connected(&socket);
+        let client = connect_to(&socket);
         let message = match number % 5 {
             0 => noise[number..number + number % 600].to_vec(),
             1 => good[..number % good.len()].to_vec(),
@@ -32,31 +32,30 @@ async fn malformed_messages_and_silent_clients_do_no_harm() {
             3 => [&good[..], &noise[..number % 5000]].concat(),
             _ => Vec::new(),
         };
-        // With unexpected descriptors as well: they are not received.
         let _ = send(&client, &message, SendFlags::NOSIGNAL);
         if number % 40 == 0 {
-            // Connects and stays silent.
-            stuck.push(connected(&socket));
+            // A client that connects and sends nothing.
+            stuck.push(connect_to(&socket));
         }
     }
     let started = Instant::now();
-    let attached = attach(&socket, default()).await.unwrap();
+    let attached = attach(&socket, default_options()).await.unwrap();
     println!("10,000 malformed messages, {} silent clients; attached in {:?}", stuck.len(), started.elapsed());
-    assert!(started.elapsed() < Duration::from_secs(2), "it was held up for {:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(2), "attaching took {:?}", started.elapsed());
     assert_same_image(&image, &attached.image);
     drop((attached, stuck));
     let deadline = Instant::now() + Duration::from_secs(20);
-    while descriptors() > before {
-        assert!(Instant::now() < deadline, "{} descriptors are left of {before}", descriptors());
+    while count_descriptors() > before {
+        assert!(Instant::now() < deadline, "{} descriptors are open, {before} before", count_descriptors());
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// A lying server: descriptors of other things, and descriptions that do not fit them.
+/// A lying server sends descriptors of the wrong kind, and descriptions that do not match them.
 #[tokio::test]
 async fn lying_server_cannot_cause_out_of_bounds_access() {
     let folder = folder();
-    let page = |sealed: bool| {
+    let two_pages = |sealed: bool| {
         let memfd = dmaload::heap::Memfd::create("test", 8192).unwrap();
         if sealed {
             memfd.seal_against_writes().unwrap();
@@ -82,32 +81,44 @@ async fn lying_server_cannot_cause_out_of_bounds_access() {
         memfd.as_fd().try_clone_to_owned().unwrap()
     };
     let cases: Vec<(Vec<OwnedFd>, Option<&str>)> = vec![
-        (vec![description(&describe(good, 2)), page(true), page(true)], None),
-        (vec![description(&describe(good, 2)), page(true), page(false)], Some("unexpected kind of memory")),
-        (vec![description(&describe(good, 2)), page(true), file()], Some("unexpected kind of memory")),
-        (vec![description(&describe(good, 2)), page(true)], Some("received 1 memories")),
+        (vec![description(&describe(good, 2)), two_pages(true), two_pages(true)], None),
+        (vec![description(&describe(good, 2)), two_pages(true), two_pages(false)], Some("unexpected kind of memory")),
+        (vec![description(&describe(good, 2)), two_pages(true), file()], Some("unexpected kind of memory")),
+        (vec![description(&describe(good, 2)), two_pages(true)], Some("received 1 memories")),
         (vec![description("[]")], Some("invalid description")),
         (vec![description("{")], Some("not JSON")),
-        (vec![page(false)], Some("its description")),
+        (vec![two_pages(false)], Some("its description")),
         (vec![file()], Some("its description")),
-        (vec![description(&describe(good, 2).replace("buffered", "unheard of")), page(true), page(true)], Some("unknown route")),
         (
-            vec![description(&describe(good, 2).replace("\"dma_bufs\":false", "\"dma_bufs\":true")), page(true), page(true)],
+            vec![description(&describe(good, 2).replace("buffered", "unheard of")), two_pages(true), two_pages(true)],
+            Some("unknown route"),
+        ),
+        (
+            vec![
+                description(&describe(good, 2).replace("\"dma_bufs\":false", "\"dma_bufs\":true")),
+                two_pages(true),
+                two_pages(true),
+            ],
             Some("unexpected kind of memory"),
         ),
         (vec![huge()], Some("its description is 314572800 bytes long")),
-        // Larger than its memory, and with a gap between two segments of one span.
-        (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), page(true)], Some("don't fit their memory")),
+        // A segment larger than its memory, and one that leaves the end of its memory unused,
+        // which would be a gap in the span.
+        (vec![description(&describe("[[0,0,0,0,12288,0,12288]]", 1)), two_pages(true)], Some("don't fit their memory")),
         (
-            vec![description(&describe("[[0,0,0,0,4096,0,4096],[0,0,1,0,8192,4096,12288]]", 2)), page(true), page(true)],
+            vec![
+                description(&describe("[[0,0,0,0,4096,0,4096],[0,0,1,0,8192,4096,12288]]", 2)),
+                two_pages(true),
+                two_pages(true),
+            ],
             Some("don't fit their memory"),
         ),
     ];
     for (number, (descriptors, expected)) in cases.into_iter().enumerate() {
         let socket = folder.path().join(format!("socket{number}"));
         let count = u32::try_from(descriptors.len()).unwrap();
-        let answer = lying_server(&socket, vec![(reply(1, 0, count, count), descriptors)]);
-        let seen = attach(&socket, default()).await;
+        let answer = start_lying_server(&socket, vec![(reply(1, 0, count, count), descriptors)]);
+        let seen = attach(&socket, default_options()).await;
         answer.join().unwrap();
         match (seen, expected) {
             (Ok(attached), None) => assert_eq!(attached.image.files()[0].bytes().unwrap().len(), 16384),
@@ -124,9 +135,9 @@ fn reply(version: u32, status: u32, all: u32, here: u32) -> Vec<u8> {
 /// A message and its descriptors.
 type Message = (Vec<u8>, Vec<OwnedFd>);
 
-/// A server that sends these messages to its only client, each after the previous one was
-/// acknowledged.
-fn lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandle<()> {
+/// Starts a server that sends these messages to its only client, each after the client's previous
+/// request or acknowledgement.
+fn start_lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandle<()> {
     let listener = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     rustix::net::bind(&listener, &SocketAddrUnix::new(socket).unwrap()).unwrap();
     rustix::net::listen(&listener, 1).unwrap();
@@ -148,39 +159,39 @@ fn lying_server(socket: &Path, messages: Vec<Message>) -> std::thread::JoinHandl
 #[test]
 fn messages_of_a_lying_server_are_refused() {
     let folder = folder();
-    let some = |count: usize| (0..count).map(|_| fs::File::open("/dev/null").unwrap().into()).collect::<Vec<OwnedFd>>();
+    let null_files = |count: usize| (0..count).map(|_| fs::File::open("/dev/null").unwrap().into()).collect::<Vec<OwnedFd>>();
     let (other, lost, closed) = ("of another version, or not from dmaload", "descriptors were lost", "closed the connection");
     let names = [&reply(1, 4, 2, 0)[..], b"\x1b]0;title\x07\0\xff\0"].concat();
     let cases: Vec<(Vec<Message>, &str)> = vec![
-        (vec![(reply(2, 0, 1, 1), some(1))], other),
-        (vec![(reply(1, 99, 1, 1), some(1))], other),
-        (vec![(b"hello".to_vec(), some(1))], other),
-        (vec![([&reply(1, 0, 1, 1)[..], b"x"].concat(), some(1))], other),
-        (vec![(reply(1, 0, 1, 2), some(2))], other),
-        (vec![(reply(1, 0, 1 << 20, 1), some(1))], other),
-        (vec![(reply(1, 0, 3, 3), some(2))], lost),
-        (vec![(reply(1, 0, 3, 1), some(2))], lost),
-        (vec![(reply(1, 0, 1, 0), some(0))], lost),
-        (vec![(reply(1, 0, 3, 2), some(2)), (reply(1, 0, 3, 2), some(2))], lost),
-        (vec![(reply(1, 0, 3, 2), some(2))], closed),
+        (vec![(reply(2, 0, 1, 1), null_files(1))], other),
+        (vec![(reply(1, 99, 1, 1), null_files(1))], other),
+        (vec![(b"hello".to_vec(), null_files(1))], other),
+        (vec![([&reply(1, 0, 1, 1)[..], b"x"].concat(), null_files(1))], other),
+        (vec![(reply(1, 0, 1, 2), null_files(2))], other),
+        (vec![(reply(1, 0, 1 << 20, 1), null_files(1))], other),
+        (vec![(reply(1, 0, 3, 3), null_files(2))], lost),
+        (vec![(reply(1, 0, 3, 1), null_files(2))], lost),
+        (vec![(reply(1, 0, 1, 0), null_files(0))], lost),
+        (vec![(reply(1, 0, 3, 2), null_files(2)), (reply(1, 0, 3, 2), null_files(2))], lost),
+        (vec![(reply(1, 0, 3, 2), null_files(2))], closed),
         (vec![], closed),
-        (vec![(reply(1, 1, 0, 0), some(0))], "does not understand the request"),
-        (vec![(reply(1, 2, 0, 0), some(0))], "no longer shares any image"),
-        (vec![(reply(1, 3, 1234, 0), some(0))], "(ServerOptions::allow_user(1234))"),
-        (vec![(reply(1, 6, 0, 0), some(0))], "the server is busy"),
-        (vec![(names, some(0))], r#"choose one of "\u{1b}]0;title\u{7}", "\u{fffd}""#),
+        (vec![(reply(1, 1, 0, 0), null_files(0))], "does not understand the request"),
+        (vec![(reply(1, 2, 0, 0), null_files(0))], "no longer shares any image"),
+        (vec![(reply(1, 3, 1234, 0), null_files(0))], "(ServerOptions::allow_user(1234))"),
+        (vec![(reply(1, 6, 0, 0), null_files(0))], "the server is busy"),
+        (vec![(names, null_files(0))], r#"choose one of "\u{1b}]0;title\u{7}", "\u{fffd}""#),
     ];
     for (number, (messages, expected)) in cases.into_iter().enumerate() {
         let socket = folder.path().join(format!("socket{number}"));
-        let server = lying_server(&socket, messages);
-        let error = attach_blocking(&socket, &default()).unwrap_err().to_string();
+        let server = start_lying_server(&socket, messages);
+        let error = attach_blocking(&socket, &default_options()).unwrap_err().to_string();
         server.join().unwrap();
         let expected = expected.replace("\\u{fffd}", "\u{fffd}");
         assert!(error.contains(&expected), "case {number}: {error}");
     }
 }
 
-/// The server closes with the request unread, which resets the connection, but its answer counts.
+/// A server that closes with the request unread resets the connection; its answer still counts.
 #[test]
 fn answer_of_a_server_that_does_not_read_is_received() {
     let folder = folder();
@@ -190,11 +201,11 @@ fn answer_of_a_server_that_does_not_read_is_received() {
     rustix::net::listen(&listener, 1).unwrap();
     let server = std::thread::spawn(move || {
         let client = rustix::net::accept(&listener).unwrap();
-        // The request has arrived.
+        // Wait for the request without consuming it.
         recv(&client, &mut [0; 1][..], RecvFlags::PEEK).unwrap();
         send(&client, &reply(1, 6, 0, 0), SendFlags::empty()).unwrap();
     });
-    let error = attach_blocking(&socket, &default()).unwrap_err().to_string();
+    let error = attach_blocking(&socket, &default_options()).unwrap_err().to_string();
     assert!(error.contains("the server is busy"), "{error}");
     server.join().unwrap();
 }
@@ -213,7 +224,7 @@ fn client_gives_up_on_a_silent_server_in_time() {
         }
     });
     let started = Instant::now();
-    let error = attach_blocking(&socket, &default()).unwrap_err().to_string();
+    let error = attach_blocking(&socket, &default_options()).unwrap_err().to_string();
     assert!(error.ends_with("the server did not answer within 10s"), "{error}");
     assert!((9..18).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
     drop(listener);

@@ -1,4 +1,4 @@
-//! Processes that serve and attach as other users.
+//! Helper processes that serve and attach as other users.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -15,12 +15,12 @@ use crate::common::folder;
 pub(crate) fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        println!("skipped: only root can be another user");
+        println!("skipped: only root can run as another user");
     }
     root
 }
 
-/// Runs `task` as another user: on Linux each thread has its own user.
+/// Runs `task` as another user, on a new thread: on Linux each thread has its own user id.
 pub(crate) fn as_user<T: Send>(user: u32, task: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let body = || {
@@ -39,13 +39,14 @@ pub(crate) fn open_folder() -> tempfile::TempDir {
     folder
 }
 
-/// The role of a process of its own.
+/// Describes a helper process.
 pub(crate) struct Role<'a> {
     pub(crate) name: &'a str,
     pub(crate) user: u32,
-    /// `Some` for a user namespace of its own with this map; an empty one maps no user.
+    /// The uid map of a new user namespace, in which an empty map maps no user; `None` for no new
+    /// namespace.
     pub(crate) map: Option<&'a str>,
-    /// Users to allow, or to trust.
+    /// Users that the server allows, or that the client trusts.
     pub(crate) named: &'a [u32],
     pub(crate) variables: Vec<(&'a str, String)>,
 }
@@ -71,7 +72,7 @@ impl Role<'_> {
             let process = child.id().to_string();
             let deadline = Instant::now() + Duration::from_secs(10);
             while namespace(&process) == namespace("self") {
-                assert!(Instant::now() < deadline, "no user namespace");
+                assert!(Instant::now() < deadline, "unshare created no user namespace");
                 std::thread::sleep(Duration::from_millis(1));
             }
             if !map.is_empty() {
@@ -82,7 +83,7 @@ impl Role<'_> {
         child
     }
 
-    /// What it has printed at its end: a digest or an error.
+    /// Runs the process; returns the last digest or error that it prints.
     pub(crate) fn outcome(&self, socket: &Path) -> String {
         let output = self.start(socket).wait_with_output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -91,7 +92,7 @@ impl Role<'_> {
     }
 }
 
-/// A server in a process of its own, which ends when this is dropped.
+/// A server process, which ends on drop.
 pub(crate) struct Serving {
     pub(crate) child: Child,
     pub(crate) lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
@@ -102,14 +103,15 @@ impl Serving {
         let mut child = role.start(socket);
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let first = lines.by_ref().map(|line| line.unwrap()).find(|line| line.starts_with("ready") || line.starts_with("error"));
-        (Serving { child, lines }, first.unwrap_or_else(|| panic!("the server as {} has ended", role.user)))
+        (Serving { child, lines }, first.unwrap_or_else(|| panic!("the server run by user {} ended early", role.user)))
     }
 
     pub(crate) fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
-    /// The numbers of served and refused clients.
+    /// Ends the server; returns its last line, which has the numbers of served and refused
+    /// clients.
     pub(crate) fn end(mut self) -> String {
         drop(self.child.stdin.take());
         let last = self.lines.by_ref().map(|line| line.unwrap()).find(|line| line.starts_with("ended"));
@@ -125,7 +127,8 @@ impl Drop for Serving {
     }
 }
 
-/// A user that no other test uses: descriptors on their way count for all servers of a user.
+/// Returns a user that no other test uses: all servers of a user share one limit of descriptors in
+/// flight.
 pub(crate) fn fresh_user() -> u32 {
     static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     100_000 + 16 * std::process::id() + COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)

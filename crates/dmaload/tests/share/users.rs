@@ -1,4 +1,4 @@
-//! Which users may attach to a server, and which servers a client trusts.
+//! Tests which users may attach to a server, and which servers a client trusts.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -14,18 +14,18 @@ use sha2::{Digest, Sha256};
 
 use crate::common::{assert_same, file, folder, random_bytes};
 use crate::roles::{ALICE, ALL, BOB, MALLORY, NOBODY, Role, Serving, as_user, is_root, open_folder};
-use crate::{default, hex, loaded, model};
+use crate::{default_options, hex, load, write_model};
 
 #[tokio::test]
 async fn other_users_are_refused_unless_they_are_allowed() {
     if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can be somebody else");
+        println!("skipped: only root can run as another user");
         return;
     }
     let folder = folder();
-    let path = model(folder.path());
-    let image = loaded(&[&path]).await;
-    // In a folder that others may enter.
+    let path = write_model(folder.path());
+    let image = load(&[&path]).await;
+    // Sockets are in a folder that other users can enter.
     let place = tempfile::tempdir().unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let run_as = |user: u32, socket: &Path| {
@@ -39,19 +39,19 @@ async fn other_users_are_refused_unless_they_are_allowed() {
     let closed = place.path().join("closed");
     let server = Server::bind(&closed, ServerOptions::default()).unwrap();
     server.publish("model", image.clone()).unwrap();
-    assert_eq!(run_as(65534, &closed), "", "the socket is the owner's");
+    assert_eq!(run_as(65534, &closed), "", "only the owner can connect");
     let open = place.path().join("open");
     let server = Server::bind(&open, ServerOptions::default().allow_user(65533)).unwrap();
     server.publish("model", image).unwrap();
-    assert_eq!(run_as(65534, &open), "3 0", "not allowed, and no descriptors");
-    assert_eq!(run_as(65533, &open), "0 1", "allowed");
+    assert_eq!(run_as(65534, &open), "3 0", "the user is refused and receives no descriptors");
+    assert_eq!(run_as(65533, &open), "0 1", "the user is allowed");
     assert_eq!(fs::metadata(&closed).unwrap().permissions().mode() & 0o777, 0o600);
 }
 
 #[test]
 fn failed_connection_error_says_what_helps() {
     let folder = open_folder();
-    let refused = |name: &str| attach_blocking(folder.path().join(name), &default()).unwrap_err().to_string();
+    let refused = |name: &str| attach_blocking(folder.path().join(name), &default_options()).unwrap_err().to_string();
     let _server = Server::bind(folder.path().join("own"), ServerOptions::default()).unwrap();
     drop(std::os::unix::net::UnixListener::bind(folder.path().join("dead")).unwrap());
     let _other = std::os::unix::net::UnixListener::bind(folder.path().join("other")).unwrap();
@@ -64,7 +64,8 @@ fn failed_connection_error_says_what_helps() {
     }
 }
 
-/// The kernel decides who is who, also in user namespaces, where all unmapped users have one id.
+/// The kernel reports the peer's user, also in user namespaces, where all unmapped users appear as
+/// the overflow id.
 #[test]
 fn clients_trust_their_own_user_and_those_they_name() {
     if !is_root() {
@@ -74,9 +75,9 @@ fn clients_trust_their_own_user_and_those_they_name() {
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
     let expected = format!("digest {}", hex(&Sha256::digest(fs::read(&model).unwrap())));
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let image = runtime.block_on(loaded(&[&model]));
-    // The server's user, the client's user, its map, whom it trusts; and whether it attaches, or
-    // which user its error names.
+    let image = runtime.block_on(load(&[&model]));
+    // The server's user, the client's user, the client's uid map, the users it trusts, and whether
+    // it attaches or which user its error names.
     type Case<'a> = (u32, u32, Option<&'a str>, &'a [u32], Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, ALICE, None, &[], Ok(())),
@@ -87,13 +88,13 @@ fn clients_trust_their_own_user_and_those_they_name() {
         (BOB, 0, None, &[], Err(BOB)),
         (NOBODY, NOBODY, None, &[], Ok(())),
         (NOBODY, ALICE, None, &[], Err(NOBODY)),
-        // No user is mapped: it sees itself and all others as the overflow id.
+        // No user is mapped: the client sees itself and all others as the overflow id.
         (BOB, ALICE, Some(""), &[], Err(NOBODY)),
         (ALICE, ALICE, Some(""), &[], Err(NOBODY)),
         (0, ALICE, Some(""), &[], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[BOB], Err(NOBODY)),
         (BOB, ALICE, Some(""), &[NOBODY], Ok(())),
-        // Its own map gives it that id; others have it because they are unmapped.
+        // The client is mapped to the overflow id; others have it because they are unmapped.
         (BOB, ALICE, Some("65534 4001 1"), &[], Err(NOBODY)),
         (BOB, ALICE, Some("65534 4001 1"), &[NOBODY], Ok(())),
         (BOB, ALICE, Some("0 0 4001\n65534 4001 1"), &[], Err(NOBODY)),
@@ -135,8 +136,9 @@ fn servers_serve_their_own_user_and_those_they_allow() {
     }
     let folder = open_folder();
     let model = file(folder.path(), "model.bin", &random_bytes(5_000_000, 3));
-    // The server's user, its map, whom it allows, the client's user; and whether it attaches, or
-    // as which user it is refused. Allowing anyone (here user 9) opens the socket for connections.
+    // The server's user, its uid map, the users it allows, the client's user, and whether the
+    // client attaches or as which user it is refused. Allowing any user (here 9) opens the socket
+    // to all, so the server decides.
     type Case<'a> = (u32, Option<&'a str>, &'a [u32], u32, Result<(), u32>);
     let cases: &[Case<'_>] = &[
         (ALICE, None, &[9], ALICE, Ok(())),
@@ -164,7 +166,7 @@ fn servers_serve_their_own_user_and_those_they_allow() {
         let (serving, first) = Serving::start(&Role { name: "the_server", user: server, map, named, variables }, &socket);
         let case = format!("server {server}, map {map:?}, allows {named:?}, client {client}");
         assert!(first.starts_with("ready"), "{case}: {first}");
-        let attached = as_user(client, || attach_blocking(&socket, &default().trust_user(server)));
+        let attached = as_user(client, || attach_blocking(&socket, &default_options().trust_user(server)));
         match (attached, expectation) {
             (Ok(attached), Ok(())) => {
                 assert_same(&attached.image.files()[0].bytes().unwrap(), &fs::read(&model).unwrap(), &case);
@@ -193,7 +195,7 @@ fn socket_has_its_mode_despite_the_umask() {
             let (serving, first) = Serving::start(&role, &socket);
             assert_eq!(first, format!("ready {mask}"));
             assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o7777, mode, "umask {mask}");
-            attach_blocking(&socket, &default()).unwrap();
+            attach_blocking(&socket, &default_options()).unwrap();
             drop(serving);
             assert!(!socket.exists());
         }
@@ -218,19 +220,19 @@ fn servers_and_clients_work_without_procfs() {
     for _ in 0..2 {
         let mut server = run("the_server", &socket);
         let mut lines = BufReader::new(server.stdout.take().unwrap()).lines();
-        assert!(lines.by_ref().any(|line| line.unwrap().starts_with("ready")), "it ended before it served");
+        assert!(lines.by_ref().any(|line| line.unwrap().starts_with("ready")), "the server ended before it was ready");
         assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o7777, 0o666);
         let client = run("the_client", &socket).wait_with_output().unwrap();
         assert!(String::from_utf8_lossy(&client.stdout).contains("digest"), "{client:?}");
-        // Leaves its socket behind for the next round to replace.
+        // The killed server leaves its socket behind, which the next round replaces.
         server.kill().unwrap();
         server.wait().unwrap();
         assert!(socket.exists());
     }
 }
 
-/// The folder's owner replaces whatever appears in it, as fast as it can, by a link to a file of
-/// root.
+/// The folder's owner replaces each file that appears in it with a link to a file of root, as fast
+/// as possible.
 #[test]
 fn folder_owner_cannot_redirect_a_server_run_by_root() {
     if !is_root() {
@@ -249,14 +251,14 @@ fn folder_owner_cannot_redirect_a_server_run_by_root() {
         let (link, name) = (folder.join(format!("link for {name}")), folder.join(name));
         while !done.load(std::sync::atomic::Ordering::Relaxed) {
             std::os::unix::fs::symlink(&victim, &link).unwrap();
-            // In one system call, as soon as something appears.
+            // Exchange the two in one system call, as soon as the file appears.
             while renameat_with(CWD, &link, CWD, &name, RenameFlags::EXCHANGE).is_err() {
                 if done.load(std::sync::atomic::Ordering::Relaxed) {
                     return;
                 }
             }
             std::thread::sleep(Duration::from_micros(300));
-            // Makes room for the next server.
+            // Make room for the next server.
             let _ = fs::remove_file(&name);
             let _ = fs::remove_file(&link);
             let _ = fs::rename(&link, folder.join("away"));
